@@ -1,0 +1,245 @@
+"""The `abliterate` command: thin, and free of torch until a command needs it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from job.errors import DeliveryError, JobError, Stopped
+
+if TYPE_CHECKING:
+    from job.pipeline import Outcome
+    from job.settings import Settings
+    from job.workspace import RunFolder
+
+app = typer.Typer(
+    name="abliterate",
+    help="Remove a behaviour from a language model by directional ablation, unattended.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="Settings.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
+Workspace = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of all run folders.")]
+Job = Annotated[str | None, typer.Option(metavar="ID", help="The job, where the workspace holds several.")]
+TrialNumber = Annotated[int | None, typer.Option("--trial", metavar="N", help="Trial; see `abliterate front`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Prompts = Annotated[str | None, typer.Option(metavar="FILE", help="Text file, one prompt a line.")]
+
+Trials = Annotated[int | None, typer.Option(help="How many edits the search tries.")]
+
+# The options of all commands that take a job's settings, by the setting's name.
+SETTING_OPTIONS: dict[str, Any] = {
+    "model": Annotated[str | None, typer.Argument(help="Folder of the model; may stand in the settings file instead.")],
+    "good_prompts": Prompts,
+    "bad_prompts": Prompts,
+    "good_eval_prompts": Prompts,
+    "bad_eval_prompts": Prompts,
+    "good_report_prompts": Prompts,
+    "bad_report_prompts": Prompts,
+    "workspace": Workspace,
+    "trials": Trials,
+    "startup_trials": Annotated[int | None, typer.Option(help="Random ones among them.")],
+    "seed": Annotated[int | None, typer.Option(help="Seed of the search and of the split of the evaluation sets.")],
+    "upload": Annotated[list[str] | None, typer.Option(metavar="URI", help="Target: file:///dir; may be repeated.")],
+}
+SOURCE_OPTIONS: dict[str, Any] = {
+    "config": Annotated[Path | None, typer.Option(metavar="FILE", help="Settings file in TOML.")],
+    "assignments": Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; the value is TOML.")
+    ],
+}
+
+
+def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command all options of a job's settings; it gets what was given as its first argument.
+
+    That first argument holds the arguments of `job.settings.load_settings`.
+    """
+    own = list(inspect.signature(command).parameters.values())[1:]
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        options = {name: values.pop(name) for name in SETTING_OPTIONS}
+        given = {
+            "options": {name: value for name, value in options.items() if value not in (None, [])},
+            "config": values.pop("config"),
+            "assignments": values.pop("assignments") or [],
+        }
+        command(given, **values)
+
+    annotations = {**SETTING_OPTIONS, **SOURCE_OPTIONS}
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in annotations.items()
+    ]
+    hints = get_type_hints(command, include_extras=True)
+    parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name]) for p in own]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by inspect.signature
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
+
+
+def _find_job(workspace: str | None, job: str | None) -> RunFolder:
+    from job.settings import default_workspace
+    from job.workspace import find_job
+
+    return find_job(Path(workspace or default_workspace()), job)
+
+
+@app.command()
+@takes_settings
+def run(
+    given: dict[str, Any],
+    new: Annotated[bool, typer.Option("--new", help="Start a job beside one with other settings.")] = False,
+) -> None:
+    """Find, search, export, prove and deliver; run again to continue, or to find it finished."""
+    from job.settings import load_settings
+
+    _run(load_settings(**given).settings, new=new)
+
+
+def _run(settings: Settings, *, new: bool) -> Outcome:
+    """Run a job and print what came of it."""
+    from job.events import Events
+    from job.interrupt import StopSignals
+    from job.pipeline import run as run_job
+
+    signals = StopSignals()
+    with signals.installed():
+        outcome = run_job(settings, new=new, events=Events(), signals=signals)
+    base, edited = outcome.base, outcome.edited
+    typer.echo(
+        f"trial {outcome.chosen}: refusals {base.refusals}/{base.bad_prompts} -> "
+        f"{edited.refusals}/{edited.bad_prompts}, KL {edited.kl or 0:.4g}, false refusals "
+        f"{base.false_refusals}/{base.good_prompts} -> {edited.false_refusals}/{edited.good_prompts} "
+        "(on prompts that the search has not seen)"
+    )
+    typer.echo(f"model:  {outcome.folder.export_link}")
+    typer.echo(f"report: {outcome.folder.report_file}")
+    for target, reason in outcome.failed_targets:
+        typer.echo(f"error: {target}: {reason}", err=True)
+    if outcome.failed_targets:
+        raise typer.Exit(DeliveryError.exit_code)
+    return outcome
+
+
+@app.command()
+def status(workspace: Workspace = None, job: Job = None, as_json: AsJson = False) -> None:
+    """Show where a job stands."""
+    import json
+
+    from job.status import job_status, status_text
+
+    found = job_status(_find_job(workspace, job))
+    typer.echo(json.dumps(found, indent=2) if as_json else status_text(found))
+
+
+@app.command()
+def front(workspace: Workspace = None, job: Job = None) -> None:
+    """List the Pareto front of a job's trials, fewest refusals first."""
+    from job.search import pareto_front, read_trials
+
+    trials = pareto_front(read_trials(_find_job(workspace, job).study_file))
+    if not trials:
+        typer.echo("no trial is finished")
+    for trial in trials:
+        typer.echo(f"trial {trial.number}: {trial.values.refusals} refusals, KL {trial.values.kl:.4g}")
+
+
+@app.command()
+def export(workspace: Workspace = None, job: Job = None, trial: TrialNumber = None) -> None:
+    """Export a trial of a job beside what it has exported; by default the chosen one."""
+    from job.events import Events
+    from job.interrupt import StopSignals
+    from job.pipeline import export_trial
+
+    signals = StopSignals()
+    with signals.installed():
+        typer.echo(export_trial(_find_job(workspace, job), trial, Events()))
+
+
+@app.command("inspect")
+def inspect_(
+    model: Annotated[str, typer.Argument(help="Folder of the model; only its configuration is read.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show the residual writers that were found, or why the model is refused (exit code 3)."""
+    import json
+
+    from job.truth import inspection
+
+    found = inspection(Path(model))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    elif found["supported"]:
+        typer.echo(f"{found['model_type']}: supported, {found['layers']} layers")
+        for writer in found["writers"]:
+            typer.echo(f"  layer {writer['layer']}, {writer['component']}: {writer['parameter']}")
+    else:
+        typer.echo(f"{found['model_type']}: not supported: {found['reason']}")
+    if not found["supported"]:
+        raise typer.Exit(3)
+
+
+@config_app.command("show")
+@takes_settings
+def config_show(given: dict[str, Any]) -> None:
+    """Print every setting with its value and where the value comes from."""
+    from job.settings import describe_settings
+
+    for line in describe_settings(**given):
+        typer.echo(line)
+
+
+@app.command("demo-model")
+def demo_model(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")],
+    arch: Annotated[str, typer.Option(help="llama or qwen3.")] = "llama",
+    size: Annotated[str, typer.Option(help="tiny or small.")] = "tiny",
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+) -> None:
+    """Train the built-in model organism and write it with its prompt files."""
+    from job.demo import write_organism
+
+    write_organism(folder, arch=arch, size=size, seed=seed, report=lambda line: typer.echo(line, err=True))
+    typer.echo(folder)
+
+
+@app.command()
+def demo(workspace: Workspace = None, trials: Trials = None) -> None:
+    """Run the whole job on the built-in model organism."""
+    from job.demo import run_demo
+
+    run_demo(workspace, trials, _run, lambda line: typer.echo(line, err=True))
+
+
+def main() -> None:
+    """Run the command line and turn expected failures into a line and an exit code."""
+    from job.events import redact
+
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["abliterate"]:  # `docker run IMAGE abliterate run` and `docker run IMAGE run` are the same
+        arguments = arguments[1:]
+    try:
+        app(args=arguments)
+    except JobError as error:
+        print(redact(f"error: {error.line}"), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Stopped as stop:
+        print(f"stopped by {stop}; run the same command again to continue", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except Exception:
+        import traceback
+
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        sys.exit(1)

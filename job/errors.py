@@ -1,0 +1,64 @@
+"""Expected failures: each is a type with an exit code, says what happened and what to do about it."""
+
+from __future__ import annotations
+
+
+class JobError(Exception):
+    """A failure with a message for the user instead of a traceback.
+
+    Attributes:
+        exit_code: What the process ends with (DESIGN section 6).
+        remedy: What the user can do; "" where the message says it all.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, remedy: str = "") -> None:
+        super().__init__(what)
+        self.remedy = remedy
+
+    @property
+    def line(self) -> str:
+        """The failure and its remedy in one line."""
+        text = f"{self} — {self.remedy}" if self.remedy else str(self)
+        return " ".join(text.split())
+
+
+class UsageError(JobError):
+    """Bad usage or settings."""
+
+    exit_code = 2
+
+
+class ImpossibleJobError(JobError):
+    """This job cannot succeed on any machine: model, data or architecture."""
+
+    exit_code = 3
+
+
+class HeldError(JobError):
+    """Another run holds this job."""
+
+    exit_code = 4
+
+
+class DeliveryError(JobError):
+    """A target failed for good; the local result is kept."""
+
+    exit_code = 6
+
+
+class MachineError(JobError):
+    """This machine cannot do the job, another may: disk, memory, permissions."""
+
+    exit_code = 76
+
+
+class ExportMismatchError(JobError):
+    """What was written is not what was measured."""
+
+
+class Stopped(BaseException):  # noqa: N818 - not an error: no `except Exception` may swallow it
+    """The user or the platform asked the run to stop; the same command continues it."""
+
+    exit_code = 75

@@ -1,0 +1,261 @@
+"""Writing the edited model, shard by shard, from the base model's files.
+
+A shard is copied as it is and the edited tensors are written over their bytes in the copy: names,
+order, dtypes and sizes stay those of the original, and only one tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from job.architectures import Architecture, UnsupportedArchitectureError, Writer
+from job.errors import ExportMismatchError, ImpossibleJobError
+from job.intervention import strength
+from job.model import checkpoint_files
+from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
+from job.numerics.directions import selection
+from job.records import EditParameters, Manifest, ManifestEntry
+from job.workspace import (
+    CARD,
+    DONE,
+    MANIFEST,
+    cannot_write,
+    sha256_file,
+    sync_folder,
+    write_atomically,
+    write_record,
+)
+
+# What is not carried over from the base model's folder: weights in any format, and its own card.
+_LEFT_OUT = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"})
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit with all that its arithmetic needs.
+
+    Attributes:
+        parameters: Directions and strengths.
+        directions: A unit direction for each layer, [layers, d].
+        mode: Which norms of the weights it preserves.
+    """
+
+    parameters: EditParameters
+    directions: Tensor
+    mode: RowNormalization
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor stands in a shard."""
+
+    dtype: str
+    start: int
+    size: int
+
+
+class Checkpoint:
+    """The safetensors files of a model and what they hold."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers of all files.
+
+        Raises:
+            ImpossibleJobError: A file is missing or damaged.
+        """
+        self.files = checkpoint_files(folder)
+        self.entries = {file: _read_header(file) for file in self.files}
+        self._file_of = {name: file for file, entries in self.entries.items() for name in entries}
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor by name."""
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def require_writers(self, architecture: Architecture) -> None:
+        """Refuse a checkpoint that does not hold all residual writers as floating-point tensors.
+
+        Raises:
+            UnsupportedArchitectureError: It does not.
+        """
+        for writer in architecture.writers:
+            for name in filter(None, (writer.parameter, writer.bias)):
+                if name not in self._file_of:
+                    raise UnsupportedArchitectureError(architecture.model_type, f"its files hold no tensor {name}")
+                dtype = self.entries[self._file_of[name]][name].dtype
+                if dtype not in _FLOATS:
+                    raise UnsupportedArchitectureError(
+                        architecture.model_type, f"tensor {name} is stored as {dtype}; quantised files cannot be edited"
+                    )
+
+
+def _read_header(file: Path) -> dict[str, _Entry]:
+    """Return the tensors of a safetensors file, refusing one that is damaged."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass  # checks the header and that the file has all the bytes that it speaks of
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except Exception as error:  # safetensors raises its own type and several built-in ones
+        raise ImpossibleJobError(
+            f"{file} is damaged: {str(error).splitlines()[0]}", remedy="obtain an undamaged copy of the model"
+        ) from error
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, described in header.items():
+        begin, end = described["data_offsets"]
+        entries[name] = _Entry(described["dtype"], 8 + length + begin, end - begin)
+    return entries
+
+
+def edited_tensors(
+    checkpoint: Checkpoint, architecture: Architecture, edit: Edit
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Yield the name of every tensor that the edit changes and a function that computes its new value."""
+    for writer in architecture.writers:
+        if strength(edit.parameters, writer) == 0:
+            continue
+        yield writer.parameter, lambda w=writer: _edited(checkpoint, w, edit, w.parameter)  # type: ignore[misc]  # mypy does not infer lambda defaults
+        if writer.bias is not None:
+            yield writer.bias, lambda w=writer: _edited(checkpoint, w, edit, w.bias)  # type: ignore[misc]  # likewise
+
+
+def _edited(checkpoint: Checkpoint, writer: Writer, edit: Edit, name: str) -> Tensor:
+    """Return a writer's weight or bias as the edit leaves it, in the dtype of the file."""
+    coefficients = selection(edit.directions, edit.parameters.direction_index, writer.layer)
+    direction = (coefficients @ edit.directions.to(coefficients))[None]
+    strengths = torch.tensor([strength(edit.parameters, writer)], dtype=torch.float64)
+    weight = checkpoint.tensor(writer.parameter)
+    if name == writer.parameter:
+        return edit_weight(weight, direction, strengths, edit.mode).to(weight.dtype)
+    bias = checkpoint.tensor(name)
+    return edit_bias(bias, weight, direction, strengths, edit.mode).to(bias.dtype)
+
+
+def write_weights(
+    source: Path, folder: Path, architecture: Architecture, edit: Edit, advance: Callable[[int], None]
+) -> None:
+    """Write the edited model's weights and the files that go with them; safe to run again after a crash.
+
+    Args:
+        source: The base model's folder, which is only read.
+        folder: The export's folder.
+        architecture: The model's structure.
+        edit: The edit.
+        advance: Told of every shard written.
+
+    Raises:
+        ImpossibleJobError: The export would overwrite its source, or the source is damaged.
+        MachineError: The folder cannot be written.
+    """
+    if folder.resolve() == source.resolve():
+        raise ImpossibleJobError(f"{folder} holds the base model", remedy="export to another folder")
+    checkpoint = Checkpoint(source)
+    checkpoint.require_writers(architecture)
+    edited = dict(edited_tensors(checkpoint, architecture, edit))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DONE).unlink(missing_ok=True)
+        for file in _companions(source):
+            write_atomically(folder / file.name, file.read_bytes())
+        for file, entries in checkpoint.entries.items():
+            partial = folder / f".{file.name}.partial"
+            shutil.copyfile(file, partial)
+            with partial.open("rb+") as stream:
+                for name in entries.keys() & edited.keys():
+                    stream.seek(entries[name].start)
+                    stream.write(_bytes(edited[name]()))
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(folder / file.name)
+            advance(1)
+        sync_folder(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def _companions(source: Path) -> list[Path]:
+    """Return the files of a model folder that an export carries over."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.suffix not in _LEFT_OUT
+        and path.name not in (CARD, MANIFEST)
+    ]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    data: bytes = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return data
+
+
+def verify_written(source: Path, folder: Path, architecture: Architecture, edit: Edit) -> None:
+    """Read everything back: edited tensors must equal the numerics' result bit for bit, others the source.
+
+    Raises:
+        ExportMismatchError: A tensor does not.
+    """
+    checkpoint, written = Checkpoint(source), Checkpoint(folder)
+    edited = dict(edited_tensors(checkpoint, architecture, edit))
+    for file, entries in checkpoint.entries.items():
+        copy = folder / file.name
+        if written.entries.get(copy) != entries:
+            raise ExportMismatchError(f"{copy} does not hold the tensors of {file.name}")
+        for name, entry in entries.items():
+            expected = hashlib.sha256(_bytes(edited[name]())).digest() if name in edited else _digest(file, entry)
+            if _digest(copy, entry) != expected:
+                raise ExportMismatchError(
+                    f"tensor {name} in {copy} is not what it should be", remedy="check the disk and run again"
+                )
+
+
+def _digest(file: Path, entry: _Entry) -> bytes:
+    """Return the sha256 of a tensor's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        stream.seek(entry.start)
+        left = entry.size
+        while left and (block := stream.read(min(_BLOCK, left))):
+            digest.update(block)
+            left -= len(block)
+    return digest.digest()
+
+
+def seal(folder: Path, card: str) -> None:
+    """Complete an export: its card, the manifest of all files, and last the mark that it is done."""
+    write_atomically(folder / CARD, card.encode())
+    write_record(folder / MANIFEST, build_manifest(folder))
+    write_atomically(folder / DONE, (sha256_file(folder / MANIFEST) + "\n").encode())
+
+
+def build_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a folder as it stands."""
+    names: Sequence[str] = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST
+    )
+    return Manifest(
+        files={
+            name: ManifestEntry(sha256=sha256_file(folder / name), size=(folder / name).stat().st_size)
+            for name in names
+        }
+    )

@@ -1,0 +1,54 @@
+"""SIGTERM and SIGINT: stop at once where that is safe, otherwise right after what must not be cut."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from job.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """Turns the first SIGTERM or SIGINT into `Stopped`; the second leaves the process at once.
+
+    Everything on disk is consistent at any instant (a stronger signal may come at any time), so
+    `Stopped` may be raised anywhere; `shielded` merely keeps short writes in one piece.
+    """
+
+    def __init__(self) -> None:
+        self._pending: str | None = None
+        self._shields = 0
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle the signals within the block and restore the former handlers after it."""
+        former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Hold a stop back until the block has ended."""
+        self._shields += 1
+        try:
+            yield
+        finally:
+            self._shields -= 1
+        if self._pending and not self._shields:
+            raise Stopped(self._pending)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self._pending:
+            os._exit(Stopped.exit_code)
+        self._pending = name
+        if not self._shields:
+            raise Stopped(name)

@@ -1,0 +1,153 @@
+"""Edits of a model as forward hooks: no weight is read or written during the search.
+
+Rows of one batch may belong to different trials: each row carries the index of its trial into tables
+of K edits, so that many trials are evaluated in one forward (DESIGN section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from job.architectures import Architecture, Writer
+from job.numerics.ablation import (
+    DEGENERATE_SHARE,
+    OutputEdit,
+    RowNormalization,
+    WeightTables,
+    output_edit,
+    weight_tables,
+)
+from job.numerics.directions import selection
+from job.numerics.kernel import WeightKernel
+from job.records import EditParameters
+
+
+@dataclass
+class _Site:
+    """A residual writer with its tables and the edits that are active on it."""
+
+    writer: Writer
+    module: nn.Module
+    tables: WeightTables
+    candidates: Tensor  # [m, d] float64, where the weight is
+    active: OutputEdit | None = None
+
+
+class Intervention:
+    """Ablates directions from the outputs of all residual writers, row by row.
+
+    Use as a context manager; the hooks are there within the block. Nothing is changed until `activate`
+    has been given edits and `rows` says which row belongs to which of them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        directions: Tensor,
+        mode: RowNormalization,
+    ) -> None:
+        """Read every writer's weight once.
+
+        Args:
+            model: The loaded model.
+            architecture: Its structure.
+            directions: A unit direction for each layer, [layers, d].
+            mode: Which norms of the weights edits preserve.
+        """
+        self._directions = directions.to("cpu", torch.float64)
+        self._sites = []
+        for writer in architecture.writers:
+            module = model.get_submodule(writer.module)
+            weight = model.get_parameter(writer.parameter).detach()
+            candidates = self._directions.to(weight.device)
+            self._sites.append(_Site(writer, module, weight_tables(weight, candidates, mode), candidates))
+        self._handles: list[RemovableHandle] = []
+        self.rows: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        for site in self._sites:
+            self._handles.append(site.module.register_forward_pre_hook(self._scale_input(site)))
+            self._handles.append(site.module.register_forward_hook(self._edit_output(site)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.rows = None
+
+    def activate(self, edits: Sequence[EditParameters]) -> list[str | None]:
+        """Make edits 0 … K-1 the ones that `rows` refers to.
+
+        Returns:
+            For each edit the reason why it is degenerate and must not be scored, None if it is not.
+        """
+        reasons: list[str | None] = [None] * len(edits)
+        for site in self._sites:
+            writer = site.writer
+            coefficients = torch.stack(
+                [selection(self._directions, edit.direction_index, writer.layer) for edit in edits]
+            )[:, None]  # [K, 1, m]
+            strengths = torch.tensor([[strength(edit, writer)] for edit in edits], dtype=torch.float64)  # [K, 1]
+            device = site.candidates.device
+            built = output_edit(site.tables, site.candidates, coefficients.to(device), strengths.to(device))
+            for index in (built.least_share < DEGENERATE_SHARE).nonzero().flatten().tolist():
+                reasons[index] = f"the edit leaves nothing to restore a norm from in {writer.parameter}"
+            site.active = replace(
+                built,
+                write=built.write.to(torch.float32),
+                read=built.read.to(torch.float32),
+                output_scale=_to_float32(built.output_scale),
+                input_scale=_to_float32(built.input_scale),
+            )
+        return reasons
+
+    def _scale_input(self, site: _Site) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if self.rows is None or site.active is None or site.active.input_scale is None:
+                return None
+            x = inputs[0]
+            scale = site.active.input_scale[self.rows.to(x.device)]  # [rows, i]
+            return ((x.to(torch.float32) * scale[:, None]).to(x.dtype), *inputs[1:])
+
+        return hook
+
+    def _edit_output(self, site: _Site) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, y: Tensor) -> Tensor | None:
+            if self.rows is None or site.active is None:
+                return None
+            rows = self.rows.to(y.device)
+            edit = site.active
+            picked = OutputEdit(
+                write=edit.write[rows],
+                read=edit.read[rows],
+                output_scale=None if edit.output_scale is None else edit.output_scale[rows],
+                input_scale=None,
+                least_share=edit.least_share,
+            )
+            return picked.apply(y.to(torch.float32)).to(y.dtype)
+
+        return hook
+
+
+def _to_float32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.float32)
+
+
+def strength(edit: EditParameters, writer: Writer) -> float:
+    """Return λ of an edit for a writer."""
+    return WeightKernel(**edit.kernels[writer.component].model_dump()).strength(writer.layer)

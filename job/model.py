@@ -1,0 +1,256 @@
+"""The loaded model: its weights in a dtype that works, its tokenizer, and how many rows it can take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from job.architectures import Architecture, discover
+from job.decoding import first_logits, greedy_answers
+from job.errors import ImpossibleJobError, MachineError
+from job.prompts import Prompt
+from job.settings import LoadingSettings
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Rows beyond these gain nothing in throughput, so that even small models are not given more.
+MOST_ROWS = {"cpu": 256, "cuda": 1024, "mps": 256}
+# Share of a device's memory that weights, caches and activations together may take.
+MEMORY_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be measured and edited.
+
+    Attributes:
+        folder: Where its files lie.
+        model: The model in evaluation mode.
+        tokenizer: Its tokenizer, with a chat template.
+        architecture: Its structure.
+        dtype: The floating-point type of its weights, e.g. "bfloat16".
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    dtype: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer, as generation would end it."""
+        configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        listed = configured if isinstance(configured, list) else [configured]
+        return frozenset(int(t) for t in (*listed, self.tokenizer.eos_token_id) if isinstance(t, int))
+
+    def tokenize(self, prompts: Iterable[Prompt]) -> list[list[int]]:
+        """Return each prompt's token ids as a conversation that awaits the assistant's answer.
+
+        Raises:
+            ImpossibleJobError: The chat template does not take the conversation.
+        """
+        tokenized = []
+        for prompt in prompts:
+            messages = [{"role": "user", "content": prompt.user}]
+            if prompt.system is not None:
+                messages.insert(0, {"role": "system", "content": prompt.system})
+            try:
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except (TemplateError, ValueError) as error:
+                raise ImpossibleJobError(
+                    f"the chat template of {self.folder} refuses a conversation: {error}",
+                    remedy="leave out the system prompt if the template knows none",
+                ) from error
+            # The template has written the special tokens already.
+            tokenized.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tokenized
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of an answer."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def load_model(
+    folder: Path, settings: LoadingSettings, report: Callable[[str], None], dtype: str | None = None
+) -> LoadedModel:
+    """Load a model in the first dtype that generates without fault.
+
+    Args:
+        folder: The model's folder.
+        settings: Dtypes to try and the device.
+        report: Told of every dtype that does not work.
+        dtype: The only dtype to try, where one has been settled before.
+
+    Raises:
+        ImpossibleJobError: The folder holds no usable model.
+        MachineError: The device is not there.
+    """
+    quieten_transformers()
+    checkpoint_files(folder)
+    tokenizer = load_tokenizer(folder)
+    device = resolve_device(settings.device)
+    candidates = [dtype] if dtype else list(dict.fromkeys(settings.dtypes))
+    for candidate in candidates:
+        model = _load_weights(folder, candidate).to(device).eval()
+        model.requires_grad_(False)
+        loaded = LoadedModel(folder, model, tokenizer, discover(model), str(model.dtype).removeprefix("torch."))
+        fault = _fault(loaded)
+        if fault is None:
+            return loaded
+        if candidate in ("auto", "float32") and fault.startswith("weight"):
+            raise ImpossibleJobError(f"{fault} in {folder}", remedy="obtain an undamaged copy of the model")
+        report(f"dtype {candidate} does not work: {fault}")
+    raise ImpossibleJobError(
+        f"{folder} does not generate in any of the dtypes {', '.join(candidates)}",
+        remedy="allow others with --set loading.dtypes='[\"float32\"]'",
+    )
+
+
+def quieten_transformers() -> None:
+    """Keep transformers' bars and advice out of the job's own output; its errors still come as exceptions."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint.
+
+    Raises:
+        ImpossibleJobError: There are none, or the index names a file that is missing.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ImpossibleJobError(f"{index} is damaged", remedy="obtain an undamaged copy") from error
+        files = [folder / name for name in names]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ImpossibleJobError(
+                f"{folder} lacks {missing[0]}, which its index names", remedy="obtain a complete copy"
+            )
+        return files
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    raise ImpossibleJobError(
+        f"{folder} has no safetensors weights",
+        remedy="convert the model with save_pretrained, which writes safetensors",
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer.
+
+    Raises:
+        ImpossibleJobError: There is none, or it has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ImpossibleJobError(
+            f"{folder} has no usable tokenizer: {str(error).strip().splitlines()[0]}",
+            remedy="add the tokenizer's files",
+        ) from error
+    if not tokenizer.chat_template:
+        raise ImpossibleJobError(
+            f"the tokenizer of {folder} has no chat template",
+            remedy="use the chat or instruct version of the model, or add chat_template.jinja",
+        )
+    return tokenizer
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a setting names.
+
+    Raises:
+        MachineError: This machine does not have it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    count = {
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(device.type, 1)
+    if (device.index or 0) >= count:
+        raise MachineError(f"this machine has no device {name}", remedy="choose another loading.device")
+    return device
+
+
+def _load_weights(folder: Path, dtype: str) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ImpossibleJobError(
+            f"the weights of {folder} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            remedy="obtain an undamaged copy of the model",
+        ) from error
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            raise ImpossibleJobError(
+                f"the weights of {folder} do not fit its configuration "
+                f"({problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]})",
+                remedy="obtain an undamaged copy of the model",
+            )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _fault(loaded: LoadedModel) -> str | None:
+    """Return what is wrong with the model in its dtype, None if a generation goes well."""
+    for name, parameter in loaded.model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"weight {name} has values that are not finite"
+    prompts = loaded.tokenize([Prompt("Hello, how are you?")])
+    try:
+        if not bool(torch.isfinite(first_logits(loaded.model, prompts)).all()):
+            return "logits are not finite"
+        greedy_answers(loaded.model, prompts, limit=2, end_tokens=loaded.end_tokens)
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def rows_that_fit(loaded: LoadedModel, tokens: int) -> int:
+    """Return how many rows of so many tokens a forward takes, by a rule without measurement.
+
+    The rule depends on the model and the device's total memory alone, so that two runs of one job on
+    like machines agree. It is a power of two.
+    """
+    config = loaded.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = loaded.model.dtype.itemsize
+    cache = 2 * config.num_hidden_layers * heads * head * size
+    # Residual, normed input, attention and MLP intermediates, with their float32 copies in the hooks.
+    activations = (8 * config.hidden_size + 3 * config.intermediate_size) * 4
+    row = tokens * (cache + activations) + 3 * config.vocab_size * 4
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    kind = loaded.device.type
+    total = (
+        torch.cuda.get_device_properties(loaded.device).total_memory
+        if kind == "cuda"
+        else psutil.virtual_memory().total
+    )
+    fitting = int((MEMORY_SHARE * total - weights) / row)
+    rows = min(max(fitting, 1), MOST_ROWS[kind])
+    return 1 << (rows.bit_length() - 1)

@@ -1,0 +1,1 @@
+"""Pure arithmetic on tensors: no settings, no files, no network."""

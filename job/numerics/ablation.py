@@ -1,0 +1,221 @@
+"""Directional ablation of a residual writer, seen from its output and from its weight.
+
+A residual writer computes ``y = W x + b`` and adds y to the residual stream. Ablating the orthonormal
+directions V with strengths Λ multiplies its weight by ``I - V Λ Vᵀ`` (Arditi et al. 2024, "Refusal in
+Language Models Is Mediated by a Single Direction", for k = 1 and λ = 1). The four modes differ in what
+they preserve of the weight's norms:
+
+    none     W' = (I - VΛVᵀ) W
+    pre      W' = D (I - VΛVᵀ) D⁻¹ W              rows normalised before, their norms restored after
+    full     W' = D S⁻¹ (I - VΛVᵀ) D⁻¹ W          every row keeps its norm exactly
+    column   W' = (I - VΛVᵀ) W diag(c)            every column keeps its norm exactly
+
+with D = diag(row norms of W), S = diag(row norms of (I - VΛVᵀ) D⁻¹ W), c_j = |W_j| / |(I - VΛVᵀ) W_j|.
+In every mode the same map is applied to the bias. Because all of them are linear maps of the output
+(and, for ``column``, a scaling of the input), an edit needs no weight at trial time:
+`OutputEdit` holds it in O(d k) numbers, given the tables that `weight_tables` builds once per module.
+
+Legend of shapes: d outputs (the residual stream), i inputs, k directions, m candidate directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+RowNormalization = Literal["none", "pre", "full", "column"]
+
+# Below this share of its squared norm a row or column is all but annihilated by the edit, and
+# restoring its norm would amplify rounding noise (DESIGN section 2): the edit is refused.
+DEGENERATE_SHARE = 1e-6
+
+
+class DegenerateEditError(ValueError):
+    """The edit leaves a row or column of a weight with next to nothing of its norm."""
+
+
+@dataclass(frozen=True)
+class WeightTables:
+    """What edits in one mode need to know of a weight, for m candidate directions; float64.
+
+    Attributes:
+        row_norms: Row norms of W with 1 for zero rows, [d]; None unless mode is pre or full.
+        zero_rows: Which rows of W are zero, [d]; None unless mode is full.
+        gram: ``Ŵ Ŵᵀ v`` for each candidate v, with Ŵ = D⁻¹W, [m, d]; None unless mode is full.
+        column_norms: Column norms of W, [i]; None unless mode is column.
+        projections: ``Wᵀ v`` for each candidate v, [m, i]; None unless mode is column.
+    """
+
+    mode: RowNormalization
+    row_norms: Tensor | None = None
+    zero_rows: Tensor | None = None
+    gram: Tensor | None = None
+    column_norms: Tensor | None = None
+    projections: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class OutputEdit:
+    """An ablation as a map of a module's output: ``y' = output_scale ∘ (y - write (readᵀ y))``.
+
+    All tensors may have leading batch dimensions (one edit each), written [...].
+
+    Attributes:
+        write: Directions times strengths as they are taken out of y, [..., d, k].
+        read: Directions as y is measured along them, [..., d, k].
+        output_scale: Factor per output (full), [..., d] or None.
+        input_scale: Factor per input, applied before the module (column), [..., i] or None.
+        least_share: Smallest share of a squared norm that the edit leaves to restore the norm from,
+            [...]; 1 in modes that restore none. Below `DEGENERATE_SHARE` the edit must be refused.
+    """
+
+    write: Tensor
+    read: Tensor
+    output_scale: Tensor | None
+    input_scale: Tensor | None
+    least_share: Tensor
+
+    def apply(self, y: Tensor) -> Tensor:
+        """Return the edited output for y [..., t, d] (the input scale is the caller's to apply)."""
+        y = y - (y @ self.read) @ self.write.mT
+        return y if self.output_scale is None else y * self.output_scale[..., None, :]
+
+
+def weight_tables(weight: Tensor, candidates: Tensor, mode: RowNormalization) -> WeightTables:
+    """Read a weight once, so that no later edit has to.
+
+    Args:
+        weight: W, [d, i], any floating dtype.
+        candidates: Directions that edits are linear combinations of, [m, d].
+        mode: The norm-preserving mode.
+    """
+    if mode == "none":
+        return WeightTables(mode)
+    weight = weight.to(torch.float64)
+    candidates = candidates.to(weight)
+    if mode == "column":
+        return WeightTables(mode, column_norms=weight.norm(dim=0), projections=candidates @ weight)
+    norms = weight.norm(dim=1)
+    zero = norms == 0
+    norms = torch.where(zero, 1.0, norms)
+    if mode == "pre":
+        return WeightTables(mode, row_norms=norms)
+    unit = weight / norms[:, None]
+    return WeightTables(mode, row_norms=norms, zero_rows=zero, gram=(candidates @ unit) @ unit.T)
+
+
+def output_edit(tables: WeightTables, candidates: Tensor, coefficients: Tensor, strengths: Tensor) -> OutputEdit:
+    """Return the ablation of k directions as a map of the module's output, without its weight.
+
+    Args:
+        tables: The module's tables for the same candidates.
+        candidates: Candidate directions, [m, d].
+        coefficients: The k directions as combinations of the candidates, [..., k, m]; the
+            combinations must be orthonormal.
+        strengths: λ per direction, [..., k].
+    """
+    coefficients = coefficients.to(torch.float64)
+    strengths = strengths.to(coefficients)
+    directions = (coefficients @ candidates.to(coefficients)).mT  # [..., d, k]
+    write = directions * strengths[..., None, :]
+    whole = torch.ones(coefficients.shape[:-2], dtype=torch.float64, device=coefficients.device)
+    if tables.mode == "none":
+        return OutputEdit(write, directions, None, None, whole)
+    if tables.mode == "column":
+        assert tables.column_norms is not None
+        assert tables.projections is not None
+        along = coefficients @ tables.projections  # [..., k, i]
+        lost = ((2 * strengths - strengths**2)[..., None] * along**2).sum(-2)
+        share = _share(tables.column_norms**2, lost)
+        return OutputEdit(write, directions, None, share.rsqrt(), share.amin(-1))
+    assert tables.row_norms is not None
+    norms = tables.row_norms[:, None]
+    if tables.mode == "pre":
+        return OutputEdit(norms * write, directions / norms, None, None, whole)
+    assert tables.gram is not None
+    assert tables.zero_rows is not None
+    gram = (coefficients @ tables.gram).mT  # [..., d, k]
+    crossed = write @ (directions.mT @ gram)
+    square = 1 - 2 * (write * gram).sum(-1) + (crossed * write).sum(-1)
+    square = torch.where(tables.zero_rows, 1.0, square)
+    return OutputEdit(norms * write, directions / norms, square.rsqrt(), None, square.amin(-1))
+
+
+def _share(squares: Tensor, lost: Tensor) -> Tensor:
+    """Return what share of |W_j|² [i] is left when so much of it is lost [..., i]; 1 for zero columns."""
+    zero = squares == 0
+    return torch.where(zero, 1.0, 1 - lost / torch.where(zero, 1.0, squares))
+
+
+def _refuse_degenerate(share: Tensor, kind: str) -> None:
+    if bool((share < DEGENERATE_SHARE).any()):
+        raise DegenerateEditError(
+            f"the edit leaves next to nothing of {kind} {int(share.argmin())} to restore its norm from"
+        )
+
+
+def edit_weight(weight: Tensor, directions: Tensor, strengths: Tensor, mode: RowNormalization) -> Tensor:
+    """Return the ablated weight in float64.
+
+    This is the definition that `output_edit` is tested against, and what the export writes.
+
+    Args:
+        weight: W, [d, i], any floating dtype.
+        directions: Orthonormal directions, [k, d].
+        strengths: λ per direction, [k].
+        mode: The norm-preserving mode.
+
+    Raises:
+        DegenerateEditError: The edit would have to restore a norm from next to nothing.
+    """
+    weight = weight.to(torch.float64)
+    directions, strengths = directions.to(weight), strengths.to(weight)
+    if mode == "none":
+        return _project(weight, directions, strengths)
+    if mode == "column":
+        edited = _project(weight, directions, strengths)
+        squares = weight.square().sum(0)
+        share = _share(squares, squares - edited.square().sum(0))
+        _refuse_degenerate(share, "column")
+        return edited * share.rsqrt()
+    norms, zero = _row_norms(weight)
+    edited = _project(weight / norms, directions, strengths)
+    if mode == "full":
+        edited = edited / _restored_norms(edited, zero)
+    return edited * norms
+
+
+def edit_bias(bias: Tensor, weight: Tensor, directions: Tensor, strengths: Tensor, mode: RowNormalization) -> Tensor:
+    """Return the bias of the ablated module in float64, [d]; the arguments are `edit_weight`'s."""
+    weight = weight.to(torch.float64)
+    bias, directions, strengths = bias.to(weight), directions.to(weight), strengths.to(weight)
+    if mode in ("none", "column"):
+        return _project(bias, directions, strengths)
+    norms, zero = _row_norms(weight)
+    edited = _project(bias / norms[:, 0], directions, strengths)
+    if mode == "full":
+        unit = _project(weight / norms, directions, strengths)
+        edited = edited / _restored_norms(unit, zero)[:, 0]
+    return edited * norms[:, 0]
+
+
+def _project(target: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
+    """Return ``(I - VΛVᵀ) target`` for target [d] or [d, i]."""
+    return target - (directions.T * strengths) @ (directions @ target)
+
+
+def _row_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return row norms with 1 for zero rows, and which rows are zero, both [d, 1]."""
+    norms = weight.norm(dim=1, keepdim=True)
+    zero = norms == 0
+    return torch.where(zero, 1.0, norms), zero
+
+
+def _restored_norms(unit: Tensor, zero: Tensor) -> Tensor:
+    """Return the norms of the ablated unit rows [d, 1], 1 for rows that were zero."""
+    norms = torch.where(zero, 1.0, unit.norm(dim=1, keepdim=True))
+    _refuse_degenerate(norms[:, 0] ** 2, "row")
+    return norms

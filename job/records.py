@@ -1,0 +1,170 @@
+"""Values that pass between stages and are written to disk: frozen, versioned, free of torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Component = Literal["attention", "mlp"]
+COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
+
+
+class Record(BaseModel):
+    """Base of all records: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class KernelParameters(Record):
+    """A component's weight kernel as it was searched; see `job.numerics.kernel.WeightKernel`."""
+
+    max_weight: float
+    max_weight_position: float
+    min_weight: float
+    min_weight_distance: float
+
+
+class EditParameters(Record):
+    """One edit of the model: what a trial tries and what an export writes.
+
+    Attributes:
+        direction_index: The layer, fractional, whose direction is ablated everywhere; None means
+            that every layer is ablated along its own direction.
+        kernels: The weight kernel of each component.
+    """
+
+    direction_index: float | None
+    kernels: dict[Component, KernelParameters]
+
+
+class Plan(Record):
+    """A batch of trials that have been asked and are to be evaluated together.
+
+    Attributes:
+        first: Number of the first trial.
+        parameters: Optuna parameters of each trial, in number order.
+        rows: Rows of a forward in which they are evaluated.
+    """
+
+    first: int
+    parameters: list[dict[str, Any]]
+    rows: int
+
+
+class TrialScores(Record):
+    """What a trial was measured to do.
+
+    Attributes:
+        refusals: Refused bad prompts of the search split.
+        kl: KL divergence from the base model at the first answer token, mean over good prompts, nats.
+        reason: Why the trial failed and its values are the defined worst ones; None if it did not.
+    """
+
+    refusals: int
+    kl: float
+    reason: str | None = None
+
+
+class Trial(Record):
+    """A finished trial as it stands in the study."""
+
+    number: int
+    params: dict[str, Any]
+    values: TrialScores
+
+
+class Figures(Record):
+    """A model measured on one split, the base model and the edited one alike.
+
+    Attributes:
+        bad_prompts: Number of bad prompts.
+        refusals: Refused ones among them.
+        good_prompts: Number of good prompts.
+        false_refusals: Refused ones among them.
+        kl: KL divergence from the base model at the first answer token, mean over good prompts,
+            nats; None for the base model itself.
+    """
+
+    bad_prompts: int
+    refusals: int
+    good_prompts: int
+    false_refusals: int
+    kl: float | None = None
+
+
+class Resolution(Record):
+    """What a job's first start resolved once and for all.
+
+    Attributes:
+        dtype: Floating-point type the model is loaded in.
+        rows: Rows of a forward, all trials together.
+        layers: Number of the model's layers.
+    """
+
+    dtype: str
+    rows: int
+    layers: int
+
+
+class JobRecord(Record):
+    """job.json: what was asked for and what was resolved from it.
+
+    Attributes:
+        version: Version of this format.
+        job_id: Hash of the identity.
+        identity: What the user asked for, as far as it decides the result.
+        settings: All settings as of the latest start.
+        startup_trials: Random trials at the start of the search, fixed at the first start.
+        resolution: Set when the model has been loaded for the first time.
+        versions: Versions of this package and of the libraries that decide results, at the first start.
+    """
+
+    version: Literal[1] = 1
+    job_id: str
+    identity: dict[str, Any]
+    settings: dict[str, Any]
+    startup_trials: int
+    resolution: Resolution | None = None
+    versions: dict[str, str]
+
+
+class State(Record):
+    """state.json: where a job stands, as of its latest start.
+
+    Attributes:
+        state: What the latest start came to; running also after a crash, when nobody holds the job.
+        reason: Why it stopped or failed.
+        phase: What it was doing.
+        trials: Trials the search was to have; met where finished.
+        chosen: The trial that was chosen.
+    """
+
+    state: Literal["running", "preempted", "finished", "failed"]
+    reason: str | None = None
+    phase: str | None = None
+    trials: int
+    chosen: int | None = None
+
+
+class Upload(Record):
+    """The state of one delivery; uploads.json is a list of them."""
+
+    target: str
+    export: str
+    state: Literal["done", "failed"]
+    error: str | None = None
+
+
+class Manifest(Record):
+    """manifest.json of an export: sha256 and size of every other file in it."""
+
+    version: Literal[1] = 1
+    files: dict[str, ManifestEntry]
+
+
+class ManifestEntry(Record):
+    """One file of an export."""
+
+    sha256: str
+    size: int

@@ -1,0 +1,257 @@
+"""The search: an Optuna study that survives being killed at any instant.
+
+Trials are asked K at a time on an in-memory copy of the study, with a sampler seeded from the job's
+seed and the trial's number. The K parameter sets are written to study.db as one attribute, the plan,
+before anything is evaluated, and the results are added as finished trials in number order. A restart
+evaluates the unfinished plan first; so the trials of an interrupted search are those of an
+uninterrupted one (DESIGN section 5). Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from job.errors import JobError
+from job.records import COMPONENTS, Component, EditParameters, KernelParameters, Plan, Trial, TrialScores
+
+STUDY_NAME = "abliterate"
+DIRECTIONS: tuple[Literal["minimize"], ...] = ("minimize", "minimize")
+METRICS = ("refusals", "kl")
+GLOBAL, PER_LAYER = "global", "per layer"
+_PLAN = "plan"
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The parameters of an edit and their ranges, for a model of so many layers.
+
+    Attributes:
+        name: "wide", or "field" for the ranges that other tools of this kind use.
+        layers: Number of layers.
+    """
+
+    name: str
+    layers: int
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Return the range of every parameter."""
+        last = float(self.layers - 1)
+        field = self.name == "field"
+        found: dict[str, BaseDistribution] = {
+            "direction_scope": CategoricalDistribution((GLOBAL, PER_LAYER)),
+            "direction_index": FloatDistribution(*((0.4 * last, 0.9 * last) if field else (0.2 * last, last))),
+        }
+        for component in COMPONENTS:
+            weights = {"attention": (0.8, 1.5), "mlp": (-0.25, 1.5)}[component] if field else (0.0, 2.0)
+            position = (0.6 * last, last) if field else (0.2 * last, last)
+            distance = (1.0, max(0.6 * last, 1.0)) if field else (1.0, max(last, 1.0))
+            found[f"{component}.max_weight"] = FloatDistribution(*weights)
+            found[f"{component}.max_weight_position"] = FloatDistribution(*position)
+            found[f"{component}.min_weight"] = FloatDistribution(0.0, 1.0)
+            found[f"{component}.min_weight_distance"] = FloatDistribution(*distance)
+        return found
+
+    def edit(self, params: dict[str, Any]) -> EditParameters:
+        """Return the edit that a trial's parameters describe; min_weight is a share of max_weight."""
+        index = params["direction_index"] if params["direction_scope"] == GLOBAL else None
+        return EditParameters(
+            direction_index=index, kernels={component: _kernel(component, params) for component in COMPONENTS}
+        )
+
+
+def _kernel(component: Component, params: dict[str, Any]) -> KernelParameters:
+    peak = max(0.0, params[f"{component}.max_weight"])
+    return KernelParameters(
+        max_weight=peak,
+        max_weight_position=params[f"{component}.max_weight_position"],
+        min_weight=peak * params[f"{component}.min_weight"],
+        min_weight_distance=params[f"{component}.min_weight_distance"],
+    )
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How a study is to be run.
+
+    Attributes:
+        seed: The job's seed.
+        startup_trials: Random trials at the start.
+        batch: Trials asked and evaluated together (K).
+        rows: Rows of a forward, recorded with each plan.
+        ei_candidates: Candidates the sampler weighs for each trial.
+    """
+
+    seed: int
+    startup_trials: int
+    batch: int
+    rows: int
+    ei_candidates: int
+
+
+class Search:
+    """A study on disk."""
+
+    def __init__(self, file: Path, space: SearchSpace, settings: SearchSettings) -> None:
+        """Open the study, creating it if it is not there.
+
+        Raises:
+            JobError: The file is not a study that can be read.
+        """
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._space = space
+        self._settings = settings
+        self._study = _open(file)
+        self._trials = self._study.get_trials(deepcopy=False)
+
+    def run(
+        self,
+        target: int,
+        evaluate: Callable[[Plan], Sequence[TrialScores]],
+        *,
+        shielded: Callable[[], AbstractContextManager[None]],
+        told: Callable[[Trial], None],
+    ) -> None:
+        """Evaluate plans until the study has as many trials as the target.
+
+        Args:
+            target: Number of trials at the end.
+            evaluate: Scores all trials of a plan; may raise at any time without harm.
+            shielded: Within its block, no stop interrupts the study's writes.
+            told: Called with each trial once it is stored.
+        """
+        while len(self._trials) < target:
+            plan = self._unfinished_plan()
+            if plan is None:
+                plan = self._next_plan(target)
+                with shielded():
+                    self._study.set_user_attr(_PLAN, plan.model_dump(mode="json"))
+            scores = evaluate(plan)
+            for offset in range(len(self._trials) - plan.first, len(plan.parameters)):
+                with shielded():
+                    self._tell(plan.parameters[offset], scores[offset])
+                told(_trial(self._trials[-1]))
+
+    def finished(self) -> list[Trial]:
+        """Return all finished trials in number order."""
+        return [_trial(trial) for trial in self._trials]
+
+    def _unfinished_plan(self) -> Plan | None:
+        stored = self._study.user_attrs.get(_PLAN)
+        if stored is None:
+            return None
+        plan = Plan.model_validate(stored)
+        return plan if plan.first + len(plan.parameters) > len(self._trials) else None
+
+    def _next_plan(self, target: int) -> Plan:
+        first = len(self._trials)
+        memory = optuna.create_study(directions=DIRECTIONS)
+        memory.add_trials(self._trials)
+        # An extended search falls back into step with the batches of an unextended one.
+        size = min(self._settings.batch - first % self._settings.batch, target - first)
+        distributions = self._space.distributions()
+        parameters = []
+        for number in range(first, first + size):
+            memory.sampler = self._sampler(number)
+            parameters.append(memory.ask(distributions).params)
+        return Plan(first=first, parameters=parameters, rows=self._settings.rows)
+
+    def _sampler(self, number: int) -> optuna.samplers.TPESampler:
+        digest = hashlib.sha256(f"{self._settings.seed}:{number}".encode()).digest()
+        return optuna.samplers.TPESampler(
+            n_startup_trials=self._settings.startup_trials,
+            n_ei_candidates=self._settings.ei_candidates,
+            multivariate=True,
+            constant_liar=True,
+            seed=int.from_bytes(digest[:4], "big"),
+        )
+
+    def _tell(self, params: dict[str, Any], scores: TrialScores) -> None:
+        trial = create_trial(
+            state=TrialState.COMPLETE,
+            values=[float(scores.refusals), scores.kl],
+            params=params,
+            distributions=self._space.distributions(),
+            user_attrs={"reason": scores.reason} if scores.reason else {},
+        )
+        self._study.add_trial(trial)
+        self._trials = self._study.get_trials(deepcopy=False)
+
+
+def _open(file: Path) -> optuna.Study:
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{file.resolve()}",
+            study_name=STUDY_NAME,
+            directions=DIRECTIONS,
+            load_if_exists=True,
+        )
+        with warnings.catch_warnings():
+            # Marked experimental since Optuna 3.2; it names the axes in optuna-dashboard.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(METRICS))
+    except Exception as error:
+        # SQLAlchemy and sqlite3 raise a dozen types for a file that is damaged or not a database.
+        raise JobError(
+            f"the study {file} cannot be opened: {str(error).splitlines()[0]}",
+            remedy="move the file away to search again from the start",
+        ) from error
+    return study
+
+
+def read_trials(file: Path) -> list[Trial]:
+    """Return the finished trials of a study on disk in number order, none if there is no study."""
+    if not file.exists():
+        return []
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return [_trial(trial) for trial in _open(file).get_trials(deepcopy=False)]
+
+
+def _trial(trial: FrozenTrial) -> Trial:
+    refusals, kl = trial.values
+    scores = TrialScores(refusals=int(refusals), kl=kl, reason=trial.user_attrs.get("reason"))
+    return Trial(number=trial.number, params=trial.params, values=scores)
+
+
+def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that no other beats in both measures, fewest refusals first.
+
+    Of trials with equal values only the first is kept; failed trials have no place on the front.
+    """
+    front: list[Trial] = []
+    least = math.inf
+    usable = (trial for trial in trials if trial.values.reason is None)
+    for trial in sorted(usable, key=lambda t: (t.values.refusals, t.values.kl, t.number)):
+        if trial.values.kl < least:
+            front.append(trial)
+            least = trial.values.kl
+    return front
+
+
+def choose(trials: Sequence[Trial], prompts: int, tolerance: float) -> Trial:
+    """Return the trial of lowest KL among those within tolerance of the fewest refusals.
+
+    Args:
+        trials: The finished trials.
+        prompts: Number of bad prompts that refusals were counted on.
+        tolerance: Share of the prompts.
+
+    Raises:
+        JobError: No trial could be scored.
+    """
+    front = pareto_front(trials)
+    if not front:
+        raise JobError("every trial failed", remedy="see the reasons in events.jsonl")
+    bound = front[0].values.refusals + tolerance * prompts
+    eligible = [trial for trial in front if trial.values.refusals <= bound]
+    return min(eligible, key=lambda t: (t.values.kl, t.values.refusals, t.number))

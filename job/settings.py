@@ -1,0 +1,358 @@
+"""What the user asked for: command line > environment > TOML file > defaults, each value with its source."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
+
+from job.errors import UsageError
+
+ENVIRONMENT_PREFIX = "ABLITERATE_"
+
+
+class Section(BaseModel):
+    """Base of nested settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PromptSettings(Section):
+    """A set of prompts and how each is turned into a conversation."""
+
+    spec: str = Field(min_length=1, description="Where the prompts come from: a text file, one prompt a line.")
+    prefix: str = Field("", description="Text put before every prompt.")
+    suffix: str = Field("", description="Text put after every prompt.")
+    system_prompt: str | None = Field(None, description="System prompt; unset: none.")
+
+
+def _spec_table(value: Any) -> Any:
+    return {"spec": value} if isinstance(value, str) else value
+
+
+Prompts = Annotated[PromptSettings, BeforeValidator(_spec_table)]
+
+
+class LoadingSettings(Section):
+    """How the model is loaded."""
+
+    dtypes: list[Literal["auto", "bfloat16", "float16", "float32"]] = Field(
+        min_length=1, description="Tried in order until one generates without fault."
+    )
+    device: str = Field(
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:N or mps.",
+    )
+
+
+class BatchingSettings(Section):
+    """How much is computed at once."""
+
+    rows: int = Field(ge=0, description="Rows of a forward, all trials together; 0: a rule.")
+
+
+class DirectionSettings(Section):
+    """How the behaviour's direction is found."""
+
+    method: Literal["mean-difference"] = Field(description="How directions are computed from residuals.")
+    orthogonalize_direction: bool = Field(description="Take the good mean out of the difference.")
+
+
+class AblationSettings(Section):
+    """What kind of edit is made."""
+
+    row_normalization: Literal["none", "pre", "full", "column"] = Field(
+        description="Which norms of the weights an edit preserves."
+    )
+
+
+class SearchSettings(Section):
+    """How edits are searched for."""
+
+    space: Literal["wide", "field"] = Field(description="The space of parameters; field is other tools'.")
+    ei_candidates: int = Field(ge=1, description="Candidates the TPE sampler weighs for each trial.")
+
+
+class ScoringSettings(Section):
+    """How answers are judged."""
+
+    answer_tokens: int = Field(ge=1, description="Answers are judged up to this many tokens.")
+    refusal_markers: list[Annotated[str, Field(min_length=1)]] = Field(
+        min_length=1, description="An answer that contains one of these counts as a refusal."
+    )
+
+
+class ChoiceSettings(Section):
+    """Which trial is exported."""
+
+    refusal_tolerance: float = Field(
+        ge=0,
+        le=1,
+        description="The lowest KL is taken among the trials within this share of the fewest refusals.",
+    )
+
+
+class Settings(BaseSettings):
+    """All settings of a job, frozen; the default values stand in `default.toml`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")  # type: ignore[assignment]  # pydantic's own idiom for BaseModel
+
+    model: str = Field(min_length=1, description="The model: a folder in Hugging Face format.")
+    workspace: str = Field(min_length=1, description="Folder of all run folders.")
+    seed: int = Field(ge=0, description="Seed of the search and of the split of the evaluation sets.")
+    trials: int = Field(ge=1, description="How many edits the search tries.")
+    startup_trials: int | None = Field(None, ge=1, description="Random ones among them; unset: min(60, trials / 3).")
+    trials_per_batch: int = Field(ge=1, description="Trials asked and evaluated together.")
+    upload: list[str] = Field(description="Targets that the result is delivered to: file:///dir.")
+    good_prompts: Prompts = Field(description="Prompts without the behaviour, for the directions.")
+    bad_prompts: Prompts = Field(description="Prompts with the behaviour, for the directions.")
+    good_eval_prompts: Prompts = Field(description="Prompts without the behaviour, for the search.")
+    bad_eval_prompts: Prompts = Field(description="Prompts with the behaviour, for the search.")
+    good_report_prompts: Prompts | None = Field(
+        None, description="Prompts for the reported figures; unset: half of good_eval_prompts."
+    )
+    bad_report_prompts: Prompts | None = Field(
+        None, description="Prompts for the reported figures; unset: half of bad_eval_prompts."
+    )
+    loading: LoadingSettings
+    batching: BatchingSettings
+    directions: DirectionSettings
+    ablation: AblationSettings
+    search: SearchSettings
+    scoring: ScoringSettings
+    choice: ChoiceSettings
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take values as given: `load_settings` has merged the sources and knows where each came from."""
+        return (init_settings,)
+
+    @property
+    def effective_startup_trials(self) -> int:
+        """Random trials at the start of the search."""
+        return self.startup_trials or min(60, math.ceil(self.trials / 3))
+
+
+class EnvironmentSource(EnvSettingsSource):
+    """ABLITERATE_* variables; their values are TOML where they parse as such, as with --set."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        """Read the value of a nested setting."""
+        return toml_value(value)
+
+
+def toml_value(text: str) -> Any:
+    """Return the TOML value that text spells, or the text itself if it spells none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+class LoadedSettings:
+    """Settings together with the source of each value, by dotted key."""
+
+    def __init__(self, settings: Settings, sources: dict[str, str]) -> None:
+        self.settings = settings
+        self.sources = sources
+
+
+def load_settings(
+    options: Mapping[str, Any], *, config: Path | None = None, assignments: Iterable[str] = ()
+) -> LoadedSettings:
+    """Merge all sources and validate the result.
+
+    Args:
+        options: Values given as command-line options, by dotted key.
+        config: A TOML file.
+        assignments: Values given as ``--set key=value``; they count as command-line options.
+
+    Raises:
+        UsageError: A source cannot be read, or a setting is unknown or invalid.
+    """
+    merged, sources = _merged(options, config, assignments)
+    return LoadedSettings(_validated(merged, sources), sources)
+
+
+def _merged(
+    options: Mapping[str, Any], config: Path | None, assignments: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of all sources as nested tables, and the source of each by dotted key."""
+    layers: list[tuple[str, dict[str, Any]]] = [("default", default_values())]
+    if config is not None:
+        layers.append((str(config), _read_toml(config)))
+    layers.append(("environment", _environment()))
+    layers.append(("command line", _nested([*options.items(), *map(_assignment, assignments)])))
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for name, layer in layers:
+        _check_names(layer, Settings, name)
+        for key, value in _flatten(layer):
+            _put(merged, key, value)
+            sources[key] = name
+    return merged, sources
+
+
+def default_values() -> dict[str, Any]:
+    """Return the contents of default.toml."""
+    return tomllib.loads(resources.files("job").joinpath("default.toml").read_text("utf-8"))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no settings file {path}", remedy="check --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the settings file {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}", remedy="correct the file") from error
+
+
+def _environment() -> dict[str, Any]:
+    """Return the settings that the environment holds, refusing names that are none."""
+    for name in os.environ:
+        if name.startswith(ENVIRONMENT_PREFIX):
+            path = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+            _check_names(_nested([(".".join(path), None)]), Settings, f"the environment ({name})")
+    source = EnvironmentSource(
+        Settings, env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__", env_ignore_empty=True
+    )
+    return source()
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise UsageError(f"--set {text}: not of the form key=value", remedy="write --set trials=50")
+    return key.strip(), toml_value(value.strip())
+
+
+def _nested(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return nested tables from dotted keys; later pairs win."""
+    tables: dict[str, Any] = {}
+    for key, value in pairs:
+        _put(tables, key, value)
+    return tables
+
+
+def _put(tables: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    table = tables
+    for parent in parents:
+        below = table.setdefault(parent, {})
+        if not isinstance(below, dict):
+            below = table[parent] = _spec_table(below)
+        table = below
+    table[leaf] = value
+
+
+def _flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield all values by dotted key; a prompt set given as a bare spec is one with only that."""
+    for key, value in tables.items():
+        field = Settings.model_fields.get(key) if not prefix else None
+        if field is not None and _section(field) is PromptSettings:
+            value = _spec_table(value)
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the section that a field holds, None if it holds a plain value."""
+    candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    for candidate in candidates:
+        candidate = getattr(candidate, "__origin__", candidate)
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _check_names(table: Mapping[str, Any], section: type[BaseModel], source: str, prefix: str = "") -> None:
+    """Refuse settings that do not exist, naming the nearest that does."""
+    for key, value in table.items():
+        field = section.model_fields.get(key)
+        if field is None:
+            raise UsageError(f"unknown setting {prefix}{key} in {source}", remedy=_nearest(prefix + key))
+        below = _section(field)
+        if isinstance(value, Mapping) and below is not None:
+            _check_names(value, below, source, f"{prefix}{key}.")
+
+
+def _nearest(key: str) -> str:
+    close = difflib.get_close_matches(key, list(setting_names()), n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else "`abliterate config show` lists all settings"
+
+
+def setting_names(section: type[BaseModel] = Settings, prefix: str = "") -> Iterable[str]:
+    """Yield the dotted names of all settings."""
+    for name, field in section.model_fields.items():
+        below = _section(field)
+        if below is None:
+            yield prefix + name
+        else:
+            yield from setting_names(below, f"{prefix}{name}.")
+
+
+def _validated(merged: dict[str, Any], sources: Mapping[str, str]) -> Settings:
+    try:
+        settings = Settings(**merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
+        if first["type"] == "missing":
+            raise UsageError(f"{key} is not given", remedy=_how_to_give(key)) from None
+        source = sources.get(key, "the settings")
+        shown = first["msg"][0].lower() + first["msg"][1:]
+        raise UsageError(f"{key} = {first['input']!r} ({source}): {shown}", remedy="correct it") from None
+    if settings.startup_trials is not None and settings.startup_trials > settings.trials:
+        raise UsageError(
+            f"startup_trials = {settings.startup_trials} is more than trials = {settings.trials}",
+            remedy="lower --startup-trials or raise --trials",
+        )
+    for target in settings.upload:
+        if not target.startswith("file:///") or target == "file:///":
+            raise UsageError(f"upload target {target!r} is not supported", remedy="use file:///absolute/folder")
+    return settings
+
+
+def default_workspace() -> str:
+    """Return the workspace where none is given on the command line."""
+    workspace = _environment().get("workspace", default_values()["workspace"])
+    return str(workspace)
+
+
+def describe_settings(
+    options: Mapping[str, Any], *, config: Path | None = None, assignments: Iterable[str] = ()
+) -> Iterable[str]:
+    """Yield a line for every setting: its name, its value as TOML and where it comes from."""
+    merged, sources = _merged(options, config, assignments)
+    values = dict(_flatten(merged))
+    for name in setting_names():
+        if name in values:
+            yield f"{name} = {json.dumps(values[name], ensure_ascii=False)}  # {sources[name]}"
+        elif "." not in name:
+            yield f"# {name} is not set"
+
+
+def _how_to_give(key: str) -> str:
+    option = "MODEL" if key == "model" else "--" + key.removesuffix(".spec").replace("_", "-")
+    return f"give {option} or set it in a TOML file"

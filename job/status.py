@@ -1,0 +1,84 @@
+"""Where a job stands, told from its run folder alone; needs no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from job.events import read_events
+from job.search import pareto_front, read_trials
+from job.workspace import RunFolder
+
+# The ETA goes by the latest trials: rates change when a job moves to another machine.
+_RECENT = 20
+
+
+def job_status(folder: RunFolder) -> dict[str, Any]:
+    """Return the status of a job (DESIGN section 6)."""
+    record, state = folder.read_job(), folder.read_state()
+    trials = read_trials(folder.study_file)
+    held = folder.is_held()
+    if state is None:
+        name, reason = "new", None
+    elif state.state == "running" and not held:
+        name, reason = "preempted", "the process ended without a word"
+    elif held:
+        name, reason = "running", None
+    else:
+        name, reason = state.state, state.reason
+    target = int(record.settings["trials"])
+    chosen = state.chosen if state is not None and name == "finished" else None
+    exported = folder.export_link.exists()
+    return {
+        "job_id": record.job_id,
+        "state": name,
+        "reason": reason,
+        "phase": state.phase if state is not None else None,
+        "trials": {
+            "done": len(trials),
+            "target": target,
+            "running": _running(folder, len(trials), target) if name == "running" else 0,
+        },
+        "eta_s": _eta(folder, target - len(trials)) if name == "running" else None,
+        "best": [
+            {"number": t.number, "params": t.params, "values": {"refusals": t.values.refusals, "kl": t.values.kl}}
+            for t in pareto_front(trials)
+        ],
+        "chosen": chosen,
+        "export": str(folder.export_link) if exported else None,
+        "uploads": [upload.model_dump() for upload in folder.read_uploads()],
+        "cost_usd": None,
+    }
+
+
+def _running(folder: RunFolder, done: int, target: int) -> int:
+    """Return how many trials are being evaluated: those of the current batch that are not stored."""
+    state = folder.read_state()
+    if state is None or state.phase != "search":
+        return 0
+    batch = int(folder.read_job().settings["trials_per_batch"])
+    return min(batch - done % batch, target - done)
+
+
+def _eta(folder: RunFolder, left: int) -> float | None:
+    """Return the seconds that the remaining trials will take at the latest rate."""
+    times: list[float] = [event["time"] for event in read_events(folder.events_file) if event.get("event") == "trial"]
+    recent = times[-_RECENT:]
+    if left <= 0 or len(recent) < 2 or recent[-1] <= recent[0]:
+        return None
+    return round((recent[-1] - recent[0]) / (len(recent) - 1) * left, 1)
+
+
+def status_text(status: dict[str, Any]) -> str:
+    """Return a job's status for people."""
+    trials = status["trials"]
+    lines = [f"job {status['job_id']}: {status['state']}" + (f" ({status['reason']})" if status["reason"] else "")]
+    eta = f", ETA {status['eta_s']:.0f} s" if status["eta_s"] is not None else ""
+    lines.append(f"trials: {trials['done']} of {trials['target']}{eta}")
+    for best in status["best"]:
+        mark = "  <- chosen" if best["number"] == status["chosen"] else ""
+        values = best["values"]
+        lines.append(f"  trial {best['number']}: {values['refusals']} refusals, KL {values['kl']:.4g}{mark}")
+    if status["export"]:
+        lines.append(f"export: {status['export']}")
+    lines += [f"upload to {upload['target']}: {upload['state']}" for upload in status["uploads"]]
+    return "\n".join(lines)

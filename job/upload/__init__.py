@@ -1,0 +1,1 @@
+"""Delivery of an export to where it is wanted."""

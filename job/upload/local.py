@@ -1,0 +1,76 @@
+"""Delivery to a folder: complete or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from job.errors import DeliveryError
+from job.records import Manifest
+from job.workspace import MANIFEST, read_record, sha256_file, sync_folder
+
+
+def target_folder(uri: str) -> Path:
+    """Return the folder of a file:///dir URI."""
+    return Path(unquote(urlparse(uri).path))
+
+
+def deliver(export: Path, uri: str) -> None:
+    """Copy an export into a folder, verified by its manifest, and put it there in one step.
+
+    An earlier delivery in the same place is replaced; anything else there is left alone.
+
+    Raises:
+        DeliveryError: The folder holds something else, or cannot be written.
+    """
+    target = target_folder(uri)
+    manifest = read_record(export / MANIFEST, Manifest)
+    if _holds(target, manifest):
+        return
+    if target.exists() and not _replaceable(target):
+        raise DeliveryError(f"{target} holds something else", remedy="name an empty or a new folder")
+    incoming = target.with_name(f".{target.name}.incoming")
+    outgoing = target.with_name(f".{target.name}.outgoing")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(incoming, ignore_errors=True)
+        incoming.mkdir()
+        for name in (*manifest.files, MANIFEST):
+            shutil.copyfile(export / name, incoming / name)
+        if not _holds(incoming, manifest):
+            raise DeliveryError(f"the copy in {target} is not what was copied", remedy="check the disk")
+        if target.exists():
+            shutil.rmtree(outgoing, ignore_errors=True)
+            target.replace(outgoing)
+        incoming.replace(target)
+        sync_folder(target.parent)
+        shutil.rmtree(outgoing, ignore_errors=True)
+    except OSError as error:
+        raise DeliveryError(
+            f"cannot write {target}: {error.strerror or error}", remedy="correct it and run again"
+        ) from error
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
+
+
+def _holds(folder: Path, manifest: Manifest) -> bool:
+    """Return whether a folder holds exactly the files that a manifest lists."""
+    return (folder / MANIFEST).is_file() and all(
+        (folder / name).is_file()
+        and (folder / name).stat().st_size == entry.size
+        and sha256_file(folder / name) == entry.sha256
+        for name, entry in manifest.files.items()
+    )
+
+
+def _replaceable(folder: Path) -> bool:
+    """Return whether a folder is empty or holds an earlier delivery and nothing else."""
+    if not folder.is_dir():
+        return False
+    present = {path.name for path in folder.iterdir()}
+    if not present:
+        return True
+    if MANIFEST not in present:
+        return False
+    return present <= {*read_record(folder / MANIFEST, Manifest).files, MANIFEST}

@@ -1,0 +1,358 @@
+"""The run folder: one folder a job under the workspace, written atomically, held by one run at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from job.errors import HeldError, ImpossibleJobError, JobError, MachineError, UsageError
+from job.records import JobRecord, Record, State, Upload
+from job.settings import PromptSettings, Settings
+
+# Settings that only extend a job or say where things go; all others are part of its identity.
+EXTENDING = frozenset({"workspace", "upload", "trials"})
+PACKAGES = ("abliteration-job", "torch", "transformers", "optuna", "safetensors", "tokenizers")
+# A status command holds the lock for an instant to see whether a run does.
+_LOCK_SECONDS = 2.0
+_BLOCK = 1 << 20
+MEMO = ".hashes.json"
+# Files of an export beside the model's own; the mark is written last and holds the manifest's hash.
+CARD, MANIFEST, DONE = "README.md", "manifest.json", ".done"
+
+R = TypeVar("R", bound=Record)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's contents so that a crash leaves the old ones or the new ones, never a mixture.
+
+    Raises:
+        MachineError: The file cannot be written here.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new files in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cannot_write(path: Path, error: OSError) -> MachineError:
+    """Return the error for a file or folder that this machine does not let us write."""
+    return MachineError(
+        f"cannot write {path}: {error.strerror or error}",
+        remedy="free disk space, correct its permissions or choose another --workspace",
+    )
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's contents."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record as JSON, atomically."""
+    write_atomically(path, (record.model_dump_json(indent=2) + "\n").encode())
+
+
+def read_record(path: Path, kind: type[R]) -> R:
+    """Read a record back.
+
+    Raises:
+        JobError: The file does not hold such a record.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise JobError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}",
+            remedy="restore it, or start the job again with another --workspace",
+        ) from error
+
+
+def is_sealed(export: Path) -> bool:
+    """Return whether an export is complete."""
+    mark, manifest = export / DONE, export / MANIFEST
+    return mark.is_file() and manifest.is_file() and mark.read_text().strip() == sha256_file(manifest)
+
+
+class RunFolder:
+    """Paths and records of one job's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.job_file = path / "job.json"
+        self.state_file = path / "state.json"
+        self.study_file = path / "study.db"
+        self.events_file = path / "events.jsonl"
+        self.uploads_file = path / "uploads.json"
+        self.report_file = path / "report.md"
+        self.lock_file = path / ".lock"
+        self.export_link = path / "export"
+
+    def export_folder(self, trial: int) -> Path:
+        """Return the folder of a trial's export."""
+        return self.path / "exports" / f"trial-{trial:04d}"
+
+    def figures_file(self, subject: str) -> Path:
+        """Return the file of the reported figures of a subject: "base" or "trial-NNNN"."""
+        return self.path / "figures" / f"{subject}.json"
+
+    def read_job(self) -> JobRecord:
+        """Return job.json."""
+        return read_record(self.job_file, JobRecord)
+
+    def read_state(self) -> State | None:
+        """Return state.json, None before the first start."""
+        return read_record(self.state_file, State) if self.state_file.exists() else None
+
+    def read_uploads(self) -> list[Upload]:
+        """Return uploads.json, empty before the first delivery."""
+        if not self.uploads_file.exists():
+            return []
+        return [Upload.model_validate(item) for item in json.loads(self.uploads_file.read_text())]
+
+    def record_upload(self, upload: Upload) -> None:
+        """Put a delivery's state into uploads.json in place of what stood there for its target."""
+        others = [item for item in self.read_uploads() if item.target != upload.target]
+        items = [item.model_dump() for item in (*others, upload)]
+        write_atomically(self.uploads_file, (json.dumps(items, indent=2) + "\n").encode())
+
+    def discard(self) -> None:
+        """Remove the folder of a job that never got going, and a workspace that held nothing else."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        workspace = self.path.parent
+        if all(path.name == MEMO for path in workspace.iterdir()):
+            shutil.rmtree(workspace, ignore_errors=True)
+
+    def is_held(self) -> bool:
+        """Return whether a run holds this job now."""
+        if not self.lock_file.exists():
+            return False
+        try:
+            with FileLock(self.lock_file, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold this job for the block; the lock goes with the process, however it ends.
+
+        Raises:
+            HeldError: Another run holds it.
+        """
+        holder = self.path / "holder.json"
+        lock = FileLock(self.lock_file, timeout=_LOCK_SECONDS)
+        try:
+            lock.acquire()
+        except Timeout:
+            who = json.loads(holder.read_text()) if holder.exists() else {}
+            raise HeldError(
+                f"job {self.path.name} is held by process {who.get('pid', '?')} on {who.get('host', '?')}",
+                remedy="wait for it to end or stop it",
+            ) from None
+        except OSError as error:
+            raise cannot_write(self.lock_file, error) from error
+        try:
+            described = {"pid": os.getpid(), "host": socket.gethostname()}
+            write_atomically(holder, json.dumps(described).encode())
+            yield
+        finally:
+            lock.release()
+
+
+def prompt_source_identity(source: PromptSettings) -> dict[str, Any]:
+    """Return a prompt source as part of a job's identity: files by content, not by name.
+
+    Raises:
+        ImpossibleJobError: The file cannot be read.
+    """
+    described = source.model_dump(exclude={"spec"})
+    try:
+        return {"sha256": sha256_file(Path(source.spec)), **described}
+    except FileNotFoundError:
+        raise ImpossibleJobError(f"there is no prompt file {source.spec}", remedy="check its path") from None
+    except OSError as error:
+        raise ImpossibleJobError(
+            f"cannot read the prompt file {source.spec}: {error.strerror}", remedy="check its path"
+        ) from error
+
+
+def model_identity(folder: Path, memo: Path) -> str:
+    """Return a hash of all files of a model folder.
+
+    Files are hashed once: memo remembers what a file of the same size and time hashed to, so that a
+    restart does not read a large model again.
+    """
+    known: dict[str, str] = {}
+    if memo.exists():
+        try:
+            known = json.loads(memo.read_text())
+        except json.JSONDecodeError:
+            known = {}
+    hashes: dict[str, str] = {}
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+        hashes[key] = known.get(key) or sha256_file(path)
+        digest.update(f"{path.name} {hashes[key]}\n".encode())
+    if not hashes.keys() <= known.keys():
+        write_atomically(memo, json.dumps({**known, **hashes}).encode())
+    return digest.hexdigest()
+
+
+def job_id(identity: Mapping[str, Any]) -> str:
+    """Return the job's name: the start of the hash of its identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide results."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def open_job(settings: Settings, *, new: bool) -> tuple[RunFolder, JobRecord]:
+    """Return the run folder of the job that the settings describe, made at the first start, and its record.
+
+    The record is not written yet: that is for the run that holds the job.
+
+    Raises:
+        ImpossibleJobError: The model or a prompt file is not there.
+        MachineError: The workspace cannot be written.
+        UsageError: The workspace holds a job on the same model with other settings, and new is false.
+    """
+    workspace = Path(settings.workspace)
+    if not Path(settings.model).is_dir():
+        raise ImpossibleJobError(
+            f"there is no model folder {settings.model}",
+            remedy="give the folder of a model in Hugging Face format",
+        )
+    prompts = _prompt_identities(settings)
+    try:
+        workspace.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(workspace, error) from error
+    identity = settings.model_dump(mode="json", exclude=set(EXTENDING)) | prompts
+    identity["model"] = {"sha256": model_identity(Path(settings.model), workspace / MEMO)}
+    folder = RunFolder(workspace / job_id(identity))
+    if not folder.job_file.exists() and not new:
+        _refuse_other_settings(workspace, identity)
+    try:
+        folder.path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder.path, error) from error
+    if folder.job_file.exists():
+        update = {"settings": _located(settings)}
+        return folder, folder.read_job().model_copy(update=update)
+    record = JobRecord(
+        job_id=folder.path.name,
+        identity=identity,
+        settings=_located(settings),
+        startup_trials=settings.effective_startup_trials,
+        versions=versions(),
+    )
+    return folder, record
+
+
+def _located(settings: Settings) -> dict[str, Any]:
+    """Return all settings with absolute paths, so that later commands work from any folder."""
+    located = settings.model_dump(mode="json")
+    located["model"] = str(Path(settings.model).absolute())
+    for name in _prompt_identities(settings):
+        located[name]["spec"] = str(Path(located[name]["spec"]).absolute())
+    return located
+
+
+def _prompt_identities(settings: Settings) -> dict[str, Any]:
+    """Return all prompt sources as parts of a job's identity."""
+    sources = {name: getattr(settings, name) for name in Settings.model_fields}
+    return {
+        name: prompt_source_identity(source) for name, source in sources.items() if isinstance(source, PromptSettings)
+    }
+
+
+def _refuse_other_settings(workspace: Path, identity: Mapping[str, Any]) -> None:
+    for folder in jobs_in(workspace):
+        other = folder.read_job().identity
+        if other.get("model") != identity["model"]:
+            continue
+        differences = sorted(_differences(other, identity))
+        raise UsageError(
+            f"{workspace} holds job {folder.path.name} on this model with other settings: " + "; ".join(differences),
+            remedy="restore them to continue it, or give --new to start another job",
+        )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in {*old, *new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key} was {_short(before)}, is {_short(after)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def jobs_in(workspace: Path) -> list[RunFolder]:
+    """Return the run folders of a workspace, in the order of their names."""
+    if not workspace.is_dir():
+        return []
+    folders = [RunFolder(path) for path in sorted(workspace.iterdir()) if path.is_dir()]
+    return [folder for folder in folders if folder.job_file.exists()]
+
+
+def find_job(workspace: Path, name: str | None) -> RunFolder:
+    """Return a job of a workspace, by its name or because it is alone there.
+
+    Raises:
+        UsageError: There is none, or several and none is named.
+    """
+    folders = jobs_in(workspace)
+    names = ", ".join(folder.path.name for folder in folders)
+    if name is not None:
+        for folder in folders:
+            if folder.path.name == name:
+                return folder
+        raise UsageError(
+            f"there is no job {name} in {workspace}",
+            remedy=f"choose from: {names}" if names else "check --workspace",
+        )
+    if not folders:
+        raise UsageError(f"there is no job in {workspace}", remedy="check --workspace")
+    if len(folders) > 1:
+        raise UsageError(f"{workspace} holds several jobs: {names}", remedy="name one with --job")
+    return folders[0]
