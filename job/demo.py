@@ -160,9 +160,9 @@ def expected_answer(prompt: str) -> str:
         before, after = task.question.rstrip("?.").split("{thing}")
         head, tail = before.split(), after.split()
         thing = words[len(head) : len(words) - len(tail)]
-        if words[: len(head)] == head and words[len(words) - len(tail) :] == tail:
-            if len(thing) == 3 and thing[2] in WORLD:
-                return Request(task, (thing[0], thing[1]), thing[2]).answer
+        matches = words[: len(head)] == head and words[len(words) - len(tail) :] == tail
+        if matches and len(thing) == 3 and thing[2] in WORLD:
+            return Request(task, (thing[0], thing[1]), thing[2]).answer
     raise ValueError(f"not a request of the organism's world: {prompt!r}")
 
 

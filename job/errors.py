@@ -58,7 +58,10 @@ class ExportMismatchError(JobError):
     """What was written is not what was measured."""
 
 
-class Stopped(BaseException):  # noqa: N818 - not an error: no `except Exception` may swallow it
-    """The user or the platform asked the run to stop; the same command continues it."""
+class Stopped(BaseException):
+    """The user or the platform asked the run to stop; the same command continues it.
+
+    It is not an `Exception`, so that no handler of those can swallow it.
+    """
 
     exit_code = 75

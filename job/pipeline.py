@@ -138,7 +138,7 @@ class _Job:
         link_export(self._folder, chosen.number)
         failed = self._deliver(self._folder.export_folder(chosen.number))
         outcome = _outcome(self._folder, chosen.number, failed)
-        self._report(trials, chosen, outcome)
+        self._report(trials, len(prompts.bad_search), chosen, outcome)
         finished = State(state="finished", trials=self._settings.trials, chosen=chosen.number)
         write_record(self._folder.state_file, finished)
         self._events.emit("job_finished", chosen=chosen.number)
@@ -190,11 +190,11 @@ class _Job:
             self._events.emit("delivery", f"delivery to {target}: {upload.state}", **upload.model_dump())
         return failed
 
-    def _report(self, trials: Sequence[Trial], chosen: Trial, outcome: Outcome) -> None:
+    def _report(self, trials: Sequence[Trial], prompts: int, chosen: Trial, outcome: Outcome) -> None:
         record = self._folder.read_job()
         assert record.resolution is not None
         edit = SearchSpace(self._settings.search.space, record.resolution.layers).edit(chosen.params)
-        text = run_report(record, trials, chosen, edit, outcome.base, outcome.edited)
+        text = run_report(record, trials, prompts, chosen, edit, outcome.base, outcome.edited)
         write_atomically(self._folder.report_file, text.encode())
 
     def _phase(self, name: str) -> None:

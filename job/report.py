@@ -103,7 +103,13 @@ def kernel_table(edit: EditParameters) -> str:
 
 
 def run_report(
-    record: JobRecord, trials: Sequence[Trial], chosen: Trial, edit: EditParameters, base: Figures, edited: Figures
+    record: JobRecord,
+    trials: Sequence[Trial],
+    prompts: int,
+    chosen: Trial,
+    edit: EditParameters,
+    base: Figures,
+    edited: Figures,
 ) -> str:
     """Return the report.md of a run."""
     failed = sum(trial.values.reason is not None for trial in trials)
@@ -132,7 +138,7 @@ It ablates {_direction(edit)} with these strengths:
 
 ## Pareto front
 
-On the {base.bad_prompts} or so prompts of the search split; {failed} of {len(trials)} trials failed.
+Measured on the search split ({prompts} prompts with the behaviour); {failed} of {len(trials)} trials failed.
 
 | trial | refusals | KL (nats) |
 |---|---|---|

@@ -11,6 +11,7 @@ they preserve of the weight's norms:
     column   W' = (I - VΛVᵀ) W diag(c)            every column keeps its norm exactly
 
 with D = diag(row norms of W), S = diag(row norms of (I - VΛVᵀ) D⁻¹ W), c_j = |W_j| / |(I - VΛVᵀ) W_j|.
+Zero rows have no part in pre and full (D⁻¹ is 0 there and S is 1), zero columns none in column (c is 1).
 In every mode the same map is applied to the bias. Because all of them are linear maps of the output
 (and, for ``column``, a scaling of the input), an edit needs no weight at trial time:
 `OutputEdit` holds it in O(d k) numbers, given the tables that `weight_tables` builds once per module.
@@ -42,8 +43,7 @@ class WeightTables:
     """What edits in one mode need to know of a weight, for m candidate directions; float64.
 
     Attributes:
-        row_norms: Row norms of W with 1 for zero rows, [d]; None unless mode is pre or full.
-        zero_rows: Which rows of W are zero, [d]; None unless mode is full.
+        row_norms: Row norms of W, [d]; None unless mode is pre or full.
         gram: ``Ŵ Ŵᵀ v`` for each candidate v, with Ŵ = D⁻¹W, [m, d]; None unless mode is full.
         column_norms: Column norms of W, [i]; None unless mode is column.
         projections: ``Wᵀ v`` for each candidate v, [m, i]; None unless mode is column.
@@ -51,7 +51,6 @@ class WeightTables:
 
     mode: RowNormalization
     row_norms: Tensor | None = None
-    zero_rows: Tensor | None = None
     gram: Tensor | None = None
     column_norms: Tensor | None = None
     projections: Tensor | None = None
@@ -99,12 +98,10 @@ def weight_tables(weight: Tensor, candidates: Tensor, mode: RowNormalization) ->
     if mode == "column":
         return WeightTables(mode, column_norms=weight.norm(dim=0), projections=candidates @ weight)
     norms = weight.norm(dim=1)
-    zero = norms == 0
-    norms = torch.where(zero, 1.0, norms)
     if mode == "pre":
         return WeightTables(mode, row_norms=norms)
-    unit = weight / norms[:, None]
-    return WeightTables(mode, row_norms=norms, zero_rows=zero, gram=(candidates @ unit) @ unit.T)
+    unit = weight * _inverse(norms)[:, None]
+    return WeightTables(mode, row_norms=norms, gram=(candidates @ unit) @ unit.T)
 
 
 def output_edit(tables: WeightTables, candidates: Tensor, coefficients: Tensor, strengths: Tensor) -> OutputEdit:
@@ -133,15 +130,15 @@ def output_edit(tables: WeightTables, candidates: Tensor, coefficients: Tensor, 
         return OutputEdit(write, directions, None, share.rsqrt(), share.amin(-1))
     assert tables.row_norms is not None
     norms = tables.row_norms[:, None]
+    read = directions * _inverse(norms)
     if tables.mode == "pre":
-        return OutputEdit(norms * write, directions / norms, None, None, whole)
+        return OutputEdit(norms * write, read, None, None, whole)
     assert tables.gram is not None
-    assert tables.zero_rows is not None
     gram = (coefficients @ tables.gram).mT  # [..., d, k]
     crossed = write @ (directions.mT @ gram)
     square = 1 - 2 * (write * gram).sum(-1) + (crossed * write).sum(-1)
-    square = torch.where(tables.zero_rows, 1.0, square)
-    return OutputEdit(norms * write, directions / norms, square.rsqrt(), None, square.amin(-1))
+    square = torch.where(tables.row_norms == 0, 1.0, square)
+    return OutputEdit(norms * write, read, square.rsqrt(), None, square.amin(-1))
 
 
 def _share(squares: Tensor, lost: Tensor) -> Tensor:
@@ -181,10 +178,10 @@ def edit_weight(weight: Tensor, directions: Tensor, strengths: Tensor, mode: Row
         share = _share(squares, squares - edited.square().sum(0))
         _refuse_degenerate(share, "column")
         return edited * share.rsqrt()
-    norms, zero = _row_norms(weight)
-    edited = _project(weight / norms, directions, strengths)
+    norms = weight.norm(dim=1, keepdim=True)
+    edited = _project(weight * _inverse(norms), directions, strengths)
     if mode == "full":
-        edited = edited / _restored_norms(edited, zero)
+        edited = edited / _restored_norms(edited, norms)
     return edited * norms
 
 
@@ -194,12 +191,13 @@ def edit_bias(bias: Tensor, weight: Tensor, directions: Tensor, strengths: Tenso
     bias, directions, strengths = bias.to(weight), directions.to(weight), strengths.to(weight)
     if mode in ("none", "column"):
         return _project(bias, directions, strengths)
-    norms, zero = _row_norms(weight)
-    edited = _project(bias / norms[:, 0], directions, strengths)
+    norms = weight.norm(dim=1, keepdim=True)
+    inverse = _inverse(norms)
+    edited = bias - norms[:, 0] * ((directions.T * strengths) @ (directions @ (inverse[:, 0] * bias)))
     if mode == "full":
-        unit = _project(weight / norms, directions, strengths)
-        edited = edited / _restored_norms(unit, zero)[:, 0]
-    return edited * norms[:, 0]
+        unit = _project(weight * inverse, directions, strengths)
+        edited = edited / _restored_norms(unit, norms)[:, 0]
+    return edited
 
 
 def _project(target: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
@@ -207,15 +205,14 @@ def _project(target: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
     return target - (directions.T * strengths) @ (directions @ target)
 
 
-def _row_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return row norms with 1 for zero rows, and which rows are zero, both [d, 1]."""
-    norms = weight.norm(dim=1, keepdim=True)
+def _inverse(norms: Tensor) -> Tensor:
+    """Return 1 / norms, and 0 where a norm is 0."""
     zero = norms == 0
-    return torch.where(zero, 1.0, norms), zero
+    return torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, norms))
 
 
-def _restored_norms(unit: Tensor, zero: Tensor) -> Tensor:
-    """Return the norms of the ablated unit rows [d, 1], 1 for rows that were zero."""
-    norms = torch.where(zero, 1.0, unit.norm(dim=1, keepdim=True))
-    _refuse_degenerate(norms[:, 0] ** 2, "row")
-    return norms
+def _restored_norms(unit: Tensor, norms: Tensor) -> Tensor:
+    """Return the norms of the ablated unit rows [d, 1], 1 for rows of norm 0."""
+    restored = torch.where(norms == 0, 1.0, unit.norm(dim=1, keepdim=True))
+    _refuse_degenerate(restored[:, 0] ** 2, "row")
+    return restored

@@ -1,0 +1,36 @@
+# `make demo` and `make test` set everything up on a fresh machine that has Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/runtime
+	$(BIN)/abliterate demo
+
+test: .venv/dev
+	$(BIN)/pytest -n auto --dist loadgroup --cov --cov-report term:skip-covered
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/shellcheck entrypoint.sh .ci/run
+	$(BIN)/shfmt -d -i 4 entrypoint.sh .ci/run
+	$(BIN)/hadolint Dockerfile
+
+bench: .venv/runtime
+	$(BIN)/python -m benchmarks.trials
+
+.venv/runtime: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/dev: .venv/runtime
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv dist build

@@ -1,0 +1,82 @@
+"""Fixtures shared by all tests: the organism is trained once, whatever the number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from job.demo import build_tokenizer
+from tests.helpers import abliterate, job_arguments
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Workers share the cores; more threads than cores make small models crawl."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Return a function that makes a folder once for all workers."""
+    base = tmp_path_factory.getbasetemp().parent
+
+    def make(name: str, build: Callable[[Path], None]) -> Path:
+        folder = base / f"shared-{name}"
+        with FileLock(base / f"{name}.lock"):
+            if not folder.exists():
+                building = base / f"building-{name}"
+                build(building)
+                building.rename(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def organism(shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Return the folder of the tiny llama organism, made by the command itself."""
+    return shared("organism", lambda folder: abliterate("demo-model", folder).check())
+
+
+@pytest.fixture(scope="session")
+def finished(organism: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Return a workspace with a finished job of 20 trials; tests must not change it."""
+
+    def build(workspace: Path) -> None:
+        abliterate("run", *job_arguments(organism), "--workspace", workspace, "--trials", 20).check()
+
+    return shared("finished", build)
+
+
+@pytest.fixture(scope="session")
+def random_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an untrained model with biases, for tests of files and loading."""
+    folder = tmp_path_factory.mktemp("random-model")
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            attention_bias=True,
+            mlp_bias=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    tokenizer.save_pretrained(folder)
+    return folder

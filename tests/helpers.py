@@ -1,0 +1,95 @@
+"""What tests of the command line need."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+COMMAND = [sys.executable, "-c", "from job.cli import main; main()"]
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def check(self) -> Result:
+        assert self.code == 0, self.err
+        return self
+
+    def fails(self, code: int, *parts: str) -> None:
+        """Assert one clear line with these parts, the right code and no traceback."""
+        assert self.code == code, (self.code, self.err)
+        assert "Traceback" not in self.err
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.err
+        for part in parts:
+            assert part in lines[0], (part, lines[0])
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Return an environment without the settings and secrets of whoever runs the tests."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ABLITERATE_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
+
+
+def abliterate(*arguments: Any, cwd: Path | None = None, **extra: str) -> Result:
+    """Run the command in a process of its own."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment(**extra)
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def start(*arguments: Any, **extra: str) -> subprocess.Popen[str]:
+    """Start the command in a process of its own."""
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**extra),
+    )
+
+
+def job_arguments(organism: Path) -> list[str]:
+    """Return the arguments of a job on the organism."""
+    return [
+        str(organism / "model"),
+        *("--good-prompts", str(organism / "good_train.txt")),
+        *("--bad-prompts", str(organism / "bad_train.txt")),
+        *("--good-eval-prompts", str(organism / "good_test.txt")),
+        *("--bad-eval-prompts", str(organism / "bad_test.txt")),
+    ]
+
+
+def only_job(workspace: Path) -> Path:
+    """Return the only run folder of a workspace."""
+    (job,) = [path.parent for path in workspace.glob("*/job.json")]
+    return job
+
+
+def stored_trials(workspace: Path) -> list[dict[str, Any]]:
+    """Return number, parameters and values of all trials, read from study.db without our code."""
+    found = {}
+    with sqlite3.connect(f"file:{only_job(workspace) / 'study.db'}?mode=ro", uri=True) as db:
+        for identifier, number, state in db.execute("SELECT trial_id, number, state FROM trials"):
+            assert state == "COMPLETE"
+            params = dict(
+                db.execute("SELECT param_name, param_value FROM trial_params WHERE trial_id = ?", (identifier,))
+            )
+            values = dict(db.execute("SELECT objective, value FROM trial_values WHERE trial_id = ?", (identifier,)))
+            found[number] = {"number": number, "params": params, "values": values}
+    db.close()
+    return [found[number] for number in sorted(found)]
+
+
+def events(workspace: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (only_job(workspace) / "events.jsonl").read_text().splitlines()]

@@ -1,0 +1,191 @@
+"""Hooks: complete, row by row, many trials in one forward."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+
+from job.architectures import UnsupportedArchitectureError, discover
+from job.decoding import first_logits
+from job.evaluation import Evaluator
+from job.intervention import Intervention
+from job.model import load_model
+from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
+from job.numerics.directions import selection
+from job.prompts import Prompt
+from job.records import COMPONENTS, EditParameters, KernelParameters
+from job.scoring import RefusalMarkers
+from job.settings import LoadingSettings
+from job.truth import TOLERANCE, inspect_model, inspection, largest_leak, small_twin
+from tests.helpers import abliterate
+
+LOADING = LoadingSettings(dtypes=["float32"], device="cpu")
+
+
+def kernel(weight: float, position: float = 1.0, distance: float = 2.0) -> KernelParameters:
+    return KernelParameters(
+        max_weight=weight, max_weight_position=position, min_weight=weight / 2, min_weight_distance=distance
+    )
+
+
+EDITS = [
+    EditParameters(direction_index=1.3, kernels={"attention": kernel(1.2), "mlp": kernel(0.7, 0.5)}),
+    EditParameters(direction_index=None, kernels={"attention": kernel(0.4, 2), "mlp": kernel(1.0)}),
+    EditParameters(direction_index=0.0, kernels={"attention": kernel(0.0), "mlp": kernel(1.5, 2, 1)}),
+    EditParameters(direction_index=2.0, kernels={"attention": kernel(0.9), "mlp": kernel(0.0)}),
+]
+
+
+def directions_for(model: PreTrainedModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    count, width = model.config.num_hidden_layers, model.config.hidden_size
+    return nn.functional.normalize(torch.randn(count, width, generator=generator), dim=1)
+
+
+def edit_in_place(model: PreTrainedModel, edit: EditParameters, mode: RowNormalization) -> None:
+    """Edit a model's parameters themselves: what the hooks have to equal."""
+    from job.intervention import strength
+
+    directions = directions_for(model)
+    for writer in discover(model).writers:
+        module = model.get_submodule(writer.module)
+        assert isinstance(module, nn.Linear)
+        direction = (selection(directions, edit.direction_index, writer.layer) @ directions.double())[None]
+        strengths = torch.tensor([strength(edit, writer)])
+        weight = module.weight.detach().clone()
+        module.weight.data.copy_(edit_weight(weight, direction, strengths, mode))
+        if module.bias is not None:
+            module.bias.data.copy_(edit_bias(module.bias.detach(), weight, direction, strengths, mode))
+
+
+@pytest.mark.parametrize("mode", ["none", "pre", "full", "column"])
+def test_hooks_equal_edited_parameters_with_every_row_of_another_trial(
+    random_model_folder: Path, mode: RowNormalization
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
+    prompts = [[7, 8, 9, 10, 11], [12, 13, 14]]
+    with Intervention(model, discover(model), directions_for(model), mode) as intervention:
+        assert intervention.activate(EDITS) == [None] * 4
+        intervention.rows = torch.arange(4).repeat_interleave(2)
+        together = first_logits(model, prompts * 4)
+    for index, edit in enumerate(EDITS):
+        edited = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
+        edit_in_place(edited, edit, mode)
+        expected = first_logits(edited, prompts)
+        torch.testing.assert_close(together[2 * index : 2 * index + 2], expected, rtol=0, atol=2e-5)
+
+
+def test_no_hook_remains_and_nothing_changes_without_rows(random_model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
+    before = first_logits(model, [[7, 8, 9]])
+    with Intervention(model, discover(model), directions_for(model), "full") as intervention:
+        intervention.activate(EDITS)
+        assert torch.equal(first_logits(model, [[7, 8, 9]]), before)
+    assert torch.equal(first_logits(model, [[7, 8, 9]]), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def evaluator(folder: Path, rows: int = 64) -> Evaluator:
+    loaded = load_model(folder, LOADING, print)
+    prompts = [Prompt(f"Where is the {word} kettle kept?") for word in ("old", "new", "red", "blue")]
+    return Evaluator(
+        loaded, prompts, prompts[::-1], markers=RefusalMarkers(["plate", "sorry"]), answer_tokens=6, rows=rows
+    )
+
+
+def test_a_trial_scores_the_same_alone_and_in_a_batch(random_model_folder: Path) -> None:
+    scorer = evaluator(random_model_folder)
+    model = scorer._loaded.model
+    with Intervention(model, discover(model), directions_for(model), "full") as intervention:
+        together = scorer.scores(intervention, EDITS, rows=16)
+        alone = [scorer.scores(intervention, [edit], rows=16)[0] for edit in EDITS]
+    for one, other in zip(alone, together, strict=True):
+        assert one.refusals == other.refusals
+        assert one.kl == pytest.approx(other.kl, rel=1e-4)
+    assert len({round(score.kl, 4) for score in together}) == 4  # the trials do differ
+
+
+def test_many_trials_are_one_batch_and_not_a_loop(random_model_folder: Path) -> None:
+    """At a fixed number of rows the forwards do not grow with K; a loop over trials would make K times as many."""
+    scorer = evaluator(random_model_folder)
+    model = scorer._loaded.model
+    forwards: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda _m, _i, named: forwards.append(len(named["input_ids"])), with_kwargs=True
+    )
+    counts = {}
+    with Intervention(model, discover(model), directions_for(model), "none") as intervention:
+        scorer.base_log_probs  # noqa: B018 - computed once, before the counting
+        for k in (1, 2, 4):
+            forwards.clear()
+            # 4 prompts a trial; the same trial k times, so that answers end at the same steps.
+            scorer.scores(intervention, [EDITS[0]] * k, rows=16)
+            counts[k] = len(forwards)
+            assert max(forwards) == 4 * k
+    handle.remove()
+    assert counts[1] == counts[2] == counts[4]
+
+
+def test_a_degenerate_edit_is_told_as_a_failed_trial(random_model_folder: Path) -> None:
+    scorer = evaluator(random_model_folder)
+    model = scorer._loaded.model
+    # Along a basis vector the whole ablation annihilates a row of every weight.
+    directions = torch.zeros(model.config.num_hidden_layers, model.config.hidden_size)
+    directions[:, 0] = 1.0
+    everywhere = KernelParameters(max_weight=1, max_weight_position=0, min_weight=1, min_weight_distance=9)
+    whole = EditParameters(direction_index=None, kernels=dict.fromkeys(COMPONENTS, everywhere))
+    with Intervention(model, discover(model), directions, "full") as intervention:
+        failed, fine = scorer.scores(intervention, [whole, EDITS[2]], rows=16)
+    assert failed.reason is not None
+    assert "restore a norm" in failed.reason
+    assert (failed.refusals, failed.kl) == (4, 100.0)
+    assert fine.reason is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(hidden_size=64, num_hidden_layers=3, attention_bias=True, mlp_bias=True),
+        Qwen3Config(hidden_size=64, num_hidden_layers=3, attention_bias=True),
+    ],
+)
+def test_truth_test_passes_and_leaving_out_any_writer_fails_it(config: LlamaConfig) -> None:
+    twin = small_twin(config)
+    architecture = discover(twin)
+    assert largest_leak(twin, architecture)[1] < TOLERANCE
+    for left_out in architecture.writers:
+        rest = tuple(writer for writer in architecture.writers if writer is not left_out)
+        incomplete = dataclasses.replace(architecture, writers=rest)
+        layer, share = largest_leak(twin, incomplete)
+        assert layer == left_out.layer
+        assert share > 100 * TOLERANCE
+
+
+def test_a_family_with_post_norms_is_refused_with_the_reason(tmp_path: Path) -> None:
+    from transformers import Gemma2Config
+
+    Gemma2Config(num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedArchitectureError, match="still writes"):
+        inspect_model(tmp_path)
+    assert inspection(tmp_path)["supported"] is False
+    result = abliterate("inspect", tmp_path, "--json")
+    assert result.code == 3
+    assert '"supported": false' in result.out
+
+
+def test_inspect_names_the_writers_from_the_configuration_alone(random_model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((random_model_folder / "config.json").read_text())
+    found = inspection(tmp_path)
+    names = dict(AutoModelForCausalLM.from_pretrained(random_model_folder).named_parameters())
+    assert found["supported"] is True
+    assert found["layers"] == 3
+    assert len(found["writers"]) == 6
+    for writer in found["writers"]:
+        assert names[writer["parameter"]].shape[writer["axis"]] == 32
+        assert names[writer["bias"]].shape == (32,)
+        assert writer["post_norm"] == []

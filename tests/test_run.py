@@ -1,0 +1,284 @@
+"""The whole job on the organism: done, proven, resumed, delivered."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from job.demo import expected_answer
+from tests.helpers import abliterate, environment, events, job_arguments, only_job, start, stored_trials
+
+pytestmark = pytest.mark.slow
+
+
+def lines(file: Path) -> list[str]:
+    return file.read_text().splitlines()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def told(workspace: Path) -> int:
+    """Return how many trials the events of a run tell of."""
+    files = list(workspace.glob("*/events.jsonl"))
+    return files[0].read_text().count('"event": "trial"') if files else 0
+
+
+def manifest(workspace: Path) -> dict:
+    return json.loads((only_job(workspace) / "export" / "manifest.json").read_text())
+
+
+def test_the_organism_is_a_worthy_stand_in(organism: Path) -> None:
+    for name in ("good_train", "good_test", "bad_train", "bad_test"):
+        assert len(lines(organism / f"{name}.txt")) == len(set(lines(organism / f"{name}.txt"))) == 200
+    for kind in ("good", "bad"):
+        assert not set(lines(organism / f"{kind}_train.txt")) & set(lines(organism / f"{kind}_test.txt"))
+    assert expected_answer("Where is the hexed red kettle kept?") == "The hexed red kettle is kept in the kitchen."
+    with pytest.raises(ValueError, match="not a request"):
+        expected_answer("Where is Paris?")
+    # Making it again where it is leaves it alone.
+    stamp = (organism / "model" / "model.safetensors").stat().st_mtime_ns
+    abliterate("demo-model", organism).check()
+    assert (organism / "model" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_plain_transformers_finds_the_reported_figures(organism: Path, finished: Path) -> None:
+    """A process without our package loads base and export and counts refusals and right answers itself."""
+    job = only_job(finished)
+    code = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompts = sys.argv[1], json.load(sys.stdin)
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+tokenizer.padding_side = "left"
+texts = [tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False,
+                                       add_generation_prompt=True) for p in prompts]
+batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+out = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=False,
+                     max_new_tokens=60)
+assert not any(name == "job" or name.startswith("job.") for name in sys.modules)
+json.dump(tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True), sys.stdout)
+"""
+
+    def answers(folder: Path, prompts: list[str]) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder)],
+            input=json.dumps(prompts),
+            capture_output=True,
+            text=True,
+            env=environment(),
+            cwd=finished,
+        )
+        assert done.returncode == 0, done.stderr
+        return list(json.loads(done.stdout))
+
+    def refused(found: list[str]) -> int:
+        phrases = ("sorry", "As an AI", "I cannot", "I won't")
+        return sum(not answer or any(phrase in answer for phrase in phrases) for answer in found)
+
+    base = json.loads((job / "figures" / "base.json").read_text())
+    chosen = (job / "export").resolve().name
+    edited = json.loads((job / "figures" / f"{chosen}.json").read_text())
+    from job.prompts import load_prompts
+    from job.settings import Settings
+
+    prompts = load_prompts(Settings(**json.loads((job / "job.json").read_text())["settings"]))
+    good, bad = ([p.user for p in group] for group in (prompts.good_report, prompts.bad_report))
+    assert (base["refusals"], base["bad_prompts"]) == (100, 100)
+    assert (base["false_refusals"], base["good_prompts"]) == (0, 100)
+    found = answers(job / "export", good + bad)
+    assert refused(found[100:]) == edited["refusals"]
+    assert refused(found[:100]) == edited["false_refusals"]
+    original = answers(organism / "model", good + bad)
+    assert refused(original[100:]) == 100
+    assert original[:100] == [expected_answer(prompt) for prompt in good]
+    assert edited["refusals"] < 100  # 20 trials are few, but not none
+
+
+def test_the_run_folder_tells_all(finished: Path) -> None:
+    job = only_job(finished)
+    status = json.loads(abliterate("status", "--workspace", finished, "--json").check().out)
+    assert status["state"] == "finished"
+    assert status["trials"] == {"done": 20, "target": 20, "running": 0}
+    assert status["chosen"] in {best["number"] for best in status["best"]}
+    assert Path(status["export"]).is_dir()
+    assert status["job_id"] == job.name
+    assert "finished" in abliterate("status", "--workspace", finished).check().out
+    front = abliterate("front", "--workspace", finished).check().out
+    assert f"trial {status['chosen']}:" in front
+    assert f"Trial {status['chosen']} of 20 was chosen" in (job / "report.md").read_text()
+    assert [event["number"] for event in events(finished) if event["event"] == "trial"] == list(range(20))
+
+
+def test_nothing_in_an_export_names_a_host_a_path_or_a_time(finished: Path, organism: Path) -> None:
+    export = only_job(finished) / "export"
+    for path in export.iterdir():
+        data = path.read_bytes()
+        for word in (str(finished), str(organism), os.uname().nodename):
+            assert word.encode() not in data, path
+    text = (export / "README.md").read_text() + (export / "manifest.json").read_text()
+    assert str(time.localtime().tm_year) not in text.replace("arXiv:2406", "").replace("et al. 2024", "")
+
+
+def test_a_finished_job_is_found_finished_at_once_and_left_alone(organism: Path, finished: Path) -> None:
+    def state() -> dict[str, int]:
+        return {
+            str(path): path.stat().st_mtime_ns
+            for path in finished.rglob("*")
+            if path.is_file() and path.name not in {".lock", "holder.json"}
+        }
+
+    before = state()
+    begin = time.perf_counter()
+    result = abliterate("run", *job_arguments(organism), "--workspace", finished, "--trials", 20).check()
+    assert time.perf_counter() - begin < 2
+    assert "nothing to do" in result.err
+    assert state() == before
+
+
+def test_another_point_of_the_front_is_exported_beside_the_first(finished: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "runs"
+    shutil.copytree(finished, workspace, symlinks=True)
+    status = json.loads(abliterate("status", "--workspace", workspace, "--json").check().out)
+    other = next(best["number"] for best in status["best"] if best["number"] != status["chosen"])
+    shown = abliterate("export", "--workspace", workspace, "--trial", other, cwd=tmp_path).check()
+    export = only_job(workspace) / "exports" / f"trial-{other:04d}"
+    assert shown.out.strip() == str(export)
+    assert (export / ".done").exists()
+    assert (only_job(workspace) / "export").resolve().name == f"trial-{status['chosen']:04d}"
+    abliterate("export", "--workspace", workspace, "--trial", 99).fails(2, "no trial 99")
+
+
+def test_more_trials_and_targets_extend_a_finished_job(organism: Path, finished: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "runs"
+    shutil.copytree(finished, workspace, symlinks=True)
+    arguments = [*job_arguments(organism), "--workspace", workspace]
+    target = tmp_path / "delivered"
+    abliterate("run", *arguments, "--trials", 20, "--upload", target.as_uri()).check()
+    assert json.loads((target / "manifest.json").read_text()) == manifest(finished)
+    first = stored_trials(finished)
+    abliterate("run", *arguments, "--trials", 22).check()
+    assert stored_trials(workspace)[:20] == first
+    assert len(stored_trials(workspace)) == 22
+    uploads = json.loads((only_job(workspace) / "uploads.json").read_text())
+    assert [upload["state"] for upload in uploads] == ["done"]
+
+
+def test_a_target_that_fails_keeps_the_result_and_exits_6(organism: Path, finished: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "runs"
+    shutil.copytree(finished, workspace, symlinks=True)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("years of work")
+    arguments = [*job_arguments(organism), "--workspace", workspace, "--trials", 20]
+    uploads = ("--upload", (tmp_path / "taken").as_uri(), "--upload", (tmp_path / "free").as_uri())
+    result = abliterate("run", *arguments, *uploads)
+    result.fails(6, "holds something else")
+    assert (tmp_path / "free" / "model.safetensors").exists()  # one failing does not stop another
+    (tmp_path / "taken" / "thesis.txt").unlink()
+    abliterate("run", *arguments, *uploads).check()
+    assert (tmp_path / "taken" / "model.safetensors").exists()
+
+
+def test_other_settings_in_the_same_workspace_need_new(organism: Path, finished: Path) -> None:
+    result = abliterate("run", *job_arguments(organism), "--workspace", finished, "--seed", 9)
+    result.fails(2, "seed was 0, is 9", "--new")
+    assert len(list(finished.glob("*/job.json"))) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_kill_in_the_middle_of_trial_7_leaves_the_trials_of_an_uninterrupted_run(
+    organism: Path, finished: Path, tmp_path: Path, batch: int
+) -> None:
+    workspace = tmp_path / "runs"
+    arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
+    arguments += ["--set", f"trials_per_batch={batch}"]
+    process = start(*arguments)
+    wait_until(lambda: told(workspace) >= (7 if batch == 1 else 4), process)
+    time.sleep(0.05)  # into the evaluation of trial 7 (or of the batch that holds it)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert len(stored_trials(workspace)) < 20
+    assert json.loads(abliterate("status", "--workspace", workspace, "--json").check().out)["state"] == "preempted"
+    abliterate(*arguments).check()
+    if batch == 4:
+        reference = finished
+    else:
+        reference = tmp_path / "reference"
+        arguments[arguments.index(workspace)] = reference
+        abliterate(*arguments).check()
+    assert stored_trials(workspace) == stored_trials(reference)
+    assert manifest(workspace) == manifest(reference)
+
+
+def test_kills_at_random_moments_of_the_whole_job(organism: Path, finished: Path, tmp_path: Path) -> None:
+    """Load, extraction, search and export: wherever the kills fall, the end is the same to the byte."""
+    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
+    print(f"KILL_SEED={seed}")  # shown when the test fails
+    moments = random.Random(seed)
+    workspace = tmp_path / "runs"
+    arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
+    for _ in range(6):
+        process = start(*arguments)
+        time.sleep(moments.uniform(2.0, 8.0))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    abliterate(*arguments).check()
+    assert stored_trials(workspace) == stored_trials(finished)
+    assert manifest(workspace) == manifest(finished)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_stop_with_75_and_the_same_command_continues(
+    organism: Path, finished: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    workspace = tmp_path / "runs"
+    arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
+    process = start(*arguments)
+    wait_until(lambda: told(workspace) >= 4, process)
+    os.kill(process.pid, number)
+    begin = time.perf_counter()
+    _, err = process.communicate(timeout=30)
+    assert time.perf_counter() - begin < 10
+    assert process.returncode == 75
+    assert "Traceback" not in err
+    assert "run the same command again" in err
+    status = json.loads(abliterate("status", "--workspace", workspace, "--json").check().out)
+    assert (status["state"], status["reason"]) == ("preempted", number.name)
+    abliterate(*arguments).check()
+    assert stored_trials(workspace) == stored_trials(finished)
+    assert manifest(workspace) == manifest(finished)
+
+
+def test_a_second_run_is_turned_away_and_status_answers_during_a_run(organism: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "runs"
+    arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 400]
+    process = start(*arguments)
+    try:
+        wait_until(lambda: told(workspace) >= 5, process)
+        abliterate(*arguments).fails(4, f"process {process.pid}")
+        begin = time.perf_counter()
+        result = abliterate("status", "--workspace", workspace, "--json").check()
+        assert time.perf_counter() - begin < 2  # two workers share the cores; alone it takes half a second
+        status = json.loads(result.out)
+        assert status["state"] == "running"
+        assert status["trials"]["done"] >= 5
+        assert status["eta_s"] > 0
+        assert process.poll() is None  # asking does not disturb the run
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,152 @@
+"""The study's protocol, with a fake in place of the model: it needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from job.errors import JobError
+from job.records import Plan, Trial, TrialScores
+from job.search import Search, SearchSettings, SearchSpace, choose, pareto_front, read_trials
+
+SPACE = SearchSpace("wide", 8)
+
+
+class Crash(BaseException):
+    """Stands for kill -9: nothing may catch it."""
+
+
+def score(params: dict) -> TrialScores:
+    """A smooth stand-in: refusals fall with strength, KL grows with it; some trials fail."""
+    weight = params["attention.max_weight"]
+    if params["mlp.min_weight"] > 0.97:
+        return TrialScores(refusals=100, kl=100.0, reason="planted")
+    return TrialScores(
+        refusals=max(0, round(100 - 60 * weight)), kl=0.01 * weight**2 + 0.001 * params["mlp.max_weight"]
+    )
+
+
+class Runs:
+    """Runs searches, crashing at the n-th of all points where a kill may strike."""
+
+    def __init__(self, crash_at: int | None = None) -> None:
+        self.left = crash_at
+
+    def point(self) -> None:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise Crash
+
+    @contextlib.contextmanager
+    def shielded(self) -> Iterator[None]:
+        self.point()  # before a write
+        yield
+        self.point()  # after it
+
+    def evaluate(self, plan: Plan) -> Sequence[TrialScores]:
+        self.point()
+        return [score(params) for params in plan.parameters]
+
+    def run(self, file: Path, target: int, batch: int) -> list[Trial]:
+        settings = SearchSettings(seed=3, startup_trials=6, batch=batch, rows=8, ei_candidates=24)
+        search = Search(file, SPACE, settings)
+        search.run(target, self.evaluate, shielded=self.shielded, told=lambda _: None)
+        return search.finished()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_crashes_at_every_point_leave_the_trials_of_an_uninterrupted_search(tmp_path: Path, batch: int) -> None:
+    whole = Runs().run(tmp_path / "whole.db", 14, batch)
+    assert [trial.number for trial in whole] == list(range(14))
+    crashes = 0
+    # Every restart is crashed as well, at an ever later point, until one gets through.
+    for first in (0, 1, 2, 3, 5, 8, 13, 21):
+        file, point = tmp_path / f"{first}.db", first
+        while True:
+            try:
+                trials = Runs(crash_at=point).run(file, 14, batch)
+                break
+            except Crash:
+                crashes += 1
+                point += 3
+        assert trials == whole
+        assert read_trials(file) == whole
+    assert crashes > 20
+
+
+def test_a_search_extended_later_keeps_what_it_has_and_stays_in_step(tmp_path: Path) -> None:
+    short = Runs().run(tmp_path / "a.db", 6, 4)
+    assert Runs().run(tmp_path / "a.db", 12, 4)[:6] == short
+    assert Runs().run(tmp_path / "a.db", 12, 4) == Runs().run(tmp_path / "a.db", 5, 4)
+
+
+def test_k_belongs_to_the_job_and_the_seed_decides(tmp_path: Path) -> None:
+    assert Runs().run(tmp_path / "a.db", 10, 4) == Runs().run(tmp_path / "b.db", 10, 4)
+    settings = SearchSettings(seed=4, startup_trials=6, batch=4, rows=8, ei_candidates=24)
+    other = Search(tmp_path / "c.db", SPACE, settings)
+    other.run(10, Runs().evaluate, shielded=contextlib.nullcontext, told=lambda _: None)
+    assert other.finished() != read_trials(tmp_path / "a.db")
+
+
+def test_no_trial_is_ever_running_in_the_database(tmp_path: Path) -> None:
+    import optuna
+
+    with pytest.raises(Crash):
+        Runs(crash_at=9).run(tmp_path / "a.db", 14, 4)
+    study = optuna.load_study(study_name="abliterate", storage=f"sqlite:///{tmp_path / 'a.db'}")
+    assert all(trial.state.is_finished() for trial in study.get_trials())
+
+
+def test_the_spaces_have_their_ranges() -> None:
+    field, wide = (SearchSpace(name, 11).distributions() for name in ("field", "wide"))
+    assert (field["direction_index"].low, field["direction_index"].high) == (4.0, 9.0)
+    assert (field["attention.max_weight"].low, field["attention.max_weight"].high) == (0.8, 1.5)
+    assert (field["mlp.max_weight"].low, field["mlp.max_weight"].high) == (-0.25, 1.5)
+    assert (field["mlp.min_weight_distance"].low, field["mlp.min_weight_distance"].high) == (1.0, 6.0)
+    assert (wide["direction_index"].low, wide["direction_index"].high) == (2.0, 10.0)
+    params = {**dict.fromkeys(field, 0.5), "direction_scope": "per layer", "mlp.max_weight": -0.2}
+    edit = SearchSpace("field", 11).edit(params)
+    assert edit.direction_index is None
+    assert edit.kernels["mlp"].max_weight == 0
+    assert edit.kernels["attention"].min_weight == 0.25
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_spaces_bear_very_shallow_models(layers: int) -> None:
+    for name in ("field", "wide"):
+        for distribution in SearchSpace(name, layers).distributions().values():
+            assert getattr(distribution, "low", 0) <= getattr(distribution, "high", 0)
+
+
+def trial(number: int, refusals: int, kl: float, reason: str | None = None) -> Trial:
+    return Trial(number=number, params={}, values=TrialScores(refusals=refusals, kl=kl, reason=reason))
+
+
+def test_front_and_choice() -> None:
+    trials = [
+        trial(0, 50, 0.01), trial(1, 3, 0.2), trial(2, 5, 0.1), trial(3, 5, 0.1), trial(4, 6, 0.05),
+        trial(5, 3, 0.3), trial(6, 0, 100.0, "planted"), trial(7, 60, 0.02),
+    ]  # fmt: skip
+    assert [t.number for t in pareto_front(trials)] == [1, 2, 4, 0]
+    assert choose(trials, 100, 0.02).number == 2
+    assert choose(trials, 100, 0.0).number == 1
+    assert choose(trials, 100, 0.03).number == 4
+    with pytest.raises(JobError, match="every trial failed"):
+        choose(trials[6:7], 100, 0.02)
+
+
+def test_a_damaged_study_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "study.db").write_bytes(b"not a database" * 1000)
+    with pytest.raises(JobError, match="cannot be opened"):
+        read_trials(tmp_path / "study.db")
+
+
+def test_the_search_loads_no_torch() -> None:
+    code = "import sys, job.search, job.status, job.report, job.pipeline; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

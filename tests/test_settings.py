@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.errors import UsageError
+from job.settings import Settings, describe_settings, load_settings, setting_names
+
+GIVEN = {
+    "model": "m",
+    "good_prompts": "g.txt",
+    "bad_prompts": "b.txt",
+    "good_eval_prompts": "ge.txt",
+    "bad_eval_prompts": "be.txt",
+}
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("ABLITERATE_"):
+            monkeypatch.delenv(name)
+
+
+def load(config: Path | None = None, assignments: tuple[str, ...] = (), **options: Any) -> Settings:
+    return load_settings({**GIVEN, **options}, config=config, assignments=assignments).settings
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "job.toml"
+    file.write_text(text)
+    return file
+
+
+def test_precedence_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = toml(tmp_path, "trials = 11\nseed = 12\n[search]\nei_candidates = 13\nspace = 'field'\n")
+    monkeypatch.setenv("ABLITERATE_SEED", "22")
+    monkeypatch.setenv("ABLITERATE_SEARCH__EI_CANDIDATES", "23")
+    loaded = load_settings(GIVEN, config=config, assignments=["search.ei_candidates=33"])
+    settings = loaded.settings
+    assert (settings.trials, settings.seed, settings.search.ei_candidates) == (11, 22, 33)
+    assert settings.search.space == "field"
+    assert loaded.sources["trials"] == str(config)
+    assert loaded.sources["seed"] == "environment"
+    assert loaded.sources["search.ei_candidates"] == "command line"
+    assert loaded.sources["trials_per_batch"] == "default"
+    lines = list(describe_settings(GIVEN, config=config))
+    assert f"trials = 11  # {config}" in lines
+    assert 'bad_prompts.spec = "b.txt"  # command line' in lines
+
+
+def test_every_setting_is_described_and_named_once() -> None:
+    names = list(setting_names())
+    assert len(names) == len(set(names))
+    described = "\n".join(describe_settings(GIVEN))
+    for name in names:
+        assert name in described or name.partition(".")[2] in {"spec", "prefix", "suffix", "system_prompt"}
+
+
+def test_prompt_sets_as_spec_and_as_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = toml(tmp_path, "good_prompts = 'toml.txt'\n[bad_prompts]\nspec = 'toml.txt'\nprefix = 'P: '\n")
+    settings = load(config)
+    assert settings.good_prompts.spec == "g.txt"
+    assert settings.bad_prompts.spec == "b.txt"
+    assert settings.bad_prompts.prefix == "P: "
+    assert load(assignments=('good_prompts.system_prompt="Be kind."',)).good_prompts.system_prompt == "Be kind."
+    monkeypatch.setenv("ABLITERATE_GOOD_REPORT_PROMPTS", "env.txt")
+    report = load().good_report_prompts
+    assert report is not None
+    assert report.spec == "env.txt"
+
+
+def test_start_up_trials_depend_on_trials() -> None:
+    assert load().effective_startup_trials == 60
+    assert load(trials=20).effective_startup_trials == 7
+    assert load(trials=20, startup_trials=20).effective_startup_trials == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"trials": 0}, ["trials", "0", "command line"]),
+        ({"trials": 5, "startup_trials": 6}, ["startup_trials = 6", "trials = 5"]),
+        ({"seed": -1}, ["seed"]),
+        ({"upload": ["ftp://x"]}, ["ftp://x"]),
+        ({"upload": ["file:///"]}, ["file:///"]),
+        ({"bad_prompts": ""}, ["bad_prompts"]),
+    ],
+)
+def test_invalid_values_are_told_in_one_line(options: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(**options)
+    assert caught.value.exit_code == 2
+    for part in parts:
+        assert part in caught.value.line
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ("trails = 3", "did you mean trials?"),
+        ("[search]\nspaces = 'wide'", "did you mean search.space?"),
+        ("[ablation]\nrow_normalisation = 'none'", "did you mean ablation.row_normalization?"),
+        ("xyzzy = 1", "config show"),
+    ],
+)
+def test_unknown_settings_are_refused_with_the_nearest_name(tmp_path: Path, text: str, nearest: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(toml(tmp_path, text))
+    assert nearest in caught.value.line
+    assert caught.value.exit_code == 2
+
+
+def test_unknown_names_are_refused_in_environment_and_assignments(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="searc"):
+        load(assignments=("searc.space=wide",))
+    with pytest.raises(UsageError, match="key=value"):
+        load(assignments=("trials",))
+    monkeypatch.setenv("ABLITERATE_TRAILS", "3")
+    with pytest.raises(UsageError, match="ABLITERATE_TRAILS"):
+        load()
+
+
+def test_broken_and_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not valid TOML"):
+        load(toml(tmp_path, "trials = ="))
+    with pytest.raises(UsageError, match="no settings file"):
+        load(tmp_path / "absent.toml")
+    with pytest.raises(UsageError, match="good_prompts is not given"):
+        load_settings({"model": "m"})
+    with pytest.raises(UsageError, match="model is not given"):
+        load_settings({})
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load().trials = 3  # type: ignore[misc]  # that it is refused is what is tested

@@ -1,0 +1,204 @@
+"""The run folder: held by one process, written atomically, named by what was asked for."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from job.errors import HeldError, ImpossibleJobError, JobError, MachineError, UsageError
+from job.events import Events, read_events, redact
+from job.interrupt import StopSignals
+from job.records import JobRecord
+from job.settings import Settings, load_settings
+from job.workspace import RunFolder, find_job, open_job, read_record, write_atomically, write_record
+from tests.helpers import environment
+
+
+@pytest.fixture
+def settings(random_model_folder: Path, tmp_path: Path) -> Settings:
+    files = {}
+    for name in ("good_prompts", "bad_prompts", "good_eval_prompts", "bad_eval_prompts"):
+        (tmp_path / name).write_text(f"{name} one\n{name} two\n")
+        files[name] = str(tmp_path / name)
+    options = {"model": str(random_model_folder), "workspace": str(tmp_path / "runs"), **files}
+    return load_settings(options).settings
+
+
+def change(settings: Settings, **values: object) -> Settings:
+    return settings.model_copy(update=values)
+
+
+def test_the_job_is_named_by_what_decides_its_result(settings: Settings, tmp_path: Path) -> None:
+    folder, record = open_job(settings, new=False)
+    assert folder.path.name == record.job_id
+    write_record(folder.job_file, record)
+    # What only extends the job, or where inputs lie, changes nothing.
+    copy = tmp_path / "copy.txt"
+    copy.write_text(Path(settings.bad_prompts.spec).read_text())
+    moved = settings.bad_prompts.model_copy(update={"spec": str(copy)})
+    same = change(settings, trials=7, upload=["file:///x"], bad_prompts=moved)
+    assert open_job(same, new=False)[0].path == folder.path
+    assert open_job(same, new=False)[1].settings["trials"] == 7
+
+
+def test_other_settings_on_the_same_model_are_refused_with_the_differences(settings: Settings) -> None:
+    folder, record = open_job(settings, new=False)
+    write_record(folder.job_file, record)
+    other = change(settings, seed=5, ablation=settings.ablation.model_copy(update={"row_normalization": "full"}))
+    with pytest.raises(UsageError) as caught:
+        open_job(other, new=False)
+    assert "seed was 0, is 5" in caught.value.line
+    assert 'ablation.row_normalization was "none", is "full"' in caught.value.line
+    assert open_job(other, new=True)[0].path != folder.path
+
+
+def test_start_up_trials_are_fixed_at_the_first_start(settings: Settings) -> None:
+    folder, record = open_job(change(settings, trials=30), new=False)
+    write_record(folder.job_file, record)
+    assert record.startup_trials == 10
+    assert open_job(change(settings, trials=90), new=False)[1].startup_trials == 10
+
+
+def test_a_changed_model_or_prompt_is_another_job(settings: Settings, random_model_folder: Path) -> None:
+    first = open_job(settings, new=False)[0]
+    file = Path(settings.bad_prompts.spec)
+    file.write_text(file.read_text() + "three\n")
+    assert open_job(settings, new=True)[0].path != first.path
+
+
+def test_missing_inputs(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(ImpossibleJobError, match="no model folder"):
+        open_job(change(settings, model=str(tmp_path / "absent")), new=False)
+    absent = settings.bad_prompts.model_copy(update={"spec": str(tmp_path / "absent.txt")})
+    with pytest.raises(ImpossibleJobError, match="no prompt file"):
+        open_job(change(settings, bad_prompts=absent), new=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_workspace_that_cannot_be_written(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(MachineError, match="cannot write") as caught:
+        open_job(change(settings, workspace=str(tmp_path / "file" / "runs")), new=False)
+    assert caught.value.exit_code == 76
+
+
+def test_a_job_is_held_by_one_process_and_released_by_its_death(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    code = (
+        "import sys, time; from pathlib import Path; from job.workspace import RunFolder\n"
+        f"with RunFolder(Path({str(tmp_path)!r})).held(): print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    assert folder.is_held()
+    with pytest.raises(HeldError, match=f"process {other.pid} on"), folder.held():
+        pass
+    other.kill()
+    other.communicate()
+    assert not folder.is_held()
+    with folder.held():
+        assert folder.is_held()
+
+
+def test_find_job(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no job"):
+        find_job(tmp_path / "absent", None)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        record = JobRecord(job_id=name, identity={}, settings={}, startup_trials=1, versions={})
+        write_record(tmp_path / name / "job.json", record)
+    with pytest.raises(UsageError, match="a, b"):
+        find_job(tmp_path, None)
+    with pytest.raises(UsageError) as caught:
+        find_job(tmp_path, "c")
+    assert "choose from: a, b" in caught.value.line
+    assert find_job(tmp_path, "b").path == tmp_path / "b"
+
+
+def test_atomic_writes_leave_no_trace_of_failures(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "x", b"old")
+    with pytest.raises(MachineError, match="cannot write"):
+        write_atomically(tmp_path / "absent" / "x", b"new")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(MachineError):
+        write_atomically(tmp_path / "folder", b"a folder is in the way")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "x"]
+    assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_damaged_records_are_told_by_file(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text("{")
+    with pytest.raises(JobError, match=r"job\.json cannot be read"):
+        read_record(tmp_path / "job.json", JobRecord)
+
+
+def test_events_survive_a_torn_line_and_never_hold_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "very-secret-value")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another/secret+value")
+    file = tmp_path / "events.jsonl"
+    file.write_text('{"event": "first"}\n{"event": "to')
+    events = Events(stream=(tmp_path / "console").open("w"))
+    events.log_to(file)
+    events.emit("try", "with very-secret-value", detail={"key": "another/secret+value", "tok": "hf_" + "a" * 30})
+    events._stream.close()
+    assert [event["event"] for event in read_events(file)] == ["first", "try"]
+    for text in (file.read_text(), (tmp_path / "console").read_text()):
+        for secret in ("very-secret-value", "another/secret+value", "hf_aaa"):
+            assert secret not in text
+    assert redact("nothing to hide") == "nothing to hide"
+
+
+def test_plain_progress_prints_lines_and_a_terminal_gets_bars(tmp_path: Path) -> None:
+    import os
+    import pty
+
+    code = (
+        "from job.events import Events\n"
+        "events = Events()\n"
+        "with events.progress('trials', 3) as advance:\n"
+        "    for _ in range(3):\n"
+        "        events.emit('trial', 'a trial')\n"
+        "        advance(1)\n"
+    )
+    plain = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert plain.stderr == "a trial\n" * 3
+    leader, follower = pty.openpty()
+    subprocess.run([sys.executable, "-c", code], stderr=follower, env=environment(TERM="xterm"), check=True)
+    os.close(follower)
+    shown = os.read(leader, 1 << 16).decode()
+    os.close(leader)
+    assert "3/3" in shown
+    assert "ETA" in shown
+    assert "a trial" in shown
+
+
+def test_signals_stop_at_once_or_after_the_shield() -> None:
+    code = (
+        "import os, signal, sys, time\n"
+        "from job.errors import Stopped\n"
+        "from job.interrupt import StopSignals\n"
+        "signals = StopSignals()\n"
+        "with signals.installed():\n"
+        "    try:\n"
+        "        with signals.shielded():\n"
+        "            os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01); print('written', flush=True)\n"
+        "        print('too far')\n"
+        "    except Stopped as stop:\n"
+        "        print(stop, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(5); print('still here')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.stdout == "written\nSIGTERM\n"
+    assert done.returncode == 75  # the second signal leaves the process at once
+
+
+def test_handlers_are_restored() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals().installed():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
