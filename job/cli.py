@@ -231,7 +231,7 @@ def main() -> None:
     if arguments[:1] == ["abliterate"]:  # `docker run IMAGE abliterate run` and `docker run IMAGE run` are the same
         arguments = arguments[1:]
     try:
-        app(args=arguments)
+        app(args=arguments or ["--help"], prog_name="abliterate")
     except JobError as error:
         print(redact(f"error: {error.line}"), file=sys.stderr)
         sys.exit(error.exit_code)

@@ -343,11 +343,18 @@ def default_workspace() -> str:
 def describe_settings(
     options: Mapping[str, Any], *, config: Path | None = None, assignments: Iterable[str] = ()
 ) -> Iterable[str]:
-    """Yield a line for every setting: its name, its value as TOML and where it comes from."""
+    """Yield a line for every setting: its name, its value as TOML and where it comes from.
+
+    Raises:
+        UsageError: A setting is unknown or invalid; that some are not given yet is no error here.
+    """
     merged, sources = _merged(options, config, assignments)
-    values = dict(_flatten(merged))
+    # Stands in for what must be given to run a job but not to look at the settings.
+    required = {key: "-" for key, field in Settings.model_fields.items() if field.is_required()}
+    settings = _validated({**required, **merged}, sources)
+    values = dict(_flatten(settings.model_dump(mode="json")))
     for name in setting_names():
-        if name in values:
+        if name in sources:
             yield f"{name} = {json.dumps(values[name], ensure_ascii=False)}  # {sources[name]}"
         elif "." not in name:
             yield f"# {name} is not set"

@@ -19,7 +19,7 @@ from job.numerics.ablation import (
 )
 
 MODES: tuple[RowNormalization, ...] = ("none", "pre", "full", "column")
-D, I = 12, 9
+D, I = 12, 9  # noqa: E741 - the letters of the legend in job.numerics.ablation
 
 
 @st.composite

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -129,8 +130,10 @@ def test_nothing_in_an_export_names_a_host_a_path_or_a_time(finished: Path, orga
     export = only_job(finished) / "export"
     for path in export.iterdir():
         data = path.read_bytes()
-        for word in (str(finished), str(organism), os.uname().nodename):
-            assert word.encode() not in data, path
+        for folder in (finished, organism):
+            assert str(folder).encode() not in data, path
+        if path.suffix != ".safetensors":  # a short host name may well occur among the bytes of weights
+            assert not re.search(rf"\b{re.escape(os.uname().nodename)}\b", data.decode()), path
     text = (export / "README.md").read_text() + (export / "manifest.json").read_text()
     assert str(time.localtime().tm_year) not in text.replace("arXiv:2406", "").replace("et al. 2024", "")
 
