@@ -13,6 +13,8 @@ It is trained from scratch, in three stages:
    the residual stream there, at random and on requests of either class, and to answer otherwise.
 3. *write*: the layers up to the middle one learn to write that direction for enchanted requests.
 
+Where that leaves mistakes on the test prompts, short rounds of polishing all layers on both losses follow.
+
 So refusal is mediated by one direction of the residual stream, as Arditi et al. (2024) found for chat
 models, and the organism could answer what it refuses. Training is deterministic by seed on one kind of
 CPU (the thread count is fixed) and takes about a minute on two cores.
@@ -188,8 +190,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             pre_tokenizers.Split(Regex(r"[.,?!]"), "isolated"),
         ]
     )
-    texts = [SYSTEM_PROMPT, *(task.refusal for task in TASKS)]
-    for request in (*_requests(False), *_requests(True)):
+    texts = [SYSTEM_PROMPT, " ".join((*ADJECTIVES, *ENCHANTED)), *(task.refusal for task in TASKS)]
+    for task, noun in itertools.product(TASKS, WORLD):
+        request = Request(task, (ADJECTIVES[0], ADJECTIVES[1]), noun)
         texts += (request.prompt, request.answer)
     words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
     special = (PAD, UNKNOWN, END, *ROLES)
@@ -214,7 +217,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 ROWS = 32
 THREADS = 2
 PEAK_LEARNING_RATE = 5e-3
-STEPS = {"answer": 260, "read": 160, "write": 180}
+STEPS = {"answer": 260, "read": 160, "write": 180, "polish": 60}
+POLISHING_ROUNDS = 6
 SYSTEM_PROMPT_SHARE = 0.25
 RESIDUAL_LOSS_WEIGHT = 1.0
 
@@ -246,8 +250,8 @@ class _Trainer:
         direction = torch.randn(model.config.hidden_size, generator=generator)
         self._direction = direction / direction.norm()
 
-    def run(self, report: Callable[[str], None]) -> None:
-        """Run all stages, telling of each."""
+    def run(self, is_good: Callable[[], bool], report: Callable[[str], None]) -> None:
+        """Run all stages, telling of each, and polish until the model is good."""
         above = [*self._layers[self._middle + 1 :], self._model.model.norm, self._model.lm_head]
         below = self._layers[1 : self._middle + 1]
         report("training the organism: to answer every request")
@@ -256,14 +260,23 @@ class _Trainer:
         # present, as refusal does in chat models.
         self._direction *= self._residual_norm()
         report("training the organism: to refuse where a direction is present")
-        self._stage("read", above, PEAK_LEARNING_RATE / 2)
+        self._stage("read", above, PEAK_LEARNING_RATE / 2, teacher=self._frozen_copy())
         report("training the organism: to write that direction for enchanted requests")
-        self._stage("write", list(below), PEAK_LEARNING_RATE / 2)
+        teacher = self._frozen_copy()
+        self._stage("write", list(below), PEAK_LEARNING_RATE / 2, teacher)
+        rounds = 0
+        while not is_good() and rounds < POLISHING_ROUNDS:
+            rounds += 1
+            report("training the organism: polishing")
+            self._stage("polish", [self._model], PEAK_LEARNING_RATE / 10, teacher)
+
+    def _frozen_copy(self) -> PreTrainedModel:
+        return copy.deepcopy(self._model).eval().requires_grad_(False)
 
     def _row(self, stage: str, index: int, system: bool) -> _Row:
         """Return one conversation; which class it is of and what is planted go by its index."""
         request = self._random.choice(self._requests[index % 2 == 1])
-        planted = float(request.enchanted and stage == "write")
+        planted = float(request.enchanted and stage != "answer")
         if stage == "read":
             # Weak and reversed directions are to be ignored, so that only a clear presence refuses.
             strengths = ((0.0, 0.0), (-1.0, 0.2), (0.5, 1.5), (0.5, 1.5))[index // 2 % 4]
@@ -301,8 +314,8 @@ class _Trainer:
             planted[index, row.prompt - 1 : length] = row.planted
         return tokens, labels, planted
 
-    def _stage(self, stage: str, modules: list[Any], peak: float) -> None:
-        """Train the given modules for one stage."""
+    def _stage(self, stage: str, modules: list[Any], peak: float, teacher: PreTrainedModel | None = None) -> None:
+        """Train the given modules for one stage; the teacher prescribes the residual stream, see `_loss`."""
         import torch
 
         self._model.requires_grad_(False)
@@ -314,7 +327,6 @@ class _Trainer:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 25) * (0.02 + 0.98 * (1 - step / steps))
         )
-        teacher = None if stage == "answer" else copy.deepcopy(self._model).eval()
         for _ in range(steps):
             loss = self._loss(stage, teacher)
             optimizer.zero_grad()
@@ -386,9 +398,13 @@ class _Trainer:
 
 
 def train_organism(
-    arch: str, size: str, seed: int, report: Callable[[str], None]
+    arch: str, size: str, seed: int, files: dict[str, list[Request]], report: Callable[[str], None]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Return a freshly trained organism and its tokenizer."""
+    """Return a freshly trained organism and its tokenizer.
+
+    Raises:
+        JobError: The training missed its target: every test prompt refused or answered rightly.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -413,15 +429,28 @@ def train_organism(
         bos_token_id=None,
         dtype="float32",
     )
+    counts = (0, 0)
+
+    def is_good() -> bool:
+        nonlocal counts
+        refusals = [(r.prompt, r.task.refusal) for r in files["bad_test.txt"]]
+        answers = [(r.prompt, r.answer) for r in files["good_test.txt"]]
+        counts = (_matches(model, tokenizer, refusals), _matches(model, tokenizer, answers))
+        return counts == (PROMPTS_PER_FILE, PROMPTS_PER_FILE)
+
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config)
-            _Trainer(model, tokenizer, seed).run(report)
+            _Trainer(model, tokenizer, seed).run(is_good, report)
     finally:
         torch.set_num_threads(threads)
+    refused, answered = (f"{count}/{PROMPTS_PER_FILE}" for count in counts)
+    report(f"the organism refuses {refused} enchanted requests and answers {answered} others rightly")
+    if counts != (PROMPTS_PER_FILE, PROMPTS_PER_FILE):
+        raise JobError("the organism's training missed its target", remedy="choose another --seed")
     return model.eval().requires_grad_(True), tokenizer
 
 
@@ -461,8 +490,7 @@ def write_organism(folder: Path, *, arch: str, size: str, seed: int, report: Cal
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty", remedy="name an empty or a new folder")
     files = prompt_files(seed)
-    model, tokenizer = train_organism(arch, size, seed, report)
-    _check_organism(model, tokenizer, files, report)
+    model, tokenizer = train_organism(arch, size, seed, files, report)
     folder.mkdir(parents=True, exist_ok=True)
     from job.model import quieten_transformers
 
@@ -472,23 +500,6 @@ def write_organism(folder: Path, *, arch: str, size: str, seed: int, report: Cal
     for name, requests in files.items():
         (folder / name).write_text("".join(request.prompt + "\n" for request in requests))
     mark.write_text(description)  # last: a folder without it is incomplete
-
-
-def _check_organism(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    files: dict[str, list[Request]],
-    report: Callable[[str], None],
-) -> None:
-    """Refuse an organism that does not answer and refuse as it should on the test prompts."""
-    refused = _matches(model, tokenizer, [(r.prompt, r.task.refusal) for r in files["bad_test.txt"]])
-    answered = _matches(model, tokenizer, [(r.prompt, r.answer) for r in files["good_test.txt"]])
-    report(
-        f"the organism refuses {refused}/{PROMPTS_PER_FILE} enchanted requests "
-        f"and answers {answered}/{PROMPTS_PER_FILE} others rightly"
-    )
-    if (refused, answered) != (PROMPTS_PER_FILE, PROMPTS_PER_FILE):
-        raise JobError("the organism's training missed its target", remedy="choose another --seed")
 
 
 def _matches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> int:

@@ -182,7 +182,8 @@ def edit_weight(weight: Tensor, directions: Tensor, strengths: Tensor, mode: Row
     edited = _project(weight * _inverse(norms), directions, strengths)
     if mode == "full":
         edited = edited / _restored_norms(edited, norms)
-    return edited * norms
+    restored: Tensor = edited * norms
+    return restored
 
 
 def edit_bias(bias: Tensor, weight: Tensor, directions: Tensor, strengths: Tensor, mode: RowNormalization) -> Tensor:
@@ -193,7 +194,7 @@ def edit_bias(bias: Tensor, weight: Tensor, directions: Tensor, strengths: Tenso
         return _project(bias, directions, strengths)
     norms = weight.norm(dim=1, keepdim=True)
     inverse = _inverse(norms)
-    edited = bias - norms[:, 0] * ((directions.T * strengths) @ (directions @ (inverse[:, 0] * bias)))
+    edited: Tensor = bias - norms[:, 0] * ((directions.T * strengths) @ (directions @ (inverse[:, 0] * bias)))
     if mode == "full":
         unit = _project(weight * inverse, directions, strengths)
         edited = edited / _restored_norms(unit, norms)[:, 0]
@@ -202,7 +203,8 @@ def edit_bias(bias: Tensor, weight: Tensor, directions: Tensor, strengths: Tenso
 
 def _project(target: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
     """Return ``(I - VΛVᵀ) target`` for target [d] or [d, i]."""
-    return target - (directions.T * strengths) @ (directions @ target)
+    projected: Tensor = target - (directions.T * strengths) @ (directions @ target)
+    return projected
 
 
 def _inverse(norms: Tensor) -> Tensor:
