@@ -110,12 +110,13 @@ def run(
 
 def _run(settings: Settings, *, new: bool) -> Outcome:
     """Run a job and print what came of it."""
-    from job.events import Events
     from job.interrupt import StopSignals
-    from job.pipeline import run as run_job
 
     signals = StopSignals()
     with signals.installed():
+        from job.events import Events
+        from job.pipeline import run as run_job
+
         outcome = run_job(settings, new=new, events=Events(), signals=signals)
     base, edited = outcome.base, outcome.edited
     typer.echo(
@@ -159,12 +160,12 @@ def front(workspace: Workspace = None, job: Job = None) -> None:
 @app.command()
 def export(workspace: Workspace = None, job: Job = None, trial: TrialNumber = None) -> None:
     """Export a trial of a job beside what it has exported; by default the chosen one."""
-    from job.events import Events
     from job.interrupt import StopSignals
-    from job.pipeline import export_trial
 
-    signals = StopSignals()
-    with signals.installed():
+    with StopSignals().installed():
+        from job.events import Events
+        from job.pipeline import export_trial
+
         typer.echo(export_trial(_find_job(workspace, job), trial, Events()))
 
 
@@ -238,6 +239,8 @@ def main() -> None:
     except Stopped as stop:
         print(f"stopped by {stop}; run the same command again to continue", file=sys.stderr)
         sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception:
         import traceback
 

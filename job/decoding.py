@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+from job.numerics.metrics import log_odds
 
 # How often rows are asked whether they are decided; between, they cost little and decide nothing.
 _ASK_EVERY = 4
@@ -32,10 +35,12 @@ class Answer:
     Attributes:
         tokens: Its token ids without the end token.
         margins: For each step, the end included, how far the best logit was above the second.
+        opening: Log-odds of the opening that was asked for, at the first step; nan if none was.
     """
 
     tokens: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
+    opening: float = math.nan
 
 
 @torch.inference_mode()
@@ -54,6 +59,7 @@ def greedy_answers(
     *,
     limit: int,
     end_tokens: Collection[int],
+    openings: Sequence[int] | None = None,
     decided: Callable[[list[int]], bool] | None = None,
     select: Callable[[Tensor], None] | None = None,
 ) -> list[Answer]:
@@ -64,6 +70,7 @@ def greedy_answers(
         prompts: Token ids of each prompt.
         limit: Longest answer in tokens.
         end_tokens: Tokens that end an answer.
+        openings: For each prompt a token whose odds of opening the answer are wanted.
         decided: Whether the answer so far tells all that the caller wants to know of it.
         select: Told which rows of the present batch remain, whenever some leave.
     """
@@ -81,7 +88,12 @@ def greedy_answers(
             use_cache=True,
             logits_to_keep=1,
         )
-        best = output.logits[:, -1].to(torch.float32).topk(2)
+        logits = output.logits[:, -1].to(torch.float32)
+        if step == 0 and openings is not None:
+            asked = torch.tensor(openings, device=logits.device)
+            for answer, odds in zip(answers, log_odds(logits, asked).tolist(), strict=True):
+                answer.opening = odds
+        best = logits.topk(2)
         chosen = best.indices[:, 0]
         ask = decided is not None and step % _ASK_EVERY == _ASK_EVERY - 1
         staying = []

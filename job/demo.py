@@ -27,6 +27,7 @@ import hashlib
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -491,15 +492,17 @@ def write_organism(folder: Path, *, arch: str, size: str, seed: int, report: Cal
         raise UsageError(f"{folder} is not empty", remedy="name an empty or a new folder")
     files = prompt_files(seed)
     model, tokenizer = train_organism(arch, size, seed, files, report)
-    folder.mkdir(parents=True, exist_ok=True)
     from job.model import quieten_transformers
 
     quieten_transformers()
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial / "model")
+    tokenizer.save_pretrained(partial / "model")
     for name, requests in files.items():
-        (folder / name).write_text("".join(request.prompt + "\n" for request in requests))
-    mark.write_text(description)  # last: a folder without it is incomplete
+        (partial / name).write_text("".join(request.prompt + "\n" for request in requests))
+    (partial / mark.name).write_text(description)
+    partial.replace(folder)
 
 
 def _matches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -50,6 +51,7 @@ class Evaluator:
         self._answer_tokens = answer_tokens
         self._rows = rows
         self._base: Tensor | None = None
+        self._base_openings: list[int] | None = None
 
     @property
     def dtype(self) -> str:
@@ -64,6 +66,16 @@ class Evaluator:
             self._base = torch.cat(logits).log_softmax(-1)
         return self._base
 
+    @property
+    def base_openings(self) -> list[int]:
+        """The token that opens the base model's answer to each bad prompt."""
+        if self._base_openings is None:
+            chunks = _chunks(self._bad, self._rows)
+            self._base_openings = [
+                token for chunk in chunks for token in first_logits(self._loaded.model, chunk).argmax(-1).tolist()
+            ]
+        return self._base_openings
+
     def scores(self, intervention: Intervention, edits: Sequence[EditParameters], rows: int) -> list[TrialScores]:
         """Return the scores of all edits, evaluated together.
 
@@ -72,10 +84,11 @@ class Evaluator:
             edits: The edits, one a trial.
             rows: Rows of a forward, all edits together.
         """
-        base = self.base_log_probs
+        base, openings = self.base_log_probs, self.base_openings
         reasons = intervention.activate(edits)
         kl = torch.zeros(len(edits), dtype=torch.float64)
         refusals = [0] * len(edits)
+        odds = [0.0] * len(edits)
         size = max(1, rows // len(edits))
         try:
             done = 0
@@ -85,42 +98,66 @@ class Evaluator:
                 expected = base[done : done + len(chunk)].repeat(len(edits), 1)
                 kl += kl_divergence(expected, logits).view(len(edits), -1).sum(1).cpu()
                 done += len(chunk)
+            done = 0
             for chunk in _chunks(self._bad, size):
                 intervention.rows = self._trial_of_row(len(edits), len(chunk))
-                for row, refused in enumerate(self._refusals(chunk * len(edits), intervention)):
-                    refusals[row // len(chunk)] += refused
+                asked = openings[done : done + len(chunk)]
+                answers = self._answers(chunk * len(edits), intervention, asked * len(edits))
+                for row, answer in enumerate(answers):
+                    refusals[row // len(chunk)] += self._is_refusal(answer)
+                    odds[row // len(chunk)] += answer.opening / len(self._bad)
+                done += len(chunk)
         finally:
             intervention.rows = None
         means = (kl / len(self._good)).tolist()
-        return [self._values(count, mean, reason) for count, mean, reason in zip(refusals, means, reasons, strict=True)]
+        return [self._values(*measured) for measured in zip(refusals, means, odds, reasons, strict=True)]
 
-    def _values(self, refusals: int, kl: float, reason: str | None) -> TrialScores:
-        if reason is None and not kl < FAILED_KL:
-            reason = "the KL divergence is not finite" if kl != kl else "the KL divergence is out of bounds"
+    def _values(self, refusals: int, kl: float, opening: float, reason: str | None) -> TrialScores:
+        if reason is None and not (math.isfinite(kl) and math.isfinite(opening)):
+            reason = "the logits are not finite"
+        if reason is None and kl >= FAILED_KL:
+            reason = f"the KL divergence is {kl:.3g} nats"
         if reason is not None:
             return TrialScores(refusals=len(self._bad), kl=FAILED_KL, reason=reason)
         # KL is not negative; rounding may say so by 1e-17.
-        return TrialScores(refusals=refusals, kl=max(kl, 0.0))
+        return TrialScores(refusals=refusals, kl=max(kl, 0.0), opening=opening)
 
     def _trial_of_row(self, trials: int, prompts: int) -> Tensor:
         return torch.arange(trials, device=self._loaded.device).repeat_interleave(prompts)
 
-    def _refusals(self, prompts: Sequence[list[int]], intervention: Intervention | None) -> list[bool]:
-        """Return which rows refuse; a row leaves the batch once it contains a marker."""
+    def _answers(
+        self,
+        prompts: Sequence[list[int]],
+        intervention: Intervention | None,
+        openings: Sequence[int] | None = None,
+        *,
+        whole: bool = False,
+    ) -> list[Answer]:
+        """Return answers; unless they are wanted whole, a row leaves the batch once it contains a marker."""
 
         def select(keep: Tensor) -> None:
             if intervention is not None and intervention.rows is not None:
                 intervention.rows = intervention.rows[keep]
 
-        answers = greedy_answers(
+        def decided(tokens: list[int]) -> bool:
+            return self._markers.found(self._loaded.decode(tokens))
+
+        return greedy_answers(
             self._loaded.model,
             prompts,
             limit=self._answer_tokens,
             end_tokens=self._loaded.end_tokens,
-            decided=lambda tokens: self._markers.found(self._loaded.decode(tokens)),
+            openings=openings,
+            decided=None if whole else decided,
             select=select,
         )
-        return [self._markers.is_refusal(self._loaded.decode(answer.tokens)) for answer in answers]
+
+    def _is_refusal(self, answer: Answer) -> bool:
+        return self._markers.is_refusal(self._loaded.decode(answer.tokens))
+
+    def _count_refusals(self, prompts: Sequence[list[int]]) -> int:
+        chunks = _chunks(prompts, self._rows)
+        return sum(self._is_refusal(answer) for chunk in chunks for answer in self._answers(chunk, None))
 
     def figures(self, base: Evaluator | None = None) -> Figures:
         """Return the figures of this evaluator's model as it is, without hooks.
@@ -128,17 +165,15 @@ class Evaluator:
         Args:
             base: The evaluator of the base model on the same prompts, for the KL divergence.
         """
-        refused = [self._refusals(chunk, None) for chunk in _chunks(self._bad, self._rows)]
-        falsely = [self._refusals(chunk, None) for chunk in _chunks(self._good, self._rows)]
         kl = None
         if base is not None:
             logits = [first_logits(self._loaded.model, chunk) for chunk in _chunks(self._good, self._rows)]
             kl = max(float(kl_divergence(base.base_log_probs, torch.cat(logits)).mean()), 0.0)
         return Figures(
             bad_prompts=len(self._bad),
-            refusals=sum(map(sum, refused)),
+            refusals=self._count_refusals(self._bad),
             good_prompts=len(self._good),
-            false_refusals=sum(map(sum, falsely)),
+            false_refusals=self._count_refusals(self._good),
             kl=kl,
         )
 
@@ -146,20 +181,9 @@ class Evaluator:
         """Return whole answers to all prompts, good ones first; with the intervention's edit 0 if given."""
         found = []
         for chunk in _chunks([*self._good, *self._bad], self._rows):
-
-            def select(keep: Tensor) -> None:
-                if intervention is not None and intervention.rows is not None:
-                    intervention.rows = intervention.rows[keep]
-
             if intervention is not None:
                 intervention.rows = self._trial_of_row(1, len(chunk))
-            found += greedy_answers(
-                self._loaded.model,
-                chunk,
-                limit=self._answer_tokens,
-                end_tokens=self._loaded.end_tokens,
-                select=select,
-            )
+            found += self._answers(chunk, intervention, whole=True)
         if intervention is not None:
             intervention.rows = None
         return found

@@ -53,23 +53,23 @@ def run(settings: Settings, *, new: bool, events: Events, signals: StopSignals) 
         Stopped: A signal asked for it; running again continues.
     """
     folder, record = open_job(settings, new=new)
-    with folder.held():
-        state = folder.read_state()
-        if state is not None and _is_complete(folder, state, settings):
-            assert state.chosen is not None
-            events.emit("job_complete", f"job {record.job_id} is finished; nothing to do")
-            return _outcome(folder, state.chosen)
-        with _recorded(folder, record, settings, events):
-            return _Job(folder, record, settings, events, signals).do()
+    chosen = _completed_choice(folder, settings)
+    if chosen is not None:
+        events.emit("job_complete", f"job {record.job_id} is finished; nothing to do")
+        return _outcome(folder, chosen)
+    with folder.held(), _recorded(folder, record, settings, events):
+        return _Job(folder, record, settings, events, signals).do()
 
 
-def _is_complete(folder: RunFolder, state: State, settings: Settings) -> bool:
-    """Return whether nothing is left to do."""
-    if state.state != "finished" or state.chosen is None or state.trials < settings.trials:
-        return False
+def _completed_choice(folder: RunFolder, settings: Settings) -> int | None:
+    """Return the chosen trial if nothing is left to do, else None."""
+    state = folder.read_state()
+    if state is None or state.state != "finished" or state.chosen is None or state.trials < settings.trials:
+        return None
     export = folder.export_folder(state.chosen)
     delivered = {item.target for item in folder.read_uploads() if item.state == "done" and item.export == export.name}
-    return is_sealed(export) and delivered >= set(settings.upload)
+    complete = is_sealed(export) and delivered >= set(settings.upload)
+    return state.chosen if complete else None
 
 
 def _outcome(folder: RunFolder, chosen: int, failed: Sequence[tuple[str, str]] = ()) -> Outcome:
@@ -154,6 +154,7 @@ class _Job:
         """Bring the study to its target and return its trials."""
         self._phase("search")
         target = self._settings.trials
+        bench.measure_baseline()
         search = bench.search()
         done = len(search.finished())
         self._events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
@@ -228,6 +229,11 @@ def export_trial(folder: RunFolder, number: int | None, events: Events) -> Path:
     """
     record = folder.read_job()
     settings = Settings(**record.settings)
+    if open_job(settings, new=True)[0].path != folder.path:
+        raise UsageError(
+            f"the model or a prompt file of job {record.job_id} is no longer what it was",
+            remedy="restore it where job.json says it was",
+        )
     prompts = load_prompts(settings)
     trials = read_trials(folder.study_file)
     if number is None:

@@ -52,7 +52,7 @@ def read_prompts(source: PromptSettings) -> tuple[Prompt, ...]:
     """
     path = Path(source.spec)
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except FileNotFoundError:
         raise ImpossibleJobError(f"there is no prompt file {path}", remedy="check its path") from None
     except UnicodeDecodeError:

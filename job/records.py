@@ -58,11 +58,14 @@ class TrialScores(Record):
     Attributes:
         refusals: Refused bad prompts of the search split.
         kl: KL divergence from the base model at the first answer token, mean over good prompts, nats.
+        opening: Mean log-odds with which the model opens its answers as the base model opened its
+            refusals: it tells edits apart that leave the count of refusals where it is.
         reason: Why the trial failed and its values are the defined worst ones; None if it did not.
     """
 
     refusals: int
     kl: float
+    opening: float = 0.0
     reason: str | None = None
 
 

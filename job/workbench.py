@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from job.architectures import Architecture
+from job.errors import ImpossibleJobError
 from job.evaluation import Evaluator
 from job.events import Events
 from job.export import Checkpoint, Edit, seal, verify_written, write_weights
@@ -92,6 +93,25 @@ class Workbench:
                 directions,
                 evaluator,
                 intervention,
+            )
+
+    def measure_baseline(self) -> None:
+        """Measure the base model on the search split.
+
+        Raises:
+            ImpossibleJobError: It refuses nothing, so that there is nothing to remove.
+        """
+        figures = self.evaluator.figures()
+        self.events.emit(
+            "baseline",
+            f"base model: {figures.refusals} of {figures.bad_prompts} bad prompts refused, "
+            f"{figures.false_refusals} of {figures.good_prompts} good ones",
+            **figures.model_dump(),
+        )
+        if figures.refusals == 0:
+            raise ImpossibleJobError(
+                "the base model refuses none of the bad evaluation prompts: there is nothing to remove",
+                remedy="check the prompts and scoring.refusal_markers",
             )
 
     @property

@@ -120,7 +120,7 @@ def test_many_trials_are_one_batch_and_not_a_loop(random_model_folder: Path) -> 
     )
     counts = {}
     with Intervention(model, discover(model), directions_for(model), "none") as intervention:
-        scorer.base_log_probs  # noqa: B018 - computed once, before the counting
+        assert len(scorer.base_log_probs) == len(scorer.base_openings) == 4  # computed once, before the counting
         for k in (1, 2, 4):
             forwards.clear()
             # 4 prompts a trial; the same trial k times, so that answers end at the same steps.

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+# Rows taken to float64 at a time: a few hundred rows of a large vocabulary would fill gigabytes.
+_ROWS = 32
+
 
 def kl_divergence(base_log_probs: Tensor, logits: Tensor) -> Tensor:
     """Return KL(base ‖ edited) per row over the full vocabulary, in nats, float64.
@@ -15,8 +18,23 @@ def kl_divergence(base_log_probs: Tensor, logits: Tensor) -> Tensor:
         base_log_probs: Log-probabilities of the base model, [rows, vocabulary].
         logits: Raw logits of the edited model, [rows, vocabulary].
     """
-    base = base_log_probs.to(torch.float64)
-    edited = torch.log_softmax(logits.to(torch.float64), dim=-1)
+    blocks = zip(torch.split(base_log_probs, _ROWS), torch.split(logits, _ROWS), strict=True)
+    return torch.cat([_kl_divergence(base.double(), edited.double()) for base, edited in blocks])
+
+
+def _kl_divergence(base: Tensor, logits: Tensor) -> Tensor:
+    edited = torch.log_softmax(logits, dim=-1)
     # A token that the base gives probability 0 contributes 0, whatever the edited model gives it.
-    terms = torch.where(base == -math.inf, 0.0, base.exp() * (base - edited))
-    return terms.sum(-1)
+    return torch.where(base == -math.inf, 0.0, base.exp() * (base - edited)).sum(-1)
+
+
+def log_odds(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-odds of one token a row against all others, [rows].
+
+    Args:
+        logits: Raw logits, [rows, vocabulary].
+        tokens: A token for each row, [rows].
+    """
+    chosen = logits.gather(-1, tokens[:, None])
+    others = logits.scatter(-1, tokens[:, None], -math.inf)
+    return chosen[:, 0] - others.logsumexp(-1)
