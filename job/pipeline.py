@@ -20,7 +20,16 @@ from job.report import run_report
 from job.search import SearchSpace, choose, read_trials
 from job.settings import Settings
 from job.upload.local import deliver
-from job.workspace import RunFolder, is_sealed, open_job, read_record, write_atomically, write_record
+from job.workspace import (
+    RunFolder,
+    identify,
+    is_sealed,
+    job_id,
+    open_job,
+    read_record,
+    write_atomically,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from job.workbench import Workbench
@@ -57,8 +66,11 @@ def run(settings: Settings, *, new: bool, events: Events, signals: StopSignals) 
     if chosen is not None:
         events.emit("job_complete", f"job {record.job_id} is finished; nothing to do")
         return _outcome(folder, chosen)
-    with folder.held(), _recorded(folder, record, settings, events):
-        return _Job(folder, record, settings, events, signals).do()
+    with folder.held():
+        # Read again: another run may have resolved and released the job since.
+        folder, record = open_job(settings, new=new)
+        with _recorded(folder, record, settings, events):
+            return _Job(folder, record, settings, events, signals).do()
 
 
 def _completed_choice(folder: RunFolder, settings: Settings) -> int | None:
@@ -228,8 +240,8 @@ def export_trial(folder: RunFolder, number: int | None, events: Events) -> Path:
         UsageError: There is no such trial.
     """
     record = folder.read_job()
-    settings = Settings(**record.settings)
-    if open_job(settings, new=True)[0].path != folder.path:
+    settings = Settings(**{**record.settings, "workspace": str(folder.path.parent)})
+    if job_id(identify(settings)) != record.job_id:
         raise UsageError(
             f"the model or a prompt file of job {record.job_id} is no longer what it was",
             remedy="restore it where job.json says it was",

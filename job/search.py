@@ -10,16 +10,24 @@ uninterrupted one (DESIGN section 5). Nothing here needs torch.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import sqlite3
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    json_to_distribution,
+)
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from job.errors import JobError
@@ -207,32 +215,68 @@ def _as_sampled(trial: FrozenTrial) -> FrozenTrial:
 
 
 def _open(file: Path) -> optuna.Study:
-    try:
+    """Open a study for a run, creating it if it is not there."""
+    with _clear_errors(file), warnings.catch_warnings():
+        # Metric names, which optuna-dashboard shows, are marked experimental since Optuna 3.2.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study = optuna.create_study(
-            storage=f"sqlite:///{file.resolve()}",
-            study_name=STUDY_NAME,
-            directions=DIRECTIONS,
-            load_if_exists=True,
+            storage=_url(file), study_name=STUDY_NAME, directions=DIRECTIONS, load_if_exists=True
         )
-        with warnings.catch_warnings():
-            # Marked experimental since Optuna 3.2; it names the axes in optuna-dashboard.
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(list(METRICS))
-    except Exception as error:
-        # SQLAlchemy and sqlite3 raise a dozen types for a file that is damaged or not a database.
-        raise JobError(
-            f"the study {file} cannot be opened: {str(error).splitlines()[0]}",
-            remedy="move the file away to search again from the start",
-        ) from error
+        study.set_metric_names(list(METRICS))
     return study
 
 
 def read_trials(file: Path) -> list[Trial]:
-    """Return the finished trials of a study on disk in number order, none if there is no study."""
+    """Return the finished trials of a study on disk in number order, none if there is no study.
+
+    Raises:
+        JobError: The file is not a study that can be read.
+    """
     if not file.exists():
         return []
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return [_trial(trial) for trial in _open(file).get_trials(deepcopy=False)]
+    # Not through SQLAlchemy: it takes half a second to load, and a status command is to read only.
+    with _clear_errors(file), closing(sqlite3.connect(f"file:{quote(str(file.resolve()))}?mode=ro", uri=True)) as db:
+        db.execute("BEGIN")  # one moment for all that follows, while a run may be adding trials
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'trial_values'").fetchone():
+            return []  # a run is just creating it
+        trials: dict[int, dict[str, Any]] = {
+            identifier: {"number": number, "params": {}, "values": {}, "attributes": {}}
+            for identifier, number in db.execute("SELECT trial_id, number FROM trials WHERE state = 'COMPLETE'")
+        }
+        rows = db.execute("SELECT trial_id, param_name, param_value, distribution_json FROM trial_params")
+        for identifier, name, value, described in rows:
+            distribution = json_to_distribution(described)
+            trials[identifier]["params"][name] = distribution.to_external_repr(value)
+        for identifier, objective, value in db.execute("SELECT trial_id, objective, value FROM trial_values"):
+            trials[identifier]["values"][METRICS[objective]] = value
+        for identifier, key, value in db.execute("SELECT trial_id, key, value_json FROM trial_user_attributes"):
+            trials[identifier]["attributes"][key] = json.loads(value)
+    return [
+        Trial(
+            number=trial["number"],
+            params=trial["params"],
+            values=TrialScores(
+                refusals=int(trial["values"]["refusals"]), kl=trial["values"]["kl"], **trial["attributes"]
+            ),
+        )
+        for trial in sorted(trials.values(), key=lambda trial: trial["number"])
+    ]
+
+
+def _url(file: Path) -> str:
+    return f"sqlite:///{file.resolve()}"
+
+
+@contextmanager
+def _clear_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # SQLAlchemy, sqlite3 and json raise a dozen types for a file that is damaged or not a database.
+        raise JobError(
+            f"the study {file} cannot be opened: {str(error).splitlines()[0]}",
+            remedy="move the file away to search again from the start",
+        ) from error
 
 
 def _trial(trial: FrozenTrial) -> Trial:

@@ -241,15 +241,12 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES}
 
 
-def open_job(settings: Settings, *, new: bool) -> tuple[RunFolder, JobRecord]:
-    """Return the run folder of the job that the settings describe, made at the first start, and its record.
-
-    The record is not written yet: that is for the run that holds the job.
+def identify(settings: Settings) -> dict[str, Any]:
+    """Return what the user asked for, as far as it decides the result: a job's identity.
 
     Raises:
         ImpossibleJobError: The model or a prompt file is not there.
         MachineError: The workspace cannot be written.
-        UsageError: The workspace holds a job on the same model with other settings, and new is false.
     """
     workspace = Path(settings.workspace)
     if not Path(settings.model).is_dir():
@@ -262,18 +259,30 @@ def open_job(settings: Settings, *, new: bool) -> tuple[RunFolder, JobRecord]:
         workspace.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(workspace, error) from error
-    identity = settings.model_dump(mode="json", exclude=set(EXTENDING)) | prompts
-    identity["model"] = {"sha256": model_identity(Path(settings.model), workspace / MEMO)}
-    folder = RunFolder(workspace / job_id(identity))
+    model = {"sha256": model_identity(Path(settings.model), workspace / MEMO)}
+    return {**settings.model_dump(mode="json", exclude=set(EXTENDING)), **prompts, "model": model}
+
+
+def open_job(settings: Settings, *, new: bool) -> tuple[RunFolder, JobRecord]:
+    """Return the run folder of the job that the settings describe, made at the first start, and its record.
+
+    The record is not written yet: that is for the run that holds the job.
+
+    Raises:
+        ImpossibleJobError: The model or a prompt file is not there.
+        MachineError: The workspace cannot be written.
+        UsageError: The workspace holds a job on the same model with other settings, and new is false.
+    """
+    identity = identify(settings)
+    folder = RunFolder(Path(settings.workspace) / job_id(identity))
     if not folder.job_file.exists() and not new:
-        _refuse_other_settings(workspace, identity)
+        _refuse_other_settings(folder.path.parent, identity)
     try:
         folder.path.mkdir(exist_ok=True)
     except OSError as error:
         raise cannot_write(folder.path, error) from error
     if folder.job_file.exists():
-        update = {"settings": _located(settings)}
-        return folder, folder.read_job().model_copy(update=update)
+        return folder, folder.read_job().model_copy(update={"settings": _located(settings)})
     record = JobRecord(
         job_id=folder.path.name,
         identity=identity,

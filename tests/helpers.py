@@ -40,6 +40,10 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 
+# For runs that are timed: coverage measurement would count.
+UNMEASURED = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
+
+
 def abliterate(*arguments: Any, cwd: Path | None = None, **extra: str) -> Result:
     """Run the command in a process of its own."""
     done = subprocess.run(
