@@ -241,7 +241,7 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:
+    except Exception:  # anything unforeseen: its traceback may quote a secret, so it is shown redacted
         import traceback
 
         print(redact(traceback.format_exc()), file=sys.stderr, end="")
