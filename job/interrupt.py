@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,13 +12,15 @@ from types import FrameType
 from job.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_AGAIN_SECONDS = 0.05
 
 
 class StopSignals:
     """Turns the first SIGTERM or SIGINT into `Stopped`; the second leaves the process at once.
 
     Everything on disk is consistent at any instant (a stronger signal may come at any time), so
-    `Stopped` may be raised anywhere; `shielded` merely keeps short writes in one piece.
+    `Stopped` may be raised anywhere; `shielded` merely keeps short writes in one piece. Where Python
+    swallows what is raised (finalizers, callbacks of weak references), it is raised again a moment later.
     """
 
     def __init__(self) -> None:
@@ -28,9 +31,13 @@ class StopSignals:
     def installed(self) -> Iterator[None]:
         """Handle the signals within the block and restore the former handlers after it."""
         former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        former[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise_again)
+        former_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         try:
             yield
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            sys.unraisablehook = former_hook
             for number, handler in former.items():
                 signal.signal(number, handler)
 
@@ -43,6 +50,16 @@ class StopSignals:
         finally:
             self._shields -= 1
         if self._pending and not self._shields:
+            raise Stopped(self._pending)
+
+    def _unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
+        if isinstance(unraisable.exc_value, Stopped):
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    def _raise_again(self, _number: int, _frame: FrameType | None) -> None:
+        if self._pending and not self._shields:  # within a shield, its end raises
             raise Stopped(self._pending)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
