@@ -33,7 +33,10 @@ Workspace = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of al
 Job = Annotated[str | None, typer.Option(metavar="ID", help="The job, where the workspace holds several.")]
 TrialNumber = Annotated[int | None, typer.Option("--trial", metavar="N", help="Trial; see `abliterate front`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Prompts = Annotated[str | None, typer.Option(metavar="FILE", help="Text file, one prompt a line.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(metavar="SPEC", help="File, folder or DATASET[@REV][:CONFIG], either with #SPLIT[/COLUMN]."),
+]
 
 Trials = Annotated[int | None, typer.Option(help="How many edits the search tries.")]
 
@@ -126,7 +129,7 @@ def _run(settings: Settings, *, new: bool) -> Outcome:
         "(on prompts that the search has not seen)"
     )
     typer.echo(f"model:  {outcome.folder.export_link}")
-    typer.echo(f"report: {outcome.folder.report_file}")
+    typer.echo(f"report: {outcome.folder.report_file} and {outcome.folder.page_file.name}")
     for target, reason in outcome.failed_targets:
         typer.echo(f"error: {target}: {reason}", err=True)
     if outcome.failed_targets:
@@ -169,6 +172,16 @@ def export(workspace: Workspace = None, job: Job = None, trial: TrialNumber = No
         typer.echo(export_trial(_find_job(workspace, job), trial, Events()))
 
 
+@app.command()
+def report(workspace: Workspace = None, job: Job = None) -> None:
+    """Write report.md and report.html of a job from its run folder, and print the former."""
+    from job.report import write_reports
+
+    folder = _find_job(workspace, job)
+    typer.echo(write_reports(folder))
+    typer.echo(f"as a page with charts: {folder.page_file}", err=True)
+
+
 @app.command("inspect")
 def inspect_(
     model: Annotated[str, typer.Argument(help="Folder of the model; only its configuration is read.")],
@@ -197,9 +210,12 @@ def inspect_(
 def config_show(given: dict[str, Any]) -> None:
     """Print every setting with its value and where the value comes from."""
     from job.settings import describe_settings
+    from job.sources import parse_source
 
-    for line in describe_settings(**given):
-        typer.echo(line)
+    settings, lines = describe_settings(**given)
+    for name, source in settings.prompt_sets().items():
+        lines.append(f"# {name}: {parse_source(source).describe()}")
+    typer.echo("\n".join(lines))
 
 
 @app.command("demo-model")

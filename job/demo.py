@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from job.workspace import RunFolder
+
 ARCHITECTURES = ("llama", "qwen3")
 SIZES = {"tiny": (64, 8), "small": (128, 12)}  # hidden size, layers
 PROMPTS_PER_FILE = 200
@@ -554,16 +556,17 @@ def run_demo(
     }
     settings = load_settings(options).settings
     outcome = run(settings, new=False)
-    _report_correctness(settings, outcome.folder.export_link, report)
+    _report_correctness(outcome.folder, report)
 
 
-def _report_correctness(settings: Any, model: Path, report: Callable[[str], None]) -> None:
+def _report_correctness(folder: RunFolder, report: Callable[[str], None]) -> None:
     """Count the exported model's right answers on the prompts that the search has not seen."""
-    from job.prompts import load_prompts
+    from job.prompts import PromptSets
+    from job.workspace import read_record
 
-    prompts = load_prompts(settings)
+    prompts = read_record(folder.prompts_file, PromptSets)
     right = []
-    loaded, tokenizer = _load_plainly(model)
+    loaded, tokenizer = _load_plainly(folder.export_link)
     for group in (prompts.good_report, prompts.bad_report):
         pairs = [(prompt.user, expected_answer(prompt.user)) for prompt in group]
         right.append(f"{_matches(loaded, tokenizer, pairs)}/{len(pairs)}")

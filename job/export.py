@@ -22,10 +22,10 @@ from torch import Tensor
 
 from job.architectures import Architecture, UnsupportedArchitectureError, Writer
 from job.errors import ExportMismatchError, ImpossibleJobError
-from job.intervention import strength
+from job.intervention import directions_and_strengths, strength
 from job.model import checkpoint_files
 from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
-from job.numerics.directions import selection
+from job.numerics.basis import Basis
 from job.records import EditParameters, Manifest, ManifestEntry
 from job.workspace import (
     CARD,
@@ -50,12 +50,12 @@ class Edit:
 
     Attributes:
         parameters: Directions and strengths.
-        directions: A unit direction for each layer, [layers, d].
+        basis: The directions of all layers.
         mode: Which norms of the weights it preserves.
     """
 
     parameters: EditParameters
-    directions: Tensor
+    basis: Basis
     mode: RowNormalization
 
 
@@ -138,14 +138,13 @@ def edited_tensors(
 
 def _edited(checkpoint: Checkpoint, writer: Writer, edit: Edit, name: str) -> Tensor:
     """Return a writer's weight or bias as the edit leaves it, in the dtype of the file."""
-    coefficients = selection(edit.directions, edit.parameters.direction_index, writer.layer)
-    direction = (coefficients @ edit.directions.to(coefficients))[None]
-    strengths = torch.tensor([strength(edit.parameters, writer)], dtype=torch.float64)
+    coefficients, strengths = directions_and_strengths(edit.parameters, edit.basis, writer)
+    directions = coefficients @ edit.basis.candidates.to(coefficients)
     weight = checkpoint.tensor(writer.parameter)
     if name == writer.parameter:
-        return edit_weight(weight, direction, strengths, edit.mode).to(weight.dtype)
+        return edit_weight(weight, directions, strengths, edit.mode).to(weight.dtype)
     bias = checkpoint.tensor(name)
-    return edit_bias(bias, weight, direction, strengths, edit.mode).to(bias.dtype)
+    return edit_bias(bias, weight, directions, strengths, edit.mode).to(bias.dtype)
 
 
 def write_weights(

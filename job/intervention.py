@@ -25,7 +25,7 @@ from job.numerics.ablation import (
     output_edit,
     weight_tables,
 )
-from job.numerics.directions import selection
+from job.numerics.basis import Basis
 from job.numerics.kernel import WeightKernel
 from job.records import EditParameters
 
@@ -52,7 +52,7 @@ class Intervention:
         self,
         model: PreTrainedModel,
         architecture: Architecture,
-        directions: Tensor,
+        basis: Basis,
         mode: RowNormalization,
     ) -> None:
         """Read every writer's weight once.
@@ -60,15 +60,15 @@ class Intervention:
         Args:
             model: The loaded model.
             architecture: Its structure.
-            directions: A unit direction for each layer, [layers, d].
+            basis: The directions of all layers.
             mode: Which norms of the weights edits preserve.
         """
-        self._directions = directions.to("cpu", torch.float64)
+        self._basis = basis
         self._sites = []
         for writer in architecture.writers:
             module = model.get_submodule(writer.module)
             weight = model.get_parameter(writer.parameter).detach()
-            candidates = self._directions.to(weight.device)
+            candidates = basis.candidates.to(weight.device, torch.float64)
             self._sites.append(_Site(writer, module, weight_tables(weight, candidates, mode), candidates))
         self._handles: list[RemovableHandle] = []
         self.rows: Tensor | None = None
@@ -99,10 +99,9 @@ class Intervention:
         reasons: list[str | None] = [None] * len(edits)
         for site in self._sites:
             writer = site.writer
-            coefficients = torch.stack(
-                [selection(self._directions, edit.direction_index, writer.layer) for edit in edits]
-            )[:, None]  # [K, 1, m]
-            strengths = torch.tensor([[strength(edit, writer)] for edit in edits], dtype=torch.float64)  # [K, 1]
+            parts = [directions_and_strengths(edit, self._basis, writer) for edit in edits]
+            coefficients = torch.stack([part[0] for part in parts])  # [K, k, m]
+            strengths = torch.stack([part[1] for part in parts])  # [K, k]
             device = site.candidates.device
             built = output_edit(site.tables, site.candidates, coefficients.to(device), strengths.to(device))
             for index in (built.least_share < DEGENERATE_SHARE).nonzero().flatten().tolist():
@@ -148,6 +147,13 @@ def _to_float32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.float32)
 
 
+def directions_and_strengths(edit: EditParameters, basis: Basis, writer: Writer) -> tuple[Tensor, Tensor]:
+    """Return what an edit ablates from a writer: combinations of the basis' candidates [k, m] and their λ [k]."""
+    coefficients, weights = basis.select(edit.direction_index, writer.layer)
+    shares = torch.tensor(edit.strengths, dtype=torch.float64)
+    return coefficients, strength(edit, writer) * shares * weights
+
+
 def strength(edit: EditParameters, writer: Writer) -> float:
-    """Return λ of an edit for a writer."""
+    """Return an edit's own λ for a writer, to which the directions' shares and weights apply."""
     return WeightKernel(**edit.kernels[writer.component].model_dump()).strength(writer.layer)

@@ -38,6 +38,7 @@ class LoadedModel:
         tokenizer: Its tokenizer, with a chat template.
         architecture: Its structure.
         dtype: The floating-point type of its weights, e.g. "bfloat16".
+        response_prefix: What every answer is made to begin with.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     dtype: str
+    response_prefix: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -65,21 +67,26 @@ class LoadedModel:
         Raises:
             ImpossibleJobError: The chat template does not take the conversation.
         """
-        tokenized = []
-        for prompt in prompts:
-            messages = [{"role": "user", "content": prompt.user}]
-            if prompt.system is not None:
-                messages.insert(0, {"role": "system", "content": prompt.system})
-            try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            except (TemplateError, ValueError) as error:
-                raise ImpossibleJobError(
-                    f"the chat template of {self.folder} refuses a conversation: {error}",
-                    remedy="leave out the system prompt if the template knows none",
-                ) from error
-            # The template has written the special tokens already.
-            tokenized.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return tokenized
+        texts = (self.conversation(prompt) + self.response_prefix for prompt in prompts)
+        # The template has written the special tokens already.
+        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+    def conversation(self, prompt: Prompt) -> str:
+        """Return a prompt as the chat template writes it, up to where the answer begins.
+
+        Raises:
+            ImpossibleJobError: The chat template does not take the conversation.
+        """
+        messages = [{"role": "user", "content": prompt.user}]
+        if prompt.system is not None:
+            messages.insert(0, {"role": "system", "content": prompt.system})
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except (TemplateError, ValueError) as error:
+            raise ImpossibleJobError(
+                f"the chat template of {self.folder} refuses a conversation: {error}",
+                remedy="leave out the system prompt if the template knows none",
+            ) from error
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of an answer."""
@@ -220,7 +227,7 @@ def _fault(loaded: LoadedModel) -> str | None:
     for name, parameter in loaded.model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             return f"weight {name} has values that are not finite"
-    prompts = loaded.tokenize([Prompt("Hello, how are you?")])
+    prompts = loaded.tokenize([Prompt(user="Hello, how are you?")])
     try:
         if not bool(torch.isfinite(first_logits(loaded.model, prompts)).all()):
             return "logits are not finite"

@@ -14,20 +14,18 @@ from typing import TYPE_CHECKING
 from job.errors import DeliveryError, ImpossibleJobError, JobError, Stopped, UsageError
 from job.events import Events
 from job.interrupt import StopSignals
-from job.prompts import PromptSets, load_prompts
+from job.prompts import PromptSets, pinned_prompts
 from job.records import Figures, JobRecord, State, Trial, Upload
-from job.report import run_report
-from job.search import SearchSpace, choose, read_trials
+from job.report import write_reports
+from job.search import choose, read_trials
 from job.settings import Settings
 from job.upload.local import deliver
 from job.workspace import (
     RunFolder,
-    identify,
     is_sealed,
-    job_id,
+    model_identity,
     open_job,
     read_record,
-    write_atomically,
     write_record,
 )
 
@@ -135,7 +133,9 @@ class _Job:
 
     def do(self) -> Outcome:
         """Go through all stages; those that an earlier start has finished are passed over."""
-        prompts = load_prompts(self._settings)
+        self._phase("prompts")
+        prompts = pinned_prompts(self._folder, self._settings, self._events.say)
+        self._events.emit("prompts", received=prompts.received, commits=prompts.commits)
         trials = read_trials(self._folder.study_file)
         if len(trials) < self._settings.trials or not self._is_exported(self._choice(trials, prompts)):
             # torch takes seconds to load and is needed for these stages only.
@@ -150,7 +150,7 @@ class _Job:
         link_export(self._folder, chosen.number)
         failed = self._deliver(self._folder.export_folder(chosen.number))
         outcome = _outcome(self._folder, chosen.number, failed)
-        self._report(trials, len(prompts.bad_search), chosen, outcome)
+        write_reports(self._folder)
         finished = State(state="finished", trials=self._settings.trials, chosen=chosen.number)
         write_record(self._folder.state_file, finished)
         self._events.emit("job_finished", chosen=chosen.number)
@@ -203,13 +203,6 @@ class _Job:
             self._events.emit("delivery", f"delivery to {target}: {upload.state}", **upload.model_dump())
         return failed
 
-    def _report(self, trials: Sequence[Trial], prompts: int, chosen: Trial, outcome: Outcome) -> None:
-        record = self._folder.read_job()
-        assert record.resolution is not None
-        edit = SearchSpace(self._settings.search.space, record.resolution.layers).edit(chosen.params)
-        text = run_report(record, trials, prompts, chosen, edit, outcome.base, outcome.edited)
-        write_atomically(self._folder.report_file, text.encode())
-
     def _phase(self, name: str) -> None:
         state = self._folder.read_state()
         assert state is not None
@@ -241,12 +234,12 @@ def export_trial(folder: RunFolder, number: int | None, events: Events) -> Path:
     """
     record = folder.read_job()
     settings = Settings(**{**record.settings, "workspace": str(folder.path.parent)})
-    if job_id(identify(settings)) != record.job_id:
+    if model_identity(settings) != record.identity["model"]:
         raise UsageError(
-            f"the model or a prompt file of job {record.job_id} is no longer what it was",
+            f"the model of job {record.job_id} is no longer what it was",
             remedy="restore it where job.json says it was",
         )
-    prompts = load_prompts(settings)
+    prompts = pinned_prompts(folder, settings, events.say)
     trials = read_trials(folder.study_file)
     if number is None:
         trial = choose(trials, len(prompts.bad_search), settings.choice.refusal_tolerance)

@@ -1,17 +1,20 @@
-"""Prompt sets: read, cleaned and split."""
+"""Prompt sets: read once, cleaned, split and kept in the run folder."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 from job.errors import ImpossibleJobError
+from job.hub import Traffic
+from job.records import Record
 from job.settings import PromptSettings, Settings
+from job.sources import Source, parse_source, read_texts, resolve_commit
+from job.workspace import RunFolder, read_record, write_record
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(Record):
     """One prompt as the model will see it.
 
     Attributes:
@@ -23,9 +26,8 @@ class Prompt:
     system: str | None = None
 
 
-@dataclass(frozen=True)
-class PromptSets:
-    """All prompts of a job.
+class PromptSets(Record):
+    """prompts.json: all prompts of a job.
 
     Attributes:
         good: Prompts without the behaviour, for the directions.
@@ -34,74 +36,130 @@ class PromptSets:
         bad_search: Prompts with the behaviour, for the search.
         good_report: Prompts without the behaviour, for the reported figures.
         bad_report: Prompts with the behaviour, for the reported figures.
+        helpfulness: Instructions; empty unless directions are orthogonalised against helpfulness.
+        unhelpfulness: Web text; likewise.
+        capability: Prompts of a capability that is to be left alone; empty unless given.
+        sources: For each setting, how it was understood.
+        commits: The commit of every Hub dataset, by the setting that names it.
+        received: Bytes that came from the Hub.
     """
 
+    version: Literal[1] = 1
     good: tuple[Prompt, ...]
     bad: tuple[Prompt, ...]
     good_search: tuple[Prompt, ...]
     bad_search: tuple[Prompt, ...]
     good_report: tuple[Prompt, ...]
     bad_report: tuple[Prompt, ...]
+    helpfulness: tuple[Prompt, ...] = ()
+    unhelpfulness: tuple[Prompt, ...] = ()
+    capability: tuple[Prompt, ...] = ()
+    sources: dict[str, str]
+    commits: dict[str, str]
+    received: int = 0
 
 
-def read_prompts(source: PromptSettings) -> tuple[Prompt, ...]:
-    """Return the prompts of a text file, one a line, without blank lines and repetitions.
+def pinned_prompts(folder: RunFolder, settings: Settings, report: Callable[[str], None]) -> PromptSets:
+    """Return a job's prompts: read at its first start, from its folder ever after.
 
     Raises:
-        ImpossibleJobError: The file cannot be read or holds no prompt.
+        JobError: A set cannot be read, is empty, or too small to be split.
     """
-    path = Path(source.spec)
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise ImpossibleJobError(f"there is no prompt file {path}", remedy="check its path") from None
-    except UnicodeDecodeError:
-        raise ImpossibleJobError(
-            f"the prompt file {path} is not UTF-8 text", remedy="give a text file, one prompt a line"
-        ) from None
-    except OSError as error:
-        raise ImpossibleJobError(
-            f"cannot read the prompt file {path}: {error.strerror}", remedy="check its path"
-        ) from error
-    texts = dict.fromkeys(line.strip() for line in lines if line.strip())
-    if not texts:
-        raise ImpossibleJobError(f"the prompt file {path} is empty", remedy="write one prompt a line")
-    return tuple(Prompt(user=f"{source.prefix}{text}{source.suffix}", system=source.system_prompt) for text in texts)
+    if folder.prompts_file.exists():
+        return read_record(folder.prompts_file, PromptSets)
+    prompts = load_prompts(settings, report)
+    write_record(folder.prompts_file, prompts)
+    return prompts
 
 
-def load_prompts(settings: Settings) -> PromptSets:
+def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSets:
     """Read all prompt sets; evaluation sets are split in two by the seed unless report sets are given.
 
+    Args:
+        settings: The settings.
+        report: Told how each set was understood, how many prompts it has, and of prompts in two sets.
+
     Raises:
-        ImpossibleJobError: A set cannot be read, is empty, or too small to be split.
+        JobError: A set cannot be read, is empty, or too small to be split.
     """
-    good_search, good_report = _evaluation(
-        "good_eval_prompts", settings.good_eval_prompts, settings.good_report_prompts, settings.seed
+    used = settings.prompt_sets()
+    sources = {name: parse_source(source) for name, source in used.items()}
+    traffic = Traffic()
+    if any(source.kind == "hub" for source in sources.values()):
+        traffic.count()
+    commits: dict[str, str] = {}
+    read: dict[str, tuple[Prompt, ...]] = {}
+    for name, source in sources.items():
+        commit = resolve_commit(source, report)
+        if commit:
+            commits[name] = commit
+        read[name] = _read(used[name], source, commit, report)
+        report(f"{name}: {source.describe()}: {len(read[name])} prompts")
+    halves = {}
+    for kind in ("good", "bad"):
+        halves[kind] = _evaluation(kind, read, settings.seed)
+    found = PromptSets(
+        good=read["good_prompts"],
+        bad=read["bad_prompts"],
+        good_search=halves["good"][0],
+        good_report=halves["good"][1],
+        bad_search=halves["bad"][0],
+        bad_report=halves["bad"][1],
+        helpfulness=read.get("helpfulness_prompts", ()),
+        unhelpfulness=read.get("unhelpfulness_prompts", ()),
+        capability=read.get("capability_prompts", ()),
+        sources={name: source.describe() for name, source in sources.items()},
+        commits=commits,
+        received=traffic.received,
     )
-    bad_search, bad_report = _evaluation(
-        "bad_eval_prompts", settings.bad_eval_prompts, settings.bad_report_prompts, settings.seed
+    for line in overlaps(found):
+        report(f"warning: {line}")
+    return found
+
+
+def _read(
+    settings: PromptSettings, source: Source, commit: str | None, report: Callable[[str], None]
+) -> tuple[Prompt, ...]:
+    """Return a set's prompts without blanks and repetitions."""
+    texts: dict[str, None] = {}
+    for text in read_texts(source, commit, report):
+        texts[text.strip()[: settings.max_characters].strip()] = None
+    texts.pop("", None)
+    if not texts:
+        raise ImpossibleJobError(f"{source.describe()}: it is empty", remedy="give prompts, one a line or row")
+    return tuple(
+        Prompt(user=f"{settings.prefix}{text}{settings.suffix}", system=settings.system_prompt) for text in texts
     )
-    return PromptSets(
-        good=read_prompts(settings.good_prompts),
-        bad=read_prompts(settings.bad_prompts),
-        good_search=good_search,
-        bad_search=bad_search,
-        good_report=good_report,
-        bad_report=bad_report,
+
+
+def overlaps(prompts: PromptSets) -> list[str]:
+    """Return a line for every pair of sets with common prompts that ought to have none."""
+    pairs: tuple[tuple[str, Sequence[Prompt], str, Sequence[Prompt]], ...] = (
+        ("bad_prompts", prompts.bad, "the bad evaluation prompts", (*prompts.bad_search, *prompts.bad_report)),
+        ("good_prompts", prompts.good, "the good evaluation prompts", (*prompts.good_search, *prompts.good_report)),
+        ("bad_prompts", prompts.bad, "good_prompts", prompts.good),
+        ("the search's bad prompts", prompts.bad_search, "the report's", prompts.bad_report),
+        ("the search's good prompts", prompts.good_search, "the report's", prompts.good_report),
     )
+    lines = []
+    for first, some, second, others in pairs:
+        common = {prompt.user for prompt in some} & {prompt.user for prompt in others}
+        if common:
+            lines.append(f"{len(common)} of {len(some)} of {first} are also among {second}: figures on them flatter")
+    return lines
 
 
 def _evaluation(
-    name: str, source: PromptSettings, report: PromptSettings | None, seed: int
+    kind: str, read: dict[str, tuple[Prompt, ...]], seed: int
 ) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
     """Return the prompts for the search and those for the reported figures."""
-    prompts = read_prompts(source)
-    if report is not None:
-        return prompts, read_prompts(report)
+    prompts, given = read[f"{kind}_eval_prompts"], read.get(f"{kind}_report_prompts")
+    if given is not None:
+        return prompts, given
     if len(prompts) < 2:
         raise ImpossibleJobError(
-            f"{name} has a single prompt, which cannot be split into search and report",
-            remedy=f"give more prompts or {name.replace('eval', 'report')}",
+            f"{kind}_eval_prompts has a single prompt, which cannot be split into search and report",
+            remedy=f"give more prompts or {kind}_report_prompts",
         )
     order = list(range(len(prompts)))
     random.Random(seed).shuffle(order)

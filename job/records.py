@@ -32,10 +32,12 @@ class EditParameters(Record):
         direction_index: The layer, fractional, whose direction is ablated everywhere; None means
             that every layer is ablated along its own direction.
         kernels: The weight kernel of each component.
+        strengths: For each direction of a layer's basis, the share of the kernel's strength.
     """
 
     direction_index: float | None
     kernels: dict[Component, KernelParameters]
+    strengths: tuple[float, ...] = (1.0,)
 
 
 class Plan(Record):
@@ -96,6 +98,35 @@ class Figures(Record):
     kl: float | None = None
 
 
+class LayerGeometry(Record):
+    """How good and bad residuals lie in one layer; see `job.numerics.geometry.Geometry` for the figures.
+
+    Attributes:
+        good_points: Some good residuals along the direction and across it.
+        bad_points: Some bad ones.
+    """
+
+    good_norm: float | None
+    bad_norm: float | None
+    difference_norm: float | None
+    cosine_means: float | None
+    cosine_good: float | None
+    cosine_bad: float | None
+    cosine_previous: float | None
+    silhouette: float | None
+    variance_share: float | None
+    good_points: list[list[float]]
+    bad_points: list[list[float]]
+
+
+class GeometryRecord(Record):
+    """geometry.json: the geometry of all layers, under the key of the directions that it belongs to."""
+
+    version: Literal[1] = 1
+    key: str
+    layers: list[LayerGeometry]
+
+
 class Resolution(Record):
     """What a job's first start resolved once and for all.
 
@@ -103,11 +134,13 @@ class Resolution(Record):
         dtype: Floating-point type the model is loaded in.
         rows: Rows of a forward, all trials together.
         layers: Number of the model's layers.
+        response_prefix: What every answer is made to begin with.
     """
 
     dtype: str
     rows: int
     layers: int
+    response_prefix: str = ""
 
 
 class JobRecord(Record):

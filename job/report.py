@@ -6,11 +6,11 @@ machine. The report may.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from job.numerics.intervals import wilson_interval
-from job.records import EditParameters, Figures, JobRecord, Trial
+from job.records import EditParameters, Figures, GeometryRecord, JobRecord, Trial
+from job.result import RunResult
 from job.search import pareto_front
+from job.workspace import RunFolder, write_atomically
 
 _WARNING = """\
 > [!WARNING]
@@ -45,7 +45,7 @@ Measured on the exported weights, on prompts that neither the direction nor the 
 ## What was done
 
 - base model: a checkpoint with sha256 {record.identity["model"]["sha256"]} over its files
-- direction: {record.identity["directions"]["method"]}, {_direction(edit)}
+- direction: {record.identity["directions"]["method"]}, {direction_text(edit)}
 - norms preserved: {record.identity["ablation"]["row_normalization"]}
 - trial {trial.number} of the search with seed {record.identity["seed"]}
 
@@ -55,10 +55,13 @@ Made with abliteration-job {record.versions["abliteration-job"]}.
 """
 
 
-def _direction(edit: EditParameters) -> str:
+def direction_text(edit: EditParameters) -> str:
+    """Return in words which directions an edit ablates, and how strongly relative to each other."""
+    several = len(edit.strengths) > 1
+    shares = f", by shares of {', '.join(f'{share:.3g}' for share in edit.strengths)}" if several else ""
     if edit.direction_index is None:
-        return "each layer's own"
-    return f"that of layer {edit.direction_index:.4g} in all layers"
+        return f"each layer's own direction{'s' if several else ''}{shares}"
+    return f"the direction{'s' if several else ''} of layer {edit.direction_index:.4g} in all layers{shares}"
 
 
 def figures_table(base: Figures, edited: Figures) -> str:
@@ -102,49 +105,95 @@ def kernel_table(edit: EditParameters) -> str:
 {rows}"""
 
 
-def run_report(
-    record: JobRecord,
-    trials: Sequence[Trial],
-    prompts: int,
-    chosen: Trial,
-    edit: EditParameters,
-    base: Figures,
-    edited: Figures,
-) -> str:
+def write_reports(folder: RunFolder) -> str:
+    """Write report.md and report.html of a run folder and return the former's text.
+
+    Raises:
+        UsageError: Nothing has been exported yet.
+    """
+    from job.page import report_page  # its charts take a second to load
+
+    result = RunResult.read(folder)
+    text = run_report(result)
+    write_atomically(folder.report_file, text.encode())
+    write_atomically(folder.page_file, report_page(result).encode())
+    return text
+
+
+def run_report(result: RunResult) -> str:
     """Return the report.md of a run."""
-    failed = sum(trial.values.reason is not None for trial in trials)
+    record, chosen = result.record, result.chosen
+    failed = sum(trial.values.reason is not None for trial in result.trials)
     front = "\n".join(
         f"| {trial.number}{' (chosen)' if trial.number == chosen.number else ''} "
         f"| {trial.values.refusals} | {trial.values.kl:.4g} |"
-        for trial in pareto_front(trials)
+        for trial in pareto_front(result.trials)
     )
-    dtype = record.resolution.dtype if record.resolution else "unknown"
+    prefix = record.resolution.response_prefix if record.resolution else ""
+    sources = "\n".join(
+        f"- {name}: {source}" + (f", commit {result.prompts.commits[name]}" if name in result.prompts.commits else "")
+        for name, source in result.prompts.sources.items()
+    )
     packages = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     return f"""\
 # Report of job {record.job_id}
 
-Model: {record.settings["model"]}, loaded in {dtype}
+Model: {record.settings["model"]}, loaded in {record.resolution.dtype if record.resolution else "unknown"}
 
 ## Result
 
-Trial {chosen.number} of {len(trials)} was chosen: `exports/trial-{chosen.number:04d}`, to which `export` links.
+Trial {chosen.number} of {len(result.trials)} was chosen: `exports/trial-{chosen.number:04d}`, to which `export` links.
 Its figures on prompts that the search has not seen:
 
-{figures_table(base, edited)}
+{figures_table(result.base, result.edited)}
 
-It ablates {_direction(edit)} with these strengths:
+It ablates {direction_text(result.edit)} with these strengths:
 
-{kernel_table(edit)}
+{kernel_table(result.edit)}
 
 ## Pareto front
 
-Measured on the search split ({prompts} prompts with the behaviour); {failed} of {len(trials)} trials failed.
+Measured on the search split ({len(result.prompts.bad_search)} prompts with the behaviour, \
+{len(result.prompts.good_search)} without); {failed} of {len(result.trials)} trials failed.
 
 | trial | refusals | KL (nats) |
 |---|---|---|
 {front}
 
+## Geometry
+
+{geometry_table(result.geometry)}
+
+μ are the means of the residuals of prompts without (good) and with (bad) the behaviour \
+({len(result.prompts.good)} and {len(result.prompts.bad)} prompts), v is the layer's first direction; \
+silhouette and share of variance say how well the two classes are apart.
+
 ## Provenance
 
-{packages}; seed {record.identity["seed"]}; {record.startup_trials} start-up trials.
+{packages}; seed {record.identity["seed"]}; {record.startup_trials} start-up trials; \
+directions by {record.identity["directions"]["method"]}; \
+{"answers are made to begin with " + repr(prefix) if prefix else "no response prefix"}.
+
+{sources}
 """
+
+
+def geometry_table(record: GeometryRecord) -> str:
+    """Return the geometry of all layers as a table."""
+    columns = {
+        "length of μ_good": "good_norm",
+        "length of μ_bad": "bad_norm",
+        "of μ_bad − μ_good": "difference_norm",
+        "cos(μ_good, μ_bad)": "cosine_means",
+        "cos(v, μ_good)": "cosine_good",
+        "cos(v, μ_bad)": "cosine_bad",
+        "cos(v, v of the layer before)": "cosine_previous",
+        "silhouette": "silhouette",
+        "share of variance along v": "variance_share",
+    }
+    lines = [f"| layer | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for index, layer in enumerate(record.layers):
+        values = (getattr(layer, name) for name in columns.values())
+        cells = ("–" if value is None else f"{value:.3g}" for value in values)
+        lines.append(f"| {index} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -5,15 +5,21 @@ Index 0 is the embeddings, index ℓ + 1 the output of layer ℓ before any fina
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from job.decoding import left_padded
 from job.model import LoadedModel
+from job.workspace import cannot_write, write_atomically
 
 
 @contextmanager
@@ -38,9 +44,30 @@ def layer_outputs(layers: nn.ModuleList, keep: Callable[[int, Tensor], None]) ->
             handle.remove()
 
 
+def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
+    """Yield the prompts of each forward, by index, shortest first: at most so many rows and so many padded tokens.
+
+    A prompt that is longer than that by itself has a forward of its own.
+    """
+    chosen: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if chosen and (len(chosen) == rows or (len(chosen) + 1) * lengths[index] > tokens):
+            yield chosen
+            chosen = []
+        chosen.append(index)
+    if chosen:
+        yield chosen
+
+
 @torch.inference_mode()
 def extract_residuals(
-    loaded: LoadedModel, prompts: Sequence[list[int]], rows: int, advance: Callable[[int], None]
+    loaded: LoadedModel,
+    prompts: Sequence[list[int]],
+    rows: int,
+    advance: Callable[[int], None],
+    *,
+    tokens: int | None = None,
+    prepare: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Return the last prompt position's residuals, [n, layers + 1, d], float32, on the CPU.
 
@@ -51,20 +78,67 @@ def extract_residuals(
         prompts: Token ids of each prompt.
         rows: Prompts in one forward.
         advance: Told how many prompts have been done.
+        tokens: Tokens in one forward, padding included; None for no such bound.
+        prepare: Told how many rows the next forward has.
     """
     count = loaded.architecture.layer_count + 1
     residuals = torch.empty(len(prompts), count, loaded.architecture.width)
     layers = loaded.model.get_submodule(loaded.architecture.layers)
     assert isinstance(layers, nn.ModuleList)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), rows):
-        chosen = order[start : start + rows]
-        tokens, mask, positions = left_padded([prompts[i] for i in chosen], loaded.device)
+    lengths = [len(prompt) for prompt in prompts]
+    for chosen in batches(lengths, rows, tokens if tokens is not None else rows * max(lengths, default=0)):
+        ids, mask, positions = left_padded([prompts[i] for i in chosen], loaded.device)
+        if prepare is not None:
+            prepare(len(chosen))
 
         def keep(index: int, hidden: Tensor, chosen: list[int] = chosen) -> None:
             residuals[chosen, index] = hidden[:, -1].to("cpu", torch.float32)
 
         with layer_outputs(layers, keep):
-            loaded.model.get_decoder()(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
+            loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         advance(len(chosen))
     return residuals
+
+
+def digest(value: Any) -> str:
+    """Return a hash over a value that JSON can express: the key of whatever follows from it alone."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_tensors(file: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
+    """Keep tensors under a key, atomically.
+
+    Raises:
+        MachineError: The file cannot be written.
+    """
+    try:
+        file.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise cannot_write(file.parent, error) from error
+    contents = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    # One entry: safetensors writes several in any order, and the same contents are to give the same bytes.
+    write_atomically(file, save(contents, metadata={"seal": _seal(key, contents)}))
+
+
+def read_tensors(file: Path, key: str) -> dict[str, Tensor] | None:
+    """Return the tensors that were kept under a key; None where there are none, others, or damaged ones."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            seal = (stored.metadata() or {}).get("seal", "")
+            if not seal.startswith(key):
+                return None
+            contents = {name: stored.get_tensor(name) for name in sorted(stored.keys())}
+    except (OSError, SafetensorError):
+        return None
+    return contents if seal == _seal(key, contents) else None
+
+
+def _seal(key: str, contents: Mapping[str, Tensor]) -> str:
+    """Return the key with a hash of the contents."""
+    hashed = hashlib.sha256()
+    for name in sorted(contents):
+        tensor = contents[name]
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        raw: Any = tensor.flatten().view(torch.uint8).numpy()  # a buffer of the same memory
+        hashed.update(raw)
+    return f"{key} {hashed.hexdigest()}"

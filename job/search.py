@@ -48,10 +48,12 @@ class SearchSpace:
     Attributes:
         name: "wide", or "field" for the ranges that other tools of this kind use.
         layers: Number of layers.
+        directions: Directions of each layer's basis; the strength of every one but the first is searched.
     """
 
     name: str
     layers: int
+    directions: int = 1
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Return the range of every parameter."""
@@ -69,14 +71,23 @@ class SearchSpace:
             found[f"{component}.max_weight_position"] = FloatDistribution(*position)
             found[f"{component}.min_weight"] = FloatDistribution(0.0, 1.0)
             found[f"{component}.min_weight_distance"] = FloatDistribution(*distance)
+        for number in range(1, self.directions):
+            found[_strength_name(number)] = FloatDistribution(0.0, 1.0)
         return found
 
     def edit(self, params: dict[str, Any]) -> EditParameters:
         """Return the edit that a trial's parameters describe; min_weight is a share of max_weight."""
         index = params["direction_index"] if params["direction_scope"] == GLOBAL else None
         return EditParameters(
-            direction_index=index, kernels={component: _kernel(component, params) for component in COMPONENTS}
+            direction_index=index,
+            kernels={component: _kernel(component, params) for component in COMPONENTS},
+            # By what the trial has, so that a study can be read without the directions.
+            strengths=(1.0, *(params[name] for name in map(_strength_name, range(1, len(params))) if name in params)),
         )
+
+
+def _strength_name(number: int) -> str:
+    return f"direction_{number}.strength"
 
 
 def _kernel(component: Component, params: dict[str, Any]) -> KernelParameters:

@@ -19,6 +19,9 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from job.errors import UsageError
 
 ENVIRONMENT_PREFIX = "ABLITERATE_"
+# Prompt sets that only orthogonalize_directions uses.
+SPEC_QUALIFIERS = ("revision", "config", "split", "column")
+REFERENCE_SETS = ("helpfulness_prompts", "unhelpfulness_prompts", "capability_prompts")
 
 
 class Section(BaseModel):
@@ -30,7 +33,16 @@ class Section(BaseModel):
 class PromptSettings(Section):
     """A set of prompts and how each is turned into a conversation."""
 
-    spec: str = Field(min_length=1, description="Where the prompts come from: a text file, one prompt a line.")
+    spec: str = Field(
+        min_length=1,
+        description="A file or folder (.txt, .jsonl, .parquet, saved dataset) or DATASET[@REV][:CONFIG], "
+        "either with #SPLIT[/COLUMN].",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub dataset; overrides the spec's.")
+    config: str | None = Field(None, description="Configuration of a Hub dataset; overrides the spec's.")
+    split: str | None = Field(None, description='Split and rows, e.g. "train[:400]"; overrides the spec\'s.')
+    column: str | None = Field(None, description="Column that holds the prompts; overrides the spec's.")
+    max_characters: int | None = Field(None, ge=1, description="Texts are cut to so many characters; unset: none is.")
     prefix: str = Field("", description="Text put before every prompt.")
     suffix: str = Field("", description="Text put after every prompt.")
     system_prompt: str | None = Field(None, description="System prompt; unset: none.")
@@ -44,7 +56,7 @@ Prompts = Annotated[PromptSettings, BeforeValidator(_spec_table)]
 
 
 class LoadingSettings(Section):
-    """How the model is loaded."""
+    """How the model is loaded and addressed."""
 
     dtypes: list[Literal["auto", "bfloat16", "float16", "float32"]] = Field(
         min_length=1, description="Tried in order until one generates without fault."
@@ -52,6 +64,10 @@ class LoadingSettings(Section):
     device: str = Field(
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:N or mps.",
+    )
+    response_prefix: str = Field(
+        description="Text that every answer is made to begin with; auto: what all answers begin with anyway, "
+        "with a chain of thought closed."
     )
 
 
@@ -64,8 +80,28 @@ class BatchingSettings(Section):
 class DirectionSettings(Section):
     """How the behaviour's direction is found."""
 
-    method: Literal["mean-difference"] = Field(description="How directions are computed from residuals.")
+    method: Literal["mean-difference", "contrastive-pca", "probe"] = Field(
+        description="How directions are computed from residuals; contrastive-pca adds its own to the mean difference."
+    )
     orthogonalize_direction: bool = Field(description="Take the good mean out of the difference.")
+    orthogonalize_directions: bool = Field(
+        description="Take the directions of helpfulness and, where given, of a capability out of all directions."
+    )
+    winsorization_quantile: float = Field(
+        gt=0, le=1, description="Clamp every residual vector to this quantile of its entries; 1: not at all."
+    )
+    n_components: int = Field(ge=1, le=16, description="Directions a layer that contrastive-pca adds.")
+    alpha: float = Field(ge=0, description="Weight of the good covariance in contrastive-pca.")
+    pca_method: Literal["auto", "full", "randomized"] = Field(
+        description="auto and full are exact, auto in sample space where that is smaller."
+    )
+    eigenvalue_weighting: Literal["eigenvalue", "equal"] = Field(
+        description="How strongly contrastive-pca's directions are ablated relative to each other."
+    )
+    probe_regularization: float = Field(gt=0, description="Weight of the identity in the probe's covariance.")
+    iterative_rounds: int = Field(
+        ge=1, le=8, description="Rounds of extraction; each after the first adds what is left with the former ablated."
+    )
 
 
 class AblationSettings(Section):
@@ -116,13 +152,18 @@ class Settings(BaseSettings):
     upload: list[str] = Field(description="Targets that the result is delivered to: file:///dir.")
     good_prompts: Prompts = Field(description="Prompts without the behaviour, for the directions.")
     bad_prompts: Prompts = Field(description="Prompts with the behaviour, for the directions.")
-    good_eval_prompts: Prompts = Field(description="Prompts without the behaviour, for the search.")
-    bad_eval_prompts: Prompts = Field(description="Prompts with the behaviour, for the search.")
+    good_eval_prompts: Prompts = Field(description="Prompts without the behaviour, for search and report.")
+    bad_eval_prompts: Prompts = Field(description="Prompts with the behaviour, for search and report.")
     good_report_prompts: Prompts | None = Field(
         None, description="Prompts for the reported figures; unset: half of good_eval_prompts."
     )
     bad_report_prompts: Prompts | None = Field(
         None, description="Prompts for the reported figures; unset: half of bad_eval_prompts."
+    )
+    helpfulness_prompts: Prompts = Field(description="Instructions, for orthogonalize_directions.")
+    unhelpfulness_prompts: Prompts = Field(description="Web text, for orthogonalize_directions.")
+    capability_prompts: Prompts | None = Field(
+        None, description="Prompts of a capability that edits are to leave alone, for orthogonalize_directions."
     )
     loading: LoadingSettings
     batching: BatchingSettings
@@ -143,6 +184,12 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take values as given: `load_settings` has merged the sources and knows where each came from."""
         return (init_settings,)
+
+    def prompt_sets(self) -> dict[str, PromptSettings]:
+        """Return the prompt sets that the job uses, by the setting's name."""
+        unused = set() if self.directions.orthogonalize_directions else set(REFERENCE_SETS)
+        sets = {name: getattr(self, name) for name in Settings.model_fields if name not in unused}
+        return {name: value for name, value in sets.items() if isinstance(value, PromptSettings)}
 
     @property
     def effective_startup_trials(self) -> int:
@@ -205,9 +252,19 @@ def _merged(
     for name, layer in layers:
         _check_names(layer, Settings, name)
         for key, value in _flatten(layer):
+            if key.endswith(".spec"):
+                _forget_qualifiers(merged, sources, key)
             _put(merged, key, value)
             sources[key] = name
     return merged, sources
+
+
+def _forget_qualifiers(merged: dict[str, Any], sources: dict[str, str], key: str) -> None:
+    """Drop what a source of lower priority said of another spec: its split is not this one's."""
+    table = key.removesuffix(".spec")
+    for name in SPEC_QUALIFIERS:
+        if sources.pop(f"{table}.{name}", None):
+            del merged[table][name]
 
 
 def default_values() -> dict[str, Any]:
@@ -342,8 +399,8 @@ def default_workspace() -> str:
 
 def describe_settings(
     options: Mapping[str, Any], *, config: Path | None = None, assignments: Iterable[str] = ()
-) -> Iterable[str]:
-    """Yield a line for every setting: its name, its value as TOML and where it comes from.
+) -> tuple[Settings, list[str]]:
+    """Return the settings and a line for every one: its name, its value as TOML and where it comes from.
 
     Raises:
         UsageError: A setting is unknown or invalid; that some are not given yet is no error here.
@@ -353,11 +410,13 @@ def describe_settings(
     required = {key: "-" for key, field in Settings.model_fields.items() if field.is_required()}
     settings = _validated({**required, **merged}, sources)
     values = dict(_flatten(settings.model_dump(mode="json")))
+    lines = []
     for name in setting_names():
         if name in sources:
-            yield f"{name} = {json.dumps(values[name], ensure_ascii=False)}  # {sources[name]}"
-        elif "." not in name:
-            yield f"# {name} is not set"
+            lines.append(f"{name} = {json.dumps(values[name], ensure_ascii=False)}  # {sources[name]}")
+        elif "." not in name or name.endswith(".spec"):
+            lines.append(f"# {name.removesuffix('.spec')} is not set")
+    return settings, lines
 
 
 def _how_to_give(key: str) -> str:

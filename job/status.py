@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from job.events import read_events
+from job.prompts import PromptSets
 from job.search import pareto_front, read_trials
-from job.workspace import RunFolder
+from job.workspace import RunFolder, read_record
 
 # The ETA goes by the latest trials: rates change when a job moves to another machine.
 _RECENT = 20
@@ -46,8 +47,14 @@ def job_status(folder: RunFolder) -> dict[str, Any]:
         "chosen": chosen,
         "export": str(folder.export_link) if exported else None,
         "uploads": [upload.model_dump() for upload in folder.read_uploads()],
+        "received_bytes": _received(folder),
         "cost_usd": None,
     }
+
+
+def _received(folder: RunFolder) -> int:
+    """Return the bytes that the job's prompts took from the Hub."""
+    return read_record(folder.prompts_file, PromptSets).received if folder.prompts_file.exists() else 0
 
 
 def _running(folder: RunFolder, done: int, target: int) -> int:

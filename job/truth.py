@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from job.architectures import Architecture, UnsupportedArchitectureError, discover
 from job.errors import ImpossibleJobError
 from job.intervention import Intervention
+from job.numerics.basis import Basis
 from job.records import COMPONENTS, EditParameters, KernelParameters
 from job.residuals import layer_outputs
 
@@ -94,10 +95,10 @@ def largest_leak(model: PreTrainedModel, architecture: Architecture, seed: int =
         max_weight=1, max_weight_position=0, min_weight=1, min_weight_distance=architecture.layer_count
     )
     edit = EditParameters(direction_index=None, kernels=dict.fromkeys(COMPONENTS, everywhere))
-    directions = direction.expand(architecture.layer_count, -1)
+    basis = Basis.single(direction.expand(architecture.layer_count, -1))
     with (
         torch.inference_mode(),
-        Intervention(model, architecture, directions, "none") as intervention,
+        Intervention(model, architecture, basis, "none") as intervention,
         layer_outputs(layers, residuals.__setitem__),
     ):
         intervention.activate([edit])

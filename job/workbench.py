@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
-
-from job.architectures import Architecture
+from job.directions import DirectionFinder, tokens_of_forward
 from job.errors import ImpossibleJobError
 from job.evaluation import Evaluator
 from job.events import Events
 from job.export import Checkpoint, Edit, seal, verify_written, write_weights
 from job.intervention import Intervention
 from job.model import LoadedModel, load_model, rows_that_fit
-from job.numerics.directions import mean_difference
+from job.numerics.basis import Basis
+from job.prefix import with_response_prefix
 from job.prompts import Prompt, PromptSets
 from job.records import Figures, JobRecord, Plan, Resolution, Trial, TrialScores
 from job.report import model_card
-from job.residuals import extract_residuals
 from job.scoring import RefusalMarkers
 from job.search import Search, SearchSettings, SearchSpace
 from job.settings import Settings
 from job.truth import inspect_model
 from job.verification import prove_export
-from job.workspace import RunFolder, write_atomically, write_record
+from job.workspace import RunFolder, write_record
 
 
 @dataclass
@@ -46,7 +40,7 @@ class Workbench:
         events: Where progress goes.
         loaded: The base model.
         resolution: What the job's first start resolved.
-        directions: A unit direction for each layer, [layers, d].
+        basis: The directions of all layers.
         evaluator: Measures on the search split.
         intervention: The hooks on the base model, in place.
     """
@@ -58,7 +52,7 @@ class Workbench:
     events: Events
     loaded: LoadedModel
     resolution: Resolution
-    directions: Tensor
+    basis: Basis
     evaluator: Evaluator
     intervention: Intervention
 
@@ -77,11 +71,21 @@ class Workbench:
             f"{len(architecture.writers)} residual writers, proven complete",
         )
         loaded = _load(source, record, settings, events)
-        record, resolution = _resolve(folder, record, settings, prompts, loaded)
-        directions = _directions(folder, record, settings, prompts, loaded, resolution.rows, events)
+        record, resolution = _resolve(folder, record, settings, prompts, loaded, events)
+        loaded = replace(loaded, response_prefix=resolution.response_prefix)
+        finder = DirectionFinder(
+            folder,
+            record,
+            settings.directions,
+            loaded,
+            resolution.rows,
+            tokens_of_forward(loaded, _measured(prompts), resolution.rows, settings.scoring.answer_tokens),
+            events,
+        )
+        basis = finder.find(prompts)
         evaluator = _evaluator(loaded, settings, prompts.good_search, prompts.bad_search, resolution.rows)
         mode = settings.ablation.row_normalization
-        with Intervention(loaded.model, loaded.architecture, directions, mode) as intervention:
+        with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
             yield cls(
                 folder,
                 record,
@@ -90,7 +94,7 @@ class Workbench:
                 events,
                 loaded,
                 resolution,
-                directions,
+                basis,
                 evaluator,
                 intervention,
             )
@@ -117,7 +121,7 @@ class Workbench:
     @property
     def space(self) -> SearchSpace:
         """The space of edits."""
-        return SearchSpace(self.settings.search.space, self.resolution.layers)
+        return SearchSpace(self.settings.search.space, self.resolution.layers, self.basis.size)
 
     def search(self) -> Search:
         """Return the study on disk."""
@@ -146,7 +150,7 @@ class Workbench:
         """
         export = self.folder.export_folder(trial.number)
         parameters = self.space.edit(trial.params)
-        edit = Edit(parameters, self.directions, self.settings.ablation.row_normalization)
+        edit = Edit(parameters, self.basis, self.settings.ablation.row_normalization)
         source, architecture = self.loaded.folder, self.loaded.architecture
         self.events.emit("export_started", f"exporting trial {trial.number} to {export}", trial=trial.number)
         with self.events.progress("shards", len(Checkpoint(source).files)) as advance:
@@ -154,6 +158,7 @@ class Workbench:
         verify_written(source, export, architecture, edit)
         # A fresh object, as anyone else would load it, in the dtype that the job has settled on.
         fresh = load_model(export, self.settings.loading, self.events.say, dtype=self.resolution.dtype)
+        fresh = replace(fresh, response_prefix=self.resolution.response_prefix)
         rows = self.resolution.rows
         found = prove_export(
             self.evaluator,
@@ -188,14 +193,26 @@ def _load(source: Path, record: JobRecord, settings: Settings, events: Events) -
 
 
 def _resolve(
-    folder: RunFolder, record: JobRecord, settings: Settings, prompts: PromptSets, loaded: LoadedModel
+    folder: RunFolder,
+    record: JobRecord,
+    settings: Settings,
+    prompts: PromptSets,
+    loaded: LoadedModel,
+    events: Events,
 ) -> tuple[JobRecord, Resolution]:
     """Return the record with its resolution, which the job's first start makes and writes down."""
     if record.resolution is not None:
         return record, record.resolution
-    longest = max(map(len, loaded.tokenize([*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search])))
+    longest = max(map(len, loaded.tokenize(_measured(prompts))))
     rows = settings.batching.rows or rows_that_fit(loaded, longest + settings.scoring.answer_tokens)
-    resolution = Resolution(dtype=loaded.dtype, rows=rows, layers=loaded.architecture.layer_count)
+    prefix = settings.loading.response_prefix
+    if prefix == "auto":
+        prefix = with_response_prefix(loaded, prompts.good, prompts.bad, rows).response_prefix
+    if prefix:
+        events.emit("response_prefix", f"answers are made to begin with {prefix!r}")
+    resolution = Resolution(
+        dtype=loaded.dtype, rows=rows, layers=loaded.architecture.layer_count, response_prefix=prefix
+    )
     record = record.model_copy(update={"resolution": resolution})
     write_record(folder.job_file, record)
     return record, resolution
@@ -214,44 +231,6 @@ def _evaluator(
     )
 
 
-def _directions(
-    folder: RunFolder,
-    record: JobRecord,
-    settings: Settings,
-    prompts: PromptSets,
-    loaded: LoadedModel,
-    rows: int,
-    events: Events,
-) -> Tensor:
-    """Return the direction of each layer, from the run folder if an earlier start has found them."""
-    decisive = {
-        "identity": record.identity,
-        "versions": record.versions,
-        "dtype": loaded.dtype,
-    }
-    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-    file = folder.path / "directions" / f"{settings.directions.method}-{key[:16]}.safetensors"
-    kept = _kept_directions(file, key, loaded.architecture)
-    if kept is not None:
-        return kept
-    events.emit("residuals_started", "extracting residuals")
-    good, bad = loaded.tokenize(prompts.good), loaded.tokenize(prompts.bad)
-    with events.progress("prompts", len(good) + len(bad)) as advance:
-        residuals = [extract_residuals(loaded, tokens, rows, advance)[:, 1:] for tokens in (good, bad)]
-    directions = mean_difference(*residuals, orthogonalize=settings.directions.orthogonalize_direction)
-    file.parent.mkdir(exist_ok=True)
-    write_atomically(file, save({"directions": directions}, metadata={"key": key}))
-    events.emit("directions", f"found the directions of {len(directions)} layers")
-    return directions
-
-
-def _kept_directions(file: Path, key: str, architecture: Architecture) -> Tensor | None:
-    """Return directions from a file, None if it is absent, damaged or of another job."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            directions: Tensor = stored.get_tensor("directions")
-            fits = (stored.metadata() or {}).get("key") == key
-    except (OSError, SafetensorError):
-        return None
-    expected = (architecture.layer_count, architecture.width)
-    return directions if fits and directions.shape == expected and bool(directions.isfinite().all()) else None
+def _measured(prompts: PromptSets) -> list[Prompt]:
+    """Return the prompts whose length decides how many rows a forward takes."""
+    return [*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search]

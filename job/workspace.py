@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from job.errors import HeldError, ImpossibleJobError, JobError, MachineError, UsageError
 from job.records import JobRecord, Record, State, Upload
-from job.settings import PromptSettings, Settings
+from job.settings import REFERENCE_SETS, Settings
+from job.sources import source_identity
 
 # Settings that only extend a job or say where things go; all others are part of its identity.
 EXTENDING = frozenset({"workspace", "upload", "trials"})
@@ -114,7 +115,10 @@ class RunFolder:
         self.study_file = path / "study.db"
         self.events_file = path / "events.jsonl"
         self.uploads_file = path / "uploads.json"
+        self.prompts_file = path / "prompts.json"
+        self.geometry_file = path / "directions" / "geometry.json"
         self.report_file = path / "report.md"
+        self.page_file = path / "report.html"
         self.lock_file = path / ".lock"
         self.export_link = path / "export"
 
@@ -190,24 +194,7 @@ class RunFolder:
             lock.release()
 
 
-def prompt_source_identity(source: PromptSettings) -> dict[str, Any]:
-    """Return a prompt source as part of a job's identity: files by content, not by name.
-
-    Raises:
-        ImpossibleJobError: The file cannot be read.
-    """
-    described = source.model_dump(exclude={"spec"})
-    try:
-        return {"sha256": sha256_file(Path(source.spec)), **described}
-    except FileNotFoundError:
-        raise ImpossibleJobError(f"there is no prompt file {source.spec}", remedy="check its path") from None
-    except OSError as error:
-        raise ImpossibleJobError(
-            f"cannot read the prompt file {source.spec}: {error.strerror}", remedy="check its path"
-        ) from error
-
-
-def model_identity(folder: Path, memo: Path) -> str:
+def _folder_digest(folder: Path, memo: Path) -> str:
     """Return a hash of all files of a model folder.
 
     Files are hashed once: memo remembers what a file of the same size and time hashed to, so that a
@@ -241,11 +228,11 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES}
 
 
-def identify(settings: Settings) -> dict[str, Any]:
-    """Return what the user asked for, as far as it decides the result: a job's identity.
+def model_identity(settings: Settings) -> dict[str, Any]:
+    """Return the model as part of a job's identity.
 
     Raises:
-        ImpossibleJobError: The model or a prompt file is not there.
+        ImpossibleJobError: The model is not there.
         MachineError: The workspace cannot be written.
     """
     workspace = Path(settings.workspace)
@@ -254,13 +241,24 @@ def identify(settings: Settings) -> dict[str, Any]:
             f"there is no model folder {settings.model}",
             remedy="give the folder of a model in Hugging Face format",
         )
-    prompts = _prompt_identities(settings)
     try:
         workspace.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(workspace, error) from error
-    model = {"sha256": model_identity(Path(settings.model), workspace / MEMO)}
-    return {**settings.model_dump(mode="json", exclude=set(EXTENDING)), **prompts, "model": model}
+    return {"sha256": _folder_digest(Path(settings.model), workspace / MEMO)}
+
+
+def identify(settings: Settings) -> dict[str, Any]:
+    """Return what the user asked for, as far as it decides the result: a job's identity.
+
+    Raises:
+        ImpossibleJobError: The model or a prompt file is not there.
+        MachineError: The workspace cannot be written.
+    """
+    prompts = {name: source_identity(source) for name, source in settings.prompt_sets().items()}
+    model = model_identity(settings)
+    unused = set(REFERENCE_SETS) - prompts.keys()
+    return {**settings.model_dump(mode="json", exclude={*EXTENDING, *unused}), **prompts, "model": model}
 
 
 def open_job(settings: Settings, *, new: bool) -> tuple[RunFolder, JobRecord]:
@@ -294,20 +292,8 @@ def open_job(settings: Settings, *, new: bool) -> tuple[RunFolder, JobRecord]:
 
 
 def _located(settings: Settings) -> dict[str, Any]:
-    """Return all settings with absolute paths, so that later commands work from any folder."""
-    located = settings.model_dump(mode="json")
-    located["model"] = str(Path(settings.model).absolute())
-    for name in _prompt_identities(settings):
-        located[name]["spec"] = str(Path(located[name]["spec"]).absolute())
-    return located
-
-
-def _prompt_identities(settings: Settings) -> dict[str, Any]:
-    """Return all prompt sources as parts of a job's identity."""
-    sources = {name: getattr(settings, name) for name in Settings.model_fields}
-    return {
-        name: prompt_source_identity(source) for name, source in sources.items() if isinstance(source, PromptSettings)
-    }
+    """Return all settings with the model's absolute path, so that later commands work from any folder."""
+    return {**settings.model_dump(mode="json"), "model": str(Path(settings.model).absolute())}
 
 
 def _refuse_other_settings(workspace: Path, identity: Mapping[str, Any]) -> None:

@@ -57,7 +57,9 @@ def test_decided_rows_leave_and_the_others_go_on_as_before(random_model_folder: 
 
 
 def test_residuals_are_the_hidden_states_of_the_last_prompt_token(random_model_folder: Path) -> None:
-    loaded = load_model(random_model_folder, LoadingSettings(dtypes=["float32"], device="cpu"), print)
+    loaded = load_model(
+        random_model_folder, LoadingSettings(dtypes=["float32"], device="cpu", response_prefix=""), print
+    )
     done: list[int] = []
     residuals = extract_residuals(loaded, PROMPTS, 2, done.append)
     assert residuals.shape == (4, 4, 32)
@@ -102,8 +104,10 @@ def test_tokenizer_round_trip_keeps_apostrophes_and_punctuation() -> None:
 
 
 def test_prompts_go_through_the_chat_template(random_model_folder: Path) -> None:
-    loaded = load_model(random_model_folder, LoadingSettings(dtypes=["float32"], device="cpu"), print)
-    (tokens,) = loaded.tokenize([Prompt("Where is it kept?", system="You are a helpful assistant.")])
+    loaded = load_model(
+        random_model_folder, LoadingSettings(dtypes=["float32"], device="cpu", response_prefix=""), print
+    )
+    (tokens,) = loaded.tokenize([Prompt(user="Where is it kept?", system="You are a helpful assistant.")])
     text = loaded.tokenizer.decode(tokens)
     assert text.replace(" ", "") == (
         "<|system|>Youareahelpfulassistant.<|end|><|user|>Whereisitkept?<|end|><|assistant|>"

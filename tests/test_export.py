@@ -16,18 +16,19 @@ from job.decoding import Answer, first_logits
 from job.errors import DeliveryError, ExportMismatchError, ImpossibleJobError, MachineError
 from job.export import Checkpoint, Edit, build_manifest, seal, verify_written, write_weights
 from job.intervention import Intervention
+from job.numerics.basis import Basis
 from job.records import Manifest
 from job.upload.local import deliver
 from job.verification import compare_answers
 from job.workspace import DONE, is_sealed, read_record
-from tests.test_intervention import EDITS, directions_for
+from tests.test_intervention import EDITS, basis_for
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13, 14]]
 
 
 def write(source: Path, folder: Path, mode: str = "none", index: int = 0) -> Edit:
     model = AutoModelForCausalLM.from_pretrained(source)
-    edit = Edit(EDITS[index], directions_for(model), mode)  # type: ignore[arg-type]  # a mode's name
+    edit = Edit(EDITS[index], basis_for(model), mode)  # type: ignore[arg-type]  # a mode's name
     write_weights(source, folder, discover(model), edit, lambda _: None)
     verify_written(source, folder, discover(model), edit)
     return edit
@@ -37,7 +38,7 @@ def write(source: Path, folder: Path, mode: str = "none", index: int = 0) -> Edi
 def test_the_written_model_is_the_hooked_one(random_model_folder: Path, tmp_path: Path, mode: str) -> None:
     edit = write(random_model_folder, tmp_path / "export", mode)
     base = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
-    with Intervention(base, discover(base), edit.directions, edit.mode) as intervention:
+    with Intervention(base, discover(base), edit.basis, edit.mode) as intervention:
         intervention.activate([edit.parameters])
         intervention.rows = torch.zeros(2, dtype=torch.long)
         hooked = first_logits(base, PROMPTS)
@@ -69,10 +70,9 @@ def test_low_precision_is_rounded_once_from_the_exact_edit(random_model_folder: 
     edit = write(source, tmp_path / "export", "full")
     model = AutoModelForCausalLM.from_pretrained(source)
     from job.numerics.ablation import edit_weight
-    from job.numerics.directions import selection
 
     name = "model.layers.1.mlp.down_proj.weight"
-    direction = (selection(edit.directions, 1.3, 1) @ edit.directions.double())[None]
+    direction = edit.basis.select(1.3, 1)[0] @ edit.basis.candidates.double()
     weight = dict(model.named_parameters())[name].detach()
     expected = edit_weight(weight, direction, torch.tensor([0.7 - 0.35 / 4]), "full").to(torch.bfloat16)
     assert torch.equal(load_file(tmp_path / "export" / "model.safetensors")[name], expected)
@@ -130,7 +130,7 @@ def test_the_seal_comes_last_and_breaks_with_the_manifest(random_model_folder: P
 
 def test_bad_checkpoints_are_refused(random_model_folder: Path, tmp_path: Path) -> None:
     architecture = discover(AutoModelForCausalLM.from_pretrained(random_model_folder))
-    edit = Edit(EDITS[0], torch.eye(3, 32), "none")
+    edit = Edit(EDITS[0], Basis.single(torch.eye(3, 32)), "none")
     with pytest.raises(ImpossibleJobError, match="holds the base model"):
         write_weights(random_model_folder, random_model_folder, architecture, edit, lambda _: None)
     copy = tmp_path / "copy"

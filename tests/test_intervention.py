@@ -16,7 +16,7 @@ from job.evaluation import Evaluator
 from job.intervention import Intervention
 from job.model import load_model
 from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
-from job.numerics.directions import selection
+from job.numerics.basis import Basis, orthonormal_basis
 from job.prompts import Prompt
 from job.records import COMPONENTS, EditParameters, KernelParameters
 from job.scoring import RefusalMarkers
@@ -24,7 +24,7 @@ from job.settings import LoadingSettings
 from job.truth import TOLERANCE, inspect_model, inspection, largest_leak, small_twin
 from tests.helpers import abliterate
 
-LOADING = LoadingSettings(dtypes=["float32"], device="cpu")
+LOADING = LoadingSettings(dtypes=["float32"], device="cpu", response_prefix="")
 
 
 def kernel(weight: float, position: float = 1.0, distance: float = 2.0) -> KernelParameters:
@@ -41,41 +41,53 @@ EDITS = [
 ]
 
 
-def directions_for(model: PreTrainedModel) -> torch.Tensor:
+def basis_for(model: PreTrainedModel) -> Basis:
     generator = torch.Generator().manual_seed(5)
     count, width = model.config.num_hidden_layers, model.config.hidden_size
-    return nn.functional.normalize(torch.randn(count, width, generator=generator), dim=1)
+    return Basis.single(nn.functional.normalize(torch.randn(count, width, generator=generator), dim=1))
 
 
-def edit_in_place(model: PreTrainedModel, edit: EditParameters, mode: RowNormalization) -> None:
+def wide_basis_for(model: PreTrainedModel) -> Basis:
+    """Return three weighted directions a layer, of which one layer has but two."""
+    generator = torch.Generator().manual_seed(6)
+    count, width = model.config.num_hidden_layers, model.config.hidden_size
+    directions = nn.functional.normalize(torch.randn(count, 3, width, generator=generator), dim=-1)
+    directions[1, 2] = directions[1, 1]
+    return orthonormal_basis(directions, torch.tensor([1.0, 0.8, 0.5]).expand(count, 3))
+
+
+def edit_in_place(model: PreTrainedModel, edit: EditParameters, mode: RowNormalization, basis: Basis) -> None:
     """Edit a model's parameters themselves: what the hooks have to equal."""
     from job.intervention import strength
 
-    directions = directions_for(model)
     for writer in discover(model).writers:
         module = model.get_submodule(writer.module)
         assert isinstance(module, nn.Linear)
-        direction = (selection(directions, edit.direction_index, writer.layer) @ directions.double())[None]
-        strengths = torch.tensor([strength(edit, writer)])
+        coefficients, weights = basis.select(edit.direction_index, writer.layer)
+        direction = coefficients @ basis.candidates.double()
+        strengths = strength(edit, writer) * weights * torch.tensor(edit.strengths)
         weight = module.weight.detach().clone()
         module.weight.data.copy_(edit_weight(weight, direction, strengths, mode))
         if module.bias is not None:
             module.bias.data.copy_(edit_bias(module.bias.detach(), weight, direction, strengths, mode))
 
 
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("mode", ["none", "pre", "full", "column"])
 def test_hooks_equal_edited_parameters_with_every_row_of_another_trial(
-    random_model_folder: Path, mode: RowNormalization
+    random_model_folder: Path, mode: RowNormalization, several: bool
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
     prompts = [[7, 8, 9, 10, 11], [12, 13, 14]]
-    with Intervention(model, discover(model), directions_for(model), mode) as intervention:
-        assert intervention.activate(EDITS) == [None] * 4
+    basis = (wide_basis_for if several else basis_for)(model)
+    edits = [edit.model_copy(update={"strengths": (1.0, 0.7, 0.2)}) for edit in EDITS] if several else EDITS
+    with Intervention(model, discover(model), basis, mode) as intervention:
+        assert intervention.activate(edits) == [None] * 4
         intervention.rows = torch.arange(4).repeat_interleave(2)
         together = first_logits(model, prompts * 4)
-    for index, edit in enumerate(EDITS):
+    for index, edit in enumerate(edits):
         edited = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
-        edit_in_place(edited, edit, mode)
+        edit_in_place(edited, edit, mode, basis)
         expected = first_logits(edited, prompts)
         torch.testing.assert_close(together[2 * index : 2 * index + 2], expected, rtol=0, atol=2e-5)
 
@@ -83,7 +95,7 @@ def test_hooks_equal_edited_parameters_with_every_row_of_another_trial(
 def test_no_hook_remains_and_nothing_changes_without_rows(random_model_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
     before = first_logits(model, [[7, 8, 9]])
-    with Intervention(model, discover(model), directions_for(model), "full") as intervention:
+    with Intervention(model, discover(model), basis_for(model), "full") as intervention:
         intervention.activate(EDITS)
         assert torch.equal(first_logits(model, [[7, 8, 9]]), before)
     assert torch.equal(first_logits(model, [[7, 8, 9]]), before)
@@ -92,7 +104,7 @@ def test_no_hook_remains_and_nothing_changes_without_rows(random_model_folder: P
 
 def evaluator(folder: Path, rows: int = 64) -> Evaluator:
     loaded = load_model(folder, LOADING, print)
-    prompts = [Prompt(f"Where is the {word} kettle kept?") for word in ("old", "new", "red", "blue")]
+    prompts = [Prompt(user=f"Where is the {word} kettle kept?") for word in ("old", "new", "red", "blue")]
     return Evaluator(
         loaded, prompts, prompts[::-1], markers=RefusalMarkers(["plate", "sorry"]), answer_tokens=6, rows=rows
     )
@@ -101,7 +113,7 @@ def evaluator(folder: Path, rows: int = 64) -> Evaluator:
 def test_a_trial_scores_the_same_alone_and_in_a_batch(random_model_folder: Path) -> None:
     scorer = evaluator(random_model_folder)
     model = scorer._loaded.model
-    with Intervention(model, discover(model), directions_for(model), "full") as intervention:
+    with Intervention(model, discover(model), basis_for(model), "full") as intervention:
         together = scorer.scores(intervention, EDITS, rows=16)
         alone = [scorer.scores(intervention, [edit], rows=16)[0] for edit in EDITS]
     for one, other in zip(alone, together, strict=True):
@@ -119,7 +131,7 @@ def test_many_trials_are_one_batch_and_not_a_loop(random_model_folder: Path) -> 
         lambda _m, _i, named: forwards.append(len(named["input_ids"])), with_kwargs=True
     )
     counts = {}
-    with Intervention(model, discover(model), directions_for(model), "none") as intervention:
+    with Intervention(model, discover(model), basis_for(model), "none") as intervention:
         assert len(scorer.base_log_probs) == len(scorer.base_openings) == 4  # computed once, before the counting
         for k in (1, 2, 4):
             forwards.clear()
@@ -139,7 +151,7 @@ def test_a_degenerate_edit_is_told_as_a_failed_trial(random_model_folder: Path) 
     directions[:, 0] = 1.0
     everywhere = KernelParameters(max_weight=1, max_weight_position=0, min_weight=1, min_weight_distance=9)
     whole = EditParameters(direction_index=None, kernels=dict.fromkeys(COMPONENTS, everywhere))
-    with Intervention(model, discover(model), directions, "full") as intervention:
+    with Intervention(model, discover(model), Basis.single(directions), "full") as intervention:
         failed, fine = scorer.scores(intervention, [whole, EDITS[2]], rows=16)
     assert failed.reason is not None
     assert "restore a norm" in failed.reason

@@ -17,7 +17,7 @@ from job.settings import LoadingSettings
 
 
 def loading(*dtypes: str, device: str = "cpu") -> LoadingSettings:
-    return LoadingSettings.model_validate({"dtypes": dtypes, "device": device})
+    return LoadingSettings.model_validate({"dtypes": dtypes, "device": device, "response_prefix": ""})
 
 
 @pytest.fixture

@@ -95,10 +95,9 @@ json.dump(tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special
     base = json.loads((job / "figures" / "base.json").read_text())
     chosen = (job / "export").resolve().name
     edited = json.loads((job / "figures" / f"{chosen}.json").read_text())
-    from job.prompts import load_prompts
-    from job.settings import Settings
+    from job.prompts import PromptSets
 
-    prompts = load_prompts(Settings(**json.loads((job / "job.json").read_text())["settings"]))
+    prompts = PromptSets.model_validate_json((job / "prompts.json").read_text())
     good, bad = ([p.user for p in group] for group in (prompts.good_report, prompts.bad_report))
     assert (base["refusals"], base["bad_prompts"]) == (100, 100)
     assert (base["false_refusals"], base["good_prompts"]) == (0, 100)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from job.errors import UsageError
-from job.settings import Settings, describe_settings, load_settings, setting_names
+from job.settings import PromptSettings, Settings, describe_settings, load_settings, setting_names
 
 GIVEN = {
     "model": "m",
@@ -48,7 +48,7 @@ def test_precedence_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert loaded.sources["seed"] == "environment"
     assert loaded.sources["search.ei_candidates"] == "command line"
     assert loaded.sources["trials_per_batch"] == "default"
-    lines = list(describe_settings(GIVEN, config=config))
+    _, lines = describe_settings(GIVEN, config=config)
     assert f"trials = 11  # {config}" in lines
     assert 'bad_prompts.spec = "b.txt"  # command line' in lines
 
@@ -56,9 +56,12 @@ def test_precedence_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_every_setting_is_described_and_named_once() -> None:
     names = list(setting_names())
     assert len(names) == len(set(names))
-    described = "\n".join(describe_settings(GIVEN))
+    described = "\n".join(describe_settings(GIVEN)[1])
     for name in names:
-        assert name in described or name.partition(".")[2] in {"spec", "prefix", "suffix", "system_prompt"}
+        table, _, key = name.partition(".")
+        assert name in described or (
+            table.endswith("_prompts") and (table in described or key in PromptSettings.model_fields)
+        )
 
 
 def test_prompt_sets_as_spec_and_as_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +75,22 @@ def test_prompt_sets_as_spec_and_as_table(tmp_path: Path, monkeypatch: pytest.Mo
     report = load().good_report_prompts
     assert report is not None
     assert report.spec == "env.txt"
+
+
+def test_a_new_spec_does_not_inherit_what_was_said_of_another(tmp_path: Path) -> None:
+    config = toml(tmp_path, "[bad_prompts]\nspec = 'user/set'\nsplit = 'test[:9]'\ncolumn = 'ask'\nprefix = 'P: '\n")
+    inherited = load_settings({"model": "m"}, config=config).settings.bad_prompts
+    assert (inherited.spec, inherited.split, inherited.column) == ("user/set", "test[:9]", "ask")
+    other = load_settings({"model": "m", "bad_prompts": "other/set"}, config=config)
+    assert (other.settings.bad_prompts.split, other.settings.bad_prompts.column) == (None, None)
+    assert other.settings.bad_prompts.prefix == "P: "
+    assert "bad_prompts.split" not in other.sources
+
+
+def test_reference_sets_are_used_for_orthogonalisation_only() -> None:
+    assert not {name for name in load().prompt_sets() if "helpful" in name}
+    used = load(assignments=("directions.orthogonalize_directions=true",)).prompt_sets()
+    assert used["unhelpfulness_prompts"].spec == "allenai/c4:en#train[:200]/text"
 
 
 def test_start_up_trials_depend_on_trials() -> None:
@@ -130,8 +149,6 @@ def test_broken_and_missing_files(tmp_path: Path) -> None:
         load(toml(tmp_path, "trials = ="))
     with pytest.raises(UsageError, match="no settings file"):
         load(tmp_path / "absent.toml")
-    with pytest.raises(UsageError, match="good_prompts is not given"):
-        load_settings({"model": "m"})
     with pytest.raises(UsageError, match="model is not given"):
         load_settings({})
 

@@ -1,9 +1,49 @@
-"""Directions that mediate a behaviour, found from residuals. Legend: n prompts, layers, d the residual width."""
+"""Directions that mediate a behaviour, found from residuals.
+
+Legend of shapes: n prompts, m = n_good + n_bad, layers, d the residual width, k directions a layer.
+All arithmetic is in float64, a few layers at a time, on the device of the residuals.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+PcaMethod = Literal["auto", "full", "randomized"]
+
+# Eigenvalues of the Gram matrix below this share of its largest are rounding (DESIGN section 3).
+_NULL_SHARE = 1e-12
+# Eigenvalues of the contrast below this share of its largest in size are rounding.
+_LEAST_SHARE = 1e-9
+# The randomised solver: columns of the sketch beyond the wanted ones, and powers of the operator in its basis.
+_OVERSAMPLING, _POWERS = 8, 6
+_MEMORY = 2 << 30
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Directions of all layers, as one solver found them.
+
+    Attributes:
+        directions: Unit directions, the most telling one first, [layers, k, d], float32; a row of zeros
+            where a layer has fewer than k.
+        eigenvalues: What each direction was ranked by, [layers, k], float64; 0 for rows of zeros and
+            where the solver gave way to the mean difference.
+        fallbacks: Layers in which the solver found nothing, so that the first direction is the mean
+            difference and there is no other.
+    """
+
+    directions: Tensor
+    eigenvalues: Tensor
+    fallbacks: tuple[int, ...] = ()
+
+
+# What a solver makes of one or several layers [n, layers, d]: eigenvalues [layers, k] and vectors [layers, k, d].
+_Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def mean_difference(good: Tensor, bad: Tensor, *, orthogonalize: bool = False) -> Tensor:
@@ -14,25 +54,139 @@ def mean_difference(good: Tensor, bad: Tensor, *, orthogonalize: bool = False) -
     Args:
         good: Residuals of prompts without the behaviour, [n_good, layers, d], any dtype and device.
         bad: Residuals of prompts with the behaviour, [n_bad, layers, d].
-        orthogonalize: Take the good mean's direction out of the difference.
+        orthogonalize: Take the good mean's direction out of the difference ("projected" directions).
 
     Raises:
         ValueError: The shapes do not agree, or the classes do not differ in some layer.
     """
-    if good.ndim != 3 or bad.ndim != 3 or good.shape[1:] != bad.shape[1:]:
-        raise ValueError(
-            f"residuals must be [n, layers, d] of one model, got {tuple(good.shape)} and {tuple(bad.shape)}"
-        )
-    good_mean = good.to(torch.float64).mean(0)
-    difference = bad.to(torch.float64).mean(0) - good_mean
-    if orthogonalize:
-        difference = project_out(difference, good_mean)
-    norms = difference.norm(dim=-1, keepdim=True)
-    if not bool((norms > 0).all()):
-        layer = int((~(norms[:, 0] > 0)).nonzero()[0, 0])
-        raise ValueError(f"good and bad residuals do not differ in layer {layer}")
-    unit: Tensor = difference / norms
-    return unit.to(torch.float32)
+    _check_shapes(good, bad)
+    unit = torch.empty(good.shape[1:], dtype=torch.float32, device=good.device)
+    for layer in range(good.shape[1]):
+        good_mean = good[:, layer].to(torch.float64).mean(0)
+        difference = bad[:, layer].to(torch.float64).mean(0) - good_mean
+        if orthogonalize:
+            difference = project_out(difference[None], good_mean[None])[0]
+        # By its largest entry first: the square of a huge entry would overflow.
+        largest = difference.abs().max()
+        if not bool(largest > 0):
+            raise ValueError(f"good and bad residuals do not differ in layer {layer}")
+        difference = difference / largest
+        unit[layer] = (difference / difference.norm()).to(torch.float32)
+    return unit
+
+
+def contrastive_pca(
+    good: Tensor,
+    bad: Tensor,
+    *,
+    n_components: int = 3,
+    alpha: float = 1.0,
+    method: PcaMethod = "auto",
+    seed: int = 0,
+    memory: int = _MEMORY,
+) -> Directions:
+    """Return the top eigenvectors of ``cov(bad) - alpha cov(good)`` per layer (Abid et al. 2018).
+
+    The contrast has rank m - 2 at most, so the d × d problem has an exact equivalent in sample space
+    (m × m), which ``auto`` solves wherever m < d. Both class means are removed, so these directions
+    say nothing of the difference of means: they add to it and do not replace it. An eigenvalue that is
+    not positive belongs to no direction of the behaviour; such rows are zero. A layer without any, or
+    in which the solver fails, gets the mean difference instead and is reported.
+
+    Args:
+        good: Residuals of prompts without the behaviour, [n_good, layers, d], any dtype and device.
+        bad: Residuals of prompts with the behaviour, [n_bad, layers, d].
+        n_components: Directions a layer, k.
+        alpha: Weight of the good covariance.
+        method: ``auto`` (exact, in sample space or d × d, whichever is smaller), ``full`` (exact, d × d)
+            or ``randomized`` (Rayleigh-Ritz on a random block Krylov space of the contrast).
+        seed: Seed of the randomised method.
+        memory: Bytes that the arithmetic may take at a time beside the residuals themselves; at least
+            one layer is always done.
+
+    Raises:
+        ValueError: The shapes do not agree, a class has fewer than two prompts, or an argument is out of range.
+    """
+    _check_shapes(good, bad)
+    if min(len(good), len(bad)) < 2:
+        raise ValueError("a covariance needs at least two prompts of each class")
+    if n_components < 1 or alpha < 0:
+        raise ValueError(f"n_components must be at least 1 and alpha at least 0, got {n_components} and {alpha}")
+    samples, width = len(good) + len(bad), good.shape[2]
+    if method == "full" or (method == "auto" and width <= samples):
+        need = 8 * (4 * width * width + 2 * samples * width)
+
+        def solve(good: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
+            return _full(_scaled(good, bad), len(good), alpha, n_components)
+
+    elif method == "auto":
+        need = 8 * (3 * samples * width + 6 * samples * samples)
+
+        def solve(good: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
+            return _sample_space(_scaled(good, bad), len(good), alpha, n_components)
+
+    elif method == "randomized":
+        need = 8 * 3 * samples * width
+
+        def solve(good: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
+            return _randomized(_scaled(good, bad), len(good), alpha, n_components, seed)
+
+    else:
+        raise ValueError(f"unknown method {method!r}: choose auto, full or randomized")
+    return _solve_layers(good, bad, n_components, solve, max(1, memory // need))
+
+
+def probe(good: Tensor, bad: Tensor, *, regularization: float = 1.0, memory: int = _MEMORY) -> Directions:
+    """Return the regularised linear discriminant of the two classes per layer (Friedman 1989).
+
+    It is ``(S + ρI)⁻¹ (mean(bad) - mean(good))`` with S the pooled covariance within the classes and
+    ρ = regularization · tr(S) / d, solved in sample space. Unlike the mean difference it discounts what
+    varies within the classes alike. The eigenvalue is the squared Mahalanobis distance of the means.
+
+    Args:
+        good: Residuals of prompts without the behaviour, [n_good, layers, d], any dtype and device.
+        bad: Residuals of prompts with the behaviour, [n_bad, layers, d].
+        regularization: Weight of the identity; large values approach the mean difference.
+        memory: Bytes that the arithmetic may take at a time beside the residuals; at least one layer is done.
+
+    Raises:
+        ValueError: The shapes do not agree, a class has fewer than two prompts, or regularization is not positive.
+    """
+    _check_shapes(good, bad)
+    if min(len(good), len(bad)) < 2:
+        raise ValueError("a covariance needs at least two prompts of each class")
+    if regularization <= 0:
+        raise ValueError(f"regularization must be positive, got {regularization}")
+    samples, width = len(good) + len(bad), good.shape[2]
+
+    def solve(good: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
+        return _discriminant(good, bad, regularization)
+
+    need = 8 * (3 * samples * width + 3 * samples * samples)
+    return _solve_layers(good, bad, 1, solve, max(1, memory // need))
+
+
+def winsorize(residuals: Tensor, quantile: float) -> Tensor:
+    """Return residuals [n, layers, d] with every vector clamped to a quantile of its own entries' sizes.
+
+    A few massive activations then no longer decide a mean or a variance.
+
+    Args:
+        residuals: Residuals, any floating dtype.
+        quantile: In (0, 1]; 1 leaves them as they are.
+
+    Raises:
+        ValueError: quantile is out of range.
+    """
+    if not 0 < quantile <= 1:
+        raise ValueError(f"the quantile must be in (0, 1], got {quantile}")
+    if quantile == 1:
+        return residuals
+    clamped = torch.empty_like(residuals)
+    for index, vectors in enumerate(residuals):
+        bound = torch.quantile(vectors.to(torch.float32).abs(), quantile, dim=-1, keepdim=True).to(vectors)
+        clamped[index] = torch.minimum(torch.maximum(vectors, -bound), bound)
+    return clamped
 
 
 def project_out(vectors: Tensor, reference: Tensor) -> Tensor:
@@ -42,32 +196,137 @@ def project_out(vectors: Tensor, reference: Tensor) -> Tensor:
     return vectors - along * reference
 
 
-def selection(directions: Tensor, index: float | None, layer: int) -> Tensor:
-    """Return the unit direction to ablate in a layer as a combination of all layers' directions.
+def _check_shapes(good: Tensor, bad: Tensor) -> None:
+    if good.ndim != 3 or bad.ndim != 3 or good.shape[1:] != bad.shape[1:]:
+        raise ValueError(
+            f"residuals must be [n, layers, d] of one model, got {tuple(good.shape)} and {tuple(bad.shape)}"
+        )
+
+
+def _solve_layers(good: Tensor, bad: Tensor, k: int, solve: _Solver, at_once: int) -> Directions:
+    """Solve so many layers at once; those that fail get the mean difference."""
+    layers, width = good.shape[1:]
+    directions = torch.zeros(layers, k, width, dtype=torch.float32, device=good.device)
+    eigenvalues = torch.zeros(layers, k, dtype=torch.float64, device=good.device)
+    fallbacks = []
+    for chosen, solution in _solutions(good, bad, solve, at_once):
+        if solution is not None:
+            values, vectors = _oriented(good, bad, chosen, *solution)
+            directions[chosen, : vectors.shape[1]] = vectors.to(torch.float32)
+            eigenvalues[chosen, : values.shape[1]] = values
+        for layer in chosen:
+            if not bool(eigenvalues[layer, 0] > 0):
+                directions[layer, 0] = mean_difference(good[:, layer, None], bad[:, layer, None])[0]
+                fallbacks.append(layer)
+    return Directions(directions, eigenvalues, tuple(fallbacks))
+
+
+def _solutions(
+    good: Tensor, bad: Tensor, solve: _Solver, at_once: int
+) -> Iterator[tuple[list[int], tuple[Tensor, Tensor] | None]]:
+    """Yield layers with their solution; where a batch fails, its layers one by one, None for those that fail."""
+    pending = [list(range(i, min(i + at_once, good.shape[1]))) for i in range(0, good.shape[1], at_once)]
+    while pending:
+        chosen = pending.pop(0)
+        try:
+            solution = solve(good[:, chosen].to(torch.float64), bad[:, chosen].to(torch.float64))
+            failed = not all(bool(part.isfinite().all()) for part in solution)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # it is there, only not declared
+            failed = True
+        if not failed:
+            yield chosen, solution
+        elif len(chosen) == 1:
+            yield chosen, None
+        else:
+            pending = [[layer] for layer in chosen] + pending
+
+
+def _oriented(good: Tensor, bad: Tensor, chosen: list[int], values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Let every direction point from good to bad, so that neighbouring layers can be interpolated."""
+    difference = bad[:, chosen].to(torch.float64).mean(0) - good[:, chosen].to(torch.float64).mean(0)
+    along = (vectors @ difference[:, :, None])[..., 0]
+    return values, torch.where((along < 0)[..., None], -vectors, vectors)
+
+
+def _scaled(good: Tensor, bad: Tensor) -> Tensor:
+    """Return both classes without their means as rows whose squares sum to covariances, [layers, m, d]; good first."""
+    parts = [(part - part.mean(0)) / (len(part) - 1) ** 0.5 for part in (good, bad)]
+    return torch.cat(parts).transpose(0, 1)
+
+
+def _signs(rows: Tensor, n_good: int, alpha: float) -> Tensor:
+    signs = rows.new_ones(rows.shape[1])
+    signs[:n_good] = -alpha
+    return signs
+
+
+def _full(rows: Tensor, n_good: int, alpha: float, k: int) -> tuple[Tensor, Tensor]:
+    """Solve the d × d problem."""
+    contrast = rows.mT @ (rows * _signs(rows, n_good, alpha)[:, None])
+    values, vectors = torch.linalg.eigh((contrast + contrast.mT) / 2)
+    return _positive(values, vectors.mT, k)
+
+
+def _sample_space(rows: Tensor, n_good: int, alpha: float, k: int) -> tuple[Tensor, Tensor]:
+    """Solve the same problem through the rows' Gram matrix (DESIGN section 3)."""
+    values, vectors = torch.linalg.eigh(rows @ rows.mT)
+    kept = values > _NULL_SHARE * values[:, -1:]
+    root = torch.where(kept, values.clamp_min(0).sqrt(), 0.0)
+    inverse = torch.where(kept, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
+    half = vectors * root[:, None]
+    values, inner = torch.linalg.eigh(half.mT @ (half * _signs(rows, n_good, alpha)[:, None]))
+    inner = inner[..., -k:]
+    largest = values.abs().amax(-1)
+    mapped = (vectors @ (inner * inverse[..., None])).mT @ rows
+    return _positive(values[:, -k:], mapped, k, largest)
+
+
+def _randomized(rows: Tensor, n_good: int, alpha: float, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Solve by Rayleigh-Ritz in the block Krylov space of the contrast (Musco and Musco 2015).
+
+    The projected problem is the contrast itself, sign and all, so large negative eigenvalues, which the
+    space contains too, are not mistaken for directions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    signs = _signs(rows, n_good, alpha)[:, None]
+    start = torch.randn(rows.shape[2], k + _OVERSAMPLING, generator=generator, dtype=torch.float64)
+    block = start.to(rows.device).expand(len(rows), -1, -1)
+    blocks = []
+    for _ in range(_POWERS):
+        block = torch.linalg.qr(rows.mT @ (signs * (rows @ block))).Q
+        blocks.append(block)
+    basis = torch.linalg.qr(torch.cat(blocks, dim=-1)).Q[..., : rows.shape[1]]
+    seen = rows @ basis
+    values, inner = torch.linalg.eigh(seen.mT @ (signs * seen))
+    return _positive(values, (basis @ inner[..., -k:]).mT, k)
+
+
+def _positive(values: Tensor, vectors: Tensor, k: int, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the top k positive eigenvalues, falling, and their unit vectors; zeros in place of the others.
 
     Args:
-        directions: A unit direction for each layer, [layers, d].
-        index: The layer whose direction is ablated everywhere, interpolated linearly where fractional;
-            None for each layer's own.
-        layer: The layer that is edited.
-
-    Returns:
-        Coefficients [layers], float64, on the CPU.
-
-    Raises:
-        ValueError: The index lies outside 0 … layers - 1.
+        values: Eigenvalues, rising, [layers, r].
+        vectors: Eigenvectors as rows, at least those of the last k values, in the same order.
+        k: How many are wanted.
+        largest: The largest eigenvalue in size, where values does not hold all.
     """
-    layers = len(directions)
-    coefficients = torch.zeros(layers, dtype=torch.float64)
-    if index is None:
-        coefficients[layer] = 1
-        return coefficients
-    if not 0 <= index <= layers - 1:
-        raise ValueError(f"direction index {index} is outside 0 … {layers - 1}")
-    lower = min(int(index), layers - 1)
-    coefficients[lower] += 1 - (index - lower)
-    coefficients[min(lower + 1, layers - 1)] += index - lower
-    used = directions[lower : lower + 2].to(coefficients)
-    norm = (coefficients[lower : lower + 2] @ used).norm()
-    unit: Tensor = coefficients / norm.clamp_min(torch.finfo(torch.float64).tiny)
-    return unit
+    largest = values.abs().amax(-1) if largest is None else largest
+    values, vectors = values[:, -k:].flip(-1), vectors[:, -k:].flip(-2)
+    kept = values > _LEAST_SHARE * largest[:, None]
+    vectors = torch.nn.functional.normalize(vectors, dim=-1)
+    return torch.where(kept, values, 0.0), torch.where(kept[..., None], vectors, 0.0)
+
+
+def _discriminant(good: Tensor, bad: Tensor, regularization: float) -> tuple[Tensor, Tensor]:
+    """Solve ``(S + ρI) w = δ`` by the Woodbury identity, with S = ZᵀZ / (m - 2)."""
+    freedom = len(good) + len(bad) - 2
+    rows = torch.cat([part - part.mean(0) for part in (good, bad)]).transpose(0, 1) / max(freedom, 1) ** 0.5
+    difference = (bad.mean(0) - good.mean(0))[..., None]  # [layers, d, 1]
+    gram = rows @ rows.mT
+    ridge = regularization * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / rows.shape[2]
+    # Without any spread within the classes, the discriminant is the difference itself.
+    ridge = torch.where(ridge > 0, ridge, 1.0)[:, None, None]
+    factor = torch.linalg.cholesky(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    solved = (difference - rows.mT @ torch.cholesky_solve(rows @ difference, factor)) / ridge
+    distance = (difference * solved).sum(1)
+    return distance, torch.nn.functional.normalize(solved, dim=1).mT

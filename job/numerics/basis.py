@@ -1,0 +1,148 @@
+"""The directions of all layers as orthonormal bases, each direction with a weight of its own.
+
+Legend of shapes: layers, k directions a layer, d the residual width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Weighting = Literal["eigenvalue", "equal"]
+
+# What is left of a unit direction by those before it, below which it counts as a repetition of them.
+_REPETITION = 1e-3
+
+
+@dataclass(frozen=True)
+class Basis:
+    """An orthonormal basis for each layer.
+
+    Attributes:
+        directions: Orthonormal rows, the most important first, [layers, k, d]; rows of zeros where a layer has fewer.
+        weights: How strongly each direction is ablated relative to an edit's own strength, [layers, k].
+    """
+
+    directions: Tensor
+    weights: Tensor
+
+    @classmethod
+    def single(cls, directions: Tensor) -> Basis:
+        """Return the bases of one unit direction for each layer, [layers, d]."""
+        return cls(directions[:, None], directions.new_ones(len(directions), 1))
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.directions)
+
+    @property
+    def size(self) -> int:
+        """Directions a layer, k."""
+        return self.directions.shape[1]
+
+    @property
+    def candidates(self) -> Tensor:
+        """All directions as the rows that `select` combines, [layers · k, d]."""
+        return self.directions.flatten(0, 1)
+
+    def select(self, index: float | None, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the orthonormal directions to ablate in a layer, and their weights.
+
+        Args:
+            index: The layer whose directions are ablated everywhere, interpolated linearly where
+                fractional; None for each layer's own.
+            layer: The layer that is edited.
+
+        Returns:
+            Combinations of the candidates, [k, layers · k], and weights, [k]; float64, on the CPU.
+            A combination is zero where the layers have fewer directions.
+
+        Raises:
+            ValueError: The index lies outside 0 … layers - 1.
+        """
+        if index is not None and not 0 <= index <= self.layers - 1:
+            raise ValueError(f"direction index {index} is outside 0 … {self.layers - 1}")
+        lower = layer if index is None else min(int(index), self.layers - 1)
+        share = 0.0 if index is None else index - lower
+        upper = min(lower + 1, self.layers - 1)
+        weights = self.weights.to("cpu", torch.float64)
+        coefficients = torch.zeros(self.size, self.layers, self.size, dtype=torch.float64)
+        rows = torch.arange(self.size)
+        coefficients[rows, lower, rows] += 1 - share
+        coefficients[rows, upper, rows] += share
+        involved = self.directions[lower : upper + 1].to("cpu", torch.float64).flatten(0, 1)
+        part = coefficients[:, lower : upper + 1].flatten(1)
+        coefficients[:, lower : upper + 1] = _orthonormal(part, involved).view(self.size, -1, self.size)
+        return coefficients.flatten(1), (1 - share) * weights[lower] + share * weights[upper]
+
+
+def _orthonormal(coefficients: Tensor, vectors: Tensor) -> Tensor:
+    """Return combinations [k, m] of vectors [m, d] made orthonormal in their order; zero for repetitions."""
+    found: list[Tensor] = []
+    for row in coefficients:
+        for _ in range(2):  # once leaves an error of rounding over the remaining norm
+            for other in found:
+                row = row - ((row @ vectors) @ (other @ vectors)) * other
+        norm = (row @ vectors).norm()
+        found.append(row / norm if norm > _REPETITION else torch.zeros_like(row))
+    return torch.stack(found)
+
+
+def orthonormal_basis(directions: Tensor, weights: Tensor) -> Basis:
+    """Return bases from unit directions [layers, k, d] in their order of importance.
+
+    What repeats the directions before it becomes a row of zeros with weight 0: correlated directions
+    that are ablated one after the other would be ablated twice.
+    """
+    identity = torch.eye(directions.shape[1], dtype=torch.float64)
+    found = []
+    for layer in directions:
+        vectors = layer.to("cpu", torch.float64)
+        found.append(_orthonormal(identity, vectors) @ vectors)
+    basis = torch.stack(found)
+    kept = basis.norm(dim=-1) > 0
+    return Basis(basis.to(torch.float32), torch.where(kept, weights.to("cpu", torch.float32), 0.0))
+
+
+def eigenvalue_weights(eigenvalues: Tensor, weighting: Weighting) -> Tensor:
+    """Return weights [layers, k] in 0 … 1 for eigenvalues [layers, k]; those that are 0 get none.
+
+    The square root of the share of the largest eigenvalue is the ratio of standard deviations along the
+    directions. (A softmax over the eigenvalues themselves is one-hot: they differ by hundreds.)
+    """
+    positive = eigenvalues > 0
+    if weighting == "equal":
+        return positive.to(torch.float32)
+    largest = eigenvalues.amax(-1, keepdim=True).clamp_min(torch.finfo(eigenvalues.dtype).tiny)
+    return torch.where(positive, (eigenvalues.clamp_min(0) / largest).sqrt(), 0.0).to(torch.float32)
+
+
+def orthogonalize(directions: Tensor, references: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Take the span of reference directions out of directions, layer by layer.
+
+    Args:
+        directions: Unit directions, [layers, k, d].
+        references: Directions that an edit is to leave alone, [layers, r, d].
+
+    Returns:
+        Unit directions, [layers, k, d], and the layers in which a direction lies within that span and
+        is therefore left as it was.
+    """
+    result, kept = [], []
+    identity = torch.eye(references.shape[1], dtype=torch.float64)
+    for index, (layer, reference) in enumerate(zip(directions, references, strict=True)):
+        vectors, span = layer.to("cpu", torch.float64), reference.to("cpu", torch.float64)
+        span = _orthonormal(identity, span) @ span
+        for _ in range(2):
+            vectors = vectors - (vectors @ span.T) @ span
+        norms = vectors.norm(dim=-1, keepdim=True)
+        lost = (norms <= _REPETITION) & (layer.to(norms).norm(dim=-1, keepdim=True) > 0)
+        if bool(lost.any()):
+            kept.append(index)
+        unit = vectors / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        result.append(torch.where(lost, layer.to(unit), torch.where(norms > _REPETITION, unit, 0.0)))
+    return torch.stack(result).to(torch.float32), tuple(kept)

@@ -1,0 +1,66 @@
+"""What a run came to, read from its folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from job.errors import UsageError
+from job.prompts import PromptSets
+from job.records import EditParameters, Figures, GeometryRecord, JobRecord, Trial
+from job.search import SearchSpace, choose, read_trials
+from job.settings import Settings
+from job.workspace import RunFolder, read_record
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run's folder says of it.
+
+    Attributes:
+        record: job.json.
+        prompts: prompts.json.
+        trials: The trials of the study.
+        chosen: The chosen one.
+        edit: Its edit.
+        base: Figures of the base model on the report split.
+        edited: Figures of the export on it.
+        geometry: How the residuals of good and bad prompts lie.
+    """
+
+    record: JobRecord
+    prompts: PromptSets
+    trials: Sequence[Trial]
+    chosen: Trial
+    edit: EditParameters
+    base: Figures
+    edited: Figures
+    geometry: GeometryRecord
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> RunResult:
+        """Read a run folder.
+
+        Raises:
+            UsageError: Nothing has been exported yet.
+        """
+        record = folder.read_job()
+        settings = Settings(**record.settings)
+        trials = read_trials(folder.study_file)
+        prompts = read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None
+        if prompts is None or not trials or record.resolution is None:
+            raise UsageError(f"job {record.job_id} has nothing to report yet", remedy="run it first")
+        chosen = choose(trials, len(prompts.bad_search), settings.choice.refusal_tolerance)
+        export = folder.export_folder(chosen.number)
+        if not folder.figures_file(export.name).exists():
+            raise UsageError(f"job {record.job_id} has exported nothing yet", remedy="run it to its end")
+        return cls(
+            record=record,
+            prompts=prompts,
+            trials=trials,
+            chosen=chosen,
+            edit=SearchSpace(settings.search.space, record.resolution.layers).edit(chosen.params),
+            base=read_record(folder.figures_file("base"), Figures),
+            edited=read_record(folder.figures_file(export.name), Figures),
+            geometry=read_record(folder.geometry_file, GeometryRecord),
+        )
