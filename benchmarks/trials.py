@@ -17,12 +17,13 @@ from job.demo import write_organism
 from job.evaluation import Evaluator
 from job.intervention import Intervention
 from job.model import load_model
+from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.prompts import read_prompts
+from job.prompts import Prompt
 from job.residuals import extract_residuals
 from job.scoring import RefusalMarkers
 from job.search import SearchSpace
-from job.settings import LoadingSettings, PromptSettings, default_values
+from job.settings import LoadingSettings, default_values
 
 TRIALS, ROUNDS = 16, 3
 
@@ -41,9 +42,9 @@ def main() -> None:
     """Print the table."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/organism")
     write_organism(folder, arch="llama", size="tiny", seed=0, report=print)
-    loaded = load_model(folder / "model", LoadingSettings(dtypes=["auto"], device="auto"), print)
+    loaded = load_model(folder / "model", LoadingSettings(dtypes=["auto"], device="auto", response_prefix=""), print)
     sets = {
-        name: read_prompts(PromptSettings(spec=str(folder / f"{name}.txt")))
+        name: [Prompt(user=line) for line in (folder / f"{name}.txt").read_text().splitlines()]
         for name in ("good_train", "bad_train", "good_test", "bad_test")
     }
     residuals = [
@@ -58,9 +59,10 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     edits = [space.edit(study.ask(space.distributions()).params) for _ in range(TRIALS)]
+    basis = Basis.single(mean_difference(*residuals))
     print(f"{'norms kept':>10} {'K':>3} {'rows':>5} {'s/trial':>8} {'switch ms/trial':>16}")
     for mode in ("none", "full"):
-        with Intervention(loaded.model, loaded.architecture, mean_difference(*residuals), mode) as intervention:
+        with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
             evaluator.scores(intervention, edits[:1], 256)  # warm-up
             for k in (1, 4, 16):
                 batches = [edits[i : i + k] for i in range(0, TRIALS, k)]
