@@ -1,0 +1,92 @@
+"""Where S3 objects go and how they are sent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlparse
+
+from job.errors import UsageError
+
+MIB = 1 << 20
+# S3 takes parts of 5 MiB to 5 GiB, and 10,000 of them at most.
+SMALLEST_PART_MIB, LARGEST_PART_MIB, MOST_PARTS = 5, 5120, 10_000
+
+
+@dataclass(frozen=True)
+class S3Options:
+    """How to reach an S3 server and how to send.
+
+    Attributes:
+        endpoint: URL of a compatible server; None: what boto3 finds, AWS in the end.
+        region: Region of the bucket; None: what boto3 finds.
+        addressing_style: Whether the bucket stands in the path or in the host name.
+        checksums: "auto": SHA-256 checksums where the server keeps them; "when_required": never, only MD5.
+        part_mib: Size of a part in MiB; raised for files of more than 10,000 parts.
+        parallel_parts: Parts that are sent, and held in memory, at the same time.
+        sse: Server-side encryption to ask for; None: what the bucket does by itself.
+        kms_key: Key for "aws:kms"; None: the account's own.
+        attempts: Tries of each request before it is given up.
+        first_wait_s: Seconds after the first failed try, doubled after each.
+        longest_wait_s: Bound of these waits in seconds; a server's Retry-After may exceed it.
+        connect_timeout_s: Seconds for a connection to come about.
+        read_timeout_s: Seconds of silence after which a connection is taken for dead.
+
+    Raises:
+        UsageError: A value makes no sense.
+    """
+
+    endpoint: str | None = None
+    region: str | None = None
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    checksums: Literal["auto", "when_required"] = "auto"
+    part_mib: int = 16
+    parallel_parts: int = 4
+    sse: Literal["AES256", "aws:kms"] | None = None
+    kms_key: str | None = None
+    attempts: int = 20
+    first_wait_s: float = 0.5
+    longest_wait_s: float = 60.0
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not SMALLEST_PART_MIB <= self.part_mib <= LARGEST_PART_MIB:
+            raise UsageError(f"S3 parts are {SMALLEST_PART_MIB} to {LARGEST_PART_MIB} MiB, not {self.part_mib}")
+        if self.parallel_parts < 1 or self.attempts < 1:
+            raise UsageError("S3 uploads need at least one part at a time and one attempt")
+        if self.kms_key is not None and self.sse != "aws:kms":
+            raise UsageError("a KMS key is given but the encryption is not aws:kms", remedy="set both or neither")
+
+    def part_bytes(self, size: int) -> int:
+        """Return the size in bytes of the parts of a file of this size: whole MiB, all equal but the last."""
+        least = math.ceil(size / MOST_PARTS / MIB)
+        return max(self.part_mib, least) * MIB
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parsed s3://bucket/prefix."""
+
+    bucket: str
+    prefix: str
+
+    @classmethod
+    def parse(cls, uri: str) -> Target:
+        """Return the bucket and prefix of a URI.
+
+        Raises:
+            UsageError: It is not s3://bucket or s3://bucket/prefix.
+        """
+        parsed = urlparse(uri, allow_fragments=False)
+        if parsed.scheme != "s3" or not parsed.netloc or parsed.query:
+            raise UsageError(f"{uri} is not an S3 target", remedy="write s3://bucket/prefix")
+        return cls(parsed.netloc, parsed.path.strip("/"))
+
+    def key(self, name: str) -> str:
+        """Return the key of a file of the export."""
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}"

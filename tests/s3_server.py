@@ -1,0 +1,209 @@
+"""A real S3 server on the loopback (moto's), with a front in which single requests can be made to go wrong.
+
+What moto does not do the front does where it matters: it answers NoSuchUpload to parts and completions of unknown
+uploads (moto: 500), and rules of tests make up SlowDown and Retry-After. Nobody does here: comparing checksums and
+MD5 with what has arrived, IfMatch of completions, checksums in the list of parts, conflicts of simultaneous writers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+from urllib.parse import parse_qs
+
+import boto3
+from botocore.config import Config
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
+from moto.server import ThreadedMotoServer
+
+from job.records import Manifest, ManifestEntry
+from job.workspace import write_record
+
+BUCKET = "results"
+# Made once: a session reads large descriptions of the services.
+_SESSION = boto3.session.Session()
+KEY_ID, SECRET = "AKIAEXAMPLEEXAMPLE00", "averysecretsecretaccesskeyforthetests0000"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that has reached the server."""
+
+    method: str
+    key: str
+    query: dict[str, list[str]]
+    headers: dict[str, str]
+
+    @property
+    def operation(self) -> str:
+        """A short name: GET, HEAD, PUT, DELETE, create, part, parts, complete, abort, uploads."""
+        if "uploadId" in self.query:
+            return {"PUT": "part", "GET": "parts", "POST": "complete", "DELETE": "abort"}[self.method]
+        if "uploads" in self.query:
+            return "create" if self.method == "POST" else "uploads"
+        return self.method
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the front answers instead of the server."""
+
+    status: str
+    code: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    passed_on: bool = False
+
+    @property
+    def body(self) -> bytes:
+        return f"<?xml version='1.0'?><Error><Code>{self.code}</Code><Message>made up</Message></Error>".encode()
+
+
+# A rule may change the request (its WSGI environment) and may answer in the server's place.
+Rule = Callable[[Request, dict[str, Any]], Answer | None]
+
+
+class Front:
+    """WSGI in between."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self.rules: list[Rule] = []
+        self.hidden_headers: tuple[str, ...] = ()
+        self.requests: list[Request] = []
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        request = _described(environ)
+        if not request.key.startswith("moto-api"):
+            self.requests.append(request)
+        for rule in [*self.rules, _forgotten]:
+            answer = rule(request, environ)
+            if answer is not None and answer.passed_on:
+                list(self._app(environ, lambda *_: None))
+            if answer is not None:
+                if not answer.passed_on:
+                    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+                body = b"" if request.method == "HEAD" else answer.body
+                start_response(answer.status, [*answer.headers.items(), ("Content-Length", str(len(body)))])
+                return [body]
+
+        def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            kept = [(name, value) for name, value in headers if not name.lower().startswith(self.hidden_headers)]
+            return start_response(status, kept if self.hidden_headers else headers, *rest)
+
+        return self._app(environ, start)  # type: ignore[no-any-return]
+
+
+def _forgotten(request: Request, _environ: dict[str, Any]) -> Answer | None:
+    if request.operation not in ("part", "complete"):
+        return None
+    bucket = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets.get(BUCKET)
+    upload = request.query["uploadId"][0]
+    there = bucket.keys.get(request.key) if bucket else None
+    completed = there is not None and there.multipart is not None and there.multipart.id == upload
+    if bucket is None or completed or upload in bucket.multiparts:
+        return None
+    return Answer("404 Not Found", "NoSuchUpload")
+
+
+def _described(environ: dict[str, Any]) -> Request:
+    headers = {name[5:].lower().replace("_", "-"): str(v) for name, v in environ.items() if name.startswith("HTTP_")}
+    query = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
+    key = environ.get("PATH_INFO", "").removeprefix(f"/{BUCKET}").lstrip("/")
+    return Request(environ["REQUEST_METHOD"], key, query, headers)
+
+
+class S3Server:
+    """The server with its bucket; a context manager."""
+
+    def __init__(self) -> None:
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+
+    def __enter__(self) -> S3Server:
+        self._moto.start()
+        self.host, self.port = self._moto.get_host_and_port()
+        assert self._moto._server is not None
+        self.front = Front(self._moto._server.app)
+        self._moto._server.app = self.front
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._moto.stop()
+        assert self._moto._server is not None
+        self._moto._server.server_close()
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def client(self, service: str = "s3", key_id: str = KEY_ID, secret: str = SECRET) -> Any:
+        """Return a client of its own kind, to look and meddle behind the scenes."""
+        return _SESSION.client(
+            service,
+            endpoint_url=self.url,
+            region_name="us-east-1",
+            aws_access_key_id=key_id,
+            aws_secret_access_key=secret,
+            config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
+        )
+
+    def contents(self, prefix: str = "") -> dict[str, bytes]:
+        """Return all objects under a prefix."""
+        client = self.client()
+        try:
+            listed = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+            found = {}
+            for item in listed:
+                try:
+                    with client.get_object(Bucket=BUCKET, Key=item["Key"])["Body"] as body:
+                        found[item["Key"]] = body.read()
+                except client.exceptions.NoSuchKey:
+                    continue  # deleted since it was listed
+            return found
+        finally:
+            client.close()
+
+    def uploads(self) -> list[tuple[str, str]]:
+        """Return key and id of all begun multipart uploads."""
+        client = self.client()
+        try:
+            listed = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+            return [(item["Key"], item["UploadId"]) for item in listed]
+        finally:
+            client.close()
+
+    def operations(self) -> list[str]:
+        """Return the operations so far, in order."""
+        return [request.operation for request in self.front.requests]
+
+
+def make_export(folder: Path, sizes: dict[str, int], seed: int = 0) -> Path:
+    """Write an export of random files of these sizes in bytes."""
+    folder.mkdir(parents=True)
+    random = Random(seed)
+    files = {}
+    for name, size in sizes.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        with path.open("wb") as file:
+            for start in range(0, size, 1 << 20):
+                block = random.randbytes(min(1 << 20, size - start))
+                digest.update(block)
+                file.write(block)
+        files[name] = ManifestEntry(sha256=digest.hexdigest(), size=size)
+    write_record(folder / "manifest.json", Manifest(files=files))
+    return folder
+
+
+def policy(*actions: str) -> str:
+    """Return an IAM policy document that allows these actions."""
+    statement = {"Effect": "Allow", "Action": list(actions), "Resource": "*"}
+    return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
