@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import random
+import re
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from job.errors import ImpossibleJobError, JobError, MachineError
@@ -13,45 +19,56 @@ T = TypeVar("T")
 
 # Waits of a call that is tried again: doubled each time, up to the longest.
 TRIES, FIRST_WAIT, LONGEST_WAIT = 6, 1.0, 30.0
+# The Hub counts requests by five minutes.
+_LONGEST_ASKED = 301.0
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
 
-class Traffic:
-    """Bytes that the Hub's client has received in this process."""
+# Bytes that the Hub's client has received, by the thread that read them.
+_received: Counter[int] = Counter()
+_counting = False
 
-    def __init__(self) -> None:
-        self.received = 0
 
-    def count(self) -> None:
-        """From now on count the bodies of all of the client's responses, as they come over the line."""
-        import httpx2
-        from huggingface_hub import set_client_factory
-        from huggingface_hub.utils import _http
+def count_traffic() -> None:
+    """From now on count the bodies of all responses to the Hub's client, as they come over the line.
 
-        traffic = self
+    It must not be called first while another thread uses the client, which it replaces.
+    """
+    global _counting
+    if _counting:
+        return
+    _counting = True
+    import httpx2
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
 
-        class Counted(httpx2.SyncByteStream):
-            def __init__(self, stream: Any) -> None:
-                self._stream = stream
+    class Counted(httpx2.SyncByteStream):
+        def __init__(self, stream: Any) -> None:
+            self._stream = stream
 
-            def __iter__(self) -> Iterator[bytes]:
-                for block in self._stream:
-                    traffic.received += len(block)
-                    yield block
+        def __iter__(self) -> Iterator[bytes]:
+            for block in self._stream:
+                _received[threading.get_ident()] += len(block)
+                yield block
 
-            def close(self) -> None:
-                self._stream.close()
+        def close(self) -> None:
+            self._stream.close()
 
-        def count(response: Any) -> None:
-            response.stream = Counted(response.stream)
+    def count(response: Any) -> None:
+        response.stream = Counted(response.stream)
 
-        def client() -> Any:
-            # The library's own client, so that its timeouts, its user agent and the proxies of the environment stay.
-            made = _http.default_client_factory()
-            made.event_hooks = {**made.event_hooks, "response": [*made.event_hooks["response"], count]}
-            return made
+    def client() -> Any:
+        # The library's own client, so that its timeouts, its user agent and the proxies of the environment stay.
+        made = _http.default_client_factory()
+        made.event_hooks = {**made.event_hooks, "response": [*made.event_hooks["response"], count]}
+        return made
 
-        set_client_factory(client)
+    set_client_factory(client)
+
+
+def received_bytes() -> int:
+    """Return the bytes that this thread has received from the Hub since they are counted."""
+    return _received[threading.get_ident()]
 
 
 def is_offline() -> bool:
@@ -59,6 +76,30 @@ def is_offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
+
+
+@contextmanager
+def quiet_client() -> Iterator[None]:
+    """Keep the client's progress bars out of the logs, and the signatures of its upload addresses."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    class Unsigned(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            record.msg, record.args = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", record.getMessage()), ()
+            return True
+
+    # Where the environment decides about the bars, the client warns about every attempt to change that.
+    change = "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ and not are_progress_bars_disabled()
+    unsigned, logger = Unsigned(), logging.getLogger("huggingface_hub.utils._http")
+    if change:
+        disable_progress_bars()
+    logger.addFilter(unsigned)
+    try:
+        yield
+    finally:
+        logger.removeFilter(unsigned)
+        if change:
+            enable_progress_bars()
 
 
 def patiently(call: Callable[[], T], what: str, report: Callable[[str], None]) -> T:
@@ -79,6 +120,8 @@ def patiently(call: Callable[[], T], what: str, report: Callable[[str], None]) -
             return call()
         except Exception as error:
             known = explained(error, what)
+            if known is error:
+                raise
             if not isinstance(known, MachineError) or attempt == TRIES or is_offline():
                 raise known from error
             pause = _asked_wait(error) or min(wait, LONGEST_WAIT) * random.uniform(0.5, 1.0)
@@ -128,6 +171,13 @@ def not_granted(what: str) -> ImpossibleJobError:
 
 def _asked_wait(error: Exception) -> float | None:
     """Return the seconds that the Hub asks to wait, if it does, within reason."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # public, not re-exported
+
     response = getattr(error, "response", None)
-    asked = response.headers.get("Retry-After", "") if response is not None else ""
-    return min(float(asked), 300.0) if asked.isdigit() else None
+    if response is None:
+        return None
+    asked = response.headers.get("Retry-After", "")
+    if asked.isdigit():
+        return min(float(asked), _LONGEST_ASKED)
+    limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
+    return min(limit.reset_in_seconds + 1.0, _LONGEST_ASKED) if limit is not None else None

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from job.errors import ImpossibleJobError
-from job.hub import Traffic
+from job.hub import count_traffic, received_bytes
 from job.records import Record
 from job.settings import PromptSettings, Settings
 from job.sources import Source, parse_source, read_texts, resolve_commit
-from job.workspace import RunFolder, read_record, write_record
 
 
 class Prompt(Record):
@@ -59,19 +58,6 @@ class PromptSets(Record):
     received: int = 0
 
 
-def pinned_prompts(folder: RunFolder, settings: Settings, report: Callable[[str], None]) -> PromptSets:
-    """Return a job's prompts: read at its first start, from its folder ever after.
-
-    Raises:
-        JobError: A set cannot be read, is empty, or too small to be split.
-    """
-    if folder.prompts_file.exists():
-        return read_record(folder.prompts_file, PromptSets)
-    prompts = load_prompts(settings, report)
-    write_record(folder.prompts_file, prompts)
-    return prompts
-
-
 def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSets:
     """Read all prompt sets; evaluation sets are split in two by the seed unless report sets are given.
 
@@ -84,9 +70,9 @@ def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSet
     """
     used = settings.prompt_sets()
     sources = {name: parse_source(source) for name, source in used.items()}
-    traffic = Traffic()
     if any(source.kind == "hub" for source in sources.values()):
-        traffic.count()
+        count_traffic()
+    before = received_bytes()
     commits: dict[str, str] = {}
     read: dict[str, tuple[Prompt, ...]] = {}
     for name, source in sources.items():
@@ -110,7 +96,7 @@ def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSet
         capability=read.get("capability_prompts", ()),
         sources={name: source.describe() for name, source in sources.items()},
         commits=commits,
-        received=traffic.received,
+        received=received_bytes() - before,
     )
     for line in overlaps(found):
         report(f"warning: {line}")

@@ -189,18 +189,18 @@ configs:
 # Reads a SPEC with the real client and prints what came of it; the endpoint is read when it is imported.
 READ = """
 import json, sys
-from job.hub import Traffic
+from job.hub import count_traffic, received_bytes
 from job.errors import JobError
 from job.settings import PromptSettings
 from job.sources import parse_source, read_texts, resolve_commit
 
-traffic, said = Traffic(), []
-traffic.count()
+said = []
+count_traffic()
 try:
     source = parse_source(PromptSettings(spec=sys.argv[1], prefix="", suffix="", system_prompt=None))
     commit = resolve_commit(source, said.append)
     texts = list(read_texts(source, commit, said.append))
-    print(json.dumps({"texts": texts, "commit": commit, "received": traffic.received, "said": said}))
+    print(json.dumps({"texts": texts, "commit": commit, "received": received_bytes(), "said": said}))
 except JobError as error:
     print(json.dumps({"error": error.line, "code": error.exit_code, "said": said}))
 """

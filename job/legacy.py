@@ -1,0 +1,98 @@
+"""Settings of other tools of this kind, in flat TOML: taken over, renamed or no longer needed, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_NOTHING_TO_CACHE = "an edit is a hook on outputs: no weight is changed, so there is none to keep, restore or decompose"
+_SMALL_RESIDUALS = "only the last prompt position of each layer is kept, so residuals are small"
+_BY_RULE = "rows follow from the model and the device's memory; batching.rows sets them"
+
+# Old name: new name.
+RENAMED = {
+    "n_trials": "trials",
+    "n_startup_trials": "startup_trials",
+    "batch_size": "batching.rows",
+    "good_evaluation_prompts": "good_eval_prompts",
+    "bad_evaluation_prompts": "bad_eval_prompts",
+    "dtypes": "loading.dtypes",
+    "device_map": "loading.device_map",
+    "response_prefix": "loading.response_prefix",
+    "refusal_markers": "scoring.refusal_markers",
+    "refusal_check_tokens": "scoring.answer_tokens",
+    "max_response_length": "scoring.answer_tokens",
+    "row_normalization": "ablation.row_normalization",
+    "orthogonalize_direction": "directions.orthogonalize_direction",
+    "orthogonalize_directions": "directions.orthogonalize_directions",
+    "winsorization_quantile": "directions.winsorization_quantile",
+    "pca_method": "directions.pca_method",
+    "pca_alpha": "directions.alpha",
+    "n_components": "directions.n_components",
+    "n_refusal_directions": "directions.n_components",
+}
+# Old name: why it is not needed any more.
+OBSOLETE = {
+    "max_batch_size": _BY_RULE,
+    "use_binary_search_batch_tuning": _BY_RULE,
+    "cache_weights": _NOTHING_TO_CACHE,
+    "enable_svd_cache": _NOTHING_TO_CACHE,
+    "max_svd_cache_size": _NOTHING_TO_CACHE,
+    "use_incremental_adapter_updates": _NOTHING_TO_CACHE,
+    "use_amp_for_residuals": _SMALL_RESIDUALS,
+    "offload_residuals_to_cpu": _SMALL_RESIDUALS,
+    "cache_residuals_in_memory": _SMALL_RESIDUALS,
+    "cache_clear_frequency": _SMALL_RESIDUALS,
+    "enable_residual_cache": "residuals are always kept in the run folder",
+    "residual_cache_dir": "residuals are always kept in the run folder",
+    "storage": "the study is study.db in the run folder",
+    "study_name": "the study is study.db in the run folder",
+    "auto_select": "the best trial is always chosen; `abliterate export --trial N` writes another",
+    "auto_select_path": "the export lies in the run folder; --upload file:///dir delivers it elsewhere",
+    "use_global_warmup": "nothing is warmed up per trial",
+    "use_efficient_refusal_detection": "refusals are always detected as the answer grows",
+    "compile": "edits are made outside the model's own code; it is run as it is",
+}
+# Old name: what its value becomes.
+CONVERTED: dict[str, Callable[[Any], tuple[str, Any]]] = {
+    "use_pca_extraction": lambda value: ("directions.method", "contrastive-pca" if value else "mean-difference"),
+    # There 0 meant that nothing follows the first extraction.
+    "iterative_rounds": lambda value: ("directions.iterative_rounds", max(int(value), 0) + 1),
+}
+# Tables of prompts whose source was called "dataset" there.
+_PROMPT_TABLES = ("good_prompts", "bad_prompts", "good_eval_prompts", "bad_eval_prompts", "helpfulness_prompts",
+                  "unhelpfulness_prompts")  # fmt: skip
+
+
+def translated(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return a settings table in today's names, and a line for every old one.
+
+    Args:
+        table: A settings file as it was read.
+
+    Returns:
+        The table, whose renamed settings are dotted keys, and what became of each old name.
+    """
+    found: dict[str, Any] = {}
+    notes = []
+    for key, value in table.items():
+        if key in OBSOLETE:
+            notes.append(f"{key} is no longer needed: {OBSOLETE[key]}")
+        elif key in CONVERTED:
+            name, converted = CONVERTED[key](value)
+            found[name] = converted
+            notes.append(f"{key} = {_toml(value)} is {name} = {_toml(converted)} now")
+        elif key in RENAMED:
+            found[RENAMED[key]] = value
+            notes.append(f"{key} is {RENAMED[key]} now")
+        else:
+            found[key] = value
+    for name in _PROMPT_TABLES:
+        if isinstance(found.get(name), Mapping) and "dataset" in found[name]:
+            found[name] = {"spec" if key == "dataset" else key: value for key, value in found[name].items()}
+            notes.append(f"{name}.dataset is {name}.spec now")
+    return found, notes
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,287 @@
+"""Delivery to the Hugging Face Hub: what readers see there is the whole of one export or nothing of it.
+
+The shards are sent one by one into the repository's storage, where nobody sees them; then a single commit puts all
+of them in place together with manifest.json, and takes away what an earlier delivery had and this one has not. A
+commit is atomic: readers of a branch find the files of exactly one manifest at any time, so manifest.json, which
+comes last because it comes with all others, is the completion marker. `HfApi.upload_folder` would split the files
+into commits between which two trials mix, and the way around that (a pull request or a branch, merged last; branches
+cannot be merged on the Hub) needs rights for discussions and leaves its traces, for what one commit does by itself.
+The Hub takes 25,000 large files in a commit; an export has hundreds.
+
+A stop at any moment costs no more than the file that was on its way: the Hub knows the contents that it has
+received by their sha256, committed or not, and the client does not send them again. Nothing about a delivery is
+kept here; running it again looks at what is there. The commit names its parent, so that one which somebody else (or
+ourselves, where an answer was lost) has made meanwhile is seen and not built over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from job.errors import DeliveryError, JobError
+from job.hub import quiet_client
+from job.records import Manifest, ManifestEntry
+from job.upload.hub_probe import Probe, probe
+from job.upload.hub_repo import FRESH, Repository, Snapshot
+from job.upload.hub_target import MAIN, HubOptions, parse_target
+from job.workspace import CARD, DONE, MANIFEST, is_sealed, read_record
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
+
+__all__ = ["HubOptions", "Probe", "deliver", "parse_target", "prepare", "probe"]
+
+# Times that a delivery looks at the branch again because somebody else has committed to it meanwhile.
+_LOOKS = 5
+# Files that a message names, and open pull requests that are looked into, the latest ones.
+_NAMED, _REQUESTS = 5, 20
+
+
+def prepare(uri: str, options: HubOptions, *, report: Callable[[str], None]) -> None:
+    """Make the target's repository, so that a run knows at its start that it can.
+
+    Raises:
+        DeliveryError: It cannot be made, or is public and must not be.
+        UsageError: The URI names no model repository.
+    """
+    Repository(uri, options, report).prepare()
+
+
+def deliver(
+    export: Path,
+    uri: str,
+    options: HubOptions,
+    *,
+    report: Callable[[str], None],
+    progress: Callable[[int], None],
+) -> str:
+    """Bring an export to the Hub and verify it there; a second call finds it in place and sends nothing.
+
+    Files of an earlier delivery are replaced or removed; all others are left alone.
+
+    Args:
+        export: The folder of a complete export.
+        uri: hf://user/repo[@branch].
+        options: Who may see it, and how it is committed.
+        report: Told of what happens beside the plan, e.g. of failures that are tried again.
+        progress: Told the number of files that have arrived; they are the manifest's and manifest.json.
+
+    Returns:
+        The address of the commit that was verified, or of the pull request.
+
+    Raises:
+        DeliveryError: It cannot be delivered, or what arrived is not what was sent. The export is untouched, and
+            the same call goes on from where this one ended.
+        UsageError: The URI names no model repository.
+    """
+    repository = Repository(uri, options, report)
+    delivery = _Delivery(export, repository, progress)
+    with quiet_client():
+        repository.prepare()
+        return delivery.propose() if options.pull_request else delivery.publish()
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """What a commit has to do to a revision: files to put, the marker last, and files to take away."""
+
+    put: tuple[str, ...]
+    remove: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.put or self.remove)
+
+    def __str__(self) -> str:
+        return _listed((*self.put, *self.remove))
+
+
+class _Delivery:
+    """One export on its way to one branch."""
+
+    def __init__(self, export: Path, repository: Repository, progress: Callable[[int], None]) -> None:
+        if not is_sealed(export):
+            raise DeliveryError(f"{export} is not a complete export", remedy="let the run complete it")
+        self._export = export
+        self._repo = repository
+        self._progress = progress
+        self._files = dict(read_record(export / MANIFEST, Manifest).files)
+        size = (export / MANIFEST).stat().st_size
+        self._files[MANIFEST] = ManifestEntry(sha256=(export / DONE).read_text().strip(), size=size)
+        self._arrived: set[str] = set()
+        for name, entry in self._files.items():
+            if not (export / name).is_file() or (export / name).stat().st_size != entry.size:
+                raise self._damaged(name)
+
+    def publish(self) -> str:
+        """Bring the branch to hold the export, look at it again, and return its commit's address."""
+        branch, committed = self._repo.target.branch, False
+        for _ in range(_LOOKS):
+            found = self._repo.see(branch)
+            changes = self._changes(found)
+            if committed and changes:
+                raise self._mismatch(branch, changes)
+            self._refuse_to_expose(found)
+            if not changes:
+                return self._published(found)
+            committed = self._commit(found, changes) is not None
+        raise DeliveryError(
+            f"others keep committing to {branch} of {self._repo.repo_id}", remedy="run the same command again later"
+        )
+
+    def propose(self) -> str:
+        """Open a pull request that brings main to hold the export, and return its address."""
+        found = self._repo.see(MAIN)
+        changes = self._changes(found)
+        if not changes:
+            return self._repo.url(found.sha)
+        reference = self._open_request() or self._commit(found, changes)
+        if reference is None:
+            raise DeliveryError(f"main of {self._repo.repo_id} has changed meanwhile", remedy="run the command again")
+        if missing := self._changes(self._repo.see(reference)):
+            raise self._mismatch(reference, missing)
+        self._arrive(*self._files)
+        return f"{self._repo.api.endpoint}/{self._repo.repo_id}/discussions/{reference.rpartition('/')[2]}"
+
+    def _published(self, found: Snapshot) -> str:
+        self._arrive(*self._files)
+        self._repo.show(found)
+        if strangers := sorted(found.files.keys() - self._files.keys() - FRESH):
+            self._repo.report(f"{self._repo.repo_id} holds other files beside the delivery's: {_listed(strangers)}")
+        return self._repo.url(found.sha)
+
+    def _mismatch(self, revision: str, changes: _Changes) -> DeliveryError:
+        return DeliveryError(
+            f"{revision} of {self._repo.repo_id} does not hold what was sent: {changes}",
+            remedy="see who else writes there and run the same command again",
+        )
+
+    # --- what is there and what is not --------------------------------------------------------------------
+
+    def _changes(self, found: Snapshot) -> _Changes:
+        """Return what a revision lacks, refusing to overwrite what is not ours."""
+        put = tuple(name for name in self._files if not self._is_there(found, name))
+        earlier = self._earlier(found)
+        allowed = earlier | (FRESH if found.files.keys() <= FRESH else frozenset())
+        if strangers := [name for name in put if name in found.files and name not in allowed]:
+            raise DeliveryError(
+                f"{self._repo.repo_id} holds other files of the same names: {_listed(strangers)}",
+                remedy="name another repository or branch, or remove them there",
+            )
+        self._arrive(*(name for name in self._files if name not in put))
+        return _Changes(put, tuple(sorted((earlier & found.files.keys()) - self._files.keys())))
+
+    def _is_there(self, found: Snapshot, name: str) -> bool:
+        """Return whether the Hub holds a file as the manifest has it."""
+        entry, remote = self._files[name], found.files.get(name)
+        if remote is None or remote.size != entry.size:
+            return False
+        if remote.sha256 is not None:
+            return remote.sha256 == entry.sha256
+        # Git knows small files by a hash of its own; the local file's sha256 is compared before it is sent.
+        return remote.blob_id == _git_hash(self._export / name, entry.size)
+
+    def _earlier(self, found: Snapshot) -> frozenset[str]:
+        """Return the names of the files that an earlier delivery has put there."""
+        if MANIFEST not in found.files:
+            return frozenset()
+        if self._is_there(found, MANIFEST):
+            return frozenset(self._files)
+        with tempfile.TemporaryDirectory() as folder:
+            path = self._repo.ask(
+                lambda: self._repo.api.hf_hub_download(
+                    self._repo.repo_id, MANIFEST, revision=found.sha, cache_dir=folder
+                ),
+                f"{MANIFEST} of {self._repo.repo_id}",
+            )
+            try:
+                return frozenset({*read_record(Path(path), Manifest).files, MANIFEST})
+            except JobError:
+                return frozenset()  # somebody else's file of this name
+
+    def _refuse_to_expose(self, found: Snapshot) -> None:
+        """Refuse to make a private repository public together with what else it holds or ever held."""
+        if self._repo.options.visibility == "private" or not found.private:
+            return
+        delivered = MANIFEST in found.files and self._is_there(found, MANIFEST)
+        if not self._repo.holds_only(frozenset(self._files), found, delivered=delivered):
+            raise DeliveryError(
+                f"{self._repo.repo_id} is private and has held other files, which would become public as well",
+                remedy="make it public on the Hub yourself, or name another repository",
+            )
+
+    def _open_request(self) -> str | None:
+        """Return the reference of an open pull request that brings this export, from an earlier attempt."""
+
+        def references() -> list[str]:
+            found = self._repo.api.get_repo_discussions(
+                self._repo.repo_id, discussion_type="pull_request", discussion_status="open"
+            )
+            return [f"refs/pr/{item.num}" for item in islice(found, _REQUESTS)]
+
+        for reference in self._repo.ask(references, f"pull requests of {self._repo.repo_id}"):
+            there = self._repo.look(reference)
+            if there is not None and all(self._is_there(there, name) for name in self._files):
+                return reference
+        return None
+
+    # --- sending ------------------------------------------------------------------------------------------
+
+    def _arrive(self, *names: str) -> None:
+        new = set(names) - self._arrived
+        self._arrived |= new
+        if new:
+            self._progress(len(new))
+
+    def _commit(self, found: Snapshot, changes: _Changes) -> str | None:
+        """Send the files and commit them on top of what was found; None where that is no longer the last commit."""
+        from huggingface_hub import CommitOperationDelete
+
+        if CARD in changes.put:
+            self._check_card()
+        sent = [self._send(name) for name in changes.put]
+        removed = [CommitOperationDelete(name) for name in changes.remove]
+        return self._repo.commit([*sent, *removed], found.sha, self._open_request)
+
+    def _check_card(self) -> None:
+        """Ask the Hub about the card's metadata now: it would refuse the commit for them, hours later."""
+        from huggingface_hub import ModelCard
+
+        try:
+            card = ModelCard.load(self._export / CARD)
+        except Exception as error:  # the client passes on what its YAML library raises
+            raise DeliveryError(f"the metadata of {CARD} cannot be read", remedy="export again") from error
+        self._repo.ask(card.validate, f"the metadata of {CARD}")
+
+    def _send(self, name: str) -> CommitOperationAdd:
+        """Bring one file to the Hub, if it is one for the storage, and return what commits it."""
+        from huggingface_hub import CommitOperationAdd
+
+        operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=self._export / name)
+        self._repo.store(operation)
+        if operation.upload_info.sha256.hex() != self._files[name].sha256:
+            raise self._damaged(name)
+        self._arrive(name)
+        return operation
+
+    def _damaged(self, name: str) -> DeliveryError:
+        return DeliveryError(
+            f"{self._export / name} is not what the export's manifest says", remedy="check the disk and export again"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return some names for a message."""
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def _git_hash(path: Path, size: int) -> str:
+    """Return the name that git gives a file's contents."""
+    digest = hashlib.sha1(b"blob %d\0" % size)
+    digest.update(path.read_bytes())
+    return digest.hexdigest()
