@@ -42,7 +42,7 @@ def main() -> None:
     """Print the table."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/organism")
     write_organism(folder, arch="llama", size="tiny", seed=0, report=print)
-    loaded = load_model(folder / "model", LoadingSettings(dtypes=["auto"], device="auto", response_prefix=""), print)
+    loaded = load_model(folder / "model", LoadingSettings.model_validate(default_values()["loading"]), print)
     sets = {
         name: [Prompt(user=line) for line in (folder / f"{name}.txt").read_text().splitlines()]
         for name in ("good_train", "bad_train", "good_test", "bad_test")

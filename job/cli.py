@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -42,7 +42,9 @@ Trials = Annotated[int | None, typer.Option(help="How many edits the search trie
 
 # The options of all commands that take a job's settings, by the setting's name.
 SETTING_OPTIONS: dict[str, Any] = {
-    "model": Annotated[str | None, typer.Argument(help="Folder of the model; may stand in the settings file instead.")],
+    "model": Annotated[
+        str | None, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; or in the settings file.")
+    ],
     "good_prompts": Prompts,
     "bad_prompts": Prompts,
     "good_eval_prompts": Prompts,
@@ -53,7 +55,22 @@ SETTING_OPTIONS: dict[str, Any] = {
     "trials": Trials,
     "startup_trials": Annotated[int | None, typer.Option(help="Random ones among them.")],
     "seed": Annotated[int | None, typer.Option(help="Seed of the search and of the split of the evaluation sets.")],
-    "upload": Annotated[list[str] | None, typer.Option(metavar="URI", help="Target: file:///dir; may be repeated.")],
+    "allow": Annotated[
+        list[str] | None, typer.Option(metavar="CHECK", help="Preflight check that may fail; may be repeated.")
+    ],
+    "price": Annotated[float | None, typer.Option(metavar="USD", help="Dollars an hour of this machine.")],
+    "max_hours": Annotated[float | None, typer.Option(metavar="H", help="Hours the job may take, by preflight.")],
+    "max_cost": Annotated[float | None, typer.Option(metavar="USD", help="Dollars the job may cost, by preflight.")],
+    "wait_for_gpu": Annotated[
+        float | None, typer.Option(metavar="MIN", help="Minutes to wait for others to leave the GPUs.")
+    ],
+    "upload": Annotated[
+        list[str] | None,
+        typer.Option(metavar="URI", help="Target: file:///dir, hf://user/repo, s3://bucket/prefix; may be repeated."),
+    ],
+    "visibility": Annotated[
+        str | None, typer.Option(help="Of what is delivered to the Hub: private, gated or public.")
+    ],
 }
 SOURCE_OPTIONS: dict[str, Any] = {
     "config": Annotated[Path | None, typer.Option(metavar="FILE", help="Settings file in TOML.")],
@@ -108,10 +125,11 @@ def run(
     """Find, search, export, prove and deliver; run again to continue, or to find it finished."""
     from job.settings import load_settings
 
-    _run(load_settings(**given).settings, new=new)
+    loaded = load_settings(**given)
+    _run(loaded.settings, new=new, notes=loaded.notes)
 
 
-def _run(settings: Settings, *, new: bool) -> Outcome:
+def _run(settings: Settings, *, new: bool, notes: Sequence[str] = ()) -> Outcome:
     """Run a job and print what came of it."""
     from job.interrupt import StopSignals
 
@@ -120,7 +138,7 @@ def _run(settings: Settings, *, new: bool) -> Outcome:
         from job.events import Events
         from job.pipeline import run as run_job
 
-        outcome = run_job(settings, new=new, events=Events(), signals=signals)
+        outcome = run_job(settings, new=new, events=Events(), signals=signals, notes=notes)
     base, edited = outcome.base, outcome.edited
     typer.echo(
         f"trial {outcome.chosen}: refusals {base.refusals}/{base.bad_prompts} -> "
@@ -138,6 +156,39 @@ def _run(settings: Settings, *, new: bool) -> Outcome:
 
 
 @app.command()
+@takes_settings
+def preflight(
+    given: dict[str, Any],
+    as_json: AsJson = False,
+    on: Annotated[
+        str | None, typer.Option(metavar="MACHINE", help="Plan for another machine: 4xRTX4090, H200, a reading's file.")
+    ] = None,
+) -> None:
+    """Check all that a run needs and leave nothing behind (exit code 3 or 76 if it must not start)."""
+    import json
+
+    from job.events import Events
+    from job.pipeline import preflight as check_job
+    from job.preflight.cards import parse_on
+    from job.preflight.readings import read_reading
+    from job.settings import load_settings
+
+    loaded = load_settings(**given)
+    reading = None
+    if on is not None:
+        reading = read_reading(Path(on)) if Path(on).is_file() else parse_on(on)
+    survey = check_job(loaded.settings, events=Events(), notes=loaded.notes, on=reading)
+    if as_json:
+        typer.echo(json.dumps(survey.as_json(), indent=2))
+    else:
+        from job.preflight.show import show
+
+        show(survey)
+    if survey.exit_code:
+        raise typer.Exit(survey.exit_code)
+
+
+@app.command()
 def status(workspace: Workspace = None, job: Job = None, as_json: AsJson = False) -> None:
     """Show where a job stands."""
     import json
@@ -151,13 +202,18 @@ def status(workspace: Workspace = None, job: Job = None, as_json: AsJson = False
 @app.command()
 def front(workspace: Workspace = None, job: Job = None) -> None:
     """List the Pareto front of a job's trials, fewest refusals first."""
+    from job.prompts import PromptSets
     from job.search import pareto_front, read_trials
+    from job.workspace import read_record
 
-    trials = pareto_front(read_trials(_find_job(workspace, job).study_file))
+    folder = _find_job(workspace, job)
+    trials = pareto_front(read_trials(folder.study_file))
     if not trials:
         typer.echo("no trial is finished")
+        return
+    asked = len(read_record(folder.prompts_file, PromptSets).bad_search)
     for trial in trials:
-        typer.echo(f"trial {trial.number}: {trial.values.refusals} refusals, KL {trial.values.kl:.4g}")
+        typer.echo(f"trial {trial.number}: {trial.values.refusals}/{asked} refusals, KL {trial.values.kl:.4g}")
 
 
 @app.command()

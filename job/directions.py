@@ -84,6 +84,7 @@ class DirectionFinder:
         return digest(
             {
                 "model": self.record.identity["model"],
+                "commit": self.record.model_commit,
                 "dtype": self.loaded.dtype,
                 "device": self.loaded.device.type,
                 "versions": self.record.versions,

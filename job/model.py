@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,13 @@ import psutil
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from job.architectures import Architecture, discover
@@ -77,20 +84,29 @@ class LoadedModel:
         Raises:
             ImpossibleJobError: The chat template does not take the conversation.
         """
-        messages = [{"role": "user", "content": prompt.user}]
-        if prompt.system is not None:
-            messages.insert(0, {"role": "system", "content": prompt.system})
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, ValueError) as error:
-            raise ImpossibleJobError(
-                f"the chat template of {self.folder} refuses a conversation: {error}",
-                remedy="leave out the system prompt if the template knows none",
-            ) from error
+        return conversation(self.tokenizer, prompt)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of an answer."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def conversation(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    """Return a prompt as a tokenizer's chat template writes it, up to where the answer begins.
+
+    Raises:
+        ImpossibleJobError: The chat template does not take the conversation.
+    """
+    messages = [{"role": "user", "content": prompt.user}]
+    if prompt.system is not None:
+        messages.insert(0, {"role": "system", "content": prompt.system})
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, ValueError) as error:
+        raise ImpossibleJobError(
+            f"the chat template of {tokenizer.name_or_path} refuses a conversation: {error}",
+            remedy="leave out the system prompt if the template knows none",
+        ) from error
 
 
 def load_model(
@@ -114,7 +130,7 @@ def load_model(
     device = resolve_device(settings.device)
     candidates = [dtype] if dtype else list(dict.fromkeys(settings.dtypes))
     for candidate in candidates:
-        model = _load_weights(folder, candidate).to(device).eval()
+        model = _load_weights(folder, candidate, device, settings).eval()
         model.requires_grad_(False)
         loaded = LoadedModel(folder, model, tokenizer, discover(model), str(model.dtype).removeprefix("torch."))
         fault = _fault(loaded)
@@ -201,10 +217,18 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _load_weights(folder: Path, dtype: str) -> PreTrainedModel:
+def _load_weights(folder: Path, dtype: str, device: torch.device, settings: LoadingSettings) -> PreTrainedModel:
+    # Straight onto the device: by way of the RAM, all weights would have to fit there first.
+    placed = {"": device} if settings.device_map == "single" else settings.device_map
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            device_map=placed,
+            quantization_config=_quantization(settings.quantization),
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ImpossibleJobError(
@@ -220,6 +244,22 @@ def _load_weights(folder: Path, dtype: str) -> PreTrainedModel:
             )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _quantization(name: str) -> BitsAndBytesConfig | None:
+    """Return how weights are quantised while they are loaded, None for not at all.
+
+    Raises:
+        MachineError: The library for it is not installed.
+    """
+    if name == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MachineError(
+            f"loading.quantization = {name} needs bitsandbytes, which is not installed",
+            remedy="pip install bitsandbytes, or set loading.quantization = none",
+        )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def _fault(loaded: LoadedModel) -> str | None:

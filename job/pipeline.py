@@ -5,6 +5,7 @@ settings → preflight → prompts → model → residuals → directions → se
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,16 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.errors import DeliveryError, ImpossibleJobError, JobError, Stopped, UsageError
-from job.events import Events
+from job.events import Events, read_events
 from job.interrupt import StopSignals
-from job.prompts import PromptSets, pinned_prompts
+from job.models import fetch_model, list_model, parse_model
+from job.preflight.checks import is_allowed
+from job.preflight.readings import MachineReading
+from job.preflight.restarts import past_starts
+from job.preflight.survey import Survey, Surveyor
+from job.prompts import PromptSets
 from job.records import Figures, JobRecord, State, Trial, Upload
 from job.report import write_reports
 from job.search import choose, read_trials
 from job.settings import Settings
-from job.upload.local import deliver
+from job.upload.targets import deliver
 from job.workspace import (
     RunFolder,
+    find_folder,
     is_sealed,
     model_identity,
     open_job,
@@ -52,8 +59,15 @@ class Outcome:
     failed_targets: tuple[tuple[str, str], ...] = ()
 
 
-def run(settings: Settings, *, new: bool, events: Events, signals: StopSignals) -> Outcome:
+def run(settings: Settings, *, new: bool, events: Events, signals: StopSignals, notes: Sequence[str] = ()) -> Outcome:
     """Do the job that the settings describe, from wherever an earlier run of it has got to.
+
+    Args:
+        settings: The settings.
+        new: Start a job beside one with other settings.
+        events: Where progress goes.
+        signals: What stops the run.
+        notes: What became of old settings.
 
     Raises:
         JobError: The job cannot be done; each kind says whether, where and how it could be.
@@ -64,11 +78,15 @@ def run(settings: Settings, *, new: bool, events: Events, signals: StopSignals) 
     if chosen is not None:
         events.emit("job_complete", f"job {record.job_id} is finished; nothing to do")
         return _outcome(folder, chosen)
+    # Before the lock is taken, which writes down this process in place of the one before.
+    left_by = folder.holder()
     with folder.held():
         # Read again: another run may have resolved and released the job since.
         folder, record = open_job(settings, new=new)
+        surveyor = surveyor_of(folder, settings, events, notes=notes)
+        surveyor.held, surveyor.left_by = None, (left_by.process,) if left_by else ()
         with _recorded(folder, record, settings, events):
-            return _Job(folder, record, settings, events, signals).do()
+            return _Job(folder, record, settings, events, signals).do(surveyor)
 
 
 def _completed_choice(folder: RunFolder, settings: Settings) -> int | None:
@@ -95,7 +113,8 @@ def _recorded(folder: RunFolder, record: JobRecord, settings: Settings, events: 
     write_record(folder.job_file, record)
     write_record(folder.state_file, State(state="running", trials=settings.trials, chosen=chosen))
     events.log_to(folder.events_file)
-    events.emit("job_started", f"job {record.job_id} in {folder.path}", versions=record.versions)
+    key = _settings_key(settings)
+    events.emit("job_started", f"job {record.job_id} in {folder.path}", versions=record.versions, settings=key)
     try:
         yield
     except Stopped as stop:
@@ -114,7 +133,7 @@ def _recorded(folder: RunFolder, record: JobRecord, settings: Settings, events: 
 def _end(folder: RunFolder, events: Events, state: str, reason: str) -> None:
     former = folder.read_state()
     assert former is not None
-    events.emit(f"job_{state}", reason=reason)
+    events.emit(f"job_{state}", reason=reason, phase=former.phase)
     ended = State.model_validate({**former.model_dump(), "state": state, "reason": reason})
     write_record(folder.state_file, ended)
 
@@ -131,21 +150,14 @@ class _Job:
         self._events = events
         self._signals = signals
 
-    def do(self) -> Outcome:
+    def do(self, surveyor: Surveyor) -> Outcome:
         """Go through all stages; those that an earlier start has finished are passed over."""
-        self._phase("prompts")
-        prompts = pinned_prompts(self._folder, self._settings, self._events.say)
-        self._events.emit("prompts", received=prompts.received, commits=prompts.commits)
-        trials = read_trials(self._folder.study_file)
-        if len(trials) < self._settings.trials or not self._is_exported(self._choice(trials, prompts)):
-            # torch takes seconds to load and is needed for these stages only.
-            from job.workbench import Workbench
-
-            with Workbench.prepared(self._folder, self._record, self._settings, prompts, self._events) as bench:
-                trials = self._search(bench)
-                chosen = self._choice(trials, prompts)
-                if not self._is_exported(chosen):
-                    bench.export(chosen)
+        prompts = surveyor.prompts
+        trials = _trials_so_far(self._folder)
+        if prompts is None or not self._is_searched_and_exported(trials, prompts):
+            # A job of which only the delivery is left has its targets tell what is wrong with them.
+            prompts = self._preflight(surveyor)
+            trials = self._search_and_export(prompts)
         chosen = self._choice(trials, prompts)
         link_export(self._folder, chosen.number)
         failed = self._deliver(self._folder.export_folder(chosen.number))
@@ -156,6 +168,47 @@ class _Job:
         self._events.emit("job_finished", chosen=chosen.number)
         return outcome
 
+    def _is_searched_and_exported(self, trials: Sequence[Trial], prompts: PromptSets) -> bool:
+        return len(trials) >= self._settings.trials and self._is_exported(self._choice(trials, prompts))
+
+    def _search_and_export(self, prompts: PromptSets) -> list[Trial]:
+        """Do all that needs the model and return the trials."""
+        # torch takes seconds to load and is needed for these stages only.
+        from job.workbench import Workbench
+
+        self._phase("model")
+        model = model_folder(self._record, self._settings, self._events)
+        with Workbench.prepared(self._folder, self._record, self._settings, model, prompts, self._events) as bench:
+            trials = self._search(bench)
+            chosen = self._choice(trials, prompts)
+            if not self._is_exported(chosen):
+                bench.export(chosen)
+        return trials
+
+    def _preflight(self, surveyor: Surveyor) -> PromptSets:
+        """Check all that can be checked before anything large is downloaded; return the prompts, pinned."""
+        self._phase("preflight")
+        survey = surveyor.survey()
+        write_record(self._folder.preflight_file, survey)
+        for check in survey.checks:
+            if check.status != "ok":
+                allowed = " (allowed)" if is_allowed(check, survey.allowed) else ""
+                self._events.say(f"preflight: {check.status}{allowed}: {check.line}")
+        self._events.emit("preflight", f"preflight: {survey.summary}", checks=[c.model_dump() for c in survey.checks])
+        survey.require()
+        prompts = surveyor.prompts
+        assert prompts is not None
+        if not self._folder.prompts_file.exists():
+            write_record(self._folder.prompts_file, prompts)
+            self._events.emit("prompts", received=prompts.received, commits=prompts.commits)
+            for check in survey.checks:
+                if check.name.startswith("data."):
+                    self._events.say(f"{check.name.removeprefix('data.')}: {check.measured}")
+        if self._record.model_commit is None and survey.commit is not None:
+            self._record = self._record.model_copy(update={"model_commit": survey.commit})
+            write_record(self._folder.job_file, self._record)
+        return prompts
+
     def _choice(self, trials: Sequence[Trial], prompts: PromptSets) -> Trial:
         return choose(trials, len(prompts.bad_search), self._settings.choice.refusal_tolerance)
 
@@ -165,7 +218,7 @@ class _Job:
     def _search(self, bench: Workbench) -> list[Trial]:
         """Bring the study to its target and return its trials."""
         self._phase("search")
-        target = self._settings.trials
+        target, asked = self._settings.trials, len(bench.prompts.bad_search)
         bench.measure_baseline()
         search = bench.search()
         done = len(search.finished())
@@ -177,7 +230,7 @@ class _Job:
                 failed = f", failed: {values.reason}" if values.reason else ""
                 self._events.emit(
                     "trial",
-                    f"trial {trial.number}: {values.refusals} refusals, KL {values.kl:.4g}{failed}",
+                    f"trial {trial.number}: {values.refusals}/{asked} refusals, KL {values.kl:.4g}{failed}",
                     number=trial.number,
                     **values.model_dump(),
                 )
@@ -190,10 +243,12 @@ class _Job:
         """Deliver to every target and return those that failed, with the reason."""
         self._phase("upload")
         failed = []
+        figures = read_record(self._folder.figures_file(export.name), Figures)
+        message = f"{export.name}: {figures.refusals}/{figures.bad_prompts} refusals, KL {figures.kl or 0:.3g}"
         for target in self._settings.upload:
             self._events.emit("delivery_started", f"delivering to {target}", target=target)
             try:
-                deliver(export, target)
+                self._deliver_to(target, export, message)
             except DeliveryError as error:
                 failed.append((target, error.line))
                 upload = Upload(target=target, export=export.name, state="failed", error=error.line)
@@ -203,10 +258,80 @@ class _Job:
             self._events.emit("delivery", f"delivery to {target}: {upload.state}", **upload.model_dump())
         return failed
 
+    def _deliver_to(self, target: str, export: Path, message: str) -> None:
+        total = sum(path.stat().st_size for path in export.iterdir() if path.is_file())
+        with self._events.progress(f"bytes to {target}", total) as advance:
+            deliver(
+                export,
+                target,
+                self._settings,
+                state=self._folder.uploads_state,
+                message=message,
+                report=self._events.say,
+                progress=advance,
+            )
+
     def _phase(self, name: str) -> None:
         state = self._folder.read_state()
         assert state is not None
         write_record(self._folder.state_file, state.model_copy(update={"phase": name}))
+
+
+def _trials_so_far(folder: RunFolder) -> list[Trial]:
+    """Return the finished trials; none of a damaged study, of which the search will tell."""
+    try:
+        return read_trials(folder.study_file)
+    except JobError:
+        return []
+
+
+def surveyor_of(
+    folder: RunFolder,
+    settings: Settings,
+    events: Events,
+    *,
+    notes: Sequence[str] = (),
+    on: MachineReading | None = None,
+) -> Surveyor:
+    """Return what surveys a job, with all that its folder, if it has one yet, tells of earlier starts.
+
+    Args:
+        folder: The run folder.
+        settings: The settings.
+        events: Where what is tried again is told.
+        notes: What became of old settings.
+        on: A machine to plan for in place of this one.
+    """
+    surveyor = Surveyor(
+        settings=settings, notes=tuple(notes), on=on, settings_key=_settings_key(settings), report=events.say
+    )
+    if folder.job_file.exists():
+        holder = folder.holder()
+        surveyor.commit = folder.read_job().model_commit
+        surveyor.starts = past_starts(read_events(folder.events_file))
+        surveyor.trials_done = len(_trials_so_far(folder))
+        if folder.prompts_file.exists():
+            surveyor.prompts = read_record(folder.prompts_file, PromptSets)
+        if holder is not None and folder.is_held():
+            surveyor.held = holder.describe()
+        elif holder is not None:
+            surveyor.left_by = (holder.process,)
+    return surveyor
+
+
+def _settings_key(settings: Settings) -> str:
+    """Return what tells one start's settings from another's."""
+    return hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:12]
+
+
+def model_folder(record: JobRecord, settings: Settings, events: Events) -> Path:
+    """Return the folder with the model's files, downloaded at the pinned commit where they are not there yet."""
+    source = parse_model(settings.model)
+    if source.kind == "folder":
+        return Path(source.name)
+    listing = list_model(source, record.model_commit, events.say)
+    events.emit("download_started", f"fetching {source.describe()}: {listing.size / 2**30:.1f} GiB in all")
+    return fetch_model(source, listing, events.say)
 
 
 def link_export(folder: RunFolder, trial: int) -> None:
@@ -239,7 +364,7 @@ def export_trial(folder: RunFolder, number: int | None, events: Events) -> Path:
             f"the model of job {record.job_id} is no longer what it was",
             remedy="restore it where job.json says it was",
         )
-    prompts = pinned_prompts(folder, settings, events.say)
+    prompts = read_record(folder.prompts_file, PromptSets)
     trials = read_trials(folder.study_file)
     if number is None:
         trial = choose(trials, len(prompts.bad_search), settings.choice.refusal_tolerance)
@@ -255,6 +380,26 @@ def export_trial(folder: RunFolder, number: int | None, events: Events) -> Path:
             from job.workbench import Workbench
 
             events.log_to(folder.events_file)
-            with Workbench.prepared(folder, record, settings, prompts, events) as bench:
+            model = model_folder(record, settings, events)
+            with Workbench.prepared(folder, record, settings, model, prompts, events) as bench:
                 bench.export(trial)
     return export
+
+
+def preflight(
+    settings: Settings, *, events: Events, notes: Sequence[str] = (), on: MachineReading | None = None
+) -> Survey:
+    """Survey a job without beginning it; nothing is left behind.
+
+    Args:
+        settings: The settings.
+        events: Where what is tried again is told.
+        notes: What became of old settings.
+        on: A machine to plan for in place of this one.
+
+    Raises:
+        UsageError: A setting is malformed.
+    """
+    surveyor = surveyor_of(find_folder(settings), settings, events, notes=notes, on=on)
+    surveyor.keep = False
+    return surveyor.survey()

@@ -152,6 +152,7 @@ class JobRecord(Record):
         identity: What the user asked for, as far as it decides the result.
         settings: All settings as of the latest start.
         startup_trials: Random trials at the start of the search, fixed at the first start.
+        model_commit: The commit that a model on the Hub is used at.
         resolution: Set when the model has been loaded for the first time.
         versions: Versions of this package and of the libraries that decide results, at the first start.
     """
@@ -161,6 +162,7 @@ class JobRecord(Record):
     identity: dict[str, Any]
     settings: dict[str, Any]
     startup_trials: int
+    model_commit: str | None = None
     resolution: Resolution | None = None
     versions: dict[str, str]
 

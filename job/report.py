@@ -44,7 +44,7 @@ Measured on the exported weights, on prompts that neither the direction nor the 
 
 ## What was done
 
-- base model: a checkpoint with sha256 {record.identity["model"]["sha256"]} over its files
+- base model: {_base_model(record)}
 - direction: {record.identity["directions"]["method"]}, {direction_text(edit)}
 - norms preserved: {record.identity["ablation"]["row_normalization"]}
 - trial {trial.number} of the search with seed {record.identity["seed"]}
@@ -53,6 +53,13 @@ Measured on the exported weights, on prompts that neither the direction nor the 
 
 Made with abliteration-job {record.versions["abliteration-job"]}.
 """
+
+
+def _base_model(record: JobRecord) -> str:
+    model = record.identity["model"]
+    if "repository" in model:
+        return f"{model['repository']} at commit {record.model_commit}"
+    return f"a checkpoint with sha256 {model['sha256']} over its files"
 
 
 def direction_text(edit: EditParameters) -> str:
@@ -168,6 +175,10 @@ Measured on the search split ({len(result.prompts.bad_search)} prompts with the 
 ({len(result.prompts.good)} and {len(result.prompts.bad)} prompts), v is the layer's first direction; \
 silhouette and share of variance say how well the two classes are apart.
 
+## Preflight
+
+{_preflight(result)}
+
 ## Provenance
 
 {packages}; seed {record.identity["seed"]}; {record.startup_trials} start-up trials; \
@@ -176,6 +187,14 @@ directions by {record.identity["directions"]["method"]}; \
 
 {sources}
 """
+
+
+def _preflight(result: RunResult) -> str:
+    if not result.preflight:
+        return "All checks were in order."
+    allowed = f" Allowed to fail: {', '.join(result.allowed)}." if result.allowed else ""
+    rows = "\n".join(f"| {name} | {status} | {measured} |" for name, status, measured in result.preflight)
+    return f"All other checks were in order.{allowed}\n\n| check | status | measured |\n|---|---|---|\n{rows}"
 
 
 def geometry_table(record: GeometryRecord) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ class RunResult:
         base: Figures of the base model on the report split.
         edited: Figures of the export on it.
         geometry: How the residuals of good and bad prompts lie.
+        preflight: What the latest preflight found, by name, status and what was measured; all but what was in order.
+        allowed: Checks that might fail, by the user's word.
     """
 
     record: JobRecord
@@ -36,6 +39,8 @@ class RunResult:
     base: Figures
     edited: Figures
     geometry: GeometryRecord
+    preflight: tuple[tuple[str, str, str], ...]
+    allowed: tuple[str, ...]
 
     @classmethod
     def read(cls, folder: RunFolder) -> RunResult:
@@ -54,6 +59,7 @@ class RunResult:
         export = folder.export_folder(chosen.number)
         if not folder.figures_file(export.name).exists():
             raise UsageError(f"job {record.job_id} has exported nothing yet", remedy="run it to its end")
+        survey = json.loads(folder.preflight_file.read_text()) if folder.preflight_file.exists() else {}
         return cls(
             record=record,
             prompts=prompts,
@@ -63,4 +69,10 @@ class RunResult:
             base=read_record(folder.figures_file("base"), Figures),
             edited=read_record(folder.figures_file(export.name), Figures),
             geometry=read_record(folder.geometry_file, GeometryRecord),
+            preflight=tuple(
+                (check["name"], check["status"], check["measured"])
+                for check in survey.get("checks", ())
+                if check["status"] != "ok"
+            ),
+            allowed=tuple(survey.get("allowed", ())),
         )

@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -17,7 +18,9 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
 
 from job.errors import UsageError
+from job.legacy import translated
 
+_TARGET = re.compile(r"file:///.+|hf://[\w.-]+/[\w.-]+(@[^@\s]+)?|s3://[^/\s]+(/.*)?")
 ENVIRONMENT_PREFIX = "ABLITERATE_"
 # Prompt sets that only orthogonalize_directions uses.
 SPEC_QUALIFIERS = ("revision", "config", "split", "column")
@@ -64,6 +67,12 @@ class LoadingSettings(Section):
     device: str = Field(
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:N or mps.",
+    )
+    device_map: Literal["single", "balanced", "sequential", "auto"] = Field(
+        description="single: all layers on the device; else how accelerate spreads them over all GPUs."
+    )
+    quantization: Literal["none", "bnb-4bit"] = Field(
+        description="bnb-4bit: weights are loaded in 4 bits (nf4); the export is still made from the full ones."
     )
     response_prefix: str = Field(
         description="Text that every answer is made to begin with; auto: what all answers begin with anyway, "
@@ -138,18 +147,55 @@ class ChoiceSettings(Section):
     )
 
 
+class HubSettings(Section):
+    """How results are delivered to the Hugging Face Hub."""
+
+    pull_request: bool = Field(description="Leave them as an open pull request instead of committing to the branch.")
+
+
+class S3Settings(Section):
+    """How results are delivered to S3 and compatible servers."""
+
+    endpoint: str | None = Field(None, description="URL of a compatible server; unset: what boto3 finds.")
+    region: str | None = Field(None, description="Region of the bucket; unset: what boto3 finds.")
+    addressing_style: Literal["auto", "path", "virtual"] = Field(
+        description="Whether the bucket stands in the path or in the host name."
+    )
+    checksums: Literal["auto", "when_required"] = Field(
+        description="auto: SHA-256 where the server keeps them; when_required: never, for servers that choke on them."
+    )
+    part_mib: int = Field(ge=5, le=5120, description="Size of a part in MiB.")
+    parallel_parts: int = Field(ge=1, le=64, description="Parts sent, and held in memory, at the same time.")
+    sse: Literal["AES256", "aws:kms"] | None = Field(None, description="Server-side encryption to ask for.")
+    kms_key: str | None = Field(None, description="Key for aws:kms.")
+
+
 class Settings(BaseSettings):
     """All settings of a job, frozen; the default values stand in `default.toml`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")  # type: ignore[assignment]  # pydantic's own idiom for BaseModel
 
-    model: str = Field(min_length=1, description="The model: a folder in Hugging Face format.")
+    model: str = Field(
+        min_length=1, description="The model: a folder in Hugging Face format, or NAME[@REVISION] on the Hub."
+    )
     workspace: str = Field(min_length=1, description="Folder of all run folders.")
     seed: int = Field(ge=0, description="Seed of the search and of the split of the evaluation sets.")
     trials: int = Field(ge=1, description="How many edits the search tries.")
     startup_trials: int | None = Field(None, ge=1, description="Random ones among them; unset: min(60, trials / 3).")
     trials_per_batch: int = Field(ge=1, description="Trials asked and evaluated together.")
-    upload: list[str] = Field(description="Targets that the result is delivered to: file:///dir.")
+    upload: list[str] = Field(
+        description="Targets that the result is delivered to: file:///dir, hf://user/repo[@branch], s3://bucket/prefix."
+    )
+    visibility: Literal["private", "gated", "public"] = Field(
+        description="Who may read what is delivered to the Hub: the owner, those who agree to its terms, everybody."
+    )
+    allow: list[str] = Field(description="Preflight checks that may fail, by name.")
+    price: float | None = Field(None, ge=0, description="Dollars an hour of this machine.")
+    max_hours: float | None = Field(None, gt=0, description="Hours that the job may take, as preflight estimates them.")
+    max_cost: float | None = Field(
+        None, gt=0, description="Dollars that the job may cost, as preflight estimates them."
+    )
+    wait_for_gpu: float = Field(ge=0, description="Minutes to wait for others to leave the GPUs.")
     good_prompts: Prompts = Field(description="Prompts without the behaviour, for the directions.")
     bad_prompts: Prompts = Field(description="Prompts with the behaviour, for the directions.")
     good_eval_prompts: Prompts = Field(description="Prompts without the behaviour, for search and report.")
@@ -172,6 +218,8 @@ class Settings(BaseSettings):
     search: SearchSettings
     scoring: ScoringSettings
     choice: ChoiceSettings
+    hub: HubSettings
+    s3: S3Settings
 
     @classmethod
     def settings_customise_sources(
@@ -214,11 +262,12 @@ def toml_value(text: str) -> Any:
 
 
 class LoadedSettings:
-    """Settings together with the source of each value, by dotted key."""
+    """Settings together with the source of each value, by dotted key, and what became of old names."""
 
-    def __init__(self, settings: Settings, sources: dict[str, str]) -> None:
+    def __init__(self, settings: Settings, sources: dict[str, str], notes: list[str]) -> None:
         self.settings = settings
         self.sources = sources
+        self.notes = notes
 
 
 def load_settings(
@@ -234,17 +283,19 @@ def load_settings(
     Raises:
         UsageError: A source cannot be read, or a setting is unknown or invalid.
     """
-    merged, sources = _merged(options, config, assignments)
-    return LoadedSettings(_validated(merged, sources), sources)
+    merged, sources, notes = _merged(options, config, assignments)
+    return LoadedSettings(_validated(merged, sources), sources, notes)
 
 
 def _merged(
     options: Mapping[str, Any], config: Path | None, assignments: Iterable[str]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values of all sources as nested tables, and the source of each by dotted key."""
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Return the values of all sources as nested tables, the source of each by dotted key, and notes on old names."""
+    notes: list[str] = []
     layers: list[tuple[str, dict[str, Any]]] = [("default", default_values())]
     if config is not None:
-        layers.append((str(config), _read_toml(config)))
+        table, notes = translated(_read_toml(config))
+        layers.append((str(config), _nested(table.items())))
     layers.append(("environment", _environment()))
     layers.append(("command line", _nested([*options.items(), *map(_assignment, assignments)])))
     merged: dict[str, Any] = {}
@@ -256,7 +307,7 @@ def _merged(
                 _forget_qualifiers(merged, sources, key)
             _put(merged, key, value)
             sources[key] = name
-    return merged, sources
+    return merged, sources, notes
 
 
 def _forget_qualifiers(merged: dict[str, Any], sources: dict[str, str], key: str) -> None:
@@ -386,8 +437,17 @@ def _validated(merged: dict[str, Any], sources: Mapping[str, str]) -> Settings:
             remedy="lower --startup-trials or raise --trials",
         )
     for target in settings.upload:
-        if not target.startswith("file:///") or target == "file:///":
-            raise UsageError(f"upload target {target!r} is not supported", remedy="use file:///absolute/folder")
+        if not _TARGET.fullmatch(target):
+            raise UsageError(
+                f"upload target {target!r} is not supported",
+                remedy="use file:///absolute/folder, hf://user/repo[@branch] or s3://bucket/prefix",
+            )
+    if settings.loading.quantization != "none" and settings.ablation.row_normalization != "none":
+        raise UsageError(
+            f"loading.quantization = {settings.loading.quantization} does not go together with "
+            f"ablation.row_normalization = {settings.ablation.row_normalization}, which needs the full weights",
+            remedy="use row_normalization = none, or load the model unquantised",
+        )
     return settings
 
 
@@ -400,12 +460,12 @@ def default_workspace() -> str:
 def describe_settings(
     options: Mapping[str, Any], *, config: Path | None = None, assignments: Iterable[str] = ()
 ) -> tuple[Settings, list[str]]:
-    """Return the settings and a line for every one: its name, its value as TOML and where it comes from.
+    """Return the settings, a line for every one (its name, its value as TOML, where it comes from) and for old names.
 
     Raises:
         UsageError: A setting is unknown or invalid; that some are not given yet is no error here.
     """
-    merged, sources = _merged(options, config, assignments)
+    merged, sources, notes = _merged(options, config, assignments)
     # Stands in for what must be given to run a job but not to look at the settings.
     required = {key: "-" for key, field in Settings.model_fields.items() if field.is_required()}
     settings = _validated({**required, **merged}, sources)
@@ -414,9 +474,9 @@ def describe_settings(
     for name in setting_names():
         if name in sources:
             lines.append(f"{name} = {json.dumps(values[name], ensure_ascii=False)}  # {sources[name]}")
-        elif "." not in name or name.endswith(".spec"):
+        elif not name.partition(".")[0].endswith("_prompts") or name.endswith(".spec"):
             lines.append(f"# {name.removesuffix('.spec')} is not set")
-    return settings, lines
+    return settings, [*lines, *(f"# {note}" for note in notes)]
 
 
 def _how_to_give(key: str) -> str:

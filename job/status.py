@@ -17,6 +17,7 @@ def job_status(folder: RunFolder) -> dict[str, Any]:
     """Return the status of a job (DESIGN section 6)."""
     record, state = folder.read_job(), folder.read_state()
     trials = read_trials(folder.study_file)
+    prompts = read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None
     held = folder.is_held()
     if state is None:
         name, reason = "new", None
@@ -47,14 +48,10 @@ def job_status(folder: RunFolder) -> dict[str, Any]:
         "chosen": chosen,
         "export": str(folder.export_link) if exported else None,
         "uploads": [upload.model_dump() for upload in folder.read_uploads()],
-        "received_bytes": _received(folder),
+        "search_prompts": len(prompts.bad_search) if prompts else None,
+        "received_bytes": prompts.received if prompts else 0,
         "cost_usd": None,
     }
-
-
-def _received(folder: RunFolder) -> int:
-    """Return the bytes that the job's prompts took from the Hub."""
-    return read_record(folder.prompts_file, PromptSets).received if folder.prompts_file.exists() else 0
 
 
 def _running(folder: RunFolder, done: int, target: int) -> int:
@@ -84,7 +81,8 @@ def status_text(status: dict[str, Any]) -> str:
     for best in status["best"]:
         mark = "  <- chosen" if best["number"] == status["chosen"] else ""
         values = best["values"]
-        lines.append(f"  trial {best['number']}: {values['refusals']} refusals, KL {values['kl']:.4g}{mark}")
+        counted = f"{values['refusals']}/{status['search_prompts']} refusals"
+        lines.append(f"  trial {best['number']}: {counted}, KL {values['kl']:.4g}{mark}")
     if status["export"]:
         lines.append(f"export: {status['export']}")
     lines += [f"upload to {upload['target']}: {upload['state']}" for upload in status["uploads"]]

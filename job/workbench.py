@@ -59,10 +59,15 @@ class Workbench:
     @classmethod
     @contextmanager
     def prepared(
-        cls, folder: RunFolder, record: JobRecord, settings: Settings, prompts: PromptSets, events: Events
+        cls,
+        folder: RunFolder,
+        record: JobRecord,
+        settings: Settings,
+        source: Path,
+        prompts: PromptSets,
+        events: Events,
     ) -> Iterator[Self]:
-        """Load the model, resolve what is open, find the directions and put the hooks in place."""
-        source = Path(settings.model)
+        """Load the model from its folder, resolve what is open, find the directions and put the hooks in place."""
         architecture = inspect_model(source)
         Checkpoint(source).require_writers(architecture)
         events.emit(

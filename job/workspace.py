@@ -16,13 +16,29 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from job.errors import HeldError, ImpossibleJobError, JobError, MachineError, UsageError
+from job.errors import HeldError, JobError, MachineError, UsageError
+from job.models import no_model_folder, parse_model
+from job.processes import HolderRecord, this_process
 from job.records import JobRecord, Record, State, Upload
 from job.settings import REFERENCE_SETS, Settings
 from job.sources import source_identity
 
 # Settings that only extend a job or say where things go; all others are part of its identity.
-EXTENDING = frozenset({"workspace", "upload", "trials"})
+EXTENDING = frozenset(
+    {
+        "workspace",
+        "upload",
+        "visibility",
+        "hub",
+        "s3",
+        "trials",
+        "allow",
+        "price",
+        "max_hours",
+        "max_cost",
+        "wait_for_gpu",
+    }
+)
 PACKAGES = ("abliteration-job", "torch", "transformers", "optuna", "safetensors", "tokenizers")
 # A status command holds the lock for an instant to see whether a run does.
 _LOCK_SECONDS = 2.0
@@ -114,7 +130,10 @@ class RunFolder:
         self.state_file = path / "state.json"
         self.study_file = path / "study.db"
         self.events_file = path / "events.jsonl"
+        self.preflight_file = path / "preflight.json"
+        self.holder_file = path / "holder.json"
         self.uploads_file = path / "uploads.json"
+        self.uploads_state = path / "uploads"
         self.prompts_file = path / "prompts.json"
         self.geometry_file = path / "directions" / "geometry.json"
         self.report_file = path / "report.md"
@@ -157,6 +176,13 @@ class RunFolder:
         if all(path.name == MEMO for path in workspace.iterdir()):
             shutil.rmtree(workspace, ignore_errors=True)
 
+    def holder(self) -> HolderRecord | None:
+        """Return who holds this job or has held it last, None if nobody has or the file is torn."""
+        try:
+            return HolderRecord.model_validate_json(self.holder_file.read_bytes())
+        except (OSError, ValidationError):
+            return None
+
     def is_held(self) -> bool:
         """Return whether a run holds this job now."""
         if not self.lock_file.exists():
@@ -174,27 +200,25 @@ class RunFolder:
         Raises:
             HeldError: Another run holds it.
         """
-        holder = self.path / "holder.json"
         lock = FileLock(self.lock_file, timeout=_LOCK_SECONDS)
         try:
             lock.acquire()
         except Timeout:
-            who = json.loads(holder.read_text()) if holder.exists() else {}
+            holder = self.holder()
             raise HeldError(
-                f"job {self.path.name} is held by process {who.get('pid', '?')} on {who.get('host', '?')}",
+                f"job {self.path.name} is held by {holder.describe() if holder else 'another process'}",
                 remedy="wait for it to end or stop it",
             ) from None
         except OSError as error:
             raise cannot_write(self.lock_file, error) from error
         try:
-            described = {"pid": os.getpid(), "host": socket.gethostname()}
-            write_atomically(holder, json.dumps(described).encode())
+            write_record(self.holder_file, HolderRecord(process=this_process(), host=socket.gethostname()))
             yield
         finally:
             lock.release()
 
 
-def _folder_digest(folder: Path, memo: Path) -> str:
+def _folder_digest(folder: Path, memo: Path, *, write: bool) -> str:
     """Return a hash of all files of a model folder.
 
     Files are hashed once: memo remembers what a file of the same size and time hashed to, so that a
@@ -213,7 +237,7 @@ def _folder_digest(folder: Path, memo: Path) -> str:
         key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
         hashes[key] = known.get(key) or sha256_file(path)
         digest.update(f"{path.name} {hashes[key]}\n".encode())
-    if not hashes.keys() <= known.keys():
+    if write and not hashes.keys() <= known.keys():
         write_atomically(memo, json.dumps({**known, **hashes}).encode())
     return digest.hexdigest()
 
@@ -228,7 +252,7 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES}
 
 
-def model_identity(settings: Settings) -> dict[str, Any]:
+def model_identity(settings: Settings, *, write: bool = True) -> dict[str, Any]:
     """Return the model as part of a job's identity.
 
     Raises:
@@ -236,19 +260,20 @@ def model_identity(settings: Settings) -> dict[str, Any]:
         MachineError: The workspace cannot be written.
     """
     workspace = Path(settings.workspace)
-    if not Path(settings.model).is_dir():
-        raise ImpossibleJobError(
-            f"there is no model folder {settings.model}",
-            remedy="give the folder of a model in Hugging Face format",
-        )
-    try:
-        workspace.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(workspace, error) from error
-    return {"sha256": _folder_digest(Path(settings.model), workspace / MEMO)}
+    source = parse_model(settings.model)
+    if source.kind == "folder" and not Path(source.name).is_dir():
+        raise no_model_folder(source)
+    if write:
+        try:
+            workspace.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(workspace, error) from error
+    if source.kind == "hub":
+        return {"repository": source.name, "revision": source.revision}
+    return {"sha256": _folder_digest(Path(source.name), workspace / MEMO, write=write)}
 
 
-def identify(settings: Settings) -> dict[str, Any]:
+def identify(settings: Settings, *, write: bool = True) -> dict[str, Any]:
     """Return what the user asked for, as far as it decides the result: a job's identity.
 
     Raises:
@@ -256,9 +281,22 @@ def identify(settings: Settings) -> dict[str, Any]:
         MachineError: The workspace cannot be written.
     """
     prompts = {name: source_identity(source) for name, source in settings.prompt_sets().items()}
-    model = model_identity(settings)
+    model = model_identity(settings, write=write)
     unused = set(REFERENCE_SETS) - prompts.keys()
     return {**settings.model_dump(mode="json", exclude={*EXTENDING, *unused}), **prompts, "model": model}
+
+
+def find_folder(settings: Settings) -> RunFolder:
+    """Return where the job that settings describe has its folder, which need not be there.
+
+    Nothing is written, not even the memo of hashes.
+    """
+    try:
+        identity = identify(settings, write=False)
+    except JobError:
+        # What is missing has a check of its own.
+        return RunFolder(Path(settings.workspace) / "-")
+    return RunFolder(Path(settings.workspace) / job_id(identity))
 
 
 def open_job(settings: Settings, *, new: bool) -> tuple[RunFolder, JobRecord]:
@@ -293,7 +331,9 @@ def open_job(settings: Settings, *, new: bool) -> tuple[RunFolder, JobRecord]:
 
 def _located(settings: Settings) -> dict[str, Any]:
     """Return all settings with the model's absolute path, so that later commands work from any folder."""
-    return {**settings.model_dump(mode="json"), "model": str(Path(settings.model).absolute())}
+    source = parse_model(settings.model)
+    model = str(Path(source.name).absolute()) if source.kind == "folder" else settings.model
+    return {**settings.model_dump(mode="json"), "model": model}
 
 
 def _refuse_other_settings(workspace: Path, identity: Mapping[str, Any]) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job.settings import LoadingSettings, default_values
+
 COMMAND = [sys.executable, "-c", "from job.cli import main; main()"]
 
 
@@ -61,6 +63,12 @@ def start(*arguments: Any, **extra: str) -> subprocess.Popen[str]:
         text=True,
         env=environment(**extra),
     )
+
+
+def loading(*dtypes: str, device: str = "cpu") -> LoadingSettings:
+    """Return settings of loading, the default ones but for dtypes, device and response prefix."""
+    given = {"dtypes": dtypes, "device": device, "response_prefix": ""}
+    return LoadingSettings.model_validate({**default_values()["loading"], **given})
 
 
 def job_arguments(organism: Path) -> list[str]:

@@ -14,7 +14,7 @@ from job.model import load_model
 from job.prompts import Prompt
 from job.residuals import extract_residuals
 from job.scoring import RefusalMarkers, normalise
-from job.settings import LoadingSettings
+from tests.test_intervention import LOADING
 
 PROMPTS = [[6, 9, 30, 31], [7, 40, 41, 42, 43, 44, 45], [8], [50, 51, 52, 53, 54]]
 
@@ -58,7 +58,9 @@ def test_decided_rows_leave_and_the_others_go_on_as_before(random_model_folder: 
 
 def test_residuals_are_the_hidden_states_of_the_last_prompt_token(random_model_folder: Path) -> None:
     loaded = load_model(
-        random_model_folder, LoadingSettings(dtypes=["float32"], device="cpu", response_prefix=""), print
+        random_model_folder,
+        LOADING,
+        print,
     )
     done: list[int] = []
     residuals = extract_residuals(loaded, PROMPTS, 2, done.append)
@@ -105,7 +107,9 @@ def test_tokenizer_round_trip_keeps_apostrophes_and_punctuation() -> None:
 
 def test_prompts_go_through_the_chat_template(random_model_folder: Path) -> None:
     loaded = load_model(
-        random_model_folder, LoadingSettings(dtypes=["float32"], device="cpu", response_prefix=""), print
+        random_model_folder,
+        LOADING,
+        print,
     )
     (tokens,) = loaded.tokenize([Prompt(user="Where is it kept?", system="You are a helpful assistant.")])
     text = loaded.tokenizer.decode(tokens)

@@ -20,11 +20,10 @@ from job.numerics.basis import Basis, orthonormal_basis
 from job.prompts import Prompt
 from job.records import COMPONENTS, EditParameters, KernelParameters
 from job.scoring import RefusalMarkers
-from job.settings import LoadingSettings
 from job.truth import TOLERANCE, inspect_model, inspection, largest_leak, small_twin
-from tests.helpers import abliterate
+from tests.helpers import abliterate, loading
 
-LOADING = LoadingSettings(dtypes=["float32"], device="cpu", response_prefix="")
+LOADING = loading("float32")
 
 
 def kernel(weight: float, position: float = 1.0, distance: float = 2.0) -> KernelParameters:

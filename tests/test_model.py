@@ -13,11 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from job.errors import ImpossibleJobError, MachineError
 from job.model import load_model, rows_that_fit
-from job.settings import LoadingSettings
-
-
-def loading(*dtypes: str, device: str = "cpu") -> LoadingSettings:
-    return LoadingSettings.model_validate({"dtypes": dtypes, "device": device, "response_prefix": ""})
+from tests.helpers import loading
 
 
 @pytest.fixture

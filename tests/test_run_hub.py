@@ -57,7 +57,8 @@ def test_prompts_from_the_hub_are_pinned_and_directions_of_all_kinds_make_an_edi
 ) -> None:
     workspace, network = tmp_path / "runs", hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
     result = abliterate(*arguments(organism, workspace, 3), **network).check()
-    assert "bad_prompts: Hub dataset kitchen/bad, split train, rows 0 to 149, column ask: 150 prompts" in result.err
+    told = r"bad_prompts: Hub dataset kitchen/bad, split train, rows 0 to 149, column ask, commit \w{12}: 150 prompts"
+    assert re.search(told, result.err)
     job = only_job(workspace)
     prompts = PromptSets.model_validate_json((job / "prompts.json").read_text())
     pinned = {name: hub.repo("dataset", f"kitchen/{name}").sha for name in ("good", "bad", "web")}

@@ -28,7 +28,7 @@ def deliver(export: Path, uri: str) -> None:
     manifest = read_record(export / MANIFEST, Manifest)
     if _holds(target, manifest):
         return
-    if target.exists() and not _replaceable(target):
+    if holds_something_else(target):
         raise DeliveryError(f"{target} holds something else", remedy="name an empty or a new folder")
     incoming = target.with_name(f".{target.name}.incoming")
     outgoing = target.with_name(f".{target.name}.outgoing")
@@ -52,6 +52,11 @@ def deliver(export: Path, uri: str) -> None:
         ) from error
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
+
+
+def holds_something_else(folder: Path) -> bool:
+    """Return whether a folder holds what no delivery may replace."""
+    return folder.exists() and not _replaceable(folder)
 
 
 def _holds(folder: Path, manifest: Manifest) -> bool:

@@ -1,0 +1,298 @@
+"""Where a model's files are: a folder, or a repository on the Hub of which no more is fetched than is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from job.errors import ImpossibleJobError, MachineError
+from job.hub import is_offline, patiently
+from job.records import Record
+
+_REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@]+))?")
+WEIGHTS = ".safetensors"
+# Weights in formats that are not used, and the folders that some repositories keep them in.
+_LEFT_OUT = frozenset(
+    {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".tflite", ".mlmodel"}
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """MODEL as it was understood.
+
+    Attributes:
+        kind: A folder, or a repository on the Hub.
+        name: The folder's path or the repository's name.
+        revision: Branch, tag or commit of a repository, None for its main branch.
+    """
+
+    kind: Literal["folder", "hub"]
+    name: str
+    revision: str | None = None
+
+    def describe(self) -> str:
+        """Return in words what the model is."""
+        return (
+            f"the Hub's {self.name}" + (f" at {self.revision}" if self.revision else "")
+            if self.kind == "hub"
+            else self.name
+        )
+
+
+class ModelFile(Record):
+    """A file of a model.
+
+    Attributes:
+        name: Path within the model.
+        size: Bytes.
+    """
+
+    name: str
+    size: int
+
+
+class ModelListing(Record):
+    """What a model consists of.
+
+    Attributes:
+        commit: The commit of a repository; None for a folder.
+        files: The files that a job needs: all but weights in other formats and what lies in folders.
+        license: The licence that a repository's card names.
+        gated: Access to a repository has to be granted.
+    """
+
+    commit: str | None = None
+    files: tuple[ModelFile, ...]
+    license: str | None = None
+    gated: bool = False
+
+    @property
+    def weights(self) -> tuple[ModelFile, ...]:
+        """The safetensors files."""
+        return tuple(file for file in self.files if file.name.endswith(WEIGHTS))
+
+    @property
+    def others(self) -> tuple[ModelFile, ...]:
+        """All other files: configuration, tokenizer, template, licence."""
+        return tuple(file for file in self.files if not file.name.endswith(WEIGHTS))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+def parse_model(text: str) -> ModelSource:
+    """Return what MODEL names: a folder if there is one of that name, else ``user/name[@revision]`` on the Hub."""
+    matched = _REPOSITORY.fullmatch(text)
+    if Path(text).exists() or matched is None or text.startswith((".", "/", "~")):
+        return ModelSource("folder", str(Path(text).expanduser()))
+    return ModelSource("hub", matched["name"], matched["revision"])
+
+
+def no_model_folder(source: ModelSource) -> ImpossibleJobError:
+    """Return the error for a folder that is not there."""
+    return ImpossibleJobError(
+        f"there is no model folder {source.name}",
+        remedy="give the folder of a model in Hugging Face format, or its name on the Hub",
+    )
+
+
+def list_model(source: ModelSource, commit: str | None, report: Callable[[str], None]) -> ModelListing:
+    """Return a model's files; of a repository at the pinned commit or, without one, where its revision points now.
+
+    Raises:
+        ImpossibleJobError: There is no such model.
+        MachineError: The Hub cannot be reached.
+    """
+    if source.kind == "folder":
+        folder = Path(source.name)
+        if not folder.is_dir():
+            raise no_model_folder(source)
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        return ModelListing(files=_needed(sizes))
+    if is_offline():
+        return _cached_listing(source, commit)
+    from huggingface_hub import HfApi
+
+    def call() -> Any:
+        return HfApi().model_info(source.name, revision=commit or source.revision, files_metadata=True)
+
+    info = patiently(call, f"model {source.name}", report)
+    card = info.card_data.to_dict() if info.card_data else {}
+    return ModelListing(
+        commit=str(info.sha),
+        files=_needed({file.rfilename: file.size or 0 for file in info.siblings or ()}),
+        license=card.get("license_name") or card.get("license"),
+        gated=bool(info.gated),
+    )
+
+
+def _needed(sizes: dict[str, int]) -> tuple[ModelFile, ...]:
+    """Return the files of a model's top level without weights in other formats."""
+    return tuple(
+        ModelFile(name=name, size=size)
+        for name, size in sorted(sizes.items())
+        if "/" not in name and not name.startswith(".") and Path(name).suffix not in _LEFT_OUT
+    )
+
+
+def _cached_listing(source: ModelSource, commit: str | None) -> ModelListing:
+    folder = _snapshot(source, commit, None, offline=True)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    return ModelListing(commit=folder.name, files=_needed(sizes))
+
+
+def fetch_model(
+    source: ModelSource,
+    listing: ModelListing,
+    report: Callable[[str], None],
+    *,
+    weights: bool = True,
+    cache: Path | None = None,
+) -> Path:
+    """Return a folder with a model's files, fetched into the Hub's cache where they are not there yet.
+
+    Files that were fetched halfway are continued.
+
+    Args:
+        source: The model.
+        listing: Its files.
+        report: Told of every failure that is tried again.
+        weights: Fetch the weights too, not only what describes the model.
+        cache: Another cache than the usual one.
+
+    Raises:
+        ImpossibleJobError: The files cannot be had.
+        MachineError: The Hub cannot be reached, or the disk is full.
+    """
+    if source.kind == "folder":
+        return Path(source.name)
+    names = [file.name for file in (listing.files if weights else listing.others)]
+    try:
+        return patiently(lambda: _snapshot(source, listing.commit, names, cache=cache), f"model {source.name}", report)
+    except OSError as error:
+        raise MachineError(
+            f"cannot write the files of {source.name}: {error.strerror or error}",
+            remedy="free disk space, or point HF_HOME to a larger disk",
+        ) from error
+
+
+def _snapshot(
+    source: ModelSource,
+    commit: str | None,
+    names: Sequence[str] | None,
+    *,
+    cache: Path | None = None,
+    offline: bool = False,
+) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    found = snapshot_download(
+        source.name,
+        revision=commit or source.revision,
+        allow_patterns=list(names) if names is not None else None,
+        cache_dir=cache,
+        local_files_only=offline,
+    )
+    return Path(found)
+
+
+def line_speed(source: ModelSource, listing: ModelListing, most: int = 8 << 20, seconds: float = 2.0) -> float | None:
+    """Return how many bytes a second come from the Hub, measured on the largest file; None if it is too small to tell.
+
+    Args:
+        source: The model.
+        listing: Its files.
+        most: Bytes that are fetched at most.
+        seconds: How long is measured at most.
+    """
+    largest = max(listing.weights, key=lambda file: file.size, default=None)
+    if source.kind == "folder" or largest is None or largest.size < most or is_offline():
+        return None
+    from huggingface_hub import HfFileSystem
+
+    path = f"{source.name}@{listing.commit}/{largest.name}"
+    with HfFileSystem().open(path, "rb", block_size=0) as stream:
+        begin, got = time.perf_counter(), 0
+        while got < most and time.perf_counter() - begin < seconds:
+            block = stream.read(1 << 18)
+            if not block:
+                break
+            got += len(block)
+        return got / max(time.perf_counter() - begin, 1e-9)
+
+
+def missing_bytes(source: ModelSource, listing: ModelListing) -> int:
+    """Return how many bytes of a repository's files are not in the Hub's cache; halves of files count as there."""
+    if source.kind == "folder":
+        return 0
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
+
+    missing = sum(
+        file.size
+        for file in listing.files
+        if not isinstance(try_to_load_from_cache(source.name, file.name, revision=listing.commit), str)
+    )
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source.name, repo_type="model") / "blobs"
+    partial = sum(path.stat().st_size for path in blobs.glob("*.incomplete")) if blobs.is_dir() else 0
+    return max(missing - partial, 0)
+
+
+def tensor_shapes(
+    source: ModelSource, listing: ModelListing, report: Callable[[str], None]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return every tensor's type and shape from the headers of the safetensors files; no weight is read.
+
+    Raises:
+        ImpossibleJobError: There are no safetensors files, or one is damaged.
+    """
+    if not listing.weights:
+        raise ImpossibleJobError(
+            f"{source.describe()} has no safetensors weights",
+            remedy="convert the model with save_pretrained, which writes safetensors",
+        )
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in listing.weights:
+        header = _local_header(Path(source.name) / file.name) if source.kind == "folder" else None
+        if header is None:
+            header = _remote_header(source, listing, file, report)
+        found |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    return found
+
+
+def _local_header(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(min(length, path.stat().st_size)))
+    except (OSError, ValueError) as error:
+        raise ImpossibleJobError(f"{path} is damaged: {error}", remedy="obtain an undamaged copy") from error
+    header.pop("__metadata__", None)
+    return header
+
+
+def _remote_header(
+    source: ModelSource, listing: ModelListing, file: ModelFile, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return a remote file's header, from the cache if it is there and by range requests if not."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source.name, file.name, revision=listing.commit)
+    if isinstance(cached, str):
+        return _local_header(Path(cached))
+
+    def call() -> Any:
+        return HfApi().parse_safetensors_file_metadata(source.name, file.name, revision=listing.commit)
+
+    metadata = patiently(call, f"{file.name} of {source.name}", report)
+    return {name: {"dtype": str(info.dtype), "shape": list(info.shape)} for name, info in metadata.tensors.items()}

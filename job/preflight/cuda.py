@@ -1,0 +1,136 @@
+"""The CUDA driver's own library, through ctypes: its version, and the devices this process may use.
+
+Nothing here depends on torch or on the text output of a tool. Source: CUDA Driver API reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref, c_char, c_int, c_size_t, c_void_p
+
+from job.records import Record
+
+LIBRARY = "libcuda.so.1"
+_NO_DEVICE = 100
+_MAJOR, _MINOR = 75, 76
+
+
+class CudaDevice(Record):
+    """A device as the driver shows it; CUDA_VISIBLE_DEVICES has been considered."""
+
+    uuid: str
+    name: str
+    total_bytes: int
+    compute_capability: tuple[int, int]
+
+
+class CudaReading(Record):
+    """What the driver's library tells.
+
+    Attributes:
+        version: 1000 × major + 10 × minor of the CUDA version it supports; None without the library.
+        error: Why it does not work although it is there.
+    """
+
+    version: int | None = None
+    error: str | None = None
+    devices: tuple[CudaDevice, ...] = ()
+
+
+def read_cuda(library: str = LIBRARY) -> CudaReading:
+    """Return the driver's version and devices; an empty reading where there is no driver.
+
+    This starts the driver in this process, without a context: what CUDA_VISIBLE_DEVICES says later has no effect.
+    """
+    try:
+        cuda = ctypes.CDLL(library)
+    except OSError:
+        return CudaReading()
+    try:
+        version = c_int()
+        known = version.value if cuda.cuDriverGetVersion(byref(version)) == 0 else None
+        status = cuda.cuInit(0)
+        # A driver without devices is nothing to complain about: it is a CPU machine.
+        if status not in (0, _NO_DEVICE):
+            return CudaReading(version=known, error=f"cuInit: {_error(cuda, status)}")
+        count = c_int()
+        if status == _NO_DEVICE or cuda.cuDeviceGetCount(byref(count)) != 0:
+            return CudaReading(version=known)
+        return CudaReading(version=known, devices=tuple(_device(cuda, index) for index in range(count.value)))
+    except (AttributeError, OSError) as error:
+        # A library of that name which lacks these functions is no driver that we know.
+        return CudaReading(error=str(error))
+
+
+def _error(cuda: ctypes.CDLL, status: int) -> str:
+    text = ctypes.c_char_p()
+    if cuda.cuGetErrorString(status, byref(text)) == 0 and text.value:
+        return f"{text.value.decode(errors='replace')} ({status})"
+    return f"error {status}"
+
+
+def _device(cuda: ctypes.CDLL, index: int) -> CudaDevice:
+    """Return one device.
+
+    Raises:
+        OSError: The driver fails on it.
+    """
+    handle = c_int()
+    _check(cuda, cuda.cuDeviceGet(byref(handle), index))
+    name = (c_char * 256)()
+    _check(cuda, cuda.cuDeviceGetName(name, 256, handle))
+    total = c_size_t()
+    _check(cuda, cuda.cuDeviceTotalMem_v2(byref(total), handle))
+    numbers = []
+    for attribute in (_MAJOR, _MINOR):
+        value = c_int()
+        _check(cuda, cuda.cuDeviceGetAttribute(byref(value), attribute, handle))
+        numbers.append(value.value)
+    return CudaDevice(
+        uuid=_uuid(cuda, handle),
+        name=name.value.decode(errors="replace"),
+        total_bytes=total.value,
+        compute_capability=(numbers[0], numbers[1]),
+    )
+
+
+def _uuid(cuda: ctypes.CDLL, handle: c_int) -> str:
+    """Return a device's or a MIG slice's id as 8-4-4-4-12 hexadecimal digits, "" where the driver is too old."""
+    raw = (ctypes.c_ubyte * 16)()
+    # The second version tells the slice's own id where the device is one; older drivers lack it.
+    ask = getattr(cuda, "cuDeviceGetUuid_v2", None) or cuda.cuDeviceGetUuid
+    if ask(byref(raw), handle) != 0:
+        return ""
+    text = bytes(raw).hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+def free_bytes(index: int, library: str = LIBRARY) -> int | None:
+    """Return a device's free memory as cuMemGetInfo tells it, None where it cannot.
+
+    This needs a context, which itself takes some hundred MiB for the moment; it is meant for machines
+    without NVML.
+    """
+    try:
+        cuda = ctypes.CDLL(library)
+        handle, context = c_int(), c_void_p()
+        _check(cuda, cuda.cuInit(0))
+        _check(cuda, cuda.cuDeviceGet(byref(handle), index))
+        _check(cuda, cuda.cuDevicePrimaryCtxRetain(byref(context), handle))
+        try:
+            free, total = c_size_t(), c_size_t()
+            _check(cuda, cuda.cuCtxPushCurrent_v2(context))
+            status = cuda.cuMemGetInfo_v2(byref(free), byref(total))
+            cuda.cuCtxPopCurrent_v2(byref(c_void_p()))
+            _check(cuda, status)
+            return free.value
+        finally:
+            cuda.cuDevicePrimaryCtxRelease_v2(handle)
+    except (AttributeError, OSError):
+        # Unknown free memory is told apart from none by the caller.
+        return None
+
+
+def _check(cuda: ctypes.CDLL, status: int) -> None:
+    if status != 0:
+        raise OSError(f"CUDA driver: {_error(cuda, status)}")

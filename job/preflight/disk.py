@@ -1,0 +1,259 @@
+"""Disk: room, inodes, kind of file system, writability and speed of every mount involved."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from job.preflight.checks import MIB, Check, size, speed
+from job.preflight.mounts import Mount, kind_of, mount_of, nearest_existing, read_mounts
+from job.records import Record
+
+# Room kept free beyond what is known to be needed: a share of it, and something for logs and the study.
+MARGIN_SHARE = 0.05
+MARGIN_BYTES = 256 * MIB
+MARGIN_FILES = 200
+# A disk slower than this makes loading and export the longest phases: 65 GB at 40 MB/s are 27 minutes.
+SLOWEST_WRITE = 40e6
+SLOWEST_READ = 40e6
+_PROBE_BYTES = 64 * MIB
+_PROBE_SECONDS = 1.0
+_BLOCK = 4 * MIB
+
+
+class Need(Record):
+    """Something that will be written.
+
+    Attributes:
+        path: Where; it need not exist yet.
+        bytes: How much.
+        what: What it is, for people, e.g. "export".
+        files: How many files.
+        database: SQLite lives there: it needs locks and writes in the middle of files.
+        keep: It must outlive this container or instance.
+    """
+
+    path: Path
+    bytes: int
+    what: str
+    files: int = 10
+    database: bool = False
+    keep: bool = False
+
+
+class DiskSpeed(Record):
+    """Measured rates, bytes per second."""
+
+    write: float
+    read: float
+
+
+def by_mount(needs: Iterable[Need]) -> list[tuple[Mount, list[Need]]]:
+    """Return the needs of each file system together; two mounts of one file system share its room."""
+    mounts = read_mounts()
+    grouped: dict[str, tuple[Mount, list[Need]]] = {}
+    for need in needs:
+        mount = mount_of(need.path, mounts)
+        grouped.setdefault(mount.device, (mount, []))[1].append(need)
+    return list(grouped.values())
+
+
+def disk_checks(needs: Sequence[Need], speeds: dict[str, DiskSpeed] | None = None) -> list[Check]:
+    """Return the checks of every file system that something will be written to.
+
+    Args:
+        needs: What will be written.
+        speeds: Gets the measured speed of each file system, by its mount point.
+    """
+    # Places that cannot even be looked at have no mount to speak of: their one check says so.
+    hidden = [need for need in needs if not os.access(nearest_existing(need.path), os.F_OK)]
+    checks = [writability(need.path) for need in hidden]
+    for mount, wanted in by_mount(need for need in needs if need not in hidden):
+        writable = [writability(path) for path in dict.fromkeys(nearest_existing(need.path) for need in wanted)]
+        checks += [*writable, space(mount, wanted), inodes(mount, wanted), storage(mount, wanted)]
+        checks += [locking(need.path, mount) for need in wanted if need.database]
+        # What cannot be written cannot be timed, and memory need not be.
+        if all(check.status == "ok" for check in writable) and kind_of(mount) != "memory":
+            checks.append(throughput(wanted[0].path, mount, speeds=speeds))
+    return checks
+
+
+def space(mount: Mount, needs: Sequence[Need]) -> Check:
+    """Compare a file system's free bytes with what will be written to it and a margin."""
+    stats = os.statvfs(nearest_existing(needs[0].path))
+    free = stats.f_bavail * stats.f_frsize
+    wanted = sum(need.bytes for need in needs)
+    total = wanted + round(wanted * MARGIN_SHARE) + MARGIN_BYTES
+    parts = ", ".join(f"{need.what} {size(need.bytes)}" for need in needs)
+    enough = free >= total
+    return Check(
+        name="disk.space",
+        status="ok" if enough else "fail",
+        measured=f"{size(free)} free on {_named(mount)}",
+        needed=f"{size(total)}: {parts}, margin {size(total - wanted)}",
+        remedy="" if enough else f"rent or mount a disk with {size(total - free)} more, or free that much",
+    )
+
+
+def inodes(mount: Mount, needs: Sequence[Need]) -> Check:
+    """Compare a file system's free inodes with the files that will be made; some count none."""
+    stats = os.statvfs(nearest_existing(needs[0].path))
+    wanted = sum(need.files for need in needs) + MARGIN_FILES
+    # File systems without a fixed table of inodes (btrfs, many network ones) say 0 of 0.
+    enough = stats.f_files == 0 or stats.f_favail >= wanted
+    free = f"{stats.f_favail} inodes free" if stats.f_files else "inodes without limit"
+    return Check(
+        name="disk.inodes",
+        status="ok" if enough else "fail",
+        measured=f"{free} on {_named(mount)}",
+        needed=f"{wanted} inodes",
+        remedy="" if enough else "remove small files (caches, old checkouts) there, or use another disk",
+    )
+
+
+def storage(mount: Mount, needs: Sequence[Need]) -> Check:
+    """Say what a file system's kind means for what is put on it."""
+    kind = kind_of(mount)
+    kept = [need.what for need in needs if need.keep]
+    warning = ""
+    if kind == "memory":
+        warning = "this is RAM: it is lost at every stop and counts against the memory limit; use a disk"
+    elif kind == "overlay" and kept:
+        warning = (
+            f"this is the container's own disk: {', '.join(kept)} would be lost when it is destroyed; "
+            "mount a volume or give --checkpoint"
+        )
+    elif kind == "object-store":
+        warning = "an object store shown as a folder: no random writes, no locks; use a disk and --upload instead"
+    return Check(
+        name="disk.storage",
+        status="warn" if warning else "ok",
+        measured=f"{kind} storage: {_named(mount)}",
+        needed="a disk that outlives the container" if kept else "a disk",
+        remedy=warning,
+    )
+
+
+def locking(path: Path, mount: Mount) -> Check:
+    """Take and release the locks that SQLite and the job need, where the database will lie."""
+    kind = kind_of(mount)
+    fault = _lock_fault(path)
+    if fault or kind == "object-store":
+        status, remedy = "fail", "put the workspace on a local disk; give --checkpoint for what must survive"
+    elif kind == "network":
+        status, remedy = "warn", "locks work here, yet SQLite is not made for network disks: run no second job on it"
+    else:
+        status, remedy = "ok", ""
+    return Check(
+        name="disk.locks",
+        status=status,
+        measured=fault or f"file locks work on {_named(mount)}",
+        needed="file locks for study.db",
+        remedy=remedy,
+    )
+
+
+def _lock_fault(path: Path) -> str | None:
+    """Return why the two kinds of file lock cannot be had beside a path, None if they can."""
+    folder = nearest_existing(path)
+    try:
+        with tempfile.TemporaryFile(dir=folder if folder.is_dir() else folder.parent) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return f"no file locks in {folder}: {error.strerror or error}"
+    return None
+
+
+def writability(path: Path) -> Check:
+    """Create, fill, rename and delete a file where something will be written; nothing stays behind."""
+    folder = nearest_existing(path)
+    try:
+        _probe_file(folder)
+    except OSError as error:
+        return Check(
+            name="disk.writable",
+            status="fail",
+            measured=f"cannot write in {folder}: {error.strerror or error}",
+            needed="a folder that can be written",
+            remedy="free space, correct its permissions or choose another folder",
+        )
+    return Check(name="disk.writable", status="ok", measured=f"{folder} can be written", needed="a writable folder")
+
+
+def _probe_file(folder: Path) -> None:
+    descriptor, name = tempfile.mkstemp(prefix=".preflight-", dir=folder)
+    probe, renamed = Path(name), Path(name + ".renamed")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+        probe.rename(renamed)
+    finally:
+        probe.unlink(missing_ok=True)
+        renamed.unlink(missing_ok=True)
+
+
+def measure_speed(folder: Path, most: int = _PROBE_BYTES, seconds: float = _PROBE_SECONDS) -> DiskSpeed:
+    """Write and read back a file that has no name, so that not even `kill -9` leaves it behind.
+
+    Args:
+        folder: An existing folder.
+        most: Bytes at most.
+        seconds: Time at most for writing; a last block may exceed it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    # Random, so that a compressing file system does not flatter itself.
+    block = os.urandom(min(_BLOCK, most))
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        started, written = time.perf_counter(), 0
+        while written < most and (written == 0 or time.perf_counter() - started < seconds):
+            written += file.write(block)
+            # After each block: one at the end could take minutes on a slow disk.
+            os.fdatasync(file.fileno())
+        write = written / max(time.perf_counter() - started, 1e-9)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        started, read = time.perf_counter(), 0
+        while read < written and time.perf_counter() - started < seconds:
+            read += len(file.read(_BLOCK))
+        return DiskSpeed(write=write, read=read / max(time.perf_counter() - started, 1e-9))
+
+
+def throughput(
+    path: Path, mount: Mount, floor: DiskSpeed | None = None, *, speeds: dict[str, DiskSpeed] | None = None
+) -> Check:
+    """Measure how fast a file system really is, and note it in speeds."""
+    floor = floor or DiskSpeed(write=SLOWEST_WRITE, read=SLOWEST_READ)
+    needed = f"{speed(floor.write)} written, {speed(floor.read)} read"
+    try:
+        found = measure_speed(nearest_existing(path))
+    except OSError as error:
+        return Check(
+            name="disk.speed",
+            status="fail",
+            measured=f"cannot write to {_named(mount)}: {error.strerror or error}",
+            needed=needed,
+            remedy="free space or choose another folder",
+        )
+    if speeds is not None:
+        speeds[mount.point] = found
+    slow = found.write < floor.write or (found.read) < (floor.read)
+    return Check(
+        name="disk.speed",
+        status="warn" if slow else "ok",
+        measured=f"{speed(found.write)} written, {speed(found.read)} read on {_named(mount)}",
+        needed=needed,
+        remedy="loading and export will take long; choose an offer with a faster disk" if slow else "",
+    )
+
+
+def _named(mount: Mount) -> str:
+    return f"{mount.point} ({mount.kind})"

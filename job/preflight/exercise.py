@@ -1,0 +1,146 @@
+"""A short test of each device: does it compute right, does its memory keep what is written, how fast is it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import psutil
+
+from job.preflight.checks import GIB, MIB, Check, size
+from job.records import Record
+
+if TYPE_CHECKING:
+    import torch
+
+# Memory that is written and read back: enough to touch many chips, done in a fraction of a second.
+PATTERN_BYTES = {"cuda": 8 * GIB, "cpu": 64 * MIB}
+_SIDES = {"cuda": 4096, "cpu": 384}
+_CHUNK_BYTES = 256 * MIB
+
+
+class Exercise(Record):
+    """What a device was found to do.
+
+    Attributes:
+        device: E.g. "cuda:0".
+        fault: What it did wrong, None if nothing.
+        pattern_bytes: Memory that was written and read back.
+        flops: Rate of matrix products in bfloat16 (float32 on a CPU), operations a second.
+        bandwidth: Rate of copying within its memory, bytes read and written a second.
+    """
+
+    device: str
+    fault: str | None = None
+    pattern_bytes: int = 0
+    flops: float = 0.0
+    bandwidth: float = 0.0
+
+
+def exercise(device: str, *, most_bytes: int | None = None, seconds: float = 0.4) -> Exercise:
+    """Test a device; each of the two timed parts takes about the given time.
+
+    Args:
+        device: As torch names it.
+        most_bytes: Memory to write and read back at most; a quarter of the free memory is never exceeded.
+        seconds: How long rates are measured.
+    """
+    import torch
+
+    target = torch.device(device)
+    kind = "cuda" if target.type == "cuda" else "cpu"
+    try:
+        # Beside the pattern stand its copy to compare with and the comparison.
+        budget = min(most_bytes or PATTERN_BYTES[kind], _free(target) // 4)
+        fault = _wrong_product(target) or _forgotten_pattern(target, budget)
+        flops = _product_rate(target, _SIDES[kind], seconds)
+        bandwidth = _copy_rate(target, min(budget, _CHUNK_BYTES), seconds)
+    except (RuntimeError, AssertionError) as error:
+        # Errors of the CUDA runtime, of its allocator and of a torch without CUDA: what is looked for.
+        return Exercise(device=device, fault=str(error).strip().splitlines()[0])
+    finally:
+        if kind == "cuda":
+            torch.cuda.empty_cache()
+    return Exercise(device=device, fault=fault, pattern_bytes=budget, flops=flops, bandwidth=bandwidth)
+
+
+def compute_check(found: Exercise) -> Check:
+    """Judge a device's exercise."""
+    rates = f"{found.flops / 1e12:.2g} TFLOP/s, {found.bandwidth / 1e9:.3g} GB/s"
+    return Check(
+        name="gpu.compute",
+        status="fail" if found.fault else "ok",
+        measured=f"{found.device}: {found.fault or f'right; {size(found.pattern_bytes)} of memory kept; {rates}'}",
+        needed="a product and a memory pattern come out right",
+        remedy="the device is broken or taken: choose another host, and report this one" if found.fault else "",
+    )
+
+
+def _free(device: torch.device) -> int:
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _wrong_product(device: torch.device) -> str | None:
+    """Multiply small whole numbers, whose product every order of summation and TF32 get exactly."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-3, 4, (512, 512), generator=generator) for _ in range(2))
+    expected = (a.to(torch.float64) @ b.to(torch.float64)).to(torch.float32)
+    product = (a.to(device, torch.float32) @ b.to(device, torch.float32)).cpu()
+    wrong = int((product != expected).sum())
+    return f"{wrong} of {product.numel()} entries of a matrix product are wrong" if wrong else None
+
+
+def _forgotten_pattern(device: torch.device, budget: int) -> str | None:
+    """Fill memory with a pattern that differs from place to place, all of it before any is read back."""
+    import torch
+
+    count = min(_CHUNK_BYTES, budget) // 4
+    pattern = torch.arange(count, dtype=torch.int32, device=device) ^ 0x5A5A5A5A
+    # Each chunk is filled with its own number mixed in, so that mixed-up addresses show.
+    chunks = [pattern ^ number for number in range(budget // (count * 4))]
+    wrong = sum(int((chunk != (pattern ^ number)).sum()) for number, chunk in enumerate(chunks))
+    return f"{wrong} words of memory did not keep what was written" if wrong else None
+
+
+def _product_rate(device: torch.device, side: int, seconds: float) -> float:
+    import torch
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.ones(side, side, dtype=dtype, device=device)
+    return 2 * side**3 / _time_of(lambda: a @ a, device, seconds)
+
+
+def _copy_rate(device: torch.device, count: int, seconds: float) -> float:
+    import torch
+
+    source = torch.zeros(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * count / _time_of(lambda: target.copy_(source), device, seconds)
+
+
+def _time_of(action: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Return how long an action takes on a device, seconds: the mean after a first time that warms it up."""
+    import torch
+
+    # Several before each wait, so that waiting for the device does not count as its work.
+    at_once = 8 if device.type == "cuda" else 1
+
+    def run() -> None:
+        for _ in range(at_once):
+            action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    run()
+    started, times = time.perf_counter(), 0
+    while times == 0 or time.perf_counter() - started < seconds:
+        run()
+        times += at_once
+    return max(time.perf_counter() - started, 1e-9) / times

@@ -1,0 +1,84 @@
+"""The checks of a model before its weights are there: files, architecture, tokenizer, licence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from job.models import ModelListing, ModelSource
+from job.preflight.checks import Check, size
+from job.preflight.facts import ModelFacts
+
+
+def files(source: ModelSource, listing: ModelListing) -> Check:
+    """Say what a model consists of."""
+    commit = f", commit {listing.commit[:12]}" if listing.commit else ""
+    return Check(
+        name="model.files",
+        status="ok",
+        measured=f"{source.describe()}{commit}: {len(listing.files)} files, {size(listing.size)}",
+        needed="safetensors weights, configuration and tokenizer",
+    )
+
+
+def weights(facts: ModelFacts, tensors: int) -> Check:
+    """Say how large the weights are."""
+    return Check(
+        name="model.weights",
+        status="ok",
+        measured=f"{tensors} tensors, {facts.parameters / 1e9:.3g} billion weights, {size(facts.stored_bytes)}",
+        needed="safetensors",
+    )
+
+
+def architecture(folder: Path) -> Check:
+    """Prove on a small twin that all residual writers are found."""
+    from job.truth import inspect_model
+
+    found = inspect_model(folder)
+    return Check(
+        name="model.architecture",
+        status="ok",
+        measured=f"{found.model_type}, {found.layer_count} layers, {len(found.writers)} residual writers",
+        needed="a family whose residual writers are all found",
+    )
+
+
+def tokenizer(folder: Path) -> Check:
+    """Write a conversation with the chat template."""
+    from job.model import conversation, load_tokenizer
+    from job.prompts import Prompt
+
+    loaded = load_tokenizer(folder)
+    text = conversation(loaded, Prompt(user="Hello, how are you?"))
+    return Check(
+        name="model.tokenizer",
+        status="ok",
+        measured=f"chat template writes {len(loaded(text, add_special_tokens=False)['input_ids'])} tokens",
+        needed="a tokenizer with a chat template",
+    )
+
+
+# Licences that ask for something in a derived model's name, by how their names begin.
+_NAMING = {
+    "llama3": 'its licence asks for "Llama" at the beginning of a derived model\'s name and "Built with Llama" shown',
+    "llama4": 'its licence asks for "Llama" at the beginning of a derived model\'s name and "Built with Llama" shown',
+    "gemma": "its terms ask that its use restrictions and a notice go with every derived model",
+}
+
+
+def licence(listing: ModelListing) -> Check:
+    """Name the licence, and what known ones ask of a derived model's name."""
+    files = [
+        file.name
+        for file in listing.others
+        if file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
+    ]
+    named = listing.license or (f"see {files[0]}" if files else "not stated")
+    duty = next((text for start, text in _NAMING.items() if (listing.license or "").lower().startswith(start)), "")
+    return Check(
+        name="model.licence",
+        status="warn" if duty else "ok",
+        measured=f"licence: {named}",
+        needed="a licence that allows what is planned",
+        remedy=duty,
+    )

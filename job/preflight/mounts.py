@@ -1,0 +1,121 @@
+"""Which file system a path lies on, from the kernel's own table of mounts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from job.records import Record
+
+Kind = Literal["local", "network", "object-store", "overlay", "memory"]
+
+_NETWORK = re.compile(
+    r"nfs4?|cifs|smb3|smbfs|ceph|lustre|9p|virtiofs|glusterfs|beegfs|gpfs|wekafs|pvfs2|ocfs2|gfs2|afs|ncpfs"
+)
+# Programs that show an object store as a folder: they know no locks and no writes in the middle of a file.
+_OBJECT_STORES = re.compile(r"s3fs|gcsfuse|goofys|rclone|mountpoint-s3|blobfuse|geesefs|hf-mount|ossfs")
+# File systems of the user's own kernel that merely happen to be served through FUSE.
+_LOCAL_FUSE = frozenset({"fuseblk", "fuse.fuse-overlayfs"})
+
+
+class Mount(Record):
+    """One line of mountinfo.
+
+    Attributes:
+        point: Where it is mounted.
+        kind: Type as the kernel names it, e.g. "ext4", "fuse.s3fs".
+        source: What is mounted, e.g. "/dev/sda1", "server:/export".
+        device: The file system's major:minor; all mounts of one file system share it.
+        root: The part of the file system that is mounted.
+        options: Options of the file system itself, e.g. {"rw", "memory"}.
+    """
+
+    point: str
+    kind: str
+    source: str
+    device: str
+    root: str = "/"
+    options: frozenset[str] = frozenset()
+
+
+def parse_mountinfo(text: str) -> list[Mount]:
+    """Return the mounts of a /proc/PID/mountinfo (proc(5)), in mount order; torn lines are left out."""
+    mounts = []
+    for line in text.splitlines():
+        left, separator, right = line.partition(" - ")
+        fields, described = left.split(), right.split()
+        if not separator or len(fields) < 5 or len(described) < 2:
+            continue
+        mounts.append(
+            Mount(
+                point=_unescaped(fields[4]),
+                kind=described[0],
+                source=_unescaped(described[1]),
+                device=fields[2],
+                root=_unescaped(fields[3]),
+                options=frozenset(",".join(described[2:]).split(",")),
+            )
+        )
+    return mounts
+
+
+def _unescaped(text: str) -> str:
+    """Undo the kernel's octal escapes for blanks and backslashes."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def read_mounts() -> list[Mount]:
+    """Return this process's mounts, none where the system has no such table."""
+    try:
+        return parse_mountinfo(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
+    except OSError:
+        return []
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return the path itself or the closest folder above it that exists.
+
+    Where permission (or a dead server) hides whether it exists, that place is returned: using it tells.
+    """
+    path = Path(os.path.abspath(path))
+    while True:
+        try:
+            os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            path = path.parent
+            continue
+        except OSError:
+            return path
+        return path.resolve()
+
+
+def mount_of(path: Path, mounts: Sequence[Mount]) -> Mount:
+    """Return the mount that a path (or its nearest existing parent) lies on.
+
+    The device number tells mounts apart that others hide; where no mount shows it (btrfs and overlay number
+    their files otherwise), the longest mount point that leads to the path decides.
+    """
+    existing = nearest_existing(path)
+    number = os.stat(existing).st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    leading = [mount for mount in mounts if existing.is_relative_to(mount.point)]
+    candidates = [mount for mount in leading if mount.device == device] or leading
+    if not candidates:
+        return Mount(point=existing.anchor, kind="unknown", source="unknown", device=device)
+    # Of several mounts on one point the last hides the others; max() returns the first of equals.
+    return max(reversed(candidates), key=lambda mount: len(mount.point))
+
+
+def kind_of(mount: Mount) -> Kind:
+    """Return what kind of storage a mount is."""
+    if mount.kind in ("tmpfs", "ramfs", "devtmpfs"):
+        return "memory"
+    if mount.kind in ("overlay", "aufs", "fuse.fuse-overlayfs"):
+        return "overlay"
+    if mount.kind.startswith("fuse") and mount.kind not in _LOCAL_FUSE:
+        named = f"{mount.kind} {mount.source}"
+        return "object-store" if _OBJECT_STORES.search(named) else "network"
+    return "network" if _NETWORK.fullmatch(mount.kind) else "local"

@@ -1,0 +1,159 @@
+"""What a job will need of disk, memory, time and money, put together from the model, the prompts and the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from job.errors import JobError
+from job.models import ModelListing, ModelSource, missing_bytes
+from job.preflight.cards import card_of, offers_query
+from job.preflight.disk import DiskSpeed, Need
+from job.preflight.estimate import Hours, Rates, Task, device_rates, estimate
+from job.preflight.exercise import Exercise
+from job.preflight.facts import ModelFacts
+from job.preflight.readings import MachineReading
+from job.preflight.vram import MemoryPlan, Workload
+from job.prompts import PromptSets
+from job.settings import Settings
+from job.upload.local import target_folder
+
+# Rates where none could be measured, bytes a second: a modest rented line and disk.
+LINE, DISK = 12e6, 200e6
+_DTYPE_BYTES = {"float32": 4}
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What is known of a job before it starts.
+
+    Attributes:
+        settings: The job.
+        source: Its model.
+        listing: The model's files.
+        facts: What the model's configuration and headers say.
+        prompts: The prompts.
+        folder: Where the files lie that describe the model.
+    """
+
+    settings: Settings
+    source: ModelSource
+    listing: ModelListing
+    facts: ModelFacts
+    prompts: PromptSets
+    folder: Path
+
+    def needs(self) -> list[Need]:
+        """Return what the job will write, and where."""
+        workspace, weights = Path(self.settings.workspace), self.facts.stored_bytes
+        prompts = self.prompts
+        sets = (prompts.good, prompts.bad, prompts.helpfulness, prompts.unhelpfulness, prompts.capability)
+        residuals = sum(map(len, sets)) * (self.facts.layers + 1) * self.facts.hidden * 4
+        needs = [
+            Need(path=workspace, bytes=weights, what="export", database=True, keep=True),
+            Need(path=workspace, bytes=residuals * self.settings.directions.iterative_rounds, what="residuals"),
+        ]
+        if self.source.kind == "hub":
+            from huggingface_hub import constants
+
+            missing = missing_bytes(self.source, self.listing)
+            needs.append(Need(path=Path(constants.HF_HUB_CACHE), bytes=missing, what="model", files=50))
+        local = [target for target in self.settings.upload if target.startswith("file:")]
+        return needs + [
+            Need(path=target_folder(target), bytes=weights, what=f"delivery to {target}") for target in local
+        ]
+
+    def reachable(self, reading: MachineReading) -> MachineReading:
+        """Return a reading with the devices that the settings allow."""
+        device = self.settings.loading.device
+        if device == "cpu":
+            return reading.model_copy(update={"gpus": ()})
+        if device.startswith("cuda:"):
+            index = int(device.partition(":")[2])
+            return reading.model_copy(update={"gpus": reading.gpus[index : index + 1]})
+        return reading
+
+    def workload(self) -> Workload:
+        """Return what memory is planned for."""
+        return Workload(
+            prompt_tokens=self._longest_prompt(),
+            answer_tokens=self.settings.scoring.answer_tokens,
+            dtype_bytes=self._dtype_bytes(),
+            most_rows=self.settings.batching.rows or None,
+            quantise=self.settings.ablation.row_normalization == "none",
+            edits="columns" if self.settings.ablation.row_normalization == "column" else "outputs",
+        )
+
+    def _longest_prompt(self) -> int:
+        """Return the tokens of the longest prompt; a guess where the tokenizer, which has its own check, fails."""
+        from job.model import conversation, load_tokenizer
+
+        prompts = self.prompts
+        try:
+            tokenizer = load_tokenizer(self.folder)
+            texts = [
+                conversation(tokenizer, prompt)
+                for prompt in (*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search)
+            ]
+        except JobError:
+            return Workload().prompt_tokens
+        return max(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+    def _dtype_bytes(self) -> int:
+        dtype = self.settings.loading.dtypes[0]
+        if dtype != "auto":
+            return _DTYPE_BYTES.get(dtype, 2)
+        cast = sum(part.cast for part in self.facts.parts)
+        kept = sum(part.kept for part in self.facts.parts)
+        return 4 if cast and (self.facts.stored_bytes - kept) / cast > 3 else 2
+
+    def hours(
+        self,
+        planned: MemoryPlan,
+        *,
+        reading: MachineReading,
+        measured: Exercise | None,
+        speeds: dict[str, DiskSpeed],
+        line: float,
+        trials_done: int,
+    ) -> Hours | None:
+        """Return how long each phase will take, None where nothing is known of the device's speed.
+
+        Args:
+            planned: How the model goes onto the machine.
+            reading: The machine.
+            measured: What its device was found to do; None for a machine that is only thought of.
+            speeds: What its disks were found to do.
+            line: Bytes a second from the Hub.
+            trials_done: Trials that need not be done again.
+        """
+        known = (measured.flops, measured.bandwidth) if measured else device_rates(reading)
+        if known is None or not all(known):
+            return None
+        disk = min(speeds.values(), key=lambda found: found.write, default=DiskSpeed(write=DISK, read=DISK))
+        work = self.workload()
+        remote = sum(not target.startswith("file:") for target in self.settings.upload)
+        task = Task(
+            download_bytes=missing_bytes(self.source, self.listing) if measured else self.listing.size,
+            weights_bytes=self.facts.weights_bytes(work.dtype_bytes),
+            active_parameters=self.facts.active_parameters,
+            direction_prompts=len(self.prompts.good) + len(self.prompts.bad),
+            generated_prompts=len(self.prompts.bad_search),
+            compared_prompts=len(self.prompts.good_search),
+            # Prompts and answers end at about half of the longest; a guess that the observed rate corrects.
+            prompt_tokens=work.prompt_tokens / 2,
+            answer_tokens=work.answer_tokens / 2,
+            trials=max(self.settings.trials - trials_done, 0),
+            rows=planned.rows,
+            export_bytes=self.facts.stored_bytes,
+            upload_bytes=self.facts.stored_bytes * remote,
+        )
+        flops, bandwidth = known
+        rates = Rates(download=line, upload=line, read=disk.read, write=disk.write, flops=flops, bandwidth=bandwidth)
+        return estimate(task, rates)
+
+    def offers(self, reading: MachineReading) -> str | None:
+        """Return how to find a machine like the one that was thought of, None if the table lacks its cards."""
+        card = card_of(reading.gpus[0]) if reading.gpus else None
+        room = sum(need.bytes for need in self.needs()) + self.listing.size
+        return None if card is None else offers_query(card, len(reading.gpus), int(1.2 * room) + 20 * 2**30)

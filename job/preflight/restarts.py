@@ -1,0 +1,108 @@
+"""Recognises a restart loop: a platform that starts a job again and again which fails every time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from job.preflight.checks import Check
+from job.records import Record
+
+# So many starts in a row that failed by themselves and got nowhere are a loop.
+MOST_FAILURES = 3
+# Starts that vanished without a word (kill -9, out of memory, power) may be preemptions, but not for ever.
+MOST_VANISHED = 10
+
+
+class Start(Record):
+    """A past start of this job.
+
+    Attributes:
+        started: When, seconds since the epoch.
+        ended: finished; error: by a failure of its own; preempted: by a signal or the platform;
+            vanished: it left no word; running: it has not ended.
+        progress: It got further than the one before: a phase or a trial was completed.
+        settings: Key of what it was started with; after a change of settings counting starts again.
+        reason: Why it ended.
+    """
+
+    started: float
+    ended: Literal["finished", "error", "preempted", "vanished", "running"]
+    progress: bool = False
+    settings: str = ""
+    reason: str | None = None
+
+
+# Events that tell of progress, and how a start's last event says that it ended.
+_PROGRESS = frozenset({"prompts", "loaded", "directions", "trial", "export_proven", "delivery"})
+_ENDS: dict[str, Literal["finished", "error", "preempted"]] = {
+    "job_finished": "finished",
+    "job_failed": "error",
+    "job_preempted": "preempted",
+}
+
+
+def past_starts(events: Iterable[Mapping[str, Any]]) -> tuple[Start, ...]:
+    """Return the starts that a run's events tell of, in their order; one without an end has vanished.
+
+    A start that merely got as far as an earlier one has made no progress.
+    """
+    starts: list[Start] = []
+    furthest: set[str] = set()
+    for event in events:
+        name = str(event.get("event"))
+        if name == "job_started":
+            key = str(event.get("settings", ""))
+            starts.append(Start(started=float(event["time"]), ended="vanished", settings=key))
+        elif starts and name in _ENDS:
+            # What preflight refuses costs a minute, and is put right without a change of settings.
+            ended = "preempted" if event.get("phase") == "preflight" else _ENDS[name]
+            starts[-1] = starts[-1].model_copy(update={"ended": ended, "reason": event.get("reason")})
+        elif starts and name in _PROGRESS:
+            point = f"{name} {event.get('number', '')}"
+            if point not in furthest:
+                starts[-1] = starts[-1].model_copy(update={"progress": True})
+            furthest.add(point)
+    return tuple(starts)
+
+
+def restart_check(starts: Sequence[Start], settings: str = "") -> Check:
+    """Tell whether the job is finished or caught in a loop.
+
+    Args:
+        starts: All past starts, the latest last; the present one is not among them.
+        settings: Key of what the present start was given.
+    """
+    if starts and starts[-1].ended == "finished":
+        return Check(name="restarts.loop", status="ok", measured="the job is finished", needed="nothing to do")
+    failures, vanished, reason = _streak(starts, settings)
+    looping, dying = failures >= MOST_FAILURES, vanished >= MOST_VANISHED
+    measured = f"{failures} failed and {vanished} vanished starts in a row without progress"
+    remedy = ""
+    if looping:
+        remedy = "correct what failed, then start once with --allow restarts.loop, or with other settings"
+    elif dying:
+        remedy = "it dies without a word each time (out of memory?): choose a larger machine, or --allow restarts.loop"
+    return Check(
+        name="restarts.loop",
+        status="fail" if looping or dying else "ok",
+        measured=measured + (f"; the last: {reason}" if reason else ""),
+        needed=f"fewer than {MOST_FAILURES} failed and {MOST_VANISHED} vanished ones",
+        remedy=remedy,
+    )
+
+
+def _streak(starts: Sequence[Start], settings: str) -> tuple[int, int, str | None]:
+    """Return the latest starts without progress that failed and that vanished, and why the latest failed."""
+    failures = vanished = 0
+    reason = None
+    for start in reversed(starts):
+        if start.progress or start.ended == "finished" or start.settings != settings:
+            break
+        # A preempted start neither counts nor forgives: it says nothing of what would have come.
+        if start.ended == "error":
+            failures += 1
+            reason = reason or start.reason
+        elif start.ended in ("vanished", "running"):
+            vanished += 1
+    return failures, vanished, reason

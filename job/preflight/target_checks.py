@@ -1,0 +1,44 @@
+"""The checks of delivery targets: that they can be written, found out without leaving anything there."""
+
+from __future__ import annotations
+
+from job.errors import DeliveryError
+from job.preflight.checks import Check
+from job.preflight.disk import writability
+from job.settings import Settings
+from job.upload.local import holds_something_else, target_folder
+from job.upload.targets import probe
+
+
+def target_checks(target: str, settings: Settings) -> list[Check]:
+    """Return the checks of a target."""
+    if not target.startswith("file:"):
+        return [_remote(target, settings)]
+    folder = target_folder(target)
+    foreign = holds_something_else(folder)
+    held = Check(
+        name="target.local",
+        status="fail" if foreign else "ok",
+        measured=f"{folder} holds something else" if foreign else f"{folder} can take the result",
+        needed="a folder that is empty, new, or holds an earlier delivery",
+        remedy="name an empty or a new folder" if foreign else "",
+        scope="job",
+    )
+    return [held, writability(folder)]
+
+
+def _remote(target: str, settings: Settings) -> Check:
+    """Prove that a target on the Hub or on S3 can be written, and leave nothing there."""
+    name = f"target.{target.partition(':')[0]}"
+    try:
+        found = probe(target, settings)
+    except DeliveryError as error:
+        return Check(
+            name=name,
+            status="fail",
+            measured=f"{target}: {error}",
+            needed="the right to write there",
+            remedy=error.remedy,
+            scope="job",
+        )
+    return Check(name=name, status="ok", measured=f"{target}: {found}", needed="the right to write there")

@@ -1,0 +1,85 @@
+"""Delivery to any kind of target by its URI: file:///dir, hf://user/repo[@branch], s3://bucket/prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+
+from job.errors import DeliveryError
+from job.settings import Settings
+
+if TYPE_CHECKING:
+    from job.upload.s3 import S3Options
+
+
+def deliver(
+    export: Path,
+    target: str,
+    settings: Settings,
+    *,
+    state: Path,
+    message: str,
+    report: Callable[[str], None],
+    progress: Callable[[int], None],
+) -> None:
+    """Bring an export to a target and verify it there; running it again continues.
+
+    Args:
+        export: The folder of a complete export.
+        target: The target's URI.
+        settings: How to deliver.
+        state: Folder in which begun uploads are noted.
+        message: First line of a commit.
+        report: Told of what is tried again.
+        progress: Told of bytes (S3) that have arrived.
+
+    Raises:
+        DeliveryError: The target failed for good; the export is kept.
+    """
+    scheme = urlparse(target).scheme
+    if scheme == "file":
+        from job.upload.local import deliver as to_folder
+
+        to_folder(export, target)
+    elif scheme == "hf":
+        from job.upload.hub import HubOptions
+        from job.upload.hub import deliver as to_hub
+
+        options = HubOptions(
+            visibility=settings.visibility, pull_request=settings.hub.pull_request, commit_message=message
+        )
+        to_hub(export, target, options, report=report, progress=lambda _: None)
+    else:
+        from job.upload.s3 import deliver as to_s3
+
+        to_s3(export, target, state, s3_options(settings), progress=progress)
+
+
+def probe(target: str, settings: Settings) -> str:
+    """Prove that a target can be delivered to, without leaving anything there, and return what was found.
+
+    Raises:
+        DeliveryError: It cannot.
+    """
+    if urlparse(target).scheme == "hf":
+        from job.upload.hub import HubOptions
+        from job.upload.hub import probe as probe_hub
+
+        found = probe_hub(target, HubOptions(visibility=settings.visibility, pull_request=settings.hub.pull_request))
+        if not found.ok:
+            raise DeliveryError(found.what, remedy=found.remedy)
+        return found.what
+    from job.upload.s3 import probe as probe_s3
+
+    quirks = probe_s3(target, s3_options(settings))
+    missing = [name for name, there in vars(quirks).items() if there is False]
+    return "writing, completing and deleting work" + (f"; not there: {', '.join(missing)}" if missing else "")
+
+
+def s3_options(settings: Settings) -> S3Options:
+    """Return how to reach an S3 server and how to send."""
+    from job.upload.s3 import S3Options
+
+    return S3Options(**settings.s3.model_dump())
