@@ -218,17 +218,20 @@ def line_speed(source: ModelSource, listing: ModelListing, most: int = 8 << 20, 
     largest = max(listing.weights, key=lambda file: file.size, default=None)
     if source.kind == "folder" or largest is None or largest.size < most or is_offline():
         return None
+    import httpx2
     from huggingface_hub import HfFileSystem
 
     path = f"{source.name}@{listing.commit}/{largest.name}"
-    with HfFileSystem().open(path, "rb", block_size=0) as stream:
-        begin, got = time.perf_counter(), 0
-        while got < most and time.perf_counter() - begin < seconds:
-            block = stream.read(1 << 18)
-            if not block:
-                break
-            got += len(block)
-        return got / max(time.perf_counter() - begin, 1e-9)
+    begin, got = time.perf_counter(), 0
+    try:
+        with HfFileSystem().open(path, "rb", block_size=0) as stream:
+            begin = time.perf_counter()
+            while got < most and time.perf_counter() - begin < seconds and (block := stream.read(1 << 18)):
+                got += len(block)
+    except (OSError, httpx2.HTTPError):
+        # A line that broke off has been timed as far as it went; fetching the files will tell what is wrong with it.
+        pass
+    return got / max(time.perf_counter() - begin, 1e-9) if got else None
 
 
 def missing_bytes(source: ModelSource, listing: ModelListing) -> int:

@@ -197,7 +197,10 @@ class _Job:
         self._events.emit("preflight", f"preflight: {survey.summary}", checks=[c.model_dump() for c in survey.checks])
         survey.require()
         prompts = surveyor.prompts
-        assert prompts is not None
+        if prompts is None:
+            raise ImpossibleJobError(
+                "the prompts cannot be read, whatever is allowed", remedy="see `abliterate preflight`"
+            )
         if not self._folder.prompts_file.exists():
             write_record(self._folder.prompts_file, prompts)
             self._events.emit("prompts", received=prompts.received, commits=prompts.commits)

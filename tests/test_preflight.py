@@ -272,6 +272,27 @@ def test_a_card_that_is_too_small_is_refused_with_what_would_do(hub: LoopbackHub
     fails(found, 76, "gpu.memory", "61.0 GiB of weights", "4xRTX3090")
 
 
+def test_the_line_is_timed_as_far_as_it_goes(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.add_model("kitchen/large", {"model.safetensors": bytes(12 << 20)})
+    program = """
+from job.models import line_speed, list_model, parse_model
+source = parse_model("kitchen/large")
+print(line_speed(source, list_model(source, None, print)))
+"""
+    network = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+
+    def timed() -> str:
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(**network))
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert float(timed()) > 1e6
+    hub.cut("*model.safetensors*", after_bytes=0, times=None, method="GET")
+    assert timed() == "None"
+    hub.faults.clear()
+
+
 def test_models_of_the_hub_that_cannot_be_had(hub: LoopbackHub, check: Any, tmp_path: Path) -> None:
     network = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
     fails(check(model="kitchen/absent", **network), 3, "model", "not on the Hub")
