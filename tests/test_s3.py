@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from job.errors import DeliveryError, UsageError
+from job.errors import DeliveryError, Stopped, UsageError
+from job.interrupt import StopSignals
 from job.records import Manifest
 from job.upload.s3 import Delivery, S3Options, deliver, probe
 from tests.fault_proxy import FaultProxy
@@ -463,6 +464,91 @@ def test_abandoned_uploads_are_aborted_and_only_ours(server: S3Server, tmp_path:
     done = deliver(export, URI, tmp_path / "state", _options(server.url))
     assert done.aborted == 1
     assert sorted(key for key, _ in server.uploads()) == sorted(keys[1:])
+
+
+@pytest.mark.parametrize("key", ["model.safetensors", "probe"])
+def test_an_upload_whose_id_is_lost_on_the_line_is_aborted(server: S3Server, tmp_path: Path, key: str) -> None:
+    export = make_export(tmp_path / "export", {"model.safetensors": 11 * MIB})
+    begun: list[str] = []
+
+    def lose(request: Request, _environ: dict[str, Any]) -> Answer | None:
+        if request.operation != "create" or key not in request.key:
+            return None
+        begun.append(request.key)
+        # The server does what it is asked to, and nobody gets to know.
+        return Answer("503 Service Unavailable", "ServiceUnavailable", passed_on=True) if len(begun) == 1 else None
+
+    server.front.rules.append(lose)
+    deliver(export, URI, tmp_path / "state", _options(server.url))
+    assert len(begun) >= 2
+    assert server.contents() == _expected(export)
+    assert not server.uploads()
+
+
+def test_a_part_that_is_not_what_was_sent_is_sent_again(server: S3Server, tmp_path: Path) -> None:
+    export = make_export(tmp_path / "export", {"model.safetensors": 20 * MIB})
+    stopping = _Stopping(server, "part", 3)
+    with pytest.raises(DeliveryError):
+        deliver(export, URI, tmp_path / "state", _options(server.url))
+    stopping.over()
+    [(key, upload)] = server.uploads()
+    client = server.client()
+    there = client.list_parts(Bucket=BUCKET, Key=key, UploadId=upload)["Parts"]
+    spoilt = {"PartNumber": there[0]["PartNumber"], "Body": bytes(there[0]["Size"])}
+    client.upload_part(Bucket=BUCKET, Key=key, UploadId=upload, **spoilt)
+    client.close()
+    done = deliver(export, URI, tmp_path / "state", _options(server.url))
+    assert done.resumed_bytes == sum(part["Size"] for part in there[1:])
+    assert server.contents() == _expected(export)
+
+
+def test_what_somebody_put_in_place_of_ours_is_not_deleted(server: S3Server, tmp_path: Path) -> None:
+    first = make_export(tmp_path / "first", {"config.json": 50, "gone.json": 60})
+    second = make_export(tmp_path / "second", {"config.json": 50}, seed=1)
+    deliver(first, URI, tmp_path / "state", _options(server.url))
+    client = server.client()
+    client.put_object(Bucket=BUCKET, Key=f"{PREFIX}gone.json", Body=b"somebody's")
+    client.close()
+    assert deliver(second, URI, tmp_path / "state", _options(server.url)).removed == 0
+    assert server.contents() == {**_expected(second), f"{PREFIX}gone.json": b"somebody's"}
+
+
+def test_a_writer_in_between_is_noticed_where_an_object_is_replaced(server: S3Server, tmp_path: Path) -> None:
+    first = make_export(tmp_path / "first", {"config.json": 50})
+    second = make_export(tmp_path / "second", {"config.json": 50}, seed=1)
+    deliver(first, URI, tmp_path / "state", _options(server.url))
+
+    def write(request: Request, _environ: dict[str, Any]) -> None:
+        if request.operation == "PUT" and request.key == f"{PREFIX}config.json":
+            server.front.rules.remove(write)
+            client = server.client()
+            client.put_object(Bucket=BUCKET, Key=request.key, Body=b"the other's")
+            client.close()
+
+    server.front.rules.append(write)
+    with pytest.raises(DeliveryError, match=r"something else wrote .*config\.json"):
+        deliver(second, URI, tmp_path / "state", _options(server.url))
+    assert server.contents() == {f"{PREFIX}config.json": b"the other's"}
+
+
+def test_no_thread_goes_on_sending_after_a_stop(server: S3Server, tmp_path: Path) -> None:
+    export = make_export(tmp_path / "export", {"model.safetensors": 30 * MIB})
+    main = threading.get_ident()
+    with FaultProxy(server.host, server.port, bytes_per_s=2.5e6) as line:
+
+        def stop() -> None:
+            _wait_until(lambda: line.sent > 2 * MIB, "the upload does not get on")
+            signal.pthread_kill(main, signal.SIGTERM)
+
+        stopping = threading.Thread(target=stop)
+        with StopSignals().installed():
+            stopping.start()
+            with pytest.raises(Stopped):
+                deliver(export, URI, tmp_path / "state", _options(line.url))
+        stopping.join()
+        assert not [thread for thread in threading.enumerate() if thread.name == "s3-part"]
+    assert len(server.uploads()) == 1
+    assert list((tmp_path / "state").glob("part-*.json"))
 
 
 def test_a_server_that_asks_for_patience_gets_it(server: S3Server, tmp_path: Path) -> None:
