@@ -281,9 +281,10 @@ def test_an_upload_forgotten_in_the_middle_is_begun_again(server: S3Server, tmp_
                 client.abort_multipart_upload(Bucket=BUCKET, Key=request.key, UploadId=parts[0])
                 client.close()
 
+    # One part at a time: the server itself stumbles over a part that crosses the abort.
     server.front.rules.append(forget)
     told: list[int] = []
-    deliver(export, URI, tmp_path / "state", _options(server.url), progress=told.append)
+    deliver(export, URI, tmp_path / "state", _options(server.url, parallel_parts=1), progress=told.append)
     assert len(set(parts)) == 2
     assert sum(told) == 30 * MIB
     assert server.contents() == _expected(export)
