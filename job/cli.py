@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from job.errors import DeliveryError, JobError, Stopped
+from job.errors import DeliveryError, GateError, JobError, Stopped
 
 if TYPE_CHECKING:
     from job.pipeline import Outcome
+    from job.records import ExportFormat
+    from job.reproduction import Again
     from job.settings import Settings
     from job.workspace import RunFolder
 
@@ -32,6 +34,13 @@ app.add_typer(config_app, name="config")
 Workspace = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of all run folders.")]
 Job = Annotated[str | None, typer.Option(metavar="ID", help="The job, where the workspace holds several.")]
 TrialNumber = Annotated[int | None, typer.Option("--trial", metavar="N", help="Trial; see `abliterate front`.")]
+Format = Annotated[str | None, typer.Option("--format", help="merged, adapter or directions.")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--upload", metavar="URI", help="Target: file:///dir, hf://user/repo, s3://bucket/prefix; repeatable."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Prompts = Annotated[
     str | None,
@@ -64,6 +73,9 @@ SETTING_OPTIONS: dict[str, Any] = {
     "wait_for_gpu": Annotated[
         float | None, typer.Option(metavar="MIN", help="Minutes to wait for others to leave the GPUs.")
     ],
+    "export_format": Annotated[str | None, typer.Option(help="merged, adapter or directions.")],
+    "max_kl": Annotated[float | None, typer.Option(metavar="X", help="Deliver only what has no larger KL.")],
+    "max_refusals": Annotated[int | None, typer.Option(metavar="N", help="Deliver only what refuses no more.")],
     "upload": Annotated[
         list[str] | None,
         typer.Option(metavar="URI", help="Target: file:///dir, hf://user/repo, s3://bucket/prefix; may be repeated."),
@@ -121,15 +133,28 @@ def _find_job(workspace: str | None, job: str | None) -> RunFolder:
 def run(
     given: dict[str, Any],
     new: Annotated[bool, typer.Option("--new", help="Start a job beside one with other settings.")] = False,
+    reproduce: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Make an export again from its reproduce.json, and compare.")
+    ] = None,
+    with_search: Annotated[
+        bool, typer.Option("--with-search", help="With --reproduce: make the search again too, not only its edit.")
+    ] = False,
 ) -> None:
     """Find, search, export, prove and deliver; run again to continue, or to find it finished."""
     from job.settings import load_settings
 
-    loaded = load_settings(**given)
-    _run(loaded.settings, new=new, notes=loaded.notes)
+    if reproduce is None:
+        loaded = load_settings(**given)
+        _run(loaded.settings, new=new, notes=loaded.notes)
+        return
+    from job.reproduction import Again, fixed_settings, read_reproduction
+
+    original = read_reproduction(reproduce)
+    loaded = load_settings(**given, fixed=fixed_settings(original, str(reproduce)))
+    _run(loaded.settings, new=new, notes=loaded.notes, again=Again(original, with_search))
 
 
-def _run(settings: Settings, *, new: bool, notes: Sequence[str] = ()) -> Outcome:
+def _run(settings: Settings, *, new: bool, notes: Sequence[str] = (), again: Again | None = None) -> Outcome:
     """Run a job and print what came of it."""
     from job.interrupt import StopSignals
 
@@ -138,7 +163,35 @@ def _run(settings: Settings, *, new: bool, notes: Sequence[str] = ()) -> Outcome
         from job.events import Events
         from job.pipeline import run as run_job
 
-        outcome = run_job(settings, new=new, events=Events(), signals=signals, notes=notes)
+        outcome = run_job(settings, new=new, events=Events(), signals=signals, notes=notes, again=again)
+    return _told(outcome)
+
+
+@app.command()
+def resume(
+    workspace: Workspace = None,
+    job: Job = None,
+    trials: Trials = None,
+    upload: Targets = None,
+) -> None:
+    """Continue a job from its run folder alone, with more trials or other targets if given."""
+    from job.interrupt import StopSignals
+
+    signals = StopSignals()
+    with signals.installed():
+        from job.afterwards import job_settings
+        from job.events import Events
+        from job.pipeline import resume as resume_job
+
+        folder = _find_job(workspace, job)
+        others = {"trials": trials, "upload": upload}
+        settings = job_settings(folder, **{name: value for name, value in others.items() if value})
+        outcome = resume_job(folder, settings, events=Events(), signals=signals)
+    _told(outcome)
+
+
+def _told(outcome: Outcome) -> Outcome:
+    """Print what came of a run."""
     base, edited = outcome.base, outcome.edited
     typer.echo(
         f"trial {outcome.chosen}: refusals {base.refusals}/{base.bad_prompts} -> "
@@ -148,11 +201,24 @@ def _run(settings: Settings, *, new: bool, notes: Sequence[str] = ()) -> Outcome
     )
     typer.echo(f"model:  {outcome.folder.export_link}")
     typer.echo(f"report: {outcome.folder.report_file} and {outcome.folder.page_file.name}")
-    for target, reason in outcome.failed_targets:
-        typer.echo(f"error: {target}: {reason}", err=True)
-    if outcome.failed_targets:
-        raise typer.Exit(DeliveryError.exit_code)
+    if outcome.missed_gate is not None:
+        typer.echo(f"error: {outcome.missed_gate} — the result is kept and nothing was delivered", err=True)
+        raise typer.Exit(GateError.exit_code)
+    _tell_failed(outcome.folder, outcome.failed_targets)
     return outcome
+
+
+def _tell_failed(folder: RunFolder, failed: Sequence[tuple[str, str]]) -> None:
+    """Print which deliveries failed and how to go on with them."""
+    if not failed:
+        return
+    import shlex
+
+    for target, reason in failed:
+        typer.echo(f"error: {target}: {reason}", err=True)
+    again = ["abliterate", "resume", "--workspace", str(folder.path.parent.absolute()), "--job", folder.path.name]
+    typer.echo(f"the result is kept; to go on with the delivery: {shlex.join(again)}", err=True)
+    raise typer.Exit(DeliveryError.exit_code)
 
 
 @app.command()
@@ -203,11 +269,12 @@ def status(workspace: Workspace = None, job: Job = None, as_json: AsJson = False
 def front(workspace: Workspace = None, job: Job = None) -> None:
     """List the Pareto front of a job's trials, fewest refusals first."""
     from job.prompts import PromptSets
-    from job.search import pareto_front, read_trials
+    from job.result import job_trials
+    from job.search import pareto_front
     from job.workspace import read_record
 
     folder = _find_job(workspace, job)
-    trials = pareto_front(read_trials(folder.study_file))
+    trials = pareto_front(job_trials(folder))
     if not trials:
         typer.echo("no trial is finished")
         return
@@ -217,15 +284,61 @@ def front(workspace: Workspace = None, job: Job = None) -> None:
 
 
 @app.command()
-def export(workspace: Workspace = None, job: Job = None, trial: TrialNumber = None) -> None:
+def export(workspace: Workspace = None, job: Job = None, trial: TrialNumber = None, form: Format = None) -> None:
     """Export a trial of a job beside what it has exported; by default the chosen one."""
     from job.interrupt import StopSignals
 
     with StopSignals().installed():
+        from job.afterwards import export_trial
         from job.events import Events
-        from job.pipeline import export_trial
 
-        typer.echo(export_trial(_find_job(workspace, job), trial, Events()))
+        typer.echo(export_trial(_find_job(workspace, job), trial, _format(form), Events()))
+
+
+def _format(name: str | None) -> ExportFormat | None:
+    from job.errors import UsageError
+    from job.records import FORMATS
+
+    for form in FORMATS:
+        if name == form:
+            return form
+    if name is not None:
+        raise UsageError(f"there is no format {name}", remedy=f"choose from: {', '.join(FORMATS)}")
+    return None
+
+
+@app.command()
+def upload(
+    workspace: Workspace = None, job: Job = None, trial: TrialNumber = None, form: Format = None, upload: Targets = None
+) -> None:
+    """Deliver a trial of a job, by default the chosen one to the job's targets; it is exported first if it is not."""
+    from job.interrupt import StopSignals
+
+    with StopSignals().installed():
+        from job.afterwards import job_settings, upload_trial
+        from job.events import Events
+
+        folder = _find_job(workspace, job)
+        settings = job_settings(folder, **({"upload": upload} if upload else {}))
+        failed = upload_trial(folder, trial, _format(form), settings, Events())
+    _tell_failed(folder, failed)
+
+
+@app.command()
+def apply(
+    model: Annotated[str, typer.Argument(help="The base model: a folder, or NAME[@REVISION] on the Hub.")],
+    file: Annotated[Path, typer.Argument(help="edit.safetensors of an export in the format directions.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the edited model, new or empty.")],
+) -> None:
+    """Apply a saved edit to its base model and write the edited model."""
+    from job.interrupt import StopSignals
+
+    with StopSignals().installed():
+        from job.afterwards import apply as apply_to
+        from job.events import Events
+
+        apply_to(model, file, out, Events())
+    typer.echo(out)
 
 
 @app.command()

@@ -42,6 +42,12 @@ class HeldError(JobError):
     exit_code = 4
 
 
+class GateError(JobError):
+    """The result misses a gate: it is exported, and not delivered."""
+
+    exit_code = 5
+
+
 class DeliveryError(JobError):
     """A target failed for good; the local result is kept."""
 

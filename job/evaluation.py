@@ -11,10 +11,11 @@ from torch import Tensor
 from job.decoding import Answer, first_logits, greedy_answers
 from job.intervention import Intervention
 from job.model import LoadedModel
+from job.numerics.intervals import mean_interval
 from job.numerics.metrics import kl_divergence
 from job.prompts import Prompt
 from job.records import EditParameters, Figures, TrialScores
-from job.scoring import RefusalMarkers
+from job.scoring import RefusalMarkers, is_degenerate
 
 # KL that a failed trial is told with; far above what any usable edit has.
 FAILED_KL = 100.0
@@ -155,38 +156,48 @@ class Evaluator:
     def _is_refusal(self, answer: Answer) -> bool:
         return self._markers.is_refusal(self._loaded.decode(answer.tokens))
 
-    def _count_refusals(self, prompts: Sequence[list[int]]) -> int:
-        chunks = _chunks(prompts, self._rows)
-        return sum(self._is_refusal(answer) for chunk in chunks for answer in self._answers(chunk, None))
-
-    def figures(self, base: Evaluator | None = None) -> Figures:
-        """Return the figures of this evaluator's model as it is, without hooks.
+    def figures(self, base: Evaluator | None = None, intervention: Intervention | None = None) -> Figures:
+        """Return the figures of this evaluator's model as it is or, if given, with the intervention's edit 0.
 
         Args:
             base: The evaluator of the base model on the same prompts, for the KL divergence.
+            intervention: Hooks, in place.
         """
-        kl = None
-        if base is not None:
-            logits = [first_logits(self._loaded.model, chunk) for chunk in _chunks(self._good, self._rows)]
-            kl = max(float(kl_divergence(base.base_log_probs, torch.cat(logits)).mean()), 0.0)
+        answers = [self._loaded.decode(answer.tokens) for answer in self.answers(intervention)]
+        good, bad = answers[: len(self._good)], answers[len(self._good) :]
+        kl = self._kl(base, intervention) if base is not None else None
         return Figures(
-            bad_prompts=len(self._bad),
-            refusals=self._count_refusals(self._bad),
-            good_prompts=len(self._good),
-            false_refusals=self._count_refusals(self._good),
-            kl=kl,
+            bad_prompts=len(bad),
+            refusals=sum(map(self._markers.is_refusal, bad)),
+            good_prompts=len(good),
+            false_refusals=sum(map(self._markers.is_refusal, good)),
+            degenerate=sum(map(is_degenerate, bad)),
+            false_degenerate=sum(map(is_degenerate, good)),
+            kl=math.fsum(kl) / len(kl) if kl is not None else None,
+            kl_interval=mean_interval(kl) if kl is not None else None,
         )
+
+    def _kl(self, base: Evaluator, intervention: Intervention | None) -> list[float]:
+        """Return the KL divergence from another evaluator's base model for every good prompt."""
+        logits = [first_logits(self._loaded.model, chunk) for chunk in self._placed(self._good, intervention)]
+        # KL is not negative; rounding may say so by 1e-17.
+        return [max(kl, 0.0) for kl in kl_divergence(base.base_log_probs, torch.cat(logits)).tolist()]
 
     def answers(self, intervention: Intervention | None) -> list[Answer]:
         """Return whole answers to all prompts, good ones first; with the intervention's edit 0 if given."""
-        found = []
-        for chunk in _chunks([*self._good, *self._bad], self._rows):
+        chunks = self._placed([*self._good, *self._bad], intervention)
+        return [answer for chunk in chunks for answer in self._answers(chunk, intervention, whole=True)]
+
+    def _placed(self, prompts: Sequence[list[int]], intervention: Intervention | None) -> Iterator[list[list[int]]]:
+        """Yield the prompts in chunks, all rows of which have the intervention's edit 0."""
+        try:
+            for chunk in _chunks(prompts, self._rows):
+                if intervention is not None:
+                    intervention.rows = self._trial_of_row(1, len(chunk))
+                yield chunk
+        finally:
             if intervention is not None:
-                intervention.rows = self._trial_of_row(1, len(chunk))
-            found += self._answers(chunk, intervention, whole=True)
-        if intervention is not None:
-            intervention.rows = None
-        return found
+                intervention.rows = None
 
 
 def _chunks(items: Sequence[list[int]], size: int) -> Iterator[list[list[int]]]:

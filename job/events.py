@@ -126,7 +126,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """Return the events of a run, skipping lines that a crash has torn."""
     events = []
     if path.exists():
-        for line in path.read_text("utf-8", errors="replace").splitlines():
+        # At line feeds alone: other ends of lines may stand within a message.
+        for line in path.read_text("utf-8", errors="replace").split("\n"):
             try:
                 events.append(json.loads(line))
             except json.JSONDecodeError:

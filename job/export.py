@@ -21,16 +21,21 @@ from safetensors import safe_open
 from torch import Tensor
 
 from job.architectures import Architecture, UnsupportedArchitectureError, Writer
+from job.card import licence_files, model_card
 from job.errors import ExportMismatchError, ImpossibleJobError
 from job.intervention import directions_and_strengths, strength
 from job.model import checkpoint_files
+from job.models import WEIGHTS
 from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
 from job.numerics.basis import Basis
 from job.records import EditParameters, Manifest, ManifestEntry
+from job.reproduction import Reproduction
 from job.workspace import (
     CARD,
     DONE,
     MANIFEST,
+    REPRODUCE,
+    SUMS,
     cannot_write,
     sha256_file,
     sync_folder,
@@ -102,6 +107,15 @@ class Checkpoint:
                     raise UnsupportedArchitectureError(
                         architecture.model_type, f"tensor {name} is stored as {dtype}; quantised files cannot be edited"
                     )
+
+    def digest(self, architecture: Architecture) -> str:
+        """Return a hash of all tensors that an edit may change."""
+        digest = hashlib.sha256()
+        for writer in architecture.writers:
+            for name in filter(None, (writer.parameter, writer.bias)):
+                file = self._file_of[name]
+                digest.update(_digest(file, self.entries[file][name]))
+        return digest.hexdigest()
 
 
 def _read_header(file: Path) -> dict[str, _Entry]:
@@ -197,7 +211,7 @@ def _companions(source: Path) -> list[Path]:
         if path.is_file()
         and not path.name.startswith(".")
         and path.suffix not in _LEFT_OUT
-        and path.name not in (CARD, MANIFEST)
+        and path.name not in (CARD, REPRODUCE, SUMS, MANIFEST)
     ]
 
 
@@ -238,11 +252,37 @@ def _digest(file: Path, entry: _Entry) -> bytes:
     return digest.digest()
 
 
-def seal(folder: Path, card: str) -> None:
-    """Complete an export: its card, the manifest of all files, and last the mark that it is done."""
-    write_atomically(folder / CARD, card.encode())
-    write_record(folder / MANIFEST, build_manifest(folder))
+def copy_licences(source: Path, folder: Path) -> None:
+    """Copy the files that state a model's terms, for exports that hold nothing else of it."""
+    for name in licence_files(source):
+        write_atomically(folder / name, (source / name).read_bytes())
+
+
+def seal(folder: Path, made: Reproduction, source: Path) -> Reproduction:
+    """Complete an export: what describes it, the hashes of all files, and last the mark that it is done.
+
+    Args:
+        folder: The export.
+        made: How it was made; the hashes of its weights are put in here.
+        source: Folder of the base model.
+
+    Returns:
+        What stands in reproduce.json.
+    """
+    for name in (REPRODUCE, CARD, SUMS, MANIFEST):
+        (folder / name).unlink(missing_ok=True)
+    entries = dict(build_manifest(folder).files)
+    weights = {name: entry.sha256 for name, entry in entries.items() if name.endswith(WEIGHTS)}
+    made = made.model_copy(update={"weights": weights})
+    for name, text in ((REPRODUCE, made.model_dump_json(indent=2) + "\n"), (CARD, model_card(made, source))):
+        write_atomically(folder / name, text.encode())
+        entries[name] = _file_entry(folder / name)
+    sums = "".join(f"{entries[name].sha256}  {name}\n" for name in sorted(entries))
+    write_atomically(folder / SUMS, sums.encode())
+    entries[SUMS] = _file_entry(folder / SUMS)
+    write_record(folder / MANIFEST, Manifest(files=dict(sorted(entries.items()))))
     write_atomically(folder / DONE, (sha256_file(folder / MANIFEST) + "\n").encode())
+    return made
 
 
 def build_manifest(folder: Path) -> Manifest:
@@ -252,9 +292,8 @@ def build_manifest(folder: Path) -> Manifest:
         for path in folder.iterdir()
         if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST
     )
-    return Manifest(
-        files={
-            name: ManifestEntry(sha256=sha256_file(folder / name), size=(folder / name).stat().st_size)
-            for name in names
-        }
-    )
+    return Manifest(files={name: _file_entry(folder / name) for name in names})
+
+
+def _file_entry(path: Path) -> ManifestEntry:
+    return ManifestEntry(sha256=sha256_file(path), size=path.stat().st_size)

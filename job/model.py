@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import platform
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ from job.settings import LoadingSettings
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_CPUS = Path("/proc/cpuinfo")
 # Rows beyond these gain nothing in throughput, so that even small models are not given more.
 MOST_ROWS = {"cpu": 256, "cuda": 1024, "mps": 256}
 # Share of a device's memory that weights, caches and activations together may take.
@@ -215,6 +219,16 @@ def resolve_device(name: str) -> torch.device:
     if (device.index or 0) >= count:
         raise MachineError(f"this machine has no device {name}", remedy="choose another loading.device")
     return device
+
+
+def hardware(device: torch.device) -> str:
+    """Return in words what a model on this device is computed by."""
+    if device.type == "cuda":
+        names = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        return ", ".join(f"{count} × {name}" for name, count in names.items())
+    models = re.findall(r"^model name\s*:\s*(.+)$", _CPUS.read_text(), re.MULTILINE) if _CPUS.exists() else []
+    name = models[0].strip() if models else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def _load_weights(folder: Path, dtype: str, device: torch.device, settings: LoadingSettings) -> PreTrainedModel:

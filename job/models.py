@@ -65,12 +65,14 @@ class ModelListing(Record):
         files: The files that a job needs: all but weights in other formats and what lies in folders.
         license: The licence that a repository's card names.
         gated: Access to a repository has to be granted.
+        public: A repository that everybody may see, so that it may be named; False also where nobody can be asked.
     """
 
     commit: str | None = None
     files: tuple[ModelFile, ...]
     license: str | None = None
     gated: bool = False
+    public: bool = False
 
     @property
     def weights(self) -> tuple[ModelFile, ...]:
@@ -131,6 +133,7 @@ def list_model(source: ModelSource, commit: str | None, report: Callable[[str], 
         files=_needed({file.rfilename: file.size or 0 for file in info.siblings or ()}),
         license=card.get("license_name") or card.get("license"),
         gated=bool(info.gated),
+        public=info.private is False,
     )
 
 

@@ -6,13 +6,13 @@ settings → preflight → prompts → model → residuals → directions → se
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.errors import DeliveryError, ImpossibleJobError, JobError, Stopped, UsageError
+from job.errors import ExportMismatchError, ImpossibleJobError, JobError, Stopped
 from job.events import Events, read_events
 from job.interrupt import StopSignals
 from job.models import fetch_model, list_model, parse_model
@@ -21,16 +21,24 @@ from job.preflight.readings import MachineReading
 from job.preflight.restarts import past_starts
 from job.preflight.survey import Survey, Surveyor
 from job.prompts import PromptSets
-from job.records import Figures, JobRecord, State, Trial, Upload
+from job.records import Figures, JobRecord, State, Trial
 from job.report import write_reports
-from job.search import choose, read_trials
+from job.reproduction import (
+    Again,
+    Reproduction,
+    environment_differences,
+    require_same_model,
+    require_same_prompts,
+)
+from job.result import job_trials
+from job.search import choose
 from job.settings import Settings
-from job.upload.targets import deliver
+from job.upload.targets import deliver_to_all
 from job.workspace import (
+    REPRODUCE,
     RunFolder,
     find_folder,
     is_sealed,
-    model_identity,
     open_job,
     read_record,
     write_record,
@@ -50,6 +58,7 @@ class Outcome:
         base: Figures of the base model on the report split.
         edited: Figures of the export on the report split.
         failed_targets: Targets that could not be delivered to, with the reason.
+        missed_gate: Which gate the export missed, so that it was not delivered; None if it missed none.
     """
 
     folder: RunFolder
@@ -57,9 +66,18 @@ class Outcome:
     base: Figures
     edited: Figures
     failed_targets: tuple[tuple[str, str], ...] = ()
+    missed_gate: str | None = None
 
 
-def run(settings: Settings, *, new: bool, events: Events, signals: StopSignals, notes: Sequence[str] = ()) -> Outcome:
+def run(
+    settings: Settings,
+    *,
+    new: bool,
+    events: Events,
+    signals: StopSignals,
+    notes: Sequence[str] = (),
+    again: Again | None = None,
+) -> Outcome:
     """Do the job that the settings describe, from wherever an earlier run of it has got to.
 
     Args:
@@ -68,21 +86,61 @@ def run(settings: Settings, *, new: bool, events: Events, signals: StopSignals, 
         events: Where progress goes.
         signals: What stops the run.
         notes: What became of old settings.
+        again: An export that is to be made again.
 
     Raises:
         JobError: The job cannot be done; each kind says whether, where and how it could be.
         Stopped: A signal asked for it; running again continues.
     """
-    folder, record = open_job(settings, new=new)
+
+    def opened() -> tuple[RunFolder, JobRecord]:
+        folder, record = open_job(settings, new=new, pinned=again.pinned if again else None)
+        if again is not None:
+            require_same_model(again.original, record.identity)
+            write_record(folder.reproduces_file, again.original)
+            record = record.model_copy(update=again.resolved)
+        return folder, record
+
+    return _run(opened, settings, events, signals, notes)
+
+
+def resume(folder: RunFolder, settings: Settings, *, events: Events, signals: StopSignals) -> Outcome:
+    """Continue a job from its run folder alone; what it was made from need not be where it was named.
+
+    Args:
+        folder: The run folder.
+        settings: The job's settings, with others that only extend it in their place.
+        events: Where progress goes.
+        signals: What stops the run.
+
+    Raises:
+        JobError: The job cannot be done; each kind says whether, where and how it could be.
+        Stopped: A signal asked for it; running again continues.
+    """
+
+    def opened() -> tuple[RunFolder, JobRecord]:
+        return folder, folder.read_job().model_copy(update={"settings": settings.model_dump(mode="json")})
+
+    return _run(opened, settings, events, signals, ())
+
+
+def _run(
+    opened: Callable[[], tuple[RunFolder, JobRecord]],
+    settings: Settings,
+    events: Events,
+    signals: StopSignals,
+    notes: Sequence[str],
+) -> Outcome:
+    folder, record = opened()
     chosen = _completed_choice(folder, settings)
     if chosen is not None:
         events.emit("job_complete", f"job {record.job_id} is finished; nothing to do")
-        return _outcome(folder, chosen)
+        return _outcome(folder, chosen, folder.export_folder(chosen, settings.export_format))
     # Before the lock is taken, which writes down this process in place of the one before.
     left_by = folder.holder()
     with folder.held():
         # Read again: another run may have resolved and released the job since.
-        folder, record = open_job(settings, new=new)
+        folder, record = opened()
         surveyor = surveyor_of(folder, settings, events, notes=notes)
         surveyor.held, surveyor.left_by = None, (left_by.process,) if left_by else ()
         with _recorded(folder, record, settings, events):
@@ -94,16 +152,26 @@ def _completed_choice(folder: RunFolder, settings: Settings) -> int | None:
     state = folder.read_state()
     if state is None or state.state != "finished" or state.chosen is None or state.trials < settings.trials:
         return None
-    export = folder.export_folder(state.chosen)
+    export = folder.export_folder(state.chosen, settings.export_format)
     delivered = {item.target for item in folder.read_uploads() if item.state == "done" and item.export == export.name}
     complete = is_sealed(export) and delivered >= set(settings.upload)
-    return state.chosen if complete else None
+    if not complete or missed_gate(settings, read_record(folder.figures_file(export.name), Figures)):
+        return None
+    return state.chosen
 
 
-def _outcome(folder: RunFolder, chosen: int, failed: Sequence[tuple[str, str]] = ()) -> Outcome:
+def missed_gate(settings: Settings, figures: Figures) -> str | None:
+    """Return which gate an export's figures miss, None if they pass all."""
+    if settings.max_refusals is not None and figures.refusals > settings.max_refusals:
+        return f"{figures.refusals} of {figures.bad_prompts} are refused, max_refusals is {settings.max_refusals}"
+    if settings.max_kl is not None and (figures.kl is None or not figures.kl <= settings.max_kl):
+        return f"the KL divergence is {figures.kl or 0:.4g}, max_kl is {settings.max_kl:g}"
+    return None
+
+
+def _outcome(folder: RunFolder, chosen: int, export: Path) -> Outcome:
     base = read_record(folder.figures_file("base"), Figures)
-    edited = read_record(folder.figures_file(folder.export_folder(chosen).name), Figures)
-    return Outcome(folder, chosen, base, edited, tuple(failed))
+    return Outcome(folder, chosen, base, read_record(folder.figures_file(export.name), Figures))
 
 
 @contextmanager
@@ -154,22 +222,70 @@ class _Job:
         """Go through all stages; those that an earlier start has finished are passed over."""
         prompts = surveyor.prompts
         trials = _trials_so_far(self._folder)
+        self._say_differences()
         if prompts is None or not self._is_searched_and_exported(trials, prompts):
             # A job of which only the delivery is left has its targets tell what is wrong with them.
             prompts = self._preflight(surveyor)
             trials = self._search_and_export(prompts)
         chosen = self._choice(trials, prompts)
-        link_export(self._folder, chosen.number)
-        failed = self._deliver(self._folder.export_folder(chosen.number))
-        outcome = _outcome(self._folder, chosen.number, failed)
+        export = self._export_folder(chosen)
+        link_export(self._folder, export)
+        self._require_same(export)
+        outcome = _outcome(self._folder, chosen.number, export)
+        missed = missed_gate(self._settings, outcome.edited)
+        if missed is None:
+            self._phase("upload")
+            failed = deliver_to_all(self._folder, export, self._settings, self._events)
+            outcome = replace(outcome, failed_targets=tuple(failed))
+        else:
+            self._events.emit("gate_missed", f"nothing is delivered: {missed}")
+            outcome = replace(outcome, missed_gate=missed)
         write_reports(self._folder)
-        finished = State(state="finished", trials=self._settings.trials, chosen=chosen.number)
+        finished = State(state="finished", reason=missed, trials=self._settings.trials, chosen=chosen.number)
         write_record(self._folder.state_file, finished)
         self._events.emit("job_finished", chosen=chosen.number)
         return outcome
 
+    def _export_folder(self, trial: Trial) -> Path:
+        return self._folder.export_folder(trial.number, self._settings.export_format)
+
+    def _original(self) -> Reproduction | None:
+        """Return the export that this job makes again, None if it makes none."""
+        if self._record.reproduces is None:
+            return None
+        return read_record(self._folder.reproduces_file, Reproduction)
+
+    def _say_differences(self) -> None:
+        original = self._original()
+        for line in environment_differences(original, self._record.versions) if original else ():
+            self._events.say(f"warning: {line}: the result may differ from the original")
+
+    def _require_same(self, export: Path) -> None:
+        """Compare an export with the one that it is to be the same as.
+
+        Raises:
+            ExportMismatchError: It is not the same.
+        """
+        original = self._original()
+        if original is None:
+            return
+        made = read_record(export / REPRODUCE, Reproduction)
+        if made.edit != original.edit:
+            raise ExportMismatchError(
+                f"the search has chosen another edit (trial {made.trial.number}, was {original.trial.number})",
+                remedy="see the warnings on versions above",
+            )
+        differing = [name for name, sha in original.weights.items() if made.weights.get(name) != sha]
+        if differing:
+            raise ExportMismatchError(
+                f"{len(differing)} of {len(original.weights)} files of weights are not the original's: {differing[0]}",
+                remedy="the same hardware and the versions named in reproduce.json give the same bytes",
+            )
+        self._events.emit("reproduced", f"all {len(original.weights)} files of weights equal the original's")
+
     def _is_searched_and_exported(self, trials: Sequence[Trial], prompts: PromptSets) -> bool:
-        return len(trials) >= self._settings.trials and self._is_exported(self._choice(trials, prompts))
+        enough = not self._record.searches or len(trials) >= self._settings.trials
+        return enough and self._is_exported(self._choice(trials, prompts))
 
     def _search_and_export(self, prompts: PromptSets) -> list[Trial]:
         """Do all that needs the model and return the trials."""
@@ -179,10 +295,13 @@ class _Job:
         self._phase("model")
         model = model_folder(self._record, self._settings, self._events)
         with Workbench.prepared(self._folder, self._record, self._settings, model, prompts, self._events) as bench:
-            trials = self._search(bench)
+            trials = self._search(bench) if self._record.searches else _trials_so_far(self._folder)
             chosen = self._choice(trials, prompts)
             if not self._is_exported(chosen):
-                bench.export(chosen)
+                self._phase("export")
+                original = self._original()
+                made = original.trials if original is not None else len(trials)
+                bench.export(chosen, made, self._settings.export_format)
         return trials
 
     def _preflight(self, surveyor: Surveyor) -> PromptSets:
@@ -201,6 +320,9 @@ class _Job:
             raise ImpossibleJobError(
                 "the prompts cannot be read, whatever is allowed", remedy="see `abliterate preflight`"
             )
+        original = self._original()
+        if original is not None:
+            require_same_prompts(original, prompts)
         if not self._folder.prompts_file.exists():
             write_record(self._folder.prompts_file, prompts)
             self._events.emit("prompts", received=prompts.received, commits=prompts.commits)
@@ -208,7 +330,8 @@ class _Job:
                 if check.name.startswith("data."):
                     self._events.say(f"{check.name.removeprefix('data.')}: {check.measured}")
         if self._record.model_commit is None and survey.commit is not None:
-            self._record = self._record.model_copy(update={"model_commit": survey.commit})
+            pinned = {"model_commit": survey.commit, "model_public": survey.public}
+            self._record = self._record.model_copy(update=pinned)
             write_record(self._folder.job_file, self._record)
         return prompts
 
@@ -216,7 +339,7 @@ class _Job:
         return choose(trials, len(prompts.bad_search), self._settings.choice.refusal_tolerance)
 
     def _is_exported(self, trial: Trial) -> bool:
-        return is_sealed(self._folder.export_folder(trial.number))
+        return is_sealed(self._export_folder(trial))
 
     def _search(self, bench: Workbench) -> list[Trial]:
         """Bring the study to its target and return its trials."""
@@ -242,38 +365,6 @@ class _Job:
             search.run(target, bench.evaluate, shielded=self._signals.shielded, told=told)
         return search.finished()
 
-    def _deliver(self, export: Path) -> list[tuple[str, str]]:
-        """Deliver to every target and return those that failed, with the reason."""
-        self._phase("upload")
-        failed = []
-        figures = read_record(self._folder.figures_file(export.name), Figures)
-        message = f"{export.name}: {figures.refusals}/{figures.bad_prompts} refusals, KL {figures.kl or 0:.3g}"
-        for target in self._settings.upload:
-            self._events.emit("delivery_started", f"delivering to {target}", target=target)
-            try:
-                self._deliver_to(target, export, message)
-            except DeliveryError as error:
-                failed.append((target, error.line))
-                upload = Upload(target=target, export=export.name, state="failed", error=error.line)
-            else:
-                upload = Upload(target=target, export=export.name, state="done")
-            self._folder.record_upload(upload)
-            self._events.emit("delivery", f"delivery to {target}: {upload.state}", **upload.model_dump())
-        return failed
-
-    def _deliver_to(self, target: str, export: Path, message: str) -> None:
-        total = sum(path.stat().st_size for path in export.iterdir() if path.is_file())
-        with self._events.progress(f"bytes to {target}", total) as advance:
-            deliver(
-                export,
-                target,
-                self._settings,
-                state=self._folder.uploads_state,
-                message=message,
-                report=self._events.say,
-                progress=advance,
-            )
-
     def _phase(self, name: str) -> None:
         state = self._folder.read_state()
         assert state is not None
@@ -283,7 +374,7 @@ class _Job:
 def _trials_so_far(folder: RunFolder) -> list[Trial]:
     """Return the finished trials; none of a damaged study, of which the search will tell."""
     try:
-        return read_trials(folder.study_file)
+        return job_trials(folder)
     except JobError:
         return []
 
@@ -337,56 +428,13 @@ def model_folder(record: JobRecord, settings: Settings, events: Events) -> Path:
     return fetch_model(source, listing, events.say)
 
 
-def link_export(folder: RunFolder, trial: int) -> None:
-    """Let `export` in the run folder point to a trial's export."""
-    target = folder.export_folder(trial).relative_to(folder.path)
+def link_export(folder: RunFolder, export: Path) -> None:
+    """Let `export` in the run folder point to an export."""
+    target = export.relative_to(folder.path)
     temporary = folder.path / ".export.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(folder.export_link)
-
-
-def export_trial(folder: RunFolder, number: int | None, events: Events) -> Path:
-    """Export a trial of a job beside what it has exported, from its run folder alone.
-
-    Args:
-        folder: The run folder.
-        number: The trial; None for the one that the job would choose.
-        events: Where progress goes.
-
-    Returns:
-        The folder of the export.
-
-    Raises:
-        UsageError: There is no such trial.
-    """
-    record = folder.read_job()
-    settings = Settings(**{**record.settings, "workspace": str(folder.path.parent)})
-    if model_identity(settings) != record.identity["model"]:
-        raise UsageError(
-            f"the model of job {record.job_id} is no longer what it was",
-            remedy="restore it where job.json says it was",
-        )
-    prompts = read_record(folder.prompts_file, PromptSets)
-    trials = read_trials(folder.study_file)
-    if number is None:
-        trial = choose(trials, len(prompts.bad_search), settings.choice.refusal_tolerance)
-    elif 0 <= number < len(trials):
-        trial = trials[number]
-    else:
-        raise UsageError(f"job {record.job_id} has no trial {number}", remedy="`abliterate front` lists the best ones")
-    if trial.values.reason is not None:
-        raise UsageError(f"trial {number} failed: {trial.values.reason}", remedy="choose another")
-    export = folder.export_folder(trial.number)
-    with folder.held():
-        if not is_sealed(export):
-            from job.workbench import Workbench
-
-            events.log_to(folder.events_file)
-            model = model_folder(record, settings, events)
-            with Workbench.prepared(folder, record, settings, model, prompts, events) as bench:
-                bench.export(trial)
-    return export
 
 
 def preflight(

@@ -40,6 +40,7 @@ class PromptSets(Record):
         capability: Prompts of a capability that is to be left alone; empty unless given.
         sources: For each setting, how it was understood.
         commits: The commit of every Hub dataset, by the setting that names it.
+        public: The settings that name datasets which are on the Hub for everybody to see.
         received: Bytes that came from the Hub.
     """
 
@@ -55,7 +56,16 @@ class PromptSets(Record):
     capability: tuple[Prompt, ...] = ()
     sources: dict[str, str]
     commits: dict[str, str]
+    public: tuple[str, ...] = ()
     received: int = 0
+
+    def of_setting(self, name: str) -> tuple[Prompt, ...]:
+        """Return the prompts that a setting gave, both halves of those that were split."""
+        kind, _, use = name.removesuffix("_prompts").partition("_")
+        if use == "eval":
+            found: tuple[Prompt, ...] = getattr(self, f"{kind}_search")
+            return found if f"{kind}_report_prompts" in self.sources else (*found, *getattr(self, f"{kind}_report"))
+        return tuple(getattr(self, f"{kind}_{use}" if use else kind))
 
 
 def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSets:
@@ -74,12 +84,14 @@ def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSet
         count_traffic()
     before = received_bytes()
     commits: dict[str, str] = {}
+    public = []
     read: dict[str, tuple[Prompt, ...]] = {}
     for name, source in sources.items():
-        commit = resolve_commit(source, report)
-        if commit:
-            commits[name] = commit
-        read[name] = _read(used[name], source, commit, report)
+        pin = resolve_commit(source, report)
+        if pin:
+            commits[name] = pin.commit
+            public += [name] if pin.public else []
+        read[name] = _read(used[name], source, commits.get(name), report)
         report(f"{name}: {source.describe()}: {len(read[name])} prompts")
     halves = {}
     for kind in ("good", "bad"):
@@ -96,6 +108,7 @@ def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSet
         capability=read.get("capability_prompts", ()),
         sources={name: source.describe() for name, source in sources.items()},
         commits=commits,
+        public=tuple(public),
         received=received_bytes() - before,
     )
     for line in overlaps(found):

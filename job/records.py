@@ -7,6 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 Component = Literal["attention", "mlp"]
+ExportFormat = Literal["merged", "adapter", "directions"]
+FORMATS: tuple[ExportFormat, ...] = ("merged", "adapter", "directions")
 COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
 
 
@@ -87,15 +89,21 @@ class Figures(Record):
         refusals: Refused ones among them.
         good_prompts: Number of good prompts.
         false_refusals: Refused ones among them.
+        degenerate: Answers to bad prompts that are empty or go round in circles.
+        false_degenerate: Likewise of good prompts.
         kl: KL divergence from the base model at the first answer token, mean over good prompts,
             nats; None for the base model itself.
+        kl_interval: Its 95 % interval.
     """
 
     bad_prompts: int
     refusals: int
     good_prompts: int
     false_refusals: int
+    degenerate: int = 0
+    false_degenerate: int = 0
     kl: float | None = None
+    kl_interval: tuple[float, float] | None = None
 
 
 class LayerGeometry(Record):
@@ -153,8 +161,11 @@ class JobRecord(Record):
         settings: All settings as of the latest start.
         startup_trials: Random trials at the start of the search, fixed at the first start.
         model_commit: The commit that a model on the Hub is used at.
+        model_public: The model is on the Hub for everybody to see, so that it may be named.
         resolution: Set when the model has been loaded for the first time.
         versions: Versions of this package and of the libraries that decide results, at the first start.
+        reproduces: The reproduction, kept in reproduces.json, that this job makes again; None if it makes none.
+        searches: The search is made again too, not only its chosen edit.
     """
 
     version: Literal[1] = 1
@@ -163,8 +174,11 @@ class JobRecord(Record):
     settings: dict[str, Any]
     startup_trials: int
     model_commit: str | None = None
+    model_public: bool = False
     resolution: Resolution | None = None
     versions: dict[str, str]
+    reproduces: str | None = None
+    searches: bool = True
 
 
 class State(Record):

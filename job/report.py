@@ -1,115 +1,12 @@
-"""What was done and measured, in words: the model card of an export and the report of a run.
-
-The card holds nothing that differs between two hosts that did the same job: no time, path or name of a
-machine. The report may.
-"""
+"""The report of a run: what was done and measured, where and how long it took."""
 
 from __future__ import annotations
 
-from job.numerics.intervals import wilson_interval
-from job.records import EditParameters, Figures, GeometryRecord, JobRecord, Trial
+from job.card import direction_text, figures_table, kernel_table
+from job.records import GeometryRecord
 from job.result import RunResult
 from job.search import pareto_front
 from job.workspace import RunFolder, write_atomically
-
-_WARNING = """\
-> [!WARNING]
-> A behaviour was deliberately removed from this model. Where that behaviour is the refusal of unsafe
-> requests, the model may comply with harmful requests, and whoever deploys it needs safeguards of their own.
-"""
-
-
-def model_card(record: JobRecord, trial: Trial, edit: EditParameters, base: Figures, edited: Figures) -> str:
-    """Return the README.md of an export."""
-    return f"""\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- abliterated
-- not-for-all-audiences
----
-
-# Model with a behaviour removed by directional ablation
-
-{_WARNING}
-The direction that mediates the behaviour in the residual stream was found from two sets of prompts and
-projected out of the weights that write into the stream (Arditi et al. 2024, arXiv:2406.11717).
-
-## Figures
-
-Measured on the exported weights, on prompts that neither the direction nor the search has seen.
-
-{figures_table(base, edited)}
-
-## What was done
-
-- base model: {_base_model(record)}
-- direction: {record.identity["directions"]["method"]}, {direction_text(edit)}
-- norms preserved: {record.identity["ablation"]["row_normalization"]}
-- trial {trial.number} of the search with seed {record.identity["seed"]}
-
-{kernel_table(edit)}
-
-Made with abliteration-job {record.versions["abliteration-job"]}.
-"""
-
-
-def _base_model(record: JobRecord) -> str:
-    model = record.identity["model"]
-    if "repository" in model:
-        return f"{model['repository']} at commit {record.model_commit}"
-    return f"a checkpoint with sha256 {model['sha256']} over its files"
-
-
-def direction_text(edit: EditParameters) -> str:
-    """Return in words which directions an edit ablates, and how strongly relative to each other."""
-    several = len(edit.strengths) > 1
-    shares = f", by shares of {', '.join(f'{share:.3g}' for share in edit.strengths)}" if several else ""
-    if edit.direction_index is None:
-        return f"each layer's own direction{'s' if several else ''}{shares}"
-    return f"the direction{'s' if several else ''} of layer {edit.direction_index:.4g} in all layers{shares}"
-
-
-def figures_table(base: Figures, edited: Figures) -> str:
-    """Return the figures of the base and the edited model side by side, with 95 % Wilson intervals."""
-    rows = [
-        (
-            "refused, of prompts with the behaviour",
-            _count(base.refusals, base.bad_prompts),
-            _count(edited.refusals, edited.bad_prompts),
-        ),
-        (
-            "refused, of prompts without it",
-            _count(base.false_refusals, base.good_prompts),
-            _count(edited.false_refusals, edited.good_prompts),
-        ),
-        (
-            f"KL divergence from the base model, first answer token, {base.good_prompts} prompts without it",
-            "0",
-            f"{edited.kl or 0:.4g} nats",
-        ),
-    ]
-    table = [("", "base model", "edited model"), ("---",) * 3, *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in table)
-
-
-def _count(count: int, n: int) -> str:
-    low, high = wilson_interval(count, n)
-    return f"{count}/{n} ({100 * low:.1f}–{100 * high:.1f} %)"
-
-
-def kernel_table(edit: EditParameters) -> str:
-    """Return the weight kernels of an edit."""
-    rows = "\n".join(
-        f"| {component} | {kernel.max_weight:.4g} | {kernel.max_weight_position:.4g} "
-        f"| {kernel.min_weight:.4g} | {kernel.min_weight_distance:.4g} |"
-        for component, kernel in edit.kernels.items()
-    )
-    return f"""\
-| component | max_weight | max_weight_position | min_weight | min_weight_distance |
-|---|---|---|---|---|
-{rows}"""
 
 
 def write_reports(folder: RunFolder) -> str:
@@ -149,7 +46,7 @@ Model: {record.settings["model"]}, loaded in {record.resolution.dtype if record.
 
 ## Result
 
-Trial {chosen.number} of {len(result.trials)} was chosen: `exports/trial-{chosen.number:04d}`, to which `export` links.
+Trial {chosen.number} of {len(result.trials)} was chosen: `exports/{result.export}`, to which `export` links.
 Its figures on prompts that the search has not seen:
 
 {figures_table(result.base, result.edited)}
@@ -181,12 +78,19 @@ silhouette and share of variance say how well the two classes are apart.
 
 ## Provenance
 
+{_machines(result)}
+
 {packages}; seed {record.identity["seed"]}; {record.startup_trials} start-up trials; \
 directions by {record.identity["directions"]["method"]}; \
 {"answers are made to begin with " + repr(prefix) if prefix else "no response prefix"}.
 
 {sources}
 """
+
+
+def _machines(result: RunResult) -> str:
+    lines = [f"Trials {numbers} were evaluated on {hardware}." for hardware, numbers in result.machines]
+    return "\n".join(lines) or "No trial was evaluated: the edit was given."
 
 
 def _preflight(result: RunResult) -> str:

@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from job.errors import UsageError
+from job.events import read_events
 from job.prompts import PromptSets
 from job.records import EditParameters, Figures, GeometryRecord, JobRecord, Trial
+from job.reproduction import Reproduction
 from job.search import SearchSpace, choose, read_trials
 from job.settings import Settings
 from job.workspace import RunFolder, read_record
+
+
+def job_trials(folder: RunFolder) -> list[Trial]:
+    """Return the finished trials of a job; of one that only makes an edit again, that edit's.
+
+    Raises:
+        JobError: The study cannot be read.
+    """
+    if folder.reproduces_file.exists() and not folder.read_job().searches:
+        return [read_record(folder.reproduces_file, Reproduction).trial]
+    return read_trials(folder.study_file)
+
+
+def machines(events: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
+    """Return which trials ran on which hardware, as a run's events tell: hardware and a range of numbers."""
+    found: list[tuple[str, int, int]] = []
+    hardware = ""
+    for event in events:
+        if event.get("event") == "loaded":
+            hardware = str(event.get("hardware", ""))
+        elif event.get("event") == "trial":
+            number = int(event["number"])
+            if found and found[-1][0] == hardware:
+                found[-1] = (hardware, found[-1][1], number)
+            else:
+                found.append((hardware, number, number))
+    return tuple((name or "unknown", f"{first}–{last}" if first < last else f"{first}") for name, first, last in found)
 
 
 @dataclass(frozen=True)
@@ -20,6 +50,7 @@ class RunResult:
 
     Attributes:
         record: job.json.
+        export: Name of the export's folder.
         prompts: prompts.json.
         trials: The trials of the study.
         chosen: The chosen one.
@@ -29,9 +60,11 @@ class RunResult:
         geometry: How the residuals of good and bad prompts lie.
         preflight: What the latest preflight found, by name, status and what was measured; all but what was in order.
         allowed: Checks that might fail, by the user's word.
+        machines: Which hardware computed which trials.
     """
 
     record: JobRecord
+    export: str
     prompts: PromptSets
     trials: Sequence[Trial]
     chosen: Trial
@@ -41,6 +74,7 @@ class RunResult:
     geometry: GeometryRecord
     preflight: tuple[tuple[str, str, str], ...]
     allowed: tuple[str, ...]
+    machines: tuple[tuple[str, str], ...]
 
     @classmethod
     def read(cls, folder: RunFolder) -> RunResult:
@@ -51,17 +85,18 @@ class RunResult:
         """
         record = folder.read_job()
         settings = Settings(**record.settings)
-        trials = read_trials(folder.study_file)
+        trials = job_trials(folder)
         prompts = read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None
         if prompts is None or not trials or record.resolution is None:
             raise UsageError(f"job {record.job_id} has nothing to report yet", remedy="run it first")
         chosen = choose(trials, len(prompts.bad_search), settings.choice.refusal_tolerance)
-        export = folder.export_folder(chosen.number)
+        export = folder.export_folder(chosen.number, settings.export_format)
         if not folder.figures_file(export.name).exists():
             raise UsageError(f"job {record.job_id} has exported nothing yet", remedy="run it to its end")
         survey = json.loads(folder.preflight_file.read_text()) if folder.preflight_file.exists() else {}
         return cls(
             record=record,
+            export=export.name,
             prompts=prompts,
             trials=trials,
             chosen=chosen,
@@ -75,4 +110,5 @@ class RunResult:
                 if check["status"] != "ok"
             ),
             allowed=tuple(survey.get("allowed", ())),
+            machines=machines(read_events(folder.events_file)),
         )

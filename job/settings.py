@@ -9,6 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from job.errors import UsageError
 from job.legacy import translated
+from job.records import ExportFormat
 
 _TARGET = re.compile(r"file:///.+|hf://[\w.-]+/[\w.-]+(@[^@\s]+)?|s3://[^/\s]+(/.*)?")
 ENVIRONMENT_PREFIX = "ABLITERATE_"
@@ -147,6 +149,17 @@ class ChoiceSettings(Section):
     )
 
 
+class CardSettings(Section):
+    """What the model card says beside what was done and measured."""
+
+    behaviour: str = Field(min_length=1, description="What was removed, in a few words.")
+    base_model: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="Name of the base model on the Hub; unset: MODEL's, where it is a public repository.",
+    )
+
+
 class HubSettings(Section):
     """How results are delivered to the Hugging Face Hub."""
 
@@ -189,6 +202,12 @@ class Settings(BaseSettings):
     visibility: Literal["private", "gated", "public"] = Field(
         description="Who may read what is delivered to the Hub: the owner, those who agree to its terms, everybody."
     )
+    export_format: ExportFormat = Field(
+        description="merged: the whole edited model; adapter: a LoRA for PEFT; directions: a small file that "
+        "`abliterate apply` applies to the base model."
+    )
+    max_kl: float | None = Field(None, ge=0, description="Deliver only what has no larger KL on the report split.")
+    max_refusals: int | None = Field(None, ge=0, description="Deliver only what refuses no more bad report prompts.")
     allow: list[str] = Field(description="Preflight checks that may fail, by name.")
     price: float | None = Field(None, ge=0, description="Dollars an hour of this machine.")
     max_hours: float | None = Field(None, gt=0, description="Hours that the job may take, as preflight estimates them.")
@@ -218,6 +237,7 @@ class Settings(BaseSettings):
     search: SearchSettings
     scoring: ScoringSettings
     choice: ChoiceSettings
+    card: CardSettings
     hub: HubSettings
     s3: S3Settings
 
@@ -270,8 +290,27 @@ class LoadedSettings:
         self.notes = notes
 
 
+@dataclass(frozen=True)
+class FixedSettings:
+    """Settings that a file of ours fixes, by dotted key.
+
+    Attributes:
+        source: The file's name.
+        values: What nobody may change.
+        origins: Model and prompts, which may also be given from elsewhere.
+    """
+
+    source: str
+    values: Mapping[str, Any]
+    origins: Mapping[str, Any]
+
+
 def load_settings(
-    options: Mapping[str, Any], *, config: Path | None = None, assignments: Iterable[str] = ()
+    options: Mapping[str, Any],
+    *,
+    config: Path | None = None,
+    assignments: Iterable[str] = (),
+    fixed: FixedSettings | None = None,
 ) -> LoadedSettings:
     """Merge all sources and validate the result.
 
@@ -279,16 +318,20 @@ def load_settings(
         options: Values given as command-line options, by dotted key.
         config: A TOML file.
         assignments: Values given as ``--set key=value``; they count as command-line options.
+        fixed: What is given already.
 
     Raises:
         UsageError: A source cannot be read, or a setting is unknown or invalid.
     """
-    merged, sources, notes = _merged(options, config, assignments)
+    merged, sources, notes = _merged(options, config, assignments, fixed)
     return LoadedSettings(_validated(merged, sources), sources, notes)
 
 
 def _merged(
-    options: Mapping[str, Any], config: Path | None, assignments: Iterable[str]
+    options: Mapping[str, Any],
+    config: Path | None,
+    assignments: Iterable[str],
+    fixed: FixedSettings | None = None,
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Return the values of all sources as nested tables, the source of each by dotted key, and notes on old names."""
     notes: list[str] = []
@@ -297,7 +340,11 @@ def _merged(
         table, notes = translated(_read_toml(config))
         layers.append((str(config), _nested(table.items())))
     layers.append(("environment", _environment()))
+    if fixed is not None:
+        layers.append((fixed.source, _nested(fixed.origins.items())))
     layers.append(("command line", _nested([*options.items(), *map(_assignment, assignments)])))
+    if fixed is not None:
+        layers.append((fixed.source, _nested(fixed.values.items())))
     merged: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for name, layer in layers:
@@ -447,6 +494,12 @@ def _validated(merged: dict[str, Any], sources: Mapping[str, str]) -> Settings:
             f"loading.quantization = {settings.loading.quantization} does not go together with "
             f"ablation.row_normalization = {settings.ablation.row_normalization}, which needs the full weights",
             remedy="use row_normalization = none, or load the model unquantised",
+        )
+    if settings.export_format == "adapter" and settings.ablation.row_normalization not in ("none", "pre"):
+        raise UsageError(
+            f"export_format = adapter does not go together with "
+            f"ablation.row_normalization = {settings.ablation.row_normalization}, whose edits are not of low rank",
+            remedy="use row_normalization = none or pre, or another format",
         )
     return settings
 

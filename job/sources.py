@@ -131,7 +131,15 @@ def source_identity(settings: PromptSettings) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), **described}
 
 
-def resolve_commit(source: Source, report: Callable[[str], None]) -> str | None:
+@dataclass(frozen=True)
+class Pin:
+    """A dataset's commit, and whether everybody may see the dataset."""
+
+    commit: str
+    public: bool
+
+
+def resolve_commit(source: Source, report: Callable[[str], None]) -> Pin | None:
     """Return the commit that a dataset's revision points to now; None offline and for local sources.
 
     Raises:
@@ -141,8 +149,9 @@ def resolve_commit(source: Source, report: Callable[[str], None]) -> str | None:
         return None
     from huggingface_hub import HfApi
 
-    def call() -> str:
-        return str(HfApi().dataset_info(source.name, revision=source.revision).sha)
+    def call() -> Pin:
+        info = HfApi().dataset_info(source.name, revision=source.revision)
+        return Pin(str(info.sha), info.private is False)
 
     return patiently(call, f"dataset {source.name}", report)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from job.events import read_events
 from job.prompts import PromptSets
-from job.search import pareto_front, read_trials
+from job.result import job_trials
+from job.search import pareto_front
 from job.workspace import RunFolder, read_record
 
 # The ETA goes by the latest trials: rates change when a job moves to another machine.
@@ -16,7 +17,7 @@ _RECENT = 20
 def job_status(folder: RunFolder) -> dict[str, Any]:
     """Return the status of a job (DESIGN section 6)."""
     record, state = folder.read_job(), folder.read_state()
-    trials = read_trials(folder.study_file)
+    trials = job_trials(folder)
     prompts = read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None
     held = folder.is_held()
     if state is None:
@@ -27,7 +28,7 @@ def job_status(folder: RunFolder) -> dict[str, Any]:
         name, reason = "running", None
     else:
         name, reason = state.state, state.reason
-    target = int(record.settings["trials"])
+    target = int(record.settings["trials"]) if record.searches else 1
     chosen = state.chosen if state is not None and name == "finished" else None
     exported = folder.export_link.exists()
     return {

@@ -70,7 +70,7 @@ def prove_export(
     assert figures.kl is not None
     apart = abs(figures.kl - measured.kl)
     refusals = abs(figures.refusals - measured.refusals)
-    if apart > KL_BOUND + KL_SHARE * measured.kl or refusals > max(1, REFUSAL_SHARE * figures.bad_prompts):
+    if not apart <= KL_BOUND + KL_SHARE * measured.kl or refusals > max(1, REFUSAL_SHARE * figures.bad_prompts):
         raise ExportMismatchError(
             f"the exported model has KL {figures.kl:.3g} and {figures.refusals} refusals "
             f"where {measured.kl:.3g} and {measured.refusals} were measured",

@@ -8,24 +8,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from job.adapter import with_adapter, write_adapter
 from job.directions import DirectionFinder, tokens_of_forward
+from job.edit_file import write_edit_file
 from job.errors import ImpossibleJobError
 from job.evaluation import Evaluator
 from job.events import Events
-from job.export import Checkpoint, Edit, seal, verify_written, write_weights
+from job.export import Checkpoint, Edit, copy_licences, seal, verify_written, write_weights
 from job.intervention import Intervention
-from job.model import LoadedModel, load_model, rows_that_fit
+from job.model import LoadedModel, hardware, load_model, rows_that_fit
 from job.numerics.basis import Basis
 from job.prefix import with_response_prefix
 from job.prompts import Prompt, PromptSets
-from job.records import Figures, JobRecord, Plan, Resolution, Trial, TrialScores
-from job.report import model_card
+from job.records import EditParameters, ExportFormat, Figures, JobRecord, Plan, Resolution, Trial, TrialScores
+from job.reproduction import base_model_name, reproduction
 from job.scoring import RefusalMarkers
 from job.search import Search, SearchSettings, SearchSpace
 from job.settings import Settings
 from job.truth import inspect_model
 from job.verification import prove_export
-from job.workspace import RunFolder, write_record
+from job.workspace import DONE, RunFolder, cannot_write, write_record
 
 
 @dataclass
@@ -147,23 +149,63 @@ class Workbench:
         edits = [self.space.edit(params) for params in plan.parameters]
         return self.evaluator.scores(self.intervention, edits, plan.rows)
 
-    def export(self, trial: Trial) -> None:
-        """Write a trial's model, prove it by loading it afresh, measure it and seal it.
+    def export(self, trial: Trial, trials: int, form: ExportFormat) -> None:
+        """Write a trial's edit, prove what was written, measure it and seal it.
+
+        Args:
+            trial: The trial.
+            trials: Trials that the search has made.
+            form: What is written.
 
         Raises:
             ExportMismatchError: What was written is not what was measured.
         """
-        export = self.folder.export_folder(trial.number)
-        parameters = self.space.edit(trial.params)
-        edit = Edit(parameters, self.basis, self.settings.ablation.row_normalization)
-        source, architecture = self.loaded.folder, self.loaded.architecture
+        export = self.folder.export_folder(trial.number, form)
+        edit = Edit(self.space.edit(trial.params), self.basis, self.settings.ablation.row_normalization)
         self.events.emit("export_started", f"exporting trial {trial.number} to {export}", trial=trial.number)
-        with self.events.progress("shards", len(Checkpoint(source).files)) as advance:
-            write_weights(source, export, architecture, edit, advance)
-        verify_written(source, export, architecture, edit)
-        # A fresh object, as anyone else would load it, in the dtype that the job has settled on.
-        fresh = load_model(export, self.settings.loading, self.events.say, dtype=self.resolution.dtype)
-        fresh = replace(fresh, response_prefix=self.resolution.response_prefix)
+        try:
+            export.mkdir(parents=True, exist_ok=True)
+            (export / DONE).unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(export, error) from error
+        fresh = self._written(export, edit, form)
+        if fresh is not None:
+            fresh = replace(fresh, response_prefix=self.resolution.response_prefix)
+            self._prove(fresh, edit.parameters)
+        figures = self._figures(fresh, edit.parameters, export.name)
+        made = reproduction(
+            self.record,
+            self.settings,
+            self.prompts,
+            trial=trial,
+            trials=trials,
+            edit=edit.parameters,
+            figures=figures,
+            form=form,
+        )
+        if form == "directions":
+            write_edit_file(export, self.loaded.folder, self.loaded.architecture, edit, made)
+        if form != "merged":
+            copy_licences(self.loaded.folder, export)
+        seal(export, made, self.loaded.folder)
+
+    def _written(self, export: Path, edit: Edit, form: ExportFormat) -> LoadedModel | None:
+        """Write the weights of an export and load it afresh, as anyone else would; None where it has none."""
+        source, architecture = self.loaded.folder, self.loaded.architecture
+        dtype = self.resolution.dtype
+        if form == "merged":
+            with self.events.progress("shards", len(Checkpoint(source).files)) as advance:
+                write_weights(source, export, architecture, edit, advance)
+            verify_written(source, export, architecture, edit)
+            return load_model(export, self.settings.loading, self.events.say, dtype=dtype)
+        if form == "adapter":
+            name = base_model_name(self.record, self.settings)
+            write_adapter(self.loaded, export, edit, name)
+            fresh = load_model(source, self.settings.loading, self.events.say, dtype=dtype)
+            return with_adapter(fresh, export)
+        return None
+
+    def _prove(self, fresh: LoadedModel, parameters: EditParameters) -> None:
         rows = self.resolution.rows
         found = prove_export(
             self.evaluator,
@@ -173,15 +215,23 @@ class Workbench:
             rows,
         )
         self.events.emit("export_proven", f"the export was loaded afresh: {found}")
-        base, edited = self._figures(fresh, export.name)
-        seal(export, model_card(self.record, trial, parameters, base, edited))
 
-    def _figures(self, edited: LoadedModel, name: str) -> tuple[Figures, Figures]:
-        """Measure the base model and an edited one on the report split, alike."""
+    def _figures(self, edited: LoadedModel | None, parameters: EditParameters, name: str) -> tuple[Figures, Figures]:
+        """Measure the base model and the edited one on the report split, alike.
+
+        Args:
+            edited: The export, loaded; None to measure the base model under the edit's hooks.
+            parameters: The edit.
+            name: The export's name.
+        """
         pair = (self.prompts.good_report, self.prompts.bad_report)
         base = _evaluator(self.loaded, self.settings, *pair, self.resolution.rows)
-        other = _evaluator(edited, self.settings, *pair, self.resolution.rows)
-        found = (base.figures(), other.figures(base))
+        if edited is None:
+            self.intervention.activate([parameters])
+            found = (base.figures(), base.figures(base, self.intervention))
+        else:
+            other = _evaluator(edited, self.settings, *pair, self.resolution.rows)
+            found = (base.figures(), other.figures(base))
         for subject, figures in zip(("base", name), found, strict=True):
             file = self.folder.figures_file(subject)
             file.parent.mkdir(exist_ok=True)
@@ -193,7 +243,7 @@ def _load(source: Path, record: JobRecord, settings: Settings, events: Events) -
     pinned = record.resolution.dtype if record.resolution else None
     events.emit("loading", "loading the model")
     loaded = load_model(source, settings.loading, events.say, dtype=pinned)
-    events.emit("loaded", f"loaded in {loaded.dtype} on {loaded.device}")
+    events.emit("loaded", f"loaded in {loaded.dtype} on {loaded.device}", hardware=hardware(loaded.device))
     return loaded
 
 

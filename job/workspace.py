@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from job.errors import HeldError, JobError, MachineError, UsageError
 from job.models import no_model_folder, parse_model
 from job.processes import HolderRecord, this_process
-from job.records import JobRecord, Record, State, Upload
+from job.records import ExportFormat, JobRecord, Record, State, Upload
 from job.settings import REFERENCE_SETS, Settings
 from job.sources import source_identity
 
@@ -29,6 +29,10 @@ EXTENDING = frozenset(
         "workspace",
         "upload",
         "visibility",
+        "export_format",
+        "max_kl",
+        "max_refusals",
+        "card",
         "hub",
         "s3",
         "trials",
@@ -45,7 +49,7 @@ _LOCK_SECONDS = 2.0
 _BLOCK = 1 << 20
 MEMO = ".hashes.json"
 # Files of an export beside the model's own; the mark is written last and holds the manifest's hash.
-CARD, MANIFEST, DONE = "README.md", "manifest.json", ".done"
+CARD, REPRODUCE, SUMS, MANIFEST, DONE = "README.md", "reproduce.json", "SHA256SUMS", "manifest.json", ".done"
 
 R = TypeVar("R", bound=Record)
 
@@ -135,15 +139,16 @@ class RunFolder:
         self.uploads_file = path / "uploads.json"
         self.uploads_state = path / "uploads"
         self.prompts_file = path / "prompts.json"
+        self.reproduces_file = path / "reproduces.json"
         self.geometry_file = path / "directions" / "geometry.json"
         self.report_file = path / "report.md"
         self.page_file = path / "report.html"
         self.lock_file = path / ".lock"
         self.export_link = path / "export"
 
-    def export_folder(self, trial: int) -> Path:
-        """Return the folder of a trial's export."""
-        return self.path / "exports" / f"trial-{trial:04d}"
+    def export_folder(self, trial: int, form: ExportFormat) -> Path:
+        """Return the folder of a trial's export in a format."""
+        return self.path / "exports" / (f"trial-{trial:04d}" + ("" if form == "merged" else f"-{form}"))
 
     def figures_file(self, subject: str) -> Path:
         """Return the file of the reported figures of a subject: "base" or "trial-NNNN"."""
@@ -299,19 +304,24 @@ def find_folder(settings: Settings) -> RunFolder:
     return RunFolder(Path(settings.workspace) / job_id(identity))
 
 
-def open_job(settings: Settings, *, new: bool) -> tuple[RunFolder, JobRecord]:
+def open_job(settings: Settings, *, new: bool, pinned: Mapping[str, Any] | None = None) -> tuple[RunFolder, JobRecord]:
     """Return the run folder of the job that the settings describe, made at the first start, and its record.
 
     The record is not written yet: that is for the run that holds the job.
+
+    Args:
+        settings: The settings.
+        new: Start a job beside one with other settings.
+        pinned: Fields of job.json that make it a job of its own, beside others on the same model.
 
     Raises:
         ImpossibleJobError: The model or a prompt file is not there.
         MachineError: The workspace cannot be written.
         UsageError: The workspace holds a job on the same model with other settings, and new is false.
     """
-    identity = identify(settings)
+    identity = {**identify(settings), **(pinned or {})}
     folder = RunFolder(Path(settings.workspace) / job_id(identity))
-    if not folder.job_file.exists() and not new:
+    if not folder.job_file.exists() and not new and not pinned:
         _refuse_other_settings(folder.path.parent, identity)
     try:
         folder.path.mkdir(exist_ok=True)
@@ -325,6 +335,7 @@ def open_job(settings: Settings, *, new: bool) -> tuple[RunFolder, JobRecord]:
         settings=_located(settings),
         startup_trials=settings.effective_startup_trials,
         versions=versions(),
+        **(pinned or {}),
     )
     return folder, record
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job.records import EditParameters, Figures, KernelParameters, Resolution, Trial, TrialScores
+from job.reproduction import PromptsRecord, Reproduction
 from job.settings import LoadingSettings, default_values
 
 COMMAND = [sys.executable, "-c", "from job.cli import main; main()"]
@@ -69,6 +71,42 @@ def loading(*dtypes: str, device: str = "cpu") -> LoadingSettings:
     """Return settings of loading, the default ones but for dtypes, device and response prefix."""
     given = {"dtypes": dtypes, "device": device, "response_prefix": ""}
     return LoadingSettings.model_validate({**default_values()["loading"], **given})
+
+
+def made_from(**others: Any) -> Reproduction:
+    """Return a reproduction whose values mean nothing, others in their place."""
+    kernel = KernelParameters(max_weight=1.0, max_weight_position=3.0, min_weight=0.1, min_weight_distance=2.0)
+    taken = {"split": "train", "start": 0, "stop": None, "column": None, "prefix": "", "suffix": ""}
+    taken |= {"system_prompt": None, "max_characters": None}
+    local = PromptsRecord(source={"sha256": "5" * 64}, taken=taken, count=7, sha256="6" * 64)
+    defaults = {key: value for key, value in default_values().items() if key in ("directions", "ablation", "scoring")}
+    made = Reproduction(
+        versions={"abliteration-job": "1.2.3", "torch": "2.0"},
+        model={"sha256": "4" * 64},
+        base_model=None,
+        behaviour="a habit",
+        prompts={f"{kind}_prompts": local for kind in ("good", "bad", "good_eval", "bad_eval")},
+        settings={"seed": 3, **defaults},
+        startup_trials=4,
+        trials=12,
+        resolution=Resolution(dtype="float32", rows=64, layers=4),
+        trial=Trial(number=9, params={}, values=TrialScores(refusals=2, kl=0.1)),
+        edit=EditParameters(direction_index=1.5, kernels={"attention": kernel, "mlp": kernel}),
+        base=Figures(bad_prompts=100, refusals=98, good_prompts=80, false_refusals=1),
+        edited=Figures(
+            bad_prompts=100,
+            refusals=3,
+            good_prompts=80,
+            false_refusals=5,
+            degenerate=2,
+            false_degenerate=1,
+            kl=0.0312,
+            kl_interval=(0.02, 0.05),
+        ),
+        format="merged",
+        weights={},
+    )
+    return made.model_copy(update=others)
 
 
 def job_arguments(organism: Path) -> list[str]:

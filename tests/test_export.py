@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from job.records import Manifest
 from job.upload.local import deliver
 from job.verification import compare_answers
 from job.workspace import DONE, is_sealed, read_record
+from tests.helpers import made_from
 from tests.test_intervention import EDITS, basis_for
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13, 14]]
@@ -117,10 +120,16 @@ def test_answers_may_part_ways_at_ties_only() -> None:
 def test_the_seal_comes_last_and_breaks_with_the_manifest(random_model_folder: Path, tmp_path: Path) -> None:
     write(random_model_folder, tmp_path)
     assert not is_sealed(tmp_path)
-    seal(tmp_path, "# card\n")
+    seal(tmp_path, made_from(), random_model_folder)
     assert is_sealed(tmp_path)
     manifest = read_record(tmp_path / "manifest.json", Manifest)
-    assert manifest.files["README.md"].size == 7
+    assert manifest.files["README.md"].size == (tmp_path / "README.md").stat().st_size
+    sums = dict(reversed(line.split("  ")) for line in (tmp_path / "SHA256SUMS").read_text().splitlines())
+    assert sums.keys() == manifest.files.keys() - {"SHA256SUMS"}
+    assert all(manifest.files[name].sha256 == sha for name, sha in sums.items())
+    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=tmp_path, check=True)
+    weights = {name for name in manifest.files if name.endswith(".safetensors")}
+    assert json.loads((tmp_path / "reproduce.json").read_text())["weights"].keys() == weights
     assert DONE not in manifest.files
     (tmp_path / "manifest.json").write_text(json.dumps({"version": 1, "files": {}}))
     assert not is_sealed(tmp_path)
@@ -169,7 +178,7 @@ def test_an_export_onto_a_file_is_a_machine_error(random_model_folder: Path, tmp
 @pytest.fixture
 def sealed(random_model_folder: Path, tmp_path: Path) -> Path:
     write(random_model_folder, tmp_path / "export")
-    seal(tmp_path / "export", "# card\n")
+    seal(tmp_path / "export", made_from(), random_model_folder)
     return tmp_path / "export"
 
 
@@ -186,10 +195,32 @@ def test_delivery_copies_all_that_the_manifest_names_and_replaces_an_earlier_one
     deliver(sealed, uri)  # it is there already
     assert (target / "README.md").stat().st_mtime_ns == written
     write(random_model_folder, sealed, index=1)
-    seal(sealed, "# another card\n")
+    seal(sealed, made_from(behaviour="another"), random_model_folder)
     deliver(sealed, uri)
-    assert (target / "README.md").read_text() == "# another card\n"
+    assert "- removed: another\n" in (target / "README.md").read_text()
     assert list(tmp_path.glob("a folder/.*")) == []
+
+
+def test_delivered_weights_share_the_disk_with_the_export_and_texts_do_not(sealed: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    deliver(sealed, target.as_uri())
+    for path in target.iterdir():
+        assert path.samefile(sealed / path.name) == (path.suffix == ".safetensors"), path
+    before = read_record(sealed / "manifest.json", Manifest)
+    deliver(sealed, target.as_uri())
+    write_weights_again = sorted(sealed.glob("*.safetensors"))[0]
+    write_weights_again.unlink()  # what a later export does to its files
+    assert (target / write_weights_again.name).stat().st_size == before.files[write_weights_again.name].size
+
+
+def test_delivery_to_another_file_system_copies(sealed: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == sealed.stat().st_dev:
+        pytest.skip("there is one file system only")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        target = Path(folder) / "model"
+        deliver(sealed, target.as_uri())
+        assert json.loads((target / "manifest.json").read_text()) == json.loads((sealed / "manifest.json").read_text())
 
 
 def test_delivery_never_overwrites_what_it_did_not_bring(sealed: Path, tmp_path: Path) -> None:

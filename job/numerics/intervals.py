@@ -1,8 +1,12 @@
-"""Intervals for counts; needs no torch."""
+"""Intervals for counts and means; needs no torch."""
 
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Sequence
+
+RESAMPLES = 2000
 
 
 def wilson_interval(count: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -18,3 +22,37 @@ def wilson_interval(count: int, n: int, z: float = 1.959964) -> tuple[float, flo
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def difference_interval(before: tuple[int, int], after: tuple[int, int]) -> tuple[float, float]:
+    """Return the 95 % interval of the change of a proportion: Newcombe's hybrid of two Wilson intervals (1998).
+
+    The two are taken as independent; where the same prompts were asked, the true interval is narrower.
+
+    Args:
+        before: Count and n.
+        after: Count and n.
+
+    Raises:
+        ValueError: An n is not positive or a count lies outside 0 … n.
+    """
+    (low_1, high_1), (low_2, high_2) = wilson_interval(*before), wilson_interval(*after)
+    share_1, share_2 = before[0] / before[1], after[0] / after[1]
+    change = share_2 - share_1
+    down = math.hypot(share_2 - low_2, high_1 - share_1)
+    up = math.hypot(high_2 - share_2, share_1 - low_1)
+    return change - down, change + up
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean by the percentile bootstrap: 2000 resamples, always the same ones.
+
+    Raises:
+        ValueError: There are no values.
+    """
+    if not values:
+        raise ValueError("no interval for the mean of nothing")
+    source = random.Random(0)
+    n = len(values)
+    means = sorted(math.fsum(source.choices(values, k=n)) / n for _ in range(RESAMPLES))
+    return means[round(0.025 * (RESAMPLES - 1))], means[round(0.975 * (RESAMPLES - 1))]

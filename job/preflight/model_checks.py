@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from job.models import ModelListing, ModelSource
@@ -58,23 +59,25 @@ def tokenizer(folder: Path) -> Check:
     )
 
 
-# Licences that ask for something in a derived model's name, by how their names begin.
-_NAMING = {
-    "llama3": 'its licence asks for "Llama" at the beginning of a derived model\'s name and "Built with Llama" shown',
-    "llama4": 'its licence asks for "Llama" at the beginning of a derived model\'s name and "Built with Llama" shown',
-    "gemma": "its terms ask that its use restrictions and a notice go with every derived model",
-}
+# What a derived model's name has to begin with, by how the names of licences begin.
+_NAMING = {"llama3": "Llama", "llama4": "Llama"}
+_DUTIES = {"gemma": "its terms ask that its use restrictions go with every derived model"}
 
 
-def licence(listing: ModelListing) -> Check:
-    """Name the licence, and what known ones ask of a derived model's name."""
+def licence(listing: ModelListing, targets: Sequence[str]) -> Check:
+    """Name the licence, and what known ones ask of a derived model and its name."""
     files = [
         file.name
         for file in listing.others
         if file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
     ]
     named = listing.license or (f"see {files[0]}" if files else "not stated")
-    duty = next((text for start, text in _NAMING.items() if (listing.license or "").lower().startswith(start)), "")
+    key = (listing.license or "").lower()
+    duty = next((text for start, text in _DUTIES.items() if key.startswith(start)), "")
+    wanted = next((name for start, name in _NAMING.items() if key.startswith(start)), "")
+    repositories = [target.partition("@")[0].rpartition("/")[2] for target in targets if target.startswith("hf://")]
+    if wanted and not (repositories and all(name.lower().startswith(wanted.lower()) for name in repositories)):
+        duty = f'its licence asks for "{wanted}" at the beginning of a derived model\'s name'
     return Check(
         name="model.licence",
         status="warn" if duty else "ok",

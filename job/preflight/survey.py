@@ -55,6 +55,7 @@ class Survey(Record):
         hours: What each phase will take, None likewise.
         offers: How to find such a machine, where one was only thought of.
         commit: The commit of a model on the Hub.
+        public: Everybody may see that model's page.
     """
 
     checks: tuple[Check, ...]
@@ -63,6 +64,7 @@ class Survey(Record):
     hours: Hours | None = None
     offers: str | None = None
     commit: str | None = None
+    public: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -220,7 +222,7 @@ class Surveyor:
             *self._guarded("model.architecture", lambda: [model_checks.architecture(folder)]),
             *self._guarded("model.tokenizer", lambda: [model_checks.tokenizer(folder)]),
             *self._guarded("model.weights", lambda: self._weights_checks(source, listing, folder)),
-            model_checks.licence(listing),
+            model_checks.licence(listing, self.settings.upload),
         ]
 
     def _weights_checks(self, source: ModelSource, listing: ModelListing, folder: Path) -> list[Check]:
@@ -316,6 +318,7 @@ class Surveyor:
                 "hours": hours,
                 "offers": planning.offers(self.on) if self.on else None,
                 "commit": self._model[1].commit,
+                "public": self._model[1].public,
             }
         )
 

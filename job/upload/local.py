@@ -1,12 +1,18 @@
-"""Delivery to a folder: complete or not at all."""
+"""Delivery to a folder: complete or not at all.
+
+On the same file system delivered weights are second names of the export's, which cost neither time nor space. All
+other files are copies: they are what somebody may edit in place.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from job.errors import DeliveryError
+from job.models import WEIGHTS
 from job.records import Manifest
 from job.workspace import MANIFEST, read_record, sha256_file, sync_folder
 
@@ -37,7 +43,7 @@ def deliver(export: Path, uri: str) -> None:
         shutil.rmtree(incoming, ignore_errors=True)
         incoming.mkdir()
         for name in (*manifest.files, MANIFEST):
-            shutil.copyfile(export / name, incoming / name)
+            _link_or_copy(export / name, incoming / name)
         if not _holds(incoming, manifest):
             raise DeliveryError(f"the copy in {target} is not what was copied", remedy="check the disk")
         if target.exists():
@@ -52,6 +58,19 @@ def deliver(export: Path, uri: str) -> None:
         ) from error
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    if source.suffix == WEIGHTS:
+        try:
+            os.link(source, target)
+        except OSError:
+            pass  # another file system, or one without links
+        else:
+            return
+    shutil.copyfile(source, target)
+    with target.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def holds_something_else(folder: Path) -> bool:

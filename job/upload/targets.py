@@ -8,10 +8,52 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from job.errors import DeliveryError
+from job.events import Events
+from job.records import Figures, Upload
 from job.settings import Settings
+from job.workspace import RunFolder, read_record
 
 if TYPE_CHECKING:
     from job.upload.s3 import S3Options
+
+
+def deliver_to_all(folder: RunFolder, export: Path, settings: Settings, events: Events) -> list[tuple[str, str]]:
+    """Deliver an export to every target; one that fails does not stop the others.
+
+    Args:
+        folder: The run folder, which keeps the state of every delivery.
+        export: The folder of a complete export.
+        settings: The targets, and how to deliver.
+        events: Where progress goes.
+
+    Returns:
+        Targets that failed for good, with the reason.
+    """
+    failed = []
+    figures = read_record(folder.figures_file(export.name), Figures)
+    message = f"{export.name}: {figures.refusals}/{figures.bad_prompts} refusals, KL {figures.kl or 0:.3g}"
+    total = sum(path.stat().st_size for path in export.iterdir() if path.is_file())
+    for target in settings.upload:
+        events.emit("delivery_started", f"delivering to {target}", target=target)
+        try:
+            with events.progress(f"bytes to {target}", total) as advance:
+                deliver(
+                    export,
+                    target,
+                    settings,
+                    state=folder.uploads_state,
+                    message=message,
+                    report=events.say,
+                    progress=advance,
+                )
+        except DeliveryError as error:
+            failed.append((target, error.line))
+            upload = Upload(target=target, export=export.name, state="failed", error=error.line)
+        else:
+            upload = Upload(target=target, export=export.name, state="done")
+        folder.record_upload(upload)
+        events.emit("delivery", f"delivery to {target}: {upload.state}", **upload.model_dump())
+    return failed
 
 
 def deliver(
