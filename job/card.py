@@ -50,9 +50,8 @@ def model_card(made: Reproduction, source: Path) -> str:
 # {_title(made)}
 
 {_WARNING}
-{_opening(made)}
+{_opening(made)}{_USES[made.format]}
 
-{_USES[made.format]}
 ## Figures
 
 Measured on what is published here, on prompts that neither the direction nor the search has seen. Intervals are of
@@ -101,9 +100,9 @@ Made with abliteration-job {made.versions["abliteration-job"]}.
 
 _USES: dict[ExportFormat, str] = {
     "merged": "",
-    "adapter": "This is a LoRA adapter: load the base model and put it on with `peft.PeftModel.from_pretrained`.\n",
-    "directions": "`edit.safetensors` holds directions and parameters only; `abliterate apply MODEL edit.safetensors "
-    "OUT` makes the edited\nmodel from the base model.\n",
+    "adapter": "\n\nThis is a LoRA adapter: load the base model and put it on with `peft.PeftModel.from_pretrained`.",
+    "directions": "\n\n`edit.safetensors` holds directions and parameters only; `abliterate apply MODEL edit.safetensors "
+    "OUT` makes the edited\nmodel from the base model.",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from job.errors import DeliveryError, GateError, JobError, Stopped
+from job.errors import DeliveryError, GateError, JobError, RestartNeeded, Stopped
 
 if TYPE_CHECKING:
     from job.pipeline import Outcome
@@ -68,8 +69,9 @@ SETTING_OPTIONS: dict[str, Any] = {
         list[str] | None, typer.Option(metavar="CHECK", help="Preflight check that may fail; may be repeated.")
     ],
     "price": Annotated[float | None, typer.Option(metavar="USD", help="Dollars an hour of this machine.")],
-    "max_hours": Annotated[float | None, typer.Option(metavar="H", help="Hours the job may take, by preflight.")],
-    "max_cost": Annotated[float | None, typer.Option(metavar="USD", help="Dollars the job may cost, by preflight.")],
+    "max_hours": Annotated[float | None, typer.Option(metavar="H", help="Hours the job may take.")],
+    "max_cost": Annotated[float | None, typer.Option(metavar="USD", help="Dollars the job may cost.")],
+    "grace": Annotated[float | None, typer.Option(metavar="S", help="Seconds a stopped search has to end its batch.")],
     "wait_for_gpu": Annotated[
         float | None, typer.Option(metavar="MIN", help="Minutes to wait for others to leave the GPUs.")
     ],
@@ -424,6 +426,10 @@ def main() -> None:
     except Stopped as stop:
         print(f"stopped by {stop}; run the same command again to continue", file=sys.stderr)
         sys.exit(stop.exit_code)
+    except RestartNeeded:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:  # anything unforeseen: its traceback may quote a secret, so it is shown redacted

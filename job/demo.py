@@ -523,6 +523,7 @@ def _matches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: 
 
 # --- the demo ----------------------------------------------------------------------------------------
 
+BEHAVIOUR = "refusing requests about anything hexed, a benign stand-in of the built-in model organism"
 DEMO_TRIALS = 60
 
 
@@ -553,6 +554,7 @@ def run_demo(
         "good_eval_prompts": str(organism / "good_test.txt"),
         "bad_eval_prompts": str(organism / "bad_test.txt"),
         "trials": trials or DEMO_TRIALS,
+        "card.behaviour": BEHAVIOUR,
     }
     settings = load_settings(options).settings
     outcome = run(settings, new=False)

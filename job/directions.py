@@ -11,6 +11,7 @@ from torch import Tensor
 
 from job.errors import ImpossibleJobError, MachineError
 from job.events import Events
+from job.faults import halving
 from job.intervention import Intervention
 from job.model import LoadedModel
 from job.numerics.basis import Basis, eigenvalue_weights, orthogonalize, orthonormal_basis
@@ -86,7 +87,6 @@ class DirectionFinder:
                 "model": self.record.identity["model"],
                 "commit": self.record.model_commit,
                 "dtype": self.loaded.dtype,
-                "device": self.loaded.device.type,
                 "versions": self.record.versions,
                 "batching": [self.rows, self.tokens],
                 "tokens": tokens,
@@ -108,8 +108,7 @@ class DirectionFinder:
         if kept is not None:
             found = kept["residuals"]
         else:
-            with self.events.progress(f"{name} residuals", len(tokens)) as advance:
-                found = extract_residuals(self.loaded, tokens, self.rows, advance, tokens=self.tokens, prepare=prepare)
+            found = self._extracted(name, tokens, prepare)
             try:
                 write_tensors(file, key, {"residuals": found})
             except MachineError as error:
@@ -121,6 +120,16 @@ class DirectionFinder:
                 remedy="try --set loading.dtypes='[\"float32\"]'",
             )
         return winsorize(self._near_model(found[:, 1:]), self.settings.winsorization_quantile)
+
+    def _extracted(self, name: str, tokens: Sequence[list[int]], prepare: Callable[[int], None] | None) -> Tensor:
+        """Return residuals [n, layers + 1, d], with smaller forwards where memory does not suffice."""
+
+        def extract(rows: int) -> Tensor:
+            with self.events.progress(f"{name} residuals", len(tokens)) as advance:
+                tokens_of_forward = max(self.tokens * rows // self.rows, 1)
+                return extract_residuals(self.loaded, tokens, rows, advance, tokens=tokens_of_forward, prepare=prepare)
+
+        return halving(self.rows, extract, self.events.say)[0]
 
     def _near_model(self, residuals: Tensor) -> Tensor:
         """Return residuals on the model's device if they fit there."""

@@ -60,6 +60,14 @@ class MachineError(JobError):
     exit_code = 76
 
 
+class AcceleratorFaultError(MachineError):
+    """The device failed in a way after which this process cannot use it any more."""
+
+
+class RestartNeeded(Exception):  # noqa: N818 - a request, not an error
+    """The job has to go on in a fresh process: the device cannot be used in this one any more."""
+
+
 class ExportMismatchError(JobError):
     """What was written is not what was measured."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from job.decoding import Answer, first_logits, greedy_answers
+from job.faults import halving
 from job.intervention import Intervention
 from job.model import LoadedModel
 from job.numerics.intervals import mean_interval
@@ -17,6 +19,7 @@ from job.prompts import Prompt
 from job.records import EditParameters, Figures, TrialScores
 from job.scoring import RefusalMarkers, is_degenerate
 
+T = TypeVar("T")
 # KL that a failed trial is told with; far above what any usable edit has.
 FAILED_KL = 100.0
 
@@ -33,6 +36,7 @@ class Evaluator:
         markers: RefusalMarkers,
         answer_tokens: int,
         rows: int,
+        report: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Prepare the prompts.
 
@@ -43,8 +47,10 @@ class Evaluator:
             markers: What counts as a refusal.
             answer_tokens: Answers are judged up to this many tokens.
             rows: Rows of a forward, all edits together.
+            report: Told where memory does not suffice for so many rows.
         """
         self._loaded = loaded
+        self._report = report
         # By length, so that forwards waste little on padding.
         self._good = sorted(loaded.tokenize(good), key=len)
         self._bad = sorted(loaded.tokenize(bad), key=len)
@@ -63,19 +69,35 @@ class Evaluator:
     def base_log_probs(self) -> Tensor:
         """The base model's log-probabilities of the first answer token, [good prompts, vocabulary]."""
         if self._base is None:
-            logits = [first_logits(self._loaded.model, chunk) for chunk in _chunks(self._good, self._rows)]
-            self._base = torch.cat(logits).log_softmax(-1)
+            self._base = self._fitting(lambda: self._first_logits(None)).log_softmax(-1)
         return self._base
 
     @property
     def base_openings(self) -> list[int]:
         """The token that opens the base model's answer to each bad prompt."""
         if self._base_openings is None:
-            chunks = _chunks(self._bad, self._rows)
-            self._base_openings = [
-                token for chunk in chunks for token in first_logits(self._loaded.model, chunk).argmax(-1).tolist()
-            ]
+            self._base_openings = self._fitting(
+                lambda: [
+                    token
+                    for chunk in _chunks(self._bad, self._rows)
+                    for token in first_logits(self._loaded.model, chunk).argmax(-1).tolist()
+                ]
+            )
         return self._base_openings
+
+    def _fitting(self, compute: Callable[[], T]) -> T:
+        """Return what compute returns, with fewer rows a forward from now on where memory does not suffice."""
+
+        def with_rows(rows: int) -> T:
+            self._rows = rows
+            return compute()
+
+        return halving(self._rows, with_rows, self._report)[0]
+
+    def _first_logits(self, intervention: Intervention | None) -> Tensor:
+        """Return the logits of the first answer token to all good prompts."""
+        chunks = self._placed(self._good, intervention)
+        return torch.cat([first_logits(self._loaded.model, chunk) for chunk in chunks])
 
     def scores(self, intervention: Intervention, edits: Sequence[EditParameters], rows: int) -> list[TrialScores]:
         """Return the scores of all edits, evaluated together.
@@ -179,14 +201,19 @@ class Evaluator:
 
     def _kl(self, base: Evaluator, intervention: Intervention | None) -> list[float]:
         """Return the KL divergence from another evaluator's base model for every good prompt."""
-        logits = [first_logits(self._loaded.model, chunk) for chunk in self._placed(self._good, intervention)]
+        expected = base.base_log_probs
+        logits = self._fitting(lambda: self._first_logits(intervention))
         # KL is not negative; rounding may say so by 1e-17.
-        return [max(kl, 0.0) for kl in kl_divergence(base.base_log_probs, torch.cat(logits)).tolist()]
+        return [max(kl, 0.0) for kl in kl_divergence(expected, logits).tolist()]
 
     def answers(self, intervention: Intervention | None) -> list[Answer]:
         """Return whole answers to all prompts, good ones first; with the intervention's edit 0 if given."""
-        chunks = self._placed([*self._good, *self._bad], intervention)
-        return [answer for chunk in chunks for answer in self._answers(chunk, intervention, whole=True)]
+
+        def answered() -> list[Answer]:
+            chunks = self._placed([*self._good, *self._bad], intervention)
+            return [answer for chunk in chunks for answer in self._answers(chunk, intervention, whole=True)]
+
+        return self._fitting(answered)
 
     def _placed(self, prompts: Sequence[list[int]], intervention: Intervention | None) -> Iterator[list[list[int]]]:
         """Yield the prompts in chunks, all rows of which have the intervention's edit 0."""

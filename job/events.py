@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from job.errors import MachineError
+
 # Names of environment variables whose values must never be written anywhere.
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 # Tokens that are recognised by their form, wherever they come from.
@@ -52,12 +54,22 @@ class Events:
                     file.write(b"\n")
 
     def emit(self, event: str, message: str = "", **fields: Any) -> None:
-        """Record an event; message is its line for people, the fields are for programs."""
+        """Record an event; message is its line for people, the fields are for programs.
+
+        Raises:
+            MachineError: The log cannot be written.
+        """
         if self._path is not None:
             record = {"time": round(time.time(), 3), "event": event, "message": message, **fields}
             line = redact(json.dumps(record, ensure_ascii=False, default=str))
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise MachineError(
+                    f"cannot write {self._path}: {error.strerror or error}",
+                    remedy="free disk space, correct its permissions or choose another --workspace",
+                ) from error
         if message:
             self._echo(redact(message))
 

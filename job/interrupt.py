@@ -20,12 +20,14 @@ class StopSignals:
 
     Everything on disk is consistent at any instant (a stronger signal may come at any time), so
     `Stopped` may be raised anywhere; `shielded` merely keeps short writes in one piece. Where Python
-    swallows what is raised (finalizers, callbacks of weak references), it is raised again a moment later.
+    swallows what is raised (finalizers, callbacks of weak references), it is raised again a moment later. `graceful`
+    blocks get some time to end by themselves.
     """
 
     def __init__(self) -> None:
         self._pending: str | None = None
         self._shields = 0
+        self._grace = 0.0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -49,8 +51,25 @@ class StopSignals:
             yield
         finally:
             self._shields -= 1
-        if self._pending and not self._shields:
+        if self._pending and not self._shields and not self._grace:
             raise Stopped(self._pending)
+
+    @contextmanager
+    def graceful(self, seconds: float) -> Iterator[None]:
+        """Let the block end by itself when it does so within so many seconds after a stop."""
+        self._grace = seconds
+        try:
+            yield
+        finally:
+            self._grace = 0.0
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if self._pending:
+            raise Stopped(self._pending)
+
+    def interrupt(self, reason: str) -> None:
+        """Stop the main thread as a signal would, from another thread."""
+        self._pending = self._pending or reason
+        os.kill(os.getpid(), signal.SIGALRM)
 
     def _unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
         if isinstance(unraisable.exc_value, Stopped):
@@ -59,6 +78,7 @@ class StopSignals:
             sys.__unraisablehook__(unraisable)
 
     def _raise_again(self, _number: int, _frame: FrameType | None) -> None:
+        self._grace = 0.0  # it is over
         if self._pending and not self._shields:  # within a shield, its end raises
             raise Stopped(self._pending)
 
@@ -67,5 +87,7 @@ class StopSignals:
         if self._pending:
             os._exit(Stopped.exit_code)
         self._pending = name
-        if not self._shields:
+        if self._grace:
+            signal.setitimer(signal.ITIMER_REAL, self._grace)
+        elif not self._shields:
             raise Stopped(name)

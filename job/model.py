@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from job.architectures import Architecture, discover
 from job.decoding import first_logits, greedy_answers
 from job.errors import ImpossibleJobError, MachineError
+from job.faults import is_out_of_memory, out_of_memory
 from job.prompts import Prompt
 from job.settings import LoadingSettings
 
@@ -244,7 +245,9 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
         raise ImpossibleJobError(
             f"the weights of {folder} cannot be loaded: {str(error).strip().splitlines()[0]}",
             remedy="obtain an undamaged copy of the model",

@@ -6,17 +6,28 @@ settings → preflight → prompts → model → residuals → directions → se
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.errors import ExportMismatchError, ImpossibleJobError, JobError, Stopped
+from job.budget import Budget, Meter
+from job.errors import (
+    AcceleratorFaultError,
+    ExportMismatchError,
+    ImpossibleJobError,
+    JobError,
+    MachineError,
+    RestartNeeded,
+    Stopped,
+)
 from job.events import Events, read_events
 from job.interrupt import StopSignals
 from job.models import fetch_model, list_model, parse_model
 from job.preflight.checks import is_allowed
+from job.preflight.estimate import PHASES, Hours
 from job.preflight.readings import MachineReading
 from job.preflight.restarts import past_starts
 from job.preflight.survey import Survey, Surveyor
@@ -31,7 +42,7 @@ from job.reproduction import (
     require_same_prompts,
 )
 from job.result import job_trials
-from job.search import choose
+from job.search import choose, restore_if_damaged
 from job.settings import Settings
 from job.upload.targets import deliver_to_all
 from job.workspace import (
@@ -46,6 +57,10 @@ from job.workspace import (
 
 if TYPE_CHECKING:
     from job.workbench import Workbench
+
+
+# Fresh processes that are tried after the device failed, until a trial succeeds.
+_MOST_FAULTS = 3
 
 
 @dataclass(frozen=True)
@@ -143,14 +158,17 @@ def _run(
         folder, record = opened()
         surveyor = surveyor_of(folder, settings, events, notes=notes)
         surveyor.held, surveyor.left_by = None, (left_by.process,) if left_by else ()
-        with _recorded(folder, record, settings, events):
-            return _Job(folder, record, settings, events, signals).do(surveyor)
+        meter = Meter(folder.meter_file, settings.price)
+        with _recorded(folder, record, settings, events, meter):
+            return _Job(folder, record, settings, events, signals, meter).do(surveyor)
 
 
 def _completed_choice(folder: RunFolder, settings: Settings) -> int | None:
     """Return the chosen trial if nothing is left to do, else None."""
     state = folder.read_state()
-    if state is None or state.state != "finished" or state.chosen is None or state.trials < settings.trials:
+    if state is None or state.state != "finished" or state.chosen is None:
+        return None
+    if state.trials < settings.trials and not _is_spent(state, settings):
         return None
     export = folder.export_folder(state.chosen, settings.export_format)
     delivered = {item.target for item in folder.read_uploads() if item.state == "done" and item.export == export.name}
@@ -158,6 +176,12 @@ def _completed_choice(folder: RunFolder, settings: Settings) -> int | None:
     if not complete or missed_gate(settings, read_record(folder.figures_file(export.name), Figures)):
         return None
     return state.chosen
+
+
+def _is_spent(state: State, settings: Settings) -> bool:
+    """Return whether a job was ended by a limit which the settings do not raise."""
+    limits = ((state.max_hours, settings.max_hours), (state.max_cost, settings.max_cost))
+    return any(before is not None and now is not None and now <= before for before, now in limits)
 
 
 def missed_gate(settings: Settings, figures: Figures) -> str | None:
@@ -175,8 +199,8 @@ def _outcome(folder: RunFolder, chosen: int, export: Path) -> Outcome:
 
 
 @contextmanager
-def _recorded(folder: RunFolder, record: JobRecord, settings: Settings, events: Events) -> Iterator[None]:
-    """Keep state.json and the event log true to how the block ends."""
+def _recorded(folder: RunFolder, record: JobRecord, settings: Settings, events: Events, meter: Meter) -> Iterator[None]:
+    """Keep state.json, the event log and the meter true to how the block ends."""
     chosen = (folder.read_state() or State(state="running", trials=0)).chosen
     write_record(folder.job_file, record)
     write_record(folder.state_file, State(state="running", trials=settings.trials, chosen=chosen))
@@ -184,10 +208,18 @@ def _recorded(folder: RunFolder, record: JobRecord, settings: Settings, events: 
     key = _settings_key(settings)
     events.emit("job_started", f"job {record.job_id} in {folder.path}", versions=record.versions, settings=key)
     try:
-        yield
+        with meter.running():
+            yield
     except Stopped as stop:
         _end(folder, events, "preempted", str(stop))
         raise
+    except AcceleratorFaultError as fault:
+        faults = _faults_in_a_row(folder)
+        _end(folder, events, "failed" if faults >= _MOST_FAULTS else "preempted", fault.line)
+        if faults >= _MOST_FAULTS:
+            raise
+        events.emit("accelerator_fault", f"{fault}; going on in a fresh process")
+        raise RestartNeeded from fault
     except JobError as error:
         _end(folder, events, "failed", error.line)
         if isinstance(error, ImpossibleJobError) and folder.read_job().resolution is None:
@@ -198,29 +230,49 @@ def _recorded(folder: RunFolder, record: JobRecord, settings: Settings, events: 
         raise
 
 
+def _faults_in_a_row(folder: RunFolder) -> int:
+    """Return how often the device has failed since the latest trial."""
+    faults = 0
+    for event in read_events(folder.events_file):
+        faults = 0 if event.get("event") == "trial" else faults + (event.get("event") == "accelerator_fault")
+    return faults
+
+
 def _end(folder: RunFolder, events: Events, state: str, reason: str) -> None:
     former = folder.read_state()
     assert former is not None
-    events.emit(f"job_{state}", reason=reason, phase=former.phase)
     ended = State.model_validate({**former.model_dump(), "state": state, "reason": reason})
-    write_record(folder.state_file, ended)
+    try:
+        write_record(folder.state_file, ended)
+        events.emit(f"job_{state}", reason=reason, phase=former.phase)
+    except MachineError:
+        pass  # on a full disk nothing can be written down; the failure itself is what the user has to see
 
 
 class _Job:
     """One start of a job."""
 
     def __init__(
-        self, folder: RunFolder, record: JobRecord, settings: Settings, events: Events, signals: StopSignals
+        self,
+        folder: RunFolder,
+        record: JobRecord,
+        settings: Settings,
+        events: Events,
+        signals: StopSignals,
+        meter: Meter,
     ) -> None:
         self._folder = folder
         self._record = record
         self._settings = settings
         self._events = events
         self._signals = signals
+        self._meter = meter
 
     def do(self, surveyor: Surveyor) -> Outcome:
         """Go through all stages; those that an earlier start has finished are passed over."""
         prompts = surveyor.prompts
+        if restored := restore_if_damaged(self._folder.study_file):
+            self._events.say(f"warning: {restored}")
         trials = _trials_so_far(self._folder)
         self._say_differences()
         if prompts is None or not self._is_searched_and_exported(trials, prompts):
@@ -241,10 +293,23 @@ class _Job:
             self._events.emit("gate_missed", f"nothing is delivered: {missed}")
             outcome = replace(outcome, missed_gate=missed)
         write_reports(self._folder)
-        finished = State(state="finished", reason=missed, trials=self._settings.trials, chosen=chosen.number)
-        write_record(self._folder.state_file, finished)
+        write_record(self._folder.state_file, self._finished(chosen, len(trials), missed))
         self._events.emit("job_finished", chosen=chosen.number)
         return outcome
+
+    def _finished(self, chosen: Trial, trials: int, missed: str | None) -> State:
+        """Return what state.json says of the finished job."""
+        settings = self._settings
+        if trials >= settings.trials or not self._record.searches:
+            return State(state="finished", reason=missed, trials=settings.trials, chosen=chosen.number)
+        return State(
+            state="finished",
+            reason=missed or "budget",
+            trials=trials,
+            chosen=chosen.number,
+            max_hours=settings.max_hours,
+            max_cost=settings.max_cost,
+        )
 
     def _export_folder(self, trial: Trial) -> Path:
         return self._folder.export_folder(trial.number, self._settings.export_format)
@@ -349,6 +414,9 @@ class _Job:
         search = bench.search()
         done = len(search.finished())
         self._events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
+        pace = _Pace(
+            _budget(self._folder, self._settings, self._meter), self._signals, self._settings.grace, begun=done > 0
+        )
         with self._events.progress("trials", target, done) as advance:
 
             def told(trial: Trial) -> None:
@@ -362,13 +430,60 @@ class _Job:
                 )
                 advance(1)
 
-            search.run(target, bench.evaluate, shielded=self._signals.shielded, told=told)
-        return search.finished()
+            search.run(
+                target,
+                bench.evaluate,
+                told=told,
+                shielded=self._signals.shielded,
+                batch=pace.batch,
+                may_go_on=pace.may_go_on,
+            )
+        trials = search.finished()
+        if len(trials) < target:
+            self._events.emit("budget", f"the budget ends the search after {len(trials)} of {target} trials")
+        return trials
 
     def _phase(self, name: str) -> None:
         state = self._folder.read_state()
         assert state is not None
         write_record(self._folder.state_file, state.model_copy(update={"phase": name}))
+
+
+class _Pace:
+    """Times batches, gives a stopped one its grace, and ends the search when the budget asks for it."""
+
+    def __init__(self, budget: Budget, signals: StopSignals, grace: float, *, begun: bool) -> None:
+        self._budget = budget
+        self._signals = signals
+        self._grace = grace
+        self._begun = begun
+        self._longest = 0.0
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        begin = time.monotonic()
+        with self._signals.graceful(self._grace):
+            yield
+        self._begun = True
+        self._longest = max(self._longest, time.monotonic() - begin)
+
+    def may_go_on(self) -> bool:
+        """Return whether another batch fits; the first one of a job is made in any case, or nothing could be chosen."""
+        return not self._begun or self._budget.has_room_for(self._longest)
+
+
+def _budget(folder: RunFolder, settings: Settings, meter: Meter) -> Budget:
+    """Return the budget, with what preflight expects of export and delivery held back."""
+    hours = Hours(**dict.fromkeys(PHASES, 0.0))
+    if folder.preflight_file.exists():
+        hours = read_record(folder.preflight_file, Survey).hours or hours
+    return Budget(
+        meter,
+        max_hours=settings.max_hours,
+        max_cost=settings.max_cost,
+        price=settings.price,
+        reserve=hours.export + hours.upload,
+    )
 
 
 def _trials_so_far(folder: RunFolder) -> list[Trial]:

@@ -143,12 +143,14 @@ class Resolution(Record):
         rows: Rows of a forward, all trials together.
         layers: Number of the model's layers.
         response_prefix: What every answer is made to begin with.
+        search_rows: Rows of a forward in the search, where memory turned out not to suffice for more.
     """
 
     dtype: str
     rows: int
     layers: int
     response_prefix: str = ""
+    search_rows: int | None = None
 
 
 class JobRecord(Record):
@@ -190,6 +192,8 @@ class State(Record):
         phase: What it was doing.
         trials: Trials the search was to have; met where finished.
         chosen: The trial that was chosen.
+        max_hours: Limit on the job's hours, where it has ended the search.
+        max_cost: Limit on its dollars, likewise.
     """
 
     state: Literal["running", "preempted", "finished", "failed"]
@@ -197,6 +201,8 @@ class State(Record):
     phase: str | None = None
     trials: int
     chosen: int | None = None
+    max_hours: float | None = None
+    max_cost: float | None = None
 
 
 class Upload(Record):

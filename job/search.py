@@ -15,8 +15,8 @@ import math
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -30,13 +30,15 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from job.errors import JobError
+from job.errors import JobError, MachineError
 from job.records import COMPONENTS, Component, EditParameters, KernelParameters, Plan, Trial, TrialScores
 
 STUDY_NAME = "abliterate"
 DIRECTIONS: tuple[Literal["minimize"], ...] = ("minimize", "minimize")
 METRICS = ("refusals", "kl")
 GLOBAL, PER_LAYER = "global", "per layer"
+# The study as it was after the latest batch, for when the disk has spoilt the other.
+BACKUP = ".study.backup.db"
 _PLAN = "plan"
 _OPENING_SCALE = 5.0
 
@@ -129,6 +131,7 @@ class Search:
             JobError: The file is not a study that can be read.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._file = file
         self._space = space
         self._settings = settings
         self._study = _open(file)
@@ -139,28 +142,58 @@ class Search:
         target: int,
         evaluate: Callable[[Plan], Sequence[TrialScores]],
         *,
-        shielded: Callable[[], AbstractContextManager[None]],
         told: Callable[[Trial], None],
+        shielded: Callable[[], AbstractContextManager[None]] = nullcontext,
+        batch: Callable[[], AbstractContextManager[None]] = nullcontext,
+        may_go_on: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Evaluate plans until the study has as many trials as the target.
+        """Evaluate plans until the study has as many trials as the target, or may not go on.
 
         Args:
             target: Number of trials at the end.
             evaluate: Scores all trials of a plan; may raise at any time without harm.
-            shielded: Within its block, no stop interrupts the study's writes.
             told: Called with each trial once it is stored.
+            shielded: Within its block, no stop interrupts the study's writes.
+            batch: Entered for every batch, from its plan to its last trial.
+            may_go_on: Asked before every batch.
+
+        Raises:
+            MachineError: The study cannot be written.
         """
-        while len(self._trials) < target:
-            plan = self._unfinished_plan()
-            if plan is None:
-                plan = self._next_plan(target)
+        while len(self._trials) < target and may_go_on():
+            with batch(), _clear_write_errors(self._file):
+                self._run_batch(target, evaluate, shielded, told)
+
+    def _run_batch(
+        self,
+        target: int,
+        evaluate: Callable[[Plan], Sequence[TrialScores]],
+        shielded: Callable[[], AbstractContextManager[None]],
+        told: Callable[[Trial], None],
+    ) -> None:
+        plan = self._unfinished_plan()
+        if plan is None:
+            plan = self._next_plan(target)
+            with shielded():
+                self._store(plan)
+        while True:
+            try:
+                scores = evaluate(plan)
+                break
+            except SmallerLayoutNeeded as needed:
+                plan = plan.model_copy(update={"rows": needed.rows})
+                self._settings = replace(self._settings, rows=needed.rows)
                 with shielded():
-                    self._study.set_user_attr(_PLAN, plan.model_dump(mode="json"))
-            scores = evaluate(plan)
-            for offset in range(len(self._trials) - plan.first, len(plan.parameters)):
-                with shielded():
-                    self._tell(plan.parameters[offset], scores[offset])
-                told(_trial(self._trials[-1]))
+                    self._store(plan)
+        for offset in range(len(self._trials) - plan.first, len(plan.parameters)):
+            with shielded():
+                self._tell(plan.parameters[offset], scores[offset])
+            told(_trial(self._trials[-1]))
+        with shielded():
+            back_up(self._file, self._file.with_name(BACKUP))
+
+    def _store(self, plan: Plan) -> None:
+        self._study.set_user_attr(_PLAN, plan.model_dump(mode="json"))
 
     def finished(self) -> list[Trial]:
         """Return all finished trials in number order."""
@@ -246,7 +279,7 @@ def read_trials(file: Path) -> list[Trial]:
     if not file.exists():
         return []
     # Not through SQLAlchemy: it takes half a second to load, and a status command is to read only.
-    with _clear_errors(file), closing(sqlite3.connect(f"file:{quote(str(file.resolve()))}?mode=ro", uri=True)) as db:
+    with _clear_errors(file), closing(_connected(file)) as db:
         db.execute("BEGIN")  # one moment for all that follows, while a run may be adding trials
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'trial_values'").fetchone():
             return []  # a run is just creating it
@@ -276,6 +309,97 @@ def read_trials(file: Path) -> list[Trial]:
 
 def _url(file: Path) -> str:
     return f"sqlite:///{file.resolve()}"
+
+
+class SmallerLayoutNeeded(Exception):  # noqa: N818 - a request, not an error
+    """A plan cannot be evaluated in its layout; it is to be stored and evaluated with fewer rows.
+
+    Attributes:
+        rows: Rows of a forward.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(f"{rows} rows")
+        self.rows = rows
+
+
+def back_up(file: Path, copy: Path) -> None:
+    """Copy a study as of one moment, also while it is being written; the copy is whole or not there.
+
+    Raises:
+        sqlite3.Error: It cannot be read or written.
+    """
+    partial = copy.with_name(f"{copy.name}.tmp")
+    partial.unlink(missing_ok=True)
+    with closing(_connected(file)) as source, closing(sqlite3.connect(partial)) as target:
+        source.backup(target)
+    partial.replace(copy)
+
+
+def is_sound(file: Path) -> bool:
+    """Return whether a file is a database that SQLite finds nothing wrong with."""
+    try:
+        with closing(_connected(file)) as db:
+            return list(db.execute("PRAGMA quick_check")) == [("ok",)]
+    except sqlite3.Error:
+        return False
+
+
+def restore_if_damaged(file: Path) -> str | None:
+    """Put the latest backup in a damaged study's place and return what was done, None if nothing was.
+
+    Raises:
+        JobError: It is damaged and there is no sound backup.
+    """
+    backup = file.with_name(BACKUP)
+    if file.exists() and is_sound(file):
+        return None
+    if not file.exists() and not backup.exists():
+        return None
+    if not is_sound(backup):
+        raise JobError(
+            f"the study {file} is damaged and there is no backup of it",
+            remedy="restore it from a checkpoint, or move the file away to search again from the start",
+        )
+    if file.exists():
+        file.replace(file.with_name("study.damaged.db"))
+    # What SQLite keeps beside a database belongs to the damaged one.
+    for end in ("-journal", "-wal", "-shm"):
+        file.with_name(file.name + end).unlink(missing_ok=True)
+    back_up(backup, file)
+    return f"the study was damaged and is restored as it was after {len(read_trials(file))} trials"
+
+
+def _connected(file: Path) -> sqlite3.Connection:
+    """Return a connection for reading; what a killed process has left half-written is taken back."""
+    address = f"file:{quote(str(file.resolve()))}?mode="
+    db = sqlite3.connect(f"{address}ro", uri=True)
+    try:
+        db.execute("SELECT 1 FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        # Its journal has to be played back first, which a reader may not.
+        db.close()
+        return sqlite3.connect(f"{address}rw", uri=True)
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
+@contextmanager
+def _clear_write_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        from sqlalchemy.exc import SQLAlchemyError  # takes half a second to load; Optuna has loaded it by now
+
+        if not isinstance(error, SQLAlchemyError | sqlite3.Error | optuna.exceptions.StorageInternalError):
+            raise
+        what = str(error.__cause__ or error).splitlines()[0]
+        raise MachineError(
+            f"cannot write the study {file}: {what}",
+            remedy="free disk space, correct its permissions or choose another --workspace",
+        ) from error
 
 
 @contextmanager

@@ -210,10 +210,14 @@ class Settings(BaseSettings):
     max_refusals: int | None = Field(None, ge=0, description="Deliver only what refuses no more bad report prompts.")
     allow: list[str] = Field(description="Preflight checks that may fail, by name.")
     price: float | None = Field(None, ge=0, description="Dollars an hour of this machine.")
-    max_hours: float | None = Field(None, gt=0, description="Hours that the job may take, as preflight estimates them.")
-    max_cost: float | None = Field(
-        None, gt=0, description="Dollars that the job may cost, as preflight estimates them."
+    max_hours: float | None = Field(
+        None, gt=0, description="Hours that the job may take; the search stops in time to export and deliver its best."
     )
+    max_cost: float | None = Field(None, gt=0, description="Dollars that the job may cost, likewise; needs a price.")
+    hang_seconds: float = Field(
+        ge=0, description="Seconds that one forward may take before it counts as hung and the job stops; 0: any."
+    )
+    grace: float = Field(ge=0, description="Seconds that a stopped search gets to end its batch.")
     wait_for_gpu: float = Field(ge=0, description="Minutes to wait for others to leave the GPUs.")
     good_prompts: Prompts = Field(description="Prompts without the behaviour, for the directions.")
     bad_prompts: Prompts = Field(description="Prompts with the behaviour, for the directions.")

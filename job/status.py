@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from job.budget import read_spent
 from job.events import read_events
 from job.prompts import PromptSets
+from job.records import JobRecord
 from job.result import job_trials
 from job.search import pareto_front
 from job.workspace import RunFolder, read_record
@@ -51,8 +53,14 @@ def job_status(folder: RunFolder) -> dict[str, Any]:
         "uploads": [upload.model_dump() for upload in folder.read_uploads()],
         "search_prompts": len(prompts.bad_search) if prompts else None,
         "received_bytes": prompts.received if prompts else 0,
-        "cost_usd": None,
+        "cost_usd": _cost(folder, record),
     }
+
+
+def _cost(folder: RunFolder, record: JobRecord) -> float | None:
+    """Return the dollars that the job has taken, None where no price is known."""
+    spent = read_spent(folder.meter_file)
+    return round(spent.dollars, 2) if spent.dollars or record.settings.get("price") is not None else None
 
 
 def _running(folder: RunFolder, done: int, target: int) -> int:

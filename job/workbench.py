@@ -15,6 +15,7 @@ from job.errors import ImpossibleJobError
 from job.evaluation import Evaluator
 from job.events import Events
 from job.export import Checkpoint, Edit, copy_licences, seal, verify_written, write_weights
+from job.faults import Watchdog, clear_faults, is_out_of_memory, out_of_memory, release_memory
 from job.intervention import Intervention
 from job.model import LoadedModel, hardware, load_model, rows_that_fit
 from job.numerics.basis import Basis
@@ -23,7 +24,7 @@ from job.prompts import Prompt, PromptSets
 from job.records import EditParameters, ExportFormat, Figures, JobRecord, Plan, Resolution, Trial, TrialScores
 from job.reproduction import base_model_name, reproduction
 from job.scoring import RefusalMarkers
-from job.search import Search, SearchSettings, SearchSpace
+from job.search import Search, SearchSettings, SearchSpace, SmallerLayoutNeeded
 from job.settings import Settings
 from job.truth import inspect_model
 from job.verification import prove_export
@@ -78,33 +79,26 @@ class Workbench:
             f"{len(architecture.writers)} residual writers, proven complete",
         )
         loaded = _load(source, record, settings, events)
-        record, resolution = _resolve(folder, record, settings, prompts, loaded, events)
-        loaded = replace(loaded, response_prefix=resolution.response_prefix)
-        finder = DirectionFinder(
-            folder,
-            record,
-            settings.directions,
-            loaded,
-            resolution.rows,
-            tokens_of_forward(loaded, _measured(prompts), resolution.rows, settings.scoring.answer_tokens),
-            events,
-        )
-        basis = finder.find(prompts)
-        evaluator = _evaluator(loaded, settings, prompts.good_search, prompts.bad_search, resolution.rows)
-        mode = settings.ablation.row_normalization
-        with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
-            yield cls(
-                folder,
-                record,
-                settings,
-                prompts,
-                events,
-                loaded,
-                resolution,
-                basis,
-                evaluator,
-                intervention,
-            )
+        watchdog = Watchdog(settings.hang_seconds, folder.stacks_file)
+        with clear_faults(), watchdog.watching(loaded.model.get_decoder()):
+            record, resolution = _resolve(folder, record, settings, prompts, loaded, events)
+            loaded = replace(loaded, response_prefix=resolution.response_prefix)
+            basis = _finder(folder, record, settings, loaded, resolution, prompts, events).find(prompts)
+            evaluator = _evaluator(loaded, settings, prompts.good_search, prompts.bad_search, resolution.rows, events)
+            mode = settings.ablation.row_normalization
+            with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
+                yield cls(
+                    folder,
+                    record,
+                    settings,
+                    prompts,
+                    events,
+                    loaded,
+                    resolution,
+                    basis,
+                    evaluator,
+                    intervention,
+                )
 
     def measure_baseline(self) -> None:
         """Measure the base model on the search split.
@@ -139,15 +133,35 @@ class Workbench:
                 seed=self.settings.seed,
                 startup_trials=self.record.startup_trials,
                 batch=self.settings.trials_per_batch,
-                rows=self.resolution.rows,
+                rows=self.resolution.search_rows or self.resolution.rows,
                 ei_candidates=self.settings.search.ei_candidates,
             ),
         )
 
     def evaluate(self, plan: Plan) -> Sequence[TrialScores]:
-        """Score all trials of a plan in one batch."""
+        """Score all trials of a plan in one batch.
+
+        Raises:
+            MachineError: Memory does not suffice for one prompt at a time.
+            SmallerLayoutNeeded: It does not suffice for the plan's rows.
+        """
         edits = [self.space.edit(params) for params in plan.parameters]
-        return self.evaluator.scores(self.intervention, edits, plan.rows)
+        try:
+            return self.evaluator.scores(self.intervention, edits, plan.rows)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rows = plan.rows // 2
+            if rows < len(edits):
+                raise out_of_memory(error) from error
+        release_memory()
+        self.events.emit(
+            "out_of_memory", f"warning: out of memory: the search goes on with {rows} rows a forward", rows=rows
+        )
+        self.resolution = self.resolution.model_copy(update={"search_rows": rows})
+        self.record = self.record.model_copy(update={"resolution": self.resolution})
+        write_record(self.folder.job_file, self.record)
+        raise SmallerLayoutNeeded(rows)
 
     def export(self, trial: Trial, trials: int, form: ExportFormat) -> None:
         """Write a trial's edit, prove what was written, measure it and seal it.
@@ -209,7 +223,7 @@ class Workbench:
         rows = self.resolution.rows
         found = prove_export(
             self.evaluator,
-            _evaluator(fresh, self.settings, self.prompts.good_search, self.prompts.bad_search, rows),
+            _evaluator(fresh, self.settings, self.prompts.good_search, self.prompts.bad_search, rows, self.events),
             self.intervention,
             parameters,
             rows,
@@ -225,12 +239,12 @@ class Workbench:
             name: The export's name.
         """
         pair = (self.prompts.good_report, self.prompts.bad_report)
-        base = _evaluator(self.loaded, self.settings, *pair, self.resolution.rows)
+        base = _evaluator(self.loaded, self.settings, *pair, self.resolution.rows, self.events)
         if edited is None:
             self.intervention.activate([parameters])
             found = (base.figures(), base.figures(base, self.intervention))
         else:
-            other = _evaluator(edited, self.settings, *pair, self.resolution.rows)
+            other = _evaluator(edited, self.settings, *pair, self.resolution.rows, self.events)
             found = (base.figures(), other.figures(base))
         for subject, figures in zip(("base", name), found, strict=True):
             file = self.folder.figures_file(subject)
@@ -245,6 +259,19 @@ def _load(source: Path, record: JobRecord, settings: Settings, events: Events) -
     loaded = load_model(source, settings.loading, events.say, dtype=pinned)
     events.emit("loaded", f"loaded in {loaded.dtype} on {loaded.device}", hardware=hardware(loaded.device))
     return loaded
+
+
+def _finder(
+    folder: RunFolder,
+    record: JobRecord,
+    settings: Settings,
+    loaded: LoadedModel,
+    resolution: Resolution,
+    prompts: PromptSets,
+    events: Events,
+) -> DirectionFinder:
+    tokens = tokens_of_forward(loaded, _measured(prompts), resolution.rows, settings.scoring.answer_tokens)
+    return DirectionFinder(folder, record, settings.directions, loaded, resolution.rows, tokens, events)
 
 
 def _resolve(
@@ -274,7 +301,12 @@ def _resolve(
 
 
 def _evaluator(
-    loaded: LoadedModel, settings: Settings, good: Sequence[Prompt], bad: Sequence[Prompt], rows: int
+    loaded: LoadedModel,
+    settings: Settings,
+    good: Sequence[Prompt],
+    bad: Sequence[Prompt],
+    rows: int,
+    events: Events,
 ) -> Evaluator:
     return Evaluator(
         loaded,
@@ -283,6 +315,7 @@ def _evaluator(
         markers=RefusalMarkers(settings.scoring.refusal_markers),
         answer_tokens=settings.scoring.answer_tokens,
         rows=rows,
+        report=events.say,
     )
 
 

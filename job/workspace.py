@@ -40,6 +40,8 @@ EXTENDING = frozenset(
         "price",
         "max_hours",
         "max_cost",
+        "grace",
+        "hang_seconds",
         "wait_for_gpu",
     }
 )
@@ -132,6 +134,8 @@ class RunFolder:
         self.path = path
         self.job_file = path / "job.json"
         self.state_file = path / "state.json"
+        self.stacks_file = path / "stacks.txt"
+        self.meter_file = path / "meter.json"
         self.study_file = path / "study.db"
         self.events_file = path / "events.jsonl"
         self.preflight_file = path / "preflight.json"

@@ -198,7 +198,8 @@ said = []
 count_traffic()
 try:
     source = parse_source(PromptSettings(spec=sys.argv[1], prefix="", suffix="", system_prompt=None))
-    commit = resolve_commit(source, said.append)
+    pin = resolve_commit(source, said.append)
+    commit = pin.commit if pin else None
     texts = list(read_texts(source, commit, said.append))
     print(json.dumps({"texts": texts, "commit": commit, "received": received_bytes(), "said": said}))
 except JobError as error:

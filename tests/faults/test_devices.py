@@ -1,0 +1,128 @@
+"""Faults of devices: too little memory, a device that fails, a forward that hangs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import abliterate, environment, events, job_arguments, only_job, start, stored_trials
+
+TRIALS = ("--trials", "8", "--set", "trials_per_batch=4")
+
+# The machine's memory, as far as this process is concerned, ends a little above what it has taken by then.
+SHORT = """
+import resource, sys, torch
+from pathlib import Path
+from job.faults import halving
+from job.model import load_model
+from job.residuals import extract_residuals
+from job.evaluation import Evaluator
+from job.prompts import Prompt
+from job.scoring import RefusalMarkers
+from tests.helpers import loading
+loaded = load_model(Path(sys.argv[1]), loading("float32"), lambda _: None)
+prompts = [Prompt(user="Where is the red kettle kept? " * 10) for _ in range(256)]
+told = []
+def figures(rows):
+    return Evaluator(loaded, prompts, prompts[:8], markers=RefusalMarkers(["sorry"]), answer_tokens=4, rows=rows,
+                     report=told.append)
+figures(2).base_log_probs
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 60_000_000, resource.RLIM_INFINITY))
+found = figures(256).base_log_probs
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert torch.allclose(found, figures(2).base_log_probs, atol=1e-4)
+print(len(told), told[0])
+"""
+
+
+def test_where_memory_does_not_suffice_forwards_are_halved(organism: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT, str(organism / "model")],
+        capture_output=True,
+        text=True,
+        env=environment(MALLOC_ARENA_MAX="1"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "out of memory: trying again with 128 rows" in done.stdout
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> Path:
+    folder = tmp_path / "faults"
+    folder.mkdir()
+    return folder
+
+
+def plant(folder: Path, kind: str, count: int = 1) -> None:
+    for number in range(count):
+        (folder / f"{kind}-{number}").touch()
+
+
+def when_searching(workspace: Path, process: subprocess.Popen[str], number: int) -> None:
+    """Wait until the trial of a number has been told."""
+    deadline = time.monotonic() + 240
+    while f'"number": {number}, ' not in "".join(p.read_text() for p in workspace.glob("*/events.jsonl")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_out_of_memory_in_the_search_lasts_as_a_smaller_layout(organism: Path, faults: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "runs"
+    arguments = ["run", *job_arguments(organism), "--workspace", workspace, *TRIALS, "--set", "batching.rows=64"]
+    process = start(*arguments, JOB_FAILPOINTS=str(faults))
+    when_searching(workspace, process, 0)
+    plant(faults, "memory", 2)
+    assert process.wait(240) == 0, process.communicate()[1]
+    process.communicate()
+    told = [event["rows"] for event in events(workspace) if event["event"] == "out_of_memory"]
+    assert told == [32, 16]
+    resolution = json.loads((only_job(workspace) / "job.json").read_text())["resolution"]
+    assert (resolution["rows"], resolution["search_rows"]) == (64, 16)
+    # The trials are those of a job that was never short of memory: other layouts differ in the last bits at most.
+    abliterate("run", *job_arguments(organism), "--workspace", tmp_path / "whole", *TRIALS).check()
+    found, whole = stored_trials(workspace), stored_trials(tmp_path / "whole")
+    assert [trial["values"][0] for trial in found] == [trial["values"][0] for trial in whole]
+    for one, other in zip(found, whole, strict=True):
+        assert one["values"][1] == pytest.approx(other["values"][1], rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.slow
+def test_a_device_that_fails_gets_a_fresh_process_three_times(organism: Path, faults: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "runs"
+    arguments = ["run", *job_arguments(organism), "--workspace", workspace, *TRIALS]
+    plant(faults, "accelerator", 2)
+    abliterate(*arguments, JOB_FAILPOINTS=str(faults)).check()
+    assert sum(event["event"] == "job_started" for event in events(workspace)) == 3
+    assert len(stored_trials(workspace)) == 8
+    # It goes on failing: a clear stop, and all trials are kept.
+    plant(faults, "accelerator", 9)
+    more = [*arguments, "--trials", "12"]
+    abliterate(*more, JOB_FAILPOINTS=str(faults)).fails(76, "the device failed", "illegal memory access")
+    assert len(list(faults.iterdir())) == 5
+    status = json.loads(abliterate("status", "--workspace", workspace, "--json").check().out)
+    assert (status["state"], status["trials"]["done"]) == ("failed", 8)
+    for path in faults.iterdir():
+        path.unlink()
+    abliterate(*more).check()
+
+
+@pytest.mark.slow
+def test_a_hung_forward_ends_the_process_and_leaves_the_stacks(organism: Path, faults: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "runs"
+    arguments = ["run", *job_arguments(organism), "--workspace", workspace, *TRIALS, "--set", "hang_seconds=3"]
+    process = start(*arguments, JOB_FAILPOINTS=str(faults))
+    when_searching(workspace, process, 3)
+    plant(faults, "hang")
+    assert process.wait(60) == 75
+    assert "a forward has hung for 3 s" in process.communicate()[1]
+    assert "forward" in (only_job(workspace) / "stacks.txt").read_text()
+    abliterate(*arguments).check()
+    assert len(stored_trials(workspace)) == 8
