@@ -13,7 +13,7 @@ import pytest
 from job.cloud.api import Patience
 from job.cloud.rental import Rental, find_rental
 from job.errors import MachineError, UsageError
-from tests.cloud_server import KEY, RunPodServer, VastServer
+from tests.cloud import KEY, RunPodServer, VastServer
 from tests.fault_proxy import FaultProxy
 
 QUICK = Patience(tries=4, first_wait=0.01, longest_wait=0.05)

@@ -267,7 +267,7 @@ class Api:
         return error
 
     def _detail(self, response: httpx2.Response, body: Mapping[str, Any]) -> str:
-        parts = [str(body[name]) for name in ("msg", "message", "detail") if body.get(name)][:1]
+        parts = [str(body[name]) for name in ("msg", "message", "detail", "error") if body.get(name)][:1]
         parts += [str(error) for error in body.get("errors") or []]
         text = "; ".join(parts) if body else response.text
         return self.hide(" ".join(text.split()))[:_DETAIL_CHARACTERS]

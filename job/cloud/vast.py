@@ -173,7 +173,9 @@ def _state(row: Mapping[str, Any]) -> State:
     actual, current, wanted = (row.get(key) for key in ("actual_status", "cur_state", "intended_status"))
     if wanted == "stopped":
         return "stopped"
-    if current == "stopped" and actual != "running":
+    if current == "unloaded":
+        return "gone"
+    if actual != "running" and "stopped" in (actual, current):
         # The owner wants it to run and it has no machine: it was outbid, or its contract has ended.
         return "outbid"
     if actual in (None, "created", "loading", "rebooting"):
