@@ -16,8 +16,8 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
-	$(BIN)/shellcheck entrypoint.sh .ci/run
-	$(BIN)/shfmt -d -i 4 entrypoint.sh .ci/run
+	$(BIN)/shellcheck entrypoint.sh .ci/run infra/vast/onstart.sh
+	$(BIN)/shfmt -d -i 4 entrypoint.sh .ci/run infra/vast/onstart.sh
 	$(BIN)/hadolint Dockerfile
 
 bench: .venv/runtime

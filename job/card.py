@@ -101,8 +101,8 @@ Made with abliteration-job {made.versions["abliteration-job"]}.
 _USES: dict[ExportFormat, str] = {
     "merged": "",
     "adapter": "\n\nThis is a LoRA adapter: load the base model and put it on with `peft.PeftModel.from_pretrained`.",
-    "directions": "\n\n`edit.safetensors` holds directions and parameters only; `abliterate apply MODEL edit.safetensors"
-    " OUT`\nmakes the edited model from the base model.",
+    "directions": "\n\n`edit.safetensors` holds directions and parameters only; `abliterate apply MODEL "
+    "edit.safetensors OUT`\nmakes the edited model from the base model.",
 }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from job.cloud.cli import app as cloud_app
 from job.errors import DeliveryError, GateError, JobError, RestartNeeded, Stopped
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Settings.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
+app.add_typer(cloud_app, name="cloud")
 
 Workspace = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of all run folders.")]
 Job = Annotated[str | None, typer.Option(metavar="ID", help="The job, where the workspace holds several.")]

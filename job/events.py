@@ -26,11 +26,16 @@ _SECRET_FORM = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b|\bAKIA[A-Z0-9]{16}\b|\brpa_[
 _PLAIN_PROGRESS_SECONDS = 10.0
 
 
+def looks_secret(name: str) -> bool:
+    """Return whether an environment variable of that name holds a secret."""
+    return _SECRET_NAME.search(name) is not None
+
+
 def redact(text: str) -> str:
     """Return text without the values of secret environment variables and without known token forms."""
     for name, value in os.environ.items():
         # Shorter values ("1", "true") are switches, and replacing them would garble the text.
-        if len(value) >= 8 and _SECRET_NAME.search(name):
+        if len(value) >= 8 and looks_secret(name):
             text = text.replace(value, "***")
     return _SECRET_FORM.sub("***", text)
 

@@ -1,0 +1,196 @@
+"""RunPod's API, version 2: https://docs.runpod.io/api-reference-v2."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import quote
+
+from job.cloud.api import Api, CloudError, GoneError
+from job.cloud.market import Action, Instance, Need, Offer, Order, State, Terms
+
+BASE = "https://api.runpod.io"
+# The variable by which the platform's own client is pointed elsewhere.
+BASE_NAME = "RUNPOD_API_BASE_URL"
+_STATES: dict[str, State] = {
+    "PROVISIONING": "starting",
+    "STARTING": "starting",
+    "RUNNING": "running",
+    "EXITED": "stopped",
+    "ERROR": "lost",
+    "TERMINATED": "gone",
+}
+# The container's own disk; the workspace lies on a mount, which a stop does not wipe.
+_CONTAINER_GB = 20
+_SMALLEST_MOUNT_GB = 10
+_QUIET_SECONDS = 3.0
+
+
+class RunPod:
+    """RunPod as a market."""
+
+    name = "RunPod"
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    def offers(self, need: Need, terms: Terms) -> list[Offer]:
+        """Return what is in stock in both clouds, or in the platform's own where only verified hosts will do.
+
+        Version 2 has no interruptible pods, and says nothing of lines and reliability.
+        """
+        if terms.interruptible:
+            raise CloudError(
+                "RunPod's API of version 2 rents nothing interruptible", remedy="leave out --bid, or use vast"
+            )
+        found = []
+        for cloud in ("SECURE",) if terms.verified else ("SECURE", "COMMUNITY"):
+            params: dict[str, str | int] = {
+                "include": "AVAILABILITY",
+                "product": "POD",
+                "count": need.count,
+                "cloud": cloud,
+            }
+            if need.min_cuda is not None:
+                params["minCudaVersion"] = need.min_cuda
+            what = f"offers of {need.count}x{need.gpu}"
+            listed = self._api.call("GET", "/v2/catalog/gpus", params=params, what=what)
+            found += [_offer(row, need, cloud) for row in (listed or {}).get("gpus", []) if _fits(row, need, cloud)]
+        affordable = [offer for offer in found if terms.most_dollars is None or offer.dollars <= terms.most_dollars]
+        return sorted(affordable, key=lambda offer: offer.dollars)[: terms.limit]
+
+    def rent(self, offer: Offer, order: Order, env: Mapping[str, str]) -> str | None:
+        """Create a pod."""
+        cloud, _, gpu = offer.id.partition("/")
+        compute: dict[str, Any] = {"id": gpu, "count": offer.need.count}
+        if offer.need.min_cuda is not None:
+            compute["minCudaVersion"] = offer.need.min_cuda
+        if order.volume is not None:
+            mounts: dict[str, Any] = {"network": [{"volumeId": order.volume, "path": "/workspace"}]}
+        else:
+            mounts = {"persistent": {"size": max(offer.need.disk_gb, _SMALLEST_MOUNT_GB), "path": "/workspace"}}
+        body = {
+            "name": order.label,
+            "image": order.image,
+            "args": shlex.join(order.command),
+            "disk": _CONTAINER_GB,
+            "env": dict(env),
+            "cloud": cloud,
+            "gpu": compute,
+            "mounts": mounts,
+        }
+        try:
+            pod = self._api.call("POST", "/v2/pods", body=body, what=f"a pod with {gpu}", creating=True)
+        except CloudError as error:
+            # 400 stands for "none is free" as well as for a rule that is broken; only words tell them apart.
+            if error.status == 400 and re.search(
+                r"no longer|availab|capacity|could not be placed|instances", str(error)
+            ):
+                return None
+            raise
+        if not (pod or {}).get("id"):
+            raise CloudError(f"{self.name} names no pod", uncertain=True)
+        return str(pod["id"])
+
+    def instance(self, id: str) -> Instance:
+        """Return a pod as it is now."""
+        try:
+            pod = self._api.call("GET", f"/v2/pods/{quote(id, safe='')}", what=f"pod {id}")
+        except GoneError:
+            return Instance(id=id, state="gone")
+        return _instance(pod or {"id": id})
+
+    def labelled(self, label: str) -> list[Instance]:
+        """Return the account's pods of that name."""
+        found = self._api.call("GET", "/v2/pods", what=f"pods named {label}")
+        return [_instance(pod) for pod in (found or {}).get("pods", []) if pod.get("name") == label]
+
+    def end(self, id: str, action: Action) -> None:
+        """Stop or terminate a pod."""
+        path = f"/v2/pods/{quote(id, safe='')}"
+        try:
+            if action == "destroy":
+                self._api.call("DELETE", path, what=f"the end of pod {id}")
+            elif action == "stop":
+                self._api.call("POST", f"{path}/action", body={"action": "stop"}, what=f"the stop of pod {id}")
+        except GoneError:
+            return
+        except CloudError as error:
+            # 409: not valid for what the pod does now, e.g. a stop of one that is stopped.
+            if error.status != 409 or self.instance(id).state not in ("stopped", "gone"):
+                raise
+
+    def logs(self, id: str, lines: int) -> str:
+        """Return the last lines of a pod's log, which comes as a stream that stays open."""
+        params: dict[str, str | int] = {"source": "container", "tail": min(lines, 5000)}
+        path = f"/v2/pods/{quote(id, safe='')}/logs"
+        stream = self._api.lines(path, params, what=f"the log of pod {id}", quiet=_QUIET_SECONDS)
+        return self._api.hide("".join(line + "\n" for line in _log_lines(stream)))
+
+    def cannot_fetch(self, id: str) -> tuple[str, ...]:
+        """Return what the API does not give."""
+        return (
+            "files of the pod: RunPod's API gives none; what was delivered or mirrored (--upload, --checkpoint) is "
+            "there already",
+            f"  from a pod that still runs, in a shell on it (pod {id}): runpodctl send /workspace/JOB_ID",
+            "  the volume of a stopped pod is read by starting it again, a network volume from any other pod",
+        )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _fits(row: Mapping[str, Any], need: Need, cloud: str) -> bool:
+    """Return whether a kind of GPU is the one that is needed, and is in stock."""
+    side = cloud.lower()
+    memory = float(row.get("memory") or 0)
+    return (
+        any(name in _plain(str(row.get("id", ""))) for name in need.names)
+        and bool(row.get(side))
+        and need.count <= int((row.get("maxCount") or {}).get(side, 0))
+        # No less than needed, and not the other size of the card.
+        and need.gpu_gb <= memory < 1.35 * need.gpu_gb
+        and row.get("availability") in ("LOW", "MEDIUM", "HIGH")
+    )
+
+
+def _offer(row: Mapping[str, Any], need: Need, cloud: str) -> Offer:
+    return Offer(
+        id=f"{cloud}/{row['id']}",
+        need=need,
+        dollars=round(float(row["price"][cloud.lower()]) * need.count, 4),
+        where=cloud.lower(),
+        stock=str(row.get("availability", "")).lower(),
+    )
+
+
+def _instance(pod: Mapping[str, Any]) -> Instance:
+    status = str(pod.get("status", "")).upper()
+    gpu = pod.get("gpu") or {}
+    return Instance(
+        id=str(pod["id"]),
+        state=_STATES.get(status, "lost"),
+        status=status.lower(),
+        label=str(pod.get("name") or ""),
+        dollars=pod.get("cost") or None,
+        gpu=f"{gpu.get('count', '?')}x {gpu.get('id', '?')}",
+    )
+
+
+def _log_lines(stream: Iterable[str]) -> list[str]:
+    """Return the lines of a log from server-sent events."""
+    found = []
+    for line in stream:
+        if not line.startswith("data:"):
+            continue
+        text = line.removeprefix("data:").strip()
+        try:
+            event = json.loads(text)
+        except ValueError:
+            event = {"line": text}
+        found.append(str(event.get("line", text)) if isinstance(event, dict) else text)
+    return found

@@ -1,0 +1,185 @@
+"""Vast.ai's API: https://docs.vast.ai/api-reference (version 0, but for the list of instances)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+from job.cloud.api import Api, CloudError, GoneError
+from job.cloud.market import Action, Instance, Need, Offer, Order, State, Terms
+
+BASE = "https://console.vast.ai"
+# The variable by which the platform's own client is pointed elsewhere.
+BASE_NAME = "VAST_URL"
+# What `error` says where an offer has been taken meanwhile.
+_TAKEN = frozenset({"no_such_ask", "ask_not_available", "not_available", "no_longer_available"})
+
+
+class Vast:
+    """Vast.ai as a market."""
+
+    name = "Vast.ai"
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    def offers(self, need: Need, terms: Terms) -> list[Offer]:
+        """Return what is offered, cheapest hour first."""
+        query: dict[str, Any] = {
+            "gpu_name": {"eq": need.vast_name.replace("_", " ")},
+            "num_gpus": {"eq": need.count},
+            # In thousandths of what its own command line calls GB.
+            "gpu_ram": {"gte": int(need.gpu_gb * 1000)},
+            "disk_space": {"gte": need.disk_gb},
+            "inet_down": {"gte": terms.min_down},
+            "inet_up": {"gte": terms.min_up},
+            "reliability": {"gte": terms.min_reliability},
+            "external": {"eq": False},
+            "rentable": {"eq": True},
+            "rented": {"eq": False},
+            "order": [["dph_total", "asc"]],
+            "type": "bid" if terms.interruptible else "on-demand",
+            "limit": terms.limit,
+            "allocated_storage": need.disk_gb,
+        }
+        if terms.verified:
+            query["verified"] = {"eq": True}
+        if need.min_cuda is not None:
+            query["cuda_max_good"] = {"gte": float(need.min_cuda)}
+        if terms.most_dollars is not None and not terms.interruptible:
+            query["dph_total"] = {"lte": terms.most_dollars}
+        found = self._api.call("POST", "/api/v0/bundles/", body=query, what=f"offers of {need.count}x{need.gpu}")
+        offers = [_offer(row, need, terms) for row in (found or {}).get("offers", [])]
+        return [offer for offer in offers if terms.most_dollars is None or offer.dollars <= terms.most_dollars]
+
+    def rent(self, offer: Offer, order: Order, env: Mapping[str, str]) -> str | None:
+        """Accept an offer; the bid is the offer's price."""
+        body: dict[str, Any] = {
+            "client_id": "me",
+            "image": order.image,
+            "disk": offer.need.disk_gb,
+            "label": order.label,
+            "env": dict(env),
+            # Every other run type replaces the image's ENTRYPOINT.
+            "runtype": "args",
+            "args": list(order.command),
+            "target_state": "running",
+            "cancel_unavail": True,
+        }
+        if offer.interruptible:
+            body["price"] = offer.dollars
+        try:
+            rented = self._api.call(
+                "PUT", f"/api/v0/asks/{quote(offer.id)}/", body=body, what=f"offer {offer.id}", creating=True
+            )
+        except GoneError:
+            return None
+        except CloudError as error:
+            if error.reason in _TAKEN:
+                return None
+            raise
+        if not (rented or {}).get("new_contract"):
+            raise CloudError(f"{self.name} names no instance for offer {offer.id}", uncertain=True)
+        return str(rented["new_contract"])
+
+    def instance(self, id: str) -> Instance:
+        """Return an instance as it is now."""
+        try:
+            found = self._api.call(
+                "GET", f"/api/v0/instances/{quote(id)}/", params={"owner": "me"}, what=f"instance {id}"
+            )
+        except GoneError:
+            return Instance(id=id, state="gone")
+        row = (found or {}).get("instances")
+        return _instance(row) if isinstance(row, dict) and row else Instance(id=id, state="gone")
+
+    def labelled(self, label: str) -> list[Instance]:
+        """Return the account's instances of that label."""
+        params: dict[str, str | int] = {
+            "select_filters": json.dumps({"label": {"eq": label}}),
+            "order_by": json.dumps([{"col": "id", "dir": "asc"}]),
+            "limit": 25,
+        }
+        found = self._api.call("GET", "/api/v1/instances/", params=params, what=f"instances labelled {label}")
+        rows = (found or {}).get("instances") or []
+        return [_instance(row) for row in rows if row.get("label") == label]
+
+    def end(self, id: str, action: Action) -> None:
+        """Stop or destroy an instance."""
+        path = f"/api/v0/instances/{quote(id)}/"
+        try:
+            if action == "destroy":
+                self._api.call("DELETE", path, body={}, what=f"the end of instance {id}")
+            elif action == "stop":
+                self._api.call("PUT", path, body={"state": "stopped"}, what=f"the stop of instance {id}")
+        except GoneError:
+            return
+
+    def logs(self, id: str, lines: int) -> str:
+        """Return the last lines of a log, which the platform copies to a storage and gives the address of."""
+        what = f"the log of instance {id}"
+        asked = self._api.call(
+            "PUT", f"/api/v0/instances/request_logs/{quote(id)}/", body={"tail": str(lines)}, what=what
+        )
+        address = (asked or {}).get("result_url")
+        if not address:
+            raise CloudError(f"{self.name} gives no address for {what}")
+        return self._api.hide(self._api.download(str(address), what))
+
+    def cannot_fetch(self, id: str) -> tuple[str, ...]:
+        """Return what the API does not give."""
+        return (
+            "files of the instance: Vast.ai's API gives none; what was delivered or mirrored (--upload, --checkpoint) "
+            "is there already",
+            f"  from an instance that still exists: vastai copy C.{id}:/workspace/ local:./workspace/",
+        )
+
+
+def _offer(row: Mapping[str, Any], need: Need, terms: Terms) -> Offer:
+    dollars = float(row["dph_total"])
+    if terms.interruptible:
+        lowest = float(row.get("min_bid") or dollars)
+        dollars = round(max(lowest, terms.bid if terms.bid is not None else 1.1 * lowest), 4)
+    return Offer(
+        id=str(row["id"]),
+        need=need,
+        dollars=dollars,
+        interruptible=terms.interruptible,
+        where=str(row.get("geolocation") or ""),
+        down=row.get("inet_down"),
+        up=row.get("inet_up"),
+        reliability=row.get("reliability2") or row.get("reliability"),
+        down_dollars=row.get("inet_down_cost") or 0.0,
+        up_dollars=row.get("inet_up_cost") or 0.0,
+    )
+
+
+def _instance(row: Mapping[str, Any]) -> Instance:
+    status = row.get("actual_status")
+    return Instance(
+        id=str(row["id"]),
+        state=_state(row),
+        status=str(status or "provisioning").strip(),
+        label=str(row.get("label") or ""),
+        dollars=row.get("dph_total"),
+        gpu=f"{row.get('num_gpus', '?')}x {row.get('gpu_name', '?')}",
+    )
+
+
+def _state(row: Mapping[str, Any]) -> State:
+    """Return what an instance does, by what it is, what it has and what its owner wants."""
+    actual, current, wanted = (row.get(key) for key in ("actual_status", "cur_state", "intended_status"))
+    if wanted == "stopped":
+        return "stopped"
+    if current == "unloaded":
+        return "gone"
+    if actual != "running" and "stopped" in (actual, current):
+        # The owner wants it to run and it has no machine: it was outbid, or its contract has ended.
+        return "outbid"
+    if actual in (None, "created", "loading", "rebooting"):
+        return "starting"
+    if actual in ("offline", "unknown"):
+        return "lost"
+    return "running" if actual in ("running", "frozen") else "exited"
