@@ -1,8 +1,9 @@
 """A real S3 server on the loopback (moto's), with a front in which single requests can be made to go wrong.
 
 What moto does not do the front does where it matters: it answers NoSuchUpload to parts and completions of unknown
-uploads (moto: 500), and rules of tests make up SlowDown and Retry-After. Nobody does here: comparing checksums and
-MD5 with what has arrived, IfMatch of completions, checksums in the list of parts, conflicts of simultaneous writers.
+uploads (moto: 500), serves conditional puts one after the other (moto looks and writes in two steps), and rules of
+tests make up SlowDown and Retry-After. Nobody does here: comparing checksums and MD5 with what has arrived, IfMatch of
+completions, checksums in the list of parts, conflicts of simultaneous writers.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -77,6 +80,7 @@ class Front:
         self.rules: list[Rule] = []
         self.hidden_headers: tuple[str, ...] = ()
         self.requests: list[Request] = []
+        self._one_put = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         request = _described(environ)
@@ -97,6 +101,11 @@ class Front:
             kept = [(name, value) for name, value in headers if not name.lower().startswith(self.hidden_headers)]
             return start_response(status, kept if self.hidden_headers else headers, *rest)
 
+        if request.operation == "PUT" and {"if-match", "if-none-match"} & request.headers.keys():
+            # Read first: a client that dawdles is not to hold up the others.
+            environ["wsgi.input"] = BytesIO(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))
+            with self._one_put:
+                return list(self._app(environ, start))
         return self._app(environ, start)  # type: ignore[no-any-return]
 
 

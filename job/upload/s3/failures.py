@@ -25,6 +25,7 @@ _PERMISSIONS = {
     "head_object": "s3:GetObject and s3:ListBucket",
     "delete_object": "s3:DeleteObject",
     "abort_multipart_upload": "s3:AbortMultipartUpload",
+    "list_objects_v2": "s3:ListBucket",
     "list_parts": "s3:ListMultipartUploadParts",
     "list_multipart_uploads": "s3:ListBucketMultipartUploads",
 }

@@ -29,6 +29,7 @@ _WHOLE: dict[str, set[str]] = {
 _SOME_OF: dict[str, set[str]] = {
     "list_parts": {"UploadId", "Key", "Bucket", "IsTruncated", "Parts"},
     "list_multipart_uploads": {"Bucket", "IsTruncated", "MaxUploads", "Uploads"},
+    "list_objects_v2": {"Name", "IsTruncated", "KeyCount", "Contents", "CommonPrefixes"},
 }
 
 
@@ -83,7 +84,7 @@ class Store:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.close()
+        self.close()
 
     @property
     def encryption(self) -> dict[str, str]:
@@ -114,15 +115,15 @@ class Store:
 
         return self._retried(method, once, body.stop if isinstance(body, Body) else _NEVER)
 
-    def read(self, key: str) -> tuple[bytes, dict[str, Any]]:
-        """Return the contents of a small object and the answer's other fields.
+    def read(self, key: str, **parameters: str) -> tuple[bytes, dict[str, Any]]:
+        """Return the contents of a small object, or of a Range of one, and the answer's other fields.
 
         Raises:
             RefusedError: As for `call`.
         """
 
         def once() -> dict[str, Any]:
-            answer: dict[str, Any] = self._client.get_object(Bucket=self.target.bucket, Key=key)
+            answer: dict[str, Any] = self._client.get_object(Bucket=self.target.bucket, Key=key, **parameters)
             self._check_whole("get_object", answer)
             # Not as a context manager: that gives out the stream below, which does not notice a cut.
             stream = answer["Body"]
@@ -159,6 +160,25 @@ class Store:
         some = _SOME_OF.get(method)
         if not _WHOLE.get(method, set()) <= answer.keys() or (some is not None and not some & answer.keys()):
             raise ConnectionClosedError(endpoint_url=str(self.target))
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the keys under a prefix.
+
+        Raises:
+            RefusedError: As for `call`.
+        """
+        found: list[str] = []
+        marker: dict[str, str] = {}
+        while True:
+            answer = self.call("list_objects_v2", Prefix=prefix, **marker)
+            found += [item["Key"] for item in answer.get("Contents", [])]
+            if not answer.get("IsTruncated"):
+                return found
+            marker = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    def close(self) -> None:
+        """Let go of connections."""
+        self._client.close()
 
     def pause(self, attempt: int) -> None:
         """Wait as after a failed try."""

@@ -1,0 +1,175 @@
+"""Mirrors in a folder: another disk, or a network file system."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from job.checkpoint.options import Pace
+from job.checkpoint.records import HEAD, OBJECTS, Entry
+from job.checkpoint.store import ConflictError, Proof, Stored
+from job.errors import DeliveryError, JobError
+from job.upload.local import target_folder
+from job.workspace import sync_folder, write_atomically
+
+_LOCK = ".lock"
+_LOCK_SECONDS = 10.0
+_BLOCK = 1 << 20
+
+
+class FileStore:
+    """Mirrors in a folder; heads are compared and replaced under a lock that goes with the process."""
+
+    def __init__(self, uri: str, pace: Pace | None = None) -> None:
+        self.uri = uri
+        self.pace = pace or Pace()
+        self._root = target_folder(uri)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def probe(self) -> Proof:
+        """Write, rename, lock and delete in the folder, or where it is to be made."""
+        place = self._root
+        while not place.exists():
+            place = place.parent
+        trial = place / f".abliterate-probe-{secrets.token_hex(8)}"
+        with self._clear_errors(place):
+            try:
+                trial.mkdir()
+                write_atomically(trial / HEAD, b"a probe, to be deleted at once\n")
+                with FileLock(trial / _LOCK, timeout=_LOCK_SECONDS):
+                    pass
+            finally:
+                shutil.rmtree(trial, ignore_errors=True)
+        return Proof("writing, locking and deleting work", fenced=True)
+
+    def prepare(self) -> None:
+        """Make the folder."""
+        with self._clear_errors(self._root):
+            self._root.mkdir(parents=True, exist_ok=True)
+
+    def jobs(self) -> list[str]:
+        """Return the jobs with a head."""
+        with self._clear_errors(self._root):
+            if not self._root.exists():
+                return []
+            return sorted(path.name for path in self._root.iterdir() if (path / HEAD).is_file())
+
+    def read(self, job: str) -> Stored | None:
+        """Return the head and its age by the file system's clock."""
+        file = self._root / job / HEAD
+        with self._clear_errors(file):
+            try:
+                with file.open("rb") as opened:
+                    data, written = opened.read(), os.fstat(opened.fileno()).st_mtime
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return Stored(data, hashlib.sha256(data).hexdigest(), self._age(file.parent, written))
+
+    def _age(self, folder: Path, written: float) -> float | None:
+        """Return the seconds since a file was written; None where only reading is allowed."""
+        trial = folder / f".clock-{secrets.token_hex(8)}"
+        try:
+            trial.touch()
+            now = trial.stat().st_mtime
+            trial.unlink()
+        except OSError:
+            return None
+        return max(now - written, 0.0)
+
+    def names(self, job: str) -> list[str]:
+        """Return all files but the head and what begins with a dot."""
+        folder = self._root / job
+        with self._clear_errors(folder):
+            files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        return sorted(str(p) for p in files if str(p) != HEAD and not any(part.startswith(".") for part in p.parts))
+
+    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]]) -> None:
+        """Copy objects, each whole or not at all."""
+        folder = self._root / job / OBJECTS
+        with self._clear_errors(folder):
+            folder.mkdir(exist_ok=True)
+            for name, (source, entry) in objects.items():
+                temporary = folder / f".{name}.tmp"
+                if _copy(source, temporary) != entry.sha256:
+                    temporary.unlink()
+                    raise DeliveryError(f"{source.name} changed while it was copied", remedy="it is copied again")
+                temporary.replace(folder / name)
+            sync_folder(folder)
+
+    def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:
+        """Replace the head under the lock."""
+        folder = self._root / job
+        with self._clear_errors(folder):
+            folder.mkdir(exist_ok=True)
+            with self._locked(folder):
+                found = self.read(job)
+                if (found and found.token) != (expected and expected.token):
+                    raise ConflictError(found)
+                write_atomically(folder / HEAD, data)
+            for name in remove:
+                (folder / OBJECTS / name).unlink(missing_ok=True)
+        return Stored(data, hashlib.sha256(data).hexdigest(), 0.0)
+
+    @contextmanager
+    def _locked(self, folder: Path) -> Iterator[None]:
+        lock = FileLock(folder / _LOCK, timeout=_LOCK_SECONDS)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise DeliveryError(f"{folder} stays locked", remedy="end the process that holds it") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def sweep(self, job: str, keep: AbstractSet[str]) -> None:
+        """Remove objects that nothing names, and half-written ones."""
+        folder = self._root / job / OBJECTS
+        with self._clear_errors(folder):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.name not in keep:
+                    path.unlink(missing_ok=True)
+
+    def fetch(self, job: str, entry: Entry, target: Path) -> None:
+        """Copy an object."""
+        shutil.copyfile(self._root / job / OBJECTS / entry.object, target)
+
+    @contextmanager
+    def _clear_errors(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _failed(self.uri, path, error.strerror or str(error)) from error
+        except DeliveryError:
+            raise
+        except JobError as error:  # of write_atomically: this folder is not the workspace
+            raise DeliveryError(str(error), remedy="free space or correct its permissions") from error
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file durably, a block at a time, and return the sha256 of what was copied."""
+    digest = hashlib.sha256()
+    with source.open("rb") as reading, target.open("wb") as writing:
+        while block := reading.read(_BLOCK):
+            digest.update(block)
+            writing.write(block)
+        writing.flush()
+        os.fsync(writing.fileno())
+    return digest.hexdigest()
+
+
+def _failed(uri: str, path: Path, what: str) -> DeliveryError:
+    return DeliveryError(
+        f"the checkpoint {uri} cannot be used: {path}: {what}",
+        remedy="mount it, free space or correct its permissions, and run again",
+    )

@@ -1,0 +1,211 @@
+"""A place for the mirrors of jobs: looked at, claimed and restored from."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from job.checkpoint.claim import LINEAGE, Claim
+from job.checkpoint.lease import Holding, is_running, take
+from job.checkpoint.options import MirrorOptions, scheme_of
+from job.checkpoint.records import CACHES, Head, Lineage, MirrorError, decode_head
+from job.checkpoint.restore import download, restore
+from job.checkpoint.store import Proof, Store
+from job.errors import DeliveryError, UsageError
+from job.workspace import RunFolder, cannot_write, write_record
+
+# For people: what a mirror holds and what it never holds.
+HOLDS = (
+    "the study with its plan, directions, cached residuals, prompts, figures, events and status; no model, no export"
+)
+_RELEASE_SECONDS = 15.0
+_SMALL_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The small files of a job's latest snapshot.
+
+    Attributes:
+        folder: Where they are.
+        head: The head that names them.
+        running: Whether a runner seems to be at the job.
+    """
+
+    folder: RunFolder
+    head: Head
+    running: bool
+
+
+def open_mirror(uri: str, options: MirrorOptions, report: Callable[[str], None] = lambda _: None) -> Mirror:
+    """Return the place that a URI names; nothing is sent yet.
+
+    Args:
+        uri: file:///dir, hf://user/repo[@branch] or s3://bucket[/prefix].
+        options: How to reach and keep it.
+        report: Told of what is tried again.
+
+    Raises:
+        UsageError: The URI names no such place.
+        DeliveryError: Credentials are missing or unusable.
+    """
+    scheme = scheme_of(uri)
+    store: Store
+    # Each brings a client that takes its time to load.
+    if scheme == "file":
+        from job.checkpoint.files import FileStore
+
+        store = FileStore(uri, options.pace)
+    elif scheme == "hf":
+        from job.checkpoint.hub import HubStore
+
+        store = HubStore(uri, options.token, options.pace, report)
+    else:
+        from job.checkpoint.s3 import S3Store
+
+        store = S3Store(uri, options.s3, options.pace)
+    return Mirror(store, required=options.required)
+
+
+def expected_bytes(prompts: int, layers: int, width: int, directions: int = 1) -> int:
+    """Return about how many bytes the mirror of a job will hold: its residuals, its directions and small files.
+
+    Args:
+        prompts: Prompts whose residuals are kept.
+        layers: The model's layers.
+        width: Of its residual stream.
+        directions: Directions of each layer.
+    """
+    return (prompts + directions) * layers * width * 4 + _SMALL_BYTES
+
+
+class Mirror:
+    """A place for mirrors; a context manager."""
+
+    def __init__(self, store: Store, *, required: bool) -> None:
+        self._store, self._required = store, required
+
+    @property
+    def uri(self) -> str:
+        """The place."""
+        return self._store.uri
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of connections."""
+        self._store.close()
+
+    def probe(self) -> Proof:
+        """Prove that mirrors can be kept here, and leave nothing behind.
+
+        Raises:
+            DeliveryError: They cannot.
+        """
+        return self._store.probe()
+
+    def jobs(self) -> list[Head]:
+        """Return the heads of all jobs here that can be read, with their identities.
+
+        Raises:
+            DeliveryError: The place cannot be reached.
+        """
+        found = []
+        for job in self._store.jobs():
+            stored = self._store.read(job)
+            try:
+                found += [decode_head(stored.data, job, self.uri)] if stored else []
+            except MirrorError:
+                continue  # said when that very job is asked for
+        return found
+
+    def fetch(self, job: str, into: Path) -> Fetched:
+        """Download the small files of a job's latest snapshot into a folder named after it; no lease is needed.
+
+        Raises:
+            UsageError: There is no such job here.
+            MirrorError: The mirror is torn.
+            DeliveryError: The place cannot be reached.
+            MachineError: The folder cannot be written.
+        """
+        for attempt in (1, 2, 3):
+            stored = self._store.read(job)
+            if stored is None:
+                raise UsageError(f"there is no job {job} at {self.uri}", remedy="check --checkpoint and --job")
+            head = decode_head(stored.data, job, self.uri)
+            small = [path for path in head.files if Path(path).parts[0] not in CACHES or path.endswith(".json")]
+            try:
+                download(self._store, head, small, into / job)
+            except OSError as error:
+                raise cannot_write(into, error) from error
+            except MirrorError:
+                # The run goes on meanwhile, and two snapshots later what this one named is gone.
+                if attempt == 3:
+                    raise
+                continue
+            return Fetched(RunFolder(into / job), head, is_running(head, stored))
+        raise AssertionError("unreachable")
+
+    def claim(self, folder: RunFolder, identity: Mapping[str, Any], say: Callable[[str], None]) -> Claim:
+        """Take the lease of a job and bring its run folder up to date; signs of life are given from then on.
+
+        The folder need not be there. Where another machine has gone on since, what stands in it is moved aside.
+
+        Args:
+            folder: Its run folder, held by this run.
+            identity: What the job is, as in job.json.
+            say: Told of what happens, from any thread.
+
+        Raises:
+            HeldError: Another runner holds the job and lives.
+            MirrorError: The mirror is torn or something else's.
+            DeliveryError: It cannot be reached or made.
+            MachineError: The folder cannot be written.
+        """
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(folder.path, error) from error
+        self._store.prepare()
+        lineage = _lineage(folder)
+        plain = json.loads(json.dumps(identity))
+        holding = take(self._store, folder.path.name, plain, lineage.folder, say)
+        claim = Claim(self._store, holding, folder, say, required=self._required)
+        try:
+            self._bring_up(holding, folder, lineage, say)
+        except BaseException:
+            claim.close(final=False, seconds=_RELEASE_SECONDS)
+            raise
+        return claim
+
+    def _bring_up(self, holding: Holding, folder: RunFolder, lineage: Lineage, say: Callable[[str], None]) -> None:
+        """Restore where the mirror is ahead of the folder, and only then let the mirror follow the folder."""
+        head = holding.head
+        here = head.writer == lineage.folder and head.generation <= lineage.generation
+        if head.files and not (here and folder.job_file.exists()):
+            restore(self._store, head, folder, say)
+        write_record(folder.path / LINEAGE, Lineage(folder=lineage.folder, generation=head.generation))
+        if head.writer != lineage.folder:
+            holding.update(lambda _: ({"writer": lineage.folder}, ()))
+        try:
+            self._store.sweep(head.job_id, head.objects.keys() | {*head.previous})
+        except DeliveryError as error:
+            say(f"warning: leftovers at {self.uri} stay: {error.line}")
+
+
+def _lineage(folder: RunFolder) -> Lineage:
+    """Return the lineage of a run folder, a new one for a folder that has none."""
+    try:
+        return Lineage.model_validate_json((folder.path / LINEAGE).read_bytes())
+    except (OSError, ValidationError):
+        return Lineage(folder=uuid.uuid4().hex, generation=0)
