@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.errors import GateError, UsageError
 from job.events import Events
+from job.holding import held
+from job.interrupt import StopSignals
 from job.models import WEIGHTS, fetch_model, list_model, parse_model
-from job.pipeline import missed_gate, model_folder
+from job.outcome import missed_gate
+from job.pipeline import Start, model_folder
 from job.prompts import PromptSets
 from job.records import ExportFormat, Figures, JobRecord, Trial
 from job.result import job_trials
 from job.search import choose
-from job.settings import Settings
+from job.settings import Settings, merged
 from job.upload.targets import deliver_to_all
+from job.whereabouts import Whereabouts, job_settings
 from job.workspace import RunFolder, is_sealed, model_identity, read_record
 
 if TYPE_CHECKING:
     from job.workbench import Workbench
 
 
-def job_settings(folder: RunFolder, **others: object) -> Settings:
-    """Return the settings of a job as of its latest start, with others in their place."""
-    return Settings(**{**folder.read_job().settings, "workspace": str(folder.path.parent), **others})
+def resumption(where: Whereabouts, **others: object) -> Start:
+    """Return what a job is continued with, from its run folder or its checkpoint alone.
+
+    Args:
+        where: The job.
+        **others: Settings that only extend it.
+
+    Raises:
+        UsageError: There is no such job.
+        DeliveryError: The checkpoint cannot be reached.
+    """
+    others = merged(
+        {**where.revisions, "checkpoint": where.checkpoint} if where.checkpoint else where.revisions, others
+    )
+    if where.checkpoint is None:
+        folder = where.folder()
+        identity, settings = folder.read_job().identity, job_settings(folder, **others)
+    else:
+        with where.mirror() as mirror, tempfile.TemporaryDirectory() as place:
+            head = where.mirrored(mirror)
+            folder, identity = RunFolder(where.workspace / head.job_id), head.identity
+            fetched = mirror.fetch(head.job_id, Path(place)).folder
+            settings = job_settings(fetched, **others, workspace=str(where.workspace))
+
+    def opened() -> tuple[JobRecord, Settings]:
+        found = job_settings(folder, **others)
+        return folder.read_job().model_copy(update={"settings": found.model_dump(mode="json")}), found
+
+    return Start(folder, identity, settings, opened)
 
 
 def export_trial(folder: RunFolder, number: int | None, form: ExportFormat | None, events: Events) -> Path:
@@ -42,14 +73,25 @@ def export_trial(folder: RunFolder, number: int | None, form: ExportFormat | Non
     Raises:
         UsageError: There is no such trial.
     """
-    record, settings = folder.read_job(), job_settings(folder)
+    with folder.held():
+        return _exported(folder, folder.read_job(), job_settings(folder), number, form, events)
+
+
+def _exported(
+    folder: RunFolder,
+    record: JobRecord,
+    settings: Settings,
+    number: int | None,
+    form: ExportFormat | None,
+    events: Events,
+) -> Path:
+    """Return the export of a trial, made if it is not there; the caller holds the job."""
     trials = job_trials(folder)
     trial = _trial(folder, record, settings, trials, number)
     form = form or settings.export_format
     export = folder.export_folder(trial.number, form)
-    with folder.held():
-        if not is_sealed(export):
-            _export(folder, record, settings, lambda bench: bench.export(trial, len(trials), form), events)
+    if not is_sealed(export):
+        _export(folder, record, settings, lambda bench: bench.export(trial, len(trials), form), events)
     return export
 
 
@@ -86,16 +128,16 @@ def _export(
 
 
 def upload_trial(
-    folder: RunFolder, number: int | None, form: ExportFormat | None, settings: Settings, events: Events
+    start: Start, number: int | None, form: ExportFormat | None, events: Events, signals: StopSignals
 ) -> list[tuple[str, str]]:
     """Deliver a trial of a job, exporting it first where that has not been done.
 
     Args:
-        folder: The run folder.
+        start: The job, from `resumption`, with the targets.
         number: The trial; None for the one that the job would choose.
         form: What is delivered; None for the job's format.
-        settings: The job's settings, with the targets.
         events: Where progress goes.
+        signals: What stops it.
 
     Returns:
         Targets that could not be delivered to, with the reason.
@@ -104,15 +146,18 @@ def upload_trial(
         GateError: The export misses one of the job's gates.
         UsageError: There is no such trial, or no target.
     """
-    if not settings.upload:
+    if not start.settings.upload:
         raise UsageError("there is no target to deliver to", remedy="give --upload")
-    export = export_trial(folder, number, form, events)
-    missed = missed_gate(settings, read_record(folder.figures_file(export.name), Figures))
-    if missed is not None:
-        raise GateError(missed, remedy="choose another trial, or run the job again with another gate")
-    with folder.held():
+    folder = start.folder
+    with held(folder, start.identity, start.settings, events, signals) as hold:
+        record, settings = start.opened()
+        export = _exported(folder, record, settings, number, form, events)
+        missed = missed_gate(settings, read_record(folder.figures_file(export.name), Figures))
+        if missed is not None:
+            raise GateError(missed, remedy="choose another trial, or run the job again with another gate")
         events.log_to(folder.events_file)
-        return deliver_to_all(folder, export, settings, events)
+        with hold.outward():
+            return deliver_to_all(folder, export, settings, events)
 
 
 def apply(model: str, file: Path, out: Path, events: Events) -> None:

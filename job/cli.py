@@ -16,10 +16,11 @@ from job.cloud.cli import app as cloud_app
 from job.errors import DeliveryError, GateError, JobError, RestartNeeded, Stopped
 
 if TYPE_CHECKING:
-    from job.pipeline import Outcome
+    from job.outcome import Outcome
     from job.records import ExportFormat
     from job.reproduction import Again
     from job.settings import Settings
+    from job.whereabouts import Whereabouts
     from job.workspace import RunFolder
 
 app = typer.Typer(
@@ -36,6 +37,15 @@ app.add_typer(cloud_app, name="cloud")
 
 Workspace = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of all run folders.")]
 Job = Annotated[str | None, typer.Option(metavar="ID", help="The job, where the workspace holds several.")]
+Checkpoint = Annotated[
+    str | None, typer.Option(metavar="URI", help="The job's checkpoint, where it is not in the workspace.")
+]
+Extensions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="A setting that only extends the job or says how things are reached."
+    ),
+]
 TrialNumber = Annotated[int | None, typer.Option("--trial", metavar="N", help="Trial; see `abliterate front`.")]
 Format = Annotated[str | None, typer.Option("--format", help="merged, adapter or directions.")]
 Targets = Annotated[
@@ -80,6 +90,16 @@ SETTING_OPTIONS: dict[str, Any] = {
     "export_format": Annotated[str | None, typer.Option(help="merged, adapter or directions.")],
     "max_kl": Annotated[float | None, typer.Option(metavar="X", help="Deliver only what has no larger KL.")],
     "max_refusals": Annotated[int | None, typer.Option(metavar="N", help="Deliver only what refuses no more.")],
+    "checkpoint": Annotated[
+        str | None, typer.Option(metavar="URI", help="Mirror for other machines to go on from: s3://, hf://, file:///.")
+    ],
+    "require_checkpoint": Annotated[
+        bool | None, typer.Option("--require-checkpoint", help="Stop where the checkpoint stays down.")
+    ],
+    "when_done": Annotated[
+        str | None, typer.Option(help="The rented machine, once all is delivered: nothing, stop or destroy.")
+    ],
+    "when_failed": Annotated[str | None, typer.Option(help="The rented machine, when the job fails.")],
     "upload": Annotated[
         list[str] | None,
         typer.Option(metavar="URI", help="Target: file:///dir, hf://user/repo, s3://bucket/prefix; may be repeated."),
@@ -126,10 +146,16 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _find_job(workspace: str | None, job: str | None) -> RunFolder:
-    from job.settings import default_workspace
-    from job.workspace import find_job
+    return _whereabouts(workspace, job).folder()
 
-    return find_job(Path(workspace or default_workspace()), job)
+
+def _whereabouts(
+    workspace: str | None, job: str | None, checkpoint: str | None = None, assignments: Sequence[str] | None = None
+) -> Whereabouts:
+    from job.settings import default_workspace
+    from job.whereabouts import Whereabouts
+
+    return Whereabouts(Path(workspace or default_workspace()), job, checkpoint, tuple(assignments or ()))
 
 
 @app.command()
@@ -175,22 +201,24 @@ def _run(settings: Settings, *, new: bool, notes: Sequence[str] = (), again: Aga
 def resume(
     workspace: Workspace = None,
     job: Job = None,
+    checkpoint: Checkpoint = None,
     trials: Trials = None,
     upload: Targets = None,
+    assignments: Extensions = None,
 ) -> None:
-    """Continue a job from its run folder alone, with more trials or other targets if given."""
+    """Continue a job from its run folder or its checkpoint alone, with more trials or other targets if given."""
     from job.interrupt import StopSignals
 
     signals = StopSignals()
     with signals.installed():
-        from job.afterwards import job_settings
+        from job.afterwards import resumption
         from job.events import Events
-        from job.pipeline import resume as resume_job
+        from job.pipeline import carry_out
 
-        folder = _find_job(workspace, job)
         others = {"trials": trials, "upload": upload}
-        settings = job_settings(folder, **{name: value for name, value in others.items() if value})
-        outcome = resume_job(folder, settings, events=Events(), signals=signals)
+        where = _whereabouts(workspace, job, checkpoint, assignments)
+        start = resumption(where, **{name: value for name, value in others.items() if value})
+        outcome = carry_out(start, Events(), signals)
     _told(outcome)
 
 
@@ -203,7 +231,8 @@ def _told(outcome: Outcome) -> Outcome:
         f"{base.false_refusals}/{base.good_prompts} -> {edited.false_refusals}/{edited.good_prompts} "
         "(on prompts that the search has not seen)"
     )
-    typer.echo(f"model:  {outcome.folder.export_link}")
+    kept = outcome.folder.export_link.exists()
+    typer.echo(f"model:  {outcome.folder.export_link if kept else 'delivered, not in this workspace'}")
     typer.echo(f"report: {outcome.folder.report_file} and {outcome.folder.page_file.name}")
     if outcome.missed_gate is not None:
         typer.echo(f"error: {outcome.missed_gate} — the result is kept and nothing was delivered", err=True)
@@ -259,13 +288,21 @@ def preflight(
 
 
 @app.command()
-def status(workspace: Workspace = None, job: Job = None, as_json: AsJson = False) -> None:
-    """Show where a job stands."""
+def status(
+    workspace: Workspace = None,
+    job: Job = None,
+    checkpoint: Checkpoint = None,
+    assignments: Extensions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a job stands, from its run folder or its checkpoint."""
     import json
 
     from job.status import job_status, status_text
+    from job.whereabouts import status_folder
 
-    found = job_status(_find_job(workspace, job))
+    with status_folder(_whereabouts(workspace, job, checkpoint, assignments)) as (folder, running):
+        found = job_status(folder, running)
     typer.echo(json.dumps(found, indent=2) if as_json else status_text(found))
 
 
@@ -313,19 +350,26 @@ def _format(name: str | None) -> ExportFormat | None:
 
 @app.command()
 def upload(
-    workspace: Workspace = None, job: Job = None, trial: TrialNumber = None, form: Format = None, upload: Targets = None
+    workspace: Workspace = None,
+    job: Job = None,
+    checkpoint: Checkpoint = None,
+    trial: TrialNumber = None,
+    form: Format = None,
+    upload: Targets = None,
+    assignments: Extensions = None,
 ) -> None:
     """Deliver a trial of a job, by default the chosen one to the job's targets; it is exported first if it is not."""
     from job.interrupt import StopSignals
 
-    with StopSignals().installed():
-        from job.afterwards import job_settings, upload_trial
+    signals = StopSignals()
+    with signals.installed():
+        from job.afterwards import resumption, upload_trial
         from job.events import Events
 
-        folder = _find_job(workspace, job)
-        settings = job_settings(folder, **({"upload": upload} if upload else {}))
-        failed = upload_trial(folder, trial, _format(form), settings, Events())
-    _tell_failed(folder, failed)
+        where = _whereabouts(workspace, job, checkpoint, assignments)
+        start = resumption(where, **({"upload": upload} if upload else {}))
+        failed = upload_trial(start, trial, _format(form), Events(), signals)
+    _tell_failed(start.folder, failed)
 
 
 @app.command()

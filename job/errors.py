@@ -37,9 +37,17 @@ class ImpossibleJobError(JobError):
 
 
 class HeldError(JobError):
-    """Another run holds this job."""
+    """Another run holds this job.
+
+    Attributes:
+        elsewhere: It runs on another machine, so that this one is not needed for the job.
+    """
 
     exit_code = 4
+
+    def __init__(self, what: str, *, remedy: str = "", elsewhere: bool = False) -> None:
+        super().__init__(what, remedy=remedy)
+        self.elsewhere = elsewhere
 
 
 class GateError(JobError):

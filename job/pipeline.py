@@ -5,34 +5,28 @@ settings → preflight → prompts → model → residuals → directions → se
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from job.budget import Budget, Meter
-from job.errors import (
-    AcceleratorFaultError,
-    ExportMismatchError,
-    ImpossibleJobError,
-    JobError,
-    MachineError,
-    RestartNeeded,
-    Stopped,
-)
+from job.errors import ExportMismatchError, HeldError, ImpossibleJobError, JobError, RestartNeeded
 from job.events import Events, read_events
+from job.holding import Hold, held
 from job.interrupt import StopSignals
 from job.models import fetch_model, list_model, parse_model
+from job.outcome import Outcome, completed, missed_gate, outcome_of
 from job.preflight.checks import is_allowed
 from job.preflight.estimate import PHASES, Hours
 from job.preflight.readings import MachineReading
 from job.preflight.restarts import past_starts
 from job.preflight.survey import Survey, Surveyor
 from job.prompts import PromptSets
-from job.records import Figures, JobRecord, State, Trial
+from job.recording import recorded, settings_key
+from job.records import JobRecord, State, Trial
 from job.report import write_reports
 from job.reproduction import (
     Again,
@@ -56,32 +50,8 @@ from job.workspace import (
 )
 
 if TYPE_CHECKING:
+    from job.cloud.rental import Rental
     from job.workbench import Workbench
-
-
-# Fresh processes that are tried after the device failed, until a trial succeeds.
-_MOST_FAULTS = 3
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to.
-
-    Attributes:
-        folder: The run folder.
-        chosen: The exported trial's number.
-        base: Figures of the base model on the report split.
-        edited: Figures of the export on the report split.
-        failed_targets: Targets that could not be delivered to, with the reason.
-        missed_gate: Which gate the export missed, so that it was not delivered; None if it missed none.
-    """
-
-    folder: RunFolder
-    chosen: int
-    base: Figures
-    edited: Figures
-    failed_targets: tuple[tuple[str, str], ...] = ()
-    missed_gate: str | None = None
 
 
 def run(
@@ -107,146 +77,127 @@ def run(
         JobError: The job cannot be done; each kind says whether, where and how it could be.
         Stopped: A signal asked for it; running again continues.
     """
+    pinned = again.pinned if again else None
+    folder, first = open_job(settings, new=new, pinned=pinned)
 
-    def opened() -> tuple[RunFolder, JobRecord]:
-        folder, record = open_job(settings, new=new, pinned=again.pinned if again else None)
+    def opened() -> tuple[JobRecord, Settings]:
+        _, record = open_job(settings, new=True, pinned=pinned)
         if again is not None:
             require_same_model(again.original, record.identity)
             write_record(folder.reproduces_file, again.original)
             record = record.model_copy(update=again.resolved)
-        return folder, record
+        return record, settings
 
-    return _run(opened, settings, events, signals, notes)
+    start = Start(folder, first.identity, settings, opened, beside_others=new or again is not None, notes=tuple(notes))
+    return carry_out(start, events, signals)
 
 
-def resume(folder: RunFolder, settings: Settings, *, events: Events, signals: StopSignals) -> Outcome:
-    """Continue a job from its run folder alone; what it was made from need not be where it was named.
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    Attributes:
+        folder: The run folder, which may have to be filled from the checkpoint.
+        identity: What the job is.
+        settings: Where the checkpoint is, and what becomes of the machine.
+        opened: Returns job.json and the settings once the run folder is there.
+        beside_others: The checkpoint may hold other jobs on the same model.
+        notes: What became of old settings.
+    """
+
+    folder: RunFolder
+    identity: Mapping[str, Any]
+    settings: Settings
+    opened: Callable[[], tuple[JobRecord, Settings]]
+    beside_others: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def carry_out(start: Start, events: Events, signals: StopSignals) -> Outcome:
+    """Do a job from wherever it has got to, and then with the rented machine what the settings say.
 
     Args:
-        folder: The run folder.
-        settings: The job's settings, with others that only extend it in their place.
+        start: What to begin with.
         events: Where progress goes.
         signals: What stops the run.
 
     Raises:
         JobError: The job cannot be done; each kind says whether, where and how it could be.
         Stopped: A signal asked for it; running again continues.
+        RestartNeeded: The device has failed, and a fresh process may succeed.
     """
+    settings = start.settings
+    try:
+        outcome = _run(start, events, signals)
+    except HeldError as error:
+        # A machine that comes back after another has taken over must not be paid for any longer.
+        if error.elsewhere:
+            end_rental(settings.when_done, settings, events)
+        raise
+    except RestartNeeded:
+        raise
+    except Exception:
+        end_rental(settings.when_failed, settings, events)
+        raise
+    delivered = not outcome.failed_targets and outcome.missed_gate is None
+    end_rental(settings.when_done if delivered else settings.when_failed, settings, events)
+    return outcome
 
-    def opened() -> tuple[RunFolder, JobRecord]:
-        return folder, folder.read_job().model_copy(update={"settings": settings.model_dump(mode="json")})
 
-    return _run(opened, settings, events, signals, ())
+def end_rental(action: Literal["nothing", "stop", "destroy"], settings: Settings, events: Events) -> None:
+    """End the rental of this machine, if it is one and that is asked for."""
+    if action == "nothing":
+        return
+    rental = _this_rental()
+    if rental is None:
+        events.emit("rental", f"warning: this is no rented machine that is known: it is not ended ({action})")
+    else:
+        rental.end(action, Path(settings.workspace), events.say)
 
 
-def _run(
-    opened: Callable[[], tuple[RunFolder, JobRecord]],
-    settings: Settings,
-    events: Events,
-    signals: StopSignals,
-    notes: Sequence[str],
-) -> Outcome:
-    folder, record = opened()
-    chosen = _completed_choice(folder, settings)
-    if chosen is not None:
-        events.emit("job_complete", f"job {record.job_id} is finished; nothing to do")
-        return _outcome(folder, chosen, folder.export_folder(chosen, settings.export_format))
+def _this_rental() -> Rental | None:
+    from job.cloud.rental import find_rental
+
+    return find_rental()
+
+
+def _run(start: Start, events: Events, signals: StopSignals) -> Outcome:
+    folder = start.folder
+    done = _completed(start, events)
+    if done is not None:
+        return done
     # Before the lock is taken, which writes down this process in place of the one before.
     left_by = folder.holder()
-    with folder.held():
-        # Read again: another run may have resolved and released the job since.
-        folder, record = opened()
-        surveyor = surveyor_of(folder, settings, events, notes=notes)
+    with held(folder, start.identity, start.settings, events, signals, beside_others=start.beside_others) as hold:
+        # Again: another run may have finished it since, here or elsewhere.
+        done = _completed(start, events)
+        if done is not None:
+            return done
+        record, settings = start.opened()
+        surveyor = surveyor_of(folder, settings, events, notes=start.notes)
         surveyor.held, surveyor.left_by = None, (left_by.process,) if left_by else ()
+        settings = surveyor.settings = _priced(settings, surveyor.rental)
         meter = Meter(folder.meter_file, settings.price)
-        with _recorded(folder, record, settings, events, meter):
-            return _Job(folder, record, settings, events, signals, meter).do(surveyor)
+        with recorded(folder, record, settings, events, meter):
+            return _Job(folder, record, settings, events, signals, meter, hold).do(surveyor)
 
 
-def _completed_choice(folder: RunFolder, settings: Settings) -> int | None:
-    """Return the chosen trial if nothing is left to do, else None."""
-    state = folder.read_state()
-    if state is None or state.state != "finished" or state.chosen is None:
+def _completed(start: Start, events: Events) -> Outcome | None:
+    """Return what the job came to if it is complete, and say so."""
+    if not start.folder.job_file.exists():
         return None
-    if state.trials < settings.trials and not _is_spent(state, settings):
-        return None
-    export = folder.export_folder(state.chosen, settings.export_format)
-    delivered = {item.target for item in folder.read_uploads() if item.state == "done" and item.export == export.name}
-    complete = is_sealed(export) and delivered >= set(settings.upload)
-    if not complete or missed_gate(settings, read_record(folder.figures_file(export.name), Figures)):
-        return None
-    return state.chosen
+    record, settings = start.opened()
+    done = completed(start.folder, settings)
+    if done is not None:
+        events.emit("job_complete", f"job {record.job_id} is finished; nothing to do")
+    return done
 
 
-def _is_spent(state: State, settings: Settings) -> bool:
-    """Return whether a job was ended by a limit which the settings do not raise."""
-    limits = ((state.max_hours, settings.max_hours), (state.max_cost, settings.max_cost))
-    return any(before is not None and now is not None and now <= before for before, now in limits)
-
-
-def missed_gate(settings: Settings, figures: Figures) -> str | None:
-    """Return which gate an export's figures miss, None if they pass all."""
-    if settings.max_refusals is not None and figures.refusals > settings.max_refusals:
-        return f"{figures.refusals} of {figures.bad_prompts} are refused, max_refusals is {settings.max_refusals}"
-    if settings.max_kl is not None and (figures.kl is None or not figures.kl <= settings.max_kl):
-        return f"the KL divergence is {figures.kl or 0:.4g}, max_kl is {settings.max_kl:g}"
-    return None
-
-
-def _outcome(folder: RunFolder, chosen: int, export: Path) -> Outcome:
-    base = read_record(folder.figures_file("base"), Figures)
-    return Outcome(folder, chosen, base, read_record(folder.figures_file(export.name), Figures))
-
-
-@contextmanager
-def _recorded(folder: RunFolder, record: JobRecord, settings: Settings, events: Events, meter: Meter) -> Iterator[None]:
-    """Keep state.json, the event log and the meter true to how the block ends."""
-    chosen = (folder.read_state() or State(state="running", trials=0)).chosen
-    write_record(folder.job_file, record)
-    write_record(folder.state_file, State(state="running", trials=settings.trials, chosen=chosen))
-    events.log_to(folder.events_file)
-    key = _settings_key(settings)
-    events.emit("job_started", f"job {record.job_id} in {folder.path}", versions=record.versions, settings=key)
-    try:
-        with meter.running():
-            yield
-    except Stopped as stop:
-        _end(folder, events, "preempted", str(stop))
-        raise
-    except AcceleratorFaultError as fault:
-        faults = _faults_in_a_row(folder)
-        _end(folder, events, "failed" if faults >= _MOST_FAULTS else "preempted", fault.line)
-        if faults >= _MOST_FAULTS:
-            raise
-        events.emit("accelerator_fault", f"{fault}; going on in a fresh process")
-        raise RestartNeeded from fault
-    except JobError as error:
-        _end(folder, events, "failed", error.line)
-        if isinstance(error, ImpossibleJobError) and folder.read_job().resolution is None:
-            folder.discard()  # nothing was begun that could be continued
-        raise
-    except Exception as error:
-        _end(folder, events, "failed", f"{type(error).__name__}: {error}")
-        raise
-
-
-def _faults_in_a_row(folder: RunFolder) -> int:
-    """Return how often the device has failed since the latest trial."""
-    faults = 0
-    for event in read_events(folder.events_file):
-        faults = 0 if event.get("event") == "trial" else faults + (event.get("event") == "accelerator_fault")
-    return faults
-
-
-def _end(folder: RunFolder, events: Events, state: str, reason: str) -> None:
-    former = folder.read_state()
-    assert former is not None
-    ended = State.model_validate({**former.model_dump(), "state": state, "reason": reason})
-    try:
-        write_record(folder.state_file, ended)
-        events.emit(f"job_{state}", reason=reason, phase=former.phase)
-    except MachineError:
-        pass  # on a full disk nothing can be written down; the failure itself is what the user has to see
+def _priced(settings: Settings, rental: Rental | None) -> Settings:
+    """Return the settings with the price that the platform bills, where none is given."""
+    if settings.price is not None or rental is None:
+        return settings
+    return settings.model_copy(update={"price": rental.price()})
 
 
 class _Job:
@@ -260,7 +211,9 @@ class _Job:
         events: Events,
         signals: StopSignals,
         meter: Meter,
+        hold: Hold,
     ) -> None:
+        self._hold = hold
         self._folder = folder
         self._record = record
         self._settings = settings
@@ -283,11 +236,12 @@ class _Job:
         export = self._export_folder(chosen)
         link_export(self._folder, export)
         self._require_same(export)
-        outcome = _outcome(self._folder, chosen.number, export)
+        outcome = outcome_of(self._folder, chosen.number, export)
         missed = missed_gate(self._settings, outcome.edited)
         if missed is None:
             self._phase("upload")
-            failed = deliver_to_all(self._folder, export, self._settings, self._events)
+            with self._hold.outward():
+                failed = deliver_to_all(self._folder, export, self._settings, self._events)
             outcome = replace(outcome, failed_targets=tuple(failed))
         else:
             self._events.emit("gate_missed", f"nothing is delivered: {missed}")
@@ -414,9 +368,8 @@ class _Job:
         search = bench.search()
         done = len(search.finished())
         self._events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
-        pace = _Pace(
-            _budget(self._folder, self._settings, self._meter), self._signals, self._settings.grace, begun=done > 0
-        )
+        budget = _budget(self._folder, self._settings, self._meter)
+        pace = _Pace(budget, self._hold, self._signals, self._settings.grace, begun=done > 0)
         with self._events.progress("trials", target, done) as advance:
 
             def told(trial: Trial) -> None:
@@ -447,13 +400,16 @@ class _Job:
         state = self._folder.read_state()
         assert state is not None
         write_record(self._folder.state_file, state.model_copy(update={"phase": name}))
+        if self._folder.prompts_file.exists():  # before, there is nothing that another machine could go on from
+            self._hold.keep()
 
 
 class _Pace:
-    """Times batches, gives a stopped one its grace, and ends the search when the budget asks for it."""
+    """Times batches, keeps each, gives a stopped one its grace, and ends the search when the budget asks for it."""
 
-    def __init__(self, budget: Budget, signals: StopSignals, grace: float, *, begun: bool) -> None:
+    def __init__(self, budget: Budget, hold: Hold, signals: StopSignals, grace: float, *, begun: bool) -> None:
         self._budget = budget
+        self._hold = hold
         self._signals = signals
         self._grace = grace
         self._begun = begun
@@ -461,14 +417,21 @@ class _Pace:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
+        """Time a batch; its block may end by itself within the grace after a stop."""
         begin = time.monotonic()
         with self._signals.graceful(self._grace):
             yield
         self._begun = True
         self._longest = max(self._longest, time.monotonic() - begin)
+        self._hold.keep()
 
     def may_go_on(self) -> bool:
-        """Return whether another batch fits; the first one of a job is made in any case, or nothing could be chosen."""
+        """Return whether another batch fits; the first one of a job is made in any case, or nothing could be chosen.
+
+        Raises:
+            HeldError: Another run has taken the job over.
+        """
+        self._hold.check()
         return not self._begun or self._budget.has_room_for(self._longest)
 
 
@@ -512,8 +475,10 @@ def surveyor_of(
         on: A machine to plan for in place of this one.
     """
     surveyor = Surveyor(
-        settings=settings, notes=tuple(notes), on=on, settings_key=_settings_key(settings), report=events.say
+        settings=settings, notes=tuple(notes), on=on, settings_key=settings_key(settings), report=events.say
     )
+    if on is None:
+        surveyor.rental = _this_rental()
     if folder.job_file.exists():
         holder = folder.holder()
         surveyor.commit = folder.read_job().model_commit
@@ -526,11 +491,6 @@ def surveyor_of(
         elif holder is not None:
             surveyor.left_by = (holder.process,)
     return surveyor
-
-
-def _settings_key(settings: Settings) -> str:
-    """Return what tells one start's settings from another's."""
-    return hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:12]
 
 
 def model_folder(record: JobRecord, settings: Settings, events: Events) -> Path:

@@ -196,6 +196,18 @@ class Settings(BaseSettings):
     trials: int = Field(ge=1, description="How many edits the search tries.")
     startup_trials: int | None = Field(None, ge=1, description="Random ones among them; unset: min(60, trials / 3).")
     trials_per_batch: int = Field(ge=1, description="Trials asked and evaluated together.")
+    checkpoint: str | None = Field(
+        None,
+        description="Where the job is mirrored, so that another machine can go on: s3://bucket/prefix, hf://user/repo "
+        "or file:///dir.",
+    )
+    require_checkpoint: bool = Field(description="Stop the job where its checkpoint stays down.")
+    when_done: Literal["nothing", "stop", "destroy"] = Field(
+        description="What becomes of the rented machine once the result is delivered."
+    )
+    when_failed: Literal["nothing", "stop", "destroy"] = Field(
+        description="What becomes of the rented machine when the job fails."
+    )
     upload: list[str] = Field(
         description="Targets that the result is delivered to: file:///dir, hf://user/repo[@branch], s3://bucket/prefix."
     )
@@ -327,8 +339,8 @@ def load_settings(
     Raises:
         UsageError: A source cannot be read, or a setting is unknown or invalid.
     """
-    merged, sources, notes = _merged(options, config, assignments, fixed)
-    return LoadedSettings(_validated(merged, sources), sources, notes)
+    values, sources, notes = _merged(options, config, assignments, fixed)
+    return LoadedSettings(_validated(values, sources), sources, notes)
 
 
 def _merged(
@@ -395,6 +407,26 @@ def _environment() -> dict[str, Any]:
         Settings, env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__", env_ignore_empty=True
     )
     return source()
+
+
+def assigned(assignments: Iterable[str]) -> dict[str, Any]:
+    """Return ``key=value`` assignments as nested tables.
+
+    Raises:
+        UsageError: One is malformed or names no setting.
+    """
+    found = _nested(map(_assignment, assignments))
+    _check_names(found, Settings, "command line")
+    return found
+
+
+def merged(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested tables with others put over them."""
+    found = dict(values)
+    for key, value in others.items():
+        below = found.get(key)
+        found[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return found
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -487,6 +519,13 @@ def _validated(merged: dict[str, Any], sources: Mapping[str, str]) -> Settings:
             f"startup_trials = {settings.startup_trials} is more than trials = {settings.trials}",
             remedy="lower --startup-trials or raise --trials",
         )
+    if settings.checkpoint is not None and not _TARGET.fullmatch(settings.checkpoint):
+        raise UsageError(
+            f"checkpoint {settings.checkpoint!r} is not supported",
+            remedy="use s3://bucket/prefix, hf://user/repo or file:///absolute/folder",
+        )
+    if settings.require_checkpoint and settings.checkpoint is None:
+        raise UsageError("require_checkpoint is set and there is no checkpoint", remedy="give --checkpoint")
     for target in settings.upload:
         if not _TARGET.fullmatch(target):
             raise UsageError(
@@ -522,10 +561,10 @@ def describe_settings(
     Raises:
         UsageError: A setting is unknown or invalid; that some are not given yet is no error here.
     """
-    merged, sources, notes = _merged(options, config, assignments)
+    values, sources, notes = _merged(options, config, assignments)
     # Stands in for what must be given to run a job but not to look at the settings.
     required = {key: "-" for key, field in Settings.model_fields.items() if field.is_required()}
-    settings = _validated({**required, **merged}, sources)
+    settings = _validated({**required, **values}, sources)
     values = dict(_flatten(settings.model_dump(mode="json")))
     lines = []
     for name in setting_names():

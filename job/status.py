@@ -16,12 +16,17 @@ from job.workspace import RunFolder, read_record
 _RECENT = 20
 
 
-def job_status(folder: RunFolder) -> dict[str, Any]:
-    """Return the status of a job (DESIGN section 6)."""
+def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]:
+    """Return the status of a job (DESIGN section 6).
+
+    Args:
+        folder: Its run folder, or what a checkpoint has of it.
+        running: Whether a run is at it; None: its lock tells.
+    """
     record, state = folder.read_job(), folder.read_state()
     trials = job_trials(folder)
     prompts = read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None
-    held = folder.is_held()
+    held = folder.is_held() if running is None else running
     if state is None:
         name, reason = "new", None
     elif state.state == "running" and not held:

@@ -27,6 +27,10 @@ from job.sources import source_identity
 EXTENDING = frozenset(
     {
         "workspace",
+        "checkpoint",
+        "require_checkpoint",
+        "when_done",
+        "when_failed",
         "upload",
         "visibility",
         "export_format",
@@ -217,6 +221,7 @@ class RunFolder:
             raise HeldError(
                 f"job {self.path.name} is held by {holder.describe() if holder else 'another process'}",
                 remedy="wait for it to end or stop it",
+                elsewhere=holder is not None and holder.process.boot_id != this_process().boot_id,
             ) from None
         except OSError as error:
             raise cannot_write(self.lock_file, error) from error
@@ -326,7 +331,8 @@ def open_job(settings: Settings, *, new: bool, pinned: Mapping[str, Any] | None 
     identity = {**identify(settings), **(pinned or {})}
     folder = RunFolder(Path(settings.workspace) / job_id(identity))
     if not folder.job_file.exists() and not new and not pinned:
-        _refuse_other_settings(folder.path.parent, identity)
+        others = {other.path.name: other.read_job().identity for other in jobs_in(folder.path.parent)}
+        refuse_other_settings(str(folder.path.parent), others, identity)
     try:
         folder.path.mkdir(exist_ok=True)
     except OSError as error:
@@ -351,14 +357,23 @@ def _located(settings: Settings) -> dict[str, Any]:
     return {**settings.model_dump(mode="json"), "model": model}
 
 
-def _refuse_other_settings(workspace: Path, identity: Mapping[str, Any]) -> None:
-    for folder in jobs_in(workspace):
-        other = folder.read_job().identity
-        if other.get("model") != identity["model"]:
+def refuse_other_settings(place: str, others: Mapping[str, Mapping[str, Any]], identity: Mapping[str, Any]) -> None:
+    """Refuse to start a job where there is one on the same model with other settings.
+
+    Args:
+        place: The workspace or checkpoint.
+        others: The identities of the jobs there, by their names.
+        identity: That of the new job.
+
+    Raises:
+        UsageError: There is one.
+    """
+    for name, other in others.items():
+        if other.get("model") != identity["model"] or "reproduces" in other:
             continue
         differences = sorted(_differences(other, identity))
         raise UsageError(
-            f"{workspace} holds job {folder.path.name} on this model with other settings: " + "; ".join(differences),
+            f"{place} holds job {name} on this model with other settings: " + "; ".join(differences),
             remedy="restore them to continue it, or give --new to start another job",
         )
 

@@ -90,7 +90,9 @@ class Holding:
         if found is None or theirs is None or theirs.lease.runner != wanted.lease.runner:
             who = f"{theirs.lease.describe()} has taken it over" if theirs else "the checkpoint has been removed"
             self.lost = LeaseLostError(
-                f"the lease of job {wanted.job_id} at {self._store.uri} is lost: {who}", remedy=_REMEDY
+                f"the lease of job {wanted.job_id} at {self._store.uri} is lost: {who}",
+                remedy=_REMEDY,
+                elsewhere=theirs is not None and not theirs.lease.is_near,
             )
             raise self.lost
         self._stored, self.head = found, theirs
@@ -203,5 +205,7 @@ def is_running(head: Head, stored: Stored) -> bool:
 
 def _held(store: Store, job: str, lease: Lease) -> HeldError:
     return HeldError(
-        f"job {job} is held by {lease.describe()} (checkpoint {store.uri})", remedy="wait for it to end or stop it"
+        f"job {job} is held by {lease.describe()} (checkpoint {store.uri})",
+        remedy="wait for it to end or stop it",
+        elsewhere=not lease.is_near,
     )

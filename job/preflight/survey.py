@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from job.errors import ImpossibleJobError, JobError, MachineError, UsageError
 from job.hub import count_traffic
@@ -34,6 +34,7 @@ from job.preflight.limits import read_limits
 from job.preflight.planning import LINE, Planning
 from job.preflight.probe import read_machine
 from job.preflight.readings import MachineReading
+from job.preflight.rental_checks import checkpoint_check, expected_bytes, rental_checks
 from job.preflight.restarts import Start, restart_check
 from job.preflight.strays import own_leftovers
 from job.preflight.target_checks import target_checks
@@ -43,6 +44,9 @@ from job.prompts import PromptSets, load_prompts
 from job.records import Record
 from job.settings import Settings
 from job.sources import parse_source
+
+if TYPE_CHECKING:
+    from job.cloud.rental import Rental
 
 
 class Survey(Record):
@@ -118,6 +122,7 @@ class Surveyor:
         settings_key: What tells these settings from those of past starts.
         trials_done: Trials of the study.
         held: Who holds the job, None if nobody.
+        rental: The rented machine that this is, None if it is none that is known.
         keep: What is fetched may stay in the caches.
         report: Told of what is tried again.
     """
@@ -132,6 +137,7 @@ class Surveyor:
     settings_key: str = ""
     trials_done: int = 0
     held: str | None = None
+    rental: Rental | None = None
     keep: bool = True
     report: Callable[[str], None] = lambda _: None
 
@@ -276,7 +282,8 @@ class Surveyor:
 
     def _target_checks(self) -> list[Check]:
         """Return a check of every target: that it can be written, without leaving anything there."""
-        return [check for target in self.settings.upload for check in target_checks(target, self.settings)]
+        checks = [check for target in self.settings.upload for check in target_checks(target, self.settings)]
+        return checks + ([] if self.on else rental_checks(self.settings, self.rental))
 
     # --- what follows from all of it -----------------------------------------------------------------
 
@@ -308,6 +315,9 @@ class Surveyor:
                 line=self._line,
                 trials_done=self.trials_done,
             )
+        if self.settings.checkpoint is not None:
+            held = expected_bytes(self.prompts, self._facts.layers, self._facts.hidden)
+            checks += self._guarded("checkpoint", lambda: [checkpoint_check(self.settings, held)])
         if hours is not None:
             checks.append(time_check(hours, self.settings.max_hours))
             checks.append(cost_check(hours, self.settings.price, self.settings.max_cost))

@@ -1,0 +1,117 @@
+"""The checks of what outlives this machine: the checkpoint, and the end of the rental."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from job.errors import MachineError
+from job.preflight.checks import Check, size
+from job.preflight.mounts import kind_of, mount_of, read_mounts
+from job.prompts import PromptSets
+from job.settings import Settings
+from job.upload.local import target_folder
+from job.upload.targets import s3_options
+
+if TYPE_CHECKING:
+    from job.cloud.rental import Rental
+
+_NEEDED = "a place off this machine for what must survive it"
+
+
+def expected_bytes(prompts: PromptSets, layers: int, width: int) -> int:
+    """Return about how many bytes the checkpoint will hold."""
+    from job.checkpoint import expected_bytes as of_mirror
+
+    sets = (prompts.good, prompts.bad, prompts.helpfulness, prompts.unhelpfulness, prompts.capability)
+    return of_mirror(sum(map(len, sets)), layers + 1, width)
+
+
+def checkpoint_check(settings: Settings, held: int) -> Check:
+    """Prove that the checkpoint can be kept, and leave nothing there.
+
+    Args:
+        settings: Where it is.
+        held: Bytes that it will hold.
+
+    Raises:
+        JobError: It cannot.
+    """
+    from job.checkpoint import HOLDS, MirrorOptions, open_mirror
+
+    assert settings.checkpoint is not None
+    with open_mirror(settings.checkpoint, MirrorOptions(s3=s3_options(settings))) as mirror:
+        proof = mirror.probe()
+    quirks = "".join(f"; {quirk}" for quirk in proof.quirks)
+    return Check(
+        name="checkpoint",
+        status="ok" if proof.fenced else "warn",
+        measured=f"{settings.checkpoint}: {proof.what}{quirks}; it will hold about {size(held)}: {HOLDS}",
+        needed="the right to write there, and writes that fail where another run was quicker",
+        remedy="" if proof.fenced else "make sure yourself that no two runs of this job go on at once",
+    )
+
+
+def rental_checks(settings: Settings, rental: Rental | None) -> list[Check]:
+    """Return the checks of the rented machine, none where there is none and nothing is to become of it."""
+    checks = []
+    ends = settings.when_done != "nothing" or settings.when_failed != "nothing"
+    if ends:
+        checks.append(_known(rental))
+    if settings.when_done == "destroy" or settings.when_failed == "destroy":
+        checks.append(_survival(settings))
+    if rental is not None and settings.checkpoint is None:
+        checks.append(
+            Check(
+                name="rental.checkpoint",
+                status="warn",
+                measured=f"this machine is rented ({rental.platform}) and the job has no checkpoint: if the machine is "
+                "taken away, all is lost",
+                needed="--checkpoint s3://bucket/prefix or hf://user/repo",
+                remedy="give --checkpoint",
+            )
+        )
+    return checks
+
+
+def _known(rental: Rental | None) -> Check:
+    """Say whether the platform can be asked to end the rental of this machine."""
+    try:
+        if rental is None:
+            raise MachineError(
+                "this is no rented machine that is known: nothing would end it",
+                remedy="leave --when-done and --when-failed out, or pass the platform's variables into the container",
+            )
+        found = rental.check()
+    except MachineError as error:
+        return Check(
+            name="rental.end",
+            status="fail",
+            measured=str(error),
+            needed="a platform that ends the rental when asked",
+            remedy=error.remedy,
+        )
+    return Check(name="rental.end", status="ok", measured=found, needed="a platform that ends the rental when asked")
+
+
+def _survival(settings: Settings) -> Check:
+    """Say whether what must survive the machine has a place off it."""
+    result = [target for target in settings.upload if _is_off_machine(target)]
+    rest = settings.checkpoint is not None and _is_off_machine(settings.checkpoint)
+    missing = [
+        *([] if result else ["the result (give --upload hf://... or s3://...)"]),
+        *([] if rest else ["study, directions, events and report (give --checkpoint s3://... or hf://...)"]),
+    ]
+    return Check(
+        name="rental.survival",
+        status="fail" if missing else "ok",
+        measured=f"to be destroyed with this machine: {' and '.join(missing)}" if missing else "all that matters",
+        needed=_NEEDED,
+        remedy="name such places, or use --when-done stop" if missing else "",
+        scope="job",
+    )
+
+
+def _is_off_machine(uri: str) -> bool:
+    if not uri.startswith("file:"):
+        return True
+    return kind_of(mount_of(target_folder(uri), read_mounts())) in ("network", "object-store")

@@ -1,0 +1,103 @@
+"""Which job a command means, and where it is: in the workspace, or at a checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.errors import UsageError
+from job.settings import Settings, assigned, load_settings, merged
+from job.workspace import EXTENDING, RunFolder, find_job
+
+if TYPE_CHECKING:
+    from job.checkpoint import Head, Mirror
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Which job is meant, and where it is.
+
+    Attributes:
+        workspace: Folder of all run folders.
+        job: Its name, None where it is alone.
+        checkpoint: Where it is mirrored, None where it is in the workspace.
+        assignments: Settings as ``key=value`` that only extend it, or say how the checkpoint is reached.
+    """
+
+    workspace: Path
+    job: str | None = None
+    checkpoint: str | None = None
+    assignments: tuple[str, ...] = ()
+
+    def folder(self) -> RunFolder:
+        """Return the job's run folder in the workspace.
+
+        Raises:
+            UsageError: There is none, or several and none is named.
+        """
+        return find_job(self.workspace, self.job)
+
+    @property
+    def revisions(self) -> dict[str, Any]:
+        """The assignments as nested tables.
+
+        Raises:
+            UsageError: One of them would make it another job.
+        """
+        found = assigned(self.assignments)
+        for name in found:
+            if name not in EXTENDING:
+                raise UsageError(f"--set {name}: that would make it another job", remedy="give it to `abliterate run`")
+        return found
+
+    @contextmanager
+    def mirror(self) -> Iterator[Mirror]:
+        """Yield the checkpoint."""
+        from job.holding import open_checkpoint
+
+        settings = load_settings({"model": "-", "checkpoint": self.checkpoint}, assignments=self.assignments).settings
+        with open_checkpoint(settings, lambda _: None) as mirror:
+            yield mirror
+
+    def mirrored(self, mirror: Mirror) -> Head:
+        """Return the head of the job at a checkpoint.
+
+        Raises:
+            UsageError: There is none, or several and none is named.
+        """
+        heads = {head.job_id: head for head in mirror.jobs() if head.files}
+        names = ", ".join(heads)
+        if self.job is None and len(heads) > 1:
+            raise UsageError(f"{mirror.uri} holds several jobs: {names}", remedy="name one with --job")
+        name = self.job or next(iter(heads), "")
+        if name not in heads:
+            raise UsageError(
+                f"there is no job {self.job or ''}".rstrip() + f" at {mirror.uri}",
+                remedy=f"choose from: {names}" if names else "check --checkpoint",
+            )
+        return heads[name]
+
+
+def job_settings(folder: RunFolder, **others: object) -> Settings:
+    """Return the settings of a job as of its latest start, with others in their place."""
+    return Settings(**merged({**folder.read_job().settings, "workspace": str(folder.path.parent)}, others))
+
+
+@contextmanager
+def status_folder(where: Whereabouts) -> Iterator[tuple[RunFolder, bool | None]]:
+    """Yield a folder to tell a job's status from, and whether a run is at it; None: the folder's lock tells.
+
+    Raises:
+        UsageError: There is no such job.
+        DeliveryError: The checkpoint cannot be reached.
+    """
+    if where.checkpoint is None:
+        yield where.folder(), None
+        return
+    with where.mirror() as mirror, tempfile.TemporaryDirectory() as place:
+        fetched = mirror.fetch(where.mirrored(mirror).job_id, Path(place))
+        yield fetched.folder, fetched.running
