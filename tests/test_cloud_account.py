@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from job.cloud import api
 from job.cloud.account import open_market
 from job.cloud.api import CloudError
 from job.cloud.launching import environment
@@ -47,6 +48,16 @@ def test_fetch_reads_a_stream_that_stays_open(runpod: RunPodServer, tmp_path: Pa
     result = command(runpod, tmp_path, "fetch", "abc", tmp_path / "out").check()
     assert (tmp_path / "out" / "abc.log").read_text() == "one\ntwo ***\nthree\n"
     assert "runpodctl send" in result.err
+
+
+def test_a_stream_that_is_never_silent_is_left(
+    runpod: RunPodServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "_STREAM_SECONDS", 0.5)
+    runpod.add_pod("abc")
+    runpod.chatter = True
+    command(runpod, tmp_path, "fetch", "abc", tmp_path / "out").check()
+    assert (tmp_path / "out" / "abc.log").read_text().startswith("trial 1: done\nagain\nagain\n")
 
 
 def test_fetch_of_what_is_gone(vast: VastServer, tmp_path: Path) -> None:
@@ -92,6 +103,13 @@ def test_keys_come_from_where_the_platforms_tools_keep_them(
         assert server.requests[-1].status == 200
         with pytest.raises(UsageError, match="no key"):
             open_market(platform, print, env={"HOME": str(tmp_path / "nobody")})  # type: ignore[arg-type]
+
+
+def test_the_key_follows_no_redirect(vast: VastServer, runpod: RunPodServer) -> None:
+    vast.fail(status=307, headers={"Location": f"{runpod.url}/v2/pods"})
+    with pytest.raises(CloudError, match="307"):
+        open_market("vast", print, env=env_of(vast), patience=QUICK).labelled("x")
+    assert runpod.requests == []
 
 
 def test_what_is_passed_on_does_not_come_back_in_messages(vast: VastServer) -> None:

@@ -13,6 +13,7 @@ from job.cloud.api import KeyRefusedError
 from job.cloud.launching import Launcher, find_launch
 from job.cloud.market import Terms
 from job.cloud.watching import Watch
+from job.errors import MachineError
 from tests.cloud import RunPodServer, VastServer
 from tests.cloud.helpers import COMMAND, IMAGE, command, launcher
 from tests.fault_proxy import FaultProxy
@@ -153,6 +154,21 @@ def test_how_a_watch_ends(vast: VastServer, tmp_path: Path, status: str, code: i
     vast.instances[70001].update(actual_status=status, intended_status="stopped" if code == 0 else "running")
     result = command(vast, tmp_path, "watch", launched.out.strip(), "--every", "0.1")
     assert (result.code, part in result.err) == (code, True)
+
+
+def test_an_instance_that_was_rented_and_not_recorded_is_taken_up(vast: VastServer, tmp_path: Path) -> None:
+    starter = launcher(vast, tmp_path, [])
+    with pytest.raises(MachineError):
+        starter.rent()  # nothing is offered; the record is there
+    command(vast, tmp_path, "watch", "abliterate-test").fails(2, "has rented nothing")
+    vast.add_instance(70001, label="abliterate-test-1", actual_status="exited")
+    result = command(vast, tmp_path, "watch", "abliterate-test", "--every", "0.1")
+    assert (result.code, "70001 BILLS ON" in result.err) == (1, True)
+    # Likewise the second one, of a watch that was cut off while it replaced the first.
+    vast.instances.clear()
+    vast.add_instance(70002, label="abliterate-test-2", actual_status="exited")
+    result = command(vast, tmp_path, "watch", "abliterate-test", "--every", "0.1")
+    assert "70002 BILLS ON" in result.err
 
 
 def test_watching_what_somebody_else_launched(vast: VastServer, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ _UNCERTAIN = frozenset({408, 500, 502, 503, 504})
 # A platform that asks for a longer wait than this is not waited for.
 _LONGEST_ASKED = 300.0
 _TIMEOUT_SECONDS = 30.0
+_STREAM_SECONDS = 30.0
 _DETAIL_CHARACTERS = 300
 
 
@@ -159,6 +160,8 @@ class Api:
     def lines(self, path: str, params: Mapping[str, str | int], *, what: str, quiet: float) -> list[str]:
         """Return the lines of a stream that stays open, up to the first silence of so many seconds.
 
+        One that is never silent is left after half a minute.
+
         Raises:
             CloudError: The platform says no, or cannot be reached.
         """
@@ -166,13 +169,17 @@ class Api:
 
         def read(client: httpx2.Client) -> list[str]:
             found: list[str] = []
+            deadline = time.monotonic() + _STREAM_SECONDS
             timeout = httpx2.Timeout(_TIMEOUT_SECONDS, read=quiet)
             try:
                 with client.stream("GET", self.base + path, params=params, timeout=timeout) as response:
                     if response.status_code != 200:
                         response.read()
                         self._decoded(response, what)
-                    found.extend(response.iter_lines())
+                    for line in response.iter_lines():
+                        found.append(line)
+                        if time.monotonic() >= deadline:
+                            break
             except httpx2.ReadTimeout:
                 return found
             return found

@@ -110,9 +110,11 @@ def watch(
         typer.echo(describe(open_market(platform, _say).instance(id)))
         _say("this machine has no record of its launch, so it cannot be followed or launched again")
         return
-    if not found[0].instances:
+    launcher = _launcher(*found, every=every)
+    launcher.adopt()
+    if not launcher.launch.instances:
         raise UsageError(f"launch {id} has rented nothing", remedy="launch it again")
-    _watch(_launcher(found[0], found[1], every=every), relaunches, wait, max_total)
+    _watch(launcher, relaunches, wait, max_total)
 
 
 def fetch(

@@ -151,6 +151,8 @@ class Launcher:
             MachineError: There is none.
         """
         env = environment(self.launch.env, self.launch.plain_env)
+        # Written first: were this process ended while it rents, `adopt` would find the instance by the label.
+        self._keep(instances=self.launch.instances)
         deadline = time.monotonic() + 60 * wait_minutes
         while True:
             for offer in find_offers(self.market, self.launch.needs, self.launch.terms):
@@ -165,10 +167,27 @@ class Launcher:
             self.say(f"nothing is offered; looking again in {self.every:.0f} s")
             time.sleep(min(self.every, max(deadline - time.monotonic(), 0.0)))
 
+    @property
+    def _next_label(self) -> str:
+        return f"{self.launch.label}-{len(self.launch.instances) + 1}"
+
+    def adopt(self) -> None:
+        """Take up an instance that was rented for this launch and not recorded, because renting was cut off.
+
+        Raises:
+            CloudError: The platform cannot be asked.
+        """
+        for instance in self.market.labelled(self._next_label):
+            if instance.state != "gone":
+                new = Rented(id=instance.id, at=time.time(), dollars=instance.dollars or 0.0)
+                self._keep(instances=(*self.launch.instances, new))
+                self.say(f"instance {instance.id} was rented for this launch and not recorded; it is now")
+                return
+
     def _take(self, offer: Offer, env: Mapping[str, str]) -> str | None:
         launch = self.launch
         order = Order(
-            label=f"{launch.label}-{len(launch.instances) + 1}",
+            label=self._next_label,
             image=launch.image,
             command=launch.command,
             volume=launch.volume,

@@ -29,6 +29,7 @@ class RunPodServer(Platform):
         self.pods: dict[str, dict[str, Any]] = {}
         self.gpus: list[dict[str, Any]] = []
         self.log_lines: list[str] = ["trial 1: done"]
+        self.chatter = False  # whether the log goes on and on
         self._numbers = itertools.count(1)
 
     def denied(self) -> HubError:
@@ -96,25 +97,27 @@ class RunPodServer(Platform):
         raise problem(404, "Not Found", "resource not found")
 
     def _stream(self) -> Reply:
-        events = []
-        for line in self.log_lines:
-            data = json.dumps({"ts": "2026-11-01T12:00:00Z", "source": "container", "line": line})
-            events.append(f"id: 2026-11-01T12:00:00Z/1\ndata: {data}\n\n")
-        return OpenStream("".join(events).encode(), self.closing)
+        return OpenStream(b"".join(map(event, self.log_lines)), self.closing, event("again") if self.chatter else b"")
+
+
+def event(line: str) -> bytes:
+    data = json.dumps({"ts": "2026-11-01T12:00:00Z", "source": "container", "line": line})
+    return f"id: 2026-11-01T12:00:00Z/1\ndata: {data}\n\n".encode()
 
 
 class OpenStream(Reply):
-    """Events, and then silence on an open line."""
+    """Events, and then silence on an open line, or the same event for ever."""
 
-    def __init__(self, events: bytes, closing: threading.Event) -> None:
+    def __init__(self, events: bytes, closing: threading.Event, again: bytes) -> None:
         super().__init__(200, {"Content-Type": "text/event-stream"})
-        self._events, self._closing = events, closing
+        self._events, self._closing, self._again = events, closing, again
 
     @property
     def size(self) -> int:
-        return len(self._events) + 1
+        return 1 << 30  # more than ever comes
 
     def chunks(self) -> Any:
         yield self._events
-        self._closing.wait(30)
+        while not self._closing.wait(0.05 if self._again else 30):
+            yield self._again
         raise ConnectionAbortedError("the stream ends with the server")
