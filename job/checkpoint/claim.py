@@ -2,59 +2,30 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from job.checkpoint.lease import Holding, LeaseLostError, now
 from job.checkpoint.options import Pace
-from job.checkpoint.records import Entry, Head, Lineage
+from job.checkpoint.records import CACHES, Entry, Head, Lineage
 from job.checkpoint.snapshot import Snapshots, Taken
 from job.checkpoint.store import Store
+from job.checkpoint.trouble import FIRST_RETRY_S, Trouble
 from job.errors import DeliveryError, HeldError, JobError
-from job.events import redact
 from job.workspace import RunFolder, write_record
 
 LINEAGE = "mirror.json"
-_FIRST_RETRY_S, _LONGEST_RETRY_S = 0.5, 60.0
 _WATCH_S = 0.25
+# Caches of more than this may be left out of a last snapshot for which there are only seconds left.
+_LARGE_BYTES = 8 << 20
 
 
-class Trouble:
-    """How long something has been failing; says so at the first failure and then ever more rarely."""
-
-    def __init__(self, what: str, say: Callable[[str], None]) -> None:
-        self._what, self._say = what, say
-        self._since: float | None = None
-        self._next_word, self._failures = 0.0, 0
-        self.latest = ""
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the first of the failures, 0 while there are none."""
-        since = self._since
-        return now() - since if since is not None else 0.0
-
-    def failed(self, error: Exception) -> float:
-        """Note a failure and return the seconds to wait before the next try."""
-        self.latest = redact(error.line if isinstance(error, JobError) else f"{type(error).__name__}: {error}")
-        if self._since is None:
-            self._since, self._next_word, self._failures = now(), 0.0, 0
-        if self.seconds >= self._next_word:
-            since = f"has failed for {self.seconds:.0f} s" if self._failures else "fails"
-            self._say(f"warning: {self._what} {since}, the job goes on without: {self.latest}")
-            self._next_word = max(self.seconds * 2, 10.0)
-        self._failures += 1
-        wait: float = min(_FIRST_RETRY_S * 2 ** min(self._failures, 30), _LONGEST_RETRY_S)
-        return wait * random.uniform(0.5, 1.0)
-
-    def passed(self) -> None:
-        """Note a success."""
-        if self._since is not None:
-            self._say(f"{self._what} works again after {self.seconds:.0f} s")
-        self._since = None
+class _CutShortError(Exception):
+    """The run ends: what matters is to be sent before what is merely dear to compute again."""
 
 
 class Claim:
@@ -71,8 +42,9 @@ class Claim:
         self._snapshots = Snapshots(folder)
         self._life = Trouble(f"the lease at {store.uri}", say)
         self._sending = Trouble(f"the checkpoint {store.uri}", say)
-        self._wake = threading.Condition()
-        self._wanted = self._stopping = False
+        # Not a condition: a stop signal that is raised in the main thread just within its lock would leave it locked.
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._wanted = self._stopping = self._hurry = False
         self._ended = threading.Event()
         self._done = False
         self._outward = 0
@@ -105,9 +77,9 @@ class Claim:
 
     def request(self) -> None:
         """Ask for a snapshot soon; requests that come while one is under way make one more, and none waits."""
-        with self._wake:
+        if not self._wanted:
             self._wanted = True
-            self._wake.notify_all()
+            self._wake.put(None)
 
     def check(self) -> None:
         """Return at once if the run may go on.
@@ -147,20 +119,21 @@ class Claim:
         finally:
             self._outward -= 1
 
-    def close(self, *, final: bool = True, seconds: float = 60.0) -> bool:
+    def close(self, *, final: bool = True, seconds: float = 60.0, hurry: bool = False) -> bool:
         """Take the last snapshot and release the lease, within so many seconds.
 
         Args:
             final: Take it; otherwise the lease is released as the mirror stands.
+            hurry: Leave out large caches that have not arrived, and break off what is under way for them: for a
+                machine that is about to be taken away.
             seconds: How long to wait; what is not done then is given up.
 
         Returns:
             Whether all of that was done.
         """
-        with self._wake:
-            self._wanted = self._wanted or final
-            self._stopping = True
-            self._wake.notify_all()
+        self._wanted, self._hurry = final, hurry
+        self._stopping = True
+        self._wake.put(None)
         if self._sender.ident is None:
             self._sender.start()
         self._sender.join(seconds)
@@ -195,7 +168,7 @@ class Claim:
             try:
                 self.check()
             except JobError as error:
-                if self._on_lost is not None and not self._ended.is_set():
+                if self._on_lost is not None and not self._stopping:
                     self._on_lost(error)
                 return
 
@@ -204,8 +177,7 @@ class Claim:
         pause = 0.0
         while self._await_turn(pause):
             begun = now()
-            with self._wake:
-                stopping, wanted, self._wanted = self._stopping, self._wanted, False
+            stopping, wanted, self._wanted = self._stopping, self._wanted, False
             try:
                 if wanted:
                     self._save(release=stopping)
@@ -219,9 +191,10 @@ class Claim:
                     break
             except LeaseLostError:
                 break
+            except _CutShortError:
+                self._wanted, pause = True, 0.0
             except Exception as error:  # whatever it is: a mirror that ends silently would be worse
-                with self._wake:
-                    self._wanted = wanted or self._wanted
+                self._wanted = wanted or self._wanted
                 pause = self._sending.failed(error)
         self._snapshots.clear()
 
@@ -231,27 +204,35 @@ class Claim:
         The end does not wait for its turn, and after a failure not for long.
         """
         until = now() + pause
-        with self._wake:
-            while (left := until - now()) > 0 and not self._stopping:
-                self._wake.wait(left)
-            while not self._wanted and not self._stopping:
-                self._wake.wait()
+        while (left := until - now()) > 0 and not self._stopping:
+            self._sleep(left)
+        while not self._wanted and not self._stopping:
+            self._sleep(None)
         if self._stopping and self._sending.seconds:
-            self._ended.wait(min(pause, _FIRST_RETRY_S))
+            self._ended.wait(min(pause, FIRST_RETRY_S))
         return not self._ended.is_set()
+
+    def _sleep(self, seconds: float | None) -> None:
+        try:
+            self._wake.get(timeout=seconds)
+        except Empty:
+            return  # nobody has asked for anything
 
     def _save(self, *, release: bool) -> None:
         """Take a snapshot and have the head name it."""
+        self._may_send(release=release)
         head = self.head
         have = {entry.sha256: entry for entry in head.files.values()}
         taken = self._snapshots.take(have.keys())
+        if release and self._hurry:
+            taken = {path: file for path, file in taken.items() if not _may_wait(path, file)}
         files, sources = _named(taken, have, head)
         folder = Lineage.model_validate_json((self._folder.path / LINEAGE).read_bytes()).folder
         if files == head.files and head.writer == folder:
             if release:
                 self._holding.update(release=True)
             return
-        self._store.stage(head.job_id, sources)
+        self._store.stage(head.job_id, sources, lambda: self._may_send(release=release))
 
         def change(head: Head) -> tuple[Mapping[str, Any], Collection[str]]:
             if head.files == files and head.writer == folder:
@@ -269,6 +250,19 @@ class Claim:
             return fields, sorted({*head.previous} - named)
 
         self._holding.update(change, release=release)
+        if self._sending.seconds:
+            # What failed tries have left that no head names.
+            self._store.sweep(head.job_id, self.head.objects.keys() | {*self.head.previous})
+
+    def _may_send(self, *, release: bool) -> None:
+        if self._holding.lost is not None:
+            raise self._holding.lost
+        if self._hurry and not release:
+            raise _CutShortError
+
+
+def _may_wait(path: str, file: Taken) -> bool:
+    return file.source is not None and file.size > _LARGE_BYTES and Path(path).parts[0] in CACHES
 
 
 def _named(

@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,12 +93,15 @@ class FileStore:
             files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
         return sorted(str(p) for p in files if str(p) != HEAD and not any(part.startswith(".") for part in p.parts))
 
-    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]]) -> None:
+    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]], check: Callable[[], None]) -> None:
         """Copy objects, each whole or not at all."""
         folder = self._root / job / OBJECTS
         with self._clear_errors(folder):
             folder.mkdir(exist_ok=True)
             for name, (source, entry) in objects.items():
+                if (folder / name).exists():
+                    continue  # of an earlier try: a name stands for its contents
+                check()
                 temporary = folder / f".{name}.tmp"
                 if _copy(source, temporary) != entry.sha256:
                     temporary.unlink()

@@ -152,13 +152,14 @@ class HubStore:
         files = found.files if found else {}
         return [name for path in files if path.startswith(root) and (name := path.removeprefix(root)) != HEAD]
 
-    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]]) -> None:
+    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]], check: Callable[[], None]) -> None:
         """Bring large files into the repository's storage, where nobody sees them; small ones go with the commit."""
         from huggingface_hub import CommitOperationAdd
 
         # Anew at each attempt: what is small is read when it is committed, from copies that an attempt makes anew.
         staged: dict[str, CommitOperationAdd] = {}
         for name, (source, entry) in objects.items():
+            check()
             operation = CommitOperationAdd(f"{job}/{OBJECTS}/{name}", str(source))
             if operation.upload_info.sha256.hex() != entry.sha256:
                 raise DeliveryError(f"{source.name} changed while it was sent", remedy="it is sent again")
@@ -170,7 +171,7 @@ class HubStore:
         """Commit the head, all that is staged and removals at once, on top of what has been seen."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        parent = expected.token if expected else self._repo.see(self._repo.target.branch).sha
+        parent = expected.token if expected else self._parent(job)
         # A sign of life may come between: it names nothing of what has been staged for a snapshot.
         named = [operation for name, operation in self._staged.items() if name.encode() in data]
         for _ in range(_LOOKS):
@@ -188,10 +189,21 @@ class HubStore:
             found = self.read(job)
             if (found and found.data) != (expected and expected.data):
                 raise ConflictError(found)
-            parent = found.token if found else self._repo.see(self._repo.target.branch).sha
+            parent = found.token if found else self._parent(job)
         raise DeliveryError(
             f"others keep committing to {self._repo.repo_id}", remedy="give each job its own repository"
         )
+
+    def _parent(self, job: str) -> str:
+        """Return the branch's latest commit, which has no head of the job, as was expected.
+
+        Raises:
+            ConflictError: It has one now.
+        """
+        found = self._look() or self._repo.see(self._repo.target.branch)
+        if f"{job}/{HEAD}" in found.files:
+            raise ConflictError(self.read(job))
+        return found.sha
 
     def sweep(self, job: str, keep: AbstractSet[str]) -> None:
         """Nothing is ever left over: objects come and go with the head that names them."""

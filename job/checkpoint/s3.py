@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace as changed
 from datetime import datetime
@@ -52,9 +53,13 @@ class S3Store:
         given = options or S3Options()
         attempts, timeout = min(given.attempts, _ATTEMPTS), min(given.read_timeout_s, _READ_TIMEOUT_S)
         self._bucket = Bucket(Target.parse(uri), changed(given, attempts=attempts, read_timeout_s=timeout))
+        self._staged: set[str] = set()
+        self._begun: Path | None = None
 
     def close(self) -> None:
         """Let go of connections."""
+        if self._begun is not None:
+            shutil.rmtree(self._begun, ignore_errors=True)
         self._bucket.close()
 
     @cached_property
@@ -108,34 +113,39 @@ class S3Store:
         root = self._key(job, "")
         return [name for key in self._bucket.list(root) if (name := key.removeprefix(root)) != HEAD]
 
-    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]]) -> None:
+    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]], check: Callable[[], None]) -> None:
         """Put objects, large ones in parts so that memory stays bounded."""
         for name, (source, entry) in objects.items():
             key = self._key(job, f"{OBJECTS}/{name}")
+            if key in self._staged:
+                continue  # in an earlier try: a name stands for its contents
+            check()
             if entry.size <= self._bucket.options.part_bytes(entry.size):
                 data = source.read_bytes()
                 if hashlib.sha256(data).hexdigest() != entry.sha256:
                     raise DeliveryError(f"{source.name} changed while it was sent", remedy="it is sent again")
                 put(self._bucket, self._server, key, data, {})
             else:
-                self._stage_large(source, key, entry)
+                self._stage_large(source, key, entry, check)
+            self._staged.add(key)
 
-    def _stage_large(self, source: Path, key: str, entry: Entry) -> None:
+    def _stage_large(self, source: Path, key: str, entry: Entry, check: Callable[[], None]) -> None:
         if not self._server.multipart:
             raise DeliveryError(f"{self.uri}: the server takes no files of more than a part", remedy="use another")
-        # Another start uses other names: nothing is resumed then, and the sweep aborts what was begun.
-        with tempfile.TemporaryDirectory(prefix="abliterate-parts-") as states:
-            LargeFile(
-                self._bucket,
-                UploadStates(Path(states), self._bucket.options.endpoint, self._bucket.target.bucket),
-                source,
-                key,
-                ManifestEntry(sha256=entry.sha256, size=entry.size),
-                algorithm=self._server.algorithm,
-                md5_etags=self._server.md5_etags,
-                conditions={},
-                progress=lambda _size: None,
-            ).deliver()
+        # The next try goes on with what was begun, another start does not: it uses other names, and sweeps.
+        self._begun = self._begun or Path(tempfile.mkdtemp(prefix="abliterate-parts-"))
+        states = UploadStates(self._begun, self._bucket.options.endpoint, self._bucket.target.bucket)
+        LargeFile(
+            self._bucket,
+            states,
+            source,
+            key,
+            ManifestEntry(sha256=entry.sha256, size=entry.size),
+            algorithm=self._server.algorithm,
+            md5_etags=self._server.md5_etags,
+            conditions={},
+            progress=lambda _size: check(),  # what it raises ends the upload
+        ).deliver()
 
     def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:
         """Put the head on the condition that the expected one stands there."""

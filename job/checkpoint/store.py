@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +79,14 @@ class Store(Protocol):
     def names(self, job: str) -> list[str]:
         """Return the names of all that is kept for a job beside its head, relative to the job."""
 
-    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]]) -> None:
-        """Bring objects to where a head can name them; slow, and safe to be cut."""
+    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]], check: Callable[[], None]) -> None:
+        """Bring objects to where a head can name them; slow, and safe to be cut: the next call goes on.
+
+        Args:
+            job: The job.
+            objects: Where to read each, by its name.
+            check: Called before each of them and, where possible, now and then; what it raises ends all.
+        """
 
     def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:
         """Put a head where the expected one still stands, with all that has been staged, and remove objects.
