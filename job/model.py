@@ -1,4 +1,4 @@
-"""The loaded model: its weights in a dtype that works, its tokenizer, and how many rows it can take."""
+"""The loaded model: its weights in a dtype that works, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
@@ -34,10 +33,6 @@ from job.settings import LoadingSettings
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _CPUS = Path("/proc/cpuinfo")
-# Rows beyond these gain nothing in throughput, so that even small models are not given more.
-MOST_ROWS = {"cpu": 256, "cuda": 1024, "mps": 256}
-# Share of a device's memory that weights, caches and activations together may take.
-MEMORY_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -292,29 +287,3 @@ def _fault(loaded: LoadedModel) -> str | None:
     except RuntimeError as error:
         return str(error).strip().splitlines()[0]
     return None
-
-
-def rows_that_fit(loaded: LoadedModel, tokens: int) -> int:
-    """Return how many rows of so many tokens a forward takes, by a rule without measurement.
-
-    The rule depends on the model and the device's total memory alone, so that two runs of one job on
-    like machines agree. It is a power of two.
-    """
-    config = loaded.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = loaded.model.dtype.itemsize
-    cache = 2 * config.num_hidden_layers * heads * head * size
-    # Residual, normed input, attention and MLP intermediates, with their float32 copies in the hooks.
-    activations = (8 * config.hidden_size + 3 * config.intermediate_size) * 4
-    row = tokens * (cache + activations) + 3 * config.vocab_size * 4
-    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    kind = loaded.device.type
-    total = (
-        torch.cuda.get_device_properties(loaded.device).total_memory
-        if kind == "cuda"
-        else psutil.virtual_memory().total
-    )
-    fitting = int((MEMORY_SHARE * total - weights) / row)
-    rows = min(max(fitting, 1), MOST_ROWS[kind])
-    return 1 << (rows.bit_length() - 1)

@@ -176,7 +176,7 @@ def _run(start: Start, events: Events, signals: StopSignals) -> Outcome:
         record, settings = start.opened()
         surveyor = surveyor_of(folder, settings, events, notes=start.notes)
         surveyor.held, surveyor.left_by = None, (left_by.process,) if left_by else ()
-        settings = surveyor.settings = _priced(settings, surveyor.rental)
+        surveyor.uploads, settings = folder.uploads_state, surveyor.settings
         meter = Meter(folder.meter_file, settings.price)
         with recorded(folder, record, settings, events, meter):
             return _Job(folder, record, settings, events, signals, meter, hold).do(surveyor)
@@ -348,11 +348,19 @@ class _Job:
             for check in survey.checks:
                 if check.name.startswith("data."):
                     self._events.say(f"{check.name.removeprefix('data.')}: {check.measured}")
+        self._pin(survey)
+        return prompts
+
+    def _pin(self, survey: Survey) -> None:
+        """Keep what is resolved at the first start and never again."""
+        pinned: dict[str, Any] = {}
         if self._record.model_commit is None and survey.commit is not None:
             pinned = {"model_commit": survey.commit, "model_public": survey.public}
+        if self._record.planned_rows is None and survey.plan is not None:
+            pinned["planned_rows"] = survey.plan.rows
+        if pinned:
             self._record = self._record.model_copy(update=pinned)
             write_record(self._folder.job_file, self._record)
-        return prompts
 
     def _choice(self, trials: Sequence[Trial], prompts: PromptSets) -> Trial:
         return choose(trials, len(prompts.bad_search), self._settings.choice.refusal_tolerance)
@@ -479,6 +487,7 @@ def surveyor_of(
     )
     if on is None:
         surveyor.rental = _this_rental()
+        surveyor.settings = _priced(settings, surveyor.rental)
     if folder.job_file.exists():
         holder = folder.holder()
         surveyor.commit = folder.read_job().model_commit
@@ -526,6 +535,9 @@ def preflight(
     Raises:
         UsageError: A setting is malformed.
     """
-    surveyor = surveyor_of(find_folder(settings), settings, events, notes=notes, on=on)
+    folder = find_folder(settings)
+    surveyor = surveyor_of(folder, settings, events, notes=notes, on=on)
     surveyor.keep = False
+    if settings.checkpoint is not None:
+        surveyor.leased = folder.path.name
     return surveyor.survey()

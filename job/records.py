@@ -163,6 +163,7 @@ class JobRecord(Record):
         settings: All settings as of the latest start.
         startup_trials: Random trials at the start of the search, fixed at the first start.
         model_commit: The commit that a model on the Hub is used at.
+        planned_rows: Rows of a forward by preflight's plan of the memory.
         model_public: The model is on the Hub for everybody to see, so that it may be named.
         resolution: Set when the model has been loaded for the first time.
         versions: Versions of this package and of the libraries that decide results, at the first start.
@@ -177,6 +178,7 @@ class JobRecord(Record):
     startup_trials: int
     model_commit: str | None = None
     model_public: bool = False
+    planned_rows: int | None = None
     resolution: Resolution | None = None
     versions: dict[str, str]
     reproduces: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from job.budget import read_spent
@@ -49,6 +50,7 @@ def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]
             "running": _running(folder, len(trials), target) if name == "running" else 0,
         },
         "eta_s": _eta(folder, target - len(trials)) if name == "running" else None,
+        "eta_total_s": _eta_total(folder, target - len(trials)) if name == "running" else None,
         "best": [
             {"number": t.number, "params": t.params, "values": {"refusals": t.values.refusals, "kl": t.values.kl}}
             for t in pareto_front(trials)
@@ -86,11 +88,25 @@ def _eta(folder: RunFolder, left: int) -> float | None:
     return round((recent[-1] - recent[0]) / (len(recent) - 1) * left, 1)
 
 
+def _eta_total(folder: RunFolder, left: int) -> float | None:
+    """Return the seconds until the job is done: the search at its latest rate, export and delivery as estimated."""
+    search = 0.0 if left <= 0 else _eta(folder, left)
+    if search is None or not folder.preflight_file.exists():
+        return None
+    hours = json.loads(folder.preflight_file.read_text()).get("hours") or {}
+    rest = float(hours.get("export", 0.0)) + float(hours.get("upload", 0.0))
+    return round(search + 3600 * rest, 1)
+
+
 def status_text(status: dict[str, Any]) -> str:
     """Return a job's status for people."""
     trials = status["trials"]
     lines = [f"job {status['job_id']}: {status['state']}" + (f" ({status['reason']})" if status["reason"] else "")]
     eta = f", ETA {status['eta_s']:.0f} s" if status["eta_s"] is not None else ""
+    if status["eta_total_s"] is not None:
+        eta += f", all done in about {status['eta_total_s']:.0f} s"
+    if status["cost_usd"] is not None:
+        eta += f", ${status['cost_usd']:.2f} so far"
     lines.append(f"trials: {trials['done']} of {trials['target']}{eta}")
     for best in status["best"]:
         mark = "  <- chosen" if best["number"] == status["chosen"] else ""

@@ -17,7 +17,7 @@ from job.events import Events
 from job.export import Checkpoint, Edit, copy_licences, seal, verify_written, write_weights
 from job.faults import Watchdog, clear_faults, is_out_of_memory, out_of_memory, release_memory
 from job.intervention import Intervention
-from job.model import LoadedModel, hardware, load_model, rows_that_fit
+from job.model import LoadedModel, hardware, load_model
 from job.numerics.basis import Basis
 from job.prefix import with_response_prefix
 from job.prompts import Prompt, PromptSets
@@ -29,6 +29,9 @@ from job.settings import Settings
 from job.truth import inspect_model
 from job.verification import prove_export
 from job.workspace import DONE, RunFolder, cannot_write, write_record
+
+# Where preflight found no plan and was allowed to: halved until they fit.
+_ROWS = 32
 
 
 @dataclass
@@ -285,8 +288,7 @@ def _resolve(
     """Return the record with its resolution, which the job's first start makes and writes down."""
     if record.resolution is not None:
         return record, record.resolution
-    longest = max(map(len, loaded.tokenize(_measured(prompts))))
-    rows = settings.batching.rows or rows_that_fit(loaded, longest + settings.scoring.answer_tokens)
+    rows = settings.batching.rows or record.planned_rows or _ROWS
     prefix = settings.loading.response_prefix
     if prefix == "auto":
         prefix = with_response_prefix(loaded, prompts.good, prompts.bad, rows).response_prefix

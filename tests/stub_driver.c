@@ -2,6 +2,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define GIB (1ULL << 30)
 
@@ -21,7 +22,13 @@ int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)0x
 int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
 int cuCtxPushCurrent_v2(void *context) { return context != (void *)0x1234567890; }
 int cuCtxPopCurrent_v2(void **context) { return 0; }
-int cuMemGetInfo_v2(size_t *available, size_t *total) { *available = 5 * GIB; *total = 20 * GIB; return 0; }
+/* Others hold most of it as long as the file STUB_TAKEN names is there, or where it names none. */
+int cuMemGetInfo_v2(size_t *available, size_t *total) {
+    const char *taken = getenv("STUB_TAKEN");
+    *total = 20 * GIB;
+    *available = taken && access(taken, F_OK) ? *total : 5 * GIB;
+    return 0;
+}
 
 typedef struct { unsigned long long total, available, used; } memory_t;
 typedef struct { unsigned int version; unsigned long long total, reserved, available, used; } memory_v2_t;

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from job.errors import ImpossibleJobError, MachineError
-from job.model import load_model, rows_that_fit
+from job.model import load_model
 from tests.helpers import loading
 
 
@@ -89,12 +89,3 @@ def test_a_damaged_index(copy: Path) -> None:
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": 3}))
     with pytest.raises(ImpossibleJobError, match="is damaged"):
         load_model(copy, loading("auto"), print)
-
-
-def test_rows_are_a_power_of_two_that_shrinks_with_the_length(copy: Path) -> None:
-    loaded = load_model(copy, loading("auto"), print)
-    rows = [rows_that_fit(loaded, tokens) for tokens in (100, 10**6, 10**8, 10**12)]
-    assert rows == sorted(rows, reverse=True)
-    assert rows[0] == 256
-    assert rows[-1] == 1
-    assert all(row & (row - 1) == 0 for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from job import preflight
+from job.preflight.checks import NAMES
 from job.settings import load_settings
-from tests.helpers import abliterate, environment, events, only_job, start
+from tests.helpers import abliterate, environment, events, job_arguments, only_job, start
 from tests.hub import LoopbackHub
 
 
@@ -324,8 +327,6 @@ def test_a_model_of_the_hub_is_pinned_downloaded_and_edited(hub: LoopbackHub, or
 
 @pytest.mark.slow
 def test_a_job_that_is_held_and_one_in_a_restart_loop(organism: Path, tmp_path: Path) -> None:
-    from tests.helpers import job_arguments
-
     workspace = tmp_path / "runs"
     arguments = [*job_arguments(organism), "--workspace", workspace]
     process = start("run", *arguments, "--trials", 400)
@@ -344,12 +345,44 @@ def test_a_job_that_is_held_and_one_in_a_restart_loop(organism: Path, tmp_path: 
         process.communicate()
     # From now on every start fails by itself: the study is no study any more.
     job = only_job(workspace)
-    (job / "study.db").write_bytes(b"no database" * 1000)
+    for name in ("study.db", ".study.backup.db"):
+        (job / name).write_bytes(b"no database" * 1000)
     codes = [abliterate("run", *arguments, "--trials", 400).code for _ in range(4)]
     assert codes[:3] == [1, 1, 1]
     assert codes[3] == 76
     reasons = [event["reason"] for event in events(workspace) if event["event"] == "job_failed"]
     assert "restarts.loop" in reasons[-1]
+
+
+def test_every_check_can_be_allowed_by_name_and_nothing_else(check: Any, random_model_folder: Path) -> None:
+    named = set()
+    for file in Path(preflight.__file__).parent.glob("*.py"):
+        named |= set(re.findall(r'name="([a-z.-]+)"|_guarded\("([a-z.]+)"', file.read_text()))
+    literal = {one or other for one, other in named}
+    assert literal <= NAMES, literal - NAMES
+    code, found = check("--max-hours", "0.0000001", "--allow", "estimate.time")
+    assert (code, found["estimate.time"]["status"]) == (0, "fail")
+    wrong = abliterate("preflight", random_model_folder, "--allow", "estimate.tme")
+    wrong.fails(2, "no check of that name", "did you mean estimate.time?")
+
+
+def test_a_job_that_is_held_at_its_checkpoint_is_told(organism: Path, tmp_path: Path) -> None:
+    arguments = [*job_arguments(organism), "--checkpoint", (tmp_path / "mirror").as_uri()]
+    process = start("run", *arguments, "--workspace", tmp_path / "one", "--trials", 400)
+    try:
+        while not list((tmp_path / "mirror").glob("*/head.json")):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        result = abliterate("preflight", *arguments, "--workspace", tmp_path / "two", "--json")
+        checks = {one["name"]: one for one in json.loads(result.out)["checks"]}
+        assert (result.code, checks["job.lease"]["status"]) == (76, "fail")
+        assert f"process {process.pid}" in checks["job.lease"]["measured"]
+        assert checks["checkpoint"]["status"] == "ok"
+        assert "no model, no export" in checks["checkpoint"]["measured"]
+        assert not (tmp_path / "two").exists()
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_run_stops_at_preflight_before_it_begins(random_model_folder: Path, prompts: list[str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from job.preflight import estimate as module
 from job.preflight.cards import parse_on
-from job.preflight.estimate import Hours, Rates, Task, corrected, cost, cost_check, device_rates, estimate, time_check
+from job.preflight.estimate import Hours, Rates, Task, cost, cost_check, device_rates, estimate, time_check
 from job.preflight.readings import Holder, MachineReading, read_reading
 from job.preflight.restarts import Start, restart_check
 from job.preflight.strays import own_leftovers
@@ -62,14 +62,6 @@ def test_nothing_to_do_takes_no_time() -> None:
     nothing = CODER.model_copy(update={"trials": 0, "direction_prompts": 0, "download_bytes": 0})
     hours = estimate(nothing, H200)
     assert (hours.search, hours.residuals, hours.download) == (0, 0, 0)
-
-
-def test_the_estimate_follows_what_is_observed() -> None:
-    hours = estimate(CODER, H200)
-    assert corrected(hours, trials=200, done=0, seconds=0.0) == hours
-    slower = corrected(hours, trials=200, done=10, seconds=360.0)
-    assert slower.search == pytest.approx(2.0)
-    assert slower.fixed == pytest.approx(hours.fixed)
 
 
 def test_time_and_money_against_their_limits() -> None:

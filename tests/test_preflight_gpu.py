@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -265,3 +266,35 @@ def test_libraries_that_fail_or_are_none(stub: Path, monkeypatch: pytest.MonkeyP
     assert cuda.free_bytes(0, "libc.so.6") is None
     with nvml.open_nvml("libc.so.6") as session:
         assert session is None
+
+
+WAITING = """
+import sys, time
+from job.settings import load_settings
+from job.preflight import probe, survey
+read = probe.read_machine
+survey.read_machine = lambda **given: read(cuda_library=sys.argv[1], nvml_library="libnone.so.1")
+settings = load_settings({"model": "-", "wait_for_gpu": float(sys.argv[2])}).settings
+said = []
+begin = time.monotonic()
+reading = survey.Surveyor(settings, report=said.append)._waited_for()
+print(len(said), reading.gpus[0].free_bytes >> 30, time.monotonic() - begin > 1)
+"""
+
+
+def test_others_are_waited_for_until_they_leave_or_the_time_is_up(stub: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.touch()
+    command = [sys.executable, "-c", WAITING, str(stub)]
+    waiting = subprocess.Popen(
+        [*command, "1"], stdout=subprocess.PIPE, text=True, env={**os.environ, "STUB_TAKEN": str(taken)}
+    )
+    time.sleep(5)
+    assert waiting.poll() is None
+    taken.unlink()
+    assert waiting.communicate(timeout=60)[0].split()[1:] == ["20", "True"]
+    taken.touch()
+    done = subprocess.run(
+        [*command, "0"], capture_output=True, text=True, env={**os.environ, "STUB_TAKEN": str(taken)}, check=True
+    )
+    assert done.stdout.split() == ["0", "5", "False"]

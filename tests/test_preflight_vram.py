@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job import model
 from job.preflight.cards import parse_on
 from job.preflight.checks import GIB
 from job.preflight.facts import ModelFacts, model_facts
@@ -16,7 +15,7 @@ from job.preflight.footprint import Batch, cache_bytes
 from job.preflight.limits import Memory
 from job.preflight.probe import read_machine
 from job.preflight.readings import MachineReading, read_reading
-from job.preflight.vram import MOST_ROWS, MemoryPlan, Refusal, Workload, memory_check, plan
+from job.preflight.vram import MemoryPlan, Refusal, Workload, memory_check, plan
 
 READINGS = Path(__file__).parent / "readings"
 WORK = Workload(prompt_tokens=256, answer_tokens=100)
@@ -189,10 +188,6 @@ def test_like_machines_get_like_plans() -> None:
         gpu = reading.gpus[0].model_copy(update={"free_bytes": reading.gpus[0].total_bytes - (used << 20)})
         plans.add(planned(CODER, reading.model_copy(update={"gpus": (gpu,)})).rows)
     assert len(plans) == 1
-
-
-def test_the_most_rows_are_the_models() -> None:
-    assert {kind: model.MOST_ROWS[kind] for kind in MOST_ROWS} == MOST_ROWS
 
 
 def test_a_machine_without_gpu_computes_in_ram() -> None:

@@ -129,6 +129,19 @@ class Mirror:
                 continue  # said when that very job is asked for
         return found
 
+    def holder(self, job: str) -> str | None:
+        """Return in words who seems to be at a job, None if nobody is.
+
+        Raises:
+            MirrorError: The mirror is torn or another job's.
+            DeliveryError: The place cannot be reached.
+        """
+        stored = self._store.read(job)
+        if stored is None:
+            return None
+        head = decode_head(stored.data, job, self.uri)
+        return head.lease.describe() if is_running(head, stored) else None
+
     def fetch(self, job: str, into: Path) -> Fetched:
         """Download the small files of a job's latest snapshot into a folder named after it; no lease is needed.
 

@@ -2,16 +2,89 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Iterable
 from typing import Literal
 
-from job.errors import ImpossibleJobError, MachineError
+from job.errors import ImpossibleJobError, MachineError, UsageError
 from job.records import Record
 
 Status = Literal["ok", "warn", "fail"]
 Scope = Literal["job", "machine"]
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+# All names that a check may have; those of prompt sets are "data." and the setting's name.
+NAMES = frozenset(
+    [
+        "settings",
+        "settings.old",
+        "settings.directions",
+        "job.lock",
+        "job.lease",
+        "strays.own",
+        "restarts.loop",
+        "model",
+        "model.files",
+        "model.weights",
+        "model.architecture",
+        "model.tokenizer",
+        "model.licence",
+        "data",
+        "data.overlap",
+        "machine",
+        "disk",
+        "disk.space",
+        "disk.inodes",
+        "disk.writable",
+        "disk.storage",
+        "disk.locks",
+        "disk.speed",
+        "memory.ram",
+        "memory.shm",
+        "limits.threads",
+        "limits.cpus",
+        "limits.open-files",
+        "limits.address-space",
+        "limits.file-size",
+        "gpu.present",
+        "gpu.driver",
+        "gpu.architecture",
+        "gpu.bf16",
+        "gpu.ecc",
+        "gpu.mig",
+        "gpu.balance",
+        "gpu.holders",
+        "gpu.compute",
+        "gpu.memory",
+        "target",
+        "target.local",
+        "target.hf",
+        "target.s3",
+        "checkpoint",
+        "rental.end",
+        "rental.survival",
+        "rental.checkpoint",
+        "estimate.time",
+        "estimate.cost",
+    ]
+)
+
+
+def require_known(names: Iterable[str]) -> None:
+    """Refuse names that no check has: a misspelt one would allow nothing.
+
+    Raises:
+        UsageError: There is one.
+    """
+    for name in names:
+        if name not in NAMES and not name.startswith("data."):
+            close = difflib.get_close_matches(name, NAMES, n=1)
+            raise UsageError(
+                f"--allow {name}: there is no check of that name",
+                remedy=f"did you mean {close[0]}?" if close else "`abliterate preflight` prints their names",
+            )
 
 
 class Check(Record):

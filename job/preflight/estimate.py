@@ -135,18 +135,6 @@ def _answers(task: Task, rates: Rates, prompts: int) -> float:
     return _prefill(task, rates, prompts) + max(arithmetic, steps * task.weights_bytes / rates.bandwidth)
 
 
-def corrected(hours: Hours, *, trials: int, done: int, seconds: float) -> Hours:
-    """Return the estimate with the search at the rate that was observed.
-
-    Args:
-        hours: The estimate.
-        trials: Trials of the whole search.
-        done: Trials that were timed.
-        seconds: What they took altogether.
-    """
-    return hours if done == 0 else hours.model_copy(update={"search": trials * seconds / done / 3600})
-
-
 def cost(hours: float, price: float | None) -> float | None:
     """Return what so many hours cost at a price an hour, dollars; None without a price."""
     return None if price is None else hours * price

@@ -51,6 +51,30 @@ def checkpoint_check(settings: Settings, held: int) -> Check:
     )
 
 
+def lease_check(settings: Settings, job: str) -> Check:
+    """Say whether another run holds the job's lease at the checkpoint.
+
+    Args:
+        settings: Where the checkpoint is.
+        job: The job's name.
+
+    Raises:
+        JobError: The checkpoint cannot be reached, or is torn.
+    """
+    from job.checkpoint import MirrorOptions, open_mirror
+
+    assert settings.checkpoint is not None
+    with open_mirror(settings.checkpoint, MirrorOptions(s3=s3_options(settings))) as mirror:
+        holder = mirror.holder(job)
+    return Check(
+        name="job.lease",
+        status="fail" if holder else "ok",
+        measured=f"held by {holder}" if holder else "nobody holds this job at its checkpoint",
+        needed="no other run of this job",
+        remedy="wait for it to end or stop it" if holder else "",
+    )
+
+
 def rental_checks(settings: Settings, rental: Rental | None) -> list[Check]:
     """Return the checks of the rented machine, none where there is none and nothing is to become of it."""
     checks = []

@@ -22,7 +22,7 @@ from job.errors import ImpossibleJobError, JobError, MachineError, UsageError
 from job.hub import count_traffic
 from job.models import ModelListing, ModelSource, fetch_model, line_speed, list_model, parse_model, tensor_shapes
 from job.preflight import limit_checks, model_checks
-from job.preflight.checks import Check, exit_code, is_allowed
+from job.preflight.checks import Check, exit_code, is_allowed, require_known
 from job.preflight.data_checks import data_checks
 from job.preflight.disk import DiskSpeed, disk_checks
 from job.preflight.estimate import Hours, cost_check, time_check
@@ -34,7 +34,7 @@ from job.preflight.limits import read_limits
 from job.preflight.planning import LINE, Planning
 from job.preflight.probe import read_machine
 from job.preflight.readings import MachineReading
-from job.preflight.rental_checks import checkpoint_check, expected_bytes, rental_checks
+from job.preflight.rental_checks import checkpoint_check, expected_bytes, lease_check, rental_checks
 from job.preflight.restarts import Start, restart_check
 from job.preflight.strays import own_leftovers
 from job.preflight.target_checks import target_checks
@@ -122,6 +122,8 @@ class Surveyor:
         settings_key: What tells these settings from those of past starts.
         trials_done: Trials of the study.
         held: Who holds the job, None if nobody.
+        leased: Name of the job whose lease at the checkpoint is looked at; None where this run has taken it.
+        uploads: Folder in which what was learnt of targets is remembered, None for nowhere.
         rental: The rented machine that this is, None if it is none that is known.
         keep: What is fetched may stay in the caches.
         report: Told of what is tried again.
@@ -137,6 +139,8 @@ class Surveyor:
     settings_key: str = ""
     trials_done: int = 0
     held: str | None = None
+    leased: str | None = None
+    uploads: Path | None = None
     rental: Rental | None = None
     keep: bool = True
     report: Callable[[str], None] = lambda _: None
@@ -153,6 +157,7 @@ class Surveyor:
         Raises:
             UsageError: A setting is malformed.
         """
+        require_known(self.settings.allow)
         _import_before_threads(self.settings)
         count_traffic()
         with contextlib.ExitStack() as stack:
@@ -205,6 +210,10 @@ class Surveyor:
         """Return the checks of locks, leftovers and restarts."""
         if self.on is not None:
             return []
+        checks = [restart_check(self.starts, self.settings_key)]
+        leased = self.leased
+        if leased is not None:
+            checks += self._guarded("job.lease", lambda: [lease_check(self.settings, leased)])
         lock = Check(
             name="job.lock",
             status="fail" if self.held else "ok",
@@ -212,7 +221,7 @@ class Surveyor:
             needed="no other run of this job",
             remedy="wait for it to end or stop it" if self.held else "",
         )
-        return [lock, restart_check(self.starts, self.settings_key)]
+        return [lock, *checks]
 
     # --- the model -----------------------------------------------------------------------------------
 
@@ -282,7 +291,9 @@ class Surveyor:
 
     def _target_checks(self) -> list[Check]:
         """Return a check of every target: that it can be written, without leaving anything there."""
-        checks = [check for target in self.settings.upload for check in target_checks(target, self.settings)]
+        checks = [
+            check for target in self.settings.upload for check in target_checks(target, self.settings, self.uploads)
+        ]
         return checks + ([] if self.on else rental_checks(self.settings, self.rental))
 
     # --- what follows from all of it -----------------------------------------------------------------

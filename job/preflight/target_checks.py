@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from job.errors import DeliveryError
 from job.preflight.checks import Check
 from job.preflight.disk import writability
@@ -10,10 +12,16 @@ from job.upload.local import holds_something_else, target_folder
 from job.upload.targets import probe
 
 
-def target_checks(target: str, settings: Settings) -> list[Check]:
-    """Return the checks of a target."""
+def target_checks(target: str, settings: Settings, state: Path | None) -> list[Check]:
+    """Return the checks of a target.
+
+    Args:
+        target: Its URI.
+        settings: How to deliver.
+        state: Folder in which a server's ways are remembered for the delivery; None: nowhere.
+    """
     if not target.startswith("file:"):
-        return [_remote(target, settings)]
+        return [_remote(target, settings, state)]
     folder = target_folder(target)
     foreign = holds_something_else(folder)
     held = Check(
@@ -27,11 +35,11 @@ def target_checks(target: str, settings: Settings) -> list[Check]:
     return [held, writability(folder)]
 
 
-def _remote(target: str, settings: Settings) -> Check:
+def _remote(target: str, settings: Settings, state: Path | None) -> Check:
     """Prove that a target on the Hub or on S3 can be written, and leave nothing there."""
     name = f"target.{target.partition(':')[0]}"
     try:
-        found = probe(target, settings)
+        found = probe(target, settings, state)
     except DeliveryError as error:
         return Check(
             name=name,

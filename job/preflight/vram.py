@@ -21,7 +21,7 @@ from job.records import Record
 Strategy = Literal["single", "balanced", "offload"]
 Quantization = Literal["none", "bnb-4bit"]
 
-# Rows beyond these gain nothing in throughput (`job.model.MOST_ROWS`).
+# Rows beyond these gain nothing in throughput, so that even small models are not given more.
 MOST_ROWS = {"cpu": 256, "cuda": 1024}
 # With fewer rows a trial takes so many forwards that the next strategy is better.
 FEWEST_ROWS = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +12,10 @@ from job.errors import DeliveryError
 from job.events import Events
 from job.records import Figures, Upload
 from job.settings import Settings
-from job.workspace import RunFolder, read_record
+from job.workspace import RunFolder, read_record, write_record
 
 if TYPE_CHECKING:
-    from job.upload.s3 import S3Options
+    from job.upload.s3 import S3Capabilities, S3Options
 
 
 def deliver_to_all(folder: RunFolder, export: Path, settings: Settings, events: Events) -> list[tuple[str, str]]:
@@ -96,11 +97,32 @@ def deliver(
     else:
         from job.upload.s3 import deliver as to_s3
 
-        to_s3(export, target, state, s3_options(settings), progress=progress)
+        known = _remembered(target, settings, state)
+        to_s3(export, target, state, s3_options(settings), progress=progress, capabilities=known)
 
 
-def probe(target: str, settings: Settings) -> str:
+def _remembered(target: str, settings: Settings, state: Path) -> S3Capabilities | None:
+    """Return what a probe of the same server, under the same settings, has found; None if there was none."""
+    from job.upload.s3 import S3Capabilities
+
+    try:
+        return S3Capabilities.model_validate_json(_memory(target, settings, state).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _memory(target: str, settings: Settings, state: Path) -> Path:
+    digest = hashlib.sha256(f"{target}\n{settings.s3.model_dump_json()}".encode()).hexdigest()
+    return state / f"server-{digest[:24]}.json"
+
+
+def probe(target: str, settings: Settings, state: Path | None = None) -> str:
     """Prove that a target can be delivered to, without leaving anything there, and return what was found.
+
+    Args:
+        target: The target's URI.
+        settings: How to deliver.
+        state: Folder in which the server's ways are remembered for the delivery; None: nowhere.
 
     Raises:
         DeliveryError: It cannot.
@@ -116,8 +138,10 @@ def probe(target: str, settings: Settings) -> str:
     from job.upload.s3 import probe as probe_s3
 
     quirks = probe_s3(target, s3_options(settings))
-    missing = [name for name, there in vars(quirks).items() if there is False]
-    return "writing, completing and deleting work" + (f"; not there: {', '.join(missing)}" if missing else "")
+    if state is not None:
+        state.mkdir(parents=True, exist_ok=True)
+        write_record(_memory(target, settings, state), quirks)
+    return "; ".join(["writing, completing and deleting work", *quirks.quirks])
 
 
 def s3_options(settings: Settings) -> S3Options:
