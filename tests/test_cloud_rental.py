@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,15 +112,13 @@ def test_nothing_to_do_is_not_asked_for(vast: VastServer, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("fault", ["429", "503", "cut", "dropped", "threshold"])
+@pytest.mark.parametrize("fault", ["429", "503", "cut", "dropped"])
 def test_the_end_is_insisted_on(vast: VastServer, tmp_path: Path, fault: str) -> None:
     said: list[str] = []
     if fault == "429":
         vast.fail("DELETE", status=429, headers={"Retry-After": "0"}, times=2)
     elif fault == "503":
         vast.fail("DELETE", status=503, times=3)
-    elif fault == "threshold":
-        vast.fail("DELETE", status=429, message="API requests too frequent: endpoint threshold=0.2", times=1)
     elif fault == "dropped":
         vast.drop("DELETE")  # done, but the answer is lost: the second time it is not there
     with FaultProxy("127.0.0.1", vast.port, cut_up=[20] if fault == "cut" else []) as line:
@@ -156,6 +155,36 @@ def test_a_restart_after_a_stop_does_not_stop_for_ever(vast: VastServer, tmp_pat
     assert other.end("stop", tmp_path, said.append).state == "taken"
     assert on_vast(vast.url).end("destroy", tmp_path, said.append).state == "taken"
     assert set(vast.instances) == {777}
+
+
+def test_an_instance_that_outlives_its_destruction_is_destroyed_again(vast: VastServer, tmp_path: Path) -> None:
+    assert on_vast(vast.url).end("destroy", tmp_path, print).state == "taken"
+    vast.add_instance(12345)
+    assert on_vast(vast.url).end("destroy", tmp_path, print).state == "taken"
+    assert vast.instances == {}
+
+
+@pytest.mark.parametrize("status", [409, 500])
+def test_a_stopped_pod_is_not_taken_for_a_destroyed_one(runpod: RunPodServer, tmp_path: Path, status: int) -> None:
+    runpod.pods["abc123"]["status"] = "EXITED"
+    runpod.fail("DELETE", status=status)
+    assert on_runpod(runpod.url).end("destroy", tmp_path, print).state == "failed"
+
+
+def test_a_stop_that_fails_is_no_stop(runpod: RunPodServer, tmp_path: Path) -> None:
+    runpod.fail("POST", "*/action", status=409)
+    assert on_runpod(runpod.url).end("stop", tmp_path, print).state == "failed"
+    runpod.pods["abc123"]["status"] = "EXITED"
+    runpod.faults.clear()
+    runpod.fail("POST", "*/action", status=403)
+    assert on_runpod(runpod.url).end("stop", tmp_path, print).state == "failed"
+
+
+def test_a_wait_that_is_asked_for_in_words_is_kept(vast: VastServer, tmp_path: Path) -> None:
+    vast.fail("DELETE", status=429, message="API requests too frequent: endpoint threshold=0.8", times=1)
+    begin = time.monotonic()
+    assert on_vast(vast.url).end("destroy", tmp_path, print).state == "taken"
+    assert time.monotonic() - begin >= 0.8
 
 
 def test_the_sentinel_is_there_before_the_call_and_outside_of_jobs(vast: VastServer, tmp_path: Path) -> None:
@@ -222,6 +251,9 @@ def test_a_workspace_that_cannot_be_written_keeps_no_rental(vast: VastServer, tm
     said: list[str] = []
     assert on_vast(vast.url).end("destroy", tmp_path / "file", said.append).state == "taken"
     assert any("cannot write down" in text for text in said)
+    vast.add_instance(12345)
+    (tmp_path / ".rentals" / "vast-12345.json").mkdir(parents=True)
+    assert on_vast(vast.url).end("stop", tmp_path, said.append).state == "taken"
 
 
 def own_tool(folder: Path, url: str, old: bool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,26 @@ def test_a_silent_host_and_one_that_never_starts_are_replaced(vast: VastServer, 
     assert vast.instances == {}
     assert any("silent" in text for text in said)
     assert any("not started" in text for text in said)
+
+
+def test_each_instance_has_its_own_time_to_start(vast: VastServer, tmp_path: Path) -> None:
+    times: list[float] = []
+    said: list[str] = []
+
+    def rented(number: int) -> None:
+        times.append(time.monotonic())
+        vast.instances[number].update(actual_status="loading")
+
+    for number in (1, 2, 3):
+        vast.add_ask(number)
+    starter = bidding(vast, tmp_path, said)
+    rented(70001)
+    second = once(said, "rented Vast.ai instance 70002", lambda: rented(70002))
+    third = once(said, "rented Vast.ai instance 70003", lambda: rented(70003))
+    starter.say = lambda text: (second(text), third(text))[1]
+    watch = Watch(starter, relaunches=2, start_minutes=0.01)
+    assert watch.until_the_end() == "halted"
+    assert min(after - before for before, after in itertools.pairwise(times)) >= 0.5
 
 
 def test_an_instance_that_cannot_be_destroyed_is_shouted_about(vast: VastServer, tmp_path: Path) -> None:

@@ -119,8 +119,8 @@ class RunPod:
         except GoneError:
             return
         except CloudError as error:
-            # 409: not valid for what the pod does now, e.g. a stop of one that is stopped.
-            if error.status != 409 or self.instance(id).state not in ("stopped", "gone"):
+            # Not valid for what the pod does now: a stop of one that is stopped.
+            if error.status != 409 or action != "stop" or self.instance(id).state not in ("stopped", "gone"):
                 raise
 
     def logs(self, id: str, lines: int) -> str:
