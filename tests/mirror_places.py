@@ -70,7 +70,9 @@ def s3_place(running: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         else:
             own.put_object(Bucket=BUCKET, Key=f"mirrors/{name}", Body=data)
 
-    yield Place(f"s3://{BUCKET}/mirrors", contents, put, env, s3_options(running.url), running)
+    place = Place(f"s3://{BUCKET}/mirrors", contents, put, env, s3_options(running.url), running)
+    yield place
+    place.close()
     running.front.rules.clear()
     request = urllib.request.Request(f"{running.url}/moto-api/reset", b"", {"Content-Type": "text/plain"})
     with urllib.request.urlopen(request, timeout=10) as answer:
@@ -101,7 +103,9 @@ def hub_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place
         def put(name: str, data: bytes | None) -> None:
             hub.repo("model", REPO).commit({name: data})
 
-        yield Place(f"hf://{REPO}", contents, put, hub.environment(tmp_path / "home", TOKEN), None, hub)
+        place = Place(f"hf://{REPO}", contents, put, hub.environment(tmp_path / "home", TOKEN), None, hub)
+        yield place
+        place.close()
         close_session()
         assert hub.errors == []
         assert hub.strays == []

@@ -41,6 +41,7 @@ class Place:
     env: dict[str, str] = field(default_factory=dict)
     s3: S3Options | None = None
     server: Any = None
+    opened: dict[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -51,7 +52,16 @@ class Place:
 
     def claim(self, folder: Path, pace: Pace = CALM, said: list[str] | None = None, **options: Any) -> Claim:
         words = [] if said is None else said
-        return self.mirror(pace, **options).claim(RunFolder(folder), IDENTITY, words.append)
+        # Making a client of S3 takes longer than all that is done with it.
+        key = f"{pace} {self.s3} {options}" if self.kind == "s3" else str(len(self.opened))
+        if key not in self.opened:
+            self.opened[key] = self.mirror(pace, **options)
+        claim: Claim = self.opened[key].claim(RunFolder(folder), IDENTITY, words.append)
+        return claim
+
+    def close(self) -> None:
+        for mirror in self.opened.values():
+            mirror.close()
 
     def head(self, job: str = JOB) -> dict[str, Any]:
         return json.loads(self.contents()[f"{job}/head.json"])

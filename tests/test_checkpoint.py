@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,9 +16,9 @@ from typing import Any
 import pytest
 
 from job.checkpoint import MirrorError, MirrorOptions, expected_bytes, held_bytes, open_mirror, scheme_of
-from job.checkpoint.snapshot import Snapshots, check_study
-from job.errors import DeliveryError, HeldError, UsageError
-from job.workspace import RunFolder
+from job.checkpoint.snapshot import Snapshots, Taken, check_study
+from job.errors import DeliveryError, HeldError, MachineError, UsageError
+from job.workspace import RunFolder, write_atomically
 from tests.mirror_places import REPO, TOKEN, file_place, hub_place, place, running, s3_place
 from tests.mirrors import IDENTITY, JOB, Place, add_trial, mirrored, read_tree, trials_in, wait_until, write_folder
 from tests.s3_server import SECRET
@@ -79,35 +81,60 @@ def test_only_what_changed_is_sent(place: Place, tmp_path: Path) -> None:
     assert sum(map(len, place.contents().values())) < size + 200_000
 
 
-def test_a_snapshot_of_a_growing_study_is_whole(tmp_path: Path) -> None:
-    run = write_folder(tmp_path / JOB)
+def test_a_snapshot_never_says_more_than_it_holds(tmp_path: Path) -> None:
+    run = write_folder(tmp_path / JOB, large=3_000_000)
     over = threading.Event()
 
-    def write() -> None:
+    def work() -> None:
         number = 3
         while not over.is_set():
             add_trial(run.study_file, number)
             number += 1
+            write_atomically(run.state_file, json.dumps({"n": number}).encode())
             time.sleep(0.002)
 
-    writer = threading.Thread(target=write)
-    writer.start()
+    worker = threading.Thread(target=work)
+    worker.start()
     seen = []
     try:
         snapshots = Snapshots(run)
-        for _ in range(25):
-            source = snapshots.take(())["study.db"].source
-            assert source is not None
-            check_study(source)
-            seen.append(trials_in(source))
+        for _ in range(20):
+            taken = snapshots.take(())
+            study, state = taken["study.db"].source, taken["state.json"].source
+            assert study is not None
+            assert state is not None
+            check_study(study)
+            seen.append(trials_in(study))
+            assert json.loads(state.read_text())["n"] <= len(seen[-1])
     finally:
         over.set()
-        writer.join()
+        worker.join()
     assert all(count == 5 for trials in seen for _, count in trials)
     lengths = [len(trials) for trials in seen]
     assert lengths == sorted(lengths)
     assert lengths[-1] > lengths[0]
     assert [number for number, _ in seen[-1]] == list(range(lengths[-1]))
+
+
+def test_a_snapshot_waits_for_a_transaction_that_is_half_in_the_file(tmp_path: Path) -> None:
+    run = write_folder(tmp_path / JOB)
+    before = run.study_file.read_bytes()
+    taken: list[dict[str, Taken]] = []
+    with closing(sqlite3.connect(run.study_file)) as db:
+        db.execute("PRAGMA cache_size = 1")  # so that it does not wait for the commit with writing
+        db.execute("INSERT INTO trials VALUES (3)")
+        db.executemany("INSERT INTO parameters VALUES (3, ?)", [("x" * 3_000,) for _ in range(5)])
+        assert run.study_file.read_bytes() != before
+        taking = threading.Thread(target=lambda: taken.append(Snapshots(run).take(())))
+        taking.start()
+        time.sleep(0.3)
+        assert not taken
+        db.commit()
+        taking.join()
+    source = taken[0]["study.db"].source
+    assert source is not None
+    check_study(source)
+    assert trials_in(source) == [(number, 5) for number in range(4)]
 
 
 def test_a_change_within_the_tick_of_the_clock_is_seen(tmp_path: Path) -> None:
@@ -400,6 +427,21 @@ def test_a_restore_that_is_killed_leaves_no_half_job(file_place: Place, tmp_path
             assert mirrored(fresh) == mirrored(run.path)
     file_place.claim(fresh).close(final=False)
     assert mirrored(fresh) == mirrored(run.path)
+
+
+def test_a_restore_that_cannot_be_finished_leaves_no_job(file_place: Place, tmp_path: Path) -> None:
+    run = write_folder(tmp_path / "a" / JOB)
+    save(file_place, run.path)
+    fresh = RunFolder(tmp_path / "b" / JOB)
+    obstacle = fresh.path / "directions" / "mean.safetensors" / "folder"
+    obstacle.mkdir(parents=True)
+    with pytest.raises(MachineError, match="cannot write"):
+        file_place.claim(fresh.path)
+    assert not fresh.job_file.exists()
+    assert file_place.head()["lease"]["released"]
+    shutil.rmtree(obstacle.parent)
+    file_place.claim(fresh.path).close(final=False)
+    assert mirrored(fresh.path) == mirrored(run.path)
 
 
 def test_a_job_that_is_held_is_refused_at_once(place: Place, tmp_path: Path) -> None:

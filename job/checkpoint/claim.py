@@ -112,6 +112,13 @@ class Claim:
             HeldError: It is lost or has expired.
             DeliveryError: As for `check`.
         """
+        if now() - self._holding.confirmed > self.head.lease.expiry_s:
+            try:
+                self._renew()  # after a sleep of this process nothing but that may be missing
+            except LeaseLostError:
+                raise
+            except DeliveryError as error:
+                self._life.failed(error)
         self._outward += 1
         try:
             self.check()

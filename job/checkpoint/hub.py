@@ -16,7 +16,7 @@ from job.checkpoint.options import HUB_PACE, Pace
 from job.checkpoint.records import HEAD, OBJECTS, Entry
 from job.checkpoint.store import ConflictError, Proof, Stored
 from job.errors import DeliveryError
-from job.hub import quiet_client
+from job.hub import count_traffic, quiet_client
 from job.upload.hub_probe import probe
 from job.upload.hub_repo import Repository, Snapshot
 from job.upload.hub_target import MAIN, HubOptions
@@ -52,6 +52,8 @@ class HubStore:
         self._repo = Repository(uri, self._options, report)
         self._staged: dict[str, CommitOperationAdd] = {}
         self._seen: Snapshot | None = None
+        # It replaces the client, which is not to happen first when a thread of ours is using it.
+        count_traffic()
         self._open = ExitStack()
         # For as long as the store is open: another thread's delivery would show the bars again in the middle.
         self._open.enter_context(quiet_client())
