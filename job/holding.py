@@ -97,13 +97,14 @@ def held(
             return
         with open_checkpoint(settings, events.say) as mirror:
             if not beside_others and not folder.job_file.exists():
-                others = {head.job_id: head.identity for head in mirror.jobs() if head.job_id != folder.path.name}
+                heads = [head for head in mirror.jobs() if head.files and head.job_id != folder.path.name]
+                others = {head.job_id: head.identity for head in heads}
                 refuse_other_settings(settings.checkpoint, others, identity)
             claim = mirror.claim(folder, identity, events.say)
-            yield from _kept(claim, signals)
+            yield from _kept(folder, claim, signals)
 
 
-def _kept(claim: Claim, signals: StopSignals) -> Iterator[Hold]:
+def _kept(folder: RunFolder, claim: Claim, signals: StopSignals) -> Iterator[Hold]:
     """Yield the hold and take the last snapshot after it."""
     lost: list[JobError] = []
 
@@ -112,13 +113,17 @@ def _kept(claim: Claim, signals: StopSignals) -> Iterator[Hold]:
         signals.interrupt(str(error))
 
     claim.start(on_lost)
-    seconds = _LAST_SECONDS
+    hurry = False
     try:
         yield Hold(claim)
     except Stopped:
-        seconds = _STOPPED_SECONDS
+        hurry = True
         if lost:
             raise lost[0] from None
         raise
     finally:
-        claim.close(final=not any(isinstance(error, HeldError) for error in lost), seconds=seconds)
+        # What preflight has refused leaves nothing that another machine could go on from.
+        final = folder.prompts_file.exists() and not any(isinstance(error, HeldError) for error in lost)
+        # A first signal now must not cut the last snapshot; a second one still leaves at once.
+        with signals.shielded():
+            claim.close(final=final, seconds=_STOPPED_SECONDS if hurry else _LAST_SECONDS, hurry=hurry)

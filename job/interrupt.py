@@ -45,13 +45,14 @@ class StopSignals:
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
-        """Hold a stop back until the block has ended."""
+        """Hold a stop that comes within the block back until its end; one that is being obeyed is not raised again."""
+        obeyed = self._pending is not None and not self._grace
         self._shields += 1
         try:
             yield
         finally:
             self._shields -= 1
-        if self._pending and not self._shields and not self._grace:
+        if self._pending and not self._shields and not self._grace and not obeyed:
             raise Stopped(self._pending)
 
     @contextmanager

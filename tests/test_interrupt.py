@@ -44,6 +44,24 @@ with signals.installed():
         print("stopped by", stop)
 """
 
+OBEYED = """
+import os, signal
+from job.interrupt import StopSignals
+from job.errors import Stopped
+
+signals = StopSignals()
+with signals.installed():
+    try:
+        try:
+            os.kill(os.getpid(), signal.{name})
+        finally:
+            with signals.shielded():
+                print("tidied", end=", ")
+            print("no further stop", end=", ")
+    except Stopped as stop:
+        print("stopped by", stop)
+"""
+
 TWICE = """
 import os, signal
 from job.interrupt import StopSignals
@@ -75,3 +93,8 @@ def test_a_shield_holds_a_stop_back_to_its_end() -> None:
 def test_a_second_signal_leaves_at_once() -> None:
     done = run(TWICE, "SIGTERM")
     assert (done.stdout, done.returncode) == ("", 75)
+
+
+def test_tidying_up_after_a_stop_is_not_stopped_by_the_same_one() -> None:
+    done = run(OBEYED, "SIGTERM")
+    assert (done.stdout, done.stderr) == ("tidied, no further stop, stopped by SIGTERM\n", "")
