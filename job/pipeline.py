@@ -5,6 +5,8 @@ settings → preflight → prompts → model → residuals → directions → se
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from job.models import fetch_model, list_model, parse_model
 from job.outcome import Outcome, completed, missed_gate, outcome_of
 from job.preflight.checks import is_allowed
 from job.preflight.estimate import PHASES, Hours
+from job.preflight.mounts import kind_of, mount_of, read_mounts
 from job.preflight.readings import MachineReading
 from job.preflight.restarts import past_starts
 from job.preflight.survey import Survey, Surveyor
@@ -36,7 +39,7 @@ from job.reproduction import (
     require_same_prompts,
 )
 from job.result import job_trials
-from job.search import choose, restore_if_damaged
+from job.search import back_up, choose, restore_if_damaged
 from job.settings import Settings
 from job.upload.targets import deliver_to_all
 from job.workspace import (
@@ -373,7 +376,7 @@ class _Job:
         self._phase("search")
         target, asked = self._settings.trials, len(bench.prompts.bad_search)
         bench.measure_baseline()
-        search = bench.search()
+        search = bench.search(*self._study_place())
         done = len(search.finished())
         self._events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
         budget = _budget(self._folder, self._settings, self._meter)
@@ -403,6 +406,25 @@ class _Job:
         if len(trials) < target:
             self._events.emit("budget", f"the budget ends the search after {len(trials)} of {target} trials")
         return trials
+
+    def _study_place(self) -> tuple[Path, Path | None]:
+        """Return where the study is kept while it is searched, and where it is copied to after every batch.
+
+        SQLite needs locks and writes in the middle of files, which network file systems and object stores do not give
+        reliably: there the study is on this machine's own disk, and the workspace has a copy that is always whole.
+        """
+        where, study = self._settings.study_storage, self._folder.study_file
+        remote = kind_of(mount_of(self._folder.path, read_mounts())) in ("network", "object-store")
+        if where == "workspace" or (where == "auto" and not remote):
+            return study, None
+        name = hashlib.sha256(str(self._folder.path.resolve()).encode()).hexdigest()[:16]
+        live = Path(tempfile.gettempdir()) / f"abliterate-{name}" / study.name
+        live.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left in live.parent.glob("study.db*"):
+            left.unlink()  # of an earlier start, which may have been this far on another machine since
+        if study.exists():
+            back_up(study, live)
+        return live, study
 
     def _phase(self, name: str) -> None:
         state = self._folder.read_state()

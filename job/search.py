@@ -32,6 +32,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from job.errors import JobError, MachineError
 from job.records import COMPONENTS, Component, EditParameters, KernelParameters, Plan, Trial, TrialScores
+from job.workspace import write_atomically
 
 STUDY_NAME = "abliterate"
 DIRECTIONS: tuple[Literal["minimize"], ...] = ("minimize", "minimize")
@@ -124,14 +125,21 @@ class SearchSettings:
 class Search:
     """A study on disk."""
 
-    def __init__(self, file: Path, space: SearchSpace, settings: SearchSettings) -> None:
+    def __init__(self, file: Path, space: SearchSpace, settings: SearchSettings, copy: Path | None = None) -> None:
         """Open the study, creating it if it is not there.
+
+        Args:
+            file: The study.
+            space: The space of edits.
+            settings: How it is run.
+            copy: Where the study is copied to after every batch; None: beside it, for when it gets damaged.
 
         Raises:
             JobError: The file is not a study that can be read.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._file = file
+        self._copy = copy or file.with_name(BACKUP)
         self._space = space
         self._settings = settings
         self._study = _open(file)
@@ -190,7 +198,7 @@ class Search:
                 self._tell(plan.parameters[offset], scores[offset])
             told(_trial(self._trials[-1]))
         with shielded():
-            back_up(self._file, self._file.with_name(BACKUP))
+            back_up(self._file, self._copy)
 
     def _store(self, plan: Plan) -> None:
         self._study.set_user_attr(_PLAN, plan.model_dump(mode="json"))
@@ -326,14 +334,15 @@ class SmallerLayoutNeeded(Exception):  # noqa: N818 - a request, not an error
 def back_up(file: Path, copy: Path) -> None:
     """Copy a study as of one moment, also while it is being written; the copy is whole or not there.
 
+    No database is opened where the copy is: it may be a file system that knows no locks.
+
     Raises:
-        sqlite3.Error: It cannot be read or written.
+        sqlite3.Error: It cannot be read.
+        MachineError: The copy cannot be written.
     """
-    partial = copy.with_name(f"{copy.name}.tmp")
-    partial.unlink(missing_ok=True)
-    with closing(_connected(file)) as source, closing(sqlite3.connect(partial)) as target:
+    with closing(_connected(file)) as source, closing(sqlite3.connect(":memory:")) as target:
         source.backup(target)
-    partial.replace(copy)
+        write_atomically(copy, target.serialize())
 
 
 def is_sound(file: Path) -> bool:

@@ -226,6 +226,10 @@ class Settings(BaseSettings):
         None, gt=0, description="Hours that the job may take; the search stops in time to export and deliver its best."
     )
     max_cost: float | None = Field(None, gt=0, description="Dollars that the job may cost, likewise; needs a price.")
+    study_storage: Literal["auto", "workspace", "local"] = Field(
+        description="Where the study is while it is searched: in the workspace, or on this machine's own disk with a "
+        "copy in the workspace after every batch; auto: the latter where the workspace is a network file system."
+    )
     hang_seconds: float = Field(
         ge=0, description="Seconds that one forward may take before it counts as hung and the job stops; 0: any."
     )

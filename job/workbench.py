@@ -127,10 +127,15 @@ class Workbench:
         """The space of edits."""
         return SearchSpace(self.settings.search.space, self.resolution.layers, self.basis.size)
 
-    def search(self) -> Search:
-        """Return the study on disk."""
+    def search(self, live: Path, copy: Path | None) -> Search:
+        """Return the study on disk.
+
+        Args:
+            live: The study.
+            copy: Where it is copied to after every batch; None: beside it.
+        """
         return Search(
-            self.folder.study_file,
+            live,
             self.space,
             SearchSettings(
                 seed=self.settings.seed,
@@ -139,6 +144,7 @@ class Workbench:
                 rows=self.resolution.search_rows or self.resolution.rows,
                 ei_candidates=self.settings.search.ei_candidates,
             ),
+            copy,
         )
 
     def evaluate(self, plan: Plan) -> Sequence[TrialScores]:

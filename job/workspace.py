@@ -46,6 +46,7 @@ EXTENDING = frozenset(
         "max_cost",
         "grace",
         "hang_seconds",
+        "study_storage",
         "wait_for_gpu",
     }
 )

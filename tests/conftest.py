@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import torch
 from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from job import demo
 from job.demo import build_tokenizer
 from tests.helpers import abliterate, job_arguments
 
@@ -38,9 +42,20 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[
 
 
 @pytest.fixture(scope="session")
-def organism(shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
-    """Return the folder of the tiny llama organism, made by the command itself."""
-    return shared("organism", lambda folder: abliterate("demo-model", folder).check())
+def organism(shared: Callable[[str, Callable[[Path], None]], Path], pytestconfig: pytest.Config) -> Path:
+    """Return the folder of the tiny llama organism, made by the command itself; kept until its code changes."""
+    assert pytestconfig.cache is not None
+    key = hashlib.sha256(Path(demo.__file__).read_bytes() + torch.__version__.encode()).hexdigest()
+    kept = pytestconfig.cache.mkdir("organism") / key
+
+    def build(folder: Path) -> None:
+        if not kept.exists():
+            making = kept.with_name(f"{key}.{os.getpid()}")
+            abliterate("demo-model", making).check()
+            making.rename(kept)
+        shutil.copytree(kept, folder)
+
+    return shared("organism", build)
 
 
 @pytest.fixture(scope="session")

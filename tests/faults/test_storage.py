@@ -186,3 +186,26 @@ def test_a_budget_ends_the_search_and_its_best_is_exported(organism: Path, tmp_p
     abliterate(*arguments, *allowed, "--max-cost", str(spent["dollars"] + 0.03)).check()
     assert len(stored_trials(workspace)) > done
     assert json.loads((only_job(workspace) / "meter.json").read_text())["seconds"] > spent["seconds"] + 5
+
+
+@pytest.mark.slow
+def test_a_study_off_the_workspace_is_there_after_every_batch(organism: Path, tmp_path: Path) -> None:
+    """As on a network file system, where SQLite must not work."""
+    workspace, local = tmp_path / "runs", tmp_path / "local"
+    local.mkdir()
+    arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", "16"]
+    arguments += ["--set", "study_storage=local"]
+    process = start(*arguments, TMPDIR=str(local))
+    when_searching(workspace, process, 5)
+    process.kill()
+    process.communicate()
+    found = len(stored_trials(workspace))
+    assert found >= 4
+    assert found % 4 == 0
+    assert not list(workspace.glob("*/study.db-journal"))
+    # The machine with its disk is gone.
+    shutil.rmtree(local)
+    local.mkdir()
+    abliterate(*arguments, TMPDIR=str(local)).check()
+    abliterate("run", *job_arguments(organism), "--workspace", tmp_path / "whole", "--trials", "16").check()
+    assert stored_trials(workspace) == stored_trials(tmp_path / "whole")
