@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,8 @@ class Front:
         self._app = app
         self.rules: list[Rule] = []
         self.hidden_headers: tuple[str, ...] = ()
+        # The ETag of an object in parts is not made of theirs, as at rclone's server.
+        self.own_part_etags = False
         self.requests: list[Request] = []
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -94,8 +97,11 @@ class Front:
                 return [body]
 
         def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
-            kept = [(name, value) for name, value in headers if not name.lower().startswith(self.hidden_headers)]
-            return start_response(status, kept if self.hidden_headers else headers, *rest)
+            if self.hidden_headers:
+                headers = [(name, value) for name, value in headers if not name.lower().startswith(self.hidden_headers)]
+            if self.own_part_etags:
+                headers = [(name, re.sub(r"-\d+(?=\"?$)", "", v) if name == "ETag" else v) for name, v in headers]
+            return start_response(status, headers, *rest)
 
         return self._app(environ, start)  # type: ignore[no-any-return]
 

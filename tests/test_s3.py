@@ -58,6 +58,7 @@ def server(running: S3Server) -> Iterator[S3Server]:
     yield running
     running.front.rules.clear()
     running.front.hidden_headers = ()
+    running.front.own_part_etags = False
     _post(running, "reset-auth", b"inf")
     _post(running, "reset")
     client.close()
@@ -589,7 +590,7 @@ def test_a_server_that_keeps_failing_is_given_up(server: S3Server, tmp_path: Pat
     _Stopping(server, "PUT", 0, Answer("503 Slow Down", "SlowDown"))
     with pytest.raises(DeliveryError, match="kept failing: SlowDown"):
         deliver(export, URI, tmp_path / "state", _options(server.url, attempts=3))
-    assert server.operations().count("PUT") == 3 + 3  # the probe's and ours
+    assert server.operations().count("PUT") == 4 + 3  # the probe's and ours
 
 
 def test_the_probe_finds_what_the_server_does_and_leaves_nothing(server: S3Server) -> None:
@@ -600,6 +601,7 @@ def test_the_probe_finds_what_the_server_does_and_leaves_nothing(server: S3Serve
     assert found.multipart
     assert found.sha256_checksums
     assert found.md5_etags
+    assert found.md5_part_etags
     assert found.lists_uploads
     assert not found.quirks
     assert server.contents() == {}
@@ -643,6 +645,40 @@ def test_a_server_that_knows_neither_is_served_too(server: S3Server, tmp_path: P
     export = make_export(tmp_path / "export", SIZES)
     deliver(export, URI, tmp_path / "state", _options(server.url))
     assert server.contents() == _expected(export)
+
+
+@pytest.mark.parametrize("operation", ["PUT", "complete"])
+def test_a_server_that_refuses_conditions_that_hold_is_given_none(
+    server: S3Server, tmp_path: Path, operation: str
+) -> None:
+    first = make_export(tmp_path / "first", SIZES)
+    second = make_export(tmp_path / "second", SIZES, seed=1)
+    deliver(first, URI, tmp_path / "state", _options(server.url))
+
+    def refuse(request: Request, _environ: dict[str, Any]) -> Answer | None:
+        refused = request.operation == operation and "if-match" in request.headers
+        return Answer("412 Precondition Failed", "PreconditionFailed") if refused else None
+
+    server.front.rules.append(refuse)
+    found = probe(URI, _options(server.url))
+    assert found.conditional_replace == (operation != "PUT")
+    assert found.conditional_complete == (operation != "complete")
+    assert not server.uploads()
+    deliver(second, URI, tmp_path / "state", _options(server.url))
+    assert server.contents() == _expected(second)
+
+
+def test_a_server_with_etags_of_its_own_for_objects_in_parts(server: S3Server, tmp_path: Path) -> None:
+    server.front.own_part_etags = True
+    server.front.hidden_headers = ("x-amz-checksum",)
+    found = probe(URI, _options(server.url))
+    assert found.md5_etags
+    assert not found.md5_part_etags
+    assert any("in parts" in quirk for quirk in found.quirks)
+    export = make_export(tmp_path / "export", SIZES)
+    deliver(export, URI, tmp_path / "state", _options(server.url))
+    assert server.contents() == _expected(export)
+    assert deliver(export, URI, tmp_path / "elsewhere", _options(server.url)) == Delivery(skipped=4)
 
 
 def _user(server: S3Server, monkeypatch: pytest.MonkeyPatch, *actions: str) -> Callable[[str], None]:
