@@ -553,6 +553,27 @@ def test_no_thread_goes_on_sending_after_a_stop(server: S3Server, tmp_path: Path
     assert list((tmp_path / "state").glob("part-*.json"))
 
 
+def test_a_refusal_whose_words_are_lost_on_the_line_is_asked_for_again(server: S3Server, tmp_path: Path) -> None:
+    export = make_export(tmp_path / "export", {"model.safetensors": 12 * MIB})
+    seen = []
+
+    def refuse(request: Request, _environ: dict[str, Any]) -> Answer | None:
+        if request.operation != "complete" or "probe" in request.key:
+            return None
+        seen.append(request)
+        return Answer("400 Bad Request", "InvalidPart", torn=len(seen) == 1) if len(seen) < 3 else None
+
+    server.front.rules.append(refuse)
+    deliver(export, URI, tmp_path / "state", _options(server.url))
+    assert len(seen) == 3
+    assert server.contents() == _expected(export)
+    _Stopping(server, "PUT", 0, Answer("413 Request Entity Too Large", torn=True))
+    server.front.requests.clear()
+    with pytest.raises(DeliveryError, match=r"refused put_object: 413 .*HTTP 413"):
+        deliver(export, f"{URI}-again", tmp_path / "state", _options(server.url))
+    assert [request.operation for request in server.front.requests if "probe" not in request.key].count("PUT") == 3
+
+
 def test_a_server_that_asks_for_patience_gets_it(server: S3Server, tmp_path: Path) -> None:
     export = make_export(tmp_path / "export", {"config.json": 10})
     times: list[float] = []
