@@ -235,7 +235,8 @@ def _cut_for_good(line: FaultProxy, after: int) -> None:
     line.cut_now()
 
 
-def test_an_upload_that_the_server_has_forgotten_is_begun_again(server: S3Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", ["NoSuchUpload", "NoSuchKey"])
+def test_an_upload_that_the_server_has_forgotten_is_begun_again(server: S3Server, tmp_path: Path, code: str) -> None:
     export = make_export(tmp_path / "export", {"model.safetensors": 30 * MIB})
     options = _options(server.url)
     stopping = _Stopping(server, "part", 3)
@@ -246,6 +247,12 @@ def test_an_upload_that_the_server_has_forgotten_is_begun_again(server: S3Server
     client = server.client()
     client.abort_multipart_upload(Bucket=BUCKET, Key=key, UploadId=upload)
     client.close()
+
+    def unknown(request: Request, _environ: dict[str, Any]) -> Answer | None:
+        asked = request.operation == "parts" and upload in request.query["uploadId"]
+        return Answer("404 Not Found", code) if asked else None
+
+    server.front.rules.append(unknown)
     done = deliver(export, URI, tmp_path / "state", options)
     assert done.resumed_bytes == 0
     assert server.contents() == _expected(export)

@@ -129,7 +129,8 @@ class LargeFile:
         try:
             return state, self._listed(state)
         except RefusedError as error:
-            if error.code != "NoSuchUpload":
+            # Ceph says NoSuchKey.
+            if error.status != 404 or error.code == "NoSuchBucket":
                 raise
             self._states.forget(self._key)
             return None
