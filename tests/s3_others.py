@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -82,14 +83,13 @@ class OtherServer:
         self._processes.append(process)
 
     def _do(self, *command: object) -> None:
-        subprocess.run(
-            [str(part) for part in command],
-            cwd=self.folder,
-            check=True,
-            capture_output=True,
-            timeout=_PATIENCE_S,
-            env=_environment(),
-        )
+        assert self._does(*command), f"{command}: {(self.folder / 'out-done.log').read_text(errors='replace')}"
+
+    def _does(self, *command: object) -> bool:
+        words = [str(part) for part in command]
+        with (self.folder / "out-done.log").open("wb") as log:
+            out = {"stdout": log, "stderr": log, "timeout": _PATIENCE_S, "env": _environment()}
+            return subprocess.run(words, cwd=self.folder, **out).returncode == 0
 
     def _wait(self, what: str, done: Callable[[], bool]) -> None:
         end = time.monotonic() + _PATIENCE_S
@@ -197,7 +197,8 @@ class Ceph(OtherServer):
         self._do("monmaptool", "--create", "--fsid", cluster, "--addv", "a", f"[{monitor}]", "monmap")
         self._do("ceph-mon", "-c", conf, "--mkfs", "-i", "a", "--monmap", "monmap")
         self._serve("ceph-mon", "-c", conf, "-f", "-i", "a")
-        self._do("ceph", "-c", conf, "osd", "new", disk)
+        # Again and again: the monitor may not be up yet.
+        self._wait("the monitor", lambda: self._does("ceph", "-c", conf, "osd", "new", disk))
         self._do("ceph-osd", "-c", conf, "-i", "0", "--mkfs", "--osd-uuid", disk)
         self._serve("ceph-osd", "-c", conf, "-f", "-i", "0")
         keys = ("--access-key", self.key_id, "--secret-key", SECRET)
@@ -272,9 +273,13 @@ def _environment() -> dict[str, str]:
 
 
 def _free_port() -> int:
+    """Return a port of those that the system gives to no connection by itself."""
     while True:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port: int = free.getsockname()[1]
+        port = random.randrange(20_000, 32_000)
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
         if port not in _given:
             _given.add(port)
             return port
