@@ -227,13 +227,14 @@ class _Job:
     def do(self, surveyor: Surveyor) -> Outcome:
         """Go through all stages; those that an earlier start has finished are passed over."""
         prompts = surveyor.prompts
-        if restored := restore_if_damaged(self._folder.study_file):
-            self._events.say(f"warning: {restored}")
+        damage = self._repair()
         trials = _trials_so_far(self._folder)
         self._say_differences()
         if prompts is None or not self._is_searched_and_exported(trials, prompts):
             # A job of which only the delivery is left has its targets tell what is wrong with them.
             prompts = self._preflight(surveyor)
+            if damage is not None:
+                raise damage  # after preflight, which ends a loop of such starts
             trials = self._search_and_export(prompts)
         chosen = self._choice(trials, prompts)
         export = self._export_folder(chosen)
@@ -253,6 +254,15 @@ class _Job:
         write_record(self._folder.state_file, self._finished(chosen, len(trials), missed))
         self._events.emit("job_finished", chosen=chosen.number)
         return outcome
+
+    def _repair(self) -> JobError | None:
+        """Restore a study that the disk has damaged; return why it cannot be."""
+        try:
+            if restored := restore_if_damaged(self._folder.study_file):
+                self._events.say(f"warning: {restored}")
+        except JobError as error:
+            return error
+        return None
 
     def _finished(self, chosen: Trial, trials: int, missed: str | None) -> State:
         """Return what state.json says of the finished job."""

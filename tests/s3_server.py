@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -62,9 +63,12 @@ class Answer:
     code: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     passed_on: bool = False
+    torn: bool = False
 
     @property
     def body(self) -> bytes:
+        if self.torn:
+            return b""
         return f"<?xml version='1.0'?><Error><Code>{self.code}</Code><Message>made up</Message></Error>".encode()
 
 
@@ -79,6 +83,8 @@ class Front:
         self._app = app
         self.rules: list[Rule] = []
         self.hidden_headers: tuple[str, ...] = ()
+        # The ETag of an object in parts is not made of theirs, as at rclone's server.
+        self.own_part_etags = False
         self.requests: list[Request] = []
         self._one_put = threading.Lock()
 
@@ -98,8 +104,11 @@ class Front:
                 return [body]
 
         def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
-            kept = [(name, value) for name, value in headers if not name.lower().startswith(self.hidden_headers)]
-            return start_response(status, kept if self.hidden_headers else headers, *rest)
+            if self.hidden_headers:
+                headers = [(name, value) for name, value in headers if not name.lower().startswith(self.hidden_headers)]
+            if self.own_part_etags:
+                headers = [(name, re.sub(r"-\d+(?=\"?$)", "", v) if name == "ETag" else v) for name, v in headers]
+            return start_response(status, headers, *rest)
 
         if request.operation == "PUT" and {"if-match", "if-none-match"} & request.headers.keys():
             # Read first: a client that dawdles is not to hold up the others.

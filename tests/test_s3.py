@@ -58,6 +58,7 @@ def server(running: S3Server) -> Iterator[S3Server]:
     yield running
     running.front.rules.clear()
     running.front.hidden_headers = ()
+    running.front.own_part_etags = False
     _post(running, "reset-auth", b"inf")
     _post(running, "reset")
     client.close()
@@ -234,7 +235,8 @@ def _cut_for_good(line: FaultProxy, after: int) -> None:
     line.cut_now()
 
 
-def test_an_upload_that_the_server_has_forgotten_is_begun_again(server: S3Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", ["NoSuchUpload", "NoSuchKey"])
+def test_an_upload_that_the_server_has_forgotten_is_begun_again(server: S3Server, tmp_path: Path, code: str) -> None:
     export = make_export(tmp_path / "export", {"model.safetensors": 30 * MIB})
     options = _options(server.url)
     stopping = _Stopping(server, "part", 3)
@@ -245,6 +247,12 @@ def test_an_upload_that_the_server_has_forgotten_is_begun_again(server: S3Server
     client = server.client()
     client.abort_multipart_upload(Bucket=BUCKET, Key=key, UploadId=upload)
     client.close()
+
+    def unknown(request: Request, _environ: dict[str, Any]) -> Answer | None:
+        asked = request.operation == "parts" and upload in request.query["uploadId"]
+        return Answer("404 Not Found", code) if asked else None
+
+    server.front.rules.append(unknown)
     done = deliver(export, URI, tmp_path / "state", options)
     assert done.resumed_bytes == 0
     assert server.contents() == _expected(export)
@@ -552,6 +560,27 @@ def test_no_thread_goes_on_sending_after_a_stop(server: S3Server, tmp_path: Path
     assert list((tmp_path / "state").glob("part-*.json"))
 
 
+def test_a_refusal_whose_words_are_lost_on_the_line_is_asked_for_again(server: S3Server, tmp_path: Path) -> None:
+    export = make_export(tmp_path / "export", {"model.safetensors": 12 * MIB})
+    seen = []
+
+    def refuse(request: Request, _environ: dict[str, Any]) -> Answer | None:
+        if request.operation != "complete" or "probe" in request.key:
+            return None
+        seen.append(request)
+        return Answer("400 Bad Request", "InvalidPart", torn=len(seen) == 1) if len(seen) < 3 else None
+
+    server.front.rules.append(refuse)
+    deliver(export, URI, tmp_path / "state", _options(server.url))
+    assert len(seen) == 3
+    assert server.contents() == _expected(export)
+    _Stopping(server, "PUT", 0, Answer("413 Request Entity Too Large", torn=True))
+    server.front.requests.clear()
+    with pytest.raises(DeliveryError, match=r"refused put_object: 413 .*HTTP 413"):
+        deliver(export, f"{URI}-again", tmp_path / "state", _options(server.url))
+    assert [request.operation for request in server.front.requests if "probe" not in request.key].count("PUT") == 3
+
+
 def test_a_server_that_asks_for_patience_gets_it(server: S3Server, tmp_path: Path) -> None:
     export = make_export(tmp_path / "export", {"config.json": 10})
     times: list[float] = []
@@ -589,7 +618,7 @@ def test_a_server_that_keeps_failing_is_given_up(server: S3Server, tmp_path: Pat
     _Stopping(server, "PUT", 0, Answer("503 Slow Down", "SlowDown"))
     with pytest.raises(DeliveryError, match="kept failing: SlowDown"):
         deliver(export, URI, tmp_path / "state", _options(server.url, attempts=3))
-    assert server.operations().count("PUT") == 3 + 3  # the probe's and ours
+    assert server.operations().count("PUT") == 4 + 3  # the probe's and ours
 
 
 def test_the_probe_finds_what_the_server_does_and_leaves_nothing(server: S3Server) -> None:
@@ -600,6 +629,7 @@ def test_the_probe_finds_what_the_server_does_and_leaves_nothing(server: S3Serve
     assert found.multipart
     assert found.sha256_checksums
     assert found.md5_etags
+    assert found.md5_part_etags
     assert found.lists_uploads
     assert not found.quirks
     assert server.contents() == {}
@@ -643,6 +673,40 @@ def test_a_server_that_knows_neither_is_served_too(server: S3Server, tmp_path: P
     export = make_export(tmp_path / "export", SIZES)
     deliver(export, URI, tmp_path / "state", _options(server.url))
     assert server.contents() == _expected(export)
+
+
+@pytest.mark.parametrize("operation", ["PUT", "complete"])
+def test_a_server_that_refuses_conditions_that_hold_is_given_none(
+    server: S3Server, tmp_path: Path, operation: str
+) -> None:
+    first = make_export(tmp_path / "first", SIZES)
+    second = make_export(tmp_path / "second", SIZES, seed=1)
+    deliver(first, URI, tmp_path / "state", _options(server.url))
+
+    def refuse(request: Request, _environ: dict[str, Any]) -> Answer | None:
+        refused = request.operation == operation and "if-match" in request.headers
+        return Answer("412 Precondition Failed", "PreconditionFailed") if refused else None
+
+    server.front.rules.append(refuse)
+    found = probe(URI, _options(server.url))
+    assert found.conditional_replace == (operation != "PUT")
+    assert found.conditional_complete == (operation != "complete")
+    assert not server.uploads()
+    deliver(second, URI, tmp_path / "state", _options(server.url))
+    assert server.contents() == _expected(second)
+
+
+def test_a_server_with_etags_of_its_own_for_objects_in_parts(server: S3Server, tmp_path: Path) -> None:
+    server.front.own_part_etags = True
+    server.front.hidden_headers = ("x-amz-checksum",)
+    found = probe(URI, _options(server.url))
+    assert found.md5_etags
+    assert not found.md5_part_etags
+    assert any("in parts" in quirk for quirk in found.quirks)
+    export = make_export(tmp_path / "export", SIZES)
+    deliver(export, URI, tmp_path / "state", _options(server.url))
+    assert server.contents() == _expected(export)
+    assert deliver(export, URI, tmp_path / "elsewhere", _options(server.url)) == Delivery(skipped=4)
 
 
 def _user(server: S3Server, monkeypatch: pytest.MonkeyPatch, *actions: str) -> Callable[[str], None]:

@@ -141,8 +141,7 @@ class S3Store:
             source,
             key,
             ManifestEntry(sha256=entry.sha256, size=entry.size),
-            algorithm=self._server.algorithm,
-            md5_etags=self._server.md5_etags,
+            server=self._server,
             conditions={},
             progress=lambda _size: check(),  # what it raises ends the upload
         ).deliver()

@@ -60,6 +60,7 @@ class LoopbackHub:
         self._server = Server(self, Api(self).answer)
         # The storage is another origin, as it is in reality, so that clients treat redirects to it as they do there.
         self._storage = Server(self, lambda call: lfs.storage(self, call))
+        self._storage_netloc = self._storage.netloc
 
     def __enter__(self) -> Self:
         return self
@@ -76,6 +77,15 @@ class LoopbackHub:
     @property
     def endpoint(self) -> str:
         return f"http://{self._server.netloc}"
+
+    @property
+    def storage_address(self) -> tuple[str, int]:
+        """Host and port of the storage, for a proxy before it."""
+        return "127.0.0.1", self._storage.server_port
+
+    def reach_storage_at(self, url: str) -> None:
+        """From now on send clients to the storage through a proxy at this URL."""
+        self._storage_netloc = url.removeprefix("http://")
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
         """Return the variables that lead the clients in another process here, and nowhere else.
@@ -259,7 +269,7 @@ class LoopbackHub:
             self._requests.append(request)
 
     def is_stray(self, host: str) -> bool:
-        if host in (self._server.netloc, self._storage.netloc):
+        if host in (self._server.netloc, self._storage.netloc, self._storage_netloc):
             return False
         with self._lock:
             self.strays.append(host)
@@ -275,7 +285,7 @@ class LoopbackHub:
         return f"{origin}{quote(path)}?signature={self.signature(path)}"
 
     def cdn_url(self, path: str) -> str:
-        return self.signed(f"http://{self._storage.netloc}", path)
+        return self.signed(f"http://{self._storage_netloc}", path)
 
     def parts(self, key: str) -> Path:
         folder = self._folder / "parts" / key

@@ -13,7 +13,7 @@ from job.errors import DeliveryError
 from job.records import Record
 from job.upload.s3.abandoned import abort, listed
 from job.upload.s3.failures import RefusedError
-from job.upload.s3.objects import SHA256_KEY, Algorithm, checked, comparable_etag, digest, look_up
+from job.upload.s3.objects import SHA256_KEY, Algorithm, checked, checksum_of, comparable_etag, digest, look_up
 from job.upload.s3.options import S3Options, Target
 from job.upload.s3.store import Store
 
@@ -28,11 +28,12 @@ class S3Capabilities(Record):
 
     Attributes:
         conditional: A put that must create an object fails where there is one.
-        conditional_replace: A put that must replace a certain object fails where there is another one.
+        conditional_replace: A put that must replace a certain object fails where there is another one, and only there.
         conditional_complete: The completion of a multipart upload keeps such conditions, too.
         multipart: It takes multipart uploads.
         sha256_checksums: It keeps SHA-256 checksums of objects, in one piece and in parts.
-        md5_etags: The ETag of an object is its MD5.
+        md5_etags: The ETag of an object in one piece is its MD5.
+        md5_part_etags: The ETag of an object in parts is the MD5 of their MD5s.
         lists_uploads: It says which multipart uploads have been begun.
     """
 
@@ -43,12 +44,17 @@ class S3Capabilities(Record):
     multipart: bool
     sha256_checksums: bool
     md5_etags: bool
+    md5_part_etags: bool
     lists_uploads: bool
 
     @property
     def algorithm(self) -> Algorithm:
         """How uploads to this server are checked."""
         return "sha256" if self.sha256_checksums else "md5"
+
+    def has_md5_etag(self, part_bytes: int) -> bool:
+        """Return whether the ETag of an object in parts of this size (0: in one piece) is made of MD5s."""
+        return self.md5_part_etags if part_bytes else self.md5_etags
 
     @property
     def quirks(self) -> tuple[str, ...]:
@@ -59,6 +65,9 @@ class S3Capabilities(Record):
             ),
             "takes no multipart uploads": not self.multipart,
             "keeps no SHA-256 checksums: MD5 is compared instead": not self.sha256_checksums and self.md5_etags,
+            "gives no checksums of files in parts: their sizes alone are compared": not self.sha256_checksums
+            and self.md5_etags
+            and not self.md5_part_etags,
             "gives no checksums: sizes alone are compared": not self.sha256_checksums and not self.md5_etags,
             "does not list begun uploads: abandoned ones may remain": not self.lists_uploads,
         }
@@ -119,8 +128,11 @@ class _Probe:
             )
         self._sha256 = self._sha256 and remote.checksum is not None
         md5_etags = comparable_etag(remote.etag) == digest("md5", _CONTENTS).hex() and not remote.keyed
-        replaces = self._refused(self._put, IfMatch=f'"{"0" * 32}"')
-        multipart, completes = self._try_multipart()
+        # Ceph 16 refuses what does hold as well: it compares the ETag with its quotes.
+        replaces = self._refused(self._put, IfMatch=f'"{"0" * 32}"') and not self._refused(
+            self._put, IfMatch=remote.etag
+        )
+        multipart, part_etags, completes = self._try_multipart(replaces=replaces)
         return S3Capabilities(
             conditional=conditional,
             conditional_replace=replaces,
@@ -128,6 +140,7 @@ class _Probe:
             multipart=multipart,
             sha256_checksums=self._sha256,
             md5_etags=md5_etags,
+            md5_part_etags=part_etags,
             lists_uploads=self._lists_uploads(),
         )
 
@@ -166,27 +179,32 @@ class _Probe:
             **condition,
         )
 
-    def _try_multipart(self) -> tuple[bool, bool]:
-        """Return whether multipart uploads work, and whether their completion keeps conditions."""
+    def _try_multipart(self, *, replaces: bool) -> tuple[bool, bool, bool]:
+        """Return whether multipart uploads work, give ETags of MD5s, and keep conditions when they are completed."""
         try:
             self._complete(*self._upload())
         except RefusedError as error:
             if not error.unsupported:
                 raise
             if not self._sha256:
-                return False, False
+                return False, False, False
             self._sha256 = False
-            return self._try_multipart()
+            return self._try_multipart(replaces=replaces)
         remote = look_up(self._store, self._key)
         self._sha256 = self._sha256 and remote is not None and remote.checksum is not None
+        etag = checksum_of("md5", {1: digest("md5", _CONTENTS)}, len(_CONTENTS))
+        part_etags = remote is not None and comparable_etag(remote.etag) == etag and not remote.keyed
         upload, part = self._upload()
-        keeps = self._refused(partial(self._complete, upload, part), IfNoneMatch="*")
+        complete = partial(self._complete, upload, part)
+        keeps = self._refused(complete, IfNoneMatch="*")
+        if keeps and replaces and remote is not None:
+            keeps = not self._refused(complete, IfMatch=remote.etag)
         try:
             self._store.call("abort_multipart_upload", Key=self._key, UploadId=upload)
         except RefusedError as error:
-            if error.status != 404:  # it is over where the condition was ignored
+            if error.status != 404:  # it is over where it has been completed
                 raise
-        return True, keeps
+        return True, part_etags, keeps
 
     def _upload(self) -> tuple[str, dict[str, Any]]:
         """Begin an upload, send its only part and return its id and the part as its completion names it."""

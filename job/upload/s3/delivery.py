@@ -199,7 +199,7 @@ class _Run:
                 if wanted.sha256 != entry.sha256:
                     raise damaged(self._export / name)
                 # The server's kind of ETag matters only without a checksum.
-                md5_etags = algorithm == "md5" and self._server.md5_etags
+                md5_etags = algorithm == "md5" and self._server.has_md5_etag(there.part_bytes)
                 if difference(there, wanted, md5_etags=md5_etags) is None:
                     self._fingerprints[name] = wanted
         return remote
@@ -225,8 +225,7 @@ class _Run:
             source,
             self._key(name),
             entry,
-            algorithm=self._server.algorithm,
-            md5_etags=self._server.md5_etags,
+            server=self._server,
             conditions=self._conditions(there) if self._server.conditional_complete else {},
             progress=self._progress,
         )
@@ -264,7 +263,7 @@ class _Run:
             self._check(name, wanted)
 
     def _check(self, name: str, wanted: Fingerprint) -> None:
-        md5_etags = wanted.algorithm == "md5" and self._server.md5_etags
+        md5_etags = wanted.algorithm == "md5" and self._server.has_md5_etag(wanted.part_bytes)
         reason = lasting_difference(self._store, self._key(name), wanted, md5_etags=md5_etags)
         if reason is not None:
             raise DeliveryError(

@@ -48,6 +48,8 @@ _TRANSIENT_CODES = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
+# How often a request is made whose refusal has lost its words: on the line, or because something in between refuses.
+_TRIES_WITHOUT_WORDS = 3
 _BAD_CREDENTIALS = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidClientTokenId"})
 _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
 
@@ -124,6 +126,15 @@ def may_pass(method: str, error: Exception) -> bool:
         ValueError,
     )
     return isinstance(error, lost_line)
+
+
+def tries(method: str, error: Exception, most: int) -> int:
+    """Return how often a request is made that fails like this."""
+    if may_pass(method, error):
+        return most
+    code, status, _, _ = _answer(error)
+    # botocore names a refusal after its status where the body is cut off; answers to HEAD never have one.
+    return min(most, _TRIES_WITHOUT_WORDS) if code == str(status) and method != "head_object" else 1
 
 
 def retry_after_s(error: Exception) -> float:

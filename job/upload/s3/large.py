@@ -12,6 +12,7 @@ from typing import Any
 
 from job.records import ManifestEntry
 from job.upload.s3.abandoned import abort
+from job.upload.s3.capabilities import S3Capabilities
 from job.upload.s3.failures import RefusedError, conflict, damaged
 from job.upload.s3.lanes import Lanes
 from job.upload.s3.objects import (
@@ -43,8 +44,7 @@ class LargeFile:
         key: str,
         entry: ManifestEntry,
         *,
-        algorithm: Algorithm,
-        md5_etags: bool,
+        server: S3Capabilities,
         conditions: Mapping[str, str],
         progress: Callable[[int], None],
     ) -> None:
@@ -56,14 +56,13 @@ class LargeFile:
             source: The file.
             key: The object's key.
             entry: What the manifest says of the file.
-            algorithm: How parts are checked on their way.
-            md5_etags: Whether the server's ETags are MD5 digests.
+            server: How that server behaves.
             conditions: IfNoneMatch or IfMatch of the completion, where the server honours them.
             progress: Told of bytes that have arrived, from any thread but one at a time; a negative number
                 takes back what has to be sent again.
         """
         self._store, self._states, self._source, self._key, self._entry = store, states, source, key, entry
-        self._algorithm, self._md5_etags = algorithm, md5_etags
+        self._server, self._algorithm = server, server.algorithm
         self._conditions = dict(conditions)
         self._progress = progress
         self._told = 0
@@ -130,7 +129,8 @@ class LargeFile:
         try:
             return state, self._listed(state)
         except RefusedError as error:
-            if error.code != "NoSuchUpload":
+            # Ceph says NoSuchKey.
+            if error.status != 404 or error.code == "NoSuchBucket":
                 raise
             self._states.forget(self._key)
             return None
@@ -210,7 +210,8 @@ class LargeFile:
             return False
         if algorithm == "sha256" and (theirs := part.get("ChecksumSHA256")):
             return bool(theirs == b64encode(digest("sha256", data)).decode())
-        etag = comparable_etag(part["ETag"]) if self._md5_etags and self._store.options.sse != "aws:kms" else None
+        md5_etags = self._server.md5_etags and self._store.options.sse != "aws:kms"
+        etag = comparable_etag(part["ETag"]) if md5_etags else None
         return etag in (None, digest("md5", data).hex())
 
     def _send_part(
@@ -260,7 +261,8 @@ class LargeFile:
         except RefusedError as error:
             if error.status not in (404, 409, 412):
                 raise
-            if lasting_difference(self._store, self._key, wanted, md5_etags=self._md5_etags) is None:
+            md5_etags = self._server.md5_part_etags
+            if lasting_difference(self._store, self._key, wanted, md5_etags=md5_etags) is None:
                 return
             if error.status != 412:
                 raise

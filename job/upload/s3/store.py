@@ -13,7 +13,7 @@ from typing import Any
 
 from job.errors import UsageError
 from job.events import redact
-from job.upload.s3.failures import GivenUpError, explained, may_pass, retry_after_s
+from job.upload.s3.failures import GivenUpError, explained, retry_after_s, tries
 from job.upload.s3.options import S3Options, Target
 
 _NEVER = threading.Event()
@@ -147,7 +147,7 @@ class Store:
             except (BotoCoreError, ClientError, ResponseParserError, ValueError) as error:
                 if stop.is_set():
                     raise GivenUpError from error
-                if attempt >= self.options.attempts or not may_pass(method, error):
+                if attempt >= tries(method, error, self.options.attempts):
                     raise explained(method, error, self.target) from error
                 wait = self._wait_s(attempt, error)
             if stop.wait(wait):
