@@ -51,6 +51,11 @@ class Hold:
         if self._claim is not None:
             self._claim.request()
 
+    def discard(self) -> None:
+        """Have the checkpoint forget the job, which came to nothing."""
+        if self._claim is not None:
+            self._claim.discard()
+
     def check(self) -> None:
         """Return at once if the run may go on.
 
@@ -97,8 +102,10 @@ def held(
             return
         with open_checkpoint(settings, events.say) as mirror:
             if not beside_others and not folder.job_file.exists():
-                others = {head.job_id: head.identity for head in mirror.jobs() if head.job_id != folder.path.name}
-                refuse_other_settings(settings.checkpoint, others, identity)
+                # What names no files came to nothing.
+                mirrored = {head.job_id: head.identity for head in mirror.jobs() if head.files}
+                if folder.path.name not in mirrored:
+                    refuse_other_settings(settings.checkpoint, mirrored, identity)
             claim = mirror.claim(folder, identity, events.say)
             yield from _kept(claim, signals)
 

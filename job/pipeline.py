@@ -178,7 +178,7 @@ def _run(start: Start, events: Events, signals: StopSignals) -> Outcome:
         surveyor.held, surveyor.left_by = None, (left_by.process,) if left_by else ()
         settings = surveyor.settings = _priced(settings, surveyor.rental)
         meter = Meter(folder.meter_file, settings.price)
-        with recorded(folder, record, settings, events, meter):
+        with recorded(folder, record, settings, events, meter, hold):
             return _Job(folder, record, settings, events, signals, meter, hold).do(surveyor)
 
 
