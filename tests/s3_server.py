@@ -73,13 +73,21 @@ Rule = Callable[[Request, dict[str, Any]], Answer | None]
 
 
 class Front:
-    """WSGI in between."""
+    """WSGI in between.
+
+    Attributes:
+        rules: What goes wrong.
+        hidden_headers: Beginnings of names of headers that answers are to lack.
+        requests: All that have come.
+        given: Key and bytes of all that was asked for and given out.
+    """
 
     def __init__(self, app: Any) -> None:
         self._app = app
         self.rules: list[Rule] = []
         self.hidden_headers: tuple[str, ...] = ()
         self.requests: list[Request] = []
+        self.given: list[tuple[str, int]] = []
         self._one_put = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -98,6 +106,8 @@ class Front:
                 return [body]
 
         def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            if request.operation == "GET" and status.startswith("2"):
+                self.given.append((request.key, int(dict(headers).get("Content-Length", 0))))
             kept = [(name, value) for name, value in headers if not name.lower().startswith(self.hidden_headers)]
             return start_response(status, kept if self.hidden_headers else headers, *rest)
 
