@@ -3,12 +3,12 @@
 python -m benchmarks.chaos [ORGANISM] [--kills 50] [--seed 0] [--trials 24]
 python -m benchmarks.chaos [ORGANISM] --runners 20
 
-The job is mirrored to S3 (moto's server on the loopback) and delivered to S3 and to a folder. Starts after a kill are in
-the same workspace and in an empty one in turn; the latter, where Linux lets us, among processes of their own: as on
-another machine they cannot see that the runner before is dead, and wait until its lease expires. Half of the kills fall
-at any time of the job, half are aimed at a phase. A job that ends before the kills are used up is compared with an
-uninterrupted one, and begins again elsewhere. With --runners two runners start at once, so many times in one workspace
-and so many in two with one mirror: on a fresh job, on one whose runner was killed, and apart.
+The job is mirrored to S3 (moto's server on the loopback) and delivered to S3 and to a folder. Starts after a kill are
+in the same workspace and in an empty one in turn; the latter, where Linux lets us, among processes of their own: as on
+another machine they cannot see that the runner before is dead, and wait until its lease expires. Half of the kills
+fall at any time of the job, half are aimed at a phase. A job that ends before the kills are used up is compared with
+an uninterrupted one, and begins again elsewhere. With --runners two runners start at once, so many times in one
+workspace and so many in two with one mirror: on a fresh job, on one whose runner was killed, and apart.
 
 Exits with 1 if anything is not as it has to be.
 """
@@ -53,6 +53,8 @@ PHASES = {
     "proof": "export_proven",
     "delivery": "delivery_started",
 }
+# An object with which preflight has tried a target.
+PROBE = ".abliterate-probe-"
 # Seconds between signs of life, of silence until another may take over, between snapshots, between looks at a lease.
 SPEED = (0.5, 3.0, 0.2, 0.2)
 _LOOK_S = 0.01
@@ -176,6 +178,10 @@ class Places:
         """Return how many bytes of snapshots the mirror has given out."""
         return sum(size for key, size in self.server.front.given if key.startswith(f"{self.name}/mirror/"))
 
+    def probes(self) -> int:
+        """Return how many objects of probes a kill has left, which are no part of what is delivered."""
+        return sum(f"/{PROBE}" in name for name in self.server.contents(f"{self.name}/"))
+
     def result(self) -> dict[str, Any]:
         """Return all that has to be the same: trials here and mirrored, choice, what was delivered and exported."""
         job = only_job(self.workspace)
@@ -183,6 +189,7 @@ class Places:
             key.removeprefix(f"{self.name}/"): data for key, data in self.server.contents(f"{self.name}/").items()
         }
         objects = {name.removeprefix("model/"): data for name, data in contents.items() if name.startswith("model/")}
+        objects = {name: data for name, data in objects.items() if not name.startswith(PROBE)}
         files = {path.name: path.read_bytes() for path in (self.root / self.name / "delivered").iterdir()}
         # A workspace that was filled after the delivery has no export.
         exported = {path.name: path.read_bytes() for path in (job / "export").glob("[!.]*")} or objects
@@ -250,6 +257,7 @@ class Tally:
     ran: float = 0.0
     evaluated: int = 0
     rounds: int = 0
+    probes: int = 0
     differences: list[str] = field(default_factory=list)
 
 
@@ -293,6 +301,7 @@ def play_round(job: list[str], places: Places, reference: Reference, dice: rando
         if kind == "empty":
             places.move()
     tally.rounds += 1
+    tally.probes += places.probes()
     tally.differences += differences(places, run.wait(), reference)
 
 
@@ -332,7 +341,8 @@ def chaos(job: list[str], trials: int, kills: int, seed: int, root: Path, server
     print(
         f"time lost: {(tally.ran - tally.rounds * alone) / kills:.1f} s a kill, the start and waits for leases included"
     )
-    print(f"trials evaluated again: {(tally.evaluated - tally.rounds * trials) / kills:.2f} a kill")
+    print(f"finished trials evaluated again: {(tally.evaluated - tally.rounds * trials) / kills:.2f} a kill")
+    print(f"objects of probes left in the bucket: {tally.probes}")
     for kind, sizes in tally.fetched.items():
         if sizes:
             mean, most = statistics.mean(sizes) / 1e6, max(sizes) / 1e6

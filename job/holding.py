@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
     from job.checkpoint import Claim, Mirror
 
-# What the last snapshot may take: after a stop signal the platform does not wait long.
-_LAST_SECONDS, _STOPPED_SECONDS = 300.0, 8.0
+# What the last snapshot may take, in seconds and in times that a lease lasts without a sign of life.
+_LAST_SECONDS, _LAST_LEASES = 300.0, 2.5
+# After a stop signal the platform does not wait long.
+_STOPPED_SECONDS = 8.0
 
 
 def open_checkpoint(settings: Settings, report: Callable[[str], None]) -> Mirror:
@@ -119,7 +121,7 @@ def _kept(claim: Claim, signals: StopSignals) -> Iterator[Hold]:
         signals.interrupt(str(error))
 
     claim.start(on_lost)
-    seconds = _LAST_SECONDS
+    seconds = min(_LAST_SECONDS, _LAST_LEASES * claim.head.lease.expiry_s)
     try:
         yield Hold(claim)
     except Stopped:

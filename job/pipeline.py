@@ -240,9 +240,7 @@ class _Job:
         missed = missed_gate(self._settings, outcome.edited)
         if missed is None:
             self._phase("upload")
-            with self._hold.outward():
-                failed = deliver_to_all(self._folder, export, self._settings, self._events)
-            outcome = replace(outcome, failed_targets=tuple(failed))
+            outcome = replace(outcome, failed_targets=tuple(self._deliver(export)))
         else:
             self._events.emit("gate_missed", f"nothing is delivered: {missed}")
             outcome = replace(outcome, missed_gate=missed)
@@ -250,6 +248,13 @@ class _Job:
         write_record(self._folder.state_file, self._finished(chosen, len(trials), missed))
         self._events.emit("job_finished", chosen=chosen.number)
         return outcome
+
+    def _deliver(self, export: Path) -> list[tuple[str, str]]:
+        """Deliver to all targets and return those that failed, with the reason."""
+        if not self._settings.upload:
+            return []  # nobody sees anything, so a lease that may have expired is no hindrance
+        with self._hold.outward():
+            return deliver_to_all(self._folder, export, self._settings, self._events)
 
     def _finished(self, chosen: Trial, trials: int, missed: str | None) -> State:
         """Return what state.json says of the finished job."""
