@@ -49,10 +49,10 @@ class Events:
         self._stream = stream if stream is not None else sys.stderr
         self._echo = self._print
 
-    def log_to(self, path: Path) -> None:
-        """From now on append to this file; a line that a crash has torn is closed off first."""
+    def log_to(self, path: Path | None) -> None:
+        """From now on append to this file, None: to none; a line that a crash has torn is closed off first."""
         self._path = path
-        if path.exists() and path.stat().st_size:
+        if path is not None and path.exists() and path.stat().st_size:
             with path.open("rb+") as file:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
     from job.checkpoint import Claim, Mirror
 
-# What the last snapshot may take: after a stop signal the platform does not wait long.
-_LAST_SECONDS, _STOPPED_SECONDS = 300.0, 8.0
+# What the last snapshot may take, in seconds and in times that a lease lasts without a sign of life.
+_LAST_SECONDS, _LAST_LEASES = 300.0, 2.5
+# After a stop signal the platform does not wait long.
+_STOPPED_SECONDS = 8.0
 
 
 def open_checkpoint(settings: Settings, report: Callable[[str], None]) -> Mirror:
@@ -50,6 +52,11 @@ class Hold:
         """Have the checkpoint brought up to date soon; nobody waits for it."""
         if self._claim is not None:
             self._claim.request()
+
+    def discard(self) -> None:
+        """Have the checkpoint forget the job, which came to nothing."""
+        if self._claim is not None:
+            self._claim.discard()
 
     def check(self) -> None:
         """Return at once if the run may go on.
@@ -97,9 +104,10 @@ def held(
             return
         with open_checkpoint(settings, events.say) as mirror:
             if not beside_others and not folder.job_file.exists():
-                heads = [head for head in mirror.jobs() if head.files and head.job_id != folder.path.name]
-                others = {head.job_id: head.identity for head in heads}
-                refuse_other_settings(settings.checkpoint, others, identity)
+                # What names no files came to nothing.
+                mirrored = {head.job_id: head.identity for head in mirror.jobs() if head.files}
+                if folder.path.name not in mirrored:
+                    refuse_other_settings(settings.checkpoint, mirrored, identity)
             claim = mirror.claim(folder, identity, events.say)
             yield from _kept(folder, claim, signals)
 
@@ -113,7 +121,7 @@ def _kept(folder: RunFolder, claim: Claim, signals: StopSignals) -> Iterator[Hol
         signals.interrupt(str(error))
 
     claim.start(on_lost)
-    hurry = False
+    hurry, patience = False, min(_LAST_SECONDS, _LAST_LEASES * claim.head.lease.expiry_s)
     try:
         yield Hold(claim)
     except Stopped:
@@ -126,4 +134,4 @@ def _kept(folder: RunFolder, claim: Claim, signals: StopSignals) -> Iterator[Hol
         final = folder.prompts_file.exists() and not any(isinstance(error, HeldError) for error in lost)
         # A first signal now must not cut the last snapshot; a second one still leaves at once.
         with signals.shielded():
-            claim.close(final=final, seconds=_STOPPED_SECONDS if hurry else _LAST_SECONDS, hurry=hurry)
+            claim.close(final=final, seconds=_STOPPED_SECONDS if hurry else patience, hurry=hurry)

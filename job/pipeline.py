@@ -181,7 +181,7 @@ def _run(start: Start, events: Events, signals: StopSignals) -> Outcome:
         surveyor.held, surveyor.left_by = None, (left_by.process,) if left_by else ()
         surveyor.uploads, settings = folder.uploads_state, surveyor.settings
         meter = Meter(folder.meter_file, settings.price)
-        with recorded(folder, record, settings, events, meter):
+        with recorded(folder, record, settings, events, meter, hold):
             return _Job(folder, record, settings, events, signals, meter, hold).do(surveyor)
 
 
@@ -244,9 +244,7 @@ class _Job:
         missed = missed_gate(self._settings, outcome.edited)
         if missed is None:
             self._phase("upload")
-            with self._hold.outward():
-                failed = deliver_to_all(self._folder, export, self._settings, self._events)
-            outcome = replace(outcome, failed_targets=tuple(failed))
+            outcome = replace(outcome, failed_targets=tuple(self._deliver(export)))
         else:
             self._events.emit("gate_missed", f"nothing is delivered: {missed}")
             outcome = replace(outcome, missed_gate=missed)
@@ -263,6 +261,13 @@ class _Job:
         except JobError as error:
             return error
         return None
+
+    def _deliver(self, export: Path) -> list[tuple[str, str]]:
+        """Deliver to all targets and return those that failed, with the reason."""
+        if not self._settings.upload:
+            return []  # nobody sees anything, so a lease that may have expired is no hindrance
+        with self._hold.outward():
+            return deliver_to_all(self._folder, export, self._settings, self._events)
 
     def _finished(self, chosen: Trial, trials: int, missed: str | None) -> State:
         """Return what state.json says of the finished job."""

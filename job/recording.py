@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from job.budget import Meter
 from job.errors import AcceleratorFaultError, ImpossibleJobError, JobError, MachineError, RestartNeeded, Stopped
 from job.events import Events, read_events
+from job.holding import Hold
 from job.records import JobRecord, State
 from job.settings import Settings
 from job.workspace import RunFolder, write_record
@@ -18,7 +19,9 @@ _MOST_FAULTS = 3
 
 
 @contextmanager
-def recorded(folder: RunFolder, record: JobRecord, settings: Settings, events: Events, meter: Meter) -> Iterator[None]:
+def recorded(
+    folder: RunFolder, record: JobRecord, settings: Settings, events: Events, meter: Meter, hold: Hold
+) -> Iterator[None]:
     """Keep state.json, the event log and the meter true to how the block ends.
 
     Raises:
@@ -46,7 +49,10 @@ def recorded(folder: RunFolder, record: JobRecord, settings: Settings, events: E
     except JobError as error:
         _end(folder, events, "failed", error.line)
         if isinstance(error, ImpossibleJobError) and folder.read_job().resolution is None:
-            folder.discard()  # nothing was begun that could be continued
+            # Nothing was begun that could be continued.
+            events.log_to(None)
+            hold.discard()
+            folder.discard()
         raise
     except Exception as error:
         _end(folder, events, "failed", f"{type(error).__name__}: {error}")

@@ -124,6 +124,8 @@ def write_folder(folder: Path, *, seed: int = 0, large: int = 200_000, trials: i
     run.preflight_file.write_text("{}")
     run.prompts_file.write_text('{"bad": ["x"]}')
     run.uploads_file.write_text("[]")
+    run.meter_file.write_text("{}")
+    run.reproduces_file.write_text("{}")
     write_atomically(run.state_file, json.dumps({"n": trials}).encode())
     record = JobRecord(job_id=JOB, identity=IDENTITY, settings={"trials": 5}, startup_trials=2, versions={})
     write_record(run.job_file, record)

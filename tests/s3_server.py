@@ -77,7 +77,14 @@ Rule = Callable[[Request, dict[str, Any]], Answer | None]
 
 
 class Front:
-    """WSGI in between."""
+    """WSGI in between.
+
+    Attributes:
+        rules: What goes wrong.
+        hidden_headers: Beginnings of names of headers that answers are to lack.
+        requests: All that have come.
+        given: Key and bytes of all that was asked for and given out.
+    """
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -86,6 +93,7 @@ class Front:
         # The ETag of an object in parts is not made of theirs, as at rclone's server.
         self.own_part_etags = False
         self.requests: list[Request] = []
+        self.given: list[tuple[str, int]] = []
         self._one_put = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -104,6 +112,8 @@ class Front:
                 return [body]
 
         def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            if request.operation == "GET" and status.startswith("2"):
+                self.given.append((request.key, int(dict(headers).get("Content-Length", 0))))
             if self.hidden_headers:
                 headers = [(name, value) for name, value in headers if not name.lower().startswith(self.hidden_headers)]
             if self.own_part_etags:

@@ -14,7 +14,7 @@ import pytest
 
 from job.checkpoint import Pace
 from job.checkpoint.snapshot import check_study
-from job.errors import DeliveryError, HeldError, JobError
+from job.errors import DeliveryError, HeldError, JobError, MachineError
 from job.workspace import RunFolder
 from tests.fault_proxy import FaultProxy
 from tests.mirror_places import file_place, hub_place, place, running, s3_options, s3_place
@@ -483,3 +483,34 @@ def test_an_identity_is_compared_as_it_is_written(file_place: Place, tmp_path: P
     file_place.claim(tmp_path / JOB).close()
     odd = {**IDENTITY, "space": (1, 2)}
     file_place.mirror().claim(RunFolder(tmp_path / JOB), odd, print).close()
+
+
+def test_a_job_that_came_to_nothing_is_forgotten(place: Place, tmp_path: Path) -> None:
+    run = write_folder(tmp_path / "a" / JOB)
+    claim = place.claim(run.path)
+    claim.start()
+    claim.request()
+    wait_until(lambda: claim.head.generation == 1, "no snapshot")
+    claim.discard()
+    run.discard()
+    assert claim.close()
+    assert place.head()["files"] == {}
+    assert place.head()["lease"]["released"]
+    assert place.objects() == set()
+    place.claim(tmp_path / "b" / JOB).close(final=False)
+    assert not (tmp_path / "b" / JOB / "job.json").exists()
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_mirror(s3_place: Place, tmp_path: Path) -> None:
+    def say(_: str) -> None:
+        raise MachineError("cannot write events.jsonl: No space left on device")
+
+    run = write_folder(tmp_path / JOB)
+    claim = s3_place.mirror(QUICK).claim(run, IDENTITY, say)
+    claim.start()
+    left = [Answer("400 Bad Request", "Mood")] * 3
+    s3_place.server.front.rules.append(lambda request, _: left.pop() if left and _is_head_put(request) else None)
+    claim.request()
+    wait_until(lambda: claim.head.generation == 1, "not made up for")
+    assert not left
+    assert claim.close()

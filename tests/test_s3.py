@@ -12,10 +12,13 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 
 from job.errors import DeliveryError, Stopped, UsageError
 from job.interrupt import StopSignals
@@ -634,6 +637,21 @@ def test_the_probe_finds_what_the_server_does_and_leaves_nothing(server: S3Serve
     assert not found.quirks
     assert server.contents() == {}
     assert not server.uploads()
+
+
+def test_what_a_killed_probe_has_left_is_removed_when_it_is_old(server: S3Server) -> None:
+    client = server.client()
+    for name in ("old", "new"):
+        client.put_object(Bucket=BUCKET, Key=f"models/one/.abliterate-probe-{name}", Body=b"a probe")
+        client.create_multipart_upload(Bucket=BUCKET, Key=f"models/one/.abliterate-probe-{name}")
+    client.put_object(Bucket=BUCKET, Key="models/one/thesis.txt", Body=b"years of work")
+    client.close()
+    keys = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[BUCKET].keys
+    for name in ("models/one/.abliterate-probe-old", "models/one/thesis.txt"):
+        keys[name].last_modified -= timedelta(minutes=11)
+    probe(URI, _options(server.url))
+    assert server.contents().keys() == {"models/one/.abliterate-probe-new", "models/one/thesis.txt"}
+    assert [key for key, _ in server.uploads()] == ["models/one/.abliterate-probe-new"]
 
 
 def test_a_server_without_conditions_and_checksums_serves_too(server: S3Server, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,14 +38,14 @@ class Claim:
     def __init__(
         self, store: Store, holding: Holding, folder: RunFolder, say: Callable[[str], None], *, required: bool
     ) -> None:
-        self._store, self._holding, self._folder, self._say = store, holding, folder, say
+        self._store, self._holding, self._folder, self._say = store, holding, folder, _heard(say)
         self._required = required
         self._snapshots = Snapshots(folder)
-        self._life = Trouble(f"the lease at {store.uri}", say)
-        self._sending = Trouble(f"the checkpoint {store.uri}", say)
+        self._life = Trouble(f"the lease at {store.uri}", self._say)
+        self._sending = Trouble(f"the checkpoint {store.uri}", self._say)
         # Not a condition: a stop signal that is raised in the main thread just within its lock would leave it locked.
         self._wake: SimpleQueue[None] = SimpleQueue()
-        self._wanted = self._stopping = self._hurry = False
+        self._wanted = self._stopping = self._hurry = self._discarded = False
         self._ended = threading.Event()
         self._done = False
         self._outward = 0
@@ -80,6 +81,10 @@ class Claim:
         if not self._wanted:
             self._wanted = True
             self._wake.put(None)
+
+    def discard(self) -> None:
+        """Have the mirror forget its snapshots when this is closed: the job came to nothing."""
+        self._discarded = True
 
     def check(self) -> None:
         """Return at once if the run may go on.
@@ -186,7 +191,9 @@ class Claim:
             begun = now()
             stopping, wanted, self._wanted = self._stopping, self._wanted, False
             try:
-                if wanted:
+                if self._discarded:
+                    self._empty(release=stopping)
+                elif wanted:
                     self._save(release=stopping)
                 elif stopping:
                     self._holding.update(release=True)
@@ -261,11 +268,31 @@ class Claim:
             # What failed tries have left that no head names.
             self._store.sweep(head.job_id, self.head.objects.keys() | {*self.head.previous})
 
+    def _empty(self, *, release: bool) -> None:
+        """Leave a head that names nothing: no other job takes it for one."""
+
+        def change(head: Head) -> tuple[Mapping[str, Any], Collection[str]]:
+            return {"files": {}, "previous": ()}, sorted({*head.objects, *head.previous})
+
+        self._holding.update(change, release=release)
+
     def _may_send(self, *, release: bool) -> None:
         if self._holding.lost is not None:
             raise self._holding.lost
         if self._hurry and not release:
             raise _CutShortError
+
+
+def _heard(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a way to say things from threads that have to go on, whatever becomes of the log."""
+
+    def heard(message: str) -> None:
+        try:
+            say(message)
+        except JobError as error:  # the disk is full, or the folder is gone
+            print(f"{message} ({error.line})", file=sys.stderr, flush=True)
+
+    return heard
 
 
 def _may_wait(path: str, file: Taken) -> bool:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from job.checkpoint.claim import LINEAGE, Claim
 from job.checkpoint.lease import Holding, is_running, take
-from job.checkpoint.options import MirrorOptions, scheme_of
+from job.checkpoint.options import MirrorOptions, pace_as_told, scheme_of
 from job.checkpoint.records import CACHES, Head, Lineage, MirrorError, decode_head
 from job.checkpoint.restore import download, restore
 from job.checkpoint.store import Proof, Store
@@ -56,20 +56,21 @@ def open_mirror(uri: str, options: MirrorOptions, report: Callable[[str], None] 
         DeliveryError: Credentials are missing or unusable.
     """
     scheme = scheme_of(uri)
+    pace = options.pace or pace_as_told()
     store: Store
     # Each brings a client that takes its time to load.
     if scheme == "file":
         from job.checkpoint.files import FileStore
 
-        store = FileStore(uri, options.pace)
+        store = FileStore(uri, pace)
     elif scheme == "hf":
         from job.checkpoint.hub import HubStore
 
-        store = HubStore(uri, options.token, options.pace, report)
+        store = HubStore(uri, options.token, pace, report)
     else:
         from job.checkpoint.s3 import S3Store
 
-        store = S3Store(uri, options.s3, options.pace)
+        store = S3Store(uri, options.s3, pace)
     return Mirror(store, required=options.required)
 
 

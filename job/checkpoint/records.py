@@ -25,6 +25,7 @@ _NAMESPACE = Path("/proc/self/ns/pid")
 # before what it was done with, so that no snapshot, taken while the run goes on, claims more than it holds.
 MIRRORED = (
     "state.json",
+    "meter.json",
     "uploads.json",
     "uploads",
     "figures",
@@ -36,6 +37,7 @@ MIRRORED = (
     "residuals",
     "preflight.json",
     "prompts.json",
+    "reproduces.json",
     "job.json",
 )
 # Folders of large files that are named by a key over all that changes them.

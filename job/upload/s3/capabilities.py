@@ -6,6 +6,8 @@ import hashlib
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
+from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +21,9 @@ from job.upload.s3.store import Store
 
 # A preflight check should not wait a quarter of an hour for a server that is not there.
 _ATTEMPTS = 4
+_PREFIX = ".abliterate-probe-"
+# Older than any probe takes: whoever made it was killed.
+_STALE = timedelta(minutes=10)
 _CONTENTS = b"abliterate: a probe of this S3 target, to be deleted at once\n"
 _METADATA = {SHA256_KEY: hashlib.sha256(_CONTENTS).hexdigest()}
 
@@ -101,7 +106,7 @@ class _Probe:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._key = store.target.key(f".abliterate-probe-{secrets.token_hex(8)}")
+        self._key = store.target.key(f"{_PREFIX}{secrets.token_hex(8)}")
         self._uploads: list[str] = []
         self._sha256 = store.options.checksums == "auto"
 
@@ -112,6 +117,7 @@ class _Probe:
             done = True
         finally:
             self._clean_up(quietly=not done)
+        self._clear_stale()
         if look_up(self._store, self._key) is not None:
             raise DeliveryError(
                 f"{self._store.target}: a deleted object is still there", remedy="use a bucket that deletes at once"
@@ -251,3 +257,18 @@ class _Probe:
         except RefusedError:
             if not quietly:
                 raise
+
+    def _clear_stale(self) -> None:
+        """Remove what probes that were killed have left; not being allowed to look is no reason to fail."""
+        prefix = self._store.target.key(_PREFIX)
+        try:
+            answer = self._store.call("list_objects_v2", Prefix=prefix)
+            now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
+            stale = {item["Key"] for item in answer.get("Contents", []) if now - item["LastModified"] > _STALE}
+            for key, upload in listed(self._store, prefix) if stale else ():
+                if key in stale:
+                    abort(self._store, key, upload)
+            for key in stale:
+                self._store.call("delete_object", Key=key)
+        except (RefusedError, ValueError):  # ValueError: a server that does not say what time it is
+            return
