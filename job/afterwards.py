@@ -13,10 +13,11 @@ from job.holding import held
 from job.interrupt import StopSignals
 from job.models import WEIGHTS, fetch_model, list_model, parse_model
 from job.outcome import missed_gate
-from job.pipeline import Start, model_folder
+from job.pipeline import model_folder
 from job.prompts import PromptSets
 from job.records import ExportFormat, Figures, JobRecord, Trial
 from job.result import job_trials
+from job.runs import Start
 from job.search import choose
 from job.settings import Settings, merged
 from job.upload.targets import deliver_to_all

@@ -191,7 +191,7 @@ def _run(settings: Settings, *, new: bool, notes: Sequence[str] = (), again: Aga
     signals = StopSignals()
     with signals.installed():
         from job.events import Events
-        from job.pipeline import run as run_job
+        from job.runs import run as run_job
 
         outcome = run_job(settings, new=new, events=Events(), signals=signals, notes=notes, again=again)
     return _told(outcome)
@@ -213,7 +213,7 @@ def resume(
     with signals.installed():
         from job.afterwards import resumption
         from job.events import Events
-        from job.pipeline import carry_out
+        from job.runs import carry_out
 
         others = {"trials": trials, "upload": upload}
         where = _whereabouts(workspace, job, checkpoint, assignments)
@@ -267,9 +267,9 @@ def preflight(
     import json
 
     from job.events import Events
-    from job.pipeline import preflight as check_job
     from job.preflight.cards import parse_on
     from job.preflight.readings import read_reading
+    from job.runs import preflight as check_job
     from job.settings import load_settings
 
     loaded = load_settings(**given)

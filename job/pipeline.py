@@ -7,35 +7,28 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from job.budget import Budget, Meter
-from job.errors import ExportMismatchError, HeldError, ImpossibleJobError, JobError, RestartNeeded
-from job.events import Events, read_events
-from job.holding import Hold, held
+from job.budget import Meter
+from job.errors import ExportMismatchError, ImpossibleJobError, JobError
+from job.events import Events
+from job.holding import Hold
 from job.interrupt import StopSignals
 from job.models import fetch_model, list_model, parse_model
-from job.outcome import Outcome, completed, missed_gate, outcome_of
+from job.outcome import Outcome, missed_gate, outcome_of
+from job.pace import Pace, budget_of
 from job.preflight.checks import is_allowed
-from job.preflight.estimate import PHASES, Hours
 from job.preflight.mounts import kind_of, mount_of, read_mounts
-from job.preflight.readings import MachineReading
-from job.preflight.restarts import past_starts
 from job.preflight.survey import Survey, Surveyor
 from job.prompts import PromptSets
-from job.recording import recorded, settings_key
 from job.records import JobRecord, State, Trial
 from job.report import write_reports
 from job.reproduction import (
-    Again,
     Reproduction,
     environment_differences,
-    require_same_model,
     require_same_prompts,
 )
 from job.result import job_trials
@@ -45,165 +38,16 @@ from job.upload.targets import deliver_to_all
 from job.workspace import (
     REPRODUCE,
     RunFolder,
-    find_folder,
     is_sealed,
-    open_job,
     read_record,
     write_record,
 )
 
 if TYPE_CHECKING:
-    from job.cloud.rental import Rental
     from job.workbench import Workbench
 
 
-def run(
-    settings: Settings,
-    *,
-    new: bool,
-    events: Events,
-    signals: StopSignals,
-    notes: Sequence[str] = (),
-    again: Again | None = None,
-) -> Outcome:
-    """Do the job that the settings describe, from wherever an earlier run of it has got to.
-
-    Args:
-        settings: The settings.
-        new: Start a job beside one with other settings.
-        events: Where progress goes.
-        signals: What stops the run.
-        notes: What became of old settings.
-        again: An export that is to be made again.
-
-    Raises:
-        JobError: The job cannot be done; each kind says whether, where and how it could be.
-        Stopped: A signal asked for it; running again continues.
-    """
-    pinned = again.pinned if again else None
-    folder, first = open_job(settings, new=new, pinned=pinned)
-
-    def opened() -> tuple[JobRecord, Settings]:
-        _, record = open_job(settings, new=True, pinned=pinned)
-        if again is not None:
-            require_same_model(again.original, record.identity)
-            write_record(folder.reproduces_file, again.original)
-            record = record.model_copy(update=again.resolved)
-        return record, settings
-
-    start = Start(folder, first.identity, settings, opened, beside_others=new or again is not None, notes=tuple(notes))
-    return carry_out(start, events, signals)
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run begins with.
-
-    Attributes:
-        folder: The run folder, which may have to be filled from the checkpoint.
-        identity: What the job is.
-        settings: Where the checkpoint is, and what becomes of the machine.
-        opened: Returns job.json and the settings once the run folder is there.
-        beside_others: The checkpoint may hold other jobs on the same model.
-        notes: What became of old settings.
-    """
-
-    folder: RunFolder
-    identity: Mapping[str, Any]
-    settings: Settings
-    opened: Callable[[], tuple[JobRecord, Settings]]
-    beside_others: bool = True
-    notes: tuple[str, ...] = ()
-
-
-def carry_out(start: Start, events: Events, signals: StopSignals) -> Outcome:
-    """Do a job from wherever it has got to, and then with the rented machine what the settings say.
-
-    Args:
-        start: What to begin with.
-        events: Where progress goes.
-        signals: What stops the run.
-
-    Raises:
-        JobError: The job cannot be done; each kind says whether, where and how it could be.
-        Stopped: A signal asked for it; running again continues.
-        RestartNeeded: The device has failed, and a fresh process may succeed.
-    """
-    settings = start.settings
-    try:
-        outcome = _run(start, events, signals)
-    except HeldError as error:
-        # A machine that comes back after another has taken over must not be paid for any longer.
-        if error.elsewhere:
-            end_rental(settings.when_done, settings, events)
-        raise
-    except RestartNeeded:
-        raise
-    except Exception:
-        end_rental(settings.when_failed, settings, events)
-        raise
-    delivered = not outcome.failed_targets and outcome.missed_gate is None
-    end_rental(settings.when_done if delivered else settings.when_failed, settings, events)
-    return outcome
-
-
-def end_rental(action: Literal["nothing", "stop", "destroy"], settings: Settings, events: Events) -> None:
-    """End the rental of this machine, if it is one and that is asked for."""
-    if action == "nothing":
-        return
-    rental = _this_rental()
-    if rental is None:
-        events.emit("rental", f"warning: this is no rented machine that is known: it is not ended ({action})")
-    else:
-        rental.end(action, Path(settings.workspace), events.say)
-
-
-def _this_rental() -> Rental | None:
-    from job.cloud.rental import find_rental
-
-    return find_rental()
-
-
-def _run(start: Start, events: Events, signals: StopSignals) -> Outcome:
-    folder = start.folder
-    done = _completed(start, events)
-    if done is not None:
-        return done
-    # Before the lock is taken, which writes down this process in place of the one before.
-    left_by = folder.holder()
-    with held(folder, start.identity, start.settings, events, signals, beside_others=start.beside_others) as hold:
-        # Again: another run may have finished it since, here or elsewhere.
-        done = _completed(start, events)
-        if done is not None:
-            return done
-        record, settings = start.opened()
-        surveyor = surveyor_of(folder, settings, events, notes=start.notes)
-        surveyor.held, surveyor.left_by = None, (left_by.process,) if left_by else ()
-        surveyor.uploads, settings = folder.uploads_state, surveyor.settings
-        meter = Meter(folder.meter_file, settings.price)
-        with recorded(folder, record, settings, events, meter, hold):
-            return _Job(folder, record, settings, events, signals, meter, hold).do(surveyor)
-
-
-def _completed(start: Start, events: Events) -> Outcome | None:
-    """Return what the job came to if it is complete, and say so."""
-    if not start.folder.job_file.exists():
-        return None
-    record, settings = start.opened()
-    done = completed(start.folder, settings)
-    if done is not None:
-        events.emit("job_complete", f"job {record.job_id} is finished; nothing to do")
-    return done
-
-
-def _priced(settings: Settings, rental: Rental | None) -> Settings:
-    """Return the settings with the price that the platform bills, where none is given."""
-    if settings.price is not None or rental is None:
-        return settings
-    return settings.model_copy(update={"price": rental.price()})
-
-
-class _Job:
+class Job:
     """One start of a job."""
 
     def __init__(
@@ -228,7 +72,7 @@ class _Job:
         """Go through all stages; those that an earlier start has finished are passed over."""
         prompts = surveyor.prompts
         damage = self._repair()
-        trials = _trials_so_far(self._folder)
+        trials = trials_so_far(self._folder)
         self._say_differences()
         if prompts is None or not self._is_searched_and_exported(trials, prompts):
             # A job of which only the delivery is left has its targets tell what is wrong with them.
@@ -332,7 +176,7 @@ class _Job:
         self._phase("model")
         model = model_folder(self._record, self._settings, self._events)
         with Workbench.prepared(self._folder, self._record, self._settings, model, prompts, self._events) as bench:
-            trials = self._search(bench) if self._record.searches else _trials_so_far(self._folder)
+            trials = self._search(bench) if self._record.searches else trials_so_far(self._folder)
             chosen = self._choice(trials, prompts)
             if not self._is_exported(chosen):
                 self._phase("export")
@@ -394,8 +238,8 @@ class _Job:
         search = bench.search(*self._study_place())
         done = len(search.finished())
         self._events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
-        budget = _budget(self._folder, self._settings, self._meter)
-        pace = _Pace(budget, self._hold, self._signals, self._settings.grace, begun=done > 0)
+        budget = budget_of(self._folder, self._settings, self._meter)
+        pace = Pace(budget, self._hold, self._signals, self._settings.grace, begun=done > 0)
         with self._events.progress("trials", target, done) as advance:
 
             def told(trial: Trial) -> None:
@@ -449,94 +293,12 @@ class _Job:
             self._hold.keep()
 
 
-class _Pace:
-    """Times batches, keeps each, gives a stopped one its grace, and ends the search when the budget asks for it."""
-
-    def __init__(self, budget: Budget, hold: Hold, signals: StopSignals, grace: float, *, begun: bool) -> None:
-        self._budget = budget
-        self._hold = hold
-        self._signals = signals
-        self._grace = grace
-        self._begun = begun
-        self._longest = 0.0
-
-    @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Time a batch; its block may end by itself within the grace after a stop."""
-        begin = time.monotonic()
-        with self._signals.graceful(self._grace):
-            yield
-        self._begun = True
-        self._longest = max(self._longest, time.monotonic() - begin)
-        self._hold.keep()
-
-    def may_go_on(self) -> bool:
-        """Return whether another batch fits; the first one of a job is made in any case, or nothing could be chosen.
-
-        Raises:
-            HeldError: Another run has taken the job over.
-        """
-        self._hold.check()
-        return not self._begun or self._budget.has_room_for(self._longest)
-
-
-def _budget(folder: RunFolder, settings: Settings, meter: Meter) -> Budget:
-    """Return the budget, with what preflight expects of export and delivery held back."""
-    hours = Hours(**dict.fromkeys(PHASES, 0.0))
-    if folder.preflight_file.exists():
-        hours = read_record(folder.preflight_file, Survey).hours or hours
-    return Budget(
-        meter,
-        max_hours=settings.max_hours,
-        max_cost=settings.max_cost,
-        price=settings.price,
-        reserve=hours.export + hours.upload,
-    )
-
-
-def _trials_so_far(folder: RunFolder) -> list[Trial]:
+def trials_so_far(folder: RunFolder) -> list[Trial]:
     """Return the finished trials; none of a damaged study, of which the search will tell."""
     try:
         return job_trials(folder)
     except JobError:
         return []
-
-
-def surveyor_of(
-    folder: RunFolder,
-    settings: Settings,
-    events: Events,
-    *,
-    notes: Sequence[str] = (),
-    on: MachineReading | None = None,
-) -> Surveyor:
-    """Return what surveys a job, with all that its folder, if it has one yet, tells of earlier starts.
-
-    Args:
-        folder: The run folder.
-        settings: The settings.
-        events: Where what is tried again is told.
-        notes: What became of old settings.
-        on: A machine to plan for in place of this one.
-    """
-    surveyor = Surveyor(
-        settings=settings, notes=tuple(notes), on=on, settings_key=settings_key(settings), report=events.say
-    )
-    if on is None:
-        surveyor.rental = _this_rental()
-        surveyor.settings = _priced(settings, surveyor.rental)
-    if folder.job_file.exists():
-        holder = folder.holder()
-        surveyor.commit = folder.read_job().model_commit
-        surveyor.starts = past_starts(read_events(folder.events_file))
-        surveyor.trials_done = len(_trials_so_far(folder))
-        if folder.prompts_file.exists():
-            surveyor.prompts = read_record(folder.prompts_file, PromptSets)
-        if holder is not None and folder.is_held():
-            surveyor.held = holder.describe()
-        elif holder is not None:
-            surveyor.left_by = (holder.process,)
-    return surveyor
 
 
 def model_folder(record: JobRecord, settings: Settings, events: Events) -> Path:
@@ -556,25 +318,3 @@ def link_export(folder: RunFolder, export: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(folder.export_link)
-
-
-def preflight(
-    settings: Settings, *, events: Events, notes: Sequence[str] = (), on: MachineReading | None = None
-) -> Survey:
-    """Survey a job without beginning it; nothing is left behind.
-
-    Args:
-        settings: The settings.
-        events: Where what is tried again is told.
-        notes: What became of old settings.
-        on: A machine to plan for in place of this one.
-
-    Raises:
-        UsageError: A setting is malformed.
-    """
-    folder = find_folder(settings)
-    surveyor = surveyor_of(folder, settings, events, notes=notes, on=on)
-    surveyor.keep = False
-    if settings.checkpoint is not None:
-        surveyor.leased = folder.path.name
-    return surveyor.survey()

@@ -96,7 +96,7 @@ class Front:
         self.given: list[tuple[str, int]] = []
         self._one_put = threading.Lock()
 
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:  # noqa: C901 - a fault after the other
         request = _described(environ)
         if not request.key.startswith("moto-api"):
             self.requests.append(request)
