@@ -22,7 +22,7 @@ from job.search import choose
 from job.settings import Settings, merged
 from job.upload.targets import deliver_to_all
 from job.whereabouts import Whereabouts, job_settings
-from job.workspace import RunFolder, is_sealed, model_identity, read_record
+from job.workspace import RunFolder, is_sealed, read_record
 
 if TYPE_CHECKING:
     from job.workbench import Workbench
@@ -114,11 +114,6 @@ def _trial(
 def _export(
     folder: RunFolder, record: JobRecord, settings: Settings, export: Callable[[Workbench], None], events: Events
 ) -> None:
-    if model_identity(settings) != record.identity["model"]:
-        raise UsageError(
-            f"the model of job {record.job_id} is no longer what it was",
-            remedy="restore it where job.json says it was",
-        )
     from job.workbench import Workbench
 
     events.log_to(folder.events_file)

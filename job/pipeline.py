@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.budget import Meter
-from job.errors import ExportMismatchError, ImpossibleJobError, JobError
+from job.errors import ExportMismatchError, ImpossibleJobError, JobError, UsageError
 from job.events import Events
 from job.holding import Hold
 from job.interrupt import StopSignals
@@ -39,6 +39,7 @@ from job.workspace import (
     REPRODUCE,
     RunFolder,
     is_sealed,
+    model_identity,
     read_record,
     write_record,
 )
@@ -302,7 +303,18 @@ def trials_so_far(folder: RunFolder) -> list[Trial]:
 
 
 def model_folder(record: JobRecord, settings: Settings, events: Events) -> Path:
-    """Return the folder with the model's files, downloaded at the pinned commit where they are not there yet."""
+    """Return the folder with the model's files, downloaded at the pinned commit where they are not there yet.
+
+    Raises:
+        UsageError: A folder's files are no longer what they were when the job began.
+        ImpossibleJobError: There is no such model any more.
+        MachineError: The Hub cannot be reached.
+    """
+    if model_identity(settings) != record.identity["model"]:
+        raise UsageError(
+            f"the model of job {record.job_id} is no longer what it was",
+            remedy="restore it where job.json says it was",
+        )
     source = parse_model(settings.model)
     if source.kind == "folder":
         return Path(source.name)

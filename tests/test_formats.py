@@ -229,3 +229,17 @@ def test_a_job_is_resumed_and_delivered_from_its_folder_alone(organism: Path, fi
     (tmp_path / "file").unlink()
     abliterate(*command[1].split()).check()
     assert (tmp_path / "file" / "below" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_job_is_not_continued_with_another_model(organism: Path, finished: Path, tmp_path: Path) -> None:
+    workspace, other = tmp_path / "runs", tmp_path / "other"
+    shutil.copytree(finished, workspace, symlinks=True)
+    shutil.copytree(organism / "model", other)
+    (other / "generation_config.json").write_text("{}")
+    record = only_job(workspace) / "job.json"
+    record.write_text(record.read_text().replace(str(organism / "model"), str(other)))
+    abliterate("resume", "--workspace", workspace, "--trials", 22).fails(2, "no longer what it was")
+    export = only_job(workspace) / "exports"
+    shutil.rmtree(export)
+    abliterate("export", "--workspace", workspace).fails(2, "no longer what it was")

@@ -148,5 +148,6 @@ def test_a_damaged_study_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_the_search_loads_no_torch() -> None:
-    code = "import sys, job.search, job.status, job.report, job.pipeline, job.runs, job.afterwards; assert 'torch' not in sys.modules"
+    modules = "job.search, job.status, job.report, job.pipeline, job.runs, job.afterwards"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
