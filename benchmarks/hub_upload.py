@@ -41,7 +41,7 @@ def make_export(folder: Path, mib: int, files: int) -> Path:
         with (folder / f"model-{number + 1:05}-of-{files:05}.safetensors").open("wb") as file:
             for start in range(0, size, MIB):
                 file.write(random.randbytes(min(MIB, size - start)))
-    seal(folder, "---\nlicense: mit\n---\nSoup without salt.\n")
+    seal(folder, lambda _: {"README.md": "---\nlicense: mit\n---\nSoup without salt.\n"})
     return folder
 
 

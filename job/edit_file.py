@@ -14,7 +14,7 @@ from torch import Tensor
 
 from job.architectures import Architecture
 from job.errors import ExportMismatchError, UsageError
-from job.export import Checkpoint, Edit, seal, verify_written, write_weights
+from job.export import Checkpoint, Edit, seal_made, verify_written, write_weights
 from job.numerics.basis import Basis
 from job.records import Record
 from job.reproduction import Reproduction
@@ -108,7 +108,7 @@ def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], Non
     try:
         write_weights(source, partial, architecture, edit, advance)
         verify_written(source, partial, architecture, edit)
-        seal(partial, header.made.model_copy(update={"format": "merged"}), source)
+        seal_made(partial, header.made.model_copy(update={"format": "merged"}), source)
         partial.replace(out)
     except OSError as error:
         raise cannot_write(out, error) from error

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,23 +258,34 @@ def copy_licences(source: Path, folder: Path) -> None:
         write_atomically(folder / name, (source / name).read_bytes())
 
 
-def seal(folder: Path, made: Reproduction, source: Path) -> Reproduction:
-    """Complete an export: what describes it, the hashes of all files, and last the mark that it is done.
+def seal_made(folder: Path, made: Reproduction, source: Path) -> None:
+    """Complete an export with its reproduce.json and its card.
 
     Args:
         folder: The export.
         made: How it was made; the hashes of its weights are put in here.
         source: Folder of the base model.
+    """
 
-    Returns:
-        What stands in reproduce.json.
+    def describe(weights: Mapping[str, str]) -> dict[str, str]:
+        whole = made.model_copy(update={"weights": dict(weights)})
+        return {REPRODUCE: whole.model_dump_json(indent=2) + "\n", CARD: model_card(whole, source)}
+
+    seal(folder, describe)
+
+
+def seal(folder: Path, describe: Callable[[Mapping[str, str]], Mapping[str, str]]) -> None:
+    """Complete an export: what describes it, the hashes of all files, and last the mark that it is done.
+
+    Args:
+        folder: The export.
+        describe: Given the sha256 of every file of weights, returns the names and texts of what describes them.
     """
     for name in (REPRODUCE, CARD, SUMS, MANIFEST):
         (folder / name).unlink(missing_ok=True)
     entries = dict(build_manifest(folder).files)
     weights = {name: entry.sha256 for name, entry in entries.items() if name.endswith(WEIGHTS)}
-    made = made.model_copy(update={"weights": weights})
-    for name, text in ((REPRODUCE, made.model_dump_json(indent=2) + "\n"), (CARD, model_card(made, source))):
+    for name, text in describe(weights).items():
         write_atomically(folder / name, text.encode())
         entries[name] = _file_entry(folder / name)
     sums = "".join(f"{entries[name].sha256}  {name}\n" for name in sorted(entries))
@@ -282,7 +293,6 @@ def seal(folder: Path, made: Reproduction, source: Path) -> Reproduction:
     entries[SUMS] = _file_entry(folder / SUMS)
     write_record(folder / MANIFEST, Manifest(files=dict(sorted(entries.items()))))
     write_atomically(folder / DONE, (sha256_file(folder / MANIFEST) + "\n").encode())
-    return made
 
 
 def build_manifest(folder: Path) -> Manifest:

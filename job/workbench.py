@@ -14,7 +14,7 @@ from job.edit_file import write_edit_file
 from job.errors import ImpossibleJobError
 from job.evaluation import Evaluator
 from job.events import Events
-from job.export import Checkpoint, Edit, copy_licences, seal, verify_written, write_weights
+from job.export import Checkpoint, Edit, copy_licences, seal_made, verify_written, write_weights
 from job.faults import Watchdog, clear_faults, is_out_of_memory, out_of_memory, release_memory
 from job.intervention import Intervention
 from job.model import LoadedModel, hardware, load_model
@@ -210,7 +210,7 @@ class Workbench:
             write_edit_file(export, self.loaded.folder, self.loaded.architecture, edit, made)
         if form != "merged":
             copy_licences(self.loaded.folder, export)
-        seal(export, made, self.loaded.folder)
+        seal_made(export, made, self.loaded.folder)
 
     def _written(self, export: Path, edit: Edit, form: ExportFormat) -> LoadedModel | None:
         """Write the weights of an export and load it afresh, as anyone else would; None where it has none."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from job.architectures import UnsupportedArchitectureError, discover
 from job.decoding import Answer, first_logits
 from job.errors import DeliveryError, ExportMismatchError, ImpossibleJobError, MachineError
-from job.export import Checkpoint, Edit, build_manifest, seal, verify_written, write_weights
+from job.export import Checkpoint, Edit, build_manifest, seal_made, verify_written, write_weights
 from job.intervention import Intervention
 from job.numerics.basis import Basis
 from job.records import Manifest
@@ -120,7 +120,7 @@ def test_answers_may_part_ways_at_ties_only() -> None:
 def test_the_seal_comes_last_and_breaks_with_the_manifest(random_model_folder: Path, tmp_path: Path) -> None:
     write(random_model_folder, tmp_path)
     assert not is_sealed(tmp_path)
-    seal(tmp_path, made_from(), random_model_folder)
+    seal_made(tmp_path, made_from(), random_model_folder)
     assert is_sealed(tmp_path)
     manifest = read_record(tmp_path / "manifest.json", Manifest)
     assert manifest.files["README.md"].size == (tmp_path / "README.md").stat().st_size
@@ -178,7 +178,7 @@ def test_an_export_onto_a_file_is_a_machine_error(random_model_folder: Path, tmp
 @pytest.fixture
 def sealed(random_model_folder: Path, tmp_path: Path) -> Path:
     write(random_model_folder, tmp_path / "export")
-    seal(tmp_path / "export", made_from(), random_model_folder)
+    seal_made(tmp_path / "export", made_from(), random_model_folder)
     return tmp_path / "export"
 
 
@@ -195,7 +195,7 @@ def test_delivery_copies_all_that_the_manifest_names_and_replaces_an_earlier_one
     deliver(sealed, uri)  # it is there already
     assert (target / "README.md").stat().st_mtime_ns == written
     write(random_model_folder, sealed, index=1)
-    seal(sealed, made_from(behaviour="another"), random_model_folder)
+    seal_made(sealed, made_from(behaviour="another"), random_model_folder)
     deliver(sealed, uri)
     assert "- removed: another\n" in (target / "README.md").read_text()
     assert list(tmp_path.glob("a folder/.*")) == []

@@ -41,7 +41,7 @@ def export_of(folder: Path, files: dict[str, bytes], card: str = CARD) -> Path:
     folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    seal(folder, card)
+    seal(folder, lambda _: {"README.md": card})
     return folder
 
 
@@ -175,7 +175,7 @@ def test_a_fresh_private_delivery_arrives_whole_and_a_second_one_sends_nothing(
     assert send(export) == done
     assert time.monotonic() - start < 1
     assert {request.method for request in hub.requests} == {"GET"}
-    assert send.arrived == 8
+    assert send.arrived == 9
     assert send.said == []
 
 
