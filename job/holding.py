@@ -122,12 +122,14 @@ def _kept(claim: Claim, signals: StopSignals) -> Iterator[Hold]:
 
     claim.start(on_lost)
     seconds = min(_LAST_SECONDS, _LAST_LEASES * claim.head.lease.expiry_s)
+    hurry = False
     try:
         yield Hold(claim)
     except Stopped:
-        seconds = _STOPPED_SECONDS
+        seconds, hurry = _STOPPED_SECONDS, True
         if lost:
             raise lost[0] from None
         raise
     finally:
-        claim.close(final=not any(isinstance(error, HeldError) for error in lost), seconds=seconds)
+        final = not any(isinstance(error, HeldError) for error in lost)
+        claim.close(final=final, seconds=seconds, hurry=hurry)
