@@ -361,7 +361,7 @@ def race(job: list[str], places: Places, *, together: bool, apart: bool) -> str:
         if lost.code != HeldError.exit_code:
             return f"{places.name}: exit code {lost.code}: {places.log.read_text()[-2000:]}"
         places.number = 0 if together else runs.index(won)
-        while won.code is None and "loaded" not in {event["event"] for event in won.told(places.workspace)}:
+        while won.code is None and phase_of(won.told(places.workspace)) == FIRST:
             time.sleep(_LOOK_S)
         return "" if won.code in (None, 0) else f"{places.name}: the other ends with {won.code}"
     finally:

@@ -14,7 +14,11 @@ import pytest
 
 from job.checkpoint import Pace
 from job.checkpoint.snapshot import check_study
-from job.errors import DeliveryError, HeldError, JobError, MachineError
+from job.errors import DeliveryError, HeldError, JobError, MachineError, Stopped
+from job.events import Events
+from job.holding import held
+from job.interrupt import StopSignals
+from job.settings import load_settings
 from job.workspace import RunFolder
 from tests.fault_proxy import FaultProxy
 from tests.mirror_places import file_place, hub_place, place, running, s3_options, s3_place
@@ -477,6 +481,28 @@ def test_at_the_end_trials_come_before_large_caches(s3_place: Place, tmp_path: P
     assert len(trials_in(fresh.study_file)) == 4
     assert mirrored(fresh.path) == {k: v for k, v in mirrored(run.path).items() if not k.startswith("residuals/")}
     assert s3_place.server.uploads() == []
+
+
+def test_a_stop_signal_sends_trials_before_large_caches(s3_place: Place, tmp_path: Path) -> None:
+    run = write_folder(tmp_path / "a" / JOB, large=80 << 20)
+    with FaultProxy("127.0.0.1", s3_place.server.port, bytes_per_s=6_000_000) as proxy:
+        reached = (f"s3.endpoint={proxy.url}", "s3.addressing_style=path", "s3.region=us-east-1", "s3.part_mib=5")
+        given = {"model": "-", "checkpoint": s3_place.uri}
+        settings = load_settings(given, assignments=reached).settings
+
+        def stopped() -> None:
+            with held(run, IDENTITY, settings, Events(), StopSignals()) as hold:
+                hold.keep()
+                wait_until(lambda: any(r.operation == "part" for r in s3_place.server.front.requests), "nothing sent")
+                add_trial(run.study_file, 3)
+                raise Stopped("SIGTERM")
+
+        with pytest.raises(Stopped):
+            stopped()
+    assert s3_place.head()["lease"]["released"]
+    fresh = RunFolder(tmp_path / "b" / JOB)
+    s3_place.claim(fresh.path).close(final=False)
+    assert len(trials_in(fresh.study_file)) == 4
 
 
 def test_an_identity_is_compared_as_it_is_written(file_place: Place, tmp_path: Path) -> None:

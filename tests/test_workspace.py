@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,19 @@ def test_atomic_writes_leave_no_trace_of_failures(tmp_path: Path) -> None:
         write_atomically(tmp_path / "folder", b"a folder is in the way")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "x"]
     assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_writers_at_once_do_not_meet(tmp_path: Path) -> None:
+    file, contents = tmp_path / "file", [bytes([number]) * 50_000 for number in range(4)]
+
+    def write(data: bytes) -> None:
+        for _ in range(50):
+            write_atomically(file, data)
+
+    with ThreadPoolExecutor() as threads:
+        assert list(threads.map(write, contents)) == [None] * 4
+    assert file.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_damaged_records_are_told_by_file(tmp_path: Path) -> None:
