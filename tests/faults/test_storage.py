@@ -104,7 +104,7 @@ def fill(disk: Path) -> Path:
 @pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_search_loses_nothing(organism: Path, small_disk: Path, tmp_path: Path) -> None:
     workspace = small_disk / "runs"
-    arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--allow", "disk.kind", *TRIALS]
+    arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--allow", "disk.storage", *TRIALS]
     process = start(*arguments)
     when_searching(workspace, process, 3)
     ballast = fill(small_disk)
