@@ -21,15 +21,16 @@ import hashlib
 import json
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -85,8 +86,11 @@ class Run:
     """A started run.
 
     Attributes:
+        latest: Those that were started last, to be ended with this process.
         begun: When, by the clock that events are written by.
     """
+
+    latest: ClassVar[deque[Run]] = deque(maxlen=2)
 
     def __init__(self, arguments: list[str], log: Path, *, apart: bool) -> None:
         self._log = log
@@ -94,6 +98,7 @@ class Run:
         self.begun = time.time()
         with log.open("ab") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=output, env=environment(**credentials()))
+        self.latest.append(self)
 
     @property
     def seconds(self) -> float:
@@ -116,6 +121,8 @@ class Run:
 
     def kill(self) -> bool:
         """End it with signal 9, wait until it is gone, and return whether it was that which ended it."""
+        if self._process.returncode is not None:
+            return self._process.returncode < 0
         try:
             family = psutil.Process(self._process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -413,10 +420,15 @@ def main() -> None:
         if given.organism is None:
             abliterate("demo-model", organism).check()
         job = [*job_arguments(organism), "--trials", str(given.trials)]
-        if given.runners:
-            right = runners(job, given.runners, Path(folder), server)
-        else:
-            right = chaos(job, given.trials, given.kills, given.seed, Path(folder), server)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            if given.runners:
+                right = runners(job, given.runners, Path(folder), server)
+            else:
+                right = chaos(job, given.trials, given.kills, given.seed, Path(folder), server)
+        finally:
+            for run in Run.latest:
+                run.kill()
     sys.exit(0 if right else 1)
 
 
