@@ -6,9 +6,10 @@ python -m benchmarks.chaos [ORGANISM] --runners 20
 The job is mirrored to S3 (moto's server on the loopback) and delivered to S3 and to a folder. Starts after a kill are
 in the same workspace and in an empty one in turn; the latter, where Linux lets us, among processes of their own: as on
 another machine they cannot see that the runner before is dead, and wait until its lease expires. Half of the kills
-fall at any time of the job, half are aimed at a phase. A job that ends before the kills are used up is compared with
-an uninterrupted one, and begins again elsewhere. With --runners two runners start at once, so many times in one
-workspace and so many in two with one mirror: on a fresh job, on one whose runner was killed, and apart.
+fall at any time of the job, half are aimed at the phase that has had the fewest. A job that ends before the kills are
+used up is compared with an uninterrupted one, and begins again elsewhere. With --runners two runners start at once, so
+many times in one workspace and so many in two with one mirror: on a fresh job, on one whose runner was killed, and
+apart.
 
 Exits with 1 if anything is not as it has to be.
 """
@@ -20,15 +21,16 @@ import hashlib
 import json
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -84,8 +86,11 @@ class Run:
     """A started run.
 
     Attributes:
+        latest: Those that were started last, to be ended with this process.
         begun: When, by the clock that events are written by.
     """
+
+    latest: ClassVar[deque[Run]] = deque(maxlen=2)
 
     def __init__(self, arguments: list[str], log: Path, *, apart: bool) -> None:
         self._log = log
@@ -93,6 +98,7 @@ class Run:
         self.begun = time.time()
         with log.open("ab") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=output, env=environment(**credentials()))
+        self.latest.append(self)
 
     @property
     def seconds(self) -> float:
@@ -115,6 +121,8 @@ class Run:
 
     def kill(self) -> bool:
         """End it with signal 9, wait until it is gone, and return whether it was that which ended it."""
+        if self._process.returncode is not None:
+            return self._process.returncode < 0
         try:
             family = psutil.Process(self._process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -264,8 +272,11 @@ class Tally:
 class Moment:
     """When a start is killed: after so many seconds, or so many after it has come to a phase."""
 
-    def __init__(self, dice: random.Random, reference: Reference) -> None:
-        self._phase = FIRST if dice.random() < 0.5 else dice.choice(list(reference.lengths)[1:])
+    def __init__(self, dice: random.Random, reference: Reference, kills: Counter[str]) -> None:
+        aims = list(reference.lengths)[1:]
+        fewest = min(kills[phase] for phase in aims)
+        aim = dice.choice([phase for phase in aims if kills[phase] == fewest])
+        self._phase = FIRST if dice.random() < 0.5 else aim
         longest = reference.seconds if self._phase == FIRST else reference.lengths[self._phase]
         self._delay = dice.uniform(0, longest)
         self._since: float | None = None
@@ -283,7 +294,7 @@ def play_round(job: list[str], places: Places, reference: Reference, dice: rando
     kind, apart = "", can_be_apart()
     while True:
         fetched = places.fetched()
-        moment = Moment(dice, reference) if tally.kills.total() < tally.planned else None
+        moment = Moment(dice, reference, tally.kills) if tally.kills.total() < tally.planned else None
         run = places.start(job, apart=apart and kind == "empty")
         while run.code is None and not (moment and moment.has_come(run, run.told(places.workspace))):
             time.sleep(_LOOK_S)
@@ -336,7 +347,13 @@ def chaos(job: list[str], trials: int, kills: int, seed: int, root: Path, server
     alone = statistics.mean([reference.seconds, again.seconds])
     print(f"{kills} kills over {tally.rounds} jobs, seed {seed}: {len(tally.differences)} differences")
     print("killed in:", ", ".join(f"{phase} {tally.kills[phase]}" for phase in PHASES))
-    print("restarted:", ", ".join(f"{count} in the {kind} workspace" for kind, count in tally.restarts.items()))
+    print(
+        "restarted:",
+        ", ".join(
+            f"{count} in {'the same workspace' if kind == 'same' else 'an empty one'}"
+            for kind, count in tally.restarts.items()
+        ),
+    )
     print(f"uninterrupted: {reference.seconds:.0f} and {again.seconds:.0f} s")
     print(
         f"time lost: {(tally.ran - tally.rounds * alone) / kills:.1f} s a kill, the start and waits for leases included"
@@ -403,10 +420,15 @@ def main() -> None:
         if given.organism is None:
             abliterate("demo-model", organism).check()
         job = [*job_arguments(organism), "--trials", str(given.trials)]
-        if given.runners:
-            right = runners(job, given.runners, Path(folder), server)
-        else:
-            right = chaos(job, given.trials, given.kills, given.seed, Path(folder), server)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            if given.runners:
+                right = runners(job, given.runners, Path(folder), server)
+            else:
+                right = chaos(job, given.trials, given.kills, given.seed, Path(folder), server)
+        finally:
+            for run in Run.latest:
+                run.kill()
     sys.exit(0 if right else 1)
 
 
