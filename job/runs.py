@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from job.budget import Meter
-from job.errors import HeldError, RestartNeeded
+from job.errors import HeldError, JobError, RestartNeeded
 from job.events import Events, read_events
 from job.holding import held
 from job.interrupt import StopSignals
@@ -52,7 +52,11 @@ def run(
         Stopped: A signal asked for it; running again continues.
     """
     pinned = again.pinned if again else None
-    folder, first = open_job(settings, new=new, pinned=pinned)
+    try:
+        folder, first = open_job(settings, new=new, pinned=pinned)
+    except JobError:
+        end_rental(settings.when_failed, settings, events)
+        raise
 
     def opened() -> tuple[JobRecord, Settings]:
         _, record = open_job(settings, new=True, pinned=pinned)
