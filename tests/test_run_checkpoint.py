@@ -127,6 +127,13 @@ def test_a_delivered_job_is_found_finished_from_its_mirror(moved: Moved, tmp_pat
     assert (status["state"], status["trials"]["done"]) == ("finished", 20)
 
 
+def test_a_result_is_delivered_from_the_mirror_alone(moved: Moved, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    arguments = [*moved.mirror, "--workspace", tmp_path / "elsewhere", "--job", only_job(moved.workspace).name]
+    abliterate("upload", *arguments, "--upload", target.as_uri(), **ENV).check()
+    assert manifest(target) == manifest(moved.delivered)
+
+
 def test_another_job_at_the_same_mirror_needs_new(moved: Moved, server: S3Server, tmp_path: Path) -> None:
     other = [*moved.arguments, tmp_path / "new", "--seed", "9"]
     before = server.contents("moved/")
