@@ -79,7 +79,9 @@ class Job:
             # A job of which only the delivery is left has its targets tell what is wrong with them.
             prompts = self._preflight(surveyor)
             if damage is not None:
-                raise damage  # after preflight, which ends a loop of such starts
+                # After preflight, which ends a loop of such starts.
+                self._phase("search")
+                raise damage
             trials = self._search_and_export(prompts)
         chosen = self._choice(trials, prompts)
         export = self._export_folder(chosen)

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import threading
+import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -163,6 +164,9 @@ class S3Server:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # All servers of a process share what they hold.
+        request = urllib.request.Request(f"{self.url}/moto-api/reset", b"", {"Content-Type": "text/plain"})
+        urllib.request.urlopen(request, timeout=10).close()
         self._moto.stop()
         assert self._moto._server is not None
         self._moto._server.server_close()
