@@ -114,7 +114,7 @@ def carry_out(start: Start, events: Events, signals: StopSignals) -> Outcome:
         raise
     except RestartNeeded:
         raise
-    except Exception:
+    except Exception:  # whatever it is goes on to the caller; the machine is not to bill on because of it
         end_rental(settings.when_failed, settings, events)
         raise
     delivered = not outcome.failed_targets and outcome.missed_gate is None

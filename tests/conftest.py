@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from job import demo
 from job.demo import build_tokenizer
+from tests.cloud import RunPodServer, VastServer
 from tests.helpers import abliterate, job_arguments
 
 
@@ -95,3 +96,21 @@ def random_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder, max_shard_size="40KB")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def vast() -> Iterator[VastServer]:
+    """Yield a rental platform on which nothing is offered yet."""
+    with VastServer() as server:
+        yield server
+
+
+@pytest.fixture
+def runpod() -> Iterator[RunPodServer]:
+    """Yield a rental platform with a few cards."""
+    with RunPodServer() as server:
+        server.add_gpu("NVIDIA GeForce RTX 4090", 24, 0.69, 0.34)
+        server.add_gpu("NVIDIA RTX A6000", 48, 0.49, 0.33)
+        server.add_gpu("NVIDIA A100 80GB PCIe", 80, 1.39, 1.19)
+        server.add_gpu("NVIDIA H200", 141, 3.59, 3.59, availability="NONE")
+        yield server

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,22 +14,6 @@ from job.cloud.launching import environment
 from job.errors import UsageError
 from tests.cloud import KEY, RunPodServer, VastServer
 from tests.cloud.helpers import COMMAND, IMAGE, QUICK, TOKEN, command, env_of
-
-
-@pytest.fixture
-def vast() -> Iterator[VastServer]:
-    with VastServer() as server:
-        yield server
-
-
-@pytest.fixture
-def runpod() -> Iterator[RunPodServer]:
-    with RunPodServer() as server:
-        server.add_gpu("NVIDIA GeForce RTX 4090", 24, 0.69, 0.34)
-        server.add_gpu("NVIDIA RTX A6000", 48, 0.49, 0.33)
-        server.add_gpu("NVIDIA A100 80GB PCIe", 80, 1.39, 1.19)
-        server.add_gpu("NVIDIA H200", 141, 3.59, 3.59, availability="NONE")
-        yield server
 
 
 def test_fetch_brings_the_log_and_says_what_it_cannot(vast: VastServer, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,6 @@ from job.errors import MachineError
 from tests.cloud import RunPodServer, VastServer
 from tests.cloud.helpers import COMMAND, IMAGE, TOKEN, command, launcher, need
 from tests.fault_proxy import FaultProxy
-
-
-@pytest.fixture
-def vast() -> Iterator[VastServer]:
-    with VastServer() as server:
-        yield server
-
-
-@pytest.fixture
-def runpod() -> Iterator[RunPodServer]:
-    with RunPodServer() as server:
-        server.add_gpu("NVIDIA GeForce RTX 4090", 24, 0.69, 0.34)
-        server.add_gpu("NVIDIA RTX A6000", 48, 0.49, 0.33)
-        server.add_gpu("NVIDIA A100 80GB PCIe", 80, 1.39, 1.19)
-        server.add_gpu("NVIDIA H200", 141, 3.59, 3.59, availability="NONE")
-        yield server
 
 
 def test_launch_on_vast(vast: VastServer, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,22 +17,6 @@ from job.errors import UsageError
 from job.preflight.cards import cards, offers_query
 from tests.cloud import RunPodServer, VastServer
 from tests.cloud.helpers import QUICK, command, env_of, need, survey
-
-
-@pytest.fixture
-def vast() -> Iterator[VastServer]:
-    with VastServer() as server:
-        yield server
-
-
-@pytest.fixture
-def runpod() -> Iterator[RunPodServer]:
-    with RunPodServer() as server:
-        server.add_gpu("NVIDIA GeForce RTX 4090", 24, 0.69, 0.34)
-        server.add_gpu("NVIDIA RTX A6000", 48, 0.49, 0.33)
-        server.add_gpu("NVIDIA A100 80GB PCIe", 80, 1.39, 1.19)
-        server.add_gpu("NVIDIA H200", 141, 3.59, 3.59, availability="NONE")
-        yield server
 
 
 def test_the_need_follows_preflight(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,6 @@ from job.errors import MachineError
 from tests.cloud import RunPodServer, VastServer
 from tests.cloud.helpers import COMMAND, IMAGE, command, launcher
 from tests.fault_proxy import FaultProxy
-
-
-@pytest.fixture
-def vast() -> Iterator[VastServer]:
-    with VastServer() as server:
-        yield server
-
-
-@pytest.fixture
-def runpod() -> Iterator[RunPodServer]:
-    with RunPodServer() as server:
-        server.add_gpu("NVIDIA GeForce RTX 4090", 24, 0.69, 0.34)
-        server.add_gpu("NVIDIA RTX A6000", 48, 0.49, 0.33)
-        server.add_gpu("NVIDIA A100 80GB PCIe", 80, 1.39, 1.19)
-        server.add_gpu("NVIDIA H200", 141, 3.59, 3.59, availability="NONE")
-        yield server
 
 
 def bidding(vast: VastServer, tmp_path: Path, said: list[str], url: str | None = None, **changes: Any) -> Launcher:
