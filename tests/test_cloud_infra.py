@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from job.cloud.needs import MIN_CUDA
 from job.errors import ImpossibleJobError, Stopped, UsageError
+from job.preflight.cards import MIN_CUDA
 from job.settings import load_settings
 from tests.helpers import abliterate
 

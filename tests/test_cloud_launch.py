@@ -11,8 +11,8 @@ import pytest
 from job.cloud.api import CloudError, KeyRefusedError, NoMoneyError
 from job.cloud.launching import find_launch
 from job.cloud.market import Terms
-from job.cloud.needs import MIN_CUDA
 from job.errors import MachineError
+from job.preflight.cards import MIN_CUDA
 from tests.cloud import RunPodServer, VastServer
 from tests.cloud.helpers import COMMAND, IMAGE, TOKEN, command, launcher, need
 from tests.fault_proxy import FaultProxy

@@ -12,9 +12,9 @@ from job.cloud.account import open_market
 from job.cloud.api import CloudError
 from job.cloud.launching import find_offers
 from job.cloud.market import Terms
-from job.cloud.needs import MIN_CUDA, PLANNED_LINE, need_of_cards, need_of_survey
+from job.cloud.needs import PLANNED_LINE, need_of_cards, need_of_survey
 from job.errors import UsageError
-from job.preflight.cards import cards, offers_query
+from job.preflight.cards import MIN_CUDA, cards, offers_query
 from tests.cloud import RunPodServer, VastServer
 from tests.cloud.helpers import QUICK, command, env_of, need, survey
 

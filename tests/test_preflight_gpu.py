@@ -14,7 +14,7 @@ import pytest
 
 from job.errors import UsageError
 from job.preflight import cuda, gpu, nvml
-from job.preflight.cards import card_of, cards, find_card, offers_query, parse_on
+from job.preflight.cards import MIN_CUDA, card_of, cards, find_card, offers_query, parse_on
 from job.preflight.checks import GIB, MIB, Check
 from job.preflight.exercise import Exercise, compute_check, exercise
 from job.preflight.probe import read_machine, torch_cuda_version
@@ -184,6 +184,7 @@ def test_the_table_of_cards() -> None:
     assert card_of(card(name="NVIDIA GeForce GTX 1080")) is None
     assert "gpu_name=RTX_4090 num_gpus=4" in offers_query(find_card("RTX4090"), 4, 200 * 10**9)
     assert "disk_space>=200" in offers_query(find_card("RTX4090"), 4, 200 * 10**9)
+    assert f"cuda_max_good>={MIN_CUDA}" in offers_query(find_card("RTX4090"), 4, 200 * 10**9)
 
 
 @pytest.mark.parametrize(

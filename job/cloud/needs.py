@@ -10,15 +10,13 @@ from typing import Any
 
 from job.cloud.market import Need
 from job.errors import UsageError
-from job.preflight.cards import Card, cards, find_card, parse_on
+from job.preflight.cards import MIN_CUDA, Card, cards, find_card, parse_on
 
 # Phases of an estimate that are transfers: they depend on the line of the machine that is rented.
 _DOWN, _UP = "download", "upload"
 # Bytes a second of the line that preflight takes for machines one does not have (`job.preflight.planning.LINE`,
 # whose module loads torch).
 PLANNED_LINE = 12e6
-# Lowest CUDA version that a host's driver has to know: that of the wheels in constraints.txt.
-MIN_CUDA = "13.0"
 
 
 def need_of_cards(text: str, disk_gb: int, hours: float | None = None) -> Need:

@@ -11,6 +11,8 @@ from job.preflight.readings import GpuReading, MachineReading
 from job.records import Record
 
 MOST_CARDS = 16
+# Lowest CUDA version that a host's driver has to know: that of the wheels in constraints.txt.
+MIN_CUDA = "13.0"
 
 
 class Card(Record):
@@ -132,8 +134,7 @@ def offers_query(card: Card, count: int, disk_bytes: int) -> str:
     # Vast.ai counts in 10⁹ bytes; the name alone does not tell the two sizes of some cards apart.
     memory = int(card.gib * 0.95)
     disk = -(-disk_bytes // 10**9)
-    cuda = " cuda_max_good>=12.8" if card.compute_capability >= (10, 0) else ""
     return (
-        f"vastai search offers 'gpu_name={card.offer} num_gpus={count} gpu_ram>={memory} disk_space>={disk}{cuda}' "
-        "--order dph_total"
+        f"vastai search offers 'gpu_name={card.offer} num_gpus={count} gpu_ram>={memory} disk_space>={disk} "
+        f"cuda_max_good>={MIN_CUDA}' --order dph_total"
     )
