@@ -93,6 +93,9 @@ SETTING_OPTIONS: dict[str, Any] = {
     "checkpoint": Annotated[
         str | None, typer.Option(metavar="URI", help="Mirror for other machines to go on from: s3://, hf://, file:///.")
     ],
+    "workers": Annotated[
+        int | None, typer.Option(metavar="N", help="Processes that evaluate trials; unset: one for every GPU.")
+    ],
     "require_checkpoint": Annotated[
         bool | None, typer.Option("--require-checkpoint", help="Stop where the checkpoint stays down.")
     ],
@@ -220,6 +223,22 @@ def resume(
         start = resumption(where, **{name: value for name, value in others.items() if value})
         outcome = carry_out(start, Events(), signals)
     _told(outcome)
+
+
+@app.command()
+def worker(
+    workspace: Workspace = None,
+    job: Job = None,
+    checkpoint: Checkpoint = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes; unset: one for every GPU.")] = None,
+    wait: Annotated[float, typer.Option(metavar="MIN", help="Minutes without a sign of life of the job.")] = 60.0,
+    assignments: Extensions = None,
+) -> None:
+    """Help a running job that has a database, from another machine or GPU, until its search is done."""
+    from job.events import Events
+    from job.worker import help_job
+
+    help_job(_whereabouts(workspace, job, checkpoint, assignments), workers, wait, Events())
 
 
 def _told(outcome: Outcome) -> Outcome:

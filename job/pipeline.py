@@ -238,36 +238,42 @@ class Job:
         self._phase("search")
         target, asked = self._settings.trials, len(bench.prompts.bad_search)
         bench.measure_baseline()
-        search = bench.search(*self._study_place())
-        done = len(search.finished())
-        self._events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
-        budget = budget_of(self._folder, self._settings, self._meter)
-        pace = Pace(budget, self._hold, self._signals, self._settings.grace, begun=done > 0)
-        with self._events.progress("trials", target, done) as advance:
+        # Only the coordinator may open the study: what it finds, it carries over to where it is missing.
+        with bench.crew() as shared:
+            search = bench.search(*self._study_place())
+            done = len(search.finished())
+            self._events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
+            budget = budget_of(self._folder, self._settings, self._meter)
+            pace = Pace(budget, self._hold, self._signals, self._settings.grace, begun=done > 0)
+            with self._events.progress("trials", target, done) as advance:
 
-            def told(trial: Trial) -> None:
-                values = trial.values
-                failed = f", failed: {values.reason}" if values.reason else ""
-                self._events.emit(
-                    "trial",
-                    f"trial {trial.number}: {values.refusals}/{asked} refusals, KL {values.kl:.4g}{failed}",
-                    number=trial.number,
-                    **values.model_dump(),
+                def told(trial: Trial) -> None:
+                    self._tell(trial, asked)
+                    advance(1)
+
+                search.run(
+                    target,
+                    lambda plan: bench.evaluate(plan, shared),
+                    told=told,
+                    shielded=self._signals.shielded,
+                    batch=pace.batch,
+                    may_go_on=pace.may_go_on,
                 )
-                advance(1)
-
-            search.run(
-                target,
-                bench.evaluate,
-                told=told,
-                shielded=self._signals.shielded,
-                batch=pace.batch,
-                may_go_on=pace.may_go_on,
-            )
         trials = search.finished()
         if len(trials) < target:
             self._events.emit("budget", f"the budget ends the search after {len(trials)} of {target} trials")
         return trials
+
+    def _tell(self, trial: Trial, asked: int) -> None:
+        """Say what a trial came to, of so many prompts asked."""
+        values = trial.values
+        failed = f", failed: {values.reason}" if values.reason else ""
+        self._events.emit(
+            "trial",
+            f"trial {trial.number}: {values.refusals}/{asked} refusals, KL {values.kl:.4g}{failed}",
+            number=trial.number,
+            **values.model_dump(),
+        )
 
     def _study_place(self) -> tuple[Path, Path | None]:
         """Return where the study is kept while it is searched, and where it is copied to after every batch.

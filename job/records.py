@@ -49,11 +49,13 @@ class Plan(Record):
         first: Number of the first trial.
         parameters: Optuna parameters of each trial, in number order.
         rows: Rows of a forward in which they are evaluated.
+        together: How many of them share their forwards; None: all.
     """
 
     first: int
     parameters: list[dict[str, Any]]
     rows: int
+    together: int | None = None
 
 
 class TrialScores(Record):
@@ -144,6 +146,7 @@ class Resolution(Record):
         layers: Number of the model's layers.
         response_prefix: What every answer is made to begin with.
         search_rows: Rows of a forward in the search, where memory turned out not to suffice for more.
+        together: Trials that share their forwards; None: all of a batch.
     """
 
     dtype: str
@@ -151,6 +154,7 @@ class Resolution(Record):
     layers: int
     response_prefix: str = ""
     search_rows: int | None = None
+    together: int | None = None
 
 
 class JobRecord(Record):

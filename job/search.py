@@ -112,6 +112,7 @@ class SearchSettings:
         startup_trials: Random trials at the start.
         batch: Trials asked and evaluated together (K).
         rows: Rows of a forward, recorded with each plan.
+        together: Trials that share their forwards, likewise; None: all of a batch.
         ei_candidates: Candidates the sampler weighs for each trial.
     """
 
@@ -120,12 +121,20 @@ class SearchSettings:
     batch: int
     rows: int
     ei_candidates: int
+    together: int | None = None
 
 
 class Search:
-    """A study on disk."""
+    """A study on disk, and where a database is given the same one in it."""
 
-    def __init__(self, file: Path, space: SearchSpace, settings: SearchSettings, copy: Path | None = None) -> None:
+    def __init__(
+        self,
+        file: Path,
+        space: SearchSpace,
+        settings: SearchSettings,
+        copy: Path | None = None,
+        database: tuple[str, str] | None = None,
+    ) -> None:
         """Open the study, creating it if it is not there.
 
         Args:
@@ -133,16 +142,20 @@ class Search:
             space: The space of edits.
             settings: How it is run.
             copy: Where the study is copied to after every batch; None: beside it, for when it gets damaged.
+            database: Address of a database and name of the study there.
 
         Raises:
-            JobError: The file is not a study that can be read.
+            JobError: The file is not a study that can be read, or the database holds another one of that name.
+            MachineError: The database cannot be reached.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._file = file
         self._copy = copy or file.with_name(BACKUP)
         self._space = space
         self._settings = settings
-        self._study = _open(file)
+        with _clear_errors(file):
+            self._study = _open(_url(file), STUDY_NAME)
+        self._shared = None if database is None else _shared(*database, self._study)
         self._trials = self._study.get_trials(deepcopy=False)
 
     def run(
@@ -200,8 +213,16 @@ class Search:
         with shielded():
             back_up(self._file, self._copy)
 
+    @property
+    def _studies(self) -> Iterator[optuna.Study]:
+        """The study on disk, which comes first, and the one in the database."""
+        yield self._study
+        if self._shared is not None:
+            yield self._shared
+
     def _store(self, plan: Plan) -> None:
-        self._study.set_user_attr(_PLAN, plan.model_dump(mode="json"))
+        for study in self._studies:
+            study.set_user_attr(_PLAN, plan.model_dump(mode="json"))
 
     def finished(self) -> list[Trial]:
         """Return all finished trials in number order."""
@@ -225,7 +246,7 @@ class Search:
         for number in range(first, first + size):
             memory.sampler = self._sampler(number)
             parameters.append(memory.ask(distributions).params)
-        return Plan(first=first, parameters=parameters, rows=self._settings.rows)
+        return Plan(first=first, parameters=parameters, rows=self._settings.rows, together=self._settings.together)
 
     def _sampler(self, number: int) -> optuna.samplers.TPESampler:
         digest = hashlib.sha256(f"{self._settings.seed}:{number}".encode()).digest()
@@ -245,7 +266,8 @@ class Search:
             distributions=self._space.distributions(),
             user_attrs=scores.model_dump(include={"opening", "reason"}),
         )
-        self._study.add_trial(trial)
+        for study in self._studies:
+            study.add_trial(trial)
         self._trials = self._study.get_trials(deepcopy=False)
 
 
@@ -266,16 +288,35 @@ def _as_sampled(trial: FrozenTrial) -> FrozenTrial:
     )
 
 
-def _open(file: Path) -> optuna.Study:
+def _open(url: str, name: str) -> optuna.Study:
     """Open a study for a run, creating it if it is not there."""
-    with _clear_errors(file), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # Metric names, which optuna-dashboard shows, are marked experimental since Optuna 3.2.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(
-            storage=_url(file), study_name=STUDY_NAME, directions=DIRECTIONS, load_if_exists=True
-        )
+        study = optuna.create_study(storage=url, study_name=name, directions=DIRECTIONS, load_if_exists=True)
         study.set_metric_names(list(METRICS))
     return study
+
+
+def _shared(url: str, name: str, own: optuna.Study) -> optuna.Study:
+    """Return the study in a database, it and the run's own one brought to where the further one has got.
+
+    Raises:
+        JobError: They are not the same study.
+    """
+    with _clear_database_errors(url):
+        shared = _open(url, name)
+        ours, theirs = own.get_trials(deepcopy=False), shared.get_trials(deepcopy=False)
+        if any(a.params != b.params or a.values != b.values for a, b in zip(ours, theirs, strict=False)):
+            raise JobError(
+                f"the database holds another search of job {name}",
+                remedy=f"delete it (optuna delete-study --study-name {name}) or choose another database",
+            )
+        behind, further = (own, shared) if len(theirs) > len(ours) else (shared, own)
+        behind.add_trials(further.get_trials()[min(len(ours), len(theirs)) :])
+        if _PLAN in further.user_attrs:
+            behind.set_user_attr(_PLAN, further.user_attrs[_PLAN])
+        return shared
 
 
 def read_trials(file: Path) -> list[Trial]:
@@ -395,20 +436,42 @@ def _connected(file: Path) -> sqlite3.Connection:
     return db
 
 
+def _is_of_storage(error: Exception) -> bool:
+    from sqlalchemy.exc import SQLAlchemyError  # takes half a second to load; Optuna has loaded it by now
+
+    return isinstance(error, SQLAlchemyError | sqlite3.Error | optuna.exceptions.StorageInternalError)
+
+
 @contextmanager
 def _clear_write_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        from sqlalchemy.exc import SQLAlchemyError  # takes half a second to load; Optuna has loaded it by now
-
-        if not isinstance(error, SQLAlchemyError | sqlite3.Error | optuna.exceptions.StorageInternalError):
+        if not _is_of_storage(error):
             raise
         what = str(error.__cause__ or error).splitlines()[0]
+        if "psycopg" in what:
+            raise _unreachable(what) from error
         raise MachineError(
             f"cannot write the study {file}: {what}",
             remedy="free disk space, correct its permissions or choose another --workspace",
         ) from error
+
+
+@contextmanager
+def _clear_database_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_storage(error):
+            raise
+        raise _unreachable(str(error.__cause__ or error).splitlines()[0]) from error
+
+
+def _unreachable(what: str) -> MachineError:
+    return MachineError(
+        f"the job's database fails: {what}", remedy="see that it runs and may be written, then run again to continue"
+    )
 
 
 @contextmanager

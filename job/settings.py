@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
 
@@ -86,6 +87,7 @@ class BatchingSettings(Section):
     """How much is computed at once."""
 
     rows: int = Field(ge=0, description="Rows of a forward, all trials together; 0: a rule.")
+    trials: int = Field(ge=0, description="Trials of a batch that share their forwards; 0: all, or a worker's share.")
 
 
 class DirectionSettings(Section):
@@ -230,6 +232,32 @@ class Settings(BaseSettings):
         description="Where the study is while it is searched: in the workspace, or on this machine's own disk with a "
         "copy in the workspace after every batch; auto: the latter where the workspace is a network file system."
     )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Processes that evaluate trials, one per GPU; unset: one for every GPU, if each holds the model.",
+    )
+    database: str | None = Field(
+        None,
+        description="postgresql+psycopg://USER@HOST/NAME: where `abliterate worker` on other machines finds the study "
+        "and its tasks; the password comes from PGPASSWORD or ~/.pgpass.",
+    )
+
+    @field_validator("database")
+    @classmethod
+    def _is_postgresql_without_password(cls, value: str | None) -> str | None:
+        if value is not None:
+            found = urlsplit(value)
+            if found.scheme != "postgresql+psycopg" or not found.path.strip("/"):
+                raise ValueError("write postgresql+psycopg://USER@HOST/NAME")
+            if found.password is not None or "password" in found.query:
+                # Not a ValueError, which would be shown with what was given.
+                raise UsageError(
+                    "database: an address with its password would be written down",
+                    remedy="leave it out, and set PGPASSWORD or use ~/.pgpass",
+                )
+        return value
+
     hang_seconds: float = Field(
         ge=0, description="Seconds that one forward may take before it counts as hung and the job stops; 0: any."
     )

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from job.errors import UsageError
-from job.settings import Settings, assigned, load_settings, merged
+from job.settings import Settings, assigned, default_values, load_settings, merged
 from job.workspace import EXTENDING, RunFolder, find_job
 
 if TYPE_CHECKING:
@@ -83,8 +85,22 @@ class Whereabouts:
 
 
 def job_settings(folder: RunFolder, **others: object) -> Settings:
-    """Return the settings of a job as of its latest start, with others in their place."""
-    return Settings(**merged({**folder.read_job().settings, "workspace": str(folder.path.parent)}, others))
+    """Return the settings of a job as of its latest start, with others in their place.
+
+    Raises:
+        UsageError: They are another version's.
+    """
+    record = folder.read_job()
+    # What a former version did not know is as it was before.
+    stored = merged(default_values(), {**record.settings, "workspace": str(folder.path.parent)})
+    try:
+        return Settings(**merged(stored, others))
+    except ValidationError as error:
+        made_by = record.versions.get("abliteration-job", "another version")
+        raise UsageError(
+            f"the settings of job {record.job_id} are not this version's: {error.errors()[0]['msg']}",
+            remedy=f"go on with the version that began it, {made_by}",
+        ) from error
 
 
 @contextmanager

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+import torch
+
 from job.adapter import with_adapter, write_adapter
+from job.crew import Shared, crew, parts_of
 from job.directions import DirectionFinder, tokens_of_forward
 from job.edit_file import write_edit_file
 from job.errors import ImpossibleJobError
@@ -143,25 +147,47 @@ class Workbench:
                 batch=self.settings.trials_per_batch,
                 rows=self.resolution.search_rows or self.resolution.rows,
                 ei_candidates=self.settings.search.ei_candidates,
+                together=self.resolution.together,
             ),
             copy,
+            (self.settings.database, self.record.job_id) if self.settings.database else None,
         )
 
-    def evaluate(self, plan: Plan) -> Sequence[TrialScores]:
-        """Score all trials of a plan in one batch.
+    def scores(self, edits: Sequence[EditParameters], rows: int) -> Sequence[TrialScores]:
+        """Score edits in one batch, with so many rows a forward."""
+        return self.evaluator.scores(self.intervention, edits, rows)
+
+    @contextmanager
+    def crew(self) -> Iterator[Shared]:
+        """Yield what scores plans together with other processes.
+
+        Raises:
+            HeldError: Another run is the job's coordinator.
+            MachineError: The job's database cannot be reached.
+        """
+        workers = workers_here(self.settings, self.loaded)
+        with crew(self.folder, workers, cuda_devices(), self.settings.database, self.events) as shared:
+            yield shared
+
+    def evaluate(self, plan: Plan, shared: Shared) -> Sequence[TrialScores]:
+        """Score all trials of a plan.
+
+        Args:
+            plan: The plan.
+            shared: Has its parts scored.
 
         Raises:
             MachineError: Memory does not suffice for one prompt at a time.
             SmallerLayoutNeeded: It does not suffice for the plan's rows.
         """
-        edits = [self.space.edit(params) for params in plan.parameters]
+        parts = parts_of(plan, [self.space.edit(params) for params in plan.parameters])
         try:
-            return self.evaluator.scores(self.intervention, edits, plan.rows)
+            return shared(plan, parts, self.scores)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             rows = plan.rows // 2
-            if rows < len(edits):
+            if rows < len(parts[0]):
                 raise out_of_memory(error) from error
         release_memory()
         self.events.emit(
@@ -301,11 +327,30 @@ def _resolve(
     if prefix:
         events.emit("response_prefix", f"answers are made to begin with {prefix!r}")
     resolution = Resolution(
-        dtype=loaded.dtype, rows=rows, layers=loaded.architecture.layer_count, response_prefix=prefix
+        dtype=loaded.dtype,
+        rows=rows,
+        layers=loaded.architecture.layer_count,
+        response_prefix=prefix,
+        together=settings.batching.trials or -(-settings.trials_per_batch // workers_here(settings, loaded)),
     )
     record = record.model_copy(update={"resolution": resolution})
     write_record(folder.job_file, record)
     return record, resolution
+
+
+def workers_here(settings: Settings, loaded: LoadedModel) -> int:
+    """Return how many processes evaluate trials on this machine: one for every GPU if this one holds the model."""
+    if settings.workers is not None:
+        return settings.workers
+    whole = settings.loading.device == "auto" and settings.loading.device_map == "single"
+    return max(1, len(cuda_devices())) if whole and loaded.device.type == "cuda" else 1
+
+
+def cuda_devices() -> list[str]:
+    """Return what CUDA calls the devices that this process may use, its own first."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
 def _evaluator(

@@ -48,6 +48,8 @@ EXTENDING = frozenset(
         "grace",
         "hang_seconds",
         "study_storage",
+        "workers",
+        "database",
         "wait_for_gpu",
     }
 )

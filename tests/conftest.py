@@ -28,7 +28,9 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
     """Return a function that makes a folder once for all workers."""
-    base = tmp_path_factory.getbasetemp().parent
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
 
     def make(name: str, build: Callable[[Path], None]) -> Path:
         folder = base / f"shared-{name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import statistics
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import COMMAND, UNMEASURED, abliterate, environment
+from tests.helpers import COMMAND, UNMEASURED, abliterate, environment, only_job
 
 
 @pytest.fixture
@@ -201,3 +202,18 @@ def test_secrets_stay_out_of_tracebacks(model: Path, prompts: list[str], tmp_pat
 def test_torch_is_the_build_that_the_constraints_name() -> None:
     pinned = (Path(__file__).parents[1] / "constraints.txt").read_text()
     assert f"torch=={torch.__version__.partition('+')[0]}\n" in pinned
+
+
+def test_a_job_of_a_former_version_is_gone_on_with_and_one_of_a_later_version_is_refused(
+    finished: Path, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "runs"
+    shutil.copytree(finished, workspace, symlinks=True)
+    file = only_job(workspace) / "job.json"
+    record = json.loads(file.read_text())
+    del record["settings"]["batching"]["trials"], record["settings"]["grace"]
+    file.write_text(json.dumps(record))
+    assert "nothing to do" in abliterate("resume", "--workspace", workspace).check().err
+    record["settings"]["invented_later"] = 1
+    file.write_text(json.dumps(record))
+    abliterate("resume", "--workspace", workspace).fails(2, "not this version's", "go on with the version that began")

@@ -143,8 +143,13 @@ class Mirror:
         head = decode_head(stored.data, job, self.uri)
         return head.lease.describe() if is_running(head, stored) else None
 
-    def fetch(self, job: str, into: Path) -> Fetched:
-        """Download the small files of a job's latest snapshot into a folder named after it; no lease is needed.
+    def fetch(self, job: str, into: Path, *, whole: bool = False) -> Fetched:
+        """Download a job's latest snapshot into a folder named after it; no lease is needed.
+
+        Args:
+            job: The job.
+            into: Where its folder is made.
+            whole: With the caches of residuals and directions.
 
         Raises:
             UsageError: There is no such job here.
@@ -159,7 +164,7 @@ class Mirror:
             head = decode_head(stored.data, job, self.uri)
             small = [path for path in head.files if Path(path).parts[0] not in CACHES or path.endswith(".json")]
             try:
-                download(self._store, head, small, into / job)
+                download(self._store, head, list(head.files) if whole else small, into / job)
             except OSError as error:
                 raise cannot_write(into, error) from error
             except MirrorError:

@@ -1,0 +1,188 @@
+"""Everybody who evaluates a plan: the run itself, its workers on other GPUs, and those that help from other machines.
+
+The run is the coordinator. It alone asks and tells; it posts every plan in parts, works along, and puts the parts
+together. A worker that dies or falls silent loses its part to another. What a part contains is written in the
+plan, so the trials do not depend on who evaluates them, nor on how many there are (DESIGN section 5).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from job.board import Board, signs_of_life
+from job.events import Events
+from job.records import EditParameters, Plan, TrialScores
+from job.workspace import RunFolder
+
+# Scores some edits in one batch, with so many rows a forward.
+Here = Callable[[Sequence[EditParameters], int], Sequence[TrialScores]]
+# Scores all parts of a plan.
+Shared = Callable[[Plan, Sequence[Sequence[EditParameters]], Here], list[TrialScores]]
+
+SILENT_SECONDS = 20.0
+_POLL_SECONDS = 0.02
+_ME = "coordinator"
+# What a worker of this machine is told by.
+WORKER = "JOB_WORKER"
+
+
+def in_turn(plan: Plan, parts: Sequence[Sequence[EditParameters]], here: Here) -> list[TrialScores]:
+    """Score all parts of a plan in this process."""
+    return [scores for part in parts for scores in here(part, plan.rows)]
+
+
+class WorkerOutOfMemory(MemoryError):  # noqa: N818 - a MemoryError, and handled as one
+    """A worker's memory does not suffice for the plan's rows."""
+
+
+@contextmanager
+def crew(
+    folder: RunFolder, workers: int, devices: Sequence[str], database: str | None, events: Events
+) -> Iterator[Shared]:
+    """Yield what scores plans: this process alone, or with others.
+
+    Args:
+        folder: The run folder, held by this run, with all that a search needs.
+        workers: Processes on this machine, this one included.
+        devices: What CUDA calls its devices, the first of which is this process'; empty without CUDA.
+        database: Where workers of other machines find their tasks; None: there are none.
+        events: Where progress goes.
+
+    Raises:
+        HeldError: Another run is the job's coordinator.
+        MachineError: The database cannot be reached.
+    """
+    if workers == 1 and database is None:
+        yield in_turn
+        return
+    with tempfile.TemporaryDirectory(prefix="abliterate-tasks-") as place:
+        url = database or f"sqlite:///{place}/tasks.db"
+        with Board(url, folder.path.name) as board:
+            board.lead()
+            made = Crew(board, events)
+            try:
+                for number in range(1, workers):
+                    made.start(folder, url, devices[number % len(devices)] if devices else None)
+                board.say("searching")
+                with signs_of_life(lambda: board.say("searching")):
+                    yield made.scores
+                board.say("done")
+            finally:
+                made.dismiss()
+
+
+class Crew:
+    """The coordinator's side of a board."""
+
+    def __init__(self, board: Board, events: Events, silent_s: float = SILENT_SECONDS, prefix: str = "worker") -> None:
+        """Coordinate through a board.
+
+        Args:
+            board: The board.
+            events: Where the fate of workers is told.
+            prefix: What the names of workers begin with.
+            silent_s: How long a worker may give no sign of life.
+        """
+        self._board = board
+        self._events = events
+        self._silent = silent_s
+        self._prefix = prefix
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._seen: dict[str, tuple[int, float]] = {}
+
+    def start(self, folder: RunFolder, url: str, device: str | None) -> None:
+        """Start a worker on this machine, on a device that CUDA knows by this name."""
+        name = f"{self._prefix}-{len(self._processes) + 1}"
+        task = {"name": name, "folder": str(folder.path), "board": url, "parent": os.getpid()}
+        env = {**os.environ, WORKER: json.dumps(task)}
+        if device is not None:
+            env["CUDA_VISIBLE_DEVICES"] = device
+        # A session of its own: Ctrl-C is for the run, which then ends its workers.
+        command = [sys.executable, "-c", "from job.worker import main; main()"]
+        self._processes[name] = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        self._events.emit("worker_started", f"{name} starts{f' on device {device}' if device else ''}", worker=name)
+
+    def dismiss(self) -> None:
+        """End the workers of this machine."""
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            process.wait()
+
+    def scores(self, plan: Plan, parts: Sequence[Sequence[EditParameters]], here: Here) -> list[TrialScores]:
+        """Score all parts of a plan, some of them in this process.
+
+        Raises:
+            WorkerOutOfMemory: A worker's memory does not suffice.
+            MachineError: The database cannot be reached.
+        """
+        board = self._board
+        board.post(plan.first, [{"edits": [edit.model_dump() for edit in part], "rows": plan.rows} for part in parts])
+        self._seen.clear()
+        while len(results := board.results(plan.first)) < len(parts):
+            self._free_what_is_lost()
+            task = board.claim(_ME)
+            if task is None:
+                time.sleep(_POLL_SECONDS)
+            else:
+                board.finish(_ME, task, result_of(here(parts[task.number], plan.rows)))
+        return [scores for number in range(len(parts)) for scores in _scores(results[number])]
+
+    def _free_what_is_lost(self) -> None:
+        """Free the tasks of workers that have died, or given no sign of life for too long."""
+        claims = self._board.claims()
+        for name in [name for name, process in self._processes.items() if process.poll() is not None]:
+            code = self._processes.pop(name).returncode
+            self._lost(name, f"has died (exit code {code})", held=name in claims)
+            claims.pop(name, None)
+        now = time.monotonic()
+        for name, beat in claims.items():
+            seen, since = self._seen.get(name, (None, now))
+            if name == _ME or beat != seen:
+                self._seen[name] = (beat, now)
+            elif now - since > self._silent:
+                self._lost(name, "is silent", held=True)
+
+    def _lost(self, name: str, why: str, *, held: bool) -> None:
+        self._board.release(name)
+        goes = ": its trials go to another" if held else ""
+        self._events.emit("worker_lost", f"warning: {name} {why}{goes}", worker=name)
+
+
+def result_of(scores: Sequence[TrialScores]) -> dict[str, Any]:
+    """Return scores as the result of a task."""
+    return {"scores": [one.model_dump() for one in scores]}
+
+
+def _scores(result: dict[str, Any]) -> list[TrialScores]:
+    if "out_of_memory" in result:
+        raise WorkerOutOfMemory(result["out_of_memory"])
+    return [TrialScores.model_validate(one) for one in result["scores"]]
+
+
+def parts_of(plan: Plan, edits: Sequence[EditParameters]) -> list[Sequence[EditParameters]]:
+    """Return a plan's edits in the parts that are evaluated together."""
+    size = plan.together or len(edits)
+    return [edits[start : start + size] for start in range(0, len(edits), size)]
+
+
+def worker_task() -> dict[str, Any]:
+    """Return what this process was started for as a worker of this machine."""
+    found: dict[str, Any] = json.loads(os.environ[WORKER])
+    return found
+
+
+def is_orphan(parent: int) -> bool:
+    """Return whether the run that has started this worker is gone."""
+    return os.getppid() != parent or not Path(f"/proc/{parent}").exists()

@@ -1,0 +1,201 @@
+"""A worker: evaluates what it is given by a job's coordinator, on this machine or from another one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from job.board import Board, Task, signs_of_life
+from job.crew import WORKER, Crew, is_orphan, result_of, worker_task
+from job.errors import JobError, MachineError, UsageError
+from job.events import Events
+from job.pipeline import model_folder
+from job.prompts import PromptSets
+from job.records import EditParameters
+from job.whereabouts import Whereabouts, job_settings
+from job.workspace import RunFolder, read_record
+
+if TYPE_CHECKING:
+    from job.workbench import Workbench
+
+_IDLE_SECONDS = 0.05
+_LOOK_SECONDS = 2.0
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Work for the run that has started this process, until it ends it."""
+    task = worker_task()
+    del os.environ[WORKER]
+    # Not even `kill -9` of the run may leave a GPU occupied.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    events = Events()
+    try:
+        with Board(task["board"], Path(task["folder"]).name) as board:
+            _work(RunFolder(Path(task["folder"])), board, task["name"], events, lambda: is_orphan(task["parent"]))
+    except JobError as error:
+        events.say(f"{task['name']}: {error.line}")
+        sys.exit(error.exit_code)
+
+
+def help_job(where: Whereabouts, workers: int | None, wait_minutes: float, events: Events) -> None:
+    """Evaluate for a job's coordinator until its search is done.
+
+    Args:
+        where: The job; the workspace is one that all share, or where its checkpoint is fetched to.
+        workers: Processes on this machine; None: one for every GPU.
+        wait_minutes: How long there may be no sign of life of a coordinator.
+        events: Where progress goes.
+
+    Raises:
+        UsageError: There is no such job, or it has no database.
+        MachineError: There was no sign of life for too long, or the database cannot be reached.
+    """
+    deadline = _Deadline(wait_minutes)
+    folder = _found(where, deadline, events)
+    database = job_settings(folder, **where.revisions).database
+    if database is None:
+        raise UsageError(
+            f"job {folder.path.name} has no database in which others find tasks",
+            remedy="run it with --set database=postgresql+psycopg://USER@HOST/NAME",
+        )
+    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+    with Board(database, folder.path.name) as board:
+        while (standing := board.standing()) is None or standing[0] != "searching":
+            if standing is not None and standing[0] == "done":
+                events.say("the search is done; nothing to do")
+                return
+            deadline.wait(f"job {folder.path.name} is not searching")
+        if where.checkpoint is not None:
+            # With the directions, which are there once it searches.
+            folder = _fetched(where, deadline)
+        with _others(folder, board, database, workers, name, events):
+            _work(folder, board, name, events, _silence(board, deadline))
+    events.say("the search is done")
+
+
+@contextmanager
+def _others(
+    folder: RunFolder, board: Board, database: str, workers: int | None, name: str, events: Events
+) -> Iterator[None]:
+    """Have this machine's other workers within the block."""
+    from job.workbench import cuda_devices
+
+    devices = cuda_devices()
+    crew = Crew(board, events, prefix=name)
+    try:
+        for number in range(1, workers or max(1, len(devices))):
+            crew.start(folder, database, devices[number % len(devices)] if devices else None)
+        yield
+    finally:
+        crew.dismiss()
+
+
+class _Deadline:
+    """How long there may be no sign of life."""
+
+    def __init__(self, minutes: float) -> None:
+        self._minutes = minutes
+        self.renew()
+
+    def renew(self) -> None:
+        self._since = time.monotonic()
+
+    def check(self, what: str) -> None:
+        """Return if there is time left.
+
+        Raises:
+            MachineError: There is none.
+        """
+        if time.monotonic() - self._since > 60 * self._minutes:
+            raise MachineError(f"{what}: no sign of life for {self._minutes:g} minutes", remedy="start the job again")
+
+    def wait(self, what: str) -> None:
+        self.check(what)
+        time.sleep(_LOOK_SECONDS)
+
+
+def _found(where: Whereabouts, deadline: _Deadline, events: Events) -> RunFolder:
+    """Return the run folder of a job that may still have to begin."""
+    said = False
+    while True:
+        try:
+            return where.folder() if where.checkpoint is None else _fetched(where, deadline, whole=False)
+        except UsageError as error:
+            if not said:
+                events.say(f"waiting: {error.line}")
+                said = True
+            deadline.wait(str(error))
+
+
+def _fetched(where: Whereabouts, deadline: _Deadline, *, whole: bool = True) -> RunFolder:
+    """Return a copy of a run folder from its checkpoint, once that has the directions if they are wanted."""
+    while True:
+        with where.mirror() as mirror:
+            found = mirror.fetch(where.mirrored(mirror).job_id, where.workspace, whole=whole).folder
+        if not whole or list((found.path / "directions").glob("*.safetensors")):
+            return found
+        deadline.wait(f"{where.checkpoint} has no directions yet")
+
+
+def _silence(board: Board, deadline: _Deadline) -> Callable[[], bool]:
+    """Return what tells whether the search is over; it raises where the coordinator is silent for too long."""
+    seen: list[tuple[str, int] | None] = [None]
+
+    def over() -> bool:
+        standing = board.standing()
+        if standing != seen[0]:
+            seen[0] = standing
+            deadline.renew()
+        deadline.check("the coordinator is silent")
+        return standing is not None and standing[0] == "done"
+
+    return over
+
+
+def _work(folder: RunFolder, board: Board, name: str, events: Events, is_over: Callable[[], bool]) -> None:
+    """Evaluate tasks until it is over."""
+    from job.workbench import Workbench
+
+    record, settings = folder.read_job(), job_settings(folder)
+    prompts = read_record(folder.prompts_file, PromptSets)
+    model = model_folder(record, settings, events)
+    with (
+        Workbench.prepared(folder, record, settings, model, prompts, events) as bench,
+        signs_of_life(lambda: board.beat(name)),
+    ):
+        events.say(f"{name} is ready")
+        looked = time.monotonic()
+        while True:
+            task = board.claim(name)
+            if task is not None:
+                board.finish(name, task, _result(bench, task))
+                continue
+            if time.monotonic() - looked > _LOOK_SECONDS:
+                looked = time.monotonic()
+                if is_over():
+                    return
+            time.sleep(_IDLE_SECONDS)
+
+
+def _result(bench: Workbench, task: Task) -> dict[str, object]:
+    from job.faults import is_out_of_memory, release_memory
+
+    edits = [EditParameters.model_validate(edit) for edit in task.payload["edits"]]
+    try:
+        return result_of(bench.scores(edits, task.payload["rows"]))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        release_memory()
+        return {"out_of_memory": str(error)}
