@@ -63,10 +63,13 @@ def organism(shared: Callable[[str, Callable[[Path], None]], Path], pytestconfig
 
 @pytest.fixture(scope="session")
 def finished(organism: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
-    """Return a workspace with a finished job of 20 trials; tests must not change it."""
+    """Return a workspace with a finished job of 20 trials; tests must not change it.
+
+    It is started as users start one; what the jobs of tests come to, which are not, is compared with it.
+    """
 
     def build(workspace: Path) -> None:
-        abliterate("run", *job_arguments(organism), "--workspace", workspace, "--trials", 20).check()
+        abliterate("run", *job_arguments(organism), "--workspace", workspace, "--trials", 20, cold=True).check()
 
     return shared("finished", build)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sqlite3
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 from job.records import EditParameters, Figures, KernelParameters, Resolution, Trial, TrialScores
 from job.reproduction import PromptsRecord, Reproduction
 from job.settings import LoadingSettings, default_values
+from tests.warm import COLD, Warm, server_for
 
-COMMAND = [sys.executable, "-c", "from job.cli import main; main()"]
+COMMAND = COLD
 
 
 @dataclass(frozen=True)
@@ -44,27 +45,34 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 
+@functools.cache
+def _usual_environment() -> dict[str, str]:
+    return environment()
+
+
 # For runs that are timed: coverage measurement would count.
 UNMEASURED = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
 
 
-def abliterate(*arguments: Any, cwd: Path | None = None, **extra: str) -> Result:
+def abliterate(*arguments: Any, cwd: Path | None = None, cold: bool = False, **extra: str) -> Result:
     """Run the command in a process of its own."""
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment(**extra)
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
+    process = _start(arguments, environment(**extra), cold, stdout=subprocess.PIPE, cwd=cwd)
+    out, err = process.communicate()
+    return Result(process.returncode, out, err)
 
 
-def start(*arguments: Any, **extra: str) -> subprocess.Popen[str]:
+def start(*arguments: Any, cold: bool = False, **extra: str) -> subprocess.Popen[str]:
     """Start the command in a process of its own."""
-    return subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**extra),
-    )
+    return _start(arguments, environment(**extra), cold, stdout=subprocess.DEVNULL)
+
+
+def _start(arguments: tuple[Any, ...], env: dict[str, str], cold: bool, **options: Any) -> subprocess.Popen[str]:
+    """Start the command, where it can be with the slow libraries loaded; cold ones load them as users' do."""
+    words = list(map(str, arguments))
+    server = None if cold else server_for(env, _usual_environment())
+    if server is None:
+        return subprocess.Popen([*COLD, *words], stderr=subprocess.PIPE, text=True, env=env, **options)
+    return Warm(server, words, stderr=subprocess.PIPE, text=True, env=env, **options)
 
 
 def loading(*dtypes: str, device: str = "cpu") -> LoadingSettings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,7 @@ def test_held_on_this_machine_ends_nothing_and_held_elsewhere_ends_the_one_that_
     try:
         while not list((tmp_path / "mirror").glob("*/head.json")):
             assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
         # The same machine: ending it would end the run that goes on.
         abliterate(*arguments, "--workspace", tmp_path / "two", **rented(vast)).fails(4, "is held by")
         assert vast.asked("DELETE") == []

@@ -231,7 +231,7 @@ def test_kills_at_random_moments_of_the_whole_job(organism: Path, finished: Path
     workspace = tmp_path / "runs"
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
     for _ in range(6):
-        process = start(*arguments)
+        process = start(*arguments, cold=True)  # its start belongs to it
         time.sleep(moments.uniform(2.0, 8.0))
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
@@ -246,7 +246,7 @@ def test_signals_stop_with_75_and_the_same_command_continues(
 ) -> None:
     workspace = tmp_path / "runs"
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
-    process = start(*arguments)
+    process = start(*arguments, cold=True)
     wait_until(lambda: told(workspace) >= 4, process)
     os.kill(process.pid, number)
     begin = time.perf_counter()

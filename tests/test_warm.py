@@ -1,0 +1,54 @@
+"""What tests start with the slow libraries loaded is a process like one that is started as users do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import abliterate, job_arguments, start
+from tests.warm import Warm
+
+
+def look(pid: int) -> dict[str, Any]:
+    """Return what a process has inherited and set up by itself."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    links = {int(link.name): os.readlink(link).partition(":")[0] for link in Path(f"/proc/{pid}/fd").iterdir()}
+    return {
+        **{name: lines[name] for name in ("SigBlk", "SigIgn", "SigCgt", "Umask")},
+        "streams": [links[number] for number in (0, 1, 2)],
+        "lines": [number for number, name in links.items() if number > 2 and name in ("pipe", "socket")],
+        "folder": os.readlink(f"/proc/{pid}/cwd"),
+        "group": os.getpgid(pid),
+    }
+
+
+@pytest.mark.slow
+def test_a_process_begins_and_ends_like_any_other(organism: Path, tmp_path: Path) -> None:
+    seen = []
+    for cold, number in ((True, signal.SIGKILL), (False, signal.SIGKILL), (False, signal.SIGTERM)):
+        workspace = tmp_path / f"{cold}-{number}"
+        process = start("run", *job_arguments(organism), "--workspace", workspace, "--trials", 400, cold=cold)
+        assert isinstance(process, Warm) is not cold
+        while not list(workspace.glob("*/events.jsonl")):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        seen.append(look(process.pid))
+        process.send_signal(number)
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == (75 if number == signal.SIGTERM else -number), err
+        assert not Path(f"/proc/{process.pid}").exists()
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0]["lines"] == []
+
+
+def test_what_a_command_is_given_and_says_is_the_same(tmp_path: Path) -> None:
+    settings = ("config", "show", "--set", "trials=7")
+    for arguments, more in (((), {}), (settings, {"ABLITERATE_SEED": "3"}), (("config", "show", "--no-such"), {})):
+        cold, warm = (abliterate(*arguments, cwd=tmp_path, cold=cold, **more) for cold in (True, False))
+        assert cold == warm
+        assert warm.out or warm.code == 2

@@ -1,0 +1,229 @@
+"""Processes of the command that begin with the slow libraries loaded.
+
+Loading torch and transformers takes a process several seconds. A server has loaded them, and nothing of ours, and
+forks for every command: its child is a process like any other, and what it runs is what a cold one runs.
+
+Libraries read variables of the environment while they are loaded. So a command is only started here if its environment
+differs from the server's in nothing but what is known to be read later; else `server_for` says that there is none.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+MAIN = "from job.cli import main; main()"
+COLD = [sys.executable, "-c", MAIN]
+SERVER = [sys.executable, "-c", "from tests.warm import serve, run; serve(); run()"]
+
+# What neither starts a thread, which a fork would lose, nor reads where the Hub is and what is kept of it.
+ANYWHERE = (
+    *("torch", "torch._dynamo", "optuna", "sqlalchemy.dialects.sqlite", "sqlalchemy.ext.declarative"),
+    *("alembic.command", "boto3", "botocore.session", "httpx2", "pydantic_settings", "typer", "rich.console", "psutil"),
+    *("plotly.graph_objects", "plotly.subplots", "plotly.offline", "jinja2", "tokenizers", "safetensors.torch"),
+)
+# What does read that.
+AT_ONE_HUB = (
+    *("transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3"),
+    *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "accelerate"),
+)
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+# The beginnings of names of variables that are read when they are needed, or by us.
+LATE = ("ABLITERATE_", "AWS_", "CONTAINER_", "JOB_", "PYTEST_", "RUNPOD_", "VAST_", *PROXIES)
+
+_servers: dict[bool, Server] = {}
+_starting = threading.Lock()
+
+
+class Server:
+    """The end of a server that lives in the process of the tests."""
+
+    def __init__(self, environment: Mapping[str, str], modules: Sequence[str]) -> None:
+        self.line, other = socket.socketpair()
+        # It measures nothing itself, its children do.
+        own = {**environment, "COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
+        with other:
+            self._process = subprocess.Popen(
+                [*SERVER, str(other.fileno()), *modules],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,  # so that what the children inherit is set up for pipes
+                cwd=ROOT,
+                env=own,
+                pass_fds=[other.fileno()],
+            )
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        self.line.close()  # which ends it
+        self._process.communicate()
+
+
+def server_for(environment: Mapping[str, str], usual: Mapping[str, str]) -> Server | None:
+    """Return a server whose children begin as a process in that environment does, if there is one."""
+    names = {name for name in environment.keys() | usual.keys() if environment.get(name) != usual.get(name)}
+    early = {name for name in names if not name.upper().startswith(LATE) and name != "HF_TOKEN"}
+    at_usual_hub = not early
+    if sys.platform != "linux" or not all(name.startswith("HF_") for name in early):
+        return None
+    with _starting:
+        if at_usual_hub not in _servers:
+            _servers[at_usual_hub] = Server(usual, [*ANYWHERE, *AT_ONE_HUB] if at_usual_hub else ANYWHERE)
+    return _servers[at_usual_hub]
+
+
+class Warm(subprocess.Popen[str]):
+    """A process that a server forks; with it everything can be done that can be with a process that Popen starts.
+
+    It is no child of this process, so how it begins and how its end is known are other than in Popen.
+    """
+
+    def __init__(self, server: Server, arguments: Sequence[str], **options: Any) -> None:
+        self._server = server
+        super().__init__(arguments, **options)
+
+    def _execute_child(
+        self,
+        args: Sequence[str],
+        executable: None,
+        preexec_fn: None,
+        close_fds: bool,
+        pass_fds: Sequence[int],
+        cwd: str | os.PathLike[str] | None,
+        env: Mapping[str, str],
+        startupinfo: None,
+        creationflags: int,
+        shell: bool,
+        p2cread: int,
+        p2cwrite: int,
+        c2pread: int,
+        c2pwrite: int,
+        errread: int,
+        errwrite: int,
+        *others: Any,
+    ) -> None:
+        self._line, theirs = socket.socketpair()
+        with theirs:
+            streams = [given if given >= 0 else usual for usual, given in enumerate((p2cread, c2pwrite, errwrite))]
+            socket.send_fds(self._server.line, [b"."], [theirs.fileno(), *streams])
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+        wanted = {"arguments": args, "cwd": str(cwd or Path.cwd()), "environment": dict(env)}
+        self._line.sendall(json.dumps(wanted).encode())
+        self._line.shutdown(socket.SHUT_WR)
+        (self.pid,) = struct.unpack("=i", self._line.recv(4))
+        self._child_created = True
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        try:
+            told = self._line.recv(4, socket.MSG_DONTWAIT if wait_flags & os.WNOHANG else 0)
+        except BlockingIOError:
+            return 0, 0
+        self._line.close()
+        return self.pid, struct.unpack("=i", told)[0]
+
+    def _internal_poll(self, *_: Any, **__: Any) -> int | None:
+        if self.returncode is None and self._waitpid_lock.acquire(blocking=False):
+            try:
+                if self.returncode is None:
+                    pid, status = self._try_wait(os.WNOHANG)
+                    if pid:
+                        self._handle_exitstatus(status)
+            finally:
+                self._waitpid_lock.release()
+        return self.returncode
+
+
+def serve() -> None:
+    """Load what is named, then fork for every command; return in its process."""
+    before = dict(os.environ)
+    line = socket.socket(fileno=int(sys.argv[1]))
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
+    at_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # who interrupts the tests ends this by their end
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+    gc.collect()
+    gc.freeze()  # so that the children's collections leave the memory shared
+    while True:
+        _, found, _, _ = socket.recv_fds(line, 1, 4)
+        if not found:
+            os._exit(0)
+        if os.fork() == 0:
+            line.close()
+            _keep(before, *found)
+            signal.signal(signal.SIGINT, at_interrupt)
+            return
+        for number in found:
+            os.close(number)
+
+
+def run() -> None:
+    """Run the command and end as the interpreter does, but for taking all modules apart.
+
+    That would write to all the memory that is shared with the server, and so copy it.
+    """
+    from job.cli import main
+
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        code = end.code or 0
+    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _keep(before: Mapping[str, str], line_number: int, *streams: int) -> None:
+    """Fork the command's process and return in it; outside tell its number and, when it has ended, how."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    line = socket.socket(fileno=line_number)
+    with line.makefile("rb") as file:
+        wanted = json.load(file)
+    process = os.fork()
+    if process == 0:
+        line.close()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        _become(wanted["arguments"], wanted["cwd"], before, wanted["environment"])
+        return
+    for number in streams:
+        os.close(number)
+    try:
+        line.send(struct.pack("=i", process))
+        line.send(struct.pack("=i", os.waitpid(process, 0)[1]))
+    except BrokenPipeError:
+        pass  # whoever started it is gone
+    os._exit(0)
+
+
+def _become(arguments: list[str], cwd: str, before: Mapping[str, str], environment: Mapping[str, str]) -> None:
+    """Make this process what a cold one is when its code begins, whatever was the server's environment before."""
+    os.chdir(cwd)
+    for name in before.keys() - environment.keys():
+        del os.environ[name]
+    # What is the same stays as it is: libraries have set a few themselves.
+    os.environ.update({name: value for name, value in environment.items() if before.get(name) != value})
+    sys.orig_argv[:] = [*COLD, *arguments]  # what a restart executes
+    sys.argv[:] = ["-c", *arguments]
+    sys.modules["numpy"].random.seed()  # Python's own generator does so itself; torch begins with a fixed seed
+    if os.environ.get("COVERAGE_PROCESS_CONFIG") or os.environ.get("COVERAGE_PROCESS_START"):
+        import coverage
+
+        coverage.process_startup()
