@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from job.decoding import Answer, first_logits, greedy_answers
+from job.caches import common_prefix, longest_shared_prefix
+from job.decoding import Answer, Shared, first_logits, greedy_answers, shared_prefix
 from job.faults import halving
 from job.intervention import Intervention
 from job.model import LoadedModel
@@ -22,6 +23,10 @@ from job.scoring import RefusalMarkers, is_degenerate
 T = TypeVar("T")
 # KL that a failed trial is told with; far above what any usable edit has.
 FAILED_KL = 100.0
+# How often rows are asked whether they are decided; between, they cost little and decide nothing.
+_ASK_EVERY = 4
+# A shorter prefix saves less than the forward that computes it once takes (measured, docs/lab-notes.md).
+LEAST_PREFIX = 2
 
 
 class Evaluator:
@@ -37,6 +42,7 @@ class Evaluator:
         answer_tokens: int,
         rows: int,
         report: Callable[[str], None] = lambda _: None,
+        least_prefix: int = LEAST_PREFIX,
     ) -> None:
         """Prepare the prompts.
 
@@ -48,12 +54,15 @@ class Evaluator:
             answer_tokens: Answers are judged up to this many tokens.
             rows: Rows of a forward, all edits together.
             report: Told where memory does not suffice for so many rows.
+            least_prefix: Tokens that all prompts must begin with to be computed once for each trial.
         """
         self._loaded = loaded
         self._report = report
         # By length, so that forwards waste little on padding.
         self._good = sorted(loaded.tokenize(good), key=len)
         self._bad = sorted(loaded.tokenize(bad), key=len)
+        common = common_prefix([*self._good, *self._bad])[: longest_shared_prefix(loaded.model)]
+        self._prefix = common if len(common) >= least_prefix else []
         self._markers = markers
         self._answer_tokens = answer_tokens
         self._rows = rows
@@ -79,8 +88,8 @@ class Evaluator:
             self._base_openings = self._fitting(
                 lambda: [
                     token
-                    for chunk in _chunks(self._bad, self._rows)
-                    for token in first_logits(self._loaded.model, chunk).argmax(-1).tolist()
+                    for chunk, shared in self._placed(self._bad, None)
+                    for token in first_logits(self._loaded.model, chunk, shared).argmax(-1).tolist()
                 ]
             )
         return self._base_openings
@@ -96,8 +105,8 @@ class Evaluator:
 
     def _first_logits(self, intervention: Intervention | None) -> Tensor:
         """Return the logits of the first answer token to all good prompts."""
-        chunks = self._placed(self._good, intervention)
-        return torch.cat([first_logits(self._loaded.model, chunk) for chunk in chunks])
+        placed = self._placed(self._good, intervention)
+        return torch.cat([first_logits(self._loaded.model, chunk, shared) for chunk, shared in placed])
 
     def scores(self, intervention: Intervention, edits: Sequence[EditParameters], rows: int) -> list[TrialScores]:
         """Return the scores of all edits, evaluated together.
@@ -115,9 +124,11 @@ class Evaluator:
         size = max(1, rows // len(edits))
         try:
             done = 0
+            on_prefix = self._on_prefix(intervention, len(edits))
             for chunk in _chunks(self._good, size):
                 intervention.rows = self._trial_of_row(len(edits), len(chunk))
-                logits = first_logits(self._loaded.model, chunk * len(edits))
+                shared = on_prefix(intervention.rows)
+                logits = first_logits(self._loaded.model, chunk * len(edits), shared)
                 expected = base[done : done + len(chunk)].repeat(len(edits), 1)
                 kl += kl_divergence(expected, logits).view(len(edits), -1).sum(1).cpu()
                 done += len(chunk)
@@ -125,7 +136,8 @@ class Evaluator:
             for chunk in _chunks(self._bad, size):
                 intervention.rows = self._trial_of_row(len(edits), len(chunk))
                 asked = openings[done : done + len(chunk)]
-                answers = self._answers(chunk * len(edits), intervention, asked * len(edits))
+                shared = on_prefix(intervention.rows)
+                answers = self._answers(chunk * len(edits), intervention, asked * len(edits), shared=shared)
                 for row, answer in enumerate(answers):
                     refusals[row // len(chunk)] += self._is_refusal(answer)
                     odds[row // len(chunk)] += answer.opening / len(self._bad)
@@ -148,12 +160,22 @@ class Evaluator:
     def _trial_of_row(self, trials: int, prompts: int) -> Tensor:
         return torch.arange(trials, device=self._loaded.device).repeat_interleave(prompts)
 
+    def _on_prefix(self, intervention: Intervention | None, trials: int) -> Callable[[Tensor], Shared | None]:
+        """Compute what all prompts begin with, for every trial; return what gives each row its trial's share of it."""
+        if not self._prefix:
+            return lambda _: None
+        if intervention is not None:
+            intervention.rows = self._trial_of_row(trials, 1)
+        prefix = shared_prefix(self._loaded.model, self._prefix, trials)
+        return lambda rows: Shared(prefix, rows)
+
     def _answers(
         self,
         prompts: Sequence[list[int]],
         intervention: Intervention | None,
         openings: Sequence[int] | None = None,
         *,
+        shared: Shared | None = None,
         whole: bool = False,
     ) -> list[Answer]:
         """Return answers; unless they are wanted whole, a row leaves the batch once it contains a marker."""
@@ -162,8 +184,8 @@ class Evaluator:
             if intervention is not None and intervention.rows is not None:
                 intervention.rows = intervention.rows[keep]
 
-        def decided(tokens: list[int]) -> bool:
-            return self._markers.found(self._loaded.decode(tokens))
+        def decided(_: int, tokens: list[int]) -> bool:
+            return len(tokens) % _ASK_EVERY == 0 and self._markers.found(self._loaded.decode(tokens))
 
         return greedy_answers(
             self._loaded.model,
@@ -173,6 +195,7 @@ class Evaluator:
             openings=openings,
             decided=None if whole else decided,
             select=select,
+            shared=shared,
         )
 
     def _is_refusal(self, answer: Answer) -> bool:
@@ -210,18 +233,26 @@ class Evaluator:
         """Return whole answers to all prompts, good ones first; with the intervention's edit 0 if given."""
 
         def answered() -> list[Answer]:
-            chunks = self._placed([*self._good, *self._bad], intervention)
-            return [answer for chunk in chunks for answer in self._answers(chunk, intervention, whole=True)]
+            placed = self._placed([*self._good, *self._bad], intervention)
+            return [
+                answer
+                for chunk, shared in placed
+                for answer in self._answers(chunk, intervention, shared=shared, whole=True)
+            ]
 
         return self._fitting(answered)
 
-    def _placed(self, prompts: Sequence[list[int]], intervention: Intervention | None) -> Iterator[list[list[int]]]:
-        """Yield the prompts in chunks, all rows of which have the intervention's edit 0."""
+    def _placed(
+        self, prompts: Sequence[list[int]], intervention: Intervention | None
+    ) -> Iterator[tuple[list[list[int]], Shared | None]]:
+        """Yield the prompts in chunks, all rows of which have the intervention's edit 0, on what they begin with."""
         try:
+            on_prefix = self._on_prefix(intervention, 1)
             for chunk in _chunks(prompts, self._rows):
+                rows = torch.zeros(len(chunk), dtype=torch.long, device=self._loaded.device)
                 if intervention is not None:
-                    intervention.rows = self._trial_of_row(1, len(chunk))
-                yield chunk
+                    intervention.rows = rows
+                yield chunk, on_prefix(rows)
         finally:
             if intervention is not None:
                 intervention.rows = None
