@@ -19,12 +19,11 @@ from job.numerics.metrics import kl_divergence
 from job.prompts import Prompt
 from job.records import EditParameters, Figures, TrialScores
 from job.scoring import RefusalMarkers, is_degenerate
+from job.streaming import MarkerWatch
 
 T = TypeVar("T")
 # KL that a failed trial is told with; far above what any usable edit has.
 FAILED_KL = 100.0
-# How often rows are asked whether they are decided; between, they cost little and decide nothing.
-_ASK_EVERY = 4
 # A shorter prefix saves less than the forward that computes it once takes (measured, docs/lab-notes.md).
 LEAST_PREFIX = 2
 
@@ -64,6 +63,7 @@ class Evaluator:
         common = common_prefix([*self._good, *self._bad])[: longest_shared_prefix(loaded.model)]
         self._prefix = common if len(common) >= least_prefix else []
         self._markers = markers
+        self._watch = MarkerWatch(loaded.tokenizer, markers)
         self._answer_tokens = answer_tokens
         self._rows = rows
         self._base: Tensor | None = None
@@ -184,8 +184,10 @@ class Evaluator:
             if intervention is not None and intervention.rows is not None:
                 intervention.rows = intervention.rows[keep]
 
-        def decided(_: int, tokens: list[int]) -> bool:
-            return len(tokens) % _ASK_EVERY == 0 and self._markers.found(self._loaded.decode(tokens))
+        watches = [self._watch.begin() for _ in prompts]
+
+        def decided(index: int, tokens: list[int]) -> bool:
+            return watches[index].found(tokens)
 
         return greedy_answers(
             self._loaded.model,
