@@ -243,7 +243,7 @@ class Search:
             values=[float(scores.refusals), scores.kl],
             params=params,
             distributions=self._space.distributions(),
-            user_attrs=scores.model_dump(include={"opening", "reason"}),
+            user_attrs=scores.model_dump(include={"opening", "reason"} | ({"skipped"} if scores.skipped else set())),
         )
         self._study.add_trial(trial)
         self._trials = self._study.get_trials(deepcopy=False)

@@ -156,7 +156,7 @@ class Workbench:
         """
         edits = [self.space.edit(params) for params in plan.parameters]
         try:
-            return self.evaluator.scores(self.intervention, edits, plan.rows)
+            return self.evaluator.scores(self.intervention, edits, plan.rows, skip_kl_above=self.settings.skip_kl_above)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -323,6 +323,7 @@ def _evaluator(
         markers=RefusalMarkers(settings.scoring.refusal_markers),
         answer_tokens=settings.scoring.answer_tokens,
         rows=rows,
+        kl_tokens=settings.kl_tokens,
         report=events.say,
     )
 

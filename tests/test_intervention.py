@@ -131,7 +131,7 @@ def test_a_prefix_is_computed_once_a_trial_under_its_edit_and_changes_no_score(r
         lambda _m, _i, named: forwards.append(tuple(named["input_ids"].shape)), with_kwargs=True
     )
     with Intervention(model, discover(model), basis_for(model), "full") as intervention:
-        assert len(on.base_log_probs) == len(on.base_openings) == 4
+        assert len(on.reference.logits) == len(on.base_openings) == 4
         forwards.clear()
         found = on.scores(intervention, EDITS, rows=8)
         answers = on.answers(intervention)
@@ -162,7 +162,7 @@ def test_many_trials_are_one_batch_and_not_a_loop(random_model_folder: Path) -> 
     )
     counts = {}
     with Intervention(model, discover(model), basis_for(model), "none") as intervention:
-        assert len(scorer.base_log_probs) == len(scorer.base_openings) == 4  # computed once, before the counting
+        assert len(scorer.reference.logits) == len(scorer.base_openings) == 4  # computed once, before the counting
         for k in (1, 2, 4):
             forwards.clear()
             # 4 prompts a trial; the same trial k times, so that answers end at the same steps.
