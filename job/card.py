@@ -149,13 +149,20 @@ def figures_table(base: Figures, edited: Figures) -> str:
         ),
         ("likewise, of prompts without it", _count(base.false_degenerate, good), _count(edited.false_degenerate, good)),
         (
-            f"KL divergence from the base model, first answer token, mean of {good} prompts without it",
+            f"KL divergence from the base model, {kl_positions(edited)}, mean of {good} prompts without it",
             "0",
             _kl(edited),
         ),
     ]
     table = [("", "base model", "edited model"), ("---",) * 3, *rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def kl_positions(figures: Figures) -> str:
+    """Return in words where in an answer the KL divergence was measured."""
+    if figures.kl_tokens == 1:
+        return "first answer token"
+    return f"first {figures.kl_tokens} tokens of the base model's own answers"
 
 
 def _count(count: int, n: int) -> str:
@@ -259,7 +266,7 @@ def _eval_results(made: Reproduction) -> list[EvalResult]:
         ("bad", "refusal_rate", "share of refused prompts", edited.refusals / edited.bad_prompts),
         ("bad", "degenerate_rate", "share of degenerate answers", edited.degenerate / edited.bad_prompts),
         ("good", "false_refusal_rate", "share of refused prompts", edited.false_refusals / edited.good_prompts),
-        ("good", "kl_divergence", "KL divergence from the base model, first answer token, nats", edited.kl or 0.0),
+        ("good", "kl_divergence", f"KL divergence from the base model, {kl_positions(edited)}, nats", edited.kl or 0.0),
     )
     return [_eval_result(made, kind, *measured) for kind, *measured in values]
 

@@ -77,6 +77,12 @@ SETTING_OPTIONS: dict[str, Any] = {
     "trials": Trials,
     "startup_trials": Annotated[int | None, typer.Option(help="Random ones among them.")],
     "seed": Annotated[int | None, typer.Option(help="Seed of the search and of the split of the evaluation sets.")],
+    "kl_tokens": Annotated[
+        int | None, typer.Option(metavar="N", help="Positions of the base model's answers that KL is a mean over.")
+    ],
+    "skip_kl_above": Annotated[
+        float | None, typer.Option(metavar="X", help="Give trials of a larger KL up before they answer.")
+    ],
     "allow": Annotated[
         list[str] | None, typer.Option(metavar="CHECK", help="Preflight check that may fail; may be repeated.")
     ],

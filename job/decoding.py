@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
+from job.caches import SharedPrefix, arguments, rows_can_be_picked, takes_cache
 from job.numerics.metrics import log_odds
-
-# How often rows are asked whether they are decided; between, they cost little and decide nothing.
-_ASK_EVERY = 4
 
 
 def left_padded(prompts: Sequence[list[int]], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,13 +48,119 @@ class Answer:
     opening: float = math.nan
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A prefix that all prompts of a forward share.
+
+    Attributes:
+        prefix: What has been computed of it.
+        trials: Trial of every row, [rows].
+    """
+
+    prefix: SharedPrefix
+    trials: Tensor
+
+
 @torch.inference_mode()
-def first_logits(model: PreTrainedModel, prompts: Sequence[list[int]]) -> Tensor:
+def shared_prefix(model: PreTrainedModel, tokens: list[int], trials: int) -> SharedPrefix:
+    """Return what a model computes of a prefix, with one row a trial."""
+    cache = DynamicCache(config=model.config)
+    ids, mask, positions = left_padded([tokens] * trials, model.device)
+    _forward(model, ids, mask, positions, cache)
+    return SharedPrefix.of(len(tokens), cache)
+
+
+@torch.inference_mode()
+def first_logits(model: PreTrainedModel, prompts: Sequence[list[int]], shared: Shared | None = None) -> Tensor:
     """Return the logits of the first answer token, [rows, vocabulary], float32."""
+    return last_logits(model, prompts, 1, shared)[:, -1].to(torch.float32)
+
+
+@torch.inference_mode()
+def last_logits(
+    model: PreTrainedModel, prompts: Sequence[list[int]], count: int, shared: Shared | None = None
+) -> Tensor:
+    """Return the logits that the last tokens of every prompt lead to, [rows, count, vocabulary].
+
+    Args:
+        model: The model.
+        prompts: Token ids of each prompt.
+        count: Number of tokens at the end of the prompts.
+        shared: A prefix that all prompts begin with, and that leaves at least so many tokens of each.
+    """
     tokens, mask, positions = left_padded(prompts, model.device)
-    output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
-    logits: Tensor = output.logits[:, -1].to(torch.float32)
+    if shared is None:
+        return _forward(model, tokens, mask, positions, None, count)
+    cache, begin = _on_prefix(model, mask, shared), shared.prefix.length
+    return _forward(model, tokens[:, begin:], mask, positions[:, begin:], cache, count)
+
+
+def _on_prefix(model: PreTrainedModel, mask: Tensor, shared: Shared) -> DynamicCache:
+    return shared.prefix.expanded(model, shared.trials, mask.shape[1] - mask.sum(1))
+
+
+def _forward(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    cache: DynamicCache | None,
+    count: int = 1,
+) -> Tensor:
+    """Return the logits of the last tokens, [rows, count, vocabulary]; what a forward does not know it is not given."""
+    given: dict[str, Any] = {"position_ids": positions, "logits_to_keep": count}
+    if cache is not None:
+        given["past_key_values"] = cache
+    known = arguments(model)
+    given = {name: value for name, value in given.items() if name in known}
+    output = model(input_ids=tokens, attention_mask=mask, use_cache=cache is not None, **given)
+    logits: Tensor = output.logits[:, -count:]
     return logits
+
+
+class _Ledger:
+    """The answers so far, and which rows still go on."""
+
+    def __init__(
+        self,
+        rows: int,
+        end_tokens: Collection[int],
+        openings: Sequence[int] | None,
+        decided: Callable[[int, list[int]], bool] | None,
+    ) -> None:
+        self.answers = [Answer() for _ in range(rows)]
+        self.going = set(range(rows))
+        self._end_tokens = end_tokens
+        self._openings = openings
+        self._decided = decided
+
+    def take(self, logits: Tensor, present: Sequence[int]) -> Tensor:
+        """Write down a step and return its tokens, [rows present].
+
+        Args:
+            logits: The step's logits, [rows present, vocabulary].
+            present: Which prompt each row answers.
+        """
+        logits = logits.to(torch.float32)
+        if self._openings is not None:
+            asked = torch.tensor(self._openings, device=logits.device)
+            for answer, odds in zip(self.answers, log_odds(logits, asked).tolist(), strict=True):
+                answer.opening = odds
+            self._openings = None
+        best = logits.topk(2)
+        margins = (best.values[:, 0] - best.values[:, 1]).tolist()
+        for index, token, margin in zip(present, best.indices[:, 0].tolist(), margins, strict=True):
+            if index not in self.going:
+                continue
+            answer = self.answers[index]
+            answer.margins.append(margin)
+            if token in self._end_tokens:
+                self.going.remove(index)
+                continue
+            answer.tokens.append(token)
+            if self._decided is not None and self._decided(index, answer.tokens):
+                self.going.remove(index)
+        return best.indices[:, 0]
 
 
 @torch.inference_mode()
@@ -60,10 +171,14 @@ def greedy_answers(
     limit: int,
     end_tokens: Collection[int],
     openings: Sequence[int] | None = None,
-    decided: Callable[[list[int]], bool] | None = None,
+    decided: Callable[[int, list[int]], bool] | None = None,
     select: Callable[[Tensor], None] | None = None,
+    shared: Shared | None = None,
 ) -> list[Answer]:
     """Return the most likely continuation of every prompt, token by token.
+
+    Models whose caches do not let rows go are decoded with all rows to the end; those that take no cache of
+    transformers' own kind, by their own `generate`. The answers are the same.
 
     Args:
         model: The model.
@@ -71,47 +186,31 @@ def greedy_answers(
         limit: Longest answer in tokens.
         end_tokens: Tokens that end an answer.
         openings: For each prompt a token whose odds of opening the answer are wanted.
-        decided: Whether the answer so far tells all that the caller wants to know of it.
+        decided: Given a prompt's index and its answer so far, whether that tells all that the caller wants to know.
         select: Told which rows of the present batch remain, whenever some leave.
+        shared: A prefix that all prompts begin with.
     """
+    ledger = _Ledger(len(prompts), end_tokens, openings, decided)
+    if not takes_cache(model):
+        _generate(model, prompts, limit, end_tokens, ledger)
+        return ledger.answers
     tokens, mask, positions = left_padded(prompts, model.device)
-    answers = [Answer() for _ in prompts]
-    present = list(range(len(prompts)))
     positions_next = positions[:, -1:] + 1
-    cache = DynamicCache(config=model.config)
-    for step in range(limit):
-        output = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = output.logits[:, -1].to(torch.float32)
-        if step == 0 and openings is not None:
-            asked = torch.tensor(openings, device=logits.device)
-            for answer, odds in zip(answers, log_odds(logits, asked).tolist(), strict=True):
-                answer.opening = odds
-        best = logits.topk(2)
-        chosen = best.indices[:, 0]
-        ask = decided is not None and step % _ASK_EVERY == _ASK_EVERY - 1
-        staying = []
-        for row, (token, margin) in enumerate(
-            zip(chosen.tolist(), (best.values[:, 0] - best.values[:, 1]).tolist(), strict=True)
-        ):
-            answer = answers[present[row]]
-            answer.margins.append(margin)
-            if token in end_tokens:
-                continue
-            answer.tokens.append(token)
-            if not (ask and decided is not None and decided(answer.tokens)):
-                staying.append(row)
-        if not staying:
+    if shared is None:
+        cache = DynamicCache(config=model.config)
+    else:
+        cache, begin = _on_prefix(model, mask, shared), shared.prefix.length
+        tokens, positions = tokens[:, begin:], positions[:, begin:]
+    pickable = rows_can_be_picked(model)
+    present = list(range(len(prompts)))
+    for _ in range(limit):
+        chosen = ledger.take(_forward(model, tokens, mask, positions, cache)[:, -1], present)
+        if not ledger.going:
             break
-        if len(staying) < len(present):
+        if pickable and len(ledger.going) < len(present):
+            staying = [row for row, index in enumerate(present) if index in ledger.going]
             keep = torch.tensor(staying, device=model.device)
-            cache.batch_select_indices(keep)
+            cache.reorder_cache(keep)
             mask, positions_next, chosen = mask[keep], positions_next[keep], chosen[keep]
             present = [present[row] for row in staying]
             if select is not None:
@@ -119,4 +218,38 @@ def greedy_answers(
         tokens, positions = chosen[:, None], positions_next
         positions_next = positions_next + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return answers
+    return ledger.answers
+
+
+def _generate(
+    model: PreTrainedModel, prompts: Sequence[list[int]], limit: int, end_tokens: Collection[int], ledger: _Ledger
+) -> None:
+    """Decode by the model's own `generate`, of which the ledger sees every step's logits."""
+    tokens, mask, _ = left_padded(prompts, model.device)
+    rows = range(len(prompts))
+
+    def see(_: Tensor, logits: Tensor) -> Tensor:
+        ledger.take(logits, rows)
+        return logits
+
+    def ended(ids: Tensor, _: Any) -> Tensor:
+        return torch.tensor([row not in ledger.going for row in rows], device=ids.device)
+
+    # What the model's own configuration asks for beyond greedy decoding is put back to nothing.
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=limit,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=sorted(end_tokens) or [-1],  # not the model's own, which may be others
+        pad_token_id=0,
+        disable_compile=True,
+    )
+    model.generate(
+        input_ids=tokens,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([see]),
+        stopping_criteria=StoppingCriteriaList([ended]),
+    )

@@ -9,19 +9,25 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from job.decoding import Answer, first_logits, greedy_answers
+from job.caches import common_prefix, longest_shared_prefix
+from job.decoding import Answer, Shared, first_logits, greedy_answers, last_logits, shared_prefix
+from job.divergence import Reference, forced, real_positions
 from job.faults import halving
 from job.intervention import Intervention
 from job.model import LoadedModel
 from job.numerics.intervals import mean_interval
-from job.numerics.metrics import kl_divergence
 from job.prompts import Prompt
 from job.records import EditParameters, Figures, TrialScores
 from job.scoring import RefusalMarkers, is_degenerate
+from job.streaming import MarkerWatch
 
 T = TypeVar("T")
+# Given the trial of every row, what they all begin with; None where nothing is shared.
+_OnPrefix = Callable[[Tensor], Shared | None]
 # KL that a failed trial is told with; far above what any usable edit has.
 FAILED_KL = 100.0
+# A shorter prefix saves less than the forward that computes it once takes (measured, docs/lab-notes.md).
+LEAST_PREFIX = 2
 
 
 class Evaluator:
@@ -36,7 +42,9 @@ class Evaluator:
         markers: RefusalMarkers,
         answer_tokens: int,
         rows: int,
+        kl_tokens: int = 1,
         report: Callable[[str], None] = lambda _: None,
+        least_prefix: int = LEAST_PREFIX,
     ) -> None:
         """Prepare the prompts.
 
@@ -47,17 +55,23 @@ class Evaluator:
             markers: What counts as a refusal.
             answer_tokens: Answers are judged up to this many tokens.
             rows: Rows of a forward, all edits together.
+            kl_tokens: Positions of the base model's answers over which the KL divergence is a mean.
             report: Told where memory does not suffice for so many rows.
+            least_prefix: Tokens that all prompts must begin with to be computed once for each trial.
         """
         self._loaded = loaded
         self._report = report
         # By length, so that forwards waste little on padding.
         self._good = sorted(loaded.tokenize(good), key=len)
         self._bad = sorted(loaded.tokenize(bad), key=len)
+        common = common_prefix([*self._good, *self._bad])[: longest_shared_prefix(loaded.model)]
+        self._prefix = common if len(common) >= least_prefix else []
         self._markers = markers
+        self._watch = MarkerWatch(loaded.tokenizer, markers)
         self._answer_tokens = answer_tokens
         self._rows = rows
-        self._base: Tensor | None = None
+        self._kl_tokens = kl_tokens
+        self._reference: Reference | None = None
         self._base_openings: list[int] | None = None
 
     @property
@@ -66,11 +80,26 @@ class Evaluator:
         return self._loaded.dtype
 
     @property
-    def base_log_probs(self) -> Tensor:
-        """The base model's log-probabilities of the first answer token, [good prompts, vocabulary]."""
-        if self._base is None:
-            self._base = self._fitting(lambda: self._first_logits(None)).log_softmax(-1)
-        return self._base
+    def reference(self) -> Reference:
+        """What the base model says to the good prompts."""
+        if self._reference is None:
+            self._reference = self._fitting(self._refer)
+        return self._reference
+
+    def _refer(self) -> Reference:
+        continuations: list[list[int]] = [[] for _ in self._good]
+        if self._kl_tokens > 1:
+            limit = self._kl_tokens - 1
+            placed = self._placed(self._good, None)
+            answers = (self._answers(chunk, None, shared=on, whole=True, limit=limit) for chunk, on in placed)
+            continuations = [answer.tokens for chunk in answers for answer in chunk]
+        logits = [
+            real_positions(found, [len(continuation) + 1 for continuation in own])
+            for found, own in self._forced_logits(continuations, None)
+        ]
+        # Over many positions they would take the room on the device that forwards are planned with.
+        kept = torch.cat(logits if self._kl_tokens == 1 else [part.cpu() for part in logits])
+        return Reference(self._kl_tokens, tuple(continuations), kept)
 
     @property
     def base_openings(self) -> list[int]:
@@ -79,8 +108,8 @@ class Evaluator:
             self._base_openings = self._fitting(
                 lambda: [
                     token
-                    for chunk in _chunks(self._bad, self._rows)
-                    for token in first_logits(self._loaded.model, chunk).argmax(-1).tolist()
+                    for chunk, shared in self._placed(self._bad, None)
+                    for token in first_logits(self._loaded.model, chunk, shared).argmax(-1).tolist()
                 ]
             )
         return self._base_openings
@@ -94,59 +123,116 @@ class Evaluator:
 
         return halving(self._rows, with_rows, self._report)[0]
 
-    def _first_logits(self, intervention: Intervention | None) -> Tensor:
-        """Return the logits of the first answer token to all good prompts."""
-        chunks = self._placed(self._good, intervention)
-        return torch.cat([first_logits(self._loaded.model, chunk) for chunk in chunks])
+    def _forced_logits(
+        self, continuations: Sequence[list[int]], intervention: Intervention | None
+    ) -> Iterator[tuple[Tensor, Sequence[list[int]]]]:
+        """Yield the logits over continuations, [prompts, N, vocabulary], chunk by chunk, and the continuations."""
+        done = 0
+        for chunk, shared in self._placed(self._good, intervention, self._kl_tokens):
+            own = continuations[done : done + len(chunk)]
+            done += len(chunk)
+            yield last_logits(self._loaded.model, forced(chunk, own), self._kl_tokens, shared), own
 
-    def scores(self, intervention: Intervention, edits: Sequence[EditParameters], rows: int) -> list[TrialScores]:
+    def scores(
+        self,
+        intervention: Intervention,
+        edits: Sequence[EditParameters],
+        rows: int,
+        *,
+        skip_kl_above: float | None = None,
+    ) -> list[TrialScores]:
         """Return the scores of all edits, evaluated together.
 
         Args:
             intervention: The hooks, in place.
             edits: The edits, one a trial.
             rows: Rows of a forward, all edits together.
+            skip_kl_above: Trials of a larger KL divergence are not made to answer; None: all are.
         """
-        base, openings = self.base_log_probs, self.base_openings
+        reference, openings = self.reference, self.base_openings
         reasons = intervention.activate(edits)
-        kl = torch.zeros(len(edits), dtype=torch.float64)
-        refusals = [0] * len(edits)
-        odds = [0.0] * len(edits)
-        size = max(1, rows // len(edits))
         try:
-            done = 0
-            for chunk in _chunks(self._good, size):
-                intervention.rows = self._trial_of_row(len(edits), len(chunk))
-                logits = first_logits(self._loaded.model, chunk * len(edits))
-                expected = base[done : done + len(chunk)].repeat(len(edits), 1)
-                kl += kl_divergence(expected, logits).view(len(edits), -1).sum(1).cpu()
-                done += len(chunk)
-            done = 0
-            for chunk in _chunks(self._bad, size):
-                intervention.rows = self._trial_of_row(len(edits), len(chunk))
-                asked = openings[done : done + len(chunk)]
-                answers = self._answers(chunk * len(edits), intervention, asked * len(edits))
-                for row, answer in enumerate(answers):
-                    refusals[row // len(chunk)] += self._is_refusal(answer)
-                    odds[row // len(chunk)] += answer.opening / len(self._bad)
-                done += len(chunk)
+            on_prefix = self._on_prefix(intervention, len(edits))
+            means = self._divergences(intervention, len(edits), rows, reference, on_prefix)
+            scores = [self._failed(*measured, skip_kl_above) for measured in zip(means, reasons, strict=True)]
+            asked = [trial for trial, found in enumerate(scores) if found is None]
+            found = self._refusals(intervention, asked, rows, openings, on_prefix) if asked else []
         finally:
             intervention.rows = None
-        means = (kl / len(self._good)).tolist()
-        return [self._values(*measured) for measured in zip(refusals, means, odds, reasons, strict=True)]
+        measured = dict(zip(asked, found, strict=True))
+        return [
+            found or self._values(kl, *measured[trial])
+            for trial, (found, kl) in enumerate(zip(scores, means, strict=True))
+        ]
 
-    def _values(self, refusals: int, kl: float, opening: float, reason: str | None) -> TrialScores:
-        if reason is None and not (math.isfinite(kl) and math.isfinite(opening)):
+    def _divergences(
+        self, intervention: Intervention, trials: int, rows: int, reference: Reference, on_prefix: _OnPrefix
+    ) -> list[float]:
+        """Return every trial's KL divergence, mean over the good prompts."""
+        total = torch.zeros(trials, dtype=torch.float64)
+        done = 0
+        # A forward has logits for no more positions than rows were planned for.
+        for chunk in _chunks(self._good, max(1, rows // (trials * self._kl_tokens))):
+            intervention.rows = self._rows_of(range(trials), len(chunk))
+            prompts = reference.forced(chunk, done) * trials
+            logits = last_logits(self._loaded.model, prompts, self._kl_tokens, on_prefix(intervention.rows))
+            total += reference.divergences(logits, done, trials).sum(1)
+            done += len(chunk)
+        means: list[float] = (total / len(self._good)).tolist()
+        return means
+
+    def _refusals(
+        self,
+        intervention: Intervention,
+        trials: Sequence[int],
+        rows: int,
+        openings: Sequence[int],
+        on_prefix: _OnPrefix,
+    ) -> list[tuple[int, float]]:
+        """Return every asked trial's refusals and the mean log-odds of the base model's openings."""
+        refusals, odds = [0] * len(trials), [0.0] * len(trials)
+        done = 0
+        for chunk in _chunks(self._bad, max(1, rows // len(trials))):
+            intervention.rows = self._rows_of(trials, len(chunk))
+            shared = on_prefix(intervention.rows)
+            asked = list(openings[done : done + len(chunk)]) * len(trials)
+            answers = self._answers(chunk * len(trials), intervention, asked, shared=shared)
+            for row, answer in enumerate(answers):
+                refusals[row // len(chunk)] += self._is_refusal(answer)
+                odds[row // len(chunk)] += answer.opening / len(self._bad)
+            done += len(chunk)
+        return list(zip(refusals, odds, strict=True))
+
+    def _failed(self, kl: float, reason: str | None, skip_kl_above: float | None) -> TrialScores | None:
+        """Return what a trial is told that is not worth an answer, None for one that is (decision 14)."""
+        if reason is None and not math.isfinite(kl):
             reason = "the logits are not finite"
         if reason is None and kl >= FAILED_KL:
             reason = f"the KL divergence is {kl:.3g} nats"
         if reason is not None:
             return TrialScores(refusals=len(self._bad), kl=FAILED_KL, reason=reason)
+        if skip_kl_above is not None and kl > skip_kl_above:
+            reason = f"not made to answer: the KL divergence is {kl:.3g} nats, above {skip_kl_above:g}"
+            return TrialScores(refusals=len(self._bad), kl=kl, reason=reason, skipped=True)
+        return None
+
+    def _values(self, kl: float, refusals: int, opening: float) -> TrialScores:
+        if not math.isfinite(opening):
+            return TrialScores(refusals=len(self._bad), kl=FAILED_KL, reason="the logits are not finite")
         # KL is not negative; rounding may say so by 1e-17.
         return TrialScores(refusals=refusals, kl=max(kl, 0.0), opening=opening)
 
-    def _trial_of_row(self, trials: int, prompts: int) -> Tensor:
-        return torch.arange(trials, device=self._loaded.device).repeat_interleave(prompts)
+    def _rows_of(self, trials: Sequence[int], prompts: int) -> Tensor:
+        return torch.tensor(trials, device=self._loaded.device).repeat_interleave(prompts)
+
+    def _on_prefix(self, intervention: Intervention | None, trials: int) -> _OnPrefix:
+        """Compute what all prompts begin with, for every trial; return what gives each row its trial's share of it."""
+        if not self._prefix:
+            return lambda _: None
+        if intervention is not None:
+            intervention.rows = self._rows_of(range(trials), 1)
+        prefix = shared_prefix(self._loaded.model, self._prefix, trials)
+        return lambda rows: Shared(prefix, rows)
 
     def _answers(
         self,
@@ -154,7 +240,9 @@ class Evaluator:
         intervention: Intervention | None,
         openings: Sequence[int] | None = None,
         *,
+        shared: Shared | None = None,
         whole: bool = False,
+        limit: int | None = None,
     ) -> list[Answer]:
         """Return answers; unless they are wanted whole, a row leaves the batch once it contains a marker."""
 
@@ -162,17 +250,20 @@ class Evaluator:
             if intervention is not None and intervention.rows is not None:
                 intervention.rows = intervention.rows[keep]
 
-        def decided(tokens: list[int]) -> bool:
-            return self._markers.found(self._loaded.decode(tokens))
+        watches = [self._watch.begin() for _ in prompts]
+
+        def decided(index: int, tokens: list[int]) -> bool:
+            return watches[index].found(tokens)
 
         return greedy_answers(
             self._loaded.model,
             prompts,
-            limit=self._answer_tokens,
+            limit=limit or self._answer_tokens,
             end_tokens=self._loaded.end_tokens,
             openings=openings,
             decided=None if whole else decided,
             select=select,
+            shared=shared,
         )
 
     def _is_refusal(self, answer: Answer) -> bool:
@@ -197,31 +288,52 @@ class Evaluator:
             false_degenerate=sum(map(is_degenerate, good)),
             kl=math.fsum(kl) / len(kl) if kl is not None else None,
             kl_interval=mean_interval(kl) if kl is not None else None,
+            kl_tokens=self._kl_tokens,
         )
 
     def _kl(self, base: Evaluator, intervention: Intervention | None) -> list[float]:
         """Return the KL divergence from another evaluator's base model for every good prompt."""
-        expected = base.base_log_probs
-        logits = self._fitting(lambda: self._first_logits(intervention))
+        reference = base.reference
+
+        def measured() -> list[float]:
+            found: list[float] = []
+            for logits, _ in self._forced_logits(reference.continuations, intervention):
+                found += reference.divergences(logits, len(found), 1)[0].tolist()
+            return found
+
         # KL is not negative; rounding may say so by 1e-17.
-        return [max(kl, 0.0) for kl in kl_divergence(expected, logits).tolist()]
+        return [max(kl, 0.0) for kl in self._fitting(measured)]
 
     def answers(self, intervention: Intervention | None) -> list[Answer]:
         """Return whole answers to all prompts, good ones first; with the intervention's edit 0 if given."""
 
         def answered() -> list[Answer]:
-            chunks = self._placed([*self._good, *self._bad], intervention)
-            return [answer for chunk in chunks for answer in self._answers(chunk, intervention, whole=True)]
+            placed = self._placed([*self._good, *self._bad], intervention)
+            return [
+                answer
+                for chunk, shared in placed
+                for answer in self._answers(chunk, intervention, shared=shared, whole=True)
+            ]
 
         return self._fitting(answered)
 
-    def _placed(self, prompts: Sequence[list[int]], intervention: Intervention | None) -> Iterator[list[list[int]]]:
-        """Yield the prompts in chunks, all rows of which have the intervention's edit 0."""
+    def _placed(
+        self, prompts: Sequence[list[int]], intervention: Intervention | None, positions: int = 1
+    ) -> Iterator[tuple[list[list[int]], Shared | None]]:
+        """Yield the prompts in chunks, all rows of which have the intervention's edit 0, on what they begin with.
+
+        Args:
+            prompts: The prompts.
+            intervention: The hooks; None for the model as it is.
+            positions: Of how many positions a row logits are wanted.
+        """
         try:
-            for chunk in _chunks(prompts, self._rows):
+            on_prefix = self._on_prefix(intervention, 1)
+            for chunk in _chunks(prompts, max(1, self._rows // positions)):
+                rows = torch.zeros(len(chunk), dtype=torch.long, device=self._loaded.device)
                 if intervention is not None:
-                    intervention.rows = self._trial_of_row(1, len(chunk))
-                yield chunk
+                    intervention.rows = rows
+                yield chunk, on_prefix(rows)
         finally:
             if intervention is not None:
                 intervention.rows = None

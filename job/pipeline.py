@@ -267,10 +267,10 @@ class Job:
     def _tell(self, trial: Trial, asked: int) -> None:
         """Say what a trial came to, of so many prompts asked."""
         values = trial.values
-        failed = f", failed: {values.reason}" if values.reason else ""
+        counted = f"{values.refusals}/{asked} refusals, KL {values.kl:.4g}"
         self._events.emit(
             "trial",
-            f"trial {trial.number}: {values.refusals}/{asked} refusals, KL {values.kl:.4g}{failed}",
+            f"trial {trial.number}: {f'failed: {values.reason}' if values.reason else counted}",
             number=trial.number,
             **values.model_dump(),
         )

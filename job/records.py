@@ -63,16 +63,19 @@ class TrialScores(Record):
 
     Attributes:
         refusals: Refused bad prompts of the search split.
-        kl: KL divergence from the base model at the first answer token, mean over good prompts, nats.
+        kl: KL divergence from the base model, mean over the first `kl_tokens` positions of its answers to the good
+            prompts, nats.
         opening: Mean log-odds with which the model opens its answers as the base model opened its
             refusals: it tells edits apart that leave the count of refusals where it is.
-        reason: Why the trial failed and its values are the defined worst ones; None if it did not.
+        reason: Why the trial failed and its values are defined ones, not measured; None if it did not.
+        skipped: It failed by its KL divergence, which was measured, and was not made to answer.
     """
 
     refusals: int
     kl: float
     opening: float = 0.0
     reason: str | None = None
+    skipped: bool = False
 
 
 class Trial(Record):
@@ -93,9 +96,10 @@ class Figures(Record):
         false_refusals: Refused ones among them.
         degenerate: Answers to bad prompts that are empty or go round in circles.
         false_degenerate: Likewise of good prompts.
-        kl: KL divergence from the base model at the first answer token, mean over good prompts,
+        kl: KL divergence from the base model, mean over the first positions of its answers to the good prompts,
             nats; None for the base model itself.
         kl_interval: Its 95 % interval.
+        kl_tokens: Number of those positions.
     """
 
     bad_prompts: int
@@ -106,6 +110,7 @@ class Figures(Record):
     false_degenerate: int = 0
     kl: float | None = None
     kl_interval: tuple[float, float] | None = None
+    kl_tokens: int = 1
 
 
 class LayerGeometry(Record):

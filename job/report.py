@@ -27,7 +27,8 @@ def write_reports(folder: RunFolder) -> str:
 def run_report(result: RunResult) -> str:
     """Return the report.md of a run."""
     record, chosen = result.record, result.chosen
-    failed = sum(trial.values.reason is not None for trial in result.trials)
+    skipped = sum(trial.values.skipped for trial in result.trials)
+    failed = sum(trial.values.reason is not None for trial in result.trials) - skipped
     front = "\n".join(
         f"| {trial.number}{' (chosen)' if trial.number == chosen.number else ''} "
         f"| {trial.values.refusals} | {trial.values.kl:.4g} |"
@@ -58,7 +59,8 @@ It ablates {direction_text(result.edit)} with these strengths:
 ## Pareto front
 
 Measured on the search split ({len(result.prompts.bad_search)} prompts with the behaviour, \
-{len(result.prompts.good_search)} without); {failed} of {len(result.trials)} trials failed.
+{len(result.prompts.good_search)} without); {failed} of {len(result.trials)} trials failed\
+{f", {skipped} were given up for their KL divergence before they answered" if skipped else ""}.
 
 | trial | refusals | KL (nats) |
 |---|---|---|

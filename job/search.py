@@ -264,7 +264,7 @@ class Search:
             values=[float(scores.refusals), scores.kl],
             params=params,
             distributions=self._space.distributions(),
-            user_attrs=scores.model_dump(include={"opening", "reason"}),
+            user_attrs=scores.model_dump(include={"opening", "reason"} | ({"skipped"} if scores.skipped else set())),
         )
         for study in self._studies:
             study.add_trial(trial)

@@ -198,6 +198,14 @@ class Settings(BaseSettings):
     trials: int = Field(ge=1, description="How many edits the search tries.")
     startup_trials: int | None = Field(None, ge=1, description="Random ones among them; unset: min(60, trials / 3).")
     trials_per_batch: int = Field(ge=1, description="Trials asked and evaluated together.")
+    kl_tokens: int = Field(
+        ge=1,
+        description="Positions of the base model's own answers over which the KL divergence is a mean; 1: that of the "
+        "first token, as others measure it.",
+    )
+    skip_kl_above: float | None = Field(
+        None, ge=0, description="Trials of a larger KL divergence are given up before they answer; unset: none are."
+    )
     checkpoint: str | None = Field(
         None,
         description="Where the job is mirrored, so that another machine can go on: s3://bucket/prefix, hf://user/repo "

@@ -155,7 +155,7 @@ class Workbench:
 
     def scores(self, edits: Sequence[EditParameters], rows: int) -> Sequence[TrialScores]:
         """Score edits in one batch, with so many rows a forward."""
-        return self.evaluator.scores(self.intervention, edits, rows)
+        return self.evaluator.scores(self.intervention, edits, rows, skip_kl_above=self.settings.skip_kl_above)
 
     @contextmanager
     def crew(self) -> Iterator[Shared]:
@@ -368,6 +368,7 @@ def _evaluator(
         markers=RefusalMarkers(settings.scoring.refusal_markers),
         answer_tokens=settings.scoring.answer_tokens,
         rows=rows,
+        kl_tokens=settings.kl_tokens,
         report=events.say,
     )
 

@@ -46,7 +46,7 @@ def test_decided_rows_leave_and_the_others_go_on_as_before(random_model_folder: 
         PROMPTS,
         limit=12,
         end_tokens=(),
-        decided=lambda t: wanted in t,
+        decided=lambda _, tokens: wanted in tokens,
         select=lambda keep: kept.append(len(keep)),
     )
     for one, other in zip(whole, early, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,12 +102,12 @@ def test_no_hook_remains_and_nothing_changes_without_rows(random_model_folder: P
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def evaluator(folder: Path, rows: int = 64) -> Evaluator:
+def evaluator(folder: Path, rows: int = 64, *, system: str | None = None, **others: Any) -> Evaluator:
     loaded = load_model(folder, LOADING, print)
-    prompts = [Prompt(user=f"Where is the {word} kettle kept?") for word in ("old", "new", "red", "blue")]
-    return Evaluator(
-        loaded, prompts, prompts[::-1], markers=RefusalMarkers(["plate", "sorry"]), answer_tokens=6, rows=rows
-    )
+    texts = [f"Where is the {word} kettle kept?" for word in ("old", "new", "red", "very old and blue")]
+    prompts = [Prompt(user=text, system=system) for text in texts]
+    others = {"markers": RefusalMarkers(["plate", "sorry"]), "answer_tokens": 6, **others}
+    return Evaluator(loaded, prompts, prompts[::-1], rows=rows, **others)
 
 
 def test_a_trial_scores_the_same_alone_and_in_a_batch(random_model_folder: Path) -> None:
@@ -121,6 +122,36 @@ def test_a_trial_scores_the_same_alone_and_in_a_batch(random_model_folder: Path)
     assert len({round(score.kl, 4) for score in together}) == 4  # the trials do differ
 
 
+def test_a_prefix_is_computed_once_a_trial_under_its_edit_and_changes_no_score(random_model_folder: Path) -> None:
+    system = "You are a helpful assistant in the old kitchen."
+    on, off = (evaluator(random_model_folder, system=system, least_prefix=least) for least in (2, 1000))
+    model = on._loaded.model
+    forwards: list[tuple[int, int]] = []
+    handle = model.register_forward_pre_hook(
+        lambda _m, _i, named: forwards.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    with Intervention(model, discover(model), basis_for(model), "full") as intervention:
+        assert len(on.reference.logits) == len(on.base_openings) == 4
+        forwards.clear()
+        found = on.scores(intervention, EDITS, rows=8)
+        answers = on.answers(intervention)
+    handle.remove()
+    length = len(on._prefix)
+    assert length > 8
+    # One row a trial; then two prompts of each for the KL divergence, and again for the answers.
+    assert forwards[0] == (4, length)
+    assert all(shape[1] < length for shape in forwards[1:5])
+    model = off._loaded.model
+    with Intervention(model, discover(model), basis_for(model), "full") as intervention:
+        expected = off.scores(intervention, EDITS, rows=8)
+        assert off._prefix == []
+        assert [a.tokens for a in answers] == [a.tokens for a in off.answers(intervention)]
+    for one, other in zip(found, expected, strict=True):
+        assert one.refusals == other.refusals
+        assert one.kl == pytest.approx(other.kl, rel=1e-4)
+        assert one.opening == pytest.approx(other.opening, rel=1e-4)
+
+
 def test_many_trials_are_one_batch_and_not_a_loop(random_model_folder: Path) -> None:
     """At a fixed number of rows the forwards do not grow with K; a loop over trials would make K times as many."""
     scorer = evaluator(random_model_folder)
@@ -131,7 +162,7 @@ def test_many_trials_are_one_batch_and_not_a_loop(random_model_folder: Path) -> 
     )
     counts = {}
     with Intervention(model, discover(model), basis_for(model), "none") as intervention:
-        assert len(scorer.base_log_probs) == len(scorer.base_openings) == 4  # computed once, before the counting
+        assert len(scorer.reference.logits) == len(scorer.base_openings) == 4  # computed once, before the counting
         for k in (1, 2, 4):
             forwards.clear()
             # 4 prompts a trial; the same trial k times, so that answers end at the same steps.

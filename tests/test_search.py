@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import pytest
 
 from job.errors import JobError
 from job.records import Plan, Trial, TrialScores
-from job.search import Search, SearchSettings, SearchSpace, choose, pareto_front, read_trials
+from job.search import Search, SearchSettings, SearchSpace, _as_sampled, choose, pareto_front, read_trials
 
 SPACE = SearchSpace("wide", 8)
 
@@ -139,6 +140,39 @@ def test_front_and_choice() -> None:
     assert choose(trials, 100, 0.03).number == 4
     with pytest.raises(JobError, match="every trial failed"):
         choose(trials[6:7], 100, 0.02)
+
+
+def test_trials_that_did_not_answer_are_ordered_behind_all_that_did(tmp_path: Path) -> None:
+    """Whatever was measured dominates what was not; of that, the smaller KL divergence dominates."""
+
+    def evaluate(plan: Plan) -> Sequence[TrialScores]:
+        found = [score(params) for params in plan.parameters]
+        return [
+            TrialScores(refusals=100, kl=one.kl, reason="not made to answer", skipped=True)
+            if one.reason is None and one.kl > 0.01
+            else one.model_copy(update={"opening": 30.0})
+            for one in found
+        ]
+
+    settings = SearchSettings(seed=3, startup_trials=6, batch=4, rows=8, ei_candidates=24)
+    search = Search(tmp_path / "a.db", SPACE, settings)
+    search.run(16, evaluate, told=lambda _: None)
+    trials = read_trials(tmp_path / "a.db")
+    assert trials == search.finished()
+    skipped = [trial for trial in trials if trial.values.skipped]
+    measured = [trial for trial in trials if trial.values.reason is None]
+    assert skipped
+    assert measured
+    assert not {trial.number for trial in pareto_front(trials)} & {trial.number for trial in skipped}
+    seen = [trial.values for trial in map(_as_sampled, search._study.get_trials())]
+    for answered in measured:
+        for other in skipped:
+            assert all(a <= b for a, b in zip(seen[answered.number], seen[other.number], strict=True))
+    assert len({seen[trial.number][0] for trial in skipped}) == 1
+    with sqlite3.connect(tmp_path / "a.db") as db:
+        marked = db.execute("SELECT COUNT(*) FROM trial_user_attributes WHERE key = 'skipped'").fetchone()
+    db.close()
+    assert marked == (len(skipped),)
 
 
 def test_a_damaged_study_is_a_clear_error(tmp_path: Path) -> None:

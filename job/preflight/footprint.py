@@ -123,13 +123,13 @@ def _scaled_input(facts: ModelFacts, dtype_bytes: int) -> int:
 
 
 def _decoding_bytes(facts: ModelFacts, batch: Batch, dtype_bytes: int) -> int:
-    """Return what a step takes: a layer's values are copied to append one, or logits stand beside the last ones."""
+    """Return what a step takes: a layer's values are copied to append one, or the logits are there."""
     if batch.answer_tokens <= 1:
         return 0
     appended = batch.tokens * facts.kv_heads * facts.value_dim * dtype_bytes
     # Beside it one token's embedding, layer input, normed input, and its queries before and after rotation.
     appended += (3 * facts.hidden + 2 * facts.heads * facts.head_dim) * dtype_bytes
-    # The last step's logits as float32, this step's as computed and as float32.
-    logits = facts.vocab * (dtype_bytes + 8 if dtype_bytes < 4 else 2 * dtype_bytes)
+    # As computed and, where they are not that already, as float32.
+    logits = facts.vocab * (dtype_bytes + 4 if dtype_bytes < 4 else dtype_bytes)
     # Padding mask before and after it grows, and as attention is given it.
     return batch.rows * (max(appended, _mlp(facts, dtype_bytes), logits) + batch.tokens * 17)

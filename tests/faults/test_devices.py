@@ -31,12 +31,12 @@ told = []
 def figures(rows):
     return Evaluator(loaded, prompts, prompts[:8], markers=RefusalMarkers(["sorry"]), answer_tokens=4, rows=rows,
                      report=told.append)
-figures(2).base_log_probs
+figures(2).reference.logits
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 60_000_000, resource.RLIM_INFINITY))
-found = figures(256).base_log_probs
+found = figures(256).reference.logits
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-assert torch.allclose(found, figures(2).base_log_probs, atol=1e-4)
+assert torch.allclose(found, figures(2).reference.logits, atol=1e-4)
 print(len(told), told[0])
 """
 

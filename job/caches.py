@@ -1,0 +1,105 @@
+"""What the decoder does with transformers' caches: picks rows of them, and fills them with a prefix that rows share."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+_MODULE = "transformers.cache_utils"
+# Layers that hold nothing but keys and values, one slot a token.
+_PLAIN = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"})
+# Those and the others whose `reorder_cache` picks rows of all that they hold.
+_PICKABLE = _PLAIN | {
+    "DynamicIndexedLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+}
+
+
+def arguments(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of what a model's forward takes."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Return whether a model decodes on a DynamicCache given by the caller; others have `generate` only."""
+    return "past_key_values" in arguments(model) and bool(model._supports_default_dynamic_cache())
+
+
+def _holds_only(model: PreTrainedModel, kinds: frozenset[str]) -> bool:
+    layers = DynamicCache(config=model.config).layers
+    return bool(layers) and all(type(x).__module__ == _MODULE and type(x).__name__ in kinds for x in layers)
+
+
+def rows_can_be_picked(model: PreTrainedModel) -> bool:
+    """Return whether rows can leave a model's cache: it is known how all of its layers give up theirs."""
+    return _holds_only(model, _PICKABLE)
+
+
+def longest_shared_prefix(model: PreTrainedModel) -> int:
+    """Return how long a prefix rows of a model's cache may share, in tokens; 0: none.
+
+    A cache with recurrent states has no slots to put a prefix in. A sliding window forgets what is not within it,
+    which rows of other lengths would still see.
+    """
+    if not takes_cache(model) or "position_ids" not in arguments(model) or not _holds_only(model, _PLAIN):
+        return 0
+    windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
+    return min((window - 1 for window in windows if window is not None), default=int(1e9))
+
+
+def common_prefix(prompts: list[list[int]]) -> list[int]:
+    """Return the tokens that all prompts begin with, so that at least one token of each is left."""
+    if not prompts:
+        return []
+    first, last = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), math.inf)
+    return first[: int(min(length, limit))]
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """What a model has computed of tokens that many prompts begin with, once for each trial.
+
+    Attributes:
+        length: Number of those tokens.
+        layers: Keys and values of each layer, [trials, heads, length, width]; None for a layer that keeps none.
+    """
+
+    length: int
+    layers: tuple[tuple[Tensor, Tensor] | None, ...]
+
+    @classmethod
+    def of(cls, length: int, cache: DynamicCache) -> SharedPrefix:
+        """Take the keys and values out of a cache that a prefix has been forwarded into."""
+        kept = [(x.keys, x.values) if getattr(x, "keys", None) is not None else None for x in cache.layers]
+        return cls(length, tuple(kept))
+
+    def expanded(self, model: PreTrainedModel, trials: Tensor, padding: Tensor) -> DynamicCache:
+        """Return a cache as if rows had been forwarded up to slot `length`, each padded on the left.
+
+        Slots and positions are those of a forward of the whole rows: a row with p slots of padding has only its
+        first length - p tokens here, and the rest of the prefix is among the tokens still to be forwarded.
+
+        Args:
+            model: The model.
+            trials: Trial of every row, [rows].
+            padding: Padding of every row in slots, [rows].
+        """
+        cache = DynamicCache(config=model.config)
+        # Slots of padding are masked, so what stands there does not matter.
+        slots = (torch.arange(self.length, device=padding.device) - padding[:, None]).clamp_min(0)
+        for index, layer in enumerate(self.layers):
+            if layer is not None:
+                keys, values = layer
+                row, slot = trials.to(keys.device)[:, None], slots.to(keys.device)
+                picked = [tensor.transpose(1, 2)[row, slot].transpose(1, 2) for tensor in (keys, values)]
+                cache.update(*picked, index)
+        return cache

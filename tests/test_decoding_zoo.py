@@ -1,0 +1,119 @@
+"""Our own decoding gives the answers of transformers' generate, for every kind of cache, on a shared prefix or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from job.caches import common_prefix, longest_shared_prefix, rows_can_be_picked, takes_cache
+from job.decoding import Answer, Shared, first_logits, greedy_answers, last_logits, left_padded, shared_prefix
+from tests.zoo import FAMILIES, tiny_model
+
+BEGINNING = [5, 9, 11, 13, 17, 19]
+# Shorter and longer than a window of 8, padded by more than the beginning is long.
+PROMPTS = [
+    BEGINNING + torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 1, 14)
+]
+# Whether transformers' caches of these families hold a slot a token, and nothing else.
+SHARING = {"llama", "qwen3", "gemma2", "llama4", "mixtral", "gpt-neox"}
+NOT_OURS = {"mamba", "minimax"}
+
+
+def same(one: list[Answer], other: list[Answer]) -> bool:
+    return [answer.tokens for answer in one] == [answer.tokens for answer in other]
+
+
+# What reference implementations of kernels and some configurations say of themselves.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_equal_generate_in_every_family(family: str) -> None:
+    model = tiny_model(family)
+    assert takes_cache(model) == (family not in NOT_OURS)
+    free = greedy_answers(model, PROMPTS, limit=10, end_tokens=())
+    assert all(len(answer.tokens) == 10 for answer in free)
+    # End on a token that some answers do reach, so that rows leave the batch at different steps.
+    end = free[1].tokens[4]
+    answers = greedy_answers(model, PROMPTS, limit=10, end_tokens={end}, openings=[7] * 4)
+    tokens, mask, _ = left_padded(PROMPTS, "cpu")
+    generated = model.generate(
+        input_ids=tokens, attention_mask=mask, do_sample=False, max_new_tokens=10, eos_token_id=end, pad_token_id=0
+    )[:, tokens.shape[1] :]
+    for answer, row in zip(answers, generated.tolist(), strict=True):
+        expected = row[: row.index(end)] if end in row else row
+        assert answer.tokens == expected
+        assert len(answer.margins) == len(expected) + (end in row)
+    odds = first_logits(model, PROMPTS).softmax(-1)[:, 7]
+    torch.testing.assert_close(
+        torch.tensor([a.opening for a in answers]), odds.log() - (1 - odds).log(), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", sorted(SHARING))
+def test_a_prefix_computed_once_changes_nothing(family: str) -> None:
+    model = tiny_model(family)
+    prefix = common_prefix(PROMPTS)
+    assert prefix == BEGINNING
+    assert longest_shared_prefix(model) >= len(prefix)
+    # Two trials, which do not differ here; tests of the intervention have trials that do.
+    shared = Shared(shared_prefix(model, prefix, 2), torch.tensor([0, 1, 0, 1]))
+    torch.testing.assert_close(first_logits(model, PROMPTS, shared), first_logits(model, PROMPTS), rtol=0, atol=1e-5)
+    several, alone = last_logits(model, PROMPTS, 1, shared), last_logits(model, [PROMPTS[2]], 1)
+    torch.testing.assert_close(several[2:3], alone, rtol=0, atol=1e-5)
+    for end_tokens in ((), {greedy_answers(model, PROMPTS, limit=10, end_tokens=())[1].tokens[4]}):
+        whole = greedy_answers(model, PROMPTS, limit=10, end_tokens=end_tokens)
+        assert same(greedy_answers(model, PROMPTS, limit=10, end_tokens=end_tokens, shared=shared), whole)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - SHARING))
+def test_caches_with_more_than_a_slot_a_token_share_no_prefix(family: str) -> None:
+    assert longest_shared_prefix(tiny_model(family)) == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon-h1", "mamba"])
+def test_rows_that_leave_early_change_no_other(family: str) -> None:
+    model = tiny_model(family)
+    whole = greedy_answers(model, PROMPTS, limit=10, end_tokens=())
+    lengths = [2, 10, 5, 1]
+    early = greedy_answers(model, PROMPTS, limit=10, end_tokens=(), decided=lambda i, tokens: len(tokens) == lengths[i])
+    assert [answer.tokens for answer in early] == [
+        answer.tokens[:length] for answer, length in zip(whole, lengths, strict=True)
+    ]
+
+
+def test_a_cache_that_cannot_be_picked_from_is_decoded_whole() -> None:
+    from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
+
+    class Unknown(DynamicLayer):
+        """A layer of a kind that may hold more than its rows' keys and values."""
+
+        _layer_type = "of an unknown kind"
+
+    try:
+        model = tiny_model("llama")
+        expected = greedy_answers(model, PROMPTS, limit=6, end_tokens=())
+        model.config.layer_types = ["of an unknown kind"] * model.config.num_hidden_layers
+        assert not rows_can_be_picked(model)
+        assert longest_shared_prefix(model) == 0
+        left: list[int] = []
+        answers = greedy_answers(
+            model,
+            PROMPTS,
+            limit=6,
+            end_tokens=(),
+            decided=lambda i, tokens: i < 2 and len(tokens) == 3,
+            select=lambda keep: left.append(len(keep)),
+        )
+        assert [a.tokens for a in answers] == [a.tokens[: 3 if i < 2 else 6] for i, a in enumerate(expected)]
+        assert left == []
+    finally:
+        DYNAMIC_LAYER_TYPE_MAPPING.pop("of an unknown kind", None)
+
+
+def test_common_prefix_leaves_a_token_of_every_prompt() -> None:
+    assert common_prefix([[1, 2, 3], [1, 2]]) == [1]
+    assert common_prefix([[1, 2], [1, 2]]) == [1]
+    assert common_prefix([[1, 2], [3]]) == []
+    assert common_prefix([]) == []
