@@ -80,6 +80,37 @@ class Task:
     payload: dict[str, Any]
 
 
+def probe(url: str) -> str:
+    """Return what a database is, which can be reached and written; nothing is left there.
+
+    Raises:
+        MachineError: It cannot.
+    """
+    engine = sa.create_engine(url, connect_args={"connect_timeout": 20})
+    with _clear(engine.url):
+        try:
+            with engine.connect() as db:
+                # Making a table is what the first start does; taken back, it shows the right to.
+                with db.begin() as made:
+                    _TABLES.create_all(db)
+                    made.rollback()
+                return f"PostgreSQL {db.scalar(sa.text('SHOW server_version'))}"
+        finally:
+            engine.dispose()
+
+
+@contextmanager
+def _clear(url: sa.URL) -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        what = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise MachineError(
+            f"the database {url.render_as_string()} fails: {what}",
+            remedy="see that it runs and may be written, then run again to continue",
+        ) from error
+
+
 class Board:
     """The tasks of one job.
 
@@ -98,7 +129,7 @@ class Board:
         waits = {"timeout": 60} if self._url.drivername.startswith("sqlite") else {"connect_timeout": 20}
         self._engine = sa.create_engine(self._url, connect_args=waits, pool_pre_ping=True)
         self._lock: sa.Connection | None = None
-        with self._clear():
+        with _clear(self._url):
             _TABLES.create_all(self._engine)
 
     def __enter__(self) -> Self:
@@ -114,19 +145,8 @@ class Board:
         self._engine.dispose()
 
     @contextmanager
-    def _clear(self) -> Iterator[None]:
-        try:
-            yield
-        except SQLAlchemyError as error:
-            what = str(getattr(error, "orig", None) or error).splitlines()[0]
-            raise MachineError(
-                f"the database {self._url.render_as_string()} fails: {what}",
-                remedy="see that it runs and may be written, then run again to continue",
-            ) from error
-
-    @contextmanager
     def _begin(self) -> Iterator[sa.Connection]:
-        with self._clear(), self._engine.begin() as db:
+        with _clear(self._url), self._engine.begin() as db:
             yield db
 
     # The coordinator
@@ -139,7 +159,7 @@ class Board:
         """
         if self._engine.dialect.name != "postgresql":
             return
-        with self._clear():
+        with _clear(self._url):
             self._lock = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
             if not self._lock.scalar(sa.text("SELECT pg_try_advisory_lock(hashtext(:job))"), {"job": self._job}):
                 raise HeldError(

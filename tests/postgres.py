@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Self
@@ -27,30 +28,29 @@ def missing() -> str | None:
 class Postgres:
     """A server with one user and one database, both named job, that asks for a password."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self) -> None:
+        # Not among pytest's folders, which nobody but their owner may pass.
+        self._place = tempfile.TemporaryDirectory(prefix="postgres-")
+        self._folder = Path(self._place.name)
         self._process: subprocess.Popen[bytes] | None = None
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
 
     def __enter__(self) -> Self:
-        data, password = self._folder / "data", self._folder / "password"
-        data.mkdir(parents=True)
+        password = self._folder / "password"
         password.write_text(PASSWORD)
-        for path in (self._folder, data, password):
-            if os.geteuid() == 0:
+        if os.geteuid() == 0:
+            for path in (self._folder, password):
                 shutil.chown(path, "postgres", "postgres")
-        for parent in self._folder.parents:  # PostgreSQL's user has to get through to its folder
-            if parent.stat().st_uid == os.geteuid() and str(parent).startswith("/tmp/"):
-                parent.chmod(parent.stat().st_mode | 0o011)
-        made = ["initdb", "-D", data, "-U", "job", "--auth=scram-sha-256", f"--pwfile={password}", "--no-sync"]
-        subprocess.run(self._as_postgres(*made), check=True, capture_output=True, cwd=self._folder)
+        made = ["initdb", "-D", self._folder / "data", "-U", "job", "--auth=scram-sha-256", f"--pwfile={password}"]
+        subprocess.run(self._as_postgres(*made, "--no-sync"), check=True, capture_output=True, cwd=self._folder)
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        self._place.cleanup()
 
     def _as_postgres(self, program: str, *arguments: object) -> list[str]:
         assert PROGRAMS is not None

@@ -22,7 +22,7 @@ from job.crew import Crew, WorkerOutOfMemory, parts_of, result_of
 from job.errors import HeldError, MachineError
 from job.events import Events
 from job.records import EditParameters, KernelParameters, Plan, TrialScores
-from tests.helpers import abliterate, events, job_arguments, only_job, start, stored_trials
+from tests.helpers import Result, abliterate, events, job_arguments, only_job, start, stored_trials
 from tests.postgres import PASSWORD, Postgres, missing
 
 JOB = "0123456789ab"
@@ -33,8 +33,8 @@ needs_postgres = pytest.mark.skipif(missing() is not None, reason=str(missing())
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    with pytest.MonkeyPatch.context() as patch, Postgres(tmp_path_factory.mktemp("postgres") / "server") as server:
+def postgres() -> Iterator[Postgres]:
+    with pytest.MonkeyPatch.context() as patch, Postgres() as server:
         patch.setenv("PGPASSWORD", PASSWORD)
         yield server
 
@@ -238,6 +238,10 @@ def told(workspace: Path, event: str = "trial") -> int:
     return sum(path.read_text().count(f'"event": "{event}"') for path in workspace.glob("*/events.jsonl"))
 
 
+def checks(result: Result) -> dict[str, Any]:
+    return {check["name"]: check for check in json.loads(result.out)["checks"]}
+
+
 def manifest(workspace: Path) -> Any:
     return json.loads((only_job(workspace) / "export" / "manifest.json").read_text())
 
@@ -344,8 +348,15 @@ def test_another_machine_helps_through_the_database_and_a_third_takes_over(
 @needs_postgres
 def test_a_database_that_goes_down_stops_the_job_and_loses_nothing(organism: Path, alone: Path, tmp_path: Path) -> None:
     job = ["run", *job_arguments(organism), *LAYOUT, "--workspace", tmp_path / "runs"]
-    with Postgres(tmp_path / "server") as server:
+    with Postgres() as server:
         job += ["--set", f"database={server.url}"]
+        address = {"host": "127.0.0.1", "port": server.port, "user": "job", "dbname": "job", "password": PASSWORD}
+        checked = abliterate("preflight", *job[1:], "--json", PGPASSWORD=PASSWORD).check()
+        assert "PostgreSQL" in checks(checked)["database"]["measured"]
+        with psycopg.connect(**address) as db:
+            assert db.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
+        wrong = abliterate("preflight", *job[1:], "--json", PGPASSWORD="not-the-password")
+        assert (wrong.code, checks(wrong)["database"]["status"]) == (76, "fail")
         process = start(*job, PGPASSWORD=PASSWORD)
         wait_until(lambda: told(tmp_path / "runs") >= 6, process)
         server.stop()
@@ -354,7 +365,6 @@ def test_a_database_that_goes_down_stops_the_job_and_loses_nothing(organism: Pat
         assert "database" in next(line for line in err.splitlines() if line.startswith("error: "))
         server.start()
         abliterate(*job, PGPASSWORD=PASSWORD).check()
-        address = {"host": "127.0.0.1", "port": server.port, "user": "job", "dbname": "job", "password": PASSWORD}
         with psycopg.connect(**address) as db:
             assert db.execute("SELECT count(*) FROM trials").fetchone() == (18,)
     assert stored_trials(tmp_path / "runs") == stored_trials(alone)

@@ -63,6 +63,7 @@ NAMES = frozenset(
         "target.hf",
         "target.s3",
         "checkpoint",
+        "database",
         "rental.end",
         "rental.survival",
         "rental.checkpoint",

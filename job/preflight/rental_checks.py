@@ -51,6 +51,17 @@ def checkpoint_check(settings: Settings, held: int) -> Check:
     )
 
 
+def database_check(url: str) -> Check:
+    """Prove that the database of a job's workers can be used, and leave nothing there.
+
+    Raises:
+        MachineError: It cannot.
+    """
+    from job.board import probe
+
+    return Check(name="database", status="ok", measured=probe(url), needed="the right to make tables there")
+
+
 def lease_check(settings: Settings, job: str) -> Check:
     """Say whether another run holds the job's lease at the checkpoint.
 

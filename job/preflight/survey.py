@@ -34,7 +34,7 @@ from job.preflight.limits import read_limits
 from job.preflight.planning import LINE, Planning
 from job.preflight.probe import read_machine
 from job.preflight.readings import MachineReading
-from job.preflight.rental_checks import checkpoint_check, expected_bytes, lease_check, rental_checks
+from job.preflight.rental_checks import checkpoint_check, database_check, expected_bytes, lease_check, rental_checks
 from job.preflight.restarts import Start, restart_check
 from job.preflight.strays import own_leftovers
 from job.preflight.target_checks import target_checks
@@ -329,6 +329,9 @@ class Surveyor:
         if self.settings.checkpoint is not None:
             held = expected_bytes(self.prompts, self._facts.layers, self._facts.hidden)
             checks += self._guarded("checkpoint", lambda: [checkpoint_check(self.settings, held)])
+        database = self.settings.database
+        if database is not None and self.on is None:
+            checks += self._guarded("database", lambda: [database_check(database)])
         if hours is not None:
             checks.append(time_check(hours, self.settings.max_hours))
             checks.append(cost_check(hours, self.settings.price, self.settings.max_cost))
