@@ -19,6 +19,11 @@ from tests.cloud import RunPodServer, VastServer
 from tests.helpers import abliterate, job_arguments
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Workers share the cores; more threads than cores make small models crawl."""

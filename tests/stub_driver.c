@@ -18,14 +18,17 @@ int cuDeviceGetUuid_v2(unsigned char *uuid, int device) {
     for (int i = 0; i < 16; i++) uuid[i] = device ? 0xff : i;
     return 0;
 }
-int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)0x1234567890; return 0; }
+/* A context is more than an int can hold, and tells its device. */
+#define CONTEXT 0x1234567890
+static size_t current;
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)(CONTEXT + device); return 0; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
-int cuCtxPushCurrent_v2(void *context) { return context != (void *)0x1234567890; }
+int cuCtxPushCurrent_v2(void *context) { current = (size_t)context - CONTEXT; return current > 1; }
 int cuCtxPopCurrent_v2(void **context) { return 0; }
 /* Others hold most of it as long as the file STUB_TAKEN names is there, or where it names none. */
 int cuMemGetInfo_v2(size_t *available, size_t *total) {
     const char *taken = getenv("STUB_TAKEN");
-    *total = 20 * GIB;
+    *total = (current ? 20 : 80) * GIB;
     *available = taken && access(taken, F_OK) ? *total : 5 * GIB;
     return 0;
 }

@@ -283,7 +283,7 @@ def test_a_second_run_is_turned_away_and_status_answers_during_a_run(organism: P
 
 
 def test_a_job_in_low_precision_is_proven_within_bounds(organism: Path, tmp_path: Path) -> None:
-    arguments = ["run", *job_arguments(organism), "--workspace", tmp_path / "runs", "--trials", 4]
+    arguments = ["run", *job_arguments(organism), "--workspace", tmp_path / "runs", "--trials", 2]
     arguments += ["--set", 'loading.dtypes=["bfloat16"]', "--set", "ablation.row_normalization=full"]
     result = abliterate(*arguments).check()
     assert "loaded in bfloat16" in result.err
