@@ -23,6 +23,7 @@ from job.prefix import with_response_prefix
 from job.prompts import Prompt, PromptSets
 from job.records import EditParameters, ExportFormat, Figures, JobRecord, Plan, Resolution, Trial, TrialScores
 from job.reproduction import base_model_name, reproduction
+from job.rescoring import keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
 from job.scoring import RefusalMarkers
 from job.search import Search, SearchSettings, SearchSpace, SmallerLayoutNeeded
 from job.settings import Settings
@@ -147,8 +148,38 @@ class Workbench:
             copy,
         )
 
-    def evaluate(self, plan: Plan) -> Sequence[TrialScores]:
+    def rescore(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Count refusals again at full length until the choice is final; return all trials with these counts.
+
+        What has been counted is kept after every batch, and a restart goes on from there.
+        """
+        counts, asked = read_full_counts(self.folder), len(self.prompts.bad_search)
+        tolerance, size = self.settings.choice.refusal_tolerance, self.settings.trials_per_batch
+        while batch := next_to_rescore(trials, counts, asked, tolerance, size):
+            rows = self.resolution.search_rows or self.resolution.rows
+            plan = Plan(first=batch[0].number, parameters=[trial.params for trial in batch], rows=rows)
+            try:
+                scores = self.evaluate(plan, whole=True)
+            except SmallerLayoutNeeded:
+                continue  # it has been written down, and is what comes next
+            found = {trial.number: score.refusals for trial, score in zip(batch, scores, strict=True)}
+            counts = keep_full_counts(self.folder, counts, found)
+            for trial in batch:
+                before, after = trial.values.refusals, found[trial.number]
+                self.events.emit(
+                    "rescored",
+                    f"trial {trial.number} at full length: {after}/{asked} refusals, {before} in the search",
+                    number=trial.number,
+                    refusals=after,
+                )
+        return with_full_counts(trials, counts)
+
+    def evaluate(self, plan: Plan, *, whole: bool = False) -> Sequence[TrialScores]:
         """Score all trials of a plan in one batch.
+
+        Args:
+            plan: The plan.
+            whole: On answers of full length, none left out; else as the search does.
 
         Raises:
             MachineError: Memory does not suffice for one prompt at a time.
@@ -156,7 +187,13 @@ class Workbench:
         """
         edits = [self.space.edit(params) for params in plan.parameters]
         try:
-            return self.evaluator.scores(self.intervention, edits, plan.rows, skip_kl_above=self.settings.skip_kl_above)
+            return self.evaluator.scores(
+                self.intervention,
+                edits,
+                plan.rows,
+                skip_kl_above=None if whole else self.settings.skip_kl_above,
+                answer_tokens=None if whole else self.settings.scoring.effective_search_tokens,
+            )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
