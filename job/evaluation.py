@@ -140,6 +140,7 @@ class Evaluator:
         rows: int,
         *,
         skip_kl_above: float | None = None,
+        answer_tokens: int | None = None,
     ) -> list[TrialScores]:
         """Return the scores of all edits, evaluated together.
 
@@ -148,7 +149,9 @@ class Evaluator:
             edits: The edits, one a trial.
             rows: Rows of a forward, all edits together.
             skip_kl_above: Trials of a larger KL divergence are not made to answer; None: all are.
+            answer_tokens: Longest answer; None: as long as answers are judged otherwise.
         """
+        limit = answer_tokens or self._answer_tokens
         reference, openings = self.reference, self.base_openings
         reasons = intervention.activate(edits)
         try:
@@ -156,7 +159,7 @@ class Evaluator:
             means = self._divergences(intervention, len(edits), rows, reference, on_prefix)
             scores = [self._failed(*measured, skip_kl_above) for measured in zip(means, reasons, strict=True)]
             asked = [trial for trial, found in enumerate(scores) if found is None]
-            found = self._refusals(intervention, asked, rows, openings, on_prefix) if asked else []
+            found = self._refusals(intervention, asked, rows, limit, openings, on_prefix) if asked else []
         finally:
             intervention.rows = None
         measured = dict(zip(asked, found, strict=True))
@@ -186,6 +189,7 @@ class Evaluator:
         intervention: Intervention,
         trials: Sequence[int],
         rows: int,
+        limit: int,
         openings: Sequence[int],
         on_prefix: _OnPrefix,
     ) -> list[tuple[int, float]]:
@@ -196,9 +200,9 @@ class Evaluator:
             intervention.rows = self._rows_of(trials, len(chunk))
             shared = on_prefix(intervention.rows)
             asked = list(openings[done : done + len(chunk)]) * len(trials)
-            answers = self._answers(chunk * len(trials), intervention, asked, shared=shared)
+            answers = self._answers(chunk * len(trials), intervention, asked, shared=shared, limit=limit)
             for row, answer in enumerate(answers):
-                refusals[row // len(chunk)] += self._is_refusal(answer)
+                refusals[row // len(chunk)] += self._is_refusal(answer, limit)
                 odds[row // len(chunk)] += answer.opening / len(self._bad)
             done += len(chunk)
         return list(zip(refusals, odds, strict=True))
@@ -266,8 +270,11 @@ class Evaluator:
             shared=shared,
         )
 
-    def _is_refusal(self, answer: Answer) -> bool:
-        return self._markers.is_refusal(self._loaded.decode(answer.tokens))
+    def _is_refusal(self, answer: Answer, limit: int) -> bool:
+        text = self._loaded.decode(answer.tokens)
+        # An answer of which nothing is to be seen yet may still become one; so counts at full length are never smaller.
+        cut = len(answer.tokens) == limit < self._answer_tokens
+        return self._markers.found(text) if cut else self._markers.is_refusal(text)
 
     def figures(self, base: Evaluator | None = None, intervention: Intervention | None = None) -> Figures:
         """Return the figures of this evaluator's model as it is or, if given, with the intervention's edit 0.

@@ -31,6 +31,7 @@ from job.reproduction import (
     environment_differences,
     require_same_prompts,
 )
+from job.rescoring import next_to_rescore, read_full_counts, with_full_counts
 from job.result import job_trials
 from job.search import back_up, choose, restore_if_damaged
 from job.settings import Settings
@@ -169,7 +170,14 @@ class Job:
 
     def _is_searched_and_exported(self, trials: Sequence[Trial], prompts: PromptSets) -> bool:
         enough = not self._record.searches or len(trials) >= self._settings.trials
-        return enough and self._is_exported(self._choice(trials, prompts))
+        return enough and not self._undecided(trials, prompts) and self._is_exported(self._choice(trials, prompts))
+
+    def _undecided(self, trials: Sequence[Trial], prompts: PromptSets) -> bool:
+        """Return whether trials that may be chosen have yet to be judged on answers of full length."""
+        scoring, tolerance = self._settings.scoring, self._settings.choice.refusal_tolerance
+        if not self._record.searches or scoring.effective_search_tokens == scoring.answer_tokens:
+            return False
+        return bool(next_to_rescore(trials, read_full_counts(self._folder), len(prompts.bad_search), tolerance, 1))
 
     def _search_and_export(self, prompts: PromptSets) -> list[Trial]:
         """Do all that needs the model and return the trials."""
@@ -262,7 +270,10 @@ class Job:
         trials = search.finished()
         if len(trials) < target:
             self._events.emit("budget", f"the budget ends the search after {len(trials)} of {target} trials")
-        return trials
+        return bench.rescore(trials) if self._undecided(trials, bench.prompts) else self._judged(trials)
+
+    def _judged(self, trials: Sequence[Trial]) -> list[Trial]:
+        return with_full_counts(trials, read_full_counts(self._folder))
 
     def _tell(self, trial: Trial, asked: int) -> None:
         """Say what a trial came to, of so many prompts asked."""

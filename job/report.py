@@ -24,6 +24,17 @@ def write_reports(folder: RunFolder) -> str:
     return text
 
 
+def _lengths(result: RunResult) -> str:
+    """Return in words how long the answers were that refusals were counted in, "" where all were alike."""
+    if not result.rescored:
+        return ""
+    scoring = result.record.settings["scoring"]
+    return (
+        f"\nRefusals were counted in the first {scoring['search_tokens']} tokens of answers, and again in the first "
+        f"{scoring['answer_tokens']} for the trials that came into question: {', '.join(map(str, result.rescored))}."
+    )
+
+
 def run_report(result: RunResult) -> str:
     """Return the report.md of a run."""
     record, chosen = result.record, result.chosen
@@ -60,7 +71,8 @@ It ablates {direction_text(result.edit)} with these strengths:
 
 Measured on the search split ({len(result.prompts.bad_search)} prompts with the behaviour, \
 {len(result.prompts.good_search)} without); {failed} of {len(result.trials)} trials failed\
-{f", {skipped} were given up for their KL divergence before they answered" if skipped else ""}.
+{f", {skipped} were given up for their KL divergence before they answered" if skipped else ""}.\
+{_lengths(result)}
 
 | trial | refusals | KL (nats) |
 |---|---|---|

@@ -12,20 +12,23 @@ from job.events import read_events
 from job.prompts import PromptSets
 from job.records import EditParameters, Figures, GeometryRecord, JobRecord, Trial
 from job.reproduction import Reproduction
+from job.rescoring import read_full_counts, with_full_counts
 from job.search import SearchSpace, choose, read_trials
 from job.settings import Settings
 from job.workspace import RunFolder, read_record
 
 
 def job_trials(folder: RunFolder) -> list[Trial]:
-    """Return the finished trials of a job; of one that only makes an edit again, that edit's.
+    """Return the finished trials of a job, with refusals at full length where these have been counted.
+
+    Of a job that only makes an edit again, it is that edit's trial.
 
     Raises:
         JobError: The study cannot be read.
     """
     if folder.reproduces_file.exists() and not folder.read_job().searches:
         return [read_record(folder.reproduces_file, Reproduction).trial]
-    return read_trials(folder.study_file)
+    return with_full_counts(read_trials(folder.study_file), read_full_counts(folder))
 
 
 def machines(events: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
@@ -53,6 +56,7 @@ class RunResult:
         export: Name of the export's folder.
         prompts: prompts.json.
         trials: The trials of the study.
+        rescored: Those of them whose refusals were counted again at full length.
         chosen: The chosen one.
         edit: Its edit.
         base: Figures of the base model on the report split.
@@ -67,6 +71,7 @@ class RunResult:
     export: str
     prompts: PromptSets
     trials: Sequence[Trial]
+    rescored: tuple[int, ...]
     chosen: Trial
     edit: EditParameters
     base: Figures
@@ -99,6 +104,7 @@ class RunResult:
             export=export.name,
             prompts=prompts,
             trials=trials,
+            rescored=tuple(sorted(read_full_counts(folder).refusals)),
             chosen=chosen,
             edit=SearchSpace(settings.search.space, record.resolution.layers).edit(chosen.params),
             base=read_record(folder.figures_file("base"), Figures),

@@ -507,8 +507,8 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
     return front
 
 
-def choose(trials: Sequence[Trial], prompts: int, tolerance: float) -> Trial:
-    """Return the trial of lowest KL among those within tolerance of the fewest refusals.
+def eligible(trials: Sequence[Trial], prompts: int, tolerance: float) -> list[Trial]:
+    """Return the trials of the front within tolerance of the fewest refusals.
 
     Args:
         trials: The finished trials.
@@ -522,5 +522,14 @@ def choose(trials: Sequence[Trial], prompts: int, tolerance: float) -> Trial:
     if not front:
         raise JobError("every trial failed", remedy="see the reasons in events.jsonl")
     bound = front[0].values.refusals + tolerance * prompts
-    eligible = [trial for trial in front if trial.values.refusals <= bound]
-    return min(eligible, key=lambda t: (t.values.kl, t.values.refusals, t.number))
+    return [trial for trial in front if trial.values.refusals <= bound]
+
+
+def choose(trials: Sequence[Trial], prompts: int, tolerance: float) -> Trial:
+    """Return the eligible trial of lowest KL; see `eligible`.
+
+    Raises:
+        JobError: No trial could be scored.
+    """
+    possible = eligible(trials, prompts, tolerance)
+    return min(possible, key=lambda t: (t.values.kl, t.values.refusals, t.number))

@@ -136,9 +136,18 @@ class ScoringSettings(Section):
     """How answers are judged."""
 
     answer_tokens: int = Field(ge=1, description="Answers are judged up to this many tokens.")
+    search_tokens: int = Field(
+        ge=1,
+        description="In the search up to this many, if fewer; trials that come into question are judged again in full.",
+    )
     refusal_markers: list[Annotated[str, Field(min_length=1)]] = Field(
         min_length=1, description="An answer that contains one of these counts as a refusal."
     )
+
+    @property
+    def effective_search_tokens(self) -> int:
+        """Longest answers in the search, in tokens."""
+        return min(self.search_tokens, self.answer_tokens)
 
 
 class ChoiceSettings(Section):

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 
 from job.adapter import with_adapter, write_adapter
-from job.crew import Shared, crew, parts_of
+from job.crew import Shared, crew, in_turn, parts_of
 from job.directions import DirectionFinder, tokens_of_forward
 from job.edit_file import write_edit_file
 from job.errors import ImpossibleJobError
@@ -27,6 +27,7 @@ from job.prefix import with_response_prefix
 from job.prompts import Prompt, PromptSets
 from job.records import EditParameters, ExportFormat, Figures, JobRecord, Plan, Resolution, Trial, TrialScores
 from job.reproduction import base_model_name, reproduction
+from job.rescoring import keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
 from job.scoring import RefusalMarkers
 from job.search import Search, SearchSettings, SearchSpace, SmallerLayoutNeeded
 from job.settings import Settings
@@ -154,8 +155,15 @@ class Workbench:
         )
 
     def scores(self, edits: Sequence[EditParameters], rows: int) -> Sequence[TrialScores]:
-        """Score edits in one batch, with so many rows a forward."""
-        return self.evaluator.scores(self.intervention, edits, rows, skip_kl_above=self.settings.skip_kl_above)
+        """Score edits in one batch as the search does, with so many rows a forward."""
+        scoring, limit = self.settings.scoring, self.settings.skip_kl_above
+        return self.evaluator.scores(
+            self.intervention, edits, rows, skip_kl_above=limit, answer_tokens=scoring.effective_search_tokens
+        )
+
+    def full_scores(self, edits: Sequence[EditParameters], rows: int) -> Sequence[TrialScores]:
+        """Score edits in one batch on answers of full length, none left out."""
+        return self.evaluator.scores(self.intervention, edits, rows)
 
     @contextmanager
     def crew(self) -> Iterator[Shared]:
@@ -169,12 +177,39 @@ class Workbench:
         with crew(self.folder, workers, cuda_devices(), self.settings.database, self.events) as shared:
             yield shared
 
-    def evaluate(self, plan: Plan, shared: Shared) -> Sequence[TrialScores]:
+    def rescore(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Count refusals again at full length until the choice is final; return all trials with these counts.
+
+        What has been counted is kept after every batch, and a restart goes on from there.
+        """
+        counts, asked = read_full_counts(self.folder), len(self.prompts.bad_search)
+        tolerance, size = self.settings.choice.refusal_tolerance, self.settings.trials_per_batch
+        while batch := next_to_rescore(trials, counts, asked, tolerance, size):
+            rows = self.resolution.search_rows or self.resolution.rows
+            plan = Plan(first=batch[0].number, parameters=[trial.params for trial in batch], rows=rows)
+            try:
+                scores = self.evaluate(plan, whole=True)
+            except SmallerLayoutNeeded:
+                continue  # it has been written down, and is what comes next
+            found = {trial.number: score.refusals for trial, score in zip(batch, scores, strict=True)}
+            counts = keep_full_counts(self.folder, counts, found)
+            for trial in batch:
+                before, after = trial.values.refusals, found[trial.number]
+                self.events.emit(
+                    "rescored",
+                    f"trial {trial.number} at full length: {after}/{asked} refusals, {before} in the search",
+                    number=trial.number,
+                    refusals=after,
+                )
+        return with_full_counts(trials, counts)
+
+    def evaluate(self, plan: Plan, shared: Shared = in_turn, *, whole: bool = False) -> Sequence[TrialScores]:
         """Score all trials of a plan.
 
         Args:
             plan: The plan.
             shared: Has its parts scored.
+            whole: On answers of full length, none left out; else as the search does.
 
         Raises:
             MachineError: Memory does not suffice for one prompt at a time.
@@ -182,7 +217,7 @@ class Workbench:
         """
         parts = parts_of(plan, [self.space.edit(params) for params in plan.parameters])
         try:
-            return shared(plan, parts, self.scores)
+            return shared(plan, parts, self.full_scores if whole else self.scores)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -154,6 +154,7 @@ class RunFolder:
         self.prompts_file = path / "prompts.json"
         self.reproduces_file = path / "reproduces.json"
         self.geometry_file = path / "directions" / "geometry.json"
+        self.rescored_file = path / "figures" / "rescored.json"
         self.report_file = path / "report.md"
         self.page_file = path / "report.html"
         self.lock_file = path / ".lock"

@@ -142,7 +142,7 @@ class Planning:
             compared_prompts=len(self.prompts.good_search),
             # Prompts and answers end at about half of the longest; a guess that the observed rate corrects.
             prompt_tokens=work.prompt_tokens / 2,
-            answer_tokens=work.answer_tokens / 2,
+            answer_tokens=min(work.answer_tokens / 2, self.settings.scoring.search_tokens),
             trials=max(self.settings.trials - trials_done, 0),
             rows=planned.rows,
             export_bytes=self.facts.stored_bytes,

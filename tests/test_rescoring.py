@@ -1,0 +1,93 @@
+"""Short answers in the search, full ones before the choice, which is what full answers all over would choose."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.records import Trial, TrialScores
+from job.rescoring import FullCounts, next_to_rescore, with_full_counts
+from job.search import choose
+from tests.helpers import abliterate, events, job_arguments, only_job, start, stored_trials
+
+# Refusals at the beginning, further ones at full length, KL in thousandths, and whether the trial failed.
+MEASURED = st.tuples(st.integers(0, 12), st.integers(0, 8), st.integers(0, 9), st.sampled_from([False] * 5 + [True]))
+
+
+def trial(number: int, refusals: int, kl: int, failed: bool) -> Trial:
+    values = TrialScores(refusals=refusals, kl=kl / 1000, reason="planted" if failed else None)
+    return Trial(number=number, params={}, values=values)
+
+
+@given(
+    measured=st.lists(MEASURED, min_size=1, max_size=14).filter(lambda found: not all(one[3] for one in found)),
+    tolerance=st.sampled_from([0.0, 0.1, 0.3]),
+    batch=st.integers(1, 5),
+)
+def test_the_choice_is_that_among_full_counts_of_all(
+    measured: list[tuple[int, int, int, bool]], tolerance: float, batch: int
+) -> None:
+    short = [trial(n, refusals, kl, failed) for n, (refusals, _, kl, failed) in enumerate(measured)]
+    full = [trial(n, refusals + more, kl, failed) for n, (refusals, more, kl, failed) in enumerate(measured)]
+    counts = FullCounts()
+    while found := next_to_rescore(short, counts, 20, tolerance, batch):
+        assert len(found) <= batch
+        assert not {one.number for one in found} & counts.refusals.keys()
+        more = {one.number: full[one.number].values.refusals for one in found}
+        # As it is read back from its file.
+        counts = FullCounts.model_validate_json(FullCounts(refusals={**counts.refusals, **more}).model_dump_json())
+    chosen = choose(with_full_counts(short, counts), 20, tolerance)
+    assert chosen == choose(full, 20, tolerance)
+    assert chosen.number in counts.refusals
+
+
+def command(organism: Path, workspace: Path, tokens: int) -> list[object]:
+    # Start-up trials only, so that both searches try the same edits.
+    markers = 'scoring.refusal_markers=["with that"]'  # the end of what the organism says when it refuses
+    options = ("--trials", 8, "--startup-trials", 8, "--set", f"scoring.search_tokens={tokens}", "--set", markers)
+    return ["run", *job_arguments(organism), "--workspace", workspace, *options]
+
+
+@pytest.mark.slow
+def test_the_chosen_trial_is_judged_at_full_length_also_after_kills(organism: Path, tmp_path: Path) -> None:
+    """After two tokens only an empty answer is a refusal, so that counts that matter come from full answers."""
+    for name, tokens in (("full", 100), ("short", 2)):
+        abliterate(*command(organism, tmp_path / name, tokens)).check()
+    full, short = (only_job(tmp_path / name) for name in ("full", "short"))
+    assert not (full / "figures" / "rescored.json").exists()
+    counts = {
+        int(n): count for n, count in json.loads((short / "figures" / "rescored.json").read_text())["refusals"].items()
+    }
+    expected = {t["number"]: t["values"] for t in stored_trials(tmp_path / "full")}
+    seen = {t["number"]: t["values"] for t in stored_trials(tmp_path / "short")}
+    assert all(seen[number][0] <= expected[number][0] for number in seen)
+    assert sum(values[0] for values in seen.values()) < sum(values[0] for values in expected.values()) / 4
+    assert counts == {number: expected[number][0] for number in counts}
+    state = json.loads((short / "state.json").read_text())
+    assert state["chosen"] == json.loads((full / "state.json").read_text())["chosen"]
+    made = json.loads((short / "export" / "reproduce.json").read_text())
+    assert made["trial"]["values"]["refusals"] == counts[state["chosen"]]
+    best = json.loads(abliterate("status", "--workspace", tmp_path / "short", "--json").check().out)["best"]
+    assert {b["number"]: b["values"]["refusals"] for b in best}[state["chosen"]] == counts[state["chosen"]]
+    assert "again in the first 100" in (short / "report.md").read_text()
+
+    process = start(*command(organism, tmp_path / "killed", 2))
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").glob("*/figures/rescored.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    abliterate(*command(organism, tmp_path / "killed", 2)).check()
+    killed = only_job(tmp_path / "killed")
+    for file in ("figures/rescored.json", "export/model.safetensors", "export/reproduce.json"):
+        assert (killed / file).read_bytes() == (short / file).read_bytes()
+    told = [event["number"] for event in events(tmp_path / "killed") if event["event"] == "rescored"]
+    assert len(told) <= len(counts)
