@@ -4,8 +4,8 @@ python -m benchmarks.peer [ORGANISM] [--trials 24] [--rounds 3] [--json FILE]
 
 heretic-llm is installed from PyPI into an environment of its own and only ever run as a process, by its settings file
 and its menus. Both tools take their turns on the same organism, prompts, refusal markers, answer length, number of
-trials and of start-up trials, and threads, with another seed each round; this one also in heretic's search space. What
-cannot be made equal is printed with the table. A run that fails ends the benchmark, its output is kept.
+trials and of start-up trials, and threads, with another seed each round; this one also in the field's search space.
+What cannot be made equal is printed with the table. A run that fails ends the benchmark, its output is kept.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ not equal: heretic evaluates trials one by one and finishes every answer of a ba
   together and stops an answer once a marker has matched, with the same count of refusals.
 not equal: heretic's sampler minimises scores of its own; this one's refusals and KL. Both volumes are of
   refusals and KL.
+not equal: in the field's space this one's MLP weights are from -0.25 to 1.5, heretic {VERSION}'s from 0.8 to 1.5.
 not equal: this one's job also answers and reports prompts that the search has not seen, loads its export again to
   prove it, and writes report and card; heretic saves its Pareto trial of fewest refusals, and proves nothing.
 in heretic's favour: its batch of {PEER_ROWS} is given, so that it need not tune.
