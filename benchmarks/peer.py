@@ -57,6 +57,7 @@ not equal: heretic evaluates trials one by one and finishes every answer of a ba
 not equal: heretic's sampler minimises scores of its own; this one's refusals and KL. Both volumes are of
   refusals and KL.
 not equal: in the field's space this one's MLP weights are from -0.25 to 1.5, heretic {VERSION}'s from 0.8 to 1.5.
+not equal: the last layer's direction is heretic's after the model's final norm, this one's before it.
 not equal: this one's job also answers and reports prompts that the search has not seen, loads its export again to
   prove it, and writes report and card; heretic saves its Pareto trial of fewest refusals, and proves nothing.
 in heretic's favour: its batch of {PEER_ROWS} is given, so that it need not tune.
