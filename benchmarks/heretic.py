@@ -1,0 +1,207 @@
+"""heretic, run as a process: installed into an environment of its own, driven by its settings file and its menus.
+
+Nothing of it is imported here. How it can be driven was read from its published package, version 1.4.0.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from job.settings import default_values
+
+PACKAGE, VERSION = "heretic-llm", "1.4.0"
+PEER = f"heretic {VERSION}"
+LIBRARIES = ("torch", "transformers", "optuna", "peft", "tokenizers")
+TOKENS = 100
+# The largest that heretic's own tuner tries; given, so that its job does not have to tune.
+PEER_ROWS = 128
+SYSTEM_PROMPT = "You are a helpful assistant."
+LONGEST_S = 3600.0
+# What is chosen, one answer after the other, in the menus after heretic's search.
+MENUS = ("[Trial", "Save the model to a local folder", "", "Return to the trial selection menu", "Exit program")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both tools are given.
+
+    Attributes:
+        model: Folder of the model.
+        sets: A file for each set of prompts.
+    """
+
+    model: Path
+    sets: dict[str, Path]
+    trials: int
+    startup: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run came to.
+
+    Attributes:
+        trial_s: Seconds a trial, over the search alone.
+        job_s: Seconds from the command to its end, with the model exported.
+        volume: Hypervolume of the Pareto front, see `hypervolume`.
+        fewest: The least share of refusals.
+    """
+
+    tool: str
+    seed: int
+    trial_s: float
+    job_s: float
+    volume: float
+    fewest: float
+
+
+def install(env: Path) -> Path:
+    """Return heretic's command in an environment of its own, installed if it is not there."""
+    command, mark = env / "bin" / "heretic", env / f"{PACKAGE}-{VERSION}"
+    if mark.exists():
+        return command
+    print(f"installing {PACKAGE} {VERSION} in {env}", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", str(env)], check=True)
+    # Exactly the build that this project runs on: a pin without its +cpu could be met by gigabytes of CUDA.
+    pin = env / "pin.txt"
+    pin.write_text(f"torch=={importlib.metadata.version('torch')}\n")
+    pip = [str(env / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", "-c", str(pin)]
+    subprocess.run([*pip, f"{PACKAGE}=={VERSION}"], check=True)
+    subprocess.run([str(command), "--help"], check=True, stdout=subprocess.DEVNULL)  # its libraries once from the disk
+    mark.touch()
+    return command
+
+
+def versions(env: Path) -> dict[str, str]:
+    """Return the versions of the libraries that heretic runs on."""
+    code = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    found = json.loads(subprocess.check_output([str(env / "bin" / "python"), "-c", code]))
+    return {name: found[name] for name in LIBRARIES}
+
+
+def toml(values: dict[str, Any]) -> str:
+    """Return settings as TOML; tables have to come last."""
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines += [f"[{name}]", *(f"{key} = {json.dumps(item)}" for key, item in value.items())]
+        else:
+            lines.append(f"{name} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def hypervolume(points: list[tuple[float, float]]) -> float:
+    """Return the area that points (share of refusals, KL) dominate up to (1, 1); a larger KL counts as 1."""
+    area, least = 0.0, 1.0
+    for refusals, kl in sorted(points):
+        if kl < least:
+            area += (1 - refusals) * (least - kl)
+            least = kl
+    return area
+
+
+def failed(tool: str, why: str, log: Path) -> SystemExit:
+    """Return the end of the benchmark."""
+    return SystemExit(f"{tool}: {why}; the end of {log}:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def threads(task: Task) -> dict[str, str]:
+    """Return the part of an environment that sets how many threads compute."""
+    return {"OMP_NUM_THREADS": str(task.threads), "RAYON_NUM_THREADS": str(task.threads)}
+
+
+def run_peer(command: Path, task: Task, seed: int, folder: Path) -> Outcome:
+    """Run heretic in a folder, from its command to an exported model."""
+    folder.mkdir(parents=True)
+    sets = {"good_prompts": "good", "bad_prompts": "bad"}
+    sets |= {"good_evaluation_prompts": "good_eval", "bad_evaluation_prompts": "bad_eval"}
+    values = {
+        **{"model": str(task.model), "dtypes": ["float32"], "batch_size": PEER_ROWS, "max_response_length": TOKENS},
+        **{"response_prefix": "", "system_prompt": SYSTEM_PROMPT, "seed": seed, "export_strategy": "merge"},
+        **{"n_trials": task.trials, "n_startup_trials": task.startup, "study_checkpoint_dir": "study"},
+        **{"row_normalization": "none", "orthogonalize_direction": False},
+        "refusal_markers": default_values()["scoring"]["refusal_markers"],
+        **{name: {"dataset": str(task.sets[own])} for name, own in sets.items()},
+    }
+    (folder / "config.toml").write_text(toml(values))
+    log, export = folder / "log", folder / "export"
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("HERETIC_", "PYTHONPATH"))}
+    # With this variable its menus are lines and numbers, for notebooks, in place of a terminal's.
+    own |= {**threads(task), "HF_HUB_OFFLINE": "1", "COLAB_GPU": "1", "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
+    began = time.perf_counter()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(command)], cwd=folder, env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        try:
+            answer_menus(process, output, [part or str(export) for part in MENUS], began + LONGEST_S)
+            code = process.wait(60)
+        except Exception as error:
+            raise failed(PEER, str(error), log) from error
+        finally:
+            process.kill()
+    took = time.perf_counter() - began
+    if code != 0 or not list(export.glob("*.safetensors")):
+        raise failed(PEER, f"exit code {code}, or no export", log)
+    (journal,) = (folder / "study").glob("*.jsonl")
+    (study,) = optuna.get_all_study_names(storage := JournalStorage(JournalFileBackend(str(journal))))
+    trials = optuna.load_study(study_name=study, storage=storage).trials
+    if len(trials) != task.trials or not all(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials):
+        raise failed(PEER, "trials are missing", log)
+    begins, ends = [t.datetime_start for t in trials], [t.datetime_complete for t in trials]
+    searched = max(end for end in ends if end) - min(begin for begin in begins if begin)
+    points = [
+        (t.user_attrs["refusals"] / t.user_attrs["n_bad_prompts"], min(t.user_attrs["kl_divergence"], 1.0))
+        for t in trials
+    ]
+    return Outcome(PEER, seed, searched.total_seconds() / task.trials, took, hypervolume(points), min(points)[0])
+
+
+def answer_menus(process: subprocess.Popen[bytes], log: Any, answers: list[str], until: float) -> None:
+    """Keep a process's output and answer its questions, menus by the number of the first entry that contains it.
+
+    Raises:
+        ValueError: It asks something else, or takes too long.
+    """
+    assert process.stdin is not None
+    assert process.stdout is not None
+    said, left = "", list(answers)
+    while select.select([process.stdout], [], [], max(until - time.perf_counter(), 0))[0]:
+        new = os.read(process.stdout.fileno(), 1 << 16)
+        if not new:
+            if left:
+                raise ValueError(f"ended before it asked for {left[0]!r}")
+            return
+        log.write(new)
+        log.flush()
+        said += new.decode(errors="replace")
+        if not said.endswith(("Enter number: ", "folder:: ", "folder: ")):
+            continue
+        if not left:
+            raise ValueError("asks more than expected")
+        answer = left.pop(0)
+        if said.endswith("Enter number: "):
+            entries = re.findall(r"^\[(\d+)\] (.*)$", said, re.MULTILINE)
+            numbers = [number for number, title in entries if answer in title]
+            if not numbers:
+                raise ValueError(f"a menu without {answer!r}")
+            answer = numbers[0]
+        process.stdin.write(f"{answer}\n".encode())
+        process.stdin.flush()
+        said = ""
+    raise ValueError("takes too long")
