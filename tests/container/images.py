@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+from filelock import FileLock
 
 from tests.helpers import Result
 
@@ -103,8 +104,9 @@ class Image:
     def build(self, kept: Path) -> None:
         """Build it, with the base system kept in a folder for the next time."""
         base = kept / "bookworm.tar"
-        if not base.exists():
-            self._bootstrap(base)
+        with FileLock(kept / "bookworm.lock"):
+            if not base.exists():
+                self._bootstrap(base)
         container = self.buildah("from", "scratch")
         run("tar", "-xf", base, "-C", self.buildah("mount", container))
         self.buildah("umount", container)
