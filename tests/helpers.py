@@ -7,6 +7,8 @@ import json
 import os
 import sqlite3
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,16 @@ def _start(arguments: tuple[Any, ...], env: dict[str, str], cold: bool, **option
     if server is None:
         return subprocess.Popen([*COLD, *words], stderr=subprocess.PIPE, text=True, env=env, **options)
     return Warm(server, words, stderr=subprocess.PIPE, text=True, env=env, **options)
+
+
+def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str], seconds: float = 180) -> None:
+    """Wait for a condition while processes are running."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        for process in processes:
+            assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def loading(*dtypes: str, device: str = "cpu") -> LoadingSettings:

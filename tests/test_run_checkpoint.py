@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,17 @@ import pytest
 
 from job.checkpoint.options import PACE
 from tests.fault_proxy import FaultProxy
-from tests.helpers import COMMAND, abliterate, environment, events, job_arguments, only_job, start, stored_trials
+from tests.helpers import (
+    COMMAND,
+    abliterate,
+    environment,
+    events,
+    job_arguments,
+    only_job,
+    start,
+    stored_trials,
+    wait_until,
+)
 from tests.s3_server import BUCKET, KEY_ID, SECRET, S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("run-checkpoint")]
@@ -50,15 +60,6 @@ def at(server: S3Server | FaultProxy, mirror: str) -> list[str]:
 
 def told(workspace: Path, event: str = "trial") -> int:
     return sum(path.read_text().count(f'"event": "{event}"') for path in workspace.glob("*/events.jsonl"))
-
-
-def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        for process in processes:
-            assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def kill(process: subprocess.Popen[str]) -> str:

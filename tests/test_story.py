@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import pytest
 from job.checkpoint.options import PACE
 from tests.cloud import KEY, VastServer
 from tests.cloud.helpers import IMAGE, TOKEN, env_of
-from tests.helpers import environment, job_arguments, only_job, start, stored_trials
+from tests.helpers import environment, job_arguments, only_job, start, stored_trials, wait_until
 from tests.s3_server import BUCKET, KEY_ID, SECRET, S3Server
 
 APART = ["unshare", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
@@ -60,15 +58,6 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
     if process.stderr:
         process.stderr.close()
-
-
-def wait_until(condition: Callable[[], bool], *running: subprocess.Popen[str], seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        for process in running:
-            assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from job.crew import Crew, WorkerOutOfMemory, parts_of, result_of
 from job.errors import HeldError, MachineError
 from job.events import Events
 from job.records import EditParameters, KernelParameters, Plan, TrialScores
-from tests.helpers import Result, abliterate, events, job_arguments, only_job, start, stored_trials
+from tests.helpers import Result, abliterate, events, job_arguments, only_job, start, stored_trials, wait_until
 from tests.postgres import PASSWORD, Postgres, missing
 
 JOB = "0123456789ab"
@@ -223,15 +222,6 @@ def test_signs_of_life_survive_a_database_that_fails_for_a_moment() -> None:
 
 
 # Whole jobs
-
-
-def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        for process in processes:
-            assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def told(workspace: Path, event: str = "trial") -> int:

@@ -69,12 +69,12 @@ def pip_settings() -> tuple[str, list[str]]:
     return "\n".join(lines) + "\n", [folder for folder in folders if Path(folder).is_dir()]
 
 
-def debian_mirror() -> str:
-    """Return where this machine's packages come from."""
+def debian_mirror() -> list[str]:
+    """Return where this machine's packages come from; nothing where debootstrap's own choice is to do."""
     text = "".join(path.read_text() for path in Path("/etc/apt").glob("sources.list*/*") if path.is_file())
     text += Path("/etc/apt/sources.list").read_text() if Path("/etc/apt/sources.list").exists() else ""
     found = re.search(r"https?://\S+/debian/?(?=\s)", text)
-    return found[0] if found else "http://deb.debian.org/debian"
+    return [found[0]] if found else []
 
 
 class Image:
@@ -126,7 +126,7 @@ class Image:
     def _bootstrap(self, base: Path) -> None:
         debian = self.folder / "debian"
         packages = "ca-certificates,python3,python3-venv"
-        run("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", debian, debian_mirror())
+        run("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", debian, *debian_mirror())
         run("tar", "-cf", base.with_suffix(".making"), "-C", debian, ".")
         base.with_suffix(".making").rename(base)
         shutil.rmtree(debian)
