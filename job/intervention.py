@@ -1,13 +1,15 @@
 """Edits of a model as forward hooks: no weight is read or written during the search.
 
 Rows of one batch may belong to different trials: each row carries the index of its trial into tables
-of K edits, so that many trials are evaluated in one forward (DESIGN section 2).
+of K edits, so that many trials are evaluated in one forward (DESIGN section 2). An output is measured
+along the directions of all trials at once and what is not its own trial's is put to nothing: two matrix
+products, with no table copied for a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,6 +32,33 @@ from job.numerics.kernel import WeightKernel
 from job.records import EditParameters
 
 
+@dataclass(frozen=True)
+class _Active:
+    """K edits of k directions on a writer, all float32.
+
+    Attributes:
+        read: What outputs are measured along, [d, K * k].
+        write: What is taken out of outputs for each of those measures, [K * k, d].
+        output_scale: Factor per output, [K, d] or None.
+        input_scale: Factor per input, [K, i] or None.
+    """
+
+    read: Tensor
+    write: Tensor
+    output_scale: Tensor | None
+    input_scale: Tensor | None
+
+    @classmethod
+    def of(cls, edits: OutputEdit) -> _Active:
+        """Put the tables of K edits beside one another."""
+        return cls(
+            read=edits.read.to(torch.float32).permute(1, 0, 2).flatten(1).contiguous(),
+            write=edits.write.to(torch.float32).mT.flatten(0, 1).contiguous(),
+            output_scale=_to_float32(edits.output_scale),
+            input_scale=_to_float32(edits.input_scale),
+        )
+
+
 @dataclass
 class _Site:
     """A residual writer with its tables and the edits that are active on it."""
@@ -38,7 +67,7 @@ class _Site:
     module: nn.Module
     tables: WeightTables
     candidates: Tensor  # [m, d] float64, where the weight is
-    active: OutputEdit | None = None
+    active: _Active | None = None
 
 
 class Intervention:
@@ -64,6 +93,7 @@ class Intervention:
             mode: Which norms of the weights edits preserve.
         """
         self._basis = basis
+        self._mode = mode
         self._sites = []
         for writer in architecture.writers:
             module = model.get_submodule(writer.module)
@@ -71,11 +101,24 @@ class Intervention:
             candidates = basis.candidates.to(weight.device, torch.float64)
             self._sites.append(_Site(writer, module, weight_tables(weight, candidates, mode), candidates))
         self._handles: list[RemovableHandle] = []
-        self.rows: Tensor | None = None
+        self._edits = 0
+        self._rows: Tensor | None = None
+        self._picked: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The edit of every row of the next forward, [rows]; None: the model as it is."""
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: Tensor | None) -> None:
+        self._rows = rows
+        self._picked.clear()
 
     def __enter__(self) -> Self:
         for site in self._sites:
-            self._handles.append(site.module.register_forward_pre_hook(self._scale_input(site)))
+            if self._mode == "column":
+                self._handles.append(site.module.register_forward_pre_hook(self._scale_input(site)))
             self._handles.append(site.module.register_forward_hook(self._edit_output(site)))
         return self
 
@@ -97,6 +140,8 @@ class Intervention:
             For each edit the reason why it is degenerate and must not be scored, None if it is not.
         """
         reasons: list[str | None] = [None] * len(edits)
+        self._edits = len(edits)
+        self._picked.clear()
         for site in self._sites:
             writer = site.writer
             parts = [directions_and_strengths(edit, self._basis, writer) for edit in edits]
@@ -106,39 +151,40 @@ class Intervention:
             built = output_edit(site.tables, site.candidates, coefficients.to(device), strengths.to(device))
             for index in (built.least_share < DEGENERATE_SHARE).nonzero().flatten().tolist():
                 reasons[index] = f"the edit leaves nothing to restore a norm from in {writer.parameter}"
-            site.active = replace(
-                built,
-                write=built.write.to(torch.float32),
-                read=built.read.to(torch.float32),
-                output_scale=_to_float32(built.output_scale),
-                input_scale=_to_float32(built.input_scale),
-            )
+            site.active = _Active.of(built)
         return reasons
+
+    def _rows_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return each row's edit, [rows], and which edit it is, one-hot, [rows, 1, K], on a device."""
+        assert self._rows is not None
+        if device not in self._picked:
+            rows = self._rows.to(device)
+            self._picked[device] = rows, nn.functional.one_hot(rows, self._edits).to(torch.float32)[:, None]
+        return self._picked[device]
 
     def _scale_input(self, site: _Site) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if self.rows is None or site.active is None or site.active.input_scale is None:
+            if self._rows is None or site.active is None or site.active.input_scale is None:
                 return None
             x = inputs[0]
-            scale = site.active.input_scale[self.rows.to(x.device)]  # [rows, i]
+            scale = site.active.input_scale[self._rows_on(x.device)[0]]  # [rows, i]
             return ((x.to(torch.float32) * scale[:, None]).to(x.dtype), *inputs[1:])
 
         return hook
 
     def _edit_output(self, site: _Site) -> Any:
         def hook(_module: nn.Module, _inputs: Any, y: Tensor) -> Tensor | None:
-            if self.rows is None or site.active is None:
+            if self._rows is None or site.active is None:
                 return None
-            rows = self.rows.to(y.device)
-            edit = site.active
-            picked = OutputEdit(
-                write=edit.write[rows],
-                read=edit.read[rows],
-                output_scale=None if edit.output_scale is None else edit.output_scale[rows],
-                input_scale=None,
-                least_share=edit.least_share,
-            )
-            return picked.apply(y.to(torch.float32)).to(y.dtype)
+            edits = site.active
+            rows, own = self._rows_on(y.device)
+            stream = y.to(torch.float32)
+            along = stream @ edits.read  # [rows, t, K * k]
+            along.view(*along.shape[:-1], self._edits, -1).mul_(own[..., None])
+            edited = torch.addmm(stream.flatten(0, -2), along.flatten(0, -2), edits.write, alpha=-1).view_as(stream)
+            if edits.output_scale is not None:
+                edited *= edits.output_scale[rows][:, None]
+            return edited.to(y.dtype)
 
         return hook
 
