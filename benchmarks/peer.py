@@ -46,7 +46,7 @@ from benchmarks.heretic import (
     versions,
 )
 from job.demo import write_organism
-from job.search import read_trials
+from job.study import read_trials
 from tests.helpers import COMMAND, environment, events, only_job
 
 HERE = Path.home() / ".cache" / "abliteration-job" / "peer"

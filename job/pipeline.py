@@ -33,8 +33,9 @@ from job.reproduction import (
 )
 from job.rescoring import next_to_rescore, read_full_counts, with_full_counts
 from job.result import job_trials
-from job.search import back_up, choose, restore_if_damaged
+from job.search import choose
 from job.settings import Settings
+from job.study import back_up, restore_if_damaged
 from job.upload.targets import deliver_to_all
 from job.workspace import (
     REPRODUCE,

@@ -13,8 +13,9 @@ from job.prompts import PromptSets
 from job.records import EditParameters, Figures, GeometryRecord, JobRecord, Trial
 from job.reproduction import Reproduction
 from job.rescoring import read_full_counts, with_full_counts
-from job.search import SearchSpace, choose, read_trials
+from job.search import SearchSpace, choose
 from job.settings import Settings
+from job.study import read_trials
 from job.workspace import RunFolder, read_record
 
 

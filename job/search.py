@@ -10,37 +10,35 @@ uninterrupted one (DESIGN section 5). Nothing here needs torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import sqlite3
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import quote
+from typing import Any
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    json_to_distribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from job.errors import JobError, MachineError
+from job.errors import JobError
 from job.records import COMPONENTS, Component, EditParameters, KernelParameters, Plan, Trial, TrialScores
-from job.workspace import write_atomically
+from job.study import (
+    BACKUP,
+    DIRECTIONS,
+    PLAN,
+    STUDY_NAME,
+    add_trials,
+    as_trial,
+    back_up,
+    clear_errors,
+    clear_write_errors,
+    file_url,
+    open_study,
+    shared_study,
+)
 
-STUDY_NAME = "abliterate"
-DIRECTIONS: tuple[Literal["minimize"], ...] = ("minimize", "minimize")
-METRICS = ("refusals", "kl")
 GLOBAL, PER_LAYER = "global", "per layer"
-# The study as it was after the latest batch, for when the disk has spoilt the other.
-BACKUP = ".study.backup.db"
-_PLAN = "plan"
 _OPENING_SCALE = 5.0
 
 
@@ -153,10 +151,11 @@ class Search:
         self._copy = copy or file.with_name(BACKUP)
         self._space = space
         self._settings = settings
-        with _clear_errors(file):
-            self._study = _open(_url(file), STUDY_NAME)
-        self._shared = None if database is None else _shared(*database, self._study)
+        with clear_errors(file):
+            self._study = open_study(file_url(file), STUDY_NAME)
+        self._shared = None if database is None else shared_study(*database, self._study)
         self._trials = self._study.get_trials(deepcopy=False)
+        self._memory: optuna.Study | None = None
 
     def run(
         self,
@@ -182,7 +181,7 @@ class Search:
             MachineError: The study cannot be written.
         """
         while len(self._trials) < target and may_go_on():
-            with batch(), _clear_write_errors(self._file):
+            with batch(), clear_write_errors(self._file):
                 self._run_batch(target, evaluate, shielded, told)
 
     def _run_batch(
@@ -206,12 +205,12 @@ class Search:
                 self._settings = replace(self._settings, rows=needed.rows)
                 with shielded():
                     self._store(plan)
-        for offset in range(len(self._trials) - plan.first, len(plan.parameters)):
-            with shielded():
-                self._tell(plan.parameters[offset], scores[offset])
-            told(_trial(self._trials[-1]))
+        done = len(self._trials)
         with shielded():
+            self._tell(plan, scores)
             back_up(self._file, self._copy)
+        for trial in self._trials[done:]:
+            told(as_trial(trial))
 
     @property
     def _studies(self) -> Iterator[optuna.Study]:
@@ -222,14 +221,14 @@ class Search:
 
     def _store(self, plan: Plan) -> None:
         for study in self._studies:
-            study.set_user_attr(_PLAN, plan.model_dump(mode="json"))
+            study.set_user_attr(PLAN, plan.model_dump(mode="json"))
 
     def finished(self) -> list[Trial]:
         """Return all finished trials in number order."""
-        return [_trial(trial) for trial in self._trials]
+        return [as_trial(trial) for trial in self._trials]
 
     def _unfinished_plan(self) -> Plan | None:
-        stored = self._study.user_attrs.get(_PLAN)
+        stored = self._study.user_attrs.get(PLAN)
         if stored is None:
             return None
         plan = Plan.model_validate(stored)
@@ -237,8 +236,7 @@ class Search:
 
     def _next_plan(self, target: int) -> Plan:
         first = len(self._trials)
-        memory = optuna.create_study(directions=DIRECTIONS)
-        memory.add_trials([_as_sampled(trial) for trial in self._trials])
+        memory = self._remembered()
         # An extended search falls back into step with the batches of an unextended one.
         size = min(self._settings.batch - first % self._settings.batch, target - first)
         distributions = self._space.distributions()
@@ -247,6 +245,13 @@ class Search:
             memory.sampler = self._sampler(number)
             parameters.append(memory.ask(distributions).params)
         return Plan(first=first, parameters=parameters, rows=self._settings.rows, together=self._settings.together)
+
+    def _remembered(self) -> optuna.Study:
+        """Return the study in memory that trials are asked on: all finished ones, as the sampler is to see them."""
+        if self._memory is None:
+            self._memory = optuna.create_study(directions=DIRECTIONS)
+            self._memory.add_trials([_as_sampled(trial) for trial in self._trials])
+        return self._memory
 
     def _sampler(self, number: int) -> optuna.samplers.TPESampler:
         digest = hashlib.sha256(f"{self._settings.seed}:{number}".encode()).digest()
@@ -258,17 +263,30 @@ class Search:
             seed=int.from_bytes(digest[:4], "big"),
         )
 
-    def _tell(self, params: dict[str, Any], scores: TrialScores) -> None:
-        trial = create_trial(
-            state=TrialState.COMPLETE,
-            values=[float(scores.refusals), scores.kl],
-            params=params,
-            distributions=self._space.distributions(),
-            user_attrs=scores.model_dump(include={"opening", "reason"} | ({"skipped"} if scores.skipped else set())),
-        )
+    def _tell(self, plan: Plan, scores: Sequence[TrialScores]) -> None:
+        """Add all trials of a plan that are not there yet, in number order and at once."""
+        distributions = self._space.distributions()
+        trials = []
+        for offset in range(len(self._trials) - plan.first, len(plan.parameters)):
+            trial = create_trial(
+                state=TrialState.COMPLETE,
+                values=[float(scores[offset].refusals), scores[offset].kl],
+                params=plan.parameters[offset],
+                distributions=distributions,
+                user_attrs=_attributes(scores[offset]),
+            )
+            trial.number = plan.first + offset
+            trials.append(trial)
         for study in self._studies:
-            study.add_trial(trial)
-        self._trials = self._study.get_trials(deepcopy=False)
+            add_trials(study, trials)
+        self._trials += trials
+        if self._memory is not None:
+            for trial in trials:
+                self._memory.tell(trial.number, _sampled_values(trial))
+
+
+def _attributes(scores: TrialScores) -> dict[str, Any]:
+    return scores.model_dump(include={"opening", "reason"} | ({"skipped"} if scores.skipped else set()))
 
 
 def _as_sampled(trial: FrozenTrial) -> FrozenTrial:
@@ -278,86 +296,18 @@ def _as_sampled(trial: FrozenTrial) -> FrozenTrial:
     sampler would walk to the edit that does nothing. The odds are squeezed into ±0.5, less than one
     refusal.
     """
-    scores = _trial(trial).values
-    share = 0.5 if scores.reason is not None else math.atan(scores.opening / _OPENING_SCALE) / math.pi
     return create_trial(
         state=TrialState.COMPLETE,
-        values=[scores.refusals + share, scores.kl],
+        values=_sampled_values(trial),
         params=trial.params,
         distributions=trial.distributions,
     )
 
 
-def _open(url: str, name: str) -> optuna.Study:
-    """Open a study for a run, creating it if it is not there."""
-    with warnings.catch_warnings():
-        # Metric names, which optuna-dashboard shows, are marked experimental since Optuna 3.2.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(storage=url, study_name=name, directions=DIRECTIONS, load_if_exists=True)
-        study.set_metric_names(list(METRICS))
-    return study
-
-
-def _shared(url: str, name: str, own: optuna.Study) -> optuna.Study:
-    """Return the study in a database, it and the run's own one brought to where the further one has got.
-
-    Raises:
-        JobError: They are not the same study.
-    """
-    with _clear_database_errors(url):
-        shared = _open(url, name)
-        ours, theirs = own.get_trials(deepcopy=False), shared.get_trials(deepcopy=False)
-        if any(a.params != b.params or a.values != b.values for a, b in zip(ours, theirs, strict=False)):
-            raise JobError(
-                f"the database holds another search of job {name}",
-                remedy=f"delete it (optuna delete-study --study-name {name}) or choose another database",
-            )
-        behind, further = (own, shared) if len(theirs) > len(ours) else (shared, own)
-        behind.add_trials(further.get_trials()[min(len(ours), len(theirs)) :])
-        if _PLAN in further.user_attrs:
-            behind.set_user_attr(_PLAN, further.user_attrs[_PLAN])
-        return shared
-
-
-def read_trials(file: Path) -> list[Trial]:
-    """Return the finished trials of a study on disk in number order, none if there is no study.
-
-    Raises:
-        JobError: The file is not a study that can be read.
-    """
-    if not file.exists():
-        return []
-    # Not through SQLAlchemy: it takes half a second to load, and a status command is to read only.
-    with _clear_errors(file), closing(_connected(file)) as db:
-        db.execute("BEGIN")  # one moment for all that follows, while a run may be adding trials
-        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'trial_values'").fetchone():
-            return []  # a run is just creating it
-        trials: dict[int, dict[str, Any]] = {
-            identifier: {"number": number, "params": {}, "values": {}, "attributes": {}}
-            for identifier, number in db.execute("SELECT trial_id, number FROM trials WHERE state = 'COMPLETE'")
-        }
-        rows = db.execute("SELECT trial_id, param_name, param_value, distribution_json FROM trial_params")
-        for identifier, name, value, described in rows:
-            distribution = json_to_distribution(described)
-            trials[identifier]["params"][name] = distribution.to_external_repr(value)
-        for identifier, objective, value in db.execute("SELECT trial_id, objective, value FROM trial_values"):
-            trials[identifier]["values"][METRICS[objective]] = value
-        for identifier, key, value in db.execute("SELECT trial_id, key, value_json FROM trial_user_attributes"):
-            trials[identifier]["attributes"][key] = json.loads(value)
-    return [
-        Trial(
-            number=trial["number"],
-            params=trial["params"],
-            values=TrialScores(
-                refusals=int(trial["values"]["refusals"]), kl=trial["values"]["kl"], **trial["attributes"]
-            ),
-        )
-        for trial in sorted(trials.values(), key=lambda trial: trial["number"])
-    ]
-
-
-def _url(file: Path) -> str:
-    return f"sqlite:///{file.resolve()}"
+def _sampled_values(trial: FrozenTrial) -> list[float]:
+    scores = as_trial(trial).values
+    share = 0.5 if scores.reason is not None else math.atan(scores.opening / _OPENING_SCALE) / math.pi
+    return [scores.refusals + share, scores.kl]
 
 
 class SmallerLayoutNeeded(Exception):  # noqa: N818 - a request, not an error
@@ -370,126 +320,6 @@ class SmallerLayoutNeeded(Exception):  # noqa: N818 - a request, not an error
     def __init__(self, rows: int) -> None:
         super().__init__(f"{rows} rows")
         self.rows = rows
-
-
-def back_up(file: Path, copy: Path) -> None:
-    """Copy a study as of one moment, also while it is being written; the copy is whole or not there.
-
-    No database is opened where the copy is: it may be a file system that knows no locks.
-
-    Raises:
-        sqlite3.Error: It cannot be read.
-        MachineError: The copy cannot be written.
-    """
-    with closing(_connected(file)) as source, closing(sqlite3.connect(":memory:")) as target:
-        source.backup(target)
-        write_atomically(copy, target.serialize())
-
-
-def is_sound(file: Path) -> bool:
-    """Return whether a file is a database that SQLite finds nothing wrong with."""
-    try:
-        with closing(_connected(file)) as db:
-            return list(db.execute("PRAGMA quick_check")) == [("ok",)]
-    except sqlite3.Error:
-        return False
-
-
-def restore_if_damaged(file: Path) -> str | None:
-    """Put the latest backup in a damaged study's place and return what was done, None if nothing was.
-
-    Raises:
-        JobError: It is damaged and there is no sound backup.
-    """
-    backup = file.with_name(BACKUP)
-    if file.exists() and is_sound(file):
-        return None
-    if not file.exists() and not backup.exists():
-        return None
-    if not is_sound(backup):
-        raise JobError(
-            f"the study {file} is damaged and there is no backup of it",
-            remedy="restore it from a checkpoint, or move the file away to search again from the start",
-        )
-    if file.exists():
-        file.replace(file.with_name("study.damaged.db"))
-    # What SQLite keeps beside a database belongs to the damaged one.
-    for end in ("-journal", "-wal", "-shm"):
-        file.with_name(file.name + end).unlink(missing_ok=True)
-    back_up(backup, file)
-    return f"the study was damaged and is restored as it was after {len(read_trials(file))} trials"
-
-
-def _connected(file: Path) -> sqlite3.Connection:
-    """Return a connection for reading; what a killed process has left half-written is taken back."""
-    address = f"file:{quote(str(file.resolve()))}?mode="
-    db = sqlite3.connect(f"{address}ro", uri=True)
-    try:
-        db.execute("SELECT 1 FROM sqlite_master").fetchone()
-    except sqlite3.OperationalError:
-        # Its journal has to be played back first, which a reader may not.
-        db.close()
-        return sqlite3.connect(f"{address}rw", uri=True)
-    except sqlite3.Error:
-        db.close()
-        raise
-    return db
-
-
-def _is_of_storage(error: Exception) -> bool:
-    from sqlalchemy.exc import SQLAlchemyError  # takes half a second to load; Optuna has loaded it by now
-
-    return isinstance(error, SQLAlchemyError | sqlite3.Error | optuna.exceptions.StorageInternalError)
-
-
-@contextmanager
-def _clear_write_errors(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not _is_of_storage(error):
-            raise
-        what = str(error.__cause__ or error).splitlines()[0]
-        if "psycopg" in what:
-            raise _unreachable(what) from error
-        raise MachineError(
-            f"cannot write the study {file}: {what}",
-            remedy="free disk space, correct its permissions or choose another --workspace",
-        ) from error
-
-
-@contextmanager
-def _clear_database_errors(url: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not _is_of_storage(error):
-            raise
-        raise _unreachable(str(error.__cause__ or error).splitlines()[0]) from error
-
-
-def _unreachable(what: str) -> MachineError:
-    return MachineError(
-        f"the job's database fails: {what}", remedy="see that it runs and may be written, then run again to continue"
-    )
-
-
-@contextmanager
-def _clear_errors(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # SQLAlchemy, sqlite3 and json raise a dozen types for a file that is damaged or not a database.
-        raise JobError(
-            f"the study {file} cannot be opened: {str(error).splitlines()[0]}",
-            remedy="move the file away to search again from the start",
-        ) from error
-
-
-def _trial(trial: FrozenTrial) -> Trial:
-    refusals, kl = trial.values
-    scores = TrialScores(refusals=int(refusals), kl=kl, **trial.user_attrs)
-    return Trial(number=trial.number, params=trial.params, values=scores)
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:

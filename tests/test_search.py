@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.trial import create_trial
 
 from job.errors import JobError
 from job.records import Plan, Trial, TrialScores
-from job.search import Search, SearchSettings, SearchSpace, _as_sampled, choose, pareto_front, read_trials
+from job.search import Search, SearchSettings, SearchSpace, _as_sampled, choose, pareto_front
+from job.study import add_trials, file_url, open_study, read_trials
 
 SPACE = SearchSpace("wide", 8)
 
@@ -67,7 +71,7 @@ def test_crashes_at_every_point_leave_the_trials_of_an_uninterrupted_search(tmp_
     assert [trial.number for trial in whole] == list(range(14))
     crashes = 0
     # Every restart is crashed as well, at an ever later point, until one gets through.
-    for first in (0, 1, 2, 3, 5, 8, 13, 21):
+    for first in (*range(9), 13, 21):
         file, point = tmp_path / f"{first}.db", first
         while True:
             try:
@@ -79,6 +83,40 @@ def test_crashes_at_every_point_leave_the_trials_of_an_uninterrupted_search(tmp_
         assert trials == whole
         assert read_trials(file) == whole
     assert crashes > 20
+
+
+def test_trials_are_stored_as_optuna_stores_them_all_or_none(tmp_path: Path) -> None:
+    distributions = SPACE.distributions()
+    asked = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    attributes = ({"opening": 0.1 + 0.2, "reason": None}, {"opening": math.inf, "reason": "ünfit", "skipped": True})
+    trials = [
+        create_trial(values=values, params=asked.ask(distributions).params, distributions=distributions, user_attrs=own)
+        for values, own in zip(([3.0, 1 / 3], [100.0, math.inf]), attributes, strict=True)
+    ]
+    for number, trial in enumerate(trials):
+        trial.number = number
+    by_optuna, by_us = (open_study(file_url(tmp_path / name), "a") for name in ("optuna.db", "ours.db"))
+    by_optuna.add_trials(trials)
+    add_trials(by_us, trials)
+    found = by_us.get_trials()
+    for ours, theirs in zip(found, by_optuna.get_trials(), strict=True):
+        assert ours == theirs
+    assert [trial.distributions for trial in found] == [distributions] * 2
+    with pytest.raises(Exception, match="JSON"):
+        add_trials(by_us, [trials[0], create_trial(values=[1.0, 1.0], user_attrs={"opening": object()})])
+    assert open_study(file_url(tmp_path / "ours.db"), "a").get_trials() == found
+    by_us.add_trial(trials[0])
+    assert [trial.number for trial in by_us.get_trials()] == [0, 1, 2]
+
+
+def test_half_a_batch_that_a_former_version_stored_is_completed(tmp_path: Path) -> None:
+    whole = Runs().run(tmp_path / "whole.db", 8, 4)
+    with pytest.raises(Crash):
+        Runs(crash_at=6).run(tmp_path / "half.db", 8, 4)
+    half = open_study(file_url(tmp_path / "half.db"), "abliterate")
+    assert (len(half.trials), half.user_attrs["plan"]["first"]) == (4, 4)
+    add_trials(half, optuna.load_study(study_name="abliterate", storage=file_url(tmp_path / "whole.db")).trials[4:6])
+    assert Runs().run(tmp_path / "half.db", 8, 4) == whole
 
 
 def test_a_search_extended_later_keeps_what_it_has_and_stays_in_step(tmp_path: Path) -> None:
@@ -96,8 +134,6 @@ def test_k_belongs_to_the_job_and_the_seed_decides(tmp_path: Path) -> None:
 
 
 def test_no_trial_is_ever_running_in_the_database(tmp_path: Path) -> None:
-    import optuna
-
     with pytest.raises(Crash):
         Runs(crash_at=9).run(tmp_path / "a.db", 14, 4)
     study = optuna.load_study(study_name="abliterate", storage=f"sqlite:///{tmp_path / 'a.db'}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import JobError
-from job.search import BACKUP, is_sound, read_trials, restore_if_damaged
+from job.study import BACKUP, is_sound, read_trials, restore_if_damaged
 from tests.faults.test_devices import when_searching
 from tests.helpers import abliterate, events, job_arguments, only_job, start, stored_trials
 from tests.test_search import Runs

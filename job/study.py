@@ -1,0 +1,275 @@
+"""A study on disk: an Optuna database that survives being killed, copied while it is written, and spoilt.
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+from urllib.parse import quote
+
+import optuna
+from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.trial import FrozenTrial
+
+from job.errors import JobError, MachineError
+from job.records import Trial, TrialScores
+from job.workspace import write_atomically
+
+STUDY_NAME = "abliterate"
+DIRECTIONS: tuple[Literal["minimize"], ...] = ("minimize", "minimize")
+METRICS = ("refusals", "kl")
+# The study as it was after the latest batch, for when the disk has spoilt the other.
+BACKUP = ".study.backup.db"
+# Attribute of the study that holds the latest plan.
+PLAN = "plan"
+
+
+def open_study(url: str, name: str) -> optuna.Study:
+    """Open a study for a run, creating it if it is not there."""
+    with warnings.catch_warnings():
+        # Metric names, which optuna-dashboard shows, are marked experimental since Optuna 3.2.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(storage=url, study_name=name, directions=DIRECTIONS, load_if_exists=True)
+        study.set_metric_names(list(METRICS))
+    return study
+
+
+def shared_study(url: str, name: str, own: optuna.Study) -> optuna.Study:
+    """Return the study in a database, it and the run's own one brought to where the further one has got.
+
+    Raises:
+        JobError: They are not the same study.
+    """
+    with _clear_database_errors(url):
+        shared = open_study(url, name)
+        ours, theirs = own.get_trials(deepcopy=False), shared.get_trials(deepcopy=False)
+        if any(a.params != b.params or a.values != b.values for a, b in zip(ours, theirs, strict=False)):
+            raise JobError(
+                f"the database holds another search of job {name}",
+                remedy=f"delete it (optuna delete-study --study-name {name}) or choose another database",
+            )
+        behind, further = (own, shared) if len(theirs) > len(ours) else (shared, own)
+        behind.add_trials(further.get_trials()[min(len(ours), len(theirs)) :])
+        if PLAN in further.user_attrs:
+            behind.set_user_attr(PLAN, further.user_attrs[PLAN])
+        return shared
+
+
+def as_trial(trial: FrozenTrial) -> Trial:
+    """Return a trial of a study as what it measured."""
+    refusals, kl = trial.values
+    scores = TrialScores(refusals=int(refusals), kl=kl, **trial.user_attrs)
+    return Trial(number=trial.number, params=trial.params, values=scores)
+
+
+def add_trials(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
+    """Add finished trials to a study in a database, all or none of them.
+
+    `Study.add_trials` does so one by one, each with a query for every parameter over all trials that the study has:
+    30 ms a trial and more, against 2 ms (measured, docs/lab-notes.md). Its tables are filled through Optuna's own
+    models; that it reads back what it would have written is tested, for the version that is asked for.
+
+    Args:
+        study: A study opened by `open_study`, to which nobody else adds.
+        trials: Complete trials that continue its numbers, without intermediate values and system attributes.
+    """
+    from optuna.storages._rdb import models
+    from optuna.storages._rdb.storage import _create_scoped_session
+
+    rows = [
+        models.TrialModel(
+            study_id=study._study_id,
+            number=trial.number,
+            state=trial.state,
+            datetime_start=trial.datetime_start,
+            datetime_complete=trial.datetime_complete,
+        )
+        for trial in trials
+    ]
+    with _create_scoped_session(study._storage._backend.scoped_session) as session:  # type: ignore[attr-defined]
+        session.add_all(rows)
+        session.flush()
+        for row, trial in zip(rows, trials, strict=True):
+            session.add_all(_contents(models, row.trial_id, trial))
+
+
+def _contents(models: ModuleType, identifier: Any, trial: FrozenTrial) -> Iterator[Any]:
+    for name, value in trial.params.items():
+        distribution = trial.distributions[name]
+        yield models.TrialParamModel(
+            trial_id=identifier,
+            param_name=name,
+            param_value=distribution.to_internal_repr(value),
+            distribution_json=distribution_to_json(distribution),
+        )
+    for objective, value in enumerate(trial.values):
+        stored, kind = models.TrialValueModel.value_to_stored_repr(value)
+        yield models.TrialValueModel(trial_id=identifier, objective=objective, value=stored, value_type=kind)
+    for key, value in trial.user_attrs.items():
+        yield models.TrialUserAttributeModel(trial_id=identifier, key=key, value_json=json.dumps(value))
+
+
+def read_trials(file: Path) -> list[Trial]:
+    """Return the finished trials of a study on disk in number order, none if there is no study.
+
+    Raises:
+        JobError: The file is not a study that can be read.
+    """
+    if not file.exists():
+        return []
+    # Not through SQLAlchemy: it takes half a second to load, and a status command is to read only.
+    with clear_errors(file), closing(_connected(file)) as db:
+        db.execute("BEGIN")  # one moment for all that follows, while a run may be adding trials
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'trial_values'").fetchone():
+            return []  # a run is just creating it
+        trials: dict[int, dict[str, Any]] = {
+            identifier: {"number": number, "params": {}, "values": {}, "attributes": {}}
+            for identifier, number in db.execute("SELECT trial_id, number FROM trials WHERE state = 'COMPLETE'")
+        }
+        rows = db.execute("SELECT trial_id, param_name, param_value, distribution_json FROM trial_params")
+        for identifier, name, value, described in rows:
+            distribution = json_to_distribution(described)
+            trials[identifier]["params"][name] = distribution.to_external_repr(value)
+        for identifier, objective, value in db.execute("SELECT trial_id, objective, value FROM trial_values"):
+            trials[identifier]["values"][METRICS[objective]] = value
+        for identifier, key, value in db.execute("SELECT trial_id, key, value_json FROM trial_user_attributes"):
+            trials[identifier]["attributes"][key] = json.loads(value)
+    return [
+        Trial(
+            number=trial["number"],
+            params=trial["params"],
+            values=TrialScores(
+                refusals=int(trial["values"]["refusals"]), kl=trial["values"]["kl"], **trial["attributes"]
+            ),
+        )
+        for trial in sorted(trials.values(), key=lambda trial: trial["number"])
+    ]
+
+
+def file_url(file: Path) -> str:
+    """Return the address of a study on disk."""
+    return f"sqlite:///{file.resolve()}"
+
+
+def back_up(file: Path, copy: Path) -> None:
+    """Copy a study as of one moment, also while it is being written; the copy is whole or not there.
+
+    No database is opened where the copy is: it may be a file system that knows no locks.
+
+    Raises:
+        sqlite3.Error: It cannot be read.
+        MachineError: The copy cannot be written.
+    """
+    with closing(_connected(file)) as source, closing(sqlite3.connect(":memory:")) as target:
+        source.backup(target)
+        write_atomically(copy, target.serialize())
+
+
+def is_sound(file: Path) -> bool:
+    """Return whether a file is a database that SQLite finds nothing wrong with."""
+    try:
+        with closing(_connected(file)) as db:
+            return list(db.execute("PRAGMA quick_check")) == [("ok",)]
+    except sqlite3.Error:
+        return False
+
+
+def restore_if_damaged(file: Path) -> str | None:
+    """Put the latest backup in a damaged study's place and return what was done, None if nothing was.
+
+    Raises:
+        JobError: It is damaged and there is no sound backup.
+    """
+    backup = file.with_name(BACKUP)
+    if file.exists() and is_sound(file):
+        return None
+    if not file.exists() and not backup.exists():
+        return None
+    if not is_sound(backup):
+        raise JobError(
+            f"the study {file} is damaged and there is no backup of it",
+            remedy="restore it from a checkpoint, or move the file away to search again from the start",
+        )
+    if file.exists():
+        file.replace(file.with_name("study.damaged.db"))
+    # What SQLite keeps beside a database belongs to the damaged one.
+    for end in ("-journal", "-wal", "-shm"):
+        file.with_name(file.name + end).unlink(missing_ok=True)
+    back_up(backup, file)
+    return f"the study was damaged and is restored as it was after {len(read_trials(file))} trials"
+
+
+def _connected(file: Path) -> sqlite3.Connection:
+    """Return a connection for reading; what a killed process has left half-written is taken back."""
+    address = f"file:{quote(str(file.resolve()))}?mode="
+    db = sqlite3.connect(f"{address}ro", uri=True)
+    try:
+        db.execute("SELECT 1 FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        # Its journal has to be played back first, which a reader may not.
+        db.close()
+        return sqlite3.connect(f"{address}rw", uri=True)
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
+def _is_of_storage(error: Exception) -> bool:
+    from sqlalchemy.exc import SQLAlchemyError  # takes half a second to load; Optuna has loaded it by now
+
+    return isinstance(error, SQLAlchemyError | sqlite3.Error | optuna.exceptions.StorageInternalError)
+
+
+@contextmanager
+def clear_write_errors(file: Path) -> Iterator[None]:
+    """Turn what fails within the block, while a study is written, into one clear error."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_storage(error):
+            raise
+        what = str(error.__cause__ or error).splitlines()[0]
+        if "psycopg" in what:
+            raise _unreachable(what) from error
+        raise MachineError(
+            f"cannot write the study {file}: {what}",
+            remedy="free disk space, correct its permissions or choose another --workspace",
+        ) from error
+
+
+@contextmanager
+def _clear_database_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_storage(error):
+            raise
+        raise _unreachable(str(error.__cause__ or error).splitlines()[0]) from error
+
+
+def _unreachable(what: str) -> MachineError:
+    return MachineError(
+        f"the job's database fails: {what}", remedy="see that it runs and may be written, then run again to continue"
+    )
+
+
+@contextmanager
+def clear_errors(file: Path) -> Iterator[None]:
+    """Turn what fails within the block, while a study is opened or read, into one clear error."""
+    try:
+        yield
+    except Exception as error:
+        # SQLAlchemy, sqlite3 and json raise a dozen types for a file that is damaged or not a database.
+        raise JobError(
+            f"the study {file} cannot be opened: {str(error).splitlines()[0]}",
+            remedy="move the file away to search again from the start",
+        ) from error
