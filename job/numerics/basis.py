@@ -5,7 +5,7 @@ Legend of shapes: layers, k directions a layer, d the residual width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -15,6 +15,8 @@ Weighting = Literal["eigenvalue", "equal"]
 
 # What is left of a unit direction by those before it, below which it counts as a repetition of them.
 _REPETITION = 1e-3
+# Selections that are kept: every layer's own and those of many trials, a few megabytes at most.
+_KEPT = 512
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Basis:
 
     directions: Tensor
     weights: Tensor
+    # Every edit asks for the same selection at every writer.
+    _kept: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def single(cls, directions: Tensor) -> Basis:
@@ -58,16 +62,25 @@ class Basis:
             layer: The layer that is edited.
 
         Returns:
-            Combinations of the candidates, [k, layers · k], and weights, [k]; float64, on the CPU.
-            A combination is zero where the layers have fewer directions.
+            Combinations of the candidates, [k, layers · k], and weights, [k]; float64, on the CPU, not to be
+            written to. A combination is zero where the layers have fewer directions.
 
         Raises:
             ValueError: The index lies outside 0 … layers - 1.
         """
         if index is not None and not 0 <= index <= self.layers - 1:
             raise ValueError(f"direction index {index} is outside 0 … {self.layers - 1}")
-        lower = layer if index is None else min(int(index), self.layers - 1)
-        share = 0.0 if index is None else index - lower
+        place = float(layer) if index is None else index
+        if place not in self._kept:
+            if len(self._kept) == _KEPT:
+                self._kept.clear()
+            self._kept[place] = self._selected(place)
+        return self._kept[place]
+
+    def _selected(self, place: float) -> tuple[Tensor, Tensor]:
+        """Return what `select` does for a layer, or a place between two."""
+        lower = min(int(place), self.layers - 1)
+        share = place - lower
         upper = min(lower + 1, self.layers - 1)
         weights = self.weights.to("cpu", torch.float64)
         coefficients = torch.zeros(self.size, self.layers, self.size, dtype=torch.float64)
