@@ -67,6 +67,22 @@ class Rates(Record):
     bandwidth: float
 
 
+class Work(Record):
+    """What something costs at least.
+
+    Attributes:
+        flops: Operations.
+        bytes: What is read from the device's memory.
+    """
+
+    flops: float
+    bytes: float
+
+    def seconds(self, flops: float, bandwidth: float) -> float:
+        """Return how long it takes at so many operations and bytes a second: it is bound by one of them."""
+        return max(self.flops / flops, self.bytes / bandwidth)
+
+
 class Hours(Record):
     """Hours of each phase."""
 
@@ -119,20 +135,19 @@ def estimate(task: Task, rates: Rates) -> Hours:
 
 def _prefill(task: Task, rates: Rates, prompts: int) -> float:
     """Return the seconds of reading prompts: each forward is bound by arithmetic or by reading the weights."""
-    if not prompts:
-        return 0.0
-    forwards = math.ceil(prompts / task.rows)
-    arithmetic = 2 * task.active_parameters * prompts * task.prompt_tokens / rates.flops
-    return max(arithmetic, forwards * task.weights_bytes / rates.bandwidth)
+    return _forwards(task, math.ceil(prompts / task.rows), prompts * task.prompt_tokens, rates)
 
 
 def _answers(task: Task, rates: Rates, prompts: int) -> float:
     """Return the seconds of reading prompts and answering them, a token of every row at a time."""
-    if not prompts:
-        return 0.0
     steps = math.ceil(prompts / task.rows) * task.answer_tokens
-    arithmetic = 2 * task.active_parameters * prompts * task.answer_tokens / rates.flops
-    return _prefill(task, rates, prompts) + max(arithmetic, steps * task.weights_bytes / rates.bandwidth)
+    return _prefill(task, rates, prompts) + _forwards(task, steps, prompts * task.answer_tokens, rates)
+
+
+def _forwards(task: Task, forwards: float, tokens: float, rates: Rates) -> float:
+    """Return the seconds of so many forwards that take so many tokens together."""
+    work = Work(flops=2 * task.active_parameters * tokens, bytes=forwards * task.weights_bytes)
+    return work.seconds(rates.flops, rates.bandwidth)
 
 
 def cost(hours: float, price: float | None) -> float | None:
