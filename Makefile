@@ -20,8 +20,10 @@ check: .venv/dev
 	$(BIN)/shfmt -d -i 4 entrypoint.sh .ci/run infra/vast/onstart.sh
 	$(BIN)/hadolint Dockerfile
 
+# What needs nothing but this machine; `python -m benchmarks.peer` installs heretic from PyPI and is left to be asked for.
 bench: .venv/runtime
 	$(BIN)/python -m benchmarks.trials
+	$(BIN)/python -m benchmarks.shapes --json runs/shapes.json
 
 .venv/runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,293 @@
+"""Random models of real models' shapes: what each phase takes, of time against the roofline and of memory.
+
+python -m benchmarks.shapes [SHAPE ...] [--trials K] [--rows N] [--prompts N] [--tokens N] [--layers N]
+                            [--device cuda] [--json FILE]
+
+SHAPE: 0.5B, 7B, 32B, MoE, tiny; without one 0.5B on a CPU and the larger ones on a GPU, each in a process of its own,
+in float32 on a CPU and bfloat16 on a GPU. The phases are the job's own: residuals, mean difference, hooks, the base
+model's figures, and K trials in one batch, each on an eighth of --prompts good and as many bad ones; without what a job
+reads and writes on disk. A random model neither refuses nor ends, so every answer goes on to the limit: the longest
+that a trial can take.
+
+The roofline is the sum over all forwards of the larger of operations and bytes over what the device was measured to do
+(benchmarks/roofline.py). Seconds on a CPU are the process' own, whatever else the machine does, those of the wall
+beside them. Memory is beyond what the process held before the model, on a GPU what torch allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from torch import Tensor
+
+from benchmarks.measuring import Clock, Memory, machine, write_figures
+from benchmarks.phases import GIB, HEAD, Bench
+from benchmarks.random_models import SHAPES, Shape, build, filled_tokenizer, prompt_sets, shape
+from benchmarks.roofline import Ceilings, measured_ceilings
+from job.errors import JobError, MachineError
+from job.evaluation import Evaluator
+from job.intervention import Intervention
+from job.model import LoadedModel, conversation, resolve_device
+from job.numerics.ablation import RowNormalization
+from job.numerics.basis import Basis
+from job.numerics.directions import mean_difference
+from job.preflight.estimate import Rates, Task, Work, estimate
+from job.preflight.probe import read_machine
+from job.preflight.readings import MachineReading
+from job.preflight.vram import Refusal, Workload, plan
+from job.prompts import Prompt
+from job.records import EditParameters
+from job.residuals import extract_residuals
+from job.scoring import RefusalMarkers
+from job.search import SearchSpace
+from job.settings import default_values
+
+DEFAULT_SHAPES = {"cpu": ["0.5B"], "cuda": ["7B", "32B", "MoE"]}
+MODES: tuple[RowNormalization, ...] = ("none", "full", "column")
+# As many as a job has by default; a CPU would take most of an hour.
+PROMPTS = {"cpu": 128, "cuda": 800}
+# Batches of trials that are measured, after one to warm up; a CPU has nothing to warm up and no time.
+ROUNDS = {"cpu": 1, "cuda": 3}
+SWITCHES = 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured."""
+
+    shape: str
+    device: str
+    trials: int
+    prompts: int
+    tokens: int
+    rows: int | None = None
+    layers: int | None = None
+
+
+def measure(request: Request) -> dict[str, Any]:
+    """Measure one shape, print its table and return the figures; of one that cannot be measured return why."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    device = resolve_device(request.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokenizer = filled_tokenizer(SHAPES[request.shape]["vocab_size"])
+    sets = prompt_sets(request.prompts)
+    texts = [conversation(tokenizer, prompt) for prompts in sets.values() for prompt in prompts]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    try:
+        wanted = shape(request.shape, tokenizer, dtype, request.layers)
+        rows = request.rows or planned_rows(wanted, reading_of(device), max(lengths), request.tokens)
+    except JobError as error:
+        print(f"\n{request.shape} is left out: {error}", flush=True)
+        return {"shape": request.shape, "left_out": str(error)}
+    memory, clock = Memory(device), Clock(device)
+    ceilings = measured_ceilings(wanted.facts, device, dtype)
+    begin = clock.now()
+    loaded = build(wanted, tokenizer, device)
+    figures: dict[str, Any] = {
+        **asdict(request),
+        **{"device": str(device), "dtype": loaded.dtype, "rows": rows, "build_s": clock.since(begin).wall},
+        **{"parameters": wanted.facts.parameters, "weights_bytes": wanted.weights_bytes},
+        **{"prompt_tokens": statistics.mean(lengths), "longest_prompt": max(lengths)},
+        **{"ceilings": asdict(ceilings), "machine": machine(device)},
+    }
+    head(request, figures)
+    bench = Bench(wanted, loaded, ceilings, clock, memory)
+    basis = directions(bench, sets, rows, rows * (max(lengths) + request.tokens))
+    figures["switching"] = switching(bench, basis, request.trials)
+    figures["search"] = search(bench, sets, basis, rows, request)
+    figures["estimate_s"] = estimated(wanted, ceilings, figures)
+    figures["phases"] = bench.phases
+    return figures
+
+
+def reading_of(device: torch.device) -> MachineReading:
+    """Return this machine with no other device than the one that is measured."""
+    reading = read_machine()
+    gpus = reading.gpus[device.index or 0 :][:1] if device.type == "cuda" else ()
+    return reading.model_copy(update={"gpus": gpus})
+
+
+def planned_rows(wanted: Shape, reading: MachineReading, longest: int, answer_tokens: int) -> int:
+    """Return the rows of a forward that the job itself would plan.
+
+    Raises:
+        MachineError: The model does not fit.
+    """
+    work = Workload(
+        prompt_tokens=longest,
+        answer_tokens=answer_tokens,
+        dtype_bytes=wanted.dtype.itemsize,
+        quantise=False,
+        offload=False,
+    )
+    found = plan(wanted.facts, reading, work)
+    if isinstance(found, Refusal):
+        raise MachineError(found.reason, remedy="choose a smaller shape, or name --rows to try all the same")
+    return found.rows
+
+
+def head(request: Request, figures: dict[str, Any]) -> None:
+    """Print what is measured, and the head of the table."""
+    limits = figures["ceilings"]
+    print(
+        f"\n{request.shape}{f', {request.layers} layers' if request.layers else ''}: "
+        f"{figures['parameters'] / 1e9:.2f} billion weights, {figures['weights_bytes'] / GIB:.2f} GiB in "
+        f"{figures['dtype']} on {figures['device']} ({figures['machine']['hardware']}), built in "
+        f"{figures['build_s']:.1f} s\n{request.prompts} prompts of {figures['prompt_tokens']:.0f} tokens for "
+        f"directions, an eighth of them good and as many bad for a trial, answers of {request.tokens} tokens, "
+        f"{request.trials} trials a batch, {figures['rows']} rows a forward\nmeasured ceilings: "
+        f"{limits['flops'] / 1e12:.3g} TFLOP/s, {limits['bandwidth'] / 1e9:.3g} GB/s\n{HEAD}"
+    )
+
+
+def directions(bench: Bench, sets: dict[str, list[Prompt]], rows: int, tokens: int) -> Basis:
+    """Extract residuals and take the difference of their means, as a job does by default."""
+    loaded = bench.loaded
+    trained = [loaded.tokenize(sets[name]) for name in ("good_train", "bad_train")]
+
+    def extract(prompts: list[list[int]]) -> Tensor:
+        return extract_residuals(loaded, prompts, rows, lambda _: None, tokens=tokens)[:, 1:]
+
+    if loaded.device.type == "cuda":
+        extract(trained[0][:8])  # libraries are loaded with the first forward
+    residuals = bench.phase("extraction", lambda: [extract(prompts) for prompts in trained])
+    read = Work(flops=sum(one.numel() for one in residuals), bytes=sum(one.nbytes for one in residuals))
+    found: Tensor = bench.phase(
+        "mean difference", lambda: mean_difference(*(one.to(loaded.device) for one in residuals)), extra=read
+    )
+    return Basis.single(found)
+
+
+def some_edits(loaded: LoadedModel, count: int) -> list[EditParameters]:
+    """Return random edits of the space that is searched by default."""
+    space = SearchSpace(default_values()["search"]["space"], loaded.architecture.layer_count)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [space.edit(study.ask(space.distributions()).params) for _ in range(count)]
+
+
+def switching(bench: Bench, basis: Basis, trials: int) -> list[dict[str, Any]]:
+    """Time building the hooks, which reads every weight that is edited, and going from one batch to another."""
+    loaded, clock, found = bench.loaded, bench.clock, []
+    batches = [some_edits(loaded, trials * (SWITCHES + 1))[i::SWITCHES] for i in range(SWITCHES)]
+    for mode in MODES:
+        bench.memory.forget()
+        begin = clock.now()
+        with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
+            built = clock.since(begin).seconds
+            peak = bench.memory.peak()
+            intervention.activate(batches[0][:trials])
+            before = bench.memory.held()
+            times = [
+                clock.times(partial(intervention.activate, batch[:trials])).seconds * 1000 / trials for batch in batches
+            ]
+            grown = bench.memory.held() - before
+        one = {"mode": mode, "build_s": built, "build_peak_bytes": peak, "ms_per_trial": statistics.median(times)}
+        found.append(one | {"most_ms_per_trial": max(times), "grown_bytes": grown})
+        print(
+            f"{'switching, norms: ' + mode:>28} {one['ms_per_trial']:.2f} ms a trial (at most {max(times):.2f}) over "
+            f"{SWITCHES} batches, {grown / 2**20:+.1f} MiB held; hooks built in {built:.1f} s, "
+            f"peak {peak / bench.shape.weights_bytes:.1%} of the model",
+            flush=True,
+        )
+    return found
+
+
+def search(bench: Bench, sets: dict[str, list[Prompt]], basis: Basis, rows: int, request: Request) -> dict[str, Any]:
+    """Measure the base model and batches of trials as the search evaluates them."""
+    loaded = bench.loaded
+    kind, count = loaded.device.type, request.trials
+    markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
+    good, bad = sets["good_test"], sets["bad_test"]
+    evaluator = Evaluator(loaded, good, bad, markers=markers, answer_tokens=request.tokens, rows=rows, report=print)
+    bench.phase("base model's figures", lambda: (evaluator.reference, evaluator.base_openings))
+    held = []
+    with Intervention(loaded.model, loaded.architecture, basis, "none") as intervention:
+        batches = [some_edits(loaded, count * (ROUNDS[kind] + 1))[i * count :][:count] for i in range(ROUNDS[kind] + 1)]
+        if kind == "cuda":
+            evaluator.scores(intervention, batches[0], rows)
+        for number, batch in enumerate(batches[1:], 1):
+            name = f"a trial of {count}, batch {number}"
+            bench.phase(name, partial(evaluator.scores, intervention, batch, rows), share=count)
+            held.append(bench.memory.held())
+    measured = [phase for phase in bench.phases if phase["phase"].startswith("a trial")]
+    steps = sum(one["rows"] for one in measured[0]["forwards"] if one["tokens"] == 1)
+    middle = sorted(measured, key=lambda phase: phase["seconds"])[len(measured) // 2]
+    return {
+        "trial_s": middle["seconds"],
+        "share": middle["share"],
+        "peak_of_model": max(phase["peak_of_model"] for phase in measured),
+        "grown_bytes": held[-1] - held[0],
+        # 1 where every answer went on to the limit.
+        "decoded": steps / max(count * len(bad) * (request.tokens - 1), 1),
+    }
+
+
+def estimated(wanted: Shape, ceilings: Ceilings, figures: dict[str, Any]) -> dict[str, float]:
+    """Return what preflight would have estimated from these ceilings, seconds; print it beside what was measured."""
+    prompts = figures["prompts"]
+    task = Task(
+        weights_bytes=wanted.weights_bytes,
+        active_parameters=wanted.facts.active_parameters,
+        direction_prompts=prompts,
+        generated_prompts=max(prompts // 8, 1),
+        compared_prompts=max(prompts // 8, 1),
+        prompt_tokens=figures["prompt_tokens"],
+        answer_tokens=figures["tokens"],
+        trials=figures["trials"],
+        rows=figures["rows"],
+        export_bytes=0,
+    )
+    rates = Rates(download=1, upload=1, read=1, write=1, flops=ceilings.flops, bandwidth=ceilings.bandwidth)
+    hours = estimate(task, rates)
+    found = {"extraction": hours.residuals * 3600, "trial": hours.search * 3600 / figures["trials"]}
+    print(
+        "preflight's estimate with these ceilings: "
+        f"extraction {found['extraction']:.2f} s, a trial {found['trial']:.2f} s"
+    )
+    print(
+        f"a trial {figures['search']['trial_s']:.2f} s amortised, {figures['search']['share']:.1%} of the roofline; "
+        f"peak of the search {figures['search']['peak_of_model']:.1%} of the model"
+    )
+    return found
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=", ".join(SHAPES))
+    parser.add_argument("--trials", type=int, default=default_values()["trials_per_batch"], help="trials of a batch")
+    parser.add_argument("--rows", type=int, help="rows of a forward; unset: as the job would plan")
+    parser.add_argument(
+        "--prompts", type=int, help="for directions, an eighth each to evaluate with; unset: 800 or 128"
+    )
+    parser.add_argument("--tokens", type=int, default=default_values()["scoring"]["search_tokens"])
+    parser.add_argument("--layers", type=int, help="cut the model to so many layers")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, default=Path("runs/shapes.json"))
+    given = parser.parse_args()
+    unknown = set(given.shapes) - set(SHAPES)
+    if unknown:
+        parser.error(f"no shape {', '.join(sorted(unknown))}: choose from {', '.join(SHAPES)}")
+    kind = resolve_device(given.device).type
+    prompts = given.prompts or PROMPTS[kind]
+    found = []
+    for name in given.shapes or DEFAULT_SHAPES[kind]:
+        request = Request(name, given.device, given.trials, prompts, given.tokens, given.rows, given.layers)
+        # In a process of its own, so that memory is what this model takes.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as process:
+            found.append(process.submit(measure, request).result())
+    write_figures(given.json, {"shapes": found})
+
+
+if __name__ == "__main__":
+    main()
