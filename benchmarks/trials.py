@@ -1,18 +1,19 @@
 """Seconds a trial takes, by trials in a batch and rows in a forward, and how long it takes to switch trials.
 
-python -m benchmarks.trials [ORGANISM]      a folder made by `abliterate demo-model`; made if absent
+python -m benchmarks.trials [ORGANISM] [--json FILE]      a folder made by `abliterate demo-model`; made if absent
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import optuna
 
+from benchmarks.measuring import machine, write_figures
 from job.demo import write_organism
 from job.evaluation import Evaluator
 from job.intervention import Intervention
@@ -40,7 +41,11 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     """Print the table."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/organism")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("organism", nargs="?", type=Path, default=Path("runs/organism"))
+    parser.add_argument("--json", type=Path, default=Path("runs/trials.json"))
+    given = parser.parse_args()
+    folder = given.organism
     write_organism(folder, arch="llama", size="tiny", seed=0, report=print)
     loaded = load_model(folder / "model", LoadingSettings.model_validate(default_values()["loading"]), print)
     sets = {
@@ -61,6 +66,7 @@ def main() -> None:
     edits = [space.edit(study.ask(space.distributions()).params) for _ in range(TRIALS)]
     basis = Basis.single(mean_difference(*residuals))
     print(f"{'norms kept':>10} {'K':>3} {'rows':>5} {'s/trial':>8} {'switch ms/trial':>16}")
+    found = []
     for mode in ("none", "full"):
         with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
             evaluator.scores(intervention, edits[:1], 256)  # warm-up
@@ -69,9 +75,12 @@ def main() -> None:
                 switch = seconds(lambda: [intervention.activate(batch) for batch in batches])  # noqa: B023 - called at once
                 for rows in (64, 128, 256, 512):
                     took = seconds(lambda: [evaluator.scores(intervention, batch, rows) for batch in batches])  # noqa: B023 - likewise
+                    one = {"norms": mode, "k": k, "rows": rows, "trial_s": took / TRIALS}
+                    found.append(one | {"switch_ms": 1000 * switch / TRIALS})
                     print(
                         f"{mode:>10} {k:>3} {rows:>5} {took / TRIALS:8.3f} {1000 * switch / TRIALS:16.2f}", flush=True
                     )
+    write_figures(given.json, {"machine": machine(loaded.device), "layouts": found})
 
 
 if __name__ == "__main__":
