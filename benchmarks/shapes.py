@@ -38,7 +38,7 @@ from job.evaluation import Evaluator
 from job.intervention import Intervention
 from job.model import LoadedModel, conversation, resolve_device
 from job.numerics.ablation import RowNormalization
-from job.numerics.basis import Basis
+from job.numerics.basis import Basis, orthonormal_basis
 from job.numerics.directions import mean_difference
 from job.preflight.estimate import Rates, Task, Work, estimate
 from job.preflight.probe import read_machine
@@ -164,7 +164,7 @@ def directions(bench: Bench, sets: dict[str, list[Prompt]], rows: int, tokens: i
     found: Tensor = bench.phase(
         "mean difference", lambda: mean_difference(*(one.to(loaded.device) for one in residuals)), extra=read
     )
-    return Basis.single(found)
+    return orthonormal_basis(found[:, None], torch.ones(len(found), 1))
 
 
 def some_edits(loaded: LoadedModel, count: int) -> list[EditParameters]:
