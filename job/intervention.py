@@ -95,10 +95,13 @@ class Intervention:
         self._basis = basis
         self._mode = mode
         self._sites = []
+        on: dict[torch.device, Tensor] = {}
         for writer in architecture.writers:
             module = model.get_submodule(writer.module)
             weight = model.get_parameter(writer.parameter).detach()
-            candidates = basis.candidates.to(weight.device, torch.float64)
+            if weight.device not in on:
+                on[weight.device] = basis.candidates.to(weight.device, torch.float64)
+            candidates = on[weight.device]
             self._sites.append(_Site(writer, module, weight_tables(weight, candidates, mode), candidates))
         self._handles: list[RemovableHandle] = []
         self._edits = 0
@@ -139,19 +142,23 @@ class Intervention:
         Returns:
             For each edit the reason why it is degenerate and must not be scored, None if it is not.
         """
-        reasons: list[str | None] = [None] * len(edits)
         self._edits = len(edits)
         self._picked.clear()
+        shares = []
         for site in self._sites:
-            writer = site.writer
-            parts = [directions_and_strengths(edit, self._basis, writer) for edit in edits]
+            parts = [directions_and_strengths(edit, self._basis, site.writer) for edit in edits]
             coefficients = torch.stack([part[0] for part in parts])  # [K, k, m]
             strengths = torch.stack([part[1] for part in parts])  # [K, k]
-            device = site.candidates.device
-            built = output_edit(site.tables, site.candidates, coefficients.to(device), strengths.to(device))
-            for index in (built.least_share < DEGENERATE_SHARE).nonzero().flatten().tolist():
-                reasons[index] = f"the edit leaves nothing to restore a norm from in {writer.parameter}"
+            built = output_edit(site.tables, site.candidates, coefficients, strengths)
             site.active = _Active.of(built)
+            shares.append(built.least_share)
+        reasons: list[str | None] = [None] * len(edits)
+        # Looked at once all has been asked for: a GPU is waited for once and not at every writer.
+        for site, share in zip(self._sites, shares, strict=True):
+            if self._mode in ("none", "pre"):
+                break
+            for index in (share < DEGENERATE_SHARE).nonzero().flatten().tolist():
+                reasons[index] = f"the edit leaves nothing to restore a norm from in {site.writer.parameter}"
         return reasons
 
     def _rows_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -202,4 +209,10 @@ def directions_and_strengths(edit: EditParameters, basis: Basis, writer: Writer)
 
 def strength(edit: EditParameters, writer: Writer) -> float:
     """Return an edit's own λ for a writer, to which the directions' shares and weights apply."""
-    return WeightKernel(**edit.kernels[writer.component].model_dump()).strength(writer.layer)
+    kernel = edit.kernels[writer.component]
+    return WeightKernel(
+        max_weight=kernel.max_weight,
+        max_weight_position=kernel.max_weight_position,
+        min_weight=kernel.min_weight,
+        min_weight_distance=kernel.min_weight_distance,
+    ).strength(writer.layer)

@@ -21,7 +21,7 @@ Legend of shapes: d outputs (the residual stream), i inputs, k directions, m can
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -114,7 +114,7 @@ def output_edit(tables: WeightTables, candidates: Tensor, coefficients: Tensor, 
             combinations must be orthonormal.
         strengths: λ per direction, [..., k].
     """
-    coefficients = coefficients.to(torch.float64)
+    tables, candidates, coefficients = _used(tables, candidates, coefficients.to(torch.float64))
     strengths = strengths.to(coefficients)
     directions = (coefficients @ candidates.to(coefficients)).mT  # [..., d, k]
     write = directions * strengths[..., None, :]
@@ -139,6 +139,22 @@ def output_edit(tables: WeightTables, candidates: Tensor, coefficients: Tensor, 
     square = 1 - 2 * (write * gram).sum(-1) + (crossed * write).sum(-1)
     square = torch.where(tables.row_norms == 0, 1.0, square)
     return OutputEdit(norms * write, read, square.rsqrt(), None, square.amin(-1))
+
+
+def _used(tables: WeightTables, candidates: Tensor, coefficients: Tensor) -> tuple[WeightTables, Tensor, Tensor]:
+    """Return the arguments without the candidates that no direction is made of: all but two layers', as a rule.
+
+    The coefficients are looked at where they are, and come out where the candidates are.
+    """
+    used = coefficients.flatten(0, -2).any(0).nonzero().flatten()
+    coefficients = coefficients[..., used].to(candidates.device)
+    used = used.to(candidates.device)
+    tables = replace(
+        tables,
+        gram=None if tables.gram is None else tables.gram[used],
+        projections=None if tables.projections is None else tables.projections[used],
+    )
+    return tables, candidates[used], coefficients
 
 
 def _share(squares: Tensor, lost: Tensor) -> Tensor:
