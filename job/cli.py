@@ -75,7 +75,9 @@ SETTING_OPTIONS: dict[str, Any] = {
     "bad_report_prompts": Prompts,
     "workspace": Workspace,
     "trials": Trials,
-    "startup_trials": Annotated[int | None, typer.Option(help="Random ones among them.")],
+    "startup_trials": Annotated[
+        int | None, typer.Option(help="Those before the sampler's: known points, then random.")
+    ],
     "seed": Annotated[int | None, typer.Option(help="Seed of the search and of the split of the evaluation sets.")],
     "kl_tokens": Annotated[
         int | None, typer.Option(metavar="N", help="Positions of the base model's answers that KL is a mean over.")

@@ -170,7 +170,7 @@ class JobRecord(Record):
         job_id: Hash of the identity.
         identity: What the user asked for, as far as it decides the result.
         settings: All settings as of the latest start.
-        startup_trials: Random trials at the start of the search, fixed at the first start.
+        startup_trials: Trials at the start of the search without the sampler, fixed at the first start.
         model_commit: The commit that a model on the Hub is used at.
         planned_rows: Rows of a forward by preflight's plan of the memory.
         model_public: The model is on the Hub for everybody to see, so that it may be named.

@@ -47,7 +47,7 @@ class Reproduction(Record):
         behaviour: What was removed, in the user's words.
         prompts: All prompt sets, by the setting's name.
         settings: All other settings that decide the result.
-        startup_trials: Random trials at the start of the search.
+        startup_trials: Trials at the start of the search without the sampler.
         trials: Trials that the search had made.
         resolution: What the first start resolved.
         trial: The chosen trial.

@@ -40,6 +40,12 @@ from job.study import (
 
 GLOBAL, PER_LAYER = "global", "per layer"
 _OPENING_SCALE = 5.0
+# Edits to begin with: whose direction, at what depth as a share of the model's, and min_weight at as great a distance
+# from the middle layer as the model is deep.
+_KNOWN = (
+    (GLOBAL, 0.4, 1.0), (GLOBAL, 0.6, 1.0), (PER_LAYER, 0.5, 1.0), (GLOBAL, 0.5, 1.0),
+    (GLOBAL, 0.3, 1.0), (GLOBAL, 0.7, 1.0), (PER_LAYER, 0.5, 0.0), (GLOBAL, 0.8, 1.0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,31 @@ class SearchSpace:
             found[_strength_name(number)] = FloatDistribution(0.0, 1.0)
         return found
 
+    def known_points(self) -> list[dict[str, Any]]:
+        """Return the parameters to try before any other: ablations that are known to do well, the likeliest first.
+
+        They ablate one direction in full from every layer, as Arditi et al. (2024) do: that of a layer at one of
+        several depths, or each layer's own; one has each layer's own at a strength that falls to half at both ends.
+        Where the space does not hold such an edit its nearest one takes its place; repetitions are left out.
+        """
+        last = float(self.layers - 1)
+        found: list[dict[str, Any]] = []
+        for scope, depth, edge in _KNOWN:
+            wanted = {
+                "direction_scope": scope,
+                "direction_index": depth * last,
+                **{_strength_name(number): 0.0 for number in range(1, self.directions)},
+            }
+            for component in COMPONENTS:
+                wanted[f"{component}.max_weight"] = 1.0
+                wanted[f"{component}.max_weight_position"] = 0.5 * last
+                wanted[f"{component}.min_weight"] = edge
+                wanted[f"{component}.min_weight_distance"] = last
+            nearest = {name: _nearest(wanted[name], range_) for name, range_ in self.distributions().items()}
+            if nearest not in found:
+                found.append(nearest)
+        return found
+
     def edit(self, params: dict[str, Any]) -> EditParameters:
         """Return the edit that a trial's parameters describe; min_weight is a share of max_weight."""
         index = params["direction_index"] if params["direction_scope"] == GLOBAL else None
@@ -85,6 +116,12 @@ class SearchSpace:
             # By what the trial has, so that a study can be read without the directions.
             strengths=(1.0, *(params[name] for name in map(_strength_name, range(1, len(params))) if name in params)),
         )
+
+
+def _nearest(value: Any, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, FloatDistribution):
+        return min(max(value, distribution.low), distribution.high)
+    return value
 
 
 def _strength_name(number: int) -> str:
@@ -107,11 +144,12 @@ class SearchSettings:
 
     Attributes:
         seed: The job's seed.
-        startup_trials: Random trials at the start.
+        startup_trials: Trials at the start that the sampler has no say in.
         batch: Trials asked and evaluated together (K).
         rows: Rows of a forward, recorded with each plan.
         together: Trials that share their forwards, likewise; None: all of a batch.
         ei_candidates: Candidates the sampler weighs for each trial.
+        known_points: Whether the space's known points come first, however many; other start-up trials are random.
     """
 
     seed: int
@@ -120,6 +158,7 @@ class SearchSettings:
     rows: int
     ei_candidates: int
     together: int | None = None
+    known_points: bool = True
 
 
 class Search:
@@ -240,8 +279,11 @@ class Search:
         # An extended search falls back into step with the batches of an unextended one.
         size = min(self._settings.batch - first % self._settings.batch, target - first)
         distributions = self._space.distributions()
+        known = self._space.known_points() if self._settings.known_points else []
         parameters = []
         for number in range(first, first + size):
+            if number < len(known):
+                memory.enqueue_trial(known[number])
             memory.sampler = self._sampler(number)
             parameters.append(memory.ask(distributions).params)
         return Plan(first=first, parameters=parameters, rows=self._settings.rows, together=self._settings.together)
@@ -250,10 +292,23 @@ class Search:
         """Return the study in memory that trials are asked on: all finished ones, as the sampler is to see them."""
         if self._memory is None:
             self._memory = optuna.create_study(directions=DIRECTIONS)
-            self._memory.add_trials([_as_sampled(trial) for trial in self._trials])
+            for trial in self._trials:
+                seen = create_trial(values=self._sampled(trial), params=trial.params, distributions=trial.distributions)
+                self._memory.add_trial(seen)
         return self._memory
 
-    def _sampler(self, number: int) -> optuna.samplers.TPESampler:
+    def _sampled(self, trial: FrozenTrial) -> list[float]:
+        """Return a trial's values as the sampler is to see them: the opening tells equal counts of refusals apart.
+
+        While every trial refuses everything, the count alone would leave KL as the only measure, and the
+        sampler would walk to the edit that does nothing. The odds are squeezed into ±0.5, less than one
+        refusal.
+        """
+        scores = as_trial(trial).values
+        share = 0.5 if scores.reason is not None else math.atan(scores.opening / _OPENING_SCALE) / math.pi
+        return [scores.refusals + share, scores.kl]
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         digest = hashlib.sha256(f"{self._settings.seed}:{number}".encode()).digest()
         return optuna.samplers.TPESampler(
             n_startup_trials=self._settings.startup_trials,
@@ -282,32 +337,11 @@ class Search:
         self._trials += trials
         if self._memory is not None:
             for trial in trials:
-                self._memory.tell(trial.number, _sampled_values(trial))
+                self._memory.tell(trial.number, self._sampled(trial))
 
 
 def _attributes(scores: TrialScores) -> dict[str, Any]:
     return scores.model_dump(include={"opening", "reason"} | ({"skipped"} if scores.skipped else set()))
-
-
-def _as_sampled(trial: FrozenTrial) -> FrozenTrial:
-    """Return a trial as the sampler is to see it: equal counts of refusals are told apart by the opening.
-
-    While every trial refuses everything, the count alone would leave KL as the only measure, and the
-    sampler would walk to the edit that does nothing. The odds are squeezed into ±0.5, less than one
-    refusal.
-    """
-    return create_trial(
-        state=TrialState.COMPLETE,
-        values=_sampled_values(trial),
-        params=trial.params,
-        distributions=trial.distributions,
-    )
-
-
-def _sampled_values(trial: FrozenTrial) -> list[float]:
-    scores = as_trial(trial).values
-    share = 0.5 if scores.reason is not None else math.atan(scores.opening / _OPENING_SCALE) / math.pi
-    return [scores.refusals + share, scores.kl]
 
 
 class SmallerLayoutNeeded(Exception):  # noqa: N818 - a request, not an error

@@ -130,6 +130,7 @@ class SearchSettings(Section):
 
     space: Literal["wide", "field"] = Field(description="The space of parameters; field is other tools'.")
     ei_candidates: int = Field(ge=1, description="Candidates the TPE sampler weighs for each trial.")
+    known_points: bool = Field(description="Begin with eight edits that are known to do well.")
 
 
 class ScoringSettings(Section):
@@ -205,7 +206,9 @@ class Settings(BaseSettings):
     workspace: str = Field(min_length=1, description="Folder of all run folders.")
     seed: int = Field(ge=0, description="Seed of the search and of the split of the evaluation sets.")
     trials: int = Field(ge=1, description="How many edits the search tries.")
-    startup_trials: int | None = Field(None, ge=1, description="Random ones among them; unset: min(60, trials / 3).")
+    startup_trials: int | None = Field(
+        None, ge=1, description="Those before the sampler's; unset: min(60, trials / 3)."
+    )
     trials_per_batch: int = Field(ge=1, description="Trials asked and evaluated together.")
     kl_tokens: int = Field(
         ge=1,
@@ -326,7 +329,7 @@ class Settings(BaseSettings):
 
     @property
     def effective_startup_trials(self) -> int:
-        """Random trials at the start of the search."""
+        """Trials at the start of the search that the sampler has no say in."""
         return self.startup_trials or min(60, math.ceil(self.trials / 3))
 
 

@@ -148,6 +148,7 @@ class Workbench:
                 batch=self.settings.trials_per_batch,
                 rows=self.resolution.search_rows or self.resolution.rows,
                 ei_candidates=self.settings.search.ei_candidates,
+                known_points=self.settings.search.known_points,
                 together=self.resolution.together,
             ),
             copy,

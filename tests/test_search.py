@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -15,8 +16,9 @@ import pytest
 from optuna.trial import create_trial
 
 from job.errors import JobError
+from job.numerics.kernel import WeightKernel
 from job.records import Plan, Trial, TrialScores
-from job.search import Search, SearchSettings, SearchSpace, _as_sampled, choose, pareto_front
+from job.search import Search, SearchSettings, SearchSpace, choose, pareto_front
 from job.study import add_trials, file_url, open_study, read_trials
 
 SPACE = SearchSpace("wide", 8)
@@ -161,6 +163,48 @@ def test_the_spaces_bear_very_shallow_models(layers: int) -> None:
             assert getattr(distribution, "low", 0) <= getattr(distribution, "high", 0)
 
 
+def test_known_points_ablate_one_direction_in_full_from_all_layers() -> None:
+    points = SearchSpace("wide", 8, directions=3).known_points()
+    edits = [SearchSpace("wide", 8).edit(point) for point in points]
+    indices = [edit.direction_index for edit in edits]
+    assert indices == [pytest.approx(7 * d) if d else None for d in (0.4, 0.6, None, 0.5, 0.3, 0.7, None, 0.8)]
+    for number, edit in enumerate(edits):
+        assert edit.strengths == (1.0, 0.0, 0.0)
+        for kernel in map(vars, edit.kernels.values()):
+            shape = WeightKernel(**kernel)
+            if number == 6:
+                assert [shape.strength(layer) for layer in (3, 4)] == [pytest.approx(1 - 0.5 / 7)] * 2
+                assert shape.strength(0) == shape.strength(7) == pytest.approx(0.5)
+            else:
+                assert [shape.strength(layer) for layer in range(8)] == [1.0] * 8
+
+
+@pytest.mark.parametrize("name", ["wide", "field"])
+@pytest.mark.parametrize("layers", [1, 2, 3, 8, 64])
+def test_known_points_lie_in_the_space_and_differ(name: str, layers: int) -> None:
+    space = SearchSpace(name, layers, directions=2)
+    points = space.known_points()
+    for point in points:
+        assert point.keys() == space.distributions().keys()
+        for parameter, range_ in space.distributions().items():
+            assert range_._contains(range_.to_internal_repr(point[parameter]))
+    assert len({tuple(point.values()) for point in points}) == len(points) >= 2
+
+
+def test_a_search_begins_with_the_known_points_unless_told_not_to(tmp_path: Path) -> None:
+    settings = SearchSettings(seed=3, startup_trials=10, batch=3, rows=8, ei_candidates=24)
+    found = {}
+    for seed, known in ((3, True), (4, True), (3, False)):
+        search = Search(tmp_path / f"{seed}-{known}.db", SPACE, replace(settings, seed=seed, known_points=known))
+        search.run(10, Runs().evaluate, told=lambda _: None)
+        found[seed, known] = [trial.params for trial in search.finished()]
+    assert found[3, True][:8] == found[4, True][:8] == SPACE.known_points()
+    assert not any(params in found[3, False] for params in SPACE.known_points())
+    # The random ones after them are those of a search without known points.
+    assert found[3, True][8:] == found[3, False][8:]
+    assert found[3, True][8:] != found[4, True][8:]
+
+
 def trial(number: int, refusals: int, kl: float, reason: str | None = None) -> Trial:
     return Trial(number=number, params={}, values=TrialScores(refusals=refusals, kl=kl, reason=reason))
 
@@ -200,7 +244,7 @@ def test_trials_that_did_not_answer_are_ordered_behind_all_that_did(tmp_path: Pa
     assert skipped
     assert measured
     assert not {trial.number for trial in pareto_front(trials)} & {trial.number for trial in skipped}
-    seen = [trial.values for trial in map(_as_sampled, search._study.get_trials())]
+    seen = [search._sampled(trial) for trial in search._study.get_trials()]
     for answered in measured:
         for other in skipped:
             assert all(a <= b for a, b in zip(seen[answered.number], seen[other.number], strict=True))
