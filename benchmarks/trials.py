@@ -1,86 +1,183 @@
-"""Seconds a trial takes, by trials in a batch and rows in a forward, and how long it takes to switch trials.
+"""Seconds a trial takes, by trials in a batch and rows in a forward, and how far from the best the rule's layout is.
 
-python -m benchmarks.trials [ORGANISM] [--json FILE]      a folder made by `abliterate demo-model`; made if absent
+python -m benchmarks.trials [ORGANISM] [--random WIDTHxLAYERS] [--repeat N] [--batches 1 4 16] [--norms none full]
+
+ORGANISM is a folder made by `abliterate demo-model`; made if absent. With --random a Llama of that shape with random
+weights takes its model's place, which answers up to the limit. --repeat makes prompts so many times as long.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import optuna
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measuring import machine, write_figures
 from job.demo import write_organism
 from job.evaluation import Evaluator
 from job.intervention import Intervention
-from job.model import load_model
+from job.model import LoadedModel, load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
+from job.preflight.facts import model_facts
+from job.preflight.probe import read_machine
+from job.preflight.vram import MemoryPlan, Workload, plan
 from job.prompts import Prompt
+from job.records import EditParameters
 from job.residuals import extract_residuals
 from job.scoring import RefusalMarkers
 from job.search import SearchSpace
 from job.settings import LoadingSettings, default_values
 
-TRIALS, ROUNDS = 16, 3
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Return the median time of a piece of work."""
-    times = []
-    for _ in range(ROUNDS):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+# Wall clock and processor.
+Times = tuple[float, float]
+TRIALS, ROWS = 16, (16, 32, 64, 128, 256, 512, 1024)
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a table for every way of keeping norms and number of trials in a batch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("organism", nargs="?", type=Path, default=Path("runs/organism"))
-    parser.add_argument("--json", type=Path, default=Path("runs/trials.json"))
+    parser.add_argument("--random", metavar="WIDTHxLAYERS")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=30)
+    parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--norms", nargs="+", default=["none", "full"])
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    folder = given.organism
-    write_organism(folder, arch="llama", size="tiny", seed=0, report=print)
-    loaded = load_model(folder / "model", LoadingSettings.model_validate(default_values()["loading"]), print)
-    sets = {
-        name: [Prompt(user=line) for line in (folder / f"{name}.txt").read_text().splitlines()]
-        for name in ("good_train", "bad_train", "good_test", "bad_test")
-    }
+    write_organism(given.organism, arch="llama", size="tiny", seed=0, report=print)
+    with tempfile.TemporaryDirectory() as place:
+        folder = given.organism / "model"
+        if given.random:
+            folder = random_model(folder, Path(place), *map(int, given.random.split("x")))
+        loaded = load_model(folder, LoadingSettings.model_validate(default_values()["loading"]), print)
+        compare(loaded, prompts_of(given.organism, given.repeat), given)
+
+
+def random_model(organism: Path, folder: Path, width: int, layers: int) -> Path:
+    """Write a Llama with random weights and the organism's tokenizer, and return its folder."""
+    tokenizer = AutoTokenizer.from_pretrained(organism)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=4096,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def prompts_of(organism: Path, repeat: int) -> dict[str, list[Prompt]]:
+    """Return the organism's prompt sets, each prompt followed by those after it."""
+    sets = {}
+    for name in ("good_train", "bad_train", "good_test", "bad_test"):
+        lines = (organism / f"{name}.txt").read_text().splitlines()
+        joined = [" ".join((lines + lines)[i : i + repeat]) for i in range(len(lines))]
+        sets[name] = [Prompt(user=text) for text in joined]
+    return sets
+
+
+def compare(loaded: LoadedModel, sets: dict[str, list[Prompt]], given: argparse.Namespace) -> None:
+    """Measure all layouts in turn, so many rounds, and print the medians."""
     residuals = [
         extract_residuals(loaded, loaded.tokenize(sets[name]), 64, lambda _: None)[:, 1:]
         for name in ("good_train", "bad_train")
     ]
+    basis = Basis.single(mean_difference(*residuals))
     markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
-    evaluator = Evaluator(
-        loaded, sets["good_test"][:100], sets["bad_test"][:100], markers=markers, answer_tokens=100, rows=256
+    good, bad = sets["good_test"][: given.prompts], sets["bad_test"][: given.prompts]
+    evaluator = Evaluator(loaded, good, bad, markers=markers, answer_tokens=given.tokens, rows=64)
+    edits = random_edits(loaded, given.trials)
+    longest = max(map(len, loaded.tokenize([*good, *bad])))
+    rule = rows_by_rule(loaded, longest, given.tokens)
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    print(
+        f"{parameters / 1e6:.1f} M parameters, {len(good)} + {len(bad)} prompts of at most {longest} tokens, ", end=""
     )
+    print(f"answers of at most {given.tokens}; the rule: {rule} rows. Seconds a trial, and the processor's:")
+    print(f"{'norms':>5} {'K':>3} {'switch ms':>9} {''.join(f'{rows:>14}' for rows in ROWS)}   rule/best")
+    for mode in given.norms:
+        with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
+            evaluator.scores(intervention, edits[:1], 64)  # warm-up
+            for k in given.batches:
+                batches = [edits[i : i + k] for i in range(0, len(edits), k)]
+                switch = seconds(partial(each, batches, intervention.activate))
+                # More rows than this are not filled.
+                found: dict[int, list[Times]] = {rows: [] for rows in ROWS if rows < 2 * k * given.prompts}
+                for _ in range(given.rounds):
+                    for rows, times in found.items():
+                        score = partial(evaluator.scores, intervention, rows=rows)
+                        times.append(seconds(partial(each, batches, score)))
+                switching = 1000 * switch[0] / len(edits)
+                print(f"{mode:>5} {k:>3} {switching:9.2f} {line(found, rule, len(edits))}", flush=True)
+
+
+def each(batches: Sequence[Sequence[EditParameters]], work: Callable[[Sequence[EditParameters]], object]) -> None:
+    """Do a piece of work with every batch."""
+    for batch in batches:
+        work(batch)
+
+
+def line(found: dict[int, list[Times]], rule: int, trials: int) -> str:
+    """Return the medians of all layouts, and how many times as long as the best the rule's takes."""
+    medians = {
+        rows: [statistics.median(some) / trials for some in zip(*times, strict=True)] for rows, times in found.items()
+    }
+    shown = "".join(
+        f"{medians[rows][0]:8.3f}/{medians[rows][1]:5.3f}" if rows in medians else " " * 14 for rows in ROWS
+    )
+    chosen = medians[min(rule, max(medians))]
+    ratios = [chosen[which] / min(times[which] for times in medians.values()) for which in (0, 1)]
+    return f"{shown}   {ratios[0]:.2f}/{ratios[1]:.2f}"
+
+
+def seconds(work: Callable[[], object]) -> Times:
+    """Return the time that a piece of work takes, and the processor's."""
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - begin, time.process_time() - begin_cpu
+
+
+def random_edits(loaded: LoadedModel, count: int) -> list[EditParameters]:
+    """Return edits drawn from the search space."""
     space = SearchSpace("wide", loaded.architecture.layer_count)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    edits = [space.edit(study.ask(space.distributions()).params) for _ in range(TRIALS)]
-    basis = Basis.single(mean_difference(*residuals))
-    print(f"{'norms kept':>10} {'K':>3} {'rows':>5} {'s/trial':>8} {'switch ms/trial':>16}")
-    found = []
-    for mode in ("none", "full"):
-        with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
-            evaluator.scores(intervention, edits[:1], 256)  # warm-up
-            for k in (1, 4, 16):
-                batches = [edits[i : i + k] for i in range(0, TRIALS, k)]
-                switch = seconds(lambda: [intervention.activate(batch) for batch in batches])  # noqa: B023 - called at once
-                for rows in (64, 128, 256, 512):
-                    took = seconds(lambda: [evaluator.scores(intervention, batch, rows) for batch in batches])  # noqa: B023 - likewise
-                    one = {"norms": mode, "k": k, "rows": rows, "trial_s": took / TRIALS}
-                    found.append(one | {"switch_ms": 1000 * switch / TRIALS})
-                    print(
-                        f"{mode:>10} {k:>3} {rows:>5} {took / TRIALS:8.3f} {1000 * switch / TRIALS:16.2f}", flush=True
-                    )
-    write_figures(given.json, {"machine": machine(loaded.device), "layouts": found})
+    return [space.edit(study.ask(space.distributions()).params) for _ in range(count)]
+
+
+def rows_by_rule(loaded: LoadedModel, prompt_tokens: int, answer_tokens: int) -> int:
+    """Return the rows that preflight plans for a model on this machine's CPU."""
+    tensors = {}
+    for file in loaded.folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - no mapping
+                part = stored.get_slice(name)
+                tensors[name] = (part.get_dtype(), tuple(part.get_shape()))
+    facts = model_facts(json.loads((loaded.folder / "config.json").read_text()), tensors)
+    work = Workload(prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, dtype_bytes=4)
+    found = plan(facts, read_machine().model_copy(update={"gpus": ()}), work)
+    assert isinstance(found, MemoryPlan), found.reason
+    return found.rows
 
 
 if __name__ == "__main__":

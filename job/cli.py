@@ -85,6 +85,9 @@ SETTING_OPTIONS: dict[str, Any] = {
     "skip_kl_above": Annotated[
         float | None, typer.Option(metavar="X", help="Give trials of a larger KL up before they answer.")
     ],
+    "tune": Annotated[
+        bool | None, typer.Option("--tune", help="Measure at the first start how many rows a forward is to have.")
+    ],
     "allow": Annotated[
         list[str] | None, typer.Option(metavar="CHECK", help="Preflight check that may fail; may be repeated.")
     ],

@@ -7,7 +7,7 @@ from typing import Any
 
 _NOTHING_TO_CACHE = "an edit is a hook on outputs: no weight is changed, so there is none to keep, restore or decompose"
 _SMALL_RESIDUALS = "only the last prompt position of each layer is kept, so residuals are small"
-_BY_RULE = "rows follow from the model and the device's memory; batching.rows sets them"
+_BY_RULE = "rows follow from the model and the device's memory; batching.rows sets them, tune measures them"
 
 # Old name: new name.
 RENAMED = {

@@ -218,6 +218,10 @@ class Settings(BaseSettings):
     skip_kl_above: float | None = Field(
         None, ge=0, description="Trials of a larger KL divergence are given up before they answer; unset: none are."
     )
+    tune: bool = Field(
+        description="Measure at the first start how many rows of a forward are fastest, where batching.rows is 0; else "
+        "a rule says."
+    )
     checkpoint: str | None = Field(
         None,
         description="Where the job is mirrored, so that another machine can go on: s3://bucket/prefix, hf://user/repo "
@@ -566,6 +570,12 @@ def _validated(merged: dict[str, Any], sources: Mapping[str, str]) -> Settings:
         source = sources.get(key, "the settings")
         shown = first["msg"][0].lower() + first["msg"][1:]
         raise UsageError(f"{key} = {first['input']!r} ({source}): {shown}", remedy="correct it") from None
+    _refuse_contradictions(settings)
+    return settings
+
+
+def _refuse_contradictions(settings: Settings) -> None:
+    """Refuse settings that do not go together, and addresses of a kind that is not supported."""
     if settings.startup_trials is not None and settings.startup_trials > settings.trials:
         raise UsageError(
             f"startup_trials = {settings.startup_trials} is more than trials = {settings.trials}",
@@ -575,6 +585,11 @@ def _validated(merged: dict[str, Any], sources: Mapping[str, str]) -> Settings:
         raise UsageError(
             f"checkpoint {settings.checkpoint!r} is not supported",
             remedy="use s3://bucket/prefix, hf://user/repo or file:///absolute/folder",
+        )
+    if settings.tune and settings.batching.rows:
+        raise UsageError(
+            f"tune does not go together with batching.rows = {settings.batching.rows}, which it would find",
+            remedy="leave one of them out",
         )
     if settings.require_checkpoint and settings.checkpoint is None:
         raise UsageError("require_checkpoint is set and there is no checkpoint", remedy="give --checkpoint")
@@ -596,7 +611,6 @@ def _validated(merged: dict[str, Any], sources: Mapping[str, str]) -> Settings:
             f"ablation.row_normalization = {settings.ablation.row_normalization}, whose edits are not of low rank",
             remedy="use row_normalization = none or pre, or another format",
         )
-    return settings
 
 
 def default_workspace() -> str:

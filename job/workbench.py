@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -32,6 +33,7 @@ from job.scoring import RefusalMarkers
 from job.search import Search, SearchSettings, SearchSpace, SmallerLayoutNeeded
 from job.settings import Settings
 from job.truth import inspect_model
+from job.tuning import Tuner
 from job.verification import prove_export
 from job.workspace import DONE, RunFolder, cannot_write, write_record
 
@@ -362,12 +364,19 @@ def _resolve(
         prefix = with_response_prefix(loaded, prompts.good, prompts.bad, rows).response_prefix
     if prefix:
         events.emit("response_prefix", f"answers are made to begin with {prefix!r}")
+    loaded = replace(loaded, response_prefix=prefix)
+    workers = workers_here(settings, loaded)
+    together = settings.batching.trials or -(-settings.trials_per_batch // workers)
+    if settings.tune:
+        evaluator = partial(_evaluator, loaded, settings, events=events)
+        place, size = folder.path.parent, min(together, settings.trials_per_batch)
+        rows = Tuner(place, record, settings, prompts, loaded, evaluator, size, workers, events).rows(rows)
     resolution = Resolution(
         dtype=loaded.dtype,
         rows=rows,
         layers=loaded.architecture.layer_count,
         response_prefix=prefix,
-        together=settings.batching.trials or -(-settings.trials_per_batch // workers_here(settings, loaded)),
+        together=together,
     )
     record = record.model_copy(update={"resolution": resolution})
     write_record(folder.job_file, record)

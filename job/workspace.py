@@ -41,6 +41,7 @@ EXTENDING = frozenset(
         "hub",
         "s3",
         "trials",
+        "tune",
         "allow",
         "price",
         "max_hours",

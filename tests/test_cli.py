@@ -65,7 +65,7 @@ def test_the_surface() -> None:
     for option in (
         "--good-prompts", "--bad-prompts", "--good-eval-prompts", "--bad-eval-prompts", "--good-report-prompts",
         "--bad-report-prompts", "--workspace", "--trials", "--startup-trials", "--seed", "--config", "--set",
-        "--new", "--upload",
+        "--new", "--upload", "--tune",
     ):  # fmt: skip
         assert option in options
     assert (
