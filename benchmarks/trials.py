@@ -53,10 +53,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=30)
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--norms", nargs="+", default=["none", "full"])
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    write_organism(given.organism, arch="llama", size="tiny", seed=0, report=print)
+    if not (given.organism / "organism.json").exists():
+        write_organism(given.organism, arch="llama", size="tiny", seed=0, report=print)
     with tempfile.TemporaryDirectory() as place:
         folder = given.organism / "model"
         if given.random:
@@ -99,7 +101,7 @@ def prompts_of(organism: Path, repeat: int) -> dict[str, list[Prompt]]:
 def compare(loaded: LoadedModel, sets: dict[str, list[Prompt]], given: argparse.Namespace) -> None:
     """Measure all layouts in turn, so many rounds, and print the medians."""
     residuals = [
-        extract_residuals(loaded, loaded.tokenize(sets[name]), 64, lambda _: None)[:, 1:]
+        extract_residuals(loaded, loaded.tokenize(sets[name][:64]), 64, lambda _: None)[:, 1:]
         for name in ("good_train", "bad_train")
     ]
     basis = Basis.single(mean_difference(*residuals))
@@ -110,11 +112,10 @@ def compare(loaded: LoadedModel, sets: dict[str, list[Prompt]], given: argparse.
     longest = max(map(len, loaded.tokenize([*good, *bad])))
     rule = rows_by_rule(loaded, longest, given.tokens)
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    print(
-        f"{parameters / 1e6:.1f} M parameters, {len(good)} + {len(bad)} prompts of at most {longest} tokens, ", end=""
-    )
+    asked = f"{len(good)} + {len(bad)} prompts of at most {longest} tokens"
+    print(f"{parameters / 1e6:.1f} M parameters, {asked}, ", end="")
     print(f"answers of at most {given.tokens}; the rule: {rule} rows. Seconds a trial, and the processor's:")
-    print(f"{'norms':>5} {'K':>3} {'switch ms':>9} {''.join(f'{rows:>14}' for rows in ROWS)}   rule/best")
+    print(f"{'norms':>5} {'K':>3} {'switch ms':>9} {''.join(f'{rows:>14}' for rows in given.rows)}   rule/best")
     for mode in given.norms:
         with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
             evaluator.scores(intervention, edits[:1], 64)  # warm-up
@@ -122,7 +123,7 @@ def compare(loaded: LoadedModel, sets: dict[str, list[Prompt]], given: argparse.
                 batches = [edits[i : i + k] for i in range(0, len(edits), k)]
                 switch = seconds(partial(each, batches, intervention.activate))
                 # More rows than this are not filled.
-                found: dict[int, list[Times]] = {rows: [] for rows in ROWS if rows < 2 * k * given.prompts}
+                found: dict[int, list[Times]] = {rows: [] for rows in given.rows if rows < 2 * k * given.prompts}
                 for _ in range(given.rounds):
                     for rows, times in found.items():
                         score = partial(evaluator.scores, intervention, rows=rows)
@@ -142,10 +143,8 @@ def line(found: dict[int, list[Times]], rule: int, trials: int) -> str:
     medians = {
         rows: [statistics.median(some) / trials for some in zip(*times, strict=True)] for rows, times in found.items()
     }
-    shown = "".join(
-        f"{medians[rows][0]:8.3f}/{medians[rows][1]:5.3f}" if rows in medians else " " * 14 for rows in ROWS
-    )
-    chosen = medians[min(rule, max(medians))]
+    shown = "".join(f"{wall:8.3f}/{processor:5.3f}" for wall, processor in medians.values())
+    chosen = medians[max((rows for rows in medians if rows <= rule), default=min(medians))]
     ratios = [chosen[which] / min(times[which] for times in medians.values()) for which in (0, 1)]
     return f"{shown}   {ratios[0]:.2f}/{ratios[1]:.2f}"
 
