@@ -42,6 +42,8 @@ _DIRECTION_PROMPTS = 32
 _BEGIN = 16
 # Quick measurements are repeated, and the quickest counts, which other work on the machine disturbs least.
 _ROUNDS, _QUICK = 3, 2.0
+# How often what is about to be chosen is measured again beside the rule's layout, which stays if it was but luck.
+_CONFIRMATIONS = 2
 
 
 @dataclass(frozen=True)
@@ -171,15 +173,20 @@ class Tuner:
             rule = min(rule, most)
             taken = self.together * (bench.measure(rule).seconds or 0)
             # None of few rows takes a quarter of the time, even if it is as much slower as it is smaller.
-            begin = max(_power(self.together), _power(int(4 * rule * taken / SECONDS)), _BEGIN)
-            return climb(
+            first = max(_power(self.together), _power(int(4 * rule * taken / SECONDS)), _BEGIN)
+            found = climb(
                 bench.measure,
                 # The forwards that either kind of prompts takes.
                 lambda rows: tuple(-(-count // (rows // self.together)) for count in (good, bad)),
                 rule=rule,
-                rows=(self.together, min(begin, most), most),
+                rows=(self.together, min(first, most), most),
                 may_go_on=lambda: time.monotonic() - begun < SECONDS,
             )
+            for _ in range(_CONFIRMATIONS):
+                chosen = best_of(found)
+                if chosen is not None and chosen.rows != rule and time.monotonic() - begun < SECONDS:
+                    found = [bench.again(one) if one.rows in (rule, chosen.rows) else one for one in found]
+            return found
 
     def _basis(self, rows: int) -> Basis:
         """Return a direction a layer, found from few prompts: the search's own is found with the rows still unknown."""
@@ -245,6 +252,15 @@ class Bench:
         if rows not in self._done:
             self._done[rows] = self._measured(rows) if self._may_fit(rows) else Measured(rows=rows, seconds=None)
         return self._done[rows]
+
+    def again(self, before: Measured) -> Measured:
+        """Return a layout measured once more, with the quicker time; one for which there is no room is left alone."""
+        if before.seconds is None:
+            return before
+        now = self._measured(before.rows)
+        if now.seconds is not None:
+            now = now.model_copy(update={"seconds": min(before.seconds, now.seconds)})
+        return now
 
     def _may_fit(self, rows: int) -> bool:
         """Return whether there is room, as far as fewer rows tell: on a CPU it is too late once there is none."""
