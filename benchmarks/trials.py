@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import optuna
 import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.measuring import machine, write_figures
 from job.demo import write_organism
 from job.evaluation import Evaluator
 from job.intervention import Intervention
@@ -40,7 +42,7 @@ from job.settings import LoadingSettings, default_values
 
 # Wall clock and processor.
 Times = tuple[float, float]
-TRIALS, ROWS = 16, (16, 32, 64, 128, 256, 512, 1024)
+TRIALS, ROWS = 16, (64, 128, 256, 512, 1024)
 
 
 def main() -> None:
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--norms", nargs="+", default=["none", "full"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=Path("runs/trials.json"))
     given = parser.parse_args()
     if not (given.organism / "organism.json").exists():
         write_organism(given.organism, arch="llama", size="tiny", seed=0, report=print)
@@ -116,6 +119,7 @@ def compare(loaded: LoadedModel, sets: dict[str, list[Prompt]], given: argparse.
     print(f"{parameters / 1e6:.1f} M parameters, {asked}, ", end="")
     print(f"answers of at most {given.tokens}; the rule: {rule} rows. Seconds a trial, and the processor's:")
     print(f"{'norms':>5} {'K':>3} {'switch ms':>9} {''.join(f'{rows:>14}' for rows in given.rows)}   rule/best")
+    layouts: list[dict[str, Any]] = []
     for mode in given.norms:
         with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
             evaluator.scores(intervention, edits[:1], 64)  # warm-up
@@ -129,7 +133,17 @@ def compare(loaded: LoadedModel, sets: dict[str, list[Prompt]], given: argparse.
                         score = partial(evaluator.scores, intervention, rows=rows)
                         times.append(seconds(partial(each, batches, score)))
                 switching = 1000 * switch[0] / len(edits)
-                print(f"{mode:>5} {k:>3} {switching:9.2f} {line(found, rule, len(edits))}", flush=True)
+                medians = {
+                    rows: [statistics.median(one) / len(edits) for one in zip(*times, strict=True)]
+                    for rows, times in found.items()
+                }
+                print(f"{mode:>5} {k:>3} {switching:9.2f} {line(medians, rule)}", flush=True)
+                about = {"norms": mode, "k": k, "switch_ms": switching}
+                layouts += [
+                    {**about, "rows": rows, "trial_s": wall, "processor_s": processor}
+                    for rows, (wall, processor) in medians.items()
+                ]
+    write_figures(given.json, {"machine": machine(loaded.device), "rule": rule, "layouts": layouts})
 
 
 def each(batches: Sequence[Sequence[EditParameters]], work: Callable[[Sequence[EditParameters]], object]) -> None:
@@ -138,11 +152,8 @@ def each(batches: Sequence[Sequence[EditParameters]], work: Callable[[Sequence[E
         work(batch)
 
 
-def line(found: dict[int, list[Times]], rule: int, trials: int) -> str:
-    """Return the medians of all layouts, and how many times as long as the best the rule's takes."""
-    medians = {
-        rows: [statistics.median(some) / trials for some in zip(*times, strict=True)] for rows, times in found.items()
-    }
+def line(medians: dict[int, list[float]], rule: int) -> str:
+    """Return the times of all layouts, and how many times as long as the best the rule's takes."""
     shown = "".join(f"{wall:8.3f}/{processor:5.3f}" for wall, processor in medians.values())
     chosen = medians[max((rows for rows in medians if rows <= rule), default=min(medians))]
     ratios = [chosen[which] / min(times[which] for times in medians.values()) for which in (0, 1)]
