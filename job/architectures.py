@@ -1,49 +1,80 @@
-"""Which modules of a model write into the residual stream.
+"""Which parameters of a model write into the residual stream, and through which norms.
 
-Names propose, numbers decide: a family is accepted only if the truth test (`job.truth`) shows, on a
-small twin of it, that projecting the output of the writers found here removes a direction from
-everything that its layers add to the stream.
+They are found on a small random twin by what they do (`job.writers`), and a family is accepted only if
+the truth test (`job.truth`) shows on such a twin that ablating a direction from all of them removes it
+from everything that the layers add to the stream.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from job.errors import ImpossibleJobError
+from job.errors import UnsupportedArchitectureError
 from job.records import Component
+from job.twin import empty_model, first_line, twin_of
+from job.writers import Found, FoundNorm, Search, find_layers
 
-# Where decoder layers keep the projections that write into the stream, by component.
-WRITER_NAMES: dict[Component, tuple[str, ...]] = {
-    "attention": ("self_attn.o_proj",),
-    "mlp": ("mlp.down_proj",),
-}
+Kind = Literal["linear", "conv1d", "experts", "other"]
+_NORM_SAMPLES = 16
+_NORM_TOLERANCE = 1e-4
 
 
-class UnsupportedArchitectureError(ImpossibleJobError):
-    """The model's family cannot be edited completely, so it is not edited at all."""
+@dataclass(frozen=True)
+class PostNorm:
+    """A norm between a writer and the residual stream.
 
-    def __init__(self, model_type: str, reason: str) -> None:
-        super().__init__(
-            f"models of type {model_type!r} are not supported: {reason}",
-            remedy="choose a model of a supported family (`abliterate inspect MODEL` tells)",
-        )
-        self.reason = reason
+    Attributes:
+        module: Its name in the model.
+        parameter: Name of its gain in the state dict.
+        offset: What is added to the stored gain before it multiplies: 1 in Gemma, else 0.
+        centred: It takes the mean off its input, as LayerNorm does and RMSNorm does not.
+        bias: Name of its bias in the state dict, None if it has none.
+    """
+
+    module: str
+    parameter: str
+    offset: float
+    centred: bool
+    bias: str | None
+
+    def pull_back(self, gain: Tensor, direction: Tensor) -> Tensor:
+        """Return what has to be ablated before this norm so that a direction is missing after it.
+
+        Args:
+            gain: The norm's gain as it is stored, [d].
+            direction: Unit directions after the norm, [..., d].
+
+        Returns:
+            Unit directions before it, [..., d], in the direction's dtype.
+        """
+        pulled: Tensor = (gain.to(direction) + self.offset) * direction
+        if self.centred:
+            pulled = pulled - pulled.mean(-1, keepdim=True)
+        unit: Tensor = pulled / pulled.norm(dim=-1, keepdim=True)
+        return unit
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A module whose output is added to the residual stream.
+    """A parameter whose product with its input is added to the residual stream.
 
     Attributes:
         layer: Index of its layer.
-        component: What kind of module it is; each kind has a weight kernel of its own.
-        module: Its name in the model.
-        parameter: Name of its weight in the model's state dict.
+        component: "attention" if it writes what it read at several positions, "mlp" if at one; each has a weight
+            kernel of its own.
+        module: Name of the module that holds it.
+        parameter: Name of the weight in the model's state dict.
         bias: Name of its bias in the state dict, None if it has none.
-        axis: Axis of the weight that runs over the residual stream.
+        axis: Axis of the weight that runs over the residual stream; that of a bias is its last.
+        kind: What the module is; "experts" holds several experts' weights in one 3-D parameter.
+        post_norms: The norms between it and the stream, in that order.
     """
 
     layer: int
@@ -52,6 +83,8 @@ class Writer:
     parameter: str
     bias: str | None
     axis: int = 0
+    kind: Kind = "linear"
+    post_norms: tuple[PostNorm, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,41 +106,166 @@ class Architecture:
     writers: tuple[Writer, ...]
 
 
+# Structures by configuration: a job asks several times.
+_KNOWN: dict[str, tuple[Architecture, set[str]]] = {}
+
+
 def discover(model: PreTrainedModel) -> Architecture:
-    """Return a model's structure.
+    """Return a model's structure, found on a small twin of it and compared with it by name.
 
     Raises:
         UnsupportedArchitectureError: Its layers or their residual writers cannot be told.
     """
-    model_type = str(model.config.model_type)
-    decoder = model.get_decoder()
-    name = next((name for name, module in model.named_modules() if module is decoder), "")
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise UnsupportedArchitectureError(model_type, "its decoder has no list of layers")
-    prefix = f"{name}.layers" if name else "layers"
-    width = int(model.config.get_text_config().hidden_size)
-    writers = []
-    for index, layer in enumerate(layers):
-        for component, names in WRITER_NAMES.items():
-            found = _only_match(model_type, index, layer, component, names)
-            module = layer.get_submodule(found)
-            if not isinstance(module, nn.Linear) or module.out_features != width:
-                raise UnsupportedArchitectureError(
-                    model_type, f"{found} of layer {index} is not a linear map onto the residual stream"
-                )
-            path = f"{prefix}.{index}.{found}"
-            bias = f"{path}.bias" if module.bias is not None else None
-            writers.append(Writer(index, component, path, f"{path}.weight", bias))
-    return Architecture(model_type, prefix, len(layers), width, tuple(writers))
-
-
-def _only_match(model_type: str, index: int, layer: nn.Module, component: Component, names: tuple[str, ...]) -> str:
-    present = {name for name, _ in layer.named_modules()}
-    found = [name for name in names if name in present]
-    if len(found) != 1:
+    config = model.config
+    key = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    if key not in _KNOWN:
+        _KNOWN[key] = _structure(model)
+    found, names = _KNOWN[key]
+    others = sorted(names ^ _inside(model, found.layers))
+    if others:
         raise UnsupportedArchitectureError(
-            model_type,
-            f"layer {index} has {len(found)} known {component} outputs where one is expected",
+            found.model_type, f"{others[0]} is not in both the model and the small twin that was looked at"
         )
-    return found[0]
+    return replace(found, width=int(config.get_text_config(decoder=True).hidden_size))
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """Return the structure that a model of a configuration has; no weight is made.
+
+    Raises:
+        UnsupportedArchitectureError: Its layers or their residual writers cannot be told.
+    """
+    return discover(empty_model(config))
+
+
+def _structure(model: PreTrainedModel) -> tuple[Architecture, set[str]]:
+    """Return the structure of a model's twin, and the names of what the layers of that one hold."""
+    twin = twin_of(model)
+    found = structure_of_twin(twin)
+    return found, _inside(twin, found.layers)
+
+
+def _inside(model: PreTrainedModel, layers: str) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.startswith(f"{layers}.")}
+
+
+def require_editable(architecture: Architecture) -> None:
+    """Refuse a structure that is known, but that edits or exports cannot deal with yet.
+
+    Raises:
+        UnsupportedArchitectureError: It is such a one.
+    """
+    for writer in architecture.writers:
+        reason = ""
+        if writer.kind != "linear":
+            reason = f"{writer.parameter} of layer {writer.layer} is no linear layer's weight"
+        elif writer.post_norms:
+            reason = f"{writer.post_norms[0].module} stands between {writer.parameter} and the stream"
+        if reason:
+            raise UnsupportedArchitectureError(architecture.model_type, f"{reason}, which cannot be edited yet")
+
+
+def structure_of_twin(twin: PreTrainedModel) -> Architecture:
+    """Return the structure of a small random model; its parameters are spoilt.
+
+    Raises:
+        UnsupportedArchitectureError: Its layers or their residual writers cannot be told.
+    """
+    try:
+        layers = find_layers(twin)
+        search = Search(twin, layers)
+        search.run()
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise UnsupportedArchitectureError(
+            str(twin.config.model_type), f"its small twin does not read text alone ({first_line(error)})"
+        ) from error
+    weights = [found for found in search.writers if not _is_bias(twin, found, search.writers)]
+    biases = [found for found in search.writers if found not in weights]
+    writers = [_writer(twin, found, search, biases) for found in weights]
+    if biases:
+        raise UnsupportedArchitectureError(
+            str(twin.config.model_type), f"{biases[0].parameter} of layer {biases[0].layer} belongs to no known weight"
+        )
+    count = sum(1 for _ in twin.get_submodule(layers).children())
+    writers.sort(key=lambda writer: (writer.layer, writer.component))
+    return Architecture(str(twin.config.model_type), layers, count, search.width, tuple(writers))
+
+
+def _is_bias(twin: PreTrainedModel, found: Found, others: list[Found]) -> bool:
+    """Say whether a parameter is added to the stream as it is: a vector, or one for each of a weight's experts."""
+    shape = twin.get_parameter(found.parameter).shape
+    same = (twin.get_parameter(o.parameter).ndim for o in others if _module(o.parameter) == _module(found.parameter))
+    return len(shape) == 1 or (len(shape) == 2 and 3 in same)
+
+
+def _writer(twin: PreTrainedModel, found: Found, search: Search, biases: list[Found]) -> Writer:
+    """Return a weight's writer, and take what belongs to it out of the biases."""
+    module = _module(found.parameter)
+    own = [
+        b
+        for b in biases
+        if (b.layer, b.norm) == (found.layer, found.norm) and f"{module}.".startswith(f"{_module(b.parameter)}.")
+    ]
+    for bias in own[:1]:
+        biases.remove(bias)
+    parameter = twin.get_parameter(found.parameter)
+    holder = twin.get_submodule(module)
+    kind: Kind = "experts" if parameter.ndim == 3 else "other"
+    if isinstance(holder, nn.Linear):
+        kind = "linear"
+    elif isinstance(holder, Conv1D):
+        kind = "conv1d"
+    return Writer(
+        layer=found.layer,
+        component="attention" if found.mixes else "mlp",
+        module=_module(own[0].parameter) if own else module,
+        parameter=found.parameter,
+        bias=own[0].parameter if own else None,
+        axis=found.axis,
+        kind=kind,
+        post_norms=_post_norms(twin, found, search, biases),
+    )
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _post_norms(twin: PreTrainedModel, found: Found, search: Search, biases: list[Found]) -> tuple[PostNorm, ...]:
+    """Return the norms that a writer's output goes through, in that order, and take their biases out of the others."""
+    chain: list[PostNorm] = []
+    name = found.norm
+    while name:
+        norm = next(norm for norm in search.norms if norm.module == name)
+        bias = next((b.parameter for b in search.writers if _module(b.parameter) == name), None)
+        biases[:] = [b for b in biases if b.parameter != bias]
+        chain.append(_post_norm(twin, norm, bias))
+        name = norm.norm
+    return tuple(chain)
+
+
+def _post_norm(twin: PreTrainedModel, norm: FoundNorm, bias: str | None) -> PostNorm:
+    """Return what a norm does, told from what it makes of random inputs.
+
+    Raises:
+        UnsupportedArchitectureError: It is neither RMSNorm nor LayerNorm.
+    """
+    gain = twin.get_parameter(norm.gain).detach()
+    added = twin.get_parameter(bias).detach() if bias else torch.zeros_like(gain)
+    # Large, so that the epsilon does not count.
+    x = 1e3 * torch.randn(_NORM_SAMPLES, len(gain), generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            y = twin.get_submodule(norm.module)(x)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UnsupportedArchitectureError(str(twin.config.model_type), f"{norm.module} is no norm ({error})") from None
+    for centred in (False, True):
+        z = x - x.mean(-1, keepdim=True) if centred else x
+        z = z / z.square().mean(-1, keepdim=True).sqrt()
+        for offset in (0.0, 1.0):
+            if isinstance(y, Tensor) and (y - ((gain + offset) * z + added)).abs().max() < _NORM_TOLERANCE:
+                return PostNorm(norm.module, norm.gain, offset, centred, bias)
+    raise UnsupportedArchitectureError(
+        str(twin.config.model_type),
+        f"{norm.module} scales what reaches the stream and is neither RMSNorm nor LayerNorm",
+    )

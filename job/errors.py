@@ -36,6 +36,21 @@ class ImpossibleJobError(JobError):
     exit_code = 3
 
 
+class UnsupportedArchitectureError(ImpossibleJobError):
+    """The model's family cannot be edited completely, so it is not edited at all.
+
+    Attributes:
+        reason: Why, without naming the family.
+    """
+
+    def __init__(self, model_type: str, reason: str) -> None:
+        super().__init__(
+            f"models of type {model_type!r} are not supported: {reason}",
+            remedy="choose a model of a supported family (`abliterate inspect MODEL` tells)",
+        )
+        self.reason = reason
+
+
 class HeldError(JobError):
     """Another run holds this job.
 

@@ -20,9 +20,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from job.architectures import Architecture, UnsupportedArchitectureError, Writer
+from job.architectures import Architecture, Writer
 from job.card import licence_files, model_card
-from job.errors import ExportMismatchError, ImpossibleJobError
+from job.errors import ExportMismatchError, ImpossibleJobError, UnsupportedArchitectureError
 from job.intervention import directions_and_strengths, strength
 from job.model import checkpoint_files
 from job.models import WEIGHTS

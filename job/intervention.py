@@ -175,7 +175,8 @@ class Intervention:
                 return None
             x = inputs[0]
             scale = site.active.input_scale[self._rows_on(x.device)[0]]  # [rows, i]
-            return ((x.to(torch.float32) * scale[:, None]).to(x.dtype), *inputs[1:])
+            scaled = _by_rows(x, len(scale)).to(torch.float32) * scale[:, None]
+            return (scaled.to(x.dtype).view_as(x), *inputs[1:])
 
         return hook
 
@@ -185,15 +186,20 @@ class Intervention:
                 return None
             edits = site.active
             rows, own = self._rows_on(y.device)
-            stream = y.to(torch.float32)
+            stream = _by_rows(y, len(rows)).to(torch.float32)
             along = stream @ edits.read  # [rows, t, K * k]
             along.view(*along.shape[:-1], self._edits, -1).mul_(own[..., None])
             edited = torch.addmm(stream.flatten(0, -2), along.flatten(0, -2), edits.write, alpha=-1).view_as(stream)
             if edits.output_scale is not None:
                 edited *= edits.output_scale[rows][:, None]
-            return edited.to(y.dtype)
+            return edited.to(y.dtype).view_as(y)
 
         return hook
+
+
+def _by_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Return values as [rows, t, d], also those of modules that see all rows' positions in one line."""
+    return tensor.reshape(rows, -1, tensor.shape[-1])
 
 
 def _to_float32(tensor: Tensor | None) -> Tensor | None:

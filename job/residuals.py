@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from job.decoding import left_padded
 from job.model import LoadedModel
 from job.workspace import cannot_write, write_atomically
+from job.writers import decoder_of
 
 
 @contextmanager
@@ -95,7 +96,7 @@ def extract_residuals(
             residuals[chosen, index] = hidden[:, -1].to("cpu", torch.float32)
 
         with layer_outputs(layers, keep):
-            loaded.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+            decoder_of(loaded.model)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         advance(len(chosen))
     return residuals
 

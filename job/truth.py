@@ -1,39 +1,35 @@
-"""The truth test: does projecting all discovered writers' outputs keep a direction out of the stream?
+"""The truth test: does projecting all discovered writers' weights keep a direction out of the stream?
 
 It runs on a small random twin of a model's family, built from its configuration alone, with random norm
-gains and biases, before any weight is read.
+gains and biases, before any weight is read. Its converse shows that none of the writers is there in vain.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from job.architectures import Architecture, UnsupportedArchitectureError, discover
-from job.errors import ImpossibleJobError
+from job.architectures import Architecture, Writer, architecture_of, require_editable
+from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.intervention import Intervention
 from job.numerics.basis import Basis
 from job.records import COMPONENTS, EditParameters, KernelParameters
 from job.residuals import layer_outputs
+from job.twin import small_twin
+from job.writers import decoder_of
 
 TOLERANCE = 1e-4
-# Widths of the twin; the width of the stream is unlike any other, so that no axis fits by accident.
-_SMALL = {
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 101,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-_ROWS, _TOKENS = 3, 7
+# What a layer has to write along the direction when a writer is left out: far from rounding.
+_NOTICED = 100 * TOLERANCE
+_ROWS, _TOKENS = 4, 12
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -55,79 +51,172 @@ def read_config(folder: Path) -> PretrainedConfig:
         ) from error
 
 
-def small_twin(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """Return a small random model of the same family and depth, in float32.
+def largest_leak(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    writers: Collection[Writer] | None = None,
+    seed: int = 0,
+) -> tuple[int, float]:
+    """Ablate a random direction from weights in memory and return where the stream still moves along it most.
 
-    All parameters are random, norm gains and biases included, so that no identity hides an omission.
-
-    Raises:
-        UnsupportedArchitectureError: Such a model cannot be built from the configuration.
-    """
-    changes = {key: value for key, value in _SMALL.items() if hasattr(config, key)}
-    try:
-        small = type(config).from_dict({**config.to_dict(), **changes, "dtype": "float32"})
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(small).eval()
-            for parameter in model.parameters():
-                parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise UnsupportedArchitectureError(
-            str(config.model_type), f"no small twin of it can be built ({str(error).splitlines()[0]})"
-        ) from error
-    return model
-
-
-def largest_leak(model: PreTrainedModel, architecture: Architecture, seed: int = 0) -> tuple[int, float]:
-    """Ablate a random direction from all writers and return where the stream still moves along it most.
+    Args:
+        model: A random model; its parameters are as they were afterwards.
+        architecture: Its structure.
+        writers: The writers to edit, None for all.
+        seed: Of the direction and the inputs.
 
     Returns:
         The layer and the share |v·(h_out - h_in)| / |h_out - h_in| there, the largest over all positions.
     """
-    generator = torch.Generator().manual_seed(seed)
-    direction = torch.randn(architecture.width, generator=generator)
-    direction = direction / direction.norm()
-    tokens = torch.randint(0, model.config.get_text_config().vocab_size, (_ROWS, _TOKENS), generator=generator)
-    residuals: dict[int, Tensor] = {}
-    layers = model.get_submodule(architecture.layers)
-    assert isinstance(layers, nn.ModuleList)
-    everywhere = KernelParameters(
-        max_weight=1, max_weight_position=0, min_weight=1, min_weight_distance=architecture.layer_count
-    )
-    edit = EditParameters(direction_index=None, kernels=dict.fromkeys(COMPONENTS, everywhere))
-    basis = Basis.single(direction.expand(architecture.layer_count, -1))
-    with (
-        torch.inference_mode(),
-        Intervention(model, architecture, basis, "none") as intervention,
-        layer_outputs(layers, residuals.__setitem__),
-    ):
-        intervention.activate([edit])
-        intervention.rows = torch.zeros(_ROWS, dtype=torch.long)
-        model.get_decoder()(input_ids=tokens, use_cache=False)
-    shares = []
-    for layer in range(architecture.layer_count):
-        added = (residuals[layer + 1] - residuals[layer]).to(torch.float64)
-        shares.append(float(((added @ direction.double()).abs() / added.norm(dim=-1)).max()))
+    shares = leaks(model, architecture, architecture.writers if writers is None else writers, seed)
     worst = max(range(len(shares)), key=shares.__getitem__)
     return worst, shares[worst]
 
 
+def leaks(
+    model: PreTrainedModel, architecture: Architecture, writers: Collection[Writer], seed: int = 0
+) -> list[float]:
+    """Return each layer's share for a direction that these writers were freed of (`largest_leak`)."""
+    generator = torch.Generator().manual_seed(seed)
+    direction = nn.functional.normalize(torch.randn(_width(model), generator=generator, dtype=torch.float64), dim=0)
+    with _ablated(model, writers, direction):
+        return _shares(model, architecture, direction.expand(_ROWS, -1), generator)
+
+
+def hooked_leaks(model: PreTrainedModel, architecture: Architecture, seed: int = 0) -> list[float]:
+    """Return each layer's share when hooks ablate another direction in every row."""
+    generator = torch.Generator().manual_seed(seed)
+    count = architecture.layer_count
+    directions = nn.functional.normalize(torch.randn(count, _width(model), generator=generator), dim=1)
+    everywhere = KernelParameters(max_weight=1, max_weight_position=0, min_weight=1, min_weight_distance=count)
+    chosen = [row % count for row in range(_ROWS)]
+    edits = [
+        EditParameters(direction_index=float(index), kernels=dict.fromkeys(COMPONENTS, everywhere)) for index in chosen
+    ]
+    with Intervention(model, architecture, Basis.single(directions), "none") as intervention:
+        intervention.activate(edits)
+        intervention.rows = torch.arange(_ROWS)
+        return _shares(model, architecture, directions[chosen].to(torch.float64), generator)
+
+
+def _width(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config(decoder=True).hidden_size)
+
+
+def _shares(
+    model: PreTrainedModel, architecture: Architecture, directions: Tensor, generator: torch.Generator
+) -> list[float]:
+    """Return how much of what each layer adds to the stream lies along the direction of a row, [rows, d], at most."""
+    tokens = torch.randint(3, model.get_input_embeddings().num_embeddings, (_ROWS, _TOKENS), generator=generator)
+    residuals: dict[int, Tensor] = {}
+    layers = model.get_submodule(architecture.layers)
+    assert isinstance(layers, nn.ModuleList)
+    with torch.inference_mode(), layer_outputs(layers, residuals.__setitem__):
+        decoder_of(model)(input_ids=tokens, use_cache=False)
+    shares = []
+    for layer in range(architecture.layer_count):
+        added = (residuals[layer + 1] - residuals[layer]).to(torch.float64)
+        share = (added @ directions[..., None]).abs()[..., 0] / added.norm(dim=-1)
+        shares.append(float(share.nan_to_num(1.0).max()))
+    return shares
+
+
+@contextmanager
+def _ablated(model: PreTrainedModel, writers: Collection[Writer], direction: Tensor) -> Iterator[None]:
+    """Within the block, have a direction [d] projected out of the parameters of writers and of their norms' biases."""
+    before: dict[str, Tensor] = {}
+
+    def project(name: str, axis: int, vector: Tensor) -> None:
+        parameter = model.get_parameter(name)
+        if name in before:
+            return
+        before[name] = parameter.data.clone()
+        moved = parameter.data.to(torch.float64).movedim(axis, -1)
+        edited = moved - (moved @ vector)[..., None] * vector
+        parameter.data.copy_(edited.movedim(-1, axis))
+
+    try:
+        for writer in writers:
+            vector = direction
+            for norm in reversed(writer.post_norms):
+                if norm.bias is not None:
+                    project(norm.bias, -1, vector)
+                vector = norm.pull_back(model.get_parameter(norm.parameter).data, vector)
+            project(writer.parameter, writer.axis, vector)
+            if writer.bias is not None:
+                project(writer.bias, -1, vector)
+        yield
+    finally:
+        for name, data in before.items():
+            model.get_parameter(name).data.copy_(data)
+
+
+def without_each_role(architecture: Architecture) -> Iterator[tuple[str, list[Writer], set[int]]]:
+    """Yield all writers but those of one name within their layers, for each such name, with the layers concerned."""
+    roles: dict[str, set[int]] = {}
+    prefix = f"{architecture.layers}."
+    names = [writer.parameter.removeprefix(prefix).partition(".")[2] for writer in architecture.writers]
+    for writer, name in zip(architecture.writers, names, strict=True):
+        roles.setdefault(name, set()).add(writer.layer)
+    for role, layers in roles.items():
+        rest = [w for w, name in zip(architecture.writers, names, strict=True) if name != role]
+        yield role, rest, layers
+
+
+def prove(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Make the truth test and its converse: nothing is missing from the writers, and none could be left out.
+
+    Raises:
+        UnsupportedArchitectureError: It fails.
+    """
+    layer, share = largest_leak(model, architecture)
+    if not share < TOLERANCE:
+        raise UnsupportedArchitectureError(
+            architecture.model_type,
+            f"after ablating a direction from all known residual writers, layer {layer} "
+            f"still writes {share:.1e} of its output along it",
+        )
+    for role, rest, layers in without_each_role(architecture):
+        shares = leaks(model, architecture, rest)
+        idle = sorted(layer for layer in layers if shares[layer] < _NOTICED)
+        if idle:
+            raise UnsupportedArchitectureError(
+                architecture.model_type, f"{role} of layer {idle[0]} was not seen to write into the stream"
+            )
+
+
+def proven(config: PretrainedConfig) -> Architecture:
+    """Return the structure of a model, from its configuration alone, proven by the truth test on a small twin.
+
+    Raises:
+        UnsupportedArchitectureError: The family cannot be edited completely.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what families say of optional kernels does not matter in a twin
+        architecture = architecture_of(config)
+        prove(small_twin(config), architecture)
+    return architecture
+
+
 def inspect_model(folder: Path) -> Architecture:
-    """Return the structure of a model, from its configuration alone, proven by the truth test.
+    """Return the structure of a model that can be edited, from its configuration alone, proven by the truth test.
 
     Raises:
         ImpossibleJobError: The folder is not a model.
         UnsupportedArchitectureError: The model's family cannot be edited completely.
     """
     config = read_config(folder)
-    twin = small_twin(config)
-    architecture = discover(twin)
-    layer, share = largest_leak(twin, architecture)
-    if not share < TOLERANCE:
+    architecture = proven(config)
+    require_editable(architecture)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedArchitectureError(architecture.model_type, "it is only known together with images")
+    shares = hooked_leaks(small_twin(config), architecture)
+    worst = max(range(len(shares)), key=shares.__getitem__)
+    if not shares[worst] < TOLERANCE:
         raise UnsupportedArchitectureError(
-            str(config.model_type),
-            f"after ablating a direction from all known residual writers, layer {layer} "
-            f"still writes {share:.1e} of its output along it",
+            architecture.model_type,
+            f"after ablating a direction from the outputs of all writers, layer {worst} "
+            f"still writes {shares[worst]:.1e} of its output along it",
         )
     return architecture
 
@@ -139,7 +228,7 @@ def inspection(folder: Path) -> dict[str, Any]:
         "supported": False,
         "reason": None,
         "model_type": str(config.model_type),
-        "layers": int(config.get_text_config().num_hidden_layers),
+        "layers": int(config.get_text_config(decoder=True).num_hidden_layers),
         "writers": [],
     }
     try:
@@ -153,8 +242,8 @@ def inspection(folder: Path) -> dict[str, Any]:
             "parameter": writer.parameter,
             "bias": writer.bias,
             "axis": writer.axis,
-            "post_norm": [],
-            "post_norm_bias": None,
+            "post_norm": [norm.parameter for norm in writer.post_norms],
+            "post_norm_bias": next((norm.bias for norm in writer.post_norms if norm.bias), None),
         }
         for writer in architecture.writers
     ]

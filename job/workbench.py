@@ -36,6 +36,7 @@ from job.truth import inspect_model
 from job.tuning import Tuner
 from job.verification import prove_export
 from job.workspace import DONE, RunFolder, cannot_write, write_record
+from job.writers import decoder_of
 
 # Where preflight found no plan and was allowed to: halved until they fit.
 _ROWS = 32
@@ -90,7 +91,7 @@ class Workbench:
         )
         loaded = _load(source, record, settings, events)
         watchdog = Watchdog(settings.hang_seconds, folder.stacks_file)
-        with clear_faults(), watchdog.watching(loaded.model.get_decoder()):
+        with clear_faults(), watchdog.watching(decoder_of(loaded.model)):
             record, resolution = _resolve(folder, record, settings, prompts, loaded, events)
             loaded = replace(loaded, response_prefix=resolution.response_prefix)
             basis = _finder(folder, record, settings, loaded, resolution, prompts, events).find(prompts)

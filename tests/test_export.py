@@ -13,9 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from job.architectures import UnsupportedArchitectureError, discover
+from job.architectures import discover
 from job.decoding import Answer, first_logits
-from job.errors import DeliveryError, ExportMismatchError, ImpossibleJobError, MachineError
+from job.errors import (
+    DeliveryError,
+    ExportMismatchError,
+    ImpossibleJobError,
+    MachineError,
+    UnsupportedArchitectureError,
+)
 from job.export import Checkpoint, Edit, build_manifest, seal_made, verify_written, write_weights
 from job.intervention import Intervention
 from job.numerics.basis import Basis

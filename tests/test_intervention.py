@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from job.architectures import UnsupportedArchitectureError, discover
+from job.architectures import discover
 from job.decoding import first_logits
+from job.errors import UnsupportedArchitectureError
 from job.evaluation import Evaluator
 from job.intervention import Intervention
 from job.model import load_model
@@ -21,7 +22,8 @@ from job.numerics.basis import Basis, orthonormal_basis
 from job.prompts import Prompt
 from job.records import COMPONENTS, EditParameters, KernelParameters
 from job.scoring import RefusalMarkers
-from job.truth import TOLERANCE, inspect_model, inspection, largest_leak, small_twin
+from job.truth import TOLERANCE, inspect_model, inspection, largest_leak
+from job.twin import small_twin
 from tests.helpers import abliterate, loading
 
 LOADING = loading("float32")
@@ -208,10 +210,10 @@ def test_truth_test_passes_and_leaving_out_any_writer_fails_it(config: LlamaConf
         assert share > 100 * TOLERANCE
 
 
-def test_a_family_with_post_norms_is_refused_with_the_reason(tmp_path: Path) -> None:
-    from transformers import Gemma2Config
+def test_a_family_that_cannot_be_edited_completely_is_refused_with_the_reason(tmp_path: Path) -> None:
+    from transformers import DogeConfig
 
-    Gemma2Config(num_hidden_layers=2).save_pretrained(tmp_path)
+    DogeConfig(num_hidden_layers=2).save_pretrained(tmp_path)  # scales the stream itself, entry by entry
     with pytest.raises(UnsupportedArchitectureError, match="still writes"):
         inspect_model(tmp_path)
     assert inspection(tmp_path)["supported"] is False

@@ -1,0 +1,289 @@
+"""Which parameters of a model write into the residual stream, found by what they do and not by their names.
+
+Take a loss that is a fixed vector c times a layer's output, each position with a weight of its own. The
+gradient of a weight W whose product Wx is added to the stream is then c ⊗ (a mixture of its inputs): rank
+one, with c itself along the axis that runs over the stream. Weights further inside have c changed by what
+lies between. A writer hides those before it, which feed what feeds it; what has been found is therefore set
+to zero, and the search repeated. A gain that is multiplied into the stream elementwise is that of a norm
+between writers and the stream; its writers are found likewise, with the norm's input in the place of the
+layer's output.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from job.errors import UnsupportedArchitectureError
+
+_ROWS, _TOKENS = 4, 12
+_SAME = 1e-3  # relative; gradients are float32, and what merely resembles c differs by more than half
+_ROUNDS = 12
+_Call = tuple[int, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class FoundNorm:
+    """A gain that is multiplied into the stream elementwise.
+
+    Attributes:
+        module: The module that holds it.
+        gain: Its name.
+        norm: Module name of the norm that what it scales goes through next, "" for none.
+    """
+
+    module: str
+    gain: str
+    norm: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """A parameter that writes.
+
+    Attributes:
+        layer: Index of its layer.
+        parameter: Its name.
+        axis: The axis that runs over the stream.
+        norm: Module name of the norm that what it writes goes through first, "" for none.
+        mixes: Whether what it writes at a position depends on other positions.
+    """
+
+    layer: int
+    parameter: str
+    axis: int
+    norm: str
+    mixes: bool = False
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a model that runs without its head."""
+    decoder = model.get_decoder()
+    # Where a head is called decoder, as with BERT's relatives, the model itself is meant.
+    found: nn.Module = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+    return found
+
+
+def find_layers(model: PreTrainedModel) -> str:
+    """Return the name of the list of decoder layers: modules called in turn, each with what the one before returned.
+
+    Raises:
+        UnsupportedArchitectureError: There is none, or something is added to the stream between layers.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    calls: dict[str, list[_Call]] = {name: [] for name in lists}
+    handles = [
+        child.register_forward_hook(_record(calls[name], index), with_kwargs=True)
+        for name, module in lists.items()
+        for index, child in enumerate(module)
+    ]
+    tokens = torch.arange(3, 3 + 2 * 5).view(2, 5)
+    try:
+        with torch.no_grad():
+            decoder_of(model)(input_ids=tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    chained = [name for name, found in calls.items() if found and _is_chain(found, len(lists[name]), len(tokens))]
+    if not chained:
+        raise UnsupportedArchitectureError(
+            str(model.config.model_type), "it has no list of layers that are called once each and pass on one stream"
+        )
+    # The longest; of lists within its layers there are as many as layers, but with fewer modules.
+    return max(chained, key=lambda name: (len(lists[name]), -name.count(".")))
+
+
+def _record(calls: list[_Call], index: int) -> Callable[..., None]:
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        entered = inputs[0] if inputs else named.get("hidden_states")
+        left = output[0] if isinstance(output, tuple | list) and output else output
+        if isinstance(entered, Tensor) and isinstance(left, Tensor):
+            calls.append((index, entered, left))
+
+    return hook
+
+
+def _is_chain(calls: list[_Call], count: int, rows: int) -> bool:
+    """Say whether all modules were called once, in order, each with the output [rows, t, d] of the one before."""
+    if [index for index, _, _ in calls] != list(range(count)):
+        return False
+    if any(x.ndim != 3 or len(x) != rows or x.shape != y.shape for _, x, y in calls):
+        return False
+    return all(torch.equal(x[2], y[1]) for x, y in itertools.pairwise(calls))
+
+
+class Search:
+    """Finds writers in a small random model, whose parameters it sets to zero on the way.
+
+    Attributes:
+        writers: The weights and biases that write.
+        norms: The gains between them and the stream.
+        width: Size of the stream.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: str, seed: int = 0) -> None:
+        """Prepare the search.
+
+        Args:
+            model: A random model; spoilt by the search.
+            layers: Name of its list of layers.
+            seed: Of the inputs and of c.
+        """
+        self.writers: list[Found] = []
+        self.norms: list[FoundNorm] = []
+        self.width = int(model.config.get_text_config(decoder=True).hidden_size)
+        self._model, self._layers, self._seed = model, layers, seed
+        self._list = list(model.get_submodule(layers).children())
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def run(self) -> None:
+        """Search until nothing more is found."""
+        targets = [""]
+        for _ in range(_ROUNDS):
+            writers, norms = len(self.writers), len(self.norms)
+            for target in targets:
+                self._look(target)
+            for found in self.writers[writers:]:
+                self._model.get_parameter(found.parameter).data.zero_()
+            if (writers, norms) == (len(self.writers), len(self.norms)):
+                break
+            targets = self._targets()
+        for target in self._targets():
+            self._tell_mixing(target)
+
+    def _targets(self) -> list[str]:
+        """Return where writers are looked for: the stream, and before norms, by their names within a layer."""
+        return ["", *dict.fromkeys(self._relative(norm.module) for norm in self.norms)]
+
+    def _relative(self, name: str) -> str:
+        return name.removeprefix(f"{self._layers}.").partition(".")[2]
+
+    def _look(self, target: str) -> None:
+        """Find what writes into the stream or into the inputs of the norms of that name."""
+        one, ones = self._gradients(target)
+        two, twos = self._gradients(target)
+        known = {found.parameter for found in self.writers} | {norm.gain for norm in self.norms}
+        for index, name in self._parameters():
+            if name in known or name not in ones or name not in twos:
+                continue
+            norm = f"{self._layers}.{index}.{target}" if target else ""
+            left, right = ones[name], twos[name]
+            axis = _axis(left, one)
+            if axis is not None and _axis(right, two) == axis:
+                self.writers.append(Found(index, name, axis, norm))
+            elif left.shape == one.shape and _close(left / one, right / two) and self._relative(name).count("."):
+                self.norms.append(FoundNorm(name.rpartition(".")[0], name, norm))
+
+    def _tell_mixing(self, target: str) -> None:
+        """Find out which writers' last position changes with what layers read at the others.
+
+        All writers are zero by now, so that each reads its layer's input and nothing of the others' doing.
+        """
+        c, before = self._gradients(target, last=True)
+        _, after = self._gradients(target, c, last=True, changed=True)
+        for index, found in enumerate(self.writers):
+            here = f"{self._layers}.{found.layer}.{target}" if target else ""
+            if found.norm == here and found.parameter in before and found.parameter in after:
+                mixes = not _close(before[found.parameter], after[found.parameter])
+                self.writers[index] = replace(found, mixes=mixes)
+
+    def _parameters(self) -> Iterator[tuple[int, str]]:
+        """Yield layer and name of all parameters of the layers, each parameter once."""
+        known: set[int] = set()
+        for index, layer in enumerate(self._list):
+            for name, parameter in layer.named_parameters():
+                if id(parameter) not in known:
+                    known.add(id(parameter))
+                    yield index, f"{self._layers}.{index}.{name}"
+
+    def _gradients(
+        self, target: str, c: Tensor | None = None, *, last: bool = False, changed: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return c [d], a fresh one if none is given, and the parameters' gradients of the loss that it makes.
+
+        Args:
+            target: What the loss is of: "" for the layers' outputs, or the inputs of the norms of that name.
+            c: The fixed vector.
+            last: Only the last position counts.
+            changed: Layers read something else at all positions but the last.
+        """
+        c = torch.randn(self.width, generator=self._generator) if c is None else c
+        inputs = torch.Generator().manual_seed(self._seed)  # the same for every c
+        self._model.zero_grad()
+        tokens = torch.full((_ROWS, _TOKENS), 5)
+        with self._cut(inputs, changed) as outputs, self._before_norms(target) as normed:
+            decoder_of(self._model)(input_ids=tokens, use_cache=False)
+        losses = []
+        for hidden in normed or outputs:
+            along = hidden.reshape(_ROWS, -1, self.width) @ c
+            weights = torch.randn(along.shape, generator=inputs)
+            losses.append((along * weights)[:, -1 if last else 0 :].sum())
+        loss = torch.stack(losses).sum()
+        if not loss.requires_grad:  # all before this norm is zero by now
+            return c, {}
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own lacks annotations
+        gradients = {name: self._model.get_parameter(name).grad for _, name in self._parameters()}
+        return c, {name: gradient for name, gradient in gradients.items() if gradient is not None and gradient.any()}
+
+    @contextmanager
+    def _cut(self, generator: torch.Generator, changed: bool) -> Iterator[list[Tensor]]:
+        """Within the block, give every layer a random input of its own, and collect the layers' outputs."""
+        outputs: list[Tensor] = []
+
+        def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            hidden = inputs[0] if inputs else named["hidden_states"]
+            fresh = torch.randn(hidden.shape, generator=generator)
+            other = torch.randn(hidden.shape, generator=generator)
+            if changed:
+                fresh[:, :-1] = other[:, :-1]
+            return ((fresh, *inputs[1:]), named) if inputs else (inputs, {**named, "hidden_states": fresh})
+
+        def leave(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs.append(output if isinstance(output, Tensor) else output[0])
+
+        handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in self._list]
+        handles += [layer.register_forward_hook(leave) for layer in self._list]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _before_norms(self, target: str) -> Iterator[list[Tensor]]:
+        """Within the block, collect the inputs of the norms of a name within their layers; none for ""."""
+        inputs: list[Tensor] = []
+
+        def enter(_module: nn.Module, given: tuple[Any, ...]) -> None:
+            inputs.append(given[0])
+
+        named = {norm.module for norm in self.norms if target and self._relative(norm.module) == target}
+        handles = [self._model.get_submodule(name).register_forward_pre_hook(enter) for name in sorted(named)]
+        try:
+            yield inputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _axis(gradient: Tensor, c: Tensor) -> int | None:
+    """Return the axis along which every line of a gradient is a multiple of c, None if there is none."""
+    for axis in range(gradient.ndim):
+        if gradient.shape[axis] != len(c):
+            continue
+        lines = gradient.movedim(axis, 0).reshape(len(c), -1)
+        rest = lines - c[:, None] * (c @ lines / c.square().sum())
+        if rest.norm() < _SAME * lines.norm():
+            return axis
+    return None
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).norm() < _SAME * one.norm())

@@ -1,0 +1,186 @@
+"""Tiny configurations of every decoder family that transformers can build, and what the job says of each.
+
+`python -m tests.decoders [FAMILY ...]` prints the table; with `--write FILE` it writes docs/architectures.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from job.architectures import Architecture, require_editable
+from job.errors import UnsupportedArchitectureError
+from job.truth import proven
+from job.twin import small_config
+
+# Enough layers to have all kinds of them.
+_DEPTH, _DEEPEST = 6, 12
+_HYBRID = ["linear_attention", "hybrid"] * 3
+# What families' default configurations lack or have for models that are large.
+_CHANGES: dict[str, dict[str, Any]] = {
+    "bloom": {"n_layer": 6},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
+    "dbrx": {
+        "n_layers": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "gpt_neo": {"num_layers": 6, "attention_types": [[["global", "local"], 3]]},
+    "granitemoeshared": {"shared_intermediate_size": 40},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2, "num_hidden_layers": 6},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3, "num_hidden_layers": 6},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "zamba": {"layers_block_type": _HYBRID, "num_hidden_layers": 6},
+    "zamba2": {"layers_block_type": _HYBRID, "num_hidden_layers": 6},
+}
+
+
+def families() -> list[str]:
+    """Return all decoder-only families of the causal-LM mapping."""
+    found = []
+    for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        kind = CONFIG_MAPPING[family]
+        # Encoders, which become decoders by a switch, and decoders that belong to an encoder.
+        fields = {field for parent in kind.__mro__ for field in vars(parent).get("__annotations__", {})}
+        if "is_decoder" not in fields and not getattr(kind, "is_encoder_decoder", False):
+            found.append(family)
+    return found
+
+
+def tiny_config(family: str) -> PretrainedConfig:
+    """Return a tiny configuration of a family, with layers of every kind and switches as by default."""
+    kind = CONFIG_MAPPING[family]
+    changes = _CHANGES.get(family, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = kind(**changes)
+        text = config.get_text_config(decoder=True)
+        depth = _needed_depth(text)
+        name = type(text).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        if text.num_hidden_layers > depth and name not in changes:
+            if text is config:
+                config = kind(**{**changes, name: depth})
+            else:
+                part = next(key for key in kind.sub_configs if getattr(config, key) is text)
+                config = kind(**{**changes, part: {name: depth}})
+        return small_config(config)
+
+
+def _needed_depth(text: PretrainedConfig) -> int:
+    """Return how many of a configuration's first layers have every kind of layer among them."""
+    depth, count = _DEPTH, text.num_hidden_layers
+    for value in text.to_dict().values():
+        if isinstance(value, list | tuple) and len(value) == count:
+            depth = max(depth, max(map([str(part) for part in value].index, {str(part) for part in value})) + 1)
+    return depth if depth <= _DEEPEST else _DEPTH
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a family.
+
+    Attributes:
+        family: Its name.
+        built: A tiny model of it can be built.
+        architecture: Its structure, None where it could not be proven.
+        reason: Why the job refuses it, "" if it does not.
+        seconds: How long that took.
+    """
+
+    family: str
+    built: bool
+    architecture: Architecture | None
+    reason: str
+    seconds: float
+
+    @property
+    def writers(self) -> str:
+        """The writers' names within their layers, each with what is unusual of it."""
+        if self.architecture is None:
+            return ""
+        counts: Counter[str] = Counter()
+        for writer in self.architecture.writers:
+            name = writer.parameter.removeprefix(f"{self.architecture.layers}.").partition(".")[2]
+            remarks = [f"axis {writer.axis}"] if writer.axis else []
+            remarks += ["bias"] if writer.bias else []
+            remarks += [f"through {norm.module.rpartition('.')[2]}" for norm in writer.post_norms]
+            counts[re.sub(r"\.weight$", "", name) + (f" ({', '.join(remarks)})" if remarks else "")] += 1
+        return ", ".join(counts)
+
+
+def judge(family: str) -> Verdict:
+    """Return what the job makes of a family's tiny configuration."""
+    start = time.monotonic()
+    architecture, reason, built = None, "", True
+    try:
+        config = tiny_config(family)
+    except Exception as error:  # transformers raises many kinds of them
+        config, built, reason = None, False, " ".join(str(error).split())
+    if config is not None:
+        try:
+            architecture = proven(config)
+            require_editable(architecture)
+        except UnsupportedArchitectureError as error:
+            reason, built = error.reason, "be built" not in error.reason
+    return Verdict(family, built, architecture, reason, time.monotonic() - start)
+
+
+def _table(verdicts: Sequence[Verdict]) -> str:
+    lines = ["| family | edited | residual writers, or why not |", "| --- | --- | --- |"]
+    for verdict in verdicts:
+        said = "yes" if not verdict.reason else "no"
+        told = "; ".join(filter(None, (verdict.writers, verdict.reason)))
+        lines.append(f"| {verdict.family} | {said} | {told} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("family", nargs="*")
+    parser.add_argument("--write", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    verdicts = []
+    for family in options.family or families():
+        verdict = judge(family)
+        verdicts.append(verdict)
+        state = "edited" if not verdict.reason else "proven" if verdict.architecture else "refused"
+        state = state if verdict.built else "unbuilt"
+        print(f"{state:8}{family:24}{verdict.seconds:6.1f} s  {verdict.writers} {verdict.reason}", flush=True)
+    counts = Counter(
+        "unbuilt" if not v.built else "refused" if v.architecture is None else "proven" if v.reason else "edited"
+        for v in verdicts
+    )
+    print(dict(counts), f"{sum(v.seconds for v in verdicts):.0f} s")
+    if options.write:
+        options.write.write_text(_table(verdicts) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Discovery of residual writers: complete, none too many, on the right axis, in every family or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, PreTrainedModel
+
+from job.architectures import Architecture, Writer, discover, require_editable
+from job.errors import UnsupportedArchitectureError
+from job.truth import TOLERANCE, largest_leak, leaks, proven
+from job.twin import small_config, small_twin
+from tests.decoders import families, judge, tiny_config
+
+# What reference implementations of kernels and some configurations say of themselves.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Dense, transposed weights, parallel blocks, norms after writers, experts in both orders, shared ones, state spaces.
+SOME = (
+    "cohere",
+    "falcon_h1",
+    "gemma2",
+    "glm4",
+    "gpt2",
+    "gpt_oss",
+    "granite",
+    "lfm2",
+    "olmo_hybrid",
+    "opt",
+    "qwen2_moe",
+)
+# Families that no exact edit of weights reaches, and what is seen of it.
+BEYOND = {
+    "beam": "still writes",  # scales the stream itself
+    "deepseek_v4": "no list of layers",  # several streams
+    "doge": "still writes",  # scales the stream itself, entry by entry
+    "gemma3n_text": "does not read text alone",
+    "git": "still writes",  # norms of the stream itself
+    "hrm_text": "no list of layers",  # layers called in loops
+    "hy_v4": "no list of layers",  # several streams
+    "inkling2_text": "still writes",  # short convolution after writers
+    "inkling_text": "still writes",  # likewise
+    "longcat_flash": "still writes",  # experts that return what they read
+    "minimax": "still writes",  # norms of the stream itself
+    "mllama": "no list of layers",  # layers that text does not go through
+    "musicgen": "no decoder-only",
+    "musicgen_melody": "no decoder-only",
+    "openai-gpt": "still writes",  # norms of the stream itself
+    "rwkv": "still writes",  # gates after writers
+    "xlm": "no list of layers",
+    "xlnet": "no list of layers",
+    "zaya": "is no norm",  # scales the stream itself, entry by entry
+}
+# Families whose default configurations make no model, or that need what is not installed.
+UNBUILT = {"blt", "dots3_note", "gemma3n", "gemma4_assistant", "gemma4_unified_assistant", "qwen4_exp"}
+
+
+def found(family: str) -> tuple[PreTrainedModel, Architecture]:
+    """Return a random model of a family, and its proven structure."""
+    config = tiny_config(family)
+    return small_twin(config), proven(config)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_every_writer_is_found_and_none_can_be_left_out(family: str) -> None:
+    model, architecture = found(family)
+    assert largest_leak(model, architecture)[1] < TOLERANCE
+    assert {writer.layer for writer in architecture.writers} == set(range(architecture.layer_count))
+    for left_out in architecture.writers:
+        rest = [writer for writer in architecture.writers if writer is not left_out]
+        shares = leaks(model, architecture, rest)
+        assert shares[left_out.layer] > 100 * TOLERANCE, left_out
+        assert all(share < TOLERANCE for layer, share in enumerate(shares) if layer != left_out.layer), left_out
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss", "opt"])
+def test_biases_count(family: str) -> None:
+    model, architecture = found(family)
+    biased = [writer for writer in architecture.writers if writer.bias]
+    assert biased
+    for writer in biased:
+        rest = [dataclasses.replace(w, bias=None) if w is writer else w for w in architecture.writers]
+        assert leaks(model, architecture, rest)[writer.layer] > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["gemma2", "glm4", "olmo_hybrid"])
+def test_norms_between_writers_and_the_stream_count(family: str) -> None:
+    model, architecture = found(family)
+    normed = [writer for writer in architecture.writers if writer.post_norms]
+    assert normed
+    assert {norm.offset for writer in normed for norm in writer.post_norms} == {float(family == "gemma2")}
+    for writer in normed:
+        rest = [dataclasses.replace(w, post_norms=()) if w is writer else w for w in architecture.writers]
+        assert leaks(model, architecture, rest)[writer.layer] > 100 * TOLERANCE
+
+
+def names(architecture: Architecture) -> set[tuple[str, str, int]]:
+    """Return component, parameter within the layer and axis of all writers."""
+
+    def name(writer: Writer) -> str:
+        return writer.parameter.removeprefix(f"{architecture.layers}.").partition(".")[2]
+
+    return {(writer.component, name(writer), writer.axis) for writer in architecture.writers}
+
+
+def test_names_kinds_and_axes_are_those_of_the_families() -> None:
+    assert names(found("falcon_h1")[1]) == {
+        ("attention", "mamba.out_proj.weight", 0),
+        ("attention", "self_attn.o_proj.weight", 0),
+        ("mlp", "feed_forward.down_proj.weight", 0),
+    }
+    assert names(found("gpt2")[1]) == {("attention", "attn.c_proj.weight", 1), ("mlp", "mlp.c_proj.weight", 1)}
+    assert names(found("qwen2_moe")[1]) == {
+        ("attention", "self_attn.o_proj.weight", 0),
+        ("mlp", "mlp.experts.down_proj", 1),
+        ("mlp", "mlp.shared_expert.down_proj.weight", 0),
+    }
+
+
+@pytest.mark.parametrize(("kind", "axis"), [(GptOssConfig, 2), (MixtralConfig, 1)])
+def test_the_axis_of_square_experts_is_found(kind: type[GptOssConfig], axis: int) -> None:
+    """Where experts are as wide as the stream, shapes say nothing of the axis."""
+    config = kind(hidden_size=64, intermediate_size=64, num_hidden_layers=2)
+    architecture = proven(config)
+    model = small_twin(config)
+    experts = [writer for writer in architecture.writers if writer.kind == "experts"]
+    assert [writer.axis for writer in experts] == [axis] * 2
+    assert model.get_parameter(experts[0].parameter).shape[1:] == (64, 64)
+    turned = [dataclasses.replace(w, axis=3 - w.axis) if w in experts else w for w in architecture.writers]
+    assert min(leaks(model, architecture, turned)) > 100 * TOLERANCE
+
+
+def test_a_twin_has_the_depth_and_the_switches_of_the_model_and_small_widths() -> None:
+    config = LlamaConfig(hidden_size=5120, num_hidden_layers=9, attention_bias=True, num_attention_heads=40)
+    twin = small_twin(config)
+    architecture = discover(twin)
+    assert architecture.layer_count == 9
+    assert all(writer.bias for writer in architecture.writers if writer.component == "attention")
+    assert not any(writer.bias for writer in architecture.writers if writer.component == "mlp")
+    assert sum(parameter.numel() for parameter in twin.parameters()) < 1e6
+    assert discover(small_twin(config, seed=1)) == architecture
+    assert small_config(small_config(config)).to_dict() == small_config(config).to_dict()
+
+
+def test_a_model_that_differs_from_its_twin_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
+    model.model.layers[1].mlp.extra = torch.nn.Linear(64, 64)
+    with pytest.raises(UnsupportedArchitectureError, match=r"layers\.1\.mlp\.extra"):
+        discover(model)
+
+
+@pytest.mark.parametrize("family", ["doge", "minimax", "zaya"])
+def test_a_family_that_no_edit_reaches_is_refused(family: str) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=BEYOND[family]):
+        proven(tiny_config(family))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+def test_what_is_proven_but_cannot_be_edited_yet_is_refused_with_the_reason(family: str) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match="cannot be edited yet"):
+        require_editable(proven(tiny_config(family)))
+
+
+@pytest.mark.slow
+def test_every_family_is_proven_or_refused_for_a_known_reason() -> None:
+    verdicts = {family: judge(family) for family in families()}
+    assert {family for family, verdict in verdicts.items() if not verdict.built} == UNBUILT
+    refused = {f: v.reason for f, v in verdicts.items() if v.built and v.architecture is None}
+    assert set(refused) == set(BEYOND)
+    assert all(BEYOND[family] in reason for family, reason in refused.items())
+    assert sum(verdict.architecture is not None for verdict in verdicts.values()) >= 130
