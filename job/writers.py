@@ -142,6 +142,14 @@ class Search:
         self._model, self._layers, self._seed = model, layers, seed
         self._list = list(model.get_submodule(layers).children())
         self._generator = torch.Generator().manual_seed(seed)
+        self._inputs: list[Tensor] = []
+        self._parameters: list[tuple[int, str, nn.Parameter]] = []
+        known: set[int] = set()  # layers may share parameters
+        for index, layer in enumerate(self._list):
+            for name, parameter in layer.named_parameters():
+                if id(parameter) not in known:
+                    known.add(id(parameter))
+                    self._parameters.append((index, f"{layers}.{index}.{name}", parameter))
 
     def run(self) -> None:
         """Search until nothing more is found."""
@@ -167,10 +175,13 @@ class Search:
 
     def _look(self, target: str) -> None:
         """Find what writes into the stream or into the inputs of the norms of that name."""
-        one, ones = self._gradients(target)
-        two, twos = self._gradients(target)
+        hidden = self._forward(target)
+        if not target and all(torch.equal(x, y) for x, y in zip(self._inputs, hidden, strict=True)):
+            return  # nothing is written any more
+        one, two = (torch.randn(self.width, generator=self._generator) for _ in range(2))
+        ones, twos = self._gradients(hidden, one), self._gradients(hidden, two)
         known = {found.parameter for found in self.writers} | {norm.gain for norm in self.norms}
-        for index, name in self._parameters():
+        for index, name, _ in self._parameters:
             if name in known or name not in ones or name not in twos:
                 continue
             norm = f"{self._layers}.{index}.{target}" if target else ""
@@ -186,56 +197,55 @@ class Search:
 
         All writers are zero by now, so that each reads its layer's input and nothing of the others' doing.
         """
-        c, before = self._gradients(target, last=True)
-        _, after = self._gradients(target, c, last=True, changed=True)
+        c = torch.randn(self.width, generator=self._generator)
+        before = self._gradients(self._forward(target), c, last=True)
+        after = self._gradients(self._forward(target, changed=True), c, last=True)
         for index, found in enumerate(self.writers):
             here = f"{self._layers}.{found.layer}.{target}" if target else ""
             if found.norm == here and found.parameter in before and found.parameter in after:
                 mixes = not _close(before[found.parameter], after[found.parameter])
                 self.writers[index] = replace(found, mixes=mixes)
 
-    def _parameters(self) -> Iterator[tuple[int, str]]:
-        """Yield layer and name of all parameters of the layers, each parameter once."""
-        known: set[int] = set()
-        for index, layer in enumerate(self._list):
-            for name, parameter in layer.named_parameters():
-                if id(parameter) not in known:
-                    known.add(id(parameter))
-                    yield index, f"{self._layers}.{index}.{name}"
-
-    def _gradients(
-        self, target: str, c: Tensor | None = None, *, last: bool = False, changed: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return c [d], a fresh one if none is given, and the parameters' gradients of the loss that it makes.
+    def _forward(self, target: str, *, changed: bool = False) -> list[Tensor]:
+        """Return the layers' outputs, or the inputs of their norms of a name.
 
         Args:
-            target: What the loss is of: "" for the layers' outputs, or the inputs of the norms of that name.
-            c: The fixed vector.
-            last: Only the last position counts.
+            target: "" for the layers' outputs, or the norms' name within their layers.
             changed: Layers read something else at all positions but the last.
         """
-        c = torch.randn(self.width, generator=self._generator) if c is None else c
-        inputs = torch.Generator().manual_seed(self._seed)  # the same for every c
-        self._model.zero_grad()
         tokens = torch.full((_ROWS, _TOKENS), 5)
-        with self._cut(inputs, changed) as outputs, self._before_norms(target) as normed:
+        with self._cut(changed) as outputs, self._before_norms(target) as normed:
             decoder_of(self._model)(input_ids=tokens, use_cache=False)
+        return normed or outputs
+
+    def _gradients(self, values: list[Tensor], c: Tensor, *, last: bool = False) -> dict[str, Tensor]:
+        """Return the parameters' gradients of c times values, where they are not zero.
+
+        Args:
+            values: One tensor a layer, of which the last axis runs over the stream.
+            c: The fixed vector, [d].
+            last: Only the last position counts.
+        """
+        weigh = torch.Generator().manual_seed(self._seed)  # the same for every c
         losses = []
-        for hidden in normed or outputs:
+        for hidden in values:
             along = hidden.reshape(_ROWS, -1, self.width) @ c
-            weights = torch.randn(along.shape, generator=inputs)
+            weights = torch.randn(along.shape, generator=weigh)
             losses.append((along * weights)[:, -1 if last else 0 :].sum())
         loss = torch.stack(losses).sum()
         if not loss.requires_grad:  # all before this norm is zero by now
-            return c, {}
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own lacks annotations
-        gradients = {name: self._model.get_parameter(name).grad for _, name in self._parameters()}
-        return c, {name: gradient for name, gradient in gradients.items() if gradient is not None and gradient.any()}
+            return {}
+        parameters = [parameter for _, _, parameter in self._parameters]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+        named = zip(self._parameters, gradients, strict=True)
+        return {name: gradient for (_, name, _), gradient in named if gradient is not None and gradient.any()}
 
     @contextmanager
-    def _cut(self, generator: torch.Generator, changed: bool) -> Iterator[list[Tensor]]:
+    def _cut(self, changed: bool) -> Iterator[list[Tensor]]:
         """Within the block, give every layer a random input of its own, and collect the layers' outputs."""
+        generator = torch.Generator().manual_seed(self._seed + 1)
         outputs: list[Tensor] = []
+        self._inputs = []
 
         def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
             hidden = inputs[0] if inputs else named["hidden_states"]
@@ -243,6 +253,7 @@ class Search:
             other = torch.randn(hidden.shape, generator=generator)
             if changed:
                 fresh[:, :-1] = other[:, :-1]
+            self._inputs.append(fresh)
             return ((fresh, *inputs[1:]), named) if inputs else (inputs, {**named, "hidden_states": fresh})
 
         def leave(_module: nn.Module, _inputs: Any, output: Any) -> None:
