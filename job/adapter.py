@@ -14,7 +14,7 @@ from torch import Tensor
 
 from job.errors import ImpossibleJobError
 from job.export import Checkpoint, Edit
-from job.intervention import directions_and_strengths
+from job.intervention import directions_and_strengths, gram_of
 from job.model import LoadedModel
 from job.numerics.ablation import output_edit, weight_tables
 from job.workspace import write_atomically
@@ -41,9 +41,10 @@ def write_adapter(base: LoadedModel, folder: Path, edit: Edit, base_model: str |
     tensors: dict[str, Tensor] = {}
     biased = any(writer.bias is not None for writer in base.architecture.writers)
     for writer in base.architecture.writers:
-        weight = checkpoint.tensor(writer.parameter).to(torch.float64)
-        candidates = edit.basis.candidates.to(torch.float64)
-        coefficients, strengths = directions_and_strengths(edit.parameters, edit.basis, writer)
+        weight = writer.matrix(checkpoint.tensor(writer.parameter).to(torch.float64))
+        candidates = writer.candidates(edit.basis.candidates, checkpoint.tensor)
+        gram = gram_of(writer, candidates)
+        coefficients, strengths = directions_and_strengths(edit.parameters, edit.basis, writer, gram)
         built = output_edit(weight_tables(weight, candidates, edit.mode), candidates, coefficients, strengths)
         name = f"{_PREFIX}{writer.module}."
         tensors[f"{name}lora_A.weight"] = built.read.mT @ weight
@@ -66,6 +67,7 @@ def _config(base: LoadedModel, *, rank: int, biased: bool, base_model: str | Non
         lora_alpha=rank,  # a factor of 1
         target_modules=_targets(base),
         lora_bias=biased,
+        fan_in_fan_out=any(writer.kind == "conv1d" for writer in base.architecture.writers),
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=base_model,
         inference_mode=True,

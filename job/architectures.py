@@ -8,6 +8,7 @@ from everything that the layers add to the stream.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -44,21 +45,18 @@ class PostNorm:
     centred: bool
     bias: str | None
 
-    def pull_back(self, gain: Tensor, direction: Tensor) -> Tensor:
-        """Return what has to be ablated before this norm so that a direction is missing after it.
+    def pull_back(self, gain: Tensor, directions: Tensor) -> Tensor:
+        """Return what has to be ablated before this norm so that directions are missing after it.
 
         Args:
             gain: The norm's gain as it is stored, [d].
-            direction: Unit directions after the norm, [..., d].
+            directions: Directions after the norm, [..., d].
 
         Returns:
-            Unit directions before it, [..., d], in the direction's dtype.
+            Those before it, [..., d], linear in the directions and not of unit length.
         """
-        pulled: Tensor = (gain.to(direction) + self.offset) * direction
-        if self.centred:
-            pulled = pulled - pulled.mean(-1, keepdim=True)
-        unit: Tensor = pulled / pulled.norm(dim=-1, keepdim=True)
-        return unit
+        pulled: Tensor = (gain.to(directions) + self.offset) * directions
+        return pulled - pulled.mean(-1, keepdim=True) if self.centred else pulled
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,25 @@ class Writer:
     axis: int = 0
     kind: Kind = "linear"
     post_norms: tuple[PostNorm, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of all that an edit of it reads: the weight, the bias and the gains of norms."""
+        return (self.parameter, *filter(None, [self.bias]), *(norm.parameter for norm in self.post_norms))
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the weight with the axis of the stream first, as `job.numerics.ablation` takes it."""
+        return weight.movedim(self.axis, 0)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Return what `matrix` returned as the weight is stored."""
+        return matrix.movedim(0, self.axis)
+
+    def candidates(self, directions: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+        """Return directions of the stream [m, d] as this writer has them before its norms, in float64."""
+        for norm in reversed(self.post_norms):
+            directions = norm.pull_back(read(norm.parameter).detach(), directions.to(torch.float64))
+        return directions.to(torch.float64)
 
 
 @dataclass(frozen=True)
@@ -157,10 +174,10 @@ def require_editable(architecture: Architecture) -> None:
     """
     for writer in architecture.writers:
         reason = ""
-        if writer.kind != "linear":
-            reason = f"{writer.parameter} of layer {writer.layer} is no linear layer's weight"
-        elif writer.post_norms:
-            reason = f"{writer.post_norms[0].module} stands between {writer.parameter} and the stream"
+        if writer.kind not in ("linear", "conv1d"):
+            reason = f"{writer.parameter} is no linear layer's weight"
+        elif any(norm.bias for norm in writer.post_norms):
+            reason = f"the norm between {writer.parameter} and the stream has a bias"
         if reason:
             raise UnsupportedArchitectureError(architecture.model_type, f"{reason}, which cannot be edited yet")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from job.architectures import Architecture, Writer
 from job.card import licence_files, model_card
 from job.errors import ExportMismatchError, ImpossibleJobError, UnsupportedArchitectureError
-from job.intervention import directions_and_strengths, strength
+from job.intervention import directions_and_strengths, gram_of, strength
 from job.model import checkpoint_files
 from job.models import WEIGHTS
 from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
@@ -99,7 +99,7 @@ class Checkpoint:
             UnsupportedArchitectureError: It does not.
         """
         for writer in architecture.writers:
-            for name in filter(None, (writer.parameter, writer.bias)):
+            for name in writer.tensors:
                 if name not in self._file_of:
                     raise UnsupportedArchitectureError(architecture.model_type, f"its files hold no tensor {name}")
                 dtype = self.entries[self._file_of[name]][name].dtype
@@ -109,10 +109,10 @@ class Checkpoint:
                     )
 
     def digest(self, architecture: Architecture) -> str:
-        """Return a hash of all tensors that an edit may change."""
+        """Return a hash of all tensors that an edit changes or follows from."""
         digest = hashlib.sha256()
         for writer in architecture.writers:
-            for name in filter(None, (writer.parameter, writer.bias)):
+            for name in writer.tensors:
                 file = self._file_of[name]
                 digest.update(_digest(file, self.entries[file][name]))
         return digest.hexdigest()
@@ -152,11 +152,12 @@ def edited_tensors(
 
 def _edited(checkpoint: Checkpoint, writer: Writer, edit: Edit, name: str) -> Tensor:
     """Return a writer's weight or bias as the edit leaves it, in the dtype of the file."""
-    coefficients, strengths = directions_and_strengths(edit.parameters, edit.basis, writer)
-    directions = coefficients @ edit.basis.candidates.to(coefficients)
-    weight = checkpoint.tensor(writer.parameter)
+    candidates = writer.candidates(edit.basis.candidates, checkpoint.tensor)
+    coefficients, strengths = directions_and_strengths(edit.parameters, edit.basis, writer, gram_of(writer, candidates))
+    directions = coefficients @ candidates.to(coefficients)
+    weight = writer.matrix(checkpoint.tensor(writer.parameter))
     if name == writer.parameter:
-        return edit_weight(weight, directions, strengths, edit.mode).to(weight.dtype)
+        return writer.stored(edit_weight(weight, directions, strengths, edit.mode)).to(weight.dtype)
     bias = checkpoint.tensor(name)
     return edit_bias(bias, weight, directions, strengths, edit.mode).to(bias.dtype)
 

@@ -27,7 +27,7 @@ from job.numerics.ablation import (
     output_edit,
     weight_tables,
 )
-from job.numerics.basis import Basis
+from job.numerics.basis import Basis, orthonormal_in
 from job.numerics.kernel import WeightKernel
 from job.records import EditParameters
 
@@ -67,6 +67,7 @@ class _Site:
     module: nn.Module
     tables: WeightTables
     candidates: Tensor  # [m, d] float64, where the weight is
+    gram: Tensor | None  # [m, m] float64, on the CPU; None where norms between it and the stream do not matter
     active: _Active | None = None
 
 
@@ -101,8 +102,9 @@ class Intervention:
             weight = model.get_parameter(writer.parameter).detach()
             if weight.device not in on:
                 on[weight.device] = basis.candidates.to(weight.device, torch.float64)
-            candidates = on[weight.device]
-            self._sites.append(_Site(writer, module, weight_tables(weight, candidates, mode), candidates))
+            candidates = writer.candidates(on[weight.device], model.get_parameter)
+            tables = weight_tables(writer.matrix(weight), candidates, mode)
+            self._sites.append(_Site(writer, module, tables, candidates, gram_of(writer, candidates)))
         self._handles: list[RemovableHandle] = []
         self._edits = 0
         self._rows: Tensor | None = None
@@ -146,7 +148,7 @@ class Intervention:
         self._picked.clear()
         shares = []
         for site in self._sites:
-            parts = [directions_and_strengths(edit, self._basis, site.writer) for edit in edits]
+            parts = [directions_and_strengths(edit, self._basis, site.writer, site.gram) for edit in edits]
             coefficients = torch.stack([part[0] for part in parts])  # [K, k, m]
             strengths = torch.stack([part[1] for part in parts])  # [K, k]
             built = output_edit(site.tables, site.candidates, coefficients, strengths)
@@ -206,9 +208,28 @@ def _to_float32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.float32)
 
 
-def directions_and_strengths(edit: EditParameters, basis: Basis, writer: Writer) -> tuple[Tensor, Tensor]:
-    """Return what an edit ablates from a writer: combinations of the basis' candidates [k, m] and their λ [k]."""
+def gram_of(writer: Writer, candidates: Tensor) -> Tensor | None:
+    """Return the products of a writer's candidates [m, d] with one another, None where they are those of the basis."""
+    return (candidates @ candidates.T).to("cpu", torch.float64) if writer.post_norms else None
+
+
+def directions_and_strengths(
+    edit: EditParameters, basis: Basis, writer: Writer, gram: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what an edit ablates from a writer.
+
+    Args:
+        edit: The edit.
+        basis: The directions of all layers.
+        writer: The writer.
+        gram: What `gram_of` returns for it.
+
+    Returns:
+        Orthonormal combinations of the writer's candidates, [k, m], and their λ, [k].
+    """
     coefficients, weights = basis.select(edit.direction_index, writer.layer)
+    if gram is not None:  # what is orthonormal in the stream is not so before a norm
+        coefficients = orthonormal_in(coefficients, gram)
     shares = torch.tensor(edit.strengths, dtype=torch.float64)
     return coefficients, strength(edit, writer) * shares * weights
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from job.architectures import Architecture, Writer, architecture_of, require_editable
@@ -77,10 +78,15 @@ def leaks(
     model: PreTrainedModel, architecture: Architecture, writers: Collection[Writer], seed: int = 0
 ) -> list[float]:
     """Return each layer's share for a direction that these writers were freed of (`largest_leak`)."""
-    generator = torch.Generator().manual_seed(seed)
-    direction = nn.functional.normalize(torch.randn(_width(model), generator=generator, dtype=torch.float64), dim=0)
+    direction = random_direction(model, seed)
     with _ablated(model, writers, direction):
-        return _shares(model, architecture, direction.expand(_ROWS, -1), generator)
+        return _shares(model, architecture, direction.expand(_ROWS, -1), torch.Generator().manual_seed(seed))
+
+
+def random_direction(model: PreTrainedModel, seed: int = 0) -> Tensor:
+    """Return the unit direction that `leaks` looks along, [d], float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return nn.functional.normalize(torch.randn(_width(model), generator=generator, dtype=torch.float64), dim=0)
 
 
 def hooked_leaks(model: PreTrainedModel, architecture: Architecture, seed: int = 0) -> list[float]:
@@ -142,6 +148,7 @@ def _ablated(model: PreTrainedModel, writers: Collection[Writer], direction: Ten
                 if norm.bias is not None:
                     project(norm.bias, -1, vector)
                 vector = norm.pull_back(model.get_parameter(norm.parameter).data, vector)
+                vector = nn.functional.normalize(vector, dim=0)
             project(writer.parameter, writer.axis, vector)
             if writer.bias is not None:
                 project(writer.bias, -1, vector)
@@ -207,10 +214,27 @@ def inspect_model(folder: Path) -> Architecture:
     """
     config = read_config(folder)
     architecture = proven(config)
+    require_supported(config, architecture)
+    return architecture
+
+
+def require_supported(config: PretrainedConfig, architecture: Architecture) -> None:
+    """Refuse a structure that is proven, but that the job cannot load, edit or export.
+
+    Raises:
+        UnsupportedArchitectureError: It is such a one.
+    """
     require_editable(architecture)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedArchitectureError(architecture.model_type, "it is only known together with images")
-    shares = hooked_leaks(small_twin(config), architecture)
+    twin = small_twin(config)
+    stored = revert_weight_conversion(twin, twin.state_dict())
+    for name in (name for writer in architecture.writers for name in writer.tensors):
+        if name not in stored:
+            raise UnsupportedArchitectureError(
+                architecture.model_type, f"its files hold {name} in another form, which cannot be exported yet"
+            )
+    shares = hooked_leaks(twin, architecture)
     worst = max(range(len(shares)), key=shares.__getitem__)
     if not shares[worst] < TOLERANCE:
         raise UnsupportedArchitectureError(
@@ -218,7 +242,6 @@ def inspect_model(folder: Path) -> Architecture:
             f"after ablating a direction from the outputs of all writers, layer {worst} "
             f"still writes {shares[worst]:.1e} of its output along it",
         )
-    return architecture
 
 
 def inspection(folder: Path) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from job.architectures import Architecture, require_editable
+from job.architectures import Architecture
 from job.errors import UnsupportedArchitectureError
-from job.truth import proven
+from job.truth import proven, require_supported
 from job.twin import small_config
 
 # Enough layers to have all kinds of them.
@@ -32,7 +32,7 @@ _HYBRID = ["linear_attention", "hybrid"] * 3
 # What families' default configurations lack or have for models that are large.
 _CHANGES: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 6},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 3, "num_hidden_layers": 6},
     "dbrx": {
         "n_layers": 4,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
@@ -51,7 +51,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
+        "indexer_head_dim": 256,
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
@@ -82,7 +82,7 @@ def tiny_config(family: str) -> PretrainedConfig:
         text = config.get_text_config(decoder=True)
         depth = _needed_depth(text)
         name = type(text).attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        if text.num_hidden_layers > depth and name not in changes:
+        if text.num_hidden_layers > depth and "num_hidden_layers" not in changes:
             if text is config:
                 config = kind(**{**changes, name: depth})
             else:
@@ -144,7 +144,7 @@ def judge(family: str) -> Verdict:
     if config is not None:
         try:
             architecture = proven(config)
-            require_editable(architecture)
+            require_supported(config, architecture)
         except UnsupportedArchitectureError as error:
             reason, built = error.reason, "be built" not in error.reason
     return Verdict(family, built, architecture, reason, time.monotonic() - start)

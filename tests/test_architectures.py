@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, PreTrainedModel
 
-from job.architectures import Architecture, Writer, discover, require_editable
+from job.adapter import with_adapter, write_adapter
+from job.architectures import Architecture, Writer, discover
 from job.errors import UnsupportedArchitectureError
-from job.truth import TOLERANCE, largest_leak, leaks, proven
+from job.export import Edit, verify_written, write_weights
+from job.intervention import Intervention
+from job.model import LoadedModel
+from job.numerics.ablation import RowNormalization
+from job.numerics.basis import Basis, orthonormal_basis
+from job.records import COMPONENTS, EditParameters, KernelParameters
+from job.truth import TOLERANCE, inspect_model, largest_leak, leaks, proven, random_direction, require_supported
 from job.twin import small_config, small_twin
 from tests.decoders import families, judge, tiny_config
 
@@ -82,7 +91,8 @@ def test_biases_count(family: str) -> None:
     assert biased
     for writer in biased:
         rest = [dataclasses.replace(w, bias=None) if w is writer else w for w in architecture.writers]
-        assert leaks(model, architecture, rest)[writer.layer] > 10 * TOLERANCE
+        # A bias is small and may be all but orthogonal to a direction; not so to three of them.
+        assert max(leaks(model, architecture, rest, seed)[writer.layer] for seed in range(3)) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["gemma2", "glm4", "olmo_hybrid"])
@@ -157,10 +167,98 @@ def test_a_family_that_no_edit_reaches_is_refused(family: str) -> None:
         proven(tiny_config(family))
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
-def test_what_is_proven_but_cannot_be_edited_yet_is_refused_with_the_reason(family: str) -> None:
-    with pytest.raises(UnsupportedArchitectureError, match="cannot be edited yet"):
-        require_editable(proven(tiny_config(family)))
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gpt_oss", "cannot be edited yet"),
+        ("mixtral", "cannot be edited yet"),
+        ("olmo_hybrid", "cannot be exported yet"),  # files call its norms otherwise
+    ],
+)
+def test_what_is_proven_but_out_of_reach_is_refused_with_the_reason(family: str, reason: str) -> None:
+    config = tiny_config(family)
+    architecture = proven(config)
+    with pytest.raises(UnsupportedArchitectureError, match=reason):
+        require_supported(config, architecture)
+
+
+EVERYWHERE = KernelParameters(max_weight=1, max_weight_position=0, min_weight=1, min_weight_distance=99)
+# Transposed weights with biases, norms after writers, a state space beside attention.
+EXPORTED = ("gpt2", "gemma2", "glm4", "olmo2", "falcon_h1", "opt")
+
+
+def saved(family: str, folder: Path) -> PreTrainedModel:
+    """Write a random model of a family, and return it as it is loaded."""
+    small_twin(tiny_config(family)).save_pretrained(folder)
+    return loaded(folder)
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    return model
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    tokens = torch.randint(3, 101, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("family", EXPORTED)
+def test_nothing_is_written_along_a_direction_after_export_and_reload(family: str, tmp_path: Path) -> None:
+    model = saved(family, tmp_path / "model")
+    architecture = inspect_model(tmp_path / "model")
+    assert architecture == discover(model)
+    direction = random_direction(model).float()
+    basis = Basis.single(direction.expand(architecture.layer_count, -1))
+    parameters = EditParameters(direction_index=None, kernels=dict.fromkeys(COMPONENTS, EVERYWHERE))
+    edit = Edit(parameters, basis, "none")
+    write_weights(tmp_path / "model", tmp_path / "export", architecture, edit, lambda _: None)
+    verify_written(tmp_path / "model", tmp_path / "export", architecture, edit)
+    written = loaded(tmp_path / "export")
+    assert max(leaks(written, architecture, [])) < TOLERANCE
+    assert min(leaks(model, architecture, [])) > 100 * TOLERANCE
+    edited = {name for writer in architecture.writers for name in (writer.parameter, writer.bias)}
+    for (name, before), (_, after) in zip(model.named_parameters(), written.named_parameters(), strict=True):
+        assert torch.equal(before, after) == (name not in edited), name
+
+
+@pytest.mark.parametrize("mode", ["none", "pre", "full", "column"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_hooks_agree_with_the_export_in_every_mode(family: str, mode: RowNormalization, tmp_path: Path) -> None:
+    """Several directions of unlike strengths, interpolated between layers, before norms where there are any."""
+    model = saved(family, tmp_path / "model")
+    architecture = discover(model)
+    generator = torch.Generator().manual_seed(3)
+    directions = torch.nn.functional.normalize(torch.randn(6, 2, architecture.width, generator=generator), dim=-1)
+    basis = orthonormal_basis(directions, torch.tensor([1.0, 0.6]).expand(6, 2))
+    parameters = EditParameters(
+        direction_index=2.4, strengths=(1.0, 0.7), kernels=dict.fromkeys(COMPONENTS, EVERYWHERE)
+    )
+    with Intervention(model, architecture, basis, mode) as intervention:
+        before = logits(model)
+        assert intervention.activate([parameters]) == [None]
+        intervention.rows = torch.zeros(2, dtype=torch.long)
+        hooked = logits(model)
+    edit = Edit(parameters, basis, mode)
+    write_weights(tmp_path / "model", tmp_path / "export", architecture, edit, lambda _: None)
+    written = logits(loaded(tmp_path / "export"))
+    scale = float(before.std())
+    torch.testing.assert_close(written, hooked, rtol=0, atol=2e-4 * scale)
+    assert float((written - before).abs().max()) > 0.05 * scale
+
+
+def test_the_adapter_of_transposed_weights_is_the_hooked_model(tmp_path: Path) -> None:
+    model = saved("gpt2", tmp_path / "model")
+    architecture = discover(model)
+    basis = Basis.single(random_direction(model).float().expand(architecture.layer_count, -1))
+    parameters = EditParameters(direction_index=None, kernels=dict.fromkeys(COMPONENTS, EVERYWHERE))
+    tokenizer: Any = None  # the adapter is made from weights alone
+    base = LoadedModel(tmp_path / "model", model, tokenizer, architecture, "float32")
+    write_adapter(base, tmp_path / "adapter", Edit(parameters, basis, "none"), None)
+    fresh = dataclasses.replace(base, model=loaded(tmp_path / "model"))
+    assert max(leaks(with_adapter(fresh, tmp_path / "adapter").model, architecture, [])) < TOLERANCE
 
 
 @pytest.mark.slow

@@ -105,6 +105,25 @@ def _orthonormal(coefficients: Tensor, vectors: Tensor) -> Tensor:
     return torch.stack(found)
 
 
+def orthonormal_in(coefficients: Tensor, gram: Tensor) -> Tensor:
+    """Return combinations [k, m] of vectors, made orthonormal in their order; zero for repetitions.
+
+    Args:
+        coefficients: The combinations.
+        gram: The vectors' products with one another, [m, m], float64.
+    """
+    found: list[Tensor] = []
+    for row in coefficients:
+        norm = (row @ gram @ row).clamp_min(0).sqrt()
+        row = row / norm if norm > 0 else row
+        for _ in range(2):
+            for other in found:
+                row = row - (row @ gram @ other) * other
+        norm = (row @ gram @ row).clamp_min(0).sqrt()
+        found.append(row / norm if norm > _REPETITION else torch.zeros_like(row))
+    return torch.stack(found)
+
+
 def orthonormal_basis(directions: Tensor, weights: Tensor) -> Basis:
     """Return bases from unit directions [layers, k, d] in their order of importance.
 
