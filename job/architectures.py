@@ -134,7 +134,7 @@ def discover(model: PreTrainedModel) -> Architecture:
         UnsupportedArchitectureError: Its layers or their residual writers cannot be told.
     """
     config = model.config
-    key = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = type(model).__name__ + json.dumps(config.to_dict(), sort_keys=True, default=str)
     if key not in _KNOWN:
         _KNOWN[key] = _structure(model)
     found, names = _KNOWN[key]

@@ -32,9 +32,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads"), 2),
     **dict.fromkeys(("head_dim", "dim_head", "d_head", "attention_head_dim", "attention_head_size"), _HEAD),
     **dict.fromkeys(("global_head_dim", "swa_head_dim", "swa_v_head_dim", "kv_channels"), _HEAD),
-    **dict.fromkeys(
-        ("v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "index_head_dim", "indexer_head_dim"), _HEAD
-    ),
+    **dict.fromkeys(("v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "index_head_dim"), _HEAD),
     **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), _HEAD),
     **dict.fromkeys(("linear_num_key_heads", "index_n_heads"), 2),
     **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
@@ -88,6 +86,7 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
         value = described.get(part)
         if isinstance(value, dict):
             small[part] = _shrunk(value, _sizes(value), keep_depth=getattr(config, part) is text)
+    small.pop("quantization_config", None)  # a twin's weights are what they are
     return type(config).from_dict({**small, "dtype": "float32"})
 
 

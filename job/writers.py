@@ -147,7 +147,7 @@ class Search:
         known: set[int] = set()  # layers may share parameters
         for index, layer in enumerate(self._list):
             for name, parameter in layer.named_parameters():
-                if id(parameter) not in known:
+                if parameter.requires_grad and id(parameter) not in known:
                     known.add(id(parameter))
                     self._parameters.append((index, f"{layers}.{index}.{name}", parameter))
 

@@ -63,7 +63,15 @@ BEYOND = {
     "zaya": "is no norm",  # scales the stream itself, entry by entry
 }
 # Families whose default configurations make no model, or that need what is not installed.
-UNBUILT = {"blt", "dots3_note", "gemma3n", "gemma4_assistant", "gemma4_unified_assistant", "qwen4_exp"}
+UNBUILT = {
+    "blt",
+    "dots3_note",
+    "gemma3n",
+    "gemma4_assistant",
+    "gemma4_unified_assistant",
+    "qwen4_exp",
+    "qwen4_exp_text",
+}
 
 
 def found(family: str) -> tuple[PreTrainedModel, Architecture]:
