@@ -106,7 +106,7 @@ class Intervention:
             tables = weight_tables(writer.matrix(weight), candidates, mode)
             self._sites.append(_Site(writer, module, tables, candidates, gram_of(writer, candidates)))
         self._handles: list[RemovableHandle] = []
-        self._edits = 0
+        self._factors = torch.zeros(0)  # [K]
         self._rows: Tensor | None = None
         self._picked: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -144,13 +144,13 @@ class Intervention:
         Returns:
             For each edit the reason why it is degenerate and must not be scored, None if it is not.
         """
-        self._edits = len(edits)
+        self._factors = torch.ones(len(edits))
         self._picked.clear()
         shares = []
         for site in self._sites:
             parts = [directions_and_strengths(edit, self._basis, site.writer, site.gram) for edit in edits]
             coefficients = torch.stack([part[0] for part in parts])  # [K, k, m]
-            strengths = torch.stack([part[1] for part in parts])  # [K, k]
+            strengths = self._finite(torch.stack([part[1] for part in parts]))  # [K, k]
             built = output_edit(site.tables, site.candidates, coefficients, strengths)
             site.active = _Active.of(built)
             shares.append(built.least_share)
@@ -163,12 +163,22 @@ class Intervention:
                 reasons[index] = f"the edit leaves nothing to restore a norm from in {site.writer.parameter}"
         return reasons
 
+    def _finite(self, strengths: Tensor) -> Tensor:
+        """Return strengths [K, k], those of an edit beyond float32 as 0, since all rows are multiplied with its tables.
+
+        Its own rows are made NaN instead.
+        """
+        finite = strengths.to(torch.float32).isfinite().all(-1)
+        self._factors[~finite] = torch.nan
+        return torch.where(finite[:, None], strengths, 0.0)
+
     def _rows_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return each row's edit, [rows], and which edit it is, one-hot, [rows, 1, K], on a device."""
+        """Return each row's edit, [rows], and what its measures along all edits' count, [rows, 1, K], on a device."""
         assert self._rows is not None
         if device not in self._picked:
-            rows = self._rows.to(device)
-            self._picked[device] = rows, nn.functional.one_hot(rows, self._edits).to(torch.float32)[:, None]
+            rows, factors = self._rows.to(device), self._factors.to(device)
+            own = nn.functional.one_hot(rows, len(factors)).to(torch.bool)
+            self._picked[device] = rows, torch.where(own, factors, 0.0)[:, None]
         return self._picked[device]
 
     def _scale_input(self, site: _Site) -> Any:
@@ -190,7 +200,7 @@ class Intervention:
             rows, own = self._rows_on(y.device)
             stream = _by_rows(y, len(rows)).to(torch.float32)
             along = stream @ edits.read  # [rows, t, K * k]
-            along.view(*along.shape[:-1], self._edits, -1).mul_(own[..., None])
+            along.view(*along.shape[:-1], len(self._factors), -1).mul_(own[..., None])
             edited = torch.addmm(stream.flatten(0, -2), along.flatten(0, -2), edits.write, alpha=-1).view_as(stream)
             if edits.output_scale is not None:
                 edited *= edits.output_scale[rows][:, None]
