@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from job.architectures import require_modes
 from job.errors import ImpossibleJobError
-from job.export import Checkpoint, Edit
+from job.export import Checkpoint, Edit, StoredWriter
 from job.intervention import directions_and_strengths, gram_of
 from job.model import LoadedModel
 from job.numerics.ablation import output_edit, weight_tables
@@ -35,14 +36,17 @@ def write_adapter(base: LoadedModel, folder: Path, edit: Edit, base_model: str |
         base_model: Name of the base model on the Hub.
 
     Raises:
+        ImpossibleJobError: An adapter cannot hold it.
         MachineError: The folder cannot be written.
     """
+    require_modes(base.architecture, edit.mode, "adapter")
     checkpoint = Checkpoint(base.folder)
     tensors: dict[str, Tensor] = {}
     biased = any(writer.bias is not None for writer in base.architecture.writers)
     for writer in base.architecture.writers:
-        weight = writer.matrix(checkpoint.tensor(writer.parameter).to(torch.float64))
-        candidates = writer.candidates(edit.basis.candidates, checkpoint.tensor)
+        stored = StoredWriter(checkpoint, base.architecture, writer)
+        weight = stored.matrix().to(torch.float64)
+        candidates = writer.candidates(edit.basis.candidates, stored.read)
         gram = gram_of(writer, candidates)
         coefficients, strengths = directions_and_strengths(edit.parameters, edit.basis, writer, gram)
         built = output_edit(weight_tables(weight, candidates, edit.mode), candidates, coefficients, strengths)
@@ -50,7 +54,7 @@ def write_adapter(base: LoadedModel, folder: Path, edit: Edit, base_model: str |
         tensors[f"{name}lora_A.weight"] = built.read.mT @ weight
         tensors[f"{name}lora_B.weight"] = -built.write
         if biased:
-            bias = checkpoint.tensor(writer.bias).to(weight) if writer.bias else weight.new_zeros(len(weight))
+            bias = stored.read(writer.bias).to(weight) if writer.bias else weight.new_zeros(len(weight))
             tensors[f"{name}lora_B.bias"] = -built.write @ (built.read.mT @ bias)
     contents = {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
     config = _config(base, rank=edit.basis.size, biased=biased, base_model=base_model)

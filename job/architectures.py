@@ -8,19 +8,21 @@ from everything that the layers add to the stream.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from job.errors import UnsupportedArchitectureError
-from job.records import Component
+from job.errors import ImpossibleJobError, UnsupportedArchitectureError
+from job.numerics.ablation import RowNormalization
+from job.records import Component, ExportFormat
+from job.stored import Form, stored_forms
 from job.twin import empty_model, first_line, twin_of
-from job.writers import Found, FoundNorm, Search, find_layers
+from job.writers import Found, FoundNorm, Search, decoder_of, find_layers
 
 Kind = Literal["linear", "conv1d", "experts", "other"]
 _NORM_SAMPLES = 16
@@ -71,8 +73,11 @@ class Writer:
         parameter: Name of the weight in the model's state dict.
         bias: Name of its bias in the state dict, None if it has none.
         axis: Axis of the weight that runs over the residual stream; that of a bias is its last.
-        kind: What the module is; "experts" holds several experts' weights in one 3-D parameter.
+        kind: What the module is; "experts" holds several experts' weights in one 3-D parameter, "other" weights of
+            two axes that are no layer's of their own.
         post_norms: The norms between it and the stream, in that order.
+        hook: Name of the module whose output hooks edit in its place, "" for its own. Experts' modules may return
+            their outputs in an order of their own; what adds them up is hooked then, once for all that it adds up.
     """
 
     layer: int
@@ -83,19 +88,39 @@ class Writer:
     axis: int = 0
     kind: Kind = "linear"
     post_norms: tuple[PostNorm, ...] = ()
+    hook: str = ""
+
+    @property
+    def hooked(self) -> str:
+        """Name of the module whose output hooks edit."""
+        return self.hook or self.module
+
+    @property
+    def summed(self) -> bool:
+        """Whether hooks see a sum of its outputs only, so that every part of it has to be edited alike."""
+        return bool(self.hook) or self.kind in ("experts", "other")
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """Names of all that an edit of it changes: the weight and the bias."""
+        return (self.parameter, *filter(None, [self.bias]))
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of all that an edit of it reads: the weight, the bias and the gains of norms."""
-        return (self.parameter, *filter(None, [self.bias]), *(norm.parameter for norm in self.post_norms))
+        return (*self.edited, *(norm.parameter for norm in self.post_norms))
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Return the weight with the axis of the stream first, as `job.numerics.ablation` takes it."""
-        return weight.movedim(self.axis, 0)
+        """Return the weight, or one expert's, with the axis of the stream first, for `job.numerics.ablation`."""
+        return weight.movedim(self._axis, 0)
 
-    def stored(self, matrix: Tensor) -> Tensor:
-        """Return what `matrix` returned as the weight is stored."""
-        return matrix.movedim(0, self.axis)
+    def unmatrix(self, matrix: Tensor) -> Tensor:
+        """Return what `matrix` returned as it was."""
+        return matrix.movedim(0, self._axis)
+
+    @property
+    def _axis(self) -> int:
+        return self.axis - (self.kind == "experts")
 
     def candidates(self, directions: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """Return directions of the stream [m, d] as this writer has them before its norms, in float64."""
@@ -114,6 +139,8 @@ class Architecture:
         layer_count: Number of decoder layers.
         width: Size of the residual stream.
         writers: All residual writers, layer by layer.
+        forms: How files hold what edits read and change, by name in the loaded model.
+        prefix: What files of the model without its head leave out of names.
     """
 
     model_type: str
@@ -121,6 +148,8 @@ class Architecture:
     layer_count: int
     width: int
     writers: tuple[Writer, ...]
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    prefix: str = ""
 
 
 # Structures by configuration: a job asks several times.
@@ -159,7 +188,52 @@ def _structure(model: PreTrainedModel) -> tuple[Architecture, set[str]]:
     """Return the structure of a model's twin, and the names of what the layers of that one hold."""
     twin = twin_of(model)
     found = structure_of_twin(twin)
-    return found, _inside(twin, found.layers)
+    whole = twin_of(model)  # the other one is spoilt
+    forms = stored_forms(whole, {name for writer in found.writers for name in writer.tensors})
+    writers = tuple(_with_hooks(whole, found))
+    return replace(found, writers=writers, forms=forms, prefix=whole.base_model_prefix), _inside(whole, found.layers)
+
+
+def _with_hooks(twin: PreTrainedModel, architecture: Architecture) -> Iterator[Writer]:
+    """Yield the writers with the modules that hooks edit: those that return one vector for every position."""
+    summed = [writer.module for writer in architecture.writers if writer.summed]
+    if not summed:
+        yield from architecture.writers
+        return
+    aligned = _aligned(twin, architecture.width)
+    hooks = {name for name in (_first_aligned(module, aligned) for module in summed) if name not in summed}
+    for writer in architecture.writers:
+        inside = [hook for hook in hooks if hook and writer.module.startswith(f"{hook}.")]
+        yield replace(writer, hook=min(inside, key=len)) if inside else writer
+
+
+def _first_aligned(module: str, aligned: set[str]) -> str:
+    while module and module not in aligned:
+        module = _module(module)
+    return module
+
+
+def _aligned(twin: PreTrainedModel, width: int) -> set[str]:
+    """Return the modules that are called once and return one vector of the stream for every row's every position."""
+    rows, tokens = 3, 7
+    sizes: dict[str, list[int]] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            fits = isinstance(first, Tensor) and first.shape[-1:] == (width,)
+            sizes.setdefault(name, []).append(first.numel() if fits else 0)
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in twin.named_modules() if name]
+    try:
+        with torch.inference_mode():
+            decoder_of(twin)(input_ids=torch.arange(3, 3 + rows * tokens).view(rows, tokens), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name for name, found in sizes.items() if found == [rows * tokens * width]}
 
 
 def _inside(model: PreTrainedModel, layers: str) -> set[str]:
@@ -174,12 +248,38 @@ def require_editable(architecture: Architecture) -> None:
     """
     for writer in architecture.writers:
         reason = ""
-        if writer.kind not in ("linear", "conv1d"):
-            reason = f"{writer.parameter} is no linear layer's weight"
+        if writer.kind == "other" and not writer.hook:
+            reason = f"{writer.parameter} is neither a linear layer's weight nor experts'"
         elif any(norm.bias for norm in writer.post_norms):
             reason = f"the norm between {writer.parameter} and the stream has a bias"
+        elif not set(writer.tensors) <= architecture.forms.keys():
+            reason = f"how files hold {writer.parameter} cannot be told"
         if reason:
             raise UnsupportedArchitectureError(architecture.model_type, f"{reason}, which cannot be edited yet")
+
+
+def require_modes(architecture: Architecture, mode: RowNormalization, form: ExportFormat) -> None:
+    """Refuse settings that are not defined for weights of whose outputs hooks only see a sum, as experts' are.
+
+    An edit has to be one map of that sum, whatever the expert.
+
+    Raises:
+        ImpossibleJobError: They are not.
+    """
+    experts = next((writer for writer in architecture.writers if writer.summed and writer.kind != "linear"), None)
+    if experts is None:
+        return
+    if mode != "none":
+        raise ImpossibleJobError(
+            f"ablation.row_normalization = {mode} is not defined for {experts.parameter}, where each expert has norms "
+            "of its own",
+            remedy="use row_normalization = none",
+        )
+    if form == "adapter":
+        raise ImpossibleJobError(
+            f"an adapter cannot hold the edit of {experts.parameter}, which is no linear layer's weight",
+            remedy="use export_format = merged or directions",
+        )
 
 
 def structure_of_twin(twin: PreTrainedModel) -> Architecture:

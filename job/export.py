@@ -7,12 +7,14 @@ order, dtypes and sizes stay those of the original, and only one tensor is in me
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
 from job.numerics.basis import Basis
 from job.records import EditParameters, Manifest, ManifestEntry
 from job.reproduction import Reproduction
+from job.stored import Form
 from job.workspace import (
     CARD,
     DONE,
@@ -73,6 +76,21 @@ class _Entry:
     size: int
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the files hold a parameter.
+
+    Attributes:
+        names: Names of its tensors there.
+        apart: They are those of one expert each, in order.
+        turned: Their axes are the other way round than in the loaded model.
+    """
+
+    names: tuple[str, ...]
+    apart: bool = False
+    turned: bool = False
+
+
 class Checkpoint:
     """The safetensors files of a model and what they hold."""
 
@@ -87,10 +105,38 @@ class Checkpoint:
         self._file_of = {name: file for file, entries in self.entries.items() for name in entries}
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor by name."""
+        """Return a tensor by its name in the files."""
         with safe_open(self._file_of[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    def part(self, name: str, number: int) -> Tensor:
+        """Return one entry of a tensor's first axis."""
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_slice(name)[number]
+        return tensor
+
+    def places(self, architecture: Architecture, name: str) -> Places:
+        """Return where the files hold a parameter.
+
+        Args:
+            architecture: The model's structure.
+            name: The parameter's name in the loaded model.
+
+        Raises:
+            UnsupportedArchitectureError: They do not.
+        """
+        form = architecture.forms.get(name, Form(name))
+        for known in (form.name, name, name.removeprefix(f"{architecture.prefix}.")):
+            if known in self._file_of:
+                return Places((known,))
+        numbered = map(form.name.format, itertools.count() if form.apart else ())
+        found = tuple(itertools.takewhile(self._file_of.__contains__, numbered))
+        if not found:
+            raise UnsupportedArchitectureError(
+                architecture.model_type, f"its files hold no tensor {form.name.format(0)}"
+            )
+        return Places(found, apart=True, turned=form.turned)
 
     def require_writers(self, architecture: Architecture) -> None:
         """Refuse a checkpoint that does not hold all residual writers as floating-point tensors.
@@ -98,24 +144,25 @@ class Checkpoint:
         Raises:
             UnsupportedArchitectureError: It does not.
         """
-        for writer in architecture.writers:
-            for name in writer.tensors:
-                if name not in self._file_of:
-                    raise UnsupportedArchitectureError(architecture.model_type, f"its files hold no tensor {name}")
-                dtype = self.entries[self._file_of[name]][name].dtype
-                if dtype not in _FLOATS:
-                    raise UnsupportedArchitectureError(
-                        architecture.model_type, f"tensor {name} is stored as {dtype}; quantised files cannot be edited"
-                    )
+        for name in self._names_of_all(architecture):
+            dtype = self.entries[self._file_of[name]][name].dtype
+            if dtype not in _FLOATS:
+                raise UnsupportedArchitectureError(
+                    architecture.model_type, f"tensor {name} is stored as {dtype}; quantised files cannot be edited"
+                )
 
     def digest(self, architecture: Architecture) -> str:
         """Return a hash of all tensors that an edit changes or follows from."""
         digest = hashlib.sha256()
+        for name in self._names_of_all(architecture):
+            file = self._file_of[name]
+            digest.update(_digest(file, self.entries[file][name]))
+        return digest.hexdigest()
+
+    def _names_of_all(self, architecture: Architecture) -> Iterator[str]:
         for writer in architecture.writers:
             for name in writer.tensors:
-                file = self._file_of[name]
-                digest.update(_digest(file, self.entries[file][name]))
-        return digest.hexdigest()
+                yield from self.places(architecture, name).names
 
 
 def _read_header(file: Path) -> dict[str, _Entry]:
@@ -141,25 +188,79 @@ def _read_header(file: Path) -> dict[str, _Entry]:
 def edited_tensors(
     checkpoint: Checkpoint, architecture: Architecture, edit: Edit
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Yield the name of every tensor that the edit changes and a function that computes its new value."""
+    """Yield the name of every tensor in the files that the edit changes and a function that computes its new value."""
     for writer in architecture.writers:
         if strength(edit.parameters, writer) == 0:
             continue
-        yield writer.parameter, lambda w=writer: _edited(checkpoint, w, edit, w.parameter)  # type: ignore[misc]  # mypy does not infer lambda defaults
-        if writer.bias is not None:
-            yield writer.bias, lambda w=writer: _edited(checkpoint, w, edit, w.bias)  # type: ignore[misc]  # likewise
+        stored = StoredWriter(checkpoint, architecture, writer)
+        for name in writer.edited:
+            for number, place in enumerate(checkpoint.places(architecture, name).names):
+                yield place, partial(stored.edited, edit, name, number)
 
 
-def _edited(checkpoint: Checkpoint, writer: Writer, edit: Edit, name: str) -> Tensor:
-    """Return a writer's weight or bias as the edit leaves it, in the dtype of the file."""
-    candidates = writer.candidates(edit.basis.candidates, checkpoint.tensor)
-    coefficients, strengths = directions_and_strengths(edit.parameters, edit.basis, writer, gram_of(writer, candidates))
-    directions = coefficients @ candidates.to(coefficients)
-    weight = writer.matrix(checkpoint.tensor(writer.parameter))
-    if name == writer.parameter:
-        return writer.stored(edit_weight(weight, directions, strengths, edit.mode)).to(weight.dtype)
-    bias = checkpoint.tensor(name)
-    return edit_bias(bias, weight, directions, strengths, edit.mode).to(bias.dtype)
+@dataclass(frozen=True)
+class StoredWriter:
+    """A residual writer as the files hold it.
+
+    Attributes:
+        checkpoint: The files.
+        architecture: The model's structure.
+        writer: The writer.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    writer: Writer
+
+    def read(self, name: str) -> Tensor:
+        """Return a parameter that is one tensor in the files, by its name in the loaded model."""
+        return self.checkpoint.tensor(self._places(name).names[0])
+
+    def matrix(self, expert: int = 0) -> Tensor:
+        """Return the weight, or that of an expert, with the axis of the stream first."""
+        places = self._places(self.writer.parameter)
+        if places.apart:
+            part = self.checkpoint.tensor(places.names[expert])
+            return self.writer.matrix(part.T if places.turned else part)
+        if self.writer.kind == "experts":
+            return self.writer.matrix(self.checkpoint.part(places.names[0], expert))
+        return self.writer.matrix(self.checkpoint.tensor(places.names[0]))
+
+    def edited(self, edit: Edit, name: str, number: int) -> Tensor:
+        """Return a tensor of the files as the edit leaves it, in its dtype.
+
+        Args:
+            edit: The edit.
+            name: Name of the weight or bias in the loaded model.
+            number: Which of its tensors.
+        """
+        places = self._places(name)
+        stored = self.checkpoint.tensor(places.names[number])
+        directions, strengths = self._directions(edit)
+
+        def edited(part: Tensor, expert: int) -> Tensor:
+            matrix = self.matrix(expert)
+            if name != self.writer.parameter:
+                return edit_bias(part, matrix, directions, strengths, edit.mode)
+            return self.writer.unmatrix(edit_weight(matrix, directions, strengths, edit.mode))
+
+        if places.apart or self.writer.kind != "experts" or stored.ndim == 1:  # experts may have one bias in common
+            found = edited(stored, number)
+            return (found.T if places.turned else found).to(stored.dtype)
+        # One expert at a time: all of them in float64 would take four times the memory of the tensor.
+        for expert, part in enumerate(stored):
+            part.copy_(edited(part, expert))
+        return stored
+
+    def _places(self, name: str) -> Places:
+        return self.checkpoint.places(self.architecture, name)
+
+    def _directions(self, edit: Edit) -> tuple[Tensor, Tensor]:
+        """Return orthonormal directions before the writer's norms, [k, d], and their λ, [k]."""
+        candidates = self.writer.candidates(edit.basis.candidates, self.read)
+        gram = gram_of(self.writer, candidates)
+        coefficients, strengths = directions_and_strengths(edit.parameters, edit.basis, self.writer, gram)
+        return coefficients @ candidates.to(coefficients), strengths
 
 
 def write_weights(

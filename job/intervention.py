@@ -91,18 +91,24 @@ class Intervention:
             model: The loaded model.
             architecture: Its structure.
             basis: The directions of all layers.
-            mode: Which norms of the weights edits preserve.
+            mode: Which norms of the weights edits preserve; "none" if experts' weights are held together.
         """
         self._basis = basis
         self._mode = mode
         self._sites = []
         on: dict[torch.device, Tensor] = {}
+        hooked: set[str] = set()
         for writer in architecture.writers:
-            module = model.get_submodule(writer.module)
+            if writer.hook and writer.hook in hooked:
+                continue
+            hooked.add(writer.hook)
+            module = model.get_submodule(writer.hooked)
             weight = model.get_parameter(writer.parameter).detach()
             if weight.device not in on:
                 on[weight.device] = basis.candidates.to(weight.device, torch.float64)
             candidates = writer.candidates(on[weight.device], model.get_parameter)
+            if writer.summed and mode != "none":
+                raise ValueError(f"{mode} is not defined for {writer.parameter}")
             tables = weight_tables(writer.matrix(weight), candidates, mode)
             self._sites.append(_Site(writer, module, tables, candidates, gram_of(writer, candidates)))
         self._handles: list[RemovableHandle] = []
@@ -193,20 +199,25 @@ class Intervention:
         return hook
 
     def _edit_output(self, site: _Site) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, y: Tensor) -> Tensor | None:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             if self._rows is None or site.active is None:
                 return None
-            edits = site.active
-            rows, own = self._rows_on(y.device)
-            stream = _by_rows(y, len(rows)).to(torch.float32)
-            along = stream @ edits.read  # [rows, t, K * k]
-            along.view(*along.shape[:-1], len(self._factors), -1).mul_(own[..., None])
-            edited = torch.addmm(stream.flatten(0, -2), along.flatten(0, -2), edits.write, alpha=-1).view_as(stream)
-            if edits.output_scale is not None:
-                edited *= edits.output_scale[rows][:, None]
-            return edited.to(y.dtype).view_as(y)
+            if isinstance(output, tuple):  # what adds experts up may also tell how they were chosen
+                return (self._edited(output[0], site.active), *output[1:])
+            return self._edited(output, site.active)
 
         return hook
+
+    def _edited(self, y: Tensor, edits: _Active) -> Tensor:
+        """Return a writer's output [rows, t, d], or [rows * t, d], as each row's edit leaves it."""
+        rows, own = self._rows_on(y.device)
+        stream = _by_rows(y, len(rows)).to(torch.float32)
+        along = stream @ edits.read  # [rows, t, K * k]
+        along.view(*along.shape[:-1], len(self._factors), -1).mul_(own[..., None])
+        edited = torch.addmm(stream.flatten(0, -2), along.flatten(0, -2), edits.write, alpha=-1).view_as(stream)
+        if edits.output_scale is not None:
+            edited *= edits.output_scale[rows][:, None]
+        return edited.to(y.dtype).view_as(y)
 
 
 def _by_rows(tensor: Tensor, rows: int) -> Tensor:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from job.architectures import Architecture, Writer, architecture_of, require_editable
@@ -228,12 +227,6 @@ def require_supported(config: PretrainedConfig, architecture: Architecture) -> N
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedArchitectureError(architecture.model_type, "it is only known together with images")
     twin = small_twin(config)
-    stored = revert_weight_conversion(twin, twin.state_dict())
-    for name in (name for writer in architecture.writers for name in writer.tensors):
-        if name not in stored:
-            raise UnsupportedArchitectureError(
-                architecture.model_type, f"its files hold {name} in another form, which cannot be exported yet"
-            )
     shares = hooked_leaks(twin, architecture)
     worst = max(range(len(shares)), key=shares.__getitem__)
     if not shares[worst] < TOLERANCE:

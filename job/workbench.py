@@ -13,6 +13,7 @@ from typing import Self
 import torch
 
 from job.adapter import with_adapter, write_adapter
+from job.architectures import require_modes
 from job.crew import Shared, crew, in_turn, parts_of
 from job.directions import DirectionFinder, tokens_of_forward
 from job.edit_file import write_edit_file
@@ -83,6 +84,7 @@ class Workbench:
     ) -> Iterator[Self]:
         """Load the model from its folder, resolve what is open, find the directions and put the hooks in place."""
         architecture = inspect_model(source)
+        require_modes(architecture, settings.ablation.row_normalization, settings.export_format)
         Checkpoint(source).require_writers(architecture)
         events.emit(
             "architecture",

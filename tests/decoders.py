@@ -64,8 +64,8 @@ What the job says of every decoder-only family of the causal-LM mapping of trans
 of it, in the order of that mapping. Written by `python -m tests.decoders --write docs/architectures.md`.
 
 A family is edited if all that its layers write into the residual stream is found (the truth test passes), if none of
-what was found could be left out (its converse), if hooks can take a direction out of it, and if its files hold it under
-the same names. Others are refused by `inspect` and `preflight` with the reason given here. Where writers are named in a
+what was found could be left out (its converse), if hooks can take a direction out of it, and if it can be told how its
+files hold it. Others are refused by `inspect` and `preflight` with the reason given here. Where writers are named in a
 family that is not edited, they are proven, and editing or exporting them is what is missing. A model's own
 configuration decides: the same family with other switches may have other writers.
 """

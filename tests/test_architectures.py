@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, PreTrainedModel
 
 from job.adapter import with_adapter, write_adapter
-from job.architectures import Architecture, Writer, discover
-from job.errors import UnsupportedArchitectureError
+from job.architectures import Architecture, Writer, discover, require_modes
+from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.export import Edit, verify_written, write_weights
 from job.intervention import Intervention
 from job.model import LoadedModel
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis, orthonormal_basis
-from job.records import COMPONENTS, EditParameters, KernelParameters
+from job.records import COMPONENTS, EditParameters, ExportFormat, KernelParameters
+from job.stored import Form
 from job.truth import TOLERANCE, inspect_model, largest_leak, leaks, proven, random_direction, require_supported
 from job.twin import small_config, small_twin
 from tests.decoders import families, judge, tiny_config
@@ -175,24 +177,49 @@ def test_a_family_that_no_edit_reaches_is_refused(family: str) -> None:
         proven(tiny_config(family))
 
 
-@pytest.mark.parametrize(
-    ("family", "reason"),
-    [
-        ("gpt_oss", "cannot be edited yet"),
-        ("mixtral", "cannot be edited yet"),
-        ("olmo_hybrid", "cannot be exported yet"),  # files call its norms otherwise
-    ],
-)
-def test_what_is_proven_but_out_of_reach_is_refused_with_the_reason(family: str, reason: str) -> None:
-    config = tiny_config(family)
+def test_what_is_proven_but_out_of_reach_is_refused_with_the_reason() -> None:
+    config = tiny_config("mixtral")
     architecture = proven(config)
-    with pytest.raises(UnsupportedArchitectureError, match=reason):
-        require_supported(config, architecture)
+    untold = dataclasses.replace(architecture, forms={})
+    with pytest.raises(UnsupportedArchitectureError, match=r"how files hold model\.layers\.0"):
+        require_supported(config, untold)
+    misplaced = [dataclasses.replace(w, hook=architecture.layers) for w in architecture.writers]
+    with pytest.raises((UnsupportedArchitectureError, NotImplementedError)):
+        require_supported(config, dataclasses.replace(architecture, writers=tuple(misplaced)))
+
+
+@pytest.mark.parametrize(("mode", "form"), [("full", "merged"), ("column", "merged"), ("none", "adapter")])
+def test_what_is_not_defined_for_experts_is_refused(mode: RowNormalization, form: ExportFormat) -> None:
+    architecture = proven(tiny_config("mixtral"))
+    require_modes(architecture, "none", "merged")
+    require_modes(proven(tiny_config("llama")), mode, form)
+    with pytest.raises(ImpossibleJobError, match="experts") as refused:
+        require_modes(architecture, mode, form)
+    assert "use " in str(refused.value.remedy)
+    if mode != "none":
+        with pytest.raises(ValueError, match=mode):
+            Intervention(small_twin(tiny_config("mixtral")), architecture, Basis.single(torch.eye(6, 64)), mode)
+
+
+def test_the_forms_of_files_are_found() -> None:
+    mixtral = proven(tiny_config("mixtral")).forms
+    assert mixtral["model.layers.0.mlp.experts.down_proj"] == Form(
+        "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
+    )
+    assert mixtral["model.layers.1.self_attn.o_proj.weight"] == Form("model.layers.1.self_attn.o_proj.weight")
+    together = proven(tiny_config("gpt_oss")).forms
+    assert together["model.layers.1.mlp.experts.down_proj"] == Form("model.layers.1.mlp.experts.down_proj")
 
 
 EVERYWHERE = KernelParameters(max_weight=1, max_weight_position=0, min_weight=1, min_weight_distance=99)
 # Transposed weights with biases, norms after writers, a state space beside attention.
-EXPORTED = ("gpt2", "gemma2", "glm4", "olmo2", "falcon_h1", "opt")
+EXPORTED = (
+    *("gpt2", "gemma2", "glm4", "olmo2", "falcon_h1", "opt"),
+    # Experts together in files and one by one, with shared ones, after norms; norms that files call otherwise.
+    *("gpt_oss", "mixtral", "qwen2_moe", "afmoe", "olmo_hybrid"),
+    # Experts whose outputs are in an order of their own, or lie in one matrix.
+    *("dbrx", "jetmoe", "llama4_text"),
+)
 
 
 def saved(family: str, folder: Path) -> PreTrainedModel:
@@ -213,27 +240,37 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", EXPORTED)
-def test_nothing_is_written_along_a_direction_after_export_and_reload(family: str, tmp_path: Path) -> None:
-    model = saved(family, tmp_path / "model")
-    architecture = inspect_model(tmp_path / "model")
+def export_and_reload(family: str, folder: Path) -> None:
+    """Assert that what is exported writes nothing along a direction, and that nothing else has changed."""
+    model = saved(family, folder / "model")
+    architecture = inspect_model(folder / "model")
     assert architecture == discover(model)
     direction = random_direction(model).float()
     basis = Basis.single(direction.expand(architecture.layer_count, -1))
     parameters = EditParameters(direction_index=None, kernels=dict.fromkeys(COMPONENTS, EVERYWHERE))
     edit = Edit(parameters, basis, "none")
-    write_weights(tmp_path / "model", tmp_path / "export", architecture, edit, lambda _: None)
-    verify_written(tmp_path / "model", tmp_path / "export", architecture, edit)
-    written = loaded(tmp_path / "export")
-    assert max(leaks(written, architecture, [])) < TOLERANCE
-    assert min(leaks(model, architecture, [])) > 100 * TOLERANCE
+    write_weights(folder / "model", folder / "export", architecture, edit, lambda _: None)
+    verify_written(folder / "model", folder / "export", architecture, edit)
+    written = loaded(folder / "export")
+    assert max(leaks(written, architecture, [])) < TOLERANCE, family
+    assert min(leaks(model, architecture, [])) > 100 * TOLERANCE, family
     edited = {name for writer in architecture.writers for name in (writer.parameter, writer.bias)}
     for (name, before), (_, after) in zip(model.named_parameters(), written.named_parameters(), strict=True):
         assert torch.equal(before, after) == (name not in edited), name
 
 
-@pytest.mark.parametrize("mode", ["none", "pre", "full", "column"])
-@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("family", EXPORTED)
+def test_nothing_is_written_along_a_direction_after_export_and_reload(family: str, tmp_path: Path) -> None:
+    export_and_reload(family, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        *itertools.product(["gpt2", "gemma2"], ["none", "pre", "full", "column"]),
+        *itertools.product(["dbrx", "gpt_oss", "jetmoe", "llama4_text", "mixtral", "qwen2_moe"], ["none"]),
+    ],
+)
 def test_hooks_agree_with_the_export_in_every_mode(family: str, mode: RowNormalization, tmp_path: Path) -> None:
     """Several directions of unlike strengths, interpolated between layers, before norms where there are any."""
     model = saved(family, tmp_path / "model")
@@ -270,10 +307,13 @@ def test_the_adapter_of_transposed_weights_is_the_hooked_model(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_every_family_is_proven_or_refused_for_a_known_reason() -> None:
+def test_every_family_is_edited_and_exported_or_refused_for_a_known_reason(tmp_path: Path) -> None:
     verdicts = {family: judge(family) for family in families()}
     assert {family for family, verdict in verdicts.items() if not verdict.built} == UNBUILT
     refused = {f: v.reason for f, v in verdicts.items() if v.built and v.architecture is None}
     assert set(refused) == set(BEYOND)
     assert all(BEYOND[family] in reason for family, reason in refused.items())
-    assert sum(verdict.architecture is not None for verdict in verdicts.values()) >= 130
+    edited = [family for family, verdict in verdicts.items() if not verdict.reason]
+    assert len(edited) >= 130
+    for family in sorted({*edited} - {*EXPORTED}):
+        export_and_reload(family, tmp_path / family)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from job.models import ModelListing, ModelSource
 from job.preflight.checks import Check, size
 from job.preflight.facts import ModelFacts
+from job.records import ExportFormat
+
+if TYPE_CHECKING:
+    from job.numerics.ablation import RowNormalization  # which loads torch
 
 
 def files(source: ModelSource, listing: ModelListing) -> Check:
@@ -31,11 +36,13 @@ def weights(facts: ModelFacts, tensors: int) -> Check:
     )
 
 
-def architecture(folder: Path) -> Check:
-    """Prove on a small twin that all residual writers are found."""
+def architecture(folder: Path, mode: RowNormalization, form: ExportFormat) -> Check:
+    """Prove on a small twin that all residual writers are found, and can be edited as the settings ask for."""
+    from job.architectures import require_modes
     from job.truth import inspect_model
 
     found = inspect_model(folder)
+    require_modes(found, mode, form)
     return Check(
         name="model.architecture",
         status="ok",

@@ -234,7 +234,14 @@ class Surveyor:
             self._line = line_speed(source, listing) or LINE
         return [
             model_checks.files(source, listing),
-            *self._guarded("model.architecture", lambda: [model_checks.architecture(folder)]),
+            *self._guarded(
+                "model.architecture",
+                lambda: [
+                    model_checks.architecture(
+                        folder, self.settings.ablation.row_normalization, self.settings.export_format
+                    )
+                ],
+            ),
             *self._guarded("model.tokenizer", lambda: [model_checks.tokenizer(folder)]),
             *self._guarded("model.weights", lambda: self._weights_checks(source, listing, folder)),
             model_checks.licence(listing, self.settings.upload),
