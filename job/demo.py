@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from job.workspace import RunFolder
 
-ARCHITECTURES = ("llama", "qwen3")
+ARCHITECTURES = ("llama", "qwen3", "gemma2", "mixtral", "qwen3_moe")
 SIZES = {"tiny": (64, 8), "small": (128, 12)}  # hidden size, layers
 PROMPTS_PER_FILE = 200
 
@@ -224,6 +224,12 @@ STEPS = {"answer": 260, "read": 160, "write": 180, "polish": 60}
 POLISHING_ROUNDS = 6
 SYSTEM_PROMPT_SHARE = 0.25
 RESIDUAL_LOSS_WEIGHT = 1.0
+# Settings beyond those that all families know.
+_OF_FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 256},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True},
+}
 
 
 @dataclass(frozen=True)
@@ -431,6 +437,7 @@ def train_organism(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         dtype="float32",
+        **_OF_FAMILIES.get(arch, {}),
     )
     counts = (0, 0)
 

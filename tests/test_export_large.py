@@ -1,0 +1,107 @@
+"""An export needs no more memory than its largest tensors, gives the same bytes again, and survives being killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from job.workspace import DONE
+
+GIB = 1 << 30
+# A model of 1.1 billion weights in bfloat16, in shards, made without a copy in another type.
+MAKE = """
+import sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+                     num_key_value_heads=4, vocab_size=32000)
+torch.manual_seed(0)
+with torch.device("meta"):
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+model.to_empty(device="cpu")
+for parameter in model.parameters():
+    parameter.data.uniform_(-0.05, 0.05)
+model.save_pretrained(sys.argv[1], max_shard_size="300MB")
+"""
+EXPORT = """
+import resource, sys
+from pathlib import Path
+import torch
+import transformers
+from job.export import Edit, seal, write_weights
+from job.numerics.basis import Basis
+from job.records import COMPONENTS, EditParameters, KernelParameters
+from job.truth import inspect_model
+
+def refused(*_, **__):
+    raise AssertionError("the whole model is being loaded or saved")
+
+source, folder = map(Path, sys.argv[1:])
+architecture = inspect_model(source)
+transformers.PreTrainedModel.save_pretrained = refused
+transformers.PreTrainedModel.from_pretrained = refused
+directions = torch.randn(22, 2048, generator=torch.Generator().manual_seed(1))
+basis = Basis.single(torch.nn.functional.normalize(directions, dim=1))
+kernel = KernelParameters(max_weight=1, max_weight_position=11, min_weight=0.3, min_weight_distance=30)
+edit = Edit(EditParameters(direction_index=None, kernels=dict.fromkeys(COMPONENTS, kernel)), basis, "full")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print("begun", flush=True)
+write_weights(source, folder, architecture, edit, lambda _: None)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+seal(folder, lambda _: {})
+"""
+
+
+def export(source: Path, folder: Path) -> int:
+    """Export in a process of its own and return by how much its memory grew at most, in bytes."""
+    run = subprocess.run([sys.executable, "-c", EXPORT, source, folder], check=True, stdout=subprocess.PIPE, text=True)
+    return int(run.stdout.split()[-1])
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as stream:
+            found[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_checkpoint_of_two_gigabytes(tmp_path: Path) -> None:
+    source, whole, killed = (tmp_path / name for name in ("model", "whole", "killed"))
+    subprocess.run([sys.executable, "-c", MAKE, source], check=True)
+    shards = sorted(source.glob("*.safetensors"))
+    assert len(shards) >= 8
+    assert sum(shard.stat().st_size for shard in shards) > 2e9
+    largest = 32000 * 2048 * 2
+    assert export(source, whole) <= 3 * largest + GIB
+    assert (whole / DONE).exists()
+    seed = int(os.environ.get("KILL_SEED", random.randrange(10**6)))
+    print(f"KILL_SEED={seed}")
+    process = subprocess.Popen([sys.executable, "-c", EXPORT, source, killed], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout as output:
+        assert output.readline() == "begun\n"
+        deadline = time.monotonic() + 60
+        reached = random.Random(seed).randrange(1, len(shards))
+        while len(list(killed.glob("[!.]*.safetensors"))) < reached:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (killed / DONE).exists()
+    export(source, killed)
+    assert hashes(killed) == hashes(whole)
+    index = (source / "model.safetensors.index.json").read_bytes()
+    assert (whole / "model.safetensors.index.json").read_bytes() == index
+    changed = [shard.name for shard in shards if hashes(whole)[shard.name] != hashes(source)[shard.name]]
+    assert len(changed) >= 7
