@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from filelock import FileLock
@@ -17,6 +18,10 @@ from job import demo
 from job.demo import build_tokenizer
 from tests.cloud import RunPodServer, VastServer
 from tests.helpers import UNMEASURED, abliterate, job_arguments
+
+# On a busy machine an example may take any time.
+hypothesis.settings.register_profile("default without deadline", deadline=None)
+hypothesis.settings.load_profile("default without deadline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -42,7 +42,7 @@ def cases(draw: st.DrawFn) -> tuple[RowNormalization, Tensor, Tensor, Tensor, Te
     return mode, weight, candidates, coefficients, strengths, bias, x
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases())
 def test_edited_output_equals_output_of_edited_weight_and_bias(case) -> None:
     mode, weight, candidates, coefficients, strengths, bias, x = case
@@ -57,7 +57,7 @@ def test_edited_output_equals_output_of_edited_weight_and_bias(case) -> None:
     torch.testing.assert_close(hooked, edited, rtol=1e-6, atol=1e-8)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases())
 def test_full_keeps_row_norms_and_column_keeps_column_norms(case) -> None:
     _, weight, candidates, coefficients, strengths, _, _ = case
@@ -70,7 +70,7 @@ def test_full_keeps_row_norms_and_column_keeps_column_norms(case) -> None:
         torch.testing.assert_close(edited.norm(dim=axis), weight.norm(dim=axis), rtol=1e-6, atol=0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(cases())
 def test_ablating_wholly_removes_the_directions_and_is_idempotent(case) -> None:
     _, weight, candidates, coefficients, strengths, _, _ = case

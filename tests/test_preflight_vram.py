@@ -200,7 +200,7 @@ def test_a_machine_without_gpu_computes_in_ram() -> None:
     assert isinstance(plan(small, unknown, WORK), Refusal)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     layers=st.integers(1, 24),
     width=st.integers(1, 100),

@@ -115,7 +115,7 @@ def plainly(decoder: PreTrainedTokenizerBase, tokens: list[int], markers: Refusa
 
 
 @pytest.mark.parametrize("kind", ["bytes", "fallback", "metaspace", "words", "organism"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_marker_is_found_at_the_token_that_completes_it(kind: str, data: st.DataObject) -> None:
     used = tokenizer(kind)
@@ -127,7 +127,7 @@ def test_a_marker_is_found_at_the_token_that_completes_it(kind: str, data: st.Da
     assert found_at(used, tokens) == plainly(used, tokens)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     phrases=st.lists(st.text("ab ß*’'", min_size=1, max_size=5), min_size=1, max_size=6),
     pieces=st.lists(st.text("abAB sSß*’`\n", max_size=4), max_size=10),
