@@ -224,9 +224,10 @@ def require_supported(config: PretrainedConfig, architecture: Architecture) -> N
         UnsupportedArchitectureError: It is such a one.
     """
     require_editable(architecture)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedArchitectureError(architecture.model_type, "it is only known together with images")
     twin = small_twin(config)
+    # A part's configuration may be one that no model is loaded by.
+    if any(type(one) not in MODEL_FOR_CAUSAL_LM_MAPPING for one in (config, twin.config)):
+        raise UnsupportedArchitectureError(architecture.model_type, "it is only known together with images")
     shares = hooked_leaks(twin, architecture)
     worst = max(range(len(shares)), key=shares.__getitem__)
     if not shares[worst] < TOLERANCE:
