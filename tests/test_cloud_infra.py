@@ -153,14 +153,13 @@ def test_onstart_fits_and_is_clean() -> None:
     script = INFRA / "vast" / "onstart.sh"
     assert len(script.read_text("utf-8")) <= 4048
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed")
+    assert shellcheck is not None  # one of the packages for development
     subprocess.run([shellcheck, script], check=True)
 
 
 def test_onstart_starts_the_job_once(tmp_path: Path) -> None:
-    if shutil.which("flock") is None:
-        pytest.skip("flock is not installed")
+    if sys.platform != "linux":  # rented machines are; elsewhere there is no flock to start the script with
+        pytest.skip("flock is Linux's")
     entrypoint = tmp_path / "entrypoint.sh"
     entrypoint.write_text('#!/bin/sh\nprintf "%s|" "$@"\nread -r _ <"$ABLITERATE_WORKSPACE/go"\necho end\n')
     entrypoint.chmod(0o755)

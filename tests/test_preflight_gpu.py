@@ -219,7 +219,7 @@ STUB = Path(__file__).parent / "stub_driver.c"
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc")
-    if compiler is None:
+    if compiler is None:  # a library of the driver's interface can only be had from C
         pytest.skip("no C compiler here")
     library = tmp_path_factory.mktemp("stub") / "libstub.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(STUB)], check=True)

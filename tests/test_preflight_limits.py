@@ -51,17 +51,18 @@ def cgroup() -> Iterator[Callable[[str, dict[str, str]], Path]]:
     def make(controller: str, limits: dict[str, str]) -> Path:
         folders = cgroup_folders(controller)
         if not folders or folders[0] not in (folders[-1], Path("/sys/fs/cgroup", controller)):
+            # Whoever manages it may move or remove what is made there.
             pytest.skip(f"the {controller} cgroup belongs to somebody else")
         folder = folders[0] / f"preflight-test-{os.getpid()}"
         try:
             folder.mkdir()
             made.append(folder)
             present = [name for name in limits if (folder / name).exists()]
-            if not present:
+            if not present:  # the parent has processes of its own, ours: cgroup v2 then hands on no controller
                 pytest.skip(f"no {controller} controller can be handed on here")
             for name in present:
                 (folder / name).write_text(limits[name])
-        except OSError as error:
+        except OSError as error:  # not root, or mounted for reading only as in most containers
             pytest.skip(f"cannot make a cgroup here: {error}")
         return folder
 

@@ -82,7 +82,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     point = tmp_path / "disk"
     point.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "none", str(point)], capture_output=True)
-    if done.returncode:
+    if done.returncode:  # only root may, with that capability; a disk that is really full cannot be had otherwise
         pytest.skip("cannot mount here")
     yield point
     subprocess.run(["umount", "-l", str(point)], check=True)
