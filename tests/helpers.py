@@ -41,9 +41,19 @@ class Result:
             assert part in lines[0], (part, lines[0])
 
 
+# Libraries set variables with these names themselves, in whichever process of the tests comes to load a part of them.
+_SET_BY_LIBRARIES = ("CUBLAS_", "CUDA_", "KMP_", "NCCL_", "TOKENIZERS_", "TORCH", "_TORCH", "TRITON_")
+_AT_START = dict(os.environ)
+
+
 def environment(**extra: str) -> dict[str, str]:
-    """Return an environment without the settings and secrets of whoever runs the tests."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ABLITERATE_")}
+    """Return an environment without the settings of whoever runs the tests and what libraries have set since."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("ABLITERATE_")
+        and (not name.startswith(_SET_BY_LIBRARIES) or _AT_START.get(name) == value)
+    }
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import abliterate, job_arguments, start
+from tests.helpers import abliterate, environment, job_arguments, start
 from tests.warm import Warm
 
 # Signals 32 and 33, which it takes for itself once threads need them.
@@ -34,6 +35,15 @@ def look(pid: int) -> dict[str, Any]:
         "folder": os.readlink(f"/proc/{pid}/cwd"),
         "group": os.getpgid(pid),
     }
+
+
+def test_what_libraries_set_in_the_tests_process_starts_no_command_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = environment()
+    importlib.import_module("torch._inductor.fx_passes.numeric_utils")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert environment() == before
+    monkeypatch.setenv("AWS_PROFILE", "kitchen")
+    assert environment() == {**before, "AWS_PROFILE": "kitchen"}
 
 
 @pytest.mark.slow

@@ -41,9 +41,8 @@ AT_ONE_HUB = (
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "accelerate"),
 )
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
-# The beginnings of names of variables that are read when they are needed, or by us. TorchInductor's is set by itself,
-# in whichever process of the tests has loaded it.
-LATE = ("ABLITERATE_", "AWS_", "CONTAINER_", "JOB_", "PYTEST_", "RUNPOD_", "TORCHINDUCTOR_", "VAST_", *PROXIES)
+# The beginnings of names of variables that are read when they are needed, or by us.
+LATE = ("ABLITERATE_", "AWS_", "CONTAINER_", "JOB_", "PYTEST_", "RUNPOD_", "VAST_", *PROXIES)
 
 _servers: dict[bool, Server] = {}
 _starting = threading.Lock()

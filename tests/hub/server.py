@@ -212,8 +212,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._send(chunk[allowed:])
 
     def _send(self, chunk: bytes) -> None:
+        self._request.sent += len(chunk)  # before it goes out: who has read it may ask at once
         self.wfile.write(chunk)
-        self._request.sent += len(chunk)
 
     def _read_body(self) -> Iterator[bytes]:
         """Read the request body piece by piece, and cut the connection where a fault says so."""
