@@ -19,6 +19,7 @@ from transformers import (
 
 from job.caches import SharedPrefix, arguments, rows_can_be_picked, takes_cache
 from job.numerics.metrics import log_odds
+from job.placement import input_device
 
 
 def left_padded(prompts: Sequence[list[int]], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +66,7 @@ class Shared:
 def shared_prefix(model: PreTrainedModel, tokens: list[int], trials: int) -> SharedPrefix:
     """Return what a model computes of a prefix, with one row a trial."""
     cache = DynamicCache(config=model.config)
-    ids, mask, positions = left_padded([tokens] * trials, model.device)
+    ids, mask, positions = left_padded([tokens] * trials, input_device(model))
     _forward(model, ids, mask, positions, cache)
     return SharedPrefix.of(len(tokens), cache)
 
@@ -88,7 +89,7 @@ def last_logits(
         count: Number of tokens at the end of the prompts.
         shared: A prefix that all prompts begin with, and that leaves at least so many tokens of each.
     """
-    tokens, mask, positions = left_padded(prompts, model.device)
+    tokens, mask, positions = left_padded(prompts, input_device(model))
     if shared is None:
         return _forward(model, tokens, mask, positions, None, count)
     cache, begin = _on_prefix(model, mask, shared), shared.prefix.length
@@ -194,7 +195,7 @@ def greedy_answers(
     if not takes_cache(model):
         _generate(model, prompts, limit, end_tokens, ledger)
         return ledger.answers
-    tokens, mask, positions = left_padded(prompts, model.device)
+    tokens, mask, positions = left_padded(prompts, input_device(model))
     positions_next = positions[:, -1:] + 1
     if shared is None:
         cache = DynamicCache(config=model.config)
@@ -209,7 +210,7 @@ def greedy_answers(
             break
         if pickable and len(ledger.going) < len(present):
             staying = [row for row, index in enumerate(present) if index in ledger.going]
-            keep = torch.tensor(staying, device=model.device)
+            keep = torch.tensor(staying, device=input_device(model))
             cache.reorder_cache(keep)
             mask, positions_next, chosen = mask[keep], positions_next[keep], chosen[keep]
             present = [present[row] for row in staying]
@@ -225,7 +226,7 @@ def _generate(
     model: PreTrainedModel, prompts: Sequence[list[int]], limit: int, end_tokens: Collection[int], ledger: _Ledger
 ) -> None:
     """Decode by the model's own `generate`, of which the ledger sees every step's logits."""
-    tokens, mask, _ = left_padded(prompts, model.device)
+    tokens, mask, _ = left_padded(prompts, input_device(model))
     rows = range(len(prompts))
 
     def see(_: Tensor, logits: Tensor) -> Tensor:

@@ -86,6 +86,10 @@ class Evaluator:
             self._reference = self._fitting(self._refer)
         return self._reference
 
+    def refer(self) -> None:
+        """Have the base model say to the good prompts now what others are compared with later."""
+        _ = self.reference
+
     def _refer(self) -> Reference:
         continuations: list[list[int]] = [[] for _ in self._good]
         if self._kl_tokens > 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,6 +30,7 @@ from job.numerics.ablation import (
 )
 from job.numerics.basis import Basis, orthonormal_in
 from job.numerics.kernel import WeightKernel
+from job.placement import module_device, read_parameter
 from job.records import EditParameters
 
 
@@ -103,13 +105,16 @@ class Intervention:
                 continue
             hooked.add(writer.hook)
             module = model.get_submodule(writer.hooked)
-            weight = model.get_parameter(writer.parameter).detach()
-            if weight.device not in on:
-                on[weight.device] = basis.candidates.to(weight.device, torch.float64)
-            candidates = writer.candidates(on[weight.device], model.get_parameter)
-            if writer.summed and mode != "none":
+            device = module_device(model.get_submodule(writer.module))
+            if device not in on:
+                on[device] = basis.candidates.to(device, torch.float64)
+            candidates = writer.candidates(on[device], partial(read_parameter, model))
+            if mode == "none":
+                tables = WeightTables(mode)
+            elif writer.summed:
                 raise ValueError(f"{mode} is not defined for {writer.parameter}")
-            tables = weight_tables(writer.matrix(weight), candidates, mode)
+            else:
+                tables = weight_tables(writer.matrix(read_parameter(model, writer.parameter)), candidates, mode)
             self._sites.append(_Site(writer, module, tables, candidates, gram_of(writer, candidates)))
         self._handles: list[RemovableHandle] = []
         self._factors = torch.zeros(0)  # [K]

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
+import logging
 import platform
 import re
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -25,13 +31,16 @@ from transformers.utils import logging as transformers_logging
 
 from job.architectures import Architecture, discover
 from job.decoding import first_logits, greedy_answers
-from job.errors import ImpossibleJobError, MachineError
+from job.errors import ImpossibleJobError, MachineError, UsageError
 from job.faults import is_out_of_memory, out_of_memory
+from job.placement import input_device, spread
 from job.prompts import Prompt
 from job.settings import LoadingSettings
+from job.twin import empty_model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_PLACE = re.compile(r"cpu|mps|disk|cuda(:\d+)?")
 _CPUS = Path("/proc/cpuinfo")
 
 
@@ -58,8 +67,7 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        device: torch.device = self.model.device
-        return device
+        return input_device(self.model)
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -149,6 +157,7 @@ def quieten_transformers() -> None:
     """Keep transformers' bars and advice out of the job's own output; its errors still come as exceptions."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -229,12 +238,17 @@ def hardware(device: torch.device) -> str:
 
 def _load_weights(folder: Path, dtype: str, device: torch.device, settings: LoadingSettings) -> PreTrainedModel:
     # Straight onto the device: by way of the RAM, all weights would have to fit there first.
-    placed = {"": device} if settings.device_map == "single" else settings.device_map
+    places: Any = {"": device} if settings.device_map == "single" else settings.device_map
+    if isinstance(settings.device_map, dict):
+        places = _spread(folder, settings.device_map)
+    limits = {int(name) if name.isdigit() else name: size for name, size in (settings.max_memory or {}).items()}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map=placed,
+            device_map=places,
+            max_memory=limits or None,
+            offload_folder=_offload_folder(settings),
             quantization_config=_quantization(settings.quantization),
             local_files_only=True,
             use_safetensors=True,
@@ -258,6 +272,41 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
     return loaded
 
 
+def _spread(folder: Path, places: Mapping[str, int | str]) -> dict[str, int | str]:
+    """Return a table of devices as a model is loaded by it.
+
+    Raises:
+        MachineError: This machine does not have one of the devices.
+        UsageError: It leaves a part of the model out, or names no device.
+    """
+    for name, place in places.items():
+        if isinstance(place, str) and not _PLACE.fullmatch(place):
+            raise UsageError(
+                f"loading.device_map has {name} on {place!r}, which is no device",
+                remedy='give the number of a GPU, "cpu" or "disk"',
+            )
+        if place != "disk":
+            resolve_device(f"cuda:{place}" if isinstance(place, int) else place)
+    found = spread(empty_model(AutoConfig.from_pretrained(folder, local_files_only=True)), places)
+    left_out = next((name for name, place in found.items() if place is None), None)
+    if left_out is not None:
+        raise UsageError(
+            f"loading.device_map has no device for {left_out}",
+            remedy='name it or what it is in; "" stands for all that is not named',
+        )
+    return found
+
+
+def _offload_folder(settings: LoadingSettings) -> str | None:
+    """Return where weights are kept on disk that are offloaded in another form than the files have them."""
+    offloads = settings.device_map == "auto" or isinstance(settings.device_map, dict)
+    if settings.offload_folder is not None or not offloads:
+        return settings.offload_folder
+    folder = tempfile.mkdtemp(prefix="abliterate-offload-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _quantization(name: str) -> BitsAndBytesConfig | None:
     """Return how weights are quantised while they are loaded, None for not at all.
 
@@ -277,6 +326,8 @@ def _quantization(name: str) -> BitsAndBytesConfig | None:
 def _fault(loaded: LoadedModel) -> str | None:
     """Return what is wrong with the model in its dtype, None if a generation goes well."""
     for name, parameter in loaded.model.named_parameters():
+        if parameter.is_meta:  # on disk: a forward brings it, and shows in its logits
+            continue
         if not bool(torch.isfinite(parameter).all()):
             return f"weight {name} has values that are not finite"
     prompts = loaded.tokenize([Prompt(user="Hello, how are you?")])

@@ -232,6 +232,7 @@ class Job:
             pinned = {"model_commit": survey.commit, "model_public": survey.public}
         if self._record.planned_rows is None and survey.plan is not None:
             pinned["planned_rows"] = survey.plan.rows
+            pinned["planned_weights"] = {device.device: device.weights for device in survey.plan.devices}
         if pinned:
             self._record = self._record.model_copy(update=pinned)
             write_record(self._folder.job_file, self._record)

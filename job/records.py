@@ -173,6 +173,7 @@ class JobRecord(Record):
         startup_trials: Trials at the start of the search without the sampler, fixed at the first start.
         model_commit: The commit that a model on the Hub is used at.
         planned_rows: Rows of a forward by preflight's plan of the memory.
+        planned_weights: Bytes of weights on each device by that plan.
         model_public: The model is on the Hub for everybody to see, so that it may be named.
         resolution: Set when the model has been loaded for the first time.
         versions: Versions of this package and of the libraries that decide results, at the first start.
@@ -188,6 +189,7 @@ class JobRecord(Record):
     model_commit: str | None = None
     model_public: bool = False
     planned_rows: int | None = None
+    planned_weights: dict[str, int] | None = None
     resolution: Resolution | None = None
     versions: dict[str, str]
     reproduces: str | None = None

@@ -61,6 +61,9 @@ def _spec_table(value: Any) -> Any:
 Prompts = Annotated[PromptSettings, BeforeValidator(_spec_table)]
 
 
+MemorySize = Annotated[str, Field(pattern=r"^\d+(\.\d+)?[KMG]i?B$")]
+
+
 class LoadingSettings(Section):
     """How the model is loaded and addressed."""
 
@@ -71,8 +74,19 @@ class LoadingSettings(Section):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:N or mps.",
     )
-    device_map: Literal["single", "balanced", "sequential", "auto"] = Field(
-        description="single: all layers on the device; else how accelerate spreads them over all GPUs."
+    device_map: Literal["single", "balanced", "sequential", "auto"] | dict[str, int | str] = Field(
+        description="single: all layers on the device; balanced, sequential, auto: how accelerate spreads them over "
+        'all GPUs; or a table of modules with the device of each: the number of a GPU, "cpu" or "disk".'
+    )
+    max_memory: dict[Annotated[str, Field(pattern=r"^(\d+|cpu|disk)$")], MemorySize] | None = Field(
+        None,
+        description='What a spread model may take of each device, e.g. {0 = "20GiB", cpu = "60GiB"}; unset: all that '
+        "is free.",
+    )
+    offload_folder: str | None = Field(
+        None,
+        description="Where weights go that are kept on disk in another form than the model's files; unset: a "
+        "temporary folder.",
     )
     quantization: Literal["none", "bnb-4bit"] = Field(
         description="bnb-4bit: weights are loaded in 4 bits (nf4); the export is still made from the full ones."
@@ -511,14 +525,17 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
     table[leaf] = value
 
 
-def _flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _flatten(
+    tables: Mapping[str, Any], section: type[BaseModel] | None = None, prefix: str = ""
+) -> Iterable[tuple[str, Any]]:
     """Yield all values by dotted key; a prompt set given as a bare spec is one with only that."""
     for key, value in tables.items():
-        field = Settings.model_fields.get(key) if not prefix else None
-        if field is not None and _section(field) is PromptSettings:
+        field = (section or Settings).model_fields.get(key)
+        inner = _section(field) if field is not None else None
+        if inner is PromptSettings:
             value = _spec_table(value)
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+        if inner is not None and isinstance(value, Mapping):  # other tables are values as they are
+            yield from _flatten(value, inner, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 from job.decoding import Answer
 from job.errors import ExportMismatchError
 from job.evaluation import Evaluator
 from job.intervention import Intervention
-from job.records import EditParameters
+from job.records import EditParameters, TrialScores
 
 # In float32 the greedy answers must be the same, but where two tokens are this close in logits either
 # may come first: hooks and edited weights agree to 5e-6 (DESIGN section 2), summed in another order.
@@ -42,38 +44,58 @@ def compare_answers(hooked: Sequence[Answer], reloaded: Sequence[Answer]) -> int
     return ties
 
 
-def prove_export(
-    base: Evaluator, reloaded: Evaluator, intervention: Intervention, edit: EditParameters, rows: int
-) -> str:
-    """Compare the reloaded export with the base model under the edit's hooks.
+@dataclass(frozen=True)
+class Measured:
+    """What a reloaded export is compared with: the base model under the edit's hooks.
 
-    Args:
-        base: Evaluator of the base model.
-        reloaded: Evaluator of the reloaded export on the same prompts.
-        intervention: The hooks on the base model, in place.
-        edit: The edit that was exported.
-        rows: Rows of a forward.
-
-    Returns:
-        What was found, in one line.
-
-    Raises:
-        ExportMismatchError: The two differ by more than rounding explains.
+    Attributes:
+        answers: Its answers, where they must be the same.
+        scores: Its scores, where only these must agree.
     """
-    if base.dtype == "float32":
+
+    answers: Sequence[Answer] = ()
+    scores: TrialScores | None = None
+
+    @classmethod
+    def of(cls, base: Evaluator, intervention: Intervention, edit: EditParameters, rows: int) -> Self:
+        """Measure what exports of the edit will be compared with; afterwards the base model is not needed for that.
+
+        Args:
+            base: Evaluator of the base model.
+            intervention: The hooks on it, in place.
+            edit: The edit that is exported.
+            rows: Rows of a forward.
+        """
+        if base.dtype != "float32":
+            return cls(scores=base.scores(intervention, [edit], rows)[0])
         intervention.activate([edit])
-        hooked, answers = base.answers(intervention), reloaded.answers(None)
-        ties = compare_answers(hooked, answers)
-        return f"{len(answers)} answers equal the measured ones ({ties} of them up to a tie)"
-    measured = base.scores(intervention, [edit], rows)[0]
-    figures = reloaded.figures(base)
-    assert figures.kl is not None
-    apart = abs(figures.kl - measured.kl)
-    refusals = abs(figures.refusals - measured.refusals)
-    if not apart <= KL_BOUND + KL_SHARE * measured.kl or refusals > max(1, REFUSAL_SHARE * figures.bad_prompts):
-        raise ExportMismatchError(
-            f"the exported model has KL {figures.kl:.3g} and {figures.refusals} refusals "
-            f"where {measured.kl:.3g} and {measured.refusals} were measured",
-            remedy="report this as a bug; the export is kept for inspection",
+        return cls(answers=base.answers(intervention))
+
+    def compare(self, reloaded: Evaluator, base: Evaluator) -> str:
+        """Compare the reloaded export with it; return what was found, in one line.
+
+        Args:
+            reloaded: Evaluator of the export on the same prompts.
+            base: Evaluator that has measured the base model.
+
+        Raises:
+            ExportMismatchError: The two differ by more than rounding explains.
+        """
+        if self.scores is None:
+            answers = reloaded.answers(None)
+            ties = compare_answers(self.answers, answers)
+            return f"{len(answers)} answers equal the measured ones ({ties} of them up to a tie)"
+        figures = reloaded.figures(base)
+        assert figures.kl is not None
+        apart = abs(figures.kl - self.scores.kl)
+        refusals = abs(figures.refusals - self.scores.refusals)
+        if not apart <= KL_BOUND + KL_SHARE * self.scores.kl or refusals > max(1, REFUSAL_SHARE * figures.bad_prompts):
+            raise ExportMismatchError(
+                f"the exported model has KL {figures.kl:.3g} and {figures.refusals} refusals "
+                f"where {self.scores.kl:.3g} and {self.scores.refusals} were measured",
+                remedy="report this as a bug; the export is kept for inspection",
+            )
+        return (
+            f"KL {figures.kl:.3g} and {figures.refusals} refusals, "
+            f"measured {self.scores.kl:.3g} and {self.scores.refusals}"
         )
-    return f"KL {figures.kl:.3g} and {figures.refusals} refusals, measured {measured.kl:.3g} and {measured.refusals}"

@@ -25,7 +25,9 @@ from job.faults import Watchdog, clear_faults, is_out_of_memory, out_of_memory, 
 from job.intervention import Intervention
 from job.model import LoadedModel, hardware, load_model
 from job.numerics.basis import Basis
+from job.placement import let_go, placement
 from job.prefix import with_response_prefix
+from job.preflight.checks import size
 from job.prompts import Prompt, PromptSets
 from job.records import EditParameters, ExportFormat, Figures, JobRecord, Plan, Resolution, Trial, TrialScores
 from job.reproduction import base_model_name, reproduction
@@ -35,12 +37,14 @@ from job.search import Search, SearchSettings, SearchSpace, SmallerLayoutNeeded
 from job.settings import Settings
 from job.truth import inspect_model
 from job.tuning import Tuner
-from job.verification import prove_export
+from job.verification import Measured
 from job.workspace import DONE, RunFolder, cannot_write, write_record
 from job.writers import decoder_of
 
 # Where preflight found no plan and was allowed to: halved until they fit.
 _ROWS = 32
+# Share by which a device may hold more weights than planned before that is worth a warning.
+_PLAN_TOLERANCE = 0.1
 
 
 @dataclass
@@ -92,6 +96,7 @@ class Workbench:
             f"{len(architecture.writers)} residual writers, proven complete",
         )
         loaded = _load(source, record, settings, events)
+        require_resident(loaded, settings.export_format)
         watchdog = Watchdog(settings.hang_seconds, folder.stacks_file)
         with clear_faults(), watchdog.watching(decoder_of(loaded.model)):
             record, resolution = _resolve(folder, record, settings, prompts, loaded, events)
@@ -242,6 +247,8 @@ class Workbench:
     def export(self, trial: Trial, trials: int, form: ExportFormat) -> None:
         """Write a trial's edit, prove what was written, measure it and seal it.
 
+        What was written is loaded afresh in the place of the base model, which nothing can be measured on afterwards.
+
         Args:
             trial: The trial.
             trials: Trials that the search has made.
@@ -250,6 +257,7 @@ class Workbench:
         Raises:
             ExportMismatchError: What was written is not what was measured.
         """
+        require_resident(self.loaded, form)
         export = self.folder.export_folder(trial.number, form)
         edit = Edit(self.space.edit(trial.params), self.basis, self.settings.ablation.row_normalization)
         self.events.emit("export_started", f"exporting trial {trial.number} to {export}", trial=trial.number)
@@ -258,11 +266,8 @@ class Workbench:
             (export / DONE).unlink(missing_ok=True)
         except OSError as error:
             raise cannot_write(export, error) from error
-        fresh = self._written(export, edit, form)
-        if fresh is not None:
-            fresh = replace(fresh, response_prefix=self.resolution.response_prefix)
-            self._prove(fresh, edit.parameters)
-        figures = self._figures(fresh, edit.parameters, export.name)
+        self._write(export, edit, form)
+        figures = self._figures(export, edit.parameters, form)
         made = reproduction(
             self.record,
             self.settings,
@@ -279,61 +284,80 @@ class Workbench:
             copy_licences(self.loaded.folder, export)
         seal_made(export, made, self.loaded.folder)
 
-    def _written(self, export: Path, edit: Edit, form: ExportFormat) -> LoadedModel | None:
-        """Write the weights of an export and load it afresh, as anyone else would; None where it has none."""
+    def _write(self, export: Path, edit: Edit, form: ExportFormat) -> None:
+        """Write the weights of an export, where it has any."""
         source, architecture = self.loaded.folder, self.loaded.architecture
-        dtype = self.resolution.dtype
         if form == "merged":
             with self.events.progress("shards", len(Checkpoint(source).files)) as advance:
                 write_weights(source, export, architecture, edit, advance)
             verify_written(source, export, architecture, edit)
-            return load_model(export, self.settings.loading, self.events.say, dtype=dtype)
-        if form == "adapter":
-            name = base_model_name(self.record, self.settings)
-            write_adapter(self.loaded, export, edit, name)
-            fresh = load_model(source, self.settings.loading, self.events.say, dtype=dtype)
-            return with_adapter(fresh, export)
-        return None
+        elif form == "adapter":
+            write_adapter(self.loaded, export, edit, base_model_name(self.record, self.settings))
 
-    def _prove(self, fresh: LoadedModel, parameters: EditParameters) -> None:
-        rows = self.resolution.rows
-        found = prove_export(
-            self.evaluator,
-            _evaluator(fresh, self.settings, self.prompts.good_search, self.prompts.bad_search, rows, self.events),
-            self.intervention,
-            parameters,
-            rows,
-        )
-        self.events.emit("export_proven", f"the export was loaded afresh: {found}")
+    def _figures(self, export: Path, parameters: EditParameters, form: ExportFormat) -> tuple[Figures, Figures]:
+        """Measure the base model and the edited one on the report split, alike, the latter as anyone would load it.
 
-    def _figures(self, edited: LoadedModel | None, parameters: EditParameters, name: str) -> tuple[Figures, Figures]:
-        """Measure the base model and the edited one on the report split, alike.
+        There is never more than one of them in memory: two need not fit.
 
-        Args:
-            edited: The export, loaded; None to measure the base model under the edit's hooks.
-            parameters: The edit.
-            name: The export's name.
+        Raises:
+            ExportMismatchError: The export, loaded afresh, is not what was measured.
         """
-        pair = (self.prompts.good_report, self.prompts.bad_report)
-        base = _evaluator(self.loaded, self.settings, *pair, self.resolution.rows, self.events)
-        if edited is None:
+        base = self._evaluator(self.loaded, self.prompts.good_report, self.prompts.bad_report)
+        before = base.figures()
+        if form == "directions":  # an edit without weights: measured under its hooks
             self.intervention.activate([parameters])
-            found = (base.figures(), base.figures(base, self.intervention))
+            after = base.figures(base, self.intervention)
         else:
-            other = _evaluator(edited, self.settings, *pair, self.resolution.rows, self.events)
-            found = (base.figures(), other.figures(base))
-        for subject, figures in zip(("base", name), found, strict=True):
+            base.refer()
+            measured = Measured.of(self.evaluator, self.intervention, parameters, self.resolution.rows)
+            fresh = self._reloaded(export, form)
+            searched = self._evaluator(fresh, self.prompts.good_search, self.prompts.bad_search)
+            found = measured.compare(searched, self.evaluator)
+            self.events.emit("export_proven", f"the export was loaded afresh: {found}")
+            after = self._evaluator(fresh, self.prompts.good_report, self.prompts.bad_report).figures(base)
+        for subject, figures in (("base", before), (export.name, after)):
             file = self.folder.figures_file(subject)
             file.parent.mkdir(exist_ok=True)
             write_record(file, figures)
-        return found
+        return before, after
+
+    def _reloaded(self, export: Path, form: ExportFormat) -> LoadedModel:
+        """Return an export loaded in the base model's place."""
+        let_go(self.loaded.model)
+        release_memory()
+        folder = self.loaded.folder if form == "adapter" else export
+        fresh = load_model(folder, self.settings.loading, self.events.say, dtype=self.resolution.dtype)
+        if form == "adapter":
+            fresh = with_adapter(fresh, export)
+        return replace(fresh, response_prefix=self.resolution.response_prefix)
+
+    def _evaluator(self, loaded: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt]) -> Evaluator:
+        return _evaluator(loaded, self.settings, good, bad, self.resolution.rows, self.events)
+
+
+def require_resident(loaded: LoadedModel, form: ExportFormat) -> None:
+    """Refuse to make an adapter for a model of which weights are offloaded: PEFT cannot put it on such a one.
+
+    Raises:
+        ImpossibleJobError: It is to be one.
+    """
+    if form == "adapter" and any(parameter.is_meta for parameter in loaded.model.parameters()):
+        raise ImpossibleJobError(
+            "an adapter cannot be proven on a model of which weights are offloaded",
+            remedy="use export_format = merged, or loading.device_map = single or balanced",
+        )
 
 
 def _load(source: Path, record: JobRecord, settings: Settings, events: Events) -> LoadedModel:
     pinned = record.resolution.dtype if record.resolution else None
     events.emit("loading", "loading the model")
     loaded = load_model(source, settings.loading, events.say, dtype=pinned)
-    events.emit("loaded", f"loaded in {loaded.dtype} on {loaded.device}", hardware=hardware(loaded.device))
+    held, planned = placement(loaded.model), record.planned_weights or {}
+    told = ", ".join(f"{size(count)} on {place}" for place, count in held.items())
+    events.emit("loaded", f"loaded in {loaded.dtype}: {told}", hardware=hardware(loaded.device), placement=held)
+    for place, count in held.items():
+        if place in planned and count > planned[place] * (1 + _PLAN_TOLERANCE):
+            events.say(f"warning: the plan was {size(planned[place])} of weights on {place}")
     return loaded
 
 

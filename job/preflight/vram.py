@@ -240,7 +240,7 @@ def _settings(strategy: Strategy, quantization: Quantization, layout: Layout) ->
     return (*placed, f'loading.quantization = "{quantization}"', f"batching.rows = {layout.rows}")
 
 
-def differences(found: MemoryPlan, device_map: str, quantization: Quantization) -> tuple[str, ...]:
+def differences(found: MemoryPlan, device_map: object, quantization: Quantization) -> tuple[str, ...]:
     """Return the settings that a job has to be given for a plan, where those it has would not fit.
 
     Args:

@@ -1,0 +1,94 @@
+"""Where a model's weights lie: on one device or several, or offloaded to RAM or disk until a forward needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook
+from accelerate.utils import align_module_device, has_offloaded_params
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# What stands for no device of its own in a device map.
+_OFFLOADED = ("cpu", "disk")
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return the device that inputs go to: that of the first weights, or where these are brought for a forward."""
+    device: torch.device = model.device
+    if device.type != "meta":
+        return device
+    places: Mapping[str, Any] = model.hf_device_map
+    return torch.device(next((place for place in places.values() if place not in _OFFLOADED), "cpu"))
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Return the device that a module, whose weights may be offloaded, computes on."""
+    hook = getattr(module, "_hf_hook", None)
+    if has_offloaded_params(module) and isinstance(hook, AlignDevicesHook):
+        return torch.device(hook.execution_device)
+    return next(module.parameters()).device
+
+
+def read_parameter(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter's values, also where they are offloaded."""
+    module, _, own = name.rpartition(".")
+    holder = model.get_submodule(module)
+    with align_module_device(holder):
+        values: Tensor = getattr(holder, own).detach()
+    return values
+
+
+def placement(model: PreTrainedModel) -> dict[str, int]:
+    """Return how many bytes of a model's weights each device holds; those on disk as they are when they are loaded."""
+    places: Mapping[str, Any] = getattr(model, "hf_device_map", None) or {"": model.device}
+    found: dict[str, int] = {}
+    for name, tensor in model.named_parameters():
+        place = _looked_up(places, name)
+        place = f"cuda:{place}" if isinstance(place, int) else str(place)
+        found[place] = found.get(place, 0) + tensor.numel() * tensor.element_size()
+    return found
+
+
+def spread(model: nn.Module, places: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    """Return a device map in which no module is within another, as accelerate wants them.
+
+    Args:
+        model: The model, or the part of it with this name.
+        places: Devices by the names of modules; what a longer name says goes before what a shorter one does.
+        name: The part's name.
+    """
+    inside = f"{name}." if name else ""
+    if not any(key.startswith(inside) and key != name for key in places):
+        return {name: _looked_up(places, name)}
+    found = {f"{inside}{own}": _looked_up(places, f"{inside}{own}") for own, _ in model.named_parameters(recurse=False)}
+    for own, child in model.named_children():
+        found |= spread(child, places, f"{inside}{own}")
+    return found
+
+
+def _looked_up(places: Mapping[str, Any], name: str) -> Any:
+    """Return what the longest name that leads to a module says; None if none does."""
+    while name not in places and name:
+        name = name.rpartition(".")[0]
+    return places.get(name)
+
+
+def let_go(model: PreTrainedModel) -> None:
+    """Give the memory of a model's weights back, whoever still holds the model; it cannot compute any more."""
+    for module in model.modules():
+        for hook in _hooks(getattr(module, "_hf_hook", None)):
+            if isinstance(hook, AlignDevicesHook):
+                hook.weights_map = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_meta:
+            continue
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
+def _hooks(hook: Any) -> Iterator[Any]:
+    yield hook
+    yield from getattr(hook, "hooks", ())

@@ -1,0 +1,99 @@
+"""A model whose weights are spread or offloaded is measured, edited and exported like one in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from job.decoding import Answer, greedy_answers
+from job.errors import ImpossibleJobError, MachineError, UsageError
+from job.intervention import Intervention
+from job.model import LoadedModel, load_model
+from job.numerics.ablation import RowNormalization
+from job.numerics.basis import Basis
+from job.placement import let_go, placement, spread
+from job.prompts import Prompt
+from job.records import COMPONENTS, EditParameters, KernelParameters
+from job.settings import LoadingSettings, default_values
+from job.workbench import require_resident
+from tests.helpers import abliterate, job_arguments, only_job
+
+KERNEL = KernelParameters(max_weight=1, max_weight_position=2, min_weight=0.5, min_weight_distance=9)
+EDIT = EditParameters(direction_index=1.3, kernels=dict.fromkeys(COMPONENTS, KERNEL))
+# Some layers in RAM, one on disk and one between them split.
+SPREAD = {"": "cpu", "model.embed_tokens": "disk", "model.layers.1": "disk", "model.layers.2.mlp": "disk"}
+
+
+def load(organism: Path, **changes: Any) -> LoadedModel:
+    settings = LoadingSettings(**{**default_values()["loading"], **changes})
+    return load_model(organism / "model", settings, lambda _: None)
+
+
+def answers(loaded: LoadedModel, mode: RowNormalization) -> list[Answer]:
+    count, width = loaded.architecture.layer_count, loaded.architecture.width
+    directions = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
+    basis = Basis.single(torch.nn.functional.normalize(directions, dim=-1))
+    prompts = loaded.tokenize([Prompt(user=f"How do I brew {number} cups of hexed tea?") for number in range(4)])
+    with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
+        assert intervention.activate([EDIT]) == [None]
+        intervention.rows = torch.zeros(len(prompts), dtype=torch.long, device=loaded.device)
+        return greedy_answers(loaded.model, prompts, limit=10, end_tokens=())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"device_map": SPREAD}, {"device_map": "auto", "max_memory": {"cpu": "300KB"}}], ids=["table", "auto"]
+)
+def test_offloaded_weights_are_edited_like_others(organism: Path, changes: dict[str, Any]) -> None:
+    whole, offloaded = load(organism), load(organism, **changes)
+    assert placement(whole.model).keys() == {"cpu"}
+    assert placement(offloaded.model).keys() == {"cpu", "disk"}
+    assert sum(placement(whole.model).values()) == sum(placement(offloaded.model).values())
+    assert any(parameter.is_meta for parameter in offloaded.model.parameters())
+    modes: list[RowNormalization] = ["none", "pre", "full", "column"]
+    for mode in modes:
+        assert answers(whole, mode) == answers(offloaded, mode)
+    require_resident(whole, "adapter")
+    require_resident(offloaded, "merged")
+    with pytest.raises(ImpossibleJobError, match="adapter"):
+        require_resident(offloaded, "adapter")
+
+
+@pytest.mark.slow
+def test_a_job_on_offloaded_weights_writes_the_same_bytes(organism: Path, tmp_path: Path) -> None:
+    config = tmp_path / "spread.toml"
+    config.write_text("[loading.device_map]\n" + "".join(f'"{name}" = "{place}"\n' for name, place in SPREAD.items()))
+    written = []
+    for name, options in (("whole", []), ("spread", ["--config", config])):
+        workspace = tmp_path / name
+        ended = abliterate("run", *job_arguments(organism), "--workspace", workspace, "--trials", 2, *options)
+        assert ended.code == 0, ended.err
+        assert ("on disk" in ended.err) == (name == "spread")
+        written.append((only_job(workspace) / "export/model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_a_table_that_does_not_fit_is_refused(organism: Path) -> None:
+    with pytest.raises(UsageError, match=r"no device for .*embed_tokens"):
+        load(organism, device_map={"model.layers": "cpu", "model.norm": "cpu", "lm_head": "cpu"})
+    with pytest.raises(UsageError, match="no device"):
+        load(organism, device_map={"": "gpu"})
+    with pytest.raises(MachineError, match="cuda:17"):
+        load(organism, device_map={"": 17})
+
+
+def test_tables_are_made_without_modules_within_others() -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"b": torch.nn.Linear(1, 1), "c": torch.nn.Linear(1, 1)})})
+    assert spread(model, {"": 0}) == {"": 0}
+    assert spread(model, {"": 0, "a.c": "cpu"}) == {"a.b": 0, "a.c": "cpu"}
+    assert spread(model, {"a.b": 1}) == {"a.b": 1, "a.c": None}
+    assert spread(model, {"": 0, "a.b.bias": "disk"}) == {"a.b.weight": 0, "a.b.bias": "disk", "a.c": 0}
+
+
+def test_a_model_that_is_let_go_holds_no_memory(organism: Path) -> None:
+    for loaded in (load(organism), load(organism, device_map=SPREAD)):
+        let_go(loaded.model)
+        kept = [*loaded.model.parameters(), *loaded.model.buffers()]
+        assert sum(tensor.numel() for tensor in kept if not tensor.is_meta) == 0
