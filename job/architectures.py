@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from job.decoding import Manner, manner_of
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.numerics.ablation import RowNormalization
 from job.records import Component, ExportFormat
@@ -141,6 +142,7 @@ class Architecture:
         writers: All residual writers, layer by layer.
         forms: How files hold what edits read and change, by name in the loaded model.
         prefix: What files of the model without its head leave out of names.
+        manner: How its rows can be forwarded and its answers decoded.
     """
 
     model_type: str
@@ -150,6 +152,7 @@ class Architecture:
     writers: tuple[Writer, ...]
     forms: Mapping[str, Form] = field(default_factory=dict)
     prefix: str = ""
+    manner: Manner = field(default_factory=Manner)
 
 
 # Structures by configuration: a job asks several times.
@@ -190,8 +193,25 @@ def _structure(model: PreTrainedModel) -> tuple[Architecture, set[str]]:
     found = structure_of_twin(twin)
     whole = twin_of(model)  # the other one is spoilt
     forms = stored_forms(whole, {name for writer in found.writers for name in writer.tensors})
-    writers = tuple(_with_hooks(whole, found))
-    return replace(found, writers=writers, forms=forms, prefix=whole.base_model_prefix), _inside(whole, found.layers)
+    found = replace(
+        found,
+        writers=tuple(_with_hooks(whole, found)),
+        forms=forms,
+        prefix=whole.base_model_prefix,
+        manner=_manner(whole, model),
+    )
+    return found, _inside(whole, found.layers)
+
+
+def _manner(twin: PreTrainedModel, model: PreTrainedModel) -> Manner:
+    """Return how a model can be read; its own kind of attention decides, which the twin is given."""
+    try:
+        twin.set_attn_implementation(model.config._attn_implementation)
+        return manner_of(twin)
+    except Exception as error:  # whatever the family's own code raises
+        raise UnsupportedArchitectureError(
+            str(twin.config.model_type), f"its small twin cannot be made to answer ({first_line(error)})"
+        ) from error
 
 
 def _with_hooks(twin: PreTrainedModel, architecture: Architecture) -> Iterator[Writer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from job.caches import SharedPrefix, arguments, rows_can_be_picked, takes_cache
+from job.caches import SharedPrefix, arguments, longest_shared_prefix, rows_can_be_picked, takes_cache
 from job.numerics.metrics import log_odds
 from job.placement import input_device
 
@@ -47,6 +47,39 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     opening: float = math.nan
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How the models of a family can be read; most can in every manner.
+
+    Attributes:
+        padded: Rows of several lengths may stand in one forward: padding does not matter to what they say.
+        cached: A token can be decoded on what was kept of those before it; else all are read again.
+        shared: What rows begin with can be read once for all of them: it does not depend on what follows.
+    """
+
+    padded: bool = True
+    cached: bool = True
+    shared: bool = True
+
+    def chunks(self, prompts: Sequence[list[int]], rows: int, positions: int = 1) -> Iterator[list[list[int]]]:
+        """Yield prompts, in order, in what one forward takes.
+
+        Args:
+            prompts: Token ids of each prompt.
+            rows: Prompts in one forward at most.
+            positions: Of how many positions a row logits are wanted; continuations of one length are not always.
+        """
+        chunk: list[list[int]] = []
+        for prompt in prompts:
+            alike = self.padded or (positions == 1 and all(len(prompt) == len(other) for other in chunk))
+            if chunk and (len(chunk) == rows or not alike):
+                yield chunk
+                chunk = []
+            chunk.append(prompt)
+        if chunk:
+            yield chunk
 
 
 @dataclass(frozen=True)
@@ -175,6 +208,7 @@ def greedy_answers(
     decided: Callable[[int, list[int]], bool] | None = None,
     select: Callable[[Tensor], None] | None = None,
     shared: Shared | None = None,
+    manner: Manner = Manner(),
 ) -> list[Answer]:
     """Return the most likely continuation of every prompt, token by token.
 
@@ -190,8 +224,12 @@ def greedy_answers(
         decided: Given a prompt's index and its answer so far, whether that tells all that the caller wants to know.
         select: Told which rows of the present batch remain, whenever some leave.
         shared: A prefix that all prompts begin with.
+        manner: How the model can be read.
     """
     ledger = _Ledger(len(prompts), end_tokens, openings, decided)
+    if not manner.cached:
+        _read_again(model, prompts, limit, ledger, select)
+        return ledger.answers
     if not takes_cache(model):
         _generate(model, prompts, limit, end_tokens, ledger)
         return ledger.answers
@@ -220,6 +258,77 @@ def greedy_answers(
         positions_next = positions_next + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return ledger.answers
+
+
+def _read_again(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    limit: int,
+    ledger: _Ledger,
+    select: Callable[[Tensor], None] | None,
+) -> None:
+    """Decode without a cache: for every token the whole of a row is read again."""
+    present = list(range(len(prompts)))
+    for _ in range(limit):
+        rows = [[*prompts[index], *ledger.answers[index].tokens] for index in present]
+        ledger.take(last_logits(model, rows, 1)[:, -1], present)
+        if not ledger.going:
+            break
+        staying = [row for row, index in enumerate(present) if index in ledger.going]
+        if len(staying) < len(present) and select is not None:
+            select(torch.tensor(staying, device=input_device(model)))
+        present = [present[row] for row in staying]
+
+
+# What tells how a model can be read: two prompts of unlike lengths, steps, and how far logits may be apart.
+_TRIED, _STEPS, _APART = ([5, 9, 11, 13, 17], [5, 9, 11, 13, 17, 19, 23, 29, 31]), 4, 1e-3
+_FAULTS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+
+
+def manner_of(model: PreTrainedModel) -> Manner:
+    """Return how the models of a small random model's family can be read, found by trying it.
+
+    Raises:
+        Exception: Its forward does not read text as others do; which one is the family's own affair.
+    """
+    prompts = list(_TRIED)
+    alone = torch.cat([first_logits(model, [prompt]) for prompt in prompts])
+    scale = float(alone.std())
+    try:
+        padded = _near(first_logits(model, prompts), alone, scale)
+    except _FAULTS:
+        padded = False
+    chunks = list(Manner(padded).chunks(prompts, len(prompts)))
+    again = _answers_of(model, chunks, Manner(padded, cached=False))
+    try:
+        kept = _answers_of(model, chunks, Manner(padded))
+    except _FAULTS:
+        return Manner(padded, cached=False, shared=False)
+    if not all(_same(one, other, scale) for one, other in zip(again, kept, strict=True)):
+        raise ValueError("what it says next depends on what was kept of the text before")
+    return Manner(padded, True, padded and _shares(model, prompts, alone, scale))
+
+
+def _shares(model: PreTrainedModel, prompts: Sequence[list[int]], alone: Tensor, scale: float) -> bool:
+    """Return whether prompts' logits are those they have alone when what they begin with has been read before."""
+    length = min(len(_TRIED[0]) - 1, longest_shared_prefix(model))
+    if length < 1:
+        return False
+    shared = Shared(shared_prefix(model, list(_TRIED[0][:length]), 1), torch.zeros(len(prompts), dtype=torch.long))
+    return _near(first_logits(model, prompts, shared), alone, scale)
+
+
+def _answers_of(model: PreTrainedModel, chunks: Sequence[list[list[int]]], manner: Manner) -> list[Answer]:
+    answered = (greedy_answers(model, chunk, limit=_STEPS, end_tokens=(), manner=manner) for chunk in chunks)
+    return [answer for answers in answered for answer in answers]
+
+
+def _near(one: Tensor, other: Tensor, scale: float) -> bool:
+    return bool(((one - other).abs() < _APART * scale).all())
+
+
+def _same(one: Answer, other: Answer, scale: float) -> bool:
+    return one.tokens == other.tokens and _near(torch.tensor(one.margins), torch.tensor(other.margins), scale)
 
 
 def _generate(

@@ -60,12 +60,13 @@ class Evaluator:
             least_prefix: Tokens that all prompts must begin with to be computed once for each trial.
         """
         self._loaded = loaded
+        self._manner = loaded.architecture.manner
         self._report = report
         # By length, so that forwards waste little on padding.
         self._good = sorted(loaded.tokenize(good), key=len)
         self._bad = sorted(loaded.tokenize(bad), key=len)
         common = common_prefix([*self._good, *self._bad])[: longest_shared_prefix(loaded.model)]
-        self._prefix = common if len(common) >= least_prefix else []
+        self._prefix = common if self._manner.shared and len(common) >= least_prefix else []
         self._markers = markers
         self._watch = MarkerWatch(loaded.tokenizer, markers)
         self._answer_tokens = answer_tokens
@@ -179,7 +180,8 @@ class Evaluator:
         total = torch.zeros(trials, dtype=torch.float64)
         done = 0
         # A forward has logits for no more positions than rows were planned for.
-        for chunk in _chunks(self._good, max(1, rows // (trials * self._kl_tokens))):
+        most = max(1, rows // (trials * self._kl_tokens))
+        for chunk in self._manner.chunks(self._good, most, self._kl_tokens):
             intervention.rows = self._rows_of(range(trials), len(chunk))
             prompts = reference.forced(chunk, done) * trials
             logits = last_logits(self._loaded.model, prompts, self._kl_tokens, on_prefix(intervention.rows))
@@ -200,7 +202,7 @@ class Evaluator:
         """Return every asked trial's refusals and the mean log-odds of the base model's openings."""
         refusals, odds = [0] * len(trials), [0.0] * len(trials)
         done = 0
-        for chunk in _chunks(self._bad, max(1, rows // len(trials))):
+        for chunk in self._manner.chunks(self._bad, max(1, rows // len(trials))):
             intervention.rows = self._rows_of(trials, len(chunk))
             shared = on_prefix(intervention.rows)
             asked = list(openings[done : done + len(chunk)]) * len(trials)
@@ -272,6 +274,7 @@ class Evaluator:
             decided=None if whole else decided,
             select=select,
             shared=shared,
+            manner=self._manner,
         )
 
     def _is_refusal(self, answer: Answer, limit: int) -> bool:
@@ -340,7 +343,7 @@ class Evaluator:
         """
         try:
             on_prefix = self._on_prefix(intervention, 1)
-            for chunk in _chunks(prompts, max(1, self._rows // positions)):
+            for chunk in self._manner.chunks(prompts, max(1, self._rows // positions), positions):
                 rows = torch.zeros(len(chunk), dtype=torch.long, device=self._loaded.device)
                 if intervention is not None:
                     intervention.rows = rows
@@ -348,8 +351,3 @@ class Evaluator:
         finally:
             if intervention is not None:
                 intervention.rows = None
-
-
-def _chunks(items: Sequence[list[int]], size: int) -> Iterator[list[list[int]]]:
-    for start in range(0, len(items), size):
-        yield list(items[start : start + size])

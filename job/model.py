@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,7 +37,7 @@ from job.faults import is_out_of_memory, out_of_memory
 from job.placement import input_device, spread
 from job.prompts import Prompt
 from job.settings import LoadingSettings
-from job.twin import empty_model
+from job.twin import auto_class, empty_model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -237,13 +238,15 @@ def hardware(device: torch.device) -> str:
 
 
 def _load_weights(folder: Path, dtype: str, device: torch.device, settings: LoadingSettings) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    auto = auto_class(config) or AutoModelForCausalLM
     # Straight onto the device: by way of the RAM, all weights would have to fit there first.
     places: Any = {"": device} if settings.device_map == "single" else settings.device_map
     if isinstance(settings.device_map, dict):
-        places = _spread(folder, settings.device_map)
+        places = _spread(config, settings.device_map)
     limits = {int(name) if name.isdigit() else name: size for name, size in (settings.max_memory or {}).items()}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             folder,
             dtype=dtype,
             device_map=places,
@@ -272,7 +275,7 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
     return loaded
 
 
-def _spread(folder: Path, places: Mapping[str, int | str]) -> dict[str, int | str]:
+def _spread(config: PretrainedConfig, places: Mapping[str, int | str]) -> dict[str, int | str]:
     """Return a table of devices as a model is loaded by it.
 
     Raises:
@@ -287,7 +290,7 @@ def _spread(folder: Path, places: Mapping[str, int | str]) -> dict[str, int | st
             )
         if place != "disk":
             resolve_device(f"cuda:{place}" if isinstance(place, int) else place)
-    found = spread(empty_model(AutoConfig.from_pretrained(folder, local_files_only=True)), places)
+    found = spread(empty_model(config), places)
     left_out = next((name for name, place in found.items() if place is None), None)
     if left_out is not None:
         raise UsageError(
@@ -334,7 +337,8 @@ def _fault(loaded: LoadedModel) -> str | None:
     try:
         if not bool(torch.isfinite(first_logits(loaded.model, prompts)).all()):
             return "logits are not finite"
-        greedy_answers(loaded.model, prompts, limit=2, end_tokens=loaded.end_tokens)
+        manner = loaded.architecture.manner
+        greedy_answers(loaded.model, prompts, limit=2, end_tokens=loaded.end_tokens, manner=manner)
     except RuntimeError as error:
         return str(error).strip().splitlines()[0]
     return None

@@ -67,11 +67,9 @@ def common_opening(loaded: LoadedModel, prompts: Sequence[Prompt], rows: int) ->
 
     No answer consists of its opening alone: at least one token of the shortest is left to it.
     """
-    tokenized = loaded.tokenize(prompts)
-    answers = []
-    for start in range(0, len(tokenized), rows):
-        chunk = tokenized[start : start + rows]
-        answers += greedy_answers(loaded.model, chunk, limit=_TOKENS, end_tokens=loaded.end_tokens)
+    answers, manner = [], loaded.architecture.manner
+    for chunk in manner.chunks(loaded.tokenize(prompts), rows):
+        answers += greedy_answers(loaded.model, chunk, limit=_TOKENS, end_tokens=loaded.end_tokens, manner=manner)
     common = []
     for tokens in zip(*(answer.tokens[:-1] for answer in answers), strict=False):  # as far as the shortest goes
         if len(set(tokens)) > 1:

@@ -45,14 +45,15 @@ def layer_outputs(layers: nn.ModuleList, keep: Callable[[int, Tensor], None]) ->
             handle.remove()
 
 
-def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], rows: int, tokens: int, *, padded: bool = True) -> Iterator[list[int]]:
     """Yield the prompts of each forward, by index, shortest first: at most so many rows and so many padded tokens.
 
-    A prompt that is longer than that by itself has a forward of its own.
+    A prompt that is longer than that by itself has a forward of its own; without padding, every length has.
     """
     chosen: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if chosen and (len(chosen) == rows or (len(chosen) + 1) * lengths[index] > tokens):
+        full = len(chosen) == rows or (len(chosen) + 1) * lengths[index] > tokens
+        if chosen and (full or not (padded or lengths[chosen[0]] == lengths[index])):
             yield chosen
             chosen = []
         chosen.append(index)
@@ -87,7 +88,8 @@ def extract_residuals(
     layers = loaded.model.get_submodule(loaded.architecture.layers)
     assert isinstance(layers, nn.ModuleList)
     lengths = [len(prompt) for prompt in prompts]
-    for chosen in batches(lengths, rows, tokens if tokens is not None else rows * max(lengths, default=0)):
+    most, padded = tokens if tokens is not None else rows * max(lengths, default=0), loaded.architecture.manner.padded
+    for chosen in batches(lengths, rows, most, padded=padded):
         ids, mask, positions = left_padded([prompts[i] for i in chosen], loaded.device)
         if prepare is not None:
             prepare(len(chosen))

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from job.architectures import Architecture, Writer, architecture_of, require_editable
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
@@ -225,9 +224,9 @@ def require_supported(config: PretrainedConfig, architecture: Architecture) -> N
     """
     require_editable(architecture)
     twin = small_twin(config)
-    # A part's configuration may be one that no model is loaded by.
-    if any(type(one) not in MODEL_FOR_CAUSAL_LM_MAPPING for one in (config, twin.config)):
-        raise UnsupportedArchitectureError(architecture.model_type, "it is only known together with images")
+    # What is loaded is a model of the whole configuration, which may be for images too, not of its part for text.
+    if type(twin.config) is not type(config):
+        raise UnsupportedArchitectureError(architecture.model_type, "its files hold more than what is loaded of them")
     shares = hooked_leaks(twin, architecture)
     worst = max(range(len(shares)), key=shares.__getitem__)
     if not shares[worst] < TOLERANCE:

@@ -60,13 +60,14 @@ _FAMILIES: dict[str, dict[str, int]] = {
     "dots3_note_text": {"head_dim": 2 * _HEAD},
     "falcon_h1": {"mamba_d_head": 8, "mamba_d_ssm": 64},
     "mamba2": {"num_heads": 8, "head_dim": _HEAD},
+    "mistral4": {"qk_nope_head_dim": _HEAD // 2, "qk_rope_head_dim": _HEAD // 2, "qk_head_dim": _HEAD},
 }
 # What there is one of for each pair of a head's rotated entries, as many as a twin has.
 _ROTARY: dict[str, list[float]] = {
     "long_factor": [1.0] * (_HEAD // 2),
     "short_factor": [1.0] * (_HEAD // 2),
-    "mrope_section": [2, 3, 3],
 }
+_SECTIONS = "mrope_section"
 _DEPTHS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"})
 _LARGEST = 300_000_000  # weights; what is not small in a twin would take the memory of small machines
 # What transformers raises of configurations that do not fit together.
@@ -86,6 +87,9 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
         value = described.get(part)
         if isinstance(value, dict):
             small[part] = _shrunk(value, _sizes(value), keep_depth=getattr(config, part) is text)
+            rotary = small[part].get("rope_parameters")
+            if isinstance(rotary, dict) and getattr(config, part) is text:
+                rotary.setdefault(_SECTIONS, _sections(rotary))  # left out, it is that of large models
     small.pop("quantization_config", None)  # a twin's weights are what they are
     return type(config).from_dict({**small, "dtype": "float32"})
 
@@ -108,12 +112,20 @@ def _shrunk(described: Mapping[Any, Any], sizes: Mapping[str, int], *, keep_dept
             value = min(sizes[key], value)
         elif key in _ROTARY and isinstance(value, list):
             value = _ROTARY[key][: len(value)]
+        elif key == _SECTIONS:
+            value = _sections(described)
         elif key in _DEPTHS and not keep_depth:
             value = 1
         elif str(key).endswith("_token_id"):
             value = _token(value, sizes["vocab_size"])
         small[key] = value
     return small
+
+
+def _sections(rotary: Mapping[Any, Any]) -> list[int]:
+    """Return how the pairs of a head's rotated entries are divided among time, height and width."""
+    pairs = int(_HEAD * float(rotary.get("partial_rotary_factor") or 1)) // 2
+    return [pairs - 2 * (3 * pairs // 8), 3 * pairs // 8, 3 * pairs // 8]
 
 
 def _is_number(value: Any) -> bool:
@@ -127,6 +139,13 @@ def _token(value: Any, count: int) -> Any:
     return min(value, count - 1) if _is_number(value) else value
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return what loads all of a configuration's model, for text alone where it is that; None for no such model."""
+    fitting = [auto for auto, mapping in _MAPPINGS.items() if type(config) in mapping]
+    whole = (auto for auto in fitting if _MAPPINGS[auto][type(config)].config_class is type(config))
+    return next(whole, fitting[0] if fitting else None)
+
+
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """Return the model of a configuration on the meta device: without weights.
 
@@ -134,7 +153,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         UnsupportedArchitectureError: Such a model cannot be built from the configuration.
     """
     model_type = str(config.model_type)
-    auto: Any = next((auto for auto, mapping in _MAPPINGS.items() if type(config) in mapping), None)
+    auto = auto_class(config)
     if auto is None or config.is_encoder_decoder:
         raise UnsupportedArchitectureError(model_type, "it is no decoder-only language model")
     try:

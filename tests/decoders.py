@@ -18,13 +18,16 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from job.architectures import Architecture
 from job.errors import UnsupportedArchitectureError
 from job.truth import proven, require_supported
-from job.twin import small_config
+from job.twin import empty_model, small_config
 
 # Enough layers to have all kinds of them.
 _DEPTH, _DEEPEST = 6, 12
@@ -60,13 +63,15 @@ _CHANGES: dict[str, dict[str, Any]] = {
 
 _INTRODUCTION = """# Architectures
 
-What the job says of every decoder-only family of the causal-LM mapping of transformers 5.23, from a tiny configuration
-of it, in the order of that mapping. Written by `python -m tests.decoders --write docs/architectures.md`.
+What the job says of every decoder-only family of the causal-LM mapping of transformers 5.23, and below of the families
+that also see images, as far as their defaults make a small model of them; of these the text side is edited, and the
+rest is carried over. Written by `python -m tests.decoders --write docs/architectures.md`.
 
 A family is edited if all that its layers write into the residual stream is found (the truth test passes), if none of
 what was found could be left out (its converse), if hooks can take a direction out of it, and if it can be told how its
-files hold it. Others are refused by `inspect` and `preflight` with the reason given here. Where writers are named in a
-family that is not edited, they are proven, and editing or exporting them is what is missing. A model's own
+files hold it. How it can be read is tried as well: whether rows of several lengths may stand in one forward, and
+whether what was kept of a text gives the same as reading it again. Others are refused by `inspect` and `preflight` with
+the reason given here. Where writers are named in a family that is not edited, they are proven. A model's own
 configuration decides: the same family with other switches may have other writers.
 """
 
@@ -80,6 +85,18 @@ def families() -> list[str]:
         fields = {field for parent in kind.__mro__ for field in vars(parent).get("__annotations__", {})}
         if "is_decoder" not in fields and not getattr(kind, "is_encoder_decoder", False):
             found.append(family)
+    return found
+
+
+def families_with_images() -> list[str]:
+    """Return the families of the image-text-to-text mapping of which small models can be made."""
+    found = []
+    for family in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()):
+        try:
+            empty_model(tiny_config(family))
+        except Exception:  # of many kinds: defaults that make no model, libraries for images
+            continue
+        found.append(family)
     return found
 
 
@@ -163,12 +180,20 @@ def judge(family: str) -> Verdict:
 
 def page(verdicts: Sequence[Verdict]) -> str:
     """Return docs/architectures.md."""
-    lines = [_INTRODUCTION, "| family | edited | residual writers, or why not |", "| --- | --- | --- |"]
+    lines, images = [_INTRODUCTION], set(families_with_images())
+    lines += _table([verdict for verdict in verdicts if verdict.family not in images])
+    lines += ["", "## Families that also see images", ""]
+    lines += _table([verdict for verdict in verdicts if verdict.family in images])
+    return "\n".join(lines) + "\n"
+
+
+def _table(verdicts: Sequence[Verdict]) -> list[str]:
+    lines = ["| family | edited | residual writers, or why not |", "| --- | --- | --- |"]
     for verdict in verdicts:
         said = "yes" if not verdict.reason else "no"
         told = "; ".join(filter(None, (verdict.writers, verdict.reason)))
         lines.append(f"| {verdict.family} | {said} | {told} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
@@ -179,7 +204,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     verdicts = []
-    for family in options.family or families():
+    for family in options.family or [*families(), *families_with_images()]:
         verdict = judge(family)
         verdicts.append(verdict)
         state = "edited" if not verdict.reason else "proven" if verdict.architecture else "refused"

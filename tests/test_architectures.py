@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, PreTrainedModel
 
 from job.adapter import with_adapter, write_adapter
 from job.architectures import Architecture, Writer, discover, require_modes
+from job.decoding import Manner, first_logits, greedy_answers
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.export import Edit, verify_written, write_weights
 from job.intervention import Intervention
@@ -22,7 +23,7 @@ from job.numerics.basis import Basis, orthonormal_basis
 from job.records import COMPONENTS, EditParameters, ExportFormat, KernelParameters
 from job.stored import Form
 from job.truth import TOLERANCE, inspect_model, largest_leak, leaks, proven, random_direction, require_supported
-from job.twin import small_config, small_twin
+from job.twin import auto_class, small_config, small_twin
 from tests.decoders import families, judge, tiny_config
 
 # What reference implementations of kernels and some configurations say of themselves.
@@ -229,7 +230,8 @@ def saved(family: str, folder: Path) -> PreTrainedModel:
 
 
 def loaded(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    kind = auto_class(AutoConfig.from_pretrained(folder))
+    model: PreTrainedModel = kind.from_pretrained(folder, dtype="float32").eval()
     return model
 
 
@@ -317,3 +319,34 @@ def test_every_family_is_edited_and_exported_or_refused_for_a_known_reason(tmp_p
     assert len(edited) >= 130
     for family in sorted({*edited} - {*EXPORTED}):
         export_and_reload(family, tmp_path / family)
+
+
+# Language models that also see images, in which files and parameters are named in ways of their own.
+@pytest.mark.parametrize("family", ["glm4v_moe", "internvl", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl"])
+def test_the_text_side_of_a_family_that_sees_images_is_edited_and_exported(family: str, tmp_path: Path) -> None:
+    assert judge(family).reason == ""
+    export_and_reload(family, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "manner"),
+    [
+        ("llama", Manner()),
+        ("mamba", Manner(shared=False)),
+        ("bamba", Manner(cached=False, shared=False)),  # as by default: without any layer of attention
+        ("recurrent_gemma", Manner(padded=False, shared=False)),
+        ("xlstm", Manner(padded=False, cached=False, shared=False)),
+    ],
+)
+def test_how_a_family_can_be_read_is_found_and_kept_to(family: str, manner: Manner) -> None:
+    model, architecture = found(family)
+    assert architecture.manner == manner
+    prompts = [[5, 9, 11], [5, 9, 11, 13], [5, 9, 12], [5, 9, 11, 13, 17, 19, 23]]
+    ends, chunks = {int(first_logits(model, [prompts[1]]).argmax())}, list(manner.chunks(prompts, 3))
+    assert [len(chunk) for chunk in chunks] == ([3, 1] if manner.padded else [1, 1, 1, 1])
+    answers = [a for c in chunks for a in greedy_answers(model, c, limit=5, end_tokens=ends, manner=manner)]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        alone: list[int] = []
+        while len(alone) < 5 and (token := int(first_logits(model, [[*prompt, *alone]]).argmax())) not in ends:
+            alone.append(token)
+        assert answer.tokens == alone

@@ -22,8 +22,18 @@ _BYTES: dict[str, float] = {
 # Types that loading casts to the one type the model is loaded in; all others stay as they are stored.
 _CAST = frozenset({"F64", "F32", "F16", "BF16"})
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
+_EMBEDDING = re.compile(
+    r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|embeddings|tok_embeddings|input_embedding|w)\.weight$"
+)
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
+_OTHER_NAMES = {
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "hidden_size": ("n_embd", "d_model"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "intermediate_size": ("n_inner", "ffn_dim", "dff", "dim_ff", "ffn_hidden_size"),
+}
+_LISTS_OF_LAYERS = ("layer_types", "layers_block_type")
+_HEAD_SIZE = 64
 _NOT_TEXT = re.compile(r"(?:^|\.)(?:visual|vision\w*|audio\w*|multi_modal_projector|mm_projector)\.")
 # Ways of quantising files that put two weights into a byte.
 _FOUR_BIT = frozenset({"awq", "gptq", "mxfp4", "bitsandbytes"})
@@ -140,10 +150,11 @@ def model_facts(config: Mapping[str, Any], tensors: Tensors) -> ModelFacts:
     Raises:
         ImpossibleJobError: The configuration lacks what every decoder has, or a type is unknown.
     """
-    text = {**config, **config.get("text_config", {})}
+    text = _with_usual_names({**config, **config.get("text_config", {})})
     try:
-        layers, hidden, heads = (int(text[key]) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-        vocab = int(text["vocab_size"])
+        layers, hidden, vocab = (int(text[key]) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
+        # State spaces have none; what they compute at a time is counted as attention of usual heads would be.
+        heads = int(text.get("num_attention_heads") or max(1, hidden // _HEAD_SIZE))
     except (KeyError, TypeError, ValueError) as error:
         raise ImpossibleJobError(
             f"config.json does not describe a decoder: {error} is missing or no number",
@@ -164,7 +175,7 @@ def model_facts(config: Mapping[str, Any], tensors: Tensors) -> ModelFacts:
         kv_heads=heads if text.get("kv_lora_rank") else int(text.get("num_key_value_heads") or heads),
         head_dim=head_dim,
         value_dim=value_dim,
-        intermediate=int(width or text.get("intermediate_size") or text.get("n_inner") or 4 * hidden),
+        intermediate=int(width or text.get("intermediate_size") or 4 * hidden),
         vocab=vocab,
         tied=tied,
         experts=int(experts) if experts else None,
@@ -179,6 +190,19 @@ def model_facts(config: Mapping[str, Any], tensors: Tensors) -> ModelFacts:
         largest_tensor=max((math.prod(shape) for _, shape in tensors.values()), default=0),
         stored_bytes=sum(math.ceil(math.prod(shape) * _size(kind)) for kind, shape in tensors.values()),
     )
+
+
+def _with_usual_names(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with what families have names of their own for under the usual ones as well."""
+    found = dict(text)
+    for usual, others in _OTHER_NAMES.items():
+        named = next((text[name] for name in others if text.get(name) is not None), None)
+        if found.get(usual) is None and named is not None:
+            found[usual] = named
+    kinds = next((text[name] for name in _LISTS_OF_LAYERS if isinstance(text.get(name), list)), None)
+    if found.get("num_hidden_layers") is None and kinds is not None:
+        found["num_hidden_layers"] = len(kinds)
+    return found
 
 
 def _head_dims(text: Mapping[str, Any], default: int) -> tuple[int, int]:
