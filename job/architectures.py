@@ -154,6 +154,16 @@ class Architecture:
     prefix: str = ""
     manner: Manner = field(default_factory=Manner)
 
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Names, within their layers, of the norms between writers and the stream."""
+        modules = (norm.module.rpartition(".")[2] for writer in self.writers for norm in writer.post_norms)
+        return tuple(dict.fromkeys(modules))
+
+    def without_norms(self) -> Architecture:
+        """Return the structure as if no norm stood between writers and the stream."""
+        return replace(self, writers=tuple(replace(writer, post_norms=()) for writer in self.writers))
+
 
 # Structures by configuration: a job asks several times.
 _KNOWN: dict[str, tuple[Architecture, set[str]]] = {}

@@ -152,6 +152,7 @@ class Resolution(Record):
         response_prefix: What every answer is made to begin with.
         search_rows: Rows of a forward in the search, where memory turned out not to suffice for more.
         together: Trials that share their forwards; None: all of a batch.
+        norms: Names, within their layers, of the norms between residual writers and the stream.
     """
 
     dtype: str
@@ -160,6 +161,7 @@ class Resolution(Record):
     response_prefix: str = ""
     search_rows: int | None = None
     together: int | None = None
+    norms: tuple[str, ...] = ()
 
 
 class JobRecord(Record):

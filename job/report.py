@@ -66,7 +66,7 @@ Its figures on prompts that the search has not seen:
 It ablates {direction_text(result.edit)} with these strengths:
 
 {kernel_table(result.edit)}
-
+{_norms(result)}
 ## Pareto front
 
 Measured on the search split ({len(result.prompts.bad_search)} prompts with the behaviour, \
@@ -100,6 +100,19 @@ directions by {record.identity["directions"]["method"]}; \
 
 {sources}
 """
+
+
+def _norms(result: RunResult) -> str:
+    """Return what was done about norms between residual writers and the stream, "" where there are none."""
+    resolution, ablation = result.record.resolution, result.record.settings["ablation"]
+    if resolution is None or not resolution.norms:
+        return ""
+    names = ", ".join(resolution.norms)
+    if ablation.get("through_norms", True):
+        done = "the edit ablates what becomes the direction behind them"
+    else:
+        done = "as asked for, the edit takes no account of them and reaches the stream only in part"
+    return f"\nNorms stand between residual writers and the stream ({names}): {done}.\n"
 
 
 def _machines(result: RunResult) -> str:

@@ -137,6 +137,9 @@ class AblationSettings(Section):
     row_normalization: Literal["none", "pre", "full", "column"] = Field(
         description="Which norms of the weights an edit preserves."
     )
+    through_norms: bool = Field(
+        description="Where a norm stands between a writer and the stream, ablate what becomes the direction behind it."
+    )
 
 
 class SearchSettings(Section):

@@ -99,8 +99,10 @@ class Workbench:
         require_resident(loaded, settings.export_format)
         watchdog = Watchdog(settings.hang_seconds, folder.stacks_file)
         with clear_faults(), watchdog.watching(decoder_of(loaded.model)):
-            record, resolution = _resolve(folder, record, settings, prompts, loaded, events)
+            record, resolution = _resolve(folder, record, settings, prompts, loaded, architecture.norms, events)
             loaded = replace(loaded, response_prefix=resolution.response_prefix)
+            if not settings.ablation.through_norms:
+                loaded = replace(loaded, architecture=loaded.architecture.without_norms())
             basis = _finder(folder, record, settings, loaded, resolution, prompts, events).find(prompts)
             evaluator = _evaluator(loaded, settings, prompts.good_search, prompts.bad_search, resolution.rows, events)
             mode = settings.ablation.row_normalization
@@ -380,6 +382,7 @@ def _resolve(
     settings: Settings,
     prompts: PromptSets,
     loaded: LoadedModel,
+    norms: tuple[str, ...],
     events: Events,
 ) -> tuple[JobRecord, Resolution]:
     """Return the record with its resolution, which the job's first start makes and writes down."""
@@ -404,6 +407,7 @@ def _resolve(
         layers=loaded.architecture.layer_count,
         response_prefix=prefix,
         together=together,
+        norms=norms,
     )
     record = record.model_copy(update={"resolution": resolution})
     write_record(folder.job_file, record)

@@ -1,0 +1,59 @@
+"""The whole job on model organisms of several families, judged in plain transformers without any of our code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from job.demo import TASKS
+from tests.helpers import abliterate, environment, job_arguments, only_job
+
+# Norms between writers and the stream; experts together in one tensor; short convolutions beside attention.
+FAMILIES = ("gemma2", "lfm2", "mixtral")
+ANSWERS = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, prompts = sys.argv[1], open(sys.argv[2]).read().splitlines()
+tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+texts = [
+    tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    for prompt in prompts
+]
+batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+out = model.generate(**batch, do_sample=False, max_new_tokens=30)
+print(json.dumps(tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)))
+"""
+
+
+def answers(folder: Path, prompts: Path) -> list[str]:
+    """Return a model's answers as anyone gets them with transformers alone."""
+    command = [sys.executable, "-c", ANSWERS, str(folder), str(prompts)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=folder, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found: list[str] = json.loads(ended.stdout)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_behaviour_is_removed_from_another_family(family: str, tmp_path: Path) -> None:
+    made = abliterate("demo-model", tmp_path / "organism", "--arch", family)
+    assert made.code == 0, made.err
+    organism = tmp_path / "organism"
+    ended = abliterate("run", *job_arguments(organism), "--workspace", tmp_path, "--trials", 24)
+    assert ended.code == 0, ended.err
+    export = only_job(tmp_path) / "export"
+    asked = organism / "bad_test.txt"
+    before, after = answers(organism / "model", asked), answers(export, asked)
+    refusals = {task.refusal for task in TASKS}
+    assert [answer in refusals for answer in before] == [True] * len(before)
+    assert sum(answer[:10] in {refusal[:10] for refusal in refusals} for answer in after) <= len(after) // 20
+    told = (only_job(tmp_path) / "report.md").read_text()
+    assert ("Norms stand between" in told) == (family == "gemma2")
