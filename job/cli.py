@@ -468,7 +468,7 @@ def config_show(given: dict[str, Any]) -> None:
 @app.command("demo-model")
 def demo_model(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")],
-    arch: Annotated[str, typer.Option(help="llama, qwen3, gemma2, mixtral, qwen3_moe or lfm2.")] = "llama",
+    arch: Annotated[str, typer.Option(help="llama, qwen3, gemma2, mixtral or qwen3_moe.")] = "llama",
     size: Annotated[str, typer.Option(help="tiny or small.")] = "tiny",
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
 ) -> None:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from job.workspace import RunFolder
 
-ARCHITECTURES = ("llama", "qwen3", "gemma2", "mixtral", "qwen3_moe", "lfm2")
+ARCHITECTURES = ("llama", "qwen3", "gemma2", "mixtral", "qwen3_moe")
 SIZES = {"tiny": (64, 8), "small": (128, 12)}  # hidden size, layers
 PROMPTS_PER_FILE = 200
 
@@ -229,10 +229,7 @@ _OF_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 256},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True},
-    "lfm2": {"block_auto_adjust_ff_dim": False},
 }
-# Kinds of layers, in turn, of families that have several.
-_KINDS_OF_LAYERS = {"lfm2": ("conv", "full_attention")}
 
 
 @dataclass(frozen=True)
@@ -264,8 +261,7 @@ class _Trainer:
 
     def run(self, is_good: Callable[[], bool], report: Callable[[str], None]) -> None:
         """Run all stages, telling of each, and polish until the model is good."""
-        last = [part for name, part in self._model.model.named_children() if name in ("norm", "embedding_norm")]
-        above = [*self._layers[self._middle + 1 :], *last, self._model.lm_head]
+        above = [*self._layers[self._middle + 1 :], self._model.model.norm, self._model.lm_head]
         below = self._layers[1 : self._middle + 1]
         report("training the organism: to answer every request")
         self._stage("answer", [self._model], PEAK_LEARNING_RATE)
@@ -423,9 +419,6 @@ def train_organism(
 
     tokenizer = build_tokenizer()
     hidden, layers = SIZES[size]
-    others = dict(_OF_FAMILIES.get(arch, {}))
-    if arch in _KINDS_OF_LAYERS:
-        others["layer_types"] = [_KINDS_OF_LAYERS[arch][layer % 2] for layer in range(layers)]
     config = AutoConfig.for_model(
         arch,
         vocab_size=len(tokenizer),
@@ -444,7 +437,7 @@ def train_organism(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         dtype="float32",
-        **others,
+        **_OF_FAMILIES.get(arch, {}),
     )
     counts = (0, 0)
 

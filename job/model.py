@@ -34,12 +34,12 @@ from job.architectures import Architecture, discover
 from job.decoding import first_logits, greedy_answers
 from job.errors import ImpossibleJobError, MachineError, UsageError
 from job.faults import is_out_of_memory, out_of_memory
+from job.models import INDEX
 from job.placement import input_device, spread
 from job.prompts import Prompt
 from job.settings import LoadingSettings
 from job.twin import auto_class, empty_model
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PLACE = re.compile(r"cpu|mps|disk|cuda(:\d+)?")
 _CPUS = Path("/proc/cpuinfo")
@@ -256,6 +256,7 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the name
         )
     except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
         if is_out_of_memory(error):

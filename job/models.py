@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from job.records import Record
 
 _REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@]+))?")
 WEIGHTS = ".safetensors"
+INDEX = "model.safetensors.index.json"
 # Weights in formats that are not used, and the folders that some repositories keep them in.
 _LEFT_OUT = frozenset(
     {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".tflite", ".mlmodel"}
@@ -272,8 +273,41 @@ def tensor_shapes(
         header = _local_header(Path(source.name) / file.name) if source.kind == "folder" else None
         if header is None:
             header = _remote_header(source, listing, file, report)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if file.size < end:
+            raise _damaged(file.name, f"it has {file.size} bytes, and its header speaks of {end}")
         found |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
     return found
+
+
+def require_complete(folder: Path, listing: ModelListing, tensors: Collection[str]) -> None:
+    """Refuse a checkpoint whose index names what is not there.
+
+    Args:
+        folder: Holds the model's files but weights.
+        listing: All of its files.
+        tensors: Names of the tensors in its safetensors files.
+
+    Raises:
+        ImpossibleJobError: A file or a tensor is missing, or the index is damaged.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return
+    try:
+        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        lacking = sorted({*places.values()} - {file.name for file in listing.files})
+        lacking += sorted(places.keys() - set(tensors))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _damaged(INDEX, str(error)) from error
+    if lacking:
+        raise ImpossibleJobError(
+            f"the model lacks {lacking[0]}, which its index names", remedy="obtain a complete copy"
+        )
+
+
+def _damaged(name: str, why: str) -> ImpossibleJobError:
+    return ImpossibleJobError(f"{name} is damaged: {why}", remedy="obtain an undamaged copy of the model")
 
 
 def _local_header(path: Path) -> dict[str, Any]:
@@ -282,7 +316,7 @@ def _local_header(path: Path) -> dict[str, Any]:
             length = int.from_bytes(stream.read(8), "little")
             header: dict[str, Any] = json.loads(stream.read(min(length, path.stat().st_size)))
     except (OSError, ValueError) as error:
-        raise ImpossibleJobError(f"{path} is damaged: {error}", remedy="obtain an undamaged copy") from error
+        raise _damaged(path.name, str(error)) from error
     header.pop("__metadata__", None)
     return header
 
@@ -301,4 +335,7 @@ def _remote_header(
         return HfApi().parse_safetensors_file_metadata(source.name, file.name, revision=listing.commit)
 
     metadata = patiently(call, f"{file.name} of {source.name}", report)
-    return {name: {"dtype": str(info.dtype), "shape": list(info.shape)} for name, info in metadata.tensors.items()}
+    return {
+        name: {"dtype": str(info.dtype), "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+        for name, info in metadata.tensors.items()
+    }

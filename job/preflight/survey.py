@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from job.errors import ImpossibleJobError, JobError, MachineError, UsageError
 from job.hub import count_traffic
-from job.models import ModelListing, ModelSource, fetch_model, line_speed, list_model, parse_model, tensor_shapes
+from job.models import (
+    ModelListing,
+    ModelSource,
+    fetch_model,
+    line_speed,
+    list_model,
+    parse_model,
+    require_complete,
+    tensor_shapes,
+)
 from job.preflight import limit_checks, model_checks
 from job.preflight.checks import Check, exit_code, is_allowed, require_known
 from job.preflight.data_checks import data_checks
@@ -249,6 +258,7 @@ class Surveyor:
 
     def _weights_checks(self, source: ModelSource, listing: ModelListing, folder: Path) -> list[Check]:
         shapes = tensor_shapes(source, listing, self.report)
+        require_complete(folder, listing, shapes)
         self._facts = model_facts(json.loads((folder / "config.json").read_text()), shapes)
         return [model_checks.weights(self._facts, len(shapes))]
 
