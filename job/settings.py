@@ -639,6 +639,15 @@ def default_workspace() -> str:
     return str(workspace)
 
 
+def as_toml(value: Any) -> str:
+    """Return a value as TOML spells it, on one line."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {as_toml(part)}" for key, part in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
 def describe_settings(
     options: Mapping[str, Any], *, config: Path | None = None, assignments: Iterable[str] = ()
 ) -> tuple[Settings, list[str]]:
@@ -655,7 +664,7 @@ def describe_settings(
     lines = []
     for name in setting_names():
         if name in sources:
-            lines.append(f"{name} = {json.dumps(values[name], ensure_ascii=False)}  # {sources[name]}")
+            lines.append(f"{name} = {as_toml(values[name])}  # {sources[name]}")
         elif not name.partition(".")[0].endswith("_prompts") or name.endswith(".spec"):
             lines.append(f"# {name.removesuffix('.spec')} is not set")
     return settings, [*lines, *(f"# {note}" for note in notes)]

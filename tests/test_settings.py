@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from job.errors import UsageError
 from job.settings import PromptSettings, Settings, describe_settings, load_settings, setting_names
+from tests.reference import page
 
 GIVEN = {
     "model": "m",
@@ -156,3 +158,23 @@ def test_broken_and_missing_files(tmp_path: Path) -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load().trials = 3  # type: ignore[misc]  # that it is refused is what is tested
+
+
+def test_the_reference_of_settings_is_up_to_date() -> None:
+    """`python -m tests.reference --write docs/settings.md` makes it so."""
+    assert (Path(__file__).parents[1] / "docs/settings.md").read_text() == page()
+
+
+def test_a_table_is_a_value(tmp_path: Path) -> None:
+    config = tmp_path / "places.toml"
+    config.write_text('[loading.device_map]\n"model.layers.0" = 0\n"" = "cpu"\n')
+    assignments = ['loading.max_memory={0 = "20GiB"}']
+    settings, lines = describe_settings({"model": "m"}, config=config, assignments=assignments)
+    assert settings.loading.device_map == {"model.layers.0": 0, "": "cpu"}
+    assert settings.loading.max_memory == {"0": "20GiB"}
+    shown = next(line for line in lines if line.startswith("loading.device_map"))
+    assert shown == f'loading.device_map = {{ "model.layers.0" = 0, "" = "cpu" }}  # {config}'
+    assert tomllib.loads(shown)["loading"]["device_map"] == settings.loading.device_map
+    for wrong in ('{0 = "much"}', '{gpu = "20GiB"}'):
+        with pytest.raises(UsageError, match="max_memory"):
+            load(assignments=(f"loading.max_memory={wrong}",))

@@ -1,0 +1,101 @@
+"""The reference of all settings, from the settings' own descriptions.
+
+`python -m tests.reference --write docs/settings.md` writes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from job.cli import SETTING_OPTIONS
+from job.settings import ENVIRONMENT_PREFIX, PromptSettings, Settings, as_toml, default_values
+
+_INTRODUCTION = f"""# Settings
+
+Every setting can be given, in rising priority, in a TOML file (`--config FILE.toml`), in the environment
+(`{ENVIRONMENT_PREFIX}` and the name in capitals, `__` for a dot: `{ENVIRONMENT_PREFIX}SEARCH__SPACE=field`) and on the
+command line, by its option or by `--set NAME=VALUE`, where the value is TOML. `abliterate config show` prints what is
+in effect and where it comes from. Written by `python -m tests.reference --write docs/settings.md`.
+"""
+
+
+def page() -> str:
+    """Return docs/settings.md."""
+    lines, prompt_sets = [_INTRODUCTION, *_table("General", Settings, default_values(), "")], []
+    for name, field in Settings.model_fields.items():
+        section = _section(field)
+        if section is PromptSettings:
+            prompt_sets.append(name)
+        elif section is not None:
+            about = (section.__doc__ or "").strip()
+            lines += [
+                "",
+                *_table(
+                    f"`[{name}]`: {about[0].lower()}{about[1:].rstrip('.')}",
+                    section,
+                    default_values().get(name, {}),
+                    f"{name}.",
+                ),
+            ]
+    lines += ["", *_table("Prompt sets", PromptSettings, {}, ""), ""]
+    lines.append(f"These are {', '.join(f'`{name}`' for name in prompt_sets)}; each a spec alone or a table of these.")
+    return "\n".join(lines) + "\n"
+
+
+def _table(title: str, section: type[BaseModel], defaults: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    yield f"## {title}\n"
+    yield "| Setting | Values | Default | |\n|---|---|---|---|"
+    for name, field in section.model_fields.items():
+        if _section(field) is None:
+            option = f" (`--{name.replace('_', '-')}`)" if not prefix and name in SETTING_OPTIONS else ""
+            default = f"`{_short(as_toml(defaults[name]))}`" if name in defaults else "unset"
+            option = " (`MODEL`)" if name == "model" else option
+            about = (field.description or "").replace("|", "&#124;")
+            yield f"| `{prefix}{name}`{option} | {_values(field.annotation)} | {default} | {about} |"
+
+
+def _short(text: str) -> str:
+    return text if len(text) < 60 else text[:50] + " …"
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    for kind in (field.annotation, *typing.get_args(field.annotation)):
+        kind = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _values(kind: Any) -> str:
+    """Return in words what a setting may be."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _values(parts[0])
+    if origin is typing.Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_values(part) for part in parts if part is not type(None))
+    if origin in (list, tuple):
+        return f"list of {_values(parts[0])}"
+    if origin is dict:
+        return "table"
+    return {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}.get(kind, str(kind))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--write", type=Path)
+    file = parser.parse_args().write
+    file.write_text(page()) if file else print(page())
+
+
+if __name__ == "__main__":
+    main()
