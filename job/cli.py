@@ -123,6 +123,9 @@ SETTING_OPTIONS: dict[str, Any] = {
     ],
 }
 SOURCE_OPTIONS: dict[str, Any] = {
+    "profile": Annotated[
+        str | None, typer.Option(metavar="NAME", help="Settings that come with the job: heretic, that tool's defaults.")
+    ],
     "config": Annotated[Path | None, typer.Option(metavar="FILE", help="Settings file in TOML.")],
     "assignments": Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; the value is TOML.")
@@ -142,6 +145,7 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
         options = {name: values.pop(name) for name in SETTING_OPTIONS}
         given = {
             "options": {name: value for name, value in options.items() if value not in (None, [])},
+            "profile": values.pop("profile"),
             "config": values.pop("config"),
             "assignments": values.pop("assignments") or [],
         }

@@ -397,6 +397,7 @@ class FixedSettings:
 def load_settings(
     options: Mapping[str, Any],
     *,
+    profile: str | None = None,
     config: Path | None = None,
     assignments: Iterable[str] = (),
     fixed: FixedSettings | None = None,
@@ -405,6 +406,7 @@ def load_settings(
 
     Args:
         options: Values given as command-line options, by dotted key.
+        profile: Name of a set of settings that comes with the job, between the defaults and the file.
         config: A TOML file.
         assignments: Values given as ``--set key=value``; they count as command-line options.
         fixed: What is given already.
@@ -412,12 +414,13 @@ def load_settings(
     Raises:
         UsageError: A source cannot be read, or a setting is unknown or invalid.
     """
-    values, sources, notes = _merged(options, config, assignments, fixed)
+    values, sources, notes = _merged(options, profile, config, assignments, fixed)
     return LoadedSettings(_validated(values, sources), sources, notes)
 
 
 def _merged(
     options: Mapping[str, Any],
+    profile: str | None,
     config: Path | None,
     assignments: Iterable[str],
     fixed: FixedSettings | None = None,
@@ -425,6 +428,8 @@ def _merged(
     """Return the values of all sources as nested tables, the source of each by dotted key, and notes on old names."""
     notes: list[str] = []
     layers: list[tuple[str, dict[str, Any]]] = [("default", default_values())]
+    if profile is not None:
+        layers.append((f"profile {profile}", _profile(profile)))
     if config is not None:
         table, notes = translated(_read_toml(config))
         layers.append((str(config), _nested(table.items())))
@@ -457,6 +462,17 @@ def _forget_qualifiers(merged: dict[str, Any], sources: dict[str, str], key: str
 def default_values() -> dict[str, Any]:
     """Return the contents of default.toml."""
     return tomllib.loads(resources.files("job").joinpath("default.toml").read_text("utf-8"))
+
+
+def profiles() -> list[str]:
+    """Return the names of the sets of settings that come with the job."""
+    return sorted(file.name.removesuffix(".toml") for file in resources.files("job").joinpath("profiles").iterdir())
+
+
+def _profile(name: str) -> dict[str, Any]:
+    if name not in profiles():
+        raise UsageError(f"there is no profile {name}", remedy=f"choose from: {', '.join(profiles())}")
+    return tomllib.loads(resources.files("job").joinpath(f"profiles/{name}.toml").read_text("utf-8"))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -649,14 +665,18 @@ def as_toml(value: Any) -> str:
 
 
 def describe_settings(
-    options: Mapping[str, Any], *, config: Path | None = None, assignments: Iterable[str] = ()
+    options: Mapping[str, Any],
+    *,
+    profile: str | None = None,
+    config: Path | None = None,
+    assignments: Iterable[str] = (),
 ) -> tuple[Settings, list[str]]:
     """Return the settings, a line for every one (its name, its value as TOML, where it comes from) and for old names.
 
     Raises:
         UsageError: A setting is unknown or invalid; that some are not given yet is no error here.
     """
-    values, sources, notes = _merged(options, config, assignments)
+    values, sources, notes = _merged(options, profile, config, assignments)
     # Stands in for what must be given to run a job but not to look at the settings.
     required = {key: "-" for key, field in Settings.model_fields.items() if field.is_required()}
     settings = _validated({**required, **values}, sources)

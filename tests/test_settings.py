@@ -178,3 +178,15 @@ def test_a_table_is_a_value(tmp_path: Path) -> None:
     for wrong in ('{0 = "much"}', '{gpu = "20GiB"}'):
         with pytest.raises(UsageError, match="max_memory"):
             load(assignments=(f"loading.max_memory={wrong}",))
+
+
+def test_a_profile_stands_between_the_defaults_and_what_is_given() -> None:
+    given = load_settings({"model": "m", "bad_prompts": "b.txt"}, profile="heretic", assignments=["trials=20"])
+    settings = given.settings
+    assert (settings.trials, settings.search.space, settings.scoring.effective_search_tokens) == (20, "field", 100)
+    assert settings.bad_prompts.spec == "b.txt"
+    assert settings.bad_prompts.system_prompt == "You are a helpful assistant."
+    assert given.sources["search.space"] == "profile heretic"
+    with pytest.raises(UsageError, match="no profile nonsense") as refused:
+        load_settings({"model": "m"}, profile="nonsense")
+    assert refused.value.remedy == "choose from: heretic"
