@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench smoke clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/runtime
@@ -24,6 +24,16 @@ check: .venv/dev
 bench: .venv/runtime
 	$(BIN)/python -m benchmarks.trials
 	$(BIN)/python -m benchmarks.shapes --json runs/shapes.json
+
+# Everything on a small real model, where there is internet: docs/first-real-model.md.
+MODEL ?= Qwen/Qwen2.5-0.5B-Instruct
+SMOKE ?= --trials 24
+smoke: .venv/runtime
+	$(BIN)/abliterate preflight $(MODEL) $(SMOKE) --workspace runs/smoke
+	$(BIN)/abliterate run $(MODEL) $(SMOKE) --workspace runs/smoke
+	$(BIN)/abliterate front --workspace runs/smoke
+	$(BIN)/abliterate evaluate --workspace runs/smoke
+	$(BIN)/abliterate chat --workspace runs/smoke --prompt "What is the capital of France?"
 
 .venv/runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

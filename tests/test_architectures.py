@@ -49,7 +49,7 @@ BEYOND = {
     "deepseek_v4": "no list of layers",  # several streams
     "doge": "still writes",  # scales the stream itself, entry by entry
     "gemma3n_text": "does not read text alone",
-    "git": "still writes",  # norms of the stream itself
+    "git": "depends on what was kept",  # reads a prompt both ways
     "hrm_text": "no list of layers",  # layers called in loops
     "hy_v4": "no list of layers",  # several streams
     "inkling2_text": "still writes",  # short convolution after writers
@@ -69,6 +69,7 @@ BEYOND = {
 UNBUILT = {
     "blt",
     "dots3_note",
+    "emu3",
     "gemma3n",
     "gemma4_assistant",
     "gemma4_unified_assistant",
