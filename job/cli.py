@@ -328,16 +328,36 @@ def status(
     checkpoint: Checkpoint = None,
     assignments: Extensions = None,
     as_json: AsJson = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on showing it until the job is finished or has failed.")
+    ] = False,
+    interval: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="S", help="Seconds between two looks with --watch: 2, at a checkpoint 30."),
+    ] = None,
 ) -> None:
     """Show where a job stands, from its run folder or its checkpoint."""
     import json
+    import shutil
 
+    from job.following import HERE_SECONDS, THERE_SECONDS, follow
     from job.status import job_status, status_text
     from job.whereabouts import status_folder
 
-    with status_folder(_whereabouts(workspace, job, checkpoint, assignments)) as (folder, running):
-        found = job_status(folder, running)
-    typer.echo(json.dumps(found, indent=2) if as_json else status_text(found))
+    where = _whereabouts(workspace, job, checkpoint, assignments)
+
+    def read() -> dict[str, Any]:
+        with status_folder(where) as (folder, running):
+            return job_status(folder, running)
+
+    if watch:
+        try:
+            follow(read, interval or (THERE_SECONDS if checkpoint else HERE_SECONDS), as_json=as_json)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    typer.echo(json.dumps(read(), indent=2) if as_json else status_text(read(), width))
 
 
 @app.command()
@@ -424,13 +444,25 @@ def apply(
 
 
 @app.command()
-def report(workspace: Workspace = None, job: Job = None) -> None:
+def report(
+    workspace: Workspace = None,
+    job: Job = None,
+    include_responses: Annotated[
+        bool,
+        typer.Option(
+            "--include-responses",
+            help="Write a second page with answers to prompts that have the behaviour, for you alone.",
+        ),
+    ] = False,
+) -> None:
     """Write report.md and report.html of a job from its run folder, and print the former."""
     from job.report import write_reports
 
     folder = _find_job(workspace, job)
-    typer.echo(write_reports(folder))
+    typer.echo(write_reports(folder, include_responses=include_responses))
     typer.echo(f"as a page with charts: {folder.page_file}", err=True)
+    if include_responses:
+        typer.echo(f"with all answers: {folder.answers_page_file}", err=True)
 
 
 @app.command("inspect")
@@ -488,7 +520,14 @@ def demo(workspace: Workspace = None, trials: Trials = None) -> None:
     """Run the whole job on the built-in model organism."""
     from job.demo import run_demo
 
-    run_demo(workspace, trials, _run, lambda line: typer.echo(line, err=True))
+    outcomes: list[Outcome] = []
+
+    def run_it(settings: Settings, *, new: bool) -> Outcome:
+        outcomes.append(_run(settings, new=new))
+        return outcomes[-1]
+
+    run_demo(workspace, trials, run_it, lambda line: typer.echo(line, err=True))
+    typer.echo(f"open this in a browser: {outcomes[0].folder.page_file}")
 
 
 def main() -> None:

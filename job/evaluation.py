@@ -17,7 +17,7 @@ from job.intervention import Intervention
 from job.model import LoadedModel
 from job.numerics.intervals import mean_interval
 from job.prompts import Prompt
-from job.records import EditParameters, Figures, TrialScores
+from job.records import EditParameters, Figures, KeptAnswer, KeptAnswers, TrialScores
 from job.scoring import RefusalMarkers, is_degenerate
 from job.streaming import MarkerWatch
 
@@ -63,8 +63,8 @@ class Evaluator:
         self._manner = loaded.architecture.manner
         self._report = report
         # By length, so that forwards waste little on padding.
-        self._good = sorted(loaded.tokenize(good), key=len)
-        self._bad = sorted(loaded.tokenize(bad), key=len)
+        self._good, self._asked_good = _by_length(loaded, good)
+        self._bad, self._asked_bad = _by_length(loaded, bad)
         common = common_prefix([*self._good, *self._bad])[: longest_shared_prefix(loaded.model)]
         self._prefix = common if self._manner.shared and len(common) >= least_prefix else []
         self._markers = markers
@@ -283,15 +283,22 @@ class Evaluator:
         cut = len(answer.tokens) == limit < self._answer_tokens
         return self._markers.found(text) if cut else self._markers.is_refusal(text)
 
-    def figures(self, base: Evaluator | None = None, intervention: Intervention | None = None) -> Figures:
+    def figures(
+        self,
+        base: Evaluator | None = None,
+        intervention: Intervention | None = None,
+        heard: Callable[[KeptAnswers], None] = lambda _: None,
+    ) -> Figures:
         """Return the figures of this evaluator's model as it is or, if given, with the intervention's edit 0.
 
         Args:
             base: The evaluator of the base model on the same prompts, for the KL divergence.
             intervention: Hooks, in place.
+            heard: Told all answers, in no order.
         """
         answers = [self._loaded.decode(answer.tokens) for answer in self.answers(intervention)]
         good, bad = answers[: len(self._good)], answers[len(self._good) :]
+        heard(KeptAnswers(good=self._kept(self._asked_good, good), bad=self._kept(self._asked_bad, bad)))
         kl = self._kl(base, intervention) if base is not None else None
         return Figures(
             bad_prompts=len(bad),
@@ -303,6 +310,12 @@ class Evaluator:
             kl=math.fsum(kl) / len(kl) if kl is not None else None,
             kl_interval=mean_interval(kl) if kl is not None else None,
             kl_tokens=self._kl_tokens,
+        )
+
+    def _kept(self, asked: Sequence[str], answers: Sequence[str]) -> tuple[KeptAnswer, ...]:
+        return tuple(
+            KeptAnswer(prompt=prompt, answer=answer, refused=self._markers.is_refusal(answer))
+            for prompt, answer in zip(asked, answers, strict=True)
         )
 
     def _kl(self, base: Evaluator, intervention: Intervention | None) -> list[float]:
@@ -351,3 +364,10 @@ class Evaluator:
         finally:
             if intervention is not None:
                 intervention.rows = None
+
+
+def _by_length(loaded: LoadedModel, prompts: Sequence[Prompt]) -> tuple[list[list[int]], list[str]]:
+    """Return the tokens of prompts, the shortest first, and what their users say."""
+    tokens = loaded.tokenize(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(tokens[index]))
+    return [tokens[index] for index in order], [prompts[index].user for index in order]

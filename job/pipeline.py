@@ -97,8 +97,9 @@ class Job:
         else:
             self._events.emit("gate_missed", f"nothing is delivered: {missed}")
             outcome = replace(outcome, missed_gate=missed)
-        write_reports(self._folder)
-        write_record(self._folder.state_file, self._finished(chosen, len(trials), missed))
+        finished = self._finished(chosen, len(trials), missed)
+        write_reports(self._folder, finished)
+        write_record(self._folder.state_file, finished)
         self._events.emit("job_finished", chosen=chosen.number)
         return outcome
 
@@ -311,6 +312,7 @@ class Job:
         state = self._folder.read_state()
         assert state is not None
         write_record(self._folder.state_file, state.model_copy(update={"phase": name}))
+        self._events.emit("phase", name=name)
         if self._folder.prompts_file.exists():  # before, there is nothing that another machine could go on from
             self._hold.keep()
 

@@ -11,6 +11,7 @@ from job.errors import AcceleratorFaultError, ImpossibleJobError, JobError, Mach
 from job.events import Events, read_events
 from job.holding import Hold
 from job.records import JobRecord, State
+from job.report import write_reports
 from job.settings import Settings
 from job.workspace import RunFolder, write_record
 
@@ -32,7 +33,13 @@ def recorded(
     write_record(folder.state_file, State(state="running", trials=settings.trials, chosen=chosen))
     events.log_to(folder.events_file)
     key = settings_key(settings)
-    events.emit("job_started", f"job {record.job_id} in {folder.path}", versions=record.versions, settings=key)
+    events.emit(
+        "job_started",
+        f"job {record.job_id} in {folder.path}",
+        versions=record.versions,
+        settings=key,
+        price=settings.price,
+    )
     try:
         with meter.running():
             yield
@@ -74,6 +81,8 @@ def _end(folder: RunFolder, events: Events, state: str, reason: str) -> None:
     try:
         write_record(folder.state_file, ended)
         events.emit(f"job_{state}", reason=reason, phase=former.phase)
+        if state == "failed":
+            write_reports(folder)  # what there is to be seen of a failure
     except MachineError:
         pass  # on a full disk nothing can be written down; the failure itself is what the user has to see
 

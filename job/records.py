@@ -113,6 +113,27 @@ class Figures(Record):
     kl_tokens: int = 1
 
 
+class KeptAnswer(Record):
+    """A prompt, what a model answered, and whether that counted as a refusal."""
+
+    prompt: str
+    answer: str
+    refused: bool
+
+
+class KeptAnswers(Record):
+    """answers/NAME.json: what one model answered to some prompts of the report split.
+
+    Attributes:
+        good: Prompts without the behaviour.
+        bad: Prompts with it.
+    """
+
+    version: Literal[1] = 1
+    good: tuple[KeptAnswer, ...]
+    bad: tuple[KeptAnswer, ...]
+
+
 class LayerGeometry(Record):
     """How good and bad residuals lie in one layer; see `job.numerics.geometry.Geometry` for the figures.
 

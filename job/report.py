@@ -3,24 +3,47 @@
 from __future__ import annotations
 
 from job.card import direction_text, figures_table, kernel_table
-from job.records import GeometryRecord
+from job.errors import UsageError
+from job.records import GeometryRecord, State
 from job.result import RunResult
 from job.search import pareto_front
-from job.workspace import RunFolder, write_atomically
+from job.story import Story
+from job.workspace import PRIVATE, RunFolder, write_atomically
 
 
-def write_reports(folder: RunFolder) -> str:
+def write_reports(folder: RunFolder, state: State | None = None, *, include_responses: bool = False) -> str:
     """Write report.md and report.html of a run folder and return the former's text.
 
+    Of a job that has exported nothing, the page shows what there is, and report.md is a few lines.
+
+    Args:
+        folder: The run folder.
+        state: What its state.json is about to say; None: what it says.
+        include_responses: Write the page with answers to prompts that have the behaviour as well, to a file that only
+            its owner may read and that is in no mirror.
+
     Raises:
-        UsageError: Nothing has been exported yet.
+        UsageError: Such answers are asked for, and none are kept.
+        MachineError: The reports cannot be written.
     """
     from job.page import report_page  # its charts take a second to load
+    from job.sections import headline
 
-    result = RunResult.read(folder)
-    text = run_report(result)
+    story = Story.read(folder, state)
+    if include_responses and story.answers is None:
+        raise UsageError(
+            f"no answers are kept of job {story.record.job_id}",
+            remedy="they stay on the machine that made the export; `abliterate export` makes it again",
+        )
+    text = (
+        run_report(RunResult.read(folder))
+        if story.export
+        else f"# Report of job {folder.path.name}\n\n{headline(story)}\n"
+    )
     write_atomically(folder.report_file, text.encode())
-    write_atomically(folder.page_file, report_page(result).encode())
+    write_atomically(folder.page_file, report_page(story).encode())
+    if include_responses:
+        write_atomically(folder.answers_page_file, report_page(story, private=True).encode(), mode=PRIVATE)
     return text
 
 

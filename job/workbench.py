@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Self
 import torch
 
 from job.adapter import with_adapter, write_adapter
+from job.answers import keep_answers
 from job.architectures import require_modes
 from job.crew import Shared, crew, in_turn, parts_of
 from job.directions import DirectionFinder, tokens_of_forward
@@ -29,7 +30,17 @@ from job.placement import let_go, placement
 from job.prefix import with_response_prefix
 from job.preflight.checks import size
 from job.prompts import Prompt, PromptSets
-from job.records import EditParameters, ExportFormat, Figures, JobRecord, Plan, Resolution, Trial, TrialScores
+from job.records import (
+    EditParameters,
+    ExportFormat,
+    Figures,
+    JobRecord,
+    KeptAnswers,
+    Plan,
+    Resolution,
+    Trial,
+    TrialScores,
+)
 from job.reproduction import base_model_name, reproduction
 from job.rescoring import keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
 from job.scoring import RefusalMarkers
@@ -305,10 +316,10 @@ class Workbench:
             ExportMismatchError: The export, loaded afresh, is not what was measured.
         """
         base = self._evaluator(self.loaded, self.prompts.good_report, self.prompts.bad_report)
-        before = base.figures()
+        before = base.figures(heard=self._keeper("base"))
         if form == "directions":  # an edit without weights: measured under its hooks
             self.intervention.activate([parameters])
-            after = base.figures(base, self.intervention)
+            after = base.figures(base, self.intervention, heard=self._keeper(export.name))
         else:
             base.refer()
             measured = Measured.of(self.evaluator, self.intervention, parameters, self.resolution.rows)
@@ -316,7 +327,8 @@ class Workbench:
             searched = self._evaluator(fresh, self.prompts.good_search, self.prompts.bad_search)
             found = measured.compare(searched, self.evaluator)
             self.events.emit("export_proven", f"the export was loaded afresh: {found}")
-            after = self._evaluator(fresh, self.prompts.good_report, self.prompts.bad_report).figures(base)
+            reported = self._evaluator(fresh, self.prompts.good_report, self.prompts.bad_report)
+            after = reported.figures(base, heard=self._keeper(export.name))
         for subject, figures in (("base", before), (export.name, after)):
             file = self.folder.figures_file(subject)
             file.parent.mkdir(exist_ok=True)
@@ -335,6 +347,9 @@ class Workbench:
 
     def _evaluator(self, loaded: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt]) -> Evaluator:
         return _evaluator(loaded, self.settings, good, bad, self.resolution.rows, self.events)
+
+    def _keeper(self, subject: str) -> Callable[[KeptAnswers], None]:
+        return lambda heard: keep_answers(self.folder, subject, heard, self.prompts)
 
 
 def require_resident(loaded: LoadedModel, form: ExportFormat) -> None:

@@ -59,14 +59,21 @@ PACKAGES = ("abliteration-job", "torch", "transformers", "optuna", "safetensors"
 _LOCK_SECONDS = 2.0
 _BLOCK = 1 << 20
 MEMO = ".hashes.json"
+# Of what only the owner may read.
+PRIVATE = 0o600
 # Files of an export beside the model's own; the mark is written last and holds the manifest's hash.
 CARD, REPRODUCE, SUMS, MANIFEST, DONE = "README.md", "reproduce.json", "SHA256SUMS", "manifest.json", ".done"
 
 R = TypeVar("R", bound=Record)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Replace a file's contents so that a crash leaves the old ones or the new ones, never a mixture.
+
+    Args:
+        path: The file.
+        data: Its new contents.
+        mode: Its permissions; None: the usual ones.
 
     Raises:
         MachineError: The file cannot be written here.
@@ -75,6 +82,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -111,9 +120,9 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_record(path: Path, record: Record) -> None:
-    """Write a record as JSON, atomically."""
-    write_atomically(path, (record.model_dump_json(indent=2) + "\n").encode())
+def write_record(path: Path, record: Record, *, mode: int | None = None) -> None:
+    """Write a record as JSON, atomically, with these permissions or the usual ones."""
+    write_atomically(path, (record.model_dump_json(indent=2) + "\n").encode(), mode=mode)
 
 
 def read_record(path: Path, kind: type[R]) -> R:
@@ -158,6 +167,8 @@ class RunFolder:
         self.rescored_file = path / "figures" / "rescored.json"
         self.report_file = path / "report.md"
         self.page_file = path / "report.html"
+        # With answers to prompts that have the behaviour, which is why it has a name of its own that no mirror knows.
+        self.answers_page_file = path / "report-with-answers.html"
         self.lock_file = path / ".lock"
         self.export_link = path / "export"
 
@@ -168,6 +179,10 @@ class RunFolder:
     def figures_file(self, subject: str) -> Path:
         """Return the file of the reported figures of a subject: "base" or "trial-NNNN"."""
         return self.path / "figures" / f"{subject}.json"
+
+    def answers_file(self, subject: str) -> Path:
+        """Return the file of sampled answers of a subject: "base" or "trial-NNNN"; it is in no mirror."""
+        return self.path / "answers" / f"{subject}.json"
 
     def read_job(self) -> JobRecord:
         """Return job.json."""

@@ -1,0 +1,70 @@
+"""How long a job has spent in each of its phases and what that cost, as its events tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# What begins a phase of its own within one that the pipeline names.
+_WITHIN = {"residuals_started": "directions"}
+_ENDS = frozenset({"job_finished", "job_failed", "job_preempted"})
+_STAGE = ("preflight", "model", "directions", "search", "export", "upload")
+
+
+@dataclass
+class PhaseTime:
+    """What one phase has taken over all starts of a job.
+
+    Attributes:
+        name: The phase.
+        seconds: Time spent in it.
+        dollars: Its cost in starts whose price was known; None if none was.
+    """
+
+    name: str
+    seconds: float = 0.0
+    dollars: float | None = None
+
+
+def phase_times(events: Iterable[Mapping[str, Any]]) -> list[PhaseTime]:
+    """Return what each phase has taken, in the order of a run.
+
+    A start that was killed counts up to the last that it said. Nothing is known of runs of versions that did not write
+    their phases down: for these the list is empty.
+    """
+    found: dict[str, PhaseTime] = {}
+    phase: PhaseTime | None = None
+    price: float | None = None
+    since = 0.0
+    for event in events:
+        name, now = event.get("event"), float(event.get("time", since))
+        if phase is not None and name != "job_started":
+            _add(phase, max(now - since, 0.0), price)
+        since = now
+        if name == "job_started":
+            phase, price = None, event.get("price")
+        elif name in _ENDS:
+            phase = None
+        elif name == "phase" or (phase is not None and name in _WITHIN):
+            called = str(event["name"]) if name == "phase" else _WITHIN[str(name)]
+            phase = found.setdefault(called, PhaseTime(called))
+    return sorted(found.values(), key=lambda one: _STAGE.index(one.name) if one.name in _STAGE else len(_STAGE))
+
+
+def _add(phase: PhaseTime, seconds: float, price: float | None) -> None:
+    phase.seconds += seconds
+    if price is not None:
+        phase.dollars = (phase.dollars or 0.0) + seconds / 3600 * price
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration for people, in two units at most."""
+    if seconds < 60:
+        return f"{int(seconds)} s" if seconds >= 10 else f"{seconds:.1f} s"
+    whole = int(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

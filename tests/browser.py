@@ -1,0 +1,54 @@
+"""A page in headless Chromium: what it says on the console, what it asks the network for, how it looks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """Yield the system's Chromium; its sandbox cannot be had by root in a container."""
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield opened
+        opened.close()
+
+
+class View:
+    """A file shown in a window, and all that went wrong with it."""
+
+    def __init__(
+        self, chromium: Browser, file: Path, *, dark: bool = False, size: dict[str, int] | None = None
+    ) -> None:
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        context = chromium.new_context(viewport=size or DESKTOP, color_scheme="dark" if dark else "light")
+        context.set_default_timeout(180_000)  # other workers want the cores, too
+        self.page: Page = context.new_page()
+        self.page.on("console", lambda said: self.complaints.append(said.text) if said.type != "log" else None)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(file.as_uri())
+        self.wait_for("charts => charts.length === document.querySelectorAll('.js-plotly-plot').length")
+
+    def wait_for(self, condition: str) -> None:
+        """Wait until a function of all charts is true; the page's own policy keeps Playwright's way from working."""
+        deadline = time.monotonic() + 180
+        while not self.page.locator(".plotly-graph-div").evaluate_all(condition):
+            assert time.monotonic() < deadline, condition
+            self.page.wait_for_timeout(50)
+
+    def close(self) -> None:
+        self.page.context.close()
