@@ -50,6 +50,7 @@ def recorded(
         faults = _faults_in_a_row(folder)
         _end(folder, events, "failed" if faults >= _MOST_FAULTS else "preempted", fault.line)
         if faults >= _MOST_FAULTS:
+            _report(folder, events)
             raise
         events.emit("accelerator_fault", f"{fault}; going on in a fresh process")
         raise RestartNeeded from fault
@@ -60,9 +61,12 @@ def recorded(
             events.log_to(None)
             hold.discard()
             folder.discard()
+        else:
+            _report(folder, events)
         raise
     except Exception as error:
         _end(folder, events, "failed", f"{type(error).__name__}: {error}")
+        _report(folder, events)
         raise
 
 
@@ -81,10 +85,19 @@ def _end(folder: RunFolder, events: Events, state: str, reason: str) -> None:
     try:
         write_record(folder.state_file, ended)
         events.emit(f"job_{state}", reason=reason, phase=former.phase)
-        if state == "failed":
-            write_reports(folder)  # what there is to be seen of a failure
     except MachineError:
         pass  # on a full disk nothing can be written down; the failure itself is what the user has to see
+
+
+def _report(folder: RunFolder, events: Events) -> None:
+    """Write what there is to be seen of a failure."""
+    try:
+        try:
+            write_reports(folder)
+        except Exception as error:  # whatever it is, it must not hide what has failed
+            events.say(f"warning: the report cannot be written: {type(error).__name__}: {error}")
+    except MachineError:
+        pass  # the disk is full
 
 
 def settings_key(settings: Settings) -> str:

@@ -15,6 +15,7 @@ from job.prompts import PromptSets
 from job.records import JobRecord, State, Trial
 from job.result import job_trials
 from job.search import choose, pareto_front
+from job.settings import default_values, merged
 from job.timings import duration_text
 from job.workspace import RunFolder, read_record
 
@@ -95,8 +96,10 @@ def _leading(record: JobRecord, trials: Sequence[Trial], prompts: PromptSets | N
     """Return the trial that would be chosen if the search ended now."""
     if prompts is None:
         return None
+    # What a former version did not know is as it was before.
+    settings = merged(default_values(), record.settings)
     try:
-        return choose(trials, len(prompts.bad_search), record.settings["choice"]["refusal_tolerance"]).number
+        return choose(trials, len(prompts.bad_search), settings["choice"]["refusal_tolerance"]).number
     except JobError:
         return None  # none could be scored yet
 

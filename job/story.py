@@ -15,7 +15,7 @@ from job.prompts import PromptSets
 from job.records import EditParameters, Figures, GeometryRecord, JobRecord, KeptAnswers, Record, State, Trial, Upload
 from job.result import job_trials, machines
 from job.search import SearchSpace, choose
-from job.settings import Settings
+from job.settings import Settings, default_values, merged
 from job.timings import PhaseTime, phase_times
 from job.workspace import RunFolder, read_record
 
@@ -122,7 +122,8 @@ def _choice(
     if prompts is None or record.resolution is None:
         return None, None, None
     try:
-        settings = Settings(**record.settings)
+        # What a former version did not know is as it was before.
+        settings = Settings(**merged(default_values(), record.settings))
         chosen = choose(trials, len(prompts.bad_search), settings.choice.refusal_tolerance)
         edit = SearchSpace(settings.search.space, record.resolution.layers).edit(chosen.params)
     except (JobError, ValueError):

@@ -11,10 +11,10 @@ FOLDER = Path(__file__).parent.parent / "docs" / "screenshots"
 # Name, width and height, dark, and the section at the top.
 SHOTS = (
     ("desktop", DESKTOP, False, None),
-    ("desktop-front", DESKTOP, False, "front"),
+    ("front", DESKTOP, False, "front"),
     ("dark", DESKTOP, True, "edit"),
     ("phone", PHONE, False, None),
-    ("phone-front", PHONE, True, "front"),
+    ("phone-dark", PHONE, True, "front"),
 )
 
 
