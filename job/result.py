@@ -14,7 +14,7 @@ from job.records import EditParameters, Figures, GeometryRecord, JobRecord, Tria
 from job.reproduction import Reproduction
 from job.rescoring import read_full_counts, with_full_counts
 from job.search import SearchSpace, choose
-from job.settings import Settings
+from job.settings import Settings, default_values, merged
 from job.study import read_trials
 from job.workspace import RunFolder, read_record
 
@@ -90,7 +90,8 @@ class RunResult:
             UsageError: Nothing has been exported yet.
         """
         record = folder.read_job()
-        settings = Settings(**record.settings)
+        # What a former version did not know is as it was before.
+        settings = Settings(**merged(default_values(), record.settings))
         trials = job_trials(folder)
         prompts = read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None
         if prompts is None or not trials or record.resolution is None:
