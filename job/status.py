@@ -135,8 +135,13 @@ def _etas(
 
 def _rate_eta(events: Iterable[dict[str, Any]], left: int) -> float | None:
     """Return the seconds that the remaining trials will take at the latest rate."""
-    times: list[float] = [event["time"] for event in events if event.get("event") == "trial"]
-    recent = times[-_RECENT:]
+    times: list[float] = []
+    for event in events:
+        if event.get("event") == "search_started":
+            times = [event["time"]]  # what a batch takes lies before its trials, which are told all at once
+        elif event.get("event") == "trial":
+            times.append(event["time"])
+    recent = times[-_RECENT - 1 :]
     if len(recent) < 2 or recent[-1] <= recent[0]:
         return None
     return round((recent[-1] - recent[0]) / (len(recent) - 1) * left, 1)

@@ -58,7 +58,7 @@ def test_status_tells_phase_progress_cost_front_events_and_warnings(preempted: P
     ]
     assert [event["message"] for event in status["events"]][-1] == "warning: the checkpoint is down"
     text = abliterate("status", "--workspace", preempted).check().out
-    for part in ("phase: search", "trials: 20 of 20", "1 h 7 min, $2.75", "<- best so far", "the checkpoint is down"):
+    for part in ("phase: search", "trials: 20 of 20", "1 h 6 min, $2.75", "<- best so far", "the checkpoint is down"):
         assert part in text
     narrow = status_text(status, 40)
     assert max(map(len, narrow.replace(str(job), "").splitlines())) <= 40
