@@ -14,10 +14,11 @@ from torch import Tensor
 
 from job.architectures import require_modes
 from job.errors import ImpossibleJobError
-from job.export import Checkpoint, Edit, StoredWriter
+from job.export import Edit, StoredWriter
 from job.intervention import directions_and_strengths, gram_of
 from job.model import LoadedModel
 from job.numerics.ablation import output_edit, weight_tables
+from job.shards import Checkpoint
 from job.workspace import write_atomically
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"

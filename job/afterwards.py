@@ -15,6 +15,7 @@ from job.models import WEIGHTS, fetch_model, list_model, parse_model
 from job.outcome import missed_gate
 from job.pipeline import model_folder
 from job.prompts import PromptSets
+from job.quantised import quantisation_in
 from job.records import ExportFormat, Figures, JobRecord, Trial
 from job.result import job_trials
 from job.runs import Start
@@ -168,6 +169,8 @@ def apply(model: str, file: Path, out: Path, events: Events) -> None:
     from job.edit_file import apply_edit
 
     source = parse_model(model)
-    folder = fetch_model(source, list_model(source, None, events.say), events.say)
+    listing = list_model(source, None, events.say)
+    quantisation_in(fetch_model(source, listing, events.say, weights=False))  # refused before the weights are fetched
+    folder = fetch_model(source, listing, events.say)
     with events.progress("shards", len(list(folder.glob(f"*{WEIGHTS}")))) as advance:
         apply_edit(folder, file, out, advance)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.numerics.intervals import difference_interval, wilson_interval
+from job.quantised import DTYPE, quantisation_in
 from job.records import EditParameters, ExportFormat, Figures
 from job.reproduction import PromptsRecord, Reproduction
 from job.workspace import CARD
@@ -67,7 +68,7 @@ The direction that mediates the behaviour in the residual stream was found from 
 of the weights that write into the stream (Arditi et al. 2024, arXiv:2406.11717). How strongly in which layer was
 searched for with {made.trials} trials, of which this is number {made.trial.number}.
 
-- base model: {_base_model(made)}
+- base model: {_base_model(made)}{_dequantised(source)}
 - removed: {made.behaviour}
 - direction: {made.settings["directions"]["method"]}, {direction_text(made.edit)}
 - norms of the weights that are preserved: {made.settings["ablation"]["row_normalization"]}
@@ -120,6 +121,11 @@ def _base_model(made: Reproduction) -> str:
         return f"{made.model['repository']} at commit {made.model['commit']}"
     name = made.base_model or "not named"
     return f"{name}, sha256 {made.model['sha256']} over its files" if "sha256" in made.model else name
+
+
+def _dequantised(source: Path) -> str:
+    found = quantisation_in(source)
+    return f"; its files, quantised with {found.method}, were dequantised to {DTYPE}" if found else ""
 
 
 def _prefix(made: Reproduction) -> str:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from job.architectures import Architecture
 from job.errors import ExportMismatchError, UsageError
-from job.export import Checkpoint, Edit, seal_made, verify_written, write_weights
+from job.export import Edit, seal_made, verify_written, write_weights
 from job.numerics.basis import Basis
 from job.records import Record
 from job.reproduction import Reproduction
+from job.shards import Checkpoint
 from job.truth import inspect_model
 from job.workspace import cannot_write, write_atomically
 

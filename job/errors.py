@@ -51,6 +51,21 @@ class UnsupportedArchitectureError(ImpossibleJobError):
         self.reason = reason
 
 
+class QuantisedSourceError(UnsupportedArchitectureError):
+    """The model's files are quantised in a way that cannot be undone, so that its weights cannot be edited.
+
+    Attributes:
+        reason: Why, with the remedy.
+    """
+
+    def __init__(self, method: str, detail: str = "") -> None:
+        more = f": {detail}" if detail else ""
+        what = f"files quantised with {method} cannot be edited{more}"
+        remedy = "use the unquantised model that they were made from"
+        ImpossibleJobError.__init__(self, what, remedy=remedy)
+        self.reason = f"{what} - {remedy}"
+
+
 class HeldError(JobError):
     """Another run holds this job.
 

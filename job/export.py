@@ -2,16 +2,15 @@
 
 A shard is copied as it is and the edited tensors are written over their bytes in the copy: names,
 order, dtypes and sizes stay those of the original, and only one tensor is in memory at a time.
+In place of a copy of a quantised shard, its dequantised tensors are written (`job.shards`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,20 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from job.architectures import Architecture, Writer
 from job.card import licence_files, model_card
-from job.errors import ExportMismatchError, ImpossibleJobError, UnsupportedArchitectureError
+from job.errors import ExportMismatchError, ImpossibleJobError
 from job.intervention import directions_and_strengths, gram_of, strength
-from job.model import checkpoint_files
-from job.models import WEIGHTS
+from job.models import INDEX, WEIGHTS
 from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
 from job.numerics.basis import Basis
+from job.quantised import plain_config
 from job.records import EditParameters, Manifest, ManifestEntry
 from job.reproduction import Reproduction
-from job.stored import Form
+from job.shards import Checkpoint, Places, digest_of
 from job.workspace import (
     CARD,
     DONE,
@@ -48,8 +46,7 @@ from job.workspace import (
 
 # What is not carried over from the base model's folder: weights in any format, and its own card.
 _LEFT_OUT = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"})
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_BLOCK = 1 << 24
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -65,124 +62,6 @@ class Edit:
     parameters: EditParameters
     basis: Basis
     mode: RowNormalization
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Where a tensor stands in a shard."""
-
-    dtype: str
-    start: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where the files hold a parameter.
-
-    Attributes:
-        names: Names of its tensors there.
-        apart: They are those of one expert each, in order.
-        turned: Their axes are the other way round than in the loaded model.
-    """
-
-    names: tuple[str, ...]
-    apart: bool = False
-    turned: bool = False
-
-
-class Checkpoint:
-    """The safetensors files of a model and what they hold."""
-
-    def __init__(self, folder: Path) -> None:
-        """Read the headers of all files.
-
-        Raises:
-            ImpossibleJobError: A file is missing or damaged.
-        """
-        self.files = checkpoint_files(folder)
-        self.entries = {file: _read_header(file) for file in self.files}
-        self._file_of = {name: file for file, entries in self.entries.items() for name in entries}
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor by its name in the files."""
-        with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-    def part(self, name: str, number: int) -> Tensor:
-        """Return one entry of a tensor's first axis."""
-        with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_slice(name)[number]
-        return tensor
-
-    def places(self, architecture: Architecture, name: str) -> Places:
-        """Return where the files hold a parameter.
-
-        Args:
-            architecture: The model's structure.
-            name: The parameter's name in the loaded model.
-
-        Raises:
-            UnsupportedArchitectureError: They do not.
-        """
-        form = architecture.forms.get(name, Form(name))
-        for known in (form.name, name, name.removeprefix(f"{architecture.prefix}.")):
-            if known in self._file_of:
-                return Places((known,))
-        numbered = map(form.name.format, itertools.count() if form.apart else ())
-        found = tuple(itertools.takewhile(self._file_of.__contains__, numbered))
-        if not found:
-            raise UnsupportedArchitectureError(
-                architecture.model_type, f"its files hold no tensor {form.name.format(0)}"
-            )
-        return Places(found, apart=True, turned=form.turned)
-
-    def require_writers(self, architecture: Architecture) -> None:
-        """Refuse a checkpoint that does not hold all residual writers as floating-point tensors.
-
-        Raises:
-            UnsupportedArchitectureError: It does not.
-        """
-        for name in self._names_of_all(architecture):
-            dtype = self.entries[self._file_of[name]][name].dtype
-            if dtype not in _FLOATS:
-                raise UnsupportedArchitectureError(
-                    architecture.model_type, f"tensor {name} is stored as {dtype}; quantised files cannot be edited"
-                )
-
-    def digest(self, architecture: Architecture) -> str:
-        """Return a hash of all tensors that an edit changes or follows from."""
-        digest = hashlib.sha256()
-        for name in self._names_of_all(architecture):
-            file = self._file_of[name]
-            digest.update(_digest(file, self.entries[file][name]))
-        return digest.hexdigest()
-
-    def _names_of_all(self, architecture: Architecture) -> Iterator[str]:
-        for writer in architecture.writers:
-            for name in writer.tensors:
-                yield from self.places(architecture, name).names
-
-
-def _read_header(file: Path) -> dict[str, _Entry]:
-    """Return the tensors of a safetensors file, refusing one that is damaged."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass  # checks the header and that the file has all the bytes that it speaks of
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(length))
-    except Exception as error:  # safetensors raises its own type and several built-in ones
-        raise ImpossibleJobError(
-            f"{file} is damaged: {str(error).splitlines()[0]}", remedy="obtain an undamaged copy of the model"
-        ) from error
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, described in header.items():
-        begin, end = described["data_offsets"]
-        entries[name] = _Entry(described["dtype"], 8 + length + begin, end - begin)
-    return entries
 
 
 def edited_tensors(
@@ -227,7 +106,7 @@ class StoredWriter:
         return self.writer.matrix(self.checkpoint.tensor(places.names[0]))
 
     def edited(self, edit: Edit, name: str, number: int) -> Tensor:
-        """Return a tensor of the files as the edit leaves it, in its dtype.
+        """Return a tensor of the files as the edit leaves it, in the dtype that it is written in.
 
         Args:
             edit: The edit.
@@ -235,22 +114,24 @@ class StoredWriter:
             number: Which of its tensors.
         """
         places = self._places(name)
-        stored = self.checkpoint.tensor(places.names[number])
+        place = places.names[number]
+        shape, dtype = self.checkpoint.entry(place).shape, self.checkpoint.dtype(place)
         directions, strengths = self._directions(edit)
 
-        def edited(part: Tensor, expert: int) -> Tensor:
+        def edited(expert: int, read: Callable[[], Tensor]) -> Tensor:
             matrix = self.matrix(expert)
             if name != self.writer.parameter:
-                return edit_bias(part, matrix, directions, strengths, edit.mode)
+                return edit_bias(read(), matrix, directions, strengths, edit.mode)
             return self.writer.unmatrix(edit_weight(matrix, directions, strengths, edit.mode))
 
-        if places.apart or self.writer.kind != "experts" or stored.ndim == 1:  # experts may have one bias in common
-            found = edited(stored, number)
-            return (found.T if places.turned else found).to(stored.dtype)
+        if places.apart or self.writer.kind != "experts" or len(shape) == 1:  # experts may have one bias in common
+            found = edited(number, partial(self.checkpoint.tensor, place))
+            return (found.T if places.turned else found).to(dtype)
         # One expert at a time: all of them in float64 would take four times the memory of the tensor.
-        for expert, part in enumerate(stored):
-            part.copy_(edited(part, expert))
-        return stored
+        result = torch.empty(shape, dtype=dtype)
+        for expert, part in enumerate(result):
+            part.copy_(edited(expert, partial(self.checkpoint.part, place, expert)))
+        return result
 
     def _places(self, name: str) -> Places:
         return self.checkpoint.places(self.architecture, name)
@@ -288,10 +169,10 @@ def write_weights(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DONE).unlink(missing_ok=True)
         for file in _companions(source):
-            write_atomically(folder / file.name, file.read_bytes())
+            write_atomically(folder / file.name, _companion(checkpoint, file))
         for file, entries in checkpoint.entries.items():
             partial = folder / f".{file.name}.partial"
-            shutil.copyfile(file, partial)
+            _begin_shard(checkpoint, file, partial)
             with partial.open("rb+") as stream:
                 for name in entries.keys() & edited.keys():
                     stream.seek(entries[name].start)
@@ -317,6 +198,41 @@ def _companions(source: Path) -> list[Path]:
     ]
 
 
+def _companion(checkpoint: Checkpoint, file: Path) -> bytes:
+    """Return what a file beside the weights says in an export: of dequantised ones that they are plain."""
+    if checkpoint.quantisation is None or file.name not in (CONFIG, INDEX):
+        return file.read_bytes()
+    if file.name == CONFIG:
+        return plain_config(file.read_text()).encode()
+    index: dict[str, Any] = json.loads(file.read_text())
+    shards = {name: shard.name for shard, entries in checkpoint.entries.items() for name in entries}
+    total = sum(checkpoint.entry(name).size for name in shards)
+    index["metadata"] = {"total_size": total}
+    index["weight_map"] = dict(sorted(shards.items()))
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _begin_shard(checkpoint: Checkpoint, file: Path, copy: Path) -> None:
+    """Write a shard as it is before the edit: a copy, or tensor by tensor what its quantised ones stand for."""
+    header = checkpoint.header(file)
+    if header is None:
+        shutil.copyfile(file, copy)
+        return
+    with copy.open("wb") as stream:
+        stream.write(header)
+        for name in checkpoint.entries[file]:  # in the order of the file
+            for block in _unedited(checkpoint, name):
+                stream.write(block)
+
+
+def _unedited(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
+    """Yield the bytes that the plain files have of a tensor that is not edited."""
+    if checkpoint.is_dequantised(name):
+        yield _bytes(checkpoint.tensor(name, checkpoint.dtype(name)))
+    else:
+        yield from checkpoint.stored_blocks(name)
+
+
 def _bytes(tensor: Tensor) -> bytes:
     data: bytes = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     return data
@@ -335,23 +251,13 @@ def verify_written(source: Path, folder: Path, architecture: Architecture, edit:
         if written.entries.get(copy) != entries:
             raise ExportMismatchError(f"{copy} does not hold the tensors of {file.name}")
         for name, entry in entries.items():
-            expected = hashlib.sha256(_bytes(edited[name]())).digest() if name in edited else _digest(file, entry)
-            if _digest(copy, entry) != expected:
+            expected = hashlib.sha256()
+            for block in [_bytes(edited[name]())] if name in edited else _unedited(checkpoint, name):
+                expected.update(block)
+            if digest_of(copy, entry) != expected.digest():
                 raise ExportMismatchError(
                     f"tensor {name} in {copy} is not what it should be", remedy="check the disk and run again"
                 )
-
-
-def _digest(file: Path, entry: _Entry) -> bytes:
-    """Return the sha256 of a tensor's bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        stream.seek(entry.start)
-        left = entry.size
-        while left and (block := stream.read(min(_BLOCK, left))):
-            digest.update(block)
-            left -= len(block)
-    return digest.digest()
 
 
 def copy_licences(source: Path, folder: Path) -> None:

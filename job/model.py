@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from job.architectures import Architecture, discover
 from job.decoding import first_logits, greedy_answers
+from job.dequantising import dequantising_config
 from job.errors import ImpossibleJobError, MachineError, UsageError
 from job.faults import is_out_of_memory, out_of_memory
 from job.models import INDEX
@@ -248,6 +249,7 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
     try:
         model, info = auto.from_pretrained(
             folder,
+            config=dequantising_config(folder, settings.quantization),
             dtype=dtype,
             device_map=places,
             max_memory=limits or None,

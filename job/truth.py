@@ -20,6 +20,7 @@ from job.architectures import Architecture, Writer, architecture_of, require_edi
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.intervention import Intervention
 from job.numerics.basis import Basis
+from job.quantised import quantisation_of
 from job.records import COMPONENTS, EditParameters, KernelParameters
 from job.residuals import layer_outputs
 from job.twin import small_twin
@@ -208,9 +209,11 @@ def inspect_model(folder: Path) -> Architecture:
 
     Raises:
         ImpossibleJobError: The folder is not a model.
-        UnsupportedArchitectureError: The model's family cannot be edited completely.
+        UnsupportedArchitectureError: The model's family cannot be edited completely, or its files are quantised in a
+            way that is not undone.
     """
     config = read_config(folder)
+    quantisation_of(config.to_dict())
     architecture = proven(config)
     require_supported(config, architecture)
     return architecture

@@ -21,7 +21,7 @@ from job.edit_file import write_edit_file
 from job.errors import ImpossibleJobError
 from job.evaluation import Evaluator
 from job.events import Events
-from job.export import Checkpoint, Edit, copy_licences, seal_made, verify_written, write_weights
+from job.export import Edit, copy_licences, seal_made, verify_written, write_weights
 from job.faults import Watchdog, clear_faults, is_out_of_memory, out_of_memory, release_memory
 from job.intervention import Intervention
 from job.model import LoadedModel, hardware, load_model
@@ -46,6 +46,7 @@ from job.rescoring import keep_full_counts, next_to_rescore, read_full_counts, w
 from job.scoring import RefusalMarkers
 from job.search import Search, SearchSettings, SearchSpace, SmallerLayoutNeeded
 from job.settings import Settings
+from job.shards import Checkpoint
 from job.truth import inspect_model
 from job.tuning import Tuner
 from job.verification import Measured

@@ -22,10 +22,11 @@ from job.errors import (
     MachineError,
     UnsupportedArchitectureError,
 )
-from job.export import Checkpoint, Edit, build_manifest, seal_made, verify_written, write_weights
+from job.export import Edit, build_manifest, seal_made, verify_written, write_weights
 from job.intervention import Intervention
 from job.numerics.basis import Basis
 from job.records import Manifest
+from job.shards import Checkpoint
 from job.upload.local import deliver
 from job.verification import compare_answers
 from job.workspace import DONE, is_sealed, read_record

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from job.errors import ImpossibleJobError
+from job.errors import ImpossibleJobError, QuantisedSourceError
+from job.quantised import method_named, plain_tensors, quantisation_of
 from job.records import Record
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -84,7 +85,7 @@ class ModelFacts(Record):
         other: All other weights: the final norm, other modalities' towers.
         quantisation: How the files are quantised already, e.g. "fp8"; None for plain weights.
         largest_tensor: Number of weights of the largest tensor.
-        stored_bytes: Size of all tensors as stored.
+        stored_bytes: Size of all tensors as stored, or as an export stores them that dequantises them.
     """
 
     model_type: str
@@ -151,6 +152,7 @@ def model_facts(config: Mapping[str, Any], tensors: Tensors) -> ModelFacts:
         ImpossibleJobError: The configuration lacks what every decoder has, or a type is unknown.
     """
     text = _with_usual_names({**config, **config.get("text_config", {})})
+    tensors = _undone(config, tensors)
     try:
         layers, hidden, vocab = (int(text[key]) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
         # State spaces have none; what they compute at a time is counted as attention of usual heads would be.
@@ -186,7 +188,7 @@ def model_facts(config: Mapping[str, Any], tensors: Tensors) -> ModelFacts:
         layer_weights=tuple(groups[str(index)] for index in range(layers)),
         head=groups["head"],
         other=groups["other"],
-        quantisation=str(text["quantization_config"].get("quant_method")) if text.get("quantization_config") else None,
+        quantisation=method_named(config),
         largest_tensor=max((math.prod(shape) for _, shape in tensors.values()), default=0),
         stored_bytes=sum(math.ceil(math.prod(shape) * _size(kind)) for kind, shape in tensors.values()),
     )
@@ -203,6 +205,17 @@ def _with_usual_names(text: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("num_hidden_layers") is None and kinds is not None:
         found["num_hidden_layers"] = len(kinds)
     return found
+
+
+def _undone(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Return the tensors as loading and the export have them: dequantised, where that can be done."""
+    try:
+        quantisation = quantisation_of(config)
+    except QuantisedSourceError:
+        return tensors  # the model is refused for it, by the check of its architecture
+    if quantisation is None:
+        return tensors
+    return {plain.name: (plain.dtype, plain.shape) for plain in plain_tensors(quantisation, tensors)}
 
 
 def _head_dims(text: Mapping[str, Any], default: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from job.models import ModelListing, ModelSource
 from job.preflight.checks import Check, size
 from job.preflight.facts import ModelFacts
+from job.quantised import METHODS
 from job.records import ExportFormat
 
 if TYPE_CHECKING:
@@ -26,12 +27,14 @@ def files(source: ModelSource, listing: ModelListing) -> Check:
     )
 
 
-def weights(facts: ModelFacts, tensors: int) -> Check:
-    """Say how large the weights are."""
+def weights(facts: ModelFacts, listing: ModelListing, tensors: int) -> Check:
+    """Say how large the weights are, and what quantised ones grow to."""
+    packed = sum(file.size for file in listing.weights)
+    grown = f" in bfloat16, made of {size(packed)} in {facts.quantisation}" if facts.quantisation in METHODS else ""
     return Check(
         name="model.weights",
         status="ok",
-        measured=f"{tensors} tensors, {facts.parameters / 1e9:.3g} billion weights, {size(facts.stored_bytes)}",
+        measured=f"{tensors} tensors, {facts.parameters / 1e9:.3g} billion weights, {size(facts.stored_bytes)}{grown}",
         needed="safetensors",
     )
 

@@ -260,7 +260,7 @@ class Surveyor:
         shapes = tensor_shapes(source, listing, self.report)
         require_complete(folder, listing, shapes)
         self._facts = model_facts(json.loads((folder / "config.json").read_text()), shapes)
-        return [model_checks.weights(self._facts, len(shapes))]
+        return [model_checks.weights(self._facts, listing, len(shapes))]
 
     # --- the prompts ---------------------------------------------------------------------------------
 

@@ -1,0 +1,61 @@
+"""What quantised tensors stand for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Values that are worked on at a time: what is computed on the way takes no more than some megabytes.
+_SLAB = 1 << 22
+# By the four bits of an E2M1 number.
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def dequantised_blocks(values: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return a matrix of which every block has a factor of its own.
+
+    Args:
+        values: The quantised matrix [n, m], of any floating-point type.
+        scales: The blocks' factors [⌈n / b⌉, ⌈m / c⌉], or one for all; bytes are exponents of 2, less 127.
+        block: Rows b and columns c of a block.
+        dtype: Type of the result; products are computed in float32 and rounded once.
+
+    Returns:
+        [n, m].
+    """
+    rows, columns = values.shape
+    high, wide = block
+    factors = torch.exp2(scales.to(torch.float32) - 127) if scales.dtype == torch.uint8 else scales.to(torch.float32)
+    factors = factors.reshape(-(-rows // high), -(-columns // wide))
+    found = torch.empty(values.shape, dtype=dtype, device=values.device)
+    step = max(1, _SLAB // (columns * high))  # rows of blocks
+    for first in range(0, len(factors), step):
+        here = slice(first * high, (first + step) * high)
+        part = values[here].to(torch.float32)
+        spread = factors[first : first + step].repeat_interleave(wide, dim=1)[:, :columns]
+        found[here] = part.mul_(spread.repeat_interleave(high, dim=0)[: len(part)])
+    return found
+
+
+def dequantised_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the matrix of an expert that is stored in the MXFP4 format.
+
+    Args:
+        blocks: Two weights a byte, the lower half first: [n, g, 16], uint8.
+        scales: An exponent of 2 for each block, plus 127: [n, g], uint8.
+        dtype: Type of the result; in bfloat16 and wider ones it is exact.
+
+    Returns:
+        [32 g, n]: the axes are the other way round, as gpt-oss has them in memory.
+    """
+    rows, count, width = blocks.shape
+    table = torch.tensor(_FP4, dtype=torch.float32, device=blocks.device)
+    found = torch.empty(rows, count * 2 * width, dtype=dtype, device=blocks.device)
+    step = max(1, _SLAB // (count * 2 * width))
+    for first in range(0, rows, step):
+        part = blocks[first : first + step]
+        halves = torch.stack([table[(part & 15).int()], table[(part >> 4).int()]], dim=-1)
+        exponents = scales[first : first + step].to(torch.int32) - 127
+        weights = torch.ldexp(halves, exponents[..., None, None])
+        found[first : first + step] = weights.reshape(len(part), -1)
+    return found.T

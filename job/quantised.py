@@ -1,0 +1,204 @@
+"""How a model's files are quantised, and what its tensors are once that is undone.
+
+Nothing is looked at but config.json and the headers of the files, so that what cannot be undone is refused
+before any weight is downloaded (docs/decisions/0019-quantised-sources.md).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from job.errors import ImpossibleJobError, QuantisedSourceError
+
+Method = Literal["fp8", "mxfp4"]
+METHODS: tuple[Method, ...] = ("fp8", "mxfp4")
+Headers = Mapping[str, tuple[str, tuple[int, ...]]]
+# The type that dequantised tensors are written in, and such models loaded in by themselves.
+DTYPE = "bfloat16"
+_HEADER_DTYPE = "BF16"
+_CONFIG = "quantization_config"
+_EIGHT_BITS = frozenset({"F8_E4M3", "F8_E5M2"})
+_SCALES = frozenset({"F32", "BF16", "F16", "F8_E8M0", "U8"})
+_SCALE, _ACTIVATION = "_scale_inv", ".activation_scale"
+_BLOCKS, _EXPONENTS = "_blocks", "_scales"
+# Weights of an MXFP4 block, which shares an exponent; two are in a byte.
+_MXFP4_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """A way of quantising that can be undone.
+
+    Attributes:
+        method: "fp8": 8-bit floats, a factor for each block; "mxfp4": 4-bit floats, an exponent for each 32.
+        block: Rows and columns of a block of 8-bit floats, None where config.json does not say.
+    """
+
+    method: Method
+    block: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A tensor as it is once nothing is quantised.
+
+    Attributes:
+        name: Its name.
+        dtype: Its type as safetensors names it.
+        shape: Its shape.
+        parts: What the files hold of it: the tensor itself, or quantised values and their scales.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+
+
+def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
+    """Return how a model's files are quantised by the contents of its config.json, None for not at all.
+
+    Raises:
+        QuantisedSourceError: In a way that is not undone.
+    """
+    described = _described(config)
+    if not described:
+        return None
+    method = _method(described)
+    if method == "fp8":
+        if described.get("expert_dtype", "fp8") != "fp8":
+            raise QuantisedSourceError(method, f"its experts are stored as {described['expert_dtype']}")
+        block = described.get("weight_block_size")
+        return Quantisation("fp8", (int(block[0]), int(block[1])) if block else None)
+    if method == "mxfp4":
+        family = (config.get("text_config") or config).get("model_type")
+        if family != "gpt_oss":
+            raise QuantisedSourceError(method, f"it is known of gpt_oss only, not of {family}")
+        return Quantisation("mxfp4")
+    raise QuantisedSourceError(method)
+
+
+def quantisation_in(folder: Path) -> Quantisation | None:
+    """Return how the files in a model's folder are quantised, None for not at all (`quantisation_of`).
+
+    Raises:
+        ImpossibleJobError: In a way that is not undone, or config.json is damaged.
+    """
+    config = folder / "config.json"
+    try:
+        return quantisation_of(json.loads(config.read_text())) if config.is_file() else None
+    except ValueError as error:
+        raise ImpossibleJobError(f"{config} is damaged: {error}", remedy="obtain an undamaged copy") from error
+
+
+def method_named(config: Mapping[str, Any]) -> str | None:
+    """Return what config.json calls the way in which the files are quantised, None if they are not."""
+    described = _described(config)
+    return _method(described) if described else None
+
+
+def _described(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    for part in (config, config.get("text_config") or {}):
+        for key in (_CONFIG, "compression_config"):
+            if part.get(key):
+                found: Mapping[str, Any] = part[key]
+                return found
+    return None
+
+
+def _method(described: Mapping[str, Any]) -> str:
+    # Old files of bitsandbytes do not name it.
+    old = any(described.get(key) for key in ("load_in_4bit", "load_in_8bit"))
+    return str(described.get("quant_method") or ("bitsandbytes" if old else "unknown"))
+
+
+def plain_tensors(quantisation: Quantisation, headers: Headers) -> Iterator[PlainTensor]:
+    """Yield all tensors of a model as they are once nothing is quantised.
+
+    Args:
+        quantisation: How the files are quantised.
+        headers: By name the type and the shape of every tensor in the files.
+
+    Raises:
+        QuantisedSourceError: A tensor is not as such files have it.
+    """
+    undone = _eight_bits if quantisation.method == "fp8" else _four_bits
+    for name, (dtype, shape) in headers.items():
+        if not _belongs_to_another(name, headers):
+            yield undone(quantisation, name, headers) or PlainTensor(name, dtype, shape, (name,))
+
+
+def _belongs_to_another(name: str, headers: Headers) -> bool:
+    """Say whether a tensor is the scales of another one."""
+    return (
+        (name.endswith(_SCALE) and name.removesuffix(_SCALE) in headers)
+        or (name.endswith(_ACTIVATION) and f"{name.removesuffix(_ACTIVATION)}.weight" in headers)
+        or (name.endswith(_EXPONENTS) and name.removesuffix(_EXPONENTS) + _BLOCKS in headers)
+    )
+
+
+def _eight_bits(quantisation: Quantisation, name: str, headers: Headers) -> PlainTensor | None:
+    dtype, shape = headers[name]
+    scale = name + _SCALE
+    if dtype not in _EIGHT_BITS and scale not in headers:
+        return None
+    if dtype not in _EIGHT_BITS or len(shape) != 2 or not name.endswith(".weight"):
+        raise QuantisedSourceError("fp8", f"{name} is stored as {dtype} with {len(shape)} axes")
+    if scale not in headers or headers[scale][0] not in _SCALES:
+        raise QuantisedSourceError("fp8", f"the scales of {name} are not there or of an unknown type")
+    block_of(shape, headers[scale][1], quantisation.block)
+    return PlainTensor(name, _HEADER_DTYPE, shape, (name, scale))
+
+
+def _four_bits(_quantisation: Quantisation, name: str, headers: Headers) -> PlainTensor | None:
+    dtype, shape = headers[name]
+    if not name.endswith(_BLOCKS):
+        return None
+    base = name.removesuffix(_BLOCKS)
+    scales = headers.get(base + _EXPONENTS)
+    if len(shape) != 4 or 2 * shape[-1] != _MXFP4_BLOCK or dtype != "U8" or scales != ("U8", shape[:-1]):
+        raise QuantisedSourceError("mxfp4", f"{name} and its scales are not as gpt-oss has them")
+    experts, rows, blocks, _ = shape
+    return PlainTensor(base, _HEADER_DTYPE, (experts, blocks * _MXFP4_BLOCK, rows), (name, base + _EXPONENTS))
+
+
+def block_of(shape: Sequence[int], grid: Sequence[int], named: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the rows and columns of a matrix that share a scale; the last blocks may be smaller.
+
+    Args:
+        shape: Of the matrix.
+        grid: Shape of its scales; none or one of size 1 for a single one.
+        named: What config.json says of blocks.
+
+    Raises:
+        QuantisedSourceError: The two shapes do not go together.
+    """
+    rows, columns = shape
+    if len(grid) < 2 and all(size == 1 for size in grid):
+        return rows, columns
+    if len(grid) == 2:
+        if named is not None and tuple(grid) == (-(-rows // named[0]), -(-columns // named[1])):
+            return named
+        if rows % grid[0] == columns % grid[1] == 0:
+            return rows // grid[0], columns // grid[1]
+    raise QuantisedSourceError("fp8", f"{rows} × {columns} weights do not go with scales of the shape {list(grid)}")
+
+
+def plain_config(text: str) -> str:
+    """Return the contents of config.json for files in which nothing is quantised any more."""
+    config = json.loads(text)
+    for part in (config, config.get("text_config")):
+        if not part:
+            continue
+        for key in (_CONFIG, "compression_config"):
+            part.pop(key, None)
+        named = {"dtype", "torch_dtype"} & part.keys()
+        for key in named:
+            del part[key]
+        if named or part is config:
+            part["dtype"] = DTYPE
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
