@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from job.architectures import Architecture
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
@@ -61,6 +62,51 @@ class Places:
     names: tuple[str, ...]
     apart: bool = False
     turned: bool = False
+
+
+def places_among(held: Container[str], architecture: Architecture, name: str) -> Places:
+    """Return where files that hold tensors with certain names hold a parameter.
+
+    Args:
+        held: The tensors' names.
+        architecture: The model's structure.
+        name: The parameter's name in the loaded model.
+
+    Raises:
+        UnsupportedArchitectureError: They do not.
+    """
+    form = architecture.forms.get(name, Form(name))
+    for known in (form.name, name, name.removeprefix(f"{architecture.prefix}.")):
+        if known in held:
+            return Places((known,))
+    numbered = map(form.name.format, itertools.count() if form.apart else ())
+    found = tuple(itertools.takewhile(held.__contains__, numbered))
+    if not found:
+        raise UnsupportedArchitectureError(architecture.model_type, f"its files hold no tensor {form.name.format(0)}")
+    return Places(found, apart=True, turned=form.turned)
+
+
+def require_sizes(held: Mapping[str, Sequence[int]], architecture: Architecture, model: nn.Module) -> None:
+    """Refuse files that lack a residual writer, or hold one of another size than the configuration asks for.
+
+    Args:
+        held: Shapes of the files' tensors by name, as they are once nothing is quantised.
+        architecture: The model's structure.
+        model: The model, which may be without weights.
+
+    Raises:
+        ImpossibleJobError: One is of another size.
+        UnsupportedArchitectureError: One is not there.
+    """
+    for name in (name for writer in architecture.writers for name in writer.edited):
+        shape = tuple(model.get_parameter(name).shape)
+        names = places_among(held, architecture, name).names
+        # However files turn or divide it.
+        if sum(math.prod(held[place]) for place in names) != math.prod(shape):
+            raise ImpossibleJobError(
+                f"{names[0]} has the shape {list(held[names[0]])} in the files and should make {name} of {list(shape)}",
+                remedy="obtain an undamaged copy of the model",
+            )
 
 
 class Checkpoint:
@@ -154,17 +200,7 @@ class Checkpoint:
         Raises:
             UnsupportedArchitectureError: They do not.
         """
-        form = architecture.forms.get(name, Form(name))
-        for known in (form.name, name, name.removeprefix(f"{architecture.prefix}.")):
-            if known in self._file_of:
-                return Places((known,))
-        numbered = map(form.name.format, itertools.count() if form.apart else ())
-        found = tuple(itertools.takewhile(self._file_of.__contains__, numbered))
-        if not found:
-            raise UnsupportedArchitectureError(
-                architecture.model_type, f"its files hold no tensor {form.name.format(0)}"
-            )
-        return Places(found, apart=True, turned=form.turned)
+        return places_among(self._file_of, architecture, name)
 
     def require_writers(self, architecture: Architecture) -> None:
         """Refuse a checkpoint that does not hold all residual writers as floating-point tensors.

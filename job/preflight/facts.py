@@ -152,7 +152,7 @@ def model_facts(config: Mapping[str, Any], tensors: Tensors) -> ModelFacts:
         ImpossibleJobError: The configuration lacks what every decoder has, or a type is unknown.
     """
     text = _with_usual_names({**config, **config.get("text_config", {})})
-    tensors = _undone(config, tensors)
+    tensors = undone(config, tensors)
     try:
         layers, hidden, vocab = (int(text[key]) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
         # State spaces have none; what they compute at a time is counted as attention of usual heads would be.
@@ -207,7 +207,7 @@ def _with_usual_names(text: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _undone(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+def undone(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Return the tensors as loading and the export have them: dequantised, where that can be done."""
     try:
         quantisation = quantisation_of(config)

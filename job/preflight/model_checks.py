@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from job.models import ModelListing, ModelSource
 from job.preflight.checks import Check, size
-from job.preflight.facts import ModelFacts
+from job.preflight.facts import ModelFacts, Tensors
 from job.quantised import METHODS
 from job.records import ExportFormat
 
 if TYPE_CHECKING:
+    from job.architectures import Architecture
     from job.numerics.ablation import RowNormalization  # which loads torch
 
 
@@ -39,12 +40,10 @@ def weights(facts: ModelFacts, listing: ModelListing, tensors: int) -> Check:
     )
 
 
-def architecture(folder: Path, mode: RowNormalization, form: ExportFormat) -> Check:
-    """Prove on a small twin that all residual writers are found, and can be edited as the settings ask for."""
+def architecture(found: Architecture, mode: RowNormalization, form: ExportFormat) -> Check:
+    """Say what was proven on a small twin, and whether it can be edited as the settings ask for."""
     from job.architectures import require_modes
-    from job.truth import inspect_model
 
-    found = inspect_model(folder)
     require_modes(found, mode, form)
     return Check(
         name="model.architecture",
@@ -52,6 +51,19 @@ def architecture(folder: Path, mode: RowNormalization, form: ExportFormat) -> Ch
         measured=f"{found.model_type}, {found.layer_count} layers, {len(found.writers)} residual writers",
         needed="a family whose residual writers are all found",
     )
+
+
+def require_writers(found: Architecture, folder: Path, tensors: Tensors) -> None:
+    """Refuse files that do not hold all residual writers in the sizes that the configuration asks for.
+
+    Raises:
+        ImpossibleJobError: They do not.
+    """
+    from job.shards import require_sizes
+    from job.truth import read_config
+    from job.twin import empty_model
+
+    require_sizes({name: shape for name, (_, shape) in tensors.items()}, found, empty_model(read_config(folder)))
 
 
 def tokenizer(folder: Path) -> Check:

@@ -36,7 +36,7 @@ from job.preflight.data_checks import data_checks
 from job.preflight.disk import DiskSpeed, disk_checks
 from job.preflight.estimate import Hours, cost_check, time_check
 from job.preflight.exercise import Exercise, compute_check, exercise
-from job.preflight.facts import ModelFacts, model_facts
+from job.preflight.facts import ModelFacts, model_facts, undone
 from job.preflight.gpu import gpu_checks
 from job.preflight.gpu import holders as holders_check
 from job.preflight.limits import read_limits
@@ -55,6 +55,7 @@ from job.settings import Settings
 from job.sources import parse_source
 
 if TYPE_CHECKING:
+    from job.architectures import Architecture
     from job.cloud.rental import Rental
 
 
@@ -156,6 +157,7 @@ class Surveyor:
 
     _model: tuple[ModelSource, ModelListing, Path] | None = field(init=False, default=None)
     _facts: ModelFacts | None = field(init=False, default=None)
+    _architecture: Architecture | None = field(init=False, default=None)
     _reading: MachineReading | None = field(init=False, default=None)
     _line: float = field(init=False, default=LINE)
     _exercise: Exercise | None = field(init=False, default=None)
@@ -245,21 +247,28 @@ class Surveyor:
             model_checks.files(source, listing),
             *self._guarded(
                 "model.architecture",
-                lambda: [
-                    model_checks.architecture(
-                        folder, self.settings.ablation.row_normalization, self.settings.export_format
-                    )
-                ],
+                lambda: [self._architecture_check(folder)],
             ),
             *self._guarded("model.tokenizer", lambda: [model_checks.tokenizer(folder)]),
             *self._guarded("model.weights", lambda: self._weights_checks(source, listing, folder)),
             model_checks.licence(listing, self.settings.upload),
         ]
 
+    def _architecture_check(self, folder: Path) -> Check:
+        from job.truth import inspect_model
+
+        self._architecture = inspect_model(folder)
+        return model_checks.architecture(
+            self._architecture, self.settings.ablation.row_normalization, self.settings.export_format
+        )
+
     def _weights_checks(self, source: ModelSource, listing: ModelListing, folder: Path) -> list[Check]:
         shapes = tensor_shapes(source, listing, self.report)
         require_complete(folder, listing, shapes)
-        self._facts = model_facts(json.loads((folder / "config.json").read_text()), shapes)
+        config = json.loads((folder / "config.json").read_text())
+        self._facts = model_facts(config, shapes)
+        if self._architecture is not None:
+            model_checks.require_writers(self._architecture, folder, undone(config, shapes))
         return [model_checks.weights(self._facts, listing, len(shapes))]
 
     # --- the prompts ---------------------------------------------------------------------------------
