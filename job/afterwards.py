@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.errors import GateError, UsageError
+from pydantic import ValidationError
+
+from job.errors import GateError, HeldError, UsageError
 from job.events import Events
 from job.holding import held
 from job.interrupt import StopSignals
 from job.models import WEIGHTS, fetch_model, list_model, parse_model
 from job.outcome import missed_gate
 from job.pipeline import model_folder
+from job.processes import this_process
 from job.prompts import PromptSets
 from job.quantised import quantisation_in
 from job.records import ExportFormat, Figures, JobRecord, Trial
 from job.result import job_trials
 from job.runs import Start
 from job.search import choose
-from job.settings import Settings, merged
+from job.settings import LoadingSettings, Settings, merged
 from job.upload.targets import deliver_to_all
 from job.whereabouts import Whereabouts, job_settings
 from job.workspace import RunFolder, is_sealed, read_record
@@ -89,7 +93,7 @@ def _exported(
 ) -> Path:
     """Return the export of a trial, made if it is not there; the caller holds the job."""
     trials = job_trials(folder)
-    trial = _trial(folder, record, settings, trials, number)
+    trial = trial_of(folder, record, settings, trials, number)
     form = form or settings.export_format
     export = folder.export_folder(trial.number, form)
     if not is_sealed(export):
@@ -97,10 +101,15 @@ def _exported(
     return export
 
 
-def _trial(
+def trial_of(
     folder: RunFolder, record: JobRecord, settings: Settings, trials: Sequence[Trial], number: int | None
 ) -> Trial:
-    """Return the trial of a number, or the one that the job would choose."""
+    """Return the trial of a number, or the one that the job would choose.
+
+    Raises:
+        UsageError: There is no such trial, or it failed.
+        JobError: None is given, and no trial could be scored.
+    """
     if number is None:
         asked = len(read_record(folder.prompts_file, PromptSets).bad_search)
         return choose(trials, asked, settings.choice.refusal_tolerance)
@@ -122,6 +131,49 @@ def _export(
     model = model_folder(record, settings, events)
     with Workbench.prepared(folder, record, settings, model, prompts, events) as bench:
         export(bench)
+
+
+@contextmanager
+def looking(folder: RunFolder, events: Events, device: str | None = None) -> Iterator[Workbench]:
+    """Yield a job's model with its directions and hooks for what only looks: no lock is taken, no event is logged.
+
+    Args:
+        folder: The run folder.
+        events: Where progress goes.
+        device: Another device than the job's.
+
+    Raises:
+        UsageError: The job has not found its directions yet, or there is no such device.
+        HeldError: A run of the job computes on this machine's accelerator, of which the model would take a part.
+    """
+    record, settings = folder.read_job(), job_settings(folder)
+    if record.resolution is None or not folder.prompts_file.exists():
+        raise UsageError(f"job {record.job_id} has not got as far as a trial", remedy="run it first")
+    if device is not None:
+        settings = settings.model_copy(update={"loading": _on_device(settings.loading, device)})
+    from job.model import resolve_device
+    from job.workbench import Workbench
+
+    if _is_held_here(folder) and resolve_device(settings.loading.device).type != "cpu":
+        raise HeldError(
+            f"a run of job {record.job_id} computes on this machine", remedy="wait for it, or give --device cpu"
+        )
+    prompts = read_record(folder.prompts_file, PromptSets)
+    model = model_folder(record, settings, events)
+    with Workbench.prepared(folder, record, settings, model, prompts, events) as bench:
+        yield bench
+
+
+def _is_held_here(folder: RunFolder) -> bool:
+    holder = folder.holder()
+    return folder.is_held() and (holder is None or holder.process.boot_id == this_process().boot_id)
+
+
+def _on_device(loading: LoadingSettings, device: str) -> LoadingSettings:
+    try:
+        return LoadingSettings.model_validate({**loading.model_dump(), "device": device})
+    except ValidationError:
+        raise UsageError(f"there is no device {device}", remedy="give cpu, cuda, cuda:N or mps") from None
 
 
 def upload_trial(

@@ -54,6 +54,7 @@ Targets = Annotated[
         "--upload", metavar="URI", help="Target: file:///dir, hf://user/repo, s3://bucket/prefix; repeatable."
     ),
 ]
+Device = Annotated[str | None, typer.Option(help="Another device than the job's: cpu, cuda, cuda:N or mps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Prompts = Annotated[
     str | None,
@@ -361,21 +362,42 @@ def status(
 
 
 @app.command()
-def front(workspace: Workspace = None, job: Job = None) -> None:
-    """List the Pareto front of a job's trials, fewest refusals first."""
-    from job.prompts import PromptSets
-    from job.result import job_trials
-    from job.search import pareto_front
-    from job.workspace import read_record
+def front(workspace: Workspace = None, job: Job = None, as_json: AsJson = False) -> None:
+    """List the Pareto front of a job's trials, fewest refusals first, with intervals and what has been exported."""
+    import json
 
-    folder = _find_job(workspace, job)
-    trials = pareto_front(job_trials(folder))
-    if not trials:
-        typer.echo("no trial is finished")
-        return
-    asked = len(read_record(folder.prompts_file, PromptSets).bad_search)
-    for trial in trials:
-        typer.echo(f"trial {trial.number}: {trial.values.refusals}/{asked} refusals, KL {trial.values.kl:.4g}")
+    from job.front import front_text, job_front
+
+    found = job_front(_find_job(workspace, job))
+    typer.echo(json.dumps(found, indent=2) if as_json else front_text(found))
+
+
+@app.command()
+def chat(
+    workspace: Workspace = None,
+    job: Job = None,
+    trial: TrialNumber = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A line in place of standard input's, also a command; may be repeated."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0: greedy answers.")] = 0.0,
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as a line of JSON.")] = False,
+) -> None:
+    """Talk with a job's model under a trial's edit; /base and /trial N switch at once, /help lists the commands.
+
+    The model is loaded once and the job is left alone. Every line is a turn of one conversation. Only answers go to
+    standard output, so that lines may also come from a file.
+    """
+    from job.chat import ChatOptions
+    from job.chat import chat as hold
+    from job.events import Events
+
+    options = ChatOptions(tokens=tokens, temperature=temperature, system=system, as_json=as_json, device=device)
+    hold(_find_job(workspace, job), trial, options, prompt or None, Events())
 
 
 @app.command()

@@ -8,7 +8,8 @@ products, with no table copied for a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -173,6 +174,22 @@ class Intervention:
             for index in (share < DEGENERATE_SHARE).nonzero().flatten().tolist():
                 reasons[index] = f"the edit leaves nothing to restore a norm from in {site.writer.parameter}"
         return reasons
+
+    @contextmanager
+    def on_every_row(self, model: nn.Module) -> Iterator[None]:
+        """Within the block edit 0 is every row's, whoever calls the model and with however many rows."""
+
+        def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = inputs[0] if inputs else named.get("input_ids")
+            given = named["inputs_embeds"] if given is None else given
+            self.rows = torch.zeros(len(given), dtype=torch.long, device=given.device)
+
+        handle = model.register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.rows = None
 
     def _finite(self, strengths: Tensor) -> Tensor:
         """Return strengths [K, k], those of an edit beyond float32 as 0, since all rows are multiplied with its tables.

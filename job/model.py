@@ -110,8 +110,21 @@ def conversation(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     messages = [{"role": "user", "content": prompt.user}]
     if prompt.system is not None:
         messages.insert(0, {"role": "system", "content": prompt.system})
+    return rendered(tokenizer, messages)
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+    """Return a conversation as a tokenizer's chat template writes it, up to where the next answer begins.
+
+    Args:
+        tokenizer: The tokenizer.
+        messages: What has been said, each with its `role` and `content`.
+
+    Raises:
+        ImpossibleJobError: The chat template does not take the conversation.
+    """
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     except (TemplateError, ValueError) as error:
         raise ImpossibleJobError(
             f"the chat template of {tokenizer.name_or_path} refuses a conversation: {error}",

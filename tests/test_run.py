@@ -121,6 +121,13 @@ def test_the_run_folder_tells_all(finished: Path) -> None:
     assert "finished" in abliterate("status", "--workspace", finished).check().out
     front = abliterate("front", "--workspace", finished).check().out
     assert f"trial {status['chosen']}:" in front
+    points = json.loads(abliterate("front", "--workspace", finished, "--json").check().out)
+    assert [point["number"] for point in points] == [best["number"] for best in status["best"]]
+    (chosen,) = [point for point in points if point["chosen"]]
+    assert (chosen["number"], chosen["exported"]) == (status["chosen"], ["merged"])
+    assert chosen["report"] == json.loads((job / "figures" / f"trial-{chosen['number']:04d}.json").read_text())
+    low, high = chosen["refusals_interval"]
+    assert low <= chosen["refusals"] / chosen["prompts"] <= high
     assert f"Trial {status['chosen']} of 20 was chosen" in (job / "report.md").read_text()
     assert [event["number"] for event in events(finished) if event["event"] == "trial"] == list(range(20))
 
