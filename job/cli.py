@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from job.cloud.cli import app as cloud_app
-from job.errors import DeliveryError, GateError, JobError, RestartNeeded, Stopped
+from job.errors import DeliveryError, GateError, JobError, RestartNeeded, Stopped, UsageError
 
 if TYPE_CHECKING:
     from job.outcome import Outcome
@@ -123,15 +123,14 @@ SETTING_OPTIONS: dict[str, Any] = {
         str | None, typer.Option(help="Of what is delivered to the Hub: private, gated or public.")
     ],
 }
-SOURCE_OPTIONS: dict[str, Any] = {
-    "profile": Annotated[
-        str | None, typer.Option(metavar="NAME", help="Settings that come with the job: heretic, that tool's defaults.")
-    ],
-    "config": Annotated[Path | None, typer.Option(metavar="FILE", help="Settings file in TOML.")],
-    "assignments": Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; the value is TOML.")
-    ],
-}
+Profile = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Settings that come with the job: heretic, that tool's defaults.")
+]
+Config = Annotated[Path | None, typer.Option(metavar="FILE", help="Settings file in TOML.")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; the value is TOML.")
+]
+SOURCE_OPTIONS: dict[str, Any] = {"profile": Profile, "config": Config, "assignments": Assignments}
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -398,6 +397,69 @@ def chat(
 
     options = ChatOptions(tokens=tokens, temperature=temperature, system=system, as_json=as_json, device=device)
     hold(_find_job(workspace, job), trial, options, prompt or None, Events())
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; without it, the job's model.")
+    ] = None,
+    against: Annotated[str | None, typer.Option(metavar="BASE", help="The base model of MODEL, likewise.")] = None,
+    workspace: Workspace = None,
+    job: Job = None,
+    trial: TrialNumber = None,
+    good_prompts: Prompts = None,
+    bad_prompts: Prompts = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Plain text for the cross-entropy, or `none`; by default 100 texts of C4's validation split, 512 "
+            "tokens of each, streamed from the Hub or, where it cannot be reached, the base model's own answers.",
+        ),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Benchmarks of lm-eval, an extra.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Documents of each benchmark.")] = None,
+    tasks_folder: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of your own benchmarks.")] = None,
+    profile: Profile = None,
+    config: Config = None,
+    assignments: Assignments = None,
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what is found as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an edited model against its base model: a job's trial, or MODEL --against BASE.
+
+    Refusals, false refusals, broken answers, KL divergence, cross-entropy on plain text and benchmarks, with 95 %
+    intervals. By default prompts are those that the job reports its figures on, or that a job would. What is found of a
+    trial is also written to the run folder.
+    """
+    from job.interrupt import StopSignals
+
+    if (model is None) != (against is None) or (model is not None and (trial is not None or job is not None)):
+        raise UsageError("give MODEL --against BASE, or neither for a job's trial", remedy="see --help")
+    if model is None and (profile or config or assignments):
+        raise UsageError("--profile, --config and --set are for MODEL --against BASE", remedy="a job has its own")
+    with StopSignals().installed():
+        from job.compared import comparison_text
+        from job.comparison import Asked, evaluate_models, evaluate_trial
+        from job.events import Events
+
+        names = tuple(filter(None, (tasks or "").split(",")))
+        asked = Asked(good_prompts, bad_prompts, text, names, limit, tasks_folder)
+        if model is not None and against is not None:
+            from job.settings import load_settings
+
+            options = {"model": model, **({"loading.device": device} if device else {})}
+            loaded = load_settings(options, profile=profile, config=config, assignments=assignments or [])
+            found = evaluate_models(model, against, loaded.settings, asked, Events())
+        else:
+            found = evaluate_trial(_find_job(workspace, job), trial, asked, Events(), device)
+    if out is not None:
+        from job.workspace import write_record
+
+        write_record(out, found)
+    typer.echo(found.model_dump_json(indent=2) if as_json else comparison_text(found))
 
 
 @app.command()

@@ -52,6 +52,12 @@ class Reference:
         return (found / torch.tensor(lengths, device=logits.device)).cpu()
 
     @property
+    def first(self) -> Reference:
+        """The same of the answers' first tokens alone."""
+        starts = [sum(self._lengths[:index]) for index in range(len(self._lengths))]
+        return Reference(1, ([],) * len(starts), self.logits[starts])
+
+    @property
     def _lengths(self) -> list[int]:
         return [len(continuation) + 1 for continuation in self.continuations]
 

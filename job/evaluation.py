@@ -81,6 +81,11 @@ class Evaluator:
         return self._loaded.dtype
 
     @property
+    def good(self) -> list[list[int]]:
+        """Tokens of the good prompts, in the order of all that is said of them."""
+        return self._good
+
+    @property
     def reference(self) -> Reference:
         """What the base model says to the good prompts."""
         if self._reference is None:
@@ -91,13 +96,20 @@ class Evaluator:
         """Have the base model say to the good prompts now what others are compared with later."""
         _ = self.reference
 
+    def answered_good(self) -> list[tuple[list[int], list[int]]]:
+        """Return the good prompts, in the evaluator's order, each with the model's whole answer: tokens of both."""
+        return list(zip(self._good, self._fitting(lambda: self._continuations(self._answer_tokens)), strict=True))
+
+    def _continuations(self, limit: int) -> list[list[int]]:
+        """Return the model's answers to the good prompts, of so many tokens at most."""
+        placed = self._placed(self._good, None)
+        answers = (self._answers(chunk, None, shared=on, whole=True, limit=limit) for chunk, on in placed)
+        return [answer.tokens for chunk in answers for answer in chunk]
+
     def _refer(self) -> Reference:
         continuations: list[list[int]] = [[] for _ in self._good]
         if self._kl_tokens > 1:
-            limit = self._kl_tokens - 1
-            placed = self._placed(self._good, None)
-            answers = (self._answers(chunk, None, shared=on, whole=True, limit=limit) for chunk, on in placed)
-            continuations = [answer.tokens for chunk in answers for answer in chunk]
+            continuations = self._continuations(self._kl_tokens - 1)
         logits = [
             real_positions(found, [len(continuation) + 1 for continuation in own])
             for found, own in self._forced_logits(continuations, None)
@@ -285,21 +297,21 @@ class Evaluator:
 
     def figures(
         self,
-        base: Evaluator | None = None,
+        base: Evaluator | Reference | None = None,
         intervention: Intervention | None = None,
         heard: Callable[[KeptAnswers], None] = lambda _: None,
     ) -> Figures:
         """Return the figures of this evaluator's model as it is or, if given, with the intervention's edit 0.
 
         Args:
-            base: The evaluator of the base model on the same prompts, for the KL divergence.
+            base: The evaluator of the base model on the same prompts, or its reference, for the KL divergence.
             intervention: Hooks, in place.
             heard: Told all answers, in no order.
         """
         answers = [self._loaded.decode(answer.tokens) for answer in self.answers(intervention)]
         good, bad = answers[: len(self._good)], answers[len(self._good) :]
         heard(KeptAnswers(good=self._kept(self._asked_good, good), bad=self._kept(self._asked_bad, bad)))
-        kl = self._kl(base, intervention) if base is not None else None
+        kl = self.divergences(base, intervention) if base is not None else None
         return Figures(
             bad_prompts=len(bad),
             refusals=sum(map(self._markers.is_refusal, bad)),
@@ -318,9 +330,9 @@ class Evaluator:
             for prompt, answer in zip(asked, answers, strict=True)
         )
 
-    def _kl(self, base: Evaluator, intervention: Intervention | None) -> list[float]:
-        """Return the KL divergence from another evaluator's base model for every good prompt."""
-        reference = base.reference
+    def divergences(self, base: Evaluator | Reference, intervention: Intervention | None) -> list[float]:
+        """Return the KL divergence from a base model for every good prompt, mean over positions, nats."""
+        reference = base if isinstance(base, Reference) else base.reference
 
         def measured() -> list[float]:
             found: list[float] = []

@@ -116,6 +116,30 @@ def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSet
     return found
 
 
+def read_prompts(settings: PromptSettings, report: Callable[[str], None]) -> tuple[Prompt, ...]:
+    """Read one prompt set as it is.
+
+    Raises:
+        JobError: It cannot be read, or is empty.
+    """
+    source = parse_source(settings)
+    pin = resolve_commit(source, report)
+    return _read(settings, source, pin.commit if pin else None, report)
+
+
+def report_prompts(settings: Settings, kind: str, report: Callable[[str], None]) -> tuple[Prompt, ...]:
+    """Return the good or the bad prompts that a job with these settings would report its figures on.
+
+    Raises:
+        JobError: They cannot be read, are empty, or too few to be split.
+    """
+    names = [f"{kind}_eval_prompts", f"{kind}_report_prompts"]
+    used = {name: found for name in names if (found := settings.prompt_sets().get(name)) is not None}
+    if len(used) == 2:
+        return read_prompts(used[names[1]], report)
+    return _evaluation(kind, {names[0]: read_prompts(used[names[0]], report)}, settings.seed)[1]
+
+
 def _read(
     settings: PromptSettings, source: Source, commit: str | None, report: Callable[[str], None]
 ) -> tuple[Prompt, ...]:

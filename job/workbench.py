@@ -116,7 +116,7 @@ class Workbench:
             if not settings.ablation.through_norms:
                 loaded = replace(loaded, architecture=loaded.architecture.without_norms())
             basis = _finder(folder, record, settings, loaded, resolution, prompts, events).find(prompts)
-            evaluator = _evaluator(loaded, settings, prompts.good_search, prompts.bad_search, resolution.rows, events)
+            evaluator = evaluator_of(loaded, settings, prompts.good_search, prompts.bad_search, resolution.rows, events)
             mode = settings.ablation.row_normalization
             with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
                 yield cls(
@@ -347,7 +347,7 @@ class Workbench:
         return replace(fresh, response_prefix=self.resolution.response_prefix)
 
     def _evaluator(self, loaded: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt]) -> Evaluator:
-        return _evaluator(loaded, self.settings, good, bad, self.resolution.rows, self.events)
+        return evaluator_of(loaded, self.settings, good, bad, self.resolution.rows, self.events)
 
     def _keeper(self, subject: str) -> Callable[[KeptAnswers], None]:
         return lambda heard: keep_answers(self.folder, subject, heard, self.prompts)
@@ -414,7 +414,7 @@ def _resolve(
     workers = workers_here(settings, loaded)
     together = settings.batching.trials or -(-settings.trials_per_batch // workers)
     if settings.tune:
-        evaluator = partial(_evaluator, loaded, settings, events=events)
+        evaluator = partial(evaluator_of, loaded, settings, events=events)
         place, size = folder.path.parent, min(together, settings.trials_per_batch)
         rows = Tuner(place, record, settings, prompts, loaded, evaluator, size, workers, events).rows(rows)
     resolution = Resolution(
@@ -445,14 +445,26 @@ def cuda_devices() -> list[str]:
     return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
-def _evaluator(
+def evaluator_of(
     loaded: LoadedModel,
     settings: Settings,
     good: Sequence[Prompt],
     bad: Sequence[Prompt],
     rows: int,
     events: Events,
+    kl_tokens: int | None = None,
 ) -> Evaluator:
+    """Return what measures a model on good and bad prompts as the settings say.
+
+    Args:
+        loaded: The model.
+        settings: How answers are judged.
+        good: Prompts that KL is measured on.
+        bad: Prompts whose refusals are counted.
+        rows: Rows of a forward.
+        events: Told where memory does not suffice for so many.
+        kl_tokens: Positions that KL is a mean over, None for what the settings say.
+    """
     return Evaluator(
         loaded,
         good,
@@ -460,7 +472,7 @@ def _evaluator(
         markers=RefusalMarkers(settings.scoring.refusal_markers),
         answer_tokens=settings.scoring.answer_tokens,
         rows=rows,
-        kl_tokens=settings.kl_tokens,
+        kl_tokens=kl_tokens or settings.kl_tokens,
         report=events.say,
     )
 

@@ -184,6 +184,10 @@ class RunFolder:
         """Return the file of sampled answers of a subject: "base" or "trial-NNNN"; it is in no mirror."""
         return self.path / "answers" / f"{subject}.json"
 
+    def evaluation_file(self, trial: int) -> Path:
+        """Return the file of what `abliterate evaluate` found of a trial."""
+        return self.path / f"evaluation-{trial:04d}.json"
+
     def read_job(self) -> JobRecord:
         """Return job.json."""
         return read_record(self.job_file, JobRecord)

@@ -44,6 +44,24 @@ def difference_interval(before: tuple[int, int], after: tuple[int, int]) -> tupl
     return change - down, change + up
 
 
+def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of sum(parts) / sum(wholes) over pairs that were drawn together, by the same bootstrap.
+
+    Raises:
+        ValueError: There are no pairs, or not as many of both.
+    """
+    if not parts or len(parts) != len(wholes):
+        raise ValueError(f"no interval for {len(parts)} parts of {len(wholes)}")
+    source = random.Random(0)
+    pairs = list(zip(parts, wholes, strict=True))
+    ratios = []
+    for _ in range(RESAMPLES):
+        drawn = source.choices(pairs, k=len(pairs))
+        ratios.append(math.fsum(part for part, _ in drawn) / math.fsum(whole for _, whole in drawn))
+    ratios.sort()
+    return ratios[round(0.025 * (RESAMPLES - 1))], ratios[round(0.975 * (RESAMPLES - 1))]
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % interval of a mean by the percentile bootstrap: 2000 resamples, always the same ones.
 
