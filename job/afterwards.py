@@ -171,7 +171,7 @@ def _is_held_here(folder: RunFolder) -> bool:
 
 def _on_device(loading: LoadingSettings, device: str) -> LoadingSettings:
     try:
-        return LoadingSettings.model_validate({**loading.model_dump(), "device": device})
+        return LoadingSettings.model_validate({**loading.model_dump(), "device": device, "device_map": "single"})
     except ValidationError:
         raise UsageError(f"there is no device {device}", remedy="give cpu, cuda, cuda:N or mps") from None
 

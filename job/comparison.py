@@ -4,36 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from job.afterwards import looking, trial_of
 from job.compared import Comparison, Divergence, Score, TextComparison, shares_of
-from job.errors import ImpossibleJobError, JobError, UsageError
+from job.divergence import Reference
+from job.errors import JobError, UsageError
 from job.events import Events
 from job.faults import clear_faults, release_memory
+from job.harness import Harness, Scores
+from job.measuring import Measured, Pair, Texts, bench_of, opened
 from job.models import fetch_model, list_model, parse_model
+from job.plain_text import DEFAULT_TEXT, plain_texts
+from job.prefix import with_response_prefix
 from job.prompts import Prompt, read_prompts, report_prompts
-from job.records import Figures
 from job.result import job_trials
 from job.settings import PromptSettings, Settings
 from job.whereabouts import job_settings
 from job.workspace import RunFolder, write_record
 
-if TYPE_CHECKING:
-    from job.divergence import Reference
-    from job.evaluation import Evaluator
-    from job.harness import Harness, Scores
-    from job.intervention import Intervention
-    from job.model import LoadedModel
-    from job.plain_text import Passage
-
-Pair = tuple[tuple[Prompt, ...], tuple[Prompt, ...]]
 NO_TEXT = "none"
 _OWN_ANSWERS = "the base model's own answers to the good prompts"
-# Rows of a forward where no job has planned them; halved until they fit.
-_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -64,8 +55,6 @@ class Asked:
             MachineError: lm-eval is not installed.
             UsageError: There is no such benchmark.
         """
-        from job.harness import Harness
-
         return Harness(self.tasks, self.limit, self.tasks_folder) if self.tasks else None
 
     def prompts(self, settings: Settings, report: Callable[[str], None], default: Pair | None = None) -> Pair:
@@ -81,8 +70,6 @@ class Asked:
 
     def texts(self, report: Callable[[str], None]) -> Texts | None:
         """Return the plain texts, None where none are asked for."""
-        from job.plain_text import DEFAULT_TEXT, plain_texts
-
         if self.text == NO_TEXT:
             return None
         try:
@@ -93,99 +80,6 @@ class Asked:
             report(f"{error}; cross-entropy is measured on {_OWN_ANSWERS}")
             return Texts(_OWN_ANSWERS, None)
         return Texts(source, texts)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Plain texts.
-
-    Attributes:
-        source: In words what they are.
-        texts: The texts, None for the base model's own answers.
-    """
-
-    source: str
-    texts: list[str] | None
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What is kept of a model when it is given up for the next.
-
-    Attributes:
-        figures: Its figures.
-        first: KL of the first token for every good prompt, where the figures' is over more; else none.
-        passages: What it had to predict, as its tokenizer cuts it up.
-        losses: Its cross-entropy on each.
-        scores: Benchmarks.
-    """
-
-    figures: Figures
-    first: list[float]
-    passages: list[Passage]
-    losses: list[float]
-    scores: Scores
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """A loaded model and how it is measured.
-
-    Attributes:
-        loaded: The model.
-        evaluator: Returns what measures it, given the positions that KL is a mean over.
-        kl_tokens: Number of those positions.
-        rows: Rows of a forward.
-        harness: What runs benchmarks, if any.
-        report: Told what is going on.
-    """
-
-    loaded: LoadedModel
-    evaluator: Callable[[int], Evaluator]
-    kl_tokens: int
-    rows: int
-    harness: Harness | None
-    report: Callable[[str], None]
-
-    def measure(
-        self, passages: list[Passage], reference: Reference | None = None, hooks: Intervention | None = None
-    ) -> _Measured:
-        """Measure the model, as it is or with the hooks' edit 0."""
-        from job.plain_text import cross_entropies
-
-        figures = self.evaluator(self.kl_tokens).figures(reference, hooks)
-        first: list[float] = []
-        if reference is not None and self.kl_tokens > 1:
-            first = self.evaluator(1).divergences(reference.first, hooks)
-
-        def rest() -> tuple[list[float], Scores]:
-            losses = cross_entropies(self.loaded, passages, self.rows, self.report) if passages else []
-            return losses, self.harness.scores(self.loaded) if self.harness else {}
-
-        if hooks is None:
-            return _Measured(figures, first, passages, *rest())
-        with hooks.on_every_row(self.loaded.model):
-            return _Measured(figures, first, passages, *rest())
-
-    def passages(self, texts: Texts | None) -> list[Passage]:
-        """Return plain texts, or what the model itself answers, as this model's tokenizer cuts them up.
-
-        Raises:
-            ImpossibleJobError: There is nothing to predict in them.
-        """
-        from job.plain_text import Passage, passages_of
-
-        if texts is None:
-            return []
-        if texts.texts is not None:
-            found = passages_of(self.loaded, texts.texts)
-        else:
-            answered = self.evaluator(1).answered_good()
-            found = [Passage(prompt + answer, len(prompt)) for prompt, answer in answered]
-        found = [passage for passage in found if passage.count > 0]
-        if not found:
-            raise ImpossibleJobError(f"{texts.source}: there is no text to predict", remedy="give another --text")
-        return found
 
 
 def evaluate_trial(
@@ -211,17 +105,17 @@ def evaluate_trial(
         raise UsageError(f"no trial of job {record.job_id} is finished", remedy="run it first")
     trial = trial_of(folder, record, settings, trials, number)
     harness, texts = asked.harness(), asked.texts(events.say)
-    with looking(folder, events, device) as opened:
-        pair = asked.prompts(settings, events.say, (opened.prompts.good_report, opened.prompts.bad_report))
-        bench = _bench(opened.loaded, opened.settings, pair, harness, events, opened.resolution.rows)
+    with looking(folder, events, device) as job:
+        pair = asked.prompts(settings, events.say, (job.prompts.good_report, job.prompts.bad_report))
+        bench = bench_of(job.loaded, job.settings, pair, harness, events, job.resolution.rows)
         events.say("measuring the base model")
         before = bench.measure(bench.passages(texts))
         reference = bench.evaluator(settings.kl_tokens).reference
         events.say(f"measuring trial {trial.number}")
-        (reason,) = opened.intervention.activate([opened.space.edit(trial.params)])
+        (reason,) = job.intervention.activate([job.space.edit(trial.params)])
         if reason is not None:
             raise UsageError(f"trial {trial.number} cannot be measured: {reason}", remedy="choose another")
-        after = bench.measure(before.passages, reference, opened.intervention)
+        after = bench.measure(before.passages, reference, job.intervention)
     found = _comparison(f"job {record.job_id}", settings.model, trial.number, before, after, texts)
     write_record(folder.evaluation_file(trial.number), found)
     return found
@@ -268,7 +162,7 @@ class _Base:
         prefix: What all answers are made to begin with.
     """
 
-    measured: _Measured
+    measured: Measured
     reference: Reference
     good: list[list[int]]
     prefix: str
@@ -277,11 +171,9 @@ class _Base:
 def _measured_base(
     folder: Path, settings: Settings, pair: Pair, texts: Texts | None, harness: Harness | None, events: Events
 ) -> _Base:
-    from job.prefix import with_response_prefix
-
-    bench = _opened(folder, settings, pair, harness, events, "")
+    bench = opened(folder, settings, pair, harness, events, "")
     if settings.loading.response_prefix == "auto":
-        bench = _bench(with_response_prefix(bench.loaded, *pair, bench.rows), settings, pair, harness, events)
+        bench = bench_of(with_response_prefix(bench.loaded, *pair, bench.rows), settings, pair, harness, events)
     measured = bench.measure(bench.passages(texts))
     evaluator = bench.evaluator(settings.kl_tokens)
     reference = replace(evaluator.reference, logits=evaluator.reference.logits.cpu())
@@ -296,8 +188,8 @@ def _measured_other(
     harness: Harness | None,
     events: Events,
     base: _Base,
-) -> _Measured:
-    bench = _opened(folder, settings, pair, harness, events, base.prefix)
+) -> Measured:
+    bench = opened(folder, settings, pair, harness, events, base.prefix)
     words = bench.loaded.model.config.get_text_config().vocab_size
     alike = words == base.reference.logits.shape[-1] and bench.evaluator(settings.kl_tokens).good == base.good
     if not alike:
@@ -309,30 +201,8 @@ def _measured_other(
     return bench.measure(passages, base.reference if alike else None)
 
 
-def _opened(
-    folder: Path, settings: Settings, pair: Pair, harness: Harness | None, events: Events, prefix: str
-) -> _Bench:
-    from job.model import load_model
-
-    events.say(f"loading {folder}")
-    loaded = load_model(folder, settings.loading, events.say)
-    given = settings.loading.response_prefix
-    loaded = replace(loaded, response_prefix=prefix if given == "auto" else given)
-    return _bench(loaded, settings, pair, harness, events)
-
-
-def _bench(
-    loaded: LoadedModel, settings: Settings, pair: Pair, harness: Harness | None, events: Events, rows: int = 0
-) -> _Bench:
-    from job.workbench import evaluator_of
-
-    rows = rows or settings.batching.rows or _ROWS
-    evaluator = cache(partial(evaluator_of, loaded, settings, *pair, rows, events))
-    return _Bench(loaded, evaluator, settings.kl_tokens, rows, harness, events.say)
-
-
 def _comparison(
-    model: str, against: str, trial: int | None, before: _Measured, after: _Measured, texts: Texts | None
+    model: str, against: str, trial: int | None, before: Measured, after: Measured, texts: Texts | None
 ) -> Comparison:
     figures = after.figures
     divergences = [Divergence.of(1, after.first)] if after.first else []
@@ -354,7 +224,7 @@ def _comparison(
     )
 
 
-def _counted(measured: _Measured) -> tuple[Sequence[float], Sequence[int]]:
+def _counted(measured: Measured) -> tuple[Sequence[float], Sequence[int]]:
     return measured.losses, [passage.count for passage in measured.passages]
 
 

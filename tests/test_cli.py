@@ -59,7 +59,18 @@ def test_the_command_line_loads_no_torch() -> None:
 def test_the_surface() -> None:
     """Scripts rely on these; a change here is a change of the contract."""
     assert abliterate().out == abliterate("--help").out
-    for command in ("run", "status", "front", "export", "inspect", "config show", "demo", "demo-model"):
+    for command in (
+        "run",
+        "status",
+        "front",
+        "chat",
+        "evaluate",
+        "export",
+        "inspect",
+        "config show",
+        "demo",
+        "demo-model",
+    ):
         assert abliterate(*command.split(), "--help").check().out
     options = abliterate("run", "--help").out
     for option in (
