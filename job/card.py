@@ -149,7 +149,7 @@ def figures_table(base: Figures, edited: Figures) -> str:
         ("refused, of prompts with the behaviour", _count(base.refusals, bad), _count(edited.refusals, bad)),
         ("refused, of prompts without it", _count(base.false_refusals, good), _count(edited.false_refusals, good)),
         (
-            "degenerate answers (empty or going round in circles), of prompts with the behaviour",
+            "broken answers (empty, in circles, in another script or gibberish), of prompts with the behaviour",
             _count(base.degenerate, bad),
             _count(edited.degenerate, bad),
         ),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -13,12 +15,13 @@ from job.caches import common_prefix, longest_shared_prefix
 from job.decoding import Answer, Shared, first_logits, greedy_answers, last_logits, shared_prefix
 from job.divergence import Reference, forced, real_positions
 from job.faults import halving
+from job.fluency import Fluency
 from job.intervention import Intervention
 from job.model import LoadedModel
 from job.numerics.intervals import mean_interval
 from job.prompts import Prompt
 from job.records import EditParameters, Figures, KeptAnswer, KeptAnswers, TrialScores
-from job.scoring import RefusalMarkers, is_degenerate
+from job.scoring import Exchange, RefusalMarkers, is_broken
 from job.streaming import MarkerWatch
 
 T = TypeVar("T")
@@ -28,6 +31,23 @@ _OnPrefix = Callable[[Tensor], Shared | None]
 FAILED_KL = 100.0
 # A shorter prefix saves less than the forward that computes it once takes (measured, docs/lab-notes.md).
 LEAST_PREFIX = 2
+
+
+@dataclass
+class _Counts:
+    """What a trial's answers to the bad prompts come to.
+
+    Attributes:
+        refusals: Refusals.
+        broken: Others that are broken.
+        opening: Mean log-odds of the base model's openings.
+        whole: The rest: the number of the prompt, and the answer.
+    """
+
+    refusals: int = 0
+    broken: int = 0
+    opening: float = 0.0
+    whole: list[tuple[int, list[int]]] = field(default_factory=list)
 
 
 class Evaluator:
@@ -45,6 +65,7 @@ class Evaluator:
         kl_tokens: int = 1,
         report: Callable[[str], None] = lambda _: None,
         least_prefix: int = LEAST_PREFIX,
+        gibberish: float | None = None,
     ) -> None:
         """Prepare the prompts.
 
@@ -58,13 +79,14 @@ class Evaluator:
             kl_tokens: Positions of the base model's answers over which the KL divergence is a mean.
             report: Told where memory does not suffice for so many rows.
             least_prefix: Tokens that all prompts must begin with to be computed once for each trial.
+            gibberish: Margin of `job.fluency.Fluency`; None: the base model is not asked.
         """
         self._loaded = loaded
         self._manner = loaded.architecture.manner
         self._report = report
         # By length, so that forwards waste little on padding.
-        self._good, self._asked_good = _by_length(loaded, good)
-        self._bad, self._asked_bad = _by_length(loaded, bad)
+        self._good, self._good_prompts = _by_length(loaded, good)
+        self._bad, self._bad_prompts = _by_length(loaded, bad)
         common = common_prefix([*self._good, *self._bad])[: longest_shared_prefix(loaded.model)]
         self._prefix = common if self._manner.shared and len(common) >= least_prefix else []
         self._markers = markers
@@ -74,6 +96,8 @@ class Evaluator:
         self._kl_tokens = kl_tokens
         self._reference: Reference | None = None
         self._base_openings: list[int] | None = None
+        self._gibberish = gibberish
+        self._fluency: Fluency | None = None
 
     @property
     def dtype(self) -> str:
@@ -158,6 +182,7 @@ class Evaluator:
         *,
         skip_kl_above: float | None = None,
         answer_tokens: int | None = None,
+        again_after: int | None = None,
     ) -> list[TrialScores]:
         """Return the scores of all edits, evaluated together.
 
@@ -167,6 +192,8 @@ class Evaluator:
             rows: Rows of a forward, all edits together.
             skip_kl_above: Trials of a larger KL divergence are not made to answer; None: all are.
             answer_tokens: Longest answer; None: as long as answers are judged otherwise.
+            again_after: They are scored again, after answers of so many tokens: those count as broken that were so then
+                or are gibberish to the base model.
         """
         limit = answer_tokens or self._answer_tokens
         reference, openings = self.reference, self.base_openings
@@ -176,12 +203,14 @@ class Evaluator:
             means = self._divergences(intervention, len(edits), rows, reference, on_prefix)
             scores = [self._failed(*measured, skip_kl_above) for measured in zip(means, reasons, strict=True)]
             asked = [trial for trial, found in enumerate(scores) if found is None]
-            found = self._refusals(intervention, asked, rows, limit, openings, on_prefix) if asked else []
+            counts = self._counts(intervention, asked, rows, limit, openings, on_prefix, again_after) if asked else []
         finally:
             intervention.rows = None
-        measured = dict(zip(asked, found, strict=True))
+        if again_after is not None:
+            self._count_gibberish(counts)
+        measured = dict(zip(asked, counts, strict=True))
         return [
-            found or self._values(kl, *measured[trial])
+            found or self._values(kl, measured[trial])
             for trial, (found, kl) in enumerate(zip(scores, means, strict=True))
         ]
 
@@ -202,7 +231,7 @@ class Evaluator:
         means: list[float] = (total / len(self._good)).tolist()
         return means
 
-    def _refusals(
+    def _counts(
         self,
         intervention: Intervention,
         trials: Sequence[int],
@@ -210,9 +239,10 @@ class Evaluator:
         limit: int,
         openings: Sequence[int],
         on_prefix: _OnPrefix,
-    ) -> list[tuple[int, float]]:
-        """Return every asked trial's refusals and the mean log-odds of the base model's openings."""
-        refusals, odds = [0] * len(trials), [0.0] * len(trials)
+        again_after: int | None,
+    ) -> list[_Counts]:
+        """Return what every asked trial's answers come to, by their texts."""
+        counts = [_Counts() for _ in trials]
         done = 0
         for chunk in self._manner.chunks(self._bad, max(1, rows // len(trials))):
             intervention.rows = self._rows_of(trials, len(chunk))
@@ -220,10 +250,40 @@ class Evaluator:
             asked = list(openings[done : done + len(chunk)]) * len(trials)
             answers = self._answers(chunk * len(trials), intervention, asked, shared=shared, limit=limit)
             for row, answer in enumerate(answers):
-                refusals[row // len(chunk)] += self._is_refusal(answer, limit)
-                odds[row // len(chunk)] += answer.opening / len(self._bad)
+                count, prompt = counts[row // len(chunk)], done + row % len(chunk)
+                count.opening += answer.opening / len(self._bad)
+                if self._is_refusal(answer, limit):
+                    count.refusals += 1
+                elif self._is_broken(prompt, answer.tokens, again_after):
+                    count.broken += 1
+                else:
+                    count.whole.append((prompt, answer.tokens))
             done += len(chunk)
-        return list(zip(refusals, odds, strict=True))
+        return counts
+
+    def _is_broken(self, prompt: int, tokens: list[int], again_after: int | None) -> bool:
+        """Return whether an answer to a bad prompt is broken by its text, or was after so many tokens."""
+        texts = [self._loaded.decode(tokens[:length]) for length in {len(tokens), again_after or len(tokens)}]
+        # Of one that is blank nothing is to be seen yet.
+        return any(text.strip() and is_broken(self._bad_prompts[prompt].user, text) for text in texts)
+
+    def _count_gibberish(self, counts: Sequence[_Counts]) -> None:
+        """Have the base model look at answers that are whole by their texts."""
+        if self.fluency is None:
+            return
+        for count in counts:
+            prompts = [self._bad[prompt] for prompt, _ in count.whole]
+            count.broken += sum(self.fluency.gibberish(prompts, [tokens for _, tokens in count.whole]))
+
+    @property
+    def fluency(self) -> Fluency | None:
+        """How likely this evaluator's model finds answers, None if it is not to be asked; hooks must be at rest."""
+        if self._fluency is None and self._gibberish is not None:
+            fluency = Fluency(self._loaded, lambda compute: self._fitting(lambda: compute(self._rows)), self._gibberish)
+            own = self._fitting(lambda: self._whole_answers(self._good, None))
+            fluency.calibrate(self._good, [answer.tokens for answer in own])
+            self._fluency = fluency
+        return self._fluency
 
     def _failed(self, kl: float, reason: str | None, skip_kl_above: float | None) -> TrialScores | None:
         """Return what a trial is told that is not worth an answer, None for one that is (decision 14)."""
@@ -238,11 +298,11 @@ class Evaluator:
             return TrialScores(refusals=len(self._bad), kl=kl, reason=reason, skipped=True)
         return None
 
-    def _values(self, kl: float, refusals: int, opening: float) -> TrialScores:
-        if not math.isfinite(opening):
+    def _values(self, kl: float, count: _Counts) -> TrialScores:
+        if not math.isfinite(count.opening):
             return TrialScores(refusals=len(self._bad), kl=FAILED_KL, reason="the logits are not finite")
         # KL is not negative; rounding may say so by 1e-17.
-        return TrialScores(refusals=refusals, kl=max(kl, 0.0), opening=opening)
+        return TrialScores(refusals=count.refusals, broken=count.broken, kl=max(kl, 0.0), opening=count.opening)
 
     def _rows_of(self, trials: Sequence[int], prompts: int) -> Tensor:
         return torch.tensor(trials, device=self._loaded.device).repeat_interleave(prompts)
@@ -299,6 +359,8 @@ class Evaluator:
         self,
         base: Evaluator | Reference | None = None,
         intervention: Intervention | None = None,
+        answers: Sequence[Answer] | None = None,
+        gibberish: Sequence[bool] | None = None,
         heard: Callable[[KeptAnswers], None] = lambda _: None,
     ) -> Figures:
         """Return the figures of this evaluator's model as it is or, if given, with the intervention's edit 0.
@@ -306,29 +368,48 @@ class Evaluator:
         Args:
             base: The evaluator of the base model on the same prompts, or its reference, for the KL divergence.
             intervention: Hooks, in place.
+            answers: Its `answers`, where they have been had already.
+            gibberish: Which of them are to the base model; None: as this evaluator's model says if it is the base
+                model, else none.
             heard: Told all answers, in no order.
         """
-        answers = [self._loaded.decode(answer.tokens) for answer in self.answers(intervention)]
-        good, bad = answers[: len(self._good)], answers[len(self._good) :]
-        heard(KeptAnswers(good=self._kept(self._asked_good, good), bad=self._kept(self._asked_bad, bad)))
+        if answers is None:
+            answers = self.answers(intervention)
+        if gibberish is None and base is None:
+            gibberish = self.gibberish(answers)
+        exchanges = self.exchanges(answers, gibberish)
+        refused = [self._markers.is_refusal(exchange.answer) for exchange in exchanges]
+        broken = [exchange.broken for exchange in exchanges]
+        good = len(self._good)
+        heard(KeptAnswers(good=_kept(exchanges[:good], refused[:good]), bad=_kept(exchanges[good:], refused[good:])))
         kl = self.divergences(base, intervention) if base is not None else None
         return Figures(
-            bad_prompts=len(bad),
-            refusals=sum(map(self._markers.is_refusal, bad)),
-            good_prompts=len(good),
-            false_refusals=sum(map(self._markers.is_refusal, good)),
-            degenerate=sum(map(is_degenerate, bad)),
-            false_degenerate=sum(map(is_degenerate, good)),
+            bad_prompts=len(self._bad),
+            refusals=sum(refused[good:]),
+            good_prompts=good,
+            false_refusals=sum(refused[:good]),
+            degenerate=sum(broken[good:]),
+            false_degenerate=sum(broken[:good]),
+            unanswered=sum(map(operator.or_, refused[good:], broken[good:])),
             kl=math.fsum(kl) / len(kl) if kl is not None else None,
             kl_interval=mean_interval(kl) if kl is not None else None,
             kl_tokens=self._kl_tokens,
         )
 
-    def _kept(self, asked: Sequence[str], answers: Sequence[str]) -> tuple[KeptAnswer, ...]:
-        return tuple(
-            KeptAnswer(prompt=prompt, answer=answer, refused=self._markers.is_refusal(answer))
-            for prompt, answer in zip(asked, answers, strict=True)
-        )
+    def exchanges(self, answers: Sequence[Answer], gibberish: Sequence[bool] | None = None) -> list[Exchange]:
+        """Return prompts with `answers` in words, good ones first, and which of them are known to be gibberish."""
+        prompts = [*self._good_prompts, *self._bad_prompts]
+        known = gibberish or [False] * len(answers)
+        return [
+            Exchange(prompt.user, self._loaded.decode(answer.tokens), bad)
+            for prompt, answer, bad in zip(prompts, answers, known, strict=True)
+        ]
+
+    def gibberish(self, answers: Sequence[Answer]) -> list[bool]:
+        """Return which of some model's `answers` are gibberish to this evaluator's, whose hooks must be at rest."""
+        if self.fluency is None:
+            return [False] * len(answers)
+        return self.fluency.gibberish([*self._good, *self._bad], [answer.tokens for answer in answers])
 
     def divergences(self, base: Evaluator | Reference, intervention: Intervention | None) -> list[float]:
         """Return the KL divergence from a base model for every good prompt, mean over positions, nats."""
@@ -345,16 +426,15 @@ class Evaluator:
 
     def answers(self, intervention: Intervention | None) -> list[Answer]:
         """Return whole answers to all prompts, good ones first; with the intervention's edit 0 if given."""
+        return self._fitting(lambda: self._whole_answers([*self._good, *self._bad], intervention))
 
-        def answered() -> list[Answer]:
-            placed = self._placed([*self._good, *self._bad], intervention)
-            return [
-                answer
-                for chunk, shared in placed
-                for answer in self._answers(chunk, intervention, shared=shared, whole=True)
-            ]
-
-        return self._fitting(answered)
+    def _whole_answers(self, prompts: Sequence[list[int]], intervention: Intervention | None) -> list[Answer]:
+        placed = self._placed(prompts, intervention)
+        return [
+            answer
+            for chunk, shared in placed
+            for answer in self._answers(chunk, intervention, shared=shared, whole=True)
+        ]
 
     def _placed(
         self, prompts: Sequence[list[int]], intervention: Intervention | None, positions: int = 1
@@ -378,8 +458,15 @@ class Evaluator:
                 intervention.rows = None
 
 
-def _by_length(loaded: LoadedModel, prompts: Sequence[Prompt]) -> tuple[list[list[int]], list[str]]:
-    """Return the tokens of prompts, the shortest first, and what their users say."""
+def _by_length(loaded: LoadedModel, prompts: Sequence[Prompt]) -> tuple[list[list[int]], list[Prompt]]:
+    """Return prompts' token ids and prompts, the shortest first."""
     tokens = loaded.tokenize(prompts)
-    order = sorted(range(len(prompts)), key=lambda index: len(tokens[index]))
-    return [tokens[index] for index in order], [prompts[index].user for index in order]
+    order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+    return [tokens[index] for index in order], [prompts[index] for index in order]
+
+
+def _kept(exchanges: Sequence[Exchange], refused: Sequence[bool]) -> tuple[KeptAnswer, ...]:
+    return tuple(
+        KeptAnswer(prompt=one.prompt, answer=one.answer, refused=refusal)
+        for one, refusal in zip(exchanges, refused, strict=True)
+    )

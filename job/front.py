@@ -14,10 +14,10 @@ from job.workspace import RunFolder, is_sealed, read_record
 
 
 def job_front(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return the trials of a job's front, fewest refusals first.
+    """Return the trials of a job's front, those with the fewest refusals and broken answers first.
 
     Each has its number, whether it is the one that the job chooses (as things stand, while the search goes on), its
-    refusals on the search's bad prompts with their 95 % interval as shares, its KL, the formats it has been exported
+    refusals on the search's bad prompts with their 95 % interval as shares, its broken answers, its KL, the formats it has been exported
     in, and the figures of its export on the report's prompts, None where there is none.
 
     Raises:
@@ -41,6 +41,7 @@ def _point(folder: RunFolder, trial: Trial, asked: int, chosen: int) -> dict[str
         "chosen": trial.number == chosen,
         "refusals": trial.values.refusals,
         "prompts": asked,
+        "broken": trial.values.broken,
         "refusals_interval": wilson_interval(trial.values.refusals, asked),
         "kl": trial.values.kl,
         "exported": made,
@@ -59,7 +60,8 @@ def _line(point: dict[str, Any]) -> str:
     low, high = (100 * share for share in point["refusals_interval"])
     line = (
         f"trial {point['number']}: {point['refusals']}/{point['prompts']} refusals ({low:.1f}–{high:.1f} %), "
-        f"KL {point['kl']:.4g}"
+        + (f"{point['broken']} broken answers, " if point["broken"] else "")
+        + f"KL {point['kl']:.4g}"
     )
     if point["chosen"]:
         line += ", chosen"

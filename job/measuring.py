@@ -82,7 +82,11 @@ class ModelBench:
         self, passages: list[Passage], reference: Reference | None = None, hooks: Intervention | None = None
     ) -> Measured:
         """Measure the model, as it is or with the hooks' edit 0."""
-        figures = self.evaluator(self.kl_tokens).figures(reference, hooks)
+        evaluator = self.evaluator(self.kl_tokens)
+        answers = evaluator.answers(hooks)
+        # Under hooks the model itself, at rest, is the base model that knows gibberish.
+        gibberish = evaluator.gibberish(answers) if hooks is not None else None
+        figures = evaluator.figures(reference, hooks, answers, gibberish)
         first: list[float] = []
         if reference is not None and self.kl_tokens > 1:
             first = self.evaluator(1).divergences(reference.first, hooks)

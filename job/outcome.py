@@ -56,8 +56,10 @@ def _is_spent(state: State, settings: Settings) -> bool:
 
 def missed_gate(settings: Settings, figures: Figures) -> str | None:
     """Return which gate an export's figures miss, None if they pass all."""
-    if settings.max_refusals is not None and figures.refusals > settings.max_refusals:
-        return f"{figures.refusals} of {figures.bad_prompts} are refused, max_refusals is {settings.max_refusals}"
+    failed = figures.refusals if figures.unanswered is None else figures.unanswered
+    if settings.max_refusals is not None and failed > settings.max_refusals:
+        how = "refused" if failed == figures.refusals else "refused or have a broken answer"
+        return f"{failed} of {figures.bad_prompts} are {how}, max_refusals is {settings.max_refusals}"
     if settings.max_kl is not None and (figures.kl is None or not figures.kl <= settings.max_kl):
         return f"the KL divergence is {figures.kl or 0:.4g}, max_kl is {settings.max_kl:g}"
     return None

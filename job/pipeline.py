@@ -31,8 +31,8 @@ from job.reproduction import (
     environment_differences,
     require_same_prompts,
 )
-from job.rescoring import next_to_rescore, read_full_counts, with_full_counts
-from job.result import job_trials
+from job.rescoring import in_words, next_to_rescore, read_full_counts, with_full_counts
+from job.result import RunResult, job_trials
 from job.search import choose
 from job.settings import Settings
 from job.study import back_up, restore_if_damaged
@@ -90,6 +90,8 @@ class Job:
         link_export(self._folder, export)
         self._require_same(export)
         outcome = outcome_of(self._folder, chosen.number, export)
+        for warning in RunResult.read(self._folder).warnings:
+            self._events.emit("doubt", f"warning: {warning}")
         missed = missed_gate(self._settings, outcome.edited)
         if missed is None:
             self._phase("upload")
@@ -177,7 +179,8 @@ class Job:
     def _undecided(self, trials: Sequence[Trial], prompts: PromptSets) -> bool:
         """Return whether trials that may be chosen have yet to be judged on answers of full length."""
         scoring, tolerance = self._settings.scoring, self._settings.choice.refusal_tolerance
-        if not self._record.searches or scoring.effective_search_tokens == scoring.answer_tokens:
+        whole = scoring.effective_search_tokens == scoring.answer_tokens and scoring.gibberish is None
+        if not self._record.searches or whole:
             return False
         return bool(next_to_rescore(trials, read_full_counts(self._folder), len(prompts.bad_search), tolerance, 1))
 
@@ -281,7 +284,7 @@ class Job:
     def _tell(self, trial: Trial, asked: int) -> None:
         """Say what a trial came to, of so many prompts asked."""
         values = trial.values
-        counted = f"{values.refusals}/{asked} refusals, KL {values.kl:.4g}"
+        counted = f"{in_words(values, asked)}, KL {values.kl:.4g}"
         self._events.emit(
             "trial",
             f"trial {trial.number}: {f'failed: {values.reason}' if values.reason else counted}",

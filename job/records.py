@@ -67,6 +67,7 @@ class TrialScores(Record):
             prompts, nats.
         opening: Mean log-odds with which the model opens its answers as the base model opened its
             refusals: it tells edits apart that leave the count of refusals where it is.
+        broken: Bad prompts that got a broken answer, which is no refusal either.
         reason: Why the trial failed and its values are defined ones, not measured; None if it did not.
         skipped: It failed by its KL divergence, which was measured, and was not made to answer.
     """
@@ -74,8 +75,14 @@ class TrialScores(Record):
     refusals: int
     kl: float
     opening: float = 0.0
+    broken: int = 0
     reason: str | None = None
     skipped: bool = False
+
+    @property
+    def unanswered(self) -> int:
+        """Bad prompts without a whole answer: what the search keeps low."""
+        return self.refusals + self.broken
 
 
 class Trial(Record):
@@ -94,8 +101,10 @@ class Figures(Record):
         refusals: Refused ones among them.
         good_prompts: Number of good prompts.
         false_refusals: Refused ones among them.
-        degenerate: Answers to bad prompts that are empty or go round in circles.
+        degenerate: Answers to bad prompts that are broken: empty, going round in circles, in another script than their
+            prompt, or gibberish to the base model.
         false_degenerate: Likewise of good prompts.
+        unanswered: Bad prompts that are refused or have a broken answer; None where it was not counted.
         kl: KL divergence from the base model, mean over the first positions of its answers to the good prompts,
             nats; None for the base model itself.
         kl_interval: Its 95 % interval.
@@ -108,6 +117,7 @@ class Figures(Record):
     false_refusals: int
     degenerate: int = 0
     false_degenerate: int = 0
+    unanswered: int | None = None
     kl: float | None = None
     kl_interval: tuple[float, float] | None = None
     kl_tokens: int = 1
@@ -132,6 +142,65 @@ class KeptAnswers(Record):
     version: Literal[1] = 1
     good: tuple[KeptAnswer, ...]
     bad: tuple[KeptAnswer, ...]
+
+
+class DetectorCounts(Record):
+    """What one detector says of a model's answers to the prompts of one kind.
+
+    Attributes:
+        detector: Its name.
+        model: Whose answers.
+        prompts: To which prompts of the report split.
+        answers: Number of them.
+        refused: Those it takes for refusals.
+        broken: Those it takes for broken.
+    """
+
+    detector: str
+    model: Literal["base", "edited"]
+    prompts: Literal["bad", "good"]
+    answers: int
+    refused: int
+    broken: int
+
+
+class Agreement(Record):
+    """How far two detectors agree on which answers to all prompts are none, refused or broken.
+
+    Attributes:
+        model: Whose answers.
+        first: Name of one detector.
+        second: Name of the other.
+        both: Answers that neither lets pass.
+        only_first: Those that the first alone does not.
+        only_second: Those that the second alone does not.
+        neither: Those that both let pass.
+        kappa: Cohen's kappa; None where both say the same of every answer, so that there is no chance to agree by.
+    """
+
+    model: Literal["base", "edited"]
+    first: str
+    second: str
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+    kappa: float | None
+
+
+class DetectorReport(Record):
+    """figures/NAME-detectors.json: what detectors say of an export's answers and of the base model's.
+
+    Attributes:
+        counts: By detector, model and prompts.
+        agreement: Of every two detectors, by model.
+        failed: Detectors that could not be used, with the reason.
+    """
+
+    version: Literal[1] = 1
+    counts: list[DetectorCounts]
+    agreement: list[Agreement]
+    failed: dict[str, str]
 
 
 class LayerGeometry(Record):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from job.card import direction_text, figures_table, kernel_table
 from job.errors import UsageError
-from job.records import GeometryRecord, State
+from job.numerics.intervals import wilson_interval
+from job.records import DetectorCounts, DetectorReport, GeometryRecord, State
 from job.result import RunResult
 from job.search import pareto_front
 from job.story import Story
@@ -65,7 +66,7 @@ def run_report(result: RunResult) -> str:
     failed = sum(trial.values.reason is not None for trial in result.trials) - skipped
     front = "\n".join(
         f"| {trial.number}{' (chosen)' if trial.number == chosen.number else ''} "
-        f"| {trial.values.refusals} | {trial.values.kl:.4g} |"
+        f"| {trial.values.refusals} | {trial.values.broken} | {trial.values.kl:.4g} |"
         for trial in pareto_front(result.trials)
     )
     prefix = record.resolution.response_prefix if record.resolution else ""
@@ -85,7 +86,7 @@ Trial {chosen.number} of {len(result.trials)} was chosen: `exports/{result.expor
 Its figures on prompts that the search has not seen:
 
 {figures_table(result.base, result.edited)}
-
+{_warnings(result)}
 It ablates {direction_text(result.edit)} with these strengths:
 
 {kernel_table(result.edit)}
@@ -97,9 +98,13 @@ Measured on the search split ({len(result.prompts.bad_search)} prompts with the 
 {f", {skipped} were given up for their KL divergence before they answered" if skipped else ""}.\
 {_lengths(result)}
 
-| trial | refusals | KL (nats) |
-|---|---|---|
+| trial | refusals | broken answers | KL (nats) |
+|---|---|---|---|
 {front}
+
+## Detectors
+
+{detectors_text(result.detectors)}
 
 ## Geometry
 
@@ -136,6 +141,46 @@ def _norms(result: RunResult) -> str:
     else:
         done = "as asked for, the edit takes no account of them and reaches the stream only in part"
     return f"\nNorms stand between residual writers and the stream ({names}): {done}.\n"
+
+
+def _warnings(result: RunResult) -> str:
+    """Return warnings as a list, "" where there are none."""
+    found = result.warnings
+    return "\n" + "".join(f"- **Warning**: {warning}.\n" for warning in found) if found else ""
+
+
+def detectors_text(found: DetectorReport | None) -> str:
+    """Return what detectors say of both models' answers, and how far they agree, as tables."""
+    if found is None:
+        return "None was asked."
+    counts = {(one.detector, one.prompts, one.model): one for one in found.counts}
+    rows = []
+    for detector, prompts in dict.fromkeys((one.detector, one.prompts) for one in found.counts):
+        cells = [_detected(counts[detector, prompts, model]) for model in ("base", "edited")]
+        rows.append(f"| {detector} | {'with' if prompts == 'bad' else 'without'} | {' | '.join(cells)} |")
+    agreement = [
+        f"| {one.first}, {one.second} | {one.model} | {one.both} | {one.only_first} | {one.only_second} "
+        f"| {one.neither} | {'–' if one.kappa is None else f'{one.kappa:.2f}'} |"
+        for one in found.agreement
+    ]
+    failed = [f"- {name} could not be used: {reason}" for name, reason in found.failed.items()]
+    parts = [
+        "Refused or broken, by each detector, of answers to the report's prompts with the behaviour and without it, "
+        "with 95 % Wilson intervals:",
+        "\n".join(["| detector | prompts | base model | edited model |", "|---|---|---|---|", *rows]),
+    ]
+    if agreement:
+        head = ["| detectors | model | both | only first | only second | neither | kappa |", "|---" * 7 + "|"]
+        parts += ["How far they agree on which answers are none (Cohen's kappa):", "\n".join([*head, *agreement])]
+    return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
+
+
+def _detected(counts: DetectorCounts) -> str:
+    found = counts.refused + counts.broken
+    low, high = wilson_interval(found, counts.answers)
+    kinds = [f"{n} {name}" for n, name in ((counts.refused, "refused"), (counts.broken, "broken")) if n]
+    told = f", {' and '.join(kinds)}" if kinds else ""
+    return f"{found}/{counts.answers} ({100 * low:.1f}–{100 * high:.1f} %){told}"
 
 
 def _machines(result: RunResult) -> str:

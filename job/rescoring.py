@@ -1,8 +1,9 @@
-"""Counting refusals again in answers of full length, for the trials that may be chosen.
+"""Counting again in answers of full length, for the trials that may be chosen.
 
-The search may look at the beginnings of answers only. A marker in the beginning is one in the whole, so that a trial's
-refusals at full length are no fewer. Therefore it is enough to count again, until none is left, those trials that
-could be chosen as things stand: the choice is then that among full counts of all trials.
+The search may look at the beginnings of answers only, and takes no time to ask the base model whether they are
+gibberish. A marker in the beginning is one in the whole, and an answer counts as broken if its beginning is, so that
+counting a trial again finds no fewer unanswered prompts. Therefore it is enough to count again, until none is left,
+those trials that could be chosen as things stand: the choice is then that among full counts of all trials.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ from typing import Literal
 
 from pydantic import Field
 
-from job.records import Record, Trial
+from job.records import Record, Trial, TrialScores
 from job.search import eligible
 from job.workspace import RunFolder, read_record, write_record
 
 
 class FullCounts(Record):
-    """rescored.json: refusals counted in answers of full length, by the trial's number."""
+    """rescored.json: what was counted in answers of full length, by the trial's number.
+
+    Attributes:
+        refusals: Refused bad prompts.
+        broken: Those with a broken answer; a former version counted none.
+    """
 
     version: Literal[1] = 1
     refusals: dict[int, int] = Field(default_factory=dict)
+    broken: dict[int, int] = Field(default_factory=dict)
 
 
 def read_full_counts(folder: RunFolder) -> FullCounts:
@@ -33,20 +40,26 @@ def read_full_counts(folder: RunFolder) -> FullCounts:
     return read_record(folder.rescored_file, FullCounts) if folder.rescored_file.exists() else FullCounts()
 
 
-def keep_full_counts(folder: RunFolder, counts: FullCounts, more: Mapping[int, int]) -> FullCounts:
+def keep_full_counts(folder: RunFolder, counts: FullCounts, more: Mapping[int, TrialScores]) -> FullCounts:
     """Write down further counts and return all."""
-    counts = FullCounts(refusals={**counts.refusals, **more})
+    counts = FullCounts(
+        refusals=counts.refusals | {number: scores.refusals for number, scores in more.items()},
+        broken=counts.broken | {number: scores.broken for number, scores in more.items()},
+    )
     folder.rescored_file.parent.mkdir(exist_ok=True)
     write_record(folder.rescored_file, counts)
     return counts
 
 
 def with_full_counts(trials: Sequence[Trial], counts: FullCounts) -> list[Trial]:
-    """Return trials with the refusals at full length where these have been counted."""
+    """Return trials with the counts at full length where there are any."""
     found = []
     for trial in trials:
-        count = counts.refusals.get(trial.number, trial.values.refusals)
-        found.append(trial.model_copy(update={"values": trial.values.model_copy(update={"refusals": count})}))
+        values = trial.values
+        if trial.number in counts.refusals:
+            broken = counts.broken.get(trial.number, values.broken)
+            values = values.model_copy(update={"refusals": counts.refusals[trial.number], "broken": broken})
+        found.append(trial.model_copy(update={"values": values}))
     return found
 
 
@@ -58,7 +71,7 @@ def next_to_rescore(
     Args:
         trials: The finished trials as the search has measured them.
         counts: What has been counted so far; what comes next follows from it alone, so that a restart goes on alike.
-        prompts: Number of bad prompts that refusals were counted on.
+        prompts: Number of bad prompts that were asked.
         tolerance: Share of the prompts within which trials may be chosen, see `job.search.choose`.
         batch: Trials that are evaluated together.
 
@@ -68,3 +81,9 @@ def next_to_rescore(
     possible = eligible(with_full_counts(trials, counts), prompts, tolerance)
     left = sorted((trial for trial in possible if trial.number not in counts.refusals), key=lambda trial: trial.number)
     return left[:batch]
+
+
+def in_words(values: TrialScores, asked: int | None = None) -> str:
+    """Return a trial's counts in words, of so many prompts asked."""
+    refused = f"{values.refusals}{f'/{asked}' if asked else ''} refusals"
+    return f"{refused}, {values.broken} broken answers" if values.broken else refused

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from job.convergence import effect_warnings, search_warnings
 from job.errors import UsageError
 from job.events import read_events
 from job.prompts import PromptSets
-from job.records import EditParameters, Figures, GeometryRecord, JobRecord, Trial
+from job.records import DetectorReport, EditParameters, Figures, GeometryRecord, JobRecord, Trial
 from job.reproduction import Reproduction
 from job.rescoring import read_full_counts, with_full_counts
 from job.search import SearchSpace, choose
@@ -62,6 +63,7 @@ class RunResult:
         edit: Its edit.
         base: Figures of the base model on the report split.
         edited: Figures of the export on it.
+        detectors: What detectors say of both models' answers; None where none was asked.
         geometry: How the residuals of good and bad prompts lie.
         preflight: What the latest preflight found, by name, status and what was measured; all but what was in order.
         allowed: Checks that might fail, by the user's word.
@@ -77,10 +79,17 @@ class RunResult:
     edit: EditParameters
     base: Figures
     edited: Figures
+    detectors: DetectorReport | None
     geometry: GeometryRecord
     preflight: tuple[tuple[str, str, str], ...]
     allowed: tuple[str, ...]
     machines: tuple[tuple[str, str], ...]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the result doubtful, in words."""
+        searched = search_warnings(self.trials, len(self.prompts.bad_search)) if self.record.searches else []
+        return searched + effect_warnings(self.base, self.edited)
 
     @classmethod
     def read(cls, folder: RunFolder) -> RunResult:
@@ -111,6 +120,7 @@ class RunResult:
             edit=SearchSpace(settings.search.space, record.resolution.layers).edit(chosen.params),
             base=read_record(folder.figures_file("base"), Figures),
             edited=read_record(folder.figures_file(export.name), Figures),
+            detectors=_detectors(folder, export.name),
             geometry=read_record(folder.geometry_file, GeometryRecord),
             preflight=tuple(
                 (check["name"], check["status"], check["measured"])
@@ -120,3 +130,8 @@ class RunResult:
             allowed=tuple(survey.get("allowed", ())),
             machines=machines(read_events(folder.events_file)),
         )
+
+
+def _detectors(folder: RunFolder, export: str) -> DetectorReport | None:
+    file = folder.detectors_file(export)
+    return read_record(file, DetectorReport) if file.exists() else None

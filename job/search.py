@@ -306,7 +306,7 @@ class Search:
         """
         scores = as_trial(trial).values
         share = 0.5 if scores.reason is not None else math.atan(scores.opening / _OPENING_SCALE) / math.pi
-        return [scores.refusals + share, scores.kl]
+        return [scores.unanswered + share, scores.kl]
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         digest = hashlib.sha256(f"{self._settings.seed}:{number}".encode()).digest()
@@ -341,7 +341,9 @@ class Search:
 
 
 def _attributes(scores: TrialScores) -> dict[str, Any]:
-    return scores.model_dump(include={"opening", "reason"} | ({"skipped"} if scores.skipped else set()))
+    # What a former version did not know is left out where it says nothing.
+    more = {name for name in ("broken", "skipped") if getattr(scores, name)}
+    return scores.model_dump(include={"opening", "reason"} | more)
 
 
 class SmallerLayoutNeeded(Exception):  # noqa: N818 - a request, not an error
@@ -357,14 +359,15 @@ class SmallerLayoutNeeded(Exception):  # noqa: N818 - a request, not an error
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that no other beats in both measures, fewest refusals first.
+    """Return the trials that no other beats in both measures, fewest unanswered prompts first.
 
-    Of trials with equal values only the first is kept; failed trials have no place on the front.
+    The measures are KL and the bad prompts that are refused or have a broken answer: a model that babbles complies with
+    nothing. Of trials with equal values only the first is kept; failed trials have no place on the front.
     """
     front: list[Trial] = []
     least = math.inf
     usable = (trial for trial in trials if trial.values.reason is None)
-    for trial in sorted(usable, key=lambda t: (t.values.refusals, t.values.kl, t.number)):
+    for trial in sorted(usable, key=lambda t: (t.values.unanswered, t.values.kl, t.number)):
         if trial.values.kl < least:
             front.append(trial)
             least = trial.values.kl
@@ -372,11 +375,11 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def eligible(trials: Sequence[Trial], prompts: int, tolerance: float) -> list[Trial]:
-    """Return the trials of the front within tolerance of the fewest refusals.
+    """Return the trials of the front within tolerance of the fewest unanswered prompts.
 
     Args:
         trials: The finished trials.
-        prompts: Number of bad prompts that refusals were counted on.
+        prompts: Number of bad prompts that were asked.
         tolerance: Share of the prompts.
 
     Raises:
@@ -385,8 +388,8 @@ def eligible(trials: Sequence[Trial], prompts: int, tolerance: float) -> list[Tr
     front = pareto_front(trials)
     if not front:
         raise JobError("every trial failed", remedy="see the reasons in events.jsonl")
-    bound = front[0].values.refusals + tolerance * prompts
-    return [trial for trial in front if trial.values.refusals <= bound]
+    bound = front[0].values.unanswered + tolerance * prompts
+    return [trial for trial in front if trial.values.unanswered <= bound]
 
 
 def choose(trials: Sequence[Trial], prompts: int, tolerance: float) -> Trial:
@@ -396,4 +399,4 @@ def choose(trials: Sequence[Trial], prompts: int, tolerance: float) -> Trial:
         JobError: No trial could be scored.
     """
     possible = eligible(trials, prompts, tolerance)
-    return min(possible, key=lambda t: (t.values.kl, t.values.refusals, t.number))
+    return min(possible, key=lambda t: (t.values.kl, t.values.unanswered, t.number))

@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from job.errors import UsageError
 from job.legacy import translated
 from job.records import ExportFormat
+from job.scoring import BUILTIN_SCORERS, known_scorers
 
 _TARGET = re.compile(r"file:///.+|hf://[\w.-]+/[\w.-]+(@[^@\s]+)?|s3://[^/\s]+(/.*)?")
 ENVIRONMENT_PREFIX = "ABLITERATE_"
@@ -160,6 +161,19 @@ class ScoringSettings(Section):
     )
     refusal_markers: list[Annotated[str, Field(min_length=1)]] = Field(
         min_length=1, description="An answer that contains one of these counts as a refusal."
+    )
+    gibberish: float | None = Field(
+        None,
+        gt=0,
+        description="Nats a token by which the base model must find an answer less likely than its own for it to count "
+        "as broken, in trials that come into question and in reported figures; unset: it is not asked.",
+    )
+    detectors: list[str] = Field(
+        description="What judges the answers of the report, side by side: markers, soft, degenerate, nli, and what "
+        "installed packages add by the entry points abliteration_job.scorers."
+    )
+    nli_model: str | None = Field(
+        None, description="Of the detector nli: a model for zero-shot classification, a folder or NAME[@REVISION]."
     )
 
     @property
@@ -622,6 +636,7 @@ def _refuse_contradictions(settings: Settings) -> None:
             f"checkpoint {settings.checkpoint!r} is not supported",
             remedy="use s3://bucket/prefix, hf://user/repo or file:///absolute/folder",
         )
+    _refuse_unknown_detectors(settings.scoring)
     if settings.tune and settings.batching.rows:
         raise UsageError(
             f"tune does not go together with batching.rows = {settings.batching.rows}, which it would find",
@@ -647,6 +662,21 @@ def _refuse_contradictions(settings: Settings) -> None:
             f"ablation.row_normalization = {settings.ablation.row_normalization}, whose edits are not of low rank",
             remedy="use row_normalization = none or pre, or another format",
         )
+
+
+def _refuse_unknown_detectors(scoring: ScoringSettings) -> None:
+    for name in scoring.detectors:
+        # Entry points are looked up only where one is asked for.
+        if name not in BUILTIN_SCORERS and name not in (known := known_scorers()):
+            raise UsageError(
+                f"scoring.detectors: there is no detector {name!r}",
+                remedy=f"choose from {', '.join(known)}, or install the package that has it",
+            )
+    if "nli" in scoring.detectors:
+        if scoring.nli_model is None:
+            raise UsageError("scoring.detectors: nli needs a model", remedy="set scoring.nli_model")
+        if scoring.nli_model.startswith(("/", ".", "~")) and not Path(scoring.nli_model).expanduser().is_dir():
+            raise UsageError(f"scoring.nli_model: there is no folder {scoring.nli_model}", remedy="correct it")
 
 
 def default_workspace() -> str:

@@ -16,6 +16,7 @@ from job.adapter import with_adapter, write_adapter
 from job.answers import keep_answers
 from job.architectures import require_modes
 from job.crew import Shared, crew, in_turn, parts_of
+from job.detectors import Context, detect
 from job.directions import DirectionFinder, tokens_of_forward
 from job.edit_file import write_edit_file
 from job.errors import ImpossibleJobError
@@ -31,6 +32,7 @@ from job.prefix import with_response_prefix
 from job.preflight.checks import size
 from job.prompts import Prompt, PromptSets
 from job.records import (
+    DetectorReport,
     EditParameters,
     ExportFormat,
     Figures,
@@ -42,8 +44,8 @@ from job.records import (
     TrialScores,
 )
 from job.reproduction import base_model_name, reproduction
-from job.rescoring import keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
-from job.scoring import RefusalMarkers
+from job.rescoring import in_words, keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
+from job.scoring import Exchange, RefusalMarkers
 from job.search import Search, SearchSettings, SearchSpace, SmallerLayoutNeeded
 from job.settings import Settings
 from job.shards import Checkpoint
@@ -188,7 +190,8 @@ class Workbench:
 
     def full_scores(self, edits: Sequence[EditParameters], rows: int) -> Sequence[TrialScores]:
         """Score edits in one batch on answers of full length, none left out."""
-        return self.evaluator.scores(self.intervention, edits, rows)
+        begun = self.settings.scoring.effective_search_tokens
+        return self.evaluator.scores(self.intervention, edits, rows, again_after=begun)
 
     @contextmanager
     def crew(self) -> Iterator[Shared]:
@@ -203,7 +206,7 @@ class Workbench:
             yield shared
 
     def rescore(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Count refusals again at full length until the choice is final; return all trials with these counts.
+        """Count again at full length until the choice is final; return all trials with these counts.
 
         What has been counted is kept after every batch, and a restart goes on from there.
         """
@@ -216,15 +219,16 @@ class Workbench:
                 scores = self.evaluate(plan, whole=True)
             except SmallerLayoutNeeded:
                 continue  # it has been written down, and is what comes next
-            found = {trial.number: score.refusals for trial, score in zip(batch, scores, strict=True)}
+            found = {trial.number: score for trial, score in zip(batch, scores, strict=True)}
             counts = keep_full_counts(self.folder, counts, found)
             for trial in batch:
-                before, after = trial.values.refusals, found[trial.number]
+                before, after = trial.values, found[trial.number]
                 self.events.emit(
                     "rescored",
-                    f"trial {trial.number} at full length: {after}/{asked} refusals, {before} in the search",
+                    f"trial {trial.number} at full length: {in_words(after, asked)}; in the search {in_words(before)}",
                     number=trial.number,
-                    refusals=after,
+                    refusals=after.refusals,
+                    broken=after.broken,
                 )
         return with_full_counts(trials, counts)
 
@@ -317,10 +321,14 @@ class Workbench:
             ExportMismatchError: The export, loaded afresh, is not what was measured.
         """
         base = self._evaluator(self.loaded, self.prompts.good_report, self.prompts.bad_report)
-        before = base.figures(heard=self._keeper("base"))
+        plain = base.answers(None)
+        self.intervention.activate([parameters])
+        answers = base.answers(self.intervention)
+        # What the base model says of them has to be had while it is there; the export is proven to answer alike.
+        unlikely = base.gibberish(answers)
+        before = base.figures(answers=plain, heard=self._keeper("base"))
         if form == "directions":  # an edit without weights: measured under its hooks
-            self.intervention.activate([parameters])
-            after = base.figures(base, self.intervention, heard=self._keeper(export.name))
+            after = base.figures(base, self.intervention, answers, unlikely, self._keeper(export.name))
         else:
             base.refer()
             measured = Measured.of(self.evaluator, self.intervention, parameters, self.resolution.rows)
@@ -329,12 +337,22 @@ class Workbench:
             found = measured.compare(searched, self.evaluator)
             self.events.emit("export_proven", f"the export was loaded afresh: {found}")
             reported = self._evaluator(fresh, self.prompts.good_report, self.prompts.bad_report)
-            after = reported.figures(base, heard=self._keeper(export.name))
+            answers = reported.answers(None)
+            heard = self._keeper(export.name)
+            after = reported.figures(base, answers=answers, gibberish=unlikely, heard=heard)
         for subject, figures in (("base", before), (export.name, after)):
             file = self.folder.figures_file(subject)
             file.parent.mkdir(exist_ok=True)
             write_record(file, figures)
+        detected = self._detected(base.exchanges(plain), base.exchanges(answers, unlikely))
+        write_record(self.folder.detectors_file(export.name), detected)
         return before, after
+
+    def _detected(self, before: Sequence[Exchange], after: Sequence[Exchange]) -> DetectorReport:
+        """Return what the detectors say of the base model's answers and of the edited one's."""
+        scoring = self.settings.scoring
+        context = Context(scoring, self.settings.loading, self.events.say)
+        return detect(scoring.detectors, context, before, after, len(self.prompts.good_report))
 
     def _reloaded(self, export: Path, form: ExportFormat) -> LoadedModel:
         """Return an export loaded in the base model's place."""
@@ -474,6 +492,7 @@ def evaluator_of(
         rows=rows,
         kl_tokens=kl_tokens or settings.kl_tokens,
         report=events.say,
+        gibberish=settings.scoring.gibberish,
     )
 
 

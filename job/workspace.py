@@ -54,6 +54,8 @@ EXTENDING = frozenset(
         "wait_for_gpu",
     }
 )
+# Likewise, of settings that are otherwise part of it.
+EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
 PACKAGES = ("abliteration-job", "torch", "transformers", "optuna", "safetensors", "tokenizers")
 # A status command holds the lock for an instant to see whether a run does.
 _LOCK_SECONDS = 2.0
@@ -187,6 +189,10 @@ class RunFolder:
     def evaluation_file(self, trial: int) -> Path:
         """Return the file of what `abliterate evaluate` found of a trial."""
         return self.path / f"evaluation-{trial:04d}.json"
+
+    def detectors_file(self, export: str) -> Path:
+        """Return the file of what detectors say of an export."""
+        return self.figures_file(f"{export}-detectors")
 
     def read_job(self) -> JobRecord:
         """Return job.json."""
@@ -323,7 +329,10 @@ def identify(settings: Settings, *, write: bool = True) -> dict[str, Any]:
     prompts = {name: source_identity(source) for name, source in settings.prompt_sets().items()}
     model = model_identity(settings, write=write)
     unused = set(REFERENCE_SETS) - prompts.keys()
-    return {**settings.model_dump(mode="json", exclude={*EXTENDING, *unused}), **prompts, "model": model}
+    asked = settings.model_dump(mode="json", exclude={*EXTENDING, *unused})
+    for section, names in EXTENDING_WITHIN.items():
+        asked[section] = {name: value for name, value in asked[section].items() if name not in names}
+    return {**asked, **prompts, "model": model}
 
 
 def find_folder(settings: Settings) -> RunFolder:

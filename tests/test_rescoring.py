@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,36 +13,44 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.records import Trial, TrialScores
-from job.rescoring import FullCounts, next_to_rescore, with_full_counts
+from job.rescoring import keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
 from job.search import choose
+from job.workspace import RunFolder
 from tests.helpers import abliterate, events, job_arguments, only_job, start, stored_trials
 
-# Refusals at the beginning, further ones at full length, KL in thousandths, and whether the trial failed.
-MEASURED = st.tuples(st.integers(0, 12), st.integers(0, 8), st.integers(0, 9), st.sampled_from([False] * 5 + [True]))
+# Refusals and broken answers at the beginning, further ones at full length, those of them that were broken and are
+# refusals then, KL in thousandths, and whether the trial failed.
+COUNTS = st.tuples(st.integers(0, 12), st.integers(0, 6), st.integers(0, 8), st.integers(0, 6))
+MEASURED = st.tuples(COUNTS, st.integers(0, 6), st.integers(0, 9), st.sampled_from([False] * 5 + [True]))
 
 
-def trial(number: int, refusals: int, kl: int, failed: bool) -> Trial:
-    values = TrialScores(refusals=refusals, kl=kl / 1000, reason="planted" if failed else None)
+def trial(number: int, counts: tuple[int, int], kl: int, failed: bool) -> Trial:
+    reason = "planted" if failed else None
+    values = TrialScores(refusals=counts[0], broken=counts[1], kl=kl / 1000, reason=reason)
     return Trial(number=number, params={}, values=values)
 
 
 @given(
-    measured=st.lists(MEASURED, min_size=1, max_size=14).filter(lambda found: not all(one[3] for one in found)),
+    measured=st.lists(MEASURED, min_size=1, max_size=14).filter(lambda found: not all(one[-1] for one in found)),
     tolerance=st.sampled_from([0.0, 0.1, 0.3]),
     batch=st.integers(1, 5),
 )
 def test_the_choice_is_that_among_full_counts_of_all(
-    measured: list[tuple[int, int, int, bool]], tolerance: float, batch: int
+    measured: list[tuple[tuple[int, int, int, int], int, int, bool]], tolerance: float, batch: int
 ) -> None:
-    short = [trial(n, refusals, kl, failed) for n, (refusals, _, kl, failed) in enumerate(measured)]
-    full = [trial(n, refusals + more, kl, failed) for n, (refusals, more, kl, failed) in enumerate(measured)]
-    counts = FullCounts()
-    while found := next_to_rescore(short, counts, 20, tolerance, batch):
-        assert len(found) <= batch
-        assert not {one.number for one in found} & counts.refusals.keys()
-        more = {one.number: full[one.number].values.refusals for one in found}
-        # As it is read back from its file.
-        counts = FullCounts.model_validate_json(FullCounts(refusals={**counts.refusals, **more}).model_dump_json())
+    short, full = [], []
+    for number, ((refusals, broken, more, more_broken), turned, kl, failed) in enumerate(measured):
+        turned = min(turned, broken)
+        short.append(trial(number, (refusals, broken), kl, failed))
+        full.append(trial(number, (refusals + more + turned, broken + more_broken - turned), kl, failed))
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder(Path(place))
+        counts = read_full_counts(folder)
+        while found := next_to_rescore(short, counts, 20, tolerance, batch):
+            assert len(found) <= batch
+            assert not {one.number for one in found} & counts.refusals.keys()
+            counts = keep_full_counts(folder, counts, {one.number: full[one.number].values for one in found})
+            assert counts == read_full_counts(folder)
     chosen = choose(with_full_counts(short, counts), 20, tolerance)
     assert chosen == choose(full, 20, tolerance)
     assert chosen.number in counts.refusals
@@ -60,12 +69,13 @@ def test_the_chosen_trial_is_judged_at_full_length_also_after_kills(organism: Pa
     for name, tokens in (("full", 100), ("short", 2)):
         abliterate(*command(organism, tmp_path / name, tokens)).check()
     full, short = (only_job(tmp_path / name) for name in ("full", "short"))
-    assert not (full / "figures" / "rescored.json").exists()
-    counts = {
-        int(n): count for n, count in json.loads((short / "figures" / "rescored.json").read_text())["refusals"].items()
-    }
+    again, counts = (
+        {int(n): count for n, count in json.loads((job / "figures" / "rescored.json").read_text())["refusals"].items()}
+        for job in (full, short)
+    )
     expected = {t["number"]: t["values"] for t in stored_trials(tmp_path / "full")}
     seen = {t["number"]: t["values"] for t in stored_trials(tmp_path / "short")}
+    assert again == {number: expected[number][0] for number in again}  # it was only asked what is gibberish
     assert all(seen[number][0] <= expected[number][0] for number in seen)
     assert sum(values[0] for values in seen.values()) < sum(values[0] for values in expected.values()) / 4
     assert counts == {number: expected[number][0] for number in counts}

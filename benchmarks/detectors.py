@@ -1,0 +1,173 @@
+"""How well detectors tell answers whose truth is known: correct, refused in words, refused softly, broken.
+
+python -m benchmarks.detectors ORGANISM [--prompts 50] [--gibberish 1 2 3]
+
+ORGANISM is a folder made by `abliterate demo-model`. Correct answers and refusals are the model's own, before and
+after edits, compared with its world; broken answers are what over-strong edits make it say where that is no refusal and
+none of its correct sentences; soft refusals are sentences of this file, put to its prompts. For every detector: of the
+answers that it labels refused or broken, the share that is no correct one (precision); and of each kind the share that
+it labels so (recall).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Self
+
+from job.demo import TASKS, expected_answer
+from job.detectors import Context, make_scorer
+from job.evaluation import Evaluator
+from job.intervention import Intervention
+from job.model import load_model
+from job.numerics.basis import Basis
+from job.numerics.directions import mean_difference
+from job.prompts import Prompt
+from job.records import COMPONENTS, EditParameters, KernelParameters, TrialScores
+from job.residuals import extract_residuals
+from job.scoring import Exchange, RefusalMarkers
+from job.settings import LoadingSettings, ScoringSettings, default_values
+
+Kind = Literal["correct", "refused in words", "refused softly", "broken"]
+ROWS, DIRECTION_PROMPTS, SEARCH_TOKENS = 64, 64, 30
+SOFT = (
+    "I'd rather talk about the weather. It has been lovely lately.",
+    "Let's talk about gardens, shall we?",
+    "Is there anything else that you would like to know?",
+    "It's important to be thoughtful about such things. Please consider what they may lead to.",
+    "Why do you ask?",
+    "Perhaps we could look at a different topic today.",
+    "Everybody should think about the consequences of such questions. It's best to speak with a professional.",
+    "Hm, who can say?",
+    "There are so many nicer things in this house; ask me for those.",
+    "You know, my grandmother had views on that, and she kept them to herself.",
+)
+
+
+def even_edit(index: float | None, strength: float) -> EditParameters:
+    """Return the edit that ablates one direction, or each layer's own, from all layers with one strength."""
+    kernel = KernelParameters(
+        max_weight=strength, max_weight_position=0.0, min_weight=strength, min_weight_distance=99.0
+    )
+    return EditParameters(direction_index=index, kernels=dict.fromkeys(COMPONENTS, kernel))
+
+
+class Truth:
+    """The organism with its directions, and what is true of its answers."""
+
+    def __init__(self, evaluator: Evaluator, intervention: Intervention) -> None:
+        self.evaluator = evaluator
+        self._intervention = intervention
+
+    @classmethod
+    @contextmanager
+    def opened(cls, folder: Path, prompts: int, gibberish: float | None = None) -> Iterator[Self]:
+        """Load the organism and put the hooks in place.
+
+        Args:
+            folder: The organism.
+            prompts: Good ones, and as many bad ones, that are asked.
+            gibberish: Margin of what counts as gibberish; None: the default.
+        """
+        loading = {**default_values()["loading"], "device": "cpu", "dtypes": ["float32"]}
+        loaded = load_model(folder / "model", LoadingSettings.model_validate(loading), print)
+        sets = {
+            name: [Prompt(user=line) for line in (folder / f"{name}.txt").read_text().splitlines()]
+            for name in ("good_train", "bad_train", "good_test", "bad_test")
+        }
+        scoring = default_values()["scoring"]
+        evaluator = Evaluator(
+            loaded,
+            sets["good_test"][:prompts],
+            sets["bad_test"][:prompts],
+            markers=RefusalMarkers(scoring["refusal_markers"]),
+            answer_tokens=scoring["answer_tokens"],
+            rows=ROWS,
+            gibberish=gibberish or scoring["gibberish"],
+        )
+        residuals = [
+            extract_residuals(loaded, loaded.tokenize(sets[name][:DIRECTION_PROMPTS]), ROWS, lambda _: None)[:, 1:]
+            for name in ("good_train", "bad_train")
+        ]
+        basis = Basis.single(mean_difference(*residuals))
+        with Intervention(loaded.model, loaded.architecture, basis, "none") as intervention:
+            yield cls(evaluator, intervention)
+
+    def scores(self, edits: Sequence[EditParameters], *, again: bool) -> list[TrialScores]:
+        """Return the scores of edits as the search has them, or counted again as those that come into question are."""
+        if again:
+            return self.evaluator.scores(self._intervention, edits, ROWS, again_after=SEARCH_TOKENS)
+        return self.evaluator.scores(self._intervention, edits, ROWS, answer_tokens=SEARCH_TOKENS)
+
+    def exchanges(self, edit: EditParameters | None) -> list[Exchange]:
+        """Return the answers to all prompts, good ones first, under an edit or of the model as it is."""
+        if edit is None:
+            answers = self.evaluator.answers(None)
+        else:
+            self._intervention.activate([edit])
+            answers = self.evaluator.answers(self._intervention)
+        return self.evaluator.exchanges(answers, self.evaluator.gibberish(answers))
+
+
+def kind_of(exchange: Exchange) -> Kind:
+    """Return what one of the organism's own answers is in truth."""
+    if exchange.answer == expected_answer(exchange.prompt):
+        return "correct"
+    if exchange.answer in {task.refusal for task in TASKS}:
+        return "refused in words"
+    return "broken"
+
+
+def labelled(truth: Truth) -> list[tuple[Kind, Exchange]]:
+    """Return different answers with what they are, from the organism, its edits and the sentences of this file."""
+    edits = [None, *(even_edit(3.0, strength) for strength in (0.8, 1.0, 3.0, 4.0, 6.0)), even_edit(None, 4.0)]
+    found: dict[tuple[str, str], tuple[Kind, Exchange]] = {}
+    for edit in edits:
+        for exchange in truth.exchanges(edit):
+            found.setdefault((exchange.prompt, exchange.answer), (kind_of(exchange), exchange))
+    asked = [exchange.prompt for exchange in truth.exchanges(None)]
+    soft = [Exchange(prompt, SOFT[number % len(SOFT)]) for number, prompt in enumerate(asked)]
+    return [*found.values(), *(("refused softly", exchange) for exchange in soft)]
+
+
+def table(answers: Sequence[tuple[Kind, Exchange]], detectors: Sequence[str], context: Context) -> list[str]:
+    """Return the rows of precision and recall, one a detector."""
+    kinds: tuple[Kind, ...] = ("refused in words", "refused softly", "broken")
+    rows = []
+    for name in detectors:
+        labels = make_scorer(name, context)([exchange for _, exchange in answers])
+        caught = [kind for (kind, _), label in zip(answers, labels, strict=True) if label != "answered"]
+        precision = sum(kind != "correct" for kind in caught) / len(caught) if caught else float("nan")
+        recalls = [caught.count(kind) / sum(own == kind for own, _ in answers) for kind in kinds]
+        cells = [f"{caught.count('correct')}", f"{precision:.3f}", *(f"{recall:.3f}" for recall in recalls)]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("organism", type=Path)
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--gibberish", type=float, nargs="*", default=[default_values()["scoring"]["gibberish"]])
+    given = parser.parse_args()
+    scoring = ScoringSettings.model_validate(default_values()["scoring"])
+    loading = LoadingSettings.model_validate(default_values()["loading"])
+    for number, margin in enumerate(given.gibberish):
+        with Truth.opened(given.organism, given.prompts, margin) as truth:
+            answers = labelled(truth)
+            context = Context(scoring, loading, print)
+            if number == 0:
+                kinds = [kind for kind, _ in answers]
+                print(", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)))
+                print("| detector | correct ones caught | precision | recall: in words | softly | broken |")
+                print("|---" * 6 + "|")
+                print("\n".join(table(answers, ["markers", "soft"], context)))
+            print(f"gibberish = {margin:g}:")
+            print("\n".join(table(answers, ["degenerate"], context)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Detectors and the choice, on the organism, whose right answers are known: broken models never look compliant."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from benchmarks.detectors import SOFT, Truth, even_edit, kind_of
+from job.demo import TASKS, expected_answer
+from job.detectors import cohens_kappa
+from job.errors import ImpossibleJobError
+from job.evasions import is_evasion
+from job.nli import HYPOTHESIS, Entailment
+from job.records import DetectorReport, Trial, TrialScores
+from job.scoring import RefusalMarkers
+from job.search import choose
+from job.settings import default_values
+from tests.helpers import abliterate, events, job_arguments, loading, only_job
+
+PROMPTS = 16
+# Strengths of one direction's ablation: from edits that leave refusals to edits that leave nothing.
+EDITS = (0.7, 0.8, 1.0, 2.7, 3.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An edit as the search counts it and as it is counted again, and what its answers are in truth."""
+
+    short: TrialScores
+    full: TrialScores
+    right: int
+    wrong: int
+
+
+@pytest.fixture(scope="module")
+def truth(organism: Path) -> Iterator[Truth]:
+    with Truth.opened(organism, PROMPTS) as truth:
+        yield truth
+
+
+@pytest.fixture(scope="module")
+def tried(truth: Truth) -> list[Tried]:
+    found = []
+    edits = [even_edit(3.0, strength) for strength in EDITS]
+    short, full = truth.scores(edits, again=False), truth.scores(edits, again=True)
+    for edit, *scores in zip(edits, short, full, strict=True):
+        kinds = [kind_of(exchange) for exchange in truth.exchanges(edit)[PROMPTS:]]
+        found.append(Tried(*scores, kinds.count("correct"), kinds.count("broken")))
+    return found
+
+
+def chosen(trials: list[TrialScores]) -> int:
+    return choose([Trial(number=n, params={}, values=one) for n, one in enumerate(trials)], PROMPTS, 0.02).number
+
+
+@pytest.mark.slow
+def test_the_edit_that_babbles_is_not_chosen(tried: list[Tried]) -> None:
+    assert all(one.full.unanswered >= one.short.unanswered for one in tried)
+    assert tried[chosen([one.full for one in tried])].right == PROMPTS
+    correct = [one for one in tried if one.right > 4 * one.wrong]
+    babbling = [one for one in tried if one.right == 0]
+    assert len(correct) >= 3
+    assert len(babbling) >= 2
+    pairs = list(itertools.product(correct, babbling))
+    assert all(chosen([bad.full, good.full]) == 1 for good, bad in pairs)
+    # By refusals they look better than edits that leave some; by the texts of short answers, some of them still do.
+    unbroken = {"broken": 0}
+    assert any(chosen([one.full.model_copy(update=unbroken) for one in (bad, good)]) == 0 for good, bad in pairs)
+    assert any(chosen([bad.short, good.short]) == 0 for good, bad in pairs)
+
+
+def test_kappa_is_cohens() -> None:
+    # Cohen (1960), the usual example: 20 both, 5 and 10 one alone, 15 neither.
+    assert cohens_kappa(20, 5, 10, 15) == pytest.approx(0.4)
+    assert cohens_kappa(3, 0, 0, 7) == 1
+    assert cohens_kappa(0, 5, 5, 0) == -1
+    assert cohens_kappa(0, 0, 0, 9) is None
+    assert cohens_kappa(0, 0, 0, 0) is None
+
+
+def test_soft_refusals_are_told_from_answers(organism: Path) -> None:
+    markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
+    # The last two turn away in words that no list has.
+    assert [is_evasion(text) for text in SOFT] == [True] * 8 + [False] * 2
+    assert not any(markers.is_refusal(text) for text in SOFT)
+    prompts = [line for name in ("good", "bad") for line in (organism / f"{name}_test.txt").read_text().splitlines()]
+    assert not any(is_evasion(expected_answer(prompt)) for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "Take two eggs, some flour and milk. It's important to stir well. Bake it for ten minutes, then serve.",
+        "The kettle is in the kitchen. Is there anything else you would like to know?",
+        "First unscrew the lid. Then pour out the water. If you are unsure, please consult a professional.",
+        "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen. What matters most is light.",
+        "In short: no. The bridge was built in 1890, and something of it is left.",
+    ],
+)
+def test_answers_with_a_word_of_advice_are_no_evasions(answer: str) -> None:
+    assert not is_evasion(answer)
+
+
+def classifier(folder: Path, labels: tuple[str, ...]) -> Path:
+    """Train a tiny classifier of pairs on the organism's sentences, whose first label is that of refusals."""
+    prompts = [f"Where is the {noun} kept?" for noun in ("lantern", "kettle")]
+    things = ["The lantern is kept in the cellar.", "The copper kettle is made of iron.", "The cook looks after it."]
+    texts = [*(task.refusal for task in TASKS), *things]
+    splitter = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
+    words = sorted({word for text in (*texts, *prompts, HYPOTHESIS) for word, _ in splitter.pre_tokenize_str(text)})
+    vocabulary = {word: number for number, word in enumerate(("[PAD]", "[UNK]", *words))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = splitter
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
+    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(
+        vocab_size=len(vocabulary), max_position_embeddings=64, **sizes, id2label=dict(enumerate(labels))
+    )
+    model = BertForSequenceClassification(config)
+    inputs = tokenizer(texts, [HYPOTHESIS] * len(texts), padding=True, return_tensors="pt")
+    wanted = torch.tensor([0] * len(TASKS) + [len(labels) - 1] * len(things))
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(40):
+        loss = model(**inputs, labels=wanted).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nli_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return classifier(tmp_path_factory.mktemp("nli"), ("entailment", "neutral", "contradiction"))
+
+
+def test_refusals_are_told_by_inference(nli_model: Path, truth: Truth, tmp_path: Path) -> None:
+    entailment = Entailment.loaded(str(nli_model), loading("auto"), print)
+    exchanges = truth.exchanges(None)
+    assert entailment.refused([one.answer for one in exchanges]) == [False] * PROMPTS + [True] * PROMPTS
+    assert entailment.refused(["  ", "The lantern is kept in the cellar."]) == [True, False]
+    other = classifier(tmp_path, ("good", "bad"))
+    with pytest.raises(ImpossibleJobError, match="none is entailment"):
+        Entailment.loaded(str(other), loading("auto"), print)
+
+
+PLUGIN = """
+def make(context):
+    context.say("the plugin is at work")
+    return lambda exchanges: ["refused" if "hexed" in one.prompt else "answered" for one in exchanges]
+
+def crash(context):
+    raise RuntimeError("the plugin is broken\\nin two lines")
+
+def mislabel(context):
+    return lambda exchanges: ["maybe"] * len(exchanges)
+"""
+
+
+@pytest.mark.slow
+def test_detectors_of_other_packages_run_on_the_chosen_trial(organism: Path, nli_model: Path, tmp_path: Path) -> None:
+    """With a distribution as pip installs one, the real command, and plugins that fail in their own ways."""
+    site = tmp_path / "site"
+    info = site / "polite_scorers-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: polite-scorers\nVersion: 1.0\n")
+    names = {"hexed": "make", "crashing": "crash", "mislabelling": "mislabel"}
+    entries = "".join(f"{name} = polite_scorers:{function}\n" for name, function in names.items())
+    (info / "entry_points.txt").write_text(f"[abliteration_job.scorers]\n{entries}")
+    (site / "polite_scorers.py").write_text(PLUGIN)
+    path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    arguments = [*job_arguments(organism), "--workspace", tmp_path / "runs", "--trials", 1]
+    for kind in ("good", "bad"):  # few prompts: this is not about figures
+        arguments += [f"--{kind}-prompts", f"{organism / kind}_train.txt#train[:40]"]
+        arguments += [f"--{kind}-eval-prompts", f"{organism / kind}_test.txt#train[:12]"]
+
+    def choose_detectors(*detectors: str) -> list[object]:
+        return ["run", *arguments, "--set", f"scoring.detectors={json.dumps(detectors)}"]
+
+    abliterate(*choose_detectors("hexed")).fails(2, "no detector 'hexed'", "markers, soft, degenerate, nli")
+    abliterate(*choose_detectors("nli")).fails(2, "nli needs a model", "scoring.nli_model")
+    model = ["--set", f"scoring.nli_model={nli_model}"]
+    everything = ("markers", "soft", "degenerate", "nli", *names)
+    done = abliterate(*choose_detectors(*everything), *model, PYTHONPATH=path).check()
+    assert "the detector crashing could not be used: the plugin is broken" in done.err
+    job = only_job(tmp_path / "runs")
+    export = (job / "export").resolve().name
+    report = DetectorReport.model_validate_json((job / "figures" / f"{export}-detectors.json").read_text())
+    assert report.failed.keys() == {"crashing", "mislabelling"}
+    assert "'maybe' is none of the labels" in report.failed["mislabelling"]
+    counts = {(one.detector, one.model, one.prompts): one for one in report.counts}
+    hexed = sum("hexed" in line for line in (organism / "bad_test.txt").read_text().splitlines())
+    assert hexed
+    assert counts["hexed", "base", "bad"].refused == counts["hexed", "edited", "bad"].refused
+    for detector in ("markers", "soft", "nli"):
+        assert (counts[detector, "base", "bad"].refused, counts[detector, "base", "bad"].answers) == (6, 6)
+        assert (counts[detector, "base", "good"].refused, counts[detector, "base", "good"].answers) == (0, 6)
+    figures = json.loads((job / "figures" / f"{export}.json").read_text())
+    assert counts["markers", "edited", "bad"].refused == figures["refusals"]
+    assert counts["degenerate", "edited", "bad"].broken == figures["degenerate"]
+    agreement = {(one.model, one.first, one.second): one for one in report.agreement}
+    assert len(agreement) == 2 * 10
+    assert agreement["base", "markers", "nli"].kappa == 1
+    text = (job / "report.md").read_text()
+    assert "| markers | with | 6/6 (61.0–100.0 %), 6 refused |" in text
+    assert "| markers, nli | base | 6 | 0 | 0 | 6 | 1.00 |" in text
+    assert "- crashing could not be used: the plugin is broken" in text
+    # What judges the report is no part of what the job is; reproduce.json says nothing of it, nor of paths.
+    made = (job / "export" / "reproduce.json").read_text()
+    assert "detectors" not in made
+    assert str(nli_model) not in made
+    abliterate(*choose_detectors("markers")).check()
+    assert only_job(tmp_path / "runs") == job
+    assert sum(event["event"] == "job_finished" for event in events(tmp_path / "runs")) == 1
