@@ -17,8 +17,8 @@ def job_front(folder: RunFolder) -> list[dict[str, Any]]:
     """Return the trials of a job's front, those with the fewest refusals and broken answers first.
 
     Each has its number, whether it is the one that the job chooses (as things stand, while the search goes on), its
-    refusals on the search's bad prompts with their 95 % interval as shares, its broken answers, its KL, the formats it has been exported
-    in, and the figures of its export on the report's prompts, None where there is none.
+    refusals on the search's bad prompts with their 95 % interval as shares, its broken answers, its KL, the formats it
+    has been exported in, and the figures of its export on the report's prompts, None where there is none.
 
     Raises:
         JobError: The study cannot be read.
