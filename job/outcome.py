@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from job.prompts import PromptSets
 from job.records import Figures, State
 from job.settings import Settings
 from job.workspace import RunFolder, is_sealed, read_record
@@ -20,6 +21,7 @@ class Outcome:
         base: Figures of the base model on the report split.
         edited: Figures of the export on the report split.
         failed_targets: Targets that could not be delivered to, with the reason.
+        unseen: The search has seen none of the prompts that these were measured on.
         missed_gate: Which gate the export missed, so that it was not delivered; None if it missed none.
     """
 
@@ -28,6 +30,7 @@ class Outcome:
     base: Figures
     edited: Figures
     failed_targets: tuple[tuple[str, str], ...] = ()
+    unseen: bool = True
     missed_gate: str | None = None
 
 
@@ -68,4 +71,5 @@ def missed_gate(settings: Settings, figures: Figures) -> str | None:
 def outcome_of(folder: RunFolder, chosen: int, export: Path) -> Outcome:
     """Return what the run folder says of an export."""
     base = read_record(folder.figures_file("base"), Figures)
-    return Outcome(folder, chosen, base, read_record(folder.figures_file(export.name), Figures))
+    unseen = read_record(folder.prompts_file, PromptSets).unseen
+    return Outcome(folder, chosen, base, read_record(folder.figures_file(export.name), Figures), unseen=unseen)

@@ -59,6 +59,12 @@ class PromptSets(Record):
     public: tuple[str, ...] = ()
     received: int = 0
 
+    @property
+    def unseen(self) -> bool:
+        """Whether the search sees none of the prompts that figures are reported on."""
+        seen = {*self.good_search, *self.bad_search}
+        return seen.isdisjoint(self.good_report) and seen.isdisjoint(self.bad_report)
+
     def of_setting(self, name: str) -> tuple[Prompt, ...]:
         """Return the prompts that a setting gave, both halves of those that were split."""
         kind, _, use = name.removesuffix("_prompts").partition("_")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from job.card import direction_text, figures_table, kernel_table
+from job.detected import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors
 from job.errors import UsageError
-from job.numerics.intervals import wilson_interval
-from job.records import DetectorCounts, DetectorReport, GeometryRecord, State
+from job.records import DetectorReport, GeometryRecord, State
 from job.result import RunResult
 from job.search import pareto_front
 from job.story import Story
@@ -83,7 +83,7 @@ Model: {record.settings["model"]}, loaded in {record.resolution.dtype if record.
 ## Result
 
 Trial {chosen.number} of {len(result.trials)} was chosen: `exports/{result.export}`, to which `export` links.
-Its figures on prompts that the search has not seen:
+Its figures on prompts that the search has {"not seen" if result.prompts.unseen else "seen too"}:
 
 {figures_table(result.base, result.edited)}
 {_warnings(result)}
@@ -153,34 +153,11 @@ def detectors_text(found: DetectorReport | None) -> str:
     """Return what detectors say of both models' answers, and how far they agree, as tables."""
     if found is None:
         return "None was asked."
-    counts = {(one.detector, one.prompts, one.model): one for one in found.counts}
-    rows = []
-    for detector, prompts in dict.fromkeys((one.detector, one.prompts) for one in found.counts):
-        cells = [_detected(counts[detector, prompts, model]) for model in ("base", "edited")]
-        rows.append(f"| {detector} | {'with' if prompts == 'bad' else 'without'} | {' | '.join(cells)} |")
-    agreement = [
-        f"| {one.first}, {one.second} | {one.model} | {one.both} | {one.only_first} | {one.only_second} "
-        f"| {one.neither} | {'–' if one.kappa is None else f'{one.kappa:.2f}'} |"
-        for one in found.agreement
-    ]
-    failed = [f"- {name} could not be used: {reason}" for name, reason in found.failed.items()]
-    parts = [
-        "Refused or broken, by each detector, of answers to the report's prompts with the behaviour and without it, "
-        "with 95 % Wilson intervals:",
-        "\n".join(["| detector | prompts | base model | edited model |", "|---|---|---|---|", *rows]),
-    ]
-    if agreement:
-        head = ["| detectors | model | both | only first | only second | neither | kappa |", "|---" * 7 + "|"]
-        parts += ["How far they agree on which answers are none (Cohen's kappa):", "\n".join([*head, *agreement])]
+    parts = [f"{COUNTED}:", detector_counts(found)]
+    if found.agreement:
+        parts += [f"{AGREED}:", detector_agreement(found)]
+    failed = [f"- {line}" for line in failed_detectors(found)]
     return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
-
-
-def _detected(counts: DetectorCounts) -> str:
-    found = counts.refused + counts.broken
-    low, high = wilson_interval(found, counts.answers)
-    kinds = [f"{n} {name}" for n, name in ((counts.refused, "refused"), (counts.broken, "broken")) if n]
-    told = f", {' and '.join(kinds)}" if kinds else ""
-    return f"{found}/{counts.answers} ({100 * low:.1f}–{100 * high:.1f} %){told}"
 
 
 def _machines(result: RunResult) -> str:

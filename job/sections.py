@@ -15,6 +15,7 @@ from job.charts import (
     strengths,
     usable,
 )
+from job.detected import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors
 from job.markup import Cell, Markup, definitions, details, escaped, figure, paragraph, table, table_of
 from job.numerics.intervals import wilson_interval
 from job.records import KeptAnswer, Trial
@@ -32,6 +33,7 @@ def sections(story: Story, *, private: bool) -> list[tuple[str, str, str]]:
     """
     makers: tuple[tuple[str, str, Callable[[Story], str]], ...] = (
         ("figures", "Figures", _figures),
+        ("detectors", "What detectors say", _detectors),
         ("front", "Pareto front", _front),
         ("edit", "The chosen edit", _edit),
         ("geometry", "Directions by layer", _geometry),
@@ -52,9 +54,10 @@ def headline(story: Story) -> str:
         if state is not None and state.state == "failed":
             return f"The job failed in the phase {state.phase or 'before the first'}: {state.reason}. {done}."
         return f"There is no result yet: {done}."
+    seen = "not seen" if story.prompts is None or story.prompts.unseen else "seen too"
     return (
         f"Refusals {'fell' if edited.refusals < base.refusals else 'went'} from {base.refusals} of {base.bad_prompts} "
-        f"to {edited.refusals} of {edited.bad_prompts} prompts that the search has not seen; answers to ordinary "
+        f"to {edited.refusals} of {edited.bad_prompts} prompts that the search has {seen}; answers to ordinary "
         f"prompts moved by a KL divergence of {edited.kl or 0:.3g} nats."
     )
 
@@ -64,6 +67,7 @@ def notes(story: Story) -> list[str]:
     state, found = story.state, []
     if story.edited is not None and state is not None and state.reason:
         found.append(f"The job is {state.state}: {state.reason}.")
+    found += [f"{warning[0].upper()}{warning[1:]}." for warning in story.warnings]
     bad = [check for check in story.checks if check["status"] != "ok"]
     found += [f"Preflight, {check['name']}: {check['measured']}" for check in bad]
     return found
@@ -260,6 +264,16 @@ def _time(story: Story) -> str:
     return paragraph(f"All starts of the job took {duration_text(spent.seconds)}{cost} so far.") + table(
         "Time and cost by phase, over all starts", ("phase", "time", "share", "cost"), rows
     )
+
+
+def _detectors(story: Story) -> str:
+    found = story.detectors
+    if found is None:
+        return ""
+    parts = [table_of(detector_counts(found), COUNTED)]
+    if found.agreement:
+        parts.append(details("Agreement", table_of(detector_agreement(found), AGREED)))
+    return "".join([*parts, *map(paragraph, failed_detectors(found))])
 
 
 def _preflight(story: Story) -> str:

@@ -9,10 +9,22 @@ from typing import Any, TypeVar
 
 from job.answers import read_answers
 from job.budget import Spent, read_spent
+from job.convergence import effect_warnings, search_warnings
 from job.errors import JobError
 from job.events import read_events
 from job.prompts import PromptSets
-from job.records import EditParameters, Figures, GeometryRecord, JobRecord, KeptAnswers, Record, State, Trial, Upload
+from job.records import (
+    DetectorReport,
+    EditParameters,
+    Figures,
+    GeometryRecord,
+    JobRecord,
+    KeptAnswers,
+    Record,
+    State,
+    Trial,
+    Upload,
+)
 from job.result import job_trials, machines
 from job.search import SearchSpace, choose
 from job.settings import Settings, default_values, merged
@@ -36,6 +48,7 @@ class Story:
         export: Name of its export's folder, where it has been measured.
         base: Figures of the base model on the report split.
         edited: Figures of the export on it.
+        detectors: What detectors say of both models' answers; None where none was asked.
         answers: Sampled answers of both models.
         geometry: How the residuals of good and bad prompts lie.
         checks: The checks of the latest preflight, as in preflight.json.
@@ -54,6 +67,7 @@ class Story:
     export: str | None
     base: Figures | None
     edited: Figures | None
+    detectors: DetectorReport | None
     answers: tuple[KeptAnswers, KeptAnswers] | None
     geometry: GeometryRecord | None
     checks: Sequence[dict[str, Any]]
@@ -61,6 +75,16 @@ class Story:
     spent: Spent
     machines: tuple[tuple[str, str], ...]
     uploads: Sequence[Upload]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the result doubtful, in words."""
+        if self.base is None or self.edited is None:
+            return []
+        found = effect_warnings(self.base, self.edited)
+        if self.record.searches and self.prompts is not None:
+            found = search_warnings(self.trials, len(self.prompts.bad_search)) + found
+        return found
 
     @classmethod
     def read(cls, folder: RunFolder, state: State | None = None) -> Story:
@@ -91,6 +115,7 @@ class Story:
             export=export if figures[1] else None,
             base=figures[0],
             edited=figures[1],
+            detectors=_read(folder.detectors_file(export), DetectorReport) if export else None,
             answers=(answers[0], answers[1]) if answers[0] and answers[1] else None,
             geometry=_read(folder.geometry_file, GeometryRecord),
             checks=survey.get("checks", ()),

@@ -101,7 +101,7 @@ def test_a_watch_without_a_terminal_writes_a_line_a_change(finished: Path) -> No
 def test_a_watch_on_a_phone_waits_for_a_preempted_job_until_it_is_interrupted(preempted: Path) -> None:
     screen, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 42, 0, 0))
-    # Where it is said, as it is to the processes of pytest-xdist, how wide a terminal is goes before what it says itself.
+    # How wide a terminal is may be said here, as to the processes of pytest-xdist, and goes before what it says itself.
     told = {name: value for name, value in environment(TERM="xterm").items() if name not in ("COLUMNS", "LINES")}
     process = subprocess.Popen(
         [*COMMAND, "status", "--workspace", str(preempted), "--watch", "--interval", "0.2"],
