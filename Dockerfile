@@ -8,7 +8,8 @@ COPY pyproject.toml constraints.txt ./
 RUN /opt/build/bin/pip install --no-cache-dir -c constraints.txt hatchling \
     && mkdir /dist \
     && cp constraints.txt /dist/ \
-    && python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+    && python3 -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+        print(*project["dependencies"], *project["optional-dependencies"]["bnb"], sep="\n")' \
         >/dist/requirements.txt
 COPY README.md LICENSE ./
 COPY job job

@@ -100,9 +100,9 @@ class Evaluator:
         self._fluency: Fluency | None = None
 
     @property
-    def dtype(self) -> str:
-        """The floating-point type of the model's weights."""
-        return self._loaded.dtype
+    def exact(self) -> bool:
+        """Whether weights are as precise as the arithmetic: edits of outputs and of weights come to the same."""
+        return self._loaded.dtype == "float32" and not getattr(self._loaded.model, "is_quantized", False)
 
     @property
     def good(self) -> list[list[int]]:

@@ -337,7 +337,7 @@ def _quantization(name: str) -> BitsAndBytesConfig | None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MachineError(
             f"loading.quantization = {name} needs bitsandbytes, which is not installed",
-            remedy="pip install bitsandbytes, or set loading.quantization = none",
+            remedy="pip install 'abliteration-job[bnb]', or set loading.quantization = none",
         )
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 

@@ -202,6 +202,11 @@ class Checkpoint:
         """
         return places_among(self._file_of, architecture, name)
 
+    def keeps(self, architecture: Architecture, dtype: torch.dtype) -> bool:
+        """Return whether all that an edit changes is held in a type, or a more precise one."""
+        digits = torch.finfo(dtype).eps
+        return all(torch.finfo(self.dtype(name)).eps <= digits for name in self._names_of_all(architecture))
+
     def require_writers(self, architecture: Architecture) -> None:
         """Refuse a checkpoint that does not hold all residual writers as floating-point tensors.
 

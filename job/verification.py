@@ -15,7 +15,7 @@ from job.records import EditParameters, TrialScores
 # In float32 the greedy answers must be the same, but where two tokens are this close in logits either
 # may come first: hooks and edited weights agree to 5e-6 (DESIGN section 2), summed in another order.
 TIE = 1e-3
-# In lower precision weights are rounded after the edit and outputs are not, so answers may part ways;
+# In lower precision and in 4 bits weights are rounded after the edit and outputs are not, so answers may part ways;
 # the measures must agree within these bounds.
 KL_BOUND, KL_SHARE = 0.05, 0.25
 REFUSAL_SHARE = 0.05
@@ -57,7 +57,7 @@ class Measured:
     scores: TrialScores | None = None
 
     @classmethod
-    def of(cls, base: Evaluator, intervention: Intervention, edit: EditParameters, rows: int) -> Self:
+    def of(cls, base: Evaluator, intervention: Intervention, edit: EditParameters, rows: int, exact: bool) -> Self:
         """Measure what exports of the edit will be compared with; afterwards the base model is not needed for that.
 
         Args:
@@ -65,8 +65,9 @@ class Measured:
             intervention: The hooks on it, in place.
             edit: The edit that is exported.
             rows: Rows of a forward.
+            exact: Exports are held as precisely as they are computed.
         """
-        if base.dtype != "float32":
+        if not (exact and base.exact):
             return cls(scores=base.scores(intervention, [edit], rows)[0])
         intervention.activate([edit])
         return cls(answers=base.answers(intervention))

@@ -331,7 +331,8 @@ class Workbench:
             after = base.figures(base, self.intervention, answers, unlikely, self._keeper(export.name))
         else:
             base.refer()
-            measured = Measured.of(self.evaluator, self.intervention, parameters, self.resolution.rows)
+            kept = form == "adapter" or Checkpoint(self.loaded.folder).keeps(self.loaded.architecture, torch.float32)
+            measured = Measured.of(self.evaluator, self.intervention, parameters, self.resolution.rows, kept)
             fresh = self._reloaded(export, form)
             searched = self._evaluator(fresh, self.prompts.good_search, self.prompts.bad_search)
             found = measured.compare(searched, self.evaluator)

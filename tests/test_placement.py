@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from job.decoding import Answer, greedy_answers
 from job.errors import ImpossibleJobError, MachineError, UsageError
@@ -97,3 +99,37 @@ def test_a_model_that_is_let_go_holds_no_memory(organism: Path) -> None:
         let_go(loaded.model)
         kept = [*loaded.model.parameters(), *loaded.model.buffers()]
         assert sum(tensor.numel() for tensor in kept if not tensor.is_meta) == 0
+
+
+@pytest.mark.slow
+def test_a_job_in_four_bits_exports_the_full_weights(organism: Path, tmp_path: Path) -> None:
+    """bitsandbytes quantises on the CPU as it does on a GPU; what is exported is made from the files."""
+    arguments = ("--workspace", tmp_path, "--trials", 2, "--set", "loading.quantization=bnb-4bit")
+    ended = abliterate("run", *job_arguments(organism), *arguments)
+    assert ended.code == 0, ended.err
+    assert "the export was loaded afresh: KL " in ended.err
+    whole, packed = load(organism), load(organism, quantization="bnb-4bit")
+    assert sum(placement(packed.model).values()) < sum(placement(whole.model).values()) / 2
+    base = load_file(organism / "model/model.safetensors")
+    export = load_file(only_job(tmp_path) / "export/model.safetensors")
+    edited = {writer.parameter for writer in whole.architecture.writers}
+    assert {name for name, tensor in base.items() if not torch.equal(tensor, export[name])} == edited
+    assert {tensor.dtype for tensor in export.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_job_in_float32_on_files_in_bfloat16_allows_for_the_export_being_rounded(
+    organism: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(organism / "model", model)
+    tensors = load_file(model / "model.safetensors")
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    save_file(rounded, model / "model.safetensors", metadata={"format": "pt"})
+    arguments = ("--workspace", tmp_path / "runs", "--trials", 2, "--set", 'loading.dtypes=["float32"]')
+    ended = abliterate("run", model, *job_arguments(organism)[1:], *arguments)
+    assert ended.code == 0, ended.err
+    assert "loaded in float32" in ended.err
+    assert "the export was loaded afresh: KL " in ended.err
+    export = load_file(only_job(tmp_path / "runs") / "export/model.safetensors")
+    assert {tensor.dtype for tensor in export.values()} == {torch.bfloat16}
