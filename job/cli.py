@@ -553,13 +553,14 @@ def report(
 def inspect_(
     model: Annotated[str, typer.Argument(help="Folder of the model; only its configuration is read.")],
     as_json: AsJson = False,
+    trusted: Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with it.")] = False,
 ) -> None:
     """Show the residual writers that were found, or why the model is refused (exit code 3)."""
     import json
 
     from job.truth import inspection
 
-    found = inspection(Path(model))
+    found = inspection(Path(model), trusted)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     elif found["supported"]:

@@ -149,7 +149,7 @@ def load_model(
     """
     quieten_transformers()
     checkpoint_files(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, settings.trust_remote_code)
     device = resolve_device(settings.device)
     candidates = [dtype] if dtype else list(dict.fromkeys(settings.dtypes))
     for candidate in candidates:
@@ -202,14 +202,14 @@ def checkpoint_files(folder: Path) -> list[Path]:
     )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer.
+def load_tokenizer(folder: Path, trusted: bool = False) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer; its own code is run only if it is trusted.
 
     Raises:
         ImpossibleJobError: There is none, or it has no chat template.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ImpossibleJobError(
             f"{folder} has no usable tokenizer: {str(error).strip().splitlines()[0]}",
@@ -252,7 +252,8 @@ def hardware(device: torch.device) -> str:
 
 
 def _load_weights(folder: Path, dtype: str, device: torch.device, settings: LoadingSettings) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    trusted = settings.trust_remote_code
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
     auto = auto_class(config) or AutoModelForCausalLM
     # Straight onto the device: by way of the RAM, all weights would have to fit there first.
     places: Any = {"": device} if settings.device_map == "single" else settings.device_map
@@ -269,6 +270,7 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
             offload_folder=_offload_folder(settings),
             quantization_config=_quantization(settings.quantization),
             local_files_only=True,
+            trust_remote_code=trusted,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the name

@@ -92,6 +92,9 @@ class LoadingSettings(Section):
     quantization: Literal["none", "bnb-4bit"] = Field(
         description="bnb-4bit: weights are loaded in 4 bits (nf4); the export is still made from the full ones."
     )
+    trust_remote_code: bool = Field(
+        description="Run the code that comes with a model whose family transformers does not know; read it first."
+    )
     response_prefix: str = Field(
         description="Text that every answer is made to begin with; auto: what all answers begin with anyway, "
         "with a chain of thought closed."

@@ -32,8 +32,12 @@ _NOTICED = 100 * TOLERANCE
 _ROWS, _TOKENS = 4, 12
 
 
-def read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
     """Return the configuration of a model folder.
+
+    Args:
+        folder: The folder.
+        trusted: The model's own code may be run.
 
     Raises:
         ImpossibleJobError: The folder is not a model, or transformers does not know its family.
@@ -42,8 +46,13 @@ def read_config(folder: Path) -> PretrainedConfig:
         what = "is not a model folder: it has no config.json" if folder.is_dir() else "does not exist"
         raise ImpossibleJobError(f"{folder} {what}", remedy="give the folder of a model in Hugging Face format")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise ImpossibleJobError(
+                f"{folder} is of a family that needs its own code to be run",
+                remedy="read that code, and if you trust it, --set loading.trust_remote_code=true",
+            ) from error
         first = str(error).strip().splitlines()[0]
         raise ImpossibleJobError(
             f"the configuration of {folder} cannot be used: {first}",
@@ -204,7 +213,7 @@ def proven(config: PretrainedConfig) -> Architecture:
     return architecture
 
 
-def inspect_model(folder: Path) -> Architecture:
+def inspect_model(folder: Path, trusted: bool = False) -> Architecture:
     """Return the structure of a model that can be edited, from its configuration alone, proven by the truth test.
 
     Raises:
@@ -212,7 +221,7 @@ def inspect_model(folder: Path) -> Architecture:
         UnsupportedArchitectureError: The model's family cannot be edited completely, or its files are quantised in a
             way that is not undone.
     """
-    config = read_config(folder)
+    config = read_config(folder, trusted)
     quantisation_of(config.to_dict())
     architecture = proven(config)
     require_supported(config, architecture)
@@ -240,9 +249,9 @@ def require_supported(config: PretrainedConfig, architecture: Architecture) -> N
         )
 
 
-def inspection(folder: Path) -> dict[str, Any]:
+def inspection(folder: Path, trusted: bool = False) -> dict[str, Any]:
     """Return what `abliterate inspect --json` prints (DESIGN section 6)."""
-    config = read_config(folder)
+    config = read_config(folder, trusted)
     found: dict[str, Any] = {
         "supported": False,
         "reason": None,
@@ -251,7 +260,7 @@ def inspection(folder: Path) -> dict[str, Any]:
         "writers": [],
     }
     try:
-        architecture = inspect_model(folder)
+        architecture = inspect_model(folder, trusted)
     except UnsupportedArchitectureError as error:
         return {**found, "reason": error.reason}
     writers: list[dict[str, Any]] = [

@@ -141,9 +141,16 @@ def _token(value: Any, count: int) -> Any:
 
 def auto_class(config: PretrainedConfig) -> Any:
     """Return what loads all of a configuration's model, for text alone where it is that; None for no such model."""
+    if _is_own(type(config)) and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
     fitting = [auto for auto, mapping in _MAPPINGS.items() if type(config) in mapping]
     whole = (auto for auto in fitting if _MAPPINGS[auto][type(config)].config_class is type(config))
     return next(whole, fitting[0] if fitting else None)
+
+
+def _is_own(kind: type) -> bool:
+    """Return whether a class comes from code that a model's folder holds."""
+    return kind.__module__.startswith("transformers_modules.")
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -158,7 +165,8 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         raise UnsupportedArchitectureError(model_type, "it is no decoder-only language model")
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(config)
+            # A configuration of the model's own code is only there if that may be run.
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=_is_own(type(config)))
     except _BUILDING as error:
         raise UnsupportedArchitectureError(
             model_type, f"it cannot be built from its configuration ({first_line(error)})"

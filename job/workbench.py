@@ -101,7 +101,7 @@ class Workbench:
         events: Events,
     ) -> Iterator[Self]:
         """Load the model from its folder, resolve what is open, find the directions and put the hooks in place."""
-        architecture = inspect_model(source)
+        architecture = inspect_model(source, settings.loading.trust_remote_code)
         require_modes(architecture, settings.ablation.row_normalization, settings.export_format)
         Checkpoint(source).require_writers(architecture)
         events.emit(

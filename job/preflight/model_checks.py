@@ -53,7 +53,7 @@ def architecture(found: Architecture, mode: RowNormalization, form: ExportFormat
     )
 
 
-def require_writers(found: Architecture, folder: Path, tensors: Tensors) -> None:
+def require_writers(found: Architecture, folder: Path, trusted: bool, tensors: Tensors) -> None:
     """Refuse files that do not hold all residual writers in the sizes that the configuration asks for.
 
     Raises:
@@ -63,15 +63,16 @@ def require_writers(found: Architecture, folder: Path, tensors: Tensors) -> None
     from job.truth import read_config
     from job.twin import empty_model
 
-    require_sizes({name: shape for name, (_, shape) in tensors.items()}, found, empty_model(read_config(folder)))
+    shapes = {name: shape for name, (_, shape) in tensors.items()}
+    require_sizes(shapes, found, empty_model(read_config(folder, trusted)))
 
 
-def tokenizer(folder: Path) -> Check:
+def tokenizer(folder: Path, trusted: bool) -> Check:
     """Write a conversation with the chat template."""
     from job.model import conversation, load_tokenizer
     from job.prompts import Prompt
 
-    loaded = load_tokenizer(folder)
+    loaded = load_tokenizer(folder, trusted)
     text = conversation(loaded, Prompt(user="Hello, how are you?"))
     return Check(
         name="model.tokenizer",

@@ -90,7 +90,7 @@ class Planning:
 
         prompts = self.prompts
         try:
-            tokenizer = load_tokenizer(self.folder)
+            tokenizer = load_tokenizer(self.folder, self.settings.loading.trust_remote_code)
             texts = [
                 conversation(tokenizer, prompt)
                 for prompt in (*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search)

@@ -249,15 +249,19 @@ class Surveyor:
                 "model.architecture",
                 lambda: [self._architecture_check(folder)],
             ),
-            *self._guarded("model.tokenizer", lambda: [model_checks.tokenizer(folder)]),
+            *self._guarded("model.tokenizer", lambda: [model_checks.tokenizer(folder, self._trusted)]),
             *self._guarded("model.weights", lambda: self._weights_checks(source, listing, folder)),
             model_checks.licence(listing, self.settings.upload),
         ]
 
+    @property
+    def _trusted(self) -> bool:
+        return self.settings.loading.trust_remote_code
+
     def _architecture_check(self, folder: Path) -> Check:
         from job.truth import inspect_model
 
-        self._architecture = inspect_model(folder)
+        self._architecture = inspect_model(folder, self._trusted)
         return model_checks.architecture(
             self._architecture, self.settings.ablation.row_normalization, self.settings.export_format
         )
@@ -268,7 +272,7 @@ class Surveyor:
         config = json.loads((folder / "config.json").read_text())
         self._facts = model_facts(config, shapes)
         if self._architecture is not None:
-            model_checks.require_writers(self._architecture, folder, undone(config, shapes))
+            model_checks.require_writers(self._architecture, folder, self._trusted, undone(config, shapes))
         return [model_checks.weights(self._facts, listing, len(shapes))]
 
     # --- the prompts ---------------------------------------------------------------------------------
