@@ -13,6 +13,7 @@ import pytest
 import typer.main
 
 from job.cli import app
+from tests import code_map
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md")])
@@ -58,6 +59,11 @@ def parsed(line: str) -> str:
 def test_commands_in_the_docs_are_understood(page: Path) -> None:
     for line in commands(page):
         parsed(line)
+
+
+def test_the_map_of_the_code_is_up_to_date() -> None:
+    """`python -m tests.code_map --write docs/code-map.md` makes it so."""
+    assert (ROOT / "docs/code-map.md").read_text() == code_map.page()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
