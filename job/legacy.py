@@ -7,6 +7,7 @@ from typing import Any
 
 _NOTHING_TO_CACHE = "an edit is a hook on outputs: no weight is changed, so there is none to keep, restore or decompose"
 _SMALL_RESIDUALS = "only the last prompt position of each layer is kept, so residuals are small"
+_IN_REPORT = "the report shows the geometry of every layer"
 _BY_RULE = "rows follow from the model and the device's memory; batching.rows sets them, tune measures them"
 
 # Old name: new name.
@@ -18,6 +19,7 @@ RENAMED = {
     "bad_evaluation_prompts": "bad_eval_prompts",
     "dtypes": "loading.dtypes",
     "device_map": "loading.device_map",
+    "max_memory": "loading.max_memory",
     "response_prefix": "loading.response_prefix",
     "refusal_markers": "scoring.refusal_markers",
     "refusal_check_tokens": "scoring.answer_tokens",
@@ -52,14 +54,35 @@ OBSOLETE = {
     "use_global_warmup": "nothing is warmed up per trial",
     "use_efficient_refusal_detection": "refusals are always detected as the answer grows",
     "compile": "edits are made outside the model's own code; it is run as it is",
+    "offload_outputs_to_cpu": _SMALL_RESIDUALS,
+    "evaluate_model": "`abliterate evaluate MODEL --against BASE` compares two models",
+    "collect_reproducibles": "other people's results are not collected",
+    "reproduce": "`abliterate run --reproduce FILE` makes an export again",
+    "chain_of_thought_skips": "loading.response_prefix = auto finds and closes chains of thought",
+    "print_responses": "`abliterate report --include-responses` shows answers",
+    "print_residual_geometry": _IN_REPORT,
+    "plot_residuals": _IN_REPORT,
+    "residual_plot_path": _IN_REPORT,
+    "residual_plot_title": _IN_REPORT,
+    "residual_plot_style": _IN_REPORT,
+    "kl_divergence_scale": "refusals and KL divergence are objectives of their own, as they are",
+    "kl_divergence_target": "refusals and KL divergence are objectives of their own, as they are",
+    "full_normalization_lora_rank": "norms are preserved exactly, and not by a matrix of some rank",
+    "study_checkpoint_dir": "the study is study.db in the run folder",
+    "benchmarks": "`abliterate evaluate --tasks` runs benchmarks",
+    "max_shard_size": "an export has the base model's shards",
 }
 # Old name: what its value becomes.
 CONVERTED: dict[str, Callable[[Any], tuple[str, Any]]] = {
     "use_pca_extraction": lambda value: ("directions.method", "contrastive-pca" if value else "mean-difference"),
+    "quantization": lambda value: ("loading.quantization", str(value).replace("_", "-")),
+    "export_strategy": lambda value: ("export_format", {"merge": "merged"}.get(value, value)),
     # There 0 meant that nothing follows the first extraction.
     "iterative_rounds": lambda value: ("directions.iterative_rounds", max(int(value), 0) + 1),
 }
-# Tables of prompts whose source was called "dataset" there.
+# What fields of tables of prompts are called now; the others were for pictures.
+_PROMPT_FIELDS = {"dataset": "spec", "commit": "revision"}
+_PICTURES = ("residual_plot_label", "residual_plot_color")
 _PROMPT_TABLES = ("good_prompts", "bad_prompts", "good_eval_prompts", "bad_eval_prompts", "helpfulness_prompts",
                   "unhelpfulness_prompts")  # fmt: skip
 
@@ -89,9 +112,25 @@ def translated(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             found[key] = value
     for name in _PROMPT_TABLES:
         if isinstance(found.get(name), Mapping) and "dataset" in found[name]:
-            found[name] = {"spec" if key == "dataset" else key: value for key, value in found[name].items()}
+            fields = {key: value for key, value in found[name].items() if key not in _PICTURES}
+            found[name] = {_PROMPT_FIELDS.get(key, key): value for key, value in fields.items()}
             notes.append(f"{name}.dataset is {name}.spec now")
+    if "system_prompt" in found:
+        _give_every_set(found, found.pop("system_prompt"))
+        notes.append("system_prompt is a field of every table of prompts now")
+    if "model" in found and "model_commit" in found:
+        found["model"] = f"{found['model']}@{found.pop('model_commit')}"
+        notes.append("model_commit is part of model now, as NAME@COMMIT")
     return found, notes
+
+
+def _give_every_set(found: dict[str, Any], system_prompt: Any) -> None:
+    """Put a system prompt into all tables of prompts that have none of their own."""
+    for name in _PROMPT_TABLES[:4]:
+        table = found.get(name, {})
+        if isinstance(table, str):
+            table = {"spec": table}
+        found[name] = {"system_prompt": system_prompt, **table}
 
 
 def _toml(value: Any) -> str:

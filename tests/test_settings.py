@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from job.errors import UsageError
-from job.settings import PromptSettings, Settings, describe_settings, load_settings, setting_names
+from job.settings import PromptSettings, Settings, default_values, describe_settings, load_settings, setting_names
 from tests.reference import page
 
 GIVEN = {
@@ -190,3 +190,83 @@ def test_a_profile_stands_between_the_defaults_and_what_is_given() -> None:
     with pytest.raises(UsageError, match="no profile nonsense") as refused:
         load_settings({"model": "m"}, profile="nonsense")
     assert refused.value.remedy == "choose from: heretic"
+
+
+# All that config.toml of heretic 1.4.0 may hold, with its defaults or what one would set.
+OTHERS = """
+model = "someone/model"
+model_commit = "0123abc"
+evaluate_model = "someone/other"
+collect_reproducibles = "archive"
+reproduce = "reproduce.json"
+dtypes = ["auto", "float16", "bfloat16", "float32"]
+quantization = "bnb_4bit"
+device_map = "auto"
+max_memory = { "0" = "20GB", "cpu" = "64GB" }
+offload_outputs_to_cpu = true
+batch_size = 0
+max_batch_size = 128
+max_response_length = 80
+response_prefix = "<think></think>"
+chain_of_thought_skips = [["<think>", "<think></think>"]]
+print_responses = false
+print_residual_geometry = false
+plot_residuals = false
+residual_plot_path = "plots"
+residual_plot_title = "Residuals"
+residual_plot_style = "dark_background"
+kl_divergence_scale = 1.0
+kl_divergence_target = 0.01
+orthogonalize_direction = true
+row_normalization = "none"
+full_normalization_lora_rank = 3
+winsorization_quantile = 0.95
+n_trials = 100
+n_startup_trials = 30
+seed = 7
+study_checkpoint_dir = "checkpoints"
+refusal_markers = ["sorry"]
+system_prompt = "You are a helpful assistant."
+export_strategy = "merge"
+max_shard_size = "5GB"
+
+[[benchmarks]]
+task = "gsm8k"
+name = "GSM8K"
+description = "Grade school mathematics"
+
+[good_prompts]
+dataset = "someone/good"
+split = "train[:40]"
+column = "text"
+residual_plot_label = "good"
+residual_plot_color = "royalblue"
+
+[bad_evaluation_prompts]
+dataset = "someone/bad"
+commit = "4567def"
+split = "test[:10]"
+column = "text"
+system_prompt = "You are a cook."
+"""
+
+
+def test_a_file_of_heretic_loads_whole(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(OTHERS)
+    loaded = load_settings({}, config=config)
+    settings = loaded.settings
+    assert (settings.model, settings.trials, settings.startup_trials, settings.seed) == (
+        "someone/model@0123abc",
+        100,
+        30,
+        7,
+    )
+    assert (settings.loading.quantization, settings.loading.device_map) == ("bnb-4bit", "auto")
+    assert settings.loading.max_memory == {"0": "20GB", "cpu": "64GB"}
+    assert (settings.scoring.answer_tokens, settings.export_format) == (80, "merged")
+    assert settings.good_prompts.system_prompt == settings.bad_prompts.system_prompt == "You are a helpful assistant."
+    assert settings.bad_eval_prompts.system_prompt == "You are a cook."
+    assert (settings.bad_eval_prompts.spec, settings.bad_eval_prompts.revision) == ("someone/bad", "4567def")
+    assert settings.bad_prompts.spec == default_values()["bad_prompts"]
+    assert any(note.startswith("benchmarks is no longer needed") for note in loaded.notes)
