@@ -551,16 +551,23 @@ def report(
 
 @app.command("inspect")
 def inspect_(
-    model: Annotated[str, typer.Argument(help="Folder of the model; only its configuration is read.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; only its configuration is read.")
+    ],
     as_json: AsJson = False,
     trusted: Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with it.")] = False,
 ) -> None:
     """Show the residual writers that were found, or why the model is refused (exit code 3)."""
     import json
 
+    from job.events import Events
+    from job.models import fetch_model, list_model, parse_model
     from job.truth import inspection
 
-    found = inspection(Path(model), trusted)
+    source, folder, report = parse_model(model), Path(model), Events().say
+    if source.kind == "hub":
+        folder = fetch_model(source, list_model(source, None, report), report, weights=False)
+    found = inspection(folder, trusted)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     elif found["supported"]:

@@ -110,3 +110,17 @@ def test_the_report_is_written_again_from_the_run_folder(finished: Path, tmp_pat
 
 def test_nothing_to_report_is_told(tmp_path: Path) -> None:
     abliterate("report", "--workspace", tmp_path).fails(2, "there is no job")
+
+
+def test_a_model_on_the_hub_is_inspected_without_its_weights(organism: Path, hub: LoopbackHub, tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in (organism / "model").iterdir() if path.is_file()}
+    hub.add_model("kitchen/cook", files)
+    hub.forget()
+    network = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+    found = json.loads(abliterate("inspect", "kitchen/cook", "--json", **network).check().out)
+    assert (found["supported"], found["model_type"], len(found["writers"])) == (True, "llama", 16)
+    assert not [
+        request for request in hub.requests if request.path.endswith(".safetensors") and request.method == "GET"
+    ]
+    assert hub.bytes_sent() < len(files["model.safetensors"]) / 2
+    abliterate("inspect", "kitchen/nobody", **network).fails(3, "kitchen/nobody")
