@@ -68,6 +68,7 @@ def test_charts_are_drawn_and_nothing_is_fetched(page: View, finished: Path) -> 
     assert marks("chart-points", ".points path.point") == len(layer["good_points"]) + len(layer["bad_points"])
     assert page.page.locator("section h2").all_inner_texts() == [
         "Figures",
+        "What detectors say",
         "Pareto front",
         "The chosen edit",
         "Directions by layer",
