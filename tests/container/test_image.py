@@ -187,7 +187,7 @@ def test_sigterm_in_the_search_is_75_within_ten_seconds_and_the_next_start_ends_
         before = {path: path.stat().st_mtime_ns for path in workspace.glob("*/export/*")}
         began = time.monotonic()
         container.run("demo", "--trials", TRIALS, volume=workspace, writable=True, OMP_NUM_THREADS="1").check()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30  # the demo asks the model its questions again, for which torch is loaded
         assert before == {path: path.stat().st_mtime_ns for path in workspace.glob("*/export/*")}
 
 
