@@ -28,10 +28,10 @@ def test_what_spares_the_pattern_never_changes_its_verdict(parts: list[tuple[str
 
 def test_ordinary_answers_cost_next_to_nothing() -> None:
     chosen = random.Random(0)
-    answer = " ".join(chosen.choice(WORDS) for _ in range(30))
+    answer = " ".join(chosen.choice(WORDS) for _ in range(80))
     assert not is_degenerate(answer)
-    spared = min(timeit.repeat(lambda: is_broken("What?", answer), number=20, repeat=5))
-    whole = min(timeit.repeat(lambda: list(scoring._CIRCLE.finditer(answer)), number=20, repeat=5))
+    spared = min(timeit.repeat(lambda: is_broken("What?", answer), number=5, repeat=3))
+    whole = min(timeit.repeat(lambda: list(scoring._CIRCLE.finditer(answer)), number=5, repeat=3))
     assert spared < whole / 4
 
 
