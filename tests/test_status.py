@@ -104,7 +104,15 @@ def test_a_watch_on_a_phone_waits_for_a_preempted_job_until_it_is_interrupted(pr
     # How wide a terminal is may be said here, as to the processes of pytest-xdist, and goes before what it says itself.
     told = {name: value for name, value in environment(TERM="xterm").items() if name not in ("COLUMNS", "LINES")}
     process = subprocess.Popen(
-        [*COMMAND, "status", "--workspace", str(preempted), "--watch", "--interval", "0.2"],
+        # Where the tests run in the background of a shell, interrupts are ignored, and by all that they start.
+        [
+            *("env", "--default-signal=INT", *COMMAND, "status"),
+            "--workspace",
+            preempted,
+            "--watch",
+            "--interval",
+            "0.2",
+        ],
         stdout=terminal,
         stderr=subprocess.PIPE,
         env=told,
