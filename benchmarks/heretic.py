@@ -21,6 +21,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from job.convergence import hypervolume
 from job.settings import default_values
 
 PACKAGE, VERSION = "heretic-llm", "1.4.0"
@@ -58,7 +59,7 @@ class Outcome:
     Attributes:
         trial_s: Seconds a trial, over the search alone.
         job_s: Seconds from the command to its end, with the model exported.
-        volume: Hypervolume of the Pareto front, see `hypervolume`.
+        volume: Hypervolume of the Pareto front, see `job.convergence.hypervolume`.
         fewest: The least share of refusals.
     """
 
@@ -103,16 +104,6 @@ def toml(values: dict[str, Any]) -> str:
         else:
             lines.append(f"{name} = {json.dumps(value)}")
     return "\n".join(lines) + "\n"
-
-
-def hypervolume(points: list[tuple[float, float]]) -> float:
-    """Return the area that points (share of refusals, KL) dominate up to (1, 1); a larger KL counts as 1."""
-    area, least = 0.0, 1.0
-    for refusals, kl in sorted(points):
-        if kl < least:
-            area += (1 - refusals) * (least - kl)
-            least = kl
-    return area
 
 
 def failed(tool: str, why: str, log: Path) -> SystemExit:

@@ -38,13 +38,13 @@ from benchmarks.heretic import (
     Outcome,
     Task,
     failed,
-    hypervolume,
     install,
     run_peer,
     threads,
     toml,
     versions,
 )
+from job.convergence import hypervolume
 from job.demo import write_organism
 from job.study import read_trials
 from tests.helpers import COMMAND, environment, events, only_job

@@ -26,7 +26,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
-from benchmarks.heretic import hypervolume
+from job.convergence import hypervolume
 from job.evaluation import Evaluator
 from job.intervention import Intervention
 from job.model import load_model

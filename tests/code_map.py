@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import tomllib
 from pathlib import Path
+
+from tests.generated import write_or_print
 
 ROOT = Path(__file__).parents[1]
 _INTRODUCTION = """# Map of the code
@@ -43,12 +44,5 @@ def _about(name: str) -> str:
     return said.partition("\n")[0].rstrip(".").replace("|", "\\|")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--write", type=Path)
-    file = parser.parse_args().write
-    file.write_text(page()) if file else print(page())
-
-
 if __name__ == "__main__":
-    main()
+    write_or_print(page())

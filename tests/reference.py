@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import argparse
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from job.cli import SETTING_OPTIONS
 from job.settings import ENVIRONMENT_PREFIX, PromptSettings, Settings, as_toml, default_values
+from tests.generated import write_or_print
 
 _INTRODUCTION = f"""# Settings
 
@@ -90,12 +89,5 @@ def _values(kind: Any) -> str:
     return {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}.get(kind, str(kind))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--write", type=Path)
-    file = parser.parse_args().write
-    file.write_text(page()) if file else print(page())
-
-
 if __name__ == "__main__":
-    main()
+    write_or_print(page())

@@ -21,10 +21,6 @@ from job.numerics.intervals import ratio_interval
 from job.plain_text import Passage, cross_entropies, passages_of
 from tests.helpers import abliterate, loading, only_job
 
-NO_HARNESS = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval, which the extra lm-eval installs"
-)
-
 
 def plain_cross_entropy(model: Any, tokens: list[int], first: int) -> float:
     """Return what plain transformers computes for one text, without padding."""
@@ -176,7 +172,6 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     return documents
 
 
-@NO_HARNESS
 @pytest.mark.slow
 def test_a_benchmark_of_ones_own_by_the_harness(organism: Path, finished: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "runs"

@@ -149,7 +149,7 @@ def test_resource_limits_are_read_and_judged() -> None:
 
 
 def test_a_users_limit_on_processes() -> None:
-    if os.geteuid():
+    if os.geteuid():  # the limit is a user's over all processes: a user with none but ours is needed to reach it
         pytest.skip("only root can become another user")
 
     # The interpreter may lie where only root reaches it, so the child changes after its imports.

@@ -201,6 +201,7 @@ def test_of_two_runners_at_once_one_works(
 def apart() -> list[str]:
     """Return how a command is run among processes of its own, as on another machine."""
     if not Path("/usr/bin/unshare").exists() or subprocess.run([*APART, "true"], capture_output=True).returncode:
+        # Only root may have them, on Linux; without them a runner sees the other's process, which no machine does.
         pytest.skip("no process namespaces here")
     return APART
 
