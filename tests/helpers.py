@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,25 +40,25 @@ class Result:
             assert part in lines[0], (part, lines[0])
 
 
-# Libraries set variables with these names themselves, in whichever process of the tests comes to load a part of them.
-_SET_BY_LIBRARIES = ("CUBLAS_", "CUDA_", "KMP_", "NCCL_", "TOKENIZERS_", "TORCH", "_TORCH", "TRITON_")
 _AT_START = dict(os.environ)
+# What tests set for commands by setting it here. Whatever else has changed since the start, a library has set, in
+# whichever process of the tests came to load or use it.
+_GIVEN = ("AWS_", "HF_TOKEN", "PATH")
 
 
 def environment(**extra: str) -> dict[str, str]:
     """Return an environment without the settings of whoever runs the tests and what libraries have set since."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("ABLITERATE_")
-        and (not name.startswith(_SET_BY_LIBRARIES) or _AT_START.get(name) == value)
-    }
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
+    kept = {name: value for name, value in _AT_START.items() if not name.startswith(_GIVEN)}
+    given = {name: value for name, value in os.environ.items() if name.startswith(_GIVEN)}
+    return {**_own(kept), **given, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 
-@functools.cache
-def _usual_environment() -> dict[str, str]:
-    return environment()
+def _own(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if not name.startswith("ABLITERATE_")}
+
+
+# That of a server must not be what one test had set.
+_USUAL = {**_own(_AT_START), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 # For runs that are timed: coverage measurement would count.
@@ -81,7 +80,7 @@ def start(*arguments: Any, cold: bool = False, **extra: str) -> subprocess.Popen
 def _start(arguments: tuple[Any, ...], env: dict[str, str], cold: bool, **options: Any) -> subprocess.Popen[str]:
     """Start the command, where it can be with the slow libraries loaded; cold ones load them as users' do."""
     words = list(map(str, arguments))
-    server = None if cold else server_for(env, _usual_environment())
+    server = None if cold else server_for(env, _USUAL)
     if server is None:
         return subprocess.Popen([*COLD, *words], stderr=subprocess.PIPE, text=True, env=env, **options)
     return Warm(server, words, stderr=subprocess.PIPE, text=True, env=env, **options)

@@ -40,18 +40,24 @@ def look(pid: int) -> dict[str, Any]:
 def test_what_libraries_set_in_the_tests_process_starts_no_command_cold(monkeypatch: pytest.MonkeyPatch) -> None:
     before = environment()
     importlib.import_module("torch._inductor.fx_passes.numeric_utils")
+    importlib.import_module("lm_eval")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["HF_XET_HIGH_PERFORMANCE"] == "1"
     assert environment() == before
     monkeypatch.setenv("AWS_PROFILE", "kitchen")
     assert environment() == {**before, "AWS_PROFILE": "kitchen"}
 
 
 @pytest.mark.slow
-def test_a_process_begins_and_ends_like_any_other(organism: Path, tmp_path: Path) -> None:
+def test_a_process_begins_and_ends_like_any_other(
+    organism: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     seen = []
     for cold, number in ((True, signal.SIGKILL), (False, signal.SIGKILL), (False, signal.SIGTERM)):
         workspace = tmp_path / f"{cold}-{number}"
         process = start("run", *job_arguments(organism), "--workspace", workspace, "--trials", 400, cold=cold)
+        request.addfinalizer(process.communicate)
+        request.addfinalizer(process.kill)  # the last to be added is the first to be done
         assert isinstance(process, Warm) is not cold
         while not list(workspace.glob("*/events.jsonl")):
             assert process.poll() is None, process.communicate()[1]
