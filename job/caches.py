@@ -1,10 +1,11 @@
-"""What the decoder does with transformers' caches: picks rows of them, and fills them with a prefix that rows share."""
+"""What the decoder does with transformers' caches: picks rows, joins caches, and fills them with a shared prefix."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +43,11 @@ def rows_can_be_picked(model: PreTrainedModel) -> bool:
     return _holds_only(model, _PICKABLE)
 
 
-def longest_shared_prefix(model: PreTrainedModel) -> int:
-    """Return how long a prefix rows of a model's cache may share, in tokens; 0: none.
+def writable_slots(model: PreTrainedModel) -> int:
+    """Return how many slots of a model's cache can be filled with what was computed elsewhere; 0: none.
 
-    A cache with recurrent states has no slots to put a prefix in. A sliding window forgets what is not within it,
-    which rows of other lengths would still see.
+    A cache with recurrent states has no slots. A sliding window forgets what is not within it, which rows of other
+    lengths would still see.
     """
     if not takes_cache(model) or "position_ids" not in arguments(model) or not _holds_only(model, _PLAIN):
         return 0
@@ -62,6 +63,45 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
     limit = min(map(len, prompts)) - 1
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), math.inf)
     return first[: int(min(length, limit))]
+
+
+def joined(model: PreTrainedModel, caches: list[DynamicCache]) -> DynamicCache:
+    """Return one cache with the rows of several, the shorter ones padded on the left; theirs are let go.
+
+    Args:
+        model: The model, of whose cache so many slots are writable.
+        caches: One cache for each forward.
+    """
+    cache = DynamicCache(config=model.config)
+    width = max(one.get_seq_length() for one in caches)
+    for index, layer in enumerate(caches[0].layers):
+        if getattr(layer, "keys", None) is None:
+            continue
+        keys = _beside([_taken(one.layers[index], "keys") for one in caches], width)
+        values = _beside([_taken(one.layers[index], "values") for one in caches], width)
+        cache.update(keys, values, index)
+    return cache
+
+
+def _taken(layer: Any, name: str) -> Tensor:
+    """Return a layer's keys or values, which it loses."""
+    tensor: Tensor = getattr(layer, name)
+    setattr(layer, name, None)
+    return tensor
+
+
+def _beside(tensors: list[Tensor], width: int) -> Tensor:
+    """Return keys or values [rows, heads, slots, width of a head] of several caches, their last slots beside others'.
+
+    The list is emptied on the way, so that nothing is there twice.
+    """
+    rows = sum(map(len, tensors))
+    found = tensors[0].new_zeros(rows, tensors[0].shape[1], width, tensors[0].shape[3])
+    while tensors:
+        rows -= len(tensors[-1])
+        tensor = tensors.pop()
+        found[rows : rows + len(tensor), :, width - tensor.shape[2] :] = tensor
+    return found
 
 
 @dataclass(frozen=True)

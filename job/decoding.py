@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -17,9 +18,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from job.caches import SharedPrefix, arguments, longest_shared_prefix, rows_can_be_picked, takes_cache
+from job.caches import SharedPrefix, arguments, joined, rows_can_be_picked, takes_cache, writable_slots
 from job.numerics.metrics import log_odds
 from job.placement import input_device
+from job.records import READ_TOKENS
 
 
 def left_padded(prompts: Sequence[list[int]], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,18 +65,22 @@ class Manner:
     cached: bool = True
     shared: bool = True
 
-    def chunks(self, prompts: Sequence[list[int]], rows: int, positions: int = 1) -> Iterator[list[list[int]]]:
+    def chunks(
+        self, prompts: Sequence[list[int]], rows: int, positions: int = 1, tokens: int | None = None
+    ) -> Iterator[list[list[int]]]:
         """Yield prompts, in order, in what one forward takes.
 
         Args:
-            prompts: Token ids of each prompt.
+            prompts: Token ids of each prompt, the shortest first.
             rows: Prompts in one forward at most.
             positions: Of how many positions a row logits are wanted; continuations of one length are not always.
+            tokens: Tokens in one forward at most, padding included, unless one prompt has more; None: no such bound.
         """
         chunk: list[list[int]] = []
         for prompt in prompts:
             alike = self.padded or (positions == 1 and all(len(prompt) == len(other) for other in chunk))
-            if chunk and (len(chunk) == rows or not alike):
+            full = len(chunk) == rows or (tokens is not None and (len(chunk) + 1) * len(prompt) > tokens)
+            if chunk and (full or not alike):
                 yield chunk
                 chunk = []
             chunk.append(prompt)
@@ -93,6 +99,11 @@ class Shared:
 
     prefix: SharedPrefix
     trials: Tensor
+
+
+def read_tokens(model: PreTrainedModel) -> int | None:
+    """Return how many tokens of prompts a forward is best given where the model is, None: as many as may be."""
+    return READ_TOKENS.get(input_device(model).type)
 
 
 @torch.inference_mode()
@@ -176,11 +187,10 @@ class _Ledger:
             present: Which prompt each row answers.
         """
         logits = logits.to(torch.float32)
-        if self._openings is not None:
-            asked = torch.tensor(self._openings, device=logits.device)
-            for answer, odds in zip(self.answers, log_odds(logits, asked).tolist(), strict=True):
-                answer.opening = odds
-            self._openings = None
+        if self._openings is not None and not self.answers[present[0]].margins:
+            asked = torch.tensor([self._openings[index] for index in present], device=logits.device)
+            for index, odds in zip(present, log_odds(logits, asked).tolist(), strict=True):
+                self.answers[index].opening = odds
         best = logits.topk(2)
         margins = (best.values[:, 0] - best.values[:, 1]).tolist()
         for index, token, margin in zip(present, best.indices[:, 0].tolist(), margins, strict=True):
@@ -197,6 +207,122 @@ class _Ledger:
         return best.indices[:, 0]
 
 
+@dataclass
+class _Rows:
+    """Rows that are decoded together.
+
+    Attributes:
+        present: Which prompt each row answers.
+        tokens: The next token of each, [rows, 1].
+        positions: Its position, [rows, 1].
+        mask: Which slots before it are no padding, [rows, slots].
+        cache: What has been computed of those.
+    """
+
+    present: list[int]
+    tokens: Tensor
+    positions: Tensor
+    mask: Tensor
+    cache: DynamicCache
+
+    def keep(self, staying: Sequence[int]) -> None:
+        """Let all rows but these go."""
+        keep = torch.tensor(staying, device=self.mask.device)
+        self.cache.reorder_cache(keep)
+        self.tokens, self.positions, self.mask = self.tokens[keep], self.positions[keep], self.mask[keep]
+        self.present = [self.present[row] for row in staying]
+
+    @classmethod
+    def joined(cls, model: PreTrainedModel, parts: Sequence[_Rows]) -> _Rows:
+        """Put rows that were read apart beside one another."""
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.mask.shape[1] for part in parts)
+        return cls(
+            [index for part in parts for index in part.present],
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.positions for part in parts]),
+            torch.cat([pad(part.mask, (width - part.mask.shape[1], 0)) for part in parts]),
+            joined(model, [part.cache for part in parts]),
+        )
+
+
+class _Decoder:
+    """Reads prompts and decodes answers on caches of transformers' own kind."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[list[int]],
+        ledger: _Ledger,
+        select: Callable[[Tensor], None],
+        shared: Shared | None,
+    ) -> None:
+        self._model, self._prompts, self._ledger = model, prompts, ledger
+        self._select, self._shared = select, shared
+        self._device = input_device(model)
+        self._pickable = rows_can_be_picked(model)
+
+    def parts(self) -> list[list[int]]:
+        """Return which prompts are read in one forward, if what is kept of them can be put together again."""
+        most = read_tokens(self._model)
+        if most is None or max(map(len, self._prompts)) > writable_slots(self._model):
+            return [list(range(len(self._prompts)))]
+        order = sorted(range(len(self._prompts)), key=lambda index: len(self._prompts[index]))
+        chunks = Manner().chunks([self._prompts[index] for index in order], len(order), tokens=most)
+        indices = iter(order)
+        return [[next(indices) for _ in chunk] for chunk in chunks]
+
+    def read(self, present: list[int]) -> _Rows | None:
+        """Read some prompts; return the rows that go on after the first token of their answers, None if none does."""
+        tokens, mask, positions = left_padded([self._prompts[index] for index in present], self._device)
+        self._tell(present)
+        following = positions[:, -1:] + 1
+        if self._shared is None:
+            cache = DynamicCache(config=self._model.config)
+        else:
+            begin = self._shared.prefix.length
+            own = Shared(self._shared.prefix, self._shared.trials[torch.tensor(present, device=self._device)])
+            cache = _on_prefix(self._model, mask, own)
+            tokens, positions = tokens[:, begin:], positions[:, begin:]
+        chosen = self._ledger.take(_forward(self._model, tokens, mask, positions, cache)[:, -1], present)
+        return self._going(_Rows(present, chosen[:, None], following, mask, cache))
+
+    def step(self, rows: _Rows) -> _Rows | None:
+        """Decode a token of every row; return the rows that go on, None if none does."""
+        mask = torch.cat([rows.mask, rows.mask.new_ones(len(rows.mask), 1)], dim=1)
+        logits = _forward(self._model, rows.tokens, mask, rows.positions, rows.cache)
+        chosen = self._ledger.take(logits[:, -1], rows.present)
+        return self._going(replace(rows, tokens=chosen[:, None], positions=rows.positions + 1, mask=mask))
+
+    def answer(self, limit: int) -> None:
+        """Decode all answers, of so many tokens at most."""
+        parts = [rows for rows in map(self.read, self.parts()) if rows is not None]
+        if not parts:
+            return
+        rows = _Rows.joined(self._model, parts)
+        if len(parts) > 1:
+            self._tell(rows.present)
+        for _ in range(limit - 1):
+            going = self.step(rows)
+            if going is None:
+                break
+            rows = going
+
+    def _going(self, rows: _Rows) -> _Rows | None:
+        """Let rows go that are decided, where they can."""
+        staying = [row for row, index in enumerate(rows.present) if index in self._ledger.going]
+        if not staying:
+            return None
+        if self._pickable and len(staying) < len(rows.present):
+            rows.keep(staying)
+            self._tell(rows.present)
+        return rows
+
+    def _tell(self, present: Sequence[int]) -> None:
+        self._select(torch.tensor(present, device=self._device))
+
+
 @torch.inference_mode()
 def greedy_answers(
     model: PreTrainedModel,
@@ -206,14 +332,16 @@ def greedy_answers(
     end_tokens: Collection[int],
     openings: Sequence[int] | None = None,
     decided: Callable[[int, list[int]], bool] | None = None,
-    select: Callable[[Tensor], None] | None = None,
+    select: Callable[[Tensor], None] = lambda _: None,
     shared: Shared | None = None,
     manner: Manner = Manner(),
 ) -> list[Answer]:
     """Return the most likely continuation of every prompt, token by token.
 
-    Models whose caches do not let rows go are decoded with all rows to the end; those that take no cache of
-    transformers' own kind, by their own `generate`. The answers are the same.
+    On a CPU prompts are read some at a time and answered all together: reading is fastest in what its caches hold, and
+    a step of decoding takes nearly as long for one row as for many. Models whose caches do not let rows go are decoded
+    with all rows to the end; those that take no cache of transformers' own kind, by their own `generate`. The answers
+    are the same.
 
     Args:
         model: The model.
@@ -222,41 +350,17 @@ def greedy_answers(
         end_tokens: Tokens that end an answer.
         openings: For each prompt a token whose odds of opening the answer are wanted.
         decided: Given a prompt's index and its answer so far, whether that tells all that the caller wants to know.
-        select: Told which rows of the present batch remain, whenever some leave.
+        select: Told which prompts the rows of the next forward answer, in order, whenever these are others.
         shared: A prefix that all prompts begin with.
         manner: How the model can be read.
     """
     ledger = _Ledger(len(prompts), end_tokens, openings, decided)
     if not manner.cached:
         _read_again(model, prompts, limit, ledger, select)
-        return ledger.answers
-    if not takes_cache(model):
+    elif not takes_cache(model):
         _generate(model, prompts, limit, end_tokens, ledger)
-        return ledger.answers
-    tokens, mask, positions = left_padded(prompts, input_device(model))
-    positions_next = positions[:, -1:] + 1
-    if shared is None:
-        cache = DynamicCache(config=model.config)
-    else:
-        cache, begin = _on_prefix(model, mask, shared), shared.prefix.length
-        tokens, positions = tokens[:, begin:], positions[:, begin:]
-    pickable = rows_can_be_picked(model)
-    present = list(range(len(prompts)))
-    for _ in range(limit):
-        chosen = ledger.take(_forward(model, tokens, mask, positions, cache)[:, -1], present)
-        if not ledger.going:
-            break
-        if pickable and len(ledger.going) < len(present):
-            staying = [row for row, index in enumerate(present) if index in ledger.going]
-            keep = torch.tensor(staying, device=input_device(model))
-            cache.reorder_cache(keep)
-            mask, positions_next, chosen = mask[keep], positions_next[keep], chosen[keep]
-            present = [present[row] for row in staying]
-            if select is not None:
-                select(keep)
-        tokens, positions = chosen[:, None], positions_next
-        positions_next = positions_next + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    elif prompts:
+        _Decoder(model, prompts, ledger, select, shared).answer(limit)
     return ledger.answers
 
 
@@ -265,7 +369,7 @@ def _read_again(
     prompts: Sequence[list[int]],
     limit: int,
     ledger: _Ledger,
-    select: Callable[[Tensor], None] | None,
+    select: Callable[[Tensor], None],
 ) -> None:
     """Decode without a cache: for every token the whole of a row is read again."""
     present = list(range(len(prompts)))
@@ -274,10 +378,8 @@ def _read_again(
         ledger.take(last_logits(model, rows, 1)[:, -1], present)
         if not ledger.going:
             break
-        staying = [row for row, index in enumerate(present) if index in ledger.going]
-        if len(staying) < len(present) and select is not None:
-            select(torch.tensor(staying, device=input_device(model)))
-        present = [present[row] for row in staying]
+        present = [index for index in present if index in ledger.going]
+        select(torch.tensor(present, device=input_device(model)))
 
 
 # What tells how a model can be read: two prompts of unlike lengths, steps, and how far logits may be apart.
@@ -311,7 +413,7 @@ def manner_of(model: PreTrainedModel) -> Manner:
 
 def _shares(model: PreTrainedModel, prompts: Sequence[list[int]], alone: Tensor, scale: float) -> bool:
     """Return whether prompts' logits are those they have alone when what they begin with has been read before."""
-    length = min(len(_TRIED[0]) - 1, longest_shared_prefix(model))
+    length = min(len(_TRIED[0]) - 1, writable_slots(model))
     if length < 1:
         return False
     shared = Shared(shared_prefix(model, list(_TRIED[0][:length]), 1), torch.zeros(len(prompts), dtype=torch.long))

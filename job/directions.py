@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from job.decoding import read_tokens
 from job.errors import ImpossibleJobError, MachineError
 from job.events import Events
 from job.faults import halving
@@ -241,4 +242,5 @@ def _geometry(key: str, good: Tensor, bad: Tensor, basis: Basis) -> GeometryReco
 
 def tokens_of_forward(loaded: LoadedModel, prompts: Sequence[Prompt], rows: int, answer_tokens: int) -> int:
     """Return how many tokens a forward of so many rows was planned to take: the longest prompt with its answer."""
-    return rows * (max(map(len, loaded.tokenize(prompts))) + answer_tokens)
+    planned, most = rows * (max(map(len, loaded.tokenize(prompts))) + answer_tokens), read_tokens(loaded.model)
+    return planned if most is None else min(planned, most)

@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from job.caches import common_prefix, longest_shared_prefix
-from job.decoding import Answer, Shared, first_logits, greedy_answers, last_logits, shared_prefix
+from job.caches import common_prefix, writable_slots
+from job.decoding import Answer, Shared, first_logits, greedy_answers, last_logits, read_tokens, shared_prefix
 from job.divergence import Reference, forced, real_positions
 from job.faults import halving
 from job.fluency import Fluency
@@ -87,12 +87,13 @@ class Evaluator:
         # By length, so that forwards waste little on padding.
         self._good, self._good_prompts = _by_length(loaded, good)
         self._bad, self._bad_prompts = _by_length(loaded, bad)
-        common = common_prefix([*self._good, *self._bad])[: longest_shared_prefix(loaded.model)]
+        common = common_prefix([*self._good, *self._bad])[: writable_slots(loaded.model)]
         self._prefix = common if self._manner.shared and len(common) >= least_prefix else []
         self._markers = markers
         self._watch = MarkerWatch(loaded.tokenizer, markers)
         self._answer_tokens = answer_tokens
         self._rows = rows
+        self._read_tokens = read_tokens(loaded.model)
         self._kl_tokens = kl_tokens
         self._reference: Reference | None = None
         self._base_openings: list[int] | None = None
@@ -126,7 +127,7 @@ class Evaluator:
 
     def _continuations(self, limit: int) -> list[list[int]]:
         """Return the model's answers to the good prompts, of so many tokens at most."""
-        placed = self._placed(self._good, None)
+        placed = self._placed(self._good, None, answered=True)
         answers = (self._answers(chunk, None, shared=on, whole=True, limit=limit) for chunk, on in placed)
         return [answer.tokens for chunk in answers for answer in chunk]
 
@@ -222,7 +223,8 @@ class Evaluator:
         done = 0
         # A forward has logits for no more positions than rows were planned for.
         most = max(1, rows // (trials * self._kl_tokens))
-        for chunk in self._manner.chunks(self._good, most, self._kl_tokens):
+        tokens = None if self._read_tokens is None else self._read_tokens // trials
+        for chunk in self._manner.chunks(self._good, most, self._kl_tokens, tokens):
             intervention.rows = self._rows_of(range(trials), len(chunk))
             prompts = reference.forced(chunk, done) * trials
             logits = last_logits(self._loaded.model, prompts, self._kl_tokens, on_prefix(intervention.rows))
@@ -327,10 +329,11 @@ class Evaluator:
         limit: int | None = None,
     ) -> list[Answer]:
         """Return answers; unless they are wanted whole, a row leaves the batch once it contains a marker."""
+        trials = intervention.rows if intervention is not None else None
 
-        def select(keep: Tensor) -> None:
-            if intervention is not None and intervention.rows is not None:
-                intervention.rows = intervention.rows[keep]
+        def select(present: Tensor) -> None:
+            if intervention is not None and trials is not None:
+                intervention.rows = trials[present]
 
         watches = [self._watch.begin() for _ in prompts]
 
@@ -429,7 +432,7 @@ class Evaluator:
         return self._fitting(lambda: self._whole_answers([*self._good, *self._bad], intervention))
 
     def _whole_answers(self, prompts: Sequence[list[int]], intervention: Intervention | None) -> list[Answer]:
-        placed = self._placed(prompts, intervention)
+        placed = self._placed(prompts, intervention, answered=True)
         return [
             answer
             for chunk, shared in placed
@@ -437,7 +440,12 @@ class Evaluator:
         ]
 
     def _placed(
-        self, prompts: Sequence[list[int]], intervention: Intervention | None, positions: int = 1
+        self,
+        prompts: Sequence[list[int]],
+        intervention: Intervention | None,
+        positions: int = 1,
+        *,
+        answered: bool = False,
     ) -> Iterator[tuple[list[list[int]], Shared | None]]:
         """Yield the prompts in chunks, all rows of which have the intervention's edit 0, on what they begin with.
 
@@ -445,10 +453,12 @@ class Evaluator:
             prompts: The prompts.
             intervention: The hooks; None for the model as it is.
             positions: Of how many positions a row logits are wanted.
+            answered: Prompts are answered, all of a chunk together, and not only read.
         """
         try:
             on_prefix = self._on_prefix(intervention, 1)
-            for chunk in self._manner.chunks(prompts, max(1, self._rows // positions), positions):
+            most, tokens = max(1, self._rows // positions), None if answered else self._read_tokens
+            for chunk in self._manner.chunks(prompts, most, positions, tokens):
                 rows = torch.zeros(len(chunk), dtype=torch.long, device=self._loaded.device)
                 if intervention is not None:
                     intervention.rows = rows

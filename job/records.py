@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict
 
 Component = Literal["attention", "mlp"]
 ExportFormat = Literal["merged", "adapter", "directions"]
+# Tokens of prompts in one forward at most, where that is faster than as many as there is room for: more do not stay
+# in a CPU's caches between one operation and the next (measured, docs/lab-notes.md).
+READ_TOKENS = {"cpu": 2048}
 FORMATS: tuple[ExportFormat, ...] = ("merged", "adapter", "directions")
 COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
 

@@ -47,13 +47,13 @@ def test_decided_rows_leave_and_the_others_go_on_as_before(random_model_folder: 
         limit=12,
         end_tokens=(),
         decided=lambda _, tokens: wanted in tokens,
-        select=lambda keep: kept.append(len(keep)),
+        select=lambda present: kept.append(len(present)),
     )
     for one, other in zip(whole, early, strict=True):
         assert one.tokens[: len(other.tokens)] == other.tokens
         assert len(other.tokens) == 12 or wanted in other.tokens
-    assert kept
-    assert kept[0] < len(PROMPTS)
+    assert kept[0] == len(PROMPTS)
+    assert 0 < kept[-1] < len(PROMPTS)
 
 
 def test_residuals_are_the_hidden_states_of_the_last_prompt_token(random_model_folder: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from job.caches import common_prefix, longest_shared_prefix, rows_can_be_picked, takes_cache
+from job.caches import common_prefix, rows_can_be_picked, takes_cache, writable_slots
 from job.decoding import Answer, Shared, first_logits, greedy_answers, last_logits, left_padded, shared_prefix
+from job.records import READ_TOKENS
 from tests.zoo import FAMILIES, tiny_model
 
 BEGINNING = [5, 9, 11, 13, 17, 19]
@@ -19,6 +20,14 @@ SHARING = {"llama", "qwen3", "gemma2", "llama4", "mixtral", "gpt-neox"}
 NOT_OURS = {"mamba", "minimax"}
 
 
+def read_in_parts_of(tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have prompts read with so many tokens in a forward; None: all together."""
+    if tokens is None:
+        monkeypatch.delitem(READ_TOKENS, "cpu")
+    else:
+        monkeypatch.setitem(READ_TOKENS, "cpu", tokens)
+
+
 def same(one: list[Answer], other: list[Answer]) -> bool:
     return [answer.tokens for answer in one] == [answer.tokens for answer in other]
 
@@ -26,7 +35,11 @@ def same(one: list[Answer], other: list[Answer]) -> bool:
 # What reference implementations of kernels and some configurations say of themselves.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_equal_generate_in_every_family(family: str) -> None:
+@pytest.mark.parametrize("tokens", [None, 24, 1], ids=["read together", "in parts", "one by one"])
+def test_answers_equal_generate_in_every_family(
+    family: str, tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_in_parts_of(tokens, monkeypatch)
     model = tiny_model(family)
     assert takes_cache(model) == (family not in NOT_OURS)
     free = greedy_answers(model, PROMPTS, limit=10, end_tokens=())
@@ -50,11 +63,15 @@ def test_answers_equal_generate_in_every_family(family: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", sorted(SHARING))
-def test_a_prefix_computed_once_changes_nothing(family: str) -> None:
+@pytest.mark.parametrize("tokens", [None, 24], ids=["read together", "in parts"])
+def test_a_prefix_computed_once_changes_nothing(
+    family: str, tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_in_parts_of(tokens, monkeypatch)
     model = tiny_model(family)
     prefix = common_prefix(PROMPTS)
     assert prefix == BEGINNING
-    assert longest_shared_prefix(model) >= len(prefix)
+    assert writable_slots(model) >= len(prefix)
     # Two trials, which do not differ here; tests of the intervention have trials that do.
     shared = Shared(shared_prefix(model, prefix, 2), torch.tensor([0, 1, 0, 1]))
     torch.testing.assert_close(first_logits(model, PROMPTS, shared), first_logits(model, PROMPTS), rtol=0, atol=1e-5)
@@ -68,12 +85,16 @@ def test_a_prefix_computed_once_changes_nothing(family: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - SHARING))
 def test_caches_with_more_than_a_slot_a_token_share_no_prefix(family: str) -> None:
-    assert longest_shared_prefix(tiny_model(family)) == 0
+    assert writable_slots(tiny_model(family)) == 0
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon-h1", "mamba"])
-def test_rows_that_leave_early_change_no_other(family: str) -> None:
+@pytest.mark.parametrize("tokens", [None, 24], ids=["read together", "in parts"])
+def test_rows_that_leave_early_change_no_other(
+    family: str, tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_in_parts_of(tokens, monkeypatch)
     model = tiny_model(family)
     whole = greedy_answers(model, PROMPTS, limit=10, end_tokens=())
     lengths = [2, 10, 5, 1]
@@ -96,7 +117,7 @@ def test_a_cache_that_cannot_be_picked_from_is_decoded_whole() -> None:
         expected = greedy_answers(model, PROMPTS, limit=6, end_tokens=())
         model.config.layer_types = ["of an unknown kind"] * model.config.num_hidden_layers
         assert not rows_can_be_picked(model)
-        assert longest_shared_prefix(model) == 0
+        assert writable_slots(model) == 0
         left: list[int] = []
         answers = greedy_answers(
             model,
@@ -104,12 +125,27 @@ def test_a_cache_that_cannot_be_picked_from_is_decoded_whole() -> None:
             limit=6,
             end_tokens=(),
             decided=lambda i, tokens: i < 2 and len(tokens) == 3,
-            select=lambda keep: left.append(len(keep)),
+            select=lambda present: left.append(len(present)),
         )
         assert [a.tokens for a in answers] == [a.tokens[: 3 if i < 2 else 6] for i, a in enumerate(expected)]
-        assert left == []
+        assert left == [4]
     finally:
         DYNAMIC_LAYER_TYPE_MAPPING.pop("of an unknown kind", None)
+
+
+def test_who_chose_rows_is_told_of_every_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two parts of two prompts, by length: of the first one row goes on, of the second both.
+    read_in_parts_of(40, monkeypatch)
+    told: list[list[int]] = []
+    greedy_answers(
+        tiny_model("llama"),
+        PROMPTS,
+        limit=4,
+        end_tokens=(),
+        decided=lambda i, tokens: len(tokens) == (1 if i == 0 else 3),
+        select=lambda present: told.append(present.tolist()),
+    )
+    assert told == [[2, 0], [2], [1, 3], [2, 1, 3]]
 
 
 def test_common_prefix_leaves_a_token_of_every_prompt() -> None:

@@ -33,7 +33,7 @@ from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis
 from job.preflight.facts import ModelFacts, Weights, model_facts
 from job.preflight.footprint import Batch, Edits, activation_bytes, cache_bytes, scoring_bytes
-from job.records import EditParameters, KernelParameters
+from job.records import READ_TOKENS, EditParameters, KernelParameters
 
 FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -135,6 +135,30 @@ def test_activations_against_live_tensors(
     measured = measured_peak(model, planned)
     assert activation_bytes(facts, planned, dtype.itemsize) == pytest.approx(measured - cache, rel=0.15)
     assert cache + activation_bytes(facts, planned, dtype.itemsize) == pytest.approx(measured, rel=0.10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape"),
+    [
+        ({}, (16, 48, 4)),
+        ({"num_key_value_heads": 8, "intermediate_size": 64}, (16, 48, 2)),  # the worst: caches put together
+        ({"num_key_value_heads": 8}, (16, 12, 60)),
+    ],
+)
+def test_activations_of_prompts_that_are_read_in_parts(
+    changes: dict[str, Any], shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama", **changes)
+    rows, prompt, answer = shape
+    monkeypatch.setitem(READ_TOKENS, "cpu", 2 * prompt)
+    facts = facts_of(model)
+    whole = Batch(rows=rows, prompt_tokens=prompt, answer_tokens=answer)
+    planned = whole.model_copy(update={"read_tokens": 2 * prompt})
+    assert planned.rows_read == 2
+    measured = measured_peak(model, planned)
+    assert cache_bytes(facts, planned, 4) + activation_bytes(facts, planned, 4) == pytest.approx(measured, rel=0.15)
+    if answer < 10:
+        assert activation_bytes(facts, planned, 4) < 0.5 * activation_bytes(facts, whole, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

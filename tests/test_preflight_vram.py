@@ -190,11 +190,22 @@ def test_like_machines_get_like_plans() -> None:
     assert len(plans) == 1
 
 
+@pytest.mark.parametrize("answer", [30, 100])
+def test_beside_a_large_model_in_ram_there_is_little(answer: int) -> None:
+    large = qwen(layers=24, hidden=896, wide=4864, vocab=150_000, tied=True)
+    reading = parse_on("1xH200").model_copy(update={"gpus": (), "memory": Memory(total=64 * GIB, available=60 * GIB)})
+    found = planned(large, reading, Workload(prompt_tokens=64, answer_tokens=answer, dtype_bytes=4))
+    (device,) = found.devices
+    assert device.weights > 1e9
+    assert device.cache + device.activations <= 0.25 * device.weights
+    assert found.rows >= 16
+
+
 def test_a_machine_without_gpu_computes_in_ram() -> None:
     small = qwen(layers=2, hidden=320, wide=640, vocab=1000)
     found = planned(small, read_machine().model_copy(update={"gpus": ()}), Workload(dtype_bytes=4))
     assert found.devices[0].device == "cpu"
-    assert found.rows == 256
+    assert found.rows == 512
     assert 'loading.device = "cpu"' in found.settings
     unknown = MachineReading(memory=None)
     assert isinstance(plan(small, unknown, WORK), Refusal)

@@ -21,11 +21,19 @@ class Batch(Record):
         rows: How many.
         prompt_tokens: Tokens of the longest prompt, to which all are padded.
         answer_tokens: Tokens that are decoded at most.
+        read_tokens: Tokens of prompts that are read in one forward at most; None: those of all rows.
     """
 
     rows: int
     prompt_tokens: int
     answer_tokens: int
+    read_tokens: int | None = None
+
+    @property
+    def rows_read(self) -> int:
+        """Rows of a forward that reads prompts."""
+        together = self.rows if self.read_tokens is None else self.read_tokens // self.prompt_tokens
+        return min(self.rows, max(together, 1))
 
     @property
     def tokens(self) -> int:
@@ -58,9 +66,11 @@ def activation_bytes(
         edits: What hooks do to the residual writers: "columns" also scales their inputs (mode column).
         layers: Those on the device that is asked about; None means all.
     """
-    beginning = Batch(rows=batch.rows, prompt_tokens=batch.prompt_tokens, answer_tokens=1)
-    full = cache_bytes(facts, batch, dtype_bytes, layers)
-    prefill = cache_bytes(facts, beginning, dtype_bytes, layers) + _prefill_bytes(facts, batch, dtype_bytes, edits)
+    beginning = batch.model_copy(update={"answer_tokens": 1})
+    full, begun = (cache_bytes(facts, one, dtype_bytes, layers) for one in (batch, beginning))
+    prefill = begun + _prefill_bytes(facts, batch, dtype_bytes, edits)
+    if batch.rows_read < batch.rows:  # parts of one layer are put together while those of the others are still there
+        prefill = max(prefill, begun + begun // max(facts.layers if layers is None else len(layers), 1))
     return max(prefill, full + _decoding_bytes(facts, batch, dtype_bytes)) - full
 
 
@@ -77,9 +87,9 @@ def _prefill_bytes(facts: ModelFacts, batch: Batch, dtype_bytes: int, edits: Edi
         stages.append(_scaled_input(facts, dtype_bytes))
     # Ids, mask and positions; cosines and sines; a row of the mask that attention is given.
     shared = 3 * 8 + 2 * facts.head_dim * dtype_bytes + batch.prompt_tokens
-    layers = batch.rows * batch.prompt_tokens * (max(stages) + shared)
+    layers = batch.rows_read * batch.prompt_tokens * (max(stages) + shared)
     copy = 0 if dtype_bytes == 4 else 4
-    return max(layers, batch.rows * facts.vocab * (dtype_bytes + copy))
+    return max(layers, batch.rows_read * facts.vocab * (dtype_bytes + copy))
 
 
 def _norms(facts: ModelFacts, dtype_bytes: int) -> int:

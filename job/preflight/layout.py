@@ -163,7 +163,7 @@ class _Planner:
         cache, activations = self._working(layers)
         # The head works where it lies: on the last device, or with the embedding it is tied to.
         if first if self._facts.tied else last:
-            scoring = scoring_bytes(self._facts, self._batch.rows, self._dtype_bytes)
+            scoring = scoring_bytes(self._facts, self._batch.rows_read, self._dtype_bytes)
             activations = max(activations, scoring - cache)
         return Load(
             device=device,

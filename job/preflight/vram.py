@@ -16,13 +16,16 @@ from job.preflight.footprint import Batch, Edits
 from job.preflight.gpu import IDLE_BYTES
 from job.preflight.layout import Device, Layout, lay_out
 from job.preflight.readings import MachineReading
-from job.records import Record
+from job.records import READ_TOKENS, Record
 
 Strategy = Literal["single", "balanced", "offload"]
 Quantization = Literal["none", "bnb-4bit"]
 
 # Rows beyond these gain nothing in throughput, so that even small models are not given more.
-MOST_ROWS = {"cpu": 256, "cuda": 1024}
+MOST_ROWS = {"cpu": 512, "cuda": 1024}
+# On a CPU, where rows beyond a few gain little as well (measured, docs/lab-notes.md), a large model's cache and
+# activations take no more than this share of its weights.
+CPU_SHARE, LARGE_BYTES = 0.25, 10**9
 # With fewer rows a trial takes so many forwards that the next strategy is better.
 FEWEST_ROWS = 4
 # A forward that waits for layers from RAM is not made slower by more rows, but its cache takes their room.
@@ -180,14 +183,27 @@ def _most_rows(
     facts: ModelFacts, devices: Sequence[Device], work: Workload, quantised: bool, fewest: int
 ) -> Layout | None:
     for rows in _row_counts(devices, work, fewest):
-        layout = lay_out(facts, devices, _batch(work, rows), work.dtype_bytes, quantised=quantised, edits=work.edits)
-        if layout is not None:
+        batch = _batch(work, rows, devices[0])
+        layout = lay_out(facts, devices, batch, work.dtype_bytes, quantised=quantised, edits=work.edits)
+        if layout is not None and (rows <= FEWEST_ROWS or not _takes_too_much(layout)):
             return layout
     return None
 
 
-def _batch(work: Workload, rows: int) -> Batch:
-    return Batch(rows=rows, prompt_tokens=work.prompt_tokens, answer_tokens=work.answer_tokens)
+def _takes_too_much(layout: Layout) -> bool:
+    """Return whether a large model on a CPU would be given more memory beside its weights than it gains by."""
+    load = layout.loads[0]
+    large = load.device.label == "cpu" and load.weights >= LARGE_BYTES
+    return large and load.cache + load.activations > CPU_SHARE * load.weights
+
+
+def _batch(work: Workload, rows: int, device: Device) -> Batch:
+    return Batch(
+        rows=rows,
+        prompt_tokens=work.prompt_tokens,
+        answer_tokens=work.answer_tokens,
+        read_tokens=READ_TOKENS.get(device.label.partition(":")[0]),
+    )
 
 
 def _offloaded(facts: ModelFacts, devices: Sequence[Device], ram: int, work: Workload) -> Layout | None:
@@ -195,7 +211,13 @@ def _offloaded(facts: ModelFacts, devices: Sequence[Device], ram: int, work: Wor
     limited = work.model_copy(update={"most_rows": min(work.most_rows or OFFLOAD_ROWS, OFFLOAD_ROWS)})
     for rows in _row_counts(devices, limited, 1):
         layout = lay_out(
-            facts, devices, _batch(work, rows), work.dtype_bytes, quantised=False, edits=work.edits, host=host
+            facts,
+            devices,
+            _batch(work, rows, devices[0]),
+            work.dtype_bytes,
+            quantised=False,
+            edits=work.edits,
+            host=host,
         )
         if layout is not None:
             return layout
@@ -280,7 +302,14 @@ def _cheapest(facts: ModelFacts, work: Workload, quantised: bool) -> tuple[Card,
         budget = card.total_bytes - IDLE_BYTES
         devices = [Device(f"cuda:{index}", card.name, budget, card.total_bytes) for index in range(count)]
         if (
-            lay_out(facts, devices, _batch(work, rows), work.dtype_bytes, quantised=quantised, edits=work.edits)
+            lay_out(
+                facts,
+                devices,
+                _batch(work, rows, devices[0]),
+                work.dtype_bytes,
+                quantised=quantised,
+                edits=work.edits,
+            )
             is not None
         ):
             return card, count
