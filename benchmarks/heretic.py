@@ -27,7 +27,6 @@ from job.settings import default_values
 PACKAGE, VERSION = "heretic-llm", "1.4.0"
 PEER = f"heretic {VERSION}"
 LIBRARIES = ("torch", "transformers", "optuna", "peft", "tokenizers")
-TOKENS = 100
 # The largest that heretic's own tuner tries; given, so that its job does not have to tune.
 PEER_ROWS = 128
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -43,6 +42,7 @@ class Task:
     Attributes:
         model: Folder of the model.
         sets: A file for each set of prompts.
+        tokens: Longest answer.
     """
 
     model: Path
@@ -50,6 +50,7 @@ class Task:
     trials: int
     startup: int
     threads: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,12 @@ def run_peer(command: Path, task: Task, seed: int, folder: Path) -> Outcome:
     sets = {"good_prompts": "good", "bad_prompts": "bad"}
     sets |= {"good_evaluation_prompts": "good_eval", "bad_evaluation_prompts": "bad_eval"}
     values = {
-        **{"model": str(task.model), "dtypes": ["float32"], "batch_size": PEER_ROWS, "max_response_length": TOKENS},
+        **{
+            "model": str(task.model),
+            "dtypes": ["float32"],
+            "batch_size": PEER_ROWS,
+            "max_response_length": task.tokens,
+        },
         **{"response_prefix": "", "system_prompt": SYSTEM_PROMPT, "seed": seed, "export_strategy": "merge"},
         **{"n_trials": task.trials, "n_startup_trials": task.startup, "study_checkpoint_dir": "study"},
         **{"row_normalization": "none", "orthogonalize_direction": False},

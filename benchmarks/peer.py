@@ -1,11 +1,14 @@
 """Against heretic, the published tool of this kind: seconds a trial, whole jobs, and how good the trials are.
 
 python -m benchmarks.peer [ORGANISM] [--trials 24] [--rounds 3] [--json FILE]
+python -m benchmarks.peer [ORGANISM] --widen 256x12 --tokens 48 --trials 12
 
 heretic-llm is installed from PyPI into an environment of its own and only ever run as a process, by its settings file
 and its menus. Both tools take their turns on the same organism, prompts, refusal markers, answer length, number of
 trials and of start-up trials, and threads, with another seed each round; this one also in the field's search space.
-What cannot be made equal is printed with the table. A run that fails ends the benchmark, its output is kept.
+With --widen the organism is put into a larger model that says the same and never ends an answer, so that all are as
+long as they may be. What cannot be made equal is printed with the table. A run that fails ends the benchmark, its
+output is kept.
 """
 
 from __future__ import annotations
@@ -33,7 +36,6 @@ from benchmarks.heretic import (
     PEER,
     PEER_ROWS,
     SYSTEM_PROMPT,
-    TOKENS,
     VERSION,
     Outcome,
     Task,
@@ -44,6 +46,7 @@ from benchmarks.heretic import (
     toml,
     versions,
 )
+from benchmarks.widened import widened
 from job.convergence import hypervolume
 from job.demo import write_organism
 from job.study import read_trials
@@ -53,7 +56,8 @@ HERE = Path.home() / ".cache" / "abliteration-job" / "peer"
 WIDE, FIELD = "this, wide space", "this, field's space"
 UNEQUAL = f"""\
 not equal: heretic evaluates trials one by one and finishes every answer of a batch; this one evaluates 4 trials
-  together and stops an answer once a marker has matched, with the same count of refusals.
+  together and stops an answer once a marker has matched, with the same count of refusals; in the search its answers
+  have 30 tokens at most, and the chosen trials are scored again at full length.
 not equal: heretic's sampler minimises scores of its own; this one's refusals and KL. Both volumes are of
   refusals and KL.
 not equal: in the field's space this one's MLP weights are from -0.25 to 1.5, heretic {VERSION}'s from 0.8 to 1.5.
@@ -75,7 +79,7 @@ def run_this(task: Task, seed: int, folder: Path, space: str) -> Outcome:
         **{"trials": task.trials, "startup_trials": task.startup, "seed": seed, "workspace": str(folder / "jobs")},
         **{f"{kind}_prompts": {"spec": str(task.sets[kind]), "system_prompt": SYSTEM_PROMPT} for kind in kinds},
         "loading": {"dtypes": ["float32"], "device": "cpu", "response_prefix": ""},
-        "scoring": {"answer_tokens": TOKENS},
+        "scoring": {"answer_tokens": task.tokens},
         "search": {"space": space},
     }
     (folder / "config.toml").write_text(toml(values))
@@ -152,6 +156,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=100, help="longest answer")
+    parser.add_argument("--widen", metavar="WIDTHxLAYERS", help="size of a larger model to put the organism into")
     parser.add_argument("--env", type=Path, default=HERE / VERSION, help="heretic's environment, made if absent")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -162,7 +168,10 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="peer-"))
     startup = min(60, given.trials // 3)
     sets = prompt_sets(given.organism, folder)
-    task = Task((given.organism / "model").resolve(), sets, given.trials, startup, given.threads)
+    model = (given.organism / "model").resolve()
+    if given.widen:
+        model = widened(model, folder / "model", *map(int, given.widen.split("x")))
+    task = Task(model, sets, given.trials, startup, given.threads, given.tokens)
     print(f"{given.trials} trials, {startup} of them random, {given.threads} threads; runs are kept in {folder}")
     outcomes: list[Outcome] = []
     for seed in range(given.rounds):
@@ -181,7 +190,7 @@ def main() -> None:
     if given.json:
         own = {name: importlib.metadata.version(name) for name in LIBRARIES}
         record = {
-            **{"trials": task.trials, "startup_trials": startup, "threads": task.threads, "tokens": TOKENS},
+            **{"trials": task.trials, "startup_trials": startup, "threads": task.threads, "tokens": task.tokens},
             **{"machine": platform.platform(), "cores": os.cpu_count(), "load": os.getloadavg()},
             **{"versions": {PEER: versions(given.env), "this": own}, "medians": rows},
             **{"runs": [asdict(outcome) for outcome in outcomes], "not equal": UNEQUAL.splitlines()},

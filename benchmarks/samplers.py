@@ -128,6 +128,21 @@ class Spread(SearchSpace):
         ]
 
 
+@dataclass(frozen=True)
+class Begun(SearchSpace):
+    """The wide space with points that come before the known ones.
+
+    Attributes:
+        points: Those points.
+    """
+
+    points: tuple[dict[str, Any], ...] = ()
+
+    def known_points(self) -> list[dict[str, Any]]:
+        """Return the points to try before any other."""
+        return [*self.points, *super().known_points()]
+
+
 def _at(share: float, distribution: BaseDistribution) -> Any:
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[int(share * len(distribution.choices))]
@@ -147,6 +162,7 @@ class Variant:
         seen: A trial as the sampler sees it.
         spread: Whether start-up trials are spread evenly.
         normed: Whether the last layer's residuals are taken after the model's final norm.
+        first: Points to try before any other, given the organism and another one.
     """
 
     space: Callable[[int], SearchSpace] = lambda layers: SearchSpace("wide", layers)
@@ -156,6 +172,39 @@ class Variant:
     seen: Seen | None = None
     spread: bool = False
     normed: bool = False
+    first: Callable[[Organism, Organism | None], list[dict[str, Any]]] | None = None
+
+
+def by_separation(organism: Organism, _: Organism | None) -> list[dict[str, Any]]:
+    """Return the ablation in full of one direction, for the four layers whose direction tells prompts apart best."""
+    point = SearchSpace("wide", organism.layers).known_points()[0]
+    order = sorted(range(organism.layers // 5, organism.layers), key=lambda layer: -organism.separation[layer])
+    return [{**point, "direction_index": float(layer)} for layer in order[:4]]
+
+
+def from_another(organism: Organism, other: Organism | None) -> list[dict[str, Any]]:
+    """Return the four trials of fewest refusals on the front of another organism's search, at the same depths."""
+    assert other is not None, "--other is needed"
+    done, _ = searched(other, VARIANTS["default"], 100, 48)
+    front = [trial for trial in done if not any(_dominates(rival, trial) for rival in done)]
+    front.sort(key=lambda trial: (trial.values.unanswered, trial.values.kl))
+    deeper = (organism.layers - 1) / (other.layers - 1)
+    ranges = SearchSpace("wide", organism.layers).distributions()
+    points = []
+    for trial in front[:4]:
+        point = dict(trial.params)
+        for name in point:
+            if name.endswith(("index", "position", "distance")):
+                held = ranges[name]
+                assert isinstance(held, FloatDistribution)
+                point[name] = min(max(point[name] * deeper, held.low), held.high)
+        points.append(point)
+    return points
+
+
+def _dominates(one: Trial, other: Trial) -> bool:
+    better, worse = ((trial.values.unanswered, trial.values.kl) for trial in (one, other))
+    return better != worse and better[0] <= worse[0] and better[1] <= worse[1]
 
 
 def _field(layers: int) -> SearchSpace:
@@ -188,8 +237,11 @@ VARIANTS = {
     "field, counts": Variant(space=_field, settings=_NONE_KNOWN, seen=counts),
     "field, random": Variant(space=_field, settings=_NONE_KNOWN, sampler=lambda seed: RandomSampler(seed=seed)),
     "field, MLP from 0.8": Variant(space=lambda layers: OtherField("field", layers), settings=_NONE_KNOWN),
+    "separating layers first": Variant(first=by_separation),
+    "another's best first": Variant(first=from_another),
     # Needs scipy, which the job does not.
     "Gaussian process": Variant(settings=_NONE_KNOWN, sampler=lambda seed: GPSampler(seed=seed, n_startup_trials=16)),
+    "known points, then a Gaussian process": Variant(sampler=lambda seed: GPSampler(seed=seed, n_startup_trials=8)),
 }
 
 
@@ -263,6 +315,15 @@ class Organism:
         """Number of layers."""
         return self._loaded.architecture.layer_count
 
+    @property
+    def separation(self) -> list[float]:
+        """How far apart the two kinds of prompts are along each layer's direction, in standard deviations."""
+        good, bad = self._residuals
+        along = torch.nn.functional.normalize(bad.mean(0) - good.mean(0), dim=-1)
+        first, second = ((found * along).sum(-1) for found in (good, bad))  # [n, layers]
+        spread = ((first.var(0) + second.var(0)) / 2).sqrt()
+        return ((second.mean(0) - first.mean(0)) / spread).tolist()
+
     def hooks(self, normed: bool) -> Intervention:
         """Return the hooks for its directions, the last layer's from residuals after the final norm if so wanted."""
         residuals = self._residuals
@@ -283,7 +344,9 @@ class Organism:
         return [self._scores[key] for key in keys]
 
 
-def searched(organism: Organism, variant: Variant, seed: int, trials: int) -> tuple[list[Trial], float]:
+def searched(
+    organism: Organism, variant: Variant, seed: int, trials: int, other: Organism | None = None
+) -> tuple[list[Trial], float]:
     """Return the trials of one search, and the processor's seconds that planning one took."""
     startup = min(60, math.ceil(trials / 3))
     defaults = {"batch": default_values()["trials_per_batch"], **default_values()["search"], "startup_trials": startup}
@@ -292,6 +355,8 @@ def searched(organism: Organism, variant: Variant, seed: int, trials: int) -> tu
     space = variant.space(organism.layers)
     if variant.spread:
         space = Spread("wide", organism.layers, seed=seed, startup=settings.startup_trials)
+    if variant.first is not None:
+        space = Begun("wide", organism.layers, points=tuple(variant.first(organism, other)))
     with tempfile.TemporaryDirectory() as folder, organism.hooks(variant.normed) as hooks:
         search = Tried(Path(folder) / "study.db", variant, space, settings, organism.prompts)
 
@@ -302,9 +367,11 @@ def searched(organism: Organism, variant: Variant, seed: int, trials: int) -> tu
         return search.finished(), search.seconds / trials
 
 
-def measured(name: str, organism: Organism, seeds: int, trials: int, marks: Sequence[int]) -> dict[str, Any]:
+def measured(
+    name: str, organism: Organism, seeds: int, trials: int, marks: Sequence[int], other: Organism | None
+) -> dict[str, Any]:
     """Return what searches of all seeds came to after so many trials each."""
-    found = [searched(organism, VARIANTS[name], seed, trials) for seed in range(seeds)]
+    found = [searched(organism, VARIANTS[name], seed, trials, other) for seed in range(seeds)]
     row: dict[str, Any] = {"variant": name, "sampler_s": statistics.mean(seconds for _, seconds in found)}
     for mark in marks:
         usable = [[t.values for t in done[:mark] if t.values.reason is None] for done, _ in found]
@@ -339,16 +406,18 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=default_values()["scoring"]["search_tokens"])
     parser.add_argument("--system", help="a system prompt")
+    parser.add_argument("--other", type=Path, help="an organism whose search may be learnt from")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     rows = []
+    other = Organism(given.other, given.prompts, given.tokens, given.system) if given.other else None
     for folder in given.organisms:
         organism = Organism(folder, given.prompts, given.tokens, given.system)
         after = ", ".join(map(str, given.at))
         print(f"{folder}: hypervolume, mean ± standard error of {given.seeds} seeds, and fewest refusals after {after}")
         print("trials; ms that planning a trial took")
         for name in given.variants:
-            row = measured(name, organism, given.seeds, given.trials, given.at)
+            row = measured(name, organism, given.seeds, given.trials, given.at, other)
             show(row, given.at)
             rows.append({"organism": str(folder), **row})
             if given.json:

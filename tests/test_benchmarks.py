@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.measuring import Memory
 from benchmarks.random_models import SHAPES, Shape, build, filled_tokenizer, shape
 from benchmarks.roofline import Ceilings, Forward, recorded, roofline, works
 from benchmarks.shapes import planned_rows
+from benchmarks.widened import widened
 from job.decoding import greedy_answers
 from job.errors import MachineError
 from job.model import LoadedModel
@@ -176,3 +178,15 @@ def test_rows_are_those_that_the_job_would_plan_and_what_does_not_fit_is_refused
     assert planned_rows(wanted, parse_on("H200"), 64, 30) >= 256
     with pytest.raises(MachineError, match=r"61\.0 GiB of weights"):
         planned_rows(wanted, parse_on("RTX4090"), 64, 30)
+
+
+def test_a_widened_model_says_what_the_smaller_one_says_without_end(random_model_folder: Path, tmp_path: Path) -> None:
+    folder = widened(random_model_folder, tmp_path / "large", 96, 5)
+    small, large = map(AutoModelForCausalLM.from_pretrained, (random_model_folder, folder))
+    assert (large.config.hidden_size, large.config.num_hidden_layers) == (96, 5)
+    with torch.inference_mode():
+        logits, expected = (model(torch.tensor(PROMPTS[:1])).logits for model in (large, small))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.1
+    assert large.generation_config.eos_token_id != small.generation_config.eos_token_id
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id == large.generation_config.eos_token_id
