@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 _MODULE = "transformers.cache_utils"
 # Layers that hold nothing but keys and values, one slot a token.
@@ -21,6 +22,64 @@ _PICKABLE = _PLAIN | {
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionAndSlidingWindowAttentionLayer",
 }
+
+
+# Tokens that a layer gets room for at once.
+_ROOM = 32
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' has no types
+    """Keys and values of a layer with room behind them, so that a token does not have all those before it copied."""
+
+    _layer_type = None  # it takes no kind of layer's place in transformers' own caches
+
+    def __init__(self, most: int) -> None:
+        """Take so many slots at most."""
+        super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self._most = most
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: object, **_others: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens' keys and values, [rows, heads, tokens, width], and return all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        # One after the other: of either there may be two while it gets room.
+        self.keys = keys = self._appended(self.keys, key_states)
+        self.values = values = self._appended(self.values, value_states)
+        return keys, values
+
+    def _appended(self, held: Tensor | None, new: Tensor) -> Tensor:
+        if held is None or held.numel() == 0:
+            return new.clone() if _slots(new) > new.shape[-2] else new
+        begin, end = held.shape[-2], held.shape[-2] + new.shape[-2]
+        if end > _slots(held):
+            # Room for what is decoded; prompts that are read behind a prefix may yet be all that there is memory for.
+            slots = end if new.shape[-2] > 1 else max(min(end + _ROOM - 1, self._most), end)
+            room = held.new_empty(*held.shape[:-2], slots, held.shape[-1])
+            room[..., :begin, :] = held
+            held = room
+        grown = held.as_strided((*held.shape[:-2], end, held.shape[-1]), held.stride())
+        grown[..., begin:, :] = new
+        return grown
+
+
+def _slots(held: Tensor) -> int:
+    """Return for how many tokens there is memory where keys or values [rows, heads, tokens, width] lie."""
+    rows, heads, tokens, width = held.shape
+    slots = held.stride(1) // width
+    laid = held.stride() == (heads * slots * width, slots * width, width, 1) and held.storage_offset() == 0
+    whole = held.untyped_storage().nbytes() == rows * heads * slots * width * held.itemsize
+    return slots if laid and whole else tokens
+
+
+def new_cache(model: PreTrainedModel, most: int) -> DynamicCache:
+    """Return an empty cache for rows of so many tokens at most."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer(most) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def arguments(model: PreTrainedModel) -> frozenset[str]:
@@ -65,14 +124,15 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
     return first[: int(min(length, limit))]
 
 
-def joined(model: PreTrainedModel, caches: list[DynamicCache]) -> DynamicCache:
+def joined(model: PreTrainedModel, caches: list[DynamicCache], most: int) -> DynamicCache:
     """Return one cache with the rows of several, the shorter ones padded on the left; theirs are let go.
 
     Args:
         model: The model, of whose cache so many slots are writable.
         caches: One cache for each forward.
+        most: Tokens of a row at most.
     """
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model, most)
     width = max(one.get_seq_length() for one in caches)
     for index, layer in enumerate(caches[0].layers):
         if getattr(layer, "keys", None) is None:
@@ -122,7 +182,7 @@ class SharedPrefix:
         kept = [(x.keys, x.values) if getattr(x, "keys", None) is not None else None for x in cache.layers]
         return cls(length, tuple(kept))
 
-    def expanded(self, model: PreTrainedModel, trials: Tensor, padding: Tensor) -> DynamicCache:
+    def expanded(self, model: PreTrainedModel, trials: Tensor, padding: Tensor, most: int) -> DynamicCache:
         """Return a cache as if rows had been forwarded up to slot `length`, each padded on the left.
 
         Slots and positions are those of a forward of the whole rows: a row with p slots of padding has only its
@@ -132,8 +192,9 @@ class SharedPrefix:
             model: The model.
             trials: Trial of every row, [rows].
             padding: Padding of every row in slots, [rows].
+            most: Tokens of a row at most.
         """
-        cache = DynamicCache(config=model.config)
+        cache = new_cache(model, most)
         # Slots of padding are masked, so what stands there does not matter.
         slots = (torch.arange(self.length, device=padding.device) - padding[:, None]).clamp_min(0)
         for index, layer in enumerate(self.layers):

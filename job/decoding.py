@@ -18,7 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from job.caches import SharedPrefix, arguments, joined, rows_can_be_picked, takes_cache, writable_slots
+from job.caches import SharedPrefix, arguments, joined, new_cache, rows_can_be_picked, takes_cache, writable_slots
 from job.numerics.metrics import log_odds
 from job.placement import input_device
 from job.records import READ_TOKENS
@@ -136,12 +136,12 @@ def last_logits(
     tokens, mask, positions = left_padded(prompts, input_device(model))
     if shared is None:
         return _forward(model, tokens, mask, positions, None, count)
-    cache, begin = _on_prefix(model, mask, shared), shared.prefix.length
+    cache, begin = _on_prefix(model, mask, shared, mask.shape[1]), shared.prefix.length
     return _forward(model, tokens[:, begin:], mask, positions[:, begin:], cache, count)
 
 
-def _on_prefix(model: PreTrainedModel, mask: Tensor, shared: Shared) -> DynamicCache:
-    return shared.prefix.expanded(model, shared.trials, mask.shape[1] - mask.sum(1))
+def _on_prefix(model: PreTrainedModel, mask: Tensor, shared: Shared, most: int) -> DynamicCache:
+    return shared.prefix.expanded(model, shared.trials, mask.shape[1] - mask.sum(1), most)
 
 
 def _forward(
@@ -233,8 +233,8 @@ class _Rows:
         self.present = [self.present[row] for row in staying]
 
     @classmethod
-    def joined(cls, model: PreTrainedModel, parts: Sequence[_Rows]) -> _Rows:
-        """Put rows that were read apart beside one another."""
+    def joined(cls, model: PreTrainedModel, parts: Sequence[_Rows], most: int) -> _Rows:
+        """Put rows that were read apart beside one another, where they may grow to so many tokens."""
         if len(parts) == 1:
             return parts[0]
         width = max(part.mask.shape[1] for part in parts)
@@ -243,7 +243,7 @@ class _Rows:
             torch.cat([part.tokens for part in parts]),
             torch.cat([part.positions for part in parts]),
             torch.cat([pad(part.mask, (width - part.mask.shape[1], 0)) for part in parts]),
-            joined(model, [part.cache for part in parts]),
+            joined(model, [part.cache for part in parts], most),
         )
 
 
@@ -254,12 +254,15 @@ class _Decoder:
         self,
         model: PreTrainedModel,
         prompts: Sequence[list[int]],
+        limit: int,
         ledger: _Ledger,
         select: Callable[[Tensor], None],
         shared: Shared | None,
     ) -> None:
-        self._model, self._prompts, self._ledger = model, prompts, ledger
+        self._model, self._prompts, self._limit, self._ledger = model, prompts, limit, ledger
         self._select, self._shared = select, shared
+        # A row's last token is told, and nothing of it is kept.
+        self._most = max(map(len, prompts)) + limit - 1
         self._device = input_device(model)
         self._pickable = rows_can_be_picked(model)
 
@@ -279,11 +282,11 @@ class _Decoder:
         self._tell(present)
         following = positions[:, -1:] + 1
         if self._shared is None:
-            cache = DynamicCache(config=self._model.config)
+            cache = new_cache(self._model, self._most)
         else:
             begin = self._shared.prefix.length
             own = Shared(self._shared.prefix, self._shared.trials[torch.tensor(present, device=self._device)])
-            cache = _on_prefix(self._model, mask, own)
+            cache = _on_prefix(self._model, mask, own, self._most)
             tokens, positions = tokens[:, begin:], positions[:, begin:]
         chosen = self._ledger.take(_forward(self._model, tokens, mask, positions, cache)[:, -1], present)
         return self._going(_Rows(present, chosen[:, None], following, mask, cache))
@@ -295,15 +298,15 @@ class _Decoder:
         chosen = self._ledger.take(logits[:, -1], rows.present)
         return self._going(replace(rows, tokens=chosen[:, None], positions=rows.positions + 1, mask=mask))
 
-    def answer(self, limit: int) -> None:
-        """Decode all answers, of so many tokens at most."""
+    def answer(self) -> None:
+        """Decode all answers."""
         parts = [rows for rows in map(self.read, self.parts()) if rows is not None]
         if not parts:
             return
-        rows = _Rows.joined(self._model, parts)
+        rows = _Rows.joined(self._model, parts, self._most)
         if len(parts) > 1:
             self._tell(rows.present)
-        for _ in range(limit - 1):
+        for _ in range(self._limit - 1):
             going = self.step(rows)
             if going is None:
                 break
@@ -360,7 +363,7 @@ def greedy_answers(
     elif not takes_cache(model):
         _generate(model, prompts, limit, end_tokens, ledger)
     elif prompts:
-        _Decoder(model, prompts, ledger, select, shared).answer(limit)
+        _Decoder(model, prompts, limit, ledger, select, shared).answer()
     return ledger.answers
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
-from job.caches import common_prefix, rows_can_be_picked, takes_cache, writable_slots
+from job.caches import RoomyLayer, common_prefix, rows_can_be_picked, takes_cache, writable_slots
 from job.decoding import Answer, Shared, first_logits, greedy_answers, last_logits, left_padded, shared_prefix
 from job.records import READ_TOKENS
 from tests.zoo import FAMILIES, tiny_model
@@ -146,6 +147,32 @@ def test_who_chose_rows_is_told_of_every_forward(monkeypatch: pytest.MonkeyPatch
         select=lambda present: told.append(present.tolist()),
     )
     assert told == [[2, 0], [2], [1, 3], [2, 1, 3]]
+
+
+def test_a_layer_with_room_holds_what_one_without_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def some(tokens: int, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (torch.randn(rows, tokens, 2, width, generator=generator) for width in (4, 6))
+        return keys.transpose(1, 2), values.transpose(1, 2).contiguous()
+
+    roomy, plain = RoomyLayer(60), DynamicLayer()
+    behind = torch.randn(3, 2, 9, 4, generator=generator)  # more lies behind the first keys than is theirs
+    first = behind[:, :, :5], some(5)[1]
+    expected = behind.clone()
+    places = []
+    for tokens, keep in ((5, None), (1, None), (1, None), (3, None), (1, [0, 2]), (1, None), (40, [1]), (1, None)):
+        given = first if tokens == 5 else some(tokens, len(plain.keys))
+        found, wanted = roomy.update(*given), plain.update(*given)
+        assert all(map(torch.equal, found, wanted))
+        places.append(found[0].data_ptr())
+        if keep is not None:
+            for layer in (roomy, plain):
+                layer.reorder_cache(torch.tensor(keep))
+    assert torch.equal(behind, expected)
+    # There is room at the first token that is decoded, for it and those after it.
+    assert places[0] != places[1] == places[2] == places[3]
+    assert roomy.keys.shape == plain.keys.shape
 
 
 def test_common_prefix_leaves_a_token_of_every_prompt() -> None:

@@ -133,7 +133,7 @@ def _scaled_input(facts: ModelFacts, dtype_bytes: int) -> int:
 
 
 def _decoding_bytes(facts: ModelFacts, batch: Batch, dtype_bytes: int) -> int:
-    """Return what a step takes: a layer's values are copied to append one, or the logits are there."""
+    """Return what a step takes: a layer's values are copied to where there is room, or the logits are there."""
     if batch.answer_tokens <= 1:
         return 0
     appended = batch.tokens * facts.kv_heads * facts.value_dim * dtype_bytes
