@@ -141,10 +141,11 @@ def show(rows: list[dict[str, Any]]) -> None:
     print("medians; the hypervolume also as mean ± standard error; fewest: least share of refusals in a search")
     print(f"{'tool':>20} {'s/trial':>8} {'trials/s':>9} {'ratio':>7} {'job s':>7} {'ratio':>7} {'volume':>7} fewest")
     for row in rows:
+        error = "" if row["volume_error"] is None else f" ± {row['volume_error']:.4f}"
         print(
             f"{row['tool']:>20} {row['trial_s']:8.3f} {row['trials_per_s']:9.2f} {row['trial_ratio']:6.1f}× "
             f"{row['job_s']:7.1f} {row['job_ratio']:6.1f}× {row['volume']:7.4f} {row['fewest']:.2f}   "
-            f"{row['volume_mean']:.4f} ± {row['volume_error'] or float('nan'):.4f}"
+            f"{row['volume_mean']:.4f}{error}"
         )
     print(UNEQUAL)
 

@@ -183,8 +183,7 @@ def _most_rows(
     facts: ModelFacts, devices: Sequence[Device], work: Workload, quantised: bool, fewest: int
 ) -> Layout | None:
     for rows in _row_counts(devices, work, fewest):
-        batch = _batch(work, rows, devices[0])
-        layout = lay_out(facts, devices, batch, work.dtype_bytes, quantised=quantised, edits=work.edits)
+        layout = _laid_out(facts, devices, work, rows, quantised)
         if layout is not None and (rows <= FEWEST_ROWS or not _takes_too_much(layout)):
             return layout
     return None
@@ -197,28 +196,28 @@ def _takes_too_much(layout: Layout) -> bool:
     return large and load.cache + load.activations > CPU_SHARE * load.weights
 
 
-def _batch(work: Workload, rows: int, device: Device) -> Batch:
-    return Batch(
+def _laid_out(
+    facts: ModelFacts,
+    devices: Sequence[Device],
+    work: Workload,
+    rows: int,
+    quantised: bool,
+    host: Device | None = None,
+) -> Layout | None:
+    batch = Batch(
         rows=rows,
         prompt_tokens=work.prompt_tokens,
         answer_tokens=work.answer_tokens,
-        read_tokens=READ_TOKENS.get(device.label.partition(":")[0]),
+        read_tokens=READ_TOKENS.get(devices[0].label.partition(":")[0]),
     )
+    return lay_out(facts, devices, batch, work.dtype_bytes, quantised=quantised, edits=work.edits, host=host)
 
 
 def _offloaded(facts: ModelFacts, devices: Sequence[Device], ram: int, work: Workload) -> Layout | None:
     host = Device("cpu", "RAM", int(RAM_SHARE * ram), ram)
     limited = work.model_copy(update={"most_rows": min(work.most_rows or OFFLOAD_ROWS, OFFLOAD_ROWS)})
     for rows in _row_counts(devices, limited, 1):
-        layout = lay_out(
-            facts,
-            devices,
-            _batch(work, rows, devices[0]),
-            work.dtype_bytes,
-            quantised=False,
-            edits=work.edits,
-            host=host,
-        )
+        layout = _laid_out(facts, devices, limited, rows, quantised=False, host=host)
         if layout is not None:
             return layout
     return None
@@ -301,17 +300,7 @@ def _cheapest(facts: ModelFacts, work: Workload, quantised: bool) -> tuple[Card,
     for card, count in sets:
         budget = card.total_bytes - IDLE_BYTES
         devices = [Device(f"cuda:{index}", card.name, budget, card.total_bytes) for index in range(count)]
-        if (
-            lay_out(
-                facts,
-                devices,
-                _batch(work, rows, devices[0]),
-                work.dtype_bytes,
-                quantised=quantised,
-                edits=work.edits,
-            )
-            is not None
-        ):
+        if _laid_out(facts, devices, work, rows, quantised) is not None:
             return card, count
     return None
 
