@@ -31,12 +31,14 @@ told = []
 def figures(rows):
     return Evaluator(loaded, prompts, prompts[:8], markers=RefusalMarkers(["sorry"]), answer_tokens=4, rows=rows,
                      report=told.append)
-figures(2).reference.logits
+def answers(rows):
+    return [answer.tokens for answer in figures(rows).answers(None)]
+expected = answers(2)
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 60_000_000, resource.RLIM_INFINITY))
-found = figures(256).reference.logits
+found = answers(256)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-assert torch.allclose(found, figures(2).reference.logits, atol=1e-4)
+assert found == expected
 print(len(told), told[0])
 """
 
