@@ -51,19 +51,41 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' has no ty
         self.values = values = self._appended(self.values, value_states)
         return keys, values
 
+    def begin(self, keys: Tensor, values: Tensor) -> None:
+        """Take keys and values to begin with, [rows, heads, tokens, width], and the room that lies behind them."""
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Pick rows, with the room that they have."""
+        if self.get_seq_length() > 0:
+            self.keys = _picked(self.keys, beam_idx)
+            self.values = _picked(self.values, beam_idx)
+
     def _appended(self, held: Tensor | None, new: Tensor) -> Tensor:
         if held is None or held.numel() == 0:
             return new.clone() if _slots(new) > new.shape[-2] else new
         begin, end = held.shape[-2], held.shape[-2] + new.shape[-2]
         if end > _slots(held):
             # Room for what is decoded; prompts that are read behind a prefix may yet be all that there is memory for.
-            slots = end if new.shape[-2] > 1 else max(min(end + _ROOM - 1, self._most), end)
+            slots = end if new.shape[-2] > 1 else roomy(end, self._most)
             room = held.new_empty(*held.shape[:-2], slots, held.shape[-1])
             room[..., :begin, :] = held
             held = room
         grown = held.as_strided((*held.shape[:-2], end, held.shape[-1]), held.stride())
         grown[..., begin:, :] = new
         return grown
+
+
+def roomy(tokens: int, most: int) -> int:
+    """Return the slots to make for rows of so many tokens, of which they will have so many at most."""
+    return max(min(tokens + _ROOM - 1, most), tokens)
+
+
+def _picked(held: Tensor | None, rows: Tensor) -> Tensor:
+    assert held is not None
+    room = held.new_empty(len(rows), held.shape[1], _slots(held), held.shape[3])[..., : held.shape[2], :]
+    return torch.index_select(held, 0, rows.to(held.device), out=room)
 
 
 def _slots(held: Tensor) -> int:
@@ -137,10 +159,20 @@ def joined(model: PreTrainedModel, caches: list[DynamicCache], most: int) -> Dyn
     for index, layer in enumerate(caches[0].layers):
         if getattr(layer, "keys", None) is None:
             continue
-        keys = _beside([_taken(one.layers[index], "keys") for one in caches], width)
-        values = _beside([_taken(one.layers[index], "values") for one in caches], width)
-        cache.update(keys, values, index)
+        room = roomy(width, most) if isinstance(cache.layers[index], RoomyLayer) else width
+        keys = _beside([_taken(one.layers[index], "keys") for one in caches], width, room)
+        values = _beside([_taken(one.layers[index], "values") for one in caches], width, room)
+        _begin(cache, index, keys, values)
     return cache
+
+
+def _begin(cache: DynamicCache, index: int, keys: Tensor, values: Tensor) -> None:
+    """Fill an empty layer of a cache."""
+    layer = cache.layers[index]
+    if isinstance(layer, RoomyLayer):
+        layer.begin(keys, values)
+    else:
+        layer.update(keys, values)
 
 
 def _taken(layer: Any, name: str) -> Tensor:
@@ -150,17 +182,20 @@ def _taken(layer: Any, name: str) -> Tensor:
     return tensor
 
 
-def _beside(tensors: list[Tensor], width: int) -> Tensor:
+def _beside(tensors: list[Tensor], width: int, room: int) -> Tensor:
     """Return keys or values [rows, heads, slots, width of a head] of several caches, their last slots beside others'.
 
-    The list is emptied on the way, so that nothing is there twice.
+    The list is emptied on the way, so that nothing is there twice. Behind its slots the result has room for more.
     """
     rows = sum(map(len, tensors))
-    found = tensors[0].new_zeros(rows, tensors[0].shape[1], width, tensors[0].shape[3])
+    found = tensors[0].new_empty(rows, tensors[0].shape[1], room, tensors[0].shape[3])[..., :width, :]
     while tensors:
         rows -= len(tensors[-1])
         tensor = tensors.pop()
-        found[rows : rows + len(tensor), :, width - tensor.shape[2] :] = tensor
+        padding = width - tensor.shape[2]
+        # What is masked may be anything but NaN.
+        found[rows : rows + len(tensor), :, :padding] = 0
+        found[rows : rows + len(tensor), :, padding:] = tensor
     return found
 
 
@@ -182,7 +217,7 @@ class SharedPrefix:
         kept = [(x.keys, x.values) if getattr(x, "keys", None) is not None else None for x in cache.layers]
         return cls(length, tuple(kept))
 
-    def expanded(self, model: PreTrainedModel, trials: Tensor, padding: Tensor, most: int) -> DynamicCache:
+    def expanded(self, model: PreTrainedModel, trials: Tensor, padding: Tensor, width: int, most: int) -> DynamicCache:
         """Return a cache as if rows had been forwarded up to slot `length`, each padded on the left.
 
         Slots and positions are those of a forward of the whole rows: a row with p slots of padding has only its
@@ -192,15 +227,32 @@ class SharedPrefix:
             model: The model.
             trials: Trial of every row, [rows].
             padding: Padding of every row in slots, [rows].
+            width: Slots of the rows once they have been forwarded to their ends.
             most: Tokens of a row at most.
         """
         cache = new_cache(model, most)
+        # Each of a trial's paddings once, of which whole rows are copied: there are few of them.
+        paddings, which = torch.unique(padding, return_inverse=True)
+        row = trials * len(paddings) + which
         # Slots of padding are masked, so what stands there does not matter.
-        slots = (torch.arange(self.length, device=padding.device) - padding[:, None]).clamp_min(0)
+        slot = (torch.arange(self.length, device=padding.device) - paddings[:, None]).clamp_min(0)
         for index, layer in enumerate(self.layers):
             if layer is not None:
-                keys, values = layer
-                row, slot = trials.to(keys.device)[:, None], slots.to(keys.device)
-                picked = [tensor.transpose(1, 2)[row, slot].transpose(1, 2) for tensor in (keys, values)]
-                cache.update(*picked, index)
+                room = width if isinstance(cache.layers[index], RoomyLayer) else self.length
+                keys, values = (_spread(held, slot.to(held.device), row.to(held.device), room) for held in layer)
+                _begin(cache, index, keys, values)
         return cache
+
+
+def _spread(held: Tensor, slots: Tensor, rows: Tensor, room: int) -> Tensor:
+    """Return keys or values for every row, [rows, heads, n, width], with room for so many tokens.
+
+    Args:
+        held: Those of every trial, [trials, heads, length, width].
+        slots: Which of these slots rows have, in each of p ways, [p, n].
+        rows: Trial and way of every row, [rows] of trial * p + way.
+        room: Slots there are to be memory for.
+    """
+    ways = held[:, :, slots].transpose(1, 2).flatten(0, 1)  # [trials * p, heads, n, width]
+    found = held.new_empty(len(rows), held.shape[1], room, held.shape[3])[..., : slots.shape[1], :]
+    return torch.index_select(ways, 0, rows, out=found)

@@ -16,8 +16,9 @@ from torch import Tensor
 from job.afterwards import looking, trial_of
 from job.errors import JobError, UsageError
 from job.events import Events
-from job.faults import is_out_of_memory, release_memory
+from job.faults import is_out_of_memory
 from job.front import front_text, job_front
+from job.memory import release_memory
 from job.model import LoadedModel, rendered
 from job.records import Trial
 from job.result import job_trials

@@ -11,9 +11,10 @@ from job.compared import Comparison, Divergence, Score, TextComparison, shares_o
 from job.divergence import Reference
 from job.errors import JobError, UsageError
 from job.events import Events
-from job.faults import clear_faults, release_memory
+from job.faults import clear_faults
 from job.harness import Harness, Scores
 from job.measuring import Measured, Pair, Texts, bench_of, opened
+from job.memory import release_memory
 from job.models import fetch_model, list_model, parse_model
 from job.plain_text import DEFAULT_TEXT, plain_texts
 from job.prefix import with_response_prefix

@@ -26,12 +26,10 @@ from job.records import READ_TOKENS
 
 def left_padded(prompts: Sequence[list[int]], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
     """Return token ids, attention mask and position ids, each [rows, t], padded on the left."""
-    width = max(len(prompt) for prompt in prompts)
-    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for index, prompt in enumerate(prompts):
-        tokens[index, width - len(prompt) :] = torch.tensor(prompt)
-        mask[index, width - len(prompt) :] = 1
+    width = max(map(len, prompts))
+    padding = torch.tensor([width - len(prompt) for prompt in prompts])
+    tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = (torch.arange(width) >= padding[:, None]).to(torch.long)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     return tokens.to(device), mask.to(device), positions.to(device)
 
@@ -141,7 +139,8 @@ def last_logits(
 
 
 def _on_prefix(model: PreTrainedModel, mask: Tensor, shared: Shared, most: int) -> DynamicCache:
-    return shared.prefix.expanded(model, shared.trials, mask.shape[1] - mask.sum(1), most)
+    width = mask.shape[1]
+    return shared.prefix.expanded(model, shared.trials, width - mask.sum(1), width, most)
 
 
 def _forward(

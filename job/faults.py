@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import gc
 import os
 import sys
 import threading
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from job.errors import AcceleratorFaultError, MachineError, Stopped
+from job.memory import release_memory
 
 T = TypeVar("T")
 # Names a folder for tests: each file in it, named after a kind of fault, makes one forward fail that way.
@@ -29,13 +29,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)
-
-
-def release_memory() -> None:
-    """Give what is no longer used back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def halving(rows: int, compute: Callable[[int], T], report: Callable[[str], None]) -> tuple[T, int]:

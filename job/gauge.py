@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import resource
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from job.faults import release_memory
+from job.memory import release_memory
 from job.preflight.limits import read_memory
 from job.preflight.vram import RAM_SHARE
 
@@ -28,8 +27,8 @@ class Gauge:
             model: The model.
             processes: Processes that share the RAM and do such work at the same time.
         """
+        # What the allocator keeps would not be seen to be taken again.
         release_memory()
-        _give_back()
         places = {parameter.device for parameter in model.parameters()}
         self._gpus = sorted(place.index or 0 for place in places if place.type == "cuda")
         self._counts_ram = any(place.type != "cuda" for place in places)
@@ -40,7 +39,6 @@ class Gauge:
     def begin(self) -> None:
         """Begin with a piece of work."""
         release_memory()
-        _give_back()
         for index in self._gpus:
             torch.cuda.reset_peak_memory_stats(index)
         if self._counts_ram:
@@ -61,13 +59,6 @@ class Gauge:
     def fits(self, growth: Sequence[float]) -> bool:
         """Return whether there is room for so much."""
         return all(taken <= room for taken, room in zip(growth, self.room, strict=True))
-
-
-def _give_back() -> None:
-    """Have the allocator give the system what is free: what it kept would not be seen to be taken again."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # other C libraries have none
-        trim(0)
 
 
 def _forget_peak() -> None:

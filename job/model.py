@@ -35,9 +35,11 @@ from job.decoding import first_logits, greedy_answers
 from job.dequantising import dequantising_config
 from job.errors import ImpossibleJobError, MachineError, UsageError
 from job.faults import is_out_of_memory, out_of_memory
+from job.memory import keep_freed_memory
 from job.models import INDEX
 from job.placement import input_device, spread
 from job.prompts import Prompt
+from job.records import LARGE_BYTES
 from job.settings import LoadingSettings
 from job.twin import auto_class, empty_model
 
@@ -158,6 +160,8 @@ def load_model(
         loaded = LoadedModel(folder, model, tokenizer, discover(model), str(model.dtype).removeprefix("torch."))
         fault = _fault(loaded)
         if fault is None:
+            if device.type == "cpu" and model.get_memory_footprint() < LARGE_BYTES:
+                keep_freed_memory()
             return loaded
         if candidate in ("auto", "float32") and fault.startswith("weight"):
             raise ImpossibleJobError(f"{fault} in {folder}", remedy="obtain an undamaged copy of the model")

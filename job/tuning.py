@@ -17,10 +17,11 @@ import optuna
 from job.errors import ImpossibleJobError, MachineError
 from job.evaluation import Evaluator
 from job.events import Events
-from job.faults import halving, is_out_of_memory, out_of_memory, release_memory
+from job.faults import halving, is_out_of_memory, out_of_memory
 from job.gauge import Gauge
 from job.intervention import Intervention
 from job.layouts import LAYOUTS, Layouts, Measured, Remembered, best_of, climb, read_layouts, remember
+from job.memory import release_memory
 from job.model import LoadedModel, hardware
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference

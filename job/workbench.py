@@ -23,8 +23,9 @@ from job.errors import ImpossibleJobError
 from job.evaluation import Evaluator
 from job.events import Events
 from job.export import Edit, copy_licences, seal_made, verify_written, write_weights
-from job.faults import Watchdog, clear_faults, is_out_of_memory, out_of_memory, release_memory
+from job.faults import Watchdog, clear_faults, is_out_of_memory, out_of_memory
 from job.intervention import Intervention
+from job.memory import release_memory
 from job.model import LoadedModel, hardware, load_model
 from job.numerics.basis import Basis
 from job.placement import let_go, placement

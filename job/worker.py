@@ -189,7 +189,8 @@ def _work(folder: RunFolder, board: Board, name: str, events: Events, is_over: C
 
 
 def _result(bench: Workbench, task: Task) -> dict[str, object]:
-    from job.faults import is_out_of_memory, release_memory
+    from job.faults import is_out_of_memory
+    from job.memory import release_memory
 
     edits = [EditParameters.model_validate(edit) for edit in task.payload["edits"]]
     try:

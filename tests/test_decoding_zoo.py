@@ -170,9 +170,25 @@ def test_a_layer_with_room_holds_what_one_without_does() -> None:
             for layer in (roomy, plain):
                 layer.reorder_cache(torch.tensor(keep))
     assert torch.equal(behind, expected)
-    # There is room at the first token that is decoded, for it and those after it.
-    assert places[0] != places[1] == places[2] == places[3]
+    # There is room at the first token that is decoded, for it and those after it; rows that are picked keep theirs.
+    assert places[0] != places[1] == places[2] == places[3] == places[4] != places[5]
+    picked = roomy.keys.data_ptr()
     assert roomy.keys.shape == plain.keys.shape
+    more = some(1, 1)
+    assert all(map(torch.equal, roomy.update(*more), plain.update(*more)))
+    assert roomy.keys.data_ptr() == picked
+
+
+def test_a_layer_that_begins_with_room_grows_into_it() -> None:
+    behind = torch.zeros(3, 2, 7, 4)
+    behind[:, :, :5] = 1.0
+    layer = RoomyLayer(60)
+    layer.begin(behind[:, :, :5], behind[:, :, :5].clone())
+    assert layer.get_seq_length() == 5
+    keys, values = layer.update(2 * torch.ones(3, 2, 2, 4), 3 * torch.ones(3, 2, 2, 4))
+    assert keys.data_ptr() == behind.data_ptr()
+    assert torch.equal(behind[:, :, 5:], 2 * torch.ones(3, 2, 2, 4))
+    assert values[0, 0, :, 0].tolist() == [1.0] * 5 + [3.0] * 2
 
 
 def test_common_prefix_leaves_a_token_of_every_prompt() -> None:

@@ -16,7 +16,7 @@ from job.preflight.footprint import Batch, Edits
 from job.preflight.gpu import IDLE_BYTES
 from job.preflight.layout import Device, Layout, lay_out
 from job.preflight.readings import MachineReading
-from job.records import READ_TOKENS, Record
+from job.records import LARGE_BYTES, READ_TOKENS, Record
 
 Strategy = Literal["single", "balanced", "offload"]
 Quantization = Literal["none", "bnb-4bit"]
@@ -25,7 +25,7 @@ Quantization = Literal["none", "bnb-4bit"]
 MOST_ROWS = {"cpu": 512, "cuda": 1024}
 # On a CPU, where rows beyond a few gain little as well (measured, docs/lab-notes.md), a large model's cache and
 # activations take no more than this share of its weights.
-CPU_SHARE, LARGE_BYTES = 0.25, 10**9
+CPU_SHARE = 0.25
 # With fewer rows a trial takes so many forwards that the next strategy is better.
 FEWEST_ROWS = 4
 # A forward that waits for layers from RAM is not made slower by more rows, but its cache takes their room.
