@@ -1,11 +1,12 @@
 """Against heretic, the published tool of this kind: seconds a trial, whole jobs, and how good the trials are.
 
-python -m benchmarks.peer [ORGANISM] [--trials 24] [--rounds 3] [--json FILE]
+python -m benchmarks.peer [ORGANISM] [--trials 24] [--rounds 3] [--threads 2] [--json FILE]
 python -m benchmarks.peer [ORGANISM] --widen 256x12 --tokens 48 --trials 12
 
 heretic-llm is installed from PyPI into an environment of its own and only ever run as a process, by its settings file
 and its menus. Both tools take their turns on the same organism, prompts, refusal markers, answer length, number of
 trials and of start-up trials, and threads, with another seed each round; this one also in the field's search space.
+heretic's threads are all of one process; this one has a process for each.
 With --widen the organism is put into a larger model that says the same and never ends an answer, so that all are as
 long as they may be. What cannot be made equal is printed with the table. A run that fails ends the benchmark, its
 output is kept.
@@ -53,11 +54,12 @@ from job.study import read_trials
 from tests.helpers import COMMAND, environment, events, only_job
 
 HERE = Path.home() / ".cache" / "abliteration-job" / "peer"
+TOGETHER = 4  # trials that a process of this tool evaluates at once
 WIDE, FIELD = "this, wide space", "this, field's space"
 UNEQUAL = f"""\
-not equal: heretic evaluates trials one by one and finishes every answer of a batch; this one evaluates 4 trials
-  together and stops an answer once a marker has matched, with the same count of refusals; in the search its answers
-  have 30 tokens at most, and the chosen trials are scored again at full length.
+not equal: heretic evaluates trials one by one and finishes every answer of a batch; this one evaluates {TOGETHER} trials
+  a process together, asks for so many at once, and stops an answer once a marker has matched, with the same count of
+  refusals; in the search its answers have 30 tokens at most, and the chosen trials are scored again at full length.
 not equal: heretic's sampler minimises scores of its own; this one's refusals and KL. Both volumes are of
   refusals and KL.
 not equal: in the field's space this one's MLP weights are from -0.25 to 1.5, heretic {VERSION}'s from 0.8 to 1.5.
@@ -77,6 +79,7 @@ def run_this(task: Task, seed: int, folder: Path, space: str) -> Outcome:
     kinds = ("good", "bad", "good_eval", "bad_eval", "good_report", "bad_report")
     values = {
         **{"trials": task.trials, "startup_trials": task.startup, "seed": seed, "workspace": str(folder / "jobs")},
+        **{"workers": task.threads, "trials_per_batch": TOGETHER * task.threads},
         **{f"{kind}_prompts": {"spec": str(task.sets[kind]), "system_prompt": SYSTEM_PROMPT} for kind in kinds},
         "loading": {"dtypes": ["float32"], "device": "cpu", "response_prefix": ""},
         "scoring": {"answer_tokens": task.tokens},
@@ -156,7 +159,7 @@ def main() -> None:
     parser.add_argument("organism", nargs="?", type=Path, default=Path("runs/organism"))
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=100, help="longest answer")
     parser.add_argument("--widen", metavar="WIDTHxLAYERS", help="size of a larger model to put the organism into")
     parser.add_argument("--env", type=Path, default=HERE / VERSION, help="heretic's environment, made if absent")

@@ -40,8 +40,18 @@ _TASKS = sa.Table(
 )
 
 
+# How long to wait before one looks at a board again: at first and at most. Most of what is waited for comes soon.
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.002, 0.05
 # How often those who are at it say so.
 _BEAT_SECONDS = 2.0
+
+
+def waits() -> Iterator[float]:
+    """Yield how long to wait again and again for something on a board, seconds."""
+    wait = _SHORTEST_WAIT
+    while True:
+        yield wait
+        wait = min(1.5 * wait, _LONGEST_WAIT)
 
 
 @contextmanager

@@ -106,7 +106,7 @@ SETTING_OPTIONS: dict[str, Any] = {
         str | None, typer.Option(metavar="URI", help="Mirror for other machines to go on from: s3://, hf://, file:///.")
     ],
     "workers": Annotated[
-        int | None, typer.Option(metavar="N", help="Processes that evaluate trials; unset: one for every GPU.")
+        int | None, typer.Option(metavar="N", help="Processes that evaluate trials; unset: one for every GPU, or one.")
     ],
     "require_checkpoint": Annotated[
         bool | None, typer.Option("--require-checkpoint", help="Stop where the checkpoint stays down.")

@@ -13,12 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from job.board import Board, signs_of_life
+from job.board import Board, signs_of_life, waits
 from job.events import Events
 from job.records import EditParameters, Plan, TrialScores
 from job.workspace import RunFolder
@@ -29,10 +29,7 @@ Here = Callable[[Sequence[EditParameters], int], Sequence[TrialScores]]
 Shared = Callable[[Plan, Sequence[Sequence[EditParameters]], Here], list[TrialScores]]
 
 SILENT_SECONDS = 20.0
-_POLL_SECONDS = 0.02
 _ME = "coordinator"
-# What a worker of this machine is told by.
-WORKER = "JOB_WORKER"
 
 
 def in_turn(plan: Plan, parts: Sequence[Sequence[EditParameters]], here: Here) -> list[TrialScores]:
@@ -44,9 +41,50 @@ class WorkerOutOfMemory(MemoryError):  # noqa: N818 - a MemoryError, and handled
     """A worker's memory does not suffice for the plan's rows."""
 
 
+class Hands:
+    """Processes of this machine that may become workers: they load what takes seconds, then wait to be given a job."""
+
+    def __init__(self, count: int) -> None:
+        """Start so many; more are started as they are needed."""
+        self._waiting = [self._start() for _ in range(count)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end(self._waiting)
+
+    def give(self, task: dict[str, Any]) -> subprocess.Popen[bytes]:
+        """Return a process that works on a task from now on."""
+        process = self._waiting.pop(0) if self._waiting else self._start()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(task).encode() + b"\n")
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # it has died, which will be noticed as with any worker
+        return process
+
+    @staticmethod
+    def _start() -> subprocess.Popen[bytes]:
+        # A session of its own: Ctrl-C is for the run, which then ends its workers.
+        command = [sys.executable, "-c", "from job.worker import main; main()"]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def end(processes: Collection[subprocess.Popen[bytes]]) -> None:
+    """End processes at once."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+
+
 @contextmanager
 def crew(
-    folder: RunFolder, workers: int, devices: Sequence[str], database: str | None, events: Events
+    folder: RunFolder, workers: int, devices: Sequence[str], database: str | None, events: Events, hands: Hands
 ) -> Iterator[Shared]:
     """Yield what scores plans: this process alone, or with others.
 
@@ -56,6 +94,7 @@ def crew(
         devices: What CUDA calls its devices, the first of which is this process'; empty without CUDA.
         database: Where workers of other machines find their tasks; None: there are none.
         events: Where progress goes.
+        hands: Processes that may become workers.
 
     Raises:
         HeldError: Another run is the job's coordinator.
@@ -68,7 +107,7 @@ def crew(
         url = database or f"sqlite:///{place}/tasks.db"
         with Board(url, folder.path.name) as board:
             board.lead()
-            made = Crew(board, events)
+            made = Crew(board, events, hands)
             try:
                 for number in range(1, workers):
                     made.start(folder, url, devices[number % len(devices)] if devices else None)
@@ -83,17 +122,21 @@ def crew(
 class Crew:
     """The coordinator's side of a board."""
 
-    def __init__(self, board: Board, events: Events, silent_s: float = SILENT_SECONDS, prefix: str = "worker") -> None:
+    def __init__(
+        self, board: Board, events: Events, hands: Hands, silent_s: float = SILENT_SECONDS, prefix: str = "worker"
+    ) -> None:
         """Coordinate through a board.
 
         Args:
             board: The board.
             events: Where the fate of workers is told.
+            hands: Processes that may become workers.
             prefix: What the names of workers begin with.
             silent_s: How long a worker may give no sign of life.
         """
         self._board = board
         self._events = events
+        self._hands = hands
         self._silent = silent_s
         self._prefix = prefix
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -102,23 +145,13 @@ class Crew:
     def start(self, folder: RunFolder, url: str, device: str | None) -> None:
         """Start a worker on this machine, on a device that CUDA knows by this name."""
         name = f"{self._prefix}-{len(self._processes) + 1}"
-        task = {"name": name, "folder": str(folder.path), "board": url, "parent": os.getpid()}
-        env = {**os.environ, WORKER: json.dumps(task)}
-        if device is not None:
-            env["CUDA_VISIBLE_DEVICES"] = device
-        # A session of its own: Ctrl-C is for the run, which then ends its workers.
-        command = [sys.executable, "-c", "from job.worker import main; main()"]
-        self._processes[name] = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
-        )
+        task = {"name": name, "folder": str(folder.path), "board": url, "parent": os.getpid(), "device": device}
+        self._processes[name] = self._hands.give(task)
         self._events.emit("worker_started", f"{name} starts{f' on device {device}' if device else ''}", worker=name)
 
     def dismiss(self) -> None:
         """End the workers of this machine."""
-        for process in self._processes.values():
-            process.kill()
-        for process in self._processes.values():
-            process.wait()
+        end(self._processes.values())
 
     def scores(self, plan: Plan, parts: Sequence[Sequence[EditParameters]], here: Here) -> list[TrialScores]:
         """Score all parts of a plan, some of them in this process.
@@ -130,11 +163,12 @@ class Crew:
         board = self._board
         board.post(plan.first, [{"edits": [edit.model_dump() for edit in part], "rows": plan.rows} for part in parts])
         self._seen.clear()
+        pauses = waits()
         while len(results := board.results(plan.first)) < len(parts):
             self._free_what_is_lost()
             task = board.claim(_ME)
             if task is None:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(next(pauses))
             else:
                 board.finish(_ME, task, result_of(here(parts[task.number], plan.rows)))
         return [scores for number in range(len(parts)) for scores in _scores(results[number])]
@@ -175,12 +209,6 @@ def parts_of(plan: Plan, edits: Sequence[EditParameters]) -> list[Sequence[EditP
     """Return a plan's edits in the parts that are evaluated together."""
     size = plan.together or len(edits)
     return [edits[start : start + size] for start in range(0, len(edits), size)]
-
-
-def worker_task() -> dict[str, Any]:
-    """Return what this process was started for as a worker of this machine."""
-    found: dict[str, Any] = json.loads(os.environ[WORKER])
-    return found
 
 
 def is_orphan(parent: int) -> bool:

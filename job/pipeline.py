@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.budget import Meter
+from job.crew import Hands
 from job.errors import ExportMismatchError, ImpossibleJobError, JobError, UsageError
 from job.events import Events
 from job.holding import Hold
@@ -79,12 +80,13 @@ class Job:
         self._say_differences()
         if prompts is None or not self._is_searched_and_exported(trials, prompts):
             # A job of which only the delivery is left has its targets tell what is wrong with them.
-            prompts = self._preflight(surveyor)
-            if damage is not None:
-                # After preflight, which ends a loop of such starts.
-                self._phase("search")
-                raise damage
-            trials = self._search_and_export(prompts)
+            with Hands(self._others(trials)) as hands:
+                prompts = self._preflight(surveyor)
+                if damage is not None:
+                    # After preflight, which ends a loop of such starts.
+                    self._phase("search")
+                    raise damage
+                trials = self._search_and_export(prompts, hands)
         chosen = self._choice(trials, prompts)
         export = self._export_folder(chosen)
         link_export(self._folder, export)
@@ -184,7 +186,12 @@ class Job:
             return False
         return bool(next_to_rescore(trials, read_full_counts(self._folder), len(prompts.bad_search), tolerance, 1))
 
-    def _search_and_export(self, prompts: PromptSets) -> list[Trial]:
+    def _others(self, trials: Sequence[Trial]) -> int:
+        """Return how many processes will evaluate trials beside this one, as far as that is known without torch."""
+        searched = not self._record.searches or len(trials) >= self._settings.trials
+        return 0 if searched or self._settings.workers is None else self._settings.workers - 1
+
+    def _search_and_export(self, prompts: PromptSets, hands: Hands) -> list[Trial]:
         """Do all that needs the model and return the trials."""
         # torch takes seconds to load and is needed for these stages only.
         from job.workbench import Workbench
@@ -192,7 +199,7 @@ class Job:
         self._phase("model")
         model = model_folder(self._record, self._settings, self._events)
         with Workbench.prepared(self._folder, self._record, self._settings, model, prompts, self._events) as bench:
-            trials = self._search(bench) if self._record.searches else trials_so_far(self._folder)
+            trials = self._search(bench, hands) if self._record.searches else trials_so_far(self._folder)
             chosen = self._choice(trials, prompts)
             if not self._is_exported(chosen):
                 self._phase("export")
@@ -247,13 +254,13 @@ class Job:
     def _is_exported(self, trial: Trial) -> bool:
         return is_sealed(self._export_folder(trial))
 
-    def _search(self, bench: Workbench) -> list[Trial]:
+    def _search(self, bench: Workbench, hands: Hands) -> list[Trial]:
         """Bring the study to its target and return its trials."""
         self._phase("search")
         target, asked = self._settings.trials, len(bench.prompts.bad_search)
-        bench.measure_baseline()
-        # Only the coordinator may open the study: what it finds, it carries over to where it is missing.
-        with bench.crew() as shared:
+        with bench.crew(hands) as shared:
+            bench.measure_baseline()  # meanwhile others get ready
+            # Only the coordinator may open the study: what it finds, it carries over to where it is missing.
             search = bench.search(*self._study_place())
             done = len(search.finished())
             self._events.emit("search_started", f"search: {done} of {target} trials are done", done=done)

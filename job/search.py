@@ -310,7 +310,8 @@ class Search:
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         digest = hashlib.sha256(f"{self._settings.seed}:{number}".encode()).digest()
-        return optuna.samplers.TPESampler(
+        return _Sampler(
+            self._space.distributions(),
             n_startup_trials=self._settings.startup_trials,
             n_ei_candidates=self._settings.ei_candidates,
             multivariate=True,
@@ -338,6 +339,18 @@ class Search:
         if self._memory is not None:
             for trial in trials:
                 self._memory.tell(trial.number, self._sampled(trial))
+
+
+class _Sampler(optuna.samplers.TPESampler):
+    """TPE in a space that is known; Optuna's works it out of all trials anew for every one, 3 ms at 200 trials."""
+
+    def __init__(self, space: dict[str, BaseDistribution], **options: Any) -> None:
+        super().__init__(**options)
+        # In the order in which Optuna would draw.
+        self._known = {name: space[name] for name in sorted(space) if not space[name].single()}
+
+    def infer_relative_search_space(self, _study: optuna.Study, _trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._known
 
 
 def _attributes(scores: TrialScores) -> dict[str, Any]:

@@ -293,7 +293,8 @@ class Settings(BaseSettings):
     workers: int | None = Field(
         None,
         ge=1,
-        description="Processes that evaluate trials, one per GPU; unset: one for every GPU, if each holds the model.",
+        description="Processes that evaluate trials, one per GPU; on a CPU they share its cores; unset: one for every "
+        "GPU, if each holds the model, and one on a CPU.",
     )
     database: str | None = Field(
         None,

@@ -15,7 +15,7 @@ import torch
 from job.adapter import with_adapter, write_adapter
 from job.answers import keep_answers
 from job.architectures import require_modes
-from job.crew import Shared, crew, in_turn, parts_of
+from job.crew import Hands, Shared, crew, in_turn, parts_of
 from job.detectors import Context, detect
 from job.directions import DirectionFinder, tokens_of_forward
 from job.edit_file import write_edit_file
@@ -195,15 +195,21 @@ class Workbench:
         return self.evaluator.scores(self.intervention, edits, rows, again_after=begun)
 
     @contextmanager
-    def crew(self) -> Iterator[Shared]:
+    def crew(self, hands: Hands) -> Iterator[Shared]:
         """Yield what scores plans together with other processes.
+
+        Args:
+            hands: Processes that may become workers.
 
         Raises:
             HeldError: Another run is the job's coordinator.
             MachineError: The job's database cannot be reached.
         """
         workers = workers_here(self.settings, self.loaded)
-        with crew(self.folder, workers, cuda_devices(), self.settings.database, self.events) as shared:
+        with (
+            share_of_cores(self.loaded, workers),
+            crew(self.folder, workers, cuda_devices(), self.settings.database, self.events, hands) as shared,
+        ):
             yield shared
 
     def rescore(self, trials: Sequence[Trial]) -> list[Trial]:
@@ -456,6 +462,18 @@ def workers_here(settings: Settings, loaded: LoadedModel) -> int:
         return settings.workers
     whole = settings.loading.device == "auto" and settings.loading.device_map == "single"
     return max(1, len(cuda_devices())) if whole and loaded.device.type == "cuda" else 1
+
+
+@contextmanager
+def share_of_cores(loaded: LoadedModel, processes: int) -> Iterator[None]:
+    """Within the block compute with as many threads as leave the other processes of this machine theirs."""
+    threads = torch.get_num_threads()
+    if loaded.device.type == "cpu":
+        torch.set_num_threads(max(1, threads // processes))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def cuda_devices() -> list[str]:

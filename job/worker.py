@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import secrets
 import signal
@@ -14,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.board import Board, Task, signs_of_life
-from job.crew import WORKER, Crew, is_orphan, result_of, worker_task
+from job.board import Board, Task, signs_of_life, waits
+from job.crew import Crew, Hands, is_orphan, result_of
 from job.errors import JobError, MachineError, UsageError
 from job.events import Events
 from job.pipeline import model_folder
@@ -27,18 +28,26 @@ from job.workspace import RunFolder, read_record
 if TYPE_CHECKING:
     from job.workbench import Workbench
 
-_IDLE_SECONDS = 0.05
 _LOOK_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Work for the run that has started this process, until it ends it."""
-    task = worker_task()
-    del os.environ[WORKER]
+    """Work for the run that has started this process, until it ends it.
+
+    The task is a line of standard input. All that takes seconds to load is loaded before it comes.
+    """
     # Not even `kill -9` of the run may leave a GPU occupied.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    import job.workbench  # noqa: F401
+
+    line = sys.stdin.readline()
+    if not line:
+        return  # there will be no task
+    task = json.loads(line)
+    if task["device"] is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = task["device"]  # before CUDA is first asked for anything
     events = Events()
     try:
         with Board(task["board"], Path(task["folder"]).name) as board:
@@ -79,26 +88,28 @@ def help_job(where: Whereabouts, workers: int | None, wait_minutes: float, event
         if where.checkpoint is not None:
             # With the directions, which are there once it searches.
             folder = _fetched(where, deadline)
-        with _others(folder, board, database, workers, name, events):
-            _work(folder, board, name, events, _silence(board, deadline))
+        with _others(folder, board, database, workers, name, events) as processes:
+            _work(folder, board, name, events, _silence(board, deadline), processes)
     events.say("the search is done")
 
 
 @contextmanager
 def _others(
     folder: RunFolder, board: Board, database: str, workers: int | None, name: str, events: Events
-) -> Iterator[None]:
-    """Have this machine's other workers within the block."""
+) -> Iterator[int]:
+    """Have this machine's other workers within the block; yield how many it has, this one included."""
     from job.workbench import cuda_devices
 
     devices = cuda_devices()
-    crew = Crew(board, events, prefix=name)
-    try:
-        for number in range(1, workers or max(1, len(devices))):
-            crew.start(folder, database, devices[number % len(devices)] if devices else None)
-        yield
-    finally:
-        crew.dismiss()
+    processes = workers or max(1, len(devices))
+    with Hands(0) as hands:
+        crew = Crew(board, events, hands, prefix=name)
+        try:
+            for number in range(1, processes):
+                crew.start(folder, database, devices[number % len(devices)] if devices else None)
+            yield processes
+        finally:
+            crew.dismiss()
 
 
 class _Deadline:
@@ -163,29 +174,38 @@ def _silence(board: Board, deadline: _Deadline) -> Callable[[], bool]:
     return over
 
 
-def _work(folder: RunFolder, board: Board, name: str, events: Events, is_over: Callable[[], bool]) -> None:
-    """Evaluate tasks until it is over."""
-    from job.workbench import Workbench
+def _work(
+    folder: RunFolder,
+    board: Board,
+    name: str,
+    events: Events,
+    is_over: Callable[[], bool],
+    processes: int | None = None,
+) -> None:
+    """Evaluate tasks until it is over, as one of so many processes of this machine; None: of the job's own."""
+    from job.workbench import Workbench, share_of_cores, workers_here
 
     record, settings = folder.read_job(), job_settings(folder)
     prompts = read_record(folder.prompts_file, PromptSets)
     model = model_folder(record, settings, events)
     with (
         Workbench.prepared(folder, record, settings, model, prompts, events) as bench,
+        share_of_cores(bench.loaded, processes or workers_here(settings, bench.loaded)),
         signs_of_life(lambda: board.beat(name)),
     ):
         events.say(f"{name} is ready")
-        looked = time.monotonic()
+        looked, pauses = time.monotonic(), waits()
         while True:
             task = board.claim(name)
             if task is not None:
                 board.finish(name, task, _result(bench, task))
+                pauses = waits()
                 continue
             if time.monotonic() - looked > _LOOK_SECONDS:
                 looked = time.monotonic()
                 if is_over():
                     return
-            time.sleep(_IDLE_SECONDS)
+            time.sleep(next(pauses))
 
 
 def _result(bench: Workbench, task: Task) -> dict[str, object]:

@@ -211,6 +211,19 @@ def test_a_machine_without_gpu_computes_in_ram() -> None:
     assert isinstance(plan(small, unknown, WORK), Refusal)
 
 
+def test_processes_on_a_machine_without_gpu_share_its_memory() -> None:
+    large = qwen(layers=24, hidden=896, wide=4864, vocab=150_000, tied=True)
+    reading = parse_on("1xH200").model_copy(update={"gpus": (), "memory": Memory(total=8 * GIB, available=7 * GIB)})
+    work = Workload(prompt_tokens=64, answer_tokens=30, dtype_bytes=4)
+    assert planned(large, reading, work).rows > 0
+    both = planned(large, reading, work.model_copy(update={"processes": 2}))
+    (device,) = both.devices
+    assert device.weights + device.cache + device.activations <= 3.2 * GIB
+    refused = plan(large, reading, work.model_copy(update={"processes": 4}))
+    assert isinstance(refused, Refusal)
+    assert "each of 4 workers" in refused.reason
+
+
 @settings(max_examples=25)
 @given(
     layers=st.integers(1, 24),

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from job.board import Board, signs_of_life
-from job.crew import Crew, WorkerOutOfMemory, parts_of, result_of
+from job.crew import Crew, Hands, WorkerOutOfMemory, parts_of, result_of
 from job.errors import HeldError, MachineError
 from job.events import Events
 from job.records import EditParameters, KernelParameters, Plan, TrialScores
@@ -148,7 +148,7 @@ def test_parts_are_put_together_in_order_whoever_scores_them(board: Board) -> No
     thread = threading.Thread(target=help_out)
     thread.start()
     try:
-        found = Crew(board, Events()).scores(plan, parts, slowly)
+        found = Crew(board, Events(), Hands(0)).scores(plan, parts, slowly)
     finally:
         over.set()
         thread.join()
@@ -183,7 +183,7 @@ def test_the_part_of_a_silent_worker_goes_to_another_and_one_that_lives_keeps_it
     for thread in threads:
         thread.start()
     parts = parts_of(plan, [edit(number) for number in range(3)])
-    found = Crew(board, Events(), silent_s=1.0).scores(plan, parts, first)
+    found = Crew(board, Events(), Hands(0), silent_s=1.0).scores(plan, parts, first)
     for thread in threads:
         thread.join()
     assert sorted(one.refusals for one in found)[-1] == 50
@@ -205,7 +205,7 @@ def test_a_worker_out_of_memory_is_told(board: Board) -> None:
     thread.start()
     plan = Plan(first=0, parameters=[{}] * 2, rows=1, together=1)
     with pytest.raises(WorkerOutOfMemory, match="2 GiB"):
-        Crew(board, Events()).scores(plan, parts_of(plan, [edit(0), edit(1)]), here)
+        Crew(board, Events(), Hands(0)).scores(plan, parts_of(plan, [edit(0), edit(1)]), here)
 
 
 def test_signs_of_life_survive_a_database_that_fails_for_a_moment() -> None:
@@ -349,7 +349,9 @@ def test_a_database_that_goes_down_stops_the_job_and_loses_nothing(organism: Pat
         assert (wrong.code, checks(wrong)["database"]["status"]) == (76, "fail")
         process = start(*job, PGPASSWORD=PASSWORD)
         wait_until(lambda: told(tmp_path / "runs") >= 6, process)
+        process.send_signal(signal.SIGSTOP)  # lest it is done before the server is
         server.stop()
+        process.send_signal(signal.SIGCONT)
         err = process.communicate(timeout=60)[1]
         assert process.returncode == 76, err
         assert "database" in next(line for line in err.splitlines() if line.startswith("error: "))

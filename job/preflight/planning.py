@@ -81,6 +81,7 @@ class Planning:
             dtype_bytes=self._dtype_bytes(),
             most_rows=self.settings.batching.rows or None,
             quantise=self.settings.ablation.row_normalization == "none",
+            processes=self.settings.workers or 1,
             edits="columns" if self.settings.ablation.row_normalization == "column" else "outputs",
         )
 

@@ -50,6 +50,7 @@ class Workload(Record):
         edits: What hooks do to the residual writers: "columns" with ablation.row_normalization = "column".
         quantise: 4-bit quantisation may be proposed.
         offload: Layers may be kept in RAM.
+        processes: Processes that each hold the model in RAM, where there is no GPU.
     """
 
     prompt_tokens: int = 256
@@ -59,6 +60,7 @@ class Workload(Record):
     edits: Edits = "outputs"
     quantise: bool = True
     offload: bool = True
+    processes: int = 1
 
 
 class DevicePlan(Record):
@@ -126,7 +128,7 @@ class Refusal(Record):
 
 def plan(facts: ModelFacts, reading: MachineReading, work: Workload) -> MemoryPlan | Refusal:
     """Return how the model goes onto the machine, or why it does not."""
-    devices = _devices(reading)
+    devices = _devices(reading, work.processes)
     quantisations = [False, True] if _can_quantise(facts, reading, work) else [False]
     for fewest in (FEWEST_ROWS, 1):
         for quantised in quantisations:
@@ -146,13 +148,13 @@ def _can_quantise(facts: ModelFacts, reading: MachineReading, work: Workload) ->
     return work.quantise and bool(reading.gpus) and facts.quantisation is None
 
 
-def _devices(reading: MachineReading) -> list[Device]:
-    """Return the devices with the memory that may be planned with."""
+def _devices(reading: MachineReading, processes: int) -> list[Device]:
+    """Return the devices with the memory that may be planned with, of RAM the share of one of so many processes."""
     if not reading.gpus:
         memory = reading.memory
-        share = int(RAM_SHARE * memory.total) if memory else 0
+        share, available = (int(RAM_SHARE * memory.total), memory.available) if memory else (0, 0)
         # The same share for like machines, unless something else has taken it.
-        return [Device("cpu", "RAM", min(share, memory.available) if memory else 0, memory.available if memory else 0)]
+        return [Device("cpu", "RAM", min(share, available) // processes, available // processes)]
     devices = []
     for gpu in reading.gpus:
         # An idle card's free memory varies a little from start to start; the plan must not.
@@ -283,6 +285,8 @@ def _refusal(facts: ModelFacts, devices: Sequence[Device], work: Workload) -> Re
     if work.quantise and facts.quantisation is None:
         reason += f" ({size(facts.weights_bytes(work.dtype_bytes, quantised=True))} in 4-bit)"
     reason += f", cache and activations do not fit into {size(free)} free on {len(devices)} device(s)"
+    if devices[0].label == "cpu" and work.processes > 1:
+        reason += f", which is what each of {work.processes} workers has"
     named = []
     for quantised in (False, True) if work.quantise and facts.quantisation is None else (False,):
         found = _cheapest(facts, work, quantised)
