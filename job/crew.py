@@ -54,9 +54,10 @@ class Hands:
     def __exit__(self, *_: object) -> None:
         end(self._waiting)
 
-    def give(self, task: dict[str, Any]) -> subprocess.Popen[bytes]:
-        """Return a process that works on a task from now on."""
-        process = self._waiting.pop(0) if self._waiting else self._start()
+    def give(self, task: dict[str, Any], device: str | None) -> subprocess.Popen[bytes]:
+        """Return a process that works on a task from now on, on a device that CUDA knows by this name."""
+        # What has loaded its libraries may have settled which devices it sees.
+        process = self._waiting.pop(0) if self._waiting and device is None else self._start(device)
         assert process.stdin is not None
         try:
             process.stdin.write(json.dumps(task).encode() + b"\n")
@@ -66,10 +67,16 @@ class Hands:
         return process
 
     @staticmethod
-    def _start() -> subprocess.Popen[bytes]:
+    def _start(device: str | None = None) -> subprocess.Popen[bytes]:
+        env = os.environ if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
         # A session of its own: Ctrl-C is for the run, which then ends its workers.
-        command = [sys.executable, "-c", "from job.worker import main; main()"]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", "from job.worker import main; main()"],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
 
 def end(processes: Collection[subprocess.Popen[bytes]]) -> None:
@@ -145,8 +152,8 @@ class Crew:
     def start(self, folder: RunFolder, url: str, device: str | None) -> None:
         """Start a worker on this machine, on a device that CUDA knows by this name."""
         name = f"{self._prefix}-{len(self._processes) + 1}"
-        task = {"name": name, "folder": str(folder.path), "board": url, "parent": os.getpid(), "device": device}
-        self._processes[name] = self._hands.give(task)
+        task = {"name": name, "folder": str(folder.path), "board": url, "parent": os.getpid()}
+        self._processes[name] = self._hands.give(task, device)
         self._events.emit("worker_started", f"{name} starts{f' on device {device}' if device else ''}", worker=name)
 
     def dismiss(self) -> None:

@@ -22,6 +22,7 @@ from job.models import fetch_model, list_model, parse_model
 from job.outcome import Outcome, missed_gate, outcome_of
 from job.pace import Pace, budget_of
 from job.preflight.checks import is_allowed
+from job.preflight.cuda import read_cuda
 from job.preflight.mounts import kind_of, mount_of, read_mounts
 from job.preflight.survey import Survey, Surveyor
 from job.prompts import PromptSets
@@ -187,9 +188,12 @@ class Job:
         return bool(next_to_rescore(trials, read_full_counts(self._folder), len(prompts.bad_search), tolerance, 1))
 
     def _others(self, trials: Sequence[Trial]) -> int:
-        """Return how many processes will evaluate trials beside this one, as far as that is known without torch."""
+        """Return how many processes will evaluate trials beside this one, on its device; with GPUs each has another."""
         searched = not self._record.searches or len(trials) >= self._settings.trials
-        return 0 if searched or self._settings.workers is None else self._settings.workers - 1
+        if searched or self._settings.workers is None:
+            return 0
+        on_gpus = self._settings.loading.device != "cpu" and bool(read_cuda().devices)
+        return 0 if on_gpus else self._settings.workers - 1
 
     def _search_and_export(self, prompts: PromptSets, hands: Hands) -> list[Trial]:
         """Do all that needs the model and return the trials."""

@@ -206,9 +206,10 @@ class Workbench:
             MachineError: The job's database cannot be reached.
         """
         workers = workers_here(self.settings, self.loaded)
+        devices = cuda_devices() if self.loaded.device.type == "cuda" else []
         with (
             share_of_cores(self.loaded, workers),
-            crew(self.folder, workers, cuda_devices(), self.settings.database, self.events, hands) as shared,
+            crew(self.folder, workers, devices, self.settings.database, self.events, hands) as shared,
         ):
             yield shared
 

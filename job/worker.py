@@ -46,8 +46,6 @@ def main() -> None:
     if not line:
         return  # there will be no task
     task = json.loads(line)
-    if task["device"] is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = task["device"]  # before CUDA is first asked for anything
     events = Events()
     try:
         with Board(task["board"], Path(task["folder"]).name) as board:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,10 +20,11 @@ import psycopg
 import pytest
 
 from job.board import Board, signs_of_life
-from job.crew import Crew, Hands, WorkerOutOfMemory, parts_of, result_of
+from job.crew import Crew, Hands, WorkerOutOfMemory, end, parts_of, result_of
 from job.errors import HeldError, MachineError
 from job.events import Events
 from job.records import EditParameters, KernelParameters, Plan, TrialScores
+from job.workspace import RunFolder
 from tests.helpers import Result, abliterate, events, job_arguments, only_job, start, stored_trials, wait_until
 from tests.postgres import PASSWORD, Postgres, missing
 
@@ -206,6 +210,42 @@ def test_a_worker_out_of_memory_is_told(board: Board) -> None:
     plan = Plan(first=0, parameters=[{}] * 2, rows=1, together=1)
     with pytest.raises(WorkerOutOfMemory, match="2 GiB"):
         Crew(board, Events(), Hands(0)).scores(plan, parts_of(plan, [edit(0), edit(1)]), here)
+
+
+def workers_of(run: int) -> list[psutil.Process]:
+    return [child for child in psutil.Process(run).children() if any("job.worker" in part for part in child.cmdline())]
+
+
+def test_hands_end_when_they_are_not_needed_and_with_the_run() -> None:
+    with Hands(2) as hands:
+        idle = workers_of(os.getpid())
+        assert len(idle) == 2
+        given = hands.give({}, "3")  # one that sees a device is started for it
+        assert given not in idle
+        assert psutil.Process(given.pid).environ()["CUDA_VISIBLE_DEVICES"] == "3"
+        end([given])
+    assert not any(process.is_running() for process in idle)
+    script = "from job.crew import Hands; import sys; Hands(1); print(flush=True); sys.stdin.read()"
+    run = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert run.stdout is not None
+    run.stdout.readline()
+    (orphan,) = workers_of(run.pid)
+    run.kill()
+    run.communicate()
+    orphan.wait(20)
+
+
+def test_a_job_whose_hand_has_died_goes_on_alone(board: Board, tmp_path: Path) -> None:
+    with Hands(1) as hands:
+        (hand,) = workers_of(os.getpid())
+        hand.kill()
+        hand.wait(10)
+        crew = Crew(board, Events(), hands)
+        crew.start(RunFolder(tmp_path / JOB), "sqlite:///nowhere.db", None)
+        plan = Plan(first=0, parameters=[{}] * 2, rows=1, together=1)
+        edits = [edit(0), edit(1)]
+        assert crew.scores(plan, parts_of(plan, edits), scored) == scored(edits, 1)
+        crew.dismiss()
 
 
 def test_signs_of_life_survive_a_database_that_fails_for_a_moment() -> None:
