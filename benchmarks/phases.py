@@ -45,13 +45,14 @@ class Bench:
             took = self.clock.times(lambda: results.append(work()))
         costs = works(forwards, self.shape.facts, self.shape.dtype.itemsize) + ([extra] if extra else [])
         least = roofline(costs, self.ceilings)
-        peak = self.memory.peak()
+        # In this order: what is held a moment later may be a page more.
+        held, peak = self.memory.held(), self.memory.peak()
         found = {
             **{"phase": name, "seconds": took.seconds / share, "wall_s": took.wall / share},
             **{"flops": least.flops / share, "bytes": least.bytes / share},
             **{"arithmetic_s": least.arithmetic_s / share, "memory_s": least.memory_s / share},
             **{"roofline_s": least.seconds / share, "share": least.seconds / took.seconds},
-            **{"peak_bytes": peak, "peak_of_model": peak / self.shape.weights_bytes, "held_bytes": self.memory.held()},
+            **{"peak_bytes": peak, "peak_of_model": peak / self.shape.weights_bytes, "held_bytes": held},
             "forwards": [asdict(one) for one in forwards],
         }
         self.phases.append(found)

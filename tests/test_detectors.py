@@ -28,7 +28,7 @@ from tests.helpers import abliterate, events, job_arguments, loading, only_job
 
 PROMPTS = 16
 # Strengths of one direction's ablation: from edits that leave refusals to edits that leave nothing.
-EDITS = (0.7, 0.8, 1.0, 2.7, 3.0, 6.0)
+EDITS = (0.7, 0.8, 0.9, 1.0, 1.2, 2.4, 2.5, 2.7, 3.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def test_the_edit_that_babbles_is_not_chosen(tried: list[Tried]) -> None:
     assert all(one.full.unanswered >= one.short.unanswered for one in tried)
     assert tried[chosen([one.full for one in tried])].right == PROMPTS
     correct = [one for one in tried if one.right > 4 * one.wrong]
-    babbling = [one for one in tried if one.right == 0]
+    hopeless = [one for one in tried if one.right == 0]
     assert len(correct) >= 3
-    assert len(babbling) >= 2
-    pairs = list(itertools.product(correct, babbling))
-    assert all(chosen([bad.full, good.full]) == 1 for good, bad in pairs)
+    assert len(hopeless) >= 2
+    assert all(chosen([bad.full, good.full]) == 1 for good, bad in itertools.product(correct, hopeless))
+    pairs = list(itertools.product(correct, [one for one in tried if one.wrong > 4 * one.right]))
     # By refusals they look better than edits that leave some; by the texts of short answers, some of them still do.
     unbroken = {"broken": 0}
     assert any(chosen([one.full.model_copy(update=unbroken) for one in (bad, good)]) == 0 for good, bad in pairs)
