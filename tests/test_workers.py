@@ -12,18 +12,22 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import optuna
 import psutil
 import psycopg
 import pytest
+import torch
 
 from job.board import Board, signs_of_life
 from job.crew import Crew, Hands, WorkerOutOfMemory, end, parts_of, result_of
 from job.errors import HeldError, MachineError
 from job.events import Events
+from job.model import LoadedModel
 from job.records import EditParameters, KernelParameters, Plan, TrialScores
+from job.workbench import share_of_cores
 from job.workspace import RunFolder
 from tests.helpers import Result, abliterate, events, job_arguments, only_job, start, stored_trials, wait_until
 from tests.postgres import PASSWORD, Postgres, missing
@@ -246,6 +250,25 @@ def test_a_job_whose_hand_has_died_goes_on_alone(board: Board, tmp_path: Path) -
         edits = [edit(0), edit(1)]
         assert crew.scores(plan, parts_of(plan, edits), scored) == scored(edits, 1)
         crew.dismiss()
+
+
+def test_processes_on_a_cpu_share_its_cores() -> None:
+    threads = torch.get_num_threads()
+    on_cpu, on_gpu = (cast(LoadedModel, SimpleNamespace(device=torch.device(kind))) for kind in ("cpu", "cuda"))
+    try:
+        torch.set_num_threads(6)
+        for loaded, processes, expected in (
+            (on_cpu, 1, 6),
+            (on_cpu, 4, 1),
+            (on_cpu, 3, 2),
+            (on_cpu, 8, 1),
+            (on_gpu, 3, 6),
+        ):
+            with share_of_cores(loaded, processes):
+                assert torch.get_num_threads() == expected
+            assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_signs_of_life_survive_a_database_that_fails_for_a_moment() -> None:
