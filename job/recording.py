@@ -11,7 +11,6 @@ from job.errors import AcceleratorFaultError, ImpossibleJobError, JobError, Mach
 from job.events import Events, read_events
 from job.holding import Hold
 from job.records import JobRecord, State
-from job.report import write_reports
 from job.settings import Settings
 from job.workspace import RunFolder, write_record
 
@@ -93,6 +92,8 @@ def _report(folder: RunFolder, events: Events) -> None:
     """Write what there is to be seen of a failure."""
     try:
         try:
+            from job.report import write_reports  # whose study takes long to load
+
             write_reports(folder)
         except Exception as error:  # whatever it is, it must not hide what has failed
             events.say(f"warning: the report cannot be written: {type(error).__name__}: {error}")

@@ -13,7 +13,6 @@ from job.events import Events, read_events
 from job.holding import held
 from job.interrupt import StopSignals
 from job.outcome import Outcome, completed
-from job.pipeline import Job, trials_so_far
 from job.preflight.readings import MachineReading
 from job.preflight.restarts import past_starts
 from job.preflight.survey import Survey, Surveyor
@@ -144,6 +143,8 @@ def _run(start: Start, events: Events, signals: StopSignals) -> Outcome:
     done = _completed(start, events)
     if done is not None:
         return done
+    from job.pipeline import Job  # takes longer to load than all that a finished job needs
+
     # Before the lock is taken, which writes down this process in place of the one before.
     left_by = folder.holder()
     with held(folder, start.identity, start.settings, events, signals, beside_others=start.beside_others) as hold:
@@ -202,6 +203,8 @@ def surveyor_of(
         surveyor.rental = _this_rental()
         surveyor.settings = _priced(settings, surveyor.rental)
     if folder.job_file.exists():
+        from job.pipeline import trials_so_far
+
         holder = folder.holder()
         surveyor.commit = folder.read_job().model_commit
         surveyor.starts = past_starts(read_events(folder.events_file))
