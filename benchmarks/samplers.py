@@ -232,6 +232,9 @@ VARIANTS = {
     "after the final norm": Variant(settings=_NONE_KNOWN, normed=True),
     "batches of 8": Variant(settings={**_NONE_KNOWN, "batch": 8}),
     "batches of 16": Variant(settings={**_NONE_KNOWN, "batch": 16}),
+    "eight": Variant(settings={"batch": 8}),
+    "one ahead": Variant(settings={"ahead": 1}),
+    "eight, one ahead": Variant(settings={"batch": 8, "ahead": 1}),
     "field": Variant(space=_field),
     "field, nothing known": Variant(space=_field, settings=_NONE_KNOWN),
     "field, counts": Variant(space=_field, settings=_NONE_KNOWN, seen=counts),
@@ -258,9 +261,9 @@ class Tried(Search):
         self._prompts = prompts
         self.seconds = 0.0
 
-    def _next_plan(self, target: int) -> Plan:
+    def _next_plan(self, unfinished: Sequence[Plan], first: int, target: int) -> Plan:
         began = time.process_time()
-        plan = super()._next_plan(target)
+        plan = super()._next_plan(unfinished, first, target)
         self.seconds += time.process_time() - began
         return plan
 
@@ -360,8 +363,8 @@ def searched(
     with tempfile.TemporaryDirectory() as folder, organism.hooks(variant.normed) as hooks:
         search = Tried(Path(folder) / "study.db", variant, space, settings, organism.prompts)
 
-        def evaluate(plan: Plan) -> list[TrialScores]:
-            return organism.scores(hooks, str(variant.normed), [space.edit(params) for params in plan.parameters])
+        def evaluate(plans: Sequence[Plan]) -> list[TrialScores]:
+            return organism.scores(hooks, str(variant.normed), [space.edit(params) for params in plans[0].parameters])
 
         search.run(trials, evaluate, told=lambda _: None)
         return search.finished(), search.seconds / trials

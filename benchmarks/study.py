@@ -9,6 +9,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from job.records import Plan, TrialScores
@@ -23,8 +24,9 @@ def main() -> None:
     batch = int(sys.argv[1]) if len(sys.argv) > 1 else 4
     drawn = random.Random(0)
 
-    def evaluate(plan: Plan) -> list[TrialScores]:
-        return [TrialScores(refusals=drawn.randint(0, 100), kl=drawn.random(), opening=0.0) for _ in plan.parameters]
+    def evaluate(plans: Sequence[Plan]) -> list[TrialScores]:
+        count = len(plans[0].parameters)
+        return [TrialScores(refusals=drawn.randint(0, 100), kl=drawn.random(), opening=0.0) for _ in range(count)]
 
     with tempfile.TemporaryDirectory() as folder:
         settings = SearchSettings(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -185,12 +185,20 @@ class Board:
             if told.rowcount == 0:
                 db.execute(sa.insert(_JOBS).values(job=self._job, state=state, beat=0))
 
-    def post(self, round_: int, payloads: Sequence[dict[str, Any]]) -> None:
-        """Put the tasks of a round in the place of whatever is there."""
+    def post(self, rounds: Mapping[int, Sequence[dict[str, Any]]]) -> None:
+        """Have the tasks of these rounds there and no others; those that are there already stay as far as they are."""
+        wanted = {(round_, n): json.dumps(one) for round_, payloads in rounds.items() for n, one in enumerate(payloads)}
+        mine = _TASKS.c.job == self._job
         with self._begin() as db:
-            db.execute(sa.delete(_TASKS).where(_TASKS.c.job == self._job))
-            for number, payload in enumerate(payloads):
-                row = {"job": self._job, "round": round_, "number": number, "payload": json.dumps(payload)}
+            there = db.execute(sa.select(_TASKS.c.round, _TASKS.c.number, _TASKS.c.payload).where(mine))
+            for round_, number, payload in there.all():
+                if wanted.get((round_, number)) == payload:
+                    del wanted[round_, number]
+                else:
+                    this = (_TASKS.c.round == round_, _TASKS.c.number == number)
+                    db.execute(sa.delete(_TASKS).where(mine, *this))
+            for (round_, number), payload in wanted.items():
+                row = {"job": self._job, "round": round_, "number": number, "payload": payload}
                 db.execute(sa.insert(_TASKS).values(**row))
 
     def results(self, round_: int) -> dict[int, dict[str, Any]]:

@@ -25,15 +25,18 @@ from job.workspace import RunFolder
 
 # Scores some edits in one batch, with so many rows a forward.
 Here = Callable[[Sequence[EditParameters], int], Sequence[TrialScores]]
-# Scores all parts of a plan.
-Shared = Callable[[Plan, Sequence[Sequence[EditParameters]], Here], list[TrialScores]]
+# A plan and its parts.
+Round = tuple[Plan, Sequence[Sequence[EditParameters]]]
+# Scores all parts of the first round, and may begin with the others.
+Shared = Callable[[Sequence[Round], Here], list[TrialScores]]
 
 SILENT_SECONDS = 20.0
 _ME = "coordinator"
 
 
-def in_turn(plan: Plan, parts: Sequence[Sequence[EditParameters]], here: Here) -> list[TrialScores]:
-    """Score all parts of a plan in this process."""
+def in_turn(rounds: Sequence[Round], here: Here) -> list[TrialScores]:
+    """Score all parts of the first round in this process."""
+    plan, parts = rounds[0]
     return [scores for part in parts for scores in here(part, plan.rows)]
 
 
@@ -114,6 +117,7 @@ def crew(
         url = database or f"sqlite:///{place}/tasks.db"
         with Board(url, folder.path.name) as board:
             board.lead()
+            board.post({})  # what a former coordinator has claimed would wait for it
             made = Crew(board, events, hands)
             try:
                 for number in range(1, workers):
@@ -160,24 +164,32 @@ class Crew:
         """End the workers of this machine."""
         end(self._processes.values())
 
-    def scores(self, plan: Plan, parts: Sequence[Sequence[EditParameters]], here: Here) -> list[TrialScores]:
-        """Score all parts of a plan, some of them in this process.
+    def scores(self, rounds: Sequence[Round], here: Here) -> list[TrialScores]:
+        """Score all parts of the first round, some of them in this process; those after it are done by who is free.
 
         Raises:
             WorkerOutOfMemory: A worker's memory does not suffice.
             MachineError: The database cannot be reached.
         """
         board = self._board
-        board.post(plan.first, [{"edits": [edit.model_dump() for edit in part], "rows": plan.rows} for part in parts])
+        known = {plan.first: (plan, parts) for plan, parts in rounds}
+        board.post(
+            {
+                first: [{"edits": [edit.model_dump() for edit in part], "rows": plan.rows} for part in parts]
+                for first, (plan, parts) in known.items()
+            }
+        )
+        first, parts = rounds[0][0].first, rounds[0][1]
         self._seen.clear()
         pauses = waits()
-        while len(results := board.results(plan.first)) < len(parts):
+        while len(results := board.results(first)) < len(parts):
             self._free_what_is_lost()
             task = board.claim(_ME)
             if task is None:
                 time.sleep(next(pauses))
             else:
-                board.finish(_ME, task, result_of(here(parts[task.number], plan.rows)))
+                plan, own = known[task.round]
+                board.finish(_ME, task, result_of(here(own[task.number], plan.rows)))
         return [scores for number in range(len(parts)) for scores in _scores(results[number])]
 
     def _free_what_is_lost(self) -> None:

@@ -278,7 +278,7 @@ class Job:
 
                 search.run(
                     target,
-                    lambda plan: bench.evaluate(plan, shared),
+                    lambda plans: bench.evaluate(plans, shared),
                     told=told,
                     shielded=self._signals.shielded,
                     batch=pace.batch,

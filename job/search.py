@@ -150,6 +150,7 @@ class SearchSettings:
         together: Trials that share their forwards, likewise; None: all of a batch.
         ei_candidates: Candidates the sampler weighs for each trial.
         known_points: Whether the space's known points come first, however many; other start-up trials are random.
+        ahead: Batches that are asked before the results of the one before them are known.
     """
 
     seed: int
@@ -159,6 +160,7 @@ class SearchSettings:
     ei_candidates: int
     together: int | None = None
     known_points: bool = True
+    ahead: int = 0
 
 
 class Search:
@@ -195,11 +197,12 @@ class Search:
         self._shared = None if database is None else shared_study(*database, self._study)
         self._trials = self._study.get_trials(deepcopy=False)
         self._memory: optuna.Study | None = None
+        self._seen = 0
 
     def run(
         self,
         target: int,
-        evaluate: Callable[[Plan], Sequence[TrialScores]],
+        evaluate: Callable[[Sequence[Plan]], Sequence[TrialScores]],
         *,
         told: Callable[[Trial], None],
         shielded: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -210,7 +213,8 @@ class Search:
 
         Args:
             target: Number of trials at the end.
-            evaluate: Scores all trials of a plan; may raise at any time without harm.
+            evaluate: Scores all trials of the first of some plans, and may begin with the others; may raise at any
+                time without harm.
             told: Called with each trial once it is stored.
             shielded: Within its block, no stop interrupts the study's writes.
             batch: Entered for every batch, from its plan to its last trial.
@@ -226,27 +230,27 @@ class Search:
     def _run_batch(
         self,
         target: int,
-        evaluate: Callable[[Plan], Sequence[TrialScores]],
+        evaluate: Callable[[Sequence[Plan]], Sequence[TrialScores]],
         shielded: Callable[[], AbstractContextManager[None]],
         told: Callable[[Trial], None],
     ) -> None:
-        plan = self._unfinished_plan()
-        if plan is None:
-            plan = self._next_plan(target)
+        unfinished = self._unfinished_plans()
+        plans = self._with_next(unfinished, target)
+        if len(plans) > len(unfinished):
             with shielded():
-                self._store(plan)
+                self._store(plans)
         while True:
             try:
-                scores = evaluate(plan)
+                scores = evaluate(plans)
                 break
             except SmallerLayoutNeeded as needed:
-                plan = plan.model_copy(update={"rows": needed.rows})
+                plans = [plan.model_copy(update={"rows": needed.rows}) for plan in plans]
                 self._settings = replace(self._settings, rows=needed.rows)
                 with shielded():
-                    self._store(plan)
+                    self._store(plans)
         done = len(self._trials)
         with shielded():
-            self._tell(plan, scores)
+            self._tell(plans[0], scores)
             back_up(self._file, self._copy)
         for trial in self._trials[done:]:
             told(as_trial(trial))
@@ -258,24 +262,32 @@ class Search:
         if self._shared is not None:
             yield self._shared
 
-    def _store(self, plan: Plan) -> None:
+    def _store(self, plans: Sequence[Plan]) -> None:
         for study in self._studies:
-            study.set_user_attr(PLAN, plan.model_dump(mode="json"))
+            study.set_user_attr(PLAN, [plan.model_dump(mode="json") for plan in plans])
 
     def finished(self) -> list[Trial]:
         """Return all finished trials in number order."""
         return [as_trial(trial) for trial in self._trials]
 
-    def _unfinished_plan(self) -> Plan | None:
-        stored = self._study.user_attrs.get(PLAN)
-        if stored is None:
-            return None
-        plan = Plan.model_validate(stored)
-        return plan if plan.first + len(plan.parameters) > len(self._trials) else None
+    def _unfinished_plans(self) -> list[Plan]:
+        stored = self._study.user_attrs.get(PLAN, [])
+        # A former version knew one plan at a time.
+        plans = [Plan.model_validate(one) for one in (stored if isinstance(stored, list) else [stored])]
+        return [plan for plan in plans if plan.first + len(plan.parameters) > len(self._trials)]
 
-    def _next_plan(self, target: int) -> Plan:
-        first = len(self._trials)
-        memory = self._remembered()
+    def _with_next(self, plans: Sequence[Plan], target: int) -> list[Plan]:
+        """Return unfinished plans and those that are asked now."""
+        found = list(plans)
+        while len(found) <= self._settings.ahead:
+            first = found[-1].first + len(found[-1].parameters) if found else len(self._trials)
+            if first >= target:
+                break
+            found.append(self._next_plan(found, first, target))
+        return found
+
+    def _next_plan(self, unfinished: Sequence[Plan], first: int, target: int) -> Plan:
+        memory = self._remembered(unfinished, first)
         # An extended search falls back into step with the batches of an unextended one.
         size = min(self._settings.batch - first % self._settings.batch, target - first)
         distributions = self._space.distributions()
@@ -288,14 +300,27 @@ class Search:
             parameters.append(memory.ask(distributions).params)
         return Plan(first=first, parameters=parameters, rows=self._settings.rows, together=self._settings.together)
 
-    def _remembered(self) -> optuna.Study:
-        """Return the study in memory that trials are asked on: all finished ones, as the sampler is to see them."""
+    def _remembered(self, unfinished: Sequence[Plan], first: int) -> optuna.Study:
+        """Return the study in memory that a trial is asked on: all before it, as the sampler is to see them then.
+
+        It sees the results of batches that are so many before the trial's as are asked ahead, whatever else is
+        known, and of others what they try: so what is asked depends on nothing but those, however a search was
+        interrupted or extended.
+        """
         if self._memory is None:
-            self._memory = optuna.create_study(directions=DIRECTIONS)
-            for trial in self._trials:
-                seen = create_trial(values=self._sampled(trial), params=trial.params, distributions=trial.distributions)
-                self._memory.add_trial(seen)
-        return self._memory
+            self._memory, self._seen = optuna.create_study(directions=DIRECTIONS), 0
+        memory, size = self._memory, self._settings.batch
+        visible = max(0, first // size - self._settings.ahead) * size
+        tried = {trial.number: trial.params for trial in self._trials}
+        tried |= {plan.first + index: params for plan in unfinished for index, params in enumerate(plan.parameters)}
+        for number in range(len(memory.get_trials(deepcopy=False)), first):
+            memory.enqueue_trial(tried[number])
+            memory.sampler = self._sampler(number)
+            memory.ask(self._space.distributions())
+        for trial in self._trials[self._seen : visible]:
+            memory.tell(trial.number, self._sampled(trial))
+        self._seen = max(self._seen, visible)
+        return memory
 
     def _sampled(self, trial: FrozenTrial) -> list[float]:
         """Return a trial's values as the sampler is to see them: the opening tells equal counts of refusals apart.
@@ -336,9 +361,6 @@ class Search:
         for study in self._studies:
             add_trials(study, trials)
         self._trials += trials
-        if self._memory is not None:
-            for trial in trials:
-                self._memory.tell(trial.number, self._sampled(trial))
 
 
 class _Sampler(optuna.samplers.TPESampler):

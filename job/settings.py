@@ -152,6 +152,11 @@ class SearchSettings(Section):
     space: Literal["wide", "field"] = Field(description="The space of parameters; field is other tools'.")
     ei_candidates: int = Field(ge=1, description="Candidates the TPE sampler weighs for each trial.")
     known_points: bool = Field(description="Begin with eight edits that are known to do well.")
+    ahead: int = Field(
+        ge=0,
+        description="Batches that are asked before the results of the one before them are known, so that no worker "
+        "waits for the slowest.",
+    )
 
 
 class ScoringSettings(Section):

@@ -177,6 +177,7 @@ class Workbench:
                 ei_candidates=self.settings.search.ei_candidates,
                 known_points=self.settings.search.known_points,
                 together=self.resolution.together,
+                ahead=self.settings.search.ahead,
             ),
             copy,
             (self.settings.database, self.record.job_id) if self.settings.database else None,
@@ -224,7 +225,7 @@ class Workbench:
             rows = self.resolution.search_rows or self.resolution.rows
             plan = Plan(first=batch[0].number, parameters=[trial.params for trial in batch], rows=rows)
             try:
-                scores = self.evaluate(plan, whole=True)
+                scores = self.evaluate([plan], whole=True)
             except SmallerLayoutNeeded:
                 continue  # it has been written down, and is what comes next
             found = {trial.number: score for trial, score in zip(batch, scores, strict=True)}
@@ -240,26 +241,28 @@ class Workbench:
                 )
         return with_full_counts(trials, counts)
 
-    def evaluate(self, plan: Plan, shared: Shared = in_turn, *, whole: bool = False) -> Sequence[TrialScores]:
-        """Score all trials of a plan.
+    def evaluate(
+        self, plans: Sequence[Plan], shared: Shared = in_turn, *, whole: bool = False
+    ) -> Sequence[TrialScores]:
+        """Score all trials of the first plan.
 
         Args:
-            plan: The plan.
-            shared: Has its parts scored.
+            plans: The plan, and those that may be begun before it is done.
+            shared: Has their parts scored.
             whole: On answers of full length, none left out; else as the search does.
 
         Raises:
             MachineError: Memory does not suffice for one prompt at a time.
             SmallerLayoutNeeded: It does not suffice for the plan's rows.
         """
-        parts = parts_of(plan, [self.space.edit(params) for params in plan.parameters])
+        rounds = [(plan, parts_of(plan, [self.space.edit(params) for params in plan.parameters])) for plan in plans]
         try:
-            return shared(plan, parts, self.full_scores if whole else self.scores)
+            return shared(rounds, self.full_scores if whole else self.scores)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            rows = plan.rows // 2
-            if rows < len(parts[0]):
+            rows = plans[0].rows // 2
+            if rows < max(len(part) for _, parts in rounds for part in parts):
                 raise out_of_memory(error) from error
         release_memory()
         self.events.emit(

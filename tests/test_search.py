@@ -56,20 +56,23 @@ class Runs:
         yield
         self.point()  # after it
 
-    def evaluate(self, plan: Plan) -> Sequence[TrialScores]:
+    def evaluate(self, plans: Sequence[Plan]) -> Sequence[TrialScores]:
         self.point()
-        return [score(params) for params in plan.parameters]
+        self.waiting = len(plans) - 1
+        return [score(params) for params in plans[0].parameters]
 
-    def run(self, file: Path, target: int, batch: int) -> list[Trial]:
-        settings = SearchSettings(seed=3, startup_trials=6, batch=batch, rows=8, ei_candidates=24)
+    def run(self, file: Path, target: int, batch: int, ahead: int = 0) -> list[Trial]:
+        settings = SearchSettings(seed=3, startup_trials=6, batch=batch, rows=8, ei_candidates=24, ahead=ahead)
         search = Search(file, SPACE, settings)
         search.run(target, self.evaluate, shielded=self.shielded, told=lambda _: None)
         return search.finished()
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_crashes_at_every_point_leave_the_trials_of_an_uninterrupted_search(tmp_path: Path, batch: int) -> None:
-    whole = Runs().run(tmp_path / "whole.db", 14, batch)
+@pytest.mark.parametrize(("batch", "ahead"), [(1, 0), (4, 0), (4, 1), (3, 2)])
+def test_crashes_at_every_point_leave_the_trials_of_an_uninterrupted_search(
+    tmp_path: Path, batch: int, ahead: int
+) -> None:
+    whole = Runs().run(tmp_path / "whole.db", 14, batch, ahead)
     assert [trial.number for trial in whole] == list(range(14))
     crashes = 0
     # Every restart is crashed as well, at an ever later point, until one gets through.
@@ -77,7 +80,7 @@ def test_crashes_at_every_point_leave_the_trials_of_an_uninterrupted_search(tmp_
         file, point = tmp_path / f"{first}.db", first
         while True:
             try:
-                trials = Runs(crash_at=point).run(file, 14, batch)
+                trials = Runs(crash_at=point).run(file, 14, batch, ahead)
                 break
             except Crash:
                 crashes += 1
@@ -116,15 +119,27 @@ def test_half_a_batch_that_a_former_version_stored_is_completed(tmp_path: Path) 
     with pytest.raises(Crash):
         Runs(crash_at=6).run(tmp_path / "half.db", 8, 4)
     half = open_study(file_url(tmp_path / "half.db"), "abliterate")
-    assert (len(half.trials), half.user_attrs["plan"]["first"]) == (4, 4)
+    assert (len(half.trials), half.user_attrs["plan"][0]["first"]) == (4, 4)
     add_trials(half, optuna.load_study(study_name="abliterate", storage=file_url(tmp_path / "whole.db")).trials[4:6])
     assert Runs().run(tmp_path / "half.db", 8, 4) == whole
 
 
-def test_a_search_extended_later_keeps_what_it_has_and_stays_in_step(tmp_path: Path) -> None:
-    short = Runs().run(tmp_path / "a.db", 6, 4)
-    assert Runs().run(tmp_path / "a.db", 12, 4)[:6] == short
-    assert Runs().run(tmp_path / "a.db", 12, 4) == Runs().run(tmp_path / "a.db", 5, 4)
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_search_extended_later_is_the_one_that_was_not(tmp_path: Path, ahead: int) -> None:
+    whole = Runs().run(tmp_path / "whole.db", 15, 4, ahead)
+    for target in (6, 12, 13, 5, 15):
+        found = Runs().run(tmp_path / "a.db", target, 4, ahead)
+        assert found == whole[: len(found)]
+    assert found == whole
+
+
+def test_what_is_asked_ahead_does_not_know_the_batch_before(tmp_path: Path) -> None:
+    runs = Runs()
+    ahead, plain = runs.run(tmp_path / "ahead.db", 24, 4, 1), Runs().run(tmp_path / "plain.db", 24, 4)
+    assert runs.waiting == 0  # the last one has none behind it
+    # Start-up trials are random, and the first batch after them knows of as many as it needs.
+    same = next(index for index, (one, other) in enumerate(zip(ahead, plain, strict=True)) if one != other)
+    assert same == 8
 
 
 def test_k_belongs_to_the_job_and_the_seed_decides(tmp_path: Path) -> None:
@@ -225,8 +240,8 @@ def test_front_and_choice() -> None:
 def test_trials_that_did_not_answer_are_ordered_behind_all_that_did(tmp_path: Path) -> None:
     """Whatever was measured dominates what was not; of that, the smaller KL divergence dominates."""
 
-    def evaluate(plan: Plan) -> Sequence[TrialScores]:
-        found = [score(params) for params in plan.parameters]
+    def evaluate(plans: Sequence[Plan]) -> Sequence[TrialScores]:
+        found = [score(params) for params in plans[0].parameters]
         return [
             TrialScores(refusals=100, kl=one.kl, reason="not made to answer", skipped=True)
             if one.reason is None and one.kl > 0.01

@@ -51,7 +51,7 @@ def board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Board]:
     shared = request.param == "postgres"
     url = request.getfixturevalue("postgres").url if shared else f"sqlite:///{tmp_path / 'tasks.db'}"
     with Board(url, JOB) as board:
-        board.post(0, [])
+        board.post({})
         yield board
 
 
@@ -68,7 +68,7 @@ def scored(edits: Any, rows: int) -> list[TrialScores]:
 
 
 def test_every_task_is_claimed_once(board: Board) -> None:
-    board.post(8, [{"part": number} for number in range(40)])
+    board.post({8: [{"part": number} for number in range(40)]})
 
     def take(worker: str) -> list[int]:
         taken = []
@@ -86,7 +86,7 @@ def test_every_task_is_claimed_once(board: Board) -> None:
 
 
 def test_a_task_that_was_taken_away_cannot_be_finished(board: Board) -> None:
-    board.post(0, [{}])
+    board.post({0: [{}]})
     task = board.claim("slow")
     assert task is not None
     assert board.claim("other") is None
@@ -99,13 +99,13 @@ def test_a_task_that_was_taken_away_cannot_be_finished(board: Board) -> None:
     assert board.finish("other", task, {"in": "time"})
     assert board.results(0) == {0: {"in": "time"}}
     # Nor can one whose round is over, although it has the same number in the next.
-    board.post(0, [{}])
+    board.post({0: [{"other": "content"}]})
     assert not board.finish("other", task, {"of": "the round before"})
 
 
 def test_jobs_do_not_see_each_other(board: Board) -> None:
     with Board(str(board._url.render_as_string(hide_password=False)), "another-job") as other:
-        other.post(0, [{"of": "another"}])
+        other.post({0: [{"of": "another"}]})
         board.say("searching")
         assert board.claim("worker") is None
         assert other.standing() is None
@@ -156,7 +156,7 @@ def test_parts_are_put_together_in_order_whoever_scores_them(board: Board) -> No
     thread = threading.Thread(target=help_out)
     thread.start()
     try:
-        found = Crew(board, Events(), Hands(0)).scores(plan, parts, slowly)
+        found = Crew(board, Events(), Hands(0)).scores([(plan, parts)], slowly)
     finally:
         over.set()
         thread.join()
@@ -191,7 +191,7 @@ def test_the_part_of_a_silent_worker_goes_to_another_and_one_that_lives_keeps_it
     for thread in threads:
         thread.start()
     parts = parts_of(plan, [edit(number) for number in range(3)])
-    found = Crew(board, Events(), Hands(0), silent_s=1.0).scores(plan, parts, first)
+    found = Crew(board, Events(), Hands(0), silent_s=1.0).scores([(plan, parts)], first)
     for thread in threads:
         thread.join()
     assert sorted(one.refusals for one in found)[-1] == 50
@@ -213,7 +213,7 @@ def test_a_worker_out_of_memory_is_told(board: Board) -> None:
     thread.start()
     plan = Plan(first=0, parameters=[{}] * 2, rows=1, together=1)
     with pytest.raises(WorkerOutOfMemory, match="2 GiB"):
-        Crew(board, Events(), Hands(0)).scores(plan, parts_of(plan, [edit(0), edit(1)]), here)
+        Crew(board, Events(), Hands(0)).scores([(plan, parts_of(plan, [edit(0), edit(1)]))], here)
 
 
 def workers_of(run: int) -> list[psutil.Process]:
@@ -248,7 +248,7 @@ def test_a_job_whose_hand_has_died_goes_on_alone(board: Board, tmp_path: Path) -
         crew.start(RunFolder(tmp_path / JOB), "sqlite:///nowhere.db", None)
         plan = Plan(first=0, parameters=[{}] * 2, rows=1, together=1)
         edits = [edit(0), edit(1)]
-        assert crew.scores(plan, parts_of(plan, edits), scored) == scored(edits, 1)
+        assert crew.scores([(plan, parts_of(plan, edits))], scored) == scored(edits, 1)
         crew.dismiss()
 
 
