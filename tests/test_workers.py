@@ -271,6 +271,41 @@ def test_processes_on_a_cpu_share_its_cores() -> None:
         torch.set_num_threads(threads)
 
 
+def test_who_is_free_begins_with_the_plan_after(board: Board) -> None:
+    first, second = (Plan(first=number, parameters=[{}] * 2, rows=number + 1, together=1) for number in (0, 2))
+    rounds = [(plan, parts_of(plan, [edit(plan.first), edit(plan.first + 1)])) for plan in (first, second)]
+    slow = threading.Event()
+
+    def help_out() -> None:
+        while (task := board.claim("helper")) is None:
+            time.sleep(0.001)
+        slow.wait()
+        edits = [EditParameters.model_validate(one) for one in task.payload["edits"]]
+        board.finish("helper", task, result_of(scored(edits, task.payload["rows"])))
+
+    def here(edits: Any, rows: int) -> list[TrialScores]:
+        while not done and "helper" not in board.claims():
+            time.sleep(0.001)
+        done.append(rows)
+        if len(done) == 3:  # all that the helper has left, of either plan
+            slow.set()
+        return scored(edits, rows)
+
+    done: list[int] = []
+    thread = threading.Thread(target=help_out)
+    thread.start()
+    crew = Crew(board, Events(), Hands(0))
+    try:
+        assert crew.scores(rounds, here) == scored([edit(0), edit(1)], 1)
+        assert done == [1, 3, 3]
+        # What has been done of the second is not done again.
+        assert crew.scores(rounds[1:], here) == scored([edit(2), edit(3)], 3)
+        assert len(done) == 3
+    finally:
+        slow.set()
+        thread.join()
+
+
 def test_signs_of_life_survive_a_database_that_fails_for_a_moment() -> None:
     given: list[int] = []
 
@@ -341,6 +376,20 @@ def test_workers_do_not_outlive_a_killed_run_which_goes_on_alone(organism: Path,
     abliterate(*job).check()
     assert stored_trials(workspace) == stored_trials(alone)
     assert manifest(workspace) == manifest(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+def test_what_is_asked_ahead_is_the_same_with_workers_and_after_a_kill(organism: Path, tmp_path: Path) -> None:
+    job = ["run", *job_arguments(organism), *LAYOUT, "--set", "search.ahead=1", "--workspace"]
+    abliterate(*job, tmp_path / "alone").check()
+    process = start(*job, tmp_path / "runs", "--workers", 2)
+    wait_until(lambda: told(tmp_path / "runs") >= 6, process)
+    process.kill()
+    process.communicate()
+    abliterate(*job, tmp_path / "runs", "--workers", 3).check()
+    assert stored_trials(tmp_path / "runs") == stored_trials(tmp_path / "alone")
+    assert manifest(tmp_path / "runs") == manifest(tmp_path / "alone")
 
 
 @pytest.mark.slow
