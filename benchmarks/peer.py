@@ -58,8 +58,9 @@ TOGETHER = 4  # trials that a process of this tool evaluates at once
 WIDE, FIELD = "this, wide space", "this, field's space"
 UNEQUAL = f"""\
 not equal: heretic evaluates trials one by one and finishes every answer of a batch; this one evaluates {TOGETHER}
-  trials a process together, asks for so many at once, and stops an answer once a marker has matched, with the same
-  count of refusals; in the search its answers have 30 tokens at most, and the chosen trials are scored again in full.
+  trials a process together, asks for so many at once and for those after them before it knows what these came to
+  (search.ahead = 1), and stops an answer once a marker has matched, with the same count of refusals; in the search
+  its answers have 30 tokens at most, and the chosen trials are scored again in full.
 not equal: heretic's sampler minimises scores of its own; this one's refusals and KL. Both volumes are of
   refusals and KL.
 not equal: in the field's space this one's MLP weights are from -0.25 to 1.5, heretic {VERSION}'s from 0.8 to 1.5.
@@ -83,7 +84,7 @@ def run_this(task: Task, seed: int, folder: Path, space: str) -> Outcome:
         **{f"{kind}_prompts": {"spec": str(task.sets[kind]), "system_prompt": SYSTEM_PROMPT} for kind in kinds},
         "loading": {"dtypes": ["float32"], "device": "cpu", "response_prefix": ""},
         "scoring": {"answer_tokens": task.tokens},
-        "search": {"space": space},
+        "search": {"space": space, "ahead": 1},
     }
     (folder / "config.toml").write_text(toml(values))
     log = folder / "log"

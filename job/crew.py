@@ -47,8 +47,14 @@ class WorkerOutOfMemory(MemoryError):  # noqa: N818 - a MemoryError, and handled
 class Hands:
     """Processes of this machine that may become workers: they load what takes seconds, then wait to be given a job."""
 
-    def __init__(self, count: int) -> None:
-        """Start so many; more are started as they are needed."""
+    def __init__(self, count: int, model: Path | None = None) -> None:
+        """Start so many; more are started as they are needed.
+
+        Args:
+            count: How many.
+            model: The model's folder, if it is there already: of its family's code they need more than of others'.
+        """
+        self._model = model
         self._waiting = [self._start() for _ in range(count)]
 
     def __enter__(self) -> Self:
@@ -69,12 +75,11 @@ class Hands:
             pass  # it has died, which will be noticed as with any worker
         return process
 
-    @staticmethod
-    def _start(device: str | None = None) -> subprocess.Popen[bytes]:
+    def _start(self, device: str | None = None) -> subprocess.Popen[bytes]:
         env = os.environ if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
         # A session of its own: Ctrl-C is for the run, which then ends its workers.
         return subprocess.Popen(
-            [sys.executable, "-c", "from job.worker import main; main()"],
+            [sys.executable, "-c", "from job.worker import main; main()", *([str(self._model)] if self._model else [])],
             env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

@@ -81,7 +81,7 @@ class Job:
         self._say_differences()
         if prompts is None or not self._is_searched_and_exported(trials, prompts):
             # A job of which only the delivery is left has its targets tell what is wrong with them.
-            with Hands(self._others(trials)) as hands:
+            with Hands(self._others(trials), self._model_here()) as hands:
                 prompts = self._preflight(surveyor)
                 if damage is not None:
                     # After preflight, which ends a loop of such starts.
@@ -194,6 +194,11 @@ class Job:
             return 0
         on_gpus = self._settings.loading.device != "cpu" and bool(read_cuda().devices)
         return 0 if on_gpus else self._settings.workers - 1
+
+    def _model_here(self) -> Path | None:
+        """Return the model's folder if nothing has to be fetched."""
+        source = parse_model(self._settings.model)
+        return Path(source.name) if source.kind == "folder" else None
 
     def _search_and_export(self, prompts: PromptSets, hands: Hands) -> list[Trial]:
         """Do all that needs the model and return the trials."""

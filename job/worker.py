@@ -35,13 +35,25 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Work for the run that has started this process, until it ends it.
 
-    The task is a line of standard input. All that takes seconds to load is loaded before it comes.
+    The task is a line of standard input. All that takes seconds to load is loaded before it comes, with the code of a
+    model whose folder may be the only argument.
     """
     # Not even `kill -9` of the run may leave a GPU occupied.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    import job.workbench  # noqa: F401
+    import torch
 
+    import job.workbench  # noqa: F401
+    from job.truth import inspect_model
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the run is at work meanwhile
+    for model in sys.argv[1:]:
+        try:
+            inspect_model(Path(model))
+        except JobError:
+            continue  # preflight tells what is wrong with it
+    torch.set_num_threads(threads)
     line = sys.stdin.readline()
     if not line:
         return  # there will be no task
