@@ -6,6 +6,7 @@ import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -104,9 +105,15 @@ def new_cache(model: PreTrainedModel, most: int) -> DynamicCache:
     return cache
 
 
+# Of models that are alive: looking at a signature takes longer than an operation of a small model.
+_ARGUMENTS: WeakKeyDictionary[PreTrainedModel, frozenset[str]] = WeakKeyDictionary()
+
+
 def arguments(model: PreTrainedModel) -> frozenset[str]:
     """Return the names of what a model's forward takes."""
-    return frozenset(inspect.signature(model.forward).parameters)
+    if model not in _ARGUMENTS:
+        _ARGUMENTS[model] = frozenset(inspect.signature(model.forward).parameters)
+    return _ARGUMENTS[model]
 
 
 def takes_cache(model: PreTrainedModel) -> bool:

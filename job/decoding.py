@@ -42,11 +42,13 @@ class Answer:
         tokens: Its token ids without the end token.
         margins: For each step, the end included, how far the best logit was above the second.
         opening: Log-odds of the opening that was asked for, at the first step; nan if none was.
+        decided: It was ended because it told all that the caller wanted to know.
     """
 
     tokens: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     opening: float = math.nan
+    decided: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ class _Ledger:
                 continue
             answer.tokens.append(token)
             if self._decided is not None and self._decided(index, answer.tokens):
+                answer.decided = True
                 self.going.remove(index)
         return best.indices[:, 0]
 

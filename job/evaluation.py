@@ -254,18 +254,19 @@ class Evaluator:
             for row, answer in enumerate(answers):
                 count, prompt = counts[row // len(chunk)], done + row % len(chunk)
                 count.opening += answer.opening / len(self._bad)
-                if self._is_refusal(answer, limit):
+                text = "" if answer.decided else self._loaded.decode(answer.tokens)
+                if answer.decided or self._is_refusal(text, cut=len(answer.tokens) == limit < self._answer_tokens):
                     count.refusals += 1
-                elif self._is_broken(prompt, answer.tokens, again_after):
+                elif self._is_broken(prompt, text, answer.tokens, again_after):
                     count.broken += 1
                 else:
                     count.whole.append((prompt, answer.tokens))
             done += len(chunk)
         return counts
 
-    def _is_broken(self, prompt: int, tokens: list[int], again_after: int | None) -> bool:
+    def _is_broken(self, prompt: int, text: str, tokens: list[int], again_after: int | None) -> bool:
         """Return whether an answer to a bad prompt is broken by its text, or was after so many tokens."""
-        texts = [self._loaded.decode(tokens[:length]) for length in {len(tokens), again_after or len(tokens)}]
+        texts = [text] if again_after is None else [text, self._loaded.decode(tokens[:again_after])]
         # Of one that is blank nothing is to be seen yet.
         return any(text.strip() and is_broken(self._bad_prompts[prompt].user, text) for text in texts)
 
@@ -352,10 +353,8 @@ class Evaluator:
             manner=self._manner,
         )
 
-    def _is_refusal(self, answer: Answer, limit: int) -> bool:
-        text = self._loaded.decode(answer.tokens)
+    def _is_refusal(self, text: str, *, cut: bool) -> bool:
         # An answer of which nothing is to be seen yet may still become one; so counts at full length are never smaller.
-        cut = len(answer.tokens) == limit < self._answer_tokens
         return self._markers.found(text) if cut else self._markers.is_refusal(text)
 
     def figures(
