@@ -203,7 +203,7 @@ def surveyor_of(
         surveyor.rental = _this_rental()
         surveyor.settings = _priced(settings, surveyor.rental)
     if folder.job_file.exists():
-        from job.pipeline import trials_so_far
+        from job.pipeline import trials_so_far  # likewise
 
         holder = folder.holder()
         surveyor.commit = folder.read_job().model_commit

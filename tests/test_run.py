@@ -158,9 +158,12 @@ def test_a_finished_job_is_found_finished_at_once_and_left_alone(organism: Path,
     before = state()
     begin = processor_seconds()
     arguments = ["run", *job_arguments(organism), "--workspace", finished, "--trials", 20]
-    result = abliterate(*arguments, cold=True, **UNMEASURED).check()
+    result = abliterate(*arguments, cold=True, PYTHONPROFILEIMPORTTIME="1", **UNMEASURED).check()
     assert 0 < processor_seconds() - begin < 2
     assert "nothing to do" in result.err
+    loaded = set(re.findall(r"^import time:.*\| +(\w+)$", result.err, re.MULTILINE))
+    assert "pydantic" in loaded
+    assert not loaded & {"torch", "transformers", "optuna", "sqlalchemy"}  # each takes longer than all the rest
     assert state() == before
 
 

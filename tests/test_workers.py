@@ -29,7 +29,17 @@ from job.model import LoadedModel
 from job.records import EditParameters, KernelParameters, Plan, TrialScores
 from job.workbench import share_of_cores
 from job.workspace import RunFolder
-from tests.helpers import Result, abliterate, events, job_arguments, only_job, start, stored_trials, wait_until
+from tests.helpers import (
+    Result,
+    abliterate,
+    environment,
+    events,
+    job_arguments,
+    only_job,
+    start,
+    stored_trials,
+    wait_until,
+)
 from tests.postgres import PASSWORD, Postgres, missing
 
 JOB = "0123456789ab"
@@ -250,6 +260,19 @@ def test_a_job_whose_hand_has_died_goes_on_alone(board: Board, tmp_path: Path) -
         edits = [edit(0), edit(1)]
         assert crew.scores([(plan, parts_of(plan, edits))], scored) == scored(edits, 1)
         crew.dismiss()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+def test_a_hand_loads_the_models_code_before_it_has_work_and_leaves_what_is_no_model_to_preflight(
+    organism: Path, tmp_path: Path
+) -> None:
+    code = "transformers.models.llama.modeling_llama"
+    script = f"from job.worker import main; main(); import sys; print({code!r} in sys.modules)"
+    for folder, is_model in ((organism / "model", True), (tmp_path, False)):
+        hand = [sys.executable, "-c", script, str(folder)]
+        done = subprocess.run(hand, input="", capture_output=True, text=True, env=environment())
+        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(is_model), "")
 
 
 def test_processes_on_a_cpu_share_its_cores() -> None:
