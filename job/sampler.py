@@ -1,0 +1,70 @@
+"""TPE for spaces that are known beforehand, of continuous ranges and choices: Optuna's, at half the cost of a trial.
+
+Measured by `python -m benchmarks.study`; figures in docs/lab-notes.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from optuna import Study
+from optuna.distributions import BaseDistribution
+from optuna.samplers import TPESampler
+from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
+from optuna.samplers._tpe.probability_distributions import (
+    _BatchedCategoricalDistributions,
+    _BatchedTruncNormDistributions,
+)
+from optuna.trial import FrozenTrial
+
+
+class Sampler(TPESampler):
+    """TPE in a space that is known; Optuna's works it out of all trials anew for every one, 3 ms at 200 trials."""
+
+    def __init__(self, space: dict[str, BaseDistribution], **options: Any) -> None:
+        """Take a space, and what Optuna's sampler takes.
+
+        Args:
+            space: Range of every parameter: no logarithms, no steps.
+            **options: See `optuna.samplers.TPESampler`.
+        """
+        super().__init__(**options)
+        # In the order in which Optuna would draw.
+        self._known = {name: space[name] for name in sorted(space) if not space[name].single()}
+        self._parzen_estimator_cls = ParzenEstimator
+
+    def infer_relative_search_space(self, _study: Study, _trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return the space, without what has one value only."""
+        return self._known
+
+
+class ParzenEstimator(_ParzenEstimator):
+    """Optuna's, which draws from its truncated normal distributions by drawing again what lies outside.
+
+    Optuna inverts their distribution function in Python, value by value: more than half of the time that asking for a
+    trial took. Every mean is within its range, and no deviation is larger than it, so a third of what is drawn or more
+    lies inside.
+    """
+
+    def sample(self, rng: np.random.RandomState, size: int) -> dict[str, np.ndarray]:
+        """Return so many candidates' values of every parameter, those of choices as their indices."""
+        mixture = self._mixture_distribution
+        component = rng.choice(len(mixture.weights), p=mixture.weights, size=size)
+        drawn = {}
+        for name, parts in zip(self._search_space, mixture.distributions, strict=True):
+            if isinstance(parts, _BatchedCategoricalDistributions):
+                bounds = parts.weights[component].cumsum(axis=1)[:, :-1]  # the last is 1, but for rounding
+                drawn[name] = (bounds < rng.rand(size, 1)).sum(axis=1)
+            else:
+                assert isinstance(parts, _BatchedTruncNormDistributions), parts
+                drawn[name] = _truncated(rng, parts.mu[component], parts.sigma[component], parts.low, parts.high)
+        return drawn
+
+
+def _truncated(rng: np.random.RandomState, mu: np.ndarray, sigma: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return one value of each normal distribution, given that it is within a range."""
+    values = rng.normal(mu, sigma)
+    while (outside := (values < low) | (values > high)).any():
+        values[outside] = rng.normal(mu[outside], sigma[outside])
+    return values
