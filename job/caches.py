@@ -25,8 +25,9 @@ _PICKABLE = _PLAIN | {
 }
 
 
-# Tokens that a layer gets room for at once.
-_ROOM = 32
+# Tokens that a layer gets room for at once, and the share of those before it that it gets at least: every operation on
+# keys and values passes over what lies between a row's and the next's.
+_ROOM, _ROOM_SHARE = 8, 1 / 8
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' has no types
@@ -80,7 +81,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' has no ty
 
 def roomy(tokens: int, most: int) -> int:
     """Return the slots to make for rows of so many tokens, of which they will have so many at most."""
-    return max(min(tokens + _ROOM - 1, most), tokens)
+    return max(min(tokens + max(_ROOM, int(tokens * _ROOM_SHARE)) - 1, most), tokens)
 
 
 def _picked(held: Tensor | None, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Greedy decoding over transformers' caches; rows leave the batch as soon as they are decided."""
+"""Greedy decoding over transformers' caches; rows leave the batch once they are decided."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ from job.caches import SharedPrefix, arguments, joined, new_cache, rows_can_be_p
 from job.numerics.metrics import log_odds
 from job.placement import input_device
 from job.records import READ_TOKENS
+
+# Decided rows leave once they are more than this share of those that are there: all that is kept of the others is
+# copied then, which takes as long as some steps of a few rows.
+_LEAVING = 1 / 16
 
 
 def left_padded(prompts: Sequence[list[int]], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,11 +319,11 @@ class _Decoder:
             rows = going
 
     def _going(self, rows: _Rows) -> _Rows | None:
-        """Let rows go that are decided, where they can."""
+        """Let rows go that are decided, where they can and are enough; others are decoded on, and nobody looks."""
         staying = [row for row, index in enumerate(rows.present) if index in self._ledger.going]
         if not staying:
             return None
-        if self._pickable and len(staying) < len(rows.present):
+        if self._pickable and len(rows.present) - len(staying) > _LEAVING * len(rows.present):
             rows.keep(staying)
             self._tell(rows.present)
         return rows

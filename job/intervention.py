@@ -201,12 +201,12 @@ class Intervention:
         return torch.where(finite[:, None], strengths, 0.0)
 
     def _rows_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return each row's edit, [rows], and what its measures along all edits' count, [rows, 1, K], on a device."""
+        """Return each row's edit, [rows], and what measures along edits count for it, [rows, 1, K, 1], on a device."""
         assert self._rows is not None
         if device not in self._picked:
             rows, factors = self._rows.to(device), self._factors.to(device)
             own = nn.functional.one_hot(rows, len(factors)).to(torch.bool)
-            self._picked[device] = rows, torch.where(own, factors, 0.0)[:, None]
+            self._picked[device] = rows, torch.where(own, factors, 0.0)[:, None, :, None]
         return self._picked[device]
 
     def _scale_input(self, site: _Site) -> Any:
@@ -233,12 +233,12 @@ class Intervention:
     def _edited(self, y: Tensor, edits: _Active) -> Tensor:
         """Return a writer's output [rows, t, d], or [rows * t, d], as each row's edit leaves it."""
         rows, own = self._rows_on(y.device)
-        stream = _by_rows(y, len(rows)).to(torch.float32)
-        along = stream @ edits.read  # [rows, t, K * k]
-        along.view(*along.shape[:-1], len(self._factors), -1).mul_(own[..., None])
-        edited = torch.addmm(stream.flatten(0, -2), along.flatten(0, -2), edits.write, alpha=-1).view_as(stream)
+        stream = y.reshape(-1, y.shape[-1]).to(torch.float32)
+        along = stream @ edits.read  # [rows * t, K * k]
+        along.view(len(rows), -1, own.shape[2], edits.read.shape[1] // own.shape[2]).mul_(own)
+        edited = torch.addmm(stream, along, edits.write, alpha=-1)
         if edits.output_scale is not None:
-            edited *= edits.output_scale[rows][:, None]
+            _by_rows(edited, len(rows)).mul_(edits.output_scale[rows][:, None])
         return edited.to(y.dtype).view_as(y)
 
 
