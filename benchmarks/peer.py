@@ -1,6 +1,6 @@
 """Against heretic, the published tool of this kind: seconds a trial, whole jobs, and how good the trials are.
 
-python -m benchmarks.peer [ORGANISM] [--trials 24] [--rounds 3] [--threads 2] [--json FILE]
+python -m benchmarks.peer [ORGANISM] [--trials 100] [--rounds 3] [--threads 2] [--json FILE]
 python -m benchmarks.peer [ORGANISM] --widen 256x12 --tokens 48 --trials 12
 
 heretic-llm is installed from PyPI into an environment of its own and only ever run as a process, by its settings file
@@ -54,7 +54,7 @@ from job.study import read_trials
 from tests.helpers import COMMAND, environment, events, only_job
 
 HERE = Path.home() / ".cache" / "abliteration-job" / "peer"
-TOGETHER = 4  # trials that a process of this tool evaluates at once
+TOGETHER = 8  # trials that a process of this tool evaluates at once
 WIDE, FIELD = "this, wide space", "this, field's space"
 UNEQUAL = f"""\
 not equal: heretic evaluates trials one by one and finishes every answer of a batch; this one evaluates {TOGETHER}
@@ -158,7 +158,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("organism", nargs="?", type=Path, default=Path("runs/organism"))
-    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=100, help="longest answer")
