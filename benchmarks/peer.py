@@ -1,6 +1,6 @@
 """Against heretic, the published tool of this kind: seconds a trial, whole jobs, and how good the trials are.
 
-python -m benchmarks.peer [ORGANISM] [--trials 100] [--rounds 3] [--threads 2] [--json FILE]
+python -m benchmarks.peer [ORGANISM] [--trials 200] [--rounds 3] [--threads 2] [--json FILE]
 python -m benchmarks.peer [ORGANISM] --widen 256x12 --tokens 48 --trials 12
 
 heretic-llm is installed from PyPI into an environment of its own and only ever run as a process, by its settings file
@@ -158,7 +158,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("organism", nargs="?", type=Path, default=Path("runs/organism"))
-    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=100, help="longest answer")
