@@ -28,15 +28,19 @@ def farthest(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(shares[0] - shares[1]).max())
 
 
-@pytest.mark.parametrize("trials", [0, 1, 30])
-def test_draws_are_distributed_as_those_of_optuna(trials: int) -> None:
+def observations(trials: int) -> dict[str, np.ndarray]:
     rng = np.random.RandomState(0)
-    observed = {
+    return {
         "scope": rng.choice(2, size=trials).astype(float),
         # Half of them at the ends of the range, where half of a normal distribution lies outside.
         "index": np.where(rng.rand(trials) < 0.5, 7.0, rng.uniform(1.4, 7.0, trials)),
         "weight": np.where(rng.rand(trials) < 0.5, -0.25, rng.uniform(-0.25, 1.5, trials)),
     }
+
+
+@pytest.mark.parametrize("trials", [0, 1, 30])
+def test_draws_are_distributed_as_those_of_optuna(trials: int) -> None:
+    observed = observations(trials)
     own = ParzenEstimator(observed, SPACE, parameters()).sample(np.random.RandomState(1), DRAWN)
     optunas = _ParzenEstimator(observed, SPACE, parameters()).sample(np.random.RandomState(2), DRAWN)
     assert own.keys() == optunas.keys()
@@ -48,6 +52,16 @@ def test_draws_are_distributed_as_those_of_optuna(trials: int) -> None:
         assert isinstance(range_, FloatDistribution)
         assert range_.low <= own[name].min() < own[name].max() <= range_.high
     assert set(own["scope"]) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("trials", [0, 1, 300])
+@pytest.mark.parametrize("names", [("scope",), ("index", "weight"), ("scope", "index", "weight")])
+def test_densities_are_those_of_optuna(trials: int, names: tuple[str, ...]) -> None:
+    observed = {name: observations(trials)[name] for name in names}
+    space = {name: SPACE[name] for name in names}
+    own, optunas = (kind(observed, space, parameters()) for kind in (ParzenEstimator, _ParzenEstimator))
+    at = optunas.sample(np.random.RandomState(1), 128)
+    np.testing.assert_allclose(own.log_pdf(at), optunas.log_pdf(at), rtol=1e-9, atol=1e-9)
 
 
 def test_the_same_seed_draws_the_same() -> None:
