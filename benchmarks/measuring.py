@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from job.memory import release_memory
 from job.model import hardware
 
 LIBRARIES = ("torch", "transformers", "optuna")
@@ -58,7 +59,8 @@ class Times(NamedTuple):
 class Memory:
     """What a device holds beyond what it held when this was made, bytes.
 
-    Of a GPU it is what torch has allocated, of a CPU the process' resident memory as Linux counts it.
+    Of a GPU it is what torch has allocated, of a CPU the process' resident memory as Linux counts it, without what the
+    allocator keeps of what was freed: that would hide what is taken next.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -70,6 +72,7 @@ class Memory:
         """Return what is held now."""
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device) - self._before
+        release_memory()
         return _status("VmRSS") - self._before
 
     def forget(self) -> None:
@@ -77,6 +80,7 @@ class Memory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
+        release_memory()
         try:
             _CLEAR.write_text("5")
         except OSError as error:

@@ -22,6 +22,7 @@ from benchmarks.shapes import planned_rows
 from benchmarks.widened import widened
 from job.decoding import greedy_answers
 from job.errors import MachineError
+from job.memory import keep_freed_memory
 from job.model import LoadedModel
 from job.preflight.cards import parse_on
 from job.preflight.estimate import Work
@@ -108,6 +109,9 @@ def test_a_model_is_built_in_its_type_and_sane(tiny: tuple[Shape, LoadedModel]) 
 
 
 def test_memory_that_comes_and_goes_shows_as_a_peak() -> None:
+    keep_freed_memory()
+    freed = [torch.ones(20 * MIB // 4) for _ in range(10)]  # in pieces that the allocator keeps
+    del freed
     memory = Memory(torch.device("cpu"))
     memory.forget()
     taken = torch.ones(64 * MIB // 4)
