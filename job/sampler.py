@@ -1,4 +1,4 @@
-"""TPE for spaces that are known beforehand, of continuous ranges and choices: Optuna's, at half the cost of a trial.
+"""TPE for spaces that are known beforehand, of continuous ranges and choices: Optuna's, at a quarter of its cost.
 
 Measured by `python -m benchmarks.study`; figures in docs/lab-notes.md.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,29 @@ def test_decided_rows_leave_and_the_others_go_on_as_before(random_model_folder: 
         assert len(other.tokens) == 12 or wanted in other.tokens
     assert kept[0] == len(PROMPTS)
     assert 0 < kept[-1] < len(PROMPTS)
+
+
+def test_rows_that_are_decided_alone_stay_until_more_are_and_say_nothing(random_model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
+    prompts = [[6 + row, 9, *range(30, 30 + row % 5)] for row in range(40)]
+    whole = greedy_answers(model, prompts, limit=12, end_tokens=())
+    kept: list[list[int]] = []
+    early = greedy_answers(
+        model,
+        prompts,
+        limit=12,
+        end_tokens=(),
+        decided=lambda row, tokens: len(tokens) > row // 2,  # two rows at every step, at the end 16 are not
+        select=lambda present: kept.append(present.tolist()),
+    )
+    assert [len(answer.tokens) for answer in early] == [min(1 + row // 2, 12) for row in range(40)]
+    assert [answer.decided for answer in early] == [row < 24 for row in range(40)]
+    for one, other in zip(whole, early, strict=True):
+        assert one.tokens[: len(other.tokens)] == other.tokens
+        assert len(other.margins) == len(other.tokens)
+    # Two of 40, 36 or 32 are no more than a sixteenth, four are; of fewer rows two are.
+    assert list(map(len, kept)) == [40, 36, 32, 28, 26, 24, 22, 20, 18, 16]
+    assert all(later == [row for row in former if row in later] for former, later in pairwise(kept))
 
 
 def test_residuals_are_the_hidden_states_of_the_last_prompt_token(random_model_folder: Path) -> None:
