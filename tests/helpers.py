@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,6 +86,18 @@ def _start(arguments: tuple[Any, ...], env: dict[str, str], cold: bool, **option
     if server is None:
         return subprocess.Popen([*COLD, *words], stderr=subprocess.PIPE, text=True, env=env, **options)
     return Warm(server, words, stderr=subprocess.PIPE, text=True, env=env, **options)
+
+
+def alone(test: Callable[[], None]) -> Callable[[], None]:
+    """Have a test without arguments run in a process of its own, in which nothing else takes memory."""
+
+    @functools.wraps(test)
+    def run() -> None:
+        code = f"import {test.__module__} as tests; tests.{test.__name__}.__wrapped__()"
+        done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return run
 
 
 def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str], seconds: float = 180) -> None:

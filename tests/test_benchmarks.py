@@ -27,7 +27,7 @@ from job.model import LoadedModel
 from job.preflight.cards import parse_on
 from job.preflight.estimate import Work
 from job.residuals import extract_residuals
-from tests.helpers import environment
+from tests.helpers import alone, environment
 
 MIB = 2**20
 PROMPTS = [[7 + row] * (20 + row) for row in range(6)]
@@ -108,6 +108,7 @@ def test_a_model_is_built_in_its_type_and_sane(tiny: tuple[Shape, LoadedModel]) 
     assert text == "word999 word998"
 
 
+@alone
 def test_memory_that_comes_and_goes_shows_as_a_peak() -> None:
     keep_freed_memory()
     freed = [torch.ones(20 * MIB // 4) for _ in range(10)]  # in pieces that the allocator keeps

@@ -26,7 +26,7 @@ from job.scoring import RefusalMarkers
 from job.search import SearchSpace
 from job.settings import default_values
 from job.tuning import Bench
-from tests.helpers import abliterate, environment, events, job_arguments, loading, only_job, stored_trials
+from tests.helpers import abliterate, alone, environment, events, job_arguments, loading, only_job, stored_trials
 
 
 class Machine:
@@ -118,6 +118,7 @@ def test_a_file_that_is_not_ours_is_left_alone_and_one_that_is_grows(tmp_path: P
         assert read_layouts(tmp_path) is None
 
 
+@alone
 def test_the_gauge_sees_what_is_taken_and_given_back() -> None:
     gauge = Gauge(torch.nn.Linear(2, 2), 1)
     for megabytes in (300, 30):
@@ -134,6 +135,7 @@ def test_the_gauge_sees_what_is_taken_and_given_back() -> None:
     assert Gauge(torch.nn.Linear(2, 2), 4).room[0] < 0.5 * gauge.room[0]
 
 
+@alone
 def test_on_a_cpu_more_than_there_is_room_for_is_not_even_tried() -> None:
     gauge = Gauge(torch.nn.Linear(2, 2), 1)
     gauge.room = [200 << 20]
