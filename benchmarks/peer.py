@@ -1,6 +1,7 @@
 """Against heretic, the published tool of this kind: seconds a trial, whole jobs, and how good the trials are.
 
 python -m benchmarks.peer [ORGANISM] [--trials 200] [--rounds 3] [--threads 2] [--json FILE]
+python -m benchmarks.peer [ORGANISM] --trials 24 --together 4 --ahead 1 --rounds 5
 python -m benchmarks.peer [ORGANISM] --widen 256x12 --tokens 48 --trials 12
 
 heretic-llm is installed from PyPI into an environment of its own and only ever run as a process, by its settings file
@@ -54,13 +55,12 @@ from job.study import read_trials
 from tests.helpers import COMMAND, environment, events, only_job
 
 HERE = Path.home() / ".cache" / "abliteration-job" / "peer"
-TOGETHER = 8  # trials that a process of this tool evaluates at once
 WIDE, FIELD = "this, wide space", "this, field's space"
 UNEQUAL = f"""\
-not equal: heretic evaluates trials one by one and finishes every answer of a batch; this one evaluates {TOGETHER}
-  trials a process together, asks for so many at once and for those after them before it knows what these came to
-  (search.ahead = 1), and stops an answer once a marker has matched, with the same count of refusals; in the search
-  its answers have 30 tokens at most, and the chosen trials are scored again in full.
+not equal: heretic evaluates trials one by one and finishes every answer of a batch; this one evaluates some together
+  in every process (--together), asks for so many at once and for as many batches after them before it knows what these
+  came to (--ahead), and stops an answer once a marker has matched, with the same count of refusals; in the search its
+  answers have 30 tokens at most, and the chosen trials are scored again in full.
 not equal: heretic's sampler minimises scores of its own; this one's refusals and KL. Both volumes are of
   refusals and KL.
 not equal: in the field's space this one's MLP weights are from -0.25 to 1.5, heretic {VERSION}'s from 0.8 to 1.5.
@@ -73,18 +73,27 @@ equal, and not heretic's defaults: no norms of rows are kept, directions are pla
 each tool has the library versions that it asks for: see the JSON."""
 
 
-def run_this(task: Task, seed: int, folder: Path, space: str) -> Outcome:
-    """Run this tool in a folder, from its command to an exported model."""
+def run_this(task: Task, seed: int, folder: Path, space: str, together: int, ahead: int) -> Outcome:
+    """Run this tool in a folder, from its command to an exported model.
+
+    Args:
+        task: What both tools are given.
+        seed: Of the search.
+        folder: Where the job is run; made.
+        space: Name of the search space.
+        together: Trials that each process evaluates at once.
+        ahead: Batches asked before the results of one are known.
+    """
     folder.mkdir(parents=True)
     tool = FIELD if space == "field" else WIDE
     kinds = ("good", "bad", "good_eval", "bad_eval", "good_report", "bad_report")
     values = {
         **{"trials": task.trials, "startup_trials": task.startup, "seed": seed, "workspace": str(folder / "jobs")},
-        **{"workers": task.threads, "trials_per_batch": TOGETHER * task.threads},
+        **{"workers": task.threads, "trials_per_batch": together * task.threads},
         **{f"{kind}_prompts": {"spec": str(task.sets[kind]), "system_prompt": SYSTEM_PROMPT} for kind in kinds},
         "loading": {"dtypes": ["float32"], "device": "cpu", "response_prefix": ""},
         "scoring": {"answer_tokens": task.tokens},
-        "search": {"space": space, "ahead": 1},
+        "search": {"space": space, "ahead": ahead},
     }
     (folder / "config.toml").write_text(toml(values))
     log = folder / "log"
@@ -162,6 +171,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=100, help="longest answer")
+    parser.add_argument("--together", type=int, default=8, help="trials that a process of this tool evaluates at once")
+    parser.add_argument("--ahead", type=int, default=2, help="this tool's search.ahead")
     parser.add_argument("--widen", metavar="WIDTHxLAYERS", help="size of a larger model to put the organism into")
     parser.add_argument("--env", type=Path, default=HERE / VERSION, help="heretic's environment, made if absent")
     parser.add_argument("--json", type=Path)
@@ -181,10 +192,10 @@ def main() -> None:
     outcomes: list[Outcome] = []
     for seed in range(given.rounds):
         at = folder / str(seed)
+        this = partial(run_this, task, seed, together=given.together, ahead=given.ahead)
         turns: list[Callable[[], Outcome]] = [
             partial(run_peer, command, task, seed, at / "heretic"),
-            partial(run_this, task, seed, at / "wide", "wide"),
-            partial(run_this, task, seed, at / "field", "field"),
+            *(partial(this, folder=at / space, space=space) for space in ("wide", "field")),
         ]
         for turn in turns if seed % 2 == 0 else reversed(turns):
             outcome = turn()
@@ -196,6 +207,7 @@ def main() -> None:
         own = {name: importlib.metadata.version(name) for name in LIBRARIES}
         record = {
             **{"trials": task.trials, "startup_trials": startup, "threads": task.threads, "tokens": task.tokens},
+            **{"together": given.together, "ahead": given.ahead},
             **{"machine": platform.platform(), "cores": os.cpu_count(), "load": os.getloadavg()},
             **{"versions": {PEER: versions(given.env), "this": own}, "medians": rows},
             **{"runs": [asdict(outcome) for outcome in outcomes], "not equal": UNEQUAL.splitlines()},

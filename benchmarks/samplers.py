@@ -236,6 +236,7 @@ VARIANTS = {
     "one ahead": Variant(settings={"ahead": 1}),
     "eight, one ahead": Variant(settings={"batch": 8, "ahead": 1}),
     "sixteen, one ahead": Variant(settings={"batch": 16, "ahead": 1}),
+    "sixteen, two ahead": Variant(settings={"batch": 16, "ahead": 2}),
     "field": Variant(space=_field),
     "field, nothing known": Variant(space=_field, settings=_NONE_KNOWN),
     "field, counts": Variant(space=_field, settings=_NONE_KNOWN, seen=counts),
