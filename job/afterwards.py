@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from job.quantised import quantisation_in
 from job.records import ExportFormat, Figures, JobRecord, Trial
 from job.result import job_trials
 from job.runs import Start
+from job.scratch import scratch
 from job.search import choose
 from job.settings import LoadingSettings, Settings, merged
 from job.upload.targets import deliver_to_all
@@ -51,10 +51,10 @@ def resumption(where: Whereabouts, **others: object) -> Start:
         folder = where.folder()
         identity, settings = folder.read_job().identity, job_settings(folder, **others)
     else:
-        with where.mirror() as mirror, tempfile.TemporaryDirectory() as place:
+        with where.mirror() as mirror, scratch("mirror") as place:
             head = where.mirrored(mirror)
             folder, identity = RunFolder(where.workspace / head.job_id), head.identity
-            fetched = mirror.fetch(head.job_id, Path(place)).folder
+            fetched = mirror.fetch(head.job_id, place).folder
             settings = job_settings(fetched, **others, workspace=str(where.workspace))
 
     def opened() -> tuple[JobRecord, Settings]:

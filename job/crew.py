@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from typing import Any, Self
 from job.board import Board, signs_of_life, waits
 from job.events import Events
 from job.records import EditParameters, Plan, TrialScores
+from job.scratch import scratch
 from job.workspace import RunFolder
 
 # Scores some edits in one batch, with so many rows a forward.
@@ -118,7 +118,7 @@ def crew(
     if workers == 1 and database is None:
         yield in_turn
         return
-    with tempfile.TemporaryDirectory(prefix="abliterate-tasks-") as place:
+    with scratch("tasks") as place:
         url = database or f"sqlite:///{place}/tasks.db"
         with Board(url, folder.path.name) as board:
             board.lead()

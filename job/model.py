@@ -8,10 +8,9 @@ import json
 import logging
 import platform
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from job.models import INDEX
 from job.placement import input_device, spread
 from job.prompts import Prompt
 from job.records import LARGE_BYTES
+from job.scratch import scratch
 from job.settings import LoadingSettings
 from job.twin import auto_class, empty_model
 
@@ -327,9 +327,10 @@ def _offload_folder(settings: LoadingSettings) -> str | None:
     offloads = settings.device_map == "auto" or isinstance(settings.device_map, dict)
     if settings.offload_folder is not None or not offloads:
         return settings.offload_folder
-    folder = tempfile.mkdtemp(prefix="abliterate-offload-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    held = ExitStack()
+    folder = held.enter_context(scratch("offload"))
+    atexit.register(held.close)
+    return str(folder)
 
 
 def _quantization(name: str) -> BitsAndBytesConfig | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from job.errors import UsageError
+from job.scratch import scratch
 from job.settings import Settings, assigned, default_values, load_settings, merged
 from job.workspace import EXTENDING, RunFolder, find_job
 
@@ -114,6 +114,6 @@ def status_folder(where: Whereabouts) -> Iterator[tuple[RunFolder, bool | None]]
     if where.checkpoint is None:
         yield where.folder(), None
         return
-    with where.mirror() as mirror, tempfile.TemporaryDirectory() as place:
-        fetched = mirror.fetch(where.mirrored(mirror).job_id, Path(place))
+    with where.mirror() as mirror, scratch("mirror") as place:
+        fetched = mirror.fetch(where.mirrored(mirror).job_id, place)
         yield fetched.folder, fetched.running

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from job.checkpoint.records import HEAD, OBJECTS, Entry
 from job.checkpoint.store import ConflictError, Proof, Stored
 from job.errors import DeliveryError
 from job.hub import count_traffic, quiet_client
+from job.scratch import scratch
 from job.upload.hub_probe import probe
 from job.upload.hub_repo import Repository, Snapshot
 from job.upload.hub_target import MAIN, HubOptions
@@ -139,7 +139,7 @@ class HubStore:
     def _download(self, name: str, revision: str, take: Callable[[Path], T]) -> T:
         """Return what take makes of a downloaded file."""
         api, repo_id = self._repo.api, self._repo.repo_id
-        with tempfile.TemporaryDirectory(prefix="abliterate-mirror-") as folder:
+        with scratch("mirror") as folder:
             return take(
                 self._repo.ask(
                     lambda: Path(api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import ExitStack
 from dataclasses import replace as changed
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -20,6 +19,7 @@ from job.checkpoint.records import HEAD, OBJECTS, Entry
 from job.checkpoint.store import ConflictError, Proof, Stored
 from job.errors import DeliveryError
 from job.records import ManifestEntry
+from job.scratch import scratch
 from job.upload.s3.abandoned import abort, listed
 from job.upload.s3.capabilities import S3Capabilities, detect
 from job.upload.s3.failures import RefusedError
@@ -54,13 +54,17 @@ class S3Store:
         attempts, timeout = min(given.attempts, _ATTEMPTS), min(given.read_timeout_s, _READ_TIMEOUT_S)
         self._bucket = Bucket(Target.parse(uri), changed(given, attempts=attempts, read_timeout_s=timeout))
         self._staged: set[str] = set()
-        self._begun: Path | None = None
+        self._scratch = ExitStack()
 
     def close(self) -> None:
         """Let go of connections."""
-        if self._begun is not None:
-            shutil.rmtree(self._begun, ignore_errors=True)
+        self._scratch.close()
         self._bucket.close()
+
+    @cached_property
+    def _begun(self) -> Path:
+        """Where it is noted what has been begun: the next try goes on with it, another start uses other names."""
+        return self._scratch.enter_context(scratch("parts"))
 
     @cached_property
     def _server(self) -> S3Capabilities:
@@ -132,8 +136,6 @@ class S3Store:
     def _stage_large(self, source: Path, key: str, entry: Entry, check: Callable[[], None]) -> None:
         if not self._server.multipart:
             raise DeliveryError(f"{self.uri}: the server takes no files of more than a part", remedy="use another")
-        # The next try goes on with what was begun, another start does not: it uses other names, and sweeps.
-        self._begun = self._begun or Path(tempfile.mkdtemp(prefix="abliterate-parts-"))
         states = UploadStates(self._begun, self._bucket.options.endpoint, self._bucket.target.bucket)
         LargeFile(
             self._bucket,

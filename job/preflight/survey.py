@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -51,6 +50,7 @@ from job.preflight.vram import MemoryPlan, differences, memory_check, plan
 from job.processes import ProcessRecord
 from job.prompts import PromptSets, load_prompts
 from job.records import Record
+from job.scratch import scratch
 from job.settings import Settings
 from job.sources import parse_source
 
@@ -172,7 +172,7 @@ class Surveyor:
         _import_before_threads(self.settings)
         count_traffic()
         with contextlib.ExitStack() as stack:
-            cache = None if self.keep else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            cache = None if self.keep else stack.enter_context(scratch("headers"))
             executor = stack.enter_context(_threads())
             model = executor.submit(self._guarded, "model", lambda: self._model_checks(cache))
             data = executor.submit(self._guarded, "data", self._data_checks)

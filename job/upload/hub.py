@@ -17,7 +17,6 @@ ourselves, where an answer was lost) has made meanwhile is seen and not built ov
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING
 from job.errors import DeliveryError, JobError
 from job.hub import quiet_client
 from job.records import Manifest, ManifestEntry
+from job.scratch import scratch
 from job.upload.hub_probe import Probe, probe
 from job.upload.hub_repo import FRESH, Repository, Snapshot
 from job.upload.hub_target import MAIN, HubOptions, parse_target
@@ -192,7 +192,7 @@ class _Delivery:
             return frozenset()
         if self._is_there(found, MANIFEST):
             return frozenset(self._files)
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch("manifest") as folder:
             path = self._repo.ask(
                 lambda: self._repo.api.hf_hub_download(
                     self._repo.repo_id, MANIFEST, revision=found.sha, cache_dir=folder
