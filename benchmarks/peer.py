@@ -1,8 +1,7 @@
 """Against heretic, the published tool of this kind: seconds a trial, whole jobs, and how good the trials are.
 
 python -m benchmarks.peer [ORGANISM] [--trials 200] [--rounds 3] [--threads 2] [--json FILE]
-python -m benchmarks.peer [ORGANISM] --trials 24 --together 4 --ahead 1 --rounds 5
-python -m benchmarks.peer [ORGANISM] --widen 256x12 --tokens 48 --trials 12
+python -m benchmarks.peer [ORGANISM] --widen 256x12 --tokens 48 [--rounds 1]
 
 heretic-llm is installed from PyPI into an environment of its own and only ever run as a process, by its settings file
 and its menus. Both tools take their turns on the same organism, prompts, refusal markers, answer length, number of
