@@ -52,10 +52,10 @@ def test_what_a_killed_process_left_goes_when_the_next_folder_is_made(
     living, kept = held(tmp_path)
     killed.kill()
     killed.communicate()
-    others = [tmp_path / name for name in ("abliterate-other-1", "weights-1", "abliterate-weights-file")]
+    others = [tmp_path / name for name in ("abliterate-other-1", "weights-1", "abliterate-weights-pipe")]
     for folder in others[:2]:
         folder.mkdir()
-    others[2].write_text("no folder")
+    os.mkfifo(others[2])  # whoever opens one waits for a writer
     outside = tmp_path / "outside"
     outside.mkdir()
     (tmp_path / "abliterate-weights-link").symlink_to(outside)
