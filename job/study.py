@@ -208,19 +208,8 @@ def restore_if_damaged(file: Path) -> str | None:
 
 
 def _connected(file: Path) -> sqlite3.Connection:
-    """Return a connection for reading; what a killed process has left half-written is taken back."""
-    address = f"file:{quote(str(file.resolve()))}?mode="
-    db = sqlite3.connect(f"{address}ro", uri=True)
-    try:
-        db.execute("SELECT 1 FROM sqlite_master").fetchone()
-    except sqlite3.OperationalError:
-        # Its journal has to be played back first, which a reader may not.
-        db.close()
-        return sqlite3.connect(f"{address}rw", uri=True)
-    except sqlite3.Error:
-        db.close()
-        raise
-    return db
+    """Return a connection for reading, that may also take back what a killed process has left half-written."""
+    return sqlite3.connect(f"file:{quote(str(file.resolve()))}?mode=rw", uri=True)
 
 
 def _is_of_storage(error: Exception) -> bool:

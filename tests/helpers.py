@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from job.records import EditParameters, Figures, KernelParameters, Resolution, Trial, TrialScores
@@ -172,16 +176,35 @@ def only_job(workspace: Path) -> Path:
 def stored_trials(workspace: Path) -> list[dict[str, Any]]:
     """Return number, parameters and values of all trials, read from study.db without our code."""
     found = {}
-    with sqlite3.connect(f"file:{only_job(workspace) / 'study.db'}?mode=ro", uri=True) as db:
-        for identifier, number, state in db.execute("SELECT trial_id, number, state FROM trials"):
-            assert state == "COMPLETE"
-            params = dict(
-                db.execute("SELECT param_name, param_value FROM trial_params WHERE trial_id = ?", (identifier,))
-            )
-            values = dict(db.execute("SELECT objective, value FROM trial_values WHERE trial_id = ?", (identifier,)))
-            found[number] = {"number": number, "params": params, "values": values}
-    db.close()
+    with TemporaryDirectory() as folder:
+        # A copy: reading takes back what a killed process has left half-written, which is for the job to do.
+        for file in only_job(workspace).glob("study.db*"):
+            shutil.copy(file, folder)
+        with closing(sqlite3.connect(Path(folder) / "study.db")) as db:
+            for identifier, number, state in db.execute("SELECT trial_id, number, state FROM trials"):
+                assert state == "COMPLETE"
+                params = dict(
+                    db.execute("SELECT param_name, param_value FROM trial_params WHERE trial_id = ?", (identifier,))
+                )
+                values = dict(db.execute("SELECT objective, value FROM trial_values WHERE trial_id = ?", (identifier,)))
+                found[number] = {"number": number, "params": params, "values": values}
     return [found[number] for number in sorted(found)]
+
+
+def die_while_writing(file: Path, *statements: str) -> None:
+    """Execute statements in a transaction that is in the file when the process is killed."""
+    script = (
+        "import os, signal, sqlite3, sys",
+        "db = sqlite3.connect(sys.argv[1])",
+        "db.execute('PRAGMA cache_size = 1')",  # so that it does not wait for the commit with writing
+        "db.execute('BEGIN')",
+        "[db.execute(statement) for statement in sys.argv[2:]]",
+        "os.kill(os.getpid(), signal.SIGKILL)",
+    )
+    before = file.read_bytes()
+    done = subprocess.run([sys.executable, "-c", "\n".join(script), file, *statements])
+    assert done.returncode == -signal.SIGKILL
+    assert file.read_bytes() != before
 
 
 def events(workspace: Path) -> list[dict[str, Any]]:

@@ -159,7 +159,7 @@ def add_trial(study: Path, number: int) -> None:
 def trials_in(study: Path) -> list[tuple[int, int]]:
     """Return number and count of parameters of each trial."""
     query = "SELECT t.number, count(*) FROM trials t JOIN parameters p ON p.number = t.number GROUP BY 1 ORDER BY 1"
-    with closing(sqlite3.connect(f"file:{study}?mode=ro", uri=True)) as db:
+    with closing(sqlite3.connect(f"file:{study}?mode=rw", uri=True)) as db:
         return list(db.execute(query))
 
 

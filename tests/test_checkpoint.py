@@ -19,6 +19,7 @@ from job.checkpoint import MirrorError, MirrorOptions, expected_bytes, held_byte
 from job.checkpoint.snapshot import Snapshots, Taken, check_study
 from job.errors import DeliveryError, HeldError, MachineError, UsageError
 from job.workspace import RunFolder, write_atomically
+from tests.helpers import die_while_writing
 from tests.mirror_places import REPO, TOKEN, file_place, hub_place, place, running, s3_place
 from tests.mirrors import IDENTITY, JOB, Place, add_trial, mirrored, read_tree, trials_in, wait_until, write_folder
 from tests.s3_server import SECRET
@@ -135,6 +136,15 @@ def test_a_snapshot_waits_for_a_transaction_that_is_half_in_the_file(tmp_path: P
     assert source is not None
     check_study(source)
     assert trials_in(source) == [(number, 5) for number in range(4)]
+
+
+def test_a_snapshot_is_without_the_transaction_that_a_killed_process_has_left_in_the_file(tmp_path: Path) -> None:
+    run = write_folder(tmp_path / JOB)
+    more = [f"INSERT INTO parameters VALUES (3, '{'x' * 3_000}')"] * 5
+    die_while_writing(run.study_file, "INSERT INTO trials VALUES (3)", *more)
+    source = Snapshots(run).take(())["study.db"].source
+    assert source is not None
+    assert trials_in(source) == [(number, 5) for number in range(3)]
 
 
 def test_a_change_within_the_tick_of_the_clock_is_seen(tmp_path: Path) -> None:

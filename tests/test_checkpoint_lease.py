@@ -301,6 +301,15 @@ def test_an_upload_in_the_way_of_a_cut_line_is_interrupted(s3_place: Place, tmp_
         claim.close(seconds=0.5)
 
 
+def test_a_sign_of_life_that_waits_for_the_last_word_does_not_take_it_back(file_place: Place, tmp_path: Path) -> None:
+    restless = Pace(beat_s=0.0005, expiry_s=60.0, snapshot_s=0.02, poll_s=0.1)
+    for number in range(20):
+        claim = file_place.claim(write_folder(tmp_path / str(number) / JOB).path, restless)
+        claim.start()
+        assert claim.close()
+        assert file_place.head()["lease"]["released"]
+
+
 def test_a_hub_that_fails_for_a_while_is_made_up_for(hub_place: Place, tmp_path: Path) -> None:
     said: list[str] = []
     claim = hub_place.claim(write_folder(tmp_path / JOB).path, CALM, said)

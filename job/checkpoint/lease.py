@@ -52,7 +52,7 @@ class Holding:
         self._lock = threading.Lock()
 
     def update(self, change: Change = lambda _: ({}, ()), *, release: bool = False) -> None:
-        """Replace the head; that is also a sign of life.
+        """Replace the head; that is also a sign of life, of which there are no more once the lease is released.
 
         Args:
             change: Returns the fields to change and the objects to remove, from the head as it stands.
@@ -66,6 +66,8 @@ class Holding:
             for _ in range(_LOOKS):
                 if self.lost is not None:
                     raise self.lost
+                if self.head.lease.released and not release:
+                    return  # a sign of life that waited while the last word was sent must not take it back
                 begun = now()
                 fields, remove = change(self.head)
                 lease = self.head.lease.model_copy(update={"beat": self.head.lease.beat + 1, "released": release})

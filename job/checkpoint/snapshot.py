@@ -117,7 +117,8 @@ def back_up(file: Path, target: Path) -> None:
         JobError: It is damaged, or stays locked.
     """
     try:
-        address = f"file:{quote(str(file.resolve()))}?mode=ro"
+        # Not for reading only: what a killed process has left half-written has to be taken back first.
+        address = f"file:{quote(str(file.resolve()))}?mode=rw"
         with (
             closing(sqlite3.connect(address, uri=True, timeout=_BUSY_SECONDS)) as source,
             closing(sqlite3.connect(target)) as copy,

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,26 +16,18 @@ import pytest
 from job.errors import JobError
 from job.study import BACKUP, is_sound, read_trials, restore_if_damaged
 from tests.faults.test_devices import when_searching
-from tests.helpers import abliterate, events, job_arguments, only_job, start, stored_trials
+from tests.helpers import abliterate, die_while_writing, events, job_arguments, only_job, start, stored_trials
 from tests.test_search import Runs
 
 TRIALS = ("--trials", "8")
-KILLED = """
-import os, sqlite3, sys
-db = sqlite3.connect(sys.argv[1])
-db.execute("PRAGMA cache_size = 1")
-db.execute("BEGIN IMMEDIATE")
-db.execute("CREATE TABLE ballast (x)")
-db.executemany("INSERT INTO ballast VALUES (?)", [("b" * 1000,)] * 2000)
-db.execute("DELETE FROM trial_values")
-os.kill(os.getpid(), 9)
-"""
 
 
 def test_a_study_whose_writer_was_killed_in_the_middle_is_read_as_it_was_before(tmp_path: Path) -> None:
     file = tmp_path / "study.db"
     whole = Runs().run(file, 6, 2)
-    subprocess.run([sys.executable, "-c", KILLED, str(file)])
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION SELECT i + 1 FROM n LIMIT 2000)"
+    rows = f"{numbers} INSERT INTO ballast SELECT '{'b' * 1000}' FROM n"
+    die_while_writing(file, "CREATE TABLE ballast (x)", rows, "DELETE FROM trial_values")
     assert file.with_name("study.db-journal").stat().st_size > 10_000
     assert read_trials(file) == whole
     assert restore_if_damaged(file) is None
