@@ -23,8 +23,8 @@ from job.records import EditParameters, Plan, TrialScores
 from job.scratch import scratch
 from job.workspace import RunFolder
 
-# Scores some edits in one batch, with so many rows a forward.
-Here = Callable[[Sequence[EditParameters], int], Sequence[TrialScores]]
+# Scores some edits in one batch, with so many rows a forward, and whether on answers of full length.
+Here = Callable[[Sequence[EditParameters], int, bool], Sequence[TrialScores]]
 # A plan and its parts.
 Round = tuple[Plan, Sequence[Sequence[EditParameters]]]
 # Scores all parts of the first round, and may begin with the others.
@@ -37,7 +37,7 @@ _ME = "coordinator"
 def in_turn(rounds: Sequence[Round], here: Here) -> list[TrialScores]:
     """Score all parts of the first round in this process."""
     plan, parts = rounds[0]
-    return [scores for part in parts for scores in here(part, plan.rows)]
+    return [scores for part in parts for scores in here(part, plan.rows, plan.whole)]
 
 
 class WorkerOutOfMemory(MemoryError):  # noqa: N818 - a MemoryError, and handled as one
@@ -180,7 +180,10 @@ class Crew:
         known = {plan.first: (plan, parts) for plan, parts in rounds}
         board.post(
             {
-                first: [{"edits": [edit.model_dump() for edit in part], "rows": plan.rows} for part in parts]
+                first: [
+                    {"edits": [edit.model_dump() for edit in part], "rows": plan.rows, "whole": plan.whole}
+                    for part in parts
+                ]
                 for first, (plan, parts) in known.items()
             }
         )
@@ -194,7 +197,7 @@ class Crew:
                 time.sleep(next(pauses))
             else:
                 plan, own = known[task.round]
-                board.finish(_ME, task, result_of(here(own[task.number], plan.rows)))
+                board.finish(_ME, task, result_of(here(own[task.number], plan.rows, plan.whole)))
         return [scores for number in range(len(parts)) for scores in _scores(results[number])]
 
     def _free_what_is_lost(self) -> None:

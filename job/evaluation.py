@@ -99,6 +99,8 @@ class Evaluator:
         self._base_openings: list[int] | None = None
         self._gibberish = gibberish
         self._fluency: Fluency | None = None
+        # The model's own whole answers to the good prompts, once it has given them.
+        self._own: list[Answer] = []
 
     @property
     def exact(self) -> bool:
@@ -274,16 +276,17 @@ class Evaluator:
         """Have the base model look at answers that are whole by their texts."""
         if self.fluency is None:
             return
-        for count in counts:
-            prompts = [self._bad[prompt] for prompt, _ in count.whole]
-            count.broken += sum(self.fluency.gibberish(prompts, [tokens for _, tokens in count.whole]))
+        whole = [(count, prompt, tokens) for count in counts for prompt, tokens in count.whole]
+        found = self.fluency.gibberish([self._bad[prompt] for _, prompt, _ in whole], [tokens for *_, tokens in whole])
+        for (count, *_), gibberish in zip(whole, found, strict=True):
+            count.broken += gibberish
 
     @property
     def fluency(self) -> Fluency | None:
         """How likely this evaluator's model finds answers, None if it is not to be asked; hooks must be at rest."""
         if self._fluency is None and self._gibberish is not None:
             fluency = Fluency(self._loaded, lambda compute: self._fitting(lambda: compute(self._rows)), self._gibberish)
-            own = self._fitting(lambda: self._whole_answers(self._good, None))
+            own = self._own or self._fitting(lambda: self._whole_answers(self._good, None))
             fluency.calibrate(self._good, [answer.tokens for answer in own])
             self._fluency = fluency
         return self._fluency
@@ -428,7 +431,10 @@ class Evaluator:
 
     def answers(self, intervention: Intervention | None) -> list[Answer]:
         """Return whole answers to all prompts, good ones first; with the intervention's edit 0 if given."""
-        return self._fitting(lambda: self._whole_answers([*self._good, *self._bad], intervention))
+        found = self._fitting(lambda: self._whole_answers([*self._good, *self._bad], intervention))
+        if intervention is None:
+            self._own = found[: len(self._good)]
+        return found
 
     def _whole_answers(self, prompts: Sequence[list[int]], intervention: Intervention | None) -> list[Answer]:
         placed = self._placed(prompts, intervention, answered=True)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from job.decoding import last_logits
-from job.divergence import forced
 from job.model import LoadedModel
 
 # Tokens at the beginning that do not count, and how many must be left for a judgement.
@@ -61,27 +60,28 @@ class Fluency:
 
     def means(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
         """Return each answer's mean log-probability of a token after its opening, in nats; nan if it is too short."""
-        long = [i for i, answer in enumerate(answers) if len(answer) >= OPENING + LEAST]
-        long.sort(key=lambda i: len(answers[i]))  # so that forwards waste little on padding
-        chosen = [prompts[i] for i in long], [answers[i] for i in long]
-        measured = self._fitting(lambda rows: self._means(*chosen, rows)) if long else []
+        said = [(tuple(prompt), tuple(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+        # Edits that differ little often answer alike.
+        long = [pair for pair in dict.fromkeys(said) if len(pair[1]) >= OPENING + LEAST]
+        long.sort(key=lambda pair: len(pair[1]))  # so that forwards waste little on padding
+        measured = self._fitting(lambda rows: self._means(long, rows)) if long else []
         found = dict(zip(long, measured, strict=True))
-        return [found.get(i, math.nan) for i in range(len(answers))]
+        return [found.get(pair, math.nan) for pair in said]
 
     @torch.inference_mode()
-    def _means(self, prompts: Sequence[list[int]], answers: Sequence[list[int]], rows: int) -> list[float]:
+    def _means(self, said: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], rows: int) -> list[float]:
         found: list[float] = []
         if not self._loaded.architecture.manner.padded:
             rows = 1
-        while len(found) < len(answers):
+        while len(found) < len(said):
             start = len(found)
             # A forward has logits for no more positions than rows were planned for.
-            longest = max(map(len, answers[start : start + rows]))
-            stop = start + max(1, rows // longest)
-            asked = [answer[:-1] for answer in answers[start:stop]]
-            count = max(map(len, asked)) - OPENING + 1
-            logits = last_logits(self._loaded.model, forced(prompts[start:stop], asked), count)
-            for row, answer in zip(logits, answers[start:stop], strict=True):
+            longest = max(len(answer) for _, answer in said[start : start + rows])
+            part = said[start : start + max(1, rows // longest)]
+            forced = [[*prompt, *answer[:-1]] for prompt, answer in part]
+            count = max(len(answer) for _, answer in part) - OPENING
+            logits = last_logits(self._loaded.model, forced, count)
+            for row, (_, answer) in zip(logits, part, strict=True):
                 words = torch.tensor(answer[OPENING:], device=row.device)
                 own = row[-len(words) :].to(torch.float32).log_softmax(-1)
                 found.append(float(own.gather(1, words[:, None]).mean()))

@@ -289,12 +289,11 @@ class Job:
                     batch=pace.batch,
                     may_go_on=pace.may_go_on,
                 )
-        trials = search.finished()
-        if len(trials) < target:
-            self._events.emit("budget", f"the budget ends the search after {len(trials)} of {target} trials")
-        return bench.rescore(trials) if self._undecided(trials, bench.prompts) else self._judged(trials)
-
-    def _judged(self, trials: Sequence[Trial]) -> list[Trial]:
+            trials = search.finished()
+            if len(trials) < target:
+                self._events.emit("budget", f"the budget ends the search after {len(trials)} of {target} trials")
+            if self._undecided(trials, bench.prompts):
+                return bench.rescore(trials, shared)
         return with_full_counts(trials, read_full_counts(self._folder))
 
     def _tell(self, trial: Trial, asked: int) -> None:

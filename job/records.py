@@ -55,12 +55,14 @@ class Plan(Record):
         parameters: Optuna parameters of each trial, in number order.
         rows: Rows of a forward in which they are evaluated.
         together: How many of them share their forwards; None: all.
+        whole: On answers of full length, none left out, as trials are counted again; else as the search does.
     """
 
     first: int
     parameters: list[dict[str, Any]]
     rows: int
     together: int | None = None
+    whole: bool = False
 
 
 class TrialScores(Record):

@@ -66,7 +66,10 @@ def with_full_counts(trials: Sequence[Trial], counts: FullCounts) -> list[Trial]
 def next_to_rescore(
     trials: Sequence[Trial], counts: FullCounts, prompts: int, tolerance: float, batch: int
 ) -> list[Trial]:
-    """Return the trials to count again next: the first of those that may be chosen, none when the choice is final.
+    """Return the trials to count again next, in number order: those that may be chosen, none when the choice is final.
+
+    Where many had to be counted already, full length has much to add to what the search has counted: then those go
+    along that may be chosen should these not hold, as many in all as have been counted so far.
 
     Args:
         trials: The finished trials as the search has measured them.
@@ -78,9 +81,21 @@ def next_to_rescore(
     Raises:
         JobError: No trial could be scored.
     """
-    possible = eligible(with_full_counts(trials, counts), prompts, tolerance)
-    left = sorted((trial for trial in possible if trial.number not in counts.refusals), key=lambda trial: trial.number)
-    return left[:batch]
+    known = with_full_counts(trials, counts)
+    found = _open(known, counts, prompts, tolerance)
+    size = min(batch, max(len(found), len(counts.refusals))) if found else 0
+    while len(found) < size:
+        rest = [trial for trial in known if trial not in found]
+        more = _open(rest, counts, prompts, tolerance) if any(trial.values.reason is None for trial in rest) else []
+        if not more:
+            break
+        found += more
+    return sorted(found[:size], key=lambda trial: trial.number)
+
+
+def _open(trials: Sequence[Trial], counts: FullCounts, prompts: int, tolerance: float) -> list[Trial]:
+    """Return those that may be chosen and have not been counted again."""
+    return [trial for trial in eligible(trials, prompts, tolerance) if trial.number not in counts.refusals]
 
 
 def in_words(values: TrialScores, asked: int | None = None) -> str:

@@ -15,7 +15,7 @@ import torch
 from job.adapter import with_adapter, write_adapter
 from job.answers import keep_answers
 from job.architectures import require_modes
-from job.crew import Hands, Shared, crew, in_turn, parts_of
+from job.crew import Hands, Shared, crew, parts_of
 from job.detectors import Context, detect
 from job.directions import DirectionFinder, tokens_of_forward
 from job.edit_file import write_edit_file
@@ -183,17 +183,18 @@ class Workbench:
             (self.settings.database, self.record.job_id) if self.settings.database else None,
         )
 
-    def scores(self, edits: Sequence[EditParameters], rows: int) -> Sequence[TrialScores]:
-        """Score edits in one batch as the search does, with so many rows a forward."""
-        scoring, limit = self.settings.scoring, self.settings.skip_kl_above
-        return self.evaluator.scores(
-            self.intervention, edits, rows, skip_kl_above=limit, answer_tokens=scoring.effective_search_tokens
-        )
+    def scores(self, edits: Sequence[EditParameters], rows: int, whole: bool) -> Sequence[TrialScores]:
+        """Score edits in one batch.
 
-    def full_scores(self, edits: Sequence[EditParameters], rows: int) -> Sequence[TrialScores]:
-        """Score edits in one batch on answers of full length, none left out."""
-        begun = self.settings.scoring.effective_search_tokens
-        return self.evaluator.scores(self.intervention, edits, rows, again_after=begun)
+        Args:
+            edits: The edits.
+            rows: Rows of a forward.
+            whole: On answers of full length, none left out; else as the search does.
+        """
+        begun, limit = self.settings.scoring.effective_search_tokens, self.settings.skip_kl_above
+        if whole:
+            return self.evaluator.scores(self.intervention, edits, rows, again_after=begun)
+        return self.evaluator.scores(self.intervention, edits, rows, skip_kl_above=limit, answer_tokens=begun)
 
     @contextmanager
     def crew(self, hands: Hands) -> Iterator[Shared]:
@@ -214,18 +215,28 @@ class Workbench:
         ):
             yield shared
 
-    def rescore(self, trials: Sequence[Trial]) -> list[Trial]:
+    def rescore(self, trials: Sequence[Trial], shared: Shared) -> list[Trial]:
         """Count again at full length until the choice is final; return all trials with these counts.
 
         What has been counted is kept after every batch, and a restart goes on from there.
+
+        Args:
+            trials: The finished trials as the search has measured them.
+            shared: Has the parts of a batch scored.
         """
         counts, asked = read_full_counts(self.folder), len(self.prompts.bad_search)
         tolerance, size = self.settings.choice.refusal_tolerance, self.settings.trials_per_batch
+        parts = -(-size // (self.resolution.together or size))
         while batch := next_to_rescore(trials, counts, asked, tolerance, size):
-            rows = self.resolution.search_rows or self.resolution.rows
-            plan = Plan(first=batch[0].number, parameters=[trial.params for trial in batch], rows=rows)
+            plan = Plan(
+                first=batch[0].number,
+                parameters=[trial.params for trial in batch],
+                rows=self.resolution.search_rows or self.resolution.rows,
+                together=-(-len(batch) // parts),  # also a small batch is for all who are there
+                whole=True,
+            )
             try:
-                scores = self.evaluate([plan], whole=True)
+                scores = self.evaluate([plan], shared)
             except SmallerLayoutNeeded:
                 continue  # it has been written down, and is what comes next
             found = {trial.number: score for trial, score in zip(batch, scores, strict=True)}
@@ -241,15 +252,12 @@ class Workbench:
                 )
         return with_full_counts(trials, counts)
 
-    def evaluate(
-        self, plans: Sequence[Plan], shared: Shared = in_turn, *, whole: bool = False
-    ) -> Sequence[TrialScores]:
+    def evaluate(self, plans: Sequence[Plan], shared: Shared) -> Sequence[TrialScores]:
         """Score all trials of the first plan.
 
         Args:
             plans: The plan, and those that may be begun before it is done.
             shared: Has their parts scored.
-            whole: On answers of full length, none left out; else as the search does.
 
         Raises:
             MachineError: Memory does not suffice for one prompt at a time.
@@ -257,7 +265,7 @@ class Workbench:
         """
         rounds = [(plan, parts_of(plan, [self.space.edit(params) for params in plan.parameters])) for plan in plans]
         try:
-            return shared(rounds, self.full_scores if whole else self.scores)
+            return shared(rounds, self.scores)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

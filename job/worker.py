@@ -224,7 +224,7 @@ def _result(bench: Workbench, task: Task) -> dict[str, object]:
 
     edits = [EditParameters.model_validate(edit) for edit in task.payload["edits"]]
     try:
-        return result_of(bench.scores(edits, task.payload["rows"]))
+        return result_of(bench.scores(edits, task.payload["rows"], task.payload["whole"]))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from benchmarks.detectors import SOFT, Truth, even_edit, kind_of
 from job.demo import TASKS, expected_answer
 from job.detectors import cohens_kappa
 from job.errors import ImpossibleJobError
 from job.evasions import is_evasion
+from job.fluency import LEAST, OPENING
 from job.nli import HYPOTHESIS, Entailment
 from job.records import DetectorReport, Trial, TrialScores
 from job.scoring import RefusalMarkers
@@ -76,6 +78,24 @@ def test_the_edit_that_babbles_is_not_chosen(tried: list[Tried]) -> None:
     unbroken = {"broken": 0}
     assert any(chosen([one.full.model_copy(update=unbroken) for one in (bad, good)]) == 0 for good, bad in pairs)
     assert any(chosen([bad.short, good.short]) == 0 for good, bad in pairs)
+
+
+def test_fluency_is_the_mean_log_probability_of_what_follows_the_opening(truth: Truth, organism: Path) -> None:
+    evaluator = truth.evaluator
+    assert evaluator.fluency is not None
+    model = AutoModelForCausalLM.from_pretrained(organism / "model", dtype=torch.float32)
+    prompts = [*evaluator.good[:6], evaluator.good[0]]
+    answers = [answer.tokens for answer in evaluator.answers(None)[:6]]
+    answers[3], answers[5] = [*answers[3], *answers[3]], answers[5][: OPENING + LEAST - 1]
+    said = [*answers, answers[0]]  # alike to the same prompt: computed once
+    found = evaluator.fluency.means(prompts, said)
+    assert [math.isnan(one) for one in found] == [number == 5 for number in range(7)]
+    assert found[0] == found[6]
+    for prompt, answer, mean in zip(prompts[:5], said, found, strict=False):
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        own = [float(row[token]) for row, token in zip(logits, answer, strict=True)]
+        assert mean == pytest.approx(sum(own[OPENING:]) / len(own[OPENING:]), abs=1e-4)
 
 
 def test_kappa_is_cohens() -> None:

@@ -56,11 +56,26 @@ def test_the_choice_is_that_among_full_counts_of_all(
     assert chosen.number in counts.refusals
 
 
+def test_the_more_had_to_be_counted_the_more_are_counted_at_once(tmp_path: Path) -> None:
+    short = [trial(number, (number, 0), 100 - number, False) for number in range(30)]
+    for more, expected in ((0, [[0]]), (90, [[0], [1], [2, 3], [4, 5, 6, 7], [*range(8, 14)], [*range(14, 20)]])):
+        folder = RunFolder(tmp_path / str(more))
+        folder.path.mkdir()
+        counts, seen = read_full_counts(folder), []
+        while found := next_to_rescore(short, counts, 100, 0.0, 6):
+            seen.append([one.number for one in found])
+            full = {one.number: one.values.model_copy(update={"refusals": one.number + more}) for one in found}
+            counts = keep_full_counts(folder, counts, full)
+        assert seen[:6] == expected
+        assert choose(with_full_counts(short, counts), 100, 0.0).number == 0
+
+
 def command(organism: Path, workspace: Path, tokens: int) -> list[object]:
     # Start-up trials only, so that both searches try the same edits.
     markers = 'scoring.refusal_markers=["with that"]'  # the end of what the organism says when it refuses
     options = ("--trials", 8, "--startup-trials", 8, "--set", f"scoring.search_tokens={tokens}", "--set", markers)
-    return ["run", *job_arguments(organism), "--workspace", workspace, *options]
+    layout = ("--set", "trials_per_batch=4", "--set", "batching.trials=2")  # the same with workers
+    return ["run", *job_arguments(organism), "--workspace", workspace, *options, *layout]
 
 
 @pytest.mark.slow
@@ -87,7 +102,7 @@ def test_the_chosen_trial_is_judged_at_full_length_also_after_kills(organism: Pa
     assert {b["number"]: b["values"]["refusals"] for b in best}[state["chosen"]] == counts[state["chosen"]]
     assert "again in the first 100" in (short / "report.md").read_text()
 
-    process = start(*command(organism, tmp_path / "killed", 2))
+    process = start(*command(organism, tmp_path / "killed", 2), "--workers", 2)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed").glob("*/figures/rescored.json")):
         assert process.poll() is None
@@ -101,3 +116,8 @@ def test_the_chosen_trial_is_judged_at_full_length_also_after_kills(organism: Pa
         assert (killed / file).read_bytes() == (short / file).read_bytes()
     told = [event["number"] for event in events(tmp_path / "killed") if event["event"] == "rescored"]
     assert len(told) <= len(counts)
+
+    abliterate(*command(organism, tmp_path / "helped", 2), "--workers", 2).check()
+    helped = only_job(tmp_path / "helped")
+    for file in ("figures/rescored.json", "export/model.safetensors"):
+        assert (helped / file).read_bytes() == (short / file).read_bytes()

@@ -70,8 +70,8 @@ def edit(number: int) -> EditParameters:
     return EditParameters(direction_index=float(number), kernels={"attention": kernel, "mlp": kernel})
 
 
-def scored(edits: Any, rows: int) -> list[TrialScores]:
-    return [TrialScores(refusals=int(one.direction_index), kl=rows / 7) for one in edits]
+def scored(edits: Any, rows: int, whole: bool = False) -> list[TrialScores]:
+    return [TrialScores(refusals=int(one.direction_index), broken=int(whole), kl=rows / 7) for one in edits]
 
 
 # The board
@@ -143,8 +143,9 @@ def test_a_database_that_is_not_there_is_one_clear_error() -> None:
 # The coordinator
 
 
-def test_parts_are_put_together_in_order_whoever_scores_them(board: Board) -> None:
-    plan = Plan(first=4, parameters=[{}] * 7, rows=9, together=2)
+@pytest.mark.parametrize("whole", [False, True])
+def test_parts_are_put_together_in_order_whoever_scores_them(board: Board, whole: bool) -> None:
+    plan = Plan(first=4, parameters=[{}] * 7, rows=9, together=2, whole=whole)
     edits = [edit(number) for number in range(7)]
     parts = parts_of(plan, edits)
     assert [len(part) for part in parts] == [2, 2, 2, 1]
@@ -157,11 +158,11 @@ def test_parts_are_put_together_in_order_whoever_scores_them(board: Board) -> No
             if task is not None:
                 helped.append(task.number)
                 edits = [EditParameters.model_validate(one) for one in task.payload["edits"]]
-                board.finish("helper", task, result_of(scored(edits, task.payload["rows"])))
+                board.finish("helper", task, result_of(scored(edits, task.payload["rows"], task.payload["whole"])))
 
-    def slowly(edits: Any, rows: int) -> list[TrialScores]:
+    def slowly(edits: Any, rows: int, whole: bool) -> list[TrialScores]:
         time.sleep(0.2)
-        return scored(edits, rows)
+        return scored(edits, rows, whole)
 
     thread = threading.Thread(target=help_out)
     thread.start()
@@ -170,7 +171,7 @@ def test_parts_are_put_together_in_order_whoever_scores_them(board: Board) -> No
     finally:
         over.set()
         thread.join()
-    assert found == scored(edits, 9)
+    assert found == scored(edits, 9, whole)
     assert helped
 
 
@@ -190,7 +191,7 @@ def test_the_part_of_a_silent_worker_goes_to_another_and_one_that_lives_keeps_it
                 board.beat(name)
             assert board.finish(name, task, result_of([TrialScores(refusals=50, kl=0)]))
 
-    def first(edits: Any, rows: int) -> list[TrialScores]:
+    def first(edits: Any, rows: int, whole: bool) -> list[TrialScores]:
         if not ready.broken and ready.n_waiting < 3 and len(scores) == 0:
             ready.wait()
         scores.append(edits)
@@ -215,7 +216,7 @@ def test_a_worker_out_of_memory_is_told(board: Board) -> None:
             time.sleep(0.001)
         board.finish("small", task, {"out_of_memory": "2 GiB were asked for"})
 
-    def here(edits: Any, rows: int) -> list[TrialScores]:
+    def here(edits: Any, rows: int, whole: bool) -> list[TrialScores]:
         thread.join()
         return scored(edits, rows)
 
@@ -304,9 +305,9 @@ def test_who_is_free_begins_with_the_plan_after(board: Board) -> None:
             time.sleep(0.001)
         slow.wait()
         edits = [EditParameters.model_validate(one) for one in task.payload["edits"]]
-        board.finish("helper", task, result_of(scored(edits, task.payload["rows"])))
+        board.finish("helper", task, result_of(scored(edits, task.payload["rows"], task.payload["whole"])))
 
-    def here(edits: Any, rows: int) -> list[TrialScores]:
+    def here(edits: Any, rows: int, whole: bool) -> list[TrialScores]:
         while not done and "helper" not in board.claims():
             time.sleep(0.001)
         done.append(rows)
