@@ -13,9 +13,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from job.architectures import require_modes
+from job.edit_tables import directions_and_strengths, gram_of
 from job.errors import ImpossibleJobError
 from job.export import Edit, StoredWriter
-from job.intervention import directions_and_strengths, gram_of
 from job.model import LoadedModel
 from job.numerics.ablation import output_edit, weight_tables
 from job.shards import Checkpoint

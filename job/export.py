@@ -22,8 +22,8 @@ from torch import Tensor
 
 from job.architectures import Architecture, Writer
 from job.card import licence_files, model_card
+from job.edit_tables import directions_and_strengths, gram_of, strength
 from job.errors import ExportMismatchError, ImpossibleJobError
-from job.intervention import directions_and_strengths, gram_of, strength
 from job.models import INDEX, WEIGHTS
 from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
 from job.numerics.basis import Basis

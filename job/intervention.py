@@ -21,57 +21,20 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from job.architectures import Architecture, Writer
-from job.numerics.ablation import (
-    DEGENERATE_SHARE,
-    OutputEdit,
-    RowNormalization,
-    WeightTables,
-    output_edit,
-    weight_tables,
-)
-from job.numerics.basis import Basis, orthonormal_in
-from job.numerics.kernel import WeightKernel
+from job.edit_tables import Active, Grouping, Split
+from job.numerics.ablation import DEGENERATE_SHARE, RowNormalization
+from job.numerics.basis import Basis
 from job.placement import module_device, read_parameter
 from job.records import EditParameters
 
 
-@dataclass(frozen=True)
-class _Active:
-    """K edits of k directions on a writer, all float32.
-
-    Attributes:
-        read: What outputs are measured along, [d, K * k].
-        write: What is taken out of outputs for each of those measures, [K * k, d].
-        output_scale: Factor per output, [K, d] or None.
-        input_scale: Factor per input, [K, i] or None.
-    """
-
-    read: Tensor
-    write: Tensor
-    output_scale: Tensor | None
-    input_scale: Tensor | None
-
-    @classmethod
-    def of(cls, edits: OutputEdit) -> _Active:
-        """Put the tables of K edits beside one another."""
-        return cls(
-            read=edits.read.to(torch.float32).permute(1, 0, 2).flatten(1).contiguous(),
-            write=edits.write.to(torch.float32).mT.flatten(0, 1).contiguous(),
-            output_scale=_to_float32(edits.output_scale),
-            input_scale=_to_float32(edits.input_scale),
-        )
-
-
 @dataclass
 class _Site:
-    """A residual writer with its tables and the edits that are active on it."""
+    """A residual writer with its module and the edits that are active on it."""
 
     writer: Writer
     module: nn.Module
-    tables: WeightTables
-    candidates: Tensor  # [m, d] float64, where the weight is
-    gram: Tensor | None  # [m, m] float64, on the CPU; None where norms between it and the stream do not matter
-    active: _Active | None = None
+    active: Active | None = None
 
 
 class Intervention:
@@ -96,30 +59,30 @@ class Intervention:
             basis: The directions of all layers.
             mode: Which norms of the weights edits preserve; "none" if experts' weights are held together.
         """
-        self._basis = basis
         self._mode = mode
-        self._sites = []
+        self._sites: dict[str, _Site] = {}
         on: dict[torch.device, Tensor] = {}
+        grouping = Grouping(basis, mode)
         hooked: set[str] = set()
         for writer in architecture.writers:
             if writer.hook and writer.hook in hooked:
                 continue
             hooked.add(writer.hook)
-            module = model.get_submodule(writer.hooked)
+            self._sites[writer.parameter] = _Site(writer, model.get_submodule(writer.hooked))
             device = module_device(model.get_submodule(writer.module))
             if device not in on:
                 on[device] = basis.candidates.to(device, torch.float64)
             candidates = writer.candidates(on[device], partial(read_parameter, model))
-            if mode == "none":
-                tables = WeightTables(mode)
-            elif writer.summed:
+            if mode != "none" and writer.summed:
                 raise ValueError(f"{mode} is not defined for {writer.parameter}")
-            else:
-                tables = weight_tables(writer.matrix(read_parameter(model, writer.parameter)), candidates, mode)
-            self._sites.append(_Site(writer, module, tables, candidates, gram_of(writer, candidates)))
+            weight = None if mode == "none" else writer.matrix(read_parameter(model, writer.parameter))
+            grouping.add(writer, candidates, weight)
+        self._groups = grouping.groups()
         self._handles: list[RemovableHandle] = []
-        self._factors = torch.zeros(0)  # [K]
+        self._factors = torch.zeros(0)  # [K], as the tables
+        self._slots = torch.zeros(0, dtype=torch.long)  # where each edit is in the tables, [K]
         self._rows: Tensor | None = None
+        self._order: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._picked: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -133,7 +96,7 @@ class Intervention:
         self._picked.clear()
 
     def __enter__(self) -> Self:
-        for site in self._sites:
+        for site in self._sites.values():
             if self._mode == "column":
                 self._handles.append(site.module.register_forward_pre_hook(self._scale_input(site)))
             self._handles.append(site.module.register_forward_hook(self._edit_output(site)))
@@ -156,23 +119,32 @@ class Intervention:
         Returns:
             For each edit the reason why it is degenerate and must not be scored, None if it is not.
         """
-        self._factors = torch.ones(len(edits))
+        self._order.clear()
         self._picked.clear()
+        split = Split.of(edits)
+        finite = torch.ones(len(edits), dtype=torch.bool)
         shares = []
-        for site in self._sites:
-            parts = [directions_and_strengths(edit, self._basis, site.writer, site.gram) for edit in edits]
-            coefficients = torch.stack([part[0] for part in parts])  # [K, k, m]
-            strengths = self._finite(torch.stack([part[1] for part in parts]))  # [K, k]
-            built = output_edit(site.tables, site.candidates, coefficients, strengths)
-            site.active = _Active.of(built)
-            shares.append(built.least_share)
-        reasons: list[str | None] = [None] * len(edits)
+        for group in self._groups:
+            active, known, least = group.activate(split)
+            for writer, tables in zip(group.writers, active, strict=True):
+                self._sites[writer.parameter].active = tables
+            finite &= known
+            shares.append(least)
+        self._slots = split.slots
+        self._factors = torch.where(finite, 1.0, torch.nan)
+        return self._degenerate(shares)
+
+    def _degenerate(self, shares: Sequence[Tensor]) -> list[str | None]:
+        """Return for each edit why it is degenerate, from the least shares that all groups have said."""
+        reasons: list[str | None] = [None] * len(self._slots)
         # Looked at once all has been asked for: a GPU is waited for once and not at every writer.
-        for site, share in zip(self._sites, shares, strict=True):
+        for group, share in zip(self._groups, shares, strict=True):
             if self._mode in ("none", "pre"):
                 break
-            for index in (share < DEGENERATE_SHARE).nonzero().flatten().tolist():
-                reasons[index] = f"the edit leaves nothing to restore a norm from in {site.writer.parameter}"
+            low = (share < DEGENERATE_SHARE).cpu()[:, self._slots]
+            for writer, number in low.nonzero().tolist():
+                parameter = group.writers[writer].parameter
+                reasons[number] = f"the edit leaves nothing to restore a norm from in {parameter}"
         return reasons
 
     @contextmanager
@@ -191,20 +163,17 @@ class Intervention:
             handle.remove()
             self.rows = None
 
-    def _finite(self, strengths: Tensor) -> Tensor:
-        """Return strengths [K, k], those of an edit beyond float32 as 0, since all rows are multiplied with its tables.
-
-        Its own rows are made NaN instead.
-        """
-        finite = strengths.to(torch.float32).isfinite().all(-1)
-        self._factors[~finite] = torch.nan
-        return torch.where(finite[:, None], strengths, 0.0)
-
     def _rows_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return each row's edit, [rows], and what measures along edits count for it, [rows, 1, K, 1], on a device."""
+        """Return each row's edit in the tables, [rows], and what measures along edits count for it, [rows, 1, K, 1].
+
+        Both are on a device. The rows of an edit beyond float32 are made NaN.
+        """
         assert self._rows is not None
         if device not in self._picked:
-            rows, factors = self._rows.to(device), self._factors.to(device)
+            if device not in self._order:
+                self._order[device] = self._slots.to(device), self._factors.to(device)
+            slots, factors = self._order[device]
+            rows = slots[self._rows.to(device)]
             own = nn.functional.one_hot(rows, len(factors)).to(torch.bool)
             self._picked[device] = rows, torch.where(own, factors, 0.0)[:, None, :, None]
         return self._picked[device]
@@ -230,7 +199,7 @@ class Intervention:
 
         return hook
 
-    def _edited(self, y: Tensor, edits: _Active) -> Tensor:
+    def _edited(self, y: Tensor, edits: Active) -> Tensor:
         """Return a writer's output [rows, t, d], or [rows * t, d], as each row's edit leaves it."""
         rows, own = self._rows_on(y.device)
         stream = y.reshape(-1, y.shape[-1]).to(torch.float32)
@@ -245,44 +214,3 @@ class Intervention:
 def _by_rows(tensor: Tensor, rows: int) -> Tensor:
     """Return values as [rows, t, d], also those of modules that see all rows' positions in one line."""
     return tensor.reshape(rows, -1, tensor.shape[-1])
-
-
-def _to_float32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.float32)
-
-
-def gram_of(writer: Writer, candidates: Tensor) -> Tensor | None:
-    """Return the products of a writer's candidates [m, d] with one another, None where they are those of the basis."""
-    return (candidates @ candidates.T).to("cpu", torch.float64) if writer.post_norms else None
-
-
-def directions_and_strengths(
-    edit: EditParameters, basis: Basis, writer: Writer, gram: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return what an edit ablates from a writer.
-
-    Args:
-        edit: The edit.
-        basis: The directions of all layers.
-        writer: The writer.
-        gram: What `gram_of` returns for it.
-
-    Returns:
-        Orthonormal combinations of the writer's candidates, [k, m], and their λ, [k].
-    """
-    coefficients, weights = basis.select(edit.direction_index, writer.layer)
-    if gram is not None:  # what is orthonormal in the stream is not so before a norm
-        coefficients = orthonormal_in(coefficients, gram)
-    shares = torch.tensor(edit.strengths, dtype=torch.float64)
-    return coefficients, strength(edit, writer) * shares * weights
-
-
-def strength(edit: EditParameters, writer: Writer) -> float:
-    """Return an edit's own λ for a writer, to which the directions' shares and weights apply."""
-    kernel = edit.kernels[writer.component]
-    return WeightKernel(
-        max_weight=kernel.max_weight,
-        max_weight_position=kernel.max_weight_position,
-        min_weight=kernel.min_weight,
-        min_weight_distance=kernel.min_weight_distance,
-    ).strength(writer.layer)

@@ -281,20 +281,25 @@ def test_hooks_agree_with_the_export_in_every_mode(family: str, mode: RowNormali
     generator = torch.Generator().manual_seed(3)
     directions = torch.nn.functional.normalize(torch.randn(6, 2, architecture.width, generator=generator), dim=-1)
     basis = orthonormal_basis(directions, torch.tensor([1.0, 0.6]).expand(6, 2))
-    parameters = EditParameters(
-        direction_index=2.4, strengths=(1.0, 0.7), kernels=dict.fromkeys(COMPONENTS, EVERYWHERE)
-    )
+    kernels = dict.fromkeys(COMPONENTS, EVERYWHERE)
+    batch = [
+        EditParameters(direction_index=index, strengths=strengths, kernels=kernels)
+        for index, strengths in ((None, (1.0, 0.7)), (2.4, (1.0, 0.7)), (None, (0.5, 0.2)), (0.0, (0.5, 0.2)))
+    ]
     with Intervention(model, architecture, basis, mode) as intervention:
         before = logits(model)
-        assert intervention.activate([parameters]) == [None]
-        intervention.rows = torch.zeros(2, dtype=torch.long)
-        hooked = logits(model)
-    edit = Edit(parameters, basis, mode)
-    write_weights(tmp_path / "model", tmp_path / "export", architecture, edit, lambda _: None)
-    written = logits(loaded(tmp_path / "export"))
+        assert intervention.activate(batch) == [None] * 4
+        hooked = []
+        for number in range(2):
+            intervention.rows = torch.full((2,), number)
+            hooked.append(logits(model))
     scale = float(before.std())
-    torch.testing.assert_close(written, hooked, rtol=0, atol=2e-4 * scale)
-    assert float((written - before).abs().max()) > 0.05 * scale
+    for number, (parameters, expected) in enumerate(zip(batch, hooked, strict=False)):
+        edit, export = Edit(parameters, basis, mode), tmp_path / f"export-{number}"
+        write_weights(tmp_path / "model", export, architecture, edit, lambda _: None)
+        written = logits(loaded(export))
+        torch.testing.assert_close(written, expected, rtol=0, atol=2e-4 * scale)
+        assert float((written - before).abs().max()) > 0.05 * scale
 
 
 def test_the_adapter_of_transposed_weights_is_the_hooked_model(tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_projections_show_the_direction_and_the_largest_rest() -> None:
         residuals[:, 8] *= 50
     direction = torch.eye(30)[3]
     first, second = projections(good, bad, direction)
-    centre = torch.cat([good, bad])[:, 3].mean().double()
+    centre = torch.cat([good, bad])[:, 3].double().mean()
     torch.testing.assert_close(first[:, 0], good[:, 3].double() - centre)
     torch.testing.assert_close(second[:, 0], bad[:, 3].double() - centre)
     rest = torch.cat([good, bad])[:, 8].double()

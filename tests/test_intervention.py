@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config
 
 from job.architectures import discover
 from job.decoding import first_logits
@@ -60,7 +61,7 @@ def wide_basis_for(model: PreTrainedModel) -> Basis:
 
 def edit_in_place(model: PreTrainedModel, edit: EditParameters, mode: RowNormalization, basis: Basis) -> None:
     """Edit a model's parameters themselves: what the hooks have to equal."""
-    from job.intervention import strength
+    from job.edit_tables import strength
 
     for writer in discover(model).writers:
         module = model.get_submodule(writer.module)
@@ -92,6 +93,33 @@ def test_hooks_equal_edited_parameters_with_every_row_of_another_trial(
         edit_in_place(edited, edit, mode, basis)
         expected = first_logits(edited, prompts)
         torch.testing.assert_close(together[2 * index : 2 * index + 2], expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("mode", ["none", "pre", "full", "column"])
+def test_a_model_of_more_writers_than_are_worked_out_at_once(mode: RowNormalization, own: bool) -> None:
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=19, num_key_value_heads=1, **sizes)).eval()
+    architecture, basis = discover(model), basis_for(model)
+    everywhere = {name: kernel(0.6, 9.5, 20.0) for name in ("attention", "mlp")}
+    weaker = {name: kernel(0.2, 9.5, 20.0) for name in ("attention", "mlp")}
+    edits = [edit.model_copy(update={"kernels": everywhere}) for edit in EDITS]
+    edits += [edit.model_copy(update={"kernels": weaker}) for edit in EDITS[:2]]
+    if own:
+        edits = [edit.model_copy(update={"direction_index": None}) for edit in edits]
+    with Intervention(model, architecture, basis, mode) as intervention:
+        assert sorted(writer.parameter for group in intervention._groups for writer in group.writers) == sorted(
+            writer.parameter for writer in architecture.writers
+        )
+        assert len(intervention._groups) > 2
+        intervention.activate(edits)
+        intervention.rows = torch.arange(6)
+        together = first_logits(model, [[7, 8, 9]] * 6)
+    for edit, found in zip(edits, together, strict=True):
+        edited = copy.deepcopy(model)
+        edit_in_place(edited, edit, mode, basis)
+        torch.testing.assert_close(found, first_logits(edited, [[7, 8, 9]])[0], rtol=0, atol=2e-5)
 
 
 def test_no_hook_remains_and_nothing_changes_without_rows(random_model_folder: Path) -> None:

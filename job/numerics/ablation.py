@@ -21,7 +21,8 @@ Legend of shapes: d outputs (the residual stream), i inputs, k directions, m can
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -44,6 +45,7 @@ class WeightTables:
 
     Attributes:
         row_norms: Row norms of W, [d]; None unless mode is pre or full.
+        row_inverses: One over each of them, 0 for those that are 0, [d]; likewise.
         gram: ``Ŵ Ŵᵀ v`` for each candidate v, with Ŵ = D⁻¹W, [m, d]; None unless mode is full.
         column_norms: Column norms of W, [i]; None unless mode is column.
         projections: ``Wᵀ v`` for each candidate v, [m, i]; None unless mode is column.
@@ -51,6 +53,7 @@ class WeightTables:
 
     mode: RowNormalization
     row_norms: Tensor | None = None
+    row_inverses: Tensor | None = None
     gram: Tensor | None = None
     column_norms: Tensor | None = None
     projections: Tensor | None = None
@@ -98,10 +101,43 @@ def weight_tables(weight: Tensor, candidates: Tensor, mode: RowNormalization) ->
     if mode == "column":
         return WeightTables(mode, column_norms=weight.norm(dim=0), projections=candidates @ weight)
     norms = weight.norm(dim=1)
+    inverses = _inverse(norms)
     if mode == "pre":
-        return WeightTables(mode, row_norms=norms)
-    unit = weight * _inverse(norms)[:, None]
-    return WeightTables(mode, row_norms=norms, gram=(candidates @ unit) @ unit.T)
+        return WeightTables(mode, row_norms=norms, row_inverses=inverses)
+    unit = weight * inverses[:, None]
+    return WeightTables(mode, row_norms=norms, row_inverses=inverses, gram=(candidates @ unit) @ unit.T)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Directions with what is known of a weight along them; what is left to give are strengths. All float64.
+
+    Attributes:
+        directions: Orthonormal, [..., k, d].
+        gram: ``Ŵ Ŵᵀ v`` for each direction v, [..., k, d]; None unless mode is full.
+        projections: ``Wᵀ v`` for each, [..., k, i]; None unless mode is column.
+    """
+
+    directions: Tensor
+    gram: Tensor | None
+    projections: Tensor | None
+
+
+def stacked(tables: Sequence[WeightTables]) -> WeightTables:
+    """Return the tables of S weights of one shape as one's, of which all have leading dimensions [S, 1]."""
+
+    def stack(values: list[Tensor | None]) -> Tensor | None:
+        there = [value for value in values if value is not None]
+        return torch.stack(there)[:, None] if there else None
+
+    return WeightTables(
+        tables[0].mode,
+        row_norms=stack([one.row_norms for one in tables]),
+        row_inverses=stack([one.row_inverses for one in tables]),
+        gram=stack([one.gram for one in tables]),
+        column_norms=stack([one.column_norms for one in tables]),
+        projections=stack([one.projections for one in tables]),
+    )
 
 
 def output_edit(tables: WeightTables, candidates: Tensor, coefficients: Tensor, strengths: Tensor) -> OutputEdit:
@@ -114,47 +150,62 @@ def output_edit(tables: WeightTables, candidates: Tensor, coefficients: Tensor, 
             combinations must be orthonormal.
         strengths: λ per direction, [..., k].
     """
-    tables, candidates, coefficients = _used(tables, candidates, coefficients.to(torch.float64))
-    strengths = strengths.to(coefficients)
-    directions = (coefficients @ candidates.to(coefficients)).mT  # [..., d, k]
-    write = directions * strengths[..., None, :]
-    whole = torch.ones(coefficients.shape[:-2], dtype=torch.float64, device=coefficients.device)
+    return edit_along(tables, aim(tables, candidates, coefficients), strengths)
+
+
+def aim(tables: WeightTables, candidates: Tensor, coefficients: Tensor) -> Aim:
+    """Return the directions of edits, and what the tables say of them.
+
+    Args:
+        tables: One module's tables for the same candidates, or several modules' `stacked` ones.
+        candidates: Candidate directions, [m, d], or those of several modules, [S, 1, m, d].
+        coefficients: Orthonormal combinations of the candidates, [..., k, m]; of several modules [K, k, m], the same
+            for all of them, or each its own, [S, K, k, m].
+    """
+    coefficients = coefficients.to(torch.float64)
+    # All but two layers' candidates have no part in a direction, as a rule. Looked at on the CPU, where they come from.
+    used = coefficients.flatten(0, -2).any(0).nonzero().flatten()
+    coefficients, used = coefficients[..., used].to(candidates.device), used.to(candidates.device)
+
+    def combined(table: Tensor | None) -> Tensor | None:
+        if table is None:
+            return None
+        rows = table.index_select(-2, used)
+        if table.dim() == 2:
+            return coefficients @ rows
+        # As few products as there are modules: broadcasting would copy the table for every edit.
+        flat: Tensor = coefficients.flatten(-3, -2) @ rows[:, 0]  # [S, K * k, ...]
+        return flat.view(len(flat), *coefficients.shape[-3:-1], -1)
+
+    directions = combined(candidates.to(torch.float64))
+    assert directions is not None
+    return Aim(directions, combined(tables.gram), combined(tables.projections))
+
+
+def edit_along(tables: WeightTables, aimed: Aim, strengths: Tensor) -> OutputEdit:
+    """Return the ablation of directions with strengths λ [..., k]; leading dimensions are broadcast."""
+    directions = aimed.directions
+    strengths = strengths.to(directions)
+    write = strengths[..., None] * directions  # [..., k, d]
+    whole = torch.ones(write.shape[:-2], dtype=torch.float64, device=write.device)
     if tables.mode == "none":
-        return OutputEdit(write, directions, None, None, whole)
+        return OutputEdit(write.mT, directions.mT, None, None, whole)
     if tables.mode == "column":
         assert tables.column_norms is not None
-        assert tables.projections is not None
-        along = coefficients @ tables.projections  # [..., k, i]
-        lost = ((2 * strengths - strengths**2)[..., None] * along**2).sum(-2)
+        assert aimed.projections is not None
+        lost = ((2 * strengths - strengths**2)[..., None] * aimed.projections**2).sum(-2)
         share = _share(tables.column_norms**2, lost)
-        return OutputEdit(write, directions, None, share.rsqrt(), share.amin(-1))
+        return OutputEdit(write.mT, directions.mT, None, share.rsqrt(), share.amin(-1))
     assert tables.row_norms is not None
-    norms = tables.row_norms[:, None]
-    read = directions * _inverse(norms)
+    assert tables.row_inverses is not None
+    scaled, read = tables.row_norms[..., None, :] * write, directions * tables.row_inverses[..., None, :]
     if tables.mode == "pre":
-        return OutputEdit(norms * write, read, None, None, whole)
-    assert tables.gram is not None
-    gram = (coefficients @ tables.gram).mT  # [..., d, k]
-    crossed = write @ (directions.mT @ gram)
-    square = 1 - 2 * (write * gram).sum(-1) + (crossed * write).sum(-1)
-    square = torch.where(tables.row_norms == 0, 1.0, square)
-    return OutputEdit(norms * write, read, square.rsqrt(), None, square.amin(-1))
-
-
-def _used(tables: WeightTables, candidates: Tensor, coefficients: Tensor) -> tuple[WeightTables, Tensor, Tensor]:
-    """Return the arguments without the candidates that no direction is made of: all but two layers', as a rule.
-
-    The coefficients are looked at where they are, and come out where the candidates are.
-    """
-    used = coefficients.flatten(0, -2).any(0).nonzero().flatten()
-    coefficients = coefficients[..., used].to(candidates.device)
-    used = used.to(candidates.device)
-    tables = replace(
-        tables,
-        gram=None if tables.gram is None else tables.gram[used],
-        projections=None if tables.projections is None else tables.projections[used],
-    )
-    return tables, candidates[used], coefficients
+        return OutputEdit(scaled.mT, read.mT, None, None, whole)
+    assert aimed.gram is not None
+    crossed = (directions @ aimed.gram.mT).mT @ write
+    square = (write * torch.sub(crossed, aimed.gram, alpha=2)).sum(-2).add_(1)
+    square = torch.where(tables.row_inverses == 0, 1.0, square)
+    return OutputEdit(scaled.mT, read.mT, square.rsqrt(), None, square.amin(-1))
 
 
 def _share(squares: Tensor, lost: Tensor) -> Tensor:

@@ -106,22 +106,31 @@ def _orthonormal(coefficients: Tensor, vectors: Tensor) -> Tensor:
 
 
 def orthonormal_in(coefficients: Tensor, gram: Tensor) -> Tensor:
-    """Return combinations [k, m] of vectors, made orthonormal in their order; zero for repetitions.
+    """Return combinations of vectors made orthonormal in their order, [..., k, m]; zero for repetitions.
 
     Args:
-        coefficients: The combinations.
-        gram: The vectors' products with one another, [m, m], float64.
+        coefficients: The combinations, [..., k, m], on the CPU.
+        gram: The vectors' products with one another, [..., m, m], float64; leading dimensions are broadcast.
     """
+    used = coefficients.flatten(0, -2).any(0).nonzero().flatten()
+    metric = gram[..., used[:, None], used]
+
+    def inner(one: Tensor, other: Tensor) -> Tensor:
+        return ((one[..., None, :] @ metric)[..., 0, :] * other).sum(-1, keepdim=True)
+
     found: list[Tensor] = []
-    for row in coefficients:
-        norm = (row @ gram @ row).clamp_min(0).sqrt()
-        row = row / norm if norm > 0 else row
+    for row in coefficients[..., used].unbind(-2):
+        norm = inner(row, row).clamp_min(0).sqrt()
+        row = torch.where(norm > 0, row / norm, row)
         for _ in range(2):
             for other in found:
-                row = row - (row @ gram @ other) * other
-        norm = (row @ gram @ row).clamp_min(0).sqrt()
-        found.append(row / norm if norm > _REPETITION else torch.zeros_like(row))
-    return torch.stack(found)
+                row = row - inner(row, other) * other
+        norm = inner(row, row).clamp_min(0).sqrt()
+        found.append(torch.where(norm > _REPETITION, row / norm, 0.0))
+    rows = torch.stack(found, -2)
+    result = rows.new_zeros(*rows.shape[:-1], coefficients.shape[-1])
+    result[..., used] = rows
+    return result
 
 
 def orthonormal_basis(directions: Tensor, weights: Tensor) -> Basis:
