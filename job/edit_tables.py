@@ -105,7 +105,7 @@ class WriterGroup:
             known = strengths.to(torch.float32).isfinite().all(-1)  # [S, K]
             finite.append(known.all(0))
             parts.append(edit_along(self._tables, aimed, torch.where(known[..., None], strengths, 0.0)))
-        shares = torch.cat([part.least_share.expand(len(self.writers), -1) for part in parts], 1)
+        shares = torch.cat([part.least_share for part in parts], 1)
         return self._active(parts), torch.cat(finite), shares
 
     def _aimed(self, split: Split) -> Iterator[tuple[Aim, Tensor]]:

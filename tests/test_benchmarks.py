@@ -167,6 +167,23 @@ def _tokens_are_right(found: dict[str, Any], phases: dict[str, Any]) -> None:
     assert sum(one["positions"] for one in trial if one["tokens"] > 1) >= 2 * 2 * 3
 
 
+def test_switching_is_timed_in_all_modes(tmp_path: Path) -> None:
+    file = tmp_path / "switching.json"
+    sizes = ["--family", "gemma2", "--layers", "3", "--width", "32"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.switching", *sizes, "--json", str(file)],
+        env=environment(PYTHONPATH=os.getcwd()),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())["switching"]
+    assert len(found) == 4 * 3
+    assert all(0 < one["ms_per_trial"] < 100 for one in found)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [f"{one['ms_per_trial']:.2f}" for one in found if one["mode"] == "full"] in [line[1:] for line in lines]
+
+
 def test_a_shape_that_is_not_known_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "shapes.json"
     command = [sys.executable, "-m", "benchmarks.shapes", "huge", "--json", str(file)]

@@ -141,8 +141,12 @@ def test_another_job_at_the_same_mirror_needs_new(moved: Moved, server: S3Server
     abliterate(*other, **ENV).fails(2, "seed was 0, is 9", "--new")
     assert server.contents("moved/") == before
     process = start(*other, "--new", **ENV)
-    wait_until(lambda: told(tmp_path / "new", "prompts") > 0, process)
-    time.sleep(2.0)  # for the first snapshot
+
+    def is_mirrored() -> bool:
+        added = {key: data for key, data in server.contents("moved/").items() if key not in before}
+        return any(json.loads(data)["generation"] > 0 for key, data in added.items() if key.endswith("/head.json"))
+
+    wait_until(is_mirrored, process)
     kill(process)
     # Once it is there it is continued without, on another machine too.
     process = start(*moved.arguments, tmp_path / "newer", "--seed", "9", **ENV)

@@ -202,10 +202,12 @@ def edit_along(tables: WeightTables, aimed: Aim, strengths: Tensor) -> OutputEdi
     if tables.mode == "pre":
         return OutputEdit(scaled.mT, read.mT, None, None, whole)
     assert aimed.gram is not None
+    # 1 - 2 v·g + v·(vᵀg)v, in place: new memory would take longer than the arithmetic.
     crossed = (directions @ aimed.gram.mT).mT @ write
-    square = (write * torch.sub(crossed, aimed.gram, alpha=2)).sum(-2).add_(1)
-    square = torch.where(tables.row_inverses == 0, 1.0, square)
-    return OutputEdit(scaled.mT, read.mT, square.rsqrt(), None, square.amin(-1))
+    square = crossed.sub_(aimed.gram, alpha=2).mul_(write).sum(-2).add_(1)
+    square.masked_fill_(tables.row_inverses == 0, 1.0)
+    least = square.amin(-1)
+    return OutputEdit(scaled.mT, read.mT, square.rsqrt_(), None, least)
 
 
 def _share(squares: Tensor, lost: Tensor) -> Tensor:
