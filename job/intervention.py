@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from job.architectures import Architecture, Writer
+from job.architectures import Architecture
 from job.edit_tables import Active, Grouping, Split
 from job.numerics.ablation import DEGENERATE_SHARE, RowNormalization
 from job.numerics.basis import Basis
@@ -30,9 +30,8 @@ from job.records import EditParameters
 
 @dataclass
 class _Site:
-    """A residual writer with its module and the edits that are active on it."""
+    """A residual writer's module and the edits that are active on it."""
 
-    writer: Writer
     module: nn.Module
     active: Active | None = None
 
@@ -68,7 +67,7 @@ class Intervention:
             if writer.hook and writer.hook in hooked:
                 continue
             hooked.add(writer.hook)
-            self._sites[writer.parameter] = _Site(writer, model.get_submodule(writer.hooked))
+            self._sites[writer.parameter] = _Site(model.get_submodule(writer.hooked))
             device = module_device(model.get_submodule(writer.module))
             if device not in on:
                 on[device] = basis.candidates.to(device, torch.float64)
