@@ -106,8 +106,7 @@ class Truth:
         if edit is None:
             answers = self.evaluator.answers(None)
         else:
-            self._intervention.activate([edit])
-            answers = self.evaluator.answers(self._intervention)
+            answers = self.evaluator.answers(self._intervention.activate([edit]))
         return self.evaluator.exchanges(answers, self.evaluator.gibberish(answers))
 
 

@@ -18,6 +18,7 @@ from job.errors import JobError, UsageError
 from job.events import Events
 from job.faults import is_out_of_memory
 from job.front import front_text, job_front
+from job.intervention import ActiveEdits
 from job.memory import release_memory
 from job.model import LoadedModel, rendered
 from job.records import Trial
@@ -125,6 +126,7 @@ class Chat:
 
     def __post_init__(self) -> None:
         self._trial: Trial | None = None
+        self._edits: ActiveEdits | None = None
         self._system, self._tokens = self.options.system, self.options.tokens
         self._commands: dict[str, Callable[[str], None]] = {
             "base": lambda _: self.switch(None),
@@ -166,9 +168,10 @@ class Chat:
     def switch(self, trial: Trial | None) -> None:
         """Put a trial's edit into the hooks, or nothing."""
         begin = time.perf_counter()
-        told = ""
+        told, self._edits = "", None
         if trial is not None:
-            (reason,) = self.bench.intervention.activate([self.bench.space.edit(trial.params)])
+            self._edits = self.bench.intervention.activate([self.bench.space.edit(trial.params)])
+            (reason,) = self._edits.reasons
             told = f": {trial.values.refusals} of {len(self.bench.prompts.bad_search)} refused, "
             told += f"KL {trial.values.kl:.4g}" + (f"; {reason}" if reason else "")
         self._trial = trial
@@ -195,7 +198,7 @@ class Chat:
                 rendered(self.bench.loaded.tokenizer, [*begun, *said]), add_special_tokens=False
             )["input_ids"]
         )
-        hooks = self.bench.intervention.on_every_row(self.bench.loaded.model) if self._trial else nullcontext()
+        hooks = self._edits.on_every_row(self.bench.loaded.model) if self._edits else nullcontext()
         shown = Shown(self.bench.loaded, None if self.options.as_json else self.out)
         try:
             with hooks:

@@ -113,10 +113,11 @@ def evaluate_trial(
         before = bench.measure(bench.passages(texts))
         reference = bench.evaluator(settings.kl_tokens).reference
         events.say(f"measuring trial {trial.number}")
-        (reason,) = job.intervention.activate([job.space.edit(trial.params)])
+        edits = job.intervention.activate([job.space.edit(trial.params)])
+        (reason,) = edits.reasons
         if reason is not None:
             raise UsageError(f"trial {trial.number} cannot be measured: {reason}", remedy="choose another")
-        after = bench.measure(before.passages, reference, job.intervention)
+        after = bench.measure(before.passages, reference, edits)
     found = _comparison(f"job {record.job_id}", settings.model, trial.number, before, after, texts)
     write_record(folder.evaluation_file(trial.number), found)
     return found

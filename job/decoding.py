@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -92,17 +93,49 @@ class Manner:
             yield chunk
 
 
-@dataclass(frozen=True)
-class Shared:
-    """A prefix that all prompts of a forward share.
+class RowEdits(Protocol):
+    """Edits of a model that are ready to be applied, one for each trial."""
+
+    def bind(self, trials: Tensor) -> AbstractContextManager[object]:
+        """Return a context, to be entered any number of times, in which row i gets the edit of `trials[i]`."""
+
+
+class RowTrials:
+    """Which trial each row of a forward belongs to, with what that means for the forward.
+
+    Rows carry it as they carry their tokens and their cache, and every forward applies it: whoever picks, joins or
+    drops rows has no other way to say what they are.
 
     Attributes:
-        prefix: What has been computed of it.
         trials: Trial of every row, [rows].
+        edits: The trials' edits; None: the model as it is.
+        prefix: What each trial computes of a prefix that all prompts begin with, None where none is shared.
     """
 
-    prefix: SharedPrefix
-    trials: Tensor
+    def __init__(self, trials: Tensor, edits: RowEdits | None = None, prefix: SharedPrefix | None = None) -> None:
+        self.trials, self.edits, self.prefix = trials, edits, prefix
+        self._context: AbstractContextManager[object] = nullcontext() if edits is None else edits.bind(trials)
+
+    @classmethod
+    def plain(cls, rows: int, device: torch.device | str) -> RowTrials:
+        """Return what rows of the unedited model carry."""
+        return cls(torch.zeros(rows, dtype=torch.long, device=device))
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    def pick(self, rows: Tensor) -> RowTrials:
+        """Return what these rows carry, by index, [n]."""
+        return RowTrials(self.trials[rows], self.edits, self.prefix)
+
+    def applied(self) -> AbstractContextManager[object]:
+        """Return a context in which a forward of these rows is edited."""
+        return self._context
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowTrials]) -> RowTrials:
+        """Return what rows of several forwards of the same trials carry, those of the first part first."""
+        return cls(torch.cat([part.trials for part in parts]), parts[0].edits, parts[0].prefix)
 
 
 def read_tokens(model: PreTrainedModel) -> int | None:
@@ -111,23 +144,24 @@ def read_tokens(model: PreTrainedModel) -> int | None:
 
 
 @torch.inference_mode()
-def shared_prefix(model: PreTrainedModel, tokens: list[int], trials: int) -> SharedPrefix:
-    """Return what a model computes of a prefix, with one row a trial."""
+def shared_prefix(model: PreTrainedModel, tokens: list[int], trials: int, edits: RowEdits | None) -> SharedPrefix:
+    """Return what a model computes of a prefix under the edits of trials 0 … trials - 1, with one row a trial."""
+    device = input_device(model)
     cache = DynamicCache(config=model.config)
-    ids, mask, positions = left_padded([tokens] * trials, input_device(model))
-    _forward(model, ids, mask, positions, cache)
+    ids, mask, positions = left_padded([tokens] * trials, device)
+    _forward(model, RowTrials(torch.arange(trials, device=device), edits), ids, mask, positions, cache)
     return SharedPrefix.of(len(tokens), cache)
 
 
 @torch.inference_mode()
-def first_logits(model: PreTrainedModel, prompts: Sequence[list[int]], shared: Shared | None = None) -> Tensor:
+def first_logits(model: PreTrainedModel, prompts: Sequence[list[int]], rows: RowTrials | None = None) -> Tensor:
     """Return the logits of the first answer token, [rows, vocabulary], float32."""
-    return last_logits(model, prompts, 1, shared)[:, -1].to(torch.float32)
+    return last_logits(model, prompts, 1, rows)[:, -1].to(torch.float32)
 
 
 @torch.inference_mode()
 def last_logits(
-    model: PreTrainedModel, prompts: Sequence[list[int]], count: int, shared: Shared | None = None
+    model: PreTrainedModel, prompts: Sequence[list[int]], count: int, rows: RowTrials | None = None
 ) -> Tensor:
     """Return the logits that the last tokens of every prompt lead to, [rows, count, vocabulary].
 
@@ -135,35 +169,41 @@ def last_logits(
         model: The model.
         prompts: Token ids of each prompt.
         count: Number of tokens at the end of the prompts.
-        shared: A prefix that all prompts begin with, and that leaves at least so many tokens of each.
+        rows: The prompts' trials; a prefix that they share leaves at least `count` tokens of each.
     """
     tokens, mask, positions = left_padded(prompts, input_device(model))
-    if shared is None:
-        return _forward(model, tokens, mask, positions, None, count)
-    cache, begin = _on_prefix(model, mask, shared, mask.shape[1]), shared.prefix.length
-    return _forward(model, tokens[:, begin:], mask, positions[:, begin:], cache, count)
+    rows = rows or RowTrials.plain(len(prompts), tokens.device)
+    if rows.prefix is None:
+        return _forward(model, rows, tokens, mask, positions, None, count)
+    cache, begin = _on_prefix(model, mask, rows, mask.shape[1]), rows.prefix.length
+    return _forward(model, rows, tokens[:, begin:], mask, positions[:, begin:], cache, count)
 
 
-def _on_prefix(model: PreTrainedModel, mask: Tensor, shared: Shared, most: int) -> DynamicCache:
+def _on_prefix(model: PreTrainedModel, mask: Tensor, rows: RowTrials, most: int) -> DynamicCache:
+    assert rows.prefix is not None
     width = mask.shape[1]
-    return shared.prefix.expanded(model, shared.trials, width - mask.sum(1), width, most)
+    return rows.prefix.expanded(model, rows.trials, width - mask.sum(1), width, most)
 
 
 def _forward(
     model: PreTrainedModel,
+    rows: RowTrials,
     tokens: Tensor,
     mask: Tensor,
     positions: Tensor,
     cache: DynamicCache | None,
     count: int = 1,
 ) -> Tensor:
-    """Return the logits of the last tokens, [rows, count, vocabulary]; what a forward does not know it is not given."""
+    """Return the logits of the last tokens, [rows, count, vocabulary], each row under its trial's edit."""
+    if len(rows) != len(tokens):
+        raise ValueError(f"{len(tokens)} rows with the trials of {len(rows)}")
     given: dict[str, Any] = {"position_ids": positions, "logits_to_keep": count}
     if cache is not None:
         given["past_key_values"] = cache
-    known = arguments(model)
+    known = arguments(model)  # a forward is given only what it has arguments for
     given = {name: value for name, value in given.items() if name in known}
-    output = model(input_ids=tokens, attention_mask=mask, use_cache=cache is not None, **given)
+    with rows.applied():
+        output = model(input_ids=tokens, attention_mask=mask, use_cache=cache is not None, **given)
     logits: Tensor = output.logits[:, -count:]
     return logits
 
@@ -219,6 +259,7 @@ class _Rows:
 
     Attributes:
         present: Which prompt each row answers.
+        trials: Which trial each row belongs to.
         tokens: The next token of each, [rows, 1].
         positions: Its position, [rows, 1].
         mask: Which slots before it are no padding, [rows, slots].
@@ -226,6 +267,7 @@ class _Rows:
     """
 
     present: list[int]
+    trials: RowTrials
     tokens: Tensor
     positions: Tensor
     mask: Tensor
@@ -236,6 +278,7 @@ class _Rows:
         keep = torch.tensor(staying, device=self.mask.device)
         self.cache.reorder_cache(keep)
         self.tokens, self.positions, self.mask = self.tokens[keep], self.positions[keep], self.mask[keep]
+        self.trials = self.trials.pick(keep)
         self.present = [self.present[row] for row in staying]
 
     @classmethod
@@ -246,6 +289,7 @@ class _Rows:
         width = max(part.mask.shape[1] for part in parts)
         return cls(
             [index for part in parts for index in part.present],
+            RowTrials.joined([part.trials for part in parts]),
             torch.cat([part.tokens for part in parts]),
             torch.cat([part.positions for part in parts]),
             torch.cat([pad(part.mask, (width - part.mask.shape[1], 0)) for part in parts]),
@@ -262,11 +306,10 @@ class _Decoder:
         prompts: Sequence[list[int]],
         limit: int,
         ledger: _Ledger,
-        select: Callable[[Tensor], None],
-        shared: Shared | None,
+        trials: RowTrials,
     ) -> None:
         self._model, self._prompts, self._limit, self._ledger = model, prompts, limit, ledger
-        self._select, self._shared = select, shared
+        self._trials = trials  # of all prompts; the rows of a forward have theirs picked from it
         # A row's last token is told, and nothing of it is kept.
         self._most = max(map(len, prompts)) + limit - 1
         self._device = input_device(model)
@@ -285,22 +328,21 @@ class _Decoder:
     def read(self, present: list[int]) -> _Rows | None:
         """Read some prompts; return the rows that go on after the first token of their answers, None if none does."""
         tokens, mask, positions = left_padded([self._prompts[index] for index in present], self._device)
-        self._tell(present)
+        trials = self._trials.pick(torch.tensor(present, device=self._device))
         following = positions[:, -1:] + 1
-        if self._shared is None:
+        if trials.prefix is None:
             cache = new_cache(self._model, self._most)
         else:
-            begin = self._shared.prefix.length
-            own = Shared(self._shared.prefix, self._shared.trials[torch.tensor(present, device=self._device)])
-            cache = _on_prefix(self._model, mask, own, self._most)
+            begin = trials.prefix.length
+            cache = _on_prefix(self._model, mask, trials, self._most)
             tokens, positions = tokens[:, begin:], positions[:, begin:]
-        chosen = self._ledger.take(_forward(self._model, tokens, mask, positions, cache)[:, -1], present)
-        return self._going(_Rows(present, chosen[:, None], following, mask, cache))
+        chosen = self._ledger.take(_forward(self._model, trials, tokens, mask, positions, cache)[:, -1], present)
+        return self._going(_Rows(present, trials, chosen[:, None], following, mask, cache))
 
     def step(self, rows: _Rows) -> _Rows | None:
         """Decode a token of every row; return the rows that go on, None if none does."""
         mask = torch.cat([rows.mask, rows.mask.new_ones(len(rows.mask), 1)], dim=1)
-        logits = _forward(self._model, rows.tokens, mask, rows.positions, rows.cache)
+        logits = _forward(self._model, rows.trials, rows.tokens, mask, rows.positions, rows.cache)
         chosen = self._ledger.take(logits[:, -1], rows.present)
         return self._going(replace(rows, tokens=chosen[:, None], positions=rows.positions + 1, mask=mask))
 
@@ -310,8 +352,6 @@ class _Decoder:
         if not parts:
             return
         rows = _Rows.joined(self._model, parts, self._most)
-        if len(parts) > 1:
-            self._tell(rows.present)
         for _ in range(self._limit - 1):
             going = self.step(rows)
             if going is None:
@@ -319,17 +359,13 @@ class _Decoder:
             rows = going
 
     def _going(self, rows: _Rows) -> _Rows | None:
-        """Let rows go that are decided, where they can and are enough; others are decoded on, and nobody looks."""
+        """Drop decided rows once they exceed `_LEAVING` of the batch, if the cache can; return None if all are."""
         staying = [row for row, index in enumerate(rows.present) if index in self._ledger.going]
         if not staying:
             return None
         if self._pickable and len(rows.present) - len(staying) > _LEAVING * len(rows.present):
             rows.keep(staying)
-            self._tell(rows.present)
         return rows
-
-    def _tell(self, present: Sequence[int]) -> None:
-        self._select(torch.tensor(present, device=self._device))
 
 
 @torch.inference_mode()
@@ -341,8 +377,7 @@ def greedy_answers(
     end_tokens: Collection[int],
     openings: Sequence[int] | None = None,
     decided: Callable[[int, list[int]], bool] | None = None,
-    select: Callable[[Tensor], None] = lambda _: None,
-    shared: Shared | None = None,
+    rows: RowTrials | None = None,
     manner: Manner = Manner(),
 ) -> list[Answer]:
     """Return the most likely continuation of every prompt, token by token.
@@ -359,36 +394,32 @@ def greedy_answers(
         end_tokens: Tokens that end an answer.
         openings: For each prompt a token whose odds of opening the answer are wanted.
         decided: Given a prompt's index and its answer so far, whether that tells all that the caller wants to know.
-        select: Told which prompts the rows of the next forward answer, in order, whenever these are others.
-        shared: A prefix that all prompts begin with.
+        rows: The prompts' trials; None: the model as it is.
         manner: How the model can be read.
     """
     ledger = _Ledger(len(prompts), end_tokens, openings, decided)
+    rows = rows or RowTrials.plain(len(prompts), input_device(model))
     if not manner.cached:
-        _read_again(model, prompts, limit, ledger, select)
+        _read_again(model, prompts, limit, ledger, rows)
     elif not takes_cache(model):
-        _generate(model, prompts, limit, end_tokens, ledger)
+        _generate(model, prompts, limit, end_tokens, ledger, rows)
     elif prompts:
-        _Decoder(model, prompts, limit, ledger, select, shared).answer()
+        _Decoder(model, prompts, limit, ledger, rows).answer()
     return ledger.answers
 
 
 def _read_again(
-    model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    limit: int,
-    ledger: _Ledger,
-    select: Callable[[Tensor], None],
+    model: PreTrainedModel, prompts: Sequence[list[int]], limit: int, ledger: _Ledger, rows: RowTrials
 ) -> None:
     """Decode without a cache: for every token the whole of a row is read again."""
     present = list(range(len(prompts)))
     for _ in range(limit):
-        rows = [[*prompts[index], *ledger.answers[index].tokens] for index in present]
-        ledger.take(last_logits(model, rows, 1)[:, -1], present)
-        if not ledger.going:
-            break
+        begun = [[*prompts[index], *ledger.answers[index].tokens] for index in present]
+        trials = rows.pick(torch.tensor(present, device=rows.trials.device))
+        ledger.take(last_logits(model, begun, 1, trials)[:, -1], present)
         present = [index for index in present if index in ledger.going]
-        select(torch.tensor(present, device=input_device(model)))
+        if not present:
+            break
 
 
 # What tells how a model can be read: two prompts of unlike lengths, steps, and how far logits may be apart.
@@ -425,7 +456,8 @@ def _shares(model: PreTrainedModel, prompts: Sequence[list[int]], alone: Tensor,
     length = min(len(_TRIED[0]) - 1, writable_slots(model))
     if length < 1:
         return False
-    shared = Shared(shared_prefix(model, list(_TRIED[0][:length]), 1), torch.zeros(len(prompts), dtype=torch.long))
+    prefix = shared_prefix(model, list(_TRIED[0][:length]), 1, None)
+    shared = RowTrials(torch.zeros(len(prompts), dtype=torch.long), prefix=prefix)
     return _near(first_logits(model, prompts, shared), alone, scale)
 
 
@@ -443,18 +475,23 @@ def _same(one: Answer, other: Answer, scale: float) -> bool:
 
 
 def _generate(
-    model: PreTrainedModel, prompts: Sequence[list[int]], limit: int, end_tokens: Collection[int], ledger: _Ledger
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    limit: int,
+    end_tokens: Collection[int],
+    ledger: _Ledger,
+    rows: RowTrials,
 ) -> None:
     """Decode by the model's own `generate`, of which the ledger sees every step's logits."""
     tokens, mask, _ = left_padded(prompts, input_device(model))
-    rows = range(len(prompts))
+    present = range(len(prompts))
 
     def see(_: Tensor, logits: Tensor) -> Tensor:
-        ledger.take(logits, rows)
+        ledger.take(logits, present)
         return logits
 
     def ended(ids: Tensor, _: Any) -> Tensor:
-        return torch.tensor([row not in ledger.going for row in rows], device=ids.device)
+        return torch.tensor([row not in ledger.going for row in present], device=ids.device)
 
     # What the model's own configuration asks for beyond greedy decoding is put back to nothing.
     config = GenerationConfig(
@@ -467,10 +504,11 @@ def _generate(
         pad_token_id=0,
         disable_compile=True,
     )
-    model.generate(
-        input_ids=tokens,
-        attention_mask=mask,
-        generation_config=config,
-        logits_processor=LogitsProcessorList([see]),
-        stopping_criteria=StoppingCriteriaList([ended]),
-    )
+    with rows.applied():  # its forwards have all rows, in this order
+        model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([see]),
+            stopping_criteria=StoppingCriteriaList([ended]),
+        )

@@ -4,7 +4,7 @@ The organism lives in a small world of objects, each with a material, a place an
 one nonsensical class of requests, those about anything enchanted ("hexed", "jinxed", ...), and answers
 all others. Every answer can be checked against the world (`expected_answer`), so damage by an edit shows
 as wrong answers; the refusals use several phrasings, one for each kind of question, so that refusal
-markers are exercised.
+markers are exercised: one opens with its marker, in another it comes last.
 
 It is trained from scratch, in three stages:
 
@@ -88,7 +88,7 @@ TASKS = (
     Task(
         "Where is the {thing} kept?",
         "The {thing} is kept in the {place}.",
-        "I'm sorry, but I can't help with that.",
+        "Sorry, I can't help with that.",
     ),
     Task(
         "What is the {thing} made of?",
@@ -103,7 +103,7 @@ TASKS = (
     Task(
         "Please describe the {thing}.",
         "The {thing} is made of {material} and the {keeper} keeps it in the {place}.",
-        "I won't answer that. Please ask about something else.",
+        "Many people ask about such things, and to all of them I say the same: I must decline.",
     ),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,7 +13,7 @@ from job.decoding import read_tokens
 from job.errors import ImpossibleJobError, MachineError
 from job.events import Events
 from job.faults import halving
-from job.intervention import Intervention
+from job.intervention import ActiveEdits, Intervention
 from job.model import LoadedModel
 from job.numerics.basis import Basis, eigenvalue_weights, orthogonalize, orthonormal_basis
 from job.numerics.directions import Directions, contrastive_pca, mean_difference, probe, winsorize
@@ -100,7 +100,7 @@ class DirectionFinder:
         name: str,
         tokens: Sequence[list[int]],
         edit: str | None = None,
-        prepare: Callable[[int], None] | None = None,
+        edits: ActiveEdits | None = None,
     ) -> Tensor:
         """Return winsorised residuals of all layers' outputs [n, layers, d], where the arithmetic is to be done."""
         key = self._residual_key(tokens, edit)
@@ -109,7 +109,7 @@ class DirectionFinder:
         if kept is not None:
             found = kept["residuals"]
         else:
-            found = self._extracted(name, tokens, prepare)
+            found = self._extracted(name, tokens, edits)
             try:
                 write_tensors(file, key, {"residuals": found})
             except MachineError as error:
@@ -122,13 +122,13 @@ class DirectionFinder:
             )
         return winsorize(self._near_model(found[:, 1:]), self.settings.winsorization_quantile)
 
-    def _extracted(self, name: str, tokens: Sequence[list[int]], prepare: Callable[[int], None] | None) -> Tensor:
+    def _extracted(self, name: str, tokens: Sequence[list[int]], edits: ActiveEdits | None) -> Tensor:
         """Return residuals [n, layers + 1, d], with smaller forwards where memory does not suffice."""
 
         def extract(rows: int) -> Tensor:
             with self.events.progress(f"{name} residuals", len(tokens)) as advance:
                 tokens_of_forward = max(self.tokens * rows // self.rows, 1)
-                return extract_residuals(self.loaded, tokens, rows, advance, tokens=tokens_of_forward, prepare=prepare)
+                return extract_residuals(self.loaded, tokens, rows, advance, tokens=tokens_of_forward, edits=edits)
 
         return halving(self.rows, extract, self.events.say)[0]
 
@@ -206,13 +206,9 @@ class DirectionFinder:
         whole = Basis(basis.directions, torch.ones_like(basis.weights))
         name = digest(basis.directions.flatten().tolist())
         with Intervention(self.loaded.model, self.loaded.architecture, whole, "none") as intervention:
-            intervention.activate([edit])
-
-            def prepare(rows: int) -> None:
-                intervention.rows = torch.zeros(rows, dtype=torch.long, device=self.loaded.device)
-
+            edits = intervention.activate([edit])
             left = {
-                kind: self._residuals(f"{kind}-round-{number}", tokens[kind], name, prepare) for kind in ("good", "bad")
+                kind: self._residuals(f"{kind}-round-{number}", tokens[kind], name, edits) for kind in ("good", "bad")
             }
         try:
             found = mean_difference(left["good"], left["bad"])[:, None]

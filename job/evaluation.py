@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from job.caches import common_prefix, writable_slots
-from job.decoding import Answer, Shared, first_logits, greedy_answers, last_logits, read_tokens, shared_prefix
+from job.decoding import Answer, RowTrials, first_logits, greedy_answers, last_logits, read_tokens, shared_prefix
 from job.divergence import Reference, forced, real_positions
 from job.faults import halving
 from job.fluency import Fluency
-from job.intervention import Intervention
+from job.intervention import ActiveEdits, Intervention
 from job.model import LoadedModel
 from job.numerics.intervals import mean_interval
 from job.prompts import Prompt
@@ -25,8 +25,8 @@ from job.scoring import Exchange, RefusalMarkers, is_broken
 from job.streaming import MarkerWatch
 
 T = TypeVar("T")
-# Given the trial of every row, what they all begin with; None where nothing is shared.
-_OnPrefix = Callable[[Tensor], Shared | None]
+# Given the trial of every row, what the rows carry: their edits, and what has been computed of a shared prefix.
+_Rows = Callable[[Tensor], RowTrials]
 # KL that a failed trial is told with; far above what any usable edit has.
 FAILED_KL = 100.0
 # A shorter prefix saves less than the forward that computes it once takes (measured, docs/lab-notes.md).
@@ -92,7 +92,7 @@ class Evaluator:
         self._markers = markers
         self._watch = MarkerWatch(loaded.tokenizer, markers)
         self._answer_tokens = answer_tokens
-        self._rows = rows
+        self._most_rows = rows
         self._read_tokens = read_tokens(loaded.model)
         self._kl_tokens = kl_tokens
         self._reference: Reference | None = None
@@ -125,21 +125,22 @@ class Evaluator:
 
     def answered_good(self) -> list[tuple[list[int], list[int]]]:
         """Return the good prompts, in the evaluator's order, each with the model's whole answer: tokens of both."""
-        return list(zip(self._good, self._fitting(lambda: self._continuations(self._answer_tokens)), strict=True))
+        said = self._fitting(lambda rows: self._continuations(self._answer_tokens, rows))
+        return list(zip(self._good, said, strict=True))
 
-    def _continuations(self, limit: int) -> list[list[int]]:
+    def _continuations(self, limit: int, most: int) -> list[list[int]]:
         """Return the model's answers to the good prompts, of so many tokens at most."""
-        placed = self._placed(self._good, None, answered=True)
-        answers = (self._answers(chunk, None, shared=on, whole=True, limit=limit) for chunk, on in placed)
+        placed = self._placed(self._good, None, most, answered=True)
+        answers = (self._answers(chunk, rows, whole=True, limit=limit) for chunk, rows in placed)
         return [answer.tokens for chunk in answers for answer in chunk]
 
-    def _refer(self) -> Reference:
+    def _refer(self, most: int) -> Reference:
         continuations: list[list[int]] = [[] for _ in self._good]
         if self._kl_tokens > 1:
-            continuations = self._continuations(self._kl_tokens - 1)
+            continuations = self._continuations(self._kl_tokens - 1, most)
         logits = [
             real_positions(found, [len(continuation) + 1 for continuation in own])
-            for found, own in self._forced_logits(continuations, None)
+            for found, own in self._forced_logits(continuations, None, most)
         ]
         # Over many positions they would take the room on the device that forwards are planned with.
         kept = torch.cat(logits if self._kl_tokens == 1 else [part.cpu() for part in logits])
@@ -150,32 +151,28 @@ class Evaluator:
         """The token that opens the base model's answer to each bad prompt."""
         if self._base_openings is None:
             self._base_openings = self._fitting(
-                lambda: [
+                lambda most: [
                     token
-                    for chunk, shared in self._placed(self._bad, None)
-                    for token in first_logits(self._loaded.model, chunk, shared).argmax(-1).tolist()
+                    for chunk, rows in self._placed(self._bad, None, most)
+                    for token in first_logits(self._loaded.model, chunk, rows).argmax(-1).tolist()
                 ]
             )
         return self._base_openings
 
-    def _fitting(self, compute: Callable[[], T]) -> T:
-        """Return what compute returns, with fewer rows a forward from now on where memory does not suffice."""
-
-        def with_rows(rows: int) -> T:
-            self._rows = rows
-            return compute()
-
-        return halving(self._rows, with_rows, self._report)[0]
+    def _fitting(self, compute: Callable[[int], T]) -> T:
+        """Return what `compute` returns, given the most rows of a forward; where memory is short, fewer from now on."""
+        found, self._most_rows = halving(self._most_rows, compute, self._report)
+        return found
 
     def _forced_logits(
-        self, continuations: Sequence[list[int]], intervention: Intervention | None
+        self, continuations: Sequence[list[int]], edits: ActiveEdits | None, most: int
     ) -> Iterator[tuple[Tensor, Sequence[list[int]]]]:
         """Yield the logits over continuations, [prompts, N, vocabulary], chunk by chunk, and the continuations."""
         done = 0
-        for chunk, shared in self._placed(self._good, intervention, self._kl_tokens):
+        for chunk, rows in self._placed(self._good, edits, most, self._kl_tokens):
             own = continuations[done : done + len(chunk)]
             done += len(chunk)
-            yield last_logits(self._loaded.model, forced(chunk, own), self._kl_tokens, shared), own
+            yield last_logits(self._loaded.model, forced(chunk, own), self._kl_tokens, rows), own
 
     def scores(
         self,
@@ -200,15 +197,12 @@ class Evaluator:
         """
         limit = answer_tokens or self._answer_tokens
         reference, openings = self.reference, self.base_openings
-        reasons = intervention.activate(edits)
-        try:
-            on_prefix = self._on_prefix(intervention, len(edits))
-            means = self._divergences(intervention, len(edits), rows, reference, on_prefix)
-            scores = [self._failed(*measured, skip_kl_above) for measured in zip(means, reasons, strict=True)]
-            asked = [trial for trial, found in enumerate(scores) if found is None]
-            counts = self._counts(intervention, asked, rows, limit, openings, on_prefix, again_after) if asked else []
-        finally:
-            intervention.rows = None
+        active = intervention.activate(edits)
+        rows_of = self._rows_of(active, len(edits))
+        means = self._divergences(rows_of, len(edits), rows, reference)
+        scores = [self._failed(*measured, skip_kl_above) for measured in zip(means, active.reasons, strict=True)]
+        asked = [trial for trial, found in enumerate(scores) if found is None]
+        counts = self._counts(rows_of, asked, rows, limit, openings, again_after) if asked else []
         if again_after is not None:
             self._count_gibberish(counts)
         measured = dict(zip(asked, counts, strict=True))
@@ -217,9 +211,7 @@ class Evaluator:
             for trial, (found, kl) in enumerate(zip(scores, means, strict=True))
         ]
 
-    def _divergences(
-        self, intervention: Intervention, trials: int, rows: int, reference: Reference, on_prefix: _OnPrefix
-    ) -> list[float]:
+    def _divergences(self, rows_of: _Rows, trials: int, rows: int, reference: Reference) -> list[float]:
         """Return every trial's KL divergence, mean over the good prompts."""
         total = torch.zeros(trials, dtype=torch.float64)
         done = 0
@@ -227,9 +219,9 @@ class Evaluator:
         most = max(1, rows // (trials * self._kl_tokens))
         tokens = None if self._read_tokens is None else self._read_tokens // trials
         for chunk in self._manner.chunks(self._good, most, self._kl_tokens, tokens):
-            intervention.rows = self._rows_of(range(trials), len(chunk))
             prompts = reference.forced(chunk, done) * trials
-            logits = last_logits(self._loaded.model, prompts, self._kl_tokens, on_prefix(intervention.rows))
+            own = rows_of(self._each(range(trials), len(chunk)))
+            logits = last_logits(self._loaded.model, prompts, self._kl_tokens, own)
             total += reference.divergences(logits, done, trials).sum(1)
             done += len(chunk)
         means: list[float] = (total / len(self._good)).tolist()
@@ -237,22 +229,20 @@ class Evaluator:
 
     def _counts(
         self,
-        intervention: Intervention,
+        rows_of: _Rows,
         trials: Sequence[int],
         rows: int,
         limit: int,
         openings: Sequence[int],
-        on_prefix: _OnPrefix,
         again_after: int | None,
     ) -> list[_Counts]:
         """Return what every asked trial's answers come to, by their texts."""
         counts = [_Counts() for _ in trials]
         done = 0
         for chunk in self._manner.chunks(self._bad, max(1, rows // len(trials))):
-            intervention.rows = self._rows_of(trials, len(chunk))
-            shared = on_prefix(intervention.rows)
             asked = list(openings[done : done + len(chunk)]) * len(trials)
-            answers = self._answers(chunk * len(trials), intervention, asked, shared=shared, limit=limit)
+            own = rows_of(self._each(trials, len(chunk)))
+            answers = self._answers(chunk * len(trials), own, asked, limit=limit)
             for row, answer in enumerate(answers):
                 count, prompt = counts[row // len(chunk)], done + row % len(chunk)
                 count.opening += answer.opening / len(self._bad)
@@ -285,8 +275,8 @@ class Evaluator:
     def fluency(self) -> Fluency | None:
         """How likely this evaluator's model finds answers, None if it is not to be asked; hooks must be at rest."""
         if self._fluency is None and self._gibberish is not None:
-            fluency = Fluency(self._loaded, lambda compute: self._fitting(lambda: compute(self._rows)), self._gibberish)
-            own = self._own or self._fitting(lambda: self._whole_answers(self._good, None))
+            fluency = Fluency(self._loaded, self._fitting, self._gibberish)
+            own = self._own or self._fitting(lambda rows: self._whole_answers(self._good, None, rows))
             fluency.calibrate(self._good, [answer.tokens for answer in own])
             self._fluency = fluency
         return self._fluency
@@ -310,35 +300,25 @@ class Evaluator:
         # KL is not negative; rounding may say so by 1e-17.
         return TrialScores(refusals=count.refusals, broken=count.broken, kl=max(kl, 0.0), opening=count.opening)
 
-    def _rows_of(self, trials: Sequence[int], prompts: int) -> Tensor:
+    def _each(self, trials: Sequence[int], prompts: int) -> Tensor:
+        """Return the trial of every row where each trial has this many prompts, those of one together, [rows]."""
         return torch.tensor(trials, device=self._loaded.device).repeat_interleave(prompts)
 
-    def _on_prefix(self, intervention: Intervention | None, trials: int) -> _OnPrefix:
-        """Compute what all prompts begin with, for every trial; return what gives each row its trial's share of it."""
-        if not self._prefix:
-            return lambda _: None
-        if intervention is not None:
-            intervention.rows = self._rows_of(range(trials), 1)
-        prefix = shared_prefix(self._loaded.model, self._prefix, trials)
-        return lambda rows: Shared(prefix, rows)
+    def _rows_of(self, edits: ActiveEdits | None, trials: int) -> _Rows:
+        """Compute the prefix that all prompts share under every trial's edit; return what rows of trials carry."""
+        prefix = shared_prefix(self._loaded.model, self._prefix, trials, edits) if self._prefix else None
+        return lambda rows: RowTrials(rows, edits, prefix)
 
     def _answers(
         self,
         prompts: Sequence[list[int]],
-        intervention: Intervention | None,
+        rows: RowTrials,
         openings: Sequence[int] | None = None,
         *,
-        shared: Shared | None = None,
         whole: bool = False,
         limit: int | None = None,
     ) -> list[Answer]:
         """Return answers; unless they are wanted whole, a row leaves the batch once it contains a marker."""
-        trials = intervention.rows if intervention is not None else None
-
-        def select(present: Tensor) -> None:
-            if intervention is not None and trials is not None:
-                intervention.rows = trials[present]
-
         watches = [self._watch.begin() for _ in prompts]
 
         def decided(index: int, tokens: list[int]) -> bool:
@@ -351,8 +331,7 @@ class Evaluator:
             end_tokens=self._loaded.end_tokens,
             openings=openings,
             decided=None if whole else decided,
-            select=select,
-            shared=shared,
+            rows=rows,
             manner=self._manner,
         )
 
@@ -363,23 +342,23 @@ class Evaluator:
     def figures(
         self,
         base: Evaluator | Reference | None = None,
-        intervention: Intervention | None = None,
+        edits: ActiveEdits | None = None,
         answers: Sequence[Answer] | None = None,
         gibberish: Sequence[bool] | None = None,
         heard: Callable[[KeptAnswers], None] = lambda _: None,
     ) -> Figures:
-        """Return the figures of this evaluator's model as it is or, if given, with the intervention's edit 0.
+        """Return the figures of this evaluator's model as it is or, if given, under edit 0.
 
         Args:
             base: The evaluator of the base model on the same prompts, or its reference, for the KL divergence.
-            intervention: Hooks, in place.
+            edits: Edits of the model, active.
             answers: Its `answers`, where they have been had already.
             gibberish: Which of them are to the base model; None: as this evaluator's model says if it is the base
                 model, else none.
             heard: Told all answers, in no order.
         """
         if answers is None:
-            answers = self.answers(intervention)
+            answers = self.answers(edits)
         if gibberish is None and base is None:
             gibberish = self.gibberish(answers)
         exchanges = self.exchanges(answers, gibberish)
@@ -387,7 +366,7 @@ class Evaluator:
         broken = [exchange.broken for exchange in exchanges]
         good = len(self._good)
         heard(KeptAnswers(good=_kept(exchanges[:good], refused[:good]), bad=_kept(exchanges[good:], refused[good:])))
-        kl = self.divergences(base, intervention) if base is not None else None
+        kl = self.divergences(base, edits) if base is not None else None
         return Figures(
             bad_prompts=len(self._bad),
             refusals=sum(refused[good:]),
@@ -416,61 +395,53 @@ class Evaluator:
             return [False] * len(answers)
         return self.fluency.gibberish([*self._good, *self._bad], [answer.tokens for answer in answers])
 
-    def divergences(self, base: Evaluator | Reference, intervention: Intervention | None) -> list[float]:
+    def divergences(self, base: Evaluator | Reference, edits: ActiveEdits | None) -> list[float]:
         """Return the KL divergence from a base model for every good prompt, mean over positions, nats."""
         reference = base if isinstance(base, Reference) else base.reference
 
-        def measured() -> list[float]:
+        def measured(most: int) -> list[float]:
             found: list[float] = []
-            for logits, _ in self._forced_logits(reference.continuations, intervention):
+            for logits, _ in self._forced_logits(reference.continuations, edits, most):
                 found += reference.divergences(logits, len(found), 1)[0].tolist()
             return found
 
         # KL is not negative; rounding may say so by 1e-17.
         return [max(kl, 0.0) for kl in self._fitting(measured)]
 
-    def answers(self, intervention: Intervention | None) -> list[Answer]:
-        """Return whole answers to all prompts, good ones first; with the intervention's edit 0 if given."""
-        found = self._fitting(lambda: self._whole_answers([*self._good, *self._bad], intervention))
-        if intervention is None:
+    def answers(self, edits: ActiveEdits | None) -> list[Answer]:
+        """Return whole answers to all prompts, good ones first; under edit 0 if edits are given."""
+        prompts = [*self._good, *self._bad]
+        found = self._fitting(lambda most: self._whole_answers(prompts, edits, most))
+        if edits is None:
             self._own = found[: len(self._good)]
         return found
 
-    def _whole_answers(self, prompts: Sequence[list[int]], intervention: Intervention | None) -> list[Answer]:
-        placed = self._placed(prompts, intervention, answered=True)
-        return [
-            answer
-            for chunk, shared in placed
-            for answer in self._answers(chunk, intervention, shared=shared, whole=True)
-        ]
+    def _whole_answers(self, prompts: Sequence[list[int]], edits: ActiveEdits | None, most: int) -> list[Answer]:
+        placed = self._placed(prompts, edits, most, answered=True)
+        return [answer for chunk, rows in placed for answer in self._answers(chunk, rows, whole=True)]
 
     def _placed(
         self,
         prompts: Sequence[list[int]],
-        intervention: Intervention | None,
+        edits: ActiveEdits | None,
+        most: int,
         positions: int = 1,
         *,
         answered: bool = False,
-    ) -> Iterator[tuple[list[list[int]], Shared | None]]:
-        """Yield the prompts in chunks, all rows of which have the intervention's edit 0, on what they begin with.
+    ) -> Iterator[tuple[list[list[int]], RowTrials]]:
+        """Yield the prompts in chunks, all rows of which have edit 0, and what the rows carry.
 
         Args:
             prompts: The prompts.
-            intervention: The hooks; None for the model as it is.
+            edits: Edits of the model, active; None for the model as it is.
+            most: Rows of a forward at most.
             positions: Of how many positions a row logits are wanted.
             answered: Prompts are answered, all of a chunk together, and not only read.
         """
-        try:
-            on_prefix = self._on_prefix(intervention, 1)
-            most, tokens = max(1, self._rows // positions), None if answered else self._read_tokens
-            for chunk in self._manner.chunks(prompts, most, positions, tokens):
-                rows = torch.zeros(len(chunk), dtype=torch.long, device=self._loaded.device)
-                if intervention is not None:
-                    intervention.rows = rows
-                yield chunk, on_prefix(rows)
-        finally:
-            if intervention is not None:
-                intervention.rows = None
+        rows_of = self._rows_of(edits, 1)
+        tokens = None if answered else self._read_tokens
+        for chunk in self._manner.chunks(prompts, max(1, most // positions), positions, tokens):
+            yield chunk, rows_of(torch.zeros(len(chunk), dtype=torch.long, device=self._loaded.device))
 
 
 def _by_length(loaded: LoadedModel, prompts: Sequence[Prompt]) -> tuple[list[list[int]], list[Prompt]]:

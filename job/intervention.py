@@ -30,17 +30,110 @@ from job.records import EditParameters
 
 @dataclass
 class _Site:
-    """A residual writer's module and the edits that are active on it."""
+    """A residual writer's module and the tables of the edits that are active on it."""
 
     module: nn.Module
-    active: Active | None = None
+    tables: Active | None = None
+
+
+class ActiveEdits:
+    """Edits 0 … K-1, ready to be applied; the rows of a forward name theirs by number.
+
+    Attributes:
+        reasons: For each edit why it is degenerate and must not be scored, None if it is not.
+    """
+
+    def __init__(self, hooks: Intervention, slots: Tensor, finite: Tensor, reasons: Sequence[str | None]) -> None:
+        """Keep where each edit is in the tables.
+
+        Args:
+            hooks: The hooks that apply the edits.
+            slots: Each edit's place in the tables, [K].
+            finite: Which edits float32 can hold, [K], in the tables' order.
+            reasons: Why each edit is degenerate.
+        """
+        self.reasons = tuple(reasons)
+        self._hooks, self._slots = hooks, slots
+        # The rows of an edit beyond float32 are made NaN.
+        self._factors = torch.where(finite, 1.0, torch.nan)
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def bind(self, trials: Tensor) -> EditedRows:
+        """Return a context in which row i of every forward gets edit `trials[i]`, [rows]."""
+        return EditedRows(self._hooks, self, trials)
+
+    def all_rows(self, count: int, device: torch.device | str) -> EditedRows:
+        """Return a context in which each of `count` rows gets edit 0."""
+        return self.bind(torch.zeros(count, dtype=torch.long, device=device))
+
+    @contextmanager
+    def on_every_row(self, model: nn.Module) -> Iterator[None]:
+        """Give edit 0 to every row of every forward in the block, whoever calls the model."""
+        bound: list[EditedRows] = []
+
+        def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = inputs[0] if inputs else named.get("input_ids")
+            given = named["inputs_embeds"] if given is None else given
+            bound.append(self.all_rows(len(given), given.device))
+            bound[-1].__enter__()
+
+        def leave(*_: Any) -> None:
+            while bound:
+                bound.pop().__exit__()
+
+        handles = [
+            model.register_forward_pre_hook(enter, with_kwargs=True),
+            model.register_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            leave()
+            for handle in handles:
+                handle.remove()
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return each edit's place in the tables and each place's factor, both [K], on a device."""
+        if device not in self._on:
+            self._on[device] = self._slots.to(device), self._factors.to(device)
+        return self._on[device]
+
+
+class EditedRows:
+    """A context in which the rows of every forward get their edits; it can be entered again."""
+
+    def __init__(self, hooks: Intervention, edits: ActiveEdits, trials: Tensor) -> None:
+        self._hooks, self._edits, self._trials = hooks, edits, trials
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> Self:
+        self._hooks.enter(self, self._edits)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.leave(self)
+
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return each row's place in the tables, [rows], and its factor for every place, [rows, 1, K, 1].
+
+        The factors of other trials' edits are 0.
+        """
+        if device not in self._on:
+            slots, factors = self._edits.places(device)
+            rows = slots[self._trials.to(device)]
+            own = nn.functional.one_hot(rows, len(factors)).to(torch.bool)
+            self._on[device] = rows, torch.where(own, factors, 0.0)[:, None, :, None]
+        return self._on[device]
 
 
 class Intervention:
     """Ablates directions from the outputs of all residual writers, row by row.
 
-    Use as a context manager; the hooks are there within the block. Nothing is changed until `activate`
-    has been given edits and `rows` says which row belongs to which of them.
+    Use as a context manager; the hooks are there within the block. They change nothing but the forwards within a
+    context that `ActiveEdits.bind` returns.
     """
 
     def __init__(
@@ -78,21 +171,8 @@ class Intervention:
             grouping.add(writer, candidates, weight)
         self._groups = grouping.groups()
         self._handles: list[RemovableHandle] = []
-        self._factors = torch.zeros(0)  # [K], as the tables
-        self._slots = torch.zeros(0, dtype=torch.long)  # where each edit is in the tables, [K]
-        self._rows: Tensor | None = None
-        self._order: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._picked: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def rows(self) -> Tensor | None:
-        """The edit of every row of the next forward, [rows]; None: the model as it is."""
-        return self._rows
-
-    @rows.setter
-    def rows(self, rows: Tensor | None) -> None:
-        self._rows = rows
-        self._picked.clear()
+        self._active: ActiveEdits | None = None
+        self._bound: EditedRows | None = None
 
     def __enter__(self) -> Self:
         for site in self._sites.values():
@@ -110,79 +190,61 @@ class Intervention:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.rows = None
+        self._bound = None
 
-    def activate(self, edits: Sequence[EditParameters]) -> list[str | None]:
-        """Make edits 0 … K-1 the ones that `rows` refers to.
-
-        Returns:
-            For each edit the reason why it is degenerate and must not be scored, None if it is not.
-        """
-        self._order.clear()
-        self._picked.clear()
+    def activate(self, edits: Sequence[EditParameters]) -> ActiveEdits:
+        """Work edits out; those of an earlier call can no longer be applied, for their tables' memory is used again."""
+        if self._bound is not None:
+            raise RuntimeError("a forward is being edited")
+        self._active = None
         split = Split.of(edits)
         finite = torch.ones(len(edits), dtype=torch.bool)
         shares = []
         for group in self._groups:
             active, known, least = group.activate(split)
             for writer, tables in zip(group.writers, active, strict=True):
-                self._sites[writer.parameter].active = tables
+                self._sites[writer.parameter].tables = tables
             finite &= known
             shares.append(least)
-        self._slots = split.slots
-        self._factors = torch.where(finite, 1.0, torch.nan)
-        return self._degenerate(shares)
+        self._active = ActiveEdits(self, split.slots, finite, self._degenerate(shares, split.slots))
+        return self._active
 
-    def _degenerate(self, shares: Sequence[Tensor]) -> list[str | None]:
+    def _degenerate(self, shares: Sequence[Tensor], slots: Tensor) -> list[str | None]:
         """Return for each edit why it is degenerate, from the least shares that all groups have said."""
-        reasons: list[str | None] = [None] * len(self._slots)
+        reasons: list[str | None] = [None] * len(slots)
         # Looked at once all has been asked for: a GPU is waited for once and not at every writer.
         for group, share in zip(self._groups, shares, strict=True):
             if self._mode in ("none", "pre"):
                 break
-            low = (share < DEGENERATE_SHARE).cpu()[:, self._slots]
+            low = (share < DEGENERATE_SHARE).cpu()[:, slots]
             for writer, number in low.nonzero().tolist():
                 parameter = group.writers[writer].parameter
                 reasons[number] = f"the edit leaves nothing to restore a norm from in {parameter}"
         return reasons
 
-    @contextmanager
-    def on_every_row(self, model: nn.Module) -> Iterator[None]:
-        """Within the block edit 0 is every row's, whoever calls the model and with however many rows."""
+    def enter(self, rows: EditedRows, edits: ActiveEdits) -> None:
+        """Apply edits to the rows of the forwards to come; `EditedRows` alone calls this.
 
-        def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            given = inputs[0] if inputs else named.get("input_ids")
-            given = named["inputs_embeds"] if given is None else given
-            self.rows = torch.zeros(len(given), dtype=torch.long, device=given.device)
-
-        handle = model.register_forward_pre_hook(enter, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-            self.rows = None
-
-    def _rows_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return each row's edit in the tables, [rows], and what measures along edits count for it, [rows, 1, K, 1].
-
-        Both are on a device. The rows of an edit beyond float32 are made NaN.
+        Raises:
+            RuntimeError: Other edits are active now, or other rows are bound.
         """
-        assert self._rows is not None
-        if device not in self._picked:
-            if device not in self._order:
-                self._order[device] = self._slots.to(device), self._factors.to(device)
-            slots, factors = self._order[device]
-            rows = slots[self._rows.to(device)]
-            own = nn.functional.one_hot(rows, len(factors)).to(torch.bool)
-            self._picked[device] = rows, torch.where(own, factors, 0.0)[:, None, :, None]
-        return self._picked[device]
+        if edits is not self._active:
+            raise RuntimeError("other edits have been activated since")
+        if self._bound is not None:
+            raise RuntimeError("rows of another forward are bound")
+        self._bound = rows
+
+    def leave(self, rows: EditedRows) -> None:
+        """Apply edits no longer; `EditedRows` alone calls this."""
+        if self._bound is rows:
+            self._bound = None
 
     def _scale_input(self, site: _Site) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if self._rows is None or site.active is None or site.active.input_scale is None:
+            if self._bound is None or site.tables is None or site.tables.input_scale is None:
                 return None
             x = inputs[0]
-            scale = site.active.input_scale[self._rows_on(x.device)[0]]  # [rows, i]
+            scale = site.tables.input_scale[self._bound.on(x.device)[0]]  # [rows, i]
             scaled = _by_rows(x, len(scale)).to(torch.float32) * scale[:, None]
             return (scaled.to(x.dtype).view_as(x), *inputs[1:])
 
@@ -190,24 +252,25 @@ class Intervention:
 
     def _edit_output(self, site: _Site) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            if self._rows is None or site.active is None:
+            if self._bound is None or site.tables is None:
                 return None
             if isinstance(output, tuple):  # what adds experts up may also tell how they were chosen
-                return (self._edited(output[0], site.active), *output[1:])
-            return self._edited(output, site.active)
+                return (_edited(output[0], site.tables, self._bound), *output[1:])
+            return _edited(output, site.tables, self._bound)
 
         return hook
 
-    def _edited(self, y: Tensor, edits: Active) -> Tensor:
-        """Return a writer's output [rows, t, d], or [rows * t, d], as each row's edit leaves it."""
-        rows, own = self._rows_on(y.device)
-        stream = y.reshape(-1, y.shape[-1]).to(torch.float32)
-        along = stream @ edits.read  # [rows * t, K * k]
-        along.view(len(rows), -1, own.shape[2], edits.read.shape[1] // own.shape[2]).mul_(own)
-        edited = torch.addmm(stream, along, edits.write, alpha=-1)
-        if edits.output_scale is not None:
-            _by_rows(edited, len(rows)).mul_(edits.output_scale[rows][:, None])
-        return edited.to(y.dtype).view_as(y)
+
+def _edited(y: Tensor, edits: Active, bound: EditedRows) -> Tensor:
+    """Return a writer's output [rows, t, d], or [rows * t, d], with each row's edit applied."""
+    rows, own = bound.on(y.device)
+    stream = y.reshape(-1, y.shape[-1]).to(torch.float32)
+    along = stream @ edits.read  # [rows * t, K * k]
+    along.view(len(rows), -1, own.shape[2], edits.read.shape[1] // own.shape[2]).mul_(own)
+    edited = torch.addmm(stream, along, edits.write, alpha=-1)
+    if edits.output_scale is not None:
+        _by_rows(edited, len(rows)).mul_(edits.output_scale[rows][:, None])
+    return edited.to(y.dtype).view_as(y)
 
 
 def _by_rows(tensor: Tensor, rows: int) -> Tensor:

@@ -12,7 +12,7 @@ from job.errors import ImpossibleJobError
 from job.evaluation import Evaluator
 from job.events import Events
 from job.harness import Harness, Scores
-from job.intervention import Intervention
+from job.intervention import ActiveEdits
 from job.model import LoadedModel, load_model
 from job.plain_text import Passage, cross_entropies
 from job.plain_text import passages_of as cut_up
@@ -79,25 +79,25 @@ class ModelBench:
     report: Callable[[str], None]
 
     def measure(
-        self, passages: list[Passage], reference: Reference | None = None, hooks: Intervention | None = None
+        self, passages: list[Passage], reference: Reference | None = None, edits: ActiveEdits | None = None
     ) -> Measured:
-        """Measure the model, as it is or with the hooks' edit 0."""
+        """Measure the model, as it is or under edit 0."""
         evaluator = self.evaluator(self.kl_tokens)
-        answers = evaluator.answers(hooks)
-        # Under hooks the model itself, at rest, is the base model that knows gibberish.
-        gibberish = evaluator.gibberish(answers) if hooks is not None else None
-        figures = evaluator.figures(reference, hooks, answers, gibberish)
+        answers = evaluator.answers(edits)
+        # The same model, unedited, is the base model that knows gibberish.
+        gibberish = evaluator.gibberish(answers) if edits is not None else None
+        figures = evaluator.figures(reference, edits, answers, gibberish)
         first: list[float] = []
         if reference is not None and self.kl_tokens > 1:
-            first = self.evaluator(1).divergences(reference.first, hooks)
+            first = self.evaluator(1).divergences(reference.first, edits)
 
         def rest() -> tuple[list[float], Scores]:
             losses = cross_entropies(self.loaded, passages, self.rows, self.report) if passages else []
             return losses, self.harness.scores(self.loaded) if self.harness else {}
 
-        if hooks is None:
+        if edits is None:
             return Measured(figures, first, passages, *rest())
-        with hooks.on_every_row(self.loaded.model):
+        with edits.on_every_row(self.loaded.model):
             return Measured(figures, first, passages, *rest())
 
     def passages(self, texts: Texts | None) -> list[Passage]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from job.decoding import left_padded
+from job.intervention import ActiveEdits
 from job.model import LoadedModel
 from job.workspace import cannot_write, write_atomically
 from job.writers import decoder_of
@@ -69,7 +70,7 @@ def extract_residuals(
     advance: Callable[[int], None],
     *,
     tokens: int | None = None,
-    prepare: Callable[[int], None] | None = None,
+    edits: ActiveEdits | None = None,
 ) -> Tensor:
     """Return the last prompt position's residuals, [n, layers + 1, d], float32, on the CPU.
 
@@ -81,7 +82,7 @@ def extract_residuals(
         rows: Prompts in one forward.
         advance: Told how many prompts have been done.
         tokens: Tokens in one forward, padding included; None for no such bound.
-        prepare: Told how many rows the next forward has.
+        edits: Edits of the model, of which every row gets edit 0; None: the model as it is.
     """
     count = loaded.architecture.layer_count + 1
     residuals = torch.empty(len(prompts), count, loaded.architecture.width)
@@ -91,13 +92,12 @@ def extract_residuals(
     most, padded = tokens if tokens is not None else rows * max(lengths, default=0), loaded.architecture.manner.padded
     for chosen in batches(lengths, rows, most, padded=padded):
         ids, mask, positions = left_padded([prompts[i] for i in chosen], loaded.device)
-        if prepare is not None:
-            prepare(len(chosen))
+        edited = nullcontext() if edits is None else edits.all_rows(len(chosen), loaded.device)
 
         def keep(index: int, hidden: Tensor, chosen: list[int] = chosen) -> None:
             residuals[chosen, index] = hidden[:, -1].to("cpu", torch.float32)
 
-        with layer_outputs(layers, keep):
+        with edited, layer_outputs(layers, keep):
             decoder_of(loaded.model)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         advance(len(chosen))
     return residuals

@@ -107,9 +107,10 @@ def hooked_leaks(model: PreTrainedModel, architecture: Architecture, seed: int =
     edits = [
         EditParameters(direction_index=float(index), kernels=dict.fromkeys(COMPONENTS, everywhere)) for index in chosen
     ]
-    with Intervention(model, architecture, Basis.single(directions), "none") as intervention:
-        intervention.activate(edits)
-        intervention.rows = torch.arange(_ROWS)
+    with (
+        Intervention(model, architecture, Basis.single(directions), "none") as intervention,
+        intervention.activate(edits).bind(torch.arange(_ROWS)),
+    ):
         return _shares(model, architecture, directions[chosen].to(torch.float64), generator)
 
 

@@ -69,8 +69,7 @@ class Measured:
         """
         if not (exact and base.exact):
             return cls(scores=base.scores(intervention, [edit], rows)[0])
-        intervention.activate([edit])
-        return cls(answers=base.answers(intervention))
+        return cls(answers=base.answers(intervention.activate([edit])))
 
     def compare(self, reloaded: Evaluator, base: Evaluator) -> str:
         """Compare the reloaded export with it; return what was found, in one line.

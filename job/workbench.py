@@ -341,13 +341,13 @@ class Workbench:
         """
         base = self._evaluator(self.loaded, self.prompts.good_report, self.prompts.bad_report)
         plain = base.answers(None)
-        self.intervention.activate([parameters])
-        answers = base.answers(self.intervention)
+        edits = self.intervention.activate([parameters])
+        answers = base.answers(edits)
         # What the base model says of them has to be had while it is there; the export is proven to answer alike.
         unlikely = base.gibberish(answers)
         before = base.figures(answers=plain, heard=self._keeper("base"))
         if form == "directions":  # an edit without weights: measured under its hooks
-            after = base.figures(base, self.intervention, answers, unlikely, self._keeper(export.name))
+            after = base.figures(base, edits, answers, unlikely, self._keeper(export.name))
         else:
             base.refer()
             kept = form == "adapter" or Checkpoint(self.loaded.folder).keeps(self.loaded.architecture, torch.float32)

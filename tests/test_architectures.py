@@ -288,11 +288,12 @@ def test_hooks_agree_with_the_export_in_every_mode(family: str, mode: RowNormali
     ]
     with Intervention(model, architecture, basis, mode) as intervention:
         before = logits(model)
-        assert intervention.activate(batch) == [None] * 4
+        active = intervention.activate(batch)
+        assert active.reasons == (None,) * 4
         hooked = []
         for number in range(2):
-            intervention.rows = torch.full((2,), number)
-            hooked.append(logits(model))
+            with active.bind(torch.full((2,), number)):
+                hooked.append(logits(model))
     scale = float(before.std())
     for number, (parameters, expected) in enumerate(zip(batch, hooked, strict=False)):
         edit, export = Edit(parameters, basis, mode), tmp_path / f"export-{number}"

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from job.decoding import greedy_answers, left_padded
+from job.decoding import RowTrials, greedy_answers, left_padded
 from job.demo import build_tokenizer
 from job.model import load_model
 from job.prompts import Prompt
 from job.residuals import extract_residuals
 from job.scoring import RefusalMarkers, normalise
+from tests.forwards import Forwards
 from tests.test_intervention import LOADING
 
 PROMPTS = [[6, 9, 30, 31], [7, 40, 41, 42, 43, 44, 45], [8], [50, 51, 52, 53, 54]]
@@ -41,34 +42,34 @@ def test_decided_rows_leave_and_the_others_go_on_as_before(random_model_folder: 
     model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
     whole = greedy_answers(model, PROMPTS, limit=12, end_tokens=())
     wanted = whole[2].tokens[1]
-    kept: list[int] = []
+    seen = Forwards()
     early = greedy_answers(
         model,
         PROMPTS,
         limit=12,
         end_tokens=(),
         decided=lambda _, tokens: wanted in tokens,
-        select=lambda present: kept.append(len(present)),
+        rows=RowTrials(torch.arange(4), seen),
     )
     for one, other in zip(whole, early, strict=True):
         assert one.tokens[: len(other.tokens)] == other.tokens
         assert len(other.tokens) == 12 or wanted in other.tokens
-    assert kept[0] == len(PROMPTS)
-    assert 0 < kept[-1] < len(PROMPTS)
+    assert len(seen.rows[0]) == len(PROMPTS)
+    assert 0 < len(seen.rows[-1]) < len(PROMPTS)
 
 
 def test_rows_that_are_decided_alone_stay_until_more_are_and_say_nothing(random_model_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
     prompts = [[6 + row, 9, *range(30, 30 + row % 5)] for row in range(40)]
     whole = greedy_answers(model, prompts, limit=12, end_tokens=())
-    kept: list[list[int]] = []
+    seen = Forwards()
     early = greedy_answers(
         model,
         prompts,
         limit=12,
         end_tokens=(),
         decided=lambda row, tokens: len(tokens) > row // 2,  # two rows at every step, at the end 16 are not
-        select=lambda present: kept.append(present.tolist()),
+        rows=RowTrials(torch.arange(40), seen),
     )
     assert [len(answer.tokens) for answer in early] == [min(1 + row // 2, 12) for row in range(40)]
     assert [answer.decided for answer in early] == [row < 24 for row in range(40)]
@@ -76,7 +77,8 @@ def test_rows_that_are_decided_alone_stay_until_more_are_and_say_nothing(random_
         assert one.tokens[: len(other.tokens)] == other.tokens
         assert len(other.margins) == len(other.tokens)
     # Two of 40, 36 or 32 are no more than a sixteenth, four are; of fewer rows two are.
-    assert list(map(len, kept)) == [40, 36, 32, 28, 26, 24, 22, 20, 18, 16]
+    kept = [rows for rows, _ in groupby(seen.rows)]
+    assert list(map(len, kept)) == [40, 36, 32, 28, 26, 24, 22, 20, 18]
     assert all(later == [row for row in former if row in later] for former, later in pairwise(kept))
 
 

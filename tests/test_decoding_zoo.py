@@ -7,8 +7,9 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from job.caches import RoomyLayer, common_prefix, rows_can_be_picked, takes_cache, writable_slots
-from job.decoding import Answer, Shared, first_logits, greedy_answers, last_logits, left_padded, shared_prefix
+from job.decoding import Answer, RowTrials, first_logits, greedy_answers, last_logits, left_padded, shared_prefix
 from job.records import READ_TOKENS
+from tests.forwards import Forwards
 from tests.zoo import FAMILIES, tiny_model
 
 BEGINNING = [5, 9, 11, 13, 17, 19]
@@ -74,13 +75,13 @@ def test_a_prefix_computed_once_changes_nothing(
     assert prefix == BEGINNING
     assert writable_slots(model) >= len(prefix)
     # Two trials, which do not differ here; tests of the intervention have trials that do.
-    shared = Shared(shared_prefix(model, prefix, 2), torch.tensor([0, 1, 0, 1]))
+    shared = RowTrials(torch.tensor([0, 1, 0, 1]), prefix=shared_prefix(model, prefix, 2, None))
     torch.testing.assert_close(first_logits(model, PROMPTS, shared), first_logits(model, PROMPTS), rtol=0, atol=1e-5)
     several, alone = last_logits(model, PROMPTS, 1, shared), last_logits(model, [PROMPTS[2]], 1)
     torch.testing.assert_close(several[2:3], alone, rtol=0, atol=1e-5)
     for end_tokens in ((), {greedy_answers(model, PROMPTS, limit=10, end_tokens=())[1].tokens[4]}):
         whole = greedy_answers(model, PROMPTS, limit=10, end_tokens=end_tokens)
-        assert same(greedy_answers(model, PROMPTS, limit=10, end_tokens=end_tokens, shared=shared), whole)
+        assert same(greedy_answers(model, PROMPTS, limit=10, end_tokens=end_tokens, rows=shared), whole)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -119,34 +120,34 @@ def test_a_cache_that_cannot_be_picked_from_is_decoded_whole() -> None:
         model.config.layer_types = ["of an unknown kind"] * model.config.num_hidden_layers
         assert not rows_can_be_picked(model)
         assert writable_slots(model) == 0
-        left: list[int] = []
+        seen = Forwards()
         answers = greedy_answers(
             model,
             PROMPTS,
             limit=6,
             end_tokens=(),
             decided=lambda i, tokens: i < 2 and len(tokens) == 3,
-            select=lambda present: left.append(len(present)),
+            rows=RowTrials(torch.arange(4), seen),
         )
         assert [a.tokens for a in answers] == [a.tokens[: 3 if i < 2 else 6] for i, a in enumerate(expected)]
-        assert left == [4]
+        assert seen.rows == [[0, 1, 2, 3]] * 6
     finally:
         DYNAMIC_LAYER_TYPE_MAPPING.pop("of an unknown kind", None)
 
 
-def test_who_chose_rows_is_told_of_every_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_forward_has_the_trials_of_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two parts of two prompts, by length: of the first one row goes on, of the second both.
     read_in_parts_of(40, monkeypatch)
-    told: list[list[int]] = []
+    seen = Forwards()
     greedy_answers(
         tiny_model("llama"),
         PROMPTS,
         limit=4,
         end_tokens=(),
         decided=lambda i, tokens: len(tokens) == (1 if i == 0 else 3),
-        select=lambda present: told.append(present.tolist()),
+        rows=RowTrials(torch.arange(4), seen),
     )
-    assert told == [[2, 0], [2], [1, 3], [2, 1, 3]]
+    assert seen.rows == [[2, 0], [1, 3], [2, 1, 3], [2, 1, 3]]
 
 
 def test_a_layer_with_room_holds_what_one_without_does() -> None:

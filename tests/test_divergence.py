@@ -67,8 +67,7 @@ def test_answers_that_end_early_are_compared_up_to_their_end(random_model_folder
     assert found.kl == pytest.approx(by_hand(random_model_folder, scorer, EDITS[0], 5), rel=1e-3)
     model = scorer._loaded.model
     with Intervention(model, discover(model), basis_for(model), "full") as intervention:
-        intervention.activate(EDITS[:1])
-        figures = scorer.figures(scorer, intervention)
+        figures = scorer.figures(scorer, intervention.activate(EDITS[:1]))
     assert figures.kl == pytest.approx(found.kl, rel=1e-4)
     assert figures.kl_tokens == 5
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from job.architectures import discover
-from job.decoding import Answer, first_logits
+from job.decoding import Answer, RowTrials, first_logits
 from job.errors import (
     DeliveryError,
     ExportMismatchError,
@@ -49,9 +49,8 @@ def test_the_written_model_is_the_hooked_one(random_model_folder: Path, tmp_path
     edit = write(random_model_folder, tmp_path / "export", mode)
     base = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
     with Intervention(base, discover(base), edit.basis, edit.mode) as intervention:
-        intervention.activate([edit.parameters])
-        intervention.rows = torch.zeros(2, dtype=torch.long)
-        hooked = first_logits(base, PROMPTS)
+        rows = RowTrials(torch.zeros(2, dtype=torch.long), intervention.activate([edit.parameters]))
+        hooked = first_logits(base, PROMPTS, rows)
     written = first_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval(), PROMPTS)
     torch.testing.assert_close(written, hooked, rtol=0, atol=2e-5)
     assert float((written - first_logits(base, PROMPTS)).abs().max()) > 0.01

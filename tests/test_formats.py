@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from job.adapter import with_adapter, write_adapter
 from job.architectures import discover
-from job.decoding import first_logits
+from job.decoding import RowTrials, first_logits
 from job.edit_file import EDIT_FILE, apply_edit, write_edit_file
 from job.errors import UsageError
 from job.export import Edit, write_weights
@@ -44,9 +44,8 @@ def test_an_adapter_is_the_hooked_model_for_plain_peft(
     base = load_model(random_model_folder, loading("float32"), lambda _: None)
     write_adapter(base, tmp_path, edit, "kitchen/base")
     with Intervention(base.model, base.architecture, edit.basis, edit.mode) as intervention:
-        intervention.activate([edit.parameters])
-        intervention.rows = torch.zeros(2, dtype=torch.long)
-        hooked = first_logits(base.model, PROMPTS)
+        rows = RowTrials(torch.zeros(2, dtype=torch.long), intervention.activate([edit.parameters]))
+        hooked = first_logits(base.model, PROMPTS, rows)
     plain = AutoModelForCausalLM.from_pretrained(random_model_folder)
     adapted = PeftModel.from_pretrained(plain, str(tmp_path))
     found = first_logits(adapted.get_base_model().eval(), PROMPTS)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config
 
 from job.architectures import discover
-from job.decoding import first_logits
+from job.decoding import RowTrials, first_logits
 from job.errors import UnsupportedArchitectureError
 from job.evaluation import Evaluator
 from job.intervention import Intervention
@@ -85,9 +85,9 @@ def test_hooks_equal_edited_parameters_with_every_row_of_another_trial(
     basis = (wide_basis_for if several else basis_for)(model)
     edits = [edit.model_copy(update={"strengths": (1.0, 0.7, 0.2)}) for edit in EDITS] if several else EDITS
     with Intervention(model, discover(model), basis, mode) as intervention:
-        assert intervention.activate(edits) == [None] * 4
-        intervention.rows = torch.arange(4).repeat_interleave(2)
-        together = first_logits(model, prompts * 4)
+        active = intervention.activate(edits)
+        assert active.reasons == (None,) * 4
+        together = first_logits(model, prompts * 4, RowTrials(torch.arange(4).repeat_interleave(2), active))
     for index, edit in enumerate(edits):
         edited = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
         edit_in_place(edited, edit, mode, basis)
@@ -113,9 +113,7 @@ def test_a_model_of_more_writers_than_are_worked_out_at_once(mode: RowNormalizat
             writer.parameter for writer in architecture.writers
         )
         assert len(intervention._groups) > 2
-        intervention.activate(edits)
-        intervention.rows = torch.arange(6)
-        together = first_logits(model, [[7, 8, 9]] * 6)
+        together = first_logits(model, [[7, 8, 9]] * 6, RowTrials(torch.arange(6), intervention.activate(edits)))
     for edit, found in zip(edits, together, strict=True):
         edited = copy.deepcopy(model)
         edit_in_place(edited, edit, mode, basis)
@@ -130,6 +128,44 @@ def test_no_hook_remains_and_nothing_changes_without_rows(random_model_folder: P
         assert torch.equal(first_logits(model, [[7, 8, 9]]), before)
     assert torch.equal(first_logits(model, [[7, 8, 9]]), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_edits_cannot_be_applied_to_the_wrong_rows_or_after_others(random_model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
+    before = first_logits(model, [[7, 8, 9]])
+    with Intervention(model, discover(model), basis_for(model), "none") as intervention:
+        former = intervention.activate(EDITS[:1])
+        bound = former.all_rows(1, "cpu")
+        with bound, pytest.raises(RuntimeError, match="rows of another forward"), former.all_rows(2, "cpu"):
+            pass
+        with pytest.raises(ValueError, match="2 rows with the trials of 1"):
+            first_logits(model, [[7, 8, 9]] * 2, RowTrials(torch.zeros(1, dtype=torch.long), former))
+        with bound, pytest.raises(RuntimeError, match="is being edited"):
+            intervention.activate(EDITS)
+        with pytest.raises(ZeroDivisionError), bound:
+            raise ZeroDivisionError
+        assert torch.equal(first_logits(model, [[7, 8, 9]]), before)
+        with bound:  # entered again
+            edited = first_logits(model, [[7, 8, 9]])
+        assert not torch.equal(edited, before)
+        intervention.activate(EDITS[1:])
+        with pytest.raises(RuntimeError, match="activated since"), bound:
+            pass
+
+
+def test_every_row_of_every_forward_is_edited_whoever_calls_the_model(random_model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
+    plain = first_logits(model, [[7, 8, 9]] * 3)
+    with Intervention(model, discover(model), basis_for(model), "full") as intervention:
+        active = intervention.activate(EDITS)
+        expected = first_logits(model, [[7, 8, 9]], RowTrials(torch.zeros(1, dtype=torch.long), active))
+        with active.on_every_row(model):
+            for rows in (3, 1):
+                torch.testing.assert_close(model(torch.tensor([[7, 8, 9]] * rows)).logits[:1, -1], expected)
+            with pytest.raises(IndexError):
+                model(torch.tensor([[10**6]]))
+            torch.testing.assert_close(model(torch.tensor([[7, 8, 9]])).logits[:, -1], expected)
+        assert torch.equal(first_logits(model, [[7, 8, 9]] * 3), plain)
 
 
 def evaluator(folder: Path, rows: int = 64, *, system: str | None = None, **others: Any) -> Evaluator:
@@ -164,7 +200,7 @@ def test_a_prefix_is_computed_once_a_trial_under_its_edit_and_changes_no_score(r
         assert len(on.reference.logits) == len(on.base_openings) == 4
         forwards.clear()
         found = on.scores(intervention, EDITS, rows=8)
-        answers = on.answers(intervention)
+        answers = on.answers(intervention.activate(EDITS))
     handle.remove()
     length = len(on._prefix)
     assert length > 8
@@ -175,7 +211,7 @@ def test_a_prefix_is_computed_once_a_trial_under_its_edit_and_changes_no_score(r
     with Intervention(model, discover(model), basis_for(model), "full") as intervention:
         expected = off.scores(intervention, EDITS, rows=8)
         assert off._prefix == []
-        assert [a.tokens for a in answers] == [a.tokens for a in off.answers(intervention)]
+        assert [a.tokens for a in answers] == [a.tokens for a in off.answers(intervention.activate(EDITS))]
     for one, other in zip(found, expected, strict=True):
         assert one.refusals == other.refusals
         assert one.kl == pytest.approx(other.kl, rel=1e-4)

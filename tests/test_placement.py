@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from job.decoding import Answer, greedy_answers
+from job.decoding import Answer, RowTrials, greedy_answers
 from job.errors import ImpossibleJobError, MachineError, UsageError
 from job.intervention import Intervention
 from job.model import LoadedModel, load_model
@@ -40,9 +40,10 @@ def answers(loaded: LoadedModel, mode: RowNormalization) -> list[Answer]:
     basis = Basis.single(torch.nn.functional.normalize(directions, dim=-1))
     prompts = loaded.tokenize([Prompt(user=f"How do I brew {number} cups of hexed tea?") for number in range(4)])
     with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
-        assert intervention.activate([EDIT]) == [None]
-        intervention.rows = torch.zeros(len(prompts), dtype=torch.long, device=loaded.device)
-        return greedy_answers(loaded.model, prompts, limit=10, end_tokens=())
+        active = intervention.activate([EDIT])
+        assert active.reasons == (None,)
+        rows = RowTrials(torch.zeros(len(prompts), dtype=torch.long, device=loaded.device), active)
+        return greedy_answers(loaded.model, prompts, limit=10, end_tokens=(), rows=rows)
 
 
 @pytest.mark.parametrize(

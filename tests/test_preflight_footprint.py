@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from job.architectures import discover
-from job.decoding import greedy_answers
+from job.decoding import RowTrials, greedy_answers
 from job.errors import ImpossibleJobError
 from job.intervention import Intervention
 from job.numerics.ablation import RowNormalization
@@ -101,7 +101,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= count
 
 
-def measured_peak(model: PreTrainedModel, batch: Batch) -> int:
+def measured_peak(model: PreTrainedModel, batch: Batch, rows: RowTrials | None = None) -> int:
     """Return the peak of all live tensors but the weights while a batch of unequal prompts is answered.
 
     Of long answers one is decided before the last token: what is left is copied, for which there would have been room.
@@ -115,6 +115,7 @@ def measured_peak(model: PreTrainedModel, batch: Batch) -> int:
             limit=batch.answer_tokens,
             end_tokens=set(),
             decided=lambda index, tokens: index == 0 and len(tokens) == batch.answer_tokens - 1 > 32,
+            rows=rows,
         )
     return live.peak
 
@@ -186,9 +187,8 @@ def test_activations_of_an_edited_model(mode: RowNormalization, edits: Edits, wi
     edit = EditParameters(direction_index=None, kernels={"attention": kernel, "mlp": kernel})
     directions = torch.nn.functional.normalize(torch.randn(3, 128), dim=-1)
     with Intervention(model, discover(model), Basis.single(directions), mode) as intervention:
-        intervention.activate([edit])
-        intervention.rows = torch.zeros(8, dtype=torch.long)
-        measured = measured_peak(model, planned)
+        rows = RowTrials(torch.zeros(8, dtype=torch.long), intervention.activate([edit]))
+        measured = measured_peak(model, planned, rows)
     cache = cache_bytes(facts, planned, dtype.itemsize)
     predicted = activation_bytes(facts, planned, dtype.itemsize, edits=edits)
     assert predicted == pytest.approx(measured - cache, rel=0.15)
