@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench smoke clean
+.PHONY: demo test check bench smoke renew-image clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/runtime
@@ -16,9 +16,13 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
-	$(BIN)/shellcheck entrypoint.sh .ci/run infra/vast/onstart.sh
-	$(BIN)/shfmt -d -i 4 entrypoint.sh .ci/run infra/vast/onstart.sh
+	$(BIN)/shellcheck entrypoint.sh .ci/run infra/vast/onstart.sh infra/image/renew.sh
+	$(BIN)/shfmt -d -i 4 entrypoint.sh .ci/run infra/vast/onstart.sh infra/image/renew.sh
 	$(BIN)/hadolint Dockerfile
+
+# The base image's digest and the hashes of what the image installs, in the versions of constraints.txt.
+renew-image:
+	infra/image/renew.sh
 
 # What needs nothing but this machine; `python -m benchmarks.peer` installs heretic from PyPI and is left to be asked for.
 bench: .venv/runtime

@@ -5,17 +5,27 @@ umask 022
 
 export ABLITERATE_WORKSPACE="${ABLITERATE_WORKSPACE:-/workspace}"
 
-# As the workspace's owner, so that nobody's files become root's. Platforms that mount it as root's get root, and so do
-# those that allow no change of user.
-owner="$(stat -c %u "$ABLITERATE_WORKSPACE" 2>/dev/null || echo 0)"
-if [ "$(id -u)" = 0 ] && [ "$owner" != 0 ]; then
-    become="setpriv --reuid=$owner --regid=$(stat -c %g "$ABLITERATE_WORKSPACE") --clear-groups --no-new-privs"
-    if $become true; then
-        export HOME=/home/abliterate USER=abliterate LOGNAME=abliterate
-        exec $become "$0" "$@"
+# As the workspace's owner, so that nobody's files become root's; also a shell, whose files the job meets later. As root only
+# where the workspace is root's, or where no change of user is allowed. One that is not there yet is judged by its folder.
+place="$ABLITERATE_WORKSPACE"
+while [ ! -e "$place" ]; do place="$(dirname -- "$place")"; done
+as_root=
+if [ "$(id -u)" = 0 ]; then
+    owner="$(stat -L -c %u -- "$place")"
+    if [ "$owner" != 0 ]; then
+        become="setpriv --reuid=$owner --regid=$(stat -L -c %g -- "$place") --clear-groups --no-new-privs"
+        if refused="$($become true 2>&1)"; then
+            export HOME=/home/abliterate USER=abliterate LOGNAME=abliterate
+            exec $become "$0" "$@"
+        fi
+        as_root="no change of user is allowed here ($refused)"
+    else
+        as_root="$place belongs to root; chown it to run as its owner"
     fi
-    echo "entrypoint: no change of user is allowed here; going on as root" >&2
 fi
+# PID 1 has to pass signals on and reap. Only now, because tini is a process as well, and stays whose it was.
+if [ $$ = 1 ] && command -v tini >/dev/null; then exec tini -- "$0" "$@"; fi
+[ -z "$as_root" ] || echo "entrypoint: running as root: $as_root" >&2
 
 # Caches outlive the container, where it is one whose root may not be written at all.
 export HF_HOME="${HF_HOME:-$ABLITERATE_WORKSPACE/.cache/huggingface}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -69,6 +70,54 @@ def pip_settings() -> tuple[str, list[str]]:
     return "\n".join(lines) + "\n", [folder for folder in folders if Path(folder).is_dir()]
 
 
+@dataclass(frozen=True)
+class Pin:
+    """What a list in infra/image allows of one package."""
+
+    version: str
+    hashes: tuple[str, ...]
+
+
+def pins(path: Path) -> dict[str, Pin]:
+    """Return the packages of a list by name; a line that pip would read otherwise is an error."""
+    text = re.sub(r"\s*\\\n\s*", " ", re.sub(r"(?m)^#.*\n", "", path.read_text()))
+    found = {}
+    for line in text.splitlines():
+        matched = re.fullmatch(r"([a-z0-9-]+)==(\S+)((?: --hash=sha256:[0-9a-f]{64})*)", line)
+        assert matched, f"{path.name}: {line}"
+        assert matched[1] not in found, f"{path.name}: {matched[1]} twice"
+        found[matched[1]] = Pin(matched[2], tuple(matched[3].replace("--hash=sha256:", "").split()))
+    return found
+
+
+def write_pins(path: Path, packages: dict[str, Pin]) -> None:
+    """Write a list for `pip install --require-hashes`."""
+    lines = [
+        f"{name}=={pin.version} {' '.join(f'--hash=sha256:{one}' for one in pin.hashes)}\n"
+        for name, pin in packages.items()
+    ]
+    path.write_text("".join(lines))
+
+
+def write_context(folder: Path, wheels: list[str]) -> None:
+    """Copy what the build reads; where this machine has a torch wheel of its own, that one is allowed instead."""
+    for name in ("Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "LICENSE", "entrypoint.sh"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+        (folder / name).chmod((ROOT / name).stat().st_mode)
+    for name in ("job", "infra/image"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    listed = folder / "infra/image/torch.txt"
+    packages = pins(listed)
+    version = packages["torch"].version
+    own = [wheel for place in wheels for wheel in Path(place).glob(f"torch-{version}[+-]*cp311-*linux*_x86_64.whl")]
+    if not own:
+        return
+    digests = tuple(hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in own)
+    # A build for the CPU depends on no CUDA libraries; everything else keeps the hashes that are committed.
+    kept = {name: pin for name, pin in packages.items() if not re.match("nvidia-|cuda-|triton$", name)}
+    write_pins(listed, {**kept, "torch": Pin(version, digests)})
+
+
 def debian_mirror() -> list[str]:
     """Return where this machine's packages come from; nothing where debootstrap's own choice is to do."""
     text = "".join(path.read_text() for path in Path("/etc/apt").glob("sources.list*/*") if path.is_file())
@@ -83,6 +132,7 @@ class Image:
     Attributes:
         inspected: What `buildah inspect` says of it.
         build_seconds: How long the build took.
+        context: What it was built from.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -90,6 +140,8 @@ class Image:
         self._storage = ("--root", folder / "storage", "--runroot", folder / "run", "--storage-driver", "overlay")
         self._containers: list[str] = []
         self.build_seconds = 0.0
+        self.context = folder / "context"
+        self.volumes: list[str] = []
         self.inspected: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
@@ -113,15 +165,23 @@ class Image:
         self.buildah("commit", "-q", "--rm", container, "localhost/base")
         settings, folders = pip_settings()
         (self.folder / "pip.conf").write_text(settings)
-        volumes = [f"{self.folder / 'pip.conf'}:/etc/pip.conf:ro", f"{CERTIFICATES}:{CERTIFICATES}:ro"]
-        volumes += [f"{path}:{path}:ro" for path in folders]
-        options = ["--isolation", "chroot", "--network", "host", "--layers", "-t", TAG]
-        for argument in ("BASE_IMAGE=localhost/base", "VERSION=1.2.3", "REVISION=abc123"):
-            options += ["--build-arg", argument]
+        self.volumes = [f"{self.folder / 'pip.conf'}:/etc/pip.conf:ro", f"{CERTIFICATES}:{CERTIFICATES}:ro"]
+        self.volumes += [f"{path}:{path}:ro" for path in folders]
+        self.context.mkdir()
+        write_context(self.context, folders)
         began = time.monotonic()
-        self.buildah("bud", *options, *(word for one in volumes for word in ("-v", one)), ROOT, seconds=1500)
+        self.build_from(self.context, "-t", TAG)
         self.build_seconds = time.monotonic() - began
         self.inspected = json.loads(self.buildah("inspect", "--type", "image", TAG))
+
+    def build_from(self, context: Path, *options: str) -> None:
+        """Build from a folder, with the settings of this machine."""
+        words = ["--isolation", "chroot", "--network", "host", "--layers", *options]
+        for argument in ("BASE_IMAGE=localhost/base", "VERSION=1.2.3", "REVISION=abc123"):
+            words += ["--build-arg", argument]
+        for volume in self.volumes:
+            words += ["-v", volume]
+        self.buildah("bud", *words, context, seconds=1500)
 
     def _bootstrap(self, base: Path) -> None:
         debian = self.folder / "debian"

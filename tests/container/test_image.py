@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.container.images import ROOT, SECRET, Container, Image, inside, missing, run, stop
+from tests.container.images import ROOT, SECRET, Container, Image, Pin, inside, missing, pins, run, stop, write_pins
 
 pytestmark = [
     pytest.mark.container,
@@ -59,10 +59,14 @@ def demonstrated(container: Container, tmp_path_factory: pytest.TempPathFactory)
     while not list(workspace.glob("*")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
-    (command,) = inside(process).children()
-    status = Path(f"/proc/{command.pid}/status").read_text()
-    assert re.search(rf"^Uid:\t{OWNER}\t{OWNER}\t{OWNER}\t{OWNER}$", status, re.MULTILINE), status
-    assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
+    first = inside(process)
+    assert first.name() == "tini"
+    everything = (first, *first.children(recursive=True))
+    assert len(everything) >= 2
+    for one in everything:
+        status = Path(f"/proc/{one.pid}/status").read_text()
+        assert re.search(rf"^Uid:\t{OWNER}\t{OWNER}\t{OWNER}\t{OWNER}$", status, re.MULTILINE), status
+        assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert "refusals 100/100" in out + err
@@ -71,7 +75,7 @@ def demonstrated(container: Container, tmp_path_factory: pytest.TempPathFactory)
 
 def test_what_it_says_of_itself(image: Image) -> None:
     config = image.config
-    assert config["Entrypoint"] == ["tini", "--", "/entrypoint.sh"]
+    assert config["Entrypoint"] == ["/entrypoint.sh"]
     assert config["StopSignal"] in ("SIGTERM", "15")
     assert list(config["Volumes"]) == ["/workspace"]
     labels = {name.rpartition(".")[2]: value for name, value in config["Labels"].items() if "opencontainers" in name}
@@ -104,6 +108,29 @@ def test_nothing_is_in_it_that_does_not_belong_there(image: Image, container: Co
         assert (status.st_uid, status.st_mode & 0o022) == (0, 0), path
     for path in (site / "job").rglob("*.py"):
         assert list(path.parent.glob(f"__pycache__/{path.stem}.cpython-*.pyc")), path
+
+
+def test_nothing_is_installed_but_what_the_lists_name(image: Image, container: Container) -> None:
+    """In the versions that they name; pip comes with the base, and our own code from the stage before."""
+    lists = image.context / "infra" / "image"
+    named = {name: pin.version for part in ("torch", "packages") for name, pin in pins(lists / f"{part}.txt").items()}
+    site = next((container.root / "opt/abliterate/lib").glob("python3*/site-packages"))
+    found = {}
+    for path in site.glob("*.dist-info"):
+        name, _, version = path.name.removesuffix(".dist-info").partition("-")
+        found[re.sub(r"[-_.]+", "-", name).lower()] = version.partition("+")[0]
+    del found["pip"], found["abliteration-job"]
+    assert found == named
+
+
+def test_a_file_with_another_hash_is_not_installed(image: Image, tmp_path: Path) -> None:
+    context = tmp_path / "context"
+    run("cp", "-a", image.context, context)
+    build = pins(context / "infra/image/build.txt")
+    changed = Pin(build["pluggy"].version, ("0" * 64,))
+    write_pins(context / "infra/image/build.txt", {**build, "pluggy": changed})
+    with pytest.raises(AssertionError, match="DO NOT MATCH THE HASHES"):
+        image.build_from(context, "--target", "wheel")
 
 
 def test_a_change_of_the_code_costs_a_small_layer_and_the_whole_is_bounded(image: Image) -> None:
@@ -146,14 +173,19 @@ def test_root_where_the_workspace_is_roots_or_no_change_of_user_is_allowed(
     container: Container, tmp_path: Path
 ) -> None:
     rented = volume(tmp_path / "rented", 0)
-    assert container.run("bash", "-c", "id -u", volume=rented).check().out.strip() == "0"
-    bound = ("setpriv", "--bounding-set=-setuid,-setgid", "--inh-caps=-setuid,-setgid", "tini", "--", "/entrypoint.sh")
+    result = container.run("bash", "-c", "id -u", volume=rented).check()
+    assert result.out.strip() == "0"
+    assert result.err.count("running as root") == 1
+    assert "/workspace belongs to root" in result.err
+    bound = ("setpriv", "--bounding-set=-setuid,-setgid", "--inh-caps=-setuid,-setgid", "/entrypoint.sh")
     mine = volume(tmp_path / "mine", OWNER)
     result = container.run("bash", "-c", "id -u", volume=mine, entrypoint=bound).check()
     assert result.out.strip() == "0"
-    assert "going on as root" in result.err
+    assert result.err.count("running as root") == 1
+    assert "no change of user is allowed" in result.err
     # Started as somebody else already (`--user`, a pod's runAsUser): stays so.
-    assert container.run("bash", "-c", "id -un", volume=mine, user=1000).check().out.strip() == "abliterate"
+    result = container.run("bash", "-c", "id -un", volume=mine, user=1000).check()
+    assert (result.out.strip(), result.err) == ("abliterate", "")
 
 
 def test_the_demo_passes_as_the_owner_of_the_workspace_and_leaves_all_to_them(demonstrated: Path) -> None:
