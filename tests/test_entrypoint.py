@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers import Result
@@ -47,12 +49,19 @@ def make(path: Path, owner: int) -> Path:
     return path
 
 
-def enter(place: Path, workspace: Path, *arguments: str, before: tuple[str, ...] = ()) -> Result:
-    """Run the entrypoint, perhaps by way of another command."""
+def start(place: Path, workspace: Path, *arguments: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Start the entrypoint, perhaps by way of another command."""
     env = {**os.environ, "ABLITERATE_WORKSPACE": str(workspace), "PATH": f"{place / 'bin'}:{os.environ['PATH']}"}
     command = [*before, str(place / "entrypoint.sh"), *arguments]
-    done = subprocess.run(command, env=env, cwd=place, capture_output=True, text=True, timeout=60)
-    return Result(done.returncode, done.stdout, done.stderr)
+    return subprocess.Popen(
+        command, env=env, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+    )
+
+
+def enter(place: Path, workspace: Path, *arguments: str, before: tuple[str, ...] = ()) -> Result:
+    process = start(place, workspace, *arguments, before=before)
+    out, err = process.communicate(timeout=60)
+    return Result(process.returncode, out, err)
 
 
 def user(result: Result) -> str:
@@ -115,11 +124,30 @@ def test_a_workspace_that_is_still_to_be_made_belongs_to_the_owner_of_its_folder
     assert ". belongs to root" in enter(place, Path(missing)).check().err
 
 
-@pytest.mark.skipif(shutil.which("tini") is None, reason="needs tini (apt-get install tini)")
-@pytest.mark.parametrize("owner", [OWNER, 0])
-def test_the_first_process_is_tini_as_the_same_user(place: Path, owner: int) -> None:
+def needs_processes_of_its_own() -> None:
+    if shutil.which("tini") is None:
+        pytest.skip("needs tini (apt-get install tini)")
     if subprocess.run([*APART, "true"], capture_output=True).returncode:
         pytest.skip("needs namespaces of its own")
+
+
+@pytest.mark.parametrize("owner", [OWNER, 0])
+def test_the_first_process_is_tini_as_the_same_user(place: Path, owner: int) -> None:
+    needs_processes_of_its_own()
     result = enter(place, make(place / "workspace", owner), "run", "a b", before=APART).check()
     assert result.out == f"{owner}:{owner}:{owner} tini:{owner} run a b\n"
     assert result.err.count("running as root") == (owner == 0)
+
+
+@pytest.mark.parametrize("owner", [OWNER, 0])
+def test_a_stop_reaches_the_program_and_its_exit_code_comes_back(place: Path, owner: int) -> None:
+    needs_processes_of_its_own()
+    script = "trap 'exit 75' TERM; echo started; while :; do sleep 0.05; done"
+    process = start(place, make(place / "workspace", owner), "sh", "-c", script, before=APART)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    (first,) = psutil.Process(process.pid).children()
+    assert (first.name(), first.uids().real) == ("tini", owner)
+    first.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
