@@ -59,9 +59,20 @@ def start(place: Path, workspace: Path, *arguments: str, before: tuple[str, ...]
 
 
 def enter(place: Path, workspace: Path, *arguments: str, before: tuple[str, ...] = ()) -> Result:
-    process = start(place, workspace, *arguments, before=before)
-    out, err = process.communicate(timeout=60)
+    with start(place, workspace, *arguments, before=before) as process:
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            end(process)
     return Result(process.returncode, out, err)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End what is still there, PID 1 first: --kill-child does not outlast a change of user."""
+    if process.poll() is None:
+        for one in psutil.Process(process.pid).children(recursive=True):
+            one.kill()
+        process.kill()
 
 
 def user(result: Result) -> str:
@@ -143,11 +154,14 @@ def test_the_first_process_is_tini_as_the_same_user(place: Path, owner: int) -> 
 def test_a_stop_reaches_the_program_and_its_exit_code_comes_back(place: Path, owner: int) -> None:
     needs_processes_of_its_own()
     script = "trap 'exit 75' TERM; echo started; while :; do sleep 0.05; done"
-    process = start(place, make(place / "workspace", owner), "sh", "-c", script, before=APART)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "started\n"
-    (first,) = psutil.Process(process.pid).children()
-    assert (first.name(), first.uids().real) == ("tini", owner)
-    first.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    with start(place, make(place / "workspace", owner), "sh", "-c", script, before=APART) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "started\n"
+            (first,) = psutil.Process(process.pid).children()
+            assert (first.name(), first.uids().real) == ("tini", owner)
+            first.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+        finally:
+            end(process)
     assert process.returncode == 75

@@ -226,6 +226,10 @@ class Container:
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
+            if process.poll() is None:
+                # PID 1 itself: unshare's own --kill-child is forgotten by the kernel when PID 1 changes its user.
+                for one in psutil.Process(process.pid).children():
+                    one.kill()
             process.kill()
             process.communicate()
 
