@@ -82,7 +82,7 @@ def test_keys_come_from_where_the_platforms_tools_keep_them(
         (home / file).write_text(text)
         env = {"HOME": str(home), "VAST_URL": vast.url, "RUNPOD_API_BASE_URL": runpod.url}
         market = open_market(platform, print, env=env, patience=QUICK)  # type: ignore[arg-type]
-        assert market.labelled("x") == []
+        assert market.instances() == []
         assert server.requests[-1].status == 200
         with pytest.raises(UsageError, match="no key"):
             open_market(platform, print, env={"HOME": str(tmp_path / "nobody")})  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def test_keys_come_from_where_the_platforms_tools_keep_them(
 def test_the_key_follows_no_redirect(vast: VastServer, runpod: RunPodServer) -> None:
     vast.fail(status=307, headers={"Location": f"{runpod.url}/v2/pods"})
     with pytest.raises(CloudError, match="307"):
-        open_market("vast", print, env=env_of(vast), patience=QUICK).labelled("x")
+        open_market("vast", print, env=env_of(vast), patience=QUICK).instances()
     assert runpod.requests == []
 
 
@@ -99,7 +99,7 @@ def test_what_is_passed_on_does_not_come_back_in_messages(vast: VastServer) -> N
     vast.fail(status=422, message="bad value: no-known-form-42")
     market = open_market("vast", print, env=env_of(vast), secrets=("no-known-form-42",))
     with pytest.raises(CloudError, match=r"422.*bad value: \*\*\*"):
-        market.labelled("x")
+        market.instances()
 
 
 def test_the_environment_of_an_instance() -> None:

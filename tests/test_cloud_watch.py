@@ -86,7 +86,7 @@ def test_a_silent_host_and_one_that_never_starts_are_replaced(vast: VastServer, 
     starter = bidding(vast, tmp_path, said)
     vast.instances[70001]["actual_status"] = "offline"
     never = once(said, "rented Vast.ai instance 70002", lambda: vast.instances[70002].update(actual_status="loading"))
-    last = once(said, "rented Vast.ai instance 70003", lambda: vast.instances.pop(70003))
+    last = once(said, "70003: running", lambda: vast.instances.pop(70003))
     starter.say = lambda text: (never(text), last(text))[1]
     watch = Watch(starter, relaunches=3, lost_minutes=0.002, start_minutes=0.002)
     assert watch.until_the_end() == "ended"
@@ -121,11 +121,20 @@ def test_an_instance_that_cannot_be_destroyed_is_shouted_about(vast: VastServer,
     said: list[str] = []
     starter = bidding(vast, tmp_path, said)
     vast.outbid(70001)
-    vast.fail("DELETE", status=500)
-    starter.say = once(said, "rented", lambda: vast.instances.pop(70002))
+    broken = vast.fail("DELETE", status=500)
+    mended = once(said, "it has ended by itself", vast.faults.clear)
+
+    def vanish() -> None:
+        del vast.instances[70002]
+        threading.Timer(1.0, lambda: mended("it has ended by itself")).start()
+
+    starter.say = once(said, "70002: running", vanish)
     assert Watch(starter, relaunches=1).until_the_end() == "ended"
-    assert any("COULD NOT BE DESTROYED" in text for text in said)
-    assert starter.launch.instances[0].ended is None
+    # The other machine did not wait for ever, and the watch did not leave before the first one was gone.
+    assert vast.instances == {}
+    assert broken.hits > 4
+    assert any("70001 COULD NOT BE DESTROYED" in text and "console.vast.ai" in text for text in said)
+    assert [(rented.why, rented.ending) for rented in starter.launch.instances] == [("it was outbid", ""), ("gone", "")]
 
 
 def test_a_platform_out_of_reach_is_waited_for(vast: VastServer, tmp_path: Path) -> None:
@@ -137,9 +146,10 @@ def test_a_platform_out_of_reach_is_waited_for(vast: VastServer, tmp_path: Path)
 
         def back() -> None:
             line.refusing = False
-            vast.instances.clear()
 
-        starter.say = once(said, "cannot be reached", back)
+        reached = once(said, "cannot be reached", back)
+        ended = once(said, "70001: running", vast.instances.clear)
+        starter.say = lambda text: (reached(text), ended(text))[1]
         assert Watch(starter).until_the_end() == "ended"
 
 

@@ -17,9 +17,8 @@ from job.events import redact
 if TYPE_CHECKING:
     import httpx2
 
-_TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
-# Answers after which nobody knows whether a request that creates something has done so.
-_UNCERTAIN = frozenset({408, 500, 502, 503, 504})
+# Beside all answers of 5xx, also those of networks in front of the platform (520 to 527): what fails there may pass.
+_TRANSIENT = frozenset({408, 425, 429})
 # A platform that asks for a longer wait than this is not waited for.
 _LONGEST_ASKED = 300.0
 _TIMEOUT_SECONDS = 30.0
@@ -234,7 +233,8 @@ class Api:
                 uncertain=not never_sent,
             ) from None  # the cause may quote an address with a signature
         except (httpx2.InvalidURL, httpx2.DecodingError) as error:
-            raise CloudError(f"{self.platform} answers nonsense for {what} ({type(error).__name__})") from None
+            said = f"{self.platform} answers nonsense for {what} ({type(error).__name__})"
+            raise CloudError(said, uncertain=isinstance(error, httpx2.DecodingError)) from None
 
     def _decoded(self, response: httpx2.Response, what: str) -> Any:
         status = response.status_code
@@ -243,7 +243,9 @@ class Api:
         except ValueError:
             body = None
             if 200 <= status < 300:
-                raise CloudError(f"{self.platform} answers no JSON for {what}", status=status) from None
+                # It was done: only the answer cannot be read.
+                said = f"{self.platform} answers no JSON for {what}"
+                raise CloudError(said, status=status, passing=True, uncertain=True) from None
         refused = isinstance(body, dict) and body.get("success") is False
         if 200 <= status < 300 and not refused:
             return body
@@ -262,8 +264,10 @@ class Api:
             return KeyRefusedError(said, remedy=remedy, status=status, reason=reason)
         if status in (404, 410):
             return GoneError(said, status=status, reason=reason)
-        passing = status in _TRANSIENT and reason != "search_quota_exceeded"
-        error = CloudError(said, status=status, reason=reason, passing=passing, uncertain=status in _UNCERTAIN)
+        passing = (status in _TRANSIENT or status >= 500) and reason != "search_quota_exceeded"
+        # After these nobody knows whether a request that creates something has done so.
+        uncertain = status == 408 or status >= 500
+        error = CloudError(said, status=status, reason=reason, passing=passing, uncertain=uncertain)
         asked = response.headers.get("Retry-After", "")
         # One platform says it in a header, the other in words.
         threshold = re.search(r"threshold=(\d+(?:\.\d+)?)", detail)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from job.cloud.options import Platform, bound, needs_of, terms_of
-from job.errors import Stopped, UsageError
+from job.errors import MachineError, Stopped, UsageError
 
 if TYPE_CHECKING:
+    from job.cloud.inner import Inner
     from job.cloud.launching import Launch, Launcher
-    from job.cloud.market import Offer
+    from job.cloud.market import Market, Offer
 
 PLACEHOLDER_IMAGE = "ghcr.io/OWNER/abliteration-job:VERSION"
 
@@ -51,6 +54,7 @@ def offers(platform: Platform, machine: dict[str, Any], wait: Wait = 0.0, every:
 def launch(
     platform: Platform,
     machine: dict[str, Any],
+    context: typer.Context,
     command: Annotated[
         list[str], typer.Argument(metavar="-- COMMAND...", help="What runs there: -- run MODEL --checkpoint URI ...")
     ],
@@ -66,31 +70,38 @@ def launch(
     max_total: MaxTotal = None,
 ) -> None:
     """Rent the cheapest machine that would do and start a job there."""
-    from job.cloud.launching import Launch, new_label
+    from job.cloud.inner import check_inner
+    from job.cloud.launching import Launch, environment, new_label
 
     if not image or "OWNER/" in image or image.endswith(":VERSION"):
         raise UsageError("there is no image to run", remedy=f"build one, push it and give --image {PLACEHOLDER_IMAGE}")
     named = [entry for entry in env or [] if "=" not in entry]
     plain = dict(entry.split("=", 1) for entry in env or [] if "=" in entry)
+    words = _inner(command)
+    needs, variables = tuple(needs_of(machine)), environment(named, plain)
+    inner = check_inner(context.find_root().command, words, variables, volume is not None)
     wanted = Launch(
         label=new_label(),
         platform=platform,
-        needs=tuple(needs_of(machine)),
+        needs=needs,
         terms=terms_of(machine),
         image=image,
-        command=_inner(command),
+        command=words,
         env=tuple(named),
         plain_env=plain,
         volume=volume,
+        checkpoint=inner.checkpoint,
     )
-    _advise(wanted)
+    _advise(wanted, inner)
     launcher = _launcher(wanted, every=every)
-    launcher.rent(wait)
-    typer.echo(wanted.label)
-    if follow:
-        _watch(launcher, relaunches, wait, max_total)
-    else:
-        _say(f"follow it with: abliterate cloud {platform} watch {wanted.label}")
+    launcher.notice = lambda offer: _tell_of_ends(inner, offer)
+    with _telling_what_is_left(launcher):
+        launcher.rent(wait)
+        typer.echo(wanted.label)
+        if follow:
+            _watch(launcher, relaunches, wait, max_total)
+        else:
+            _say(f"follow it with: abliterate cloud {platform} watch {wanted.label}")
 
 
 def watch(
@@ -111,10 +122,11 @@ def watch(
         _say("this machine has no record of its launch, so it cannot be followed or launched again")
         return
     launcher = _launcher(*found, every=every)
-    launcher.adopt()
-    if not launcher.launch.instances:
-        raise UsageError(f"launch {id} has rented nothing", remedy="launch it again")
-    _watch(launcher, relaunches, wait, max_total)
+    with _telling_what_is_left(launcher):
+        launcher.adopt()
+        if not launcher.launch.instances:
+            raise UsageError(f"launch {id} has rented nothing", remedy="launch it again")
+        _watch(launcher, relaunches, wait, max_total)
 
 
 def fetch(
@@ -146,23 +158,85 @@ def destroy(
     platform: Platform,
     id: Id,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    every: Every = 30.0,
 ) -> None:
-    """Destroy an instance and all that is on it."""
+    """Destroy an instance, or all of a launch, and return when they are gone."""
     from job.cloud.account import open_market
+    from job.cloud.launching import Launcher, find_launch, records_folder
+
+    market = open_market(platform, _say)
+    found = find_launch(records_folder(), id, platform)
+    launcher = Launcher(market, *found, _say, every) if found is not None else None
+    if launcher is not None and id == launcher.launch.label:
+        launcher.adopt()
+        ids = [rented.id for rented in launcher.launch.left]
+        if not ids:
+            typer.echo(f"{id}: nothing of it is left")
+    else:
+        ids = _ids_of(market, id)
+    targets = _confirmed(market, ids, launcher, yes=yes)
+    if launcher is not None:
+        with _telling_what_is_left(launcher):
+            launcher.destroy(targets)
+    _insist(market, targets, every)
+    for target in targets:
+        typer.echo(f"destroyed {target}")
+
+
+def _ids_of(market: Market, name: str) -> list[str]:
+    """Return the ids that are meant by an id, or by the label of a launch that is not recorded here."""
+    import re
+
+    if not name.startswith("abliterate-"):
+        return [name]
+    ours = re.compile(re.escape(name) + r"(-\d+)?")
+    ids = [
+        instance.id
+        for instance in market.instances()
+        if instance.state != "gone" and (ours.fullmatch(instance.label) or ours.fullmatch(instance.marker))
+    ]
+    if not ids:
+        raise UsageError(f"there is no record of {name} here, and no instance is called so", remedy="give its id")
+    return ids
+
+
+def _confirmed(market: Market, ids: list[str], launcher: Launcher | None, *, yes: bool) -> list[str]:
+    """Return those of the instances that are there, once all of them may be destroyed.
+
+    Raises:
+        UsageError: Nobody has said yes.
+    """
+    import time
+
+    from job.cloud.ending import APPEAR_SECONDS
     from job.cloud.launching import describe
 
-    instance_id = _instance_id(platform, id)
-    market = open_market(platform, _say)
-    found = market.instance(instance_id)
-    if found.state == "gone":
-        typer.echo(f"{instance_id} is not there")
-        return
-    if not yes and not (sys.stdin.isatty() and typer.confirm(f"destroy {describe(found)}?")):
-        raise UsageError(f"{describe(found)}: not destroyed", remedy="give --yes")
-    market.end(instance_id, "destroy")
-    if market.instance(instance_id).state != "gone":
-        _say("the platform has taken it and still shows it; look again in a minute")
-    typer.echo(f"destroyed {instance_id}")
+    targets = []
+    for id in ids:
+        found = market.instance(id)
+        rented = next((rented for rented in launcher.launch.left if rented.id == id), None) if launcher else None
+        if found.state == "gone" and (rented is None or time.time() - rented.at >= APPEAR_SECONDS):
+            typer.echo(f"{id} is not there")
+            if launcher is not None:
+                launcher.note_end("gone", id)
+            continue
+        if not yes and not (sys.stdin.isatty() and typer.confirm(f"destroy {describe(found)}?")):
+            raise UsageError(f"{describe(found)}: not destroyed", remedy="give --yes")
+        targets.append(id)
+    return targets
+
+
+def _insist(market: Market, ids: list[str], every: float) -> None:
+    """Destroy what belongs to no launch that is recorded here, or is in no record of one."""
+    from job.cloud.ending import Ending
+
+    endings = [Ending(market, id, _say, pause=min(every, 5.0), longest=min(2 * every, 60.0)) for id in ids]
+    try:
+        for ending in endings:
+            ending.insist()
+    except BaseException:
+        _say(f"{market.name}: perhaps not ended, and then BILLING ON: {', '.join(ids)}; end it at {market.console}")
+        raise
 
 
 def _say(line: str) -> None:
@@ -179,7 +253,7 @@ def _inner(command: list[str]) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _advise(wanted: Launch) -> None:
+def _advise(wanted: Launch, inner: Inner) -> None:
     """Say what would be regretted tomorrow.
 
     Raises:
@@ -187,17 +261,65 @@ def _advise(wanted: Launch) -> None:
     """
     import os
 
+    for note in inner.notes:
+        _say(note)
     if wanted.terms.interruptible and not wanted.resumable:
         raise UsageError(
-            "an interruptible machine may be lost at any second, and the command has no --checkpoint",
+            "an interruptible machine may be lost at any second, and the command has no --checkpoint off the machine",
             remedy="add --checkpoint hf://USER/REPO or s3://BUCKET/PREFIX to it",
         )
-    if not any(word.startswith("--when-done") for word in wanted.command):
-        _say("the command has no --when-done: the machine bills on after the job until you destroy it")
-    if not any(word.startswith("--upload") for word in wanted.command):
+    if not inner.uploads:
         _say("the command has no --upload: unless its settings name one, the result stays on the machine")
     if os.environ.get("HF_TOKEN") and "HF_TOKEN" not in wanted.env:
         _say("HF_TOKEN is set here and not passed on; --env HF_TOKEN passes it")
+
+
+def _tell_of_ends(inner: Inner, offer: Offer) -> None:
+    """Say what it costs to forget the machine, before it is rented."""
+    if inner.when_done is None:
+        _say(f"the command has no --when-done: the machine bills on after the job {_until(offer)}")
+    if inner.when_failed is None:
+        _say(f"the command has no --when-failed: if the job fails, the machine bills on {_until(offer)}")
+
+
+def _until(offer: Offer) -> str:
+    day = 24 * offer.dollars
+    return f"until you destroy it: ${offer.dollars:.2f} an hour, ${day:.2f} a day, ${7 * day:.2f} a week"
+
+
+@contextmanager
+def _telling_what_is_left(launcher: Launcher) -> Iterator[None]:
+    """Name what may bill on where a command is cut short: by an error, Ctrl-C, a kill, or a closed terminal."""
+    import signal
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    former = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    except typer.Exit:
+        raise  # said already
+    except BaseException:
+        for line in _left(launcher):
+            _say(line)
+        raise
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _left(launcher: Launcher) -> list[str]:
+    launch, market = launcher.launch, launcher.market
+    command = f"abliterate cloud {launch.platform}"
+    lines = [f"{market.name} instance {rented.id} MAY BILL ON" for rented in launch.left]
+    lines += [f"{market.name} instance {asked.label} MAY HAVE BEEN RENTED and bill" for asked in launch.pending]
+    if lines:
+        lines[-1] += (
+            f"; follow it with `{command} watch {launch.label}`, or end it with `{command} destroy {launch.label} "
+            f"--yes` or at {market.console}"
+        )
+    return lines
 
 
 def _launcher(wanted: Launch, file: Path | None = None, *, every: float) -> Launcher:
@@ -214,11 +336,16 @@ def _watch(launcher: Launcher, relaunches: int, wait: float, max_total: float | 
 
     outcome = Watch(launcher, relaunches=relaunches, wait_minutes=wait, most_dollars=max_total).until_the_end()
     last = launcher.launch.instances[-1].id
+    command = f"abliterate cloud {launcher.launch.platform}"
     if outcome == "idle":
         _say(f"its command has ended and instance {last} BILLS ON: fetch its log, then destroy it")
         raise typer.Exit(1)
     if outcome == "halted":
         raise typer.Exit(Stopped.exit_code)
+    if outcome == "missing":
+        raise MachineError(f"instance {last} was rented and has not appeared", remedy="launch again once it is gone")
+    if outcome == "stopped":
+        _say(f"instance {last} is stopped, and its DISK BILLS ON until: {command} destroy {last} --yes")
     _say("it has ended; `abliterate status --checkpoint URI` tells how")
 
 

@@ -9,8 +9,13 @@ from job.records import Record
 
 Action = Literal["nothing", "stop", "destroy"]
 # starting, running: on the way or at work; outbid: halted by the platform and still billing its disk;
-# stopped: halted by somebody; exited: its command has ended; lost: its host does not answer; gone: no longer there.
-State = Literal["starting", "running", "outbid", "stopped", "exited", "lost", "gone"]
+# stopped: halted by somebody; exited: its command has ended; lost: its host does not answer; gone: no longer there;
+# unknown: the platform names no status, or one that its documentation does not have. Nothing is done to such a one.
+State = Literal["starting", "running", "outbid", "stopped", "exited", "lost", "gone", "unknown"]
+# Variable that is put into every instance and holds its label: platforms may drop or cut the label itself.
+MARKER = "ABLITERATION_LAUNCH"
+# Status of one that the platform names no status of yet, by its documentation because it is being provisioned.
+PROVISIONING = "provisioning"
 
 
 class Need(Record):
@@ -124,6 +129,9 @@ class Instance(Record):
         label: The name it was given.
         dollars: Price of an hour now, None where the platform does not say.
         gpu: Its cards.
+        marker: Value of the variable `MARKER` in it, "" where the platform shows none.
+        image: Its image, "" where the platform does not say.
+        note: The platform's explanation of the status.
     """
 
     id: str
@@ -132,6 +140,9 @@ class Instance(Record):
     label: str = ""
     dollars: float | None = None
     gpu: str = ""
+    marker: str = ""
+    image: str = ""
+    note: str = ""
 
     @property
     def line(self) -> str:
@@ -144,7 +155,7 @@ class Order(Record):
     """What is to run on a machine.
 
     Attributes:
-        label: A name of its own, by which an instance is found whose creation was not confirmed.
+        label: A name of its own, by which an instance is found whose creation was not confirmed; also in `MARKER`.
         image: The image, whose ENTRYPOINT stays.
         command: What the ENTRYPOINT is given.
         volume: Id of a network volume for the workspace, where the platform has such.
@@ -160,6 +171,7 @@ class Market(Protocol):
     """A rental platform."""
 
     name: str
+    console: str  # where a person sees and ends instances
 
     def offers(self, need: Need, terms: Terms) -> list[Offer]:
         """Return what is offered, in the platform's order.
@@ -182,15 +194,15 @@ class Market(Protocol):
             CloudError: The platform cannot be asked.
         """
 
-    def labelled(self, label: str) -> list[Instance]:
-        """Return the account's instances of that label.
+    def instances(self) -> list[Instance]:
+        """Return all instances of the account.
 
         Raises:
             CloudError: The platform cannot be asked.
         """
 
-    def end(self, id: str, action: Action) -> None:
-        """Stop or destroy an instance; one that is not there counts as both.
+    def end(self, id: str, action: Action) -> bool:
+        """Stop or destroy an instance; return False where the platform knows no such instance.
 
         Raises:
             CloudError: The platform does not do it.

@@ -10,11 +10,12 @@ from typing import Any
 from urllib.parse import quote
 
 from job.cloud.api import Api, CloudError, GoneError
-from job.cloud.market import Action, Instance, Need, Offer, Order, State, Terms
+from job.cloud.market import MARKER, Action, Instance, Need, Offer, Order, State, Terms
 
 BASE = "https://api.runpod.io"
 # The variable by which the platform's own client is pointed elsewhere.
 BASE_NAME = "RUNPOD_API_BASE_URL"
+# All that version 2 documents; "RESTARTING" and so on belong to former versions, and count as unknown.
 _STATES: dict[str, State] = {
     "PROVISIONING": "starting",
     "STARTING": "starting",
@@ -33,6 +34,7 @@ class RunPod:
     """RunPod as a market."""
 
     name = "RunPod"
+    console = "https://console.runpod.io/pods"
 
     def __init__(self, api: Api) -> None:
         self._api = api
@@ -77,7 +79,7 @@ class RunPod:
             "image": order.image,
             "args": shlex.join(order.command),
             "disk": _CONTAINER_GB,
-            "env": dict(env),
+            "env": {**env, MARKER: order.label},
             "cloud": cloud,
             "gpu": compute,
             "mounts": mounts,
@@ -91,7 +93,7 @@ class RunPod:
             ):
                 return None
             raise
-        if not (pod or {}).get("id"):
+        if not isinstance(pod, Mapping) or not pod.get("id"):
             raise CloudError(f"{self.name} names no pod", uncertain=True)
         return str(pod["id"])
 
@@ -101,15 +103,22 @@ class RunPod:
             pod = self._api.call("GET", f"/v2/pods/{quote(id, safe='')}", what=f"pod {id}")
         except GoneError:
             return Instance(id=id, state="gone")
-        return _instance(pod or {"id": id})
+        return _instance({**(pod if isinstance(pod, Mapping) else {}), "id": id})
 
-    def labelled(self, label: str) -> list[Instance]:
-        """Return the account's pods of that name."""
-        found = self._api.call("GET", "/v2/pods", what=f"pods named {label}")
-        return [_instance(pod) for pod in (found or {}).get("pods", []) if pod.get("name") == label]
+    def instances(self) -> list[Instance]:
+        """Return the account's pods, which come in one list.
 
-    def end(self, id: str, action: Action) -> None:
-        """Stop or terminate a pod."""
+        Raises:
+            CloudError: The answer is no list of pods: that is not the same as having none.
+        """
+        found = self._api.call("GET", "/v2/pods", what="the list of pods")
+        rows = found.get("pods") if isinstance(found, Mapping) else None
+        if not isinstance(rows, list):
+            raise CloudError(f"{self.name} answers no list of pods", passing=True)
+        return [_instance(pod) for pod in rows if isinstance(pod, Mapping) and pod.get("id")]
+
+    def end(self, id: str, action: Action) -> bool:
+        """Stop or terminate a pod; return False where there is none."""
         path = f"/v2/pods/{quote(id, safe='')}"
         try:
             if action == "destroy":
@@ -117,11 +126,12 @@ class RunPod:
             elif action == "stop":
                 self._api.call("POST", f"{path}/action", body={"action": "stop"}, what=f"the stop of pod {id}")
         except GoneError:
-            return
+            return False
         except CloudError as error:
             # Not valid for what the pod does now: a stop of one that is stopped.
             if error.status != 409 or action != "stop" or self.instance(id).state not in ("stopped", "gone"):
                 raise
+        return True
 
     def logs(self, id: str, lines: int) -> str:
         """Return the last lines of a pod's log, which comes as a stream that stays open."""
@@ -169,16 +179,22 @@ def _offer(row: Mapping[str, Any], need: Need, cloud: str) -> Offer:
 
 
 def _instance(pod: Mapping[str, Any]) -> Instance:
-    status = str(pod.get("status", "")).upper()
-    gpu = pod.get("gpu") or {}
+    status = str(pod.get("status") or "").upper()
+    gpu, env = _table(pod.get("gpu")), _table(pod.get("env"))
     return Instance(
         id=str(pod["id"]),
-        state=_STATES.get(status, "lost"),
-        status=status.lower(),
+        state=_STATES.get(status, "unknown"),
+        status=status.lower() or "no status",
         label=str(pod.get("name") or ""),
         dollars=pod.get("cost") or None,
         gpu=f"{gpu.get('count', '?')}x {gpu.get('id', '?')}",
+        marker=str(env.get(MARKER) or ""),
+        image=str(pod.get("image") or ""),
     )
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _log_lines(stream: Iterable[str]) -> list[str]:

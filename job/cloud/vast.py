@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 from job.cloud.api import Api, CloudError, GoneError
-from job.cloud.market import Action, Instance, Need, Offer, Order, State, Terms
+from job.cloud.market import MARKER, PROVISIONING, Action, Instance, Need, Offer, Order, State, Terms
 
 BASE = "https://console.vast.ai"
 # The variable by which the platform's own client is pointed elsewhere.
 BASE_NAME = "VAST_URL"
 # What `error` says where an offer has been taken meanwhile.
+# What `actual_status` may be where the owner wants the instance to run and its contract is in force; also null while
+# it is being provisioned, which is not told from a status that is missing: nothing follows from either.
+_STATES: dict[str, State] = {
+    "created": "starting",
+    "loading": "starting",
+    "rebooting": "starting",
+    "running": "running",
+    "frozen": "running",
+    "exited": "exited",
+    "offline": "lost",
+}
+# What it may still say once the contract is released.
+_RELEASED = frozenset({"created", "stopped", "exited", "offline", "unknown"})
+_PAGE, _MOST_PAGES = 25, 400
 _TAKEN = frozenset({"no_such_ask", "ask_not_available", "not_available", "no_longer_available"})
 
 
@@ -21,6 +35,7 @@ class Vast:
     """Vast.ai as a market."""
 
     name = "Vast.ai"
+    console = "https://console.vast.ai/instances/"
 
     def __init__(self, api: Api) -> None:
         self._api = api
@@ -61,7 +76,7 @@ class Vast:
             "image": order.image,
             "disk": offer.need.disk_gb,
             "label": order.label,
-            "env": dict(env),
+            "env": {**env, MARKER: order.label},
             # Every other run type replaces the image's ENTRYPOINT.
             "runtype": "args",
             "args": list(order.command),
@@ -80,7 +95,7 @@ class Vast:
             if error.reason in _TAKEN:
                 return None
             raise
-        if not (rented or {}).get("new_contract"):
+        if not isinstance(rented, Mapping) or not rented.get("new_contract"):
             raise CloudError(f"{self.name} names no instance for offer {offer.id}", uncertain=True)
         return str(rented["new_contract"])
 
@@ -92,22 +107,33 @@ class Vast:
             )
         except GoneError:
             return Instance(id=id, state="gone")
-        row = (found or {}).get("instances")
-        return _instance(row) if isinstance(row, dict) and row else Instance(id=id, state="gone")
+        row = found.get("instances", "missing") if isinstance(found, Mapping) else "missing"
+        if not row:  # said in so many words: there is no such instance
+            return Instance(id=id, state="gone")
+        return _instance({**(row if isinstance(row, Mapping) else {}), "id": id})
 
-    def labelled(self, label: str) -> list[Instance]:
-        """Return the account's instances of that label."""
-        params: dict[str, str | int] = {
-            "select_filters": json.dumps({"label": {"eq": label}}),
-            "order_by": json.dumps([{"col": "id", "dir": "asc"}]),
-            "limit": 25,
-        }
-        found = self._api.call("GET", "/api/v1/instances/", params=params, what=f"instances labelled {label}")
-        rows = (found or {}).get("instances") or []
-        return [_instance(row) for row in rows if row.get("label") == label]
+    def instances(self) -> list[Instance]:
+        """Return the account's instances, page by page.
 
-    def end(self, id: str, action: Action) -> None:
-        """Stop or destroy an instance."""
+        Raises:
+            CloudError: The answer is no list of instances: that is not the same as having none.
+        """
+        params: dict[str, str | int] = {"order_by": json.dumps([{"col": "id", "dir": "asc"}]), "limit": _PAGE}
+        instances: list[Instance] = []
+        for _ in range(_MOST_PAGES):
+            page = self._api.call("GET", "/api/v1/instances/", params=params, what="the list of instances")
+            rows = page.get("instances") if isinstance(page, Mapping) else None
+            if not isinstance(rows, list):
+                raise CloudError(f"{self.name} answers no list of instances", passing=True)
+            instances += [_instance(row) for row in rows if isinstance(row, Mapping) and row.get("id")]
+            token = page.get("next_token")
+            if not token:
+                return instances
+            params["after_token"] = str(token)
+        raise CloudError(f"{self.name}'s list of instances has no end")
+
+    def end(self, id: str, action: Action) -> bool:
+        """Stop or destroy an instance; return False where there is none."""
         path = f"/api/v0/instances/{quote(id)}/"
         try:
             if action == "destroy":
@@ -115,7 +141,8 @@ class Vast:
             elif action == "stop":
                 self._api.call("PUT", path, body={"state": "stopped"}, what=f"the stop of instance {id}")
         except GoneError:
-            return
+            return False
+        return True
 
     def logs(self, id: str, lines: int) -> str:
         """Return the last lines of a log, which the platform copies to a storage and gives the address of."""
@@ -161,25 +188,35 @@ def _instance(row: Mapping[str, Any]) -> Instance:
     return Instance(
         id=str(row["id"]),
         state=_state(row),
-        status=str(status or "provisioning").strip(),
+        status=str(status or ("no status" if "actual_status" not in row else PROVISIONING)).strip(),
         label=str(row.get("label") or ""),
         dollars=row.get("dph_total"),
         gpu=f"{row.get('num_gpus', '?')}x {row.get('gpu_name', '?')}",
+        marker=_marker(row.get("extra_env")),
+        image=str(row.get("image_uuid") or ""),
+        note=" ".join(str(row.get("status_msg") or "").split()),
     )
 
 
+def _marker(env: Any) -> str:
+    """Return our marker from an instance's variables: pairs in a list, or a table."""
+    pairs = env.items() if isinstance(env, Mapping) else env if isinstance(env, list) else ()
+    found = [pair[1] for pair in pairs if isinstance(pair, Sequence) and len(pair) == 2 and pair[0] == MARKER]
+    return str(found[0]) if found else ""
+
+
 def _state(row: Mapping[str, Any]) -> State:
-    """Return what an instance does, by what it is, what it has and what its owner wants."""
-    actual, current, wanted = (row.get(key) for key in ("actual_status", "cur_state", "intended_status"))
+    """Return what an instance does, by what it is, what its contract is in and what its owner wants."""
+    values = [row.get(key) for key in ("actual_status", "cur_state", "intended_status")]
+    # Of another type than text: as good as a text that nobody knows.
+    actual, contract, wanted = ("?" if value is not None and not isinstance(value, str) else value for value in values)
     if wanted == "stopped":
         return "stopped"
-    if current == "unloaded":
-        return "gone"
-    if actual != "running" and "stopped" in (actual, current):
+    if contract == "unloaded":  # released on destroy; a container that is at work contradicts it
+        return "gone" if actual is None or actual in _RELEASED else "unknown"
+    if wanted not in ("running", "frozen") or contract not in ("running", "stopped"):
+        return "unknown"
+    if actual == "stopped" or (contract == "stopped" and _STATES.get(actual or "") not in (None, "running")):
         # The owner wants it to run and it has no machine: it was outbid, or its contract has ended.
         return "outbid"
-    if actual in (None, "created", "loading", "rebooting"):
-        return "starting"
-    if actual in ("offline", "unknown"):
-        return "lost"
-    return "running" if actual in ("running", "frozen") else "exited"
+    return _STATES.get(actual or "", "unknown") if contract == "running" else "unknown"

@@ -43,7 +43,8 @@ def launcher(server: Platform, tmp_path: Path, said: list[str], url: str | None 
     wanted = {"label": "abliterate-test", "platform": platform, "needs": (need(),), "terms": Terms(), "image": IMAGE}
     launch = Launch(**{**wanted, "command": COMMAND, **changes})
     market = open_market(platform, said.append, env=env_of(server, url), patience=QUICK)
-    return Launcher(market, launch, tmp_path / "launches" / "abliterate-test.json", said.append, every=0.05)
+    file = tmp_path / "launches" / "abliterate-test.json"
+    return Launcher(market, launch, file, said.append, every=0.05, look_seconds=1.0, ending_seconds=1.0)
 
 
 def command(server: Platform, tmp_path: Path, *arguments: Any, **env: str) -> Result:

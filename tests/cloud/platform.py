@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
 from typing import Any, Self
+from urllib.parse import unquote
 
 from tests.hub.faults import Faults, Request, Rule
 from tests.hub.server import Call, HubError, Reply, Server
@@ -22,6 +24,12 @@ class Platform:
         self.requests: list[Request] = []
         self.bodies: list[Any] = []
         self.keys = {KEY}
+        # How the platform lags, forgets and stays.
+        self.list_lag = 0  # lists that do not show what was rented since yet
+        self.get_lag = 0  # questions after a new instance that are answered "no such instance"
+        self.linger = 0  # questions that still show an instance whose end was taken
+        self.hide_env = False  # whether instances are shown without their variables
+        self.relabel: Callable[[str], str] | None = None  # what becomes of labels
         self._ids = itertools.count(1)
         self._server = Server(self, self._answer)  # type: ignore[arg-type]  # all that it uses of a hub is here
 
@@ -49,8 +57,18 @@ class Platform:
         """Do what is asked and cut the connection instead of answering."""
         return self.faults.add(Rule("drop", method, glob, times))
 
+    def undo(self, method: str = "*", glob: str = "*", times: int | None = 1, status: int = 500) -> Rule:
+        """Do what is asked and answer with an error all the same."""
+        return self.faults.add(Rule("undo", method, glob, times, status=status))
+
     def asked(self, method: str, part: str = "") -> list[Request]:
         return [request for request in self.requests if request.method == method and part in request.path]
+
+    def lags(self, name: str) -> bool:
+        """Count one of the questions that are answered from an old copy."""
+        left = getattr(self, name)
+        setattr(self, name, max(left - 1, 0))
+        return bool(left)
 
     # What the server wants of a hub
 
@@ -70,7 +88,11 @@ class Platform:
             raise self.denied()
         body = call.json() if call.method in ("POST", "PUT", "DELETE") else None
         self.bodies.append(body)
-        return self.answer(call, body)
+        reply = self.answer(call, body)
+        request = Request(call.method, unquote(call.path), "", "", authorized=True, headers={})
+        if (fault := self.faults.take("undo", request)) is not None:
+            return Reply(fault.status, {"Content-Type": "application/json"}, b'{"error": "after the deed"}')
+        return reply
 
     def is_public(self, path: str) -> bool:
         return False

@@ -29,6 +29,8 @@ class RunPodServer(Platform):
         self.pods: dict[str, dict[str, Any]] = {}
         self.gpus: list[dict[str, Any]] = []
         self.log_lines: list[str] = ["trial 1: done"]
+        self.new: set[str] = set()  # what was rented by way of the API
+        self.ended: set[str] = set()  # whose end was taken, and which linger
         self.chatter = False  # whether the log goes on and on
         self._numbers = itertools.count(1)
 
@@ -64,10 +66,17 @@ class RunPodServer(Platform):
                 assert call.option("product") == "POD"
                 return as_json({"gpus": self.gpus})
             case ["v2", "pods"]:
-                return as_json({"pods": list(self.pods.values())}) if call.method == "GET" else self._create(body)
+                return as_json({"pods": self._listed()}) if call.method == "GET" else self._create(body)
             case ["v2", "pods", id, *rest] if id in self.pods:
                 return self._pod(call.method, id, rest, body)
         raise problem(404, "Not Found", "resource not found")
+
+    def _listed(self) -> list[dict[str, Any]]:
+        lagging = self.new if self.lags("list_lag") else set()
+        return [self._shown(pod) for id, pod in self.pods.items() if id not in lagging]
+
+    def _shown(self, pod: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in pod.items() if key != "env" or not self.hide_env}
 
     def _create(self, body: dict[str, Any]) -> Reply:
         unknown = body.keys() - {"name", "image", "args", "disk", "env", "cloud", "gpu", "mounts"}
@@ -76,15 +85,26 @@ class RunPodServer(Platform):
         if body["gpu"]["id"] not in [gpu["id"] for gpu in self.gpus if gpu["availability"] != "NONE"]:
             detail = "There are no longer any instances available with the requested specifications."
             raise problem(400, "Bad Request", detail)
-        pod = self.add_pod(f"pod{next(self._numbers)}", name=body["name"], status="PROVISIONING")
-        return as_json(pod, 201)
+        name = self.relabel(body["name"]) if self.relabel is not None else body["name"]
+        told = {key: body[key] for key in ("image", "env")}
+        pod = self.add_pod(f"pod{next(self._numbers)}", name=name, status="PROVISIONING", **told)
+        self.new.add(pod["id"])
+        return as_json(self._shown(pod), 201)
 
     def _pod(self, method: str, id: str, rest: Iterable[str], body: Any) -> Reply:
         match [method, *rest]:
             case ["GET"]:
-                return as_json(self.pods[id])
+                if id in self.new and self.lags("get_lag"):
+                    raise problem(404, "Not Found", "resource not found")
+                pod = self._shown(self.pods[id])
+                if id in self.ended and not self.lags("linger"):
+                    del self.pods[id]
+                return as_json(pod)
             case ["DELETE"]:
-                del self.pods[id]
+                if self.linger:
+                    self.ended.add(id)
+                else:
+                    del self.pods[id]
                 return Reply(204)
             case ["POST", "action"]:
                 if body["action"] == "stop" and self.pods[id]["status"] == "EXITED":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from typing import Any
 from urllib.parse import unquote
 
@@ -19,6 +18,8 @@ class VastServer(Platform):
         self.instances: dict[int, dict[str, Any]] = {}
         self.asks: dict[int, dict[str, Any]] = {}
         self.log_text = "trial 1: done\n"
+        self.new: set[int] = set()  # what was rented by way of the API
+        self.ended: set[int] = set()  # whose end was taken, and which linger
         self.log_delay = 1  # how often the storage says "not yet"
         self._numbers = itertools.count(70001)
 
@@ -78,15 +79,26 @@ class VastServer(Platform):
             case ["api", "v0", "asks", number] if call.method == "PUT":
                 return self._accept(int(number), body)
             case ["api", "v1", "instances"]:
-                wanted = json.loads(call.option("select_filters"))["label"]["eq"]
-                rows = [row for row in self.instances.values() if row["label"] == wanted]
-                return as_json({"instances": rows, "next_token": None, "total_instances": len(rows)})
+                return self._listed(int(call.option("limit")), call.option("after_token"))
             case ["api", "v0", "instances", "request_logs", number] if call.method == "PUT":
                 self._row(number)
                 return as_json({"success": True, "result_url": f"{self.url}/storage/log?Signature=very-secret"})
             case ["api", "v0", "instances", number]:
                 return self._instance(call.method, number, body)
         raise HubError(404, "not_found", success=False, msg="no such path")
+
+    def _listed(self, limit: int, token: str) -> Reply:
+        if not 1 <= limit <= 25:
+            raise HubError(400, "invalid_args", success=False, msg="limit is 1 to 25")
+        lagging = self.new if self.lags("list_lag") else set()
+        rows = [self._shown(row) for number, row in sorted(self.instances.items()) if number not in lagging]
+        start = int(token or 0)
+        following = str(start + limit) if len(rows) > start + limit else None
+        page = rows[start : start + limit]
+        return as_json({"instances": page, "next_token": following, "total_instances": len(rows)})
+
+    def _shown(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in row.items() if key != "extra_env" or not self.hide_env}
 
     def _stored(self) -> Reply:
         if self.log_delay:
@@ -101,9 +113,18 @@ class VastServer(Platform):
 
     def _instance(self, method: str, number: str, body: Any) -> Reply:
         if method == "GET":
-            return as_json({"instances": self.instances.get(int(number))})
+            if int(number) in self.new and self.lags("get_lag"):
+                return as_json({"instances": None})
+            found = self.instances.get(int(number))
+            if int(number) in self.ended and not self.lags("linger"):
+                del self.instances[int(number)]
+            return as_json({"instances": self._shown(found) if found is not None else None})
+        if int(number) in self.new and self.lags("get_lag"):
+            raise HubError(404, "no_such_instance", success=False, msg=f"Instance {number} not found.")
         row = self._row(number)
-        if method == "DELETE":
+        if method == "DELETE" and self.linger:
+            self.ended.add(int(number))
+        elif method == "DELETE":
             del self.instances[int(number)]
         else:
             row.update(intended_status=body["state"], actual_status="exited", cur_state=body["state"])
@@ -133,6 +154,10 @@ class VastServer(Platform):
         if "price" in body and body["price"] < ask["min_bid"]:
             raise HubError(400, "bid_too_low", success=False, msg="bid below the minimum")
         contract = next(self._numbers)
-        self.add_instance(contract, label=body["label"], is_bid="price" in body, dph_total=body.get("price", 1.6))
+        label = self.relabel(body["label"]) if self.relabel is not None else body["label"]
+        told = {"image_uuid": body["image"], "extra_env": [list(pair) for pair in body["env"].items()]}
+        dollars = body.get("price", 1.6)
+        self.add_instance(contract, label=label, is_bid="price" in body, dph_total=dollars, **told)
+        self.new.add(contract)
         del self.asks[number]
         return as_json({"success": True, "new_contract": contract})
