@@ -10,7 +10,7 @@ import pytest
 
 from job.cloud.api import CloudError, KeyRefusedError, NoMoneyError
 from job.cloud.launching import find_launch
-from job.cloud.market import Terms
+from job.cloud.market import MARKER, Terms
 from job.errors import MachineError
 from job.preflight.cards import MIN_CUDA
 from tests.cloud import RunPodServer, VastServer
@@ -27,11 +27,11 @@ def test_launch_on_vast(vast: VastServer, tmp_path: Path) -> None:
     (body,) = [body for body in vast.bodies if body and "image" in body]
     assert body["runtype"] == "args"
     assert body["args"] == [*COMMAND, "--upload", "hf://user/model"]
-    assert body["env"] == {"HF_TOKEN": TOKEN, "X": "1"}
-    assert body["disk"] == 200
-    assert "price" not in body
     label = result.out.strip()
     assert body["label"] == f"{label}-1"
+    assert body["env"] == {"HF_TOKEN": TOKEN, "X": "1", MARKER: f"{label}-1"}
+    assert body["disk"] == 200
+    assert "price" not in body
     assert "rented Vast.ai instance 70001" in result.err
     found = find_launch(tmp_path / "launches", "70001", "vast")
     assert found is not None
@@ -41,13 +41,13 @@ def test_launch_on_vast(vast: VastServer, tmp_path: Path) -> None:
 def test_launch_on_runpod(runpod: RunPodServer, tmp_path: Path) -> None:
     command(
         runpod, tmp_path, "launch", "--on", "1xRTX4090", "--disk", "90", "--image", IMAGE, "--env", "HF_TOKEN",
-        "--", *COMMAND, "--set", "a b=c",
+        "--", *COMMAND, "--set", "good_prompts.prefix=a b",
     ).check()  # fmt: skip
     (body,) = [body for body in runpod.bodies if body]
     assert body["gpu"] == {"id": "NVIDIA GeForce RTX 4090", "count": 1, "minCudaVersion": MIN_CUDA}
     assert body["mounts"] == {"persistent": {"size": 90, "path": "/workspace"}}
-    assert body["args"].endswith("--set 'a b=c'")
-    assert body["env"] == {"HF_TOKEN": TOKEN}
+    assert body["args"].endswith("--set 'good_prompts.prefix=a b'")
+    assert body["env"] == {"HF_TOKEN": TOKEN, MARKER: body["name"]}
     assert body["cloud"] == "SECURE"
     command(
         runpod, tmp_path, "launch", "--on", "1xRTX4090", "--image", IMAGE, "--volume", "vol1", "--", *COMMAND

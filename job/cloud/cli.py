@@ -143,7 +143,7 @@ def fetch(
     market = open_market(platform, _say)
     found = market.instance(instance_id)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{instance_id}.json").write_text(found.model_dump_json(indent=2) + "\n")
+    (folder / f"{instance_id}.json").write_text(redact(found.model_dump_json(indent=2)) + "\n")
     typer.echo(folder / f"{instance_id}.json")
     if found.state == "gone":
         _say("it is gone, and its log with it")
@@ -175,10 +175,11 @@ def destroy(
     else:
         ids = _ids_of(market, id)
     targets = _confirmed(market, ids, launcher, yes=yes)
+    recorded = {rented.id for rented in launcher.launch.left} if launcher is not None else set()
     if launcher is not None:
         with _telling_what_is_left(launcher):
             launcher.destroy(targets)
-    _insist(market, targets, every)
+    _insist(market, [target for target in targets if target not in recorded], every)
     for target in targets:
         typer.echo(f"destroyed {target}")
 
@@ -222,12 +223,14 @@ def _confirmed(market: Market, ids: list[str], launcher: Launcher | None, *, yes
             continue
         if not yes and not (sys.stdin.isatty() and typer.confirm(f"destroy {describe(found)}?")):
             raise UsageError(f"{describe(found)}: not destroyed", remedy="give --yes")
+        if launcher is not None and found.state != "gone":
+            launcher.saw(id)
         targets.append(id)
     return targets
 
 
 def _insist(market: Market, ids: list[str], every: float) -> None:
-    """Destroy what belongs to no launch that is recorded here, or is in no record of one."""
+    """Destroy instances that no launch's record counts as its own."""
     from job.cloud.ending import Ending
 
     endings = [Ending(market, id, _say, pause=min(every, 5.0), longest=min(2 * every, 60.0)) for id in ids]

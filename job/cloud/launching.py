@@ -305,7 +305,7 @@ class Launcher:
 
     def _take_up(self, asked: Pending, found: Sequence[Instance]) -> None:
         """Record what was found of a pending creation; whatever is more than one machine is destroyed."""
-        needed = not self.launch.instances or self._replaced(self.launch.instances[-1])
+        needed = bool(found) and self._needed()
         for instance in found:
             self._record(asked, instance.id, dollars=instance.dollars, ending="" if needed else "it was rented twice")
             said = "it is now" if needed else "it is destroyed, since there is another"
@@ -313,6 +313,16 @@ class Launcher:
             self.say(f"instance {instance.id} was rented for this launch and not recorded; {said}")
             needed = False
         self.press_on()
+
+    def _needed(self) -> bool:
+        """Return whether the launch has no machine; one that is not shown gives way to one that is."""
+        if not self.launch.instances or self._replaced(self.launch.instances[-1]):
+            return True
+        last = self.launch.instances[-1]
+        if self.market.instance(last.id).state != "gone":
+            return False
+        self._change(last.model_copy(update={"ending": "gone"}))
+        return True
 
     def adopt(self) -> None:
         """Take up what was rented for this launch and not recorded, because renting was cut off.

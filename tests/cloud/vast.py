@@ -117,7 +117,7 @@ class VastServer(Platform):
                 return as_json({"instances": None})
             found = self.instances.get(int(number))
             if int(number) in self.ended and not self.lags("linger"):
-                del self.instances[int(number)]
+                self.instances.pop(int(number), None)
             return as_json({"instances": self._shown(found) if found is not None else None})
         if int(number) in self.new and self.lags("get_lag"):
             raise HubError(404, "no_such_instance", success=False, msg=f"Instance {number} not found.")
