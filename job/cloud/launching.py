@@ -44,6 +44,7 @@ class Rented(Record):
         why: What became of it.
         ending: Why it is being destroyed, "" while it is not; until it is seen to be gone.
         sure: It is this launch's for certain; one that only seems to be is never destroyed by itself.
+        seen: The platform has shown it, so that "no such instance" means that it is gone.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Rented(Record):
     why: str = ""
     ending: str = ""
     sure: bool = True
+    seen: bool = False
 
     def cost(self, now: float) -> float:
         """Return the dollars of its time, as far as the offer's price tells."""
@@ -394,6 +396,7 @@ class Launcher:
             rented.id,
             self.say,
             rented=rented.at,
+            seen=rented.seen,
             pause=min(self.every, 5.0),
             longest=min(2 * self.every, 60.0),
         )
@@ -408,7 +411,8 @@ class Launcher:
     def saw(self, id: str) -> None:
         """Note that the platform has shown an instance."""
         for rented in self.launch.left:
-            if rented.id == id:
+            if rented.id == id and not rented.seen:
+                self._change(rented.model_copy(update={"seen": True}))
                 self._ending(rented).seen = True
 
     def note_end(self, why: str, id: str | None = None) -> None:

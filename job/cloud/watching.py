@@ -166,7 +166,7 @@ class Watch:
         """Return how a watch of an instance ends that the platform does not know, None if it may still appear."""
         rented = self.launcher.launch.instances[-1]
         young = time.time() - rented.at < 60 * self.appear_minutes
-        never_seen = track.states == {"gone"}
+        never_seen = track.states == {"gone"} and not rented.seen
         if (young and never_seen) or self._listed(instance.id):
             return None
         if never_seen and track.begun - rented.at < 60 * self.appear_minutes:
