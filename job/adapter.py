@@ -18,6 +18,7 @@ from job.errors import ImpossibleJobError
 from job.export import Edit, StoredWriter
 from job.model import LoadedModel
 from job.numerics.ablation import output_edit, weight_tables
+from job.redaction import redacted
 from job.shards import Checkpoint
 from job.workspace import write_atomically
 
@@ -80,7 +81,7 @@ def _config(base: LoadedModel, *, rank: int, biased: bool, base_model: str | Non
     described: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]  # PEFT's own lacks annotations
     # Sets have no order of their own, and the same edit is to give the same bytes.
     values = {name: sorted(value) if isinstance(value, set | list) else value for name, value in described.items()}
-    return json.dumps(values, indent=2, sort_keys=True, default=str) + "\n"
+    return json.dumps(redacted(values), indent=2, sort_keys=True) + "\n"
 
 
 def _targets(base: LoadedModel) -> list[str]:

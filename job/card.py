@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from job.numerics.intervals import difference_interval, wilson_interval
 from job.quantised import DTYPE, quantisation_in
 from job.records import EditParameters, ExportFormat, Figures
+from job.redaction import redacted
 from job.reproduction import PromptsRecord, Reproduction
 from job.workspace import CARD
 
@@ -42,7 +43,7 @@ def model_card(made: Reproduction, source: Path) -> str:
         made: Its reproduce.json.
         source: Folder of the base model, whose card names the licence.
     """
-    inherited = inherited_metadata(source, made.base_model)
+    inherited = redacted(inherited_metadata(source, made.base_model))
     return f"""\
 ---
 {_metadata(made, inherited)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from job.intervention import ActiveEdits
 from job.memory import release_memory
 from job.model import LoadedModel, rendered
 from job.records import Trial
+from job.redaction import redacted_json
 from job.result import job_trials
 from job.whereabouts import job_settings
 from job.workspace import RunFolder
@@ -210,7 +210,7 @@ class Chat:
             raise JobError("out of memory", remedy="/reset, or lower /tokens") from error
         if self.options.as_json:
             subject = self._trial.number if self._trial else None
-            self.out.write(json.dumps({"trial": subject, "prompt": text, "answer": answer}, ensure_ascii=False))
+            self.out.write(redacted_json({"trial": subject, "prompt": text, "answer": answer}, ascii_only=False))
         self.out.write("\n")
         self.out.flush()
         self.messages = [*said, {"role": "assistant", "content": answer}]

@@ -14,6 +14,7 @@ import typer
 
 from job.cloud.cli import app as cloud_app
 from job.errors import DeliveryError, GateError, JobError, RestartNeeded, Stopped, UsageError
+from job.redaction import guarded_output, redacted_json
 
 if TYPE_CHECKING:
     from job.outcome import Outcome
@@ -298,8 +299,6 @@ def preflight(
     ] = None,
 ) -> None:
     """Check all that a run needs and leave nothing behind (exit code 3 or 76 if it must not start)."""
-    import json
-
     from job.events import Events
     from job.preflight.cards import parse_on
     from job.preflight.readings import read_reading
@@ -312,7 +311,7 @@ def preflight(
         reading = read_reading(Path(on)) if Path(on).is_file() else parse_on(on)
     survey = check_job(loaded.settings, events=Events(), notes=loaded.notes, on=reading)
     if as_json:
-        typer.echo(json.dumps(survey.as_json(), indent=2))
+        typer.echo(redacted_json(survey.as_json(), indent=2))
     else:
         from job.preflight.show import show
 
@@ -337,7 +336,6 @@ def status(
     ] = None,
 ) -> None:
     """Show where a job stands, from its run folder or its checkpoint."""
-    import json
     import shutil
 
     from job.following import HERE_SECONDS, THERE_SECONDS, follow
@@ -357,18 +355,16 @@ def status(
             raise typer.Exit(130) from None
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    typer.echo(json.dumps(read(), indent=2) if as_json else status_text(read(), width))
+    typer.echo(redacted_json(read(), indent=2) if as_json else status_text(read(), width))
 
 
 @app.command()
 def front(workspace: Workspace = None, job: Job = None, as_json: AsJson = False) -> None:
     """List the Pareto front of a job's trials, fewest refusals first, with intervals and what has been exported."""
-    import json
-
     from job.front import front_text, job_front
 
     found = job_front(_find_job(workspace, job))
-    typer.echo(json.dumps(found, indent=2) if as_json else front_text(found))
+    typer.echo(redacted_json(found, indent=2) if as_json else front_text(found))
 
 
 @app.command()
@@ -558,8 +554,6 @@ def inspect_(
     trusted: Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with it.")] = False,
 ) -> None:
     """Show the residual writers that were found, or why the model is refused (exit code 3)."""
-    import json
-
     from job.events import Events
     from job.models import fetch_model, list_model, parse_model
     from job.truth import inspection
@@ -569,7 +563,7 @@ def inspect_(
         folder = fetch_model(source, list_model(source, None, report), report, weights=False)
     found = inspection(folder, trusted)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(redacted_json(found, indent=2))
     elif found["supported"]:
         typer.echo(f"{found['model_type']}: supported, {found['layers']} layers")
         for writer in found["writers"]:
@@ -624,15 +618,18 @@ def demo(workspace: Workspace = None, trials: Trials = None) -> None:
 
 def main() -> None:
     """Run the command line and turn expected failures into a line and an exit code."""
-    from job.events import redact
+    with guarded_output():
+        _run_command_line()
 
+
+def _run_command_line() -> None:
     arguments = sys.argv[1:]
     if arguments[:1] == ["abliterate"]:  # `docker run IMAGE abliterate run` and `docker run IMAGE run` are the same
         arguments = arguments[1:]
     try:
         app(args=arguments or ["--help"], prog_name="abliterate")
     except JobError as error:
-        print(redact(f"error: {error.line}"), file=sys.stderr)
+        print(f"error: {error.line}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Stopped as stop:
         print(f"stopped by {stop}; run the same command again to continue", file=sys.stderr)
@@ -643,8 +640,8 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:  # anything unforeseen: its traceback may quote a secret, so it is shown redacted
+    except Exception:  # anything unforeseen: its traceback may quote a secret, which is masked where it is whole
         import traceback
 
-        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        sys.stderr.write(traceback.format_exc())
         sys.exit(1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,26 +17,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from job.errors import MachineError
+from job.redaction import redact, redacted
 
-# Names of environment variables whose values must never be written anywhere.
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
-# Tokens that are recognised by their form, wherever they come from.
-_SECRET_FORM = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b|\bAKIA[A-Z0-9]{16}\b|\brpa_[A-Za-z0-9]{16,}\b")
 _PLAIN_PROGRESS_SECONDS = 10.0
-
-
-def looks_secret(name: str) -> bool:
-    """Return whether an environment variable of that name holds a secret."""
-    return _SECRET_NAME.search(name) is not None
-
-
-def redact(text: str) -> str:
-    """Return text without the values of secret environment variables and without known token forms."""
-    for name, value in os.environ.items():
-        # Shorter values ("1", "true") are switches, and replacing them would garble the text.
-        if len(value) >= 8 and looks_secret(name):
-            text = text.replace(value, "***")
-    return _SECRET_FORM.sub("***", text)
 
 
 class Events:
@@ -65,8 +47,8 @@ class Events:
             MachineError: The log cannot be written.
         """
         if self._path is not None:
-            record = {"time": round(time.time(), 3), "event": event, "message": message, **fields}
-            line = redact(json.dumps(record, ensure_ascii=False, default=str))
+            said = redacted({"message": message, **fields})
+            line = json.dumps({"time": round(time.time(), 3), "event": event, **said}, ensure_ascii=False)
             try:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")

@@ -276,7 +276,7 @@ def seal_made(folder: Path, made: Reproduction, source: Path) -> None:
     """
 
     def describe(weights: Mapping[str, str]) -> dict[str, str]:
-        whole = made.model_copy(update={"weights": dict(weights)})
+        whole = made.model_copy(update={"weights": dict(weights)}).cleaned()
         return {REPRODUCE: whole.model_dump_json(indent=2) + "\n", CARD: model_card(whole, source)}
 
     seal(folder, describe)

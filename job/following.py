@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
 from job.errors import DeliveryError
+from job.redaction import redact, redacted_json
 from job.status import is_settled, status_text
 from job.timings import duration_text
 
@@ -40,7 +40,7 @@ def follow(read: Callable[[], dict[str, Any]], interval: float, *, as_json: bool
     while True:
         if (now := _essence(status)) != shown:
             shown = now
-            print(json.dumps(status) if as_json else summary_line(status), file=stream, flush=True)
+            print(redacted_json(status) if as_json else summary_line(status), file=stream, flush=True)
         if is_settled(status):
             return
         status = _next(status, read, interval)
@@ -54,7 +54,7 @@ def _paint(status: dict[str, Any], read: Callable[[], dict[str, Any]], interval:
     console = Console(file=stream, highlight=False)
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
-            live.update(Text(status_text(status, console.width)), refresh=True)
+            live.update(Text(redact(status_text(status, console.width))), refresh=True)
             if is_settled(status):
                 return
             status = _next(status, read, interval)

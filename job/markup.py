@@ -1,10 +1,12 @@
-"""Pieces of HTML; whatever text comes in is escaped."""
+"""Pieces of HTML; whatever text comes in is redacted and escaped."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from job.redaction import redact
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ Cell = str | Markup
 
 def escaped(cell: Cell) -> str:
     """Return HTML that shows a text as it is."""
-    return cell.html if isinstance(cell, Markup) else html.escape(cell)
+    return cell.html if isinstance(cell, Markup) else html.escape(redact(cell))
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from job.prompts import PromptSets
 from job.records import Figures, State
+from job.redaction import redact
 from job.settings import Settings
 from job.workspace import RunFolder, is_sealed, read_record
 
@@ -45,7 +46,7 @@ def completed(folder: RunFolder, settings: Settings) -> Outcome | None:
     delivered = {item.target for item in folder.read_uploads() if item.state == "done" and item.export == export.name}
     # What is delivered need not be here: the machine that made it may be gone.
     kept = is_sealed(export) or (settings.upload and settings.checkpoint is not None)
-    if not kept or not delivered >= set(settings.upload):
+    if not kept or not delivered >= {redact(target) for target in settings.upload}:
         return None
     outcome = outcome_of(folder, state.chosen, export)
     return None if missed_gate(settings, outcome.edited) else outcome

@@ -27,6 +27,7 @@ from job.preflight.mounts import kind_of, mount_of, read_mounts
 from job.preflight.survey import Survey, Surveyor
 from job.prompts import PromptSets
 from job.records import JobRecord, State, Trial
+from job.redaction import redacted
 from job.report import write_reports
 from job.reproduction import (
     Reproduction,
@@ -351,7 +352,7 @@ def model_folder(record: JobRecord, settings: Settings, events: Events) -> Path:
         ImpossibleJobError: There is no such model any more.
         MachineError: The Hub cannot be reached.
     """
-    if model_identity(settings) != record.identity["model"]:
+    if redacted(model_identity(settings)) != redacted(record.identity["model"]):
         raise UsageError(
             f"the model of job {record.job_id} is no longer what it was",
             remedy="restore it where job.json says it was",

@@ -21,6 +21,7 @@ class Prompt(Record):
         system: The system prompt, None for none.
     """
 
+    VERBATIM = frozenset({"user", "system"})
     user: str
     system: str | None = None
 
@@ -44,6 +45,20 @@ class PromptSets(Record):
         received: Bytes that came from the Hub.
     """
 
+    # What models are asked: a prompt that was changed would give other directions and other figures.
+    VERBATIM = frozenset(
+        {
+            "good",
+            "bad",
+            "good_search",
+            "bad_search",
+            "good_report",
+            "bad_report",
+            "helpfulness",
+            "unhelpfulness",
+            "capability",
+        }
+    )
     version: Literal[1] = 1
     good: tuple[Prompt, ...]
     bad: tuple[Prompt, ...]

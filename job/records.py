@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_json
+
+from job.redaction import MASK, redacted
 
 Component = Literal["attention", "mlp"]
 ExportFormat = Literal["merged", "adapter", "directions"]
@@ -18,9 +21,35 @@ COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
 
 
 class Record(BaseModel):
-    """Base of all records: frozen, and unknown keys are refused."""
+    """Base of all records: frozen, unknown keys refused, and without secrets once they are JSON.
+
+    Attributes:
+        VERBATIM: Fields that are computed with or compared byte by byte, so that they are written as they are.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    VERBATIM: ClassVar[frozenset[str]] = frozenset()
+
+    def model_dump_json(self, *, indent: int | None = None) -> str:  # type: ignore[override]  # no other options
+        """Return the record as JSON, redacted before it is escaped."""
+        plain = super().model_dump(mode="json")
+        changed = self.masked(plain)
+        if changed == plain:
+            return super().model_dump_json(indent=indent)
+        try:
+            type(self).model_validate(changed)
+        except ValidationError as error:
+            # A word of the format, such as a state, that happens to be somebody's password.
+            changed |= {str(one["loc"][0]): plain[str(one["loc"][0])] for one in error.errors() if one["loc"]}
+        return to_json(changed, indent=indent).decode()
+
+    def cleaned(self) -> Self:
+        """Return the record as it is read back from JSON, without its secrets."""
+        return type(self).model_validate_json(self.model_dump_json())
+
+    def masked(self, plain: dict[str, Any]) -> dict[str, Any]:
+        """Return the record's JSON values with its texts redacted, but for those that must stay as they are."""
+        return {name: value if name in self.VERBATIM else redacted(value) for name, value in plain.items()}
 
 
 class KernelParameters(Record):
@@ -278,6 +307,7 @@ class JobRecord(Record):
         versions: Versions of this package and of the libraries that decide results, at the first start.
         reproduces: The reproduction, kept in reproduces.json, that this job makes again; None if it makes none.
         searches: The search is made again too, not only its chosen edit.
+        redacted: Settings that held a secret, which stands in no file: those of `settings` are not whole.
     """
 
     version: Literal[1] = 1
@@ -293,6 +323,15 @@ class JobRecord(Record):
     versions: dict[str, str]
     reproduces: str | None = None
     searches: bool = True
+    redacted: tuple[str, ...] = ()
+
+    def masked(self, plain: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON values without secrets, and with the names of the settings that held one."""
+        found = super().masked(plain)
+        settings = found["settings"]
+        left = {name for name in self.redacted if MASK in str(settings.get(name))}
+        masked = {name for name, value in plain["settings"].items() if settings.get(name) != value}
+        return {**found, "redacted": sorted(left | masked)}
 
 
 class State(Record):
@@ -329,6 +368,7 @@ class Upload(Record):
 class Manifest(Record):
     """manifest.json of an export: sha256 and size of every other file in it."""
 
+    VERBATIM = frozenset({"files"})
     version: Literal[1] = 1
     files: dict[str, ManifestEntry]
 

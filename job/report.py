@@ -6,6 +6,7 @@ from job.card import direction_text, figures_table, kernel_table
 from job.detected import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors
 from job.errors import UsageError
 from job.records import DetectorReport, GeometryRecord, State
+from job.redaction import redact
 from job.result import RunResult
 from job.search import pareto_front
 from job.story import Story
@@ -41,6 +42,7 @@ def write_reports(folder: RunFolder, state: State | None = None, *, include_resp
         if story.export
         else f"# Report of job {folder.path.name}\n\n{headline(story)}\n"
     )
+    text = redact(text)
     write_atomically(folder.report_file, text.encode())
     write_atomically(folder.page_file, report_page(story).encode())
     if include_responses:

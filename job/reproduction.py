@@ -127,7 +127,7 @@ def reproduction(
         edited=figures[1],
         format=form,
         weights={},
-    )
+    ).cleaned()
 
 
 def base_model_name(record: JobRecord, settings: Settings) -> str | None:

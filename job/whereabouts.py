@@ -88,9 +88,15 @@ def job_settings(folder: RunFolder, **others: object) -> Settings:
     """Return the settings of a job as of its latest start, with others in their place.
 
     Raises:
-        UsageError: They are another version's.
+        UsageError: They are another version's, or one of them held a secret and is not whole.
     """
     record = folder.read_job()
+    lost = [name for name in record.redacted if name not in others and name != "workspace"]
+    if lost:
+        raise UsageError(
+            f"job {record.job_id} was given a secret in {', '.join(lost)}, and secrets are written nowhere",
+            remedy="go on with the same `abliterate run` command, or give what only extends the job with --set",
+        )
     # What a former version did not know is as it was before.
     stored = merged(default_values(), {**record.settings, "workspace": str(folder.path.parent)})
     try:

@@ -22,6 +22,7 @@ from job.events import Events
 from job.pipeline import model_folder
 from job.prompts import PromptSets
 from job.records import EditParameters
+from job.redaction import guarded_output
 from job.whereabouts import Whereabouts, job_settings
 from job.workspace import RunFolder, read_record
 
@@ -38,6 +39,11 @@ def main() -> None:
     The task is a line of standard input. All that takes seconds to load is loaded before it comes, with the code of a
     model whose folder may be the only argument.
     """
+    with guarded_output():
+        _work_for_run()
+
+
+def _work_for_run() -> None:
     # Not even `kill -9` of the run may leave a GPU occupied.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -21,6 +21,7 @@ from job.errors import HeldError, JobError, MachineError, UsageError
 from job.models import no_model_folder, parse_model
 from job.processes import HolderRecord, this_process
 from job.records import ExportFormat, JobRecord, Record, State, Upload
+from job.redaction import redact, redacted_json
 from job.settings import REFERENCE_SETS, Settings
 from job.sources import source_identity
 
@@ -210,8 +211,8 @@ class RunFolder:
 
     def record_upload(self, upload: Upload) -> None:
         """Put a delivery's state into uploads.json in place of what stood there for its target."""
-        others = [item for item in self.read_uploads() if item.target != upload.target]
-        items = [item.model_dump() for item in (*others, upload)]
+        others = [item for item in self.read_uploads() if item.target != redact(upload.target)]
+        items = [json.loads(item.model_dump_json()) for item in (*others, upload)]
         write_atomically(self.uploads_file, (json.dumps(items, indent=2) + "\n").encode())
 
     def discard(self) -> None:
@@ -280,7 +281,7 @@ def _folder_digest(folder: Path, memo: Path, *, write: bool) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
         stat = path.stat()
-        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+        key = f"{redact(str(path.resolve()))}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
         hashes[key] = known.get(key) or sha256_file(path)
         digest.update(f"{path.name} {hashes[key]}\n".encode())
     if write and not hashes.keys() <= known.keys():
@@ -423,7 +424,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = redacted_json(value)  # before it is cut: a part of a secret is not recognised
     return text if len(text) <= 40 else text[:37] + "..."
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from job.errors import HeldError, ImpossibleJobError, JobError, MachineError, UsageError
-from job.events import Events, read_events, redact
+from job.events import Events, read_events
 from job.interrupt import StopSignals
 from job.records import JobRecord
+from job.redaction import redact
 from job.settings import Settings, load_settings
 from job.workspace import RunFolder, find_job, open_job, read_record, write_atomically, write_record
 from tests.helpers import environment

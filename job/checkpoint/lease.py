@@ -19,6 +19,7 @@ from job.checkpoint.records import HEAD, Head, Lease, decode_head, foreign, proc
 from job.checkpoint.store import ConflictError, Store, Stored
 from job.errors import HeldError
 from job.processes import this_process
+from job.redaction import redacted
 
 # Times that a head is looked at anew because another runner was quicker, or an answer got lost.
 _LOOKS = 5
@@ -159,7 +160,7 @@ def take(store: Store, job: str, identity: Mapping[str, Any], writer: str, say: 
 
 def _check(store: Store, job: str, identity: Mapping[str, Any], found: Stored) -> None:
     head = decode_head(found.data, job, store.uri)
-    if head.identity != dict(identity):
+    if redacted(head.identity) != redacted(identity):
         raise foreign(store.uri, job, [f"{HEAD} of another job"])
     known = {f"objects/{name}" for name in (*head.objects, *head.previous)}
     if odd := [name for name in store.names(job) if name not in known and not name.startswith("objects/")]:

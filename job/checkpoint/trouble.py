@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from job.checkpoint.lease import now
 from job.errors import JobError
-from job.events import redact
+from job.redaction import redact
 
 FIRST_RETRY_S = 0.5
 _LONGEST_RETRY_S = 60.0

@@ -12,6 +12,7 @@ from job.cloud import runpod, vast
 from job.cloud.api import Api, Patience
 from job.cloud.market import Market
 from job.errors import UsageError
+from job.redaction import remember
 
 Platform = Literal["vast", "runpod"]
 VAST_KEY, RUNPOD_KEY = "VAST_API_KEY", "RUNPOD_API_KEY"
@@ -49,6 +50,7 @@ def open_market(
 
 
 def _required(key: str, platform: str, name: str) -> str:
+    remember(key)
     if not key:
         raise UsageError(f"there is no key for {platform}", remedy=f"set {name} to a key of your account")
     return key

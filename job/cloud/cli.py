@@ -137,7 +137,7 @@ def fetch(
 ) -> None:
     """Bring back what the platform's API gives: the log, and what it says of the instance."""
     from job.cloud.account import open_market
-    from job.events import redact
+    from job.redaction import redact
 
     instance_id = _instance_id(platform, id)
     market = open_market(platform, _say)
@@ -243,14 +243,21 @@ def _insist(market: Market, ids: list[str], every: float) -> None:
 
 
 def _say(line: str) -> None:
-    from job.events import redact
+    from job.redaction import redact
 
     typer.echo(redact(line), err=True)
 
 
 def _inner(command: list[str]) -> tuple[str, ...]:
     """Return what the ENTRYPOINT is given: `abliterate` before it is understood either way."""
+    from job.redaction import holds_secret
+
     words = command[1:] if command[:1] == ["abliterate"] else command
+    if any(map(holds_secret, words)):
+        raise UsageError(
+            "the command after -- holds a secret, and would be kept on this machine and shown by the platform",
+            remedy="set it in the environment, here or as the platform's secret, and pass it on with --env NAME",
+        )
     if not words:
         raise UsageError("what is to run there?", remedy="end with: -- run MODEL --checkpoint URI --upload URI")
     return tuple(words)

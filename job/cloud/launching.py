@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +17,9 @@ from job.cloud.api import CloudError
 from job.cloud.ending import Ending
 from job.cloud.market import Instance, Market, Need, Offer, Order, Terms
 from job.cloud.ownership import Pending, claim
-from job.errors import MachineError, UsageError
-from job.events import looks_secret
+from job.errors import JobError, MachineError, UsageError
 from job.records import Record
+from job.redaction import holds_secret, looks_secret
 from job.workspace import write_atomically
 
 # How long a creation that was not confirmed is looked for before another offer is taken: lists lag behind.
@@ -136,15 +137,21 @@ def environment(names: Sequence[str], plain: Mapping[str, str], env: Mapping[str
             f"{name} rules your whole account and is not given to a rented machine",
             remedy="leave it out: the platform gives each instance a key of its own",
         )
-    for name in plain:
-        if looks_secret(name):
+    for name, value in plain.items():
+        if (looks_secret(name) and not _is_count(name, value)) or holds_secret(value):
             raise UsageError(
-                f"the value of {name} does not belong on a command line", remedy=f"set it here and give --env {name}"
+                f"the value of {name} does not belong on a command line: it looks like a secret",
+                remedy=f"set it here and give --env {name}, or keep it as a secret of the platform",
             )
     missing = [name for name in names if not env.get(name)]
     if missing:
         raise UsageError(f"not set here: {', '.join(missing)}", remedy="set what --env names")
     return {**{name: env[name] for name in names}, **plain}
+
+
+def _is_count(name: str, value: str) -> bool:
+    """Return whether a variable says how many tokens there are, and holds none."""
+    return "TOKENS" in name.upper() and re.fullmatch(r"\d{1,6}", value) is not None
 
 
 def find_offers(market: Market, needs: Sequence[Need], terms: Terms) -> list[Offer]:

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from job.preflight.checks import is_allowed
 from job.preflight.survey import Survey
+from job.redaction import redact
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -23,13 +24,14 @@ def show(survey: Survey, console: Console | None = None) -> None:
         allowed = check.status == "fail" and is_allowed(check, survey.allowed)
         status = "allowed" if allowed else check.status
         style = "yellow" if allowed else _STYLES[check.status]
-        # As text: measured values may hold brackets, which are no markup.
-        table.add_row(Text(status, style=style), Text(check.name), Text(check.measured), Text(check.needed))
+        # As text: measured values may hold brackets, which are no markup. Redacted before lines are broken.
+        measured, needed = Text(redact(check.measured)), Text(redact(check.needed))
+        table.add_row(Text(status, style=style), Text(check.name), measured, needed)
         if check.remedy:
-            table.add_row("", "", Text(f"→ {check.remedy}", style=style), "")
+            table.add_row("", "", Text(f"→ {redact(check.remedy)}", style=style), "")
     console.print(table)
     if survey.plan is not None:
-        console.print(Text("plan: " + "; ".join(survey.plan.settings)))
+        console.print(Text(redact("plan: " + "; ".join(survey.plan.settings))))
     if survey.offers is not None:
         console.print(Text(f"offers: {survey.offers}"), soft_wrap=True)
     console.print(Text(f"preflight: {survey.summary}"))

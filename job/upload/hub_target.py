@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from job.errors import DeliveryError, UsageError
+from job.redaction import remember
 
 MAIN = "main"
 _OTHER_KINDS = frozenset({"models", "datasets", "spaces", "kernels", "buckets"})
@@ -77,6 +78,7 @@ def find_token(options: HubOptions) -> str:
     from huggingface_hub import get_token
 
     token = (options.token or get_token() or "").strip()
+    remember(token)
     if not token:
         raise DeliveryError("there is no token for the Hub", remedy="set HF_TOKEN to one that may write there")
     if re.fullmatch(r"[!-~]+", token) is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import DeliveryError
-from job.events import redact
+from job.redaction import redact
 
 # A server may ask for more patience than our own waits have, but not for an unbounded one.
 _LONGEST_RETRY_AFTER_S = 300.0

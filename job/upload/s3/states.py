@@ -21,6 +21,7 @@ class UploadState(Record):
     The parts themselves are not noted: the server knows better which of them it has.
     """
 
+    VERBATIM = frozenset({"upload_id", "sha256"})
     version: Literal[1] = 1
     bucket: str
     key: str

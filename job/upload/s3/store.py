@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from job.errors import UsageError
-from job.events import redact
+from job.redaction import redact, remember
 from job.upload.s3.failures import GivenUpError, explained, retry_after_s, tries
 from job.upload.s3.options import S3Options, Target
 
@@ -206,9 +206,13 @@ def _client(target: Target, options: S3Options) -> Any:
         response_checksum_validation="when_required",
     )
     try:
-        client = boto3.session.Session().client(
-            "s3", region_name=options.region, endpoint_url=options.endpoint, config=config
-        )
+        session = boto3.session.Session()
+        found = session.get_credentials()
+        if found is not None:
+            # They may come from a file or a service, where no variable holds them.
+            frozen = found.get_frozen_credentials()
+            remember(frozen.secret_key, frozen.token)
+        client = session.client("s3", region_name=options.region, endpoint_url=options.endpoint, config=config)
     except BotoCoreError as error:
         raise explained("", error, target) from error
     except ValueError as error:  # botocore says so about an endpoint that is no URL

@@ -1,0 +1,236 @@
+"""Secrets are taken out of text: the one place that every log, record, report and error line goes through.
+
+What counts as a secret: the values of environment variables whose names say so, the passwords of addresses in any
+variable, what `remember` was told, and tokens that are recognised by their form. Values are found in every form that
+writers give them: plain, escaped for JSON, Python, HTML or shells, URL-encoded, base64, hexadecimal, UTF-16.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import json
+import os
+import re
+import shlex
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
+from urllib.parse import quote, quote_plus, unquote
+
+MASK = "***"
+# Shorter values ("1", "true", "admin") are switches and words, and masking them would garble every text.
+MIN_LENGTH = 8
+# A value of one kind of characters and fewer than 17 may be a word ("postgres"): it is masked as a whole word only.
+_WORD = re.compile(r"[A-Z]?[a-z]{1,15}|[A-Z]{1,15}|[0-9]{1,15}")
+_SECRET_NAME = re.compile(
+    r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|KEYS?(?![A-Z])|(?<![A-Z])PAT(?![A-Z])", re.IGNORECASE
+)
+# Where a word begins, also right after an escape of JSON or of a URL.
+_BEGIN = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|(?<=%[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa-f]{4}))"
+_END = r"(?![A-Za-z0-9])"
+# Tokens as their issuers form them: Hugging Face, AWS, RunPod, GitHub, OpenAI and the like, JSON web tokens, PEM keys.
+_TOKENS = re.compile(
+    rf"{_BEGIN}(?:hf_[a-z]{{1,20}}_[A-Za-z0-9._~+/-]{{16,}}=*|hf_[A-Za-z0-9]{{16,}}|(?:AKIA|ASIA)[A-Z0-9]{{16}}{_END}"
+    r"|rpa_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|sk-[A-Za-z0-9_-]{20,}"
+    r"|eyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]*)"
+    r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)",
+    re.DOTALL,
+)
+# What stands before a secret, kept, and the secret: in addresses, query strings, connection strings and headers.
+_PLACES = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"((?<![A-Za-z0-9])[a-z][a-z0-9+.-]{0,20}://[^\s/:@\"'<>?#]{0,200}:)[^\s/@\"'<>]+(?=@)",
+        r"((?<![A-Za-z0-9])[a-z][a-z0-9+.-]{0,20}://)[^\s/:@\"'<>?#]{16,}(?=@)",
+        r"(%3A%2F%2F[^\s%\"'<>]*%3A)(?:(?!%40|%2F)[^\s\"'<>])+(?=%40)",
+        r"([?&;](?:[\w.-]{0,60}(?:token|secret|password|passwd|signature|credential|api_?key|access_?key(?:id)?)|sig)=)"
+        r"[^\s&;\"'<>]+",
+        r"((?<![A-Za-z0-9])(?:password|passwd)\s?=\s?)[^\s&;,\"'<>]+",
+        r"(aws_secret_access_key[\"']?\s*[:=]\s*[\"']?)[A-Za-z0-9/+]{40}",
+        r"((?<![A-Za-z0-9])(?:bearer|basic)\s+)(?=\S*[0-9=+/_])[A-Za-z0-9._~+/-]{16,}=*",
+    )
+)
+_ADDRESS_PASSWORD = re.compile(r"://[^\s/:@]*:(.+)@")
+
+_remembered: set[str] = set()
+_lock = threading.Lock()
+
+
+def looks_secret(name: str) -> bool:
+    """Return whether an environment variable of that name holds a secret."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def remember(*values: str | None) -> None:
+    """Mask these values from now on: credentials that come from files and not from the environment."""
+    with _lock:
+        _remembered.update(value for value in values if value)
+
+
+def redact(text: str) -> str:
+    """Return text with every secret in it replaced by `***`."""
+    return _masks().text(text)
+
+
+def redacted(value: Any) -> Any:
+    """Return a JSON value with its texts redacted, keys too; what JSON does not know becomes redacted text."""
+    return _walked(value, _masks())
+
+
+def redacted_json(value: Any, *, indent: int | None = None, ascii_only: bool = True) -> str:
+    """Return a value as JSON that was redacted before it was escaped."""
+    return json.dumps(redacted(value), indent=indent, ensure_ascii=ascii_only)
+
+
+def holds_secret(text: str) -> bool:
+    """Return whether a text holds what would be masked, words that may be no secrets left aside."""
+    return _masks().key(text) != text
+
+
+def _walked(value: Any, masks: _Masks) -> Any:
+    if isinstance(value, str):
+        return masks.text(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {masks.key(str(key)): _walked(part, masks) for key, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_walked(part, masks) for part in value]
+    return masks.text(str(value))
+
+
+class _Masks:
+    """Masks the secrets of one environment."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        self._forms, words = _forms_of(secrets)
+        self._words = re.compile(f"{_BEGIN}(?:{'|'.join(map(re.escape, words))}){_END}") if words else None
+
+    def text(self, text: str) -> str:
+        """Return a text without secrets."""
+        return self.key(text if self._words is None else self._words.sub(MASK, text))
+
+    def key(self, text: str) -> str:
+        """Return the name of a field without secrets; a word that is a secret elsewhere is none there."""
+        for form in self._forms:
+            if form in text:
+                text = text.replace(form, MASK)
+        text = _TOKENS.sub(MASK, text)
+        for place in _PLACES:
+            text = place.sub(rf"\1{MASK}", text)
+        return text
+
+
+def _masks() -> _Masks:
+    # The environment may change while the process runs: a client sets a variable, a test another one.
+    with _lock:
+        return _made(tuple(os.environ.items()), frozenset(_remembered))
+
+
+@functools.lru_cache(maxsize=4)
+def _made(environment: tuple[tuple[str, str], ...], remembered: frozenset[str]) -> _Masks:
+    return _Masks({*_secrets_in(environment), *remembered})
+
+
+def _secrets_in(environment: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Yield the secrets of an environment: values by their name, passwords of addresses by their place."""
+    for name, value in environment:
+        # The path of a file that holds a secret is none, and would mask the paths of everything beside it.
+        if looks_secret(name) and not (value.startswith("/") and os.path.exists(value)):
+            yield value
+        for password in _ADDRESS_PASSWORD.findall(value):
+            yield from (password, unquote(password))
+
+
+def _forms_of(secrets: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return what secrets look like in texts, the longest first, and those that are masked as whole words only."""
+    forms: set[str] = set()
+    words: set[str] = set()
+    for secret in secrets:
+        # Messages are put into one line, and tracebacks are shown line by line.
+        for value in {secret, secret.strip(), " ".join(secret.split()), *map(str.strip, secret.splitlines())}:
+            if len(value) < MIN_LENGTH:
+                continue
+            if _WORD.fullmatch(value):
+                words.add(value)
+                forms.update(form for form in _encoded(value) if form != value)
+            else:
+                forms.update((value, *_encoded(value)))
+    return sorted(forms, key=len, reverse=True), sorted(words, key=len, reverse=True)
+
+
+def _encoded(secret: str) -> Iterator[str]:
+    """Yield a secret as writers may give it; some forms are the secret itself."""
+    data = secret.encode("utf-8", "surrogateescape")
+    for escaped in (json.dumps(secret), json.dumps(secret, ensure_ascii=False), repr(secret)):
+        yield escaped[1:-1]
+    yield shlex.quote(secret)
+    for quoted in (quote(data, safe=""), quote(data), quote_plus(data)):
+        yield quoted
+        yield re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), quoted)
+    for shown in (html.escape(secret), html.escape(secret, quote=False)):
+        yield shown
+        yield shown.replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
+    yield data.hex()
+    yield data.hex().upper()
+    yield from _base64(data)
+    # UTF-16, read as if it were a text of single bytes; the zeros of JSON beside it.
+    for zero in ("\0", "\\u0000", "\\x00", "%00"):
+        yield zero.join(secret)
+    for codec in ("utf-16-le", "utf-16-be"):
+        yield from _base64(secret.encode(codec, "surrogatepass"))
+
+
+def _base64(data: bytes) -> Iterator[str]:
+    """Yield what of a secret's base64 does not depend on what stands before and after it, for each alignment."""
+    for before in range(3):
+        found = base64.b64encode(b"\0" * before + data).decode()
+        first = (0, 2, 3)[before]
+        # A last group that is not full depends on what follows.
+        last = (len(data) + before) // 3 * 4 + (0, 1, 2)[(len(data) + before) % 3]
+        if last - first >= MIN_LENGTH:
+            yield found[first:last]
+            yield found[first:last].translate({ord("+"): "-", ord("/"): "_"})
+
+
+class _Guarded:
+    """A text stream of which everything is redacted that is written to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text without its secrets; return its length."""
+        if not isinstance(text, str):
+            raise TypeError(f"a text is written here, not {type(text).__name__}")
+        self._stream.write(redact(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write lines without their secrets."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def guarded_output() -> Iterator[None]:
+    """Redact all that this process prints in the block: also what libraries, warnings and threads' failures print."""
+    before = sys.stdout, sys.stderr
+    # A process without a console has none.
+    guarded = [cast(TextIO, _Guarded(stream) if stream else stream) for stream in before]
+    sys.stdout, sys.stderr = guarded
+    try:
+        yield
+    finally:
+        # What has put another stream there meanwhile keeps it.
+        if sys.stdout is guarded[0]:
+            sys.stdout = before[0]
+        if sys.stderr is guarded[1]:
+            sys.stderr = before[1]
