@@ -36,7 +36,7 @@ from benchmarks.roofline import Ceilings, measured_ceilings
 from job.errors import JobError, MachineError
 from job.evaluation import Evaluator
 from job.intervention import Intervention
-from job.model import LoadedModel, conversation, resolve_device
+from job.model import LoadedModel, conversations, resolve_device
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis, orthonormal_basis
 from job.numerics.directions import mean_difference
@@ -80,7 +80,7 @@ def measure(request: Request) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = filled_tokenizer(SHAPES[request.shape]["vocab_size"])
     sets = prompt_sets(request.prompts)
-    texts = [conversation(tokenizer, prompt) for prompts in sets.values() for prompt in prompts]
+    texts = conversations(tokenizer, [prompt for prompts in sets.values() for prompt in prompts])
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     try:
         wanted = shape(request.shape, tokenizer, dtype, request.layers)

@@ -195,8 +195,8 @@ class Chat:
         begun = [] if self._system is None else [{"role": "system", "content": self._system}]
         tokens = self._fitting(
             self.bench.loaded.tokenizer(
-                rendered(self.bench.loaded.tokenizer, [*begun, *said]), add_special_tokens=False
-            )["input_ids"]
+                rendered(self.bench.loaded.tokenizer, [[*begun, *said]]), add_special_tokens=False
+            )["input_ids"][0]
         )
         hooks = self._edits.on_every_row(self.bench.loaded.model) if self._edits else nullcontext()
         shown = Shown(self.bench.loaded, None if self.options.as_json else self.out)

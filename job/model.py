@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from job.architectures import Architecture, discover
+from job.chat_template import Messages, render
 from job.decoding import first_logits, greedy_answers
 from job.dequantising import dequantising_config
 from job.errors import ImpossibleJobError, MachineError, UsageError
@@ -44,6 +45,8 @@ from job.settings import LoadingSettings
 from job.twin import auto_class, empty_model
 
 SINGLE = "model.safetensors"
+# What a model that has just been loaded is asked.
+GREETING = Prompt(user="Hello, how are you?")
 _PLACE = re.compile(r"cpu|mps|disk|cuda(:\d+)?")
 _CPUS = Path("/proc/cpuinfo")
 
@@ -86,47 +89,47 @@ class LoadedModel:
         Raises:
             ImpossibleJobError: The chat template does not take the conversation.
         """
-        texts = (self.conversation(prompt) + self.response_prefix for prompt in prompts)
+        texts = (text + self.response_prefix for text in conversations(self.tokenizer, prompts))
         # The template has written the special tokens already.
         return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-
-    def conversation(self, prompt: Prompt) -> str:
-        """Return a prompt as the chat template writes it, up to where the answer begins.
-
-        Raises:
-            ImpossibleJobError: The chat template does not take the conversation.
-        """
-        return conversation(self.tokenizer, prompt)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of an answer."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
-def conversation(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """Return a prompt as a tokenizer's chat template writes it, up to where the answer begins.
+def conversations(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[str]:
+    """Return prompts as a tokenizer's chat template writes them, up to where the answers begin.
 
     Raises:
-        ImpossibleJobError: The chat template does not take the conversation.
+        ImpossibleJobError: The chat template does not take a conversation, or exceeds its limits.
     """
-    messages = [{"role": "user", "content": prompt.user}]
-    if prompt.system is not None:
-        messages.insert(0, {"role": "system", "content": prompt.system})
-    return rendered(tokenizer, messages)
+    said = []
+    for prompt in prompts:
+        system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+        said.append([*system, {"role": "user", "content": prompt.user}])
+    return rendered(tokenizer, said)
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
-    """Return a conversation as a tokenizer's chat template writes it, up to where the next answer begins.
+def rendered(tokenizer: PreTrainedTokenizerBase, said: Sequence[Messages]) -> list[str]:
+    """Return conversations as a tokenizer's chat template writes them, up to where the next answers begin.
 
     Args:
         tokenizer: The tokenizer.
-        messages: What has been said, each with its `role` and `content`.
+        said: What has been said in each, every message with its `role` and `content`.
 
     Raises:
-        ImpossibleJobError: The chat template does not take the conversation.
+        ImpossibleJobError: The chat template does not take a conversation, or exceeds its limits.
     """
+    if not said:
+        return []
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        if type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
+            template = tokenizer.get_chat_template()
+            return render(template, tokenizer.special_tokens_map, said, str(tokenizer.name_or_path))
+        # A way of its own to write conversations is the library's code or trusted code, which is run anyway.
+        own = tokenizer.apply_chat_template
+        return [str(own(list(messages), tokenize=False, add_generation_prompt=True)) for messages in said]
     except (TemplateError, ValueError) as error:
         raise ImpossibleJobError(
             f"the chat template of {tokenizer.name_or_path} refuses a conversation: {error}",
@@ -356,7 +359,7 @@ def _fault(loaded: LoadedModel) -> str | None:
             continue
         if not bool(torch.isfinite(parameter).all()):
             return f"weight {name} has values that are not finite"
-    prompts = loaded.tokenize([Prompt(user="Hello, how are you?")])
+    prompts = loaded.tokenize([GREETING])
     try:
         if not bool(torch.isfinite(first_logits(loaded.model, prompts)).all()):
             return "logits are not finite"

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from job.decoding import greedy_answers
-from job.model import LoadedModel
+from job.model import LoadedModel, conversations
 from job.prompts import Prompt
 
 # The opening of a chain of thought and the empty one, as models of that kind write it.
@@ -55,7 +55,7 @@ def close_thought(opening: str) -> str:
 
 def _rest_of_thought(loaded: LoadedModel, prompts: Sequence[Prompt]) -> str:
     """Return what closes a chain of thought that the chat template itself begins, "" if it begins none."""
-    texts = {loaded.conversation(prompt).rstrip() for prompt in prompts}
+    texts = {text.rstrip() for text in conversations(loaded.tokenizer, prompts)}
     for begin, closed in THOUGHTS.items():
         if all(text.endswith(begin) for text in texts):
             return closed.removeprefix(begin)

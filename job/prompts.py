@@ -75,6 +75,12 @@ class PromptSets(Record):
     received: int = 0
 
     @property
+    def everything(self) -> tuple[Prompt, ...]:
+        """All prompts that a model is asked."""
+        evaluated = (*self.good_search, *self.bad_search, *self.good_report, *self.bad_report)
+        return (*self.good, *self.bad, *evaluated, *self.helpfulness, *self.unhelpfulness, *self.capability)
+
+    @property
     def unseen(self) -> bool:
         """Whether the search sees none of the prompts that figures are reported on."""
         seen = {*self.good_search, *self.bad_search}

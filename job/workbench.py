@@ -26,7 +26,7 @@ from job.export import Edit, copy_licences, seal_made, verify_written, write_wei
 from job.faults import Watchdog, clear_faults, is_out_of_memory, out_of_memory
 from job.intervention import Intervention
 from job.memory import release_memory
-from job.model import LoadedModel, hardware, load_model
+from job.model import LoadedModel, conversations, hardware, load_model
 from job.numerics.basis import Basis
 from job.placement import let_go, placement
 from job.prefix import with_response_prefix
@@ -112,6 +112,7 @@ class Workbench:
         )
         loaded = _load(source, record, settings, events)
         require_resident(loaded, settings.export_format)
+        conversations(loaded.tokenizer, prompts.everything)  # at once: one process renders them all
         watchdog = Watchdog(settings.hang_seconds, folder.stacks_file)
         with clear_faults(), watchdog.watching(decoder_of(loaded.model)):
             record, resolution = _resolve(folder, record, settings, prompts, loaded, architecture.norms, events)

@@ -30,6 +30,7 @@ NAMES = frozenset(
         "model.weights",
         "model.architecture",
         "model.tokenizer",
+        "model.template",
         "model.licence",
         "data",
         "data.overlap",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +14,11 @@ from job.quantised import METHODS
 from job.records import ExportFormat
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from job.architectures import Architecture
     from job.numerics.ablation import RowNormalization  # which loads torch
+    from job.prompts import Prompt
 
 
 def files(source: ModelSource, listing: ModelListing) -> Check:
@@ -67,18 +71,33 @@ def require_writers(found: Architecture, folder: Path, trusted: bool, tensors: T
     require_sizes(shapes, found, empty_model(read_config(folder, trusted)))
 
 
-def tokenizer(folder: Path, trusted: bool) -> Check:
-    """Write a conversation with the chat template."""
-    from job.model import conversation, load_tokenizer
-    from job.prompts import Prompt
-
-    loaded = load_tokenizer(folder, trusted)
-    text = conversation(loaded, Prompt(user="Hello, how are you?"))
+def tokenizer(loaded: PreTrainedTokenizerBase) -> Check:
+    """Say what the tokenizer is."""
     return Check(
         name="model.tokenizer",
         status="ok",
-        measured=f"chat template writes {len(loaded(text, add_special_tokens=False)['input_ids'])} tokens",
+        measured=f"{len(loaded)} tokens, and a chat template",
         needed="a tokenizer with a chat template",
+    )
+
+
+def template(loaded: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Check:
+    """Have the chat template write all prompts, within its limits.
+
+    Raises:
+        ImpossibleJobError: It exceeds them, or does not take a conversation.
+    """
+    from job.chat_template import MEMORY_BYTES, SECONDS
+    from job.model import GREETING, conversations
+
+    begin = time.monotonic()
+    texts = conversations(loaded, dict.fromkeys([GREETING, *prompts]))
+    return Check(
+        name="model.template",
+        status="ok",
+        measured=f"{len(texts)} conversations in {time.monotonic() - begin:.1f} s, "
+        f"of at most {max(map(len, texts))} characters",
+        needed=f"{SECONDS} s of a processor and {MEMORY_BYTES >> 20} MiB, more for many prompts, and an end",
     )
 
 

@@ -87,15 +87,12 @@ class Planning:
 
     def _longest_prompt(self) -> int:
         """Return the tokens of the longest prompt; a guess where the tokenizer, which has its own check, fails."""
-        from job.model import conversation, load_tokenizer
+        from job.model import conversations, load_tokenizer
 
         prompts = self.prompts
         try:
             tokenizer = load_tokenizer(self.folder, self.settings.loading.trust_remote_code)
-            texts = [
-                conversation(tokenizer, prompt)
-                for prompt in (*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search)
-            ]
+            texts = conversations(tokenizer, (*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search))
         except JobError:
             return Workload().prompt_tokens
         return max(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])

@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,8 +174,8 @@ class Surveyor:
         with contextlib.ExitStack() as stack:
             cache = None if self.keep else stack.enter_context(scratch("headers"))
             executor = stack.enter_context(_threads())
-            model = executor.submit(self._guarded, "model", lambda: self._model_checks(cache))
             data = executor.submit(self._guarded, "data", self._data_checks)
+            model = executor.submit(self._guarded, "model", lambda: self._model_checks(cache, data))
             machine = executor.submit(self._guarded, "machine", self._machine_checks)
             targets = executor.submit(self._guarded, "target", self._target_checks)
             checks = [*self._settings_checks(), *self._job_checks()]
@@ -236,7 +236,7 @@ class Surveyor:
 
     # --- the model -----------------------------------------------------------------------------------
 
-    def _model_checks(self, cache: Path | None) -> list[Check]:
+    def _model_checks(self, cache: Path | None, data: Future[list[Check]]) -> list[Check]:
         source = parse_model(self.settings.model)
         listing = list_model(source, self.commit, self.report)
         folder = fetch_model(source, listing, self.report, weights=False, cache=cache)
@@ -249,14 +249,26 @@ class Surveyor:
                 "model.architecture",
                 lambda: [self._architecture_check(folder)],
             ),
-            *self._guarded("model.tokenizer", lambda: [model_checks.tokenizer(folder, self._trusted)]),
             *self._guarded("model.weights", lambda: self._weights_checks(source, listing, folder)),
             model_checks.licence(listing, self.settings.upload),
+            # Last: it waits for the prompts.
+            *self._guarded("model.tokenizer", lambda: self._tokenizer_checks(folder, data)),
         ]
 
     @property
     def _trusted(self) -> bool:
         return self.settings.loading.trust_remote_code
+
+    def _tokenizer_checks(self, folder: Path, data: Future[list[Check]]) -> list[Check]:
+        from job.model import load_tokenizer
+
+        loaded = load_tokenizer(folder, self._trusted)
+        data.result()
+        prompts = self.prompts.everything if self.prompts is not None else ()
+        return [
+            model_checks.tokenizer(loaded),
+            *self._guarded("model.template", lambda: [model_checks.template(loaded, prompts)]),
+        ]
 
     def _architecture_check(self, folder: Path) -> Check:
         from job.truth import inspect_model

@@ -1,0 +1,148 @@
+"""The process in which chat templates are rendered: run as a script, with bounds, and without the libraries of models.
+
+Standard input is one JSON object: `template`, `variables`, `conversations` (lists of messages), and
+`memory`, `seconds` and `characters` as limits.
+Standard output is one: `texts` of all conversations, or what was `refused` and why. A chat template is code of whoever
+made the model: the environment is that of transformers' `apply_chat_template`, and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.utils
+
+_MESSAGE_CHARACTERS = 300
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, which marks what the assistant says and changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """Return the block as a call that returns what it holds."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_plain"), [], [], body).set_lineno(line)
+
+    def _plain(self, caller: jinja2.runtime.Macro) -> str:
+        return str(caller())
+
+
+class _Dict:
+    """`dict` without what the type itself would give access to."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        """Return a dictionary whose keys have one value."""
+        return dict.fromkeys(*args, **kwargs)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace` without names that begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, args = args[0], args[1:]
+        attributes = dict(*args, **kwargs)
+        for name in attributes:
+            _require_plain(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _require_plain(name)
+        super().__setitem__(name, value)
+
+
+def _require_plain(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot have {name!r}")
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def compiled(template: str) -> jinja2.Template:
+    """Return a template in the environment that templates of chats are written for."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _now}
+    environment.globals |= {"dict": _Dict(), "namespace": _Namespace}
+    return environment.from_string(template)
+
+
+def _bounded(memory: int, seconds: int) -> None:
+    """Let this process have so much address space and so much of a processor, and make no files of its memory."""
+    for limit, wanted in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0)):
+        hard = resource.getrlimit(limit)[1]
+        bound = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        # The soft limit on time ends the process with a signal that tells why.
+        resource.setrlimit(limit, (bound, bound + 2 if hard == resource.RLIM_INFINITY else hard))
+
+
+def _rendered(task: dict[str, Any]) -> dict[str, Any]:
+    texts: list[str] = []
+    left = task["characters"]
+    try:
+        template = compiled(task["template"])
+        for messages in task["conversations"]:
+            text = template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **task["variables"]
+            )
+            left -= len(text)
+            if left < 0:
+                return {"refused": "size", "why": f"conversation {len(texts)} of {len(task['conversations'])}"}
+            texts.append(text)
+    except MemoryError:
+        return {"refused": "memory", "why": ""}
+    except RecursionError:
+        return {"refused": "recursion", "why": ""}
+    except jinja2.exceptions.TemplateError as error:
+        return {"refused": "error", "why": str(error)[:_MESSAGE_CHARACTERS]}
+    except Exception as error:  # a template can make anything be raised
+        return {"refused": "error", "why": f"{type(error).__name__}: {str(error)[:_MESSAGE_CHARACTERS]}"}
+    return {"texts": texts}
+
+
+def main() -> None:
+    """Render what standard input asks for."""
+    task = json.loads(sys.stdin.buffer.read())
+    _bounded(task["memory"], task["seconds"])
+    answer = _rendered(task)
+    try:
+        data = json.dumps(answer).encode()
+    except MemoryError:
+        data = b'{"refused": "memory", "why": ""}'
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+    # What a template has made need not be taken apart.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
