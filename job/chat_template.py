@@ -91,7 +91,7 @@ def _made(template: str, variables: dict[str, Any], conversations: list[Any], na
     limits = {
         "memory": f"takes more than {task['memory'] >> 20} MiB of memory",
         "recursion": "calls itself without end",
-        "size": f"writes more than {task['characters']} characters ({answer['why']})",
+        "size": f"writes more than {task['characters']} characters ({answer.get('why')})",
     }
     _hostile[template] = limits.get(answer["refused"], answer["refused"])
     raise _exceeded(name, _hostile[template])
