@@ -34,7 +34,7 @@ _BEGIN = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|(?<=%[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa
 _END = r"(?![A-Za-z0-9])"
 # Tokens as their issuers form them: Hugging Face, AWS, RunPod, GitHub, OpenAI and the like, JSON web tokens, PEM keys.
 _TOKENS = re.compile(
-    rf"{_BEGIN}(?:hf_[a-z]{{1,20}}_[A-Za-z0-9._~+/-]{{16,}}=*|hf_[A-Za-z0-9]{{16,}}|(?:AKIA|ASIA)[A-Z0-9]{{16}}{_END}"
+    rf"{_BEGIN}(?:hf_[a-z]{{1,20}}_(?=[a-z_]{{0,40}}[A-Z0-9])[A-Za-z0-9._~+/-]{{16,}}=*|hf_[A-Za-z0-9]{{16,}}|(?:AKIA|ASIA)[A-Z0-9]{{16}}{_END}"
     r"|rpa_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|sk-[A-Za-z0-9_-]{20,}"
     r"|eyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]*)"
     r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)",
@@ -54,7 +54,8 @@ _PLACES = tuple(
         r"((?<![A-Za-z0-9])(?:bearer|basic)\s+)(?=\S*[0-9=+/_])[A-Za-z0-9._~+/-]{16,}=*",
     )
 )
-_ADDRESS_PASSWORD = re.compile(r"://[^\s/:@]*:(.+)@")
+# Of a variable's value; a password that nobody has encoded may hold "/" and "@", a port is followed by a path.
+_ADDRESS_PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/:@]*:(?!\d+/)(.+)@")
 
 _remembered: set[str] = set()
 _lock = threading.Lock()
@@ -142,8 +143,9 @@ def _secrets_in(environment: Iterable[tuple[str, str]]) -> Iterator[str]:
         # The path of a file that holds a secret is none, and would mask the paths of everything beside it.
         if looks_secret(name) and not (value.startswith("/") and os.path.exists(value)):
             yield value
-        for password in _ADDRESS_PASSWORD.findall(value):
-            yield from (password, unquote(password))
+        address = _ADDRESS_PASSWORD.match(value.strip())
+        if address is not None:
+            yield from (address[1], unquote(address[1]))
 
 
 def _forms_of(secrets: Iterable[str]) -> tuple[list[str], list[str]]:
