@@ -180,11 +180,13 @@ def _encoded(secret: str) -> Iterator[str]:
     yield data.hex()
     yield data.hex().upper()
     yield from _base64(data)
-    # UTF-16, read as if it were a text of single bytes; the zeros of JSON beside it.
-    for zero in ("\0", "\\u0000", "\\x00", "%00"):
-        yield zero.join(secret)
     for codec in ("utf-16-le", "utf-16-be"):
-        yield from _base64(secret.encode(codec, "surrogatepass"))
+        wide = secret.encode(codec, "surrogatepass")
+        yield from _base64(wide)
+        # Read as if it were a text of single bytes, and as that is escaped.
+        yield wide.decode("latin-1").strip("\0")
+    for zero in ("\\u0000", "\\x00", "%00"):
+        yield zero.join(secret)
 
 
 def _base64(data: bytes) -> Iterator[str]:
