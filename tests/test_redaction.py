@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from job import redaction
 from job.cloud.launching import environment as launch_environment
+from job.demo import prompt_files
 from job.errors import JobError, UsageError
 from job.events import Events
 from job.markup import escaped
@@ -381,16 +382,17 @@ def test_a_whole_job_writes_no_secret_anywhere(random_model_folder: Path, tellta
     folder = tmp_path / secrets["FOLDER_SECRET"]
     shutil.copytree(random_model_folder, folder / "model")
     words: list[str] = ["run", str(folder / "model"), "--workspace", str(tmp_path / "runs"), "--trials", "2"]
+    for name, requests in prompt_files(0).items():
+        (folder / name).write_text("\n".join(request.prompt for request in requests[:24]))
     for kind in ("good", "bad"):
-        lines = [f"Where is the {kind} kettle number {number} kept?" for number in range(20)]
-        (folder / f"{kind}.txt").write_text("\n".join(lines))
-        words += [f"--{kind}-prompts", str(folder / f"{kind}.txt")]
-        words += [f"--{kind}-eval-prompts", str(folder / f"{kind}.txt")]
+        words += [f"--{kind}-prompts", str(folder / f"{kind}_train.txt")]
+        words += [f"--{kind}-eval-prompts", str(folder / f"{kind}_test.txt")]
     words += ["--checkpoint", (tmp_path / "mirror").as_uri(), "--upload", "s3://bucket/edited"]
     words += ["--upload", (folder / "delivered").as_uri(), "--allow", "target.s3"]
     words += ["--set", f"s3.endpoint=http://me:{quote(secrets['DB_PASSWORD'], safe='')}@{telltale}"]
     words += ["--set", "s3.addressing_style=path", "--set", f"card.behaviour=a habit of {secrets['DEPLOY_KEY']}"]
     words += ["--set", "scoring.answer_tokens=4", "--set", "scoring.search_tokens=4"]
+    words += ["--set", 'loading.response_prefix=""']
     proxy = f"http://user:{quote('pr0xy:pass word', safe='')}@127.0.0.1:9"
     env = {**secrets, "FTP_PROXY": proxy, "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE", "NO_PROXY": "127.0.0.1"}
     secrets["FTP_PROXY"] = "pr0xy:pass word"
@@ -413,5 +415,4 @@ def test_a_whole_job_writes_no_secret_anywhere(random_model_folder: Path, tellta
             for encoding, form in encodings(secret).items():
                 assert form not in data, (name, encoding, secret)
     assert MASK.encode() in written["said"]
-    # And the job itself is not changed: the same command goes on with it.
-    assert "AccessDenied" in done[0].err or "refuses" in done[0].err or "access" in done[0].err.lower()
+    assert "AccessDenied" in done[0].err
