@@ -17,7 +17,7 @@ from job.cloud.api import CloudError
 from job.cloud.ending import Ending
 from job.cloud.market import Instance, Market, Need, Offer, Order, Terms
 from job.cloud.ownership import Pending, claim
-from job.errors import JobError, MachineError, UsageError
+from job.errors import MachineError, UsageError
 from job.records import Record
 from job.redaction import holds_secret, looks_secret
 from job.workspace import write_atomically
