@@ -20,7 +20,7 @@ from job.model import LoadedModel
 from job.numerics.ablation import output_edit, weight_tables
 from job.redaction import redacted
 from job.shards import Checkpoint
-from job.workspace import write_atomically
+from job.workspace import make_folder, write_atomically
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -60,7 +60,7 @@ def write_adapter(base: LoadedModel, folder: Path, edit: Edit, base_model: str |
             tensors[f"{name}lora_B.bias"] = -built.write @ (built.read.mT @ bias)
     contents = {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
     config = _config(base, rank=edit.basis.size, biased=biased, base_model=base_model)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_atomically(folder / ADAPTER, save(contents, metadata={"format": "pt"}))
     write_atomically(folder / CONFIG, config.encode())
 

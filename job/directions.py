@@ -22,7 +22,7 @@ from job.prompts import Prompt, PromptSets
 from job.records import COMPONENTS, EditParameters, GeometryRecord, JobRecord, KernelParameters, LayerGeometry
 from job.residuals import digest, extract_residuals, read_tensors, write_tensors
 from job.settings import DirectionSettings
-from job.workspace import RunFolder, read_record, write_record
+from job.workspace import RunFolder, make_folder, read_record, write_record
 
 # Points of each class in the report's pictures.
 _POINTS = 100
@@ -69,7 +69,7 @@ class DirectionFinder:
         self.events.emit("residuals_started", "extracting residuals")
         residuals = {name: self._residuals(name, found) for name, found in tokens.items()}
         basis = self._basis(residuals, tokens)
-        file.parent.mkdir(exist_ok=True)
+        make_folder(file.parent)
         write_record(self.folder.geometry_file, _geometry(key, residuals["good"], residuals["bad"], basis))
         write_tensors(file, key, {"directions": basis.directions, "weights": basis.weights})
         self.events.emit(

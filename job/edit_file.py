@@ -20,7 +20,7 @@ from job.records import Record
 from job.reproduction import Reproduction
 from job.shards import Checkpoint
 from job.truth import inspect_model
-from job.workspace import cannot_write, write_atomically
+from job.workspace import cannot_write, make_folder, sync_folder, write_atomically
 
 EDIT_FILE = "edit.safetensors"
 _ENTRY = "abliterate"
@@ -58,7 +58,7 @@ def write_edit_file(folder: Path, source: Path, architecture: Architecture, edit
     digest = Checkpoint(source).digest(architecture)
     header = _Header(model_type=architecture.model_type, base_sha256=digest, made=made)
     tensors = _tensors(edit.basis)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     # One entry: safetensors writes several in any order, and the same edit is to give the same bytes.
     write_atomically(folder / EDIT_FILE, save(tensors, metadata={_ENTRY: header.model_dump_json()}))
     read, found = _read(folder / EDIT_FILE)
@@ -113,5 +113,6 @@ def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], Non
         verify_written(source, partial, architecture, edit)
         seal_made(partial, header.made.model_copy(update={"format": "merged"}), source)
         partial.replace(out)
+        sync_folder(out.absolute().parent)
     except OSError as error:
         raise cannot_write(out, error) from error

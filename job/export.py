@@ -38,6 +38,7 @@ from job.workspace import (
     REPRODUCE,
     SUMS,
     cannot_write,
+    make_folder,
     sha256_file,
     sync_folder,
     write_atomically,
@@ -166,7 +167,7 @@ def write_weights(
     checkpoint.require_writers(architecture)
     edited = dict(edited_tensors(checkpoint, architecture, edit))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         (folder / DONE).unlink(missing_ok=True)
         for file in _companions(source):
             write_atomically(folder / file.name, _companion(checkpoint, file))

@@ -38,7 +38,7 @@ from job.rescoring import in_words, next_to_rescore, read_full_counts, with_full
 from job.result import RunResult, job_trials
 from job.search import choose
 from job.settings import Settings
-from job.study import back_up, restore_if_damaged
+from job.study_file import back_up, restore_if_damaged
 from job.upload.targets import deliver_to_all
 from job.workspace import (
     REPRODUCE,
@@ -46,6 +46,7 @@ from job.workspace import (
     is_sealed,
     model_identity,
     read_record,
+    sync_folder,
     write_record,
 )
 
@@ -372,3 +373,4 @@ def link_export(folder: RunFolder, export: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(folder.export_link)
+    sync_folder(folder.path)

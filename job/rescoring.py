@@ -15,7 +15,7 @@ from pydantic import Field
 
 from job.records import Record, Trial, TrialScores
 from job.search import eligible
-from job.workspace import RunFolder, read_record, write_record
+from job.workspace import RunFolder, make_folder, read_record, write_record
 
 
 class FullCounts(Record):
@@ -46,7 +46,7 @@ def keep_full_counts(folder: RunFolder, counts: FullCounts, more: Mapping[int, T
         refusals=counts.refusals | {number: scores.refusals for number, scores in more.items()},
         broken=counts.broken | {number: scores.broken for number, scores in more.items()},
     )
-    folder.rescored_file.parent.mkdir(exist_ok=True)
+    make_folder(folder.rescored_file.parent)
     write_record(folder.rescored_file, counts)
     return counts
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from job.decoding import left_padded
 from job.intervention import ActiveEdits
 from job.model import LoadedModel
-from job.workspace import cannot_write, write_atomically
+from job.workspace import cannot_write, make_folder, write_atomically
 from job.writers import decoder_of
 
 
@@ -115,7 +115,7 @@ def write_tensors(file: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
         MachineError: The file cannot be written.
     """
     try:
-        file.parent.mkdir(exist_ok=True)
+        make_folder(file.parent)
     except OSError as error:
         raise cannot_write(file.parent, error) from error
     contents = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}

@@ -25,19 +25,18 @@ from job.errors import JobError
 from job.records import COMPONENTS, Component, EditParameters, KernelParameters, Plan, Trial, TrialScores
 from job.sampler import Sampler
 from job.study import (
-    BACKUP,
     DIRECTIONS,
     PLAN,
     STUDY_NAME,
     add_trials,
     as_trial,
-    back_up,
     clear_errors,
     clear_write_errors,
     file_url,
     open_study,
     shared_study,
 )
+from job.study_file import BACKUP, back_up
 
 GLOBAL, PER_LAYER = "global", "per layer"
 _OPENING_SCALE = 5.0
@@ -252,7 +251,7 @@ class Search:
         done = len(self._trials)
         with shielded():
             self._tell(plans[0], scores)
-            back_up(self._file, self._copy)
+            back_up(self._file, self._copy, len(self._trials))
         for trial in self._trials[done:]:
             told(as_trial(trial))
 

@@ -13,7 +13,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
-from urllib.parse import quote
 
 import optuna
 from optuna.distributions import distribution_to_json, json_to_distribution
@@ -21,13 +20,11 @@ from optuna.trial import FrozenTrial
 
 from job.errors import JobError, MachineError
 from job.records import Trial, TrialScores
-from job.workspace import write_atomically
+from job.study_file import connected
 
 STUDY_NAME = "abliterate"
 DIRECTIONS: tuple[Literal["minimize"], ...] = ("minimize", "minimize")
 METRICS = ("refusals", "kl")
-# The study as it was after the latest batch, for when the disk has spoilt the other.
-BACKUP = ".study.backup.db"
 # Attribute of the study that holds the latest plan.
 PLAN = "plan"
 
@@ -126,7 +123,7 @@ def read_trials(file: Path) -> list[Trial]:
     if not file.exists():
         return []
     # Not through SQLAlchemy: it takes half a second to load, and a status command is to read only.
-    with clear_errors(file), closing(_connected(file)) as db:
+    with clear_errors(file), closing(connected(file)) as db:
         db.execute("BEGIN")  # one moment for all that follows, while a run may be adding trials
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'trial_values'").fetchone():
             return []  # a run is just creating it
@@ -157,59 +154,6 @@ def read_trials(file: Path) -> list[Trial]:
 def file_url(file: Path) -> str:
     """Return the address of a study on disk."""
     return f"sqlite:///{file.resolve()}"
-
-
-def back_up(file: Path, copy: Path) -> None:
-    """Copy a study as of one moment, also while it is being written; the copy is whole or not there.
-
-    No database is opened where the copy is: it may be a file system that knows no locks.
-
-    Raises:
-        sqlite3.Error: It cannot be read.
-        MachineError: The copy cannot be written.
-    """
-    with closing(_connected(file)) as source, closing(sqlite3.connect(":memory:")) as target:
-        source.backup(target)
-        write_atomically(copy, target.serialize())
-
-
-def is_sound(file: Path) -> bool:
-    """Return whether a file is a database that SQLite finds nothing wrong with."""
-    try:
-        with closing(_connected(file)) as db:
-            return list(db.execute("PRAGMA quick_check")) == [("ok",)]
-    except sqlite3.Error:
-        return False
-
-
-def restore_if_damaged(file: Path) -> str | None:
-    """Put the latest backup in a damaged study's place and return what was done, None if nothing was.
-
-    Raises:
-        JobError: It is damaged and there is no sound backup.
-    """
-    backup = file.with_name(BACKUP)
-    if file.exists() and is_sound(file):
-        return None
-    if not file.exists() and not backup.exists():
-        return None
-    if not is_sound(backup):
-        raise JobError(
-            f"the study {file} is damaged and there is no backup of it",
-            remedy="restore it from a checkpoint, or move the file away to search again from the start",
-        )
-    if file.exists():
-        file.replace(file.with_name("study.damaged.db"))
-    # What SQLite keeps beside a database belongs to the damaged one.
-    for end in ("-journal", "-wal", "-shm"):
-        file.with_name(file.name + end).unlink(missing_ok=True)
-    back_up(backup, file)
-    return f"the study was damaged and is restored as it was after {len(read_trials(file))} trials"
-
-
-def _connected(file: Path) -> sqlite3.Connection:
-    """Return a connection for reading, that may also take back what a killed process has left half-written."""
-    return sqlite3.connect(f"file:{quote(str(file.resolve()))}?mode=rw", uri=True)
 
 
 def _is_of_storage(error: Exception) -> bool:

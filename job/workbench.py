@@ -53,7 +53,7 @@ from job.shards import Checkpoint
 from job.truth import inspect_model
 from job.tuning import Tuner
 from job.verification import Measured
-from job.workspace import DONE, RunFolder, cannot_write, write_record
+from job.workspace import DONE, RunFolder, cannot_write, make_folder, write_record
 from job.writers import decoder_of
 
 # Where preflight found no plan and was allowed to: halved until they fit.
@@ -300,7 +300,7 @@ class Workbench:
         edit = Edit(self.space.edit(trial.params), self.basis, self.settings.ablation.row_normalization)
         self.events.emit("export_started", f"exporting trial {trial.number} to {export}", trial=trial.number)
         try:
-            export.mkdir(parents=True, exist_ok=True)
+            make_folder(export)
             (export / DONE).unlink(missing_ok=True)
         except OSError as error:
             raise cannot_write(export, error) from error
@@ -363,7 +363,7 @@ class Workbench:
             after = reported.figures(base, answers=answers, gibberish=unlikely, heard=heard)
         for subject, figures in (("base", before), (export.name, after)):
             file = self.folder.figures_file(subject)
-            file.parent.mkdir(exist_ok=True)
+            make_folder(file.parent)
             write_record(file, figures)
         detected = self._detected(base.exchanges(plain), base.exchanges(answers, unlikely))
         write_record(self.folder.detectors_file(export.name), detected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -61,6 +62,8 @@ PACKAGES = ("abliteration-job", "torch", "transformers", "optuna", "safetensors"
 # A status command holds the lock for an instant to see whether a run does.
 _LOCK_SECONDS = 2.0
 _BLOCK = 1 << 20
+# What fsync of a folder answers where the file system has none.
+_NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
 MEMO = ".hashes.json"
 # Of what only the owner may read.
 PRIVATE = 0o600
@@ -98,12 +101,46 @@ def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> Non
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make renames and new files in a folder durable, as far as its file system knows how."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems sync files alone. A file that cannot be synced stays an error.
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
+
+
+def sync_file(file: Path) -> None:
+    """Make a file's contents durable."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder and all that is in it durable: before it is renamed to where it counts."""
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            sync_file(path)
+    sync_folder(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it where they are missing, and make that durable.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
 
 
 def cannot_write(path: Path, error: OSError) -> MachineError:
@@ -312,7 +349,7 @@ def model_identity(settings: Settings, *, write: bool = True) -> dict[str, Any]:
         raise no_model_folder(source)
     if write:
         try:
-            workspace.mkdir(parents=True, exist_ok=True)
+            make_folder(workspace)
         except OSError as error:
             raise cannot_write(workspace, error) from error
     if source.kind == "hub":
@@ -370,7 +407,7 @@ def open_job(settings: Settings, *, new: bool, pinned: Mapping[str, Any] | None 
         others = {other.path.name: other.read_job().identity for other in jobs_in(folder.path.parent)}
         refuse_other_settings(str(folder.path.parent), others, identity)
     try:
-        folder.path.mkdir(exist_ok=True)
+        make_folder(folder.path)
     except OSError as error:
         raise cannot_write(folder.path, error) from error
     if folder.job_file.exists():

@@ -150,9 +150,9 @@ def mirrored(folder: Path) -> dict[str, bytes]:
 def add_trial(study: Path, number: int) -> None:
     """Add a trial whose parts belong together, in one transaction."""
     with closing(sqlite3.connect(study, timeout=10)) as db, db:
-        db.execute("CREATE TABLE IF NOT EXISTS trials (number INTEGER)")
+        db.execute("CREATE TABLE IF NOT EXISTS trials (number INTEGER, state TEXT DEFAULT 'COMPLETE')")
         db.execute("CREATE TABLE IF NOT EXISTS parameters (number INTEGER, value TEXT)")
-        db.execute("INSERT INTO trials VALUES (?)", (number,))
+        db.execute("INSERT INTO trials (number) VALUES (?)", (number,))
         db.executemany("INSERT INTO parameters VALUES (?, ?)", [(number, str(part) * 200) for part in range(5)])
 
 

@@ -123,7 +123,7 @@ def test_a_snapshot_waits_for_a_transaction_that_is_half_in_the_file(tmp_path: P
     taken: list[dict[str, Taken]] = []
     with closing(sqlite3.connect(run.study_file)) as db:
         db.execute("PRAGMA cache_size = 1")  # so that it does not wait for the commit with writing
-        db.execute("INSERT INTO trials VALUES (3)")
+        db.execute("INSERT INTO trials (number) VALUES (3)")
         db.executemany("INSERT INTO parameters VALUES (3, ?)", [("x" * 3_000,) for _ in range(5)])
         assert run.study_file.read_bytes() != before
         taking = threading.Thread(target=lambda: taken.append(Snapshots(run).take(())))
@@ -141,7 +141,7 @@ def test_a_snapshot_waits_for_a_transaction_that_is_half_in_the_file(tmp_path: P
 def test_a_snapshot_is_without_the_transaction_that_a_killed_process_has_left_in_the_file(tmp_path: Path) -> None:
     run = write_folder(tmp_path / JOB)
     more = [f"INSERT INTO parameters VALUES (3, '{'x' * 3_000}')"] * 5
-    die_while_writing(run.study_file, "INSERT INTO trials VALUES (3)", *more)
+    die_while_writing(run.study_file, "INSERT INTO trials (number) VALUES (3)", *more)
     source = Snapshots(run).take(())["study.db"].source
     assert source is not None
     assert trials_in(source) == [(number, 5) for number in range(3)]
@@ -232,7 +232,7 @@ DAMAGE: dict[str, Any] = {
     "a head without a lease": (lambda p: p.put(f"{JOB}/head.json", _without(p.head(), "lease")), "is not whole"),
     "no head": (lambda p: p.put(f"{JOB}/head.json", None), "holds something else"),
     "somebody's head.json": (lambda p: p.put(f"{JOB}/head.json", b'{"version": 1}'), "is no checkpoint's"),
-    "a newer version": (lambda p: p.change_head(version=2), "another version"),
+    "a newer version": (lambda p: p.change_head(version=3), "another version"),
     "another job's": (lambda p: p.change_head(job_id="beefbeefbeef"), "belongs to job beefbeefbeef"),
     "another identity": (lambda p: p.change_head(identity={"seed": 8}), "another job"),
     "a way out": (lambda p: p.change_head(files={"../../.bashrc": p.head()["files"]["job.json"]}), "names '../../"),

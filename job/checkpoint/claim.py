@@ -10,9 +10,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from job.checkpoint.layers import LAYERED, SMALL_BYTES, Layers
 from job.checkpoint.lease import Holding, LeaseLostError, now
 from job.checkpoint.options import Pace
-from job.checkpoint.records import CACHES, Entry, Head, Lineage
+from job.checkpoint.records import CACHES, STUDY, Entry, Head, Layered, Lineage, objects_of
 from job.checkpoint.snapshot import Snapshots, Taken
 from job.checkpoint.store import Store
 from job.checkpoint.trouble import FIRST_RETRY_S, Trouble
@@ -40,7 +41,7 @@ class Claim:
     ) -> None:
         self._store, self._holding, self._folder, self._say = store, holding, folder, _heard(say)
         self._required = required
-        self._snapshots = Snapshots(folder)
+        self._snapshots, self._layers = Snapshots(folder), Layers()
         self._life = Trouble(f"the lease at {store.uri}", self._say)
         self._sending = Trouble(f"the checkpoint {store.uri}", self._say)
         # Not a condition: a stop signal that is raised in the main thread just within its lock would leave it locked.
@@ -238,9 +239,10 @@ class Claim:
         head = self.head
         have = {entry.sha256: entry for entry in head.files.values()}
         taken = self._snapshots.take(have.keys())
+        trials = _counted(taken, head)
         if release and self._hurry:
             taken = {path: file for path, file in taken.items() if not _may_wait(path, file)}
-        files, sources = _named(taken, have, head)
+        files, sources = self._named(taken, have, head)
         folder = Lineage.model_validate_json((self._folder.path / LINEAGE).read_bytes()).folder
         if files == head.files and head.writer == folder:
             if release:
@@ -253,8 +255,9 @@ class Claim:
                 return {}, ()  # an earlier try, whose answer got lost
             # Noted before: a crash right after the head is replaced must not make this folder look behind.
             write_record(self._folder.path / LINEAGE, Lineage(folder=folder, generation=head.generation + 1))
-            named = {entry.object for entry in files.values()}
+            named = objects_of(files).keys()
             fields = {
+                "trials": trials,
                 "generation": head.generation + 1,
                 "writer": folder,
                 "files": files,
@@ -268,11 +271,32 @@ class Claim:
             # What failed tries have left that no head names.
             self._store.sweep(head.job_id, self.head.objects.keys() | {*self.head.previous})
 
+    def _named(
+        self, taken: Mapping[str, Taken], have: Mapping[str, Entry | Layered], head: Head
+    ) -> tuple[dict[str, Entry | Layered], dict[str, tuple[Path, Entry]]]:
+        """Return the entries of a snapshot, and the objects that have to be sent for it."""
+        known, files = dict(have), {}
+        sources: dict[str, tuple[Path, Entry]] = {}
+        end = f"{head.generation + 1}-{head.lease.runner[:8]}"
+        for path, file in taken.items():
+            if file.sha256 not in known:
+                assert file.source is not None
+                if path in LAYERED and file.size >= SMALL_BYTES:
+                    made = self._layers.make(path, file.source, file.sha256, head.files.get(path), end)
+                    known[file.sha256] = made.entry
+                    sources[made.layer.object] = (made.source, made.layer)
+                else:
+                    entry = Entry(sha256=file.sha256, size=file.size, object=f"{file.sha256}.{end}")
+                    known[file.sha256] = entry
+                    sources[entry.object] = (file.source, entry)
+            files[path] = known[file.sha256]
+        return files, sources
+
     def _empty(self, *, release: bool) -> None:
         """Leave a head that names nothing: no other job takes it for one."""
 
         def change(head: Head) -> tuple[Mapping[str, Any], Collection[str]]:
-            return {"files": {}, "previous": ()}, sorted({*head.objects, *head.previous})
+            return {"files": {}, "trials": None, "previous": ()}, sorted({*head.objects, *head.previous})
 
         self._holding.update(change, release=release)
 
@@ -299,16 +323,21 @@ def _may_wait(path: str, file: Taken) -> bool:
     return file.source is not None and file.size > _LARGE_BYTES and Path(path).parts[0] in CACHES
 
 
-def _named(
-    taken: Mapping[str, Taken], have: Mapping[str, Entry], head: Head
-) -> tuple[dict[str, Entry], dict[str, tuple[Any, Entry]]]:
-    """Return the entries of a snapshot, and the objects that have to be sent for it."""
-    known, files, sources = dict(have), {}, {}
-    for path, file in taken.items():
-        if file.sha256 not in known:
-            name = f"{file.sha256}.{head.generation + 1}-{head.lease.runner[:8]}"
-            known[file.sha256] = Entry(sha256=file.sha256, size=file.size, object=name)
-            assert file.source is not None
-            sources[name] = (file.source, known[file.sha256])
-        files[path] = known[file.sha256]
-    return files, sources
+def _counted(taken: Mapping[str, Taken], head: Head) -> int | None:
+    """Return how many finished trials the study of a snapshot holds, None where it has none.
+
+    Raises:
+        JobError: They are fewer than in the snapshot before: the study here is damaged.
+    """
+    study = taken.get(STUDY)
+    if study is None and STUDY not in head.files:
+        return None
+    trials = study.trials if study is not None else 0
+    if trials is None:
+        return head.trials  # it has not changed
+    if trials < (head.trials or 0):
+        raise JobError(
+            f"the study here holds {trials} trials, its checkpoint {head.trials}: the checkpoint is left as it is",
+            remedy="run the same command again: the study is restored",
+        )
+    return trials

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from job import __version__
-from job.checkpoint.records import HEAD, Head, Lease, decode_head, foreign, process_namespace
+from job.checkpoint.records import HEAD, VERSION, Head, Lease, decode_head, foreign, process_namespace
 from job.checkpoint.store import ConflictError, Store, Stored
 from job.errors import HeldError
 from job.processes import this_process
@@ -146,7 +146,8 @@ def take(store: Store, job: str, identity: Mapping[str, Any], writer: str, say: 
             if found is None:
                 continue
             # The wait may have ended because another runner wrote a last snapshot and left.
-            head = decode_head(found.data, job, store.uri).model_copy(update={"lease": lease, "package": __version__})
+            changes = {"version": VERSION, "package": __version__, "lease": lease}
+            head = decode_head(found.data, job, store.uri).model_copy(update=changes)
         begun = now()
         try:
             stored = store.replace(job, head.encode(), found, ())

@@ -14,11 +14,12 @@ from pydantic import ValidationError
 from job.checkpoint.claim import LINEAGE, Claim
 from job.checkpoint.lease import Holding, is_running, take
 from job.checkpoint.options import MirrorOptions, pace_as_told, scheme_of
-from job.checkpoint.records import CACHES, Head, Lineage, MirrorError, decode_head
-from job.checkpoint.restore import download, restore
+from job.checkpoint.records import CACHES, STUDY, Head, Lineage, MirrorError, decode_head
+from job.checkpoint.restore import count_mirrored, download, restore
 from job.checkpoint.store import Proof, Store
-from job.errors import DeliveryError, UsageError
-from job.workspace import RunFolder, cannot_write, write_record
+from job.errors import DeliveryError, JobError, UsageError
+from job.study_file import count_trials, restore_if_damaged
+from job.workspace import RunFolder, cannot_write, make_folder, write_record
 
 # For people: what a mirror holds and what it never holds.
 HOLDS = (
@@ -192,7 +193,7 @@ class Mirror:
             MachineError: The folder cannot be written.
         """
         try:
-            folder.path.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.path)
         except OSError as error:
             raise cannot_write(folder.path, error) from error
         self._store.prepare()
@@ -210,16 +211,40 @@ class Mirror:
     def _bring_up(self, holding: Holding, folder: RunFolder, lineage: Lineage, say: Callable[[str], None]) -> None:
         """Restore where the mirror is ahead of the folder, and only then let the mirror follow the folder."""
         head = holding.head
-        here = head.writer == lineage.folder and head.generation <= lineage.generation
-        if head.files and not (here and folder.job_file.exists()):
+        here = head.writer == lineage.folder and head.generation <= lineage.generation and folder.job_file.exists()
+        trials = count_mirrored(self._store, head) if here else head.trials
+        damage = _damage(folder, trials or 0, say) if here and STUDY in head.files else None
+        if head.files and damage is not None:
+            restore(self._store, head, folder, say, damage)
+        elif head.files and not here:
             restore(self._store, head, folder, say)
         write_record(folder.path / LINEAGE, Lineage(folder=lineage.folder, generation=head.generation))
         if head.writer != lineage.folder:
             holding.update(lambda _: ({"writer": lineage.folder}, ()))
+        if trials != head.trials and head.files:
+            holding.update(lambda _: ({"trials": trials}, ()))
         try:
             self._store.sweep(head.job_id, head.objects.keys() | {*head.previous})
         except DeliveryError as error:
             say(f"warning: leftovers at {self.uri} stay: {error.line}")
+
+
+def _damage(folder: RunFolder, mirrored: int, say: Callable[[str], None]) -> str | None:
+    """Return what is wrong with the study here, in words; None if it holds all that its mirror holds.
+
+    The backup beside it is tried first: it may hold more.
+    """
+    try:
+        if restored := restore_if_damaged(folder.study_file):
+            say(f"warning: {restored}")
+    except JobError as error:
+        return str(error)
+    trials = count_trials(folder.study_file)
+    if trials is None:
+        return "the study here is gone or damaged"
+    if trials < mirrored:
+        return f"the study here holds {trials} trials, its checkpoint {mirrored}"
+    return None
 
 
 def _lineage(folder: RunFolder) -> Lineage:

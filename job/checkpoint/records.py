@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,8 @@ HEAD, OBJECTS = "head.json", "objects"
 _OBJECT = r"^[0-9a-f]{64}\.[0-9]+-[0-9a-f]{8}$"
 _SHA256 = r"^[0-9a-f]{64}$"
 _KIND: Literal["abliteration-job checkpoint"] = "abliteration-job checkpoint"
+# Of the head. Version 1 has neither layers nor a count of trials; it is read and gone on with, as version 2.
+VERSION: Literal[2] = 2
 _NAMESPACE = Path("/proc/self/ns/pid")
 # What a run folder holds that a mirror holds, too. In this order it is copied: what says that something is done comes
 # before what it was done with, so that no snapshot, taken while the run goes on, claims more than it holds.
@@ -40,6 +43,7 @@ MIRRORED = (
     "reproduces.json",
     "job.json",
 )
+STUDY = "study.db"
 # Folders of large files that are named by a key over all that changes them.
 CACHES = ("directions", "residuals")
 
@@ -60,6 +64,20 @@ class Entry(Record):
     sha256: str = Field(pattern=_SHA256)
     size: int = Field(ge=0)
     object: str = Field(pattern=_OBJECT)
+
+
+class Layered(Record):
+    """A large file that grows: its contents are spread over objects, the oldest first.
+
+    Attributes:
+        sha256: Of its contents.
+        size: Bytes.
+        layers: What to write over each other, as `job.checkpoint.layers` makes it.
+    """
+
+    sha256: str = Field(pattern=_SHA256)
+    size: int = Field(ge=0)
+    layers: tuple[Entry, ...] = Field(min_length=1)
 
 
 class Lease(Record):
@@ -111,24 +129,26 @@ class Head(Record):
         lease: Who may write.
         writer: The run folder that the latest snapshot was taken of.
         files: The latest snapshot, by paths in the run folder.
+        trials: Finished trials of the latest snapshot's study; None: not counted, as by version 1.
         previous: Objects of the snapshot before that this one does not name: readers may still be at them.
     """
 
     kind: Literal["abliteration-job checkpoint"] = _KIND
-    version: Literal[1] = 1
+    version: Literal[1, 2] = VERSION
     package: str
     job_id: str
     identity: dict[str, Any]
     generation: int = Field(ge=0)
     lease: Lease
     writer: str
-    files: dict[str, Entry]
+    files: dict[str, Entry | Layered]
+    trials: int | None = None
     previous: tuple[Annotated[str, Field(pattern=_OBJECT)], ...] = ()
 
     @property
     def objects(self) -> dict[str, Entry]:
         """The objects of the latest snapshot, each once."""
-        return {entry.object: entry for entry in self.files.values()}
+        return objects_of(self.files)
 
     @property
     def size(self) -> int:
@@ -153,6 +173,14 @@ class Lineage(Record):
     generation: int
 
 
+def objects_of(files: Mapping[str, Entry | Layered]) -> dict[str, Entry]:
+    """Return the objects that hold the contents of files, each once."""
+    entries: list[Entry] = []
+    for file in files.values():
+        entries += file.layers if isinstance(file, Layered) else (file,)
+    return {entry.object: entry for entry in entries}
+
+
 def decode_head(data: bytes, job: str, where: str) -> Head:
     """Return a head.
 
@@ -166,7 +194,7 @@ def decode_head(data: bytes, job: str, where: str) -> Head:
         raise MirrorError(torn + "cannot be read", remedy=_REMEDY) from error
     if not isinstance(read, dict) or read.get("kind") != _KIND:
         raise MirrorError(f"{where} holds something else: {job}/{HEAD} is no checkpoint's", remedy=_ELSEWHERE)
-    if read.get("version") != 1:
+    if read.get("version") not in (1, VERSION):
         raise MirrorError(
             f"the checkpoint {where} was made by another version of this program ({read.get('package')})",
             remedy="use that version, or another --checkpoint",

@@ -6,18 +6,34 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from job.checkpoint.records import CACHES, MIRRORED, Entry, Head, torn
+from job.checkpoint.layers import assemble
+from job.checkpoint.records import CACHES, MIRRORED, STUDY, Entry, Head, Layered, MirrorError, torn
 from job.checkpoint.snapshot import check_study
 from job.checkpoint.store import Store
 from job.errors import JobError, MachineError
 from job.records import JobRecord
-from job.workspace import RunFolder, cannot_write, read_record, sha256_file, sync_folder
+from job.scratch import scratch
+from job.study_file import BACKUP, count_trials
+from job.workspace import RunFolder, cannot_write, make_folder, read_record, sha256_file, sync_folder, sync_tree
 
 INCOMING, SUPERSEDED = ".restoring", "superseded"
 
 
-def restore(store: Store, head: Head, folder: RunFolder, say: Callable[[str], None]) -> None:
+def restore(
+    store: Store,
+    head: Head,
+    folder: RunFolder,
+    say: Callable[[str], None],
+    why: str = "another machine went on with this job",
+) -> None:
     """Make a run folder what the latest snapshot says; what stands there is moved aside, exports are left alone.
+
+    Args:
+        store: Where the snapshot is.
+        head: Its head.
+        folder: The run folder.
+        say: Told of what happens.
+        why: What is wrong with what stands there.
 
     Raises:
         MirrorError: An object is missing or not what it should be; the folder is as it was.
@@ -28,13 +44,15 @@ def restore(store: Store, head: Head, folder: RunFolder, say: Callable[[str], No
     say(f"restoring job {head.job_id} from {store.uri}: {head.size / 1e6:.1f} MB, generation {head.generation}")
     try:
         shutil.rmtree(incoming, ignore_errors=True)
-        incoming.mkdir(parents=True)
+        make_folder(incoming)
         missing = {path: entry for path, entry in head.files.items() if not _is_there(folder.path, path, entry)}
         download(store, head, missing, incoming)
         _verify(store, head, RunFolder(incoming))
+        # A rename may outlive a loss of power that the contents of the file do not.
+        sync_tree(incoming)
         aside = _move_aside(folder)
         if aside is not None:
-            say(f"warning: another machine went on with this job: what stood here is now in {aside}")
+            say(f"warning: {why}: what stood here is now in {aside}")
         _move_in(folder.path, incoming, missing)
         shutil.rmtree(incoming, ignore_errors=True)
     except OSError as error:
@@ -54,7 +72,7 @@ def download(store: Store, head: Head, paths: Iterable[str], target: Path) -> No
         file.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(2):  # the second time tells a bad line from a bad object
             try:
-                store.fetch(head.job_id, entry, file)
+                _fetch(store, head, path, file)
             except FileNotFoundError as error:
                 raise torn(store.uri, head.job_id, f"the contents of {path} are missing") from error
             if sha256_file(file) == entry.sha256:
@@ -63,7 +81,47 @@ def download(store: Store, head: Head, paths: Iterable[str], target: Path) -> No
                 raise torn(store.uri, head.job_id, f"the contents of {path} are not what they were")
 
 
-def _is_there(folder: Path, path: str, entry: Entry) -> bool:
+def _fetch(store: Store, head: Head, path: str, target: Path) -> None:
+    """Write a file of the latest snapshot, unverified; what is no layer leaves what does not verify.
+
+    Raises:
+        FileNotFoundError: An object is missing.
+    """
+    entry = head.files[path]
+    if not isinstance(entry, Layered):
+        store.fetch(head.job_id, entry, target)
+        return
+    with scratch("layers") as folder:
+        layers = [folder / str(number) for number in range(len(entry.layers))]
+        for file, layer in zip(layers, entry.layers, strict=True):
+            store.fetch(head.job_id, layer, file)
+            if sha256_file(file) != layer.sha256:
+                target.write_bytes(b"")
+                return
+        try:
+            assemble(layers, target, entry.size)
+        except ValueError:
+            target.write_bytes(b"")
+
+
+def count_mirrored(store: Store, head: Head) -> int:
+    """Return how many finished trials the study of the latest snapshot holds, 0 where it cannot be told.
+
+    Raises:
+        DeliveryError: The mirror cannot be reached.
+    """
+    if head.trials is not None or STUDY not in head.files:
+        return head.trials or 0
+    # Of a former version: counted once, for the next head says it.
+    with scratch("study") as folder:
+        try:
+            download(store, head, [STUDY], folder)
+        except MirrorError:
+            return 0
+        return count_trials(folder / STUDY) or 0
+
+
+def _is_there(folder: Path, path: str, entry: Entry | Layered) -> bool:
     """Return whether a large file need not be downloaded: it never changes in place."""
     file = folder / path
     if Path(path).parts[0] not in CACHES or not file.is_file() or file.stat().st_size != entry.size:
@@ -73,7 +131,7 @@ def _is_there(folder: Path, path: str, entry: Entry) -> bool:
 
 def _verify(store: Store, head: Head, incoming: RunFolder) -> None:
     try:
-        if "study.db" in head.files:
+        if STUDY in head.files:
             check_study(incoming.study_file)
         record = read_record(incoming.job_file, JobRecord)
     except MachineError:
@@ -86,13 +144,14 @@ def _verify(store: Store, head: Head, incoming: RunFolder) -> None:
 
 def _move_aside(folder: RunFolder) -> Path | None:
     """Move away what is to be replaced, job.json first: without it nothing takes the rest for a job."""
-    names = [name for name in reversed(MIRRORED) if name not in CACHES and (folder.path / name).exists()]
+    # With the study goes its backup: beside another study it would count as what that one has lost.
+    names = [name for name in reversed((BACKUP, *MIRRORED)) if name not in CACHES and (folder.path / name).exists()]
     if not names:
         return None
     number = 1
     while (aside := folder.path / f"{SUPERSEDED}-{number}").exists():
         number += 1
-    aside.mkdir()
+    make_folder(aside)
     for name in names:
         (folder.path / name).replace(aside / name)
         if name == "job.json":
@@ -100,14 +159,19 @@ def _move_aside(folder: RunFolder) -> Path | None:
     # A study's journal belongs to that study: beside another one it would spoil it.
     for journal in folder.path.glob("study.db-*"):
         journal.replace(aside / journal.name)
+    sync_folder(aside)
+    sync_folder(folder.path)
     return aside
 
 
 def _move_in(folder: Path, incoming: Path, paths: Iterable[str]) -> None:
+    filled = {folder}
     for path in sorted(paths, key=lambda path: (path == "job.json", path)):
         if path == "job.json":
-            sync_folder(folder)
+            for each in filled:
+                sync_folder(each)
         target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         (incoming / path).replace(target)
+        filled.add(target.parent)
     sync_folder(folder)

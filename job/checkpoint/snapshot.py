@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from job.checkpoint.records import CACHES, MIRRORED
 from job.errors import JobError
+from job.study_file import count_trials
 from job.workspace import RunFolder, sha256_file
 
 # Copies of what may change while it is sent; the dot keeps them out of mirrors.
@@ -34,11 +35,13 @@ class Taken:
         sha256: Of its contents.
         size: Bytes.
         source: Where the contents are to be read; None: they are known already.
+        trials: Finished trials, of a study that was copied; None: unknown.
     """
 
     sha256: str
     size: int
     source: Path | None
+    trials: int | None = None
 
 
 def mirrored_files(folder: Path) -> Iterator[Path]:
@@ -90,7 +93,7 @@ class Snapshots:
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def _file(self, path: Path, number: int, have: Collection[str]) -> Taken:
-        before = path.stat()
+        before, trials = path.stat(), None
         signature = (before.st_size, before.st_mtime_ns, before.st_ino)
         known, sha256 = self._known.get(path, (None, ""))
         if known == signature and sha256 in have:
@@ -98,7 +101,7 @@ class Snapshots:
         if path == self._folder.study_file:
             source = self._staging / str(number)
             back_up(path, source)
-            sha256 = sha256_file(source)
+            sha256, trials = sha256_file(source), count_trials(source)
         elif path.suffix == ".safetensors" and path.relative_to(self._folder.path).parts[0] in CACHES:
             # Large, and never changed in place: a copy would cost as much disk again.
             source, sha256 = path, sha256_file(path)
@@ -107,7 +110,7 @@ class Snapshots:
             sha256 = _copy(path, source, before.st_size)
         if time.time_ns() - before.st_mtime_ns > _COARSE_NS:
             self._known[path] = (signature, sha256)
-        return Taken(sha256, source.stat().st_size, None if sha256 in have else source)
+        return Taken(sha256, source.stat().st_size, None if sha256 in have else source, trials)
 
 
 def back_up(file: Path, target: Path) -> None:

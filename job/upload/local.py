@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlparse
 from job.errors import DeliveryError
 from job.models import WEIGHTS
 from job.records import Manifest
-from job.workspace import MANIFEST, read_record, sha256_file, sync_folder
+from job.workspace import MANIFEST, make_folder, read_record, sha256_file, sync_file, sync_folder
 
 
 def target_folder(uri: str) -> Path:
@@ -39,13 +39,14 @@ def deliver(export: Path, uri: str) -> None:
     incoming = target.with_name(f".{target.name}.incoming")
     outgoing = target.with_name(f".{target.name}.outgoing")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         shutil.rmtree(incoming, ignore_errors=True)
         incoming.mkdir()
         for name in (*manifest.files, MANIFEST):
             _link_or_copy(export / name, incoming / name)
         if not _holds(incoming, manifest):
             raise DeliveryError(f"the copy in {target} is not what was copied", remedy="check the disk")
+        sync_folder(incoming)
         if target.exists():
             shutil.rmtree(outgoing, ignore_errors=True)
             target.replace(outgoing)
@@ -69,8 +70,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
         else:
             return
     shutil.copyfile(source, target)
-    with target.open("rb+") as file:
-        os.fsync(file.fileno())
+    sync_file(target)
 
 
 def holds_something_else(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from job.errors import DeliveryError
 from job.events import Events
 from job.records import Figures, Upload
 from job.settings import Settings
-from job.workspace import RunFolder, read_record, write_record
+from job.workspace import RunFolder, make_folder, read_record, write_record
 
 if TYPE_CHECKING:
     from job.upload.s3 import S3Capabilities, S3Options
@@ -139,7 +139,7 @@ def probe(target: str, settings: Settings, state: Path | None = None) -> str:
 
     quirks = probe_s3(target, s3_options(settings))
     if state is not None:
-        state.mkdir(parents=True, exist_ok=True)
+        make_folder(state)
         write_record(_memory(target, settings, state), quirks)
     return "; ".join(["writing, completing and deleting work", *quirks.quirks])
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from job.errors import JobError
-from job.study import BACKUP, is_sound, read_trials, restore_if_damaged
+from job.study import read_trials
+from job.study_file import BACKUP, is_sound, restore_if_damaged
 from tests.faults.test_devices import when_searching
 from tests.helpers import abliterate, die_while_writing, events, job_arguments, only_job, start, stored_trials
 from tests.test_search import Runs

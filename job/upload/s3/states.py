@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from job.records import Record
 from job.upload.s3.objects import Algorithm
-from job.workspace import write_atomically, write_record
+from job.workspace import make_folder, write_atomically, write_record
 
 
 class UploadState(Record):
@@ -57,7 +57,7 @@ class UploadStates:
 
     def save(self, state: UploadState) -> None:
         """Note a begun upload, durably."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         write_record(self._file(state.key), state)
 
     def forget(self, key: str) -> None:
@@ -91,7 +91,7 @@ class TouchedNames:
 
     def add(self, names: Set[str]) -> None:
         """Note names, durably."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._file.parent)
         write_atomically(self._file, json.dumps(sorted(self.names() | names)).encode())
 
     def clear(self) -> None:
