@@ -106,8 +106,11 @@ def read_tree(root: Path, *, hidden: bool = False) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in names.items() if hidden or "/." not in f"/{name}"}
 
 
-def write_folder(folder: Path, *, seed: int = 0, large: int = 200_000, trials: int = 3) -> RunFolder:
-    """Write a run folder with something of everything, and with what no mirror may hold."""
+def write_folder(folder: Path, *, seed: int = 0, large: int = 200_000, trials: int = 3, ballast: int = 0) -> RunFolder:
+    """Write a run folder with something of everything, and with what no mirror may hold.
+
+    With ballast, study and event log are as large as those of many trials.
+    """
     random, run = Random(seed), RunFolder(folder)
     for name in ("directions", "residuals", "uploads", "figures", "exports/trial-0001"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -120,7 +123,15 @@ def write_folder(folder: Path, *, seed: int = 0, large: int = 200_000, trials: i
     run.page_file.write_text("")
     for number in range(trials):
         add_trial(run.study_file, number)
-    run.events_file.write_text('{"event": "started"}\n')
+    if ballast:
+        with closing(sqlite3.connect(run.study_file)) as db, db:
+            db.execute("CREATE TABLE IF NOT EXISTS trials (number INTEGER, state TEXT DEFAULT 'COMPLETE')")
+            db.execute("CREATE TABLE IF NOT EXISTS parameters (number INTEGER, value TEXT)")
+            db.execute("CREATE TABLE ballast (x)")
+            db.executemany(
+                "INSERT INTO ballast VALUES (?)", [(random.randbytes(1000),) for _ in range(ballast // 1000)]
+            )
+    run.events_file.write_text('{"event": "started"}\n' + random.randbytes(ballast // 2).hex() + "\n")
     run.preflight_file.write_text("{}")
     run.prompts_file.write_text('{"bad": ["x"]}')
     run.uploads_file.write_text("[]")
@@ -207,7 +218,7 @@ def main(given: str) -> int:
         if spec["mode"] == "work":
             first = len(trials_in(run.study_file)) if run.study_file.exists() else 0
             if first == 0 and not run.job_file.exists():
-                write_folder(run.path, trials=0, large=spec.get("large", 50_000))
+                write_folder(run.path, trials=0, large=spec.get("large", 50_000), ballast=spec.get("ballast", 0))
             _work(claim, run, iter(lambda: len(trials_in(run.study_file)) if run.study_file.exists() else 0, None))
         claim.start()
         over.wait()

@@ -69,7 +69,7 @@ def test_what_a_killed_run_has_mirrored_is_whole(place: Place, tmp_path: Path, k
     random, workspace = Random(kills), tmp_path / "0" / JOB
     acknowledged = 0
     for number in range(kills):
-        process = place.start("work", workspace, large=3_000_000)
+        process = place.start("work", workspace, large=3_000_000, ballast=300_000)
         line(process, "generation" if number else "generation 1")
         time.sleep(random.uniform(0, 0.5))
         process.kill()

@@ -22,6 +22,8 @@ from job.workspace import RunFolder, write_record
 
 LINEAGE = "mirror.json"
 _WATCH_S = 0.25
+# Copying a study of many trials takes a core for a second: such copies take a fifth of the time at most.
+_RESTS, _LONGEST_REST_S = 4.0, 10.0
 # Caches of more than this may be left out of a last snapshot for which there are only seconds left.
 _LARGE_BYTES = 8 << 20
 
@@ -48,7 +50,7 @@ class Claim:
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._wanted = self._stopping = self._hurry = self._discarded = False
         self._ended = threading.Event()
-        self._done = False
+        self._done, self._rest = False, 0.0
         self._outward = 0
         self._on_lost: Callable[[JobError], None] | None = None
         self._sender = threading.Thread(target=self._send, name="mirror", daemon=True)
@@ -200,7 +202,7 @@ class Claim:
                     self._holding.update(release=True)
                 self._sending.passed()
                 self._life.passed()
-                pause = self._pace.snapshot_s - (now() - begun)
+                pause = max(self._pace.snapshot_s - (now() - begun), self._rest)
                 if stopping:
                     self._done = True
                     break
@@ -236,9 +238,10 @@ class Claim:
     def _save(self, *, release: bool) -> None:
         """Take a snapshot and have the head name it."""
         self._may_send(release=release)
-        head = self.head
+        head, begun = self.head, now()
         have = {entry.sha256: entry for entry in head.files.values()}
         taken = self._snapshots.take(have.keys())
+        self._rest = min(_RESTS * (now() - begun), _LONGEST_REST_S)
         trials = _counted(taken, head)
         if release and self._hurry:
             taken = {path: file for path, file in taken.items() if not _may_wait(path, file)}

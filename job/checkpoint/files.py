@@ -18,7 +18,7 @@ from job.checkpoint.records import HEAD, OBJECTS, Entry
 from job.checkpoint.store import ConflictError, Proof, Stored
 from job.errors import DeliveryError, JobError
 from job.upload.local import target_folder
-from job.workspace import sync_folder, write_atomically
+from job.workspace import make_folder, sync_folder, write_atomically
 
 _LOCK = ".lock"
 _LOCK_SECONDS = 10.0
@@ -55,7 +55,7 @@ class FileStore:
     def prepare(self) -> None:
         """Make the folder."""
         with self._clear_errors(self._root):
-            self._root.mkdir(parents=True, exist_ok=True)
+            make_folder(self._root)
 
     def jobs(self) -> list[str]:
         """Return the jobs with a head."""
@@ -97,7 +97,7 @@ class FileStore:
         """Copy objects, each whole or not at all."""
         folder = self._root / job / OBJECTS
         with self._clear_errors(folder):
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
             for name, (source, entry) in objects.items():
                 if (folder / name).exists():
                     continue  # of an earlier try: a name stands for its contents
@@ -113,7 +113,7 @@ class FileStore:
         """Replace the head under the lock."""
         folder = self._root / job
         with self._clear_errors(folder):
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
             with self._locked(folder):
                 found = self.read(job)
                 if (found and found.token) != (expected and expected.token):

@@ -62,12 +62,15 @@ class Layers:
         digests = _digests(source)
         known = self._known.get(path, {})
         before = known.get(sent.sha256) if isinstance(sent, Layered) else None
-        if before is None or not isinstance(sent, Layered) or len(before.layers) != len(sent.layers):
-            kept: tuple[Entry, ...] = ()
+        size = source.stat().st_size
+        layers = sent.layers if isinstance(sent, Layered) else ()
+        kept: tuple[Entry, ...] = ()
+        # What a file that has shrunk held at its end stands in the layers before.
+        if before is None or sent is None or size < sent.size or len(before.layers) != len(layers):
             blocks = [frozenset(range(len(digests)))]
         else:
             blocks = _folded(before, digests)
-            kept = sent.layers[: len(blocks) - 1]
+            kept = layers[: len(blocks) - 1]
         file = source.with_name(source.name + ".layer")
         contents = _encoded(source, sorted(blocks[-1]))
         file.write_bytes(contents)
@@ -77,7 +80,7 @@ class Layers:
             **({sent.sha256: before} if sent is not None and before is not None else {}),
             sha256: _Known(digests, tuple(blocks)),
         }
-        return _Made(Layered(sha256=sha256, size=source.stat().st_size, layers=(*kept, layer)), file, layer)
+        return _Made(Layered(sha256=sha256, size=size, layers=(*kept, layer)), file, layer)
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,6 @@ def _digests(file: Path) -> tuple[bytes, ...]:
 
 def _folded(before: _Known, digests: Sequence[bytes]) -> list[frozenset[int]]:
     """Return the blocks of all layers, the last of which is new."""
-    if len(digests) < len(before.digests):
-        return [frozenset(range(len(digests)))]
     changed = {number for number, digest in enumerate(digests) if before.digests[number : number + 1] != (digest,)}
     layers = list(before.layers)
     while layers and (len(layers[-1]) <= len(changed) or len(layers) >= _MOST_LAYERS):

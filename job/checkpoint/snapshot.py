@@ -101,7 +101,7 @@ class Snapshots:
         if path == self._folder.study_file:
             source = self._staging / str(number)
             back_up(path, source)
-            sha256, trials = sha256_file(source), count_trials(source)
+            sha256, trials = sha256_file(source), count_trials(source, checked=True)
         elif path.suffix == ".safetensors" and path.relative_to(self._folder.path).parts[0] in CACHES:
             # Large, and never changed in place: a copy would cost as much disk again.
             source, sha256 = path, sha256_file(path)

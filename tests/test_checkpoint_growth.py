@@ -1,0 +1,226 @@
+"""Mirrors of long searches: only what is new is sent, by layers, and mirrors of the former version are gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import zlib
+from contextlib import closing
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.checkpoint import MirrorError
+from job.checkpoint.layers import BLOCK, Layers, assemble
+from job.checkpoint.records import Layered
+from job.workspace import RunFolder
+from tests.growth import BATCH, Growing, Sent
+from tests.mirror_places import file_place, hub_place, place, running, s3_place
+from tests.mirrors import JOB, Place, add_trial, mirrored, sha256, trials_in, wait_until, write_folder
+
+__all__ = ["file_place", "hub_place", "place", "running", "s3_place"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+def save(place: Place, folder: Path) -> None:
+    claim = place.claim(folder)
+    claim.start()
+    claim.request()
+    assert claim.close()
+
+
+# A change: where, as a share of the file, how many bytes, and whether they replace others or come at the end.
+CHANGES = st.lists(
+    st.tuples(st.floats(0, 1), st.integers(0, 5 * BLOCK), st.sampled_from(["replace", "append", "cut"])), max_size=40
+)
+
+
+@given(size=st.integers(0, 30 * BLOCK), changes=CHANGES, arrives=st.lists(st.booleans(), min_size=40, max_size=40))
+@settings(max_examples=40)
+def test_layers_give_back_what_they_were_made_of(
+    tmp_path_factory: pytest.TempPathFactory, size: int, changes: list[tuple[float, int, str]], arrives: list[bool]
+) -> None:
+    folder, random = tmp_path_factory.mktemp("layers"), Random(size)
+    source, target = folder / "file", folder / "back"
+    layers, objects = Layers(), dict[str, Path]()
+    sent: Layered | None = None
+    contents = bytearray(random.randbytes(size))
+    for number, (share, length, how) in enumerate([(0.0, 0, "append"), *changes]):
+        start = int(share * len(contents))
+        if how == "cut":
+            del contents[len(contents) - min(length, len(contents)) :]
+        else:
+            start = start if how == "replace" else len(contents)
+            contents[start : start + length] = random.randbytes(length)
+        source.write_bytes(contents)
+        made = layers.make("study.db", source, sha256(contents), sent, f"{number}-00000000")
+        kept = objects[made.layer.object] = folder / made.layer.object
+        kept.write_bytes(made.source.read_bytes())
+        assemble([objects[layer.object] for layer in made.entry.layers], target, made.entry.size)
+        assert target.read_bytes() == contents
+        assert len(made.entry.layers) <= 12
+        if number == 0 or arrives[number - 1]:  # others never arrive, and the next is made against what did
+            sent = made.entry
+
+
+@pytest.mark.parametrize(
+    "torn", [b"", b"x", b"[]", b"[[0, 1]]\nshort", b'[["a", 1]]\n', b"[[-1, 2]]\n", b"[[9999999, 1]]\nx"]
+)
+def test_what_is_no_layer_is_refused(tmp_path: Path, torn: bytes) -> None:
+    file = tmp_path / "layer"
+    for data in (torn, zlib.compress(torn)[:-2], zlib.compress(torn + b"x" * 2_000_000)):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=r"."):
+            assemble([file], tmp_path / "target", 4)
+        assert not (tmp_path / "target").stat().st_size > 4 * BLOCK or torn.startswith(b"[[9999999")
+
+
+def _bytes_a_batch(tmp_path: Path, trials: int) -> tuple[float, int]:
+    """Return the bytes sent for a batch and those of the study."""
+    growing = Growing(tmp_path / "a" / JOB)
+    growing.grow(trials)
+    sent = Sent(tmp_path / "other disk", growing.run)
+    sent.snapshot()
+    batches = []
+    for _ in range(8):
+        growing.grow(BATCH)
+        batches.append(sent.snapshot())
+    sent.close()
+    # Another machine gets all of it.
+    fresh = Sent(tmp_path / "other disk", RunFolder(tmp_path / "b" / JOB))
+    assert mirrored_study(tmp_path / "b" / JOB) == mirrored_study(growing.run.path)
+    assert (tmp_path / "b" / JOB / "events.jsonl").read_bytes() == growing.run.events_file.read_bytes()
+    fresh.claim.close(final=False)
+    return sum(batches) / len(batches), growing.run.study_file.stat().st_size
+
+
+def mirrored_study(folder: Path) -> str:
+    with closing(sqlite3.connect(folder / "study.db")) as db:
+        return hashlib.sha256("\n".join(db.iterdump()).encode()).hexdigest()
+
+
+def test_a_batch_sends_what_is_new(tmp_path: Path) -> None:
+    sent, size = _bytes_a_batch(tmp_path, 1_000)
+    assert size > 1_500_000
+    assert sent < 100_000
+
+
+@pytest.mark.slow
+def test_after_ten_thousand_trials_a_batch_sends_no_more_than_after_a_thousand(tmp_path: Path) -> None:
+    sent, size = _bytes_a_batch(tmp_path, 10_000)
+    assert size > 15_000_000
+    assert sent < 100_000
+
+
+def as_by_version_1(place: Place, folder: Path) -> None:
+    """Make a mirror what the former version would have left: every file in one object, no count of trials."""
+    head = place.head()
+    for path, entry in head["files"].items():
+        data = (folder / path).read_bytes()
+        if "layers" in entry or path == "study.db":
+            name = f"{sha256(data)}.1-00000000"
+            for layer in entry.get("layers", [entry]):
+                place.put(f"{JOB}/objects/{layer['object']}", None)
+            place.put(f"{JOB}/objects/{name}", data)
+            head["files"][path] = {"sha256": sha256(data), "size": len(data), "object": name}
+    head["version"] = 1
+    del head["trials"]
+    place.put(f"{JOB}/head.json", json.dumps(head).encode())
+
+
+@pytest.mark.parametrize("place", ["file", "s3", "hub"], indirect=True)
+def test_a_mirror_of_the_former_version_is_restored_and_gone_on_with(place: Place, tmp_path: Path) -> None:
+    run = write_folder(tmp_path / "a" / JOB, ballast=400_000)
+    save(place, run.path)
+    assert place.head()["version"] == 2
+    assert any("layers" in entry for entry in place.head()["files"].values())
+    as_by_version_1(place, run.path)
+    fresh = tmp_path / "b" / JOB
+    claim = place.claim(fresh)
+    assert mirrored(fresh) == mirrored(run.path)
+    claim.start()
+    add_trial(fresh / "study.db", 3)
+    claim.request()
+    assert claim.close()
+    assert (place.head()["version"], place.head()["trials"]) == (2, 4)
+    place.claim(tmp_path / "c" / JOB).close(final=False)
+    assert len(trials_in(tmp_path / "c" / JOB / "study.db")) == 4
+    # No object of the former layout is left but those of the snapshot before.
+    head = place.head()
+    named = {layer["object"] for e in head["files"].values() for layer in e.get("layers", [e])} | set(head["previous"])
+    assert place.objects() == {f"{JOB}/objects/{name}" for name in named}
+
+
+@pytest.mark.parametrize("place", ["file", "s3", "hub"], indirect=True)
+def test_a_layer_that_is_missing_or_damaged_is_a_torn_mirror(place: Place, tmp_path: Path) -> None:
+    run = write_folder(tmp_path / "a" / JOB, ballast=400_000)
+    claim = place.claim(run.path)
+    claim.start()
+    for number in range(3, 6):
+        generation = claim.head.generation
+        add_trial(run.study_file, number)
+        claim.request()
+        wait_until(lambda former=generation: claim.head.generation > former, "no snapshot")
+    assert claim.close()
+    layers = place.head()["files"]["study.db"]["layers"]
+    assert len(layers) > 1
+    whole = place.contents()[name := f"{JOB}/objects/{layers[-1]['object']}"]
+    for damage, said in ((whole[:-9], "not what they were"), (None, "are missing")):
+        place.put(name, damage)
+        with pytest.raises(MirrorError, match=said):
+            place.claim(tmp_path / "b" / JOB)
+
+
+EMPTIED = {
+    "without a byte": lambda file: file.write_bytes(b""),
+    "gone": lambda file: file.unlink(),
+    "with fewer trials": lambda file: _forget(file, 2),
+    "torn": lambda file: file.write_bytes(file.read_bytes()[:9000]),
+}
+
+
+def _forget(file: Path, first: int) -> None:
+    with closing(sqlite3.connect(file)) as db, db:
+        db.execute("DELETE FROM trials WHERE number >= ?", (first,))
+
+
+@pytest.mark.parametrize("damage", EMPTIED)
+@pytest.mark.parametrize("former", [False, True])
+def test_a_study_that_lost_trials_is_restored_from_its_mirror(
+    file_place: Place, tmp_path: Path, damage: str, former: bool
+) -> None:
+    run = write_folder(tmp_path / "a" / JOB)
+    save(file_place, run.path)
+    if former:
+        as_by_version_1(file_place, run.path)
+    EMPTIED[damage](run.study_file)
+    said: list[str] = []
+    claim = file_place.claim(run.path, said=said)
+    assert trials_in(run.study_file) == [(0, 5), (1, 5), (2, 5)]
+    assert any("superseded-1" in line and "study" in line for line in said)
+    claim.start()
+    claim.request()
+    assert claim.close()
+    assert file_place.head()["trials"] == 3
+
+
+@pytest.mark.parametrize("damage", ["without a byte", "gone", "with fewer trials"])
+def test_a_study_that_is_lost_in_the_run_is_not_mirrored_over(file_place: Place, tmp_path: Path, damage: str) -> None:
+    run = write_folder(tmp_path / "a" / JOB)
+    save(file_place, run.path)
+    said: list[str] = []
+    claim = file_place.claim(run.path, said=said)
+    claim.start()
+    EMPTIED[damage](run.study_file)
+    run.state_file.write_text("{}")
+    claim.request()
+    wait_until(lambda: any("the checkpoint is left as it is" in line for line in said), str(said))
+    claim.close(seconds=1.0)
+    assert file_place.head()["generation"] == 1
+    file_place.close()
+    file_place.opened.clear()
