@@ -10,6 +10,7 @@ import psutil
 from job.records import Record
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_NAMESPACE = Path("/proc/self/ns/pid")
 # Start times are kept in clock ticks (1/100 s) or, elsewhere than on Linux, measured against the wall clock.
 _SAME_START_SECONDS = 0.05
 
@@ -71,6 +72,14 @@ def _start_time_elsewhere(pid: int) -> float | None:
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time() - psutil.boot_time()
     except psutil.Error:
         return None
+
+
+def process_namespace() -> str:
+    """Return what process ids are relative to here: the container, on Linux."""
+    try:
+        return os.readlink(_NAMESPACE)
+    except OSError:
+        return ""
 
 
 class HolderRecord(Record):

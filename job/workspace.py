@@ -15,10 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from job.errors import HeldError, JobError, MachineError, UsageError
+from job.locks import Lock, LockedError, is_locked
 from job.models import no_model_folder, parse_model
 from job.processes import HolderRecord, this_process
 from job.records import ExportFormat, JobRecord, Record, State, Upload
@@ -268,29 +268,23 @@ class RunFolder:
 
     def is_held(self) -> bool:
         """Return whether a run holds this job now."""
-        if not self.lock_file.exists():
-            return False
-        try:
-            with FileLock(self.lock_file, timeout=0):
-                return False
-        except Timeout:
-            return True
+        return is_locked(self.lock_file)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold this job for the block; the lock goes with the process, however it ends.
+        """Hold this job for the block; the lock goes with the process, however it ends (`job.locks`).
 
         Raises:
             HeldError: Another run holds it.
         """
-        lock = FileLock(self.lock_file, timeout=_LOCK_SECONDS)
+        lock = Lock(self.lock_file)
         try:
-            lock.acquire()
-        except Timeout:
-            holder = self.holder()
+            lock.acquire(_LOCK_SECONDS)
+        except LockedError as error:
+            holder = error.owner or self.holder()
             raise HeldError(
                 f"job {self.path.name} is held by {holder.describe() if holder else 'another process'}",
-                remedy="wait for it to end or stop it",
+                remedy=error.remedy,
                 elsewhere=holder is not None and holder.process.boot_id != this_process().boot_id,
             ) from None
         except OSError as error:

@@ -14,13 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.checkpoint import MirrorError
+from job.checkpoint import Claim, Mirror, MirrorError, hub
+from job.checkpoint.hub import HubStore
 from job.checkpoint.layers import BLOCK, Layers, assemble
 from job.checkpoint.records import Layered
+from job.errors import HeldError
 from job.workspace import RunFolder
 from tests.growth import BATCH, Growing, Sent
-from tests.mirror_places import file_place, hub_place, place, running, s3_place
-from tests.mirrors import JOB, Place, add_trial, mirrored, sha256, trials_in, wait_until, write_folder
+from tests.mirror_places import REPO, file_place, hub_place, place, running, s3_place
+from tests.mirrors import CALM, IDENTITY, JOB, Place, add_trial, mirrored, sha256, trials_in, wait_until, write_folder
 
 __all__ = ["file_place", "hub_place", "place", "running", "s3_place"]
 
@@ -32,6 +34,14 @@ def save(place: Place, folder: Path) -> None:
     claim.start()
     claim.request()
     assert claim.close()
+
+
+def add(claim: Claim, run: RunFolder, number: int) -> None:
+    """Add a trial and wait until it is mirrored."""
+    generation = claim.head.generation
+    add_trial(run.study_file, number)
+    claim.request()
+    wait_until(lambda: claim.head.generation > generation, "no snapshot", 60)
 
 
 # A change: where, as a share of the file, how many bytes, and whether they replace others or come at the end.
@@ -162,10 +172,7 @@ def test_a_layer_that_is_missing_or_damaged_is_a_torn_mirror(place: Place, tmp_p
     claim = place.claim(run.path)
     claim.start()
     for number in range(3, 6):
-        generation = claim.head.generation
-        add_trial(run.study_file, number)
-        claim.request()
-        wait_until(lambda former=generation: claim.head.generation > former, "no snapshot")
+        add(claim, run, number)
     assert claim.close()
     layers = place.head()["files"]["study.db"]["layers"]
     assert len(layers) > 1
@@ -224,3 +231,112 @@ def test_a_study_that_is_lost_in_the_run_is_not_mirrored_over(file_place: Place,
     assert file_place.head()["generation"] == 1
     file_place.close()
     file_place.opened.clear()
+
+
+def commits(place: Place) -> int:
+    return len(place.server.repo("model", REPO).history())
+
+
+def test_a_hub_mirror_squashes_its_history(hub_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_HISTORY", 5)
+    hub_place.server.page_size = 5
+    run = write_folder(tmp_path / "a" / JOB, ballast=300_000)
+    claim = hub_place.claim(run.path)
+    claim.start()
+    longest = 0
+    for number in range(3, 15):
+        add(claim, run, number)
+        longest = max(longest, commits(hub_place))
+    assert claim.close()
+    assert longest <= 7
+    fresh = tmp_path / "b" / JOB
+    # Who comes after a long history squashes it with its first commit.
+    for _ in range(8):
+        hub_place.server.repo("model", REPO).commit({"note": Random(_).randbytes(9)})
+    hub_place.claim(fresh).close(final=False)
+    assert commits(hub_place) <= 3
+    assert len(trials_in(fresh / "study.db")) == 15
+
+
+def test_a_reader_at_a_revision_that_is_squashed_meanwhile_looks_again(hub_place: Place, tmp_path: Path) -> None:
+    run = write_folder(tmp_path / "a" / JOB)
+    save(hub_place, run.path)
+    repo = hub_place.server.repo("model", REPO)
+    with hub_place.mirror() as mirror:
+        stored = mirror._store.read(JOB)
+        repo.squash("main", "Checkpoint", "cook")
+        entry = mirror.jobs()[0].files["job.json"]
+        mirror._store.read(JOB)
+        repo.squash("main", "Checkpoint again", "cook")
+        mirror._store.fetch(JOB, entry, tmp_path / "job.json")
+        assert (tmp_path / "job.json").read_bytes() == run.job_file.read_bytes()
+        assert mirror._store.read(JOB).data == stored.data
+
+
+def test_a_runner_that_lost_its_lease_cannot_write_after_a_squash(
+    hub_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other's head comes between the last commit of the former and its squash."""
+    monkeypatch.setattr(hub, "_HISTORY", 2)
+    run = write_folder(tmp_path / "a" / JOB)
+    claim = hub_place.claim(run.path)
+    claim.start()
+    claim.request()
+    wait_until(lambda: claim.head.generation == 1, "no snapshot")
+    repo, store = hub_place.server.repo("model", REPO), claim._store
+    asked = store._others_run
+
+    def overtaken(job: str) -> bool:
+        head = hub_place.head()
+        head["lease"] = {**head["lease"], "runner": "f" * 32, "host": "elsewhere"}
+        repo.commit({f"{JOB}/head.json": json.dumps(head).encode()})
+        return bool(asked(job))
+
+    monkeypatch.setattr(store, "_others_run", overtaken)
+    add_trial(run.study_file, 3)
+    claim.request()
+    wait_until(lambda: hub_place.head()["lease"]["runner"] == "f" * 32, "not overtaken")
+    add_trial(run.study_file, 4)
+    claim.request()
+    wait_until(lambda: claim._holding.lost is not None, "the loss was not noticed")
+    with pytest.raises(HeldError, match="has taken it over"):
+        claim.check()
+    claim.close(seconds=1)
+    assert hub_place.head()["lease"]["runner"] == "f" * 32
+
+
+def test_a_history_is_kept_while_another_job_writes_to_it(
+    hub_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "_HISTORY", 3)
+    one = write_folder(tmp_path / "a" / JOB)
+    other = hub_place.mirror().claim(RunFolder(tmp_path / "other"), {"seed": 9}, print)
+    claim = hub_place.claim(one.path)
+    claim.start()
+    for number in range(3, 9):
+        add(claim, one, number)
+    kept = commits(hub_place)
+    assert kept >= 8
+    other.close(final=False)
+    for number in range(9, 13):
+        add(claim, one, number)
+    assert claim.close()
+    assert commits(hub_place) < kept
+
+
+def test_a_squash_that_fails_is_said_and_the_mirror_goes_on(
+    hub_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hub, "_HISTORY", 3)
+    hub_place.server.fail("POST", "*/super-squash/*", status=403)
+    run, said = write_folder(tmp_path / "a" / JOB), list[str]()
+    store = HubStore(hub_place.uri, pace=CALM, report=said.append)
+    claim = Mirror(store, required=False).claim(run, IDENTITY, said.append)
+    claim.start()
+    for number in range(3, 8):
+        add(claim, run, number)
+    assert claim.close()
+    store.close()
+    assert any("stays long" in line for line in said)
+    hub_place.claim(tmp_path / "b" / JOB).close(final=False)
+    assert len(trials_in(tmp_path / "b" / JOB / "study.db")) == 8

@@ -11,12 +11,11 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from job.checkpoint.options import Pace
 from job.checkpoint.records import HEAD, OBJECTS, Entry
 from job.checkpoint.store import ConflictError, Proof, Stored
 from job.errors import DeliveryError, JobError
+from job.locks import Lock, LockedError, keeps_others_out, locked
 from job.upload.local import target_folder
 from job.workspace import make_folder, sync_folder, write_atomically
 
@@ -46,10 +45,11 @@ class FileStore:
             try:
                 trial.mkdir()
                 write_atomically(trial / HEAD, b"a probe, to be deleted at once\n")
-                with FileLock(trial / _LOCK, timeout=_LOCK_SECONDS):
-                    pass
+                quirk = _lock_quirk(trial / _LOCK)
             finally:
                 shutil.rmtree(trial, ignore_errors=True)
+        if quirk is not None:
+            return Proof("writing and deleting work", fenced=False, quirks=(quirk,))
         return Proof("writing, locking and deleting work", fenced=True)
 
     def prepare(self) -> None:
@@ -125,11 +125,12 @@ class FileStore:
 
     @contextmanager
     def _locked(self, folder: Path) -> Iterator[None]:
-        lock = FileLock(folder / _LOCK, timeout=_LOCK_SECONDS)
+        lock = Lock(folder / _LOCK)
         try:
-            lock.acquire()
-        except Timeout:
-            raise DeliveryError(f"{folder} stays locked", remedy="end the process that holds it") from None
+            lock.acquire(_LOCK_SECONDS)
+        except LockedError as error:
+            who = f" by {error.owner.describe()}" if error.owner else ""
+            raise DeliveryError(f"{folder} stays locked{who}", remedy=error.remedy) from None
         try:
             yield
         finally:
@@ -157,6 +158,17 @@ class FileStore:
             raise
         except JobError as error:  # of write_atomically: this folder is not the workspace
             raise DeliveryError(str(error), remedy="free space or correct its permissions") from error
+
+
+def _lock_quirk(file: Path) -> str | None:
+    """Return why a lock does not keep another process of this machine out, None if it does."""
+    with locked(file, _LOCK_SECONDS) as lock:
+        if lock.by_file:
+            return "this file system has no locks (flock): a file stands in for them"
+        kept_out = keeps_others_out(file)
+    if not kept_out or keeps_others_out(file) is not False:
+        return "a lock here does not keep another process out"
+    return None
 
 
 def _copy(source: Path, target: Path) -> str:

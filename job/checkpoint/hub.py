@@ -10,9 +10,11 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
+from job.checkpoint.lease import is_running
 from job.checkpoint.options import HUB_PACE, Pace
-from job.checkpoint.records import HEAD, OBJECTS, Entry
+from job.checkpoint.records import HEAD, OBJECTS, Entry, MirrorError, decode_head
 from job.checkpoint.store import ConflictError, Proof, Stored
 from job.errors import DeliveryError
 from job.hub import count_traffic, quiet_client
@@ -28,6 +30,12 @@ T = TypeVar("T")
 
 # Times that a commit is made anew on top of another job's in the same repository.
 _LOOKS = 8
+# Commits after which a branch's history is squashed: each keeps a snapshot, and one is made a minute.
+_HISTORY = 200
+
+
+class _SquashedError(Exception):
+    """A revision is gone: the branch was squashed since it was looked at."""
 
 
 class HubStore:
@@ -52,6 +60,7 @@ class HubStore:
         self._repo = Repository(uri, self._options, report)
         self._staged: dict[str, CommitOperationAdd] = {}
         self._seen: Snapshot | None = None
+        self._commits = 0  # made since the history was last squashed, or looked at
         # It replaces the client, which is not to happen first when a thread of ours is using it.
         count_traffic()
         self._open = ExitStack()
@@ -106,11 +115,16 @@ class HubStore:
 
     def read(self, job: str) -> Stored | None:
         """Return the head at the branch's latest commit, which the next one is to be made on."""
-        found = self._look()
-        if found is None or f"{job}/{HEAD}" not in found.files:
-            return None
-        data = self._download(f"{job}/{HEAD}", found.sha, Path.read_bytes)
-        return Stored(data, found.sha, self._age(found.sha))
+        for _ in range(_LOOKS):
+            found = self._look()
+            if found is None or f"{job}/{HEAD}" not in found.files:
+                return None
+            try:
+                data = self._download(f"{job}/{HEAD}", found.sha, Path.read_bytes)
+                return Stored(data, found.sha, self._age(found.sha))
+            except _SquashedError:
+                continue
+        raise DeliveryError(f"the history of {self._repo.repo_id} keeps changing", remedy="try again later")
 
     def _age(self, sha: str) -> float | None:
         """Return the seconds since a commit by the Hub's clock; another job's commit makes it seem younger."""
@@ -128,7 +142,7 @@ class HubStore:
             hf_raise_for_status(answer)
             return answer
 
-        answer = self._repo.ask(call, f"the age of {self._repo.repo_id}")
+        answer = self._of_revision(call, f"the age of {self._repo.repo_id}")
         try:
             written = datetime.fromisoformat(answer.json()[0]["date"])
             now = parsedate_to_datetime(answer.headers["date"])
@@ -141,11 +155,30 @@ class HubStore:
         api, repo_id = self._repo.api, self._repo.repo_id
         with scratch("mirror") as folder:
             return take(
-                self._repo.ask(
+                self._of_revision(
                     lambda: Path(api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)),
                     f"{name} of {repo_id}",
                 )
             )
+
+    def _of_revision(self, call: Callable[[], T], what: str) -> T:
+        """Return what a call returns that names a revision.
+
+        Raises:
+            _SquashedError: There is no such revision any more.
+            DeliveryError: The Hub says no, or cannot be reached for long.
+        """
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        try:
+            return self._repo.ask(call, what)
+        except DeliveryError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, RevisionNotFoundError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise _SquashedError from error
 
     def names(self, job: str) -> list[str]:
         """Return all files of the job but the head."""
@@ -186,7 +219,9 @@ class HubStore:
             if sha is not None:
                 if named:
                     self._staged = {}
-                return Stored(data, sha, 0.0)
+                self._commits += 1
+                stored = Stored(data, sha, 0.0)
+                return self._squashed(job, stored) if self._commits >= _HISTORY else stored
             # Another job may have committed, too: that is no reason to give up.
             found = self.read(job)
             if (found and found.data) != (expected and expected.data):
@@ -207,14 +242,75 @@ class HubStore:
             raise ConflictError(self.read(job))
         return found.sha
 
+    def _squashed(self, job: str, stored: Stored) -> Stored:
+        """Forget the branch's history, unless others may be writing to it, and return the head as it stands then.
+
+        What fails is said and tried again after as many commits: the mirror is none the worse for it.
+        """
+        self._commits = 0
+        api, branch = self._repo.api, self._repo.target.branch
+        try:
+            if self._others_run(job):
+                return stored
+            self._repo.ask(
+                lambda: api.super_squash_history(
+                    self._repo.repo_id, branch=branch, commit_message=self._options.commit_message
+                ),
+                f"squashing the history of {self._repo.repo_id}",
+            )
+            found = self.read(job)
+        except DeliveryError as error:
+            self._repo.report(f"warning: the history of {self._repo.repo_id} stays long: {error.line}")
+            return stored
+        # Another runner's head may have come between. Then the former commit stays what is expected, and that fails.
+        return found if found is not None and found.data == stored.data else stored
+
+    def _others_run(self, job: str) -> bool:
+        """Return whether another job's runner may be about to commit to the same branch."""
+        for other in self.jobs():
+            stored = self.read(other) if other != job else None
+            try:
+                if stored is not None and is_running(decode_head(stored.data, other, self.uri), stored):
+                    return True
+            except MirrorError:
+                return True  # of what cannot be read nobody knows who writes it
+        return False
+
     def sweep(self, job: str, keep: AbstractSet[str]) -> None:
-        """Nothing is ever left over: objects come and go with the head that names them."""
+        """Have a long history squashed; objects come and go with the head that names them, so none is left over."""
+        if self._has_long_history():
+            self._commits = _HISTORY  # with the next commit
+
+    def _has_long_history(self) -> bool:
+        """Return whether the branch has more commits than the Hub lists at once."""
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not re-exported
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
+
+        api, branch = self._repo.api, quote(self._repo.target.branch, safe="")
+        url = f"{api.endpoint}/api/models/{self._repo.repo_id}/commits/{branch}"
+
+        def call() -> Any:
+            answer = get_session().get(url, params={"limit": _HISTORY}, headers=build_hf_headers(token=api.token))
+            hf_raise_for_status(answer)
+            return answer
+
+        return "next" in self._repo.ask(call, f"commits of {self._repo.repo_id}").links
 
     def fetch(self, job: str, entry: Entry, target: Path) -> None:
         """Download an object, of the revision at which the head was read where it is there."""
         name = f"{job}/{OBJECTS}/{entry.object}"
-        if self._seen is None or name not in self._seen.files:
-            self._look()
-        if self._seen is None or name not in self._seen.files:
-            raise FileNotFoundError(name)
-        self._download(name, self._seen.sha, lambda path: shutil.move(path, target))
+        for _ in range(_LOOKS):
+            if self._seen is None or name not in self._seen.files:
+                self._look()
+            if self._seen is None or name not in self._seen.files:
+                break
+            try:
+                self._download(name, self._seen.sha, lambda path: shutil.move(path, target))
+            except _SquashedError:
+                self._seen = None
+            else:
+                return
+        raise FileNotFoundError(name)

@@ -15,10 +15,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from job import __version__
-from job.checkpoint.records import HEAD, VERSION, Head, Lease, decode_head, foreign, process_namespace
+from job.checkpoint.records import HEAD, VERSION, Head, Lease, decode_head, foreign
 from job.checkpoint.store import ConflictError, Store, Stored
 from job.errors import HeldError
-from job.processes import this_process
+from job.processes import process_namespace, this_process
 from job.redaction import redacted
 
 # Times that a head is looked at anew because another runner was quicker, or an answer got lost.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from job.errors import DeliveryError
-from job.processes import HolderRecord, ProcessRecord, is_alive, this_process
+from job.processes import HolderRecord, ProcessRecord, is_alive, process_namespace, this_process
 from job.records import Record
 
 # Names under JOB_ID/ of a mirror.
@@ -23,7 +22,6 @@ _SHA256 = r"^[0-9a-f]{64}$"
 _KIND: Literal["abliteration-job checkpoint"] = "abliteration-job checkpoint"
 # Of the head. Version 1 has neither layers nor a count of trials; it is read and gone on with, as version 2.
 VERSION: Literal[2] = 2
-_NAMESPACE = Path("/proc/self/ns/pid")
 # What a run folder holds that a mirror holds, too. In this order it is copied: what says that something is done comes
 # before what it was done with, so that no snapshot, taken while the run goes on, claims more than it holds.
 MIRRORED = (
@@ -231,14 +229,6 @@ def is_mirrored(path: str) -> bool:
     parts = pure.parts
     plain = bool(parts) and str(pure) == path and not pure.is_absolute() and "\0" not in path
     return plain and parts[0] in MIRRORED and not any(part.startswith(".") for part in parts)
-
-
-def process_namespace() -> str:
-    """Return what process ids are relative to here: the container, on Linux."""
-    try:
-        return os.readlink(_NAMESPACE)
-    except OSError:
-        return ""
 
 
 def _first(error: ValidationError) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from job.locks import MISSING
 from job.preflight.checks import MIB, Check, size, speed
 from job.preflight.mounts import Mount, kind_of, mount_of, nearest_existing, read_mounts
 from job.records import Record
@@ -23,6 +24,7 @@ SLOWEST_READ = 40e6
 _PROBE_BYTES = 64 * MIB
 _PROBE_SECONDS = 1.0
 _BLOCK = 4 * MIB
+_BY_FILE = "has no flock: a file that names its owner holds the job, and stays if its machine is gone"
 
 
 class Need(Record):
@@ -141,9 +143,11 @@ def storage(mount: Mount, needs: Sequence[Need]) -> Check:
 def locking(path: Path, mount: Mount) -> Check:
     """Take and release the locks that SQLite and the job need, where the database will lie."""
     kind = kind_of(mount)
-    fault = _lock_fault(path)
+    fault, by_file = _lock_fault(path)
     if fault or kind == "object-store":
         status, remedy = "fail", "put the workspace on a local disk; give --checkpoint for what must survive"
+    elif by_file:
+        status, remedy = "warn", "start one run of this job at a time there, or put the workspace on a local disk"
     elif kind == "network":
         status, remedy = "warn", "locks work here, yet SQLite is not made for network disks: run no second job on it"
     else:
@@ -151,22 +155,28 @@ def locking(path: Path, mount: Mount) -> Check:
     return Check(
         name="disk.locks",
         status=status,
-        measured=fault or f"file locks work on {_named(mount)}",
-        needed="file locks for study.db",
+        measured=fault or (f"{_named(mount)} {_BY_FILE}" if by_file else f"file locks work on {_named(mount)}"),
+        needed="file locks for study.db and the job",
         remedy=remedy,
     )
 
 
-def _lock_fault(path: Path) -> str | None:
-    """Return why the two kinds of file lock cannot be had beside a path, None if they can."""
+def _lock_fault(path: Path) -> tuple[str | None, bool]:
+    """Return why locks cannot be had beside a path, and whether a file has to stand in for the job's."""
     folder = nearest_existing(path)
+    by_file = False
     try:
         with tempfile.TemporaryFile(dir=folder if folder.is_dir() else folder.parent) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in MISSING:
+                    raise
+                by_file = True
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return f"no file locks in {folder}: {error.strerror or error}"
-    return None
+        return f"no file locks in {folder}: {error.strerror or error}", by_file
+    return None, by_file
 
 
 def writability(path: Path) -> Check:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from job.errors import MachineError
 from job.preflight.checks import Check, size
+from job.preflight.fencing import proven
 from job.preflight.mounts import kind_of, mount_of, read_mounts
 from job.prompts import PromptSets
 from job.settings import Settings
@@ -36,11 +37,13 @@ def checkpoint_check(settings: Settings, held: int) -> Check:
     Raises:
         JobError: It cannot.
     """
-    from job.checkpoint import HOLDS, MirrorOptions, open_mirror
+    from job.checkpoint import HOLDS, MirrorOptions, open_mirror, scheme_of
 
     assert settings.checkpoint is not None
     with open_mirror(settings.checkpoint, MirrorOptions(s3=s3_options(settings))) as mirror:
         proof = mirror.probe()
+    if scheme_of(settings.checkpoint) == "file":
+        proof = proven(proof, target_folder(settings.checkpoint))
     quirks = "".join(f"; {quirk}" for quirk in proof.quirks)
     return Check(
         name="checkpoint",

@@ -30,6 +30,7 @@ VERBS = (
     "tag",
     "preupload",
     "commit",
+    "super-squash",
     "discussions",
     "settings",
     "auth-check",
@@ -68,6 +69,7 @@ class Api:
             ("DELETE", "tag"): self._delete_tag,
             ("POST", "preupload"): self._preupload,
             ("POST", "commit"): self._commit,
+            ("POST", "super-squash"): self._squash,
             ("PUT", "settings"): self._settings,
             ("GET", "auth-check"): self._auth_check,
             ("GET", "discussions"): self._discussions,
@@ -355,6 +357,11 @@ class Api:
         with repo.lock:
             if refs.pop(name, None) is None:
                 raise HubError(404, f"Reference {name} does not exist", "RevisionNotFound")
+        return as_json({})
+
+    def _squash(self, call: Call, token: Token | None, repo: Repo, rest: str) -> Reply:
+        token = access.need_write(repo, token)
+        repo.squash(unquote(rest), str(call.json()["message"]), token.user)
         return as_json({})
 
     def _preupload(self, call: Call, token: Token | None, repo: Repo, rest: str) -> Reply:

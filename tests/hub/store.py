@@ -261,6 +261,19 @@ class Repo:
             self.branches[branch] = sha
             return commit
 
+    def squash(self, branch: str, message: str, author: str) -> Commit:
+        """Put one commit without a parent in the place of a branch's history, which is gone."""
+        with self.lock:
+            former = self.history(branch)
+            commit = self.push("refs/squashed", former[0].files, message, "", author)
+            del self.branches["refs/squashed"]
+            self.branches[branch] = commit.sha
+            kept = {one.sha for ref in (*self.branches, *self.tags) for one in self.history(ref)}
+            for one in former:
+                if one.sha not in kept:
+                    del self.commits[one.sha]
+            return commit
+
     def open_pull(self, title: str, author: str, *, status: str, parent: str | None = None) -> Pull:
         with self.lock:
             base = self.at(parent or "main").sha

@@ -1,0 +1,68 @@
+"""Whether the lock of a mirror in a folder holds on every machine that sees the folder."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from job.locks import keeps_others_out, locked
+from job.preflight.mounts import Mount, kind_of, mount_of, nearest_existing, read_mounts
+
+if TYPE_CHECKING:
+    from job.checkpoint import Proof
+
+_LOCK_SECONDS = 10.0
+# One kernel serves all who see such a place.
+_ONE_KERNEL = frozenset({"local", "overlay", "memory"})
+_MOST_VIEWS = 16
+
+
+def proven(proof: Proof, folder: Path) -> Proof:
+    """Return what was proved of a mirror's folder, fenced only if its lock was seen to hold through two mounts of it.
+
+    A disk of this machine has one kernel that knows all its locks. A network file system is seen by machines that
+    cannot be asked from here: its lock is taken through one mount and tried by another process through a second one.
+
+    Args:
+        proof: What two processes proved through one path.
+        folder: The mirror's folder, which need not be there.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    if not proof.fenced:
+        return proof
+    mounts, place = read_mounts(), nearest_existing(folder)
+    mount = mount_of(place, mounts)
+    trial = place / f".abliterate-probe-{secrets.token_hex(8)}"
+    trial.mkdir()
+    try:
+        second = False
+        with locked(trial / "lock", _LOCK_SECONDS):
+            for view in _views(trial, mount, mounts):
+                if not keeps_others_out(view / "lock"):
+                    said = f"a lock in {place} does not hold in {view.parent}, another mount of the same place"
+                    return replace(proof, fenced=False, quirks=(*proof.quirks, said))
+                second = second or os.stat(view).st_dev != os.stat(trial).st_dev
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    if second or kind_of(mount) in _ONE_KERNEL:
+        return proof
+    said = f"whether locks in {mount.point} ({mount.kind}) hold on other machines cannot be seen from this one"
+    return replace(proof, fenced=False, quirks=(*proof.quirks, said))
+
+
+def _views(trial: Path, mount: Mount, mounts: Sequence[Mount]) -> Iterator[Path]:
+    """Yield other paths that lead to a folder through other mounts of its file system."""
+    inner = Path(mount.root) / trial.relative_to(mount.point)
+    views = set()
+    for other in mounts:
+        same = other.device == mount.device or (other.kind, other.source) == (mount.kind, mount.source)
+        if same and other.point != mount.point and inner.is_relative_to(other.root):
+            views.add(Path(other.point) / inner.relative_to(other.root))
+    yield from sorted(view for view in views if view.is_dir())[:_MOST_VIEWS]
