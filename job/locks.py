@@ -164,7 +164,7 @@ class Lock:
             self._mine, self.by_file = _take(self._file), True
             return
         # A machine that sees the same folder through another mount may lack the kernel's locks.
-        if (holder := _holder(self._file)) is not None:
+        if (holder := left_behind(self._file)) is not None:
             os.close(descriptor)
             raise holder
         self._descriptor, self.by_file = descriptor, False
@@ -193,7 +193,7 @@ def is_locked(file: Path) -> bool:
     try:
         descriptor = _opened(file)
     except OSError:
-        return _holder(file) is not None
+        return left_behind(file) is not None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -201,12 +201,7 @@ def is_locked(file: Path) -> bool:
             return True
     finally:
         os.close(descriptor)
-    return _holder(file) is not None
-
-
-def left_behind(file: Path) -> LockedError | None:
-    """Return who holds a lock by a file, as far as can be told; None if nobody does."""
-    return _holder(file)
+    return left_behind(file) is not None
 
 
 def keeps_others_out(held: Path) -> bool | None:
@@ -242,7 +237,8 @@ def _owners(file: Path) -> dict[int, Path]:
     return found
 
 
-def _holder(file: Path) -> LockedError | None:
+def left_behind(file: Path) -> LockedError | None:
+    """Return who holds a lock by a file, as far as can be told; None if nobody does."""
     owners = _owners(file)
     if not owners:
         return None
@@ -250,7 +246,7 @@ def _holder(file: Path) -> LockedError | None:
     try:
         owner = Owner.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        return _holder(file)  # somebody has just taken over
+        return left_behind(file)  # somebody has just taken over
     except (OSError, ValidationError):
         return LockedError(None, path)
     return None if owner.is_gone else LockedError(owner, path)
@@ -263,14 +259,14 @@ def _take(file: Path) -> Path:
         LockedError: Another holds it, or was quicker.
         OSError: The folder cannot be written.
     """
-    if (holder := _holder(file)) is not None:
+    if (holder := left_behind(file)) is not None:
         raise holder
     number = max(_owners(file), default=0) + 1
     mine = file.with_name(f"{file.name}.owner-{number}")
     try:
         _write(mine, this_owner(), new=True)
     except FileExistsError as error:
-        raise (_holder(file) or LockedError(None, mine)) from error
+        raise (left_behind(file) or LockedError(None, mine)) from error
     owners = _owners(file)
     if max(owners) != number:
         # Made after the one that came next had removed it: that one holds the lock.

@@ -12,6 +12,7 @@ from job.errors import HeldError, JobError, RestartNeeded
 from job.events import Events, read_events
 from job.holding import held
 from job.interrupt import StopSignals
+from job.locks import left_behind
 from job.outcome import Outcome, completed
 from job.preflight.readings import MachineReading
 from job.preflight.restarts import past_starts
@@ -213,6 +214,8 @@ def surveyor_of(
             surveyor.prompts = read_record(folder.prompts_file, PromptSets)
         if holder is not None and folder.is_held():
             surveyor.held = holder.describe()
+            if (left := left_behind(folder.lock_file)) is not None:
+                surveyor.held_remedy = left.remedy
         elif holder is not None:
             surveyor.left_by = (holder.process,)
     return surveyor

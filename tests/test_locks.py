@@ -21,9 +21,10 @@ from job.errors import HeldError
 from job.locks import Lock, LockedError, Owner, is_locked, locked, this_owner
 from job.preflight import fencing
 from job.preflight.mounts import Mount
-from job.processes import ProcessRecord
-from job.workspace import RunFolder
-from tests.helpers import environment
+from job.processes import HolderRecord, ProcessRecord
+from job.settings import load_settings
+from job.workspace import RunFolder, open_job, write_record
+from tests.helpers import abliterate, environment
 from tests.mirror_places import file_place
 from tests.mirrors import JOB, Place, write_folder
 
@@ -34,7 +35,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from job.errors import HeldError
-from job.workspace import RunFolder
+from job.workspace import RunFolder, open_job, write_record
 try:
     with RunFolder(Path(sys.argv[1])).held():
         print("held", flush=True)
@@ -301,3 +302,27 @@ def test_a_lock_is_waited_for_and_no_longer_than_asked(tmp_path: Path) -> None:
     process.communicate()
     with locked(tmp_path / ".lock", 5) as lock:
         assert lock.by_file is False
+
+
+def test_preflight_names_the_lock_that_another_machine_has_left(random_model_folder: Path, tmp_path: Path) -> None:
+    options: dict[str, object] = {"model": str(random_model_folder), "workspace": str(tmp_path / "runs")}
+    for name in ("good_prompts", "bad_prompts", "good_eval_prompts", "bad_eval_prompts"):
+        file = tmp_path / f"{name}.txt"
+        file.write_text("".join(f"Where is the {name} kettle number {number}?\n" for number in range(30)))
+        options[name] = str(file)
+    folder, record = open_job(load_settings(options).settings, new=False)
+    write_record(folder.job_file, record)
+    elsewhere = other(boot_id="another", host="elsewhere")
+    write_record(folder.holder_file, HolderRecord(process=elsewhere.process, host=elsewhere.host))
+    folder.lock_file.touch()
+    left = folder.path / ".lock.owner-4"
+    left.write_text(elsewhere.model_dump_json())
+    arguments = [part for name in options if name != "model" for part in (f"--{name.replace('_', '-')}", options[name])]
+    result = abliterate("preflight", random_model_folder, *arguments, "--json")
+    (check,) = [one for one in json.loads(result.out)["checks"] if one["name"] == "job.lock"]
+    assert (check["status"], check["measured"]) == ("fail", f"held by process {elsewhere.process.pid} on elsewhere")
+    assert str(left) in check["remedy"]
+    started = abliterate("run", random_model_folder, *arguments)
+    assert started.code == 4
+    assert str(left) in started.err
+    assert "Traceback" not in started.err

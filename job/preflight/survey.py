@@ -132,6 +132,7 @@ class Surveyor:
         settings_key: What tells these settings from those of past starts.
         trials_done: Trials of the study.
         held: Who holds the job, None if nobody.
+        held_remedy: What to do about it.
         leased: Name of the job whose lease at the checkpoint is looked at; None where this run has taken it.
         uploads: Folder in which what was learnt of targets is remembered, None for nowhere.
         rental: The rented machine that this is, None if it is none that is known.
@@ -149,6 +150,7 @@ class Surveyor:
     settings_key: str = ""
     trials_done: int = 0
     held: str | None = None
+    held_remedy: str = "wait for it to end or stop it"
     leased: str | None = None
     uploads: Path | None = None
     rental: Rental | None = None
@@ -230,7 +232,7 @@ class Surveyor:
             status="fail" if self.held else "ok",
             measured=f"held by {self.held}" if self.held else "nobody holds this job",
             needed="no other run of this job",
-            remedy="wait for it to end or stop it" if self.held else "",
+            remedy=self.held_remedy if self.held else "",
         )
         return [lock, *checks]
 
