@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from job.errors import JobError
+from job.errors import JobError, MachineError
+from job.events import Events
 from job.study import read_trials
-from job.study_file import BACKUP, is_sound, restore_if_damaged
+from job.study_file import BACKUP, back_up, is_sound, restore_if_damaged
 from tests.faults.test_devices import when_searching
 from tests.helpers import abliterate, die_while_writing, events, job_arguments, only_job, start, stored_trials
 from tests.test_search import Runs
@@ -34,7 +35,7 @@ def test_a_study_whose_writer_was_killed_in_the_middle_is_read_as_it_was_before(
     assert restore_if_damaged(file) is None
 
 
-@pytest.mark.parametrize("damage", ["truncated", "overwritten", "gone"])
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "gone", "emptied", "behind"])
 def test_a_damaged_study_is_restored_and_the_search_goes_on_as_if_nothing_had_been(tmp_path: Path, damage: str) -> None:
     whole = Runs().run(tmp_path / "whole.db", 14, 4)
     folder = tmp_path / "job"
@@ -43,6 +44,13 @@ def test_a_damaged_study_is_restored_and_the_search_goes_on_as_if_nothing_had_be
     Runs().run(file, 8, 4)
     if damage == "gone":
         file.unlink()
+    elif damage == "emptied":
+        file.write_bytes(b"")  # to SQLite a new database
+    elif damage == "behind":
+        shutil.copy(file.with_name(BACKUP), tmp_path / "kept.db")
+        file.unlink()
+        Runs().run(file, 4, 4)
+        shutil.copy(tmp_path / "kept.db", file.with_name(BACKUP))
     else:
         with file.open("rb+") as stream:
             if damage == "truncated":
@@ -50,7 +58,7 @@ def test_a_damaged_study_is_restored_and_the_search_goes_on_as_if_nothing_had_be
             else:
                 stream.seek(4096)
                 stream.write(os.urandom(3 * 4096))
-    assert not (file.exists() and is_sound(file))
+    assert damage in ("emptied", "behind") or not (file.exists() and is_sound(file))
     told = restore_if_damaged(file)
     assert told is not None
     assert "after 8 trials" in told
@@ -66,6 +74,31 @@ def test_a_damaged_study_without_a_backup_is_a_clear_stop(tmp_path: Path) -> Non
     with pytest.raises(JobError, match="is damaged and there is no backup"):
         restore_if_damaged(file)
     assert file.exists()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_emptied_study_without_a_backup_is_a_new_one_only_if_no_trial_was_told(tmp_path: Path, told: bool) -> None:
+    file = tmp_path / "study.db"
+    file.write_bytes(b"")
+    Events(tmp_path / "events.jsonl").emit("trial" if told else "phase", number=0)
+    if not told:
+        assert restore_if_damaged(file) is None
+        return
+    with pytest.raises(JobError, match="is damaged and there is no backup"):
+        restore_if_damaged(file)
+
+
+def test_a_backup_is_not_replaced_by_a_study_that_lost_trials(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    Runs().run(file, 8, 4)
+    kept = file.with_name(BACKUP).read_bytes()
+    file.unlink()
+    (tmp_path / "other").mkdir()
+    Runs().run(tmp_path / "other" / "study.db", 4, 4)
+    shutil.copy(tmp_path / "other" / "study.db", file)
+    with pytest.raises(MachineError, match="holds 4 of 8 finished trials"):
+        back_up(file, file.with_name(BACKUP), 8)
+    assert file.with_name(BACKUP).read_bytes() == kept
 
 
 @pytest.fixture
