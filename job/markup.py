@@ -1,8 +1,9 @@
-"""Pieces of HTML; whatever text comes in is escaped."""
+"""Pieces of HTML and Markdown; whatever text comes in is escaped."""
 
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,21 @@ Cell = str | Markup
 def escaped(cell: Cell) -> str:
     """Return HTML that shows a text as it is."""
     return cell.html if isinstance(cell, Markup) else html.escape(cell)
+
+
+# What begins markup in the middle of a line, as an entity: a table's cells cannot be ended by one either.
+_MARKS = re.compile(r"[&<>|\\`*\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+
+
+def one_line(text: object) -> str:
+    """Return a text on one line, without characters that only steer how text is shown."""
+    spaced = (char if char.isprintable() else " " for char in str(text))
+    return " ".join("".join(spaced).split())
+
+
+def markdown(text: object) -> str:
+    """Return Markdown that shows a text as it is, within a line."""
+    return _MARKS.sub(lambda found: f"&#{ord(found[0])};", one_line(text))
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:

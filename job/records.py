@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Component = Literal["attention", "mlp"]
 ExportFormat = Literal["merged", "adapter", "directions"]
@@ -15,6 +15,10 @@ READ_TOKENS = {"cpu": 2048}
 LARGE_BYTES = 10**9
 FORMATS: tuple[ExportFormat, ...] = ("merged", "adapter", "directions")
 COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
+
+
+# Names of files in an export: none leads out of it.
+_FILE = r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$"
 
 
 class Record(BaseModel):
@@ -95,7 +99,7 @@ class TrialScores(Record):
 class Trial(Record):
     """A finished trial as it stands in the study."""
 
-    number: int
+    number: int = Field(ge=0)
     params: dict[str, Any]
     values: TrialScores
 
@@ -163,7 +167,7 @@ class DetectorCounts(Record):
         broken: Those it takes for broken.
     """
 
-    detector: str
+    detector: str = Field(pattern=r"^[\w.-]+$")
     model: Literal["base", "edited"]
     prompts: Literal["bad", "good"]
     answers: int
@@ -186,8 +190,8 @@ class Agreement(Record):
     """
 
     model: Literal["base", "edited"]
-    first: str
-    second: str
+    first: str = Field(pattern=r"^[\w.-]+$")
+    second: str = Field(pattern=r"^[\w.-]+$")
     both: int
     only_first: int
     only_second: int
@@ -312,7 +316,7 @@ class State(Record):
     reason: str | None = None
     phase: str | None = None
     trials: int
-    chosen: int | None = None
+    chosen: int | None = Field(None, ge=0)
     max_hours: float | None = None
     max_cost: float | None = None
 
@@ -321,7 +325,7 @@ class Upload(Record):
     """The state of one delivery; uploads.json is a list of them."""
 
     target: str
-    export: str
+    export: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     state: Literal["done", "failed"]
     error: str | None = None
 
@@ -330,7 +334,7 @@ class Manifest(Record):
     """manifest.json of an export: sha256 and size of every other file in it."""
 
     version: Literal[1] = 1
-    files: dict[str, ManifestEntry]
+    files: dict[Annotated[str, Field(pattern=_FILE)], ManifestEntry]
 
 
 class ManifestEntry(Record):

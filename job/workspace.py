@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -18,7 +19,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from job.errors import HeldError, JobError, MachineError, UsageError
-from job.models import no_model_folder, parse_model
+from job.models import no_model_folder, parse_model, refuse_links_out
 from job.processes import HolderRecord, this_process
 from job.records import ExportFormat, JobRecord, Record, State, Upload
 from job.settings import REFERENCE_SETS, Settings
@@ -56,6 +57,8 @@ EXTENDING = frozenset(
 )
 # Likewise, of settings that are otherwise part of it.
 EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
+# Names of jobs: they come from folders and checkpoints, and go into paths.
+JOB_ID = re.compile(r"[0-9a-f]{12}")
 PACKAGES = ("abliteration-job", "torch", "transformers", "optuna", "safetensors", "tokenizers")
 # A status command holds the lock for an instant to see whether a run does.
 _LOCK_SECONDS = 2.0
@@ -316,6 +319,7 @@ def model_identity(settings: Settings, *, write: bool = True) -> dict[str, Any]:
             raise cannot_write(workspace, error) from error
     if source.kind == "hub":
         return {"repository": source.name, "revision": source.revision}
+    refuse_links_out(Path(source.name))
     return {"sha256": _folder_digest(Path(source.name), workspace / MEMO, write=write)}
 
 

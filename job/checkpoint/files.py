@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -144,8 +145,12 @@ class FileStore:
                     path.unlink(missing_ok=True)
 
     def fetch(self, job: str, entry: Entry, target: Path) -> None:
-        """Copy an object."""
-        shutil.copyfile(self._root / job / OBJECTS / entry.object, target)
+        """Copy an object, which is a file of the size that the head says: links and devices are not followed."""
+        source = self._root / job / OBJECTS / entry.object
+        found = source.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
+            raise FileNotFoundError(source)
+        shutil.copyfile(source, target, follow_symlinks=False)
 
     @contextmanager
     def _clear_errors(self, path: Path) -> Iterator[None]:

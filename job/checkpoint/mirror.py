@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from job.checkpoint.claim import LINEAGE, Claim
 from job.checkpoint.lease import Holding, is_running, take
 from job.checkpoint.options import MirrorOptions, pace_as_told, scheme_of
 from job.checkpoint.records import CACHES, Head, Lineage, MirrorError, decode_head
-from job.checkpoint.restore import download, restore
+from job.checkpoint.restore import download, prove, restore
 from job.checkpoint.store import Proof, Store
 from job.errors import DeliveryError, UsageError
-from job.workspace import RunFolder, cannot_write, write_record
+from job.workspace import JOB_ID, RunFolder, cannot_write, write_record
 
 # For people: what a mirror holds and what it never holds.
 HOLDS = (
@@ -36,11 +36,13 @@ class Fetched:
         folder: Where they are.
         head: The head that names them.
         running: Whether a runner seems to be at the job.
+        left_out: Settings that job.json has and that are not taken from a mirror, by dotted key.
     """
 
     folder: RunFolder
     head: Head
     running: bool
+    left_out: Mapping[str, Any] = field(default_factory=dict)
 
 
 def open_mirror(uri: str, options: MirrorOptions, report: Callable[[str], None] = lambda _: None) -> Mirror:
@@ -122,7 +124,7 @@ class Mirror:
             DeliveryError: The place cannot be reached.
         """
         found = []
-        for job in self._store.jobs():
+        for job in filter(JOB_ID.fullmatch, self._store.jobs()):
             stored = self._store.read(job)
             try:
                 found += [decode_head(stored.data, job, self.uri)] if stored else []
@@ -172,7 +174,9 @@ class Mirror:
                 if attempt == 3:
                     raise
                 continue
-            return Fetched(RunFolder(into / job), head, is_running(head, stored))
+            folder = RunFolder(into / job)
+            left_out = prove(self._store, head, folder) if folder.job_file.name in head.files else {}
+            return Fetched(folder, head, is_running(head, stored), left_out)
         raise AssertionError("unreachable")
 
     def claim(self, folder: RunFolder, identity: Mapping[str, Any], say: Callable[[str], None]) -> Claim:
