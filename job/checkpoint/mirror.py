@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from job.checkpoint.claim import LINEAGE, Claim
 from job.checkpoint.lease import Holding, is_running, take
 from job.checkpoint.options import MirrorOptions, pace_as_told, scheme_of
 from job.checkpoint.records import CACHES, Head, Lineage, MirrorError, decode_head
-from job.checkpoint.restore import download, prove, restore
+from job.checkpoint.restore import INCOMING, download, prove, restore
 from job.checkpoint.store import Proof, Store
 from job.errors import DeliveryError, UsageError
 from job.workspace import JOB_ID, RunFolder, cannot_write, write_record
@@ -165,8 +166,9 @@ class Mirror:
                 raise UsageError(f"there is no job {job} at {self.uri}", remedy="check --checkpoint and --job")
             head = decode_head(stored.data, job, self.uri)
             small = [path for path in head.files if Path(path).parts[0] not in CACHES or path.endswith(".json")]
+            folder = RunFolder(into / job)
             try:
-                download(self._store, head, list(head.files) if whole else small, into / job)
+                left_out = self._download(head, list(head.files) if whole else small, folder)
             except OSError as error:
                 raise cannot_write(into, error) from error
             except MirrorError:
@@ -174,10 +176,24 @@ class Mirror:
                 if attempt == 3:
                     raise
                 continue
-            folder = RunFolder(into / job)
-            left_out = prove(self._store, head, folder) if folder.job_file.name in head.files else {}
             return Fetched(folder, head, is_running(head, stored), left_out)
         raise AssertionError("unreachable")
+
+    def _download(self, head: Head, paths: list[str], folder: RunFolder) -> Mapping[str, Any]:
+        """Download files of a snapshot, job.json last and apart until it is proved; return what that left out."""
+        name = folder.job_file.name
+        apart = RunFolder(folder.path / INCOMING)
+        left_out: Mapping[str, Any] = {}
+        try:
+            if name in paths:
+                download(self._store, head, [name], apart.path)
+                left_out = prove(self._store, head, apart)
+            download(self._store, head, [path for path in paths if path != name], folder.path)
+            if name in paths:
+                apart.job_file.replace(folder.job_file)
+        finally:
+            shutil.rmtree(apart.path, ignore_errors=True)
+        return left_out
 
     def claim(self, folder: RunFolder, identity: Mapping[str, Any], say: Callable[[str], None]) -> Claim:
         """Take the lease of a job and bring its run folder up to date; signs of life are given from then on.
