@@ -23,8 +23,9 @@ def escaped(cell: Cell) -> str:
     return cell.html if isinstance(cell, Markup) else html.escape(cell)
 
 
-# What begins markup in the middle of a line, as an entity: a table's cells cannot be ended by one either.
-_MARKS = re.compile(r"[&<>|\\`*\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+# What begins or ends markup; written as entities, which end no cell of a table either.
+_MARKS = re.compile(r"[&<>|\\`*\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<!\S)#|^[=+-]")
+_NUMBER = re.compile(r"^(\d+)([.)])(?=\s|$)")
 
 
 def one_line(text: object) -> str:
@@ -34,8 +35,9 @@ def one_line(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    """Return Markdown that shows a text as it is, within a line."""
-    return _MARKS.sub(lambda found: f"&#{ord(found[0])};", one_line(text))
+    """Return Markdown that shows a text as it is, within a line or as one."""
+    escaped_marks = _MARKS.sub(lambda found: f"&#{ord(found[0])};", one_line(text))
+    return _NUMBER.sub(lambda found: f"{found[1]}&#{ord(found[2])};", escaped_marks)
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
