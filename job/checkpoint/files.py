@@ -145,12 +145,15 @@ class FileStore:
                     path.unlink(missing_ok=True)
 
     def fetch(self, job: str, entry: Entry, target: Path) -> None:
-        """Copy an object, which is a file of the size that the head says: links and devices are not followed."""
+        """Copy an object, no more of it than the head says; links and devices are none."""
         source = self._root / job / OBJECTS / entry.object
-        found = source.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
+        if not stat.S_ISREG(source.lstat().st_mode):
             raise FileNotFoundError(source)
-        shutil.copyfile(source, target, follow_symlinks=False)
+        left = entry.size + 1  # so that a longer one is found to be another
+        with source.open("rb") as reading, target.open("wb") as writing:
+            while left and (block := reading.read(min(_BLOCK, left))):
+                writing.write(block)
+                left -= len(block)
 
     @contextmanager
     def _clear_errors(self, path: Path) -> Iterator[None]:

@@ -183,7 +183,7 @@ def decode_head(data: bytes, job: str, where: str) -> Head:
     if head.job_id != job:
         raise MirrorError(f"{where}: {job}/{HEAD} belongs to job {head.job_id}", remedy=_ELSEWHERE)
     if not JOB_ID.fullmatch(job) or job_id(head.identity) != job:
-        raise MirrorError(f"{where}: {job}/{HEAD} does not say what job {job} is", remedy=_ELSEWHERE)
+        raise MirrorError(f"{where}: {job}/{HEAD} is of another job than its name says", remedy=_ELSEWHERE)
     if odd := [path for path in head.files if not is_mirrored(path)]:
         raise MirrorError(f"{where} holds something else: {job}/{HEAD} names {odd[0]!r}", remedy=_ELSEWHERE)
     return head
