@@ -62,7 +62,7 @@ def resumption(where: Whereabouts, say: Callable[[str], None] = lambda _: None, 
             record = fetched.folder.read_job()
             here = as_given({**_of_this_side(folder), **given})
             settings = job_settings(fetched.folder, **here, workspace=str(where.workspace))
-            with_trust(record, settings, given)
+            with_trust(record, settings, given, before=folder.read_job() if folder.job_file.exists() else None)
             require_same_contents(record, settings, prompts=not fetched.folder.prompts_file.exists())
         if line := left_out_line(mirror.uri, fetched.left_out, leaves(settings.model_dump(mode="json"))):
             say(line)

@@ -28,10 +28,14 @@ _MARKS = re.compile(r"[&<>|\\`*\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<!\S
 _NUMBER = re.compile(r"^(\d+)([.)])(?=\s|$)")
 
 
+def printable(text: str) -> str:
+    """Return a text with a space for every character that steers a terminal or how text is shown; lines stay."""
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
+
+
 def one_line(text: object) -> str:
     """Return a text on one line, without characters that only steer how text is shown."""
-    spaced = (char if char.isprintable() else " " for char in str(text))
-    return " ".join("".join(spaced).split())
+    return " ".join(printable(str(text)).split())
 
 
 def markdown(text: object) -> str:

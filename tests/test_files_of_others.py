@@ -18,7 +18,7 @@ from job.errors import JobError, UsageError
 from job.mirrored import proven
 from job.origins import EDIT, HERE, JOB, NAMED, PROMPT_SETS, TRUST, left_out_line
 from job.prompts import PromptSets
-from job.records import JobRecord, Manifest, ManifestEntry, Upload
+from job.records import JobRecord, Manifest, ManifestEntry, State, Upload
 from job.reproduction import Reproduction, fixed_settings, read_reproduction, reproduction, require_same_repository
 from job.settings import default_values, leaves, load_settings, merged, nested, setting_names
 from job.whereabouts import Whereabouts
@@ -138,12 +138,12 @@ def _settings(values: dict[str, Any]) -> Any:
     return Settings(**merged(default_values(), nested(values)))
 
 
-def mirror_of(place: Path, record: JobRecord, made: Path, *, prompts: bool = True) -> str:
+def mirror_of(place: Path, record: JobRecord, made: Path, *, prompts: bool = True, reason: str = "") -> str:
     """Write a checkpoint whose host may say what it likes, and return its URI."""
     run = RunFolder(made / record.job_id)
     run.path.mkdir(parents=True)
     write_record(run.job_file, record)
-    run.state_file.write_text('{"state": "preempted", "trials": 2}')
+    write_record(run.state_file, State(state="preempted", trials=2, reason=reason))
     if prompts:
         one = [{"user": "Where is the kettle?"}]
         sets = dict.fromkeys(("good", "bad", "good_search", "bad_search", "good_report", "bad_report"), one)
@@ -564,3 +564,13 @@ def test_names_in_records_lead_nowhere(name: str) -> None:
         Upload(target="file:///x", export=name, state="done")
     with pytest.raises(ValueError, match="pattern"):
         Manifest(files={name: entry})
+
+
+def test_what_a_checkpoint_says_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    record = job_of({"model": "cook/soup"})
+    hostile = "\x1b]0;mine\x07\x1b[2J\u202e"
+    uri = mirror_of(tmp_path / "mirror", record, tmp_path / "made", reason=hostile)
+    shown = abliterate("status", "--checkpoint", uri, "--workspace", tmp_path / "runs").check().out
+    assert "preempted" in shown
+    assert "]0;mine" in shown
+    assert not {"\x1b", "\x07", "\u202e"} & {*shown}
