@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -13,7 +13,9 @@ from job.errors import GateError, HeldError, UsageError
 from job.events import Events
 from job.holding import held
 from job.interrupt import StopSignals
+from job.mirrored import as_given, require_same_contents, with_trust
 from job.models import WEIGHTS, fetch_model, list_model, parse_model
+from job.origins import HERE, left_out_line
 from job.outcome import missed_gate
 from job.pipeline import model_folder
 from job.processes import this_process
@@ -24,7 +26,7 @@ from job.result import job_trials
 from job.runs import Start
 from job.scratch import scratch
 from job.search import choose
-from job.settings import LoadingSettings, Settings, merged
+from job.settings import LoadingSettings, Settings, leaves
 from job.upload.targets import deliver_to_all
 from job.whereabouts import Whereabouts, job_settings
 from job.workspace import RunFolder, is_sealed, read_record
@@ -33,35 +35,57 @@ if TYPE_CHECKING:
     from job.workbench import Workbench
 
 
-def resumption(where: Whereabouts, **others: object) -> Start:
+def resumption(where: Whereabouts, say: Callable[[str], None] = lambda _: None, **others: object) -> Start:
     """Return what a job is continued with, from its run folder or its checkpoint alone.
+
+    Of a checkpoint, only what may come from one is taken (`job.mirrored`).
 
     Args:
         where: The job.
+        say: Told what was not taken from the checkpoint.
         **others: Settings that only extend it.
 
     Raises:
-        UsageError: There is no such job.
-        DeliveryError: The checkpoint cannot be reached.
+        UsageError: There is no such job, or it runs code that is not trusted here.
+        DeliveryError: The checkpoint cannot be reached, or is not what it was.
     """
-    others = merged(
-        {**where.revisions, "checkpoint": where.checkpoint} if where.checkpoint else where.revisions, others
-    )
+    given = {**where.given, **others}
     if where.checkpoint is None:
         folder = where.folder()
-        identity, settings = folder.read_job().identity, job_settings(folder, **others)
+        record, settings = folder.read_job(), job_settings(folder, **as_given(given))
+        with_trust(record, settings, given)
     else:
         with where.mirror() as mirror, scratch("mirror") as place:
             head = where.mirrored(mirror)
-            folder, identity = RunFolder(where.workspace / head.job_id), head.identity
-            fetched = mirror.fetch(head.job_id, place).folder
-            settings = job_settings(fetched, **others, workspace=str(where.workspace))
+            folder = RunFolder(where.workspace / head.job_id)
+            fetched = mirror.fetch(head.job_id, place)
+            record = fetched.folder.read_job()
+            here = as_given({**_of_this_side(folder), **given})
+            settings = job_settings(fetched.folder, **here, workspace=str(where.workspace))
+            with_trust(record, settings, given, before=folder.read_job() if folder.job_file.exists() else None)
+            require_same_contents(record, settings, prompts=not fetched.folder.prompts_file.exists())
+        if line := left_out_line(mirror.uri, fetched.left_out, leaves(settings.model_dump(mode="json"))):
+            say(line)
+
+    first = record
+    used = {name: value for name, value in leaves(settings.model_dump(mode="json")).items() if name in HERE}
 
     def opened() -> tuple[JobRecord, Settings]:
-        found = job_settings(folder, **others)
-        return folder.read_job().model_copy(update={"settings": found.model_dump(mode="json")}), found
+        # The run folder may have been filled from the checkpoint since, which may have changed meanwhile.
+        record, found = folder.read_job(), job_settings(folder, **as_given({**used, **given}))
+        with_trust(record, found, given, before=first)
+        if where.checkpoint is not None:
+            require_same_contents(record, found, prompts=not folder.prompts_file.exists())
+        return record.model_copy(update={"settings": found.model_dump(mode="json")}), found
 
-    return Start(folder, identity, settings, opened)
+    return Start(folder, record.identity, settings, opened)
+
+
+def _of_this_side(folder: RunFolder) -> dict[str, Any]:
+    """Return what a run folder on this machine says of this machine; nothing where there is none."""
+    if not folder.job_file.exists():
+        return {}
+    return {name: value for name, value in leaves(folder.read_job().settings).items() if name in HERE - {"workspace"}}
 
 
 def export_trial(folder: RunFolder, number: int | None, form: ExportFormat | None, events: Events) -> Path:

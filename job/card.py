@@ -6,10 +6,13 @@ or answer: all it says of the job comes from reproduce.json, the rest from the b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job.carried import is_licence
+from job.markup import markdown, one_line
 from job.numerics.intervals import difference_interval, wilson_interval
 from job.quantised import DTYPE, quantisation_in
 from job.records import EditParameters, ExportFormat, Figures
@@ -33,6 +36,10 @@ _NOTICES = {
     "llama4": "Built with Llama.",
     "gemma": "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.",
 }
+_LONGEST, _MOST = 200, 50
+# Places that can stand in the brackets of a link as they are.
+_URL = re.compile(r"https?://[A-Za-z0-9][A-Za-z0-9.:-]*(/[\w.,~%@+:=?&#/-]*)?", re.ASCII)
+_PATH = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 
@@ -49,7 +56,7 @@ def model_card(made: Reproduction, source: Path) -> str:
 {_metadata(made, inherited)}
 ---
 
-# {_title(made)}
+# {markdown(_title(made))}
 
 {_WARNING}
 {_opening(made)}{_USES[made.format]}
@@ -70,10 +77,10 @@ of the weights that write into the stream (Arditi et al. 2024, arXiv:2406.11717)
 searched for with {made.trials} trials, of which this is number {made.trial.number}.
 
 - base model: {_base_model(made)}{_dequantised(source)}
-- removed: {made.behaviour}
-- direction: {made.settings["directions"]["method"]}, {direction_text(made.edit)}
-- norms of the weights that are preserved: {made.settings["ablation"]["row_normalization"]}
-- computed in {made.resolution.dtype}, seed {made.settings["seed"]}{_prefix(made)}
+- removed: {markdown(made.behaviour)}
+- direction: {markdown(made.settings["directions"]["method"])}, {direction_text(made.edit)}
+- norms of the weights that are preserved: {markdown(made.settings["ablation"]["row_normalization"])}
+- computed in {markdown(made.resolution.dtype)}, seed {markdown(made.settings["seed"])}{_prefix(made)}
 
 {kernel_table(made.edit)}
 
@@ -81,8 +88,8 @@ searched for with {made.trials} trials, of which this is number {made.trial.numb
 
 ## Limits
 
-- Refusals are counted by phrases in answers of up to {made.settings["scoring"]["answer_tokens"]} tokens: an evasion \
-without them goes unnoticed, and an answer that is no refusal need not be a good one.
+- Refusals are counted by phrases in answers of up to {markdown(made.settings["scoring"]["answer_tokens"])} tokens: an \
+evasion without them goes unnoticed, and an answer that is no refusal need not be a good one.
 - The figures hold for prompts like those of the sets above; other kinds of requests may still be refused.
 - What the base model knows, gets wrong or is biased to, so does this one.
 
@@ -96,7 +103,7 @@ without them goes unnoticed, and an answer that is no refusal need not be a good
 the same edit again and compares the hashes; model and prompts that lie in local files have to be given as well.
 `sha256sum -c SHA256SUMS` checks the files.
 
-Made with abliteration-job {made.versions["abliteration-job"]}.
+Made with abliteration-job {markdown(made.versions["abliteration-job"])}.
 """
 
 
@@ -109,19 +116,21 @@ _USES: dict[ExportFormat, str] = {
 
 
 def _title(made: Reproduction) -> str:
-    return f"{made.base_model.split('/')[-1]}-abliterated" if made.base_model else "Model with a behaviour removed"
+    if made.base_model is None:
+        return "Model with a behaviour removed"
+    return f"{one_line(made.base_model.split('/')[-1])}-abliterated"
 
 
 def _opening(made: Reproduction) -> str:
-    named = f" of [{made.base_model}]({_HUB}/{made.base_model})" if made.base_model else ""
-    return f"An edit{named} from which this behaviour was removed: {made.behaviour}."
+    named = f" of {_link(made.base_model, f'{_HUB}/{made.base_model}')}" if made.base_model else ""
+    return f"An edit{named} from which this behaviour was removed: {markdown(made.behaviour)}."
 
 
 def _base_model(made: Reproduction) -> str:
     if "repository" in made.model:
-        return f"{made.model['repository']} at commit {made.model['commit']}"
-    name = made.base_model or "not named"
-    return f"{name}, sha256 {made.model['sha256']} over its files" if "sha256" in made.model else name
+        return f"{markdown(made.model['repository'])} at commit {markdown(made.model['commit'])}"
+    name = markdown(made.base_model or "not named")
+    return f"{name}, sha256 {markdown(made.model['sha256'])} over its files" if "sha256" in made.model else name
 
 
 def _dequantised(source: Path) -> str:
@@ -131,7 +140,7 @@ def _dequantised(source: Path) -> str:
 
 def _prefix(made: Reproduction) -> str:
     prefix = made.resolution.response_prefix
-    return f"; answers were made to begin with {prefix!r}" if prefix else ""
+    return f"; answers were made to begin with {markdown(repr(prefix))}" if prefix else ""
 
 
 def direction_text(edit: EditParameters) -> str:
@@ -210,15 +219,18 @@ def kernel_table(edit: EditParameters) -> str:
 def _prompts_table(prompts: Mapping[str, PromptsRecord]) -> str:
     lines = ["| prompts | from | number |", "|---|---|---|"]
     for name, record in prompts.items():
-        lines.append(f"| {name.removesuffix('_prompts').replace('_', ' ')} | {_origin(record)} | {record.count} |")
+        lines.append(
+            f"| {markdown(name.removesuffix('_prompts').replace('_', ' '))} | {_origin(record)} | {record.count} |"
+        )
     return "\n".join(lines)
 
 
 def _origin(record: PromptsRecord) -> str:
     if "dataset" in record.source:
-        return f"{record.source['dataset']} at commit {record.source['commit']}, split {record.taken['split']}"
+        named, commit, split = record.source["dataset"], record.source["commit"], record.taken["split"]
+        return markdown(f"{named} at commit {commit}, split {split}")
     if "sha256" in record.source:
-        return f"local files with sha256 {record.source['sha256']}"
+        return f"local files with sha256 {markdown(record.source['sha256'])}"
     return "a dataset that is not named"
 
 
@@ -238,14 +250,26 @@ def inherited_metadata(source: Path, base_model: str | None) -> dict[str, Any]:
         data = ModelCard.load(source / CARD).data.to_dict()
     except Exception:  # the client passes on what its YAML library raises; a base without a card has no metadata
         return {}
-    found = {name: data[name] for name in _INHERITED if data.get(name)}
-    link = found.get("license_link")
-    if isinstance(link, str) and "://" not in link and not (source / link).is_file():
+    found = {name: value for name in _INHERITED if (value := _plain(data.get(name)))}
+    link = found.pop("license_link", None)
+    if isinstance(link, str) and (_URL.fullmatch(link) or link in licence_files(source)):
+        found["license_link"] = link
+    elif isinstance(link, str) and base_model and _PATH.fullmatch(link):
         # A file of the base's repository that an export does not hold.
-        found.pop("license_link")
-        if base_model:
-            found["license_link"] = f"{_HUB}/{base_model}/blob/main/{link}"
+        found["license_link"] = f"{_HUB}/{base_model}/blob/main/{link}"
     return found
+
+
+def _plain(value: Any) -> str | list[str] | None:
+    """Return a text or a list of texts from a card's metadata, each on one line; None for anything else."""
+    if isinstance(value, list):
+        return [one_line(item)[:_LONGEST] for item in value[:_MOST] if isinstance(item, str) and one_line(item)] or None
+    return (one_line(value)[:_LONGEST] or None) if isinstance(value, str) else None
+
+
+def _link(text: str, url: str) -> str:
+    """Return a link in Markdown; a place that is no plain URL or name is shown without one."""
+    return f"[{markdown(text)}]({url})" if _URL.fullmatch(url) or _PATH.fullmatch(url) else markdown(text)
 
 
 def _metadata(made: Reproduction, inherited: Mapping[str, Any]) -> str:
@@ -298,19 +322,20 @@ def _eval_result(made: Reproduction, kind: str, metric: Any, name: Any, value: A
 
 def _licence(made: Reproduction, inherited: Mapping[str, Any], source: Path) -> str:
     name = inherited.get("license_name") or inherited.get("license")
+    name = ", ".join(name) if isinstance(name, list) else name
     files = licence_files(source)
     terms = inherited.get("license_link") or (files[0] if files else None)
     if terms is None and made.base_model:
         terms = f"{_HUB}/{made.base_model}"
     if name is None and terms is None:
         return "The base model's files state no licence; whatever holds for the base model holds for this one."
-    text = f"That of the base model: {name or 'see its terms'}" + (f" ([terms]({terms}))." if terms else ".")
+    text = f"That of the base model: {markdown(name or 'see its terms')}"
+    text += f" ({_link('terms', terms)})." if terms else "."
     notice = next((text for start, text in _NOTICES.items() if str(name or "").lower().startswith(start)), None)
-    listed = f" Its files are included: {', '.join(files)}." if files and made.format == "merged" else ""
+    listed = f" Its files are included: {markdown(', '.join(files))}." if files and made.format == "merged" else ""
     return text + listed + (f"\n\n{notice}" if notice else "")
 
 
 def licence_files(source: Path) -> list[str]:
     """Return the names of the files of a model folder that state its terms."""
-    starts = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
-    return sorted(path.name for path in source.iterdir() if path.is_file() and path.name.upper().startswith(starts))
+    return sorted(path.name for path in source.iterdir() if path.is_file() and is_licence(path.name))

@@ -196,10 +196,17 @@ def run(
         loaded = load_settings(**given)
         _run(loaded.settings, new=new, notes=loaded.notes)
         return
-    from job.reproduction import Again, fixed_settings, read_reproduction
+    from job.origins import left_out_line
+    from job.reproduction import Again, fixed_settings, read_reproduction, require_same_repository
+    from job.settings import leaves
 
     original = read_reproduction(reproduce)
-    loaded = load_settings(**given, fixed=fixed_settings(original, str(reproduce)))
+    fixed = fixed_settings(original, str(reproduce))
+    loaded = load_settings(**given, fixed=fixed)
+    if line := left_out_line(str(reproduce), fixed.left_out, leaves(loaded.settings.model_dump(mode="json"))):
+        typer.echo(f"note: {line}", err=True)
+    named = loaded.settings.model if loaded.sources.get("model") == "command line" else None
+    require_same_repository(original, loaded.settings, named)
     _run(loaded.settings, new=new, notes=loaded.notes, again=Again(original, with_search))
 
 
@@ -236,8 +243,9 @@ def resume(
 
         others = {"trials": trials, "upload": upload}
         where = _whereabouts(workspace, job, checkpoint, assignments)
-        start = resumption(where, **{name: value for name, value in others.items() if value})
-        outcome = carry_out(start, Events(), signals)
+        events = Events()
+        start = resumption(where, events.say, **{name: value for name, value in others.items() if value})
+        outcome = carry_out(start, events, signals)
     _told(outcome)
 
 
@@ -501,8 +509,9 @@ def upload(
         from job.events import Events
 
         where = _whereabouts(workspace, job, checkpoint, assignments)
-        start = resumption(where, **({"upload": upload} if upload else {}))
-        failed = upload_trial(start, trial, _format(form), Events(), signals)
+        events = Events()
+        start = resumption(where, events.say, **({"upload": upload} if upload else {}))
+        failed = upload_trial(start, trial, _format(form), events, signals)
     _tell_failed(start.folder, failed)
 
 
@@ -559,7 +568,7 @@ def inspect_(
     from job.truth import inspection
 
     source, folder, report = parse_model(model), Path(model), Events().say
-    if source.kind == "hub":
+    if source.kind == "hub" or folder.is_dir():
         folder = fetch_model(source, list_model(source, None, report), report, weights=False)
     found = inspection(folder, trusted)
     if as_json:

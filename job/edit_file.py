@@ -17,7 +17,8 @@ from job.errors import ExportMismatchError, UsageError
 from job.export import Edit, seal_made, verify_written, write_weights
 from job.numerics.basis import Basis
 from job.records import Record
-from job.reproduction import Reproduction
+from job.reproduction import Reproduction, check_reproduction
+from job.settings import AblationSettings
 from job.shards import Checkpoint
 from job.truth import inspect_model
 from job.workspace import cannot_write, make_folder, sync_folder, write_atomically
@@ -75,10 +76,12 @@ def _read(file: Path) -> tuple[_Header, Basis]:
     try:
         with safe_open(file, framework="pt") as stored:
             header = _Header.model_validate_json((stored.metadata() or {}).get(_ENTRY, ""))
+            check_reproduction(header.made)
+            AblationSettings.model_validate(header.made.settings["ablation"])
             return header, Basis(stored.get_tensor("directions"), stored.get_tensor("weights"))
     except FileNotFoundError:
         raise UsageError(f"there is no file {file}", remedy=f"give the {EDIT_FILE} of an export") from None
-    except (OSError, SafetensorError, ValidationError) as error:
+    except (OSError, KeyError, SafetensorError, ValidationError) as error:
         raise UsageError(f"{file} is no edit of this version", remedy=f"give the {EDIT_FILE} of an export") from error
 
 

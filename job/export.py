@@ -22,6 +22,7 @@ from torch import Tensor
 
 from job.architectures import Architecture, Writer
 from job.card import licence_files, model_card
+from job.carried import carried_files
 from job.edit_tables import directions_and_strengths, gram_of, strength
 from job.errors import ExportMismatchError, ImpossibleJobError
 from job.models import INDEX, WEIGHTS
@@ -45,8 +46,6 @@ from job.workspace import (
     write_record,
 )
 
-# What is not carried over from the base model's folder: weights in any format, and its own card.
-_LEFT_OUT = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"})
 CONFIG = "config.json"
 
 
@@ -169,7 +168,7 @@ def write_weights(
     try:
         make_folder(folder)
         (folder / DONE).unlink(missing_ok=True)
-        for file in _companions(source):
+        for file in carried_files(source):
             write_atomically(folder / file.name, _companion(checkpoint, file))
         for file, entries in checkpoint.entries.items():
             partial = folder / f".{file.name}.partial"
@@ -185,18 +184,6 @@ def write_weights(
         sync_folder(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
-
-
-def _companions(source: Path) -> list[Path]:
-    """Return the files of a model folder that an export carries over."""
-    return [
-        path
-        for path in sorted(source.iterdir())
-        if path.is_file()
-        and not path.name.startswith(".")
-        and path.suffix not in _LEFT_OUT
-        and path.name not in (CARD, REPRODUCE, SUMS, MANIFEST)
-    ]
 
 
 def _companion(checkpoint: Checkpoint, file: Path) -> bytes:

@@ -1,8 +1,9 @@
-"""Pieces of HTML; whatever text comes in is redacted and escaped."""
+"""Pieces of HTML and Markdown; whatever text comes in is redacted and escaped."""
 
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,27 @@ Cell = str | Markup
 def escaped(cell: Cell) -> str:
     """Return HTML that shows a text as it is."""
     return cell.html if isinstance(cell, Markup) else html.escape(redact(cell))
+
+
+# What begins or ends markup; written as entities, which end no cell of a table either.
+_MARKS = re.compile(r"[&<>|\\`*\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<!\S)#|^[=+-]")
+_NUMBER = re.compile(r"^(\d+)([.)])(?=\s|$)")
+
+
+def printable(text: str) -> str:
+    """Return a text with a space for every character that steers a terminal or how text is shown; lines stay."""
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
+
+
+def one_line(text: object) -> str:
+    """Return a text on one line, without characters that only steer how text is shown."""
+    return " ".join(printable(str(text)).split())
+
+
+def markdown(text: object) -> str:
+    """Return Markdown that shows a text as it is, within a line or as one."""
+    escaped_marks = _MARKS.sub(lambda found: f"&#{ord(found[0])};", one_line(text))
+    return _NUMBER.sub(lambda found: f"{found[1]}&#{ord(found[2])};", escaped_marks)
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:

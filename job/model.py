@@ -194,6 +194,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ImpossibleJobError(f"{index} is damaged", remedy="obtain an undamaged copy") from error
+        if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise ImpossibleJobError(
+                f"{index} names {odd[0]!r}, which is no file of the folder", remedy="obtain an undamaged copy"
+            )
         files = [folder / name for name in names]
         missing = [file.name for file in files if not file.is_file()]
         if missing:

@@ -14,12 +14,16 @@ from job.errors import ImpossibleJobError, MachineError
 from job.hub import is_offline, patiently
 from job.records import Record
 
-_REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@]+))?")
+# A name begins with a letter or digit, so that no `..` is one.
+REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
 WEIGHTS = ".safetensors"
 INDEX = "model.safetensors.index.json"
 # Weights in formats that are not used, and the folders that some repositories keep them in.
 _LEFT_OUT = frozenset(
-    {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".tflite", ".mlmodel"}
+    {
+        *(".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".tflite", ".mlmodel"),
+        *(".pkl", ".pickle", ".joblib", ".npy", ".npz", ".zip", ".gz", ".tar", ".exe", ".so"),
+    }
 )
 
 
@@ -93,7 +97,7 @@ class ModelListing(Record):
 
 def parse_model(text: str) -> ModelSource:
     """Return what MODEL names: a folder if there is one of that name, else ``user/name[@revision]`` on the Hub."""
-    matched = _REPOSITORY.fullmatch(text)
+    matched = REPOSITORY.fullmatch(text)
     if Path(text).exists() or matched is None or text.startswith((".", "/", "~")):
         return ModelSource("folder", str(Path(text).expanduser()))
     return ModelSource("hub", matched["name"], matched["revision"])
@@ -107,6 +111,28 @@ def no_model_folder(source: ModelSource) -> ImpossibleJobError:
     )
 
 
+def refuse_links_out(folder: Path) -> None:
+    """Refuse a model folder with links that lead out of it: whoever made it could have this machine's files read.
+
+    The Hub's cache consists of links to the blobs of the same repository, which are part of it.
+
+    Raises:
+        ImpossibleJobError: A link leads out.
+    """
+    if not folder.is_dir():
+        return
+    root = folder.resolve()
+    inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not (path.is_symlink() and path.is_file()):
+            continue
+        if not any(path.resolve().is_relative_to(place) for place in inside):
+            raise ImpossibleJobError(
+                f"{path} is a link that leads out of the model folder",
+                remedy="put the file itself there, or give the folder that it is in",
+            )
+
+
 def list_model(source: ModelSource, commit: str | None, report: Callable[[str], None]) -> ModelListing:
     """Return a model's files; of a repository at the pinned commit or, without one, where its revision points now.
 
@@ -118,6 +144,7 @@ def list_model(source: ModelSource, commit: str | None, report: Callable[[str], 
         folder = Path(source.name)
         if not folder.is_dir():
             raise no_model_folder(source)
+        refuse_links_out(folder)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
         return ModelListing(files=_needed(sizes))
     if is_offline():
@@ -177,6 +204,7 @@ def fetch_model(
         MachineError: The Hub cannot be reached, or the disk is full.
     """
     if source.kind == "folder":
+        refuse_links_out(Path(source.name))
         return Path(source.name)
     names = [file.name for file in (listing.files if weights else listing.others)]
     try:

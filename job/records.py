@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
 
 from job.redaction import MASK, redacted
@@ -18,6 +18,10 @@ READ_TOKENS = {"cpu": 2048}
 LARGE_BYTES = 10**9
 FORMATS: tuple[ExportFormat, ...] = ("merged", "adapter", "directions")
 COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
+
+
+# Names of files in an export: none leads out of it.
+_FILE = r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$"
 
 
 class Record(BaseModel):
@@ -124,7 +128,7 @@ class TrialScores(Record):
 class Trial(Record):
     """A finished trial as it stands in the study."""
 
-    number: int
+    number: int = Field(ge=0)
     params: dict[str, Any]
     values: TrialScores
 
@@ -192,7 +196,7 @@ class DetectorCounts(Record):
         broken: Those it takes for broken.
     """
 
-    detector: str
+    detector: str = Field(pattern=r"^[\w.-]+$")
     model: Literal["base", "edited"]
     prompts: Literal["bad", "good"]
     answers: int
@@ -215,8 +219,8 @@ class Agreement(Record):
     """
 
     model: Literal["base", "edited"]
-    first: str
-    second: str
+    first: str = Field(pattern=r"^[\w.-]+$")
+    second: str = Field(pattern=r"^[\w.-]+$")
     both: int
     only_first: int
     only_second: int
@@ -351,7 +355,7 @@ class State(Record):
     reason: str | None = None
     phase: str | None = None
     trials: int
-    chosen: int | None = None
+    chosen: int | None = Field(None, ge=0)
     max_hours: float | None = None
     max_cost: float | None = None
 
@@ -360,7 +364,7 @@ class Upload(Record):
     """The state of one delivery; uploads.json is a list of them."""
 
     target: str
-    export: str
+    export: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     state: Literal["done", "failed"]
     error: str | None = None
 
@@ -370,7 +374,7 @@ class Manifest(Record):
 
     VERBATIM = frozenset({"files"})
     version: Literal[1] = 1
-    files: dict[str, ManifestEntry]
+    files: dict[Annotated[str, Field(pattern=_FILE)], ManifestEntry]
 
 
 class ManifestEntry(Record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from job.card import direction_text, figures_table, kernel_table
 from job.detected import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors
 from job.errors import UsageError
+from job.markup import markdown
 from job.records import DetectorReport, GeometryRecord, State
 from job.redaction import redact
 from job.result import RunResult
@@ -40,7 +41,7 @@ def write_reports(folder: RunFolder, state: State | None = None, *, include_resp
     text = (
         run_report(RunResult.read(folder))
         if story.export
-        else f"# Report of job {folder.path.name}\n\n{headline(story)}\n"
+        else f"# Report of job {folder.path.name}\n\n{markdown(headline(story))}\n"
     )
     text = redact(text)
     write_atomically(folder.report_file, text.encode())
@@ -73,14 +74,15 @@ def run_report(result: RunResult) -> str:
     )
     prefix = record.resolution.response_prefix if record.resolution else ""
     sources = "\n".join(
-        f"- {name}: {source}" + (f", commit {result.prompts.commits[name]}" if name in result.prompts.commits else "")
+        f"- {markdown(name)}: {markdown(source)}"
+        + (f", commit {markdown(result.prompts.commits[name])}" if name in result.prompts.commits else "")
         for name, source in result.prompts.sources.items()
     )
-    packages = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    packages = ", ".join(markdown(f"{name} {version}") for name, version in record.versions.items())
     return f"""\
 # Report of job {record.job_id}
 
-Model: {record.settings["model"]}, loaded in {record.resolution.dtype if record.resolution else "unknown"}
+Model: {markdown(record.settings["model"])}, loaded in {record.resolution.dtype if record.resolution else "unknown"}
 
 ## Result
 
@@ -126,7 +128,7 @@ silhouette and share of variance say how well the two classes are apart.
 
 {packages}; seed {record.identity["seed"]}; {record.startup_trials} start-up trials; \
 directions by {record.identity["directions"]["method"]}; \
-{"answers are made to begin with " + repr(prefix) if prefix else "no response prefix"}.
+{"answers are made to begin with " + markdown(repr(prefix)) if prefix else "no response prefix"}.
 
 {sources}
 """
@@ -137,7 +139,7 @@ def _norms(result: RunResult) -> str:
     resolution, ablation = result.record.resolution, result.record.settings["ablation"]
     if resolution is None or not resolution.norms:
         return ""
-    names = ", ".join(resolution.norms)
+    names = markdown(", ".join(resolution.norms))
     if ablation.get("through_norms", True):
         done = "the edit ablates what becomes the direction behind them"
     else:
@@ -148,7 +150,7 @@ def _norms(result: RunResult) -> str:
 def _warnings(result: RunResult) -> str:
     """Return warnings as a list, "" where there are none."""
     found = result.warnings
-    return "\n" + "".join(f"- **Warning**: {warning}.\n" for warning in found) if found else ""
+    return "\n" + "".join(f"- **Warning**: {markdown(warning)}.\n" for warning in found) if found else ""
 
 
 def detectors_text(found: DetectorReport | None) -> str:
@@ -158,20 +160,23 @@ def detectors_text(found: DetectorReport | None) -> str:
     parts = [f"{COUNTED}:", detector_counts(found)]
     if found.agreement:
         parts += [f"{AGREED}:", detector_agreement(found)]
-    failed = [f"- {line}" for line in failed_detectors(found)]
+    failed = [f"- {markdown(line)}" for line in failed_detectors(found)]
     return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
 
 
 def _machines(result: RunResult) -> str:
-    lines = [f"Trials {numbers} were evaluated on {hardware}." for hardware, numbers in result.machines]
+    lines = [f"Trials {numbers} were evaluated on {markdown(hardware)}." for hardware, numbers in result.machines]
     return "\n".join(lines) or "No trial was evaluated: the edit was given."
 
 
 def _preflight(result: RunResult) -> str:
     if not result.preflight:
         return "All checks were in order."
-    allowed = f" Allowed to fail: {', '.join(result.allowed)}." if result.allowed else ""
-    rows = "\n".join(f"| {name} | {status} | {measured} |" for name, status, measured in result.preflight)
+    allowed = f" Allowed to fail: {markdown(', '.join(result.allowed))}." if result.allowed else ""
+    rows = "\n".join(
+        f"| {markdown(name)} | {markdown(status)} | {markdown(measured)} |"
+        for name, status, measured in result.preflight
+    )
     return f"All other checks were in order.{allowed}\n\n| check | status | measured |\n|---|---|---|\n{rows}"
 
 

@@ -1,4 +1,8 @@
-"""reproduce.json: all that it takes to make an export again, and nothing that names a host, a path or a prompt."""
+"""reproduce.json: all that it takes to make an export again, and nothing that names a host, a path or a prompt.
+
+One that comes from somebody else is read like any input of a stranger: what identifies the edit is taken from it, by
+an allow-list and checked, and nothing that says what this machine runs, reaches or delivers to (`job.origins`).
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,70 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from job.errors import UsageError
+from job.models import parse_model
+from job.origins import EDIT, NAMED, PROMPT_SETS, TRUST, require_named_code
 from job.prompts import Prompt, PromptSets
 from job.records import EditParameters, ExportFormat, Figures, JobRecord, Record, Resolution, Trial
-from job.settings import FixedSettings, Settings
+from job.settings import FixedSettings, Settings, leaves, nested
 
 # What of a job's identity stands in fields of its own.
 _PROMPTS, _MODEL = "_prompts", "model"
 _AS_TAKEN = ("column", "prefix", "suffix", "system_prompt", "max_characters")
 _WHERE = ("dataset", "revision", "config", "sha256")
+
+
+_SHA256 = r"^[0-9a-f]{64}$"
+_COMMIT = r"^([0-9a-f]{40})?$"
+_NAME = r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$"
+_WORD = r"^[A-Za-z0-9_][\w.+-]*$"
+_NORM = r"^[A-Za-z0-9_.]+$"
+
+
+class _Origin(Record):
+    """Where a model or a prompt set is from, as a file of somebody else may say it."""
+
+    repository: str | None = Field(None, pattern=r"^[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*$")
+    dataset: str | None = Field(None, pattern=_NAME)
+    commit: str | None = Field(None, pattern=_COMMIT)
+    config: str | None = Field(None, pattern=r"^[\w.-]+$")
+    sha256: str | None = Field(None, pattern=_SHA256)
+
+
+class _Taken(Record):
+    """Which rows and column of a prompt set were taken, as a file of somebody else may say it."""
+
+    split: str = Field(pattern=r"^[\w.-]+$")
+    start: int = Field(ge=0)
+    stop: int | None = Field(None, ge=1)
+    column: str | None = Field(None, pattern=r"^[^/#\x00-\x1f]+$")
+    prefix: str = ""
+    suffix: str = ""
+    system_prompt: str | None = None
+    max_characters: int | None = Field(None, ge=1)
+
+
+class _Resolved(Record):
+    """What a first start resolved, as a file of somebody else may say it."""
+
+    dtype: Literal["bfloat16", "float16", "float32"]
+    rows: int = Field(ge=1, le=1 << 24)
+    layers: int = Field(ge=1, le=1 << 16)
+    response_prefix: str = ""
+    search_rows: int | None = Field(None, ge=1, le=1 << 24)
+    together: int | None = Field(None, ge=1, le=1 << 24)
+    norms: tuple[Annotated[str, Field(pattern=_NORM)], ...] = ()
+
+
+class _Shown(Record):
+    """What is printed or compared of a file of somebody else."""
+
+    versions: dict[Annotated[str, Field(pattern=_WORD)], Annotated[str, Field(pattern=_WORD)]]
+    weights: dict[Annotated[str, Field(pattern=_WORD)], Annotated[str, Field(pattern=_SHA256)]]
 
 
 class PromptsRecord(Record):
@@ -117,7 +172,7 @@ def reproduction(
         base_model=base_model_name(record, settings),
         behaviour=settings.card.behaviour,
         prompts={name: _prompts_record(name, identity[name], prompts) for name in settings.prompt_sets()},
-        settings={name: value for name, value in identity.items() if not name.endswith(_PROMPTS) and name != _MODEL},
+        settings=_edit_settings(identity),
         startup_trials=record.startup_trials,
         trials=trials,
         resolution=record.resolution,
@@ -128,6 +183,12 @@ def reproduction(
         format=form,
         weights={},
     ).cleaned()
+
+
+def _edit_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a job's identity that say which edit is made, and nothing of the machine."""
+    others = {name: value for name, value in identity.items() if not name.endswith(_PROMPTS) and name != _MODEL}
+    return nested({name: value for name, value in leaves(others).items() if name in EDIT - NAMED})
 
 
 def base_model_name(record: JobRecord, settings: Settings) -> str | None:
@@ -164,20 +225,49 @@ def read_reproduction(path: Path) -> Reproduction:
         UsageError: The file is none.
     """
     try:
-        return Reproduction.model_validate_json(path.read_bytes())
+        found = Reproduction.model_validate_json(path.read_bytes())
+        check_reproduction(found)
+    except RecursionError:
+        raise UsageError(f"{path} is nested too deeply", remedy="give the reproduce.json of an export") from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}", remedy="check --reproduce") from error
     except ValidationError as error:
         raise UsageError(
-            f"{path} is no reproduce.json of this version: {error.errors()[0]['msg']}",
+            f"{path} is no reproduce.json of this version: {_what(error)}",
             remedy="give the reproduce.json of an export",
         ) from error
+    return found
+
+
+def _what(error: ValidationError) -> str:
+    found = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in found["loc"] if isinstance(part, str) and part.isidentifier())
+    return f"{place}: {found['msg']}" if place else found["msg"]
+
+
+def check_reproduction(original: Reproduction) -> None:
+    """Refuse names and sizes that no export has: each is about to meet a path, a repository or a tensor.
+
+    Raises:
+        ValidationError: One is there.
+    """
+    _Origin.model_validate(original.model)
+    _Shown(versions=original.versions, weights=original.weights)
+    _Resolved.model_validate(original.resolution.model_dump())
+    for record in original.prompts.values():
+        _Origin.model_validate(record.source)
+        _Taken.model_validate(record.taken)
 
 
 def fixed_settings(original: Reproduction, source: str) -> FixedSettings:
-    """Return the settings that a reproduction fixes; local files and what is private are for the user to give."""
+    """Return the settings that a reproduction fixes; local files and what is private are for the user to give.
+
+    Raises:
+        UsageError: It names prompts that no setting takes.
+    """
+    said = leaves(original.settings)
     values: dict[str, Any] = {
-        **original.settings,
+        **{name: value for name, value in said.items() if name in EDIT - NAMED},
         "trials": original.trials,
         "startup_trials": original.startup_trials,
         "export_format": original.format,
@@ -186,16 +276,46 @@ def fixed_settings(original: Reproduction, source: str) -> FixedSettings:
     }
     origins: dict[str, Any] = {}
     if "repository" in original.model:
-        origins["model"] = f"{original.model['repository']}@{original.model['commit']}"
+        origins["model"] = _at(original.model["repository"], original.model.get("commit"))
     for name, prompts in original.prompts.items():
+        if name not in PROMPT_SETS:
+            raise UsageError(f"{source} names prompts that there are no settings for", remedy="correct the file")
         taken, where = prompts.taken, prompts.source
         if "dataset" in where:
             config = f":{where['config']}" if where.get("config") else ""
-            origins[f"{name}.spec"] = f"{where['dataset']}@{where['commit']}{config}"
-        stop = "" if taken["stop"] is None else taken["stop"]
+            origins[f"{name}.spec"] = _at(where["dataset"], where.get("commit")) + config
+        stop = "" if taken.get("stop") is None else taken["stop"]
         values[f"{name}.split"] = f"{taken['split']}[{taken['start']}:{stop}]"
-        values |= {f"{name}.{key}": taken[key] for key in _AS_TAKEN if taken[key] is not None}
-    return FixedSettings(source, values, origins)
+        values |= {f"{name}.{key}": taken[key] for key in _AS_TAKEN if taken.get(key) is not None}
+    left_out = {name: value for name, value in said.items() if name not in values}
+    return FixedSettings(source, values, origins, left_out)
+
+
+def _at(name: str, commit: str | None) -> str:
+    return f"{name}@{commit}" if commit else name
+
+
+def require_same_repository(original: Reproduction, settings: Settings, given: str | None) -> None:
+    """Refuse another repository than the original's, and code that only a file names.
+
+    Args:
+        original: The reproduction.
+        settings: The settings, with what it fixes.
+        given: MODEL as the command line gives it, None if it does not.
+
+    Raises:
+        UsageError: MODEL is another repository, or its code is to be trusted unseen.
+    """
+    repository, commit = original.model.get("repository"), original.model.get("commit")
+    found = parse_model(settings.model)
+    if repository is not None and found.kind == "hub" and found.name != repository:
+        raise UsageError(
+            f"MODEL is {found.name}, and the export was made from {_at(repository, commit)}",
+            remedy="leave MODEL out, or give the one that the file names",
+        )
+    if settings.loading.trust_remote_code and found.kind == "hub" and repository is not None:
+        options = f"MODEL as {{}} with --set {TRUST}=true"
+        require_named_code(original.model, commit, given, options)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -410,11 +411,13 @@ class FixedSettings:
         source: The file's name.
         values: What nobody may change.
         origins: Model and prompts, which may also be given from elsewhere.
+        left_out: What else the file says, which is not taken from it.
     """
 
     source: str
     values: Mapping[str, Any]
     origins: Mapping[str, Any]
+    left_out: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_settings(
@@ -530,6 +533,21 @@ def assigned(assignments: Iterable[str]) -> dict[str, Any]:
     found = _nested(map(_assignment, assignments))
     _check_names(found, Settings, "command line")
     return found
+
+
+def leaves(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all values of nested tables by dotted key; names that are no settings are kept as they are."""
+    return dict(_flatten(tables))
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by dotted key as nested tables."""
+    return _nested(values.items())
+
+
+def environment_values() -> dict[str, Any]:
+    """Return the settings that the environment gives, by dotted key."""
+    return leaves(_environment())
 
 
 def merged(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:

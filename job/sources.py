@@ -119,16 +119,25 @@ def source_identity(settings: PromptSettings) -> dict[str, Any]:
         ImpossibleJobError: A file cannot be read.
     """
     source = parse_source(settings)
-    rest = settings.model_dump(include={"prefix", "suffix", "system_prompt", "max_characters"})
-    described = {"split": source.split, "start": source.start, "stop": source.stop, "column": source.column, **rest}
+    described = named_identity(settings)
     if source.kind == "hub":
-        return {"dataset": source.name, "revision": source.revision, "config": source.config, **described}
+        return described
     digest = hashlib.sha256()
     with _readable(source.name):
         for file in _files(source):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return {"sha256": digest.hexdigest(), **described}
+    return {**described, "sha256": digest.hexdigest()}
+
+
+def named_identity(settings: PromptSettings) -> dict[str, Any]:
+    """Return a prompt set as part of a job's identity; no file is read, and the hash of local ones is empty."""
+    source = parse_source(settings)
+    rest = settings.model_dump(include={"prefix", "suffix", "system_prompt", "max_characters"})
+    described = {"split": source.split, "start": source.start, "stop": source.stop, "column": source.column, **rest}
+    if source.kind == "hub":
+        return {"dataset": source.name, "revision": source.revision, "config": source.config, **described}
+    return {"sha256": "", **described}
 
 
 @dataclass(frozen=True)

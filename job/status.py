@@ -11,6 +11,7 @@ from typing import Any
 from job.budget import read_spent
 from job.errors import JobError
 from job.events import read_events
+from job.markup import printable
 from job.prompts import PromptSets
 from job.records import JobRecord, State, Trial
 from job.result import job_trials
@@ -191,6 +192,7 @@ def status_text(status: dict[str, Any], width: int | None = None) -> str:
     if status["events"]:
         lines.append("last events:")
         lines += [f"  {_clock(event['time'])}  {event['message']}" for event in status["events"]]
+    lines = [printable(line) for line in lines]  # of a checkpoint, whoever can write to it has a say in them
     return "\n".join(lines if width is None else (part for line in lines for part in _folded(line, width)))
 
 

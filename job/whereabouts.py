@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from job.errors import UsageError
+from job.origins import HERE
 from job.scratch import scratch
-from job.settings import Settings, assigned, default_values, load_settings, merged
-from job.workspace import EXTENDING, RunFolder, find_job
+from job.settings import Settings, assigned, default_values, environment_values, leaves, load_settings, merged
+from job.workspace import EXTENDING, EXTENDING_WITHIN, RunFolder, find_job
 
 if TYPE_CHECKING:
     from job.checkpoint import Head, Mirror
@@ -44,24 +45,28 @@ class Whereabouts:
         return find_job(self.workspace, self.job)
 
     @property
-    def revisions(self) -> dict[str, Any]:
-        """The assignments as nested tables.
+    def given(self) -> dict[str, Any]:
+        """What this side gives, by dotted key; the environment counts where the job is at a checkpoint.
 
         Raises:
-            UsageError: One of them would make it another job.
+            UsageError: An assignment would make it another job.
         """
-        found = assigned(self.assignments)
+        found = leaves(assigned(self.assignments))
         for name in found:
-            if name not in EXTENDING:
+            if not _may_be_given(name):
                 raise UsageError(f"--set {name}: that would make it another job", remedy="give it to `abliterate run`")
-        return found
+        if self.checkpoint is None:
+            return found
+        machine = {name: value for name, value in environment_values().items() if name in HERE - {"workspace"}}
+        return {**machine, **found, "checkpoint": self.checkpoint}
 
     @contextmanager
     def mirror(self) -> Iterator[Mirror]:
         """Yield the checkpoint."""
         from job.holding import open_checkpoint
 
-        settings = load_settings({"model": "-", "checkpoint": self.checkpoint}, assignments=self.assignments).settings
+        assignments = [text for text in self.assignments if text.partition("=")[0].strip() != "model"]
+        settings = load_settings({"model": "-", "checkpoint": self.checkpoint}, assignments=assignments).settings
         with open_checkpoint(settings, lambda _: None) as mirror:
             yield mirror
 
@@ -82,6 +87,12 @@ class Whereabouts:
                 remedy=f"choose from: {names}" if names else "check --checkpoint",
             )
         return heads[name]
+
+
+def _may_be_given(name: str) -> bool:
+    """Return whether a setting only extends a job, says something of this machine, or confirms what the job is."""
+    section, _, rest = name.partition(".")
+    return section in EXTENDING or rest in EXTENDING_WITHIN.get(section, ()) or name in HERE or name == "model"
 
 
 def job_settings(folder: RunFolder, **others: object) -> Settings:

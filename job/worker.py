@@ -10,21 +10,22 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from job.board import Board, Task, signs_of_life, waits
 from job.crew import Crew, Hands, is_orphan, result_of
 from job.errors import JobError, MachineError, UsageError
 from job.events import Events
+from job.mirrored import as_given, require_same_contents, with_trust
 from job.pipeline import model_folder
 from job.prompts import PromptSets
 from job.records import EditParameters
 from job.redaction import guarded_output
 from job.whereabouts import Whereabouts, job_settings
-from job.workspace import RunFolder, read_record
+from job.workspace import RunFolder, read_record, write_record
 
 if TYPE_CHECKING:
     from job.workbench import Workbench
@@ -88,12 +89,19 @@ def help_job(where: Whereabouts, workers: int | None, wait_minutes: float, event
     """
     deadline = _Deadline(wait_minutes)
     folder = _found(where, deadline, events)
-    database = job_settings(folder, **where.revisions).database
+    given = where.given
+    database = job_settings(folder, **as_given(given)).database
+    if database is None and where.checkpoint is not None:
+        raise UsageError(
+            "where the database is, is not taken from a checkpoint",
+            remedy="give the job's with --set database=postgresql+psycopg://USER@HOST/NAME",
+        )
     if database is None:
         raise UsageError(
             f"job {folder.path.name} has no database in which others find tasks",
             remedy="run it with --set database=postgresql+psycopg://USER@HOST/NAME",
         )
+    with_trust(folder.read_job(), job_settings(folder, **as_given(given)), given)
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     with Board(database, folder.path.name) as board:
         while (standing := board.standing()) is None or standing[0] != "searching":
@@ -104,6 +112,7 @@ def help_job(where: Whereabouts, workers: int | None, wait_minutes: float, event
         if where.checkpoint is not None:
             # With the directions, which are there once it searches.
             folder = _fetched(where, deadline)
+            _put_down(folder, given)
         with _others(folder, board, database, workers, name, events) as processes:
             _work(folder, board, name, events, _silence(board, deadline), processes)
     events.say("the search is done")
@@ -126,6 +135,14 @@ def _others(
             yield processes
         finally:
             crew.dismiss()
+
+
+def _put_down(folder: RunFolder, given: Mapping[str, Any]) -> None:
+    """Write what this side gives into a job.json that came from a checkpoint, for all workers of this machine."""
+    record, settings = folder.read_job(), job_settings(folder, **as_given(given))
+    with_trust(record, settings, given)
+    require_same_contents(record, settings, prompts=False)
+    write_record(folder.job_file, record.model_copy(update={"settings": settings.model_dump(mode="json")}))
 
 
 class _Deadline:

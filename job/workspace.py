@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 
 from job.errors import HeldError, JobError, MachineError, UsageError
 from job.locks import Lock, LockedError, is_locked
-from job.models import no_model_folder, parse_model
+from job.models import no_model_folder, parse_model, refuse_links_out
 from job.processes import HolderRecord, this_process
 from job.records import ExportFormat, JobRecord, Record, State, Upload
 from job.redaction import redact, redacted_json
@@ -58,6 +59,8 @@ EXTENDING = frozenset(
 )
 # Likewise, of settings that are otherwise part of it.
 EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
+# Names of jobs: they come from folders and checkpoints, and go into paths.
+JOB_ID = re.compile(r"[0-9a-f]{12}")
 PACKAGES = ("abliteration-job", "torch", "transformers", "optuna", "safetensors", "tokenizers")
 # A status command holds the lock for an instant to see whether a run does.
 _LOCK_SECONDS = 2.0
@@ -348,6 +351,7 @@ def model_identity(settings: Settings, *, write: bool = True) -> dict[str, Any]:
             raise cannot_write(workspace, error) from error
     if source.kind == "hub":
         return {"repository": source.name, "revision": source.revision}
+    refuse_links_out(Path(source.name))
     return {"sha256": _folder_digest(Path(source.name), workspace / MEMO, write=write)}
 
 

@@ -236,7 +236,7 @@ def _race(mirror: Any, spec: dict[str, Any], over: threading.Event) -> int:
         print("ready", flush=True)
         while not (base / f"go-{number}").exists():
             time.sleep(0.0005)
-        run = RunFolder(base / str(os.getpid()) / f"job{number}")
+        run = RunFolder(base / str(os.getpid()) / job_id({"n": number}))
         try:
             claims.append(mirror.claim(run, {"n": number}, lambda _: None))
             print("won", flush=True)

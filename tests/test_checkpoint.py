@@ -18,7 +18,7 @@ import pytest
 from job.checkpoint import MirrorError, MirrorOptions, expected_bytes, held_bytes, open_mirror, scheme_of
 from job.checkpoint.snapshot import Snapshots, Taken, check_study
 from job.errors import DeliveryError, HeldError, MachineError, UsageError
-from job.workspace import RunFolder, write_atomically
+from job.workspace import RunFolder, job_id, write_atomically
 from tests.helpers import die_while_writing
 from tests.mirror_places import REPO, TOKEN, file_place, hub_place, place, running, s3_place
 from tests.mirrors import IDENTITY, JOB, Place, add_trial, mirrored, read_tree, trials_in, wait_until, write_folder
@@ -270,9 +270,9 @@ def test_what_is_torn_or_foreign_is_refused(place: Place, tmp_path: Path, damage
     assert read_tree(fresh) == {}
     assert {name: data for name, data in place.contents().items() if not name.endswith("head.json")} == before
     # Another job in the same place is none the worse for it.
-    other = RunFolder(tmp_path / "c" / "other")
+    other = RunFolder(tmp_path / "c" / job_id({"seed": 9}))
     place.mirror().claim(other, {"seed": 9}, lambda _: None).close(final=False)
-    assert "other" in [head.job_id for head in place.mirror().jobs()]
+    assert other.path.name in [head.job_id for head in place.mirror().jobs()]
 
 
 def test_a_folder_stays_as_it_was_when_the_mirror_is_torn(place: Place, tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_a_repository_of_ours_is_private(hub_place: Place, tmp_path: Path) -> No
 
 
 def test_two_jobs_share_a_repository(hub_place: Place, tmp_path: Path) -> None:
-    one, two = write_folder(tmp_path / JOB), RunFolder(tmp_path / "other")
+    one, two = write_folder(tmp_path / JOB), RunFolder(tmp_path / job_id({"seed": 9}))
     first = hub_place.claim(one.path)
     second = hub_place.mirror().claim(two, {"seed": 9}, print)
     two.state_file.write_text("{}")
@@ -346,7 +346,7 @@ def test_two_jobs_share_a_repository(hub_place: Place, tmp_path: Path) -> None:
         claim.request()
     assert first.close()
     assert second.close()
-    assert {head.job_id for head in hub_place.mirror().jobs()} == {JOB, "other"}
+    assert {head.job_id for head in hub_place.mirror().jobs()} == {JOB, two.path.name}
     # Each snapshot is one commit with all that belongs to it.
     commits = hub_place.server.repo("model", REPO).history()
     for commit in commits:

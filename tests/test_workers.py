@@ -439,7 +439,8 @@ def test_another_machine_helps_through_the_database_and_a_third_takes_over(
     job: list[Any] = ["run", *job_arguments(organism), *LAYOUT, "--set", f"database={postgres.url}"]
     job += ["--checkpoint", mirror]
     first = start(*job, "--workspace", tmp_path / "first", **env)
-    helping = start("worker", "--checkpoint", mirror, "--workspace", tmp_path / "helping", **env)
+    database = ("--set", f"database={postgres.url}")
+    helping = start("worker", "--checkpoint", mirror, "--workspace", tmp_path / "helping", *database, **env)
     wait_until(lambda: told(tmp_path / "first") >= 6, first, helping)
     name = only_job(tmp_path / "first").name
     # The lead is PostgreSQL's: nobody else gets it, whatever workspace and checkpoint they have.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from job.checkpoint.claim import LINEAGE, Claim
 from job.checkpoint.lease import Holding, is_running, take
 from job.checkpoint.options import MirrorOptions, pace_as_told, scheme_of
 from job.checkpoint.records import CACHES, STUDY, Head, Lineage, MirrorError, decode_head
-from job.checkpoint.restore import count_mirrored, download, restore
+from job.checkpoint.restore import INCOMING, count_mirrored, download, prove, restore
 from job.checkpoint.store import Proof, Store
 from job.errors import DeliveryError, JobError, UsageError
 from job.study_file import count_trials, restore_if_damaged
-from job.workspace import RunFolder, cannot_write, make_folder, write_record
+from job.workspace import JOB_ID, RunFolder, cannot_write, make_folder, write_record
 
 # For people: what a mirror holds and what it never holds.
 HOLDS = (
@@ -37,11 +38,13 @@ class Fetched:
         folder: Where they are.
         head: The head that names them.
         running: Whether a runner seems to be at the job.
+        left_out: Settings that job.json has and that are not taken from a mirror, by dotted key.
     """
 
     folder: RunFolder
     head: Head
     running: bool
+    left_out: Mapping[str, Any] = field(default_factory=dict)
 
 
 def open_mirror(uri: str, options: MirrorOptions, report: Callable[[str], None] = lambda _: None) -> Mirror:
@@ -123,7 +126,7 @@ class Mirror:
             DeliveryError: The place cannot be reached.
         """
         found = []
-        for job in self._store.jobs():
+        for job in filter(JOB_ID.fullmatch, self._store.jobs()):
             stored = self._store.read(job)
             try:
                 found += [decode_head(stored.data, job, self.uri)] if stored else []
@@ -164,8 +167,9 @@ class Mirror:
                 raise UsageError(f"there is no job {job} at {self.uri}", remedy="check --checkpoint and --job")
             head = decode_head(stored.data, job, self.uri)
             small = [path for path in head.files if Path(path).parts[0] not in CACHES or path.endswith(".json")]
+            folder = RunFolder(into / job)
             try:
-                download(self._store, head, list(head.files) if whole else small, into / job)
+                left_out = self._download(head, list(head.files) if whole else small, folder)
             except OSError as error:
                 raise cannot_write(into, error) from error
             except MirrorError:
@@ -173,8 +177,24 @@ class Mirror:
                 if attempt == 3:
                     raise
                 continue
-            return Fetched(RunFolder(into / job), head, is_running(head, stored))
+            return Fetched(folder, head, is_running(head, stored), left_out)
         raise AssertionError("unreachable")
+
+    def _download(self, head: Head, paths: list[str], folder: RunFolder) -> Mapping[str, Any]:
+        """Download files of a snapshot, job.json last and apart until it is proved; return what that left out."""
+        name = folder.job_file.name
+        apart = RunFolder(folder.path / INCOMING)
+        left_out: Mapping[str, Any] = {}
+        try:
+            if name in paths:
+                download(self._store, head, [name], apart.path)
+                left_out = prove(self._store, head, apart)
+            download(self._store, head, [path for path in paths if path != name], folder.path)
+            if name in paths:
+                apart.job_file.replace(folder.job_file)
+        finally:
+            shutil.rmtree(apart.path, ignore_errors=True)
+        return left_out
 
     def claim(self, folder: RunFolder, identity: Mapping[str, Any], say: Callable[[str], None]) -> Claim:
         """Take the lease of a job and bring its run folder up to date; signs of life are given from then on.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from job.errors import DeliveryError
 from job.processes import HolderRecord, ProcessRecord, is_alive, process_namespace, this_process
 from job.records import Record
+from job.workspace import JOB_ID, job_id
 
 # Names under JOB_ID/ of a mirror.
 HEAD, OBJECTS = "head.json", "objects"
@@ -42,6 +43,9 @@ MIRRORED = (
     "job.json",
 )
 STUDY = "study.db"
+_FILES = frozenset(name for name in MIRRORED if "." in name)
+# Names within a run folder; none is `..`, hidden, or of another file system's making.
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 # Folders of large files that are named by a key over all that changes them.
 CACHES = ("directions", "residuals")
 
@@ -203,6 +207,8 @@ def decode_head(data: bytes, job: str, where: str) -> Head:
         raise MirrorError(torn + f"is not whole: {_first(error)}", remedy=_REMEDY) from error
     if head.job_id != job:
         raise MirrorError(f"{where}: {job}/{HEAD} belongs to job {head.job_id}", remedy=_ELSEWHERE)
+    if not JOB_ID.fullmatch(job) or job_id(head.identity) != job:
+        raise MirrorError(f"{where}: {job}/{HEAD} is of another job than its name says", remedy=_ELSEWHERE)
     if odd := [path for path in head.files if not is_mirrored(path)]:
         raise MirrorError(f"{where} holds something else: {job}/{HEAD} names {odd[0]!r}", remedy=_ELSEWHERE)
     return head
@@ -225,10 +231,10 @@ def foreign(where: str, job: str, names: list[str]) -> MirrorError:
 
 def is_mirrored(path: str) -> bool:
     """Return whether a path in a run folder is one that mirrors hold; paths out of it are not."""
-    pure = PurePosixPath(path)
-    parts = pure.parts
-    plain = bool(parts) and str(pure) == path and not pure.is_absolute() and "\0" not in path
-    return plain and parts[0] in MIRRORED and not any(part.startswith(".") for part in parts)
+    first, *rest = path.split("/")
+    if first not in MIRRORED or (rest and first in _FILES):
+        return False
+    return all(_PART.fullmatch(part) for part in (first, *rest))
 
 
 def _first(error: ValidationError) -> str:

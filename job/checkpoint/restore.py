@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from job.checkpoint.layers import assemble
 from job.checkpoint.records import CACHES, MIRRORED, STUDY, Entry, Head, Layered, MirrorError, torn
 from job.checkpoint.snapshot import check_study
 from job.checkpoint.store import Store
 from job.errors import JobError, MachineError
+from job.mirrored import proven
 from job.records import JobRecord
 from job.scratch import scratch
 from job.study_file import BACKUP, count_trials
-from job.workspace import RunFolder, cannot_write, make_folder, read_record, sha256_file, sync_folder, sync_tree
+from job.workspace import (
+    RunFolder,
+    cannot_write,
+    make_folder,
+    read_record,
+    sha256_file,
+    sync_folder,
+    sync_tree,
+    write_record,
+)
 
 INCOMING, SUPERSEDED = ".restoring", "superseded"
 
@@ -133,13 +144,28 @@ def _verify(store: Store, head: Head, incoming: RunFolder) -> None:
     try:
         if STUDY in head.files:
             check_study(incoming.study_file)
-        record = read_record(incoming.job_file, JobRecord)
     except MachineError:
         raise
     except JobError as error:
         raise torn(store.uri, head.job_id, str(error).replace(str(incoming.path), "restored")) from error
-    if record.job_id != head.job_id:
-        raise torn(store.uri, head.job_id, f"job.json is of job {record.job_id}")
+    prove(store, head, incoming)
+
+
+def prove(store: Store, head: Head, folder: RunFolder) -> Mapping[str, Any]:
+    """Have the job.json of a mirror hold only what may come from one; return what was left out, by dotted key.
+
+    Raises:
+        MirrorError: It is another job's, or has been changed.
+        MachineError: The folder cannot be written.
+    """
+    try:
+        record = read_record(folder.job_file, JobRecord)
+        kept, left_out = proven(record, head.job_id)
+    except JobError as error:
+        raise torn(store.uri, head.job_id, str(error).replace(str(folder.path), "restored")) from error
+    if kept != record:
+        write_record(folder.job_file, kept)
+    return left_out
 
 
 def _move_aside(folder: RunFolder) -> Path | None:
