@@ -19,7 +19,7 @@ from job.checkpoint.hub import HubStore
 from job.checkpoint.layers import BLOCK, Layers, assemble
 from job.checkpoint.records import Layered
 from job.errors import HeldError
-from job.workspace import RunFolder
+from job.workspace import RunFolder, job_id
 from tests.growth import BATCH, Growing, Sent
 from tests.mirror_places import REPO, file_place, hub_place, place, running, s3_place
 from tests.mirrors import CALM, IDENTITY, JOB, Place, add_trial, mirrored, sha256, trials_in, wait_until, write_folder
@@ -310,7 +310,7 @@ def test_a_history_is_kept_while_another_job_writes_to_it(
 ) -> None:
     monkeypatch.setattr(hub, "_HISTORY", 3)
     one = write_folder(tmp_path / "a" / JOB)
-    other = hub_place.mirror().claim(RunFolder(tmp_path / "other"), {"seed": 9}, print)
+    other = hub_place.mirror().claim(RunFolder(tmp_path / job_id({"seed": 9})), {"seed": 9}, print)
     claim = hub_place.claim(one.path)
     claim.start()
     for number in range(3, 9):
