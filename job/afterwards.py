@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,29 +24,29 @@ from job.result import job_trials
 from job.runs import Start
 from job.scratch import scratch
 from job.search import choose
-from job.settings import LoadingSettings, Settings, merged
+from job.settings import LoadingSettings, Settings, asked_ends, merged
 from job.upload.targets import deliver_to_all
 from job.whereabouts import Whereabouts, job_settings
-from job.workspace import RunFolder, is_sealed, read_record
+from job.workspace import RunFolder, is_sealed, read_record, stored
 
 if TYPE_CHECKING:
     from job.workbench import Workbench
 
 
-def resumption(where: Whereabouts, **others: object) -> Start:
+def resumption(where: Whereabouts, ends: Mapping[str, str | None] | None = None, **others: object) -> Start:
     """Return what a job is continued with, from its run folder or its checkpoint alone.
 
     Args:
         where: The job.
+        ends: `when_done` and `when_failed` as given on the command line; what an earlier start was given is not used.
         **others: Settings that only extend it.
 
     Raises:
         UsageError: There is no such job.
         DeliveryError: The checkpoint cannot be reached.
     """
-    others = merged(
-        {**where.revisions, "checkpoint": where.checkpoint} if where.checkpoint else where.revisions, others
-    )
+    given = merged(asked_ends(ends or {}), where.revisions)
+    others = merged({**given, "checkpoint": where.checkpoint} if where.checkpoint else given, others)
     if where.checkpoint is None:
         folder = where.folder()
         identity, settings = folder.read_job().identity, job_settings(folder, **others)
@@ -59,7 +59,7 @@ def resumption(where: Whereabouts, **others: object) -> Start:
 
     def opened() -> tuple[JobRecord, Settings]:
         found = job_settings(folder, **others)
-        return folder.read_job().model_copy(update={"settings": found.model_dump(mode="json")}), found
+        return folder.read_job().model_copy(update={"settings": stored(found)}), found
 
     return Start(folder, identity, settings, opened)
 

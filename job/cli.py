@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ import typer
 
 from job.cloud.cli import app as cloud_app
 from job.errors import DeliveryError, GateError, JobError, RestartNeeded, Stopped, UsageError
+from job.lifeline import restart
+from job.supervise import supervised
 
 if TYPE_CHECKING:
     from job.outcome import Outcome
@@ -61,6 +62,13 @@ Prompts = Annotated[
     typer.Option(metavar="SPEC", help="File, folder or DATASET[@REV][:CONFIG], either with #SPLIT[/COLUMN]."),
 ]
 
+WhenDone = Annotated[
+    str | None, typer.Option(help="The rented machine, once all is delivered: nothing, stop or destroy.")
+]
+WhenFailed = Annotated[
+    str | None,
+    typer.Option(help="The rented machine, when the job fails or its process dies: nothing, stop or destroy."),
+]
 Trials = Annotated[int | None, typer.Option(help="How many edits the search tries.")]
 
 # The options of all commands that take a job's settings, by the setting's name.
@@ -111,10 +119,8 @@ SETTING_OPTIONS: dict[str, Any] = {
     "require_checkpoint": Annotated[
         bool | None, typer.Option("--require-checkpoint", help="Stop where the checkpoint stays down.")
     ],
-    "when_done": Annotated[
-        str | None, typer.Option(help="The rented machine, once all is delivered: nothing, stop or destroy.")
-    ],
-    "when_failed": Annotated[str | None, typer.Option(help="The rented machine, when the job fails.")],
+    "when_done": WhenDone,
+    "when_failed": WhenFailed,
     "upload": Annotated[
         list[str] | None,
         typer.Option(metavar="URI", help="Target: file:///dir, hf://user/repo, s3://bucket/prefix; may be repeated."),
@@ -222,9 +228,14 @@ def resume(
     checkpoint: Checkpoint = None,
     trials: Trials = None,
     upload: Targets = None,
+    when_done: WhenDone = None,
+    when_failed: WhenFailed = None,
     assignments: Extensions = None,
 ) -> None:
-    """Continue a job from its run folder or its checkpoint alone, with more trials or other targets if given."""
+    """Continue a job from its run folder or its checkpoint alone, with more trials or other targets if given.
+
+    The end of a rental (--when-done, --when-failed) is not taken over from the job: it is about the machine.
+    """
     from job.interrupt import StopSignals
 
     signals = StopSignals()
@@ -235,7 +246,8 @@ def resume(
 
         others = {"trials": trials, "upload": upload}
         where = _whereabouts(workspace, job, checkpoint, assignments)
-        start = resumption(where, **{name: value for name, value in others.items() if value})
+        ends = {"when_done": when_done, "when_failed": when_failed}
+        start = resumption(where, ends, **{name: value for name, value in others.items() if value})
         outcome = carry_out(start, Events(), signals)
     _told(outcome)
 
@@ -505,7 +517,7 @@ def upload(
         from job.events import Events
 
         where = _whereabouts(workspace, job, checkpoint, assignments)
-        start = resumption(where, **({"upload": upload} if upload else {}))
+        start = resumption(where, None, **({"upload": upload} if upload else {}))
         failed = upload_trial(start, trial, _format(form), Events(), signals)
     _tell_failed(start.folder, failed)
 
@@ -626,6 +638,7 @@ def main() -> None:
     """Run the command line and turn expected failures into a line and an exit code."""
     from job.events import redact
 
+    supervised()
     arguments = sys.argv[1:]
     if arguments[:1] == ["abliterate"]:  # `docker run IMAGE abliterate run` and `docker run IMAGE run` are the same
         arguments = arguments[1:]
@@ -640,7 +653,7 @@ def main() -> None:
     except RestartNeeded:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        restart()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:  # anything unforeseen: its traceback may quote a secret, so it is shown redacted
