@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from job.workspace import DONE, RunFolder, is_sealed, jobs_in
 # The preflight check with which a user vouches that places survive the machine whose file system does not tell.
 VOUCHED = "rental.survival"
 _SNAPSHOT_SECONDS = 300.0
+# What does not answer within these times counts as not known, and as not safe: the machine bills meanwhile.
+_HOLDER_SECONDS, _PROOF_SECONDS = 60.0, 1800.0
 
 Say = Callable[[str], None]
 
@@ -53,13 +56,17 @@ def other_holder(folder: RunFolder | None, settings: Settings | None, say: Say) 
         return f"another process on this machine holds job {folder.path.name}"
     if settings is None or settings.checkpoint is None:
         return ""
-    try:
-        with open_checkpoint(settings, say) as mirror:
-            found = mirror.other_holder(folder.path.name)
-    except JobError as error:
-        say(f"warning: whether another machine holds job {folder.path.name} is not known: {error.line}")
-        return ""
-    return f"job {folder.path.name} is held by {found[0]}" if found else ""
+
+    def ask() -> str:
+        try:
+            with open_checkpoint(settings, say) as mirror:
+                found = mirror.other_holder(folder.path.name)
+        except Exception as error:  # whatever it is: not known
+            say(f"warning: whether another machine holds job {folder.path.name} is not known: {_line(error)}")
+            return ""
+        return f"job {folder.path.name} is held by {found[0]}" if found else ""
+
+    return _within(_HOLDER_SECONDS, ask, "")
 
 
 def unsaved(folder: RunFolder | None, settings: Settings | None, say: Say, *, elsewhere: bool = False) -> str:
@@ -86,13 +93,34 @@ def unsaved(folder: RunFolder | None, settings: Settings | None, say: Say, *, el
 
 def all_unsaved(workspace: Path, folder: RunFolder | None, settings: Settings | None, say: Say, **how: bool) -> str:
     """Return what of any job of a workspace would be lost with this machine; see `unsaved`."""
-    problem = unsaved(folder, settings, say, **how)
-    for other in jobs_in(workspace):
-        if problem:
-            break
-        if folder is None or other.path.name != folder.path.name:
-            problem = unsaved(other, _settings(other), say)
-    return problem
+
+    def look() -> str:
+        problem = unsaved(folder, settings, say, **how)
+        for other in jobs_in(workspace):
+            if problem:
+                break
+            if folder is None or other.path.name != folder.path.name:
+                problem = unsaved(other, _settings(other), say)
+        return problem
+
+    late = f"checkpoint and targets have not told within {_PROOF_SECONDS / 60:.0f} minutes what they hold"
+    return _within(_PROOF_SECONDS, look, late)
+
+
+def _within(seconds: float, call: Callable[[], str], late: str) -> str:
+    """Return what a call returns, or `late` if that takes longer; the call is then left behind."""
+    found = [late]
+
+    def run() -> None:
+        try:
+            found[0] = call()
+        except Exception as error:  # whatever it is, nothing was proved
+            found[0] = f"what is safe could not be found out: {_line(error)}"
+
+    thread = threading.Thread(target=run, name="safekeeping", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0]
 
 
 def _settings(folder: RunFolder) -> Settings | None:
