@@ -45,6 +45,9 @@ class StopSignals:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             sys.unraisablehook = former_hook
+            if self._pending and is_supervised():
+                # The same request, passed on a moment later, must not change the exit code of a process that obeys.
+                former |= dict.fromkeys(SIGNALS, signal.SIG_IGN)
             for number, handler in former.items():
                 signal.signal(number, handler)
 

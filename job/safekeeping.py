@@ -78,7 +78,7 @@ def unsaved(folder: RunFolder | None, settings: Settings | None, say: Say, *, el
         say: Told of what is tried again.
         elsewhere: Another machine goes on with it, so that its checkpoint is ahead of this folder.
     """
-    if folder is None or settings is None or not folder.job_file.exists():
+    if folder is None or settings is None or not (elsewhere or folder.job_file.exists()):
         return "which job this machine holds is not known"
     try:
         if elsewhere:

@@ -49,14 +49,14 @@ def overtaken(store: Store, folder: RunFolder) -> str:
         JobError: The mirror cannot be reached or is torn.
         OSError: There is no room for copies.
     """
-    head = _head(store, folder.path.name)
+    here = _trials(folder.study_file)
+    head = _head(store, folder.path.name, empty=here == 0)
     if isinstance(head, str):
         return head
     with scratch("proof") as place:
         study = [path for path in head.files if path == folder.study_file.name]
         download(store, head, study, place)
         there = _trials(place / folder.study_file.name)
-    here = _trials(folder.study_file)
     if here is None or there is None or here > there:
         return f"{store.uri} has {there or 0} trials, this machine has {'a damaged study' if here is None else here}"
     return _damage(store, head)
@@ -77,12 +77,13 @@ def holder(store: Store, job: str) -> tuple[str, bool] | None:
     return head.lease.describe(), not head.lease.is_near
 
 
-def _head(store: Store, job: str) -> Head | str:
+def _head(store: Store, job: str, *, empty: bool = False) -> Head | str:
+    """Return a job's head, or why there is none that holds anything; an empty one may be allowed."""
     stored = store.read(job)
     if stored is None:
         return f"{store.uri} does not hold job {job}"
     head = decode_head(stored.data, job, store.uri)
-    return head if head.files else f"{store.uri} holds no snapshot of job {job}"
+    return head if head.files or empty else f"{store.uri} holds no snapshot of job {job}"
 
 
 def _damage(store: Store, head: Head) -> str:
