@@ -544,7 +544,8 @@ def test_settings_errors_end_the_meter(
     """Found on the former code: no call at all."""
     (tmp_path / "empty").mkdir()
     words = [(tmp_path / "empty").as_uri() if word == "EMPTY" else word for word in arguments]
-    done = abliterate(*words, "--workspace", tmp_path / "runs", "--when-failed", "destroy", **rented(vast, **env))
+    asked = ("--workspace", tmp_path / "runs", "--set", "when_failed=destroy")
+    done = abliterate(*words, *asked, **rented(vast, **env))
     assert done.code == 2, done.err
     assert calls(vast) == ["PUT"], done.err
     assert "Traceback" not in done.err
@@ -599,7 +600,7 @@ def test_a_killed_process_ends_the_meter(
     tmp_path: Path, vast: VastServer, number: signal.Signals, asked: str, expected: list[str]
 ) -> None:
     """Found on the former code: no call at all."""
-    waiting = Waiting(tmp_path, vast, "--when-failed", asked)
+    waiting = Waiting(tmp_path, vast, "--set", f"when_failed={asked}")
     waiting.child.send_signal(number)
     code, said = waiting.ended()
     assert code == -number
@@ -607,7 +608,7 @@ def test_a_killed_process_ends_the_meter(
 
 
 def test_a_killed_process_beside_another_job_ends_nothing(tmp_path: Path, vast: VastServer) -> None:
-    waiting = Waiting(tmp_path, vast, "--when-failed", "destroy")
+    waiting = Waiting(tmp_path, vast, "--set", "when_failed=destroy")
     finished_job(waiting.job.workspace, None, None, seed=8, state="running")
     waiting.child.kill()
     code, said = waiting.ended()
@@ -617,7 +618,7 @@ def test_a_killed_process_beside_another_job_ends_nothing(tmp_path: Path, vast: 
 
 @pytest.mark.parametrize("whom", ["supervisor", "group"])
 def test_a_stop_signal_is_passed_on_once_and_ends_no_machine(tmp_path: Path, vast: VastServer, whom: str) -> None:
-    waiting = Waiting(tmp_path, vast, "--when-failed", "destroy")
+    waiting = Waiting(tmp_path, vast, "--set", "when_failed=destroy")
     child = waiting.child
     if whom == "group":
         child.send_signal(signal.SIGTERM)
@@ -630,7 +631,7 @@ def test_a_stop_signal_is_passed_on_once_and_ends_no_machine(tmp_path: Path, vas
 
 
 def test_a_killed_supervisor_takes_its_child_along(tmp_path: Path, vast: VastServer) -> None:
-    waiting = Waiting(tmp_path, vast, "--when-failed", "destroy")
+    waiting = Waiting(tmp_path, vast, "--set", "when_failed=destroy")
     child = waiting.child
     psutil.Process(waiting.process.pid).kill()
     wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
@@ -719,6 +720,69 @@ os._exit({code})
     )
     assert done.returncode == code, done.stderr
     assert done.stdout == "[]\n"
+
+
+BEGIN = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from job import lifeline, supervise
+again = os.environ.get("AGAIN")
+sys.argv = ["abliterate", "run", "--when-failed", "stop", "--workspace", os.environ["RUNS"]]
+supervise.supervised()
+"""
+RESTART = "os.environ['AGAIN'] = '1'; again or lifeline.restart();"
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "expected"),
+    [
+        ("lifeline.tell(hung=True); os._exit(75)", 75, ["PUT"]),  # as the watchdog does
+        ("os._exit(75)", 75, []),
+        ("os._exit(1)", 1, ["PUT"]),
+        ("lifeline.tell(settled=True); os._exit(1)", 1, []),
+        ("lifeline.tell(when_failed='nothing'); os._exit(1)", 1, []),
+        ("os._exit(4)", 4, []),
+        ("os._exit(0)", 0, []),
+        ("import ctypes; ctypes.string_at(0)", -signal.SIGSEGV, ["PUT"]),
+        ("os.abort()", -signal.SIGABRT, ["PUT"]),
+        # A fresh process after a fault of the device is as supervised as the first.
+        (f"{RESTART} assert lifeline.is_supervised(); os._exit(6)", 6, ["PUT"]),
+        (f"{RESTART} lifeline.tell(settled=True); os._exit(6)", 6, []),
+    ],
+)  # fmt: skip
+def test_what_the_supervisor_makes_of_an_end(
+    tmp_path: Path, vast: VastServer, does: str, code: int, expected: list[str]
+) -> None:
+    env = environment(**rented(vast), **UNMEASURED, RUNS=str(tmp_path / "runs"))
+    done = subprocess.run([sys.executable, "-c", BEGIN + does], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert (done.returncode, calls(vast)) == (code, expected), done.stderr
+
+
+def test_the_watchdog_tells_before_it_leaves(tmp_path: Path) -> None:
+    """In a process of its own with a pipe in place of a supervisor."""
+    script = """
+import os, sys, time, torch
+from pathlib import Path
+from job import lifeline
+from job.faults import Watchdog
+lifeline.adopt()
+class Hung(torch.nn.Module):
+    def forward(self, x):
+        time.sleep(60)
+model = Hung()
+with Watchdog(0.2, Path(sys.argv[1])).watching(model):
+    model(1)
+"""
+    reading, writing = os.pipe()
+    env = {**environment(**UNMEASURED), "ABLITERATION_SUPERVISOR": str(writing)}
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", script, str(tmp_path / "stacks.txt")]
+    done = subprocess.run(command, env=env, pass_fds=[writing], capture_output=True, text=True)
+    os.close(writing)
+    told = os.read(reading, 1000)
+    os.close(reading)
+    assert done.returncode == 75, done.stderr
+    assert json.loads(told) == {"hung": True}
 
 
 def test_a_process_that_is_not_supervised_tells_nobody(tmp_path: Path) -> None:
