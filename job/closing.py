@@ -12,7 +12,6 @@ from job.endings import SAFE, Action, Asked, Decision, Ended, ending
 from job.errors import HeldError, JobError
 from job.events import Events
 from job.lifeline import tell
-from job.records import Upload
 from job.safekeeping import all_unsaved, other_holder, undelivered
 from job.settings import Settings, default_workspace
 from job.whereabouts import job_settings
@@ -146,16 +145,18 @@ class Progress:
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         """Take note of an event."""
         if event == "job_started":
-            self._before = {_key(one) for one in self._folder.read_uploads() if one.state == "done"}
+            self._before = self._delivered()
         elif not self._made and self._is_new_work(event, fields):
             self._made = True
             progressed(self._workspace)
+
+    def _delivered(self) -> set[tuple[str, str]]:
+        try:
+            return {(one.target, one.export) for one in self._folder.read_uploads() if one.state == "done"}
+        except (OSError, ValueError):
+            return set()  # a torn file is for the delivery to complain of
 
     def _is_new_work(self, event: str, fields: dict[str, Any]) -> bool:
         if event == "delivery":
             return fields["state"] == "done" and (fields["target"], fields["export"]) not in self._before
         return event in ("trial", "exported")
-
-
-def _key(upload: Upload) -> tuple[str, str]:
-    return upload.target, upload.export

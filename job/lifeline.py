@@ -19,8 +19,12 @@ def adopt() -> bool:
     global _line
     given = os.environ.pop(LINE, None)
     if given is not None:
-        _line = int(given)
-        os.set_inheritable(_line, False)
+        try:
+            number = int(given)
+            os.set_inheritable(number, False)
+        except (OSError, ValueError):
+            return False  # the variable has come from elsewhere: there is no such pipe
+        _line = number
         _end_with_parent()
     return _line is not None
 
