@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,22 +26,28 @@ from job.result import job_trials
 from job.runs import Start
 from job.scratch import scratch
 from job.search import choose
-from job.settings import LoadingSettings, Settings, leaves
+from job.settings import LoadingSettings, Settings, asked_ends, leaves
 from job.upload.targets import deliver_to_all
 from job.whereabouts import Whereabouts, job_settings
-from job.workspace import RunFolder, is_sealed, read_record
+from job.workspace import RunFolder, is_sealed, read_record, stored
 
 if TYPE_CHECKING:
     from job.workbench import Workbench
 
 
-def resumption(where: Whereabouts, say: Callable[[str], None] = lambda _: None, **others: object) -> Start:
+def resumption(
+    where: Whereabouts,
+    ends: Mapping[str, str | None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    **others: object,
+) -> Start:
     """Return what a job is continued with, from its run folder or its checkpoint alone.
 
     Of a checkpoint, only what may come from one is taken (`job.mirrored`).
 
     Args:
         where: The job.
+        ends: `when_done` and `when_failed` as given on the command line; what an earlier start was given is not used.
         say: Told what was not taken from the checkpoint.
         **others: Settings that only extend it.
 
@@ -49,7 +55,8 @@ def resumption(where: Whereabouts, say: Callable[[str], None] = lambda _: None, 
         UsageError: There is no such job, or it runs code that is not trusted here.
         DeliveryError: The checkpoint cannot be reached, or is not what it was.
     """
-    given = {**where.given, **others}
+    options = {name: value for name, value in (ends or {}).items() if value is not None}
+    given = {**asked_ends(options), **where.given, **options, **others}
     if where.checkpoint is None:
         folder = where.folder()
         record, settings = folder.read_job(), job_settings(folder, **as_given(given))
@@ -76,7 +83,7 @@ def resumption(where: Whereabouts, say: Callable[[str], None] = lambda _: None, 
         with_trust(record, found, given, before=first)
         if where.checkpoint is not None:
             require_same_contents(record, found, prompts=not folder.prompts_file.exists())
-        return record.model_copy(update={"settings": found.model_dump(mode="json")}), found
+        return record.model_copy(update={"settings": stored(found)}), found
 
     return Start(folder, record.identity, settings, opened)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ import typer
 
 from job.cloud.cli import app as cloud_app
 from job.errors import DeliveryError, GateError, JobError, RestartNeeded, Stopped, UsageError
+from job.lifeline import restart
 from job.redaction import guarded_output, redacted_json
+from job.supervise import supervised
 
 if TYPE_CHECKING:
     from job.outcome import Outcome
@@ -62,6 +63,13 @@ Prompts = Annotated[
     typer.Option(metavar="SPEC", help="File, folder or DATASET[@REV][:CONFIG], either with #SPLIT[/COLUMN]."),
 ]
 
+WhenDone = Annotated[
+    str | None, typer.Option(help="The rented machine, once all is delivered: nothing, stop or destroy.")
+]
+WhenFailed = Annotated[
+    str | None,
+    typer.Option(help="The rented machine, when the job fails or its process dies: nothing, stop or destroy."),
+]
 Trials = Annotated[int | None, typer.Option(help="How many edits the search tries.")]
 
 # The options of all commands that take a job's settings, by the setting's name.
@@ -112,10 +120,8 @@ SETTING_OPTIONS: dict[str, Any] = {
     "require_checkpoint": Annotated[
         bool | None, typer.Option("--require-checkpoint", help="Stop where the checkpoint stays down.")
     ],
-    "when_done": Annotated[
-        str | None, typer.Option(help="The rented machine, once all is delivered: nothing, stop or destroy.")
-    ],
-    "when_failed": Annotated[str | None, typer.Option(help="The rented machine, when the job fails.")],
+    "when_done": WhenDone,
+    "when_failed": WhenFailed,
     "upload": Annotated[
         list[str] | None,
         typer.Option(metavar="URI", help="Target: file:///dir, hf://user/repo, s3://bucket/prefix; may be repeated."),
@@ -230,9 +236,14 @@ def resume(
     checkpoint: Checkpoint = None,
     trials: Trials = None,
     upload: Targets = None,
+    when_done: WhenDone = None,
+    when_failed: WhenFailed = None,
     assignments: Extensions = None,
 ) -> None:
-    """Continue a job from its run folder or its checkpoint alone, with more trials or other targets if given."""
+    """Continue a job from its run folder or its checkpoint alone, with more trials or other targets if given.
+
+    The end of a rental (--when-done, --when-failed) is not taken over from the job: it is about the machine.
+    """
     from job.interrupt import StopSignals
 
     signals = StopSignals()
@@ -244,7 +255,8 @@ def resume(
         others = {"trials": trials, "upload": upload}
         where = _whereabouts(workspace, job, checkpoint, assignments)
         events = Events()
-        start = resumption(where, events.say, **{name: value for name, value in others.items() if value})
+        ends = {"when_done": when_done, "when_failed": when_failed}
+        start = resumption(where, ends, events.say, **{name: value for name, value in others.items() if value})
         outcome = carry_out(start, events, signals)
     _told(outcome)
 
@@ -510,7 +522,7 @@ def upload(
 
         where = _whereabouts(workspace, job, checkpoint, assignments)
         events = Events()
-        start = resumption(where, events.say, **({"upload": upload} if upload else {}))
+        start = resumption(where, None, events.say, **({"upload": upload} if upload else {}))
         failed = upload_trial(start, trial, _format(form), events, signals)
     _tell_failed(start.folder, failed)
 
@@ -627,6 +639,7 @@ def demo(workspace: Workspace = None, trials: Trials = None) -> None:
 
 def main() -> None:
     """Run the command line and turn expected failures into a line and an exit code."""
+    supervised()
     with guarded_output():
         _run_command_line()
 
@@ -646,7 +659,7 @@ def _run_command_line() -> None:
     except RestartNeeded:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        restart()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:  # anything unforeseen: its traceback may quote a secret, which is masked where it is whole

@@ -30,6 +30,11 @@ class Events:
         self._path = path
         self._stream = stream if stream is not None else sys.stderr
         self._echo = self._print
+        self._listeners: list[Callable[[str, dict[str, Any]], None]] = []
+
+    def listen(self, listener: Callable[[str, dict[str, Any]], None]) -> None:
+        """Have a listener told of every event that was recorded, with its fields."""
+        self._listeners.append(listener)
 
     def log_to(self, path: Path | None) -> None:
         """From now on append to this file, None: to none; a line that a crash has torn is closed off first."""
@@ -59,13 +64,18 @@ class Events:
                 ) from error
         if message:
             self._echo(redact(message))
+        for listener in self._listeners:
+            listener(event, fields)
 
     def say(self, message: str) -> None:
         """Record an event that is nothing but a message."""
         self.emit("message", message)
 
     def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        try:
+            print(line, file=self._stream, flush=True)
+        except (OSError, ValueError):
+            return  # nobody listens: no reason to lose the job
 
     @contextmanager
     def progress(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from job.errors import AcceleratorFaultError, MachineError, Stopped
+from job.lifeline import tell
 from job.memory import release_memory
 
 T = TypeVar("T")
@@ -114,6 +115,7 @@ class Watchdog:
                 with self._file.open("a") as file:
                     faulthandler.dump_traceback(file)
                 print(f"a forward has hung for {self._seconds:g} s; stacks are in {self._file}", file=sys.stderr)
+                tell(hung=True)
                 self._leave(Stopped.exit_code)
 
 

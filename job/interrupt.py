@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from job.errors import Stopped
+from job.lifeline import is_supervised
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AGAIN_SECONDS = 0.05
+# Within which a second signal is taken for the first, where a supervisor passes signals on.
+_SAME_SECONDS = 1.0
 
 
 class StopSignals:
@@ -28,6 +32,7 @@ class StopSignals:
         self._pending: str | None = None
         self._shields = 0
         self._grace = 0.0
+        self._since = -_SAME_SECONDS
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -40,6 +45,9 @@ class StopSignals:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             sys.unraisablehook = former_hook
+            if self._pending and is_supervised():
+                # The same request, passed on a moment later, must not change the exit code of a process that obeys.
+                former |= dict.fromkeys(SIGNALS, signal.SIG_IGN)
             for number, handler in former.items():
                 signal.signal(number, handler)
 
@@ -86,8 +94,10 @@ class StopSignals:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self._pending:
+            if is_supervised() and time.monotonic() - self._since < _SAME_SECONDS:
+                return  # one request that went to the whole group of processes, and was passed on as well
             os._exit(Stopped.exit_code)
-        self._pending = name
+        self._pending, self._since = name, time.monotonic()
         if self._grace:
             signal.setitimer(signal.ITIMER_REAL, self._grace)
         elif not self._shields:

@@ -361,12 +361,21 @@ class State(Record):
 
 
 class Upload(Record):
-    """The state of one delivery; uploads.json is a list of them."""
+    """The state of one delivery; uploads.json is a list of them.
+
+    Attributes:
+        target: The target's URI.
+        export: Name of the export's folder.
+        state: What came of it.
+        error: Why it failed.
+        manifest: sha256 of the export's manifest, by which the delivery is known there.
+    """
 
     target: str
     export: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     state: Literal["done", "failed"]
     error: str | None = None
+    manifest: str | None = None
 
 
 class Manifest(Record):

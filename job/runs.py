@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from job.budget import Meter
-from job.errors import HeldError, JobError, RestartNeeded
+from job.closing import Machine, Progress, end_rental, outcome_of_error
+from job.endings import Asked, Ended
+from job.errors import DeliveryError, GateError, RestartNeeded
 from job.events import Events, read_events
 from job.holding import held
 from job.interrupt import StopSignals
+from job.lifeline import tell
 from job.locks import left_behind
 from job.outcome import Outcome, completed
 from job.preflight.readings import MachineReading
@@ -52,10 +55,11 @@ def run(
         Stopped: A signal asked for it; running again continues.
     """
     pinned = again.pinned if again else None
+    _tell_asked(settings)
     try:
         folder, first = open_job(settings, new=new, pinned=pinned)
-    except JobError:
-        end_rental(settings.when_failed, settings, events)
+    except Exception as error:
+        _close(outcome_of_error(error), settings, events)
         raise
 
     def opened() -> tuple[JobRecord, Settings]:
@@ -105,32 +109,31 @@ def carry_out(start: Start, events: Events, signals: StopSignals) -> Outcome:
         RestartNeeded: The device has failed, and a fresh process may succeed.
     """
     settings = start.settings
+    tell(job=str(start.folder.path.absolute()))
+    _tell_asked(settings)
+    events.listen(Progress(Path(settings.workspace), start.folder))
     try:
         outcome = _run(start, events, signals)
-    except HeldError as error:
-        # A machine that comes back after another has taken over must not be paid for any longer.
-        if error.elsewhere:
-            end_rental(settings.when_done, settings, events)
-        raise
     except RestartNeeded:
         raise
-    except Exception:  # whatever it is goes on to the caller; the machine is not to bill on because of it
-        end_rental(settings.when_failed, settings, events)
+    except Exception as error:  # whatever it is goes on to the caller; the machine is not to bill on because of it
+        _close(outcome_of_error(error), settings, events, start.folder)
         raise
-    delivered = not outcome.failed_targets and outcome.missed_gate is None
-    end_rental(settings.when_done if delivered else settings.when_failed, settings, events)
+    code = GateError.exit_code if outcome.missed_gate else DeliveryError.exit_code if outcome.failed_targets else 0
+    _close(Ended(code), settings, events, start.folder)
     return outcome
 
 
-def end_rental(action: Literal["nothing", "stop", "destroy"], settings: Settings, events: Events) -> None:
-    """End the rental of this machine, if it is one and that is asked for."""
-    if action == "nothing":
-        return
-    rental = _this_rental()
-    if rental is None:
-        events.emit("rental", f"warning: this is no rented machine that is known: it is not ended ({action})")
-    else:
-        rental.end(action, Path(settings.workspace), events.say)
+def _tell_asked(settings: Settings) -> None:
+    """Have the supervisor know what is asked for, now that the settings are read as a whole."""
+    tell(workspace=str(Path(settings.workspace).absolute()), when_failed=settings.when_failed)
+
+
+def _close(outcome: Ended, settings: Settings, events: Events, folder: RunFolder | None = None) -> None:
+    """End the rental as is asked for and safe."""
+    events.log_to(None)  # the last snapshot has been taken: what is logged now would be missing there
+    asked = Asked(settings.when_done, settings.when_failed)
+    end_rental(outcome, asked, Machine(Path(settings.workspace), folder, settings), events.say)
 
 
 def _this_rental() -> Rental | None:

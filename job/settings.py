@@ -27,6 +27,8 @@ from job.scoring import BUILTIN_SCORERS, known_scorers
 
 _TARGET = re.compile(r"file:///.+|hf://[\w.-]+/[\w.-]+(@[^@\s]+)?|s3://[^/\s]+(/.*)?")
 ENVIRONMENT_PREFIX = "ABLITERATE_"
+# Settings of this machine and this command alone: they are not kept with a job, which may move to another machine.
+ENDS = ("when_done", "when_failed")
 # Prompt sets that only orthogonalize_directions uses.
 SPEC_QUALIFIERS = ("revision", "config", "split", "column")
 REFERENCE_SETS = ("helpfulness_prompts", "unhelpfulness_prompts", "capability_prompts")
@@ -710,6 +712,25 @@ def default_workspace() -> str:
     """Return the workspace where none is given on the command line."""
     workspace = _environment().get("workspace", default_values()["workspace"])
     return str(workspace)
+
+
+def asked_ends(options: Mapping[str, str | None]) -> dict[str, str]:
+    """Return when_done and when_failed as this command alone asks for them: a job's record must not end machines.
+
+    Args:
+        options: Command-line options by the setting's name, None where not given.
+
+    Raises:
+        UsageError: A value is none of them.
+    """
+    environment = _environment()
+    found = {}
+    for name in ENDS:
+        value = str(options.get(name) or environment.get(name) or "nothing")
+        if value not in ("nothing", "stop", "destroy"):
+            raise UsageError(f"{name} = {value!r} is not known", remedy="choose from: nothing, stop, destroy")
+        found[name] = value
+    return found
 
 
 def as_toml(value: Any) -> str:

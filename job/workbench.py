@@ -321,6 +321,7 @@ class Workbench:
         if form != "merged":
             copy_licences(self.loaded.folder, export)
         seal_made(export, made, self.loaded.folder)
+        self.events.emit("exported", export=export.name)
 
     def _write(self, export: Path, edit: Edit, form: ExportFormat) -> None:
         """Write the weights of an export, where it has any."""

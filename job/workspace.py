@@ -24,7 +24,7 @@ from job.models import no_model_folder, parse_model, refuse_links_out
 from job.processes import HolderRecord, this_process
 from job.records import ExportFormat, JobRecord, Record, State, Upload
 from job.redaction import redact, redacted_json
-from job.settings import REFERENCE_SETS, Settings
+from job.settings import ENDS, REFERENCE_SETS, Settings
 from job.sources import source_identity
 
 # Settings that only extend a job or say where things go; all others are part of its identity.
@@ -425,7 +425,12 @@ def _located(settings: Settings) -> dict[str, Any]:
     """Return all settings with the model's absolute path, so that later commands work from any folder."""
     source = parse_model(settings.model)
     model = str(Path(source.name).absolute()) if source.kind == "folder" else settings.model
-    return {**settings.model_dump(mode="json"), "model": model}
+    return {**stored(settings), "model": model}
+
+
+def stored(settings: Settings) -> dict[str, Any]:
+    """Return the settings that job.json keeps: all but those that are about the machine of one start."""
+    return settings.model_dump(mode="json", exclude=set(ENDS))
 
 
 def refuse_other_settings(place: str, others: Mapping[str, Mapping[str, Any]], identity: Mapping[str, Any]) -> None:

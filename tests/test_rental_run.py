@@ -92,6 +92,11 @@ def test_the_machine_is_ended_once_all_is_delivered_and_not_before(
     assert "nothing to do" in told.err
     assert "BILLS ON" in told.err
     assert len(vast.asked("PUT", "12345")) == 1
+    # A start that makes a delivery has got on: it stops the machine again, once.
+    more = (*target, "--upload", (tmp_path / "second").as_uri())
+    for _ in range(2):
+        abliterate(*arguments, *more, **rented(vast)).check()
+        assert len(vast.asked("PUT", "12345")) == 2
     assert KEY not in "".join(path.read_text(errors="replace") for path in workspace.rglob("*") if path.is_file())
 
 
@@ -158,6 +163,12 @@ def test_a_pod_is_destroyed_after_the_delivery(organism: Path, finished: Path, t
         env = {"RUNPOD_POD_ID": "abc123", "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": runpod.url}
         arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
         target = ("--upload", (tmp_path / "out").as_uri(), "--when-done", "destroy")
-        abliterate(*arguments, *target, **env).check()
+        # Only the delivery is left, so nothing was checked before: all is on this machine.
+        told = abliterate(*arguments, *target, **env).check()
+        assert "destroy was asked for" in told.err
+        assert (len(runpod.asked("DELETE")), len(runpod.asked("POST", "abc123"))) == (0, 1)
+        # Somebody vouches for places that survive it.
+        places = ("--checkpoint", (tmp_path / "mirror").as_uri(), "--allow", "rental.survival")
+        abliterate(*arguments, *target, *places, "--upload", (tmp_path / "two").as_uri(), **env).check()
         assert len(runpod.asked("DELETE", "abc123")) == 1
     assert only_job(workspace).is_dir()

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from job.checkpoint.claim import LINEAGE, Claim
 from job.checkpoint.lease import Holding, is_running, take
 from job.checkpoint.options import MirrorOptions, pace_as_told, scheme_of
+from job.checkpoint.proof import holder, overtaken, shortfall
 from job.checkpoint.records import CACHES, STUDY, Head, Lineage, MirrorError, decode_head
 from job.checkpoint.restore import INCOMING, count_mirrored, download, prove, restore
 from job.checkpoint.store import Proof, Store
@@ -146,6 +147,33 @@ class Mirror:
             return None
         head = decode_head(stored.data, job, self.uri)
         return head.lease.describe() if is_running(head, stored) else None
+
+    def other_holder(self, job: str) -> tuple[str, bool] | None:
+        """Return who but this process seems to be at a job, and whether that is on another machine.
+
+        Raises:
+            MirrorError: The mirror is torn or another job's.
+            DeliveryError: The place cannot be reached.
+        """
+        return holder(self._store, job)
+
+    def shortfall(self, folder: RunFolder) -> str:
+        """Return what of a run folder is not held here now, "" if all is; every object is read back.
+
+        Raises:
+            JobError: The place cannot be reached, the mirror is torn or the study damaged.
+            OSError: There is no room for copies.
+        """
+        return shortfall(self._store, folder)
+
+    def overtaken(self, folder: RunFolder) -> str:
+        """Return why a mirror that another machine goes on with may lack work of a folder, "" if it lacks none.
+
+        Raises:
+            JobError: The place cannot be reached, or the mirror is torn.
+            OSError: There is no room for copies.
+        """
+        return overtaken(self._store, folder)
 
     def fetch(self, job: str, into: Path, *, whole: bool = False) -> Fetched:
         """Download a job's latest snapshot into a folder named after it; no lease is needed.

@@ -1,8 +1,8 @@
 """The end of the rental: a job that is delivered stops or destroys the machine that it is rented on.
 
-To be called only when there is nothing left to lose: all deliveries verified, or the job finished or held by
-another run (an outbid instance that comes back must not bill on). What was asked for is written down first, in
-the workspace and outside of any job's folder, so that it never gets into a mirror: it is about this instance.
+To be called only when there is nothing left to lose, which `job.closing` sees to. What was asked for is written down
+first, in the workspace and outside of any job's folder, so that it never gets into a mirror: it is about this instance.
+A stop leaves a mark, by which the next start that has nothing to do is kept from stopping it again.
 """
 
 from __future__ import annotations
@@ -88,6 +88,17 @@ class Rental:
     def _briefly(self) -> Patience:
         return replace(self.patience, tries=min(self.patience.tries, 3))
 
+    @property
+    def _name(self) -> str:
+        return f"{self.platform.lower().partition('.')[0]}-{re.sub(r'[^A-Za-z0-9_-]', '_', self.instance)}"
+
+    def _sentinel(self, workspace: Path) -> Path:
+        return workspace / FOLDER / f"{self._name}.json"
+
+    def progressed(self, workspace: Path) -> None:
+        """Forget an earlier stop: a start has got as far as new work, so the next stop breaks no loop."""
+        _remove(self._sentinel(workspace))
+
     def check(self) -> str:
         """Return what the platform says of this instance; that proves that it can be asked from here.
 
@@ -123,8 +134,8 @@ class Rental:
         """
         if action == "nothing":
             return Ending(state="none")
-        name = f"{self.platform.lower().partition('.')[0]}-{re.sub(r'[^A-Za-z0-9_-]', '_', self.instance)}"
-        file, alarm = workspace / FOLDER / f"{name}.json", workspace / f"RENTAL-NOT-ENDED-{name}.txt"
+        say = unfailing(say)
+        file, alarm = self._sentinel(workspace), workspace / f"RENTAL-NOT-ENDED-{self._name}.txt"
         before = _read(file)
         if before is not None and before.action == action == "stop" and _stands(before):
             say(
@@ -193,6 +204,25 @@ def find_rental(env: Mapping[str, str] | None = None, *, patience: Patience = PA
     if re.fullmatch(r"\d+", number) and (label or env.get("CONTAINER_API_KEY")):
         return _on_vast(number, env, patience)
     return None
+
+
+def progressed(workspace: Path) -> None:
+    """Forget an earlier stop of this machine, if it is a rented one; see `Rental.progressed`."""
+    rental = find_rental()
+    if rental is not None:
+        rental.progressed(workspace)
+
+
+def unfailing(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a way to say things that never raises: no log that is full or gone keeps a rental."""
+
+    def said(message: str) -> None:
+        try:
+            say(message)
+        except Exception:  # whatever it is: a console that is closed, a full disk, a device that is gone
+            return
+
+    return said
 
 
 def _on_vast(number: str, env: Mapping[str, str], patience: Patience) -> Rental:

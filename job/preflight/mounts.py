@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from job.records import Record
+from job.upload.local import target_folder
 
 Kind = Literal["local", "network", "object-store", "overlay", "memory"]
 
@@ -19,6 +20,18 @@ _NETWORK = re.compile(
 _OBJECT_STORES = re.compile(r"s3fs|gcsfuse|goofys|rclone|mountpoint-s3|blobfuse|geesefs|hf-mount|ossfs")
 # File systems of the user's own kernel that merely happen to be served through FUSE.
 _LOCAL_FUSE = frozenset({"fuseblk", "fuse.fuse-overlayfs"})
+# What survives the machine: file systems that another machine serves and that have written what they say is written.
+# All others count as local: 9p and virtiofs are the host's disk, FUSE may be anything, and a write-back cache
+# (rclone's, which its mounts do not show) is on this machine.
+OFF_MACHINE = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "beegfs", "gpfs", "wekafs"}
+    | {"fuse.ceph-fuse", "fuse.glusterfs", "fuse.sshfs", "fuse.mfs"}
+    | {"fuse.s3fs", "fuse.gcsfuse", "fuse.mountpoint-s3"}
+)
+# FUSE mounts without a type of their own are known by what they mount.
+_OFF_MACHINE_SOURCE = re.compile(r"mfs#[^/]+|mountpoint-s3|gcsfuse|s3fs")
+# A server that is this machine itself.
+_THIS_MACHINE = re.compile(r"(?://|mfs#|[^@/]*@)?(localhost|127\.[\d.]+|\[?::1\]?|0\.0\.0\.0)(?![\w.-])", re.IGNORECASE)
 
 
 class Mount(Record):
@@ -119,3 +132,14 @@ def kind_of(mount: Mount) -> Kind:
         named = f"{mount.kind} {mount.source}"
         return "object-store" if _OBJECT_STORES.search(named) else "network"
     return "network" if _NETWORK.fullmatch(mount.kind) else "local"
+
+
+def is_off_machine(mount: Mount) -> bool:
+    """Return whether what is written to a mount survives the loss of this machine, as far as its type tells."""
+    known = mount.kind in OFF_MACHINE or (mount.kind == "fuse" and _OFF_MACHINE_SOURCE.match(mount.source))
+    return bool(known) and _THIS_MACHINE.match(mount.source) is None
+
+
+def outlives_machine(uri: str) -> bool:
+    """Return whether a target or checkpoint is a place that survives the loss of this machine."""
+    return not uri.startswith("file:") or is_off_machine(mount_of(target_folder(uri), read_mounts()))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from job.errors import MachineError
 from job.preflight.checks import Check, size
 from job.preflight.fencing import proven
-from job.preflight.mounts import kind_of, mount_of, read_mounts
+from job.preflight.mounts import outlives_machine
 from job.prompts import PromptSets
 from job.settings import Settings
 from job.upload.local import target_folder
@@ -133,8 +133,8 @@ def _known(rental: Rental | None) -> Check:
 
 def _survival(settings: Settings) -> Check:
     """Say whether what must survive the machine has a place off it."""
-    result = [target for target in settings.upload if _is_off_machine(target)]
-    rest = settings.checkpoint is not None and _is_off_machine(settings.checkpoint)
+    result = [target for target in settings.upload if outlives_machine(target)]
+    rest = settings.checkpoint is not None and outlives_machine(settings.checkpoint)
     missing = [
         *([] if result else ["the result (give --upload hf://... or s3://...)"]),
         *([] if rest else ["study, directions, events and report (give --checkpoint s3://... or hf://...)"]),
@@ -147,9 +147,3 @@ def _survival(settings: Settings) -> Check:
         remedy="name such places, or use --when-done stop" if missing else "",
         scope="job",
     )
-
-
-def _is_off_machine(uri: str) -> bool:
-    if not uri.startswith("file:"):
-        return True
-    return kind_of(mount_of(target_folder(uri), read_mounts())) in ("network", "object-store")

@@ -12,7 +12,7 @@ from job.errors import DeliveryError
 from job.events import Events
 from job.records import Figures, Upload
 from job.settings import Settings
-from job.workspace import RunFolder, make_folder, read_record, write_record
+from job.workspace import DONE, RunFolder, make_folder, read_record, write_record
 
 if TYPE_CHECKING:
     from job.upload.s3 import S3Capabilities, S3Options
@@ -51,7 +51,8 @@ def deliver_to_all(folder: RunFolder, export: Path, settings: Settings, events: 
             failed.append((target, error.line))
             upload = Upload(target=target, export=export.name, state="failed", error=error.line)
         else:
-            upload = Upload(target=target, export=export.name, state="done")
+            manifest = (export / DONE).read_text().strip()
+            upload = Upload(target=target, export=export.name, state="done", manifest=manifest)
         folder.record_upload(upload)
         events.emit("delivery", f"delivery to {target}: {upload.state}", **upload.model_dump())
     return failed

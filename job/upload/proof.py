@@ -1,0 +1,157 @@
+"""Proof that a target holds a delivery now: its manifest is the export's, and every file is what that says."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+
+from pydantic import ValidationError
+
+from job.errors import JobError
+from job.hub import quiet_client
+from job.records import Manifest, ManifestEntry
+from job.scratch import scratch
+from job.settings import Settings
+from job.upload.local import target_folder
+from job.upload.targets import s3_options
+from job.workspace import MANIFEST, sha256_file
+
+if TYPE_CHECKING:
+    from job.upload.hub_repo import Repository, Snapshot
+
+# Open pull requests that are looked into, the latest ones.
+_REQUESTS = 20
+
+
+def delivery_problem(target: str, manifest: str, settings: Settings) -> str:
+    """Return why a target does not hold a delivery now, "" if it does.
+
+    Args:
+        target: The target's URI.
+        manifest: sha256 of the export's manifest.
+        settings: How the target is reached.
+    """
+    look = {"file": _at_folder, "hf": _at_hub}.get(urlparse(target).scheme, _at_s3)
+    try:
+        problem = look(target, manifest, settings)
+    except (JobError, OSError) as error:
+        problem = error.line if isinstance(error, JobError) else str(error)
+    return f"{target}: {problem}" if problem else ""
+
+
+def _parsed(data: bytes, wanted: str) -> Mapping[str, ManifestEntry] | str:
+    """Return the files of a manifest that was found, or why it is not the wanted one."""
+    if hashlib.sha256(data).hexdigest() != wanted:
+        return f"its {MANIFEST} is another export's"
+    try:
+        return Manifest.model_validate_json(data).files
+    except ValidationError:
+        return f"its {MANIFEST} cannot be read"
+
+
+def _at_folder(target: str, manifest: str, settings: Settings) -> str:
+    folder = target_folder(target)
+    if not (folder / MANIFEST).is_file():
+        return f"there is no {MANIFEST}"
+    files = _parsed((folder / MANIFEST).read_bytes(), manifest)
+    if isinstance(files, str):
+        return files
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry.size or sha256_file(path) != entry.sha256:
+            return f"{name} is not what was delivered"
+    return ""
+
+
+def _at_s3(target: str, manifest: str, settings: Settings) -> str:
+    from job.upload.s3.failures import RefusedError
+    from job.upload.s3.objects import look_up
+    from job.upload.s3.options import Target
+    from job.upload.s3.store import Store
+
+    with Store(Target.parse(target), s3_options(settings)) as store:
+        try:
+            data, _ = store.read(store.target.key(MANIFEST))
+        except RefusedError as error:
+            if error.status != 404:
+                raise
+            return f"there is no {MANIFEST}"
+        files = _parsed(data, manifest)
+        if isinstance(files, str):
+            return files
+        for name, entry in files.items():
+            there = look_up(store, store.target.key(name))
+            if there is None:
+                return f"{name} is missing"
+            if (there.size, there.sha256) != (entry.size, entry.sha256):
+                return f"{name} is not what was delivered"
+    return ""
+
+
+def _at_hub(target: str, manifest: str, settings: Settings) -> str:
+    from job.upload.hub_repo import Repository
+    from job.upload.hub_target import HubOptions
+
+    options = HubOptions(visibility=settings.visibility, pull_request=settings.hub.pull_request)
+    with quiet_client():
+        repository = Repository(target, options, lambda _: None)
+        problem = "there is no such repository or branch"
+        for revision in _revisions(repository):
+            found = repository.look(revision)
+            if found is not None:
+                problem = _of_revision(repository, found, manifest)
+                if not problem:
+                    return ""
+    return problem
+
+
+def _revisions(repository: Repository) -> Iterator[str]:
+    """Yield where a delivery may be: its branch, and open pull requests if it was to be one."""
+    yield repository.target.branch
+    if repository.options.pull_request:
+        listed = repository.ask(
+            lambda: list(
+                islice(
+                    repository.api.get_repo_discussions(
+                        repository.repo_id, discussion_type="pull_request", discussion_status="open"
+                    ),
+                    _REQUESTS,
+                )
+            ),
+            f"pull requests of {repository.repo_id}",
+        )
+        yield from (f"refs/pr/{item.num}" for item in listed)
+
+
+def _of_revision(repository: Repository, found: Snapshot, manifest: str) -> str:
+    with scratch("proof") as place:
+
+        def contents(name: str) -> bytes:
+            path = repository.ask(
+                lambda: repository.api.hf_hub_download(
+                    repository.repo_id, name, revision=found.sha, cache_dir=place, force_download=True
+                ),
+                f"{name} of {repository.repo_id}",
+            )
+            return Path(path).read_bytes()
+
+        if MANIFEST not in found.files:
+            return f"there is no {MANIFEST}"
+        files = _parsed(contents(MANIFEST), manifest)
+        if isinstance(files, str):
+            return files
+        for name, entry in files.items():
+            there = found.files.get(name)
+            if there is None:
+                return f"{name} is missing"
+            # Git alone keeps small files, by a hash of its own.
+            sha256 = there.sha256 or hashlib.sha256(contents(name)).hexdigest()
+            if (there.size, sha256) != (entry.size, entry.sha256):
+                return f"{name} is not what was delivered"
+    return ""
