@@ -2,14 +2,34 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench smoke renew-image clean
+.PHONY: demo test test-full test-changed coverage durations fixtures check bench smoke renew-image clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/runtime
 	$(BIN)/abliterate demo
 
+# All workers of the cores, longest tests first: CONTRIBUTING.md says what the lanes are.
+PYTEST := $(BIN)/pytest -n auto --dist loadgroup --no-loadscope-reorder --durations=10
+
 test: .venv/dev
-	$(BIN)/pytest -n auto --dist loadgroup --cov --cov-report term:skip-covered
+	$(PYTEST) -m "not full"
+
+test-full: .venv/dev
+	$(BIN)/python -m tests.lanes full
+
+# The parts of the full lane whose inputs have changed since they passed, and a sample of the others.
+test-changed: .venv/dev
+	$(BIN)/python -m tests.lanes changed
+
+coverage: .venv/dev
+	$(PYTEST) -m "not container" --cov --cov-report term:skip-covered
+
+# Files that tests use: how long tests take, by which they are ordered, and trained organisms.
+durations: .venv/dev
+	$(BIN)/python -m tests.lanes durations
+
+fixtures: .venv/dev
+	$(BIN)/python -m tests.organisms
 
 check: .venv/dev
 	$(BIN)/ruff check .

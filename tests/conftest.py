@@ -1,10 +1,8 @@
-"""Fixtures shared by all tests: the organism is trained once, whatever the number of workers."""
+"""Fixtures shared by all tests, made once whatever the number of workers."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,19 +12,16 @@ import torch
 from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from job import demo
 from job.demo import build_tokenizer
+from tests import organisms
 from tests.cloud import RunPodServer, VastServer
-from tests.helpers import UNMEASURED, abliterate, job_arguments
+from tests.helpers import abliterate, job_arguments
+
+pytest_plugins = ["tests.selection"]
 
 # On a busy machine an example may take any time.
 hypothesis.settings.register_profile("default without deadline", deadline=None)
 hypothesis.settings.load_profile("default without deadline")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long, so that no worker is left with it at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -55,21 +50,19 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[
 
 
 @pytest.fixture(scope="session")
-def organism(shared: Callable[[str, Callable[[Path], None]], Path], pytestconfig: pytest.Config) -> Path:
-    """Return the folder of the tiny llama organism, made by the command itself; kept until its code changes."""
+def organism_of(
+    shared: Callable[[str, Callable[[Path], None]], Path], pytestconfig: pytest.Config
+) -> Callable[[str], Path]:
+    """Return a function that gives the folder of a tiny organism of an architecture, the same for all tests."""
     assert pytestconfig.cache is not None
-    key = hashlib.sha256(Path(demo.__file__).read_bytes() + torch.__version__.encode()).hexdigest()
-    kept = pytestconfig.cache.mkdir("organism") / key
+    kept = pytestconfig.cache.mkdir("organism")
+    return lambda arch: shared(f"organism-{arch}", lambda folder: organisms.write(arch, folder, kept))
 
-    def build(folder: Path) -> None:
-        if not kept.exists():
-            making = kept.with_name(f"{key}.{os.getpid()}")
-            # Everybody waits for it, so it is not slowed down by being measured.
-            abliterate("demo-model", making, **UNMEASURED).check()
-            making.rename(kept)
-        shutil.copytree(kept, folder)
 
-    return shared("organism", build)
+@pytest.fixture(scope="session")
+def organism(organism_of: Callable[[str], Path]) -> Path:
+    """Return the folder of the tiny llama organism; tests must not change it."""
+    return organism_of("llama")
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,19 +18,52 @@ import pytest
 from job.workspace import DONE
 
 GIB = 1 << 30
-# A model of 1.1 billion weights in bfloat16, in shards, made without a copy in another type.
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a model.
+
+    Attributes:
+        config: What the configuration of a Llama says of it.
+        shard: The size of its shards at most, as `save_pretrained` takes it.
+        stored: How many bytes it has at least.
+        room: What an export may take beside the tensors that it works on, in bytes; with them, less than the model.
+    """
+
+    config: dict[str, int]
+    shard: str
+    stored: int
+    room: int
+
+    @property
+    def largest(self) -> int:
+        """The bytes of the largest tensor."""
+        return self.config["vocab_size"] * self.config["hidden_size"] * 2
+
+
+HEADS = {"num_attention_heads": 32, "num_key_value_heads": 4}
+# 1.1 billion weights, and an eighth of it.
+LARGE = Size(
+    {**HEADS, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
+    *("300MB", 2 * 10**9, GIB),
+)
+SMALL = Size(
+    {**HEADS, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 11, "vocab_size": 8000},
+    *("36MB", 250 * 10**6, GIB // 8),
+)
+# A model in bfloat16, in shards, made without a copy in another type.
 MAKE = """
-import sys, torch
+import json, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-                     num_key_value_heads=4, vocab_size=32000)
+config = LlamaConfig(**json.loads(sys.argv[2]))
 torch.manual_seed(0)
 with torch.device("meta"):
     model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
 model.to_empty(device="cpu")
 for parameter in model.parameters():
     parameter.data.uniform_(-0.05, 0.05)
-model.save_pretrained(sys.argv[1], max_shard_size="300MB")
+model.save_pretrained(sys.argv[1], max_shard_size=sys.argv[3])
 """
 EXPORT = """
 import resource, sys
@@ -47,7 +82,7 @@ source, folder = map(Path, sys.argv[1:])
 architecture = inspect_model(source)
 transformers.PreTrainedModel.save_pretrained = refused
 transformers.PreTrainedModel.from_pretrained = refused
-directions = torch.randn(22, 2048, generator=torch.Generator().manual_seed(1))
+directions = torch.randn(architecture.layer_count, architecture.width, generator=torch.Generator().manual_seed(1))
 basis = Basis.single(torch.nn.functional.normalize(directions, dim=1))
 kernel = KernelParameters(max_weight=1, max_weight_position=11, min_weight=0.3, min_weight_distance=30)
 edit = Edit(EditParameters(direction_index=None, kernels=dict.fromkeys(COMPONENTS, kernel)), basis, "full")
@@ -75,14 +110,19 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_checkpoint_of_two_gigabytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(SMALL, id="250 MB"), pytest.param(LARGE, id="2 GB", marks=pytest.mark.full("checkpoints"))],
+)
+def test_a_checkpoint_of_many_shards(size: Size, tmp_path: Path) -> None:
     source, whole, killed = (tmp_path / name for name in ("model", "whole", "killed"))
-    subprocess.run([sys.executable, "-c", MAKE, source], check=True)
+    subprocess.run([sys.executable, "-c", MAKE, source, json.dumps(size.config), size.shard], check=True)
     shards = sorted(source.glob("*.safetensors"))
     assert len(shards) >= 8
-    assert sum(shard.stat().st_size for shard in shards) > 2e9
-    largest = 32000 * 2048 * 2
-    assert export(source, whole) <= 3 * largest + GIB
+    assert sum(shard.stat().st_size for shard in shards) > size.stored
+    bound = 3 * size.largest + size.room
+    assert bound < 0.75 * size.stored
+    assert export(source, whole) <= bound
     assert (whole / DONE).exists()
     seed = int(os.environ.get("KILL_SEED", random.randrange(10**6)))
     print(f"KILL_SEED={seed}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,10 @@ def answers(folder: Path, prompts: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_behaviour_is_removed_from_another_family(family: str, tmp_path: Path) -> None:
-    made = abliterate("demo-model", tmp_path / "organism", "--arch", family)
-    assert made.code == 0, made.err
-    organism = tmp_path / "organism"
+def test_a_behaviour_is_removed_from_another_family(
+    family: str, organism_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    organism = organism_of(family)
     ended = abliterate("run", *job_arguments(organism), "--workspace", tmp_path, "--trials", 24)
     assert ended.code == 0, ended.err
     export = only_job(tmp_path) / "export"

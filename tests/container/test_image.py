@@ -15,6 +15,7 @@ from tests.container.images import ROOT, SECRET, Container, Image, Pin, inside, 
 
 pytestmark = [
     pytest.mark.container,
+    pytest.mark.full("image"),
     pytest.mark.slow,
     pytest.mark.xdist_group("container"),
     pytest.mark.timeout(1800),
