@@ -20,6 +20,7 @@ from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial
 
 from job.errors import JobError, MachineError
+from job.failpoints import reached
 from job.records import Trial, TrialScores
 from job.workspace import write_atomically
 
@@ -58,6 +59,7 @@ def shared_study(url: str, name: str, own: optuna.Study) -> optuna.Study:
             )
         behind, further = (own, shared) if len(theirs) > len(ours) else (shared, own)
         behind.add_trials(further.get_trials()[min(len(ours), len(theirs)) :])
+        reached("study:shared")
         if PLAN in further.user_attrs:
             behind.set_user_attr(PLAN, further.user_attrs[PLAN])
         return shared
@@ -99,6 +101,9 @@ def add_trials(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
         session.flush()
         for row, trial in zip(rows, trials, strict=True):
             session.add_all(_contents(models, row.trial_id, trial))
+        session.flush()
+        reached("study:adding")
+    reached("study:added")
 
 
 def _contents(models: ModuleType, identifier: Any, trial: FrozenTrial) -> Iterator[Any]:
@@ -200,6 +205,7 @@ def restore_if_damaged(file: Path) -> str | None:
         )
     if file.exists():
         file.replace(file.with_name("study.damaged.db"))
+        reached("study:damaged")
     # What SQLite keeps beside a database belongs to the damaged one.
     for end in ("-journal", "-wal", "-shm"):
         file.with_name(file.name + end).unlink(missing_ok=True)

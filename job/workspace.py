@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from job.errors import HeldError, JobError, MachineError, UsageError
+from job.failpoints import reached
 from job.models import no_model_folder, parse_model
 from job.processes import HolderRecord, this_process
 from job.records import ExportFormat, JobRecord, Record, State, Upload
@@ -52,6 +53,7 @@ EXTENDING = frozenset(
         "workers",
         "database",
         "wait_for_gpu",
+        "probe_seconds",
     }
 )
 # Likewise, of settings that are otherwise part of it.
@@ -89,8 +91,10 @@ def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> Non
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        reached(f"written:{path.name}")
         temporary.replace(path)
         sync_folder(path.parent)
+        reached(f"replaced:{path.name}")
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error

@@ -17,6 +17,7 @@ from job.checkpoint.options import Pace
 from job.checkpoint.records import HEAD, OBJECTS, Entry
 from job.checkpoint.store import ConflictError, Proof, Stored
 from job.errors import DeliveryError, JobError
+from job.failpoints import reached
 from job.upload.local import target_folder
 from job.workspace import sync_folder, write_atomically
 
@@ -106,7 +107,9 @@ class FileStore:
                 if _copy(source, temporary) != entry.sha256:
                     temporary.unlink()
                     raise DeliveryError(f"{source.name} changed while it was copied", remedy="it is copied again")
+                reached("object:copied")
                 temporary.replace(folder / name)
+                reached("object:replaced")
             sync_folder(folder)
 
     def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:

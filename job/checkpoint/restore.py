@@ -10,6 +10,7 @@ from job.checkpoint.records import CACHES, MIRRORED, Entry, Head, torn
 from job.checkpoint.snapshot import check_study
 from job.checkpoint.store import Store
 from job.errors import JobError, MachineError
+from job.failpoints import reached
 from job.records import JobRecord
 from job.workspace import RunFolder, cannot_write, read_record, sha256_file, sync_folder
 
@@ -57,6 +58,7 @@ def download(store: Store, head: Head, paths: Iterable[str], target: Path) -> No
                 store.fetch(head.job_id, entry, file)
             except FileNotFoundError as error:
                 raise torn(store.uri, head.job_id, f"the contents of {path} are missing") from error
+            reached("restore:fetched")
             if sha256_file(file) == entry.sha256:
                 break
             if attempt:
@@ -95,11 +97,13 @@ def _move_aside(folder: RunFolder) -> Path | None:
     aside.mkdir()
     for name in names:
         (folder.path / name).replace(aside / name)
+        reached("restore:aside")
         if name == "job.json":
             sync_folder(folder.path)
     # A study's journal belongs to that study: beside another one it would spoil it.
     for journal in folder.path.glob("study.db-*"):
         journal.replace(aside / journal.name)
+        reached("restore:journal")
     return aside
 
 
@@ -110,4 +114,5 @@ def _move_in(folder: Path, incoming: Path, paths: Iterable[str]) -> None:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         (incoming / path).replace(target)
+        reached("restore:in")
     sync_folder(folder)
