@@ -91,10 +91,9 @@ def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> Non
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        reached(f"written:{path.name}")
+        reached(f"written:{path.name}")  # the next point finds what is there after the next line
         temporary.replace(path)
         sync_folder(path.parent)
-        reached(f"replaced:{path.name}")
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error

@@ -34,6 +34,10 @@ _LONGEST_SECONDS = 800
 # What torch begins with in every process.
 _SEED_OF_TORCH = 67280421310721
 
+# The libraries stay: collections after commands look at what has come since.
+gc.collect()
+gc.freeze()
+
 
 def can_run_here() -> bool:
     """Return whether a command can be run in this thread: signals are handled in the main one alone."""
@@ -52,7 +56,7 @@ def run_here(arguments: Sequence[str], environment: Mapping[str, str], folder: P
         stack.enter_context(_arguments(arguments))
         stack.enter_context(_warnings())
         code = _code_of_main()
-    gc.collect()  # what an exception of the command still held: files, locks, a model
+        gc.collect()  # what a process takes along when it ends: files, sockets, a model
     return code, out.getvalue(), err.getvalue()
 
 
