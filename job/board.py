@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from job.errors import HeldError, JobError, MachineError
+from job.failpoints import reached
 
 _TABLES = sa.MetaData()
 _JOBS = sa.Table(
@@ -158,6 +159,7 @@ class Board:
     def _begin(self) -> Iterator[sa.Connection]:
         with _clear(self._url), self._engine.begin() as db:
             yield db
+            reached("board:changing")
 
     # The coordinator
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from job.architectures import Architecture
 from job.errors import ExportMismatchError, UsageError
 from job.export import Edit, seal_made, verify_written, write_weights
+from job.failpoints import reached
 from job.numerics.basis import Basis
 from job.records import Record
 from job.reproduction import Reproduction, check_reproduction
@@ -115,7 +116,9 @@ def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], Non
         write_weights(source, partial, architecture, edit, advance)
         verify_written(source, partial, architecture, edit)
         seal_made(partial, header.made.model_copy(update={"format": "merged"}), source)
+        reached("applied:written")
         partial.replace(out)
+        reached("applied:replaced")
         sync_folder(out.absolute().parent)
     except OSError as error:
         raise cannot_write(out, error) from error

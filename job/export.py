@@ -25,6 +25,7 @@ from job.card import licence_files, model_card
 from job.carried import carried_files
 from job.edit_tables import directions_and_strengths, gram_of, strength
 from job.errors import ExportMismatchError, ImpossibleJobError
+from job.failpoints import reached
 from job.models import INDEX, WEIGHTS
 from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
 from job.numerics.basis import Basis
@@ -179,7 +180,9 @@ def write_weights(
                     stream.write(_bytes(edited[name]()))
                 stream.flush()
                 os.fsync(stream.fileno())
+            reached("shard:written")
             partial.replace(folder / file.name)
+            reached("shard:replaced")
             advance(1)
         sync_folder(folder)
     except OSError as error:
@@ -205,12 +208,14 @@ def _begin_shard(checkpoint: Checkpoint, file: Path, copy: Path) -> None:
     header = checkpoint.header(file)
     if header is None:
         shutil.copyfile(file, copy)
+        reached("shard:begun")
         return
     with copy.open("wb") as stream:
         stream.write(header)
         for name in checkpoint.entries[file]:  # in the order of the file
             for block in _unedited(checkpoint, name):
                 stream.write(block)
+    reached("shard:begun")
 
 
 def _unedited(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:

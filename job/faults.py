@@ -16,12 +16,11 @@ import torch
 from torch import nn
 
 from job.errors import AcceleratorFaultError, MachineError, Stopped
+from job.failpoints import planted
 from job.lifeline import tell
 from job.memory import release_memory
 
 T = TypeVar("T")
-# Names a folder for tests: each file in it, named after a kind of fault, makes one forward fail that way.
-FAILPOINTS = "JOB_FAILPOINTS"
 _CPU_OUT_OF_MEMORY = "can't allocate memory"
 
 
@@ -136,17 +135,10 @@ def clear_faults() -> Iterator[None]:
 
 
 def _fail_as_told() -> None:
-    """Fail in the way that a file in the folder of failpoints says, and take the file away."""
-    folder = os.environ.get(FAILPOINTS)
-    for path in sorted(Path(folder).iterdir()) if folder else ():
-        try:
-            path.unlink()
-        except FileNotFoundError:
-            continue  # another process was faster
-        kind = path.name.partition("-")[0]
-        if kind == "accelerator":
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-        if kind == "memory":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if kind == "hang":
-            time.sleep(3600)
+    """Fail in the way that tests have planted."""
+    if planted("accelerator"):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    if planted("memory"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    if planted("hang"):
+        time.sleep(3600)

@@ -238,14 +238,14 @@ def _snapshot(
     return Path(found)
 
 
-def line_speed(source: ModelSource, listing: ModelListing, most: int = 8 << 20, seconds: float = 2.0) -> float | None:
+def line_speed(source: ModelSource, listing: ModelListing, seconds: float = 2.0, most: int = 8 << 20) -> float | None:
     """Return how many bytes a second come from the Hub, measured on the largest file; None if it is too small to tell.
 
     Args:
         source: The model.
         listing: Its files.
+        seconds: How long is measured at most, beyond the first block.
         most: Bytes that are fetched at most.
-        seconds: How long is measured at most.
     """
     largest = max(listing.weights, key=lambda file: file.size, default=None)
     if source.kind == "folder" or largest is None or largest.size < most or is_offline():
@@ -258,8 +258,10 @@ def line_speed(source: ModelSource, listing: ModelListing, most: int = 8 << 20, 
     try:
         with HfFileSystem().open(path, "rb", block_size=0) as stream:
             begin = time.perf_counter()
-            while got < most and time.perf_counter() - begin < seconds and (block := stream.read(1 << 18)):
+            while got < most and (block := stream.read(1 << 18)):
                 got += len(block)
+                if time.perf_counter() - begin >= seconds:
+                    break
     except (OSError, httpx2.HTTPError):
         # A line that broke off has been timed as far as it went; fetching the files will tell what is wrong with it.
         pass

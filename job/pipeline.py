@@ -16,6 +16,7 @@ from job.budget import Meter
 from job.crew import Hands
 from job.errors import ExportMismatchError, ImpossibleJobError, JobError, UsageError
 from job.events import Events
+from job.failpoints import reached
 from job.holding import Hold
 from job.interrupt import StopSignals
 from job.models import fetch_model, list_model, parse_model
@@ -333,6 +334,7 @@ class Job:
         assert state is not None
         write_record(self._folder.state_file, state.model_copy(update={"phase": name}))
         self._events.emit("phase", name=name)
+        reached(f"stage:{name}")
         if self._folder.prompts_file.exists():  # before, there is nothing that another machine could go on from
             self._hold.keep()
 
@@ -372,5 +374,7 @@ def link_export(folder: RunFolder, export: Path) -> None:
     temporary = folder.path / ".export.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
+    reached("link:made")
     temporary.replace(folder.export_link)
+    reached("link:replaced")
     sync_folder(folder.path)

@@ -22,6 +22,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from job.errors import JobError
+from job.failpoints import reached
 from job.records import COMPONENTS, Component, EditParameters, KernelParameters, Plan, Trial, TrialScores
 from job.sampler import Sampler
 from job.study import (
@@ -265,6 +266,7 @@ class Search:
     def _store(self, plans: Sequence[Plan]) -> None:
         for study in self._studies:
             study.set_user_attr(PLAN, [plan.model_dump(mode="json") for plan in plans])
+            reached("study:planned")
 
     def finished(self) -> list[Trial]:
         """Return all finished trials in number order."""

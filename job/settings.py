@@ -330,6 +330,11 @@ class Settings(BaseSettings):
     )
     grace: float = Field(ge=0, description="Seconds that a stopped search gets to end its batch.")
     wait_for_gpu: float = Field(ge=0, description="Minutes to wait for others to leave the GPUs.")
+    probe_seconds: float = Field(
+        ge=0,
+        description="Seconds that each timed probe of preflight takes at most: arithmetic, memory, disk, line; 0: one "
+        "step each.",
+    )
     good_prompts: Prompts = Field(description="Prompts without the behaviour, for the directions.")
     bad_prompts: Prompts = Field(description="Prompts with the behaviour, for the directions.")
     good_eval_prompts: Prompts = Field(description="Prompts without the behaviour, for search and report.")

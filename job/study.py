@@ -19,6 +19,7 @@ from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial
 
 from job.errors import JobError, MachineError
+from job.failpoints import reached
 from job.records import Trial, TrialScores
 from job.study_file import connected
 
@@ -55,6 +56,7 @@ def shared_study(url: str, name: str, own: optuna.Study) -> optuna.Study:
             )
         behind, further = (own, shared) if len(theirs) > len(ours) else (shared, own)
         behind.add_trials(further.get_trials()[min(len(ours), len(theirs)) :])
+        reached("study:shared")
         if PLAN in further.user_attrs:
             behind.set_user_attr(PLAN, further.user_attrs[PLAN])
         return shared
@@ -96,6 +98,9 @@ def add_trials(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
         session.flush()
         for row, trial in zip(rows, trials, strict=True):
             session.add_all(_contents(models, row.trial_id, trial))
+        session.flush()
+        reached("study:adding")
+    reached("study:added")
 
 
 def _contents(models: ModuleType, identifier: Any, trial: FrozenTrial) -> Iterator[Any]:

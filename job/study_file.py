@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from job.errors import JobError, MachineError
+from job.failpoints import reached
 from job.workspace import write_atomically
 
 # The study as it was after the latest batch, for when the disk has spoilt the other.
@@ -102,6 +103,7 @@ def restore_if_damaged(file: Path) -> str | None:
         )
     if file.exists():
         file.replace(file.with_name(_DAMAGED))
+        reached("study:damaged")
     # What SQLite keeps beside a database belongs to the damaged one.
     for end in ("-journal", "-wal", "-shm"):
         file.with_name(file.name + end).unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from job.errors import HeldError, JobError, MachineError, UsageError
+from job.failpoints import reached
 from job.locks import Lock, LockedError, is_locked
 from job.models import no_model_folder, parse_model, refuse_links_out
 from job.processes import HolderRecord, this_process
@@ -55,6 +56,7 @@ EXTENDING = frozenset(
         "workers",
         "database",
         "wait_for_gpu",
+        "probe_seconds",
     }
 )
 # Likewise, of settings that are otherwise part of it.
@@ -96,6 +98,7 @@ def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> Non
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        reached(f"written:{path.name}")  # the next point finds what is there after the next line
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:

@@ -66,6 +66,20 @@ def organism(organism_of: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def brief(organism: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Return the organism with 24 prompts a file: for jobs of which the figures are not the point."""
+
+    def build(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model").symlink_to(organism / "model")
+        for file in organism.glob("*.txt"):
+            lines = file.read_text().splitlines(keepends=True)
+            (folder / file.name).write_text("".join(lines[:24]))
+
+    return shared("brief", build)
+
+
+@pytest.fixture(scope="session")
 def finished(organism: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """Return a workspace with a finished job of 20 trials; tests must not change it.
 

@@ -21,7 +21,7 @@ from typing import Any
 from job.records import EditParameters, Figures, KernelParameters, Resolution, Trial, TrialScores
 from job.reproduction import PromptsRecord, Reproduction
 from job.settings import LoadingSettings, default_values
-from tests.warm import COLD, Warm, server_for
+from tests.warm import COLD, Warm, read_early, server_for
 
 COMMAND = COLD
 
@@ -52,11 +52,15 @@ _AT_START = dict(os.environ)
 _GIVEN = ("AWS_", "HF_TOKEN", "PATH")
 
 
+# A machine's rates are not what tests of jobs are about.
+_COMMON = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ABLITERATE_PROBE_SECONDS": "0"}
+
+
 def environment(**extra: str) -> dict[str, str]:
     """Return an environment without the settings of whoever runs the tests and what libraries have set since."""
     kept = {name: value for name, value in _AT_START.items() if not name.startswith(_GIVEN)}
     given = {name: value for name, value in os.environ.items() if name.startswith(_GIVEN)}
-    return {**_own(kept), **given, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
+    return {**_own(kept), **given, **_COMMON, **extra}
 
 
 def _own(variables: Mapping[str, str]) -> dict[str, str]:
@@ -64,29 +68,47 @@ def _own(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 # That of a server must not be what one test had set.
-_USUAL = {**_own(_AT_START), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+_USUAL = {**_own(_AT_START), **_COMMON}
 
 
 # For runs that are timed: coverage measurement would count.
 UNMEASURED = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
 
 
-def abliterate(*arguments: Any, cwd: Path | None = None, cold: bool = False, **extra: str) -> Result:
-    """Run the command in a process of its own."""
-    process = _start(arguments, environment(**extra), cold, stdout=subprocess.PIPE, cwd=cwd)
-    out, err = process.communicate()
-    return Result(process.returncode, out, err)
+def abliterate(
+    *arguments: Any, cwd: Path | None = None, cold: bool = False, process: bool = False, **extra: str
+) -> Result:
+    """Run the command, in this process where it can be.
+
+    Args:
+        arguments: Its words.
+        cwd: Where it begins.
+        cold: Start a process as users do, which loads everything.
+        process: Start a process: for a command that restarts or kills itself, or whose processor time or memory count.
+        extra: Variables of its environment.
+    """
+    env = environment(**extra)
+    if not cold and not process and not read_early(env, _USUAL):
+        from tests.inproc import can_run_here, run_here
+
+        if can_run_here():
+            return Result(*run_here(list(map(str, arguments)), env, cwd))
+    started = _start(arguments, env, cold, stdout=subprocess.PIPE, cwd=cwd)
+    out, err = started.communicate()
+    return Result(started.returncode, out, err)
 
 
-def start(*arguments: Any, cold: bool = False, **extra: str) -> subprocess.Popen[str]:
-    """Start the command in a process of its own."""
-    return _start(arguments, environment(**extra), cold, stdout=subprocess.DEVNULL)
+def start(*arguments: Any, cold: bool = False, loaded: bool = False, **extra: str) -> subprocess.Popen[str]:
+    """Start the command in a process of its own; a loaded one has our own modules there as well."""
+    return _start(arguments, environment(**extra), cold, loaded, stdout=subprocess.DEVNULL)
 
 
-def _start(arguments: tuple[Any, ...], env: dict[str, str], cold: bool, **options: Any) -> subprocess.Popen[str]:
+def _start(
+    arguments: tuple[Any, ...], env: dict[str, str], cold: bool, loaded: bool = False, **options: Any
+) -> subprocess.Popen[str]:
     """Start the command, where it can be with the slow libraries loaded; cold ones load them as users' do."""
     words = list(map(str, arguments))
-    server = None if cold else server_for(env, _USUAL)
+    server = None if cold else server_for(env, _USUAL, ours=loaded)
     if server is None:
         return subprocess.Popen([*COLD, *words], stderr=subprocess.PIPE, text=True, env=env, **options)
     return Warm(server, words, stderr=subprocess.PIPE, text=True, env=env, **options)

@@ -57,7 +57,7 @@ PARTS = {
     "image": Part(
         files=(
             *("Dockerfile", ".dockerignore", "entrypoint.sh", "infra/vast/onstart.sh", "constraints.txt"),
-            *("pyproject.toml", "tests/container/*.py"),
+            *("infra/image/*.txt", "pyproject.toml", "tests/container/*.py"),
         )
     ),
     "families": Part((*_EDITING, "tests/test_architectures.py"), packages=_MODELS),

@@ -422,6 +422,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         assert caught.value.remedy
 
 
+@pytest.mark.full("kills")
 @pytest.mark.parametrize("seed", range(2))
 def test_a_restore_that_is_killed_leaves_no_half_job(file_place: Place, tmp_path: Path, seed: int) -> None:
     run = write_folder(tmp_path / "a" / JOB, large=20 << 20)

@@ -64,6 +64,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
+@pytest.mark.full("kills")
 @pytest.mark.parametrize(("place", "kills"), [("file", 5), ("s3", 3), ("hub", 2)], indirect=["place"])
 def test_what_a_killed_run_has_mirrored_is_whole(place: Place, tmp_path: Path, kills: int) -> None:
     random, workspace = Random(kills), tmp_path / "0" / JOB

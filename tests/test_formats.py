@@ -167,8 +167,8 @@ def test_a_reproduction_from_other_things_is_refused_or_found_different(
 
 
 @pytest.mark.slow
-def test_the_whole_search_is_made_again_on_request(organism: Path, tmp_path: Path) -> None:
-    arguments = ["run", *job_arguments(organism), "--workspace"]
+def test_the_whole_search_is_made_again_on_request(brief: Path, tmp_path: Path) -> None:
+    arguments = ["run", *job_arguments(brief), "--workspace"]
     abliterate(*arguments, tmp_path / "first", "--trials", 6).check()
     file = only_job(tmp_path / "first") / "export" / "reproduce.json"
     made = read_reproduction(file)

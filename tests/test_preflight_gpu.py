@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -270,32 +269,30 @@ def test_libraries_that_fail_or_are_none(stub: Path, monkeypatch: pytest.MonkeyP
 
 
 WAITING = """
-import sys, time
+import sys
+from pathlib import Path
 from job.settings import load_settings
 from job.preflight import probe, survey
 read = probe.read_machine
 survey.read_machine = lambda **given: read(cuda_library=sys.argv[1], nvml_library="libnone.so.1")
-settings = load_settings({"model": "-", "wait_for_gpu": float(sys.argv[2])}).settings
-said = []
-begin = time.monotonic()
-reading = survey.Surveyor(settings, report=said.append)._waited_for()
-print(len(said), reading.gpus[0].free_bytes >> 30, time.monotonic() - begin > 1)
+taken = Path(sys.argv[2])
+for minutes, waits in ((1, 2), (0.75, 99), (0, 99)):
+    taken.touch()
+    said, slept = [], []
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == waits:
+            taken.unlink()
+    settings = load_settings({"model": "-", "wait_for_gpu": minutes}).settings
+    surveyor = survey.Surveyor(settings, report=said.append, clock=lambda: sum(slept), sleep=sleep)
+    reading = surveyor._waited_for()
+    print(reading.gpus[0].free_bytes >> 30, len(said), *slept)
 """
 
 
 def test_others_are_waited_for_until_they_leave_or_the_time_is_up(stub: Path, tmp_path: Path) -> None:
     taken = tmp_path / "taken"
-    taken.touch()
-    command = [sys.executable, "-c", WAITING, str(stub)]
-    waiting = subprocess.Popen(
-        [*command, "1"], stdout=subprocess.PIPE, text=True, env={**os.environ, "STUB_TAKEN": str(taken)}
-    )
-    time.sleep(5)
-    assert waiting.poll() is None
-    taken.unlink()
-    assert waiting.communicate(timeout=30)[0].split()[1:] == ["80", "True"]  # well before the minute is up
-    taken.touch()
-    done = subprocess.run(
-        [*command, "0"], capture_output=True, text=True, env={**os.environ, "STUB_TAKEN": str(taken)}, check=True
-    )
-    assert done.stdout.split() == ["0", "5", "False"]
+    command = [sys.executable, "-c", WAITING, str(stub), str(taken)]
+    env = {**os.environ, "STUB_TAKEN": str(taken)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.splitlines() == ["80 2 10.0 10.0", "5 5 10.0 10.0 10.0 10.0 5.0", "5 0"]

@@ -241,6 +241,7 @@ def test_kill_in_the_middle_of_trial_7_leaves_the_trials_of_an_uninterrupted_run
     assert manifest(workspace) == manifest(reference)
 
 
+@pytest.mark.full("kills")
 def test_kills_at_random_moments_of_the_whole_job(organism: Path, finished: Path, tmp_path: Path) -> None:
     """Load, extraction, search and export: wherever the kills fall, the end is the same to the byte."""
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
@@ -280,9 +281,9 @@ def test_signals_stop_with_75_and_the_same_command_continues(
     assert manifest(workspace) == manifest(finished)
 
 
-def test_a_second_run_is_turned_away_and_status_answers_during_a_run(organism: Path, tmp_path: Path) -> None:
+def test_a_second_run_is_turned_away_and_status_answers_during_a_run(brief: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "runs"
-    arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 400]
+    arguments = ["run", *job_arguments(brief), "--workspace", workspace, "--trials", 400]
     process = start(*arguments)
     try:
         wait_until(lambda: told(workspace) >= 5, process)
@@ -300,8 +301,8 @@ def test_a_second_run_is_turned_away_and_status_answers_during_a_run(organism: P
         process.communicate()
 
 
-def test_a_job_in_low_precision_is_proven_within_bounds(organism: Path, tmp_path: Path) -> None:
-    arguments = ["run", *job_arguments(organism), "--workspace", tmp_path / "runs", "--trials", 2]
+def test_a_job_in_low_precision_is_proven_within_bounds(brief: Path, tmp_path: Path) -> None:
+    arguments = ["run", *job_arguments(brief), "--workspace", tmp_path / "runs", "--trials", 2]
     arguments += ["--set", 'loading.dtypes=["bfloat16"]', "--set", "ablation.row_normalization=full"]
     result = abliterate(*arguments).check()
     assert "loaded in bfloat16" in result.err

@@ -218,7 +218,7 @@ def layout(workspace: Path) -> dict[str, object]:
 def test_a_job_is_tuned_once_and_the_next_one_on_the_model_remembers(organism: Path, tmp_path: Path) -> None:
     workspace, again, by_hand = (tmp_path / name for name in ("runs", "again", "by-hand"))
     arguments = ["run", *job_arguments(organism), "--trials", "4"]
-    first = abliterate(*arguments, "--workspace", workspace, "--tune").check()
+    first = abliterate(*arguments, "--workspace", workspace, "--tune", process=True).check()  # its memory is measured
     assert "measuring which layout is fastest" in first.err
     tuned = [event for event in events(workspace) if event["event"] == "tuned"]
     assert len(tuned) == 1

@@ -40,11 +40,13 @@ AT_ONE_HUB = (
     *("transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3"),
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "accelerate"),
 )
+# Ours, for processes that are started by the dozen: what a process loads is nothing that such tests are about.
+OURS = ("job.pipeline", "job.workbench", "job.preflight.survey", "job.truth", "job.afterwards", "job.checkpoint.files")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 # The beginnings of names of variables that are read when they are needed, or by us.
 LATE = ("ABLITERATE_", "AWS_", "CONTAINER_", "JOB_", "PYTEST_", "RUNPOD_", "VAST_", *PROXIES)
 
-_servers: dict[bool, Server] = {}
+_servers: dict[tuple[bool, bool], Server] = {}
 _starting = threading.Lock()
 
 
@@ -71,17 +73,29 @@ class Server:
         self._process.communicate()
 
 
-def server_for(environment: Mapping[str, str], usual: Mapping[str, str]) -> Server | None:
-    """Return a server whose children begin as a process in that environment does, if there is one."""
+def read_early(environment: Mapping[str, str], usual: Mapping[str, str]) -> set[str]:
+    """Return the variables that differ between two environments and that libraries read while they are loaded."""
     names = {name for name in environment.keys() | usual.keys() if environment.get(name) != usual.get(name)}
-    early = {name for name in names if not name.upper().startswith(LATE) and name != "HF_TOKEN"}
+    return {name for name in names if not name.upper().startswith(LATE) and name != "HF_TOKEN"}
+
+
+def server_for(environment: Mapping[str, str], usual: Mapping[str, str], *, ours: bool = False) -> Server | None:
+    """Return a server whose children begin as a process in that environment does, if there is one.
+
+    Args:
+        environment: That of the process.
+        usual: That of the servers.
+        ours: Our own modules are loaded, too.
+    """
+    early = read_early(environment, usual)
     at_usual_hub = not early
     if sys.platform != "linux" or not all(name.startswith("HF_") for name in early):
         return None
     with _starting:
-        if at_usual_hub not in _servers:
-            _servers[at_usual_hub] = Server(usual, [*ANYWHERE, *AT_ONE_HUB] if at_usual_hub else ANYWHERE)
-    return _servers[at_usual_hub]
+        if (key := (at_usual_hub, ours and at_usual_hub)) not in _servers:
+            libraries = [*ANYWHERE, *AT_ONE_HUB] if at_usual_hub else ANYWHERE
+            _servers[key] = Server(usual, [*libraries, *(OURS if key[1] else ())])
+    return _servers[key]
 
 
 class Warm(subprocess.Popen[str]):

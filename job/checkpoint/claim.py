@@ -18,6 +18,7 @@ from job.checkpoint.snapshot import Snapshots, Taken
 from job.checkpoint.store import Store
 from job.checkpoint.trouble import FIRST_RETRY_S, Trouble
 from job.errors import DeliveryError, HeldError, JobError
+from job.failpoints import reached
 from job.workspace import RunFolder, write_record
 
 LINEAGE = "mirror.json"
@@ -252,6 +253,7 @@ class Claim:
                 self._holding.update(release=True)
             return
         self._store.stage(head.job_id, sources, lambda: self._may_send(release=release))
+        reached("snapshot:staged")
 
         def change(head: Head) -> tuple[Mapping[str, Any], Collection[str]]:
             if head.files == files and head.writer == folder:

@@ -16,6 +16,7 @@ from job.checkpoint.options import Pace
 from job.checkpoint.records import HEAD, OBJECTS, Entry
 from job.checkpoint.store import ConflictError, Proof, Stored
 from job.errors import DeliveryError, JobError
+from job.failpoints import reached
 from job.locks import Lock, LockedError, keeps_others_out, locked
 from job.upload.local import target_folder
 from job.workspace import make_folder, sync_folder, write_atomically
@@ -107,7 +108,9 @@ class FileStore:
                 if _copy(source, temporary) != entry.sha256:
                     temporary.unlink()
                     raise DeliveryError(f"{source.name} changed while it was copied", remedy="it is copied again")
+                reached("object:copied")
                 temporary.replace(folder / name)
+                reached("object:replaced")
             sync_folder(folder)
 
     def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:

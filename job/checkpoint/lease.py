@@ -18,6 +18,7 @@ from job import __version__
 from job.checkpoint.records import HEAD, VERSION, Head, Lease, decode_head, foreign
 from job.checkpoint.store import ConflictError, Store, Stored
 from job.errors import HeldError
+from job.failpoints import reached
 from job.processes import process_namespace, this_process
 from job.redaction import redacted
 
@@ -79,6 +80,7 @@ class Holding:
                     if not self._adopt(conflict.found, head):
                         continue
                 self.head, self.confirmed = head, begun
+                reached("lease:released" if release else "lease:renewed")
                 return
             self.lost = LeaseLostError(f"the lease of job {self.head.job_id} keeps changing", remedy=_REMEDY)
             raise self.lost
@@ -155,6 +157,7 @@ def take(store: Store, job: str, identity: Mapping[str, Any], writer: str, say: 
             if conflict.found is None or conflict.found.data != head.encode():
                 continue
             stored = conflict.found
+        reached("lease:taken")
         return Holding(store, head, stored, begun)
     raise HeldError(f"other runs keep taking job {job} at {store.uri}", remedy="let one run do this job")
 

@@ -12,6 +12,7 @@ from job.checkpoint.records import CACHES, MIRRORED, STUDY, Entry, Head, Layered
 from job.checkpoint.snapshot import check_study
 from job.checkpoint.store import Store
 from job.errors import JobError, MachineError
+from job.failpoints import reached
 from job.mirrored import proven
 from job.records import JobRecord
 from job.scratch import scratch
@@ -86,6 +87,7 @@ def download(store: Store, head: Head, paths: Iterable[str], target: Path) -> No
                 _fetch(store, head, path, file)
             except FileNotFoundError as error:
                 raise torn(store.uri, head.job_id, f"the contents of {path} are missing") from error
+            reached("restore:fetched")
             if sha256_file(file) == entry.sha256:
                 break
             if attempt:
@@ -180,11 +182,13 @@ def _move_aside(folder: RunFolder) -> Path | None:
     make_folder(aside)
     for name in names:
         (folder.path / name).replace(aside / name)
+        reached("restore:aside")
         if name == "job.json":
             sync_folder(folder.path)
     # A study's journal belongs to that study: beside another one it would spoil it.
     for journal in folder.path.glob("study.db-*"):
         journal.replace(aside / journal.name)
+        reached("restore:journal")
     sync_folder(aside)
     sync_folder(folder.path)
     return aside
@@ -199,5 +203,6 @@ def _move_in(folder: Path, incoming: Path, paths: Iterable[str]) -> None:
         target = folder / path
         make_folder(target.parent)
         (incoming / path).replace(target)
+        reached("restore:in")
         filled.add(target.parent)
     sync_folder(folder)

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from job.checkpoint.records import CACHES, MIRRORED
 from job.errors import JobError
+from job.failpoints import reached
 from job.study_file import count_trials
 from job.workspace import RunFolder, sha256_file
 
@@ -86,6 +87,7 @@ class Snapshots:
                 found[path.relative_to(self._folder.path).as_posix()] = self._file(path, number, have)
             except FileNotFoundError:
                 continue  # gone since it was listed
+        reached("snapshot:taken")
         return found
 
     def clear(self) -> None:

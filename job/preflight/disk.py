@@ -64,12 +64,15 @@ def by_mount(needs: Iterable[Need]) -> list[tuple[Mount, list[Need]]]:
     return list(grouped.values())
 
 
-def disk_checks(needs: Sequence[Need], speeds: dict[str, DiskSpeed] | None = None) -> list[Check]:
+def disk_checks(
+    needs: Sequence[Need], speeds: dict[str, DiskSpeed] | None = None, longest: float = _PROBE_SECONDS
+) -> list[Check]:
     """Return the checks of every file system that something will be written to.
 
     Args:
         needs: What will be written.
         speeds: Gets the measured speed of each file system, by its mount point.
+        longest: Seconds that writing or reading may take, beyond the first block.
     """
     # Places that cannot even be looked at have no mount to speak of: their one check says so.
     hidden = [need for need in needs if not os.access(nearest_existing(need.path), os.F_OK)]
@@ -80,7 +83,7 @@ def disk_checks(needs: Sequence[Need], speeds: dict[str, DiskSpeed] | None = Non
         checks += [locking(need.path, mount) for need in wanted if need.database]
         # What cannot be written cannot be timed, and memory need not be.
         if all(check.status == "ok" for check in writable) and kind_of(mount) != "memory":
-            checks.append(throughput(wanted[0].path, mount, speeds=speeds))
+            checks.append(throughput(wanted[0].path, mount, speeds=speeds, longest=longest))
     return checks
 
 
@@ -232,19 +235,24 @@ def measure_speed(folder: Path, most: int = _PROBE_BYTES, seconds: float = _PROB
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.lseek(file.fileno(), 0, os.SEEK_SET)
         started, read = time.perf_counter(), 0
-        while read < written and time.perf_counter() - started < seconds:
+        while read < written and (read == 0 or time.perf_counter() - started < seconds):
             read += len(file.read(_BLOCK))
         return DiskSpeed(write=write, read=read / max(time.perf_counter() - started, 1e-9))
 
 
 def throughput(
-    path: Path, mount: Mount, floor: DiskSpeed | None = None, *, speeds: dict[str, DiskSpeed] | None = None
+    path: Path,
+    mount: Mount,
+    floor: DiskSpeed | None = None,
+    *,
+    speeds: dict[str, DiskSpeed] | None = None,
+    longest: float = _PROBE_SECONDS,
 ) -> Check:
     """Measure how fast a file system really is, and note it in speeds."""
     floor = floor or DiskSpeed(write=SLOWEST_WRITE, read=SLOWEST_READ)
     needed = f"{speed(floor.write)} written, {speed(floor.read)} read"
     try:
-        found = measure_speed(nearest_existing(path))
+        found = measure_speed(nearest_existing(path), seconds=min(_PROBE_SECONDS, longest))
     except OSError as error:
         return Check(
             name="disk.speed",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PATTERN_BYTES = {"cuda": 8 * GIB, "cpu": 64 * MIB}
 _SIDES = {"cuda": 4096, "cpu": 384}
 _CHUNK_BYTES = 256 * MIB
+RATE_SECONDS = 0.4
 
 
 class Exercise(Record):
@@ -38,13 +39,13 @@ class Exercise(Record):
     bandwidth: float = 0.0
 
 
-def exercise(device: str, *, most_bytes: int | None = None, seconds: float = 0.4) -> Exercise:
+def exercise(device: str, *, most_bytes: int | None = None, seconds: float = RATE_SECONDS) -> Exercise:
     """Test a device; each of the two timed parts takes about the given time.
 
     Args:
         device: As torch names it.
         most_bytes: Memory to write and read back at most; a quarter of the free memory is never exceeded.
-        seconds: How long rates are measured.
+        seconds: How long rates are measured, beyond the first step.
     """
     import torch
 

@@ -34,7 +34,7 @@ from job.preflight.checks import Check, exit_code, is_allowed, require_known
 from job.preflight.data_checks import data_checks
 from job.preflight.disk import DiskSpeed, disk_checks
 from job.preflight.estimate import Hours, cost_check, time_check
-from job.preflight.exercise import Exercise, compute_check, exercise
+from job.preflight.exercise import RATE_SECONDS, Exercise, compute_check, exercise
 from job.preflight.facts import ModelFacts, model_facts, undone
 from job.preflight.gpu import gpu_checks
 from job.preflight.gpu import holders as holders_check
@@ -138,6 +138,8 @@ class Surveyor:
         rental: The rented machine that this is, None if it is none that is known.
         keep: What is fetched may stay in the caches.
         report: Told of what is tried again.
+        clock: Returns seconds.
+        sleep: Waits so many seconds.
     """
 
     settings: Settings
@@ -156,6 +158,8 @@ class Surveyor:
     rental: Rental | None = None
     keep: bool = True
     report: Callable[[str], None] = lambda _: None
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
 
     _model: tuple[ModelSource, ModelListing, Path] | None = field(init=False, default=None)
     _facts: ModelFacts | None = field(init=False, default=None)
@@ -244,7 +248,7 @@ class Surveyor:
         folder = fetch_model(source, listing, self.report, weights=False, cache=cache)
         self._model = (source, listing, folder)
         if self.on is None:
-            self._line = line_speed(source, listing) or LINE
+            self._line = line_speed(source, listing, self.settings.probe_seconds) or LINE
         return [
             model_checks.files(source, listing),
             *self._guarded(
@@ -307,7 +311,7 @@ class Surveyor:
         device = self.settings.loading.device
         if device == "auto":
             device = "cuda:0" if reading.gpus else "cpu"
-        self._exercise = exercise(device)
+        self._exercise = exercise(device, seconds=min(RATE_SECONDS, self.settings.probe_seconds))
         limits = read_limits()
         checks = [compute_check(self._exercise), own_leftovers(self.left_by, reading)]
         if device.startswith("cuda"):
@@ -324,14 +328,14 @@ class Surveyor:
 
     def _waited_for(self) -> MachineReading:
         """Return the reading of this machine, once others have left its GPUs or the time for that is up."""
-        deadline = time.monotonic() + 60 * self.settings.wait_for_gpu
+        deadline = self.clock() + 60 * self.settings.wait_for_gpu
         while True:
             reading = read_machine(torch_architectures=True)
             taken = any(holders_check(gpu).status != "ok" for gpu in reading.gpus)
-            if not taken or time.monotonic() >= deadline:
+            if not taken or self.clock() >= deadline:
                 return reading
             self.report("others hold memory of the GPUs; waiting for them to leave")
-            time.sleep(min(10.0, max(deadline - time.monotonic(), 0.0)))
+            self.sleep(min(10.0, max(deadline - self.clock(), 0.0)))
 
     def _target_checks(self) -> list[Check]:
         """Return a check of every target: that it can be written, without leaving anything there."""
@@ -350,7 +354,7 @@ class Surveyor:
         planning = Planning(self.settings, *self._model[:2], self._facts, self.prompts, self._model[2])
         speeds: dict[str, DiskSpeed] = {}
         if self.on is None:
-            checks += self._guarded("disk", lambda: disk_checks(planning.needs(), speeds))
+            checks += self._guarded("disk", lambda: disk_checks(planning.needs(), speeds, self.settings.probe_seconds))
         planned = plan(self._facts, planning.reachable(self._reading), planning.workload())
         hours: Hours | None = None
         wanted: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from job import hub
 from job.errors import DeliveryError, ImpossibleJobError, MachineError
+from job.failpoints import reached
 from job.upload.hub_target import MAIN, HubOptions, find_token, parse_target
 
 if TYPE_CHECKING:
@@ -256,6 +257,7 @@ class Repository:
                     create_pr=self.options.pull_request,
                     parent_commit=parent,
                 )
+                reached("hub:committed")
             except HfHubHTTPError as error:
                 if error.response.status_code in _CONFLICTS:
                     return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from job.errors import DeliveryError
+from job.failpoints import reached
 from job.models import WEIGHTS
 from job.records import Manifest
 from job.workspace import MANIFEST, make_folder, read_record, sha256_file, sync_file, sync_folder
@@ -32,12 +33,13 @@ def deliver(export: Path, uri: str) -> None:
     """
     target = target_folder(uri)
     manifest = read_record(export / MANIFEST, Manifest)
+    incoming = target.with_name(f".{target.name}.incoming")
+    outgoing = target.with_name(f".{target.name}.outgoing")
     if _holds(target, manifest):
+        shutil.rmtree(outgoing, ignore_errors=True)  # of a delivery that was killed at its end
         return
     if holds_something_else(target):
         raise DeliveryError(f"{target} holds something else", remedy="name an empty or a new folder")
-    incoming = target.with_name(f".{target.name}.incoming")
-    outgoing = target.with_name(f".{target.name}.outgoing")
     try:
         make_folder(target.parent)
         shutil.rmtree(incoming, ignore_errors=True)
@@ -50,7 +52,9 @@ def deliver(export: Path, uri: str) -> None:
         if target.exists():
             shutil.rmtree(outgoing, ignore_errors=True)
             target.replace(outgoing)
+            reached("delivery:outgoing")
         incoming.replace(target)
+        reached("delivery:replaced")
         sync_folder(target.parent)
         shutil.rmtree(outgoing, ignore_errors=True)
     except OSError as error:
@@ -68,9 +72,11 @@ def _link_or_copy(source: Path, target: Path) -> None:
         except OSError:
             pass  # another file system, or one without links
         else:
+            reached("delivery:linked")
             return
     shutil.copyfile(source, target)
     sync_file(target)
+    reached("delivery:copied")
 
 
 def holds_something_else(folder: Path) -> bool:

@@ -102,13 +102,13 @@ def test_a_device_that_fails_gets_a_fresh_process_three_times(organism: Path, fa
     workspace = tmp_path / "runs"
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, *TRIALS]
     plant(faults, "accelerator", 2)
-    abliterate(*arguments, JOB_FAILPOINTS=str(faults)).check()
+    abliterate(*arguments, process=True, JOB_FAILPOINTS=str(faults)).check()
     assert sum(event["event"] == "job_started" for event in events(workspace)) == 3
     assert len(stored_trials(workspace)) == 8
     # It goes on failing: a clear stop, and all trials are kept.
     plant(faults, "accelerator", 9)
     more = [*arguments, "--trials", "12"]
-    abliterate(*more, JOB_FAILPOINTS=str(faults)).fails(76, "the device failed", "illegal memory access")
+    abliterate(*more, process=True, JOB_FAILPOINTS=str(faults)).fails(76, "the device failed", "illegal memory access")
     assert len(list(faults.iterdir())) == 5
     status = json.loads(abliterate("status", "--workspace", workspace, "--json").check().out)
     assert (status["state"], status["trials"]["done"]) == ("failed", 8)

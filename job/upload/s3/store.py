@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from job.errors import UsageError
+from job.failpoints import reached
 from job.redaction import redact, remember
 from job.upload.s3.failures import GivenUpError, explained, retry_after_s, tries
 from job.upload.s3.options import S3Options, Target
@@ -110,6 +111,7 @@ class Store:
             if isinstance(body, Body):
                 body.seek(0)
             answer: dict[str, Any] = getattr(self._client, method)(Bucket=self.target.bucket, **parameters)
+            reached(f"s3:{method}")
             self._check_whole(method, answer)
             return answer
 
