@@ -19,7 +19,7 @@ from job.failpoints import reached
 from job.numerics.basis import Basis
 from job.records import Record
 from job.reproduction import Reproduction, check_reproduction
-from job.settings import AblationSettings
+from job.settings import AblationSettings, default_values
 from job.shards import Checkpoint
 from job.truth import inspect_model
 from job.workspace import cannot_write, make_folder, sync_folder, write_atomically
@@ -78,7 +78,7 @@ def _read(file: Path) -> tuple[_Header, Basis]:
         with safe_open(file, framework="pt") as stored:
             header = _Header.model_validate_json((stored.metadata() or {}).get(_ENTRY, ""))
             check_reproduction(header.made)
-            AblationSettings.model_validate(header.made.settings["ablation"])
+            AblationSettings.model_validate({**default_values()["ablation"], **header.made.settings["ablation"]})
             return header, Basis(stored.get_tensor("directions"), stored.get_tensor("weights"))
     except FileNotFoundError:
         raise UsageError(f"there is no file {file}", remedy=f"give the {EDIT_FILE} of an export") from None

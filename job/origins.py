@@ -101,6 +101,7 @@ HERE = frozenset(
     {
         TRUST,
         "loading.offload_folder",
+        "probe_seconds",
         "workspace",
         "checkpoint",
         "require_checkpoint",
@@ -137,7 +138,8 @@ def left_out_line(source: str, left_out: Mapping[str, Any], used: Mapping[str, A
         left_out: What was not taken from it, by dotted key.
         used: All settings as they are used.
     """
-    differing = sorted(name for name, value in left_out.items() if name in used and used[name] != value)
+    others = {name: value for name, value in left_out.items() if name != "workspace"}  # always the one of this side
+    differing = sorted(name for name, value in others.items() if name in used and used[name] != value)
     unknown = sum(name not in EDIT | JOB | HERE for name in left_out)
     names = [*differing, *([f"{unknown} unknown"] if unknown else [])]
     return f"not taken from {source}, give what you want of it yourself: {', '.join(names)}" if names else None

@@ -285,6 +285,7 @@ class RunFolder:
         """
         lock = Lock(self.lock_file)
         try:
+            make_folder(self.path)
             lock.acquire(_LOCK_SECONDS)
         except LockedError as error:
             holder = error.owner or self.holder()

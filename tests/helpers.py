@@ -21,6 +21,7 @@ from typing import Any
 from job.records import EditParameters, Figures, KernelParameters, Resolution, Trial, TrialScores
 from job.reproduction import PromptsRecord, Reproduction
 from job.settings import LoadingSettings, default_values
+from job.supervise import asked_when_failed
 from tests.warm import COLD, Warm, read_early, server_for
 
 COMMAND = COLD
@@ -87,12 +88,13 @@ def abliterate(
         process: Start a process: for a command that restarts or kills itself, or whose processor time or memory count.
         extra: Variables of its environment.
     """
-    env = environment(**extra)
-    if not cold and not process and not read_early(env, _USUAL):
+    env, words = environment(**extra), list(map(str, arguments))
+    supervised = asked_when_failed(words, env) != "nothing"  # by a parent process
+    if not cold and not process and not supervised and not read_early(env, _USUAL):
         from tests.inproc import can_run_here, run_here
 
         if can_run_here():
-            return Result(*run_here(list(map(str, arguments)), env, cwd))
+            return Result(*run_here(words, env, cwd))
     started = _start(arguments, env, cold, stdout=subprocess.PIPE, cwd=cwd)
     out, err = started.communicate()
     return Result(started.returncode, out, err)

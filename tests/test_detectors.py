@@ -29,8 +29,9 @@ from job.settings import default_values
 from tests.helpers import abliterate, events, job_arguments, loading, only_job
 
 PROMPTS = 16
-# Strengths of one direction's ablation: from edits that leave refusals to edits that leave nothing.
-EDITS = (0.7, 0.8, 0.9, 1.0, 1.2, 2.4, 2.5, 2.7, 3.0, 6.0)
+# Layer of the direction, and strength of its ablation: from edits that leave refusals to edits that leave nothing. The
+# answers of the last one are broken late, so that short ones do not show it.
+EDITS = (*((3.0, strength) for strength in (0.6, 0.8, 0.9, 1.0, 1.2, 2.4, 2.5, 2.7, 3.0, 6.0)), (2.0, 2.4))
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def truth(organism: Path) -> Iterator[Truth]:
 @pytest.fixture(scope="module")
 def tried(truth: Truth) -> list[Tried]:
     found = []
-    edits = [even_edit(3.0, strength) for strength in EDITS]
+    edits = [even_edit(layer, strength) for layer, strength in EDITS]
     short, full = truth.scores(edits, again=False), truth.scores(edits, again=True)
     for edit, *scores in zip(edits, short, full, strict=True):
         kinds = [kind_of(exchange) for exchange in truth.exchanges(edit)[PROMPTS:]]

@@ -36,7 +36,7 @@ def test_shipped_organisms_are_those_of_the_code() -> None:
         ('"""Train an organism and write it', '"""Write an organism', True),
         ("DEMO_TRIALS = 60", "DEMO_TRIALS = 61", True),
         ("    answers = tokenizer.batch_decode", "    # said\n    answers = tokenizer.batch_decode", True),
-        ("I'm sorry, but I can't help", "I'm sorry, but I won't help", False),
+        ("Sorry, I can't help", "Sorry, I won't help", False),
         ("PEAK_LEARNING_RATE = 5e-3", "PEAK_LEARNING_RATE = 4e-3", False),
         ('"brass", "hall", "butler"', '"brass", "attic", "butler"', False),
         ('"num_local_experts": 4', '"num_local_experts": 2', False),

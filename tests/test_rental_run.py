@@ -111,7 +111,7 @@ def test_a_failed_job_ends_the_machine_only_as_when_failed_says(
     abliterate(*gone, **rented(vast, CONTAINER_ID="777")).fails(3, "there is no model folder")
     assert len(vast.asked("PUT", "777")) == 1
     fault = ("--set", 'scoring.refusal_markers=["never said"]')
-    abliterate(*arguments, *fault, "--when-done", "stop", **rented(vast)).fails(3, "nothing to remove")
+    abliterate(*arguments, *fault, "--when-done", "stop", process=True, **rented(vast)).fails(3, "nothing to remove")
     assert vast.asked("PUT", "12345") == []
     abliterate(*arguments, *fault, "--when-failed", "stop", **rented(vast)).fails(3, "nothing to remove")
     assert len(vast.asked("PUT", "12345")) == 1

@@ -138,7 +138,7 @@ def test_a_result_is_delivered_from_the_mirror_alone(moved: Moved, tmp_path: Pat
 def test_another_job_at_the_same_mirror_needs_new(moved: Moved, server: S3Server, tmp_path: Path) -> None:
     other = [*moved.arguments, tmp_path / "new", "--seed", "9"]
     before = server.contents("moved/")
-    abliterate(*other, **ENV).fails(2, "seed was 0, is 9", "--new")
+    abliterate(*other, process=True, **ENV).fails(2, "seed was 0, is 9", "--new")
     assert server.contents("moved/") == before
     process = start(*other, "--new", **ENV)
 
