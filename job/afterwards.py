@@ -26,7 +26,7 @@ from job.result import job_trials
 from job.runs import Start
 from job.scratch import scratch
 from job.search import choose
-from job.settings import LoadingSettings, Settings, asked_ends, leaves
+from job.settings import ENDS, LoadingSettings, Settings, asked_ends, leaves
 from job.upload.targets import deliver_to_all
 from job.whereabouts import Whereabouts, job_settings
 from job.workspace import RunFolder, is_sealed, read_record, stored
@@ -56,10 +56,12 @@ def resumption(
         DeliveryError: The checkpoint cannot be reached, or is not what it was.
     """
     options = {name: value for name, value in (ends or {}).items() if value is not None}
-    given = {**asked_ends(options), **where.given, **options, **others}
+    # As for all settings, --set counts last, then options, then the environment.
+    given = {**where.given, **asked_ends(options), **others}
+    given |= {name: value for name, value in where.assigned.items() if name in ENDS}
     if where.checkpoint is None:
         folder = where.folder()
-        record, settings = folder.read_job(), job_settings(folder, **as_given(given))
+        record, settings = folder.read_job(), job_settings(folder, whole=True, **as_given(given))
         with_trust(record, settings, given)
     else:
         with where.mirror() as mirror, scratch("mirror") as place:
@@ -68,7 +70,7 @@ def resumption(
             fetched = mirror.fetch(head.job_id, place)
             record = fetched.folder.read_job()
             here = as_given({**_of_this_side(folder), **given})
-            settings = job_settings(fetched.folder, **here, workspace=str(where.workspace))
+            settings = job_settings(fetched.folder, whole=True, **here, workspace=str(where.workspace))
             with_trust(record, settings, given, before=folder.read_job() if folder.job_file.exists() else None)
             require_same_contents(record, settings, prompts=not fetched.folder.prompts_file.exists())
         if line := left_out_line(mirror.uri, fetched.left_out, leaves(settings.model_dump(mode="json"))):
@@ -79,7 +81,7 @@ def resumption(
 
     def opened() -> tuple[JobRecord, Settings]:
         # The run folder may have been filled from the checkpoint since, which may have changed meanwhile.
-        record, found = folder.read_job(), job_settings(folder, **as_given({**used, **given}))
+        record, found = folder.read_job(), job_settings(folder, whole=True, **as_given({**used, **given}))
         with_trust(record, found, given, before=first)
         if where.checkpoint is not None:
             require_same_contents(record, found, prompts=not folder.prompts_file.exists())

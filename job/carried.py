@@ -73,13 +73,18 @@ _IMPORT = re.compile(
 )
 
 
-def carried_files(folder: Path) -> list[Path]:
-    """Return the files beside the weights that an export of a model folder carries, by name."""
+def carried_files(folder: Path, *, code: bool) -> list[Path]:
+    """Return the files beside the weights that an export of a model folder carries, by name.
+
+    Args:
+        folder: The model folder.
+        code: The model's own modules, too, which others would run.
+    """
     present = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
-    code = _own_code(present)
-    names = {name for name in present if name in _DESCRIBING | _TOKENIZER or is_licence(name)} | code
-    if code:
-        text = "\n".join(present[name].read_text(errors="replace") for name in sorted(code))
+    modules = _own_code(present) if code else set()
+    names = {name for name in present if name in _DESCRIBING | _TOKENIZER or is_licence(name)} | modules
+    if modules:
+        text = "\n".join(present[name].read_text(errors="replace") for name in sorted(modules))
         names |= {name for name in present if Path(name).suffix in _VOCABULARIES and _is_quoted(name, text)}
     return [present[name] for name in sorted(names)]
 

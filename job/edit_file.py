@@ -113,7 +113,7 @@ def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], Non
     # Beside it until it is complete: a half-written model is never where somebody looks for a whole one.
     partial = out.absolute().with_name(f".{out.name}.partial")
     try:
-        write_weights(source, partial, architecture, edit, advance)
+        write_weights(source, partial, architecture, edit, advance, own_code=True)
         verify_written(source, partial, architecture, edit)
         seal_made(partial, header.made.model_copy(update={"format": "merged"}), source)
         reached("applied:written")

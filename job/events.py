@@ -138,7 +138,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         # At line feeds alone: other ends of lines may stand within a message.
         for line in path.read_text("utf-8", errors="replace").split("\n"):
             try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(event, dict):
+                events.append(event)
     return events

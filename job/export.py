@@ -146,7 +146,13 @@ class StoredWriter:
 
 
 def write_weights(
-    source: Path, folder: Path, architecture: Architecture, edit: Edit, advance: Callable[[int], None]
+    source: Path,
+    folder: Path,
+    architecture: Architecture,
+    edit: Edit,
+    advance: Callable[[int], None],
+    *,
+    own_code: bool = False,
 ) -> None:
     """Write the edited model's weights and the files that go with them; safe to run again after a crash.
 
@@ -156,6 +162,7 @@ def write_weights(
         architecture: The model's structure.
         edit: The edit.
         advance: Told of every shard written.
+        own_code: The model's own modules are trusted, and go with it.
 
     Raises:
         ImpossibleJobError: The export would overwrite its source, or the source is damaged.
@@ -169,7 +176,7 @@ def write_weights(
     try:
         make_folder(folder)
         (folder / DONE).unlink(missing_ok=True)
-        for file in carried_files(source):
+        for file in carried_files(source, code=own_code):
             write_atomically(folder / file.name, _companion(checkpoint, file))
         for file, entries in checkpoint.entries.items():
             partial = folder / f".{file.name}.partial"

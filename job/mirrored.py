@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from job.errors import JobError, UsageError
 from job.models import REPOSITORY
-from job.origins import EDIT, HERE, PROMPT_SETS, TRUST, require_named_code
+from job.origins import EDIT, HERE, JOB, PROMPT_SETS, TRUST, require_named_code
 from job.records import JobRecord
 from job.settings import REFERENCE_SETS, PromptSettings, Settings, leaves, nested
 from job.sources import named_identity, source_identity
@@ -48,8 +48,11 @@ def proven(record: JobRecord, job: str) -> tuple[JobRecord, dict[str, Any]]:
         raise JobError(f"its settings are not those of its identity: {', '.join(wrong)}")
     said, given = leaves(_local_paths(record)), leaves(_without_inputs(identity))
     left_out = {name: value for name, value in said.items() if name in HERE or _is_unproven(name, given)}
-    kept = nested({name: value for name, value in said.items() if name not in left_out})
-    return record.model_copy(update={"settings": kept}), left_out
+    # What the settings leave out, the identity says, and nobody could have changed that.
+    silent = {name: given[name] for name in given.keys() - said.keys() if name in EDIT | JOB}
+    kept = nested({**silent, **{name: value for name, value in said.items() if name not in left_out}})
+    redacted = tuple(name for name in record.redacted if name in kept)
+    return record.model_copy(update={"settings": kept, "redacted": redacted}), left_out
 
 
 def _other_settings(record: JobRecord) -> Iterator[str]:

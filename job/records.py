@@ -21,7 +21,8 @@ COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
 
 
 # Names of files in an export: none leads out of it.
-_FILE = r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$"
+_PART = r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]*"
+_FILE = rf"^{_PART}(/{_PART})*$"
 
 
 class Record(BaseModel):

@@ -31,9 +31,13 @@ def undelivered(workspace: Path, own: RunFolder | None) -> str:
 
     Args:
         workspace: Folder of all run folders.
-        own: The job whose start has ended; None where it is not known, so that every job is another.
+        own: The job whose start has ended; None where it is not known, so that every job is another. One that is alone
+            is taken for it: a stop loses nothing of it, and before a destroy it would have to be known.
     """
-    for folder in jobs_in(workspace):
+    folders = jobs_in(workspace)
+    if own is None and len(folders) == 1 and not folders[0].is_held():
+        return ""
+    for folder in folders:
         if own is not None and folder.path.name == own.path.name:
             continue
         try:

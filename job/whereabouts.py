@@ -51,7 +51,7 @@ class Whereabouts:
         Raises:
             UsageError: An assignment would make it another job.
         """
-        found = leaves(assigned(self.assignments))
+        found = self.assigned
         for name in found:
             if not _may_be_given(name):
                 raise UsageError(f"--set {name}: that would make it another job", remedy="give it to `abliterate run`")
@@ -59,6 +59,11 @@ class Whereabouts:
             return found
         machine = {name: value for name, value in environment_values().items() if name in HERE - {"workspace"}}
         return {**machine, **found, "checkpoint": self.checkpoint}
+
+    @property
+    def assigned(self) -> dict[str, Any]:
+        """Return what `--set` gives, by dotted key."""
+        return leaves(assigned(self.assignments))
 
     @contextmanager
     def mirror(self) -> Iterator[Mirror]:
@@ -95,21 +100,28 @@ def _may_be_given(name: str) -> bool:
     return section in EXTENDING or rest in EXTENDING_WITHIN.get(section, ()) or name in HERE or name == "model"
 
 
-def job_settings(folder: RunFolder, **others: object) -> Settings:
+def job_settings(folder: RunFolder, *, whole: bool = False, **others: object) -> Settings:
     """Return the settings of a job as of its latest start, with others in their place.
+
+    Args:
+        folder: The run folder.
+        whole: All settings are wanted. Else those that only extend a job are at their defaults if they held a secret.
+        **others: Settings in place of the job's.
 
     Raises:
         UsageError: They are another version's, or one of them held a secret and is not whole.
     """
     record = folder.read_job()
-    lost = [name for name in record.redacted if name not in others and name != "workspace"]
+    masked = {name for name in record.redacted if name not in others and name != "workspace"}
+    lost = sorted(masked if whole else masked - EXTENDING)
     if lost:
         raise UsageError(
             f"job {record.job_id} was given a secret in {', '.join(lost)}, and secrets are written nowhere",
             remedy="go on with the same `abliterate run` command, or give what only extends the job with --set",
         )
     # What a former version did not know is as it was before.
-    stored = merged(default_values(), {**record.settings, "workspace": str(folder.path.parent)})
+    kept = {name: value for name, value in record.settings.items() if name not in masked}
+    stored = merged(default_values(), {**kept, "workspace": str(folder.path.parent)})
     try:
         return Settings(**merged(stored, others))
     except ValidationError as error:

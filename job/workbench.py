@@ -328,7 +328,8 @@ class Workbench:
         source, architecture = self.loaded.folder, self.loaded.architecture
         if form == "merged":
             with self.events.progress("shards", len(Checkpoint(source).files)) as advance:
-                write_weights(source, export, architecture, edit, advance)
+                own_code = self.settings.loading.trust_remote_code
+                write_weights(source, export, architecture, edit, advance, own_code=own_code)
             verify_written(source, export, architecture, edit)
         elif form == "adapter":
             write_adapter(self.loaded, export, edit, base_model_name(self.record, self.settings))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.board import Board, Task, signs_of_life, waits
+from job.checkpoint.claim import LINEAGE
 from job.crew import Crew, Hands, is_orphan, result_of
 from job.errors import JobError, MachineError, UsageError
 from job.events import Events
@@ -90,7 +91,7 @@ def help_job(where: Whereabouts, workers: int | None, wait_minutes: float, event
     deadline = _Deadline(wait_minutes)
     folder = _found(where, deadline, events)
     given = where.given
-    database = job_settings(folder, **as_given(given)).database
+    database = job_settings(folder, whole=True, **as_given(given)).database
     if database is None and where.checkpoint is not None:
         raise UsageError(
             "where the database is, is not taken from a checkpoint",
@@ -101,7 +102,7 @@ def help_job(where: Whereabouts, workers: int | None, wait_minutes: float, event
             f"job {folder.path.name} has no database in which others find tasks",
             remedy="run it with --set database=postgresql+psycopg://USER@HOST/NAME",
         )
-    with_trust(folder.read_job(), job_settings(folder, **as_given(given)), given)
+    with_trust(folder.read_job(), job_settings(folder, whole=True, **as_given(given)), given)
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     with Board(database, folder.path.name) as board:
         while (standing := board.standing()) is None or standing[0] != "searching":
@@ -139,7 +140,7 @@ def _others(
 
 def _put_down(folder: RunFolder, given: Mapping[str, Any]) -> None:
     """Write what this side gives into a job.json that came from a checkpoint, for all workers of this machine."""
-    record, settings = folder.read_job(), job_settings(folder, **as_given(given))
+    record, settings = folder.read_job(), job_settings(folder, whole=True, **as_given(given))
     with_trust(record, settings, given)
     require_same_contents(record, settings, prompts=False)
     write_record(folder.job_file, record.model_copy(update={"settings": settings.model_dump(mode="json")}))
@@ -186,7 +187,13 @@ def _fetched(where: Whereabouts, deadline: _Deadline, *, whole: bool = True) -> 
     """Return a copy of a run folder from its checkpoint, once that has the directions if they are wanted."""
     while True:
         with where.mirror() as mirror:
-            found = mirror.fetch(where.mirrored(mirror).job_id, where.workspace, whole=whole).folder
+            job = where.mirrored(mirror).job_id
+            if (where.workspace / job / LINEAGE).exists():
+                raise MachineError(
+                    f"{where.workspace / job} is the run folder of the run itself",
+                    remedy="leave --checkpoint out, or give another --workspace",
+                )
+            found = mirror.fetch(job, where.workspace, whole=whole).folder
         if not whole or list((found.path / "directions").glob("*.safetensors")):
             return found
         deadline.wait(f"{where.checkpoint} has no directions yet")

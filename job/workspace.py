@@ -24,7 +24,7 @@ from job.locks import Lock, LockedError, is_locked
 from job.models import no_model_folder, parse_model, refuse_links_out
 from job.processes import HolderRecord, this_process
 from job.records import ExportFormat, JobRecord, Record, State, Upload
-from job.redaction import redact, redacted_json
+from job.redaction import redact, redacted, redacted_json
 from job.settings import ENDS, REFERENCE_SETS, Settings
 from job.sources import source_identity
 
@@ -354,7 +354,7 @@ def model_identity(settings: Settings, *, write: bool = True) -> dict[str, Any]:
         except OSError as error:
             raise cannot_write(workspace, error) from error
     if source.kind == "hub":
-        return {"repository": source.name, "revision": source.revision}
+        return dict(redacted({"repository": source.name, "revision": source.revision}))
     refuse_links_out(Path(source.name))
     return {"sha256": _folder_digest(Path(source.name), workspace / MEMO, write=write)}
 
@@ -372,7 +372,8 @@ def identify(settings: Settings, *, write: bool = True) -> dict[str, Any]:
     asked = settings.model_dump(mode="json", exclude={*EXTENDING, *unused})
     for section, names in EXTENDING_WITHIN.items():
         asked[section] = {name: value for name, value in asked[section].items() if name not in names}
-    return {**asked, **prompts, "model": model}
+    # Records are written without secrets, and a job is known by the hash of what is written.
+    return dict(redacted({**asked, **prompts, "model": model}))
 
 
 def find_folder(settings: Settings) -> RunFolder:

@@ -138,7 +138,7 @@ def write_folder(folder: Path, *, seed: int = 0, large: int = 200_000, trials: i
     run.meter_file.write_text("{}")
     run.reproduces_file.write_text("{}")
     write_atomically(run.state_file, json.dumps({"n": trials}).encode())
-    record = JobRecord(job_id=JOB, identity=IDENTITY, settings={"trials": 5}, startup_trials=2, versions={})
+    record = JobRecord(job_id=JOB, identity=IDENTITY, settings={"trials": 5, "seed": 7}, startup_trials=2, versions={})
     write_record(run.job_file, record)
     (folder / "exports/trial-0001/model.safetensors").write_bytes(b"a model")
     (folder / ".lock").touch()

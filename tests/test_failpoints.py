@@ -19,7 +19,8 @@ from job.board import Board
 from job.checkpoint.options import PACE
 from job.export import build_manifest
 from job.failpoints import FAILPOINTS, planted, reached, take
-from job.study import BACKUP, STUDY_NAME, file_url, open_study, read_trials, restore_if_damaged, shared_study
+from job.study import STUDY_NAME, file_url, open_study, read_trials, shared_study
+from job.study_file import BACKUP, restore_if_damaged
 from job.upload import local
 from job.upload.hub import HubOptions
 from job.upload.hub import deliver as to_hub
@@ -44,6 +45,8 @@ _METHODS |= {"commit", "create_commit", "add_all", "add_trials", "set_user_attr"
 # Functions whose writes need no point, and why.
 WITHOUT = {
     "workspace.sync_folder": "what others have written, past points of their own",
+    "workspace.sync_file": "what others have written, past points of their own",
+    "locks._write": "who holds a lock; that its process has ended says the same (tests/test_locks.py)",
     "preflight/disk._probe_file": "a probe, removed at once",
     "preflight/disk.measure_speed": "a file without a name",
     "gauge._forget_peak": "a switch of the kernel's",
@@ -51,9 +54,13 @@ WITHOUT = {
     "failpoints.reached": "what a test is told",
     "events.log_to": "a line feed after a line that a crash has torn",
     "events.emit": "a line of a log, which may be torn",
-    "study.back_up": "in memory; the copy on the disk passes write_atomically's points",
+    "study_file.back_up": "in memory; the copy on the disk passes write_atomically's points",
     "checkpoint/files._copy": "under a name that nothing knows until its caller has passed a point",
     "checkpoint/files.fetch": "among what is being restored; its caller passes a point",
+    "checkpoint/layers.assemble": "among what is being restored; its caller passes a point",
+    "checkpoint/restore._fetch": "among what is being restored; its caller passes a point",
+    "checkpoint/mirror._download": "a copy for a command that only looks",
+    "checkpoint/layers.make": "beside a copy for one snapshot, which is made anew",
     "checkpoint/s3.fetch": "among what is being restored; its caller passes a point",
     "checkpoint/hub.fetch": "among what is being restored; its caller passes a point",
     "checkpoint/hub.replace": "its commit passes a point",

@@ -117,7 +117,7 @@ def test_a_models_own_code_is_carried_with_what_it_imports_and_reads(model: Path
     carried = {"modeling_kitchen.py", "parts.py", "tools.py", "more.py", "tokenization_kitchen.py", "kitchen.tiktoken"}
     for name in ("train.py", "other.tiktoken", "weights.pkl", "secrets.json"):
         put(model, name)
-    names = {path.name for path in carried_files(model)}
+    names = {path.name for path in carried_files(model, code=True)}
     assert carried <= names
     assert not names & {"train.py", "other.tiktoken", "weights.pkl", "secrets.json"}
 
@@ -128,7 +128,7 @@ def test_a_map_of_code_that_is_none_carries_nothing(model: Path, code: Any) -> N
     (model / "config.json").write_text(json.dumps({**config, "auto_map": code}))
     put(model.parent, "evil.py")
     put(model, "evil.py")
-    assert "evil.py" not in {path.name for path in carried_files(model)}
+    assert "evil.py" not in {path.name for path in carried_files(model, code=True)}
 
 
 # Links
@@ -181,7 +181,9 @@ def test_links_within_a_folder_and_the_hubs_cache_are_followed(model: Path, tmp_
         shutil.copy(path, blobs / str(number))
         (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
     refuse_links_out(snapshot)
-    assert {path.name for path in carried_files(snapshot)} == {path.name for path in carried_files(model)}
+    assert {path.name for path in carried_files(snapshot, code=True)} == {
+        path.name for path in carried_files(model, code=True)
+    }
     # Another repository's blobs are not its own.
     other = tmp_path / "models--kitchen--other" / "blobs"
     other.mkdir(parents=True)

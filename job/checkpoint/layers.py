@@ -145,22 +145,62 @@ def assemble(layers: Collection[Path], target: Path, size: int) -> None:
 
 
 def _apply(layer: bytes, file: BinaryIO, size: int) -> None:
-    unpacker = zlib.decompressobj()
+    unpacked = _Unpacked(layer)
     try:
-        data = unpacker.decompress(layer, size + _MOST_HEADER)
-    except zlib.error as error:
-        raise ValueError(str(error)) from error
-    header, _, blocks = data.partition(b"\n")
-    runs = json.loads(header)
-    if not unpacker.eof or not _are_runs(runs):
+        runs = json.loads(unpacked.line(_MOST_HEADER))
+    except RecursionError as error:
+        raise ValueError("no layer") from error
+    if not _are_runs(runs):
         raise ValueError("no layer")
-    place = 0
     for first, count in runs:
+        if (first + count - 1) * BLOCK >= size:  # before anything is written: it may be of any size
+            raise ValueError("a layer is larger than its file")
         file.seek(first * BLOCK)
-        file.write(blocks[place : place + count * BLOCK])
-        place += count * BLOCK
-    if file.tell() > size:
+        for _ in range(count):
+            file.write(unpacked.take(BLOCK))
+    if file.tell() > size or unpacked.take(1):
         raise ValueError("a layer is larger than its file")
+
+
+class _Unpacked:
+    """Compressed bytes, of which no more is unpacked than is asked for: little may become very much."""
+
+    def __init__(self, packed: bytes) -> None:
+        self._packed, self._unpacker, self._left = packed, zlib.decompressobj(), b""
+
+    def take(self, count: int) -> bytes:
+        """Return the next bytes, fewer at the end.
+
+        Raises:
+            ValueError: They are not whole.
+        """
+        while len(self._left) < count and not self._unpacker.eof:
+            try:
+                more = self._unpacker.decompress(self._packed, max(count - len(self._left), BLOCK))
+            except zlib.error as error:
+                raise ValueError(str(error)) from error
+            self._packed = self._unpacker.unconsumed_tail
+            if not more and not self._packed and not self._unpacker.eof:
+                raise ValueError("a layer is cut short")
+            self._left += more
+        found, self._left = self._left[:count], self._left[count:]
+        return found
+
+    def line(self, most: int) -> bytes:
+        """Return the bytes up to the first line feed, which is taken, too.
+
+        Raises:
+            ValueError: There is none within so many bytes.
+        """
+        found = b""
+        while b"\n" not in found:
+            more = self.take(BLOCK)
+            if not more or len(found) > most:
+                raise ValueError("no layer")
+            found += more
+        line, _, rest = found.partition(b"\n")
+        self._left = rest + self._left
+        return line
 
 
 def _are_runs(runs: object) -> bool:

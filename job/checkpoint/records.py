@@ -192,7 +192,7 @@ def decode_head(data: bytes, job: str, where: str) -> Head:
     torn = f"the checkpoint {where} is torn: {job}/{HEAD} "
     try:
         read = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MirrorError(torn + "cannot be read", remedy=_REMEDY) from error
     if not isinstance(read, dict) or read.get("kind") != _KIND:
         raise MirrorError(f"{where} holds something else: {job}/{HEAD} is no checkpoint's", remedy=_ELSEWHERE)

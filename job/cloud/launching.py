@@ -80,6 +80,9 @@ class Launch(Record):
         checkpoint: Where its job is mirrored, by its settings; None: by the words of the command.
     """
 
+    # What is rented with; secrets in it were refused.
+    VERBATIM = frozenset({"label", "image", "command", "plain_env", "checkpoint"})
+
     label: str
     platform: Platform
     needs: tuple[Need, ...]
