@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from job import demo
 from tests import organisms
 from tests.helpers import abliterate
+from tests.organisms import SHIPPED
 from tests.test_families import answers
 
 CODE = Path(demo.__file__).read_text()
@@ -74,7 +75,7 @@ def test_one_that_is_not_good_is_noticed(organism: Path, tmp_path: Path) -> None
 
 @pytest.mark.full("organisms")
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", demo.ARCHITECTURES)
+@pytest.mark.parametrize("arch", SHIPPED)
 def test_an_organism_trained_now_is_what_tests_use(
     arch: str, organism_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
