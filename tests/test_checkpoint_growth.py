@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import tracemalloc
 import zlib
 from contextlib import closing
 from pathlib import Path
@@ -88,6 +89,34 @@ def test_what_is_no_layer_is_refused(tmp_path: Path, torn: bytes) -> None:
         with pytest.raises(ValueError, match=r"."):
             assemble([file], tmp_path / "target", 4)
         assert not (tmp_path / "target").stat().st_size > 4 * BLOCK or torn.startswith(b"[[9999999")
+
+
+def test_a_layer_is_not_unpacked_beyond_what_it_says_it_holds(tmp_path: Path) -> None:
+    """Found on the former code: as much memory as the layer unpacks to, or a file of terabytes."""
+    layer, target = tmp_path / "layer", tmp_path / "target"
+    much = zlib.compressobj()
+    with layer.open("wb") as file:
+        file.write(much.compress(b"[[0, 1]]\n"))
+        for _ in range(256):
+            file.write(much.compress(bytes(1 << 20)))
+        file.write(much.flush())
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="larger than its file"):
+        assemble([layer], target, 1 << 40)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+    for header in (b"[[1000000000, 1], [0, 1]]\n", b"[" * 100_000, b"[[0, 1]]" + b" " * (2 << 20)):
+        layer.write_bytes(zlib.compress(header + bytes(2 * BLOCK)))
+        with pytest.raises(ValueError, match=r"."):
+            assemble([layer], target, 2 * BLOCK)
+        assert target.stat().st_size <= 2 * BLOCK
+
+
+def test_a_head_that_is_nested_without_end_is_a_torn_mirror(file_place: Place) -> None:
+    file_place.put(f"{JOB}/head.json", b"[" * 100_000)
+    with pytest.raises(MirrorError, match="torn"):
+        file_place.mirror().holder(JOB)
 
 
 def _bytes_a_batch(tmp_path: Path, trials: int) -> tuple[float, int]:

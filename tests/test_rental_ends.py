@@ -551,6 +551,22 @@ def test_settings_errors_end_the_meter(
     assert "Traceback" not in done.err
 
 
+@pytest.mark.parametrize("asked", ["stop", "destroy"])
+def test_a_restart_that_cannot_begin_stops_the_machine_of_the_job_that_is_there(
+    tmp_path: Path, vast: VastServer, asked: str
+) -> None:
+    """Found on the former code: the machine's own job counted as another one, and the machine billed on."""
+    job = finished_job(tmp_path / "runs", (tmp_path / "mirror").as_uri(), None, state="running")
+    wrong = ("--set", "s3.no_such_setting=1", "--workspace", job.workspace, "--when-failed", asked)
+    done = abliterate("resume", *wrong, **rented(vast))
+    assert done.code == 2, done.err
+    assert calls(vast) == ["PUT"], done.err
+    # Beside another one nothing is known of whose machine it is.
+    shutil.copytree(job.folder.path, job.workspace / ("0" * 12))
+    abliterate("resume", *wrong, **rented(vast))
+    assert calls(vast) == ["PUT"]
+
+
 class Waiting:
     """An unfinished job whose start waits in the middle, with nothing of it to be computed."""
 
