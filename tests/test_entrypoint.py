@@ -136,7 +136,7 @@ def test_a_workspace_that_is_still_to_be_made_belongs_to_the_owner_of_its_folder
 
 
 def needs_processes_of_its_own() -> None:
-    if shutil.which("tini") is None:
+    if shutil.which("tini") is None:  # a program of the image; .ci/run installs it where it may
         pytest.skip("needs tini (apt-get install tini)")
     if subprocess.run([*APART, "true"], capture_output=True).returncode:
         pytest.skip("needs namespaces of its own")

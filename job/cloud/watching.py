@@ -97,7 +97,7 @@ class Watch:
         """
         try:
             outcome = self._follow()
-        except Exception:
+        except Exception:  # any of them; an interrupt is no Exception, and is not kept waiting for a machine's end
             self.launcher.finish()
             raise
         self.launcher.finish()
