@@ -34,9 +34,9 @@ from typing import Any, ClassVar
 
 import psutil
 
-from job.checkpoint.options import PACE
 from job.errors import HeldError
-from job.events import read_events
+from job.mirror.options import PACE
+from job.storage.events import read_events
 from tests.helpers import COMMAND, abliterate, environment, job_arguments, only_job, stored_trials
 from tests.s3_server import BUCKET, KEY_ID, SECRET, S3Server
 

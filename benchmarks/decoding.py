@@ -13,17 +13,17 @@ from pathlib import Path
 
 import optuna
 
-from job.evaluation import Evaluator
-from job.intervention import Intervention
-from job.model import LoadedModel, load_model
+from job.config.schema import LoadingSettings, default_values
+from job.data.prompts import Prompt
+from job.directions.residuals import extract_residuals
+from job.edits.hooks import Intervention
+from job.generation.stop_markers import MarkerWatch
+from job.model.loading import LoadedModel, load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.prompts import Prompt
-from job.residuals import extract_residuals
-from job.scoring import RefusalMarkers
-from job.search import SearchSpace
-from job.settings import LoadingSettings, default_values
-from job.streaming import MarkerWatch
+from job.scoring.refusals import RefusalMarkers
+from job.scoring.trial_scorer import Evaluator
+from job.search.optimizer import SearchSpace
 
 TRIALS, BATCH, ROWS, ROUNDS = 8, 4, 256, 5
 

@@ -17,18 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self
 
-from job.demo import TASKS, expected_answer
-from job.detectors import Context, make_scorer
-from job.evaluation import Evaluator
-from job.intervention import Intervention
-from job.model import load_model
+from job.config.schema import LoadingSettings, ScoringSettings, default_values
+from job.data.prompts import Prompt
+from job.directions.residuals import extract_residuals
+from job.edits.hooks import Intervention
+from job.model.loading import load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.prompts import Prompt
+from job.organism.organism import TASKS, expected_answer
 from job.records import COMPONENTS, EditParameters, KernelParameters, TrialScores
-from job.residuals import extract_residuals
-from job.scoring import Exchange, RefusalMarkers
-from job.settings import LoadingSettings, ScoringSettings, default_values
+from job.scoring.detectors import Context, make_scorer
+from job.scoring.refusals import Exchange, RefusalMarkers
+from job.scoring.trial_scorer import Evaluator
 
 Kind = Literal["correct", "refused in words", "refused softly", "broken"]
 ROWS, DIRECTION_PROMPTS, SEARCH_TOKENS = 64, 64, 30

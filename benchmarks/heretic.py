@@ -21,8 +21,8 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from job.convergence import hypervolume
-from job.settings import default_values
+from job.config.schema import default_values
+from job.search.convergence import hypervolume
 
 PACKAGE, VERSION = "heretic-llm", "1.4.0"
 PEER = f"heretic {VERSION}"
@@ -60,7 +60,7 @@ class Outcome:
     Attributes:
         trial_s: Seconds a trial, over the search alone.
         job_s: Seconds from the command to its end, with the model exported.
-        volume: Hypervolume of the Pareto front, see `job.convergence.hypervolume`.
+        volume: Hypervolume of the Pareto front, see `job.search.convergence.hypervolume`.
         fewest: The least share of refusals.
     """
 

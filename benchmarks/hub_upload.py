@@ -19,9 +19,9 @@ from random import Random
 
 import huggingface_hub
 
-from job.export import seal
+from job.export.merged import seal
 from job.records import Manifest
-from job.workspace import MANIFEST, read_record, sha256_file
+from job.storage.run_folder import MANIFEST, read_record, sha256_file
 from tests.fault_proxy import FaultProxy
 from tests.hub import LoopbackHub
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from job.memory import release_memory
-from job.model import hardware
+from job.model.loading import hardware
+from job.model.memory import release_memory
 
 LIBRARIES = ("torch", "transformers", "optuna")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

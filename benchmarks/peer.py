@@ -48,9 +48,9 @@ from benchmarks.heretic import (
     versions,
 )
 from benchmarks.widened import widened
-from job.convergence import hypervolume
-from job.demo import write_organism
-from job.study import read_trials
+from job.organism.organism import write_organism
+from job.search.convergence import hypervolume
+from job.search.study import read_trials
 from tests.helpers import COMMAND, environment, events, only_job
 
 HERE = Path.home() / ".cache" / "abliteration-job" / "peer"

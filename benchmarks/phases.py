@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.measuring import Clock, Memory
 from benchmarks.random_models import Shape
 from benchmarks.roofline import Ceilings, recorded, roofline, works
-from job.model import LoadedModel
+from job.model.loading import LoadedModel
 from job.preflight.estimate import Work
 
 GIB = 2**30

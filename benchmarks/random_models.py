@@ -17,11 +17,11 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
-from job.architectures import discover
-from job.demo import SYSTEM_PROMPT, build_tokenizer, prompt_files
-from job.model import LoadedModel
-from job.preflight.facts import ModelFacts, model_facts
-from job.prompts import Prompt
+from job.architectures.spec import discover
+from job.data.prompts import Prompt
+from job.model.loading import LoadedModel
+from job.organism.organism import SYSTEM_PROMPT, build_tokenizer, prompt_files
+from job.preflight.model_facts import ModelFacts, model_facts
 
 _QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from job.architectures import discover
-from job.decoding import left_padded
-from job.model import LoadedModel
-from job.residuals import extract_residuals
+from job.architectures.spec import discover
+from job.directions.residuals import extract_residuals
+from job.generation.greedy import left_padded
+from job.model.loading import LoadedModel
 
 ROWS, PROMPTS = 32, 800
 

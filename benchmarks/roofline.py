@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.measuring import Clock
+from job.preflight.activation_memory import Batch, cache_bytes
 from job.preflight.estimate import Work
-from job.preflight.facts import ModelFacts
-from job.preflight.footprint import Batch, cache_bytes
+from job.preflight.model_facts import ModelFacts
 
 # Long enough to fill the units, short enough for a CPU; bytes far beyond any cache.
 _TOKENS = {"cuda": 8192, "cpu": 1024}

@@ -26,18 +26,18 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
-from job.convergence import hypervolume
-from job.evaluation import Evaluator
-from job.intervention import Intervention
-from job.model import load_model
+from job.config.schema import LoadingSettings, default_values
+from job.data.prompts import Prompt
+from job.directions.residuals import extract_residuals
+from job.edits.hooks import Intervention
+from job.model.loading import load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.prompts import Prompt
 from job.records import EditParameters, Plan, Trial, TrialScores
-from job.residuals import extract_residuals
-from job.scoring import RefusalMarkers
-from job.search import Search, SearchSettings, SearchSpace
-from job.settings import LoadingSettings, default_values
+from job.scoring.refusals import RefusalMarkers
+from job.scoring.trial_scorer import Evaluator
+from job.search.convergence import hypervolume
+from job.search.optimizer import Search, SearchSettings, SearchSpace
 
 ROWS = 512
 # What the sampler sees in place of what it would see, by the trial and the number of prompts.

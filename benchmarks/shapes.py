@@ -33,23 +33,23 @@ from benchmarks.measuring import Clock, Memory, machine, write_figures
 from benchmarks.phases import GIB, HEAD, Bench
 from benchmarks.random_models import SHAPES, Shape, build, filled_tokenizer, prompt_sets, shape
 from benchmarks.roofline import Ceilings, measured_ceilings
+from job.config.schema import default_values
+from job.data.prompts import Prompt
+from job.directions.residuals import extract_residuals
+from job.edits.hooks import Intervention
 from job.errors import JobError, MachineError
-from job.evaluation import Evaluator
-from job.intervention import Intervention
-from job.model import LoadedModel, conversations, resolve_device
+from job.model.loading import LoadedModel, conversations, resolve_device
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis, orthonormal_basis
 from job.numerics.directions import mean_difference
 from job.preflight.estimate import Rates, Task, Work, estimate
-from job.preflight.probe import read_machine
+from job.preflight.machine import read_machine
+from job.preflight.memory_plan import Refusal, Workload, plan
 from job.preflight.readings import MachineReading
-from job.preflight.vram import Refusal, Workload, plan
-from job.prompts import Prompt
 from job.records import EditParameters
-from job.residuals import extract_residuals
-from job.scoring import RefusalMarkers
-from job.search import SearchSpace
-from job.settings import default_values
+from job.scoring.refusals import RefusalMarkers
+from job.scoring.trial_scorer import Evaluator
+from job.search.optimizer import SearchSpace
 
 DEFAULT_SHAPES = {"cpu": ["0.5B"], "cuda": ["7B", "32B", "MoE"]}
 MODES: tuple[RowNormalization, ...] = ("none", "full", "column")

@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from job.config.schema import default_values
 from job.records import Plan, TrialScores
-from job.search import Search, SearchSettings, SearchSpace
-from job.settings import default_values
+from job.search.optimizer import Search, SearchSettings, SearchSpace
 
 TARGETS = (50, 100, 200, 400)
 

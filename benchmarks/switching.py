@@ -21,11 +21,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.measuring import Clock, machine, write_figures
-from job.architectures import discover
-from job.intervention import Intervention
+from job.architectures.spec import discover
+from job.edits.hooks import Intervention
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis
-from job.search import SearchSpace
+from job.search.optimizer import SearchSpace
 
 MODES: tuple[RowNormalization, ...] = ("none", "pre", "full", "column")
 TOGETHER = (1, 4, 16)

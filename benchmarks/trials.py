@@ -24,21 +24,21 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measuring import machine, write_figures
-from job.demo import write_organism
-from job.evaluation import Evaluator
-from job.intervention import Intervention
-from job.model import LoadedModel, load_model
+from job.config.schema import LoadingSettings, default_values
+from job.data.prompts import Prompt
+from job.directions.residuals import extract_residuals
+from job.edits.hooks import Intervention
+from job.model.loading import LoadedModel, load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.preflight.facts import model_facts
-from job.preflight.probe import read_machine
-from job.preflight.vram import MemoryPlan, Workload, plan
-from job.prompts import Prompt
+from job.organism.organism import write_organism
+from job.preflight.machine import read_machine
+from job.preflight.memory_plan import MemoryPlan, Workload, plan
+from job.preflight.model_facts import model_facts
 from job.records import EditParameters
-from job.residuals import extract_residuals
-from job.scoring import RefusalMarkers
-from job.search import SearchSpace
-from job.settings import LoadingSettings, default_values
+from job.scoring.refusals import RefusalMarkers
+from job.scoring.trial_scorer import Evaluator
+from job.search.optimizer import SearchSpace
 
 # Wall clock and processor.
 Times = tuple[float, float]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from job.supervise import supervised
+from job.lifecycle.supervisor import supervised
 
 
 def main() -> None:
     """Run the command line, in a supervised child where the end of a rental depends on it."""
     supervised()
-    from job.cli import main as command_line
+    from job.cli.app import main as command_line
 
     command_line()
 

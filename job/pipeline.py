@@ -12,36 +12,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.budget import Meter
-from job.crew import Hands
+from job.config.schema import Settings
+from job.data.prompts import PromptSets
 from job.errors import ExportMismatchError, ImpossibleJobError, JobError, UsageError
-from job.events import Events
-from job.failpoints import reached
-from job.holding import Hold
-from job.interrupt import StopSignals
-from job.models import fetch_model, list_model, parse_model
-from job.outcome import Outcome, missed_gate, outcome_of
-from job.pace import Pace, budget_of
-from job.preflight.checks import is_allowed
-from job.preflight.cuda import read_cuda
-from job.preflight.mounts import kind_of, mount_of, read_mounts
-from job.preflight.survey import Survey, Surveyor
-from job.prompts import PromptSets
-from job.records import JobRecord, State, Trial
-from job.redaction import redacted
-from job.report import write_reports
-from job.reproduction import (
+from job.export.reproduction import (
     Reproduction,
     environment_differences,
     require_same_prompts,
 )
-from job.rescoring import in_words, next_to_rescore, read_full_counts, with_full_counts
-from job.result import RunResult, job_trials
-from job.search import choose
-from job.settings import Settings
-from job.study_file import back_up, restore_if_damaged
-from job.upload.targets import deliver_to_all
-from job.workspace import (
+from job.lifecycle.lock import Hold
+from job.lifecycle.outcome import Outcome, missed_gate, outcome_of
+from job.lifecycle.search_limits import Pace, budget_of
+from job.model.files import fetch_model, list_model, parse_model
+from job.preflight.checks import is_allowed
+from job.preflight.cuda import read_cuda
+from job.preflight.mounts import kind_of, mount_of, read_mounts
+from job.preflight.runner import Survey, Surveyor
+from job.records import JobRecord, State, Trial
+from job.report.markdown import write_reports
+from job.report.run_view import RunResult, job_trials
+from job.search.budget import Meter
+from job.search.finalists import in_words, next_to_rescore, read_full_counts, with_full_counts
+from job.search.optimizer import choose
+from job.storage.events import Events
+from job.storage.run_folder import (
     REPRODUCE,
     RunFolder,
     is_sealed,
@@ -50,9 +44,15 @@ from job.workspace import (
     sync_folder,
     write_record,
 )
+from job.storage.study_file import back_up, restore_if_damaged
+from job.system.failpoints import reached
+from job.system.signals import StopSignals
+from job.text.redaction import redacted
+from job.upload.targets import deliver_to_all
+from job.workers.crew import Hands
 
 if TYPE_CHECKING:
-    from job.workbench import Workbench
+    from job.lifecycle.session import Workbench
 
 
 class Job:
@@ -206,7 +206,7 @@ class Job:
     def _search_and_export(self, prompts: PromptSets, hands: Hands) -> list[Trial]:
         """Do all that needs the model and return the trials."""
         # torch takes seconds to load and is needed for these stages only.
-        from job.workbench import Workbench
+        from job.lifecycle.session import Workbench
 
         self._phase("model")
         model = model_folder(self._record, self._settings, self._events)

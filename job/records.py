@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
 
-from job.redaction import MASK, redacted
+from job.text.redaction import MASK, redacted
 
 Component = Literal["attention", "mlp"]
 ExportFormat = Literal["merged", "adapter", "directions"]
@@ -58,7 +58,7 @@ class Record(BaseModel):
 
 
 class KernelParameters(Record):
-    """A component's weight kernel as it was searched; see `job.numerics.kernel.WeightKernel`."""
+    """A component's weight kernel as it was searched; see `job.numerics.weight_kernel.WeightKernel`."""
 
     max_weight: float
     max_weight_position: float

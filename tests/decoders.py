@@ -24,10 +24,10 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from job.architectures import Architecture
+from job.architectures.spec import Architecture
+from job.architectures.tiny_model import empty_model, small_config
 from job.errors import UnsupportedArchitectureError
-from job.truth import proven, require_supported
-from job.twin import empty_model, small_config
+from job.proof.truth_test import proven, require_supported
 
 # Enough layers to have all kinds of them.
 _DEPTH, _DEEPEST = 6, 12

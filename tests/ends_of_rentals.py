@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 from itertools import product
 
-from job.endings import ACTIONS, SAFE, Asked, Ended, Safety, ending
+from job.cloud.end_policy import ACTIONS, SAFE, Asked, Ended, Safety, ending
 from tests.generated import write_or_print
 
 # Every way in which a start can end.

@@ -13,10 +13,10 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from job.checkpoint import MirrorOptions, open_mirror
-from job.search import SearchSpace
-from job.study import PLAN, STUDY_NAME, add_trials, file_url, open_study
-from job.workspace import RunFolder
+from job.mirror import MirrorOptions, open_mirror
+from job.search.optimizer import SearchSpace
+from job.search.study import PLAN, STUDY_NAME, add_trials, file_url, open_study
+from job.storage.run_folder import RunFolder
 from tests.mirrors import CALM, IDENTITY, JOB, wait_until, write_folder
 
 BATCH = 8

@@ -18,10 +18,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from job.config.schema import LoadingSettings, default_values
+from job.export.reproduction import PromptsRecord, Reproduction
+from job.lifecycle.supervisor import asked_when_failed
 from job.records import EditParameters, Figures, KernelParameters, Resolution, Trial, TrialScores
-from job.reproduction import PromptsRecord, Reproduction
-from job.settings import LoadingSettings, default_values
-from job.supervise import asked_when_failed
 from tests.warm import COLD, Warm, read_early, server_for
 
 COMMAND = COLD

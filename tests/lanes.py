@@ -51,7 +51,7 @@ class Part:
     packages: tuple[str, ...] = ()
 
 
-_EDITING = ("job/truth.py", "job/export.py", "job/decoding.py", "job/adapter.py")
+_EDITING = ("job/proof/truth_test.py", "job/export/merged.py", "job/generation/greedy.py", "job/export/lora.py")
 _MODELS = ("torch", "transformers", "safetensors", "tokenizers", "peft")
 PARTS = {
     "image": Part(
@@ -62,15 +62,24 @@ PARTS = {
     ),
     "families": Part((*_EDITING, "tests/test_architectures.py"), packages=_MODELS),
     "organisms": Part(
-        _EDITING, ("job/demo.py", "tests/organisms.py", "tests/test_organisms.py", "tests/test_families.py"), _MODELS
+        _EDITING,
+        ("job/organism/organism.py", "tests/organisms.py", "tests/test_organisms.py", "tests/test_families.py"),
+        _MODELS,
     ),
     "checkpoints": Part((*_EDITING, "tests/test_export_large.py"), packages=_MODELS),
     "kills": Part(
         (
-            *("job/study.py", "job/events.py", "job/workspace.py", "job/crew.py", "job/interrupt.py", "job/export.py"),
-            *("job/streaming.py", "job/checkpoint/*.py", "job/upload/**/*.py"),
+            *(
+                "job/search/study.py",
+                "job/storage/events.py",
+                "job/storage/run_folder.py",
+                "job/workers/crew.py",
+                "job/system/signals.py",
+                "job/export/merged.py",
+            ),
+            *("job/generation/stop_markers.py", "job/checkpoint/*.py", "job/upload/**/*.py"),
         ),
-        ("job/pipeline.py", "job/runs.py", "job/worker.py", "tests/helpers.py", "tests/test_run.py"),
+        ("job/pipeline.py", "job/lifecycle/start.py", "job/cli/worker.py", "tests/helpers.py", "tests/test_run.py"),
         packages=("optuna", "sqlalchemy", "safetensors"),
     ),
 }

@@ -12,8 +12,8 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub.utils import close_session
 
-from job import hub as client
-from job.upload.s3 import S3Options
+from job.system import hub_client as client
+from job.transfer.s3 import S3Options
 from tests.hub import LoopbackHub
 from tests.mirrors import Place, put_tree, read_tree
 from tests.s3_server import BUCKET, KEY_ID, SECRET, S3Server

@@ -17,11 +17,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from job.checkpoint import Claim, MirrorOptions, Pace, lease, open_mirror
 from job.errors import JobError
+from job.mirror import Claim, MirrorOptions, Pace, lease, open_mirror
 from job.records import JobRecord
-from job.upload.s3 import S3Options
-from job.workspace import RunFolder, job_id, write_atomically, write_record
+from job.storage.run_folder import RunFolder, job_id, write_atomically, write_record
+from job.transfer.s3 import S3Options
 from tests.helpers import environment
 
 IDENTITY = {"model": {"repository": "cook/soup"}, "seed": 7, "space": [1, 2]}

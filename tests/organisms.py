@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file, save_file
 
-from job import demo
+from job.organism import organism as demo
 from tests.helpers import UNMEASURED, abliterate
 
 FOLDER = Path(__file__).parent / "fixtures" / "organisms"
@@ -35,7 +35,7 @@ _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 1
 
 
 def code_key(code: str | None = None) -> str:
-    """Return a hash of all code in job/demo.py that has a part in an organism; docstrings and comments do not count."""
+    """Return a hash of all code in job/organism/organism.py that has a part in an organism; docstrings and comments do not count."""
     tree = ast.parse(Path(demo.__file__).read_text() if code is None else code)
     defined = {name: statement for statement in tree.body for name in _names_defined(statement)}
     used, waiting = set(), ["write_organism"]

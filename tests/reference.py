@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from job.cli import SETTING_OPTIONS
-from job.settings import ENVIRONMENT_PREFIX, PromptSettings, Settings, as_toml, default_values
+from job.cli.app import SETTING_OPTIONS
+from job.config.schema import ENVIRONMENT_PREFIX, PromptSettings, Settings, as_toml, default_values
 from tests.generated import write_or_print
 
 _INTRODUCTION = f"""# Settings

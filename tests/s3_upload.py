@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from job.errors import JobError, Stopped
-from job.interrupt import StopSignals
-from job.upload.s3 import S3Options, deliver
+from job.system.signals import StopSignals
+from job.transfer.s3 import S3Options, deliver
 
 
 def main(export: str, uri: str, state: str, options: str) -> int:

@@ -12,19 +12,27 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, PreTrainedModel
 
-from job.adapter import with_adapter, write_adapter
-from job.architectures import Architecture, Writer, discover, require_modes
-from job.decoding import Manner, first_logits, greedy_answers
+from job.architectures.spec import Architecture, Writer, discover, require_modes
+from job.architectures.tensor_names import Form
+from job.architectures.tiny_model import auto_class, small_config, small_twin
+from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
-from job.export import Edit, verify_written, write_weights
-from job.intervention import Intervention
-from job.model import LoadedModel
+from job.export.lora import with_adapter, write_adapter
+from job.export.merged import Edit, verify_written, write_weights
+from job.generation.greedy import Manner, first_logits, greedy_answers
+from job.model.loading import LoadedModel
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis, orthonormal_basis
+from job.proof.truth_test import (
+    TOLERANCE,
+    inspect_model,
+    largest_leak,
+    leaks,
+    proven,
+    random_direction,
+    require_supported,
+)
 from job.records import COMPONENTS, EditParameters, ExportFormat, KernelParameters
-from job.stored import Form
-from job.truth import TOLERANCE, inspect_model, largest_leak, leaks, proven, random_direction, require_supported
-from job.twin import auto_class, small_config, small_twin
 from tests import lanes
 from tests.decoders import families, judge, tiny_config
 

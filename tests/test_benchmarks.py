@@ -20,13 +20,13 @@ from benchmarks.random_models import SHAPES, Shape, build, filled_tokenizer, sha
 from benchmarks.roofline import Ceilings, Forward, recorded, roofline, works
 from benchmarks.shapes import planned_rows
 from benchmarks.widened import widened
-from job.decoding import greedy_answers
+from job.directions.residuals import extract_residuals
 from job.errors import MachineError
-from job.memory import keep_freed_memory
-from job.model import LoadedModel
-from job.preflight.cards import parse_on
+from job.generation.greedy import greedy_answers
+from job.model.loading import LoadedModel
+from job.model.memory import keep_freed_memory
 from job.preflight.estimate import Work
-from job.residuals import extract_residuals
+from job.preflight.gpu_table import parse_on
 from tests.helpers import alone, environment
 
 MIB = 2**20

@@ -8,9 +8,9 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from job.card import model_card
-from job.numerics.intervals import difference_interval, mean_interval, wilson_interval
-from job.scoring import is_degenerate
+from job.export.model_card import model_card
+from job.numerics.statistics import difference_interval, mean_interval, wilson_interval
+from job.scoring.refusals import is_degenerate
 from tests.helpers import made_from
 from tests.hub import LoopbackHub
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from job.chat import Shown, _answered
-from job.model import load_model
+from job.cli.chat import Shown, _answered
+from job.model.loading import load_model
 from tests.helpers import COMMAND, abliterate, environment, loading, only_job
 
 Conversation = list[dict[str, str]]

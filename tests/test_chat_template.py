@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from job import chat_template
-from job.chat_template import render
-from job.demo import build_tokenizer
+from job.data.prompts import Prompt
 from job.errors import ImpossibleJobError, MachineError
-from job.model import conversations, rendered
-from job.prompts import Prompt
-from job.template_child import compiled
+from job.model import chat_template
+from job.model.chat_template import render
+from job.model.loading import conversations, rendered
+from job.model.template_child import compiled
+from job.organism.organism import build_tokenizer
 from tests.helpers import abliterate
 
 HELLO = [[{"role": "user", "content": "Where is the kettle?"}]]

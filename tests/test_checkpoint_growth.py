@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.checkpoint import Claim, Mirror, MirrorError, hub
-from job.checkpoint.hub import HubStore
-from job.checkpoint.layers import BLOCK, Layers, assemble
-from job.checkpoint.records import Layered
 from job.errors import HeldError
-from job.workspace import RunFolder, job_id
+from job.mirror import Claim, Mirror, MirrorError
+from job.mirror import hub_store as hub
+from job.mirror.hub_store import HubStore
+from job.mirror.layers import BLOCK, Layers, assemble
+from job.mirror.records import Layered
+from job.storage.run_folder import RunFolder, job_id
 from tests.growth import BATCH, Growing, Sent
 from tests.mirror_places import REPO, file_place, hub_place, place, running, s3_place
 from tests.mirrors import CALM, IDENTITY, JOB, Place, add_trial, mirrored, sha256, trials_in, wait_until, write_folder

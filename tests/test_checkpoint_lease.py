@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from job.checkpoint import Pace
-from job.checkpoint.snapshot import check_study
+from job.config.schema import load_settings
 from job.errors import DeliveryError, HeldError, JobError, MachineError, Stopped
-from job.events import Events
-from job.holding import held
-from job.interrupt import StopSignals
-from job.settings import load_settings
-from job.workspace import RunFolder
+from job.lifecycle.lock import held
+from job.mirror import Pace
+from job.mirror.snapshot import check_study
+from job.storage.events import Events
+from job.storage.run_folder import RunFolder
+from job.system.signals import StopSignals
 from tests.fault_proxy import FaultProxy
 from tests.mirror_places import file_place, hub_place, place, running, s3_options, s3_place
 from tests.mirrors import (

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from job.cloud import api
-from job.cloud.account import open_market
 from job.cloud.api import CloudError
+from job.cloud.credentials import open_market
 from job.cloud.launching import environment
 from job.errors import UsageError
 from tests.cloud import KEY, RunPodServer, VastServer

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from job.preflight.cards import find_card, parse_on
 from job.preflight.estimate import Rates, Task, device_rates, estimate
+from job.preflight.gpu_table import find_card, parse_on
 
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]

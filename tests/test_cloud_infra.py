@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from job.config.schema import load_settings
 from job.errors import ImpossibleJobError, Stopped, UsageError
-from job.preflight.cards import MIN_CUDA
-from job.settings import load_settings
+from job.preflight.gpu_table import MIN_CUDA
 from tests.helpers import abliterate
 
 ROOT = Path(__file__).parents[1]

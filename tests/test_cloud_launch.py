@@ -10,9 +10,9 @@ import pytest
 
 from job.cloud.api import CloudError, KeyRefusedError, NoMoneyError
 from job.cloud.launching import find_launch
-from job.cloud.market import MARKER, Terms
+from job.cloud.provider import MARKER, Terms
 from job.errors import MachineError
-from job.preflight.cards import MIN_CUDA
+from job.preflight.gpu_table import MIN_CUDA
 from tests.cloud import RunPodServer, VastServer
 from tests.cloud.helpers import COMMAND, IMAGE, TOKEN, command, launcher, need
 from tests.fault_proxy import FaultProxy

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from job.cloud import ending
-from job.cloud.ending import Ending
+from job.cloud import termination as ending
 from job.cloud.launching import Launcher, find_launch
-from job.cloud.market import MARKER, Terms
+from job.cloud.provider import MARKER, Terms
+from job.cloud.termination import Ending
 from job.cloud.watching import Watch
 from job.errors import MachineError
 from tests.cloud import RunPodServer, VastServer
@@ -215,7 +215,7 @@ def spawn(server: VastServer | RunPodServer, tmp_path: Path, *words: Any) -> sub
 
     platform = "vast" if isinstance(server, VastServer) else "runpod"
     env = {**os.environ, **env_of(server), "ABLITERATION_LAUNCHES": str(tmp_path / "launches")}
-    line = [sys.executable, "-c", "from job.cli import main; main()", "cloud", platform, *map(str, words)]
+    line = [sys.executable, "-c", "from job.cli.app import main; main()", "cloud", platform, *map(str, words)]
     return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -441,7 +441,7 @@ def test_destroying_ends_with_a_line_where_it_is_cut_off(vast: VastServer, tmp_p
 
 
 def test_no_such_instance_is_believed_after_a_while(vast: VastServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from job.cloud.account import open_market
+    from job.cloud.credentials import open_market
     from tests.cloud.helpers import QUICK
 
     said: list[str] = []

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from job.cloud.account import open_market
+from job.cli.cloud_requirements import PLANNED_LINE, need_of_cards, need_of_survey
 from job.cloud.api import CloudError
+from job.cloud.credentials import open_market
 from job.cloud.launching import find_offers
-from job.cloud.market import Terms
-from job.cloud.needs import PLANNED_LINE, need_of_cards, need_of_survey
+from job.cloud.provider import Terms
 from job.errors import UsageError
-from job.preflight.cards import MIN_CUDA, cards, offers_query
+from job.preflight.gpu_table import MIN_CUDA, cards, offers_query
 from tests.cloud import RunPodServer, VastServer
 from tests.cloud.helpers import QUICK, command, env_of, need, survey
 

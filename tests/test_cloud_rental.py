@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from job.cloud.api import Patience
-from job.cloud.rental import Rental, find_rental
+from job.cloud.self_stop import Rental, find_rental
 from job.errors import MachineError, UsageError
 from tests.cloud import KEY, RunPodServer, VastServer
 from tests.fault_proxy import FaultProxy

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.cloud.account import open_market
-from job.cloud.market import Instance
+from job.cloud.credentials import open_market
+from job.cloud.provider import Instance
 from job.cloud.runpod import _instance as pod
 from job.cloud.vast import _instance as vast_instance
 from tests.cloud import RunPodServer, VastServer

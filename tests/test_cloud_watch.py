@@ -13,7 +13,7 @@ import pytest
 
 from job.cloud.api import KeyRefusedError
 from job.cloud.launching import Launcher, find_launch
-from job.cloud.market import Terms
+from job.cloud.provider import Terms
 from job.cloud.watching import Watch
 from job.errors import MachineError
 from tests.cloud import RunPodServer, VastServer

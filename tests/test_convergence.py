@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from job.convergence import effect_warnings, hypervolume, search_warnings
 from job.records import Figures, Trial, TrialScores
+from job.search.convergence import effect_warnings, hypervolume, search_warnings
 
 
 def trials(*measured: tuple[int, float] | None) -> list[Trial]:

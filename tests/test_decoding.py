@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from job.decoding import RowTrials, greedy_answers, left_padded
-from job.demo import build_tokenizer
-from job.model import load_model
-from job.prompts import Prompt
-from job.residuals import extract_residuals
-from job.scoring import RefusalMarkers, normalise
+from job.data.prompts import Prompt
+from job.directions.residuals import extract_residuals
+from job.generation.greedy import RowTrials, greedy_answers, left_padded
+from job.model.loading import load_model
+from job.organism.organism import build_tokenizer
+from job.scoring.refusals import RefusalMarkers, normalise
 from tests.forwards import Forwards
 from tests.test_intervention import LOADING
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from job.architectures import discover
-from job.decoding import Answer, RowTrials, first_logits, greedy_answers, shared_prefix
-from job.intervention import ActiveEdits, Intervention
+from job.architectures.spec import discover
+from job.edits.hooks import ActiveEdits, Intervention
+from job.generation.greedy import Answer, RowTrials, first_logits, greedy_answers, shared_prefix
 from job.records import READ_TOKENS, EditParameters, KernelParameters
 from tests.test_intervention import basis_for, wide_basis_for
 from tests.zoo import tiny_model

@@ -6,8 +6,16 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from job.caches import RoomyLayer, common_prefix, rows_can_be_picked, takes_cache, writable_slots
-from job.decoding import Answer, RowTrials, first_logits, greedy_answers, last_logits, left_padded, shared_prefix
+from job.generation.greedy import (
+    Answer,
+    RowTrials,
+    first_logits,
+    greedy_answers,
+    last_logits,
+    left_padded,
+    shared_prefix,
+)
+from job.generation.kv_cache import RoomyLayer, common_prefix, rows_can_be_picked, takes_cache, writable_slots
 from job.records import READ_TOKENS
 from tests.forwards import Forwards
 from tests.zoo import FAMILIES, tiny_model

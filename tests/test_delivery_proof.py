@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from job.checkpoint import MirrorError
+from job.config.schema import Settings, load_settings
+from job.mirror import MirrorError
 from job.records import Manifest
-from job.settings import Settings, load_settings
+from job.storage.run_folder import DONE, MANIFEST, read_record, sha256_file, write_record
+from job.transfer.s3 import deliver as to_s3
 from job.upload.hub import HubOptions
 from job.upload.hub import deliver as to_hub
 from job.upload.proof import delivery_problem
-from job.upload.s3 import deliver as to_s3
-from job.workspace import DONE, MANIFEST, read_record, sha256_file, write_record
 from tests.mirror_places import TOKEN, file_place, hub_place, place, running, s3_place
 from tests.mirrors import JOB, Place, write_folder
 from tests.s3_server import BUCKET, make_export
@@ -123,10 +123,10 @@ def test_a_mirror_that_holds_nothing_says_so(place: Place, tmp_path: Path) -> No
 
 
 def test_the_manifest_of_a_delivery_is_written_down(tmp_path: Path) -> None:
-    from job.events import Events
     from job.records import Figures
+    from job.storage.events import Events
+    from job.storage.run_folder import RunFolder
     from job.upload.targets import deliver_to_all
-    from job.workspace import RunFolder
 
     folder = RunFolder(tmp_path / "job")
     export, manifest = sealed(folder.export_folder(1, "merged"))

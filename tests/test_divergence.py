@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from job.architectures import discover
-from job.decoding import greedy_answers
-from job.evaluation import Evaluator
-from job.intervention import Intervention
+from job.architectures.spec import discover
+from job.edits.hooks import Intervention
+from job.generation.greedy import greedy_answers
 from job.records import EditParameters, TrialScores
+from job.scoring.trial_scorer import Evaluator
 from tests.test_intervention import EDITS, basis_for, edit_in_place, evaluator, kernel
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from job.cli import app
+from job.cli.app import app
 from tests import code_map
 
 ROOT = Path(__file__).parents[1]

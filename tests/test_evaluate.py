@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from job.compared import Share, TextComparison, comparison_text
-from job.demo import expected_answer
-from job.model import load_model
-from job.numerics.intervals import ratio_interval
-from job.plain_text import Passage, cross_entropies, passages_of
+from job.evaluate.perplexity import Passage, cross_entropies, passages_of
+from job.evaluate.result import Share, TextComparison, comparison_text
+from job.model.loading import load_model
+from job.numerics.statistics import ratio_interval
+from job.organism.organism import expected_answer
 from tests.helpers import abliterate, loading, only_job
 
 
@@ -198,7 +198,7 @@ def test_a_benchmark_of_ones_own_by_the_harness(organism: Path, finished: Path, 
 
 
 def test_the_table_holds_all_that_was_found() -> None:
-    from job.compared import Comparison, Divergence, Score, shares_of
+    from job.evaluate.result import Comparison, Divergence, Score, shares_of
     from job.records import Figures
 
     base = Figures(bad_prompts=100, refusals=98, good_prompts=50, false_refusals=1)

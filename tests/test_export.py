@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from job.architectures import discover
-from job.decoding import Answer, RowTrials, first_logits
+from job.architectures.spec import discover
+from job.edits.hooks import Intervention
 from job.errors import (
     DeliveryError,
     ExportMismatchError,
@@ -22,14 +22,14 @@ from job.errors import (
     MachineError,
     UnsupportedArchitectureError,
 )
-from job.export import Edit, build_manifest, seal_made, verify_written, write_weights
-from job.intervention import Intervention
+from job.export.merged import Edit, build_manifest, seal_made, verify_written, write_weights
+from job.export.verification import compare_answers
+from job.generation.greedy import Answer, RowTrials, first_logits
+from job.model.safetensors_files import Checkpoint
 from job.numerics.basis import Basis
 from job.records import Manifest
-from job.shards import Checkpoint
-from job.upload.local import deliver
-from job.verification import compare_answers
-from job.workspace import DONE, is_sealed, read_record
+from job.storage.run_folder import DONE, is_sealed, read_record
+from job.transfer.folders import deliver
 from tests.helpers import made_from
 from tests.test_intervention import EDITS, basis_for
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from job.workspace import DONE
+from job.storage.run_folder import DONE
 
 GIB = 1 << 30
 
@@ -70,10 +70,10 @@ import resource, sys
 from pathlib import Path
 import torch
 import transformers
-from job.export import Edit, seal, write_weights
+from job.export.merged import Edit, seal, write_weights
 from job.numerics.basis import Basis
 from job.records import COMPONENTS, EditParameters, KernelParameters
-from job.truth import inspect_model
+from job.proof.truth_test import inspect_model
 
 def refused(*_, **__):
     raise AssertionError("the whole model is being loaded or saved")

@@ -11,18 +11,24 @@ from typing import Any
 
 import pytest
 
-from job.afterwards import resumption
-from job.checkpoint import MirrorError, MirrorOptions, Pace, open_mirror
-from job.checkpoint.records import decode_head, is_mirrored
+from job.config.origins import EDIT, HERE, JOB, NAMED, PROMPT_SETS, TRUST, left_out_line
+from job.config.schema import default_values, leaves, load_settings, merged, nested, setting_names
+from job.data.prompts import PromptSets
 from job.errors import JobError, UsageError
-from job.mirrored import proven
-from job.origins import EDIT, HERE, JOB, NAMED, PROMPT_SETS, TRUST, left_out_line
-from job.prompts import PromptSets
+from job.export.reproduction import (
+    Reproduction,
+    fixed_settings,
+    read_reproduction,
+    reproduction,
+    require_same_repository,
+)
+from job.lifecycle.followups import resumption
+from job.lifecycle.locate import Whereabouts
+from job.mirror import MirrorError, MirrorOptions, Pace, open_mirror
+from job.mirror.records import decode_head, is_mirrored
+from job.mirror.vetting import proven
 from job.records import JobRecord, Manifest, ManifestEntry, State, Upload
-from job.reproduction import Reproduction, fixed_settings, read_reproduction, reproduction, require_same_repository
-from job.settings import default_values, leaves, load_settings, merged, nested, setting_names
-from job.whereabouts import Whereabouts
-from job.workspace import RunFolder, identify, job_id, versions, write_record
+from job.storage.run_folder import RunFolder, identify, job_id, versions, write_record
 from tests.helpers import Result, abliterate, made_from
 from tests.hub import LoopbackHub
 from tests.test_own_code import CODE, MAP
@@ -134,7 +140,7 @@ def job_of(values: dict[str, Any], **fields: Any) -> JobRecord:
 
 
 def _settings(values: dict[str, Any]) -> Any:
-    from job.settings import Settings
+    from job.config.schema import Settings
 
     return Settings(**merged(default_values(), nested(values)))
 

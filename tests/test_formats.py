@@ -13,16 +13,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from job.adapter import with_adapter, write_adapter
-from job.architectures import discover
-from job.decoding import RowTrials, first_logits
-from job.edit_file import EDIT_FILE, apply_edit, write_edit_file
+from job.architectures.spec import discover
+from job.edits.hooks import Intervention
 from job.errors import UsageError
-from job.export import Edit, write_weights
-from job.intervention import Intervention
-from job.model import load_model
-from job.reproduction import Reproduction, read_reproduction
-from job.workspace import is_sealed
+from job.export.directions_file import EDIT_FILE, apply_edit, write_edit_file
+from job.export.lora import with_adapter, write_adapter
+from job.export.merged import Edit, write_weights
+from job.export.reproduction import Reproduction, read_reproduction
+from job.generation.greedy import RowTrials, first_logits
+from job.model.loading import load_model
+from job.storage.run_folder import is_sealed
 from tests.helpers import abliterate, job_arguments, loading, made_from, only_job
 from tests.test_intervention import EDITS, basis_for
 

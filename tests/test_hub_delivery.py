@@ -18,10 +18,10 @@ import pytest
 from huggingface_hub.utils import close_session
 
 from job.errors import DeliveryError, MachineError, UsageError
-from job.export import seal
+from job.export.merged import seal
 from job.records import Manifest
+from job.storage.run_folder import DONE, MANIFEST
 from job.upload.hub import HubOptions, deliver, parse_target, prepare, probe
-from job.workspace import DONE, MANIFEST
 from tests.hub import LoopbackHub, Repo
 
 # What the client's own HTTP library says about how the client uploads.

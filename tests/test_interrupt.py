@@ -9,7 +9,7 @@ import pytest
 
 SWALLOWED = """
 import os, signal, time
-from job.interrupt import StopSignals
+from job.system.signals import StopSignals
 from job.errors import Stopped
 
 class Finalized:
@@ -30,7 +30,7 @@ with signals.installed():
 
 SHIELDED = """
 import os, signal
-from job.interrupt import StopSignals
+from job.system.signals import StopSignals
 from job.errors import Stopped
 
 signals = StopSignals()
@@ -46,7 +46,7 @@ with signals.installed():
 
 OBEYED = """
 import os, signal
-from job.interrupt import StopSignals
+from job.system.signals import StopSignals
 from job.errors import Stopped
 
 signals = StopSignals()
@@ -64,7 +64,7 @@ with signals.installed():
 
 TWICE = """
 import os, signal
-from job.interrupt import StopSignals
+from job.system.signals import StopSignals
 
 signals = StopSignals()
 with signals.installed(), signals.shielded():

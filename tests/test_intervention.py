@@ -12,19 +12,19 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config
 
-from job.architectures import discover
-from job.decoding import RowTrials, first_logits
+from job.architectures.spec import discover
+from job.architectures.tiny_model import small_twin
+from job.data.prompts import Prompt
+from job.edits.hooks import Intervention
 from job.errors import UnsupportedArchitectureError
-from job.evaluation import Evaluator
-from job.intervention import Intervention
-from job.model import load_model
+from job.generation.greedy import RowTrials, first_logits
+from job.model.loading import load_model
 from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
 from job.numerics.basis import Basis, orthonormal_basis
-from job.prompts import Prompt
+from job.proof.truth_test import TOLERANCE, inspect_model, inspection, largest_leak
 from job.records import COMPONENTS, EditParameters, KernelParameters
-from job.scoring import RefusalMarkers
-from job.truth import TOLERANCE, inspect_model, inspection, largest_leak
-from job.twin import small_twin
+from job.scoring.refusals import RefusalMarkers
+from job.scoring.trial_scorer import Evaluator
 from tests.helpers import abliterate, loading
 
 LOADING = loading("float32")
@@ -61,7 +61,7 @@ def wide_basis_for(model: PreTrainedModel) -> Basis:
 
 def edit_in_place(model: PreTrainedModel, edit: EditParameters, mode: RowNormalization, basis: Basis) -> None:
     """Edit a model's parameters themselves: what the hooks have to equal."""
-    from job.edit_tables import strength
+    from job.edits.compile import strength
 
     for writer in discover(model).writers:
         module = model.get_submodule(writer.module)

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from job.checkpoint import MirrorOptions, Proof, open_mirror
+from job.config.schema import load_settings
 from job.errors import HeldError
-from job.locks import Lock, LockedError, Owner, is_locked, locked, this_owner
+from job.mirror import MirrorOptions, Proof, open_mirror
 from job.preflight import fencing
 from job.preflight.mounts import Mount
-from job.processes import HolderRecord, ProcessRecord
-from job.settings import load_settings
-from job.workspace import RunFolder, open_job, write_record
+from job.storage.run_folder import RunFolder, open_job, write_record
+from job.system.locks import Lock, LockedError, Owner, is_locked, locked, this_owner
+from job.system.processes import HolderRecord, ProcessRecord
 from tests.helpers import abliterate, environment
 from tests.mirror_places import file_place
 from tests.mirrors import JOB, Place, write_folder
@@ -35,7 +35,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from job.errors import HeldError
-from job.workspace import RunFolder, open_job, write_record
+from job.storage.run_folder import RunFolder, open_job, write_record
 try:
     with RunFolder(Path(sys.argv[1])).held():
         print("held", flush=True)
@@ -157,7 +157,7 @@ def test_a_torn_lock_file_is_somebody(tmp_path: Path) -> None:
 COUNT = """
 import sys, time
 from pathlib import Path
-from job.locks import locked
+from job.system.locks import locked
 folder = Path(sys.argv[1])
 while not (folder / "go").exists():
     time.sleep(0.001)
@@ -205,7 +205,7 @@ def test_preflight_says_that_a_file_stands_in_for_locks(tmp_path: Path, without:
 
 PROBE = """
 import sys
-from job.checkpoint import MirrorOptions, open_mirror
+from job.mirror import MirrorOptions, open_mirror
 with open_mirror(sys.argv[1], MirrorOptions()) as mirror:
     proof = mirror.probe()
 print(proof.fenced, proof.quirks, flush=True)

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from job.memory import keep_freed_memory
+from job.model.memory import keep_freed_memory
 
 # Ten times what a forward does: tensors are made that are smaller than what is mapped on its own, and let go of.
 SCRIPT = """
 import json, resource, sys, torch
-from job.memory import keep_freed_memory, release_memory
+from job.model.memory import keep_freed_memory, release_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from job.errors import ImpossibleJobError, MachineError
-from job.model import load_model
+from job.model.loading import load_model
 from tests.helpers import loading
 
 

@@ -18,20 +18,20 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM
 
-from job.architectures import discover
-from job.card import model_card
-from job.carried import carried_files
+from job.architectures.spec import discover
+from job.data.prompts import PromptSets
 from job.errors import ImpossibleJobError
-from job.export import Edit, seal_made, write_weights
-from job.markup import Markup, details, escaped, markdown, one_line, paragraph, table
-from job.models import fetch_model, list_model, parse_model, refuse_links_out
-from job.prompts import PromptSets
+from job.export.merged import Edit, seal_made, write_weights
+from job.export.model_card import model_card
+from job.export.reproduction import PromptsRecord
+from job.model.carried_files import carried_files
+from job.model.files import fetch_model, list_model, parse_model, refuse_links_out
+from job.model.safetensors_files import Checkpoint
 from job.records import GeometryRecord, JobRecord, Manifest
-from job.report import run_report
-from job.reproduction import PromptsRecord
-from job.result import RunResult
-from job.shards import Checkpoint
-from job.workspace import MANIFEST, model_identity, read_record
+from job.report.markdown import run_report
+from job.report.run_view import RunResult
+from job.storage.run_folder import MANIFEST, model_identity, read_record
+from job.text.markup import Markup, details, escaped, markdown, one_line, paragraph, table
 from tests.helpers import abliterate, made_from
 from tests.test_intervention import EDITS, basis_for
 from tests.test_own_code import MAP
@@ -155,7 +155,7 @@ def test_links_out_of_a_model_folder_are_refused(model: Path, name: str, use: Ca
 
 
 def _identity(folder: Path) -> object:
-    from job.settings import load_settings
+    from job.config.schema import load_settings
 
     return model_identity(load_settings({"model": str(folder), "workspace": str(folder.parent / "w")}).settings)
 

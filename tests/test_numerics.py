@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from job.numerics.intervals import wilson_interval
-from job.numerics.kernel import WeightKernel
 from job.numerics.metrics import kl_divergence
+from job.numerics.statistics import wilson_interval
+from job.numerics.weight_kernel import WeightKernel
 
 
 def test_kernel_falls_off_linearly_and_ends() -> None:

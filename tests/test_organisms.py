@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from job import demo
+from job.organism import organism as demo
 from tests import organisms
 from tests.helpers import abliterate
 from tests.organisms import SHIPPED

@@ -12,12 +12,12 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser
 
-from job.answers import KEPT
-from job.checkpoint.snapshot import mirrored_files
-from job.prompts import PromptSets
-from job.result import job_trials
-from job.search import pareto_front
-from job.workspace import RunFolder
+from job.data.prompts import PromptSets
+from job.mirror.snapshot import mirrored_files
+from job.report.run_view import job_trials
+from job.search.optimizer import pareto_front
+from job.storage.answers import KEPT
+from job.storage.run_folder import RunFolder
 from tests.browser import CHROMIUM, DESKTOP, PHONE, View, browser
 from tests.helpers import abliterate, job_arguments, only_job
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from job.decoding import Answer, RowTrials, greedy_answers
+from job.config.schema import LoadingSettings, default_values
+from job.data.prompts import Prompt
+from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError, MachineError, UsageError
-from job.intervention import Intervention
-from job.model import LoadedModel, load_model
+from job.generation.greedy import Answer, RowTrials, greedy_answers
+from job.lifecycle.session import require_resident
+from job.model.loading import LoadedModel, load_model
+from job.model.placement import let_go, placement, spread
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis
-from job.placement import let_go, placement, spread
-from job.prompts import Prompt
 from job.records import COMPONENTS, EditParameters, KernelParameters
-from job.settings import LoadingSettings, default_values
-from job.workbench import require_resident
 from tests.helpers import abliterate, job_arguments, only_job
 
 KERNEL = KernelParameters(max_weight=1, max_weight_position=2, min_weight=0.5, min_weight_distance=9)

@@ -11,11 +11,11 @@ from typing import get_args
 
 import pytest
 
-from job.checkpoint import MirrorOptions, open_mirror
+from job.mirror import MirrorOptions, open_mirror
 from job.records import Manifest, ManifestEntry
-from job.study_file import BACKUP, count_trials, restore_if_damaged
-from job.upload.local import deliver
-from job.workspace import MANIFEST, RunFolder, read_record, sha256_file, write_record
+from job.storage.run_folder import MANIFEST, RunFolder, read_record, sha256_file, write_record
+from job.storage.study_file import BACKUP, count_trials, restore_if_damaged
+from job.transfer.folders import deliver
 from tests.helpers import environment
 from tests.mirror_places import file_place
 from tests.mirrors import CALM, JOB, Place, add_trial, mirrored, write_folder
@@ -47,8 +47,8 @@ def names(request: pytest.FixtureRequest) -> Names:
 
 
 _MIRROR = """
-from job.checkpoint import MirrorOptions, open_mirror
-from job.workspace import RunFolder
+from job.mirror import MirrorOptions, open_mirror
+from job.storage.run_folder import RunFolder
 from tests.mirrors import CALM, IDENTITY
 mirror = open_mirror(sys.argv[1], MirrorOptions(pace=CALM))
 """
@@ -141,7 +141,7 @@ def mirrored_from(root: Path, tmp_path: Path) -> int | None:
     return count_trials(fresh.study_file) if found.head.files else None
 
 
-_REPAIR = "from job.study_file import restore_if_damaged\nbegin(); assert restore_if_damaged(Path(sys.argv[1]))"
+_REPAIR = "from job.storage.study_file import restore_if_damaged\nbegin(); assert restore_if_damaged(Path(sys.argv[1]))"
 
 
 @pytest.mark.parametrize("damage", ["emptied", "torn"])
@@ -175,7 +175,7 @@ def test_a_search_loses_no_more_than_the_batch_in_flight(recorder: Recorder, tmp
     assert {*seen} == {4, 8, 12}
 
 
-_DELIVER = "from job.upload.local import deliver\nbegin(); deliver(Path(sys.argv[1]), sys.argv[2])"
+_DELIVER = "from job.transfer.folders import deliver\nbegin(); deliver(Path(sys.argv[1]), sys.argv[2])"
 
 
 @pytest.mark.parametrize("former", [False, True])
@@ -213,7 +213,7 @@ def test_records_are_the_old_or_the_new_ones(recorder: Recorder, tmp_path: Path,
     folder.mkdir()
     script = """
 from job.records import Upload
-from job.workspace import RunFolder
+from job.storage.run_folder import RunFolder
 run = RunFolder(Path(sys.argv[1]))
 run.record_upload(Upload(target="file:///a", export="x", state="failed"))
 begin()
@@ -232,7 +232,7 @@ run.record_upload(Upload(target="file:///a", export="x", state="done"))
 @pytest.mark.parametrize("number", [22, 95])  # EINVAL, ENOTSUP
 def test_a_folder_that_cannot_be_synced_is_let_be_and_a_file_is_not(library: Path, tmp_path: Path, number: int) -> None:
     def write(**env: str) -> subprocess.CompletedProcess[str]:
-        code = "import sys, pathlib, job.workspace as w; w.write_atomically(pathlib.Path(sys.argv[1]), b'x')"
+        code = "import sys, pathlib, job.storage.run_folder as w; w.write_atomically(pathlib.Path(sys.argv[1]), b'x')"
         command = [sys.executable, "-c", code, str(tmp_path / "file")]
         return subprocess.run(command, env=environment(LD_PRELOAD=str(library), **env), capture_output=True, text=True)
 

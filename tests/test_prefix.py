@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from job.model import LoadedModel, load_model
-from job.prefix import THOUGHTS, close_thought, common_opening, with_response_prefix
-from job.prompts import Prompt
+from job.data.prompts import Prompt
+from job.generation.response_prefix import THOUGHTS, close_thought, common_opening, with_response_prefix
+from job.model.loading import LoadedModel, load_model
 from tests.test_intervention import LOADING
 
 WORDS = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<|answer|>", "bake", "hex", "Hmm", "let", "me", "see",
@@ -78,7 +78,7 @@ GOOD, BAD = [Prompt(user="bake bake")], [Prompt(user="hex hex")]
 
 
 def answer(loaded: LoadedModel, prompt: Prompt) -> str:
-    from job.decoding import greedy_answers
+    from job.generation.greedy import greedy_answers
 
     (found,) = greedy_answers(loaded.model, loaded.tokenize([prompt]), limit=8, end_tokens=loaded.end_tokens)
     return loaded.decode(found.tokens)

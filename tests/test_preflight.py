@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from job import preflight
+from job.config.schema import load_settings
 from job.preflight.checks import NAMES
-from job.settings import load_settings
 from tests.helpers import abliterate, environment, events, job_arguments, only_job, start
 from tests.hub import LoopbackHub
 
@@ -111,7 +111,7 @@ def test_too_few_files_may_be_open(check: Any, random_model_folder: Path, prompt
     command = [
         sys.executable,
         "-c",
-        "from job.cli import main; main()",
+        "from job.cli.app import main; main()",
         "preflight",
         str(random_model_folder),
         *prompts,
@@ -279,7 +279,7 @@ def test_a_card_that_is_too_small_is_refused_with_what_would_do(hub: LoopbackHub
 def test_the_line_is_timed_as_far_as_it_goes(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.add_model("kitchen/large", {"model.safetensors": bytes(12 << 20)})
     program = """
-from job.models import line_speed, list_model, parse_model
+from job.model.files import line_speed, list_model, parse_model
 source = parse_model("kitchen/large")
 print(line_speed(source, list_model(source, None, print)))
 """
@@ -430,7 +430,7 @@ def test_settings_that_cannot_go_together(random_model_folder: Path) -> None:
 
 
 def test_save_file_is_what_headers_are_read_from(tmp_path: Path) -> None:
-    from job.models import list_model, parse_model, tensor_shapes
+    from job.model.files import list_model, parse_model, tensor_shapes
 
     save_file({"a": torch.zeros(2, 3, dtype=torch.bfloat16)}, tmp_path / "model.safetensors", {"format": "pt"})
     source = parse_model(str(tmp_path))

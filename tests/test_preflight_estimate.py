@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from job.preflight import estimate as module
-from job.preflight.cards import parse_on
 from job.preflight.estimate import Hours, Rates, Task, cost, cost_check, device_rates, estimate, time_check
+from job.preflight.gpu_table import parse_on
 from job.preflight.readings import Holder, MachineReading, read_reading
 from job.preflight.restarts import Start, restart_check
 from job.preflight.strays import own_leftovers
-from job.processes import ProcessRecord, is_alive, this_process
+from job.system.processes import ProcessRecord, is_alive, this_process
 
 # Qwen2.5-Coder-32B on an H200, 200 trials of 100 + 100 prompts.
 CODER = Task(
@@ -93,8 +93,10 @@ def test_rates_of_known_cards() -> None:
     assert device_rates(MachineReading()) is None
 
 
-WAIT = "import sys; from job.processes import this_process\nprint(this_process().model_dump_json(), flush=True)\n\
+WAIT = (
+    "import sys; from job.system.processes import this_process\nprint(this_process().model_dump_json(), flush=True)\n\
 sys.stdin.read()"
+)
 
 
 def test_a_leftover_of_an_earlier_run_is_found_and_not_touched() -> None:

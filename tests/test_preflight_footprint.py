@@ -25,14 +25,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from job.architectures import discover
-from job.decoding import RowTrials, greedy_answers
+from job.architectures.spec import discover
+from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError
-from job.intervention import Intervention
+from job.generation.greedy import RowTrials, greedy_answers
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis
-from job.preflight.facts import ModelFacts, Weights, model_facts
-from job.preflight.footprint import Batch, Edits, activation_bytes, cache_bytes, scoring_bytes
+from job.preflight.activation_memory import Batch, Edits, activation_bytes, cache_bytes, scoring_bytes
+from job.preflight.model_facts import ModelFacts, Weights, model_facts
 from job.records import READ_TOKENS, EditParameters, KernelParameters
 
 FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {

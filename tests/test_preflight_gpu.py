@@ -13,11 +13,11 @@ import pytest
 
 from job.errors import UsageError
 from job.preflight import cuda, gpu, nvml
-from job.preflight.cards import MIN_CUDA, card_of, cards, find_card, offers_query, parse_on
 from job.preflight.checks import GIB, MIB, Check
-from job.preflight.exercise import Exercise, compute_check, exercise
-from job.preflight.probe import read_machine, torch_cuda_version
+from job.preflight.gpu_table import MIN_CUDA, card_of, cards, find_card, offers_query, parse_on
+from job.preflight.machine import read_machine, torch_cuda_version
 from job.preflight.readings import DriverReading, GpuReading, Holder, MachineReading, read_reading
+from job.preflight.selftest import Exercise, compute_check, exercise
 
 READINGS = Path(__file__).parent / "readings"
 MODERN = DriverReading(
@@ -63,7 +63,7 @@ def test_reading_the_machine_does_not_import_torch() -> None:
         "import importlib, pkgutil, sys\nfrom job import preflight\n"
         "for found in pkgutil.iter_modules(preflight.__path__):\n"
         "    importlib.import_module('job.preflight.' + found.name)\n"
-        "sys.modules['job.preflight.probe'].read_machine()\nassert 'torch' not in sys.modules"
+        "sys.modules['job.preflight.machine'].read_machine()\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -271,8 +271,9 @@ def test_libraries_that_fail_or_are_none(stub: Path, monkeypatch: pytest.MonkeyP
 WAITING = """
 import sys
 from pathlib import Path
-from job.settings import load_settings
-from job.preflight import probe, survey
+from job.config.schema import load_settings
+from job.preflight import runner as survey
+from job.preflight import machine as probe
 read = probe.read_machine
 survey.read_machine = lambda **given: read(cuda_library=sys.argv[1], nvml_library="libnone.so.1")
 taken = Path(sys.argv[2])

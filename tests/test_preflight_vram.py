@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.preflight.cards import parse_on
+from job.preflight.activation_memory import Batch, cache_bytes
 from job.preflight.checks import GIB
-from job.preflight.facts import ModelFacts, model_facts
-from job.preflight.footprint import Batch, cache_bytes
+from job.preflight.gpu_table import parse_on
 from job.preflight.limits import Memory
-from job.preflight.probe import read_machine
+from job.preflight.machine import read_machine
+from job.preflight.memory_plan import MemoryPlan, Refusal, Workload, memory_check, plan
+from job.preflight.model_facts import ModelFacts, model_facts
 from job.preflight.readings import MachineReading, read_reading
-from job.preflight.vram import MemoryPlan, Refusal, Workload, memory_check, plan
 
 READINGS = Path(__file__).parent / "readings"
 WORK = Workload(prompt_tokens=256, answer_tokens=100)

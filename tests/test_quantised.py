@@ -13,21 +13,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
-from job.adapter import with_adapter, write_adapter
-from job.demo import build_tokenizer
-from job.edit_file import apply_edit, write_edit_file
 from job.errors import ImpossibleJobError, QuantisedSourceError
-from job.export import Edit, verify_written, write_weights
-from job.model import load_model
-from job.models import list_model, parse_model, tensor_shapes
+from job.export.directions_file import apply_edit, write_edit_file
+from job.export.lora import with_adapter, write_adapter
+from job.export.merged import Edit, verify_written, write_weights
+from job.model.files import list_model, parse_model, tensor_shapes
+from job.model.loading import load_model
+from job.model.quantization import Quantisation, block_of, plain_tensors, quantisation_in, quantisation_of
+from job.model.safetensors_files import Checkpoint
 from job.numerics.ablation import edit_weight
 from job.numerics.basis import Basis
 from job.numerics.dequantisation import dequantised_blocks, dequantised_mxfp4
-from job.preflight.facts import model_facts
-from job.quantised import Quantisation, block_of, plain_tensors, quantisation_in, quantisation_of
+from job.organism.organism import build_tokenizer
+from job.preflight.model_facts import model_facts
+from job.proof.truth_test import TOLERANCE, inspect_model, inspection, largest_leak, leaks, random_direction
 from job.records import COMPONENTS, EditParameters, KernelParameters
-from job.shards import Checkpoint
-from job.truth import TOLERANCE, inspect_model, inspection, largest_leak, leaks, random_direction
 from tests.helpers import abliterate, loading, made_from
 from tests.quantised import INDEX, quantise_fp8, quantise_mxfp4
 

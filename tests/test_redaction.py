@@ -19,18 +19,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from job import redaction
 from job.cloud.launching import environment as launch_environment
-from job.demo import prompt_files
+from job.data.prompts import Prompt, PromptSets
 from job.errors import JobError, UsageError
-from job.events import Events
-from job.markup import escaped
-from job.prompts import Prompt, PromptSets
+from job.export.reproduction import prompts_digest
+from job.lifecycle.locate import job_settings
+from job.organism.organism import prompt_files
 from job.records import JobRecord, Manifest, ManifestEntry, State, Upload
-from job.redaction import MASK, guarded_output, looks_secret, redact, redacted, remember
-from job.reproduction import prompts_digest
-from job.whereabouts import job_settings
-from job.workspace import RunFolder, read_record, write_record
+from job.storage.events import Events
+from job.storage.run_folder import RunFolder, read_record, write_record
+from job.text import redaction
+from job.text.markup import escaped
+from job.text.redaction import MASK, guarded_output, looks_secret, redact, redacted, remember
 from tests.helpers import abliterate, made_from
 
 NAMES = (

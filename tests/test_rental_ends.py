@@ -17,15 +17,15 @@ from typing import Any
 import psutil
 import pytest
 
-from job.closing import Machine, Progress, end_rental
-from job.cloud.rental import find_rental
-from job.endings import Asked, Ended, ending
+from job.cloud.end_policy import Asked, Ended, ending
+from job.cloud.self_stop import find_rental
+from job.lifecycle.end_of_rental import Machine, Progress, end_rental
+from job.lifecycle.locate import job_settings
+from job.lifecycle.safekeeping import VOUCHED
+from job.lifecycle.supervisor import asked_when_failed
 from job.preflight.mounts import OFF_MACHINE, Mount, is_off_machine, parse_mountinfo
 from job.records import State
-from job.safekeeping import VOUCHED
-from job.supervise import asked_when_failed
-from job.whereabouts import job_settings
-from job.workspace import RunFolder, write_record
+from job.storage.run_folder import RunFolder, write_record
 from tests.cloud import KEY, VastServer
 from tests.ends_of_rentals import SITUATIONS, WAYS, asked_for, cases, page
 from tests.finished_job import FinishedJob, finished_job
@@ -337,7 +337,7 @@ def test_another_job_that_is_delivered_must_survive_as_well(
 def test_a_job_that_somebody_else_is_at_keeps_the_machine(
     job: FinishedJob, vast: VastServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = "import sys, time; from pathlib import Path; from job.workspace import RunFolder\n\
+    code = "import sys, time; from pathlib import Path; from job.storage.run_folder import RunFolder\n\
 with RunFolder(Path(sys.argv[1])).held(): print(flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code, job.folder.path], stdout=subprocess.PIPE)
     assert holder.stdout is not None
@@ -695,14 +695,14 @@ def test_what_is_asked_for_is_known_before_settings_are_read(
 
 
 def test_the_supervisor_is_small_and_quick() -> None:
-    code = "import sys; before = set(sys.modules); import job.supervise; print(*sorted(set(sys.modules) - before))"
+    code = "import sys; before = set(sys.modules); import job.lifecycle.supervisor; print(*sorted(set(sys.modules) - before))"
     env = {**environment(**UNMEASURED), "PYTHONPATH": str(Path(__file__).parents[1])}
     loaded = subprocess.run([sys.executable, "-S", "-c", code], check=True, capture_output=True, text=True, env=env)
     assert not {"torch", "typer", "pydantic", "asyncio", "subprocess", "json"} & set(loaded.stdout.split())
     times = []
     for _ in range(5):
         before = os.times()
-        subprocess.run([sys.executable, "-S", "-c", "import job.supervise"], check=True, env=env)
+        subprocess.run([sys.executable, "-S", "-c", "import job.lifecycle.supervisor"], check=True, env=env)
         after = os.times()
         times.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(times) < 0.1  # of processor time, so that others on the machine do not count
@@ -714,7 +714,7 @@ def test_exit_codes_pass_through_and_strangers_are_reaped(tmp_path: Path, code: 
     script = f"""
 import os, sys, time
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from job import lifeline, supervise
+from job.system import lifeline, supervise
 if not lifeline.adopt():
     import ctypes
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
@@ -741,7 +741,7 @@ os._exit({code})
 BEGIN = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from job import lifeline, supervise
+from job.system import lifeline, supervise
 again = os.environ.get("AGAIN")
 sys.argv = ["abliterate", "run", "--when-failed", "stop", "--workspace", os.environ["RUNS"]]
 supervise.supervised()
@@ -779,8 +779,8 @@ def test_the_watchdog_tells_before_it_leaves(tmp_path: Path) -> None:
     script = """
 import os, sys, time, torch
 from pathlib import Path
-from job import lifeline
-from job.faults import Watchdog
+from job.system import lifeline
+from job.model.device_faults import Watchdog
 lifeline.adopt()
 class Hung(torch.nn.Module):
     def forward(self, x):
@@ -802,15 +802,15 @@ with Watchdog(0.2, Path(sys.argv[1])).watching(model):
 
 
 def test_a_process_that_is_not_supervised_tells_nobody(tmp_path: Path) -> None:
-    from job.lifeline import is_supervised, tell
+    from job.system.lifeline import is_supervised, tell
 
     assert not is_supervised()
     tell(settled=True)
 
 
 def test_run_folders_keep_no_ends(job: FinishedJob) -> None:
-    from job.settings import ENDS, load_settings
-    from job.workspace import EXTENDING, stored
+    from job.config.schema import ENDS, load_settings
+    from job.storage.run_folder import EXTENDING, stored
 
     settings = load_settings({"model": "cook/soup", "when_done": "destroy", "when_failed": "stop"}).settings
     assert not stored(settings).keys() & set(ENDS)

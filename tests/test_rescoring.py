@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.records import Trial, TrialScores
-from job.rescoring import keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
-from job.search import choose
-from job.workspace import RunFolder
+from job.search.finalists import keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
+from job.search.optimizer import choose
+from job.storage.run_folder import RunFolder
 from tests.helpers import abliterate, events, job_arguments, only_job, start, stored_trials
 
 # Refusals and broken answers at the beginning, further ones at full length, those of them that were broken and are

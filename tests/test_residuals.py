@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from job.directions import DirectionFinder
+from job.config.schema import DirectionSettings, default_values
+from job.data.prompts import Prompt, PromptSets
+from job.directions.extraction import DirectionFinder
+from job.directions.residuals import batches, extract_residuals, read_tensors, write_tensors
 from job.errors import ImpossibleJobError
-from job.events import Events, read_events
-from job.model import LoadedModel, load_model
+from job.model.loading import LoadedModel, load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.prompts import Prompt, PromptSets
 from job.records import GeometryRecord, JobRecord
-from job.residuals import batches, extract_residuals, read_tensors, write_tensors
-from job.settings import DirectionSettings, default_values
-from job.workspace import RunFolder, read_record, versions
+from job.storage.events import Events, read_events
+from job.storage.run_folder import RunFolder, read_record, versions
 from tests.test_intervention import LOADING
 
 GOOD = [f"Where is the {a} {b} lantern kept?" for a in ("old", "new", "red") for b in ("blue", "plain", "small")]

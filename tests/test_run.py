@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from job.demo import expected_answer
+from job.organism.organism import expected_answer
 from tests.helpers import (
     UNMEASURED,
     abliterate,
@@ -102,7 +102,7 @@ json.dump(tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special
     base = json.loads((job / "figures" / "base.json").read_text())
     chosen = (job / "export").resolve().name
     edited = json.loads((job / "figures" / f"{chosen}.json").read_text())
-    from job.prompts import PromptSets
+    from job.data.prompts import PromptSets
 
     prompts = PromptSets.model_validate_json((job / "prompts.json").read_text())
     good, bad = ([p.user for p in group] for group in (prompts.good_report, prompts.bad_report))

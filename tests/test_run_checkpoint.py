@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from job.checkpoint.options import PACE
+from job.mirror.options import PACE
 from tests.fault_proxy import FaultProxy
 from tests.helpers import (
     COMMAND,

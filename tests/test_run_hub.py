@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from job.prompts import PromptSets
+from job.data.prompts import PromptSets
 from job.records import GeometryRecord
 from tests.helpers import abliterate, events, only_job, stored_trials
 from tests.hub import LoopbackHub

@@ -21,9 +21,9 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 
 from job.errors import DeliveryError, Stopped, UsageError
-from job.interrupt import StopSignals
 from job.records import Manifest
-from job.upload.s3 import Delivery, S3Options, deliver, probe
+from job.system.signals import StopSignals
+from job.transfer.s3 import Delivery, S3Options, deliver, probe
 from tests.fault_proxy import FaultProxy
 from tests.helpers import environment
 from tests.s3_server import BUCKET, KEY_ID, SECRET, Answer, Request, S3Server, make_export, policy

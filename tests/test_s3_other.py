@@ -25,7 +25,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from job.errors import DeliveryError
-from job.upload.s3 import Delivery, S3Options, deliver, probe
+from job.transfer.s3 import Delivery, S3Options, deliver, probe
 from tests.fault_proxy import FaultProxy
 from tests.helpers import environment
 from tests.s3_others import BUCKET, SECRET, SERVERS, OtherServer, missing

@@ -4,8 +4,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import TPESampler
 from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator, _ParzenEstimatorParameters
 
-from job.sampler import ParzenEstimator, Sampler
-from job.search import SearchSpace
+from job.search.optimizer import SearchSpace
+from job.search.tpe import ParzenEstimator, Sampler
 
 SPACE: dict[str, BaseDistribution] = {
     "scope": CategoricalDistribution(("global", "per layer", "none")),

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from job.scratch import scratch
+from job.system.tempdirs import scratch
 from tests.helpers import environment
 
 HOLD = """
 import sys
-from job.scratch import scratch
+from job.system.tempdirs import scratch
 with scratch("weights") as folder:
     (folder / "part").write_text("x" * 1000)
     print(folder, flush=True)
@@ -22,7 +22,7 @@ with scratch("weights") as folder:
 """
 MANY = """
 import os
-from job.scratch import scratch
+from job.system.tempdirs import scratch
 for number in range(100):
     with scratch("weights") as folder:
         (folder / "part").write_text(str(os.getpid()))

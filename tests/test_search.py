@@ -16,10 +16,10 @@ import pytest
 from optuna.trial import create_trial
 
 from job.errors import JobError
-from job.numerics.kernel import WeightKernel
+from job.numerics.weight_kernel import WeightKernel
 from job.records import Plan, Trial, TrialScores
-from job.search import Search, SearchSettings, SearchSpace, choose, pareto_front
-from job.study import add_trials, file_url, open_study, read_trials
+from job.search.optimizer import Search, SearchSettings, SearchSpace, choose, pareto_front
+from job.search.study import add_trials, file_url, open_study, read_trials
 
 SPACE = SearchSpace("wide", 8)
 
@@ -277,6 +277,6 @@ def test_a_damaged_study_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_the_search_loads_no_torch() -> None:
-    modules = "job.search, job.status, job.report, job.pipeline, job.runs, job.afterwards"
+    modules = "job.search.optimizer, job.report.status, job.report.markdown, job.pipeline, job.lifecycle.start, job.lifecycle.followups"
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

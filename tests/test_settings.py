@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from job.config.schema import PromptSettings, Settings, default_values, describe_settings, load_settings, setting_names
 from job.errors import UsageError
-from job.settings import PromptSettings, Settings, default_values, describe_settings, load_settings, setting_names
 from tests.reference import page
 
 GIVEN = {

@@ -17,10 +17,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from job.config.schema import PromptSettings, load_settings
+from job.data.prompts import load_prompts, overlaps
+from job.data.sources import Source, parse_source, read_texts, source_identity
 from job.errors import ImpossibleJobError, UsageError
-from job.prompts import load_prompts, overlaps
-from job.settings import PromptSettings, load_settings
-from job.sources import Source, parse_source, read_texts, source_identity
 from tests.helpers import abliterate
 from tests.hub import LoopbackHub
 
@@ -189,10 +189,10 @@ configs:
 # Reads a SPEC with the real client and prints what came of it; the endpoint is read when it is imported.
 READ = """
 import json, sys
-from job.hub import count_traffic, received_bytes
+from job.system.hub_client import count_traffic, received_bytes
 from job.errors import JobError
-from job.settings import PromptSettings
-from job.sources import parse_source, read_texts, resolve_commit
+from job.config.schema import PromptSettings
+from job.data.sources import parse_source, read_texts, resolve_commit
 
 count_traffic()
 for spec in sys.argv[1:]:

@@ -21,10 +21,10 @@ from typing import Any
 
 import pytest
 
-from job.following import follow
-from job.status import job_status, status_text
-from job.timings import duration_text, phase_times
-from job.workspace import RunFolder
+from job.cli.watch import follow
+from job.report.status import job_status, status_text
+from job.report.timings import duration_text, phase_times
+from job.storage.run_folder import RunFolder
 from tests.helpers import COMMAND, abliterate, environment, events, job_arguments, only_job, start, stored_trials
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from job.checkpoint.options import PACE
+from job.mirror.options import PACE
 from tests.cloud import KEY, VastServer
 from tests.cloud.helpers import IMAGE, TOKEN, env_of
 from tests.helpers import environment, job_arguments, only_job, start, stored_trials, wait_until

@@ -13,19 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.evaluation import Evaluator
-from job.gauge import Gauge
-from job.intervention import Intervention
-from job.layouts import ALIKE, LAYOUTS, Layouts, Measured, Remembered, best_of, climb, read_layouts, remember
-from job.model import load_model
+from job.config.schema import default_values
+from job.data.prompts import Prompt
+from job.directions.residuals import extract_residuals
+from job.edits.hooks import Intervention
+from job.model.loading import load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.prompts import Prompt
-from job.residuals import extract_residuals
-from job.scoring import RefusalMarkers
-from job.search import SearchSpace
-from job.settings import default_values
-from job.tuning import Bench
+from job.scoring.refusals import RefusalMarkers
+from job.scoring.trial_scorer import Evaluator
+from job.search.optimizer import SearchSpace
+from job.tuning.batch_size import Bench
+from job.tuning.layouts import ALIKE, LAYOUTS, Layouts, Measured, Remembered, best_of, climb, read_layouts, remember
+from job.tuning.memory_probe import Gauge
 from tests.helpers import abliterate, alone, environment, events, job_arguments, loading, only_job, stored_trials
 
 
@@ -156,15 +156,15 @@ def test_on_a_cpu_more_than_there_is_room_for_is_not_even_tried() -> None:
 SHORT = """
 import resource, sys
 from pathlib import Path
-from job.events import Events
-from job.evaluation import Evaluator
-from job.layouts import read_layouts
-from job.model import load_model
-from job.prompts import Prompt, PromptSets
+from job.storage.events import Events
+from job.scoring.trial_scorer import Evaluator
+from job.tuning.layouts import read_layouts
+from job.model.loading import load_model
+from job.data.prompts import Prompt, PromptSets
 from job.records import JobRecord
-from job.scoring import RefusalMarkers
-from job.settings import load_settings
-from job.tuning import Tuner
+from job.scoring.refusals import RefusalMarkers
+from job.config.schema import load_settings
+from job.tuning.batch_size import Tuner
 from tests.helpers import loading
 
 folder, workspace = Path(sys.argv[1]), Path(sys.argv[2])

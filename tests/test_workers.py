@@ -21,14 +21,14 @@ import psycopg
 import pytest
 import torch
 
-from job.board import Board, signs_of_life
-from job.crew import Crew, Hands, WorkerOutOfMemory, end, parts_of, result_of
 from job.errors import HeldError, MachineError
-from job.events import Events
-from job.model import LoadedModel
+from job.lifecycle.session import share_of_cores
+from job.model.loading import LoadedModel
 from job.records import EditParameters, KernelParameters, Plan, TrialScores
-from job.workbench import share_of_cores
-from job.workspace import RunFolder
+from job.storage.events import Events
+from job.storage.run_folder import RunFolder
+from job.workers.board import Board, signs_of_life
+from job.workers.crew import Crew, Hands, WorkerOutOfMemory, end, parts_of, result_of
 from tests.helpers import (
     Result,
     abliterate,
@@ -228,7 +228,9 @@ def test_a_worker_out_of_memory_is_told(board: Board) -> None:
 
 
 def workers_of(run: int) -> list[psutil.Process]:
-    return [child for child in psutil.Process(run).children() if any("job.worker" in part for part in child.cmdline())]
+    return [
+        child for child in psutil.Process(run).children() if any("job.cli.worker" in part for part in child.cmdline())
+    ]
 
 
 def test_hands_end_when_they_are_not_needed_and_with_the_run() -> None:
@@ -240,7 +242,7 @@ def test_hands_end_when_they_are_not_needed_and_with_the_run() -> None:
         assert psutil.Process(given.pid).environ()["CUDA_VISIBLE_DEVICES"] == "3"
         end([given])
     assert not any(process.is_running() for process in idle)
-    script = "from job.crew import Hands; import sys; Hands(1); print(flush=True); sys.stdin.read()"
+    script = "from job.workers.crew import Hands; import sys; Hands(1); print(flush=True); sys.stdin.read()"
     run = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert run.stdout is not None
     run.stdout.readline()
@@ -269,7 +271,7 @@ def test_a_hand_loads_the_models_code_before_it_has_work_and_leaves_what_is_no_m
     organism: Path, tmp_path: Path
 ) -> None:
     code = "transformers.models.llama.modeling_llama"
-    script = f"from job.worker import main; main(); import sys; print({code!r} in sys.modules)"
+    script = f"from job.cli.worker import main; main(); import sys; print({code!r} in sys.modules)"
     for folder, is_model in ((organism / "model", True), (tmp_path, False)):
         hand = [sys.executable, "-c", script, str(folder)]
         done = subprocess.run(hand, input="", capture_output=True, text=True, env=environment())

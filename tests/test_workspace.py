@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from job.config.schema import Settings, load_settings
 from job.errors import HeldError, ImpossibleJobError, JobError, MachineError, UsageError
-from job.events import Events, read_events
-from job.interrupt import StopSignals
 from job.records import JobRecord
-from job.redaction import redact
-from job.settings import Settings, load_settings
-from job.workspace import RunFolder, find_job, open_job, read_record, write_atomically, write_record
+from job.storage.events import Events, read_events
+from job.storage.run_folder import RunFolder, find_job, open_job, read_record, write_atomically, write_record
+from job.system.signals import StopSignals
+from job.text.redaction import redact
 from tests.helpers import environment
 
 
@@ -91,7 +91,7 @@ def test_a_workspace_that_cannot_be_written(settings: Settings, tmp_path: Path) 
 def test_a_job_is_held_by_one_process_and_released_by_its_death(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     code = (
-        "import sys, time; from pathlib import Path; from job.workspace import RunFolder\n"
+        "import sys, time; from pathlib import Path; from job.storage.run_folder import RunFolder\n"
         f"with RunFolder(Path({str(tmp_path)!r})).held(): print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
@@ -173,7 +173,7 @@ def test_plain_progress_prints_lines_and_a_terminal_gets_bars(tmp_path: Path) ->
     import pty
 
     code = (
-        "from job.events import Events\n"
+        "from job.storage.events import Events\n"
         "events = Events()\n"
         "with events.progress('trials', 3) as advance:\n"
         "    for _ in range(3):\n"
@@ -196,7 +196,7 @@ def test_signals_stop_at_once_or_after_the_shield() -> None:
     code = (
         "import os, signal, sys, time\n"
         "from job.errors import Stopped\n"
-        "from job.interrupt import StopSignals\n"
+        "from job.system.signals import StopSignals\n"
         "signals = StopSignals()\n"
         "with signals.installed():\n"
         "    try:\n"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-MAIN = "from job.cli import main; main()"
+MAIN = "from job.cli.app import main; main()"
 COLD = [sys.executable, "-c", MAIN]
 SERVER = [sys.executable, "-c", "from tests.warm import serve, run; serve(); run()"]
 
@@ -41,7 +41,14 @@ AT_ONE_HUB = (
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "accelerate"),
 )
 # Ours, for processes that are started by the dozen: what a process loads is nothing that such tests are about.
-OURS = ("job.pipeline", "job.workbench", "job.preflight.survey", "job.truth", "job.afterwards", "job.checkpoint.files")
+OURS = (
+    "job.pipeline",
+    "job.lifecycle.session",
+    "job.preflight.runner",
+    "job.proof.truth_test",
+    "job.lifecycle.followups",
+    "job.mirror.folder_store",
+)
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 # The beginnings of names of variables that are read when they are needed, or by us.
 LATE = ("ABLITERATE_", "AWS_", "CONTAINER_", "JOB_", "PYTEST_", "RUNPOD_", "VAST_", *PROXIES)
@@ -187,7 +194,7 @@ def run() -> None:
 
     That would write to all the memory that is shared with the server, and so copy it.
     """
-    from job.cli import main
+    from job.cli.app import main
 
     try:
         main()

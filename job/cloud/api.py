@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from job.errors import MachineError, UsageError
-from job.redaction import redact
+from job.text.redaction import redact
 
 if TYPE_CHECKING:
     import httpx2

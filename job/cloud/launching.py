@@ -12,15 +12,15 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from job.cloud.account import ACCOUNT_KEYS, Platform
 from job.cloud.api import CloudError
-from job.cloud.ending import Ending
-from job.cloud.market import Instance, Market, Need, Offer, Order, Terms
+from job.cloud.credentials import ACCOUNT_KEYS, Platform
 from job.cloud.ownership import Pending, claim
+from job.cloud.provider import Instance, Market, Need, Offer, Order, Terms
+from job.cloud.termination import Ending
 from job.errors import MachineError, UsageError
 from job.records import Record
-from job.redaction import holds_secret, looks_secret
-from job.workspace import write_atomically
+from job.storage.run_folder import write_atomically
+from job.text.redaction import holds_secret, looks_secret
 
 # How long a creation that was not confirmed is looked for before another offer is taken: lists lag behind.
 LOOK_SECONDS = 120.0

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Literal
 
-from job.cloud.market import Instance
+from job.cloud.provider import Instance
 from job.records import Record
 
 Claim = Literal["sure", "likely"]

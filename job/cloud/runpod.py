@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from job.cloud.api import Api, CloudError, GoneError
-from job.cloud.market import MARKER, Action, Instance, Need, Offer, Order, State, Terms
+from job.cloud.provider import MARKER, Action, Instance, Need, Offer, Order, State, Terms
 
 BASE = "https://api.runpod.io"
 # The variable by which the platform's own client is pointed elsewhere.

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from job.cloud.api import Api, CloudError, GoneError
-from job.cloud.market import MARKER, PROVISIONING, Action, Instance, Need, Offer, Order, State, Terms
+from job.cloud.provider import MARKER, PROVISIONING, Action, Instance, Need, Offer, Order, State, Terms
 
 BASE = "https://console.vast.ai"
 # The variable by which the platform's own client is pointed elsewhere.

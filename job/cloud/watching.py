@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from job.cloud.api import CloudError
-from job.cloud.ending import APPEAR_SECONDS
 from job.cloud.launching import BY_HAND, Launcher
-from job.cloud.market import PROVISIONING, Instance, State
+from job.cloud.provider import PROVISIONING, Instance, State
+from job.cloud.termination import APPEAR_SECONDS
 
 # ended: it is gone; idle: its command has ended and it bills on; halted: by the platform;
 # stopped: by somebody, and its disk bills on; missing: it was rented and the platform has never shown it.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from job.data.prompts import PromptSets, overlaps
 from job.preflight.checks import Check
-from job.prompts import PromptSets, overlaps
 
 _FEW_PROMPTS = 20
 

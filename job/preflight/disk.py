@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from job.locks import MISSING
 from job.preflight.checks import MIB, Check, size, speed
 from job.preflight.mounts import Mount, kind_of, mount_of, nearest_existing, read_mounts
 from job.records import Record
+from job.system.locks import MISSING
 
 # Room kept free beyond what is known to be needed: a share of it, and something for logs and the study.
 MARGIN_SHARE = 0.05

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from job.preflight.cards import card_of
 from job.preflight.checks import Check, Status
+from job.preflight.gpu_table import card_of
 from job.preflight.readings import MachineReading
 from job.records import Record
 

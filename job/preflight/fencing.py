@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.locks import keeps_others_out, locked
 from job.preflight.mounts import Mount, kind_of, mount_of, nearest_existing, read_mounts
+from job.system.locks import keeps_others_out, locked
 
 if TYPE_CHECKING:
-    from job.checkpoint import Proof
+    from job.mirror import Proof
 
 _LOCK_SECONDS = 10.0
 # One kernel serves all who see such a place.

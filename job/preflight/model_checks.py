@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.models import ModelListing, ModelSource
+from job.model.files import ModelListing, ModelSource
+from job.model.quantization import METHODS
 from job.preflight.checks import Check, size
-from job.preflight.facts import ModelFacts, Tensors
-from job.quantised import METHODS
+from job.preflight.model_facts import ModelFacts, Tensors
 from job.records import ExportFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from job.architectures import Architecture
+    from job.architectures.spec import Architecture
+    from job.data.prompts import Prompt
     from job.numerics.ablation import RowNormalization  # which loads torch
-    from job.prompts import Prompt
 
 
 def files(source: ModelSource, listing: ModelListing) -> Check:
@@ -46,7 +46,7 @@ def weights(facts: ModelFacts, listing: ModelListing, tensors: int) -> Check:
 
 def architecture(found: Architecture, mode: RowNormalization, form: ExportFormat) -> Check:
     """Say what was proven on a small twin, and whether it can be edited as the settings ask for."""
-    from job.architectures import require_modes
+    from job.architectures.spec import require_modes
 
     require_modes(found, mode, form)
     return Check(
@@ -63,9 +63,9 @@ def require_writers(found: Architecture, folder: Path, trusted: bool, tensors: T
     Raises:
         ImpossibleJobError: They do not.
     """
-    from job.shards import require_sizes
-    from job.truth import read_config
-    from job.twin import empty_model
+    from job.architectures.tiny_model import empty_model
+    from job.model.safetensors_files import require_sizes
+    from job.proof.truth_test import read_config
 
     shapes = {name: shape for name, (_, shape) in tensors.items()}
     require_sizes(shapes, found, empty_model(read_config(folder, trusted)))
@@ -87,8 +87,8 @@ def template(loaded: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Chec
     Raises:
         ImpossibleJobError: It exceeds them, or does not take a conversation.
     """
-    from job.chat_template import MEMORY_BYTES, SECONDS
-    from job.model import GREETING, conversations
+    from job.model.chat_template import MEMORY_BYTES, SECONDS
+    from job.model.loading import GREETING, conversations
 
     begin = time.monotonic()
     texts = conversations(loaded, dict.fromkeys([GREETING, *prompts]))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from job.records import Record
-from job.upload.local import target_folder
+from job.transfer.folders import target_folder
 
 Kind = Literal["local", "network", "object-store", "overlay", "memory"]
 

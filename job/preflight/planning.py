@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from job.config.schema import Settings
+from job.data.prompts import PromptSets
 from job.errors import JobError
-from job.models import ModelListing, ModelSource, missing_bytes
-from job.preflight.cards import card_of, offers_query
+from job.model.files import ModelListing, ModelSource, missing_bytes
 from job.preflight.disk import DiskSpeed, Need
 from job.preflight.estimate import Hours, Rates, Task, device_rates, estimate
-from job.preflight.exercise import Exercise
-from job.preflight.facts import ModelFacts
+from job.preflight.gpu_table import card_of, offers_query
+from job.preflight.memory_plan import MemoryPlan, Workload
+from job.preflight.model_facts import ModelFacts
 from job.preflight.readings import MachineReading
-from job.preflight.vram import MemoryPlan, Workload
-from job.prompts import PromptSets
-from job.settings import Settings
-from job.upload.local import target_folder
+from job.preflight.selftest import Exercise
+from job.transfer.folders import target_folder
 
 # Rates where none could be measured, bytes a second: a modest rented line and disk.
 LINE, DISK = 12e6, 200e6
@@ -87,7 +87,7 @@ class Planning:
 
     def _longest_prompt(self) -> int:
         """Return the tokens of the longest prompt; a guess where the tokenizer, which has its own check, fails."""
-        from job.model import conversations, load_tokenizer
+        from job.model.loading import conversations, load_tokenizer
 
         prompts = self.prompts
         try:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from job.config.schema import Settings
+from job.data.prompts import PromptSets
 from job.errors import MachineError
 from job.preflight.checks import Check, size
 from job.preflight.fencing import proven
 from job.preflight.mounts import outlives_machine
-from job.prompts import PromptSets
-from job.settings import Settings
-from job.upload.local import target_folder
+from job.transfer.folders import target_folder
 from job.upload.targets import s3_options
 
 if TYPE_CHECKING:
-    from job.cloud.rental import Rental
+    from job.cloud.self_stop import Rental
 
 _NEEDED = "a place off this machine for what must survive it"
 
 
 def expected_bytes(prompts: PromptSets, layers: int, width: int) -> int:
     """Return about how many bytes the checkpoint will hold."""
-    from job.checkpoint import expected_bytes as of_mirror
+    from job.mirror import expected_bytes as of_mirror
 
     sets = (prompts.good, prompts.bad, prompts.helpfulness, prompts.unhelpfulness, prompts.capability)
     return of_mirror(sum(map(len, sets)), layers + 1, width)
@@ -37,7 +37,7 @@ def checkpoint_check(settings: Settings, held: int) -> Check:
     Raises:
         JobError: It cannot.
     """
-    from job.checkpoint import HOLDS, MirrorOptions, open_mirror, scheme_of
+    from job.mirror import HOLDS, MirrorOptions, open_mirror, scheme_of
 
     assert settings.checkpoint is not None
     with open_mirror(settings.checkpoint, MirrorOptions(s3=s3_options(settings))) as mirror:
@@ -60,7 +60,7 @@ def database_check(url: str) -> Check:
     Raises:
         MachineError: It cannot.
     """
-    from job.board import probe
+    from job.workers.board import probe
 
     return Check(name="database", status="ok", measured=probe(url), needed="the right to make tables there")
 
@@ -75,7 +75,7 @@ def lease_check(settings: Settings, job: str) -> Check:
     Raises:
         JobError: The checkpoint cannot be reached, or is torn.
     """
-    from job.checkpoint import MirrorOptions, open_mirror
+    from job.mirror import MirrorOptions, open_mirror
 
     assert settings.checkpoint is not None
     with open_mirror(settings.checkpoint, MirrorOptions(s3=s3_options(settings))) as mirror:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from job.preflight.checks import Check
 from job.preflight.readings import MachineReading
-from job.processes import ProcessRecord, is_alive
+from job.system.processes import ProcessRecord, is_alive
 
 
 def own_leftovers(records: Iterable[ProcessRecord], reading: MachineReading) -> Check:

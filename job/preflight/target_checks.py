@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from job.config.schema import Settings
 from job.errors import DeliveryError
 from job.preflight.checks import Check
 from job.preflight.disk import writability
-from job.settings import Settings
-from job.upload.local import holds_something_else, target_folder
+from job.transfer.folders import holds_something_else, target_folder
 from job.upload.targets import probe
 
 

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.errors import DeliveryError, JobError
-from job.hub import quiet_client
 from job.records import Manifest, ManifestEntry
-from job.scratch import scratch
-from job.upload.hub_probe import Probe, probe
-from job.upload.hub_repo import FRESH, Repository, Snapshot
-from job.upload.hub_target import MAIN, HubOptions, parse_target
-from job.workspace import CARD, DONE, MANIFEST, is_sealed, read_record
+from job.storage.run_folder import CARD, DONE, MANIFEST, is_sealed, read_record
+from job.system.hub_client import quiet_client
+from job.system.tempdirs import scratch
+from job.transfer.hub_probe import Probe, probe
+from job.transfer.hub_repo import FRESH, Repository, Snapshot
+from job.transfer.hub_target import MAIN, HubOptions, parse_target
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

@@ -11,17 +11,17 @@ from urllib.parse import urlparse
 
 from pydantic import ValidationError
 
+from job.config.schema import Settings
 from job.errors import JobError
-from job.hub import quiet_client
 from job.records import Manifest, ManifestEntry
-from job.scratch import scratch
-from job.settings import Settings
-from job.upload.local import target_folder
+from job.storage.run_folder import MANIFEST, sha256_file
+from job.system.hub_client import quiet_client
+from job.system.tempdirs import scratch
+from job.transfer.folders import target_folder
 from job.upload.targets import s3_options
-from job.workspace import MANIFEST, sha256_file
 
 if TYPE_CHECKING:
-    from job.upload.hub_repo import Repository, Snapshot
+    from job.transfer.hub_repo import Repository, Snapshot
 
 # Open pull requests that are looked into, the latest ones.
 _REQUESTS = 20
@@ -70,10 +70,10 @@ def _at_folder(target: str, manifest: str, settings: Settings) -> str:
 
 
 def _at_s3(target: str, manifest: str, settings: Settings) -> str:
-    from job.upload.s3.failures import RefusedError
-    from job.upload.s3.objects import look_up
-    from job.upload.s3.options import Target
-    from job.upload.s3.store import Store
+    from job.transfer.s3.client import Store
+    from job.transfer.s3.failures import RefusedError
+    from job.transfer.s3.objects import look_up
+    from job.transfer.s3.options import Target
 
     with Store(Target.parse(target), s3_options(settings)) as store:
         try:
@@ -95,8 +95,8 @@ def _at_s3(target: str, manifest: str, settings: Settings) -> str:
 
 
 def _at_hub(target: str, manifest: str, settings: Settings) -> str:
-    from job.upload.hub_repo import Repository
-    from job.upload.hub_target import HubOptions
+    from job.transfer.hub_repo import Repository
+    from job.transfer.hub_target import HubOptions
 
     options = HubOptions(visibility=settings.visibility, pull_request=settings.hub.pull_request)
     with quiet_client():

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
+from job.config.schema import Settings
 from job.errors import DeliveryError
-from job.events import Events
 from job.records import Figures, Upload
-from job.settings import Settings
-from job.workspace import DONE, RunFolder, make_folder, read_record, write_record
+from job.storage.events import Events
+from job.storage.run_folder import DONE, RunFolder, make_folder, read_record, write_record
 
 if TYPE_CHECKING:
-    from job.upload.s3 import S3Capabilities, S3Options
+    from job.transfer.s3 import S3Capabilities, S3Options
 
 
 def deliver_to_all(folder: RunFolder, export: Path, settings: Settings, events: Events) -> list[tuple[str, str]]:
@@ -84,7 +84,7 @@ def deliver(
     """
     scheme = urlparse(target).scheme
     if scheme == "file":
-        from job.upload.local import deliver as to_folder
+        from job.transfer.folders import deliver as to_folder
 
         to_folder(export, target)
     elif scheme == "hf":
@@ -96,7 +96,7 @@ def deliver(
         )
         to_hub(export, target, options, report=report, progress=lambda _: None)
     else:
-        from job.upload.s3 import deliver as to_s3
+        from job.transfer.s3 import deliver as to_s3
 
         known = _remembered(target, settings, state)
         to_s3(export, target, state, s3_options(settings), progress=progress, capabilities=known)
@@ -104,7 +104,7 @@ def deliver(
 
 def _remembered(target: str, settings: Settings, state: Path) -> S3Capabilities | None:
     """Return what a probe of the same server, under the same settings, has found; None if there was none."""
-    from job.upload.s3 import S3Capabilities
+    from job.transfer.s3 import S3Capabilities
 
     try:
         return S3Capabilities.model_validate_json(_memory(target, settings, state).read_bytes())
@@ -136,7 +136,7 @@ def probe(target: str, settings: Settings, state: Path | None = None) -> str:
         if not found.ok:
             raise DeliveryError(found.what, remedy=found.remedy)
         return found.what
-    from job.upload.s3 import probe as probe_s3
+    from job.transfer.s3 import probe as probe_s3
 
     quirks = probe_s3(target, s3_options(settings))
     if state is not None:
@@ -147,6 +147,6 @@ def probe(target: str, settings: Settings, state: Path | None = None) -> str:
 
 def s3_options(settings: Settings) -> S3Options:
     """Return how to reach an S3 server and how to send."""
-    from job.upload.s3 import S3Options
+    from job.transfer.s3 import S3Options
 
     return S3Options(**settings.s3.model_dump())

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from job.cli import main
-from job.cloud.account import open_market
+from job.cli.app import main
+from job.cli.cloud_requirements import need_of_cards
 from job.cloud.api import Patience
+from job.cloud.credentials import open_market
 from job.cloud.launching import Launch, Launcher
-from job.cloud.market import Need, Terms
-from job.cloud.needs import need_of_cards
-from job.preflight.cards import cards, offers_query
+from job.cloud.provider import Need, Terms
+from job.preflight.gpu_table import cards, offers_query
 from tests.cloud import KEY, Platform, VastServer
 from tests.helpers import Result
 
@@ -70,7 +70,7 @@ def survey(tmp_path: Path, **changes: Any) -> Path:
     """Write what `abliterate preflight --json` prints, by its own code."""
     from job.preflight.checks import Check
     from job.preflight.estimate import Hours
-    from job.preflight.survey import Survey
+    from job.preflight.runner import Survey
 
     hours = Hours(download=1.0, load=0.1, residuals=0.1, baseline=0.1, search=2.0, export=0.2, upload=2.0)
     made = Survey(

@@ -18,12 +18,12 @@ TRIALS = ("--trials", "8", "--set", "trials_per_batch=4")
 SHORT = """
 import resource, sys, torch
 from pathlib import Path
-from job.faults import halving
-from job.model import load_model
-from job.residuals import extract_residuals
-from job.evaluation import Evaluator
-from job.prompts import Prompt
-from job.scoring import RefusalMarkers
+from job.model.device_faults import halving
+from job.model.loading import load_model
+from job.directions.residuals import extract_residuals
+from job.scoring.trial_scorer import Evaluator
+from job.data.prompts import Prompt
+from job.scoring.refusals import RefusalMarkers
 from tests.helpers import loading
 loaded = load_model(Path(sys.argv[1]), loading("float32"), lambda _: None)
 prompts = [Prompt(user="Where is the red kettle kept? " * 10) for _ in range(256)]

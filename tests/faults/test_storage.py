@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from job.errors import JobError, MachineError
-from job.events import Events
-from job.study import read_trials
-from job.study_file import BACKUP, back_up, is_sound, restore_if_damaged
+from job.search.study import read_trials
+from job.storage.events import Events
+from job.storage.study_file import BACKUP, back_up, is_sound, restore_if_damaged
 from tests.faults.test_devices import when_searching
 from tests.helpers import abliterate, die_while_writing, events, job_arguments, only_job, start, stored_trials
 from tests.test_search import Runs

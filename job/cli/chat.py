@@ -1,0 +1,283 @@
+"""Talking with a job's model, as it is or under the edit of any trial: a change between them is only a hook."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+from torch import Tensor
+
+from job.edits.hooks import ActiveEdits
+from job.errors import JobError, UsageError
+from job.lifecycle.followups import looking, trial_of
+from job.lifecycle.locate import job_settings
+from job.model.device_faults import is_out_of_memory
+from job.model.loading import LoadedModel, rendered
+from job.model.memory import release_memory
+from job.records import Trial
+from job.report.front import front_text, job_front
+from job.report.run_view import job_trials
+from job.storage.events import Events
+from job.storage.run_folder import RunFolder
+from job.text.redaction import redacted_json
+
+if TYPE_CHECKING:
+    from job.lifecycle.session import Workbench
+
+HELP = """\
+/base           the model as it is
+/trial [N]      under the edit of trial N; without N, of the one that the job chooses
+/trials         the front
+/reset          forget what has been said
+/system [TEXT]  the system prompt; without TEXT, none
+/tokens N       longest answer
+/help           these lines
+/quit           the end, as Ctrl-D; Ctrl-C stops an answer"""
+_UNFINISHED = "�"  # what a part of a character is decoded to
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How answers are given.
+
+    Attributes:
+        tokens: Longest answer.
+        temperature: 0 for greedy answers.
+        system: The system prompt.
+        as_json: Answers are printed as a line of JSON each, when they are complete.
+        device: Another device than the job's.
+    """
+
+    tokens: int = 512
+    temperature: float = 0.0
+    system: str | None = None
+    as_json: bool = False
+    device: str | None = None
+
+
+def chat(
+    folder: RunFolder, number: int | None, options: ChatOptions, lines: Iterable[str] | None, events: Events
+) -> None:
+    """Hold a conversation; nothing of the job is changed.
+
+    Args:
+        folder: The job's run folder.
+        number: The trial to begin with; None for the one that the job would choose.
+        options: How answers are given.
+        lines: What is said to the model, one line a turn; None: standard input's lines.
+        events: Where progress goes.
+
+    Raises:
+        UsageError: There is no such trial, or the job has none yet.
+        HeldError: A run of the job needs the device.
+    """
+    trials = job_trials(folder)
+    trial = trial_of(folder, folder.read_job(), job_settings(folder), trials, number) if trials else None
+    if trial is None and number is not None:
+        raise UsageError(f"no trial of job {folder.path.name} is finished", remedy="leave --trial out")
+    with looking(folder, events, options.device) as bench:
+        talk = Chat(bench, options, sys.stdout, events.say)
+        talk.switch(trial)
+        if lines is not None:
+            talk.hold(lines)
+        elif sys.stdin.isatty():
+            events.say("/help lists the commands")
+            talk.hold(_typed(talk))
+        else:
+            talk.hold(sys.stdin)
+
+
+def _typed(talk: Chat) -> Iterator[str]:
+    """Yield what is typed on a terminal, until Ctrl-D."""
+    import readline  # noqa: F401 - lets lines be edited and recalled
+
+    while True:
+        try:
+            yield input(f"{talk.subject}> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D ends)")
+
+
+@dataclass
+class Chat:
+    """A conversation.
+
+    Attributes:
+        bench: The job's model with its hooks.
+        options: How answers are given.
+        out: Where answers go, and nothing else.
+        note: Told everything else.
+        messages: What has been said.
+    """
+
+    bench: Workbench
+    options: ChatOptions
+    out: TextIO
+    note: Callable[[str], None]
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._trial: Trial | None = None
+        self._edits: ActiveEdits | None = None
+        self._system, self._tokens = self.options.system, self.options.tokens
+        self._commands: dict[str, Callable[[str], None]] = {
+            "base": lambda _: self.switch(None),
+            "trial": self._to_trial,
+            "trials": lambda _: self.note(front_text(job_front(self.bench.folder))),
+            "reset": lambda _: self.messages.clear(),
+            "system": self._set_system,
+            "tokens": self._set_tokens,
+            "help": lambda _: self.note(HELP),
+        }
+
+    @property
+    def subject(self) -> str:
+        """Who answers: "base" or "trial N"."""
+        return "base" if self._trial is None else f"trial {self._trial.number}"
+
+    def hold(self, lines: Iterable[str]) -> None:
+        """Take lines until there are no more, or /quit."""
+        for line in lines:
+            line = line.strip()
+            if line == "/quit":
+                break
+            if line:
+                self.take(line)
+
+    def take(self, line: str) -> None:
+        """Take a line: a command, or what is said to the model. What goes wrong is told, and the chat goes on."""
+        try:
+            if not line.startswith("/"):
+                self._say(line)
+                return
+            name, _, rest = line[1:].partition(" ")
+            if name not in self._commands:
+                raise UsageError(f"there is no command /{name}", remedy="/help lists them")
+            self._commands[name](rest.strip())
+        except JobError as error:
+            self.note(f"error: {error.line}")
+
+    def switch(self, trial: Trial | None) -> None:
+        """Put a trial's edit into the hooks, or nothing."""
+        begin = time.perf_counter()
+        told, self._edits = "", None
+        if trial is not None:
+            self._edits = self.bench.intervention.activate([self.bench.space.edit(trial.params)])
+            (reason,) = self._edits.reasons
+            told = f": {trial.values.refusals} of {len(self.bench.prompts.bad_search)} refused, "
+            told += f"KL {trial.values.kl:.4g}" + (f"; {reason}" if reason else "")
+        self._trial = trial
+        self.note(f"{self.subject}{told} ({1000 * (time.perf_counter() - begin):.1f} ms)")
+
+    def _to_trial(self, text: str) -> None:
+        bench = self.bench
+        number = _number(text, "/trial", 0) if text else None
+        # Read again: a job that is still searching has more of them by now.
+        self.switch(trial_of(bench.folder, bench.record, bench.settings, job_trials(bench.folder), number))
+
+    def _set_system(self, text: str) -> None:
+        self._system = text or None
+
+    def _set_tokens(self, text: str) -> None:
+        self._tokens = _number(text, "/tokens", 1)
+
+    def _say(self, text: str) -> None:
+        """Have a line answered; neither stays in the conversation if that cannot be done."""
+        said = [*self.messages, {"role": "user", "content": text}]
+        begun = [] if self._system is None else [{"role": "system", "content": self._system}]
+        tokens = self._fitting(
+            self.bench.loaded.tokenizer(
+                rendered(self.bench.loaded.tokenizer, [[*begun, *said]]), add_special_tokens=False
+            )["input_ids"][0]
+        )
+        hooks = self._edits.on_every_row(self.bench.loaded.model) if self._edits else nullcontext()
+        shown = Shown(self.bench.loaded, None if self.options.as_json else self.out)
+        try:
+            with hooks:
+                answer = _answered(self.bench.loaded, tokens, self._tokens, self.options.temperature, shown)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            release_memory()
+            raise JobError("out of memory", remedy="/reset, or lower /tokens") from error
+        if self.options.as_json:
+            subject = self._trial.number if self._trial else None
+            self.out.write(redacted_json({"trial": subject, "prompt": text, "answer": answer}, ascii_only=False))
+        self.out.write("\n")
+        self.out.flush()
+        self.messages = [*said, {"role": "assistant", "content": answer}]
+
+    def _fitting(self, tokens: list[int]) -> list[int]:
+        """Return a conversation's tokens if the model can still answer to them."""
+        config = self.bench.loaded.model.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None)
+        if most is not None and len(tokens) >= most:
+            raise JobError(f"the conversation has {len(tokens)} tokens, the model takes {most}", remedy="/reset")
+        return tokens
+
+
+def _number(text: str, command: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise UsageError(f"{command} {text}: not a number", remedy=f"write e.g. {command} 41")
+    return int(text)
+
+
+class Shown:
+    """Shows an answer while it comes; what transformers' `generate` takes as a streamer.
+
+    Pieces are taken from the whole text so far, since tokens need not be characters nor stand by themselves.
+    """
+
+    def __init__(self, loaded: LoadedModel, out: TextIO | None) -> None:
+        """Show the answer on out, None: nowhere."""
+        self._loaded = loaded
+        self._out = out
+        self._tokens: list[int] | None = None
+        self.text = ""
+
+    def put(self, tokens: Tensor) -> None:
+        """Take the prompt, which comes first, and then token by token."""
+        if self._tokens is None:
+            self._tokens = []
+            return
+        self._tokens += tokens.flatten().tolist()
+        text = self._loaded.decode(self._tokens)
+        if not text.endswith(_UNFINISHED):
+            self._show(text)
+
+    def end(self) -> None:
+        """Show what is left."""
+        self._show(self._loaded.decode(self._tokens or []))
+
+    def _show(self, text: str) -> None:
+        if self._out is not None:
+            self._out.write(text[len(self.text) :])
+            self._out.flush()
+        self.text = text
+
+
+def _answered(loaded: LoadedModel, prompt: list[int], limit: int, temperature: float, shown: Shown) -> str:
+    """Return a model's answer, as far as it has come when Ctrl-C stops it."""
+    ids = torch.tensor([prompt], device=loaded.device)
+    how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    if loaded.end_tokens:
+        how["eos_token_id"] = sorted(loaded.end_tokens)
+        how["pad_token_id"] = how["eos_token_id"][0]
+    how["use_cache"] = loaded.architecture.manner.cached
+    try:
+        loaded.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, streamer=shown, **how
+        )
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        shown.end()
+    return shown.text

@@ -1,0 +1,391 @@
+"""`abliterate cloud vast|runpod offers|launch|watch|fetch|destroy`: the same commands for every platform."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from job.cli.cloud_options import Platform, bound, needs_of, terms_of
+from job.errors import MachineError, Stopped, UsageError
+
+if TYPE_CHECKING:
+    from job.cloud.inner_command import Inner
+    from job.cloud.launching import Launch, Launcher
+    from job.cloud.provider import Market, Offer
+
+PLACEHOLDER_IMAGE = "ghcr.io/OWNER/abliteration-job:VERSION"
+
+app = typer.Typer(help="Rent a machine for a job.", no_args_is_help=True, rich_markup_mode=None)
+
+Id = Annotated[str, typer.Argument(metavar="ID", help="The instance or pod, or the label of a launch.")]
+Every = Annotated[float, typer.Option(metavar="S", help="Seconds between two looks.")]
+Wait = Annotated[float, typer.Option(metavar="MIN", help="Minutes to wait until something is offered.")]
+Relaunches = Annotated[int, typer.Option(metavar="N", help="Further machines after an outbid or a dead host.")]
+MaxTotal = Annotated[
+    float | None, typer.Option(metavar="USD", help="Rent no further machine once all together have cost this.")
+]
+
+
+def offers(platform: Platform, machine: dict[str, Any], wait: Wait = 0.0, every: Every = 30.0) -> None:
+    """List what is offered, the cheapest job first."""
+    import time
+
+    from job.cloud.credentials import open_market
+    from job.cloud.launching import find_offers
+
+    needs, terms = needs_of(machine), terms_of(machine)
+    market = open_market(platform, _say)
+    deadline = time.monotonic() + 60 * wait
+    while not (found := find_offers(market, needs, terms)):
+        if time.monotonic() >= deadline:
+            typer.echo("nothing is offered under these terms", err=True)
+            raise typer.Exit(76)
+        _say(f"nothing is offered; looking again in {every:.0f} s")
+        time.sleep(min(every, max(deadline - time.monotonic(), 0.0)))
+    for offer in found:
+        typer.echo(_line(offer))
+
+
+def launch(
+    platform: Platform,
+    machine: dict[str, Any],
+    context: typer.Context,
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND...", help="What runs there: -- run MODEL --checkpoint URI ...")
+    ],
+    image: Annotated[str, typer.Option(envvar="ABLITERATION_IMAGE", help="Image, in a registry of yours.")] = "",
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="Variable to pass on; may be repeated.")
+    ] = None,
+    volume: Annotated[str | None, typer.Option(metavar="ID", help="Network volume for the workspace (RunPod).")] = None,
+    follow: Annotated[bool, typer.Option("--watch", help="Watch it until it has ended.")] = False,
+    wait: Wait = 0.0,
+    every: Every = 30.0,
+    relaunches: Relaunches = 3,
+    max_total: MaxTotal = None,
+) -> None:
+    """Rent the cheapest machine that would do and start a job there."""
+    from job.cloud.inner_command import check_inner
+    from job.cloud.launching import Launch, environment, new_label
+
+    if not image or "OWNER/" in image or image.endswith(":VERSION"):
+        raise UsageError("there is no image to run", remedy=f"build one, push it and give --image {PLACEHOLDER_IMAGE}")
+    named = [entry for entry in env or [] if "=" not in entry]
+    plain = dict(entry.split("=", 1) for entry in env or [] if "=" in entry)
+    words = _inner(command)
+    needs, variables = tuple(needs_of(machine)), environment(named, plain)
+    inner = check_inner(context.find_root().command, words, variables, volume is not None)
+    wanted = Launch(
+        label=new_label(),
+        platform=platform,
+        needs=needs,
+        terms=terms_of(machine),
+        image=image,
+        command=words,
+        env=tuple(named),
+        plain_env=plain,
+        volume=volume,
+        checkpoint=inner.checkpoint,
+    )
+    _advise(wanted, inner)
+    launcher = _launcher(wanted, every=every)
+    launcher.notice = lambda offer: _tell_of_ends(inner, offer)
+    with _telling_what_is_left(launcher):
+        launcher.rent(wait)
+        typer.echo(wanted.label)
+        if follow:
+            _watch(launcher, relaunches, wait, max_total)
+        else:
+            _say(f"follow it with: abliterate cloud {platform} watch {wanted.label}")
+
+
+def watch(
+    platform: Platform,
+    id: Id,
+    wait: Wait = 60.0,
+    every: Every = 30.0,
+    relaunches: Relaunches = 3,
+    max_total: MaxTotal = None,
+) -> None:
+    """Follow a launch until it has ended, on another machine if this one is lost."""
+    from job.cloud.credentials import open_market
+    from job.cloud.launching import describe, find_launch, records_folder
+
+    found = find_launch(records_folder(), id, platform)
+    if found is None:
+        typer.echo(describe(open_market(platform, _say).instance(id)))
+        _say("this machine has no record of its launch, so it cannot be followed or launched again")
+        return
+    launcher = _launcher(*found, every=every)
+    with _telling_what_is_left(launcher):
+        launcher.adopt()
+        if not launcher.launch.instances:
+            raise UsageError(f"launch {id} has rented nothing", remedy="launch it again")
+        _watch(launcher, relaunches, wait, max_total)
+
+
+def fetch(
+    platform: Platform,
+    id: Id,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it.")] = Path("."),
+    lines: Annotated[int, typer.Option(metavar="N", help="Lines of the log.")] = 5000,
+) -> None:
+    """Bring back what the platform's API gives: the log, and what it says of the instance."""
+    from job.cloud.credentials import open_market
+    from job.text.redaction import redact
+
+    instance_id = _instance_id(platform, id)
+    market = open_market(platform, _say)
+    found = market.instance(instance_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{instance_id}.json").write_text(redact(found.model_dump_json(indent=2)) + "\n")
+    typer.echo(folder / f"{instance_id}.json")
+    if found.state == "gone":
+        _say("it is gone, and its log with it")
+    else:
+        (folder / f"{instance_id}.log").write_text(redact(market.logs(instance_id, lines)))
+        typer.echo(folder / f"{instance_id}.log")
+    for line in ("not fetched:", *market.cannot_fetch(instance_id)):
+        _say(line)
+
+
+def destroy(
+    platform: Platform,
+    id: Id,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    every: Every = 30.0,
+) -> None:
+    """Destroy an instance, or all of a launch, and return when they are gone."""
+    from job.cloud.credentials import open_market
+    from job.cloud.launching import Launcher, find_launch, records_folder
+
+    market = open_market(platform, _say)
+    found = find_launch(records_folder(), id, platform)
+    launcher = Launcher(market, *found, _say, every) if found is not None else None
+    if launcher is not None and id == launcher.launch.label:
+        launcher.adopt()
+        ids = [rented.id for rented in launcher.launch.left]
+        if not ids:
+            typer.echo(f"{id}: nothing of it is left")
+    else:
+        ids = _ids_of(market, id)
+    targets = _confirmed(market, ids, launcher, yes=yes)
+    recorded = {rented.id for rented in launcher.launch.left} if launcher is not None else set()
+    if launcher is not None:
+        with _telling_what_is_left(launcher):
+            launcher.destroy(targets)
+    _insist(market, [target for target in targets if target not in recorded], every)
+    for target in targets:
+        typer.echo(f"destroyed {target}")
+
+
+def _ids_of(market: Market, name: str) -> list[str]:
+    """Return the ids that are meant by an id, or by the label of a launch that is not recorded here."""
+    import re
+
+    if not name.startswith("abliterate-"):
+        return [name]
+    ours = re.compile(re.escape(name) + r"(-\d+)?")
+    ids = [
+        instance.id
+        for instance in market.instances()
+        if instance.state != "gone" and (ours.fullmatch(instance.label) or ours.fullmatch(instance.marker))
+    ]
+    if not ids:
+        raise UsageError(f"there is no record of {name} here, and no instance is called so", remedy="give its id")
+    return ids
+
+
+def _confirmed(market: Market, ids: list[str], launcher: Launcher | None, *, yes: bool) -> list[str]:
+    """Return those of the instances that are there, once all of them may be destroyed.
+
+    Raises:
+        UsageError: Nobody has said yes.
+    """
+    import time
+
+    from job.cloud.launching import describe
+    from job.cloud.termination import APPEAR_SECONDS
+
+    targets = []
+    for id in ids:
+        found = market.instance(id)
+        rented = next((rented for rented in launcher.launch.left if rented.id == id), None) if launcher else None
+        if found.state == "gone" and (rented is None or time.time() - rented.at >= APPEAR_SECONDS):
+            typer.echo(f"{id} is not there")
+            if launcher is not None:
+                launcher.note_end("gone", id)
+            continue
+        if not yes and not (sys.stdin.isatty() and typer.confirm(f"destroy {describe(found)}?")):
+            raise UsageError(f"{describe(found)}: not destroyed", remedy="give --yes")
+        if launcher is not None and found.state != "gone":
+            launcher.saw(id)
+        targets.append(id)
+    return targets
+
+
+def _insist(market: Market, ids: list[str], every: float) -> None:
+    """Destroy instances that no launch's record counts as its own."""
+    from job.cloud.termination import Ending
+
+    endings = [Ending(market, id, _say, pause=min(every, 5.0), longest=min(2 * every, 60.0)) for id in ids]
+    try:
+        for ending in endings:
+            ending.insist()
+    except BaseException:
+        _say(f"{market.name}: perhaps not ended, and then BILLING ON: {', '.join(ids)}; end it at {market.console}")
+        raise
+
+
+def _say(line: str) -> None:
+    from job.text.redaction import redact
+
+    typer.echo(redact(line), err=True)
+
+
+def _inner(command: list[str]) -> tuple[str, ...]:
+    """Return what the ENTRYPOINT is given: `abliterate` before it is understood either way."""
+    from job.text.redaction import holds_secret
+
+    words = command[1:] if command[:1] == ["abliterate"] else command
+    if any(map(holds_secret, words)):
+        raise UsageError(
+            "the command after -- holds a secret, and would be kept on this machine and shown by the platform",
+            remedy="set it in the environment, here or as the platform's secret, and pass it on with --env NAME",
+        )
+    if not words:
+        raise UsageError("what is to run there?", remedy="end with: -- run MODEL --checkpoint URI --upload URI")
+    return tuple(words)
+
+
+def _advise(wanted: Launch, inner: Inner) -> None:
+    """Say what would be regretted tomorrow.
+
+    Raises:
+        UsageError: An interruptible machine would lose its work.
+    """
+    import os
+
+    for note in inner.notes:
+        _say(note)
+    if wanted.terms.interruptible and not wanted.resumable:
+        raise UsageError(
+            "an interruptible machine may be lost at any second, and the command has no --checkpoint off the machine",
+            remedy="add --checkpoint hf://USER/REPO or s3://BUCKET/PREFIX to it",
+        )
+    if not inner.uploads:
+        _say("the command has no --upload: unless its settings name one, the result stays on the machine")
+    if os.environ.get("HF_TOKEN") and "HF_TOKEN" not in wanted.env:
+        _say("HF_TOKEN is set here and not passed on; --env HF_TOKEN passes it")
+
+
+def _tell_of_ends(inner: Inner, offer: Offer) -> None:
+    """Say what it costs to forget the machine, before it is rented."""
+    if inner.when_done is None:
+        _say(f"the command has no --when-done: the machine bills on after the job {_until(offer)}")
+    if inner.when_failed is None:
+        _say(f"the command has no --when-failed: if the job fails, the machine bills on {_until(offer)}")
+
+
+def _until(offer: Offer) -> str:
+    day = 24 * offer.dollars
+    return f"until you destroy it: ${offer.dollars:.2f} an hour, ${day:.2f} a day, ${7 * day:.2f} a week"
+
+
+@contextmanager
+def _telling_what_is_left(launcher: Launcher) -> Iterator[None]:
+    """Name what may bill on where a command is cut short: by an error, Ctrl-C, a kill, or a closed terminal."""
+    import signal
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    former = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    except typer.Exit:
+        raise  # said already
+    except BaseException:
+        for line in _left(launcher):
+            _say(line)
+        raise
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _left(launcher: Launcher) -> list[str]:
+    launch, market = launcher.launch, launcher.market
+    command = f"abliterate cloud {launch.platform}"
+    lines = [f"{market.name} instance {rented.id} MAY BILL ON" for rented in launch.left]
+    lines += [f"{market.name} instance {asked.label} MAY HAVE BEEN RENTED and bill" for asked in launch.pending]
+    if lines:
+        lines[-1] += (
+            f"; follow it with `{command} watch {launch.label}`, or end it with `{command} destroy {launch.label} "
+            f"--yes` or at {market.console}"
+        )
+    return lines
+
+
+def _launcher(wanted: Launch, file: Path | None = None, *, every: float) -> Launcher:
+    from job.cloud.credentials import open_market
+    from job.cloud.launching import Launcher, environment, records_folder
+
+    values = environment(wanted.env, wanted.plain_env)
+    market = open_market(wanted.platform, _say, secrets=tuple(values[name] for name in wanted.env))
+    return Launcher(market, wanted, file or records_folder() / f"{wanted.label}.json", _say, every)
+
+
+def _watch(launcher: Launcher, relaunches: int, wait: float, max_total: float | None) -> None:
+    from job.cloud.watching import Watch
+
+    outcome = Watch(launcher, relaunches=relaunches, wait_minutes=wait, most_dollars=max_total).until_the_end()
+    last = launcher.launch.instances[-1].id
+    command = f"abliterate cloud {launcher.launch.platform}"
+    if outcome == "idle":
+        _say(f"its command has ended and instance {last} BILLS ON: fetch its log, then destroy it")
+        raise typer.Exit(1)
+    if outcome == "halted":
+        raise typer.Exit(Stopped.exit_code)
+    if outcome == "missing":
+        raise MachineError(f"instance {last} was rented and has not appeared", remedy="launch again once it is gone")
+    if outcome == "stopped":
+        _say(f"instance {last} is stopped, and its DISK BILLS ON until: {command} destroy {last} --yes")
+    _say("it has ended; `abliterate status --checkpoint URI` tells how")
+
+
+def _instance_id(platform: Platform, name: str) -> str:
+    """Return the id that is meant by an id or by a launch's label."""
+    from job.cloud.launching import find_launch, records_folder
+
+    found = find_launch(records_folder(), name, platform)
+    if found is not None and name == found[0].label and found[0].instances:
+        return found[0].instances[-1].id
+    return name
+
+
+def _line(offer: Offer) -> str:
+    """Return an offer in one line."""
+    parts = [f"{offer.id}: {offer.need.count}x{offer.need.gpu}, ${offer.dollars:.3f} an hour"]
+    if offer.interruptible:
+        parts.append("interruptible")
+    if offer.job_dollars is not None and offer.hours is not None:
+        parts.append(f"job about ${offer.job_dollars:.2f} in {offer.hours:.1f} h")
+    if offer.down is not None:
+        parts.append(f"{offer.down:.0f}/{offer.up or 0:.0f} Mb/s")
+    if offer.reliability is not None:
+        parts.append(f"up {100 * offer.reliability:.1f} %")
+    return ", ".join(parts + [text for text in (offer.stock and f"stock {offer.stock}", offer.where) if text])
+
+
+_PLATFORMS: tuple[tuple[Platform, str], ...] = (("vast", "Vast.ai."), ("runpod", "RunPod."))
+for _platform, _help in _PLATFORMS:
+    _commands = typer.Typer(help=_help, no_args_is_help=True, rich_markup_mode=None)
+    for _command in (offers, launch, watch, fetch, destroy):
+        _commands.command()(bound(_platform, _command))
+    app.add_typer(_commands, name=_platform)

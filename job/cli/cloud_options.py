@@ -1,0 +1,107 @@
+"""Options that describe a machine, shared by all platforms' commands."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from job.errors import UsageError
+
+if TYPE_CHECKING:
+    from job.cloud.provider import Need, Terms
+
+Platform = Literal["vast", "runpod"]
+
+# What machines are wanted; `offers` and `launch` take all of these.
+MACHINE_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "preflight": (
+        Annotated[
+            list[Path] | None,
+            typer.Option(metavar="FILE", help="Output of `abliterate preflight ... --on ... --json`; may be repeated."),
+        ],
+        None,
+    ),
+    "on": (
+        Annotated[list[str] | None, typer.Option(metavar="NxCARD", help="Cards, e.g. 4xRTX4090; may be repeated.")],
+        None,
+    ),
+    "disk": (Annotated[int, typer.Option(metavar="GB", help="Disk, with --on.")], 200),
+    "hours": (Annotated[float | None, typer.Option(metavar="H", help="Hours the job takes, with --on.")], None),
+    "interruptible": (
+        Annotated[bool, typer.Option("--interruptible", help="Bid instead of renting on demand.")],
+        False,
+    ),
+    "bid": (Annotated[float | None, typer.Option(metavar="USD", help="Dollars an hour to bid.")], None),
+    "max_price": (Annotated[float | None, typer.Option(metavar="USD", help="Dollars an hour at most.")], None),
+    "min_down": (Annotated[float, typer.Option(metavar="MBPS", help="Line inwards, Mb/s.")], 100.0),
+    "min_up": (Annotated[float, typer.Option(metavar="MBPS", help="Line outwards, Mb/s.")], 0.0),
+    "min_reliability": (Annotated[float, typer.Option(metavar="X", help="Share of time a host was up.")], 0.98),
+    "min_cuda": (Annotated[str | None, typer.Option(metavar="X.Y", help="Lowest CUDA version of the driver.")], None),
+    "unverified": (Annotated[bool, typer.Option("--unverified", help="Also hosts nobody has verified.")], False),
+    "limit": (Annotated[int, typer.Option(metavar="N", help="Offers at most.")], 20),
+}
+
+
+def needs_of(machine: dict[str, Any]) -> list[Need]:
+    """Return the machines that would do by the options of `MACHINE_OPTIONS`.
+
+    Raises:
+        UsageError: They describe none.
+    """
+    from job.cli.cloud_requirements import need_of_cards, need_of_survey
+
+    needs = [need_of_survey(path) for path in machine["preflight"] or []]
+    needs += [need_of_cards(text, machine["disk"], machine["hours"]) for text in machine["on"] or []]
+    if not needs:
+        raise UsageError("which machine?", remedy="give --on 1xRTX4090, or --preflight FILE")
+    if machine["min_cuda"] is not None:
+        needs = [need.model_copy(update={"min_cuda": machine["min_cuda"]}) for need in needs]
+    return needs
+
+
+def terms_of(machine: dict[str, Any]) -> Terms:
+    """Return the terms by the options of `MACHINE_OPTIONS`."""
+    from job.cloud.provider import Terms
+
+    return Terms(
+        interruptible=machine["interruptible"] or machine["bid"] is not None,
+        bid=machine["bid"],
+        most_dollars=machine["max_price"],
+        min_down=machine["min_down"],
+        min_up=machine["min_up"],
+        min_reliability=machine["min_reliability"],
+        verified=not machine["unverified"],
+        limit=machine["limit"],
+    )
+
+
+def bound(platform: Platform, command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command for one platform; one that takes a machine gets all options that describe one."""
+    hints = get_type_hints(command, include_extras=True)
+    own = list(inspect.signature(command).parameters.values())[1:]
+    takes_machine = any(parameter.name == "machine" for parameter in own)
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        if takes_machine:
+            values["machine"] = {name: values.pop(name) for name in MACHINE_OPTIONS}
+        command(platform, **values)
+
+    options = MACHINE_OPTIONS if takes_machine else {}
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in options.items()
+    ]
+    parameters += [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
+        for parameter in own
+        if parameter.name != "machine"
+    ]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by inspect.signature
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper

@@ -1,0 +1,109 @@
+"""What a job needs of a rented machine: from cards, or from what `abliterate preflight --json` has computed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from job.cloud.provider import Need
+from job.errors import UsageError
+from job.preflight.gpu_table import MIN_CUDA, Card, cards, find_card, parse_on
+
+# Phases of an estimate that are transfers: they depend on the line of the machine that is rented.
+_DOWN, _UP = "download", "upload"
+# Bytes a second of the line that preflight takes for machines one does not have (`job.preflight.planning.LINE`,
+# whose module loads torch).
+PLANNED_LINE = 12e6
+
+
+def need_of_cards(text: str, disk_gb: int, hours: float | None = None) -> Need:
+    """Return the need of a set of cards as in `--on 4xRTX4090`.
+
+    Args:
+        text: The cards.
+        disk_gb: Disk.
+        hours: How long the job takes on them.
+
+    Raises:
+        UsageError: No such cards are known.
+    """
+    reading = parse_on(text)
+    return _need(find_card(reading.gpus[0].name), len(reading.gpus), disk_gb).model_copy(update={"work_hours": hours})
+
+
+def need_of_survey(path: Path) -> Need:
+    """Return the need that a file of `abliterate preflight ... --on MACHINE --json` stands for.
+
+    Raises:
+        UsageError: The file is none, the job cannot run on that machine, or it was made on a machine one has.
+    """
+    survey = _read(path)
+    failed = [check["name"] for check in survey.get("checks", []) if check.get("status") == "fail"]
+    if failed and not survey.get("ok"):
+        raise UsageError(f"{path}: by preflight the job cannot run there: {', '.join(failed)}", remedy="see its checks")
+    if not survey.get("offers"):
+        raise UsageError(
+            f"{path} says nothing of a machine to rent",
+            remedy="make it with `abliterate preflight MODEL --on 4xRTX4090 --json`",
+        )
+    query = _query(survey["offers"])
+    try:
+        card = _card_of_offer(query["gpu_name"], float(query["gpu_ram"]))
+        need = _need(card, int(query["num_gpus"]), int(query["disk_space"]))
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{path}: its query of offers cannot be read ({error})", remedy="make it again") from None
+    hours = survey.get("hours")
+    if not hours:
+        return need
+    # The estimate took a modest line; what it stood for in bytes is looked at anew for each offer.
+    gigabytes = {phase: hours[phase] * 3600 * PLANNED_LINE / 1e9 for phase in (_DOWN, _UP)}
+    work = sum(value for phase, value in hours.items() if phase not in gigabytes)
+    return need.model_copy(update={"work_hours": work, "download_gb": gigabytes[_DOWN], "upload_gb": gigabytes[_UP]})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        survey = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", remedy="check --preflight") from error
+    except ValueError as error:
+        raise UsageError(f"{path} holds no JSON", remedy="make it with `abliterate preflight ... --json`") from error
+    if not isinstance(survey, dict):
+        raise UsageError(f"{path} holds no survey", remedy="make it with `abliterate preflight ... --json`")
+    return survey
+
+
+def _query(command: str) -> dict[str, str]:
+    """Return the terms of a command that lists offers, by their field."""
+    words = shlex.split(command)
+    terms = [match for word in words for match in re.finditer(r"(\w+)(?:>=|=)(\S+)", word)]
+    return {match[1]: match[2] for match in terms}
+
+
+def _card_of_offer(name: str, gigabytes: float) -> Card:
+    """Return the card that goes by a name on Vast.ai, where two sizes may share one."""
+    fitting = [card for card in cards() if card.offer == name]
+    if not fitting:
+        raise ValueError(f"unknown card {name}")
+    return min(fitting, key=lambda card: abs(_memory(card) - gigabytes))
+
+
+def _memory(card: Card) -> float:
+    # As preflight asks for it: what platforms state differs a little from what programs can have.
+    return int(card.gib * 0.95)
+
+
+def _need(card: Card, count: int, disk_gb: int) -> Need:
+    family = re.sub(r"[^a-z0-9]", "", card.name.split("-")[0].lower())
+    return Need(
+        gpu=card.name,
+        names=(family,),
+        vast_name=card.offer,
+        count=count,
+        gpu_gb=_memory(card),
+        disk_gb=disk_gb,
+        min_cuda=MIN_CUDA,
+    )

@@ -1,0 +1,98 @@
+"""`status --watch`: a job's status again and again until the job has come to its end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from job.errors import DeliveryError
+from job.report.status import is_settled, status_text
+from job.report.timings import duration_text
+from job.text.redaction import redact, redacted_json
+
+# A checkpoint's status is fetched over a network that may charge for it.
+HERE_SECONDS, THERE_SECONDS = 2.0, 30.0
+
+
+def follow(read: Callable[[], dict[str, Any]], interval: float, *, as_json: bool, stream: TextIO | None = None) -> None:
+    """Show a job's status until the job is finished or has failed.
+
+    On a terminal it is painted over; elsewhere there is a line, or with as_json an object, whenever something has
+    changed. A job that was preempted is waited for: it may be gone on with.
+
+    Args:
+        read: Returns the status.
+        interval: Seconds between two readings.
+        as_json: Write JSON.
+        stream: Where to; None: standard output.
+
+    Raises:
+        JobError: The first reading fails, or a later one for another reason than that a checkpoint cannot be reached.
+    """
+    stream = stream or sys.stdout
+    status = read()
+    if stream.isatty() and not as_json:
+        _paint(status, read, interval, stream)
+        return
+    shown = None
+    while True:
+        if (now := _essence(status)) != shown:
+            shown = now
+            print(redacted_json(status) if as_json else summary_line(status), file=stream, flush=True)
+        if is_settled(status):
+            return
+        status = _next(status, read, interval)
+
+
+def _paint(status: dict[str, Any], read: Callable[[], dict[str, Any]], interval: float, stream: TextIO) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(file=stream, highlight=False)
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        while True:
+            live.update(Text(redact(status_text(status, console.width))), refresh=True)
+            if is_settled(status):
+                return
+            status = _next(status, read, interval)
+
+
+def _next(status: dict[str, Any], read: Callable[[], dict[str, Any]], interval: float) -> dict[str, Any]:
+    """Return the next reading; the one before, with a warning, while a checkpoint cannot be reached."""
+    time.sleep(interval)
+    try:
+        return read()
+    except DeliveryError as error:
+        others = [line for line in status["warnings"] if not line.startswith("not up to date: ")]
+        return {**status, "warnings": [*others, f"not up to date: {error}"]}
+
+
+def _essence(status: dict[str, Any]) -> object:
+    """Return what makes a status worth another line."""
+    delivered = [(upload["target"], upload["state"]) for upload in status["uploads"]]
+    names = ("state", "reason", "phase", "leading", "chosen", "warnings")
+    return ([status[name] for name in names], status["trials"]["done"], delivered)
+
+
+def summary_line(status: dict[str, Any]) -> str:
+    """Return a status in one line."""
+    trials = status["trials"]
+    doing = f"{status['state']}, {status['phase']}" if status["state"] == "running" else status["state"]
+    parts = [f"{doing}: {trials['done']} of {trials['target']} trials"]
+    for best in status["best"]:
+        if best["number"] == status["leading"]:
+            values = best["values"]
+            counted = f"{values['refusals']}/{status['search_prompts']} refusals, KL {values['kl']:.4g}"
+            parts.append(f"best: trial {best['number']}, {counted}")
+    if status["eta_total_s"] is not None:
+        parts.append(f"done in about {duration_text(status['eta_total_s'])}")
+    if status["cost_usd"] is not None:
+        parts.append(f"${status['cost_usd']:.2f} so far")
+    if status["reason"]:
+        parts.append(str(status["reason"]))
+    if status["warnings"]:
+        parts.append(f"warning: {status['warnings'][-1]}")
+    return f"{time.strftime('%H:%M:%S')}  " + "; ".join(parts)

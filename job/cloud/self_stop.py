@@ -1,0 +1,288 @@
+"""The end of the rental: a job that is delivered stops or destroys the machine that it is rented on.
+
+To be called only when there is nothing left to lose, which `job.lifecycle.end_of_rental` sees to. What was asked for is written down
+first, in the workspace and outside of any job's folder, so that it never gets into a mirror: it is about this instance.
+A stop leaves a mark, by which the next start that has nothing to do is kept from stopping it again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from job.cloud import runpod, vast
+from job.cloud.api import Api, KeyRefusedError, Patience
+from job.cloud.provider import Action, Market
+from job.errors import JobError, MachineError
+from job.records import Record
+from job.storage.run_folder import write_atomically
+
+FOLDER = ".rentals"
+# About five minutes: what bills by the hour is worth insisting on.
+PATIENCE = Patience(tries=10, first_wait=1.0, longest_wait=60.0)
+_TOOL_SECONDS = 60.0
+# A stop that ends the process before it is known to be taken is asked for once more, and then no more.
+_MOST_UNKNOWN = 2
+
+
+class Sentinel(Record):
+    """What was asked for an instance.
+
+    Attributes:
+        action: stop or destroy.
+        state: asked: the answer is not known; taken: the platform has said yes; failed: it has not.
+        asked: How often it was asked for without the answer becoming known.
+        at: Unix time of the last change.
+        problem: Why it failed.
+    """
+
+    action: Action
+    state: Literal["asked", "taken", "failed"]
+    asked: int = 1
+    at: float
+    problem: str = ""
+
+
+class Ending(Record):
+    """What came of an ending.
+
+    Attributes:
+        state: none: nothing was to be done; taken: the platform ends the instance; held back: it was stopped
+            before and somebody has started it again; failed: it bills on.
+        problem: Why it failed, with what to do, one line; "" otherwise.
+    """
+
+    state: Literal["none", "taken", "held back", "failed"]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Rental:
+    """The instance that this process runs on.
+
+    Attributes:
+        platform: Its platform's name.
+        instance: Its id there.
+        by_hand: Where a person ends it.
+        tools: Commands of the platform's own client that end it, by action, the preferred ones first.
+        patience: How often the platform is asked.
+    """
+
+    platform: str
+    instance: str
+    by_hand: str
+    tools: Mapping[Action, tuple[tuple[str, ...], ...]]
+    patience: Patience = PATIENCE
+    _market: Callable[[Callable[[str], None], Patience], Market] = field(repr=False, kw_only=True)
+
+    @property
+    def _briefly(self) -> Patience:
+        return replace(self.patience, tries=min(self.patience.tries, 3))
+
+    @property
+    def _name(self) -> str:
+        return f"{self.platform.lower().partition('.')[0]}-{re.sub(r'[^A-Za-z0-9_-]', '_', self.instance)}"
+
+    def _sentinel(self, workspace: Path) -> Path:
+        return workspace / FOLDER / f"{self._name}.json"
+
+    def progressed(self, workspace: Path) -> None:
+        """Forget an earlier stop: a start has got as far as new work, so the next stop breaks no loop."""
+        _remove(self._sentinel(workspace))
+
+    def check(self) -> str:
+        """Return what the platform says of this instance; that proves that it can be asked from here.
+
+        Raises:
+            MachineError: It cannot be asked, or knows no such instance.
+        """
+        try:
+            found = self._market(_silent, self._briefly).instance(self.instance)
+        except KeyRefusedError as error:
+            remedy = f"{error.remedy}, or leave the rental alone with --when-done nothing"
+            raise MachineError(str(error), remedy=remedy) from error
+        if found.state == "gone":
+            raise MachineError(
+                f"{self.platform} knows no instance {self.instance}",
+                remedy="leave the rental alone with --when-done nothing",
+            )
+        return f"{self.platform} instance {found.line}"
+
+    def price(self) -> float | None:
+        """Return the dollars an hour that the platform bills for this instance, None where it does not tell."""
+        try:
+            return self._market(_silent, self._briefly).instance(self.instance).dollars
+        except JobError:
+            return None
+
+    def end(self, action: Action, workspace: Path, say: Callable[[str], None]) -> Ending:
+        """Stop or destroy this instance; `taken` means that this process will soon be ended as well.
+
+        Args:
+            action: What to do.
+            workspace: Where it is written down before it is asked for.
+            say: Told what happens.
+        """
+        if action == "nothing":
+            return Ending(state="none")
+        say = unfailing(say)
+        file, alarm = self._sentinel(workspace), workspace / f"RENTAL-NOT-ENDED-{self._name}.txt"
+        before = _read(file)
+        if before is not None and before.action == action == "stop" and _stands(before):
+            say(
+                f"this instance was stopped before and has been started again: it is not stopped a second time and "
+                f"BILLS ON; end it at {self.by_hand}, or remove {file}"
+            )
+            return Ending(state="held back")
+        unknown = before.asked if before is not None and before.state == "asked" else 0
+        _write(file, Sentinel(action=action, state="asked", asked=unknown + 1, at=time.time()), say)
+        say(f"ending the rental: {action} {self.platform} instance {self.instance}")
+        problem = self._ask(action, say)
+        if problem is None:
+            _write(file, Sentinel(action=action, state="taken", at=time.time()), say)
+            _remove(alarm)
+            say(f"{self.platform} has taken it: {action} instance {self.instance}")
+            return Ending(state="taken")
+        _write(file, Sentinel(action=action, state="failed", at=time.time(), problem=problem), say)
+        return self._failed(action, problem, alarm, say)
+
+    def _ask(self, action: Action, say: Callable[[str], None]) -> str | None:
+        """Return why the platform does not end the instance, None if it does."""
+        try:
+            self._market(say, self.patience).end(self.instance, action)
+        except JobError as error:
+            problem = error.line
+        else:
+            return None
+        for command in self.tools.get(action, ()):
+            if shutil.which(command[0]) is None:
+                continue
+            say(f"{problem}; trying {command[0]}")
+            if _succeeds(command):
+                return None
+        return problem
+
+    def _failed(self, action: Action, problem: str, alarm: Path, say: Callable[[str], None]) -> Ending:
+        """Make sure that somebody finds out."""
+        lines = (
+            f"THIS RENTAL BILLS ON: {self.platform} instance {self.instance} could not be ended ({action}).",
+            problem,
+            f"End it by hand at {self.by_hand}; nothing on it is needed any more.",
+        )
+        try:
+            write_atomically(alarm, ("\n".join(lines) + "\n").encode())
+        except MachineError as error:
+            say(error.line)
+        for line in lines:
+            say(line)
+        return Ending(state="failed", problem=f"{lines[0]} {problem}; end it by hand at {self.by_hand}")
+
+
+def find_rental(env: Mapping[str, str] | None = None, *, patience: Patience = PATIENCE) -> Rental | None:
+    """Return the rental that this process runs on by what the platforms put into its environment, None if on none.
+
+    Args:
+        env: The environment; this process's by default.
+        patience: How often the platform is asked to end it.
+    """
+    env = os.environ if env is None else env
+    pod = env.get("RUNPOD_POD_ID", "")
+    if pod:
+        return _on_runpod(pod, env, patience)
+    label = re.fullmatch(r"C\.(\d+)", env.get("VAST_CONTAINERLABEL", ""))
+    number = label[1] if label else env.get("CONTAINER_ID", "")
+    # Others may call something CONTAINER_ID too: a number, and a sign of the platform beside it.
+    if re.fullmatch(r"\d+", number) and (label or env.get("CONTAINER_API_KEY")):
+        return _on_vast(number, env, patience)
+    return None
+
+
+def progressed(workspace: Path) -> None:
+    """Forget an earlier stop of this machine, if it is a rented one; see `Rental.progressed`."""
+    rental = find_rental()
+    if rental is not None:
+        rental.progressed(workspace)
+
+
+def unfailing(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a way to say things that never raises: no log that is full or gone keeps a rental."""
+
+    def said(message: str) -> None:
+        try:
+            say(message)
+        except Exception:  # whatever it is: a console that is closed, a full disk, a device that is gone
+            return
+
+    return said
+
+
+def _on_vast(number: str, env: Mapping[str, str], patience: Patience) -> Rental:
+    base, key = env.get(vast.BASE_NAME) or vast.BASE, env.get("CONTAINER_API_KEY", "")
+
+    def market(say: Callable[[str], None], patience: Patience) -> Market:
+        return vast.Vast(Api("Vast.ai", base, key, "CONTAINER_API_KEY", say, patience))
+
+    by_hand = "https://console.vast.ai/instances/"
+    return Rental("Vast.ai", number, by_hand, {}, patience, _market=market)
+
+
+def _on_runpod(pod: str, env: Mapping[str, str], patience: Patience) -> Rental:
+    base, key = env.get(runpod.BASE_NAME) or runpod.BASE, env.get("RUNPOD_API_KEY", "")
+
+    def market(say: Callable[[str], None], patience: Patience) -> Market:
+        return runpod.RunPod(Api("RunPod", base, key, "RUNPOD_API_KEY", say, patience))
+
+    # The second form of each is that of versions before 2.
+    tools: dict[Action, tuple[tuple[str, ...], ...]] = {
+        "destroy": (("runpodctl", "pod", "delete", pod), ("runpodctl", "remove", "pod", pod)),
+        "stop": (("runpodctl", "pod", "stop", pod), ("runpodctl", "stop", "pod", pod)),
+    }
+    return Rental("RunPod", pod, "https://console.runpod.io/pods", tools, patience, _market=market)
+
+
+def _stands(before: Sentinel) -> bool:
+    return before.state == "taken" or (before.state == "asked" and before.asked >= _MOST_UNKNOWN)
+
+
+def _read(file: Path) -> Sentinel | None:
+    try:
+        return Sentinel.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _write(file: Path, sentinel: Sentinel, say: Callable[[str], None]) -> None:
+    """Write a sentinel; where the disk is full the rental is ended all the same."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, (sentinel.model_dump_json(indent=2) + "\n").encode())
+    except (OSError, MachineError) as error:
+        say(f"cannot write down what becomes of the rental: {error}")
+
+
+def _remove(alarm: Path) -> None:
+    try:
+        alarm.unlink(missing_ok=True)
+    except OSError:
+        return  # it is not there, or nothing can be changed here any more
+
+
+def _succeeds(command: tuple[str, ...]) -> bool:
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_TOOL_SECONDS, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def _silent(_: str) -> None:
+    pass

@@ -1,0 +1,89 @@
+"""Destroying an instance until it is seen to be gone: a machine that is forgotten bills on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from job.cloud.provider import Instance, Market
+from job.errors import JobError
+
+# For so long after its renting an instance that the platform does not know may still appear: lists lag behind.
+APPEAR_SECONDS = 600.0
+_LOUD_TRIES = 3
+
+
+@dataclass
+class Ending:
+    """An instance that has to be destroyed, and what has come of it so far.
+
+    Attributes:
+        market: Where it is.
+        id: Its id.
+        say: Told of every attempt that has not ended it.
+        rented: Unix time of its renting, 0 where that is long ago or not known.
+        seen: The platform has shown it, so that "no such instance" means that it is gone.
+        pause: Seconds until the next attempt; doubles.
+        longest: The longest pause.
+    """
+
+    market: Market
+    id: str
+    say: Callable[[str], None]
+    rented: float = 0.0
+    seen: bool = False
+    pause: float = 5.0
+    longest: float = 60.0
+    tries: int = 0
+    _next: float = field(default=0.0, repr=False)
+
+    def press(self) -> bool:
+        """Ask for the end if it is time to; return whether the instance is gone."""
+        if time.monotonic() < self._next:
+            return False
+        self.tries += 1
+        problem = self._attempt()
+        if problem is None:
+            return True
+        self._next = time.monotonic() + self.pause
+        if problem:
+            self.say(
+                f"INSTANCE {self.id} COULD NOT BE DESTROYED and bills on: {problem}. Trying again in "
+                f"{self.pause:.0f} s, until it is gone; end it by hand at {self.market.console}"
+            )
+        self.pause = min(2 * self.pause, self.longest)
+        return False
+
+    def insist(self, seconds: float | None = None) -> bool:
+        """Go on until the instance is gone, or for so many seconds; return whether it is."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while not self.press():
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            until = self._next if deadline is None else min(self._next, deadline)
+            time.sleep(max(until - time.monotonic(), 0.0))
+        return True
+
+    def _attempt(self) -> str | None:
+        """Return None if it is gone, "" if it is only not gone yet, and else why it could not be ended."""
+        try:
+            self.seen |= self.market.end(self.id, "destroy")
+            found = self.market.instance(self.id)
+        except JobError as error:
+            return error.line
+        if found.state != "gone":
+            return self._still_there(found)
+        if self.seen or time.time() - self.rented >= APPEAR_SECONDS:
+            return None
+        if self.tries == 1:
+            self.say(f"{self.market.name} does not show instance {self.id} yet; it is ended as soon as it appears")
+        return ""
+
+    def _still_there(self, found: Instance) -> str:
+        self.seen = True
+        shown = f"the platform has taken it and still shows it as {found.status or found.state}"
+        if self.tries >= _LOUD_TRIES:
+            return shown
+        self.say(f"instance {self.id}: {shown}; looking again in {self.pause:.0f} s")
+        return ""

@@ -1,0 +1,172 @@
+"""Which settings may come from files of others: a reproduce.json, or the job.json of a checkpoint.
+
+Whoever writes such a file decides nothing about the machine that reads it. Every setting is in exactly one of `EDIT`,
+`JOB` and `HERE`; a test enumerates them (docs/decisions/0029-files-of-others.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from job.errors import UsageError
+from job.model.files import REPOSITORY
+
+TRUST = "loading.trust_remote_code"
+
+PROMPT_SETS = (
+    "good_prompts",
+    "bad_prompts",
+    "good_eval_prompts",
+    "bad_eval_prompts",
+    "good_report_prompts",
+    "bad_report_prompts",
+    "helpfulness_prompts",
+    "unhelpfulness_prompts",
+    "capability_prompts",
+)
+_OF_PROMPTS = (
+    "spec",
+    "revision",
+    "config",
+    "split",
+    "column",
+    "max_characters",
+    "prefix",
+    "suffix",
+    "system_prompt",
+)
+# A reproduce.json has fields of their own for these.
+NAMED = frozenset(
+    {
+        "model",
+        "trials",
+        "startup_trials",
+        "export_format",
+        "card.behaviour",
+        "card.base_model",
+        *(f"{prompts}.{name}" for prompts in PROMPT_SETS for name in _OF_PROMPTS),
+    }
+)
+# What identifies the edit: taken from a reproduce.json and from a checkpoint.
+EDIT = NAMED | {
+    "seed",
+    "trials_per_batch",
+    "kl_tokens",
+    "skip_kl_above",
+    "loading.dtypes",
+    "loading.quantization",
+    "loading.response_prefix",
+    "batching.rows",
+    "batching.trials",
+    "directions.method",
+    "directions.orthogonalize_direction",
+    "directions.orthogonalize_directions",
+    "directions.winsorization_quantile",
+    "directions.n_components",
+    "directions.alpha",
+    "directions.pca_method",
+    "directions.eigenvalue_weighting",
+    "directions.probe_regularization",
+    "directions.iterative_rounds",
+    "ablation.row_normalization",
+    "ablation.through_norms",
+    "search.space",
+    "search.ei_candidates",
+    "search.known_points",
+    "search.ahead",
+    "scoring.answer_tokens",
+    "scoring.search_tokens",
+    "scoring.refusal_markers",
+    "scoring.gibberish",
+    "choice.refusal_tolerance",
+}
+# What else a job is: taken from its checkpoint only. Devices are in its identity; limits and gates only hold back.
+JOB = frozenset(
+    {
+        "loading.device",
+        "loading.device_map",
+        "loading.max_memory",
+        "tune",
+        "upload",
+        "hub.pull_request",
+        "max_kl",
+        "max_refusals",
+        "max_hours",
+        "max_cost",
+    }
+)
+# From this side only: the command line, the environment and the settings file of whoever runs the command.
+HERE = frozenset(
+    {
+        TRUST,
+        "loading.offload_folder",
+        "probe_seconds",
+        "workspace",
+        "checkpoint",
+        "require_checkpoint",
+        "when_done",
+        "when_failed",
+        "visibility",
+        "allow",
+        "price",
+        "study_storage",
+        "workers",
+        "database",
+        "hang_seconds",
+        "grace",
+        "wait_for_gpu",
+        "scoring.detectors",
+        "scoring.nli_model",
+        "s3.endpoint",
+        "s3.region",
+        "s3.addressing_style",
+        "s3.checksums",
+        "s3.part_mib",
+        "s3.parallel_parts",
+        "s3.sse",
+        "s3.kms_key",
+    }
+)
+
+
+def left_out_line(source: str, left_out: Mapping[str, Any], used: Mapping[str, Any]) -> str | None:
+    """Return a line that names what a file says and this side does not do, None if there is nothing.
+
+    Args:
+        source: The file.
+        left_out: What was not taken from it, by dotted key.
+        used: All settings as they are used.
+    """
+    others = {name: value for name, value in left_out.items() if name != "workspace"}  # always the one of this side
+    differing = sorted(name for name, value in others.items() if name in used and used[name] != value)
+    unknown = sum(name not in EDIT | JOB | HERE for name in left_out)
+    names = [*differing, *([f"{unknown} unknown"] if unknown else [])]
+    return f"not taken from {source}, give what you want of it yourself: {', '.join(names)}" if names else None
+
+
+def require_named_code(model: Mapping[str, Any], commit: str | None, named: str | None, options: str) -> None:
+    """Refuse to trust a repository's code that only a file names.
+
+    Trust is for code that somebody has read. A file of others may name another repository, or another commit of it,
+    than the one that was read.
+
+    Args:
+        model: The model as it stands in a job's identity.
+        commit: The commit that the file pins, if it does.
+        named: MODEL as this side gives it, None if it does not.
+        options: How to give it, for the remedy.
+
+    Raises:
+        UsageError: This side does not name that very repository and commit.
+    """
+    if "repository" not in model:
+        return  # a folder of this machine, whose contents are compared with the file's hash
+    revision = commit or model.get("revision")
+    wanted = model["repository"] + (f"@{revision}" if revision else "")
+    found = REPOSITORY.fullmatch(named or "")
+    if found is None or (found["name"], found["revision"]) != (model["repository"], revision):
+        raise UsageError(
+            f"the code of {wanted} is named by a file only, and trust is for code that you have read",
+            remedy=f"read it, and if you trust it, give {options.format(wanted)}",
+        )

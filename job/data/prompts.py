@@ -1,0 +1,218 @@
+"""Prompt sets: read once, cleaned, split and kept in the run folder."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from job.config.schema import PromptSettings, Settings
+from job.data.sources import Source, parse_source, read_texts, resolve_commit
+from job.errors import ImpossibleJobError
+from job.records import Record
+from job.system.hub_client import count_traffic, received_bytes
+
+
+class Prompt(Record):
+    """One prompt as the model will see it.
+
+    Attributes:
+        user: The user's message.
+        system: The system prompt, None for none.
+    """
+
+    VERBATIM = frozenset({"user", "system"})
+    user: str
+    system: str | None = None
+
+
+class PromptSets(Record):
+    """prompts.json: all prompts of a job.
+
+    Attributes:
+        good: Prompts without the behaviour, for the directions.
+        bad: Prompts with the behaviour, for the directions.
+        good_search: Prompts without the behaviour, for the search.
+        bad_search: Prompts with the behaviour, for the search.
+        good_report: Prompts without the behaviour, for the reported figures.
+        bad_report: Prompts with the behaviour, for the reported figures.
+        helpfulness: Instructions; empty unless directions are orthogonalised against helpfulness.
+        unhelpfulness: Web text; likewise.
+        capability: Prompts of a capability that is to be left alone; empty unless given.
+        sources: For each setting, how it was understood.
+        commits: The commit of every Hub dataset, by the setting that names it.
+        public: The settings that name datasets which are on the Hub for everybody to see.
+        received: Bytes that came from the Hub.
+    """
+
+    # What models are asked: a prompt that was changed would give other directions and other figures.
+    VERBATIM = frozenset(
+        {
+            "good",
+            "bad",
+            "good_search",
+            "bad_search",
+            "good_report",
+            "bad_report",
+            "helpfulness",
+            "unhelpfulness",
+            "capability",
+        }
+    )
+    version: Literal[1] = 1
+    good: tuple[Prompt, ...]
+    bad: tuple[Prompt, ...]
+    good_search: tuple[Prompt, ...]
+    bad_search: tuple[Prompt, ...]
+    good_report: tuple[Prompt, ...]
+    bad_report: tuple[Prompt, ...]
+    helpfulness: tuple[Prompt, ...] = ()
+    unhelpfulness: tuple[Prompt, ...] = ()
+    capability: tuple[Prompt, ...] = ()
+    sources: dict[str, str]
+    commits: dict[str, str]
+    public: tuple[str, ...] = ()
+    received: int = 0
+
+    @property
+    def everything(self) -> tuple[Prompt, ...]:
+        """All prompts that a model is asked."""
+        evaluated = (*self.good_search, *self.bad_search, *self.good_report, *self.bad_report)
+        return (*self.good, *self.bad, *evaluated, *self.helpfulness, *self.unhelpfulness, *self.capability)
+
+    @property
+    def unseen(self) -> bool:
+        """Whether the search sees none of the prompts that figures are reported on."""
+        seen = {*self.good_search, *self.bad_search}
+        return seen.isdisjoint(self.good_report) and seen.isdisjoint(self.bad_report)
+
+    def of_setting(self, name: str) -> tuple[Prompt, ...]:
+        """Return the prompts that a setting gave, both halves of those that were split."""
+        kind, _, use = name.removesuffix("_prompts").partition("_")
+        if use == "eval":
+            found: tuple[Prompt, ...] = getattr(self, f"{kind}_search")
+            return found if f"{kind}_report_prompts" in self.sources else (*found, *getattr(self, f"{kind}_report"))
+        return tuple(getattr(self, f"{kind}_{use}" if use else kind))
+
+
+def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSets:
+    """Read all prompt sets; evaluation sets are split in two by the seed unless report sets are given.
+
+    Args:
+        settings: The settings.
+        report: Told how each set was understood, how many prompts it has, and of prompts in two sets.
+
+    Raises:
+        JobError: A set cannot be read, is empty, or too small to be split.
+    """
+    used = settings.prompt_sets()
+    sources = {name: parse_source(source) for name, source in used.items()}
+    if any(source.kind == "hub" for source in sources.values()):
+        count_traffic()
+    before = received_bytes()
+    commits: dict[str, str] = {}
+    public = []
+    read: dict[str, tuple[Prompt, ...]] = {}
+    for name, source in sources.items():
+        pin = resolve_commit(source, report)
+        if pin:
+            commits[name] = pin.commit
+            public += [name] if pin.public else []
+        read[name] = _read(used[name], source, commits.get(name), report)
+        report(f"{name}: {source.describe()}: {len(read[name])} prompts")
+    halves = {}
+    for kind in ("good", "bad"):
+        halves[kind] = _evaluation(kind, read, settings.seed)
+    found = PromptSets(
+        good=read["good_prompts"],
+        bad=read["bad_prompts"],
+        good_search=halves["good"][0],
+        good_report=halves["good"][1],
+        bad_search=halves["bad"][0],
+        bad_report=halves["bad"][1],
+        helpfulness=read.get("helpfulness_prompts", ()),
+        unhelpfulness=read.get("unhelpfulness_prompts", ()),
+        capability=read.get("capability_prompts", ()),
+        sources={name: source.describe() for name, source in sources.items()},
+        commits=commits,
+        public=tuple(public),
+        received=received_bytes() - before,
+    )
+    for line in overlaps(found):
+        report(f"warning: {line}")
+    return found
+
+
+def read_prompts(settings: PromptSettings, report: Callable[[str], None]) -> tuple[Prompt, ...]:
+    """Read one prompt set as it is.
+
+    Raises:
+        JobError: It cannot be read, or is empty.
+    """
+    source = parse_source(settings)
+    pin = resolve_commit(source, report)
+    return _read(settings, source, pin.commit if pin else None, report)
+
+
+def report_prompts(settings: Settings, kind: str, report: Callable[[str], None]) -> tuple[Prompt, ...]:
+    """Return the good or the bad prompts that a job with these settings would report its figures on.
+
+    Raises:
+        JobError: They cannot be read, are empty, or too few to be split.
+    """
+    names = [f"{kind}_eval_prompts", f"{kind}_report_prompts"]
+    used = {name: found for name in names if (found := settings.prompt_sets().get(name)) is not None}
+    if len(used) == 2:
+        return read_prompts(used[names[1]], report)
+    return _evaluation(kind, {names[0]: read_prompts(used[names[0]], report)}, settings.seed)[1]
+
+
+def _read(
+    settings: PromptSettings, source: Source, commit: str | None, report: Callable[[str], None]
+) -> tuple[Prompt, ...]:
+    """Return a set's prompts without blanks and repetitions."""
+    texts: dict[str, None] = {}
+    for text in read_texts(source, commit, report):
+        texts[text.strip()[: settings.max_characters].strip()] = None
+    texts.pop("", None)
+    if not texts:
+        raise ImpossibleJobError(f"{source.describe()}: it is empty", remedy="give prompts, one a line or row")
+    return tuple(
+        Prompt(user=f"{settings.prefix}{text}{settings.suffix}", system=settings.system_prompt) for text in texts
+    )
+
+
+def overlaps(prompts: PromptSets) -> list[str]:
+    """Return a line for every pair of sets with common prompts that ought to have none."""
+    pairs: tuple[tuple[str, Sequence[Prompt], str, Sequence[Prompt]], ...] = (
+        ("bad_prompts", prompts.bad, "the bad evaluation prompts", (*prompts.bad_search, *prompts.bad_report)),
+        ("good_prompts", prompts.good, "the good evaluation prompts", (*prompts.good_search, *prompts.good_report)),
+        ("bad_prompts", prompts.bad, "good_prompts", prompts.good),
+        ("the search's bad prompts", prompts.bad_search, "the report's", prompts.bad_report),
+        ("the search's good prompts", prompts.good_search, "the report's", prompts.good_report),
+    )
+    lines = []
+    for first, some, second, others in pairs:
+        common = {prompt.user for prompt in some} & {prompt.user for prompt in others}
+        if common:
+            lines.append(f"{len(common)} of {len(some)} of {first} are also among {second}: figures on them flatter")
+    return lines
+
+
+def _evaluation(
+    kind: str, read: dict[str, tuple[Prompt, ...]], seed: int
+) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """Return the prompts for the search and those for the reported figures."""
+    prompts, given = read[f"{kind}_eval_prompts"], read.get(f"{kind}_report_prompts")
+    if given is not None:
+        return prompts, given
+    if len(prompts) < 2:
+        raise ImpossibleJobError(
+            f"{kind}_eval_prompts has a single prompt, which cannot be split into search and report",
+            remedy=f"give more prompts or {kind}_report_prompts",
+        )
+    order = list(range(len(prompts)))
+    random.Random(seed).shuffle(order)
+    half = (len(order) + 1) // 2
+    search, rest = sorted(order[:half]), sorted(order[half:])
+    return tuple(prompts[i] for i in search), tuple(prompts[i] for i in rest)

@@ -1,0 +1,147 @@
+"""Residuals: the residual stream at the last prompt position, caught by hooks on the layers.
+
+Index 0 is the embeddings, index ℓ + 1 the output of layer ℓ before any final norm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from job.architectures.discovery import decoder_of
+from job.edits.hooks import ActiveEdits
+from job.generation.greedy import left_padded
+from job.model.loading import LoadedModel
+from job.storage.run_folder import cannot_write, make_folder, write_atomically
+
+
+@contextmanager
+def layer_outputs(layers: nn.ModuleList, keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Within the block, call keep(index, hidden states [rows, t, d]) for every residual of a forward."""
+
+    def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        keep(0, inputs[0] if inputs else named["hidden_states"])
+
+    def leave(index: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            keep(index, output if isinstance(output, Tensor) else output[0])
+
+        return hook
+
+    handles = [layers[0].register_forward_pre_hook(enter, with_kwargs=True)]
+    handles += [layer.register_forward_hook(leave(i + 1)) for i, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def batches(lengths: Sequence[int], rows: int, tokens: int, *, padded: bool = True) -> Iterator[list[int]]:
+    """Yield the prompts of each forward, by index, shortest first: at most so many rows and so many padded tokens.
+
+    A prompt that is longer than that by itself has a forward of its own; without padding, every length has.
+    """
+    chosen: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        full = len(chosen) == rows or (len(chosen) + 1) * lengths[index] > tokens
+        if chosen and (full or not (padded or lengths[chosen[0]] == lengths[index])):
+            yield chosen
+            chosen = []
+        chosen.append(index)
+    if chosen:
+        yield chosen
+
+
+@torch.inference_mode()
+def extract_residuals(
+    loaded: LoadedModel,
+    prompts: Sequence[list[int]],
+    rows: int,
+    advance: Callable[[int], None],
+    *,
+    tokens: int | None = None,
+    edits: ActiveEdits | None = None,
+) -> Tensor:
+    """Return the last prompt position's residuals, [n, layers + 1, d], float32, on the CPU.
+
+    The LM head is not run, and of every layer only one position is kept.
+
+    Args:
+        loaded: The model.
+        prompts: Token ids of each prompt.
+        rows: Prompts in one forward.
+        advance: Told how many prompts have been done.
+        tokens: Tokens in one forward, padding included; None for no such bound.
+        edits: Edits of the model, of which every row gets edit 0; None: the model as it is.
+    """
+    count = loaded.architecture.layer_count + 1
+    residuals = torch.empty(len(prompts), count, loaded.architecture.width)
+    layers = loaded.model.get_submodule(loaded.architecture.layers)
+    assert isinstance(layers, nn.ModuleList)
+    lengths = [len(prompt) for prompt in prompts]
+    most, padded = tokens if tokens is not None else rows * max(lengths, default=0), loaded.architecture.manner.padded
+    for chosen in batches(lengths, rows, most, padded=padded):
+        ids, mask, positions = left_padded([prompts[i] for i in chosen], loaded.device)
+        edited = nullcontext() if edits is None else edits.all_rows(len(chosen), loaded.device)
+
+        def keep(index: int, hidden: Tensor, chosen: list[int] = chosen) -> None:
+            residuals[chosen, index] = hidden[:, -1].to("cpu", torch.float32)
+
+        with edited, layer_outputs(layers, keep):
+            decoder_of(loaded.model)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        advance(len(chosen))
+    return residuals
+
+
+def digest(value: Any) -> str:
+    """Return a hash over a value that JSON can express: the key of whatever follows from it alone."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_tensors(file: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
+    """Keep tensors under a key, atomically.
+
+    Raises:
+        MachineError: The file cannot be written.
+    """
+    try:
+        make_folder(file.parent)
+    except OSError as error:
+        raise cannot_write(file.parent, error) from error
+    contents = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    # One entry: safetensors writes several in any order, and the same contents are to give the same bytes.
+    write_atomically(file, save(contents, metadata={"seal": _seal(key, contents)}))
+
+
+def read_tensors(file: Path, key: str) -> dict[str, Tensor] | None:
+    """Return the tensors that were kept under a key; None where there are none, others, or damaged ones."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            seal = (stored.metadata() or {}).get("seal", "")
+            if not seal.startswith(key):
+                return None
+            contents = {name: stored.get_tensor(name) for name in sorted(stored.keys())}
+    except (OSError, SafetensorError):
+        return None
+    return contents if seal == _seal(key, contents) else None
+
+
+def _seal(key: str, contents: Mapping[str, Tensor]) -> str:
+    """Return the key with a hash of the contents."""
+    hashed = hashlib.sha256()
+    for name in sorted(contents):
+        tensor = contents[name]
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        raw: Any = tensor.flatten().view(torch.uint8).numpy()  # a buffer of the same memory
+        hashed.update(raw)
+    return f"{key} {hashed.hexdigest()}"

@@ -1,0 +1,278 @@
+"""Edits of a model as forward hooks: no weight is read or written during the search.
+
+Rows of one batch may belong to different trials: each row carries the index of its trial into tables
+of K edits, so that many trials are evaluated in one forward (DESIGN section 2). An output is measured
+along the directions of all trials at once and what is not its own trial's is put to nothing: two matrix
+products, with no table copied for a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from job.architectures.spec import Architecture
+from job.edits.compile import Active, Grouping, Split
+from job.model.placement import module_device, read_parameter
+from job.numerics.ablation import DEGENERATE_SHARE, RowNormalization
+from job.numerics.basis import Basis
+from job.records import EditParameters
+
+
+@dataclass
+class _Site:
+    """A residual writer's module and the tables of the edits that are active on it."""
+
+    module: nn.Module
+    tables: Active | None = None
+
+
+class ActiveEdits:
+    """Edits 0 … K-1, ready to be applied; the rows of a forward name theirs by number.
+
+    Attributes:
+        reasons: For each edit why it is degenerate and must not be scored, None if it is not.
+    """
+
+    def __init__(self, hooks: Intervention, slots: Tensor, finite: Tensor, reasons: Sequence[str | None]) -> None:
+        """Keep where each edit is in the tables.
+
+        Args:
+            hooks: The hooks that apply the edits.
+            slots: Each edit's place in the tables, [K].
+            finite: Which edits float32 can hold, [K], in the tables' order.
+            reasons: Why each edit is degenerate.
+        """
+        self.reasons = tuple(reasons)
+        self._hooks, self._slots = hooks, slots
+        # The rows of an edit beyond float32 are made NaN.
+        self._factors = torch.where(finite, 1.0, torch.nan)
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def bind(self, trials: Tensor) -> EditedRows:
+        """Return a context in which row i of every forward gets edit `trials[i]`, [rows]."""
+        return EditedRows(self._hooks, self, trials)
+
+    def all_rows(self, count: int, device: torch.device | str) -> EditedRows:
+        """Return a context in which each of `count` rows gets edit 0."""
+        return self.bind(torch.zeros(count, dtype=torch.long, device=device))
+
+    @contextmanager
+    def on_every_row(self, model: nn.Module) -> Iterator[None]:
+        """Give edit 0 to every row of every forward in the block, whoever calls the model."""
+        bound: list[EditedRows] = []
+
+        def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = inputs[0] if inputs else named.get("input_ids")
+            given = named["inputs_embeds"] if given is None else given
+            bound.append(self.all_rows(len(given), given.device))
+            bound[-1].__enter__()
+
+        def leave(*_: Any) -> None:
+            while bound:
+                bound.pop().__exit__()
+
+        handles = [
+            model.register_forward_pre_hook(enter, with_kwargs=True),
+            model.register_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            leave()
+            for handle in handles:
+                handle.remove()
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return each edit's place in the tables and each place's factor, both [K], on a device."""
+        if device not in self._on:
+            self._on[device] = self._slots.to(device), self._factors.to(device)
+        return self._on[device]
+
+
+class EditedRows:
+    """A context in which the rows of every forward get their edits; it can be entered again."""
+
+    def __init__(self, hooks: Intervention, edits: ActiveEdits, trials: Tensor) -> None:
+        self._hooks, self._edits, self._trials = hooks, edits, trials
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> Self:
+        self._hooks.enter(self, self._edits)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.leave(self)
+
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return each row's place in the tables, [rows], and its factor for every place, [rows, 1, K, 1].
+
+        The factors of other trials' edits are 0.
+        """
+        if device not in self._on:
+            slots, factors = self._edits.places(device)
+            rows = slots[self._trials.to(device)]
+            own = nn.functional.one_hot(rows, len(factors)).to(torch.bool)
+            self._on[device] = rows, torch.where(own, factors, 0.0)[:, None, :, None]
+        return self._on[device]
+
+
+class Intervention:
+    """Ablates directions from the outputs of all residual writers, row by row.
+
+    Use as a context manager; the hooks are there within the block. They change nothing but the forwards within a
+    context that `ActiveEdits.bind` returns.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        basis: Basis,
+        mode: RowNormalization,
+    ) -> None:
+        """Read every writer's weight once.
+
+        Args:
+            model: The loaded model.
+            architecture: Its structure.
+            basis: The directions of all layers.
+            mode: Which norms of the weights edits preserve; "none" if experts' weights are held together.
+        """
+        self._mode = mode
+        self._sites: dict[str, _Site] = {}
+        on: dict[torch.device, Tensor] = {}
+        grouping = Grouping(basis, mode)
+        hooked: set[str] = set()
+        for writer in architecture.writers:
+            if writer.hook and writer.hook in hooked:
+                continue
+            hooked.add(writer.hook)
+            self._sites[writer.parameter] = _Site(model.get_submodule(writer.hooked))
+            device = module_device(model.get_submodule(writer.module))
+            if device not in on:
+                on[device] = basis.candidates.to(device, torch.float64)
+            candidates = writer.candidates(on[device], partial(read_parameter, model))
+            if mode != "none" and writer.summed:
+                raise ValueError(f"{mode} is not defined for {writer.parameter}")
+            weight = None if mode == "none" else writer.matrix(read_parameter(model, writer.parameter))
+            grouping.add(writer, candidates, weight)
+        self._groups = grouping.groups()
+        self._handles: list[RemovableHandle] = []
+        self._active: ActiveEdits | None = None
+        self._bound: EditedRows | None = None
+
+    def __enter__(self) -> Self:
+        for site in self._sites.values():
+            if self._mode == "column":
+                self._handles.append(site.module.register_forward_pre_hook(self._scale_input(site)))
+            self._handles.append(site.module.register_forward_hook(self._edit_output(site)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._bound = None
+
+    def activate(self, edits: Sequence[EditParameters]) -> ActiveEdits:
+        """Work edits out; those of an earlier call can no longer be applied, for their tables' memory is used again."""
+        if self._bound is not None:
+            raise RuntimeError("a forward is being edited")
+        self._active = None
+        split = Split.of(edits)
+        finite = torch.ones(len(edits), dtype=torch.bool)
+        shares = []
+        for group in self._groups:
+            active, known, least = group.activate(split)
+            for writer, tables in zip(group.writers, active, strict=True):
+                self._sites[writer.parameter].tables = tables
+            finite &= known
+            shares.append(least)
+        self._active = ActiveEdits(self, split.slots, finite, self._degenerate(shares, split.slots))
+        return self._active
+
+    def _degenerate(self, shares: Sequence[Tensor], slots: Tensor) -> list[str | None]:
+        """Return for each edit why it is degenerate, from the least shares that all groups have said."""
+        reasons: list[str | None] = [None] * len(slots)
+        # Looked at once all has been asked for: a GPU is waited for once and not at every writer.
+        for group, share in zip(self._groups, shares, strict=True):
+            if self._mode in ("none", "pre"):
+                break
+            low = (share < DEGENERATE_SHARE).cpu()[:, slots]
+            for writer, number in low.nonzero().tolist():
+                parameter = group.writers[writer].parameter
+                reasons[number] = f"the edit leaves nothing to restore a norm from in {parameter}"
+        return reasons
+
+    def enter(self, rows: EditedRows, edits: ActiveEdits) -> None:
+        """Apply edits to the rows of the forwards to come; `EditedRows` alone calls this.
+
+        Raises:
+            RuntimeError: Other edits are active now, or other rows are bound.
+        """
+        if edits is not self._active:
+            raise RuntimeError("other edits have been activated since")
+        if self._bound is not None:
+            raise RuntimeError("rows of another forward are bound")
+        self._bound = rows
+
+    def leave(self, rows: EditedRows) -> None:
+        """Apply edits no longer; `EditedRows` alone calls this."""
+        if self._bound is rows:
+            self._bound = None
+
+    def _scale_input(self, site: _Site) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if self._bound is None or site.tables is None or site.tables.input_scale is None:
+                return None
+            x = inputs[0]
+            scale = site.tables.input_scale[self._bound.on(x.device)[0]]  # [rows, i]
+            scaled = _by_rows(x, len(scale)).to(torch.float32) * scale[:, None]
+            return (scaled.to(x.dtype).view_as(x), *inputs[1:])
+
+        return hook
+
+    def _edit_output(self, site: _Site) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if self._bound is None or site.tables is None:
+                return None
+            if isinstance(output, tuple):  # what adds experts up may also tell how they were chosen
+                return (_edited(output[0], site.tables, self._bound), *output[1:])
+            return _edited(output, site.tables, self._bound)
+
+        return hook
+
+
+def _edited(y: Tensor, edits: Active, bound: EditedRows) -> Tensor:
+    """Return a writer's output [rows, t, d], or [rows * t, d], with each row's edit applied."""
+    rows, own = bound.on(y.device)
+    stream = y.reshape(-1, y.shape[-1]).to(torch.float32)
+    along = stream @ edits.read  # [rows * t, K * k]
+    along.view(len(rows), -1, own.shape[2], edits.read.shape[1] // own.shape[2]).mul_(own)
+    edited = torch.addmm(stream, along, edits.write, alpha=-1)
+    if edits.output_scale is not None:
+        _by_rows(edited, len(rows)).mul_(edits.output_scale[rows][:, None])
+    return edited.to(y.dtype).view_as(y)
+
+
+def _by_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Return values as [rows, t, d], also those of modules that see all rows' positions in one line."""
+    return tensor.reshape(rows, -1, tensor.shape[-1])

@@ -1,0 +1,245 @@
+"""`abliterate evaluate`: an edited model against its base model, both measured alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from job.config.schema import PromptSettings, Settings
+from job.data.prompts import Prompt, read_prompts, report_prompts
+from job.errors import JobError, UsageError
+from job.evaluate.lm_eval import Harness, Scores
+from job.evaluate.measure import Measured, Pair, Texts, bench_of, opened
+from job.evaluate.perplexity import DEFAULT_TEXT, plain_texts
+from job.evaluate.result import Comparison, Divergence, Score, TextComparison, shares_of
+from job.generation.response_prefix import with_response_prefix
+from job.lifecycle.followups import looking, trial_of
+from job.lifecycle.locate import job_settings
+from job.model.device_faults import clear_faults
+from job.model.files import fetch_model, list_model, parse_model
+from job.model.memory import release_memory
+from job.report.run_view import job_trials
+from job.scoring.kl import Reference
+from job.storage.events import Events
+from job.storage.run_folder import RunFolder, write_record
+
+NO_TEXT = "none"
+_OWN_ANSWERS = "the base model's own answers to the good prompts"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be measured.
+
+    Attributes:
+        good: SPEC of the good prompts, None for the report's.
+        bad: SPEC of the bad prompts, None for the report's.
+        text: SPEC of the plain text, NO_TEXT for none; None for web text or, where that cannot be had, the base
+            model's answers.
+        tasks: Benchmarks.
+        limit: Documents of each benchmark, None for all.
+        tasks_folder: A folder of further benchmarks.
+    """
+
+    good: str | None = None
+    bad: str | None = None
+    text: str | None = None
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    tasks_folder: Path | None = None
+
+    def harness(self) -> Harness | None:
+        """Return what runs the benchmarks, None where none are asked for.
+
+        Raises:
+            MachineError: lm-eval is not installed.
+            UsageError: There is no such benchmark.
+        """
+        return Harness(self.tasks, self.limit, self.tasks_folder) if self.tasks else None
+
+    def prompts(self, settings: Settings, report: Callable[[str], None], default: Pair | None = None) -> Pair:
+        """Return good and bad prompts; those not asked for are the default's or what the settings would report on."""
+
+        def found(kind: str, spec: str | None, own: tuple[Prompt, ...] | None) -> tuple[Prompt, ...]:
+            if spec is not None:
+                return read_prompts(PromptSettings(spec=spec), report)
+            return own if own is not None else report_prompts(settings, kind, report)
+
+        good, bad = default or (None, None)
+        return found("good", self.good, good), found("bad", self.bad, bad)
+
+    def texts(self, report: Callable[[str], None]) -> Texts | None:
+        """Return the plain texts, None where none are asked for."""
+        if self.text == NO_TEXT:
+            return None
+        try:
+            texts, source = plain_texts(self.text or DEFAULT_TEXT, report)
+        except JobError as error:
+            if self.text is not None:
+                raise
+            report(f"{error}; cross-entropy is measured on {_OWN_ANSWERS}")
+            return Texts(_OWN_ANSWERS, None)
+        return Texts(source, texts)
+
+
+def evaluate_trial(
+    folder: RunFolder, number: int | None, asked: Asked, events: Events, device: str | None = None
+) -> Comparison:
+    """Measure a job's model under a trial's edit against the model as it is, and write what is found to its folder.
+
+    Args:
+        folder: The run folder.
+        number: The trial; None for the one that the job would choose.
+        asked: What is to be measured.
+        events: Where progress goes.
+        device: Another device than the job's.
+
+    Raises:
+        UsageError: There is no such trial.
+        HeldError: A run of the job needs the device.
+        JobError: Prompts or texts cannot be read, or a benchmark cannot be run.
+    """
+    record, settings = folder.read_job(), job_settings(folder)
+    trials = job_trials(folder)
+    if not trials:
+        raise UsageError(f"no trial of job {record.job_id} is finished", remedy="run it first")
+    trial = trial_of(folder, record, settings, trials, number)
+    harness, texts = asked.harness(), asked.texts(events.say)
+    with looking(folder, events, device) as job:
+        pair = asked.prompts(settings, events.say, (job.prompts.good_report, job.prompts.bad_report))
+        bench = bench_of(job.loaded, job.settings, pair, harness, events, job.resolution.rows)
+        events.say("measuring the base model")
+        before = bench.measure(bench.passages(texts))
+        reference = bench.evaluator(settings.kl_tokens).reference
+        events.say(f"measuring trial {trial.number}")
+        edits = job.intervention.activate([job.space.edit(trial.params)])
+        (reason,) = edits.reasons
+        if reason is not None:
+            raise UsageError(f"trial {trial.number} cannot be measured: {reason}", remedy="choose another")
+        after = bench.measure(before.passages, reference, edits)
+    found = _comparison(f"job {record.job_id}", settings.model, trial.number, before, after, texts)
+    write_record(folder.evaluation_file(trial.number), found)
+    return found
+
+
+def evaluate_models(model: str, base: str, settings: Settings, asked: Asked, events: Events) -> Comparison:
+    """Measure any model against any other; they are loaded one after the other, never both at once.
+
+    Args:
+        model: The edited model: a folder, or NAME[@REVISION] on the Hub.
+        base: The base model, likewise.
+        settings: How models are loaded and answers judged.
+        asked: What is to be measured.
+        events: Where progress goes.
+
+    Raises:
+        ImpossibleJobError: A model or text cannot be had.
+        MachineError: The Hub cannot be reached, or memory does not suffice.
+        JobError: A benchmark cannot be run.
+    """
+    harness, texts = asked.harness(), asked.texts(events.say)
+    pair = asked.prompts(settings, events.say)
+    folders = [_folder_of(name, events) for name in (base, model)]
+    with clear_faults():
+        before = _measured_base(folders[0], settings, pair, texts, harness, events)
+        release_memory()
+        after = _measured_other(folders[1], settings, pair, texts, harness, events, before)
+    return _comparison(model, base, None, before.measured, after, texts)
+
+
+def _folder_of(name: str, events: Events) -> Path:
+    source = parse_model(name)
+    return fetch_model(source, list_model(source, None, events.say), events.say)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What is kept of a base model.
+
+    Attributes:
+        measured: What it came to.
+        reference: What others are compared with, on the CPU.
+        good: Tokens of the good prompts.
+        prefix: What all answers are made to begin with.
+    """
+
+    measured: Measured
+    reference: Reference
+    good: list[list[int]]
+    prefix: str
+
+
+def _measured_base(
+    folder: Path, settings: Settings, pair: Pair, texts: Texts | None, harness: Harness | None, events: Events
+) -> _Base:
+    bench = opened(folder, settings, pair, harness, events, "")
+    if settings.loading.response_prefix == "auto":
+        bench = bench_of(with_response_prefix(bench.loaded, *pair, bench.rows), settings, pair, harness, events)
+    measured = bench.measure(bench.passages(texts))
+    evaluator = bench.evaluator(settings.kl_tokens)
+    reference = replace(evaluator.reference, logits=evaluator.reference.logits.cpu())
+    return _Base(measured, reference, evaluator.good, bench.loaded.response_prefix)
+
+
+def _measured_other(
+    folder: Path,
+    settings: Settings,
+    pair: Pair,
+    texts: Texts | None,
+    harness: Harness | None,
+    events: Events,
+    base: _Base,
+) -> Measured:
+    bench = opened(folder, settings, pair, harness, events, base.prefix)
+    words = bench.loaded.model.config.get_text_config().vocab_size
+    alike = words == base.reference.logits.shape[-1] and bench.evaluator(settings.kl_tokens).good == base.good
+    if not alike:
+        events.say("warning: the models have other tokens or chat templates: no KL divergence is measured")
+    if texts is None or texts.texts is None:
+        passages = base.measured.passages if alike else []
+    else:
+        passages = bench.passages(texts)
+    return bench.measure(passages, base.reference if alike else None)
+
+
+def _comparison(
+    model: str, against: str, trial: int | None, before: Measured, after: Measured, texts: Texts | None
+) -> Comparison:
+    figures = after.figures
+    divergences = [Divergence.of(1, after.first)] if after.first else []
+    if figures.kl is not None and figures.kl_interval is not None:
+        divergences.append(Divergence(tokens=figures.kl_tokens, mean=figures.kl, interval=figures.kl_interval))
+    text = None
+    if texts is not None and before.passages and len(before.passages) == len(after.passages):
+        text = TextComparison.of(texts.source, _counted(before), _counted(after))
+    return Comparison(
+        model=model,
+        against=against,
+        trial=trial,
+        base=before.figures,
+        edited=figures,
+        shares=shares_of(before.figures, figures),
+        divergences=tuple(divergences),
+        text=text,
+        scores=tuple(_scores(before.scores, after.scores)),
+    )
+
+
+def _counted(measured: Measured) -> tuple[Sequence[float], Sequence[int]]:
+    return measured.losses, [passage.count for passage in measured.passages]
+
+
+def _scores(base: Scores, edited: Scores) -> list[Score]:
+    return [
+        Score(
+            task=task,
+            metric=metric,
+            base=value,
+            base_error=error,
+            edited=edited[task, metric][0],
+            edited_error=edited[task, metric][1],
+        )
+        for (task, metric), (value, error) in base.items()
+        if (task, metric) in edited
+    ]

@@ -1,0 +1,124 @@
+"""Standard benchmarks by lm-eval, EleutherAI's harness, which is an extra that need not be installed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from job.errors import JobError, MachineError, UsageError
+from job.model.loading import LoadedModel
+
+_CPU_ROWS = 8
+# Of each task's measure: its value and its standard error, None where there is none.
+Scores = dict[tuple[str, str], tuple[float, float | None]]
+
+
+class Harness:
+    """Tasks of lm-eval that models are put to."""
+
+    def __init__(self, tasks: Sequence[str], limit: int | None, folder: Path | None) -> None:
+        """Find the tasks, before any model is loaded.
+
+        Args:
+            tasks: Names of tasks, groups or tags.
+            limit: Documents of each task, None for all.
+            folder: A folder of further tasks as YAML files.
+
+        Raises:
+            MachineError: lm-eval is not installed.
+            UsageError: There is no such task or folder.
+        """
+        if importlib.util.find_spec("lm_eval") is None:
+            raise MachineError(
+                "--tasks needs lm-eval, which is not installed", remedy="pip install 'abliteration-job[lm-eval]'"
+            )
+        if folder is not None and not folder.is_dir():
+            raise UsageError(f"there is no folder {folder}", remedy="check --tasks-folder")
+        self._tasks, self._limit = list(tasks), limit
+        with _quiet():
+            self._manager = _manager_of(self._tasks, folder)
+        unknown = [task for task in self._tasks if not self._manager.match_tasks([task])]
+        if unknown:
+            raise UsageError(f"lm-eval has no task {unknown[0]}", remedy="`lm-eval ls tasks` lists them")
+
+    def scores(self, loaded: LoadedModel) -> Scores:
+        """Return what a model comes to on every task.
+
+        Raises:
+            JobError: lm-eval cannot do a task, for want of its data for example.
+        """
+        with _quiet():
+            import lm_eval
+            from lm_eval.models.huggingface import HFLM
+
+            try:
+                model = HFLM(
+                    pretrained=loaded.model,
+                    tokenizer=loaded.tokenizer,
+                    backend="causal",
+                    device=str(loaded.device),
+                    batch_size=_rows(loaded),
+                )
+                found = lm_eval.simple_evaluate(
+                    model=model,
+                    tasks=self._tasks,
+                    task_manager=self._manager,
+                    limit=self._limit,
+                    log_samples=False,
+                )
+            except (OSError, ValueError, KeyError, ConnectionError) as error:
+                raise JobError(
+                    f"lm-eval cannot do {', '.join(self._tasks)}: {str(error).strip() or type(error).__name__}",
+                    remedy="see whether its data can be had from here",
+                ) from error
+        return _scores(found["results"])
+
+
+def _rows(loaded: LoadedModel) -> int | str:
+    """Return the rows of a forward; on an accelerator the harness finds out how many there is room for."""
+    if not loaded.architecture.manner.padded:
+        return 1
+    return "auto" if loaded.device.type == "cuda" else _CPU_ROWS
+
+
+def _manager_of(tasks: Sequence[str], folder: Path | None) -> Any:
+    """Return what knows the tasks; lm-eval's own, which take it most of a minute to read, only where they are asked."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is not None:
+        own = TaskManager(include_path=str(folder), include_defaults=False)
+        if all(own.match_tasks([task]) for task in tasks):
+            return own
+    return TaskManager(include_path=str(folder) if folder is not None else None)
+
+
+def _scores(results: Mapping[str, Mapping[str, Any]]) -> Scores:
+    found: Scores = {}
+    for task, measures in results.items():
+        for name, value in measures.items():
+            metric, _, kind = name.partition(",")
+            if metric.endswith("_stderr") or not kind or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            error = measures.get(f"{metric}_stderr,{kind}")
+            shown = metric if kind == "none" else f"{metric} ({kind})"
+            found[task, shown] = float(value), float(error) if isinstance(error, int | float) else None
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what lm-eval says of itself out of standard output, and its advice out of everything."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # Its bars are for terminals; elsewhere they would fill logs.
+    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    with contextlib.redirect_stdout(bars), contextlib.redirect_stderr(bars), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,103 @@
+"""Cross-entropy on plain text: how well a model predicts what others, or it itself, have written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from job.config.schema import PromptSettings
+from job.data.sources import parse_source, read_texts, resolve_commit
+from job.directions.residuals import batches
+from job.generation.greedy import last_logits
+from job.model.device_faults import halving
+from job.model.loading import LoadedModel
+
+# Web text of the kind that models are trained on, streamed: 100 rows take about 2 MB.
+DEFAULT_TEXT = "allenai/c4:en#validation[:100]/text"
+TEXT_TOKENS = 512
+# Tokens of a forward, and positions whose logits are made float32 at once.
+_FORWARD_TOKENS, _SLICE = 4096, 128
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text that a model has to predict.
+
+    Attributes:
+        tokens: Token ids.
+        first: Index of the first token that counts, at least 1; what comes before is given.
+    """
+
+    tokens: list[int]
+    first: int = 1
+
+    @property
+    def count(self) -> int:
+        """Number of tokens that count."""
+        return len(self.tokens) - self.first
+
+
+def plain_texts(spec: str, report: Callable[[str], None]) -> tuple[list[str], str]:
+    """Return the texts of a SPEC without blank ones, and in words what it is.
+
+    Raises:
+        JobError: It cannot be read.
+    """
+    source = parse_source(PromptSettings(spec=spec))
+    pin = resolve_commit(source, report)
+    texts = [text for text in read_texts(source, pin.commit if pin else None, report) if text.strip()]
+    return texts, source.describe()
+
+
+def passages_of(loaded: LoadedModel, texts: Sequence[str], most: int = TEXT_TOKENS) -> list[Passage]:
+    """Return texts as a model's tokenizer cuts them up, of so many tokens at most, as documents and not conversations.
+
+    Of a text without a token that opens all texts the first token is given and not predicted.
+    """
+    return [Passage(loaded.tokenizer(text)["input_ids"][:most]) for text in texts]
+
+
+def cross_entropies(
+    loaded: LoadedModel, passages: Sequence[Passage], rows: int, report: Callable[[str], None]
+) -> list[float]:
+    """Return the cross-entropy of every passage, summed over its tokens that count, nats.
+
+    Args:
+        loaded: The model.
+        passages: What it has to predict.
+        rows: Rows of a forward, at most.
+        report: Told where memory does not suffice for so many.
+
+    Raises:
+        MachineError: Memory does not suffice for one passage at a time.
+    """
+
+    def measured(size: int) -> list[float]:
+        found = [0.0] * len(passages)
+        budget = max(_FORWARD_TOKENS * size // rows, 1)
+        lengths = [len(passage.tokens) for passage in passages]
+        for chosen in batches(lengths, size, budget, padded=loaded.architecture.manner.padded):
+            chunk = [passages[index] for index in chosen]
+            width = max(len(passage.tokens) for passage in chunk)
+            logits = last_logits(loaded.model, [passage.tokens for passage in chunk], width)
+            for index, passage, own in zip(chosen, chunk, logits, strict=True):
+                found[index] = _surprise(own[-len(passage.tokens) :], passage)
+        return found
+
+    return halving(rows, measured, report)[0]
+
+
+@torch.inference_mode()
+def _surprise(logits: Tensor, passage: Passage) -> float:
+    """Return a passage's cross-entropy from the logits at all of its tokens, [t, vocabulary]."""
+    targets = torch.tensor(passage.tokens[passage.first :], device=logits.device)
+    predictions = logits[passage.first - 1 : -1]
+    total = 0.0
+    for start in range(0, len(targets), _SLICE):
+        part = predictions[start : start + _SLICE].to(torch.float32)
+        losses = nn.functional.cross_entropy(part, targets[start : start + _SLICE], reduction="none")
+        total += float(losses.to("cpu", torch.float64).sum())
+    return total

@@ -1,0 +1,226 @@
+"""Two models side by side, the base model and the edited one: what `abliterate evaluate` found. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from job.numerics.statistics import difference_interval, mean_interval, ratio_interval, wilson_interval
+from job.records import Figures, Record
+
+Interval = tuple[float, float]
+
+
+class Share(Record):
+    """A count of answers of both models to the same prompts, with 95 % intervals of the shares.
+
+    Attributes:
+        name: What is counted.
+        of: Number of prompts.
+        change_interval: Interval of the change of the share, as if the prompts had been others.
+    """
+
+    name: str
+    of: int
+    base: int
+    base_interval: Interval
+    edited: int
+    edited_interval: Interval
+    change_interval: Interval
+
+
+class Divergence(Record):
+    """The edited model's KL divergence from the base model on the good prompts, nats.
+
+    Attributes:
+        tokens: Positions of the base model's answers over which it is a mean.
+        mean: Over the prompts.
+        interval: Its 95 % interval.
+    """
+
+    tokens: int
+    mean: float
+    interval: Interval
+
+    @classmethod
+    def of(cls, tokens: int, values: Sequence[float]) -> Divergence:
+        """Return the mean of every prompt's divergence with its interval."""
+        return cls(tokens=tokens, mean=math.fsum(values) / len(values), interval=mean_interval(values))
+
+
+class Surprise(Record):
+    """A model's cross-entropy on plain text, nats a token, with its 95 % interval over the texts."""
+
+    cross_entropy: float
+    interval: Interval
+    perplexity: float
+
+    @classmethod
+    def of(cls, losses: Sequence[float], tokens: Sequence[int]) -> Surprise:
+        """Return it from every text's cross-entropy and tokens."""
+        mean = math.fsum(losses) / sum(tokens)
+        return cls(cross_entropy=mean, interval=ratio_interval(losses, tokens), perplexity=math.exp(min(mean, 700.0)))
+
+
+class TextComparison(Record):
+    """Both models on the same plain text.
+
+    Attributes:
+        source: What the text is.
+        texts: Number of texts.
+        tokens: Number of tokens that were predicted, as the base model's tokenizer cuts them up.
+        change: Of the cross-entropy a token; None where the models cut texts up differently.
+        change_interval: Its 95 % interval over the texts, by pairs.
+    """
+
+    source: str
+    texts: int
+    tokens: int
+    base: Surprise
+    edited: Surprise
+    change: float | None
+    change_interval: Interval | None
+
+    @classmethod
+    def of(
+        cls, source: str, base: tuple[Sequence[float], Sequence[int]], edited: tuple[Sequence[float], Sequence[int]]
+    ) -> TextComparison:
+        """Return the comparison from every text's cross-entropy and tokens."""
+        alike = list(base[1]) == list(edited[1])
+        changes = [after - before for before, after in zip(base[0], edited[0], strict=True)] if alike else []
+        return cls(
+            source=source,
+            texts=len(base[1]),
+            tokens=sum(base[1]),
+            base=Surprise.of(*base),
+            edited=Surprise.of(*edited),
+            change=math.fsum(changes) / sum(base[1]) if alike else None,
+            change_interval=ratio_interval(changes, base[1]) if alike else None,
+        )
+
+
+class Score(Record):
+    """A measure of a benchmark task on both models, with its standard errors, None where there are none."""
+
+    task: str
+    metric: str
+    base: float
+    base_error: float | None
+    edited: float
+    edited_error: float | None
+
+    @property
+    def change_error(self) -> float | None:
+        """Standard error of the change as if the models had been put to different documents; it is smaller."""
+        if self.base_error is None or self.edited_error is None:
+            return None
+        return math.hypot(self.base_error, self.edited_error)
+
+
+class Comparison(Record):
+    """All that was found of a pair of models.
+
+    Attributes:
+        model: The edited model, or the job.
+        against: The base model.
+        trial: The trial whose edit the edited model is, None where it is a model of its own.
+        base: The base model's figures.
+        edited: The edited model's figures.
+        shares: Their counts with intervals.
+        divergences: KL divergences, by the number of positions; none where the models read prompts differently.
+        text: Cross-entropy on plain text, None where it was not asked for.
+        scores: Benchmarks.
+    """
+
+    version: Literal[1] = 1
+    model: str
+    against: str
+    trial: int | None
+    base: Figures
+    edited: Figures
+    shares: tuple[Share, ...]
+    divergences: tuple[Divergence, ...]
+    text: TextComparison | None
+    scores: tuple[Score, ...]
+
+
+def shares_of(base: Figures, edited: Figures) -> tuple[Share, ...]:
+    """Return the counts of two models' figures, which were taken on the same prompts."""
+    counts = (
+        ("refusals", base.bad_prompts, base.refusals, edited.refusals),
+        ("false refusals", base.good_prompts, base.false_refusals, edited.false_refusals),
+        ("broken answers, bad prompts", base.bad_prompts, base.degenerate, edited.degenerate),
+        ("broken answers, good prompts", base.good_prompts, base.false_degenerate, edited.false_degenerate),
+    )
+    return tuple(
+        Share(
+            name=name,
+            of=of,
+            base=before,
+            base_interval=wilson_interval(before, of),
+            edited=after,
+            edited_interval=wilson_interval(after, of),
+            change_interval=difference_interval((before, of), (after, of)),
+        )
+        for name, of, before, after in counts
+    )
+
+
+def comparison_text(found: Comparison) -> str:
+    """Return a comparison for people: a table of base and edited model with 95 % intervals."""
+    rows: list[tuple[str, ...]] = [("", "base", "edited", "change"), *map(_share_row, found.shares)]
+    for kl in found.divergences:
+        name = "KL, first token" if kl.tokens == 1 else f"KL, {kl.tokens} tokens"
+        rows.append((name, "", f"{kl.mean:.4g} {_range(kl.interval)}", ""))
+    if found.text is not None:
+        rows += _text_rows(found.text)
+    for score in found.scores:
+        rows.append(
+            (
+                f"{score.task} {score.metric}",
+                _with_error(score.base, score.base_error),
+                _with_error(score.edited, score.edited_error),
+                _with_error(score.edited - score.base, score.change_error, "+.4g"),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append("[ ]: 95 % intervals" + ("; ±: standard errors" if found.scores else ""))
+    if found.text is not None:
+        lines.append(f"plain text: {found.text.source}: {found.text.texts} texts, {found.text.tokens} tokens")
+    return "\n".join(lines)
+
+
+def _share_row(share: Share) -> tuple[str, str, str, str]:
+    change = 100 * (share.edited - share.base) / share.of
+    return (
+        share.name,
+        f"{share.base}/{share.of} {_percent(share.base_interval)}",
+        f"{share.edited}/{share.of} {_percent(share.edited_interval)}",
+        f"{change:+.1f} points {_percent(share.change_interval, '+.1f')}",
+    )
+
+
+def _text_rows(text: TextComparison) -> list[tuple[str, ...]]:
+    change = ""
+    if text.change is not None and text.change_interval is not None:
+        change = f"{text.change:+.4f} {_range(text.change_interval, '+.4f')}"
+    both = (text.base, text.edited)
+    entropies = [f"{one.cross_entropy:.4f} {_range(one.interval, '.4f')}" for one in both]
+    return [
+        ("cross-entropy, nats a token", *entropies, change),
+        ("perplexity", *(f"{one.perplexity:.4g}" for one in both), ""),
+    ]
+
+
+def _percent(interval: Interval, form: str = ".1f") -> str:
+    return _range((100 * interval[0], 100 * interval[1]), form) + " %"
+
+
+def _range(interval: Interval, form: str = ".4g") -> str:
+    return f"[{interval[0]:{form}}, {interval[1]:{form}}]"
+
+
+def _with_error(value: float, error: float | None, form: str = ".4g") -> str:
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:.2g}")

@@ -1,0 +1,124 @@
+"""The edit alone: directions and parameters in one small file, and its application to the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from job.architectures.spec import Architecture
+from job.config.schema import AblationSettings, default_values
+from job.errors import ExportMismatchError, UsageError
+from job.export.merged import Edit, seal_made, verify_written, write_weights
+from job.export.reproduction import Reproduction, check_reproduction
+from job.model.safetensors_files import Checkpoint
+from job.numerics.basis import Basis
+from job.proof.truth_test import inspect_model
+from job.records import Record
+from job.storage.run_folder import cannot_write, make_folder, sync_folder, write_atomically
+from job.system.failpoints import reached
+
+EDIT_FILE = "edit.safetensors"
+_ENTRY = "abliterate"
+
+
+class _Header(Record):
+    """What an edit file says beside its tensors.
+
+    Attributes:
+        model_type: The base model's family.
+        base_sha256: Of the base model's tensors that the edit changes.
+        made: What it takes to make the edit again.
+    """
+
+    version: Literal[1] = 1
+    model_type: str
+    base_sha256: str
+    made: Reproduction
+
+
+def write_edit_file(folder: Path, source: Path, architecture: Architecture, edit: Edit, made: Reproduction) -> None:
+    """Write an edit file, read it again and compare.
+
+    Args:
+        folder: The export's folder, made if needed.
+        source: The base model's folder.
+        architecture: The base model's structure.
+        edit: The edit.
+        made: How it was made, without hashes of weights.
+
+    Raises:
+        ExportMismatchError: What was written is not what was measured.
+        MachineError: The folder cannot be written.
+    """
+    digest = Checkpoint(source).digest(architecture)
+    header = _Header(model_type=architecture.model_type, base_sha256=digest, made=made)
+    tensors = _tensors(edit.basis)
+    make_folder(folder)
+    # One entry: safetensors writes several in any order, and the same edit is to give the same bytes.
+    write_atomically(folder / EDIT_FILE, save(tensors, metadata={_ENTRY: header.model_dump_json()}))
+    read, found = _read(folder / EDIT_FILE)
+    same = all(torch.equal(tensor, _tensors(found)[name]) for name, tensor in tensors.items())
+    if not same or read != header:
+        raise ExportMismatchError(f"{folder / EDIT_FILE} is not what it should be", remedy="check the disk")
+
+
+def _tensors(basis: Basis) -> dict[str, Tensor]:
+    return {"directions": basis.directions.contiguous().cpu(), "weights": basis.weights.contiguous().cpu()}
+
+
+def _read(file: Path) -> tuple[_Header, Basis]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            header = _Header.model_validate_json((stored.metadata() or {}).get(_ENTRY, ""))
+            check_reproduction(header.made)
+            AblationSettings.model_validate({**default_values()["ablation"], **header.made.settings["ablation"]})
+            return header, Basis(stored.get_tensor("directions"), stored.get_tensor("weights"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {file}", remedy=f"give the {EDIT_FILE} of an export") from None
+    except (OSError, KeyError, SafetensorError, ValidationError) as error:
+        raise UsageError(f"{file} is no edit of this version", remedy=f"give the {EDIT_FILE} of an export") from error
+
+
+def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], None]) -> None:
+    """Write the edited model that an edit file describes.
+
+    Args:
+        source: The base model's folder.
+        file: The edit file, or the folder that holds it.
+        out: Folder of the edited model, new or empty.
+        advance: Told of every shard written.
+
+    Raises:
+        UsageError: The file is no edit, the model not the one it was made for, or the folder is not empty.
+        ExportMismatchError: What was written is not what it should be.
+        MachineError: The folder cannot be written.
+    """
+    header, basis = _read(file / EDIT_FILE if file.is_dir() else file)
+    architecture = inspect_model(source)
+    if not header.made.settings["ablation"].get("through_norms", True):
+        architecture = architecture.without_norms()
+    if Checkpoint(source).digest(architecture) != header.base_sha256:
+        name = header.made.base_model or f"another of type {header.model_type}"
+        raise UsageError(f"{source} is not the model that the edit was made for", remedy=f"that was {name}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not empty", remedy="name a new or an empty folder")
+    edit = Edit(header.made.edit, basis, header.made.settings["ablation"]["row_normalization"])
+    # Beside it until it is complete: a half-written model is never where somebody looks for a whole one.
+    partial = out.absolute().with_name(f".{out.name}.partial")
+    try:
+        write_weights(source, partial, architecture, edit, advance, own_code=True)
+        verify_written(source, partial, architecture, edit)
+        seal_made(partial, header.made.model_copy(update={"format": "merged"}), source)
+        reached("applied:written")
+        partial.replace(out)
+        reached("applied:replaced")
+        sync_folder(out.absolute().parent)
+    except OSError as error:
+        raise cannot_write(out, error) from error

@@ -1,0 +1,112 @@
+"""The edit as a LoRA adapter for PEFT: exact, for an ablation of k directions is an update of rank k."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from job.architectures.spec import require_modes
+from job.edits.compile import directions_and_strengths, gram_of
+from job.errors import ImpossibleJobError
+from job.export.merged import Edit, StoredWriter
+from job.model.loading import LoadedModel
+from job.model.safetensors_files import Checkpoint
+from job.numerics.ablation import output_edit, weight_tables
+from job.storage.run_folder import make_folder, write_atomically
+from job.text.redaction import redacted
+
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def write_adapter(base: LoadedModel, folder: Path, edit: Edit, base_model: str | None) -> None:
+    """Write an edit as a LoRA adapter.
+
+    Each writer's W' - W = B A: A measures what the module puts along the directions, B takes it out.
+
+    Args:
+        base: The base model.
+        folder: The export's folder, made if needed.
+        edit: The edit.
+        base_model: Name of the base model on the Hub.
+
+    Raises:
+        ImpossibleJobError: An adapter cannot hold it.
+        MachineError: The folder cannot be written.
+    """
+    require_modes(base.architecture, edit.mode, "adapter")
+    checkpoint = Checkpoint(base.folder)
+    tensors: dict[str, Tensor] = {}
+    biased = any(writer.bias is not None for writer in base.architecture.writers)
+    for writer in base.architecture.writers:
+        stored = StoredWriter(checkpoint, base.architecture, writer)
+        weight = stored.matrix().to(torch.float64)
+        candidates = writer.candidates(edit.basis.candidates, stored.read)
+        gram = gram_of(writer, candidates)
+        coefficients, strengths = directions_and_strengths(edit.parameters, edit.basis, writer, gram)
+        built = output_edit(weight_tables(weight, candidates, edit.mode), candidates, coefficients, strengths)
+        name = f"{_PREFIX}{writer.module}."
+        tensors[f"{name}lora_A.weight"] = built.read.mT @ weight
+        tensors[f"{name}lora_B.weight"] = -built.write
+        if biased:
+            bias = stored.read(writer.bias).to(weight) if writer.bias else weight.new_zeros(len(weight))
+            tensors[f"{name}lora_B.bias"] = -built.write @ (built.read.mT @ bias)
+    contents = {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
+    config = _config(base, rank=edit.basis.size, biased=biased, base_model=base_model)
+    make_folder(folder)
+    write_atomically(folder / ADAPTER, save(contents, metadata={"format": "pt"}))
+    write_atomically(folder / CONFIG, config.encode())
+
+
+def _config(base: LoadedModel, *, rank: int, biased: bool, base_model: str | None) -> str:
+    from peft import LoraConfig, TaskType
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,  # a factor of 1
+        target_modules=_targets(base),
+        lora_bias=biased,
+        fan_in_fan_out=any(writer.kind == "conv1d" for writer in base.architecture.writers),
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    described: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]  # PEFT's own lacks annotations
+    # Sets have no order of their own, and the same edit is to give the same bytes.
+    values = {name: sorted(value) if isinstance(value, set | list) else value for name, value in described.items()}
+    return json.dumps(redacted(values), indent=2, sort_keys=True) + "\n"
+
+
+def _targets(base: LoadedModel) -> list[str]:
+    """Return names that match the writers and nothing else: their last parts where these will do."""
+    writers = {writer.module for writer in base.architecture.writers}
+    ends = {name.rpartition(".")[2] for name in writers}
+    matched = {name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in ends}
+    return sorted(ends if matched == writers else writers)
+
+
+def with_adapter(base: LoadedModel, folder: Path) -> LoadedModel:
+    """Return a freshly loaded base model with an adapter put on, as anyone else would with PEFT.
+
+    Raises:
+        ImpossibleJobError: PEFT does not take the adapter.
+    """
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what PEFT asks transformers for
+            model = PeftModel.from_pretrained(base.model, str(folder)).eval()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ImpossibleJobError(
+            f"PEFT does not take the adapter in {folder}: {str(error).strip().splitlines()[0]}",
+            remedy="export in the format merged",
+        ) from error
+    return dataclasses.replace(base, model=model.get_base_model())

@@ -1,0 +1,341 @@
+"""The model card of an export: what was done, what was measured, what it may be used for.
+
+It holds nothing that differs between two hosts that did the same job, and no path, host, private repository, prompt
+or answer: all it says of the job comes from reproduce.json, the rest from the base model's own card.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.export.reproduction import PromptsRecord, Reproduction
+from job.model.carried_files import is_licence
+from job.model.quantization import DTYPE, quantisation_in
+from job.numerics.statistics import difference_interval, wilson_interval
+from job.records import EditParameters, ExportFormat, Figures
+from job.storage.run_folder import CARD
+from job.text.markup import markdown, one_line
+from job.text.redaction import redacted
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+_WARNING = """\
+> [!WARNING]
+> Safety refusals were deliberately removed from this model. It may comply with harmful requests, and whoever deploys
+> it needs safeguards of their own.
+"""
+_HUB = "https://huggingface.co"
+_LIBRARY: dict[ExportFormat, str | None] = {"merged": "transformers", "adapter": "peft", "directions": None}
+# What licences ask to be shown with derived models, by how their names begin.
+_NOTICES = {
+    "llama3": "Built with Llama.",
+    "llama4": "Built with Llama.",
+    "gemma": "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.",
+}
+_LONGEST, _MOST = 200, 50
+# Places that can stand in the brackets of a link as they are.
+_URL = re.compile(r"https?://[A-Za-z0-9][A-Za-z0-9.:-]*(/[\w.,~%@+:=?&#/-]*)?", re.ASCII)
+_PATH = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
+_INHERITED = ("license", "license_name", "license_link", "language")
+
+
+def model_card(made: Reproduction, source: Path) -> str:
+    """Return the README.md of an export.
+
+    Args:
+        made: Its reproduce.json.
+        source: Folder of the base model, whose card names the licence.
+    """
+    inherited = redacted(inherited_metadata(source, made.base_model))
+    return f"""\
+---
+{_metadata(made, inherited)}
+---
+
+# {markdown(_title(made))}
+
+{_WARNING}
+{_opening(made)}{_USES[made.format]}
+
+## Figures
+
+Measured on what is published here, on prompts that neither the direction nor the search has seen. Intervals are of
+95 %: Wilson's for counts, the percentile bootstrap for the mean.
+
+{figures_table(made.base, made.edited)}
+
+{_changes(made)}
+
+## What was done
+
+The direction that mediates the behaviour in the residual stream was found from two sets of prompts and projected out
+of the weights that write into the stream (Arditi et al. 2024, arXiv:2406.11717). How strongly in which layer was
+searched for with {made.trials} trials, of which this is number {made.trial.number}.
+
+- base model: {_base_model(made)}{_dequantised(source)}
+- removed: {markdown(made.behaviour)}
+- direction: {markdown(made.settings["directions"]["method"])}, {direction_text(made.edit)}
+- norms of the weights that are preserved: {markdown(made.settings["ablation"]["row_normalization"])}
+- computed in {markdown(made.resolution.dtype)}, seed {markdown(made.settings["seed"])}{_prefix(made)}
+
+{kernel_table(made.edit)}
+
+{_prompts_table(made.prompts)}
+
+## Limits
+
+- Refusals are counted by phrases in answers of up to {markdown(made.settings["scoring"]["answer_tokens"])} tokens: an \
+evasion without them goes unnoticed, and an answer that is no refusal need not be a good one.
+- The figures hold for prompts like those of the sets above; other kinds of requests may still be refused.
+- What the base model knows, gets wrong or is biased to, so does this one.
+
+## Licence
+
+{_licence(made, inherited, source)}
+
+## Reproduction
+
+`reproduce.json` holds all settings, commits, versions and hashes. `abliterate run --reproduce reproduce.json` makes
+the same edit again and compares the hashes; model and prompts that lie in local files have to be given as well.
+`sha256sum -c SHA256SUMS` checks the files.
+
+Made with abliteration-job {markdown(made.versions["abliteration-job"])}.
+"""
+
+
+_USES: dict[ExportFormat, str] = {
+    "merged": "",
+    "adapter": "\n\nThis is a LoRA adapter: load the base model and put it on with `peft.PeftModel.from_pretrained`.",
+    "directions": "\n\n`edit.safetensors` holds directions and parameters only; `abliterate apply MODEL "
+    "edit.safetensors OUT`\nmakes the edited model from the base model.",
+}
+
+
+def _title(made: Reproduction) -> str:
+    if made.base_model is None:
+        return "Model with a behaviour removed"
+    return f"{one_line(made.base_model.split('/')[-1])}-abliterated"
+
+
+def _opening(made: Reproduction) -> str:
+    named = f" of {_link(made.base_model, f'{_HUB}/{made.base_model}')}" if made.base_model else ""
+    return f"An edit{named} from which this behaviour was removed: {markdown(made.behaviour)}."
+
+
+def _base_model(made: Reproduction) -> str:
+    if "repository" in made.model:
+        return f"{markdown(made.model['repository'])} at commit {markdown(made.model['commit'])}"
+    name = markdown(made.base_model or "not named")
+    return f"{name}, sha256 {markdown(made.model['sha256'])} over its files" if "sha256" in made.model else name
+
+
+def _dequantised(source: Path) -> str:
+    found = quantisation_in(source)
+    return f"; its files, quantised with {found.method}, were dequantised to {DTYPE}" if found else ""
+
+
+def _prefix(made: Reproduction) -> str:
+    prefix = made.resolution.response_prefix
+    return f"; answers were made to begin with {markdown(repr(prefix))}" if prefix else ""
+
+
+def direction_text(edit: EditParameters) -> str:
+    """Return in words which directions an edit ablates, and how strongly relative to each other."""
+    several = len(edit.strengths) > 1
+    shares = f", by shares of {', '.join(f'{share:.3g}' for share in edit.strengths)}" if several else ""
+    if edit.direction_index is None:
+        return f"each layer's own direction{'s' if several else ''}{shares}"
+    return f"the direction{'s' if several else ''} of layer {edit.direction_index:.4g} in all layers{shares}"
+
+
+def figures_table(base: Figures, edited: Figures) -> str:
+    """Return the figures of the base and the edited model side by side, with 95 % intervals."""
+    bad, good = base.bad_prompts, base.good_prompts
+    rows = [
+        ("refused, of prompts with the behaviour", _count(base.refusals, bad), _count(edited.refusals, bad)),
+        ("refused, of prompts without it", _count(base.false_refusals, good), _count(edited.false_refusals, good)),
+        (
+            "broken answers (empty, in circles, in another script or gibberish), of prompts with the behaviour",
+            _count(base.degenerate, bad),
+            _count(edited.degenerate, bad),
+        ),
+        ("likewise, of prompts without it", _count(base.false_degenerate, good), _count(edited.false_degenerate, good)),
+        (
+            f"KL divergence from the base model, {kl_positions(edited)}, mean of {good} prompts without it",
+            "0",
+            _kl(edited),
+        ),
+    ]
+    table = [("", "base model", "edited model"), ("---",) * 3, *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def kl_positions(figures: Figures) -> str:
+    """Return in words where in an answer the KL divergence was measured."""
+    if figures.kl_tokens == 1:
+        return "first answer token"
+    return f"first {figures.kl_tokens} tokens of the base model's own answers"
+
+
+def _count(count: int, n: int) -> str:
+    low, high = wilson_interval(count, n)
+    return f"{count}/{n} ({100 * low:.1f}–{100 * high:.1f} %)"
+
+
+def _kl(figures: Figures) -> str:
+    if figures.kl_interval is None:
+        return f"{figures.kl or 0:.4g} nats"
+    return f"{figures.kl or 0:.4g} nats ({figures.kl_interval[0]:.4g}–{figures.kl_interval[1]:.4g})"
+
+
+def _changes(made: Reproduction) -> str:
+    base, edited = made.base, made.edited
+    before, after = (base.false_refusals, base.good_prompts), (edited.false_refusals, edited.good_prompts)
+    low, high = difference_interval(before, after)
+    change = 100 * (after[0] / after[1] - before[0] / before[1])
+    return (
+        f"Change of false refusals: {change:+.1f} percentage points ({100 * low:+.1f} to {100 * high:+.1f}). "
+        "Change of capability on benchmarks: not measured."
+    )
+
+
+def kernel_table(edit: EditParameters) -> str:
+    """Return the weight kernels of an edit."""
+    rows = "\n".join(
+        f"| {component} | {kernel.max_weight:.4g} | {kernel.max_weight_position:.4g} "
+        f"| {kernel.min_weight:.4g} | {kernel.min_weight_distance:.4g} |"
+        for component, kernel in edit.kernels.items()
+    )
+    return f"""\
+| component | max_weight | max_weight_position | min_weight | min_weight_distance |
+|---|---|---|---|---|
+{rows}"""
+
+
+def _prompts_table(prompts: Mapping[str, PromptsRecord]) -> str:
+    lines = ["| prompts | from | number |", "|---|---|---|"]
+    for name, record in prompts.items():
+        lines.append(
+            f"| {markdown(name.removesuffix('_prompts').replace('_', ' '))} | {_origin(record)} | {record.count} |"
+        )
+    return "\n".join(lines)
+
+
+def _origin(record: PromptsRecord) -> str:
+    if "dataset" in record.source:
+        named, commit, split = record.source["dataset"], record.source["commit"], record.taken["split"]
+        return markdown(f"{named} at commit {commit}, split {split}")
+    if "sha256" in record.source:
+        return f"local files with sha256 {markdown(record.source['sha256'])}"
+    return "a dataset that is not named"
+
+
+# --- metadata and licence ---------------------------------------------------------------------------------
+
+
+def inherited_metadata(source: Path, base_model: str | None) -> dict[str, Any]:
+    """Return what an export takes over from the card of its base model: licence and languages.
+
+    Args:
+        source: Folder of the base model.
+        base_model: Its name on the Hub.
+    """
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard.load(source / CARD).data.to_dict()
+    except Exception:  # the client passes on what its YAML library raises; a base without a card has no metadata
+        return {}
+    found = {name: value for name in _INHERITED if (value := _plain(data.get(name)))}
+    link = found.pop("license_link", None)
+    if isinstance(link, str) and (_URL.fullmatch(link) or link in licence_files(source)):
+        found["license_link"] = link
+    elif isinstance(link, str) and base_model and _PATH.fullmatch(link):
+        # A file of the base's repository that an export does not hold.
+        found["license_link"] = f"{_HUB}/{base_model}/blob/main/{link}"
+    return found
+
+
+def _plain(value: Any) -> str | list[str] | None:
+    """Return a text or a list of texts from a card's metadata, each on one line; None for anything else."""
+    if isinstance(value, list):
+        return [one_line(item)[:_LONGEST] for item in value[:_MOST] if isinstance(item, str) and one_line(item)] or None
+    return (one_line(value)[:_LONGEST] or None) if isinstance(value, str) else None
+
+
+def _link(text: str, url: str) -> str:
+    """Return a link in Markdown; a place that is no plain URL or name is shown without one."""
+    return f"[{markdown(text)}]({url})" if _URL.fullmatch(url) or _PATH.fullmatch(url) else markdown(text)
+
+
+def _metadata(made: Reproduction, inherited: Mapping[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    datasets = {record.source["dataset"] for record in made.prompts.values() if "dataset" in record.source}
+    relation = "finetune" if made.format == "merged" else "adapter"
+    data = ModelCardData(
+        **inherited,
+        library_name=_LIBRARY[made.format],
+        pipeline_tag="text-generation",
+        base_model=made.base_model,
+        base_model_relation=relation if made.base_model else None,
+        datasets=sorted(datasets) or None,
+        tags=["abliterated", "not-for-all-audiences"],
+        model_name=_title(made),
+        eval_results=_eval_results(made),
+    )
+    return data.to_yaml().strip()
+
+
+def _eval_results(made: Reproduction) -> list[EvalResult]:
+    edited = made.edited
+    values = (
+        ("bad", "refusal_rate", "share of refused prompts", edited.refusals / edited.bad_prompts),
+        ("bad", "degenerate_rate", "share of degenerate answers", edited.degenerate / edited.bad_prompts),
+        ("good", "false_refusal_rate", "share of refused prompts", edited.false_refusals / edited.good_prompts),
+        ("good", "kl_divergence", f"KL divergence from the base model, {kl_positions(edited)}, nats", edited.kl or 0.0),
+    )
+    return [_eval_result(made, kind, *measured) for kind, *measured in values]
+
+
+def _eval_result(made: Reproduction, kind: str, metric: Any, name: Any, value: Any) -> EvalResult:
+    from huggingface_hub import EvalResult
+
+    used = made.prompts.get(f"{kind}_report_prompts") or made.prompts[f"{kind}_eval_prompts"]
+    return EvalResult(
+        task_type="text-generation",
+        task_name="Text Generation",
+        # Results of one type of dataset are shown as one table: local sets need types of their own.
+        dataset_type=used.source.get("dataset", f"local-{kind}-prompts"),
+        dataset_name=f"held-out prompts {'with' if kind == 'bad' else 'without'} the behaviour",
+        dataset_split=used.taken["split"] if "dataset" in used.source else None,
+        dataset_revision=used.source.get("commit") or None,
+        metric_type=metric,
+        metric_name=name,
+        metric_value=round(value, 6),
+    )
+
+
+def _licence(made: Reproduction, inherited: Mapping[str, Any], source: Path) -> str:
+    name = inherited.get("license_name") or inherited.get("license")
+    name = ", ".join(name) if isinstance(name, list) else name
+    files = licence_files(source)
+    terms = inherited.get("license_link") or (files[0] if files else None)
+    if terms is None and made.base_model:
+        terms = f"{_HUB}/{made.base_model}"
+    if name is None and terms is None:
+        return "The base model's files state no licence; whatever holds for the base model holds for this one."
+    text = f"That of the base model: {markdown(name or 'see its terms')}"
+    text += f" ({_link('terms', terms)})." if terms else "."
+    notice = next((text for start, text in _NOTICES.items() if str(name or "").lower().startswith(start)), None)
+    listed = f" Its files are included: {markdown(', '.join(files))}." if files and made.format == "merged" else ""
+    return text + listed + (f"\n\n{notice}" if notice else "")
+
+
+def licence_files(source: Path) -> list[str]:
+    """Return the names of the files of a model folder that state its terms."""
+    return sorted(path.name for path in source.iterdir() if path.is_file() and is_licence(path.name))

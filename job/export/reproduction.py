@@ -1,0 +1,379 @@
+"""reproduce.json: all that it takes to make an export again, and nothing that names a host, a path or a prompt.
+
+One that comes from somebody else is read like any input of a stranger: what identifies the edit is taken from it, by
+an allow-list and checked, and nothing that says what this machine runs, reaches or delivers to (`job.config.origins`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from job.config.origins import EDIT, NAMED, PROMPT_SETS, TRUST, require_named_code
+from job.config.schema import FixedSettings, Settings, leaves, nested
+from job.data.prompts import Prompt, PromptSets
+from job.errors import UsageError
+from job.model.files import parse_model
+from job.records import EditParameters, ExportFormat, Figures, JobRecord, Record, Resolution, Trial
+
+# What of a job's identity stands in fields of its own.
+_PROMPTS, _MODEL = "_prompts", "model"
+_AS_TAKEN = ("column", "prefix", "suffix", "system_prompt", "max_characters")
+_WHERE = ("dataset", "revision", "config", "sha256")
+
+
+_SHA256 = r"^[0-9a-f]{64}$"
+_COMMIT = r"^([0-9a-f]{40})?$"
+_NAME = r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$"
+_WORD = r"^[A-Za-z0-9_][\w.+-]*$"
+_NORM = r"^[A-Za-z0-9_.]+$"
+
+
+class _Origin(Record):
+    """Where a model or a prompt set is from, as a file of somebody else may say it."""
+
+    repository: str | None = Field(None, pattern=r"^[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*$")
+    dataset: str | None = Field(None, pattern=_NAME)
+    commit: str | None = Field(None, pattern=_COMMIT)
+    config: str | None = Field(None, pattern=r"^[\w.-]+$")
+    sha256: str | None = Field(None, pattern=_SHA256)
+
+
+class _Taken(Record):
+    """Which rows and column of a prompt set were taken, as a file of somebody else may say it."""
+
+    split: str = Field(pattern=r"^[\w.-]+$")
+    start: int = Field(ge=0)
+    stop: int | None = Field(None, ge=1)
+    column: str | None = Field(None, pattern=r"^[^/#\x00-\x1f]+$")
+    prefix: str = ""
+    suffix: str = ""
+    system_prompt: str | None = None
+    max_characters: int | None = Field(None, ge=1)
+
+
+class _Resolved(Record):
+    """What a first start resolved, as a file of somebody else may say it."""
+
+    dtype: Literal["bfloat16", "float16", "float32"]
+    rows: int = Field(ge=1, le=1 << 24)
+    layers: int = Field(ge=1, le=1 << 16)
+    response_prefix: str = ""
+    search_rows: int | None = Field(None, ge=1, le=1 << 24)
+    together: int | None = Field(None, ge=1, le=1 << 24)
+    norms: tuple[Annotated[str, Field(pattern=_NORM)], ...] = ()
+
+
+class _Shown(Record):
+    """What is printed or compared of a file of somebody else."""
+
+    versions: dict[Annotated[str, Field(pattern=_WORD)], Annotated[str, Field(pattern=_WORD)]]
+    weights: dict[Annotated[str, Field(pattern=_WORD)], Annotated[str, Field(pattern=_SHA256)]]
+
+
+class PromptsRecord(Record):
+    """A prompt set as reproduce.json names it.
+
+    Attributes:
+        source: A public dataset (dataset, commit, config) or local files (sha256); empty for what must not be named.
+        taken: Which rows and column of it, and what was made of each.
+        count: Number of prompts.
+        sha256: Of the prompts themselves.
+    """
+
+    source: dict[str, str]
+    taken: dict[str, Any]
+    count: int
+    sha256: str
+
+
+class Reproduction(Record):
+    """reproduce.json.
+
+    Attributes:
+        versions: Versions of this package and of the libraries that decide results.
+        model: The base model: repository and commit of a public one, sha256 over the files of a folder.
+        base_model: Its name on the Hub, None where it has none or must not be named.
+        behaviour: What was removed, in the user's words.
+        prompts: All prompt sets, by the setting's name.
+        settings: All other settings that decide the result.
+        startup_trials: Trials at the start of the search without the sampler.
+        trials: Trials that the search had made.
+        resolution: What the first start resolved.
+        trial: The chosen trial.
+        edit: Its edit.
+        base: Figures of the base model on the report split.
+        edited: Figures of the export on it.
+        format: What was exported.
+        weights: sha256 of every file of weights.
+    """
+
+    version: Literal[1] = 1
+    versions: dict[str, str]
+    model: dict[str, str]
+    base_model: str | None
+    behaviour: str
+    prompts: dict[str, PromptsRecord]
+    settings: dict[str, Any]
+    startup_trials: int
+    trials: int
+    resolution: Resolution
+    trial: Trial
+    edit: EditParameters
+    base: Figures
+    edited: Figures
+    format: ExportFormat
+    weights: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Short name of this reproduction."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+
+
+def reproduction(
+    record: JobRecord,
+    settings: Settings,
+    prompts: PromptSets,
+    *,
+    trial: Trial,
+    trials: int,
+    edit: EditParameters,
+    figures: tuple[Figures, Figures],
+    form: ExportFormat,
+) -> Reproduction:
+    """Return what it takes to make an export again, without hashes of its weights.
+
+    Args:
+        record: job.json, with everything resolved.
+        settings: The settings.
+        prompts: The prompts.
+        trial: The exported trial.
+        trials: Trials that the search has made.
+        edit: The trial's edit.
+        figures: Those of the base model and of the export.
+        form: What was exported.
+    """
+    assert record.resolution is not None
+    identity = record.identity
+    model = dict(identity[_MODEL])
+    repository = model.pop("repository", None)
+    if repository is not None:
+        model = {"repository": repository} if record.model_public else {}
+        model["commit"] = record.model_commit or ""
+    return Reproduction(
+        versions=record.versions,
+        model=model,
+        base_model=base_model_name(record, settings),
+        behaviour=settings.card.behaviour,
+        prompts={name: _prompts_record(name, identity[name], prompts) for name in settings.prompt_sets()},
+        settings=_edit_settings(identity),
+        startup_trials=record.startup_trials,
+        trials=trials,
+        resolution=record.resolution,
+        trial=trial,
+        edit=edit,
+        base=figures[0],
+        edited=figures[1],
+        format=form,
+        weights={},
+    ).cleaned()
+
+
+def _edit_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a job's identity that say which edit is made, and nothing of the machine."""
+    others = {name: value for name, value in identity.items() if not name.endswith(_PROMPTS) and name != _MODEL}
+    return nested({name: value for name, value in leaves(others).items() if name in EDIT - NAMED})
+
+
+def base_model_name(record: JobRecord, settings: Settings) -> str | None:
+    """Return the base model's name on the Hub, None where it has none or must not be named."""
+    return settings.card.base_model or (record.identity[_MODEL].get("repository") if record.model_public else None)
+
+
+def _prompts_record(name: str, identity: Mapping[str, Any], prompts: PromptSets) -> PromptsRecord:
+    source = {key: identity[key] for key in _WHERE if identity.get(key) is not None}
+    if "dataset" in source:
+        source = {**source, "commit": prompts.commits.get(name, "")} if name in prompts.public else {}
+        source.pop("revision", None)
+    texts = prompts.of_setting(name)
+    return PromptsRecord(
+        source=source,
+        taken={key: value for key, value in identity.items() if key not in _WHERE},
+        count=len(texts),
+        sha256=prompts_digest(texts),
+    )
+
+
+def prompts_digest(prompts: tuple[Prompt, ...]) -> str:
+    """Return a hash of prompts in their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(prompt.model_dump_json().encode() + b"\n")
+    return digest.hexdigest()
+
+
+def read_reproduction(path: Path) -> Reproduction:
+    """Read a reproduce.json.
+
+    Raises:
+        UsageError: The file is none.
+    """
+    try:
+        found = Reproduction.model_validate_json(path.read_bytes())
+        check_reproduction(found)
+    except RecursionError:
+        raise UsageError(f"{path} is nested too deeply", remedy="give the reproduce.json of an export") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}", remedy="check --reproduce") from error
+    except ValidationError as error:
+        raise UsageError(
+            f"{path} is no reproduce.json of this version: {_what(error)}",
+            remedy="give the reproduce.json of an export",
+        ) from error
+    return found
+
+
+def _what(error: ValidationError) -> str:
+    found = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in found["loc"] if isinstance(part, str) and part.isidentifier())
+    return f"{place}: {found['msg']}" if place else found["msg"]
+
+
+def check_reproduction(original: Reproduction) -> None:
+    """Refuse names and sizes that no export has: each is about to meet a path, a repository or a tensor.
+
+    Raises:
+        ValidationError: One is there.
+    """
+    _Origin.model_validate(original.model)
+    _Shown(versions=original.versions, weights=original.weights)
+    _Resolved.model_validate(original.resolution.model_dump())
+    for record in original.prompts.values():
+        _Origin.model_validate(record.source)
+        _Taken.model_validate(record.taken)
+
+
+def fixed_settings(original: Reproduction, source: str) -> FixedSettings:
+    """Return the settings that a reproduction fixes; local files and what is private are for the user to give.
+
+    Raises:
+        UsageError: It names prompts that no setting takes.
+    """
+    said = leaves(original.settings)
+    values: dict[str, Any] = {
+        **{name: value for name, value in said.items() if name in EDIT - NAMED},
+        "trials": original.trials,
+        "startup_trials": original.startup_trials,
+        "export_format": original.format,
+        "card.behaviour": original.behaviour,
+        "card.base_model": original.base_model,
+    }
+    origins: dict[str, Any] = {}
+    if "repository" in original.model:
+        origins["model"] = _at(original.model["repository"], original.model.get("commit"))
+    for name, prompts in original.prompts.items():
+        if name not in PROMPT_SETS:
+            raise UsageError(f"{source} names prompts that there are no settings for", remedy="correct the file")
+        taken, where = prompts.taken, prompts.source
+        if "dataset" in where:
+            config = f":{where['config']}" if where.get("config") else ""
+            origins[f"{name}.spec"] = _at(where["dataset"], where.get("commit")) + config
+        stop = "" if taken.get("stop") is None else taken["stop"]
+        values[f"{name}.split"] = f"{taken['split']}[{taken['start']}:{stop}]"
+        values |= {f"{name}.{key}": taken[key] for key in _AS_TAKEN if taken.get(key) is not None}
+    left_out = {name: value for name, value in said.items() if name not in values}
+    return FixedSettings(source, values, origins, left_out)
+
+
+def _at(name: str, commit: str | None) -> str:
+    return f"{name}@{commit}" if commit else name
+
+
+def require_same_repository(original: Reproduction, settings: Settings, given: str | None) -> None:
+    """Refuse another repository than the original's, and code that only a file names.
+
+    Args:
+        original: The reproduction.
+        settings: The settings, with what it fixes.
+        given: MODEL as the command line gives it, None if it does not.
+
+    Raises:
+        UsageError: MODEL is another repository, or its code is to be trusted unseen.
+    """
+    repository, commit = original.model.get("repository"), original.model.get("commit")
+    found = parse_model(settings.model)
+    if repository is not None and found.kind == "hub" and found.name != repository:
+        raise UsageError(
+            f"MODEL is {found.name}, and the export was made from {_at(repository, commit)}",
+            remedy="leave MODEL out, or give the one that the file names",
+        )
+    if settings.loading.trust_remote_code and found.kind == "hub" and repository is not None:
+        options = f"MODEL as {{}} with --set {TRUST}=true"
+        require_named_code(original.model, commit, given, options)
+
+
+@dataclass(frozen=True)
+class Again:
+    """An export that is to be made again.
+
+    Attributes:
+        original: Its reproduce.json.
+        searches: The search is made again too, not only its chosen edit.
+    """
+
+    original: Reproduction
+    searches: bool
+
+    @property
+    def pinned(self) -> dict[str, Any]:
+        """What in job.json tells this job from the original and from others."""
+        return {"reproduces": self.original.digest, "searches": self.searches}
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What in job.json comes from the original instead of from today."""
+        model = self.original.model
+        public = "repository" in model
+        return {"resolution": self.original.resolution, "model_commit": model.get("commit"), "model_public": public}
+
+
+def require_same_model(original: Reproduction, identity: Mapping[str, Any]) -> None:
+    """Refuse to reproduce from another model.
+
+    Raises:
+        UsageError: The model's files are others.
+    """
+    wanted = original.model.get("sha256")
+    if wanted is not None and identity[_MODEL].get("sha256") != wanted:
+        raise UsageError(
+            "the model is not the one that the export was made from", remedy="give the folder of the same model"
+        )
+
+
+def require_same_prompts(original: Reproduction, prompts: PromptSets) -> None:
+    """Refuse to reproduce from other prompts.
+
+    Raises:
+        UsageError: A prompt set is another.
+    """
+    for name, record in original.prompts.items():
+        if prompts_digest(prompts.of_setting(name)) != record.sha256:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{name} are not those that the export was made from", remedy=f"give the same ones with {option}"
+            )
+
+
+def environment_differences(original: Reproduction, versions: Mapping[str, str]) -> list[str]:
+    """Return a line for every package whose version is not the original's."""
+    return [
+        f"{name} was {version}, is {versions.get(name, 'missing')}"
+        for name, version in original.versions.items()
+        if versions.get(name) != version
+    ]

@@ -1,0 +1,522 @@
+"""Greedy decoding over transformers' caches; rows leave the batch once they are decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+
+from job.generation.kv_cache import (
+    SharedPrefix,
+    arguments,
+    joined,
+    new_cache,
+    rows_can_be_picked,
+    takes_cache,
+    writable_slots,
+)
+from job.model.placement import input_device
+from job.numerics.metrics import log_odds
+from job.records import READ_TOKENS
+
+# Decided rows leave once they are more than this share of those that are there: all that is kept of the others is
+# copied then, which takes as long as some steps of a few rows.
+_LEAVING = 1 / 16
+
+
+def left_padded(prompts: Sequence[list[int]], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return token ids, attention mask and position ids, each [rows, t], padded on the left."""
+    width = max(map(len, prompts))
+    padding = torch.tensor([width - len(prompt) for prompt in prompts])
+    tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = (torch.arange(width) >= padding[:, None]).to(torch.long)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    return tokens.to(device), mask.to(device), positions.to(device)
+
+
+@dataclass
+class Answer:
+    """A greedily decoded answer.
+
+    Attributes:
+        tokens: Its token ids without the end token.
+        margins: For each step, the end included, how far the best logit was above the second.
+        opening: Log-odds of the opening that was asked for, at the first step; nan if none was.
+        decided: It was ended because it told all that the caller wanted to know.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    opening: float = math.nan
+    decided: bool = False
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How the models of a family can be read; most can in every manner.
+
+    Attributes:
+        padded: Rows of several lengths may stand in one forward: padding does not matter to what they say.
+        cached: A token can be decoded on what was kept of those before it; else all are read again.
+        shared: What rows begin with can be read once for all of them: it does not depend on what follows.
+    """
+
+    padded: bool = True
+    cached: bool = True
+    shared: bool = True
+
+    def chunks(
+        self, prompts: Sequence[list[int]], rows: int, positions: int = 1, tokens: int | None = None
+    ) -> Iterator[list[list[int]]]:
+        """Yield prompts, in order, in what one forward takes.
+
+        Args:
+            prompts: Token ids of each prompt, the shortest first.
+            rows: Prompts in one forward at most.
+            positions: Of how many positions a row logits are wanted; continuations of one length are not always.
+            tokens: Tokens in one forward at most, padding included, unless one prompt has more; None: no such bound.
+        """
+        chunk: list[list[int]] = []
+        for prompt in prompts:
+            alike = self.padded or (positions == 1 and all(len(prompt) == len(other) for other in chunk))
+            full = len(chunk) == rows or (tokens is not None and (len(chunk) + 1) * len(prompt) > tokens)
+            if chunk and (full or not alike):
+                yield chunk
+                chunk = []
+            chunk.append(prompt)
+        if chunk:
+            yield chunk
+
+
+class RowEdits(Protocol):
+    """Edits of a model that are ready to be applied, one for each trial."""
+
+    def bind(self, trials: Tensor) -> AbstractContextManager[object]:
+        """Return a context, to be entered any number of times, in which row i gets the edit of `trials[i]`."""
+
+
+class RowTrials:
+    """Which trial each row of a forward belongs to, with what that means for the forward.
+
+    Rows carry it as they carry their tokens and their cache, and every forward applies it: whoever picks, joins or
+    drops rows has no other way to say what they are.
+
+    Attributes:
+        trials: Trial of every row, [rows].
+        edits: The trials' edits; None: the model as it is.
+        prefix: What each trial computes of a prefix that all prompts begin with, None where none is shared.
+    """
+
+    def __init__(self, trials: Tensor, edits: RowEdits | None = None, prefix: SharedPrefix | None = None) -> None:
+        self.trials, self.edits, self.prefix = trials, edits, prefix
+        self._context: AbstractContextManager[object] = nullcontext() if edits is None else edits.bind(trials)
+
+    @classmethod
+    def plain(cls, rows: int, device: torch.device | str) -> RowTrials:
+        """Return what rows of the unedited model carry."""
+        return cls(torch.zeros(rows, dtype=torch.long, device=device))
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    def pick(self, rows: Tensor) -> RowTrials:
+        """Return what these rows carry, by index, [n]."""
+        return RowTrials(self.trials[rows], self.edits, self.prefix)
+
+    def applied(self) -> AbstractContextManager[object]:
+        """Return a context in which a forward of these rows is edited."""
+        return self._context
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowTrials]) -> RowTrials:
+        """Return what rows of several forwards of the same trials carry, those of the first part first."""
+        return cls(torch.cat([part.trials for part in parts]), parts[0].edits, parts[0].prefix)
+
+
+def read_tokens(model: PreTrainedModel) -> int | None:
+    """Return how many tokens of prompts a forward is best given where the model is, None: as many as may be."""
+    return READ_TOKENS.get(input_device(model).type)
+
+
+@torch.inference_mode()
+def shared_prefix(model: PreTrainedModel, tokens: list[int], trials: int, edits: RowEdits | None) -> SharedPrefix:
+    """Return what a model computes of a prefix under the edits of trials 0 … trials - 1, with one row a trial."""
+    device = input_device(model)
+    cache = DynamicCache(config=model.config)
+    ids, mask, positions = left_padded([tokens] * trials, device)
+    _forward(model, RowTrials(torch.arange(trials, device=device), edits), ids, mask, positions, cache)
+    return SharedPrefix.of(len(tokens), cache)
+
+
+@torch.inference_mode()
+def first_logits(model: PreTrainedModel, prompts: Sequence[list[int]], rows: RowTrials | None = None) -> Tensor:
+    """Return the logits of the first answer token, [rows, vocabulary], float32."""
+    return last_logits(model, prompts, 1, rows)[:, -1].to(torch.float32)
+
+
+@torch.inference_mode()
+def last_logits(
+    model: PreTrainedModel, prompts: Sequence[list[int]], count: int, rows: RowTrials | None = None
+) -> Tensor:
+    """Return the logits that the last tokens of every prompt lead to, [rows, count, vocabulary].
+
+    Args:
+        model: The model.
+        prompts: Token ids of each prompt.
+        count: Number of tokens at the end of the prompts.
+        rows: The prompts' trials; a prefix that they share leaves at least `count` tokens of each.
+    """
+    tokens, mask, positions = left_padded(prompts, input_device(model))
+    rows = rows or RowTrials.plain(len(prompts), tokens.device)
+    if rows.prefix is None:
+        return _forward(model, rows, tokens, mask, positions, None, count)
+    cache, begin = _on_prefix(model, mask, rows, mask.shape[1]), rows.prefix.length
+    return _forward(model, rows, tokens[:, begin:], mask, positions[:, begin:], cache, count)
+
+
+def _on_prefix(model: PreTrainedModel, mask: Tensor, rows: RowTrials, most: int) -> DynamicCache:
+    assert rows.prefix is not None
+    width = mask.shape[1]
+    return rows.prefix.expanded(model, rows.trials, width - mask.sum(1), width, most)
+
+
+def _forward(
+    model: PreTrainedModel,
+    rows: RowTrials,
+    tokens: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    cache: DynamicCache | None,
+    count: int = 1,
+) -> Tensor:
+    """Return the logits of the last tokens, [rows, count, vocabulary], each row under its trial's edit."""
+    if len(rows) != len(tokens):
+        raise ValueError(f"{len(tokens)} rows with the trials of {len(rows)}")
+    given: dict[str, Any] = {"position_ids": positions, "logits_to_keep": count}
+    if cache is not None:
+        given["past_key_values"] = cache
+    known = arguments(model)  # a forward is given only what it has arguments for
+    given = {name: value for name, value in given.items() if name in known}
+    with rows.applied():
+        output = model(input_ids=tokens, attention_mask=mask, use_cache=cache is not None, **given)
+    logits: Tensor = output.logits[:, -count:]
+    return logits
+
+
+class _Ledger:
+    """The answers so far, and which rows still go on."""
+
+    def __init__(
+        self,
+        rows: int,
+        end_tokens: Collection[int],
+        openings: Sequence[int] | None,
+        decided: Callable[[int, list[int]], bool] | None,
+    ) -> None:
+        self.answers = [Answer() for _ in range(rows)]
+        self.going = set(range(rows))
+        self._end_tokens = end_tokens
+        self._openings = openings
+        self._decided = decided
+
+    def take(self, logits: Tensor, present: Sequence[int]) -> Tensor:
+        """Write down a step and return its tokens, [rows present].
+
+        Args:
+            logits: The step's logits, [rows present, vocabulary].
+            present: Which prompt each row answers.
+        """
+        logits = logits.to(torch.float32)
+        if self._openings is not None and not self.answers[present[0]].margins:
+            asked = torch.tensor([self._openings[index] for index in present], device=logits.device)
+            for index, odds in zip(present, log_odds(logits, asked).tolist(), strict=True):
+                self.answers[index].opening = odds
+        best = logits.topk(2)
+        margins = (best.values[:, 0] - best.values[:, 1]).tolist()
+        for index, token, margin in zip(present, best.indices[:, 0].tolist(), margins, strict=True):
+            if index not in self.going:
+                continue
+            answer = self.answers[index]
+            answer.margins.append(margin)
+            if token in self._end_tokens:
+                self.going.remove(index)
+                continue
+            answer.tokens.append(token)
+            if self._decided is not None and self._decided(index, answer.tokens):
+                answer.decided = True
+                self.going.remove(index)
+        return best.indices[:, 0]
+
+
+@dataclass
+class _Rows:
+    """Rows that are decoded together.
+
+    Attributes:
+        present: Which prompt each row answers.
+        trials: Which trial each row belongs to.
+        tokens: The next token of each, [rows, 1].
+        positions: Its position, [rows, 1].
+        mask: Which slots before it are no padding, [rows, slots].
+        cache: What has been computed of those.
+    """
+
+    present: list[int]
+    trials: RowTrials
+    tokens: Tensor
+    positions: Tensor
+    mask: Tensor
+    cache: DynamicCache
+
+    def keep(self, staying: Sequence[int]) -> None:
+        """Let all rows but these go."""
+        keep = torch.tensor(staying, device=self.mask.device)
+        self.cache.reorder_cache(keep)
+        self.tokens, self.positions, self.mask = self.tokens[keep], self.positions[keep], self.mask[keep]
+        self.trials = self.trials.pick(keep)
+        self.present = [self.present[row] for row in staying]
+
+    @classmethod
+    def joined(cls, model: PreTrainedModel, parts: Sequence[_Rows], most: int) -> _Rows:
+        """Put rows that were read apart beside one another, where they may grow to so many tokens."""
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.mask.shape[1] for part in parts)
+        return cls(
+            [index for part in parts for index in part.present],
+            RowTrials.joined([part.trials for part in parts]),
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.positions for part in parts]),
+            torch.cat([pad(part.mask, (width - part.mask.shape[1], 0)) for part in parts]),
+            joined(model, [part.cache for part in parts], most),
+        )
+
+
+class _Decoder:
+    """Reads prompts and decodes answers on caches of transformers' own kind."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[list[int]],
+        limit: int,
+        ledger: _Ledger,
+        trials: RowTrials,
+    ) -> None:
+        self._model, self._prompts, self._limit, self._ledger = model, prompts, limit, ledger
+        self._trials = trials  # of all prompts; the rows of a forward have theirs picked from it
+        # A row's last token is told, and nothing of it is kept.
+        self._most = max(map(len, prompts)) + limit - 1
+        self._device = input_device(model)
+        self._pickable = rows_can_be_picked(model)
+
+    def parts(self) -> list[list[int]]:
+        """Return which prompts are read in one forward, if what is kept of them can be put together again."""
+        most = read_tokens(self._model)
+        if most is None or max(map(len, self._prompts)) > writable_slots(self._model):
+            return [list(range(len(self._prompts)))]
+        order = sorted(range(len(self._prompts)), key=lambda index: len(self._prompts[index]))
+        chunks = Manner().chunks([self._prompts[index] for index in order], len(order), tokens=most)
+        indices = iter(order)
+        return [[next(indices) for _ in chunk] for chunk in chunks]
+
+    def read(self, present: list[int]) -> _Rows | None:
+        """Read some prompts; return the rows that go on after the first token of their answers, None if none does."""
+        tokens, mask, positions = left_padded([self._prompts[index] for index in present], self._device)
+        trials = self._trials.pick(torch.tensor(present, device=self._device))
+        following = positions[:, -1:] + 1
+        if trials.prefix is None:
+            cache = new_cache(self._model, self._most)
+        else:
+            begin = trials.prefix.length
+            cache = _on_prefix(self._model, mask, trials, self._most)
+            tokens, positions = tokens[:, begin:], positions[:, begin:]
+        chosen = self._ledger.take(_forward(self._model, trials, tokens, mask, positions, cache)[:, -1], present)
+        return self._going(_Rows(present, trials, chosen[:, None], following, mask, cache))
+
+    def step(self, rows: _Rows) -> _Rows | None:
+        """Decode a token of every row; return the rows that go on, None if none does."""
+        mask = torch.cat([rows.mask, rows.mask.new_ones(len(rows.mask), 1)], dim=1)
+        logits = _forward(self._model, rows.trials, rows.tokens, mask, rows.positions, rows.cache)
+        chosen = self._ledger.take(logits[:, -1], rows.present)
+        return self._going(replace(rows, tokens=chosen[:, None], positions=rows.positions + 1, mask=mask))
+
+    def answer(self) -> None:
+        """Decode all answers."""
+        parts = [rows for rows in map(self.read, self.parts()) if rows is not None]
+        if not parts:
+            return
+        rows = _Rows.joined(self._model, parts, self._most)
+        for _ in range(self._limit - 1):
+            going = self.step(rows)
+            if going is None:
+                break
+            rows = going
+
+    def _going(self, rows: _Rows) -> _Rows | None:
+        """Drop decided rows once they exceed `_LEAVING` of the batch, if the cache can; return None if all are."""
+        staying = [row for row, index in enumerate(rows.present) if index in self._ledger.going]
+        if not staying:
+            return None
+        if self._pickable and len(rows.present) - len(staying) > _LEAVING * len(rows.present):
+            rows.keep(staying)
+        return rows
+
+
+@torch.inference_mode()
+def greedy_answers(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    *,
+    limit: int,
+    end_tokens: Collection[int],
+    openings: Sequence[int] | None = None,
+    decided: Callable[[int, list[int]], bool] | None = None,
+    rows: RowTrials | None = None,
+    manner: Manner = Manner(),
+) -> list[Answer]:
+    """Return the most likely continuation of every prompt, token by token.
+
+    On a CPU prompts are read some at a time and answered all together: reading is fastest in what its caches hold, and
+    a step of decoding takes nearly as long for one row as for many. Models whose caches do not let rows go are decoded
+    with all rows to the end; those that take no cache of transformers' own kind, by their own `generate`. The answers
+    are the same.
+
+    Args:
+        model: The model.
+        prompts: Token ids of each prompt.
+        limit: Longest answer in tokens.
+        end_tokens: Tokens that end an answer.
+        openings: For each prompt a token whose odds of opening the answer are wanted.
+        decided: Given a prompt's index and its answer so far, whether that tells all that the caller wants to know.
+        rows: The prompts' trials; None: the model as it is.
+        manner: How the model can be read.
+    """
+    ledger = _Ledger(len(prompts), end_tokens, openings, decided)
+    rows = rows or RowTrials.plain(len(prompts), input_device(model))
+    if not manner.cached:
+        _read_again(model, prompts, limit, ledger, rows)
+    elif not takes_cache(model):
+        _generate(model, prompts, limit, end_tokens, ledger, rows)
+    elif prompts:
+        _Decoder(model, prompts, limit, ledger, rows).answer()
+    return ledger.answers
+
+
+def _read_again(
+    model: PreTrainedModel, prompts: Sequence[list[int]], limit: int, ledger: _Ledger, rows: RowTrials
+) -> None:
+    """Decode without a cache: for every token the whole of a row is read again."""
+    present = list(range(len(prompts)))
+    for _ in range(limit):
+        begun = [[*prompts[index], *ledger.answers[index].tokens] for index in present]
+        trials = rows.pick(torch.tensor(present, device=rows.trials.device))
+        ledger.take(last_logits(model, begun, 1, trials)[:, -1], present)
+        present = [index for index in present if index in ledger.going]
+        if not present:
+            break
+
+
+# What tells how a model can be read: two prompts of unlike lengths, steps, and how far logits may be apart.
+_TRIED, _STEPS, _APART = ([5, 9, 11, 13, 6], [5, 9, 11, 13, 6, 10, 8, 14, 7]), 4, 1e-3
+_FAULTS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+
+
+def manner_of(model: PreTrainedModel) -> Manner:
+    """Return how the models of a small random model's family can be read, found by trying it.
+
+    Raises:
+        Exception: Its forward does not read text as others do; which one is the family's own affair.
+    """
+    prompts = list(_TRIED)
+    alone = torch.cat([first_logits(model, [prompt]) for prompt in prompts])
+    scale = float(alone.std())
+    try:
+        padded = _near(first_logits(model, prompts), alone, scale)
+    except _FAULTS:
+        padded = False
+    chunks = list(Manner(padded).chunks(prompts, len(prompts)))
+    again = _answers_of(model, chunks, Manner(padded, cached=False))
+    try:
+        kept = _answers_of(model, chunks, Manner(padded))
+    except _FAULTS:
+        return Manner(padded, cached=False, shared=False)
+    if not all(_same(one, other, scale) for one, other in zip(again, kept, strict=True)):
+        raise ValueError("what it says next depends on what was kept of the text before")
+    return Manner(padded, True, padded and _shares(model, prompts, alone, scale))
+
+
+def _shares(model: PreTrainedModel, prompts: Sequence[list[int]], alone: Tensor, scale: float) -> bool:
+    """Return whether prompts' logits are those they have alone when what they begin with has been read before."""
+    length = min(len(_TRIED[0]) - 1, writable_slots(model))
+    if length < 1:
+        return False
+    prefix = shared_prefix(model, list(_TRIED[0][:length]), 1, None)
+    shared = RowTrials(torch.zeros(len(prompts), dtype=torch.long), prefix=prefix)
+    return _near(first_logits(model, prompts, shared), alone, scale)
+
+
+def _answers_of(model: PreTrainedModel, chunks: Sequence[list[list[int]]], manner: Manner) -> list[Answer]:
+    answered = (greedy_answers(model, chunk, limit=_STEPS, end_tokens=(), manner=manner) for chunk in chunks)
+    return [answer for answers in answered for answer in answers]
+
+
+def _near(one: Tensor, other: Tensor, scale: float) -> bool:
+    return bool(((one - other).abs() < _APART * scale).all())
+
+
+def _same(one: Answer, other: Answer, scale: float) -> bool:
+    return one.tokens == other.tokens and _near(torch.tensor(one.margins), torch.tensor(other.margins), scale)
+
+
+def _generate(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    limit: int,
+    end_tokens: Collection[int],
+    ledger: _Ledger,
+    rows: RowTrials,
+) -> None:
+    """Decode by the model's own `generate`, of which the ledger sees every step's logits."""
+    tokens, mask, _ = left_padded(prompts, input_device(model))
+    present = range(len(prompts))
+
+    def see(_: Tensor, logits: Tensor) -> Tensor:
+        ledger.take(logits, present)
+        return logits
+
+    def ended(ids: Tensor, _: Any) -> Tensor:
+        return torch.tensor([row not in ledger.going for row in present], device=ids.device)
+
+    # What the model's own configuration asks for beyond greedy decoding is put back to nothing.
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=limit,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=sorted(end_tokens) or [-1],  # not the model's own, which may be others
+        pad_token_id=0,
+        disable_compile=True,
+    )
+    with rows.applied():  # its forwards have all rows, in this order
+        model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([see]),
+            stopping_criteria=StoppingCriteriaList([ended]),
+        )

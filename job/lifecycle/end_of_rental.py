@@ -1,0 +1,162 @@
+"""The end of a start on a rented machine: what becomes of the machine, by the policy, and only once all is safe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from job.cloud.end_policy import SAFE, Action, Asked, Decision, Ended, ending
+from job.cloud.self_stop import find_rental, progressed, unfailing
+from job.config.schema import Settings, default_workspace
+from job.errors import HeldError, JobError
+from job.lifecycle.locate import job_settings
+from job.lifecycle.safekeeping import all_unsaved, other_holder, undelivered
+from job.storage.events import Events
+from job.storage.run_folder import RunFolder
+from job.system.lifeline import tell
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a start has left on its machine.
+
+    Attributes:
+        workspace: Folder of all run folders.
+        folder: The job's; None where the start has not got as far.
+        settings: How checkpoint and targets are reached; None where that is not known.
+    """
+
+    workspace: Path
+    folder: RunFolder | None = None
+    settings: Settings | None = None
+
+
+def outcome_of_error(error: Exception) -> Ended:
+    """Return how a start has ended that raised an error."""
+    code = error.exit_code if isinstance(error, JobError) else 1
+    return Ended(code, elsewhere=isinstance(error, HeldError) and error.elsewhere)
+
+
+def end_rental(outcome: Ended, asked: Asked, machine: Machine, say: Say) -> None:
+    """Do with the machine what the policy says; nothing that goes wrong with that is raised.
+
+    Args:
+        outcome: How the start has ended.
+        asked: What was asked for.
+        machine: What is on the machine.
+        say: Told what happens; where it fails, nothing is told.
+    """
+    say = unfailing(say)
+    try:
+        _end(outcome, asked, machine, say)
+    except Exception as error:  # the job's own end is what callers must see
+        what = error.line if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
+        say(f"warning: this rental may BILL ON: what becomes of it could not be settled: {what}")
+    tell(settled=True)
+
+
+def end_after(
+    code: int, *, when_failed: str, workspace: str | None, job: str | None, hung: bool, signalled: bool
+) -> None:
+    """End the rental for a process that has ended without doing so; see `end_rental`.
+
+    Args:
+        code: Its exit code; negative: the signal that killed it.
+        when_failed: What was asked for.
+        workspace: Folder of all run folders, None where it is not known.
+        job: The job's run folder, None where it is not known.
+        hung: The watchdog ended it.
+        signalled: It was asked to stop.
+    """
+    events = Events()
+    folder = RunFolder(Path(job)) if job is not None else None
+    action: Action = "destroy" if when_failed == "destroy" else "stop" if when_failed == "stop" else "nothing"
+    machine = Machine(Path(workspace) if workspace else _usual_workspace(), folder, _stored_settings(folder))
+    end_rental(Ended(code, hung=hung, signalled=signalled), Asked(when_failed=action), machine, events.say)
+
+
+def _usual_workspace() -> Path:
+    try:
+        return Path(default_workspace())
+    except JobError:  # what is wrong with the environment may be why the start has ended
+        return Path("runs")
+
+
+def _stored_settings(folder: RunFolder | None) -> Settings | None:
+    try:
+        return job_settings(folder) if folder is not None and folder.job_file.exists() else None
+    except JobError:
+        return None
+
+
+def _end(outcome: Ended, asked: Asked, machine: Machine, say: Say) -> None:
+    decision = ending(outcome, asked, SAFE)
+    if decision.action == "nothing":
+        return
+    rental = find_rental()
+    if rental is None:
+        say(f"warning: this is no rented machine that is known: it is not ended ({decision.action})")
+        return
+    decision = _decision(outcome, asked, machine, say)
+    if decision.action == "nothing":
+        say(f"warning: THIS RENTAL BILLS ON: {_instead(decision)}; end it by hand at {rental.by_hand}")
+        return
+    if decision.reduced:
+        say(f"warning: {_instead(decision)}")
+    rental.end(decision.action, machine.workspace, say)
+
+
+def _decision(outcome: Ended, asked: Asked, machine: Machine, say: Say) -> Decision:
+    """Decide by what stands there now; mirrors and targets are asked only before a destroy."""
+    safety = replace(
+        SAFE,
+        others=undelivered(machine.workspace, machine.folder),
+        held="" if outcome.elsewhere else other_holder(machine.folder, machine.settings, say),
+    )
+    decision = ending(outcome, asked, safety)
+    if decision.action != "destroy":
+        return decision
+    say("before this machine is destroyed, checkpoint and targets are asked for what must survive it")
+    missing = all_unsaved(machine.workspace, machine.folder, machine.settings, say, elsewhere=outcome.elsewhere)
+    return ending(outcome, asked, replace(safety, unsaved=missing))
+
+
+def _instead(decision: Decision) -> str:
+    done = "it is left running" if decision.action == "nothing" else "it is stopped"
+    return f"{decision.asked} was asked for this machine and {done}: {decision.reason}"
+
+
+class Progress:
+    """Ends the mark of an earlier stop once a start gets as far as new work; a listener to events.
+
+    A start that finds nothing to do leaves the mark, which then keeps it from stopping the machine again: else a
+    platform that restarts what is stopped would do so for ever.
+    """
+
+    def __init__(self, workspace: Path, folder: RunFolder) -> None:
+        self._workspace, self._folder = workspace, folder
+        self._before: set[tuple[str, str]] = set()
+        self._made = False
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        """Take note of an event."""
+        if event == "job_started":
+            self._before = self._delivered()
+        elif not self._made and self._is_new_work(event, fields):
+            self._made = True
+            progressed(self._workspace)
+
+    def _delivered(self) -> set[tuple[str, str]]:
+        try:
+            return {(one.target, one.export) for one in self._folder.read_uploads() if one.state == "done"}
+        except (OSError, ValueError):
+            return set()  # a torn file is for the delivery to complain of
+
+    def _is_new_work(self, event: str, fields: dict[str, Any]) -> bool:
+        if event == "delivery":
+            return fields["state"] == "done" and (fields["target"], fields["export"]) not in self._before
+        return event in ("trial", "exported")

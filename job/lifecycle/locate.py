@@ -1,0 +1,148 @@
+"""Which job a command means, and where it is: in the workspace, or at a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from job.config.origins import HERE
+from job.config.schema import Settings, assigned, default_values, environment_values, leaves, load_settings, merged
+from job.errors import UsageError
+from job.storage.run_folder import EXTENDING, EXTENDING_WITHIN, RunFolder, find_job
+from job.system.tempdirs import scratch
+
+if TYPE_CHECKING:
+    from job.mirror import Head, Mirror
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Which job is meant, and where it is.
+
+    Attributes:
+        workspace: Folder of all run folders.
+        job: Its name, None where it is alone.
+        checkpoint: Where it is mirrored, None where it is in the workspace.
+        assignments: Settings as ``key=value`` that only extend it, or say how the checkpoint is reached.
+    """
+
+    workspace: Path
+    job: str | None = None
+    checkpoint: str | None = None
+    assignments: tuple[str, ...] = ()
+
+    def folder(self) -> RunFolder:
+        """Return the job's run folder in the workspace.
+
+        Raises:
+            UsageError: There is none, or several and none is named.
+        """
+        return find_job(self.workspace, self.job)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What this side gives, by dotted key; the environment counts where the job is at a checkpoint.
+
+        Raises:
+            UsageError: An assignment would make it another job.
+        """
+        found = self.assigned
+        for name in found:
+            if not _may_be_given(name):
+                raise UsageError(f"--set {name}: that would make it another job", remedy="give it to `abliterate run`")
+        if self.checkpoint is None:
+            return found
+        machine = {name: value for name, value in environment_values().items() if name in HERE - {"workspace"}}
+        return {**machine, **found, "checkpoint": self.checkpoint}
+
+    @property
+    def assigned(self) -> dict[str, Any]:
+        """Return what `--set` gives, by dotted key."""
+        return leaves(assigned(self.assignments))
+
+    @contextmanager
+    def mirror(self) -> Iterator[Mirror]:
+        """Yield the checkpoint."""
+        from job.lifecycle.lock import open_checkpoint
+
+        assignments = [text for text in self.assignments if text.partition("=")[0].strip() != "model"]
+        settings = load_settings({"model": "-", "checkpoint": self.checkpoint}, assignments=assignments).settings
+        with open_checkpoint(settings, lambda _: None) as mirror:
+            yield mirror
+
+    def mirrored(self, mirror: Mirror) -> Head:
+        """Return the head of the job at a checkpoint.
+
+        Raises:
+            UsageError: There is none, or several and none is named.
+        """
+        heads = {head.job_id: head for head in mirror.jobs() if head.files}
+        names = ", ".join(heads)
+        if self.job is None and len(heads) > 1:
+            raise UsageError(f"{mirror.uri} holds several jobs: {names}", remedy="name one with --job")
+        name = self.job or next(iter(heads), "")
+        if name not in heads:
+            raise UsageError(
+                f"there is no job {self.job or ''}".rstrip() + f" at {mirror.uri}",
+                remedy=f"choose from: {names}" if names else "check --checkpoint",
+            )
+        return heads[name]
+
+
+def _may_be_given(name: str) -> bool:
+    """Return whether a setting only extends a job, says something of this machine, or confirms what the job is."""
+    section, _, rest = name.partition(".")
+    return section in EXTENDING or rest in EXTENDING_WITHIN.get(section, ()) or name in HERE or name == "model"
+
+
+def job_settings(folder: RunFolder, *, whole: bool = False, **others: object) -> Settings:
+    """Return the settings of a job as of its latest start, with others in their place.
+
+    Args:
+        folder: The run folder.
+        whole: All settings are wanted. Else those that only extend a job are at their defaults if they held a secret.
+        **others: Settings in place of the job's.
+
+    Raises:
+        UsageError: They are another version's, or one of them held a secret and is not whole.
+    """
+    record = folder.read_job()
+    masked = {name for name in record.redacted if name not in others and name != "workspace"}
+    lost = sorted(masked if whole else masked - EXTENDING)
+    if lost:
+        raise UsageError(
+            f"job {record.job_id} was given a secret in {', '.join(lost)}, and secrets are written nowhere",
+            remedy="go on with the same `abliterate run` command, or give what only extends the job with --set",
+        )
+    # What a former version did not know is as it was before.
+    kept = {name: value for name, value in record.settings.items() if name not in masked}
+    stored = merged(default_values(), {**kept, "workspace": str(folder.path.parent)})
+    try:
+        return Settings(**merged(stored, others))
+    except ValidationError as error:
+        made_by = record.versions.get("abliteration-job", "another version")
+        raise UsageError(
+            f"the settings of job {record.job_id} are not this version's: {error.errors()[0]['msg']}",
+            remedy=f"go on with the version that began it, {made_by}",
+        ) from error
+
+
+@contextmanager
+def status_folder(where: Whereabouts) -> Iterator[tuple[RunFolder, bool | None]]:
+    """Yield a folder to tell a job's status from, and whether a run is at it; None: the folder's lock tells.
+
+    Raises:
+        UsageError: There is no such job.
+        DeliveryError: The checkpoint cannot be reached.
+    """
+    if where.checkpoint is None:
+        yield where.folder(), None
+        return
+    with where.mirror() as mirror, scratch("mirror") as place:
+        fetched = mirror.fetch(where.mirrored(mirror).job_id, place)
+        yield fetched.folder, fetched.running

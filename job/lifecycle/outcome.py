@@ -1,0 +1,76 @@
+"""What a run came to, and whether a job is complete."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from job.config.schema import Settings
+from job.data.prompts import PromptSets
+from job.records import Figures, State
+from job.storage.run_folder import RunFolder, is_sealed, read_record
+from job.text.redaction import redact
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        folder: The run folder.
+        chosen: The exported trial's number.
+        base: Figures of the base model on the report split.
+        edited: Figures of the export on the report split.
+        failed_targets: Targets that could not be delivered to, with the reason.
+        unseen: The search has seen none of the prompts that these were measured on.
+        missed_gate: Which gate the export missed, so that it was not delivered; None if it missed none.
+    """
+
+    folder: RunFolder
+    chosen: int
+    base: Figures
+    edited: Figures
+    failed_targets: tuple[tuple[str, str], ...] = ()
+    unseen: bool = True
+    missed_gate: str | None = None
+
+
+def completed(folder: RunFolder, settings: Settings) -> Outcome | None:
+    """Return what a job came to if nothing is left to do, else None."""
+    state = folder.read_state()
+    if state is None or state.state != "finished" or state.chosen is None:
+        return None
+    if state.trials < settings.trials and not _is_spent(state, settings):
+        return None
+    export = folder.export_folder(state.chosen, settings.export_format)
+    delivered = {item.target for item in folder.read_uploads() if item.state == "done" and item.export == export.name}
+    # What is delivered need not be here: the machine that made it may be gone.
+    kept = is_sealed(export) or (settings.upload and settings.checkpoint is not None)
+    if not kept or not delivered >= {redact(target) for target in settings.upload}:
+        return None
+    outcome = outcome_of(folder, state.chosen, export)
+    return None if missed_gate(settings, outcome.edited) else outcome
+
+
+def _is_spent(state: State, settings: Settings) -> bool:
+    """Return whether a job was ended by a limit which the settings do not raise."""
+    limits = ((state.max_hours, settings.max_hours), (state.max_cost, settings.max_cost))
+    return any(before is not None and now is not None and now <= before for before, now in limits)
+
+
+def missed_gate(settings: Settings, figures: Figures) -> str | None:
+    """Return which gate an export's figures miss, None if they pass all."""
+    failed = figures.refusals if figures.unanswered is None else figures.unanswered
+    if settings.max_refusals is not None and failed > settings.max_refusals:
+        how = "refused" if failed == figures.refusals else "refused or have a broken answer"
+        return f"{failed} of {figures.bad_prompts} are {how}, max_refusals is {settings.max_refusals}"
+    if settings.max_kl is not None and (figures.kl is None or not figures.kl <= settings.max_kl):
+        return f"the KL divergence is {figures.kl or 0:.4g}, max_kl is {settings.max_kl:g}"
+    return None
+
+
+def outcome_of(folder: RunFolder, chosen: int, export: Path) -> Outcome:
+    """Return what the run folder says of an export."""
+    base = read_record(folder.figures_file("base"), Figures)
+    unseen = read_record(folder.prompts_file, PromptSets).unseen
+    return Outcome(folder, chosen, base, read_record(folder.figures_file(export.name), Figures), unseen=unseen)

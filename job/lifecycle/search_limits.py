@@ -1,0 +1,60 @@
+"""When a search goes on: one batch after the other, within the budget, and to the end of a batch after a stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from job.config.schema import Settings
+from job.lifecycle.lock import Hold
+from job.preflight.estimate import PHASES, Hours
+from job.preflight.runner import Survey
+from job.search.budget import Budget, Meter
+from job.storage.run_folder import RunFolder, read_record
+from job.system.signals import StopSignals
+
+
+class Pace:
+    """Times batches, keeps each, gives a stopped one its grace, and ends the search when the budget asks for it."""
+
+    def __init__(self, budget: Budget, hold: Hold, signals: StopSignals, grace: float, *, begun: bool) -> None:
+        self._budget = budget
+        self._hold = hold
+        self._signals = signals
+        self._grace = grace
+        self._begun = begun
+        self._longest = 0.0
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Time a batch; its block may end by itself within the grace after a stop."""
+        begin = time.monotonic()
+        with self._signals.graceful(self._grace):
+            yield
+        self._begun = True
+        self._longest = max(self._longest, time.monotonic() - begin)
+        self._hold.keep()
+
+    def may_go_on(self) -> bool:
+        """Return whether another batch fits; the first one of a job is made in any case, or nothing could be chosen.
+
+        Raises:
+            HeldError: Another run has taken the job over.
+        """
+        self._hold.check()
+        return not self._begun or self._budget.has_room_for(self._longest)
+
+
+def budget_of(folder: RunFolder, settings: Settings, meter: Meter) -> Budget:
+    """Return the budget, with what preflight expects of export and delivery held back."""
+    hours = Hours(**dict.fromkeys(PHASES, 0.0))
+    if folder.preflight_file.exists():
+        hours = read_record(folder.preflight_file, Survey).hours or hours
+    return Budget(
+        meter,
+        max_hours=settings.max_hours,
+        max_cost=settings.max_cost,
+        price=settings.price,
+        reserve=hours.export + hours.upload,
+    )

@@ -1,0 +1,246 @@
+"""How a run begins and ends: which job it is, who holds it, what is checked, and what becomes of the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.cloud.end_policy import Asked, Ended
+from job.config.schema import Settings
+from job.data.prompts import PromptSets
+from job.errors import DeliveryError, GateError, RestartNeeded
+from job.export.reproduction import Again, require_same_model
+from job.lifecycle.end_of_rental import Machine, Progress, end_rental, outcome_of_error
+from job.lifecycle.lock import held
+from job.lifecycle.outcome import Outcome, completed
+from job.lifecycle.state import recorded, settings_key
+from job.preflight.readings import MachineReading
+from job.preflight.restarts import past_starts
+from job.preflight.runner import Survey, Surveyor
+from job.records import JobRecord
+from job.search.budget import Meter
+from job.storage.events import Events, read_events
+from job.storage.run_folder import RunFolder, find_folder, open_job, read_record, write_record
+from job.system.lifeline import tell
+from job.system.locks import left_behind
+from job.system.signals import StopSignals
+
+if TYPE_CHECKING:
+    from job.cloud.self_stop import Rental
+
+
+def run(
+    settings: Settings,
+    *,
+    new: bool,
+    events: Events,
+    signals: StopSignals,
+    notes: Sequence[str] = (),
+    again: Again | None = None,
+) -> Outcome:
+    """Do the job that the settings describe, from wherever an earlier run of it has got to.
+
+    Args:
+        settings: The settings.
+        new: Start a job beside one with other settings.
+        events: Where progress goes.
+        signals: What stops the run.
+        notes: What became of old settings.
+        again: An export that is to be made again.
+
+    Raises:
+        JobError: The job cannot be done; each kind says whether, where and how it could be.
+        Stopped: A signal asked for it; running again continues.
+    """
+    pinned = again.pinned if again else None
+    _tell_asked(settings)
+    try:
+        folder, first = open_job(settings, new=new, pinned=pinned)
+    except Exception as error:
+        _close(outcome_of_error(error), settings, events)
+        raise
+
+    def opened() -> tuple[JobRecord, Settings]:
+        _, record = open_job(settings, new=True, pinned=pinned)
+        if again is not None:
+            require_same_model(again.original, record.identity)
+            write_record(folder.reproduces_file, again.original)
+            record = record.model_copy(update=again.resolved)
+        return record, settings
+
+    start = Start(folder, first.identity, settings, opened, beside_others=new or again is not None, notes=tuple(notes))
+    return carry_out(start, events, signals)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    Attributes:
+        folder: The run folder, which may have to be filled from the checkpoint.
+        identity: What the job is.
+        settings: Where the checkpoint is, and what becomes of the machine.
+        opened: Returns job.json and the settings once the run folder is there.
+        beside_others: The checkpoint may hold other jobs on the same model.
+        notes: What became of old settings.
+    """
+
+    folder: RunFolder
+    identity: Mapping[str, Any]
+    settings: Settings
+    opened: Callable[[], tuple[JobRecord, Settings]]
+    beside_others: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def carry_out(start: Start, events: Events, signals: StopSignals) -> Outcome:
+    """Do a job from wherever it has got to, and then with the rented machine what the settings say.
+
+    Args:
+        start: What to begin with.
+        events: Where progress goes.
+        signals: What stops the run.
+
+    Raises:
+        JobError: The job cannot be done; each kind says whether, where and how it could be.
+        Stopped: A signal asked for it; running again continues.
+        RestartNeeded: The device has failed, and a fresh process may succeed.
+    """
+    settings = start.settings
+    tell(job=str(start.folder.path.absolute()))
+    _tell_asked(settings)
+    events.listen(Progress(Path(settings.workspace), start.folder))
+    try:
+        outcome = _run(start, events, signals)
+    except RestartNeeded:
+        raise
+    except Exception as error:  # whatever it is goes on to the caller; the machine is not to bill on because of it
+        _close(outcome_of_error(error), settings, events, start.folder)
+        raise
+    code = GateError.exit_code if outcome.missed_gate else DeliveryError.exit_code if outcome.failed_targets else 0
+    _close(Ended(code), settings, events, start.folder)
+    return outcome
+
+
+def _tell_asked(settings: Settings) -> None:
+    """Have the supervisor know what is asked for, now that the settings are read as a whole."""
+    tell(workspace=str(Path(settings.workspace).absolute()), when_failed=settings.when_failed)
+
+
+def _close(outcome: Ended, settings: Settings, events: Events, folder: RunFolder | None = None) -> None:
+    """End the rental as is asked for and safe."""
+    events.log_to(None)  # the last snapshot has been taken: what is logged now would be missing there
+    asked = Asked(settings.when_done, settings.when_failed)
+    end_rental(outcome, asked, Machine(Path(settings.workspace), folder, settings), events.say)
+
+
+def _this_rental() -> Rental | None:
+    from job.cloud.self_stop import find_rental
+
+    return find_rental()
+
+
+def _run(start: Start, events: Events, signals: StopSignals) -> Outcome:
+    folder = start.folder
+    done = _completed(start, events)
+    if done is not None:
+        return done
+    from job.pipeline import Job  # takes longer to load than all that a finished job needs
+
+    # Before the lock is taken, which writes down this process in place of the one before.
+    left_by = folder.holder()
+    with held(folder, start.identity, start.settings, events, signals, beside_others=start.beside_others) as hold:
+        # Again: another run may have finished it since, here or elsewhere.
+        done = _completed(start, events)
+        if done is not None:
+            return done
+        record, settings = start.opened()
+        surveyor = surveyor_of(folder, settings, events, notes=start.notes)
+        surveyor.held, surveyor.left_by = None, (left_by.process,) if left_by else ()
+        surveyor.uploads, settings = folder.uploads_state, surveyor.settings
+        meter = Meter(folder.meter_file, settings.price)
+        with recorded(folder, record, settings, events, meter, hold):
+            return Job(folder, record, settings, events, signals, meter, hold).do(surveyor)
+
+
+def _completed(start: Start, events: Events) -> Outcome | None:
+    """Return what the job came to if it is complete, and say so."""
+    if not start.folder.job_file.exists():
+        return None
+    record, settings = start.opened()
+    done = completed(start.folder, settings)
+    if done is not None:
+        events.emit("job_complete", f"job {record.job_id} is finished; nothing to do")
+    return done
+
+
+def _priced(settings: Settings, rental: Rental | None) -> Settings:
+    """Return the settings with the price that the platform bills, where none is given."""
+    if settings.price is not None or rental is None:
+        return settings
+    return settings.model_copy(update={"price": rental.price()})
+
+
+def surveyor_of(
+    folder: RunFolder,
+    settings: Settings,
+    events: Events,
+    *,
+    notes: Sequence[str] = (),
+    on: MachineReading | None = None,
+) -> Surveyor:
+    """Return what surveys a job, with all that its folder, if it has one yet, tells of earlier starts.
+
+    Args:
+        folder: The run folder.
+        settings: The settings.
+        events: Where what is tried again is told.
+        notes: What became of old settings.
+        on: A machine to plan for in place of this one.
+    """
+    surveyor = Surveyor(
+        settings=settings, notes=tuple(notes), on=on, settings_key=settings_key(settings), report=events.say
+    )
+    if on is None:
+        surveyor.rental = _this_rental()
+        surveyor.settings = _priced(settings, surveyor.rental)
+    if folder.job_file.exists():
+        from job.pipeline import trials_so_far  # likewise
+
+        holder = folder.holder()
+        surveyor.commit = folder.read_job().model_commit
+        surveyor.starts = past_starts(read_events(folder.events_file))
+        surveyor.trials_done = len(trials_so_far(folder))
+        if folder.prompts_file.exists():
+            surveyor.prompts = read_record(folder.prompts_file, PromptSets)
+        if holder is not None and folder.is_held():
+            surveyor.held = holder.describe()
+            if (left := left_behind(folder.lock_file)) is not None:
+                surveyor.held_remedy = left.remedy
+        elif holder is not None:
+            surveyor.left_by = (holder.process,)
+    return surveyor
+
+
+def preflight(
+    settings: Settings, *, events: Events, notes: Sequence[str] = (), on: MachineReading | None = None
+) -> Survey:
+    """Survey a job without beginning it; nothing is left behind.
+
+    Args:
+        settings: The settings.
+        events: Where what is tried again is told.
+        notes: What became of old settings.
+        on: A machine to plan for in place of this one.
+
+    Raises:
+        UsageError: A setting is malformed.
+    """
+    folder = find_folder(settings)
+    surveyor = surveyor_of(folder, settings, events, notes=notes, on=on)
+    surveyor.keep = False
+    if settings.checkpoint is not None:
+        surveyor.leased = folder.path.name
+    return surveyor.survey()

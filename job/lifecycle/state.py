@@ -1,0 +1,106 @@
+"""One start of a job as its run folder tells of it: what it is doing, how it ended, what it took."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from job.config.schema import Settings
+from job.errors import AcceleratorFaultError, ImpossibleJobError, JobError, MachineError, RestartNeeded, Stopped
+from job.lifecycle.lock import Hold
+from job.records import JobRecord, State
+from job.search.budget import Meter
+from job.storage.events import Events, read_events
+from job.storage.run_folder import RunFolder, write_record
+
+# Fresh processes that are tried after the device failed, until a trial succeeds.
+_MOST_FAULTS = 3
+
+
+@contextmanager
+def recorded(
+    folder: RunFolder, record: JobRecord, settings: Settings, events: Events, meter: Meter, hold: Hold
+) -> Iterator[None]:
+    """Keep state.json, the event log and the meter true to how the block ends.
+
+    Raises:
+        RestartNeeded: The device has failed, and a fresh process may succeed.
+    """
+    chosen = (folder.read_state() or State(state="running", trials=0)).chosen
+    write_record(folder.job_file, record)
+    write_record(folder.state_file, State(state="running", trials=settings.trials, chosen=chosen))
+    events.log_to(folder.events_file)
+    key = settings_key(settings)
+    events.emit(
+        "job_started",
+        f"job {record.job_id} in {folder.path}",
+        versions=record.versions,
+        settings=key,
+        price=settings.price,
+    )
+    try:
+        with meter.running():
+            yield
+    except Stopped as stop:
+        _end(folder, events, "preempted", str(stop))
+        raise
+    except AcceleratorFaultError as fault:
+        faults = _faults_in_a_row(folder)
+        _end(folder, events, "failed" if faults >= _MOST_FAULTS else "preempted", fault.line)
+        if faults >= _MOST_FAULTS:
+            _report(folder, events)
+            raise
+        events.emit("accelerator_fault", f"{fault}; going on in a fresh process")
+        raise RestartNeeded from fault
+    except JobError as error:
+        _end(folder, events, "failed", error.line)
+        if isinstance(error, ImpossibleJobError) and folder.read_job().resolution is None:
+            # Nothing was begun that could be continued.
+            events.log_to(None)
+            hold.discard()
+            folder.discard()
+        else:
+            _report(folder, events)
+        raise
+    except Exception as error:
+        _end(folder, events, "failed", f"{type(error).__name__}: {error}")
+        _report(folder, events)
+        raise
+
+
+def _faults_in_a_row(folder: RunFolder) -> int:
+    """Return how often the device has failed since the latest trial."""
+    faults = 0
+    for event in read_events(folder.events_file):
+        faults = 0 if event.get("event") == "trial" else faults + (event.get("event") == "accelerator_fault")
+    return faults
+
+
+def _end(folder: RunFolder, events: Events, state: str, reason: str) -> None:
+    former = folder.read_state()
+    assert former is not None
+    ended = State.model_validate({**former.model_dump(), "state": state, "reason": reason})
+    try:
+        write_record(folder.state_file, ended)
+        events.emit(f"job_{state}", reason=reason, phase=former.phase)
+    except MachineError:
+        pass  # on a full disk nothing can be written down; the failure itself is what the user has to see
+
+
+def _report(folder: RunFolder, events: Events) -> None:
+    """Write what there is to be seen of a failure."""
+    try:
+        try:
+            from job.report.markdown import write_reports  # whose study takes long to load
+
+            write_reports(folder)
+        except Exception as error:  # whatever it is, it must not hide what has failed
+            events.say(f"warning: the report cannot be written: {type(error).__name__}: {error}")
+    except MachineError:
+        pass  # the disk is full
+
+
+def settings_key(settings: Settings) -> str:
+    """Return what tells one start's settings from another's."""
+    return hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:12]

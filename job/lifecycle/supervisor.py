@@ -1,0 +1,198 @@
+"""A parent process that ends the rental where the job's own process could not: it was killed, or refused its settings.
+
+It is started only where `--when-failed` asks for an end. It loads nothing of the job before that end, so that it stays
+small: what takes the memory of a machine is then not this process. It passes signals on, and ends as its child did.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from job.system.lifeline import LINE, adopt
+
+# The commands that end rentals.
+COMMANDS = ("run", "resume")
+_STOPS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
+_PASSED_ON = _STOPS | {signal.SIGUSR1, signal.SIGUSR2}
+_BLOCK = 1 << 16
+
+
+def supervised() -> None:
+    """Return in the process that does the work; in its supervisor, if one is asked for, never."""
+    if adopt() or asked_when_failed(sys.argv[1:], os.environ) == "nothing" or not hasattr(signal, "sigwait"):
+        return
+    _leave(*_supervise())
+
+
+def asked_when_failed(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Return what `--when-failed` asks for: stop, destroy or nothing, whatever is wrong with the other settings.
+
+    A misspelt value counts as stop: somebody wants the machine to be ended.
+    """
+    if command_of(arguments) not in COMMANDS:
+        return "nothing"
+    value = given("when_failed", arguments, environment) or "nothing"
+    return value if value in ("nothing", "stop", "destroy") else "stop"
+
+
+def command_of(arguments: Sequence[str]) -> str:
+    """Return the command that arguments call, "" for none."""
+    words = arguments[1:] if list(arguments[:1]) == ["abliterate"] else arguments
+    return words[0] if words else ""
+
+
+def given(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
+    """Return the value of a setting of text, read without parsing anything else; None where it is not given."""
+    option = f"--{name.replace('_', '-')}"
+    found = _options(option, arguments)
+    # As for all settings: --set counts last, then options, the environment and the file.
+    assigned = [_assigned(name, text) for text in _options("--set", arguments)]
+    for value in (*reversed(assigned), *reversed(found)):
+        if value is not None:
+            return value
+    for variable, value in environment.items():
+        if variable.upper() == f"ABLITERATE_{name.upper()}" and value:
+            return _unquoted(value)
+    for path in reversed(_options("--config", arguments)):
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                lines = file.read()
+        except OSError:
+            return None
+        match = re.search(rf"^\s*{name}\s*=\s*[\"']([^\"'\n]*)[\"']", lines, re.MULTILINE)
+        return match[1] if match else None
+    return None
+
+
+def _options(option: str, arguments: Sequence[str]) -> list[str]:
+    """Return all values of an option."""
+    found = []
+    for position, word in enumerate(arguments):
+        if word == "--":
+            break
+        if word == option and position + 1 < len(arguments):
+            found.append(arguments[position + 1])
+        elif word.startswith(f"{option}="):
+            found.append(word.partition("=")[2])
+    return found
+
+
+def _assigned(name: str, text: str) -> str | None:
+    key, separator, value = text.partition("=")
+    return _unquoted(value) if separator and key.strip() == name else None
+
+
+def _unquoted(text: str) -> str:
+    return text.strip().strip("\"'")
+
+
+def _supervise() -> tuple[int, bool, list[bytes]]:
+    """Run the command in a child; return its wait status, whether it was asked to stop, and what it told."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a child has ended
+    waited = _PASSED_ON | {signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+    os.set_blocking(reading, False)
+    child = os.posix_spawn(
+        sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, LINE: str(writing)}, setsigmask=before
+    )
+    os.close(writing)
+    told: list[bytes] = []
+    signalled = False
+    while (status := _reaped(child)) is None:
+        number = signal.sigwait(waited)
+        if number == signal.SIGCHLD:
+            continue
+        signalled = signalled or number in _STOPS
+        try:
+            os.kill(child, number)
+        except ProcessLookupError:
+            continue
+    _hear(reading, told)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return status, signalled, told
+
+
+def _reaped(child: int) -> int | None:
+    """Return the child's wait status once it has ended.
+
+    Whatever else has ended is reaped as well: in a container this may be the first process.
+    """
+    while True:
+        try:
+            number, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return None
+        if number == 0:
+            return None
+        if number == child and not os.WIFSTOPPED(status):
+            return status
+
+
+def _hear(reading: int, told: list[bytes]) -> None:
+    """Read all that the child has told."""
+    while True:
+        try:
+            data = os.read(reading, _BLOCK)
+        except BlockingIOError:
+            return
+        if not data:
+            return
+        told.append(data)
+
+
+def _leave(status: int, signalled: bool, told: list[bytes]) -> NoReturn:
+    """End the rental if that is left to do, and then this process as the child has ended."""
+    code = os.waitstatus_to_exitcode(status)
+    try:
+        _settle(code, signalled, b"".join(told))
+    except Exception as error:  # whatever it is: how the child has ended is what callers must see
+        _say(f"warning: this rental may BILL ON: it could not be ended: {type(error).__name__}")
+    if code < 0:
+        _die_alike(-code)
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def _settle(code: int, signalled: bool, told: bytes) -> None:
+    import json
+
+    facts: dict[str, str | bool] = {}
+    for line in told.splitlines():
+        facts |= json.loads(line)
+    if facts.get("settled") or code == 0:
+        return
+    from job.lifecycle.end_of_rental import end_after
+
+    asked = facts.get("when_failed") or asked_when_failed(sys.argv[1:], os.environ)
+    workspace = facts.get("workspace") or given("workspace", sys.argv[1:], os.environ)
+    end_after(
+        code,
+        when_failed=str(asked),
+        workspace=str(workspace) if workspace else None,
+        job=str(facts["job"]) if "job" in facts else None,
+        hung=bool(facts.get("hung")),
+        signalled=signalled,
+    )
+
+
+def _die_alike(number: int) -> None:
+    """Be killed by the same signal, without another core dump."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        return  # nobody listens

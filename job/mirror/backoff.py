@@ -1,0 +1,48 @@
+"""What keeps failing in the background, said loudly and not too often."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from job.errors import JobError
+from job.mirror.lease import now
+from job.text.redaction import redact
+
+FIRST_RETRY_S = 0.5
+_LONGEST_RETRY_S = 60.0
+
+
+class Trouble:
+    """How long something has been failing; says so at the first failure and then ever more rarely."""
+
+    def __init__(self, what: str, say: Callable[[str], None]) -> None:
+        self._what, self._say = what, say
+        self._since: float | None = None
+        self._next_word, self._failures = 0.0, 0
+        self.latest = ""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first of the failures, 0 while there are none."""
+        since = self._since
+        return now() - since if since is not None else 0.0
+
+    def failed(self, error: Exception) -> float:
+        """Note a failure and return the seconds to wait before the next try."""
+        self.latest = redact(error.line if isinstance(error, JobError) else f"{type(error).__name__}: {error}")
+        if self._since is None:
+            self._since, self._next_word, self._failures = now(), 0.0, 0
+        if self.seconds >= self._next_word:
+            since = f"has failed for {self.seconds:.0f} s" if self._failures else "fails"
+            self._say(f"warning: {self._what} {since}, the job goes on without: {self.latest}")
+            self._next_word = max(self.seconds * 2, 10.0)
+        self._failures += 1
+        wait: float = min(FIRST_RETRY_S * 2 ** min(self._failures, 30), _LONGEST_RETRY_S)
+        return wait * random.uniform(0.5, 1.0)
+
+    def passed(self) -> None:
+        """Note a success."""
+        if self._since is not None:
+            self._say(f"{self._what} works again after {self.seconds:.0f} s")
+        self._since = None

@@ -1,0 +1,201 @@
+"""Mirrors in a folder: another disk, or a network file system."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from pathlib import Path
+
+from job.errors import DeliveryError, JobError
+from job.mirror.options import Pace
+from job.mirror.records import HEAD, OBJECTS, Entry
+from job.mirror.store import ConflictError, Proof, Stored
+from job.storage.run_folder import make_folder, sync_folder, write_atomically
+from job.system.failpoints import reached
+from job.system.locks import Lock, LockedError, keeps_others_out, locked
+from job.transfer.folders import target_folder
+
+_LOCK = ".lock"
+_LOCK_SECONDS = 10.0
+_BLOCK = 1 << 20
+
+
+class FileStore:
+    """Mirrors in a folder; heads are compared and replaced under a lock that goes with the process."""
+
+    def __init__(self, uri: str, pace: Pace | None = None) -> None:
+        self.uri = uri
+        self.pace = pace or Pace()
+        self._root = target_folder(uri)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def probe(self) -> Proof:
+        """Write, rename, lock and delete in the folder, or where it is to be made."""
+        place = self._root
+        while not place.exists():
+            place = place.parent
+        trial = place / f".abliterate-probe-{secrets.token_hex(8)}"
+        with self._clear_errors(place):
+            try:
+                trial.mkdir()
+                write_atomically(trial / HEAD, b"a probe, to be deleted at once\n")
+                quirk = _lock_quirk(trial / _LOCK)
+            finally:
+                shutil.rmtree(trial, ignore_errors=True)
+        if quirk is not None:
+            return Proof("writing and deleting work", fenced=False, quirks=(quirk,))
+        return Proof("writing, locking and deleting work", fenced=True)
+
+    def prepare(self) -> None:
+        """Make the folder."""
+        with self._clear_errors(self._root):
+            make_folder(self._root)
+
+    def jobs(self) -> list[str]:
+        """Return the jobs with a head."""
+        with self._clear_errors(self._root):
+            if not self._root.exists():
+                return []
+            return sorted(path.name for path in self._root.iterdir() if (path / HEAD).is_file())
+
+    def read(self, job: str) -> Stored | None:
+        """Return the head and its age by the file system's clock."""
+        file = self._root / job / HEAD
+        with self._clear_errors(file):
+            try:
+                with file.open("rb") as opened:
+                    data, written = opened.read(), os.fstat(opened.fileno()).st_mtime
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return Stored(data, hashlib.sha256(data).hexdigest(), self._age(file.parent, written))
+
+    def _age(self, folder: Path, written: float) -> float | None:
+        """Return the seconds since a file was written; None where only reading is allowed."""
+        trial = folder / f".clock-{secrets.token_hex(8)}"
+        try:
+            trial.touch()
+            now = trial.stat().st_mtime
+            trial.unlink()
+        except OSError:
+            return None
+        return max(now - written, 0.0)
+
+    def names(self, job: str) -> list[str]:
+        """Return all files but the head and what begins with a dot."""
+        folder = self._root / job
+        with self._clear_errors(folder):
+            files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        return sorted(str(p) for p in files if str(p) != HEAD and not any(part.startswith(".") for part in p.parts))
+
+    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]], check: Callable[[], None]) -> None:
+        """Copy objects, each whole or not at all."""
+        folder = self._root / job / OBJECTS
+        with self._clear_errors(folder):
+            make_folder(folder)
+            for name, (source, entry) in objects.items():
+                if (folder / name).exists():
+                    continue  # of an earlier try: a name stands for its contents
+                check()
+                temporary = folder / f".{name}.tmp"
+                if _copy(source, temporary) != entry.sha256:
+                    temporary.unlink()
+                    raise DeliveryError(f"{source.name} changed while it was copied", remedy="it is copied again")
+                reached("object:copied")
+                temporary.replace(folder / name)
+                reached("object:replaced")
+            sync_folder(folder)
+
+    def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:
+        """Replace the head under the lock."""
+        folder = self._root / job
+        with self._clear_errors(folder):
+            make_folder(folder)
+            with self._locked(folder):
+                found = self.read(job)
+                if (found and found.token) != (expected and expected.token):
+                    raise ConflictError(found)
+                write_atomically(folder / HEAD, data)
+            for name in remove:
+                (folder / OBJECTS / name).unlink(missing_ok=True)
+        return Stored(data, hashlib.sha256(data).hexdigest(), 0.0)
+
+    @contextmanager
+    def _locked(self, folder: Path) -> Iterator[None]:
+        lock = Lock(folder / _LOCK)
+        try:
+            lock.acquire(_LOCK_SECONDS)
+        except LockedError as error:
+            who = f" by {error.owner.describe()}" if error.owner else ""
+            raise DeliveryError(f"{folder} stays locked{who}", remedy=error.remedy) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def sweep(self, job: str, keep: AbstractSet[str]) -> None:
+        """Remove objects that nothing names, and half-written ones."""
+        folder = self._root / job / OBJECTS
+        with self._clear_errors(folder):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.name not in keep:
+                    path.unlink(missing_ok=True)
+
+    def fetch(self, job: str, entry: Entry, target: Path) -> None:
+        """Copy an object, no more of it than the head says; links and devices are none."""
+        source = self._root / job / OBJECTS / entry.object
+        if not stat.S_ISREG(source.lstat().st_mode):
+            raise FileNotFoundError(source)
+        left = entry.size + 1  # so that a longer one is found to be another
+        with source.open("rb") as reading, target.open("wb") as writing:
+            while left and (block := reading.read(min(_BLOCK, left))):
+                writing.write(block)
+                left -= len(block)
+
+    @contextmanager
+    def _clear_errors(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _failed(self.uri, path, error.strerror or str(error)) from error
+        except DeliveryError:
+            raise
+        except JobError as error:  # of write_atomically: this folder is not the workspace
+            raise DeliveryError(str(error), remedy="free space or correct its permissions") from error
+
+
+def _lock_quirk(file: Path) -> str | None:
+    """Return why a lock does not keep another process of this machine out, None if it does."""
+    with locked(file, _LOCK_SECONDS) as lock:
+        if lock.by_file:
+            return "this file system has no locks (flock): a file stands in for them"
+        kept_out = keeps_others_out(file)
+    if not kept_out or keeps_others_out(file) is not False:
+        return "a lock here does not keep another process out"
+    return None
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file durably, a block at a time, and return the sha256 of what was copied."""
+    digest = hashlib.sha256()
+    with source.open("rb") as reading, target.open("wb") as writing:
+        while block := reading.read(_BLOCK):
+            digest.update(block)
+            writing.write(block)
+        writing.flush()
+        os.fsync(writing.fileno())
+    return digest.hexdigest()
+
+
+def _failed(uri: str, path: Path, what: str) -> DeliveryError:
+    return DeliveryError(
+        f"the checkpoint {uri} cannot be used: {path}: {what}",
+        remedy="mount it, free space or correct its permissions, and run again",
+    )

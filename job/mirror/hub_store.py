@@ -1,0 +1,316 @@
+"""Mirrors in a private model repository on the Hub: a head and its objects go in one commit that names its parent."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
+
+from job.errors import DeliveryError
+from job.mirror.lease import is_running
+from job.mirror.options import HUB_PACE, Pace
+from job.mirror.records import HEAD, OBJECTS, Entry, MirrorError, decode_head
+from job.mirror.store import ConflictError, Proof, Stored
+from job.system.hub_client import count_traffic, quiet_client
+from job.system.tempdirs import scratch
+from job.transfer.hub_probe import probe
+from job.transfer.hub_repo import Repository, Snapshot
+from job.transfer.hub_target import MAIN, HubOptions
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
+
+T = TypeVar("T")
+
+# Times that a commit is made anew on top of another job's in the same repository.
+_LOOKS = 8
+# Commits after which a branch's history is squashed: each keeps a snapshot, and one is made a minute.
+_HISTORY = 200
+
+
+class _SquashedError(Exception):
+    """A revision is gone: the branch was squashed since it was looked at."""
+
+
+class HubStore:
+    """Mirrors in hf://user/repo[@branch]."""
+
+    def __init__(
+        self,
+        uri: str,
+        token: str | None = None,
+        pace: Pace | None = None,
+        report: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Talk to nobody yet.
+
+        Raises:
+            DeliveryError: There is no token, or the Hub is forbidden.
+            UsageError: The URI names no model repository.
+        """
+        self.uri = uri
+        self.pace = pace or HUB_PACE
+        self._options = HubOptions(visibility="private", token=token, commit_message="Checkpoint")
+        self._repo = Repository(uri, self._options, report)
+        self._staged: dict[str, CommitOperationAdd] = {}
+        self._seen: Snapshot | None = None
+        self._commits = 0  # made since the history was last squashed, or looked at
+        # It replaces the client, which is not to happen first when a thread of ours is using it.
+        count_traffic()
+        self._open = ExitStack()
+        # For as long as the store is open: another thread's delivery would show the bars again in the middle.
+        self._open.enter_context(quiet_client())
+
+    def close(self) -> None:
+        """Let the client show its bars again."""
+        self._open.close()
+
+    def probe(self) -> Proof:
+        """Ask whether the token may write; nothing is made or changed."""
+        found = self._repo.look(MAIN)
+        if found is not None:
+            self._refuse_public(found)
+        known = probe(self.uri, self._options, report=self._repo.report)
+        if not known.ok:
+            raise DeliveryError(known.what, remedy=known.remedy)
+        quirk = f"the Hub limits commits: a snapshot is taken every {self.pace.snapshot_s:.0f} s at most"
+        return Proof(known.what, fenced=True, quirks=(quirk,))
+
+    def prepare(self) -> None:
+        """Make the repository and the branch where they are missing.
+
+        Raises:
+            DeliveryError: That cannot be done, or the repository is public.
+        """
+        found = self._repo.look(MAIN)
+        if found is not None:
+            self._refuse_public(found)
+        self._repo.prepare()
+
+    def _refuse_public(self, found: Snapshot) -> None:
+        if not found.private:
+            raise DeliveryError(
+                f"{self._repo.repo_id} is public on the Hub, and a checkpoint holds prompts and answers",
+                remedy="make it private there or name another repository for --checkpoint",
+            )
+
+    def _look(self) -> Snapshot | None:
+        found = self._repo.look(self._repo.target.branch)
+        if found is not None:
+            self._refuse_public(found)
+        self._seen = found
+        return found
+
+    def jobs(self) -> list[str]:
+        """Return the jobs with a head."""
+        found = self._look()
+        names = [name.split("/") for name in found.files] if found else []
+        return sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == HEAD)
+
+    def read(self, job: str) -> Stored | None:
+        """Return the head at the branch's latest commit, which the next one is to be made on."""
+        for _ in range(_LOOKS):
+            found = self._look()
+            if found is None or f"{job}/{HEAD}" not in found.files:
+                return None
+            try:
+                data = self._download(f"{job}/{HEAD}", found.sha, Path.read_bytes)
+                return Stored(data, found.sha, self._age(found.sha))
+            except _SquashedError:
+                continue
+        raise DeliveryError(f"the history of {self._repo.repo_id} keeps changing", remedy="try again later")
+
+    def _age(self, sha: str) -> float | None:
+        """Return the seconds since a commit by the Hub's clock; another job's commit makes it seem younger."""
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not re-exported
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
+
+        api = self._repo.api
+        url = f"{api.endpoint}/api/models/{self._repo.repo_id}/commits/{sha}"
+
+        def call() -> Any:
+            answer = get_session().get(url, params={"limit": 1}, headers=build_hf_headers(token=api.token))
+            hf_raise_for_status(answer)
+            return answer
+
+        answer = self._of_revision(call, f"the age of {self._repo.repo_id}")
+        try:
+            written = datetime.fromisoformat(answer.json()[0]["date"])
+            now = parsedate_to_datetime(answer.headers["date"])
+            return max((now - written).total_seconds() - 1.0, 0.0)
+        except (ValueError, LookupError, TypeError):
+            return None
+
+    def _download(self, name: str, revision: str, take: Callable[[Path], T]) -> T:
+        """Return what take makes of a downloaded file."""
+        api, repo_id = self._repo.api, self._repo.repo_id
+        with scratch("mirror") as folder:
+            return take(
+                self._of_revision(
+                    lambda: Path(api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)),
+                    f"{name} of {repo_id}",
+                )
+            )
+
+    def _of_revision(self, call: Callable[[], T], what: str) -> T:
+        """Return what a call returns that names a revision.
+
+        Raises:
+            _SquashedError: There is no such revision any more.
+            DeliveryError: The Hub says no, or cannot be reached for long.
+        """
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        try:
+            return self._repo.ask(call, what)
+        except DeliveryError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, RevisionNotFoundError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise _SquashedError from error
+
+    def names(self, job: str) -> list[str]:
+        """Return all files of the job but the head."""
+        found = self._look()
+        root = f"{job}/"
+        files = found.files if found else {}
+        return [name for path in files if path.startswith(root) and (name := path.removeprefix(root)) != HEAD]
+
+    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]], check: Callable[[], None]) -> None:
+        """Bring large files into the repository's storage, where nobody sees them; small ones go with the commit."""
+        from huggingface_hub import CommitOperationAdd
+
+        # Anew at each attempt: what is small is read when it is committed, from copies that an attempt makes anew.
+        staged: dict[str, CommitOperationAdd] = {}
+        for name, (source, entry) in objects.items():
+            check()
+            operation = CommitOperationAdd(f"{job}/{OBJECTS}/{name}", str(source))
+            if operation.upload_info.sha256.hex() != entry.sha256:
+                raise DeliveryError(f"{source.name} changed while it was sent", remedy="it is sent again")
+            self._repo.store(operation)
+            staged[name] = operation
+        self._staged = staged
+
+    def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:
+        """Commit the head, all that is staged and removals at once, on top of what has been seen."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        parent = expected.token if expected else self._parent(job)
+        # A sign of life may come between: it names nothing of what has been staged for a snapshot.
+        named = [operation for name, operation in self._staged.items() if name.encode() in data]
+        for _ in range(_LOOKS):
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
+                *named,
+                CommitOperationAdd(f"{job}/{HEAD}", data),
+                *(CommitOperationDelete(f"{job}/{OBJECTS}/{name}") for name in remove),
+            ]
+            sha = self._repo.commit(operations, parent, lambda: None)
+            if sha is not None:
+                if named:
+                    self._staged = {}
+                self._commits += 1
+                stored = Stored(data, sha, 0.0)
+                return self._squashed(job, stored) if self._commits >= _HISTORY else stored
+            # Another job may have committed, too: that is no reason to give up.
+            found = self.read(job)
+            if (found and found.data) != (expected and expected.data):
+                raise ConflictError(found)
+            parent = found.token if found else self._parent(job)
+        raise DeliveryError(
+            f"others keep committing to {self._repo.repo_id}", remedy="give each job its own repository"
+        )
+
+    def _parent(self, job: str) -> str:
+        """Return the branch's latest commit, which has no head of the job, as was expected.
+
+        Raises:
+            ConflictError: It has one now.
+        """
+        found = self._look() or self._repo.see(self._repo.target.branch)
+        if f"{job}/{HEAD}" in found.files:
+            raise ConflictError(self.read(job))
+        return found.sha
+
+    def _squashed(self, job: str, stored: Stored) -> Stored:
+        """Forget the branch's history, unless others may be writing to it, and return the head as it stands then.
+
+        What fails is said and tried again after as many commits: the mirror is none the worse for it.
+        """
+        self._commits = 0
+        api, branch = self._repo.api, self._repo.target.branch
+        try:
+            if self._others_run(job):
+                return stored
+            self._repo.ask(
+                lambda: api.super_squash_history(
+                    self._repo.repo_id, branch=branch, commit_message=self._options.commit_message
+                ),
+                f"squashing the history of {self._repo.repo_id}",
+            )
+            found = self.read(job)
+        except DeliveryError as error:
+            self._repo.report(f"warning: the history of {self._repo.repo_id} stays long: {error.line}")
+            return stored
+        # Another runner's head may have come between. Then the former commit stays what is expected, and that fails.
+        return found if found is not None and found.data == stored.data else stored
+
+    def _others_run(self, job: str) -> bool:
+        """Return whether another job's runner may be about to commit to the same branch."""
+        for other in self.jobs():
+            stored = self.read(other) if other != job else None
+            try:
+                if stored is not None and is_running(decode_head(stored.data, other, self.uri), stored):
+                    return True
+            except MirrorError:
+                return True  # of what cannot be read nobody knows who writes it
+        return False
+
+    def sweep(self, job: str, keep: AbstractSet[str]) -> None:
+        """Have a long history squashed; objects come and go with the head that names them, so none is left over."""
+        if self._has_long_history():
+            self._commits = _HISTORY  # with the next commit
+
+    def _has_long_history(self) -> bool:
+        """Return whether the branch has more commits than the Hub lists at once."""
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not re-exported
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
+
+        api, branch = self._repo.api, quote(self._repo.target.branch, safe="")
+        url = f"{api.endpoint}/api/models/{self._repo.repo_id}/commits/{branch}"
+
+        def call() -> Any:
+            answer = get_session().get(url, params={"limit": _HISTORY}, headers=build_hf_headers(token=api.token))
+            hf_raise_for_status(answer)
+            return answer
+
+        return "next" in self._repo.ask(call, f"commits of {self._repo.repo_id}").links
+
+    def fetch(self, job: str, entry: Entry, target: Path) -> None:
+        """Download an object, of the revision at which the head was read where it is there."""
+        name = f"{job}/{OBJECTS}/{entry.object}"
+        for _ in range(_LOOKS):
+            if self._seen is None or name not in self._seen.files:
+                self._look()
+            if self._seen is None or name not in self._seen.files:
+                break
+            try:
+                self._download(name, self._seen.sha, lambda path: shutil.move(path, target))
+            except _SquashedError:
+                self._seen = None
+            else:
+                return
+        raise FileNotFoundError(name)

@@ -1,0 +1,210 @@
+"""Large files that grow, as the study and the event log: only the blocks that have changed are sent.
+
+A file is kept as layers. The first holds all of it, each later one the blocks that changed since. A new layer takes in
+those before it that are no larger than itself. So there are about as many layers as the file has doublings, and what is
+sent for a trial stays bounded, however many there are. A layer is a line of JSON with the blocks that it holds, and the
+blocks; both are compressed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO
+
+from job.mirror.records import Entry, Layered
+
+# Files that only ever grow, or change in few places.
+LAYERED = frozenset({"study.db", "events.jsonl"})
+# SQLite's pages are of this size, too.
+BLOCK = 4096
+# Smaller files are sent whole: what there is to save is less than what an object costs.
+SMALL_BYTES = 128 << 10
+_MOST_LAYERS = 12
+_MOST_HEADER = 1 << 20
+_DIGEST = 16
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Contents that have been sent, or were about to be.
+
+    Attributes:
+        digests: Of each block.
+        layers: The blocks of each layer.
+    """
+
+    digests: tuple[bytes, ...]
+    layers: tuple[frozenset[int], ...]
+
+
+class Layers:
+    """Makes layers of the growing files of one run folder; what was sent is remembered as digests of its blocks."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, dict[str, _Known]] = {}
+
+    def make(self, path: str, source: Path, sha256: str, sent: Entry | Layered | None, name: str) -> _Made:
+        """Write the layer that brings a file from what was sent to what it is now.
+
+        Args:
+            path: In the run folder.
+            source: A copy of it, beside which the layer is written.
+            sha256: Of the copy.
+            sent: How the mirror holds the file now.
+            name: What objects of this snapshot are named by, after the hash of their contents.
+        """
+        digests = _digests(source)
+        known = self._known.get(path, {})
+        before = known.get(sent.sha256) if isinstance(sent, Layered) else None
+        size = source.stat().st_size
+        layers = sent.layers if isinstance(sent, Layered) else ()
+        kept: tuple[Entry, ...] = ()
+        # What a file that has shrunk held at its end stands in the layers before.
+        if before is None or sent is None or size < sent.size or len(before.layers) != len(layers):
+            blocks = [frozenset(range(len(digests)))]
+        else:
+            blocks = _folded(before, digests)
+            kept = layers[: len(blocks) - 1]
+        file = source.with_name(source.name + ".layer")
+        contents = _encoded(source, sorted(blocks[-1]))
+        file.write_bytes(contents)
+        layer_sha = hashlib.sha256(contents).hexdigest()
+        layer = Entry(sha256=layer_sha, size=len(contents), object=f"{layer_sha}.{name}")
+        self._known[path] = {
+            **({sent.sha256: before} if sent is not None and before is not None else {}),
+            sha256: _Known(digests, tuple(blocks)),
+        }
+        return _Made(Layered(sha256=sha256, size=size, layers=(*kept, layer)), file, layer)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A file as the mirror is to hold it, and the one layer of it that has to be sent."""
+
+    entry: Layered
+    source: Path
+    layer: Entry
+
+
+def _digests(file: Path) -> tuple[bytes, ...]:
+    with file.open("rb") as opened:
+        return tuple(
+            hashlib.blake2b(block, digest_size=_DIGEST).digest() for block in iter(lambda: opened.read(BLOCK), b"")
+        )
+
+
+def _folded(before: _Known, digests: Sequence[bytes]) -> list[frozenset[int]]:
+    """Return the blocks of all layers, the last of which is new."""
+    changed = {number for number, digest in enumerate(digests) if before.digests[number : number + 1] != (digest,)}
+    layers = list(before.layers)
+    while layers and (len(layers[-1]) <= len(changed) or len(layers) >= _MOST_LAYERS):
+        changed |= layers.pop()
+    if len(changed) == len(digests):
+        layers.clear()  # nothing of what lies below would be seen
+    return [*layers, frozenset(changed)]
+
+
+def _encoded(source: Path, blocks: Sequence[int]) -> bytes:
+    runs = list(_runs(blocks))
+    packer = zlib.compressobj()
+    parts = [packer.compress(json.dumps(runs).encode() + b"\n")]
+    with source.open("rb") as opened:
+        for first, count in runs:
+            opened.seek(first * BLOCK)
+            parts.append(packer.compress(opened.read(count * BLOCK)))
+    return b"".join([*parts, packer.flush()])
+
+
+def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield first number and length of each run of consecutive numbers."""
+    starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(blocks)) if b != a + 1), len(blocks)]
+    yield from ((blocks[start], end - start) for start, end in pairwise(starts) if end > start)
+
+
+def assemble(layers: Collection[Path], target: Path, size: int) -> None:
+    """Write a file from its layers, unverified.
+
+    Args:
+        layers: Files that hold them, the oldest first.
+        target: The file.
+        size: What it will hold at most, which bounds what a layer may hold.
+
+    Raises:
+        ValueError: A layer is none.
+        OSError: The file cannot be written.
+    """
+    with target.open("wb") as file:
+        for layer in layers:
+            _apply(layer.read_bytes(), file, size)
+
+
+def _apply(layer: bytes, file: BinaryIO, size: int) -> None:
+    unpacked = _Unpacked(layer)
+    try:
+        runs = json.loads(unpacked.line(_MOST_HEADER))
+    except RecursionError as error:
+        raise ValueError("no layer") from error
+    if not _are_runs(runs):
+        raise ValueError("no layer")
+    for first, count in runs:
+        if (first + count - 1) * BLOCK >= size:  # before anything is written: it may be of any size
+            raise ValueError("a layer is larger than its file")
+        file.seek(first * BLOCK)
+        for _ in range(count):
+            file.write(unpacked.take(BLOCK))
+    if file.tell() > size or unpacked.take(1):
+        raise ValueError("a layer is larger than its file")
+
+
+class _Unpacked:
+    """Compressed bytes, of which no more is unpacked than is asked for: little may become very much."""
+
+    def __init__(self, packed: bytes) -> None:
+        self._packed, self._unpacker, self._left = packed, zlib.decompressobj(), b""
+
+    def take(self, count: int) -> bytes:
+        """Return the next bytes, fewer at the end.
+
+        Raises:
+            ValueError: They are not whole.
+        """
+        while len(self._left) < count and not self._unpacker.eof:
+            try:
+                more = self._unpacker.decompress(self._packed, max(count - len(self._left), BLOCK))
+            except zlib.error as error:
+                raise ValueError(str(error)) from error
+            self._packed = self._unpacker.unconsumed_tail
+            if not more and not self._packed and not self._unpacker.eof:
+                raise ValueError("a layer is cut short")
+            self._left += more
+        found, self._left = self._left[:count], self._left[count:]
+        return found
+
+    def line(self, most: int) -> bytes:
+        """Return the bytes up to the first line feed, which is taken, too.
+
+        Raises:
+            ValueError: There is none within so many bytes.
+        """
+        found = b""
+        while b"\n" not in found:
+            more = self.take(BLOCK)
+            if not more or len(found) > most:
+                raise ValueError("no layer")
+            found += more
+        line, _, rest = found.partition(b"\n")
+        self._left = rest + self._left
+        return line
+
+
+def _are_runs(runs: object) -> bool:
+    return isinstance(runs, list) and all(
+        isinstance(run, list) and len(run) == 2 and all(type(number) is int and number >= 0 for number in run)
+        for run in runs
+    )

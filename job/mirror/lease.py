@@ -1,0 +1,218 @@
+"""The lease: one runner at a time may write to a mirror, and all that it writes is a replacement of the head.
+
+Whoever takes the lease replaces the head, so that the former runner's next replacement finds another head than it
+expects and fails: it cannot write any more, whatever it believes. Nobody's wall clock is trusted.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from job import __version__
+from job.errors import HeldError
+from job.mirror.records import HEAD, VERSION, Head, Lease, decode_head, foreign
+from job.mirror.store import ConflictError, Store, Stored
+from job.system.failpoints import reached
+from job.system.processes import process_namespace, this_process
+from job.text.redaction import redacted
+
+# Times that a head is looked at anew because another runner was quicker, or an answer got lost.
+_LOOKS = 5
+_REMEDY = "let one run do this job; this one stops before it writes again"
+
+Change = Callable[[Head], tuple[Mapping[str, Any], Collection[str]]]
+
+
+def now() -> float:
+    """Return seconds of a clock that nobody sets and that goes on while the machine sleeps, where there is one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+class LeaseLostError(HeldError):
+    """Another runner has taken the lease over, or the mirror has been removed."""
+
+
+class Holding:
+    """The lease of one mirror in the hands of this runner; safe to use from several threads.
+
+    Attributes:
+        head: The head as it stands.
+        confirmed: When, by `now`, the request was begun that has last proved the lease.
+        lost: Why it is lost, None while it is not.
+    """
+
+    def __init__(self, store: Store, head: Head, stored: Stored, confirmed: float) -> None:
+        self._store, self._stored = store, stored
+        self.head, self.confirmed = head, confirmed
+        self.lost: LeaseLostError | None = None
+        self._lock = threading.Lock()
+
+    def update(self, change: Change = lambda _: ({}, ()), *, release: bool = False) -> None:
+        """Replace the head; that is also a sign of life, of which there are no more once the lease is released.
+
+        Args:
+            change: Returns the fields to change and the objects to remove, from the head as it stands.
+            release: Leave word that this runner has ended.
+
+        Raises:
+            LeaseLostError: Another runner holds the lease; nothing was written.
+            DeliveryError: The mirror cannot be reached; whether anything was written shows at the next time.
+        """
+        with self._lock:
+            for _ in range(_LOOKS):
+                if self.lost is not None:
+                    raise self.lost
+                if self.head.lease.released and not release:
+                    return  # a sign of life that waited while the last word was sent must not take it back
+                begun = now()
+                fields, remove = change(self.head)
+                lease = self.head.lease.model_copy(update={"beat": self.head.lease.beat + 1, "released": release})
+                head = self.head.model_copy(update={**fields, "lease": lease})
+                try:
+                    self._stored = self._store.replace(head.job_id, head.encode(), self._stored, remove)
+                except ConflictError as conflict:
+                    if not self._adopt(conflict.found, head):
+                        continue
+                self.head, self.confirmed = head, begun
+                reached("lease:released" if release else "lease:renewed")
+                return
+            self.lost = LeaseLostError(f"the lease of job {self.head.job_id} keeps changing", remedy=_REMEDY)
+            raise self.lost
+
+    def _adopt(self, found: Stored | None, wanted: Head) -> bool:
+        """Go on from a head of ours whose answer got lost, and return whether it is the wanted one.
+
+        Raises:
+            LeaseLostError: It is another runner's.
+        """
+        theirs = decode_head(found.data, wanted.job_id, self._store.uri) if found else None
+        if found is None or theirs is None or theirs.lease.runner != wanted.lease.runner:
+            who = f"{theirs.lease.describe()} has taken it over" if theirs else "the checkpoint has been removed"
+            self.lost = LeaseLostError(
+                f"the lease of job {wanted.job_id} at {self._store.uri} is lost: {who}",
+                remedy=_REMEDY,
+                elsewhere=theirs is not None and not theirs.lease.is_near,
+            )
+            raise self.lost
+        self._stored, self.head = found, theirs
+        return found.data == wanted.encode()
+
+
+def take(store: Store, job: str, identity: Mapping[str, Any], writer: str, say: Callable[[str], None]) -> Holding:
+    """Take the lease of a job's mirror, making the mirror where there is none.
+
+    Args:
+        store: Where it is.
+        job: The job.
+        identity: What the job is.
+        writer: The run folder, where it is new to the mirror.
+        say: Told of a wait.
+
+    Raises:
+        HeldError: Another runner holds it and lives.
+        MirrorError: The mirror is torn or another job's.
+        DeliveryError: It cannot be reached.
+    """
+    lease = Lease(
+        runner=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        process=this_process(),
+        namespace=process_namespace(),
+        expiry_s=store.pace.expiry_s,
+    )
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(random.uniform(0.05, 0.2))
+        found = store.read(job)
+        if found is None:
+            if names := store.names(job):
+                raise foreign(store.uri, job, names)
+            head = Head(
+                package=__version__,
+                job_id=job,
+                identity=dict(identity),
+                generation=0,
+                lease=lease,
+                writer=writer,
+                files={},
+            )
+        else:
+            _check(store, job, identity, found)
+            found = wait_until_free(store, job, found, say)
+            if found is None:
+                continue
+            # The wait may have ended because another runner wrote a last snapshot and left.
+            changes = {"version": VERSION, "package": __version__, "lease": lease}
+            head = decode_head(found.data, job, store.uri).model_copy(update=changes)
+        begun = now()
+        try:
+            stored = store.replace(job, head.encode(), found, ())
+        except ConflictError as conflict:
+            if conflict.found is None or conflict.found.data != head.encode():
+                continue
+            stored = conflict.found
+        reached("lease:taken")
+        return Holding(store, head, stored, begun)
+    raise HeldError(f"other runs keep taking job {job} at {store.uri}", remedy="let one run do this job")
+
+
+def _check(store: Store, job: str, identity: Mapping[str, Any], found: Stored) -> None:
+    head = decode_head(found.data, job, store.uri)
+    if redacted(head.identity) != redacted(identity):
+        raise foreign(store.uri, job, [f"{HEAD} of another job"])
+    known = {f"objects/{name}" for name in (*head.objects, *head.previous)}
+    if odd := [name for name in store.names(job) if name not in known and not name.startswith("objects/")]:
+        raise foreign(store.uri, job, odd)
+
+
+def wait_until_free(store: Store, job: str, found: Stored, say: Callable[[str], None]) -> Stored | None:
+    """Return the head once its lease is free: released, its process dead, or silent until it expires.
+
+    Returns:
+        The head to replace; None where it has been removed meanwhile.
+
+    Raises:
+        HeldError: Its runner lives.
+    """
+    lease = decode_head(found.data, job, store.uri).lease
+    if lease.released or lease.is_dead:
+        return found
+    if lease.is_near:
+        raise _held(store, job, lease)
+    # Its age by the server's own clock first; from now on by ours, which is monotonic.
+    begun = now() - (found.age_s or 0.0)
+    left = lease.expiry_s - (now() - begun)
+    if left > 0:
+        say(f"job {job} was last held by {lease.describe()}: watching for a sign of life, {left:.0f} s at most")
+    while (left := lease.expiry_s - (now() - begun)) > 0:
+        time.sleep(min(left, store.pace.poll_s))
+        latest = store.read(job)
+        if latest is None:
+            return None
+        if latest.data != found.data:
+            lease = decode_head(latest.data, job, store.uri).lease
+            if lease.released:
+                return latest
+            raise _held(store, job, lease)
+    return found
+
+
+def is_running(head: Head, stored: Stored) -> bool:
+    """Return whether a runner seems to be at a job, without waiting for a sign of life."""
+    if head.lease.released or head.lease.is_dead:
+        return False
+    return head.lease.is_near or stored.age_s is None or stored.age_s <= head.lease.expiry_s
+
+
+def _held(store: Store, job: str, lease: Lease) -> HeldError:
+    return HeldError(
+        f"job {job} is held by {lease.describe()} (checkpoint {store.uri})",
+        remedy="wait for it to end or stop it",
+        elsewhere=not lease.is_near,
+    )

@@ -1,0 +1,303 @@
+"""A place for the mirrors of jobs: looked at, claimed and restored from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from job.errors import DeliveryError, JobError, UsageError
+from job.mirror.lease import Holding, is_running, take
+from job.mirror.lease_keeper import LINEAGE, Claim
+from job.mirror.options import MirrorOptions, pace_as_told, scheme_of
+from job.mirror.proof import holder, overtaken, shortfall
+from job.mirror.records import CACHES, STUDY, Head, Lineage, MirrorError, decode_head
+from job.mirror.restore import INCOMING, count_mirrored, download, prove, restore
+from job.mirror.store import Proof, Store
+from job.storage.run_folder import JOB_ID, RunFolder, cannot_write, make_folder, write_record
+from job.storage.study_file import count_trials, restore_if_damaged
+
+# For people: what a mirror holds and what it never holds.
+HOLDS = (
+    "the study with its plan, directions, cached residuals, prompts, figures, events and status; no model, no export"
+)
+_RELEASE_SECONDS = 15.0
+_SMALL_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The small files of a job's latest snapshot.
+
+    Attributes:
+        folder: Where they are.
+        head: The head that names them.
+        running: Whether a runner seems to be at the job.
+        left_out: Settings that job.json has and that are not taken from a mirror, by dotted key.
+    """
+
+    folder: RunFolder
+    head: Head
+    running: bool
+    left_out: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_mirror(uri: str, options: MirrorOptions, report: Callable[[str], None] = lambda _: None) -> Mirror:
+    """Return the place that a URI names; nothing is sent yet.
+
+    Args:
+        uri: file:///dir, hf://user/repo[@branch] or s3://bucket[/prefix].
+        options: How to reach and keep it.
+        report: Told of what is tried again.
+
+    Raises:
+        UsageError: The URI names no such place.
+        DeliveryError: Credentials are missing or unusable.
+    """
+    scheme = scheme_of(uri)
+    pace = options.pace or pace_as_told()
+    store: Store
+    # Each brings a client that takes its time to load.
+    if scheme == "file":
+        from job.mirror.folder_store import FileStore
+
+        store = FileStore(uri, pace)
+    elif scheme == "hf":
+        from job.mirror.hub_store import HubStore
+
+        store = HubStore(uri, options.token, pace, report)
+    else:
+        from job.mirror.s3_store import S3Store
+
+        store = S3Store(uri, options.s3, pace)
+    return Mirror(store, required=options.required)
+
+
+def expected_bytes(prompts: int, layers: int, width: int, directions: int = 1) -> int:
+    """Return about how many bytes the mirror of a job will hold: its residuals, its directions and small files.
+
+    Args:
+        prompts: Prompts whose residuals are kept.
+        layers: The model's layers.
+        width: Of its residual stream.
+        directions: Directions of each layer.
+    """
+    return (prompts + directions) * layers * width * 4 + _SMALL_BYTES
+
+
+class Mirror:
+    """A place for mirrors; a context manager."""
+
+    def __init__(self, store: Store, *, required: bool) -> None:
+        self._store, self._required = store, required
+
+    @property
+    def uri(self) -> str:
+        """The place."""
+        return self._store.uri
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of connections."""
+        self._store.close()
+
+    def probe(self) -> Proof:
+        """Prove that mirrors can be kept here, and leave nothing behind.
+
+        Raises:
+            DeliveryError: They cannot.
+        """
+        return self._store.probe()
+
+    def jobs(self) -> list[Head]:
+        """Return the heads of all jobs here that can be read, with their identities.
+
+        Raises:
+            DeliveryError: The place cannot be reached.
+        """
+        found = []
+        for job in filter(JOB_ID.fullmatch, self._store.jobs()):
+            stored = self._store.read(job)
+            try:
+                found += [decode_head(stored.data, job, self.uri)] if stored else []
+            except MirrorError:
+                continue  # said when that very job is asked for
+        return found
+
+    def holder(self, job: str) -> str | None:
+        """Return in words who seems to be at a job, None if nobody is.
+
+        Raises:
+            MirrorError: The mirror is torn or another job's.
+            DeliveryError: The place cannot be reached.
+        """
+        stored = self._store.read(job)
+        if stored is None:
+            return None
+        head = decode_head(stored.data, job, self.uri)
+        return head.lease.describe() if is_running(head, stored) else None
+
+    def other_holder(self, job: str) -> tuple[str, bool] | None:
+        """Return who but this process seems to be at a job, and whether that is on another machine.
+
+        Raises:
+            MirrorError: The mirror is torn or another job's.
+            DeliveryError: The place cannot be reached.
+        """
+        return holder(self._store, job)
+
+    def shortfall(self, folder: RunFolder) -> str:
+        """Return what of a run folder is not held here now, "" if all is; every object is read back.
+
+        Raises:
+            JobError: The place cannot be reached, the mirror is torn or the study damaged.
+            OSError: There is no room for copies.
+        """
+        return shortfall(self._store, folder)
+
+    def overtaken(self, folder: RunFolder) -> str:
+        """Return why a mirror that another machine goes on with may lack work of a folder, "" if it lacks none.
+
+        Raises:
+            JobError: The place cannot be reached, or the mirror is torn.
+            OSError: There is no room for copies.
+        """
+        return overtaken(self._store, folder)
+
+    def fetch(self, job: str, into: Path, *, whole: bool = False) -> Fetched:
+        """Download a job's latest snapshot into a folder named after it; no lease is needed.
+
+        Args:
+            job: The job.
+            into: Where its folder is made.
+            whole: With the caches of residuals and directions.
+
+        Raises:
+            UsageError: There is no such job here.
+            MirrorError: The mirror is torn.
+            DeliveryError: The place cannot be reached.
+            MachineError: The folder cannot be written.
+        """
+        for attempt in (1, 2, 3):
+            stored = self._store.read(job)
+            if stored is None:
+                raise UsageError(f"there is no job {job} at {self.uri}", remedy="check --checkpoint and --job")
+            head = decode_head(stored.data, job, self.uri)
+            small = [path for path in head.files if Path(path).parts[0] not in CACHES or path.endswith(".json")]
+            folder = RunFolder(into / job)
+            try:
+                left_out = self._download(head, list(head.files) if whole else small, folder)
+            except OSError as error:
+                raise cannot_write(into, error) from error
+            except MirrorError:
+                # The run goes on meanwhile, and two snapshots later what this one named is gone.
+                if attempt == 3:
+                    raise
+                continue
+            return Fetched(folder, head, is_running(head, stored), left_out)
+        raise AssertionError("unreachable")
+
+    def _download(self, head: Head, paths: list[str], folder: RunFolder) -> Mapping[str, Any]:
+        """Download files of a snapshot, job.json last and apart until it is proved; return what that left out."""
+        name = folder.job_file.name
+        apart = RunFolder(folder.path / INCOMING)
+        left_out: Mapping[str, Any] = {}
+        try:
+            if name in paths:
+                download(self._store, head, [name], apart.path)
+                left_out = prove(self._store, head, apart)
+            download(self._store, head, [path for path in paths if path != name], folder.path)
+            if name in paths:
+                apart.job_file.replace(folder.job_file)
+        finally:
+            shutil.rmtree(apart.path, ignore_errors=True)
+        return left_out
+
+    def claim(self, folder: RunFolder, identity: Mapping[str, Any], say: Callable[[str], None]) -> Claim:
+        """Take the lease of a job and bring its run folder up to date; signs of life are given from then on.
+
+        The folder need not be there. Where another machine has gone on since, what stands in it is moved aside.
+
+        Args:
+            folder: Its run folder, held by this run.
+            identity: What the job is, as in job.json.
+            say: Told of what happens, from any thread.
+
+        Raises:
+            HeldError: Another runner holds the job and lives.
+            MirrorError: The mirror is torn or something else's.
+            DeliveryError: It cannot be reached or made.
+            MachineError: The folder cannot be written.
+        """
+        try:
+            make_folder(folder.path)
+        except OSError as error:
+            raise cannot_write(folder.path, error) from error
+        self._store.prepare()
+        lineage = _lineage(folder)
+        plain = json.loads(json.dumps(identity))
+        holding = take(self._store, folder.path.name, plain, lineage.folder, say)
+        claim = Claim(self._store, holding, folder, say, required=self._required)
+        try:
+            self._bring_up(holding, folder, lineage, say)
+        except BaseException:
+            claim.close(final=False, seconds=_RELEASE_SECONDS)
+            raise
+        return claim
+
+    def _bring_up(self, holding: Holding, folder: RunFolder, lineage: Lineage, say: Callable[[str], None]) -> None:
+        """Restore where the mirror is ahead of the folder, and only then let the mirror follow the folder."""
+        head = holding.head
+        here = head.writer == lineage.folder and head.generation <= lineage.generation and folder.job_file.exists()
+        trials = count_mirrored(self._store, head) if here else head.trials
+        damage = _damage(folder, trials or 0, say) if here and STUDY in head.files else None
+        if head.files and damage is not None:
+            restore(self._store, head, folder, say, damage)
+        elif head.files and not here:
+            restore(self._store, head, folder, say)
+        write_record(folder.path / LINEAGE, Lineage(folder=lineage.folder, generation=head.generation))
+        if head.writer != lineage.folder:
+            holding.update(lambda _: ({"writer": lineage.folder}, ()))
+        if trials != head.trials and head.files:
+            holding.update(lambda _: ({"trials": trials}, ()))
+        try:
+            self._store.sweep(head.job_id, head.objects.keys() | {*head.previous})
+        except DeliveryError as error:
+            say(f"warning: leftovers at {self.uri} stay: {error.line}")
+
+
+def _damage(folder: RunFolder, mirrored: int, say: Callable[[str], None]) -> str | None:
+    """Return what is wrong with the study here, in words; None if it holds all that its mirror holds.
+
+    The backup beside it is tried first: it may hold more.
+    """
+    try:
+        if restored := restore_if_damaged(folder.study_file):
+            say(f"warning: {restored}")
+    except JobError as error:
+        return str(error)
+    trials = count_trials(folder.study_file)
+    if trials is None:
+        return "the study here is gone or damaged"
+    if trials < mirrored:
+        return f"the study here holds {trials} trials, its checkpoint {mirrored}"
+    return None
+
+
+def _lineage(folder: RunFolder) -> Lineage:
+    """Return the lineage of a run folder, a new one for a folder that has none."""
+    try:
+        return Lineage.model_validate_json((folder.path / LINEAGE).read_bytes())
+    except (OSError, ValidationError):
+        return Lineage(folder=uuid.uuid4().hex, generation=0)

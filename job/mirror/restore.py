@@ -1,0 +1,208 @@
+"""A run folder from a mirror: all of it is there and verified before anything is put in place, job.json last."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from job.errors import JobError, MachineError
+from job.mirror.layers import assemble
+from job.mirror.records import CACHES, MIRRORED, STUDY, Entry, Head, Layered, MirrorError, torn
+from job.mirror.snapshot import check_study
+from job.mirror.store import Store
+from job.mirror.vetting import proven
+from job.records import JobRecord
+from job.storage.run_folder import (
+    RunFolder,
+    cannot_write,
+    make_folder,
+    read_record,
+    sha256_file,
+    sync_folder,
+    sync_tree,
+    write_record,
+)
+from job.storage.study_file import BACKUP, count_trials
+from job.system.failpoints import reached
+from job.system.tempdirs import scratch
+
+INCOMING, SUPERSEDED = ".restoring", "superseded"
+
+
+def restore(
+    store: Store,
+    head: Head,
+    folder: RunFolder,
+    say: Callable[[str], None],
+    why: str = "another machine went on with this job",
+) -> None:
+    """Make a run folder what the latest snapshot says; what stands there is moved aside, exports are left alone.
+
+    Args:
+        store: Where the snapshot is.
+        head: Its head.
+        folder: The run folder.
+        say: Told of what happens.
+        why: What is wrong with what stands there.
+
+    Raises:
+        MirrorError: An object is missing or not what it should be; the folder is as it was.
+        DeliveryError: The mirror cannot be reached; the folder is as it was.
+        MachineError: The folder cannot be written.
+    """
+    incoming = folder.path / INCOMING
+    say(f"restoring job {head.job_id} from {store.uri}: {head.size / 1e6:.1f} MB, generation {head.generation}")
+    try:
+        shutil.rmtree(incoming, ignore_errors=True)
+        make_folder(incoming)
+        missing = {path: entry for path, entry in head.files.items() if not _is_there(folder.path, path, entry)}
+        download(store, head, missing, incoming)
+        _verify(store, head, RunFolder(incoming))
+        # A rename may outlive a loss of power that the contents of the file do not.
+        sync_tree(incoming)
+        aside = _move_aside(folder)
+        if aside is not None:
+            say(f"warning: {why}: what stood here is now in {aside}")
+        _move_in(folder.path, incoming, missing)
+        shutil.rmtree(incoming, ignore_errors=True)
+    except OSError as error:
+        raise cannot_write(folder.path, error) from error
+
+
+def download(store: Store, head: Head, paths: Iterable[str], target: Path) -> None:
+    """Write files of the latest snapshot under a folder, each verified.
+
+    Raises:
+        MirrorError: An object is missing or not what it should be.
+        DeliveryError: The mirror cannot be reached.
+        OSError: The folder cannot be written.
+    """
+    for path in paths:
+        entry, file = head.files[path], target / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(2):  # the second time tells a bad line from a bad object
+            try:
+                _fetch(store, head, path, file)
+            except FileNotFoundError as error:
+                raise torn(store.uri, head.job_id, f"the contents of {path} are missing") from error
+            reached("restore:fetched")
+            if sha256_file(file) == entry.sha256:
+                break
+            if attempt:
+                raise torn(store.uri, head.job_id, f"the contents of {path} are not what they were")
+
+
+def _fetch(store: Store, head: Head, path: str, target: Path) -> None:
+    """Write a file of the latest snapshot, unverified; what is no layer leaves what does not verify.
+
+    Raises:
+        FileNotFoundError: An object is missing.
+    """
+    entry = head.files[path]
+    if not isinstance(entry, Layered):
+        store.fetch(head.job_id, entry, target)
+        return
+    with scratch("layers") as folder:
+        layers = [folder / str(number) for number in range(len(entry.layers))]
+        for file, layer in zip(layers, entry.layers, strict=True):
+            store.fetch(head.job_id, layer, file)
+            if sha256_file(file) != layer.sha256:
+                target.write_bytes(b"")
+                return
+        try:
+            assemble(layers, target, entry.size)
+        except ValueError:
+            target.write_bytes(b"")
+
+
+def count_mirrored(store: Store, head: Head) -> int:
+    """Return how many finished trials the study of the latest snapshot holds, 0 where it cannot be told.
+
+    Raises:
+        DeliveryError: The mirror cannot be reached.
+    """
+    if head.trials is not None or STUDY not in head.files:
+        return head.trials or 0
+    # Of a former version: counted once, for the next head says it.
+    with scratch("study") as folder:
+        try:
+            download(store, head, [STUDY], folder)
+        except MirrorError:
+            return 0
+        return count_trials(folder / STUDY) or 0
+
+
+def _is_there(folder: Path, path: str, entry: Entry | Layered) -> bool:
+    """Return whether a large file need not be downloaded: it never changes in place."""
+    file = folder / path
+    if Path(path).parts[0] not in CACHES or not file.is_file() or file.stat().st_size != entry.size:
+        return False
+    return sha256_file(file) == entry.sha256
+
+
+def _verify(store: Store, head: Head, incoming: RunFolder) -> None:
+    try:
+        if STUDY in head.files:
+            check_study(incoming.study_file)
+    except MachineError:
+        raise
+    except JobError as error:
+        raise torn(store.uri, head.job_id, str(error).replace(str(incoming.path), "restored")) from error
+    prove(store, head, incoming)
+
+
+def prove(store: Store, head: Head, folder: RunFolder) -> Mapping[str, Any]:
+    """Have the job.json of a mirror hold only what may come from one; return what was left out, by dotted key.
+
+    Raises:
+        MirrorError: It is another job's, or has been changed.
+        MachineError: The folder cannot be written.
+    """
+    try:
+        record = read_record(folder.job_file, JobRecord)
+        kept, left_out = proven(record, head.job_id)
+    except JobError as error:
+        raise torn(store.uri, head.job_id, str(error).replace(str(folder.path), "restored")) from error
+    if kept != record:
+        write_record(folder.job_file, kept)
+    return left_out
+
+
+def _move_aside(folder: RunFolder) -> Path | None:
+    """Move away what is to be replaced, job.json first: without it nothing takes the rest for a job."""
+    # With the study goes its backup: beside another study it would count as what that one has lost.
+    names = [name for name in reversed((BACKUP, *MIRRORED)) if name not in CACHES and (folder.path / name).exists()]
+    if not names:
+        return None
+    number = 1
+    while (aside := folder.path / f"{SUPERSEDED}-{number}").exists():
+        number += 1
+    make_folder(aside)
+    for name in names:
+        (folder.path / name).replace(aside / name)
+        reached("restore:aside")
+        if name == "job.json":
+            sync_folder(folder.path)
+    # A study's journal belongs to that study: beside another one it would spoil it.
+    for journal in folder.path.glob("study.db-*"):
+        journal.replace(aside / journal.name)
+        reached("restore:journal")
+    sync_folder(aside)
+    sync_folder(folder.path)
+    return aside
+
+
+def _move_in(folder: Path, incoming: Path, paths: Iterable[str]) -> None:
+    filled = {folder}
+    for path in sorted(paths, key=lambda path: (path == "job.json", path)):
+        if path == "job.json":
+            for each in filled:
+                sync_folder(each)
+        target = folder / path
+        make_folder(target.parent)
+        (incoming / path).replace(target)
+        reached("restore:in")
+        filled.add(target.parent)
+    sync_folder(folder)

@@ -1,0 +1,229 @@
+"""Mirrors in an S3 bucket: heads are replaced by conditional PUT."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Collection, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack
+from dataclasses import replace as changed
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from job.errors import DeliveryError
+from job.mirror.options import Pace
+from job.mirror.records import HEAD, OBJECTS, Entry
+from job.mirror.store import ConflictError, Proof, Stored
+from job.records import ManifestEntry
+from job.system.tempdirs import scratch
+from job.transfer.s3.abandoned import abort, listed
+from job.transfer.s3.capabilities import S3Capabilities, detect
+from job.transfer.s3.client import Store as Bucket
+from job.transfer.s3.failures import RefusedError
+from job.transfer.s3.multipart import LargeFile
+from job.transfer.s3.objects import checked, described, digest, object_metadata
+from job.transfer.s3.options import MIB, S3Options, Target
+from job.transfer.s3.resume_state import UploadStates
+from job.transfer.s3.small import put
+
+# A mirror is written again and again: better to fail soon and say so than to try one request for a quarter of an hour.
+_ATTEMPTS, _READ_TIMEOUT_S = 4, 30.0
+_LOOKS = 3
+_FETCHED = 16 * MIB
+# Where the server keeps no conditions: time for another's write to become visible.
+_SETTLE_S = 1.0
+
+
+class S3Store:
+    """Mirrors under s3://bucket/prefix."""
+
+    def __init__(self, uri: str, options: S3Options | None = None, pace: Pace | None = None) -> None:
+        """Make a client; nothing is sent yet.
+
+        Raises:
+            DeliveryError: The credentials, the profile or the endpoint are not usable.
+            UsageError: The endpoint is no URL.
+        """
+        self.uri = uri
+        self.pace = pace or Pace()
+        given = options or S3Options()
+        attempts, timeout = min(given.attempts, _ATTEMPTS), min(given.read_timeout_s, _READ_TIMEOUT_S)
+        self._bucket = Bucket(Target.parse(uri), changed(given, attempts=attempts, read_timeout_s=timeout))
+        self._staged: set[str] = set()
+        self._scratch = ExitStack()
+
+    def close(self) -> None:
+        """Let go of connections."""
+        self._scratch.close()
+        self._bucket.close()
+
+    @cached_property
+    def _begun(self) -> Path:
+        """Where it is noted what has been begun: the next try goes on with it, another start uses other names."""
+        return self._scratch.enter_context(scratch("parts"))
+
+    @cached_property
+    def _server(self) -> S3Capabilities:
+        return detect(self._bucket)
+
+    @property
+    def _fenced(self) -> bool:
+        return self._server.conditional and self._server.conditional_replace
+
+    def probe(self) -> Proof:
+        """Write, replace, complete, list and delete an object of our own."""
+        server = self._server
+        self._bucket.list(self._bucket.target.key(".abliterate-probe"))
+        lacks = "the S3 server ignores conditional requests: two runs of one job notice each other late"
+        # What the capabilities say of deliveries is repeated where it matters to mirrors only.
+        quirks = (*(() if self._fenced else (lacks,)), *(quirk for quirk in server.quirks if "two jobs" not in quirk))
+        return Proof("writing, replacing, listing and deleting work", self._fenced, quirks)
+
+    def prepare(self) -> None:
+        """See what the server can do; the bucket is not for us to make."""
+        _ = self._server
+
+    def _key(self, job: str, name: str) -> str:
+        return self._bucket.target.key(f"{job}/{name}")
+
+    def jobs(self) -> list[str]:
+        """Return the jobs with a head."""
+        root = self._bucket.target.key("")
+        names = [key.removeprefix(root).split("/") for key in self._bucket.list(root)]
+        return sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == HEAD)
+
+    def read(self, job: str) -> Stored | None:
+        """Return the head, looked at again where the line may have torn the answer."""
+        for look in range(_LOOKS):
+            if look:
+                self._bucket.pause(look)
+            try:
+                data, answer = self._bucket.read(self._key(job, HEAD))
+            except RefusedError as error:
+                if error.status == 404 and error.code != "NoSuchBucket":
+                    return None
+                raise
+            if described(answer).sha256 == hashlib.sha256(data).hexdigest():
+                break
+        # A head without our mark is returned, too: the reader says what is wrong with it.
+        return Stored(data, str(answer["ETag"]), _age(answer))
+
+    def names(self, job: str) -> list[str]:
+        """Return all objects but the head."""
+        root = self._key(job, "")
+        return [name for key in self._bucket.list(root) if (name := key.removeprefix(root)) != HEAD]
+
+    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]], check: Callable[[], None]) -> None:
+        """Put objects, large ones in parts so that memory stays bounded."""
+        for name, (source, entry) in objects.items():
+            key = self._key(job, f"{OBJECTS}/{name}")
+            if key in self._staged:
+                continue  # in an earlier try: a name stands for its contents
+            check()
+            if entry.size <= self._bucket.options.part_bytes(entry.size):
+                data = source.read_bytes()
+                if hashlib.sha256(data).hexdigest() != entry.sha256:
+                    raise DeliveryError(f"{source.name} changed while it was sent", remedy="it is sent again")
+                put(self._bucket, self._server, key, data, {})
+            else:
+                self._stage_large(source, key, entry, check)
+            self._staged.add(key)
+
+    def _stage_large(self, source: Path, key: str, entry: Entry, check: Callable[[], None]) -> None:
+        if not self._server.multipart:
+            raise DeliveryError(f"{self.uri}: the server takes no files of more than a part", remedy="use another")
+        states = UploadStates(self._begun, self._bucket.options.endpoint, self._bucket.target.bucket)
+        LargeFile(
+            self._bucket,
+            states,
+            source,
+            key,
+            ManifestEntry(sha256=entry.sha256, size=entry.size),
+            server=self._server,
+            conditions={},
+            progress=lambda _size: check(),  # what it raises ends the upload
+        ).deliver()
+
+    def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:
+        """Put the head on the condition that the expected one stands there."""
+        if self._fenced:
+            stored = self._put(job, data, {"IfMatch": expected.token} if expected else {"IfNoneMatch": "*"})
+        else:
+            stored = self._put_and_look(job, data, expected)
+        for name in remove:
+            try:
+                self._bucket.call("delete_object", Key=self._key(job, f"{OBJECTS}/{name}"))
+            except RefusedError:
+                break  # the head stands; what is left over is swept at the next start
+        return stored
+
+    def _put(self, job: str, data: bytes, condition: Mapping[str, str]) -> Stored:
+        server = self._server
+        try:
+            answer = self._bucket.call(
+                "put_object",
+                Key=self._key(job, HEAD),
+                Body=data,
+                Metadata=object_metadata(hashlib.sha256(data).hexdigest(), 0),
+                **checked(server.algorithm, digest(server.algorithm, data)),
+                **self._bucket.encryption,
+                **condition,
+            )
+        except RefusedError as error:
+            if error.status not in (404, 409, 412) or error.code == "NoSuchBucket":
+                raise
+            raise ConflictError(self.read(job)) from error
+        return Stored(data, str(answer["ETag"]), 0.0)
+
+    def _put_and_look(self, job: str, data: bytes, expected: Stored | None) -> Stored:
+        """Replace the head as well as can be done without conditions: look before and after."""
+        found = self.read(job)
+        if (found and found.data) != (expected and expected.data):
+            raise ConflictError(found)
+        self._put(job, data, {})
+        time.sleep(_SETTLE_S)
+        found = self.read(job)
+        if found is None or found.data != data:
+            raise ConflictError(found)
+        return found
+
+    def sweep(self, job: str, keep: AbstractSet[str]) -> None:
+        """Delete objects that nothing names and abort uploads that nobody will complete."""
+        root = self._key(job, f"{OBJECTS}/")
+        for key in self._bucket.list(root):
+            if key.removeprefix(root) not in keep:
+                self._bucket.call("delete_object", Key=key)
+        if self._server.lists_uploads:
+            for key, upload in listed(self._bucket, root):
+                if key.startswith(root):
+                    abort(self._bucket, key, upload)
+
+    def fetch(self, job: str, entry: Entry, target: Path) -> None:
+        """Write an object to a file, a range at a time."""
+        key = self._key(job, f"{OBJECTS}/{entry.object}")
+        with target.open("wb") as file:
+            for start in range(0, max(entry.size, 1), _FETCHED):
+                # Nothing has no ranges.
+                ranged = {"Range": f"bytes={start}-{start + _FETCHED - 1}"} if entry.size > _FETCHED else {}
+                try:
+                    file.write(self._bucket.read(key, **ranged)[0])
+                except RefusedError as error:
+                    if error.status == 404 and error.code != "NoSuchBucket":
+                        raise FileNotFoundError(key) from error
+                    raise
+
+
+def _age(answer: Mapping[str, Any]) -> float | None:
+    """Return the seconds since an object was written, at least, by the server's clock alone."""
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    written = answer.get("LastModified")
+    try:
+        now = parsedate_to_datetime(date)
+    except ValueError:
+        return None
+    # Both are cut to whole seconds.
+    return max((now - written).total_seconds() - 1.0, 0.0) if isinstance(written, datetime) else None

@@ -1,0 +1,201 @@
+"""What of a checkpoint's job.json is used: what its identity proves, and nothing that is for this machine to say.
+
+A checkpoint may lie with somebody who can write to it. The job's name is the hash of its identity, and whatever the
+settings say of the edit is compared with that before anything is done with them. What no identity covers is taken only
+where it is in the list of `job.config.origins`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from job.config.origins import EDIT, HERE, JOB, PROMPT_SETS, TRUST, require_named_code
+from job.config.schema import REFERENCE_SETS, PromptSettings, Settings, leaves, nested
+from job.data.sources import named_identity, source_identity
+from job.errors import JobError, UsageError
+from job.model.files import REPOSITORY
+from job.records import JobRecord
+from job.storage.run_folder import EXTENDING, JOB_ID, job_id, model_identity
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_PATHS = ("/", "./", "../", "~")
+
+
+def proven(record: JobRecord, job: str) -> tuple[JobRecord, dict[str, Any]]:
+    """Return a checkpoint's job.json with only what may come from one, and by dotted key what was left out.
+
+    Nothing is read or asked for: it works on what the record says alone.
+
+    Args:
+        record: job.json.
+        job: The job that it is to be of.
+
+    Raises:
+        JobError: It is another job's, or its settings are not those that its identity names.
+    """
+    identity = record.identity
+    if not JOB_ID.fullmatch(job) or record.job_id != job or job_id(identity) != job:
+        raise JobError(f"its identity is not that of job {job}")
+    pinned = {name: identity[name] for name in ("reproduces", "searches") if name in identity}
+    if record.reproduces != pinned.get("reproduces") or record.searches != pinned.get("searches", True):
+        raise JobError("its identity does not say what it reproduces")
+    if wrong := sorted({*_other_settings(record), *_other_inputs(record), *_other_commit(record)}):
+        raise JobError(f"its settings are not those of its identity: {', '.join(wrong)}")
+    said, given = leaves(_local_paths(record)), leaves(_without_inputs(identity))
+    left_out = {name: value for name, value in said.items() if name in HERE or _is_unproven(name, given)}
+    # What the settings leave out, the identity says, and nobody could have changed that.
+    silent = {name: given[name] for name in given.keys() - said.keys() if name in EDIT | JOB}
+    kept = nested({**silent, **{name: value for name, value in said.items() if name not in left_out}})
+    redacted = tuple(name for name in record.redacted if name in kept)
+    return record.model_copy(update={"settings": kept, "redacted": redacted}), left_out
+
+
+def _other_settings(record: JobRecord) -> Iterator[str]:
+    """Yield settings that are part of the identity and say something else."""
+    given = leaves(_without_inputs(record.identity))
+    said = leaves(_without_inputs(record.settings))
+    # What is for this side to say is not taken in any case, and differs where an earlier machine said something else.
+    yield from (name for name in given.keys() & said.keys() - HERE if said[name] != given[name])
+
+
+def _is_unproven(name: str, given: Mapping[str, Any]) -> bool:
+    """Return whether a setting would be part of the identity and is not, as in a former version's job."""
+    section = name.partition(".")[0]
+    return name in EDIT and name not in given and section not in {*EXTENDING, *PROMPT_SETS, "model"}
+
+
+def _without_inputs(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if name != "model" and name not in PROMPT_SETS}
+
+
+def _other_inputs(record: JobRecord) -> Iterator[str]:
+    """Yield model and prompt sets that are not those of the identity; contents of local ones are not read here."""
+    model, named = record.identity.get("model"), record.settings.get("model")
+    if named is not None and not _is_named(model, str(named)):
+        yield "model"
+    for name in PROMPT_SETS:
+        given, said = record.identity.get(name), record.settings.get(name)
+        if said is None or (given is None and name in REFERENCE_SETS and not _uses_references(record)):
+            continue
+        if not isinstance(given, Mapping):
+            yield name
+            continue
+        try:
+            found = named_identity(PromptSettings.model_validate(_local_prompts(said, given)))
+        except (ValidationError, JobError):
+            yield name
+            continue
+        differs = any(value != given[key] for key, value in found.items() if key != "sha256" and key in given)
+        if differs or ("sha256" in given) != ("sha256" in found):
+            yield name
+
+
+def _uses_references(record: JobRecord) -> bool:
+    return bool(leaves(_without_inputs(record.identity)).get("directions.orthogonalize_directions", False))
+
+
+def _is_named(model: Any, named: str) -> bool:
+    if isinstance(model, Mapping) and "repository" in model:
+        found = REPOSITORY.fullmatch(named)
+        return found is not None and (found["name"], found["revision"]) == (model["repository"], model.get("revision"))
+    return named.startswith("/")  # a folder, whose contents are compared where they are
+
+
+def _other_commit(record: JobRecord) -> Iterator[str]:
+    commit, revision = record.model_commit, str(model_of(record).get("revision"))
+    if commit and (not _COMMIT.fullmatch(commit) or (_COMMIT.fullmatch(revision) and commit != revision)):
+        yield "model_commit"
+
+
+def model_of(record: JobRecord) -> Mapping[str, Any]:
+    """Return the model as a job's identity names it, empty where it does not."""
+    model = record.identity.get("model")
+    return model if isinstance(model, Mapping) else {}
+
+
+def _local_paths(record: JobRecord) -> dict[str, Any]:
+    """Return the settings, with local prompts written so that they cannot be taken for datasets of the Hub."""
+    settings = dict(record.settings)
+    for name in PROMPT_SETS:
+        given = record.identity.get(name)
+        if settings.get(name) is not None and isinstance(given, Mapping):
+            settings[name] = _local_prompts(settings[name], given)
+    return settings
+
+
+def _local_prompts(said: Any, given: Mapping[str, Any]) -> Any:
+    if "sha256" not in given or not isinstance(said, Mapping):
+        return said
+    spec = str(said.get("spec"))
+    return {**said, "spec": spec if spec.startswith(_PATHS) else f"./{spec}"}
+
+
+def require_same_contents(record: JobRecord, settings: Settings, *, prompts: bool) -> None:
+    """Refuse local inputs that are not those that the job was made with.
+
+    Args:
+        record: A checkpoint's job.json.
+        settings: The settings.
+        prompts: The prompts have yet to be read, so that their files count.
+
+    Raises:
+        UsageError: A file has other contents.
+    """
+    model = model_of(record)
+    if "sha256" in model and Path(settings.model).is_dir() and model_identity(settings) != model:
+        raise UsageError(f"{settings.model} is not the model of job {record.job_id}", remedy="put that model there")
+    for name, source in settings.prompt_sets().items() if prompts else ():
+        given = record.identity.get(name)
+        if given is not None and "sha256" in given and source_identity(source)["sha256"] != given["sha256"]:
+            raise UsageError(
+                f"{source.spec} does not hold the {name} of job {record.job_id}", remedy="put those prompts there"
+            )
+
+
+def with_trust(
+    record: JobRecord, settings: Settings, given: Mapping[str, Any], before: JobRecord | None = None
+) -> None:
+    """Refuse a job that runs its model's own code, unless that is trusted here.
+
+    Args:
+        record: job.json.
+        settings: The settings that the job goes on with.
+        given: What this side gives, by dotted key.
+        before: What job.json said when the code was last trusted.
+
+    Raises:
+        UsageError: The code is not trusted, or trust would make it another job.
+    """
+    asked = bool(leaves(_without_inputs(record.identity)).get(TRUST, False))
+    if given.get(TRUST) and not asked:
+        raise UsageError(f"--set {TRUST}: that would make it another job", remedy="give it to `abliterate run`")
+    if not asked:
+        return
+    model, options = model_of(record), f"--set {TRUST}=true"
+    if "repository" in model:
+        options += " --set model={0}"
+    place = settings.model
+    if "repository" in model and record.model_commit:
+        place = f"{model['repository']}@{record.model_commit}"
+    if not settings.loading.trust_remote_code:
+        raise UsageError(
+            f"job {record.job_id} runs the code that comes with {place}",
+            remedy=f"read it, and if you trust it, give {options.format(place)}",
+        )
+    if before is not None and before.model_commit not in (None, record.model_commit):
+        raise UsageError(
+            f"the checkpoint of job {record.job_id} now names {place}, whose code nobody here has read",
+            remedy="see who else can write to the checkpoint",
+        )
+    if TRUST in given:
+        require_named_code(model, record.model_commit, given.get("model"), options)
+
+
+def as_given(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what this side gives as nested tables, without the model, which only confirms the job's."""
+    return nested({name: value for name, value in given.items() if name != "model"})

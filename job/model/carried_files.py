@@ -1,0 +1,130 @@
+"""Which files of a model folder an export carries: an allow-list of what loading a model takes.
+
+A model folder may hold anything: state of a training, pickled objects, secrets in `.env`. Only what is known to be
+needed goes on to whoever the export is delivered to.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from job.model.files import INDEX
+
+# Configuration and templates.
+_DESCRIBING = frozenset(
+    {
+        "config.json",
+        "generation_config.json",
+        "chat_template.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "image_processor_config.json",
+        "video_preprocessor_config.json",
+        "audio_tokenizer_config.json",
+        INDEX,
+    }
+)
+# The tokenizer, by the names that transformers has for its files.
+_TOKENIZER = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "tokenizer.model",
+        "tokenizer.model.v3",
+        "tekken.json",
+        "vocab.json",
+        "vocab.txt",
+        "vocab.bpe",
+        "encoder.json",
+        "merges.txt",
+        "bpe.codes",
+        "dict.txt",
+        "emoji.json",
+        "normalizer.json",
+        "byte_maps.json",
+        "entity_vocab.json",
+        "spiece.model",
+        "spm.model",
+        "spm_char.model",
+        "sentencepiece.model",
+        "sentencepiece.bpe.model",
+        "source.spm",
+        "target.spm",
+        "vocab-src.json",
+        "vocab-tgt.json",
+        "target_vocab.json",
+        "word_shape.json",
+        "word_pronunciation.json",
+        "prophetnet.tokenizer",
+    }
+)
+_LICENCES = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY|COPYING)([._-][\w.-]+)?", re.IGNORECASE)
+_LICENCE_SUFFIXES = frozenset({"", ".txt", ".md", ".rst", ".pdf", ".html"})
+# Vocabularies that a model's own code names.
+_VOCABULARIES = frozenset({".json", ".txt", ".model", ".tiktoken", ".spm", ".vocab"})
+_MODULE = re.compile(r"[A-Za-z_]\w*")
+_IMPORT = re.compile(
+    r"^\s*from\s+\.(\w+)\s+import|^\s*from\s+\.\s+import\s+([\w, ]+)|^\s*import\s+\.(\w+)", re.MULTILINE
+)
+
+
+def carried_files(folder: Path, *, code: bool) -> list[Path]:
+    """Return the files beside the weights that an export of a model folder carries, by name.
+
+    Args:
+        folder: The model folder.
+        code: The model's own modules, too, which others would run.
+    """
+    present = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
+    modules = _own_code(present) if code else set()
+    names = {name for name in present if name in _DESCRIBING | _TOKENIZER or is_licence(name)} | modules
+    if modules:
+        text = "\n".join(present[name].read_text(errors="replace") for name in sorted(modules))
+        names |= {name for name in present if Path(name).suffix in _VOCABULARIES and _is_quoted(name, text)}
+    return [present[name] for name in sorted(names)]
+
+
+def is_licence(name: str) -> bool:
+    """Return whether a file states a model's terms, by its name."""
+    return _LICENCES.fullmatch(name) is not None and Path(name).suffix.lower() in _LICENCE_SUFFIXES
+
+
+def _is_quoted(name: str, text: str) -> bool:
+    return f'"{name}"' in text or f"'{name}'" in text
+
+
+def _own_code(present: dict[str, Path]) -> set[str]:
+    """Return the modules that the configuration names, and those that they import of the same folder."""
+    left = [
+        f"{module}.py" for name in ("config.json", "tokenizer_config.json") for module in _mapped(present.get(name))
+    ]
+    found: set[str] = set()
+    while left:
+        name = left.pop()
+        if name in found or name not in present:
+            continue
+        found.add(name)
+        for groups in _IMPORT.findall(present[name].read_text(errors="replace")):
+            left += [f"{module}.py" for module in _MODULE.findall(" ".join(groups))]
+    return found
+
+
+def _mapped(file: Path | None) -> set[str]:
+    """Return the modules of the folder itself that a file's auto_map names."""
+    if file is None:
+        return set()
+    try:
+        described = json.loads(file.read_text())
+    except (ValueError, OSError):
+        return set()
+    mapped = described.get("auto_map") if isinstance(described, dict) else None
+    classes: list[object] = []
+    for value in mapped.values() if isinstance(mapped, dict) else ():
+        classes += value if isinstance(value, list) else [value]
+    named = {text.rpartition(".")[0] for text in classes if isinstance(text, str)}
+    return {name for name in named if _MODULE.fullmatch(name)}

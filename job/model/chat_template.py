@@ -1,0 +1,146 @@
+"""Chat templates, rendered within limits of time, memory and length: they are code of whoever made the model.
+
+They are rendered by a process of their own (`job/model/template_child.py`), all conversations of a batch at once, which takes
+a tenth of a second and no library of models. What it returns is computed with: nothing is rendered in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from job.errors import ImpossibleJobError, MachineError
+
+Messages = Sequence[Mapping[str, str]]
+
+MEMORY_BYTES = 512 << 20
+# Of a processor: usual templates take less than a millisecond a conversation.
+SECONDS, SECONDS_EACH = 4, 0.005
+# Time may pass while others have the processors; this many times as much is waited for.
+_PATIENCE = 20
+# Written in all: a template may say much itself, and some of the messages several times.
+CHARACTERS, CHARACTERS_EACH, CHARACTERS_PER_CHARACTER = 4_000_000, 20_000, 32
+_CHILD = Path(__file__).with_name("template_child.py")
+# What an interpreter may need to start at all. It gets no other variable: none of its business.
+_PASSED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ", "SYSTEMROOT")
+_START = "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], None, '__main__')"
+_KEPT = 100_000
+
+_texts: dict[str, str] = {}
+# Templates that have exceeded a limit are not tried again.
+_hostile: dict[str, str] = {}
+_lock = threading.Lock()
+
+
+def render(template: str, variables: Mapping[str, Any], conversations: Sequence[Messages], name: str) -> list[str]:
+    """Return conversations as a template writes them, each up to where the next answer begins.
+
+    Args:
+        template: The chat template, in Jinja.
+        variables: The tokenizer's special tokens by name.
+        conversations: What has been said, each message with its `role` and `content`.
+        name: Whose template it is, for messages.
+
+    Raises:
+        ImpossibleJobError: The template exceeds a limit, crashes, or does not take a conversation.
+        MachineError: No process can be started.
+    """
+    special = json.dumps(variables, sort_keys=True, default=str)
+    keys = [json.dumps([template, special, list(map(dict, one))]) for one in conversations]
+    with _lock:
+        texts = {key: _texts[key] for key in keys if key in _texts}
+        missing = {key: list(map(dict, one)) for key, one in zip(keys, conversations, strict=True) if key not in texts}
+        if missing:
+            made = _made(template, json.loads(special), list(missing.values()), name)
+            texts.update(zip(missing, made, strict=True))
+            if len(_texts) > _KEPT:
+                _texts.clear()
+            _texts.update(texts)
+    return [texts[key] for key in keys]
+
+
+def _made(template: str, variables: dict[str, Any], conversations: list[Any], name: str) -> list[str]:
+    """Have the child render what has not been rendered yet."""
+    if template in _hostile:
+        raise _exceeded(name, _hostile[template])
+    length = sum(len(message["content"]) for messages in conversations for message in messages)
+    seconds = SECONDS + int(SECONDS_EACH * len(conversations))
+    task: dict[str, Any] = {
+        "template": template,
+        "variables": variables,
+        "conversations": conversations,
+        "memory": MEMORY_BYTES + 64 * (length + len(template)),
+        "seconds": seconds,
+        "characters": CHARACTERS + CHARACTERS_EACH * len(conversations) + CHARACTERS_PER_CHARACTER * length,
+    }
+    answer = _answer(task)
+    if "refused" not in answer:
+        return list(map(str, answer["texts"]))
+    if answer["refused"] == "error":
+        raise ImpossibleJobError(
+            f"the chat template of {name} refuses a conversation: {answer['why']}",
+            remedy="leave out the system prompt if the template knows none",
+        )
+    limits = {
+        "memory": f"takes more than {task['memory'] >> 20} MiB of memory",
+        "recursion": "calls itself without end",
+        "size": f"writes more than {task['characters']} characters ({answer.get('why')})",
+    }
+    _hostile[template] = limits.get(answer["refused"], answer["refused"])
+    raise _exceeded(name, _hostile[template])
+
+
+def _answer(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the child answers, or the limit that has ended it.
+
+    Raises:
+        MachineError: It cannot be started.
+    """
+    # Modules come from where this process has them, none from the working folder.
+    command = [sys.executable, "-I", "-S", "-c", _START, json.dumps([path for path in sys.path if path]), str(_CHILD)]
+    environment = {name: value for name, value in os.environ.items() if name in _PASSED}
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(task).encode(),
+            capture_output=True,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for this process, which then waits for it no longer
+            timeout=_PATIENCE * task["seconds"],
+        )
+    except subprocess.TimeoutExpired:
+        return {"refused": f"takes more than {_PATIENCE * task['seconds']} s"}
+    except OSError as error:
+        raise MachineError(
+            f"no process can be started for the chat template: {error.strerror or error}",
+            remedy="raise the limit on processes (ulimit -u) or the memory",
+        ) from error
+    if done.returncode == -signal.SIGXCPU:
+        return {"refused": f"takes more than {task['seconds']} s of a processor"}
+    if done.returncode == -signal.SIGKILL:
+        return {"refused": "takes more memory than this machine has left"}
+    if done.returncode < 0:
+        return {"refused": f"crashes its interpreter ({signal.Signals(-done.returncode).name})"}
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise MachineError(
+            f"the process for the chat template fails: {lines[-1] if lines else f'exit code {done.returncode}'}",
+            remedy="see that jinja2 is installed as this package asks for it",
+        )
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def _exceeded(name: str, what: str) -> ImpossibleJobError:
+    """Return the error for a template that goes beyond what templates may."""
+    return ImpossibleJobError(
+        f"the chat template of {name} {what}",
+        remedy="use the template of the model's maker, or put another into chat_template.jinja",
+    )

@@ -1,0 +1,84 @@
+"""Loading models whose files are quantised: transformers undoes it, tensor by tensor, as it reads them.
+
+Where the last blocks of FP8 matrices are smaller than the others, transformers divides a matrix into as many
+equal blocks as there are scales: that fails, or gives other weights without a word. Its class is used with
+that one step done by `job.numerics.dequantisation`; for whole blocks the two agree bit by bit. It also leaves
+weights that are not quantised in the type that they are stored in, whatever type is asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, FineGrainedFP8Config, PretrainedConfig
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+from job.errors import QuantisedSourceError
+from job.model.quantization import DTYPE, block_of, quantisation_in
+from job.numerics.dequantisation import dequantised_blocks
+
+_METHOD = "fp8-of-any-shape"
+
+
+class _Dequantize(Fp8Dequantize):  # type: ignore[misc]  # transformers' classes are untyped
+    def _dequantize_one(self, quantized: Tensor, scales: Tensor, output_dtype: torch.dtype | None = None) -> Tensor:
+        named = self.hf_quantizer.quantization_config.weight_block_size
+        block = block_of(quantized.shape, scales.shape, tuple(named) if named else None)
+        return dequantised_blocks(quantized, scales, block, output_dtype or getattr(torch, DTYPE))
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str | None = None, model: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Dequantise a weight, and have one that is plain in the type of the others: as transformers has it not."""
+        found = super().convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)
+        dtype = self._get_target_dtype(model, full_layer_name)
+        if dtype is None:
+            return dict(found)
+        if any(kept in str(full_layer_name) for kept in model._get_dtype_plan(dtype)):
+            dtype = torch.float32
+        return {
+            name: [one.to(dtype) for one in value] if isinstance(value, list) else value.to(dtype)
+            for name, value in found.items()
+        }
+
+
+@register_quantization_config(_METHOD)
+class _Config(FineGrainedFP8Config):  # type: ignore[misc]
+    pass
+
+
+@register_quantizer(_METHOD)
+class _Quantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
+    def get_load_operations(self) -> dict[str, type]:
+        return {"dequantize": _Dequantize}
+
+
+def dequantising_config(folder: Path, quantization: str) -> PretrainedConfig | None:
+    """Return the configuration that has transformers dequantise a model while it loads it, None for plain files.
+
+    Args:
+        folder: The model's folder.
+        quantization: How the job wants weights to be quantised while they are loaded, "none" for not at all.
+
+    Raises:
+        QuantisedSourceError: The files are quantised in a way that is not undone, or would be quantised again.
+    """
+    found = quantisation_in(folder)
+    if found is None:
+        return None
+    if quantization != "none":
+        raise QuantisedSourceError(found.method, f"loading.quantization = {quantization} would quantise them again")
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    text = config.get_text_config(decoder=True)
+    described = getattr(config, "quantization_config", None) or text.quantization_config
+    if text is not config and hasattr(text, "quantization_config"):
+        del text.quantization_config
+    method = _METHOD if found.method == "fp8" else described["quant_method"]
+    config.quantization_config = {**described, "quant_method": method, "dequantize": True}
+    config.dtype = getattr(torch, DTYPE)  # what the export is written in, where the job names no other
+    return config

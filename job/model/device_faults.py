@@ -1,0 +1,144 @@
+"""Faults of devices while a model computes: out of memory, an error of the accelerator, a forward that hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from job.errors import AcceleratorFaultError, MachineError, Stopped
+from job.model.memory import release_memory
+from job.system.failpoints import planted
+from job.system.lifeline import tell
+
+T = TypeVar("T")
+_CPU_OUT_OF_MEMORY = "can't allocate memory"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device's memory, or the machine's, was not enough."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)
+
+
+def halving(rows: int, compute: Callable[[int], T], report: Callable[[str], None]) -> tuple[T, int]:
+    """Return what compute(rows) returns, with half as many rows again and again where memory does not suffice.
+
+    Args:
+        rows: Rows of a forward to begin with.
+        compute: May be called several times.
+        report: Told of every halving.
+
+    Returns:
+        The result, and the rows that it took.
+
+    Raises:
+        MachineError: A single row is too much.
+    """
+    while True:
+        try:
+            return compute(rows), rows
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if rows <= 1:
+                raise out_of_memory(error) from error
+        rows //= 2
+        release_memory()
+        report(f"warning: out of memory: trying again with {rows} rows a forward")
+
+
+def out_of_memory(error: BaseException) -> MachineError:
+    """Return the error for a machine whose memory does not suffice even for the least."""
+    return MachineError(
+        f"out of memory: {str(error).strip().splitlines()[0] if str(error).strip() else 'no more was to be had'}",
+        remedy="free the device of others, choose a larger one, or spread the model (loading.device_map)",
+    )
+
+
+class Watchdog:
+    """Watches the forwards of a model: one that takes too long is a hang, which nothing but a restart ends."""
+
+    def __init__(self, seconds: float, file: Path, leave: Callable[[int], Any] = os._exit) -> None:
+        """Set it up.
+
+        Args:
+            seconds: What a forward may take; 0: any time.
+            file: Where the stacks of all threads are written.
+            leave: Ends the process with an exit code.
+        """
+        self._seconds = seconds
+        self._file = file
+        self._leave = leave
+        self._since: float | None = None
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Watch the model's forwards within the block."""
+        ended = threading.Event()
+        handles = [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+        thread = threading.Thread(target=self._watch, args=(ended,), name="watchdog", daemon=True)
+        if self._seconds:
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, *_: Any) -> None:
+        self._since = time.monotonic()
+        _fail_as_told()
+
+    def _end(self, *_: Any) -> None:
+        self._since = None
+
+    def _watch(self, ended: threading.Event) -> None:
+        while not ended.wait(min(self._seconds / 4, 10.0)):
+            since = self._since
+            if since is not None and time.monotonic() - since > self._seconds:
+                with self._file.open("a") as file:
+                    faulthandler.dump_traceback(file)
+                print(f"a forward has hung for {self._seconds:g} s; stacks are in {self._file}", file=sys.stderr)
+                tell(hung=True)
+                self._leave(Stopped.exit_code)
+
+
+@contextmanager
+def clear_faults() -> Iterator[None]:
+    """Turn the accelerator's own errors, after which the process cannot go on, into one of ours.
+
+    Raises:
+        AcceleratorFaultError: The device failed.
+    """
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise AcceleratorFaultError(
+            f"the device failed: {str(error).strip().splitlines()[0]}",
+            remedy="choose another machine if it goes on failing",
+        ) from error
+
+
+def _fail_as_told() -> None:
+    """Fail in the way that tests have planted."""
+    if planted("accelerator"):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    if planted("memory"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    if planted("hang"):
+        time.sleep(3600)

@@ -1,0 +1,371 @@
+"""Where a model's files are: a folder, or a repository on the Hub of which no more is fetched than is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from job.errors import ImpossibleJobError, MachineError
+from job.records import Record
+from job.system.hub_client import is_offline, patiently
+
+# A name begins with a letter or digit, so that no `..` is one.
+REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
+WEIGHTS = ".safetensors"
+INDEX = "model.safetensors.index.json"
+# Weights in formats that are not used, and the folders that some repositories keep them in.
+_LEFT_OUT = frozenset(
+    {
+        *(".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".tflite", ".mlmodel"),
+        *(".pkl", ".pickle", ".joblib", ".npy", ".npz", ".zip", ".gz", ".tar", ".exe", ".so"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """MODEL as it was understood.
+
+    Attributes:
+        kind: A folder, or a repository on the Hub.
+        name: The folder's path or the repository's name.
+        revision: Branch, tag or commit of a repository, None for its main branch.
+    """
+
+    kind: Literal["folder", "hub"]
+    name: str
+    revision: str | None = None
+
+    def describe(self) -> str:
+        """Return in words what the model is."""
+        return (
+            f"the Hub's {self.name}" + (f" at {self.revision}" if self.revision else "")
+            if self.kind == "hub"
+            else self.name
+        )
+
+
+class ModelFile(Record):
+    """A file of a model.
+
+    Attributes:
+        name: Path within the model.
+        size: Bytes.
+    """
+
+    name: str
+    size: int
+
+
+class ModelListing(Record):
+    """What a model consists of.
+
+    Attributes:
+        commit: The commit of a repository; None for a folder.
+        files: The files that a job needs: all but weights in other formats and what lies in folders.
+        license: The licence that a repository's card names.
+        gated: Access to a repository has to be granted.
+        public: A repository that everybody may see, so that it may be named; False also where nobody can be asked.
+    """
+
+    commit: str | None = None
+    files: tuple[ModelFile, ...]
+    license: str | None = None
+    gated: bool = False
+    public: bool = False
+
+    @property
+    def weights(self) -> tuple[ModelFile, ...]:
+        """The safetensors files."""
+        return tuple(file for file in self.files if file.name.endswith(WEIGHTS))
+
+    @property
+    def others(self) -> tuple[ModelFile, ...]:
+        """All other files: configuration, tokenizer, template, licence."""
+        return tuple(file for file in self.files if not file.name.endswith(WEIGHTS))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+def parse_model(text: str) -> ModelSource:
+    """Return what MODEL names: a folder if there is one of that name, else ``user/name[@revision]`` on the Hub."""
+    matched = REPOSITORY.fullmatch(text)
+    if Path(text).exists() or matched is None or text.startswith((".", "/", "~")):
+        return ModelSource("folder", str(Path(text).expanduser()))
+    return ModelSource("hub", matched["name"], matched["revision"])
+
+
+def no_model_folder(source: ModelSource) -> ImpossibleJobError:
+    """Return the error for a folder that is not there."""
+    return ImpossibleJobError(
+        f"there is no model folder {source.name}",
+        remedy="give the folder of a model in Hugging Face format, or its name on the Hub",
+    )
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Refuse a model folder with links that lead out of it: whoever made it could have this machine's files read.
+
+    The Hub's cache consists of links to the blobs of the same repository, which are part of it.
+
+    Raises:
+        ImpossibleJobError: A link leads out.
+    """
+    if not folder.is_dir():
+        return
+    root = folder.resolve()
+    inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not (path.is_symlink() and path.is_file()):
+            continue
+        if not any(path.resolve().is_relative_to(place) for place in inside):
+            raise ImpossibleJobError(
+                f"{path} is a link that leads out of the model folder",
+                remedy="put the file itself there, or give the folder that it is in",
+            )
+
+
+def list_model(source: ModelSource, commit: str | None, report: Callable[[str], None]) -> ModelListing:
+    """Return a model's files; of a repository at the pinned commit or, without one, where its revision points now.
+
+    Raises:
+        ImpossibleJobError: There is no such model.
+        MachineError: The Hub cannot be reached.
+    """
+    if source.kind == "folder":
+        folder = Path(source.name)
+        if not folder.is_dir():
+            raise no_model_folder(source)
+        refuse_links_out(folder)
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        return ModelListing(files=_needed(sizes))
+    if is_offline():
+        return _cached_listing(source, commit)
+    from huggingface_hub import HfApi
+
+    def call() -> Any:
+        return HfApi().model_info(source.name, revision=commit or source.revision, files_metadata=True)
+
+    info = patiently(call, f"model {source.name}", report)
+    card = info.card_data.to_dict() if info.card_data else {}
+    return ModelListing(
+        commit=str(info.sha),
+        files=_needed({file.rfilename: file.size or 0 for file in info.siblings or ()}),
+        license=card.get("license_name") or card.get("license"),
+        gated=bool(info.gated),
+        public=info.private is False,
+    )
+
+
+def _needed(sizes: dict[str, int]) -> tuple[ModelFile, ...]:
+    """Return the files of a model's top level without weights in other formats."""
+    return tuple(
+        ModelFile(name=name, size=size)
+        for name, size in sorted(sizes.items())
+        if "/" not in name and not name.startswith(".") and Path(name).suffix not in _LEFT_OUT
+    )
+
+
+def _cached_listing(source: ModelSource, commit: str | None) -> ModelListing:
+    folder = _snapshot(source, commit, None, offline=True)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    return ModelListing(commit=folder.name, files=_needed(sizes))
+
+
+def fetch_model(
+    source: ModelSource,
+    listing: ModelListing,
+    report: Callable[[str], None],
+    *,
+    weights: bool = True,
+    cache: Path | None = None,
+) -> Path:
+    """Return a folder with a model's files, fetched into the Hub's cache where they are not there yet.
+
+    Files that were fetched halfway are continued.
+
+    Args:
+        source: The model.
+        listing: Its files.
+        report: Told of every failure that is tried again.
+        weights: Fetch the weights too, not only what describes the model.
+        cache: Another cache than the usual one.
+
+    Raises:
+        ImpossibleJobError: The files cannot be had.
+        MachineError: The Hub cannot be reached, or the disk is full.
+    """
+    if source.kind == "folder":
+        refuse_links_out(Path(source.name))
+        return Path(source.name)
+    names = [file.name for file in (listing.files if weights else listing.others)]
+    try:
+        return patiently(lambda: _snapshot(source, listing.commit, names, cache=cache), f"model {source.name}", report)
+    except OSError as error:
+        raise MachineError(
+            f"cannot write the files of {source.name}: {error.strerror or error}",
+            remedy="free disk space, or point HF_HOME to a larger disk",
+        ) from error
+
+
+def _snapshot(
+    source: ModelSource,
+    commit: str | None,
+    names: Sequence[str] | None,
+    *,
+    cache: Path | None = None,
+    offline: bool = False,
+) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    found = snapshot_download(
+        source.name,
+        revision=commit or source.revision,
+        allow_patterns=list(names) if names is not None else None,
+        cache_dir=cache,
+        local_files_only=offline,
+    )
+    return Path(found)
+
+
+def line_speed(source: ModelSource, listing: ModelListing, seconds: float = 2.0, most: int = 8 << 20) -> float | None:
+    """Return how many bytes a second come from the Hub, measured on the largest file; None if it is too small to tell.
+
+    Args:
+        source: The model.
+        listing: Its files.
+        seconds: How long is measured at most, beyond the first block.
+        most: Bytes that are fetched at most.
+    """
+    largest = max(listing.weights, key=lambda file: file.size, default=None)
+    if source.kind == "folder" or largest is None or largest.size < most or is_offline():
+        return None
+    import httpx2
+    from huggingface_hub import HfFileSystem
+
+    path = f"{source.name}@{listing.commit}/{largest.name}"
+    begin, got = time.perf_counter(), 0
+    try:
+        with HfFileSystem().open(path, "rb", block_size=0) as stream:
+            begin = time.perf_counter()
+            while got < most and (block := stream.read(1 << 18)):
+                got += len(block)
+                if time.perf_counter() - begin >= seconds:
+                    break
+    except (OSError, httpx2.HTTPError):
+        # A line that broke off has been timed as far as it went; fetching the files will tell what is wrong with it.
+        pass
+    return got / max(time.perf_counter() - begin, 1e-9) if got else None
+
+
+def missing_bytes(source: ModelSource, listing: ModelListing) -> int:
+    """Return how many bytes of a repository's files are not in the Hub's cache; halves of files count as there."""
+    if source.kind == "folder":
+        return 0
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
+
+    missing = sum(
+        file.size
+        for file in listing.files
+        if not isinstance(try_to_load_from_cache(source.name, file.name, revision=listing.commit), str)
+    )
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source.name, repo_type="model") / "blobs"
+    partial = sum(path.stat().st_size for path in blobs.glob("*.incomplete")) if blobs.is_dir() else 0
+    return max(missing - partial, 0)
+
+
+def tensor_shapes(
+    source: ModelSource, listing: ModelListing, report: Callable[[str], None]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return every tensor's type and shape from the headers of the safetensors files; no weight is read.
+
+    Raises:
+        ImpossibleJobError: There are no safetensors files, or one is damaged.
+    """
+    if not listing.weights:
+        raise ImpossibleJobError(
+            f"{source.describe()} has no safetensors weights",
+            remedy="convert the model with save_pretrained, which writes safetensors",
+        )
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in listing.weights:
+        header = _local_header(Path(source.name) / file.name) if source.kind == "folder" else None
+        if header is None:
+            header = _remote_header(source, listing, file, report)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if source.kind == "folder" and file.size < end:  # of a repository, a download's size and hash are verified
+            raise _damaged(file.name, f"it has {file.size} bytes, and its header speaks of {end}")
+        found |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    return found
+
+
+def require_complete(folder: Path, listing: ModelListing, tensors: Collection[str]) -> None:
+    """Refuse a checkpoint whose index names what is not there.
+
+    Args:
+        folder: Holds the model's files but weights.
+        listing: All of its files.
+        tensors: Names of the tensors in its safetensors files.
+
+    Raises:
+        ImpossibleJobError: A file or a tensor is missing, or the index is damaged.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return
+    try:
+        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        lacking = sorted({*places.values()} - {file.name for file in listing.files})
+        lacking += sorted(places.keys() - set(tensors))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _damaged(INDEX, str(error)) from error
+    if lacking:
+        raise ImpossibleJobError(
+            f"the model lacks {lacking[0]}, which its index names", remedy="obtain a complete copy"
+        )
+
+
+def _damaged(name: str, why: str) -> ImpossibleJobError:
+    return ImpossibleJobError(f"{name} is damaged: {why}", remedy="obtain an undamaged copy of the model")
+
+
+def _local_header(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(min(length, path.stat().st_size)))
+    except (OSError, ValueError) as error:
+        raise _damaged(path.name, str(error)) from error
+    header.pop("__metadata__", None)
+    return header
+
+
+def _remote_header(
+    source: ModelSource, listing: ModelListing, file: ModelFile, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return a remote file's header, from the cache if it is there and by range requests if not."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source.name, file.name, revision=listing.commit)
+    if isinstance(cached, str):
+        return _local_header(Path(cached))
+
+    def call() -> Any:
+        return HfApi().parse_safetensors_file_metadata(source.name, file.name, revision=listing.commit)
+
+    metadata = patiently(call, f"{file.name} of {source.name}", report)
+    return {
+        name: {"dtype": str(info.dtype), "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+        for name, info in metadata.tensors.items()
+    }

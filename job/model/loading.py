@@ -1,0 +1,374 @@
+"""The loaded model: its weights in a dtype that works, and its tokenizer."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import json
+import logging
+import platform
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from job.architectures.spec import Architecture, discover
+from job.architectures.tiny_model import auto_class, empty_model
+from job.config.schema import LoadingSettings
+from job.data.prompts import Prompt
+from job.errors import ImpossibleJobError, MachineError, UsageError
+from job.generation.greedy import first_logits, greedy_answers
+from job.model.chat_template import Messages, render
+from job.model.dequantization import dequantising_config
+from job.model.device_faults import is_out_of_memory, out_of_memory
+from job.model.files import INDEX
+from job.model.memory import keep_freed_memory
+from job.model.placement import input_device, spread
+from job.records import LARGE_BYTES
+from job.system.tempdirs import scratch
+
+SINGLE = "model.safetensors"
+# What a model that has just been loaded is asked.
+GREETING = Prompt(user="Hello, how are you?")
+_PLACE = re.compile(r"cpu|mps|disk|cuda(:\d+)?")
+_CPUS = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be measured and edited.
+
+    Attributes:
+        folder: Where its files lie.
+        model: The model in evaluation mode.
+        tokenizer: Its tokenizer, with a chat template.
+        architecture: Its structure.
+        dtype: The floating-point type of its weights, e.g. "bfloat16".
+        response_prefix: What every answer is made to begin with.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    dtype: str
+    response_prefix: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return input_device(self.model)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer, as generation would end it."""
+        configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        listed = configured if isinstance(configured, list) else [configured]
+        return frozenset(int(t) for t in (*listed, self.tokenizer.eos_token_id) if isinstance(t, int))
+
+    def tokenize(self, prompts: Iterable[Prompt]) -> list[list[int]]:
+        """Return each prompt's token ids as a conversation that awaits the assistant's answer.
+
+        Raises:
+            ImpossibleJobError: The chat template does not take the conversation.
+        """
+        texts = (text + self.response_prefix for text in conversations(self.tokenizer, prompts))
+        # The template has written the special tokens already.
+        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of an answer."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def conversations(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[str]:
+    """Return prompts as a tokenizer's chat template writes them, up to where the answers begin.
+
+    Raises:
+        ImpossibleJobError: The chat template does not take a conversation, or exceeds its limits.
+    """
+    said = []
+    for prompt in prompts:
+        system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+        said.append([*system, {"role": "user", "content": prompt.user}])
+    return rendered(tokenizer, said)
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, said: Sequence[Messages]) -> list[str]:
+    """Return conversations as a tokenizer's chat template writes them, up to where the next answers begin.
+
+    Args:
+        tokenizer: The tokenizer.
+        said: What has been said in each, every message with its `role` and `content`.
+
+    Raises:
+        ImpossibleJobError: The chat template does not take a conversation, or exceeds its limits.
+    """
+    if not said:
+        return []
+    try:
+        if type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
+            template = tokenizer.get_chat_template()
+            return render(template, tokenizer.special_tokens_map, said, str(tokenizer.name_or_path))
+        # A way of its own to write conversations is the library's code or trusted code, which is run anyway.
+        own = tokenizer.apply_chat_template
+        return [str(own(list(messages), tokenize=False, add_generation_prompt=True)) for messages in said]
+    except (TemplateError, ValueError) as error:
+        raise ImpossibleJobError(
+            f"the chat template of {tokenizer.name_or_path} refuses a conversation: {error}",
+            remedy="leave out the system prompt if the template knows none",
+        ) from error
+
+
+def load_model(
+    folder: Path, settings: LoadingSettings, report: Callable[[str], None], dtype: str | None = None
+) -> LoadedModel:
+    """Load a model in the first dtype that generates without fault.
+
+    Args:
+        folder: The model's folder.
+        settings: Dtypes to try and the device.
+        report: Told of every dtype that does not work.
+        dtype: The only dtype to try, where one has been settled before.
+
+    Raises:
+        ImpossibleJobError: The folder holds no usable model.
+        MachineError: The device is not there.
+    """
+    quieten_transformers()
+    checkpoint_files(folder)
+    tokenizer = load_tokenizer(folder, settings.trust_remote_code)
+    device = resolve_device(settings.device)
+    candidates = [dtype] if dtype else list(dict.fromkeys(settings.dtypes))
+    for candidate in candidates:
+        model = _load_weights(folder, candidate, device, settings).eval()
+        model.requires_grad_(False)
+        loaded = LoadedModel(folder, model, tokenizer, discover(model), str(model.dtype).removeprefix("torch."))
+        fault = _fault(loaded)
+        if fault is None:
+            if device.type == "cpu" and model.get_memory_footprint() < LARGE_BYTES:
+                keep_freed_memory()
+            return loaded
+        if candidate in ("auto", "float32") and fault.startswith("weight"):
+            raise ImpossibleJobError(f"{fault} in {folder}", remedy="obtain an undamaged copy of the model")
+        report(f"dtype {candidate} does not work: {fault}")
+    raise ImpossibleJobError(
+        f"{folder} does not generate in any of the dtypes {', '.join(candidates)}",
+        remedy="allow others with --set loading.dtypes='[\"float32\"]'",
+    )
+
+
+def quieten_transformers() -> None:
+    """Keep transformers' bars and advice out of the job's own output; its errors still come as exceptions."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint.
+
+    Raises:
+        ImpossibleJobError: There are none, or the index names a file that is missing.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ImpossibleJobError(f"{index} is damaged", remedy="obtain an undamaged copy") from error
+        if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise ImpossibleJobError(
+                f"{index} names {odd[0]!r}, which is no file of the folder", remedy="obtain an undamaged copy"
+            )
+        files = [folder / name for name in names]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ImpossibleJobError(
+                f"{folder} lacks {missing[0]}, which its index names", remedy="obtain a complete copy"
+            )
+        return files
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    raise ImpossibleJobError(
+        f"{folder} has no safetensors weights",
+        remedy="convert the model with save_pretrained, which writes safetensors",
+    )
+
+
+def load_tokenizer(folder: Path, trusted: bool = False) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer; its own code is run only if it is trusted.
+
+    Raises:
+        ImpossibleJobError: There is none, or it has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ImpossibleJobError(
+            f"{folder} has no usable tokenizer: {str(error).strip().splitlines()[0]}",
+            remedy="add the tokenizer's files",
+        ) from error
+    if not tokenizer.chat_template:
+        raise ImpossibleJobError(
+            f"the tokenizer of {folder} has no chat template",
+            remedy="use the chat or instruct version of the model, or add chat_template.jinja",
+        )
+    return tokenizer
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a setting names.
+
+    Raises:
+        MachineError: This machine does not have it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    count = {
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(device.type, 1)
+    if (device.index or 0) >= count:
+        raise MachineError(f"this machine has no device {name}", remedy="choose another loading.device")
+    return device
+
+
+def hardware(device: torch.device) -> str:
+    """Return in words what a model on this device is computed by."""
+    if device.type == "cuda":
+        names = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        return ", ".join(f"{count} × {name}" for name, count in names.items())
+    models = re.findall(r"^model name\s*:\s*(.+)$", _CPUS.read_text(), re.MULTILINE) if _CPUS.exists() else []
+    name = models[0].strip() if models else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _load_weights(folder: Path, dtype: str, device: torch.device, settings: LoadingSettings) -> PreTrainedModel:
+    trusted = settings.trust_remote_code
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+    auto = auto_class(config) or AutoModelForCausalLM
+    # Straight onto the device: by way of the RAM, all weights would have to fit there first.
+    places: Any = {"": device} if settings.device_map == "single" else settings.device_map
+    if isinstance(settings.device_map, dict):
+        places = _spread(config, settings.device_map)
+    limits = {int(name) if name.isdigit() else name: size for name, size in (settings.max_memory or {}).items()}
+    try:
+        model, info = auto.from_pretrained(
+            folder,
+            config=dequantising_config(folder, settings.quantization),
+            dtype=dtype,
+            device_map=places,
+            max_memory=limits or None,
+            offload_folder=_offload_folder(settings),
+            quantization_config=_quantization(settings.quantization),
+            local_files_only=True,
+            trust_remote_code=trusted,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the name
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
+        raise ImpossibleJobError(
+            f"the weights of {folder} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            remedy="obtain an undamaged copy of the model",
+        ) from error
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            raise ImpossibleJobError(
+                f"the weights of {folder} do not fit its configuration "
+                f"({problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]})",
+                remedy="obtain an undamaged copy of the model",
+            )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _spread(config: PretrainedConfig, places: Mapping[str, int | str]) -> dict[str, int | str]:
+    """Return a table of devices as a model is loaded by it.
+
+    Raises:
+        MachineError: This machine does not have one of the devices.
+        UsageError: It leaves a part of the model out, or names no device.
+    """
+    for name, place in places.items():
+        if isinstance(place, str) and not _PLACE.fullmatch(place):
+            raise UsageError(
+                f"loading.device_map has {name} on {place!r}, which is no device",
+                remedy='give the number of a GPU, "cpu" or "disk"',
+            )
+        if place != "disk":
+            resolve_device(f"cuda:{place}" if isinstance(place, int) else place)
+    found = spread(empty_model(config), places)
+    left_out = next((name for name, place in found.items() if place is None), None)
+    if left_out is not None:
+        raise UsageError(
+            f"loading.device_map has no device for {left_out}",
+            remedy='name it or what it is in; "" stands for all that is not named',
+        )
+    return found
+
+
+def _offload_folder(settings: LoadingSettings) -> str | None:
+    """Return where weights are kept on disk that are offloaded in another form than the files have them."""
+    offloads = settings.device_map == "auto" or isinstance(settings.device_map, dict)
+    if settings.offload_folder is not None or not offloads:
+        return settings.offload_folder
+    held = ExitStack()
+    folder = held.enter_context(scratch("offload"))
+    atexit.register(held.close)
+    return str(folder)
+
+
+def _quantization(name: str) -> BitsAndBytesConfig | None:
+    """Return how weights are quantised while they are loaded, None for not at all.
+
+    Raises:
+        MachineError: The library for it is not installed.
+    """
+    if name == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MachineError(
+            f"loading.quantization = {name} needs bitsandbytes, which is not installed",
+            remedy="pip install 'abliteration-job[bnb]', or set loading.quantization = none",
+        )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _fault(loaded: LoadedModel) -> str | None:
+    """Return what is wrong with the model in its dtype, None if a generation goes well."""
+    for name, parameter in loaded.model.named_parameters():
+        if parameter.is_meta:  # on disk: a forward brings it, and shows in its logits
+            continue
+        if not bool(torch.isfinite(parameter).all()):
+            return f"weight {name} has values that are not finite"
+    prompts = loaded.tokenize([GREETING])
+    try:
+        if not bool(torch.isfinite(first_logits(loaded.model, prompts)).all()):
+            return "logits are not finite"
+        manner = loaded.architecture.manner
+        greedy_answers(loaded.model, prompts, limit=2, end_tokens=loaded.end_tokens, manner=manner)
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return None

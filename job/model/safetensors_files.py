@@ -1,0 +1,305 @@
+"""The safetensors files of a model: where they hold which parameter, and as what.
+
+Files that are quantised are presented as the plain ones that an export has in their place: same names of files,
+dequantised tensors, no scales.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import struct
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from job.architectures.spec import Architecture
+from job.architectures.tensor_names import Form
+from job.errors import ImpossibleJobError, UnsupportedArchitectureError
+from job.model.loading import checkpoint_files
+from job.model.quantization import PlainTensor, Quantisation, block_of, plain_tensors, quantisation_in
+from job.numerics.dequantisation import dequantised_blocks, dequantised_mxfp4
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor stands in a shard.
+
+    Attributes:
+        dtype: Its type as safetensors names it.
+        shape: Its shape.
+        start: Where its bytes begin in the file.
+        size: How many they are.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the files hold a parameter.
+
+    Attributes:
+        names: Names of its tensors there.
+        apart: They are those of one expert each, in order.
+        turned: Their axes are the other way round than in the loaded model.
+    """
+
+    names: tuple[str, ...]
+    apart: bool = False
+    turned: bool = False
+
+
+def places_among(held: Container[str], architecture: Architecture, name: str) -> Places:
+    """Return where files that hold tensors with certain names hold a parameter.
+
+    Args:
+        held: The tensors' names.
+        architecture: The model's structure.
+        name: The parameter's name in the loaded model.
+
+    Raises:
+        UnsupportedArchitectureError: They do not.
+    """
+    form = architecture.forms.get(name, Form(name))
+    for known in (form.name, name, name.removeprefix(f"{architecture.prefix}.")):
+        if known in held:
+            return Places((known,))
+    numbered = map(form.name.format, itertools.count() if form.apart else ())
+    found = tuple(itertools.takewhile(held.__contains__, numbered))
+    if not found:
+        raise UnsupportedArchitectureError(architecture.model_type, f"its files hold no tensor {form.name.format(0)}")
+    return Places(found, apart=True, turned=form.turned)
+
+
+def require_sizes(held: Mapping[str, Sequence[int]], architecture: Architecture, model: nn.Module) -> None:
+    """Refuse files that lack a residual writer, or hold one of another size than the configuration asks for.
+
+    Args:
+        held: Shapes of the files' tensors by name, as they are once nothing is quantised.
+        architecture: The model's structure.
+        model: The model, which may be without weights.
+
+    Raises:
+        ImpossibleJobError: One is of another size.
+        UnsupportedArchitectureError: One is not there.
+    """
+    for name in (name for writer in architecture.writers for name in writer.edited):
+        shape = tuple(model.get_parameter(name).shape)
+        names = places_among(held, architecture, name).names
+        # However files turn or divide it.
+        if sum(math.prod(held[place]) for place in names) != math.prod(shape):
+            raise ImpossibleJobError(
+                f"{names[0]} has the shape {list(held[names[0]])} in the files and should make {name} of {list(shape)}",
+                remedy="obtain an undamaged copy of the model",
+            )
+
+
+class Checkpoint:
+    """The safetensors files of a model and what they hold.
+
+    Attributes:
+        folder: The model's folder.
+        entries: By file the tensors that a plain copy of it has, by name; those of the file itself if it is plain.
+        quantisation: How the files are quantised, None if they are not.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers of all files.
+
+        Raises:
+            ImpossibleJobError: A file is missing or damaged, or quantised in a way that is not undone.
+        """
+        self.folder = folder
+        self._stored = {file: _read_header(file) for file in checkpoint_files(folder)}
+        self._source = {name: file for file, entries in self._stored.items() for name in entries}
+        self.quantisation = quantisation_in(folder)
+        self._made: dict[str, PlainTensor] = {}
+        self._headers: dict[Path, bytes] = {}
+        self.entries: Mapping[Path, Mapping[str, Entry]] = self._stored
+        if self.quantisation is not None:
+            self.entries = self._dequantised_layout(self.quantisation)
+        self._file_of = {name: file for file, entries in self.entries.items() for name in entries}
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, but those that would hold nothing if they were not quantised."""
+        return list(self.entries)
+
+    def header(self, file: Path) -> bytes | None:
+        """Return what a plain copy of a file begins with, None if it is plain itself."""
+        return self._headers.get(file)
+
+    def is_dequantised(self, name: str) -> bool:
+        """Say whether a tensor is quantised in the files."""
+        return name in self._made
+
+    def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a tensor by its name: as it is stored, or dequantised in a type."""
+        made = self._made.get(name)
+        if made is None:
+            return self._read(name)
+        if self.quantisation is not None and self.quantisation.method == "mxfp4":
+            # One expert at a time: what is computed on the way would take as much again.
+            found = torch.empty(made.shape, dtype=dtype)
+            for number, expert in enumerate(found):
+                expert.copy_(self.part(name, number, dtype))
+            return found
+        values, scales = map(self._read, made.parts)
+        named = self.quantisation.block if self.quantisation is not None else None
+        return dequantised_blocks(values, scales, block_of(values.shape, scales.shape, named), dtype)
+
+    def part(self, name: str, number: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return one entry of a tensor's first axis: as it is stored, or dequantised in a type."""
+        made = self._made.get(name)
+        if made is None:
+            return self._read(name, number)
+        if len(made.shape) == 3:
+            blocks, exponents = (self._read(part, number) for part in made.parts)
+            return dequantised_mxfp4(blocks, exponents, dtype)
+        return self.tensor(name, dtype)[number]
+
+    def _read(self, name: str, number: int | None = None) -> Tensor:
+        with safe_open(self._source[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name) if number is None else file.get_slice(name)[number]
+        return tensor
+
+    def entry(self, name: str) -> Entry:
+        """Return where a tensor stands in the plain files."""
+        return self.entries[self._file_of[name]][name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the floating-point type of a tensor in the plain files."""
+        return _FLOATS[self.entry(name).dtype]
+
+    def stored_blocks(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of a tensor that the files hold as it is."""
+        yield from _blocks(self._source[name], self._stored[self._source[name]][name])
+
+    def places(self, architecture: Architecture, name: str) -> Places:
+        """Return where the files hold a parameter.
+
+        Args:
+            architecture: The model's structure.
+            name: The parameter's name in the loaded model.
+
+        Raises:
+            UnsupportedArchitectureError: They do not.
+        """
+        return places_among(self._file_of, architecture, name)
+
+    def keeps(self, architecture: Architecture, dtype: torch.dtype) -> bool:
+        """Return whether all that an edit changes is held in a type, or a more precise one."""
+        digits = torch.finfo(dtype).eps
+        return all(torch.finfo(self.dtype(name)).eps <= digits for name in self._names_of_all(architecture))
+
+    def require_writers(self, architecture: Architecture) -> None:
+        """Refuse a checkpoint that does not hold all residual writers as floating-point tensors.
+
+        Raises:
+            UnsupportedArchitectureError: It does not.
+        """
+        for name in self._names_of_all(architecture):
+            dtype = self.entry(name).dtype
+            if dtype not in _FLOATS:
+                raise UnsupportedArchitectureError(
+                    architecture.model_type, f"tensor {name} is stored as {dtype}; quantised files cannot be edited"
+                )
+
+    def digest(self, architecture: Architecture) -> str:
+        """Return a hash of all that the files hold of tensors that an edit changes or follows from."""
+        digest = hashlib.sha256()
+        for name in self._names_of_all(architecture):
+            for part in self._made[name].parts if name in self._made else (name,):
+                file = self._source[part]
+                digest.update(digest_of(file, self._stored[file][part]))
+        return digest.hexdigest()
+
+    def _names_of_all(self, architecture: Architecture) -> Iterator[str]:
+        for writer in architecture.writers:
+            for name in writer.tensors:
+                yield from self.places(architecture, name).names
+
+    def _dequantised_layout(self, quantisation: Quantisation) -> dict[Path, dict[str, Entry]]:
+        """Return the tensors of the plain files, each in the one that holds its values."""
+        stored = {name: entry for entries in self._stored.values() for name, entry in entries.items()}
+        headers = {name: (entry.dtype, entry.shape) for name, entry in stored.items()}
+        by_file: dict[Path, dict[str, tuple[str, tuple[int, ...], int]]] = {}
+        for plain in plain_tensors(quantisation, headers):
+            size = stored[plain.name].size if plain.name in stored else 0
+            if plain.parts != (plain.name,):
+                self._made[plain.name] = plain
+                size = _SIZES[plain.dtype] * torch.Size(plain.shape).numel()
+            by_file.setdefault(self._source[plain.parts[0]], {})[plain.name] = (plain.dtype, plain.shape, size)
+        layout = {}
+        for file in self._stored:
+            if file in by_file:
+                self._headers[file], layout[file] = _laid_out(by_file[file])
+        return layout
+
+
+def _laid_out(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[bytes, dict[str, Entry]]:
+    """Return the header of a safetensors file and where its tensors stand, the widest types first as in others."""
+    order = sorted(tensors, key=lambda name: (-_SIZES.get(tensors[name][0], 1), name))
+    offsets: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in order:
+        dtype, shape, size = tensors[name]
+        offsets[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    described = json.dumps(offsets, separators=(",", ":")).encode()
+    described += b" " * (-len(described) % 8)
+    header = struct.pack("<Q", len(described)) + described
+    starts = {name: len(header) + offsets[name]["data_offsets"][0] for name in order}
+    return header, {name: Entry(*tensors[name][:2], starts[name], tensors[name][2]) for name in order}
+
+
+def _read_header(file: Path) -> dict[str, Entry]:
+    """Return the tensors of a safetensors file, refusing one that is damaged."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass  # checks the header and that the file has all the bytes that it speaks of
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except Exception as error:  # safetensors raises its own type and several built-in ones
+        raise ImpossibleJobError(
+            f"{file} is damaged: {str(error).splitlines()[0]}", remedy="obtain an undamaged copy of the model"
+        ) from error
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, described in header.items():
+        begin, end = described["data_offsets"]
+        entries[name] = Entry(described["dtype"], tuple(described["shape"]), 8 + length + begin, end - begin)
+    return entries
+
+
+def digest_of(file: Path, entry: Entry) -> bytes:
+    """Return the sha256 of a tensor's bytes in a file."""
+    digest = hashlib.sha256()
+    for block in _blocks(file, entry):
+        digest.update(block)
+    return digest.digest()
+
+
+def _blocks(file: Path, entry: Entry) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        stream.seek(entry.start)
+        left = entry.size
+        while left and (block := stream.read(min(_BLOCK, left))):
+            yield block
+            left -= len(block)

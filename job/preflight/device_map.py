@@ -1,0 +1,187 @@
+"""Which layers go on which device, so that all are filled alike."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from job.preflight.activation_memory import Batch, Edits, activation_bytes, cache_bytes, scoring_bytes
+from job.preflight.checks import MIB
+from job.preflight.model_facts import ModelFacts
+
+# What CUDA's context, its libraries' workspaces and Python itself take on a device.
+CONTEXT_BYTES = 600 * MIB
+# What the allocator loses to fragmentation, as a share of what comes and goes.
+FRAGMENTATION = 0.1
+# Steps of the search for the evenest filling; 2⁻²⁰ of a device is less than a layer.
+_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device to plan with.
+
+    Attributes:
+        label: As torch names it.
+        name: Product name.
+        budget: Bytes that may be planned with.
+        free: Bytes that are free now.
+    """
+
+    label: str
+    name: str
+    budget: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a device of a layout holds, bytes; see `job.preflight.memory_plan.DevicePlan`."""
+
+    device: Device
+    layers: range
+    weights: int
+    cache: int
+    activations: int
+    margin: int
+    loading_peak: int
+
+    @property
+    def total(self) -> int:
+        """What it holds at the worst instant."""
+        return max(self.weights + self.cache + self.activations + self.margin, self.loading_peak)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Layers on devices, in order; where some stay in RAM, that is the last."""
+
+    rows: int
+    loads: tuple[Load, ...]
+    offloaded: bool = False
+
+
+def lay_out(
+    facts: ModelFacts,
+    devices: Sequence[Device],
+    batch: Batch,
+    dtype_bytes: int,
+    *,
+    quantised: bool,
+    edits: Edits = "outputs",
+    host: Device | None = None,
+) -> Layout | None:
+    """Return the layout that fills all devices alike, None if none fits.
+
+    Args:
+        facts: The model.
+        devices: Where layers go, in this order.
+        batch: What is decoded.
+        dtype_bytes: Size of a number in the type the model is loaded in.
+        quantised: The linear maps are 4-bit quantised.
+        edits: What hooks do to the residual writers.
+        host: Takes the layers that do not fit on the devices.
+    """
+    planner = _Planner(facts, batch, dtype_bytes, quantised, edits)
+    if host is not None:
+        return planner.with_host(devices, host)
+    weights = facts.weights_bytes(dtype_bytes, quantised=quantised)
+    if weights > sum(device.budget for device in devices) or planner.filled(devices, 1.0) is None:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if planner.filled(devices, middle) else (middle, high)
+    loads = planner.filled(devices, high)
+    assert loads is not None
+    return Layout(batch.rows, tuple(loads))
+
+
+class _Planner:
+    def __init__(self, facts: ModelFacts, batch: Batch, dtype_bytes: int, quantised: bool, edits: Edits) -> None:
+        self._edits = edits
+        self._facts, self._batch, self._dtype_bytes = facts, batch, dtype_bytes
+        self._layer_bytes = [part.bytes(dtype_bytes, quantised=quantised) for part in facts.layer_weights]
+        self._first = facts.embedding.bytes(dtype_bytes) + facts.other.bytes(dtype_bytes)
+        self._last = facts.head.bytes(dtype_bytes)
+        self._largest = facts.largest_tensor * dtype_bytes
+        self._cached: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def filled(self, devices: Sequence[Device], share: float) -> list[Load] | None:
+        """Return the layers on devices of which only a share is used, None if some are left over."""
+        loads, start = [], 0
+        for number, device in enumerate(devices):
+            load = self._longest(device, start, int(device.budget * share), first=number == 0)
+            if load is None:
+                return None
+            loads.append(load)
+            start = load.layers.stop
+        return loads if start == self._facts.layers else None
+
+    def with_host(self, devices: Sequence[Device], host: Device) -> Layout | None:
+        """Return the devices filled one after the other, and the rest and the head in RAM.
+
+        What lies in RAM is computed on the first device: it takes a layer or the head at a time as a visitor, and
+        keeps the keys and values of those layers.
+        """
+        visiting = max(*self._layer_bytes, self._last)
+        everything = cache_bytes(self._facts, self._batch, self._dtype_bytes)
+        loads: list[Load] = []
+        start = 0
+        for number, device in enumerate(devices):
+            room = device.budget - visiting - (everything if number == 0 else 0)
+            load = self._longest(device, start, room, first=number == 0)
+            if load is None:
+                return None
+            loads.append(load)
+            start = load.layers.stop
+        rest = range(start, self._facts.layers)
+        weights = sum(self._layer_bytes[rest.start : rest.stop]) + self._last
+        if not rest or weights + self._largest > host.budget:
+            return None
+        visited = cache_bytes(self._facts, self._batch, self._dtype_bytes, rest)
+        first = loads[0]
+        loads[0] = replace(first, cache=first.cache + visited, margin=first.margin + visiting)
+        kept = Load(host, rest, weights, 0, 0, self._largest, weights + self._largest)
+        return Layout(self._batch.rows, (*loads, kept), offloaded=True)
+
+    def _longest(self, device: Device, start: int, room: int, *, first: bool) -> Load | None:
+        """Return the most layers from start on that fit, which may be none; None if not even those do."""
+        # More layers never take less, so that halving finds where they stop fitting.
+        fitting = bisect_right(
+            range(start, self._facts.layers + 1),
+            room,
+            key=lambda stop: self._load(device, range(start, stop), first=first).total,
+        )
+        return self._load(device, range(start, start + fitting - 1), first=first) if fitting else None
+
+    def _load(self, device: Device, layers: range, *, first: bool) -> Load:
+        last = bool(layers) and layers.stop == self._facts.layers
+        weights = sum(self._layer_bytes[layers.start : layers.stop])
+        weights += (self._first if first else 0) + (self._last if last else 0)
+        cache, activations = self._working(layers)
+        # The head works where it lies: on the last device, or with the embedding it is tied to.
+        if first if self._facts.tied else last:
+            scoring = scoring_bytes(self._facts, self._batch.rows_read, self._dtype_bytes)
+            activations = max(activations, scoring - cache)
+        return Load(
+            device=device,
+            layers=layers,
+            weights=weights,
+            cache=cache,
+            activations=activations,
+            margin=CONTEXT_BYTES + int(FRAGMENTATION * (cache + activations)),
+            loading_peak=weights + self._largest + CONTEXT_BYTES,
+        )
+
+    def _working(self, layers: range) -> tuple[int, int]:
+        """Return cache and activations of some layers; they are asked for again and again."""
+        key = (layers.start, layers.stop)
+        if key not in self._cached:
+            args = self._facts, self._batch, self._dtype_bytes
+            self._cached[key] = (
+                cache_bytes(*args, layers),
+                activation_bytes(*args, edits=self._edits, layers=layers),
+            )
+        return self._cached[key]

@@ -1,0 +1,341 @@
+"""The planner: how a model is put on a machine, judged before anything is downloaded.
+
+A rule, never a stopwatch: like machines get like plans, and rows are powers of two. Full precision on one
+device comes first, then over several, then 4-bit, then layers in RAM, which is slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from job.preflight.activation_memory import Batch, Edits
+from job.preflight.checks import GIB, Check, size
+from job.preflight.device_map import Device, Layout, lay_out
+from job.preflight.gpu import IDLE_BYTES
+from job.preflight.gpu_table import Card, cards
+from job.preflight.model_facts import ModelFacts
+from job.preflight.readings import MachineReading
+from job.records import LARGE_BYTES, READ_TOKENS, Record
+
+Strategy = Literal["single", "balanced", "offload"]
+Quantization = Literal["none", "bnb-4bit"]
+
+# Rows beyond these gain nothing in throughput, so that even small models are not given more.
+MOST_ROWS = {"cpu": 512, "cuda": 1024}
+# On a CPU, where rows beyond a few gain little as well (measured, docs/lab-notes.md), a large model's cache and
+# activations take no more than this share of its weights.
+CPU_SHARE = 0.25
+# With fewer rows a trial takes so many forwards that the next strategy is better.
+FEWEST_ROWS = 4
+# A forward that waits for layers from RAM is not made slower by more rows, but its cache takes their room.
+OFFLOAD_ROWS = 64
+# Share of the RAM that the job may take where the model is on the CPU or offloaded to it.
+RAM_SHARE = 0.8
+# What Python, torch and the job itself take of the RAM.
+HOST_BYTES = 3 * GIB
+COUNTS = (1, 2, 4, 8)
+# How accelerate is told to spread the layers.
+DEVICE_MAPS = {"single": "single", "balanced": "balanced", "offload": "auto"}
+
+
+class Workload(Record):
+    """What is planned for.
+
+    Attributes:
+        prompt_tokens: Tokens of the longest prompt, chat template included.
+        answer_tokens: Tokens decoded at most.
+        dtype_bytes: Size of a number in the type the model is loaded in.
+        most_rows: Rows there are at most; None means as many as fit.
+        edits: What hooks do to the residual writers: "columns" with ablation.row_normalization = "column".
+        quantise: 4-bit quantisation may be proposed.
+        offload: Layers may be kept in RAM.
+        processes: Processes that each hold the model in RAM, where there is no GPU.
+    """
+
+    prompt_tokens: int = 256
+    answer_tokens: int = 100
+    dtype_bytes: int = 2
+    most_rows: int | None = None
+    edits: Edits = "outputs"
+    quantise: bool = True
+    offload: bool = True
+    processes: int = 1
+
+
+class DevicePlan(Record):
+    """What a device will hold, bytes.
+
+    Attributes:
+        device: As torch names it; "cpu" is the RAM.
+        name: Product name.
+        layers: Number of decoder layers on it.
+        weights: Weights of its layers, and of embedding and head where they are.
+        cache: Keys and values of its layers at the end of the answers.
+        activations: What else is alive at the worst instant.
+        margin: CUDA context, workspaces and fragmentation.
+        loading_peak: Weights and the tensor being cast while the model is loaded.
+        free: What it has free.
+    """
+
+    device: str
+    name: str
+    layers: int
+    weights: int
+    cache: int
+    activations: int
+    margin: int
+    loading_peak: int
+    free: int
+
+    @property
+    def total(self) -> int:
+        """What it will hold at the worst instant."""
+        return max(self.weights + self.cache + self.activations + self.margin, self.loading_peak)
+
+
+class MemoryPlan(Record):
+    """A plan that fits.
+
+    Attributes:
+        strategy: single: one device; balanced: over several; offload: some layers stay in RAM.
+        quantization: none, or 4-bit by bitsandbytes when the model is loaded.
+        rows: Rows of a forward, a power of two.
+        devices: What each device holds.
+        host_bytes: RAM that loading and running take.
+        settings: The plan as lines of TOML.
+    """
+
+    strategy: Strategy
+    quantization: Quantization
+    rows: int
+    devices: tuple[DevicePlan, ...]
+    host_bytes: int
+    settings: tuple[str, ...]
+
+
+class Refusal(Record):
+    """No plan fits.
+
+    Attributes:
+        reason: Why, with sizes.
+        would_do: The cheapest sets of cards that would, as for `--on`, full precision first.
+    """
+
+    reason: str
+    would_do: tuple[str, ...]
+
+
+def plan(facts: ModelFacts, reading: MachineReading, work: Workload) -> MemoryPlan | Refusal:
+    """Return how the model goes onto the machine, or why it does not."""
+    devices = _devices(reading, work.processes)
+    quantisations = [False, True] if _can_quantise(facts, reading, work) else [False]
+    for fewest in (FEWEST_ROWS, 1):
+        for quantised in quantisations:
+            found = _best_single(facts, devices, work, quantised, fewest)
+            if found is None and len(devices) > 1:
+                found = _most_rows(facts, devices, work, quantised, fewest)
+            if found is not None:
+                return _described(facts, reading, work, found, quantised)
+    if work.offload and reading.gpus and reading.memory is not None:
+        offloaded = _offloaded(facts, devices, reading.memory.available, work)
+        if offloaded is not None:
+            return _described(facts, reading, work, offloaded, quantised=False)
+    return _refusal(facts, devices, work)
+
+
+def _can_quantise(facts: ModelFacts, reading: MachineReading, work: Workload) -> bool:
+    return work.quantise and bool(reading.gpus) and facts.quantisation is None
+
+
+def _devices(reading: MachineReading, processes: int) -> list[Device]:
+    """Return the devices with the memory that may be planned with, of RAM the share of one of so many processes."""
+    if not reading.gpus:
+        memory = reading.memory
+        share, available = (int(RAM_SHARE * memory.total), memory.available) if memory else (0, 0)
+        # The same share for like machines, unless something else has taken it.
+        return [Device("cpu", "RAM", min(share, available) // processes, available // processes)]
+    devices = []
+    for gpu in reading.gpus:
+        # An idle card's free memory varies a little from start to start; the plan must not.
+        steady = gpu.total_bytes - IDLE_BYTES
+        budget = steady if gpu.free_bytes >= steady else gpu.free_bytes
+        devices.append(Device(f"cuda:{gpu.index}", gpu.name, budget, gpu.free_bytes))
+    return devices
+
+
+def _row_counts(devices: Sequence[Device], work: Workload, fewest: int) -> list[int]:
+    """Return powers of two from the most rows that make sense down to the fewest."""
+    most = MOST_ROWS["cpu" if devices[0].label == "cpu" else "cuda"]
+    if work.most_rows is not None:
+        most = max(min(most, work.most_rows), 1)
+    highest = most.bit_length() - 1
+    return [1 << power for power in range(highest, -1, -1) if 1 << power >= min(fewest, 1 << highest)]
+
+
+def _best_single(
+    facts: ModelFacts, devices: Sequence[Device], work: Workload, quantised: bool, fewest: int
+) -> Layout | None:
+    """Return the layout on the one device that takes most rows, the first of equals."""
+    found = [_most_rows(facts, [device], work, quantised, fewest) for device in devices]
+    return max((layout for layout in found if layout), key=lambda layout: layout.rows, default=None)
+
+
+def _most_rows(
+    facts: ModelFacts, devices: Sequence[Device], work: Workload, quantised: bool, fewest: int
+) -> Layout | None:
+    for rows in _row_counts(devices, work, fewest):
+        layout = _laid_out(facts, devices, work, rows, quantised)
+        if layout is not None and (rows <= FEWEST_ROWS or not _takes_too_much(layout)):
+            return layout
+    return None
+
+
+def _takes_too_much(layout: Layout) -> bool:
+    """Return whether a large model on a CPU would be given more memory beside its weights than it gains by."""
+    load = layout.loads[0]
+    large = load.device.label == "cpu" and load.weights >= LARGE_BYTES
+    return large and load.cache + load.activations > CPU_SHARE * load.weights
+
+
+def _laid_out(
+    facts: ModelFacts,
+    devices: Sequence[Device],
+    work: Workload,
+    rows: int,
+    quantised: bool,
+    host: Device | None = None,
+) -> Layout | None:
+    batch = Batch(
+        rows=rows,
+        prompt_tokens=work.prompt_tokens,
+        answer_tokens=work.answer_tokens,
+        read_tokens=READ_TOKENS.get(devices[0].label.partition(":")[0]),
+    )
+    return lay_out(facts, devices, batch, work.dtype_bytes, quantised=quantised, edits=work.edits, host=host)
+
+
+def _offloaded(facts: ModelFacts, devices: Sequence[Device], ram: int, work: Workload) -> Layout | None:
+    host = Device("cpu", "RAM", int(RAM_SHARE * ram), ram)
+    limited = work.model_copy(update={"most_rows": min(work.most_rows or OFFLOAD_ROWS, OFFLOAD_ROWS)})
+    for rows in _row_counts(devices, limited, 1):
+        layout = _laid_out(facts, devices, limited, rows, quantised=False, host=host)
+        if layout is not None:
+            return layout
+    return None
+
+
+def _described(
+    facts: ModelFacts, reading: MachineReading, work: Workload, layout: Layout, quantised: bool
+) -> MemoryPlan:
+    strategy: Strategy = "offload" if layout.offloaded else "single" if len(layout.loads) == 1 else "balanced"
+    quantization: Quantization = "bnb-4bit" if quantised else "none"
+    on_cpu = [load for load in layout.loads if load.device.label == "cpu"]
+    # On its way to a GPU each tensor passes through RAM, as stored and as cast.
+    passing = 2 * facts.largest_tensor * work.dtype_bytes if reading.gpus else 0
+    return MemoryPlan(
+        strategy=strategy,
+        quantization=quantization,
+        rows=layout.rows,
+        devices=tuple(
+            DevicePlan(
+                device=load.device.label,
+                name=load.device.name,
+                layers=len(load.layers),
+                weights=load.weights,
+                cache=load.cache,
+                activations=load.activations,
+                margin=load.margin,
+                loading_peak=load.loading_peak,
+                free=load.device.free,
+            )
+            for load in layout.loads
+        ),
+        host_bytes=sum(load.total for load in on_cpu) + passing + HOST_BYTES,
+        settings=_settings(strategy, quantization, layout),
+    )
+
+
+def _settings(strategy: Strategy, quantization: Quantization, layout: Layout) -> tuple[str, ...]:
+    placed = [f'loading.device_map = "{DEVICE_MAPS[strategy]}"']
+    if strategy == "single":
+        placed.append(f'loading.device = "{layout.loads[0].device.label}"')
+    return (*placed, f'loading.quantization = "{quantization}"', f"batching.rows = {layout.rows}")
+
+
+def differences(found: MemoryPlan, device_map: object, quantization: Quantization) -> tuple[str, ...]:
+    """Return the settings that a job has to be given for a plan, where those it has would not fit.
+
+    Args:
+        found: The plan, which comes with the least that fits.
+        device_map: The job's loading.device_map.
+        quantization: The job's loading.quantization.
+    """
+    wanted = []
+    if found.strategy != "single" and device_map == "single":
+        wanted.append(f"--set loading.device_map={DEVICE_MAPS[found.strategy]}")
+    if found.quantization != "none" and quantization == "none":
+        wanted.append(f"--set loading.quantization={found.quantization}")
+    return tuple(wanted)
+
+
+def _refusal(facts: ModelFacts, devices: Sequence[Device], work: Workload) -> Refusal:
+    full, free = facts.weights_bytes(work.dtype_bytes), sum(device.free for device in devices)
+    reason = f"{size(full)} of weights"
+    if work.quantise and facts.quantisation is None:
+        reason += f" ({size(facts.weights_bytes(work.dtype_bytes, quantised=True))} in 4-bit)"
+    reason += f", cache and activations do not fit into {size(free)} free on {len(devices)} device(s)"
+    if devices[0].label == "cpu" and work.processes > 1:
+        reason += f", which is what each of {work.processes} workers has"
+    named = []
+    for quantised in (False, True) if work.quantise and facts.quantisation is None else (False,):
+        found = _cheapest(facts, work, quantised)
+        if found is not None:
+            card, count = found
+            text = f"{count}x{card.name}" + (" in 4-bit" if quantised else "")
+            named.append(f"{text} (roughly ${count * card.dollars[0]:.2f}–{count * card.dollars[1]:.2f} an hour)")
+    return Refusal(reason=reason, would_do=tuple(named))
+
+
+def _cheapest(facts: ModelFacts, work: Workload, quantised: bool) -> tuple[Card, int] | None:
+    """Return the cheapest set of cards of the table that takes the model with a useful number of rows."""
+    sets = sorted(((card, count) for card in cards() for count in COUNTS), key=lambda s: (s[0].price * s[1], s[1]))
+    rows = min(FEWEST_ROWS, work.most_rows or FEWEST_ROWS)
+    for card, count in sets:
+        budget = card.total_bytes - IDLE_BYTES
+        devices = [Device(f"cuda:{index}", card.name, budget, card.total_bytes) for index in range(count)]
+        if _laid_out(facts, devices, work, rows, quantised) is not None:
+            return card, count
+    return None
+
+
+def memory_check(found: MemoryPlan | Refusal, wanted: tuple[str, ...] = ()) -> Check:
+    """Return the plan as a check: offloading is a warning, no plan at all a failure of this machine.
+
+    Args:
+        found: The plan.
+        wanted: Options that the job has to be given for it (`differences`); without them it does not fit.
+    """
+    if isinstance(found, Refusal):
+        return Check(
+            name="gpu.memory",
+            status="fail",
+            measured=found.reason,
+            needed="a plan that fits",
+            remedy=f"choose {' or '.join(found.would_do)}"
+            if found.would_do
+            else "no set of cards in the table would do",
+        )
+    slow = found.strategy == "offload"
+    remedy = "layers fetched from RAM make every forward many times slower: choose more GPU memory" if slow else ""
+    if wanted:
+        remedy = f"as it is set up it does not fit: add {' '.join(wanted)}" + (f"; {remedy}" if remedy else "")
+    held = ", ".join(f"{device.device} {size(device.total)} of {size(device.free)}" for device in found.devices)
+    kind = "4-bit" if found.quantization == "bnb-4bit" else "full precision"
+    return Check(
+        name="gpu.memory",
+        status="fail" if wanted else "warn" if slow else "ok",
+        measured=f"{found.strategy}, {kind}, {found.rows} rows: {held}",
+        needed="weights, cache, activations and a margin within what is free",
+        remedy=remedy,
+    )

@@ -1,0 +1,279 @@
+"""The truth test: does projecting all discovered writers' weights keep a direction out of the stream?
+
+It runs on a small random twin of a model's family, built from its configuration alone, with random norm
+gains and biases, before any weight is read. Its converse shows that none of the writers is there in vain.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from job.architectures.discovery import decoder_of
+from job.architectures.spec import Architecture, Writer, architecture_of, require_editable
+from job.architectures.tiny_model import small_twin
+from job.directions.residuals import layer_outputs
+from job.edits.hooks import Intervention
+from job.errors import ImpossibleJobError, UnsupportedArchitectureError
+from job.model.quantization import quantisation_of
+from job.numerics.basis import Basis
+from job.records import COMPONENTS, EditParameters, KernelParameters
+
+TOLERANCE = 1e-4
+# What a layer has to write along the direction when a writer is left out: far from rounding.
+_NOTICED = 100 * TOLERANCE
+_ROWS, _TOKENS = 4, 12
+
+
+def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
+    """Return the configuration of a model folder.
+
+    Args:
+        folder: The folder.
+        trusted: The model's own code may be run.
+
+    Raises:
+        ImpossibleJobError: The folder is not a model, or transformers does not know its family.
+    """
+    if not (folder / "config.json").is_file():
+        what = "is not a model folder: it has no config.json" if folder.is_dir() else "does not exist"
+        raise ImpossibleJobError(f"{folder} {what}", remedy="give the folder of a model in Hugging Face format")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise ImpossibleJobError(
+                f"{folder} is of a family that needs its own code to be run",
+                remedy="read that code, and if you trust it, --set loading.trust_remote_code=true",
+            ) from error
+        first = str(error).strip().splitlines()[0]
+        raise ImpossibleJobError(
+            f"the configuration of {folder} cannot be used: {first}",
+            remedy="the model needs a family that the installed transformers knows",
+        ) from error
+
+
+def largest_leak(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    writers: Collection[Writer] | None = None,
+    seed: int = 0,
+) -> tuple[int, float]:
+    """Ablate a random direction from weights in memory and return where the stream still moves along it most.
+
+    Args:
+        model: A random model; its parameters are as they were afterwards.
+        architecture: Its structure.
+        writers: The writers to edit, None for all.
+        seed: Of the direction and the inputs.
+
+    Returns:
+        The layer and the share |v·(h_out - h_in)| / |h_out - h_in| there, the largest over all positions.
+    """
+    shares = leaks(model, architecture, architecture.writers if writers is None else writers, seed)
+    worst = max(range(len(shares)), key=shares.__getitem__)
+    return worst, shares[worst]
+
+
+def leaks(
+    model: PreTrainedModel, architecture: Architecture, writers: Collection[Writer], seed: int = 0
+) -> list[float]:
+    """Return each layer's share for a direction that these writers were freed of (`largest_leak`)."""
+    direction = random_direction(model, seed)
+    with _ablated(model, writers, direction):
+        return _shares(model, architecture, direction.expand(_ROWS, -1), torch.Generator().manual_seed(seed))
+
+
+def random_direction(model: PreTrainedModel, seed: int = 0) -> Tensor:
+    """Return the unit direction that `leaks` looks along, [d], float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return nn.functional.normalize(torch.randn(_width(model), generator=generator, dtype=torch.float64), dim=0)
+
+
+def hooked_leaks(model: PreTrainedModel, architecture: Architecture, seed: int = 0) -> list[float]:
+    """Return each layer's share when hooks ablate another direction in every row."""
+    generator = torch.Generator().manual_seed(seed)
+    count = architecture.layer_count
+    directions = nn.functional.normalize(torch.randn(count, _width(model), generator=generator), dim=1)
+    everywhere = KernelParameters(max_weight=1, max_weight_position=0, min_weight=1, min_weight_distance=count)
+    chosen = [row % count for row in range(_ROWS)]
+    edits = [
+        EditParameters(direction_index=float(index), kernels=dict.fromkeys(COMPONENTS, everywhere)) for index in chosen
+    ]
+    with (
+        Intervention(model, architecture, Basis.single(directions), "none") as intervention,
+        intervention.activate(edits).bind(torch.arange(_ROWS)),
+    ):
+        return _shares(model, architecture, directions[chosen].to(torch.float64), generator)
+
+
+def _width(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config(decoder=True).hidden_size)
+
+
+def _shares(
+    model: PreTrainedModel, architecture: Architecture, directions: Tensor, generator: torch.Generator
+) -> list[float]:
+    """Return how much of what each layer adds to the stream lies along the direction of a row, [rows, d], at most."""
+    tokens = torch.randint(3, model.get_input_embeddings().num_embeddings, (_ROWS, _TOKENS), generator=generator)
+    residuals: dict[int, Tensor] = {}
+    layers = model.get_submodule(architecture.layers)
+    assert isinstance(layers, nn.ModuleList)
+    with torch.inference_mode(), layer_outputs(layers, residuals.__setitem__):
+        decoder_of(model)(input_ids=tokens, use_cache=False)
+    shares = []
+    for layer in range(architecture.layer_count):
+        added = (residuals[layer + 1] - residuals[layer]).to(torch.float64)
+        share = (added @ directions[..., None]).abs()[..., 0] / added.norm(dim=-1)
+        shares.append(float(share.nan_to_num(1.0).max()))
+    return shares
+
+
+@contextmanager
+def _ablated(model: PreTrainedModel, writers: Collection[Writer], direction: Tensor) -> Iterator[None]:
+    """Within the block, have a direction [d] projected out of the parameters of writers and of their norms' biases."""
+    before: dict[str, Tensor] = {}
+
+    def project(name: str, axis: int, vector: Tensor) -> None:
+        parameter = model.get_parameter(name)
+        if name in before:
+            return
+        before[name] = parameter.data.clone()
+        moved = parameter.data.to(torch.float64).movedim(axis, -1)
+        edited = moved - (moved @ vector)[..., None] * vector
+        parameter.data.copy_(edited.movedim(-1, axis))
+
+    try:
+        for writer in writers:
+            vector = direction
+            for norm in reversed(writer.post_norms):
+                if norm.bias is not None:
+                    project(norm.bias, -1, vector)
+                vector = norm.pull_back(model.get_parameter(norm.parameter).data, vector)
+                vector = nn.functional.normalize(vector, dim=0)
+            project(writer.parameter, writer.axis, vector)
+            if writer.bias is not None:
+                project(writer.bias, -1, vector)
+        yield
+    finally:
+        for name, data in before.items():
+            model.get_parameter(name).data.copy_(data)
+
+
+def without_each_role(architecture: Architecture) -> Iterator[tuple[str, list[Writer], set[int]]]:
+    """Yield all writers but those of one name within their layers, for each such name, with the layers concerned."""
+    roles: dict[str, set[int]] = {}
+    prefix = f"{architecture.layers}."
+    names = [writer.parameter.removeprefix(prefix).partition(".")[2] for writer in architecture.writers]
+    for writer, name in zip(architecture.writers, names, strict=True):
+        roles.setdefault(name, set()).add(writer.layer)
+    for role, layers in roles.items():
+        rest = [w for w, name in zip(architecture.writers, names, strict=True) if name != role]
+        yield role, rest, layers
+
+
+def prove(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Make the truth test and its converse: nothing is missing from the writers, and none could be left out.
+
+    Raises:
+        UnsupportedArchitectureError: It fails.
+    """
+    layer, share = largest_leak(model, architecture)
+    if not share < TOLERANCE:
+        raise UnsupportedArchitectureError(
+            architecture.model_type,
+            f"after ablating a direction from all known residual writers, layer {layer} "
+            f"still writes {share:.1e} of its output along it",
+        )
+    for role, rest, layers in without_each_role(architecture):
+        shares = leaks(model, architecture, rest)
+        idle = sorted(layer for layer in layers if shares[layer] < _NOTICED)
+        if idle:
+            raise UnsupportedArchitectureError(
+                architecture.model_type, f"{role} of layer {idle[0]} was not seen to write into the stream"
+            )
+
+
+def proven(config: PretrainedConfig) -> Architecture:
+    """Return the structure of a model, from its configuration alone, proven by the truth test on a small twin.
+
+    Raises:
+        UnsupportedArchitectureError: The family cannot be edited completely.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what families say of optional kernels does not matter in a twin
+        architecture = architecture_of(config)
+        prove(small_twin(config), architecture)
+    return architecture
+
+
+def inspect_model(folder: Path, trusted: bool = False) -> Architecture:
+    """Return the structure of a model that can be edited, from its configuration alone, proven by the truth test.
+
+    Raises:
+        ImpossibleJobError: The folder is not a model.
+        UnsupportedArchitectureError: The model's family cannot be edited completely, or its files are quantised in a
+            way that is not undone.
+    """
+    config = read_config(folder, trusted)
+    quantisation_of(config.to_dict())
+    architecture = proven(config)
+    require_supported(config, architecture)
+    return architecture
+
+
+def require_supported(config: PretrainedConfig, architecture: Architecture) -> None:
+    """Refuse a structure that is proven, but that the job cannot load, edit or export.
+
+    Raises:
+        UnsupportedArchitectureError: It is such a one.
+    """
+    require_editable(architecture)
+    twin = small_twin(config)
+    # What is loaded is a model of the whole configuration, which may be for images too, not of its part for text.
+    if type(twin.config) is not type(config):
+        raise UnsupportedArchitectureError(architecture.model_type, "its files hold more than what is loaded of them")
+    shares = hooked_leaks(twin, architecture)
+    worst = max(range(len(shares)), key=shares.__getitem__)
+    if not shares[worst] < TOLERANCE:
+        raise UnsupportedArchitectureError(
+            architecture.model_type,
+            f"after ablating a direction from the outputs of all writers, layer {worst} "
+            f"still writes {shares[worst]:.1e} of its output along it",
+        )
+
+
+def inspection(folder: Path, trusted: bool = False) -> dict[str, Any]:
+    """Return what `abliterate inspect --json` prints (DESIGN section 6)."""
+    config = read_config(folder, trusted)
+    found: dict[str, Any] = {
+        "supported": False,
+        "reason": None,
+        "model_type": str(config.model_type),
+        "layers": int(config.get_text_config(decoder=True).num_hidden_layers),
+        "writers": [],
+    }
+    try:
+        architecture = inspect_model(folder, trusted)
+    except UnsupportedArchitectureError as error:
+        return {**found, "reason": error.reason}
+    writers: list[dict[str, Any]] = [
+        {
+            "layer": writer.layer,
+            "component": writer.component,
+            "parameter": writer.parameter,
+            "bias": writer.bias,
+            "axis": writer.axis,
+            "post_norm": [norm.parameter for norm in writer.post_norms],
+            "post_norm_bias": next((norm.bias for norm in writer.post_norms if norm.bias), None),
+        }
+        for writer in architecture.writers
+    ]
+    return {**found, "supported": True, "layers": architecture.layer_count, "writers": writers}

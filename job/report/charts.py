@@ -1,0 +1,181 @@
+"""The charts of report.html, as HTML that needs plotly.js on its page and nothing from the network.
+
+Charts have no background of their own, and the colour of their text is the page's: they suit light and dark alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+import plotly.io
+
+from job.numerics.weight_kernel import WeightKernel
+from job.records import EditParameters, GeometryRecord, LayerGeometry, Trial
+from job.search.optimizer import pareto_front
+
+# Each stands out by 3:1 from white and from the dark page; lines and markers differ as well, for all colour vision.
+_BLUE, _ORANGE, _GREY, _GREEN = "#3b7dd8", "#cf6c00", "#808080", "#2e8f5b"
+_DASHES = ("solid", "dash", "dot", "dashdot")
+_SYMBOLS = ("circle", "square", "diamond", "x")
+_COLOURS = (_BLUE, _ORANGE, _GREEN, _GREY)
+# What a logarithmic axis shows of a divergence that is nothing.
+_LEAST_KL = 1e-6
+# Lines of the geometry: title of the axis, and field by name.
+GEOMETRY = (
+    (
+        "cosine",
+        {
+            "of the two means": "cosine_means",
+            "of direction and good mean": "cosine_good",
+            "of direction and bad mean": "cosine_bad",
+            "of direction and the layer's before": "cosine_previous",
+        },
+    ),
+    ("length", {"good mean": "good_norm", "bad mean": "bad_norm", "difference of the means": "difference_norm"}),
+    ("separation", {"silhouette": "silhouette", "share of variance along the direction": "variance_share"}),
+)
+
+
+def usable(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that the chart of the front has points for, in the order of these points."""
+    return [trial for trial in trials if trial.values.reason is None]
+
+
+def front_chart(trials: Sequence[Trial], chosen: Trial | None, asked: int) -> str:
+    """Return all trials, the front and the chosen one, refusals against KL; point i of its first trace is usable i."""
+    chart = go.Figure()
+    groups: tuple[tuple[str, Sequence[Trial], str, dict[str, Any]], ...] = (
+        ("trials", usable(trials), "markers", {"color": _GREY, "size": 8, "opacity": 0.7}),
+        ("Pareto front", pareto_front(trials), "lines+markers", {"color": _BLUE, "size": 9}),
+        ("chosen", [chosen] if chosen else [], "markers", {"color": _ORANGE, "size": 16, "symbol": "star"}),
+    )
+    for name, points, mode, marker in groups:
+        chart.add_scatter(
+            name=name,
+            x=[trial.values.refusals for trial in points],
+            y=[max(trial.values.kl, _LEAST_KL) for trial in points],
+            text=[f"trial {t.number}<br>{t.values.refusals} refusals, KL {t.values.kl:.4g}" for t in points],
+            hovertemplate="%{text}<extra></extra>",
+            mode=mode,
+            marker=marker,
+        )
+    chart.update_xaxes(title=f"refusals of {asked} prompts", range=[-0.04 * asked, 1.04 * asked])
+    chart.update_yaxes(title="KL divergence (nats)", type="log", **_log_ticks([t.values.kl for t in usable(trials)]))
+    return _embed(chart, "chart-front", 400)
+
+
+def strengths(edit: EditParameters, layers: int) -> dict[str, list[float]]:
+    """Return how strongly an edit ablates each component in each layer."""
+    return {
+        component: [WeightKernel(**kernel.model_dump()).strength(layer) for layer in range(layers)]
+        for component, kernel in edit.kernels.items()
+    }
+
+
+def strength_chart(edit: EditParameters, layers: int) -> str:
+    """Return the strength of an edit by layer, a bar for every component."""
+    chart = go.Figure()
+    for (name, values), colour, pattern in zip(
+        strengths(edit, layers).items(), (_BLUE, _ORANGE), ("", "/"), strict=False
+    ):
+        chart.add_bar(
+            name=name,
+            x=list(range(layers)),
+            y=values,
+            marker={"color": colour, "pattern": {"shape": pattern}},
+            hovertemplate="layer %{x}: %{y:.3f}<extra>" + name + "</extra>",
+        )
+    chart.update_layout(barmode="group", bargap=0.25)
+    chart.update_xaxes(title="layer", **_layer_ticks(layers))
+    chart.update_yaxes(title="strength of the ablation", rangemode="tozero")
+    return _embed(chart, "chart-strength", 320)
+
+
+def geometry_charts(record: GeometryRecord) -> str:
+    """Return cosines, lengths and separation by layer, one chart each."""
+    return "".join(
+        _lines(record.layers, title, fields, f"chart-geometry-{number}")
+        for number, (title, fields) in enumerate(GEOMETRY)
+    )
+
+
+def _lines(layers: Sequence[LayerGeometry], title: str, fields: dict[str, str], name: str) -> str:
+    chart = go.Figure()
+    for (label, field), colour, dash, symbol in zip(fields.items(), _COLOURS, _DASHES, _SYMBOLS, strict=False):
+        chart.add_scatter(
+            name=label,
+            y=[getattr(layer, field) for layer in layers],
+            mode="lines+markers",
+            line={"color": colour, "dash": dash},
+            marker={"color": colour, "symbol": symbol, "size": 7},
+            hovertemplate="layer %{x}: %{y:.3g}<extra>" + label + "</extra>",
+        )
+    chart.update_xaxes(title="layer", **_layer_ticks(len(layers)))
+    chart.update_yaxes(title=title)
+    return _embed(chart, name, 320)
+
+
+def best_layer(record: GeometryRecord) -> int:
+    """Return the layer in which the two classes are furthest apart."""
+    return max(range(len(record.layers)), key=lambda index: record.layers[index].silhouette or -1.0)
+
+
+def points_chart(record: GeometryRecord) -> str:
+    """Return the residuals of all layers, of which one is shown: two traces a layer, good and bad."""
+    chart, shown = go.Figure(), best_layer(record)
+    for index, layer in enumerate(record.layers):
+        groups = (("good", layer.good_points, _BLUE, "circle"), ("bad", layer.bad_points, _ORANGE, "x"))
+        for name, points, colour, symbol in groups:
+            chart.add_scatter(
+                name=name,
+                x=[round(point[0], 4) for point in points],
+                y=[round(point[1], 4) for point in points],
+                mode="markers",
+                marker={"color": colour, "symbol": symbol},
+                visible=index == shown,
+                hovertemplate="along %{x:.3g}, across %{y:.3g}<extra>" + name + "</extra>",
+            )
+    chart.update_xaxes(title="along the direction")
+    chart.update_yaxes(title="across: main component of the rest")
+    return _embed(chart, "chart-points", 400)
+
+
+def _log_ticks(values: Sequence[float]) -> dict[str, Any]:
+    """Return one tick a power of ten where there are several, and more otherwise."""
+    shown = [max(value, _LEAST_KL) for value in values]
+    several = bool(shown) and max(shown) > 30 * min(shown)
+    return {"exponentformat": "none", "tickformat": "~g", **({"dtick": 1} if several else {})}
+
+
+def _layer_ticks(layers: int) -> dict[str, Any]:
+    return {"dtick": max(1, round(layers / 12)), "tick0": 0}
+
+
+def _embed(chart: Any, name: str, height: int) -> str:
+    chart.update_layout(
+        template="none",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        height=height,
+        margin={"l": 60, "r": 10, "t": 10, "b": 45},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        hovermode="closest",
+        dragmode=False,
+        font={"size": 13, "family": "system-ui, sans-serif"},
+    )
+    # A fixed range leaves swipes over a chart to the page.
+    axis = {"gridcolor": "rgba(128,128,128,0.3)", "zeroline": False, "fixedrange": True, "automargin": True}
+    chart.update_xaxes(**axis)
+    chart.update_yaxes(**axis)
+    return str(
+        plotly.io.to_html(
+            chart,
+            full_html=False,
+            include_plotlyjs=False,
+            div_id=name,
+            default_height=f"{height}px",
+            config={"responsive": True, "displayModeBar": False},
+        )
+    )

@@ -1,0 +1,77 @@
+"""The Pareto front of a job's trials, numbered, with all that helps to choose from it; needs no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from job.data.prompts import PromptSets
+from job.lifecycle.locate import job_settings
+from job.numerics.statistics import wilson_interval
+from job.records import FORMATS, Figures, Trial
+from job.report.run_view import job_trials
+from job.search.optimizer import choose, pareto_front
+from job.storage.run_folder import RunFolder, is_sealed, read_record
+
+
+def job_front(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the trials of a job's front, those with the fewest refusals and broken answers first.
+
+    Each has its number, whether it is the one that the job chooses (as things stand, while the search goes on), its
+    refusals on the search's bad prompts with their 95 % interval as shares, its broken answers, its KL, the formats it
+    has been exported in, and the figures of its export on the report's prompts, None where there is none.
+
+    Raises:
+        JobError: The study cannot be read.
+    """
+    trials = pareto_front(job_trials(folder))
+    if not trials:
+        return []
+    asked = len(read_record(folder.prompts_file, PromptSets).bad_search)
+    chosen = choose(trials, asked, job_settings(folder).choice.refusal_tolerance).number
+    return [_point(folder, trial, asked, chosen) for trial in trials]
+
+
+def _point(folder: RunFolder, trial: Trial, asked: int, chosen: int) -> dict[str, Any]:
+    exports = {form: folder.export_folder(trial.number, form) for form in FORMATS}
+    made = [form for form, export in exports.items() if is_sealed(export)]
+    files = [folder.figures_file(exports[form].name) for form in made]
+    figures = next((read_record(file, Figures) for file in files if file.exists()), None)
+    return {
+        "number": trial.number,
+        "chosen": trial.number == chosen,
+        "refusals": trial.values.refusals,
+        "prompts": asked,
+        "broken": trial.values.broken,
+        "refusals_interval": wilson_interval(trial.values.refusals, asked),
+        "kl": trial.values.kl,
+        "exported": made,
+        "report": figures.model_dump(mode="json") if figures is not None else None,
+    }
+
+
+def front_text(front: list[dict[str, Any]]) -> str:
+    """Return a front for people, a line a trial."""
+    if not front:
+        return "no trial is finished"
+    return "\n".join(map(_line, front))
+
+
+def _line(point: dict[str, Any]) -> str:
+    low, high = (100 * share for share in point["refusals_interval"])
+    line = (
+        f"trial {point['number']}: {point['refusals']}/{point['prompts']} refusals ({low:.1f}–{high:.1f} %), "
+        + (f"{point['broken']} broken answers, " if point["broken"] else "")
+        + f"KL {point['kl']:.4g}"
+    )
+    if point["chosen"]:
+        line += ", chosen"
+    if point["exported"]:
+        line += f", exported ({', '.join(point['exported'])})"
+    found = point["report"]
+    if found is not None:
+        line += (
+            f": on unseen prompts {found['refusals']}/{found['bad_prompts']} refusals, KL {found['kl']:.4g}, "
+            f"{found['false_refusals']}/{found['good_prompts']} false refusals, "
+            f"{found['degenerate'] + found['false_degenerate']} broken answers"
+        )
+    return line

@@ -1,0 +1,201 @@
+"""The report of a run: what was done and measured, where and how long it took."""
+
+from __future__ import annotations
+
+from job.errors import UsageError
+from job.export.model_card import direction_text, figures_table, kernel_table
+from job.records import DetectorReport, GeometryRecord, State
+from job.report.run_view import RunResult
+from job.report.story import Story
+from job.report.tables import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors
+from job.search.optimizer import pareto_front
+from job.storage.run_folder import PRIVATE, RunFolder, write_atomically
+from job.text.markup import markdown
+from job.text.redaction import redact
+
+
+def write_reports(folder: RunFolder, state: State | None = None, *, include_responses: bool = False) -> str:
+    """Write report.md and report.html of a run folder and return the former's text.
+
+    Of a job that has exported nothing, the page shows what there is, and report.md is a few lines.
+
+    Args:
+        folder: The run folder.
+        state: What its state.json is about to say; None: what it says.
+        include_responses: Write the page with answers to prompts that have the behaviour as well, to a file that only
+            its owner may read and that is in no mirror.
+
+    Raises:
+        UsageError: Such answers are asked for, and none are kept.
+        MachineError: The reports cannot be written.
+    """
+    from job.report.html import report_page  # its charts take a second to load
+    from job.report.sections import headline
+
+    story = Story.read(folder, state)
+    if include_responses and story.answers is None:
+        raise UsageError(
+            f"no answers are kept of job {story.record.job_id}",
+            remedy="they stay on the machine that made the export; `abliterate export` makes it again",
+        )
+    text = (
+        run_report(RunResult.read(folder))
+        if story.export
+        else f"# Report of job {folder.path.name}\n\n{markdown(headline(story))}\n"
+    )
+    text = redact(text)
+    write_atomically(folder.report_file, text.encode())
+    write_atomically(folder.page_file, report_page(story).encode())
+    if include_responses:
+        write_atomically(folder.answers_page_file, report_page(story, private=True).encode(), mode=PRIVATE)
+    return text
+
+
+def _lengths(result: RunResult) -> str:
+    """Return in words how long the answers were that refusals were counted in, "" where all were alike."""
+    if not result.rescored:
+        return ""
+    scoring = result.record.settings["scoring"]
+    return (
+        f"\nRefusals were counted in the first {scoring['search_tokens']} tokens of answers, and again in the first "
+        f"{scoring['answer_tokens']} for the trials that came into question: {', '.join(map(str, result.rescored))}."
+    )
+
+
+def run_report(result: RunResult) -> str:
+    """Return the report.md of a run."""
+    record, chosen = result.record, result.chosen
+    skipped = sum(trial.values.skipped for trial in result.trials)
+    failed = sum(trial.values.reason is not None for trial in result.trials) - skipped
+    front = "\n".join(
+        f"| {trial.number}{' (chosen)' if trial.number == chosen.number else ''} "
+        f"| {trial.values.refusals} | {trial.values.broken} | {trial.values.kl:.4g} |"
+        for trial in pareto_front(result.trials)
+    )
+    prefix = record.resolution.response_prefix if record.resolution else ""
+    sources = "\n".join(
+        f"- {markdown(name)}: {markdown(source)}"
+        + (f", commit {markdown(result.prompts.commits[name])}" if name in result.prompts.commits else "")
+        for name, source in result.prompts.sources.items()
+    )
+    packages = ", ".join(markdown(f"{name} {version}") for name, version in record.versions.items())
+    return f"""\
+# Report of job {record.job_id}
+
+Model: {markdown(record.settings["model"])}, loaded in {record.resolution.dtype if record.resolution else "unknown"}
+
+## Result
+
+Trial {chosen.number} of {len(result.trials)} was chosen: `exports/{result.export}`, to which `export` links.
+Its figures on prompts that the search has {"not seen" if result.prompts.unseen else "seen too"}:
+
+{figures_table(result.base, result.edited)}
+{_warnings(result)}
+It ablates {direction_text(result.edit)} with these strengths:
+
+{kernel_table(result.edit)}
+{_norms(result)}
+## Pareto front
+
+Measured on the search split ({len(result.prompts.bad_search)} prompts with the behaviour, \
+{len(result.prompts.good_search)} without); {failed} of {len(result.trials)} trials failed\
+{f", {skipped} were given up for their KL divergence before they answered" if skipped else ""}.\
+{_lengths(result)}
+
+| trial | refusals | broken answers | KL (nats) |
+|---|---|---|---|
+{front}
+
+## Detectors
+
+{detectors_text(result.detectors)}
+
+## Geometry
+
+{geometry_table(result.geometry)}
+
+μ are the means of the residuals of prompts without (good) and with (bad) the behaviour \
+({len(result.prompts.good)} and {len(result.prompts.bad)} prompts), v is the layer's first direction; \
+silhouette and share of variance say how well the two classes are apart.
+
+## Preflight
+
+{_preflight(result)}
+
+## Provenance
+
+{_machines(result)}
+
+{packages}; seed {record.identity["seed"]}; {record.startup_trials} start-up trials; \
+directions by {record.identity["directions"]["method"]}; \
+{"answers are made to begin with " + markdown(repr(prefix)) if prefix else "no response prefix"}.
+
+{sources}
+"""
+
+
+def _norms(result: RunResult) -> str:
+    """Return what was done about norms between residual writers and the stream, "" where there are none."""
+    resolution, ablation = result.record.resolution, result.record.settings["ablation"]
+    if resolution is None or not resolution.norms:
+        return ""
+    names = markdown(", ".join(resolution.norms))
+    if ablation.get("through_norms", True):
+        done = "the edit ablates what becomes the direction behind them"
+    else:
+        done = "as asked for, the edit takes no account of them and reaches the stream only in part"
+    return f"\nNorms stand between residual writers and the stream ({names}): {done}.\n"
+
+
+def _warnings(result: RunResult) -> str:
+    """Return warnings as a list, "" where there are none."""
+    found = result.warnings
+    return "\n" + "".join(f"- **Warning**: {markdown(warning)}.\n" for warning in found) if found else ""
+
+
+def detectors_text(found: DetectorReport | None) -> str:
+    """Return what detectors say of both models' answers, and how far they agree, as tables."""
+    if found is None:
+        return "None was asked."
+    parts = [f"{COUNTED}:", detector_counts(found)]
+    if found.agreement:
+        parts += [f"{AGREED}:", detector_agreement(found)]
+    failed = [f"- {markdown(line)}" for line in failed_detectors(found)]
+    return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
+
+
+def _machines(result: RunResult) -> str:
+    lines = [f"Trials {numbers} were evaluated on {markdown(hardware)}." for hardware, numbers in result.machines]
+    return "\n".join(lines) or "No trial was evaluated: the edit was given."
+
+
+def _preflight(result: RunResult) -> str:
+    if not result.preflight:
+        return "All checks were in order."
+    allowed = f" Allowed to fail: {markdown(', '.join(result.allowed))}." if result.allowed else ""
+    rows = "\n".join(
+        f"| {markdown(name)} | {markdown(status)} | {markdown(measured)} |"
+        for name, status, measured in result.preflight
+    )
+    return f"All other checks were in order.{allowed}\n\n| check | status | measured |\n|---|---|---|\n{rows}"
+
+
+def geometry_table(record: GeometryRecord) -> str:
+    """Return the geometry of all layers as a table."""
+    columns = {
+        "length of μ_good": "good_norm",
+        "length of μ_bad": "bad_norm",
+        "of μ_bad − μ_good": "difference_norm",
+        "cos(μ_good, μ_bad)": "cosine_means",
+        "cos(v, μ_good)": "cosine_good",
+        "cos(v, μ_bad)": "cosine_bad",
+        "cos(v, v of the layer before)": "cosine_previous",
+        "silhouette": "silhouette",
+        "share of variance along v": "variance_share",
+    }
+    lines = [f"| layer | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for index, layer in enumerate(record.layers):
+        values = (getattr(layer, name) for name in columns.values())
+        cells = ("–" if value is None else f"{value:.3g}" for value in values)
+        lines.append(f"| {index} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,232 @@
+"""Where a job stands, told from its run folder alone; needs no torch."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from job.config.schema import default_values, merged
+from job.data.prompts import PromptSets
+from job.errors import JobError
+from job.records import JobRecord, State, Trial
+from job.report.run_view import job_trials
+from job.report.timings import duration_text
+from job.search.budget import read_spent
+from job.search.optimizer import choose, pareto_front
+from job.storage.events import read_events
+from job.storage.run_folder import RunFolder, read_record
+from job.text.markup import printable
+
+# The ETA goes by the latest trials: rates change when a job moves to another machine.
+_RECENT = 20
+_EVENTS, _WARNINGS, _FRONT = 5, 5, 10
+# States that a job does not leave by itself.
+ENDED = frozenset({"finished", "failed"})
+_AFTER_SEARCH = ("export", "upload")
+
+
+def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]:
+    """Return the status of a job (DESIGN section 6).
+
+    Args:
+        folder: Its run folder, or what a checkpoint has of it.
+        running: Whether a run is at it; None: its lock tells.
+    """
+    record, state = folder.read_job(), folder.read_state()
+    trials = job_trials(folder)
+    events = read_events(folder.events_file)
+    survey = json.loads(folder.preflight_file.read_text()) if folder.preflight_file.exists() else {}
+    prompts = read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None
+    held = folder.is_held() if running is None else running
+    name, reason = _state(state, held)
+    target = int(record.settings["trials"]) if record.searches else 1
+    exported = folder.export_link.exists()
+    eta, eta_total = _etas(events, survey, state, target - len(trials)) if name == "running" else (None, None)
+    said = [event for event in events if event.get("message")]
+    return {
+        "job_id": record.job_id,
+        "model": record.settings["model"],
+        "state": name,
+        "reason": reason,
+        "phase": state.phase if state is not None else None,
+        "trials": {
+            "done": len(trials),
+            "target": target,
+            "running": _running(record, state, len(trials), target) if name == "running" else 0,
+        },
+        "eta_s": eta,
+        "eta_total_s": eta_total,
+        "best": [
+            {"number": t.number, "params": t.params, "values": {"refusals": t.values.refusals, "kl": t.values.kl}}
+            for t in pareto_front(trials)
+        ],
+        "leading": _leading(record, trials, prompts),
+        "chosen": state.chosen if state is not None and name == "finished" else None,
+        "export": str(folder.export_link) if exported else None,
+        "uploads": [upload.model_dump() for upload in folder.read_uploads()],
+        "search_prompts": len(prompts.bad_search) if prompts else None,
+        "received_bytes": prompts.received if prompts else 0,
+        "spent_s": round(read_spent(folder.meter_file).seconds, 1),
+        "cost_usd": _cost(folder, record),
+        "events": [{key: event[key] for key in ("time", "event", "message")} for event in said[-_EVENTS:]],
+        "warnings": _warnings(events, survey),
+    }
+
+
+def _state(state: State | None, held: bool) -> tuple[str, str | None]:
+    """Return what a job's state is called, and why it is so."""
+    if state is None:
+        return "new", None
+    if held:
+        return "running", None
+    if state.state == "running":
+        return "preempted", "the process ended without a word"
+    return state.state, state.reason
+
+
+def _cost(folder: RunFolder, record: JobRecord) -> float | None:
+    """Return the dollars that the job has taken, None where no price is known."""
+    spent = read_spent(folder.meter_file)
+    return round(spent.dollars, 2) if spent.dollars or record.settings.get("price") is not None else None
+
+
+def _leading(record: JobRecord, trials: Sequence[Trial], prompts: PromptSets | None) -> int | None:
+    """Return the trial that would be chosen if the search ended now."""
+    if prompts is None:
+        return None
+    # What a former version did not know is as it was before.
+    settings = merged(default_values(), record.settings)
+    try:
+        return choose(trials, len(prompts.bad_search), settings["choice"]["refusal_tolerance"]).number
+    except JobError:
+        return None  # none could be scored yet
+
+
+def _running(record: JobRecord, state: State | None, done: int, target: int) -> int:
+    """Return how many trials are being evaluated: those of the current batch that are not stored."""
+    if state is None or state.phase != "search":
+        return 0
+    batch = int(record.settings["trials_per_batch"])
+    return max(0, min(batch - done % batch, target - done))
+
+
+def _etas(
+    events: Sequence[dict[str, Any]], survey: dict[str, Any], state: State | None, left: int
+) -> tuple[float | None, float | None]:
+    """Return the seconds until the search and until the job is done.
+
+    The search goes by its latest rate, and by preflight's estimate before it has one; so do export and delivery.
+    """
+    hours = survey.get("hours") or {}
+    search = None if left <= 0 else _rate_eta(events, left)
+    if not hours:
+        return search, None
+    phase = state.phase if state is not None else None
+    rest = 0.0 if phase == "upload" else sum(float(hours.get(name, 0.0)) for name in _AFTER_SEARCH)
+    if left <= 0:
+        return None, round(3600 * rest, 1)
+    begun = phase == "search"
+    to_search = 0.0 if begun else sum(float(v) for name, v in hours.items() if name not in (*_AFTER_SEARCH, "search"))
+    expected = search if search is not None else 3600 * float(hours.get("search", 0.0))
+    return search, round(expected + 3600 * (to_search + rest), 1)
+
+
+def _rate_eta(events: Iterable[dict[str, Any]], left: int) -> float | None:
+    """Return the seconds that the remaining trials will take at the latest rate."""
+    times: list[float] = []
+    for event in events:
+        if event.get("event") == "search_started":
+            times = [event["time"]]  # what a batch takes lies before its trials, which are told all at once
+        elif event.get("event") == "trial":
+            times.append(event["time"])
+    recent = times[-_RECENT - 1 :]
+    if len(recent) < 2 or recent[-1] <= recent[0]:
+        return None
+    return round((recent[-1] - recent[0]) / (len(recent) - 1) * left, 1)
+
+
+def _warnings(events: Sequence[dict[str, Any]], survey: dict[str, Any]) -> list[str]:
+    """Return what preflight and the latest start have warned of, each once."""
+    found = [
+        f"preflight: {check['status']}: {check['name']}: {check['measured']}"
+        for check in survey.get("checks", ())
+        if check["status"] != "ok"
+    ]
+    starts = [index for index, event in enumerate(events) if event.get("event") == "job_started"]
+    latest = events[starts[-1] :] if starts else events
+    messages = (str(event.get("message", "")) for event in latest)
+    found += [message.removeprefix("warning: ") for message in messages if message.startswith("warning: ")]
+    return list(dict.fromkeys(found))
+
+
+def is_settled(status: dict[str, Any]) -> bool:
+    """Return whether a job has come to its end, so that nothing changes unless somebody starts it again."""
+    return status["state"] in ENDED
+
+
+def status_text(status: dict[str, Any], width: int | None = None) -> str:
+    """Return a job's status for people.
+
+    Args:
+        status: From `job_status`.
+        width: Columns that lines are folded to; None: they are not.
+    """
+    reason = f" ({status['reason']})" if status["reason"] else ""
+    lines = [f"job {status['job_id']}: {status['state']}{reason}"]
+    if status["phase"] and status["state"] != "finished":
+        lines.append(f"phase: {status['phase']}")
+    trials = status["trials"]
+    at_work = f", {trials['running']} running" if trials["running"] else ""
+    lines.append(f"trials: {trials['done']} of {trials['target']}{at_work}")
+    lines += _time_lines(status)
+    lines += _front_lines(status)
+    if status["export"]:
+        lines.append(f"export: {status['export']}")
+    lines += [f"upload to {upload['target']}: {upload['state']}" for upload in status["uploads"]]
+    if status["warnings"]:
+        lines.append("warnings:")
+        lines += [f"  {line}" for line in status["warnings"][-_WARNINGS:]]
+    if status["events"]:
+        lines.append("last events:")
+        lines += [f"  {_clock(event['time'])}  {event['message']}" for event in status["events"]]
+    lines = [printable(line) for line in lines]  # of a checkpoint, whoever can write to it has a say in them
+    return "\n".join(lines if width is None else (part for line in lines for part in _folded(line, width)))
+
+
+def _time_lines(status: dict[str, Any]) -> list[str]:
+    """Return what is left and what has been spent."""
+    lines = []
+    if status["eta_s"] is not None:
+        lines.append(f"ETA of the search: {duration_text(status['eta_s'])}")
+    if status["eta_total_s"] is not None:
+        lines.append(f"all done in about {duration_text(status['eta_total_s'])}")
+    if status["spent_s"]:
+        cost = f", ${status['cost_usd']:.2f}" if status["cost_usd"] is not None else ""
+        lines.append(f"so far: {duration_text(status['spent_s'])}{cost}")
+    return lines
+
+
+def _front_lines(status: dict[str, Any]) -> list[str]:
+    """Return the Pareto front, with the trial that is or would be chosen."""
+    lines = ["front:"] if status["best"] else []
+    shown = [best for place, best in enumerate(status["best"]) if place < _FRONT or best["number"] == status["leading"]]
+    for best in shown:
+        marked = {status["leading"]: "  <- best so far", status["chosen"]: "  <- chosen"}
+        counted = f"{best['values']['refusals']}/{status['search_prompts']} refusals"
+        mark = marked.get(best["number"], "")
+        lines.append(f"  trial {best['number']}: {counted}, KL {best['values']['kl']:.4g}{mark}")
+    if left := len(status["best"]) - len(shown):
+        lines.append(f"  and {left} more: abliterate front")
+    return lines
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(seconds))
+
+
+def _folded(line: str, width: int) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(line, max(width, 20), subsequent_indent=indent, break_on_hyphens=False) or [line]

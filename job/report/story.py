@@ -1,0 +1,156 @@
+"""What a run folder says of its job, whether it is finished, has failed or has only begun."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from job.config.schema import Settings, default_values, merged
+from job.data.prompts import PromptSets
+from job.errors import JobError
+from job.records import (
+    DetectorReport,
+    EditParameters,
+    Figures,
+    GeometryRecord,
+    JobRecord,
+    KeptAnswers,
+    Record,
+    State,
+    Trial,
+    Upload,
+)
+from job.report.run_view import job_trials, machines
+from job.report.timings import PhaseTime, phase_times
+from job.search.budget import Spent, read_spent
+from job.search.convergence import effect_warnings, search_warnings
+from job.search.optimizer import SearchSpace, choose
+from job.storage.answers import read_answers
+from job.storage.events import read_events
+from job.storage.run_folder import RunFolder, read_record
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class Story:
+    """A run folder's contents; what there is none of yet is None or empty.
+
+    Attributes:
+        record: job.json.
+        state: state.json.
+        prompts: prompts.json.
+        trials: The trials of the study.
+        chosen: The trial that is chosen, or would be if the search ended now.
+        edit: Its edit.
+        export: Name of its export's folder, where it has been measured.
+        base: Figures of the base model on the report split.
+        edited: Figures of the export on it.
+        detectors: What detectors say of both models' answers; None where none was asked.
+        answers: Sampled answers of both models.
+        geometry: How the residuals of good and bad prompts lie.
+        checks: The checks of the latest preflight, as in preflight.json.
+        phases: What each phase has taken.
+        spent: What the job has taken.
+        machines: Which hardware computed which trials.
+        uploads: Deliveries.
+    """
+
+    record: JobRecord
+    state: State | None
+    prompts: PromptSets | None
+    trials: Sequence[Trial]
+    chosen: Trial | None
+    edit: EditParameters | None
+    export: str | None
+    base: Figures | None
+    edited: Figures | None
+    detectors: DetectorReport | None
+    answers: tuple[KeptAnswers, KeptAnswers] | None
+    geometry: GeometryRecord | None
+    checks: Sequence[dict[str, Any]]
+    phases: Sequence[PhaseTime]
+    spent: Spent
+    machines: tuple[tuple[str, str], ...]
+    uploads: Sequence[Upload]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the result doubtful, in words."""
+        if self.base is None or self.edited is None:
+            return []
+        found = effect_warnings(self.base, self.edited)
+        if self.record.searches and self.prompts is not None:
+            found = search_warnings(self.trials, len(self.prompts.bad_search)) + found
+        return found
+
+    @classmethod
+    def read(cls, folder: RunFolder, state: State | None = None) -> Story:
+        """Read a run folder.
+
+        Args:
+            folder: The run folder.
+            state: What its state.json is about to say; None: what it says.
+
+        Raises:
+            JobError: It has no readable job.json.
+        """
+        record = folder.read_job()
+        prompts = _read(folder.prompts_file, PromptSets)
+        trials = _trials(folder)
+        chosen, edit, export = _choice(folder, record, prompts, trials)
+        events = read_events(folder.events_file)
+        figures = [_read(folder.figures_file(name), Figures) if export else None for name in ("base", export or "")]
+        answers = [read_answers(folder, name) if export else None for name in ("base", export or "")]
+        survey = json.loads(folder.preflight_file.read_text()) if folder.preflight_file.exists() else {}
+        return cls(
+            record=record,
+            state=state or folder.read_state(),
+            prompts=prompts,
+            trials=trials,
+            chosen=chosen,
+            edit=edit,
+            export=export if figures[1] else None,
+            base=figures[0],
+            edited=figures[1],
+            detectors=_read(folder.detectors_file(export), DetectorReport) if export else None,
+            answers=(answers[0], answers[1]) if answers[0] and answers[1] else None,
+            geometry=_read(folder.geometry_file, GeometryRecord),
+            checks=survey.get("checks", ()),
+            phases=phase_times(events),
+            spent=read_spent(folder.meter_file),
+            machines=machines(events),
+            uploads=folder.read_uploads(),
+        )
+
+
+def _read(file: Any, kind: type[R]) -> R | None:
+    try:
+        return read_record(file, kind)
+    except JobError:
+        return None
+
+
+def _trials(folder: RunFolder) -> list[Trial]:
+    try:
+        return job_trials(folder)
+    except JobError:
+        return []  # the study is damaged, of which the state tells
+
+
+def _choice(
+    folder: RunFolder, record: JobRecord, prompts: PromptSets | None, trials: Sequence[Trial]
+) -> tuple[Trial | None, EditParameters | None, str | None]:
+    """Return the chosen trial, its edit and the name of its export."""
+    if prompts is None or record.resolution is None:
+        return None, None, None
+    try:
+        # What a former version did not know is as it was before.
+        settings = Settings(**merged(default_values(), record.settings))
+        chosen = choose(trials, len(prompts.bad_search), settings.choice.refusal_tolerance)
+        edit = SearchSpace(settings.search.space, record.resolution.layers).edit(chosen.params)
+    except (JobError, ValueError):
+        return None, None, None  # no trial could be scored, or the settings are another version's
+    return chosen, edit, folder.export_folder(chosen.number, settings.export_format).name

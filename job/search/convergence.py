@@ -1,0 +1,77 @@
+"""Whether a search's result can be trusted to be what more trials would find; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from job.numerics.statistics import wilson_interval
+from job.records import Figures, Trial
+
+# A search has not converged if its last third has added more than this share of what its front dominates.
+MOST_GAIN = 0.02
+# Of fewer trials nothing can be said.
+LEAST_TRIALS = 6
+
+
+def hypervolume(points: Iterable[tuple[float, float]]) -> float:
+    """Return the area that points (share of unanswered prompts, KL) dominate up to (1, 1); a larger KL counts as 1."""
+    area, least = 0.0, 1.0
+    for share, kl in sorted(points):
+        if kl < least:
+            area += (1 - share) * (least - kl)
+            least = kl
+    return area
+
+
+def search_warnings(trials: Sequence[Trial], prompts: int) -> list[str]:
+    """Return what makes the front of a search doubtful, in words; nothing of a search that is too short to tell.
+
+    Args:
+        trials: The finished trials, in number order.
+        prompts: Number of bad prompts that were asked.
+    """
+    usable = [trial for trial in trials if trial.values.reason is None]
+    if len(trials) < LEAST_TRIALS or not usable:
+        return []
+    counts = {trial.values.unanswered for trial in usable}
+    if len(counts) == 1:
+        return [
+            f"the front is flat: every edit that was tried leaves {counts.pop()} of {prompts} prompts unanswered; "
+            "the direction may not be what mediates the behaviour, or the markers not be how it shows"
+        ]
+    before, after = (hypervolume(_points(found, prompts)) for found in (_before_last_third(trials), usable))
+    if after - before > MOST_GAIN * after:
+        return [
+            f"the search has not converged: its last third has added {100 * (1 - before / after):.0f} % of what its "
+            "front dominates; more trials are likely to find better edits (`abliterate resume --trials N`)"
+        ]
+    return []
+
+
+def effect_warnings(base: Figures, edited: Figures) -> list[str]:
+    """Return what makes the effect of the chosen edit doubtful, in words, from figures on the report split."""
+    found = []
+    before, after = (wilson_interval(_unanswered(one), one.bad_prompts) for one in (base, edited))
+    if after[1] >= before[0]:
+        found.append(
+            f"the edit has no effect that could be told from chance: {_unanswered(base)} of {base.bad_prompts} prompts "
+            f"with the behaviour went unanswered before, {_unanswered(edited)} of {edited.bad_prompts} after"
+        )
+    total = edited.bad_prompts + edited.good_prompts
+    broken = edited.degenerate + edited.false_degenerate
+    normal = wilson_interval(base.degenerate + base.false_degenerate, base.bad_prompts + base.good_prompts)[1]
+    if wilson_interval(broken, total)[0] > normal:
+        found.append(f"the edited model is damaged: {broken} of {total} answers are broken")
+    return found
+
+
+def _unanswered(figures: Figures) -> int:
+    return figures.refusals if figures.unanswered is None else figures.unanswered
+
+
+def _before_last_third(trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials[: len(trials) * 2 // 3] if trial.values.reason is None]
+
+
+def _points(trials: Iterable[Trial], prompts: int) -> list[tuple[float, float]]:
+    return [(trial.values.unanswered / prompts, min(trial.values.kl, 1.0)) for trial in trials]

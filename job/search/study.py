@@ -1,0 +1,213 @@
+"""A study on disk: an Optuna database that survives being killed, copied while it is written, and spoilt.
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.trial import FrozenTrial
+
+from job.errors import JobError, MachineError
+from job.records import Trial, TrialScores
+from job.storage.study_file import connected
+from job.system.failpoints import reached
+
+STUDY_NAME = "abliterate"
+DIRECTIONS: tuple[Literal["minimize"], ...] = ("minimize", "minimize")
+METRICS = ("refusals", "kl")
+# Attribute of the study that holds the latest plan.
+PLAN = "plan"
+
+
+def open_study(url: str, name: str) -> optuna.Study:
+    """Open a study for a run, creating it if it is not there."""
+    with warnings.catch_warnings():
+        # Metric names, which optuna-dashboard shows, are marked experimental since Optuna 3.2.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(storage=url, study_name=name, directions=DIRECTIONS, load_if_exists=True)
+        study.set_metric_names(list(METRICS))
+    return study
+
+
+def shared_study(url: str, name: str, own: optuna.Study) -> optuna.Study:
+    """Return the study in a database, it and the run's own one brought to where the further one has got.
+
+    Raises:
+        JobError: They are not the same study.
+    """
+    with _clear_database_errors(url):
+        shared = open_study(url, name)
+        ours, theirs = own.get_trials(deepcopy=False), shared.get_trials(deepcopy=False)
+        if any(a.params != b.params or a.values != b.values for a, b in zip(ours, theirs, strict=False)):
+            raise JobError(
+                f"the database holds another search of job {name}",
+                remedy=f"delete it (optuna delete-study --study-name {name}) or choose another database",
+            )
+        behind, further = (own, shared) if len(theirs) > len(ours) else (shared, own)
+        behind.add_trials(further.get_trials()[min(len(ours), len(theirs)) :])
+        reached("study:shared")
+        if PLAN in further.user_attrs:
+            behind.set_user_attr(PLAN, further.user_attrs[PLAN])
+        return shared
+
+
+def as_trial(trial: FrozenTrial) -> Trial:
+    """Return a trial of a study as what it measured."""
+    refusals, kl = trial.values
+    scores = TrialScores(refusals=int(refusals), kl=kl, **trial.user_attrs)
+    return Trial(number=trial.number, params=trial.params, values=scores)
+
+
+def add_trials(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
+    """Add finished trials to a study in a database, all or none of them.
+
+    `Study.add_trials` does so one by one, each with a query for every parameter over all trials that the study has:
+    30 ms a trial and more, against 2 ms (measured, docs/lab-notes.md). Its tables are filled through Optuna's own
+    models; that it reads back what it would have written is tested, for the version that is asked for.
+
+    Args:
+        study: A study opened by `open_study`, to which nobody else adds.
+        trials: Complete trials that continue its numbers, without intermediate values and system attributes.
+    """
+    from optuna.storages._rdb import models
+    from optuna.storages._rdb.storage import _create_scoped_session
+
+    rows = [
+        models.TrialModel(
+            study_id=study._study_id,
+            number=trial.number,
+            state=trial.state,
+            datetime_start=trial.datetime_start,
+            datetime_complete=trial.datetime_complete,
+        )
+        for trial in trials
+    ]
+    with _create_scoped_session(study._storage._backend.scoped_session) as session:  # type: ignore[attr-defined]
+        session.add_all(rows)
+        session.flush()
+        for row, trial in zip(rows, trials, strict=True):
+            session.add_all(_contents(models, row.trial_id, trial))
+        session.flush()
+        reached("study:adding")
+    reached("study:added")
+
+
+def _contents(models: ModuleType, identifier: Any, trial: FrozenTrial) -> Iterator[Any]:
+    for name, value in trial.params.items():
+        distribution = trial.distributions[name]
+        yield models.TrialParamModel(
+            trial_id=identifier,
+            param_name=name,
+            param_value=distribution.to_internal_repr(value),
+            distribution_json=distribution_to_json(distribution),
+        )
+    for objective, value in enumerate(trial.values):
+        stored, kind = models.TrialValueModel.value_to_stored_repr(value)
+        yield models.TrialValueModel(trial_id=identifier, objective=objective, value=stored, value_type=kind)
+    for key, value in trial.user_attrs.items():
+        yield models.TrialUserAttributeModel(trial_id=identifier, key=key, value_json=json.dumps(value))
+
+
+def read_trials(file: Path) -> list[Trial]:
+    """Return the finished trials of a study on disk in number order, none if there is no study.
+
+    Raises:
+        JobError: The file is not a study that can be read.
+    """
+    if not file.exists():
+        return []
+    # Not through SQLAlchemy: it takes half a second to load, and a status command is to read only.
+    with clear_errors(file), closing(connected(file)) as db:
+        db.execute("BEGIN")  # one moment for all that follows, while a run may be adding trials
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'trial_values'").fetchone():
+            return []  # a run is just creating it
+        trials: dict[int, dict[str, Any]] = {
+            identifier: {"number": number, "params": {}, "values": {}, "attributes": {}}
+            for identifier, number in db.execute("SELECT trial_id, number FROM trials WHERE state = 'COMPLETE'")
+        }
+        rows = db.execute("SELECT trial_id, param_name, param_value, distribution_json FROM trial_params")
+        for identifier, name, value, described in rows:
+            distribution = json_to_distribution(described)
+            trials[identifier]["params"][name] = distribution.to_external_repr(value)
+        for identifier, objective, value in db.execute("SELECT trial_id, objective, value FROM trial_values"):
+            trials[identifier]["values"][METRICS[objective]] = value
+        for identifier, key, value in db.execute("SELECT trial_id, key, value_json FROM trial_user_attributes"):
+            trials[identifier]["attributes"][key] = json.loads(value)
+    return [
+        Trial(
+            number=trial["number"],
+            params=trial["params"],
+            values=TrialScores(
+                refusals=int(trial["values"]["refusals"]), kl=trial["values"]["kl"], **trial["attributes"]
+            ),
+        )
+        for trial in sorted(trials.values(), key=lambda trial: trial["number"])
+    ]
+
+
+def file_url(file: Path) -> str:
+    """Return the address of a study on disk."""
+    return f"sqlite:///{file.resolve()}"
+
+
+def _is_of_storage(error: Exception) -> bool:
+    from sqlalchemy.exc import SQLAlchemyError  # takes half a second to load; Optuna has loaded it by now
+
+    return isinstance(error, SQLAlchemyError | sqlite3.Error | optuna.exceptions.StorageInternalError)
+
+
+@contextmanager
+def clear_write_errors(file: Path) -> Iterator[None]:
+    """Turn what fails within the block, while a study is written, into one clear error."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_storage(error):
+            raise
+        what = str(error.__cause__ or error).splitlines()[0]
+        if "psycopg" in what:
+            raise _unreachable(what) from error
+        raise MachineError(
+            f"cannot write the study {file}: {what}",
+            remedy="free disk space, correct its permissions or choose another --workspace",
+        ) from error
+
+
+@contextmanager
+def _clear_database_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_storage(error):
+            raise
+        raise _unreachable(str(error.__cause__ or error).splitlines()[0]) from error
+
+
+def _unreachable(what: str) -> MachineError:
+    return MachineError(
+        f"the job's database fails: {what}", remedy="see that it runs and may be written, then run again to continue"
+    )
+
+
+@contextmanager
+def clear_errors(file: Path) -> Iterator[None]:
+    """Turn what fails within the block, while a study is opened or read, into one clear error."""
+    try:
+        yield
+    except Exception as error:
+        # SQLAlchemy, sqlite3 and json raise a dozen types for a file that is damaged or not a database.
+        raise JobError(
+            f"the study {file} cannot be opened: {str(error).splitlines()[0]}",
+            remedy="move the file away to search again from the start",
+        ) from error

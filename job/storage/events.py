@@ -1,0 +1,146 @@
+"""What happens in a run, for people and for programs.
+
+`events.jsonl` gets one JSON object a line, always. People get progress bars with an ETA on a terminal
+and one plain line an event otherwise (docker logs). Secrets are taken out of both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from job.errors import MachineError
+from job.text.redaction import redact, redacted
+
+_PLAIN_PROGRESS_SECONDS = 10.0
+
+
+class Events:
+    """The event log of one run folder and its echo on the console."""
+
+    def __init__(self, path: Path | None = None, stream: TextIO | None = None) -> None:
+        """Log to path (None: nowhere yet) and echo to stream (stderr by default)."""
+        self._path = path
+        self._stream = stream if stream is not None else sys.stderr
+        self._echo = self._print
+        self._listeners: list[Callable[[str, dict[str, Any]], None]] = []
+
+    def listen(self, listener: Callable[[str, dict[str, Any]], None]) -> None:
+        """Have a listener told of every event that was recorded, with its fields."""
+        self._listeners.append(listener)
+
+    def log_to(self, path: Path | None) -> None:
+        """From now on append to this file, None: to none; a line that a crash has torn is closed off first."""
+        self._path = path
+        if path is not None and path.exists() and path.stat().st_size:
+            with path.open("rb+") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+
+    def emit(self, event: str, message: str = "", **fields: Any) -> None:
+        """Record an event; message is its line for people, the fields are for programs.
+
+        Raises:
+            MachineError: The log cannot be written.
+        """
+        if self._path is not None:
+            said = redacted({"message": message, **fields})
+            line = json.dumps({"time": round(time.time(), 3), "event": event, **said}, ensure_ascii=False)
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise MachineError(
+                    f"cannot write {self._path}: {error.strerror or error}",
+                    remedy="free disk space, correct its permissions or choose another --workspace",
+                ) from error
+        if message:
+            self._echo(redact(message))
+        for listener in self._listeners:
+            listener(event, fields)
+
+    def say(self, message: str) -> None:
+        """Record an event that is nothing but a message."""
+        self.emit("message", message)
+
+    def _print(self, line: str) -> None:
+        try:
+            print(line, file=self._stream, flush=True)
+        except (OSError, ValueError):
+            return  # nobody listens: no reason to lose the job
+
+    @contextmanager
+    def progress(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        """Yield a function that advances by so many steps: a bar with ETA, or a plain line now and then."""
+        if self._stream.isatty():
+            with self._bar(label, total, done) as advance:
+                yield advance
+        else:
+            yield self._plain(label, total, done)
+
+    @contextmanager
+    def _bar(self, label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(file=self._stream)) as bars:
+            task = bars.add_task(label, total=total, completed=done)
+            # Lines printed while the bar is live have to go through its console.
+            self._echo = partial(bars.console.print, markup=False, highlight=False)
+            try:
+                yield lambda steps: bars.advance(task, steps)
+            finally:
+                self._echo = self._print
+
+    def _plain(self, label: str, total: int, done: int) -> Callable[[int], None]:
+        started = last = time.monotonic()
+        first = done
+
+        def advance(steps: int) -> None:
+            nonlocal done, last
+            done += steps
+            now = time.monotonic()
+            if now - last >= _PLAIN_PROGRESS_SECONDS and done < total:
+                last = now
+                eta = (now - started) / max(done - first, 1) * (total - done)
+                self._print(f"{label}: {done}/{total}, ETA {eta:.0f} s")
+
+        return advance
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a run, skipping lines that a crash has torn."""
+    events = []
+    if path.exists():
+        # At line feeds alone: other ends of lines may stand within a message.
+        for line in path.read_text("utf-8", errors="replace").split("\n"):
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(event, dict):
+                events.append(event)
+    return events

@@ -1,0 +1,87 @@
+"""What a delivery to the Hub is asked for: a branch of a repository, who may see it, and with which token."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from job.errors import DeliveryError, UsageError
+from job.text.redaction import remember
+
+MAIN = "main"
+_OTHER_KINDS = frozenset({"models", "datasets", "spaces", "kernels", "buckets"})
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How an export is delivered to the Hub.
+
+    Attributes:
+        visibility: Who may read: "private" the owner alone; "public" everybody; "gated" everybody who agrees to
+            the Hub's terms of access with an account (a public page, automatic approval; a stricter gate that is
+            there already stays). A repository that the delivery makes is private until all has arrived and is
+            verified, whatever it becomes then, and its gate is set before the first file.
+        revision: The branch, made from main if it is not there; None for the one in the URI, or main.
+        pull_request: Leave it as an open pull request to main, for somebody to merge; who sees the repository is
+            then not changed, except that a gate is set.
+        commit_message: First line of the commit, with the figures.
+        token: The token; None for HF_TOKEN, the file HF_TOKEN_PATH or the Hub client's own store.
+    """
+
+    visibility: Literal["private", "gated", "public"] = "private"
+    revision: str | None = None
+    pull_request: bool = False
+    commit_message: str = "Add the edited model"
+    token: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A branch of a model repository."""
+
+    repo_id: str
+    branch: str
+
+
+def parse_target(uri: str, options: HubOptions) -> Target:
+    """Return what an hf://user/repo[@branch] URI names.
+
+    Raises:
+        UsageError: It names no model repository, or contradicts the options.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not re-exported
+
+    match = re.fullmatch(r"hf://([^/@\s]+/[^/@\s]+)(?:@([^\s@]+))?", uri)
+    if match is None or match[1].split("/")[0] in _OTHER_KINDS:
+        raise UsageError(f"{uri!r} names no model repository", remedy="write hf://user/repo or hf://user/repo@branch")
+    try:
+        validate_repo_id(match[1])
+    except HFValidationError as error:
+        raise UsageError(f"the Hub allows no repository of the name {match[1]!r}", remedy=str(error)) from error
+    branches = {name for name in (match[2], options.revision) if name is not None}
+    if len(branches) > 1:
+        raise UsageError(f"{uri} and the revision {options.revision} name two branches", remedy="name one")
+    branch = branches.pop() if branches else MAIN
+    if options.pull_request and branch != MAIN:
+        raise UsageError(f"a pull request goes to main, not to {branch}", remedy="leave the branch or the request out")
+    return Target(match[1], branch)
+
+
+def find_token(options: HubOptions) -> str:
+    """Return the token.
+
+    Raises:
+        DeliveryError: There is none, or it cannot be one; the message does not hold it.
+    """
+    from huggingface_hub import get_token
+
+    token = (options.token or get_token() or "").strip()
+    remember(token)
+    if not token:
+        raise DeliveryError("there is no token for the Hub", remedy="set HF_TOKEN to one that may write there")
+    if re.fullmatch(r"[!-~]+", token) is None:
+        # The HTTP library would refuse it as well, and quote it.
+        raise DeliveryError("the token for the Hub holds spaces or other odd characters", remedy="correct HF_TOKEN")
+    return token

@@ -1,0 +1,62 @@
+"""Multipart uploads that earlier attempts have begun and nobody will complete: their parts cost money."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from job.transfer.s3.client import Store
+from job.transfer.s3.failures import RefusedError
+from job.transfer.s3.resume_state import UploadStates
+
+
+def abort_noted(store: Store, states: UploadStates, *, keep: Set[str]) -> int:
+    """Abort the uploads that are noted in the run folder but for those under the keys to keep.
+
+    Returns:
+        How many.
+    """
+    done = 0
+    for state in states.all():
+        if state.key not in keep and abort(store, state.key, state.upload_id):
+            states.forget(state.key)
+            done += 1
+    return done
+
+
+def abort_listed(store: Store, states: UploadStates, keys: Set[str]) -> int:
+    """Abort the uploads that the server lists under exactly these keys and that are not noted.
+
+    Returns:
+        How many.
+    """
+    noted = {state.upload_id for state in states.all()}
+    found = [(key, upload) for key, upload in listed(store, store.target.key("")) if key in keys]
+    return sum(abort(store, key, upload) for key, upload in found if upload not in noted)
+
+
+def abort(store: Store, key: str, upload_id: str) -> bool:
+    """Abort an upload and return whether it is gone; not being allowed to is no reason to fail."""
+    try:
+        store.call("abort_multipart_upload", Key=key, UploadId=upload_id)
+    except RefusedError as error:
+        return error.code == "NoSuchUpload" or error.status == 404
+    return True
+
+
+def listed(store: Store, prefix: str) -> list[tuple[str, str]]:
+    """Return key and upload id of all uploads begun under a prefix.
+
+    Raises:
+        RefusedError: The server does not say.
+    """
+    found: dict[tuple[str, str], None] = {}
+    marker: dict[str, str] = {}
+    while True:
+        answer = store.call("list_multipart_uploads", Prefix=prefix, **marker)
+        page = [(item["Key"], item["UploadId"]) for item in answer.get("Uploads", [])]
+        news = [item for item in page if item not in found]
+        found.update(dict.fromkeys(news))
+        # Some servers take no notice of the markers: a page without news ends it, too.
+        if not answer.get("IsTruncated") or not news:
+            return list(found)
+        marker = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}

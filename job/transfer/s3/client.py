@@ -1,0 +1,231 @@
+"""One bucket and prefix of an S3 server: requests, made again while their failure may pass.
+
+This is the only loop that retries: botocore's own is off, since two of them multiply and botocore's knows
+neither our stop signal nor the standard Retry-After header.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from job.errors import UsageError
+from job.system.failpoints import reached
+from job.text.redaction import redact, remember
+from job.transfer.s3.failures import GivenUpError, explained, retry_after_s, tries
+from job.transfer.s3.options import S3Options, Target
+
+_NEVER = threading.Event()
+# What every whole answer has: all of the first, any of the second. A line that is cut within the headers, or right
+# after them, leaves an answer that looks whole to everybody below.
+_WHOLE: dict[str, set[str]] = {
+    "put_object": {"ETag"},
+    "upload_part": {"ETag"},
+    "get_object": {"ETag", "ContentLength"},
+    "head_object": {"ETag", "ContentLength"},
+    "create_multipart_upload": {"UploadId"},
+}
+_SOME_OF: dict[str, set[str]] = {
+    "list_parts": {"UploadId", "Key", "Bucket", "IsTruncated", "Parts"},
+    "list_multipart_uploads": {"Bucket", "IsTruncated", "MaxUploads", "Uploads"},
+    "list_objects_v2": {"Name", "IsTruncated", "KeyCount", "Contents", "CommonPrefixes"},
+}
+
+
+class Body:
+    """Bytes to send, read from memory in place; reading stops when the upload ends."""
+
+    def __init__(self, data: memoryview | bytes, stop: threading.Event = _NEVER) -> None:
+        self._data = memoryview(data)
+        self.stop = stop
+        self._position = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes, all that are left for a negative size.
+
+        Raises:
+            GivenUpError: The upload ends.
+        """
+        if self.stop.is_set():
+            raise GivenUpError
+        end = len(self._data) if size is None or size < 0 else self._position + size
+        piece = bytes(self._data[self._position : end])
+        self._position += len(piece)
+        return piece
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move to another position, as files do."""
+        self._position = offset + (0, self._position, len(self._data))[whence]
+        return self._position
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+
+class Store:
+    """A bucket with a prefix; safe to use from several threads."""
+
+    def __init__(self, target: Target, options: S3Options) -> None:
+        """Make a client; nothing is sent yet.
+
+        Raises:
+            DeliveryError: The credentials, the profile or the endpoint are not usable.
+        """
+        self.target = target
+        self.options = options
+        self._client = _client(target, options)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def encryption(self) -> dict[str, str]:
+        """What to ask for when an object is made; no ACL is ever set."""
+        wanted = {"ServerSideEncryption": self.options.sse, "SSEKMSKeyId": self.options.kms_key}
+        return {name: value for name, value in wanted.items() if value is not None}
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Make a request, again and again while its failure may pass.
+
+        Args:
+            method: Name of the client's method.
+            parameters: Its parameters but the bucket; a Body is rewound for each try, and may give the
+                request up between two of them.
+
+        Raises:
+            RefusedError: It failed for good or too often.
+            GivenUpError: The upload ends.
+        """
+        body = parameters.get("Body")
+
+        def once() -> dict[str, Any]:
+            if isinstance(body, Body):
+                body.seek(0)
+            answer: dict[str, Any] = getattr(self._client, method)(Bucket=self.target.bucket, **parameters)
+            reached(f"s3:{method}")
+            self._check_whole(method, answer)
+            return answer
+
+        return self._retried(method, once, body.stop if isinstance(body, Body) else _NEVER)
+
+    def read(self, key: str, **parameters: str) -> tuple[bytes, dict[str, Any]]:
+        """Return the contents of a small object, or of a Range of one, and the answer's other fields.
+
+        Raises:
+            RefusedError: As for `call`.
+        """
+
+        def once() -> dict[str, Any]:
+            answer: dict[str, Any] = self._client.get_object(Bucket=self.target.bucket, Key=key, **parameters)
+            self._check_whole("get_object", answer)
+            # Not as a context manager: that gives out the stream below, which does not notice a cut.
+            stream = answer["Body"]
+            try:
+                return {**answer, "Body": stream.read()}
+            finally:
+                stream.close()
+
+        answer = self._retried("get_object", once, _NEVER)
+        return answer["Body"], answer
+
+    def _retried(self, method: str, once: Callable[[], dict[str, Any]], stop: threading.Event) -> dict[str, Any]:
+        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
+
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return once()
+            except (BotoCoreError, ClientError, ResponseParserError, ValueError) as error:
+                if stop.is_set():
+                    raise GivenUpError from error
+                if attempt >= tries(method, error, self.options.attempts):
+                    raise explained(method, error, self.target) from error
+                wait = self._wait_s(attempt, error)
+            if stop.wait(wait):
+                raise GivenUpError
+
+    def _check_whole(self, method: str, answer: dict[str, Any]) -> None:
+        """Raise what a lost connection raises if the line has cut an answer."""
+        from botocore.exceptions import ConnectionClosedError
+
+        some = _SOME_OF.get(method)
+        if not _WHOLE.get(method, set()) <= answer.keys() or (some is not None and not some & answer.keys()):
+            raise ConnectionClosedError(endpoint_url=str(self.target))
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the keys under a prefix.
+
+        Raises:
+            RefusedError: As for `call`.
+        """
+        found: list[str] = []
+        marker: dict[str, str] = {}
+        while True:
+            answer = self.call("list_objects_v2", Prefix=prefix, **marker)
+            found += [item["Key"] for item in answer.get("Contents", [])]
+            if not answer.get("IsTruncated"):
+                return found
+            marker = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    def close(self) -> None:
+        """Let go of connections."""
+        self._client.close()
+
+    def pause(self, attempt: int) -> None:
+        """Wait as after a failed try."""
+        _NEVER.wait(self._wait_s(attempt))
+
+    def _wait_s(self, attempt: int, error: Exception | None = None) -> float:
+        ours: float = min(self.options.first_wait_s * 2 ** min(attempt - 1, 30), self.options.longest_wait_s)
+        return max(ours * random.uniform(0.5, 1.0), retry_after_s(error) if error else 0.0)
+
+
+def _client(target: Target, options: S3Options) -> Any:
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": 1},
+        connect_timeout=options.connect_timeout_s,
+        read_timeout=options.read_timeout_s,
+        max_pool_connections=options.parallel_parts + 2,
+        tcp_keepalive=True,
+        s3={"addressing_style": options.addressing_style},
+        # Checksums are given explicitly where the server keeps them; implicit ones break some servers.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    try:
+        session = boto3.session.Session()
+        found = session.get_credentials()
+        if found is not None:
+            # They may come from a file or a service, where no variable holds them.
+            frozen = found.get_frozen_credentials()
+            remember(frozen.secret_key, frozen.token)
+        client = session.client("s3", region_name=options.region, endpoint_url=options.endpoint, config=config)
+    except BotoCoreError as error:
+        raise explained("", error, target) from error
+    except ValueError as error:  # botocore says so about an endpoint that is no URL
+        raise UsageError(redact(str(error)), remedy="correct the endpoint, e.g. https://host:9000") from error
+    client.meta.events.register_last("before-call.s3", _expect_nothing)
+    return client
+
+
+def _expect_nothing(params: dict[str, Any], **_: object) -> None:
+    """Send bodies at once instead of asking first.
+
+    botocore 1.44 loops for ever when the line is cut within the interim answer "100 Continue".
+    """
+    params["headers"].pop("Expect", None)

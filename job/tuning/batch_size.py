@@ -1,0 +1,303 @@
+"""`--tune`: how many rows a forward is to have, measured once on the job's own search and remembered.
+
+Without it the rows follow from a rule (`job.preflight.memory_plan`). Either way they are pinned in job.json before the first
+trial is asked, and no later start measures or reckons again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from job.config.schema import Settings
+from job.data.prompts import Prompt, PromptSets
+from job.directions.residuals import extract_residuals
+from job.edits.hooks import Intervention
+from job.errors import ImpossibleJobError, MachineError
+from job.model.device_faults import halving, is_out_of_memory, out_of_memory
+from job.model.loading import LoadedModel, hardware
+from job.model.memory import release_memory
+from job.numerics.basis import Basis
+from job.numerics.directions import mean_difference
+from job.records import JobRecord
+from job.scoring.trial_scorer import Evaluator
+from job.search.optimizer import SearchSpace
+from job.storage.events import Events
+from job.tuning.layouts import LAYOUTS, Layouts, Measured, Remembered, best_of, climb, read_layouts, remember
+from job.tuning.memory_probe import Gauge
+
+# No measurement begins after so long. One takes at most about a quarter of it, as far as that can be foreseen.
+SECONDS = 300.0
+# Seconds that the measurement of the rule's layout may take; where it would take more, fewer prompts are answered.
+_LONGEST = 30.0
+# Prompts of either kind; more would make no more rows worth trying than fit into a forward anyway.
+_PROMPTS = 256
+# Prompts of either kind that the direction for it is found from.
+_DIRECTION_PROMPTS = 32
+# Where doubling begins.
+_BEGIN = 16
+# Quick measurements are repeated, and the quickest counts, which other work on the machine disturbs least.
+_ROUNDS, _QUICK = 3, 2.0
+# How often what is about to be chosen is measured again beside the rule's layout, which stays if it was but luck.
+_CONFIRMATIONS = 2
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """Finds the rows with which a job's trials are evaluated fastest.
+
+    Attributes:
+        workspace: Where layouts are remembered.
+        record: The job.
+        settings: Its settings.
+        prompts: Its prompts.
+        loaded: Its model, with the response prefix.
+        evaluator: Makes an evaluator on good and bad prompts with so many rows.
+        together: Trials that share their forwards.
+        workers: Processes that evaluate trials on this machine.
+        events: Where progress goes.
+    """
+
+    workspace: Path
+    record: JobRecord
+    settings: Settings
+    prompts: PromptSets
+    loaded: LoadedModel
+    evaluator: Callable[[Sequence[Prompt], Sequence[Prompt], int], Evaluator]
+    together: int
+    workers: int
+    events: Events
+
+    def rows(self, rule: int) -> int:
+        """Return the rows of a forward, as remembered or else measured.
+
+        Args:
+            rule: The rule's rows.
+
+        Raises:
+            ImpossibleJobError: The residuals of good and bad prompts do not differ.
+            MachineError: Memory does not suffice for the least.
+        """
+        layouts, about = read_layouts(self.workspace), self._about()
+        if layouts is None:
+            self.events.say(f"warning: {self.workspace / LAYOUTS} is not one of ours or unreadable, and is left alone")
+        known = self._remembered(layouts or Layouts(), about)
+        if known is not None:
+            self.events.emit(
+                "tuned",
+                f"{known.chosen.rows} rows a forward, as once measured for this model and device",
+                rows=known.chosen.rows,
+                remembered=True,
+            )
+            return known.chosen.rows
+        found = self._measured(rule)
+        chosen = best_of(found)
+        if chosen is None:
+            raise out_of_memory(MemoryError())
+        self.events.emit(
+            "tuned",
+            f"{chosen.rows} rows a forward; seconds a trial: {', '.join(map(_described, found))}",
+            rows=chosen.rows,
+            rule=rule,
+            remembered=False,
+            measured=[one.model_dump() for one in found],
+        )
+        if layouts is not None:
+            try:
+                remember(self.workspace, layouts, Remembered(about=about, chosen=chosen, measured=found))
+            except MachineError as error:
+                # It is a convenience for later jobs; this one has its layout.
+                self.events.say(f"warning: the layout is not remembered: {error.line}")
+        return chosen.rows
+
+    def _about(self) -> dict[str, Any]:
+        """Return all that decides which layout is fastest."""
+        settings = self.settings
+        good, bad = self._sets
+        longest = max(map(len, self.loaded.tokenize([*good, *bad])), default=1)
+        return {
+            "model": self.record.identity["model"],
+            "commit": self.record.model_commit,
+            "versions": self.record.versions,
+            "device": hardware(self.loaded.device),
+            "workers": self.workers,
+            "dtype": self.loaded.dtype,
+            "loading": [settings.loading.device_map, settings.loading.quantization],
+            "norms": settings.ablation.row_normalization,
+            "prompts": [len(good), len(bad)],
+            # Rounded up to powers of two: prompts that are a little longer make no other layout fastest.
+            "prompt_tokens": 1 << (longest - 1).bit_length(),
+            "answer_tokens": settings.scoring.effective_search_tokens,
+            "kl_tokens": settings.kl_tokens,
+            "skip_kl_above": settings.skip_kl_above,
+            "together": self.together,
+        }
+
+    def _stretch(self) -> float:
+        """Return how many times as long as a row of the search one of the job is at most, its answer included."""
+        scoring, prompts = self.settings.scoring, self.prompts
+        others = (prompts.good, prompts.bad, prompts.good_report, prompts.bad_report)
+        longest, longest_elsewhere = (
+            max((len(tokens) for found in sets for tokens in self.loaded.tokenize(found)), default=0)
+            for sets in (self._sets, others)
+        )
+        search = longest + scoring.effective_search_tokens
+        return (max(longest, longest_elsewhere) + scoring.answer_tokens) / search
+
+    @property
+    def _sets(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+        return self.prompts.good_search, self.prompts.bad_search
+
+    def _remembered(self, layouts: Layouts, about: dict[str, Any]) -> Remembered | None:
+        """Return what is remembered for the same, unless there is no room for it now."""
+        for one in layouts.layouts:
+            if one.about == about and Gauge(self.loaded.model, self.workers).fits(one.chosen.growth):
+                return one
+        return None
+
+    def _measured(self, rule: int) -> list[Measured]:
+        self.events.emit("tuning", f"measuring which layout is fastest, for about {SECONDS / 60:g} minutes at most")
+        begun = time.monotonic()
+        loaded, mode, rule = self.loaded, self.settings.ablation.row_normalization, max(rule, self.together)
+        with Intervention(loaded.model, loaded.architecture, self._basis(rule), mode) as intervention:
+            prompts, rule = self._warmed_up(intervention, rule)
+            gauge = Gauge(loaded.model, self.workers)
+            bench = Bench(self._score(intervention, prompts, rule), gauge, self.together, self._stretch())
+            good, bad = (min(len(found), prompts) for found in self._sets)
+            good *= self.settings.kl_tokens
+            most = _power(self.together * max(good, bad))
+            rule = min(rule, most)
+            taken = self.together * (bench.measure(rule).seconds or 0)
+            # None of few rows takes a quarter of the time, even if it is as much slower as it is smaller.
+            first = max(_power(self.together), _power(int(4 * rule * taken / SECONDS)), _BEGIN)
+            found = climb(
+                bench.measure,
+                # The forwards that either kind of prompts takes.
+                lambda rows: tuple(-(-count // (rows // self.together)) for count in (good, bad)),
+                rule=rule,
+                rows=(self.together, min(first, most), most),
+                may_go_on=lambda: time.monotonic() - begun < SECONDS,
+            )
+            for _ in range(_CONFIRMATIONS):
+                chosen = best_of(found)
+                if chosen is not None and chosen.rows != rule and time.monotonic() - begun < SECONDS:
+                    found = [bench.again(one) if one.rows in (rule, chosen.rows) else one for one in found]
+            return found
+
+    def _basis(self, rows: int) -> Basis:
+        """Return a direction a layer, found from few prompts: the search's own is found with the rows still unknown."""
+        tokens = [
+            self.loaded.tokenize(_spread(prompts, _DIRECTION_PROMPTS))
+            for prompts in (self.prompts.good, self.prompts.bad)
+        ]
+        residuals, _ = halving(
+            rows,
+            lambda rows: [extract_residuals(self.loaded, some, rows, lambda _: None)[:, 1:] for some in tokens],
+            self.events.say,
+        )
+        try:
+            return Basis.single(mean_difference(*residuals))
+        except ValueError as error:
+            raise ImpossibleJobError(str(error), remedy="check that good_prompts and bad_prompts differ") from error
+
+    def _warmed_up(self, intervention: Intervention, rule: int) -> tuple[int, int]:
+        """Score once; return how many prompts of either kind there is time for, and rows that memory suffices for."""
+        prompts = -(-rule // self.together)
+        score = self._score(intervention, prompts, rule)
+        begun = time.monotonic()
+        _, rows = halving(rule, score, self.events.say)
+        affordable = int(prompts * _LONGEST / (time.monotonic() - begun))
+        return min(max(affordable, prompts), _PROMPTS), max(rows, self.together)
+
+    def _score(self, intervention: Intervention, prompts: int, rows: int) -> Callable[[int], object]:
+        """Return what scores some edits as the search does, on so many prompts of either kind, given the rows."""
+        space = SearchSpace(self.settings.search.space, self.loaded.architecture.layer_count)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.settings.seed))
+        edits = [space.edit(study.ask(space.distributions()).params) for _ in range(self.together)]
+        good, bad = (_spread(found, prompts) for found in self._sets)
+        evaluator = self.evaluator(good, bad, rows)
+        # Measured by neither: the search does so once.
+        _ = evaluator.reference, evaluator.base_openings
+        scoring, limit = self.settings.scoring, self.settings.skip_kl_above
+        return lambda rows: evaluator.scores(
+            intervention, edits, rows, skip_kl_above=limit, answer_tokens=scoring.effective_search_tokens
+        )
+
+
+class Bench:
+    """Measures layouts within the memory there is."""
+
+    def __init__(self, score: Callable[[int], object], gauge: Gauge, trials: int, stretch: float) -> None:
+        """Prepare.
+
+        Args:
+            score: Scores some trials with so many rows.
+            gauge: Reads memory.
+            trials: How many trials it scores.
+            stretch: How many times as much memory as they the same rows may take elsewhere in the job.
+        """
+        self._stretch = stretch
+        self._score = score
+        self._gauge = gauge
+        self._trials = trials
+        self._done: dict[int, Measured] = {}
+
+    def measure(self, rows: int) -> Measured:
+        """Measure a layout; one that has been is not measured again."""
+        if rows not in self._done:
+            self._done[rows] = self._measured(rows) if self._may_fit(rows) else Measured(rows=rows, seconds=None)
+        return self._done[rows]
+
+    def again(self, before: Measured) -> Measured:
+        """Return a layout measured once more, with the quicker time; one for which there is no room is left alone."""
+        if before.seconds is None:
+            return before
+        now = self._measured(before.rows)
+        if now.seconds is not None:
+            now = now.model_copy(update={"seconds": min(before.seconds, now.seconds)})
+        return now
+
+    def _may_fit(self, rows: int) -> bool:
+        """Return whether there is room, as far as fewer rows tell: on a CPU it is too late once there is none."""
+        smaller = [one for one in self._done.values() if one.rows < rows and one.seconds is not None]
+        nearest = max(smaller, key=lambda one: one.rows, default=None)
+        return nearest is None or self._gauge.fits([taken * rows / nearest.rows for taken in nearest.growth])
+
+    def _measured(self, rows: int) -> Measured:
+        times: list[float] = []
+        self._gauge.begin()
+        try:
+            while len(times) < _ROUNDS and sum(times) < _QUICK:
+                begun = time.perf_counter()
+                self._score(rows)
+                times.append(time.perf_counter() - begun)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            release_memory()
+            return Measured(rows=rows, seconds=None)
+        growth = tuple(int(self._stretch * taken) for taken in self._gauge.growth())
+        return Measured(
+            rows=rows, seconds=min(times) / self._trials if self._gauge.fits(growth) else None, growth=growth
+        )
+
+
+def _described(measured: Measured) -> str:
+    return f"{measured.rows} rows {'no room' if measured.seconds is None else f'{measured.seconds:.3g}'}"
+
+
+def _power(number: int) -> int:
+    """Return the least power of two that is not less."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Return so many prompts at even distances, or all."""
+    count = min(count, len(prompts))
+    return [prompts[index * len(prompts) // count] for index in range(count)]

@@ -1,0 +1,77 @@
+"""How much memory a piece of work takes at most, beside how much there is."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from job.model.memory import release_memory
+from job.preflight.limits import read_memory
+from job.preflight.memory_plan import RAM_SHARE
+
+# Share of a GPU's free memory that may be used; the allocator loses some.
+_GPU_SHARE = 0.9
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Gauge:
+    """How much memory a piece of work takes at most, on each device that the model is on."""
+
+    def __init__(self, model: torch.nn.Module, processes: int) -> None:
+        """Read what there is.
+
+        Args:
+            model: The model.
+            processes: Processes that share the RAM and do such work at the same time.
+        """
+        # What the allocator keeps would not be seen to be taken again.
+        release_memory()
+        places = {parameter.device for parameter in model.parameters()}
+        self._gpus = sorted(place.index or 0 for place in places if place.type == "cuda")
+        self._counts_ram = any(place.type != "cuda" for place in places)
+        self.room = [int(_GPU_SHARE * torch.cuda.mem_get_info(index)[0]) for index in self._gpus]
+        if self._counts_ram:
+            self.room.append(int(RAM_SHARE * read_memory().available / processes))
+
+    def begin(self) -> None:
+        """Begin with a piece of work."""
+        release_memory()
+        for index in self._gpus:
+            torch.cuda.reset_peak_memory_stats(index)
+        if self._counts_ram:
+            _forget_peak()
+        self._before = self._now()
+
+    def growth(self) -> tuple[int, ...]:
+        """Return what was taken at most since then, bytes."""
+        peaks = [torch.cuda.max_memory_allocated(index) for index in self._gpus]
+        if self._counts_ram:
+            peaks.append(_resident("VmHWM"))
+        return tuple(max(peak - before, 0) for peak, before in zip(peaks, self._before, strict=True))
+
+    def _now(self) -> list[int]:
+        used = [torch.cuda.memory_allocated(index) for index in self._gpus]
+        return [*used, _resident("VmRSS")] if self._counts_ram else used
+
+    def fits(self, growth: Sequence[float]) -> bool:
+        """Return whether there is room for so much."""
+        return all(taken <= room for taken, room in zip(growth, self.room, strict=True))
+
+
+def _forget_peak() -> None:
+    """Let the kernel count the process' peak from now on; where it may not be told to, the peak is never too small."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return
+
+
+def _resident(name: str) -> int:
+    """Return the process' resident memory, bytes: VmRSS now, VmHWM at most."""
+    for line in _STATUS.read_text().splitlines() if _STATUS.exists() else ():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
