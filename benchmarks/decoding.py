@@ -13,7 +13,8 @@ from pathlib import Path
 
 import optuna
 
-from job.config.schema import LoadingSettings, default_values
+from job.config.load import default_values
+from job.config.schema import LoadingSettings
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention
@@ -21,9 +22,9 @@ from job.generation.stop_markers import MarkerWatch
 from job.model.loading import LoadedModel, load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.scoring.refusals import RefusalMarkers
 from job.scoring.trial_scorer import Evaluator
 from job.search.optimizer import SearchSpace
+from job.text.refusal_markers import RefusalMarkers
 
 TRIALS, BATCH, ROWS, ROUNDS = 8, 4, 256, 5
 

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self
 
-from job.config.schema import LoadingSettings, ScoringSettings, default_values
+from job.config.load import default_values
+from job.config.schema import LoadingSettings, ScoringSettings
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention
@@ -26,9 +27,10 @@ from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
 from job.organism.organism import TASKS, expected_answer
 from job.records import COMPONENTS, EditParameters, KernelParameters, TrialScores
+from job.scoring.broken import Exchange
 from job.scoring.detectors import Context, make_scorer
-from job.scoring.refusals import Exchange, RefusalMarkers
 from job.scoring.trial_scorer import Evaluator
+from job.text.refusal_markers import RefusalMarkers
 
 Kind = Literal["correct", "refused in words", "refused softly", "broken"]
 ROWS, DIRECTION_PROMPTS, SEARCH_TOKENS = 64, 64, 30

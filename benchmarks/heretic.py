@@ -21,7 +21,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from job.config.schema import default_values
+from job.config.load import default_values
 from job.search.convergence import hypervolume
 
 PACKAGE, VERSION = "heretic-llm", "1.4.0"

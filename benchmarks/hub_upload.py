@@ -21,7 +21,8 @@ import huggingface_hub
 
 from job.export.merged import seal
 from job.records import Manifest
-from job.storage.run_folder import MANIFEST, read_record, sha256_file
+from job.storage.atomic import read_record, sha256_file
+from job.storage.exports import MANIFEST
 from tests.fault_proxy import FaultProxy
 from tests.hub import LoopbackHub
 

@@ -32,7 +32,7 @@ METHODS = {
 
 def run(organism: Path, workspace: Path, settings: list[str], trials: int, seed: int) -> dict[str, float]:
     """Run a job and return the figures of its export."""
-    command = [sys.executable, "-c", "from job.cli.app import main; main()", "run", str(organism / "model")]
+    command = [sys.executable, "-c", "from job.cli.main import main; main()", "run", str(organism / "model")]
     for kind in ("good", "bad"):
         command += [f"--{kind}-prompts", str(organism / f"{kind}_train.txt")]
         command += [f"--{kind}-eval-prompts", str(organism / f"{kind}_test.txt")]

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from job.architectures.spec import discover
 from job.directions.residuals import extract_residuals
-from job.generation.greedy import left_padded
+from job.generation.forward import left_padded
 from job.model.loading import LoadedModel
 
 ROWS, PROMPTS = 32, 800

@@ -26,7 +26,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
-from job.config.schema import LoadingSettings, default_values
+from job.config.load import default_values
+from job.config.schema import LoadingSettings
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention
@@ -34,10 +35,10 @@ from job.model.loading import load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
 from job.records import EditParameters, Plan, Trial, TrialScores
-from job.scoring.refusals import RefusalMarkers
 from job.scoring.trial_scorer import Evaluator
 from job.search.convergence import hypervolume
-from job.search.optimizer import Search, SearchSettings, SearchSpace
+from job.search.optimizer import Search, SearchSpace, StudySettings
+from job.text.refusal_markers import RefusalMarkers
 
 ROWS = 512
 # What the sampler sees in place of what it would see, by the trial and the number of prompts.
@@ -257,7 +258,7 @@ class Tried(Search):
         seconds: What making plans has taken of the processor.
     """
 
-    def __init__(self, file: Path, variant: Variant, space: SearchSpace, settings: SearchSettings, prompts: int):
+    def __init__(self, file: Path, variant: Variant, space: SearchSpace, settings: StudySettings, prompts: int):
         super().__init__(file, space, settings)
         self._variant = variant
         self._prompts = prompts
@@ -356,7 +357,7 @@ def searched(
     startup = min(60, math.ceil(trials / 3))
     defaults = {"batch": default_values()["trials_per_batch"], **default_values()["search"], "startup_trials": startup}
     del defaults["space"]
-    settings = SearchSettings(**{**defaults, "seed": seed, "rows": ROWS, **variant.settings})
+    settings = StudySettings(**{**defaults, "seed": seed, "rows": ROWS, **variant.settings})
     space = variant.space(organism.layers)
     if variant.spread:
         space = Spread("wide", organism.layers, seed=seed, startup=settings.startup_trials)

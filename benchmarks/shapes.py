@@ -33,7 +33,7 @@ from benchmarks.measuring import Clock, Memory, machine, write_figures
 from benchmarks.phases import GIB, HEAD, Bench
 from benchmarks.random_models import SHAPES, Shape, build, filled_tokenizer, prompt_sets, shape
 from benchmarks.roofline import Ceilings, measured_ceilings
-from job.config.schema import default_values
+from job.config.load import default_values
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention
@@ -42,14 +42,14 @@ from job.model.loading import LoadedModel, conversations, resolve_device
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis, orthonormal_basis
 from job.numerics.directions import mean_difference
-from job.preflight.estimate import Rates, Task, Work, estimate
+from job.preflight.estimate import PhaseWork, Rates, Work, estimate
 from job.preflight.machine import read_machine
 from job.preflight.memory_plan import Refusal, Workload, plan
 from job.preflight.readings import MachineReading
 from job.records import EditParameters
-from job.scoring.refusals import RefusalMarkers
 from job.scoring.trial_scorer import Evaluator
 from job.search.optimizer import SearchSpace
+from job.text.refusal_markers import RefusalMarkers
 
 DEFAULT_SHAPES = {"cpu": ["0.5B"], "cuda": ["7B", "32B", "MoE"]}
 MODES: tuple[RowNormalization, ...] = ("none", "full", "column")
@@ -234,7 +234,7 @@ def search(bench: Bench, sets: dict[str, list[Prompt]], basis: Basis, rows: int,
 def estimated(wanted: Shape, ceilings: Ceilings, figures: dict[str, Any]) -> dict[str, float]:
     """Return what preflight would have estimated from these ceilings, seconds; print it beside what was measured."""
     prompts = figures["prompts"]
-    task = Task(
+    task = PhaseWork(
         weights_bytes=wanted.weights_bytes,
         active_parameters=wanted.facts.active_parameters,
         direction_prompts=prompts,

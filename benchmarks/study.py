@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from job.config.schema import default_values
+from job.config.load import default_values
 from job.records import Plan, TrialScores
-from job.search.optimizer import Search, SearchSettings, SearchSpace
+from job.search.optimizer import Search, SearchSpace, StudySettings
 
 TARGETS = (50, 100, 200, 400)
 
@@ -29,7 +29,7 @@ def main() -> None:
         return [TrialScores(refusals=drawn.randint(0, 100), kl=drawn.random(), opening=0.0) for _ in range(count)]
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = SearchSettings(
+        settings = StudySettings(
             seed=0,
             startup_trials=20,
             batch=batch,

@@ -24,7 +24,8 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measuring import machine, write_figures
-from job.config.schema import LoadingSettings, default_values
+from job.config.load import default_values
+from job.config.schema import LoadingSettings
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention
@@ -36,9 +37,9 @@ from job.preflight.machine import read_machine
 from job.preflight.memory_plan import MemoryPlan, Workload, plan
 from job.preflight.model_facts import model_facts
 from job.records import EditParameters
-from job.scoring.refusals import RefusalMarkers
 from job.scoring.trial_scorer import Evaluator
 from job.search.optimizer import SearchSpace
+from job.text.refusal_markers import RefusalMarkers
 
 # Wall clock and processor.
 Times = tuple[float, float]

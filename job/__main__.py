@@ -8,7 +8,7 @@ from job.lifecycle.supervisor import supervised
 def main() -> None:
     """Run the command line, in a supervised child where the end of a rental depends on it."""
     supervised()
-    from job.cli.app import main as command_line
+    from job.cli.main import main as command_line
 
     command_line()
 

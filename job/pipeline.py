@@ -12,69 +12,54 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.config.schema import Settings
 from job.data.prompts import PromptSets
-from job.errors import ExportMismatchError, ImpossibleJobError, JobError, UsageError
+from job.errors import ExportMismatchError, ImpossibleJobError, JobError
 from job.export.reproduction import (
     Reproduction,
     environment_differences,
     require_same_prompts,
 )
-from job.lifecycle.lock import Hold
+from job.lifecycle.model_folder import model_folder
 from job.lifecycle.outcome import Outcome, missed_gate, outcome_of
-from job.lifecycle.search_limits import Pace, budget_of
-from job.model.files import fetch_model, list_model, parse_model
+from job.lifecycle.search_limits import SearchLimits, budget_of
+from job.lifecycle.start import RunningJob
+from job.model.files import parse_model
 from job.preflight.checks import is_allowed
 from job.preflight.cuda import read_cuda
 from job.preflight.mounts import kind_of, mount_of, read_mounts
 from job.preflight.runner import Survey, Surveyor
-from job.records import JobRecord, State, Trial
+from job.records import State, Trial
 from job.report.markdown import write_reports
-from job.report.run_view import RunResult, job_trials
-from job.search.budget import Meter
+from job.report.run_view import RunResult, trials_so_far
 from job.search.finalists import in_words, next_to_rescore, read_full_counts, with_full_counts
 from job.search.optimizer import choose
-from job.storage.events import Events
-from job.storage.run_folder import (
-    REPRODUCE,
-    RunFolder,
-    is_sealed,
-    model_identity,
-    read_record,
-    sync_folder,
-    write_record,
-)
+from job.storage.atomic import read_record, write_record
+from job.storage.exports import REPRODUCE, is_sealed, link_export
 from job.storage.study_file import back_up, restore_if_damaged
 from job.system.failpoints import reached
-from job.system.signals import StopSignals
-from job.text.redaction import redacted
 from job.upload.targets import deliver_to_all
-from job.workers.crew import Hands
+from job.workers.crew import WarmWorkerPool
 
 if TYPE_CHECKING:
     from job.lifecycle.session import Workbench
 
 
+def run(running: RunningJob, surveyor: Surveyor) -> Outcome:
+    """Do all stages of a job."""
+    return Job(running).do(surveyor)
+
+
 class Job:
     """One start of a job."""
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        record: JobRecord,
-        settings: Settings,
-        events: Events,
-        signals: StopSignals,
-        meter: Meter,
-        hold: Hold,
-    ) -> None:
-        self._hold = hold
-        self._folder = folder
-        self._record = record
-        self._settings = settings
-        self._events = events
-        self._signals = signals
-        self._meter = meter
+    def __init__(self, running: RunningJob) -> None:
+        self._hold = running.lock
+        self._folder = running.folder
+        self._record = running.record
+        self._settings = running.settings
+        self._events = running.events
+        self._signals = running.signals
+        self._meter = running.meter
 
     def do(self, surveyor: Surveyor) -> Outcome:
         """Go through all stages; those that an earlier start has finished are passed over."""
@@ -84,7 +69,7 @@ class Job:
         self._say_differences()
         if prompts is None or not self._is_searched_and_exported(trials, prompts):
             # A job of which only the delivery is left has its targets tell what is wrong with them.
-            with Hands(self._others(trials), self._model_here()) as hands:
+            with WarmWorkerPool(self._others(trials), self._model_here()) as hands:
                 prompts = self._preflight(surveyor)
                 if damage is not None:
                     # After preflight, which ends a loop of such starts.
@@ -203,7 +188,7 @@ class Job:
         source = parse_model(self._settings.model)
         return Path(source.name) if source.kind == "folder" else None
 
-    def _search_and_export(self, prompts: PromptSets, hands: Hands) -> list[Trial]:
+    def _search_and_export(self, prompts: PromptSets, hands: WarmWorkerPool) -> list[Trial]:
         """Do all that needs the model and return the trials."""
         # torch takes seconds to load and is needed for these stages only.
         from job.lifecycle.session import Workbench
@@ -266,7 +251,7 @@ class Job:
     def _is_exported(self, trial: Trial) -> bool:
         return is_sealed(self._export_folder(trial))
 
-    def _search(self, bench: Workbench, hands: Hands) -> list[Trial]:
+    def _search(self, bench: Workbench, hands: WarmWorkerPool) -> list[Trial]:
         """Bring the study to its target and return its trials."""
         self._phase("search")
         target, asked = self._settings.trials, len(bench.prompts.bad_search)
@@ -277,7 +262,7 @@ class Job:
             done = len(search.finished())
             self._events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
             budget = budget_of(self._folder, self._settings, self._meter)
-            pace = Pace(budget, self._hold, self._signals, self._settings.grace, begun=done > 0)
+            pace = SearchLimits(budget, self._hold, self._signals, self._settings.grace, begun=done > 0)
             with self._events.progress("trials", target, done) as advance:
 
                 def told(trial: Trial) -> None:
@@ -337,44 +322,3 @@ class Job:
         reached(f"stage:{name}")
         if self._folder.prompts_file.exists():  # before, there is nothing that another machine could go on from
             self._hold.keep()
-
-
-def trials_so_far(folder: RunFolder) -> list[Trial]:
-    """Return the finished trials; none of a damaged study, of which the search will tell."""
-    try:
-        return job_trials(folder)
-    except JobError:
-        return []
-
-
-def model_folder(record: JobRecord, settings: Settings, events: Events) -> Path:
-    """Return the folder with the model's files, downloaded at the pinned commit where they are not there yet.
-
-    Raises:
-        UsageError: A folder's files are no longer what they were when the job began.
-        ImpossibleJobError: There is no such model any more.
-        MachineError: The Hub cannot be reached.
-    """
-    if redacted(model_identity(settings)) != redacted(record.identity["model"]):
-        raise UsageError(
-            f"the model of job {record.job_id} is no longer what it was",
-            remedy="restore it where job.json says it was",
-        )
-    source = parse_model(settings.model)
-    if source.kind == "folder":
-        return Path(source.name)
-    listing = list_model(source, record.model_commit, events.say)
-    events.emit("download_started", f"fetching {source.describe()}: {listing.size / 2**30:.1f} GiB in all")
-    return fetch_model(source, listing, events.say)
-
-
-def link_export(folder: RunFolder, export: Path) -> None:
-    """Let `export` in the run folder point to an export."""
-    target = export.relative_to(folder.path)
-    temporary = folder.path / ".export.tmp"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    reached("link:made")
-    temporary.replace(folder.export_link)
-    reached("link:replaced")
-    sync_folder(folder.path)

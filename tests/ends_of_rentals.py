@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 from itertools import product
 
-from job.cloud.end_policy import ACTIONS, SAFE, Asked, Ended, Safety, ending
+from job.cloud.end_policy import ACTIONS, SAFE, AskedEnds, Ended, Safety, ending
 from tests.generated import write_or_print
 
 # Every way in which a start can end.
@@ -66,15 +66,15 @@ Written by `python -m tests.ends_of_rentals --write docs/ends-of-rentals.md`.
 """
 
 
-def asked_for(action: str) -> Asked:
+def asked_for(action: str) -> AskedEnds:
     """Return both options with the same value."""
-    return next(Asked(one, one) for one in ACTIONS if one == action)
+    return next(AskedEnds(one, one) for one in ACTIONS if one == action)
 
 
 def decides(outcome: Ended) -> str:
     """Return which option decides after such an end."""
-    done = ending(outcome, Asked(when_done="destroy"), SAFE).action != "nothing"
-    failed = ending(outcome, Asked(when_failed="destroy"), SAFE).action != "nothing"
+    done = ending(outcome, AskedEnds(when_done="destroy"), SAFE).action != "nothing"
+    failed = ending(outcome, AskedEnds(when_failed="destroy"), SAFE).action != "nothing"
     return "`--when-done`" if done else "`--when-failed`" if failed else "neither"
 
 

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.config.schema import load_settings
+from job.config.load import load_settings
 from job.data.prompts import Prompt, PromptSets
 from job.mirror import MirrorOptions, open_mirror
 from job.records import Figures, JobRecord, Manifest, ManifestEntry, State, Upload
-from job.storage.run_folder import DONE, MANIFEST, RunFolder, job_id, sha256_file, write_record
+from job.storage.atomic import sha256_file, write_record
+from job.storage.exports import DONE, MANIFEST
+from job.storage.identity import job_id
+from job.storage.run_folder import RunFolder
 from job.transfer.folders import deliver as to_folder
 from job.transfer.s3 import S3Options
-from job.transfer.s3 import deliver as to_s3
+from job.upload.s3 import deliver as to_s3
 
 FIGURES = Figures(bad_prompts=10, refusals=1, good_prompts=10, false_refusals=0, kl=0.1)
 

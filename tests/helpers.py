@@ -18,7 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from job.config.schema import LoadingSettings, default_values
+from job.config.load import default_values
+from job.config.schema import LoadingSettings
 from job.export.reproduction import PromptsRecord, Reproduction
 from job.lifecycle.supervisor import asked_when_failed
 from job.records import EditParameters, Figures, KernelParameters, Resolution, Trial, TrialScores

@@ -27,7 +27,7 @@ import torch
 from huggingface_hub import constants
 from transformers.utils import logging as transformers_logging
 
-from job.cli.app import main
+from job.cli.main import main
 
 # Longer than any command takes: pytest's own alarm is the command's meanwhile.
 _LONGEST_SECONDS = 800

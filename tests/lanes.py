@@ -77,7 +77,7 @@ PARTS = {
                 "job/system/signals.py",
                 "job/export/merged.py",
             ),
-            *("job/generation/stop_markers.py", "job/checkpoint/*.py", "job/upload/**/*.py"),
+            *("job/generation/stop_markers.py", "job/mirror/*.py", "job/transfer/**/*.py", "job/upload/**/*.py"),
         ),
         ("job/pipeline.py", "job/lifecycle/start.py", "job/cli/worker.py", "tests/helpers.py", "tests/test_run.py"),
         packages=("optuna", "sqlalchemy", "safetensors"),

@@ -18,17 +18,19 @@ from random import Random
 from typing import Any
 
 from job.errors import JobError
-from job.mirror import Claim, MirrorOptions, Pace, lease, open_mirror
+from job.mirror import Claim, MirrorOptions, SnapshotPace, lease, open_mirror
 from job.records import JobRecord
-from job.storage.run_folder import RunFolder, job_id, write_atomically, write_record
+from job.storage.atomic import write_atomically, write_record
+from job.storage.identity import job_id
+from job.storage.run_folder import RunFolder
 from job.transfer.s3 import S3Options
 from tests.helpers import environment
 
 IDENTITY = {"model": {"repository": "cook/soup"}, "seed": 7, "space": [1, 2]}
 JOB = job_id(IDENTITY)
-QUICK = Pace(beat_s=0.3, expiry_s=1.5, snapshot_s=0.02, poll_s=0.1)
+QUICK = SnapshotPace(beat_s=0.3, expiry_s=1.5, snapshot_s=0.02, poll_s=0.1)
 # Long enough that nothing expires unless a test waits for it.
-CALM = Pace(beat_s=5.0, expiry_s=60.0, snapshot_s=0.02, poll_s=0.1)
+CALM = SnapshotPace(beat_s=5.0, expiry_s=60.0, snapshot_s=0.02, poll_s=0.1)
 
 
 @dataclass
@@ -47,10 +49,10 @@ class Place:
     def kind(self) -> str:
         return self.uri.partition(":")[0]
 
-    def mirror(self, pace: Pace = CALM, **options: Any) -> Any:
+    def mirror(self, pace: SnapshotPace = CALM, **options: Any) -> Any:
         return open_mirror(self.uri, MirrorOptions(pace=pace, s3=self.s3, **options))
 
-    def claim(self, folder: Path, pace: Pace = CALM, said: list[str] | None = None, **options: Any) -> Claim:
+    def claim(self, folder: Path, pace: SnapshotPace = CALM, said: list[str] | None = None, **options: Any) -> Claim:
         words = [] if said is None else said
         # Making a client of S3 takes longer than all that is done with it.
         key = f"{pace} {self.s3} {options}" if self.kind == "s3" else str(len(self.opened))
@@ -76,7 +78,7 @@ class Place:
     def objects(self) -> set[str]:
         return {name for name in self.contents() if "/objects/" in name}
 
-    def start(self, mode: str, folder: Path, pace: Pace = CALM, **more: Any) -> subprocess.Popen[str]:
+    def start(self, mode: str, folder: Path, pace: SnapshotPace = CALM, **more: Any) -> subprocess.Popen[str]:
         """Start a run of its own that prints what it does; it ends when its input is closed."""
         s3 = asdict(self.s3) if self.s3 else None
         spec = {"uri": self.uri, "folder": str(folder), "mode": mode, "pace": asdict(pace), "s3": s3, **more}
@@ -208,7 +210,7 @@ def main(given: str) -> int:
     threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
     run = RunFolder(Path(spec["folder"]))
     s3 = S3Options(**spec["s3"]) if spec["s3"] else None
-    options = MirrorOptions(pace=Pace(**spec["pace"]), s3=s3)
+    options = MirrorOptions(pace=SnapshotPace(**spec["pace"]), s3=s3)
     try:
         mirror = open_mirror(spec["uri"], options)
         if spec["mode"] == "race":

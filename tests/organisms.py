@@ -35,7 +35,7 @@ _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 1
 
 
 def code_key(code: str | None = None) -> str:
-    """Return a hash of all code in job/organism/organism.py that has a part in an organism; docstrings and comments do not count."""
+    """Return a hash of all code that has a part in an organism; docstrings and comments do not count."""
     tree = ast.parse(Path(demo.__file__).read_text() if code is None else code)
     defined = {name: statement for statement in tree.body for name in _names_defined(statement)}
     used, waiting = set(), ["write_organism"]

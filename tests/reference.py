@@ -13,8 +13,10 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from job.cli.app import SETTING_OPTIONS
-from job.config.schema import ENVIRONMENT_PREFIX, PromptSettings, Settings, as_toml, default_values
+from job.cli.options import SETTING_OPTIONS
+from job.config.describe import as_toml
+from job.config.load import default_values
+from job.config.schema import ENVIRONMENT_PREFIX, PromptSettings, Settings
 from tests.generated import write_or_print
 
 _INTRODUCTION = f"""# Settings

@@ -29,7 +29,7 @@ from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
 from job.records import Manifest, ManifestEntry
-from job.storage.run_folder import write_record
+from job.storage.atomic import write_record
 
 BUCKET = "results"
 # Made once: a session reads large descriptions of the services.

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from job.errors import JobError, Stopped
 from job.system.signals import StopSignals
-from job.transfer.s3 import S3Options, deliver
+from job.transfer.s3 import S3Options
+from job.upload.s3 import deliver
 
 
 def main(export: str, uri: str, state: str, options: str) -> int:

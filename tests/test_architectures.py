@@ -19,7 +19,8 @@ from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, verify_written, write_weights
-from job.generation.greedy import Manner, first_logits, greedy_answers
+from job.generation.forward import first_logits
+from job.generation.greedy import BatchingSupport, greedy_answers
 from job.model.loading import LoadedModel
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis, orthonormal_basis
@@ -373,14 +374,14 @@ def test_the_text_side_of_a_family_that_sees_images_is_edited_and_exported(famil
 @pytest.mark.parametrize(
     ("family", "manner"),
     [
-        ("llama", Manner()),
-        ("mamba", Manner(shared=False)),
-        ("bamba", Manner(cached=False, shared=False)),  # as by default: without any layer of attention
-        ("recurrent_gemma", Manner(padded=False, shared=False)),
-        ("xlstm", Manner(padded=False, cached=False, shared=False)),
+        ("llama", BatchingSupport()),
+        ("mamba", BatchingSupport(shared=False)),
+        ("bamba", BatchingSupport(cached=False, shared=False)),  # as by default: without any layer of attention
+        ("recurrent_gemma", BatchingSupport(padded=False, shared=False)),
+        ("xlstm", BatchingSupport(padded=False, cached=False, shared=False)),
     ],
 )
-def test_how_a_family_can_be_read_is_found_and_kept_to(family: str, manner: Manner) -> None:
+def test_how_a_family_can_be_read_is_found_and_kept_to(family: str, manner: BatchingSupport) -> None:
     model, architecture = found(family)
     assert architecture.manner == manner
     prompts = [[5, 9, 11], [5, 9, 11, 13], [5, 9, 12], [5, 9, 11, 13, 17, 19, 23]]

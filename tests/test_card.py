@@ -10,7 +10,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from job.export.model_card import model_card
 from job.numerics.statistics import difference_interval, mean_interval, wilson_interval
-from job.scoring.refusals import is_degenerate
+from job.scoring.broken import is_degenerate
 from tests.helpers import made_from
 from tests.hub import LoopbackHub
 

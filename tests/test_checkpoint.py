@@ -18,7 +18,9 @@ import pytest
 from job.errors import DeliveryError, HeldError, MachineError, UsageError
 from job.mirror import MirrorError, MirrorOptions, expected_bytes, held_bytes, open_mirror, scheme_of
 from job.mirror.snapshot import Snapshots, Taken, check_study
-from job.storage.run_folder import RunFolder, job_id, write_atomically
+from job.storage.atomic import write_atomically
+from job.storage.identity import job_id
+from job.storage.run_folder import RunFolder
 from tests.helpers import die_while_writing
 from tests.mirror_places import REPO, TOKEN, file_place, hub_place, place, running, s3_place
 from tests.mirrors import IDENTITY, JOB, Place, add_trial, mirrored, read_tree, trials_in, wait_until, write_folder

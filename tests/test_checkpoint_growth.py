@@ -21,7 +21,8 @@ from job.mirror import hub_store as hub
 from job.mirror.hub_store import HubStore
 from job.mirror.layers import BLOCK, Layers, assemble
 from job.mirror.records import Layered
-from job.storage.run_folder import RunFolder, job_id
+from job.storage.identity import job_id
+from job.storage.run_folder import RunFolder
 from tests.growth import BATCH, Growing, Sent
 from tests.mirror_places import REPO, file_place, hub_place, place, running, s3_place
 from tests.mirrors import CALM, IDENTITY, JOB, Place, add_trial, mirrored, sha256, trials_in, wait_until, write_folder

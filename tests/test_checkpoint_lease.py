@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from job.config.schema import load_settings
+from job.config.load import load_settings
 from job.errors import DeliveryError, HeldError, JobError, MachineError, Stopped
 from job.lifecycle.lock import held
-from job.mirror import Pace
+from job.mirror import SnapshotPace
 from job.mirror.snapshot import check_study
 from job.storage.events import Events
 from job.storage.run_folder import RunFolder
@@ -42,7 +42,7 @@ __all__ = ["file_place", "hub_place", "place", "running", "s3_place"]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 # A run whose signs of life are rare beside what the test does to it.
-SLOW = Pace(beat_s=0.5, expiry_s=1.5, snapshot_s=0.02, poll_s=0.1)
+SLOW = SnapshotPace(beat_s=0.5, expiry_s=1.5, snapshot_s=0.02, poll_s=0.1)
 
 
 def line(process: subprocess.Popen[str], start: str) -> str:
@@ -303,7 +303,7 @@ def test_an_upload_in_the_way_of_a_cut_line_is_interrupted(s3_place: Place, tmp_
 
 
 def test_a_sign_of_life_that_waits_for_the_last_word_does_not_take_it_back(file_place: Place, tmp_path: Path) -> None:
-    restless = Pace(beat_s=0.0005, expiry_s=60.0, snapshot_s=0.02, poll_s=0.1)
+    restless = SnapshotPace(beat_s=0.0005, expiry_s=60.0, snapshot_s=0.02, poll_s=0.1)
     for number in range(20):
         claim = file_place.claim(write_folder(tmp_path / str(number) / JOB).path, restless)
         claim.start()
@@ -391,7 +391,7 @@ def test_a_long_upload_does_not_cost_the_lease(s3_place: Place, tmp_path: Path) 
     run = write_folder(tmp_path / JOB, large=3_000_000)
     with FaultProxy("127.0.0.1", s3_place.server.port, bytes_per_s=1_000_000) as proxy:
         s3_place.s3 = s3_options(proxy.url)
-        claim = s3_place.claim(run.path, Pace(beat_s=0.5, expiry_s=1.5, snapshot_s=0.02, poll_s=0.1))
+        claim = s3_place.claim(run.path, SnapshotPace(beat_s=0.5, expiry_s=1.5, snapshot_s=0.02, poll_s=0.1))
         claim.start()
         claim.request()
         with claim.outward():
@@ -446,7 +446,7 @@ def test_a_mirror_that_cannot_be_reached_at_the_start_is_said(s3_place: Place, t
 
 def test_asking_is_cheap_and_many_requests_are_one(file_place: Place, tmp_path: Path) -> None:
     run = write_folder(tmp_path / JOB)
-    claim = file_place.claim(run.path, Pace(snapshot_s=0.5))
+    claim = file_place.claim(run.path, SnapshotPace(snapshot_s=0.5))
     claim.start()
     begun = time.monotonic()
     for number in range(200):

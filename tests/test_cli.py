@@ -52,7 +52,7 @@ def test_help_is_quick() -> None:
 
 
 def test_the_command_line_loads_no_torch() -> None:
-    code = "import sys, job.cli.app; assert not {'torch', 'transformers', 'optuna'} & sys.modules.keys()"
+    code = "import sys, job.cli; assert not {'torch', 'transformers', 'optuna'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -181,7 +181,7 @@ def test_the_wheel_holds_the_defaults_and_nothing_else_is_missing(tmp_path: Path
     defaults = tomllib.loads((tmp_path / "unpacked" / "job" / "default.toml").read_text())
     assert defaults["trials"] == 200
     # The unpacked package loads its own defaults, not those of the checkout.
-    code = "import job, job.config.schema as s; print(job.__file__); print(s.default_values()['trials'])"
+    code = "import job, job.config.load as s; print(job.__file__); print(s.default_values()['trials'])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path / "unpacked",
@@ -198,9 +198,9 @@ def test_secrets_stay_out_of_tracebacks(model: Path, prompts: list[str], tmp_pat
     code = (
         "import sys, job.storage.run_folder\n"
         "def broken(*_, **__): raise RuntimeError('token is swordfish-swordfish')\n"
-        "job.storage.run_folder.open_job = broken\n"
+        "job.storage.jobs.open_job = broken\n"
         f"sys.argv = {['abliterate', 'run', str(model), *prompts]!r}\n"
-        "from job.cli.app import main; main()\n"
+        "from job.cli.main import main; main()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(HF_TOKEN="swordfish-swordfish")

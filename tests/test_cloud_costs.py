@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from job.preflight.estimate import Rates, Task, device_rates, estimate
+from job.preflight.estimate import PhaseWork, Rates, device_rates, estimate
 from job.preflight.gpu_table import find_card, parse_on
 
 ROWS = [
@@ -22,7 +22,7 @@ def test_the_table_of_jobs(row: list[str]) -> None:
     model, machine, rows, *stated = row
     name, gigabytes = model.removesuffix(" GB").split(", ")
     size = int(float(gigabytes) * 1e9)
-    task = Task(
+    task = PhaseWork(
         download_bytes=size,
         weights_bytes=size,
         active_parameters=int(PARAMETERS[name]),

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from job.config.schema import load_settings
+from job.config.load import load_settings
 from job.errors import ImpossibleJobError, Stopped, UsageError
 from job.preflight.gpu_table import MIN_CUDA
 from tests.helpers import abliterate

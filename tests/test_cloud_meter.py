@@ -16,7 +16,7 @@ import pytest
 from job.cloud import termination as ending
 from job.cloud.launching import Launcher, find_launch
 from job.cloud.provider import MARKER, Terms
-from job.cloud.termination import Ending
+from job.cloud.termination import Termination
 from job.cloud.watching import Watch
 from job.errors import MachineError
 from tests.cloud import RunPodServer, VastServer
@@ -215,7 +215,7 @@ def spawn(server: VastServer | RunPodServer, tmp_path: Path, *words: Any) -> sub
 
     platform = "vast" if isinstance(server, VastServer) else "runpod"
     env = {**os.environ, **env_of(server), "ABLITERATION_LAUNCHES": str(tmp_path / "launches")}
-    line = [sys.executable, "-c", "from job.cli.app import main; main()", "cloud", platform, *map(str, words)]
+    line = [sys.executable, "-c", "from job.cli.main import main; main()", "cloud", platform, *map(str, words)]
     return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -446,9 +446,9 @@ def test_no_such_instance_is_believed_after_a_while(vast: VastServer, monkeypatc
 
     said: list[str] = []
     market = open_market("vast", said.append, env=env_of(vast), patience=QUICK)
-    young = Ending(market, "5", said.append, rented=time.time(), pause=0.05, longest=0.05)
+    young = Termination(market, "5", said.append, rented=time.time(), pause=0.05, longest=0.05)
     assert not young.insist(0.3)
     assert any("does not show instance 5 yet" in text for text in said)
     monkeypatch.setattr(ending, "APPEAR_SECONDS", 0.1)
     assert young.insist(5.0)
-    assert Ending(market, "5", said.append).press()
+    assert Termination(market, "5", said.append).press()

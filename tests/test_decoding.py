@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals
-from job.generation.greedy import RowTrials, greedy_answers, left_padded
+from job.generation.forward import RowTrials, left_padded
+from job.generation.greedy import greedy_answers
 from job.model.loading import load_model
 from job.organism.organism import build_tokenizer
-from job.scoring.refusals import RefusalMarkers, normalise
+from job.text.refusal_markers import RefusalMarkers, normalise
 from tests.forwards import Forwards
 from tests.test_intervention import LOADING
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from job.architectures.spec import discover
 from job.edits.hooks import ActiveEdits, Intervention
-from job.generation.greedy import Answer, RowTrials, first_logits, greedy_answers, shared_prefix
+from job.generation.forward import RowTrials, first_logits, shared_prefix
+from job.generation.greedy import Answer, greedy_answers
 from job.records import READ_TOKENS, EditParameters, KernelParameters
 from tests.test_intervention import basis_for, wide_basis_for
 from tests.zoo import tiny_model

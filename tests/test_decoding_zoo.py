@@ -6,16 +6,9 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from job.generation.greedy import (
-    Answer,
-    RowTrials,
-    first_logits,
-    greedy_answers,
-    last_logits,
-    left_padded,
-    shared_prefix,
-)
-from job.generation.kv_cache import RoomyLayer, common_prefix, rows_can_be_picked, takes_cache, writable_slots
+from job.generation.forward import RowTrials, first_logits, last_logits, left_padded, shared_prefix
+from job.generation.greedy import Answer, greedy_answers
+from job.generation.kv_cache import GrowableKVLayer, common_prefix, rows_can_be_picked, takes_cache, writable_slots
 from job.records import READ_TOKENS
 from tests.forwards import Forwards
 from tests.zoo import FAMILIES, tiny_model
@@ -165,7 +158,7 @@ def test_a_layer_with_room_holds_what_one_without_does() -> None:
         keys, values = (torch.randn(rows, tokens, 2, width, generator=generator) for width in (4, 6))
         return keys.transpose(1, 2), values.transpose(1, 2).contiguous()
 
-    roomy, plain = RoomyLayer(60), DynamicLayer()
+    roomy, plain = GrowableKVLayer(60), DynamicLayer()
     behind = torch.randn(3, 2, 9, 4, generator=generator)  # more lies behind the first keys than is theirs
     first = behind[:, :, :5], some(5)[1]
     expected = behind.clone()
@@ -191,7 +184,7 @@ def test_a_layer_with_room_holds_what_one_without_does() -> None:
 def test_a_layer_that_begins_with_room_grows_into_it() -> None:
     behind = torch.zeros(3, 2, 7, 4)
     behind[:, :, :5] = 1.0
-    layer = RoomyLayer(60)
+    layer = GrowableKVLayer(60)
     layer.begin(behind[:, :, :5], behind[:, :, :5].clone())
     assert layer.get_seq_length() == 5
     keys, values = layer.update(2 * torch.ones(3, 2, 2, 4), 3 * torch.ones(3, 2, 2, 4))

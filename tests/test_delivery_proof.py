@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from job.config.schema import Settings, load_settings
+from job.config.load import load_settings
+from job.config.schema import Settings
 from job.mirror import MirrorError
 from job.records import Manifest
-from job.storage.run_folder import DONE, MANIFEST, read_record, sha256_file, write_record
-from job.transfer.s3 import deliver as to_s3
+from job.storage.atomic import read_record, sha256_file, write_record
+from job.storage.exports import DONE, MANIFEST
 from job.upload.hub import HubOptions
 from job.upload.hub import deliver as to_hub
 from job.upload.proof import delivery_problem
+from job.upload.s3 import deliver as to_s3
 from tests.mirror_places import TOKEN, file_place, hub_place, place, running, s3_place
 from tests.mirrors import JOB, Place, write_folder
 from tests.s3_server import BUCKET, make_export

@@ -16,16 +16,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from benchmarks.detectors import SOFT, Truth, even_edit, kind_of
-from job.config.schema import default_values
+from job.config.load import default_values
 from job.errors import ImpossibleJobError
 from job.organism.organism import TASKS, expected_answer
 from job.records import DetectorReport, Trial, TrialScores
 from job.scoring.detectors import cohens_kappa
 from job.scoring.likelihood import LEAST, OPENING
 from job.scoring.nli import HYPOTHESIS, Entailment
-from job.scoring.refusals import RefusalMarkers
 from job.scoring.soft_refusals import is_evasion
 from job.search.optimizer import choose
+from job.text.refusal_markers import RefusalMarkers
 from tests.helpers import abliterate, events, job_arguments, loading, only_job
 
 PROMPTS = 16

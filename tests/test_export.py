@@ -24,11 +24,13 @@ from job.errors import (
 )
 from job.export.merged import Edit, build_manifest, seal_made, verify_written, write_weights
 from job.export.verification import compare_answers
-from job.generation.greedy import Answer, RowTrials, first_logits
+from job.generation.forward import RowTrials, first_logits
+from job.generation.greedy import Answer
 from job.model.safetensors_files import Checkpoint
 from job.numerics.basis import Basis
 from job.records import Manifest
-from job.storage.run_folder import DONE, is_sealed, read_record
+from job.storage.atomic import read_record
+from job.storage.exports import DONE, is_sealed
 from job.transfer.folders import deliver
 from tests.helpers import made_from
 from tests.test_intervention import EDITS, basis_for

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from job.storage.run_folder import DONE
+from job.storage.exports import DONE
 
 GIB = 1 << 30
 

@@ -18,13 +18,15 @@ import pytest
 from job.export.merged import build_manifest
 from job.mirror.options import PACE
 from job.search.study import STUDY_NAME, file_url, open_study, read_trials, shared_study
-from job.storage.run_folder import DONE, MANIFEST, RunFolder, sha256_file, write_atomically, write_record
+from job.storage.atomic import sha256_file, write_atomically, write_record
+from job.storage.exports import DONE, MANIFEST
+from job.storage.run_folder import RunFolder
 from job.storage.study_file import BACKUP, restore_if_damaged
 from job.system.failpoints import FAILPOINTS, planted, reached, take
 from job.transfer import folders as local
-from job.transfer.s3 import deliver as to_s3
 from job.upload.hub import HubOptions
 from job.upload.hub import deliver as to_hub
+from job.upload.s3 import deliver as to_s3
 from job.workers.board import Board
 from tests.helpers import Result, abliterate, only_job, start, stored_trials
 from tests.mirror_places import file_place, hub_place, place, running, s3_place

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from job.config.load import default_values, leaves, load_settings, merged, nested, setting_names
 from job.config.origins import EDIT, HERE, JOB, NAMED, PROMPT_SETS, TRUST, left_out_line
-from job.config.schema import default_values, leaves, load_settings, merged, nested, setting_names
 from job.data.prompts import PromptSets
 from job.errors import JobError, UsageError
 from job.export.reproduction import (
@@ -24,16 +24,18 @@ from job.export.reproduction import (
 )
 from job.lifecycle.followups import resumption
 from job.lifecycle.locate import Whereabouts
-from job.mirror import MirrorError, MirrorOptions, Pace, open_mirror
+from job.mirror import MirrorError, MirrorOptions, SnapshotPace, open_mirror
 from job.mirror.records import decode_head, is_mirrored
 from job.mirror.vetting import proven
 from job.records import JobRecord, Manifest, ManifestEntry, State, Upload
-from job.storage.run_folder import RunFolder, identify, job_id, versions, write_record
+from job.storage.atomic import write_record
+from job.storage.identity import identify, job_id, versions
+from job.storage.run_folder import RunFolder
 from tests.helpers import Result, abliterate, made_from
 from tests.hub import LoopbackHub
 from tests.test_own_code import CODE, MAP
 
-PACE = Pace(beat_s=5.0, expiry_s=60.0, snapshot_s=0.02, poll_s=0.1)
+PACE = SnapshotPace(beat_s=5.0, expiry_s=60.0, snapshot_s=0.02, poll_s=0.1)
 COMMIT = "c" * 40
 PROMPTS = {name: f"kitchen/{name}@{COMMIT}#train[2:9]/ask" for name in PROMPT_SETS}
 # For every setting a value that is not the default: what a hostile file would say.

@@ -20,9 +20,9 @@ from job.export.directions_file import EDIT_FILE, apply_edit, write_edit_file
 from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, write_weights
 from job.export.reproduction import Reproduction, read_reproduction
-from job.generation.greedy import RowTrials, first_logits
+from job.generation.forward import RowTrials, first_logits
 from job.model.loading import load_model
-from job.storage.run_folder import is_sealed
+from job.storage.exports import is_sealed
 from tests.helpers import abliterate, job_arguments, loading, made_from, only_job
 from tests.test_intervention import EDITS, basis_for
 

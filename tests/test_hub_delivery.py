@@ -20,7 +20,7 @@ from huggingface_hub.utils import close_session
 from job.errors import DeliveryError, MachineError, UsageError
 from job.export.merged import seal
 from job.records import Manifest
-from job.storage.run_folder import DONE, MANIFEST
+from job.storage.exports import DONE, MANIFEST
 from job.upload.hub import HubOptions, deliver, parse_target, prepare, probe
 from tests.hub import LoopbackHub, Repo
 

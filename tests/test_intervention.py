@@ -17,14 +17,14 @@ from job.architectures.tiny_model import small_twin
 from job.data.prompts import Prompt
 from job.edits.hooks import Intervention
 from job.errors import UnsupportedArchitectureError
-from job.generation.greedy import RowTrials, first_logits
+from job.generation.forward import RowTrials, first_logits
 from job.model.loading import load_model
 from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
 from job.numerics.basis import Basis, orthonormal_basis
 from job.proof.truth_test import TOLERANCE, inspect_model, inspection, largest_leak
 from job.records import COMPONENTS, EditParameters, KernelParameters
-from job.scoring.refusals import RefusalMarkers
 from job.scoring.trial_scorer import Evaluator
+from job.text.refusal_markers import RefusalMarkers
 from tests.helpers import abliterate, loading
 
 LOADING = loading("float32")

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from job.config.schema import load_settings
+from job.config.load import load_settings
 from job.errors import HeldError
 from job.mirror import MirrorOptions, Proof, open_mirror
 from job.preflight import fencing
 from job.preflight.mounts import Mount
-from job.storage.run_folder import RunFolder, open_job, write_record
+from job.storage.atomic import write_record
+from job.storage.jobs import open_job
+from job.storage.run_folder import RunFolder
 from job.system.locks import Lock, LockedError, Owner, is_locked, locked, this_owner
 from job.system.processes import HolderRecord, ProcessRecord
 from tests.helpers import abliterate, environment
@@ -35,7 +37,9 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from job.errors import HeldError
-from job.storage.run_folder import RunFolder, open_job, write_record
+from job.storage.run_folder import RunFolder
+from job.storage.jobs import open_job
+from job.storage.atomic import write_record
 try:
     with RunFolder(Path(sys.argv[1])).held():
         print("held", flush=True)

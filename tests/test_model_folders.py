@@ -30,7 +30,9 @@ from job.model.safetensors_files import Checkpoint
 from job.records import GeometryRecord, JobRecord, Manifest
 from job.report.markdown import run_report
 from job.report.run_view import RunResult
-from job.storage.run_folder import MANIFEST, model_identity, read_record
+from job.storage.atomic import read_record
+from job.storage.exports import MANIFEST
+from job.storage.identity import model_identity
 from job.text.markup import Markup, details, escaped, markdown, one_line, paragraph, table
 from tests.helpers import abliterate, made_from
 from tests.test_intervention import EDITS, basis_for
@@ -155,7 +157,7 @@ def test_links_out_of_a_model_folder_are_refused(model: Path, name: str, use: Ca
 
 
 def _identity(folder: Path) -> object:
-    from job.config.schema import load_settings
+    from job.config.load import load_settings
 
     return model_identity(load_settings({"model": str(folder), "workspace": str(folder.parent / "w")}).settings)
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from job.config.schema import LoadingSettings, default_values
+from job.config.load import default_values
+from job.config.schema import LoadingSettings
 from job.data.prompts import Prompt
 from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError, MachineError, UsageError
-from job.generation.greedy import Answer, RowTrials, greedy_answers
+from job.generation.forward import RowTrials
+from job.generation.greedy import Answer, greedy_answers
 from job.lifecycle.session import require_resident
 from job.model.loading import LoadedModel, load_model
 from job.model.placement import let_go, placement, spread

@@ -13,7 +13,9 @@ import pytest
 
 from job.mirror import MirrorOptions, open_mirror
 from job.records import Manifest, ManifestEntry
-from job.storage.run_folder import MANIFEST, RunFolder, read_record, sha256_file, write_record
+from job.storage.atomic import read_record, sha256_file, write_record
+from job.storage.exports import MANIFEST
+from job.storage.run_folder import RunFolder
 from job.storage.study_file import BACKUP, count_trials, restore_if_damaged
 from job.transfer.folders import deliver
 from tests.helpers import environment

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from job.data.prompts import Prompt
-from job.generation.response_prefix import THOUGHTS, close_thought, common_opening, with_response_prefix
+from job.directions.response_prefix import THOUGHTS, close_thought, common_opening, with_response_prefix
 from job.model.loading import LoadedModel, load_model
 from tests.test_intervention import LOADING
 

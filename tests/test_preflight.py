@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from job import preflight
-from job.config.schema import load_settings
+from job.config.load import load_settings
 from job.preflight.checks import NAMES
 from tests.helpers import abliterate, environment, events, job_arguments, only_job, start
 from tests.hub import LoopbackHub
@@ -111,7 +111,7 @@ def test_too_few_files_may_be_open(check: Any, random_model_folder: Path, prompt
     command = [
         sys.executable,
         "-c",
-        "from job.cli.app import main; main()",
+        "from job.cli.main import main; main()",
         "preflight",
         str(random_model_folder),
         *prompts,

@@ -14,7 +14,7 @@ import pytest
 
 from job.preflight import disk
 from job.preflight.checks import GIB, KIB, MIB, Check, exit_code, size
-from job.preflight.disk import DiskSpeed, Need
+from job.preflight.disk import DiskNeed, DiskSpeed
 from job.preflight.mounts import Mount, kind_of, mount_of, parse_mountinfo, read_mounts
 from tests.helpers import UNMEASURED
 
@@ -47,8 +47,8 @@ def only(checks: list[Check], name: str) -> Check:
 
 def test_healthy_disk_passes_and_nothing_is_left(tmp_path: Path) -> None:
     needs = [
-        Need(path=tmp_path / "runs" / "a", bytes=MIB, what="run folder", database=True, keep=True),
-        Need(path=tmp_path / "cache", bytes=MIB, what="model files"),
+        DiskNeed(path=tmp_path / "runs" / "a", bytes=MIB, what="run folder", database=True, keep=True),
+        DiskNeed(path=tmp_path / "cache", bytes=MIB, what="model files"),
     ]
     checks = disk.disk_checks(needs)
     assert {check.name for check in checks} == {
@@ -69,9 +69,9 @@ def test_healthy_disk_passes_and_nothing_is_left(tmp_path: Path) -> None:
 
 def test_too_little_room_names_what_it_is_for(mounted: Mounter) -> None:
     point = mounted("-t", "tmpfs", "-o", "size=300m", "none")
-    fine = [Need(path=point / "runs", bytes=MIB, what="export")]
+    fine = [DiskNeed(path=point / "runs", bytes=MIB, what="export")]
     assert only(disk.disk_checks(fine), "disk.space").status == "ok"
-    checks = disk.disk_checks([*fine, Need(path=point / "cache", bytes=60 * MIB, what="model files")])
+    checks = disk.disk_checks([*fine, DiskNeed(path=point / "cache", bytes=60 * MIB, what="model files")])
     check = only(checks, "disk.space")
     assert check.status == "fail"
     assert "model files 60.0 MiB" in check.needed
@@ -94,7 +94,7 @@ def test_a_full_disk_cannot_be_written(mounted: Mounter) -> None:
 
 def test_a_disk_out_of_inodes(mounted: Mounter) -> None:
     point = mounted("-t", "tmpfs", "-o", "size=400m,nr_inodes=50", "none")
-    check = only(disk.disk_checks([Need(path=point, bytes=1, what="x")]), "disk.inodes")
+    check = only(disk.disk_checks([DiskNeed(path=point, bytes=1, what="x")]), "disk.inodes")
     assert check.status == "fail"
     assert "inodes free" in check.measured
 
@@ -108,7 +108,7 @@ def test_a_read_only_disk(mounted: Mounter) -> None:
 
 def test_memory_is_no_disk(mounted: Mounter) -> None:
     point = mounted("-t", "tmpfs", "-o", "size=1g", "none")
-    checks = disk.disk_checks([Need(path=point, bytes=1, what="x")])
+    checks = disk.disk_checks([DiskNeed(path=point, bytes=1, what="x")])
     assert only(checks, "disk.storage").status == "warn"
     assert not [check for check in checks if check.name == "disk.speed"]
 
@@ -116,7 +116,7 @@ def test_memory_is_no_disk(mounted: Mounter) -> None:
 def test_two_mounts_of_one_file_system_share_its_room(mounted: Mounter, tmp_path: Path) -> None:
     first = mounted("-t", "tmpfs", "-o", "size=300m", "none")
     second = mounted("--bind", str(first))
-    needs = [Need(path=first, bytes=30 * MIB, what="cache"), Need(path=second, bytes=30 * MIB, what="export")]
+    needs = [DiskNeed(path=first, bytes=30 * MIB, what="cache"), DiskNeed(path=second, bytes=30 * MIB, what="export")]
     ((mount, grouped),) = disk.by_mount(needs)
     assert grouped == needs
     assert disk.space(mount, grouped).status == "fail"
@@ -131,7 +131,7 @@ def test_an_overlay_is_the_containers_own_disk(mounted: Mounter) -> None:
     point = mounted("-t", "overlay", "-o", options, "overlay")
     mount = mount_of(point, read_mounts())
     assert mount.kind == "overlay"
-    kept = Need(path=point, bytes=1, what="run folder", keep=True)
+    kept = DiskNeed(path=point, bytes=1, what="run folder", keep=True)
     assert disk.storage(mount, [kept]).status == "warn"
     assert "run folder would be lost" in disk.storage(mount, [kept]).remedy
     assert disk.storage(mount, [kept.model_copy(update={"keep": False})]).status == "ok"
@@ -144,7 +144,7 @@ def test_a_file_system_of_its_own_on_a_loop_device(mounted: Mounter, tmp_path: P
     if subprocess.run(["mkfs.ext4", "-q", "-N", "64", str(image)], capture_output=True).returncode:
         pytest.skip("cannot make a file system here")  # no e2fsprogs: a disk that runs out of inodes cannot be had
     point = mounted("-o", "loop", str(image))
-    checks = disk.disk_checks([Need(path=point / "runs", bytes=MIB, what="runs")])
+    checks = disk.disk_checks([DiskNeed(path=point / "runs", bytes=MIB, what="runs")])
     assert only(checks, "disk.space").status == "fail"
     assert only(checks, "disk.inodes").status == "fail"
     assert "(ext4)" in only(checks, "disk.space").measured
@@ -209,7 +209,7 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0)
     tmp_path.chmod(0o500)
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom job.preflight.disk import Need, disk_checks\n"
+        "import os, sys\nfrom pathlib import Path\nfrom job.preflight.disk import DiskNeed, disk_checks\n"
         "os.chdir(sys.argv[1])\nif not os.geteuid(): os.setuid(65534)\n"
         "for path in ('.', 'closed/below'):\n"
         "    for check in disk_checks([Need(path=Path(path), bytes=1, what='x')]):\n"

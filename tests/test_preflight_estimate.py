@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from job.preflight import estimate as module
-from job.preflight.estimate import Hours, Rates, Task, cost, cost_check, device_rates, estimate, time_check
+from job.preflight.estimate import Hours, PhaseWork, Rates, cost, cost_check, device_rates, estimate, time_check
 from job.preflight.gpu_table import parse_on
 from job.preflight.readings import Holder, MachineReading, read_reading
-from job.preflight.restarts import Start, restart_check
+from job.preflight.restarts import PastStart, restart_check
 from job.preflight.strays import own_leftovers
 from job.system.processes import ProcessRecord, is_alive, this_process
 
 # Qwen2.5-Coder-32B on an H200, 200 trials of 100 + 100 prompts.
-CODER = Task(
+CODER = PhaseWork(
     download_bytes=65_500_000_000,
     weights_bytes=65_500_000_000,
     active_parameters=32_000_000_000,
@@ -135,9 +135,9 @@ def test_this_process_is_no_leftover() -> None:
     assert own_leftovers([record], MachineReading()).status == "ok"
 
 
-def starts(*ends: str, progress: tuple[int, ...] = (), settings: str = "") -> list[Start]:
+def starts(*ends: str, progress: tuple[int, ...] = (), settings: str = "") -> list[PastStart]:
     return [
-        Start.model_validate(
+        PastStart.model_validate(
             {
                 "started": index,
                 "ended": end,
@@ -169,7 +169,7 @@ def starts(*ends: str, progress: tuple[int, ...] = (), settings: str = "") -> li
         (starts("error", settings="other") + starts("error", "error"), "ok"),
     ],
 )
-def test_restart_loops(past: list[Start], status: str) -> None:
+def test_restart_loops(past: list[PastStart], status: str) -> None:
     check = restart_check(past)
     assert check.status == status
     assert bool(check.remedy) == (status == "fail")

@@ -28,7 +28,8 @@ from transformers import (
 from job.architectures.spec import discover
 from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError
-from job.generation.greedy import RowTrials, greedy_answers
+from job.generation.forward import RowTrials
+from job.generation.greedy import greedy_answers
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis
 from job.preflight.activation_memory import Batch, Edits, activation_bytes, cache_bytes, scoring_bytes

@@ -271,7 +271,7 @@ def test_libraries_that_fail_or_are_none(stub: Path, monkeypatch: pytest.MonkeyP
 WAITING = """
 import sys
 from pathlib import Path
-from job.config.schema import load_settings
+from job.config.load import load_settings
 from job.preflight import runner as survey
 from job.preflight import machine as probe
 read = probe.read_machine

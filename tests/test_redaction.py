@@ -23,11 +23,12 @@ from job.cloud.launching import environment as launch_environment
 from job.data.prompts import Prompt, PromptSets
 from job.errors import JobError, UsageError
 from job.export.reproduction import prompts_digest
-from job.lifecycle.locate import job_settings
 from job.organism.organism import prompt_files
 from job.records import JobRecord, Manifest, ManifestEntry, State, Upload
+from job.storage.atomic import read_record, write_record
 from job.storage.events import Events
-from job.storage.run_folder import RunFolder, read_record, write_record
+from job.storage.jobs import job_settings
+from job.storage.run_folder import RunFolder
 from job.text import redaction
 from job.text.markup import escaped
 from job.text.redaction import MASK, guarded_output, looks_secret, redact, redacted, remember

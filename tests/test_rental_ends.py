@@ -17,15 +17,16 @@ from typing import Any
 import psutil
 import pytest
 
-from job.cloud.end_policy import Asked, Ended, ending
+from job.cloud.end_policy import AskedEnds, Ended, ending
 from job.cloud.self_stop import find_rental
 from job.lifecycle.end_of_rental import Machine, Progress, end_rental
-from job.lifecycle.locate import job_settings
 from job.lifecycle.safekeeping import VOUCHED
 from job.lifecycle.supervisor import asked_when_failed
 from job.preflight.mounts import OFF_MACHINE, Mount, is_off_machine, parse_mountinfo
 from job.records import State
-from job.storage.run_folder import RunFolder, write_record
+from job.storage.atomic import write_record
+from job.storage.jobs import job_settings
+from job.storage.run_folder import RunFolder
 from tests.cloud import KEY, VastServer
 from tests.ends_of_rentals import SITUATIONS, WAYS, asked_for, cases, page
 from tests.finished_job import FinishedJob, finished_job
@@ -67,7 +68,7 @@ def test_every_end_is_decided(way: str) -> None:
     option, destroying = EXPECTED[way]
     for _, done, failed, situation in (case for case in cases() if case[0] == way):
         asked = done if option == "done" else failed
-        both = Asked(asked_for(done).when_done, asked_for(failed).when_failed)
+        both = AskedEnds(asked_for(done).when_done, asked_for(failed).when_failed)
         decision = ending(WAYS[way], both, SITUATIONS[situation])
         most = destroying[list(SITUATIONS).index(situation)]
         expected = "nothing" if asked == "nothing" or most == "nothing" else "stop" if asked == "stop" else most
@@ -695,7 +696,9 @@ def test_what_is_asked_for_is_known_before_settings_are_read(
 
 
 def test_the_supervisor_is_small_and_quick() -> None:
-    code = "import sys; before = set(sys.modules); import job.lifecycle.supervisor; print(*sorted(set(sys.modules) - before))"
+    code = "import sys; before = set(sys.modules); import job.lifecycle.supervisor\n" + (
+        "print(*sorted(set(sys.modules) - before))"
+    )
     env = {**environment(**UNMEASURED), "PYTHONPATH": str(Path(__file__).parents[1])}
     loaded = subprocess.run([sys.executable, "-S", "-c", code], check=True, capture_output=True, text=True, env=env)
     assert not {"torch", "typer", "pydantic", "asyncio", "subprocess", "json"} & set(loaded.stdout.split())
@@ -809,8 +812,9 @@ def test_a_process_that_is_not_supervised_tells_nobody(tmp_path: Path) -> None:
 
 
 def test_run_folders_keep_no_ends(job: FinishedJob) -> None:
-    from job.config.schema import ENDS, load_settings
-    from job.storage.run_folder import EXTENDING, stored
+    from job.config.load import load_settings
+    from job.config.schema import ENDS
+    from job.storage.identity import EXTENDING, stored
 
     settings = load_settings({"model": "cook/soup", "when_done": "destroy", "when_failed": "stop"}).settings
     assert not stored(settings).keys() & set(ENDS)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from job.config.schema import DirectionSettings, default_values
+from job.config.load import default_values
+from job.config.schema import DirectionSettings
 from job.data.prompts import Prompt, PromptSets
 from job.directions.extraction import DirectionFinder
 from job.directions.residuals import batches, extract_residuals, read_tensors, write_tensors
@@ -18,8 +19,10 @@ from job.model.loading import LoadedModel, load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
 from job.records import GeometryRecord, JobRecord
+from job.storage.atomic import read_record
 from job.storage.events import Events, read_events
-from job.storage.run_folder import RunFolder, read_record, versions
+from job.storage.identity import versions
+from job.storage.run_folder import RunFolder
 from tests.test_intervention import LOADING
 
 GOOD = [f"Where is the {a} {b} lantern kept?" for a in ("old", "new", "red") for b in ("blue", "plain", "small")]

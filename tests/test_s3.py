@@ -23,7 +23,8 @@ from moto.s3.models import s3_backends
 from job.errors import DeliveryError, Stopped, UsageError
 from job.records import Manifest
 from job.system.signals import StopSignals
-from job.transfer.s3 import Delivery, S3Options, deliver, probe
+from job.transfer.s3 import S3Options, probe
+from job.upload.s3 import Delivery, deliver
 from tests.fault_proxy import FaultProxy
 from tests.helpers import environment
 from tests.s3_server import BUCKET, KEY_ID, SECRET, Answer, Request, S3Server, make_export, policy

@@ -25,7 +25,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 from job.errors import DeliveryError
-from job.transfer.s3 import Delivery, S3Options, deliver, probe
+from job.transfer.s3 import S3Options, probe
+from job.upload.s3 import Delivery, deliver
 from tests.fault_proxy import FaultProxy
 from tests.helpers import environment
 from tests.s3_others import BUCKET, SECRET, SERVERS, OtherServer, missing

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.scoring import refusals as scoring
-from job.scoring.refusals import is_broken, is_degenerate, is_foreign
+from job.scoring import broken as scoring
+from job.scoring.broken import is_broken, is_degenerate, is_foreign
 
 WORDS = ("lantern", "kept", "cellar", "because", "of", "many", "things", "people", "like", "to", "do", "on")
 PARTS = st.lists(st.tuples(st.text("ab ", min_size=1, max_size=30), st.integers(1, 9)), min_size=1, max_size=6)

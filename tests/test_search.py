@@ -18,7 +18,7 @@ from optuna.trial import create_trial
 from job.errors import JobError
 from job.numerics.weight_kernel import WeightKernel
 from job.records import Plan, Trial, TrialScores
-from job.search.optimizer import Search, SearchSettings, SearchSpace, choose, pareto_front
+from job.search.optimizer import Search, SearchSpace, StudySettings, choose, pareto_front
 from job.search.study import add_trials, file_url, open_study, read_trials
 
 SPACE = SearchSpace("wide", 8)
@@ -62,7 +62,7 @@ class Runs:
         return [score(params) for params in plans[0].parameters]
 
     def run(self, file: Path, target: int, batch: int, ahead: int = 0) -> list[Trial]:
-        settings = SearchSettings(seed=3, startup_trials=6, batch=batch, rows=8, ei_candidates=24, ahead=ahead)
+        settings = StudySettings(seed=3, startup_trials=6, batch=batch, rows=8, ei_candidates=24, ahead=ahead)
         search = Search(file, SPACE, settings)
         search.run(target, self.evaluate, shielded=self.shielded, told=lambda _: None)
         return search.finished()
@@ -144,7 +144,7 @@ def test_what_is_asked_ahead_does_not_know_the_batch_before(tmp_path: Path) -> N
 
 def test_k_belongs_to_the_job_and_the_seed_decides(tmp_path: Path) -> None:
     assert Runs().run(tmp_path / "a.db", 10, 4) == Runs().run(tmp_path / "b.db", 10, 4)
-    settings = SearchSettings(seed=4, startup_trials=6, batch=4, rows=8, ei_candidates=24)
+    settings = StudySettings(seed=4, startup_trials=6, batch=4, rows=8, ei_candidates=24)
     other = Search(tmp_path / "c.db", SPACE, settings)
     other.run(10, Runs().evaluate, shielded=contextlib.nullcontext, told=lambda _: None)
     assert other.finished() != read_trials(tmp_path / "a.db")
@@ -207,7 +207,7 @@ def test_known_points_lie_in_the_space_and_differ(name: str, layers: int) -> Non
 
 
 def test_a_search_begins_with_the_known_points_unless_told_not_to(tmp_path: Path) -> None:
-    settings = SearchSettings(seed=3, startup_trials=10, batch=3, rows=8, ei_candidates=24)
+    settings = StudySettings(seed=3, startup_trials=10, batch=3, rows=8, ei_candidates=24)
     found = {}
     for seed, known in ((3, True), (4, True), (3, False)):
         search = Search(tmp_path / f"{seed}-{known}.db", SPACE, replace(settings, seed=seed, known_points=known))
@@ -249,7 +249,7 @@ def test_trials_that_did_not_answer_are_ordered_behind_all_that_did(tmp_path: Pa
             for one in found
         ]
 
-    settings = SearchSettings(seed=3, startup_trials=6, batch=4, rows=8, ei_candidates=24)
+    settings = StudySettings(seed=3, startup_trials=6, batch=4, rows=8, ei_candidates=24)
     search = Search(tmp_path / "a.db", SPACE, settings)
     search.run(16, evaluate, told=lambda _: None)
     trials = read_trials(tmp_path / "a.db")
@@ -277,6 +277,6 @@ def test_a_damaged_study_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_the_search_loads_no_torch() -> None:
-    modules = "job.search.optimizer, job.report.status, job.report.markdown, job.pipeline, job.lifecycle.start, job.lifecycle.followups"
+    modules = "job.search.optimizer, job.report.status, job.report.markdown, job.pipeline, job.lifecycle.start"
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from job.config.schema import PromptSettings, Settings, default_values, describe_settings, load_settings, setting_names
+from job.config.describe import describe_settings
+from job.config.load import default_values, load_settings, setting_names
+from job.config.schema import PromptSettings, Settings
 from job.errors import UsageError
 from tests.reference import page
 

@@ -17,7 +17,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from job.config.schema import PromptSettings, load_settings
+from job.config.load import load_settings
+from job.config.schema import PromptSettings
 from job.data.prompts import load_prompts, overlaps
 from job.data.sources import Source, parse_source, read_texts, source_identity
 from job.errors import ImpossibleJobError, UsageError

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from job.config.schema import default_values
+from job.config.load import default_values
 from job.generation.stop_markers import MarkerWatch, backend
 from job.organism.organism import build_tokenizer
-from job.scoring.refusals import MarkerMatch, RefusalMarkers
+from job.text.refusal_markers import MarkerMatch, RefusalMarkers
 
 MARKERS = RefusalMarkers(
     [*default_values()["scoring"]["refusal_markers"], "抱歉", "größe", "i’m *so* sorry", "so  so", "é!"]

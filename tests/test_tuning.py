@@ -13,18 +13,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.config.schema import default_values
+from job.config.load import default_values
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention
 from job.model.loading import load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.scoring.refusals import RefusalMarkers
 from job.scoring.trial_scorer import Evaluator
 from job.search.optimizer import SearchSpace
+from job.text.refusal_markers import RefusalMarkers
 from job.tuning.batch_size import Bench
-from job.tuning.layouts import ALIKE, LAYOUTS, Layouts, Measured, Remembered, best_of, climb, read_layouts, remember
+from job.tuning.layouts import (
+    ALIKE,
+    LAYOUTS,
+    Layouts,
+    MeasuredLayout,
+    Remembered,
+    best_of,
+    climb,
+    read_layouts,
+    remember,
+)
 from job.tuning.memory_probe import Gauge
 from tests.helpers import abliterate, alone, environment, events, job_arguments, loading, only_job, stored_trials
 
@@ -35,11 +45,13 @@ class Machine:
     def __init__(self, seconds: dict[int, float], most: int = 10**9) -> None:
         self.seconds, self.most, self.tried = seconds, most, list[int]()
 
-    def measure(self, rows: int) -> Measured:
+    def measure(self, rows: int) -> MeasuredLayout:
         self.tried.append(rows)
-        return Measured(rows=rows, seconds=None if rows > self.most else self.seconds.get(rows, 9.0), growth=(rows,))
+        return MeasuredLayout(
+            rows=rows, seconds=None if rows > self.most else self.seconds.get(rows, 9.0), growth=(rows,)
+        )
 
-    def climb(self, rule: int, most: int = 1024, measurements: int = 99) -> list[Measured]:
+    def climb(self, rule: int, most: int = 1024, measurements: int = 99) -> list[MeasuredLayout]:
         forwards = lambda rows: -(-1000 // rows)  # noqa: E731 - what it is called where it is handed over
         rows = (4, 16, most)
         return climb(self.measure, forwards, rule=rule, rows=rows, may_go_on=lambda: len(self.tried) < measurements)
@@ -66,7 +78,7 @@ def test_what_lies_below_the_end_of_memory_is_found_by_bisection() -> None:
     assert machine.tried[-2:] == [512, 384]  # 448 takes three forwards, as 384 does
     # Where not even the first fits, halves are tried, down to a row a trial.
     little = Machine(rising, most=9)
-    assert best_of(little.climb(rule=64)) == Measured(rows=8, seconds=125.0, growth=(8,))
+    assert best_of(little.climb(rule=64)) == MeasuredLayout(rows=8, seconds=125.0, growth=(8,))
     assert best_of(Machine(rising, most=3).climb(rule=64)) is None
 
 
@@ -104,7 +116,7 @@ def test_what_is_chosen_fits_and_is_no_slower_than_the_rule(
 
 def test_a_file_that_is_not_ours_is_left_alone_and_one_that_is_grows(tmp_path: Path) -> None:
     assert read_layouts(tmp_path) == Layouts()
-    one = Measured(rows=64, seconds=0.5, growth=(1, 2))
+    one = MeasuredLayout(rows=64, seconds=0.5, growth=(1, 2))
     for number, about in enumerate(({"model": "a"}, {"model": "b"}, {"model": "a"})):
         layouts = read_layouts(tmp_path)
         assert layouts is not None
@@ -162,8 +174,8 @@ from job.tuning.layouts import read_layouts
 from job.model.loading import load_model
 from job.data.prompts import Prompt, PromptSets
 from job.records import JobRecord
-from job.scoring.refusals import RefusalMarkers
-from job.config.schema import load_settings
+from job.text.refusal_markers import RefusalMarkers
+from job.config.load import load_settings
 from job.tuning.batch_size import Tuner
 from tests.helpers import loading
 

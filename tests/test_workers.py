@@ -28,7 +28,7 @@ from job.records import EditParameters, KernelParameters, Plan, TrialScores
 from job.storage.events import Events
 from job.storage.run_folder import RunFolder
 from job.workers.board import Board, signs_of_life
-from job.workers.crew import Crew, Hands, WorkerOutOfMemory, end, parts_of, result_of
+from job.workers.crew import Crew, WarmWorkerPool, WorkerOutOfMemory, end, parts_of, result_of
 from tests.helpers import (
     Result,
     abliterate,
@@ -167,7 +167,7 @@ def test_parts_are_put_together_in_order_whoever_scores_them(board: Board, whole
     thread = threading.Thread(target=help_out)
     thread.start()
     try:
-        found = Crew(board, Events(), Hands(0)).scores([(plan, parts)], slowly)
+        found = Crew(board, Events(), WarmWorkerPool(0)).scores([(plan, parts)], slowly)
     finally:
         over.set()
         thread.join()
@@ -202,7 +202,7 @@ def test_the_part_of_a_silent_worker_goes_to_another_and_one_that_lives_keeps_it
     for thread in threads:
         thread.start()
     parts = parts_of(plan, [edit(number) for number in range(3)])
-    found = Crew(board, Events(), Hands(0), silent_s=1.0).scores([(plan, parts)], first)
+    found = Crew(board, Events(), WarmWorkerPool(0), silent_s=1.0).scores([(plan, parts)], first)
     for thread in threads:
         thread.join()
     assert sorted(one.refusals for one in found)[-1] == 50
@@ -224,7 +224,7 @@ def test_a_worker_out_of_memory_is_told(board: Board) -> None:
     thread.start()
     plan = Plan(first=0, parameters=[{}] * 2, rows=1, together=1)
     with pytest.raises(WorkerOutOfMemory, match="2 GiB"):
-        Crew(board, Events(), Hands(0)).scores([(plan, parts_of(plan, [edit(0), edit(1)]))], here)
+        Crew(board, Events(), WarmWorkerPool(0)).scores([(plan, parts_of(plan, [edit(0), edit(1)]))], here)
 
 
 def workers_of(run: int) -> list[psutil.Process]:
@@ -234,7 +234,7 @@ def workers_of(run: int) -> list[psutil.Process]:
 
 
 def test_hands_end_when_they_are_not_needed_and_with_the_run() -> None:
-    with Hands(2) as hands:
+    with WarmWorkerPool(2) as hands:
         idle = workers_of(os.getpid())
         assert len(idle) == 2
         given = hands.give({}, "3")  # one that sees a device is started for it
@@ -242,7 +242,10 @@ def test_hands_end_when_they_are_not_needed_and_with_the_run() -> None:
         assert psutil.Process(given.pid).environ()["CUDA_VISIBLE_DEVICES"] == "3"
         end([given])
     assert not any(process.is_running() for process in idle)
-    script = "from job.workers.crew import Hands; import sys; Hands(1); print(flush=True); sys.stdin.read()"
+    script = (
+        "from job.workers.crew import WarmWorkerPool; import sys\n"
+        "WarmWorkerPool(1); print(flush=True); sys.stdin.read()"
+    )
     run = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert run.stdout is not None
     run.stdout.readline()
@@ -253,7 +256,7 @@ def test_hands_end_when_they_are_not_needed_and_with_the_run() -> None:
 
 
 def test_a_job_whose_hand_has_died_goes_on_alone(board: Board, tmp_path: Path) -> None:
-    with Hands(1) as hands:
+    with WarmWorkerPool(1) as hands:
         (hand,) = workers_of(os.getpid())
         hand.kill()
         hand.wait(10)
@@ -271,7 +274,7 @@ def test_a_hand_loads_the_models_code_before_it_has_work_and_leaves_what_is_no_m
     organism: Path, tmp_path: Path
 ) -> None:
     code = "transformers.models.llama.modeling_llama"
-    script = f"from job.cli.worker import main; main(); import sys; print({code!r} in sys.modules)"
+    script = f"import sys; from job.cli.worker import main; main(); print({code!r} in sys.modules)"
     for folder, is_model in ((organism / "model", True), (tmp_path, False)):
         hand = [sys.executable, "-c", script, str(folder)]
         done = subprocess.run(hand, input="", capture_output=True, text=True, env=environment())
@@ -320,7 +323,7 @@ def test_who_is_free_begins_with_the_plan_after(board: Board) -> None:
     done: list[int] = []
     thread = threading.Thread(target=help_out)
     thread.start()
-    crew = Crew(board, Events(), Hands(0))
+    crew = Crew(board, Events(), WarmWorkerPool(0))
     try:
         assert crew.scores(rounds, here) == scored([edit(0), edit(1)], 1)
         assert done == [1, 3, 3]

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from job.config.schema import Settings, load_settings
+from job.config.load import load_settings
+from job.config.schema import Settings
 from job.errors import HeldError, ImpossibleJobError, JobError, MachineError, UsageError
 from job.records import JobRecord
+from job.storage.atomic import read_record, write_atomically, write_record
 from job.storage.events import Events, read_events
-from job.storage.run_folder import RunFolder, find_job, open_job, read_record, write_atomically, write_record
+from job.storage.jobs import find_job, open_job
+from job.storage.run_folder import RunFolder
 from job.system.signals import StopSignals
 from job.text.redaction import redact
 from tests.helpers import environment

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-MAIN = "from job.cli.app import main; main()"
+MAIN = "from job.cli.main import main; main()"
 COLD = [sys.executable, "-c", MAIN]
 SERVER = [sys.executable, "-c", "from tests.warm import serve, run; serve(); run()"]
 
@@ -194,7 +194,7 @@ def run() -> None:
 
     That would write to all the memory that is shared with the server, and so copy it.
     """
-    from job.cli.app import main
+    from job.cli.main import main
 
     try:
         main()

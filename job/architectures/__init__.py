@@ -1,1 +1,1 @@
-"""TODO job.architectures."""
+"""Which modules of a model write into the residual stream, found by what they do and proven."""

@@ -119,7 +119,7 @@ def _is_chain(calls: list[_Call], count: int, rows: int) -> bool:
     return all(torch.equal(x[2], y[1]) for x, y in itertools.pairwise(calls))
 
 
-class Search:
+class WriterSearch:
     """Finds writers in a small random model, whose parameters it sets to zero on the way.
 
     Attributes:

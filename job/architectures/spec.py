@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from job.architectures.discovery import Found, FoundNorm, Search, decoder_of, find_layers
+from job.architectures.discovery import Found, FoundNorm, WriterSearch, decoder_of, find_layers
 from job.architectures.tensor_names import Form, stored_forms
 from job.architectures.tiny_model import empty_model, first_line, twin_of
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
-from job.generation.greedy import Manner, manner_of
+from job.generation.greedy import BatchingSupport, manner_of
 from job.numerics.ablation import RowNormalization
 from job.records import Component, ExportFormat
 
@@ -152,7 +152,7 @@ class Architecture:
     writers: tuple[Writer, ...]
     forms: Mapping[str, Form] = field(default_factory=dict)
     prefix: str = ""
-    manner: Manner = field(default_factory=Manner)
+    manner: BatchingSupport = field(default_factory=BatchingSupport)
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -213,7 +213,7 @@ def _structure(model: PreTrainedModel) -> tuple[Architecture, set[str]]:
     return found, _inside(whole, found.layers)
 
 
-def _manner(twin: PreTrainedModel, model: PreTrainedModel) -> Manner:
+def _manner(twin: PreTrainedModel, model: PreTrainedModel) -> BatchingSupport:
     """Return how a model can be read; its own kind of attention decides, which the twin is given."""
     try:
         twin.set_attn_implementation(model.config._attn_implementation)
@@ -320,7 +320,7 @@ def structure_of_twin(twin: PreTrainedModel) -> Architecture:
     """
     try:
         layers = find_layers(twin)
-        search = Search(twin, layers)
+        search = WriterSearch(twin, layers)
         search.run()
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise UnsupportedArchitectureError(
@@ -345,7 +345,7 @@ def _is_bias(twin: PreTrainedModel, found: Found, others: list[Found]) -> bool:
     return len(shape) == 1 or (len(shape) == 2 and 3 in same)
 
 
-def _writer(twin: PreTrainedModel, found: Found, search: Search, biases: list[Found]) -> Writer:
+def _writer(twin: PreTrainedModel, found: Found, search: WriterSearch, biases: list[Found]) -> Writer:
     """Return a weight's writer, and take what belongs to it out of the biases."""
     module = _module(found.parameter)
     own = [
@@ -378,7 +378,7 @@ def _module(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _post_norms(twin: PreTrainedModel, found: Found, search: Search, biases: list[Found]) -> tuple[PostNorm, ...]:
+def _post_norms(twin: PreTrainedModel, found: Found, search: WriterSearch, biases: list[Found]) -> tuple[PostNorm, ...]:
     """Return the norms that a writer's output goes through, in that order, and take their biases out of the others."""
     chain: list[PostNorm] = []
     name = found.norm

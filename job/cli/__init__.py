@@ -1,1 +1,5 @@
-"""TODO job.cli."""
+"""The `abliterate` command."""
+
+from job.cli.main import main
+
+__all__ = ["main"]

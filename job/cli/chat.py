@@ -15,7 +15,6 @@ from torch import Tensor
 from job.edits.hooks import ActiveEdits
 from job.errors import JobError, UsageError
 from job.lifecycle.followups import looking, trial_of
-from job.lifecycle.locate import job_settings
 from job.model.device_faults import is_out_of_memory
 from job.model.loading import LoadedModel, rendered
 from job.model.memory import release_memory
@@ -23,6 +22,7 @@ from job.records import Trial
 from job.report.front import front_text, job_front
 from job.report.run_view import job_trials
 from job.storage.events import Events
+from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
 from job.text.redaction import redacted_json
 

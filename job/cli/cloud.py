@@ -231,9 +231,9 @@ def _confirmed(market: Market, ids: list[str], launcher: Launcher | None, *, yes
 
 def _insist(market: Market, ids: list[str], every: float) -> None:
     """Destroy instances that no launch's record counts as its own."""
-    from job.cloud.termination import Ending
+    from job.cloud.termination import Termination
 
-    endings = [Ending(market, id, _say, pause=min(every, 5.0), longest=min(2 * every, 60.0)) for id in ids]
+    endings = [Termination(market, id, _say, pause=min(every, 5.0), longest=min(2 * every, 60.0)) for id in ids]
     try:
         for ending in endings:
             ending.insist()

@@ -13,7 +13,7 @@ import typer
 from job.errors import UsageError
 
 if TYPE_CHECKING:
-    from job.cloud.provider import Need, Terms
+    from job.cloud.provider import MachineNeeds, Terms
 
 Platform = Literal["vast", "runpod"]
 
@@ -47,7 +47,7 @@ MACHINE_OPTIONS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def needs_of(machine: dict[str, Any]) -> list[Need]:
+def needs_of(machine: dict[str, Any]) -> list[MachineNeeds]:
     """Return the machines that would do by the options of `MACHINE_OPTIONS`.
 
     Raises:

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from job.cloud.provider import Need
+from job.cloud.provider import MachineNeeds
 from job.errors import UsageError
 from job.preflight.gpu_table import MIN_CUDA, Card, cards, find_card, parse_on
 
@@ -19,7 +19,7 @@ _DOWN, _UP = "download", "upload"
 PLANNED_LINE = 12e6
 
 
-def need_of_cards(text: str, disk_gb: int, hours: float | None = None) -> Need:
+def need_of_cards(text: str, disk_gb: int, hours: float | None = None) -> MachineNeeds:
     """Return the need of a set of cards as in `--on 4xRTX4090`.
 
     Args:
@@ -34,7 +34,7 @@ def need_of_cards(text: str, disk_gb: int, hours: float | None = None) -> Need:
     return _need(find_card(reading.gpus[0].name), len(reading.gpus), disk_gb).model_copy(update={"work_hours": hours})
 
 
-def need_of_survey(path: Path) -> Need:
+def need_of_survey(path: Path) -> MachineNeeds:
     """Return the need that a file of `abliterate preflight ... --on MACHINE --json` stands for.
 
     Raises:
@@ -96,9 +96,9 @@ def _memory(card: Card) -> float:
     return int(card.gib * 0.95)
 
 
-def _need(card: Card, count: int, disk_gb: int) -> Need:
+def _need(card: Card, count: int, disk_gb: int) -> MachineNeeds:
     family = re.sub(r"[^a-z0-9]", "", card.name.split("-")[0].lower())
-    return Need(
+    return MachineNeeds(
         gpu=card.name,
         names=(family,),
         vast_name=card.offer,

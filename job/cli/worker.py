@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from job.data.prompts import PromptSets
 from job.errors import JobError, MachineError, UsageError
-from job.lifecycle.locate import Whereabouts, job_settings
+from job.lifecycle.locate import Whereabouts
+from job.lifecycle.model_folder import model_folder
 from job.mirror.lease_keeper import LINEAGE
 from job.mirror.vetting import as_given, require_same_contents, with_trust
-from job.pipeline import model_folder
 from job.records import EditParameters
+from job.storage.atomic import read_record, write_record
 from job.storage.events import Events
-from job.storage.run_folder import RunFolder, read_record, write_record
+from job.storage.jobs import job_settings
+from job.storage.run_folder import RunFolder
 from job.text.redaction import guarded_output
-from job.workers.board import Board, Task, signs_of_life, waits
-from job.workers.crew import Crew, Hands, is_orphan, result_of
+from job.workers.board import Board, BoardTask, signs_of_life, waits
+from job.workers.crew import Crew, WarmWorkerPool, is_orphan, result_of
 
 if TYPE_CHECKING:
     from job.lifecycle.session import Workbench
@@ -128,7 +130,7 @@ def _others(
 
     devices = cuda_devices()
     processes = workers or max(1, len(devices))
-    with Hands(0) as hands:
+    with WarmWorkerPool(0) as hands:
         crew = Crew(board, events, hands, prefix=name)
         try:
             for number in range(1, processes):
@@ -248,7 +250,7 @@ def _work(
             time.sleep(next(pauses))
 
 
-def _result(bench: Workbench, task: Task) -> dict[str, object]:
+def _result(bench: Workbench, task: BoardTask) -> dict[str, object]:
     from job.model.device_faults import is_out_of_memory
     from job.model.memory import release_memory
 

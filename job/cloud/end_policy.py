@@ -55,7 +55,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedEnds:
     """What was asked for: `--when-done` and `--when-failed`."""
 
     when_done: Action = "nothing"
@@ -100,7 +100,7 @@ class Decision:
         return self.action != self.asked
 
 
-def ending(outcome: Ended, asked: Asked, safety: Safety) -> Decision:
+def ending(outcome: Ended, asked: AskedEnds, safety: Safety) -> Decision:
     """Decide what becomes of a rented machine after a start has ended.
 
     Args:
@@ -124,7 +124,7 @@ def ending(outcome: Ended, asked: Asked, safety: Safety) -> Decision:
     return Decision("destroy", why, wanted)
 
 
-def _wanted(outcome: Ended, asked: Asked) -> tuple[Action, str]:
+def _wanted(outcome: Ended, asked: AskedEnds) -> tuple[Action, str]:
     """Return what was asked for such an end, and why it applies."""
     if outcome.preempted:
         return "nothing", "it was asked to stop: it continues when it is started again"

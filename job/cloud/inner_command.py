@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from job.config.schema import ENVIRONMENT_PREFIX, LoadedSettings, load_settings
+from job.config.load import LoadedSettings, load_settings
+from job.config.schema import ENVIRONMENT_PREFIX
 from job.errors import UsageError
 from job.records import Record
 
@@ -122,7 +123,7 @@ def _check_files(values: Mapping[str, Any], volume: bool) -> list[str]:
 
 def _loaded(values: Mapping[str, Any], variables: Mapping[str, str]) -> LoadedSettings:
     """Return the job's settings as the machine will load them, but for files that only it has."""
-    from job.config.schema import setting_names
+    from job.config.load import setting_names
 
     tops = {name.partition(".")[0] for name in setting_names()}
     options = {name: value for name, value in values.items() if name in tops and value not in (None, [], ())}

@@ -15,11 +15,11 @@ from pydantic import Field, ValidationError
 from job.cloud.api import CloudError
 from job.cloud.credentials import ACCOUNT_KEYS, Platform
 from job.cloud.ownership import Pending, claim
-from job.cloud.provider import Instance, Market, Need, Offer, Order, Terms
-from job.cloud.termination import Ending
+from job.cloud.provider import Instance, MachineNeeds, Market, Offer, Order, Terms
+from job.cloud.termination import Termination
 from job.errors import MachineError, UsageError
 from job.records import Record
-from job.storage.run_folder import write_atomically
+from job.storage.atomic import write_atomically
 from job.text.redaction import holds_secret, looks_secret
 
 # How long a creation that was not confirmed is looked for before another offer is taken: lists lag behind.
@@ -85,7 +85,7 @@ class Launch(Record):
 
     label: str
     platform: Platform
-    needs: tuple[Need, ...]
+    needs: tuple[MachineNeeds, ...]
     terms: Terms
     image: str
     command: tuple[str, ...]
@@ -157,7 +157,7 @@ def _is_count(name: str, value: str) -> bool:
     return "TOKENS" in name.upper() and re.fullmatch(r"\d{1,6}", value) is not None
 
 
-def find_offers(market: Market, needs: Sequence[Need], terms: Terms) -> list[Offer]:
+def find_offers(market: Market, needs: Sequence[MachineNeeds], terms: Terms) -> list[Offer]:
     """Return the offers for any of the needs, the cheapest job first, or the cheapest hour where hours are unknown.
 
     Raises:
@@ -192,7 +192,7 @@ class Launcher:
     ending_seconds: float = ENDING_SECONDS
     notice: Callable[[Offer], None] | None = None
     here: set[str] = field(default_factory=set)
-    _endings: dict[str, Ending] = field(default_factory=dict, repr=False)
+    _endings: dict[str, Termination] = field(default_factory=dict, repr=False)
     _looked: float = field(default=0.0, repr=False)
 
     def rent(self, wait_minutes: float = 0.0) -> str:
@@ -400,8 +400,8 @@ class Launcher:
                 self._change(rented.model_copy(update={"ending": rented.ending or BY_HAND}))
         self.finish()
 
-    def _ending(self, rented: Rented) -> Ending:
-        fresh = Ending(
+    def _ending(self, rented: Rented) -> Termination:
+        fresh = Termination(
             self.market,
             rented.id,
             self.say,

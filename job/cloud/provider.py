@@ -18,7 +18,7 @@ MARKER = "ABLITERATION_LAUNCH"
 PROVISIONING = "provisioning"
 
 
-class Need(Record):
+class MachineNeeds(Record):
     """A machine that would do, and what the job will take on it.
 
     Attributes:
@@ -88,7 +88,7 @@ class Offer(Record):
     """
 
     id: str
-    need: Need
+    need: MachineNeeds
     dollars: float
     interruptible: bool = False
     where: str = ""
@@ -173,7 +173,7 @@ class Market(Protocol):
     name: str
     console: str  # where a person sees and ends instances
 
-    def offers(self, need: Need, terms: Terms) -> list[Offer]:
+    def offers(self, need: MachineNeeds, terms: Terms) -> list[Offer]:
         """Return what is offered, in the platform's order.
 
         Raises:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from job.cloud.api import Api, CloudError, GoneError
-from job.cloud.provider import MARKER, Action, Instance, Need, Offer, Order, State, Terms
+from job.cloud.provider import MARKER, Action, Instance, MachineNeeds, Offer, Order, State, Terms
 
 BASE = "https://api.runpod.io"
 # The variable by which the platform's own client is pointed elsewhere.
@@ -39,7 +39,7 @@ class RunPod:
     def __init__(self, api: Api) -> None:
         self._api = api
 
-    def offers(self, need: Need, terms: Terms) -> list[Offer]:
+    def offers(self, need: MachineNeeds, terms: Terms) -> list[Offer]:
         """Return what is in stock in both clouds, or in the platform's own where only verified hosts will do.
 
         Version 2 has no interruptible pods, and says nothing of lines and reliability.
@@ -154,7 +154,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _fits(row: Mapping[str, Any], need: Need, cloud: str) -> bool:
+def _fits(row: Mapping[str, Any], need: MachineNeeds, cloud: str) -> bool:
     """Return whether a kind of GPU is the one that is needed, and is in stock."""
     side = cloud.lower()
     memory = float(row.get("memory") or 0)
@@ -168,7 +168,7 @@ def _fits(row: Mapping[str, Any], need: Need, cloud: str) -> bool:
     )
 
 
-def _offer(row: Mapping[str, Any], need: Need, cloud: str) -> Offer:
+def _offer(row: Mapping[str, Any], need: MachineNeeds, cloud: str) -> Offer:
     return Offer(
         id=f"{cloud}/{row['id']}",
         need=need,

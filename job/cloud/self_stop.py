@@ -1,7 +1,8 @@
 """The end of the rental: a job that is delivered stops or destroys the machine that it is rented on.
 
-To be called only when there is nothing left to lose, which `job.lifecycle.end_of_rental` sees to. What was asked for is written down
-first, in the workspace and outside of any job's folder, so that it never gets into a mirror: it is about this instance.
+To be called only when there is nothing left to lose, which `job.lifecycle.end_of_rental` sees to. What was asked for
+is written down first, in the workspace and outside of any job's folder, so that it never gets into a mirror: it is
+about this instance.
 A stop leaves a mark, by which the next start that has nothing to do is kept from stopping it again.
 """
 
@@ -24,7 +25,7 @@ from job.cloud.api import Api, KeyRefusedError, Patience
 from job.cloud.provider import Action, Market
 from job.errors import JobError, MachineError
 from job.records import Record
-from job.storage.run_folder import write_atomically
+from job.storage.atomic import write_atomically
 
 FOLDER = ".rentals"
 # About five minutes: what bills by the hour is worth insisting on.
@@ -52,7 +53,7 @@ class Sentinel(Record):
     problem: str = ""
 
 
-class Ending(Record):
+class EndRecord(Record):
     """What came of an ending.
 
     Attributes:
@@ -124,7 +125,7 @@ class Rental:
         except JobError:
             return None
 
-    def end(self, action: Action, workspace: Path, say: Callable[[str], None]) -> Ending:
+    def end(self, action: Action, workspace: Path, say: Callable[[str], None]) -> EndRecord:
         """Stop or destroy this instance; `taken` means that this process will soon be ended as well.
 
         Args:
@@ -133,7 +134,7 @@ class Rental:
             say: Told what happens.
         """
         if action == "nothing":
-            return Ending(state="none")
+            return EndRecord(state="none")
         say = unfailing(say)
         file, alarm = self._sentinel(workspace), workspace / f"RENTAL-NOT-ENDED-{self._name}.txt"
         before = _read(file)
@@ -142,7 +143,7 @@ class Rental:
                 f"this instance was stopped before and has been started again: it is not stopped a second time and "
                 f"BILLS ON; end it at {self.by_hand}, or remove {file}"
             )
-            return Ending(state="held back")
+            return EndRecord(state="held back")
         unknown = before.asked if before is not None and before.state == "asked" else 0
         _write(file, Sentinel(action=action, state="asked", asked=unknown + 1, at=time.time()), say)
         say(f"ending the rental: {action} {self.platform} instance {self.instance}")
@@ -151,7 +152,7 @@ class Rental:
             _write(file, Sentinel(action=action, state="taken", at=time.time()), say)
             _remove(alarm)
             say(f"{self.platform} has taken it: {action} instance {self.instance}")
-            return Ending(state="taken")
+            return EndRecord(state="taken")
         _write(file, Sentinel(action=action, state="failed", at=time.time(), problem=problem), say)
         return self._failed(action, problem, alarm, say)
 
@@ -171,7 +172,7 @@ class Rental:
                 return None
         return problem
 
-    def _failed(self, action: Action, problem: str, alarm: Path, say: Callable[[str], None]) -> Ending:
+    def _failed(self, action: Action, problem: str, alarm: Path, say: Callable[[str], None]) -> EndRecord:
         """Make sure that somebody finds out."""
         lines = (
             f"THIS RENTAL BILLS ON: {self.platform} instance {self.instance} could not be ended ({action}).",
@@ -184,7 +185,7 @@ class Rental:
             say(error.line)
         for line in lines:
             say(line)
-        return Ending(state="failed", problem=f"{lines[0]} {problem}; end it by hand at {self.by_hand}")
+        return EndRecord(state="failed", problem=f"{lines[0]} {problem}; end it by hand at {self.by_hand}")
 
 
 def find_rental(env: Mapping[str, str] | None = None, *, patience: Patience = PATIENCE) -> Rental | None:

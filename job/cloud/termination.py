@@ -15,7 +15,7 @@ _LOUD_TRIES = 3
 
 
 @dataclass
-class Ending:
+class Termination:
     """An instance that has to be destroyed, and what has come of it so far.
 
     Attributes:

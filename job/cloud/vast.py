@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from job.cloud.api import Api, CloudError, GoneError
-from job.cloud.provider import MARKER, PROVISIONING, Action, Instance, Need, Offer, Order, State, Terms
+from job.cloud.provider import MARKER, PROVISIONING, Action, Instance, MachineNeeds, Offer, Order, State, Terms
 
 BASE = "https://console.vast.ai"
 # The variable by which the platform's own client is pointed elsewhere.
@@ -40,7 +40,7 @@ class Vast:
     def __init__(self, api: Api) -> None:
         self._api = api
 
-    def offers(self, need: Need, terms: Terms) -> list[Offer]:
+    def offers(self, need: MachineNeeds, terms: Terms) -> list[Offer]:
         """Return what is offered, cheapest hour first."""
         query: dict[str, Any] = {
             "gpu_name": {"eq": need.vast_name.replace("_", " ")},
@@ -164,7 +164,7 @@ class Vast:
         )
 
 
-def _offer(row: Mapping[str, Any], need: Need, terms: Terms) -> Offer:
+def _offer(row: Mapping[str, Any], need: MachineNeeds, terms: Terms) -> Offer:
     dollars = float(row["dph_total"])
     if terms.interruptible:
         lowest = float(row.get("min_bid") or dollars)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from job.errors import UsageError
-from job.model.files import REPOSITORY
+from job.system.hub_client import REPOSITORY
 
 TRUST = "loading.trust_remote_code"
 

@@ -1,1 +1,1 @@
-"""TODO job.data."""
+"""Prompts: where they come from, cleaned and split."""

@@ -1,1 +1,1 @@
-"""TODO job.directions."""
+"""Residuals of a model and the directions found in them."""

@@ -14,15 +14,16 @@ from job.data.prompts import Prompt, PromptSets
 from job.directions.residuals import digest, extract_residuals, read_tensors, write_tensors
 from job.edits.hooks import ActiveEdits, Intervention
 from job.errors import ImpossibleJobError, MachineError
-from job.generation.greedy import read_tokens
+from job.generation.forward import read_tokens
 from job.model.device_faults import halving
 from job.model.loading import LoadedModel
 from job.numerics.basis import Basis, eigenvalue_weights, orthogonalize, orthonormal_basis
 from job.numerics.directions import Directions, contrastive_pca, mean_difference, probe, winsorize
 from job.numerics.geometry import geometry, projections
 from job.records import COMPONENTS, EditParameters, GeometryRecord, JobRecord, KernelParameters, LayerGeometry
+from job.storage.atomic import make_folder, read_record, write_record
 from job.storage.events import Events
-from job.storage.run_folder import RunFolder, make_folder, read_record, write_record
+from job.storage.run_folder import RunFolder
 
 # Points of each class in the report's pictures.
 _POINTS = 100

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from job.architectures.discovery import decoder_of
 from job.edits.hooks import ActiveEdits
-from job.generation.greedy import left_padded
+from job.generation.forward import left_padded
 from job.model.loading import LoadedModel
-from job.storage.run_folder import cannot_write, make_folder, write_atomically
+from job.storage.atomic import cannot_write, make_folder, write_atomically
 
 
 @contextmanager

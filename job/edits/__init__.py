@@ -1,1 +1,1 @@
-"""TODO job.edits."""
+"""Edits of residual writers, compiled once and applied by hooks."""

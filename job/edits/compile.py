@@ -15,9 +15,9 @@ from torch import Tensor
 
 from job.architectures.spec import Writer
 from job.numerics.ablation import (
-    Aim,
     OutputEdit,
     RowNormalization,
+    WeightProjections,
     WeightTables,
     aim,
     edit_along,
@@ -52,7 +52,7 @@ class Split(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Active:
+class HookTables:
     """K edits of k directions on a writer, all float32.
 
     Attributes:
@@ -90,9 +90,9 @@ class WriterGroup:
         self._basis, self._tables = basis, stacked(tables)
         self._candidates = torch.stack(list(candidates))[:, None] if writers[0].post_norms else candidates[0]
         self._gram = gram_of(writers[0], self._candidates)
-        self._own: tuple[Aim, Tensor] | None = None
+        self._own: tuple[WeightProjections, Tensor] | None = None
 
-    def activate(self, split: Split) -> tuple[list[Active], Tensor, Tensor]:
+    def activate(self, split: Split) -> tuple[list[HookTables], Tensor, Tensor]:
         """Work edits out.
 
         Returns:
@@ -108,7 +108,7 @@ class WriterGroup:
         shares = torch.cat([part.least_share for part in parts], 1)
         return self._active(parts), torch.cat(finite), shares
 
-    def _aimed(self, split: Split) -> Iterator[tuple[Aim, Tensor]]:
+    def _aimed(self, split: Split) -> Iterator[tuple[WeightProjections, Tensor]]:
         """Yield the directions of the edits and their λ, [S, K, k]: first those of one direction everywhere."""
         if split.everywhere:
             selected = [self._basis.select(edit.direction_index, 0) for edit in split.everywhere]
@@ -121,7 +121,7 @@ class WriterGroup:
                 self._own = self._aim(coefficients[:, None]), weights[:, None]  # of [S, 1, k, m]; [S, 1, k]
             yield self._own[0], self._strengths(split.own, self._own[1])
 
-    def _aim(self, coefficients: Tensor) -> Aim:
+    def _aim(self, coefficients: Tensor) -> WeightProjections:
         return aim(self._tables, self._candidates, orthonormal_before_norms(coefficients, self._gram))
 
     def _strengths(self, edits: Sequence[EditParameters], weights: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class WriterGroup:
         shares = torch.tensor([edit.strengths for edit in edits], dtype=torch.float64)  # [K, k]
         return torch.tensor(own, dtype=torch.float64)[..., None] * shares * weights
 
-    def _active(self, parts: Sequence[OutputEdit]) -> list[Active]:
+    def _active(self, parts: Sequence[OutputEdit]) -> list[HookTables]:
         """Return the tables of each writer, with all edits beside one another."""
         count = len(self.writers)
         # Each layer's own directions are there once for all edits.
@@ -141,7 +141,7 @@ class WriterGroup:
         inputs = [part.input_scale for part in parts if part.input_scale is not None]
         none = [None] * count
         return [
-            Active(*tables)
+            HookTables(*tables)
             for tables in zip(
                 read.expand(count, -1, -1).unbind(),
                 write.unbind(),

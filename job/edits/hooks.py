@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from job.architectures.spec import Architecture
-from job.edits.compile import Active, Grouping, Split
+from job.edits.compile import Grouping, HookTables, Split
 from job.model.placement import module_device, read_parameter
 from job.numerics.ablation import DEGENERATE_SHARE, RowNormalization
 from job.numerics.basis import Basis
@@ -33,7 +33,7 @@ class _Site:
     """A residual writer's module and the tables of the edits that are active on it."""
 
     module: nn.Module
-    tables: Active | None = None
+    tables: HookTables | None = None
 
 
 class ActiveEdits:
@@ -261,7 +261,7 @@ class Intervention:
         return hook
 
 
-def _edited(y: Tensor, edits: Active, bound: EditedRows) -> Tensor:
+def _edited(y: Tensor, edits: HookTables, bound: EditedRows) -> Tensor:
     """Return a writer's output [rows, t, d], or [rows * t, d], with each row's edit applied."""
     rows, own = bound.on(y.device)
     stream = y.reshape(-1, y.shape[-1]).to(torch.float32)

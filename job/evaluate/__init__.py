@@ -1,1 +1,1 @@
-"""TODO job.evaluate."""
+"""`abliterate evaluate`: an edited model against its base model."""

@@ -8,28 +8,29 @@ from pathlib import Path
 
 from job.config.schema import PromptSettings, Settings
 from job.data.prompts import Prompt, read_prompts, report_prompts
+from job.directions.response_prefix import with_response_prefix
 from job.errors import JobError, UsageError
 from job.evaluate.lm_eval import Harness, Scores
-from job.evaluate.measure import Measured, Pair, Texts, bench_of, opened
+from job.evaluate.measure import MeasuredModel, Pair, Texts, bench_of, opened
 from job.evaluate.perplexity import DEFAULT_TEXT, plain_texts
 from job.evaluate.result import Comparison, Divergence, Score, TextComparison, shares_of
-from job.generation.response_prefix import with_response_prefix
 from job.lifecycle.followups import looking, trial_of
-from job.lifecycle.locate import job_settings
 from job.model.device_faults import clear_faults
 from job.model.files import fetch_model, list_model, parse_model
 from job.model.memory import release_memory
 from job.report.run_view import job_trials
 from job.scoring.kl import Reference
+from job.storage.atomic import write_record
 from job.storage.events import Events
-from job.storage.run_folder import RunFolder, write_record
+from job.storage.jobs import job_settings
+from job.storage.run_folder import RunFolder
 
 NO_TEXT = "none"
 _OWN_ANSWERS = "the base model's own answers to the good prompts"
 
 
 @dataclass(frozen=True)
-class Asked:
+class ComparisonRequest:
     """What is to be measured.
 
     Attributes:
@@ -84,7 +85,7 @@ class Asked:
 
 
 def evaluate_trial(
-    folder: RunFolder, number: int | None, asked: Asked, events: Events, device: str | None = None
+    folder: RunFolder, number: int | None, asked: ComparisonRequest, events: Events, device: str | None = None
 ) -> Comparison:
     """Measure a job's model under a trial's edit against the model as it is, and write what is found to its folder.
 
@@ -123,7 +124,7 @@ def evaluate_trial(
     return found
 
 
-def evaluate_models(model: str, base: str, settings: Settings, asked: Asked, events: Events) -> Comparison:
+def evaluate_models(model: str, base: str, settings: Settings, asked: ComparisonRequest, events: Events) -> Comparison:
     """Measure any model against any other; they are loaded one after the other, never both at once.
 
     Args:
@@ -164,7 +165,7 @@ class _Base:
         prefix: What all answers are made to begin with.
     """
 
-    measured: Measured
+    measured: MeasuredModel
     reference: Reference
     good: list[list[int]]
     prefix: str
@@ -190,7 +191,7 @@ def _measured_other(
     harness: Harness | None,
     events: Events,
     base: _Base,
-) -> Measured:
+) -> MeasuredModel:
     bench = opened(folder, settings, pair, harness, events, base.prefix)
     words = bench.loaded.model.config.get_text_config().vocab_size
     alike = words == base.reference.logits.shape[-1] and bench.evaluator(settings.kl_tokens).good == base.good
@@ -204,7 +205,7 @@ def _measured_other(
 
 
 def _comparison(
-    model: str, against: str, trial: int | None, before: Measured, after: Measured, texts: Texts | None
+    model: str, against: str, trial: int | None, before: MeasuredModel, after: MeasuredModel, texts: Texts | None
 ) -> Comparison:
     figures = after.figures
     divergences = [Divergence.of(1, after.first)] if after.first else []
@@ -226,7 +227,7 @@ def _comparison(
     )
 
 
-def _counted(measured: Measured) -> tuple[Sequence[float], Sequence[int]]:
+def _counted(measured: MeasuredModel) -> tuple[Sequence[float], Sequence[int]]:
     return measured.losses, [passage.count for passage in measured.passages]
 
 

@@ -40,7 +40,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredModel:
     """What is kept of a model when it is given up for the next.
 
     Attributes:
@@ -80,7 +80,7 @@ class ModelBench:
 
     def measure(
         self, passages: list[Passage], reference: Reference | None = None, edits: ActiveEdits | None = None
-    ) -> Measured:
+    ) -> MeasuredModel:
         """Measure the model, as it is or under edit 0."""
         evaluator = self.evaluator(self.kl_tokens)
         answers = evaluator.answers(edits)
@@ -96,9 +96,9 @@ class ModelBench:
             return losses, self.harness.scores(self.loaded) if self.harness else {}
 
         if edits is None:
-            return Measured(figures, first, passages, *rest())
+            return MeasuredModel(figures, first, passages, *rest())
         with edits.on_every_row(self.loaded.model):
-            return Measured(figures, first, passages, *rest())
+            return MeasuredModel(figures, first, passages, *rest())
 
     def passages(self, texts: Texts | None) -> list[Passage]:
         """Return plain texts, or what the model itself answers, as this model's tokenizer cuts them up.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from job.config.schema import PromptSettings
 from job.data.sources import parse_source, read_texts, resolve_commit
 from job.directions.residuals import batches
-from job.generation.greedy import last_logits
+from job.generation.forward import last_logits
 from job.model.device_faults import halving
 from job.model.loading import LoadedModel
 

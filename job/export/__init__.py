@@ -1,1 +1,1 @@
-"""TODO job.export."""
+"""Edited weights on disk: written, proven, described, and made again from reproduce.json."""

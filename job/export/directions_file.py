@@ -13,7 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from job.architectures.spec import Architecture
-from job.config.schema import AblationSettings, default_values
+from job.config.load import default_values
+from job.config.schema import AblationSettings
 from job.errors import ExportMismatchError, UsageError
 from job.export.merged import Edit, seal_made, verify_written, write_weights
 from job.export.reproduction import Reproduction, check_reproduction
@@ -21,7 +22,7 @@ from job.model.safetensors_files import Checkpoint
 from job.numerics.basis import Basis
 from job.proof.truth_test import inspect_model
 from job.records import Record
-from job.storage.run_folder import cannot_write, make_folder, sync_folder, write_atomically
+from job.storage.atomic import cannot_write, make_folder, sync_folder, write_atomically
 from job.system.failpoints import reached
 
 EDIT_FILE = "edit.safetensors"

@@ -19,7 +19,7 @@ from job.export.merged import Edit, StoredWriter
 from job.model.loading import LoadedModel
 from job.model.safetensors_files import Checkpoint
 from job.numerics.ablation import output_edit, weight_tables
-from job.storage.run_folder import make_folder, write_atomically
+from job.storage.atomic import make_folder, write_atomically
 from job.text.redaction import redacted
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -32,19 +32,8 @@ from job.model.safetensors_files import Checkpoint, Places, digest_of
 from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
 from job.numerics.basis import Basis
 from job.records import EditParameters, Manifest, ManifestEntry
-from job.storage.run_folder import (
-    CARD,
-    DONE,
-    MANIFEST,
-    REPRODUCE,
-    SUMS,
-    cannot_write,
-    make_folder,
-    sha256_file,
-    sync_folder,
-    write_atomically,
-    write_record,
-)
+from job.storage.atomic import cannot_write, make_folder, sha256_file, sync_folder, write_atomically, write_record
+from job.storage.exports import CARD, DONE, MANIFEST, REPRODUCE, SUMS
 from job.system.failpoints import reached
 
 CONFIG = "config.json"

@@ -16,7 +16,7 @@ from job.model.carried_files import is_licence
 from job.model.quantization import DTYPE, quantisation_in
 from job.numerics.statistics import difference_interval, wilson_interval
 from job.records import EditParameters, ExportFormat, Figures
-from job.storage.run_folder import CARD
+from job.storage.exports import CARD
 from job.text.markup import markdown, one_line
 from job.text.redaction import redacted
 

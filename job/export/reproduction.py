@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from job.config.load import FixedSettings, leaves, nested
 from job.config.origins import EDIT, NAMED, PROMPT_SETS, TRUST, require_named_code
-from job.config.schema import FixedSettings, Settings, leaves, nested
+from job.config.schema import Settings
 from job.data.prompts import Prompt, PromptSets
 from job.errors import UsageError
 from job.model.files import parse_model

@@ -45,7 +45,7 @@ def compare_answers(hooked: Sequence[Answer], reloaded: Sequence[Answer]) -> int
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredEdit:
     """What a reloaded export is compared with: the base model under the edit's hooks.
 
     Attributes:

@@ -1,1 +1,1 @@
-"""TODO job.generation."""
+"""Our decoder: batches, KV caches, greedy decoding and stop markers."""

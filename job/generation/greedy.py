@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,32 +18,29 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from job.generation.forward import (
+    RowTrials,
+    _forward,
+    _on_prefix,
+    first_logits,
+    input_device,
+    last_logits,
+    left_padded,
+    read_tokens,
+    shared_prefix,
+)
 from job.generation.kv_cache import (
-    SharedPrefix,
-    arguments,
     joined,
     new_cache,
     rows_can_be_picked,
     takes_cache,
     writable_slots,
 )
-from job.model.placement import input_device
 from job.numerics.metrics import log_odds
-from job.records import READ_TOKENS
 
 # Decided rows leave once they are more than this share of those that are there: all that is kept of the others is
 # copied then, which takes as long as some steps of a few rows.
 _LEAVING = 1 / 16
-
-
-def left_padded(prompts: Sequence[list[int]], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return token ids, attention mask and position ids, each [rows, t], padded on the left."""
-    width = max(map(len, prompts))
-    padding = torch.tensor([width - len(prompt) for prompt in prompts])
-    tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = (torch.arange(width) >= padding[:, None]).to(torch.long)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    return tokens.to(device), mask.to(device), positions.to(device)
 
 
 @dataclass
@@ -65,7 +61,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Manner:
+class BatchingSupport:
     """How the models of a family can be read; most can in every manner.
 
     Attributes:
@@ -99,121 +95,6 @@ class Manner:
             chunk.append(prompt)
         if chunk:
             yield chunk
-
-
-class RowEdits(Protocol):
-    """Edits of a model that are ready to be applied, one for each trial."""
-
-    def bind(self, trials: Tensor) -> AbstractContextManager[object]:
-        """Return a context, to be entered any number of times, in which row i gets the edit of `trials[i]`."""
-
-
-class RowTrials:
-    """Which trial each row of a forward belongs to, with what that means for the forward.
-
-    Rows carry it as they carry their tokens and their cache, and every forward applies it: whoever picks, joins or
-    drops rows has no other way to say what they are.
-
-    Attributes:
-        trials: Trial of every row, [rows].
-        edits: The trials' edits; None: the model as it is.
-        prefix: What each trial computes of a prefix that all prompts begin with, None where none is shared.
-    """
-
-    def __init__(self, trials: Tensor, edits: RowEdits | None = None, prefix: SharedPrefix | None = None) -> None:
-        self.trials, self.edits, self.prefix = trials, edits, prefix
-        self._context: AbstractContextManager[object] = nullcontext() if edits is None else edits.bind(trials)
-
-    @classmethod
-    def plain(cls, rows: int, device: torch.device | str) -> RowTrials:
-        """Return what rows of the unedited model carry."""
-        return cls(torch.zeros(rows, dtype=torch.long, device=device))
-
-    def __len__(self) -> int:
-        return len(self.trials)
-
-    def pick(self, rows: Tensor) -> RowTrials:
-        """Return what these rows carry, by index, [n]."""
-        return RowTrials(self.trials[rows], self.edits, self.prefix)
-
-    def applied(self) -> AbstractContextManager[object]:
-        """Return a context in which a forward of these rows is edited."""
-        return self._context
-
-    @classmethod
-    def joined(cls, parts: Sequence[RowTrials]) -> RowTrials:
-        """Return what rows of several forwards of the same trials carry, those of the first part first."""
-        return cls(torch.cat([part.trials for part in parts]), parts[0].edits, parts[0].prefix)
-
-
-def read_tokens(model: PreTrainedModel) -> int | None:
-    """Return how many tokens of prompts a forward is best given where the model is, None: as many as may be."""
-    return READ_TOKENS.get(input_device(model).type)
-
-
-@torch.inference_mode()
-def shared_prefix(model: PreTrainedModel, tokens: list[int], trials: int, edits: RowEdits | None) -> SharedPrefix:
-    """Return what a model computes of a prefix under the edits of trials 0 … trials - 1, with one row a trial."""
-    device = input_device(model)
-    cache = DynamicCache(config=model.config)
-    ids, mask, positions = left_padded([tokens] * trials, device)
-    _forward(model, RowTrials(torch.arange(trials, device=device), edits), ids, mask, positions, cache)
-    return SharedPrefix.of(len(tokens), cache)
-
-
-@torch.inference_mode()
-def first_logits(model: PreTrainedModel, prompts: Sequence[list[int]], rows: RowTrials | None = None) -> Tensor:
-    """Return the logits of the first answer token, [rows, vocabulary], float32."""
-    return last_logits(model, prompts, 1, rows)[:, -1].to(torch.float32)
-
-
-@torch.inference_mode()
-def last_logits(
-    model: PreTrainedModel, prompts: Sequence[list[int]], count: int, rows: RowTrials | None = None
-) -> Tensor:
-    """Return the logits that the last tokens of every prompt lead to, [rows, count, vocabulary].
-
-    Args:
-        model: The model.
-        prompts: Token ids of each prompt.
-        count: Number of tokens at the end of the prompts.
-        rows: The prompts' trials; a prefix that they share leaves at least `count` tokens of each.
-    """
-    tokens, mask, positions = left_padded(prompts, input_device(model))
-    rows = rows or RowTrials.plain(len(prompts), tokens.device)
-    if rows.prefix is None:
-        return _forward(model, rows, tokens, mask, positions, None, count)
-    cache, begin = _on_prefix(model, mask, rows, mask.shape[1]), rows.prefix.length
-    return _forward(model, rows, tokens[:, begin:], mask, positions[:, begin:], cache, count)
-
-
-def _on_prefix(model: PreTrainedModel, mask: Tensor, rows: RowTrials, most: int) -> DynamicCache:
-    assert rows.prefix is not None
-    width = mask.shape[1]
-    return rows.prefix.expanded(model, rows.trials, width - mask.sum(1), width, most)
-
-
-def _forward(
-    model: PreTrainedModel,
-    rows: RowTrials,
-    tokens: Tensor,
-    mask: Tensor,
-    positions: Tensor,
-    cache: DynamicCache | None,
-    count: int = 1,
-) -> Tensor:
-    """Return the logits of the last tokens, [rows, count, vocabulary], each row under its trial's edit."""
-    if len(rows) != len(tokens):
-        raise ValueError(f"{len(tokens)} rows with the trials of {len(rows)}")
-    given: dict[str, Any] = {"position_ids": positions, "logits_to_keep": count}
-    if cache is not None:
-        given["past_key_values"] = cache
-    known = arguments(model)  # a forward is given only what it has arguments for
-    given = {name: value for name, value in given.items() if name in known}
-    with rows.applied():
-        output = model(input_ids=tokens, attention_mask=mask, use_cache=cache is not None, **given)
-    logits: Tensor = output.logits[:, -count:]
-    return logits
 
 
 class _Ledger:
@@ -329,7 +210,7 @@ class _Decoder:
         if most is None or max(map(len, self._prompts)) > writable_slots(self._model):
             return [list(range(len(self._prompts)))]
         order = sorted(range(len(self._prompts)), key=lambda index: len(self._prompts[index]))
-        chunks = Manner().chunks([self._prompts[index] for index in order], len(order), tokens=most)
+        chunks = BatchingSupport().chunks([self._prompts[index] for index in order], len(order), tokens=most)
         indices = iter(order)
         return [[next(indices) for _ in chunk] for chunk in chunks]
 
@@ -386,7 +267,7 @@ def greedy_answers(
     openings: Sequence[int] | None = None,
     decided: Callable[[int, list[int]], bool] | None = None,
     rows: RowTrials | None = None,
-    manner: Manner = Manner(),
+    manner: BatchingSupport = BatchingSupport(),
 ) -> list[Answer]:
     """Return the most likely continuation of every prompt, token by token.
 
@@ -435,7 +316,7 @@ _TRIED, _STEPS, _APART = ([5, 9, 11, 13, 6], [5, 9, 11, 13, 6, 10, 8, 14, 7]), 4
 _FAULTS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 
 
-def manner_of(model: PreTrainedModel) -> Manner:
+def manner_of(model: PreTrainedModel) -> BatchingSupport:
     """Return how the models of a small random model's family can be read, found by trying it.
 
     Raises:
@@ -448,15 +329,15 @@ def manner_of(model: PreTrainedModel) -> Manner:
         padded = _near(first_logits(model, prompts), alone, scale)
     except _FAULTS:
         padded = False
-    chunks = list(Manner(padded).chunks(prompts, len(prompts)))
-    again = _answers_of(model, chunks, Manner(padded, cached=False))
+    chunks = list(BatchingSupport(padded).chunks(prompts, len(prompts)))
+    again = _answers_of(model, chunks, BatchingSupport(padded, cached=False))
     try:
-        kept = _answers_of(model, chunks, Manner(padded))
+        kept = _answers_of(model, chunks, BatchingSupport(padded))
     except _FAULTS:
-        return Manner(padded, cached=False, shared=False)
+        return BatchingSupport(padded, cached=False, shared=False)
     if not all(_same(one, other, scale) for one, other in zip(again, kept, strict=True)):
         raise ValueError("what it says next depends on what was kept of the text before")
-    return Manner(padded, True, padded and _shares(model, prompts, alone, scale))
+    return BatchingSupport(padded, True, padded and _shares(model, prompts, alone, scale))
 
 
 def _shares(model: PreTrainedModel, prompts: Sequence[list[int]], alone: Tensor, scale: float) -> bool:
@@ -469,7 +350,7 @@ def _shares(model: PreTrainedModel, prompts: Sequence[list[int]], alone: Tensor,
     return _near(first_logits(model, prompts, shared), alone, scale)
 
 
-def _answers_of(model: PreTrainedModel, chunks: Sequence[list[list[int]]], manner: Manner) -> list[Answer]:
+def _answers_of(model: PreTrainedModel, chunks: Sequence[list[list[int]]], manner: BatchingSupport) -> list[Answer]:
     answered = (greedy_answers(model, chunk, limit=_STEPS, end_tokens=(), manner=manner) for chunk in chunks)
     return [answer for answers in answered for answer in answers]
 

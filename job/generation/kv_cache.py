@@ -30,7 +30,7 @@ _PICKABLE = _PLAIN | {
 _ROOM, _ROOM_SHARE = 8, 1 / 8
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' has no types
+class GrowableKVLayer(DynamicLayer):  # type: ignore[misc]  # transformers' has no types
     """Keys and values of a layer with room behind them, so that a token does not have all those before it copied."""
 
     _layer_type = None  # it takes no kind of layer's place in transformers' own caches
@@ -102,7 +102,7 @@ def _slots(held: Tensor) -> int:
 def new_cache(model: PreTrainedModel, most: int) -> DynamicCache:
     """Return an empty cache for rows of so many tokens at most."""
     cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer(most) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [GrowableKVLayer(most) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
@@ -167,7 +167,7 @@ def joined(model: PreTrainedModel, caches: list[DynamicCache], most: int) -> Dyn
     for index, layer in enumerate(caches[0].layers):
         if getattr(layer, "keys", None) is None:
             continue
-        room = roomy(width, most) if isinstance(cache.layers[index], RoomyLayer) else width
+        room = roomy(width, most) if isinstance(cache.layers[index], GrowableKVLayer) else width
         keys = _beside([_taken(one.layers[index], "keys") for one in caches], width, room)
         values = _beside([_taken(one.layers[index], "values") for one in caches], width, room)
         _begin(cache, index, keys, values)
@@ -177,7 +177,7 @@ def joined(model: PreTrainedModel, caches: list[DynamicCache], most: int) -> Dyn
 def _begin(cache: DynamicCache, index: int, keys: Tensor, values: Tensor) -> None:
     """Fill an empty layer of a cache."""
     layer = cache.layers[index]
-    if isinstance(layer, RoomyLayer):
+    if isinstance(layer, GrowableKVLayer):
         layer.begin(keys, values)
     else:
         layer.update(keys, values)
@@ -246,7 +246,7 @@ class SharedPrefix:
         slot = (torch.arange(self.length, device=padding.device) - paddings[:, None]).clamp_min(0)
         for index, layer in enumerate(self.layers):
             if layer is not None:
-                room = width if isinstance(cache.layers[index], RoomyLayer) else self.length
+                room = width if isinstance(cache.layers[index], GrowableKVLayer) else self.length
                 keys, values = (_spread(held, slot.to(held.device), row.to(held.device), room) for held in layer)
                 _begin(cache, index, keys, values)
         return cache

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from job.scoring.refusals import MarkerMatch, RefusalMarkers
+from job.text.refusal_markers import MarkerMatch, RefusalMarkers
 
 # How often a whole answer is looked at where its text cannot be had piece by piece.
 _ASK_EVERY = 4

@@ -1,1 +1,1 @@
-"""TODO job.lifecycle."""
+"""Begin, hold, resume and end a job."""

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from job.cloud.end_policy import SAFE, Action, Asked, Decision, Ended, ending
+from job.cloud.end_policy import SAFE, Action, AskedEnds, Decision, Ended, ending
 from job.cloud.self_stop import find_rental, progressed, unfailing
-from job.config.schema import Settings, default_workspace
+from job.config.load import default_workspace
+from job.config.schema import Settings
 from job.errors import HeldError, JobError
-from job.lifecycle.locate import job_settings
 from job.lifecycle.safekeeping import all_unsaved, other_holder, undelivered
 from job.storage.events import Events
+from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
 from job.system.lifeline import tell
 
@@ -41,7 +42,7 @@ def outcome_of_error(error: Exception) -> Ended:
     return Ended(code, elsewhere=isinstance(error, HeldError) and error.elsewhere)
 
 
-def end_rental(outcome: Ended, asked: Asked, machine: Machine, say: Say) -> None:
+def end_rental(outcome: Ended, asked: AskedEnds, machine: Machine, say: Say) -> None:
     """Do with the machine what the policy says; nothing that goes wrong with that is raised.
 
     Args:
@@ -76,7 +77,7 @@ def end_after(
     folder = RunFolder(Path(job)) if job is not None else None
     action: Action = "destroy" if when_failed == "destroy" else "stop" if when_failed == "stop" else "nothing"
     machine = Machine(Path(workspace) if workspace else _usual_workspace(), folder, _stored_settings(folder))
-    end_rental(Ended(code, hung=hung, signalled=signalled), Asked(when_failed=action), machine, events.say)
+    end_rental(Ended(code, hung=hung, signalled=signalled), AskedEnds(when_failed=action), machine, events.say)
 
 
 def _usual_workspace() -> Path:
@@ -93,7 +94,7 @@ def _stored_settings(folder: RunFolder | None) -> Settings | None:
         return None
 
 
-def _end(outcome: Ended, asked: Asked, machine: Machine, say: Say) -> None:
+def _end(outcome: Ended, asked: AskedEnds, machine: Machine, say: Say) -> None:
     decision = ending(outcome, asked, SAFE)
     if decision.action == "nothing":
         return
@@ -110,7 +111,7 @@ def _end(outcome: Ended, asked: Asked, machine: Machine, say: Say) -> None:
     rental.end(decision.action, machine.workspace, say)
 
 
-def _decision(outcome: Ended, asked: Asked, machine: Machine, say: Say) -> Decision:
+def _decision(outcome: Ended, asked: AskedEnds, machine: Machine, say: Say) -> Decision:
     """Decide by what stands there now; mirrors and targets are asked only before a destroy."""
     safety = replace(
         SAFE,

@@ -9,23 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from job.config.load import asked_ends, leaves
 from job.config.origins import HERE, left_out_line
-from job.config.schema import ENDS, LoadingSettings, Settings, asked_ends, leaves
+from job.config.schema import ENDS, LoadingSettings, Settings
 from job.data.prompts import PromptSets
 from job.errors import GateError, HeldError, UsageError
-from job.lifecycle.locate import Whereabouts, job_settings
+from job.lifecycle.locate import Whereabouts
 from job.lifecycle.lock import held
+from job.lifecycle.model_folder import model_folder
 from job.lifecycle.outcome import missed_gate
-from job.lifecycle.start import Start
+from job.lifecycle.start import JobStart
 from job.mirror.vetting import as_given, require_same_contents, with_trust
 from job.model.files import WEIGHTS, fetch_model, list_model, parse_model
 from job.model.quantization import quantisation_in
-from job.pipeline import model_folder
 from job.records import ExportFormat, Figures, JobRecord, Trial
 from job.report.run_view import job_trials
 from job.search.optimizer import choose
+from job.storage.atomic import read_record
 from job.storage.events import Events
-from job.storage.run_folder import RunFolder, is_sealed, read_record, stored
+from job.storage.exports import is_sealed
+from job.storage.identity import stored
+from job.storage.jobs import job_settings
+from job.storage.run_folder import RunFolder
 from job.system.processes import this_process
 from job.system.signals import StopSignals
 from job.system.tempdirs import scratch
@@ -40,7 +45,7 @@ def resumption(
     ends: Mapping[str, str | None] | None = None,
     say: Callable[[str], None] = lambda _: None,
     **others: object,
-) -> Start:
+) -> JobStart:
     """Return what a job is continued with, from its run folder or its checkpoint alone.
 
     Of a checkpoint, only what may come from one is taken (`job.mirror.vetting`).
@@ -87,7 +92,7 @@ def resumption(
             require_same_contents(record, found, prompts=not folder.prompts_file.exists())
         return record.model_copy(update={"settings": stored(found)}), found
 
-    return Start(folder, record.identity, settings, opened)
+    return JobStart(folder, record.identity, settings, opened)
 
 
 def _of_this_side(folder: RunFolder) -> dict[str, Any]:
@@ -210,7 +215,7 @@ def _on_device(loading: LoadingSettings, device: str) -> LoadingSettings:
 
 
 def upload_trial(
-    start: Start, number: int | None, form: ExportFormat | None, events: Events, signals: StopSignals
+    start: JobStart, number: int | None, form: ExportFormat | None, events: Events, signals: StopSignals
 ) -> list[tuple[str, str]]:
     """Deliver a trial of a job, exporting it first where that has not been done.
 

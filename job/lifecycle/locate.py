@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
+from job.config.load import assigned, environment_values, leaves, load_settings
 from job.config.origins import HERE
-from job.config.schema import Settings, assigned, default_values, environment_values, leaves, load_settings, merged
 from job.errors import UsageError
-from job.storage.run_folder import EXTENDING, EXTENDING_WITHIN, RunFolder, find_job
+from job.storage.identity import EXTENDING, EXTENDING_WITHIN
+from job.storage.jobs import find_job
+from job.storage.run_folder import RunFolder
 from job.system.tempdirs import scratch
 
 if TYPE_CHECKING:
@@ -98,38 +98,6 @@ def _may_be_given(name: str) -> bool:
     """Return whether a setting only extends a job, says something of this machine, or confirms what the job is."""
     section, _, rest = name.partition(".")
     return section in EXTENDING or rest in EXTENDING_WITHIN.get(section, ()) or name in HERE or name == "model"
-
-
-def job_settings(folder: RunFolder, *, whole: bool = False, **others: object) -> Settings:
-    """Return the settings of a job as of its latest start, with others in their place.
-
-    Args:
-        folder: The run folder.
-        whole: All settings are wanted. Else those that only extend a job are at their defaults if they held a secret.
-        **others: Settings in place of the job's.
-
-    Raises:
-        UsageError: They are another version's, or one of them held a secret and is not whole.
-    """
-    record = folder.read_job()
-    masked = {name for name in record.redacted if name not in others and name != "workspace"}
-    lost = sorted(masked if whole else masked - EXTENDING)
-    if lost:
-        raise UsageError(
-            f"job {record.job_id} was given a secret in {', '.join(lost)}, and secrets are written nowhere",
-            remedy="go on with the same `abliterate run` command, or give what only extends the job with --set",
-        )
-    # What a former version did not know is as it was before.
-    kept = {name: value for name, value in record.settings.items() if name not in masked}
-    stored = merged(default_values(), {**kept, "workspace": str(folder.path.parent)})
-    try:
-        return Settings(**merged(stored, others))
-    except ValidationError as error:
-        made_by = record.versions.get("abliteration-job", "another version")
-        raise UsageError(
-            f"the settings of job {record.job_id} are not this version's: {error.errors()[0]['msg']}",
-            remedy=f"go on with the version that began it, {made_by}",
-        ) from error
 
 
 @contextmanager

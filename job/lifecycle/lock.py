@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from job.config.schema import Settings
 from job.errors import HeldError, JobError, Stopped
 from job.storage.events import Events
-from job.storage.run_folder import RunFolder, refuse_other_settings
+from job.storage.jobs import refuse_other_settings
+from job.storage.run_folder import RunFolder
 from job.system.signals import StopSignals
 from job.upload.targets import s3_options
 
@@ -38,7 +39,7 @@ def open_checkpoint(settings: Settings, report: Callable[[str], None]) -> Mirror
     return open_mirror(settings.checkpoint, options, report)
 
 
-class Hold:
+class JobLock:
     """A job that this run holds.
 
     All methods do nothing where there is no checkpoint.
@@ -82,7 +83,7 @@ def held(
     signals: StopSignals,
     *,
     beside_others: bool = True,
-) -> Iterator[Hold]:
+) -> Iterator[JobLock]:
     """Hold a job for the block, its run folder brought up to date from the checkpoint.
 
     Args:
@@ -100,7 +101,7 @@ def held(
     """
     with folder.held():
         if settings.checkpoint is None:
-            yield Hold()
+            yield JobLock()
             return
         with open_checkpoint(settings, events.say) as mirror:
             if not beside_others and not folder.job_file.exists():
@@ -112,7 +113,7 @@ def held(
             yield from _kept(folder, claim, signals)
 
 
-def _kept(folder: RunFolder, claim: Claim, signals: StopSignals) -> Iterator[Hold]:
+def _kept(folder: RunFolder, claim: Claim, signals: StopSignals) -> Iterator[JobLock]:
     """Yield the hold and take the last snapshot after it."""
     lost: list[JobError] = []
 
@@ -123,7 +124,7 @@ def _kept(folder: RunFolder, claim: Claim, signals: StopSignals) -> Iterator[Hol
     claim.start(on_lost)
     hurry, patience = False, min(_LAST_SECONDS, _LAST_LEASES * claim.head.lease.expiry_s)
     try:
-        yield Hold(claim)
+        yield JobLock(claim)
     except Stopped:
         hurry = True
         if lost:

@@ -8,7 +8,9 @@ from pathlib import Path
 from job.config.schema import Settings
 from job.data.prompts import PromptSets
 from job.records import Figures, State
-from job.storage.run_folder import RunFolder, is_sealed, read_record
+from job.storage.atomic import read_record
+from job.storage.exports import is_sealed
+from job.storage.run_folder import RunFolder
 from job.text.redaction import redact
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from job.config.schema import Settings
 from job.errors import HeldError, JobError
-from job.lifecycle.locate import job_settings
 from job.lifecycle.lock import open_checkpoint
 from job.lifecycle.outcome import completed
 from job.mirror import Mirror
 from job.preflight.mounts import outlives_machine
 from job.records import Upload
-from job.storage.run_folder import DONE, RunFolder, is_sealed, jobs_in
+from job.storage.exports import DONE, is_sealed
+from job.storage.jobs import job_settings, jobs_in
+from job.storage.run_folder import RunFolder
 from job.upload.proof import delivery_problem
 
 # The preflight check with which a user vouches that places survive the machine whose file system does not tell.

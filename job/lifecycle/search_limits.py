@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from job.config.schema import Settings
-from job.lifecycle.lock import Hold
+from job.lifecycle.lock import JobLock
 from job.preflight.estimate import PHASES, Hours
 from job.preflight.runner import Survey
 from job.search.budget import Budget, Meter
-from job.storage.run_folder import RunFolder, read_record
+from job.storage.atomic import read_record
+from job.storage.run_folder import RunFolder
 from job.system.signals import StopSignals
 
 
-class Pace:
+class SearchLimits:
     """Times batches, keeps each, gives a stopped one its grace, and ends the search when the budget asks for it."""
 
-    def __init__(self, budget: Budget, hold: Hold, signals: StopSignals, grace: float, *, begun: bool) -> None:
+    def __init__(self, budget: Budget, hold: JobLock, signals: StopSignals, grace: float, *, begun: bool) -> None:
         self._budget = budget
         self._hold = hold
         self._signals = signals

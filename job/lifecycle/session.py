@@ -17,14 +17,14 @@ from job.architectures.spec import require_modes
 from job.config.schema import Settings
 from job.data.prompts import Prompt, PromptSets
 from job.directions.extraction import DirectionFinder, tokens_of_forward
+from job.directions.response_prefix import with_response_prefix
 from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError
 from job.export.directions_file import write_edit_file
 from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, copy_licences, seal_made, verify_written, write_weights
 from job.export.reproduction import base_model_name, reproduction
-from job.export.verification import Measured
-from job.generation.response_prefix import with_response_prefix
+from job.export.verification import MeasuredEdit
 from job.model.device_faults import Watchdog, clear_faults, is_out_of_memory, out_of_memory
 from job.model.loading import LoadedModel, conversations, hardware, load_model
 from job.model.memory import release_memory
@@ -45,16 +45,19 @@ from job.records import (
     Trial,
     TrialScores,
 )
+from job.scoring.broken import Exchange
 from job.scoring.detectors import Context, detect
-from job.scoring.refusals import Exchange, RefusalMarkers
 from job.scoring.trial_scorer import Evaluator
 from job.search.finalists import in_words, keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
-from job.search.optimizer import Search, SearchSettings, SearchSpace, SmallerLayoutNeeded
+from job.search.optimizer import Search, SearchSpace, SmallerLayoutNeeded, StudySettings
 from job.storage.answers import keep_answers
+from job.storage.atomic import cannot_write, make_folder, write_record
 from job.storage.events import Events
-from job.storage.run_folder import DONE, RunFolder, cannot_write, make_folder, write_record
+from job.storage.exports import DONE
+from job.storage.run_folder import RunFolder
+from job.text.refusal_markers import RefusalMarkers
 from job.tuning.batch_size import Tuner
-from job.workers.crew import Hands, Shared, crew, parts_of
+from job.workers.crew import Shared, WarmWorkerPool, crew, parts_of
 
 # Where preflight found no plan and was allowed to: halved until they fit.
 _ROWS = 32
@@ -170,7 +173,7 @@ class Workbench:
         return Search(
             live,
             self.space,
-            SearchSettings(
+            StudySettings(
                 seed=self.settings.seed,
                 startup_trials=self.record.startup_trials,
                 batch=self.settings.trials_per_batch,
@@ -198,7 +201,7 @@ class Workbench:
         return self.evaluator.scores(self.intervention, edits, rows, skip_kl_above=limit, answer_tokens=begun)
 
     @contextmanager
-    def crew(self, hands: Hands) -> Iterator[Shared]:
+    def crew(self, hands: WarmWorkerPool) -> Iterator[Shared]:
         """Yield what scores plans together with other processes.
 
         Args:
@@ -354,7 +357,7 @@ class Workbench:
         else:
             base.refer()
             kept = form == "adapter" or Checkpoint(self.loaded.folder).keeps(self.loaded.architecture, torch.float32)
-            measured = Measured.of(self.evaluator, self.intervention, parameters, self.resolution.rows, kept)
+            measured = MeasuredEdit.of(self.evaluator, self.intervention, parameters, self.resolution.rows, kept)
             fresh = self._reloaded(export, form)
             searched = self._evaluator(fresh, self.prompts.good_search, self.prompts.bad_search)
             found = measured.compare(searched, self.evaluator)

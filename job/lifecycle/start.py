@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.cloud.end_policy import Asked, Ended
+from job.cloud.end_policy import AskedEnds, Ended
 from job.config.schema import Settings
 from job.data.prompts import PromptSets
 from job.errors import DeliveryError, GateError, RestartNeeded
 from job.export.reproduction import Again, require_same_model
 from job.lifecycle.end_of_rental import Machine, Progress, end_rental, outcome_of_error
-from job.lifecycle.lock import held
+from job.lifecycle.lock import JobLock, held
 from job.lifecycle.outcome import Outcome, completed
 from job.lifecycle.state import recorded, settings_key
 from job.preflight.readings import MachineReading
@@ -21,8 +21,10 @@ from job.preflight.restarts import past_starts
 from job.preflight.runner import Survey, Surveyor
 from job.records import JobRecord
 from job.search.budget import Meter
+from job.storage.atomic import read_record, write_record
 from job.storage.events import Events, read_events
-from job.storage.run_folder import RunFolder, find_folder, open_job, read_record, write_record
+from job.storage.jobs import find_folder, open_job
+from job.storage.run_folder import RunFolder
 from job.system.lifeline import tell
 from job.system.locks import left_behind
 from job.system.signals import StopSignals
@@ -31,12 +33,39 @@ if TYPE_CHECKING:
     from job.cloud.self_stop import Rental
 
 
+@dataclass(frozen=True)
+class RunningJob:
+    """A job that this process holds.
+
+    Attributes:
+        folder: The run folder.
+        record: Its job.json.
+        settings: The settings.
+        events: Where progress goes.
+        signals: What stops the run.
+        meter: Counts time and money.
+        lock: The lock, here and at the checkpoint.
+    """
+
+    folder: RunFolder
+    record: JobRecord
+    settings: Settings
+    events: Events
+    signals: StopSignals
+    meter: Meter
+    lock: JobLock
+
+
+Stages = Callable[[RunningJob, Surveyor], Outcome]
+
+
 def run(
     settings: Settings,
     *,
     new: bool,
     events: Events,
     signals: StopSignals,
+    stages: Stages,
     notes: Sequence[str] = (),
     again: Again | None = None,
 ) -> Outcome:
@@ -47,6 +76,7 @@ def run(
         new: Start a job beside one with other settings.
         events: Where progress goes.
         signals: What stops the run.
+        stages: Does the job's stages (`job.pipeline.run`).
         notes: What became of old settings.
         again: An export that is to be made again.
 
@@ -70,12 +100,14 @@ def run(
             record = record.model_copy(update=again.resolved)
         return record, settings
 
-    start = Start(folder, first.identity, settings, opened, beside_others=new or again is not None, notes=tuple(notes))
-    return carry_out(start, events, signals)
+    start = JobStart(
+        folder, first.identity, settings, opened, beside_others=new or again is not None, notes=tuple(notes)
+    )
+    return carry_out(start, events, signals, stages)
 
 
 @dataclass(frozen=True)
-class Start:
+class JobStart:
     """What a run begins with.
 
     Attributes:
@@ -95,13 +127,14 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def carry_out(start: Start, events: Events, signals: StopSignals) -> Outcome:
+def carry_out(start: JobStart, events: Events, signals: StopSignals, stages: Stages) -> Outcome:
     """Do a job from wherever it has got to, and then with the rented machine what the settings say.
 
     Args:
         start: What to begin with.
         events: Where progress goes.
         signals: What stops the run.
+        stages: Does the job's stages (`job.pipeline.run`).
 
     Raises:
         JobError: The job cannot be done; each kind says whether, where and how it could be.
@@ -113,7 +146,7 @@ def carry_out(start: Start, events: Events, signals: StopSignals) -> Outcome:
     _tell_asked(settings)
     events.listen(Progress(Path(settings.workspace), start.folder))
     try:
-        outcome = _run(start, events, signals)
+        outcome = _run(start, events, signals, stages)
     except RestartNeeded:
         raise
     except Exception as error:  # whatever it is goes on to the caller; the machine is not to bill on because of it
@@ -132,7 +165,7 @@ def _tell_asked(settings: Settings) -> None:
 def _close(outcome: Ended, settings: Settings, events: Events, folder: RunFolder | None = None) -> None:
     """End the rental as is asked for and safe."""
     events.log_to(None)  # the last snapshot has been taken: what is logged now would be missing there
-    asked = Asked(settings.when_done, settings.when_failed)
+    asked = AskedEnds(settings.when_done, settings.when_failed)
     end_rental(outcome, asked, Machine(Path(settings.workspace), folder, settings), events.say)
 
 
@@ -142,13 +175,11 @@ def _this_rental() -> Rental | None:
     return find_rental()
 
 
-def _run(start: Start, events: Events, signals: StopSignals) -> Outcome:
+def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) -> Outcome:
     folder = start.folder
     done = _completed(start, events)
     if done is not None:
         return done
-    from job.pipeline import Job  # takes longer to load than all that a finished job needs
-
     # Before the lock is taken, which writes down this process in place of the one before.
     left_by = folder.holder()
     with held(folder, start.identity, start.settings, events, signals, beside_others=start.beside_others) as hold:
@@ -162,10 +193,10 @@ def _run(start: Start, events: Events, signals: StopSignals) -> Outcome:
         surveyor.uploads, settings = folder.uploads_state, surveyor.settings
         meter = Meter(folder.meter_file, settings.price)
         with recorded(folder, record, settings, events, meter, hold):
-            return Job(folder, record, settings, events, signals, meter, hold).do(surveyor)
+            return stages(RunningJob(folder, record, settings, events, signals, meter, hold), surveyor)
 
 
-def _completed(start: Start, events: Events) -> Outcome | None:
+def _completed(start: JobStart, events: Events) -> Outcome | None:
     """Return what the job came to if it is complete, and say so."""
     if not start.folder.job_file.exists():
         return None
@@ -207,7 +238,7 @@ def surveyor_of(
         surveyor.rental = _this_rental()
         surveyor.settings = _priced(settings, surveyor.rental)
     if folder.job_file.exists():
-        from job.pipeline import trials_so_far  # likewise
+        from job.report.run_view import trials_so_far  # likewise
 
         holder = folder.holder()
         surveyor.commit = folder.read_job().model_commit

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 from job.config.schema import Settings
 from job.errors import AcceleratorFaultError, ImpossibleJobError, JobError, MachineError, RestartNeeded, Stopped
-from job.lifecycle.lock import Hold
+from job.lifecycle.lock import JobLock
 from job.records import JobRecord, State
 from job.search.budget import Meter
+from job.storage.atomic import write_record
 from job.storage.events import Events, read_events
-from job.storage.run_folder import RunFolder, write_record
+from job.storage.run_folder import RunFolder
 
 # Fresh processes that are tried after the device failed, until a trial succeeds.
 _MOST_FAULTS = 3
@@ -20,7 +21,7 @@ _MOST_FAULTS = 3
 
 @contextmanager
 def recorded(
-    folder: RunFolder, record: JobRecord, settings: Settings, events: Events, meter: Meter, hold: Hold
+    folder: RunFolder, record: JobRecord, settings: Settings, events: Events, meter: Meter, hold: JobLock
 ) -> Iterator[None]:
     """Keep state.json, the event log and the meter true to how the block ends.
 

@@ -7,7 +7,7 @@ lease cannot write either. Objects are there before the head that names them, an
 
 from job.mirror.lease_keeper import Claim
 from job.mirror.mirror import HOLDS, Fetched, Mirror, expected_bytes, open_mirror
-from job.mirror.options import MirrorOptions, Pace, scheme_of
+from job.mirror.options import MirrorOptions, SnapshotPace, scheme_of
 from job.mirror.records import Head, MirrorError
 from job.mirror.snapshot import held_bytes
 from job.mirror.store import Proof
@@ -20,8 +20,8 @@ __all__ = [
     "Mirror",
     "MirrorError",
     "MirrorOptions",
-    "Pace",
     "Proof",
+    "SnapshotPace",
     "expected_bytes",
     "held_bytes",
     "open_mirror",

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from job.errors import DeliveryError, JobError
-from job.mirror.options import Pace
-from job.mirror.records import HEAD, OBJECTS, Entry
+from job.mirror.options import SnapshotPace
+from job.mirror.records import HEAD, OBJECTS, MirroredFile
 from job.mirror.store import ConflictError, Proof, Stored
-from job.storage.run_folder import make_folder, sync_folder, write_atomically
+from job.storage.atomic import make_folder, sync_folder, write_atomically
 from job.system.failpoints import reached
 from job.system.locks import Lock, LockedError, keeps_others_out, locked
 from job.transfer.folders import target_folder
@@ -29,9 +29,9 @@ _BLOCK = 1 << 20
 class FileStore:
     """Mirrors in a folder; heads are compared and replaced under a lock that goes with the process."""
 
-    def __init__(self, uri: str, pace: Pace | None = None) -> None:
+    def __init__(self, uri: str, pace: SnapshotPace | None = None) -> None:
         self.uri = uri
-        self.pace = pace or Pace()
+        self.pace = pace or SnapshotPace()
         self._root = target_folder(uri)
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class FileStore:
             files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
         return sorted(str(p) for p in files if str(p) != HEAD and not any(part.startswith(".") for part in p.parts))
 
-    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]], check: Callable[[], None]) -> None:
+    def stage(self, job: str, objects: Mapping[str, tuple[Path, MirroredFile]], check: Callable[[], None]) -> None:
         """Copy objects, each whole or not at all."""
         folder = self._root / job / OBJECTS
         with self._clear_errors(folder):
@@ -148,7 +148,7 @@ class FileStore:
                 if path.name not in keep:
                     path.unlink(missing_ok=True)
 
-    def fetch(self, job: str, entry: Entry, target: Path) -> None:
+    def fetch(self, job: str, entry: MirroredFile, target: Path) -> None:
         """Copy an object, no more of it than the head says; links and devices are none."""
         source = self._root / job / OBJECTS / entry.object
         if not stat.S_ISREG(source.lstat().st_mode):

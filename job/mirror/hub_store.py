@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from job.errors import DeliveryError
 from job.mirror.lease import is_running
-from job.mirror.options import HUB_PACE, Pace
-from job.mirror.records import HEAD, OBJECTS, Entry, MirrorError, decode_head
+from job.mirror.options import HUB_PACE, SnapshotPace
+from job.mirror.records import HEAD, OBJECTS, MirroredFile, MirrorError, decode_head
 from job.mirror.store import ConflictError, Proof, Stored
 from job.system.hub_client import count_traffic, quiet_client
 from job.system.tempdirs import scratch
@@ -45,7 +45,7 @@ class HubStore:
         self,
         uri: str,
         token: str | None = None,
-        pace: Pace | None = None,
+        pace: SnapshotPace | None = None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Talk to nobody yet.
@@ -187,7 +187,7 @@ class HubStore:
         files = found.files if found else {}
         return [name for path in files if path.startswith(root) and (name := path.removeprefix(root)) != HEAD]
 
-    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]], check: Callable[[], None]) -> None:
+    def stage(self, job: str, objects: Mapping[str, tuple[Path, MirroredFile]], check: Callable[[], None]) -> None:
         """Bring large files into the repository's storage, where nobody sees them; small ones go with the commit."""
         from huggingface_hub import CommitOperationAdd
 
@@ -299,7 +299,7 @@ class HubStore:
 
         return "next" in self._repo.ask(call, f"commits of {self._repo.repo_id}").links
 
-    def fetch(self, job: str, entry: Entry, target: Path) -> None:
+    def fetch(self, job: str, entry: MirroredFile, target: Path) -> None:
         """Download an object, of the revision at which the head was read where it is there."""
         name = f"{job}/{OBJECTS}/{entry.object}"
         for _ in range(_LOOKS):

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from job.mirror.records import Entry, Layered
+from job.mirror.records import Layered, MirroredFile
 
 # Files that only ever grow, or change in few places.
 LAYERED = frozenset({"study.db", "events.jsonl"})
@@ -49,7 +49,7 @@ class Layers:
     def __init__(self) -> None:
         self._known: dict[str, dict[str, _Known]] = {}
 
-    def make(self, path: str, source: Path, sha256: str, sent: Entry | Layered | None, name: str) -> _Made:
+    def make(self, path: str, source: Path, sha256: str, sent: MirroredFile | Layered | None, name: str) -> _Made:
         """Write the layer that brings a file from what was sent to what it is now.
 
         Args:
@@ -64,7 +64,7 @@ class Layers:
         before = known.get(sent.sha256) if isinstance(sent, Layered) else None
         size = source.stat().st_size
         layers = sent.layers if isinstance(sent, Layered) else ()
-        kept: tuple[Entry, ...] = ()
+        kept: tuple[MirroredFile, ...] = ()
         # What a file that has shrunk held at its end stands in the layers before.
         if before is None or sent is None or size < sent.size or len(before.layers) != len(layers):
             blocks = [frozenset(range(len(digests)))]
@@ -75,7 +75,7 @@ class Layers:
         contents = _encoded(source, sorted(blocks[-1]))
         file.write_bytes(contents)
         layer_sha = hashlib.sha256(contents).hexdigest()
-        layer = Entry(sha256=layer_sha, size=len(contents), object=f"{layer_sha}.{name}")
+        layer = MirroredFile(sha256=layer_sha, size=len(contents), object=f"{layer_sha}.{name}")
         self._known[path] = {
             **({sent.sha256: before} if sent is not None and before is not None else {}),
             sha256: _Known(digests, tuple(blocks)),
@@ -89,7 +89,7 @@ class _Made:
 
     entry: Layered
     source: Path
-    layer: Entry
+    layer: MirroredFile
 
 
 def _digests(file: Path) -> tuple[bytes, ...]:

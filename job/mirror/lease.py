@@ -17,7 +17,7 @@ from typing import Any
 from job import __version__
 from job.errors import HeldError
 from job.mirror.records import HEAD, VERSION, Head, Lease, decode_head, foreign
-from job.mirror.store import ConflictError, Store, Stored
+from job.mirror.store import ConflictError, MirrorStore, Stored
 from job.system.failpoints import reached
 from job.system.processes import process_namespace, this_process
 from job.text.redaction import redacted
@@ -47,7 +47,7 @@ class Holding:
         lost: Why it is lost, None while it is not.
     """
 
-    def __init__(self, store: Store, head: Head, stored: Stored, confirmed: float) -> None:
+    def __init__(self, store: MirrorStore, head: Head, stored: Stored, confirmed: float) -> None:
         self._store, self._stored = store, stored
         self.head, self.confirmed = head, confirmed
         self.lost: LeaseLostError | None = None
@@ -104,7 +104,7 @@ class Holding:
         return found.data == wanted.encode()
 
 
-def take(store: Store, job: str, identity: Mapping[str, Any], writer: str, say: Callable[[str], None]) -> Holding:
+def take(store: MirrorStore, job: str, identity: Mapping[str, Any], writer: str, say: Callable[[str], None]) -> Holding:
     """Take the lease of a job's mirror, making the mirror where there is none.
 
     Args:
@@ -162,7 +162,7 @@ def take(store: Store, job: str, identity: Mapping[str, Any], writer: str, say: 
     raise HeldError(f"other runs keep taking job {job} at {store.uri}", remedy="let one run do this job")
 
 
-def _check(store: Store, job: str, identity: Mapping[str, Any], found: Stored) -> None:
+def _check(store: MirrorStore, job: str, identity: Mapping[str, Any], found: Stored) -> None:
     head = decode_head(found.data, job, store.uri)
     if redacted(head.identity) != redacted(identity):
         raise foreign(store.uri, job, [f"{HEAD} of another job"])
@@ -171,7 +171,7 @@ def _check(store: Store, job: str, identity: Mapping[str, Any], found: Stored) -
         raise foreign(store.uri, job, odd)
 
 
-def wait_until_free(store: Store, job: str, found: Stored, say: Callable[[str], None]) -> Stored | None:
+def wait_until_free(store: MirrorStore, job: str, found: Stored, say: Callable[[str], None]) -> Stored | None:
     """Return the head once its lease is free: released, its process dead, or silent until it expires.
 
     Returns:
@@ -210,7 +210,7 @@ def is_running(head: Head, stored: Stored) -> bool:
     return head.lease.is_near or stored.age_s is None or stored.age_s <= head.lease.expiry_s
 
 
-def _held(store: Store, job: str, lease: Lease) -> HeldError:
+def _held(store: MirrorStore, job: str, lease: Lease) -> HeldError:
     return HeldError(
         f"job {job} is held by {lease.describe()} (checkpoint {store.uri})",
         remedy="wait for it to end or stop it",

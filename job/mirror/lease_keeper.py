@@ -14,11 +14,12 @@ from job.errors import DeliveryError, HeldError, JobError
 from job.mirror.backoff import FIRST_RETRY_S, Trouble
 from job.mirror.layers import LAYERED, SMALL_BYTES, Layers
 from job.mirror.lease import Holding, LeaseLostError, now
-from job.mirror.options import Pace
-from job.mirror.records import CACHES, STUDY, Entry, Head, Layered, Lineage, objects_of
+from job.mirror.options import SnapshotPace
+from job.mirror.records import CACHES, STUDY, Head, Layered, Lineage, MirroredFile, objects_of
 from job.mirror.snapshot import Snapshots, Taken
-from job.mirror.store import Store
-from job.storage.run_folder import RunFolder, write_record
+from job.mirror.store import MirrorStore
+from job.storage.atomic import write_record
+from job.storage.run_folder import RunFolder
 from job.system.failpoints import reached
 
 LINEAGE = "mirror.json"
@@ -40,7 +41,7 @@ class Claim:
     """
 
     def __init__(
-        self, store: Store, holding: Holding, folder: RunFolder, say: Callable[[str], None], *, required: bool
+        self, store: MirrorStore, holding: Holding, folder: RunFolder, say: Callable[[str], None], *, required: bool
     ) -> None:
         self._store, self._holding, self._folder, self._say = store, holding, folder, _heard(say)
         self._required = required
@@ -67,7 +68,7 @@ class Claim:
         return self._holding.head
 
     @property
-    def _pace(self) -> Pace:
+    def _pace(self) -> SnapshotPace:
         return self._store.pace
 
     def start(self, on_lost: Callable[[JobError], None] | None = None) -> None:
@@ -277,11 +278,11 @@ class Claim:
             self._store.sweep(head.job_id, self.head.objects.keys() | {*self.head.previous})
 
     def _named(
-        self, taken: Mapping[str, Taken], have: Mapping[str, Entry | Layered], head: Head
-    ) -> tuple[dict[str, Entry | Layered], dict[str, tuple[Path, Entry]]]:
+        self, taken: Mapping[str, Taken], have: Mapping[str, MirroredFile | Layered], head: Head
+    ) -> tuple[dict[str, MirroredFile | Layered], dict[str, tuple[Path, MirroredFile]]]:
         """Return the entries of a snapshot, and the objects that have to be sent for it."""
         known, files = dict(have), {}
-        sources: dict[str, tuple[Path, Entry]] = {}
+        sources: dict[str, tuple[Path, MirroredFile]] = {}
         end = f"{head.generation + 1}-{head.lease.runner[:8]}"
         for path, file in taken.items():
             if file.sha256 not in known:
@@ -291,7 +292,7 @@ class Claim:
                     known[file.sha256] = made.entry
                     sources[made.layer.object] = (made.source, made.layer)
                 else:
-                    entry = Entry(sha256=file.sha256, size=file.size, object=f"{file.sha256}.{end}")
+                    entry = MirroredFile(sha256=file.sha256, size=file.size, object=f"{file.sha256}.{end}")
                     known[file.sha256] = entry
                     sources[entry.object] = (file.source, entry)
             files[path] = known[file.sha256]

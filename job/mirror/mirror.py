@@ -19,8 +19,9 @@ from job.mirror.options import MirrorOptions, pace_as_told, scheme_of
 from job.mirror.proof import holder, overtaken, shortfall
 from job.mirror.records import CACHES, STUDY, Head, Lineage, MirrorError, decode_head
 from job.mirror.restore import INCOMING, count_mirrored, download, prove, restore
-from job.mirror.store import Proof, Store
-from job.storage.run_folder import JOB_ID, RunFolder, cannot_write, make_folder, write_record
+from job.mirror.store import MirrorStore, Proof
+from job.storage.atomic import cannot_write, make_folder, write_record
+from job.storage.run_folder import JOB_ID, RunFolder
 from job.storage.study_file import count_trials, restore_if_damaged
 
 # For people: what a mirror holds and what it never holds.
@@ -62,7 +63,7 @@ def open_mirror(uri: str, options: MirrorOptions, report: Callable[[str], None] 
     """
     scheme = scheme_of(uri)
     pace = options.pace or pace_as_told()
-    store: Store
+    store: MirrorStore
     # Each brings a client that takes its time to load.
     if scheme == "file":
         from job.mirror.folder_store import FileStore
@@ -94,7 +95,7 @@ def expected_bytes(prompts: int, layers: int, width: int, directions: int = 1) -
 class Mirror:
     """A place for mirrors; a context manager."""
 
-    def __init__(self, store: Store, *, required: bool) -> None:
+    def __init__(self, store: MirrorStore, *, required: bool) -> None:
         self._store, self._required = store, required
 
     @property

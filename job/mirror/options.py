@@ -16,7 +16,7 @@ _URI = re.compile(r"(file)://(?:/.+)|(hf)://[\w.-]+/[\w.-]+(?:@[^@\s]+)?|(s3)://
 
 
 @dataclass(frozen=True)
-class Pace:
+class SnapshotPace:
     """How often a mirror is written.
 
     Attributes:
@@ -43,7 +43,7 @@ class Pace:
 PACE = "JOB_CHECKPOINT_PACE"
 
 # The Hub counts commits by the hour: one a minute at most, and signs of life count.
-HUB_PACE = Pace(beat_s=120.0, expiry_s=360.0, snapshot_s=60.0, poll_s=15.0)
+HUB_PACE = SnapshotPace(beat_s=120.0, expiry_s=360.0, snapshot_s=60.0, poll_s=15.0)
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ class MirrorOptions:
     """
 
     required: bool = False
-    pace: Pace | None = None
+    pace: SnapshotPace | None = None
     s3: S3Options | None = None
     token: str | None = field(default=None, repr=False)
 
 
-def pace_as_told() -> Pace | None:
+def pace_as_told() -> SnapshotPace | None:
     """Return the pace that the environment names, None if it names none."""
     told = os.environ.get(PACE)
-    return Pace(*map(float, told.split(","))) if told else None
+    return SnapshotPace(*map(float, told.split(","))) if told else None
 
 
 def scheme_of(uri: str) -> str:

@@ -8,14 +8,14 @@ from job.mirror.lease import is_running
 from job.mirror.records import Head, MirrorError, decode_head
 from job.mirror.restore import download
 from job.mirror.snapshot import Snapshots
-from job.mirror.store import Store
+from job.mirror.store import MirrorStore
 from job.storage.run_folder import RunFolder
 from job.storage.study_file import count_trials
 from job.system.processes import this_process
 from job.system.tempdirs import scratch
 
 
-def shortfall(store: Store, folder: RunFolder) -> str:
+def shortfall(store: MirrorStore, folder: RunFolder) -> str:
     """Return what of a run folder the mirror does not hold, "" if it holds all.
 
     Args:
@@ -40,7 +40,7 @@ def shortfall(store: Store, folder: RunFolder) -> str:
     return _damage(store, head)
 
 
-def overtaken(store: Store, folder: RunFolder) -> str:
+def overtaken(store: MirrorStore, folder: RunFolder) -> str:
     """Return why a mirror that another machine goes on with may lack work of this folder, "" if it lacks none.
 
     Raises:
@@ -60,7 +60,7 @@ def overtaken(store: Store, folder: RunFolder) -> str:
     return _damage(store, head)
 
 
-def holder(store: Store, job: str) -> tuple[str, bool] | None:
+def holder(store: MirrorStore, job: str) -> tuple[str, bool] | None:
     """Return who else seems to be at a job, and whether that is on another machine; None if nobody is.
 
     Raises:
@@ -75,7 +75,7 @@ def holder(store: Store, job: str) -> tuple[str, bool] | None:
     return head.lease.describe(), not head.lease.is_near
 
 
-def _head(store: Store, job: str, *, empty: bool = False) -> Head | str:
+def _head(store: MirrorStore, job: str, *, empty: bool = False) -> Head | str:
     """Return a job's head, or why there is none that holds anything; an empty one may be allowed."""
     stored = store.read(job)
     if stored is None:
@@ -84,7 +84,7 @@ def _head(store: Store, job: str, *, empty: bool = False) -> Head | str:
     return head if head.files or empty else f"{store.uri} holds no snapshot of job {job}"
 
 
-def _damage(store: Store, head: Head) -> str:
+def _damage(store: MirrorStore, head: Head) -> str:
     """Read all objects of the latest snapshot and return what is wrong with the first that is not whole."""
     with scratch("proof") as place:
         for path in head.files:

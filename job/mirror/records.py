@@ -11,7 +11,8 @@ from pydantic import Field, ValidationError
 
 from job.errors import DeliveryError
 from job.records import Record
-from job.storage.run_folder import JOB_ID, job_id
+from job.storage.identity import job_id
+from job.storage.run_folder import JOB_ID
 from job.system.processes import HolderRecord, ProcessRecord, is_alive, process_namespace, this_process
 
 # Names under JOB_ID/ of a mirror.
@@ -54,7 +55,7 @@ class MirrorError(DeliveryError):
     """A mirror is torn, or is something else's: nothing is restored from it and nothing written to it."""
 
 
-class Entry(Record):
+class MirroredFile(Record):
     """A file of the run folder as the mirror holds it.
 
     Attributes:
@@ -79,7 +80,7 @@ class Layered(Record):
 
     sha256: str = Field(pattern=_SHA256)
     size: int = Field(ge=0)
-    layers: tuple[Entry, ...] = Field(min_length=1)
+    layers: tuple[MirroredFile, ...] = Field(min_length=1)
 
 
 class Lease(Record):
@@ -143,12 +144,12 @@ class Head(Record):
     generation: int = Field(ge=0)
     lease: Lease
     writer: str
-    files: dict[str, Entry | Layered]
+    files: dict[str, MirroredFile | Layered]
     trials: int | None = None
     previous: tuple[Annotated[str, Field(pattern=_OBJECT)], ...] = ()
 
     @property
-    def objects(self) -> dict[str, Entry]:
+    def objects(self) -> dict[str, MirroredFile]:
         """The objects of the latest snapshot, each once."""
         return objects_of(self.files)
 
@@ -175,9 +176,9 @@ class Lineage(Record):
     generation: int
 
 
-def objects_of(files: Mapping[str, Entry | Layered]) -> dict[str, Entry]:
+def objects_of(files: Mapping[str, MirroredFile | Layered]) -> dict[str, MirroredFile]:
     """Return the objects that hold the contents of files, each once."""
-    entries: list[Entry] = []
+    entries: list[MirroredFile] = []
     for file in files.values():
         entries += file.layers if isinstance(file, Layered) else (file,)
     return {entry.object: entry for entry in entries}

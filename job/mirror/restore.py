@@ -9,21 +9,13 @@ from typing import Any
 
 from job.errors import JobError, MachineError
 from job.mirror.layers import assemble
-from job.mirror.records import CACHES, MIRRORED, STUDY, Entry, Head, Layered, MirrorError, torn
+from job.mirror.records import CACHES, MIRRORED, STUDY, Head, Layered, MirroredFile, MirrorError, torn
 from job.mirror.snapshot import check_study
-from job.mirror.store import Store
+from job.mirror.store import MirrorStore
 from job.mirror.vetting import proven
 from job.records import JobRecord
-from job.storage.run_folder import (
-    RunFolder,
-    cannot_write,
-    make_folder,
-    read_record,
-    sha256_file,
-    sync_folder,
-    sync_tree,
-    write_record,
-)
+from job.storage.atomic import cannot_write, make_folder, read_record, sha256_file, sync_folder, sync_tree, write_record
+from job.storage.run_folder import RunFolder
 from job.storage.study_file import BACKUP, count_trials
 from job.system.failpoints import reached
 from job.system.tempdirs import scratch
@@ -32,7 +24,7 @@ INCOMING, SUPERSEDED = ".restoring", "superseded"
 
 
 def restore(
-    store: Store,
+    store: MirrorStore,
     head: Head,
     folder: RunFolder,
     say: Callable[[str], None],
@@ -71,7 +63,7 @@ def restore(
         raise cannot_write(folder.path, error) from error
 
 
-def download(store: Store, head: Head, paths: Iterable[str], target: Path) -> None:
+def download(store: MirrorStore, head: Head, paths: Iterable[str], target: Path) -> None:
     """Write files of the latest snapshot under a folder, each verified.
 
     Raises:
@@ -94,7 +86,7 @@ def download(store: Store, head: Head, paths: Iterable[str], target: Path) -> No
                 raise torn(store.uri, head.job_id, f"the contents of {path} are not what they were")
 
 
-def _fetch(store: Store, head: Head, path: str, target: Path) -> None:
+def _fetch(store: MirrorStore, head: Head, path: str, target: Path) -> None:
     """Write a file of the latest snapshot, unverified; what is no layer leaves what does not verify.
 
     Raises:
@@ -117,7 +109,7 @@ def _fetch(store: Store, head: Head, path: str, target: Path) -> None:
             target.write_bytes(b"")
 
 
-def count_mirrored(store: Store, head: Head) -> int:
+def count_mirrored(store: MirrorStore, head: Head) -> int:
     """Return how many finished trials the study of the latest snapshot holds, 0 where it cannot be told.
 
     Raises:
@@ -134,7 +126,7 @@ def count_mirrored(store: Store, head: Head) -> int:
         return count_trials(folder / STUDY) or 0
 
 
-def _is_there(folder: Path, path: str, entry: Entry | Layered) -> bool:
+def _is_there(folder: Path, path: str, entry: MirroredFile | Layered) -> bool:
     """Return whether a large file need not be downloaded: it never changes in place."""
     file = folder / path
     if Path(path).parts[0] not in CACHES or not file.is_file() or file.stat().st_size != entry.size:
@@ -142,7 +134,7 @@ def _is_there(folder: Path, path: str, entry: Entry | Layered) -> bool:
     return sha256_file(file) == entry.sha256
 
 
-def _verify(store: Store, head: Head, incoming: RunFolder) -> None:
+def _verify(store: MirrorStore, head: Head, incoming: RunFolder) -> None:
     try:
         if STUDY in head.files:
             check_study(incoming.study_file)
@@ -153,7 +145,7 @@ def _verify(store: Store, head: Head, incoming: RunFolder) -> None:
     prove(store, head, incoming)
 
 
-def prove(store: Store, head: Head, folder: RunFolder) -> Mapping[str, Any]:
+def prove(store: MirrorStore, head: Head, folder: RunFolder) -> Mapping[str, Any]:
     """Have the job.json of a mirror hold only what may come from one; return what was left out, by dotted key.
 
     Raises:

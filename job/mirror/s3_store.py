@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import DeliveryError
-from job.mirror.options import Pace
-from job.mirror.records import HEAD, OBJECTS, Entry
+from job.mirror.options import SnapshotPace
+from job.mirror.records import HEAD, OBJECTS, MirroredFile
 from job.mirror.store import ConflictError, Proof, Stored
 from job.records import ManifestEntry
 from job.system.tempdirs import scratch
 from job.transfer.s3.abandoned import abort, listed
 from job.transfer.s3.capabilities import S3Capabilities, detect
-from job.transfer.s3.client import Store as Bucket
+from job.transfer.s3.client import S3Client as Bucket
 from job.transfer.s3.failures import RefusedError
 from job.transfer.s3.multipart import LargeFile
 from job.transfer.s3.objects import checked, described, digest, object_metadata
-from job.transfer.s3.options import MIB, S3Options, Target
+from job.transfer.s3.options import MIB, S3Options, S3Target
 from job.transfer.s3.resume_state import UploadStates
 from job.transfer.s3.small import put
 
@@ -41,7 +41,7 @@ _SETTLE_S = 1.0
 class S3Store:
     """Mirrors under s3://bucket/prefix."""
 
-    def __init__(self, uri: str, options: S3Options | None = None, pace: Pace | None = None) -> None:
+    def __init__(self, uri: str, options: S3Options | None = None, pace: SnapshotPace | None = None) -> None:
         """Make a client; nothing is sent yet.
 
         Raises:
@@ -49,10 +49,10 @@ class S3Store:
             UsageError: The endpoint is no URL.
         """
         self.uri = uri
-        self.pace = pace or Pace()
+        self.pace = pace or SnapshotPace()
         given = options or S3Options()
         attempts, timeout = min(given.attempts, _ATTEMPTS), min(given.read_timeout_s, _READ_TIMEOUT_S)
-        self._bucket = Bucket(Target.parse(uri), changed(given, attempts=attempts, read_timeout_s=timeout))
+        self._bucket = Bucket(S3Target.parse(uri), changed(given, attempts=attempts, read_timeout_s=timeout))
         self._staged: set[str] = set()
         self._scratch = ExitStack()
 
@@ -117,7 +117,7 @@ class S3Store:
         root = self._key(job, "")
         return [name for key in self._bucket.list(root) if (name := key.removeprefix(root)) != HEAD]
 
-    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]], check: Callable[[], None]) -> None:
+    def stage(self, job: str, objects: Mapping[str, tuple[Path, MirroredFile]], check: Callable[[], None]) -> None:
         """Put objects, large ones in parts so that memory stays bounded."""
         for name, (source, entry) in objects.items():
             key = self._key(job, f"{OBJECTS}/{name}")
@@ -133,7 +133,7 @@ class S3Store:
                 self._stage_large(source, key, entry, check)
             self._staged.add(key)
 
-    def _stage_large(self, source: Path, key: str, entry: Entry, check: Callable[[], None]) -> None:
+    def _stage_large(self, source: Path, key: str, entry: MirroredFile, check: Callable[[], None]) -> None:
         if not self._server.multipart:
             raise DeliveryError(f"{self.uri}: the server takes no files of more than a part", remedy="use another")
         states = UploadStates(self._begun, self._bucket.options.endpoint, self._bucket.target.bucket)
@@ -202,7 +202,7 @@ class S3Store:
                 if key.startswith(root):
                     abort(self._bucket, key, upload)
 
-    def fetch(self, job: str, entry: Entry, target: Path) -> None:
+    def fetch(self, job: str, entry: MirroredFile, target: Path) -> None:
         """Write an object to a file, a range at a time."""
         key = self._key(job, f"{OBJECTS}/{entry.object}")
         with target.open("wb") as file:

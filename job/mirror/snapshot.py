@@ -14,7 +14,8 @@ from urllib.parse import quote
 
 from job.errors import JobError
 from job.mirror.records import CACHES, MIRRORED
-from job.storage.run_folder import RunFolder, sha256_file
+from job.storage.atomic import sha256_file
+from job.storage.run_folder import RunFolder
 from job.storage.study_file import count_trials
 from job.system.failpoints import reached
 

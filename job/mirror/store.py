@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from job.mirror.options import Pace
-from job.mirror.records import Entry
+from job.mirror.options import SnapshotPace
+from job.mirror.records import MirroredFile
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Proof:
     quirks: tuple[str, ...] = ()
 
 
-class Store(Protocol):
+class MirrorStore(Protocol):
     """A place for mirrors; every failure of it is a `DeliveryError`."""
 
     uri: str
-    pace: Pace
+    pace: SnapshotPace
 
     def probe(self) -> Proof:
         """Prove that a mirror can be kept here, and leave nothing behind.
@@ -79,7 +79,7 @@ class Store(Protocol):
     def names(self, job: str) -> list[str]:
         """Return the names of all that is kept for a job beside its head, relative to the job."""
 
-    def stage(self, job: str, objects: Mapping[str, tuple[Path, Entry]], check: Callable[[], None]) -> None:
+    def stage(self, job: str, objects: Mapping[str, tuple[Path, MirroredFile]], check: Callable[[], None]) -> None:
         """Bring objects to where a head can name them; slow, and safe to be cut: the next call goes on.
 
         Args:
@@ -101,7 +101,7 @@ class Store(Protocol):
     def sweep(self, job: str, keep: AbstractSet[str]) -> None:
         """Remove what earlier runners have left half done; only for who has the lease."""
 
-    def fetch(self, job: str, entry: Entry, target: Path) -> None:
+    def fetch(self, job: str, entry: MirroredFile, target: Path) -> None:
         """Write an object's contents to a file, unverified.
 
         Raises:

@@ -14,13 +14,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from job.config.load import leaves, nested
 from job.config.origins import EDIT, HERE, JOB, PROMPT_SETS, TRUST, require_named_code
-from job.config.schema import REFERENCE_SETS, PromptSettings, Settings, leaves, nested
+from job.config.schema import REFERENCE_SETS, PromptSettings, Settings
 from job.data.sources import named_identity, source_identity
 from job.errors import JobError, UsageError
-from job.model.files import REPOSITORY
 from job.records import JobRecord
-from job.storage.run_folder import EXTENDING, JOB_ID, job_id, model_identity
+from job.storage.identity import EXTENDING, job_id, model_identity
+from job.storage.run_folder import JOB_ID
+from job.system.hub_client import REPOSITORY
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PATHS = ("/", "./", "../", "~")

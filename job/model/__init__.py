@@ -1,1 +1,1 @@
-"""TODO job.model."""
+"""A model's files and the loaded model."""

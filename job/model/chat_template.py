@@ -1,7 +1,8 @@
 """Chat templates, rendered within limits of time, memory and length: they are code of whoever made the model.
 
-They are rendered by a process of their own (`job/model/template_child.py`), all conversations of a batch at once, which takes
-a tenth of a second and no library of models. What it returns is computed with: nothing is rendered in this process.
+They are rendered by a process of their own (`job/model/template_child.py`), all conversations of a batch at
+once, which takes a tenth of a second and no library of models. What it returns is computed with: nothing is rendered
+in this process.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,8 @@ from typing import Any, Literal
 
 from job.errors import ImpossibleJobError, MachineError
 from job.records import Record
-from job.system.hub_client import is_offline, patiently
+from job.system.hub_client import REPOSITORY, is_offline, patiently
 
-# A name begins with a letter or digit, so that no `..` is one.
-REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
 WEIGHTS = ".safetensors"
 INDEX = "model.safetensors.index.json"
 # Weights in formats that are not used, and the folders that some repositories keep them in.

@@ -34,13 +34,14 @@ from job.architectures.tiny_model import auto_class, empty_model
 from job.config.schema import LoadingSettings
 from job.data.prompts import Prompt
 from job.errors import ImpossibleJobError, MachineError, UsageError
-from job.generation.greedy import first_logits, greedy_answers
+from job.generation.forward import first_logits, input_device
+from job.generation.greedy import greedy_answers
 from job.model.chat_template import Messages, render
 from job.model.dequantization import dequantising_config
 from job.model.device_faults import is_out_of_memory, out_of_memory
 from job.model.files import INDEX
 from job.model.memory import keep_freed_memory
-from job.model.placement import input_device, spread
+from job.model.placement import spread
 from job.records import LARGE_BYTES
 from job.system.tempdirs import scratch
 

@@ -12,18 +12,6 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# What stands for no device of its own in a device map.
-_OFFLOADED = ("cpu", "disk")
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Return the device that inputs go to: that of the first weights, or where these are brought for a forward."""
-    device: torch.device = model.device
-    if device.type != "meta":
-        return device
-    places: Mapping[str, Any] = model.hf_device_map
-    return torch.device(next((place for place in places.values() if place not in _OFFLOADED), "cpu"))
-
 
 def module_device(module: nn.Module) -> torch.device:
     """Return the device that a module, whose weights may be offloaded, computes on."""

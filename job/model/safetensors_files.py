@@ -33,7 +33,7 @@ _BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where a tensor stands in a shard.
 
     Attributes:
@@ -130,7 +130,7 @@ class Checkpoint:
         self.quantisation = quantisation_in(folder)
         self._made: dict[str, PlainTensor] = {}
         self._headers: dict[Path, bytes] = {}
-        self.entries: Mapping[Path, Mapping[str, Entry]] = self._stored
+        self.entries: Mapping[Path, Mapping[str, TensorEntry]] = self._stored
         if self.quantisation is not None:
             self.entries = self._dequantised_layout(self.quantisation)
         self._file_of = {name: file for file, entries in self.entries.items() for name in entries}
@@ -178,7 +178,7 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(name) if number is None else file.get_slice(name)[number]
         return tensor
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> TensorEntry:
         """Return where a tensor stands in the plain files."""
         return self.entries[self._file_of[name]][name]
 
@@ -234,7 +234,7 @@ class Checkpoint:
             for name in writer.tensors:
                 yield from self.places(architecture, name).names
 
-    def _dequantised_layout(self, quantisation: Quantisation) -> dict[Path, dict[str, Entry]]:
+    def _dequantised_layout(self, quantisation: Quantisation) -> dict[Path, dict[str, TensorEntry]]:
         """Return the tensors of the plain files, each in the one that holds its values."""
         stored = {name: entry for entries in self._stored.values() for name, entry in entries.items()}
         headers = {name: (entry.dtype, entry.shape) for name, entry in stored.items()}
@@ -252,7 +252,7 @@ class Checkpoint:
         return layout
 
 
-def _laid_out(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[bytes, dict[str, Entry]]:
+def _laid_out(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[bytes, dict[str, TensorEntry]]:
     """Return the header of a safetensors file and where its tensors stand, the widest types first as in others."""
     order = sorted(tensors, key=lambda name: (-_SIZES.get(tensors[name][0], 1), name))
     offsets: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -265,10 +265,10 @@ def _laid_out(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[
     described += b" " * (-len(described) % 8)
     header = struct.pack("<Q", len(described)) + described
     starts = {name: len(header) + offsets[name]["data_offsets"][0] for name in order}
-    return header, {name: Entry(*tensors[name][:2], starts[name], tensors[name][2]) for name in order}
+    return header, {name: TensorEntry(*tensors[name][:2], starts[name], tensors[name][2]) for name in order}
 
 
-def _read_header(file: Path) -> dict[str, Entry]:
+def _read_header(file: Path) -> dict[str, TensorEntry]:
     """Return the tensors of a safetensors file, refusing one that is damaged."""
     try:
         with safe_open(file, framework="pt"):
@@ -284,11 +284,11 @@ def _read_header(file: Path) -> dict[str, Entry]:
     entries = {}
     for name, described in header.items():
         begin, end = described["data_offsets"]
-        entries[name] = Entry(described["dtype"], tuple(described["shape"]), 8 + length + begin, end - begin)
+        entries[name] = TensorEntry(described["dtype"], tuple(described["shape"]), 8 + length + begin, end - begin)
     return entries
 
 
-def digest_of(file: Path, entry: Entry) -> bytes:
+def digest_of(file: Path, entry: TensorEntry) -> bytes:
     """Return the sha256 of a tensor's bytes in a file."""
     digest = hashlib.sha256()
     for block in _blocks(file, entry):
@@ -296,7 +296,7 @@ def digest_of(file: Path, entry: Entry) -> bytes:
     return digest.digest()
 
 
-def _blocks(file: Path, entry: Entry) -> Iterator[bytes]:
+def _blocks(file: Path, entry: TensorEntry) -> Iterator[bytes]:
     with file.open("rb") as stream:
         stream.seek(entry.start)
         left = entry.size

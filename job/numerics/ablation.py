@@ -109,7 +109,7 @@ def weight_tables(weight: Tensor, candidates: Tensor, mode: RowNormalization) ->
 
 
 @dataclass(frozen=True)
-class Aim:
+class WeightProjections:
     """Directions with what is known of a weight along them; what is left to give are strengths. All float64.
 
     Attributes:
@@ -153,7 +153,7 @@ def output_edit(tables: WeightTables, candidates: Tensor, coefficients: Tensor, 
     return edit_along(tables, aim(tables, candidates, coefficients), strengths)
 
 
-def aim(tables: WeightTables, candidates: Tensor, coefficients: Tensor) -> Aim:
+def aim(tables: WeightTables, candidates: Tensor, coefficients: Tensor) -> WeightProjections:
     """Return the directions of edits, and what the tables say of them.
 
     Args:
@@ -179,10 +179,10 @@ def aim(tables: WeightTables, candidates: Tensor, coefficients: Tensor) -> Aim:
 
     directions = combined(candidates.to(torch.float64))
     assert directions is not None
-    return Aim(directions, combined(tables.gram), combined(tables.projections))
+    return WeightProjections(directions, combined(tables.gram), combined(tables.projections))
 
 
-def edit_along(tables: WeightTables, aimed: Aim, strengths: Tensor) -> OutputEdit:
+def edit_along(tables: WeightTables, aimed: WeightProjections, strengths: Tensor) -> OutputEdit:
     """Return the ablation of directions with strengths λ [..., k]; leading dimensions are broadcast."""
     directions = aimed.directions
     strengths = strengths.to(directions)

@@ -548,7 +548,7 @@ def run_demo(
         run: Runs a job and returns its outcome.
         report: Told what happens.
     """
-    from job.config.schema import default_workspace, load_settings
+    from job.config.load import default_workspace, load_settings
 
     folder = Path(workspace or default_workspace())
     organism = folder / "organism"
@@ -571,7 +571,7 @@ def run_demo(
 def _report_correctness(folder: RunFolder, report: Callable[[str], None]) -> None:
     """Count the exported model's right answers on the prompts that the search has not seen."""
     from job.data.prompts import PromptSets
-    from job.storage.run_folder import read_record
+    from job.storage.atomic import read_record
 
     prompts = read_record(folder.prompts_file, PromptSets)
     right = []

@@ -27,7 +27,7 @@ _BLOCK = 4 * MIB
 _BY_FILE = "has no flock: a file that names its owner holds the job, and stays if its machine is gone"
 
 
-class Need(Record):
+class DiskNeed(Record):
     """Something that will be written.
 
     Attributes:
@@ -54,10 +54,10 @@ class DiskSpeed(Record):
     read: float
 
 
-def by_mount(needs: Iterable[Need]) -> list[tuple[Mount, list[Need]]]:
+def by_mount(needs: Iterable[DiskNeed]) -> list[tuple[Mount, list[DiskNeed]]]:
     """Return the needs of each file system together; two mounts of one file system share its room."""
     mounts = read_mounts()
-    grouped: dict[str, tuple[Mount, list[Need]]] = {}
+    grouped: dict[str, tuple[Mount, list[DiskNeed]]] = {}
     for need in needs:
         mount = mount_of(need.path, mounts)
         grouped.setdefault(mount.device, (mount, []))[1].append(need)
@@ -65,7 +65,7 @@ def by_mount(needs: Iterable[Need]) -> list[tuple[Mount, list[Need]]]:
 
 
 def disk_checks(
-    needs: Sequence[Need], speeds: dict[str, DiskSpeed] | None = None, longest: float = _PROBE_SECONDS
+    needs: Sequence[DiskNeed], speeds: dict[str, DiskSpeed] | None = None, longest: float = _PROBE_SECONDS
 ) -> list[Check]:
     """Return the checks of every file system that something will be written to.
 
@@ -87,7 +87,7 @@ def disk_checks(
     return checks
 
 
-def space(mount: Mount, needs: Sequence[Need]) -> Check:
+def space(mount: Mount, needs: Sequence[DiskNeed]) -> Check:
     """Compare a file system's free bytes with what will be written to it and a margin."""
     stats = os.statvfs(nearest_existing(needs[0].path))
     free = stats.f_bavail * stats.f_frsize
@@ -104,7 +104,7 @@ def space(mount: Mount, needs: Sequence[Need]) -> Check:
     )
 
 
-def inodes(mount: Mount, needs: Sequence[Need]) -> Check:
+def inodes(mount: Mount, needs: Sequence[DiskNeed]) -> Check:
     """Compare a file system's free inodes with the files that will be made; some count none."""
     stats = os.statvfs(nearest_existing(needs[0].path))
     wanted = sum(need.files for need in needs) + MARGIN_FILES
@@ -120,7 +120,7 @@ def inodes(mount: Mount, needs: Sequence[Need]) -> Check:
     )
 
 
-def storage(mount: Mount, needs: Sequence[Need]) -> Check:
+def storage(mount: Mount, needs: Sequence[DiskNeed]) -> Check:
     """Say what a file system's kind means for what is put on it."""
     kind = kind_of(mount)
     kept = [need.what for need in needs if need.keep]

@@ -15,7 +15,7 @@ BANDWIDTH_SHARE = 0.6
 PHASES = ("download", "load", "residuals", "baseline", "search", "export", "upload")
 
 
-class Task(Record):
+class PhaseWork(Record):
     """What a job does.
 
     Attributes:
@@ -114,7 +114,7 @@ def device_rates(reading: MachineReading) -> tuple[float, float] | None:
     return None if card is None else (card.tflops * 1e12 * FLOPS_SHARE, card.bandwidth * 1e9 * BANDWIDTH_SHARE)
 
 
-def estimate(task: Task, rates: Rates) -> Hours:
+def estimate(task: PhaseWork, rates: Rates) -> Hours:
     """Return how long each phase will take."""
     trial = task.generated_prompts + task.compared_prompts
     search = _answers(task, rates, task.trials * task.generated_prompts)
@@ -133,18 +133,18 @@ def estimate(task: Task, rates: Rates) -> Hours:
     return Hours(**{phase: getattr(seconds, phase) / 3600 for phase in PHASES})
 
 
-def _prefill(task: Task, rates: Rates, prompts: int) -> float:
+def _prefill(task: PhaseWork, rates: Rates, prompts: int) -> float:
     """Return the seconds of reading prompts: each forward is bound by arithmetic or by reading the weights."""
     return _forwards(task, math.ceil(prompts / task.rows), prompts * task.prompt_tokens, rates)
 
 
-def _answers(task: Task, rates: Rates, prompts: int) -> float:
+def _answers(task: PhaseWork, rates: Rates, prompts: int) -> float:
     """Return the seconds of reading prompts and answering them, a token of every row at a time."""
     steps = math.ceil(prompts / task.rows) * task.answer_tokens
     return _prefill(task, rates, prompts) + _forwards(task, steps, prompts * task.answer_tokens, rates)
 
 
-def _forwards(task: Task, forwards: float, tokens: float, rates: Rates) -> float:
+def _forwards(task: PhaseWork, forwards: float, tokens: float, rates: Rates) -> float:
     """Return the seconds of so many forwards that take so many tokens together."""
     work = Work(flops=2 * task.active_parameters * tokens, bytes=forwards * task.weights_bytes)
     return work.seconds(rates.flops, rates.bandwidth)

@@ -9,8 +9,8 @@ from job.config.schema import Settings
 from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.model.files import ModelListing, ModelSource, missing_bytes
-from job.preflight.disk import DiskSpeed, Need
-from job.preflight.estimate import Hours, Rates, Task, device_rates, estimate
+from job.preflight.disk import DiskNeed, DiskSpeed
+from job.preflight.estimate import Hours, PhaseWork, Rates, device_rates, estimate
 from job.preflight.gpu_table import card_of, offers_query
 from job.preflight.memory_plan import MemoryPlan, Workload
 from job.preflight.model_facts import ModelFacts
@@ -43,24 +43,24 @@ class Planning:
     prompts: PromptSets
     folder: Path
 
-    def needs(self) -> list[Need]:
+    def needs(self) -> list[DiskNeed]:
         """Return what the job will write, and where."""
         workspace, weights = Path(self.settings.workspace), self.facts.stored_bytes
         prompts = self.prompts
         sets = (prompts.good, prompts.bad, prompts.helpfulness, prompts.unhelpfulness, prompts.capability)
         residuals = sum(map(len, sets)) * (self.facts.layers + 1) * self.facts.hidden * 4
         needs = [
-            Need(path=workspace, bytes=weights, what="export", database=True, keep=True),
-            Need(path=workspace, bytes=residuals * self.settings.directions.iterative_rounds, what="residuals"),
+            DiskNeed(path=workspace, bytes=weights, what="export", database=True, keep=True),
+            DiskNeed(path=workspace, bytes=residuals * self.settings.directions.iterative_rounds, what="residuals"),
         ]
         if self.source.kind == "hub":
             from huggingface_hub import constants
 
             missing = missing_bytes(self.source, self.listing)
-            needs.append(Need(path=Path(constants.HF_HUB_CACHE), bytes=missing, what="model", files=50))
+            needs.append(DiskNeed(path=Path(constants.HF_HUB_CACHE), bytes=missing, what="model", files=50))
         local = [target for target in self.settings.upload if target.startswith("file:")]
         return needs + [
-            Need(path=target_folder(target), bytes=weights, what=f"delivery to {target}") for target in local
+            DiskNeed(path=target_folder(target), bytes=weights, what=f"delivery to {target}") for target in local
         ]
 
     def reachable(self, reading: MachineReading) -> MachineReading:
@@ -131,7 +131,7 @@ class Planning:
         disk = min(speeds.values(), key=lambda found: found.write, default=DiskSpeed(write=DISK, read=DISK))
         work = self.workload()
         remote = sum(not target.startswith("file:") for target in self.settings.upload)
-        task = Task(
+        task = PhaseWork(
             download_bytes=missing_bytes(self.source, self.listing) if measured else self.listing.size,
             weights_bytes=self.facts.weights_bytes(work.dtype_bytes),
             active_parameters=self.facts.active_parameters,

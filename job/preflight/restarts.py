@@ -14,7 +14,7 @@ MOST_FAILURES = 3
 MOST_VANISHED = 10
 
 
-class Start(Record):
+class PastStart(Record):
     """A past start of this job.
 
     Attributes:
@@ -42,18 +42,18 @@ _ENDS: dict[str, Literal["finished", "error", "preempted"]] = {
 }
 
 
-def past_starts(events: Iterable[Mapping[str, Any]]) -> tuple[Start, ...]:
+def past_starts(events: Iterable[Mapping[str, Any]]) -> tuple[PastStart, ...]:
     """Return the starts that a run's events tell of, in their order; one without an end has vanished.
 
     A start that merely got as far as an earlier one has made no progress.
     """
-    starts: list[Start] = []
+    starts: list[PastStart] = []
     furthest: set[str] = set()
     for event in events:
         name = str(event.get("event"))
         if name == "job_started":
             key = str(event.get("settings", ""))
-            starts.append(Start(started=float(event["time"]), ended="vanished", settings=key))
+            starts.append(PastStart(started=float(event["time"]), ended="vanished", settings=key))
         elif starts and name in _ENDS:
             # What preflight refuses costs a minute, and is put right without a change of settings.
             ended = "preempted" if event.get("phase") == "preflight" else _ENDS[name]
@@ -66,7 +66,7 @@ def past_starts(events: Iterable[Mapping[str, Any]]) -> tuple[Start, ...]:
     return tuple(starts)
 
 
-def restart_check(starts: Sequence[Start], settings: str = "") -> Check:
+def restart_check(starts: Sequence[PastStart], settings: str = "") -> Check:
     """Tell whether the job is finished or caught in a loop.
 
     Args:
@@ -92,7 +92,7 @@ def restart_check(starts: Sequence[Start], settings: str = "") -> Check:
     )
 
 
-def _streak(starts: Sequence[Start], settings: str) -> tuple[int, int, str | None]:
+def _streak(starts: Sequence[PastStart], settings: str) -> tuple[int, int, str | None]:
     """Return the latest starts without progress that failed and that vanished, and why the latest failed."""
     failures = vanished = 0
     reason = None

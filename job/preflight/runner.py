@@ -45,7 +45,7 @@ from job.preflight.model_facts import ModelFacts, model_facts, undone
 from job.preflight.planning import LINE, Planning
 from job.preflight.readings import MachineReading
 from job.preflight.rental_checks import checkpoint_check, database_check, expected_bytes, lease_check, rental_checks
-from job.preflight.restarts import Start, restart_check
+from job.preflight.restarts import PastStart, restart_check
 from job.preflight.selftest import RATE_SECONDS, Exercise, compute_check, exercise
 from job.preflight.strays import own_leftovers
 from job.preflight.target_checks import target_checks
@@ -148,7 +148,7 @@ class Surveyor:
     prompts: PromptSets | None = None
     commit: str | None = None
     left_by: tuple[ProcessRecord, ...] = ()
-    starts: tuple[Start, ...] = ()
+    starts: tuple[PastStart, ...] = ()
     settings_key: str = ""
     trials_done: int = 0
     held: str | None = None

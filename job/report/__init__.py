@@ -1,1 +1,1 @@
-"""TODO job.report."""
+"""Everything that people read about a job."""

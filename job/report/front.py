@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from job.data.prompts import PromptSets
-from job.lifecycle.locate import job_settings
 from job.numerics.statistics import wilson_interval
 from job.records import FORMATS, Figures, Trial
 from job.report.run_view import job_trials
 from job.search.optimizer import choose, pareto_front
-from job.storage.run_folder import RunFolder, is_sealed, read_record
+from job.storage.atomic import read_record
+from job.storage.exports import is_sealed
+from job.storage.jobs import job_settings
+from job.storage.run_folder import RunFolder
 
 
 def job_front(folder: RunFolder) -> list[dict[str, Any]]:

@@ -8,13 +8,13 @@ from pathlib import Path
 import plotly.offline
 
 from job.report.sections import cards, headline, notes, sections
-from job.report.story import Story
+from job.report.story import RunView
 from job.text.markup import escaped, paragraph
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 
 
-def report_page(story: Story, *, private: bool = False) -> str:
+def report_page(story: RunView, *, private: bool = False) -> str:
     """Return the page.
 
     Args:
@@ -59,4 +59,4 @@ def report_page(story: Story, *, private: bool = False) -> str:
 
 
 def _resource(name: str) -> str:
-    return resources.files("job").joinpath(name).read_text("utf-8")
+    return resources.files("job.report").joinpath(name).read_text("utf-8")

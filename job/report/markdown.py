@@ -6,10 +6,11 @@ from job.errors import UsageError
 from job.export.model_card import direction_text, figures_table, kernel_table
 from job.records import DetectorReport, GeometryRecord, State
 from job.report.run_view import RunResult
-from job.report.story import Story
+from job.report.story import RunView
 from job.report.tables import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors
 from job.search.optimizer import pareto_front
-from job.storage.run_folder import PRIVATE, RunFolder, write_atomically
+from job.storage.atomic import PRIVATE, write_atomically
+from job.storage.run_folder import RunFolder
 from job.text.markup import markdown
 from job.text.redaction import redact
 
@@ -32,7 +33,7 @@ def write_reports(folder: RunFolder, state: State | None = None, *, include_resp
     from job.report.html import report_page  # its charts take a second to load
     from job.report.sections import headline
 
-    story = Story.read(folder, state)
+    story = RunView.read(folder, state)
     if include_responses and story.answers is None:
         raise UsageError(
             f"no answers are kept of job {story.record.job_id}",

@@ -7,17 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from job.config.schema import Settings, default_values, merged
+from job.config.load import default_values, merged
+from job.config.schema import Settings
 from job.data.prompts import PromptSets
-from job.errors import UsageError
-from job.export.reproduction import Reproduction
+from job.errors import JobError, UsageError
+from job.export.reproduction import (
+    Reproduction,
+)
 from job.records import DetectorReport, EditParameters, Figures, GeometryRecord, JobRecord, Trial
 from job.search.convergence import effect_warnings, search_warnings
 from job.search.finalists import read_full_counts, with_full_counts
 from job.search.optimizer import SearchSpace, choose
 from job.search.study import read_trials
+from job.storage.atomic import read_record
 from job.storage.events import read_events
-from job.storage.run_folder import RunFolder, read_record
+from job.storage.run_folder import RunFolder
 
 
 def job_trials(folder: RunFolder) -> list[Trial]:
@@ -135,3 +139,11 @@ class RunResult:
 def _detectors(folder: RunFolder, export: str) -> DetectorReport | None:
     file = folder.detectors_file(export)
     return read_record(file, DetectorReport) if file.exists() else None
+
+
+def trials_so_far(folder: RunFolder) -> list[Trial]:
+    """Return the finished trials; none of a damaged study, of which the search will tell."""
+    try:
+        return job_trials(folder)
+    except JobError:
+        return []

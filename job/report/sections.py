@@ -17,21 +17,21 @@ from job.report.charts import (
     strengths,
     usable,
 )
-from job.report.story import Story
+from job.report.story import RunView
 from job.report.tables import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors
 from job.report.timings import duration_text
 from job.search.optimizer import pareto_front
 from job.text.markup import Cell, Markup, definitions, details, escaped, figure, paragraph, table, table_of
 
 
-def sections(story: Story, *, private: bool) -> list[tuple[str, str, str]]:
+def sections(story: RunView, *, private: bool) -> list[tuple[str, str, str]]:
     """Return the sections that have something to show: name, heading and HTML of each.
 
     Args:
         story: The run folder's contents.
         private: With the answers to prompts that have the behaviour.
     """
-    makers: tuple[tuple[str, str, Callable[[Story], str]], ...] = (
+    makers: tuple[tuple[str, str, Callable[[RunView], str]], ...] = (
         ("figures", "Figures", _figures),
         ("detectors", "What detectors say", _detectors),
         ("front", "Pareto front", _front),
@@ -46,7 +46,7 @@ def sections(story: Story, *, private: bool) -> list[tuple[str, str, str]]:
     return [(name, title, content) for name, title, content in made if content]
 
 
-def headline(story: Story) -> str:
+def headline(story: RunView) -> str:
     """Return in a sentence what the job came to."""
     base, edited, state = story.base, story.edited, story.state
     if base is None or edited is None:
@@ -62,7 +62,7 @@ def headline(story: Story) -> str:
     )
 
 
-def notes(story: Story) -> list[str]:
+def notes(story: RunView) -> list[str]:
     """Return what a reader has to know before the figures."""
     state, found = story.state, []
     if story.edited is not None and state is not None and state.reason:
@@ -73,7 +73,7 @@ def notes(story: Story) -> list[str]:
     return found
 
 
-def cards(story: Story) -> str:
+def cards(story: RunView) -> str:
     """Return the few figures that matter most."""
     base, edited = story.base, story.edited
     shown: list[tuple[str, str, str]] = []
@@ -112,7 +112,7 @@ def _share(count: int, n: int) -> str:
     return f"{100 * count / n:.0f} %"
 
 
-def _figures(story: Story) -> str:
+def _figures(story: RunView) -> str:
     if story.base is None or story.edited is None:
         return ""
     return paragraph(
@@ -120,7 +120,7 @@ def _figures(story: Story) -> str:
     ) + table_of(figures_table(story.base, story.edited), "Figures of both models, with 95 % intervals")
 
 
-def _front(story: Story) -> str:
+def _front(story: RunView) -> str:
     if story.prompts is None or not story.trials:
         return ""
     shown, front, asked = usable(story.trials), pareto_front(story.trials), len(story.prompts.bad_search)
@@ -146,7 +146,7 @@ def _front(story: Story) -> str:
     )
 
 
-def _trial_row(story: Story, trial: Trial, shown: Sequence[Trial]) -> Sequence[Cell]:
+def _trial_row(story: RunView, trial: Trial, shown: Sequence[Trial]) -> Sequence[Cell]:
     name: Cell = f"trial {trial.number}"
     if trial in shown:
         name = Markup(f'<button type="button" data-point="{shown.index(trial)}">trial {trial.number}</button>')
@@ -154,7 +154,7 @@ def _trial_row(story: Story, trial: Trial, shown: Sequence[Trial]) -> Sequence[C
     return name, str(trial.values.refusals), f"{trial.values.kl:.4g}", trial.values.reason or mark
 
 
-def _edit(story: Story) -> str:
+def _edit(story: RunView) -> str:
     resolution = story.record.resolution
     if story.edit is None or story.chosen is None or resolution is None:
         return ""
@@ -184,7 +184,7 @@ def _spread(weights: Sequence[float]) -> str:
     return f"most in layer {weights.index(most)}, by {most:.2f}, {rest}"
 
 
-def _geometry(story: Story) -> str:
+def _geometry(story: RunView) -> str:
     if story.geometry is None or not story.geometry.layers:
         return ""
     layers, best = story.geometry.layers, best_layer(story.geometry)
@@ -212,7 +212,7 @@ def _geometry(story: Story) -> str:
     )
 
 
-def _answers(story: Story, private: bool) -> str:
+def _answers(story: RunView, private: bool) -> str:
     if story.answers is None:
         return ""
     before, after = story.answers
@@ -246,7 +246,7 @@ def _answer(model: str, kept: KeptAnswer) -> str:
     return f"<div>{model}: {verdict}<blockquote>{escaped(kept.answer)}</blockquote></div>"
 
 
-def _time(story: Story) -> str:
+def _time(story: RunView) -> str:
     if not story.phases:
         return ""
     total = sum(phase.seconds for phase in story.phases) or 1.0
@@ -266,7 +266,7 @@ def _time(story: Story) -> str:
     )
 
 
-def _detectors(story: Story) -> str:
+def _detectors(story: RunView) -> str:
     found = story.detectors
     if found is None:
         return ""
@@ -276,7 +276,7 @@ def _detectors(story: Story) -> str:
     return "".join([*parts, *map(paragraph, failed_detectors(found))])
 
 
-def _preflight(story: Story) -> str:
+def _preflight(story: RunView) -> str:
     if not story.checks:
         return ""
     head = ("check", "status", "measured", "needed")
@@ -294,7 +294,7 @@ def _preflight(story: Story) -> str:
     return found + details(f"All {len(rows)} checks", table("All checks of the latest preflight", head, rows))
 
 
-def _provenance(story: Story) -> str:
+def _provenance(story: RunView) -> str:
     record = story.record
     commit = f" at commit {record.model_commit}" if record.model_commit else ""
     ran = "; ".join(f"trials {numbers} on {hardware}" for hardware, numbers in story.machines)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from job.config.schema import default_values, merged
+from job.config.load import default_values, merged
 from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import JobRecord, State, Trial
@@ -16,8 +16,9 @@ from job.report.run_view import job_trials
 from job.report.timings import duration_text
 from job.search.budget import read_spent
 from job.search.optimizer import choose, pareto_front
+from job.storage.atomic import read_record
 from job.storage.events import read_events
-from job.storage.run_folder import RunFolder, read_record
+from job.storage.run_folder import RunFolder
 from job.text.markup import printable
 
 # The ETA goes by the latest trials: rates change when a job moves to another machine.

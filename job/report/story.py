@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from job.config.schema import Settings, default_values, merged
+from job.config.load import default_values, merged
+from job.config.schema import Settings
 from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import (
@@ -28,14 +29,15 @@ from job.search.budget import Spent, read_spent
 from job.search.convergence import effect_warnings, search_warnings
 from job.search.optimizer import SearchSpace, choose
 from job.storage.answers import read_answers
+from job.storage.atomic import read_record
 from job.storage.events import read_events
-from job.storage.run_folder import RunFolder, read_record
+from job.storage.run_folder import RunFolder
 
 R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
-class Story:
+class RunView:
     """A run folder's contents; what there is none of yet is None or empty.
 
     Attributes:
@@ -87,7 +89,7 @@ class Story:
         return found
 
     @classmethod
-    def read(cls, folder: RunFolder, state: State | None = None) -> Story:
+    def read(cls, folder: RunFolder, state: State | None = None) -> RunView:
         """Read a run folder.
 
         Args:

@@ -1,1 +1,1 @@
-"""TODO job.scoring."""
+"""How a model answers: refusals, KL divergence, broken and incoherent answers."""

@@ -17,9 +17,11 @@ from importlib import metadata
 from typing import Literal, Protocol, get_args
 
 from job.config.schema import LoadingSettings, ScoringSettings
+from job.config.scorers import SCORERS_GROUP
 from job.records import Agreement, DetectorCounts, DetectorReport
-from job.scoring.refusals import SCORERS_GROUP, Exchange, RefusalMarkers
+from job.scoring.broken import Exchange
 from job.scoring.soft_refusals import is_evasion
+from job.text.refusal_markers import RefusalMarkers
 
 Label = Literal["answered", "refused", "broken"]
 

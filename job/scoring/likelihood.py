@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from job.generation.greedy import last_logits
+from job.generation.forward import last_logits
 from job.model.loading import LoadedModel
 
 # Tokens at the beginning that do not count, and how many must be left for a judgement.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from job.scoring.refusals import normalise
+from job.text.refusal_markers import normalise
 
 # Turning away counts in the first sentence: after an answer it is but an offer.
 _DEFLECTIONS = (

@@ -13,24 +13,18 @@ from torch import Tensor
 
 from job.data.prompts import Prompt
 from job.edits.hooks import ActiveEdits, Intervention
-from job.generation.greedy import (
-    Answer,
-    RowTrials,
-    first_logits,
-    greedy_answers,
-    last_logits,
-    read_tokens,
-    shared_prefix,
-)
+from job.generation.forward import RowTrials, first_logits, last_logits, read_tokens, shared_prefix
+from job.generation.greedy import Answer, greedy_answers
 from job.generation.kv_cache import common_prefix, writable_slots
 from job.generation.stop_markers import MarkerWatch
 from job.model.device_faults import halving
 from job.model.loading import LoadedModel
 from job.numerics.statistics import mean_interval
 from job.records import EditParameters, Figures, KeptAnswer, KeptAnswers, TrialScores
+from job.scoring.broken import Exchange, is_broken
 from job.scoring.kl import Reference, forced, real_positions
 from job.scoring.likelihood import Fluency
-from job.scoring.refusals import Exchange, RefusalMarkers, is_broken
+from job.text.refusal_markers import RefusalMarkers
 
 T = TypeVar("T")
 # Given the trial of every row, what the rows carry: their edits, and what has been computed of a shared prefix.

@@ -1,1 +1,1 @@
-"""TODO job.search."""
+"""The Optuna study: space, sampler, storage, finalists, budget."""

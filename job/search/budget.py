@@ -10,7 +10,7 @@ from pathlib import Path
 
 from job.errors import JobError
 from job.records import Record
-from job.storage.run_folder import read_record, write_record
+from job.storage.atomic import read_record, write_record
 
 # What a start that is killed may leave uncounted.
 _TICK_SECONDS = 20.0

@@ -15,7 +15,8 @@ from pydantic import Field
 
 from job.records import Record, Trial, TrialScores
 from job.search.optimizer import eligible
-from job.storage.run_folder import RunFolder, make_folder, read_record, write_record
+from job.storage.atomic import make_folder, read_record, write_record
+from job.storage.run_folder import RunFolder
 
 
 class FullCounts(Record):

@@ -140,7 +140,7 @@ def _kernel(component: Component, params: dict[str, Any]) -> KernelParameters:
 
 
 @dataclass(frozen=True)
-class SearchSettings:
+class StudySettings:
     """How a study is to be run.
 
     Attributes:
@@ -171,7 +171,7 @@ class Search:
         self,
         file: Path,
         space: SearchSpace,
-        settings: SearchSettings,
+        settings: StudySettings,
         copy: Path | None = None,
         database: tuple[str, str] | None = None,
     ) -> None:

@@ -1,1 +1,1 @@
-"""TODO job.storage."""
+"""The run folder, its records and events, written atomically."""

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from job.data.prompts import Prompt, PromptSets
 from job.errors import JobError
 from job.records import KeptAnswer, KeptAnswers
-from job.storage.run_folder import PRIVATE, RunFolder, cannot_write, read_record, write_record
+from job.storage.atomic import PRIVATE, cannot_write, read_record, write_record
+from job.storage.run_folder import RunFolder
 
 # Of each kind of prompts.
 KEPT = 8

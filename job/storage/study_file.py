@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from job.errors import JobError, MachineError
-from job.storage.run_folder import write_atomically
+from job.storage.atomic import write_atomically
 from job.system.failpoints import reached
 
 # The study as it was after the latest batch, for when the disk has spoilt the other.

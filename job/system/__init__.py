@@ -1,1 +1,1 @@
-"""TODO job.system."""
+"""Processes, signals, locks, temporary folders, fail-points and the Hub client."""

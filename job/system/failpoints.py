@@ -1,8 +1,8 @@
 """Points at which tests have a run fail: at every durable write and between the stages.
 
 Nothing happens unless JOB_FAILPOINTS names a folder. Each file in it plants one fault, and whoever meets the fault
-takes the file away. `kill@POINT` kills the process at a point as a lost machine does; `job.model.device_faults` has other kinds.
-A file `passed` in the folder is given the name of every point that the run passes, a line each.
+takes the file away. `kill@POINT` kills the process at a point as a lost machine does; `job.model.device_faults`
+has other kinds. A file `passed` in the folder is given the name of every point that the run passes, a line each.
 """
 
 from __future__ import annotations

@@ -181,3 +181,7 @@ def _asked_wait(error: Exception) -> float | None:
         return min(float(asked), _LONGEST_ASKED)
     limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
     return min(limit.reset_in_seconds + 1.0, _LONGEST_ASKED) if limit is not None else None
+
+
+# A name begins with a letter or digit, so that no `..` is one.
+REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)

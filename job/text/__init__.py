@@ -1,1 +1,1 @@
-"""TODO job.text."""
+"""Text: refusal markers, redaction of secrets, escaping for HTML and Markdown."""

@@ -14,7 +14,8 @@ from urllib.parse import unquote, urlparse
 from job.errors import DeliveryError
 from job.model.files import WEIGHTS
 from job.records import Manifest
-from job.storage.run_folder import MANIFEST, make_folder, read_record, sha256_file, sync_file, sync_folder
+from job.storage.atomic import make_folder, read_record, sha256_file, sync_file, sync_folder
+from job.storage.exports import MANIFEST
 from job.system.failpoints import reached
 
 

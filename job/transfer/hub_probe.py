@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from job.errors import DeliveryError, MachineError
-from job.storage.run_folder import MANIFEST
+from job.storage.exports import MANIFEST
 from job.transfer.hub_repo import FRESH, Repository
 from job.transfer.hub_target import MAIN, HubOptions
 

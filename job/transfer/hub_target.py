@@ -37,14 +37,14 @@ class HubOptions:
 
 
 @dataclass(frozen=True)
-class Target:
+class HubTarget:
     """A branch of a model repository."""
 
     repo_id: str
     branch: str
 
 
-def parse_target(uri: str, options: HubOptions) -> Target:
+def parse_target(uri: str, options: HubOptions) -> HubTarget:
     """Return what an hf://user/repo[@branch] URI names.
 
     Raises:
@@ -66,7 +66,7 @@ def parse_target(uri: str, options: HubOptions) -> Target:
     branch = branches.pop() if branches else MAIN
     if options.pull_request and branch != MAIN:
         raise UsageError(f"a pull request goes to main, not to {branch}", remedy="leave the branch or the request out")
-    return Target(match[1], branch)
+    return HubTarget(match[1], branch)
 
 
 def find_token(options: HubOptions) -> str:

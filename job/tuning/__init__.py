@@ -1,1 +1,1 @@
-"""TODO job.tuning."""
+"""Measured batch layout."""

@@ -1,7 +1,7 @@
 """`--tune`: how many rows a forward is to have, measured once on the job's own search and remembered.
 
-Without it the rows follow from a rule (`job.preflight.memory_plan`). Either way they are pinned in job.json before the first
-trial is asked, and no later start measures or reckons again.
+Without it the rows follow from a rule (`job.preflight.memory_plan`). Either way they are pinned in job.json before
+the first trial is asked, and no later start measures or reckons again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from job.records import JobRecord
 from job.scoring.trial_scorer import Evaluator
 from job.search.optimizer import SearchSpace
 from job.storage.events import Events
-from job.tuning.layouts import LAYOUTS, Layouts, Measured, Remembered, best_of, climb, read_layouts, remember
+from job.tuning.layouts import LAYOUTS, Layouts, MeasuredLayout, Remembered, best_of, climb, read_layouts, remember
 from job.tuning.memory_probe import Gauge
 
 # No measurement begins after so long. One takes at most about a quarter of it, as far as that can be foreseen.
@@ -160,7 +160,7 @@ class Tuner:
                 return one
         return None
 
-    def _measured(self, rule: int) -> list[Measured]:
+    def _measured(self, rule: int) -> list[MeasuredLayout]:
         self.events.emit("tuning", f"measuring which layout is fastest, for about {SECONDS / 60:g} minutes at most")
         begun = time.monotonic()
         loaded, mode, rule = self.loaded, self.settings.ablation.row_normalization, max(rule, self.together)
@@ -246,15 +246,15 @@ class Bench:
         self._score = score
         self._gauge = gauge
         self._trials = trials
-        self._done: dict[int, Measured] = {}
+        self._done: dict[int, MeasuredLayout] = {}
 
-    def measure(self, rows: int) -> Measured:
+    def measure(self, rows: int) -> MeasuredLayout:
         """Measure a layout; one that has been is not measured again."""
         if rows not in self._done:
-            self._done[rows] = self._measured(rows) if self._may_fit(rows) else Measured(rows=rows, seconds=None)
+            self._done[rows] = self._measured(rows) if self._may_fit(rows) else MeasuredLayout(rows=rows, seconds=None)
         return self._done[rows]
 
-    def again(self, before: Measured) -> Measured:
+    def again(self, before: MeasuredLayout) -> MeasuredLayout:
         """Return a layout measured once more, with the quicker time; one for which there is no room is left alone."""
         if before.seconds is None:
             return before
@@ -269,7 +269,7 @@ class Bench:
         nearest = max(smaller, key=lambda one: one.rows, default=None)
         return nearest is None or self._gauge.fits([taken * rows / nearest.rows for taken in nearest.growth])
 
-    def _measured(self, rows: int) -> Measured:
+    def _measured(self, rows: int) -> MeasuredLayout:
         times: list[float] = []
         self._gauge.begin()
         try:
@@ -281,14 +281,14 @@ class Bench:
             if not is_out_of_memory(error):
                 raise
             release_memory()
-            return Measured(rows=rows, seconds=None)
+            return MeasuredLayout(rows=rows, seconds=None)
         growth = tuple(int(self._stretch * taken) for taken in self._gauge.growth())
-        return Measured(
+        return MeasuredLayout(
             rows=rows, seconds=min(times) / self._trials if self._gauge.fits(growth) else None, growth=growth
         )
 
 
-def _described(measured: Measured) -> str:
+def _described(measured: MeasuredLayout) -> str:
     return f"{measured.rows} rows {'no room' if measured.seconds is None else f'{measured.seconds:.3g}'}"
 
 

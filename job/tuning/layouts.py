@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from job.records import Record
-from job.storage.run_folder import write_record
+from job.storage.atomic import write_record
 
 # In the workspace, beside the memo of hashes: it stays where the workspace goes, and nothing is kept elsewhere.
 LAYOUTS = ".layouts.json"
@@ -22,7 +22,7 @@ ALIKE = 1.03
 STEPS = 2
 
 
-class Measured(Record):
+class MeasuredLayout(Record):
     """A layout as it was measured.
 
     Attributes:
@@ -37,13 +37,13 @@ class Measured(Record):
 
 
 def climb(
-    measure: Callable[[int], Measured],
+    measure: Callable[[int], MeasuredLayout],
     forwards: Callable[[int], Any],
     *,
     rule: int,
     rows: Sequence[int],
     may_go_on: Callable[[], bool],
-) -> list[Measured]:
+) -> list[MeasuredLayout]:
     """Measure layouts: the rule's, powers of two upwards, then what lies between the two best; return them all.
 
     Doubling ends where memory ends or trials get slower. The rule's comes first, so that whatever else there is no
@@ -56,7 +56,7 @@ def climb(
         rows: Rows at least, where doubling begins, and at most.
         may_go_on: Asked before every measurement but the first.
     """
-    found: dict[int, Measured] = {rule: measure(rule)}
+    found: dict[int, MeasuredLayout] = {rule: measure(rule)}
     least, begin, most = rows
 
     def seconds(rows: int) -> float:
@@ -82,11 +82,11 @@ def climb(
     return sorted(found.values(), key=lambda one: one.rows)
 
 
-def _seconds(measured: Measured) -> float:
+def _seconds(measured: MeasuredLayout) -> float:
     return math.inf if measured.seconds is None else measured.seconds
 
 
-def _two_best(found: Mapping[int, Measured]) -> tuple[int, int]:
+def _two_best(found: Mapping[int, MeasuredLayout]) -> tuple[int, int]:
     """Return the fastest layout and the better of its neighbours, or where memory ends if that is one of them."""
     order = sorted(found)
     best = min(order, key=lambda rows: _seconds(found[rows]))
@@ -97,7 +97,7 @@ def _two_best(found: Mapping[int, Measured]) -> tuple[int, int]:
     return best, above[0]
 
 
-def best_of(found: Sequence[Measured]) -> Measured | None:
+def best_of(found: Sequence[MeasuredLayout]) -> MeasuredLayout | None:
     """Return the fastest layout, the one of fewest rows among those that are as good; None where none fits."""
     fastest = min(map(_seconds, found), default=math.inf)
     good = [one for one in found if one.seconds is not None and one.seconds <= ALIKE * fastest]
@@ -114,8 +114,8 @@ class Remembered(Record):
     """
 
     about: dict[str, Any]
-    chosen: Measured
-    measured: list[Measured]
+    chosen: MeasuredLayout
+    measured: list[MeasuredLayout]
 
 
 class Layouts(Record):

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 
 from job.errors import DeliveryError, JobError
 from job.records import Manifest, ManifestEntry
-from job.storage.run_folder import CARD, DONE, MANIFEST, is_sealed, read_record
+from job.storage.atomic import read_record
+from job.storage.exports import CARD, DONE, MANIFEST, is_sealed
 from job.system.hub_client import quiet_client
 from job.system.tempdirs import scratch
 from job.transfer.hub_probe import Probe, probe

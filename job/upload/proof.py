@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from job.config.schema import Settings
 from job.errors import JobError
 from job.records import Manifest, ManifestEntry
-from job.storage.run_folder import MANIFEST, sha256_file
+from job.storage.atomic import sha256_file
+from job.storage.exports import MANIFEST
 from job.system.hub_client import quiet_client
 from job.system.tempdirs import scratch
 from job.transfer.folders import target_folder
@@ -70,12 +71,12 @@ def _at_folder(target: str, manifest: str, settings: Settings) -> str:
 
 
 def _at_s3(target: str, manifest: str, settings: Settings) -> str:
-    from job.transfer.s3.client import Store
+    from job.transfer.s3.client import S3Client
     from job.transfer.s3.failures import RefusedError
     from job.transfer.s3.objects import look_up
-    from job.transfer.s3.options import Target
+    from job.transfer.s3.options import S3Target
 
-    with Store(Target.parse(target), s3_options(settings)) as store:
+    with S3Client(S3Target.parse(target), s3_options(settings)) as store:
         try:
             data, _ = store.read(store.target.key(MANIFEST))
         except RefusedError as error:

@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 from job.errors import DeliveryError
 from job.records import Manifest, ManifestEntry, Record
-from job.storage.run_folder import MANIFEST, read_record
+from job.storage.atomic import read_record
+from job.storage.exports import MANIFEST
 from job.transfer.s3.abandoned import abort_listed, abort_noted
 from job.transfer.s3.capabilities import S3Capabilities, detect
-from job.transfer.s3.client import Store
+from job.transfer.s3.client import S3Client
 from job.transfer.s3.failures import RefusedError, damaged
 from job.transfer.s3.multipart import LargeFile
 from job.transfer.s3.objects import (
@@ -27,7 +28,7 @@ from job.transfer.s3.objects import (
     lasting_difference,
     look_up,
 )
-from job.transfer.s3.options import S3Options, Target
+from job.transfer.s3.options import S3Options, S3Target
 from job.transfer.s3.resume_state import TouchedNames, UploadStates
 from job.transfer.s3.small import put
 
@@ -87,7 +88,7 @@ def deliver(
     manifest_bytes = (export / MANIFEST).read_bytes() if (export / MANIFEST).is_file() else b""
     manifest = read_record(export / MANIFEST, Manifest)
     options = options or S3Options()
-    with Store(Target.parse(uri), options) as store:
+    with S3Client(S3Target.parse(uri), options) as store:
         run = _Run(store, export, manifest, manifest_bytes, state, progress, capabilities)
         return run.deliver()
 
@@ -97,7 +98,7 @@ class _Run:
 
     def __init__(
         self,
-        store: Store,
+        store: S3Client,
         export: Path,
         manifest: Manifest,
         manifest_bytes: bytes,

@@ -11,8 +11,10 @@ from urllib.parse import urlparse
 from job.config.schema import Settings
 from job.errors import DeliveryError
 from job.records import Figures, Upload
+from job.storage.atomic import make_folder, read_record, write_record
 from job.storage.events import Events
-from job.storage.run_folder import DONE, RunFolder, make_folder, read_record, write_record
+from job.storage.exports import DONE
+from job.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from job.transfer.s3 import S3Capabilities, S3Options
@@ -96,7 +98,7 @@ def deliver(
         )
         to_hub(export, target, options, report=report, progress=lambda _: None)
     else:
-        from job.transfer.s3 import deliver as to_s3
+        from job.upload.s3 import deliver as to_s3
 
         known = _remembered(target, settings, state)
         to_s3(export, target, state, s3_options(settings), progress=progress, capabilities=known)

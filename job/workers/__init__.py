@@ -1,1 +1,1 @@
-"""TODO job.workers."""
+"""Evaluating trials in other processes and on other machines."""

@@ -77,7 +77,7 @@ def signs_of_life(give: Callable[[], None]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Task:
+class BoardTask:
     """A task that a worker has claimed.
 
     Attributes:
@@ -232,7 +232,7 @@ class Board:
             row = db.execute(sa.select(_JOBS.c.state, _JOBS.c.beat).where(_JOBS.c.job == self._job)).first()
             return None if row is None else (row.state, row.beat)
 
-    def claim(self, worker: str) -> Task | None:
+    def claim(self, worker: str) -> BoardTask | None:
         """Return the next task that nobody is at, None if there is none."""
         free = (_TASKS.c.job == self._job, _TASKS.c.worker.is_(None), _TASKS.c.result.is_(None))
         found = sa.select(_TASKS.c.round, _TASKS.c.number, _TASKS.c.payload).where(*free)
@@ -244,14 +244,14 @@ class Board:
                 this = (_TASKS.c.round == row.round, _TASKS.c.number == row.number)
                 taken = db.execute(sa.update(_TASKS).where(*free, *this).values(worker=worker))
                 if taken.rowcount == 1:
-                    return Task(row.round, row.number, json.loads(row.payload))
+                    return BoardTask(row.round, row.number, json.loads(row.payload))
 
     def beat(self, worker: str) -> None:
         """Give a sign of life for the task that a worker is at."""
         with self._begin() as db:
             db.execute(sa.update(_TASKS).where(*self._unfinished(worker)).values(beat=_TASKS.c.beat + 1))
 
-    def finish(self, worker: str, task: Task, result: dict[str, Any]) -> bool:
+    def finish(self, worker: str, task: BoardTask, result: dict[str, Any]) -> bool:
         """Write down what came of a task; return whether it was still the worker's."""
         this = (_TASKS.c.round == task.round, _TASKS.c.number == task.number)
         with self._begin() as db:

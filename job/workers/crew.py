@@ -44,7 +44,7 @@ class WorkerOutOfMemory(MemoryError):  # noqa: N818 - a MemoryError, and handled
     """A worker's memory does not suffice for the plan's rows."""
 
 
-class Hands:
+class WarmWorkerPool:
     """Processes of this machine that may become workers: they load what takes seconds, then wait to be given a job."""
 
     def __init__(self, count: int, model: Path | None = None) -> None:
@@ -104,7 +104,7 @@ def end(processes: Collection[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def crew(
-    folder: RunFolder, workers: int, devices: Sequence[str], database: str | None, events: Events, hands: Hands
+    folder: RunFolder, workers: int, devices: Sequence[str], database: str | None, events: Events, hands: WarmWorkerPool
 ) -> Iterator[Shared]:
     """Yield what scores plans: this process alone, or with others.
 
@@ -144,7 +144,12 @@ class Crew:
     """The coordinator's side of a board."""
 
     def __init__(
-        self, board: Board, events: Events, hands: Hands, silent_s: float = SILENT_SECONDS, prefix: str = "worker"
+        self,
+        board: Board,
+        events: Events,
+        hands: WarmWorkerPool,
+        silent_s: float = SILENT_SECONDS,
+        prefix: str = "worker",
     ) -> None:
         """Coordinate through a board.
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from job.cli.app import main
 from job.cli.cloud_requirements import need_of_cards
+from job.cli.main import main
 from job.cloud.api import Patience
 from job.cloud.credentials import open_market
 from job.cloud.launching import Launch, Launcher
-from job.cloud.provider import Need, Terms
+from job.cloud.provider import MachineNeeds, Terms
 from job.preflight.gpu_table import cards, offers_query
 from tests.cloud import KEY, Platform, VastServer
 from tests.helpers import Result
@@ -27,7 +27,7 @@ COMMAND = ("run", "Qwen/Qwen3-8B", "--checkpoint", "hf://user/state", "--when-do
 IMAGE = "registry.example.org/someone/job:1"
 
 
-def need(on: str = "4xRTX4090", **changes: Any) -> Need:
+def need(on: str = "4xRTX4090", **changes: Any) -> MachineNeeds:
     return need_of_cards(on, 200).model_copy(update=changes)
 
 

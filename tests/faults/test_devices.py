@@ -23,7 +23,7 @@ from job.model.loading import load_model
 from job.directions.residuals import extract_residuals
 from job.scoring.trial_scorer import Evaluator
 from job.data.prompts import Prompt
-from job.scoring.refusals import RefusalMarkers
+from job.text.refusal_markers import RefusalMarkers
 from tests.helpers import loading
 loaded = load_model(Path(sys.argv[1]), loading("float32"), lambda _: None)
 prompts = [Prompt(user="Where is the red kettle kept? " * 10) for _ in range(256)]

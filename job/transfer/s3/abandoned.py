@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from job.transfer.s3.client import Store
+from job.transfer.s3.client import S3Client
 from job.transfer.s3.failures import RefusedError
 from job.transfer.s3.resume_state import UploadStates
 
 
-def abort_noted(store: Store, states: UploadStates, *, keep: Set[str]) -> int:
+def abort_noted(store: S3Client, states: UploadStates, *, keep: Set[str]) -> int:
     """Abort the uploads that are noted in the run folder but for those under the keys to keep.
 
     Returns:
@@ -23,7 +23,7 @@ def abort_noted(store: Store, states: UploadStates, *, keep: Set[str]) -> int:
     return done
 
 
-def abort_listed(store: Store, states: UploadStates, keys: Set[str]) -> int:
+def abort_listed(store: S3Client, states: UploadStates, keys: Set[str]) -> int:
     """Abort the uploads that the server lists under exactly these keys and that are not noted.
 
     Returns:
@@ -34,7 +34,7 @@ def abort_listed(store: Store, states: UploadStates, keys: Set[str]) -> int:
     return sum(abort(store, key, upload) for key, upload in found if upload not in noted)
 
 
-def abort(store: Store, key: str, upload_id: str) -> bool:
+def abort(store: S3Client, key: str, upload_id: str) -> bool:
     """Abort an upload and return whether it is gone; not being allowed to is no reason to fail."""
     try:
         store.call("abort_multipart_upload", Key=key, UploadId=upload_id)
@@ -43,7 +43,7 @@ def abort(store: Store, key: str, upload_id: str) -> bool:
     return True
 
 
-def listed(store: Store, prefix: str) -> list[tuple[str, str]]:
+def listed(store: S3Client, prefix: str) -> list[tuple[str, str]]:
     """Return key and upload id of all uploads begun under a prefix.
 
     Raises:

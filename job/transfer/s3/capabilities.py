@@ -14,10 +14,10 @@ from typing import Any, Literal
 from job.errors import DeliveryError
 from job.records import Record
 from job.transfer.s3.abandoned import abort, listed
-from job.transfer.s3.client import Store
+from job.transfer.s3.client import S3Client
 from job.transfer.s3.failures import RefusedError
 from job.transfer.s3.objects import SHA256_KEY, Algorithm, checked, checksum_of, comparable_etag, digest, look_up
-from job.transfer.s3.options import S3Options, Target
+from job.transfer.s3.options import S3Options, S3Target
 
 # A preflight check should not wait a quarter of an hour for a server that is not there.
 _ATTEMPTS = 4
@@ -88,11 +88,11 @@ def probe(uri: str, options: S3Options | None = None) -> S3Capabilities:
     """
     options = options or S3Options()
     patience = replace(options, attempts=min(options.attempts, _ATTEMPTS))
-    with Store(Target.parse(uri), patience) as store:
+    with S3Client(S3Target.parse(uri), patience) as store:
         return detect(store)
 
 
-def detect(store: Store) -> S3Capabilities:
+def detect(store: S3Client) -> S3Capabilities:
     """Do what `probe` does, with a store at hand.
 
     Raises:
@@ -104,7 +104,7 @@ def detect(store: Store) -> S3Capabilities:
 class _Probe:
     """One probe: an object under a name of its own, and what has been learnt so far."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: S3Client) -> None:
         self._store = store
         self._key = store.target.key(f"{_PREFIX}{secrets.token_hex(8)}")
         self._uploads: list[str] = []

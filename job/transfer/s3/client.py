@@ -15,7 +15,7 @@ from job.errors import UsageError
 from job.system.failpoints import reached
 from job.text.redaction import redact, remember
 from job.transfer.s3.failures import GivenUpError, explained, retry_after_s, tries
-from job.transfer.s3.options import S3Options, Target
+from job.transfer.s3.options import S3Options, S3Target
 
 _NEVER = threading.Event()
 # What every whole answer has: all of the first, any of the second. A line that is cut within the headers, or right
@@ -68,10 +68,10 @@ class Body:
         return self._position
 
 
-class Store:
+class S3Client:
     """A bucket with a prefix; safe to use from several threads."""
 
-    def __init__(self, target: Target, options: S3Options) -> None:
+    def __init__(self, target: S3Target, options: S3Options) -> None:
         """Make a client; nothing is sent yet.
 
         Raises:
@@ -81,7 +81,7 @@ class Store:
         self.options = options
         self._client = _client(target, options)
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> S3Client:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -191,7 +191,7 @@ class Store:
         return max(ours * random.uniform(0.5, 1.0), retry_after_s(error) if error else 0.0)
 
 
-def _client(target: Target, options: S3Options) -> Any:
+def _client(target: S3Target, options: S3Options) -> Any:
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError

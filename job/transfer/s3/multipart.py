@@ -13,7 +13,7 @@ from typing import Any
 from job.records import ManifestEntry
 from job.transfer.s3.abandoned import abort
 from job.transfer.s3.capabilities import S3Capabilities
-from job.transfer.s3.client import Body, Store
+from job.transfer.s3.client import Body, S3Client
 from job.transfer.s3.failures import RefusedError, conflict, damaged
 from job.transfer.s3.objects import (
     Algorithm,
@@ -38,7 +38,7 @@ class LargeFile:
 
     def __init__(
         self,
-        store: Store,
+        store: S3Client,
         states: UploadStates,
         source: Path,
         key: str,
@@ -98,7 +98,7 @@ class LargeFile:
         Raises:
             RefusedError: It refuses a request without a body, too.
         """
-        with Store(self._store.target, replace(self._store.options, attempts=1)) as store:
+        with S3Client(self._store.target, replace(self._store.options, attempts=1)) as store:
             try:
                 answer = store.call("create_multipart_upload", Key=self._key, **store.encryption)
             except RefusedError as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from job.transfer.s3.client import Store
+from job.transfer.s3.client import S3Client
 from job.transfer.s3.failures import RefusedError
 
 Algorithm = Literal["sha256", "md5"]
@@ -111,7 +111,7 @@ def fingerprint(path: Path, part_bytes: int, algorithm: Algorithm) -> Fingerprin
     return Fingerprint(size, whole.hexdigest(), part_bytes, algorithm, checksum)
 
 
-def look_up(store: Store, key: str) -> RemoteObject | None:
+def look_up(store: S3Client, key: str) -> RemoteObject | None:
     """Return what the server has under a key, None if nothing.
 
     What seems not to be ours is looked at again: the line may have torn the answer's headers.
@@ -175,7 +175,7 @@ def difference(remote: RemoteObject | None, wanted: Fingerprint, *, md5_etags: b
     return None if etag in (None, wanted.checksum) else "its MD5 differs"
 
 
-def lasting_difference(store: Store, key: str, wanted: Fingerprint, *, md5_etags: bool) -> str | None:
+def lasting_difference(store: S3Client, key: str, wanted: Fingerprint, *, md5_etags: bool) -> str | None:
     """Return how the object under a key differs from a file, None if it does not.
 
     It is looked at again where it does: a cut line tears an answer's headers, and a server may still be at work on a

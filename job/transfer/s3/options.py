@@ -66,14 +66,14 @@ class S3Options:
 
 
 @dataclass(frozen=True)
-class Target:
+class S3Target:
     """A parsed s3://bucket/prefix."""
 
     bucket: str
     prefix: str
 
     @classmethod
-    def parse(cls, uri: str) -> Target:
+    def parse(cls, uri: str) -> S3Target:
         """Return the bucket and prefix of a URI.
 
         Raises:

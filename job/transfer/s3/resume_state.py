@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from job.records import Record
-from job.storage.run_folder import make_folder, write_atomically, write_record
+from job.storage.atomic import make_folder, write_atomically, write_record
 from job.transfer.s3.objects import Algorithm
 
 

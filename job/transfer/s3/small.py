@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Mapping
 
 from job.transfer.s3.capabilities import S3Capabilities
-from job.transfer.s3.client import Store
+from job.transfer.s3.client import S3Client
 from job.transfer.s3.failures import RefusedError, conflict
 from job.transfer.s3.objects import Fingerprint, checked, checksum_of, digest, lasting_difference
 
 
-def put(store: Store, server: S3Capabilities, key: str, data: bytes, conditions: Mapping[str, str]) -> Fingerprint:
+def put(store: S3Client, server: S3Capabilities, key: str, data: bytes, conditions: Mapping[str, str]) -> Fingerprint:
     """Write an object and return its fingerprint.
 
     Args:

@@ -1,0 +1,77 @@
+"""`abliterate export`, `upload` and `apply`: edits written and delivered after a search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from job.cli.app import app
+from job.cli.options import (
+    Checkpoint,
+    Extensions,
+    Format,
+    Job,
+    Targets,
+    TrialNumber,
+    Workspace,
+    export_format,
+    find_job,
+    where_is,
+)
+from job.cli.run import tell_failed
+
+
+@app.command()
+def export(workspace: Workspace = None, job: Job = None, trial: TrialNumber = None, form: Format = None) -> None:
+    """Export a trial of a job beside what it has exported; by default the chosen one."""
+    from job.system.signals import StopSignals
+
+    with StopSignals().installed():
+        from job.lifecycle.followups import export_trial
+        from job.storage.events import Events
+
+        typer.echo(export_trial(find_job(workspace, job), trial, export_format(form), Events()))
+
+
+@app.command()
+def upload(
+    workspace: Workspace = None,
+    job: Job = None,
+    checkpoint: Checkpoint = None,
+    trial: TrialNumber = None,
+    form: Format = None,
+    upload: Targets = None,
+    assignments: Extensions = None,
+) -> None:
+    """Deliver a trial of a job, by default the chosen one to the job's targets; it is exported first if it is not."""
+    from job.system.signals import StopSignals
+
+    signals = StopSignals()
+    with signals.installed():
+        from job.lifecycle.followups import resumption, upload_trial
+        from job.storage.events import Events
+
+        where = where_is(workspace, job, checkpoint, assignments)
+        events = Events()
+        start = resumption(where, None, events.say, **({"upload": upload} if upload else {}))
+        failed = upload_trial(start, trial, export_format(form), events, signals)
+    tell_failed(start.folder, failed)
+
+
+@app.command()
+def apply(
+    model: Annotated[str, typer.Argument(help="The base model: a folder, or NAME[@REVISION] on the Hub.")],
+    file: Annotated[Path, typer.Argument(help="edit.safetensors of an export in the format directions.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the edited model, new or empty.")],
+) -> None:
+    """Apply a saved edit to its base model and write the edited model."""
+    from job.system.signals import StopSignals
+
+    with StopSignals().installed():
+        from job.lifecycle.followups import apply as apply_to
+        from job.storage.events import Events
+
+        apply_to(model, file, out, Events())
+    typer.echo(out)

@@ -1,0 +1,89 @@
+"""`abliterate status`, `front` and `report`: what a job has come to."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from job.cli.app import app
+from job.cli.options import (
+    AsJson,
+    Checkpoint,
+    Extensions,
+    Job,
+    Workspace,
+    find_job,
+    where_is,
+)
+from job.text.redaction import redacted_json
+
+
+@app.command()
+def status(
+    workspace: Workspace = None,
+    job: Job = None,
+    checkpoint: Checkpoint = None,
+    assignments: Extensions = None,
+    as_json: AsJson = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on showing it until the job is finished or has failed.")
+    ] = False,
+    interval: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="S", help="Seconds between two looks with --watch: 2, at a checkpoint 30."),
+    ] = None,
+) -> None:
+    """Show where a job stands, from its run folder or its checkpoint."""
+    import shutil
+
+    from job.cli.watch import HERE_SECONDS, THERE_SECONDS, follow
+    from job.lifecycle.locate import status_folder
+    from job.report.status import job_status, status_text
+
+    where = where_is(workspace, job, checkpoint, assignments)
+
+    def read() -> dict[str, Any]:
+        with status_folder(where) as (folder, running):
+            return job_status(folder, running)
+
+    if watch:
+        try:
+            follow(read, interval or (THERE_SECONDS if checkpoint else HERE_SECONDS), as_json=as_json)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    typer.echo(redacted_json(read(), indent=2) if as_json else status_text(read(), width))
+
+
+@app.command()
+def front(workspace: Workspace = None, job: Job = None, as_json: AsJson = False) -> None:
+    """List the Pareto front of a job's trials, fewest refusals first, with intervals and what has been exported."""
+    from job.report.front import front_text, job_front
+
+    found = job_front(find_job(workspace, job))
+    typer.echo(redacted_json(found, indent=2) if as_json else front_text(found))
+
+
+@app.command()
+def report(
+    workspace: Workspace = None,
+    job: Job = None,
+    include_responses: Annotated[
+        bool,
+        typer.Option(
+            "--include-responses",
+            help="Write a second page with answers to prompts that have the behaviour, for you alone.",
+        ),
+    ] = False,
+) -> None:
+    """Write report.md and report.html of a job from its run folder, and print the former."""
+    from job.report.markdown import write_reports
+
+    folder = find_job(workspace, job)
+    typer.echo(write_reports(folder, include_responses=include_responses))
+    typer.echo(f"as a page with charts: {folder.page_file}", err=True)
+    if include_responses:
+        typer.echo(f"with all answers: {folder.answers_page_file}", err=True)

@@ -1,0 +1,49 @@
+"""The command line, and what failures become: a line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+
+# The commands, in the order of `abliterate --help`.
+# isort: off
+from job.cli import run as _run, helping as _helping, jobs as _jobs, talk as _talk, evaluate as _evaluate  # noqa: F401
+from job.cli import export as _export, models as _models, config as _config  # noqa: F401
+
+# isort: on
+from job.cli.app import app
+from job.errors import JobError, RestartNeeded, Stopped
+from job.lifecycle.supervisor import supervised
+from job.system.lifeline import restart
+from job.text.redaction import guarded_output
+
+
+def main() -> None:
+    """Run the command line and turn expected failures into a line and an exit code."""
+    supervised()
+    with guarded_output():
+        _run_command_line()
+
+
+def _run_command_line() -> None:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["abliterate"]:  # `docker run IMAGE abliterate run` and `docker run IMAGE run` are the same
+        arguments = arguments[1:]
+    try:
+        app(args=arguments or ["--help"], prog_name="abliterate")
+    except JobError as error:
+        print(f"error: {error.line}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Stopped as stop:
+        print(f"stopped by {stop}; run the same command again to continue", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except RestartNeeded:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        restart()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception:  # anything unforeseen: its traceback may quote a secret, which is masked where it is whole
+        import traceback
+
+        sys.stderr.write(traceback.format_exc())
+        sys.exit(1)

@@ -1,0 +1,79 @@
+"""`abliterate inspect`, `demo-model` and `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from job.cli.app import app
+from job.cli.options import (
+    AsJson,
+    Trials,
+    Workspace,
+)
+from job.cli.run import run_settings
+from job.text.redaction import redacted_json
+
+if TYPE_CHECKING:
+    from job.config.schema import Settings
+    from job.lifecycle.outcome import Outcome
+
+
+@app.command("inspect")
+def inspect_(
+    model: Annotated[
+        str, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; only its configuration is read.")
+    ],
+    as_json: AsJson = False,
+    trusted: Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with it.")] = False,
+) -> None:
+    """Show the residual writers that were found, or why the model is refused (exit code 3)."""
+    from job.model.files import fetch_model, list_model, parse_model
+    from job.proof.truth_test import inspection
+    from job.storage.events import Events
+
+    source, folder, report = parse_model(model), Path(model), Events().say
+    if source.kind == "hub" or folder.is_dir():
+        folder = fetch_model(source, list_model(source, None, report), report, weights=False)
+    found = inspection(folder, trusted)
+    if as_json:
+        typer.echo(redacted_json(found, indent=2))
+    elif found["supported"]:
+        typer.echo(f"{found['model_type']}: supported, {found['layers']} layers")
+        for writer in found["writers"]:
+            typer.echo(f"  layer {writer['layer']}, {writer['component']}: {writer['parameter']}")
+    else:
+        typer.echo(f"{found['model_type']}: not supported: {found['reason']}")
+    if not found["supported"]:
+        raise typer.Exit(3)
+
+
+@app.command("demo-model")
+def demo_model(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")],
+    arch: Annotated[str, typer.Option(help="llama, qwen3, gemma2, mixtral or qwen3_moe.")] = "llama",
+    size: Annotated[str, typer.Option(help="tiny or small.")] = "tiny",
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+) -> None:
+    """Train the built-in model organism and write it with its prompt files."""
+    from job.organism.organism import write_organism
+
+    write_organism(folder, arch=arch, size=size, seed=seed, report=lambda line: typer.echo(line, err=True))
+    typer.echo(folder)
+
+
+@app.command()
+def demo(workspace: Workspace = None, trials: Trials = None) -> None:
+    """Run the whole job on the built-in model organism."""
+    from job.organism.organism import run_demo
+
+    outcomes: list[Outcome] = []
+
+    def run_it(settings: Settings, *, new: bool) -> Outcome:
+        outcomes.append(run_settings(settings, new=new))
+        return outcomes[-1]
+
+    run_demo(workspace, trials, run_it, lambda line: typer.echo(line, err=True))
+    typer.echo(f"open this in a browser: {outcomes[0].folder.page_file}")

@@ -1,0 +1,181 @@
+"""`abliterate run`, `resume` and `preflight`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from job.cli.app import app
+from job.cli.options import (
+    AsJson,
+    Checkpoint,
+    Extensions,
+    Job,
+    Targets,
+    Trials,
+    WhenDone,
+    WhenFailed,
+    Workspace,
+    takes_settings,
+    where_is,
+)
+from job.errors import DeliveryError, GateError
+from job.text.redaction import redacted_json
+
+if TYPE_CHECKING:
+    from job.config.schema import Settings
+    from job.export.reproduction import Again
+    from job.lifecycle.outcome import Outcome
+    from job.lifecycle.start import RunningJob
+    from job.preflight.runner import Surveyor
+    from job.storage.run_folder import RunFolder
+
+
+@app.command()
+@takes_settings
+def run(
+    given: dict[str, Any],
+    new: Annotated[bool, typer.Option("--new", help="Start a job beside one with other settings.")] = False,
+    reproduce: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Make an export again from its reproduce.json, and compare.")
+    ] = None,
+    with_search: Annotated[
+        bool, typer.Option("--with-search", help="With --reproduce: make the search again too, not only its edit.")
+    ] = False,
+) -> None:
+    """Find, search, export, prove and deliver; run again to continue, or to find it finished."""
+    from job.config.load import load_settings
+
+    if reproduce is None:
+        loaded = load_settings(**given)
+        run_settings(loaded.settings, new=new, notes=loaded.notes)
+        return
+    from job.config.load import leaves
+    from job.config.origins import left_out_line
+    from job.export.reproduction import Again, fixed_settings, read_reproduction, require_same_repository
+
+    original = read_reproduction(reproduce)
+    fixed = fixed_settings(original, str(reproduce))
+    loaded = load_settings(**given, fixed=fixed)
+    if line := left_out_line(str(reproduce), fixed.left_out, leaves(loaded.settings.model_dump(mode="json"))):
+        typer.echo(f"note: {line}", err=True)
+    named = loaded.settings.model if loaded.sources.get("model") == "command line" else None
+    require_same_repository(original, loaded.settings, named)
+    run_settings(loaded.settings, new=new, notes=loaded.notes, again=Again(original, with_search))
+
+
+def _stages(running: RunningJob, surveyor: Surveyor) -> Outcome:
+    from job.pipeline import run as run_stages  # takes longer to load than all that a finished job needs
+
+    return run_stages(running, surveyor)
+
+
+def run_settings(settings: Settings, *, new: bool, notes: Sequence[str] = (), again: Again | None = None) -> Outcome:
+    """Run a job and print what came of it."""
+    from job.system.signals import StopSignals
+
+    signals = StopSignals()
+    with signals.installed():
+        from job.lifecycle.start import run as run_job
+        from job.storage.events import Events
+
+        outcome = run_job(settings, new=new, events=Events(), signals=signals, stages=_stages, notes=notes, again=again)
+    return _told(outcome)
+
+
+@app.command()
+def resume(
+    workspace: Workspace = None,
+    job: Job = None,
+    checkpoint: Checkpoint = None,
+    trials: Trials = None,
+    upload: Targets = None,
+    when_done: WhenDone = None,
+    when_failed: WhenFailed = None,
+    assignments: Extensions = None,
+) -> None:
+    """Continue a job from its run folder or its checkpoint alone, with more trials or other targets if given.
+
+    The end of a rental (--when-done, --when-failed) is not taken over from the job: it is about the machine.
+    """
+    from job.system.signals import StopSignals
+
+    signals = StopSignals()
+    with signals.installed():
+        from job.lifecycle.followups import resumption
+        from job.lifecycle.start import carry_out
+        from job.storage.events import Events
+
+        others = {"trials": trials, "upload": upload}
+        where = where_is(workspace, job, checkpoint, assignments)
+        events = Events()
+        ends = {"when_done": when_done, "when_failed": when_failed}
+        start = resumption(where, ends, events.say, **{name: value for name, value in others.items() if value})
+        outcome = carry_out(start, events, signals, _stages)
+    _told(outcome)
+
+
+def _told(outcome: Outcome) -> Outcome:
+    """Print what came of a run."""
+    base, edited = outcome.base, outcome.edited
+    typer.echo(
+        f"trial {outcome.chosen}: refusals {base.refusals}/{base.bad_prompts} -> "
+        f"{edited.refusals}/{edited.bad_prompts}, KL {edited.kl or 0:.4g}, false refusals "
+        f"{base.false_refusals}/{base.good_prompts} -> {edited.false_refusals}/{edited.good_prompts} "
+        f"(on prompts that the search has {'not seen' if outcome.unseen else 'seen too'})"
+    )
+    kept = outcome.folder.export_link.exists()
+    typer.echo(f"model:  {outcome.folder.export_link if kept else 'delivered, not in this workspace'}")
+    typer.echo(f"report: {outcome.folder.report_file} and {outcome.folder.page_file.name}")
+    if outcome.missed_gate is not None:
+        typer.echo(f"error: {outcome.missed_gate} — the result is kept and nothing was delivered", err=True)
+        raise typer.Exit(GateError.exit_code)
+    tell_failed(outcome.folder, outcome.failed_targets)
+    return outcome
+
+
+def tell_failed(folder: RunFolder, failed: Sequence[tuple[str, str]]) -> None:
+    """Print which deliveries failed and how to go on with them."""
+    if not failed:
+        return
+    import shlex
+
+    for target, reason in failed:
+        typer.echo(f"error: {target}: {reason}", err=True)
+    again = ["abliterate", "resume", "--workspace", str(folder.path.parent.absolute()), "--job", folder.path.name]
+    typer.echo(f"the result is kept; to go on with the delivery: {shlex.join(again)}", err=True)
+    raise typer.Exit(DeliveryError.exit_code)
+
+
+@app.command()
+@takes_settings
+def preflight(
+    given: dict[str, Any],
+    as_json: AsJson = False,
+    on: Annotated[
+        str | None, typer.Option(metavar="MACHINE", help="Plan for another machine: 4xRTX4090, H200, a reading's file.")
+    ] = None,
+) -> None:
+    """Check all that a run needs and leave nothing behind (exit code 3 or 76 if it must not start)."""
+    from job.config.load import load_settings
+    from job.lifecycle.start import preflight as check_job
+    from job.preflight.gpu_table import parse_on
+    from job.preflight.readings import read_reading
+    from job.storage.events import Events
+
+    loaded = load_settings(**given)
+    reading = None
+    if on is not None:
+        reading = read_reading(Path(on)) if Path(on).is_file() else parse_on(on)
+    survey = check_job(loaded.settings, events=Events(), notes=loaded.notes, on=reading)
+    if as_json:
+        typer.echo(redacted_json(survey.as_json(), indent=2))
+    else:
+        from job.preflight.show import show
+
+        show(survey)
+    if survey.exit_code:
+        raise typer.Exit(survey.exit_code)

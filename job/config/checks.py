@@ -1,0 +1,64 @@
+"""Settings that contradict one another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from job.config.schema import _TARGET, ScoringSettings, Settings
+from job.config.scorers import BUILTIN_SCORERS, known_scorers
+from job.errors import UsageError
+
+
+def _refuse_contradictions(settings: Settings) -> None:
+    """Refuse settings that do not go together, and addresses of a kind that is not supported."""
+    if settings.startup_trials is not None and settings.startup_trials > settings.trials:
+        raise UsageError(
+            f"startup_trials = {settings.startup_trials} is more than trials = {settings.trials}",
+            remedy="lower --startup-trials or raise --trials",
+        )
+    if settings.checkpoint is not None and not _TARGET.fullmatch(settings.checkpoint):
+        raise UsageError(
+            f"checkpoint {settings.checkpoint!r} is not supported",
+            remedy="use s3://bucket/prefix, hf://user/repo or file:///absolute/folder",
+        )
+    _refuse_unknown_detectors(settings.scoring)
+    if settings.tune and settings.batching.rows:
+        raise UsageError(
+            f"tune does not go together with batching.rows = {settings.batching.rows}, which it would find",
+            remedy="leave one of them out",
+        )
+    if settings.require_checkpoint and settings.checkpoint is None:
+        raise UsageError("require_checkpoint is set and there is no checkpoint", remedy="give --checkpoint")
+    for target in settings.upload:
+        if not _TARGET.fullmatch(target):
+            raise UsageError(
+                f"upload target {target!r} is not supported",
+                remedy="use file:///absolute/folder, hf://user/repo[@branch] or s3://bucket/prefix",
+            )
+    if settings.loading.quantization != "none" and settings.ablation.row_normalization != "none":
+        raise UsageError(
+            f"loading.quantization = {settings.loading.quantization} does not go together with "
+            f"ablation.row_normalization = {settings.ablation.row_normalization}, which needs the full weights",
+            remedy="use row_normalization = none, or load the model unquantised",
+        )
+    if settings.export_format == "adapter" and settings.ablation.row_normalization not in ("none", "pre"):
+        raise UsageError(
+            f"export_format = adapter does not go together with "
+            f"ablation.row_normalization = {settings.ablation.row_normalization}, whose edits are not of low rank",
+            remedy="use row_normalization = none or pre, or another format",
+        )
+
+
+def _refuse_unknown_detectors(scoring: ScoringSettings) -> None:
+    for name in scoring.detectors:
+        # Entry points are looked up only where one is asked for.
+        if name not in BUILTIN_SCORERS and name not in (known := known_scorers()):
+            raise UsageError(
+                f"scoring.detectors: there is no detector {name!r}",
+                remedy=f"choose from {', '.join(known)}, or install the package that has it",
+            )
+    if "nli" in scoring.detectors:
+        if scoring.nli_model is None:
+            raise UsageError("scoring.detectors: nli needs a model", remedy="set scoring.nli_model")
+        if scoring.nli_model.startswith(("/", ".", "~")) and not Path(scoring.nli_model).expanduser().is_dir():
+            raise UsageError(f"scoring.nli_model: there is no folder {scoring.nli_model}", remedy="correct it")

@@ -1,0 +1,46 @@
+"""All settings as people read them: name, value as TOML, source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from job.config.load import _flatten, _merged, _validated, setting_names
+from job.config.schema import Settings
+
+
+def as_toml(value: Any) -> str:
+    """Return a value as TOML spells it, on one line."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {as_toml(part)}" for key, part in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def describe_settings(
+    options: Mapping[str, Any],
+    *,
+    profile: str | None = None,
+    config: Path | None = None,
+    assignments: Iterable[str] = (),
+) -> tuple[Settings, list[str]]:
+    """Return the settings, a line for every one (its name, its value as TOML, where it comes from) and for old names.
+
+    Raises:
+        UsageError: A setting is unknown or invalid; that some are not given yet is no error here.
+    """
+    values, sources, notes = _merged(options, profile, config, assignments)
+    # Stands in for what must be given to run a job but not to look at the settings.
+    required = {key: "-" for key, field in Settings.model_fields.items() if field.is_required()}
+    settings = _validated({**required, **values}, sources)
+    values = dict(_flatten(settings.model_dump(mode="json")))
+    lines = []
+    for name in setting_names():
+        if name in sources:
+            lines.append(f"{name} = {as_toml(values[name])}  # {sources[name]}")
+        elif not name.partition(".")[0].endswith("_prompts") or name.endswith(".spec"):
+            lines.append(f"# {name.removesuffix('.spec')} is not set")
+    return settings, [*lines, *(f"# {note}" for note in notes)]

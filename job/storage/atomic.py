@@ -1,0 +1,134 @@
+"""Files that are whole after a crash: replaced atomically and made durable; records as JSON."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from job.errors import JobError, MachineError
+from job.records import Record
+from job.system.failpoints import reached
+
+_BLOCK = 1 << 20
+
+# What fsync of a folder answers where the file system has none.
+_NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
+
+# Of what only the owner may read.
+PRIVATE = 0o600
+
+R = TypeVar("R", bound=Record)
+
+
+def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Replace a file's contents so that a crash leaves the old ones or the new ones, never a mixture.
+
+    Args:
+        path: The file.
+        data: Its new contents.
+        mode: Its permissions; None: the usual ones.
+
+    Raises:
+        MachineError: The file cannot be written here.
+    """
+    # Not by the process id: in two containers that share a disk both may be process 1.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        reached(f"written:{path.name}")  # the next point finds what is there after the next line
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new files in a folder durable, as far as its file system knows how."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems sync files alone. A file that cannot be synced stays an error.
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(file: Path) -> None:
+    """Make a file's contents durable."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder and all that is in it durable: before it is renamed to where it counts."""
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            sync_file(path)
+    sync_folder(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it where they are missing, and make that durable.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
+def cannot_write(path: Path, error: OSError) -> MachineError:
+    """Return the error for a file or folder that this machine does not let us write."""
+    return MachineError(
+        f"cannot write {path}: {error.strerror or error}",
+        remedy="free disk space, correct its permissions or choose another --workspace",
+    )
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's contents."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_record(path: Path, record: Record, *, mode: int | None = None) -> None:
+    """Write a record as JSON, atomically, with these permissions or the usual ones."""
+    write_atomically(path, (record.model_dump_json(indent=2) + "\n").encode(), mode=mode)
+
+
+def read_record(path: Path, kind: type[R]) -> R:
+    """Read a record back.
+
+    Raises:
+        JobError: The file does not hold such a record.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise JobError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}",
+            remedy="restore it, or start the job again with another --workspace",
+        ) from error

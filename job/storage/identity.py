@@ -1,0 +1,134 @@
+"""What the user asked for, as far as it decides the result: the identity of a job."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from job.config.schema import ENDS, REFERENCE_SETS, Settings
+from job.data.sources import source_identity
+from job.model.files import no_model_folder, parse_model, refuse_links_out
+from job.storage.atomic import cannot_write, make_folder, sha256_file, write_atomically
+from job.text.redaction import redact, redacted
+
+# Settings that only extend a job or say where things go; all others are part of its identity.
+EXTENDING = frozenset(
+    {
+        "workspace",
+        "checkpoint",
+        "require_checkpoint",
+        "when_done",
+        "when_failed",
+        "upload",
+        "visibility",
+        "export_format",
+        "max_kl",
+        "max_refusals",
+        "card",
+        "hub",
+        "s3",
+        "trials",
+        "tune",
+        "allow",
+        "price",
+        "max_hours",
+        "max_cost",
+        "grace",
+        "hang_seconds",
+        "study_storage",
+        "workers",
+        "database",
+        "wait_for_gpu",
+        "probe_seconds",
+    }
+)
+
+
+# Likewise, of settings that are otherwise part of it.
+EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
+
+PACKAGES = ("abliteration-job", "torch", "transformers", "optuna", "safetensors", "tokenizers")
+
+MEMO = ".hashes.json"
+
+
+def _folder_digest(folder: Path, memo: Path, *, write: bool) -> str:
+    """Return a hash of all files of a model folder.
+
+    Files are hashed once: memo remembers what a file of the same size and time hashed to, so that a
+    restart does not read a large model again.
+    """
+    known: dict[str, str] = {}
+    if memo.exists():
+        try:
+            known = json.loads(memo.read_text())
+        except json.JSONDecodeError:
+            known = {}
+    hashes: dict[str, str] = {}
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
+        stat = path.stat()
+        key = f"{redact(str(path.resolve()))}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+        hashes[key] = known.get(key) or sha256_file(path)
+        digest.update(f"{path.name} {hashes[key]}\n".encode())
+    if write and not hashes.keys() <= known.keys():
+        write_atomically(memo, json.dumps({**known, **hashes}).encode())
+    return digest.hexdigest()
+
+
+def job_id(identity: Mapping[str, Any]) -> str:
+    """Return the job's name: the start of the hash of its identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide results."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def model_identity(settings: Settings, *, write: bool = True) -> dict[str, Any]:
+    """Return the model as part of a job's identity.
+
+    Raises:
+        ImpossibleJobError: The model is not there.
+        MachineError: The workspace cannot be written.
+    """
+    workspace = Path(settings.workspace)
+    source = parse_model(settings.model)
+    if source.kind == "folder" and not Path(source.name).is_dir():
+        raise no_model_folder(source)
+    if write:
+        try:
+            make_folder(workspace)
+        except OSError as error:
+            raise cannot_write(workspace, error) from error
+    if source.kind == "hub":
+        return dict(redacted({"repository": source.name, "revision": source.revision}))
+    refuse_links_out(Path(source.name))
+    return {"sha256": _folder_digest(Path(source.name), workspace / MEMO, write=write)}
+
+
+def identify(settings: Settings, *, write: bool = True) -> dict[str, Any]:
+    """Return what the user asked for, as far as it decides the result: a job's identity.
+
+    Raises:
+        ImpossibleJobError: The model or a prompt file is not there.
+        MachineError: The workspace cannot be written.
+    """
+    prompts = {name: source_identity(source) for name, source in settings.prompt_sets().items()}
+    model = model_identity(settings, write=write)
+    unused = set(REFERENCE_SETS) - prompts.keys()
+    asked = settings.model_dump(mode="json", exclude={*EXTENDING, *unused})
+    for section, names in EXTENDING_WITHIN.items():
+        asked[section] = {name: value for name, value in asked[section].items() if name not in names}
+    # Records are written without secrets, and a job is known by the hash of what is written.
+    return dict(redacted({**asked, **prompts, "model": model}))
+
+
+def stored(settings: Settings) -> dict[str, Any]:
+    """Return the settings that job.json keeps: all but those that are about the machine of one start."""
+    return settings.model_dump(mode="json", exclude=set(ENDS))

@@ -1,0 +1,174 @@
+"""The jobs of a workspace: found, opened, and refused beside others with other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from job.config.load import default_values, merged
+from job.config.schema import Settings
+from job.errors import JobError, UsageError
+from job.model.files import parse_model
+from job.records import JobRecord
+from job.storage.atomic import cannot_write, make_folder
+from job.storage.identity import EXTENDING, identify, job_id, stored, versions
+from job.storage.run_folder import RunFolder
+from job.text.redaction import redacted_json
+
+
+def find_folder(settings: Settings) -> RunFolder:
+    """Return where the job that settings describe has its folder, which need not be there.
+
+    Nothing is written, not even the memo of hashes.
+    """
+    try:
+        identity = identify(settings, write=False)
+    except JobError:
+        # What is missing has a check of its own.
+        return RunFolder(Path(settings.workspace) / "-")
+    return RunFolder(Path(settings.workspace) / job_id(identity))
+
+
+def open_job(settings: Settings, *, new: bool, pinned: Mapping[str, Any] | None = None) -> tuple[RunFolder, JobRecord]:
+    """Return the run folder of the job that the settings describe, made at the first start, and its record.
+
+    The record is not written yet: that is for the run that holds the job.
+
+    Args:
+        settings: The settings.
+        new: Start a job beside one with other settings.
+        pinned: Fields of job.json that make it a job of its own, beside others on the same model.
+
+    Raises:
+        ImpossibleJobError: The model or a prompt file is not there.
+        MachineError: The workspace cannot be written.
+        UsageError: The workspace holds a job on the same model with other settings, and new is false.
+    """
+    identity = {**identify(settings), **(pinned or {})}
+    folder = RunFolder(Path(settings.workspace) / job_id(identity))
+    if not folder.job_file.exists() and not new and not pinned:
+        others = {other.path.name: other.read_job().identity for other in jobs_in(folder.path.parent)}
+        refuse_other_settings(str(folder.path.parent), others, identity)
+    try:
+        make_folder(folder.path)
+    except OSError as error:
+        raise cannot_write(folder.path, error) from error
+    if folder.job_file.exists():
+        return folder, folder.read_job().model_copy(update={"settings": _located(settings)})
+    record = JobRecord(
+        job_id=folder.path.name,
+        identity=identity,
+        settings=_located(settings),
+        startup_trials=settings.effective_startup_trials,
+        versions=versions(),
+        **(pinned or {}),
+    )
+    return folder, record
+
+
+def _located(settings: Settings) -> dict[str, Any]:
+    """Return all settings with the model's absolute path, so that later commands work from any folder."""
+    source = parse_model(settings.model)
+    model = str(Path(source.name).absolute()) if source.kind == "folder" else settings.model
+    return {**stored(settings), "model": model}
+
+
+def refuse_other_settings(place: str, others: Mapping[str, Mapping[str, Any]], identity: Mapping[str, Any]) -> None:
+    """Refuse to start a job where there is one on the same model with other settings.
+
+    Args:
+        place: The workspace or checkpoint.
+        others: The identities of the jobs there, by their names.
+        identity: That of the new job.
+
+    Raises:
+        UsageError: There is one.
+    """
+    for name, other in others.items():
+        if other.get("model") != identity["model"] or "reproduces" in other:
+            continue
+        differences = sorted(_differences(other, identity))
+        raise UsageError(
+            f"{place} holds job {name} on this model with other settings: " + "; ".join(differences),
+            remedy="restore them to continue it, or give --new to start another job",
+        )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in {*old, *new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key} was {_short(before)}, is {_short(after)}"
+
+
+def _short(value: Any) -> str:
+    text = redacted_json(value)  # before it is cut: a part of a secret is not recognised
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def jobs_in(workspace: Path) -> list[RunFolder]:
+    """Return the run folders of a workspace, in the order of their names."""
+    if not workspace.is_dir():
+        return []
+    folders = [RunFolder(path) for path in sorted(workspace.iterdir()) if path.is_dir()]
+    return [folder for folder in folders if folder.job_file.exists()]
+
+
+def find_job(workspace: Path, name: str | None) -> RunFolder:
+    """Return a job of a workspace, by its name or because it is alone there.
+
+    Raises:
+        UsageError: There is none, or several and none is named.
+    """
+    folders = jobs_in(workspace)
+    names = ", ".join(folder.path.name for folder in folders)
+    if name is not None:
+        for folder in folders:
+            if folder.path.name == name:
+                return folder
+        raise UsageError(
+            f"there is no job {name} in {workspace}",
+            remedy=f"choose from: {names}" if names else "check --workspace",
+        )
+    if not folders:
+        raise UsageError(f"there is no job in {workspace}", remedy="check --workspace")
+    if len(folders) > 1:
+        raise UsageError(f"{workspace} holds several jobs: {names}", remedy="name one with --job")
+    return folders[0]
+
+
+def job_settings(folder: RunFolder, *, whole: bool = False, **others: object) -> Settings:
+    """Return the settings of a job as of its latest start, with others in their place.
+
+    Args:
+        folder: The run folder.
+        whole: All settings are wanted. Else those that only extend a job are at their defaults if they held a secret.
+        **others: Settings in place of the job's.
+
+    Raises:
+        UsageError: They are another version's, or one of them held a secret and is not whole.
+    """
+    record = folder.read_job()
+    masked = {name for name in record.redacted if name not in others and name != "workspace"}
+    lost = sorted(masked if whole else masked - EXTENDING)
+    if lost:
+        raise UsageError(
+            f"job {record.job_id} was given a secret in {', '.join(lost)}, and secrets are written nowhere",
+            remedy="go on with the same `abliterate run` command, or give what only extends the job with --set",
+        )
+    # What a former version did not know is as it was before.
+    kept = {name: value for name, value in record.settings.items() if name not in masked}
+    stored = merged(default_values(), {**kept, "workspace": str(folder.path.parent)})
+    try:
+        return Settings(**merged(stored, others))
+    except ValidationError as error:
+        made_by = record.versions.get("abliteration-job", "another version")
+        raise UsageError(
+            f"the settings of job {record.job_id} are not this version's: {error.errors()[0]['msg']}",
+            remedy=f"go on with the version that began it, {made_by}",
+        ) from error
