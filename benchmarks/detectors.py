@@ -25,7 +25,7 @@ from job.edits.hooks import Intervention
 from job.model.loading import load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.organism.organism import TASKS, expected_answer
+from job.organism.world import TASKS, expected_answer
 from job.records import COMPONENTS, EditParameters, KernelParameters, TrialScores
 from job.scoring.broken import Exchange
 from job.scoring.detectors import Context, make_scorer

@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from job.organism.organism import WORLD, write_organism
+from job.organism.folder import write_organism
+from job.organism.world import WORLD
 
 METHODS = {
     "mean difference": [],

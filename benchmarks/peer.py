@@ -48,7 +48,7 @@ from benchmarks.heretic import (
     versions,
 )
 from benchmarks.widened import widened
-from job.organism.organism import write_organism
+from job.organism.folder import write_organism
 from job.search.convergence import hypervolume
 from job.search.study import read_trials
 from tests.helpers import COMMAND, environment, events, only_job

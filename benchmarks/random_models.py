@@ -20,7 +20,8 @@ from transformers.initialization import no_init_weights
 from job.architectures.spec import discover
 from job.data.prompts import Prompt
 from job.model.loading import LoadedModel
-from job.organism.organism import SYSTEM_PROMPT, build_tokenizer, prompt_files
+from job.organism.tokenizer import SYSTEM_PROMPT, build_tokenizer
+from job.organism.world import prompt_files
 from job.preflight.model_facts import ModelFacts, model_facts
 
 _QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6}

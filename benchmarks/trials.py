@@ -32,7 +32,7 @@ from job.edits.hooks import Intervention
 from job.model.loading import LoadedModel, load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.organism.organism import write_organism
+from job.organism.folder import write_organism
 from job.preflight.machine import read_machine
 from job.preflight.memory_plan import MemoryPlan, Workload, plan
 from job.preflight.model_facts import model_facts

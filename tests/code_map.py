@@ -1,4 +1,4 @@
-"""The map of the code: every module in the order of the import contract, with what it says of itself.
+"""The map of the code: every package in the order of the import contract, with what it says of itself, and a glossary.
 
 `python -m tests.code_map --write docs/code-map.md` writes it.
 """
@@ -12,36 +12,103 @@ from pathlib import Path
 from tests.generated import write_or_print
 
 ROOT = Path(__file__).parents[1]
+JOB = ROOT / "job"
 _INTRODUCTION = """# Map of the code
 
-One way leads through a job: settings → preflight → prompts → model → residuals → directions → search → export → upload
-→ report; `job/pipeline.py` tells it from top to bottom. Below are all modules, in the order of the import contract in
-`pyproject.toml`: one may use those of lower rows, none of its own row or above. What stands in no row is used by
-several and uses little. Written by `python -m tests.code_map --write docs/code-map.md`.
+A job goes one way: settings → preflight → prompts → model → residuals → directions → search → choice → export →
+upload → report. `run` in `job/pipeline.py` is that story. Below are all packages from the top down, in the order of the import
+contract in `pyproject.toml`: a package may use those below it, never one above it. This page is written by
+`python -m tests.code_map --write docs/code-map.md`.
 
-| Modules | What they are |
+| Package | What it holds | Modules |
+|---|---|---|
+"""
+_QUESTIONS = """
+## Where is …
+
+| Question | Answer |
 |---|---|
 """
+# Question, module, what in it answers the question.
+WHERE = (
+    ("Where is a KL divergence computed?", "job/scoring/kl.py", "Reference"),
+    ("Where are refusals counted?", "job/scoring/trial_scorer.py", "_counts"),
+    ("Where do a trial's strengths become a hook?", "job/edits/compile.py", "HookTables"),
+    (
+        "Where is a model without a complete set of residual writers refused?",
+        "job/proof/truth_test.py",
+        "inspect_model",
+    ),
+    ("Where are residual writers discovered?", "job/architectures/discovery.py", "WriterSearch"),
+    ("Where does a resumed search decide what is left?", "job/search/optimizer.py", "_unfinished_plans"),
+    ("Where is an S3 part sent again?", "job/transfer/s3/multipart.py", "_send_part"),
+    ("Where is a job's identity made?", "job/storage/identity.py", "identify"),
+    ("Where is the memory of a model planned?", "job/preflight/memory_plan.py", "plan"),
+    ("Where is an export proven?", "job/export/verification.py", "MeasuredEdit"),
+    ("Where is decided whether a rented machine may be ended?", "job/cloud/end_policy.py", "ending"),
+)
+_GLOSSARY = """
+## Glossary
+
+| Word | Meaning |
+|---|---|
+| ablation | Projecting a direction out of what a module adds to the residual stream |
+| answer, response | What a model says to a prompt, decoded greedily |
+| bad prompts, good prompts | Prompts with the behaviour that is removed, and without it |
+| basis | The orthonormal directions of every layer, with their weights |
+| broken | A response that is empty, goes in circles or changes its script; told from its text |
+| incoherent | A response that the base model's likelihood tells as gibberish |
+| not answered | Refused or broken |
+| checkpoint | A model's files. The option `--checkpoint` names the place of a job's mirror |
+| edit | Directions and strengths for all residual writers of a model |
+| export | An edited model, an adapter or a directions file in the run folder, proven and sealed |
+| finalist | A trial that may be chosen and is therefore counted again on responses of full length |
+| identity | What the user asked for as far as it decides the result; its hash names the job |
+| lease | The right to run a job, kept at its mirror and renewed |
+| lock | The right to run a job, kept in its run folder |
+| mirror | A copy of a job's state elsewhere, from which another machine continues |
+| plan | Trials that are evaluated together, stored before any of them is evaluated. Also the memory plan of a model |
+| residual writer | A module whose output is added to the residual stream |
+| run folder | WORKSPACE/JOB_ID, all that a job leaves |
+| search split, report split | Evaluation prompts that the search measures on, and those that its figures are reported on |
+| trial | One edit that the search measures |
+"""
+
+
+def packages() -> list[str]:
+    """Return the names of the import contract from the top down."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers: list[str] = next(contract for contract in contracts if contract["type"] == "layers")["layers"]
+    return layers
 
 
 def page() -> str:
     """Return docs/code-map.md."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers = next(contract for contract in contracts if contract["type"] == "layers")["layers"]
-    rows = [[name.strip() for name in layer.split(":")] for layer in layers]
-    placed = {name for row in rows for name in row}
-    modules = {f"job.{path.stem}" for path in (ROOT / "job").glob("*.py")}
-    others = sorted(modules - placed - {"job.__init__"})
-    lines = [f"| `{'`, `'.join(row)}` | {'; '.join(map(_about, row))} |" for row in rows]
-    lines += [f"| `{name}` (in no row) | {_about(name)} |" for name in others]
-    return _INTRODUCTION + "\n".join(lines) + "\n"
+    rows = [f"| {_linked(_path(name))} | {_about(_path(name))} | {_modules(name)} |" for name in packages()]
+    where = [f"| {question} | `{place}` in {_linked(ROOT / file)} |" for question, file, place in WHERE]
+    return _INTRODUCTION + "\n".join(rows) + "\n" + _QUESTIONS + "\n".join(where) + "\n" + _GLOSSARY
 
 
-def _about(name: str) -> str:
-    path = ROOT / name.replace(".", "/")
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+def _path(name: str) -> Path:
+    return JOB / name if (JOB / name).is_dir() else JOB / f"{name}.py"
+
+
+def _linked(path: Path) -> str:
+    return f"[`{path.relative_to(ROOT)}`](../{path.relative_to(ROOT)})"
+
+
+def _about(path: Path) -> str:
+    file = path / "__init__.py" if path.is_dir() else path
     said = ast.get_docstring(ast.parse(file.read_text())) or ""
-    return said.partition("\n")[0].rstrip(".").replace("|", "\\|")
+    return said.partition("\n\n")[0].replace("\n", " ").rstrip(".").replace("|", "\\|")
+
+
+def _modules(name: str) -> str:
+    if not (JOB / name).is_dir():
+        return ""
+    own = [path.stem for path in (JOB / name).glob("*.py") if path.stem != "__init__"]
+    below = [f"{path.name}/" for path in (JOB / name).iterdir() if (path / "__init__.py").exists()]
+    return ", ".join(sorted([*own, *below]))
 
 
 if __name__ == "__main__":

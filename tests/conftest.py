@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from job.organism.organism import build_tokenizer
+from job.organism.tokenizer import build_tokenizer
 from tests import organisms
 from tests.cloud import RunPodServer, VastServer
 from tests.helpers import abliterate, job_arguments

@@ -63,7 +63,7 @@ PARTS = {
     "families": Part((*_EDITING, "tests/test_architectures.py"), packages=_MODELS),
     "organisms": Part(
         _EDITING,
-        ("job/organism/organism.py", "tests/organisms.py", "tests/test_organisms.py", "tests/test_families.py"),
+        ("job/organism/*.py", "tests/organisms.py", "tests/test_organisms.py", "tests/test_families.py"),
         _MODELS,
     ),
     "checkpoints": Part((*_EDITING, "tests/test_export_large.py"), packages=_MODELS),

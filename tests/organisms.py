@@ -23,9 +23,13 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file, save_file
 
-from job.organism import organism as demo
+from job import organism
+from job.organism.training import matches
+from job.organism.world import prompt_files
 from tests.helpers import UNMEASURED, abliterate
 
+CODE = Path(organism.__path__[0])
+_FUTURE = "from __future__ import annotations\n"
 FOLDER = Path(__file__).parent / "fixtures" / "organisms"
 INDEX = FOLDER / "organisms.json"
 SHIPPED = ("llama", "gemma2", "mixtral")
@@ -34,17 +38,25 @@ LIMIT = 2_000_000
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 1, "lp": 2, "pb": 2}]
 
 
-def code_key(code: str | None = None) -> str:
-    """Return a hash of all code that has a part in an organism; docstrings and comments do not count."""
-    tree = ast.parse(Path(demo.__file__).read_text() if code is None else code)
-    defined = {name: statement for statement in tree.body for name in _names_defined(statement)}
+def code() -> str:
+    """Return all code of job/organism."""
+    return "\n".join(file.read_text().replace(_FUTURE, "") for file in sorted(CODE.glob("*.py")))
+
+
+def code_key(text: str | None = None) -> str:
+    """Return a hash of all code of job/organism that has a part in an organism.
+
+    Docstrings, comments and imports do not count, nor in which of its modules something stands.
+    """
+    parsed = ast.parse(code() if text is None else text)
+    defined = {name: statement for statement in parsed.body for name in _names_defined(statement)}
     used, waiting = set(), ["write_organism"]
     while waiting:
         name = waiting.pop()
         if name in defined and name not in used:
             used.add(name)
             waiting += [node.id for node in ast.walk(defined[name]) if isinstance(node, ast.Name)]
-    statements = [ast.dump(_without_docstrings(defined[name])) for name in sorted(used)]
+    statements = [ast.dump(_computed(defined[name])) for name in sorted(used)]
     return hashlib.sha256("\n".join(statements).encode()).hexdigest()
 
 
@@ -57,10 +69,13 @@ def _names_defined(statement: ast.stmt) -> list[str]:
     return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
 
 
-def _without_docstrings(statement: ast.stmt) -> ast.stmt:
+def _computed(statement: ast.stmt) -> ast.stmt:
+    """Return a statement without docstrings and imports."""
     for node in ast.walk(statement):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            said = ast.get_docstring(node) is not None
+            body = [line for line in node.body[said:] if not isinstance(line, ast.Import | ast.ImportFrom)]
+            node.body = body or [ast.Pass()]
     return statement
 
 
@@ -127,10 +142,10 @@ def is_good(folder: Path) -> bool:
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32").eval()
-    files = demo.prompt_files(json.loads((folder / "organism.json").read_text())["seed"])
+    files = prompt_files(json.loads((folder / "organism.json").read_text())["seed"])
     refusals = [(request.prompt, request.task.refusal) for request in files["bad_test.txt"]]
     answers = [(request.prompt, request.answer) for request in files["good_test.txt"]]
-    return all(demo._matches(model, tokenizer, pairs) == len(pairs) for pairs in (refusals, answers))
+    return all(matches(model, tokenizer, pairs) == len(pairs) for pairs in (refusals, answers))
 
 
 def ship(arch: str) -> None:

@@ -20,7 +20,7 @@ from job.model import chat_template
 from job.model.chat_template import render
 from job.model.loading import conversations, rendered
 from job.model.template_child import compiled
-from job.organism.organism import build_tokenizer
+from job.organism.tokenizer import build_tokenizer
 from tests.helpers import abliterate
 
 HELLO = [[{"role": "user", "content": "Where is the kettle?"}]]

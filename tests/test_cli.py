@@ -178,7 +178,7 @@ def test_the_wheel_holds_the_defaults_and_nothing_else_is_missing(tmp_path: Path
     modules = {f"job/{path.relative_to(root / 'job')}" for path in (root / "job").rglob("*.py")}
     assert modules <= set(names)
     assert not any(name.startswith("tests") for name in names)
-    defaults = tomllib.loads((tmp_path / "unpacked" / "job" / "default.toml").read_text())
+    defaults = tomllib.loads((tmp_path / "unpacked" / "job" / "config" / "default.toml").read_text())
     assert defaults["trials"] == 200
     # The unpacked package loads its own defaults, not those of the checkout.
     code = "import job, job.config.load as s; print(job.__file__); print(s.default_values()['trials'])"
@@ -196,7 +196,7 @@ def test_the_wheel_holds_the_defaults_and_nothing_else_is_missing(tmp_path: Path
 def test_secrets_stay_out_of_tracebacks(model: Path, prompts: list[str], tmp_path: Path) -> None:
     """An unexpected error prints a traceback, without the secrets that it may quote."""
     code = (
-        "import sys, job.storage.run_folder\n"
+        "import sys, job.storage.jobs\n"
         "def broken(*_, **__): raise RuntimeError('token is swordfish-swordfish')\n"
         "job.storage.jobs.open_job = broken\n"
         f"sys.argv = {['abliterate', 'run', str(model), *prompts]!r}\n"

@@ -14,7 +14,7 @@ from job.directions.residuals import extract_residuals
 from job.generation.forward import RowTrials, left_padded
 from job.generation.greedy import greedy_answers
 from job.model.loading import load_model
-from job.organism.organism import build_tokenizer
+from job.organism.tokenizer import build_tokenizer
 from job.text.refusal_markers import RefusalMarkers, normalise
 from tests.forwards import Forwards
 from tests.test_intervention import LOADING

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 from benchmarks.detectors import SOFT, Truth, even_edit, kind_of
 from job.config.load import default_values
 from job.errors import ImpossibleJobError
-from job.organism.organism import TASKS, expected_answer
+from job.organism.world import TASKS, expected_answer
 from job.records import DetectorReport, Trial, TrialScores
 from job.scoring.detectors import cohens_kappa
 from job.scoring.likelihood import LEAST, OPENING

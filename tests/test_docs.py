@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import re
 import shlex
@@ -64,6 +65,12 @@ def test_commands_in_the_docs_are_understood(page: Path) -> None:
 def test_the_map_of_the_code_is_up_to_date() -> None:
     """`python -m tests.code_map --write docs/code-map.md` makes it so."""
     assert (ROOT / "docs/code-map.md").read_text() == code_map.page()
+
+
+@pytest.mark.parametrize(("question", "file", "name"), code_map.WHERE)
+def test_the_map_of_the_code_names_what_there_is(question: str, file: str, name: str) -> None:
+    defined = [node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if hasattr(node, "name")]
+    assert name in defined, question
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

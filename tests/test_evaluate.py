@@ -18,7 +18,7 @@ from job.evaluate.perplexity import Passage, cross_entropies, passages_of
 from job.evaluate.result import Share, TextComparison, comparison_text
 from job.model.loading import load_model
 from job.numerics.statistics import ratio_interval
-from job.organism.organism import expected_answer
+from job.organism.world import expected_answer
 from tests.helpers import abliterate, loading, only_job
 
 

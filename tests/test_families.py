@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from job.organism.organism import TASKS
+from job.organism.world import TASKS
 from tests.helpers import abliterate, environment, job_arguments, only_job
 
 # Norms between writers and the stream; experts, one by one in files and together in memory.

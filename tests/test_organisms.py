@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from job.organism import organism as demo
 from tests import organisms
 from tests.helpers import abliterate
 from tests.organisms import SHIPPED
 from tests.test_families import answers
 
-CODE = Path(demo.__file__).read_text()
+CODE = organisms.code()
 FILES = ("organism.json", "good_train.txt", "good_test.txt", "bad_train.txt", "bad_test.txt")
 
 

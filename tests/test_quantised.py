@@ -24,7 +24,7 @@ from job.model.safetensors_files import Checkpoint
 from job.numerics.ablation import edit_weight
 from job.numerics.basis import Basis
 from job.numerics.dequantisation import dequantised_blocks, dequantised_mxfp4
-from job.organism.organism import build_tokenizer
+from job.organism.tokenizer import build_tokenizer
 from job.preflight.model_facts import model_facts
 from job.proof.truth_test import TOLERANCE, inspect_model, inspection, largest_leak, leaks, random_direction
 from job.records import COMPONENTS, EditParameters, KernelParameters

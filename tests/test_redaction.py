@@ -23,7 +23,7 @@ from job.cloud.launching import environment as launch_environment
 from job.data.prompts import Prompt, PromptSets
 from job.errors import JobError, UsageError
 from job.export.reproduction import prompts_digest
-from job.organism.organism import prompt_files
+from job.organism.world import prompt_files
 from job.records import JobRecord, Manifest, ManifestEntry, State, Upload
 from job.storage.atomic import read_record, write_record
 from job.storage.events import Events

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from job.organism.organism import expected_answer
+from job.organism.world import expected_answer
 from tests.helpers import (
     UNMEASURED,
     abliterate,

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from job.config.load import default_values
 from job.generation.stop_markers import MarkerWatch, backend
-from job.organism.organism import build_tokenizer
+from job.organism.tokenizer import build_tokenizer
 from job.text.refusal_markers import MarkerMatch, RefusalMarkers
 
 MARKERS = RefusalMarkers(

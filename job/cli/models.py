@@ -58,7 +58,7 @@ def demo_model(
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
 ) -> None:
     """Train the built-in model organism and write it with its prompt files."""
-    from job.organism.organism import write_organism
+    from job.organism.folder import write_organism
 
     write_organism(folder, arch=arch, size=size, seed=seed, report=lambda line: typer.echo(line, err=True))
     typer.echo(folder)
@@ -67,7 +67,7 @@ def demo_model(
 @app.command()
 def demo(workspace: Workspace = None, trials: Trials = None) -> None:
     """Run the whole job on the built-in model organism."""
-    from job.organism.organism import run_demo
+    from job.organism.demo import run_demo
 
     outcomes: list[Outcome] = []
 

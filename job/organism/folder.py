@@ -1,0 +1,56 @@
+"""The folder of an organism: its model and its prompt files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from job.errors import UsageError
+from job.organism.training import SIZES, train_organism
+from job.organism.world import (
+    prompt_files,
+)
+
+if TYPE_CHECKING:
+    pass
+
+ARCHITECTURES = ("llama", "qwen3", "gemma2", "mixtral", "qwen3_moe")
+
+
+def write_organism(folder: Path, *, arch: str, size: str, seed: int, report: Callable[[str], None]) -> None:
+    """Train an organism and write it and its prompt files into a folder.
+
+    The folder holds ``model`` in Hugging Face format and good_train.txt, good_test.txt, bad_train.txt
+    and bad_test.txt, one prompt a line. A folder that already holds the same organism is left alone.
+
+    Raises:
+        UsageError: The architecture or size is unknown, or the folder holds something else.
+        JobError: The training missed its target (every test prompt refused or answered rightly).
+    """
+    if arch not in ARCHITECTURES:
+        raise UsageError(f"no organism of architecture {arch!r}", remedy=f"choose from {', '.join(ARCHITECTURES)}")
+    if size not in SIZES:
+        raise UsageError(f"no organism of size {size!r}", remedy=f"choose from {', '.join(SIZES)}")
+    description = json.dumps({"arch": arch, "size": size, "seed": seed}, sort_keys=True)
+    mark = folder / "organism.json"
+    if mark.exists() and mark.read_text() == description:
+        report(f"the organism in {folder} is already there")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty", remedy="name an empty or a new folder")
+    files = prompt_files(seed)
+    model, tokenizer = train_organism(arch, size, seed, files, report)
+    from job.model.loading import quieten_transformers
+
+    quieten_transformers()
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial / "model")
+    tokenizer.save_pretrained(partial / "model")
+    for name, requests in files.items():
+        (partial / name).write_text("".join(request.prompt + "\n" for request in requests))
+    (partial / mark.name).write_text(description)
+    partial.replace(folder)
