@@ -79,7 +79,14 @@ PARTS = {
             ),
             *("job/generation/stop_markers.py", "job/mirror/*.py", "job/transfer/**/*.py", "job/upload/**/*.py"),
         ),
-        ("job/pipeline.py", "job/lifecycle/start.py", "job/cli/worker.py", "tests/helpers.py", "tests/test_run.py"),
+        (
+            "job/pipeline.py",
+            "job/stages/*.py",
+            "job/lifecycle/*.py",
+            "job/cli/worker.py",
+            "tests/helpers.py",
+            "tests/test_run.py",
+        ),
         packages=("optuna", "sqlalchemy", "safetensors"),
     ),
 }

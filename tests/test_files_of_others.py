@@ -22,8 +22,8 @@ from job.export.reproduction import (
     reproduction,
     require_same_repository,
 )
-from job.lifecycle.followups import resumption
 from job.lifecycle.locate import Whereabouts
+from job.lifecycle.resumption import resumption
 from job.mirror import MirrorError, MirrorOptions, SnapshotPace, open_mirror
 from job.mirror.records import decode_head, is_mirrored
 from job.mirror.vetting import proven

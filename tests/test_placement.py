@@ -17,12 +17,12 @@ from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError, MachineError, UsageError
 from job.generation.forward import RowTrials
 from job.generation.greedy import Answer, greedy_answers
-from job.lifecycle.session import require_resident
 from job.model.loading import LoadedModel, load_model
 from job.model.placement import let_go, placement, spread
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis
 from job.records import COMPONENTS, EditParameters, KernelParameters
+from job.stages.model import require_resident
 from tests.helpers import abliterate, job_arguments, only_job
 
 KERNEL = KernelParameters(max_weight=1, max_weight_position=2, min_weight=0.5, min_weight_distance=9)

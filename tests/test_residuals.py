@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from job.config.load import default_values
 from job.config.schema import DirectionSettings
 from job.data.prompts import Prompt, PromptSets
-from job.directions.extraction import DirectionFinder
+from job.directions.extraction import find_directions
+from job.directions.prompt_residuals import PromptResiduals, direction_prompts
 from job.directions.residuals import batches, extract_residuals, read_tensors, write_tensors
 from job.errors import ImpossibleJobError
 from job.model.loading import LoadedModel, load_model
@@ -117,7 +118,10 @@ class Job:
         settings = DirectionSettings.model_validate({**default_values()["directions"], **named})
         record = JobRecord(job_id="j", identity={"model": "m"}, settings={}, startup_trials=1, versions=versions())
         events = Events(self.folder.events_file)
-        return DirectionFinder(self.folder, record, settings, self.loaded, 4, 4000, events).find(prompts or self.plain)
+        tokens = {name: self.loaded.tokenize(found) for name, found in direction_prompts(prompts or self.plain).items()}
+        quantile = settings.winsorization_quantile
+        residuals = PromptResiduals(self.folder, record, self.loaded, tokens, 4, 4000, quantile, events)
+        return find_directions(residuals, settings)
 
     def extractions(self) -> int:
         return sum(event["event"] == "residuals_started" for event in read_events(self.folder.events_file))

@@ -22,9 +22,9 @@ import pytest
 import torch
 
 from job.errors import HeldError, MachineError
-from job.lifecycle.session import share_of_cores
 from job.model.loading import LoadedModel
 from job.records import EditParameters, KernelParameters, Plan, TrialScores
+from job.stages.model import share_of_cores
 from job.storage.events import Events
 from job.storage.run_folder import RunFolder
 from job.workers.board import Board, signs_of_life

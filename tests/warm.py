@@ -43,10 +43,10 @@ AT_ONE_HUB = (
 # Ours, for processes that are started by the dozen: what a process loads is nothing that such tests are about.
 OURS = (
     "job.pipeline",
-    "job.lifecycle.session",
+    "job.stages.export",
     "job.preflight.runner",
     "job.proof.truth_test",
-    "job.lifecycle.followups",
+    "job.stages.followups",
     "job.mirror.folder_store",
 )
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")

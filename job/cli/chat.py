@@ -14,20 +14,22 @@ from torch import Tensor
 
 from job.edits.hooks import ActiveEdits
 from job.errors import JobError, UsageError
-from job.lifecycle.followups import looking, trial_of
+from job.lifecycle.running import OpenJob
 from job.model.device_faults import is_out_of_memory
 from job.model.loading import LoadedModel, rendered
 from job.model.memory import release_memory
 from job.records import Trial
 from job.report.front import front_text, job_front
 from job.report.run_view import job_trials
+from job.stages.followups import looking, trial_of
 from job.storage.events import Events
+from job.storage.job_file import JobFile
 from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
 from job.text.redaction import redacted_json
 
 if TYPE_CHECKING:
-    from job.lifecycle.session import Workbench
+    from job.stages.session import ModelSession
 
 HELP = """\
 /base           the model as it is
@@ -77,11 +79,12 @@ def chat(
         HeldError: A run of the job needs the device.
     """
     trials = job_trials(folder)
-    trial = trial_of(folder, folder.read_job(), job_settings(folder), trials, number) if trials else None
+    job = OpenJob(folder, JobFile(folder), job_settings(folder), events)
+    trial = trial_of(job, trials, number) if trials else None
     if trial is None and number is not None:
         raise UsageError(f"no trial of job {folder.path.name} is finished", remedy="leave --trial out")
-    with looking(folder, events, options.device) as bench:
-        talk = Chat(bench, options, sys.stdout, events.say)
+    with looking(folder, events, options.device) as session:
+        talk = Chat(session, options, sys.stdout, events.say)
         talk.switch(trial)
         if lines is not None:
             talk.hold(lines)
@@ -111,14 +114,14 @@ class Chat:
     """A conversation.
 
     Attributes:
-        bench: The job's model with its hooks.
+        session: The job's model with its hooks.
         options: How answers are given.
         out: Where answers go, and nothing else.
         note: Told everything else.
         messages: What has been said.
     """
 
-    bench: Workbench
+    session: ModelSession
     options: ChatOptions
     out: TextIO
     note: Callable[[str], None]
@@ -131,7 +134,7 @@ class Chat:
         self._commands: dict[str, Callable[[str], None]] = {
             "base": lambda _: self.switch(None),
             "trial": self._to_trial,
-            "trials": lambda _: self.note(front_text(job_front(self.bench.folder))),
+            "trials": lambda _: self.note(front_text(job_front(self.session.job.folder))),
             "reset": lambda _: self.messages.clear(),
             "system": self._set_system,
             "tokens": self._set_tokens,
@@ -170,18 +173,18 @@ class Chat:
         begin = time.perf_counter()
         told, self._edits = "", None
         if trial is not None:
-            self._edits = self.bench.intervention.activate([self.bench.space.edit(trial.params)])
+            self._edits = self.session.hooks.activate([self.session.space.edit(trial.params)])
             (reason,) = self._edits.reasons
-            told = f": {trial.values.refusals} of {len(self.bench.prompts.bad_search)} refused, "
+            told = f": {trial.values.refusals} of {len(self.session.prompts.bad_search)} refused, "
             told += f"KL {trial.values.kl:.4g}" + (f"; {reason}" if reason else "")
         self._trial = trial
         self.note(f"{self.subject}{told} ({1000 * (time.perf_counter() - begin):.1f} ms)")
 
     def _to_trial(self, text: str) -> None:
-        bench = self.bench
+        job = self.session.job
         number = _number(text, "/trial", 0) if text else None
         # Read again: a job that is still searching has more of them by now.
-        self.switch(trial_of(bench.folder, bench.record, bench.settings, job_trials(bench.folder), number))
+        self.switch(trial_of(job, job_trials(job.folder), number))
 
     def _set_system(self, text: str) -> None:
         self._system = text or None
@@ -194,15 +197,15 @@ class Chat:
         said = [*self.messages, {"role": "user", "content": text}]
         begun = [] if self._system is None else [{"role": "system", "content": self._system}]
         tokens = self._fitting(
-            self.bench.loaded.tokenizer(
-                rendered(self.bench.loaded.tokenizer, [[*begun, *said]]), add_special_tokens=False
+            self.session.model.tokenizer(
+                rendered(self.session.model.tokenizer, [[*begun, *said]]), add_special_tokens=False
             )["input_ids"][0]
         )
-        hooks = self._edits.on_every_row(self.bench.loaded.model) if self._edits else nullcontext()
-        shown = Shown(self.bench.loaded, None if self.options.as_json else self.out)
+        hooks = self._edits.on_every_row(self.session.model.model) if self._edits else nullcontext()
+        shown = Shown(self.session.model, None if self.options.as_json else self.out)
         try:
             with hooks:
-                answer = _answered(self.bench.loaded, tokens, self._tokens, self.options.temperature, shown)
+                answer = _answered(self.session.model, tokens, self._tokens, self.options.temperature, shown)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -217,7 +220,7 @@ class Chat:
 
     def _fitting(self, tokens: list[int]) -> list[int]:
         """Return a conversation's tokens if the model can still answer to them."""
-        config = self.bench.loaded.model.config.get_text_config()
+        config = self.session.model.model.config.get_text_config()
         most = getattr(config, "max_position_embeddings", None)
         if most is not None and len(tokens) >= most:
             raise JobError(f"the conversation has {len(tokens)} tokens, the model takes {most}", remedy="/reset")

@@ -29,7 +29,7 @@ def export(workspace: Workspace = None, job: Job = None, trial: TrialNumber = No
     from job.system.signals import StopSignals
 
     with StopSignals().installed():
-        from job.lifecycle.followups import export_trial
+        from job.stages.followups import export_trial
         from job.storage.events import Events
 
         typer.echo(export_trial(find_job(workspace, job), trial, export_format(form), Events()))
@@ -50,7 +50,8 @@ def upload(
 
     signals = StopSignals()
     with signals.installed():
-        from job.lifecycle.followups import resumption, upload_trial
+        from job.lifecycle.resumption import resumption
+        from job.stages.followups import upload_trial
         from job.storage.events import Events
 
         where = where_is(workspace, job, checkpoint, assignments)
@@ -70,7 +71,7 @@ def apply(
     from job.system.signals import StopSignals
 
     with StopSignals().installed():
-        from job.lifecycle.followups import apply as apply_to
+        from job.stages.followups import apply as apply_to
         from job.storage.events import Events
 
         apply_to(model, file, out, Events())

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from job.config.schema import Settings
     from job.export.reproduction import Again
     from job.lifecycle.outcome import Outcome
-    from job.lifecycle.start import RunningJob
+    from job.lifecycle.running import RunningJob
     from job.preflight.runner import Surveyor
     from job.storage.run_folder import RunFolder
 
@@ -105,7 +105,7 @@ def resume(
 
     signals = StopSignals()
     with signals.installed():
-        from job.lifecycle.followups import resumption
+        from job.lifecycle.resumption import resumption
         from job.lifecycle.start import carry_out
         from job.storage.events import Events
 

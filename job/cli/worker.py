@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from job.data.prompts import PromptSets
 from job.errors import JobError, MachineError, UsageError
 from job.lifecycle.locate import Whereabouts
-from job.lifecycle.model_folder import model_folder
+from job.lifecycle.running import OpenJob
 from job.mirror.lease_keeper import LINEAGE
 from job.mirror.vetting import as_given, require_same_contents, with_trust
 from job.records import EditParameters
 from job.storage.atomic import read_record, write_record
 from job.storage.events import Events
+from job.storage.job_file import JobFile
 from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
 from job.text.redaction import guarded_output
@@ -31,7 +32,7 @@ from job.workers.board import Board, BoardTask, signs_of_life, waits
 from job.workers.crew import Crew, WarmWorkerPool, is_orphan, result_of
 
 if TYPE_CHECKING:
-    from job.lifecycle.session import Workbench
+    from job.stages.session import ModelSession
 
 _LOOK_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
@@ -53,7 +54,7 @@ def _work_for_run() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     import torch
 
-    import job.lifecycle.session  # noqa: F401
+    import job.stages.session  # noqa: F401
     from job.proof.truth_test import inspect_model
 
     threads = torch.get_num_threads()
@@ -126,7 +127,7 @@ def _others(
     folder: RunFolder, board: Board, database: str, workers: int | None, name: str, events: Events
 ) -> Iterator[int]:
     """Have this machine's other workers within the block; yield how many it has, this one included."""
-    from job.lifecycle.session import cuda_devices
+    from job.stages.model import cuda_devices
 
     devices = cuda_devices()
     processes = workers or max(1, len(devices))
@@ -225,14 +226,13 @@ def _work(
     processes: int | None = None,
 ) -> None:
     """Evaluate tasks until it is over, as one of so many processes of this machine; None: of the job's own."""
-    from job.lifecycle.session import Workbench, share_of_cores, workers_here
+    from job.stages.model import share_of_cores, worker_count
+    from job.stages.session import opened_session
 
-    record, settings = folder.read_job(), job_settings(folder)
-    prompts = read_record(folder.prompts_file, PromptSets)
-    model = model_folder(record, settings, events)
+    job = OpenJob(folder, JobFile(folder), job_settings(folder), events)
     with (
-        Workbench.prepared(folder, record, settings, model, prompts, events) as bench,
-        share_of_cores(bench.loaded, processes or workers_here(settings, bench.loaded)),
+        opened_session(job, read_record(folder.prompts_file, PromptSets)) as session,
+        share_of_cores(session.model, processes or worker_count(job.settings, session.model)),
         signs_of_life(lambda: board.beat(name)),
     ):
         events.say(f"{name} is ready")
@@ -240,7 +240,7 @@ def _work(
         while True:
             task = board.claim(name)
             if task is not None:
-                board.finish(name, task, _result(bench, task))
+                board.finish(name, task, _result(session, task))
                 pauses = waits()
                 continue
             if time.monotonic() - looked > _LOOK_SECONDS:
@@ -250,13 +250,13 @@ def _work(
             time.sleep(next(pauses))
 
 
-def _result(bench: Workbench, task: BoardTask) -> dict[str, object]:
+def _result(session: ModelSession, task: BoardTask) -> dict[str, object]:
     from job.model.device_faults import is_out_of_memory
     from job.model.memory import release_memory
 
     edits = [EditParameters.model_validate(edit) for edit in task.payload["edits"]]
     try:
-        return result_of(bench.scores(edits, task.payload["rows"], task.payload["whole"]))
+        return result_of(session.scores(edits, task.payload["rows"], task.payload["whole"]))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -14,14 +14,16 @@ from job.evaluate.lm_eval import Harness, Scores
 from job.evaluate.measure import MeasuredModel, Pair, Texts, bench_of, opened
 from job.evaluate.perplexity import DEFAULT_TEXT, plain_texts
 from job.evaluate.result import Comparison, Divergence, Score, TextComparison, shares_of
-from job.lifecycle.followups import looking, trial_of
+from job.lifecycle.running import OpenJob
 from job.model.device_faults import clear_faults
 from job.model.files import fetch_model, list_model, parse_model
 from job.model.memory import release_memory
 from job.report.run_view import job_trials
 from job.scoring.kl import Reference
+from job.stages.followups import looking, trial_of
 from job.storage.atomic import write_record
 from job.storage.events import Events
+from job.storage.job_file import JobFile
 from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
 
@@ -105,16 +107,17 @@ def evaluate_trial(
     trials = job_trials(folder)
     if not trials:
         raise UsageError(f"no trial of job {record.job_id} is finished", remedy="run it first")
-    trial = trial_of(folder, record, settings, trials, number)
+    trial = trial_of(OpenJob(folder, JobFile(folder, record), settings, events), trials, number)
     harness, texts = asked.harness(), asked.texts(events.say)
-    with looking(folder, events, device) as job:
-        pair = asked.prompts(settings, events.say, (job.prompts.good_report, job.prompts.bad_report))
-        bench = bench_of(job.loaded, job.settings, pair, harness, events, job.resolution.rows)
+    with looking(folder, events, device) as session:
+        job = session.job
+        pair = asked.prompts(settings, events.say, (session.prompts.good_report, session.prompts.bad_report))
+        bench = bench_of(session.model, job.settings, pair, harness, events, job.resolution.rows)
         events.say("measuring the base model")
         before = bench.measure(bench.passages(texts))
         reference = bench.evaluator(settings.kl_tokens).reference
         events.say(f"measuring trial {trial.number}")
-        edits = job.intervention.activate([job.space.edit(trial.params)])
+        edits = session.hooks.activate([session.space.edit(trial.params)])
         (reason,) = edits.reasons
         if reason is not None:
             raise UsageError(f"trial {trial.number} cannot be measured: {reason}", remedy="choose another")

@@ -14,11 +14,11 @@ from job.errors import ImpossibleJobError
 from job.evaluate.lm_eval import Harness, Scores
 from job.evaluate.perplexity import Passage, cross_entropies
 from job.evaluate.perplexity import passages_of as cut_up
-from job.lifecycle.session import evaluator_of
 from job.model.loading import LoadedModel, load_model
 from job.records import Figures
 from job.scoring.kl import Reference
 from job.scoring.trial_scorer import Evaluator
+from job.stages.measuring import evaluator_of
 from job.storage.events import Events
 
 Pair = tuple[tuple[Prompt, ...], tuple[Prompt, ...]]

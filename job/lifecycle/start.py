@@ -13,8 +13,9 @@ from job.data.prompts import PromptSets
 from job.errors import DeliveryError, GateError, RestartNeeded
 from job.export.reproduction import Again, require_same_model
 from job.lifecycle.end_of_rental import Machine, Progress, end_rental, outcome_of_error
-from job.lifecycle.lock import JobLock, held
+from job.lifecycle.lock import held
 from job.lifecycle.outcome import Outcome, completed
+from job.lifecycle.running import RunningJob
 from job.lifecycle.state import recorded, settings_key
 from job.preflight.readings import MachineReading
 from job.preflight.restarts import past_starts
@@ -23,6 +24,7 @@ from job.records import JobRecord
 from job.search.budget import Meter
 from job.storage.atomic import read_record, write_record
 from job.storage.events import Events, read_events
+from job.storage.job_file import JobFile
 from job.storage.jobs import find_folder, open_job
 from job.storage.run_folder import RunFolder
 from job.system.lifeline import tell
@@ -31,29 +33,6 @@ from job.system.signals import StopSignals
 
 if TYPE_CHECKING:
     from job.cloud.self_stop import Rental
-
-
-@dataclass(frozen=True)
-class RunningJob:
-    """A job that this process holds.
-
-    Attributes:
-        folder: The run folder.
-        record: Its job.json.
-        settings: The settings.
-        events: Where progress goes.
-        signals: What stops the run.
-        meter: Counts time and money.
-        lock: The lock, here and at the checkpoint.
-    """
-
-    folder: RunFolder
-    record: JobRecord
-    settings: Settings
-    events: Events
-    signals: StopSignals
-    meter: Meter
-    lock: JobLock
 
 
 Stages = Callable[[RunningJob, Surveyor], Outcome]
@@ -182,7 +161,7 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
         return done
     # Before the lock is taken, which writes down this process in place of the one before.
     left_by = folder.holder()
-    with held(folder, start.identity, start.settings, events, signals, beside_others=start.beside_others) as hold:
+    with held(folder, start.identity, start.settings, events, signals, beside_others=start.beside_others) as lock:
         # Again: another run may have finished it since, here or elsewhere.
         done = _completed(start, events)
         if done is not None:
@@ -191,9 +170,9 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
         surveyor = surveyor_of(folder, settings, events, notes=start.notes)
         surveyor.held, surveyor.left_by = None, (left_by.process,) if left_by else ()
         surveyor.uploads, settings = folder.uploads_state, surveyor.settings
-        meter = Meter(folder.meter_file, settings.price)
-        with recorded(folder, record, settings, events, meter, hold):
-            return stages(RunningJob(folder, record, settings, events, signals, meter, hold), surveyor)
+        meter, file = Meter(folder.meter_file, settings.price), JobFile(folder, record)
+        with recorded(folder, file, settings, events, meter, lock):
+            return stages(RunningJob(folder, file, settings, events, signals, meter, lock), surveyor)
 
 
 def _completed(start: JobStart, events: Events) -> Outcome | None:

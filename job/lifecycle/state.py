@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from job.config.schema import Settings
 from job.errors import AcceleratorFaultError, ImpossibleJobError, JobError, MachineError, RestartNeeded, Stopped
 from job.lifecycle.lock import JobLock
-from job.records import JobRecord, State
+from job.records import State
 from job.search.budget import Meter
 from job.storage.atomic import write_record
 from job.storage.events import Events, read_events
+from job.storage.job_file import JobFile
 from job.storage.run_folder import RunFolder
 
 # Fresh processes that are tried after the device failed, until a trial succeeds.
@@ -21,7 +22,7 @@ _MOST_FAULTS = 3
 
 @contextmanager
 def recorded(
-    folder: RunFolder, record: JobRecord, settings: Settings, events: Events, meter: Meter, hold: JobLock
+    folder: RunFolder, file: JobFile, settings: Settings, events: Events, meter: Meter, lock: JobLock
 ) -> Iterator[None]:
     """Keep state.json, the event log and the meter true to how the block ends.
 
@@ -29,14 +30,14 @@ def recorded(
         RestartNeeded: The device has failed, and a fresh process may succeed.
     """
     chosen = (folder.read_state() or State(state="running", trials=0)).chosen
-    write_record(folder.job_file, record)
+    file.write()
     write_record(folder.state_file, State(state="running", trials=settings.trials, chosen=chosen))
     events.log_to(folder.events_file)
     key = settings_key(settings)
     events.emit(
         "job_started",
-        f"job {record.job_id} in {folder.path}",
-        versions=record.versions,
+        f"job {file.record.job_id} in {folder.path}",
+        versions=file.record.versions,
         settings=key,
         price=settings.price,
     )
@@ -56,10 +57,10 @@ def recorded(
         raise RestartNeeded from fault
     except JobError as error:
         _end(folder, events, "failed", error.line)
-        if isinstance(error, ImpossibleJobError) and folder.read_job().resolution is None:
+        if isinstance(error, ImpossibleJobError) and file.record.resolution is None:
             # Nothing was begun that could be continued.
             events.log_to(None)
-            hold.discard()
+            lock.discard()
             folder.discard()
         else:
             _report(folder, events)

@@ -164,6 +164,17 @@ class StudySettings:
     ahead: int = 0
 
 
+@dataclass(frozen=True)
+class FewerRows:
+    """Memory did not suffice for a plan: it is stored and evaluated again with fewer rows a forward.
+
+    Attributes:
+        rows: Rows of a forward.
+    """
+
+    rows: int
+
+
 class Search:
     """A study on disk, and where a database is given the same one in it."""
 
@@ -203,7 +214,7 @@ class Search:
     def run(
         self,
         target: int,
-        evaluate: Callable[[Sequence[Plan]], Sequence[TrialScores]],
+        evaluate: Callable[[Sequence[Plan]], Sequence[TrialScores] | FewerRows],
         *,
         told: Callable[[Trial], None],
         shielded: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -214,8 +225,8 @@ class Search:
 
         Args:
             target: Number of trials at the end.
-            evaluate: Scores all trials of the first of some plans, and may begin with the others; may raise at any
-                time without harm.
+            evaluate: Scores all trials of the first of some plans, and may begin with the others; or says that they
+                need fewer rows. May raise at any time without harm.
             told: Called with each trial once it is stored.
             shielded: Within its block, no stop interrupts the study's writes.
             batch: Entered for every batch, from its plan to its last trial.
@@ -231,7 +242,7 @@ class Search:
     def _run_batch(
         self,
         target: int,
-        evaluate: Callable[[Sequence[Plan]], Sequence[TrialScores]],
+        evaluate: Callable[[Sequence[Plan]], Sequence[TrialScores] | FewerRows],
         shielded: Callable[[], AbstractContextManager[None]],
         told: Callable[[Trial], None],
     ) -> None:
@@ -240,15 +251,11 @@ class Search:
         if len(plans) > len(unfinished):
             with shielded():
                 self._store(plans)
-        while True:
-            try:
-                scores = evaluate(plans)
-                break
-            except SmallerLayoutNeeded as needed:
-                plans = [plan.model_copy(update={"rows": needed.rows}) for plan in plans]
-                self._settings = replace(self._settings, rows=needed.rows)
-                with shielded():
-                    self._store(plans)
+        while isinstance(scores := evaluate(plans), FewerRows):
+            plans = [plan.model_copy(update={"rows": scores.rows}) for plan in plans]
+            self._settings = replace(self._settings, rows=scores.rows)
+            with shielded():
+                self._store(plans)
         done = len(self._trials)
         with shielded():
             self._tell(plans[0], scores)
@@ -369,18 +376,6 @@ def _attributes(scores: TrialScores) -> dict[str, Any]:
     # What a former version did not know is left out where it says nothing.
     more = {name for name in ("broken", "skipped") if getattr(scores, name)}
     return scores.model_dump(include={"opening", "reason"} | more)
-
-
-class SmallerLayoutNeeded(Exception):  # noqa: N818 - a request, not an error
-    """A plan cannot be evaluated in its layout; it is to be stored and evaluated with fewer rows.
-
-    Attributes:
-        rows: Rows of a forward.
-    """
-
-    def __init__(self, rows: int) -> None:
-        super().__init__(f"{rows} rows")
-        self.rows = rows
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:

@@ -1,0 +1,129 @@
+"""Residuals of a job's prompts: extracted once, with the forwards that memory allows, and kept in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from job.data.prompts import Prompt, PromptSets
+from job.directions.residuals import digest, extract_residuals, read_tensors, write_tensors
+from job.edits.hooks import ActiveEdits
+from job.errors import ImpossibleJobError, MachineError
+from job.generation.forward import read_tokens
+from job.model.device_faults import halving
+from job.model.loading import LoadedModel
+from job.numerics.directions import winsorize
+from job.records import JobRecord
+from job.storage.events import Events
+from job.storage.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class PromptResiduals:
+    """Residuals of all prompt sets that directions are found from; each is extracted when it is first asked for.
+
+    Attributes:
+        folder: The run folder.
+        record: Its job.json.
+        model: The model.
+        tokens: Token ids of each prompt, by the name of the prompt set.
+        rows: Rows of a forward.
+        forward_tokens: Tokens of a forward, padding included.
+        quantile: Quantile at which residuals are winsorised; 1 leaves them as they are.
+        events: Where progress goes.
+    """
+
+    folder: RunFolder
+    record: JobRecord
+    model: LoadedModel
+    tokens: Mapping[str, list[list[int]]]
+    rows: int
+    forward_tokens: int
+    quantile: float
+    events: Events
+
+    def keys(self) -> dict[str, str]:
+        """Return a key over all that the residuals of each prompt set follow from."""
+        return {name: self._key(name, None) for name in self.tokens}
+
+    def _key(self, name: str, edit: str | None) -> str:
+        # Token ids stand for prompts, template and prefixes.
+        return digest(
+            {
+                "model": self.record.identity["model"],
+                "commit": self.record.model_commit,
+                "dtype": self.model.dtype,
+                "versions": self.record.versions,
+                "batching": [self.rows, self.forward_tokens],
+                "tokens": self.tokens[name],
+                "edit": edit,
+            }
+        )
+
+    def of(
+        self, name: str, *, edits: ActiveEdits | None = None, edit: str | None = None, label: str | None = None
+    ) -> Tensor:
+        """Return winsorised residuals of the layers' outputs, [n, layers, d], on the model's device if they fit there.
+
+        Args:
+            name: The prompt set.
+            edits: Edits of the model, of which edit 0 is active; None: the model as it is.
+            edit: A key of these edits.
+            label: What the file is named after; by default the prompt set.
+
+        Raises:
+            ImpossibleJobError: They are not finite.
+        """
+        label, key = label or name, self._key(name, edit)
+        file = self.folder.path / "residuals" / f"{label}-{key[:16]}.safetensors"
+        kept = read_tensors(file, key)
+        if kept is not None:
+            residuals = kept["residuals"]
+        else:
+            residuals = self._extracted(label, self.tokens[name], edits)
+            try:
+                write_tensors(file, key, {"residuals": residuals})
+            except MachineError as error:
+                # They are a convenience for later starts; this one has them.
+                self.events.say(f"warning: residuals are not kept: {error.line}")
+        if not bool(residuals.isfinite().all()):
+            raise ImpossibleJobError(
+                f"residuals of the {label} prompts are not finite in {self.model.dtype}",
+                remedy="try --set loading.dtypes='[\"float32\"]'",
+            )
+        return winsorize(self._near_model(residuals[:, 1:]), self.quantile)
+
+    def _extracted(self, label: str, tokens: Sequence[list[int]], edits: ActiveEdits | None) -> Tensor:
+        """Return residuals, [n, layers + 1, d], by smaller forwards where memory does not suffice."""
+
+        def extract(rows: int) -> Tensor:
+            with self.events.progress(f"{label} residuals", len(tokens)) as advance:
+                fitting = max(self.forward_tokens * rows // self.rows, 1)
+                return extract_residuals(self.model, tokens, rows, advance, tokens=fitting, edits=edits)
+
+        return halving(self.rows, extract, self.events.say)[0]
+
+    def _near_model(self, residuals: Tensor) -> Tensor:
+        try:
+            return residuals.to(self.model.device)
+        except torch.OutOfMemoryError:
+            return residuals
+
+
+def direction_prompts(prompts: PromptSets) -> dict[str, Sequence[Prompt]]:
+    """Return the prompt sets that directions are found from, by name."""
+    references = ("helpfulness", "unhelpfulness", "capability")
+    return {
+        "good": prompts.good,
+        "bad": prompts.bad,
+        **{name: found for name in references if (found := getattr(prompts, name))},
+    }
+
+
+def tokens_of_forward(model: LoadedModel, prompts: Sequence[Prompt], rows: int, answer_tokens: int) -> int:
+    """Return how many tokens a forward of `rows` rows was planned to take: the longest prompt with its response."""
+    planned, limit = rows * (max(map(len, model.tokenize(prompts))) + answer_tokens), read_tokens(model.model)
+    return planned if limit is None else min(planned, limit)

@@ -1,0 +1,42 @@
+"""Which trial a job exports, and whether that is already decided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from job.data.prompts import PromptSets
+from job.lifecycle.running import OpenJob
+from job.records import Trial
+from job.search.finalists import next_to_rescore, read_full_counts
+from job.search.optimizer import choose
+from job.storage.exports import is_sealed
+
+
+def chosen_trial(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> Trial:
+    """Return the trial that the job exports.
+
+    Raises:
+        JobError: No trial could be scored.
+    """
+    return choose(trials, len(prompts.bad_search), job.settings.choice.refusal_tolerance)
+
+
+def has_finalists(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> bool:
+    """Return whether trials that may be chosen have yet to be judged on responses of full length."""
+    scoring, tolerance = job.settings.scoring, job.settings.choice.refusal_tolerance
+    whole = scoring.effective_search_tokens == scoring.answer_tokens and scoring.gibberish is None
+    if not job.record.searches or whole:
+        return False
+    return bool(next_to_rescore(trials, read_full_counts(job.folder), len(prompts.bad_search), tolerance, 1))
+
+
+def is_searched(job: OpenJob, trials: Sequence[Trial]) -> bool:
+    """Return whether the search has as many trials as are wanted, or is none of this job's."""
+    return not job.record.searches or len(trials) >= job.settings.trials
+
+
+def is_exported(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets | None) -> bool:
+    """Return whether search, choice and export are done, so that the model is not needed any more."""
+    if prompts is None or not is_searched(job, trials) or has_finalists(job, trials, prompts):
+        return False
+    return is_sealed(job.export_of(chosen_trial(job, trials, prompts)))

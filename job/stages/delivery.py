@@ -1,0 +1,64 @@
+"""The end of a job: gates, delivery to all targets, and its last state and reports."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from job.lifecycle.outcome import Outcome, missed_gate, outcome_of
+from job.lifecycle.running import RunningJob
+from job.records import State, Trial
+from job.report.markdown import write_reports
+from job.report.run_view import RunResult
+from job.storage.atomic import write_record
+from job.upload.targets import deliver_to_all
+
+
+def deliver(job: RunningJob, export: Path, trial: Trial) -> Outcome:
+    """Deliver an export to all targets, unless it misses a gate; return what the job came to.
+
+    Raises:
+        HeldError: Another run has taken the job over.
+    """
+    outcome = outcome_of(job.folder, trial.number, export)
+    for warning in RunResult.read(job.folder).warnings:
+        job.events.emit("doubt", f"warning: {warning}")
+    missed = missed_gate(job.settings, outcome.edited)
+    if missed is not None:
+        job.events.emit("gate_missed", f"nothing is delivered: {missed}")
+        return replace(outcome, missed_gate=missed)
+    job.begin("upload")
+    if not job.settings.upload:
+        return outcome  # nobody sees anything, so a lease that may have expired is no hindrance
+    with job.lock.outward():
+        failed = deliver_to_all(job.folder, export, job.settings, job.events)
+    return replace(outcome, failed_targets=tuple(failed))
+
+
+def finish(job: RunningJob, trial: Trial, trials: int, missed: str | None) -> None:
+    """Write a finished job's reports and its state, last.
+
+    Args:
+        job: The job.
+        trial: The chosen trial.
+        trials: Trials of the search.
+        missed: Which gate the export missed, None if it missed none.
+    """
+    finished = _finished(job, trial, trials, missed)
+    write_reports(job.folder, finished)
+    write_record(job.folder.state_file, finished)
+    job.events.emit("job_finished", chosen=trial.number)
+
+
+def _finished(job: RunningJob, trial: Trial, trials: int, missed: str | None) -> State:
+    settings = job.settings
+    if trials >= settings.trials or not job.record.searches:
+        return State(state="finished", reason=missed, trials=settings.trials, chosen=trial.number)
+    return State(
+        state="finished",
+        reason=missed or "budget",
+        trials=trials,
+        chosen=trial.number,
+        max_hours=settings.max_hours,
+        max_cost=settings.max_cost,
+    )

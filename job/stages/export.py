@@ -1,0 +1,168 @@
+"""The export of a trial: written, loaded afresh, proven, measured on the report split, and sealed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from job.data.prompts import Prompt
+from job.export.directions_file import write_edit_file
+from job.export.lora import with_adapter, write_adapter
+from job.export.merged import Edit, copy_licences, seal_made, verify_written, write_weights
+from job.export.reproduction import base_model_name, reproduction
+from job.export.verification import MeasuredEdit
+from job.lifecycle.running import OpenJob
+from job.model.loading import LoadedModel, load_model
+from job.model.memory import release_memory
+from job.model.placement import let_go
+from job.model.safetensors_files import Checkpoint
+from job.records import DetectorReport, EditParameters, ExportFormat, Figures, KeptAnswers, Trial
+from job.scoring.broken import Exchange
+from job.scoring.detectors import Context, detect
+from job.scoring.trial_scorer import Evaluator
+from job.stages.measuring import evaluator_of
+from job.stages.model import require_resident
+from job.stages.session import ModelSession
+from job.storage.answers import keep_answers
+from job.storage.atomic import cannot_write, make_folder, write_record
+from job.storage.exports import DONE
+
+
+def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportFormat) -> Path:
+    """Write a trial's edit, prove what was written, measure it and seal it; return its folder.
+
+    What was written is loaded afresh in the place of the base model, which nothing can be measured on afterwards.
+
+    Args:
+        session: The model.
+        trial: The trial.
+        trials: Trials that the search has made.
+        form: What is written.
+
+    Raises:
+        ExportMismatchError: What was written is not what was measured.
+        MachineError: The folder cannot be written.
+    """
+    job, model = session.job, session.model
+    require_resident(model, form)
+    export = job.folder.export_folder(trial.number, form)
+    edit = Edit(session.space.edit(trial.params), session.basis, job.settings.ablation.row_normalization)
+    job.events.emit("export_started", f"exporting trial {trial.number} to {export}", trial=trial.number)
+    try:
+        make_folder(export)
+        (export / DONE).unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(export, error) from error
+    _write_weights(session, export, edit, form)
+    made = reproduction(
+        job.record,
+        job.settings,
+        session.prompts,
+        trial=trial,
+        trials=trials,
+        edit=edit.parameters,
+        figures=_Measurement(session, export, form).figures(edit.parameters),
+        form=form,
+    )
+    if form == "directions":
+        write_edit_file(export, model.folder, model.architecture, edit, made)
+    if form != "merged":
+        copy_licences(model.folder, export)
+    seal_made(export, made, model.folder)
+    job.events.emit("exported", export=export.name)
+    return export
+
+
+def _write_weights(session: ModelSession, export: Path, edit: Edit, form: ExportFormat) -> None:
+    """Write the weights of an export, where it has any."""
+    job, model = session.job, session.model
+    if form == "merged":
+        with job.events.progress("shards", len(Checkpoint(model.folder).files)) as advance:
+            own_code = job.settings.loading.trust_remote_code
+            write_weights(model.folder, export, model.architecture, edit, advance, own_code=own_code)
+        verify_written(model.folder, export, model.architecture, edit)
+    elif form == "adapter":
+        write_adapter(model, export, edit, base_model_name(job.record, job.settings))
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Measures the base model and an export on the report split, alike, the latter as anyone would load it.
+
+    There is never more than one of them in memory: two need not fit.
+    """
+
+    session: ModelSession
+    export: Path
+    form: ExportFormat
+
+    @property
+    def _job(self) -> OpenJob:
+        return self.session.job
+
+    def figures(self, parameters: EditParameters) -> tuple[Figures, Figures]:
+        """Return the figures of both, and keep them with sampled answers and what detectors say.
+
+        Raises:
+            ExportMismatchError: The export, loaded afresh, is not what was measured.
+        """
+        session, prompts = self.session, self.session.prompts
+        base = self._evaluator(session.model, prompts.good_report, prompts.bad_report)
+        plain = base.answers(None)
+        edits = session.hooks.activate([parameters])
+        answers = base.answers(edits)
+        # What the base model says of them has to be had while it is there; the export is proven to answer alike.
+        unlikely = base.gibberish(answers)
+        before = base.figures(answers=plain, heard=self._keeper("base"))
+        heard = self._keeper(self.export.name)
+        if self.form == "directions":  # an edit without weights: measured under its hooks
+            after = base.figures(base, edits, answers, unlikely, heard)
+        else:
+            base.refer()
+            reported = self._evaluator(self._proven(parameters), prompts.good_report, prompts.bad_report)
+            answers = reported.answers(None)
+            after = reported.figures(base, answers=answers, gibberish=unlikely, heard=heard)
+        for subject, figures in (("base", before), (self.export.name, after)):
+            file = self._job.folder.figures_file(subject)
+            make_folder(file.parent)
+            write_record(file, figures)
+        detected = self._detected(base.exchanges(plain), base.exchanges(answers, unlikely))
+        write_record(self._job.folder.detectors_file(self.export.name), detected)
+        return before, after
+
+    def _proven(self, parameters: EditParameters) -> LoadedModel:
+        """Return the export, loaded in the base model's place and compared with the edit on the search split."""
+        session, model = self.session, self.session.model
+        exact = self.form == "adapter" or Checkpoint(model.folder).keeps(model.architecture, torch.float32)
+        rows = self._job.resolution.rows
+        measured = MeasuredEdit.of(session.scorer, session.hooks, parameters, rows, exact)
+        fresh = self._reloaded()
+        searched = self._evaluator(fresh, session.prompts.good_search, session.prompts.bad_search)
+        found = measured.compare(searched, session.scorer)
+        self._job.events.emit("export_proven", f"the export was loaded afresh: {found}")
+        return fresh
+
+    def _reloaded(self) -> LoadedModel:
+        base, job = self.session.model, self._job
+        let_go(base.model)
+        release_memory()
+        folder = base.folder if self.form == "adapter" else self.export
+        fresh = load_model(folder, job.settings.loading, job.events.say, dtype=job.resolution.dtype)
+        if self.form == "adapter":
+            fresh = with_adapter(fresh, self.export)
+        return replace(fresh, response_prefix=job.resolution.response_prefix)
+
+    def _detected(self, before: Sequence[Exchange], after: Sequence[Exchange]) -> DetectorReport:
+        """Return what the detectors say of the base model's answers and of the edited one's."""
+        scoring = self._job.settings.scoring
+        context = Context(scoring, self._job.settings.loading, self._job.events.say)
+        return detect(scoring.detectors, context, before, after, len(self.session.prompts.good_report))
+
+    def _evaluator(self, model: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt]) -> Evaluator:
+        return evaluator_of(model, self._job.settings, good, bad, self._job.resolution.rows, self._job.events)
+
+    def _keeper(self, subject: str) -> Callable[[KeptAnswers], None]:
+        return lambda heard: keep_answers(self._job.folder, subject, heard, self.session.prompts)

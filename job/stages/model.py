@@ -1,0 +1,154 @@
+"""The model of a job: loaded as its first start resolved, and watched while it computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from job.architectures.discovery import decoder_of
+from job.architectures.spec import require_modes
+from job.config.schema import Settings
+from job.data.prompts import PromptSets
+from job.directions.response_prefix import with_response_prefix
+from job.errors import ImpossibleJobError
+from job.lifecycle.running import OpenJob
+from job.model.device_faults import Watchdog, clear_faults
+from job.model.loading import LoadedModel, conversations, hardware, load_model
+from job.model.placement import placement
+from job.model.safetensors_files import Checkpoint
+from job.preflight.checks import size
+from job.proof.truth_test import inspect_model
+from job.records import ExportFormat, Resolution
+from job.stages.measuring import evaluator_of
+from job.tuning.batch_size import Tuner
+
+# Rows of a forward where preflight found no plan and was allowed to; halved until they fit.
+_ROWS = 32
+# Share by which a device may hold more weights than planned before that is worth a warning.
+_PLAN_TOLERANCE = 0.1
+
+
+@contextmanager
+def loaded_model(job: OpenJob, source: Path, prompts: PromptSets) -> Iterator[LoadedModel]:
+    """Yield the base model; faults of its device become errors of ours, and a forward that hangs ends the process.
+
+    What the job's first start has to resolve (dtype, rows of a forward, response prefix) is resolved and pinned.
+
+    Args:
+        job: The job.
+        source: Folder of the model's files.
+        prompts: All prompt sets.
+
+    Raises:
+        ImpossibleJobError: The model cannot be edited as the settings want.
+        MachineError: It does not fit here.
+    """
+    settings = job.settings
+    architecture = inspect_model(source, settings.loading.trust_remote_code)
+    require_modes(architecture, settings.ablation.row_normalization, settings.export_format)
+    Checkpoint(source).require_writers(architecture)
+    job.events.emit(
+        "architecture",
+        f"architecture: {architecture.model_type}, {architecture.layer_count} layers, "
+        f"{len(architecture.writers)} residual writers, proven complete",
+    )
+    model = _load(job, source)
+    require_resident(model, settings.export_format)
+    conversations(model.tokenizer, prompts.everything)  # at once: one process renders them all
+    watchdog = Watchdog(settings.hang_seconds, job.folder.stacks_file)
+    with clear_faults(), watchdog.watching(decoder_of(model.model)):
+        _resolve(job, model, prompts, architecture.norms)
+        model = replace(model, response_prefix=job.resolution.response_prefix)
+        if not settings.ablation.through_norms:
+            model = replace(model, architecture=model.architecture.without_norms())
+        yield model
+
+
+def _load(job: OpenJob, source: Path) -> LoadedModel:
+    record, events = job.record, job.events
+    events.emit("loading", "loading the model")
+    dtype = record.resolution.dtype if record.resolution else None
+    model = load_model(source, job.settings.loading, events.say, dtype=dtype)
+    held, planned = placement(model.model), record.planned_weights or {}
+    told = ", ".join(f"{size(count)} on {place}" for place, count in held.items())
+    events.emit("loaded", f"loaded in {model.dtype}: {told}", hardware=hardware(model.device), placement=held)
+    for place, count in held.items():
+        if place in planned and count > planned[place] * (1 + _PLAN_TOLERANCE):
+            events.say(f"warning: the plan was {size(planned[place])} of weights on {place}")
+    return model
+
+
+def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, norms: tuple[str, ...]) -> None:
+    """Pin what the job's first start resolves."""
+    record, settings = job.record, job.settings
+    if record.resolution is not None:
+        return
+    rows = settings.batching.rows or record.planned_rows or _ROWS
+    prefix = settings.loading.response_prefix
+    if prefix == "auto":
+        prefix = with_response_prefix(model, prompts.good, prompts.bad, rows).response_prefix
+    if prefix:
+        job.events.emit("response_prefix", f"answers are made to begin with {prefix!r}")
+    model = replace(model, response_prefix=prefix)
+    workers = worker_count(settings, model)
+    together = settings.batching.trials or -(-settings.trials_per_batch // workers)
+    if settings.tune:
+        evaluator = partial(evaluator_of, model, settings, events=job.events)
+        place, batch = job.folder.path.parent, min(together, settings.trials_per_batch)
+        rows = Tuner(place, record, settings, prompts, model, evaluator, batch, workers, job.events).rows(rows)
+    job.file.pin(
+        resolution=Resolution(
+            dtype=model.dtype,
+            rows=rows,
+            layers=model.architecture.layer_count,
+            response_prefix=prefix,
+            together=together,
+            norms=norms,
+        )
+    )
+
+
+def require_resident(model: LoadedModel, form: ExportFormat) -> None:
+    """Refuse an adapter for a model with offloaded weights: PEFT cannot attach one.
+
+    Raises:
+        ImpossibleJobError: It is to be one.
+    """
+    if form == "adapter" and any(parameter.is_meta for parameter in model.model.parameters()):
+        raise ImpossibleJobError(
+            "an adapter cannot be proven on a model of which weights are offloaded",
+            remedy="use export_format = merged, or loading.device_map = single or balanced",
+        )
+
+
+def worker_count(settings: Settings, model: LoadedModel) -> int:
+    """Return how many processes of this machine evaluate trials: one a GPU if this one holds the whole model."""
+    if settings.workers is not None:
+        return settings.workers
+    whole = settings.loading.device == "auto" and settings.loading.device_map == "single"
+    return max(1, len(cuda_devices())) if whole and model.device.type == "cuda" else 1
+
+
+@contextmanager
+def share_of_cores(model: LoadedModel, processes: int) -> Iterator[None]:
+    """Within the block compute with this process's share of the CPU's threads."""
+    threads = torch.get_num_threads()
+    if model.device.type == "cpu":
+        torch.set_num_threads(max(1, threads // processes))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cuda_devices() -> list[str]:
+    """Return CUDA's names of the devices that this process may use, its own first."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]

@@ -1,0 +1,57 @@
+"""A job that makes an export again: what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from job.errors import ExportMismatchError
+from job.export.reproduction import Reproduction, environment_differences
+from job.lifecycle.running import OpenJob
+from job.records import Trial
+from job.storage.atomic import read_record
+from job.storage.exports import REPRODUCE
+
+
+def original_of(job: OpenJob) -> Reproduction | None:
+    """Return the export that a job makes again, None if it makes none."""
+    if job.record.reproduces is None:
+        return None
+    return read_record(job.folder.reproduces_file, Reproduction)
+
+
+def trials_made(job: OpenJob, trials: Sequence[Trial]) -> int:
+    """Return how many trials the search has made that the exported trial comes from."""
+    original = original_of(job)
+    return len(trials) if original is None else original.trials
+
+
+def warn_of_differences(job: OpenJob) -> None:
+    """Say which versions differ from those that the original was made with."""
+    original = original_of(job)
+    for line in environment_differences(original, job.record.versions) if original else ():
+        job.events.say(f"warning: {line}: the result may differ from the original")
+
+
+def require_original(job: OpenJob, export: Path) -> None:
+    """Compare an export with the one that it is to be the same as, if there is one.
+
+    Raises:
+        ExportMismatchError: It is not the same.
+    """
+    original = original_of(job)
+    if original is None:
+        return
+    made = read_record(export / REPRODUCE, Reproduction)
+    if made.edit != original.edit:
+        raise ExportMismatchError(
+            f"the search has chosen another edit (trial {made.trial.number}, was {original.trial.number})",
+            remedy="see the warnings on versions above",
+        )
+    differing = [name for name, sha in original.weights.items() if made.weights.get(name) != sha]
+    if differing:
+        raise ExportMismatchError(
+            f"{len(differing)} of {len(original.weights)} files of weights are not the original's: {differing[0]}",
+            remedy="the same hardware and the versions named in reproduce.json give the same bytes",
+        )
+    job.events.emit("reproduced", f"all {len(original.weights)} files of weights equal the original's")

@@ -1,0 +1,231 @@
+"""The search of a job: trials asked, evaluated and stored in batches, and finalists counted again."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from job.errors import ImpossibleJobError
+from job.lifecycle.running import OpenJob, RunningJob
+from job.lifecycle.search_limits import SearchLimits, budget_of
+from job.model.device_faults import is_out_of_memory, out_of_memory
+from job.model.memory import release_memory
+from job.preflight.mounts import kind_of, mount_of, read_mounts
+from job.records import Plan, Trial, TrialScores
+from job.report.run_view import trials_so_far
+from job.search.finalists import in_words, keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
+from job.search.optimizer import FewerRows, Search, StudySettings
+from job.stages.choice import has_finalists
+from job.stages.model import cuda_devices, share_of_cores, worker_count
+from job.stages.session import ModelSession
+from job.storage.study_file import back_up
+from job.workers.crew import Shared, WarmWorkerPool, crew, parts_of
+
+
+def search(job: RunningJob, session: ModelSession, pool: WarmWorkerPool) -> list[Trial]:
+    """Bring the study to its target and return its trials, finalists with their counts at full length.
+
+    Args:
+        job: The job; one that makes an export again without its search has its trials already.
+        session: The model.
+        pool: Processes that may become workers.
+
+    Raises:
+        ImpossibleJobError: The base model refuses nothing.
+        HeldError: Another run has taken the job over.
+        MachineError: The study cannot be written, or memory does not suffice for one prompt.
+    """
+    if not job.record.searches:
+        return trials_so_far(job.folder)
+    job.begin("search")
+    target, asked = job.settings.trials, len(session.prompts.bad_search)
+    with _workers(job, session, pool) as shared:
+        _measure_baseline(job, session)  # meanwhile others get ready
+        evaluator = PlanEvaluator(job, session, shared)
+        # Only the coordinator may open the study: what it finds, it carries over to where it is missing.
+        study = _study(job, session)
+        done = len(study.finished())
+        job.events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
+        budget = budget_of(job.folder, job.settings, job.meter)
+        limits = SearchLimits(budget, job.lock, job.signals, job.settings.grace, begun=done > 0)
+        with job.events.progress("trials", target, done) as advance:
+
+            def told(trial: Trial) -> None:
+                _tell(job, trial, asked)
+                advance(1)
+
+            study.run(
+                target,
+                evaluator.scores,
+                told=told,
+                shielded=job.signals.shielded,
+                batch=limits.batch,
+                may_go_on=limits.may_go_on,
+            )
+        trials = study.finished()
+        if len(trials) < target:
+            job.events.emit("budget", f"the budget ends the search after {len(trials)} of {target} trials")
+        if has_finalists(job, trials, session.prompts):
+            return evaluator.rescored(trials)
+    return with_full_counts(trials, read_full_counts(job.folder))
+
+
+def _measure_baseline(job: RunningJob, session: ModelSession) -> None:
+    figures = session.scorer.figures()
+    job.events.emit(
+        "baseline",
+        f"base model: {figures.refusals} of {figures.bad_prompts} bad prompts refused, "
+        f"{figures.false_refusals} of {figures.good_prompts} good ones",
+        **figures.model_dump(),
+    )
+    if figures.refusals == 0:
+        raise ImpossibleJobError(
+            "the base model refuses none of the bad evaluation prompts: there is nothing to remove",
+            remedy="check the prompts and scoring.refusal_markers",
+        )
+
+
+@contextmanager
+def _workers(job: RunningJob, session: ModelSession, pool: WarmWorkerPool) -> Iterator[Shared]:
+    """Yield what scores plans, in this process and in workers."""
+    workers = worker_count(job.settings, session.model)
+    devices = cuda_devices() if session.model.device.type == "cuda" else []
+    with (
+        share_of_cores(session.model, workers),
+        crew(job.folder, workers, devices, job.settings.database, job.events, pool) as shared,
+    ):
+        yield shared
+
+
+def _study(job: OpenJob, session: ModelSession) -> Search:
+    settings, resolution = job.settings, job.resolution
+    live, copy = _study_place(job)
+    return Search(
+        live,
+        session.space,
+        StudySettings(
+            seed=settings.seed,
+            startup_trials=job.record.startup_trials,
+            batch=settings.trials_per_batch,
+            rows=resolution.search_rows or resolution.rows,
+            ei_candidates=settings.search.ei_candidates,
+            known_points=settings.search.known_points,
+            together=resolution.together,
+            ahead=settings.search.ahead,
+        ),
+        copy,
+        (settings.database, job.record.job_id) if settings.database else None,
+    )
+
+
+def _study_place(job: OpenJob) -> tuple[Path, Path | None]:
+    """Return where the study is kept while it is searched, and where it is copied to after every batch.
+
+    SQLite needs locks and writes in the middle of files, which network file systems and object stores do not give
+    reliably: there the study is on this machine's own disk, and the workspace has a copy that is always whole.
+    """
+    where, study = job.settings.study_storage, job.folder.study_file
+    remote = kind_of(mount_of(job.folder.path, read_mounts())) in ("network", "object-store")
+    if where == "workspace" or (where == "auto" and not remote):
+        return study, None
+    name = hashlib.sha256(str(job.folder.path.resolve()).encode()).hexdigest()[:16]
+    live = Path(tempfile.gettempdir()) / f"abliterate-{name}" / study.name
+    live.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for left in live.parent.glob("study.db*"):
+        left.unlink()  # of an earlier start, which may have been this far on another machine since
+    if study.exists():
+        back_up(study, live)
+    return live, study
+
+
+def _tell(job: OpenJob, trial: Trial, asked: int) -> None:
+    values = trial.values
+    counted = f"{in_words(values, asked)}, KL {values.kl:.4g}"
+    job.events.emit(
+        "trial",
+        f"trial {trial.number}: {f'failed: {values.reason}' if values.reason else counted}",
+        number=trial.number,
+        **values.model_dump(),
+    )
+
+
+@dataclass(frozen=True)
+class PlanEvaluator:
+    """Scores plans, by itself or with workers.
+
+    Attributes:
+        job: The job.
+        session: The model.
+        shared: Has the parts of plans scored.
+    """
+
+    job: OpenJob
+    session: ModelSession
+    shared: Shared
+
+    def scores(self, plans: Sequence[Plan]) -> Sequence[TrialScores] | FewerRows:
+        """Return the scores of the first plan's trials, or how many rows memory may suffice for.
+
+        Args:
+            plans: The plan, and those that may be begun before it is done.
+
+        Raises:
+            MachineError: Memory does not suffice for one prompt at a time.
+        """
+        edit = self.session.space.edit
+        rounds = [(plan, parts_of(plan, [edit(params) for params in plan.parameters])) for plan in plans]
+        try:
+            return self.shared(rounds, self.session.scores)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rows = plans[0].rows // 2
+            if rows < max(len(part) for _, parts in rounds for part in parts):
+                raise out_of_memory(error) from error
+        release_memory()
+        self.job.events.emit(
+            "out_of_memory", f"warning: out of memory: the search goes on with {rows} rows a forward", rows=rows
+        )
+        self.job.file.pin(resolution=self.job.resolution.model_copy(update={"search_rows": rows}))
+        return FewerRows(rows)
+
+    def rescored(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Count finalists again at full length until the choice is final; return all trials with these counts.
+
+        What has been counted is kept after every batch, and a restart goes on from there.
+
+        Args:
+            trials: The finished trials as the search has measured them.
+        """
+        job, prompts = self.job, len(self.session.prompts.bad_search)
+        counts = read_full_counts(job.folder)
+        tolerance, size = job.settings.choice.refusal_tolerance, job.settings.trials_per_batch
+        parts = -(-size // (job.resolution.together or size))
+        while batch := next_to_rescore(trials, counts, prompts, tolerance, size):
+            plan = Plan(
+                first=batch[0].number,
+                parameters=[trial.params for trial in batch],
+                rows=job.resolution.search_rows or job.resolution.rows,
+                together=-(-len(batch) // parts),  # split small batches across all workers too
+                whole=True,
+            )
+            scores = self.scores([plan])
+            if isinstance(scores, FewerRows):
+                continue  # they are pinned, and the next plan has them
+            found = {trial.number: score for trial, score in zip(batch, scores, strict=True)}
+            counts = keep_full_counts(job.folder, counts, found)
+            for trial in batch:
+                before, after = trial.values, found[trial.number]
+                words = f"{in_words(after, prompts)}; in the search {in_words(before)}"
+                job.events.emit(
+                    "rescored",
+                    f"trial {trial.number} at full length: {words}",
+                    number=trial.number,
+                    refusals=after.refusals,
+                    broken=after.broken,
+                )
+        return with_full_counts(trials, counts)

@@ -1,0 +1,100 @@
+"""A loaded model that can be edited: its directions, hooks in place, and how edits are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from job.data.prompts import PromptSets
+from job.directions.extraction import find_directions
+from job.directions.prompt_residuals import PromptResiduals, direction_prompts, tokens_of_forward
+from job.edits.hooks import Intervention
+from job.lifecycle.model_folder import model_folder
+from job.lifecycle.running import OpenJob
+from job.model.loading import LoadedModel
+from job.numerics.basis import Basis
+from job.records import EditParameters, TrialScores
+from job.scoring.trial_scorer import Evaluator
+from job.search.optimizer import SearchSpace
+from job.stages.measuring import evaluator_of
+from job.stages.model import loaded_model
+
+
+@dataclass(frozen=True)
+class ModelSession:
+    """A job's model with its directions and hooks.
+
+    Attributes:
+        job: The job.
+        prompts: All prompt sets.
+        model: The base model.
+        basis: The directions of all layers.
+        scorer: Measures on the search split.
+        hooks: The hooks on the base model, in place.
+    """
+
+    job: OpenJob
+    prompts: PromptSets
+    model: LoadedModel
+    basis: Basis
+    scorer: Evaluator
+    hooks: Intervention
+
+    @property
+    def space(self) -> SearchSpace:
+        """The space of edits."""
+        return SearchSpace(self.job.settings.search.space, self.job.resolution.layers, self.basis.size)
+
+    def scores(self, edits: Sequence[EditParameters], rows: int, whole: bool) -> Sequence[TrialScores]:
+        """Score edits in one batch.
+
+        Args:
+            edits: The edits.
+            rows: Rows of a forward.
+            whole: On responses of full length, none left out; else as the search does.
+        """
+        settings = self.job.settings
+        searched = settings.scoring.effective_search_tokens
+        if whole:
+            return self.scorer.scores(self.hooks, edits, rows, again_after=searched)
+        return self.scorer.scores(self.hooks, edits, rows, skip_kl_above=settings.skip_kl_above, answer_tokens=searched)
+
+
+def prompt_residuals(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> PromptResiduals:
+    """Return the residuals of a job's prompts, each set extracted when it is first needed."""
+    rows, settings = job.resolution.rows, job.settings
+    # The prompts whose length decides how many rows a forward takes.
+    planned = [*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search]
+    return PromptResiduals(
+        job.folder,
+        job.record,
+        model,
+        {name: model.tokenize(found) for name, found in direction_prompts(prompts).items()},
+        rows,
+        tokens_of_forward(model, planned, rows, settings.scoring.answer_tokens),
+        settings.directions.winsorization_quantile,
+        job.events,
+    )
+
+
+@contextmanager
+def model_session(job: OpenJob, model: LoadedModel, basis: Basis, prompts: PromptSets) -> Iterator[ModelSession]:
+    """Yield a loaded model with its hooks in place."""
+    settings = job.settings
+    scorer = evaluator_of(model, settings, prompts.good_search, prompts.bad_search, job.resolution.rows, job.events)
+    with Intervention(model.model, model.architecture, basis, settings.ablation.row_normalization) as hooks:
+        yield ModelSession(job, prompts, model, basis, scorer, hooks)
+
+
+@contextmanager
+def opened_session(job: OpenJob, prompts: PromptSets) -> Iterator[ModelSession]:
+    """Yield a job's model with its directions and hooks, from the run folder's records.
+
+    Raises:
+        JobError: The model cannot be loaded here, or is no longer what it was.
+    """
+    with loaded_model(job, model_folder(job.record, job.settings, job.events), prompts) as model:
+        basis = find_directions(prompt_residuals(job, model, prompts), job.settings.directions)
+        with model_session(job, model, basis, prompts) as session:
+            yield session
