@@ -37,7 +37,8 @@ from job.numerics.directions import mean_difference
 from job.records import EditParameters, Plan, Trial, TrialScores
 from job.scoring.trial_scorer import Evaluator
 from job.search.convergence import hypervolume
-from job.search.optimizer import Search, SearchSpace, StudySettings
+from job.search.optimizer import Search, StudySettings
+from job.search.space import SearchSpace
 from job.text.refusal_markers import RefusalMarkers
 
 ROWS = 512

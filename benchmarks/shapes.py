@@ -48,7 +48,7 @@ from job.preflight.memory_plan import Refusal, Workload, plan
 from job.preflight.readings import MachineReading
 from job.records import EditParameters
 from job.scoring.trial_scorer import Evaluator
-from job.search.optimizer import SearchSpace
+from job.search.space import SearchSpace
 from job.text.refusal_markers import RefusalMarkers
 
 DEFAULT_SHAPES = {"cpu": ["0.5B"], "cuda": ["7B", "32B", "MoE"]}

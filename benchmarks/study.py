@@ -14,7 +14,8 @@ from pathlib import Path
 
 from job.config.load import default_values
 from job.records import Plan, TrialScores
-from job.search.optimizer import Search, SearchSpace, StudySettings
+from job.search.optimizer import Search, StudySettings
+from job.search.space import SearchSpace
 
 TARGETS = (50, 100, 200, 400)
 

@@ -25,7 +25,7 @@ from job.architectures.spec import discover
 from job.edits.hooks import Intervention
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis
-from job.search.optimizer import SearchSpace
+from job.search.space import SearchSpace
 
 MODES: tuple[RowNormalization, ...] = ("none", "pre", "full", "column")
 TOGETHER = (1, 4, 16)

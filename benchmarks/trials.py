@@ -38,7 +38,7 @@ from job.preflight.memory_plan import MemoryPlan, Workload, plan
 from job.preflight.model_facts import model_facts
 from job.records import EditParameters
 from job.scoring.trial_scorer import Evaluator
-from job.search.optimizer import SearchSpace
+from job.search.space import SearchSpace
 from job.text.refusal_markers import RefusalMarkers
 
 # Wall clock and processor.

@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from job.mirror import MirrorOptions, open_mirror
-from job.search.optimizer import SearchSpace
+from job.search.space import SearchSpace
 from job.search.study import PLAN, STUDY_NAME, add_trials, file_url, open_study
 from job.storage.run_folder import RunFolder
 from tests.mirrors import CALM, IDENTITY, JOB, wait_until, write_folder

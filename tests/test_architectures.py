@@ -19,8 +19,9 @@ from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, verify_written, write_weights
+from job.generation.batching import BatchingSupport
 from job.generation.forward import first_logits
-from job.generation.greedy import BatchingSupport, greedy_answers
+from job.generation.greedy import greedy_answers
 from job.model.loading import LoadedModel
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis, orthonormal_basis

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from job.architectures.spec import discover
 from job.edits.hooks import ActiveEdits, Intervention
+from job.generation.answer import Answer
 from job.generation.forward import RowTrials, first_logits, shared_prefix
-from job.generation.greedy import Answer, greedy_answers
+from job.generation.greedy import greedy_answers
 from job.records import READ_TOKENS, EditParameters, KernelParameters
 from tests.test_intervention import basis_for, wide_basis_for
 from tests.zoo import tiny_model

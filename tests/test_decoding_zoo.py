@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from job.generation.answer import Answer
 from job.generation.forward import RowTrials, first_logits, last_logits, left_padded, shared_prefix
-from job.generation.greedy import Answer, greedy_answers
+from job.generation.greedy import greedy_answers
 from job.generation.kv_cache import GrowableKVLayer, common_prefix, rows_can_be_picked, takes_cache, writable_slots
 from job.records import READ_TOKENS
 from tests.forwards import Forwards

@@ -24,7 +24,7 @@ from job.scoring.detectors import cohens_kappa
 from job.scoring.likelihood import LEAST, OPENING
 from job.scoring.nli import HYPOTHESIS, Entailment
 from job.scoring.soft_refusals import is_evasion
-from job.search.optimizer import choose
+from job.search.pareto import choose
 from job.text.refusal_markers import RefusalMarkers
 from tests.helpers import abliterate, events, job_arguments, loading, only_job
 

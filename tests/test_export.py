@@ -24,8 +24,8 @@ from job.errors import (
 )
 from job.export.merged import Edit, build_manifest, seal_made, verify_written, write_weights
 from job.export.verification import compare_answers
+from job.generation.answer import Answer
 from job.generation.forward import RowTrials, first_logits
-from job.generation.greedy import Answer
 from job.model.safetensors_files import Checkpoint
 from job.numerics.basis import Basis
 from job.records import Manifest

@@ -15,7 +15,7 @@ from playwright.sync_api import Browser
 from job.data.prompts import PromptSets
 from job.mirror.snapshot import mirrored_files
 from job.report.run_view import job_trials
-from job.search.optimizer import pareto_front
+from job.search.pareto import pareto_front
 from job.storage.answers import KEPT
 from job.storage.run_folder import RunFolder
 from tests.browser import CHROMIUM, DESKTOP, PHONE, View, browser

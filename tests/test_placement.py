@@ -15,8 +15,9 @@ from job.config.schema import LoadingSettings
 from job.data.prompts import Prompt
 from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError, MachineError, UsageError
+from job.generation.answer import Answer
 from job.generation.forward import RowTrials
-from job.generation.greedy import Answer, greedy_answers
+from job.generation.greedy import greedy_answers
 from job.model.loading import LoadedModel, load_model
 from job.model.placement import let_go, placement, spread
 from job.numerics.ablation import RowNormalization

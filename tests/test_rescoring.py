@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from job.records import Trial, TrialScores
 from job.search.finalists import keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
-from job.search.optimizer import choose
+from job.search.pareto import choose
 from job.storage.run_folder import RunFolder
 from tests.helpers import abliterate, events, job_arguments, only_job, start, stored_trials
 

@@ -4,7 +4,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import TPESampler
 from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator, _ParzenEstimatorParameters
 
-from job.search.optimizer import SearchSpace
+from job.search.space import SearchSpace
 from job.search.tpe import ParzenEstimator, Sampler
 
 SPACE: dict[str, BaseDistribution] = {

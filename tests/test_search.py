@@ -18,7 +18,9 @@ from optuna.trial import create_trial
 from job.errors import JobError
 from job.numerics.weight_kernel import WeightKernel
 from job.records import Plan, Trial, TrialScores
-from job.search.optimizer import Search, SearchSpace, StudySettings, choose, pareto_front
+from job.search.optimizer import Search, StudySettings
+from job.search.pareto import choose, pareto_front
+from job.search.space import SearchSpace
 from job.search.study import add_trials, file_url, open_study, read_trials
 
 SPACE = SearchSpace("wide", 8)

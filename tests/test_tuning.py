@@ -21,7 +21,7 @@ from job.model.loading import load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
 from job.scoring.trial_scorer import Evaluator
-from job.search.optimizer import SearchSpace
+from job.search.space import SearchSpace
 from job.text.refusal_markers import RefusalMarkers
 from job.tuning.batch_size import Bench
 from job.tuning.layouts import (

@@ -21,7 +21,8 @@ from job.architectures.discovery import Found, FoundNorm, WriterSearch, decoder_
 from job.architectures.tensor_names import Form, stored_forms
 from job.architectures.tiny_model import empty_model, first_line, twin_of
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
-from job.generation.greedy import BatchingSupport, manner_of
+from job.generation.batching import BatchingSupport
+from job.generation.probing import manner_of
 from job.numerics.ablation import RowNormalization
 from job.records import Component, ExportFormat
 

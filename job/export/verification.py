@@ -8,7 +8,7 @@ from typing import Self
 
 from job.edits.hooks import Intervention
 from job.errors import ExportMismatchError
-from job.generation.greedy import Answer
+from job.generation.answer import Answer
 from job.records import EditParameters, TrialScores
 from job.scoring.trial_scorer import Evaluator
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,16 +17,16 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from job.generation.answer import Answer
+from job.generation.batching import BatchingSupport
 from job.generation.forward import (
     RowTrials,
     _forward,
     _on_prefix,
-    first_logits,
     input_device,
     last_logits,
     left_padded,
     read_tokens,
-    shared_prefix,
 )
 from job.generation.kv_cache import (
     joined,
@@ -41,60 +40,6 @@ from job.numerics.metrics import log_odds
 # Decided rows leave once they are more than this share of those that are there: all that is kept of the others is
 # copied then, which takes as long as some steps of a few rows.
 _LEAVING = 1 / 16
-
-
-@dataclass
-class Answer:
-    """A greedily decoded answer.
-
-    Attributes:
-        tokens: Its token ids without the end token.
-        margins: For each step, the end included, how far the best logit was above the second.
-        opening: Log-odds of the opening that was asked for, at the first step; nan if none was.
-        decided: It was ended because it told all that the caller wanted to know.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
-    opening: float = math.nan
-    decided: bool = False
-
-
-@dataclass(frozen=True)
-class BatchingSupport:
-    """How the models of a family can be read; most can in every manner.
-
-    Attributes:
-        padded: Rows of several lengths may stand in one forward: padding does not matter to what they say.
-        cached: A token can be decoded on what was kept of those before it; else all are read again.
-        shared: What rows begin with can be read once for all of them: it does not depend on what follows.
-    """
-
-    padded: bool = True
-    cached: bool = True
-    shared: bool = True
-
-    def chunks(
-        self, prompts: Sequence[list[int]], rows: int, positions: int = 1, tokens: int | None = None
-    ) -> Iterator[list[list[int]]]:
-        """Yield prompts, in order, in what one forward takes.
-
-        Args:
-            prompts: Token ids of each prompt, the shortest first.
-            rows: Prompts in one forward at most.
-            positions: Of how many positions a row logits are wanted; continuations of one length are not always.
-            tokens: Tokens in one forward at most, padding included, unless one prompt has more; None: no such bound.
-        """
-        chunk: list[list[int]] = []
-        for prompt in prompts:
-            alike = self.padded or (positions == 1 and all(len(prompt) == len(other) for other in chunk))
-            full = len(chunk) == rows or (tokens is not None and (len(chunk) + 1) * len(prompt) > tokens)
-            if chunk and (full or not alike):
-                yield chunk
-                chunk = []
-            chunk.append(prompt)
-        if chunk:
-            yield chunk
 
 
 class _Ledger:
@@ -309,58 +254,6 @@ def _read_again(
         present = [index for index in present if index in ledger.going]
         if not present:
             break
-
-
-# What tells how a model can be read: two prompts of unlike lengths, steps, and how far logits may be apart.
-_TRIED, _STEPS, _APART = ([5, 9, 11, 13, 6], [5, 9, 11, 13, 6, 10, 8, 14, 7]), 4, 1e-3
-_FAULTS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
-
-
-def manner_of(model: PreTrainedModel) -> BatchingSupport:
-    """Return how the models of a small random model's family can be read, found by trying it.
-
-    Raises:
-        Exception: Its forward does not read text as others do; which one is the family's own affair.
-    """
-    prompts = list(_TRIED)
-    alone = torch.cat([first_logits(model, [prompt]) for prompt in prompts])
-    scale = float(alone.std())
-    try:
-        padded = _near(first_logits(model, prompts), alone, scale)
-    except _FAULTS:
-        padded = False
-    chunks = list(BatchingSupport(padded).chunks(prompts, len(prompts)))
-    again = _answers_of(model, chunks, BatchingSupport(padded, cached=False))
-    try:
-        kept = _answers_of(model, chunks, BatchingSupport(padded))
-    except _FAULTS:
-        return BatchingSupport(padded, cached=False, shared=False)
-    if not all(_same(one, other, scale) for one, other in zip(again, kept, strict=True)):
-        raise ValueError("what it says next depends on what was kept of the text before")
-    return BatchingSupport(padded, True, padded and _shares(model, prompts, alone, scale))
-
-
-def _shares(model: PreTrainedModel, prompts: Sequence[list[int]], alone: Tensor, scale: float) -> bool:
-    """Return whether prompts' logits are those they have alone when what they begin with has been read before."""
-    length = min(len(_TRIED[0]) - 1, writable_slots(model))
-    if length < 1:
-        return False
-    prefix = shared_prefix(model, list(_TRIED[0][:length]), 1, None)
-    shared = RowTrials(torch.zeros(len(prompts), dtype=torch.long), prefix=prefix)
-    return _near(first_logits(model, prompts, shared), alone, scale)
-
-
-def _answers_of(model: PreTrainedModel, chunks: Sequence[list[list[int]]], manner: BatchingSupport) -> list[Answer]:
-    answered = (greedy_answers(model, chunk, limit=_STEPS, end_tokens=(), manner=manner) for chunk in chunks)
-    return [answer for answers in answered for answer in answers]
-
-
-def _near(one: Tensor, other: Tensor, scale: float) -> bool:
-    return bool(((one - other).abs() < _APART * scale).all())
-
-
-def _same(one: Answer, other: Answer, scale: float) -> bool:
-    return one.tokens == other.tokens and _near(torch.tensor(one.margins), torch.tensor(other.margins), scale)
 
 
 def _generate(

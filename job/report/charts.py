@@ -13,7 +13,7 @@ import plotly.io
 
 from job.numerics.weight_kernel import WeightKernel
 from job.records import EditParameters, GeometryRecord, LayerGeometry, Trial
-from job.search.optimizer import pareto_front
+from job.search.pareto import pareto_front
 
 # Each stands out by 3:1 from white and from the dark page; lines and markers differ as well, for all colour vision.
 _BLUE, _ORANGE, _GREY, _GREEN = "#3b7dd8", "#cf6c00", "#808080", "#2e8f5b"

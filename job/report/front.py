@@ -8,7 +8,7 @@ from job.data.prompts import PromptSets
 from job.numerics.statistics import wilson_interval
 from job.records import FORMATS, Figures, Trial
 from job.report.run_view import job_trials
-from job.search.optimizer import choose, pareto_front
+from job.search.pareto import choose, pareto_front
 from job.storage.atomic import read_record
 from job.storage.exports import is_sealed
 from job.storage.jobs import job_settings

@@ -8,7 +8,7 @@ from job.records import DetectorReport, GeometryRecord, State
 from job.report.run_view import RunResult
 from job.report.story import RunView
 from job.report.tables import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors
-from job.search.optimizer import pareto_front
+from job.search.pareto import pareto_front
 from job.storage.atomic import PRIVATE, write_atomically
 from job.storage.run_folder import RunFolder
 from job.text.markup import markdown

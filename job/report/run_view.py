@@ -17,7 +17,8 @@ from job.export.reproduction import (
 from job.records import DetectorReport, EditParameters, Figures, GeometryRecord, JobRecord, Trial
 from job.search.convergence import effect_warnings, search_warnings
 from job.search.finalists import read_full_counts, with_full_counts
-from job.search.optimizer import SearchSpace, choose
+from job.search.pareto import choose
+from job.search.space import SearchSpace
 from job.search.study import read_trials
 from job.storage.atomic import read_record
 from job.storage.events import read_events

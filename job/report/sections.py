@@ -20,7 +20,7 @@ from job.report.charts import (
 from job.report.story import RunView
 from job.report.tables import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors
 from job.report.timings import duration_text
-from job.search.optimizer import pareto_front
+from job.search.pareto import pareto_front
 from job.text.markup import Cell, Markup, definitions, details, escaped, figure, paragraph, table, table_of
 
 

@@ -15,7 +15,7 @@ from job.records import JobRecord, State, Trial
 from job.report.run_view import job_trials
 from job.report.timings import duration_text
 from job.search.budget import read_spent
-from job.search.optimizer import choose, pareto_front
+from job.search.pareto import choose, pareto_front
 from job.storage.atomic import read_record
 from job.storage.events import read_events
 from job.storage.run_folder import RunFolder

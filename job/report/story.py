@@ -27,7 +27,8 @@ from job.report.run_view import job_trials, machines
 from job.report.timings import PhaseTime, phase_times
 from job.search.budget import Spent, read_spent
 from job.search.convergence import effect_warnings, search_warnings
-from job.search.optimizer import SearchSpace, choose
+from job.search.pareto import choose
+from job.search.space import SearchSpace
 from job.storage.answers import read_answers
 from job.storage.atomic import read_record
 from job.storage.events import read_events

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from job.data.prompts import Prompt
 from job.edits.hooks import ActiveEdits, Intervention
+from job.generation.answer import Answer
 from job.generation.forward import RowTrials, first_logits, last_logits, read_tokens, shared_prefix
-from job.generation.greedy import Answer, greedy_answers
+from job.generation.greedy import greedy_answers
 from job.generation.kv_cache import common_prefix, writable_slots
 from job.generation.stop_markers import MarkerWatch
 from job.model.device_faults import halving

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field
 
 from job.records import Record, Trial, TrialScores
-from job.search.optimizer import eligible
+from job.search.pareto import eligible
 from job.storage.atomic import make_folder, read_record, write_record
 from job.storage.run_folder import RunFolder
 
@@ -76,7 +76,7 @@ def next_to_rescore(
         trials: The finished trials as the search has measured them.
         counts: What has been counted so far; what comes next follows from it alone, so that a restart goes on alike.
         prompts: Number of bad prompts that were asked.
-        tolerance: Share of the prompts within which trials may be chosen, see `job.search.optimizer.choose`.
+        tolerance: Share of the prompts within which trials may be chosen, see `job.search.pareto.choose`.
         batch: Trials that are evaluated together.
 
     Raises:

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from job.errors import JobError
-from job.records import COMPONENTS, Component, EditParameters, KernelParameters, Plan, Trial, TrialScores
+from job.records import Plan, Trial, TrialScores
+from job.search.space import SearchSpace
 from job.search.study import (
     DIRECTIONS,
     PLAN,
@@ -39,104 +38,7 @@ from job.search.tpe import Sampler
 from job.storage.study_file import BACKUP, back_up
 from job.system.failpoints import reached
 
-GLOBAL, PER_LAYER = "global", "per layer"
 _OPENING_SCALE = 5.0
-# Edits to begin with: whose direction, at what depth as a share of the model's, and min_weight at as great a distance
-# from the middle layer as the model is deep.
-_KNOWN = (
-    (GLOBAL, 0.4, 1.0), (GLOBAL, 0.6, 1.0), (PER_LAYER, 0.5, 1.0), (GLOBAL, 0.5, 1.0),
-    (GLOBAL, 0.3, 1.0), (GLOBAL, 0.7, 1.0), (PER_LAYER, 0.5, 0.0), (GLOBAL, 0.8, 1.0),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SearchSpace:
-    """The parameters of an edit and their ranges, for a model of so many layers.
-
-    Attributes:
-        name: "wide", or "field" for the ranges that other tools of this kind use.
-        layers: Number of layers.
-        directions: Directions of each layer's basis; the strength of every one but the first is searched.
-    """
-
-    name: str
-    layers: int
-    directions: int = 1
-
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """Return the range of every parameter."""
-        last = float(self.layers - 1)
-        field = self.name == "field"
-        found: dict[str, BaseDistribution] = {
-            "direction_scope": CategoricalDistribution((GLOBAL, PER_LAYER)),
-            "direction_index": FloatDistribution(*((0.4 * last, 0.9 * last) if field else (0.2 * last, last))),
-        }
-        for component in COMPONENTS:
-            weights = {"attention": (0.8, 1.5), "mlp": (-0.25, 1.5)}[component] if field else (0.0, 2.0)
-            position = (0.6 * last, last) if field else (0.2 * last, last)
-            distance = (1.0, max(0.6 * last, 1.0)) if field else (1.0, max(last, 1.0))
-            found[f"{component}.max_weight"] = FloatDistribution(*weights)
-            found[f"{component}.max_weight_position"] = FloatDistribution(*position)
-            found[f"{component}.min_weight"] = FloatDistribution(0.0, 1.0)
-            found[f"{component}.min_weight_distance"] = FloatDistribution(*distance)
-        for number in range(1, self.directions):
-            found[_strength_name(number)] = FloatDistribution(0.0, 1.0)
-        return found
-
-    def known_points(self) -> list[dict[str, Any]]:
-        """Return the parameters to try before any other: ablations that are known to do well, the likeliest first.
-
-        They ablate one direction in full from every layer, as Arditi et al. (2024) do: that of a layer at one of
-        several depths, or each layer's own; one has each layer's own at a strength that falls to half at both ends.
-        Where the space does not hold such an edit its nearest one takes its place; repetitions are left out.
-        """
-        last = float(self.layers - 1)
-        found: list[dict[str, Any]] = []
-        for scope, depth, edge in _KNOWN:
-            wanted = {
-                "direction_scope": scope,
-                "direction_index": depth * last,
-                **{_strength_name(number): 0.0 for number in range(1, self.directions)},
-            }
-            for component in COMPONENTS:
-                wanted[f"{component}.max_weight"] = 1.0
-                wanted[f"{component}.max_weight_position"] = 0.5 * last
-                wanted[f"{component}.min_weight"] = edge
-                wanted[f"{component}.min_weight_distance"] = last
-            nearest = {name: _nearest(wanted[name], range_) for name, range_ in self.distributions().items()}
-            if nearest not in found:
-                found.append(nearest)
-        return found
-
-    def edit(self, params: dict[str, Any]) -> EditParameters:
-        """Return the edit that a trial's parameters describe; min_weight is a share of max_weight."""
-        index = params["direction_index"] if params["direction_scope"] == GLOBAL else None
-        return EditParameters(
-            direction_index=index,
-            kernels={component: _kernel(component, params) for component in COMPONENTS},
-            # By what the trial has, so that a study can be read without the directions.
-            strengths=(1.0, *(params[name] for name in map(_strength_name, range(1, len(params))) if name in params)),
-        )
-
-
-def _nearest(value: Any, distribution: BaseDistribution) -> Any:
-    if isinstance(distribution, FloatDistribution):
-        return min(max(value, distribution.low), distribution.high)
-    return value
-
-
-def _strength_name(number: int) -> str:
-    return f"direction_{number}.strength"
-
-
-def _kernel(component: Component, params: dict[str, Any]) -> KernelParameters:
-    peak = max(0.0, params[f"{component}.max_weight"])
-    return KernelParameters(
-        max_weight=peak,
-        max_weight_position=params[f"{component}.max_weight_position"],
-        min_weight=peak * params[f"{component}.min_weight"],
-        min_weight_distance=params[f"{component}.min_weight_distance"],
-    )
 
 
 @dataclass(frozen=True)
@@ -376,47 +278,3 @@ def _attributes(scores: TrialScores) -> dict[str, Any]:
     # What a former version did not know is left out where it says nothing.
     more = {name for name in ("broken", "skipped") if getattr(scores, name)}
     return scores.model_dump(include={"opening", "reason"} | more)
-
-
-def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that no other beats in both measures, fewest unanswered prompts first.
-
-    The measures are KL and the bad prompts that are refused or have a broken answer: a model that babbles complies with
-    nothing. Of trials with equal values only the first is kept; failed trials have no place on the front.
-    """
-    front: list[Trial] = []
-    least = math.inf
-    usable = (trial for trial in trials if trial.values.reason is None)
-    for trial in sorted(usable, key=lambda t: (t.values.unanswered, t.values.kl, t.number)):
-        if trial.values.kl < least:
-            front.append(trial)
-            least = trial.values.kl
-    return front
-
-
-def eligible(trials: Sequence[Trial], prompts: int, tolerance: float) -> list[Trial]:
-    """Return the trials of the front within tolerance of the fewest unanswered prompts.
-
-    Args:
-        trials: The finished trials.
-        prompts: Number of bad prompts that were asked.
-        tolerance: Share of the prompts.
-
-    Raises:
-        JobError: No trial could be scored.
-    """
-    front = pareto_front(trials)
-    if not front:
-        raise JobError("every trial failed", remedy="see the reasons in events.jsonl")
-    bound = front[0].values.unanswered + tolerance * prompts
-    return [trial for trial in front if trial.values.unanswered <= bound]
-
-
-def choose(trials: Sequence[Trial], prompts: int, tolerance: float) -> Trial:
-    """Return the eligible trial of lowest KL; see `eligible`.
-
-    Raises:
-        JobError: No trial could be scored.
-    """
-    possible = eligible(trials, prompts, tolerance)
-    return min(possible, key=lambda t: (t.values.kl, t.values.unanswered, t.number))

@@ -8,7 +8,7 @@ from job.data.prompts import PromptSets
 from job.lifecycle.running import OpenJob
 from job.records import Trial
 from job.search.finalists import next_to_rescore, read_full_counts
-from job.search.optimizer import choose
+from job.search.pareto import choose
 from job.storage.exports import is_sealed
 
 

@@ -16,7 +16,7 @@ from job.model.loading import LoadedModel
 from job.numerics.basis import Basis
 from job.records import EditParameters, TrialScores
 from job.scoring.trial_scorer import Evaluator
-from job.search.optimizer import SearchSpace
+from job.search.space import SearchSpace
 from job.stages.measuring import evaluator_of
 from job.stages.model import loaded_model
 

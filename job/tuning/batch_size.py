@@ -26,7 +26,7 @@ from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
 from job.records import JobRecord
 from job.scoring.trial_scorer import Evaluator
-from job.search.optimizer import SearchSpace
+from job.search.space import SearchSpace
 from job.storage.events import Events
 from job.tuning.layouts import LAYOUTS, Layouts, MeasuredLayout, Remembered, best_of, climb, read_layouts, remember
 from job.tuning.memory_probe import Gauge

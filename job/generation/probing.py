@@ -1,0 +1,75 @@
+"""How a family can be batched, found by trying it on a small random model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+)
+
+from job.generation.answer import Answer
+from job.generation.batching import BatchingSupport
+from job.generation.forward import (
+    RowTrials,
+    first_logits,
+    shared_prefix,
+)
+from job.generation.greedy import greedy_answers
+from job.generation.kv_cache import (
+    writable_slots,
+)
+
+# What tells how a model can be read: two prompts of unlike lengths, steps, and how far logits may be apart.
+_TRIED, _STEPS, _APART = ([5, 9, 11, 13, 6], [5, 9, 11, 13, 6, 10, 8, 14, 7]), 4, 1e-3
+
+_FAULTS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+
+
+def manner_of(model: PreTrainedModel) -> BatchingSupport:
+    """Return how the models of a small random model's family can be read, found by trying it.
+
+    Raises:
+        Exception: Its forward does not read text as others do; which one is the family's own affair.
+    """
+    prompts = list(_TRIED)
+    alone = torch.cat([first_logits(model, [prompt]) for prompt in prompts])
+    scale = float(alone.std())
+    try:
+        padded = _near(first_logits(model, prompts), alone, scale)
+    except _FAULTS:
+        padded = False
+    chunks = list(BatchingSupport(padded).chunks(prompts, len(prompts)))
+    again = _answers_of(model, chunks, BatchingSupport(padded, cached=False))
+    try:
+        kept = _answers_of(model, chunks, BatchingSupport(padded))
+    except _FAULTS:
+        return BatchingSupport(padded, cached=False, shared=False)
+    if not all(_same(one, other, scale) for one, other in zip(again, kept, strict=True)):
+        raise ValueError("what it says next depends on what was kept of the text before")
+    return BatchingSupport(padded, True, padded and _shares(model, prompts, alone, scale))
+
+
+def _shares(model: PreTrainedModel, prompts: Sequence[list[int]], alone: Tensor, scale: float) -> bool:
+    """Return whether prompts' logits are those they have alone when what they begin with has been read before."""
+    length = min(len(_TRIED[0]) - 1, writable_slots(model))
+    if length < 1:
+        return False
+    prefix = shared_prefix(model, list(_TRIED[0][:length]), 1, None)
+    shared = RowTrials(torch.zeros(len(prompts), dtype=torch.long), prefix=prefix)
+    return _near(first_logits(model, prompts, shared), alone, scale)
+
+
+def _answers_of(model: PreTrainedModel, chunks: Sequence[list[list[int]]], manner: BatchingSupport) -> list[Answer]:
+    answered = (greedy_answers(model, chunk, limit=_STEPS, end_tokens=(), manner=manner) for chunk in chunks)
+    return [answer for answers in answered for answer in answers]
+
+
+def _near(one: Tensor, other: Tensor, scale: float) -> bool:
+    return bool(((one - other).abs() < _APART * scale).all())
+
+
+def _same(one: Answer, other: Answer, scale: float) -> bool:
+    return one.tokens == other.tokens and _near(torch.tensor(one.margins), torch.tensor(other.margins), scale)
