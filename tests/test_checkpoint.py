@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 
 from job.errors import DeliveryError, HeldError, MachineError, UsageError
-from job.mirror import MirrorError, MirrorOptions, expected_bytes, held_bytes, open_mirror, scheme_of
+from job.mirror import MirrorError, MirrorOptions, expected_bytes, held_bytes, open_mirror, records, scheme_of
+from job.mirror.records import MOST_HEAD_BYTES
 from job.mirror.snapshot import Snapshots, Taken, check_study
 from job.storage.atomic import write_atomically
 from job.storage.identity import job_id
 from job.storage.run_folder import RunFolder
+from job.transfer.folders import target_folder
 from tests.helpers import die_while_writing
 from tests.mirror_places import REPO, TOKEN, file_place, hub_place, place, running, s3_place
 from tests.mirrors import IDENTITY, JOB, Place, add_trial, mirrored, read_tree, trials_in, wait_until, write_folder
@@ -242,6 +244,41 @@ DAMAGE: dict[str, Any] = {
 }
 
 
+def _grown(place: Place, name: str, size: int) -> None:
+    """Have a file of a mirror hold more than it did: its host may put anything there."""
+    data = place.contents()[name]
+    place.put(name, data + b" " * (size - len(data)))
+
+
+def _entry(place: Place, path: str) -> dict[str, Any]:
+    return dict(place.head()["files"][path])
+
+
+def _claiming(place: Place, path: str, **changes: Any) -> None:
+    """Have a head claim something else of a file."""
+    files = place.head()["files"]
+    files[path] = {name: value for name, value in {**files[path], **changes}.items() if value is not None}
+    place.change_head(files=files)
+
+
+HEAD = f"{JOB}/head.json"
+# Without a bound, a host could fill the memory or the disk of every machine that looks.
+DAMAGE |= {
+    "a head too large": (lambda p: _grown(p, f"{JOB}/head.json", MOST_HEAD_BYTES + 1), "more than 16 MiB"),
+    "an object too large": (lambda p: _grown(p, _object(p, "job.json"), 20 << 20), "larger than its head.json says"),
+    "an empty file too large": (lambda p: _grown(p, _object(p, "report.html"), 1), "larger than its head.json says"),
+    "a document that claims too much": (
+        lambda p: _claiming(p, "job.json", size=1 << 40),
+        "1048576 MiB for job.json, which may have 128",
+    ),
+    "a study that claims too much": (lambda p: _claiming(p, "study.db", size=1 << 40), "which may have 2048"),
+    "a layer that claims too much": (
+        lambda p: _claiming(p, "events.jsonl", object=None, layers=[_entry(p, "events.jsonl") | {"size": 3 << 20}]),
+        "3 MiB for events.jsonl, which may have 2",
+    ),
+}
+
+
 def _object(place: Place, path: str) -> str:
     return f"{JOB}/objects/{place.head()['files'][path]['object']}"
 
@@ -252,6 +289,7 @@ def _without(head: dict[str, Any], name: str) -> bytes:
 
 # What is read from a head does not depend on where it is, what is listed and fetched does.
 REMOTE_DAMAGE = ("a missing object", "no head", "other files")
+REMOTE_DAMAGE += ("a head too large", "an object too large", "an empty file too large")
 
 
 @pytest.mark.parametrize(
@@ -275,6 +313,41 @@ def test_what_is_torn_or_foreign_is_refused(place: Place, tmp_path: Path, damage
     other = RunFolder(tmp_path / "c" / job_id({"seed": 9}))
     place.mirror().claim(other, {"seed": 9}, lambda _: None).close(final=False)
     assert other.path.name in [head.job_id for head in place.mirror().jobs()]
+
+
+def test_of_a_file_of_any_size_no_more_is_read_than_it_may_have(file_place: Place, tmp_path: Path) -> None:
+    save(file_place, write_folder(tmp_path / "a" / JOB).path)
+    root = target_folder(file_place.uri)
+    for name, reason in ((_object(file_place, "directions/mean.safetensors"), "larger than its"), (HEAD, "16 MiB")):
+        os.truncate(root / name, 1 << 40)  # a hole, which would take hours to read
+        with pytest.raises(MirrorError, match=reason):
+            file_place.claim(tmp_path / "b" / JOB)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_fetched(file_place: Place, tmp_path: Path) -> None:
+    save(file_place, write_folder(tmp_path / "a" / JOB).path)
+    _claiming(file_place, "residuals/good-1.safetensors", size=1 << 60)
+    with pytest.raises(MachineError, match=r"1152921504.\d GB for .* GB are free") as refused:
+        file_place.claim(tmp_path / "b" / JOB)
+    assert refused.value.exit_code == 76
+    assert "--workspace" in refused.value.remedy
+    assert read_tree(tmp_path / "b" / JOB) == {}
+
+
+def test_a_snapshot_that_nobody_would_take_is_not_sent(
+    file_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_folder(tmp_path / "a" / JOB)
+    save(file_place, run.path)
+    monkeypatch.setattr(records, "_MOST_BYTES", 4 << 20)
+    run.page_file.write_bytes(b" " * (5 << 20))
+    said: list[str] = []
+    claim = file_place.claim(run.path, said=said)
+    claim.start()
+    claim.request()
+    assert not claim.close(seconds=2)
+    assert any("5 MiB for report.html, which may have 4" in line for line in said)
+    assert file_place.head()["generation"] == 1  # what was there is still good
 
 
 def test_a_folder_stays_as_it_was_when_the_mirror_is_torn(place: Place, tmp_path: Path) -> None:

@@ -16,13 +16,17 @@ from pathlib import Path
 import pytest
 
 from job.export.merged import build_manifest
+from job.mirror import MirrorOptions, open_mirror
+from job.mirror.folder_store import FileStore
 from job.mirror.options import PACE
 from job.search.study import STUDY_NAME, file_url, open_study, read_trials, shared_study
+from job.storage import atomic
 from job.storage.atomic import sha256_file, write_atomically, write_record
 from job.storage.exports import DONE, MANIFEST
 from job.storage.run_folder import RunFolder
 from job.storage.study_file import BACKUP, restore_if_damaged
 from job.system.failpoints import FAILPOINTS, planted, reached, take
+from job.system.locks import trial_folder
 from job.transfer import folders as local
 from job.upload.hub import HubOptions
 from job.upload.hub import deliver as to_hub
@@ -30,7 +34,7 @@ from job.upload.s3 import deliver as to_s3
 from job.workers.board import Board
 from tests.helpers import Result, abliterate, only_job, start, stored_trials
 from tests.mirror_places import file_place, hub_place, place, running, s3_place
-from tests.mirrors import CALM, JOB, Place, add_trial, mirrored, read_tree, write_folder
+from tests.mirrors import CALM, JOB, Place, add_trial, mirrored, read_tree, wait_until, write_folder
 from tests.test_search import Runs
 
 __all__ = ["file_place", "hub_place", "place", "running", "s3_place"]
@@ -46,31 +50,32 @@ _METHODS = frozenset({"rename", "symlink_to", "hardlink_to", "write_bytes", "wri
 _METHODS |= {"commit", "create_commit", "add_all", "add_trials", "set_user_attr", "upload_file", "put_object"}
 # Functions whose writes need no point, and why.
 WITHOUT = {
-    "workspace.sync_folder": "what others have written, past points of their own",
-    "workspace.sync_file": "what others have written, past points of their own",
-    "locks._write": "who holds a lock; that its process has ended says the same (tests/test_locks.py)",
+    "storage/atomic.sync_folder": "what others have written, past points of their own",
+    "storage/atomic.sync_file": "what others have written, past points of their own",
+    "system/locks._write": "who holds a lock; that its process has ended says the same (tests/test_locks.py)",
+    "system/locks.trial_folder": "a probe, removed at once or at the next one",
     "preflight/disk._probe_file": "a probe, removed at once",
     "preflight/disk.measure_speed": "a file without a name",
-    "gauge._forget_peak": "a switch of the kernel's",
-    "faults._watch": "stacks of a process that ends by itself right after",
-    "failpoints.reached": "what a test is told",
-    "events.log_to": "a line feed after a line that a crash has torn",
-    "events.emit": "a line of a log, which may be torn",
-    "study_file.back_up": "in memory; the copy on the disk passes write_atomically's points",
-    "checkpoint/files._copy": "under a name that nothing knows until its caller has passed a point",
-    "checkpoint/files.fetch": "among what is being restored; its caller passes a point",
-    "checkpoint/layers.assemble": "among what is being restored; its caller passes a point",
-    "checkpoint/restore._fetch": "among what is being restored; its caller passes a point",
-    "checkpoint/mirror._download": "a copy for a command that only looks",
-    "checkpoint/layers.make": "beside a copy for one snapshot, which is made anew",
-    "checkpoint/s3.fetch": "among what is being restored; its caller passes a point",
-    "checkpoint/hub.fetch": "among what is being restored; its caller passes a point",
-    "checkpoint/hub.replace": "its commit passes a point",
-    "checkpoint/snapshot.back_up": "a copy for one snapshot, which is made anew",
-    "checkpoint/snapshot._copy": "a copy for one snapshot, which is made anew",
+    "tuning/memory_probe._forget_peak": "a switch of the kernel's",
+    "model/device_faults._watch": "stacks of a process that ends by itself right after",
+    "system/failpoints.reached": "what a test is told",
+    "storage/events.log_to": "a line feed after a line that a crash has torn",
+    "storage/events.emit": "a line of a log, which may be torn",
+    "storage/study_file.back_up": "in memory; the copy on the disk passes write_atomically's points",
+    "mirror/folder_store._copy": "under a name that nothing knows until its caller has passed a point",
+    "mirror/folder_store.fetch": "among what is being restored; its caller passes a point",
+    "mirror/layers.assemble": "among what is being restored; its caller passes a point",
+    "mirror/restore._fetch": "among what is being restored; its caller passes a point",
+    "mirror/mirror._download": "a copy for a command that only looks",
+    "mirror/layers.make": "beside a copy for one snapshot, which is made anew",
+    "mirror/s3_store.fetch": "among what is being restored; its caller passes a point",
+    "mirror/hub_store.fetch": "among what is being restored; its caller passes a point",
+    "mirror/hub_store.replace": "its commit passes a point",
+    "mirror/snapshot.back_up": "a copy for one snapshot, which is made anew",
+    "mirror/snapshot._copy": "a copy for one snapshot, which is made anew",
     "upload/hub._commit": "its commit passes a point",
-    "cloud/cli.fetch": "what is fetched once more",
-    "demo.write_organism": "a model that is trained anew",
+    "cli/cloud.fetch": "what is fetched once more",
+    "organism/folder.write_organism": "a model that is trained anew",
 }
 
 
@@ -118,9 +123,10 @@ def test_every_durable_write_goes_past_a_point() -> None:
     clients = [
         name
         for name, function in _functions()
-        if name.startswith("upload/s3/") and any("self._client" in ast.unparse(call) for call in _calls(function))
+        if name.startswith(("upload/s3", "transfer/s3/"))
+        and any("self._client" in ast.unparse(call) for call in _calls(function))
     ]
-    assert set(clients) == {"upload/s3/store.once", "upload/s3/store.close"}
+    assert set(clients) == {"transfer/s3/client.once", "transfer/s3/client.close"}
 
 
 def _named() -> set[str]:
@@ -190,6 +196,109 @@ def test_a_point_kills_once_and_only_where_it_is_planted(faults: Path, monkeypat
     assert not take("gone")
 
 
+# --- what a kill leaves ---------------------------------------------------------------------------------
+
+
+def _hidden(folder: Path) -> list[str]:
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob(".*"))
+    return sorted(name for name in names if not name.endswith(".lock"))
+
+
+def _older(folder: Path) -> None:
+    """Have the file system's clock go on."""
+    mark = folder / "mark"
+    before = max(path.stat().st_mtime for path in folder.rglob("*"))
+    while True:
+        mark.touch()
+        if mark.stat().st_mtime > before:
+            mark.unlink()
+            return
+
+
+def test_what_a_killed_process_has_half_written_is_swept_at_the_next_start(tmp_path: Path, faults: Path) -> None:
+    runs = tmp_path / "runs"
+    folder = RunFolder(runs / JOB)
+    for path in (folder.state_file, folder.figures_file("base"), runs / ".hashes.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert dies(faults, [f"written:{path.name}"], lambda path=path: write_atomically(path, b"half"))
+    assert len(_hidden(runs)) == 3
+    # What somebody else has called so is not ours.
+    other = folder.path / ".mine.tmp"
+    other.touch()
+    _older(runs)
+    with folder.held():
+        assert _hidden(runs) == [f"{JOB}/.mine.tmp"]
+
+
+def test_what_a_live_process_is_writing_is_not_swept(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / JOB)
+    folder.path.mkdir()
+    go, child = tmp_path / "go", os.fork()
+    if child == 0:
+        atomic.reached = lambda _: wait_until(go.exists, "nothing")  # type: ignore[assignment]
+        write_atomically(folder.state_file, b"whole")
+        os._exit(0)
+    wait_until(lambda: len(_hidden(folder.path)) == 1, "nothing is written")
+    _older(tmp_path)
+    with folder.held():
+        assert len(_hidden(folder.path)) == 1
+        go.touch()
+        assert os.waitpid(child, 0)[1] == 0
+    assert folder.state_file.read_bytes() == b"whole"
+    assert _hidden(folder.path) == []
+
+
+def test_what_is_younger_than_the_holder_is_not_swept(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / JOB)
+    with folder.held():
+        since = folder.holder_file.stat().st_mtime
+        young = folder.path / ".state.json.0123abcd.tmp"
+        young.touch()
+        os.utime(young, (since + 1, since + 1))
+        atomic.sweep_temporaries(folder.path, since)
+        assert young.exists()
+        os.utime(young, (since - 1, since - 1))
+        atomic.sweep_temporaries(folder.path, since)
+        assert not young.exists()
+
+
+def test_a_killed_probe_of_a_folder_is_swept_by_the_next(tmp_path: Path, faults: Path) -> None:
+    place = tmp_path / "mirrors"
+    place.mkdir()
+
+    def probe() -> None:
+        with open_mirror(place.as_uri(), MirrorOptions(pace=CALM)) as mirror:
+            mirror.probe()
+
+    assert dies(faults, ["written:head.json"], probe)
+    (killed,) = place.iterdir()
+    _older(tmp_path)
+    # One that is at work is left alone.
+    with trial_folder(place) as live:
+        assert not killed.exists()
+        _older(tmp_path)
+        probe()
+        assert list(place.iterdir()) == [live]
+    assert list(place.iterdir()) == []
+
+
+def test_a_head_that_was_half_written_is_swept(file_place: Place, tmp_path: Path, faults: Path) -> None:
+    run = write_folder(tmp_path / "a" / JOB)
+    claim = file_place.claim(run.path)
+    claim.start()
+    claim.request()
+    assert claim.close()
+    root = local.target_folder(file_place.uri)
+    store = FileStore(file_place.uri)
+    kept = store.read(JOB)
+    assert kept is not None
+    assert dies(faults, ["written:head.json"], lambda: store.replace(JOB, b"{}", kept, ()))
+    assert any(name.endswith(".tmp") for name in _hidden(root))
+    _older(tmp_path)
+    file_place.claim(run.path).close()
+    assert _hidden(root) == []
+
+
 # --- a whole job ----------------------------------------------------------------------------------------
 
 
@@ -240,6 +349,8 @@ class Small:
         exports = [only_job(workspace) / "export" for workspace in (place / workspace, self.whole / "runs")]
         assert read_tree(exports[0].resolve()) == read_tree(exports[1].resolve())
         assert read_tree(place / "delivered") == read_tree(self.whole / "delivered")
+        left = [path for path in place.rglob(".*") if path.name.endswith(".tmp") or "probe" in path.name]
+        assert not left, left
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,11 @@ from job.mirror.vetting import proven
 from job.records import JobRecord, Manifest, ManifestEntry, State, Upload
 from job.storage.atomic import write_record
 from job.storage.identity import identify, job_id, versions
+from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
 from tests.helpers import Result, abliterate, made_from
 from tests.hub import LoopbackHub
+from tests.mirrors import read_tree
 from tests.test_own_code import CODE, MAP
 
 PACE = SnapshotPace(beat_s=5.0, expiry_s=60.0, snapshot_s=0.02, poll_s=0.1)
@@ -353,6 +355,21 @@ def test_a_checkpoint_of_a_hostile_job_runs_no_code(hub: LoopbackHub, tmp_path: 
     assert trusted.settings.loading.trust_remote_code
 
 
+def test_a_worker_does_not_fetch_into_the_folder_of_the_run_itself(tmp_path: Path) -> None:
+    record = job_of({"model": "cook/soup"}, model_commit=COMMIT)
+    uri = mirror_of(tmp_path / "mirror", record, tmp_path / "made")
+    folder = RunFolder(tmp_path / "made" / record.job_id)
+    before = read_tree(folder.path)
+    database = ("--set", "database=postgresql+psycopg://me@127.0.0.1:9/db", "--wait", 0)
+    refused = abliterate("worker", "--checkpoint", uri, "--workspace", tmp_path / "made", *database)
+    refused.fails(76, f"{folder.path} is the run folder of the run itself", "give another --workspace")
+    assert read_tree(folder.path) == before
+    # Beside it, it is fetched; then nobody is there.
+    elsewhere = abliterate("worker", "--checkpoint", uri, "--workspace", tmp_path / "other", *database)
+    elsewhere.fails(76, "database")
+    assert (tmp_path / "other" / record.job_id / "job.json").exists()
+
+
 def test_trust_would_make_it_another_job(hub: LoopbackHub, tmp_path: Path) -> None:
     uri = mirror_of(tmp_path / "mirror", job_of({"model": "cook/soup"}), tmp_path / "made")
     resume(hub, uri, tmp_path, "--set", f"{TRUST}=true").fails(2, "another job")
@@ -393,6 +410,41 @@ def test_of_a_checkpoint_the_job_is_taken_and_nothing_of_the_machine(
     )
 
 
+def test_a_secret_of_another_machine_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "swordfish-1234")
+    given = {"model": "cook/soup", "scoring.nli_model": "cook/swordfish-1234", "scoring.answer_tokens": 50}
+    record = job_of({**given, "s3.endpoint": "http://me:swordfish-1234@host"})
+    uri = mirror_of(tmp_path / "mirror", record, tmp_path / "made")
+    with open_mirror(uri, MirrorOptions(pace=PACE)) as mirror:
+        fetched = mirror.fetch(record.job_id, tmp_path / "into").folder
+    # Of what this side has to give, nothing was taken, so that no part of it is missing.
+    found = job_settings(fetched, whole=True)
+    assert (found.scoring.nli_model, found.scoring.answer_tokens, found.s3.endpoint) == (None, 50, None)
+
+
+def test_settings_that_a_checkpoint_leaves_out_come_from_the_identity(tmp_path: Path) -> None:
+    record = job_of({"model": "cook/soup", "seed": 3, "loading.device": "cpu", "loading.dtypes": ["float16"]})
+    said = leaves(record.settings)
+    silent = {"seed", "loading.device", "loading.dtypes", "search.known_points"}
+    left = record.model_copy(update={"settings": nested({k: v for k, v in said.items() if k not in silent})})
+    uri = mirror_of(tmp_path / "mirror", left, tmp_path / "made")
+    settings = resumption(Whereabouts(tmp_path / "runs", None, uri)).settings
+    assert (settings.seed, settings.loading.device, settings.loading.dtypes) == (3, "cpu", ["float16"])
+    # All of it is what the job is, and what is not there is not made up.
+    whole = leaves(proven(record, record.job_id)[0].settings)
+    assert leaves(proven(left, record.job_id)[0].settings) == whole
+    assert identify(settings) == record.identity
+    # Of what is for this side to say, the identity says nothing, either.
+    identity = {**record.identity, "when_done": "destroy", "allow": ["disk.space"]}
+    plain = leaves(left.settings)
+    silent |= {"when_done", "allow"}
+    hostile = {"settings": nested({name: value for name, value in plain.items() if name not in silent})}
+    kept, _ = proven(
+        left.model_copy(update={**hostile, "identity": identity, "job_id": job_id(identity)}), job_id(identity)
+    )
+    assert leaves(kept.settings) == whole
+
+
 def test_what_a_restore_puts_into_the_run_folder_says_nothing_of_this_machine(tmp_path: Path) -> None:
     record = job_of(OTHERS, model_commit=COMMIT)
     uri = mirror_of(tmp_path / "mirror", record, tmp_path / "made")
@@ -415,6 +467,70 @@ def test_code_that_was_trusted_is_not_exchanged_meanwhile(tmp_path: Path) -> Non
     write_record(start.folder.job_file, proven(record, record.job_id)[0].model_copy(update={"model_commit": "d" * 40}))
     with pytest.raises(UsageError, match="now names cook/soup@ddd"):
         start.opened()
+
+
+def _run_on(hub: LoopbackHub, uri: str, folder: Path, *more: Any, command: str = "run", **env: str) -> Result:
+    network = hub.environment(folder / "home") | {"HF_HUB_OFFLINE": "0", "JOB_CHECKPOINT_PACE": "5,60,0.02,0.1", **env}
+    given = ("--checkpoint", uri, "--workspace", folder / "runs", "--set", f"{TRUST}=true", *more)
+    # It ends with preflight, which looks at the model.
+    return abliterate(command, "evil/soup", *given, "--when-done", "destroy", **network)
+
+
+def _begun(commit: str) -> dict[str, Any]:
+    """Return what job.json says of a job that has got as far as its search: preflight does not discard it."""
+    return {"model_commit": commit, "resolution": made_from().resolution}
+
+
+def _pull_request(hub: LoopbackHub) -> str:
+    """Have a stranger open a pull request with code, and return its commit, which loads as any revision does."""
+    repo = hub.repo("model", "evil/soup")
+    pull = repo.open_pull("Better soup", "stranger", status="open")
+    return repo.commit({"modeling_kitchen.py": CODE.encode() + b"# of a stranger\n"}, branch=pull.ref).sha
+
+
+def test_code_of_a_pull_request_that_only_a_checkpoint_names_is_not_run(hub: LoopbackHub, tmp_path: Path) -> None:
+    commit = _pull_request(hub)
+    record = job_of({"model": "evil/soup", TRUST: True}, **_begun(commit))
+    uri = mirror_of(tmp_path / "mirror", record, tmp_path / "made")
+    trusting = f"resume --checkpoint {uri} --set {TRUST}=true --set model=evil/soup@{commit}"
+    said = f"the code of evil/soup@{commit} is named by the checkpoint of job {record.job_id} only"
+    _run_on(hub, uri, tmp_path).fails(2, said, trusting)
+    # What that start has restored into the workspace is not this side's word, either.
+    for command in ("run", "preflight"):
+        _run_on(hub, uri, tmp_path, command=command).fails(2, said)
+    # Without the Hub nobody knows, and nothing is run.
+    _run_on(hub, uri, tmp_path, HF_HUB_OFFLINE="1").fails(76, "the history of model evil/soup")
+    assert not list(tmp_path.rglob("*.ran"))
+    assert not list(tmp_path.rglob("modeling_kitchen.py"))
+
+
+def test_code_of_the_named_history_is_run_as_pinned(hub: LoopbackHub, tmp_path: Path) -> None:
+    repo = hub.repo("model", "evil/soup")
+    commit = repo.sha
+    repo.commit({"modeling_kitchen.py": b"raise SystemExit('a later commit')"})
+    record = job_of({"model": "evil/soup", TRUST: True}, **_begun(commit))
+    uri = mirror_of(tmp_path / "mirror", record, tmp_path / "made")
+    _run_on(hub, uri, tmp_path).fails(3, "rental.survival")
+    assert list(tmp_path.rglob("*.ran"))
+    # It is known now: the next start does not ask.
+    asked = len([one for one in hub.requests if "/commits/" in one.path])
+    assert asked
+    _run_on(hub, uri, tmp_path).fails(3, "rental.survival")
+    assert len([one for one in hub.requests if "/commits/" in one.path]) == asked
+    # Of that commit, not of any that the checkpoint comes to name.
+    job = tmp_path / "runs" / record.job_id / "job.json"
+    job.write_text(job.read_text().replace(commit, _pull_request(hub)))
+    _run_on(hub, uri, tmp_path).fails(2, "is named by the checkpoint")
+
+
+def test_a_commit_that_this_side_names_is_its_own_word(hub: LoopbackHub, tmp_path: Path) -> None:
+    commit = _pull_request(hub)
+    record = job_of({"model": "evil/soup", TRUST: True}, **_begun(commit))
+    uri = mirror_of(tmp_path / "mirror", record, tmp_path / "made")
+    named = ("--set", f"{TRUST}=true", "--set", f"model=evil/soup@{commit}", "--when-done", "destroy")
+    resume(hub, uri, tmp_path, *named).fails(3, "rental.survival")
+    assert list(tmp_path.rglob("*.ran"))
+    _run_on(hub, uri, tmp_path).fails(3, "rental.survival")
 
 
 def test_files_of_this_machine_are_not_read_into_a_checkpoint(tmp_path: Path) -> None:

@@ -13,13 +13,17 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from job.cloud.launching import Launch
 from job.cloud.launching import environment as launch_environment
+from job.cloud.provider import Terms
+from job.config.load import default_values, leaves, merged, nested
 from job.data.prompts import Prompt, PromptSets
 from job.errors import JobError, UsageError
 from job.export.reproduction import prompts_digest
@@ -338,6 +342,84 @@ def test_a_setting_that_held_a_secret_is_asked_for_again(monkeypatch: pytest.Mon
     assert folder.read_job().redacted == ("model", "workspace")
     write_record(folder.job_file, read.model_copy(update={"settings": {**settings, "model": "/models/other"}}))
     assert folder.read_job().redacted == ("workspace",)
+
+
+def _job_with_secrets(folder: Path, **settings: Any) -> RunFolder:
+    given = leaves(settings) | {"model": "cook/soup"}
+    stored = merged(default_values(), nested(given))
+    record = JobRecord(job_id="0" * 12, identity={}, settings=stored, startup_trials=2, versions={})
+    write_record(RunFolder(folder).job_file, record)
+    return RunFolder(folder)
+
+
+def test_a_setting_that_held_a_secret_is_not_given_by_another_of_its_section(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "swordfish-1234")
+    folder = _job_with_secrets(tmp_path, loading={"response_prefix": "swordfish-1234:", "offload_folder": "/there"})
+    assert folder.read_job().redacted == ("loading",)
+    for others in ({}, {"loading": {"offload_folder": "/here"}}):
+        for whole in (True, False):
+            with pytest.raises(UsageError, match=r"secret in loading\.response_prefix, and"):
+                job_settings(folder, whole=whole, **others)
+    found = job_settings(folder, whole=True, loading={"response_prefix": "swordfish-1234:"}).loading
+    assert (found.response_prefix, found.offload_folder) == ("swordfish-1234:", "/there")
+
+
+@pytest.mark.parametrize(
+    ("section", "lost", "kept"),
+    [
+        ("s3", {"endpoint": "http://me:swordfish-1234@host"}, {"region": "there"}),
+        ("card", {"behaviour": "swordfish-1234"}, {"base_model": "cook/base"}),
+        ("scoring", {"nli_model": "cook/swordfish-1234"}, {"answer_tokens": 40}),
+    ],
+)
+def test_what_only_extends_a_job_is_asked_for_again_where_it_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, section: str, lost: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "swordfish-1234")
+    folder = _job_with_secrets(tmp_path, **{section: {**lost, **kept}})
+    ((name, secret),), ((other, value),) = lost.items(), kept.items()
+    # For what needs no more than the run folder, it is at its default, and nothing else of its section.
+    usual = getattr(job_settings(folder), section)
+    assert getattr(usual, name) == default_values().get(section, {}).get(name)
+    assert getattr(usual, other) == value
+    for others in ({}, {section: kept}):
+        with pytest.raises(UsageError, match=rf"secret in {section}\.{name}, and") as refused:
+            job_settings(folder, whole=True, **others)
+        assert "with --set" in refused.value.remedy
+    whole = getattr(job_settings(folder, whole=True, **{section: lost}), section)
+    assert (getattr(whole, name), getattr(whole, other)) == (secret, value)
+
+
+def test_targets_that_held_a_secret_are_asked_for_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MY_TOKEN", "swordfish-1234")
+    folder = _job_with_secrets(tmp_path, upload=["s3://swordfish-1234/out", "file:///out"], price=1.5)
+    assert job_settings(folder).upload == []
+    with pytest.raises(UsageError, match="secret in upload, and"):
+        job_settings(folder, whole=True, price=2.0)
+    assert job_settings(folder, whole=True, upload=["file:///out"]).price == 1.5
+
+
+def test_what_is_rented_again_is_what_was_launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A word of a command may come to be somebody's secret: a machine is rented with the command all the same."""
+    word = "swordfish-1234"
+    command = ("run", f"cook/{word}", "--checkpoint", f"s3://bucket/{word}")
+    launch = Launch(
+        label=f"job-{word}",
+        platform="vast",
+        needs=(),
+        terms=Terms(interruptible=True),
+        image=f"registry/{word}:1",
+        command=command,
+        plain_env={"NAME": word},
+        volume=f"volume-{word}",
+        checkpoint=f"s3://bucket/{word}",
+    )
+    monkeypatch.setenv("MY_TOKEN", word)
+    write_record(tmp_path / "launch.json", launch)
+    read = read_record(tmp_path / "launch.json", Launch)
+    assert read == launch.model_copy(update={"volume": f"volume-{MASK}"})
 
 
 class Telltale(http.server.BaseHTTPRequestHandler):

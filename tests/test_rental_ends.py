@@ -472,6 +472,13 @@ def test_ends_do_not_travel_with_a_job(tmp_path: Path, vast: VastServer) -> None
     assert calls(vast) == ["PUT"]
     resume(job, vast, "--when-done", "destroy", ABLITERATE_WHEN_DONE="stop").check()
     assert calls(vast) == ["PUT", "DELETE"]
+    # --set counts last, here as everywhere.
+    before = len(calls(vast))
+    words = ("--set", 'when_done="nothing"', "--when-done", "destroy")
+    resume(job, vast, *words, ABLITERATE_WHEN_DONE="destroy").check()
+    assert len(calls(vast)) == before
+    resume(job, vast, "--set", 'when_done="destroy"', "--when-done", "stop", ABLITERATE_WHEN_DONE="nothing").check()
+    assert calls(vast)[before:] == ["DELETE"]
     resume(job, vast, "--when-done", "burn").fails(2, "when_done", "choose from")
 
 

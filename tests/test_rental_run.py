@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.cloud import KEY, RunPodServer, VastServer
+from tests.finished_job import finished_job
 from tests.helpers import abliterate, job_arguments, only_job, start
 
 
@@ -58,6 +59,26 @@ def test_preflight_says_what_will_not_survive_a_destroyed_machine(
     assert "at $1.00 an hour" in found["estimate.cost"]["measured"]
 
 
+def test_preflight_says_which_other_job_keeps_the_machine(job: list[Any], vast: VastServer, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    asked = (*job, "--when-done", "stop")
+    assert "rental.others" not in checks(*asked, **rented(vast))[1]
+    other = finished_job(runs, None, None, state="running")
+    code, found = checks(*asked, **rented(vast))
+    said = found["rental.others"]
+    assert (code, said["status"]) == (0, "warn")  # no reason not to start
+    assert (
+        f"job {other.folder.path.name} in {runs} is not delivered: this machine will NOT be ended" in said["measured"]
+    )
+    assert "abliterate resume --job" in said["remedy"]
+    assert "--workspace" in said["remedy"]
+    # Where nothing is to become of the machine, nothing has to be said; nor where the other job is delivered.
+    assert "rental.others" not in checks(*asked[:-2], **rented(vast))[1]
+    finished_job(tmp_path / "delivered", None, (tmp_path / "out").as_uri())
+    delivered = (*job, "--workspace", tmp_path / "delivered", "--when-done", "stop")
+    assert "rental.others" not in checks(*delivered, **rented(vast))[1]
+
+
 def test_a_key_that_cannot_read_the_instance_and_a_machine_that_is_no_rental(job: list[Any], vast: VastServer) -> None:
     code, found = checks(*job, "--when-done", "stop", **rented(vast, CONTAINER_API_KEY="another-key-0123456789"))
     assert (code, found["rental.end"]["status"]) == (76, "fail")
@@ -97,6 +118,11 @@ def test_the_machine_is_ended_once_all_is_delivered_and_not_before(
     for _ in range(2):
         abliterate(*arguments, *more, **rented(vast)).check()
         assert len(vast.asked("PUT", "12345")) == 2
+    # So does one that searches on.
+    arguments[arguments.index(20)] = 24
+    for _ in range(2):
+        abliterate(*arguments, *more, **rented(vast)).check()
+        assert len(vast.asked("PUT", "12345")) == 3
     assert KEY not in "".join(path.read_text(errors="replace") for path in workspace.rglob("*") if path.is_file())
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from job.config.load import assigned, environment_values, leaves, load_settings
 from job.config.origins import HERE
 from job.errors import UsageError
-from job.storage.identity import EXTENDING, EXTENDING_WITHIN
+from job.storage.identity import extends
 from job.storage.jobs import find_job
 from job.storage.run_folder import RunFolder
 from job.system.tempdirs import scratch
@@ -96,8 +96,7 @@ class Whereabouts:
 
 def _may_be_given(name: str) -> bool:
     """Return whether a setting only extends a job, says something of this machine, or confirms what the job is."""
-    section, _, rest = name.partition(".")
-    return section in EXTENDING or rest in EXTENDING_WITHIN.get(section, ()) or name in HERE or name == "model"
+    return extends(name) or name in HERE or name == "model"
 
 
 @contextmanager

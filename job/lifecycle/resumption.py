@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from job.config.load import asked_ends, leaves
-from job.config.origins import HERE, left_out_line
+from job.config.origins import HERE, TRUST, left_out_line
 from job.config.schema import ENDS, Settings
 from job.lifecycle.locate import Whereabouts
 from job.lifecycle.start import JobStart
@@ -73,7 +73,7 @@ def resumption(
             require_same_contents(record, found, prompts=not folder.prompts_file.exists())
         return record.model_copy(update={"settings": stored(found)}), found
 
-    return JobStart(folder, record.identity, settings, opened)
+    return JobStart(folder, record.identity, settings, opened, names_code=TRUST in given)
 
 
 def _of_this_side(folder: RunFolder) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from job.lifecycle.end_of_rental import Machine, Progress, end_rental, outcome_o
 from job.lifecycle.lock import held
 from job.lifecycle.outcome import Outcome, completed
 from job.lifecycle.running import RunningJob
+from job.lifecycle.safekeeping import undelivered
 from job.lifecycle.state import recorded, settings_key
+from job.mirror.vetting import note_known_code, require_known_code
 from job.preflight.readings import MachineReading
 from job.preflight.restarts import past_starts
 from job.preflight.runner import Survey, Surveyor
@@ -80,7 +82,13 @@ def run(
         return record, settings
 
     start = JobStart(
-        folder, first.identity, settings, opened, beside_others=new or again is not None, notes=tuple(notes)
+        folder,
+        first.identity,
+        settings,
+        opened,
+        beside_others=new or again is not None,
+        names_code=again is not None,
+        notes=tuple(notes),
     )
     return carry_out(start, events, signals, stages)
 
@@ -95,6 +103,7 @@ class JobStart:
         settings: Where the checkpoint is, and what becomes of the machine.
         opened: Returns job.json and the settings once the run folder is there.
         beside_others: The checkpoint may hold other jobs on the same model.
+        names_code: This side names the very commit of the model.
         notes: What became of old settings.
     """
 
@@ -103,7 +112,24 @@ class JobStart:
     settings: Settings
     opened: Callable[[], tuple[JobRecord, Settings]]
     beside_others: bool = True
+    names_code: bool = False
     notes: tuple[str, ...] = ()
+
+    def trusted(self, report: Callable[[str], None]) -> tuple[JobRecord, Settings]:
+        """Return job.json and the settings once this side is known to name the code that the job runs.
+
+        Args:
+            report: Told of every failure of the Hub that is tried again.
+
+        Raises:
+            UsageError: Only a checkpoint names it.
+            MachineError: The Hub cannot be reached.
+        """
+        record, settings = self.opened()
+        if not self.names_code:
+            require_known_code(self.folder, record, settings, report)
+        note_known_code(self.folder, record, settings)
+        return record, settings
 
 
 def carry_out(start: JobStart, events: Events, signals: StopSignals, stages: Stages) -> Outcome:
@@ -166,7 +192,7 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
         done = _completed(start, events)
         if done is not None:
             return done
-        record, settings = start.opened()
+        record, settings = start.trusted(events.say)
         surveyor = surveyor_of(folder, settings, events, notes=start.notes)
         surveyor.held, surveyor.left_by = None, (left_by.process,) if left_by else ()
         surveyor.uploads, settings = folder.uploads_state, surveyor.settings
@@ -216,6 +242,8 @@ def surveyor_of(
     if on is None:
         surveyor.rental = _this_rental()
         surveyor.settings = _priced(settings, surveyor.rental)
+        if {settings.when_done, settings.when_failed} != {"nothing"}:
+            surveyor.undelivered = undelivered(Path(settings.workspace), folder)
     if folder.job_file.exists():
         from job.report.run_view import trials_so_far  # likewise
 
@@ -246,9 +274,11 @@ def preflight(
         on: A machine to plan for in place of this one.
 
     Raises:
-        UsageError: A setting is malformed.
+        UsageError: A setting is malformed, or code would be run that only a checkpoint names.
     """
     folder = find_folder(settings)
+    if folder.job_file.exists():
+        require_known_code(folder, folder.read_job(), settings, events.say)
     surveyor = surveyor_of(folder, settings, events, notes=notes, on=on)
     surveyor.keep = False
     if settings.checkpoint is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -14,11 +13,11 @@ from pathlib import Path
 
 from job.errors import DeliveryError, JobError
 from job.mirror.options import SnapshotPace
-from job.mirror.records import HEAD, OBJECTS, MirroredFile
-from job.mirror.store import ConflictError, Proof, Stored
-from job.storage.atomic import make_folder, sync_folder, write_atomically
+from job.mirror.records import HEAD, MOST_HEAD_BYTES, OBJECTS, MirroredFile, oversized_head
+from job.mirror.store import ConflictError, OversizedError, Proof, Stored
+from job.storage.atomic import make_folder, sweep_temporaries, sync_folder, write_atomically
 from job.system.failpoints import reached
-from job.system.locks import Lock, LockedError, keeps_others_out, locked
+from job.system.locks import Lock, LockedError, is_left, keeps_others_out, locked, trial_folder
 from job.transfer.folders import target_folder
 
 _LOCK = ".lock"
@@ -42,14 +41,9 @@ class FileStore:
         place = self._root
         while not place.exists():
             place = place.parent
-        trial = place / f".abliterate-probe-{secrets.token_hex(8)}"
-        with self._clear_errors(place):
-            try:
-                trial.mkdir()
-                write_atomically(trial / HEAD, b"a probe, to be deleted at once\n")
-                quirk = _lock_quirk(trial / _LOCK)
-            finally:
-                shutil.rmtree(trial, ignore_errors=True)
+        with self._clear_errors(place), trial_folder(place) as trial:
+            write_atomically(trial / HEAD, b"a probe, to be deleted at once\n")
+            quirk = _lock_quirk(trial / _LOCK)
         if quirk is not None:
             return Proof("writing and deleting work", fenced=False, quirks=(quirk,))
         return Proof("writing, locking and deleting work", fenced=True)
@@ -71,10 +65,14 @@ class FileStore:
         file = self._root / job / HEAD
         with self._clear_errors(file):
             try:
+                if not stat.S_ISREG(file.stat().st_mode):
+                    return None  # nobody would ever write to a pipe
                 with file.open("rb") as opened:
-                    data, written = opened.read(), os.fstat(opened.fileno()).st_mtime
+                    data, written = opened.read(MOST_HEAD_BYTES + 1), os.fstat(opened.fileno()).st_mtime
             except (FileNotFoundError, NotADirectoryError):
                 return None
+        if len(data) > MOST_HEAD_BYTES:
+            raise oversized_head(self.uri, job)
         return Stored(data, hashlib.sha256(data).hexdigest(), self._age(file.parent, written))
 
     def _age(self, folder: Path, written: float) -> float | None:
@@ -141,9 +139,14 @@ class FileStore:
             lock.release()
 
     def sweep(self, job: str, keep: AbstractSet[str]) -> None:
-        """Remove objects that nothing names, and half-written ones."""
+        """Remove objects that nothing names, half-written ones, and what killed processes have left beside the head."""
         folder = self._root / job / OBJECTS
         with self._clear_errors(folder):
+            since = (folder.parent / HEAD).stat().st_mtime
+            sweep_temporaries(folder.parent, since)
+            for clock in folder.parent.glob(".clock-*"):
+                if is_left(clock, since):
+                    clock.unlink(missing_ok=True)
             for path in folder.iterdir() if folder.is_dir() else ():
                 if path.name not in keep:
                     path.unlink(missing_ok=True)
@@ -153,11 +156,15 @@ class FileStore:
         source = self._root / job / OBJECTS / entry.object
         if not stat.S_ISREG(source.lstat().st_mode):
             raise FileNotFoundError(source)
-        left = entry.size + 1  # so that a longer one is found to be another
+        left = entry.size
         with source.open("rb") as reading, target.open("wb") as writing:
+            if os.fstat(reading.fileno()).st_size > left:
+                raise OversizedError
             while left and (block := reading.read(min(_BLOCK, left))):
                 writing.write(block)
                 left -= len(block)
+            if reading.read(1):  # it has grown meanwhile
+                raise OversizedError
 
     @contextmanager
     def _clear_errors(self, path: Path) -> Iterator[None]:

@@ -15,8 +15,8 @@ from urllib.parse import quote
 from job.errors import DeliveryError
 from job.mirror.lease import is_running
 from job.mirror.options import HUB_PACE, SnapshotPace
-from job.mirror.records import HEAD, OBJECTS, MirroredFile, MirrorError, decode_head
-from job.mirror.store import ConflictError, Proof, Stored
+from job.mirror.records import HEAD, MOST_HEAD_BYTES, OBJECTS, MirroredFile, MirrorError, decode_head, oversized_head
+from job.mirror.store import ConflictError, OversizedError, Proof, Stored
 from job.system.hub_client import count_traffic, quiet_client
 from job.system.tempdirs import scratch
 from job.transfer.hub_probe import probe
@@ -119,6 +119,8 @@ class HubStore:
             found = self._look()
             if found is None or f"{job}/{HEAD}" not in found.files:
                 return None
+            if found.files[f"{job}/{HEAD}"].size > MOST_HEAD_BYTES:
+                raise oversized_head(self.uri, job)
             try:
                 data = self._download(f"{job}/{HEAD}", found.sha, Path.read_bytes)
                 return Stored(data, found.sha, self._age(found.sha))
@@ -268,8 +270,8 @@ class HubStore:
     def _others_run(self, job: str) -> bool:
         """Return whether another job's runner may be about to commit to the same branch."""
         for other in self.jobs():
-            stored = self.read(other) if other != job else None
             try:
+                stored = self.read(other) if other != job else None
                 if stored is not None and is_running(decode_head(stored.data, other, self.uri), stored):
                     return True
             except MirrorError:
@@ -307,6 +309,8 @@ class HubStore:
                 self._look()
             if self._seen is None or name not in self._seen.files:
                 break
+            if self._seen.files[name].size > entry.size:
+                raise OversizedError
             try:
                 self._download(name, self._seen.sha, lambda path: shutil.move(path, target))
             except _SquashedError:

@@ -15,7 +15,7 @@ from job.mirror.backoff import FIRST_RETRY_S, Trouble
 from job.mirror.layers import LAYERED, SMALL_BYTES, Layers
 from job.mirror.lease import Holding, LeaseLostError, now
 from job.mirror.options import SnapshotPace
-from job.mirror.records import CACHES, STUDY, Head, Layered, Lineage, MirroredFile, objects_of
+from job.mirror.records import CACHES, STUDY, Head, Layered, Lineage, MirroredFile, excess, objects_of
 from job.mirror.snapshot import Snapshots, Taken
 from job.mirror.store import MirrorStore
 from job.storage.atomic import write_record
@@ -296,6 +296,8 @@ class Claim:
                     known[file.sha256] = entry
                     sources[entry.object] = (file.source, entry)
             files[path] = known[file.sha256]
+            if large := excess(path, files[path]):  # nobody would take it from there
+                raise DeliveryError(f"the checkpoint would have {large}", remedy="look at that file in the run folder")
         return files, sources
 
     def _empty(self, *, release: bool) -> None:

@@ -129,8 +129,8 @@ class Mirror:
         """
         found = []
         for job in filter(JOB_ID.fullmatch, self._store.jobs()):
-            stored = self._store.read(job)
             try:
+                stored = self._store.read(job)
                 found += [decode_head(stored.data, job, self.uri)] if stored else []
             except MirrorError:
                 continue  # said when that very job is asked for

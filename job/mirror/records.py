@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -49,6 +50,13 @@ _FILES = frozenset(name for name in MIRRORED if "." in name)
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 # Folders of large files that are named by a key over all that changes them.
 CACHES = ("directions", "residuals")
+# What a head may have, and each kind of file: a mirror's host must not fill memory. Caches are streamed to the disk.
+MOST_HEAD_BYTES = 16 << 20
+_MOST_BYTES = 128 << 20
+_MOST_OF_MANY = 2 << 30
+_OF_MANY = frozenset({"study.db", "events.jsonl", "prompts.json"})  # they grow with trials and prompts
+# A layer is compressed, which may make it somewhat larger than what it holds; its first line says which blocks it has.
+_LAYER_SLACK = 2 << 20
 
 
 class MirrorError(DeliveryError):
@@ -212,7 +220,22 @@ def decode_head(data: bytes, job: str, where: str) -> Head:
         raise MirrorError(f"{where}: {job}/{HEAD} is of another job than its name says", remedy=_ELSEWHERE)
     if odd := [path for path in head.files if not is_mirrored(path)]:
         raise MirrorError(f"{where} holds something else: {job}/{HEAD} names {odd[0]!r}", remedy=_ELSEWHERE)
+    if large := [line for path, entry in head.files.items() if (line := excess(path, entry))]:
+        raise MirrorError(torn + f"names {large[0]}", remedy=_REMEDY)
     return head
+
+
+def excess(path: str, entry: MirroredFile | Layered) -> str:
+    """Return that a file is larger than a mirror takes, "" if it is not."""
+    if Path(path).parts[0] in CACHES:
+        return ""
+    most = _MOST_OF_MANY if path in _OF_MANY else _MOST_BYTES
+    layers = entry.layers if isinstance(entry, Layered) else ()
+    allowed = entry.size + entry.size // 64 + _LAYER_SLACK
+    if entry.size <= most and all(layer.size <= allowed for layer in layers):
+        return ""
+    size = max(entry.size, *(layer.size for layer in layers), 0)
+    return f"{size / 2**20:.0f} MiB for {path}, which may have {min(most, allowed) / 2**20:.0f}"
 
 
 _REMEDY = "move it away and start from the workspace, or name another --checkpoint"
@@ -222,6 +245,11 @@ _ELSEWHERE = "name another --checkpoint, or move it away"
 def torn(where: str, job: str, what: str) -> MirrorError:
     """Return the error for a mirror that lacks what its head names."""
     return MirrorError(f"the checkpoint {where} of job {job} is torn: {what}", remedy=_REMEDY)
+
+
+def oversized_head(where: str, job: str) -> MirrorError:
+    """Return the error for a head that is larger than any that this program writes."""
+    return torn(where, job, f"{HEAD} has more than {MOST_HEAD_BYTES >> 20} MiB")
 
 
 def foreign(where: str, job: str, names: list[str]) -> MirrorError:

@@ -9,9 +9,9 @@ from typing import Any
 
 from job.errors import JobError, MachineError
 from job.mirror.layers import assemble
-from job.mirror.records import CACHES, MIRRORED, STUDY, Head, Layered, MirroredFile, MirrorError, torn
+from job.mirror.records import CACHES, HEAD, MIRRORED, STUDY, Head, Layered, MirroredFile, MirrorError, torn
 from job.mirror.snapshot import check_study
-from job.mirror.store import MirrorStore
+from job.mirror.store import MirrorStore, OversizedError
 from job.mirror.vetting import proven
 from job.records import JobRecord
 from job.storage.atomic import cannot_write, make_folder, read_record, sha256_file, sync_folder, sync_tree, write_record
@@ -69,8 +69,12 @@ def download(store: MirrorStore, head: Head, paths: Iterable[str], target: Path)
     Raises:
         MirrorError: An object is missing or not what it should be.
         DeliveryError: The mirror cannot be reached.
+        MachineError: There is no room for what the head names.
         OSError: The folder cannot be written.
     """
+    paths = list(paths)
+    target.mkdir(parents=True, exist_ok=True)
+    _require_room(store, sum(head.files[path].size for path in paths), target)
     for path in paths:
         entry, file = head.files[path], target / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +83,9 @@ def download(store: MirrorStore, head: Head, paths: Iterable[str], target: Path)
                 _fetch(store, head, path, file)
             except FileNotFoundError as error:
                 raise torn(store.uri, head.job_id, f"the contents of {path} are missing") from error
+            except OversizedError as error:
+                what = f"the contents of {path} are larger than its {HEAD} says"
+                raise torn(store.uri, head.job_id, what) from error
             reached("restore:fetched")
             if sha256_file(file) == entry.sha256:
                 break
@@ -86,11 +93,22 @@ def download(store: MirrorStore, head: Head, paths: Iterable[str], target: Path)
                 raise torn(store.uri, head.job_id, f"the contents of {path} are not what they were")
 
 
+def _require_room(store: MirrorStore, size: int, target: Path) -> None:
+    """Refuse to begin with what does not fit: the head may name any size."""
+    free = shutil.disk_usage(target).free
+    if size > free:
+        raise MachineError(
+            f"{store.uri} holds {size / 1e9:.1f} GB for {target}, where {free / 1e9:.1f} GB are free",
+            remedy="free disk space or choose another --workspace",
+        )
+
+
 def _fetch(store: MirrorStore, head: Head, path: str, target: Path) -> None:
     """Write a file of the latest snapshot, unverified; what is no layer leaves what does not verify.
 
     Raises:
         FileNotFoundError: An object is missing.
+        OversizedError: An object is larger than the head says.
     """
     entry = head.files[path]
     if not isinstance(entry, Layered):

@@ -16,14 +16,14 @@ from typing import Any
 
 from job.errors import DeliveryError
 from job.mirror.options import SnapshotPace
-from job.mirror.records import HEAD, OBJECTS, MirroredFile
-from job.mirror.store import ConflictError, Proof, Stored
+from job.mirror.records import HEAD, MOST_HEAD_BYTES, OBJECTS, MirroredFile, oversized_head
+from job.mirror.store import ConflictError, OversizedError, Proof, Stored
 from job.records import ManifestEntry
 from job.system.tempdirs import scratch
 from job.transfer.s3.abandoned import abort, listed
 from job.transfer.s3.capabilities import S3Capabilities, detect
 from job.transfer.s3.client import S3Client as Bucket
-from job.transfer.s3.failures import RefusedError
+from job.transfer.s3.failures import RefusedError, TooLargeError
 from job.transfer.s3.multipart import LargeFile
 from job.transfer.s3.objects import checked, described, digest, object_metadata
 from job.transfer.s3.options import MIB, S3Options, S3Target
@@ -102,7 +102,9 @@ class S3Store:
             if look:
                 self._bucket.pause(look)
             try:
-                data, answer = self._bucket.read(self._key(job, HEAD))
+                data, answer = self._bucket.read(self._key(job, HEAD), MOST_HEAD_BYTES)
+            except TooLargeError as error:
+                raise oversized_head(self.uri, job) from error
             except RefusedError as error:
                 if error.status == 404 and error.code != "NoSuchBucket":
                     return None
@@ -210,7 +212,9 @@ class S3Store:
                 # Nothing has no ranges.
                 ranged = {"Range": f"bytes={start}-{start + _FETCHED - 1}"} if entry.size > _FETCHED else {}
                 try:
-                    file.write(self._bucket.read(key, **ranged)[0])
+                    file.write(self._bucket.read(key, min(_FETCHED, entry.size - start), **ranged)[0])
+                except TooLargeError as error:
+                    raise OversizedError from error
                 except RefusedError as error:
                     if error.status == 404 and error.code != "NoSuchBucket":
                         raise FileNotFoundError(key) from error

@@ -27,6 +27,10 @@ class Stored:
     age_s: float | None = None
 
 
+class OversizedError(Exception):
+    """An object holds more than its head says; no more of it is read. Never seen outside."""
+
+
 class ConflictError(Exception):
     """A head was not replaced because another one stands there: never seen outside.
 
@@ -74,7 +78,11 @@ class MirrorStore(Protocol):
         """Return the names of the jobs that have a head here."""
 
     def read(self, job: str) -> Stored | None:
-        """Return a job's head, None if there is none."""
+        """Return a job's head, None if there is none.
+
+        Raises:
+            MirrorError: It is larger than any head.
+        """
 
     def names(self, job: str) -> list[str]:
         """Return the names of all that is kept for a job beside its head, relative to the job."""
@@ -106,6 +114,7 @@ class MirrorStore(Protocol):
 
         Raises:
             FileNotFoundError: There is no such object.
+            OversizedError: It is larger than the entry says.
         """
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ where it is in the list of `job.config.origins`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from job.config.origins import EDIT, HERE, JOB, PROMPT_SETS, TRUST, require_name
 from job.config.schema import REFERENCE_SETS, PromptSettings, Settings
 from job.data.sources import named_identity, source_identity
 from job.errors import JobError, UsageError
-from job.records import JobRecord
+from job.model.files import is_in_history, parse_model
+from job.records import JobRecord, Record
+from job.storage.atomic import read_record, write_record
 from job.storage.identity import EXTENDING, job_id, model_identity
-from job.storage.run_folder import JOB_ID
+from job.storage.run_folder import JOB_ID, RunFolder
 from job.system.hub_client import REPOSITORY
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -196,6 +198,63 @@ def with_trust(
         )
     if TRUST in given:
         require_named_code(model, record.model_commit, given.get("model"), options)
+
+
+class KnownCode(Record):
+    """trusted.json in a run folder: the code that this side trusts; no checkpoint holds it or brings it.
+
+    Attributes:
+        repository: On the Hub.
+        commit: Named by this side, resolved by it, or found in the history of what it named.
+    """
+
+    repository: str
+    commit: str
+
+
+def require_known_code(folder: RunFolder, record: JobRecord, settings: Settings, report: Callable[[str], None]) -> None:
+    """Refuse to trust the code of a commit that neither this side nor the repository's history names.
+
+    Args:
+        folder: The run folder, whose job.json may have come from a checkpoint.
+        record: job.json.
+        settings: The settings.
+        report: Told of every failure of the Hub that is tried again.
+
+    Raises:
+        UsageError: Only the checkpoint names the commit.
+        ImpossibleJobError: There is no such repository or revision.
+        MachineError: The Hub cannot be reached.
+    """
+    code, source = _code(record, settings), parse_model(settings.model)
+    if code is None or code.commit == source.revision:
+        return
+    if folder.trusted_file.exists() and read_record(folder.trusted_file, KnownCode) == code:
+        return
+    if not is_in_history(source, code.commit, report):
+        place = f"{code.repository}@{code.commit}"
+        where = f"--checkpoint {settings.checkpoint} " if settings.checkpoint else ""
+        raise UsageError(
+            f"the code of {place} is named by the checkpoint of job {record.job_id} only: the commit is not in the "
+            f"history of {settings.model}, and trust is for code that you have read",
+            remedy=f"see who else can write to the checkpoint; if you have read that code and trust it, give "
+            f"`abliterate resume {where}--set {TRUST}=true --set model={place}`",
+        )
+
+
+def note_known_code(folder: RunFolder, record: JobRecord, settings: Settings) -> None:
+    """Write down which code this side trusts, so that the next start need not ask the Hub."""
+    code = _code(record, settings)
+    if code is not None:
+        write_record(folder.trusted_file, code)
+
+
+def _code(record: JobRecord, settings: Settings) -> KnownCode | None:
+    """Return the code of a repository that a job runs, None where it runs none."""
+    model = model_of(record)
+    if not settings.loading.trust_remote_code or "repository" not in model or record.model_commit is None:
+        return None
+    return KnownCode(repository=str(model["repository"]), commit=record.model_commit)
 
 
 def as_given(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -162,6 +162,26 @@ def list_model(source: ModelSource, commit: str | None, report: Callable[[str], 
     )
 
 
+def is_in_history(source: ModelSource, commit: str, report: Callable[[str], None]) -> bool:
+    """Return whether a commit is in the history of the revision that a repository is named with.
+
+    On the Hub anybody can open a pull request, and its commits can be loaded as revisions of the repository. They are
+    in no history but that of the pull request.
+
+    Raises:
+        ImpossibleJobError: There is no such repository or revision.
+        MachineError: The Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    commits = patiently(
+        lambda: HfApi().list_repo_commits(source.name, revision=source.revision),
+        f"the history of model {source.name}",
+        report,
+    )
+    return any(known.commit_id == commit for known in commits)
+
+
 def _needed(sizes: dict[str, int]) -> tuple[ModelFile, ...]:
     """Return the files of a model's top level without weights in other formats."""
     return tuple(

@@ -68,6 +68,7 @@ NAMES = frozenset(
         "rental.end",
         "rental.survival",
         "rental.checkpoint",
+        "rental.others",
         "estimate.time",
         "estimate.cost",
     ]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.preflight.mounts import Mount, kind_of, mount_of, nearest_existing, read_mounts
-from job.system.locks import keeps_others_out, locked
+from job.system.locks import keeps_others_out, locked, trial_folder
 
 if TYPE_CHECKING:
     from job.mirror import Proof
@@ -39,9 +37,7 @@ def proven(proof: Proof, folder: Path) -> Proof:
         return proof
     mounts, place = read_mounts(), nearest_existing(folder)
     mount = mount_of(place, mounts)
-    trial = place / f".abliterate-probe-{secrets.token_hex(8)}"
-    trial.mkdir()
-    try:
+    with trial_folder(place) as trial:
         second = False
         with locked(trial / "lock", _LOCK_SECONDS):
             for view in _views(trial, mount, mounts):
@@ -49,8 +45,6 @@ def proven(proof: Proof, folder: Path) -> Proof:
                     said = f"a lock in {place} does not hold in {view.parent}, another mount of the same place"
                     return replace(proof, fenced=False, quirks=(*proof.quirks, said))
                 second = second or os.stat(view).st_dev != os.stat(trial).st_dev
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
     if second or kind_of(mount) in _ONE_KERNEL:
         return proof
     said = f"whether locks in {mount.point} ({mount.kind}) hold on other machines cannot be seen from this one"

@@ -89,12 +89,29 @@ def lease_check(settings: Settings, job: str) -> Check:
     )
 
 
-def rental_checks(settings: Settings, rental: Rental | None) -> list[Check]:
-    """Return the checks of the rented machine, none where there is none and nothing is to become of it."""
+def rental_checks(settings: Settings, rental: Rental | None, undelivered: str = "") -> list[Check]:
+    """Return the checks of the rented machine, none where there is none and nothing is to become of it.
+
+    Args:
+        settings: What is to become of it.
+        rental: The machine.
+        undelivered: Which other job of the workspace is not delivered, "" if there is none.
+    """
     checks = []
     ends = settings.when_done != "nothing" or settings.when_failed != "nothing"
     if ends:
         checks.append(_known(rental))
+    if ends and undelivered:
+        checks.append(
+            Check(
+                name="rental.others",
+                status="warn",
+                measured=f"{undelivered}: this machine will NOT be ended and bills on",
+                needed="no other job in the workspace that is not delivered",
+                remedy="deliver that job first (`abliterate resume --job ID --upload URI`), move its folder away, or "
+                "give this one another --workspace",
+            )
+        )
     if settings.when_done == "destroy" or settings.when_failed == "destroy":
         checks.append(_survival(settings))
     if rental is not None and settings.checkpoint is None:

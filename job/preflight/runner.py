@@ -136,6 +136,7 @@ class Surveyor:
         leased: Name of the job whose lease at the checkpoint is looked at; None where this run has taken it.
         uploads: Folder in which what was learnt of targets is remembered, None for nowhere.
         rental: The rented machine that this is, None if it is none that is known.
+        undelivered: Which other job of the workspace keeps it from being ended, "" if there is none.
         keep: What is fetched may stay in the caches.
         report: Told of what is tried again.
         clock: Returns seconds.
@@ -156,6 +157,7 @@ class Surveyor:
     leased: str | None = None
     uploads: Path | None = None
     rental: Rental | None = None
+    undelivered: str = ""
     keep: bool = True
     report: Callable[[str], None] = lambda _: None
     clock: Callable[[], float] = time.monotonic
@@ -342,7 +344,7 @@ class Surveyor:
         checks = [
             check for target in self.settings.upload for check in target_checks(target, self.settings, self.uploads)
         ]
-        return checks + ([] if self.on else rental_checks(self.settings, self.rental))
+        return checks + ([] if self.on else rental_checks(self.settings, self.rental, self.undelivered))
 
     # --- what follows from all of it -----------------------------------------------------------------
 

@@ -149,7 +149,7 @@ def upload_trial(
         raise UsageError("there is no target to deliver to", remedy="give --upload")
     folder = start.folder
     with held(folder, start.identity, start.settings, events, signals) as hold:
-        record, settings = start.opened()
+        record, settings = start.trusted(events.say)
         export = _exported(OpenJob(folder, JobFile(folder, record), settings, events), number, form)
         missed = missed_gate(settings, read_record(folder.figures_file(export.name), Figures))
         if missed is not None:

@@ -8,6 +8,7 @@ from job.data.prompts import PromptSets
 from job.errors import ImpossibleJobError
 from job.export.reproduction import require_same_prompts
 from job.lifecycle.running import RunningJob
+from job.mirror.vetting import note_known_code
 from job.preflight.checks import is_allowed
 from job.preflight.runner import Survey, Surveyor
 from job.stages.reproduce import original_of
@@ -55,3 +56,4 @@ def _pin(job: RunningJob, survey: Survey) -> None:
         pinned["planned_weights"] = {device.device: device.weights for device in survey.plan.devices}
     if pinned:
         job.file.pin(**pinned)
+        note_known_code(job.folder, job.record, job.settings)

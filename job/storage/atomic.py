@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from job.errors import JobError, MachineError
 from job.records import Record
 from job.system.failpoints import reached
+from job.system.locks import is_left, stake
 
 _BLOCK = 1 << 20
 
@@ -41,13 +43,14 @@ def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> Non
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
+            stake(file.fileno())  # until it has its name
             if mode is not None:
                 os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        reached(f"written:{path.name}")  # the next point finds what is there after the next line
-        temporary.replace(path)
+            reached(f"written:{path.name}")  # the next point finds what is there after the next line
+            temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -132,3 +135,26 @@ def read_record(path: Path, kind: type[R]) -> R:
             f"{path} cannot be read: {str(error).splitlines()[0]}",
             remedy="restore it, or start the job again with another --workspace",
         ) from error
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+
+
+def sweep_temporaries(folder: Path, since: float, *, below: bool = False) -> None:
+    """Remove what `write_atomically` has left in processes that were killed; never what a live one is writing.
+
+    Args:
+        folder: Where to look.
+        since: When this process began to hold it, by the clock of its file system.
+        below: Look in its folders, too.
+    """
+    for root, _, names in os.walk(folder):
+        for name in filter(_TEMPORARY.fullmatch, names):
+            file = Path(root, name)
+            try:
+                if is_left(file, since):
+                    file.unlink(missing_ok=True)
+            except OSError:
+                continue  # it is somebody else's
+        if not below:
+            break

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
 import hashlib
 import json
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
-from typing import Any
 
 from job.config.schema import ENDS, REFERENCE_SETS, Settings
 from job.data.sources import source_identity
@@ -132,3 +136,9 @@ def identify(settings: Settings, *, write: bool = True) -> dict[str, Any]:
 def stored(settings: Settings) -> dict[str, Any]:
     """Return the settings that job.json keeps: all but those that are about the machine of one start."""
     return settings.model_dump(mode="json", exclude=set(ENDS))
+
+
+def extends(name: str) -> bool:
+    """Return whether a setting, by its dotted key, only extends a job."""
+    section, _, rest = name.partition(".")
+    return section in EXTENDING or rest in EXTENDING_WITHIN.get(section, ())

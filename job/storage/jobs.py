@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from job.config.load import leaves
+from job.errors import UsageError
+from job.records import JobRecord
+from job.storage.identity import extends
+from job.storage.run_folder import RunFolder
+from job.text.redaction import MASK
+
+if TYPE_CHECKING:
+    pass
+
+from collections.abc import Mapping
 
 from pydantic import ValidationError
 
-from job.config.load import default_values, merged
+from job.config.load import default_values, merged, nested
 from job.config.schema import Settings
-from job.errors import JobError, UsageError
+from job.errors import JobError
 from job.model.files import parse_model
-from job.records import JobRecord
 from job.storage.atomic import cannot_write, make_folder
-from job.storage.identity import EXTENDING, identify, job_id, stored, versions
-from job.storage.run_folder import RunFolder
+from job.storage.identity import identify, job_id, stored, versions
 from job.text.redaction import redacted_json
 
 
@@ -154,15 +164,15 @@ def job_settings(folder: RunFolder, *, whole: bool = False, **others: object) ->
         UsageError: They are another version's, or one of them held a secret and is not whole.
     """
     record = folder.read_job()
-    masked = {name for name in record.redacted if name not in others and name != "workspace"}
-    lost = sorted(masked if whole else masked - EXTENDING)
+    masked = _masked(record) - leaves(others).keys() - {"workspace"}
+    lost = sorted(name for name in masked if whole or not extends(name))
     if lost:
         raise UsageError(
             f"job {record.job_id} was given a secret in {', '.join(lost)}, and secrets are written nowhere",
             remedy="go on with the same `abliterate run` command, or give what only extends the job with --set",
         )
     # What a former version did not know is as it was before.
-    kept = {name: value for name, value in record.settings.items() if name not in masked}
+    kept = nested({name: value for name, value in leaves(record.settings).items() if name not in masked})
     stored = merged(default_values(), {**kept, "workspace": str(folder.path.parent)})
     try:
         return Settings(**merged(stored, others))
@@ -172,3 +182,9 @@ def job_settings(folder: RunFolder, *, whole: bool = False, **others: object) ->
             f"the settings of job {record.job_id} are not this version's: {error.errors()[0]['msg']}",
             remedy=f"go on with the version that began it, {made_by}",
         ) from error
+
+
+def _masked(record: JobRecord) -> set[str]:
+    """Return the settings that held a secret, by dotted key; others of the same section are whole."""
+    stored = leaves(record.settings)
+    return {name for name, value in stored.items() if name.partition(".")[0] in record.redacted and MASK in str(value)}

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from job.errors import HeldError
 from job.records import ExportFormat, JobRecord, State, Upload
-from job.storage.atomic import cannot_write, make_folder, read_record, write_atomically, write_record
+from job.storage.atomic import cannot_write, make_folder, read_record, sweep_temporaries, write_atomically, write_record
 from job.storage.identity import MEMO
 from job.system.locks import Lock, LockedError, is_locked
 from job.system.processes import HolderRecord, this_process
@@ -43,6 +43,7 @@ class RunFolder:
         self.uploads_state = path / "uploads"
         self.prompts_file = path / "prompts.json"
         self.reproduces_file = path / "reproduces.json"
+        self.trusted_file = path / "trusted.json"
         self.geometry_file = path / "directions" / "geometry.json"
         self.rescored_file = path / "figures" / "rescored.json"
         self.report_file = path / "report.md"
@@ -132,6 +133,9 @@ class RunFolder:
             raise cannot_write(self.lock_file, error) from error
         try:
             write_record(self.holder_file, HolderRecord(process=this_process(), host=socket.gethostname()))
+            since = self.holder_file.stat().st_mtime
+            sweep_temporaries(self.path, since, below=True)
+            sweep_temporaries(self.path.parent, since)
             yield
         finally:
             lock.release()

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -43,6 +44,10 @@ except BlockingIOError:
     sys.exit(3)
 """
 _ASK_SECONDS = 30.0
+# Folders of probes, and the file in each that its process has staked.
+_TRIAL, _AT_WORK = ".abliterate-probe-", ".at-work"
+# Where locks do not tell: no write of a small file and no probe takes as long.
+_SURELY_LEFT_SECONDS = 3600.0
 
 
 class Owner(Record):
@@ -184,6 +189,67 @@ def locked(file: Path, seconds: float = 0.0) -> Iterator[Lock]:
         yield lock
     finally:
         lock.release()
+
+
+def stake(descriptor: int) -> None:
+    """Have others see that this process is at work on a file, where the file system knows locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return  # where it knows none, what is left is told by its age
+
+
+def is_left(file: Path, since: float) -> bool:
+    """Return whether the process that was at work on a file has ended.
+
+    Args:
+        file: The file, on which that process has put a stake.
+        since: When this process began, by the clock of the file system: what is younger may be about to be staked.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        age = since - os.fstat(descriptor).st_mtime
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in _TAKEN and age > _SURELY_LEFT_SECONDS
+    finally:
+        os.close(descriptor)
+    return age > 0
+
+
+@contextmanager
+def trial_folder(place: Path) -> Iterator[Path]:
+    """Make a folder for a probe and remove it after the block, with those that killed processes have left.
+
+    Raises:
+        OSError: The place cannot be written.
+    """
+    folder = place / f"{_TRIAL}{secrets.token_hex(8)}"
+    folder.mkdir()
+    try:
+        _sweep_trials(place, folder)
+        with (folder / _AT_WORK).open("wb") as file:
+            stake(file.fileno())
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep_trials(place: Path, mine: Path) -> None:
+    since = mine.stat().st_mtime
+    for other in place.glob(f"{_TRIAL}*"):
+        if other == mine or other.is_symlink():
+            continue
+        try:
+            staked = (other / _AT_WORK).exists()
+            old = since - other.stat().st_mtime > _SURELY_LEFT_SECONDS
+        except OSError:
+            continue  # it is somebody else's, or gone
+        if is_left(other / _AT_WORK, since) if staked else old:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def is_locked(file: Path) -> bool:

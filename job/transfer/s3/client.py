@@ -14,10 +14,12 @@ from typing import Any
 from job.errors import UsageError
 from job.system.failpoints import reached
 from job.text.redaction import redact, remember
-from job.transfer.s3.failures import GivenUpError, explained, retry_after_s, tries
+from job.transfer.s3.failures import GivenUpError, TooLargeError, explained, retry_after_s, tries
 from job.transfer.s3.options import S3Options, S3Target
 
 _NEVER = threading.Event()
+# Of an object that is read into memory, unless the reader knows better.
+MOST_BYTES = 64 << 20
 # What every whole answer has: all of the first, any of the second. A line that is cut within the headers, or right
 # after them, leaves an answer that looks whole to everybody below.
 _WHOLE: dict[str, set[str]] = {
@@ -117,10 +119,16 @@ class S3Client:
 
         return self._retried(method, once, body.stop if isinstance(body, Body) else _NEVER)
 
-    def read(self, key: str, **parameters: str) -> tuple[bytes, dict[str, Any]]:
+    def read(self, key: str, most: int = MOST_BYTES, **parameters: str) -> tuple[bytes, dict[str, Any]]:
         """Return the contents of a small object, or of a Range of one, and the answer's other fields.
 
+        Args:
+            key: Of the object.
+            most: Bytes that are read of it.
+            parameters: Of the request.
+
         Raises:
+            TooLargeError: There are more; they are not read.
             RefusedError: As for `call`.
         """
 
@@ -130,6 +138,8 @@ class S3Client:
             # Not as a context manager: that gives out the stream below, which does not notice a cut.
             stream = answer["Body"]
             try:
+                if answer["ContentLength"] > most:  # no more than this is read, whatever the server sends
+                    raise TooLargeError(self.target, key, most)
                 return {**answer, "Body": stream.read()}
             finally:
                 stream.close()

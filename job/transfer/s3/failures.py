@@ -78,6 +78,16 @@ class RefusedError(DeliveryError):
         return self.code in _TRANSIENT_CODES or self.status == 429 or (self.status >= 500 and self.status != 501)
 
 
+class TooLargeError(DeliveryError):
+    """An object holds more than is read into memory."""
+
+    def __init__(self, target: object, key: str, most: int) -> None:
+        super().__init__(
+            f"{target}: {key} has more than the {most} bytes that it may have",
+            remedy="see who else can write there, and remove it",
+        )
+
+
 class GivenUpError(Exception):
     """A request was given up because the whole upload ends; never seen outside."""
 
