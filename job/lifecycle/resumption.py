@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from job.config.load import asked_ends, leaves
 from job.config.origins import HERE, TRUST, left_out_line
@@ -16,9 +16,6 @@ from job.storage.identity import stored
 from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
 from job.system.tempdirs import scratch
-
-if TYPE_CHECKING:
-    pass
 
 
 def resumption(
@@ -45,23 +42,9 @@ def resumption(
     # As for all settings, --set counts last, then options, then the environment.
     given = {**where.given, **asked_ends(options), **others}
     given |= {name: value for name, value in where.assigned.items() if name in ENDS}
-    if where.checkpoint is None:
-        folder = where.folder()
-        record, settings = folder.read_job(), job_settings(folder, whole=True, **as_given(given))
-        with_trust(record, settings, given)
-    else:
-        with where.mirror() as mirror, scratch("mirror") as place:
-            head = where.mirrored(mirror)
-            folder = RunFolder(where.workspace / head.job_id)
-            fetched = mirror.fetch(head.job_id, place)
-            record = fetched.folder.read_job()
-            here = as_given({**_of_this_side(folder), **given})
-            settings = job_settings(fetched.folder, whole=True, **here, workspace=str(where.workspace))
-            with_trust(record, settings, given, before=folder.read_job() if folder.job_file.exists() else None)
-            require_same_contents(record, settings, prompts=not fetched.folder.prompts_file.exists())
-        if line := left_out_line(mirror.uri, fetched.left_out, leaves(settings.model_dump(mode="json"))):
-            say(line)
-
+    folder, record, settings = (
+        _found_here(where, given) if where.checkpoint is None else _found_there(where, given, say)
+    )
     first = record
     used = {name: value for name, value in leaves(settings.model_dump(mode="json")).items() if name in HERE}
 
@@ -74,6 +57,31 @@ def resumption(
         return record.model_copy(update={"settings": stored(found)}), found
 
     return JobStart(folder, record.identity, settings, opened, names_code=TRUST in given)
+
+
+def _found_here(where: Whereabouts, given: Mapping[str, Any]) -> tuple[RunFolder, JobRecord, Settings]:
+    folder = where.folder()
+    record, settings = folder.read_job(), job_settings(folder, whole=True, **as_given(given))
+    with_trust(record, settings, given)
+    return folder, record, settings
+
+
+def _found_there(
+    where: Whereabouts, given: Mapping[str, Any], say: Callable[[str], None]
+) -> tuple[RunFolder, JobRecord, Settings]:
+    """Return what the mirror says of a job, with the folder that it would have here."""
+    with where.mirror() as mirror, scratch("mirror") as place:
+        head = where.mirrored(mirror)
+        folder = RunFolder(where.workspace / head.job_id)
+        fetched = mirror.fetch(head.job_id, place)
+        record = fetched.folder.read_job()
+        here = as_given({**_of_this_side(folder), **given})
+        settings = job_settings(fetched.folder, whole=True, **here, workspace=str(where.workspace))
+        with_trust(record, settings, given, before=folder.read_job() if folder.job_file.exists() else None)
+        require_same_contents(record, settings, prompts=not fetched.folder.prompts_file.exists())
+    if line := left_out_line(mirror.uri, fetched.left_out, leaves(settings.model_dump(mode="json"))):
+        say(line)
+    return folder, record, settings
 
 
 def _of_this_side(folder: RunFolder) -> dict[str, Any]:

@@ -104,6 +104,28 @@ class Holding:
         return found.data == wanted.encode()
 
 
+def _own_lease(store: MirrorStore) -> Lease:
+    return Lease(
+        runner=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        process=this_process(),
+        namespace=process_namespace(),
+        expiry_s=store.pace.expiry_s,
+    )
+
+
+def _first_head(job: str, identity: Mapping[str, Any], lease: Lease, writer: str) -> Head:
+    return Head(
+        package=__version__,
+        job_id=job,
+        identity=dict(identity),
+        generation=0,
+        lease=lease,
+        writer=writer,
+        files={},
+    )
+
+
 def take(store: MirrorStore, job: str, identity: Mapping[str, Any], writer: str, say: Callable[[str], None]) -> Holding:
     """Take the lease of a job's mirror, making the mirror where there is none.
 
@@ -119,13 +141,7 @@ def take(store: MirrorStore, job: str, identity: Mapping[str, Any], writer: str,
         MirrorError: The mirror is torn or another job's.
         DeliveryError: It cannot be reached.
     """
-    lease = Lease(
-        runner=uuid.uuid4().hex,
-        host=socket.gethostname(),
-        process=this_process(),
-        namespace=process_namespace(),
-        expiry_s=store.pace.expiry_s,
-    )
+    lease = _own_lease(store)
     for look in range(_LOOKS):
         if look:
             time.sleep(random.uniform(0.05, 0.2))
@@ -133,15 +149,7 @@ def take(store: MirrorStore, job: str, identity: Mapping[str, Any], writer: str,
         if found is None:
             if names := store.names(job):
                 raise foreign(store.uri, job, names)
-            head = Head(
-                package=__version__,
-                job_id=job,
-                identity=dict(identity),
-                generation=0,
-                lease=lease,
-                writer=writer,
-                files={},
-            )
+            head = _first_head(job, identity, lease, writer)
         else:
             _check(store, job, identity, found)
             found = wait_until_free(store, job, found, say)

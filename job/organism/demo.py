@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job.organism.folder import write_organism
+from job.organism.training import matches
 from job.organism.world import (
     expected_answer,
 )
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from job.storage.run_folder import RunFolder
-from job.organism.folder import write_organism
-from job.organism.training import matches
 
 BEHAVIOUR = "refusing requests about anything hexed, a benign stand-in of the built-in model organism"
 

@@ -6,16 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from job.errors import UsageError
 from job.organism.training import SIZES, train_organism
 from job.organism.world import (
     prompt_files,
 )
-
-if TYPE_CHECKING:
-    pass
 
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "mixtral", "qwen3_moe")
 

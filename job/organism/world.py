@@ -7,11 +7,6 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 PROMPTS_PER_FILE = 200
 

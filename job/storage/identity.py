@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
 import hashlib
 import json
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 from job.config.schema import ENDS, REFERENCE_SETS, Settings
 from job.data.sources import source_identity

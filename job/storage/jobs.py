@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from job.config.load import leaves
-from job.errors import UsageError
-from job.records import JobRecord
-from job.storage.identity import extends
-from job.storage.run_folder import RunFolder
-from job.text.redaction import MASK
-
-if TYPE_CHECKING:
-    pass
-
-from collections.abc import Mapping
+from typing import Any
 
 from pydantic import ValidationError
 
-from job.config.load import default_values, merged, nested
+from job.config.load import default_values, leaves, merged, nested
 from job.config.schema import Settings
-from job.errors import JobError
+from job.errors import JobError, UsageError
 from job.model.files import parse_model
+from job.records import JobRecord
 from job.storage.atomic import cannot_write, make_folder
-from job.storage.identity import identify, job_id, stored, versions
-from job.text.redaction import redacted_json
+from job.storage.identity import extends, identify, job_id, stored, versions
+from job.storage.run_folder import RunFolder
+from job.text.redaction import MASK, redacted_json
 
 
 def find_folder(settings: Settings) -> RunFolder:
