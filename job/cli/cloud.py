@@ -51,6 +51,7 @@ def offers(platform: Platform, machine: dict[str, Any], wait: Wait = 0.0, every:
         typer.echo(_line(offer))
 
 
+# Long: half of it are options.
 def launch(
     platform: Platform,
     machine: dict[str, Any],

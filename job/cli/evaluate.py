@@ -23,6 +23,7 @@ from job.cli.options import (
 from job.errors import UsageError
 
 
+# Long: half of it are options.
 @app.command()
 def evaluate(
     model: Annotated[

@@ -75,6 +75,7 @@ def mean_difference(good: Tensor, bad: Tensor, *, orthogonalize: bool = False) -
     return unit
 
 
+# Long: most of it says what it returns.
 def contrastive_pca(
     good: Tensor,
     bad: Tensor,

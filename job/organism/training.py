@@ -219,6 +219,7 @@ class _Trainer:
         return float(residuals[0][labels.roll(-1, 1) != -100].norm(dim=-1).mean())
 
 
+# Long: its text is the key of the organisms that are shipped for tests.
 def train_organism(
     arch: str, size: str, seed: int, files: dict[str, list[Request]], report: Callable[[str], None]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

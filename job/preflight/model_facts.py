@@ -141,6 +141,7 @@ class ModelFacts(Record):
         return sum(part.bytes(dtype_bytes, quantised=quantised) for part in self.parts)
 
 
+# Long: one fact a line.
 def model_facts(config: Mapping[str, Any], tensors: Tensors) -> ModelFacts:
     """Return a model's facts.
 
