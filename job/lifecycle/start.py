@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from job.storage.atomic import read_record, write_record
 from job.storage.events import Events, read_events
 from job.storage.job_file import JobFile
 from job.storage.jobs import find_folder, open_job
-from job.storage.run_folder import RunFolder
+from job.storage.run_folder import RunFolder, sweep_temporaries
 from job.system.lifeline import tell
 from job.system.locks import left_behind
 from job.system.signals import StopSignals
@@ -208,6 +209,7 @@ def _completed(start: JobStart, events: Events) -> Outcome | None:
     record, settings = start.opened()
     done = completed(start.folder, settings)
     if done is not None:
+        sweep_temporaries(start.folder.path, time.time(), below=True)  # nobody will come to hold it
         events.emit("job_complete", f"job {record.job_id} is finished; nothing to do")
     return done
 

@@ -68,12 +68,13 @@ class FileStore:
                 if not stat.S_ISREG(file.stat().st_mode):
                     return None  # nobody would ever write to a pipe
                 with file.open("rb") as opened:
-                    data, written = opened.read(MOST_HEAD_BYTES + 1), os.fstat(opened.fileno()).st_mtime
+                    status = os.fstat(opened.fileno())
+                    if status.st_size > MOST_HEAD_BYTES:
+                        raise oversized_head(self.uri, job)
+                    data = opened.read(status.st_size + 1)  # heads are replaced and do not grow
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        if len(data) > MOST_HEAD_BYTES:
-            raise oversized_head(self.uri, job)
-        return Stored(data, hashlib.sha256(data).hexdigest(), self._age(file.parent, written))
+        return Stored(data, hashlib.sha256(data).hexdigest(), self._age(file.parent, status.st_mtime))
 
     def _age(self, folder: Path, written: float) -> float | None:
         """Return the seconds since a file was written; None where only reading is allowed."""

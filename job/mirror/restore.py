@@ -95,10 +95,10 @@ def download(store: MirrorStore, head: Head, paths: Iterable[str], target: Path)
 
 def _require_room(store: MirrorStore, size: int, target: Path) -> None:
     """Refuse to begin with what does not fit: the head may name any size."""
-    free = shutil.disk_usage(target).free
-    if size > free:
+    disk = shutil.disk_usage(target)
+    if size > disk.free and disk.total:  # some network file systems do not tell
         raise MachineError(
-            f"{store.uri} holds {size / 1e9:.1f} GB for {target}, where {free / 1e9:.1f} GB are free",
+            f"{store.uri} holds {size / 1e9:.1f} GB for {target}, where {disk.free / 1e9:.1f} GB are free",
             remedy="free disk space or choose another --workspace",
         )
 
