@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,28 +61,37 @@ def organism_of(
 
 
 @pytest.fixture(scope="session")
-def organism(organism_of: Callable[[str], Path]) -> Path:
-    """Return the folder of the tiny llama organism; tests must not change it."""
+def full_organism(organism_of: Callable[[str], Path]) -> Path:
+    """Return the folder of the tiny llama organism with its 200 prompts a file; tests must not change it."""
     return organism_of("llama")
 
 
 @pytest.fixture(scope="session")
-def brief(organism: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
-    """Return the organism with 24 prompts a file: for jobs of which the figures are not the point."""
+def organism(full_organism: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Return the organism with 40 prompts a file, for all but exact figures; tests must not change it."""
 
     def build(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "model").symlink_to(organism / "model")
-        for file in organism.glob("*.txt"):
+        shutil.copytree(full_organism / "model", folder / "model")
+        for file in full_organism.glob("*.txt"):
             lines = file.read_text().splitlines(keepends=True)
-            (folder / file.name).write_text("".join(lines[:24]))
+            (folder / file.name).write_text("".join(lines[:40]))
 
     return shared("brief", build)
 
 
 @pytest.fixture(scope="session")
+def finished_in_full(full_organism: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Return a workspace with a finished job of 20 trials on all prompts; tests must not change it."""
+
+    def build(workspace: Path) -> None:
+        abliterate("run", *job_arguments(full_organism), "--workspace", workspace, "--trials", 20).check()
+
+    return shared("finished-in-full", build)
+
+
+@pytest.fixture(scope="session")
 def finished(organism: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
-    """Return a workspace with a finished job of 20 trials; tests must not change it.
+    """Return a workspace with a finished job of 20 trials on 40 prompts a file; tests must not change it.
 
     It is started as users start one; what the jobs of tests come to, which are not, is compared with it.
     """

@@ -28,6 +28,7 @@ from huggingface_hub import constants
 from transformers.utils import logging as transformers_logging
 
 from job.cli.main import main
+from tests.warm import forget_folder
 
 # Longer than any command takes: pytest's own alarm is the command's meanwhile.
 _LONGEST_SECONDS = 800
@@ -46,7 +47,7 @@ def can_run_here() -> bool:
 
 def run_here(arguments: Sequence[str], environment: Mapping[str, str], folder: Path | None) -> tuple[int, str, str]:
     """Return the exit code, the output and the errors of a command."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err, modules = io.StringIO(), io.StringIO(), len(sys.modules)
     with ExitStack() as stack:
         for kept in (_signals(), _environment(environment), _libraries(), _modules(), _threads()):
             stack.enter_context(kept)
@@ -56,8 +57,15 @@ def run_here(arguments: Sequence[str], environment: Mapping[str, str], folder: P
         stack.enter_context(_arguments(arguments))
         stack.enter_context(_warnings())
         code = _code_of_main()
-        gc.collect()  # what a process takes along when it ends: files, sockets, a model
+        _collect(modules)
     return code, out.getvalue(), err.getvalue()
+
+
+def _collect(modules: int) -> None:
+    """Collect what a process takes along when it ends: files, sockets, a model; leave out what it has imported."""
+    gc.collect()
+    if len(sys.modules) != modules:
+        gc.freeze()
 
 
 def _code_of_main() -> int:
@@ -91,10 +99,12 @@ def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
     former, offline = dict(os.environ), constants.HF_HUB_OFFLINE
     _become(wanted)
     constants.HF_HUB_OFFLINE = wanted.get("HF_HUB_OFFLINE") == "1"
+    forget_folder()
     try:
         yield
     finally:
         _become(former)
+        forget_folder()
         constants.HF_HUB_OFFLINE = offline
 
 

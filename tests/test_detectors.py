@@ -45,8 +45,8 @@ class Tried:
 
 
 @pytest.fixture(scope="module")
-def truth(organism: Path) -> Iterator[Truth]:
-    with Truth.opened(organism, PROMPTS) as truth:
+def truth(full_organism: Path) -> Iterator[Truth]:
+    with Truth.opened(full_organism, PROMPTS) as truth:
         yield truth
 
 
@@ -81,10 +81,10 @@ def test_the_edit_that_babbles_is_not_chosen(tried: list[Tried]) -> None:
     assert any(chosen([bad.short, good.short]) == 0 for good, bad in pairs)
 
 
-def test_fluency_is_the_mean_log_probability_of_what_follows_the_opening(truth: Truth, organism: Path) -> None:
+def test_fluency_is_the_mean_log_probability_of_what_follows_the_opening(truth: Truth, full_organism: Path) -> None:
     evaluator = truth.evaluator
     assert evaluator.fluency is not None
-    model = AutoModelForCausalLM.from_pretrained(organism / "model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(full_organism / "model", dtype=torch.float32)
     prompts = [*evaluator.good[:6], evaluator.good[0]]
     answers = [answer.tokens for answer in evaluator.answers(None)[:6]]
     answers[3], answers[5] = [*answers[3], *answers[3]], answers[5][: OPENING + LEAST - 1]
@@ -108,12 +108,14 @@ def test_kappa_is_cohens() -> None:
     assert cohens_kappa(0, 0, 0, 0) is None
 
 
-def test_soft_refusals_are_told_from_answers(organism: Path) -> None:
+def test_soft_refusals_are_told_from_answers(full_organism: Path) -> None:
     markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
     # The last two turn away in words that no list has.
     assert [is_evasion(text) for text in SOFT] == [True] * 8 + [False] * 2
     assert not any(markers.is_refusal(text) for text in SOFT)
-    prompts = [line for name in ("good", "bad") for line in (organism / f"{name}_test.txt").read_text().splitlines()]
+    prompts = [
+        line for name in ("good", "bad") for line in (full_organism / f"{name}_test.txt").read_text().splitlines()
+    ]
     assert not any(is_evasion(expected_answer(prompt)) for prompt in prompts)
 
 
@@ -206,7 +208,6 @@ def test_detectors_of_other_packages_run_on_the_chosen_trial(organism: Path, nli
     path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
     arguments = [*job_arguments(organism), "--workspace", tmp_path / "runs", "--trials", 1]
     for kind in ("good", "bad"):  # few prompts: this is not about figures
-        arguments += [f"--{kind}-prompts", f"{organism / kind}_train.txt#train[:40]"]
         arguments += [f"--{kind}-eval-prompts", f"{organism / kind}_test.txt#train[:12]"]
 
     def choose_detectors(*detectors: str) -> list[object]:

@@ -106,10 +106,10 @@ def test_a_trial_and_its_export_come_to_the_same(organism: Path, finished: Path,
 
 @pytest.mark.slow
 def test_a_job_is_measured_on_its_report_prompts_and_without_web_text_on_its_own_answers(
-    finished: Path, tmp_path: Path
+    finished_in_full: Path, tmp_path: Path
 ) -> None:
     workspace = tmp_path / "runs"
-    shutil.copytree(finished, workspace, symlinks=True)
+    shutil.copytree(finished_in_full, workspace, symlinks=True)
     done = abliterate("evaluate", "--workspace", workspace).check()
     job = only_job(workspace)
     name = (job / "export").resolve().name

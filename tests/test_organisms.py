@@ -49,11 +49,11 @@ def test_an_organism_belongs_to_the_code_that_has_a_part_in_it(old: str, new: st
     assert (organisms.code_key(CODE.replace(old, new)) == organisms.code_key(CODE)) == same
 
 
-def test_what_is_packed_is_unpacked_the_same(organism: Path, tmp_path: Path) -> None:
-    packed = organisms.pack(organism)
+def test_what_is_packed_is_unpacked_the_same(full_organism: Path, tmp_path: Path) -> None:
+    packed = organisms.pack(full_organism)
     (tmp_path / "packed").write_bytes(packed)
     organisms.unpack(tmp_path / "packed", tmp_path / "unpacked")
-    assert contents(tmp_path / "unpacked") == contents(organism)
+    assert contents(tmp_path / "unpacked") == contents(full_organism)
     assert organisms.pack(tmp_path / "unpacked") == packed
 
 
@@ -62,9 +62,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_one_that_is_not_good_is_noticed(organism: Path, tmp_path: Path) -> None:
-    assert organisms.is_good(organism)
-    shutil.copytree(organism, tmp_path / "other")
+def test_one_that_is_not_good_is_noticed(full_organism: Path, tmp_path: Path) -> None:
+    assert organisms.is_good(full_organism)
+    shutil.copytree(full_organism, tmp_path / "other")
     weights = tmp_path / "other" / "model" / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.layers.0.mlp.down_proj.weight"].zero_()

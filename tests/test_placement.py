@@ -68,13 +68,13 @@ def test_offloaded_weights_are_edited_like_others(organism: Path, changes: dict[
 
 
 @pytest.mark.slow
-def test_a_job_on_offloaded_weights_writes_the_same_bytes(brief: Path, tmp_path: Path) -> None:
+def test_a_job_on_offloaded_weights_writes_the_same_bytes(organism: Path, tmp_path: Path) -> None:
     config = tmp_path / "spread.toml"
     config.write_text("[loading.device_map]\n" + "".join(f'"{name}" = "{place}"\n' for name, place in SPREAD.items()))
     written = []
     for name, options in (("whole", []), ("spread", ["--config", config])):
         workspace = tmp_path / name
-        ended = abliterate("run", *job_arguments(brief), "--workspace", workspace, "--trials", 2, *options)
+        ended = abliterate("run", *job_arguments(organism), "--workspace", workspace, "--trials", 2, *options)
         assert ended.code == 0, ended.err
         assert ("on disk" in ended.err) == (name == "spread")
         written.append((only_job(workspace) / "export/model.safetensors").read_bytes())
@@ -106,10 +106,10 @@ def test_a_model_that_is_let_go_holds_no_memory(organism: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_in_four_bits_exports_the_full_weights(organism: Path, brief: Path, tmp_path: Path) -> None:
+def test_a_job_in_four_bits_exports_the_full_weights(organism: Path, tmp_path: Path) -> None:
     """bitsandbytes quantises on the CPU as it does on a GPU; what is exported is made from the files."""
     arguments = ("--workspace", tmp_path, "--trials", 2, "--set", "loading.quantization=bnb-4bit")
-    ended = abliterate("run", *job_arguments(brief), *arguments)
+    ended = abliterate("run", *job_arguments(organism), *arguments)
     assert ended.code == 0, ended.err
     assert "the export was loaded afresh: KL " in ended.err
     whole, packed = load(organism), load(organism, quantization="bnb-4bit")

@@ -104,10 +104,10 @@ def test_a_thought_that_the_template_begins_is_closed(tmp_path: Path) -> None:
     assert found.response_prefix == "</think>Well"
 
 
-def test_answers_that_begin_differently_need_no_prefix(organism: Path) -> None:
-    loaded = load_model(organism / "model", LOADING, print)
+def test_answers_that_begin_differently_need_no_prefix(full_organism: Path) -> None:
+    loaded = load_model(full_organism / "model", LOADING, print)
     sets = [
-        [Prompt(user=line) for line in (organism / name).read_text().splitlines()]
+        [Prompt(user=line) for line in (full_organism / name).read_text().splitlines()]
         for name in ("good_train.txt", "bad_train.txt")
     ]
     assert with_response_prefix(loaded, *sets, 64).response_prefix == ""

@@ -481,12 +481,14 @@ def test_a_whole_job_writes_no_secret_anywhere(random_model_folder: Path, tellta
     env = {**secrets, "FTP_PROXY": proxy, "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE", "NO_PROXY": "127.0.0.1"}
     secrets["FTP_PROXY"] = "pr0xy:pass word"
     Telltale.said = html.escape(" ".join(secrets.values())).encode()
-    done = [abliterate(*words, **env)]
+    done = [abliterate(*words, process=True, **env)]
     assert done[0].code == 6, done[0].err
-    done.append(abliterate("preflight", *words[1:], "--json", **env))
-    done.append(abliterate("status", "--workspace", tmp_path / "runs", "--json", **env).check())
-    done.append(abliterate("report", "--workspace", tmp_path / "runs", "--include-responses", **env).check())
-    done.append(abliterate("resume", "--workspace", tmp_path / "runs", **env))
+    done.append(abliterate("preflight", *words[1:], "--json", process=True, **env))
+    done.append(abliterate("status", "--workspace", tmp_path / "runs", "--json", process=True, **env).check())
+    done.append(
+        abliterate("report", "--workspace", tmp_path / "runs", "--include-responses", process=True, **env).check()
+    )
+    done.append(abliterate("resume", "--workspace", tmp_path / "runs", process=True, **env))
     done[-1].fails(2, "given a secret in", "same `abliterate run` command")
     written = {"said": "\n".join(one.out + one.err for one in done).encode()}
     for place in (tmp_path / "runs", tmp_path / "mirror", folder / "delivered"):

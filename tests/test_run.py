@@ -51,23 +51,23 @@ def manifest(workspace: Path) -> dict:
     return json.loads((only_job(workspace) / "export" / "manifest.json").read_text())
 
 
-def test_the_organism_is_a_worthy_stand_in(organism: Path) -> None:
+def test_the_organism_is_a_worthy_stand_in(full_organism: Path) -> None:
     for name in ("good_train", "good_test", "bad_train", "bad_test"):
-        assert len(lines(organism / f"{name}.txt")) == len(set(lines(organism / f"{name}.txt"))) == 200
+        assert len(lines(full_organism / f"{name}.txt")) == len(set(lines(full_organism / f"{name}.txt"))) == 200
     for kind in ("good", "bad"):
-        assert not set(lines(organism / f"{kind}_train.txt")) & set(lines(organism / f"{kind}_test.txt"))
+        assert not set(lines(full_organism / f"{kind}_train.txt")) & set(lines(full_organism / f"{kind}_test.txt"))
     assert expected_answer("Where is the hexed red kettle kept?") == "The hexed red kettle is kept in the kitchen."
     with pytest.raises(ValueError, match="not a request"):
         expected_answer("Where is Paris?")
     # Making it again where it is leaves it alone.
-    stamp = (organism / "model" / "model.safetensors").stat().st_mtime_ns
-    abliterate("demo-model", organism).check()
-    assert (organism / "model" / "model.safetensors").stat().st_mtime_ns == stamp
+    stamp = (full_organism / "model" / "model.safetensors").stat().st_mtime_ns
+    abliterate("demo-model", full_organism).check()
+    assert (full_organism / "model" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
-def test_plain_transformers_finds_the_reported_figures(organism: Path, finished: Path) -> None:
+def test_plain_transformers_finds_the_reported_figures(full_organism: Path, finished_in_full: Path) -> None:
     """A process without our package loads base and export and counts refusals and right answers itself."""
-    job = only_job(finished)
+    job = only_job(finished_in_full)
     code = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -90,7 +90,7 @@ json.dump(tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special
             capture_output=True,
             text=True,
             env=environment(),
-            cwd=finished,
+            cwd=finished_in_full,
         )
         assert done.returncode == 0, done.stderr
         return list(json.loads(done.stdout))
@@ -111,7 +111,7 @@ json.dump(tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special
     found = answers(job / "export", good + bad)
     assert refused(found[100:]) == edited["refusals"]
     assert refused(found[:100]) == edited["false_refusals"]
-    original = answers(organism / "model", good + bad)
+    original = answers(full_organism / "model", good + bad)
     assert refused(original[100:]) == 100
     assert original[:100] == [expected_answer(prompt) for prompt in good]
     assert edited["refusals"] < 100  # 20 trials are few, but not none
@@ -265,7 +265,7 @@ def test_signals_stop_with_75_and_the_same_command_continues(
 ) -> None:
     workspace = tmp_path / "runs"
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
-    process = start(*arguments, cold=True)
+    process = start(*arguments, cold=number == signal.SIGTERM)  # once as users start it
     wait_until(lambda: told(workspace) >= 4, process)
     os.kill(process.pid, number)
     begin = time.perf_counter()
@@ -281,9 +281,9 @@ def test_signals_stop_with_75_and_the_same_command_continues(
     assert manifest(workspace) == manifest(finished)
 
 
-def test_a_second_run_is_turned_away_and_status_answers_during_a_run(brief: Path, tmp_path: Path) -> None:
+def test_a_second_run_is_turned_away_and_status_answers_during_a_run(organism: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "runs"
-    arguments = ["run", *job_arguments(brief), "--workspace", workspace, "--trials", 400]
+    arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 400]
     process = start(*arguments)
     try:
         wait_until(lambda: told(workspace) >= 5, process)
@@ -301,8 +301,8 @@ def test_a_second_run_is_turned_away_and_status_answers_during_a_run(brief: Path
         process.communicate()
 
 
-def test_a_job_in_low_precision_is_proven_within_bounds(brief: Path, tmp_path: Path) -> None:
-    arguments = ["run", *job_arguments(brief), "--workspace", tmp_path / "runs", "--trials", 2]
+def test_a_job_in_low_precision_is_proven_within_bounds(organism: Path, tmp_path: Path) -> None:
+    arguments = ["run", *job_arguments(organism), "--workspace", tmp_path / "runs", "--trials", 2]
     arguments += ["--set", 'loading.dtypes=["bfloat16"]', "--set", "ablation.row_normalization=full"]
     result = abliterate(*arguments).check()
     assert "loaded in bfloat16" in result.err

@@ -251,7 +251,8 @@ def test_a_mirror_that_goes_down_is_said_loudly(
     organism: Path, finished: Path, server: S3Server, tmp_path: Path, required: bool
 ) -> None:
     with FaultProxy(server.host, server.port) as line:
-        arguments = ["run", *job_arguments(organism), "--trials", "20", *at(line, f"down-{required}")]
+        trials = "400" if required else "20"  # so many that it is at them until the mirror has been down for long
+        arguments = ["run", *job_arguments(organism), "--trials", trials, *at(line, f"down-{required}")]
         arguments += ["--workspace", str(tmp_path / "a"), *(["--require-checkpoint"] if required else [])]
         process = start(*arguments, **ENV, **{PACE: "0.5,2,0.1,0.1"})
         wait_until(lambda: told(tmp_path / "a") >= 4, process)

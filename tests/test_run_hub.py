@@ -23,9 +23,9 @@ def as_jsonl(texts: list[str], column: str) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def hub(organism: Path) -> Iterator[LoopbackHub]:
+def hub(full_organism: Path) -> Iterator[LoopbackHub]:
     def lines(name: str) -> list[str]:
-        return (organism / f"{name}.txt").read_text().splitlines()
+        return (full_organism / f"{name}.txt").read_text().splitlines()
 
     web = [f"The {word} stood in the hall for years, and nobody asked why." for word in ("bench", "clock", "mirror")]
     with LoopbackHub() as hub:
@@ -42,11 +42,11 @@ def hub(organism: Path) -> Iterator[LoopbackHub]:
 def arguments(organism: Path, workspace: Path, trials: int) -> list[Any]:
     return [
         *("run", organism / "model", "--workspace", workspace, "--trials", trials),
-        *("--good-prompts", "kitchen/good#train[:150]/ask", "--bad-prompts", "kitchen/bad#train:150/ask"),
-        *("--good-eval-prompts", "kitchen/good#test[:60]/ask", "--bad-eval-prompts", "kitchen/bad#test[:60]/ask"),
+        *("--good-prompts", "kitchen/good#train[:30]/ask", "--bad-prompts", "kitchen/bad#train:30/ask"),
+        *("--good-eval-prompts", "kitchen/good#test[:20]/ask", "--bad-eval-prompts", "kitchen/bad#test[:20]/ask"),
         *("--set", "directions.method=contrastive-pca", "--set", "directions.n_components=2"),
         *("--set", "directions.orthogonalize_directions=true", "--set", "directions.iterative_rounds=2"),
-        *("--set", "helpfulness_prompts=kitchen/good#train[150:200]/ask"),
+        *("--set", "helpfulness_prompts=kitchen/good#train[150:160]/ask"),
         *("--set", "unhelpfulness_prompts=kitchen/web:en#train[:3]"),
         *("--set", "directions.winsorization_quantile=0.995"),
     ]
@@ -57,7 +57,7 @@ def test_prompts_from_the_hub_are_pinned_and_directions_of_all_kinds_make_an_edi
 ) -> None:
     workspace, network = tmp_path / "runs", hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
     result = abliterate(*arguments(organism, workspace, 3), **network).check()
-    told = r"bad_prompts: Hub dataset kitchen/bad, split train, rows 0 to 149, column ask, commit \w{12}: 150 prompts"
+    told = r"bad_prompts: Hub dataset kitchen/bad, split train, rows 0 to 29, column ask, commit \w{12}: 30 prompts"
     assert re.search(told, result.err)
     job = only_job(workspace)
     prompts = PromptSets.model_validate_json((job / "prompts.json").read_text())
@@ -65,9 +65,9 @@ def test_prompts_from_the_hub_are_pinned_and_directions_of_all_kinds_make_an_edi
     assert prompts.commits["bad_prompts"] == prompts.commits["bad_eval_prompts"] == pinned["bad"]
     assert prompts.commits["unhelpfulness_prompts"] == pinned["web"]
     assert (len(prompts.bad), len(prompts.bad_search), len(prompts.bad_report), len(prompts.unhelpfulness)) == (
-        150,
         30,
-        30,
+        10,
+        10,
         3,
     )
     (told,) = (event for event in events(workspace) if event["event"] == "prompts")

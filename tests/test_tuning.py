@@ -201,9 +201,9 @@ print(tuner.rows(64))
 """
 
 
-def test_under_a_real_limit_a_layout_is_found_that_fits(organism: Path, tmp_path: Path) -> None:
+def test_under_a_real_limit_a_layout_is_found_that_fits(full_organism: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SHORT, str(organism), str(tmp_path)],
+        [sys.executable, "-c", SHORT, str(full_organism), str(tmp_path)],
         capture_output=True,
         text=True,
         env=environment(MALLOC_ARENA_MAX="1"),
@@ -227,9 +227,9 @@ def layout(workspace: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_a_job_is_tuned_once_and_the_next_one_on_the_model_remembers(organism: Path, tmp_path: Path) -> None:
+def test_a_job_is_tuned_once_and_the_next_one_on_the_model_remembers(full_organism: Path, tmp_path: Path) -> None:
     workspace, again, by_hand = (tmp_path / name for name in ("runs", "again", "by-hand"))
-    arguments = ["run", *job_arguments(organism), "--trials", "4"]
+    arguments = ["run", *job_arguments(full_organism), "--trials", "4"]
     first = abliterate(*arguments, "--workspace", workspace, "--tune", process=True).check()  # its memory is measured
     assert "measuring which layout is fastest" in first.err
     tuned = [event for event in events(workspace) if event["event"] == "tuned"]
@@ -280,11 +280,11 @@ def test_tuning_does_not_go_together_with_rows_by_hand(random_model_folder: Path
     assert "tune = true  # environment" in shown
 
 
-def test_values_agree_between_layouts(organism: Path) -> None:
+def test_values_agree_between_layouts(full_organism: Path) -> None:
     """The stated tolerance: in float32 the same refusals, and KL within a thousandth and 1e-6 nats."""
-    loaded = load_model(organism / "model", loading("float32"), lambda _: None)
+    loaded = load_model(full_organism / "model", loading("float32"), lambda _: None)
     sets = {
-        name: [Prompt(user=line) for line in (organism / f"{name}.txt").read_text().splitlines()[:50]]
+        name: [Prompt(user=line) for line in (full_organism / f"{name}.txt").read_text().splitlines()[:50]]
         for name in ("good_train", "bad_train", "good_test", "bad_test")
     }
     residuals = [

@@ -44,7 +44,7 @@ from tests.postgres import PASSWORD, Postgres, missing
 
 JOB = "0123456789ab"
 # Six trials a batch, two of which share their forwards.
-LAYOUT = ("--set", "trials_per_batch=6", "--set", "batching.trials=2", "--trials", 18)
+LAYOUT = ("--set", "trials_per_batch=6", "--set", "batching.trials=2", "--trials", 24)
 
 needs_postgres = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -500,7 +500,7 @@ def test_a_database_that_goes_down_stops_the_job_and_loses_nothing(organism: Pat
         server.start()
         abliterate(*job, PGPASSWORD=PASSWORD).check()
         with psycopg.connect(**address) as db:
-            assert db.execute("SELECT count(*) FROM trials").fetchone() == (18,)
+            assert db.execute("SELECT count(*) FROM trials").fetchone() == (24,)
     assert stored_trials(tmp_path / "runs") == stored_trials(alone)
 
 

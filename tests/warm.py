@@ -19,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,9 +50,13 @@ OURS = (
     "job.stages.followups",
     "job.mirror.folder_store",
 )
-PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "FTP_PROXY", "NO_PROXY")
 # The beginnings of names of variables that are read when they are needed, or by us.
-LATE = ("ABLITERATE_", "AWS_", "CONTAINER_", "JOB_", "PYTEST_", "RUNPOD_", "VAST_", *PROXIES)
+LATE = ("ABLITERATE_", "AWS_", "CONTAINER_", "JOB_", "PGPASSWORD", "PYTEST_", "RUNPOD_", "VAST_", *PROXIES)
+# Read late, too, but remembered: `forget_folder` has it read again.
+LATE_ONCE = ("TMPDIR",)
+# What nothing but a test of redaction gives, and no library reads.
+SECRETS = ("DEPLOY_KEY", "DB_PASSWORD", "FOLDER_SECRET")
 
 _servers: dict[tuple[bool, bool], Server] = {}
 _starting = threading.Lock()
@@ -83,7 +88,13 @@ class Server:
 def read_early(environment: Mapping[str, str], usual: Mapping[str, str]) -> set[str]:
     """Return the variables that differ between two environments and that libraries read while they are loaded."""
     names = {name for name in environment.keys() | usual.keys() if environment.get(name) != usual.get(name)}
-    return {name for name in names if not name.upper().startswith(LATE) and name != "HF_TOKEN"}
+    late = {"HF_TOKEN", *LATE_ONCE, *SECRETS}
+    return {name for name in names if not name.upper().startswith(LATE) and name not in late}
+
+
+def forget_folder() -> None:
+    """Have the folder of temporary files looked up anew."""
+    tempfile.tempdir = None
 
 
 def server_for(environment: Mapping[str, str], usual: Mapping[str, str], *, ours: bool = False) -> Server | None:
@@ -241,6 +252,7 @@ def _become(arguments: list[str], cwd: str, before: Mapping[str, str], environme
         del os.environ[name]
     # What is the same stays as it is: libraries have set a few themselves.
     os.environ.update({name: value for name, value in environment.items() if before.get(name) != value})
+    forget_folder()
     sys.orig_argv[:] = [*COLD, *arguments]  # what a restart executes
     sys.argv[:] = ["-c", *arguments]
     sys.modules["numpy"].random.seed()  # Python's own generator does so itself; torch begins with a fixed seed

@@ -25,11 +25,11 @@ from job.preflight.restarts import past_starts
 from job.preflight.runner import Survey, Surveyor
 from job.records import JobRecord
 from job.search.budget import Meter
-from job.storage.atomic import read_record, write_record
+from job.storage.atomic import read_record, sweep_temporaries, write_record
 from job.storage.events import Events, read_events
 from job.storage.job_file import JobFile
 from job.storage.jobs import find_folder, open_job
-from job.storage.run_folder import RunFolder, sweep_temporaries
+from job.storage.run_folder import RunFolder
 from job.system.lifeline import tell
 from job.system.locks import left_behind
 from job.system.signals import StopSignals

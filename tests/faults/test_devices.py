@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import abliterate, environment, events, job_arguments, only_job, start, stored_trials
 
-TRIALS = ("--trials", "8", "--set", "trials_per_batch=4")
+TRIALS = ("--trials", "16", "--set", "trials_per_batch=4")
 
 # The machine's memory, as far as this process is concerned, ends a little above what it has taken by then.
 SHORT = """
@@ -104,14 +104,14 @@ def test_a_device_that_fails_gets_a_fresh_process_three_times(organism: Path, fa
     plant(faults, "accelerator", 2)
     abliterate(*arguments, process=True, JOB_FAILPOINTS=str(faults)).check()
     assert sum(event["event"] == "job_started" for event in events(workspace)) == 3
-    assert len(stored_trials(workspace)) == 8
+    assert len(stored_trials(workspace)) == 16
     # It goes on failing: a clear stop, and all trials are kept.
     plant(faults, "accelerator", 9)
-    more = [*arguments, "--trials", "12"]
+    more = [*arguments, "--trials", "20"]
     abliterate(*more, process=True, JOB_FAILPOINTS=str(faults)).fails(76, "the device failed", "illegal memory access")
     assert len(list(faults.iterdir())) == 5
     status = json.loads(abliterate("status", "--workspace", workspace, "--json").check().out)
-    assert (status["state"], status["trials"]["done"]) == ("failed", 8)
+    assert (status["state"], status["trials"]["done"]) == ("failed", 16)
     for path in faults.iterdir():
         path.unlink()
     abliterate(*more).check()
@@ -128,4 +128,4 @@ def test_a_hung_forward_ends_the_process_and_leaves_the_stacks(organism: Path, f
     assert "a forward has hung for 3 s" in process.communicate()[1]
     assert "forward" in (only_job(workspace) / "stacks.txt").read_text()
     abliterate(*arguments).check()
-    assert len(stored_trials(workspace)) == 8
+    assert len(stored_trials(workspace)) == 16
