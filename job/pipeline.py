@@ -26,8 +26,10 @@ from job.lifecycle.start import RunningJob
 from job.model.files import parse_model
 from job.preflight.checks import is_allowed
 from job.preflight.cuda import read_cuda
+from job.preflight.inputs import PreflightInputs
 from job.preflight.mounts import kind_of, mount_of, read_mounts
-from job.preflight.runner import Survey, Surveyor
+from job.preflight.runner import preflight
+from job.preflight.survey import Survey
 from job.records import State, Trial
 from job.report.markdown import write_reports
 from job.report.run_view import RunResult, trials_so_far
@@ -44,9 +46,9 @@ if TYPE_CHECKING:
     from job.lifecycle.session import Workbench
 
 
-def run(running: RunningJob, surveyor: Surveyor) -> Outcome:
+def run(running: RunningJob, inputs: PreflightInputs) -> Outcome:
     """Do all stages of a job."""
-    return Job(running).do(surveyor)
+    return Job(running).do(inputs)
 
 
 class Job:
@@ -61,16 +63,16 @@ class Job:
         self._signals = running.signals
         self._meter = running.meter
 
-    def do(self, surveyor: Surveyor) -> Outcome:
+    def do(self, inputs: PreflightInputs) -> Outcome:
         """Go through all stages; those that an earlier start has finished are passed over."""
-        prompts = surveyor.prompts
+        prompts = inputs.earlier.prompts
         damage = self._repair()
         trials = trials_so_far(self._folder)
         self._say_differences()
         if prompts is None or not self._is_searched_and_exported(trials, prompts):
             # A job of which only the delivery is left has its targets tell what is wrong with them.
             with WarmWorkerPool(self._others(trials), self._model_here()) as hands:
-                prompts = self._preflight(surveyor)
+                prompts = self._preflight(inputs)
                 if damage is not None:
                     # After preflight, which ends a loop of such starts.
                     self._phase("search")
@@ -205,10 +207,11 @@ class Job:
                 bench.export(chosen, made, self._settings.export_format)
         return trials
 
-    def _preflight(self, surveyor: Surveyor) -> PromptSets:
+    def _preflight(self, inputs: PreflightInputs) -> PromptSets:
         """Check all that can be checked before anything large is downloaded; return the prompts, pinned."""
         self._phase("preflight")
-        survey = surveyor.survey()
+        found = preflight(inputs)
+        survey, prompts = found.survey, found.prompts
         write_record(self._folder.preflight_file, survey)
         for check in survey.checks:
             if check.status != "ok":
@@ -216,7 +219,6 @@ class Job:
                 self._events.say(f"preflight: {check.status}{allowed}: {check.line}")
         self._events.emit("preflight", f"preflight: {survey.summary}", checks=[c.model_dump() for c in survey.checks])
         survey.require()
-        prompts = surveyor.prompts
         if prompts is None:
             raise ImpossibleJobError(
                 "the prompts cannot be read, whatever is allowed", remedy="see `abliterate preflight`"
