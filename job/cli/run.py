@@ -125,7 +125,7 @@ def _told(outcome: Outcome) -> Outcome:
         f"trial {outcome.chosen}: refusals {base.refusals}/{base.bad_prompts} -> "
         f"{edited.refusals}/{edited.bad_prompts}, KL {edited.kl or 0:.4g}, false refusals "
         f"{base.false_refusals}/{base.good_prompts} -> {edited.false_refusals}/{edited.good_prompts} "
-        f"(on prompts that the search has {'not seen' if outcome.unseen else 'seen too'})"
+        f"(on {outcome.report_prompts})"
     )
     kept = outcome.folder.export_link.exists()
     typer.echo(f"model:  {outcome.folder.export_link if kept else 'delivered, not in this workspace'}")
