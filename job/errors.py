@@ -7,7 +7,7 @@ class JobError(Exception):
     """A failure with a message for the user instead of a traceback.
 
     Attributes:
-        exit_code: What the process ends with (DESIGN section 6).
+        exit_code: What the process ends with.
         remedy: What the user can do; "" where the message says it all.
     """
 

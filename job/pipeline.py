@@ -14,7 +14,7 @@ from job.lifecycle.outcome import Outcome
 from job.lifecycle.running import RunningJob
 from job.model.files import parse_model
 from job.preflight.cuda import read_cuda
-from job.preflight.runner import Surveyor
+from job.preflight.inputs import PreflightInputs
 from job.records import Trial
 from job.report.run_view import trials_so_far
 from job.stages.choice import chosen_trial, is_exported, is_searched
@@ -26,25 +26,25 @@ from job.storage.study_file import restore_if_damaged
 from job.workers.crew import WarmWorkerPool
 
 
-def run(job: RunningJob, surveyor: Surveyor) -> Outcome:
+def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
     """Do all stages of a job; those that an earlier start has finished are passed over.
 
     Args:
         job: The job, whose settings have been read.
-        surveyor: What preflight needs, with the prompts of an earlier start.
+        inputs: What preflight works on, with the prompts of an earlier start.
 
     Raises:
         JobError: The job cannot be done; each kind says whether, where and how it could be.
         Stopped: A signal asked for it; running again continues.
     """
     damage = _repair_study(job)
-    prompts, trials = surveyor.prompts, trials_so_far(job.folder)
+    prompts, trials = inputs.earlier.prompts, trials_so_far(job.folder)
     warn_of_differences(job)
     # Where only the delivery is left, the targets themselves tell what is wrong with them.
     if prompts is None or not is_exported(job, trials, prompts):
         with _warm_workers(job, trials) as pool:
             job.begin("preflight")
-            prompts = checked_prompts(job, surveyor)
+            prompts = checked_prompts(job, inputs)
             if damage is not None:
                 job.begin("search")  # after preflight, which ends a loop of such starts
                 raise damage

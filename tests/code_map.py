@@ -70,7 +70,8 @@ _GLOSSARY = """
 | plan | Trials that are evaluated together, stored before any of them is evaluated. Also the memory plan of a model |
 | residual writer | A module whose output is added to the residual stream |
 | run folder | WORKSPACE/JOB_ID, all that a job leaves |
-| search split, report split | Evaluation prompts for the search, and those for the reported figures |
+| search split, report split | Evaluation prompts that the search measures on, and those that figures are reported on |
+| held-out prompts | Report prompts whose text neither the direction nor the search uses |
 | trial | One edit that the search measures |
 """
 

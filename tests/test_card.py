@@ -68,6 +68,21 @@ def test_the_metadata_are_read_back_by_the_hubs_library_and_accepted_by_a_hub(tm
         card.validate()
 
 
+def test_prompts_are_called_held_out_only_where_they_are(tmp_path: Path) -> None:
+    claim = "prompts that neither the direction nor the search has seen"
+    card = model_card(made_from(), base(tmp_path))
+    assert f"on {claim}." in card
+    assert "held-out prompts with the behaviour" in card
+    reused = made_from(reused_prompts=3)
+    card = model_card(reused, base(tmp_path))
+    assert "on 180 prompts, 3 of which the direction or the search has seen." in card
+    assert claim not in card
+    assert "held-out" not in card
+    # The file says so, too, and is what it was before where there is nothing to say.
+    assert type(reused).model_validate_json(reused.model_dump_json()) == reused
+    assert "reused_prompts" not in made_from().model_dump_json()
+
+
 @pytest.mark.parametrize(
     ("front", "files", "expected"),
     [

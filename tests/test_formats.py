@@ -144,6 +144,46 @@ def test_a_finished_job_is_exported_in_every_format_and_made_again(
 
 
 @pytest.mark.slow
+def test_no_output_calls_prompts_held_out_that_the_direction_or_the_search_has_seen(
+    brief: Path, finished: Path, tmp_path: Path
+) -> None:
+    claim = "prompts that neither the direction nor the search has seen"
+    known = (brief / "bad_train.txt").read_text().splitlines()[:3]
+    new = (brief / "bad_test.txt").read_text().splitlines()[12:]
+    (tmp_path / "report.txt").write_text("\n".join([*known, *new]))
+    (tmp_path / "eval.txt").write_text("\n".join((brief / "bad_test.txt").read_text().splitlines()[:12]))
+    sets = ("--bad-eval-prompts", tmp_path / "eval.txt", "--bad-report-prompts", tmp_path / "report.txt")
+    arguments = ["run", *job_arguments(brief), *sets, "--workspace"]
+    workspace = tmp_path / "runs"
+    told = abliterate(*arguments, workspace, "--trials", 4).check()
+    job = only_job(workspace)
+    total = len(known) + len(new) + 12  # and half of the good evaluation prompts
+    words = f"{total} prompts, 3 of which the direction or the search has seen"
+    assert f"(on {words})" in told.out
+    assert "warning: 3 of 24 of bad_prompts are also among" in told.err or "data.overlap" in told.err
+    others = json.loads(abliterate("front", "--workspace", workspace, "--json").check().out)
+    number = next((one["number"] for one in others if not one["chosen"]), others[0]["number"])
+    other = Path(abliterate("export", "--workspace", workspace, "--trial", number).check().out.strip())
+    again = ["--reproduce", job / "export" / "reproduce.json"]
+    assert f"(on {words})" in abliterate(*arguments, tmp_path / "again", *again).check().out
+    remade = only_job(tmp_path / "again")
+    files = (folder / name for folder in (job, remade) for name in ("report.md", "report.html", "export/README.md"))
+    for file in (*files, other / "README.md"):
+        text = file.read_text()
+        assert f"on {words}" in text, file
+        assert claim not in text, file
+    shown = abliterate("front", "--workspace", workspace).check().out
+    assert f"on report prompts, 3 of {total} seen before" in shown
+    assert "held-out" not in shown
+
+    # Where it is true, all of them say so.
+    job = only_job(finished)
+    for name in ("report.md", "report.html", "export/README.md"):
+        assert f"on {claim}" in (job / name).read_text().replace("On", "on"), name
+    assert "on held-out prompts" in abliterate("front", "--workspace", finished).check().out
+
+
+@pytest.mark.slow
 def test_a_reproduction_from_other_things_is_refused_or_found_different(
     organism: Path, finished: Path, tmp_path: Path
 ) -> None:

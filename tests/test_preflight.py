@@ -358,7 +358,7 @@ def test_a_job_that_is_held_and_one_in_a_restart_loop(organism: Path, tmp_path: 
 def test_every_check_can_be_allowed_by_name_and_nothing_else(check: Any, random_model_folder: Path) -> None:
     named = set()
     for file in Path(preflight.__file__).parent.glob("*.py"):
-        named |= set(re.findall(r'name="([a-z.-]+)"|_guarded\("([a-z.]+)"', file.read_text()))
+        named |= set(re.findall(r'name="([a-z.-]+)"|(?:guarded|attempt)\("([a-z.]+)"', file.read_text()))
     literal = {one or other for one, other in named}
     assert literal <= NAMES, literal - NAMES
     code, found = check("--max-hours", "0.0000001", "--allow", "estimate.time")

@@ -272,10 +272,10 @@ WAITING = """
 import sys
 from pathlib import Path
 from job.config.load import load_settings
-from job.preflight import runner as survey
-from job.preflight import machine as probe
-read = probe.read_machine
-survey.read_machine = lambda **given: read(cuda_library=sys.argv[1], nvml_library="libnone.so.1")
+from job.preflight import machine_checks
+from job.preflight.inputs import PreflightInputs
+read = machine_checks.read_machine
+machine_checks.read_machine = lambda **given: read(cuda_library=sys.argv[1], nvml_library="libnone.so.1")
 taken = Path(sys.argv[2])
 for minutes, waits in ((1, 2), (0.75, 99), (0, 99)):
     taken.touch()
@@ -285,8 +285,8 @@ for minutes, waits in ((1, 2), (0.75, 99), (0, 99)):
         if len(slept) == waits:
             taken.unlink()
     settings = load_settings({"model": "-", "wait_for_gpu": minutes}).settings
-    surveyor = survey.Surveyor(settings, report=said.append, clock=lambda: sum(slept), sleep=sleep)
-    reading = surveyor._waited_for()
+    inputs = PreflightInputs(settings, report=said.append, clock=lambda: sum(slept), sleep=sleep)
+    reading = machine_checks.wait_for_gpus(inputs)
     print(reading.gpus[0].free_bytes >> 30, len(said), *slept)
 """
 

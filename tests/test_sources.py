@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pytest
 
 from job.config.load import load_settings
 from job.config.schema import PromptSettings
-from job.data.prompts import load_prompts, overlaps
+from job.data.prompts import PromptSets, load_prompts, overlaps
 from job.data.sources import Source, parse_source, read_texts, source_identity
 from job.errors import ImpossibleJobError, UsageError
 from tests.helpers import abliterate
@@ -171,6 +171,54 @@ def test_prompts_are_cleaned_cut_wrapped_and_overlaps_are_told(tmp_path: Path) -
     ]
     assert any(line.startswith("warning: 1 of 2 of bad_prompts") for line in said)
     assert f"good_prompts: file {tmp_path}/good.txt, all rows from 0 on: 2 prompts" in said
+
+
+def _loaded(folder: Path, named: Sequence[str] = (), **texts: str) -> PromptSets:
+    """Return the sets of a job whose prompts are these, one a line."""
+    sets = {"good": "Stir.\nBoil.", "bad": "Hex.\nCurse.", "good_eval": "Bake.\nFry.", "bad_eval": "Jinx.\nCharm."}
+    options: dict[str, Any] = {"model": "m"}
+    for name, text in {**sets, **texts}.items():
+        (folder / f"{name}.txt").write_text(text)
+        options[f"{name}_prompts"] = str(folder / f"{name}.txt")
+    return load_prompts(load_settings(options, assignments=list(named)).settings, lambda _: None)
+
+
+ORTHOGONAL = "directions.orthogonalize_directions=true"
+
+
+@pytest.mark.parametrize(
+    ("texts", "named", "seen", "total"),
+    [
+        pytest.param({}, [], 0, 2, id="evaluation sets are split"),
+        pytest.param({"good_report": "Roast.", "bad_report": "Spell.\nOmen."}, [], 0, 3, id="separate report prompts"),
+        pytest.param({"good_report": "Stir.\nRoast."}, [], 1, 3, id="seen by the direction"),
+        pytest.param({"bad_report": "Jinx.\nCharm.\nOmen."}, [], 2, 4, id="seen by the search"),
+        pytest.param({"bad_report": "Stir.\nOmen."}, [], 1, 3, id="of the other class"),
+        pytest.param({"bad_report": "  hex.\nOmen."}, [], 1, 3, id="in other letters and spaces"),
+        pytest.param({"bad_report": "Hex."}, ["bad_report_prompts.system_prompt=Be brief."], 1, 2, id="other system"),
+        pytest.param({"bad_report": "Help.", "helpfulness": "Help.", "unhelpfulness": "Web."}, [ORTHOGONAL], 1, 2,
+                     id="orthogonalized against"),
+        pytest.param({"bad_report": "Help.", "helpfulness": "Help.", "unhelpfulness": "Web."}, [], 0, 2,
+                     id="a set that is not used"),
+    ],
+)  # fmt: skip
+def test_report_prompts_are_held_out_only_where_neither_direction_nor_search_uses_them(
+    tmp_path: Path, texts: dict[str, str], named: list[str], seen: int, total: int
+) -> None:
+    prompts = _loaded(tmp_path, named, **texts)
+    assert (prompts.reused, len(prompts.reported)) == (seen, total)
+    said = f"{total} prompts, {seen} of which the direction or the search has seen"
+    assert prompts.report_description == (
+        said if seen else "prompts that neither the direction nor the search has seen"
+    )
+
+
+def test_overlaps_are_told_whatever_the_letters_and_for_all_sets_of_the_direction(tmp_path: Path) -> None:
+    sets = {"bad_report": "hex.\nHelp.", "helpfulness": "Help.", "unhelpfulness": "Web.\nNet."}
+    assert overlaps(_loaded(tmp_path, [ORTHOGONAL], **sets)) == [
+        "1 of 2 of bad_prompts are also among the bad evaluation prompts: figures on them flatter",
+        "1 of 3 of the prompts to orthogonalize against are also among the report's: figures on them flatter",
+    ]
 
 
 # --- the Hub ------------------------------------------------------------------------------------------

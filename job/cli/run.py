@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from job.export.reproduction import Again
     from job.lifecycle.outcome import Outcome
     from job.lifecycle.running import RunningJob
-    from job.preflight.runner import Surveyor
+    from job.preflight.inputs import PreflightInputs
     from job.storage.run_folder import RunFolder
 
 
@@ -67,10 +67,10 @@ def run(
     run_settings(loaded.settings, new=new, notes=loaded.notes, again=Again(original, with_search))
 
 
-def _stages(running: RunningJob, surveyor: Surveyor) -> Outcome:
+def _stages(running: RunningJob, inputs: PreflightInputs) -> Outcome:
     from job.pipeline import run as run_stages  # takes longer to load than all that a finished job needs
 
-    return run_stages(running, surveyor)
+    return run_stages(running, inputs)
 
 
 def run_settings(settings: Settings, *, new: bool, notes: Sequence[str] = (), again: Again | None = None) -> Outcome:
@@ -125,7 +125,7 @@ def _told(outcome: Outcome) -> Outcome:
         f"trial {outcome.chosen}: refusals {base.refusals}/{base.bad_prompts} -> "
         f"{edited.refusals}/{edited.bad_prompts}, KL {edited.kl or 0:.4g}, false refusals "
         f"{base.false_refusals}/{base.good_prompts} -> {edited.false_refusals}/{edited.good_prompts} "
-        f"(on prompts that the search has {'not seen' if outcome.unseen else 'seen too'})"
+        f"(on {outcome.report_prompts})"
     )
     kept = outcome.folder.export_link.exists()
     typer.echo(f"model:  {outcome.folder.export_link if kept else 'delivered, not in this workspace'}")
@@ -161,7 +161,7 @@ def preflight(
 ) -> None:
     """Check all that a run needs and leave nothing behind (exit code 3 or 76 if it must not start)."""
     from job.config.load import load_settings
-    from job.lifecycle.start import preflight as check_job
+    from job.lifecycle.start import check_job
     from job.preflight.gpu_table import parse_on
     from job.preflight.readings import read_reading
     from job.storage.events import Events

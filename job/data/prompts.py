@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from job.config.schema import PromptSettings, Settings
@@ -81,10 +81,21 @@ class PromptSets(Record):
         return (*self.good, *self.bad, *evaluated, *self.helpfulness, *self.unhelpfulness, *self.capability)
 
     @property
-    def unseen(self) -> bool:
-        """Whether the search sees none of the prompts that figures are reported on."""
-        seen = {*self.good_search, *self.bad_search}
-        return seen.isdisjoint(self.good_report) and seen.isdisjoint(self.bad_report)
+    def reported(self) -> tuple[Prompt, ...]:
+        """The prompts that figures are reported on."""
+        return (*self.good_report, *self.bad_report)
+
+    @property
+    def reused(self) -> int:
+        """Number of report prompts whose text the direction or the search uses, too."""
+        extraction = (*self.good, *self.bad, *self.helpfulness, *self.unhelpfulness, *self.capability)
+        used = _texts((*extraction, *self.good_search, *self.bad_search))
+        return sum(_text(prompt) in used for prompt in self.reported)
+
+    @property
+    def report_description(self) -> str:
+        """The report prompts in words, with whether they are held out."""
+        return report_description(self.reused, len(self.reported))
 
     def of_setting(self, name: str) -> tuple[Prompt, ...]:
         """Return the prompts that a setting gave, both halves of those that were split."""
@@ -93,6 +104,18 @@ class PromptSets(Record):
             found: tuple[Prompt, ...] = getattr(self, f"{kind}_search")
             return found if f"{kind}_report_prompts" in self.sources else (*found, *getattr(self, f"{kind}_report"))
         return tuple(getattr(self, f"{kind}_{use}" if use else kind))
+
+
+def report_description(reused: int, total: int) -> str:
+    """Return in words what prompts figures are reported on.
+
+    Args:
+        reused: How many of them the direction or the search uses, too.
+        total: How many there are.
+    """
+    if not reused:
+        return "prompts that neither the direction nor the search has seen"
+    return f"{total} prompts, {reused} of which the direction or the search has seen"
 
 
 def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSets:
@@ -183,20 +206,31 @@ def _read(
 
 
 def overlaps(prompts: PromptSets) -> list[str]:
-    """Return a line for every pair of sets with common prompts that ought to have none."""
+    """Return a line for every pair of sets that have prompts in common and should not; system prompts do not count."""
+    others = (*prompts.helpfulness, *prompts.unhelpfulness, *prompts.capability)
     pairs: tuple[tuple[str, Sequence[Prompt], str, Sequence[Prompt]], ...] = (
         ("bad_prompts", prompts.bad, "the bad evaluation prompts", (*prompts.bad_search, *prompts.bad_report)),
         ("good_prompts", prompts.good, "the good evaluation prompts", (*prompts.good_search, *prompts.good_report)),
         ("bad_prompts", prompts.bad, "good_prompts", prompts.good),
         ("the search's bad prompts", prompts.bad_search, "the report's", prompts.bad_report),
         ("the search's good prompts", prompts.good_search, "the report's", prompts.good_report),
+        ("the prompts to orthogonalize against", others, "the report's", prompts.reported),
     )
     lines = []
-    for first, some, second, others in pairs:
-        common = {prompt.user for prompt in some} & {prompt.user for prompt in others}
+    for first, some, second, rest in pairs:
+        common = _texts(some) & _texts(rest)
         if common:
             lines.append(f"{len(common)} of {len(some)} of {first} are also among {second}: figures on them flatter")
     return lines
+
+
+def _texts(prompts: Iterable[Prompt]) -> set[str]:
+    return {_text(prompt) for prompt in prompts}
+
+
+def _text(prompt: Prompt) -> str:
+    """Return what two prompts have in common that differ only in case, spaces or system prompt."""
+    return " ".join(prompt.user.split()).casefold()
 
 
 def _evaluation(

@@ -1,9 +1,9 @@
 """Edits of a model as forward hooks: no weight is read or written during the search.
 
 Rows of one batch may belong to different trials: each row carries the index of its trial into tables
-of K edits, so that many trials are evaluated in one forward (DESIGN section 2). An output is measured
-along the directions of all trials at once and what is not its own trial's is put to nothing: two matrix
-products, with no table copied for a row.
+of K edits, so that many trials are evaluated in one forward (docs/decisions/0002-edits-are-hooks.md).
+An output is measured along the directions of all trials at once and what is not its own trial's is put to
+nothing: two matrix products, with no table copied for a row.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job.data.prompts import report_description
 from job.export.reproduction import PromptsRecord, Reproduction
 from job.model.carried_files import is_licence
 from job.model.quantization import DTYPE, quantisation_in
@@ -63,7 +64,7 @@ def model_card(made: Reproduction, source: Path) -> str:
 
 ## Figures
 
-Measured on what is published here, on prompts that neither the direction nor the search has seen. Intervals are of
+Measured on what is published here, on {_report_prompts(made)}. Intervals are of
 95 %: Wilson's for counts, the percentile bootstrap for the mean.
 
 {figures_table(made.base, made.edited)}
@@ -105,6 +106,10 @@ the same edit again and compares the hashes; model and prompts that lie in local
 
 Made with abliteration-job {markdown(made.versions["abliteration-job"])}.
 """
+
+
+def _report_prompts(made: Reproduction) -> str:
+    return report_description(made.reused_prompts, made.edited.good_prompts + made.edited.bad_prompts)
 
 
 _USES: dict[ExportFormat, str] = {
@@ -306,12 +311,13 @@ def _eval_result(made: Reproduction, kind: str, metric: Any, name: Any, value: A
     from huggingface_hub import EvalResult
 
     used = made.prompts.get(f"{kind}_report_prompts") or made.prompts[f"{kind}_eval_prompts"]
+    named = "prompts" if made.reused_prompts else "held-out prompts"
     return EvalResult(
         task_type="text-generation",
         task_name="Text Generation",
         # Results of one type of dataset are shown as one table: local sets need types of their own.
         dataset_type=used.source.get("dataset", f"local-{kind}-prompts"),
-        dataset_name=f"held-out prompts {'with' if kind == 'bad' else 'without'} the behaviour",
+        dataset_name=f"{named} {'with' if kind == 'bad' else 'without'} the behaviour",
         dataset_split=used.taken["split"] if "dataset" in used.source else None,
         dataset_revision=used.source.get("commit") or None,
         metric_type=metric,

@@ -111,6 +111,7 @@ class Reproduction(Record):
         base: Figures of the base model on the report split.
         edited: Figures of the export on it.
         format: What was exported.
+        reused_prompts: Report prompts whose text the direction or the search used, too; left out where there are none.
         weights: sha256 of every file of weights.
     """
 
@@ -129,6 +130,7 @@ class Reproduction(Record):
     base: Figures
     edited: Figures
     format: ExportFormat
+    reused_prompts: int = Field(0, ge=0, exclude_if=lambda count: count == 0)
     weights: dict[str, str]
 
     @property
@@ -182,6 +184,7 @@ def reproduction(
         base=figures[0],
         edited=figures[1],
         format=form,
+        reused_prompts=prompts.reused,
         weights={},
     ).cleaned()
 

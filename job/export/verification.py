@@ -13,7 +13,7 @@ from job.records import EditParameters, TrialScores
 from job.scoring.trial_scorer import Evaluator
 
 # In float32 the greedy answers must be the same, but where two tokens are this close in logits either
-# may come first: hooks and edited weights agree to 5e-6 (DESIGN section 2), summed in another order.
+# may come first: hooks and edited weights agree to 2e-5 in logits (docs/decisions/0002-edits-are-hooks.md).
 TIE = 1e-3
 # In lower precision and in 4 bits weights are rounded after the edit and outputs are not, so answers may part ways;
 # the measures must agree within these bounds.

@@ -23,8 +23,8 @@ class Outcome:
         chosen: The exported trial's number.
         base: Figures of the base model on the report split.
         edited: Figures of the export on the report split.
+        report_prompts: The prompts of these figures in words, with whether they are held out.
         failed_targets: Targets that could not be delivered to, with the reason.
-        unseen: The search has seen none of the prompts that these were measured on.
         missed_gate: Which gate the export missed, so that it was not delivered; None if it missed none.
     """
 
@@ -32,8 +32,8 @@ class Outcome:
     chosen: int
     base: Figures
     edited: Figures
+    report_prompts: str
     failed_targets: tuple[tuple[str, str], ...] = ()
-    unseen: bool = True
     missed_gate: str | None = None
 
 
@@ -74,5 +74,5 @@ def missed_gate(settings: Settings, figures: Figures) -> str | None:
 def outcome_of(folder: RunFolder, chosen: int, export: Path) -> Outcome:
     """Return what the run folder says of an export."""
     base = read_record(folder.figures_file("base"), Figures)
-    unseen = read_record(folder.prompts_file, PromptSets).unseen
-    return Outcome(folder, chosen, base, read_record(folder.figures_file(export.name), Figures), unseen=unseen)
+    edited = read_record(folder.figures_file(export.name), Figures)
+    return Outcome(folder, chosen, base, edited, read_record(folder.prompts_file, PromptSets).report_description)

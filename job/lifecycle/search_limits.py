@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from job.config.schema import Settings
 from job.lifecycle.lock import JobLock
 from job.preflight.estimate import PHASES, Hours
-from job.preflight.runner import Survey
+from job.preflight.survey import Survey
 from job.search.budget import Budget, Meter
 from job.storage.atomic import read_record
 from job.storage.run_folder import RunFolder

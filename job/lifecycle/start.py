@@ -20,9 +20,11 @@ from job.lifecycle.running import RunningJob
 from job.lifecycle.safekeeping import undelivered
 from job.lifecycle.state import recorded, settings_key
 from job.mirror.vetting import note_known_code, require_known_code
+from job.preflight.inputs import EarlierStarts, JobHolder, PreflightInputs
 from job.preflight.readings import MachineReading
 from job.preflight.restarts import past_starts
-from job.preflight.runner import Survey, Surveyor
+from job.preflight.runner import preflight
+from job.preflight.survey import Survey
 from job.records import JobRecord
 from job.search.budget import Meter
 from job.storage.atomic import read_record, sweep_temporaries, write_record
@@ -32,13 +34,14 @@ from job.storage.jobs import find_folder, open_job
 from job.storage.run_folder import RunFolder
 from job.system.lifeline import tell
 from job.system.locks import left_behind
+from job.system.processes import HolderRecord
 from job.system.signals import StopSignals
 
 if TYPE_CHECKING:
     from job.cloud.self_stop import Rental
 
 
-Stages = Callable[[RunningJob, Surveyor], Outcome]
+Stages = Callable[[RunningJob, PreflightInputs], Outcome]
 
 
 def run(
@@ -194,12 +197,11 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
         if done is not None:
             return done
         record, settings = start.trusted(events.say)
-        surveyor = surveyor_of(folder, settings, events, notes=start.notes)
-        surveyor.held, surveyor.left_by = None, (left_by.process,) if left_by else ()
-        surveyor.uploads, settings = folder.uploads_state, surveyor.settings
-        meter, file = Meter(folder.meter_file, settings.price), JobFile(folder, record)
+        inputs = preflight_inputs(folder, settings, events, notes=start.notes, last_holder=left_by, starting=True)
+        settings, file = inputs.settings, JobFile(folder, record)
+        meter = Meter(folder.meter_file, settings.price)
         with recorded(folder, file, settings, events, meter, lock):
-            return stages(RunningJob(folder, file, settings, events, signals, meter, lock), surveyor)
+            return stages(RunningJob(folder, file, settings, events, signals, meter, lock), inputs)
 
 
 def _completed(start: JobStart, events: Events) -> Outcome | None:
@@ -221,57 +223,80 @@ def _priced(settings: Settings, rental: Rental | None) -> Settings:
     return settings.model_copy(update={"price": rental.price()})
 
 
-def surveyor_of(
+def preflight_inputs(
     folder: RunFolder,
     settings: Settings,
     events: Events,
     *,
     notes: Sequence[str] = (),
     on: MachineReading | None = None,
-) -> Surveyor:
-    """Return what surveys a job, with all that its folder, if it has one yet, tells of earlier starts.
+    last_holder: HolderRecord | None,
+    starting: bool,
+) -> PreflightInputs:
+    """Return what preflight works on, with all that the run folder tells of earlier starts.
 
     Args:
-        folder: The run folder.
+        folder: The run folder, which need not exist yet.
         settings: The settings.
-        events: Where what is tried again is told.
+        events: Told of retries.
         notes: What became of old settings.
         on: A machine to plan for in place of this one.
+        last_holder: Who holds the job, or held it before this run.
+        starting: This run holds the job; otherwise the job is only checked, and nothing may be left behind.
     """
-    surveyor = Surveyor(
-        settings=settings, notes=tuple(notes), on=on, settings_key=settings_key(settings), report=events.say
+    rental = _this_rental() if on is None else None
+    held = last_holder is not None and not starting and folder.is_held()
+    return PreflightInputs(
+        settings=_priced(settings, rental),
+        notes=tuple(notes),
+        on=on,
+        settings_key=settings_key(settings),
+        earlier=_earlier_starts(folder, None if held else last_holder),
+        holder=_described(last_holder, folder) if last_holder is not None and held else None,
+        lease=folder.path.name if not starting and settings.checkpoint is not None else None,
+        rental=rental,
+        undelivered=_undelivered(folder, settings) if on is None else "",
+        upload_state=folder.uploads_state if starting else None,
+        keep_downloads=starting,
+        report=events.say,
     )
-    if on is None:
-        surveyor.rental = _this_rental()
-        surveyor.settings = _priced(settings, surveyor.rental)
-        if {settings.when_done, settings.when_failed} != {"nothing"}:
-            surveyor.undelivered = undelivered(Path(settings.workspace), folder)
-    if folder.job_file.exists():
-        from job.report.run_view import trials_so_far  # likewise
-
-        holder = folder.holder()
-        surveyor.commit = folder.read_job().model_commit
-        surveyor.starts = past_starts(read_events(folder.events_file))
-        surveyor.trials_done = len(trials_so_far(folder))
-        if folder.prompts_file.exists():
-            surveyor.prompts = read_record(folder.prompts_file, PromptSets)
-        if holder is not None and folder.is_held():
-            surveyor.held = holder.describe()
-            if (left := left_behind(folder.lock_file)) is not None:
-                surveyor.held_remedy = left.remedy
-        elif holder is not None:
-            surveyor.left_by = (holder.process,)
-    return surveyor
 
 
-def preflight(
+def _undelivered(folder: RunFolder, settings: Settings) -> str:
+    """Return which other job of the workspace keeps this machine from being ended, "" if none does."""
+    if {settings.when_done, settings.when_failed} == {"nothing"}:
+        return ""
+    return undelivered(Path(settings.workspace), folder)
+
+
+def _earlier_starts(folder: RunFolder, last_holder: HolderRecord | None) -> EarlierStarts:
+    processes = (last_holder.process,) if last_holder is not None else ()
+    if not folder.job_file.exists():
+        return EarlierStarts(processes=processes)
+    from job.report.run_view import trials_so_far  # takes longer to load than all that a finished job needs
+
+    return EarlierStarts(
+        prompts=read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None,
+        commit=folder.read_job().model_commit,
+        starts=past_starts(read_events(folder.events_file)),
+        processes=processes,
+        trials_done=len(trials_so_far(folder)),
+    )
+
+
+def _described(holder: HolderRecord, folder: RunFolder) -> JobHolder:
+    left = left_behind(folder.lock_file)
+    return JobHolder(holder.describe()) if left is None else JobHolder(holder.describe(), left.remedy)
+
+
+def check_job(
     settings: Settings, *, events: Events, notes: Sequence[str] = (), on: MachineReading | None = None
 ) -> Survey:
-    """Survey a job without beginning it; nothing is left behind.
+    """Check a job without starting it; nothing is left behind.
 
     Args:
         settings: The settings.
-        events: Where what is tried again is told.
+        events: Told of retries.
         notes: What became of old settings.
         on: A machine to plan for in place of this one.
 
@@ -281,8 +306,6 @@ def preflight(
     folder = find_folder(settings)
     if folder.job_file.exists():
         require_known_code(folder, folder.read_job(), settings, events.say)
-    surveyor = surveyor_of(folder, settings, events, notes=notes, on=on)
-    surveyor.keep = False
-    if settings.checkpoint is not None:
-        surveyor.leased = folder.path.name
-    return surveyor.survey()
+    last_holder = folder.holder() if folder.job_file.exists() else None
+    inputs = preflight_inputs(folder, settings, events, notes=notes, on=on, last_holder=last_holder, starting=False)
+    return preflight(inputs).survey

@@ -31,7 +31,7 @@ from torch import Tensor
 RowNormalization = Literal["none", "pre", "full", "column"]
 
 # Below this share of its squared norm a row or column is all but annihilated by the edit, and
-# restoring its norm would amplify rounding noise (DESIGN section 2): the edit is refused.
+# restoring its norm would amplify rounding noise (docs/decisions/0002-edits-are-hooks.md): the edit is refused.
 DEGENERATE_SHARE = 1e-6
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 PcaMethod = Literal["auto", "full", "randomized"]
 
-# Eigenvalues of the Gram matrix below this share of its largest are rounding (DESIGN section 3).
+# Eigenvalues of the Gram matrix below this share of its largest are rounding; kept, they give NaN.
 _NULL_SHARE = 1e-12
 # Eigenvalues of the contrast below this share of its largest in size are rounding.
 _LEAST_SHARE = 1e-9
@@ -269,7 +269,7 @@ def _full(rows: Tensor, n_good: int, alpha: float, k: int) -> tuple[Tensor, Tens
 
 
 def _sample_space(rows: Tensor, n_good: int, alpha: float, k: int) -> tuple[Tensor, Tensor]:
-    """Solve the same problem through the rows' Gram matrix (DESIGN section 3)."""
+    """Solve the same problem through the rows' Gram matrix (docs/decisions/0007-directions.md)."""
     values, vectors = torch.linalg.eigh(rows @ rows.mT)
     kept = values > _NULL_SHARE * values[:, -1:]
     root = torch.where(kept, values.clamp_min(0).sqrt(), 0.0)

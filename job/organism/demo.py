@@ -57,7 +57,7 @@ def run_demo(
 
 
 def _report_correctness(folder: RunFolder, report: Callable[[str], None]) -> None:
-    """Count the exported model's right answers on the prompts that the search has not seen."""
+    """Count the exported model's right answers on the report prompts."""
     from job.data.prompts import PromptSets
     from job.storage.atomic import read_record
 

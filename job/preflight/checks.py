@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable
+from typing import Literal, TypeVar
 
-from job.errors import ImpossibleJobError, MachineError, UsageError
+from job.errors import ImpossibleJobError, JobError, MachineError, UsageError
 from job.records import Record
 
 Status = Literal["ok", "warn", "fail"]
 Scope = Literal["job", "machine"]
+
+T = TypeVar("T")
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -138,9 +140,40 @@ def is_allowed(check: Check, allowed: Collection[str]) -> bool:
 def exit_code(checks: Iterable[Check], allowed: Collection[str] = ()) -> int:
     """Return what the failed checks make the process end with: 0 where none failed.
 
-    A job that cannot succeed anywhere outweighs a machine that cannot do it (DESIGN section 6).
+    A job that cannot succeed anywhere outweighs a machine that cannot do it.
     """
     scopes = {check.scope for check in checks if check.status == "fail" and not is_allowed(check, allowed)}
     if "job" in scopes:
         return ImpossibleJobError.exit_code
     return MachineError.exit_code if scopes else 0
+
+
+def attempt(name: str, step: Callable[[], T]) -> T | Check:
+    """Return a step's value, or a failed check of that name if it raises.
+
+    Raises:
+        UsageError: A setting is malformed.
+    """
+    try:
+        return step()
+    except UsageError:
+        raise
+    except JobError as error:
+        return Check(
+            name=name,
+            status="fail",
+            measured=str(error),
+            needed="that it can be had",
+            remedy=error.remedy,
+            scope="job" if isinstance(error, ImpossibleJobError) else "machine",
+        )
+
+
+def guarded(name: str, group: Callable[[], list[Check]]) -> list[Check]:
+    """Return a group's checks, or one failed check of that name if it raises.
+
+    Raises:
+        UsageError: A setting is malformed.
+    """
+    found = attempt(name, group)
+    return [found] if isinstance(found, Check) else found

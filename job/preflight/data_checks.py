@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
-from job.data.prompts import PromptSets, overlaps
-from job.preflight.checks import Check
+from dataclasses import dataclass
+
+from job.data.prompts import PromptSets, load_prompts, overlaps
+from job.preflight.checks import Check, attempt
+from job.preflight.inputs import PreflightInputs
 
 _FEW_PROMPTS = 20
+
+
+@dataclass(frozen=True)
+class DataFindings:
+    """What preflight learnt of the prompts.
+
+    Attributes:
+        checks: The checks.
+        prompts: The prompts, None if they cannot be read.
+    """
+
+    checks: tuple[Check, ...]
+    prompts: PromptSets | None = None
+
+
+def examine_data(inputs: PreflightInputs) -> DataFindings:
+    """Read the prompts unless an earlier start has, and check them."""
+    earlier = inputs.earlier.prompts
+    prompts = attempt("data", lambda: earlier or load_prompts(inputs.settings, lambda _: None))
+    if isinstance(prompts, Check):
+        return DataFindings((prompts,))
+    return DataFindings(tuple(data_checks(prompts)), prompts)
 
 
 def data_checks(prompts: PromptSets) -> list[Check]:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from job.model.files import ModelListing, ModelSource
+from job.model.files import (
+    ModelListing,
+    ModelSource,
+    fetch_model,
+    line_speed,
+    list_model,
+    parse_model,
+    require_complete,
+    tensor_shapes,
+)
 from job.model.quantization import METHODS
-from job.preflight.checks import Check, size
-from job.preflight.model_facts import ModelFacts, Tensors
+from job.preflight.checks import Check, attempt, guarded, size
+from job.preflight.data_checks import DataFindings
+from job.preflight.inputs import PreflightInputs
+from job.preflight.model_facts import ModelFacts, Tensors, model_facts, undone
+from job.preflight.planning import LINE
 from job.records import ExportFormat
 
 if TYPE_CHECKING:
@@ -19,6 +33,118 @@ if TYPE_CHECKING:
     from job.architectures.spec import Architecture
     from job.data.prompts import Prompt
     from job.numerics.ablation import RowNormalization  # which loads torch
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's files, without its weights.
+
+    Attributes:
+        source: Where the model comes from.
+        listing: All its files.
+        folder: Folder of the files that describe it.
+    """
+
+    source: ModelSource
+    listing: ModelListing
+    folder: Path
+
+
+@dataclass(frozen=True)
+class ModelFindings:
+    """What preflight learnt of the model.
+
+    Attributes:
+        checks: The checks.
+        files: The model's files, None if they cannot be had.
+        facts: What configuration and weight headers say, None if they cannot be read.
+        line: Download rate, bytes per second.
+    """
+
+    checks: tuple[Check, ...]
+    files: ModelFiles | None = None
+    facts: ModelFacts | None = None
+    line: float = LINE
+
+
+def examine_model(inputs: PreflightInputs, cache: Path | None, data: Callable[[], DataFindings]) -> ModelFindings:
+    """Fetch what describes the model, and check it.
+
+    Args:
+        inputs: What preflight works on.
+        cache: Folder for downloaded files, None for the Hub's own cache.
+        data: Waits for the findings on the prompts.
+    """
+    fetched = attempt("model", lambda: _fetch(inputs, cache))
+    if isinstance(fetched, Check):
+        return ModelFindings((fetched,))
+    model, line = fetched
+    trusted = inputs.settings.loading.trust_remote_code
+    known, architecture_check = _examine_architecture(inputs, model.folder)
+    facts, weights_check = _examine_weights(inputs, model, known)
+    checks = (
+        files(model.source, model.listing),
+        architecture_check,
+        weights_check,
+        licence(model.listing, inputs.settings.upload),
+        # Last: it waits for the prompts.
+        *guarded("model.tokenizer", lambda: _tokenizer_checks(model.folder, trusted, data)),
+    )
+    return ModelFindings(checks, model, facts, line)
+
+
+def _fetch(inputs: PreflightInputs, cache: Path | None) -> tuple[ModelFiles, float]:
+    """Fetch what describes the model; return it with the download rate in bytes per second."""
+    source = parse_model(inputs.settings.model)
+    listing = list_model(source, inputs.earlier.commit, inputs.report)
+    folder = fetch_model(source, listing, inputs.report, weights=False, cache=cache)
+    line = line_speed(source, listing, inputs.settings.probe_seconds) if inputs.on is None else None
+    return ModelFiles(source, listing, folder), line or LINE
+
+
+def _examine_architecture(inputs: PreflightInputs, folder: Path) -> tuple[Architecture | None, Check]:
+    from job.proof.truth_test import inspect_model
+
+    settings = inputs.settings
+    found = attempt("model.architecture", lambda: inspect_model(folder, settings.loading.trust_remote_code))
+    if isinstance(found, Check):
+        return None, found
+    mode, form = settings.ablation.row_normalization, settings.export_format
+    return found, attempt("model.architecture", lambda: architecture(found, mode, form))
+
+
+def _examine_weights(
+    inputs: PreflightInputs, model: ModelFiles, found: Architecture | None
+) -> tuple[ModelFacts | None, Check]:
+    """Read the weights' headers; their facts are known even if residual writers are missing."""
+    read = attempt("model.weights", lambda: _read_headers(inputs, model))
+    if isinstance(read, Check):
+        return None, read
+    config, shapes, facts = read
+
+    def check() -> Check:
+        if found is not None:
+            require_writers(found, model.folder, inputs.settings.loading.trust_remote_code, undone(config, shapes))
+        return weights(facts, model.listing, len(shapes))
+
+    return facts, attempt("model.weights", check)
+
+
+def _read_headers(inputs: PreflightInputs, model: ModelFiles) -> tuple[dict[str, Any], Tensors, ModelFacts]:
+    """Return the configuration, the stored tensors, and what they say of the model."""
+    shapes = tensor_shapes(model.source, model.listing, inputs.report)
+    require_complete(model.folder, model.listing, shapes)
+    config = json.loads((model.folder / "config.json").read_text())
+    return config, shapes, model_facts(config, shapes)
+
+
+def _tokenizer_checks(folder: Path, trusted: bool, data: Callable[[], DataFindings]) -> list[Check]:
+    from job.model.loading import load_tokenizer
+
+    loaded = load_tokenizer(folder, trusted)
+    prompts = data().prompts
+    texts = prompts.everything if prompts is not None else ()
+    return [tokenizer(loaded), *guarded("model.template", lambda: [template(loaded, texts)])]
 
 
 def files(source: ModelSource, listing: ModelListing) -> Check:

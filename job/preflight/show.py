@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from job.preflight.checks import is_allowed
-from job.preflight.runner import Survey
+from job.preflight.survey import Survey
 from job.text.redaction import redact
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}

@@ -8,8 +8,17 @@ from job.config.schema import Settings
 from job.errors import DeliveryError
 from job.preflight.checks import Check
 from job.preflight.disk import writability
+from job.preflight.inputs import PreflightInputs
+from job.preflight.rental_checks import rental_checks
 from job.transfer.folders import holds_something_else, target_folder
 from job.upload.targets import probe
+
+
+def delivery_checks(inputs: PreflightInputs) -> list[Check]:
+    """Return the checks of all targets, and of the end of the rental that follows a delivery."""
+    settings = inputs.settings
+    checks = [check for target in settings.upload for check in target_checks(target, settings, inputs.upload_state)]
+    return checks if inputs.on else [*checks, *rental_checks(settings, inputs.rental, inputs.undelivered)]
 
 
 def target_checks(target: str, settings: Settings, state: Path | None) -> list[Check]:

@@ -251,7 +251,7 @@ def require_supported(config: PretrainedConfig, architecture: Architecture) -> N
 
 
 def inspection(folder: Path, trusted: bool = False) -> dict[str, Any]:
-    """Return what `abliterate inspect --json` prints (DESIGN section 6)."""
+    """Return what `abliterate inspect --json` prints."""
     config = read_config(folder, trusted)
     found: dict[str, Any] = {
         "supported": False,

@@ -20,7 +20,8 @@ def job_front(folder: RunFolder) -> list[dict[str, Any]]:
 
     Each has its number, whether it is the one that the job chooses (as things stand, while the search goes on), its
     refusals on the search's bad prompts with their 95 % interval as shares, its broken answers, its KL, the formats it
-    has been exported in, and the figures of its export on the report's prompts, None where there is none.
+    has been exported in, the figures of its export on the report prompts, None where there is none, and how many of
+    these prompts the direction or the search has seen.
 
     Raises:
         JobError: The study cannot be read.
@@ -28,12 +29,14 @@ def job_front(folder: RunFolder) -> list[dict[str, Any]]:
     trials = pareto_front(job_trials(folder))
     if not trials:
         return []
-    asked = len(read_record(folder.prompts_file, PromptSets).bad_search)
+    prompts = read_record(folder.prompts_file, PromptSets)
+    asked = len(prompts.bad_search)
     chosen = choose(trials, asked, job_settings(folder).choice.refusal_tolerance).number
-    return [_point(folder, trial, asked, chosen) for trial in trials]
+    return [_point(folder, trial, prompts, chosen) for trial in trials]
 
 
-def _point(folder: RunFolder, trial: Trial, asked: int, chosen: int) -> dict[str, Any]:
+def _point(folder: RunFolder, trial: Trial, prompts: PromptSets, chosen: int) -> dict[str, Any]:
+    asked = len(prompts.bad_search)
     exports = {form: folder.export_folder(trial.number, form) for form in FORMATS}
     made = [form for form, export in exports.items() if is_sealed(export)]
     files = [folder.figures_file(exports[form].name) for form in made]
@@ -48,6 +51,7 @@ def _point(folder: RunFolder, trial: Trial, asked: int, chosen: int) -> dict[str
         "kl": trial.values.kl,
         "exported": made,
         "report": figures.model_dump(mode="json") if figures is not None else None,
+        "report_prompts_seen": prompts.reused,
     }
 
 
@@ -71,8 +75,10 @@ def _line(point: dict[str, Any]) -> str:
         line += f", exported ({', '.join(point['exported'])})"
     found = point["report"]
     if found is not None:
+        seen, total = point["report_prompts_seen"], found["bad_prompts"] + found["good_prompts"]
         line += (
-            f": on unseen prompts {found['refusals']}/{found['bad_prompts']} refusals, KL {found['kl']:.4g}, "
+            f": on {f'report prompts, {seen} of {total} seen before,' if seen else 'held-out prompts'} "
+            f"{found['refusals']}/{found['bad_prompts']} refusals, KL {found['kl']:.4g}, "
             f"{found['false_refusals']}/{found['good_prompts']} false refusals, "
             f"{found['degenerate'] + found['false_degenerate']} broken answers"
         )

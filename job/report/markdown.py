@@ -88,7 +88,7 @@ Model: {markdown(record.settings["model"])}, loaded in {record.resolution.dtype 
 ## Result
 
 Trial {chosen.number} of {len(result.trials)} was chosen: `exports/{result.export}`, to which `export` links.
-Its figures on prompts that the search has {"not seen" if result.prompts.unseen else "seen too"}:
+Its figures on {result.prompts.report_description}:
 
 {figures_table(result.base, result.edited)}
 {_warnings(result)}

@@ -54,12 +54,15 @@ def headline(story: RunView) -> str:
         if state is not None and state.state == "failed":
             return f"The job failed in the phase {state.phase or 'before the first'}: {state.reason}. {done}."
         return f"There is no result yet: {done}."
-    seen = "not seen" if story.prompts is None or story.prompts.unseen else "seen too"
     return (
-        f"Refusals {'fell' if edited.refusals < base.refusals else 'went'} from {base.refusals} of {base.bad_prompts} "
-        f"to {edited.refusals} of {edited.bad_prompts} prompts that the search has {seen}; answers to ordinary "
-        f"prompts moved by a KL divergence of {edited.kl or 0:.3g} nats."
+        f"On {_report_prompts(story)}, refusals {'fell' if edited.refusals < base.refusals else 'went'} from "
+        f"{base.refusals} to {edited.refusals} of {edited.bad_prompts}; answers to ordinary prompts moved by a KL "
+        f"divergence of {edited.kl or 0:.3g} nats."
     )
+
+
+def _report_prompts(story: RunView) -> str:
+    return story.prompts.report_description if story.prompts is not None else "the report prompts"
 
 
 def notes(story: RunView) -> list[str]:
@@ -115,9 +118,9 @@ def _share(count: int, n: int) -> str:
 def _figures(story: RunView) -> str:
     if story.base is None or story.edited is None:
         return ""
-    return paragraph(
-        "Both models were measured alike, on prompts that neither the direction nor the search has seen."
-    ) + table_of(figures_table(story.base, story.edited), "Figures of both models, with 95 % intervals")
+    return paragraph(f"Both models were measured alike, on {_report_prompts(story)}.") + table_of(
+        figures_table(story.base, story.edited), "Figures of both models, with 95 % intervals"
+    )
 
 
 def _front(story: RunView) -> str:

@@ -30,7 +30,7 @@ _AFTER_SEARCH = ("export", "upload")
 
 
 def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]:
-    """Return the status of a job (DESIGN section 6).
+    """Return the status of a job, as `abliterate status --json` prints it.
 
     Args:
         folder: Its run folder, or what a checkpoint has of it.

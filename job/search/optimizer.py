@@ -4,7 +4,7 @@ Trials are asked K at a time on an in-memory copy of the study, with a sampler s
 seed and the trial's number. The K parameter sets are written to study.db as one attribute, the plan,
 before anything is evaluated, and the results are added as finished trials in number order. A restart
 evaluates the unfinished plan first; so the trials of an interrupted search are those of an
-uninterrupted one (DESIGN section 5). Nothing here needs torch.
+uninterrupted one (docs/decisions/0003-planned-trials.md). Nothing here needs torch.
 """
 
 from __future__ import annotations

@@ -10,19 +10,22 @@ from job.export.reproduction import require_same_prompts
 from job.lifecycle.running import RunningJob
 from job.mirror.vetting import note_known_code
 from job.preflight.checks import is_allowed
-from job.preflight.runner import Survey, Surveyor
+from job.preflight.inputs import PreflightInputs
+from job.preflight.runner import preflight
+from job.preflight.survey import Survey
 from job.stages.reproduce import original_of
 from job.storage.atomic import write_record
 
 
-def checked_prompts(job: RunningJob, surveyor: Surveyor) -> PromptSets:
+def checked_prompts(job: RunningJob, inputs: PreflightInputs) -> PromptSets:
     """Check all that can be checked before anything large is downloaded; return the prompts, pinned.
 
     Raises:
         ImpossibleJobError: No machine could do the job.
         MachineError: This machine cannot.
     """
-    survey = surveyor.survey()
+    found = preflight(inputs)
+    survey, prompts = found.survey, found.prompts
     write_record(job.folder.preflight_file, survey)
     for check in survey.checks:
         if check.status != "ok":
@@ -30,7 +33,6 @@ def checked_prompts(job: RunningJob, surveyor: Surveyor) -> PromptSets:
             job.events.say(f"preflight: {check.status}{allowed}: {check.line}")
     job.events.emit("preflight", f"preflight: {survey.summary}", checks=[c.model_dump() for c in survey.checks])
     survey.require()
-    prompts = surveyor.prompts
     if prompts is None:
         raise ImpossibleJobError("the prompts cannot be read, whatever is allowed", remedy="see `abliterate preflight`")
     original = original_of(job)

@@ -2,7 +2,8 @@
 
 The coordinator posts a plan's tasks and takes back those of workers that fall silent; whoever is free claims the
 next one and writes down what came of it. Workers give signs of life by counting up, so no clocks are compared. The
-table is a file of SQLite for processes of one machine, and lies in PostgreSQL for several (DESIGN section 5).
+table is a file of SQLite for processes of one machine, and lies in PostgreSQL for several
+(docs/decisions/0015-workers.md).
 """
 
 from __future__ import annotations

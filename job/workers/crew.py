@@ -2,7 +2,7 @@
 
 The run is the coordinator. It alone asks and tells; it posts every plan in parts, works along, and puts the parts
 together. A worker that dies or falls silent loses its part to another. What a part contains is written in the
-plan, so the trials do not depend on who evaluates them, nor on how many there are (DESIGN section 5).
+plan, so the trials do not depend on who evaluates them, nor on how many there are (docs/decisions/0015-workers.md).
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def survey(tmp_path: Path, **changes: Any) -> Path:
     """Write what `abliterate preflight --json` prints, by its own code."""
     from job.preflight.checks import Check
     from job.preflight.estimate import Hours
-    from job.preflight.runner import Survey
+    from job.preflight.survey import Survey
 
     hours = Hours(download=1.0, load=0.1, residuals=0.1, baseline=0.1, search=2.0, export=0.2, upload=2.0)
     made = Survey(

@@ -1,0 +1,99 @@
+"""The checks that need the results of several groups: disk, memory, time and cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from job.data.prompts import PromptSets
+from job.preflight import limit_checks
+from job.preflight.checks import Check, guarded
+from job.preflight.data_checks import DataFindings
+from job.preflight.disk import DiskSpeed, disk_checks
+from job.preflight.estimate import Hours, cost_check, time_check
+from job.preflight.inputs import PreflightInputs
+from job.preflight.machine_checks import MachineFindings
+from job.preflight.memory_plan import MemoryPlan, Refusal, differences, memory_check, plan
+from job.preflight.model_checks import ModelFindings
+from job.preflight.model_facts import ModelFacts
+from job.preflight.planning import Planning
+from job.preflight.readings import MachineReading
+from job.preflight.rental_checks import checkpoint_check, database_check, expected_bytes
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What follows from the findings of all groups.
+
+    Attributes:
+        checks: The checks.
+        plan: How the model goes onto the machine, None if it does not.
+        hours: Expected duration of each phase, None if the device's speed is unknown.
+        offers: Query that finds such a machine; None for this machine.
+        commit: Commit of a model on the Hub.
+        public: Whether the model's repository is public.
+    """
+
+    checks: tuple[Check, ...] = ()
+    plan: MemoryPlan | None = None
+    hours: Hours | None = None
+    offers: str | None = None
+    commit: str | None = None
+    public: bool = False
+
+
+def conclude(inputs: PreflightInputs, model: ModelFindings, data: DataFindings, machine: MachineFindings) -> Conclusion:
+    """Plan memory, disk and time; nothing follows where model, prompts or machine are unknown."""
+    if model.files is None or model.facts is None or data.prompts is None or machine.reading is None:
+        return Conclusion()
+    files = model.files
+    planning = Planning(inputs.settings, files.source, files.listing, model.facts, data.prompts, files.folder)
+    speeds: dict[str, DiskSpeed] = {}
+    checks: list[Check] = []
+    if inputs.on is None:
+        checks += guarded("disk", lambda: disk_checks(planning.needs(), speeds, inputs.settings.probe_seconds))
+    planned = plan(model.facts, planning.reachable(machine.reading), planning.workload())
+    checks += _memory_checks(inputs, planned, machine.reading)
+    memory_plan = planned if isinstance(planned, MemoryPlan) else None
+    hours = None
+    if memory_plan is not None:
+        hours = planning.hours(
+            memory_plan,
+            reading=machine.reading,
+            measured=machine.exercise,
+            speeds=speeds,
+            line=model.line,
+            trials_done=inputs.earlier.trials_done,
+        )
+    checks += _remote_state_checks(inputs, data.prompts, model.facts)
+    if hours is not None:
+        settings = inputs.settings
+        checks += [time_check(hours, settings.max_hours), cost_check(hours, settings.price, settings.max_cost)]
+    return Conclusion(
+        checks=tuple(checks),
+        plan=memory_plan,
+        hours=hours,
+        offers=planning.offers(inputs.on) if inputs.on else None,
+        commit=files.listing.commit,
+        public=files.listing.public,
+    )
+
+
+def _memory_checks(inputs: PreflightInputs, planned: MemoryPlan | Refusal, reading: MachineReading) -> list[Check]:
+    # Another machine is asked for together with the plan's settings, whatever the job's are.
+    if isinstance(planned, Refusal) or inputs.on is not None:
+        return [memory_check(planned)]
+    loading = inputs.settings.loading
+    checks = [memory_check(planned, differences(planned, loading.device_map, loading.quantization))]
+    if reading.memory is not None:
+        checks.append(limit_checks.ram(reading.memory, planned.host_bytes))
+    return checks
+
+
+def _remote_state_checks(inputs: PreflightInputs, prompts: PromptSets, facts: ModelFacts) -> list[Check]:
+    settings, database, checks = inputs.settings, inputs.settings.database, []
+    if settings.checkpoint is not None:
+        held = expected_bytes(prompts, facts.layers, facts.hidden)
+        checks += guarded("checkpoint", lambda: [checkpoint_check(settings, held)])
+    if database is not None and inputs.on is None:
+        checks += guarded("database", lambda: [database_check(database)])
+    return checks
