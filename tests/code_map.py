@@ -16,8 +16,8 @@ JOB = ROOT / "job"
 _INTRODUCTION = """# Map of the code
 
 A job goes one way: settings → preflight → prompts → model → residuals → directions → search → choice → export →
-upload → report. `run` in `job/pipeline.py` is that story. Below are all packages from the top down, in the order of the import
-contract in `pyproject.toml`: a package may use those below it, never one above it. This page is written by
+upload → report. `run` in `job/pipeline.py` is that story. Below are all packages from the top down, in the order of the
+import contract in `pyproject.toml`: a package may use those below it, never one above it. This page is written by
 `python -m tests.code_map --write docs/code-map.md`.
 
 | Package | What it holds | Modules |
@@ -33,7 +33,7 @@ _QUESTIONS = """
 WHERE = (
     ("Where is a KL divergence computed?", "job/scoring/kl.py", "Reference"),
     ("Where are refusals counted?", "job/scoring/trial_scorer.py", "_counts"),
-    ("Where do a trial's strengths become a hook?", "job/edits/compile.py", "HookTables"),
+    ("Where do a trial's strengths become a hook?", "job/edits/compile.py", "compile_edits"),
     (
         "Where is a model without a complete set of residual writers refused?",
         "job/proof/truth_test.py",
@@ -70,7 +70,7 @@ _GLOSSARY = """
 | plan | Trials that are evaluated together, stored before any of them is evaluated. Also the memory plan of a model |
 | residual writer | A module whose output is added to the residual stream |
 | run folder | WORKSPACE/JOB_ID, all that a job leaves |
-| search split, report split | Evaluation prompts that the search measures on, and those that its figures are reported on |
+| search split, report split | Evaluation prompts for the search, and those for the figures that are reported |
 | trial | One edit that the search measures |
 """
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from job.architectures.spec import discover
+from job.architectures.structure import discover
 from job.edits.hooks import Intervention
 from job.errors import (
     DeliveryError,

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config
 
-from job.architectures.spec import discover
+from job.architectures.structure import discover
 from job.architectures.tiny_model import small_twin
 from job.data.prompts import Prompt
+from job.edits.compile import PreparedWriter, compile_edit
 from job.edits.hooks import Intervention
 from job.errors import UnsupportedArchitectureError
 from job.generation.forward import RowTrials, first_logits
@@ -61,18 +62,15 @@ def wide_basis_for(model: PreTrainedModel) -> Basis:
 
 def edit_in_place(model: PreTrainedModel, edit: EditParameters, mode: RowNormalization, basis: Basis) -> None:
     """Edit a model's parameters themselves: what the hooks have to equal."""
-    from job.edits.compile import strength
-
     for writer in discover(model).writers:
         module = model.get_submodule(writer.module)
         assert isinstance(module, nn.Linear)
-        coefficients, weights = basis.select(edit.direction_index, writer.layer)
-        direction = coefficients @ basis.candidates.double()
-        strengths = strength(edit, writer) * weights * torch.tensor(edit.strengths)
+        prepared = PreparedWriter.of(writer, basis.candidates.double(), None, "none")
+        compiled = compile_edit(prepared, basis, edit)
         weight = module.weight.detach().clone()
-        module.weight.data.copy_(edit_weight(weight, direction, strengths, mode))
+        module.weight.data.copy_(edit_weight(weight, compiled, mode))
         if module.bias is not None:
-            module.bias.data.copy_(edit_bias(module.bias.detach(), weight, direction, strengths, mode))
+            module.bias.data.copy_(edit_bias(module.bias.detach(), weight, compiled, mode))
 
 
 @pytest.mark.parametrize("several", [False, True])
