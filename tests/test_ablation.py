@@ -12,7 +12,6 @@ from job.numerics.ablation import (
     DEGENERATE_SHARE,
     DegenerateEditError,
     RowNormalization,
-    WeightProducts,
     WriterEdit,
     ablate,
     edit_bias,
@@ -20,6 +19,7 @@ from job.numerics.ablation import (
     project,
     weight_products,
 )
+from tests.edits import plain_edit
 
 MODES: tuple[RowNormalization, ...] = ("none", "pre", "full", "column")
 D, I = 12, 9  # noqa: E741 - the letters of the legend in job.numerics.ablation
@@ -29,12 +29,6 @@ def compiled(weight: Tensor, candidates: Tensor, mode: RowNormalization, mix: Te
     """Compile an edit that knows the weight by its products only."""
     products = weight_products(weight, candidates, mode)
     return ablate(products, project(products, candidates, mix), strengths)
-
-
-def plain(directions: Tensor, strengths: Tensor) -> WriterEdit:
-    """Compile an edit that knows nothing of the weight."""
-    products, k = WeightProducts("none"), len(directions)
-    return ablate(products, project(products, directions, torch.eye(k)), strengths.double())
 
 
 @st.composite
@@ -65,8 +59,8 @@ def test_edited_output_equals_output_of_edited_weight_and_bias(case) -> None:
     edit = compiled(weight, candidates, mode, coefficients, strengths)
     if edit.least_share < 1e-3:  # near the refused cases rounding of the inputs dominates
         return
-    edited = x @ edit_weight(weight, plain(directions, strengths), mode).T
-    edited = edited + edit_bias(bias, weight, plain(directions, strengths), mode)
+    edited = x @ edit_weight(weight, plain_edit(directions, strengths), mode).T
+    edited = edited + edit_bias(bias, weight, plain_edit(directions, strengths), mode)
     scaled = x if edit.input_scale is None else x * edit.input_scale
     hooked = edit.apply(scaled @ weight.T + bias)
     torch.testing.assert_close(hooked, edited, rtol=1e-6, atol=1e-8)
@@ -79,7 +73,7 @@ def test_full_keeps_row_norms_and_column_keeps_column_norms(case) -> None:
     directions = coefficients @ candidates
     for mode, axis in (("full", 1), ("column", 0)):
         try:
-            edited = edit_weight(weight, plain(directions, strengths), mode)
+            edited = edit_weight(weight, plain_edit(directions, strengths), mode)
         except DegenerateEditError:
             continue
         torch.testing.assert_close(edited.norm(dim=axis), weight.norm(dim=axis), rtol=1e-6, atol=0)
@@ -90,7 +84,7 @@ def test_full_keeps_row_norms_and_column_keeps_column_norms(case) -> None:
 def test_ablating_wholly_removes_the_directions_and_is_idempotent(case) -> None:
     _, weight, candidates, coefficients, strengths, _, _ = case
     directions, ones = coefficients @ candidates, torch.ones_like(strengths)
-    whole = plain(directions, ones)
+    whole = plain_edit(directions, ones)
     once = edit_weight(weight, whole, "none")
     torch.testing.assert_close(directions @ once, torch.zeros(len(ones), I, dtype=torch.float64), rtol=0, atol=1e-9)
     torch.testing.assert_close(edit_weight(once, whole, "none"), once)
@@ -111,10 +105,10 @@ def test_zero_rows_stay_zero(mode: RowNormalization) -> None:
     weight = torch.randn(D, I, dtype=torch.float64)
     weight[3] = 0
     direction = torch.nn.functional.normalize(torch.randn(1, D, dtype=torch.float64), dim=1)
-    edited = edit_weight(weight, plain(direction, torch.ones(1)), mode)
+    edited = edit_weight(weight, plain_edit(direction, torch.ones(1)), mode)
     edit = compiled(weight, direction, mode, torch.eye(1), torch.ones(1))
     x, bias = torch.randn(4, I, dtype=torch.float64), torch.randn(D, dtype=torch.float64)
-    edited_bias = edit_bias(bias, weight, plain(direction, torch.ones(1)), mode)
+    edited_bias = edit_bias(bias, weight, plain_edit(direction, torch.ones(1)), mode)
     torch.testing.assert_close(edit.apply(x @ weight.T + bias), x @ edited.T + edited_bias)
     assert torch.equal(edited[3], torch.zeros(I, dtype=torch.float64))
     assert edited_bias[3] == bias[3]
@@ -127,7 +121,7 @@ def test_zero_columns_stay_zero() -> None:
     edit = compiled(weight, direction, "column", torch.eye(1), torch.ones(1))
     assert edit.input_scale is not None
     assert edit.input_scale[2] == 1
-    edited = edit_weight(weight, plain(direction, torch.ones(1)), "column")
+    edited = edit_weight(weight, plain_edit(direction, torch.ones(1)), "column")
     assert torch.equal(edited[:, 2], torch.zeros(D, dtype=torch.float64))
 
 
@@ -139,7 +133,7 @@ def test_a_row_that_the_edit_annihilates_is_refused_by_both() -> None:
     edit = compiled(weight, direction, "full", torch.eye(1), torch.ones(1))
     assert edit.least_share < DEGENERATE_SHARE
     with pytest.raises(DegenerateEditError, match="row 0"):
-        edit_weight(weight, plain(direction, torch.ones(1)), "full")
+        edit_weight(weight, plain_edit(direction, torch.ones(1)), "full")
 
 
 def test_a_column_that_the_edit_annihilates_is_refused_by_both() -> None:
@@ -148,7 +142,7 @@ def test_a_column_that_the_edit_annihilates_is_refused_by_both() -> None:
     edit = compiled(weight, direction, "column", torch.eye(1), torch.ones(1))
     assert edit.least_share < DEGENERATE_SHARE
     with pytest.raises(DegenerateEditError, match="column 4"):
-        edit_weight(weight, plain(direction, torch.ones(1)), "column")
+        edit_weight(weight, plain_edit(direction, torch.ones(1)), "column")
 
 
 def test_many_edits_at_once_equal_one_after_another() -> None:
