@@ -1,7 +1,7 @@
-"""Which parameters of a model write into the residual stream, and through which norms.
+"""Which parameters of a model write into the residual stream, and through which norms: the values.
 
-They are found on a small random twin by what they do (`job.architectures.discovery`), and a family is accepted only if
-the truth test (`job.proof.truth_test`) shows on such a twin that ablating a direction from all of them removes it
+`job.architectures.structure` finds them on a small random twin of the model by what they do. A family is accepted only
+if the truth test (`job.proof.truth_test`) shows on such a twin that ablating a direction from all of them removes it
 from everything that the layers add to the stream.
 """
 
@@ -105,11 +105,11 @@ class Writer:
         return (*self.edited, *(norm.parameter for norm in self.post_norms))
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Return the weight, or one expert's, with the axis of the stream first, for `job.numerics.ablation`."""
+        """Return the weight, or one expert's, with the axis of the stream first, [d, i]."""
         return weight.movedim(self._axis, 0)
 
     def unmatrix(self, matrix: Tensor) -> Tensor:
-        """Return what `matrix` returned as it was."""
+        """Return a matrix [d, i] with the weight's own order of axes."""
         return matrix.movedim(0, self._axis)
 
     @property
@@ -143,7 +143,7 @@ class Architecture:
         writers: All residual writers, layer by layer.
         forms: How files hold what edits read and change, by name in the loaded model.
         prefix: What files of the model without its head leave out of names.
-        manner: How its rows can be forwarded and its answers decoded.
+        manner: How rows can be batched and decoded.
     """
 
     model_type: str
@@ -167,10 +167,10 @@ class Architecture:
 
 
 def require_editable(architecture: Architecture) -> None:
-    """Refuse a structure that is known, but that edits or exports cannot deal with yet.
+    """Refuse structures that edits or exports do not support yet.
 
     Raises:
-        UnsupportedArchitectureError: It is such a one.
+        UnsupportedArchitectureError: A writer cannot be edited.
     """
     for writer in architecture.writers:
         reason = ""
@@ -185,12 +185,12 @@ def require_editable(architecture: Architecture) -> None:
 
 
 def require_modes(architecture: Architecture, mode: RowNormalization, form: ExportFormat) -> None:
-    """Refuse settings that are not defined for weights of whose outputs hooks only see a sum, as experts' are.
+    """Refuse norm modes and export formats that are not defined for experts' weights.
 
-    An edit has to be one map of that sum, whatever the expert.
+    Hooks see only the sum of the experts' outputs, so an edit has to be the same map for every expert.
 
     Raises:
-        ImpossibleJobError: They are not.
+        ImpossibleJobError: The mode or the format is not defined for this structure.
     """
     experts = next((writer for writer in architecture.writers if writer.summed and writer.kind != "linear"), None)
     if experts is None:

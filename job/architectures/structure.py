@@ -21,8 +21,8 @@ from job.generation.greedy import BatchingSupport, manner_of
 
 _NORM_SAMPLES = 16
 _NORM_TOLERANCE = 1e-4
-# Structures by configuration: a job asks several times.
-_KNOWN: dict[str, tuple[Architecture, set[str]]] = {}
+# Structures and the parameters of their layers by configuration, since a job asks several times.
+_STRUCTURES: dict[str, tuple[Architecture, set[str]]] = {}
 
 
 def discover(model: PreTrainedModel) -> Architecture:
@@ -33,15 +33,15 @@ def discover(model: PreTrainedModel) -> Architecture:
     """
     config = model.config
     key = type(model).__name__ + json.dumps(config.to_dict(), sort_keys=True, default=str)
-    if key not in _KNOWN:
-        _KNOWN[key] = _structure(model)
-    found, names = _KNOWN[key]
-    others = sorted(names ^ _inside(model, found.layers))
+    if key not in _STRUCTURES:
+        _STRUCTURES[key] = _structure(model)
+    architecture, names = _STRUCTURES[key]
+    others = sorted(names ^ _layer_parameters(model, architecture.layers))
     if others:
         raise UnsupportedArchitectureError(
-            found.model_type, f"{others[0]} is not in both the model and the small twin that was looked at"
+            architecture.model_type, f"{others[0]} is not in both the model and the small twin that was looked at"
         )
-    return replace(found, width=int(config.get_text_config(decoder=True).hidden_size))
+    return replace(architecture, width=int(config.get_text_config(decoder=True).hidden_size))
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -54,23 +54,22 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 
 
 def _structure(model: PreTrainedModel) -> tuple[Architecture, set[str]]:
-    """Return the structure of a model's twin, and the names of what the layers of that one hold."""
-    twin = twin_of(model)
-    found = structure_of_twin(twin)
-    whole = twin_of(model)  # the other one is spoilt
-    forms = stored_forms(whole, {name for writer in found.writers for name in writer.tensors})
-    found = replace(
-        found,
-        writers=tuple(_with_hooks(whole, found)),
+    """Return the structure of a model's twin, and the names of the parameters of the twin's layers."""
+    architecture = structure_of_twin(twin_of(model))
+    twin = twin_of(model)  # the search for writers has spoilt the first one
+    forms = stored_forms(twin, {name for writer in architecture.writers for name in writer.tensors})
+    architecture = replace(
+        architecture,
+        writers=tuple(_with_hooks(twin, architecture)),
         forms=forms,
-        prefix=whole.base_model_prefix,
-        manner=_manner(whole, model),
+        prefix=twin.base_model_prefix,
+        manner=_batching_support(twin, model),
     )
-    return found, _inside(whole, found.layers)
+    return architecture, _layer_parameters(twin, architecture.layers)
 
 
-def _manner(twin: PreTrainedModel, model: PreTrainedModel) -> BatchingSupport:
-    """Return how a model can be read; its own kind of attention decides, which the twin is given."""
+def _batching_support(twin: PreTrainedModel, model: PreTrainedModel) -> BatchingSupport:
+    """Return how a model's rows can be batched, tried on the twin with the model's kind of attention."""
     try:
         twin.set_attn_implementation(model.config._attn_implementation)
         return manner_of(twin)
@@ -81,30 +80,31 @@ def _manner(twin: PreTrainedModel, model: PreTrainedModel) -> BatchingSupport:
 
 
 def _with_hooks(twin: PreTrainedModel, architecture: Architecture) -> Iterator[Writer]:
-    """Yield the writers with the modules that hooks edit: those that return one vector for every position."""
+    """Yield the writers with the modules to hook: those that return one vector for every position."""
     summed = [writer.module for writer in architecture.writers if writer.summed]
     if not summed:
         yield from architecture.writers
         return
-    aligned = _aligned(twin, architecture.width)
-    hooks = {name for name in (_first_aligned(module, aligned) for module in summed) if name not in summed}
+    aligned = _position_wise_modules(twin, architecture.width)
+    hooks = {name for name in (_innermost_around(module, aligned) for module in summed) if name not in summed}
     for writer in architecture.writers:
         inside = [hook for hook in hooks if hook and writer.module.startswith(f"{hook}.")]
         yield replace(writer, hook=min(inside, key=len)) if inside else writer
 
 
-def _first_aligned(module: str, aligned: set[str]) -> str:
-    while module and module not in aligned:
-        module = _module(module)
+def _innermost_around(module: str, names: set[str]) -> str:
+    """Return the innermost of the named modules that is or holds a module, "" if none does."""
+    while module and module not in names:
+        module = _module_of(module)
     return module
 
 
-def _aligned(twin: PreTrainedModel, width: int) -> set[str]:
-    """Return the modules that are called once and return one vector of the stream for every row's every position."""
+def _position_wise_modules(twin: PreTrainedModel, width: int) -> set[str]:
+    """Return the modules that are called once and return a vector of the stream for every position of every row."""
     rows, tokens = 3, 7
     sizes: dict[str, list[int]] = {}
 
-    def look(name: str) -> Callable[..., None]:
+    def measure(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) and output else output
             fits = isinstance(first, Tensor) and first.shape[-1:] == (width,)
@@ -112,17 +112,17 @@ def _aligned(twin: PreTrainedModel, width: int) -> set[str]:
 
         return hook
 
-    handles = [module.register_forward_hook(look(name)) for name, module in twin.named_modules() if name]
+    handles = [module.register_forward_hook(measure(name)) for name, module in twin.named_modules() if name]
     try:
         with torch.inference_mode():
             decoder_of(twin)(input_ids=torch.arange(3, 3 + rows * tokens).view(rows, tokens), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return {name for name, found in sizes.items() if found == [rows * tokens * width]}
+    return {name for name, outputs in sizes.items() if outputs == [rows * tokens * width]}
 
 
-def _inside(model: PreTrainedModel, layers: str) -> set[str]:
+def _layer_parameters(model: PreTrainedModel, layers: str) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.startswith(f"{layers}.")}
 
 
@@ -154,20 +154,17 @@ def structure_of_twin(twin: PreTrainedModel) -> Architecture:
 
 def _is_bias(twin: PreTrainedModel, found: Found, others: list[Found]) -> bool:
     """Say whether a parameter is added to the stream as it is: a vector, or one for each of a weight's experts."""
-    shape = twin.get_parameter(found.parameter).shape
-    same = (twin.get_parameter(o.parameter).ndim for o in others if _module(o.parameter) == _module(found.parameter))
-    return len(shape) == 1 or (len(shape) == 2 and 3 in same)
+    dimensions = twin.get_parameter(found.parameter).ndim
+    module = _module_of(found.parameter)
+    beside = [twin.get_parameter(other.parameter).ndim for other in others if _module_of(other.parameter) == module]
+    return dimensions == 1 or (dimensions == 2 and 3 in beside)
 
 
 def _writer(twin: PreTrainedModel, found: Found, search: WriterSearch, biases: list[Found]) -> Writer:
-    """Return a weight's writer, and take what belongs to it out of the biases."""
-    module = _module(found.parameter)
-    own = [
-        b
-        for b in biases
-        if (b.layer, b.norm) == (found.layer, found.norm) and f"{module}.".startswith(f"{_module(b.parameter)}.")
-    ]
-    for bias in own[:1]:
+    """Return a weight's writer, and remove its bias and its norms' biases from the list."""
+    module = _module_of(found.parameter)
+    bias = next((one for one in biases if _belongs(one, found)), None)
+    if bias is not None:
         biases.remove(bias)
     parameter = twin.get_parameter(found.parameter)
     holder = twin.get_submodule(module)
@@ -179,34 +176,40 @@ def _writer(twin: PreTrainedModel, found: Found, search: WriterSearch, biases: l
     return Writer(
         layer=found.layer,
         component="attention" if found.mixes else "mlp",
-        module=_module(own[0].parameter) if own else module,
+        module=module if bias is None else _module_of(bias.parameter),
         parameter=found.parameter,
-        bias=own[0].parameter if own else None,
+        bias=None if bias is None else bias.parameter,
         axis=found.axis,
         kind=kind,
         post_norms=_post_norms(twin, found, search, biases),
     )
 
 
-def _module(parameter: str) -> str:
+def _belongs(bias: Found, weight: Found) -> bool:
+    """Say whether a bias is added to a weight's output: by its module or one around it, before the same norm."""
+    around = f"{_module_of(weight.parameter)}.".startswith(f"{_module_of(bias.parameter)}.")
+    return around and (bias.layer, bias.norm) == (weight.layer, weight.norm)
+
+
+def _module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
 def _post_norms(twin: PreTrainedModel, found: Found, search: WriterSearch, biases: list[Found]) -> tuple[PostNorm, ...]:
-    """Return the norms that a writer's output goes through, in that order, and take their biases out of the others."""
+    """Return the norms that a writer's output goes through, in that order, and remove their biases from the list."""
     chain: list[PostNorm] = []
     name = found.norm
     while name:
         norm = next(norm for norm in search.norms if norm.module == name)
-        bias = next((b.parameter for b in search.writers if _module(b.parameter) == name), None)
-        biases[:] = [b for b in biases if b.parameter != bias]
+        bias = next((one.parameter for one in search.writers if _module_of(one.parameter) == name), None)
+        biases[:] = [one for one in biases if one.parameter != bias]
         chain.append(_post_norm(twin, norm, bias))
         name = norm.norm
     return tuple(chain)
 
 
 def _post_norm(twin: PreTrainedModel, norm: FoundNorm, bias: str | None) -> PostNorm:
-    """Return what a norm does, told from what it makes of random inputs.
+    """Return a norm's kind, told from its outputs for random inputs.
 
     Raises:
         UnsupportedArchitectureError: It is neither RMSNorm nor LayerNorm.
