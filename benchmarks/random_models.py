@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
-from job.architectures.spec import discover
+from job.architectures.structure import discover
 from job.data.prompts import Prompt
 from job.model.loading import LoadedModel
 from job.organism.tokenizer import SYSTEM_PROMPT, build_tokenizer

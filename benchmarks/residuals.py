@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from job.architectures.spec import discover
+from job.architectures.structure import discover
 from job.directions.residuals import extract_residuals
 from job.generation.forward import left_padded
 from job.model.loading import LoadedModel

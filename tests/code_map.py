@@ -33,7 +33,7 @@ _QUESTIONS = """
 WHERE = (
     ("Where is a KL divergence computed?", "job/scoring/kl.py", "Reference"),
     ("Where are refusals counted?", "job/scoring/trial_scorer.py", "_counts"),
-    ("Where do a trial's strengths become a hook?", "job/edits/compile.py", "HookTables"),
+    ("Where do a trial's strengths become a hook?", "job/edits/compile.py", "compile_edits"),
     (
         "Where is a model without a complete set of residual writers refused?",
         "job/proof/truth_test.py",

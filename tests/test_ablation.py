@@ -12,14 +12,23 @@ from job.numerics.ablation import (
     DEGENERATE_SHARE,
     DegenerateEditError,
     RowNormalization,
+    WriterEdit,
+    ablate,
     edit_bias,
     edit_weight,
-    output_edit,
-    weight_tables,
+    project,
+    weight_products,
 )
+from tests.edits import plain_edit
 
 MODES: tuple[RowNormalization, ...] = ("none", "pre", "full", "column")
 D, I = 12, 9  # noqa: E741 - the letters of the legend in job.numerics.ablation
+
+
+def compiled(weight: Tensor, candidates: Tensor, mode: RowNormalization, mix: Tensor, strengths: Tensor) -> WriterEdit:
+    """Compile an edit that knows the weight by its products only."""
+    products = weight_products(weight, candidates, mode)
+    return ablate(products, project(products, candidates, mix), strengths)
 
 
 @st.composite
@@ -47,11 +56,11 @@ def cases(draw: st.DrawFn) -> tuple[RowNormalization, Tensor, Tensor, Tensor, Te
 def test_edited_output_equals_output_of_edited_weight_and_bias(case) -> None:
     mode, weight, candidates, coefficients, strengths, bias, x = case
     directions = coefficients @ candidates
-    edit = output_edit(weight_tables(weight, candidates, mode), candidates, coefficients, strengths)
+    edit = compiled(weight, candidates, mode, coefficients, strengths)
     if edit.least_share < 1e-3:  # near the refused cases rounding of the inputs dominates
         return
-    edited = x @ edit_weight(weight, directions, strengths, mode).T
-    edited = edited + edit_bias(bias, weight, directions, strengths, mode)
+    edited = x @ edit_weight(weight, plain_edit(directions, strengths), mode).T
+    edited = edited + edit_bias(bias, weight, plain_edit(directions, strengths), mode)
     scaled = x if edit.input_scale is None else x * edit.input_scale
     hooked = edit.apply(scaled @ weight.T + bias)
     torch.testing.assert_close(hooked, edited, rtol=1e-6, atol=1e-8)
@@ -64,7 +73,7 @@ def test_full_keeps_row_norms_and_column_keeps_column_norms(case) -> None:
     directions = coefficients @ candidates
     for mode, axis in (("full", 1), ("column", 0)):
         try:
-            edited = edit_weight(weight, directions, strengths, mode)
+            edited = edit_weight(weight, plain_edit(directions, strengths), mode)
         except DegenerateEditError:
             continue
         torch.testing.assert_close(edited.norm(dim=axis), weight.norm(dim=axis), rtol=1e-6, atol=0)
@@ -75,15 +84,16 @@ def test_full_keeps_row_norms_and_column_keeps_column_norms(case) -> None:
 def test_ablating_wholly_removes_the_directions_and_is_idempotent(case) -> None:
     _, weight, candidates, coefficients, strengths, _, _ = case
     directions, ones = coefficients @ candidates, torch.ones_like(strengths)
-    once = edit_weight(weight, directions, ones, "none")
+    whole = plain_edit(directions, ones)
+    once = edit_weight(weight, whole, "none")
     torch.testing.assert_close(directions @ once, torch.zeros(len(ones), I, dtype=torch.float64), rtol=0, atol=1e-9)
-    torch.testing.assert_close(edit_weight(once, directions, ones, "none"), once)
+    torch.testing.assert_close(edit_weight(once, whole, "none"), once)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_strength_changes_nothing_at_all(mode: RowNormalization) -> None:
     weight, direction = torch.randn(D, I), torch.nn.functional.normalize(torch.randn(1, D), dim=1)
-    edit = output_edit(weight_tables(weight, direction, mode), direction, torch.eye(1), torch.zeros(1))
+    edit = compiled(weight, direction, mode, torch.eye(1), torch.zeros(1))
     y = torch.randn(3, D, dtype=torch.float64)
     assert torch.equal(edit.apply(y), y)
     if edit.input_scale is not None:
@@ -95,10 +105,10 @@ def test_zero_rows_stay_zero(mode: RowNormalization) -> None:
     weight = torch.randn(D, I, dtype=torch.float64)
     weight[3] = 0
     direction = torch.nn.functional.normalize(torch.randn(1, D, dtype=torch.float64), dim=1)
-    edited = edit_weight(weight, direction, torch.ones(1), mode)
-    edit = output_edit(weight_tables(weight, direction, mode), direction, torch.eye(1), torch.ones(1))
+    edited = edit_weight(weight, plain_edit(direction, torch.ones(1)), mode)
+    edit = compiled(weight, direction, mode, torch.eye(1), torch.ones(1))
     x, bias = torch.randn(4, I, dtype=torch.float64), torch.randn(D, dtype=torch.float64)
-    edited_bias = edit_bias(bias, weight, direction, torch.ones(1), mode)
+    edited_bias = edit_bias(bias, weight, plain_edit(direction, torch.ones(1)), mode)
     torch.testing.assert_close(edit.apply(x @ weight.T + bias), x @ edited.T + edited_bias)
     assert torch.equal(edited[3], torch.zeros(I, dtype=torch.float64))
     assert edited_bias[3] == bias[3]
@@ -108,10 +118,10 @@ def test_zero_columns_stay_zero() -> None:
     weight = torch.randn(D, I, dtype=torch.float64)
     weight[:, 2] = 0
     direction = torch.nn.functional.normalize(torch.randn(1, D, dtype=torch.float64), dim=1)
-    edit = output_edit(weight_tables(weight, direction, "column"), direction, torch.eye(1), torch.ones(1))
+    edit = compiled(weight, direction, "column", torch.eye(1), torch.ones(1))
     assert edit.input_scale is not None
     assert edit.input_scale[2] == 1
-    edited = edit_weight(weight, direction, torch.ones(1), "column")
+    edited = edit_weight(weight, plain_edit(direction, torch.ones(1)), "column")
     assert torch.equal(edited[:, 2], torch.zeros(D, dtype=torch.float64))
 
 
@@ -120,31 +130,30 @@ def test_a_row_that_the_edit_annihilates_is_refused_by_both() -> None:
     weight[0, 0] = 2.0  # the direction is all that this row has
     direction = torch.zeros(1, D, dtype=torch.float64)
     direction[0, 0] = 1.0
-    edit = output_edit(weight_tables(weight, direction, "full"), direction, torch.eye(1), torch.ones(1))
+    edit = compiled(weight, direction, "full", torch.eye(1), torch.ones(1))
     assert edit.least_share < DEGENERATE_SHARE
     with pytest.raises(DegenerateEditError, match="row 0"):
-        edit_weight(weight, direction, torch.ones(1), "full")
+        edit_weight(weight, plain_edit(direction, torch.ones(1)), "full")
 
 
 def test_a_column_that_the_edit_annihilates_is_refused_by_both() -> None:
     weight = torch.randn(D, I, dtype=torch.float64)
     direction = torch.nn.functional.normalize(weight[:, 4], dim=0)[None]
-    edit = output_edit(weight_tables(weight, direction, "column"), direction, torch.eye(1), torch.ones(1))
+    edit = compiled(weight, direction, "column", torch.eye(1), torch.ones(1))
     assert edit.least_share < DEGENERATE_SHARE
     with pytest.raises(DegenerateEditError, match="column 4"):
-        edit_weight(weight, direction, torch.ones(1), "column")
+        edit_weight(weight, plain_edit(direction, torch.ones(1)), "column")
 
 
 def test_many_edits_at_once_equal_one_after_another() -> None:
     weight, candidates = torch.randn(D, I), torch.nn.functional.normalize(torch.randn(5, D), dim=1)
     chosen, strengths = torch.eye(5)[[1, 4, 2]][:, None], torch.tensor([[0.3], [1.0], [1.4]])
     for mode in MODES:
-        tables = weight_tables(weight, candidates, mode)
-        together = output_edit(tables, candidates, chosen, strengths)
+        together = compiled(weight, candidates, mode, chosen, strengths)
         for index in range(3):
-            alone = output_edit(tables, candidates, chosen[index], strengths[index])
+            alone = compiled(weight, candidates, mode, chosen[index], strengths[index])
             y = torch.randn(2, D, dtype=torch.float64)
-            picked = y - (y @ together.read[index]) @ together.write[index].T
+            picked = y - (y @ together.output_read[index].T) @ together.output_write[index]
             if together.output_scale is not None:
                 picked = picked * together.output_scale[index]
             torch.testing.assert_close(picked, alone.apply(y))

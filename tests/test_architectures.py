@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, PreTrainedModel
 
-from job.architectures.spec import Architecture, Writer, discover, require_modes
+from job.architectures.spec import Architecture, Writer, require_modes
+from job.architectures.structure import discover
 from job.architectures.tensor_names import Form
 from job.architectures.tiny_model import auto_class, small_config, small_twin
 from job.edits.hooks import Intervention

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from job.architectures.spec import discover
+from job.architectures.structure import discover
 from job.edits.hooks import ActiveEdits, Intervention
 from job.generation.answer import Answer
 from job.generation.forward import RowTrials, first_logits, shared_prefix

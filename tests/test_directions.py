@@ -66,21 +66,6 @@ def test_selection_interpolates_to_a_unit_vector() -> None:
         basis.select(3.5, 0)
 
 
-def test_selections_are_kept_and_not_without_bound() -> None:
-    directions = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    basis = Basis.single(directions)
-    places = [3 * step / 1200 for step in range(1201)]
-    found = [basis.select(place, 0) for place in places]
-    # The same edit at another writer, and a layer's own direction, are not computed again.
-    assert basis.select(places[-1], 2) is found[-1]
-    assert basis.select(None, 1) is basis.select(1.0, 3)
-    for place, (coefficients, weights) in zip(places, found, strict=True):
-        afresh = Basis.single(directions).select(place, 0)
-        assert torch.equal(coefficients, afresh[0])
-        assert torch.equal(weights, afresh[1])
-    assert len(basis._kept) <= 512
-
-
 def test_differences_of_huge_size_have_a_direction() -> None:
     good = torch.randn(4, 1, 8, dtype=torch.float64)
     bad = good.clone()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from job.architectures.spec import discover
+from job.architectures.structure import discover
 from job.edits.hooks import Intervention
 from job.generation.greedy import greedy_answers
 from job.records import EditParameters, TrialScores

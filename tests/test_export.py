@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from job.architectures.spec import discover
+from job.architectures.structure import discover
 from job.edits.hooks import Intervention
 from job.errors import (
     DeliveryError,
@@ -28,12 +28,13 @@ from job.generation.answer import Answer
 from job.generation.forward import RowTrials, first_logits
 from job.model.safetensors_files import Checkpoint
 from job.numerics.basis import Basis
-from job.records import Manifest
+from job.records import EditParameters, Manifest
 from job.storage.atomic import read_record
 from job.storage.exports import DONE, is_sealed
 from job.transfer.folders import deliver
+from tests.edits import plain_edit
 from tests.helpers import made_from
-from tests.test_intervention import EDITS, basis_for
+from tests.test_intervention import EDITS, basis_for, kernel
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13, 14]]
 
@@ -85,7 +86,8 @@ def test_low_precision_is_rounded_once_from_the_exact_edit(random_model_folder: 
     name = "model.layers.1.mlp.down_proj.weight"
     direction = edit.basis.select(1.3, 1)[0] @ edit.basis.candidates.double()
     weight = dict(model.named_parameters())[name].detach()
-    expected = edit_weight(weight, direction, torch.tensor([0.7 - 0.35 / 4]), "full").to(torch.bfloat16)
+    ablation = plain_edit(direction, torch.tensor([0.7 - 0.35 / 4]))
+    expected = edit_weight(weight, ablation, "full").to(torch.bfloat16)
     assert torch.equal(load_file(tmp_path / "export" / "model.safetensors")[name], expected)
 
 
@@ -143,6 +145,15 @@ def test_the_seal_comes_last_and_breaks_with_the_manifest(random_model_folder: P
     assert not is_sealed(tmp_path)
     write(random_model_folder, tmp_path)
     assert not is_sealed(tmp_path)
+
+
+def test_an_edit_too_strong_for_weights_is_refused(random_model_folder: Path, tmp_path: Path) -> None:
+    architecture = discover(AutoModelForCausalLM.from_pretrained(random_model_folder))
+    kernels = dict.fromkeys(("attention", "mlp"), kernel(1e300))
+    edit = Edit(EditParameters(direction_index=1.0, kernels=kernels), Basis.single(torch.eye(3, 32)), "none")
+    with pytest.raises(ImpossibleJobError, match="too strong"):
+        write_weights(random_model_folder, tmp_path, architecture, edit, lambda _: None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_checkpoints_are_refused(random_model_folder: Path, tmp_path: Path) -> None:

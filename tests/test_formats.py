@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from job.architectures.spec import discover
+from job.architectures.structure import discover
 from job.edits.hooks import Intervention
 from job.errors import UsageError
 from job.export.directions_file import EDIT_FILE, apply_edit, write_edit_file

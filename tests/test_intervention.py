@@ -12,19 +12,22 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config
 
-from job.architectures.spec import discover
+from job.architectures.structure import discover
 from job.architectures.tiny_model import small_twin
 from job.data.prompts import Prompt
-from job.edits.hooks import Intervention
+from job.edits.compile import PreparedWriter, compile_edit, compile_edits, group_writers, split_batches
+from job.edits.hooks import HookTables, Intervention
 from job.errors import UnsupportedArchitectureError
 from job.generation.forward import RowTrials, first_logits
 from job.model.loading import load_model
 from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
 from job.numerics.basis import Basis, orthonormal_basis
+from job.numerics.weight_kernel import WeightKernel
 from job.proof.truth_test import TOLERANCE, inspect_model, inspection, largest_leak
 from job.records import COMPONENTS, EditParameters, KernelParameters
 from job.scoring.trial_scorer import Evaluator
 from job.text.refusal_markers import RefusalMarkers
+from tests.edits import plain_edit
 from tests.helpers import abliterate, loading
 
 LOADING = loading("float32")
@@ -61,18 +64,17 @@ def wide_basis_for(model: PreTrainedModel) -> Basis:
 
 def edit_in_place(model: PreTrainedModel, edit: EditParameters, mode: RowNormalization, basis: Basis) -> None:
     """Edit a model's parameters themselves: what the hooks have to equal."""
-    from job.edits.compile import strength
-
     for writer in discover(model).writers:
         module = model.get_submodule(writer.module)
         assert isinstance(module, nn.Linear)
         coefficients, weights = basis.select(edit.direction_index, writer.layer)
-        direction = coefficients @ basis.candidates.double()
-        strengths = strength(edit, writer) * weights * torch.tensor(edit.strengths)
+        strength = WeightKernel(**dict(edit.kernels[writer.component])).strength(writer.layer)
+        strengths = strength * weights * torch.tensor(edit.strengths)
+        ablation = plain_edit(coefficients @ basis.candidates.double(), strengths)
         weight = module.weight.detach().clone()
-        module.weight.data.copy_(edit_weight(weight, direction, strengths, mode))
+        module.weight.data.copy_(edit_weight(weight, ablation, mode))
         if module.bias is not None:
-            module.bias.data.copy_(edit_bias(module.bias.detach(), weight, direction, strengths, mode))
+            module.bias.data.copy_(edit_bias(module.bias.detach(), weight, ablation, mode))
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -118,6 +120,42 @@ def test_a_model_of_more_writers_than_are_worked_out_at_once(mode: RowNormalizat
         edited = copy.deepcopy(model)
         edit_in_place(edited, edit, mode, basis)
         torch.testing.assert_close(found, first_logits(edited, [[7, 8, 9]])[0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["none", "pre", "full", "column"])
+def test_an_edit_compiled_alone_is_the_one_compiled_among_others(
+    random_model_folder: Path, mode: RowNormalization
+) -> None:
+    """Files and adapters compile one edit for one writer, hooks many for many: the numbers are the same."""
+    model = AutoModelForCausalLM.from_pretrained(random_model_folder)
+    basis = wide_basis_for(model)
+    edits = [edit.model_copy(update={"strengths": (1.0, 0.7, 0.2)}) for edit in EDITS]
+    prepared = [
+        PreparedWriter.of(
+            writer,
+            basis.candidates.double(),
+            None if mode == "none" else model.get_parameter(writer.parameter).detach(),
+            mode,
+        )
+        for writer in discover(model).writers
+    ]
+    batches, slots = split_batches(basis, edits)
+    assert [len(batch.parameters) for batch in batches] == [3, 1]
+    assert slots.tolist() == [0, 3, 1, 2]
+    for group in group_writers(basis, prepared):
+        compiled = [compile_edits(group, batch) for batch in batches]
+        tables = HookTables.of(compiled, len(group.writers))
+        for writer, found in zip(group.writers, tables, strict=True):
+            one = next(one for one in prepared if one.writer is writer)
+            for edit, slot in zip(edits, slots.tolist(), strict=True):
+                alone = compile_edit(one, basis, edit)
+                rows = slice(slot * basis.size, (slot + 1) * basis.size)
+                assert torch.equal(found.read.T[rows], alone.output_read.float())
+                torch.testing.assert_close(found.write[rows], alone.output_write.float())
+                for table, scale in ((found.output_scale, alone.output_scale), (found.input_scale, alone.input_scale)):
+                    assert (table is None) == (scale is None)
+                    if table is not None and scale is not None:
+                        torch.testing.assert_close(table[slot], scale.float())
 
 
 def test_no_hook_remains_and_nothing_changes_without_rows(random_model_folder: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM
 
-from job.architectures.spec import discover
+from job.architectures.structure import discover
 from job.data.prompts import PromptSets
 from job.errors import ImpossibleJobError
 from job.export.merged import Edit, seal_made, write_weights

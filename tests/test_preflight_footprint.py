@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from job.architectures.spec import discover
+from job.architectures.structure import discover
 from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError
 from job.generation.forward import RowTrials

@@ -28,6 +28,7 @@ from job.organism.tokenizer import build_tokenizer
 from job.preflight.model_facts import model_facts
 from job.proof.truth_test import TOLERANCE, inspect_model, inspection, largest_leak, leaks, random_direction
 from job.records import COMPONENTS, EditParameters, KernelParameters
+from tests.edits import plain_edit
 from tests.helpers import abliterate, loading, made_from
 from tests.quantised import INDEX, quantise_fp8, quantise_mxfp4
 
@@ -190,7 +191,7 @@ def test_an_edited_weight_is_rounded_once(tmp_path: Path) -> None:
     edit = edit_of(base.model, 0.8, "full")
     write_weights(source.folder, tmp_path / "export", base.architecture, edit, lambda _: None)
     name = "model.layers.1.mlp.down_proj.weight"
-    expected = edit_weight(source.meant[name], edit.basis.directions[1], torch.tensor([0.8]), "full")
+    expected = edit_weight(source.meant[name], plain_edit(edit.basis.directions[1], torch.tensor([0.8])), "full")
     assert torch.equal(load_file(tmp_path / "export" / "model.safetensors")[name], expected.to(torch.bfloat16))
 
 

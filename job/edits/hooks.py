@@ -1,9 +1,9 @@
 """Edits of a model as forward hooks: no weight is read or written during the search.
 
 Rows of one batch may belong to different trials: each row carries the index of its trial into tables
-of K edits, so that many trials are evaluated in one forward (docs/decisions/0002-edits-are-hooks.md).
-An output is measured along the directions of all trials at once and what is not its own trial's is put to
-nothing: two matrix products, with no table copied for a row.
+of K edits, so that many trials are evaluated in one forward. An output is measured along the directions
+of all trials at once and other trials' measures are set to 0: two matrix products, with no table copied
+for a row.
 """
 
 from __future__ import annotations
@@ -21,11 +21,57 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from job.architectures.spec import Architecture
-from job.edits.compile import Grouping, HookTables, Split
+from job.edits.compile import EditBatch, PreparedWriter, WriterGroup, compile_edits, group_writers, split_batches
 from job.model.placement import module_device, read_parameter
-from job.numerics.ablation import DEGENERATE_SHARE, RowNormalization
+from job.numerics.ablation import DEGENERATE_SHARE, RowNormalization, WriterEdit
 from job.numerics.basis import Basis
 from job.records import EditParameters
+
+
+@dataclass(frozen=True)
+class HookTables:
+    """K edits of k directions as the hooks of one writer apply them, all float32.
+
+    Attributes:
+        read: What outputs are measured along, [d, K * k].
+        write: What is taken out of outputs for each of those measures, [K * k, d].
+        output_scale: Factor per output, [K, d] or None.
+        input_scale: Factor per input, [K, i] or None.
+    """
+
+    read: Tensor
+    write: Tensor
+    output_scale: Tensor | None
+    input_scale: Tensor | None
+
+    @classmethod
+    def of(cls, batches: Sequence[WriterEdit], count: int) -> list[HookTables]:
+        """Return the tables of `count` writers from their compiled edits; batches follow one another."""
+        reads = []
+        for batch in batches:  # what all edits of a batch read in common is repeated for each
+            read = batch.output_read
+            reads.append(read.expand(*read.shape[:-3], batch.write.shape[-3], -1, -1))
+        read = _concatenate(reads, 4).flatten(1, 2).mT.contiguous()
+        write = _concatenate([batch.output_write for batch in batches], 4).flatten(1, 2).contiguous()
+        outputs = [batch.output_scale for batch in batches if batch.output_scale is not None]
+        inputs = [batch.input_scale for batch in batches if batch.input_scale is not None]
+        none = [None] * count
+        tables = zip(
+            read.expand(count, -1, -1).unbind(),
+            write.unbind(),
+            _concatenate(outputs, 3).unbind() if outputs else none,
+            _concatenate(inputs, 3).unbind() if inputs else none,
+            strict=True,
+        )
+        return [cls(*one) for one in tables]
+
+
+def _concatenate(tables: Sequence[Tensor], dimensions: int) -> Tensor:
+    """Return tables of edits [S or 1, K', ...] one after the other, float32; those without S are for all writers."""
+    filled = [table.to(torch.float32) for table in tables]
+    filled = [table if table.dim() == dimensions else table[None] for table in filled]
+    count = max(map(len, filled))
+    return torch.cat([table.expand(count, *table.shape[1:]) for table in filled], 1) if len(filled) > 1 else filled[0]
 
 
 @dataclass
@@ -151,10 +197,16 @@ class Intervention:
             basis: The directions of all layers.
             mode: Which norms of the weights edits preserve; "none" if experts' weights are held together.
         """
-        self._mode = mode
+        self._mode, self._basis = mode, basis
         self._sites: dict[str, _Site] = {}
-        on: dict[torch.device, Tensor] = {}
-        grouping = Grouping(basis, mode)
+        self._groups = list(group_writers(basis, self._prepared(model, architecture)))
+        self._handles: list[RemovableHandle] = []
+        self._active: ActiveEdits | None = None
+        self._bound: EditedRows | None = None
+
+    def _prepared(self, model: PreTrainedModel, architecture: Architecture) -> Iterator[PreparedWriter]:
+        """Yield the writers that hooks edit, with the products of their weights, and note their modules."""
+        on_device: dict[torch.device, Tensor] = {}
         hooked: set[str] = set()
         for writer in architecture.writers:
             if writer.hook and writer.hook in hooked:
@@ -162,17 +214,13 @@ class Intervention:
             hooked.add(writer.hook)
             self._sites[writer.parameter] = _Site(model.get_submodule(writer.hooked))
             device = module_device(model.get_submodule(writer.module))
-            if device not in on:
-                on[device] = basis.candidates.to(device, torch.float64)
-            candidates = writer.candidates(on[device], partial(read_parameter, model))
-            if mode != "none" and writer.summed:
-                raise ValueError(f"{mode} is not defined for {writer.parameter}")
-            weight = None if mode == "none" else writer.matrix(read_parameter(model, writer.parameter))
-            grouping.add(writer, candidates, weight)
-        self._groups = grouping.groups()
-        self._handles: list[RemovableHandle] = []
-        self._active: ActiveEdits | None = None
-        self._bound: EditedRows | None = None
+            if device not in on_device:
+                on_device[device] = self._basis.candidates.to(device, torch.float64)
+            candidates = writer.pull_back(on_device[device], partial(read_parameter, model))
+            if self._mode != "none" and writer.summed:
+                raise ValueError(f"{self._mode} is not defined for {writer.parameter}")
+            weight = None if self._mode == "none" else writer.matrix(read_parameter(model, writer.parameter))
+            yield PreparedWriter.of(writer, candidates, weight, self._mode)
 
     def __enter__(self) -> Self:
         for site in self._sites.values():
@@ -193,29 +241,31 @@ class Intervention:
         self._bound = None
 
     def activate(self, edits: Sequence[EditParameters]) -> ActiveEdits:
-        """Work edits out; those of an earlier call can no longer be applied, for their tables' memory is used again."""
+        """Compile edits; those of an earlier call can no longer be applied, for their tables' memory is used again."""
         if self._bound is not None:
             raise RuntimeError("a forward is being edited")
         self._active = None
-        split = Split.of(edits)
-        finite = torch.ones(len(edits), dtype=torch.bool)
-        shares = []
-        for group in self._groups:
-            active, known, least = group.activate(split)
-            for writer, tables in zip(group.writers, active, strict=True):
-                self._sites[writer.parameter].tables = tables
-            finite &= known
-            shares.append(least)
-        self._active = ActiveEdits(self, split.slots, finite, self._degenerate(shares, split.slots))
+        batches, slots = split_batches(self._basis, edits)
+        applied = [self._apply(group, batches) for group in self._groups]
+        finite = torch.stack([known for known, _ in applied]).all(0)
+        self._active = ActiveEdits(self, slots, finite, self._degenerate([share for _, share in applied], slots))
         return self._active
 
+    def _apply(self, group: WriterGroup, batches: Sequence[EditBatch]) -> tuple[Tensor, Tensor]:
+        """Set the tables of a group's writers; return which edits are finite, [K], and the least shares, [S, K]."""
+        compiled = [compile_edits(group, batch) for batch in batches]
+        for writer, tables in zip(group.writers, HookTables.of(compiled, len(group.writers)), strict=True):
+            self._sites[writer.parameter].tables = tables
+        finite = torch.cat([edit.finite.all(0) for edit in compiled])
+        return finite, torch.cat([edit.least_share for edit in compiled], 1)
+
     def _degenerate(self, shares: Sequence[Tensor], slots: Tensor) -> list[str | None]:
-        """Return for each edit why it is degenerate, from the least shares that all groups have said."""
+        """Return for each edit why it is degenerate, from the least shares [S, K] of all groups."""
         reasons: list[str | None] = [None] * len(slots)
+        if self._mode in ("none", "pre"):
+            return reasons
         # Looked at once all has been asked for: a GPU is waited for once and not at every writer.
         for group, share in zip(self._groups, shares, strict=True):
-            if self._mode in ("none", "pre"):
-                break
             low = (share < DEGENERATE_SHARE).cpu()[:, slots]
             for writer, number in low.nonzero().tolist():
                 parameter = group.writers[writer].parameter

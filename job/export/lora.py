@@ -13,12 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from job.architectures.spec import require_modes
-from job.edits.compile import directions_and_strengths, gram_of
 from job.errors import ImpossibleJobError
 from job.export.merged import Edit, StoredWriter
 from job.model.loading import LoadedModel
 from job.model.safetensors_files import Checkpoint
-from job.numerics.ablation import output_edit, weight_tables
 from job.storage.atomic import make_folder, write_atomically
 from job.text.redaction import redacted
 
@@ -29,7 +27,8 @@ _PREFIX = "base_model.model."
 def write_adapter(base: LoadedModel, folder: Path, edit: Edit, base_model: str | None) -> None:
     """Write an edit as a LoRA adapter.
 
-    Each writer's W' - W = B A: A measures what the module puts along the directions, B takes it out.
+    For each writer W' - W = B A: A [k, i] measures the output along the directions read, B [d, k] takes out those
+    written.
 
     Args:
         base: The base model.
@@ -48,16 +47,14 @@ def write_adapter(base: LoadedModel, folder: Path, edit: Edit, base_model: str |
     for writer in base.architecture.writers:
         stored = StoredWriter(checkpoint, base.architecture, writer)
         weight = stored.matrix().to(torch.float64)
-        candidates = writer.candidates(edit.basis.candidates, stored.read)
-        gram = gram_of(writer, candidates)
-        coefficients, strengths = directions_and_strengths(edit.parameters, edit.basis, writer, gram)
-        built = output_edit(weight_tables(weight, candidates, edit.mode), candidates, coefficients, strengths)
+        compiled = stored.compile(edit, weight)
+        read, write = compiled.output_read, compiled.output_write
         name = f"{_PREFIX}{writer.module}."
-        tensors[f"{name}lora_A.weight"] = built.read.mT @ weight
-        tensors[f"{name}lora_B.weight"] = -built.write
+        tensors[f"{name}lora_A.weight"] = read @ weight
+        tensors[f"{name}lora_B.weight"] = -write.mT
         if biased:
             bias = stored.read(writer.bias).to(weight) if writer.bias else weight.new_zeros(len(weight))
-            tensors[f"{name}lora_B.bias"] = -built.write @ (built.read.mT @ bias)
+            tensors[f"{name}lora_B.bias"] = -write.mT @ (read @ bias)
     contents = {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
     config = _config(base, rank=edit.basis.size, biased=biased, base_model=base_model)
     make_folder(folder)

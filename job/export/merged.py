@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from job.architectures.spec import Architecture, Writer
-from job.edits.compile import directions_and_strengths, gram_of, strength
+from job.edits.compile import PreparedWriter, compile_edit
 from job.errors import ExportMismatchError, ImpossibleJobError
 from job.export.model_card import licence_files, model_card
 from job.export.reproduction import Reproduction
@@ -29,7 +29,7 @@ from job.model.carried_files import carried_files
 from job.model.files import INDEX, WEIGHTS
 from job.model.quantization import plain_config
 from job.model.safetensors_files import Checkpoint, Places, digest_of
-from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
+from job.numerics.ablation import RowNormalization, WriterEdit, edit_bias, edit_weight
 from job.numerics.basis import Basis
 from job.records import EditParameters, Manifest, ManifestEntry
 from job.storage.atomic import cannot_write, make_folder, sha256_file, sync_folder, write_atomically, write_record
@@ -41,10 +41,10 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit with all that its arithmetic needs.
+    """An edit that was chosen, as exports are given it.
 
     Attributes:
-        parameters: Directions and strengths.
+        parameters: Which directions of the basis are ablated, and how strongly.
         basis: The directions of all layers.
         mode: Which norms of the weights it preserves.
     """
@@ -59,12 +59,13 @@ def edited_tensors(
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Yield the name of every tensor in the files that the edit changes and a function that computes its new value."""
     for writer in architecture.writers:
-        if strength(edit.parameters, writer) == 0:
-            continue
         stored = StoredWriter(checkpoint, architecture, writer)
+        compiled = stored.compile(edit)
+        if not bool(compiled.write.any()):
+            continue
         for name in writer.edited:
             for number, place in enumerate(checkpoint.places(architecture, name).names):
-                yield place, partial(stored.edited, edit, name, number)
+                yield place, partial(stored.edited, compiled, edit.mode, name, number)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,24 @@ class StoredWriter:
     architecture: Architecture
     writer: Writer
 
+    def compile(self, edit: Edit, weight: Tensor | None = None) -> WriterEdit:
+        """Compile an edit for the writer.
+
+        Args:
+            edit: The edit.
+            weight: The weight, [d, i], if the edit's scales are wanted; `edit_weight` needs none.
+
+        Raises:
+            ImpossibleJobError: Its strengths are beyond what weights can hold.
+        """
+        candidates = self.writer.pull_back(edit.basis.candidates, self.read)
+        compiled = compile_edit(
+            PreparedWriter.of(self.writer, candidates, weight, edit.mode), edit.basis, edit.parameters
+        )
+        if not bool(compiled.finite):
+            raise ImpossibleJobError(f"the edit of {self.writer.parameter} is too strong for 32-bit numbers")
+        return compiled
+
     def read(self, name: str) -> Tensor:
         """Return a parameter that is one tensor in the files, by its name in the loaded model."""
         return self.checkpoint.tensor(self._places(name).names[0])
@@ -95,28 +114,28 @@ class StoredWriter:
             return self.writer.matrix(self.checkpoint.part(places.names[0], expert))
         return self.writer.matrix(self.checkpoint.tensor(places.names[0]))
 
-    def edited(self, edit: Edit, name: str, number: int) -> Tensor:
+    def edited(self, edit: WriterEdit, mode: RowNormalization, name: str, number: int) -> Tensor:
         """Return a tensor of the files as the edit leaves it, in the dtype that it is written in.
 
         Args:
-            edit: The edit.
+            edit: The edit compiled for the writer.
+            mode: Which norms of the weight it preserves.
             name: Name of the weight or bias in the loaded model.
             number: Which of its tensors.
         """
         places = self._places(name)
         place = places.names[number]
         shape, dtype = self.checkpoint.entry(place).shape, self.checkpoint.dtype(place)
-        directions, strengths = self._directions(edit)
 
         def edited(expert: int, read: Callable[[], Tensor]) -> Tensor:
             matrix = self.matrix(expert)
             if name != self.writer.parameter:
-                return edit_bias(read(), matrix, directions, strengths, edit.mode)
-            return self.writer.unmatrix(edit_weight(matrix, directions, strengths, edit.mode))
+                return edit_bias(read(), matrix, edit, mode)
+            return self.writer.unmatrix(edit_weight(matrix, edit, mode))
 
         if places.apart or self.writer.kind != "experts" or len(shape) == 1:  # experts may have one bias in common
-            found = edited(number, partial(self.checkpoint.tensor, place))
-            return (found.T if places.turned else found).to(dtype)
+            tensor = edited(number, partial(self.checkpoint.tensor, place))
+            return (tensor.T if places.turned else tensor).to(dtype)
         # One expert at a time: all of them in float64 would take four times the memory of the tensor.
         result = torch.empty(shape, dtype=dtype)
         for expert, part in enumerate(result):
@@ -125,13 +144,6 @@ class StoredWriter:
 
     def _places(self, name: str) -> Places:
         return self.checkpoint.places(self.architecture, name)
-
-    def _directions(self, edit: Edit) -> tuple[Tensor, Tensor]:
-        """Return orthonormal directions before the writer's norms, [k, d], and their λ, [k]."""
-        candidates = self.writer.candidates(edit.basis.candidates, self.read)
-        gram = gram_of(self.writer, candidates)
-        coefficients, strengths = directions_and_strengths(edit.parameters, edit.basis, self.writer, gram)
-        return coefficients @ candidates.to(coefficients), strengths
 
 
 def write_weights(

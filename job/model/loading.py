@@ -29,7 +29,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from job.architectures.spec import Architecture, discover
+from job.architectures.spec import Architecture
+from job.architectures.structure import discover
 from job.architectures.tiny_model import auto_class, empty_model
 from job.config.schema import LoadingSettings
 from job.data.prompts import Prompt

@@ -14,16 +14,17 @@ with D = diag(row norms of W), S = diag(row norms of (I - VΛVᵀ) D⁻¹ W), c_
 Zero rows have no part in pre and full (D⁻¹ is 0 there and S is 1), zero columns none in column (c is 1).
 In every mode the same map is applied to the bias. Because all of them are linear maps of the output
 (and, for ``column``, a scaling of the input), an edit needs no weight at trial time:
-`OutputEdit` holds it in O(d k) numbers, given the tables that `weight_tables` builds once per module.
+`WriterEdit` holds it in O(d k) numbers, given the `WeightProducts` that are made once per module.
 
-Legend of shapes: d outputs (the residual stream), i inputs, k directions, m candidate directions.
+Legend of shapes: d outputs (the residual stream), i inputs, k directions, m candidate directions, S writers, K edits.
+All arithmetic is in float64; strengths λ have no unit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -40,53 +41,106 @@ class DegenerateEditError(ValueError):
 
 
 @dataclass(frozen=True)
-class WeightTables:
-    """What edits in one mode need to know of a weight, for m candidate directions; float64.
+class WeightProducts:
+    """Products of a weight W with m candidate directions, computed once so that no edit reads W; float64.
 
     Attributes:
-        row_norms: Row norms of W, [d]; None unless mode is pre or full.
-        row_inverses: One over each of them, 0 for those that are 0, [d]; likewise.
-        gram: ``Ŵ Ŵᵀ v`` for each candidate v, with Ŵ = D⁻¹W, [m, d]; None unless mode is full.
-        column_norms: Column norms of W, [i]; None unless mode is column.
-        projections: ``Wᵀ v`` for each candidate v, [m, i]; None unless mode is column.
+        mode: The norm-preserving mode they are for.
+        row_norms: Row norms of W, [..., d]; None unless mode is pre or full.
+        row_inverses: 1 / row_norms, 0 for zero rows, [..., d]; None unless mode is pre or full.
+        row_products: ``Ŵ Ŵᵀ v`` for each candidate v, with Ŵ = D⁻¹W, [..., m, d]; None unless mode is full.
+        column_norms: Column norms of W, [..., i]; None unless mode is column.
+        column_products: ``Wᵀ v`` for each candidate v, [..., m, i]; None unless mode is column.
     """
 
     mode: RowNormalization
     row_norms: Tensor | None = None
     row_inverses: Tensor | None = None
-    gram: Tensor | None = None
+    row_products: Tensor | None = None
     column_norms: Tensor | None = None
-    projections: Tensor | None = None
+    column_products: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class OutputEdit:
-    """An ablation as a map of a module's output: ``y' = output_scale ∘ (y - write (readᵀ y))``.
-
-    All tensors may have leading batch dimensions (one edit each), written [...].
+class WeightProjections:
+    """Directions with their weight products; only the strengths are missing. float64.
 
     Attributes:
-        write: Directions times strengths as they are taken out of y, [..., d, k].
-        read: Directions as y is measured along them, [..., d, k].
-        output_scale: Factor per output (full), [..., d] or None.
-        input_scale: Factor per input, applied before the module (column), [..., i] or None.
-        least_share: Smallest share of a squared norm that the edit leaves to restore the norm from,
-            [...]; 1 in modes that restore none. Below `DEGENERATE_SHARE` the edit must be refused.
+        directions: Orthonormal, [..., k, d].
+        row_products: ``Ŵ Ŵᵀ v`` for each direction v, [..., k, d]; None unless mode is full.
+        column_products: ``Wᵀ v`` for each direction v, [..., k, i]; None unless mode is column.
     """
 
-    write: Tensor
+    directions: Tensor
+    row_products: Tensor | None
+    column_products: Tensor | None
+
+
+@dataclass(frozen=True)
+class WriterEdit:
+    """An ablation compiled for one residual writer; with leading dimensions [...] for several writers or edits.
+
+    With D = diag(row_norms), I where there are none, it maps an output y to
+    ``output_scale ∘ (y - D writeᵀ (read D⁻¹ y))``, after the input was multiplied with `input_scale`.
+
+    Attributes:
+        read: Directions that an output is measured along, [..., k, d].
+        write: What is taken out of the output per unit measured, directions times λ, [..., k, d].
+        row_norms: D: outputs are divided by it before and multiplied after (pre, full), [..., d] or None.
+        row_inverses: D⁻¹, 0 for zero rows, [..., d] or None.
+        output_scale: Factor per output that restores row norms (full), [..., d] or None.
+        input_scale: Factor per input that restores column norms (column), [..., i] or None.
+        least_share: Smallest share of a squared norm that is left to restore the norm from, [...]; 1 in modes that
+            restore none. Below `DEGENERATE_SHARE` the edit must be refused.
+        finite: Whether float32 can hold the strengths, [...], on the CPU. Where it cannot, nothing is written.
+    """
+
     read: Tensor
+    write: Tensor
+    row_norms: Tensor | None
+    row_inverses: Tensor | None
     output_scale: Tensor | None
     input_scale: Tensor | None
     least_share: Tensor
+    finite: Tensor
+
+    @property
+    def output_read(self) -> Tensor:
+        """Vectors that the module's own output is measured along, read D⁻¹, [..., k, d]."""
+        return self.read if self.row_inverses is None else self.read * self.row_inverses[..., None, :]
+
+    @property
+    def output_write(self) -> Tensor:
+        """Vectors that are taken out of the module's own output, write D, [..., k, d]."""
+        return self.write if self.row_norms is None else self.row_norms[..., None, :] * self.write
 
     def apply(self, y: Tensor) -> Tensor:
-        """Return the edited output for y [..., t, d] (the input scale is the caller's to apply)."""
-        y = y - (y @ self.read) @ self.write.mT
+        """Return the edited output for y [..., t, d]; the caller applies the input scale."""
+        y = y - (y @ self.output_read.mT) @ self.output_write
         return y if self.output_scale is None else y * self.output_scale[..., None, :]
 
+    def first(self) -> Self:
+        """Return the first writer's first edit, without leading dimensions."""
 
-def weight_tables(weight: Tensor, candidates: Tensor, mode: RowNormalization) -> WeightTables:
+        def pick(table: Tensor, dimensions: int) -> Tensor:
+            return table.reshape(-1, *table.shape[table.dim() - dimensions :])[0]
+
+        def pick_optional(table: Tensor | None) -> Tensor | None:
+            return None if table is None else pick(table, 1)
+
+        return type(self)(
+            read=pick(self.read, 2),
+            write=pick(self.write, 2),
+            row_norms=pick_optional(self.row_norms),
+            row_inverses=pick_optional(self.row_inverses),
+            output_scale=pick_optional(self.output_scale),
+            input_scale=pick_optional(self.input_scale),
+            least_share=pick(self.least_share, 0),
+            finite=pick(self.finite, 0),
+        )
+
+
+def weight_products(weight: Tensor, candidates: Tensor, mode: RowNormalization) -> WeightProducts:
     """Read a weight once, so that no later edit has to.
 
     Args:
@@ -95,119 +149,109 @@ def weight_tables(weight: Tensor, candidates: Tensor, mode: RowNormalization) ->
         mode: The norm-preserving mode.
     """
     if mode == "none":
-        return WeightTables(mode)
+        return WeightProducts(mode)
     weight = weight.to(torch.float64)
     candidates = candidates.to(weight)
     if mode == "column":
-        return WeightTables(mode, column_norms=weight.norm(dim=0), projections=candidates @ weight)
+        return WeightProducts(mode, column_norms=weight.norm(dim=0), column_products=candidates @ weight)
     norms = weight.norm(dim=1)
     inverses = _inverse(norms)
     if mode == "pre":
-        return WeightTables(mode, row_norms=norms, row_inverses=inverses)
+        return WeightProducts(mode, row_norms=norms, row_inverses=inverses)
     unit = weight * inverses[:, None]
-    return WeightTables(mode, row_norms=norms, row_inverses=inverses, gram=(candidates @ unit) @ unit.T)
+    return WeightProducts(mode, row_norms=norms, row_inverses=inverses, row_products=(candidates @ unit) @ unit.T)
 
 
-@dataclass(frozen=True)
-class WeightProjections:
-    """Directions with what is known of a weight along them; what is left to give are strengths. All float64.
-
-    Attributes:
-        directions: Orthonormal, [..., k, d].
-        gram: ``Ŵ Ŵᵀ v`` for each direction v, [..., k, d]; None unless mode is full.
-        projections: ``Wᵀ v`` for each, [..., k, i]; None unless mode is column.
-    """
-
-    directions: Tensor
-    gram: Tensor | None
-    projections: Tensor | None
-
-
-def stacked(tables: Sequence[WeightTables]) -> WeightTables:
-    """Return the tables of S weights of one shape as one's, of which all have leading dimensions [S, 1]."""
+def stack_products(products: Sequence[WeightProducts]) -> WeightProducts:
+    """Return the products of S weights of one shape as one value with leading dimensions [S, 1]."""
 
     def stack(values: list[Tensor | None]) -> Tensor | None:
-        there = [value for value in values if value is not None]
-        return torch.stack(there)[:, None] if there else None
+        present = [value for value in values if value is not None]
+        return torch.stack(present)[:, None] if present else None
 
-    return WeightTables(
-        tables[0].mode,
-        row_norms=stack([one.row_norms for one in tables]),
-        row_inverses=stack([one.row_inverses for one in tables]),
-        gram=stack([one.gram for one in tables]),
-        column_norms=stack([one.column_norms for one in tables]),
-        projections=stack([one.projections for one in tables]),
+    return WeightProducts(
+        products[0].mode,
+        row_norms=stack([one.row_norms for one in products]),
+        row_inverses=stack([one.row_inverses for one in products]),
+        row_products=stack([one.row_products for one in products]),
+        column_norms=stack([one.column_norms for one in products]),
+        column_products=stack([one.column_products for one in products]),
     )
 
 
-def output_edit(tables: WeightTables, candidates: Tensor, coefficients: Tensor, strengths: Tensor) -> OutputEdit:
-    """Return the ablation of k directions as a map of the module's output, without its weight.
+def project(products: WeightProducts, candidates: Tensor, coefficients: Tensor) -> WeightProjections:
+    """Combine candidate directions, and their weight products alike.
 
     Args:
-        tables: The module's tables for the same candidates.
-        candidates: Candidate directions, [m, d].
-        coefficients: The k directions as combinations of the candidates, [..., k, m]; the
-            combinations must be orthonormal.
-        strengths: λ per direction, [..., k].
-    """
-    return edit_along(tables, aim(tables, candidates, coefficients), strengths)
-
-
-def aim(tables: WeightTables, candidates: Tensor, coefficients: Tensor) -> WeightProjections:
-    """Return the directions of edits, and what the tables say of them.
-
-    Args:
-        tables: One module's tables for the same candidates, or several modules' `stacked` ones.
+        products: One module's products for the same candidates, or several modules' stacked ones.
         candidates: Candidate directions, [m, d], or those of several modules, [S, 1, m, d].
         coefficients: Orthonormal combinations of the candidates, [..., k, m]; of several modules [K, k, m], the same
             for all of them, or each its own, [S, K, k, m].
     """
     coefficients = coefficients.to(torch.float64)
-    # All but two layers' candidates have no part in a direction, as a rule. Looked at on the CPU, where they come from.
+    # A direction lies between two layers' candidates at most. Found on the CPU, where coefficients are made.
     used = coefficients.flatten(0, -2).any(0).nonzero().flatten()
     coefficients, used = coefficients[..., used].to(candidates.device), used.to(candidates.device)
 
-    def combined(table: Tensor | None) -> Tensor | None:
+    def combine(table: Tensor | None) -> Tensor | None:
         if table is None:
             return None
         rows = table.index_select(-2, used)
         if table.dim() == 2:
             return coefficients @ rows
-        # As few products as there are modules: broadcasting would copy the table for every edit.
+        # One product a module: broadcasting would copy the table for every edit.
         flat: Tensor = coefficients.flatten(-3, -2) @ rows[:, 0]  # [S, K * k, ...]
         return flat.view(len(flat), *coefficients.shape[-3:-1], -1)
 
-    directions = combined(candidates.to(torch.float64))
+    directions = combine(candidates.to(torch.float64))
     assert directions is not None
-    return WeightProjections(directions, combined(tables.gram), combined(tables.projections))
+    return WeightProjections(directions, combine(products.row_products), combine(products.column_products))
 
 
-def edit_along(tables: WeightTables, aimed: WeightProjections, strengths: Tensor) -> OutputEdit:
-    """Return the ablation of directions with strengths λ [..., k]; leading dimensions are broadcast."""
-    directions = aimed.directions
-    strengths = strengths.to(directions)
+def ablate(products: WeightProducts, projections: WeightProjections, strengths: Tensor) -> WriterEdit:
+    """Return the ablation of directions with strengths λ [..., k], on the CPU; leading dimensions are broadcast."""
+    directions = projections.directions
+    # Beyond float32 an edit would make NaN of all rows, since hooks multiply all of them with its tables.
+    finite = strengths.to(torch.float32).isfinite().all(-1)
+    strengths = torch.where(finite[..., None], strengths, 0.0).to(directions)
     write = strengths[..., None] * directions  # [..., k, d]
-    whole = torch.ones(write.shape[:-2], dtype=torch.float64, device=write.device)
-    if tables.mode == "none":
-        return OutputEdit(write.mT, directions.mT, None, None, whole)
-    if tables.mode == "column":
-        assert tables.column_norms is not None
-        assert aimed.projections is not None
-        lost = ((2 * strengths - strengths**2)[..., None] * aimed.projections**2).sum(-2)
-        share = _share(tables.column_norms**2, lost)
-        return OutputEdit(write.mT, directions.mT, None, share.rsqrt(), share.amin(-1))
-    assert tables.row_norms is not None
-    assert tables.row_inverses is not None
-    scaled, read = tables.row_norms[..., None, :] * write, directions * tables.row_inverses[..., None, :]
-    if tables.mode == "pre":
-        return OutputEdit(scaled.mT, read.mT, None, None, whole)
-    assert aimed.gram is not None
-    # 1 - 2 v·g + v·(vᵀg)v, in place: new memory would take longer than the arithmetic.
-    crossed = (directions @ aimed.gram.mT).mT @ write
-    square = crossed.sub_(aimed.gram, alpha=2).mul_(write).sum(-2).add_(1)
-    square.masked_fill_(tables.row_inverses == 0, 1.0)
+    output_scale = input_scale = None
+    least_share = torch.ones(write.shape[:-2], dtype=torch.float64, device=write.device)
+    if products.mode == "column":
+        input_scale, least_share = _column_scale(products, projections, strengths)
+    elif products.mode == "full":
+        output_scale, least_share = _row_scale(products, projections, write)
+    return WriterEdit(
+        read=directions,
+        write=write,
+        row_norms=products.row_norms,
+        row_inverses=products.row_inverses,
+        output_scale=output_scale,
+        input_scale=input_scale,
+        least_share=least_share,
+        finite=finite,
+    )
+
+
+def _column_scale(products: WeightProducts, projections: WeightProjections, strengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors that restore column norms, [..., i], and the least share left of a squared norm, [...]."""
+    assert products.column_norms is not None
+    assert projections.column_products is not None
+    lost = ((2 * strengths - strengths**2)[..., None] * projections.column_products**2).sum(-2)
+    share = _share(products.column_norms**2, lost)
+    return share.rsqrt(), share.amin(-1)
+
+
+def _row_scale(products: WeightProducts, projections: WeightProjections, write: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors that restore row norms, [..., d], and the least share left of a squared norm, [...]."""
+    assert products.row_inverses is not None
+    assert projections.row_products is not None
+    # 1 - 2 w·p + w·(bᵀp)w for b read, w written and p = ŴŴᵀb; in place, since new memory would take longer.
+    crossed = (projections.directions @ projections.row_products.mT).mT @ write
+    square = crossed.sub_(projections.row_products, alpha=2).mul_(write).sum(-2).add_(1)
+    square.masked_fill_(products.row_inverses == 0, 1.0)
     least = square.amin(-1)
-    return OutputEdit(scaled.mT, read.mT, square.rsqrt_(), None, least)
+    return square.rsqrt_(), least
 
 
 def _share(squares: Tensor, lost: Tensor) -> Tensor:
@@ -223,57 +267,60 @@ def _refuse_degenerate(share: Tensor, kind: str) -> None:
         )
 
 
-def edit_weight(weight: Tensor, directions: Tensor, strengths: Tensor, mode: RowNormalization) -> Tensor:
+def edit_weight(weight: Tensor, edit: WriterEdit, mode: RowNormalization) -> Tensor:
     """Return the ablated weight in float64.
 
-    This is the definition that `output_edit` is tested against, and what the export writes.
+    This is the definition that edits of outputs are tested against, and what exports write. Norms are restored from
+    the weight itself: of the edit only what it reads and writes is used.
 
     Args:
         weight: W, [d, i], any floating dtype.
-        directions: Orthonormal directions, [k, d].
-        strengths: λ per direction, [k].
+        edit: One edit, without leading dimensions.
         mode: The norm-preserving mode.
 
     Raises:
         DegenerateEditError: The edit would have to restore a norm from next to nothing.
     """
     weight = weight.to(torch.float64)
-    directions, strengths = directions.to(weight), strengths.to(weight)
     if mode == "none":
-        return _project(weight, directions, strengths)
+        return _without(weight, edit)
     if mode == "column":
-        edited = _project(weight, directions, strengths)
+        edited = _without(weight, edit)
         squares = weight.square().sum(0)
         share = _share(squares, squares - edited.square().sum(0))
         _refuse_degenerate(share, "column")
         return edited * share.rsqrt()
     norms = weight.norm(dim=1, keepdim=True)
-    edited = _project(weight * _inverse(norms), directions, strengths)
+    edited = _without(weight * _inverse(norms), edit)
     if mode == "full":
         edited = edited / _restored_norms(edited, norms)
     restored: Tensor = edited * norms
     return restored
 
 
-def edit_bias(bias: Tensor, weight: Tensor, directions: Tensor, strengths: Tensor, mode: RowNormalization) -> Tensor:
-    """Return the bias of the ablated module in float64, [d]; the arguments are `edit_weight`'s."""
+def edit_bias(bias: Tensor, weight: Tensor, edit: WriterEdit, mode: RowNormalization) -> Tensor:
+    """Return the bias of the ablated module in float64, [d]; the other arguments are `edit_weight`'s."""
     weight = weight.to(torch.float64)
-    bias, directions, strengths = bias.to(weight), directions.to(weight), strengths.to(weight)
+    bias = bias.to(weight)
     if mode in ("none", "column"):
-        return _project(bias, directions, strengths)
+        return _without(bias, edit)
     norms = weight.norm(dim=1, keepdim=True)
     inverse = _inverse(norms)
-    edited: Tensor = bias - norms[:, 0] * ((directions.T * strengths) @ (directions @ (inverse[:, 0] * bias)))
+    edited: Tensor = bias - norms[:, 0] * _part_along(inverse[:, 0] * bias, edit)
     if mode == "full":
-        unit = _project(weight * inverse, directions, strengths)
+        unit = _without(weight * inverse, edit)
         edited = edited / _restored_norms(unit, norms)[:, 0]
     return edited
 
 
-def _project(target: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
-    """Return ``(I - VΛVᵀ) target`` for target [d] or [d, i]."""
-    projected: Tensor = target - (directions.T * strengths) @ (directions @ target)
-    return projected
+def _without(target: Tensor, edit: WriterEdit) -> Tensor:
+    """Return ``(I - writeᵀ read) target`` for target [d] or [d, i]."""
+    return target - _part_along(target, edit)
+
+
+def _part_along(target: Tensor, edit: WriterEdit) -> Tensor:
+    part: Tensor = edit.write.to(target).mT @ (edit.read.to(target) @ target)
+    return part
 
 
 def _inverse(norms: Tensor) -> Tensor:

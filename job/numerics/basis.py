@@ -5,7 +5,7 @@ Legend of shapes: layers, k directions a layer, d the residual width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,8 +15,6 @@ Weighting = Literal["eigenvalue", "equal"]
 
 # What is left of a unit direction by those before it, below which it counts as a repetition of them.
 _REPETITION = 1e-3
-# Selections that are kept: every layer's own and those of many trials, a few megabytes at most.
-_KEPT = 512
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,6 @@ class Basis:
 
     directions: Tensor
     weights: Tensor
-    # Every edit asks for the same selection at every writer.
-    _kept: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def single(cls, directions: Tensor) -> Basis:
@@ -62,47 +58,40 @@ class Basis:
             layer: The layer that is edited.
 
         Returns:
-            Combinations of the candidates, [k, layers · k], and weights, [k]; float64, on the CPU, not to be
-            written to. A combination is zero where the layers have fewer directions.
+            Combinations of the candidates, [k, layers · k], and weights, [k]; float64, on the CPU. A combination is
+            zero where the layers have fewer directions.
 
         Raises:
             ValueError: The index lies outside 0 … layers - 1.
         """
-        if index is not None and not 0 <= index <= self.layers - 1:
-            raise ValueError(f"direction index {index} is outside 0 … {self.layers - 1}")
+        last = self.layers - 1
+        if index is not None and not 0 <= index <= last:
+            raise ValueError(f"direction index {index} is outside 0 … {last}")
         place = float(layer) if index is None else index
-        if place not in self._kept:
-            if len(self._kept) == _KEPT:
-                self._kept.clear()
-            self._kept[place] = self._selected(place)
-        return self._kept[place]
-
-    def _selected(self, place: float) -> tuple[Tensor, Tensor]:
-        """Return what `select` does for a layer, or a place between two."""
-        lower = min(int(place), self.layers - 1)
+        lower = min(int(place), last)
+        upper = min(lower + 1, last)
         share = place - lower
-        upper = min(lower + 1, self.layers - 1)
-        weights = self.weights.to("cpu", torch.float64)
-        coefficients = torch.zeros(self.size, self.layers, self.size, dtype=torch.float64)
-        rows = torch.arange(self.size)
-        coefficients[rows, lower, rows] += 1 - share
-        coefficients[rows, upper, rows] += share
         involved = self.directions[lower : upper + 1].to("cpu", torch.float64).flatten(0, 1)
-        part = coefficients[:, lower : upper + 1].flatten(1)
-        coefficients[:, lower : upper + 1] = _orthonormal(part, involved).view(self.size, -1, self.size)
-        return coefficients.flatten(1), (1 - share) * weights[lower] + share * weights[upper]
+        part = torch.zeros(self.size, len(involved), dtype=torch.float64)
+        for row in range(self.size):
+            part[row, row] += 1 - share
+            part[row, row - self.size] += share  # the upper layer's rows are the last ones
+        coefficients = torch.zeros(self.size, self.layers * self.size, dtype=torch.float64)
+        coefficients[:, lower * self.size :][:, : len(involved)] = _orthonormal(part, involved)
+        weights = self.weights[lower : upper + 1].to("cpu", torch.float64)
+        return coefficients, (1 - share) * weights[0] + share * weights[-1]
 
 
 def _orthonormal(coefficients: Tensor, vectors: Tensor) -> Tensor:
     """Return combinations [k, m] of vectors [m, d] made orthonormal in their order; zero for repetitions."""
-    found: list[Tensor] = []
+    rows: list[Tensor] = []
     for row in coefficients:
         for _ in range(2):  # once leaves an error of rounding over the remaining norm
-            for other in found:
+            for other in rows:
                 row = row - ((row @ vectors) @ (other @ vectors)) * other
         norm = (row @ vectors).norm()
-        found.append(row / norm if norm > _REPETITION else torch.zeros_like(row))
-    return torch.stack(found)
+        rows.append(row / norm if norm > _REPETITION else torch.zeros_like(row))
+    return torch.stack(rows)
 
 
 def orthonormal_in(coefficients: Tensor, gram: Tensor) -> Tensor:
@@ -118,18 +107,18 @@ def orthonormal_in(coefficients: Tensor, gram: Tensor) -> Tensor:
     def inner(one: Tensor, other: Tensor) -> Tensor:
         return ((one[..., None, :] @ metric)[..., 0, :] * other).sum(-1, keepdim=True)
 
-    found: list[Tensor] = []
+    rows: list[Tensor] = []
     for row in coefficients[..., used].unbind(-2):
         norm = inner(row, row).clamp_min(0).sqrt()
         row = torch.where(norm > 0, row / norm, row)
         for _ in range(2):
-            for other in found:
+            for other in rows:
                 row = row - inner(row, other) * other
         norm = inner(row, row).clamp_min(0).sqrt()
-        found.append(torch.where(norm > _REPETITION, row / norm, 0.0))
-    rows = torch.stack(found, -2)
-    result = rows.new_zeros(*rows.shape[:-1], coefficients.shape[-1])
-    result[..., used] = rows
+        rows.append(torch.where(norm > _REPETITION, row / norm, 0.0))
+    orthonormal = torch.stack(rows, -2)
+    result = orthonormal.new_zeros(*orthonormal.shape[:-1], coefficients.shape[-1])
+    result[..., used] = orthonormal
     return result
 
 
@@ -140,11 +129,11 @@ def orthonormal_basis(directions: Tensor, weights: Tensor) -> Basis:
     that are ablated one after the other would be ablated twice.
     """
     identity = torch.eye(directions.shape[1], dtype=torch.float64)
-    found = []
+    bases = []
     for layer in directions:
         vectors = layer.to("cpu", torch.float64)
-        found.append(_orthonormal(identity, vectors) @ vectors)
-    basis = torch.stack(found)
+        bases.append(_orthonormal(identity, vectors) @ vectors)
+    basis = torch.stack(bases)
     kept = basis.norm(dim=-1) > 0
     return Basis(basis.to(torch.float32), torch.where(kept, weights.to("cpu", torch.float32), 0.0))
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from job.architectures.discovery import decoder_of
-from job.architectures.spec import Architecture, Writer, architecture_of, require_editable
+from job.architectures.spec import Architecture, Writer, require_editable
+from job.architectures.structure import architecture_of
 from job.architectures.tiny_model import small_twin
 from job.directions.residuals import layer_outputs
 from job.edits.hooks import Intervention

@@ -1,0 +1,236 @@
+"""The structure of a model, told from a small random twin of it by what the twin's parameters do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from job.architectures.discovery import Found, FoundNorm, WriterSearch, decoder_of, find_layers
+from job.architectures.spec import Architecture, Kind, PostNorm, Writer
+from job.architectures.tensor_names import stored_forms
+from job.architectures.tiny_model import empty_model, first_line, twin_of
+from job.errors import UnsupportedArchitectureError
+from job.generation.batching import BatchingSupport
+from job.generation.probing import manner_of
+
+_NORM_SAMPLES = 16
+_NORM_TOLERANCE = 1e-4
+# Structures and the parameters of their layers by configuration, since a job asks several times.
+_STRUCTURES: dict[str, tuple[Architecture, set[str]]] = {}
+
+
+def discover(model: PreTrainedModel) -> Architecture:
+    """Return a model's structure, found on a small twin of it and compared with it by name.
+
+    Raises:
+        UnsupportedArchitectureError: Its layers or their residual writers cannot be told.
+    """
+    config = model.config
+    key = type(model).__name__ + json.dumps(config.to_dict(), sort_keys=True, default=str)
+    if key not in _STRUCTURES:
+        _STRUCTURES[key] = _structure(model)
+    architecture, names = _STRUCTURES[key]
+    others = sorted(names ^ _layer_parameters(model, architecture.layers))
+    if others:
+        raise UnsupportedArchitectureError(
+            architecture.model_type, f"{others[0]} is not in both the model and the small twin that was looked at"
+        )
+    return replace(architecture, width=int(config.get_text_config(decoder=True).hidden_size))
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """Return the structure that a model of a configuration has; no weight is made.
+
+    Raises:
+        UnsupportedArchitectureError: Its layers or their residual writers cannot be told.
+    """
+    return discover(empty_model(config))
+
+
+def _structure(model: PreTrainedModel) -> tuple[Architecture, set[str]]:
+    """Return the structure of a model's twin, and the names of the parameters of the twin's layers."""
+    architecture = structure_of_twin(twin_of(model))
+    twin = twin_of(model)  # the search for writers has spoilt the first one
+    forms = stored_forms(twin, {name for writer in architecture.writers for name in writer.tensors})
+    architecture = replace(
+        architecture,
+        writers=tuple(_with_hooks(twin, architecture)),
+        forms=forms,
+        prefix=twin.base_model_prefix,
+        manner=_batching_support(twin, model),
+    )
+    return architecture, _layer_parameters(twin, architecture.layers)
+
+
+def _batching_support(twin: PreTrainedModel, model: PreTrainedModel) -> BatchingSupport:
+    """Return how a model's rows can be batched, tried on the twin with the model's kind of attention."""
+    try:
+        twin.set_attn_implementation(model.config._attn_implementation)
+        return manner_of(twin)
+    except Exception as error:  # whatever the family's own code raises
+        raise UnsupportedArchitectureError(
+            str(twin.config.model_type), f"its small twin cannot be made to answer ({first_line(error)})"
+        ) from error
+
+
+def _with_hooks(twin: PreTrainedModel, architecture: Architecture) -> Iterator[Writer]:
+    """Yield the writers with the modules to hook: those that return one vector for every position."""
+    summed = [writer.module for writer in architecture.writers if writer.summed]
+    if not summed:
+        yield from architecture.writers
+        return
+    aligned = _position_wise_modules(twin, architecture.width)
+    hooks = {name for name in (_innermost_around(module, aligned) for module in summed) if name not in summed}
+    for writer in architecture.writers:
+        inside = [hook for hook in hooks if hook and writer.module.startswith(f"{hook}.")]
+        yield replace(writer, hook=min(inside, key=len)) if inside else writer
+
+
+def _innermost_around(module: str, names: set[str]) -> str:
+    """Return the innermost of the named modules that is or holds a module, "" if none does."""
+    while module and module not in names:
+        module = _module_of(module)
+    return module
+
+
+def _position_wise_modules(twin: PreTrainedModel, width: int) -> set[str]:
+    """Return the modules that are called once and return a vector of the stream for every position of every row."""
+    rows, tokens = 3, 7
+    sizes: dict[str, list[int]] = {}
+
+    def measure(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            fits = isinstance(first, Tensor) and first.shape[-1:] == (width,)
+            sizes.setdefault(name, []).append(first.numel() if fits else 0)
+
+        return hook
+
+    handles = [module.register_forward_hook(measure(name)) for name, module in twin.named_modules() if name]
+    try:
+        with torch.inference_mode():
+            decoder_of(twin)(input_ids=torch.arange(3, 3 + rows * tokens).view(rows, tokens), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name for name, outputs in sizes.items() if outputs == [rows * tokens * width]}
+
+
+def _layer_parameters(model: PreTrainedModel, layers: str) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.startswith(f"{layers}.")}
+
+
+def structure_of_twin(twin: PreTrainedModel) -> Architecture:
+    """Return the structure of a small random model; its parameters are spoilt.
+
+    Raises:
+        UnsupportedArchitectureError: Its layers or their residual writers cannot be told.
+    """
+    try:
+        layers = find_layers(twin)
+        search = WriterSearch(twin, layers)
+        search.run()
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise UnsupportedArchitectureError(
+            str(twin.config.model_type), f"its small twin does not read text alone ({first_line(error)})"
+        ) from error
+    weights = [found for found in search.writers if not _is_bias(twin, found, search.writers)]
+    biases = [found for found in search.writers if found not in weights]
+    writers = [_writer(twin, found, search, biases) for found in weights]
+    if biases:
+        raise UnsupportedArchitectureError(
+            str(twin.config.model_type), f"{biases[0].parameter} of layer {biases[0].layer} belongs to no known weight"
+        )
+    count = sum(1 for _ in twin.get_submodule(layers).children())
+    writers.sort(key=lambda writer: (writer.layer, writer.component))
+    return Architecture(str(twin.config.model_type), layers, count, search.width, tuple(writers))
+
+
+def _is_bias(twin: PreTrainedModel, found: Found, others: list[Found]) -> bool:
+    """Say whether a parameter is added to the stream as it is: a vector, or one for each of a weight's experts."""
+    dimensions = twin.get_parameter(found.parameter).ndim
+    module = _module_of(found.parameter)
+    beside = [twin.get_parameter(other.parameter).ndim for other in others if _module_of(other.parameter) == module]
+    return dimensions == 1 or (dimensions == 2 and 3 in beside)
+
+
+def _writer(twin: PreTrainedModel, found: Found, search: WriterSearch, biases: list[Found]) -> Writer:
+    """Return a weight's writer, and remove its bias and its norms' biases from the list."""
+    module = _module_of(found.parameter)
+    bias = next((one for one in biases if _belongs(one, found)), None)
+    if bias is not None:
+        biases.remove(bias)
+    parameter = twin.get_parameter(found.parameter)
+    holder = twin.get_submodule(module)
+    kind: Kind = "experts" if parameter.ndim == 3 else "other"
+    if isinstance(holder, nn.Linear):
+        kind = "linear"
+    elif isinstance(holder, Conv1D):
+        kind = "conv1d"
+    return Writer(
+        layer=found.layer,
+        component="attention" if found.mixes else "mlp",
+        module=module if bias is None else _module_of(bias.parameter),
+        parameter=found.parameter,
+        bias=None if bias is None else bias.parameter,
+        axis=found.axis,
+        kind=kind,
+        post_norms=_post_norms(twin, found, search, biases),
+    )
+
+
+def _belongs(bias: Found, weight: Found) -> bool:
+    """Say whether a bias is added to a weight's output: by its module or one around it, before the same norm."""
+    around = f"{_module_of(weight.parameter)}.".startswith(f"{_module_of(bias.parameter)}.")
+    return around and (bias.layer, bias.norm) == (weight.layer, weight.norm)
+
+
+def _module_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _post_norms(twin: PreTrainedModel, found: Found, search: WriterSearch, biases: list[Found]) -> tuple[PostNorm, ...]:
+    """Return the norms that a writer's output goes through, in that order, and remove their biases from the list."""
+    chain: list[PostNorm] = []
+    name = found.norm
+    while name:
+        norm = next(norm for norm in search.norms if norm.module == name)
+        bias = next((one.parameter for one in search.writers if _module_of(one.parameter) == name), None)
+        biases[:] = [one for one in biases if one.parameter != bias]
+        chain.append(_post_norm(twin, norm, bias))
+        name = norm.norm
+    return tuple(chain)
+
+
+def _post_norm(twin: PreTrainedModel, norm: FoundNorm, bias: str | None) -> PostNorm:
+    """Return a norm's kind, told from its outputs for random inputs.
+
+    Raises:
+        UnsupportedArchitectureError: It is neither RMSNorm nor LayerNorm.
+    """
+    gain = twin.get_parameter(norm.gain).detach()
+    added = twin.get_parameter(bias).detach() if bias else torch.zeros_like(gain)
+    # Large, so that the epsilon does not count.
+    x = 1e3 * torch.randn(_NORM_SAMPLES, len(gain), generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            y = twin.get_submodule(norm.module)(x)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UnsupportedArchitectureError(str(twin.config.model_type), f"{norm.module} is no norm ({error})") from None
+    for centred in (False, True):
+        z = x - x.mean(-1, keepdim=True) if centred else x
+        z = z / z.square().mean(-1, keepdim=True).sqrt()
+        for offset in (0.0, 1.0):
+            if isinstance(y, Tensor) and (y - ((gain + offset) * z + added)).abs().max() < _NORM_TOLERANCE:
+                return PostNorm(norm.module, norm.gain, offset, centred, bias)
+    raise UnsupportedArchitectureError(
+        str(twin.config.model_type),
+        f"{norm.module} scales what reaches the stream and is neither RMSNorm nor LayerNorm",
+    )

@@ -1,0 +1,22 @@
+"""Edits by their definition, that compiled ones are compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from job.numerics.ablation import WriterEdit
+
+
+def plain_edit(directions: Tensor, strengths: Tensor) -> WriterEdit:
+    """Return the edit that takes directions [k, d] out with strengths [k] and knows nothing of a weight."""
+    return WriterEdit(
+        read=directions,
+        write=strengths[:, None] * directions,
+        row_norms=None,
+        row_inverses=None,
+        output_scale=None,
+        input_scale=None,
+        least_share=torch.ones(()),
+        finite=torch.ones((), dtype=torch.bool),
+    )
