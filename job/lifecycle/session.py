@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
@@ -24,7 +24,7 @@ from job.export.directions_file import write_edit_file
 from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, copy_licences, seal_made, verify_written, write_weights
 from job.export.reproduction import base_model_name, reproduction
-from job.export.verification import MeasuredEdit
+from job.export.verification import MeasuredEdit, is_exact
 from job.model.device_faults import Watchdog, clear_faults, is_out_of_memory, out_of_memory
 from job.model.loading import LoadedModel, conversations, hardware, load_model
 from job.model.memory import release_memory
@@ -39,7 +39,6 @@ from job.records import (
     ExportFormat,
     Figures,
     JobRecord,
-    KeptAnswers,
     Plan,
     Resolution,
     Trial,
@@ -47,7 +46,10 @@ from job.records import (
 )
 from job.scoring.broken import Exchange
 from job.scoring.detectors import Context, detect
-from job.scoring.trial_scorer import Evaluator
+from job.scoring.likelihood import IncoherenceTest
+from job.scoring.prompt_batches import PromptBatches
+from job.scoring.report_metrics import JudgedResponses, ReportMetrics
+from job.scoring.trial_scorer import TrialScorer
 from job.search.finalists import in_words, keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
 from job.search.optimizer import Search, SearchSpace, SmallerLayoutNeeded, StudySettings
 from job.storage.answers import keep_answers
@@ -78,7 +80,7 @@ class Workbench:
         loaded: The base model.
         resolution: What the job's first start resolved.
         basis: The directions of all layers.
-        evaluator: Measures on the search split.
+        metrics: Measures the base model on the search split.
         intervention: The hooks on the base model, in place.
     """
 
@@ -90,7 +92,7 @@ class Workbench:
     loaded: LoadedModel
     resolution: Resolution
     basis: Basis
-    evaluator: Evaluator
+    metrics: ReportMetrics
     intervention: Intervention
 
     @classmethod
@@ -123,7 +125,7 @@ class Workbench:
             if not settings.ablation.through_norms:
                 loaded = replace(loaded, architecture=loaded.architecture.without_norms())
             basis = _finder(folder, record, settings, loaded, resolution, prompts, events).find(prompts)
-            evaluator = evaluator_of(loaded, settings, prompts.good_search, prompts.bad_search, resolution.rows, events)
+            metrics = metrics_of(loaded, settings, prompts.good_search, prompts.bad_search, resolution.rows, events)
             mode = settings.ablation.row_normalization
             with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
                 yield cls(
@@ -135,9 +137,19 @@ class Workbench:
                     loaded,
                     resolution,
                     basis,
-                    evaluator,
+                    metrics,
                     intervention,
                 )
+
+    @cached_property
+    def scorer(self) -> TrialScorer:
+        """Scores edits on the search split; what they are compared with is measured on first use."""
+        return scorer_of(self.metrics)
+
+    @cached_property
+    def incoherence(self) -> IncoherenceTest:
+        """Tells incoherent responses; calibrated by `measure_baseline`, else on first use."""
+        return self.metrics.incoherence_test()
 
     def measure_baseline(self) -> None:
         """Measure the base model on the search split.
@@ -145,7 +157,10 @@ class Workbench:
         Raises:
             ImpossibleJobError: It refuses nothing, so that there is nothing to remove.
         """
-        figures = self.evaluator.figures()
+        responses = self.metrics.responses()
+        self.incoherence = self.metrics.incoherence_test(responses)
+        judged = self.metrics.judge(responses, self.incoherence.flags(responses))
+        figures = judged.figures(self.metrics.kl_tokens)
         self.events.emit(
             "baseline",
             f"base model: {figures.refusals} of {figures.bad_prompts} bad prompts refused, "
@@ -197,8 +212,10 @@ class Workbench:
         """
         begun, limit = self.settings.scoring.effective_search_tokens, self.settings.skip_kl_above
         if whole:
-            return self.evaluator.scores(self.intervention, edits, rows, again_after=begun)
-        return self.evaluator.scores(self.intervention, edits, rows, skip_kl_above=limit, answer_tokens=begun)
+            return self.scorer.full_scores(
+                self.intervention, edits, rows, search_tokens=begun, incoherence=self.incoherence
+            )
+        return self.scorer.scores(self.intervention, edits, rows, skip_kl_above=limit, response_tokens=begun)
 
     @contextmanager
     def crew(self, hands: WarmWorkerPool) -> Iterator[Shared]:
@@ -345,34 +362,42 @@ class Workbench:
         Raises:
             ExportMismatchError: The export, loaded afresh, is not what was measured.
         """
-        base = self._evaluator(self.loaded, self.prompts.good_report, self.prompts.bad_report)
-        plain = base.answers(None)
+        base = self._metrics(self.loaded, self.prompts.good_report, self.prompts.bad_report)
+        plain = base.responses()
         edits = self.intervention.activate([parameters])
-        answers = base.answers(edits)
-        # What the base model says of them has to be had while it is there; the export is proven to answer alike.
-        unlikely = base.gibberish(answers)
-        before = base.figures(answers=plain, heard=self._keeper("base"))
+        responses = base.responses(edits)
+        # The base model judges coherence while it is loaded; the export is proven to respond alike.
+        incoherence = base.incoherence_test(plain)
+        incoherent = incoherence.flags(responses)
+        before = base.judge(plain, incoherence.flags(plain))
+        self._keep(before, "base")
+        reference = base.reference()
         if form == "directions":  # an edit without weights: measured under its hooks
-            after = base.figures(base, edits, answers, unlikely, self._keeper(export.name))
+            after = base.judge(responses, incoherent)
+            divergences = reference.divergences(base.batches, edits)
         else:
-            base.refer()
-            kept = form == "adapter" or Checkpoint(self.loaded.folder).keeps(self.loaded.architecture, torch.float32)
-            measured = MeasuredEdit.of(self.evaluator, self.intervention, parameters, self.resolution.rows, kept)
+            measured = self._measured_edit(parameters, form)
             fresh = self._reloaded(export, form)
-            searched = self._evaluator(fresh, self.prompts.good_search, self.prompts.bad_search)
-            found = measured.compare(searched, self.evaluator)
+            found = measured.compare(self._metrics(fresh, self.prompts.good_search, self.prompts.bad_search))
             self.events.emit("export_proven", f"the export was loaded afresh: {found}")
-            reported = self._evaluator(fresh, self.prompts.good_report, self.prompts.bad_report)
-            answers = reported.answers(None)
-            heard = self._keeper(export.name)
-            after = reported.figures(base, answers=answers, gibberish=unlikely, heard=heard)
-        for subject, figures in (("base", before), (export.name, after)):
+            reported = self._metrics(fresh, self.prompts.good_report, self.prompts.bad_report)
+            after = reported.judge(reported.responses(), incoherent)
+            divergences = reference.divergences(reported.batches)
+        self._keep(after, export.name)
+        figures = before.figures(base.kl_tokens), after.figures(base.kl_tokens, divergences)
+        for subject, one in zip(("base", export.name), figures, strict=True):
             file = self.folder.figures_file(subject)
             make_folder(file.parent)
-            write_record(file, figures)
-        detected = self._detected(base.exchanges(plain), base.exchanges(answers, unlikely))
-        write_record(self.folder.detectors_file(export.name), detected)
-        return before, after
+            write_record(file, one)
+        write_record(self.folder.detectors_file(export.name), self._detected(before.exchanges, after.exchanges))
+        return figures
+
+    def _measured_edit(self, parameters: EditParameters, form: ExportFormat) -> MeasuredEdit:
+        """Measure what the reloaded export must agree with, on the search split."""
+        held = form == "adapter" or Checkpoint(self.loaded.folder).keeps(self.loaded.architecture, torch.float32)
+        if held and is_exact(self.loaded):
+            return MeasuredEdit.by_responses(self.metrics, self.intervention, parameters)
+        return MeasuredEdit.by_scores(self.scorer, self.intervention, parameters, self.resolution.rows)
 
     def _detected(self, before: Sequence[Exchange], after: Sequence[Exchange]) -> DetectorReport:
         """Return what the detectors say of the base model's answers and of the edited one's."""
@@ -390,11 +415,11 @@ class Workbench:
             fresh = with_adapter(fresh, export)
         return replace(fresh, response_prefix=self.resolution.response_prefix)
 
-    def _evaluator(self, loaded: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt]) -> Evaluator:
-        return evaluator_of(loaded, self.settings, good, bad, self.resolution.rows, self.events)
+    def _metrics(self, loaded: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt]) -> ReportMetrics:
+        return metrics_of(loaded, self.settings, good, bad, self.resolution.rows, self.events)
 
-    def _keeper(self, subject: str) -> Callable[[KeptAnswers], None]:
-        return lambda heard: keep_answers(self.folder, subject, heard, self.prompts)
+    def _keep(self, judged: JudgedResponses, subject: str) -> None:
+        keep_answers(self.folder, subject, judged.kept, self.prompts)
 
 
 def require_resident(loaded: LoadedModel, form: ExportFormat) -> None:
@@ -458,9 +483,9 @@ def _resolve(
     workers = workers_here(settings, loaded)
     together = settings.batching.trials or -(-settings.trials_per_batch // workers)
     if settings.tune:
-        evaluator = partial(evaluator_of, loaded, settings, events=events)
+        scorer = partial(_scorer, loaded, settings, events)
         place, size = folder.path.parent, min(together, settings.trials_per_batch)
-        rows = Tuner(place, record, settings, prompts, loaded, evaluator, size, workers, events).rows(rows)
+        rows = Tuner(place, record, settings, prompts, loaded, scorer, size, workers, events).rows(rows)
     resolution = Resolution(
         dtype=loaded.dtype,
         rows=rows,
@@ -501,37 +526,37 @@ def cuda_devices() -> list[str]:
     return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
-def evaluator_of(
-    loaded: LoadedModel,
-    settings: Settings,
-    good: Sequence[Prompt],
-    bad: Sequence[Prompt],
-    rows: int,
-    events: Events,
-    kl_tokens: int | None = None,
-) -> Evaluator:
-    """Return what measures a model on good and bad prompts as the settings say.
+def metrics_of(
+    loaded: LoadedModel, settings: Settings, good: Sequence[Prompt], bad: Sequence[Prompt], rows: int, events: Events
+) -> ReportMetrics:
+    """Return metrics of a model on good and bad prompts, as the settings say.
 
     Args:
         loaded: The model.
-        settings: How answers are judged.
+        settings: How responses are judged.
         good: Prompts that KL is measured on.
         bad: Prompts whose refusals are counted.
-        rows: Rows of a forward.
-        events: Told where memory does not suffice for so many.
-        kl_tokens: Positions that KL is a mean over, None for what the settings say.
+        rows: Rows per forward.
+        events: Receives a warning when memory does not suffice for so many.
     """
-    return Evaluator(
-        loaded,
-        good,
-        bad,
-        markers=RefusalMarkers(settings.scoring.refusal_markers),
-        answer_tokens=settings.scoring.answer_tokens,
-        rows=rows,
-        kl_tokens=kl_tokens or settings.kl_tokens,
-        report=events.say,
-        gibberish=settings.scoring.gibberish,
+    return ReportMetrics(
+        PromptBatches.of(loaded, good, bad, rows, report=events.say),
+        RefusalMarkers(settings.scoring.refusal_markers),
+        settings.scoring.answer_tokens,
+        settings.kl_tokens,
+        settings.scoring.gibberish,
     )
+
+
+def _scorer(
+    loaded: LoadedModel, settings: Settings, events: Events, good: Sequence[Prompt], bad: Sequence[Prompt], rows: int
+) -> TrialScorer:
+    return scorer_of(metrics_of(loaded, settings, good, bad, rows, events))
+
+
+def scorer_of(metrics: ReportMetrics) -> TrialScorer:
+    """Return a scorer of edits that judges responses as the base model's metrics do."""
+    return TrialScorer.measured(metrics.batches, metrics.markers, metrics.response_tokens, metrics.kl_tokens)
 
 
 def _measured(prompts: PromptSets) -> list[Prompt]:
