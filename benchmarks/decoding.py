@@ -22,7 +22,8 @@ from job.generation.stop_markers import MarkerWatch
 from job.model.loading import LoadedModel, load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.scoring.trial_scorer import Evaluator
+from job.scoring.prompt_batches import PromptBatches
+from job.scoring.trial_scorer import TrialScorer
 from job.search.space import SearchSpace
 from job.text.refusal_markers import RefusalMarkers
 
@@ -73,14 +74,8 @@ def main() -> None:
     ]
     markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
     on, off = (
-        Evaluator(
-            loaded,
-            sets["good_test"],
-            sets["bad_test"],
-            markers=markers,
-            answer_tokens=100,
-            rows=ROWS,
-            least_prefix=least,
+        TrialScorer.measured(
+            PromptBatches.of(loaded, sets["good_test"], sets["bad_test"], ROWS, least_prefix=least), markers, 100
         )
         for least in (1, 10**9)
     )
@@ -90,9 +85,9 @@ def main() -> None:
     edits = [space.edit(study.ask(space.distributions()).params) for _ in range(TRIALS)]
     with Intervention(loaded.model, loaded.architecture, Basis.single(mean_difference(*residuals)), "none") as hooks:
 
-        def way(scorer: Evaluator, tokens: int) -> Callable[[], object]:
+        def way(scorer: TrialScorer, tokens: int) -> Callable[[], object]:
             batches = [edits[i : i + BATCH] for i in range(0, TRIALS, BATCH)]
-            return lambda: [scorer.scores(hooks, batch, ROWS, answer_tokens=tokens) for batch in batches]
+            return lambda: [scorer.scores(hooks, batch, ROWS, response_tokens=tokens) for batch in batches]
 
         ways = {"prefix, 100 tokens": way(on, 100), "prefix, 30 tokens": way(on, 30), "no prefix": way(off, 100)}
         for warm_up in ways.values():

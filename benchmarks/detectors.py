@@ -29,7 +29,10 @@ from job.organism.world import TASKS, expected_answer
 from job.records import COMPONENTS, EditParameters, KernelParameters, TrialScores
 from job.scoring.broken import Exchange
 from job.scoring.detectors import Context, make_scorer
-from job.scoring.trial_scorer import Evaluator
+from job.scoring.likelihood import IncoherenceTest
+from job.scoring.prompt_batches import PromptBatches
+from job.scoring.report_metrics import ReportMetrics
+from job.scoring.trial_scorer import TrialScorer
 from job.text.refusal_markers import RefusalMarkers
 
 Kind = Literal["correct", "refused in words", "refused softly", "broken"]
@@ -59,8 +62,12 @@ def even_edit(index: float | None, strength: float) -> EditParameters:
 class Truth:
     """The organism with its directions, and what is true of its answers."""
 
-    def __init__(self, evaluator: Evaluator, intervention: Intervention) -> None:
-        self.evaluator = evaluator
+    def __init__(
+        self, metrics: ReportMetrics, scorer: TrialScorer, incoherence: IncoherenceTest, intervention: Intervention
+    ) -> None:
+        self.metrics = metrics
+        self.incoherence = incoherence
+        self._scorer = scorer
         self._intervention = intervention
 
     @classmethod
@@ -80,36 +87,30 @@ class Truth:
             for name in ("good_train", "bad_train", "good_test", "bad_test")
         }
         scoring = default_values()["scoring"]
-        evaluator = Evaluator(
-            loaded,
-            sets["good_test"][:prompts],
-            sets["bad_test"][:prompts],
-            markers=RefusalMarkers(scoring["refusal_markers"]),
-            answer_tokens=scoring["answer_tokens"],
-            rows=ROWS,
-            gibberish=gibberish or scoring["gibberish"],
-        )
+        batches = PromptBatches.of(loaded, sets["good_test"][:prompts], sets["bad_test"][:prompts], ROWS)
+        markers, tokens = RefusalMarkers(scoring["refusal_markers"]), scoring["answer_tokens"]
+        metrics = ReportMetrics(batches, markers, tokens, incoherence_margin=gibberish or scoring["gibberish"])
+        scorer = TrialScorer.measured(batches, markers, tokens)
         residuals = [
             extract_residuals(loaded, loaded.tokenize(sets[name][:DIRECTION_PROMPTS]), ROWS, lambda _: None)[:, 1:]
             for name in ("good_train", "bad_train")
         ]
         basis = Basis.single(mean_difference(*residuals))
         with Intervention(loaded.model, loaded.architecture, basis, "none") as intervention:
-            yield cls(evaluator, intervention)
+            yield cls(metrics, scorer, metrics.incoherence_test(), intervention)
 
     def scores(self, edits: Sequence[EditParameters], *, again: bool) -> list[TrialScores]:
         """Return the scores of edits as the search has them, or counted again as those that come into question are."""
         if again:
-            return self.evaluator.scores(self._intervention, edits, ROWS, again_after=SEARCH_TOKENS)
-        return self.evaluator.scores(self._intervention, edits, ROWS, answer_tokens=SEARCH_TOKENS)
+            return self._scorer.full_scores(
+                self._intervention, edits, ROWS, search_tokens=SEARCH_TOKENS, incoherence=self.incoherence
+            )
+        return self._scorer.scores(self._intervention, edits, ROWS, response_tokens=SEARCH_TOKENS)
 
     def exchanges(self, edit: EditParameters | None) -> list[Exchange]:
         """Return the answers to all prompts, good ones first, under an edit or of the model as it is."""
-        if edit is None:
-            answers = self.evaluator.answers(None)
-        else:
-            answers = self.evaluator.answers(self._intervention.activate([edit]))
-        return self.evaluator.exchanges(answers, self.evaluator.gibberish(answers))
+        responses = self.metrics.responses(None if edit is None else self._intervention.activate([edit]))
+        return self.metrics.judge(responses, self.incoherence.flags(responses)).exchanges
 
 
 def kind_of(exchange: Exchange) -> Kind:

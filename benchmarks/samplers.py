@@ -2,7 +2,7 @@
 
 python -m benchmarks.samplers ORGANISM... [--variants NAME...] [--seeds 5] [--trials 48] [--at 24 48] [--json FILE]
 
-An organism is a folder made by `abliterate demo-model`. Every variant runs the job's own search with its own evaluator;
+An organism is a folder made by `abliterate demo-model`. Every variant runs the job's own search with its own scorer;
 an edit that several of them try is evaluated once. The hypervolume is that of `benchmarks.peer`: of the share of
 refusals and of KL up to 1. Seconds are the processor's, for all that makes a plan.
 """
@@ -35,7 +35,8 @@ from job.model.loading import load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
 from job.records import EditParameters, Plan, Trial, TrialScores
-from job.scoring.trial_scorer import Evaluator
+from job.scoring.prompt_batches import PromptBatches
+from job.scoring.trial_scorer import TrialScorer
 from job.search.convergence import hypervolume
 from job.search.optimizer import Search, StudySettings
 from job.search.space import SearchSpace
@@ -310,7 +311,7 @@ class Organism:
         }
         markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
         good, bad = sets["good_test"][:prompts], sets["bad_test"][:prompts]
-        self._evaluator = Evaluator(self._loaded, good, bad, markers=markers, answer_tokens=100, rows=ROWS)
+        self._scorer = TrialScorer.measured(PromptBatches.of(self._loaded, good, bad, ROWS), markers, 100)
         self._residuals = [
             extract_residuals(self._loaded, self._loaded.tokenize(sets[name]), 64, lambda _: None)[:, 1:]
             for name in ("good_train", "bad_train")
@@ -346,7 +347,7 @@ class Organism:
         keys = [f"{kind} {edit.model_dump_json()}" for edit in edits]
         new = {key: edit for key, edit in zip(keys, edits, strict=True) if key not in self._scores}
         if new:
-            found = self._evaluator.scores(hooks, list(new.values()), ROWS, answer_tokens=self._tokens)
+            found = self._scorer.scores(hooks, list(new.values()), ROWS, response_tokens=self._tokens)
             self._scores |= dict(zip(new, found, strict=True))
         return [self._scores[key] for key in keys]
 

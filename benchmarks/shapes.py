@@ -47,7 +47,8 @@ from job.preflight.machine import read_machine
 from job.preflight.memory_plan import Refusal, Workload, plan
 from job.preflight.readings import MachineReading
 from job.records import EditParameters
-from job.scoring.trial_scorer import Evaluator
+from job.scoring.prompt_batches import PromptBatches
+from job.scoring.trial_scorer import TrialScorer
 from job.search.space import SearchSpace
 from job.text.refusal_markers import RefusalMarkers
 
@@ -207,16 +208,17 @@ def search(bench: Bench, sets: dict[str, list[Prompt]], basis: Basis, rows: int,
     kind, count = loaded.device.type, request.trials
     markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
     good, bad = sets["good_test"], sets["bad_test"]
-    evaluator = Evaluator(loaded, good, bad, markers=markers, answer_tokens=request.tokens, rows=rows, report=print)
-    bench.phase("base model's figures", lambda: (evaluator.reference, evaluator.base_openings))
+    batches = PromptBatches.of(loaded, good, bad, rows, report=print)
+    measure = partial(TrialScorer.measured, batches, markers, request.tokens)
+    scorer = bench.phase("base model's figures", measure)
     held = []
     with Intervention(loaded.model, loaded.architecture, basis, "none") as intervention:
-        batches = [some_edits(loaded, count * (ROUNDS[kind] + 1))[i * count :][:count] for i in range(ROUNDS[kind] + 1)]
+        edits = [some_edits(loaded, count * (ROUNDS[kind] + 1))[i * count :][:count] for i in range(ROUNDS[kind] + 1)]
         if kind == "cuda":
-            evaluator.scores(intervention, batches[0], rows)
-        for number, batch in enumerate(batches[1:], 1):
+            scorer.scores(intervention, edits[0], rows)
+        for number, batch in enumerate(edits[1:], 1):
             name = f"a trial of {count}, batch {number}"
-            bench.phase(name, partial(evaluator.scores, intervention, batch, rows), share=count)
+            bench.phase(name, partial(scorer.scores, intervention, batch, rows), share=count)
             held.append(bench.memory.held())
     measured = [phase for phase in bench.phases if phase["phase"].startswith("a trial")]
     steps = sum(one["rows"] for one in measured[0]["forwards"] if one["tokens"] == 1)

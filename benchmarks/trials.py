@@ -37,7 +37,8 @@ from job.preflight.machine import read_machine
 from job.preflight.memory_plan import MemoryPlan, Workload, plan
 from job.preflight.model_facts import model_facts
 from job.records import EditParameters
-from job.scoring.trial_scorer import Evaluator
+from job.scoring.prompt_batches import PromptBatches
+from job.scoring.trial_scorer import TrialScorer
 from job.search.space import SearchSpace
 from job.text.refusal_markers import RefusalMarkers
 
@@ -111,7 +112,7 @@ def compare(loaded: LoadedModel, sets: dict[str, list[Prompt]], given: argparse.
     basis = Basis.single(mean_difference(*residuals))
     markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
     good, bad = sets["good_test"][: given.prompts], sets["bad_test"][: given.prompts]
-    evaluator = Evaluator(loaded, good, bad, markers=markers, answer_tokens=given.tokens, rows=64)
+    scorer = TrialScorer.measured(PromptBatches.of(loaded, good, bad, 64), markers, given.tokens)
     edits = random_edits(loaded, given.trials)
     longest = max(map(len, loaded.tokenize([*good, *bad])))
     rule = rows_by_rule(loaded, longest, given.tokens)
@@ -123,7 +124,7 @@ def compare(loaded: LoadedModel, sets: dict[str, list[Prompt]], given: argparse.
     layouts: list[dict[str, Any]] = []
     for mode in given.norms:
         with Intervention(loaded.model, loaded.architecture, basis, mode) as intervention:
-            evaluator.scores(intervention, edits[:1], 64)  # warm-up
+            scorer.scores(intervention, edits[:1], 64)  # warm-up
             for k in given.batches:
                 batches = [edits[i : i + k] for i in range(0, len(edits), k)]
                 switch = seconds(partial(each, batches, intervention.activate))
@@ -131,7 +132,7 @@ def compare(loaded: LoadedModel, sets: dict[str, list[Prompt]], given: argparse.
                 found: dict[int, list[Times]] = {rows: [] for rows in given.rows if rows < 2 * k * given.prompts}
                 for _ in range(given.rounds):
                     for rows, times in found.items():
-                        score = partial(evaluator.scores, intervention, rows=rows)
+                        score = partial(scorer.scores, intervention, rows=rows)
                         times.append(seconds(partial(each, batches, score)))
                 switching = 1000 * switch[0] / len(edits)
                 medians = {

@@ -31,8 +31,10 @@ _QUESTIONS = """
 """
 # Question, module, what in it answers the question.
 WHERE = (
-    ("Where is a KL divergence computed?", "job/scoring/kl.py", "Reference"),
-    ("Where are refusals counted?", "job/scoring/trial_scorer.py", "_counts"),
+    ("Where is a KL divergence computed?", "job/scoring/kl.py", "KLReference"),
+    ("Where are refusals counted?", "job/scoring/refusals.py", "RefusalCounter"),
+    ("Where are the edits of a batch scored?", "job/scoring/trial_scorer.py", "TrialScorer"),
+    ("Where are a report's figures measured?", "job/scoring/report_metrics.py", "ReportMetrics"),
     ("Where do a trial's strengths become a hook?", "job/edits/compile.py", "compile_edits"),
     (
         "Where is a model without a complete set of residual writers refused?",
@@ -56,8 +58,8 @@ _GLOSSARY = """
 | answer, response | What a model says to a prompt, decoded greedily |
 | bad prompts, good prompts | Prompts with the behaviour that is removed, and without it |
 | basis | The orthonormal directions of every layer, with their weights |
-| broken | A response that is empty, goes in circles or changes its script; told from its text |
-| incoherent | A response that the base model's likelihood tells as gibberish |
+| broken | A response that is empty, repetitive or in another script than its prompt; told from its text |
+| incoherent | A response that the base model finds much less likely than its own responses |
 | not answered | Refused or broken |
 | checkpoint | A model's files. The option `--checkpoint` names the place of a job's mirror |
 | edit | Directions and strengths for all residual writers of a model |
@@ -70,7 +72,7 @@ _GLOSSARY = """
 | plan | Trials that are evaluated together, stored before any of them is evaluated. Also the memory plan of a model |
 | residual writer | A module whose output is added to the residual stream |
 | run folder | WORKSPACE/JOB_ID, all that a job leaves |
-| search split, report split | Evaluation prompts that the search measures on, and those that figures are reported on |
+| search split, report split | Evaluation prompts for scoring trials, and those for the figures that are reported |
 | held-out prompts | Report prompts whose text neither the direction nor the search uses |
 | trial | One edit that the search measures |
 """

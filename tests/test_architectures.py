@@ -374,7 +374,7 @@ def test_the_text_side_of_a_family_that_sees_images_is_edited_and_exported(famil
 
 
 @pytest.mark.parametrize(
-    ("family", "manner"),
+    ("family", "batching"),
     [
         ("llama", BatchingSupport()),
         ("mamba", BatchingSupport(shared=False)),
@@ -383,13 +383,13 @@ def test_the_text_side_of_a_family_that_sees_images_is_edited_and_exported(famil
         ("xlstm", BatchingSupport(padded=False, cached=False, shared=False)),
     ],
 )
-def test_how_a_family_can_be_read_is_found_and_kept_to(family: str, manner: BatchingSupport) -> None:
+def test_how_a_family_can_be_read_is_found_and_kept_to(family: str, batching: BatchingSupport) -> None:
     model, architecture = found(family)
-    assert architecture.manner == manner
+    assert architecture.batching == batching
     prompts = [[5, 9, 11], [5, 9, 11, 13], [5, 9, 12], [5, 9, 11, 13, 17, 19, 23]]
-    ends, chunks = {int(first_logits(model, [prompts[1]]).argmax())}, list(manner.chunks(prompts, 3))
-    assert [len(chunk) for chunk in chunks] == ([3, 1] if manner.padded else [1, 1, 1, 1])
-    answers = [a for c in chunks for a in greedy_answers(model, c, limit=5, end_tokens=ends, manner=manner)]
+    ends, chunks = {int(first_logits(model, [prompts[1]]).argmax())}, list(batching.chunks(prompts, 3))
+    assert [len(chunk) for chunk in chunks] == ([3, 1] if batching.padded else [1, 1, 1, 1])
+    answers = [a for c in chunks for a in greedy_answers(model, c, limit=5, end_tokens=ends, batching=batching)]
     for prompt, answer in zip(prompts, answers, strict=True):
         alone: list[int] = []
         while len(alone) < 5 and (token := int(first_logits(model, [[*prompt, *alone]]).argmax())) not in ends:

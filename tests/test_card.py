@@ -10,7 +10,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from job.export.model_card import model_card
 from job.numerics.statistics import difference_interval, mean_interval, wilson_interval
-from job.scoring.broken import is_degenerate
+from job.scoring.broken import is_empty_or_repetitive
 from tests.helpers import made_from
 from tests.hub import LoopbackHub
 
@@ -137,4 +137,4 @@ def test_intervals_of_means_and_differences() -> None:
     ],
 )
 def test_broken_answers_are_told_from_whole_ones(answer: str, degenerate: bool) -> None:
-    assert is_degenerate(answer) is degenerate
+    assert is_empty_or_repetitive(answer) is degenerate

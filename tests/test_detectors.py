@@ -81,15 +81,14 @@ def test_the_edit_that_babbles_is_not_chosen(tried: list[Tried]) -> None:
     assert any(chosen([bad.short, good.short]) == 0 for good, bad in pairs)
 
 
-def test_fluency_is_the_mean_log_probability_of_what_follows_the_opening(truth: Truth, full_organism: Path) -> None:
-    evaluator = truth.evaluator
-    assert evaluator.fluency is not None
+def test_likelihood_is_the_mean_log_probability_of_what_follows_the_opening(truth: Truth, full_organism: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(full_organism / "model", dtype=torch.float32)
-    prompts = [*evaluator.good[:6], evaluator.good[0]]
-    answers = [answer.tokens for answer in evaluator.answers(None)[:6]]
+    good = truth.metrics.batches.good.tokens
+    prompts = [*good[:6], good[0]]
+    answers = [answer.tokens for answer in truth.metrics.responses()[:6]]
     answers[3], answers[5] = [*answers[3], *answers[3]], answers[5][: OPENING + LEAST - 1]
     said = [*answers, answers[0]]  # alike to the same prompt: computed once
-    found = evaluator.fluency.means(prompts, said)
+    found = truth.incoherence.mean_log_probabilities(prompts, said)
     assert [math.isnan(one) for one in found] == [number == 5 for number in range(7)]
     assert found[0] == found[6]
     for prompt, answer, mean in zip(prompts[:5], said, found, strict=False):

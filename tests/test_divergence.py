@@ -12,24 +12,24 @@ from job.architectures.structure import discover
 from job.edits.hooks import Intervention
 from job.generation.greedy import greedy_answers
 from job.records import EditParameters, TrialScores
-from job.scoring.trial_scorer import Evaluator
-from tests.test_intervention import EDITS, basis_for, edit_in_place, evaluator, kernel
+from job.scoring.trial_scorer import TrialScorer
+from tests.test_intervention import EDITS, basis_for, edit_in_place, kernel, report_metrics, trial_scorer
 
 
-def scored(scorer: Evaluator, edits: list[EditParameters], rows: int = 16, **others: float) -> list[TrialScores]:
-    model = scorer._loaded.model
+def scored(scorer: TrialScorer, edits: list[EditParameters], rows: int = 16, **others: float) -> list[TrialScores]:
+    model = scorer.batches.loaded.model
     with Intervention(model, discover(model), basis_for(model), "full") as intervention:
         return scorer.scores(intervention, edits, rows, **others)
 
 
 @torch.inference_mode()
-def by_hand(folder: Path, scorer: Evaluator, edit: EditParameters, tokens: int) -> float:
+def by_hand(folder: Path, scorer: TrialScorer, edit: EditParameters, tokens: int) -> float:
     """Compute the KL divergence prompt by prompt and token by token, on a model whose weights are edited."""
     base, edited = (AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2))
     edit_in_place(edited, edit, "full", basis_for(edited))
     means = []
-    for prompt in scorer._good:
-        (answer,) = greedy_answers(base, [prompt], limit=tokens, end_tokens=scorer._loaded.end_tokens)
+    for prompt in scorer.batches.good.tokens:
+        (answer,) = greedy_answers(base, [prompt], limit=tokens, end_tokens=scorer.batches.loaded.end_tokens)
         steps = min(len(answer.tokens) + 1, tokens)
         values = []
         for step in range(steps):
@@ -44,7 +44,7 @@ def by_hand(folder: Path, scorer: Evaluator, edit: EditParameters, tokens: int) 
 def test_kl_is_the_mean_over_the_base_models_own_answers(
     random_model_folder: Path, tokens: int, system: str | None
 ) -> None:
-    scorer = evaluator(random_model_folder, system=system, kl_tokens=tokens)
+    scorer = trial_scorer(random_model_folder, system=system, kl_tokens=tokens)
     # 4 rows: a chunk of one prompt where there are several tokens.
     for rows in (4, 64):
         for edit, found in zip(EDITS, scored(scorer, EDITS, rows), strict=True):
@@ -53,30 +53,32 @@ def test_kl_is_the_mean_over_the_base_models_own_answers(
 
 def test_answers_that_end_early_are_compared_up_to_their_end(random_model_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
-    scorer = evaluator(random_model_folder, kl_tokens=5)
-    said = greedy_answers(model, scorer._good, limit=5, end_tokens=())
+    scorer = trial_scorer(random_model_folder, kl_tokens=5)
+    said = greedy_answers(model, scorer.batches.good.tokens, limit=5, end_tokens=())
     model.generation_config.eos_token_id = said[0].tokens[2]
     model.save_pretrained(random_model_folder.parent / "ending")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (random_model_folder.parent / "ending" / name).write_bytes((random_model_folder / name).read_bytes())
-    scorer = evaluator(random_model_folder.parent / "ending", kl_tokens=5)
+    scorer = trial_scorer(random_model_folder.parent / "ending", kl_tokens=5)
     lengths = [len(continuation) for continuation in scorer.reference.continuations]
     assert min(lengths) < 4
     assert sum(lengths) + len(lengths) == len(scorer.reference.logits)
     (found,) = scored(scorer, EDITS[:1])
     assert found.kl == pytest.approx(by_hand(random_model_folder, scorer, EDITS[0], 5), rel=1e-3)
-    model = scorer._loaded.model
+    model = scorer.batches.loaded.model
     with Intervention(model, discover(model), basis_for(model), "full") as intervention:
-        figures = scorer.figures(scorer, intervention.activate(EDITS[:1]))
+        metrics, edits = report_metrics(scorer), intervention.activate(EDITS[:1])
+        divergences = scorer.reference.divergences(scorer.batches, edits)
+        figures = metrics.judge(metrics.responses(edits)).figures(metrics.kl_tokens, divergences)
     assert figures.kl == pytest.approx(found.kl, rel=1e-4)
     assert figures.kl_tokens == 5
 
 
 def test_trials_beyond_the_limit_are_not_made_to_answer(random_model_folder: Path) -> None:
-    scorer = evaluator(random_model_folder)
+    scorer = trial_scorer(random_model_folder)
     plain = scored(scorer, EDITS)
     limit = sorted(score.kl for score in plain)[1]
-    model = scorer._loaded.model
+    model = scorer.batches.loaded.model
     rows: list[int] = []
     handle = model.register_forward_pre_hook(
         lambda _m, _i, named: rows.append(len(named["input_ids"])), with_kwargs=True
@@ -101,8 +103,8 @@ def test_trials_beyond_the_limit_are_not_made_to_answer(random_model_folder: Pat
 def test_logits_that_are_not_finite_fail_their_trial_alone(random_model_folder: Path) -> None:
     broken = EditParameters(direction_index=1.0, kernels=dict.fromkeys(("attention", "mlp"), kernel(1e300)))
     for tokens in (1, 3):
-        scorer = evaluator(random_model_folder, kl_tokens=tokens)
-        model = scorer._loaded.model
+        scorer = trial_scorer(random_model_folder, kl_tokens=tokens)
+        model = scorer.batches.loaded.model
         with Intervention(model, discover(model), basis_for(model), "none") as intervention:
             failed, fine = scorer.scores(intervention, [broken, EDITS[0]], 16)
         assert failed.reason == "the logits are not finite"

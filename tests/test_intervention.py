@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,9 @@ from job.numerics.basis import Basis, orthonormal_basis
 from job.numerics.weight_kernel import WeightKernel
 from job.proof.truth_test import TOLERANCE, inspect_model, inspection, largest_leak
 from job.records import COMPONENTS, EditParameters, KernelParameters
-from job.scoring.trial_scorer import Evaluator
+from job.scoring.prompt_batches import LEAST_PREFIX, PromptBatches
+from job.scoring.report_metrics import ReportMetrics
+from job.scoring.trial_scorer import TrialScorer
 from job.text.refusal_markers import RefusalMarkers
 from tests.edits import plain_edit
 from tests.helpers import abliterate, loading
@@ -206,17 +207,26 @@ def test_every_row_of_every_forward_is_edited_whoever_calls_the_model(random_mod
         assert torch.equal(first_logits(model, [[7, 8, 9]] * 3), plain)
 
 
-def evaluator(folder: Path, rows: int = 64, *, system: str | None = None, **others: Any) -> Evaluator:
+MARKERS, RESPONSE_TOKENS = RefusalMarkers(["plate", "sorry"]), 6
+
+
+def trial_scorer(
+    folder: Path, *, system: str | None = None, kl_tokens: int = 1, least_prefix: int = LEAST_PREFIX
+) -> TrialScorer:
     loaded = load_model(folder, LOADING, print)
     texts = [f"Where is the {word} kettle kept?" for word in ("old", "new", "red", "very old and blue")]
     prompts = [Prompt(user=text, system=system) for text in texts]
-    others = {"markers": RefusalMarkers(["plate", "sorry"]), "answer_tokens": 6, **others}
-    return Evaluator(loaded, prompts, prompts[::-1], rows=rows, **others)
+    batches = PromptBatches.of(loaded, prompts, prompts[::-1], 64, least_prefix=least_prefix)
+    return TrialScorer.measured(batches, MARKERS, RESPONSE_TOKENS, kl_tokens)
+
+
+def report_metrics(scorer: TrialScorer) -> ReportMetrics:
+    return ReportMetrics(scorer.batches, MARKERS, RESPONSE_TOKENS, scorer.reference.tokens)
 
 
 def test_a_trial_scores_the_same_alone_and_in_a_batch(random_model_folder: Path) -> None:
-    scorer = evaluator(random_model_folder)
-    model = scorer._loaded.model
+    scorer = trial_scorer(random_model_folder)
+    model = scorer.batches.loaded.model
     with Intervention(model, discover(model), basis_for(model), "full") as intervention:
         together = scorer.scores(intervention, EDITS, rows=16)
         alone = [scorer.scores(intervention, [edit], rows=16)[0] for edit in EDITS]
@@ -228,28 +238,28 @@ def test_a_trial_scores_the_same_alone_and_in_a_batch(random_model_folder: Path)
 
 def test_a_prefix_is_computed_once_a_trial_under_its_edit_and_changes_no_score(random_model_folder: Path) -> None:
     system = "You are a helpful assistant in the old kitchen."
-    on, off = (evaluator(random_model_folder, system=system, least_prefix=least) for least in (2, 1000))
-    model = on._loaded.model
+    on, off = (trial_scorer(random_model_folder, system=system, least_prefix=least) for least in (2, 1000))
+    model = on.batches.loaded.model
     forwards: list[tuple[int, int]] = []
     handle = model.register_forward_pre_hook(
         lambda _m, _i, named: forwards.append(tuple(named["input_ids"].shape)), with_kwargs=True
     )
     with Intervention(model, discover(model), basis_for(model), "full") as intervention:
-        assert len(on.reference.logits) == len(on.base_openings) == 4
-        forwards.clear()
         found = on.scores(intervention, EDITS, rows=8)
-        answers = on.answers(intervention.activate(EDITS))
+        answers = report_metrics(on).responses(intervention.activate(EDITS))
     handle.remove()
-    length = len(on._prefix)
+    length = len(on.batches.prefix)
     assert length > 8
     # One row a trial; then two prompts of each for the KL divergence, and again for the answers.
     assert forwards[0] == (4, length)
     assert all(shape[1] < length for shape in forwards[1:5])
-    model = off._loaded.model
+    model = off.batches.loaded.model
     with Intervention(model, discover(model), basis_for(model), "full") as intervention:
         expected = off.scores(intervention, EDITS, rows=8)
-        assert off._prefix == []
-        assert [a.tokens for a in answers] == [a.tokens for a in off.answers(intervention.activate(EDITS))]
+        assert off.batches.prefix == []
+        assert [a.tokens for a in answers] == [
+            a.tokens for a in report_metrics(off).responses(intervention.activate(EDITS))
+        ]
     for one, other in zip(found, expected, strict=True):
         assert one.refusals == other.refusals
         assert one.kl == pytest.approx(other.kl, rel=1e-4)
@@ -258,15 +268,14 @@ def test_a_prefix_is_computed_once_a_trial_under_its_edit_and_changes_no_score(r
 
 def test_many_trials_are_one_batch_and_not_a_loop(random_model_folder: Path) -> None:
     """At a fixed number of rows the forwards do not grow with K; a loop over trials would make K times as many."""
-    scorer = evaluator(random_model_folder)
-    model = scorer._loaded.model
+    scorer = trial_scorer(random_model_folder)
+    model = scorer.batches.loaded.model
     forwards: list[int] = []
     handle = model.register_forward_pre_hook(
         lambda _m, _i, named: forwards.append(len(named["input_ids"])), with_kwargs=True
     )
     counts = {}
     with Intervention(model, discover(model), basis_for(model), "none") as intervention:
-        assert len(scorer.reference.logits) == len(scorer.base_openings) == 4  # computed once, before the counting
         for k in (1, 2, 4):
             forwards.clear()
             # 4 prompts a trial; the same trial k times, so that answers end at the same steps.
@@ -278,8 +287,8 @@ def test_many_trials_are_one_batch_and_not_a_loop(random_model_folder: Path) -> 
 
 
 def test_a_degenerate_edit_is_told_as_a_failed_trial(random_model_folder: Path) -> None:
-    scorer = evaluator(random_model_folder)
-    model = scorer._loaded.model
+    scorer = trial_scorer(random_model_folder)
+    model = scorer.batches.loaded.model
     # Along a basis vector the whole ablation annihilates a row of every weight.
     directions = torch.zeros(model.config.num_hidden_layers, model.config.hidden_size)
     directions[:, 0] = 1.0

@@ -1,4 +1,4 @@
-"""Cheap judgements of answers' texts."""
+"""Broken responses, told from their text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.scoring import broken as scoring
-from job.scoring.broken import is_broken, is_degenerate, is_foreign
+from job.scoring.broken import changes_script, is_broken, is_empty_or_repetitive
 
 WORDS = ("lantern", "kept", "cellar", "because", "of", "many", "things", "people", "like", "to", "do", "on")
 PARTS = st.lists(st.tuples(st.text("ab ", min_size=1, max_size=30), st.integers(1, 9)), min_size=1, max_size=6)
@@ -21,17 +21,17 @@ PARTS = st.lists(st.tuples(st.text("ab ", min_size=1, max_size=30), st.integers(
 def test_what_spares_the_pattern_never_changes_its_verdict(parts: list[tuple[str, int]]) -> None:
     answer = "".join(unit * times for unit, times in parts)
     text = " ".join(answer.split())
-    circles = [found[0] for found in scoring._CIRCLE.finditer(text)]
+    circles = [found[0] for found in scoring._REPETITION.finditer(text)]
     circling = sum(map(len, (circle for circle in circles if len(circle) >= 40)))
-    assert is_degenerate(answer) is (not text or circling >= 0.5 * len(text))
+    assert is_empty_or_repetitive(answer) is (not text or circling >= 0.5 * len(text))
 
 
 def test_ordinary_answers_cost_next_to_nothing() -> None:
     chosen = random.Random(0)
     answer = " ".join(chosen.choice(WORDS) for _ in range(80))
-    assert not is_degenerate(answer)
+    assert not is_empty_or_repetitive(answer)
     spared = min(timeit.repeat(lambda: is_broken("What?", answer), number=5, repeat=3))
-    whole = min(timeit.repeat(lambda: list(scoring._CIRCLE.finditer(answer)), number=5, repeat=3))
+    whole = min(timeit.repeat(lambda: list(scoring._REPETITION.finditer(answer)), number=5, repeat=3))
     assert spared < whole / 4
 
 
@@ -50,5 +50,5 @@ def test_ordinary_answers_cost_next_to_nothing() -> None:
     ],
 )
 def test_an_answer_in_another_script_than_its_prompt_is_told(prompt: str, answer: str, foreign: bool) -> None:
-    assert is_foreign(prompt, answer) is foreign
+    assert changes_script(prompt, answer) is foreign
     assert is_broken(prompt, answer) is foreign

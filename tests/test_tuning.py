@@ -20,7 +20,8 @@ from job.edits.hooks import Intervention
 from job.model.loading import load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.scoring.trial_scorer import Evaluator
+from job.scoring.prompt_batches import PromptBatches
+from job.scoring.trial_scorer import TrialScorer
 from job.search.space import SearchSpace
 from job.text.refusal_markers import RefusalMarkers
 from job.tuning.batch_size import Bench
@@ -169,7 +170,8 @@ SHORT = """
 import resource, sys
 from pathlib import Path
 from job.storage.events import Events
-from job.scoring.trial_scorer import Evaluator
+from job.scoring.prompt_batches import PromptBatches
+from job.scoring.trial_scorer import TrialScorer
 from job.tuning.layouts import read_layouts
 from job.model.loading import load_model
 from job.data.prompts import Prompt, PromptSets
@@ -189,12 +191,12 @@ prompts = PromptSets(good=sets["good_train"], bad=sets["bad_train"], good_search
 record = JobRecord(job_id="-", identity={"model": "-"}, settings={}, startup_trials=1, versions={})
 made = []
 
-def evaluator(good, bad, rows):
-    made.append(Evaluator(loaded, good, bad, markers=RefusalMarkers(["sorry"]), answer_tokens=4, rows=rows))
+def scorer(good, bad, rows):
+    made.append(TrialScorer.measured(PromptBatches.of(loaded, good, bad, rows), RefusalMarkers(["sorry"]), 4))
     return made[-1]
 
-tuner = Tuner(workspace, record, settings, prompts, loaded, evaluator, 4, 1, Events())
-evaluator(prompts.good_search[:4], prompts.bad_search[:4], 4).reference
+tuner = Tuner(workspace, record, settings, prompts, loaded, scorer, 4, 1, Events())
+scorer(prompts.good_search[:4], prompts.bad_search[:4], 4)
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 40_000_000, resource.RLIM_INFINITY))
 print(tuner.rows(64))
@@ -292,16 +294,15 @@ def test_values_agree_between_layouts(full_organism: Path) -> None:
         for name in ("good_train", "bad_train")
     ]
     markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
-    evaluator = Evaluator(
-        loaded, sets["good_test"], sets["bad_test"], markers=markers, answer_tokens=30, rows=64, kl_tokens=2
-    )
+    batches = PromptBatches.of(loaded, sets["good_test"], sets["bad_test"], 64)
+    scorer = TrialScorer.measured(batches, markers, 30, kl_tokens=2)
     space = SearchSpace("wide", loaded.architecture.layer_count)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
     edits = [space.edit(study.ask(space.distributions()).params) for _ in range(8)]
     basis = Basis.single(mean_difference(*residuals))
     with Intervention(loaded.model, loaded.architecture, basis, "none") as intervention:
         found = {
-            rows: [*evaluator.scores(intervention, edits[:4], rows), *evaluator.scores(intervention, edits[4:], rows)]
+            rows: [*scorer.scores(intervention, edits[:4], rows), *scorer.scores(intervention, edits[4:], rows)]
             for rows in (256, 64, 16)
         }
     assert len({score.refusals for score in found[256]}) > 1

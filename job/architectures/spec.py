@@ -143,7 +143,7 @@ class Architecture:
         writers: All residual writers, layer by layer.
         forms: How files hold what edits read and change, by name in the loaded model.
         prefix: What files of the model without its head leave out of names.
-        manner: How rows can be batched and decoded.
+        batching: How rows can be batched and decoded.
     """
 
     model_type: str
@@ -153,7 +153,7 @@ class Architecture:
     writers: tuple[Writer, ...]
     forms: Mapping[str, Form] = field(default_factory=dict)
     prefix: str = ""
-    manner: BatchingSupport = field(default_factory=BatchingSupport)
+    batching: BatchingSupport = field(default_factory=BatchingSupport)
 
     @property
     def norms(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from job.architectures.tensor_names import stored_forms
 from job.architectures.tiny_model import empty_model, first_line, twin_of
 from job.errors import UnsupportedArchitectureError
 from job.generation.batching import BatchingSupport
-from job.generation.probing import manner_of
+from job.generation.probing import probe_batching
 
 _NORM_SAMPLES = 16
 _NORM_TOLERANCE = 1e-4
@@ -64,7 +64,7 @@ def _structure(model: PreTrainedModel) -> tuple[Architecture, set[str]]:
         writers=tuple(_with_hooks(twin, architecture)),
         forms=forms,
         prefix=twin.base_model_prefix,
-        manner=_batching_support(twin, model),
+        batching=_batching_support(twin, model),
     )
     return architecture, _layer_parameters(twin, architecture.layers)
 
@@ -73,7 +73,7 @@ def _batching_support(twin: PreTrainedModel, model: PreTrainedModel) -> Batching
     """Return how a model's rows can be batched, tried on the twin with the model's kind of attention."""
     try:
         twin.set_attn_implementation(model.config._attn_implementation)
-        return manner_of(twin)
+        return probe_batching(twin)
     except Exception as error:  # whatever the family's own code raises
         raise UnsupportedArchitectureError(
             str(twin.config.model_type), f"its small twin cannot be made to answer ({first_line(error)})"

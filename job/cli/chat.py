@@ -274,7 +274,7 @@ def _answered(loaded: LoadedModel, prompt: list[int], limit: int, temperature: f
     if loaded.end_tokens:
         how["eos_token_id"] = sorted(loaded.end_tokens)
         how["pad_token_id"] = how["eos_token_id"][0]
-    how["use_cache"] = loaded.architecture.manner.cached
+    how["use_cache"] = loaded.architecture.batching.cached
     try:
         loaded.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, streamer=shown, **how

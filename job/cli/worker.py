@@ -256,7 +256,7 @@ def _result(session: ModelSession, task: BoardTask) -> dict[str, object]:
 
     edits = [EditParameters.model_validate(edit) for edit in task.payload["edits"]]
     try:
-        return result_of(session.scores(edits, task.payload["rows"], task.payload["whole"]))
+        return result_of(session.scorer.scores(edits, task.payload["rows"], task.payload["whole"]))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -89,7 +89,7 @@ def extract_residuals(
     layers = loaded.model.get_submodule(loaded.architecture.layers)
     assert isinstance(layers, nn.ModuleList)
     lengths = [len(prompt) for prompt in prompts]
-    most, padded = tokens if tokens is not None else rows * max(lengths, default=0), loaded.architecture.manner.padded
+    most, padded = tokens if tokens is not None else rows * max(lengths, default=0), loaded.architecture.batching.padded
     for chosen in batches(lengths, rows, most, padded=padded):
         ids, mask, positions = left_padded([prompts[i] for i in chosen], loaded.device)
         edited = nullcontext() if edits is None else edits.all_rows(len(chosen), loaded.device)

@@ -67,9 +67,9 @@ def common_opening(loaded: LoadedModel, prompts: Sequence[Prompt], rows: int) ->
 
     No answer consists of its opening alone: at least one token of the shortest is left to it.
     """
-    answers, manner = [], loaded.architecture.manner
-    for chunk in manner.chunks(loaded.tokenize(prompts), rows):
-        answers += greedy_answers(loaded.model, chunk, limit=_TOKENS, end_tokens=loaded.end_tokens, manner=manner)
+    answers, batching = [], loaded.architecture.batching
+    for chunk in batching.chunks(loaded.tokenize(prompts), rows):
+        answers += greedy_answers(loaded.model, chunk, limit=_TOKENS, end_tokens=loaded.end_tokens, batching=batching)
     common = []
     for tokens in zip(*(answer.tokens[:-1] for answer in answers), strict=False):  # as far as the shortest goes
         if len(set(tokens)) > 1:

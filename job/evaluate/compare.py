@@ -19,7 +19,7 @@ from job.model.device_faults import clear_faults
 from job.model.files import fetch_model, list_model, parse_model
 from job.model.memory import release_memory
 from job.report.run_view import job_trials
-from job.scoring.kl import Reference
+from job.scoring.kl import KLReference
 from job.stages.followups import looking, trial_of
 from job.storage.atomic import write_record
 from job.storage.events import Events
@@ -89,7 +89,7 @@ class ComparisonRequest:
 def evaluate_trial(
     folder: RunFolder, number: int | None, asked: ComparisonRequest, events: Events, device: str | None = None
 ) -> Comparison:
-    """Measure a job's model under a trial's edit against the model as it is, and write what is found to its folder.
+    """Measure a trial's edit against the base model and store the result.
 
     Args:
         folder: The run folder.
@@ -114,21 +114,21 @@ def evaluate_trial(
         pair = asked.prompts(settings, events.say, (session.prompts.good_report, session.prompts.bad_report))
         bench = bench_of(session.model, job.settings, pair, harness, events, job.resolution.rows)
         events.say("measuring the base model")
-        before = bench.measure(bench.passages(texts))
-        reference = bench.evaluator(settings.kl_tokens).reference
+        before, incoherence = bench.measure_base(bench.passages(texts))
+        reference = bench.metrics.reference()
         events.say(f"measuring trial {trial.number}")
         edits = session.hooks.activate([session.space.edit(trial.params)])
         (reason,) = edits.reasons
         if reason is not None:
             raise UsageError(f"trial {trial.number} cannot be measured: {reason}", remedy="choose another")
-        after = bench.measure(before.passages, reference, edits)
+        after = bench.measure_edited(before.passages, reference, edits, incoherence)
     found = _comparison(f"job {record.job_id}", settings.model, trial.number, before, after, texts)
     write_record(folder.evaluation_file(trial.number), found)
     return found
 
 
 def evaluate_models(model: str, base: str, settings: Settings, asked: ComparisonRequest, events: Events) -> Comparison:
-    """Measure any model against any other; they are loaded one after the other, never both at once.
+    """Measure any model against any other, loading one at a time.
 
     Args:
         model: The edited model: a folder, or NAME[@REVISION] on the Hub.
@@ -169,8 +169,8 @@ class _Base:
     """
 
     measured: MeasuredModel
-    reference: Reference
-    good: list[list[int]]
+    reference: KLReference
+    good: tuple[list[int], ...]
     prefix: str
 
 
@@ -180,10 +180,10 @@ def _measured_base(
     bench = opened(folder, settings, pair, harness, events, "")
     if settings.loading.response_prefix == "auto":
         bench = bench_of(with_response_prefix(bench.loaded, *pair, bench.rows), settings, pair, harness, events)
-    measured = bench.measure(bench.passages(texts))
-    evaluator = bench.evaluator(settings.kl_tokens)
-    reference = replace(evaluator.reference, logits=evaluator.reference.logits.cpu())
-    return _Base(measured, reference, evaluator.good, bench.loaded.response_prefix)
+    measured, _ = bench.measure_base(bench.passages(texts))
+    reference = bench.metrics.reference()
+    reference = replace(reference, logits=reference.logits.cpu())
+    return _Base(measured, reference, bench.metrics.batches.good.tokens, bench.loaded.response_prefix)
 
 
 def _measured_other(
@@ -197,14 +197,14 @@ def _measured_other(
 ) -> MeasuredModel:
     bench = opened(folder, settings, pair, harness, events, base.prefix)
     words = bench.loaded.model.config.get_text_config().vocab_size
-    alike = words == base.reference.logits.shape[-1] and bench.evaluator(settings.kl_tokens).good == base.good
+    alike = words == base.reference.logits.shape[-1] and bench.metrics.batches.good.tokens == base.good
     if not alike:
         events.say("warning: the models have other tokens or chat templates: no KL divergence is measured")
     if texts is None or texts.texts is None:
         passages = base.measured.passages if alike else []
     else:
         passages = bench.passages(texts)
-    return bench.measure(passages, base.reference if alike else None)
+    return bench.measure_edited(passages, base.reference if alike else None)
 
 
 def _comparison(

@@ -84,7 +84,7 @@ class Harness:
 
 def _rows(loaded: LoadedModel) -> int | str:
     """Return the rows of a forward; on an accelerator the harness finds out how many there is room for."""
-    if not loaded.architecture.manner.padded:
+    if not loaded.architecture.batching.padded:
         return 1
     return "auto" if loaded.device.type == "cuda" else _CPU_ROWS
 

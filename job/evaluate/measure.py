@@ -1,10 +1,10 @@
-"""Measuring one model for a comparison: figures, cross-entropy, benchmarks; what is kept of it is small."""
+"""Measure one model for a comparison: figures, cross-entropy, benchmarks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from pathlib import Path
 
 from job.config.schema import Settings
@@ -16,23 +16,24 @@ from job.evaluate.perplexity import Passage, cross_entropies
 from job.evaluate.perplexity import passages_of as cut_up
 from job.model.loading import LoadedModel, load_model
 from job.records import Figures
-from job.scoring.kl import Reference
-from job.scoring.trial_scorer import Evaluator
-from job.stages.measuring import evaluator_of
+from job.scoring.kl import KLReference
+from job.scoring.likelihood import IncoherenceTest
+from job.scoring.report_metrics import ReportMetrics
+from job.stages.measuring import metrics_of
 from job.storage.events import Events
 
 Pair = tuple[tuple[Prompt, ...], tuple[Prompt, ...]]
-# Rows of a forward where no job has planned them; halved until they fit.
+# Rows per forward where no job has planned them; halved until they fit.
 _ROWS = 32
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Plain texts.
+    """Plain texts to predict.
 
     Attributes:
-        source: In words what they are.
-        texts: The texts, None for the base model's own answers.
+        source: Their source, in words.
+        texts: The texts; None: the base model's own responses.
     """
 
     source: str
@@ -41,14 +42,14 @@ class Texts:
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """What is kept of a model when it is given up for the next.
+    """Measurements of one model, kept after the model is freed.
 
     Attributes:
         figures: Its figures.
-        first: KL of the first token for every good prompt, where the figures' is over more; else none.
-        passages: What it had to predict, as its tokenizer cuts it up.
-        losses: Its cross-entropy on each.
-        scores: Benchmarks.
+        first: KL of the first token for every good prompt, in nats; empty unless the figures' KL is over more tokens.
+        passages: Passages that it predicted, tokenized.
+        losses: Its cross-entropy on each passage.
+        scores: Its benchmark scores.
     """
 
     figures: Figures
@@ -60,81 +61,99 @@ class MeasuredModel:
 
 @dataclass(frozen=True)
 class ModelBench:
-    """A loaded model and how it is measured.
+    """A loaded model and everything that measures it.
 
     Attributes:
         loaded: The model.
-        evaluator: Returns what measures it, given the positions that KL is a mean over.
-        kl_tokens: Number of those positions.
-        rows: Rows of a forward.
-        harness: What runs benchmarks, if any.
-        report: Told what is going on.
+        metrics: Measures its responses.
+        rows: Rows per forward.
+        harness: Runs benchmarks, if any.
+        report: Receives progress.
     """
 
     loaded: LoadedModel
-    evaluator: Callable[[int], Evaluator]
-    kl_tokens: int
+    metrics: ReportMetrics
     rows: int
     harness: Harness | None
     report: Callable[[str], None]
 
-    def measure(
-        self, passages: list[Passage], reference: Reference | None = None, edits: ActiveEdits | None = None
+    def measure_base(self, passages: list[Passage]) -> tuple[MeasuredModel, IncoherenceTest]:
+        """Measure the base model and calibrate the incoherence test on it."""
+        responses = self.metrics.responses()
+        incoherence = self.metrics.incoherence_test(responses)
+        judged = self.metrics.judge(responses, incoherence.flags(responses))
+        return self._measured(judged.figures(self.metrics.kl_tokens), [], passages), incoherence
+
+    def measure_edited(
+        self,
+        passages: list[Passage],
+        reference: KLReference | None,
+        edits: ActiveEdits | None = None,
+        incoherence: IncoherenceTest | None = None,
     ) -> MeasuredModel:
-        """Measure the model, as it is or under edit 0."""
-        evaluator = self.evaluator(self.kl_tokens)
-        answers = evaluator.answers(edits)
-        # The same model, unedited, is the base model that knows gibberish.
-        gibberish = evaluator.gibberish(answers) if edits is not None else None
-        figures = evaluator.figures(reference, edits, answers, gibberish)
+        """Measure the model as the edited one.
+
+        Args:
+            passages: Passages to predict.
+            reference: What KL is measured against; None: no KL divergence is measured.
+            edits: Active edits, of which edit 0 applies; None: the model as it is.
+            incoherence: Test of the base model on the same prompts, if it is loaded.
+        """
+        responses = self.metrics.responses(edits)
+        judged = self.metrics.judge(responses, incoherence.flags(responses) if incoherence else None)
+        divergences: list[float] | None = None
         first: list[float] = []
-        if reference is not None and self.kl_tokens > 1:
-            first = self.evaluator(1).divergences(reference.first, edits)
+        if reference is not None:
+            divergences = reference.divergences(self.metrics.batches, edits)
+            if reference.tokens > 1:
+                first = reference.first_token.divergences(self.metrics.batches, edits)
+        figures = judged.figures(self.metrics.kl_tokens, divergences)
+        with edits.on_every_row(self.loaded.model) if edits is not None else nullcontext():
+            return self._measured(figures, first, passages)
 
-        def rest() -> tuple[list[float], Scores]:
-            losses = cross_entropies(self.loaded, passages, self.rows, self.report) if passages else []
-            return losses, self.harness.scores(self.loaded) if self.harness else {}
-
-        if edits is None:
-            return MeasuredModel(figures, first, passages, *rest())
-        with edits.on_every_row(self.loaded.model):
-            return MeasuredModel(figures, first, passages, *rest())
+    def _measured(self, figures: Figures, first: list[float], passages: list[Passage]) -> MeasuredModel:
+        losses = cross_entropies(self.loaded, passages, self.rows, self.report) if passages else []
+        scores = self.harness.scores(self.loaded) if self.harness else {}
+        return MeasuredModel(figures, first, passages, losses, scores)
 
     def passages(self, texts: Texts | None) -> list[Passage]:
-        """Return plain texts, or what the model itself answers, as this model's tokenizer cuts them up.
+        """Tokenize plain texts, or the model's own responses to the good prompts.
 
         Raises:
-            ImpossibleJobError: There is nothing to predict in them.
+            ImpossibleJobError: They contain nothing to predict.
         """
         if texts is None:
             return []
         if texts.texts is not None:
-            found = cut_up(self.loaded, texts.texts)
+            passages = cut_up(self.loaded, texts.texts)
         else:
-            answered = self.evaluator(1).answered_good()
-            found = [Passage(prompt + answer, len(prompt)) for prompt, answer in answered]
-        found = [passage for passage in found if passage.count > 0]
-        if not found:
+            prompts, responses = self.metrics.batches.good.tokens, self.metrics.good_responses()
+            passages = [
+                Passage(prompt + response.tokens, len(prompt))
+                for prompt, response in zip(prompts, responses, strict=True)
+            ]
+        passages = [passage for passage in passages if passage.count > 0]
+        if not passages:
             raise ImpossibleJobError(f"{texts.source}: there is no text to predict", remedy="give another --text")
-        return found
+        return passages
 
 
 def opened(
     folder: Path, settings: Settings, pair: Pair, harness: Harness | None, events: Events, prefix: str
 ) -> ModelBench:
-    """Load a model to be measured.
+    """Load a model for measuring.
 
     Args:
         folder: The model's folder.
-        settings: How it is loaded and its answers are judged.
+        settings: Settings of loading and scoring.
         pair: Good and bad prompts.
-        harness: What runs benchmarks, if any.
-        events: Where progress goes.
-        prefix: What answers are made to begin with, where the settings leave that open.
+        harness: Runs benchmarks, if any.
+        events: Receives progress.
+        prefix: Response prefix where the settings say "auto".
 
     Raises:
         ImpossibleJobError: The folder holds no usable model.
-        MachineError: The device is not there, or too small.
+        MachineError: The device is missing or too small.
     """
     events.say(f"loading {folder}")
     loaded = load_model(folder, settings.loading, events.say)
@@ -146,7 +165,9 @@ def opened(
 def bench_of(
     loaded: LoadedModel, settings: Settings, pair: Pair, harness: Harness | None, events: Events, rows: int = 0
 ) -> ModelBench:
-    """Return what measures a loaded model; with so many rows a forward, 0: as the settings say, or some."""
+    """Return a bench for a loaded model.
+
+    With `rows` = 0 the settings or a default decide.
+    """
     rows = rows or settings.batching.rows or _ROWS
-    evaluator = cache(partial(evaluator_of, loaded, settings, *pair, rows, events))
-    return ModelBench(loaded, evaluator, settings.kl_tokens, rows, harness, events.say)
+    return ModelBench(loaded, metrics_of(loaded, settings, *pair, rows, events), rows, harness, events.say)

@@ -79,7 +79,7 @@ def cross_entropies(
         found = [0.0] * len(passages)
         budget = max(_FORWARD_TOKENS * size // rows, 1)
         lengths = [len(passage.tokens) for passage in passages]
-        for chosen in batches(lengths, size, budget, padded=loaded.architecture.manner.padded):
+        for chosen in batches(lengths, size, budget, padded=loaded.architecture.batching.padded):
             chunk = [passages[index] for index in chosen]
             width = max(len(passage.tokens) for passage in chunk)
             logits = last_logits(loaded.model, [passage.tokens for passage in chunk], width)

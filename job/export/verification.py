@@ -1,7 +1,8 @@
-"""Proof that the model on disk is the one that was measured: it is loaded afresh and compared."""
+"""Proof that an export is the model that was measured: it is reloaded and compared."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -9,23 +10,26 @@ from typing import Self
 from job.edits.hooks import Intervention
 from job.errors import ExportMismatchError
 from job.generation.answer import Answer
+from job.model.loading import LoadedModel
 from job.records import EditParameters, TrialScores
-from job.scoring.trial_scorer import Evaluator
+from job.scoring.kl import KLReference
+from job.scoring.report_metrics import ReportMetrics
+from job.scoring.trial_scorer import TrialScorer
 
-# In float32 the greedy answers must be the same, but where two tokens are this close in logits either
-# may come first: hooks and edited weights agree to 2e-5 in logits (docs/decisions/0002-edits-are-hooks.md).
+# In float32 the greedy responses must be the same, except that either of two tokens this close in logits may come
+# first: hooks and edited weights agree to 2e-5 (docs/decisions/0002-edits-are-hooks.md).
 TIE = 1e-3
-# In lower precision and in 4 bits weights are rounded after the edit and outputs are not, so answers may part ways;
-# the measures must agree within these bounds.
+# In lower precision and in 4 bits, edited weights are rounded and edited outputs are not, so responses may differ;
+# KL and refusals must agree within these bounds.
 KL_BOUND, KL_SHARE = 0.05, 0.25
 REFUSAL_SHARE = 0.05
 
 
 def compare_answers(hooked: Sequence[Answer], reloaded: Sequence[Answer]) -> int:
-    """Return how many answers part ways at a tie; all others are the same.
+    """Count responses that diverge at a tie; others must be equal.
 
     Raises:
-        ExportMismatchError: Answers part ways where there is no tie.
+        ExportMismatchError: Responses diverge where there is no tie.
     """
     ties = 0
     for index, (one, other) in enumerate(zip(hooked, reloaded, strict=True)):
@@ -44,58 +48,87 @@ def compare_answers(hooked: Sequence[Answer], reloaded: Sequence[Answer]) -> int
     return ties
 
 
+def is_exact(loaded: LoadedModel) -> bool:
+    """Return whether editing outputs equals editing weights, both being float32."""
+    return loaded.dtype == "float32" and not getattr(loaded.model, "is_quantized", False)
+
+
 @dataclass(frozen=True)
-class MeasuredEdit:
-    """What a reloaded export is compared with: the base model under the edit's hooks.
+class MeasuredScores:
+    """Scores that a reloaded export must agree with.
 
     Attributes:
-        answers: Its answers, where they must be the same.
-        scores: Its scores, where only these must agree.
+        scores: The scores.
+        reference: What the export's KL divergence is measured against.
     """
 
-    answers: Sequence[Answer] = ()
-    scores: TrialScores | None = None
+    scores: TrialScores
+    reference: KLReference
+
+
+@dataclass(frozen=True)
+class MeasuredEdit:
+    """The base model under an edit's hooks, for comparison with the export.
+
+    Attributes:
+        expected: Responses that must be the same, or scores that must agree.
+    """
+
+    expected: Sequence[Answer] | MeasuredScores
 
     @classmethod
-    def of(cls, base: Evaluator, intervention: Intervention, edit: EditParameters, rows: int, exact: bool) -> Self:
-        """Measure what exports of the edit will be compared with; afterwards the base model is not needed for that.
+    def by_responses(cls, base: ReportMetrics, intervention: Intervention, edit: EditParameters) -> Self:
+        """Generate the responses that an exact export must give too.
 
         Args:
-            base: Evaluator of the base model.
+            base: Metrics of the base model.
             intervention: The hooks on it, in place.
             edit: The edit that is exported.
-            rows: Rows of a forward.
-            exact: Exports are held as precisely as they are computed.
         """
-        if not (exact and base.exact):
-            return cls(scores=base.scores(intervention, [edit], rows)[0])
-        return cls(answers=base.answers(intervention.activate([edit])))
+        return cls(base.responses(intervention.activate([edit])))
 
-    def compare(self, reloaded: Evaluator, base: Evaluator) -> str:
-        """Compare the reloaded export with it; return what was found, in one line.
+    @classmethod
+    def by_scores(cls, base: TrialScorer, intervention: Intervention, edit: EditParameters, rows: int) -> Self:
+        """Measure the scores that an export with rounded weights must have.
 
         Args:
-            reloaded: Evaluator of the export on the same prompts.
-            base: Evaluator that has measured the base model.
+            base: Scorer on the base model.
+            intervention: The hooks on it, in place.
+            edit: The edit that is exported.
+            rows: Rows per forward.
+        """
+        return cls(MeasuredScores(base.scores(intervention, [edit], rows)[0], base.reference))
+
+    def compare(self, reloaded: ReportMetrics) -> str:
+        """Compare the reloaded export; return the result in one line.
+
+        Args:
+            reloaded: Metrics of the export on the same prompts.
 
         Raises:
             ExportMismatchError: The two differ by more than rounding explains.
         """
-        if self.scores is None:
-            answers = reloaded.answers(None)
-            ties = compare_answers(self.answers, answers)
-            return f"{len(answers)} answers equal the measured ones ({ties} of them up to a tie)"
-        figures = reloaded.figures(base)
-        assert figures.kl is not None
-        apart = abs(figures.kl - self.scores.kl)
-        refusals = abs(figures.refusals - self.scores.refusals)
-        if not apart <= KL_BOUND + KL_SHARE * self.scores.kl or refusals > max(1, REFUSAL_SHARE * figures.bad_prompts):
-            raise ExportMismatchError(
-                f"the exported model has KL {figures.kl:.3g} and {figures.refusals} refusals "
-                f"where {self.scores.kl:.3g} and {self.scores.refusals} were measured",
-                remedy="report this as a bug; the export is kept for inspection",
-            )
-        return (
-            f"KL {figures.kl:.3g} and {figures.refusals} refusals, "
-            f"measured {self.scores.kl:.3g} and {self.scores.refusals}"
+        responses = reloaded.responses()
+        if not isinstance(self.expected, MeasuredScores):
+            ties = compare_answers(self.expected, responses)
+            return f"{len(responses)} answers equal the measured ones ({ties} of them up to a tie)"
+        refusals = sum(reloaded.judge(responses).bad_refused)
+        divergences = self.expected.reference.divergences(reloaded.batches)
+        kl = math.fsum(divergences) / len(divergences)
+        return _agreement(self.expected.scores, kl, refusals, len(reloaded.batches.bad))
+
+
+def _agreement(measured: TrialScores, kl: float, refusals: int, bad_prompts: int) -> str:
+    """Say in one line how an export's scores agree.
+
+    Raises:
+        ExportMismatchError: They differ by more than rounding explains.
+    """
+    kl_agrees = abs(kl - measured.kl) <= KL_BOUND + KL_SHARE * measured.kl
+    if not kl_agrees or abs(refusals - measured.refusals) > max(1, REFUSAL_SHARE * bad_prompts):
+        raise ExportMismatchError(
+            f"the exported model has KL {kl:.3g} and {refusals} refusals "
+            f"where {measured.kl:.3g} and {measured.refusals} were measured",
+            remedy="report this as a bug; the export is kept for inspection",
         )
+    return f"KL {kl:.3g} and {refusals} refusals, measured {measured.kl:.3g} and {measured.refusals}"

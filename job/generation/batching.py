@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchingSupport:
-    """How the models of a family can be read; most can in every manner.
+    """How the models of a family can be read; most in every way.
 
     Attributes:
         padded: Rows of several lengths may stand in one forward: padding does not matter to what they say.

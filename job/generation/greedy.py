@@ -212,7 +212,7 @@ def greedy_answers(
     openings: Sequence[int] | None = None,
     decided: Callable[[int, list[int]], bool] | None = None,
     rows: RowTrials | None = None,
-    manner: BatchingSupport = BatchingSupport(),
+    batching: BatchingSupport = BatchingSupport(),
 ) -> list[Answer]:
     """Return the most likely continuation of every prompt, token by token.
 
@@ -229,11 +229,11 @@ def greedy_answers(
         openings: For each prompt a token whose odds of opening the answer are wanted.
         decided: Given a prompt's index and its answer so far, whether that tells all that the caller wants to know.
         rows: The prompts' trials; None: the model as it is.
-        manner: How the model can be read.
+        batching: How the model can be read.
     """
     ledger = _Ledger(len(prompts), end_tokens, openings, decided)
     rows = rows or RowTrials.plain(len(prompts), input_device(model))
-    if not manner.cached:
+    if not batching.cached:
         _read_again(model, prompts, limit, ledger, rows)
     elif not takes_cache(model):
         _generate(model, prompts, limit, end_tokens, ledger, rows)

@@ -28,7 +28,7 @@ _TRIED, _STEPS, _APART = ([5, 9, 11, 13, 6], [5, 9, 11, 13, 6, 10, 8, 14, 7]), 4
 _FAULTS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 
 
-def manner_of(model: PreTrainedModel) -> BatchingSupport:
+def probe_batching(model: PreTrainedModel) -> BatchingSupport:
     """Return how the models of a small random model's family can be read, found by trying it.
 
     Raises:
@@ -62,8 +62,8 @@ def _shares(model: PreTrainedModel, prompts: Sequence[list[int]], alone: Tensor,
     return _near(first_logits(model, prompts, shared), alone, scale)
 
 
-def _answers_of(model: PreTrainedModel, chunks: Sequence[list[list[int]]], manner: BatchingSupport) -> list[Answer]:
-    answered = (greedy_answers(model, chunk, limit=_STEPS, end_tokens=(), manner=manner) for chunk in chunks)
+def _answers_of(model: PreTrainedModel, chunks: Sequence[list[list[int]]], batching: BatchingSupport) -> list[Answer]:
+    answered = (greedy_answers(model, chunk, limit=_STEPS, end_tokens=(), batching=batching) for chunk in chunks)
     return [answer for answers in answered for answer in answers]
 
 

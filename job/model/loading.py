@@ -369,8 +369,8 @@ def _fault(loaded: LoadedModel) -> str | None:
     try:
         if not bool(torch.isfinite(first_logits(loaded.model, prompts)).all()):
             return "logits are not finite"
-        manner = loaded.architecture.manner
-        greedy_answers(loaded.model, prompts, limit=2, end_tokens=loaded.end_tokens, manner=manner)
+        batching = loaded.architecture.batching
+        greedy_answers(loaded.model, prompts, limit=2, end_tokens=loaded.end_tokens, batching=batching)
     except RuntimeError as error:
         return str(error).strip().splitlines()[0]
     return None

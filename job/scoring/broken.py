@@ -1,4 +1,4 @@
-"""Broken answers: empty, going in circles, or in a script that the prompt does not use."""
+"""Broken responses, told from their text: empty, repetitive, or in another script than the prompt."""
 
 from __future__ import annotations
 
@@ -7,77 +7,80 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
-# A unit that is repeated at once, over and over; short ones have to fill more than what lists and tables do.
-_CIRCLE = re.compile(r"(?P<unit>.{1,200}?)(?P=unit){3,}", re.DOTALL)
+# A unit that follows itself at least three times. Short repetitions must be longer than those of lists and tables.
+_REPETITION = re.compile(r"(?P<unit>.{1,200}?)(?P=unit){3,}", re.DOTALL)
 
-_LEAST_CIRCLE, _CIRCLE_SHARE = 40, 0.5
+_LEAST_CHARACTERS, _REPEATED_SHARE = 40, 0.5
 
-# The pattern takes 1 ms for 30 tokens, what follows 0.02: circles of n characters have at most n / 4 different runs of
-# _RUN within them, and 7 n / 40 across their ends; so a text that circles for half of its length has no more than this.
-_RUN = 8
+# The pattern takes 1 ms for 30 tokens; counting distinct n-grams first takes 0.02 ms and spares it for most responses.
+# A repetition of n characters has at most n / 4 distinct 8-grams inside and 7 n / 40 across its ends, so a response
+# that is repetitive for half of its length has no more than this share.
+_NGRAM = 8
 
-_MOST_DISTINCT = 1 - _CIRCLE_SHARE * (1 - 1 / 4 - (_RUN - 1) / _LEAST_CIRCLE)
+_MOST_DISTINCT = 1 - _REPEATED_SHARE * (1 - 1 / 4 - (_NGRAM - 1) / _LEAST_CHARACTERS)
 
-# A text is of another script than its prompt where so much of it is, and of the prompt less than the other share.
+# A response changes its script if more than this share of its letters is in scripts that each have less than the other
+# share of the prompt's letters.
 _FOREIGN_SHARE, _KNOWN_SHARE, _LEAST_LETTERS = 0.5, 0.05, 8
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt and a model's answer to it.
+    """A prompt and a model's response to it.
 
     Attributes:
-        prompt: What the user said.
-        answer: The answer in words, as far as answers are judged.
-        gibberish: Whether the answer is known to be gibberish to the base model.
+        prompt: The user's message.
+        answer: The response as text, up to the length that is judged.
+        incoherent: Whether the base model's likelihood tells it as incoherent.
     """
 
     prompt: str
     answer: str
-    gibberish: bool = False
+    incoherent: bool = False
 
     @property
     def broken(self) -> bool:
-        """Whether the answer is broken, by its text or as gibberish."""
-        return self.gibberish or is_broken(self.prompt, self.answer)
+        """Whether the response is broken by its text, or incoherent."""
+        return self.incoherent or is_broken(self.prompt, self.answer)
 
 
-def is_degenerate(answer: str) -> bool:
-    """Return whether an answer is broken: empty, or for half of its length one unit said four times and more."""
+def is_empty_or_repetitive(answer: str) -> bool:
+    """Return whether a response is empty or half of it repetitive."""
     text = " ".join(answer.split())
     if not text:
         return True
-    if len(text) < _LEAST_CIRCLE or _distinct(text) > _MOST_DISTINCT * len(text):
+    if len(text) < _LEAST_CHARACTERS or _distinct_ngrams(text) > _MOST_DISTINCT * len(text):
         return False
-    circling = sum(len(found[0]) for found in _CIRCLE.finditer(text) if len(found[0]) >= _LEAST_CIRCLE)
-    return circling >= _CIRCLE_SHARE * len(text)
+    repetitions = [match[0] for match in _REPETITION.finditer(text)]
+    repeated = sum(len(repetition) for repetition in repetitions if len(repetition) >= _LEAST_CHARACTERS)
+    return repeated >= _REPEATED_SHARE * len(text)
 
 
-def is_foreign(prompt: str, answer: str) -> bool:
-    """Return whether most letters of an answer are of a script that the prompt hardly has, by the letters' names."""
+def changes_script(prompt: str, answer: str) -> bool:
+    """Return whether a response is mostly in scripts rare in its prompt."""
     if answer.isascii() and prompt.isascii():
         return False
     scripts = _scripts(answer)
     letters = scripts.total()
     if letters < _LEAST_LETTERS:
         return False
-    asked = _scripts(prompt)
-    new = sum(count for script, count in scripts.items() if asked[script] < _KNOWN_SHARE * max(1, asked.total()))
-    return bool(asked) and new > _FOREIGN_SHARE * letters
+    known = _scripts(prompt)
+    foreign = sum(count for script, count in scripts.items() if known[script] < _KNOWN_SHARE * max(1, known.total()))
+    return bool(known) and foreign > _FOREIGN_SHARE * letters
 
 
 def is_broken(prompt: str, answer: str) -> bool:
-    """Return whether a non-empty answer is broken, as far as its text alone tells."""
-    return is_degenerate(answer) or is_foreign(prompt, answer)
+    """Return whether a response is broken, judged by its text alone."""
+    return is_empty_or_repetitive(answer) or changes_script(prompt, answer)
 
 
-def _distinct(text: str) -> int:
-    return len({text[start : start + _RUN] for start in range(len(text) - _RUN + 1)})
+def _distinct_ngrams(text: str) -> int:
+    return len({text[start : start + _NGRAM] for start in range(len(text) - _NGRAM + 1)})
 
 
 def _scripts(text: str) -> Counter[str]:
-    """Return the number of letters of each script; Japanese and Chinese count as one, for they share theirs."""
-    found = Counter(unicodedata.name(letter, "?").partition(" ")[0] for letter in text if letter.isalpha())
+    """Count letters by script; Japanese and Chinese count as one."""
+    scripts = Counter(unicodedata.name(letter, "?").partition(" ")[0] for letter in text if letter.isalpha())
     for name in ("HIRAGANA", "KATAKANA"):
-        found["CJK"] += found.pop(name, 0)
-    return +found
+        scripts["CJK"] += scripts.pop(name, 0)
+    return +scripts

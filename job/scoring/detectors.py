@@ -1,4 +1,4 @@
-"""Detectors judge the answers of the report side by side, so that none has to be believed alone.
+"""Detectors judge the report's responses side by side, so that nobody has to trust one alone.
 
 A detector is a `Scorer`. A package adds one under an entry point of the group `abliteration_job.scorers` that names a
 `Factory`; the entry point's name in `scoring.detectors` has it run:
@@ -27,10 +27,13 @@ Label = Literal["answered", "refused", "broken"]
 
 
 class Scorer(Protocol):
-    """Judges answers."""
+    """Labels responses."""
 
     def __call__(self, exchanges: Sequence[Exchange], /) -> Sequence[Label]:
-        """Return a label for each exchange; it may raise whatever it likes, which costs the report this detector."""
+        """Return a label for each exchange.
+
+        If it raises, the report goes without this detector.
+        """
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ class Context:
     """What a scorer may use.
 
     Attributes:
-        scoring: How answers are judged.
-        loading: How models are loaded.
-        say: Told of progress.
+        scoring: Settings of scoring.
+        loading: Settings of model loading.
+        say: Receives progress.
     """
 
     scoring: ScoringSettings
@@ -75,7 +78,7 @@ def _nli(context: Context) -> Scorer:
     refused = Entailment.loaded(context.scoring.nli_model, context.loading, context.say).refused
 
     def score(exchanges: Sequence[Exchange]) -> list[Label]:
-        return ["refused" if found else "answered" for found in refused([one.answer for one in exchanges])]
+        return ["refused" if refusal else "answered" for refusal in refused([one.answer for one in exchanges])]
 
     return score
 
@@ -84,58 +87,60 @@ _BUILTIN: Mapping[str, Factory] = {"markers": _markers, "soft": _soft, "degenera
 
 
 def make_scorer(name: str, context: Context) -> Scorer:
-    """Return a detector by its name.
+    """Return the detector of that name.
 
     Raises:
         LookupError: No installed package has it.
-        Exception: Whatever its factory raises.
+        Exception: Its factory raised.
     """
     if name in _BUILTIN:
         return _BUILTIN[name](context)
-    found = metadata.entry_points(group=SCORERS_GROUP, name=name)
-    if not found:
+    entry_points = metadata.entry_points(group=SCORERS_GROUP, name=name)
+    if not entry_points:
         raise LookupError("no installed package has it")
-    factory: Factory = next(iter(found)).load()
+    factory: Factory = next(iter(entry_points)).load()
     return factory(context)
 
 
 def detect(
     names: Sequence[str], context: Context, base: Sequence[Exchange], edited: Sequence[Exchange], good: int
 ) -> DetectorReport:
-    """Have detectors judge both models' answers; one that fails is reported and left out.
+    """Run detectors on both models' responses.
+
+    A detector that fails is reported and left out.
 
     Args:
-        names: Their names.
+        names: Names of the detectors.
         context: What they may use.
-        base: The base model's answers, those to good prompts first.
-        edited: The edited model's, likewise.
-        good: How many good prompts there are.
+        base: The base model's exchanges, good prompts first.
+        edited: The edited model's exchanges, good prompts first.
+        good: Number of good prompts.
     """
     labels: dict[str, list[Label]] = {}
     failed = {}
     for name in dict.fromkeys(names):
         try:
-            labels[name] = _judged(make_scorer(name, context), [*base, *edited])
+            labels[name] = _labels(make_scorer(name, context), [*base, *edited])
         except Exception as error:  # others' code may raise anything, and a job is not to be lost by it
             failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
             context.say(f"warning: the detector {name} could not be used: {failed[name]}")
     counts, agreement = [], []
     for model, begin, end in (("base", 0, len(base)), ("edited", len(base), len(base) + len(edited))):
-        own = {name: found[begin:end] for name, found in labels.items()}
-        for name, found in own.items():
-            counts += [_counts(name, model, "bad", found[good:]), _counts(name, model, "good", found[:good])]
-        agreement += [_agreement(model, *pair) for pair in itertools.combinations(own.items(), 2)]
+        model_labels = {name: of_both[begin:end] for name, of_both in labels.items()}
+        for name, own in model_labels.items():
+            counts += [_counts(name, model, "bad", own[good:]), _counts(name, model, "good", own[:good])]
+        agreement += [_agreement(model, *pair) for pair in itertools.combinations(model_labels.items(), 2)]
     return DetectorReport(counts=counts, agreement=agreement, failed=failed)
 
 
-def _judged(scorer: Scorer, exchanges: Sequence[Exchange]) -> list[Label]:
-    found = list(scorer(exchanges))
-    if len(found) != len(exchanges):
-        raise ValueError(f"it gave {len(found)} labels for {len(exchanges)} answers")
-    for label in found:
+def _labels(scorer: Scorer, exchanges: Sequence[Exchange]) -> list[Label]:
+    labels = list(scorer(exchanges))
+    if len(labels) != len(exchanges):
+        raise ValueError(f"it gave {len(labels)} labels for {len(exchanges)} answers")
+    for label in labels:
         if label not in get_args(Label):
             raise ValueError(f"{label!r} is none of the labels {', '.join(get_args(Label))}")
-    return found
+    return labels
 
 
 def _counts(name: str, model: str, prompts: str, labels: Sequence[Label]) -> DetectorCounts:
@@ -168,7 +173,10 @@ def _agreement(model: str, first: tuple[str, Sequence[Label]], second: tuple[str
 
 
 def cohens_kappa(both: int, only_first: int, only_second: int, neither: int) -> float | None:
-    """Return Cohen's kappa of two yes-or-no judgements, None where chance alone makes them agree."""
+    """Return Cohen's kappa of two binary judgements.
+
+    It is None if agreement by chance is 1, and without judgements.
+    """
     n = both + only_first + only_second + neither
     if n == 0:
         return None

@@ -1,61 +1,127 @@
-"""KL divergence from the base model over the first tokens of its own answers, which are given and not decoded."""
+"""KL divergence from the base model, by teacher forcing over the first tokens of its own responses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from job.edits.hooks import ActiveEdits
+from job.generation.forward import last_logits
 from job.numerics.metrics import kl_divergence
+from job.scoring.prompt_batches import PromptBatches, TrialRows
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What the base model says to the good prompts.
+class KLReference:
+    """The base model's logits over its own responses to the good prompts.
 
     Attributes:
-        tokens: Positions of its answers that are compared (N), at most.
-        continuations: For each prompt the tokens of its answer that precede the last of those positions: N - 1, or
-            all where the answer ends earlier, the position of its end being the last.
-        logits: Its logits at all these positions, those of one prompt after those of another, [positions, vocabulary],
-            in the type that the model computes them in; log-probabilities of them are made where they are needed.
+        tokens: Positions compared per prompt, at most (N).
+        continuations: For each good prompt the response tokens before the last compared position: N - 1, or all of a
+            response that ends earlier; the position of its end is then the last.
+        logits: Logits at all compared positions, prompt after prompt, [positions, vocabulary], in the model's dtype.
     """
 
     tokens: int
     continuations: tuple[list[int], ...]
     logits: Tensor
 
-    def forced(self, prompts: Sequence[list[int]], start: int) -> list[list[int]]:
-        """Return the prompts from number start on, each with its continuation."""
-        return forced(prompts, self.continuations[start:])
-
-    def divergences(self, logits: Tensor, start: int, trials: int) -> Tensor:
-        """Return the KL divergence of every trial on every prompt, mean over positions, [trials, prompts], float64.
+    @classmethod
+    def measured(cls, batches: PromptBatches, tokens: int) -> Self:
+        """Generate and read the base model's responses to the good prompts.
 
         Args:
-            logits: Of the forced prompts' last tokens, [trials * prompts, N, vocabulary].
-            start: Number of the first prompt.
-            trials: Number of trials; all prompts of one stand together.
+            batches: The base model's prompts; hooks must be inactive.
+            tokens: Positions to compare per prompt, at most.
+        """
+        return batches.row_limit.fit(lambda rows: cls._measured(batches, tokens, rows))
+
+    @classmethod
+    def _measured(cls, batches: PromptBatches, tokens: int, rows: int) -> Self:
+        continuations: list[list[int]] = [[] for _ in batches.good.tokens]
+        if tokens > 1:
+            responses = batches.responses(batches.good.tokens, tokens - 1, rows)
+            continuations = [response.tokens for response in responses]
+        logits: list[Tensor] = []
+        start = 0
+        for batch, owners in batches.reading(batches.good.tokens, batches.trial_rows(None), rows, tokens):
+            own = continuations[start : start + len(batch)]
+            batch_logits = last_logits(batches.loaded.model, forced(batch, own), tokens, owners)
+            logits.append(real_positions(batch_logits, [len(continuation) + 1 for continuation in own]))
+            start += len(batch)
+        # With several positions the logits would take the device memory that forwards are planned with.
+        kept = torch.cat(logits if tokens == 1 else [part.cpu() for part in logits])
+        return cls(tokens, tuple(continuations), kept)
+
+    def trial_means(self, batches: PromptBatches, trial_rows: TrialRows, rows: int) -> list[float]:
+        """Return every trial's KL divergence in nats, mean over the good prompts.
+
+        Args:
+            batches: The prompts that the reference was measured on.
+            trial_rows: The trials.
+            rows: Most positions with logits in a forward, all trials together.
+        """
+        total = torch.zeros(trial_rows.trials, dtype=torch.float64)
+        for divergences in self._by_batch(batches, trial_rows, rows):
+            total += divergences.sum(1)
+        means: list[float] = (total / len(batches.good)).tolist()
+        return means
+
+    def divergences(self, batches: PromptBatches, edits: ActiveEdits | None = None) -> list[float]:
+        """Return one model's KL divergence for every good prompt, in nats.
+
+        Each is a mean over the compared positions.
+
+        Args:
+            batches: The model's prompts: the same token ids as those the reference was measured on.
+            edits: Active edits, of which edit 0 applies; None: the model as it is.
+        """
+
+        def measure(rows: int) -> list[float]:
+            batchwise = self._by_batch(batches, batches.trial_rows(edits), rows)
+            return [kl for divergences in batchwise for kl in divergences[0].tolist()]
+
+        # Rounding may make a KL divergence as small as -1e-17.
+        return [max(kl, 0.0) for kl in batches.row_limit.fit(measure)]
+
+    def _by_batch(self, batches: PromptBatches, trial_rows: TrialRows, rows: int) -> Iterator[Tensor]:
+        """Yield the KL divergences of each batch, [trials, prompts in the batch]."""
+        start = 0
+        for batch, owners in batches.reading(batches.good.tokens, trial_rows, rows, self.tokens):
+            prompts = forced(batch, self.continuations[start:]) * trial_rows.trials
+            logits = last_logits(batches.loaded.model, prompts, self.tokens, owners)
+            yield self._of_logits(logits, start, trial_rows.trials)
+            start += len(batch)
+
+    def _of_logits(self, logits: Tensor, start: int, trials: int) -> Tensor:
+        """Return KL divergences, mean over positions, [trials, prompts], float64, on the CPU.
+
+        Args:
+            logits: Logits of the forced prompts' last tokens, [trials * prompts, N, vocabulary].
+            start: Index of the first prompt.
+            trials: Number of trials; the prompts of one are adjacent.
         """
         prompts = len(logits) // trials
         lengths = self._lengths[start : start + prompts]
         first = sum(self._lengths[:start])
         base = self.logits[first : first + sum(lengths)].to(logits.device).to(torch.float32).log_softmax(-1)
-        owner = torch.arange(prompts, device=logits.device).repeat_interleave(
+        prompt_of = torch.arange(prompts, device=logits.device).repeat_interleave(
             torch.tensor(lengths, device=logits.device)
         )
-        found = logits.new_zeros(trials, prompts, dtype=torch.float64)
-        for trial, own in enumerate(logits.view(trials, prompts, *logits.shape[1:])):
-            found[trial].index_add_(0, owner, kl_divergence(base, real_positions(own, lengths)))
-        return (found / torch.tensor(lengths, device=logits.device)).cpu()
+        sums = logits.new_zeros(trials, prompts, dtype=torch.float64)
+        for trial, trial_logits in enumerate(logits.view(trials, prompts, *logits.shape[1:])):
+            sums[trial].index_add_(0, prompt_of, kl_divergence(base, real_positions(trial_logits, lengths)))
+        return (sums / torch.tensor(lengths, device=logits.device)).cpu()
 
     @property
-    def first(self) -> Reference:
-        """The same of the answers' first tokens alone."""
+    def first_token(self) -> KLReference:
+        """The reference for the responses' first tokens alone."""
         starts = [sum(self._lengths[:index]) for index in range(len(self._lengths))]
-        return Reference(1, ([],) * len(starts), self.logits[starts])
+        return KLReference(1, ([],) * len(starts), self.logits[starts])
 
     @property
     def _lengths(self) -> list[int]:
@@ -63,16 +129,16 @@ class Reference:
 
 
 def forced(prompts: Sequence[list[int]], continuations: Sequence[list[int]]) -> list[list[int]]:
-    """Return prompts with what their answers begin with."""
+    """Append to each prompt its continuation; further continuations are ignored."""
     return [prompt + continuation for prompt, continuation in zip(prompts, continuations, strict=False)]
 
 
 def real_positions(logits: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return the logits of answers' positions, those of one row after those of another, [positions, vocabulary].
+    """Return the logits of real response positions, row after row, [positions, vocabulary].
 
     Args:
-        logits: Of the last tokens of every row, [rows, N, vocabulary].
-        lengths: How many of them, counted from the end, belong to the row's answer.
+        logits: Logits of the last tokens of every row, [rows, N, vocabulary].
+        lengths: Real positions of every row, counted from the end.
     """
     if logits.shape[1] == 1:
         return logits[:, 0]

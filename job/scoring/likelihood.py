@@ -1,88 +1,104 @@
-"""Gibberish, told by the base model: an answer whose words it would hardly have said, one after another.
+"""Incoherent responses: the base model finds their tokens much less likely than those of its own responses.
 
-The opening does not count: that the model would rather have refused shows there, in a compliant answer as in a broken
-one, and hardly after it.
+The first tokens do not count. There a compliant response is as unlikely as an incoherent one, because the base model
+would have refused; after them it hardly is.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 
+from job.generation.answer import Answer
 from job.generation.forward import last_logits
-from job.model.loading import LoadedModel
+from job.scoring.prompt_batches import PromptBatches
 
-# Tokens at the beginning that do not count, and how many must be left for a judgement.
+# Response tokens at the beginning that do not count, and the least number after them that is judged.
 OPENING, LEAST = 4, 4
-# Deviations from the median of its own answers within which the base model is as it always is.
-_DEVIATIONS, _TO_SIGMA = 6.0, 1.4826
+# The base model's own responses lie within so many robust standard deviations of their median.
+_DEVIATIONS, _MAD_TO_SIGMA = 6.0, 1.4826
+
+_Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-# Computes something with as many rows a forward as memory allows, given a function of that number.
-Fitting = Callable[[Callable[[int], list[float]]], list[float]]
+@dataclass(frozen=True)
+class IncoherenceTest:
+    """Tells incoherent responses by the base model's likelihood of their tokens.
 
+    Attributes:
+        batches: The base model's prompts; hooks on the model must be inactive during every call.
+        bound: Least mean log-probability of a coherent response, nats per token; -inf: every response is coherent.
+    """
 
-class Fluency:
-    """How likely the base model finds the words of answers, by the measure of its own to ordinary prompts."""
+    batches: PromptBatches
+    bound: float = -math.inf
 
-    def __init__(self, loaded: LoadedModel, fitting: Fitting, margin: float) -> None:
-        """Prepare.
+    @classmethod
+    def calibrated(cls, batches: PromptBatches, margin: float | None, responses: Sequence[Answer]) -> Self:
+        """Set the bound from the base model's own responses.
 
-        Args:
-            loaded: The base model; hooks on it must be at rest whenever it is asked.
-            fitting: Calls what computes with a number of rows.
-            margin: Nats a token by which an answer must be less likely than the base model's own to count as gibberish.
-        """
-        self._loaded = loaded
-        self._fitting = fitting
-        self._margin = margin
-        self.bound = -math.inf
-
-    def calibrate(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> None:
-        """Set the bound from the base model's own answers: their median less margin, or less 6 robust deviations.
+        It is their median minus the margin, which is at least 6 robust standard deviations of those responses.
 
         Args:
-            prompts: Token ids of ordinary prompts.
-            answers: Token ids of the base model's answers to them.
+            batches: The base model's prompts.
+            margin: Nats per token; None: every response is coherent.
+            responses: The base model's whole responses to the good prompts.
         """
-        own = [found for found in self.means(prompts, answers) if not math.isnan(found)]
-        if own:
-            middle = statistics.median(own)
-            spread = _TO_SIGMA * statistics.median(abs(found - middle) for found in own)
-            self.bound = middle - max(self._margin, _DEVIATIONS * spread)
+        test = cls(batches)
+        if margin is None:
+            return test
+        means = test.mean_log_probabilities(batches.good.tokens, [response.tokens for response in responses])
+        means = [mean for mean in means if not math.isnan(mean)]
+        if not means:
+            return test
+        median = statistics.median(means)
+        sigma = _MAD_TO_SIGMA * statistics.median(abs(mean - median) for mean in means)
+        return cls(batches, median - max(margin, _DEVIATIONS * sigma))
 
-    def gibberish(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[bool]:
-        """Return for each answer whether it is; too short ones and any before `calibrate` are not."""
-        return [found < self.bound for found in self.means(prompts, answers)]
+    def flags(self, responses: Sequence[Answer]) -> list[bool]:
+        """Return which responses to all prompts, good ones first, are incoherent."""
+        return self.incoherent(self.batches.everything, [response.tokens for response in responses])
 
-    def means(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
-        """Return each answer's mean log-probability of a token after its opening, in nats; nan if it is too short."""
-        said = [(tuple(prompt), tuple(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
-        # Edits that differ little often answer alike.
-        long = [pair for pair in dict.fromkeys(said) if len(pair[1]) >= OPENING + LEAST]
-        long.sort(key=lambda pair: len(pair[1]))  # so that forwards waste little on padding
-        measured = self._fitting(lambda rows: self._means(long, rows)) if long else []
-        found = dict(zip(long, measured, strict=True))
-        return [found.get(pair, math.nan) for pair in said]
+    def incoherent(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[bool]:
+        """Return which responses are incoherent; short ones never are."""
+        if self.bound == -math.inf:
+            return [False] * len(responses)
+        return [mean < self.bound for mean in self.mean_log_probabilities(prompts, responses)]
+
+    def mean_log_probabilities(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[float]:
+        """Return each response's mean log-probability per token, in nats.
+
+        Its opening does not count. Responses that are too short have nan.
+        """
+        pairs = [(tuple(prompt), tuple(response)) for prompt, response in zip(prompts, responses, strict=True)]
+        # Similar edits often give the same response: each is measured once.
+        judged = [pair for pair in dict.fromkeys(pairs) if len(pair[1]) >= OPENING + LEAST]
+        judged.sort(key=lambda pair: len(pair[1]))  # less padding
+        means = self.batches.row_limit.fit(lambda rows: self._measure(judged, rows)) if judged else []
+        mean_of = dict(zip(judged, means, strict=True))
+        return [mean_of.get(pair, math.nan) for pair in pairs]
 
     @torch.inference_mode()
-    def _means(self, said: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], rows: int) -> list[float]:
-        found: list[float] = []
-        if not self._loaded.architecture.manner.padded:
+    def _measure(self, pairs: Sequence[_Pair], rows: int) -> list[float]:
+        loaded = self.batches.loaded
+        means: list[float] = []
+        if not loaded.architecture.batching.padded:
             rows = 1
-        while len(found) < len(said):
-            start = len(found)
-            # A forward has logits for no more positions than rows were planned for.
-            longest = max(len(answer) for _, answer in said[start : start + rows])
-            part = said[start : start + max(1, rows // longest)]
-            forced = [[*prompt, *answer[:-1]] for prompt, answer in part]
-            count = max(len(answer) for _, answer in part) - OPENING
-            logits = last_logits(self._loaded.model, forced, count)
-            for row, (_, answer) in zip(logits, part, strict=True):
-                words = torch.tensor(answer[OPENING:], device=row.device)
-                own = row[-len(words) :].to(torch.float32).log_softmax(-1)
-                found.append(float(own.gather(1, words[:, None]).mean()))
-        return found
+        while len(means) < len(pairs):
+            start = len(means)
+            # `rows` bounds the positions with logits in a forward.
+            longest = max(len(response) for _, response in pairs[start : start + rows])
+            batch = pairs[start : start + max(1, rows // longest)]
+            forced = [[*prompt, *response[:-1]] for prompt, response in batch]
+            count = max(len(response) for _, response in batch) - OPENING
+            logits = last_logits(loaded.model, forced, count)
+            for row, (_, response) in zip(logits, batch, strict=True):
+                tokens = torch.tensor(response[OPENING:], device=row.device)
+                log_probabilities = row[-len(tokens) :].to(torch.float32).log_softmax(-1)
+                means.append(float(log_probabilities.gather(1, tokens[:, None]).mean()))
+        return means

@@ -1,4 +1,4 @@
-"""Refusals told by natural-language inference: does an answer entail that it is one?"""
+"""Refusals by natural-language inference: does a response entail that it is a refusal?"""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _MOST_TOKENS = 512
 
 
 class Entailment:
-    """A model that was trained on natural-language inference, and the hypothesis that a text is a refusal."""
+    """Tests with an entailment classifier whether texts are refusals."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Find the model's labels.
+        """Find the classifier's labels.
 
         Args:
-            model: A classifier of pairs of texts, one of its labels entailment.
+            model: A classifier of text pairs with a label for entailment.
             tokenizer: Its tokenizer.
 
         Raises:
-            ImpossibleJobError: It has no such label.
+            ImpossibleJobError: The model has no such label.
         """
         self._model = model
         self._tokenizer = tokenizer
@@ -40,21 +40,21 @@ class Entailment:
                 f"the labels of {tokenizer.name_or_path} are {', '.join(labels)}, and none is entailment",
                 remedy="choose a model for zero-shot classification as scoring.nli_model",
             )
-        # As zero-shot classification does: what is neutral says nothing. Without a label against it, all others are.
+        # As in zero-shot classification, neutral does not count. Without a contradiction label, all others oppose.
         against = [number for name, number in labels.items() if name.startswith("contra")]
         self._labels = [self._yes, *(against or [number for number in labels.values() if number != self._yes])]
 
     @classmethod
     def loaded(cls, name: str, settings: LoadingSettings, say: Callable[[str], None]) -> Self:
-        """Load a model from a folder or from the Hub.
+        """Load a classifier from a folder or from the Hub.
 
         Args:
             name: A folder, or NAME[@REVISION] on the Hub.
-            settings: Which device it goes to.
-            say: Told of progress.
+            settings: Settings with the device.
+            say: Receives progress.
 
         Raises:
-            JobError: It is not there or of another kind.
+            JobError: It does not exist or is no classifier.
         """
         source = parse_model(name)
         folder = fetch_model(source, list_model(source, None, say), say)
@@ -73,8 +73,8 @@ class Entailment:
 
     @torch.inference_mode()
     def refused(self, answers: Sequence[str]) -> list[bool]:
-        """Return whether each answer is a refusal: empty, or entailment likelier than contradiction."""
-        found: list[bool] = []
+        """Return whether each response is empty, or a refusal rather than not."""
+        refusals: list[bool] = []
         for start in range(0, len(answers), _ROWS):
             batch = list(answers[start : start + _ROWS])
             inputs = self._tokenizer(
@@ -85,6 +85,6 @@ class Entailment:
                 max_length=min(_MOST_TOKENS, self._tokenizer.model_max_length),
                 return_tensors="pt",
             ).to(self._model.device)
-            likely = self._model(**inputs).logits[:, self._labels].float().softmax(-1)[:, 0]
-            found += [not text.strip() or share >= 0.5 for text, share in zip(batch, likely.tolist(), strict=True)]
-        return found
+            entailed = self._model(**inputs).logits[:, self._labels].float().softmax(-1)[:, 0]
+            refusals += [not text.strip() or share >= 0.5 for text, share in zip(batch, entailed.tolist(), strict=True)]
+        return refusals

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,17 +13,16 @@ from job.export.directions_file import write_edit_file
 from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, copy_licences, seal_made, verify_written, write_weights
 from job.export.reproduction import base_model_name, reproduction
-from job.export.verification import MeasuredEdit
+from job.export.verification import MeasuredEdit, is_exact
 from job.lifecycle.running import OpenJob
 from job.model.loading import LoadedModel, load_model
 from job.model.memory import release_memory
 from job.model.placement import let_go
 from job.model.safetensors_files import Checkpoint
-from job.records import DetectorReport, EditParameters, ExportFormat, Figures, KeptAnswers, Trial
-from job.scoring.broken import Exchange
+from job.records import DetectorReport, EditParameters, ExportFormat, Figures, Trial
 from job.scoring.detectors import Context, detect
-from job.scoring.trial_scorer import Evaluator
-from job.stages.measuring import evaluator_of
+from job.scoring.report_metrics import JudgedResponses, ReportMetrics
+from job.stages.measuring import metrics_of
 from job.stages.model import require_resident
 from job.stages.session import ModelSession
 from job.storage.answers import keep_answers
@@ -110,40 +109,47 @@ class _Measurement:
             ExportMismatchError: The export, loaded afresh, is not what was measured.
         """
         session, prompts = self.session, self.session.prompts
-        base = self._evaluator(session.model, prompts.good_report, prompts.bad_report)
-        plain = base.answers(None)
+        base = self._metrics(session.model, prompts.good_report, prompts.bad_report)
+        plain = base.responses()
         edits = session.hooks.activate([parameters])
-        answers = base.answers(edits)
-        # What the base model says of them has to be had while it is there; the export is proven to answer alike.
-        unlikely = base.gibberish(answers)
-        before = base.figures(answers=plain, heard=self._keeper("base"))
-        heard = self._keeper(self.export.name)
+        responses = base.responses(edits)
+        # The base model judges coherence while it is loaded; the export is proven to respond alike.
+        incoherence = base.incoherence_test(plain)
+        incoherent = incoherence.flags(responses)
+        before = base.judge(plain, incoherence.flags(plain))
+        self._keep(before, "base")
+        reference = base.reference()
         if self.form == "directions":  # an edit without weights: measured under its hooks
-            after = base.figures(base, edits, answers, unlikely, heard)
+            after = base.judge(responses, incoherent)
+            divergences = reference.divergences(base.batches, edits)
         else:
-            base.refer()
-            reported = self._evaluator(self._proven(parameters), prompts.good_report, prompts.bad_report)
-            answers = reported.answers(None)
-            after = reported.figures(base, answers=answers, gibberish=unlikely, heard=heard)
-        for subject, figures in (("base", before), (self.export.name, after)):
+            reported = self._metrics(self._proven(parameters), prompts.good_report, prompts.bad_report)
+            after = reported.judge(reported.responses(), incoherent)
+            divergences = reference.divergences(reported.batches)
+        self._keep(after, self.export.name)
+        figures = before.figures(base.kl_tokens), after.figures(base.kl_tokens, divergences)
+        for subject, one in zip(("base", self.export.name), figures, strict=True):
             file = self._job.folder.figures_file(subject)
             make_folder(file.parent)
-            write_record(file, figures)
-        detected = self._detected(base.exchanges(plain), base.exchanges(answers, unlikely))
-        write_record(self._job.folder.detectors_file(self.export.name), detected)
-        return before, after
+            write_record(file, one)
+        write_record(self._job.folder.detectors_file(self.export.name), self._detected(before, after))
+        return figures
 
     def _proven(self, parameters: EditParameters) -> LoadedModel:
         """Return the export, loaded in the base model's place and compared with the edit on the search split."""
-        session, model = self.session, self.session.model
-        exact = self.form == "adapter" or Checkpoint(model.folder).keeps(model.architecture, torch.float32)
-        rows = self._job.resolution.rows
-        measured = MeasuredEdit.of(session.scorer, session.hooks, parameters, rows, exact)
-        fresh = self._reloaded()
-        searched = self._evaluator(fresh, session.prompts.good_search, session.prompts.bad_search)
-        found = measured.compare(searched, session.scorer)
+        measured = self._measured_edit(parameters)
+        fresh, prompts = self._reloaded(), self.session.prompts
+        found = measured.compare(self._metrics(fresh, prompts.good_search, prompts.bad_search))
         self._job.events.emit("export_proven", f"the export was loaded afresh: {found}")
         return fresh
+
+    def _measured_edit(self, parameters: EditParameters) -> MeasuredEdit:
+        """Return what the reloaded export must agree with, measured on the search split."""
+        session, model = self.session, self.session.model
+        held = self.form == "adapter" or Checkpoint(model.folder).keeps(model.architecture, torch.float32)
+        if held and is_exact(model):
+            return MeasuredEdit.by_responses(session.scorer.metrics, session.hooks, parameters)
+        return MeasuredEdit.by_scores(session.scorer.trials, session.hooks, parameters, self._job.resolution.rows)
 
     def _reloaded(self) -> LoadedModel:
         base, job = self.session.model, self._job
@@ -155,14 +161,15 @@ class _Measurement:
             fresh = with_adapter(fresh, self.export)
         return replace(fresh, response_prefix=job.resolution.response_prefix)
 
-    def _detected(self, before: Sequence[Exchange], after: Sequence[Exchange]) -> DetectorReport:
-        """Return what the detectors say of the base model's answers and of the edited one's."""
+    def _detected(self, before: JudgedResponses, after: JudgedResponses) -> DetectorReport:
+        """Return what the detectors say of the base model's responses and of the edited one's."""
         scoring = self._job.settings.scoring
         context = Context(scoring, self._job.settings.loading, self._job.events.say)
-        return detect(scoring.detectors, context, before, after, len(self.session.prompts.good_report))
+        prompts = len(self.session.prompts.good_report)
+        return detect(scoring.detectors, context, before.exchanges, after.exchanges, prompts)
 
-    def _evaluator(self, model: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt]) -> Evaluator:
-        return evaluator_of(model, self._job.settings, good, bad, self._job.resolution.rows, self._job.events)
+    def _metrics(self, model: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt]) -> ReportMetrics:
+        return metrics_of(model, self._job.settings, good, bad, self._job.resolution.rows, self._job.events)
 
-    def _keeper(self, subject: str) -> Callable[[KeptAnswers], None]:
-        return lambda heard: keep_answers(self._job.folder, subject, heard, self.session.prompts)
+    def _keep(self, judged: JudgedResponses, subject: str) -> None:
+        keep_answers(self._job.folder, subject, judged.kept, self.session.prompts)

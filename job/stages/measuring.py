@@ -3,43 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from job.config.schema import Settings
 from job.data.prompts import Prompt
+from job.edits.hooks import Intervention
 from job.model.loading import LoadedModel
-from job.scoring.trial_scorer import Evaluator
+from job.records import EditParameters, Figures, TrialScores
+from job.scoring.likelihood import IncoherenceTest
+from job.scoring.prompt_batches import PromptBatches
+from job.scoring.report_metrics import ReportMetrics
+from job.scoring.trial_scorer import TrialScorer
 from job.storage.events import Events
 from job.text.refusal_markers import RefusalMarkers
 
 
-def evaluator_of(
-    loaded: LoadedModel,
-    settings: Settings,
-    good: Sequence[Prompt],
-    bad: Sequence[Prompt],
-    rows: int,
-    events: Events,
-    kl_tokens: int | None = None,
-) -> Evaluator:
-    """Return what measures a model on good and bad prompts as the settings say.
+def metrics_of(
+    model: LoadedModel, settings: Settings, good: Sequence[Prompt], bad: Sequence[Prompt], rows: int, events: Events
+) -> ReportMetrics:
+    """Return metrics of a model on good and bad prompts, as the settings say.
 
     Args:
-        loaded: The model.
-        settings: How answers are judged.
+        model: The model.
+        settings: How responses are judged.
         good: Prompts that KL is measured on.
         bad: Prompts whose refusals are counted.
-        rows: Rows of a forward.
-        events: Told where memory does not suffice for so many.
-        kl_tokens: Positions that KL is a mean over, None for what the settings say.
+        rows: Rows per forward.
+        events: Receives a warning when memory does not suffice for so many.
     """
-    return Evaluator(
-        loaded,
-        good,
-        bad,
-        markers=RefusalMarkers(settings.scoring.refusal_markers),
-        answer_tokens=settings.scoring.answer_tokens,
-        rows=rows,
-        kl_tokens=kl_tokens or settings.kl_tokens,
-        report=events.say,
-        gibberish=settings.scoring.gibberish,
+    return ReportMetrics(
+        PromptBatches.of(model, good, bad, rows, report=events.say),
+        RefusalMarkers(settings.scoring.refusal_markers),
+        settings.scoring.answer_tokens,
+        settings.kl_tokens,
+        settings.scoring.gibberish,
     )
+
+
+def scorer_of(metrics: ReportMetrics) -> TrialScorer:
+    """Return a scorer of edits that judges responses as the base model's metrics do."""
+    return TrialScorer.measured(metrics.batches, metrics.markers, metrics.response_tokens, metrics.kl_tokens)
+
+
+class EditScorer:
+    """Scores edits on the search split; what the base model says there is measured once, on first use.
+
+    Attributes:
+        metrics: Measures the base model on the search split.
+    """
+
+    def __init__(self, metrics: ReportMetrics, hooks: Intervention, settings: Settings) -> None:
+        self.metrics = metrics
+        self._hooks = hooks
+        self._settings = settings
+
+    @cached_property
+    def trials(self) -> TrialScorer:
+        """Scores batches of edits."""
+        return scorer_of(self.metrics)
+
+    @cached_property
+    def incoherence(self) -> IncoherenceTest:
+        """Tells incoherent responses; calibrated by `baseline`, else on first use."""
+        return self.metrics.incoherence_test()
+
+    def baseline(self) -> Figures:
+        """Return the base model's figures."""
+        responses = self.metrics.responses()
+        self.incoherence = self.metrics.incoherence_test(responses)
+        judged = self.metrics.judge(responses, self.incoherence.flags(responses))
+        return judged.figures(self.metrics.kl_tokens)
+
+    def scores(self, edits: Sequence[EditParameters], rows: int, whole: bool) -> Sequence[TrialScores]:
+        """Score edits in one batch.
+
+        Args:
+            edits: The edits.
+            rows: Rows of a forward.
+            whole: On responses of full length, none left out; else as the search does.
+        """
+        searched = self._settings.scoring.effective_search_tokens
+        if whole:
+            return self.trials.full_scores(
+                self._hooks, edits, rows, search_tokens=searched, incoherence=self.incoherence
+            )
+        limit = self._settings.skip_kl_above
+        return self.trials.scores(self._hooks, edits, rows, skip_kl_above=limit, response_tokens=searched)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from job.architectures.discovery import decoder_of
 from job.architectures.spec import require_modes
 from job.config.schema import Settings
-from job.data.prompts import PromptSets
+from job.data.prompts import Prompt, PromptSets
 from job.directions.response_prefix import with_response_prefix
 from job.errors import ImpossibleJobError
 from job.lifecycle.running import OpenJob
@@ -25,7 +24,8 @@ from job.model.safetensors_files import Checkpoint
 from job.preflight.checks import size
 from job.proof.truth_test import inspect_model
 from job.records import ExportFormat, Resolution
-from job.stages.measuring import evaluator_of
+from job.scoring.trial_scorer import TrialScorer
+from job.stages.measuring import metrics_of, scorer_of
 from job.tuning.batch_size import Tuner
 
 # Rows of a forward where preflight found no plan and was allowed to; halved until they fit.
@@ -99,9 +99,12 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, norms: tuple
     workers = worker_count(settings, model)
     together = settings.batching.trials or -(-settings.trials_per_batch // workers)
     if settings.tune:
-        evaluator = partial(evaluator_of, model, settings, events=job.events)
+
+        def scorer(good: Sequence[Prompt], bad: Sequence[Prompt], rows: int) -> TrialScorer:
+            return scorer_of(metrics_of(model, settings, good, bad, rows, job.events))
+
         place, batch = job.folder.path.parent, min(together, settings.trials_per_batch)
-        rows = Tuner(place, record, settings, prompts, model, evaluator, batch, workers, job.events).rows(rows)
+        rows = Tuner(place, record, settings, prompts, model, scorer, batch, workers, job.events).rows(rows)
     job.file.pin(
         resolution=Resolution(
             dtype=model.dtype,

@@ -75,7 +75,7 @@ def search(job: RunningJob, session: ModelSession, pool: WarmWorkerPool) -> list
 
 
 def _measure_baseline(job: RunningJob, session: ModelSession) -> None:
-    figures = session.scorer.figures()
+    figures = session.scorer.baseline()
     job.events.emit(
         "baseline",
         f"base model: {figures.refusals} of {figures.bad_prompts} bad prompts refused, "
@@ -179,7 +179,7 @@ class PlanEvaluator:
         edit = self.session.space.edit
         rounds = [(plan, parts_of(plan, [edit(params) for params in plan.parameters])) for plan in plans]
         try:
-            return self.shared(rounds, self.session.scores)
+            return self.shared(rounds, self.session.scorer.scores)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,10 +14,8 @@ from job.lifecycle.model_folder import model_folder
 from job.lifecycle.running import OpenJob
 from job.model.loading import LoadedModel
 from job.numerics.basis import Basis
-from job.records import EditParameters, TrialScores
-from job.scoring.trial_scorer import Evaluator
 from job.search.space import SearchSpace
-from job.stages.measuring import evaluator_of
+from job.stages.measuring import EditScorer, metrics_of
 from job.stages.model import loaded_model
 
 
@@ -30,7 +28,7 @@ class ModelSession:
         prompts: All prompt sets.
         model: The base model.
         basis: The directions of all layers.
-        scorer: Measures on the search split.
+        scorer: Scores edits on the search split.
         hooks: The hooks on the base model, in place.
     """
 
@@ -38,27 +36,13 @@ class ModelSession:
     prompts: PromptSets
     model: LoadedModel
     basis: Basis
-    scorer: Evaluator
+    scorer: EditScorer
     hooks: Intervention
 
     @property
     def space(self) -> SearchSpace:
         """The space of edits."""
         return SearchSpace(self.job.settings.search.space, self.job.resolution.layers, self.basis.size)
-
-    def scores(self, edits: Sequence[EditParameters], rows: int, whole: bool) -> Sequence[TrialScores]:
-        """Score edits in one batch.
-
-        Args:
-            edits: The edits.
-            rows: Rows of a forward.
-            whole: On responses of full length, none left out; else as the search does.
-        """
-        settings = self.job.settings
-        searched = settings.scoring.effective_search_tokens
-        if whole:
-            return self.scorer.scores(self.hooks, edits, rows, again_after=searched)
-        return self.scorer.scores(self.hooks, edits, rows, skip_kl_above=settings.skip_kl_above, answer_tokens=searched)
 
 
 def prompt_residuals(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> PromptResiduals:
@@ -82,9 +66,9 @@ def prompt_residuals(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> P
 def model_session(job: OpenJob, model: LoadedModel, basis: Basis, prompts: PromptSets) -> Iterator[ModelSession]:
     """Yield a loaded model with its hooks in place."""
     settings = job.settings
-    scorer = evaluator_of(model, settings, prompts.good_search, prompts.bad_search, job.resolution.rows, job.events)
+    metrics = metrics_of(model, settings, prompts.good_search, prompts.bad_search, job.resolution.rows, job.events)
     with Intervention(model.model, model.architecture, basis, settings.ablation.row_normalization) as hooks:
-        yield ModelSession(job, prompts, model, basis, scorer, hooks)
+        yield ModelSession(job, prompts, model, basis, EditScorer(metrics, hooks, settings), hooks)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from job.model.memory import release_memory
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
 from job.records import JobRecord
-from job.scoring.trial_scorer import Evaluator
+from job.scoring.trial_scorer import TrialScorer
 from job.search.space import SearchSpace
 from job.storage.events import Events
 from job.tuning.layouts import LAYOUTS, Layouts, MeasuredLayout, Remembered, best_of, climb, read_layouts, remember
@@ -57,7 +57,7 @@ class Tuner:
         settings: Its settings.
         prompts: Its prompts.
         loaded: Its model, with the response prefix.
-        evaluator: Makes an evaluator on good and bad prompts with so many rows.
+        scorer: Makes a scorer on good and bad prompts with so many rows; what trials are compared with is measured.
         together: Trials that share their forwards.
         workers: Processes that evaluate trials on this machine.
         events: Where progress goes.
@@ -68,7 +68,7 @@ class Tuner:
     settings: Settings
     prompts: PromptSets
     loaded: LoadedModel
-    evaluator: Callable[[Sequence[Prompt], Sequence[Prompt], int], Evaluator]
+    scorer: Callable[[Sequence[Prompt], Sequence[Prompt], int], TrialScorer]
     together: int
     workers: int
     events: Events
@@ -221,12 +221,10 @@ class Tuner:
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.settings.seed))
         edits = [space.edit(study.ask(space.distributions()).params) for _ in range(self.together)]
         good, bad = (_spread(found, prompts) for found in self._sets)
-        evaluator = self.evaluator(good, bad, rows)
-        # Measured by neither: the search does so once.
-        _ = evaluator.reference, evaluator.base_openings
+        scorer = self.scorer(good, bad, rows)
         scoring, limit = self.settings.scoring, self.settings.skip_kl_above
-        return lambda rows: evaluator.scores(
-            intervention, edits, rows, skip_kl_above=limit, answer_tokens=scoring.effective_search_tokens
+        return lambda rows: scorer.scores(
+            intervention, edits, rows, skip_kl_above=limit, response_tokens=scoring.effective_search_tokens
         )
 
 

@@ -21,18 +21,17 @@ from pathlib import Path
 from job.model.device_faults import halving
 from job.model.loading import load_model
 from job.directions.residuals import extract_residuals
-from job.scoring.trial_scorer import Evaluator
+from job.scoring.prompt_batches import PromptBatches
+from job.scoring.report_metrics import ReportMetrics
 from job.data.prompts import Prompt
 from job.text.refusal_markers import RefusalMarkers
 from tests.helpers import loading
 loaded = load_model(Path(sys.argv[1]), loading("float32"), lambda _: None)
 prompts = [Prompt(user="Where is the red kettle kept? " * 10) for _ in range(256)]
 told = []
-def figures(rows):
-    return Evaluator(loaded, prompts, prompts[:8], markers=RefusalMarkers(["sorry"]), answer_tokens=4, rows=rows,
-                     report=told.append)
 def answers(rows):
-    return [answer.tokens for answer in figures(rows).answers(None)]
+    batches = PromptBatches.of(loaded, prompts, prompts[:8], rows, report=told.append)
+    return [response.tokens for response in ReportMetrics(batches, RefusalMarkers(["sorry"]), 4).responses()]
 expected = answers(2)
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 60_000_000, resource.RLIM_INFINITY))

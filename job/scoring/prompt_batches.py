@@ -1,0 +1,196 @@
+"""The prompts of one model in batches: what scoring the search and measuring the report share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import torch
+
+from job.data.prompts import Prompt
+from job.edits.hooks import ActiveEdits
+from job.generation.answer import Answer
+from job.generation.forward import RowTrials, read_tokens, shared_prefix
+from job.generation.greedy import greedy_answers
+from job.generation.kv_cache import SharedPrefix, common_prefix, writable_slots
+from job.model.device_faults import halving
+from job.model.loading import LoadedModel
+
+T = TypeVar("T")
+# A shorter prefix saves less than the forward that computes it once takes (measured, docs/lab-notes.md).
+LEAST_PREFIX = 2
+
+
+class RowLimit:
+    """Rows per forward, halved for good whenever memory runs out."""
+
+    def __init__(self, rows: int, report: Callable[[str], None]) -> None:
+        """Start with `rows` rows; `report` receives a warning for every halving."""
+        self._rows = rows
+        self._report = report
+
+    def fit(self, compute: Callable[[int], T]) -> T:
+        """Return `compute(rows)`, retried with half the rows when memory runs out.
+
+        Raises:
+            MachineError: Memory does not suffice for one row.
+        """
+        result, self._rows = halving(self._rows, compute, self._report)
+        return result
+
+
+@dataclass(frozen=True)
+class TokenizedPrompts:
+    """Prompts with their token ids, shortest first to save padding."""
+
+    prompts: tuple[Prompt, ...]
+    tokens: tuple[list[int], ...]
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, prompts: Sequence[Prompt]) -> Self:
+        """Tokenize prompts and sort them by length."""
+        tokens = loaded.tokenize(prompts)
+        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+        return cls(tuple(prompts[index] for index in order), tuple(tokens[index] for index in order))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class TrialRows:
+    """Makes rows with their trial's edit and shared-prefix KV cache.
+
+    Attributes:
+        trials: Number of trials; their indices begin with 0.
+        edits: The trials' active edits; None: the unedited model.
+        prefix: KV cache of the prompts' shared prefix for every trial; None: no shared prefix.
+        device: Device of the model's inputs.
+    """
+
+    trials: int
+    edits: ActiveEdits | None
+    prefix: SharedPrefix | None
+    device: torch.device
+
+    def rows(self, trials: Sequence[int], prompts: int) -> RowTrials:
+        """Return the rows for so many prompts per trial, [len(trials) * prompts].
+
+        The rows of one trial are adjacent.
+        """
+        owners = torch.tensor(trials, device=self.device).repeat_interleave(prompts)
+        return RowTrials(owners, self.edits, self.prefix)
+
+
+@dataclass(frozen=True)
+class PromptBatches:
+    """Good and bad prompts of one model, cut into batches.
+
+    Attributes:
+        loaded: The model.
+        good: Good prompts: KL is measured on them.
+        bad: Bad prompts: their refusals are counted.
+        prefix: Token ids that all prompts start with, read once per trial; empty if that is impossible or too short.
+        read_tokens: Prompt tokens per forward that suit the device; None: no limit.
+        row_limit: Rows per forward.
+    """
+
+    loaded: LoadedModel
+    good: TokenizedPrompts
+    bad: TokenizedPrompts
+    prefix: list[int]
+    read_tokens: int | None
+    row_limit: RowLimit
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LoadedModel,
+        good: Sequence[Prompt],
+        bad: Sequence[Prompt],
+        rows: int,
+        *,
+        report: Callable[[str], None] = lambda _: None,
+        least_prefix: int = LEAST_PREFIX,
+    ) -> Self:
+        """Tokenize the prompts and find their shared prefix.
+
+        Args:
+            loaded: The model.
+            good: Good prompts.
+            bad: Bad prompts.
+            rows: Rows per forward, all trials together.
+            report: Receives a warning when memory does not suffice for so many rows.
+            least_prefix: Shortest shared prefix, in tokens, that is read once per trial.
+        """
+        own_good, own_bad = TokenizedPrompts.of(loaded, good), TokenizedPrompts.of(loaded, bad)
+        common = common_prefix([*own_good.tokens, *own_bad.tokens])[: writable_slots(loaded.model)]
+        shared = loaded.architecture.batching.shared and len(common) >= least_prefix
+        row_limit = RowLimit(rows, report)
+        return cls(loaded, own_good, own_bad, common if shared else [], read_tokens(loaded.model), row_limit)
+
+    @property
+    def everything(self) -> list[list[int]]:
+        """Token ids of all prompts, good ones first."""
+        return [*self.good.tokens, *self.bad.tokens]
+
+    def trial_rows(self, edits: ActiveEdits | None, trials: int = 1) -> TrialRows:
+        """Read the shared prefix once under the edit of every trial."""
+        prefix = shared_prefix(self.loaded.model, self.prefix, trials, edits) if self.prefix else None
+        return TrialRows(trials, edits, prefix, self.loaded.device)
+
+    def reading(
+        self, prompts: Sequence[list[int]], trial_rows: TrialRows, rows: int, positions: int = 1
+    ) -> Iterator[tuple[list[list[int]], RowTrials]]:
+        """Yield batches for one forward each, with all trials' rows.
+
+        Args:
+            prompts: Token ids of each prompt, shortest first.
+            trial_rows: The trials.
+            rows: Most positions with logits in a forward, all trials together.
+            positions: Positions with logits per row.
+        """
+        trials = trial_rows.trials
+        tokens = None if self.read_tokens is None else self.read_tokens // trials
+        most = max(1, rows // (trials * positions))
+        for batch in self.loaded.architecture.batching.chunks(prompts, most, positions, tokens):
+            yield batch, trial_rows.rows(range(trials), len(batch))
+
+    def generating(
+        self, prompts: Sequence[list[int]], trial_rows: TrialRows, rows: int, trials: Sequence[int] = (0,)
+    ) -> Iterator[tuple[list[list[int]], RowTrials]]:
+        """Yield batches to decode, with the rows of the given trials."""
+        for batch in self.loaded.architecture.batching.chunks(prompts, max(1, rows // len(trials))):
+            yield batch, trial_rows.rows(trials, len(batch))
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        rows: RowTrials,
+        limit: int,
+        *,
+        openings: Sequence[int] | None = None,
+        decided: Callable[[int, list[int]], bool] | None = None,
+    ) -> list[Answer]:
+        """Decode one batch greedily; the parameters are those of `greedy_answers`."""
+        return greedy_answers(
+            self.loaded.model,
+            prompts,
+            limit=limit,
+            end_tokens=self.loaded.end_tokens,
+            openings=openings,
+            decided=decided,
+            rows=rows,
+            batching=self.loaded.architecture.batching,
+        )
+
+    def responses(
+        self, prompts: Sequence[list[int]], limit: int, rows: int, edits: ActiveEdits | None = None
+    ) -> list[Answer]:
+        """Generate whole responses of up to `limit` tokens.
+
+        Active edits make it the model under edit 0.
+        """
+        batches = self.generating(prompts, self.trial_rows(edits), rows)
+        return [answer for batch, owners in batches for answer in self.generate(batch, owners, limit)]

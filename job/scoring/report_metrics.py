@@ -1,0 +1,138 @@
+"""Metrics for reports: whole responses of one model to all prompts, and the figures made of them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from job.edits.hooks import ActiveEdits
+from job.generation.answer import Answer
+from job.numerics.statistics import mean_interval
+from job.records import Figures, KeptAnswer, KeptAnswers
+from job.scoring.broken import Exchange
+from job.scoring.kl import KLReference
+from job.scoring.likelihood import IncoherenceTest
+from job.scoring.prompt_batches import PromptBatches
+from job.text.refusal_markers import RefusalMarkers
+
+
+@dataclass(frozen=True)
+class JudgedResponses:
+    """Responses of one model to the good and to the bad prompts.
+
+    Attributes:
+        good: Good prompts with their responses.
+        bad: Bad prompts with their responses.
+        good_refused: Which good prompts were refused.
+        bad_refused: Which bad prompts were refused.
+    """
+
+    good: list[Exchange]
+    bad: list[Exchange]
+    good_refused: list[bool]
+    bad_refused: list[bool]
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """All prompts with their responses, good ones first."""
+        return [*self.good, *self.bad]
+
+    @property
+    def kept(self) -> KeptAnswers:
+        """The responses as the run folder stores them."""
+        return KeptAnswers(good=_kept(self.good, self.good_refused), bad=_kept(self.bad, self.bad_refused))
+
+    def figures(self, kl_tokens: int, divergences: Sequence[float] | None = None) -> Figures:
+        """Return the model's figures.
+
+        Args:
+            kl_tokens: Positions that KL is a mean over.
+            divergences: KL divergence from the base model for every good prompt, in nats; None for the base model.
+        """
+        good_broken, bad_broken = ([exchange.broken for exchange in kind] for kind in (self.good, self.bad))
+        return Figures(
+            bad_prompts=len(self.bad),
+            refusals=sum(self.bad_refused),
+            good_prompts=len(self.good),
+            false_refusals=sum(self.good_refused),
+            degenerate=sum(bad_broken),
+            false_degenerate=sum(good_broken),
+            unanswered=sum(map(operator.or_, self.bad_refused, bad_broken)),
+            kl=math.fsum(divergences) / len(divergences) if divergences is not None else None,
+            kl_interval=mean_interval(divergences) if divergences is not None else None,
+            kl_tokens=kl_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class ReportMetrics:
+    """Measures one model on whole responses, with or without an edit.
+
+    Attributes:
+        batches: The model's prompts.
+        markers: Refusal markers.
+        response_tokens: Longest response.
+        kl_tokens: Positions of the base model's responses that KL is a mean over.
+        incoherence_margin: Margin of `IncoherenceTest.calibrated`.
+    """
+
+    batches: PromptBatches
+    markers: RefusalMarkers
+    response_tokens: int
+    kl_tokens: int = 1
+    incoherence_margin: float | None = None
+
+    def responses(self, edits: ActiveEdits | None = None) -> list[Answer]:
+        """Generate whole responses to all prompts, good ones first.
+
+        Active edits make it the model under edit 0.
+        """
+        return self._responses(self.batches.everything, edits)
+
+    def good_responses(self) -> list[Answer]:
+        """Generate the model's whole responses to the good prompts alone."""
+        return self._responses(self.batches.good.tokens, None)
+
+    def _responses(self, prompts: Sequence[list[int]], edits: ActiveEdits | None) -> list[Answer]:
+        batches, limit = self.batches, self.response_tokens
+        return batches.row_limit.fit(lambda rows: batches.responses(prompts, limit, rows, edits))
+
+    def reference(self) -> KLReference:
+        """Measure the reference for KL divergence from this model."""
+        return KLReference.measured(self.batches, self.kl_tokens)
+
+    def incoherence_test(self, responses: Sequence[Answer] | None = None) -> IncoherenceTest:
+        """Calibrate the incoherence test on this model, the base model.
+
+        Args:
+            responses: Its `responses` to all prompts; None: those to the good prompts are generated, if needed.
+        """
+        if responses is None:
+            responses = [] if self.incoherence_margin is None else self.good_responses()
+        good = responses[: len(self.batches.good)]
+        return IncoherenceTest.calibrated(self.batches, self.incoherence_margin, good)
+
+    def judge(self, responses: Sequence[Answer], incoherent: Sequence[bool] | None = None) -> JudgedResponses:
+        """Judge responses to all prompts.
+
+        Args:
+            responses: Responses of a model with this tokenizer, good prompts first.
+            incoherent: Which of them are incoherent (`IncoherenceTest.flags`); None: none is.
+        """
+        prompts = [*self.batches.good.prompts, *self.batches.bad.prompts]
+        exchanges = [
+            Exchange(prompt.user, self.batches.loaded.decode(response.tokens), flag)
+            for prompt, response, flag in zip(prompts, responses, incoherent or [False] * len(prompts), strict=True)
+        ]
+        refused = [self.markers.is_refusal(exchange.answer) for exchange in exchanges]
+        good = len(self.batches.good)
+        return JudgedResponses(exchanges[:good], exchanges[good:], refused[:good], refused[good:])
+
+
+def _kept(exchanges: Sequence[Exchange], refused: Sequence[bool]) -> tuple[KeptAnswer, ...]:
+    return tuple(
+        KeptAnswer(prompt=one.prompt, answer=one.answer, refused=refusal)
+        for one, refusal in zip(exchanges, refused, strict=True)
+    )
