@@ -212,7 +212,7 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
         "import os, sys\nfrom pathlib import Path\nfrom job.preflight.disk import DiskNeed, disk_checks\n"
         "os.chdir(sys.argv[1])\nif not os.geteuid(): os.setuid(65534)\n"
         "for path in ('.', 'closed/below'):\n"
-        "    for check in disk_checks([Need(path=Path(path), bytes=1, what='x')]):\n"
+        "    for check in disk_checks([DiskNeed(path=Path(path), bytes=1, what='x')]):\n"
         "        if check.status == 'fail': print(check.name, check.measured)"
     )
     # Coverage could not write its data as that user.

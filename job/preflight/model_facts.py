@@ -154,15 +154,7 @@ def model_facts(config: Mapping[str, Any], tensors: Tensors) -> ModelFacts:
     """
     text = _with_usual_names({**config, **config.get("text_config", {})})
     tensors = undone(config, tensors)
-    try:
-        layers, hidden, vocab = (int(text[key]) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
-        # State spaces have none; what they compute at a time is counted as attention of usual heads would be.
-        heads = int(text.get("num_attention_heads") or max(1, hidden // _HEAD_SIZE))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ImpossibleJobError(
-            f"config.json does not describe a decoder: {error} is missing or no number",
-            remedy="choose a causal language model in Hugging Face format",
-        ) from error
+    layers, hidden, vocab, heads = _dimensions(text)
     # A tied head that the files hold nevertheless takes no memory of its own.
     tied = bool(text.get("tie_word_embeddings", False)) or not any(_HEAD.search(name) for name in tensors)
     groups = _grouped(tensors, layers, tied)
@@ -217,6 +209,20 @@ def undone(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     if quantisation is None:
         return tensors
     return {plain.name: (plain.dtype, plain.shape) for plain in plain_tensors(quantisation, tensors)}
+
+
+def _dimensions(text: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """Return the number of layers, the width of the stream, the size of the vocabulary and the number of heads."""
+    try:
+        layers, hidden, vocab = (int(text[key]) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
+        # State spaces have none; what they compute at a time is counted as attention of usual heads would be.
+        heads = int(text.get("num_attention_heads") or max(1, hidden // _HEAD_SIZE))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ImpossibleJobError(
+            f"config.json does not describe a decoder: {error} is missing or no number",
+            remedy="choose a causal language model in Hugging Face format",
+        ) from error
+    return layers, hidden, vocab, heads
 
 
 def _head_dims(text: Mapping[str, Any], default: int) -> tuple[int, int]:
