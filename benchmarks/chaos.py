@@ -37,8 +37,8 @@ import psutil
 from job.errors import HeldError
 from job.mirror.options import PACE
 from job.storage.events import read_events
+from tests.fakes.s3_server import BUCKET, KEY_ID, SECRET, S3Server
 from tests.helpers import COMMAND, abliterate, environment, job_arguments, only_job, stored_trials
-from tests.s3_server import BUCKET, KEY_ID, SECRET, S3Server
 
 # A run among processes of its own; killed with whoever started it.
 APART = ["unshare", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc"]

@@ -23,8 +23,8 @@ from job.export.merged import seal
 from job.records import Manifest
 from job.storage.atomic import read_record, sha256_file
 from job.storage.exports import MANIFEST
-from tests.fault_proxy import FaultProxy
-from tests.hub import LoopbackHub
+from tests.fakes.fault_proxy import FaultProxy
+from tests.fakes.hub import LoopbackHub
 
 MIB = 1 << 20
 REPO, TOKEN = "cook/soup", "hf_CookSendsALotOfSoup01234"
@@ -55,7 +55,7 @@ def upload(
         What the last process reports, and how many were killed.
     """
     end = time.monotonic() + PATIENCE_S
-    command = [sys.executable, "-W", "ignore", "-m", "tests.hub_upload", str(export), f"hf://{REPO}"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.fakes.hub_upload", str(export), f"hf://{REPO}"]
     killed = 0
     for point in [*kills, None]:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 import boto3
 
 from job.records import Manifest
-from tests.fault_proxy import FaultProxy
-from tests.s3_server import BUCKET, KEY_ID, SECRET, S3Server, make_export
+from tests.fakes.fault_proxy import FaultProxy
+from tests.fakes.s3_server import BUCKET, KEY_ID, SECRET, S3Server, make_export
 
 MIB = 1 << 20
 PART_MIB, LANES = 16, 4
@@ -36,7 +36,7 @@ def start(export: Path, state: Path, endpoint: str) -> subprocess.Popen[str]:
         "first_wait_s": 0.05,
         "longest_wait_s": 1.0,
     }
-    command = [sys.executable, "-m", "tests.s3_upload", str(export), URI, str(state), json.dumps(options)]
+    command = [sys.executable, "-m", "tests.fakes.s3_upload", str(export), URI, str(state), json.dumps(options)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 

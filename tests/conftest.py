@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from job.organism.tokenizer import build_tokenizer
 from tests import organisms
-from tests.cloud import RunPodServer, VastServer
+from tests.fakes.cloud import RunPodServer, VastServer
 from tests.helpers import abliterate, job_arguments
 
 pytest_plugins = ["tests.selection"]

@@ -57,16 +57,21 @@ PARTS = {
     "image": Part(
         files=(
             *("Dockerfile", ".dockerignore", "entrypoint.sh", "infra/vast/onstart.sh", "constraints.txt"),
-            *("infra/image/*.txt", "pyproject.toml", "tests/container/*.py"),
+            *("infra/image/*.txt", "pyproject.toml", "tests/system/image/*.py"),
         )
     ),
-    "families": Part((*_EDITING, "tests/test_architectures.py"), packages=_MODELS),
+    "families": Part((*_EDITING, "tests/integration/architectures/test_families.py"), packages=_MODELS),
     "organisms": Part(
         _EDITING,
-        ("job/organism/*.py", "tests/organisms.py", "tests/test_organisms.py", "tests/test_families.py"),
+        (
+            "job/organism/*.py",
+            "tests/organisms.py",
+            "tests/integration/organism/test_shipped.py",
+            "tests/system/test_trained_families.py",
+        ),
         _MODELS,
     ),
-    "checkpoints": Part((*_EDITING, "tests/test_export_large.py"), packages=_MODELS),
+    "checkpoints": Part((*_EDITING, "tests/integration/export/test_large_checkpoints.py"), packages=_MODELS),
     "kills": Part(
         (
             *(
@@ -85,7 +90,7 @@ PARTS = {
             "job/lifecycle/*.py",
             "job/cli/worker.py",
             "tests/helpers.py",
-            "tests/test_run.py",
+            "tests/system/test_run.py",
         ),
         packages=("optuna", "sqlalchemy", "safetensors"),
     ),

@@ -14,9 +14,9 @@ from huggingface_hub.utils import close_session
 
 from job.system import hub_client as client
 from job.transfer.s3 import S3Options
-from tests.hub import LoopbackHub
+from tests.fakes.hub import LoopbackHub
+from tests.fakes.s3_server import BUCKET, KEY_ID, SECRET, S3Server
 from tests.mirrors import Place, put_tree, read_tree
-from tests.s3_server import BUCKET, KEY_ID, SECRET, S3Server
 
 TOKEN = "hf_CookWritesALotOfSoup0123"
 REPO = "cook/mirror"

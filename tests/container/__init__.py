@@ -1,1 +1,0 @@
-"""The real Dockerfile, built and run without a container engine: buildah builds, namespaces and chroot run."""

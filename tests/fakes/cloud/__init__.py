@@ -1,0 +1,7 @@
+"""Rental platforms on the loopback interface, as their documentation describes them."""
+
+from tests.fakes.cloud.platform import KEY, Platform
+from tests.fakes.cloud.runpod import RunPodServer
+from tests.fakes.cloud.vast import VastServer
+
+__all__ = ["KEY", "Platform", "RunPodServer", "VastServer"]

@@ -1,0 +1,293 @@
+"""A hub on the loopback interface, for the real clients of the Hugging Face Hub.
+
+It keeps models and datasets with their commits, lets clients read and write them as the real hub does, breaks where a
+test asks for it, and tells afterwards what was asked and how many bytes went over the wire. It never calls out.
+"""
+
+from __future__ import annotations
+
+import hmac
+import itertools
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Self
+from urllib.parse import quote
+
+from tests.fakes.hub import lfs
+from tests.fakes.hub.api import Api
+from tests.fakes.hub.faults import Faults, Request, Rule
+from tests.fakes.hub.server import Server
+from tests.fakes.hub.store import Blobs, Commit, Repo, Source, Token, now
+
+__all__ = ["Commit", "LoopbackHub", "Repo", "Request", "Rule", "Token"]
+
+MEBIBYTE = 1 << 20
+
+
+class LoopbackHub:
+    """A hub that runs from its construction until it is closed.
+
+    Args:
+        lfs_threshold: text files larger than this many bytes are LFS files; binary ones always are.
+        chunk_size: LFS files larger than this many bytes are uploaded in parts of this size.
+        page_size: how many entries listings return at once; None for what the real hub does.
+    """
+
+    def __init__(
+        self, *, lfs_threshold: int = 10 * MEBIBYTE, chunk_size: int = 16 * MEBIBYTE, page_size: int | None = None
+    ) -> None:
+        self.chunk_size = chunk_size
+        self.page_size = page_size
+        self.started = now()
+        self.closing = threading.Event()
+        self.faults = Faults()
+        # Tracebacks of this server itself: a test of a client should find none.
+        self.errors: list[str] = []
+        # Other hosts that a client which uses this hub as its proxy wanted to reach.
+        self.strays: list[str] = []
+        self._lock = threading.RLock()
+        self._requests: list[Request] = []
+        self._repos: dict[tuple[str, str], Repo] = {}
+        self._tokens: dict[str, Token] = {}
+        self._ids = itertools.count(1)
+        self._secret = secrets.token_bytes(16)
+        self._folder = Path(tempfile.mkdtemp(prefix="loopback-hub-"))
+        self.blobs = Blobs(self._folder, lfs_threshold)
+        self._server = Server(self, Api(self).answer)
+        # The storage is another origin, as it is in reality, so that clients treat redirects to it as they do there.
+        self._storage = Server(self, lambda call: lfs.storage(self, call))
+        self._storage_netloc = self._storage.netloc
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.closing.set()
+        self._server.close()
+        self._storage.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://{self._server.netloc}"
+
+    @property
+    def storage_address(self) -> tuple[str, int]:
+        """Host and port of the storage, for a proxy before it."""
+        return "127.0.0.1", self._storage.server_port
+
+    def reach_storage_at(self, url: str) -> None:
+        """From now on send clients to the storage through a proxy at this URL."""
+        self._storage_netloc = url.removeprefix("http://")
+
+    def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
+        """Return the variables that lead the clients in another process here, and nowhere else.
+
+        Every other host is asked for through a proxy, and that is this hub, which only notes it in `strays`. So the
+        calls of `datasets` to its viewer (at a name made from the endpoint) fail without as much as a name look-up.
+        """
+        proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), self.endpoint)
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_DATASETS_CACHE": str(home / "datasets"),
+            "HF_TOKEN": token or "",
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+            **proxies,
+            **{name.lower(): value for name, value in proxies.items()},
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
+        }
+
+    # What is on the hub
+
+    def add_model(
+        self, repo_id: str, files: Mapping[str, Source] | Path, *, private: bool = False, gated: bool | str = False
+    ) -> Repo:
+        return self.create("model", repo_id, files, private=private, gated=gated)
+
+    def add_dataset(
+        self, repo_id: str, files: Mapping[str, Source] | Path, *, private: bool = False, gated: bool | str = False
+    ) -> Repo:
+        return self.create("dataset", repo_id, files, private=private, gated=gated)
+
+    def create(
+        self,
+        kind: str,
+        repo_id: str,
+        files: Mapping[str, Source] | Path,
+        *,
+        private: bool = False,
+        gated: bool | str = False,
+        author: str = "",
+    ) -> Repo:
+        """Add a repository with one commit; the files are contents or paths by name, or a folder."""
+        if isinstance(files, Path):
+            folder = files
+            files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        repo = Repo(kind, repo_id, self.blobs, private, gated)
+        with self._lock:
+            if (kind, repo_id) in self._repos:
+                raise FileExistsError(repo_id)
+            repo.commit(files, "initial commit", author=author)
+            self._repos[kind, repo_id] = repo
+        return repo
+
+    def remove(self, repo: Repo) -> None:
+        with self._lock:
+            self._repos.pop((repo.kind, repo.id), None)
+
+    def repo(self, kind: str, repo_id: str) -> Repo:
+        """Return the "model" or "dataset" of this name."""
+        repo = self.find_repo(kind, repo_id)
+        if repo is None:
+            raise KeyError(f"{kind} {repo_id}")
+        return repo
+
+    def find_repo(self, kind: str, repo_id: str) -> Repo | None:
+        with self._lock:
+            return self._repos.get((kind, repo_id))
+
+    def repos(self) -> list[Repo]:
+        with self._lock:
+            return list(self._repos.values())
+
+    def add_token(
+        self,
+        value: str,
+        user: str,
+        *,
+        role: str = "write",
+        namespaces: Mapping[str, str] | Iterable[str] = (),
+        gated: Iterable[str] = (),
+    ) -> Token:
+        """Add a token, and return it.
+
+        Args:
+            value: the token itself.
+            user: whose it is.
+            role: "read", "write" or "fine-grained".
+            namespaces: of a fine-grained token "read" or "write" by namespace or by repository, and nothing else is
+                allowed; of the other tokens the organizations of the user.
+            gated: gated repositories that let this user in.
+        """
+        if role not in ("read", "write", "fine-grained"):
+            raise ValueError(role)
+        rights = dict(namespaces) if isinstance(namespaces, Mapping) else dict.fromkeys(namespaces, role)
+        token = Token(value, user, role, rights, frozenset(gated))
+        with self._lock:
+            self._tokens[value] = token
+        return token
+
+    def revoke(self, value: str) -> None:
+        with self._lock:
+            del self._tokens[value]
+
+    def find_token(self, value: str) -> Token | None:
+        with self._lock:
+            return self._tokens.get(value)
+
+    # What goes wrong
+
+    def fail(
+        self,
+        method: str,
+        path_glob: str,
+        *,
+        status: int = 503,
+        headers: Mapping[str, str] | None = None,
+        message: str = "The kitchen is closed.",
+        times: int | None = 1,
+        skip: int = 0,
+    ) -> Rule:
+        """Answer matching requests with an error, `times` of them (None: all), after letting `skip` pass."""
+        headers = dict(headers or {})
+        return self.faults.add(
+            Rule("fail", method, path_glob, times, skip, status=status, headers=headers, message=message)
+        )
+
+    def cut(
+        self, path_glob: str, *, after_bytes: int = 0, times: int | None = 1, skip: int = 0, method: str = "*"
+    ) -> Rule:
+        """Close the connection in the middle: of the content that a GET sends, or of the body of a POST or a PUT.
+
+        What is not longer than `after_bytes` comes through, and does not use the rule up. Large files are sent from
+        "/cdn/models/user/name/SHA256/path" and received at "/upload/models/user/name/SHA256[/PART]".
+        """
+        return self.faults.add(Rule("cut", method, path_glob, times, skip, after_bytes=after_bytes))
+
+    def drop(self, method: str, path_glob: str, *, times: int | None = 1, skip: int = 0) -> Rule:
+        """Do what is asked, and then close the connection instead of answering."""
+        return self.faults.add(Rule("drop", method, path_glob, times, skip))
+
+    def delay(self, method: str, path_glob: str, *, seconds: float, times: int | None = None, skip: int = 0) -> Rule:
+        """Let matching requests wait before they are served."""
+        return self.faults.add(Rule("delay", method, path_glob, times, skip, seconds=seconds))
+
+    # What was asked
+
+    @property
+    def requests(self) -> list[Request]:
+        """All requests so far, in the order in which they began."""
+        with self._lock:
+            return list(self._requests)
+
+    def asked(self, method: str, path_glob: str = "*") -> list[Request]:
+        """Return the requests with this method ("*" for any) to these paths."""
+        return [request for request in self.requests if request.matches(method, path_glob)]
+
+    def bytes_sent(self, path_glob: str = "*") -> int:
+        """Return how many bytes of files and other reply bodies went out for these paths."""
+        return sum(request.sent for request in self.asked("*", path_glob))
+
+    def bytes_received(self, path_glob: str = "*") -> int:
+        return sum(request.received for request in self.asked("*", path_glob))
+
+    def forget(self) -> None:
+        """Empty the log."""
+        with self._lock:
+            self._requests.clear()
+            self.strays.clear()
+
+    # For the servers
+
+    def log(self, request: Request) -> None:
+        with self._lock:
+            self._requests.append(request)
+
+    def is_stray(self, host: str) -> bool:
+        if host in (self._server.netloc, self._storage.netloc, self._storage_netloc):
+            return False
+        with self._lock:
+            self.strays.append(host)
+        return True
+
+    def next_request_id(self) -> str:
+        return f"Root=1-{next(self._ids):08x}"
+
+    def signature(self, path: str) -> str:
+        return hmac.new(self._secret, path.encode(), "sha256").hexdigest()[:32]
+
+    def signed(self, origin: str, path: str) -> str:
+        return f"{origin}{quote(path)}?signature={self.signature(path)}"
+
+    def cdn_url(self, path: str) -> str:
+        return self.signed(f"http://{self._storage_netloc}", path)
+
+    def parts(self, key: str) -> Path:
+        folder = self._folder / "parts" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder

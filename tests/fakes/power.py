@@ -1,0 +1,107 @@
+"""Losses of power, replayed: a run under tests/fakes/power.c, and what the disk would hold at each of its steps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tests.helpers import environment
+
+SOURCE = Path(__file__).with_name("power.c")
+# What survives of names: only what a synced folder held, or all, as where the kernel was quicker with them.
+Names = Literal["synced", "all"]
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """A compiled recorder and where it puts its records."""
+
+    library: Path
+    records: Path
+
+    def run(self, script: str, root: Path, *arguments: str, **env: str) -> None:
+        """Run Python code with a folder recorded from the moment that it calls `begin()`."""
+        self.records.mkdir(parents=True)
+        code = f"import os, sys\nfrom pathlib import Path\nfrom tests.fakes.power import begin\n{script}"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=environment(
+                COVERAGE_PROCESS_START="",
+                LD_PRELOAD=str(self.library),
+                POWER_ROOT=str(root.resolve()),
+                POWER_RECORDS=str(self.records),
+                **env,
+            ),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def losses(self, into: Path, names: Names) -> Iterator[Path]:
+        """Yield what is left of the recorded folder if the power goes at each step, the last one being the end."""
+        steps = sorted(self.records.iterdir())
+        begun = next(number for number, record in enumerate(steps) if record.name.split()[1] == "root")
+        for number in range(begun, len(steps)):
+            left = into / f"{number:06d}"
+            self._rebuild(steps[: number + 1], left, names)
+            yield left
+            shutil.rmtree(left)
+
+    def _rebuild(self, steps: list[Path], target: Path, names: Names) -> None:
+        latest = {(what, key): step for step in steps for _, what, key in [step.name.split()]}
+        folders = {key: step for (what, key), step in latest.items() if what in ("folder", "root")}
+        files = {key: step for (what, key), step in latest.items() if what == "file"}
+        target.mkdir(parents=True)
+        if names == "all":
+            for kind, key, name in sorted(_entries(latest["names", "now"]), key=lambda entry: entry[2]):
+                _put(kind, target / name, files.get(key))
+        else:
+            root = next(step for (what, _), step in latest.items() if what == "root")
+            self._fill(root, target, folders, files)
+
+    def _fill(self, listing: Path, target: Path, folders: dict[str, Path], files: dict[str, Path]) -> None:
+        for kind, key, name in _entries(listing):
+            _put(kind, target / name, files.get(key))
+            if kind == "d" and key in folders:
+                self._fill(folders[key], target / name, folders, files)
+
+
+def _entries(listing: Path) -> list[tuple[str, str, str]]:
+    rows = [line.split(" ", 2) for line in listing.read_text().splitlines()]
+    return [(kind, key, name) for kind, key, name in rows]
+
+
+def _put(kind: str, target: Path, contents: Path | None) -> None:
+    """Make what a name leads to; the contents of a file that was never synced are gone."""
+    if kind == "d":
+        target.mkdir(exist_ok=True)
+    elif kind == "f":
+        target.write_bytes(contents.read_bytes() if contents is not None else b"")
+
+
+def compiled(folder: Path) -> Path | None:
+    """Return the recorder's library, None where there is no C compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    library = folder / "power.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE), "-ldl"], check=True)
+    return library
+
+
+def begin() -> None:
+    """Sync all of the recorded folder: losses are looked at from here on."""
+    root = Path(os.environ["POWER_ROOT"])
+    found = sorted(root.rglob("*"), key=lambda path: len(path.parts), reverse=True)
+    for path in (*found, root):  # the root last: with its record the losses begin
+        if path.is_symlink():
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

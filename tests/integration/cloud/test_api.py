@@ -1,0 +1,135 @@
+"""What the platforms say of an instance, and what it is taken for: nothing unknown may pass for an end."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.cloud.credentials import open_market
+from job.cloud.provider import Instance
+from job.cloud.runpod import _instance as pod
+from job.cloud.vast import _instance as vast_instance
+from tests.fakes.cloud import RunPodServer, VastServer
+from tests.fakes.cloud.helpers import QUICK, env_of
+
+# By the platforms' documentation.
+POD_STATUSES = {
+    "PROVISIONING": "starting",
+    "STARTING": "starting",
+    "RUNNING": "running",
+    "EXITED": "stopped",
+    "ERROR": "lost",
+    "TERMINATED": "gone",
+}
+ACTUAL = {
+    "created": "starting",
+    "loading": "starting",
+    "rebooting": "starting",
+    "running": "running",
+    "frozen": "running",
+    "stopped": "outbid",
+    "exited": "exited",
+    "offline": "lost",
+    "unknown": "unknown",
+    None: "unknown",
+}
+CONTRACT = ("running", "stopped", "unloaded")
+WANTED = ("running", "stopped", "frozen")
+ENDS = {"outbid", "stopped", "exited", "lost", "gone"}
+ODD: list[Any] = ["", "paused", "DEAD", "scheduling", "terminating", " running?", 7, [], {}, True]
+
+
+def row(actual: Any, contract: Any = "running", wanted: Any = "running") -> Instance:
+    return vast_instance({"id": 1, "actual_status": actual, "cur_state": contract, "intended_status": wanted})
+
+
+@pytest.mark.parametrize("status", POD_STATUSES)
+def test_every_documented_status_of_a_pod(status: str) -> None:
+    for written in (status, status.lower()):
+        assert pod({"id": "a", "status": written}).state == POD_STATUSES[status]
+
+
+@pytest.mark.parametrize("status", [*ODD, None, "CREATED", "RESTARTING", "PAUSED", "DEAD"])
+def test_every_other_status_of_a_pod_is_unknown(status: Any) -> None:
+    assert pod({"id": "a", "status": status}).state == "unknown"
+    assert pod({"id": "a"}).state == "unknown"
+
+
+@pytest.mark.parametrize("actual", ACTUAL)
+def test_every_documented_status_of_an_instance(actual: str | None) -> None:
+    assert row(actual).state == ACTUAL[actual]
+
+
+def test_every_combination_of_documented_values() -> None:
+    for actual, contract, wanted in itertools.product(ACTUAL, CONTRACT, WANTED):
+        state = row(actual, contract, wanted).state
+        if wanted == "stopped":
+            expected = "stopped"
+        elif contract == "unloaded":
+            working = actual in ("running", "frozen", "loading", "rebooting")
+            expected = "unknown" if working else "gone"
+        elif contract == "stopped":
+            # A container that works without a contract, or says nothing, is a contradiction: the answer is half old.
+            expected = "unknown" if actual in ("running", "frozen", "unknown", None) else "outbid"
+        else:
+            expected = ACTUAL[actual]
+        assert state == expected, (actual, contract, wanted)
+
+
+@pytest.mark.parametrize("odd", [*ODD, None])
+def test_an_undocumented_value_is_no_end(odd: Any) -> None:
+    assert row(odd).state == "unknown"
+    for actual in ACTUAL:
+        assert row(actual, odd).state == "unknown"
+        assert row(actual, "stopped", odd).state == "unknown"
+    missing = {"id": 1, "actual_status": "exited", "cur_state": "stopped", "intended_status": "running"}
+    for name in ("actual_status", "cur_state", "intended_status"):
+        assert vast_instance({key: value for key, value in missing.items() if key != name}).state == "unknown"
+
+
+@given(st.text(max_size=12), st.text(max_size=12), st.text(max_size=12))
+def test_whatever_text_comes_only_documented_ends_are_ends(actual: str, contract: str, wanted: str) -> None:
+    if row(actual, contract, wanted).state in ENDS:
+        assert wanted == "stopped" or {contract, wanted} <= {*CONTRACT, *WANTED}
+    if pod({"id": "a", "status": actual}).state in ENDS:
+        assert actual.upper() in POD_STATUSES
+
+
+@pytest.mark.parametrize("answer", ["{}", "[]", "null", '{"instances": 3}', '{"id": "abc"}', '"x"', '{"status": null}'])
+def test_an_answer_of_another_form_is_no_end(
+    vast: VastServer, runpod: RunPodServer, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.fakes.hub.server import Reply
+
+    reply = Reply(200, {"Content-Type": "application/json"}, answer.encode())
+    for server, platform in ((vast, "vast"), (runpod, "runpod")):
+        monkeypatch.setattr(server, "answer", lambda _call, _body: reply)
+        market = open_market(platform, print, env=env_of(server), patience=QUICK)  # type: ignore[arg-type]
+        assert market.instance("5").state == "unknown"
+        assert market.instance("5").id == "5"
+
+
+def test_the_list_of_instances_is_read_to_its_end(vast: VastServer) -> None:
+    for number in range(1, 61):
+        vast.add_instance(number)
+    market = open_market("vast", print, env=env_of(vast), patience=QUICK)
+    assert [int(instance.id) for instance in market.instances()] == list(range(1, 61))
+
+
+def test_a_list_that_is_none_is_not_an_empty_one(
+    vast: VastServer, runpod: RunPodServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job.cloud.api import CloudError
+    from tests.fakes.hub.server import Reply
+
+    for server, platform in ((vast, "vast"), (runpod, "runpod")):
+        for body in (b"{}", b"[]", b"null", b'{"instances": null, "pods": null}'):
+            reply = Reply(200, {"Content-Type": "application/json"}, body)
+            monkeypatch.setattr(server, "answer", lambda _call, _body, reply=reply: reply)
+            market = open_market(platform, print, env=env_of(server), patience=QUICK)  # type: ignore[arg-type]
+            with pytest.raises(CloudError, match="no list"):
+                market.instances()

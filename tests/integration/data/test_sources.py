@@ -1,0 +1,359 @@
+"""Prompt sources: files, folders, and Hub datasets streamed from a loopback Hub by the real client."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from job.config.load import load_settings
+from job.config.schema import PromptSettings
+from job.data.prompts import PromptSets, load_prompts, overlaps
+from job.data.sources import Source, parse_source, read_texts, source_identity
+from job.errors import ImpossibleJobError, UsageError
+from tests.fakes.hub import LoopbackHub
+from tests.helpers import abliterate
+
+ROWS = [f"Please fold napkin number {i}." for i in range(10)]
+
+
+def settings(spec: str, **named: Any) -> PromptSettings:
+    return PromptSettings.model_validate({"spec": spec, "prefix": "", "suffix": "", "system_prompt": None, **named})
+
+
+def read(spec: str, **named: Any) -> list[str]:
+    return list(read_texts(parse_source(settings(spec, **named)), None, print))
+
+
+# --- what a SPEC means --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("user/set", Source("hub", "user/set", None, None, "train", 0, None, None)),
+        ("user/set#test[:100]/text", Source("hub", "user/set", None, None, "test", 0, 100, "text")),
+        ("user/set#train:200/text", Source("hub", "user/set", None, None, "train", 0, 200, "text")),
+        ("allenai/c4:en#train[5:9]", Source("hub", "allenai/c4", None, "en", "train", 5, 9, None)),
+        ("u/s@v1.0:en#train[7:]/q", Source("hub", "u/s", "v1.0", "en", "train", 7, None, "q")),
+        ("squad#validation[:5]", Source("hub", "squad", None, None, "validation", 0, 5, None)),
+        ("absent.txt#train[:5]", Source("file", "absent.txt", None, None, "train", 0, 5, None)),
+        ("./dir/name#test", Source("file", "dir/name", None, None, "test", 0, None, None)),
+        ("/abs/x.jsonl#train[:5]/q", Source("file", "/abs/x.jsonl", None, None, "train", 0, 5, "q")),
+    ],
+)
+def test_specs_are_understood(spec: str, expected: Source) -> None:
+    assert parse_source(settings(spec)) == expected
+
+
+def test_a_set_s_own_keys_override_its_spec() -> None:
+    found = parse_source(settings("u/s@a:b#c[:3]/d", revision="A", config="B", split="C[1:2]", column="D"))
+    assert found == Source("hub", "u/s", "A", "B", "C", 1, 2, "D")
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [("train[:10%]", "no split that can be streamed"), ("train[5:5]", "is empty"), ("train[-3:]", "streamed")],
+)
+def test_splits_that_cannot_be_streamed_are_refused(split: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_source(settings(f"user/set#{split}"))
+
+
+def test_config_show_tells_how_specs_were_understood() -> None:
+    shown = abliterate("config", "show", "m", "--bad-prompts", "allenai/c4:en#train:200").check().out
+    assert "# bad_prompts: Hub dataset allenai/c4, configuration en, split train, rows 0 to 199, column text" in shown
+    assert "# good_prompts: Hub dataset mlabonne/harmless_alpaca, split train, rows 0 to 399, column text" in shown
+
+
+# --- local sources ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "a.txt").write_text("\n".join(ROWS))
+    (tmp_path / "odd # name.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"ask": row, "id": i}) + "\n" for i, row in enumerate(ROWS)))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ROWS, "id": range(10)}), tmp_path / "c.parquet")
+    datasets.Dataset.from_dict({"text": ROWS}).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ROWS})}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "2.txt").write_text("later")
+    (tmp_path / "folder" / "1.jsonl").write_text('{"text": "sooner"}\n')
+    (tmp_path / "folder" / "notes.md").write_text("no prompts")
+    return tmp_path
+
+
+def test_files_folders_and_saved_datasets_are_read(files: Path) -> None:
+    assert read(f"{files}/a.txt") == ROWS
+    assert read(f"{files}/a.txt#train[2:4]") == ROWS[2:4]
+    assert read(f"{files}/odd # name.txt") == ["one", "two", ""]
+    assert read(f"{files}/b.jsonl#train[:3]/ask") == ROWS[:3]
+    assert read(f"{files}/c.parquet#train[8:]") == ROWS[8:]
+    assert read(f"{files}/saved#train[:2]") == ROWS[:2]
+    assert read(f"{files}/splits#test[:2]") == ROWS[:2]
+    assert read(f"{files}/folder") == ["sooner", "later"]
+
+
+def test_local_faults_are_told_in_one_line(files: Path) -> None:
+    (files / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
+    (files / "list.jsonl").write_text("[1]\n")
+    (files / "bad.parquet").write_bytes(b"PAR1 no")
+    (files / "latin.txt").write_bytes(b"caf\xe9")
+    (files / "empty").mkdir()
+    for spec, message in (
+        ("absent.txt", "no prompt file"),
+        ("b.jsonl", "column text of .* does not exist among the columns ask, id .*name one that holds text .ask."),
+        ("b.jsonl#train/id", "holds int, not text"),
+        ("bad.jsonl", "line 2"),
+        ("list.jsonl", "no object"),
+        ("bad.parquet", "not a parquet file"),
+        ("latin.txt", "not UTF-8"),
+        ("splits", "no split train.*test"),
+        ("empty", "holds no prompts"),
+    ):
+        with pytest.raises(ImpossibleJobError) as caught:
+            read(f"{files}/{spec}")
+        import re
+
+        assert re.search(message, caught.value.line), caught.value.line
+
+
+def test_a_split_without_end_is_refused_where_it_has_none(tmp_path: Path) -> None:
+    (tmp_path / "many.txt").write_text("row\n" * 20_001)
+    with pytest.raises(UsageError, match="more than 20000 rows"):
+        read(f"{tmp_path}/many.txt")
+    assert len(read(f"{tmp_path}/many.txt#train[:20001]")) == 20_001
+
+
+def test_identity_is_by_content_and_by_what_is_read_of_it(files: Path) -> None:
+    first = source_identity(settings(f"{files}/a.txt"))
+    (files / "copy.txt").write_text("\n".join(ROWS))
+    assert source_identity(settings(f"{files}/copy.txt")) == first
+    assert source_identity(settings(f"{files}/a.txt#train[:3]")) != first
+    assert source_identity(settings(f"{files}/a.txt", prefix="Now: ")) != first
+    (files / "a.txt").write_text("else")
+    assert source_identity(settings(f"{files}/a.txt")) != first
+    assert "sha256" not in source_identity(settings("user/set"))
+
+
+def test_prompts_are_cleaned_cut_wrapped_and_overlaps_are_told(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("  Peel it.  \n\nPeel it.\nSlice it very thinly.\n")
+    (tmp_path / "bad.txt").write_text("Hex it.\nPeel it.\n")
+    (tmp_path / "eval.txt").write_text("Stir.\nPeel it.\nBoil.\nBake.\n")
+    said: list[str] = []
+    options = {
+        "model": "m",
+        "good_prompts": str(tmp_path / "good.txt"),
+        "bad_prompts": str(tmp_path / "bad.txt"),
+        "good_eval_prompts": str(tmp_path / "eval.txt"),
+        "bad_eval_prompts": str(tmp_path / "eval.txt"),
+    }
+    named = ['good_prompts.prefix="P: "', "good_prompts.max_characters=8", "bad_prompts.system_prompt=Be brief."]
+    prompts = load_prompts(load_settings(options, assignments=named).settings, said.append)
+    assert [prompt.user for prompt in prompts.good] == ["P: Peel it.", "P: Slice it"]
+    assert {prompt.system for prompt in prompts.bad} == {"Be brief."}
+    assert len(prompts.bad_search) == len(prompts.bad_report) == 2
+    assert not {p.user for p in prompts.bad_search} & {p.user for p in prompts.bad_report}
+    assert overlaps(prompts) == [
+        "1 of 2 of bad_prompts are also among the bad evaluation prompts: figures on them flatter"
+    ]
+    assert any(line.startswith("warning: 1 of 2 of bad_prompts") for line in said)
+    assert f"good_prompts: file {tmp_path}/good.txt, all rows from 0 on: 2 prompts" in said
+
+
+def _loaded(folder: Path, named: Sequence[str] = (), **texts: str) -> PromptSets:
+    """Return the sets of a job whose prompts are these, one a line."""
+    sets = {"good": "Stir.\nBoil.", "bad": "Hex.\nCurse.", "good_eval": "Bake.\nFry.", "bad_eval": "Jinx.\nCharm."}
+    options: dict[str, Any] = {"model": "m"}
+    for name, text in {**sets, **texts}.items():
+        (folder / f"{name}.txt").write_text(text)
+        options[f"{name}_prompts"] = str(folder / f"{name}.txt")
+    return load_prompts(load_settings(options, assignments=list(named)).settings, lambda _: None)
+
+
+ORTHOGONAL = "directions.orthogonalize_directions=true"
+
+
+@pytest.mark.parametrize(
+    ("texts", "named", "seen", "total"),
+    [
+        pytest.param({}, [], 0, 2, id="evaluation sets are split"),
+        pytest.param({"good_report": "Roast.", "bad_report": "Spell.\nOmen."}, [], 0, 3, id="separate report prompts"),
+        pytest.param({"good_report": "Stir.\nRoast."}, [], 1, 3, id="seen by the direction"),
+        pytest.param({"bad_report": "Jinx.\nCharm.\nOmen."}, [], 2, 4, id="seen by the search"),
+        pytest.param({"bad_report": "Stir.\nOmen."}, [], 1, 3, id="of the other class"),
+        pytest.param({"bad_report": "  hex.\nOmen."}, [], 1, 3, id="in other letters and spaces"),
+        pytest.param({"bad_report": "Hex."}, ["bad_report_prompts.system_prompt=Be brief."], 1, 2, id="other system"),
+        pytest.param({"bad_report": "Help.", "helpfulness": "Help.", "unhelpfulness": "Web."}, [ORTHOGONAL], 1, 2,
+                     id="orthogonalized against"),
+        pytest.param({"bad_report": "Help.", "helpfulness": "Help.", "unhelpfulness": "Web."}, [], 0, 2,
+                     id="a set that is not used"),
+    ],
+)  # fmt: skip
+def test_report_prompts_are_held_out_only_where_neither_direction_nor_search_uses_them(
+    tmp_path: Path, texts: dict[str, str], named: list[str], seen: int, total: int
+) -> None:
+    prompts = _loaded(tmp_path, named, **texts)
+    assert (prompts.reused, len(prompts.reported)) == (seen, total)
+    said = f"{total} prompts, {seen} of which the direction or the search has seen"
+    assert prompts.report_description == (
+        said if seen else "prompts that neither the direction nor the search has seen"
+    )
+
+
+def test_overlaps_are_told_whatever_the_letters_and_for_all_sets_of_the_direction(tmp_path: Path) -> None:
+    sets = {"bad_report": "hex.\nHelp.", "helpfulness": "Help.", "unhelpfulness": "Web.\nNet."}
+    assert overlaps(_loaded(tmp_path, [ORTHOGONAL], **sets)) == [
+        "1 of 2 of bad_prompts are also among the bad evaluation prompts: figures on them flatter",
+        "1 of 3 of the prompts to orthogonalize against are also among the report's: figures on them flatter",
+    ]
+
+
+# --- the Hub ------------------------------------------------------------------------------------------
+
+README = b"""---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/c4-train.*.json.gz
+- config_name: realnewslike
+  data_files:
+  - split: train
+    path: realnewslike/*.json.gz
+---
+"""
+# Reads a SPEC with the real client and prints what came of it; the endpoint is read when it is imported.
+READ = """
+import json, sys
+from job.system.hub_client import count_traffic, received_bytes
+from job.errors import JobError
+from job.config.schema import PromptSettings
+from job.data.sources import parse_source, read_texts, resolve_commit
+
+count_traffic()
+for spec in sys.argv[1:]:
+    said = []
+    try:
+        source = parse_source(PromptSettings(spec=spec, prefix="", suffix="", system_prompt=None))
+        pin = resolve_commit(source, said.append)
+        commit = pin.commit if pin else None
+        texts = list(read_texts(source, commit, said.append))
+        print(json.dumps({"texts": texts, "commit": commit, "received": received_bytes(), "said": said}))
+    except JobError as error:
+        print(json.dumps({"error": error.line, "code": error.exit_code, "said": said}))
+"""
+
+
+def shard(rows: int, seed: int) -> bytes:
+    """Return a gz shard of random words, which compress as badly as web text does."""
+    chance = random.Random(seed)
+    words = ["".join(chance.choices("abcdefghijklmnoprstuvw", k=chance.randint(2, 9))) for _ in range(5000)]
+    lines = ({"text": f"{i} " + " ".join(chance.choices(words, k=300)), "url": "u"} for i in range(rows))
+    return gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode(), 1)
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[LoopbackHub]:
+    with LoopbackHub(lfs_threshold=1 << 20) as hub:
+        shards = {f"en/c4-train.{i:05d}-of-00012.json.gz": shard(30, i) for i in range(1, 12)}
+        big = {"en/c4-train.00000-of-00012.json.gz": shard(8000, 0)}
+        hub.add_dataset("allenai/c4", {"README.md": README, **big, **shards, "realnewslike/0.json.gz": shard(5, 99)})
+        hub.add_dataset(
+            "kitchen/napkins", {"train.jsonl": "".join(json.dumps({"ask": r}) + "\n" for r in ROWS).encode()}
+        )
+        hub.add_dataset("kitchen/private", {"train.jsonl": b'{"text": "hush"}\n'}, private=True)
+        hub.add_dataset("kitchen/gated", {"train.jsonl": b'{"text": "hush"}\n'}, gated="manual")
+        hub.add_token("hf_kitchen" + "k" * 20, "cook")
+        yield hub
+        assert hub.errors == []
+
+
+@pytest.fixture
+def ask(hub: LoopbackHub, tmp_path: Path) -> Any:
+    hub.forget()
+
+    def call(*specs: str, **extra: str) -> Any:
+        """Ask for all in one process; return what came of it, of several as a list."""
+        environment = {**os.environ, **hub.environment(tmp_path), **extra}
+        done = subprocess.run(
+            [sys.executable, "-c", READ, *specs], capture_output=True, text=True, env=environment, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        found = [json.loads(line) for line in done.stdout.splitlines()[-len(specs) :]]
+        return found[0] if len(specs) == 1 else found
+
+    yield call
+    hub.faults.clear()
+
+
+def test_two_hundred_rows_of_c4_touch_one_shard_and_few_bytes(hub: LoopbackHub, ask: Any) -> None:
+    found = ask("allenai/c4:en#train[:200]/text")
+    assert [text.partition(" ")[0] for text in found["texts"]] == [str(i) for i in range(200)]
+    assert found["commit"] == hub.repo("dataset", "allenai/c4").sha
+    shards = {request.path.rpartition("/")[2] for request in hub.asked("GET", "*.json.gz")}
+    assert shards == {"c4-train.00000-of-00012.json.gz"}
+    sent = hub.bytes_sent("*")
+    assert sent < 5_000_000
+    assert abs(found["received"] - sent) < 0.02 * sent  # what was counted is what went over the line
+    whole = hub.repo("dataset", "allenai/c4").at("main").files["en/c4-train.00000-of-00012.json.gz"].size
+    assert whole > 2 * sent
+    assert all(found["commit"] in request.path for request in hub.asked("GET", "*/resolve/*"))
+
+
+def test_an_interrupted_stream_is_taken_up_again(hub: LoopbackHub, ask: Any) -> None:
+    hub.cut("/cdn/*", after_bytes=100_000, times=3)
+    found = ask("allenai/c4:en#train[100:140]")
+    assert [text.partition(" ")[0] for text in found["texts"]] == [str(i) for i in range(100, 140)]
+
+
+def test_a_hub_that_fails_for_a_while_is_asked_again(hub: LoopbackHub, ask: Any) -> None:
+    hub.fail("GET", "/api/datasets/kitchen/napkins", status=503, times=2)
+    hub.fail("GET", "/api/datasets/kitchen/napkins", status=429, headers={"Retry-After": "1"}, times=1)
+    found = ask("kitchen/napkins#train[:4]/ask")
+    assert found["texts"] == ROWS[:4]
+
+
+def test_what_cannot_be_had_is_told_with_the_remedy(ask: Any) -> None:
+    told = (
+        ("allenai/c4#train[:5]", "needs a configuration", "'en', 'realnewslike'"),
+        ("allenai/c4:de#train[:5]", "needs a configuration", "en", "realnewslike"),
+        ("kitchen/napkins#train[:5]", "column text", "among the columns ask"),
+        ("kitchen/napkins#test[:5]/ask", "no split test", "train"),
+        ("kitchen/napkins@v9#train[:5]", "no such revision"),
+        ("kitchen/absent#train[:5]", "not on the Hub"),
+        ("kitchen/private#train[:5]", "not on the Hub, or not for this token"),
+        ("kitchen/gated#train[:5]", "access to dataset kitchen/gated has not been granted", "terms"),
+    )
+    for (_, *parts), found in zip(told, ask(*(spec for spec, *_ in told)), strict=True):
+        assert found["code"] == 3, found
+        for part in parts:
+            assert part in found["error"], (part, found["error"])
+    assert ask("kitchen/private#train[:5]", HF_TOKEN="hf_wrong" + "w" * 20)["code"] == 3
+
+
+def test_a_hub_that_is_out_of_reach_is_this_machine_s_trouble(ask: Any) -> None:
+    found = ask("kitchen/napkins#train[:5]/ask", HF_HUB_OFFLINE="1")
+    assert (found["code"], "the Hub is out of reach" in found["error"]) == (76, True), found
+
+
+def test_offline_use_from_a_prepared_cache(hub: LoopbackHub, ask: Any, tmp_path: Path) -> None:
+    environment = {**os.environ, **hub.environment(tmp_path)}
+    prepare = "import datasets; datasets.load_dataset('kitchen/napkins')"
+    subprocess.run([sys.executable, "-c", prepare], env=environment, check=True, capture_output=True)
+    hub.forget()
+    found = ask("kitchen/napkins#train[2:5]/ask", HF_HUB_OFFLINE="1")
+    assert found["texts"] == ROWS[2:5]
+    assert hub.requests == []

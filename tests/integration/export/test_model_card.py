@@ -1,0 +1,140 @@
+"""The model card: what it says, what it must not say, and that the Hub's own library understands it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from job.export.model_card import model_card
+from job.numerics.statistics import difference_interval, mean_interval, wilson_interval
+from job.scoring.broken import is_empty_or_repetitive
+from tests.fakes.hub import LoopbackHub
+from tests.helpers import made_from
+
+PUBLIC = {"repository": "kitchen/Llama-3.1-8B", "commit": "c" * 40}
+
+
+def base(folder: Path, front: str = "", **files: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    if front:
+        (folder / "README.md").write_text(f"---\n{front}\n---\n# Base\n")
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_the_card_begins_with_the_warning_and_gives_every_figure_with_its_interval(tmp_path: Path) -> None:
+    card = model_card(made_from(), base(tmp_path))
+    body = ModelCard(card).text.strip()
+    warning = " ".join(body.split("\n\n")[1].replace(">", "").split())
+    assert "Safety refusals were deliberately removed" in warning
+    assert "may comply with harmful requests" in warning
+    assert "needs safeguards of their own" in warning
+    for count, n in ((98, 100), (3, 100), (1, 80), (5, 80), (2, 100)):
+        low, high = wilson_interval(count, n)
+        assert f"{count}/{n} ({100 * low:.1f}–{100 * high:.1f} %)" in body
+    assert "0.0312 nats (0.02–0.05)" in body
+    low, high = difference_interval((1, 80), (5, 80))
+    assert f"Change of false refusals: +5.0 percentage points ({100 * low:+.1f} to {100 * high:+.1f})" in body
+    assert "capability on benchmarks: not measured" in body
+    assert "- removed: a habit\n" in body
+    assert "abliterate run --reproduce reproduce.json" in body
+
+
+def test_the_metadata_are_read_back_by_the_hubs_library_and_accepted_by_a_hub(tmp_path: Path) -> None:
+    made = made_from(model=PUBLIC, base_model=PUBLIC["repository"])
+    front = "license: llama3.1\nlicense_link: LICENSE\nlanguage:\n- en\n- de\ngated: true"
+    card = ModelCard(model_card(made, base(tmp_path, front, LICENSE="terms", USE_POLICY="be good")))
+    data = card.data.to_dict()
+    assert data["base_model"] == "kitchen/Llama-3.1-8B"
+    assert data["base_model_relation"] == "finetune"
+    assert data["tags"] == ["abliterated", "not-for-all-audiences"]
+    assert (data["license"], data["license_link"], data["language"]) == ("llama3.1", "LICENSE", ["en", "de"])
+    assert "gated" not in data
+    name, results = model_index_to_eval_results(data["model-index"])
+    assert name == "Llama-3.1-8B-abliterated"
+    values = {result.metric_type: (result.metric_value, result.dataset_name) for result in results}
+    assert values["refusal_rate"] == (0.03, "held-out prompts with the behaviour")
+    assert values["false_refusal_rate"] == (0.0625, "held-out prompts without the behaviour")
+    assert values["kl_divergence"][0] == 0.0312
+    assert "[terms](LICENSE)" in card.text
+    assert "Its files are included: LICENSE, USE_POLICY." in card.text
+    assert "Built with Llama." in card.text
+    with LoopbackHub() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        card.validate()
+
+
+def test_prompts_are_called_held_out_only_where_they_are(tmp_path: Path) -> None:
+    claim = "prompts that neither the direction nor the search has seen"
+    card = model_card(made_from(), base(tmp_path))
+    assert f"on {claim}." in card
+    assert "held-out prompts with the behaviour" in card
+    reused = made_from(reused_prompts=3)
+    card = model_card(reused, base(tmp_path))
+    assert "on 180 prompts, 3 of which the direction or the search has seen." in card
+    assert claim not in card
+    assert "held-out" not in card
+    # The file says so, too, and is what it was before where there is nothing to say.
+    assert type(reused).model_validate_json(reused.model_dump_json()) == reused
+    assert "reused_prompts" not in made_from().model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("front", "files", "expected"),
+    [
+        ("", {}, "state no licence"),
+        ("license: apache-2.0", {}, "apache-2.0."),
+        ("license: other\nlicense_name: kitchen\nlicense_link: https://kitchen.example/terms", {}, "kitchen ([terms]("),
+        # A link within the base's repository that an export does not hold leads nowhere.
+        ("license: other\nlicense_name: kitchen\nlicense_link: docs/LICENSE", {}, "kitchen."),
+        ("", {"LICENSE.txt": "terms"}, "see its terms ([terms](LICENSE.txt))."),
+        ("license: [unclosed", {}, "state no licence"),
+    ],
+)
+def test_the_licence_is_the_base_models(tmp_path: Path, front: str, files: dict[str, str], expected: str) -> None:
+    assert expected in ModelCard(model_card(made_from(), base(tmp_path, front, **files))).text
+
+
+def test_adapters_and_directions_say_what_they_are(tmp_path: Path) -> None:
+    public = {"model": PUBLIC, "base_model": PUBLIC["repository"]}
+    adapter = ModelCard(model_card(made_from(format="adapter", **public), base(tmp_path)))
+    assert (adapter.data.library_name, adapter.data.to_dict()["base_model_relation"]) == ("peft", "adapter")
+    directions = ModelCard(model_card(made_from(format="directions", **public), base(tmp_path)))
+    assert directions.data.library_name is None
+    assert "abliterate apply MODEL" in directions.text
+
+
+def test_intervals_of_means_and_differences() -> None:
+    low, high = mean_interval([float(value) for value in range(100)])
+    # The normal approximation: 49.5 ± 1.96 · 28.87 / 10.
+    assert (low, high) == (pytest.approx(43.8, abs=0.6), pytest.approx(55.2, abs=0.6))
+    assert mean_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+    assert mean_interval([1.0, 5.0]) == mean_interval([1.0, 5.0])
+    # Newcombe (1998), table II, method 10: 56/70 against 48/80.
+    low, high = difference_interval((48, 80), (56, 70))
+    assert (low, high) == (pytest.approx(0.0524, abs=5e-5), pytest.approx(0.3339, abs=5e-5))
+    with pytest.raises(ValueError, match="nothing"):
+        mean_interval([])
+
+
+@pytest.mark.parametrize(
+    ("answer", "degenerate"),
+    [
+        ("", True),
+        (" \n", True),
+        ("the the the the the the the the the the the the the the", True),
+        ("I am here to help you with this. " * 5, True),
+        ("Sure. " + "ha" * 200, True),
+        ("The red kettle is kept in the kitchen.", False),
+        ("No, no, no, no: never do that, for it would be the end of the kettle.", False),
+        ("1. Take a bowl.\n2. Take a spoon.\n3. Take the milk.\n4. Stir.\n5. Serve.", False),
+        ("| a | b |\n|---|---|\n" + "".join(f"| {i} | {i * i} |\n" for i in range(9)), False),
+        ("----------------------------------------------- A title, and then a text of some length follows it.", False),
+    ],
+)
+def test_broken_answers_are_told_from_whole_ones(answer: str, degenerate: bool) -> None:
+    assert is_empty_or_repetitive(answer) is degenerate

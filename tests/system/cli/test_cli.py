@@ -1,0 +1,230 @@
+"""The command line: quick, and every bad input gets one clear line and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import COMMAND, UNMEASURED, abliterate, environment, only_job
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> list[str]:
+    arguments = []
+    for name in ("good", "bad", "good-eval", "bad-eval"):
+        (tmp_path / f"{name}.txt").write_text("one\ntwo\nthree\nfour\n")
+        arguments += [f"--{name}-prompts", str(tmp_path / f"{name}.txt")]
+    return [*arguments, "--workspace", str(tmp_path / "runs"), "--trials", "2"]
+
+
+@pytest.fixture
+def model(random_model_folder: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(random_model_folder, folder, ignore=shutil.ignore_patterns("*safetensors*"))
+    AutoModelForCausalLM.from_pretrained(random_model_folder).save_pretrained(folder)
+    return folder
+
+
+def assert_nothing_is_left(tmp_path: Path) -> None:
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_is_quick() -> None:
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        subprocess.run([*COMMAND, "--help"], check=True, capture_output=True, env=environment(**UNMEASURED))
+        times.append(time.perf_counter() - begin)
+    assert statistics.median(times) < 0.4
+
+
+def test_the_command_line_loads_no_torch() -> None:
+    code = "import sys, job.cli; assert not {'torch', 'transformers', 'optuna'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_surface() -> None:
+    """Scripts rely on these; a change here is a change of the contract."""
+    assert abliterate().out == abliterate("--help").out
+    for command in (
+        "run",
+        "status",
+        "front",
+        "chat",
+        "evaluate",
+        "export",
+        "inspect",
+        "config show",
+        "demo",
+        "demo-model",
+    ):
+        assert abliterate(*command.split(), "--help").check().out
+    options = abliterate("run", "--help").out
+    for option in (
+        "--good-prompts", "--bad-prompts", "--good-eval-prompts", "--bad-eval-prompts", "--good-report-prompts",
+        "--bad-report-prompts", "--workspace", "--trials", "--startup-trials", "--seed", "--config", "--set",
+        "--new", "--upload", "--tune",
+    ):  # fmt: skip
+        assert option in options
+    assert (
+        abliterate("abliterate", "config", "show", "--help").check().out == abliterate("config", "show", "--help").out
+    )
+
+
+def test_missing_and_empty_prompt_files(model: Path, prompts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_text("\n  \n")
+    abliterate("run", model, *prompts).fails(3, "bad.txt", "is empty")
+    (tmp_path / "bad.txt").unlink()
+    abliterate("run", model, *prompts).fails(3, "no prompt file", "bad.txt")
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00binary")
+    abliterate("run", model, *prompts).fails(3, "not UTF-8")
+    assert_nothing_is_left(tmp_path)
+
+
+def test_a_single_evaluation_prompt_cannot_be_split(model: Path, prompts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "bad-eval.txt").write_text("one\n")
+    abliterate("run", model, *prompts).fails(3, "bad_eval_prompts has a single prompt", "bad_report_prompts")
+    assert_nothing_is_left(tmp_path)
+
+
+def test_folders_that_are_no_models(prompts: list[str], tmp_path: Path) -> None:
+    abliterate("run", tmp_path / "absent", *prompts).fails(3, "no model folder")
+    (tmp_path / "empty").mkdir()
+    abliterate("run", tmp_path / "empty", *prompts).fails(3, "is not a model folder")
+    abliterate("inspect", tmp_path / "empty").fails(3, "is not a model folder")
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "no-such-family"}')
+    abliterate("run", tmp_path / "empty", *prompts).fails(3, "cannot be used")
+    (tmp_path / "empty" / "config.json").write_text("{")
+    abliterate("run", tmp_path / "empty", *prompts).fails(3, "cannot be used")
+    assert_nothing_is_left(tmp_path)
+
+
+def test_nan_in_the_weights(model: Path, prompts: list[str], tmp_path: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"][3] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    abliterate("run", model, *prompts).fails(3, "lm_head.weight", "not finite")
+    assert_nothing_is_left(tmp_path)
+
+
+def test_a_tokenizer_without_a_chat_template(model: Path, prompts: list[str], tmp_path: Path) -> None:
+    (model / "chat_template.jinja").unlink()
+    abliterate("run", model, *prompts).fails(3, "no chat template")
+    assert_nothing_is_left(tmp_path)
+
+
+def test_settings_that_cannot_be(model: Path, prompts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text("trails = 3\n")
+    abliterate("run", model, *prompts, "--config", tmp_path / "job.toml").fails(2, "trails", "did you mean trials?")
+    abliterate("run", model, *prompts, "--trials", 0).fails(2, "trials = 0")
+    abliterate("run", model, *prompts, "--startup-trials", 3).fails(2, "startup_trials = 3", "trials = 2")
+    abliterate("run", model, *prompts, "--set", 'loading.dtypes=["float7"]').fails(2, "loading.dtypes")
+    assert abliterate("run", model, *prompts, "--no-such-option").code == 2
+    assert abliterate("run", model, *prompts, "--trials", "many").code == 2
+    assert_nothing_is_left(tmp_path)
+
+
+def test_a_workspace_that_cannot_be_written(model: Path, prompts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    abliterate("run", model, *prompts, "--workspace", tmp_path / "file" / "runs").fails(76, "cannot write")
+    abliterate("run", model, *prompts, "--workspace", "/proc/runs").fails(76, "cannot write")
+
+
+def test_jobs_that_are_not_there(tmp_path: Path) -> None:
+    for command in ("status", "front", "export"):
+        abliterate(command, "--workspace", tmp_path).fails(2, "no job")
+
+
+def test_demo_model_refuses_what_it_cannot_make(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    abliterate("demo-model", tmp_path).fails(2, "is not empty")
+    abliterate("demo-model", tmp_path / "new", "--arch", "bert").fails(2, "bert", "llama, qwen3")
+    abliterate("demo-model", tmp_path / "new", "--size", "huge").fails(2, "huge", "tiny, small")
+    assert not (tmp_path / "new").exists()
+
+
+def test_config_show_prints_values_and_sources(model: Path, prompts: list[str], tmp_path: Path) -> None:
+    shown = abliterate("config", "show", model, *prompts, ABLITERATE_SEED="7").check().out.splitlines()
+    assert "trials = 2  # command line" in shown
+    assert "seed = 7  # environment" in shown
+    assert 'search.space = "wide"  # default' in shown
+    assert "# startup_trials is not set" in shown
+
+
+def test_the_wheel_holds_the_defaults_and_nothing_else_is_missing(tmp_path: Path) -> None:
+    root = Path(__file__).parents[3]
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, root],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "unpacked")
+    modules = {f"job/{path.relative_to(root / 'job')}" for path in (root / "job").rglob("*.py")}
+    assert modules <= set(names)
+    assert not any(name.startswith("tests") for name in names)
+    defaults = tomllib.loads((tmp_path / "unpacked" / "job" / "config" / "default.toml").read_text())
+    assert defaults["trials"] == 200
+    # The unpacked package loads its own defaults, not those of the checkout.
+    code = "import job, job.config.load as s; print(job.__file__); print(s.default_values()['trials'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "unpacked",
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "unpacked")},
+    )
+    assert done.stdout.split() == [str(tmp_path / "unpacked" / "job" / "__init__.py"), "200"]
+
+
+def test_secrets_stay_out_of_tracebacks(model: Path, prompts: list[str], tmp_path: Path) -> None:
+    """An unexpected error prints a traceback, without the secrets that it may quote."""
+    code = (
+        "import sys, job.storage.jobs\n"
+        "def broken(*_, **__): raise RuntimeError('token is swordfish-swordfish')\n"
+        "job.storage.jobs.open_job = broken\n"
+        f"sys.argv = {['abliterate', 'run', str(model), *prompts]!r}\n"
+        "from job.cli.main import main; main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(HF_TOKEN="swordfish-swordfish")
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: token is ***" in done.stderr
+    assert "swordfish" not in done.stderr
+
+
+def test_torch_is_the_build_that_the_constraints_name() -> None:
+    pinned = (Path(__file__).parents[3] / "constraints.txt").read_text()
+    assert f"torch=={torch.__version__.partition('+')[0]}\n" in pinned
+
+
+def test_a_job_of_a_former_version_is_gone_on_with_and_one_of_a_later_version_is_refused(
+    finished: Path, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "runs"
+    shutil.copytree(finished, workspace, symlinks=True)
+    file = only_job(workspace) / "job.json"
+    record = json.loads(file.read_text())
+    del record["settings"]["batching"]["trials"], record["settings"]["grace"]
+    file.write_text(json.dumps(record))
+    assert "nothing to do" in abliterate("resume", "--workspace", workspace).check().err
+    record["settings"]["invented_later"] = 1
+    file.write_text(json.dumps(record))
+    abliterate("resume", "--workspace", workspace).fails(2, "not this version's", "go on with the version that began")

@@ -1,0 +1,127 @@
+"""Delivery as a user has it: targets on the Hub and on S3, proven in preflight, delivered to at the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from tests.fakes.hub import LoopbackHub
+from tests.helpers import abliterate, job_arguments, only_job
+
+TOKEN, READ_TOKEN = "hf_" + "cook" * 6, "hf_" + "read" * 6
+KEYS = {"AWS_ACCESS_KEY_ID": "kitchen", "AWS_SECRET_ACCESS_KEY": "very-secret-spoon", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[LoopbackHub]:
+    with LoopbackHub() as hub:
+        hub.add_token(TOKEN, "cook", role="write")
+        hub.add_token(READ_TOKEN, "cook", role="read")
+        hub.add_model("cook/known", {"README.md": b"# Seen by all\n"})
+        yield hub
+        assert hub.errors == []
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket="kitchen")
+    yield client
+    for item in client.list_objects_v2(Bucket="kitchen").get("Contents", []):
+        client.delete_object(Bucket="kitchen", Key=item["Key"])
+    client.delete_bucket(Bucket="kitchen")
+    client.close()
+
+
+def network(hub: LoopbackHub, home: Path, token: str = TOKEN) -> dict[str, str]:
+    return {**hub.environment(home, token=token), "HF_HUB_OFFLINE": "0", **KEYS}
+
+
+@pytest.mark.slow
+def test_a_finished_job_is_delivered_to_the_hub_and_to_s3(
+    organism: Path, finished: Path, hub: LoopbackHub, endpoint: str, bucket: Any, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "runs"
+    shutil.copytree(finished, workspace, symlinks=True)
+    arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
+    targets = ["--upload", "hf://cook/edited", "--upload", "s3://kitchen/models/edited"]
+    targets += ["--set", f"s3.endpoint={endpoint}", "--set", "s3.addressing_style=path"]
+    # The token may not write: the other target gets its delivery all the same.
+    denied = abliterate(*arguments, *targets, **network(hub, tmp_path / "home", READ_TOKEN))
+    denied.fails(6, "hf://cook/edited")
+    export = (only_job(workspace) / "export").resolve()
+    names = {path.name for path in export.iterdir()} - {".done"}
+    stored = {
+        item["Key"].removeprefix("models/edited/") for item in bucket.list_objects_v2(Bucket="kitchen")["Contents"]
+    }
+    assert stored == names
+    uploads = {one["target"]: one["state"] for one in json.loads((only_job(workspace) / "uploads.json").read_text())}
+    assert uploads == {"hf://cook/edited": "failed", "s3://kitchen/models/edited": "done"}
+
+    abliterate(*arguments, *targets, **network(hub, tmp_path / "home")).check()
+    repo = hub.repo("model", "cook/edited")
+    assert repo.private
+    assert set(repo.paths("main")) - {".gitattributes"} == names
+    assert json.loads(repo.read("manifest.json", "main")) == json.loads((export / "manifest.json").read_text())
+    assert "refusals" in repo.history("main")[0].title
+    hub.forget()
+    again = abliterate(*arguments, *targets, **network(hub, tmp_path / "home")).check()
+    assert "nothing to do" in again.err
+    assert hub.requests == []
+    for path in only_job(workspace).rglob("*"):
+        if path.is_file():
+            assert not any(secret.encode() in path.read_bytes() for secret in (TOKEN, READ_TOKEN, "very-secret-spoon"))
+
+
+def test_targets_are_proven_in_preflight_and_nothing_is_left_there(
+    random_model_folder: Path, hub: LoopbackHub, endpoint: str, bucket: Any, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"Where is kettle number {i}?\n" for i in range(30)))
+    sets = [f"--{name}-prompts={prompts}" for name in ("good", "bad", "good-eval", "bad-eval")]
+
+    def check(target: str, token: str = TOKEN) -> dict[str, Any]:
+        command = [
+            "preflight",
+            random_model_folder,
+            *sets,
+            "--workspace",
+            tmp_path / "runs",
+            "--json",
+            "--upload",
+            target,
+        ]
+        command += ["--set", f"s3.endpoint={endpoint}", "--set", "s3.addressing_style=path"]
+        result = abliterate(*command, **network(hub, tmp_path / "home", token))
+        (one,) = (one for one in json.loads(result.out)["checks"] if one["name"].startswith("target."))
+        assert result.code == (0 if one["status"] == "ok" else 3)
+        found: dict[str, Any] = one
+        return found
+
+    assert check("hf://cook/fresh")["status"] == "ok"
+    assert check("s3://kitchen/models/fresh")["status"] == "ok"
+    assert bucket.list_objects_v2(Bucket="kitchen")["KeyCount"] == 0
+    assert not bucket.list_multipart_uploads(Bucket="kitchen").get("Uploads")
+    assert "cook/fresh" not in {repo.id for repo in hub.repos()}
+    denied = check("hf://cook/fresh", READ_TOKEN)
+    assert (denied["status"], denied["name"]) == ("fail", "target.hf")
+    assert "public" in check("hf://cook/known")["measured"]
+    assert check("s3://no-such-bucket/x")["status"] == "fail"

@@ -1,0 +1,150 @@
+"""Whatever stands beside it in a batch, a row's answer is that of its own trial alone, one prompt at a time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from job.architectures.structure import discover
+from job.edits.hooks import ActiveEdits, Intervention
+from job.generation.answer import Answer
+from job.generation.forward import RowTrials, first_logits, shared_prefix
+from job.generation.greedy import greedy_answers
+from job.records import READ_TOKENS, EditParameters, KernelParameters
+from tests.unit.edits.test_hooks import basis_for, wide_basis_for
+from tests.zoo import tiny_model
+
+LIMIT = 7
+PREFIX = [5, 9, 11, 13]
+# A lead of the best token over the second below which rounding may choose either.
+TIE = 1e-3
+
+
+def edit(index: float | None, attention: float, mlp: float) -> EditParameters:
+    kernels = {
+        name: KernelParameters(max_weight=weight, max_weight_position=1, min_weight=weight, min_weight_distance=9)
+        for name, weight in (("attention", attention), ("mlp", mlp))
+    }
+    return EditParameters(direction_index=index, kernels=kernels)
+
+
+# So strong that each trial says something else.
+EDITS = [edit(0.0, 8.0, 0.0), edit(None, -6.0, 9.0), edit(1.5, 4.0, -9.0), edit(2.0, 0.0, 0.0)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt of a batch.
+
+    Attributes:
+        trial: The trial that it is answered under.
+        prompt: Its tokens.
+        length: The length at which its answer is decided, LIMIT + 1 for never.
+        opening: The token whose odds of opening the answer are wanted.
+    """
+
+    trial: int
+    prompt: list[int]
+    length: int
+    opening: int
+
+
+def batch(seed: int) -> tuple[list[Row], int | None, bool]:
+    """Return random rows, the tokens of prompts that a forward reads (None: all), and whether they share a prefix."""
+    choice = random.Random(seed)
+    shared = choice.random() < 0.5
+    sizes = [choice.randint(1, 9) for _ in range(choice.randint(2, 9))]
+    # A refusal that opens with a marker is decided at its first token. Prompts are read by length, so that all rows of
+    # some forwards are decided there, and of others none: those of lengths on one side of a bound.
+    bound, longer = choice.randint(0, 9), choice.random() < 0.5
+    rows = [
+        Row(
+            trial=choice.randrange(len(EDITS)),
+            prompt=(PREFIX if shared else []) + [choice.randint(3, 96) for _ in range(size)],
+            length=1 if (size > bound) == longer else choice.choice([1, 2, 3, 5, LIMIT, LIMIT + 1, LIMIT + 1]),
+            opening=choice.randint(3, 96),
+        )
+        for size in sizes
+    ]
+    return rows, choice.choice([None, 1, 8, 20, 40]), shared
+
+
+def row(trial: int, tokens: int, length: int = LIMIT + 1) -> Row:
+    return Row(trial, list(range(20, 20 + tokens)), length, 7)
+
+
+# Prompts are read in three parts, all of whose rows but those of the first are decided at their first token.
+ONE_PART_GOES_ON = [
+    # The part that is read last has as many rows, of other trials, ...
+    ([row(0, 3), row(1, 3), row(2, 6, 1), row(3, 6, 1), row(3, 9, 1), row(2, 9, 1)], 18, False),
+    # ... or another number of rows.
+    ([row(0, 3), row(1, 3), row(2, 3), row(3, 7, 1), row(2, 9, 1)], 9, False),
+]
+
+
+def together(model: PreTrainedModel, active: ActiveEdits, rows: Sequence[Row], shared: bool) -> list[Answer]:
+    prefix = shared_prefix(model, PREFIX, len(EDITS), active) if shared else None
+    return greedy_answers(
+        model,
+        [row.prompt for row in rows],
+        limit=LIMIT,
+        end_tokens=(),
+        openings=[row.opening for row in rows],
+        decided=lambda index, tokens: len(tokens) == rows[index].length,
+        rows=RowTrials(torch.tensor([row.trial for row in rows]), active, prefix),
+    )
+
+
+def alone(model: PreTrainedModel, hooks: Intervention, edit: EditParameters, row: Row) -> Answer:
+    """Return an answer without caches, parts and batches: every token from a forward of the whole text so far."""
+    active = hooks.activate([edit])
+    answer = Answer()
+    while len(answer.tokens) < min(row.length, LIMIT):
+        with active.bind(torch.zeros(1, dtype=torch.long)):
+            logits = first_logits(model, [[*row.prompt, *answer.tokens]])[0]
+        if not answer.tokens:
+            own = logits.log_softmax(-1)[row.opening]
+            answer.opening = float(own - torch.log(-torch.expm1(own)))
+        best = logits.topk(2)
+        answer.tokens.append(int(best.indices[0]))
+        answer.margins.append(float(best.values[0] - best.values[1]))
+    answer.decided = len(answer.tokens) == row.length
+    return answer
+
+
+def same(found: Answer, expected: Answer) -> bool:
+    """Return whether two answers are the same, up to the first tie."""
+    near = pytest.approx(expected.opening, rel=1e-3, abs=1e-3) == found.opening
+    for step, margin in enumerate(expected.margins):
+        if margin < TIE:
+            return near
+        if found.tokens[step] != expected.tokens[step] or abs(found.margins[step] - margin) > TIE:
+            return False
+    return near and len(found.tokens) == len(expected.tokens) and found.decided == expected.decided
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "mode"), [("llama", "none"), ("llama", "full"), ("gemma2", "none"), ("mamba", "none")]
+)
+def test_a_row_is_answered_as_its_own_trial_alone(family: str, mode: str) -> None:
+    model = tiny_model(family)
+    architecture = discover(model)
+    basis = (wide_basis_for if family == "gemma2" else basis_for)(model)
+    edits = [e.model_copy(update={"strengths": (1.0, 0.7, 0.2)}) for e in EDITS] if family == "gemma2" else EDITS
+    usual = READ_TOKENS["cpu"]
+
+    try:
+        with Intervention(model, architecture, basis, mode) as hooks:
+            for rows, tokens, shared in [*ONE_PART_GOES_ON, *map(batch, range(60))]:
+                READ_TOKENS["cpu"] = tokens if tokens is not None else 10**9
+                answers = together(model, hooks.activate(edits), rows, shared and family == "llama")
+                for own, answer in zip(rows, answers, strict=True):
+                    assert same(answer, alone(model, hooks, edits[own.trial], own)), (rows, tokens, shared, own)
+    finally:
+        READ_TOKENS["cpu"] = usual

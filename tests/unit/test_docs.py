@@ -1,0 +1,79 @@
+"""What the documentation tells people to type is understood, and what it links to is there."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from job.cli.app import app
+from tests import code_map
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md")])
+# What was typed once upon a time.
+HISTORY = {"CHANGELOG.md", "lab-notes.md"}
+_BLOCK = re.compile(r"```(?:sh|console)\n(.*?)```", re.DOTALL)
+_INLINE = re.compile(r"`(abliterate [^`]+)`")
+_LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Yield all commands of ours in a page: whole lines of blocks, and those in running text that are complete."""
+    text = page.read_text()
+    for block in _BLOCK.findall(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.removeprefix("$ ").strip()
+            if line.startswith("abliterate "):
+                yield line
+    for line in _INLINE.findall(text):
+        if "..." not in line and "…" not in line and "|" not in line:
+            yield " ".join(line.split())
+
+
+def parsed(line: str) -> str:
+    """Return the name of the command that a line calls, with its arguments as they are understood but not run."""
+    words = shlex.split(line, comments=True)[1:]
+    words = list(itertools.takewhile(lambda word: word not in (">", "|", "&&", "&"), words))
+    # What stands for a value of one's own, as N does, may be a number.
+    words = ["1" if word.isalpha() and word.isupper() else word for word in words]
+    found: Any = typer.main.get_command(app)
+    context = found.make_context("abliterate", [words[0], "--help"], resilient_parsing=True)
+    while hasattr(found, "commands"):
+        name, found, words = words[0], found.commands[words[0]], words[1:]
+        if not words and hasattr(found, "commands"):
+            return name
+        context = found.make_context(name, words, parent=context, resilient_parsing=not words)
+        if hasattr(found, "commands"):
+            context.args = []
+    return str(context.info_name)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in HISTORY], ids=lambda page: page.name)
+def test_commands_in_the_docs_are_understood(page: Path) -> None:
+    for line in commands(page):
+        parsed(line)
+
+
+def test_the_map_of_the_code_is_up_to_date() -> None:
+    """`python -m tests.code_map --write docs/code-map.md` makes it so."""
+    assert (ROOT / "docs/code-map.md").read_text() == code_map.page()
+
+
+@pytest.mark.parametrize(("question", "file", "name"), code_map.WHERE)
+def test_the_map_of_the_code_names_what_there_is(question: str, file: str, name: str) -> None:
+    defined = [node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if hasattr(node, "name")]
+    assert name in defined, question
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in _LINK.findall(page.read_text()):
+        assert (page.parent / link).exists(), link

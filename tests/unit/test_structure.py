@@ -1,0 +1,66 @@
+"""The shape of the code: sizes, names, packages and what is declared of them."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import code_map
+
+JOB = Path(__file__).parents[2] / "job"
+FILES = sorted(JOB.rglob("*.py"))
+FILE_LINES, CLASS_LINES, FUNCTION_LINES, LONGEST_FUNCTION = 400, 250, 50, 85
+# A function above the limit says why in a comment above it that begins so.
+REASON = "# Long: "
+MODULES_AT_THE_TOP = 8
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def definitions(code: str, kind: type[ast.ClassDef] | type[Function]) -> Iterator[tuple[str, int, bool]]:
+    """Yield the name of every class or function, its lines with decorators, and whether it gives a reason."""
+    lines = code.splitlines()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, kind):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            assert node.end_lineno is not None
+            reason = lines[first - 2].strip().startswith(REASON) if first > 1 else False
+            yield node.name, node.end_lineno - node.lineno + 1, reason
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(JOB).as_posix())
+def test_nothing_is_larger_than_one_can_read_at_once(file: Path) -> None:
+    code = file.read_text()
+    assert len(code.splitlines()) <= FILE_LINES
+    assert [name for name, size, _ in definitions(code, ast.ClassDef) if size > CLASS_LINES] == []
+    functions = list(definitions(code, Function))
+    assert [name for name, size, reason in functions if size > (LONGEST_FUNCTION if reason else FUNCTION_LINES)] == []
+
+
+def test_sizes_are_seen() -> None:
+    code = "# Long: a table\n@decorated\ndef one():\n    a\n    b\n\nclass Two:\n    async def three(self): ...\n"
+    assert list(definitions(code, Function)) == [("one", 3, True), ("three", 1, False)]
+    assert list(definitions(code, ast.ClassDef)) == [("Two", 2, False)]
+
+
+def test_no_two_classes_have_one_name() -> None:
+    names = Counter(name for file in FILES for name, *_ in definitions(file.read_text(), ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_the_contract_names_every_package() -> None:
+    packages = {path.name for path in JOB.iterdir() if path.is_dir() and list(path.rglob("*.py"))}
+    modules = {path.stem for path in JOB.glob("*.py")} - {"__init__"}
+    assert sorted(code_map.packages()) == sorted(packages | modules)
+    assert len(list(JOB.glob("*.py"))) <= MODULES_AT_THE_TOP
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(JOB).as_posix())
+def test_packages_and_modules_say_what_they_are(file: Path) -> None:
+    said = ast.get_docstring(ast.parse(file.read_text()))
+    assert said
+    assert "TODO" not in said
