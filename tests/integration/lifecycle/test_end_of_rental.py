@@ -724,12 +724,13 @@ def test_exit_codes_pass_through_and_strangers_are_reaped(tmp_path: Path, code: 
     script = f"""
 import os, sys, time
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
-from job.system import lifeline, supervise
+from job.lifecycle import supervisor
+from job.system import lifeline
 if not lifeline.adopt():
     import ctypes
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     sys.argv = ["abliterate", "run", "--when-failed", "stop"]
-    supervise.supervised()
+    supervisor.supervised()
 if os.fork() == 0:
     if os.fork() == 0:
         time.sleep(0.2)
@@ -751,10 +752,11 @@ os._exit({code})
 BEGIN = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
-from job.system import lifeline, supervise
+from job.lifecycle import supervisor
+from job.system import lifeline
 again = os.environ.get("AGAIN")
 sys.argv = ["abliterate", "run", "--when-failed", "stop", "--workspace", os.environ["RUNS"]]
-supervise.supervised()
+supervisor.supervised()
 """
 RESTART = "os.environ['AGAIN'] = '1'; again or lifeline.restart();"
 
