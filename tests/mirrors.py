@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 from job.errors import JobError
-from job.mirror import Claim, MirrorOptions, SnapshotPace, lease, open_mirror
+from job.mirror import LeaseKeeper, MirrorOptions, SnapshotPace, lease, open_mirror
 from job.records import JobRecord
 from job.storage.atomic import write_atomically, write_record
 from job.storage.identity import job_id
@@ -52,13 +52,15 @@ class Place:
     def mirror(self, pace: SnapshotPace = CALM, **options: Any) -> Any:
         return open_mirror(self.uri, MirrorOptions(pace=pace, s3=self.s3, **options))
 
-    def claim(self, folder: Path, pace: SnapshotPace = CALM, said: list[str] | None = None, **options: Any) -> Claim:
+    def claim(
+        self, folder: Path, pace: SnapshotPace = CALM, said: list[str] | None = None, **options: Any
+    ) -> LeaseKeeper:
         words = [] if said is None else said
         # Making a client of S3 takes longer than all that is done with it.
         key = f"{pace} {self.s3} {options}" if self.kind == "s3" else str(len(self.opened))
         if key not in self.opened:
             self.opened[key] = self.mirror(pace, **options)
-        claim: Claim = self.opened[key].claim(RunFolder(folder), IDENTITY, words.append)
+        claim: LeaseKeeper = self.opened[key].claim(RunFolder(folder), IDENTITY, words.append)
         return claim
 
     def close(self) -> None:
@@ -187,7 +189,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _work(claim: Claim, run: RunFolder, lines: Iterable[int]) -> None:
+def _work(claim: LeaseKeeper, run: RunFolder, lines: Iterable[int]) -> None:
     """Do what a search does: a trial, an event, the state; and tell of snapshots."""
     claim.start()
     for number in lines:

@@ -15,7 +15,8 @@ from job.errors import MachineError, Stopped, UsageError
 
 if TYPE_CHECKING:
     from job.cloud.inner_command import Inner
-    from job.cloud.launching import Launch, Launcher
+    from job.cloud.launch_records import Launch, LaunchFile
+    from job.cloud.launching import Launcher
     from job.cloud.provider import Market, Offer
 
 PLACEHOLDER_IMAGE = "ghcr.io/OWNER/abliteration-job:VERSION"
@@ -72,7 +73,8 @@ def launch(
 ) -> None:
     """Rent the cheapest machine that would do and start a job there."""
     from job.cloud.inner_command import check_inner
-    from job.cloud.launching import Launch, environment, new_label
+    from job.cloud.launch_records import Launch, LaunchFile, new_label, records_folder
+    from job.cloud.launching import environment
 
     if not image or "OWNER/" in image or image.endswith(":VERSION"):
         raise UsageError("there is no image to run", remedy=f"build one, push it and give --image {PLACEHOLDER_IMAGE}")
@@ -94,7 +96,7 @@ def launch(
         checkpoint=inner.checkpoint,
     )
     _advise(wanted, inner)
-    launcher = _launcher(wanted, every=every)
+    launcher = _launcher(LaunchFile(wanted, records_folder() / f"{wanted.label}.json"), every)
     launcher.notice = lambda offer: _tell_of_ends(inner, offer)
     with _telling_what_is_left(launcher):
         launcher.rent(wait)
@@ -115,14 +117,15 @@ def watch(
 ) -> None:
     """Follow a launch until it has ended, on another machine if this one is lost."""
     from job.cloud.credentials import open_market
-    from job.cloud.launching import describe, find_launch, records_folder
+    from job.cloud.launch_records import find_launch, records_folder
+    from job.cloud.launching import describe
 
     found = find_launch(records_folder(), id, platform)
     if found is None:
         typer.echo(describe(open_market(platform, _say).instance(id)))
         _say("this machine has no record of its launch, so it cannot be followed or launched again")
         return
-    launcher = _launcher(*found, every=every)
+    launcher = _launcher(found, every)
     with _telling_what_is_left(launcher):
         launcher.adopt()
         if not launcher.launch.instances:
@@ -163,11 +166,12 @@ def destroy(
 ) -> None:
     """Destroy an instance, or all of a launch, and return when they are gone."""
     from job.cloud.credentials import open_market
-    from job.cloud.launching import Launcher, find_launch, records_folder
+    from job.cloud.launch_records import find_launch, records_folder
+    from job.cloud.launching import Launcher
 
     market = open_market(platform, _say)
     found = find_launch(records_folder(), id, platform)
-    launcher = Launcher(market, *found, _say, every) if found is not None else None
+    launcher = Launcher(market, found, _say, every) if found is not None else None
     if launcher is not None and id == launcher.launch.label:
         launcher.adopt()
         ids = [rented.id for rented in launcher.launch.left]
@@ -179,7 +183,7 @@ def destroy(
     recorded = {rented.id for rented in launcher.launch.left} if launcher is not None else set()
     if launcher is not None:
         with _telling_what_is_left(launcher):
-            launcher.destroy(targets)
+            launcher.destroyer.destroy(targets)
     _insist(market, [target for target in targets if target not in recorded], every)
     for target in targets:
         typer.echo(f"destroyed {target}")
@@ -220,12 +224,12 @@ def _confirmed(market: Market, ids: list[str], launcher: Launcher | None, *, yes
         if found.state == "gone" and (rented is None or time.time() - rented.at >= APPEAR_SECONDS):
             typer.echo(f"{id} is not there")
             if launcher is not None:
-                launcher.note_end("gone", id)
+                launcher.record.note_end("gone", id)
             continue
         if not yes and not (sys.stdin.isatty() and typer.confirm(f"destroy {describe(found)}?")):
             raise UsageError(f"{describe(found)}: not destroyed", remedy="give --yes")
         if launcher is not None and found.state != "gone":
-            launcher.saw(id)
+            launcher.destroyer.saw(id)
         targets.append(id)
     return targets
 
@@ -333,13 +337,14 @@ def _left(launcher: Launcher) -> list[str]:
     return lines
 
 
-def _launcher(wanted: Launch, file: Path | None = None, *, every: float) -> Launcher:
+def _launcher(record: LaunchFile, every: float) -> Launcher:
     from job.cloud.credentials import open_market
-    from job.cloud.launching import Launcher, environment, records_folder
+    from job.cloud.launching import Launcher, environment
 
-    values = environment(wanted.env, wanted.plain_env)
-    market = open_market(wanted.platform, _say, secrets=tuple(values[name] for name in wanted.env))
-    return Launcher(market, wanted, file or records_folder() / f"{wanted.label}.json", _say, every)
+    launch = record.launch
+    values = environment(launch.env, launch.plain_env)
+    market = open_market(launch.platform, _say, secrets=tuple(values[name] for name in launch.env))
+    return Launcher(market, record, _say, every)
 
 
 def _watch(launcher: Launcher, relaunches: int, wait: float, max_total: float | None) -> None:
@@ -362,11 +367,11 @@ def _watch(launcher: Launcher, relaunches: int, wait: float, max_total: float | 
 
 def _instance_id(platform: Platform, name: str) -> str:
     """Return the id that is meant by an id or by a launch's label."""
-    from job.cloud.launching import find_launch, records_folder
+    from job.cloud.launch_records import find_launch, records_folder
 
     found = find_launch(records_folder(), name, platform)
-    if found is not None and name == found[0].label and found[0].instances:
-        return found[0].instances[-1].id
+    if found is not None and name == found.launch.label and found.launch.instances:
+        return found.launch.instances[-1].id
     return name
 
 

@@ -19,7 +19,7 @@ from job.data.prompts import PromptSets
 from job.errors import JobError, MachineError, UsageError
 from job.lifecycle.locate import Whereabouts
 from job.lifecycle.running import OpenJob
-from job.mirror.lease_keeper import LINEAGE
+from job.mirror.records import LINEAGE
 from job.mirror.vetting import as_given, require_same_contents, with_trust
 from job.records import EditParameters
 from job.storage.atomic import read_record, write_record

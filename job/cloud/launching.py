@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from pydantic import Field, ValidationError
 
 from job.cloud.api import CloudError
-from job.cloud.credentials import ACCOUNT_KEYS, Platform
+from job.cloud.credentials import ACCOUNT_KEYS
+from job.cloud.destroying import ENDING_SECONDS, Destroyer
+from job.cloud.launch_records import Launch, LaunchFile, Rented, recorded_ids
 from job.cloud.ownership import Pending, claim
 from job.cloud.provider import Instance, MachineNeeds, Market, Offer, Order, Terms
-from job.cloud.termination import Termination
 from job.errors import MachineError, UsageError
-from job.records import Record
-from job.storage.atomic import write_atomically
 from job.text.redaction import holds_secret, looks_secret
 
 # How long a creation that was not confirmed is looked for before another offer is taken: lists lag behind.
@@ -29,103 +24,6 @@ _PAUSE_SECONDS = 5.0
 _PENDING_SECONDS, _PENDING_PAUSE = 3600.0, 60.0
 # For so long a new instance that nobody else's label or image speaks for may be one whose creation was not confirmed.
 _DOUBT_SECONDS = 86400.0
-BY_HAND = "destroyed by hand"
-# How long another machine waits for the end of the last one; after that its end is insisted on beside.
-ENDING_SECONDS = 300.0
-
-
-class Rented(Record):
-    """One instance of a launch.
-
-    Attributes:
-        id: Its id.
-        at: Unix time of its renting.
-        dollars: Price of an hour by the offer.
-        ended: Unix time of its end, None while it is there as far as is known.
-        why: What became of it.
-        ending: Why it is being destroyed, "" while it is not; until it is seen to be gone.
-        sure: It is this launch's for certain; one that only seems to be is never destroyed by itself.
-        seen: The platform has shown it, so that "no such instance" means that it is gone.
-    """
-
-    id: str
-    at: float
-    dollars: float
-    ended: float | None = None
-    why: str = ""
-    ending: str = ""
-    sure: bool = True
-    seen: bool = False
-
-    def cost(self, now: float) -> float:
-        """Return the dollars of its time, as far as the offer's price tells."""
-        return ((self.ended or now) - self.at) / 3600 * self.dollars
-
-
-class Launch(Record):
-    """What was launched; holds no secret, only the names of the variables that do.
-
-    Attributes:
-        label: Its name; the instances are called so with their number.
-        platform: Where.
-        needs: The machines that would do.
-        terms: Under which terms.
-        image: The image.
-        command: What its ENTRYPOINT is given.
-        env: Names of the variables that are passed on.
-        plain_env: Variables whose values are no secrets.
-        volume: Network volume for the workspace.
-        instances: What was rented, in order; the last is the one that counts.
-        pending: Creations whose answer is not known.
-        checkpoint: Where its job is mirrored, by its settings; None: by the words of the command.
-    """
-
-    # What is rented with; secrets in it were refused.
-    VERBATIM = frozenset({"label", "image", "command", "plain_env", "checkpoint"})
-
-    label: str
-    platform: Platform
-    needs: tuple[MachineNeeds, ...]
-    terms: Terms
-    image: str
-    command: tuple[str, ...]
-    env: tuple[str, ...] = ()
-    plain_env: dict[str, str] = Field(default_factory=dict)
-    volume: str | None = None
-    instances: tuple[Rented, ...] = ()
-    pending: tuple[Pending, ...] = ()
-    checkpoint: str | None = None
-
-    @property
-    def resumable(self) -> bool:
-        """Whether another machine finds what this one has done: a folder is only there where a volume is."""
-        place = self.checkpoint or self._checkpoint_word
-        if place is None:
-            return False
-        return not place.startswith("file:") or (self.volume is not None and place.startswith("file:///workspace/"))
-
-    @property
-    def _checkpoint_word(self) -> str | None:
-        for word, following in zip(self.command, (*self.command[1:], ""), strict=True):
-            if word == "--checkpoint":
-                return following
-            if word.startswith("--checkpoint="):
-                return word.partition("=")[2]
-        return self.plain_env.get("ABLITERATE_CHECKPOINT")
-
-    @property
-    def left(self) -> tuple[Rented, ...]:
-        """What is not known to have ended."""
-        return tuple(rented for rented in self.instances if rented.ended is None)
-
-    def spent(self, now: float) -> float:
-        """Return the dollars of all instances' time, as far as the offers' prices tell."""
-        return sum(rented.cost(now) for rented in self.instances)
-
-
-def new_label() -> str:
-    """Return a name that no other launch has."""
-    return f"abliterate-{secrets.token_hex(4)}"
 
 
 def environment(names: Sequence[str], plain: Mapping[str, str], env: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -169,31 +67,38 @@ def find_offers(market: Market, needs: Sequence[MachineNeeds], terms: Terms) -> 
 
 @dataclass
 class Launcher:
-    """Rents machines for one launch, keeps its record, and destroys what it has rented until that is gone.
+    """Rents machines for one launch, and finds again what was rented without an answer.
 
     Attributes:
         market: Where.
-        launch: What; replaced by every change.
-        file: Where the record is kept.
+        record: The launch's record.
         say: Told what happens.
         every: Seconds between two looks.
         look_seconds: How long a creation that was not confirmed is looked for.
         ending_seconds: How long another machine waits for the end of the last one.
         notice: Told of the best offer before the first machine is rented.
         here: Ids of what this process has rented, and so has watched from its beginning.
+        destroyer: Destroys what was rented.
     """
 
     market: Market
-    launch: Launch
-    file: Path
+    record: LaunchFile
     say: Callable[[str], None]
     every: float = 30.0
     look_seconds: float = LOOK_SECONDS
     ending_seconds: float = ENDING_SECONDS
     notice: Callable[[Offer], None] | None = None
     here: set[str] = field(default_factory=set)
-    _endings: dict[str, Termination] = field(default_factory=dict, repr=False)
+    destroyer: Destroyer = field(init=False, repr=False)
     _looked: float = field(default=0.0, repr=False)
+
+    def __post_init__(self) -> None:
+        self.destroyer = Destroyer(self.market, self.record, self.say, self.every)
+
+    @property
+    def launch(self) -> Launch:
+        """The launch as its record has it."""
+        return self.record.launch
 
     def rent(self, wait_minutes: float = 0.0) -> str:
         """Rent the best offer that can be had and return the instance's id.
@@ -206,7 +111,7 @@ class Launcher:
             MachineError: There is none, or nobody knows what was rented.
         """
         env = environment(self.launch.env, self.launch.plain_env)
-        self._keep()
+        self.record.update()
         deadline = time.monotonic() + 60 * wait_minutes
         while True:
             for offer in find_offers(self.market, self.launch.needs, self.launch.terms):
@@ -241,20 +146,20 @@ class Launcher:
         before = tuple(instance.id for instance in self.market.instances())
         asked = Pending(label=self._next_label, at=time.time(), offer=offer.id, dollars=offer.dollars, before=before)
         order = Order(label=asked.label, image=launch.image, command=launch.command, volume=launch.volume)
-        self._keep(pending=(*launch.pending, asked))
+        self.record.update(pending=(*launch.pending, asked))
         try:
             rented = self.market.rent(offer, order, env)
         except CloudError as error:
             if not error.uncertain:
-                self._keep(pending=launch.pending)
+                self.record.update(pending=launch.pending)
                 raise
             self.say(f"{error}; looking whether it was rented all the same")
             return self._look_for(asked)
         if rented is None:
-            self._keep(pending=launch.pending)
+            self.record.update(pending=launch.pending)
             self.say(f"offer {offer.id} is taken")
             return None
-        self._record(asked, rented)
+        self.record.add(asked, rented)
         self.here.add(rented)
         self.say(
             f"rented {self.market.name} instance {rented}: {offer.need.count}x{offer.need.gpu}, "
@@ -293,7 +198,7 @@ class Launcher:
                 remedy=f"look at {self.market.console}",
             )
         if likely:
-            self._record(asked, likely[0].id, sure=False)
+            self.record.add(asked, likely[0].id, sure=False)
             self.say(
                 f"instance {likely[0].id} is new and seems to be this launch's; it is followed, and not destroyed by "
                 f"itself: look at {self.market.console}"
@@ -307,7 +212,7 @@ class Launcher:
 
     def _claims(self, asked: Pending) -> tuple[list[Instance], list[Instance]]:
         """Return the instances that are a pending creation's for certain, and those that seem to be."""
-        others = _recorded(self.file.parent)
+        others = recorded_ids(self.record.path.parent)
         claims = [
             (claim(instance, asked, launch=self.launch.label, image=self.launch.image, others=others), instance)
             for instance in self.market.instances()
@@ -319,12 +224,14 @@ class Launcher:
         """Record what was found of a pending creation; whatever is more than one machine is destroyed."""
         needed = bool(found) and self._needed()
         for instance in found:
-            self._record(asked, instance.id, dollars=instance.dollars, ending="" if needed else "it was rented twice")
+            self.record.add(
+                asked, instance.id, dollars=instance.dollars, ending="" if needed else "it was rented twice"
+            )
             said = "it is now" if needed else "it is destroyed, since there is another"
-            self.saw(instance.id)
+            self.destroyer.saw(instance.id)
             self.say(f"instance {instance.id} was rented for this launch and not recorded; {said}")
             needed = False
-        self.press_on()
+        self.destroyer.press_on()
 
     def _needed(self) -> bool:
         """Return whether the launch has no machine; one that is not shown gives way to one that is."""
@@ -333,7 +240,7 @@ class Launcher:
         last = self.launch.instances[-1]
         if self.market.instance(last.id).state != "gone":
             return False
-        self._change(last.model_copy(update={"ending": "gone"}))
+        self.record.change(last, ending="gone")
         return True
 
     def adopt(self) -> None:
@@ -370,116 +277,8 @@ class Launcher:
         Raises:
             JobError: There is none, or the platform refuses.
         """
-        self.close(why)
+        self.destroyer.close(why, self.ending_seconds)
         return self.rent(wait_minutes)
-
-    def close(self, why: str) -> None:
-        """Destroy the latest instance; where that takes long, `press_on` and `finish` go on with it."""
-        last = self.launch.instances[-1]
-        if last.ended is not None:
-            return
-        self._change(last.model_copy(update={"ending": why}))
-        self._gone(self._ending(last).insist(self.ending_seconds), last.id)
-
-    def press_on(self) -> None:
-        """Ask again for the ends that are due; return at once."""
-        for rented in self.launch.left:
-            if rented.ending:
-                self._gone(self._ending(rented).press(), rented.id)
-
-    def finish(self) -> None:
-        """Return when all that is to be destroyed is gone."""
-        while any(rented.ending for rented in self.launch.left):
-            self.press_on()
-            time.sleep(min(self.every, 0.5))
-
-    def destroy(self, ids: Sequence[str]) -> None:
-        """Destroy instances of this launch, and return when all are gone."""
-        for rented in self.launch.left:
-            if rented.id in ids:
-                self._change(rented.model_copy(update={"ending": rented.ending or BY_HAND}))
-        self.finish()
-
-    def _ending(self, rented: Rented) -> Termination:
-        fresh = Termination(
-            self.market,
-            rented.id,
-            self.say,
-            rented=rented.at,
-            seen=rented.seen,
-            pause=min(self.every, 5.0),
-            longest=min(2 * self.every, 60.0),
-        )
-        return self._endings.setdefault(rented.id, fresh)
-
-    def _gone(self, gone: bool, id: str) -> None:
-        rented = next(rented for rented in self.launch.instances if rented.id == id)
-        if gone and rented.ended is None:
-            self._change(rented.model_copy(update={"ended": time.time(), "why": rented.ending, "ending": ""}))
-            self.say(f"destroyed instance {id}: {rented.ending}")
-
-    def saw(self, id: str) -> None:
-        """Note that the platform has shown an instance."""
-        for rented in self.launch.left:
-            if rented.id == id and not rented.seen:
-                self._change(rented.model_copy(update={"seen": True}))
-                self._ending(rented).seen = True
-
-    def note_end(self, why: str, id: str | None = None) -> None:
-        """Record that an instance, the latest by default, has ended by itself."""
-        for rented in self.launch.left:
-            if rented.id == (id or self.launch.instances[-1].id):
-                self._change(rented.model_copy(update={"ended": time.time(), "why": why, "ending": ""}))
-
-    def _record(
-        self, asked: Pending, id: str, *, dollars: float | None = None, ending: str = "", sure: bool = True
-    ) -> None:
-        """Record an instance of a creation; one that is to be destroyed at once goes before the one that counts."""
-        new = Rented(
-            id=id, at=asked.at or time.time(), dollars=asked.dollars or dollars or 0.0, ending=ending, sure=sure
-        )
-        former = self.launch.instances
-        instances = (*former[:-1], new, *former[-1:]) if ending else (*former, new)
-        pending = tuple(other for other in self.launch.pending if other.label != asked.label)
-        self._keep(instances=instances, pending=pending)
-
-    def _change(self, changed: Rented) -> None:
-        self._keep(instances=tuple(changed if rented.id == changed.id else rented for rented in self.launch.instances))
-
-    def _keep(self, **changes: tuple[Rented, ...] | tuple[Pending, ...]) -> None:
-        self.launch = self.launch.model_copy(update=changes)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.file, (self.launch.model_dump_json(indent=2) + "\n").encode())
-
-
-def records_folder(env: Mapping[str, str] | None = None) -> Path:
-    """Return where records of launches are kept: $ABLITERATION_LAUNCHES, or below the user's state."""
-    env = os.environ if env is None else env
-    if env.get("ABLITERATION_LAUNCHES"):
-        return Path(env["ABLITERATION_LAUNCHES"])
-    return Path(env.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "abliterate" / "launches"
-
-
-def find_launch(folder: Path, name: str, platform: Platform) -> tuple[Launch, Path] | None:
-    """Return the launch of that label, or the one that an instance of that id belongs to, with its file."""
-    for file, launch in _launches(folder):
-        ids = [rented.id for rented in launch.instances]
-        if launch.platform == platform and name in (launch.label, *ids):
-            return launch, file
-    return None
-
-
-def _launches(folder: Path) -> Iterator[tuple[Path, Launch]]:
-    for file in sorted(folder.glob("*.json")):
-        try:
-            yield file, Launch.model_validate_json(file.read_bytes())
-        except (OSError, ValidationError):
-            continue  # no record, or one of another version
-
-
-def _recorded(folder: Path) -> frozenset[str]:
-    """Return the ids of all instances that any launch has recorded."""
-    return frozenset(rented.id for _, launch in _launches(folder) for rented in launch.instances)
 
 
 def describe(instance: Instance) -> str:

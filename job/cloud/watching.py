@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from job.cloud.api import CloudError
-from job.cloud.launching import BY_HAND, Launcher
+from job.cloud.destroying import BY_HAND
+from job.cloud.launching import Launcher
 from job.cloud.provider import PROVISIONING, Instance, State
 from job.cloud.termination import APPEAR_SECONDS
 
@@ -98,9 +99,9 @@ class Watch:
         try:
             outcome = self._follow()
         except Exception:  # any of them; an interrupt is no Exception, and is not kept waiting for a machine's end
-            self.launcher.finish()
+            self.launcher.destroyer.finish()
             raise
-        self.launcher.finish()
+        self.launcher.destroyer.finish()
         return outcome
 
     def _follow(self) -> Outcome:
@@ -111,7 +112,7 @@ class Watch:
         if why not in ("", "gone", "stopped", BY_HAND) and not self._again(why, track):
             return "halted"
         while True:
-            self.launcher.press_on()
+            self.launcher.destroyer.press_on()
             self.launcher.look_for_late_ones()
             latest = self.launcher.launch.instances[-1].id
             if latest != track.id:
@@ -123,7 +124,7 @@ class Watch:
                 if track.note(instance):
                     self.launcher.say(instance.line)
                 if instance.state != "gone":
-                    self.launcher.saw(instance.id)
+                    self.launcher.destroyer.saw(instance.id)
                 outcome = self._judge(instance, track)
                 if outcome is not None:
                     return outcome
@@ -175,7 +176,7 @@ class Watch:
                 f"does, it BILLS: look at {self.launcher.market.console}"
             )
             return "missing"
-        self.launcher.note_end("gone")
+        self.launcher.record.note_end("gone")
         return "ended"
 
     def _listed(self, id: str) -> bool:
@@ -218,7 +219,7 @@ class Watch:
             return True
         if nothing_lost:
             launcher.say(f"{why}; it is destroyed, since nothing has run there, and not replaced: {refusal}")
-            launcher.close(why)
+            launcher.destroyer.close(why, launcher.ending_seconds)
         else:
             launcher.say(
                 f"{why}; it is not replaced: {refusal}. What is left of it may still bill: look at "

@@ -27,10 +27,15 @@ if TYPE_CHECKING:
 _WARNING = """\
 > [!WARNING]
 > Safety refusals were deliberately removed from this model. It may comply with harmful requests, and whoever deploys
-> it needs safeguards of their own.
-"""
+> it needs safeguards of their own."""
 _HUB = "https://huggingface.co"
 _LIBRARY: dict[ExportFormat, str | None] = {"merged": "transformers", "adapter": "peft", "directions": None}
+_USES: dict[ExportFormat, str] = {
+    "merged": "",
+    "adapter": "\n\nThis is a LoRA adapter: load the base model and put it on with `peft.PeftModel.from_pretrained`.",
+    "directions": "\n\n`edit.safetensors` holds directions and parameters only; `abliterate apply MODEL "
+    "edit.safetensors OUT`\nmakes the edited model from the base model.",
+}
 # What licences ask to be shown with derived models, by how their names begin.
 _NOTICES = {
     "llama3": "Built with Llama.",
@@ -52,27 +57,35 @@ def model_card(made: Reproduction, source: Path) -> str:
         source: Folder of the base model, whose card names the licence.
     """
     inherited = redacted(inherited_metadata(source, made.base_model))
+    sections = {
+        "Figures": _figures(made),
+        "What was done": _method(made, source),
+        "Limits": _limits(made),
+        "Licence": _licence(made, inherited, source),
+        "Reproduction": _reproduction(made),
+    }
+    blocks = [f"---\n{_metadata(made, inherited)}\n---", f"# {markdown(_title(made))}", _WARNING, _opening(made)]
+    blocks += [f"## {title}\n\n{text}" for title, text in sections.items()]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _opening(made: Reproduction) -> str:
+    named = f" of {_link(made.base_model, f'{_HUB}/{made.base_model}')}" if made.base_model else ""
+    return f"An edit{named} from which this behaviour was removed: {markdown(made.behaviour)}.{_USES[made.format]}"
+
+
+def _figures(made: Reproduction) -> str:
     return f"""\
----
-{_metadata(made, inherited)}
----
-
-# {markdown(_title(made))}
-
-{_WARNING}
-{_opening(made)}{_USES[made.format]}
-
-## Figures
-
 Measured on what is published here, on {_report_prompts(made)}. Intervals are of
 95 %: Wilson's for counts, the percentile bootstrap for the mean.
 
 {figures_table(made.base, made.edited)}
 
-{_changes(made)}
+{_changes(made)}"""
 
-## What was done
 
+def _method(made: Reproduction, source: Path) -> str:
+    return f"""\
 The direction that mediates the behaviour in the residual stream was found from two sets of prompts and projected out
 of the weights that write into the stream (Arditi et al. 2024, arXiv:2406.11717). How strongly in which layer was
 searched for with {made.trials} trials, of which this is number {made.trial.number}.
@@ -85,50 +98,34 @@ searched for with {made.trials} trials, of which this is number {made.trial.numb
 
 {kernel_table(made.edit)}
 
-{_prompts_table(made.prompts)}
+{_prompts_table(made.prompts)}"""
 
-## Limits
 
+def _limits(made: Reproduction) -> str:
+    return f"""\
 - Refusals are counted by phrases in answers of up to {markdown(made.settings["scoring"]["answer_tokens"])} tokens: an \
 evasion without them goes unnoticed, and an answer that is no refusal need not be a good one.
 - The figures hold for prompts like those of the sets above; other kinds of requests may still be refused.
-- What the base model knows, gets wrong or is biased to, so does this one.
+- What the base model knows, gets wrong or is biased to, so does this one."""
 
-## Licence
 
-{_licence(made, inherited, source)}
-
-## Reproduction
-
+def _reproduction(made: Reproduction) -> str:
+    return f"""\
 `reproduce.json` holds all settings, commits, versions and hashes. `abliterate run --reproduce reproduce.json` makes
 the same edit again and compares the hashes; model and prompts that lie in local files have to be given as well.
 `sha256sum -c SHA256SUMS` checks the files.
 
-Made with abliteration-job {markdown(made.versions["abliteration-job"])}.
-"""
+Made with abliteration-job {markdown(made.versions["abliteration-job"])}."""
 
 
 def _report_prompts(made: Reproduction) -> str:
     return report_description(made.reused_prompts, made.edited.good_prompts + made.edited.bad_prompts)
 
 
-_USES: dict[ExportFormat, str] = {
-    "merged": "",
-    "adapter": "\n\nThis is a LoRA adapter: load the base model and put it on with `peft.PeftModel.from_pretrained`.",
-    "directions": "\n\n`edit.safetensors` holds directions and parameters only; `abliterate apply MODEL "
-    "edit.safetensors OUT`\nmakes the edited model from the base model.",
-}
-
-
 def _title(made: Reproduction) -> str:
     if made.base_model is None:
         return "Model with a behaviour removed"
     return f"{one_line(made.base_model.split('/')[-1])}-abliterated"
-
-
-def _opening(made: Reproduction) -> str:
-    named = f" of {_link(made.base_model, f'{_HUB}/{made.base_model}')}" if made.base_model else ""
-    return f"An edit{named} from which this behaviour was removed: {markdown(made.behaviour)}."
 
 
 def _base_model(made: Reproduction) -> str:

@@ -17,7 +17,7 @@ from job.upload.targets import s3_options
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from job.mirror import Claim, Mirror
+    from job.mirror import LeaseKeeper, Mirror
 
 # What the last snapshot may take, in seconds and in times that a lease lasts without a sign of life.
 _LAST_SECONDS, _LAST_LEASES = 300.0, 2.5
@@ -45,7 +45,7 @@ class JobLock:
     All methods do nothing where there is no checkpoint.
     """
 
-    def __init__(self, claim: Claim | None = None) -> None:
+    def __init__(self, claim: LeaseKeeper | None = None) -> None:
         """Hold a job, with the claim on its checkpoint if it has one."""
         self._claim = claim
 
@@ -113,7 +113,7 @@ def held(
             yield from _kept(folder, claim, signals)
 
 
-def _kept(folder: RunFolder, claim: Claim, signals: StopSignals) -> Iterator[JobLock]:
+def _kept(folder: RunFolder, claim: LeaseKeeper, signals: StopSignals) -> Iterator[JobLock]:
     """Yield the hold and take the last snapshot after it."""
     lost: list[JobError] = []
 

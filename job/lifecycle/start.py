@@ -69,13 +69,19 @@ def run(
         JobError: The job cannot be done; each kind says whether, where and how it could be.
         Stopped: A signal asked for it; running again continues.
     """
-    pinned = again.pinned if again else None
     _tell_asked(settings)
     try:
-        folder, first = open_job(settings, new=new, pinned=pinned)
+        start = _begin(settings, new=new, notes=notes, again=again)
     except Exception as error:
         _close(outcome_of_error(error), settings, events)
         raise
+    return carry_out(start, events, signals, stages)
+
+
+def _begin(settings: Settings, *, new: bool, notes: Sequence[str], again: Again | None) -> JobStart:
+    """Return the start of the job that the settings describe."""
+    pinned = again.pinned if again else None
+    folder, first = open_job(settings, new=new, pinned=pinned)
 
     def opened() -> tuple[JobRecord, Settings]:
         _, record = open_job(settings, new=True, pinned=pinned)
@@ -85,7 +91,7 @@ def run(
             record = record.model_copy(update=again.resolved)
         return record, settings
 
-    start = JobStart(
+    return JobStart(
         folder,
         first.identity,
         settings,
@@ -94,7 +100,6 @@ def run(
         names_code=again is not None,
         notes=tuple(notes),
     )
-    return carry_out(start, events, signals, stages)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Signs of life and snapshots are both replacements of the head by compare-and-swa
 lease cannot write either. Objects are there before the head that names them, and stay for one snapshot longer.
 """
 
-from job.mirror.lease_keeper import Claim
+from job.mirror.lease_keeper import LeaseKeeper
 from job.mirror.mirror import HOLDS, Fetched, Mirror, expected_bytes, open_mirror
 from job.mirror.options import MirrorOptions, SnapshotPace, scheme_of
 from job.mirror.records import Head, MirrorError
@@ -14,9 +14,9 @@ from job.mirror.store import Proof
 
 __all__ = [
     "HOLDS",
-    "Claim",
     "Fetched",
     "Head",
+    "LeaseKeeper",
     "Mirror",
     "MirrorError",
     "MirrorOptions",

@@ -9,13 +9,12 @@ from contextlib import ExitStack
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
+from typing import TYPE_CHECKING, TypeVar
 
 from job.errors import DeliveryError
-from job.mirror.lease import is_running
+from job.mirror.hub_history import HubHistory, request_commits
 from job.mirror.options import HUB_PACE, SnapshotPace
-from job.mirror.records import HEAD, MOST_HEAD_BYTES, OBJECTS, MirroredFile, MirrorError, decode_head, oversized_head
+from job.mirror.records import HEAD, MOST_HEAD_BYTES, OBJECTS, MirroredFile, oversized_head
 from job.mirror.store import ConflictError, OversizedError, Proof, Stored
 from job.system.hub_client import count_traffic, quiet_client
 from job.system.tempdirs import scratch
@@ -30,8 +29,6 @@ T = TypeVar("T")
 
 # Times that a commit is made anew on top of another job's in the same repository.
 _LOOKS = 8
-# Commits after which a branch's history is squashed: each keeps a snapshot, and one is made a minute.
-_HISTORY = 200
 
 
 class _SquashedError(Exception):
@@ -60,7 +57,7 @@ class HubStore:
         self._repo = Repository(uri, self._options, report)
         self._staged: dict[str, CommitOperationAdd] = {}
         self._seen: Snapshot | None = None
-        self._commits = 0  # made since the history was last squashed, or looked at
+        self._history = HubHistory(self._repo, self)
         # It replaces the client, which is not to happen first when a thread of ours is using it.
         count_traffic()
         self._open = ExitStack()
@@ -130,21 +127,9 @@ class HubStore:
 
     def _age(self, sha: str) -> float | None:
         """Return the seconds since a commit by the Hub's clock; another job's commit makes it seem younger."""
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not re-exported
-            build_hf_headers,
-            get_session,
-            hf_raise_for_status,
+        answer = self._of_revision(
+            lambda: request_commits(self._repo, sha, limit=1), f"the age of {self._repo.repo_id}"
         )
-
-        api = self._repo.api
-        url = f"{api.endpoint}/api/models/{self._repo.repo_id}/commits/{sha}"
-
-        def call() -> Any:
-            answer = get_session().get(url, params={"limit": 1}, headers=build_hf_headers(token=api.token))
-            hf_raise_for_status(answer)
-            return answer
-
-        answer = self._of_revision(call, f"the age of {self._repo.repo_id}")
         try:
             written = datetime.fromisoformat(answer.json()[0]["date"])
             now = parsedate_to_datetime(answer.headers["date"])
@@ -221,9 +206,7 @@ class HubStore:
             if sha is not None:
                 if named:
                     self._staged = {}
-                self._commits += 1
-                stored = Stored(data, sha, 0.0)
-                return self._squashed(job, stored) if self._commits >= _HISTORY else stored
+                return self._history.extended(job, Stored(data, sha, 0.0))
             # Another job may have committed, too: that is no reason to give up.
             found = self.read(job)
             if (found and found.data) != (expected and expected.data):
@@ -244,62 +227,9 @@ class HubStore:
             raise ConflictError(self.read(job))
         return found.sha
 
-    def _squashed(self, job: str, stored: Stored) -> Stored:
-        """Forget the branch's history, unless others may be writing to it, and return the head as it stands then.
-
-        What fails is said and tried again after as many commits: the mirror is none the worse for it.
-        """
-        self._commits = 0
-        api, branch = self._repo.api, self._repo.target.branch
-        try:
-            if self._others_run(job):
-                return stored
-            self._repo.ask(
-                lambda: api.super_squash_history(
-                    self._repo.repo_id, branch=branch, commit_message=self._options.commit_message
-                ),
-                f"squashing the history of {self._repo.repo_id}",
-            )
-            found = self.read(job)
-        except DeliveryError as error:
-            self._repo.report(f"warning: the history of {self._repo.repo_id} stays long: {error.line}")
-            return stored
-        # Another runner's head may have come between. Then the former commit stays what is expected, and that fails.
-        return found if found is not None and found.data == stored.data else stored
-
-    def _others_run(self, job: str) -> bool:
-        """Return whether another job's runner may be about to commit to the same branch."""
-        for other in self.jobs():
-            try:
-                stored = self.read(other) if other != job else None
-                if stored is not None and is_running(decode_head(stored.data, other, self.uri), stored):
-                    return True
-            except MirrorError:
-                return True  # of what cannot be read nobody knows who writes it
-        return False
-
     def sweep(self, job: str, keep: AbstractSet[str]) -> None:
         """Have a long history squashed; objects come and go with the head that names them, so none is left over."""
-        if self._has_long_history():
-            self._commits = _HISTORY  # with the next commit
-
-    def _has_long_history(self) -> bool:
-        """Return whether the branch has more commits than the Hub lists at once."""
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not re-exported
-            build_hf_headers,
-            get_session,
-            hf_raise_for_status,
-        )
-
-        api, branch = self._repo.api, quote(self._repo.target.branch, safe="")
-        url = f"{api.endpoint}/api/models/{self._repo.repo_id}/commits/{branch}"
-
-        def call() -> Any:
-            answer = get_session().get(url, params={"limit": _HISTORY}, headers=build_hf_headers(token=api.token))
-            hf_raise_for_status(answer)
-            return answer
-
-        return "next" in self._repo.ask(call, f"commits of {self._repo.repo_id}").links
+        self._history.look()
 
     def fetch(self, job: str, entry: MirroredFile, target: Path) -> None:
         """Download an object, of the revision at which the head was read where it is there."""

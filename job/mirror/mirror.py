@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from job.errors import DeliveryError, JobError, UsageError
 from job.mirror.lease import Holding, is_running, take
-from job.mirror.lease_keeper import LINEAGE, Claim
+from job.mirror.lease_keeper import LeaseKeeper
 from job.mirror.options import MirrorOptions, pace_as_told, scheme_of
 from job.mirror.proof import holder, overtaken, shortfall
-from job.mirror.records import CACHES, STUDY, Head, Lineage, MirrorError, decode_head
+from job.mirror.records import CACHES, LINEAGE, STUDY, Head, Lineage, MirrorError, decode_head
 from job.mirror.restore import INCOMING, count_mirrored, download, prove, restore
 from job.mirror.store import MirrorStore, Proof
 from job.storage.atomic import cannot_write, make_folder, write_record
@@ -225,7 +225,7 @@ class Mirror:
             shutil.rmtree(apart.path, ignore_errors=True)
         return left_out
 
-    def claim(self, folder: RunFolder, identity: Mapping[str, Any], say: Callable[[str], None]) -> Claim:
+    def claim(self, folder: RunFolder, identity: Mapping[str, Any], say: Callable[[str], None]) -> LeaseKeeper:
         """Take the lease of a job and bring its run folder up to date; signs of life are given from then on.
 
         The folder need not be there. Where another machine has gone on since, what stands in it is moved aside.
@@ -249,13 +249,13 @@ class Mirror:
         lineage = _lineage(folder)
         plain = json.loads(json.dumps(identity))
         holding = take(self._store, folder.path.name, plain, lineage.folder, say)
-        claim = Claim(self._store, holding, folder, say, required=self._required)
+        keeper = LeaseKeeper(self._store, holding, folder, say, required=self._required)
         try:
             self._bring_up(holding, folder, lineage, say)
         except BaseException:
-            claim.close(final=False, seconds=_RELEASE_SECONDS)
+            keeper.close(final=False, seconds=_RELEASE_SECONDS)
             raise
-        return claim
+        return keeper
 
     def _bring_up(self, holding: Holding, folder: RunFolder, lineage: Lineage, say: Callable[[str], None]) -> None:
         """Restore where the mirror is ahead of the folder, and only then let the mirror follow the folder."""

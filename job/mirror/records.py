@@ -44,7 +44,7 @@ MIRRORED = (
     "reproduces.json",
     "job.json",
 )
-STUDY = "study.db"
+STUDY, LINEAGE = "study.db", "mirror.json"
 _FILES = frozenset(name for name in MIRRORED if "." in name)
 # Names within a run folder; none is `..`, hidden, or of another file system's making.
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")

@@ -52,87 +52,40 @@ def write_reports(folder: RunFolder, state: State | None = None, *, include_resp
     return text
 
 
-def _lengths(result: RunResult) -> str:
-    """Return in words how long the answers were that refusals were counted in, "" where all were alike."""
-    if not result.rescored:
-        return ""
-    scoring = result.record.settings["scoring"]
-    return (
-        f"\nRefusals were counted in the first {scoring['search_tokens']} tokens of answers, and again in the first "
-        f"{scoring['answer_tokens']} for the trials that came into question: {', '.join(map(str, result.rescored))}."
-    )
-
-
 def run_report(result: RunResult) -> str:
     """Return the report.md of a run."""
-    record, chosen = result.record, result.chosen
-    skipped = sum(trial.values.skipped for trial in result.trials)
-    failed = sum(trial.values.reason is not None for trial in result.trials) - skipped
-    front = "\n".join(
-        f"| {trial.number}{' (chosen)' if trial.number == chosen.number else ''} "
-        f"| {trial.values.refusals} | {trial.values.broken} | {trial.values.kl:.4g} |"
-        for trial in pareto_front(result.trials)
+    resolution = result.record.resolution
+    dtype = resolution.dtype if resolution else "unknown"
+    sections = {
+        "Result": _result(result),
+        "Pareto front": _front(result),
+        "Detectors": detectors_text(result.detectors),
+        "Geometry": _geometry(result),
+        "Preflight": _preflight(result),
+        "Provenance": _provenance(result),
+    }
+    model = f"Model: {markdown(result.record.settings['model'])}, loaded in {dtype}"
+    blocks = [f"# Report of job {result.record.job_id}", model]
+    blocks += [f"## {title}\n\n{text}" for title, text in sections.items()]
+    return _blocks(*blocks) + "\n"
+
+
+def _blocks(*texts: str) -> str:
+    """Join blocks of Markdown, leaving out empty ones."""
+    return "\n\n".join(filter(None, texts))
+
+
+def _result(result: RunResult) -> str:
+    return _blocks(
+        f"Trial {result.chosen.number} of {len(result.trials)} was chosen: "
+        f"`exports/{result.export}`, to which `export` links.\n"
+        f"Its figures on {result.prompts.report_description}:",
+        figures_table(result.base, result.edited),
+        "\n".join(f"- **Warning**: {markdown(warning)}." for warning in result.warnings),
+        f"It ablates {direction_text(result.edit)} with these strengths:",
+        kernel_table(result.edit),
+        _norms(result),
     )
-    prefix = record.resolution.response_prefix if record.resolution else ""
-    sources = "\n".join(
-        f"- {markdown(name)}: {markdown(source)}"
-        + (f", commit {markdown(result.prompts.commits[name])}" if name in result.prompts.commits else "")
-        for name, source in result.prompts.sources.items()
-    )
-    packages = ", ".join(markdown(f"{name} {version}") for name, version in record.versions.items())
-    return f"""\
-# Report of job {record.job_id}
-
-Model: {markdown(record.settings["model"])}, loaded in {record.resolution.dtype if record.resolution else "unknown"}
-
-## Result
-
-Trial {chosen.number} of {len(result.trials)} was chosen: `exports/{result.export}`, to which `export` links.
-Its figures on {result.prompts.report_description}:
-
-{figures_table(result.base, result.edited)}
-{_warnings(result)}
-It ablates {direction_text(result.edit)} with these strengths:
-
-{kernel_table(result.edit)}
-{_norms(result)}
-## Pareto front
-
-Measured on the search split ({len(result.prompts.bad_search)} prompts with the behaviour, \
-{len(result.prompts.good_search)} without); {failed} of {len(result.trials)} trials failed\
-{f", {skipped} were given up for their KL divergence before they answered" if skipped else ""}.\
-{_lengths(result)}
-
-| trial | refusals | broken answers | KL (nats) |
-|---|---|---|---|
-{front}
-
-## Detectors
-
-{detectors_text(result.detectors)}
-
-## Geometry
-
-{geometry_table(result.geometry)}
-
-μ are the means of the residuals of prompts without (good) and with (bad) the behaviour \
-({len(result.prompts.good)} and {len(result.prompts.bad)} prompts), v is the layer's first direction; \
-silhouette and share of variance say how well the two classes are apart.
-
-## Preflight
-
-{_preflight(result)}
-
-## Provenance
-
-{_machines(result)}
-
-{packages}; seed {record.identity["seed"]}; {record.startup_trials} start-up trials; \
-directions by {record.identity["directions"]["method"]}; \
-{"answers are made to begin with " + markdown(repr(prefix)) if prefix else "no response prefix"}.
-
-{sources}
-"""
 
 
 def _norms(result: RunResult) -> str:
@@ -145,13 +98,35 @@ def _norms(result: RunResult) -> str:
         done = "the edit ablates what becomes the direction behind them"
     else:
         done = "as asked for, the edit takes no account of them and reaches the stream only in part"
-    return f"\nNorms stand between residual writers and the stream ({names}): {done}.\n"
+    return f"Norms stand between residual writers and the stream ({names}): {done}."
 
 
-def _warnings(result: RunResult) -> str:
-    """Return warnings as a list, "" where there are none."""
-    found = result.warnings
-    return "\n" + "".join(f"- **Warning**: {markdown(warning)}.\n" for warning in found) if found else ""
+def _front(result: RunResult) -> str:
+    skipped = sum(trial.values.skipped for trial in result.trials)
+    failed = sum(trial.values.reason is not None for trial in result.trials) - skipped
+    given_up = f", {skipped} were given up for their KL divergence before they answered" if skipped else ""
+    rows = "\n".join(
+        f"| {trial.number}{' (chosen)' if trial.number == result.chosen.number else ''} "
+        f"| {trial.values.refusals} | {trial.values.broken} | {trial.values.kl:.4g} |"
+        for trial in pareto_front(result.trials)
+    )
+    return _blocks(
+        f"Measured on the search split ({len(result.prompts.bad_search)} prompts with the behaviour, "
+        f"{len(result.prompts.good_search)} without); {failed} of {len(result.trials)} trials failed{given_up}."
+        f"{_lengths(result)}",
+        f"| trial | refusals | broken answers | KL (nats) |\n|---|---|---|---|\n{rows}",
+    )
+
+
+def _lengths(result: RunResult) -> str:
+    """Return in words how long the answers were that refusals were counted in, "" where all were alike."""
+    if not result.rescored:
+        return ""
+    scoring = result.record.settings["scoring"]
+    return (
+        f"\nRefusals were counted in the first {scoring['search_tokens']} tokens of answers, and again in the first "
+        f"{scoring['answer_tokens']} for the trials that came into question: {', '.join(map(str, result.rescored))}."
+    )
 
 
 def detectors_text(found: DetectorReport | None) -> str:
@@ -165,20 +140,13 @@ def detectors_text(found: DetectorReport | None) -> str:
     return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
 
 
-def _machines(result: RunResult) -> str:
-    lines = [f"Trials {numbers} were evaluated on {markdown(hardware)}." for hardware, numbers in result.machines]
-    return "\n".join(lines) or "No trial was evaluated: the edit was given."
-
-
-def _preflight(result: RunResult) -> str:
-    if not result.preflight:
-        return "All checks were in order."
-    allowed = f" Allowed to fail: {markdown(', '.join(result.allowed))}." if result.allowed else ""
-    rows = "\n".join(
-        f"| {markdown(name)} | {markdown(status)} | {markdown(measured)} |"
-        for name, status, measured in result.preflight
+def _geometry(result: RunResult) -> str:
+    return _blocks(
+        geometry_table(result.geometry),
+        "μ are the means of the residuals of prompts without (good) and with (bad) the behaviour "
+        f"({len(result.prompts.good)} and {len(result.prompts.bad)} prompts), v is the layer's first direction; "
+        "silhouette and share of variance say how well the two classes are apart.",
     )
-    return f"All other checks were in order.{allowed}\n\n| check | status | measured |\n|---|---|---|\n{rows}"
 
 
 def geometry_table(record: GeometryRecord) -> str:
@@ -200,3 +168,40 @@ def geometry_table(record: GeometryRecord) -> str:
         cells = ("–" if value is None else f"{value:.3g}" for value in values)
         lines.append(f"| {index} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _preflight(result: RunResult) -> str:
+    if not result.preflight:
+        return "All checks were in order."
+    allowed = f" Allowed to fail: {markdown(', '.join(result.allowed))}." if result.allowed else ""
+    rows = "\n".join(
+        f"| {markdown(name)} | {markdown(status)} | {markdown(measured)} |"
+        for name, status, measured in result.preflight
+    )
+    return f"All other checks were in order.{allowed}\n\n| check | status | measured |\n|---|---|---|\n{rows}"
+
+
+def _provenance(result: RunResult) -> str:
+    record = result.record
+    prefix = record.resolution.response_prefix if record.resolution else ""
+    packages = ", ".join(markdown(f"{name} {version}") for name, version in record.versions.items())
+    return _blocks(
+        _machines(result),
+        f"{packages}; seed {record.identity['seed']}; {record.startup_trials} start-up trials; "
+        f"directions by {record.identity['directions']['method']}; "
+        f"{'answers are made to begin with ' + markdown(repr(prefix)) if prefix else 'no response prefix'}.",
+        _sources(result),
+    )
+
+
+def _machines(result: RunResult) -> str:
+    lines = [f"Trials {numbers} were evaluated on {markdown(hardware)}." for hardware, numbers in result.machines]
+    return "\n".join(lines) or "No trial was evaluated: the edit was given."
+
+
+def _sources(result: RunResult) -> str:
+    commits = result.prompts.commits
+    return "\n".join(
+        f"- {markdown(name)}: {markdown(source)}" + (f", commit {markdown(commits[name])}" if name in commits else "")
+        for name, source in result.prompts.sources.items()
+    )

@@ -15,7 +15,8 @@ from job.cli.cloud_requirements import need_of_cards
 from job.cli.main import main
 from job.cloud.api import Patience
 from job.cloud.credentials import open_market
-from job.cloud.launching import Launch, Launcher
+from job.cloud.launch_records import Launch, LaunchFile
+from job.cloud.launching import Launcher
 from job.cloud.provider import MachineNeeds, Terms
 from job.preflight.gpu_table import cards, offers_query
 from tests.fakes.cloud import KEY, Platform, VastServer
@@ -44,7 +45,7 @@ def launcher(server: Platform, tmp_path: Path, said: list[str], url: str | None 
     launch = Launch(**{**wanted, "command": COMMAND, **changes})
     market = open_market(platform, said.append, env=env_of(server, url), patience=QUICK)
     file = tmp_path / "launches" / "abliterate-test.json"
-    return Launcher(market, launch, file, said.append, every=0.05, look_seconds=1.0, ending_seconds=1.0)
+    return Launcher(market, LaunchFile(launch, file), said.append, every=0.05, look_seconds=1.0, ending_seconds=1.0)
 
 
 def command(server: Platform, tmp_path: Path, *arguments: Any, **env: str) -> Result:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from job.cloud.api import CloudError, KeyRefusedError, NoMoneyError
-from job.cloud.launching import find_launch
+from job.cloud.launch_records import find_launch
 from job.cloud.provider import MARKER, Terms
 from job.errors import MachineError
 from job.preflight.gpu_table import MIN_CUDA
@@ -35,7 +35,7 @@ def test_launch_on_vast(vast: VastServer, tmp_path: Path) -> None:
     assert "rented Vast.ai instance 70001" in result.err
     found = find_launch(tmp_path / "launches", "70001", "vast")
     assert found is not None
-    assert (found[0].label, found[0].env, found[0].plain_env) == (label, ("HF_TOKEN",), {"X": "1"})
+    assert (found.launch.label, found.launch.env, found.launch.plain_env) == (label, ("HF_TOKEN",), {"X": "1"})
 
 
 def test_launch_on_runpod(runpod: RunPodServer, tmp_path: Path) -> None:

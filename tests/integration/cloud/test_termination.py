@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from job.cloud import termination as ending
-from job.cloud.launching import Launcher, find_launch
+from job.cloud.launch_records import find_launch
+from job.cloud.launching import Launcher
 from job.cloud.provider import MARKER, Terms
 from job.cloud.termination import Termination
 from job.cloud.watching import Watch
@@ -123,7 +124,7 @@ def test_of_several_that_it_may_be_none_is_taken_and_nothing_else_is_rented(
     assert machines(runpod) == ["pod1", "theirs"]
     kept = find_launch(tmp_path / "launches", "abliterate-test", "runpod")
     assert kept is not None
-    assert len(kept[0].pending) == 1
+    assert len(kept.launch.pending) == 1
 
 
 def test_instances_of_others_are_not_taken_for_it(runpod: RunPodServer, tmp_path: Path) -> None:
@@ -390,12 +391,12 @@ def test_destroying_goes_on_until_it_is_gone(server: VastServer | RunPodServer, 
     elif fault == "after the deed":
         server.undo("DELETE", times=1)
     if fault in ("cut", "after the deed"):  # then 404 means that it was done: the platform has shown it
-        starter.saw(id)
+        starter.destroyer.saw(id)
     if fault == "lingers":
         server.linger = 6
     elif fault == "unknown at first":
         server.get_lag = 6
-    starter.destroy([id])
+    starter.destroyer.destroy([id])
     assert machines(server) == []
     assert starter.launch.left == ()
     assert f"destroyed instance {id}: destroyed by hand" in said

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from job.cloud.api import KeyRefusedError
-from job.cloud.launching import Launcher, find_launch
+from job.cloud.launch_records import find_launch
+from job.cloud.launching import Launcher
 from job.cloud.provider import Terms
 from job.cloud.watching import Watch
 from job.errors import MachineError
@@ -60,7 +61,10 @@ def test_an_outbid_instance_is_destroyed_and_replaced(vast: VastServer, tmp_path
     assert (first["label"], second["label"]) == ("abliterate-test-1", "abliterate-test-2")
     kept = find_launch(tmp_path / "launches", "abliterate-test", "vast")
     assert kept is not None
-    assert [(rented.id, rented.why) for rented in kept[0].instances] == [("70001", "it was outbid"), ("70002", "gone")]
+    assert [(rented.id, rented.why) for rented in kept.launch.instances] == [
+        ("70001", "it was outbid"),
+        ("70002", "gone"),
+    ]
 
 
 @pytest.mark.parametrize("reason", ["relaunches", "total", "checkpoint"])

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.errors import HeldError
-from job.mirror import Claim, Mirror, MirrorError
-from job.mirror import hub_store as hub
+from job.mirror import LeaseKeeper, Mirror, MirrorError, hub_history
 from job.mirror.hub_store import HubStore
 from job.mirror.layers import BLOCK, Layers, assemble
 from job.mirror.records import Layered
@@ -39,7 +38,7 @@ def save(place: Place, folder: Path) -> None:
     assert claim.close()
 
 
-def add(claim: Claim, run: RunFolder, number: int) -> None:
+def add(claim: LeaseKeeper, run: RunFolder, number: int) -> None:
     """Add a trial and wait until it is mirrored."""
     generation = claim.head.generation
     add_trial(run.study_file, number)
@@ -270,7 +269,7 @@ def commits(place: Place) -> int:
 
 
 def test_a_hub_mirror_squashes_its_history(hub_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_HISTORY", 5)
+    monkeypatch.setattr(hub_history, "_LONGEST", 5)
     hub_place.server.page_size = 5
     run = write_folder(tmp_path / "a" / JOB, ballast=300_000)
     claim = hub_place.claim(run.path)
@@ -309,14 +308,14 @@ def test_a_runner_that_lost_its_lease_cannot_write_after_a_squash(
     hub_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other's head comes between the last commit of the former and its squash."""
-    monkeypatch.setattr(hub, "_HISTORY", 2)
+    monkeypatch.setattr(hub_history, "_LONGEST", 2)
     run = write_folder(tmp_path / "a" / JOB)
     claim = hub_place.claim(run.path)
     claim.start()
     claim.request()
     wait_until(lambda: claim.head.generation == 1, "no snapshot")
-    repo, store = hub_place.server.repo("model", REPO), claim._store
-    asked = store._others_run
+    repo, history = hub_place.server.repo("model", REPO), claim._store._history
+    asked = history._others_run
 
     def overtaken(job: str) -> bool:
         head = hub_place.head()
@@ -324,7 +323,7 @@ def test_a_runner_that_lost_its_lease_cannot_write_after_a_squash(
         repo.commit({f"{JOB}/head.json": json.dumps(head).encode()})
         return bool(asked(job))
 
-    monkeypatch.setattr(store, "_others_run", overtaken)
+    monkeypatch.setattr(history, "_others_run", overtaken)
     add_trial(run.study_file, 3)
     claim.request()
     wait_until(lambda: hub_place.head()["lease"]["runner"] == "f" * 32, "not overtaken")
@@ -340,7 +339,7 @@ def test_a_runner_that_lost_its_lease_cannot_write_after_a_squash(
 def test_a_history_is_kept_while_another_job_writes_to_it(
     hub_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "_HISTORY", 3)
+    monkeypatch.setattr(hub_history, "_LONGEST", 3)
     one = write_folder(tmp_path / "a" / JOB)
     other = hub_place.mirror().claim(RunFolder(tmp_path / job_id({"seed": 9})), {"seed": 9}, print)
     claim = hub_place.claim(one.path)
@@ -359,7 +358,7 @@ def test_a_history_is_kept_while_another_job_writes_to_it(
 def test_a_squash_that_fails_is_said_and_the_mirror_goes_on(
     hub_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(hub, "_HISTORY", 3)
+    monkeypatch.setattr(hub_history, "_LONGEST", 3)
     hub_place.server.fail("POST", "*/super-squash/*", status=403)
     run, said = write_folder(tmp_path / "a" / JOB), list[str]()
     store = HubStore(hub_place.uri, pace=CALM, report=said.append)

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from job.cloud.launching import Launch
+from job.cloud.launch_records import Launch
 from job.cloud.launching import environment as launch_environment
 from job.cloud.provider import Terms
 from job.config.load import default_values, leaves, merged, nested

@@ -1,0 +1,85 @@
+"""Destroying the instances of a launch, each until it is seen to be gone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from job.cloud.launch_records import LaunchFile, Rented
+from job.cloud.provider import Market
+from job.cloud.termination import Termination
+
+BY_HAND = "destroyed by hand"
+# How long another machine waits for the end of the last one; after that its end is insisted on beside.
+ENDING_SECONDS = 300.0
+
+
+@dataclass
+class Destroyer:
+    """Destroys instances of a launch, and records when they are gone.
+
+    Attributes:
+        market: Where they are.
+        record: The launch's record.
+        say: Told what happens.
+        every: Seconds between two looks.
+    """
+
+    market: Market
+    record: LaunchFile
+    say: Callable[[str], None]
+    every: float
+    _terminations: dict[str, Termination] = field(default_factory=dict, repr=False)
+
+    def close(self, why: str, seconds: float = ENDING_SECONDS) -> None:
+        """Destroy the latest instance; after so many seconds, `press_on` and `finish` go on with it."""
+        last = self.record.launch.instances[-1]
+        if last.ended is not None:
+            return
+        self.record.change(last, ending=why)
+        self._note(self._termination(last).insist(seconds), last.id)
+
+    def press_on(self) -> None:
+        """Ask again for the ends that are due; return at once."""
+        for rented in self.record.launch.left:
+            if rented.ending:
+                self._note(self._termination(rented).press(), rented.id)
+
+    def finish(self) -> None:
+        """Return when all that is to be destroyed is gone."""
+        while any(rented.ending for rented in self.record.launch.left):
+            self.press_on()
+            time.sleep(min(self.every, 0.5))
+
+    def destroy(self, ids: Sequence[str]) -> None:
+        """Destroy instances of this launch, and return when all are gone."""
+        for rented in self.record.launch.left:
+            if rented.id in ids:
+                self.record.change(rented, ending=rented.ending or BY_HAND)
+        self.finish()
+
+    def saw(self, id: str) -> None:
+        """Note that the platform has shown an instance."""
+        for rented in self.record.launch.left:
+            if rented.id == id and not rented.seen:
+                self.record.change(rented, seen=True)
+                self._termination(rented).seen = True
+
+    def _termination(self, rented: Rented) -> Termination:
+        fresh = Termination(
+            self.market,
+            rented.id,
+            self.say,
+            rented=rented.at,
+            seen=rented.seen,
+            pause=min(self.every, 5.0),
+            longest=min(2 * self.every, 60.0),
+        )
+        return self._terminations.setdefault(rented.id, fresh)
+
+    def _note(self, gone: bool, id: str) -> None:
+        rented = next(rented for rented in self.record.launch.instances if rented.id == id)
+        if gone and rented.ended is None:
+            self.record.change(rented, ended=time.time(), why=rented.ending, ending="")
+            self.say(f"destroyed instance {id}: {rented.ending}")

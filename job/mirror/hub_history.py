@@ -1,0 +1,86 @@
+"""The history of a mirror's branch on the Hub, squashed once it is long: each of its commits keeps a snapshot."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+from job.errors import DeliveryError
+from job.mirror.lease import is_running
+from job.mirror.records import MirrorError, decode_head
+from job.mirror.store import MirrorStore, Stored
+from job.transfer.hub_repo import Repository
+
+# Commits after which a history is squashed; a snapshot a minute makes one each.
+_LONGEST = 200
+
+
+class HubHistory:
+    """The commits of the branch that a mirror is kept on."""
+
+    def __init__(self, repo: Repository, store: MirrorStore) -> None:
+        self._repo, self._store = repo, store
+        self._commits = 0  # made since the history was last squashed, or looked at
+
+    def look(self) -> None:
+        """Have the next commit squash a history that has more commits than the Hub lists at once."""
+        repo = self._repo
+        answer = repo.ask(
+            lambda: request_commits(repo, repo.target.branch, limit=_LONGEST), f"commits of {repo.repo_id}"
+        )
+        if "next" in answer.links:
+            self._commits = _LONGEST
+
+    def extended(self, job: str, stored: Stored) -> Stored:
+        """Count a commit of a job's head, squash a history that is long by now, and return the head as it stands then.
+
+        What fails is said and tried again after as many commits: the mirror is none the worse for it.
+        """
+        self._commits += 1
+        if self._commits < _LONGEST:
+            return stored
+        self._commits = 0
+        try:
+            if self._others_run(job):
+                return stored
+            self._squash()
+            found = self._store.read(job)
+        except DeliveryError as error:
+            self._repo.report(f"warning: the history of {self._repo.repo_id} stays long: {error.line}")
+            return stored
+        # Another runner's head may have come between. Then the former commit stays what is expected, and that fails.
+        return found if found is not None and found.data == stored.data else stored
+
+    def _squash(self) -> None:
+        repo = self._repo
+        repo.ask(
+            lambda: repo.api.super_squash_history(
+                repo.repo_id, branch=repo.target.branch, commit_message=repo.options.commit_message
+            ),
+            f"squashing the history of {repo.repo_id}",
+        )
+
+    def _others_run(self, job: str) -> bool:
+        """Return whether another job's runner may be about to commit to the same branch."""
+        for other in self._store.jobs():
+            try:
+                stored = self._store.read(other) if other != job else None
+                if stored is not None and is_running(decode_head(stored.data, other, self._store.uri), stored):
+                    return True
+            except MirrorError:
+                return True  # of what cannot be read nobody knows who writes it
+        return False
+
+
+def request_commits(repo: Repository, revision: str, *, limit: int) -> Any:
+    """Return the Hub's answer to a request for the latest commits of a revision."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not re-exported
+        build_hf_headers,
+        get_session,
+        hf_raise_for_status,
+    )
+
+    url = f"{repo.api.endpoint}/api/models/{repo.repo_id}/commits/{quote(revision, safe='')}"
+    answer = get_session().get(url, params={"limit": limit}, headers=build_hf_headers(token=repo.api.token))
+    hf_raise_for_status(answer)
+    return answer
