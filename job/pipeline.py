@@ -16,7 +16,7 @@ from job.model.files import parse_model
 from job.preflight.cuda import read_cuda
 from job.preflight.inputs import PreflightInputs
 from job.records import Trial
-from job.report.run_view import trials_so_far
+from job.report.results import trials_so_far
 from job.stages.choice import chosen_trial, is_exported, is_searched
 from job.stages.delivery import deliver, finish
 from job.stages.preflight import checked_prompts

@@ -20,7 +20,7 @@ from job.model.loading import LoadedModel, rendered
 from job.model.memory import release_memory
 from job.records import Trial
 from job.report.front import front_text, job_front
-from job.report.run_view import job_trials
+from job.report.results import job_trials
 from job.stages.followups import looking, trial_of
 from job.storage.events import Events
 from job.storage.job_file import JobFile

@@ -18,7 +18,7 @@ from job.lifecycle.running import OpenJob
 from job.model.device_faults import clear_faults
 from job.model.files import fetch_model, list_model, parse_model
 from job.model.memory import release_memory
-from job.report.run_view import job_trials
+from job.report.results import job_trials
 from job.scoring.kl import KLReference
 from job.stages.followups import looking, trial_of
 from job.storage.atomic import write_record

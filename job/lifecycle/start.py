@@ -278,7 +278,7 @@ def _earlier_starts(folder: RunFolder, last_holder: HolderRecord | None) -> Earl
     processes = (last_holder.process,) if last_holder is not None else ()
     if not folder.job_file.exists():
         return EarlierStarts(processes=processes)
-    from job.report.run_view import trials_so_far  # takes longer to load than all that a finished job needs
+    from job.report.results import trials_so_far  # takes longer to load than all that a finished job needs
 
     return EarlierStarts(
         prompts=read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None,

@@ -7,7 +7,7 @@ from typing import Any
 from job.data.prompts import PromptSets
 from job.numerics.statistics import wilson_interval
 from job.records import FORMATS, Figures, Trial
-from job.report.run_view import job_trials
+from job.report.results import job_trials
 from job.search.pareto import choose, pareto_front
 from job.storage.atomic import read_record
 from job.storage.exports import is_sealed

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import plotly.offline
 
+from job.report.run_view import RunView
 from job.report.sections import cards, headline, notes, sections
-from job.report.story import RunView
 from job.text.markup import escaped, paragraph
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from job.errors import UsageError
 from job.export.model_card import direction_text, figures_table, kernel_table
 from job.records import DetectorReport, GeometryRecord, State
-from job.report.run_view import RunResult
-from job.report.story import RunView
+from job.report.results import RunResult
+from job.report.run_view import RunView
 from job.report.tables import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors
 from job.search.pareto import pareto_front
 from job.storage.atomic import PRIVATE, write_atomically

@@ -1,150 +1,159 @@
-"""What a run came to, read from its folder alone."""
+"""What a run folder says of its job, whether it is finished, has failed or has only begun."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from job.config.load import default_values, merged
 from job.config.schema import Settings
 from job.data.prompts import PromptSets
-from job.errors import JobError, UsageError
-from job.export.reproduction import (
-    Reproduction,
+from job.errors import JobError
+from job.records import (
+    DetectorReport,
+    EditParameters,
+    Figures,
+    GeometryRecord,
+    JobRecord,
+    KeptAnswers,
+    Record,
+    State,
+    Trial,
+    Upload,
 )
-from job.records import DetectorReport, EditParameters, Figures, GeometryRecord, JobRecord, Trial
+from job.report.results import job_trials, machines
+from job.report.timings import PhaseTime, phase_times
+from job.search.budget import Spent, read_spent
 from job.search.convergence import effect_warnings, search_warnings
-from job.search.finalists import read_full_counts, with_full_counts
 from job.search.pareto import choose
 from job.search.space import SearchSpace
-from job.search.study import read_trials
+from job.storage.answers import read_answers
 from job.storage.atomic import read_record
 from job.storage.events import read_events
 from job.storage.run_folder import RunFolder
 
-
-def job_trials(folder: RunFolder) -> list[Trial]:
-    """Return the finished trials of a job, with refusals at full length where these have been counted.
-
-    Of a job that only makes an edit again, it is that edit's trial.
-
-    Raises:
-        JobError: The study cannot be read.
-    """
-    if folder.reproduces_file.exists() and not folder.read_job().searches:
-        return [read_record(folder.reproduces_file, Reproduction).trial]
-    return with_full_counts(read_trials(folder.study_file), read_full_counts(folder))
-
-
-def machines(events: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
-    """Return which trials ran on which hardware, as a run's events tell: hardware and a range of numbers."""
-    found: list[tuple[str, int, int]] = []
-    hardware = ""
-    for event in events:
-        if event.get("event") == "loaded":
-            hardware = str(event.get("hardware", ""))
-        elif event.get("event") == "trial":
-            number = int(event["number"])
-            if found and found[-1][0] == hardware:
-                found[-1] = (hardware, found[-1][1], number)
-            else:
-                found.append((hardware, number, number))
-    return tuple((name or "unknown", f"{first}–{last}" if first < last else f"{first}") for name, first, last in found)
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """What a finished run's folder says of it.
+class RunView:
+    """A run folder's contents; what there is none of yet is None or empty.
 
     Attributes:
         record: job.json.
-        export: Name of the export's folder.
+        state: state.json.
         prompts: prompts.json.
         trials: The trials of the study.
-        rescored: Those of them whose refusals were counted again at full length.
-        chosen: The chosen one.
+        chosen: The trial that is chosen, or would be if the search ended now.
         edit: Its edit.
+        export: Name of its export's folder, where it has been measured.
         base: Figures of the base model on the report split.
         edited: Figures of the export on it.
         detectors: What detectors say of both models' answers; None where none was asked.
+        answers: Sampled answers of both models.
         geometry: How the residuals of good and bad prompts lie.
-        preflight: What the latest preflight found, by name, status and what was measured; all but what was in order.
-        allowed: Checks that might fail, by the user's word.
+        checks: The checks of the latest preflight, as in preflight.json.
+        phases: What each phase has taken.
+        spent: What the job has taken.
         machines: Which hardware computed which trials.
+        uploads: Deliveries.
     """
 
     record: JobRecord
-    export: str
-    prompts: PromptSets
+    state: State | None
+    prompts: PromptSets | None
     trials: Sequence[Trial]
-    rescored: tuple[int, ...]
-    chosen: Trial
-    edit: EditParameters
-    base: Figures
-    edited: Figures
+    chosen: Trial | None
+    edit: EditParameters | None
+    export: str | None
+    base: Figures | None
+    edited: Figures | None
     detectors: DetectorReport | None
-    geometry: GeometryRecord
-    preflight: tuple[tuple[str, str, str], ...]
-    allowed: tuple[str, ...]
+    answers: tuple[KeptAnswers, KeptAnswers] | None
+    geometry: GeometryRecord | None
+    checks: Sequence[dict[str, Any]]
+    phases: Sequence[PhaseTime]
+    spent: Spent
     machines: tuple[tuple[str, str], ...]
+    uploads: Sequence[Upload]
 
     @property
     def warnings(self) -> list[str]:
         """What makes the result doubtful, in words."""
-        searched = search_warnings(self.trials, len(self.prompts.bad_search)) if self.record.searches else []
-        return searched + effect_warnings(self.base, self.edited)
+        if self.base is None or self.edited is None:
+            return []
+        found = effect_warnings(self.base, self.edited)
+        if self.record.searches and self.prompts is not None:
+            found = search_warnings(self.trials, len(self.prompts.bad_search)) + found
+        return found
 
     @classmethod
-    def read(cls, folder: RunFolder) -> RunResult:
+    def read(cls, folder: RunFolder, state: State | None = None) -> RunView:
         """Read a run folder.
 
+        Args:
+            folder: The run folder.
+            state: What its state.json is about to say; None: what it says.
+
         Raises:
-            UsageError: Nothing has been exported yet.
+            JobError: It has no readable job.json.
         """
         record = folder.read_job()
-        # What a former version did not know is as it was before.
-        settings = Settings(**merged(default_values(), record.settings))
-        trials = job_trials(folder)
-        prompts = read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None
-        if prompts is None or not trials or record.resolution is None:
-            raise UsageError(f"job {record.job_id} has nothing to report yet", remedy="run it first")
-        chosen = choose(trials, len(prompts.bad_search), settings.choice.refusal_tolerance)
-        export = folder.export_folder(chosen.number, settings.export_format)
-        if not folder.figures_file(export.name).exists():
-            raise UsageError(f"job {record.job_id} has exported nothing yet", remedy="run it to its end")
+        prompts = _read(folder.prompts_file, PromptSets)
+        trials = _trials(folder)
+        chosen, edit, export = _choice(folder, record, prompts, trials)
+        events = read_events(folder.events_file)
+        figures = [_read(folder.figures_file(name), Figures) if export else None for name in ("base", export or "")]
+        answers = [read_answers(folder, name) if export else None for name in ("base", export or "")]
         survey = json.loads(folder.preflight_file.read_text()) if folder.preflight_file.exists() else {}
         return cls(
             record=record,
-            export=export.name,
+            state=state or folder.read_state(),
             prompts=prompts,
             trials=trials,
-            rescored=tuple(sorted(read_full_counts(folder).refusals)),
             chosen=chosen,
-            edit=SearchSpace(settings.search.space, record.resolution.layers).edit(chosen.params),
-            base=read_record(folder.figures_file("base"), Figures),
-            edited=read_record(folder.figures_file(export.name), Figures),
-            detectors=_detectors(folder, export.name),
-            geometry=read_record(folder.geometry_file, GeometryRecord),
-            preflight=tuple(
-                (check["name"], check["status"], check["measured"])
-                for check in survey.get("checks", ())
-                if check["status"] != "ok"
-            ),
-            allowed=tuple(survey.get("allowed", ())),
-            machines=machines(read_events(folder.events_file)),
+            edit=edit,
+            export=export if figures[1] else None,
+            base=figures[0],
+            edited=figures[1],
+            detectors=_read(folder.detectors_file(export), DetectorReport) if export else None,
+            answers=(answers[0], answers[1]) if answers[0] and answers[1] else None,
+            geometry=_read(folder.geometry_file, GeometryRecord),
+            checks=survey.get("checks", ()),
+            phases=phase_times(events),
+            spent=read_spent(folder.meter_file),
+            machines=machines(events),
+            uploads=folder.read_uploads(),
         )
 
 
-def _detectors(folder: RunFolder, export: str) -> DetectorReport | None:
-    file = folder.detectors_file(export)
-    return read_record(file, DetectorReport) if file.exists() else None
+def _read(file: Any, kind: type[R]) -> R | None:
+    try:
+        return read_record(file, kind)
+    except JobError:
+        return None
 
 
-def trials_so_far(folder: RunFolder) -> list[Trial]:
-    """Return the finished trials; none of a damaged study, of which the search will tell."""
+def _trials(folder: RunFolder) -> list[Trial]:
     try:
         return job_trials(folder)
     except JobError:
-        return []
+        return []  # the study is damaged, of which the state tells
+
+
+def _choice(
+    folder: RunFolder, record: JobRecord, prompts: PromptSets | None, trials: Sequence[Trial]
+) -> tuple[Trial | None, EditParameters | None, str | None]:
+    """Return the chosen trial, its edit and the name of its export."""
+    if prompts is None or record.resolution is None:
+        return None, None, None
+    try:
+        # What a former version did not know is as it was before.
+        settings = Settings(**merged(default_values(), record.settings))
+        chosen = choose(trials, len(prompts.bad_search), settings.choice.refusal_tolerance)
+        edit = SearchSpace(settings.search.space, record.resolution.layers).edit(chosen.params)
+    except (JobError, ValueError):
+        return None, None, None  # no trial could be scored, or the settings are another version's
+    return chosen, edit, folder.export_folder(chosen.number, settings.export_format).name

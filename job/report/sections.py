@@ -17,7 +17,7 @@ from job.report.charts import (
     strengths,
     usable,
 )
-from job.report.story import RunView
+from job.report.run_view import RunView
 from job.report.tables import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors
 from job.report.timings import duration_text
 from job.search.pareto import pareto_front

@@ -12,7 +12,7 @@ from job.config.load import default_values, merged
 from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import JobRecord, State, Trial
-from job.report.run_view import job_trials
+from job.report.results import job_trials
 from job.report.timings import duration_text
 from job.search.budget import read_spent
 from job.search.pareto import choose, pareto_front

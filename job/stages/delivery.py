@@ -9,7 +9,7 @@ from job.lifecycle.outcome import Outcome, missed_gate, outcome_of
 from job.lifecycle.running import RunningJob
 from job.records import State, Trial
 from job.report.markdown import write_reports
-from job.report.run_view import RunResult
+from job.report.results import RunResult
 from job.storage.atomic import write_record
 from job.upload.targets import deliver_to_all
 

@@ -19,7 +19,7 @@ from job.lifecycle.start import JobStart
 from job.model.files import WEIGHTS, fetch_model, list_model, parse_model
 from job.model.quantization import quantisation_in
 from job.records import ExportFormat, Figures, Trial
-from job.report.run_view import job_trials
+from job.report.results import job_trials
 from job.stages.choice import chosen_trial
 from job.storage.atomic import read_record
 from job.storage.events import Events

@@ -16,7 +16,7 @@ from job.model.device_faults import is_out_of_memory, out_of_memory
 from job.model.memory import release_memory
 from job.preflight.mounts import kind_of, mount_of, read_mounts
 from job.records import Plan, Trial, TrialScores
-from job.report.run_view import trials_so_far
+from job.report.results import trials_so_far
 from job.search.finalists import in_words, keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
 from job.search.optimizer import FewerRows, Search, StudySettings
 from job.stages.choice import has_finalists

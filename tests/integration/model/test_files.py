@@ -29,7 +29,7 @@ from job.model.files import fetch_model, list_model, parse_model, refuse_links_o
 from job.model.safetensors_files import Checkpoint
 from job.records import GeometryRecord, JobRecord, Manifest
 from job.report.markdown import run_report
-from job.report.run_view import RunResult
+from job.report.results import RunResult
 from job.storage.atomic import read_record
 from job.storage.exports import MANIFEST
 from job.storage.identity import model_identity

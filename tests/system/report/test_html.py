@@ -14,7 +14,7 @@ from playwright.sync_api import Browser
 
 from job.data.prompts import PromptSets
 from job.mirror.snapshot import mirrored_files
-from job.report.run_view import job_trials
+from job.report.results import job_trials
 from job.search.pareto import pareto_front
 from job.storage.answers import KEPT
 from job.storage.run_folder import RunFolder
