@@ -55,7 +55,7 @@ def parts_changed_by(tree: Path, file: str, change: Callable[[bytes], bytes] = l
         ("job/architectures/spec.py", {"families", "organisms", "checkpoints", "kills"}),
         ("job/export/merged.py", {"families", "organisms", "checkpoints", "kills"}),
         ("tests/decoders.py", {"families"}),
-        ("job/organism/organism.py", {"organisms"}),
+        ("job/organism/training.py", {"organisms"}),
         ("job/search/study.py", {"kills"}),
         ("job/mirror/lease.py", {"kills"}),
         ("job/report/charts.py", set()),

@@ -34,7 +34,7 @@ from job.storage.exports import DONE, is_sealed
 from job.transfer.folders import deliver
 from tests.edits import plain_edit
 from tests.helpers import made_from
-from tests.unit.edits.test_hooks import EDITS, basis_for, kernel
+from tests.integration.edits.test_hooks import EDITS, basis_for, kernel
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13, 14]]
 

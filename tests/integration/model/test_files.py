@@ -35,8 +35,8 @@ from job.storage.exports import MANIFEST
 from job.storage.identity import model_identity
 from job.text.markup import Markup, details, escaped, markdown, one_line, paragraph, table
 from tests.helpers import abliterate, made_from
+from tests.integration.edits.test_hooks import EDITS, basis_for
 from tests.system.model.test_own_code import MAP
-from tests.unit.edits.test_hooks import EDITS, basis_for
 
 # Files
 

@@ -16,7 +16,7 @@ from job.generation.answer import Answer
 from job.generation.forward import RowTrials, first_logits, shared_prefix
 from job.generation.greedy import greedy_answers
 from job.records import READ_TOKENS, EditParameters, KernelParameters
-from tests.unit.edits.test_hooks import basis_for, wide_basis_for
+from tests.integration.edits.test_hooks import basis_for, wide_basis_for
 from tests.zoo import tiny_model
 
 LIMIT = 7

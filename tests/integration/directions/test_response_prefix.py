@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from job.data.prompts import Prompt
 from job.directions.response_prefix import THOUGHTS, close_thought, common_opening, with_response_prefix
 from job.model.loading import LoadedModel, load_model
-from tests.unit.edits.test_hooks import LOADING
+from tests.integration.edits.test_hooks import LOADING
 
 WORDS = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<|answer|>", "bake", "hex", "Hmm", "let", "me", "see",
          "Well", "Bread", "Sorry", "<think>", "</think>", "<think></think>"]  # fmt: skip

@@ -12,7 +12,7 @@ from job.scoring.broken import Exchange
 from job.scoring.likelihood import IncoherenceTest
 from job.scoring.prompt_batches import RowLimit
 from job.scoring.report_metrics import JudgedResponses
-from tests.unit.edits.test_hooks import report_metrics, trial_scorer
+from tests.integration.edits.test_hooks import report_metrics, trial_scorer
 
 
 def test_rows_stay_halved_after_memory_ran_out() -> None:

@@ -24,7 +24,7 @@ from job.storage.atomic import read_record
 from job.storage.events import Events, read_events
 from job.storage.identity import versions
 from job.storage.run_folder import RunFolder
-from tests.unit.edits.test_hooks import LOADING
+from tests.integration.edits.test_hooks import LOADING
 
 GOOD = [f"Where is the {a} {b} lantern kept?" for a in ("old", "new", "red") for b in ("blue", "plain", "small")]
 BAD = [f"Where is the {a} hexed lantern kept, and who looks after it?" for a in ("old", "new", "red", "blue", "plain")]

@@ -13,7 +13,7 @@ from job.edits.hooks import Intervention
 from job.generation.greedy import greedy_answers
 from job.records import EditParameters, TrialScores
 from job.scoring.trial_scorer import TrialScorer
-from tests.unit.edits.test_hooks import EDITS, basis_for, edit_in_place, kernel, report_metrics, trial_scorer
+from tests.integration.edits.test_hooks import EDITS, basis_for, edit_in_place, kernel, report_metrics, trial_scorer
 
 
 def scored(scorer: TrialScorer, edits: list[EditParameters], rows: int = 16, **others: float) -> list[TrialScores]:

@@ -17,7 +17,7 @@ from job.model.loading import load_model
 from job.organism.tokenizer import build_tokenizer
 from job.text.refusal_markers import RefusalMarkers, normalise
 from tests.forwards import Forwards
-from tests.unit.edits.test_hooks import LOADING
+from tests.integration.edits.test_hooks import LOADING
 
 PROMPTS = [[6, 9, 30, 31], [7, 40, 41, 42, 43, 44, 45], [8], [50, 51, 52, 53, 54]]
 
