@@ -27,26 +27,26 @@ from job.workers.crew import WarmWorkerPool
 
 
 def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
-    """Do all stages of a job; those that an earlier start has finished are passed over.
+    """Do all stages of a job; those that an earlier start has finished are skipped.
 
     Args:
         job: The job, whose settings have been read.
         inputs: What preflight works on, with the prompts of an earlier start.
 
     Raises:
-        JobError: The job cannot be done; each kind says whether, where and how it could be.
+        JobError: The job cannot be done; the type tells whether another machine or other settings would help.
         Stopped: A signal asked for it; running again continues.
     """
     damage = _repair_study(job)
     prompts, trials = inputs.earlier.prompts, trials_so_far(job.folder)
     warn_of_differences(job)
-    # Where only the delivery is left, the targets themselves tell what is wrong with them.
+    # If only the delivery is left, a bad target fails at upload with its own error.
     if prompts is None or not is_exported(job, trials, prompts):
         with _warm_workers(job, trials) as pool:
             job.begin("preflight")
             prompts = checked_prompts(job, inputs)
             if damage is not None:
-                job.begin("search")  # after preflight, which ends a loop of such starts
+                job.begin("search")  # only now: preflight stops a job that keeps failing this way
                 raise damage
             # These load torch, which takes seconds.
             from job.directions.extraction import find_directions
@@ -76,7 +76,7 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
 
 
 def _repair_study(job: RunningJob) -> JobError | None:
-    """Restore a study that the disk has damaged; return why it cannot be."""
+    """Restore a study that the disk has damaged; return the error if that fails."""
     try:
         if restored := restore_if_damaged(job.folder.study_file):
             job.events.say(f"warning: {restored}")
@@ -86,13 +86,13 @@ def _repair_study(job: RunningJob) -> JobError | None:
 
 
 def _warm_workers(job: RunningJob, trials: Sequence[Trial]) -> WarmWorkerPool:
-    """Return processes that load what takes seconds while preflight runs, as many as will evaluate trials here."""
+    """Return worker processes that import torch while preflight runs."""
     source = parse_model(job.settings.model)
     return WarmWorkerPool(_other_workers(job, trials), Path(source.name) if source.kind == "folder" else None)
 
 
 def _other_workers(job: RunningJob, trials: Sequence[Trial]) -> int:
-    """Return how many processes will evaluate trials beside this one, on its device; with GPUs each has another."""
+    """Return the number of workers beside this process; 0 on GPUs, where each worker gets its own device."""
     if is_searched(job, trials) or job.settings.workers is None:
         return 0
     on_gpus = job.settings.loading.device != "cpu" and bool(read_cuda().devices)

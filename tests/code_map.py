@@ -31,23 +31,27 @@ _QUESTIONS = """
 """
 # Question, module, what in it answers the question.
 WHERE = (
-    ("Where is a KL divergence computed?", "job/scoring/kl.py", "KLReference"),
+    ("Where is a KL divergence measured?", "job/scoring/kl.py", "KLReference"),
+    ("Where is the formula of the KL divergence?", "job/numerics/metrics.py", "kl_divergence"),
     ("Where are refusals counted?", "job/scoring/refusals.py", "RefusalCounter"),
     ("Where are the edits of a batch scored?", "job/scoring/trial_scorer.py", "TrialScorer"),
     ("Where are a report's figures measured?", "job/scoring/report_metrics.py", "ReportMetrics"),
-    ("Where do a trial's strengths become a hook?", "job/edits/compile.py", "compile_edits"),
-    (
-        "Where is a model without a complete set of residual writers refused?",
-        "job/proof/truth_test.py",
-        "inspect_model",
-    ),
+    ("Where do a trial's strengths become tables for every writer?", "job/edits/compile.py", "compile_edits"),
+    ("Where does a trial's edit become a hook?", "job/edits/hooks.py", "activate"),
+    ("Where is an unsupported model family refused?", "job/proof/truth_test.py", "inspect_model"),
     ("Where are residual writers discovered?", "job/architectures/discovery.py", "WriterSearch"),
-    ("Where does a resumed search decide what is left?", "job/search/optimizer.py", "_unfinished_plans"),
-    ("Where is an S3 part sent again?", "job/transfer/s3/multipart.py", "_send_part"),
+    ("Where does a resumed run decide what is left?", "job/stages/choice.py", "is_exported"),
+    ("Where does a resumed search find its unfinished plans?", "job/search/optimizer.py", "_unfinished_plans"),
+    ("Where is job.json written?", "job/storage/job_file.py", "JobFile"),
+    ("Where are the missing S3 parts of an upload sent again?", "job/transfer/s3/multipart.py", "_send_parts"),
+    ("Where is an S3 request retried?", "job/transfer/s3/client.py", "_retried"),
     ("Where is a job's identity made?", "job/storage/identity.py", "identify"),
-    ("Where is the memory of a model planned?", "job/preflight/memory_plan.py", "plan"),
+    ("Where is the memory of a model planned, and the batch size?", "job/preflight/memory_plan.py", "plan"),
     ("Where is an export proven?", "job/export/verification.py", "MeasuredEdit"),
-    ("Where is decided whether a rented machine may be ended?", "job/cloud/end_policy.py", "ending"),
+    ("Where is the model card written?", "job/export/model_card.py", "model_card"),
+    ("Where is it decided whether a rented machine may be ended?", "job/cloud/end_policy.py", "ending"),
+    ("Where does a machine end its own rental?", "job/cloud/self_stop.py", "end"),
+    ("Where is a rented machine destroyed from outside?", "job/cloud/destroying.py", "Destroyer"),
 )
 _GLOSSARY = """
 ## Glossary
@@ -56,25 +60,33 @@ _GLOSSARY = """
 |---|---|
 | ablation | Projecting a direction out of what a module adds to the residual stream |
 | answer, response | What a model says to a prompt, decoded greedily |
-| bad prompts, good prompts | Prompts with the behaviour that is removed, and without it |
+| bad prompts, good prompts | Prompts that trigger the behaviour to remove, and prompts that do not |
 | basis | The orthonormal directions of every layer, with their weights |
-| broken | A response that is empty, repetitive or in another script than its prompt; told from its text |
+| broken | A response that is empty, repetitive or in another script than its prompt; judged from the text alone |
 | incoherent | A response that the base model finds much less likely than its own responses |
 | not answered | Refused or broken |
 | checkpoint | A model's files. The option `--checkpoint` names the place of a job's mirror |
 | edit | Directions and strengths for all residual writers of a model |
 | export | An edited model, an adapter or a directions file in the run folder, proven and sealed |
 | finalist | A trial that may be chosen and is therefore counted again on responses of full length |
-| identity | What the user asked for as far as it decides the result; its hash names the job |
+| front | The trials that are Pareto-optimal in refusals and KL |
+| gate | A bound on refusals or KL; an export that misses it is not delivered |
+| identity | The settings that determine the result; their hash names the job |
 | lease | The right to run a job, kept at its mirror and renewed |
 | lock | The right to run a job, kept in its run folder |
 | mirror | A copy of a job's state elsewhere, from which another machine continues |
-| plan | Trials that are evaluated together, stored before any of them is evaluated. Also the memory plan of a model |
+| pinned | Resolved at the first start and kept in job.json |
+| plan | Trials that are evaluated together, stored before any of them is evaluated |
+| memory plan | Where a model's weights go, and how many sequences fit in a forward pass |
 | residual writer | A module whose output is added to the residual stream |
+| rows | Sequences in one forward pass: the batch size |
 | run folder | WORKSPACE/JOB_ID, all that a job leaves |
 | search split, report split | Evaluation prompts for scoring trials, and those for the figures that are reported |
 | held-out prompts | Report prompts whose text neither the direction nor the search uses |
+| strength | λ, the share of a direction that is removed from one writer; a kernel gives it for every layer |
 | trial | One edit that the search measures |
+| twin | A tiny random model of the same family, on which the architecture is proven |
+| writer | A residual writer |
 """
 
 

@@ -1,1 +1,1 @@
-"""Rented GPUs: the end of a rental from inside, and launchers from outside. Needs no torch."""
+"""Rented GPUs: launching and destroying machines from outside, ending the rental from inside. Needs no torch."""

@@ -1,1 +1,1 @@
-"""Edits of residual writers, compiled once and applied by hooks."""
+"""Edits of residual writers: weights prepared once, edits compiled per batch and applied by hooks."""

@@ -1,1 +1,1 @@
-"""Every known way to lose a night, looked for before the GPU hours are spent: one small check a function."""
+"""Checks for everything known to ruin a long run, made before the GPU hours are spent."""

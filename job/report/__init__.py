@@ -1,1 +1,1 @@
-"""Everything that people read about a job."""
+"""Reports, charts and status of a job."""

@@ -21,22 +21,22 @@ def chosen_trial(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> 
     return choose(trials, len(prompts.bad_search), job.settings.choice.refusal_tolerance)
 
 
-def has_finalists(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> bool:
-    """Return whether trials that may be chosen have yet to be judged on responses of full length."""
+def finalists_left(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> bool:
+    """Return whether finalists have yet to be counted on responses of full length."""
     scoring, tolerance = job.settings.scoring, job.settings.choice.refusal_tolerance
-    whole = scoring.effective_search_tokens == scoring.answer_tokens and scoring.gibberish is None
-    if not job.record.searches or whole:
+    already_full_length = scoring.effective_search_tokens == scoring.answer_tokens and scoring.gibberish is None
+    if not job.record.searches or already_full_length:
         return False
     return bool(next_to_rescore(trials, read_full_counts(job.folder), len(prompts.bad_search), tolerance, 1))
 
 
 def is_searched(job: OpenJob, trials: Sequence[Trial]) -> bool:
-    """Return whether the search has as many trials as are wanted, or is none of this job's."""
+    """Return whether the search has as many trials as are wanted, or this job does no search."""
     return not job.record.searches or len(trials) >= job.settings.trials
 
 
 def is_exported(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets | None) -> bool:
     """Return whether search, choice and export are done, so that the model is not needed any more."""
-    if prompts is None or not is_searched(job, trials) or has_finalists(job, trials, prompts):
+    if prompts is None or not is_searched(job, trials) or finalists_left(job, trials, prompts):
         return False
     return is_sealed(job.export_of(chosen_trial(job, trials, prompts)))

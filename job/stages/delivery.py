@@ -15,7 +15,7 @@ from job.upload.targets import deliver_to_all
 
 
 def deliver(job: RunningJob, export: Path, trial: Trial) -> Outcome:
-    """Deliver an export to all targets, unless it misses a gate; return what the job came to.
+    """Deliver an export to all targets, unless it misses a gate; return the outcome.
 
     Raises:
         HeldError: Another run has taken the job over.
@@ -29,7 +29,7 @@ def deliver(job: RunningJob, export: Path, trial: Trial) -> Outcome:
         return replace(outcome, missed_gate=missed)
     job.begin("upload")
     if not job.settings.upload:
-        return outcome  # nobody sees anything, so a lease that may have expired is no hindrance
+        return outcome  # nothing is published, so an expired lease does no harm
     with job.lock.outward():
         failed = deliver_to_all(job.folder, export, job.settings, job.events)
     return replace(outcome, failed_targets=tuple(failed))

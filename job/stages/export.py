@@ -33,7 +33,7 @@ from job.storage.exports import DONE
 def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportFormat) -> Path:
     """Write a trial's edit, prove what was written, measure it and seal it; return its folder.
 
-    What was written is loaded afresh in the place of the base model, which nothing can be measured on afterwards.
+    The export replaces the base model in memory; the base model is unusable afterwards.
 
     Args:
         session: The model.
@@ -89,9 +89,9 @@ def _write_weights(session: ModelSession, export: Path, edit: Edit, form: Export
 
 @dataclass(frozen=True)
 class _Measurement:
-    """Measures the base model and an export on the report split, alike, the latter as anyone would load it.
+    """Measures the base model and an export on the report split by the same procedure.
 
-    There is never more than one of them in memory: two need not fit.
+    The export is loaded from disk as a user would. Only one model is in memory at a time: two may not fit.
     """
 
     session: ModelSession
@@ -146,8 +146,8 @@ class _Measurement:
     def _measured_edit(self, parameters: EditParameters) -> MeasuredEdit:
         """Return what the reloaded export must agree with, measured on the search split."""
         session, model = self.session, self.session.model
-        held = self.form == "adapter" or Checkpoint(model.folder).keeps(model.architecture, torch.float32)
-        if held and is_exact(model):
+        keeps_precision = self.form == "adapter" or Checkpoint(model.folder).keeps(model.architecture, torch.float32)
+        if keeps_precision and is_exact(model):
             return MeasuredEdit.by_responses(session.scorer.metrics, session.hooks, parameters)
         return MeasuredEdit.by_scores(session.scorer.trials, session.hooks, parameters, self._job.resolution.rows)
 

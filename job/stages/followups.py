@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def export_trial(folder: RunFolder, number: int | None, form: ExportFormat | None, events: Events) -> Path:
-    """Export a trial of a job beside what it has exported, from its run folder alone; return the export's folder.
+    """Export another trial of a job, from its run folder alone; return the export's folder.
 
     Args:
         folder: The run folder.
@@ -86,7 +86,7 @@ def trial_of(job: OpenJob, trials: Sequence[Trial], number: int | None) -> Trial
 
 @contextmanager
 def looking(folder: RunFolder, events: Events, device: str | None = None) -> Iterator[ModelSession]:
-    """Yield a job's model with its directions and hooks for what only looks: no lock is taken, no event is logged.
+    """Yield a job's model with its directions and hooks for read-only use: no lock is taken, no event is logged.
 
     Args:
         folder: The run folder.
@@ -95,11 +95,11 @@ def looking(folder: RunFolder, events: Events, device: str | None = None) -> Ite
 
     Raises:
         UsageError: The job has not found its directions yet, or there is no such device.
-        HeldError: A run of the job computes on this machine's accelerator, of which the model would take a part.
+        HeldError: A run of the job computes on this machine's accelerator, whose memory the model would share.
     """
     record, settings = folder.read_job(), job_settings(folder)
     if record.resolution is None or not folder.prompts_file.exists():
-        raise UsageError(f"job {record.job_id} has not got as far as a trial", remedy="run it first")
+        raise UsageError(f"job {record.job_id} has not reached its first trial", remedy="run it first")
     if device is not None:
         settings = settings.model_copy(update={"loading": _on_device(settings.loading, device)})
     from job.model.loading import resolve_device

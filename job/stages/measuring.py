@@ -46,7 +46,7 @@ def scorer_of(metrics: ReportMetrics) -> TrialScorer:
 
 
 class EditScorer:
-    """Scores edits on the search split; what the base model says there is measured once, on first use.
+    """Scores edits on the search split; the base model's responses are measured once, on first use.
 
     Attributes:
         metrics: Measures the base model on the search split.
@@ -80,7 +80,7 @@ class EditScorer:
         Args:
             edits: The edits.
             rows: Rows of a forward.
-            whole: On responses of full length, none left out; else as the search does.
+            whole: On responses of full length without skipping; otherwise with the search's shortcuts.
         """
         searched = self._settings.scoring.effective_search_tokens
         if whole:

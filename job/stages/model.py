@@ -1,4 +1,4 @@
-"""The model of a job: loaded as its first start resolved, and watched while it computes."""
+"""The model of a job: loaded with the dtype fixed at its first start, and watched while it computes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from job.scoring.trial_scorer import TrialScorer
 from job.stages.measuring import metrics_of, scorer_of
 from job.tuning.batch_size import Tuner
 
-# Rows of a forward where preflight found no plan and was allowed to; halved until they fit.
+# Rows of a forward where preflight found no plan and that failure was allowed; halved until they fit.
 _ROWS = 32
 # Share by which a device may hold more weights than planned before that is worth a warning.
 _PLAN_TOLERANCE = 0.1
@@ -36,7 +36,7 @@ _PLAN_TOLERANCE = 0.1
 
 @contextmanager
 def loaded_model(job: OpenJob, source: Path, prompts: PromptSets) -> Iterator[LoadedModel]:
-    """Yield the base model; faults of its device become errors of ours, and a forward that hangs ends the process.
+    """Yield the base model; device faults are re-raised as JobErrors, and a forward that hangs ends the process.
 
     What the job's first start has to resolve (dtype, rows of a forward, response prefix) is resolved and pinned.
 
@@ -121,7 +121,7 @@ def require_resident(model: LoadedModel, form: ExportFormat) -> None:
     """Refuse an adapter for a model with offloaded weights: PEFT cannot attach one.
 
     Raises:
-        ImpossibleJobError: It is to be one.
+        ImpossibleJobError: An adapter is requested.
     """
     if form == "adapter" and any(parameter.is_meta for parameter in model.model.parameters()):
         raise ImpossibleJobError(
@@ -131,7 +131,7 @@ def require_resident(model: LoadedModel, form: ExportFormat) -> None:
 
 
 def worker_count(settings: Settings, model: LoadedModel) -> int:
-    """Return how many processes of this machine evaluate trials: one a GPU if this one holds the whole model."""
+    """Return how many processes of this machine evaluate trials: one per GPU if this one holds the whole model."""
     if settings.workers is not None:
         return settings.workers
     whole = settings.loading.device == "auto" and settings.loading.device_map == "single"

@@ -49,7 +49,7 @@ def checked_prompts(job: RunningJob, inputs: PreflightInputs) -> PromptSets:
 
 
 def _pin(job: RunningJob, survey: Survey) -> None:
-    """Keep what is resolved at the first start and never again."""
+    """Pin what only the first start resolves."""
     pinned: dict[str, Any] = {}
     if job.record.model_commit is None and survey.commit is not None:
         pinned |= {"model_commit": survey.commit, "model_public": survey.public}

@@ -1,4 +1,4 @@
-"""A job that makes an export again: what it is compared with."""
+"""A job that reproduces an export: what it is compared with."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from job.storage.exports import REPRODUCE
 
 
 def original_of(job: OpenJob) -> Reproduction | None:
-    """Return the export that a job makes again, None if it makes none."""
+    """Return the export that a job reproduces, None if it reproduces none."""
     if job.record.reproduces is None:
         return None
     return read_record(job.folder.reproduces_file, Reproduction)
 
 
 def trials_made(job: OpenJob, trials: Sequence[Trial]) -> int:
-    """Return how many trials the search has made that the exported trial comes from."""
+    """Return the number of trials in the search behind the exported trial."""
     original = original_of(job)
     return len(trials) if original is None else original.trials
 
@@ -34,7 +34,7 @@ def warn_of_differences(job: OpenJob) -> None:
 
 
 def require_original(job: OpenJob, export: Path) -> None:
-    """Compare an export with the one that it is to be the same as, if there is one.
+    """Compare an export with the one that it must equal, if there is one.
 
     Raises:
         ExportMismatchError: It is not the same.

@@ -1,4 +1,4 @@
-"""The search of a job: trials asked, evaluated and stored in batches, and finalists counted again."""
+"""The search of a job: trials suggested, evaluated and stored in batches, and finalists counted again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from job.records import Plan, Trial, TrialScores
 from job.report.results import trials_so_far
 from job.search.finalists import in_words, keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
 from job.search.optimizer import FewerRows, Search, StudySettings
-from job.stages.choice import has_finalists
+from job.stages.choice import finalists_left
 from job.stages.model import cuda_devices, share_of_cores, worker_count
 from job.stages.session import ModelSession
 from job.storage.study_file import back_up
@@ -30,7 +30,7 @@ def search(job: RunningJob, session: ModelSession, pool: WarmWorkerPool) -> list
     """Bring the study to its target and return its trials, finalists with their counts at full length.
 
     Args:
-        job: The job; one that makes an export again without its search has its trials already.
+        job: The job; one that reproduces an export without a search has its trials already.
         session: The model.
         pool: Processes that may become workers.
 
@@ -44,9 +44,9 @@ def search(job: RunningJob, session: ModelSession, pool: WarmWorkerPool) -> list
     job.begin("search")
     target, asked = job.settings.trials, len(session.prompts.bad_search)
     with _workers(job, session, pool) as shared:
-        _measure_baseline(job, session)  # meanwhile others get ready
+        _measure_baseline(job, session)  # workers start up meanwhile
         evaluator = PlanEvaluator(job, session, shared)
-        # Only the coordinator may open the study: what it finds, it carries over to where it is missing.
+        # Only the coordinator may open the study: it copies trials that the file or the database lacks.
         study = _study(job, session)
         done = len(study.finished())
         job.events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
@@ -69,7 +69,7 @@ def search(job: RunningJob, session: ModelSession, pool: WarmWorkerPool) -> list
         trials = study.finished()
         if len(trials) < target:
             job.events.emit("budget", f"the budget ends the search after {len(trials)} of {target} trials")
-        if has_finalists(job, trials, session.prompts):
+        if finalists_left(job, trials, session.prompts):
             return evaluator.rescored(trials)
     return with_full_counts(trials, read_full_counts(job.folder))
 
@@ -215,7 +215,7 @@ class PlanEvaluator:
             )
             scores = self.scores([plan])
             if isinstance(scores, FewerRows):
-                continue  # they are pinned, and the next plan has them
+                continue  # the smaller batch size is pinned, and the next plan has it
             found = {trial.number: score for trial, score in zip(batch, scores, strict=True)}
             counts = keep_full_counts(job.folder, counts, found)
             for trial in batch:

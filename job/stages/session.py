@@ -1,4 +1,4 @@
-"""A loaded model that can be edited: its directions, hooks in place, and how edits are scored."""
+"""A loaded model that can be edited: its directions, its hooks, and how edits are scored."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def opened_session(job: OpenJob, prompts: PromptSets) -> Iterator[ModelSession]:
     """Yield a job's model with its directions and hooks, from the run folder's records.
 
     Raises:
-        JobError: The model cannot be loaded here, or is no longer what it was.
+        JobError: The model cannot be loaded here, or its files have changed.
     """
     with loaded_model(job, model_folder(job.record, job.settings, job.events), prompts) as model:
         basis = find_directions(prompt_residuals(job, model, prompts), job.settings.directions)
