@@ -36,7 +36,7 @@ def deliver(job: RunningJob, export: Path, trial: Trial) -> Outcome:
 
 
 def finish(job: RunningJob, trial: Trial, trials: int, missed: str | None) -> None:
-    """Write a finished job's reports and its state, last.
+    """Write a finished job's reports, then its final state.
 
     Args:
         job: The job.
