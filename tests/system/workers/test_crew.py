@@ -228,9 +228,8 @@ def test_a_worker_out_of_memory_is_told(board: Board) -> None:
 
 
 def workers_of(run: int) -> list[psutil.Process]:
-    return [
-        child for child in psutil.Process(run).children() if any("job.cli.worker" in part for part in child.cmdline())
-    ]
+    living = [child for child in psutil.Process(run).children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if any("job.cli.worker" in part for part in child.cmdline())]
 
 
 def test_hands_end_when_they_are_not_needed_and_with_the_run() -> None:
