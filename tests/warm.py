@@ -162,8 +162,10 @@ class Warm(subprocess.Popen[str]):
             told = self._line.recv(4, socket.MSG_DONTWAIT if wait_flags & os.WNOHANG else 0)
         except BlockingIOError:
             return 0, 0
+        except OSError:
+            told = b""  # closed: Popen still asks after processes that a failed test has left behind
         self._line.close()
-        return self.pid, struct.unpack("=i", told)[0]
+        return self.pid, struct.unpack("=i", told)[0] if len(told) == 4 else signal.SIGKILL
 
     def _internal_poll(self, *_: Any, **__: Any) -> int | None:
         if self.returncode is None and self._waitpid_lock.acquire(blocking=False):

@@ -142,6 +142,13 @@ class Board:
         self._engine = sa.create_engine(self._url, connect_args=waits, pool_pre_ping=True)
         self._lock: sa.Connection | None = None
         with _clear(self._url):
+            self._make_table()
+
+    def _make_table(self) -> None:
+        try:
+            _TABLES.create_all(self._engine)
+        except SQLAlchemyError:
+            # Another process may have made it between the look and the making: then it is found now.
             _TABLES.create_all(self._engine)
 
     def __enter__(self) -> Self:

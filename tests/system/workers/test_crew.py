@@ -19,6 +19,7 @@ import optuna
 import psutil
 import psycopg
 import pytest
+import sqlalchemy as sa
 import torch
 
 from job.errors import HeldError, MachineError
@@ -431,6 +432,25 @@ def test_a_job_asked_to_stop_ends_its_workers(organism: Path, tmp_path: Path) ->
     process.communicate(timeout=30)
     assert process.returncode == 75
     assert not worker.is_running()
+
+
+@needs_postgres
+def test_who_open_a_new_database_at_once_all_find_its_table(postgres: Postgres) -> None:
+    engine, count = sa.create_engine(postgres.url, connect_args={"password": PASSWORD}), 8
+    for _ in range(5):
+        with engine.begin() as db:
+            db.execute(sa.text("DROP SCHEMA public CASCADE"))
+            db.execute(sa.text("CREATE SCHEMA public"))
+        together = threading.Barrier(count)
+
+        def opened(together: threading.Barrier = together) -> dict[int, Any]:
+            together.wait()
+            with Board(postgres.url, JOB) as board:
+                return board.results(0)
+
+        with ThreadPoolExecutor(count) as pool:
+            assert [one.result() for one in [pool.submit(opened) for _ in range(count)]] == [{}] * count
+    engine.dispose()
 
 
 @pytest.mark.slow
