@@ -29,7 +29,9 @@ def evaluate(
     model: Annotated[
         str | None, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; without it, the job's model.")
     ] = None,
-    against: Annotated[str | None, typer.Option(metavar="BASE", help="The base model of MODEL, likewise.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Base model of MODEL: folder or Hub name.")
+    ] = None,
     workspace: Workspace = None,
     job: Job = None,
     trial: TrialNumber = None,

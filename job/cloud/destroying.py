@@ -33,7 +33,7 @@ class Destroyer:
     _terminations: dict[str, Termination] = field(default_factory=dict, repr=False)
 
     def close(self, why: str, seconds: float = ENDING_SECONDS) -> None:
-        """Destroy the latest instance; after so many seconds, `press_on` and `finish` go on with it."""
+        """Destroy the latest instance; after a time limit, `press_on` and `finish` continue."""
         last = self.record.launch.instances[-1]
         if last.ended is not None:
             return

@@ -45,7 +45,7 @@ class FixedSettings:
 
     Attributes:
         source: The file's name.
-        values: What nobody may change.
+        values: Settings that cannot be overridden.
         origins: Model and prompts, which may also be given from elsewhere.
         left_out: What else the file says, which is not taken from it.
     """

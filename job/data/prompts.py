@@ -115,7 +115,7 @@ def report_description(reused: int, total: int) -> str:
     """
     if not reused:
         return "prompts that neither the direction nor the search has seen"
-    return f"{total} prompts, {reused} of which the direction or the search has seen"
+    return f"{total} prompts, {reused} also used by the direction or the search"
 
 
 def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSets:

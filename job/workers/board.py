@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from job.errors import HeldError, JobError, MachineError
 from job.system.failpoints import reached
@@ -147,8 +147,8 @@ class Board:
     def _make_table(self) -> None:
         try:
             _TABLES.create_all(self._engine)
-        except SQLAlchemyError:
-            # Another process may have made it between the look and the making: then it is found now.
+        except (IntegrityError, ProgrammingError):
+            # Another process created the table between our check and our CREATE; now it exists.
             _TABLES.create_all(self._engine)
 
     def __enter__(self) -> Self:

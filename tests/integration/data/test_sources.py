@@ -207,7 +207,7 @@ def test_report_prompts_are_held_out_only_where_neither_direction_nor_search_use
 ) -> None:
     prompts = _loaded(tmp_path, named, **texts)
     assert (prompts.reused, len(prompts.reported)) == (seen, total)
-    said = f"{total} prompts, {seen} of which the direction or the search has seen"
+    said = f"{total} prompts, {seen} also used by the direction or the search"
     assert prompts.report_description == (
         said if seen else "prompts that neither the direction nor the search has seen"
     )

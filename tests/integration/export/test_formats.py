@@ -158,7 +158,7 @@ def test_no_output_calls_prompts_held_out_that_the_direction_or_the_search_has_s
     told = abliterate(*arguments, workspace, "--trials", 4).check()
     job = only_job(workspace)
     total = len(known) + len(new) + 20  # and half of the good evaluation prompts
-    words = f"{total} prompts, 3 of which the direction or the search has seen"
+    words = f"{total} prompts, 3 also used by the direction or the search"
     assert f"(on {words})" in told.out
     assert "data.overlap" in told.err
     others = json.loads(abliterate("front", "--workspace", workspace, "--json").check().out)

@@ -75,7 +75,7 @@ def test_prompts_are_called_held_out_only_where_they_are(tmp_path: Path) -> None
     assert "held-out prompts with the behaviour" in card
     reused = made_from(reused_prompts=3)
     card = model_card(reused, base(tmp_path))
-    assert "on 180 prompts, 3 of which the direction or the search has seen." in card
+    assert "on 180 prompts, 3 also used by the direction or the search." in card
     assert claim not in card
     assert "held-out" not in card
     # The file says so, too, and is what it was before where there is nothing to say.

@@ -509,7 +509,7 @@ def test_a_workspace_that_is_full_or_read_only_keeps_no_rental(
     point = tmp_path / "disk"
     point.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(point)]
-    if subprocess.run(mount, capture_output=True).returncode:
+    if subprocess.run(mount, capture_output=True).returncode:  # only root may mount a disk that is full or read-only
         pytest.skip("no mounts here")
     try:
         places = (tmp_path / "mirror").as_uri(), (tmp_path / "out").as_uri()
