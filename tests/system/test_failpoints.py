@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
+from job.workers.board import Board
 
 from job.export.merged import build_manifest
 from job.mirror import MirrorOptions, open_mirror
@@ -31,7 +32,6 @@ from job.transfer import folders as local
 from job.upload.hub import HubOptions
 from job.upload.hub import deliver as to_hub
 from job.upload.s3 import deliver as to_s3
-from job.workers.board import Board
 from tests.helpers import Result, abliterate, only_job, start, stored_trials
 from tests.integration.search.test_optimizer import Runs
 from tests.mirror_places import file_place, hub_place, place, running, s3_place
