@@ -75,7 +75,12 @@ class RayCluster:
 
     def _start(self, *words: str, **options: Any) -> int:
         given = {"node-ip-address": "127.0.0.1", "num-cpus": 2, "object-store-memory": 100_000_000, **options}
-        arguments = [*words, *(f"--{name}={value}" for name, value in given.items()), "--block", "--disable-usage-stats"]
+        arguments = [
+            *words,
+            *(f"--{name}={value}" for name, value in given.items()),
+            "--block",
+            "--disable-usage-stats",
+        ]
         env = {**os.environ, **self.env}
         node = subprocess.Popen(
             [str(RAY), "start", *arguments],

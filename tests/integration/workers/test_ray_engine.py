@@ -59,6 +59,12 @@ def fresh(what: str, count: int) -> list[Do]:
     return [Do(what, next(NUMBERS)) for _ in range(count)]
 
 
+def squares_for(executor: Executor, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        squares(executor, 10)
+
+
 def own_pid(task: Do) -> int:
     time.sleep(0.02)
     return os.getpid()
@@ -105,6 +111,7 @@ def test_an_actor_that_is_killed_is_replaced(engine: RayEngine, cluster: RayClus
         squares(executor)
 
 
+@pytest.mark.full("workers")
 def test_a_machine_joins_is_used_and_is_taken_away(engine: RayEngine, cluster: RayCluster) -> None:
     engine.use(None, gpus=0, cpus=2)  # one whole node each, of which this process has one
     with Executor(engine, Events()) as executor:
@@ -135,6 +142,7 @@ def test_the_gpu_of_this_process_is_given_to_no_worker(engine: RayEngine, monkey
     assert worker.evaluate(Do("environment"), 60)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
+@pytest.mark.full("workers")
 def test_a_head_that_is_killed_ends_the_search_and_not_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_engine, "_GONE_SECONDS", 2.0)
     with RayCluster() as cluster:
@@ -144,10 +152,10 @@ def test_a_head_that_is_killed_ends_the_search_and_not_the_process(monkeypatch: 
                 wait_until(lambda: len(cluster.actors()) == 1)
                 cluster.kill(0)
                 with pytest.raises(MachineError, match="is gone"):
-                    for _ in range(100):
-                        squares(executor, 10)  # this process goes on while it is not certain
+                    squares_for(executor, 20)  # this process goes on while it is not certain
 
 
+@pytest.mark.full("workers")
 def test_no_room_for_the_jobs_data_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     full = {
         "object-store-memory": 80_000_000,
@@ -159,6 +167,7 @@ def test_no_room_for_the_jobs_data_is_one_line(monkeypatch: pytest.MonkeyPatch) 
                 engine.open(Doing(ballast=os.urandom(200_000_000)))
 
 
+@pytest.mark.full("workers")
 def test_a_stranger_without_the_token_is_not_let_in(cluster: RayCluster) -> None:
     script = (
         "from job.workers.ray_engine import RayEngine; from tests.fakes.evaluations import Doing\n"
@@ -171,6 +180,7 @@ def test_a_stranger_without_the_token_is_not_let_in(cluster: RayCluster) -> None
     assert "0" * 64 not in done.stderr
 
 
+@pytest.mark.full("workers")
 def test_a_cluster_of_this_machine_alone_is_started_listens_on_loopback_and_ends_with_the_run() -> None:
     script = (
         "import sys; from job.workers.ray_engine import RayEngine; from tests.fakes.evaluations import Do, Doing\n"
