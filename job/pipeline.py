@@ -5,25 +5,19 @@ settings → preflight → prompts → model → residuals → directions → se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from job.errors import JobError
 from job.lifecycle.model_folder import model_folder
 from job.lifecycle.outcome import Outcome
 from job.lifecycle.running import RunningJob
-from job.model.files import parse_model
-from job.preflight.cuda import read_cuda
 from job.preflight.inputs import PreflightInputs
-from job.records import Trial
 from job.report.results import trials_so_far
-from job.stages.choice import chosen_trial, is_exported, is_searched
+from job.stages.choice import chosen_trial, is_exported
 from job.stages.delivery import deliver, finish
 from job.stages.preflight import checked_prompts
 from job.stages.reproduce import require_original, trials_made, warn_of_differences
+from job.stages.workers import Workers
 from job.storage.exports import is_sealed, link_export
 from job.storage.study_file import restore_if_damaged
-from job.workers.crew import WarmWorkerPool
 
 
 def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
@@ -42,7 +36,8 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
     warn_of_differences(job)
     # If only the delivery is left, a bad target fails at upload with its own error.
     if prompts is None or not is_exported(job, trials, prompts):
-        with _warm_workers(job, trials) as pool:
+        workers = Workers(job, trials)
+        with workers.executor:
             job.begin("preflight")
             prompts = checked_prompts(job, inputs)
             if damage is not None:
@@ -58,10 +53,12 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
             job.begin("model")
             source = model_folder(job.record, job.settings, job.events)
             with loaded_model(job, source, prompts) as model:
-                residuals = prompt_residuals(job, model, prompts)
+                workers.open(model, prompts)
+                residuals = prompt_residuals(job, model, prompts, workers.executor.evaluate)
                 basis = find_directions(residuals, job.settings.directions)
                 with model_session(job, model, basis, prompts) as session:
-                    trials = search(job, session, pool)
+                    trials = search(job, session, workers.executor)
+                    workers.executor.close()  # the export needs their memory
                     chosen = chosen_trial(job, trials, prompts)
                     if not is_sealed(job.export_of(chosen)):
                         job.begin("export")
@@ -83,17 +80,3 @@ def _repair_study(job: RunningJob) -> JobError | None:
     except JobError as error:
         return error
     return None
-
-
-def _warm_workers(job: RunningJob, trials: Sequence[Trial]) -> WarmWorkerPool:
-    """Return worker processes that import torch while preflight runs."""
-    source = parse_model(job.settings.model)
-    return WarmWorkerPool(_other_workers(job, trials), Path(source.name) if source.kind == "folder" else None)
-
-
-def _other_workers(job: RunningJob, trials: Sequence[Trial]) -> int:
-    """Return the number of workers beside this process; 0 on GPUs, where each worker gets its own device."""
-    if is_searched(job, trials) or job.settings.workers is None:
-        return 0
-    on_gpus = job.settings.loading.device != "cpu" and bool(read_cuda().devices)
-    return 0 if on_gpus else job.settings.workers - 1

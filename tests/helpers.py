@@ -18,6 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
+
 from job.config.load import default_values
 from job.config.schema import LoadingSettings
 from job.export.reproduction import PromptsRecord, Reproduction
@@ -137,6 +139,12 @@ def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str],
             assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def worker_processes(run: int) -> list[psutil.Process]:
+    """Return the living workers that a run has started on this machine, by its process id."""
+    living = [child for child in psutil.Process(run).children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if any("spawn_main" in part for part in child.cmdline())]
 
 
 def loading(*dtypes: str, device: str = "cpu") -> LoadingSettings:

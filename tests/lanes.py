@@ -78,7 +78,7 @@ PARTS = {
                 "job/search/study.py",
                 "job/storage/events.py",
                 "job/storage/run_folder.py",
-                "job/workers/crew.py",
+                "job/workers/local.py",
                 "job/system/signals.py",
                 "job/export/merged.py",
             ),
@@ -88,11 +88,15 @@ PARTS = {
             "job/pipeline.py",
             "job/stages/*.py",
             "job/lifecycle/*.py",
-            "job/cli/worker.py",
             "tests/helpers.py",
             "tests/system/test_run.py",
         ),
         packages=("optuna", "sqlalchemy", "safetensors"),
+    ),
+    "workers": Part(
+        ("job/workers/*.py", "job/stages/workers.py", "job/stages/evaluation.py"),
+        ("tests/fakes/ray_cluster.py", "tests/fakes/evaluations.py", "tests/*/workers/*.py"),
+        ("ray",),
     ),
 }
 

@@ -6,7 +6,7 @@ import sys
 
 # The commands, in the order of `abliterate --help`.
 # isort: off
-from job.cli import run as _run, helping as _helping, jobs as _jobs, talk as _talk, evaluate as _evaluate  # noqa: F401
+from job.cli import run as _run, jobs as _jobs, talk as _talk, evaluate as _evaluate  # noqa: F401
 from job.cli import export as _export, models as _models, config as _config  # noqa: F401
 
 # isort: on

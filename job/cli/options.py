@@ -109,6 +109,11 @@ SETTING_OPTIONS: dict[str, Any] = {
     "workers": Annotated[
         int | None, typer.Option(metavar="N", help="Processes that evaluate trials; unset: one for every GPU, or one.")
     ],
+    "engine": Annotated[str | None, typer.Option(help="What runs them: local, or ray on one machine or several.")],
+    "address": Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="A running Ray cluster, or auto; unset: one is started."),
+    ],
     "require_checkpoint": Annotated[
         bool | None, typer.Option("--require-checkpoint", help="Stop where the checkpoint stays down.")
     ],

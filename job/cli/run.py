@@ -22,7 +22,7 @@ from job.cli.options import (
     takes_settings,
     where_is,
 )
-from job.errors import DeliveryError, GateError
+from job.errors import DeliveryError, GateError, UsageError
 from job.text.redaction import redacted_json
 
 if TYPE_CHECKING:
@@ -116,6 +116,15 @@ def resume(
         start = resumption(where, ends, events.say, **{name: value for name, value in others.items() if value})
         outcome = carry_out(start, events, signals, _stages)
     _told(outcome)
+
+
+@app.command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def worker() -> None:
+    """Say what took this command's place."""
+    raise UsageError(
+        "`abliterate worker` is no more: other machines evaluate trials through Ray",
+        remedy="start a Ray cluster on them, and run the job with --engine ray --address HOST:PORT",
+    )
 
 
 def _told(outcome: Outcome) -> Outcome:

@@ -71,6 +71,7 @@ OBSOLETE = {
     "study_checkpoint_dir": "the study is study.db in the run folder",
     "benchmarks": "`abliterate evaluate --tasks` runs benchmarks",
     "max_shard_size": "an export has the base model's shards",
+    "database": "other machines evaluate trials through Ray: --engine ray --address HOST:PORT",
 }
 # Old name: what its value becomes.
 CONVERTED: dict[str, Callable[[Any], tuple[str, Any]]] = {

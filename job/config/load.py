@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from job.config.checks import _refuse_contradictions
-from job.config.legacy import translated
+from job.config.legacy import OBSOLETE, translated
 from job.config.schema import (
     ENDS,
     ENVIRONMENT_PREFIX,
@@ -260,6 +260,8 @@ def _check_names(table: Mapping[str, Any], section: type[BaseModel], source: str
 
 
 def _nearest(key: str) -> str:
+    if key in OBSOLETE:
+        return OBSOLETE[key]
     close = difflib.get_close_matches(key, list(setting_names()), n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else "`abliterate config show` lists all settings"
 

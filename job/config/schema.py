@@ -6,13 +6,11 @@ import math
 import re
 import tomllib
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
 
-from job.errors import UsageError
 from job.records import ExportFormat
 
 _TARGET = re.compile(r"file:///.+|hf://[\w.-]+/[\w.-]+(@[^@\s]+)?|s3://[^/\s]+(/.*)?")
@@ -292,29 +290,16 @@ class Settings(BaseSettings):
         None,
         ge=1,
         description="Processes that evaluate trials, one per GPU; on a CPU they share its cores; unset: one for every "
-        "GPU, if each holds the model, and one on a CPU.",
+        "GPU, if each holds the model, and one on a CPU; with Ray as many as the cluster has room for.",
     )
-    database: str | None = Field(
+    engine: Literal["local", "ray"] = Field(
+        description="What runs the processes that evaluate trials: this machine, or Ray on one machine or several."
+    )
+    address: str | None = Field(
         None,
-        description="postgresql+psycopg://USER@HOST/NAME: where `abliterate worker` on other machines finds the study "
-        "and its tasks; the password comes from PGPASSWORD or ~/.pgpass.",
+        description="HOST:PORT of a Ray cluster, or auto for the one of this machine; unset: RAY_ADDRESS, else Ray is "
+        "started on this machine alone.",
     )
-
-    @field_validator("database")
-    @classmethod
-    def _is_postgresql_without_password(cls, value: str | None) -> str | None:
-        if value is not None:
-            found = urlsplit(value)
-            if found.scheme != "postgresql+psycopg" or not found.path.strip("/"):
-                raise ValueError("write postgresql+psycopg://USER@HOST/NAME")
-            if found.password is not None or "password" in found.query:
-                # Not a ValueError, which would be shown with what was given.
-                raise UsageError(
-                    "database: an address with its password would be written down",
-                    remedy="leave it out, and set PGPASSWORD or use ~/.pgpass",
-                )
-        return value
-
     hang_seconds: float = Field(
         ge=0, description="Seconds that one forward may take before it counts as hung and the job stops; 0: any."
     )

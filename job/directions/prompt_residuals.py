@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from job.data.prompts import Prompt, PromptSets
-from job.directions.residuals import digest, extract_residuals, read_tensors, write_tensors
+from job.directions.residuals import (
+    ResidualsTask,
+    batches,
+    digest,
+    extract_residuals,
+    read_tensors,
+    write_tensors,
+)
 from job.edits.hooks import ActiveEdits
 from job.errors import ImpossibleJobError, MachineError
 from job.generation.forward import read_tokens
@@ -19,6 +27,9 @@ from job.numerics.directions import winsorize
 from job.records import JobRecord
 from job.storage.events import Events
 from job.storage.run_folder import RunFolder
+
+# Returns the results of tasks, some of them evaluated by the function that is given and some by other processes.
+Evaluate = Callable[[Sequence[Any], Callable[[Any], Any]], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class PromptResiduals:
         forward_tokens: Tokens of a forward, padding included.
         quantile: Quantile at which residuals are winsorised; 1 leaves them as they are.
         events: Where progress goes.
+        evaluate: Has forwards done by other processes as well; None: there are none.
     """
 
     folder: RunFolder
@@ -44,6 +56,7 @@ class PromptResiduals:
     forward_tokens: int
     quantile: float
     events: Events
+    evaluate: Evaluate | None = None
 
     def keys(self) -> dict[str, str]:
         """Return a key over all that the residuals of each prompt set follow from."""
@@ -102,9 +115,28 @@ class PromptResiduals:
         def extract(rows: int) -> Tensor:
             with self.events.progress(f"{label} residuals", len(tokens)) as advance:
                 fitting = max(self.forward_tokens * rows // self.rows, 1)
+                if self.evaluate is not None and edits is None:
+                    return self._shared_out(tokens, rows, fitting, advance)
                 return extract_residuals(self.model, tokens, rows, advance, tokens=fitting, edits=edits)
 
         return halving(self.rows, extract, self.events.say)[0]
+
+    def _shared_out(self, tokens: Sequence[list[int]], rows: int, most: int, advance: Callable[[int], None]) -> Tensor:
+        """Return residuals of the same forwards, of which other processes do some."""
+        assert self.evaluate is not None
+        lengths, padded = [len(one) for one in tokens], self.model.architecture.batching.padded
+        forwards = list(batches(lengths, rows, most, padded=padded))
+
+        def here(task: ResidualsTask) -> Tensor:
+            found = task.extract(self.model)
+            advance(len(found))
+            return found
+
+        found = self.evaluate([ResidualsTask(tuple(tuple(tokens[i]) for i in chosen)) for chosen in forwards], here)
+        residuals = torch.empty(len(tokens), *found[0].shape[1:])
+        for chosen, part in zip(forwards, found, strict=True):
+            residuals[chosen] = part
+        return residuals
 
     def _near_model(self, residuals: Tensor) -> Tensor:
         try:

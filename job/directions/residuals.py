@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,21 @@ def extract_residuals(
             decoder_of(loaded.model)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         advance(len(chosen))
     return residuals
+
+
+@dataclass(frozen=True)
+class ResidualsTask:
+    """Prompts of one forward, whose residuals may be extracted by another process.
+
+    Attributes:
+        prompts: Token ids of each prompt.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+
+    def extract(self, model: LoadedModel) -> Tensor:
+        """Return the residuals, [n, layers + 1, d], float32, on the CPU."""
+        return extract_residuals(model, [list(prompt) for prompt in self.prompts], len(self.prompts), lambda _: None)
 
 
 def digest(value: Any) -> str:

@@ -259,9 +259,15 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         names = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         return ", ".join(f"{count} × {name}" for name, count in names.items())
+    return f"{device_kind(device)}, {torch.get_num_threads()} threads"
+
+
+def device_kind(device: torch.device) -> str:
+    """Return what kind of device this is, however many of it or of its cores there are."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     models = re.findall(r"^model name\s*:\s*(.+)$", _CPUS.read_text(), re.MULTILINE) if _CPUS.exists() else []
-    name = models[0].strip() if models else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    return models[0].strip() if models else platform.processor() or platform.machine()
 
 
 def _load_weights(folder: Path, dtype: str, device: torch.device, settings: LoadingSettings) -> PreTrainedModel:

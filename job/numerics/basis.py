@@ -34,6 +34,10 @@ class Basis:
         """Return the bases of one unit direction for each layer, [layers, d]."""
         return cls(directions[:, None], directions.new_ones(len(directions), 1))
 
+    def cpu(self) -> Basis:
+        """Return the same on the CPU, as it goes to other processes."""
+        return Basis(self.directions.cpu(), self.weights.cpu())
+
     @property
     def layers(self) -> int:
         """Number of layers."""

@@ -66,7 +66,7 @@ NAMES = frozenset(
         "target.hf",
         "target.s3",
         "checkpoint",
-        "database",
+        "cluster",
         "rental.end",
         "rental.survival",
         "rental.checkpoint",

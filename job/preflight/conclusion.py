@@ -17,7 +17,7 @@ from job.preflight.model_checks import ModelFindings
 from job.preflight.model_facts import ModelFacts
 from job.preflight.planning import Planning
 from job.preflight.readings import MachineReading
-from job.preflight.rental_checks import checkpoint_check, database_check, expected_bytes
+from job.preflight.rental_checks import checkpoint_check, cluster_check, expected_bytes
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ def _memory_checks(inputs: PreflightInputs, planned: MemoryPlan | Refusal, readi
 
 
 def _remote_state_checks(inputs: PreflightInputs, prompts: PromptSets, facts: ModelFacts) -> list[Check]:
-    settings, database, checks = inputs.settings, inputs.settings.database, []
+    settings, checks = inputs.settings, list[Check]()
     if settings.checkpoint is not None:
         held = expected_bytes(prompts, facts.layers, facts.hidden)
         checks += guarded("checkpoint", lambda: [checkpoint_check(settings, held)])
-    if database is not None and inputs.on is None:
-        checks += guarded("database", lambda: [database_check(database)])
+    if settings.engine == "ray" and inputs.on is None:
+        checks += guarded("cluster", lambda: [cluster_check(settings.address)])
     return checks

@@ -54,15 +54,19 @@ def checkpoint_check(settings: Settings, held: int) -> Check:
     )
 
 
-def database_check(url: str) -> Check:
-    """Prove that the database of a job's workers can be used, and leave nothing there.
+def cluster_check(address: str | None) -> Check:
+    """Prove that Ray is installed, and that something answers at a cluster's address.
+
+    Args:
+        address: HOST:PORT, auto, or None where a cluster is started.
 
     Raises:
-        MachineError: It cannot.
+        UsageError: Ray is not installed.
+        MachineError: Nothing answers.
     """
-    from job.workers.board import probe
+    from job.workers.ray_engine import reached_cluster
 
-    return Check(name="database", status="ok", measured=probe(url), needed="the right to make tables there")
+    return Check(name="cluster", status="ok", measured=reached_cluster(address), needed="a Ray cluster to compute on")
 
 
 def lease_check(settings: Settings, job: str) -> Check:

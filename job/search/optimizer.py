@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,6 @@ from job.search.study import (
     clear_write_errors,
     file_url,
     open_study,
-    shared_study,
 )
 from job.search.tpe import Sampler
 from job.storage.study_file import BACKUP, back_up
@@ -78,7 +77,7 @@ class FewerRows:
 
 
 class Search:
-    """A study on disk, and where a database is given the same one in it."""
+    """A study on disk."""
 
     def __init__(
         self,
@@ -86,7 +85,6 @@ class Search:
         space: SearchSpace,
         settings: StudySettings,
         copy: Path | None = None,
-        database: tuple[str, str] | None = None,
     ) -> None:
         """Open the study, creating it if it is not there.
 
@@ -95,11 +93,9 @@ class Search:
             space: The space of edits.
             settings: How it is run.
             copy: Where the study is copied to after every batch; None: beside it, for when it gets damaged.
-            database: Address of a database and name of the study there.
 
         Raises:
-            JobError: The file is not a study that can be read, or the database holds another one of that name.
-            MachineError: The database cannot be reached.
+            JobError: The file is not a study that can be read.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._file = file
@@ -108,7 +104,6 @@ class Search:
         self._settings = settings
         with clear_errors(file):
             self._study = open_study(file_url(file), STUDY_NAME)
-        self._shared = None if database is None else shared_study(*database, self._study)
         self._trials = self._study.get_trials(deepcopy=False)
         self._memory: optuna.Study | None = None
         self._seen = 0
@@ -165,17 +160,9 @@ class Search:
         for trial in self._trials[done:]:
             told(as_trial(trial))
 
-    @property
-    def _studies(self) -> Iterator[optuna.Study]:
-        """The study on disk, which comes first, and the one in the database."""
-        yield self._study
-        if self._shared is not None:
-            yield self._shared
-
     def _store(self, plans: Sequence[Plan]) -> None:
-        for study in self._studies:
-            study.set_user_attr(PLAN, [plan.model_dump(mode="json") for plan in plans])
-            reached("study:planned")
+        self._study.set_user_attr(PLAN, [plan.model_dump(mode="json") for plan in plans])
+        reached("study:planned")
 
     def finished(self) -> list[Trial]:
         """Return all finished trials in number order."""
@@ -269,8 +256,7 @@ class Search:
             )
             trial.number = plan.first + offset
             trials.append(trial)
-        for study in self._studies:
-            add_trials(study, trials)
+        add_trials(self._study, trials)
         self._trials += trials
 
 

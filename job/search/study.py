@@ -40,28 +40,6 @@ def open_study(url: str, name: str) -> optuna.Study:
     return study
 
 
-def shared_study(url: str, name: str, own: optuna.Study) -> optuna.Study:
-    """Return the study in a database, it and the run's own one brought to where the further one has got.
-
-    Raises:
-        JobError: They are not the same study.
-    """
-    with _clear_database_errors(url):
-        shared = open_study(url, name)
-        ours, theirs = own.get_trials(deepcopy=False), shared.get_trials(deepcopy=False)
-        if any(a.params != b.params or a.values != b.values for a, b in zip(ours, theirs, strict=False)):
-            raise JobError(
-                f"the database holds another search of job {name}",
-                remedy=f"delete it (optuna delete-study --study-name {name}) or choose another database",
-            )
-        behind, further = (own, shared) if len(theirs) > len(ours) else (shared, own)
-        behind.add_trials(further.get_trials()[min(len(ours), len(theirs)) :])
-        reached("study:shared")
-        if PLAN in further.user_attrs:
-            behind.set_user_attr(PLAN, further.user_attrs[PLAN])
-        return shared
-
-
 def as_trial(trial: FrozenTrial) -> Trial:
     """Return a trial of a study as what it measured."""
     refusals, kl = trial.values
@@ -176,28 +154,10 @@ def clear_write_errors(file: Path) -> Iterator[None]:
         if not _is_of_storage(error):
             raise
         what = str(error.__cause__ or error).splitlines()[0]
-        if "psycopg" in what:
-            raise _unreachable(what) from error
         raise MachineError(
             f"cannot write the study {file}: {what}",
             remedy="free disk space, correct its permissions or choose another --workspace",
         ) from error
-
-
-@contextmanager
-def _clear_database_errors(url: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not _is_of_storage(error):
-            raise
-        raise _unreachable(str(error.__cause__ or error).splitlines()[0]) from error
-
-
-def _unreachable(what: str) -> MachineError:
-    return MachineError(
-        f"the job's database fails: {what}", remedy="see that it runs and may be written, then run again to continue"
-    )
 
 
 @contextmanager

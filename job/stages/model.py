@@ -35,7 +35,7 @@ _PLAN_TOLERANCE = 0.1
 
 
 @contextmanager
-def loaded_model(job: OpenJob, source: Path, prompts: PromptSets) -> Iterator[LoadedModel]:
+def loaded_model(job: OpenJob, source: Path, prompts: PromptSets, *, proven: bool = False) -> Iterator[LoadedModel]:
     """Yield the base model; device faults are re-raised as JobErrors, and a forward that hangs ends the process.
 
     What the job's first start has to resolve (dtype, rows of a forward, response prefix) is resolved and pinned.
@@ -44,10 +44,32 @@ def loaded_model(job: OpenJob, source: Path, prompts: PromptSets) -> Iterator[Lo
         job: The job.
         source: Folder of the model's files.
         prompts: All prompt sets.
+        proven: Another process has proven that this model can be edited.
 
     Raises:
         ImpossibleJobError: The model cannot be edited as the settings want.
         MachineError: It does not fit here.
+    """
+    settings = job.settings
+    if not proven:
+        _prove(job, source)
+    model = _load(job, source)
+    require_resident(model, settings.export_format)
+    conversations(model.tokenizer, prompts.everything)  # at once: one process renders them all
+    watchdog = Watchdog(settings.hang_seconds, job.folder.stacks_file)
+    with clear_faults(), watchdog.watching(decoder_of(model.model)):
+        _resolve(job, model, prompts)
+        model = replace(model, response_prefix=job.resolution.response_prefix)
+        if not settings.ablation.through_norms:
+            model = replace(model, architecture=model.architecture.without_norms())
+        yield model
+
+
+def _prove(job: OpenJob, source: Path) -> None:
+    """Prove that the model can be edited as the settings want.
+
+    Raises:
+        ImpossibleJobError: It cannot.
     """
     settings = job.settings
     architecture = inspect_model(source, settings.loading.trust_remote_code)
@@ -58,16 +80,6 @@ def loaded_model(job: OpenJob, source: Path, prompts: PromptSets) -> Iterator[Lo
         f"architecture: {architecture.model_type}, {architecture.layer_count} layers, "
         f"{len(architecture.writers)} residual writers, proven complete",
     )
-    model = _load(job, source)
-    require_resident(model, settings.export_format)
-    conversations(model.tokenizer, prompts.everything)  # at once: one process renders them all
-    watchdog = Watchdog(settings.hang_seconds, job.folder.stacks_file)
-    with clear_faults(), watchdog.watching(decoder_of(model.model)):
-        _resolve(job, model, prompts, architecture.norms)
-        model = replace(model, response_prefix=job.resolution.response_prefix)
-        if not settings.ablation.through_norms:
-            model = replace(model, architecture=model.architecture.without_norms())
-        yield model
 
 
 def _load(job: OpenJob, source: Path) -> LoadedModel:
@@ -84,7 +96,7 @@ def _load(job: OpenJob, source: Path) -> LoadedModel:
     return model
 
 
-def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, norms: tuple[str, ...]) -> None:
+def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
     """Pin what the job's first start resolves."""
     record, settings = job.record, job.settings
     if record.resolution is not None:
@@ -112,7 +124,7 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, norms: tuple
             layers=model.architecture.layer_count,
             response_prefix=prefix,
             together=together,
-            norms=norms,
+            norms=model.architecture.norms,
         )
     )
 

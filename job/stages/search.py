@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,19 +19,20 @@ from job.report.results import trials_so_far
 from job.search.finalists import in_words, keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
 from job.search.optimizer import FewerRows, Search, StudySettings
 from job.stages.choice import finalists_left
-from job.stages.model import cuda_devices, share_of_cores, worker_count
+from job.stages.evaluation import TrialsTask
+from job.stages.model import share_of_cores, worker_count
 from job.stages.session import ModelSession
 from job.storage.study_file import back_up
-from job.workers.crew import Shared, WarmWorkerPool, crew, parts_of
+from job.workers.executor import Executor
 
 
-def search(job: RunningJob, session: ModelSession, pool: WarmWorkerPool) -> list[Trial]:
+def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[Trial]:
     """Bring the study to its target and return its trials, finalists with their counts at full length.
 
     Args:
         job: The job; one that reproduces an export without a search has its trials already.
         session: The model.
-        pool: Processes that may become workers.
+        executor: Has edits scored, in this process and in workers.
 
     Raises:
         ImpossibleJobError: The base model refuses nothing.
@@ -43,10 +43,10 @@ def search(job: RunningJob, session: ModelSession, pool: WarmWorkerPool) -> list
         return trials_so_far(job.folder)
     job.begin("search")
     target, asked = job.settings.trials, len(session.prompts.bad_search)
-    with _workers(job, session, pool) as shared:
+    executor.share(session.basis.cpu())
+    with share_of_cores(session.model, worker_count(job.settings, session.model)):
         _measure_baseline(job, session)  # workers start up meanwhile
-        evaluator = PlanEvaluator(job, session, shared)
-        # Only the coordinator may open the study: it copies trials that the file or the database lacks.
+        evaluator = PlanEvaluator(job, session, executor)
         study = _study(job, session)
         done = len(study.finished())
         job.events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
@@ -89,18 +89,6 @@ def _measure_baseline(job: RunningJob, session: ModelSession) -> None:
         )
 
 
-@contextmanager
-def _workers(job: RunningJob, session: ModelSession, pool: WarmWorkerPool) -> Iterator[Shared]:
-    """Yield what scores plans, in this process and in workers."""
-    workers = worker_count(job.settings, session.model)
-    devices = cuda_devices() if session.model.device.type == "cuda" else []
-    with (
-        share_of_cores(session.model, workers),
-        crew(job.folder, workers, devices, job.settings.database, job.events, pool) as shared,
-    ):
-        yield shared
-
-
 def _study(job: OpenJob, session: ModelSession) -> Search:
     settings, resolution = job.settings, job.resolution
     live, copy = _study_place(job)
@@ -118,7 +106,6 @@ def _study(job: OpenJob, session: ModelSession) -> Search:
             ahead=settings.search.ahead,
         ),
         copy,
-        (settings.database, job.record.job_id) if settings.database else None,
     )
 
 
@@ -160,12 +147,12 @@ class PlanEvaluator:
     Attributes:
         job: The job.
         session: The model.
-        shared: Has the parts of plans scored.
+        executor: Has the parts of plans scored.
     """
 
     job: OpenJob
     session: ModelSession
-    shared: Shared
+    executor: Executor
 
     def scores(self, plans: Sequence[Plan]) -> Sequence[TrialScores] | FewerRows:
         """Return the scores of the first plan's trials, or how many rows memory may suffice for.
@@ -176,15 +163,15 @@ class PlanEvaluator:
         Raises:
             MachineError: Memory does not suffice for one prompt at a time.
         """
-        edit = self.session.space.edit
-        rounds = [(plan, parts_of(plan, [edit(params) for params in plan.parameters])) for plan in plans]
+        rounds = [self._tasks(plan) for plan in plans]
         try:
-            return self.shared(rounds, self.session.scorer.scores)
+            found = self.executor.evaluate(rounds[0], self._here, [task for tasks in rounds[1:] for task in tasks])
+            return [scores for part in found for scores in part]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             rows = plans[0].rows // 2
-            if rows < max(len(part) for _, parts in rounds for part in parts):
+            if rows < max(len(task.edits) for tasks in rounds for task in tasks):
                 raise out_of_memory(error) from error
         release_memory()
         self.job.events.emit(
@@ -192,6 +179,16 @@ class PlanEvaluator:
         )
         self.job.file.pin(resolution=self.job.resolution.model_copy(update={"search_rows": rows}))
         return FewerRows(rows)
+
+    def _tasks(self, plan: Plan) -> list[TrialsTask]:
+        """Return a plan's trials in the parts that share their forwards."""
+        edits = [self.session.space.edit(params) for params in plan.parameters]
+        size = plan.together or len(edits)
+        parts = [tuple(edits[start : start + size]) for start in range(0, len(edits), size)]
+        return [TrialsTask(part, plan.rows, plan.whole) for part in parts]
+
+    def _here(self, task: TrialsTask) -> Sequence[TrialScores]:
+        return self.session.scorer.scores(task.edits, task.rows, task.whole)
 
     def rescored(self, trials: Sequence[Trial]) -> list[Trial]:
         """Count finalists again at full length until the choice is final; return all trials with these counts.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from job.data.prompts import PromptSets
 from job.directions.extraction import find_directions
-from job.directions.prompt_residuals import PromptResiduals, direction_prompts, tokens_of_forward
+from job.directions.prompt_residuals import Evaluate, PromptResiduals, direction_prompts, tokens_of_forward
 from job.edits.hooks import Intervention
 from job.lifecycle.model_folder import model_folder
 from job.lifecycle.running import OpenJob
@@ -45,8 +45,17 @@ class ModelSession:
         return SearchSpace(self.job.settings.search.space, self.job.resolution.layers, self.basis.size)
 
 
-def prompt_residuals(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> PromptResiduals:
-    """Return the residuals of a job's prompts, each set extracted when it is first needed."""
+def prompt_residuals(
+    job: OpenJob, model: LoadedModel, prompts: PromptSets, evaluate: Evaluate | None = None
+) -> PromptResiduals:
+    """Return the residuals of a job's prompts, each set extracted when it is first needed.
+
+    Args:
+        job: The job.
+        model: The model.
+        prompts: All prompt sets.
+        evaluate: Has forwards done by other processes as well; None: there are none.
+    """
     rows, settings = job.resolution.rows, job.settings
     # The prompts whose length decides how many rows a forward takes.
     planned = [*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search]
@@ -59,6 +68,7 @@ def prompt_residuals(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> P
         tokens_of_forward(model, planned, rows, settings.scoring.answer_tokens),
         settings.directions.winsorization_quantile,
         job.events,
+        evaluate,
     )
 
 

@@ -41,7 +41,8 @@ EXTENDING = frozenset(
         "hang_seconds",
         "study_storage",
         "workers",
-        "database",
+        "engine",
+        "address",
         "wait_for_gpu",
         "probe_seconds",
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from job.config.legacy import OBSOLETE
 from job.config.load import default_values, leaves, merged, nested
 from job.config.schema import Settings
 from job.errors import JobError, UsageError
@@ -162,7 +163,8 @@ def job_settings(folder: RunFolder, *, whole: bool = False, **others: object) ->
             remedy="go on with the same `abliterate run` command, or give what only extends the job with --set",
         )
     # What a former version did not know is as it was before.
-    kept = nested({name: value for name, value in leaves(record.settings).items() if name not in masked})
+    gone = masked | OBSOLETE.keys()
+    kept = nested({name: value for name, value in leaves(record.settings).items() if name not in gone})
     stored = merged(default_values(), {**kept, "workspace": str(folder.path.parent)})
     try:
         return Settings(**merged(stored, others))

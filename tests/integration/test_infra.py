@@ -116,28 +116,6 @@ def test_what_is_started_again_goes_by_the_exit_codes() -> None:
     assert (service["restart"], service["stop_grace_period"]) == ("no", f"{GRACE_SECONDS}s")
 
 
-def test_the_workers_of_several_machines_find_the_study_of_the_run() -> None:
-    services = data("compose-workers.yaml")["services"]
-    given = {"MODEL": "me/model", "CHECKPOINT": "hf://me/state", "UPLOAD": "hf://me/edited"}
-    commands = {
-        name: [
-            re.sub(r"\$\{(\w+)[^}]*\}", lambda found: given.get(found[1], "10.0.0.1"), word)
-            for word in services[name]["command"]
-        ]
-        for name in ("run", "worker")
-    }
-    first, *options = commands["run"]
-    assert first == "run"
-    shown = abliterate("config", "show", *options).check().out
-    assert 'database = "postgresql+psycopg://job@database/job"' in shown
-    assert services["database"]["environment"]["POSTGRES_USER"] == services["database"]["environment"]["POSTGRES_DB"]
-    # A mistake in its options would be exit code 2; without a Hub the checkpoint cannot be reached.
-    helper = abliterate(*commands["worker"], "--wait", 0, HF_HUB_OFFLINE="1")
-    assert helper.code not in (0, 1, 2), helper.err
-    assert services["run"]["environment"] == services["worker"]["environment"]
-    assert set(services["run"]["environment"].values()) == {None}
-
-
 def test_the_claim_is_the_one_that_is_mounted() -> None:
     claim, job = kubernetes()
     spec = job["spec"]["template"]["spec"]

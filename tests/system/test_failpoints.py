@@ -19,7 +19,7 @@ from job.export.merged import build_manifest
 from job.mirror import MirrorOptions, open_mirror
 from job.mirror.folder_store import FileStore
 from job.mirror.options import PACE
-from job.search.study import STUDY_NAME, file_url, open_study, read_trials, shared_study
+from job.search.study import read_trials
 from job.storage import atomic
 from job.storage.atomic import sha256_file, write_atomically, write_record
 from job.storage.exports import DONE, MANIFEST
@@ -31,7 +31,6 @@ from job.transfer import folders as local
 from job.upload.hub import HubOptions
 from job.upload.hub import deliver as to_hub
 from job.upload.s3 import deliver as to_s3
-from job.workers.board import Board
 from tests.helpers import Result, abliterate, only_job, start, stored_trials
 from tests.integration.search.test_optimizer import Runs
 from tests.mirror_places import file_place, hub_place, place, running, s3_place
@@ -142,7 +141,7 @@ def _named() -> set[str]:
 # Where each point that the source names is hit: by the whole job below, or by a test of its own.
 ELSEWHERE = {
     *("restore:fetched", "restore:in", "restore:aside", "restore:journal", "applied:written", "applied:replaced"),
-    *("study:damaged", "study:shared", "board:changing", "hub:committed"),
+    *("study:damaged", "hub:committed"),
     *("delivery:outgoing", "delivery:copied", "delivery:linked", "delivery:replaced", "object:copied"),
 }
 
@@ -425,30 +424,6 @@ def test_a_study_is_restored_though_restoring_it_is_cut(tmp_path: Path, faults: 
         assert file.with_name(BACKUP).exists()
     assert kills == len(points)
     assert read_trials(file) == whole
-
-
-def test_a_study_that_is_carried_over_is_whole_in_both(tmp_path: Path, faults: Path) -> None:
-    file, url = tmp_path / "study.db", file_url(tmp_path / "shared.db")
-    whole = Runs().run(file, 6, 2)
-    assert dies(faults, ["study:shared"], lambda: shared_study(url, JOB, open_study(file_url(file), STUDY_NAME)))
-    shared = shared_study(url, JOB, open_study(file_url(file), STUDY_NAME))
-    assert [trial.params for trial in shared.get_trials()] == [trial.params for trial in whole]
-
-
-def test_what_a_worker_was_changing_on_the_board_when_it_died_is_as_before(tmp_path: Path, faults: Path) -> None:
-    url = file_url(tmp_path / "tasks.db")
-    with Board(url, JOB) as board:
-        board.post({0: [{"part": 1}, {"part": 2}]})
-
-    def claim() -> None:
-        with Board(url, JOB) as board:
-            board.claim("cook")
-
-    assert dies(faults, ["board:changing"], claim)
-    with Board(url, JOB) as board:
-        assert board.claims() == {}
-        claimed = [board.claim("maid"), board.claim("maid"), board.claim("maid")]
-    assert [task and task.payload for task in claimed] == [{"part": 1}, {"part": 2}, None]
 
 
 def _export(folder: Path, words: str) -> Path:

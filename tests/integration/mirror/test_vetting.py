@@ -34,7 +34,6 @@ from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
 from tests.fakes.hub import LoopbackHub
 from tests.helpers import Result, abliterate, made_from
-from tests.mirrors import read_tree
 from tests.system.model.test_own_code import CODE, MAP
 
 PACE = SnapshotPace(beat_s=5.0, expiry_s=60.0, snapshot_s=0.02, poll_s=0.1)
@@ -66,7 +65,8 @@ OTHERS: dict[str, Any] = {
     "max_cost": 3.0,
     "study_storage": "local",
     "workers": 3,
-    "database": "postgresql+psycopg://job@elsewhere/job",
+    "engine": "ray",
+    "address": "elsewhere:6379",
     "hang_seconds": 1.0,
     "grace": 1.0,
     "wait_for_gpu": 9.0,
@@ -327,7 +327,7 @@ def resume(hub: LoopbackHub, uri: str, folder: Path, *more: Any, command: str = 
     return abliterate(command, "--checkpoint", uri, "--workspace", folder / "runs", *more, **network)
 
 
-@pytest.mark.parametrize("command", ["resume", "upload", "worker", "status"])
+@pytest.mark.parametrize("command", ["resume", "upload", "status"])
 def test_a_checkpoint_whose_settings_were_changed_runs_no_code(hub: LoopbackHub, tmp_path: Path, command: str) -> None:
     record = job_of({"model": "cook/soup"}, model_commit=hub.repo("model", "cook/soup").sha)
     evil = {"model": "evil/soup", "loading": {"trust_remote_code": True, "device": "cpu"}}
@@ -353,21 +353,6 @@ def test_a_checkpoint_of_a_hostile_job_runs_no_code(hub: LoopbackHub, tmp_path: 
     given = (f"{TRUST}=true", f"model=evil/soup@{commit}")
     trusted = resumption(Whereabouts(tmp_path / "runs", None, uri, given))
     assert trusted.settings.loading.trust_remote_code
-
-
-def test_a_worker_does_not_fetch_into_the_folder_of_the_run_itself(tmp_path: Path) -> None:
-    record = job_of({"model": "cook/soup"}, model_commit=COMMIT)
-    uri = mirror_of(tmp_path / "mirror", record, tmp_path / "made")
-    folder = RunFolder(tmp_path / "made" / record.job_id)
-    before = read_tree(folder.path)
-    database = ("--set", "database=postgresql+psycopg://me@127.0.0.1:9/db", "--wait", 0)
-    refused = abliterate("worker", "--checkpoint", uri, "--workspace", tmp_path / "made", *database)
-    refused.fails(76, f"{folder.path} is the run folder of the run itself", "give another --workspace")
-    assert read_tree(folder.path) == before
-    # Beside it, it is fetched; then nobody is there.
-    elsewhere = abliterate("worker", "--checkpoint", uri, "--workspace", tmp_path / "other", *database)
-    elsewhere.fails(76, "database")
-    assert (tmp_path / "other" / record.job_id / "job.json").exists()
 
 
 def test_trust_would_make_it_another_job(hub: LoopbackHub, tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""What a worker does: it opens a job's model once, and evaluates tasks that are values.
+
+Light to import: processes import it before there is a job, and set which devices they see before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.config.schema import Settings
+from job.data.prompts import PromptSets
+from job.errors import JobError
+from job.records import EditParameters, JobRecord
+from job.storage.events import Events
+from job.storage.job_file import JobFile
+from job.storage.run_folder import RunFolder
+from job.system.tempdirs import scratch
+
+if TYPE_CHECKING:
+    from job.lifecycle.running import OpenJob
+    from job.model.loading import LoadedModel
+    from job.numerics.basis import Basis
+    from job.stages.session import ModelSession
+
+
+@dataclass(frozen=True)
+class TrialsTask:
+    """Edits to be scored in one batch.
+
+    Attributes:
+        edits: The edits.
+        rows: Rows of a forward.
+        whole: On responses of full length without skipping; otherwise with the search's shortcuts.
+    """
+
+    edits: tuple[EditParameters, ...]
+    rows: int
+    whole: bool
+
+
+@dataclass(frozen=True)
+class JobEvaluation:
+    """All that a worker needs of a job; it goes to other machines, and holds no secret.
+
+    Attributes:
+        record: job.json, with what the first start has resolved.
+        settings: The settings of this start.
+        prompts: All prompt sets.
+        processes: Processes that share the cores of the worker's machine.
+    """
+
+    record: JobRecord
+    settings: Settings
+    prompts: PromptSets
+    processes: int
+
+    @contextmanager
+    def opened(self) -> Iterator[JobEvaluator]:
+        """Yield an evaluator with the model loaded.
+
+        Raises:
+            JobError: The model cannot be loaded here, or its files have changed.
+        """
+        from job.lifecycle.model_folder import model_folder
+        from job.lifecycle.running import OpenJob
+        from job.stages.model import loaded_model, share_of_cores
+
+        with scratch("worker") as place:
+            folder, events = RunFolder(place), Events(stream=io.StringIO())  # the run says all this itself
+            job = OpenJob(folder, JobFile(folder, self.record), self.settings, events)
+            with (
+                loaded_model(job, model_folder(self.record, self.settings, events), self.prompts, proven=True) as model,
+                share_of_cores(model, self.processes),
+                ExitStack() as hooks,
+            ):
+                yield JobEvaluator(job, self.prompts, model, hooks)
+
+
+class JobEvaluator:
+    """Evaluates the tasks of one job."""
+
+    def __init__(self, job: OpenJob, prompts: PromptSets, model: LoadedModel, hooks: ExitStack) -> None:
+        """Take a loaded model, and a stack in which hooks on it are put."""
+        self._job = job
+        self._prompts = prompts
+        self._model = model
+        self._hooks = hooks
+        self._session: ModelSession | None = None
+
+    @property
+    def hardware(self) -> str:
+        """What the model is computed by."""
+        from job.model.loading import device_kind
+
+        return device_kind(self._model.device)
+
+    def share(self, value: Basis) -> None:
+        """Take the basis that trials are edits with."""
+        from job.stages.session import model_session
+
+        self._hooks.close()
+        self._session = self._hooks.enter_context(model_session(self._job, self._model, value, self._prompts))
+
+    def evaluate(self, task: Any) -> Any:
+        """Return the scores of a TrialsTask, or the residuals of a ResidualsTask.
+
+        Raises:
+            MemoryError: Memory does not suffice.
+        """
+        from job.model.device_faults import is_out_of_memory
+        from job.model.memory import release_memory
+
+        try:
+            if isinstance(task, TrialsTask):
+                assert self._session is not None
+                return list(self._session.scorer.scores(task.edits, task.rows, task.whole))
+            return task.extract(self._model)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            release_memory()
+            raise MemoryError(str(error)) from error
+
+
+def warm_up(model: Path | None) -> None:
+    """Load what takes seconds to import, and the code of a model's family.
+
+    Args:
+        model: The model's folder, if it is there already.
+    """
+    import torch
+
+    import job.stages.session  # noqa: F401
+    from job.proof.truth_test import inspect_model
+
+    if model is None:
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the run is at work meanwhile
+    try:
+        inspect_model(model)
+    except JobError:
+        return  # preflight tells what is wrong with it
+    finally:
+        torch.set_num_threads(threads)

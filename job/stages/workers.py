@@ -1,0 +1,86 @@
+"""The workers of a job: which engine runs them, how many there are, and what each computes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from job.data.prompts import PromptSets
+from job.lifecycle.running import RunningJob
+from job.model.files import parse_model
+from job.preflight.cuda import read_cuda
+from job.records import Trial
+from job.stages.choice import is_searched
+from job.stages.evaluation import JobEvaluation, warm_up
+from job.workers.executor import Executor
+from job.workers.local import LocalEngine
+from job.workers.ray_engine import RayEngine
+
+if TYPE_CHECKING:
+    from job.model.loading import LoadedModel
+
+
+class Workers:
+    """The executor of a job, whose workers start when the model is known.
+
+    Attributes:
+        executor: Evaluates the job's tasks.
+    """
+
+    def __init__(self, job: RunningJob, trials: Sequence[Trial]) -> None:
+        """Choose an engine; a local one starts processes at once, which import torch while preflight runs.
+
+        Args:
+            job: The job.
+            trials: The trials that it has already.
+        """
+        self._job = job
+        self._wanted = job.record.searches and not is_searched(job, trials)
+        self._engine: LocalEngine | RayEngine
+        if job.settings.engine == "ray":
+            self._engine = RayEngine(job.settings.address)
+        else:
+            source = parse_model(job.settings.model)
+            model = Path(source.name) if source.kind == "folder" else None
+            self._engine = LocalEngine(partial(warm_up, model), self._warm_processes())
+        self.executor = Executor(self._engine, job.events)
+
+    def _warm_processes(self) -> int:
+        """Return the number of workers on a CPU; 0 on GPUs, where each worker gets its own device."""
+        settings = self._job.settings
+        if not self._wanted or settings.workers is None:
+            return 0
+        on_gpus = settings.loading.device != "cpu" and bool(read_cuda().devices)
+        return 0 if on_gpus else settings.workers - 1
+
+    def open(self, model: LoadedModel, prompts: PromptSets) -> None:
+        """Have workers started, unless there is nothing left to evaluate.
+
+        Args:
+            model: The model in this process.
+            prompts: All prompt sets.
+
+        Raises:
+            UsageError: The engine is not installed.
+            MachineError: It cannot be used.
+        """
+        if not self._wanted:
+            return
+        from job.model.loading import device_kind
+        from job.model.placement import placement
+        from job.stages.model import cuda_devices, worker_count
+
+        settings, on_gpus = self._job.settings, model.device.type == "cuda"
+        processes = worker_count(settings, model)
+        if isinstance(self._engine, RayEngine):
+            gpus = sum(place.isdigit() for place in placement(model.model)) if on_gpus else 0
+            cpus = 1 if on_gpus else max(1, (os.cpu_count() or 1) // processes)
+            self._engine.use(None if settings.workers is None else processes - 1, gpus=gpus, cpus=cpus)
+            processes = 1  # Ray gives each as many threads as it has cores
+        else:
+            self._engine.use(processes - 1, cuda_devices() if on_gpus else [])
+        evaluation = JobEvaluation(self._job.record, settings, prompts, processes)
+        self.executor.open(evaluation, device_kind(model.device))

@@ -1,0 +1,355 @@
+"""Evaluation of numbered tasks by this process and its workers, whichever engine runs them.
+
+A task and its result are values: who evaluates one, when, and how often it was begun before changes nothing. One
+thread stands for each worker, gives it the next free task and waits; this process takes tasks from the same list. A
+worker that dies or hangs is replaced, and its task is free again (docs/decisions/0015-workers.md).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Self
+
+from job.errors import JobError
+from job.storage.events import Events
+
+# A worker that is lost so many times in a row, without a result in between, is not started again.
+MOST_LOSSES = 3
+# A task that so many workers were lost with is left to this process, which then meets what they met.
+LOSSES_OF_A_TASK = 2
+# A task hangs when it takes longer than this many times the slowest so far, and than this many seconds.
+HANG_FACTOR, HANG_SECONDS = 20.0, 120.0
+_RESTART_SECONDS = 1.0
+
+
+class WorkerLost(Exception):  # noqa: N818 - an event, handled by the executor
+    """A worker died, cannot be reached or was given up; says why."""
+
+
+class WorkerOutOfMemory(MemoryError):  # noqa: N818 - a MemoryError, and handled as one
+    """A worker's memory does not suffice for a task."""
+
+
+class Evaluator(Protocol):
+    """What a worker evaluates tasks with, its model loaded."""
+
+    @property
+    def hardware(self) -> str:
+        """What it computes on."""
+
+    def share(self, value: Any) -> None:
+        """Take a value that later tasks refer to."""
+
+    def evaluate(self, task: Any) -> Any:
+        """Return the result of a task."""
+
+
+class Evaluation(Protocol):
+    """All that a worker needs to evaluate the tasks of a job; pickled, and without secrets."""
+
+    def opened(self) -> AbstractContextManager[Evaluator]:
+        """Return an evaluator, which is usable within the block."""
+
+
+class Worker(Protocol):
+    """A process that evaluates one task at a time. All methods raise WorkerLost."""
+
+    hardware: str
+
+    def share(self, value: Any) -> None:
+        """Give it a value that `Engine.put` returned."""
+
+    def evaluate(self, task: Any, limit: float | None) -> Any:
+        """Return the result of a task; it is given up after so many seconds.
+
+        Raises:
+            WorkerOutOfMemory: Its memory does not suffice.
+        """
+
+    def end(self) -> None:
+        """End it at once; raises nothing."""
+
+
+# What a worker says: its result, that memory does not suffice, or why it ends.
+Outcome = tuple[Literal["result", "memory", "failed"], Any]
+
+
+def outcome_of(act: Callable[[], Any]) -> Outcome:
+    """Return what comes of an act, in a form that goes from process to process."""
+    try:
+        return "result", act()
+    except MemoryError as error:
+        return "memory", str(error)
+    except JobError as error:
+        return "failed", error.line
+
+
+def value_of(outcome: Outcome) -> Any:
+    """Return the result of an act in another process.
+
+    Raises:
+        WorkerOutOfMemory: Memory did not suffice there.
+        WorkerLost: It failed.
+    """
+    kind, value = outcome
+    if kind == "memory":
+        raise WorkerOutOfMemory(value)
+    if kind == "failed":
+        raise WorkerLost(f"has failed: {value}")
+    return value
+
+
+class Engine(Protocol):
+    """Runs workers: on this machine or on a cluster."""
+
+    def end(self) -> None:
+        """End all workers at once, whatever they are at."""
+
+    def close(self) -> None:
+        """Let go of all that the engine uses, once nobody waits for a worker any more."""
+
+    def open(self, evaluation: Evaluation) -> None:
+        """Take what workers evaluate with.
+
+        Raises:
+            MachineError: The engine cannot be used.
+        """
+
+    def capacity(self) -> int:
+        """Return how many workers there may be now, beside this process.
+
+        Raises:
+            MachineError: The engine is gone.
+        """
+
+    def put(self, value: Any) -> Any:
+        """Return a handle of a value for many workers.
+
+        Raises:
+            MachineError: There is no room for it.
+        """
+
+    def start(self, number: int) -> Worker:
+        """Return a worker that is ready.
+
+        Raises:
+            WorkerLost: It ended before it was.
+        """
+
+
+@dataclass
+class _Pending:
+    """A task that is wanted.
+
+    Attributes:
+        task: The task.
+        running: Whether somebody evaluates it.
+        losses: Workers that were lost with it.
+        result: What came of it, an exception included; None: nothing yet.
+    """
+
+    task: Any
+    running: bool = False
+    losses: int = 0
+    result: Any = None
+
+
+class Executor:
+    """Evaluates tasks in this process and in an engine's workers."""
+
+    def __init__(self, engine: Engine, events: Events, hang_seconds: float = HANG_SECONDS) -> None:
+        """Take an engine; `open` has it start workers.
+
+        Args:
+            engine: The engine.
+            events: Where the fate of workers is told.
+            hang_seconds: A task that takes less does not hang.
+        """
+        self._engine = engine
+        self._events = events
+        self._hang_seconds = hang_seconds
+        self._state = threading.Condition()
+        self._tasks: list[_Pending] = []
+        self._threads: list[threading.Thread] = []
+        self._shared: Any = None
+        self._slowest: float | None = None
+        self._hardware = ""
+        self._news: deque[tuple[str, str, dict[str, Any]]] = deque()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open(self, evaluation: Evaluation, hardware: str) -> None:
+        """Have workers started, which load their model meanwhile.
+
+        Args:
+            evaluation: What they evaluate with.
+            hardware: What this process computes on.
+
+        Raises:
+            MachineError: The engine cannot be used.
+        """
+        self._hardware = hardware
+        self._engine.open(evaluation)
+        self._grow()
+
+    def share(self, value: Any) -> None:
+        """Have every worker given a value before its next task.
+
+        Raises:
+            MachineError: The engine has no room for it.
+        """
+        self._shared = self._engine.put(value)
+
+    def close(self) -> None:
+        """End all workers at once."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+        self._engine.end()
+        for thread in self._threads:
+            thread.join()
+        self._engine.close()
+
+    def evaluate(self, tasks: Sequence[Any], here: Callable[[Any], Any], then: Sequence[Any] = ()) -> list[Any]:
+        """Return the results of all tasks, in their order.
+
+        Args:
+            tasks: The tasks.
+            here: Evaluates a task in this process.
+            then: Tasks that whoever is free may begin with; their results are kept for when they are asked for.
+
+        Raises:
+            WorkerOutOfMemory: A worker's memory does not suffice.
+            MachineError: The engine is gone.
+        """
+        self._grow()
+        wanted = [*tasks, *then]
+        with self._state:
+            known = [pending for pending in self._tasks if pending.task in wanted]
+            known = [pending for pending in known if not isinstance(pending.result, BaseException)]
+            self._tasks = [_find(known, task) or _Pending(task) for task in wanted]
+            asked = self._tasks[: len(tasks)]
+            self._state.notify_all()
+        while (pending := self._next_for_this_process(asked)) is not None:
+            started = time.monotonic()
+            try:
+                result = here(pending.task)
+            except BaseException:
+                with self._state:
+                    pending.running = False
+                raise
+            self._finish(pending, result, started)
+        self._tell_news()
+        for pending in asked:
+            if isinstance(pending.result, BaseException):
+                raise pending.result
+        return [pending.result for pending in asked]
+
+    def _next_for_this_process(self, asked: Sequence[_Pending]) -> _Pending | None:
+        """Return a task that is free, once there is one; None when all that were asked for are done."""
+        with self._state:
+            while any(pending.result is None for pending in asked):
+                free = next((one for one in self._tasks if one.result is None and not one.running), None)
+                if free is not None:
+                    free.running = True
+                    return free
+                self._state.wait()
+                self._tell_news()
+            return None
+
+    def _finish(self, pending: _Pending, result: Any, started: float) -> None:
+        with self._state:
+            pending.result, pending.running = result, False
+            self._slowest = max(self._slowest or 0.0, time.monotonic() - started)
+            self._state.notify_all()
+
+    def _grow(self) -> None:
+        """Have a thread for every worker that there is room for: machines may join at any time."""
+        for number in range(len(self._threads), self._engine.capacity()):
+            thread = threading.Thread(target=self._serve, args=(number + 1,), name=f"worker-{number + 1}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, number: int) -> None:
+        """Keep one worker at work, and replace it when it is lost."""
+        losses = 0
+        while losses < MOST_LOSSES and not self._closed:
+            time.sleep(_RESTART_SECONDS * losses)
+            finished = 0
+            try:
+                worker = self._engine.start(number)
+                try:
+                    self._tell_started(number, worker.hardware)
+                    for _ in self._results(worker):
+                        finished += 1
+                finally:
+                    worker.end()
+            except WorkerLost as lost:
+                losses = 1 if finished else losses + 1
+                self._tell_lost(number, lost, again=losses < MOST_LOSSES)
+
+    def _results(self, worker: Worker) -> Iterator[None]:
+        """Have a worker evaluate what is free, yielding after each task, until the executor is closed."""
+        given: Any = None
+        while (pending := self._next_for_worker()) is not None:
+            started = time.monotonic()
+            try:
+                if (shared := self._shared) is not given:
+                    worker.share(shared)
+                    given = shared
+                result = worker.evaluate(pending.task, self._limit())
+            except WorkerLost:
+                with self._state:
+                    pending.running, pending.losses = False, pending.losses + 1
+                    self._state.notify_all()
+                raise
+            except WorkerOutOfMemory as error:
+                result = error
+            self._finish(pending, result, started)
+            yield
+
+    def _next_for_worker(self) -> _Pending | None:
+        """Return a task that is free, once there is one; None when the executor is closed."""
+        with self._state:
+            while not self._closed:
+                for pending in self._tasks:
+                    if pending.result is None and not pending.running and pending.losses < LOSSES_OF_A_TASK:
+                        pending.running = True
+                        return pending
+                self._state.wait()
+            return None
+
+    def _limit(self) -> float | None:
+        """Return after how many seconds a task hangs; None where none has been measured yet."""
+        return None if self._slowest is None else max(self._hang_seconds, HANG_FACTOR * self._slowest)
+
+    def _tell_started(self, number: int, hardware: str) -> None:
+        line = f"worker {number} is ready"
+        if hardware != self._hardware:
+            line = f"warning: {line}, on {hardware}, where this process has {self._hardware}: trials may differ"
+        self._news.append(("worker_started", line, {"worker": number, "hardware": hardware}))
+
+    def _tell_lost(self, number: int, lost: WorkerLost, *, again: bool) -> None:
+        if not self._closed:  # else it was ended on purpose
+            then = "another takes its place" if again else "the others go on without it"
+            self._news.append(("worker_lost", f"warning: worker {number} {lost}; {then}", {"worker": number}))
+
+    def _tell_news(self) -> None:
+        """Emit what threads have to tell, from the thread that emits everything else."""
+        while self._news:
+            event, message, fields = self._news.popleft()
+            self._events.emit(event, message, **fields)
+
+
+def _find(known: Sequence[_Pending], task: Any) -> _Pending | None:
+    return next((pending for pending in known if pending.task == task), None)

@@ -1,0 +1,232 @@
+"""Workers on a real Ray cluster on the loopback interface."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from job.errors import MachineError, UsageError
+from job.storage.events import Events
+from job.workers import ray_engine
+from job.workers.executor import Executor, WorkerLost, WorkerOutOfMemory
+from job.workers.ray_engine import RayEngine, reached_cluster
+from tests.fakes.evaluations import Do, Doing
+from tests.fakes.ray_cluster import RayCluster, family
+from tests.helpers import environment, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    with RayCluster(**{"num-gpus": 2}) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def engine(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayEngine]:
+    yield from connected(cluster, monkeypatch)
+
+
+def connected(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayEngine]:
+    for name, value in cluster.env.items():
+        monkeypatch.setenv(name, value)
+    made = RayEngine(cluster.address)
+    made.use(1, gpus=0, cpus=1)
+    try:
+        yield made
+    finally:
+        made.end()
+        made.close()
+
+
+NUMBERS = itertools.count()
+
+
+def fresh(what: str, count: int) -> list[Do]:
+    """Return tasks that nobody has been asked before: results are kept."""
+    return [Do(what, next(NUMBERS)) for _ in range(count)]
+
+
+def squares_for(executor: Executor, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        squares(executor, 10)
+
+
+def own_pid(task: Do) -> int:
+    time.sleep(0.02)
+    return os.getpid()
+
+
+def squares(executor: Executor, count: int = 30) -> None:
+    tasks = fresh("square", count)
+
+    def here(task: Do) -> int:
+        time.sleep(0.02)
+        return task.number**2
+
+    assert executor.evaluate(tasks, here) == [task.number**2 for task in tasks]
+
+
+def test_a_worker_evaluates_shares_and_says_that_memory_does_not_suffice(engine: RayEngine) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    engine.open(Doing())
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    worker = engine.start(1)
+    assert worker.hardware == "abacus"
+    assert worker.evaluate(Do("square", 7), 60) == 49
+    worker.share(engine.put({"basis": [1, 2]}))
+    assert worker.evaluate(Do("shared"), 60) == {"basis": [1, 2]}
+    with pytest.raises(WorkerOutOfMemory, match="2 GiB"):
+        worker.evaluate(Do("memory"), 60)
+    assert worker.evaluate(Do("square", 3), 60) == 9
+    with pytest.raises(WorkerLost, match="has failed: the model's files have changed"):
+        worker.evaluate(Do("error"), 60)
+    with pytest.raises(WorkerLost, match="has hung: no result after 1 s"):
+        worker.evaluate(Do("hang"), 0.6)
+    worker.end()
+
+
+def test_an_actor_that_is_killed_is_replaced(engine: RayEngine, cluster: RayCluster) -> None:
+    with Executor(engine, Events()) as executor:
+        executor.open(Doing(), "abacus")
+        wait_until(lambda: len(cluster.actors()) == 1)
+        squares(executor)
+        (actor,) = cluster.actors()
+        actor.kill()
+        squares(executor)
+        wait_until(lambda: [one.pid for one in cluster.actors()] not in ([], [actor.pid]))
+        squares(executor)
+
+
+@pytest.mark.full("workers")
+def test_a_machine_joins_is_used_and_is_taken_away(engine: RayEngine, cluster: RayCluster) -> None:
+    engine.use(None, gpus=0, cpus=2)  # one whole node each, of which this process has one
+    with Executor(engine, Events()) as executor:
+        executor.open(Doing(), "abacus")
+        squares(executor)
+        assert engine.capacity() == 0
+        node = cluster.add()
+        wait_until(lambda: engine.capacity() == 1)
+        there = {os.getpid()}
+        deadline = time.monotonic() + 60
+        while there == {os.getpid()} and time.monotonic() < deadline:
+            there |= set(executor.evaluate(fresh("pid", 20), own_pid))
+        # This process' node gets none: only the one that has joined.
+        assert there - {os.getpid()} <= {process.pid for process in family(cluster.nodes[node].pid)}
+        assert len(there) == 2
+        cluster.kill(node)
+        squares(executor)
+        wait_until(lambda: engine.capacity() == 0)
+        squares(executor)
+
+
+def test_the_gpu_of_this_process_is_given_to_no_worker(engine: RayEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    engine.use(None, gpus=1, cpus=1)
+    engine.open(Doing())
+    assert engine.capacity() == 1
+    worker = engine.start(1)
+    assert worker.evaluate(Do("environment"), 60)["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+@pytest.mark.full("workers")
+def test_a_head_that_is_killed_ends_the_search_and_not_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_engine, "_GONE_SECONDS", 2.0)
+    with RayCluster() as cluster:
+        for engine in connected(cluster, monkeypatch):
+            with Executor(engine, Events()) as executor:
+                executor.open(Doing(), "abacus")
+                wait_until(lambda: len(cluster.actors()) == 1)
+                cluster.kill(0)
+                with pytest.raises(MachineError, match="is gone"):
+                    squares_for(executor, 20)  # this process goes on while it is not certain
+
+
+@pytest.mark.full("workers")
+def test_no_room_for_the_jobs_data_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = {
+        "object-store-memory": 80_000_000,
+        "system-config": '{"automatic_object_spilling_enabled": false, "local_fs_capacity_threshold": 0.0}',
+    }
+    with RayCluster(**full) as cluster:
+        for engine in connected(cluster, monkeypatch):
+            with pytest.raises(MachineError, match="no room for the job's data"):
+                engine.open(Doing(ballast=os.urandom(200_000_000)))
+
+
+@pytest.mark.full("workers")
+def test_a_stranger_without_the_token_is_not_let_in(cluster: RayCluster) -> None:
+    script = (
+        "from job.workers.ray_engine import RayEngine; from tests.fakes.evaluations import Doing\n"
+        f"engine = RayEngine({cluster.address!r}); engine.use(1, gpus=0, cpus=1); engine.open(Doing())"
+    )
+    env = {**os.environ, **cluster.env, "RAY_AUTH_TOKEN": "0" * 64}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "MachineError: a Ray cluster at" in done.stderr
+    assert "0" * 64 not in done.stderr
+
+
+@pytest.mark.full("workers")
+def test_a_cluster_of_this_machine_alone_is_started_listens_on_loopback_and_ends_with_the_run() -> None:
+    script = (
+        "import sys; from job.workers.ray_engine import RayEngine; from tests.fakes.evaluations import Do, Doing\n"
+        "engine = RayEngine(None); engine.use(1, gpus=0, cpus=1); engine.open(Doing())\n"
+        "print(engine.start(1).evaluate(Do('square', 5), 60), flush=True); sys.stdin.read()"
+    )
+    env = {name: value for name, value in environment().items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", script]
+    run = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path.cwd())
+    assert run.stdout is not None
+    assert run.stdout.readline() == b"25\n"
+    started = family(run.pid)
+    listening = {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in started
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+    names = {process.pid: " ".join(process.cmdline()).strip() for process in started}
+    run.kill()
+    run.communicate()
+    # Helpers of Ray's that hold nothing need longer to notice.
+    left = psutil.wait_procs([one for one in started if not names[one.pid].endswith("Agent")], timeout=30)[1]
+    assert left == []
+
+
+def test_an_address_that_is_none_or_where_nothing_answers_is_told_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(UsageError, match="no address of a Ray cluster"):
+        reached_cluster("nowhere")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        with pytest.raises(MachineError, match="no Ray cluster answers"):
+            reached_cluster(f"127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert "to be started on this machine" in reached_cluster(None)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match="Ray is not installed"):
+        reached_cluster(None)
+
+
+def test_threads_end_when_the_executor_does(engine: RayEngine) -> None:
+    engine.use(3, gpus=2, cpus=1)  # two of them wait for room
+    with Executor(engine, Events()) as executor:
+        executor.open(Doing(), "abacus")
+        squares(executor, 2)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("worker-")]

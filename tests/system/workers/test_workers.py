@@ -1,0 +1,202 @@
+"""Jobs with workers: the trials and the export of one process, whichever engine and whoever dies."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import psutil
+import pytest
+import torch
+
+from job.model.loading import LoadedModel
+from job.stages.model import share_of_cores
+from tests.helpers import abliterate, environment, job_arguments, only_job, start, stored_trials, wait_until
+from tests.helpers import worker_processes as local_workers
+
+# Six trials a batch, two of which share their forwards.
+LAYOUT = ("--set", "trials_per_batch=6", "--set", "batching.trials=2", "--trials")
+# So many that the search goes on when the workers of a cluster, which has to be started first, are ready.
+TRIALS = {"local": 48, "ray": 480}
+
+
+def ray_workers(run: int) -> list[psutil.Process]:
+    """Return the actors of the cluster that a run has started."""
+    return [child for child in psutil.Process(run).children(recursive=True) if _name(child).startswith("ray::_Actor")]
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+ENGINES = [
+    pytest.param("local", local_workers, id="local"),
+    # Starting a cluster takes as long as the rest of such a job.
+    pytest.param("ray", ray_workers, id="ray", marks=pytest.mark.full("workers")),
+]
+
+
+def told(workspace: Path, event: str = "trial") -> int:
+    return sum(path.read_text().count(f'"event": "{event}"') for path in workspace.glob("*/events.jsonl"))
+
+
+def manifest(workspace: Path) -> Any:
+    return json.loads((only_job(workspace) / "export" / "manifest.json").read_text())
+
+
+def is_like(workspace: Path, other: Path) -> bool:
+    return stored_trials(workspace) == stored_trials(other) and manifest(workspace) == manifest(other)
+
+
+@pytest.fixture(scope="module")
+def alone(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return what returns a workspace whose job one process has done, as long as an engine's is."""
+
+    @functools.cache
+    def made(engine: str) -> Path:
+        workspace = tmp_path_factory.mktemp("alone") / "runs"
+        abliterate("run", *job_arguments(organism), *LAYOUT, TRIALS[engine], "--workspace", workspace).check()
+        return workspace
+
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+@pytest.mark.parametrize(("engine", "workers_of"), ENGINES)
+def test_workers_make_the_trials_of_one_process_also_when_one_is_killed(
+    organism: Path,
+    alone: Callable[[str], Path],
+    tmp_path: Path,
+    engine: str,
+    workers_of: Callable[[int], list[psutil.Process]],
+) -> None:
+    workspace, job = tmp_path / "runs", ("run", *job_arguments(organism), *LAYOUT, TRIALS[engine], "--engine", engine)
+    process = start(*job, "--workers", 3, "--workspace", workspace)
+    wait_until(lambda: told(workspace, "worker_started") >= 1, process)
+    workers = workers_of(process.pid)
+    assert len(workers) == 2  # one of which may still have to load the model
+    workers[0].kill()
+    err = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, err
+    assert told(workspace, "worker_lost") == 1, err
+    assert is_like(workspace, alone(engine))
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+@pytest.mark.parametrize(("engine", "workers_of"), ENGINES)
+def test_workers_do_not_outlive_a_killed_run_which_goes_on_alone(
+    organism: Path,
+    alone: Callable[[str], Path],
+    tmp_path: Path,
+    engine: str,
+    workers_of: Callable[[int], list[psutil.Process]],
+) -> None:
+    workspace = tmp_path / "runs"
+    job = ["run", *job_arguments(organism), *LAYOUT, TRIALS[engine], "--workspace", workspace]
+    process = start(*job, "--workers", 2, "--engine", engine)
+    wait_until(lambda: told(workspace, "worker_started") == 1 and told(workspace) >= 6, process)
+    workers = workers_of(process.pid)
+    assert len(workers) == 1
+    process.kill()
+    process.communicate()
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    abliterate(*job).check()
+    assert is_like(workspace, alone(engine))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+def test_what_is_asked_ahead_is_the_same_with_workers_and_after_a_kill(organism: Path, tmp_path: Path) -> None:
+    job = ["run", *job_arguments(organism), *LAYOUT, 24, "--set", "search.ahead=1", "--workspace"]
+    abliterate(*job, tmp_path / "alone").check()
+    process = start(*job, tmp_path / "runs", "--workers", 2)
+    wait_until(lambda: told(tmp_path / "runs") >= 6, process)
+    process.kill()
+    process.communicate()
+    abliterate(*job, tmp_path / "runs", "--workers", 3).check()
+    assert is_like(tmp_path / "runs", tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+@pytest.mark.parametrize(("engine", "workers_of"), ENGINES)
+def test_a_job_asked_to_stop_ends_its_workers(
+    organism: Path, tmp_path: Path, engine: str, workers_of: Callable[[int], list[psutil.Process]]
+) -> None:
+    workspace = tmp_path / "runs"
+    job = ["run", *job_arguments(organism), *LAYOUT, TRIALS[engine], "--workspace", workspace]
+    process = start(*job, "--workers", 2, "--engine", engine)
+    wait_until(lambda: told(workspace, "worker_started") == 1, process)
+    workers = workers_of(process.pid)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert time.monotonic() - asked < 10
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+def test_a_worker_loads_the_models_code_before_it_has_work_and_leaves_what_is_no_model_to_preflight(
+    organism: Path, tmp_path: Path
+) -> None:
+    code = "transformers.models.llama.modeling_llama"
+    script = (
+        f"import sys; from pathlib import Path; from job.stages.evaluation import warm_up; warm_up(Path(sys.argv[1]))\n"
+        f"print({code!r} in sys.modules)"
+    )
+    for folder, is_model in ((organism / "model", True), (tmp_path, False)):
+        command = [sys.executable, "-c", script, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment())
+        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(is_model), "")
+
+
+def test_what_a_worker_imports_first_loads_no_torch() -> None:
+    """It sets which devices it sees before."""
+    script = "import sys, job.stages.evaluation, job.workers.local; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], env=environment()).returncode == 0
+
+
+def test_processes_on_a_cpu_share_its_cores() -> None:
+    threads = torch.get_num_threads()
+    on_cpu, on_gpu = (cast(LoadedModel, SimpleNamespace(device=torch.device(kind))) for kind in ("cpu", "cuda"))
+    try:
+        torch.set_num_threads(6)
+        for loaded, processes, expected in (
+            (on_cpu, 1, 6),
+            (on_cpu, 4, 1),
+            (on_cpu, 3, 2),
+            (on_cpu, 8, 1),
+            (on_gpu, 3, 6),
+        ):
+            with share_of_cores(loaded, processes):
+                assert torch.get_num_threads() == expected
+            assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("words", [["worker", "--checkpoint", "file:///nowhere", "--wait", "1"], ["worker"]])
+def test_the_former_command_says_what_took_its_place(words: list[str]) -> None:
+    abliterate(*words).fails(2, "no more", "--engine ray")
+
+
+def test_the_former_setting_says_what_took_its_place(organism: Path, tmp_path: Path) -> None:
+    run = partial(abliterate, "run", *job_arguments(organism), "--workspace", tmp_path)
+    run("--set", "database=postgresql+psycopg://me@host/db").fails(2, "unknown setting database", "--engine ray")
