@@ -117,6 +117,29 @@ def _start(
     return Warm(server, words, stderr=subprocess.PIPE, text=True, env=env, **options)
 
 
+def start_script(code: str, *arguments: Any, **options: Any) -> subprocess.Popen[str]:
+    """Start Python code in a process of its own, where it can be with torch and transformers loaded, nothing of ours.
+
+    Args:
+        code: What it runs, with the arguments in `sys.argv[1:]`.
+        arguments: Its words.
+        options: Those of Popen; without an environment it is that of the tests' commands.
+    """
+    words, env = list(map(str, arguments)), options.pop("env", None) or environment()
+    server = server_for(env, _USUAL)
+    if server is None:
+        return subprocess.Popen([sys.executable, "-c", code, *words], text=True, env=env, **options)
+    return Warm(server, words, script=code, text=True, env=env, **options)
+
+
+def run_script(code: str, *arguments: Any, asked: str | None = None, **options: Any) -> Result:
+    """Run Python code as `start_script` does, with an input."""
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    started = start_script(code, *arguments, **streams, **options)
+    out, err = started.communicate(asked)
+    return Result(started.returncode, out, err)
+
+
 def alone(test: Callable[[], None]) -> Callable[[], None]:
     """Have a test without arguments run in a process of its own, in which nothing else takes memory."""
 
