@@ -141,13 +141,12 @@ def run_script(code: str, *arguments: Any, asked: str | None = None, **options: 
 
 
 def alone(test: Callable[[], None]) -> Callable[[], None]:
-    """Have a test without arguments run in a process of its own, in which nothing else takes memory."""
+    """Have a test without arguments run in a process of its own, in which nothing else takes and frees memory."""
 
     @functools.wraps(test)
     def run() -> None:
         code = f"import {test.__module__} as tests; tests.{test.__name__}.__wrapped__()"
-        done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run_script(code).check()
 
     return run
 

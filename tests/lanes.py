@@ -60,7 +60,10 @@ PARTS = {
             *("infra/image/*.txt", "pyproject.toml", "tests/system/image/*.py"),
         )
     ),
-    "families": Part((*_EDITING, "tests/integration/architectures/test_families.py"), packages=_MODELS),
+    "families": Part(
+        (*_EDITING, "tests/integration/architectures/test_families.py", "tests/unit/generation/test_forward.py"),
+        packages=_MODELS,
+    ),
     "organisms": Part(
         _EDITING,
         (
