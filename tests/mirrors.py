@@ -1,4 +1,4 @@
-"""Places for mirrors of all three kinds, run folders to mirror, and runs of their own."""
+"""Places for mirrors of all three kinds, run folders to mirror, and runs of their own: python -m tests.mirrors SPEC."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ from job.storage.atomic import write_atomically, write_record
 from job.storage.identity import job_id
 from job.storage.run_folder import RunFolder
 from job.transfer.s3 import S3Options
-from tests.helpers import environment, start_script
+from tests.helpers import environment
 
 IDENTITY = {"model": {"repository": "cook/soup"}, "seed": 7, "space": [1, 2]}
 JOB = job_id(IDENTITY)
-MAIN = "import sys; from tests.mirrors import main; sys.exit(main(sys.argv[1]))"
 QUICK = SnapshotPace(beat_s=0.3, expiry_s=1.5, snapshot_s=0.02, poll_s=0.1)
 # Long enough that nothing expires unless a test waits for it.
 CALM = SnapshotPace(beat_s=5.0, expiry_s=60.0, snapshot_s=0.02, poll_s=0.1)
@@ -85,12 +84,14 @@ class Place:
         """Start a run of its own that prints what it does; it ends when its input is closed."""
         s3 = asdict(self.s3) if self.s3 else None
         spec = {"uri": self.uri, "folder": str(folder), "mode": mode, "pace": asdict(pace), "s3": s3, **more}
-        streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        if self.kind != "hub":
-            return start_script(MAIN, json.dumps(spec), env=environment(**self.env), **streams)
-        # Each such place is a Hub of its own: loading all libraries for it would take longer than this.
-        command = [sys.executable, "-c", MAIN, json.dumps(spec)]
-        return subprocess.Popen(command, text=True, env=environment(COVERAGE_PROCESS_START="", **self.env), **streams)
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.mirrors", json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(COVERAGE_PROCESS_START="", **self.env),
+        )
 
 
 def put_tree(root: Path, name: str, data: bytes | None) -> None:
@@ -247,3 +248,7 @@ def _race(mirror: Any, spec: dict[str, Any], over: threading.Event) -> int:
             print(type(error).__name__, flush=True)
     over.wait()
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
