@@ -61,8 +61,9 @@ PARTS = {
         )
     ),
     "families": Part(
-        (*_EDITING, "tests/integration/architectures/test_families.py", "tests/unit/generation/test_forward.py"),
-        packages=_MODELS,
+        (*_EDITING, "tests/integration/architectures/test_families.py"),
+        ("tests/unit/generation/test_forward.py",),
+        _MODELS,
     ),
     "organisms": Part(
         _EDITING,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from job.storage.exports import DONE
-from tests.helpers import run_script, start_script
+from tests.processes import run_script, start_script
 
 GIB = 1 << 30
 
