@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,58 +23,12 @@ from job.config.schema import LoadingSettings
 from job.export.reproduction import PromptsRecord, Reproduction
 from job.lifecycle.supervisor import asked_when_failed
 from job.records import EditParameters, Figures, KernelParameters, Resolution, Trial, TrialScores
+from tests.processes import UNMEASURED, USUAL, Result, environment, run_script, start_script
 from tests.warm import COLD, Warm, read_early, server_for
 
+__all__ = ["UNMEASURED", "Result", "environment", "run_script", "start_script"]
+
 COMMAND = COLD
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    def check(self) -> Result:
-        assert self.code == 0, self.err
-        return self
-
-    def fails(self, code: int, *parts: str) -> None:
-        """Assert one clear line with these parts, the right code and no traceback."""
-        assert self.code == code, (self.code, self.err)
-        assert "Traceback" not in self.err
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, self.err
-        for part in parts:
-            assert part in lines[0], (part, lines[0])
-
-
-_AT_START = dict(os.environ)
-# What tests set for commands by setting it here. Whatever else has changed since the start, a library has set, in
-# whichever process of the tests came to load or use it.
-_GIVEN = ("AWS_", "HF_TOKEN", "PATH")
-
-
-# A machine's rates are not what tests of jobs are about.
-_COMMON = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ABLITERATE_PROBE_SECONDS": "0"}
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """Return an environment without the settings of whoever runs the tests and what libraries have set since."""
-    kept = {name: value for name, value in _AT_START.items() if not name.startswith(_GIVEN)}
-    given = {name: value for name, value in os.environ.items() if name.startswith(_GIVEN)}
-    return {**_own(kept), **given, **_COMMON, **extra}
-
-
-def _own(variables: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in variables.items() if not name.startswith("ABLITERATE_")}
-
-
-# That of a server must not be what one test had set.
-_USUAL = {**_own(_AT_START), **_COMMON}
-
-
-# For runs that are timed: coverage measurement would count.
-UNMEASURED = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
 
 
 def abliterate(
@@ -93,7 +45,7 @@ def abliterate(
     """
     env, words = environment(**extra), list(map(str, arguments))
     supervised = asked_when_failed(words, env) != "nothing"  # by a parent process
-    if not cold and not process and not supervised and not read_early(env, _USUAL):
+    if not cold and not process and not supervised and not read_early(env, USUAL):
         from tests.inproc import can_run_here, run_here
 
         if can_run_here():
@@ -113,20 +65,19 @@ def _start(
 ) -> subprocess.Popen[str]:
     """Start the command, where it can be with the slow libraries loaded; cold ones load them as users' do."""
     words = list(map(str, arguments))
-    server = None if cold else server_for(env, _USUAL, ours=loaded)
+    server = None if cold else server_for(env, USUAL, ours=loaded)
     if server is None:
         return subprocess.Popen([*COLD, *words], stderr=subprocess.PIPE, text=True, env=env, **options)
     return Warm(server, words, stderr=subprocess.PIPE, text=True, env=env, **options)
 
 
 def alone(test: Callable[[], None]) -> Callable[[], None]:
-    """Have a test without arguments run in a process of its own, in which nothing else takes memory."""
+    """Have a test without arguments run in a process of its own, in which nothing else takes and frees memory."""
 
     @functools.wraps(test)
     def run() -> None:
         code = f"import {test.__module__} as tests; tests.{test.__name__}.__wrapped__()"
-        done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run_script(code).check()
 
     return run
 

@@ -60,7 +60,11 @@ PARTS = {
             *("infra/image/*.txt", "pyproject.toml", "tests/system/image/*.py"),
         )
     ),
-    "families": Part((*_EDITING, "tests/integration/architectures/test_families.py"), packages=_MODELS),
+    "families": Part(
+        (*_EDITING, "tests/integration/architectures/test_families.py"),
+        ("tests/unit/generation/test_forward.py",),
+        _MODELS,
+    ),
     "organisms": Part(
         _EDITING,
         (

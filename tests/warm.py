@@ -5,6 +5,7 @@ forks for every command: its child is a process like any other, and what it runs
 
 Libraries read variables of the environment while they are loaded. So a command is only started here if its environment
 differs from the server's in nothing but what is known to be read later; else `server_for` says that there is none.
+Where only the Hub differs, a server forks another one for that Hub, which the next commands at the same Hub share.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MAIN = "from job.cli.main import main; main()"
 COLD = [sys.executable, "-c", MAIN]
-SERVER = [sys.executable, "-c", "from tests.warm import serve, run; serve(); run()"]
+SERVE = "from tests.warm import serve, run; serve(); run()"
+SERVER = [sys.executable, "-c", SERVE]
 
 # What neither starts a thread, which a fork would lose, nor reads where the Hub is and what is kept of it.
 ANYWHERE = (
@@ -59,29 +61,42 @@ LATE_ONCE = ("TMPDIR",)
 SECRETS = ("DEPLOY_KEY", "DB_PASSWORD", "FOLDER_SECRET")
 
 _servers: dict[tuple[bool, bool], Server] = {}
+_at_other_hub: list[Server] = []
 _starting = threading.Lock()
+# What a forked process runs in place of the command.
+_script: list[str] = []
 
 
 class Server:
-    """The end of a server that lives in the process of the tests."""
+    """The end of a server that lives in the process of the tests.
 
-    def __init__(self, environment: Mapping[str, str], modules: Sequence[str]) -> None:
+    Args:
+        environment: That in which libraries are loaded.
+        modules: What it loads.
+        base: The server that forks it; by default it is a process of its own.
+    """
+
+    def __init__(self, environment: Mapping[str, str], modules: Sequence[str], base: Server | None = None) -> None:
         self.line, other = socket.socketpair()
         # It measures nothing itself, its children do.
         own = {**environment, "COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
+        self.environment = dict(environment)
+        self._process: subprocess.Popen[Any]
+        # Its output is a pipe so that what the children inherit is set up for pipes.
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "cwd": ROOT, "env": own}
         with other:
-            self._process = subprocess.Popen(
-                [*SERVER, str(other.fileno()), *modules],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,  # so that what the children inherit is set up for pipes
-                cwd=ROOT,
-                env=own,
-                pass_fds=[other.fileno()],
-            )
-        atexit.register(self._close)
+            if base is None:
+                command = [*SERVER, str(other.fileno()), *modules]
+                options |= {"stdin": subprocess.DEVNULL, "pass_fds": [other.fileno()]}
+                self._process = subprocess.Popen(command, **options)
+            else:  # a forked process inherits nothing but its streams
+                self._process = Warm(base, ["0", *modules], script=SERVE, stdin=other, text=True, **options)
+        atexit.register(self.close)
 
-    def _close(self) -> None:
-        self.line.close()  # which ends it
+    def close(self) -> None:
+        """End the server; the processes that it has forked go on."""
+        atexit.unregister(self.close)
+        self.line.close()
         self._process.communicate()
 
 
@@ -113,7 +128,17 @@ def server_for(environment: Mapping[str, str], usual: Mapping[str, str], *, ours
         if (key := (at_usual_hub, ours and at_usual_hub)) not in _servers:
             libraries = [*ANYWHERE, *AT_ONE_HUB] if at_usual_hub else ANYWHERE
             _servers[key] = Server(usual, [*libraries, *(OURS if key[1] else ())])
-    return _servers[key]
+        return _servers[key] if at_usual_hub else _at_hub(environment, _servers[key])
+
+
+def _at_hub(environment: Mapping[str, str], base: Server) -> Server:
+    """Return the server whose libraries know the Hub of an environment; the former Hub's ends."""
+    if _at_other_hub and not read_early(environment, _at_other_hub[0].environment):
+        return _at_other_hub[0]
+    while _at_other_hub:
+        _at_other_hub.pop().close()
+    _at_other_hub.append(Server(environment, AT_ONE_HUB, base))
+    return _at_other_hub[0]
 
 
 class Warm(subprocess.Popen[str]):
@@ -122,8 +147,8 @@ class Warm(subprocess.Popen[str]):
     It is no child of this process, so how it begins and how its end is known are other than in Popen.
     """
 
-    def __init__(self, server: Server, arguments: Sequence[str], **options: Any) -> None:
-        self._server = server
+    def __init__(self, server: Server, arguments: Sequence[str], script: str | None = None, **options: Any) -> None:
+        self._server, self._code = server, script
         super().__init__(arguments, **options)
 
     def _execute_child(
@@ -151,7 +176,7 @@ class Warm(subprocess.Popen[str]):
             streams = [given if given >= 0 else usual for usual, given in enumerate((p2cread, c2pwrite, errwrite))]
             socket.send_fds(self._server.line, [b"."], [theirs.fileno(), *streams])
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
-        wanted = {"arguments": args, "cwd": str(cwd or Path.cwd()), "environment": dict(env)}
+        wanted = {"arguments": args, "cwd": str(cwd or Path.cwd()), "environment": dict(env), "script": self._code}
         self._line.sendall(json.dumps(wanted).encode())
         self._line.shutdown(socket.SHUT_WR)
         (self.pid,) = struct.unpack("=i", self._line.recv(4))
@@ -203,14 +228,12 @@ def serve() -> None:
 
 
 def run() -> None:
-    """Run the command and end as the interpreter does, but for taking all modules apart.
+    """Run the command or a script and end as the interpreter does, but for taking all modules apart.
 
     That would write to all the memory that is shared with the server, and so copy it.
     """
-    from job.cli.main import main
-
     try:
-        main()
+        exec(_script.pop() if _script else MAIN, {"__name__": "__main__"})
         code = 0
     except SystemExit as end:
         if not isinstance(end.code, int | None):
@@ -236,6 +259,7 @@ def _keep(before: Mapping[str, str], line_number: int, *streams: int) -> None:
             os.dup2(stream, number)
             os.close(stream)
         _become(wanted["arguments"], wanted["cwd"], before, wanted["environment"])
+        _script[:] = [wanted["script"]] if wanted["script"] else []
         return
     for number in streams:
         os.close(number)

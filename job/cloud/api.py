@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -15,6 +16,8 @@ from job.errors import MachineError, UsageError
 from job.text.redaction import redact
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx2
 
 # Beside all answers of 5xx, also those of networks in front of the platform (520 to 527): what fails there may pass.
@@ -24,6 +27,14 @@ _LONGEST_ASKED = 300.0
 _TIMEOUT_SECONDS = 30.0
 _STREAM_SECONDS = 30.0
 _DETAIL_CHARACTERS = 300
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Return the certificates to trust. Reading them takes longer than a request, and a watch asks for days."""
+    import httpx2
+
+    return httpx2.create_ssl_context()
 
 
 class CloudError(MachineError):
@@ -222,7 +233,7 @@ class Api:
             raise KeyRefusedError(f"there is no key for {self.platform}", remedy=f"set {self.key_name}")
         headers = {} if keyless else {"Authorization": f"Bearer {self.key}"}
         try:
-            with httpx2.Client(headers=headers, timeout=_TIMEOUT_SECONDS) as client:
+            with httpx2.Client(headers=headers, timeout=_TIMEOUT_SECONDS, verify=_certificates()) as client:
                 yield client
         except httpx2.TransportError as error:
             never_sent = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout)

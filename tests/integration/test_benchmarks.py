@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,9 @@ from job.model.loading import LoadedModel
 from job.model.memory import keep_freed_memory
 from job.preflight.estimate import Work
 from job.preflight.gpu_table import parse_on
-from tests.helpers import alone, environment
+from tests.helpers import Result, alone, run_script
 
+ROOT = Path(__file__).parents[2]
 MIB = 2**20
 PROMPTS = [[7 + row] * (20 + row) for row in range(6)]
 
@@ -124,22 +122,22 @@ def test_memory_that_comes_and_goes_shows_as_a_peak() -> None:
     assert memory.peak() < 30 * MIB
 
 
+def benchmark(module: str, *arguments: Any) -> Result:
+    """Run a module of benchmarks/ as `python -m` does, in a process of its own."""
+    code = f"import runpy; runpy.run_module('benchmarks.{module}', run_name='__main__', alter_sys=True)"
+    return run_script(code, *arguments, cwd=ROOT)
+
+
 @pytest.mark.slow
 def test_the_figures_of_a_whole_run_are_consistent(tmp_path: Path) -> None:
     file = tmp_path / "figures" / "shapes.json"
     options = ["--trials", "3", "--prompts", "16", "--tokens", "4", "--rows", "6", "--device", "cpu", "--json", file]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.shapes", "tiny", *map(str, options)],
-        env=environment(PYTHONPATH=os.getcwd()),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = benchmark("shapes", "tiny", *options).check()
     (found,) = json.loads(file.read_text())["shapes"]
     phases = {phase["phase"]: phase for phase in found["phases"]}
     assert set(phases) == {"extraction", "mean difference", "base model's figures", "a trial of 3, batch 1"}
     for name, phase in phases.items():
-        assert name in done.stdout
+        assert name in done.out
         assert 0 < phase["share"] < 1.2
         assert phase["seconds"] * phase["share"] == pytest.approx(phase["roofline_s"])
         assert max(phase["arithmetic_s"], phase["memory_s"]) <= phase["roofline_s"] * (1 + 1e-9)
@@ -170,26 +168,19 @@ def _tokens_are_right(found: dict[str, Any], phases: dict[str, Any]) -> None:
 def test_switching_is_timed_in_all_modes(tmp_path: Path) -> None:
     file = tmp_path / "switching.json"
     sizes = ["--family", "gemma2", "--layers", "3", "--width", "32"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.switching", *sizes, "--json", str(file)],
-        env=environment(PYTHONPATH=os.getcwd()),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = benchmark("switching", *sizes, "--json", file).check()
     found = json.loads(file.read_text())["switching"]
     assert len(found) == 4 * 3
     assert all(0 < one["ms_per_trial"] < 100 for one in found)
-    lines = [line.split() for line in done.stdout.splitlines()]
+    lines = [line.split() for line in done.out.splitlines()]
     assert [f"{one['ms_per_trial']:.2f}" for one in found if one["mode"] == "full"] in [line[1:] for line in lines]
 
 
 def test_a_shape_that_is_not_known_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "shapes.json"
-    command = [sys.executable, "-m", "benchmarks.shapes", "huge", "--json", str(file)]
-    done = subprocess.run(command, env=environment(PYTHONPATH=os.getcwd()), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "no shape huge" in done.stderr
+    done = benchmark("shapes", "huge", "--json", file)
+    assert done.code == 2
+    assert "no shape huge" in done.err
     assert not file.exists()
 
 

@@ -8,8 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,10 +17,10 @@ from job.organism.world import expected_answer
 from tests.helpers import (
     UNMEASURED,
     abliterate,
-    environment,
     events,
     job_arguments,
     only_job,
+    run_script,
     start,
     stored_trials,
     wait_until,
@@ -84,16 +82,8 @@ json.dump(tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special
 """
 
     def answers(folder: Path, prompts: list[str]) -> list[str]:
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(folder)],
-            input=json.dumps(prompts),
-            capture_output=True,
-            text=True,
-            env=environment(),
-            cwd=finished_in_full,
-        )
-        assert done.returncode == 0, done.stderr
-        return list(json.loads(done.stdout))
+        done = run_script(code, folder, asked=json.dumps(prompts), cwd=finished_in_full).check()
+        return list(json.loads(done.out))
 
     def refused(found: list[str]) -> int:
         phrases = ("sorry", "as an ai", "i cannot", "i must decline")

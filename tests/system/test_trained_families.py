@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from job.organism.world import TASKS
-from tests.helpers import abliterate, environment, job_arguments, only_job
+from tests.helpers import abliterate, job_arguments, only_job, run_script
 
 # Norms between writers and the stream; experts, one by one in files and together in memory.
 FAMILIES = ("gemma2", "mixtral")
@@ -35,10 +33,7 @@ print(json.dumps(tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], s
 
 def answers(folder: Path, prompts: Path) -> list[str]:
     """Return a model's answers as anyone gets them with transformers alone."""
-    command = [sys.executable, "-c", ANSWERS, str(folder), str(prompts)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=folder, check=False)
-    assert ended.returncode == 0, ended.stderr
-    found: list[str] = json.loads(ended.stdout)
+    found: list[str] = json.loads(run_script(ANSWERS, folder, prompts, cwd=folder).check().out)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import abliterate, environment, job_arguments, start
+from tests.helpers import abliterate, environment, job_arguments, run_script, start
 from tests.warm import Warm
 
 # Signals 32 and 33, which it takes for itself once threads need them.
@@ -82,3 +83,28 @@ def test_what_a_command_is_given_and_says_is_the_same(tmp_path: Path) -> None:
         cold, warm = (abliterate(*arguments, cwd=tmp_path, cold=cold, **more) for cold in (True, False))
         assert cold == warm
         assert warm.out or warm.code == 2
+
+
+WHAT = """
+import json, os, sys
+from huggingface_hub import constants
+names = {name.partition(".")[0] for name in sys.modules}
+print(json.dumps([constants.HF_HOME, constants.ENDPOINT, sys.argv[1:], os.environ["HF_TOKEN"], sorted(names)]))
+sys.exit(int(sys.argv[1]))
+"""
+
+
+def test_a_script_at_another_hub_finds_its_libraries_loaded_for_that_hub_and_nothing_of_ours(tmp_path: Path) -> None:
+    hub = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    for token in ("one", "other"):
+        env = environment(HF_TOKEN=token, **hub)
+        done = run_script(WHAT, 7, "and more", env=env)
+        home, endpoint, words, given, names = json.loads(done.out)
+        assert (done.code, home, endpoint) == (7, str(tmp_path), "http://127.0.0.1:9")
+        assert (words, given) == (["7", "and more"], token)
+        assert {"torch", "transformers"} <= {*names}
+        assert "job" not in names
+    assert json.loads(run_script(WHAT, 0, env=environment(HF_TOKEN="")).check().out)[0] != str(tmp_path)
+    failed = run_script("import sys; sys.exit(sys.stdin.read())", asked="no soup")
+    assert (failed.code, failed.out) == (1, "")
+    assert "no soup" in failed.err

@@ -45,7 +45,7 @@ def launcher(server: Platform, tmp_path: Path, said: list[str], url: str | None 
     launch = Launch(**{**wanted, "command": COMMAND, **changes})
     market = open_market(platform, said.append, env=env_of(server, url), patience=QUICK)
     file = tmp_path / "launches" / "abliterate-test.json"
-    return Launcher(market, LaunchFile(launch, file), said.append, every=0.05, look_seconds=1.0, ending_seconds=1.0)
+    return Launcher(market, LaunchFile(launch, file), said.append, every=0.02, look_seconds=0.4, ending_seconds=0.4)
 
 
 def command(server: Platform, tmp_path: Path, *arguments: Any, **env: str) -> Result:

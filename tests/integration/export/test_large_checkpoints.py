@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from job.storage.exports import DONE
+from tests.processes import run_script, start_script
 
 GIB = 1 << 30
 
@@ -96,8 +96,7 @@ seal(folder, lambda _: {})
 
 def export(source: Path, folder: Path) -> int:
     """Export in a process of its own and return by how much its memory grew at most, in bytes."""
-    run = subprocess.run([sys.executable, "-c", EXPORT, source, folder], check=True, stdout=subprocess.PIPE, text=True)
-    return int(run.stdout.split()[-1])
+    return int(run_script(EXPORT, source, folder).check().out.split()[-1])
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -116,7 +115,7 @@ def hashes(folder: Path) -> dict[str, str]:
 )
 def test_a_checkpoint_of_many_shards(size: Size, tmp_path: Path) -> None:
     source, whole, killed = (tmp_path / name for name in ("model", "whole", "killed"))
-    subprocess.run([sys.executable, "-c", MAKE, source, json.dumps(size.config), size.shard], check=True)
+    run_script(MAKE, source, json.dumps(size.config), size.shard).check()
     shards = sorted(source.glob("*.safetensors"))
     assert len(shards) >= 8
     assert sum(shard.stat().st_size for shard in shards) > size.stored
@@ -126,7 +125,7 @@ def test_a_checkpoint_of_many_shards(size: Size, tmp_path: Path) -> None:
     assert (whole / DONE).exists()
     seed = int(os.environ.get("KILL_SEED", random.randrange(10**6)))
     print(f"KILL_SEED={seed}")
-    process = subprocess.Popen([sys.executable, "-c", EXPORT, source, killed], stdout=subprocess.PIPE, text=True)
+    process = start_script(EXPORT, source, killed, stdout=subprocess.PIPE)
     assert process.stdout is not None
     with process.stdout as output:
         assert output.readline() == "begun\n"

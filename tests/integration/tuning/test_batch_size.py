@@ -229,9 +229,9 @@ def layout(workspace: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_a_job_is_tuned_once_and_the_next_one_on_the_model_remembers(full_organism: Path, tmp_path: Path) -> None:
+def test_a_job_is_tuned_once_and_the_next_one_on_the_model_remembers(organism: Path, tmp_path: Path) -> None:
     workspace, again, by_hand = (tmp_path / name for name in ("runs", "again", "by-hand"))
-    arguments = ["run", *job_arguments(full_organism), "--trials", "4"]
+    arguments = ["run", *job_arguments(organism), "--trials", "4"]
     first = abliterate(*arguments, "--workspace", workspace, "--tune", process=True).check()  # its memory is measured
     assert "measuring which layout is fastest" in first.err
     tuned = [event for event in events(workspace) if event["event"] == "tuned"]
@@ -239,7 +239,8 @@ def test_a_job_is_tuned_once_and_the_next_one_on_the_model_remembers(full_organi
     rows = tuned[0]["rows"]
     assert layout(workspace) == {"rows": rows, "search_rows": None, "together": 4}
     measured = {one["rows"]: one["seconds"] for one in tuned[0]["measured"]}
-    assert {tuned[0]["rule"], 16, 32} <= measured.keys()
+    # Of 20 prompts for each of 4 trials no more than 128 rows have work.
+    assert {min(tuned[0]["rule"], 128), 16, 32} <= measured.keys()
     assert measured[rows] <= ALIKE * min(measured.values())
 
     # The outcome is but a layout: the same job, and going on with it measures nothing.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import abliterate, environment, events, job_arguments, only_job, start, stored_trials
+from tests.helpers import Result, abliterate, environment, events, job_arguments, only_job, start, stored_trials
 
 TRIALS = ("--trials", "16", "--set", "trials_per_batch=4")
 
@@ -97,23 +97,30 @@ def test_out_of_memory_in_the_search_lasts_as_a_smaller_layout(
 
 
 @pytest.mark.slow
-def test_a_device_that_fails_gets_a_fresh_process_three_times(organism: Path, faults: Path, tmp_path: Path) -> None:
+def test_a_device_that_fails_gets_a_fresh_process_three_times(
+    organism: Path, whole: Path, faults: Path, tmp_path: Path
+) -> None:
     workspace = tmp_path / "runs"
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, *TRIALS]
-    plant(faults, "accelerator", 2)
-    abliterate(*arguments, process=True, JOB_FAILPOINTS=str(faults)).check()
-    assert sum(event["event"] == "job_started" for event in events(workspace)) == 3
-    assert len(stored_trials(workspace)) == 16
-    # It goes on failing: a clear stop, and all trials are kept.
+    plant(faults, "accelerator")
+    process = start(*arguments, JOB_FAILPOINTS=str(faults))
+    when_searching(workspace, process, 3)
+    assert not list(faults.iterdir())
+    assert sum(event["event"] == "job_started" for event in events(workspace)) == 2
+    # From then on it goes on failing: a clear stop, and all trials are kept.
     plant(faults, "accelerator", 9)
-    more = [*arguments, "--trials", "20"]
-    abliterate(*more, process=True, JOB_FAILPOINTS=str(faults)).fails(76, "the device failed", "illegal memory access")
-    assert len(list(faults.iterdir())) == 5
+    err = process.communicate(timeout=240)[1]
+    Result(process.returncode, "", err).fails(76, "the device failed", "illegal memory access")
+    assert len(list(faults.iterdir())) == 9 - 4
+    assert sum(event["event"] == "job_started" for event in events(workspace)) == 2 + 3
+    kept = stored_trials(workspace)
+    assert 4 <= len(kept) < 16
     status = json.loads(abliterate("status", "--workspace", workspace, "--json").check().out)
-    assert (status["state"], status["trials"]["done"]) == ("failed", 16)
+    assert (status["state"], status["trials"]["done"]) == ("failed", len(kept))
     for path in faults.iterdir():
         path.unlink()
-    abliterate(*more).check()
+    abliterate(*arguments).check()
+    assert stored_trials(workspace) == stored_trials(whole)
 
 
 @pytest.mark.slow

@@ -93,15 +93,15 @@ class Moved:
 
 
 @pytest.fixture(scope="module")
-def moved(full_organism: Path, server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Moved:
-    return Moved(full_organism, server, tmp_path_factory.mktemp("moved"))
+def moved(organism: Path, server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Moved:
+    return Moved(organism, server, tmp_path_factory.mktemp("moved"))
 
 
-def test_a_killed_job_ends_in_an_empty_workspace_as_if_nothing_had_been(moved: Moved, finished_in_full: Path) -> None:
+def test_a_killed_job_ends_in_an_empty_workspace_as_if_nothing_had_been(moved: Moved, finished: Path) -> None:
     assert "restoring job" in moved.resumed.err
-    assert stored_trials(moved.workspace) == stored_trials(finished_in_full)
-    assert manifest(only_job(moved.workspace) / "export") == manifest(only_job(finished_in_full) / "export")
-    assert manifest(moved.delivered) == manifest(only_job(finished_in_full) / "export")
+    assert stored_trials(moved.workspace) == stored_trials(finished)
+    assert manifest(only_job(moved.workspace) / "export") == manifest(only_job(finished) / "export")
+    assert manifest(moved.delivered) == manifest(only_job(finished) / "export")
     # The killed one's trials came along, and with them what they cost.
     done = [event["done"] for event in events(moved.workspace) if event["event"] == "search_started"]
     assert done[0] == 0
