@@ -1,4 +1,4 @@
-"""Prompts as people have them: `preflight` and `run` come to the same verdict, and say what was read."""
+"""Prompts and chat templates as people have them: `preflight` and `run` come to the same verdict."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from job.data.prompts import PromptSets
-from tests.helpers import Result, abliterate, only_job
+from tests.helpers import Result, abliterate, job_arguments, only_job, stored_trials
 
 LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 400\n"
 CONFIG = "- config_name: {0}\n  data_files:\n  - split: train\n    path: {1}\n"
@@ -273,14 +275,17 @@ SETS = {
 GROUPS = [tuple(READ)[start : start + len(SETS)] for start in range(0, len(READ), len(SETS))]
 
 
-def both(organism: Path, specs: dict[str, str], folder: Path) -> tuple[Result, dict[str, str], Result]:
-    """Return what `preflight` comes to, its checks of prompts in words by name, and what `run` comes to."""
-    words = [str(organism / "model"), "--workspace", str(folder / "runs"), "--trials", "1", "--set", "startup_trials=1"]
+def both(
+    organism: Path, specs: dict[str, str], folder: Path, model: Path | None = None, more: Sequence[str] = ()
+) -> tuple[Result, dict[str, str], Result]:
+    """Return what `preflight` comes to, its checks in words by name, and what `run` comes to."""
+    words = [str(model or organism / "model"), "--workspace", str(folder / "runs"), *more]
+    words += ["--trials", "1", "--set", "startup_trials=1"]
     for name, file in SETS.items():
         words += [f"--{name.replace('_', '-')}", specs.get(name, str(organism / file))]
     checked = abliterate("preflight", *words, "--json")
     checks = {one["name"]: f"{one['measured']}; {one['remedy']}" for one in json.loads(checked.out)["checks"]}
-    return checked, {name: said for name, said in checks.items() if name.startswith("data")}, abliterate("run", *words)
+    return checked, checks, abliterate("run", *words)
 
 
 @pytest.mark.parametrize("names", GROUPS, ids=", ".join)
@@ -313,3 +318,179 @@ def test_what_cannot_be_read_is_refused_by_name(name: str, organism: Path, tmp_p
     for part in case.told:
         assert part in said["data"]
         assert part in ran.out + ran.err
+
+
+# --- models' tokenizers and templates -----------------------------------------------------------------
+
+USUAL = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+OPENS = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+PARTS = """{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}
+{%- endif %}{% endfor %}<|end|>{% endfor %}"""
+WITHOUT_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + USUAL
+DEAF_TO_SYSTEM = "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+# Words of the tokenizer, one of two by the day, so that the date is in the tokens and not only in the text.
+DATED = "{{ ['red', 'green'][strftime_now('%j') | int % 2] }} {{ strftime_now('%Y %H:%M:%S') }}" + USUAL
+SYSTEM = ("--set", "bad_prompts.system_prompt=You are a helpful assistant.")
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model that is given, and what has to become of it.
+
+    Attributes:
+        spoil: Changes the files of a valid model.
+        told: What the checks or the error say.
+        options: Further words of the command.
+        resolved: What job.json has to say beside the usual.
+    """
+
+    spoil: Callable[[Path], None]
+    told: Sequence[str] = ()
+    options: Sequence[str] = ()
+    resolved: dict[str, Any] | None = None
+
+
+def template(text: str) -> Callable[[Path], None]:
+    def spoil(model: Path) -> None:
+        (model / "chat_template.jinja").write_text(text + OPENS)
+
+    return spoil
+
+
+def template_of_a_processor(text: str) -> Callable[[Path], None]:
+    """Return what leaves a template where multimodal models' processors keep it."""
+
+    def spoil(model: Path) -> None:
+        (model / "chat_template.jinja").unlink()
+        (model / "chat_template.json").write_text(text)
+
+    return spoil
+
+
+def changed(model: Path, name: str, /, **values: Any) -> None:
+    """Change values of a JSON file."""
+    file = model / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def ends_with_another_token(model: Path) -> None:
+    """Have the model's files name an end that its template never writes."""
+    for name in ("config.json", "generation_config.json"):
+        changed(model, name, eos_token_id=0)
+    changed(model, "tokenizer_config.json", eos_token="<pad>")
+
+
+def token_without_embedding(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.chat_template = "<|turn|>" + USUAL + OPENS
+    tokenizer.save_pretrained(model)
+
+
+def of_learned_positions(model: Path) -> None:
+    """Have a model in the place that looks positions up in a table which is too short."""
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    config = GPT2Config(vocab_size=vocabulary, n_positions=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=2)
+    (model / "model.safetensors").unlink()
+    GPT2LMHeadModel(config).save_pretrained(model)
+
+
+def unknown_tokenizer(model: Path) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    changed(model, "tokenizer.json", model={**tokenizer["model"], "type": "ModelOfTomorrow"})
+
+
+TAKEN = {
+    "list content": ModelCase(template(PARTS), ["messages as lists of parts"]),
+    "no system role": ModelCase(template(WITHOUT_SYSTEM), ["system prompts in the user's turn"], SYSTEM),
+    "a system prompt that is left out": ModelCase(
+        template(DEAF_TO_SYSTEM), ["system prompts in the user's turn"], SYSTEM
+    ),
+    "a template in chat_template.json": ModelCase(
+        template_of_a_processor(json.dumps({"chat_template": USUAL + OPENS})), ["and a chat template"]
+    ),
+    "another end of turn": ModelCase(ends_with_another_token, resolved={"turn_end": 2}),
+    "a prompt that spells a special token": ModelCase(
+        lambda _: None,
+        ["40 prompts (prompt 0 of bad, prompt 1 of bad, prompt 2 of bad, …) with the special token '<|user|>'"],
+        ("--set", "bad_prompts.suffix=<|user|>"),
+    ),
+    "bos twice": ModelCase(
+        lambda model: (
+            template("{{ bos_token }}{{ bos_token }}" + USUAL)(model),
+            changed(model, "tokenizer_config.json", bos_token="<|system|>"),
+        )[-1],
+        ["texts begin with '<|system|>' twice"],
+    ),
+}
+
+NOT_TAKEN = {
+    "a template that leaves prompts out": ModelCase(
+        template("{% for m in messages %}<|{{ m.role }}|>{% endfor %}"), ["leaves the prompt out"]
+    ),
+    "a damaged chat_template.json": ModelCase(
+        template_of_a_processor('{"chat_template": '), ["chat_template.json is damaged"]
+    ),
+    "a token without an embedding": ModelCase(
+        token_without_embedding, ["has token 164 ('<|turn|>'), and the model's embedding has 164 rows"]
+    ),
+    "fewer positions than a prompt needs": ModelCase(
+        of_learned_positions, ["the model 64 positions", "max_characters"]
+    ),
+    "a tokenizer of tomorrow": ModelCase(unknown_tokenizer, ["has no usable tokenizer (tokenizer.json"]),
+}
+
+
+def spoilt(case: ModelCase, organism: Path, folder: Path) -> Path:
+    shutil.copytree(organism / "model", folder / "model")
+    case.spoil(folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_template_is_written_as_it_has_to_be(name: str, organism: Path, tmp_path: Path) -> None:
+    case = TAKEN[name]
+    checked, said, ran = both(organism, {}, tmp_path, spoilt(case, organism, tmp_path), case.options)
+    assert (checked.code, ran.code) == (0, 0), checked.out + ran.err
+    for part in case.told:
+        assert part in said["model.template"] + said["model.tokenizer"]
+    resolution = json.loads((only_job(tmp_path / "runs") / "job.json").read_text())["resolution"]
+    own = {name: value for name, value in resolution.items() if name in ("turn_end", "date", "options")}
+    assert own == (case.resolved or {})
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_a_model_that_cannot_be_asked_is_refused(name: str, organism: Path, tmp_path: Path) -> None:
+    case = NOT_TAKEN[name]
+    checked, said, ran = both(organism, {}, tmp_path, spoilt(case, organism, tmp_path), case.options)
+    assert (checked.code, ran.code) == (3, 3), checked.out + ran.err
+    assert "Traceback" not in checked.err + ran.err
+    for part in case.told:
+        assert part in "".join(text for check, text in said.items() if check.startswith("model"))
+        assert part in ran.out + ran.err
+
+
+# The dates of these zones are never the same.
+EARLY, LATE = {"TZ": "Etc/GMT+12"}, {"TZ": "Etc/GMT-14"}
+
+
+def test_a_dated_template_is_written_on_the_day_of_the_first_start(organism: Path, tmp_path: Path) -> None:
+    model = spoilt(ModelCase(template(DATED)), organism, tmp_path)
+    words = [str(model), *job_arguments(organism)[1:], "--set", "startup_trials=2", "--set", "trials_per_batch=2"]
+
+    def run(name: str, trials: int, zone: dict[str, str], *more: str) -> Path:
+        abliterate("run", *words, "--workspace", tmp_path / name, "--trials", trials, *more, **zone).check()
+        return only_job(tmp_path / name)
+
+    whole = run("whole", 4, EARLY)
+    begun = run("broken", 2, EARLY)
+    run("broken", 4, LATE)
+    again = run("again", 4, LATE, "--reproduce", str(whole / "export" / "reproduce.json"))
+    days = [json.loads((job / "job.json").read_text())["resolution"]["date"] for job in (whole, begun, again)]
+    assert len(set(days)) == 1
+    assert stored_trials(whole.parent) == stored_trials(begun.parent)
+    manifests = [(job / "export" / "manifest.json").read_bytes() for job in (whole, begun, again)]
+    assert manifests[0] == manifests[1]
+    weights = [(job / "export" / "model.safetensors").read_bytes() for job in (whole, again)]
+    assert weights[0] == weights[1]
+    assert len(list((begun / "residuals").iterdir())) == len(list((whole / "residuals").iterdir()))
