@@ -226,8 +226,8 @@ def _read_set(settings: PromptSettings, report: Callable[[str], None], name: str
         texts[text] = None
     described, skipped = reader.described, _told(notes)
     if not texts:
-        why = "it is empty" if not count else f"none of its {count} rows is a prompt ({skipped})"
-        raise ImpossibleJobError(f"{described.describe()}: {why}", remedy="give prompts, one a line or row")
+        rows = f", of {count} rows none is a prompt ({skipped})" if count else ""
+        raise ImpossibleJobError(f"{described.describe()}: it is empty{rows}", remedy="give prompts, one a line or row")
     report(f"{name}: {described.describe()}: {len(texts)} prompts")
     if skipped:
         report(f"warning: {name}: {skipped}")

@@ -236,7 +236,7 @@ REFUSED = {
     "json that is no list": Case(text("p.json", lambda _: '{"a": 1}'), ["holds no list of prompts"]),
     "json nested without end": Case(text("p.json", lambda _: "[" * 200_000), ["p.json: maximum recursion depth"]),
     "an empty file": Case(text("p.jsonl", lambda _: ""), ["it is empty"]),
-    "only empty rows": Case(text("p.txt", lambda _: "\n\n"), ["none of its 2 rows is a prompt"]),
+    "only empty rows": Case(text("p.txt", lambda _: "\n\n"), ["it is empty, of 2 rows none is a prompt"]),
     "another encoding": Case(
         text("p.txt", lambda lines: "\n".join([*lines[:4], "caf\xe9"]).encode("latin-1")),
         ["not UTF-8 text (line 5)", "iconv"],
