@@ -16,8 +16,9 @@ from job.edits.hooks import ActiveEdits
 from job.errors import JobError, UsageError
 from job.lifecycle.running import OpenJob
 from job.model.device_faults import is_out_of_memory
-from job.model.loading import LoadedModel, rendered
+from job.model.loading import LoadedModel
 from job.model.memory import release_memory
+from job.model.rendering import Rendering, rendered
 from job.records import Trial
 from job.report.front import front_text, job_front
 from job.report.results import job_trials
@@ -196,11 +197,10 @@ class Chat:
         """Have a line answered; neither stays in the conversation if that cannot be done."""
         said = [*self.messages, {"role": "user", "content": text}]
         begun = [] if self._system is None else [{"role": "system", "content": self._system}]
-        tokens = self._fitting(
-            self.session.model.tokenizer(
-                rendered(self.session.model.tokenizer, [[*begun, *said]]), add_special_tokens=False
-            )["input_ids"][0]
-        )
+        model = self.session.model
+        # As the job's prompts are dated; a model that can think may do so here.
+        texts = rendered(model.tokenizer, [[*begun, *said]], Rendering(model.rendering.date))
+        tokens = self._fitting(model.tokenizer(texts, add_special_tokens=False)["input_ids"][0])
         hooks = self._edits.on_every_row(self.session.model.model) if self._edits else nullcontext()
         shown = Shown(self.session.model, None if self.options.as_json else self.out)
         try:

@@ -11,6 +11,7 @@ from typing import Any
 from job.cloud.provider import MachineNeeds
 from job.errors import UsageError
 from job.preflight.gpu_table import MIN_CUDA, Card, cards, find_card, parse_on
+from job.text.decoding import decoded
 
 # Phases of an estimate that are transfers: they depend on the line of the machine that is rented.
 _DOWN, _UP = "download", "upload"
@@ -66,7 +67,7 @@ def need_of_survey(path: Path) -> MachineNeeds:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        survey = json.loads(path.read_text("utf-8"))
+        survey = json.loads(decoded(path.read_bytes()))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", remedy="check --preflight") from error
     except ValueError as error:

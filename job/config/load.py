@@ -28,6 +28,7 @@ from job.config.schema import (
     toml_value,
 )
 from job.errors import UsageError
+from job.text.decoding import decoded
 
 
 class LoadedSettings:
@@ -141,11 +142,13 @@ def _profile(name: str) -> dict[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(decoded(path.read_bytes()))
     except FileNotFoundError:
         raise UsageError(f"there is no settings file {path}", remedy="check --config") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the settings file {path}: {error}") from error
+        raise UsageError(
+            f"cannot read the settings file {path}: {error}", remedy="give a TOML file in UTF-8 that may be read"
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not valid TOML: {error}", remedy="correct the file") from error
 

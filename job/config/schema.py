@@ -33,13 +33,17 @@ class PromptSettings(Section):
 
     spec: str = Field(
         min_length=1,
-        description="A file or folder (.txt, .jsonl, .parquet, saved dataset) or DATASET[@REV][:CONFIG], "
-        "either with #SPLIT[/COLUMN].",
+        description="A file (.txt, .jsonl, .json, .csv, .tsv, .parquet), a folder of those, a saved or cloned dataset, "
+        "or DATASET[@REV][:CONFIG] on the Hub, each with #SPLIT[/COLUMN].",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub dataset; overrides the spec's.")
     config: str | None = Field(None, description="Configuration of a Hub dataset; overrides the spec's.")
     split: str | None = Field(None, description='Split and rows, e.g. "train[:400]"; overrides the spec\'s.')
-    column: str | None = Field(None, description="Column that holds the prompts; overrides the spec's.")
+    column: str | None = Field(
+        None,
+        description="Column that holds the prompts; overrides the spec's. Unset: the first of "
+        "prompt, text, instruction, question, goal, input, query that holds text, else the only one that does.",
+    )
     max_characters: int | None = Field(None, ge=1, description="Texts are cut to so many characters; unset: none is.")
     prefix: str = Field("", description="Text put before every prompt.")
     suffix: str = Field("", description="Text put after every prompt.")

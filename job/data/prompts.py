@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import Field
+
 from job.config.schema import PromptSettings, Settings
-from job.data.sources import Source, parse_source, read_texts, resolve_commit
+from job.data.columns import RowText
+from job.data.sources import Pin, Source, TextReader, parse_source, resolve_commit
 from job.errors import ImpossibleJobError
 from job.records import Record
 from job.system.hub_client import count_traffic, received_bytes
+
+# A longer text is a document and no prompt; where documents are wanted, max_characters cuts them.
+MOST_CHARACTERS = 100_000
+# What is said of rows that are kept, though not as they were.
+_REPAIRED = "with half a character, which became U+FFFD"
+# Rows that are named, of each kind.
+_PLACES = 5
 
 
 class Prompt(Record):
@@ -42,6 +53,7 @@ class PromptSets(Record):
         sources: For each setting, how it was understood.
         commits: The commit of every Hub dataset, by the setting that names it.
         public: The settings that name datasets which are on the Hub for everybody to see.
+        skipped: For each setting of which rows were left out or repaired, how many, why and which.
         received: Bytes that came from the Hub.
     """
 
@@ -72,6 +84,7 @@ class PromptSets(Record):
     sources: dict[str, str]
     commits: dict[str, str]
     public: tuple[str, ...] = ()
+    skipped: dict[str, str] = Field(default_factory=dict)
     received: int = 0
 
     @property
@@ -129,41 +142,31 @@ def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSet
         JobError: A set cannot be read, is empty, or too small to be split.
     """
     used = settings.prompt_sets()
-    sources = {name: parse_source(source) for name, source in used.items()}
-    if any(source.kind == "hub" for source in sources.values()):
+    if any(parse_source(source).kind == "hub" for source in used.values()):
         count_traffic()
     before = received_bytes()
-    commits: dict[str, str] = {}
-    public = []
-    read: dict[str, tuple[Prompt, ...]] = {}
-    for name, source in sources.items():
-        pin = resolve_commit(source, report)
-        if pin:
-            commits[name] = pin.commit
-            public += [name] if pin.public else []
-        read[name] = _read(used[name], source, commits.get(name), report)
-        report(f"{name}: {source.describe()}: {len(read[name])} prompts")
-    halves = {}
-    for kind in ("good", "bad"):
-        halves[kind] = _evaluation(kind, read, settings.seed)
-    found = PromptSets(
-        good=read["good_prompts"],
-        bad=read["bad_prompts"],
+    sets = {name: _read_set(source, report, name) for name, source in used.items()}
+    prompts = {name: found.prompts for name, found in sets.items()}
+    halves = {kind: _evaluation(kind, prompts, settings.seed) for kind in ("good", "bad")}
+    read = PromptSets(
+        good=prompts["good_prompts"],
+        bad=prompts["bad_prompts"],
         good_search=halves["good"][0],
         good_report=halves["good"][1],
         bad_search=halves["bad"][0],
         bad_report=halves["bad"][1],
-        helpfulness=read.get("helpfulness_prompts", ()),
-        unhelpfulness=read.get("unhelpfulness_prompts", ()),
-        capability=read.get("capability_prompts", ()),
-        sources={name: source.describe() for name, source in sources.items()},
-        commits=commits,
-        public=tuple(public),
+        helpfulness=prompts.get("helpfulness_prompts", ()),
+        unhelpfulness=prompts.get("unhelpfulness_prompts", ()),
+        capability=prompts.get("capability_prompts", ()),
+        sources={name: found.source.describe() for name, found in sets.items()},
+        commits={name: found.pin.commit for name, found in sets.items() if found.pin},
+        public=tuple(name for name, found in sets.items() if found.pin and found.pin.public),
+        skipped={name: found.skipped for name, found in sets.items() if found.skipped},
         received=received_bytes() - before,
     )
-    for line in overlaps(found):
+    for line in overlaps(read):
         report(f"warning: {line}")
-    return found
+    return read
 
 
 def read_prompts(settings: PromptSettings, report: Callable[[str], None]) -> tuple[Prompt, ...]:
@@ -172,9 +175,7 @@ def read_prompts(settings: PromptSettings, report: Callable[[str], None]) -> tup
     Raises:
         JobError: It cannot be read, or is empty.
     """
-    source = parse_source(settings)
-    pin = resolve_commit(source, report)
-    return _read(settings, source, pin.commit if pin else None, report)
+    return _read_set(settings, report).prompts
 
 
 def report_prompts(settings: Settings, kind: str, report: Callable[[str], None]) -> tuple[Prompt, ...]:
@@ -190,19 +191,70 @@ def report_prompts(settings: Settings, kind: str, report: Callable[[str], None])
     return _evaluation(kind, {names[0]: read_prompts(used[names[0]], report)}, settings.seed)[1]
 
 
-def _read(
-    settings: PromptSettings, source: Source, commit: str | None, report: Callable[[str], None]
-) -> tuple[Prompt, ...]:
-    """Return a set's prompts without blanks and repetitions."""
+@dataclass(frozen=True)
+class _ReadSet:
+    """A prompt set as it was read.
+
+    Attributes:
+        prompts: The prompts.
+        source: The source, with its column.
+        pin: The commit of a dataset on the Hub.
+        skipped: Which rows were left out or repaired, in words; "" for none.
+    """
+
+    prompts: tuple[Prompt, ...]
+    source: Source
+    pin: Pin | None
+    skipped: str
+
+
+def _read_set(settings: PromptSettings, report: Callable[[str], None], name: str = "prompts") -> _ReadSet:
+    """Return a set's prompts without rows that are empty, too long or repeat another."""
+    source = parse_source(settings)
+    pin = resolve_commit(source, report)
     texts: dict[str, None] = {}
-    for text in read_texts(source, commit, report):
-        texts[text.strip()[: settings.max_characters].strip()] = None
-    texts.pop("", None)
+    notes: dict[str, list[str]] = {}
+    reader, count = TextReader(source, pin.commit if pin else None, report), 0
+    for row in reader:
+        count += 1
+        text = (row.text or "").strip()[: settings.max_characters].strip()
+        if why := _why_skipped(row, text, texts):
+            notes.setdefault(why, []).append(row.place)
+            continue
+        if row.repaired:
+            notes.setdefault(_REPAIRED, []).append(row.place)
+        texts[text] = None
+    described, skipped = reader.described, _told(notes)
     if not texts:
-        raise ImpossibleJobError(f"{source.describe()}: it is empty", remedy="give prompts, one a line or row")
-    return tuple(
+        rows = f", of {count} rows none is a prompt ({skipped})" if count else ""
+        raise ImpossibleJobError(f"{described.describe()}: it is empty{rows}", remedy="give prompts, one a line or row")
+    report(f"{name}: {described.describe()}: {len(texts)} prompts")
+    if skipped:
+        report(f"warning: {name}: {skipped}")
+    prompts = (
         Prompt(user=f"{settings.prefix}{text}{settings.suffix}", system=settings.system_prompt) for text in texts
     )
+    return _ReadSet(tuple(prompts), described, pin, skipped)
+
+
+def _why_skipped(row: RowText, text: str, texts: Container[str]) -> str:
+    """Return why a row is no prompt of its own, "" if it is one."""
+    if row.text is None:
+        return "without text skipped"
+    if not text:
+        return "empty skipped"
+    if len(text) > MOST_CHARACTERS:
+        return f"of more than {MOST_CHARACTERS} characters skipped"
+    return "repeated skipped" if text in texts else ""
+
+
+def _told(notes: Mapping[str, Sequence[str]]) -> str:
+    """Return how many rows were skipped or repaired, why and which."""
+    said = []
+    for why, places in notes.items():
+        named = ", ".join(places[:_PLACES]) + (", …" if len(places) > _PLACES else "")
+        said.append(f"{len(places)} {'row' if len(places) == 1 else 'rows'} {why} ({named})")
+    return "; ".join(said)
 
 
 def overlaps(prompts: PromptSets) -> list[str]:

@@ -1,7 +1,8 @@
 """What all answers of a model begin with: found, with chains of thought closed, and checked again.
 
 Where every answer opens alike ("<think>", "Sure, "), the first answer token says nothing of the
-behaviour. So the common opening is put into the prompt; a chain of thought is skipped by closing it.
+behaviour. So the common opening is put into the prompt, as the tokens that the model itself has chosen. A chain of
+thought is switched off in the template where that knows how, and skipped by closing it where it does not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 
 from job.data.prompts import Prompt
 from job.generation.greedy import greedy_answers
-from job.model.loading import LoadedModel, conversations
+from job.model.loading import LoadedModel
+from job.model.rendering import conversations, switched
 
 # The opening of a chain of thought and the empty one, as models of that kind write it.
 THOUGHTS = {
@@ -28,6 +30,8 @@ _PROMPTS, _TOKENS, _ROUNDS = 25, 16, 4
 def with_response_prefix(loaded: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt], rows: int) -> LoadedModel:
     """Return the model such that its prompts end with what its answers to both kinds begin with.
 
+    A template that knows how to keep the model from thinking is told so; other chains of thought are closed by hand.
+
     Args:
         loaded: The model, without a prefix.
         good: Prompts without the behaviour; a few of them are answered.
@@ -35,14 +39,43 @@ def with_response_prefix(loaded: LoadedModel, good: Sequence[Prompt], bad: Seque
         rows: Rows of a forward.
     """
     prompts = [*good[:_PROMPTS], *bad[:_PROMPTS]]
-    loaded = dataclasses.replace(loaded, response_prefix=_rest_of_thought(loaded, prompts))
+    begun = _rest_of_thought(loaded, prompts)
+    opening = None if begun else common_opening(loaded, prompts, rows)
+    if opening is None or _is_thought(loaded, opening):
+        loaded, opening = _kept_from_thinking(loaded, prompts, rows), None
+        loaded = _begun(loaded, _tokens(loaded, _rest_of_thought(loaded, prompts)))
     for _ in range(_ROUNDS):
         # Once more after each change: what follows a closed thought may be common too.
-        opening = common_opening(loaded, prompts, rows)
+        opening = common_opening(loaded, prompts, rows) if opening is None else opening
         if not opening:
             break
-        loaded = dataclasses.replace(loaded, response_prefix=loaded.response_prefix + close_thought(opening))
+        closed = close_thought(text := _text(loaded, opening))
+        loaded = _begun(loaded, opening if closed == text else _tokens(loaded, closed))
+        opening = None
     return loaded
+
+
+def _kept_from_thinking(loaded: LoadedModel, prompts: Sequence[Prompt], rows: int) -> LoadedModel:
+    """Return the model with the first of its template's switches that keeps it from thinking, as it is if none does."""
+    for rendering in switched(loaded.tokenizer, loaded.rendering):
+        other = dataclasses.replace(loaded, rendering=rendering)
+        if not _rest_of_thought(other, prompts) and not _is_thought(other, common_opening(other, prompts, rows)):
+            return other
+    return loaded
+
+
+def _begun(loaded: LoadedModel, tokens: Sequence[int]) -> LoadedModel:
+    """Return the model with further tokens at the end of its prefix."""
+    text = loaded.response_prefix + _text(loaded, tokens)
+    return dataclasses.replace(loaded, response_prefix=text, prefix_tokens=(*(loaded.prefix_tokens or ()), *tokens))
+
+
+def _tokens(loaded: LoadedModel, text: str) -> tuple[int, ...]:
+    return tuple(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+
+
+def _text(loaded: LoadedModel, tokens: Sequence[int]) -> str:
+    return str(loaded.tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
 def close_thought(opening: str) -> str:
@@ -53,17 +86,22 @@ def close_thought(opening: str) -> str:
     return opening
 
 
+def _is_thought(loaded: LoadedModel, opening: Sequence[int]) -> bool:
+    text = _text(loaded, opening)
+    return close_thought(text) != text
+
+
 def _rest_of_thought(loaded: LoadedModel, prompts: Sequence[Prompt]) -> str:
     """Return what closes a chain of thought that the chat template itself begins, "" if it begins none."""
-    texts = {text.rstrip() for text in conversations(loaded.tokenizer, prompts)}
+    texts = {text.rstrip() for text in conversations(loaded.tokenizer, prompts, loaded.rendering)}
     for begin, closed in THOUGHTS.items():
         if all(text.endswith(begin) for text in texts):
             return closed.removeprefix(begin)
     return ""
 
 
-def common_opening(loaded: LoadedModel, prompts: Sequence[Prompt], rows: int) -> str:
-    """Return the text of the tokens that all answers begin with, "" if they begin differently.
+def common_opening(loaded: LoadedModel, prompts: Sequence[Prompt], rows: int) -> tuple[int, ...]:
+    """Return the tokens that all answers begin with, none if they begin differently.
 
     No answer consists of its opening alone: at least one token of the shortest is left to it.
     """
@@ -75,6 +113,4 @@ def common_opening(loaded: LoadedModel, prompts: Sequence[Prompt], rows: int) ->
         if len(set(tokens)) > 1:
             break
         common.append(tokens[0])
-    text = str(loaded.tokenizer.decode(common, skip_special_tokens=False))
-    # A space at the end would be a token of its own, where the model expects it at the start of the next.
-    return text.rstrip(" ")
+    return tuple(common)

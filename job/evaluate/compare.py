@@ -11,7 +11,7 @@ from job.data.prompts import Prompt, read_prompts, report_prompts
 from job.directions.response_prefix import with_response_prefix
 from job.errors import JobError, UsageError
 from job.evaluate.lm_eval import Harness, Scores
-from job.evaluate.measure import MeasuredModel, Pair, Texts, bench_of, opened
+from job.evaluate.measure import Asked, MeasuredModel, Pair, Texts, bench_of, opened
 from job.evaluate.perplexity import DEFAULT_TEXT, plain_texts
 from job.evaluate.result import Comparison, Divergence, Score, TextComparison, shares_of
 from job.lifecycle.running import OpenJob
@@ -165,25 +165,25 @@ class _Base:
         measured: What it came to.
         reference: What others are compared with, on the CPU.
         good: Tokens of the good prompts.
-        prefix: What all answers are made to begin with.
+        asked: How it was asked.
     """
 
     measured: MeasuredModel
     reference: KLReference
     good: tuple[list[int], ...]
-    prefix: str
+    asked: Asked
 
 
 def _measured_base(
     folder: Path, settings: Settings, pair: Pair, texts: Texts | None, harness: Harness | None, events: Events
 ) -> _Base:
-    bench = opened(folder, settings, pair, harness, events, "")
+    bench = opened(folder, settings, pair, harness, events)
     if settings.loading.response_prefix == "auto":
         bench = bench_of(with_response_prefix(bench.loaded, *pair, bench.rows), settings, pair, harness, events)
     measured, _ = bench.measure_base(bench.passages(texts))
     reference = bench.metrics.reference()
     reference = replace(reference, logits=reference.logits.cpu())
-    return _Base(measured, reference, bench.metrics.batches.good.tokens, bench.loaded.response_prefix)
+    return _Base(measured, reference, bench.metrics.batches.good.tokens, Asked.of(bench.loaded))
 
 
 def _measured_other(
@@ -195,7 +195,7 @@ def _measured_other(
     events: Events,
     base: _Base,
 ) -> MeasuredModel:
-    bench = opened(folder, settings, pair, harness, events, base.prefix)
+    bench = opened(folder, settings, pair, harness, events, base.asked)
     words = bench.loaded.model.config.get_text_config().vocab_size
     alike = words == base.reference.logits.shape[-1] and bench.metrics.batches.good.tokens == base.good
     if not alike:

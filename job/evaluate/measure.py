@@ -15,6 +15,7 @@ from job.evaluate.lm_eval import Harness, Scores
 from job.evaluate.perplexity import Passage, cross_entropies
 from job.evaluate.perplexity import passages_of as cut_up
 from job.model.loading import LoadedModel, load_model
+from job.model.rendering import Rendering
 from job.records import Figures
 from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
@@ -138,8 +139,35 @@ class ModelBench:
         return passages
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How a model was asked, so that another is asked alike.
+
+    Attributes:
+        prefix: What every response is made to begin with.
+        tokens: Its token ids, None for a text that somebody gave.
+        rendering: What the chat template is told beside the conversation.
+        vocabulary: The token ids by their text, without which ids say nothing.
+    """
+
+    prefix: str
+    tokens: tuple[int, ...] | None
+    rendering: Rendering
+    vocabulary: dict[str, int]
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> Asked:
+        """Return how a model is asked."""
+        return cls(loaded.response_prefix, loaded.prefix_tokens, loaded.rendering, loaded.tokenizer.get_vocab())
+
+    def put_to(self, loaded: LoadedModel) -> LoadedModel:
+        """Return another model that is asked alike; one with other tokens gets the prefix as text."""
+        tokens = self.tokens if loaded.tokenizer.get_vocab() == self.vocabulary else None
+        return replace(loaded, response_prefix=self.prefix, prefix_tokens=tokens, rendering=self.rendering)
+
+
 def opened(
-    folder: Path, settings: Settings, pair: Pair, harness: Harness | None, events: Events, prefix: str
+    folder: Path, settings: Settings, pair: Pair, harness: Harness | None, events: Events, like: Asked | None = None
 ) -> ModelBench:
     """Load a model for measuring.
 
@@ -149,16 +177,19 @@ def opened(
         pair: Good and bad prompts.
         harness: Runs benchmarks, if any.
         events: Receives progress.
-        prefix: Response prefix where the settings say "auto".
+        like: How the model is asked where the settings say "auto"; None: without a response prefix.
 
     Raises:
         ImpossibleJobError: The folder holds no usable model.
         MachineError: The device is missing or too small.
     """
     events.say(f"loading {folder}")
-    loaded = load_model(folder, settings.loading, events.say)
+    loaded = load_model(folder, settings.loading, events.say).ending_its_turn()
     given = settings.loading.response_prefix
-    loaded = replace(loaded, response_prefix=prefix if given == "auto" else given)
+    if given != "auto":
+        loaded = replace(loaded, response_prefix=given)
+    elif like is not None:
+        loaded = like.put_to(loaded)
     return bench_of(loaded, settings, pair, harness, events)
 
 

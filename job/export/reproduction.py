@@ -20,7 +20,7 @@ from job.config.schema import Settings
 from job.data.prompts import Prompt, PromptSets
 from job.errors import UsageError
 from job.model.files import parse_model
-from job.records import EditParameters, ExportFormat, Figures, JobRecord, Record, Resolution, Trial
+from job.records import DATE, EditParameters, ExportFormat, Figures, JobRecord, Record, Resolution, Trial
 
 # What of a job's identity stands in fields of its own.
 _PROMPTS, _MODEL = "_prompts", "model"
@@ -33,6 +33,7 @@ _COMMIT = r"^([0-9a-f]{40})?$"
 _NAME = r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$"
 _WORD = r"^[A-Za-z0-9_][\w.+-]*$"
 _NORM = r"^[A-Za-z0-9_.]+$"
+_OPTION = r"^[a-z_]{1,40}$"
 
 
 class _Origin(Record):
@@ -68,6 +69,10 @@ class _Resolved(Record):
     search_rows: int | None = Field(None, ge=1, le=1 << 24)
     together: int | None = Field(None, ge=1, le=1 << 24)
     norms: tuple[Annotated[str, Field(pattern=_NORM)], ...] = ()
+    prefix_tokens: tuple[Annotated[int, Field(ge=0, lt=1 << 24)], ...] | None = Field(None, max_length=1 << 12)
+    date: str | None = Field(None, pattern=DATE)
+    options: dict[Annotated[str, Field(pattern=_OPTION)], bool] | None = Field(None, max_length=16)
+    turn_end: int | None = Field(None, ge=0, lt=1 << 24)
 
 
 class _Shown(Record):

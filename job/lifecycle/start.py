@@ -280,9 +280,11 @@ def _earlier_starts(folder: RunFolder, last_holder: HolderRecord | None) -> Earl
         return EarlierStarts(processes=processes)
     from job.report.results import trials_so_far  # takes longer to load than all that a finished job needs
 
+    record = folder.read_job()
     return EarlierStarts(
         prompts=read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None,
-        commit=folder.read_job().model_commit,
+        commit=record.model_commit,
+        date=record.prompt_date,
         starts=past_starts(read_events(folder.events_file)),
         processes=processes,
         trials_done=len(trials_so_far(folder)),

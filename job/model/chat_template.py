@@ -19,7 +19,7 @@ from typing import Any
 
 from job.errors import ImpossibleJobError, MachineError
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 
 MEMORY_BYTES = 512 << 20
 # Of a processor: usual templates take less than a millisecond a conversation.
@@ -40,26 +40,37 @@ _hostile: dict[str, str] = {}
 _lock = threading.Lock()
 
 
-def render(template: str, variables: Mapping[str, Any], conversations: Sequence[Messages], name: str) -> list[str]:
-    """Return conversations as a template writes them, each up to where the next answer begins.
+def render(
+    template: str,
+    variables: Mapping[str, Any],
+    conversations: Sequence[Messages],
+    name: str,
+    *,
+    date: str | None = None,
+    answer: bool = True,
+) -> list[str]:
+    """Return conversations as a template writes them.
 
     Args:
         template: The chat template, in Jinja.
-        variables: The tokenizer's special tokens by name.
+        variables: The tokenizer's special tokens by name, and what else the template is told.
         conversations: What has been said, each message with its `role` and `content`.
         name: Whose template it is, for messages.
+        date: The date that the template's clock shows, ISO 8601; None: now.
+        answer: Each is written up to where the next answer begins; else up to the end of its last message.
 
     Raises:
         ImpossibleJobError: The template exceeds a limit, crashes, or does not take a conversation.
         MachineError: No process can be started.
     """
-    special = json.dumps(variables, sort_keys=True, default=str)
-    keys = [json.dumps([template, special, list(map(dict, one))]) for one in conversations]
+    told = json.dumps([variables, date, answer], sort_keys=True, default=str)
+    keys = [json.dumps([template, told, list(map(dict, one))]) for one in conversations]
     with _lock:
         texts = {key: _texts[key] for key in keys if key in _texts}
         missing = {key: list(map(dict, one)) for key, one in zip(keys, conversations, strict=True) if key not in texts}
         if missing:
-            made = _made(template, json.loads(special), list(missing.values()), name)
+            plain = json.loads(told)[0]
+            made = _made({"template": template, "variables": plain, "date": date, "answer": answer}, missing, name)
             texts.update(zip(missing, made, strict=True))
             if len(_texts) > _KEPT:
                 _texts.clear()
@@ -67,15 +78,21 @@ def render(template: str, variables: Mapping[str, Any], conversations: Sequence[
     return [texts[key] for key in keys]
 
 
-def _made(template: str, variables: dict[str, Any], conversations: list[Any], name: str) -> list[str]:
+def _characters(messages: Messages) -> int:
+    """Return how long a conversation is; content is text, or parts with a text each."""
+    parts = (message["content"] for message in messages)
+    return sum(len(said) if isinstance(said, str) else sum(len(part["text"]) for part in said) for said in parts)
+
+
+def _made(asked: Mapping[str, Any], missing: Mapping[str, Messages], name: str) -> list[str]:
     """Have the child render what has not been rendered yet."""
+    template, conversations = asked["template"], list(missing.values())
     if template in _hostile:
         raise _exceeded(name, _hostile[template])
-    length = sum(len(message["content"]) for messages in conversations for message in messages)
+    length = sum(map(_characters, conversations))
     seconds = SECONDS + int(SECONDS_EACH * len(conversations))
     task: dict[str, Any] = {
-        "template": template,
-        "variables": variables,
+        **asked,
         "conversations": conversations,
         "memory": MEMORY_BYTES + 64 * (length + len(template)),
         "seconds": seconds,

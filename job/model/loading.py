@@ -11,12 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -37,16 +36,18 @@ from job.data.prompts import Prompt
 from job.errors import ImpossibleJobError, MachineError, UsageError
 from job.generation.forward import first_logits, input_device
 from job.generation.greedy import greedy_answers
-from job.model.chat_template import Messages, render
 from job.model.dequantization import dequantising_config
 from job.model.device_faults import is_out_of_memory, out_of_memory
 from job.model.files import INDEX
 from job.model.memory import keep_freed_memory
 from job.model.placement import spread
+from job.model.rendering import PLAIN, Rendering, conversations, end_of_turn
 from job.records import LARGE_BYTES
 from job.system.tempdirs import scratch
+from job.text.decoding import decoded
 
 SINGLE = "model.safetensors"
+TEMPLATE_FILE = "chat_template.json"
 # What a model that has just been loaded is asked.
 GREETING = Prompt(user="Hello, how are you?")
 _PLACE = re.compile(r"cpu|mps|disk|cuda(:\d+)?")
@@ -64,6 +65,9 @@ class LoadedModel:
         architecture: Its structure.
         dtype: The floating-point type of its weights, e.g. "bfloat16".
         response_prefix: What every answer is made to begin with.
+        prefix_tokens: Its token ids; None: those of prompt and prefix together, as of a text that somebody gave.
+        rendering: What the chat template is told beside the conversation.
+        turn_end: A token that ends answers beside the model's own end tokens; None: no other.
     """
 
     folder: Path
@@ -72,6 +76,9 @@ class LoadedModel:
     architecture: Architecture
     dtype: str
     response_prefix: str = ""
+    prefix_tokens: tuple[int, ...] | None = None
+    rendering: Rendering = PLAIN
+    turn_end: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +90,12 @@ class LoadedModel:
         """Tokens that end an answer, as generation would end it."""
         configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
         listed = configured if isinstance(configured, list) else [configured]
-        return frozenset(int(t) for t in (*listed, self.tokenizer.eos_token_id) if isinstance(t, int))
+        return frozenset(int(t) for t in (*listed, self.tokenizer.eos_token_id, self.turn_end) if isinstance(t, int))
+
+    def ending_its_turn(self) -> LoadedModel:
+        """Return the model with the token with which its template ends a turn among its end tokens."""
+        token = end_of_turn(self.tokenizer, self.rendering)
+        return self if token is None or token in self.end_tokens else replace(self, turn_end=token)
 
     def tokenize(self, prompts: Iterable[Prompt]) -> list[list[int]]:
         """Return each prompt's token ids as a conversation that awaits the assistant's answer.
@@ -91,56 +103,22 @@ class LoadedModel:
         Raises:
             ImpossibleJobError: The chat template does not take the conversation.
         """
-        texts = (text + self.response_prefix for text in conversations(self.tokenizer, prompts))
+        given, tokens = (self.response_prefix, ()) if self.prefix_tokens is None else ("", self.prefix_tokens)
+        texts = (text + given for text in conversations(self.tokenizer, prompts, self.rendering))
         # The template has written the special tokens already.
-        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return [[*self.tokenizer(text, add_special_tokens=False)["input_ids"], *tokens] for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of an answer."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
-def conversations(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[str]:
-    """Return prompts as a tokenizer's chat template writes them, up to where the answers begin.
-
-    Raises:
-        ImpossibleJobError: The chat template does not take a conversation, or exceeds its limits.
-    """
-    said = []
-    for prompt in prompts:
-        system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
-        said.append([*system, {"role": "user", "content": prompt.user}])
-    return rendered(tokenizer, said)
-
-
-def rendered(tokenizer: PreTrainedTokenizerBase, said: Sequence[Messages]) -> list[str]:
-    """Return conversations as a tokenizer's chat template writes them, up to where the next answers begin.
-
-    Args:
-        tokenizer: The tokenizer.
-        said: What has been said in each, every message with its `role` and `content`.
-
-    Raises:
-        ImpossibleJobError: The chat template does not take a conversation, or exceeds its limits.
-    """
-    if not said:
-        return []
-    try:
-        if type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
-            template = tokenizer.get_chat_template()
-            return render(template, tokenizer.special_tokens_map, said, str(tokenizer.name_or_path))
-        # A way of its own to write conversations is the library's code or trusted code, which is run anyway.
-        own = tokenizer.apply_chat_template
-        return [str(own(list(messages), tokenize=False, add_generation_prompt=True)) for messages in said]
-    except (TemplateError, ValueError) as error:
-        raise ImpossibleJobError(
-            f"the chat template of {tokenizer.name_or_path} refuses a conversation: {error}",
-            remedy="leave out the system prompt if the template knows none",
-        ) from error
-
-
 def load_model(
-    folder: Path, settings: LoadingSettings, report: Callable[[str], None], dtype: str | None = None
+    folder: Path,
+    settings: LoadingSettings,
+    report: Callable[[str], None],
+    dtype: str | None = None,
+    rendering: Rendering = PLAIN,
 ) -> LoadedModel:
     """Load a model in the first dtype that generates without fault.
 
@@ -149,6 +127,7 @@ def load_model(
         settings: Dtypes to try and the device.
         report: Told of every dtype that does not work.
         dtype: The only dtype to try, where one has been settled before.
+        rendering: What the chat template is told beside the conversation.
 
     Raises:
         ImpossibleJobError: The folder holds no usable model.
@@ -162,7 +141,8 @@ def load_model(
     for candidate in candidates:
         model = _load_weights(folder, candidate, device, settings).eval()
         model.requires_grad_(False)
-        loaded = LoadedModel(folder, model, tokenizer, discover(model), str(model.dtype).removeprefix("torch."))
+        name = str(model.dtype).removeprefix("torch.")
+        loaded = LoadedModel(folder, model, tokenizer, discover(model), name, rendering=rendering)
         fault = _fault(loaded)
         if fault is None:
             if device.type == "cpu" and model.get_memory_footprint() < LARGE_BYTES:
@@ -223,17 +203,36 @@ def load_tokenizer(folder: Path, trusted: bool = False) -> PreTrainedTokenizerBa
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # tokenizers raises plain ones for a tokenizer.json that it does not know
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ImpossibleJobError(
-            f"{folder} has no usable tokenizer: {str(error).strip().splitlines()[0]}",
-            remedy="add the tokenizer's files",
+            f"{folder} has no usable tokenizer (tokenizer.json, tokenizer_config.json): {first}",
+            remedy="add the tokenizer's files as its maker publishes them",
         ) from error
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _template_beside(folder)
     if not tokenizer.chat_template:
         raise ImpossibleJobError(
             f"the tokenizer of {folder} has no chat template",
             remedy="use the chat or instruct version of the model, or add chat_template.jinja",
         )
     return tokenizer
+
+
+def _template_beside(folder: Path) -> str | None:
+    """Return the template in chat_template.json, where processors of multimodal models keep it.
+
+    Raises:
+        ImpossibleJobError: The file is damaged.
+    """
+    file = folder / TEMPLATE_FILE
+    if not file.is_file():
+        return None
+    try:
+        template = json.loads(decoded(file.read_bytes()))["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ImpossibleJobError(f"{file} is damaged: {error}", remedy="obtain an undamaged copy") from error
+    return template if isinstance(template, str) else None
 
 
 def resolve_device(name: str) -> torch.device:

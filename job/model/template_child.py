@@ -1,7 +1,7 @@
 """The process in which chat templates are rendered: run as a script, with bounds, and without the libraries of models.
 
-Standard input is one JSON object: `template`, `variables`, `conversations` (lists of messages), and
-`memory`, `seconds` and `characters` as limits.
+Standard input is one JSON object: `template`, `variables`, `conversations` (lists of messages), the `date` that the
+template's clock shows, whether the conversations await an `answer`, and `memory`, `seconds` and `characters` as limits.
 Standard output is one: `texts` of all conversations, or what was `refused` and why. A chat template is code of whoever
 made the model: the environment is that of transformers' `apply_chat_template`, and a test holds the two together.
 """
@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -81,17 +82,24 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
+def _clock(date: str | None) -> Callable[[str], str]:
+    """Return `strftime_now`: noon of a date, so that a template writes the same at any time and in any zone."""
+    now = datetime.now() if date is None else datetime.fromisoformat(date).replace(hour=12)
+    return now.strftime
 
 
-def compiled(template: str) -> jinja2.Template:
-    """Return a template in the environment that templates of chats are written for."""
+def compiled(template: str, date: str | None = None) -> jinja2.Template:
+    """Return a template in the environment that templates of chats are written for.
+
+    Args:
+        template: The template, in Jinja.
+        date: The date that its clock shows, ISO 8601; None: now.
+    """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _now}
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _clock(date)}
     environment.globals |= {"dict": _Dict(), "namespace": _Namespace}
     return environment.from_string(template)
 
@@ -109,10 +117,14 @@ def _rendered(task: dict[str, Any]) -> dict[str, Any]:
     texts: list[str] = []
     left = task["characters"]
     try:
-        template = compiled(task["template"])
+        template = compiled(task["template"], task["date"])
         for messages in task["conversations"]:
             text = template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **task["variables"]
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=task["answer"],
+                **task["variables"],
             )
             left -= len(text)
             if left < 0:

@@ -48,14 +48,16 @@ def data_checks(prompts: PromptSets) -> list[Check]:
     for name, source in prompts.sources.items():
         count = counts.get(name, _FEW_PROMPTS)
         commit = f", commit {prompts.commits[name][:12]}" if name in prompts.commits else ""
-        few = count < _FEW_PROMPTS
+        few, skipped = count < _FEW_PROMPTS, prompts.skipped.get(name, "")
+        remedies = ["directions and figures from so few are rough; give more"] if few else []
+        remedies += ["see whether those rows are meant to be prompts"] if skipped else []
         checks.append(
             Check(
                 name=f"data.{name}",
-                status="warn" if few else "ok",
-                measured=f"{source}{commit}: {count} prompts",
-                needed=f"{_FEW_PROMPTS} prompts",
-                remedy="directions and figures from so few are rough; give more" if few else "",
+                status="warn" if remedies else "ok",
+                measured=f"{source}{commit}: {count} prompts" + (skipped and f"; {skipped}"),
+                needed=f"{_FEW_PROMPTS} prompts, every row one of them",
+                remedy="; ".join(remedies),
             )
         )
     common = overlaps(prompts)

@@ -25,6 +25,7 @@ class EarlierStarts:
     Attributes:
         prompts: The prompts, None if no start has read them.
         commit: The commit that the model is pinned to, None if it is not pinned yet.
+        date: The date on which all prompts are written, None for today.
         starts: The past starts, the latest last.
         processes: Processes of earlier starts that may still be alive.
         trials_done: Finished trials of the study.
@@ -32,6 +33,7 @@ class EarlierStarts:
 
     prompts: PromptSets | None = None
     commit: str | None = None
+    date: str | None = None
     starts: tuple[PastStart, ...] = ()
     processes: tuple[ProcessRecord, ...] = ()
     trials_done: int = 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,13 @@ from job.preflight.data_checks import DataFindings
 from job.preflight.inputs import PreflightInputs
 from job.preflight.model_facts import ModelFacts, Tensors, model_facts, undone
 from job.preflight.planning import LINE
+from job.preflight.template_checks import template_checks
 from job.records import ExportFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from job.architectures.spec import Architecture
-    from job.data.prompts import Prompt
     from job.numerics.ablation import RowNormalization  # which loads torch
 
 
@@ -79,7 +79,6 @@ def examine_model(inputs: PreflightInputs, cache: Path | None, data: Callable[[]
     if isinstance(fetched, Check):
         return ModelFindings((fetched,))
     model, line = fetched
-    trusted = inputs.settings.loading.trust_remote_code
     known, architecture_check = _examine_architecture(inputs, model.folder)
     facts, weights_check = _examine_weights(inputs, model, known)
     checks = (
@@ -88,7 +87,7 @@ def examine_model(inputs: PreflightInputs, cache: Path | None, data: Callable[[]
         weights_check,
         licence(model.listing, inputs.settings.upload),
         # Last: it waits for the prompts.
-        *guarded("model.tokenizer", lambda: _tokenizer_checks(model.folder, trusted, data)),
+        *guarded("model.tokenizer", lambda: _tokenizer_checks(inputs, model.folder, data)),
     )
     return ModelFindings(checks, model, facts, line)
 
@@ -138,13 +137,16 @@ def _read_headers(inputs: PreflightInputs, model: ModelFiles) -> tuple[dict[str,
     return config, shapes, model_facts(config, shapes)
 
 
-def _tokenizer_checks(folder: Path, trusted: bool, data: Callable[[], DataFindings]) -> list[Check]:
+def _tokenizer_checks(inputs: PreflightInputs, folder: Path, data: Callable[[], DataFindings]) -> list[Check]:
     from job.model.loading import load_tokenizer
+    from job.model.rendering import Rendering
 
+    settings = inputs.settings
+    trusted, longest = settings.loading.trust_remote_code, settings.scoring.answer_tokens
     loaded = load_tokenizer(folder, trusted)
-    prompts = data().prompts
-    texts = prompts.everything if prompts is not None else ()
-    return [tokenizer(loaded), *guarded("model.template", lambda: [template(loaded, texts)])]
+    prompts, rendering = data().prompts, Rendering(inputs.earlier.date)
+    checks = functools.partial(template_checks, folder, trusted, loaded, prompts, rendering, longest)
+    return [tokenizer(loaded), *guarded("model.template", checks)]
 
 
 def files(source: ModelSource, listing: ModelListing) -> Check:
@@ -204,26 +206,6 @@ def tokenizer(loaded: PreTrainedTokenizerBase) -> Check:
         status="ok",
         measured=f"{len(loaded)} tokens, and a chat template",
         needed="a tokenizer with a chat template",
-    )
-
-
-def template(loaded: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Check:
-    """Have the chat template write all prompts, within its limits.
-
-    Raises:
-        ImpossibleJobError: It exceeds them, or does not take a conversation.
-    """
-    from job.model.chat_template import MEMORY_BYTES, SECONDS
-    from job.model.loading import GREETING, conversations
-
-    begin = time.monotonic()
-    texts = conversations(loaded, dict.fromkeys([GREETING, *prompts]))
-    return Check(
-        name="model.template",
-        status="ok",
-        measured=f"{len(texts)} conversations in {time.monotonic() - begin:.1f} s, "
-        f"of at most {max(map(len, texts))} characters",
-        needed=f"{SECONDS} s of a processor and {MEMORY_BYTES >> 20} MiB, more for many prompts, and an end",
     )
 
 

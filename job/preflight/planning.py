@@ -87,7 +87,8 @@ class Planning:
 
     def _longest_prompt(self) -> int:
         """Return the tokens of the longest prompt; a guess where the tokenizer, which has its own check, fails."""
-        from job.model.loading import conversations, load_tokenizer
+        from job.model.loading import load_tokenizer
+        from job.model.rendering import conversations
 
         prompts = self.prompts
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from job.records import DetectorReport, EditParameters, ExportFormat, Figures, T
 from job.scoring.detectors import Context, detect
 from job.scoring.report_metrics import JudgedResponses, ReportMetrics
 from job.stages.measuring import metrics_of
-from job.stages.model import require_resident
+from job.stages.model import as_resolved, rendering_of, require_resident
 from job.stages.session import ModelSession
 from job.storage.answers import keep_answers
 from job.storage.atomic import cannot_write, make_folder, write_record
@@ -156,10 +156,11 @@ class _Measurement:
         let_go(base.model)
         release_memory()
         folder = base.folder if self.form == "adapter" else self.export
-        fresh = load_model(folder, job.settings.loading, job.events.say, dtype=job.resolution.dtype)
+        loading, rendering = job.settings.loading, rendering_of(job.record)
+        fresh = load_model(folder, loading, job.events.say, dtype=job.resolution.dtype, rendering=rendering)
         if self.form == "adapter":
             fresh = with_adapter(fresh, self.export)
-        return replace(fresh, response_prefix=job.resolution.response_prefix)
+        return as_resolved(fresh, job.record)
 
     def _detected(self, before: JudgedResponses, after: JudgedResponses) -> DetectorReport:
         """Return what the detectors say of the base model's responses and of the edited one's."""

@@ -18,12 +18,13 @@ from job.directions.response_prefix import with_response_prefix
 from job.errors import ImpossibleJobError
 from job.lifecycle.running import OpenJob
 from job.model.device_faults import Watchdog, clear_faults
-from job.model.loading import LoadedModel, conversations, hardware, load_model
+from job.model.loading import LoadedModel, hardware, load_model
 from job.model.placement import placement
+from job.model.rendering import Rendering, conversations, shows_date
 from job.model.safetensors_files import Checkpoint
 from job.preflight.checks import size
 from job.proof.truth_test import inspect_model
-from job.records import ExportFormat, Resolution
+from job.records import ExportFormat, JobRecord, Resolution
 from job.scoring.trial_scorer import TrialScorer
 from job.stages.measuring import metrics_of, scorer_of
 from job.tuning.batch_size import Tuner
@@ -55,11 +56,11 @@ def loaded_model(job: OpenJob, source: Path, prompts: PromptSets, *, proven: boo
         _prove(job, source)
     model = _load(job, source)
     require_resident(model, settings.export_format)
-    conversations(model.tokenizer, prompts.everything)  # at once: one process renders them all
+    conversations(model.tokenizer, prompts.everything, model.rendering)  # at once: one process renders them all
     watchdog = Watchdog(settings.hang_seconds, job.folder.stacks_file)
     with clear_faults(), watchdog.watching(decoder_of(model.model)):
         _resolve(job, model, prompts)
-        model = replace(model, response_prefix=job.resolution.response_prefix)
+        model = as_resolved(model, job.record)
         if not settings.ablation.through_norms:
             model = replace(model, architecture=model.architecture.without_norms())
         yield model
@@ -86,7 +87,7 @@ def _load(job: OpenJob, source: Path) -> LoadedModel:
     record, events = job.record, job.events
     events.emit("loading", "loading the model")
     dtype = record.resolution.dtype if record.resolution else None
-    model = load_model(source, job.settings.loading, events.say, dtype=dtype)
+    model = load_model(source, job.settings.loading, events.say, dtype=dtype, rendering=rendering_of(record))
     held, planned = placement(model.model), record.planned_weights or {}
     told = ", ".join(f"{size(count)} on {place}" for place, count in held.items())
     events.emit("loaded", f"loaded in {model.dtype}: {told}", hardware=hardware(model.device), placement=held)
@@ -96,18 +97,33 @@ def _load(job: OpenJob, source: Path) -> LoadedModel:
     return model
 
 
+def rendering_of(record: JobRecord) -> Rendering:
+    """Return what the chat template of a job's model is told beside the conversation."""
+    options = record.resolution.options if record.resolution else None
+    return Rendering(record.prompt_date, tuple(sorted((options or {}).items())))
+
+
+def as_resolved(model: LoadedModel, record: JobRecord) -> LoadedModel:
+    """Return a model that is asked as the job's first start has resolved it."""
+    resolution = record.resolution
+    assert resolution is not None
+    return replace(
+        model,
+        response_prefix=resolution.response_prefix,
+        prefix_tokens=resolution.prefix_tokens,
+        rendering=rendering_of(record),
+        turn_end=resolution.turn_end,
+    )
+
+
 def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
     """Pin what the job's first start resolves."""
     record, settings = job.record, job.settings
     if record.resolution is not None:
         return
     rows = settings.batching.rows or record.planned_rows or _ROWS
-    prefix = settings.loading.response_prefix
-    if prefix == "auto":
-        prefix = with_response_prefix(model, prompts.good, prompts.bad, rows).response_prefix
-    if prefix:
-        job.events.emit("response_prefix", f"answers are made to begin with {prefix!r}")
-    model = replace(model, response_prefix=prefix)
+    model = _asked(model, settings, prompts, rows)
+    _tell_how_asked(job, model)
     workers = worker_count(settings, model)
     together = settings.batching.trials or -(-settings.trials_per_batch // workers)
     if settings.tune:
@@ -122,11 +138,35 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
             dtype=model.dtype,
             rows=rows,
             layers=model.architecture.layer_count,
-            response_prefix=prefix,
+            response_prefix=model.response_prefix,
             together=together,
             norms=model.architecture.norms,
+            prefix_tokens=model.prefix_tokens or None,
+            date=record.prompt_date if shows_date(model.tokenizer) else None,
+            options=dict(model.rendering.options) or None,
+            turn_end=model.turn_end,
         )
     )
+
+
+def _asked(model: LoadedModel, settings: Settings, prompts: PromptSets, rows: int) -> LoadedModel:
+    """Return the model with its response prefix, and with the end of a turn that it does not know of itself."""
+    model = model.ending_its_turn()
+    prefix = settings.loading.response_prefix
+    if prefix == "auto":
+        return with_response_prefix(model, prompts.good, prompts.bad, rows)
+    return replace(model, response_prefix=prefix)
+
+
+def _tell_how_asked(job: OpenJob, model: LoadedModel) -> None:
+    if model.rendering.options:
+        said = ", ".join(f"{name} = {str(value).lower()}" for name, value in model.rendering.options)
+        job.events.emit("template_options", f"the chat template is told {said}")
+    if model.response_prefix:
+        job.events.emit("response_prefix", f"answers are made to begin with {model.response_prefix!r}")
+    if model.turn_end is not None:
+        token = str(model.tokenizer.decode([model.turn_end]))
+        job.events.emit("turn_end", f"answers end at {token!r}, with which the chat template ends a turn")
 
 
 def require_resident(model: LoadedModel, form: ExportFormat) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,16 @@ def open_job(settings: Settings, *, new: bool, pinned: Mapping[str, Any] | None 
         make_folder(folder.path)
     except OSError as error:
         raise cannot_write(folder.path, error) from error
+    today = date.today().isoformat()
     if folder.job_file.exists():
-        return folder, folder.read_job().model_copy(update={"settings": _located(settings)})
+        record = folder.read_job()
+        return folder, record.model_copy(update={"settings": _located(settings), "started": record.started or today})
     record = JobRecord(
         job_id=folder.path.name,
         identity=identity,
         settings=_located(settings),
         startup_trials=settings.effective_startup_trials,
+        started=today,
         versions=versions(),
         **(pinned or {}),
     )

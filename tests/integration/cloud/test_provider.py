@@ -64,6 +64,14 @@ def test_the_constants_agree_with_what_they_stand_for() -> None:
     assert runtime[1] == MIN_CUDA
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_survey_is_read_as_a_shell_has_written_it(tmp_path: Path, encoding: str) -> None:
+    plain = survey(tmp_path)
+    written = tmp_path / "by-powershell.json"
+    written.write_bytes(plain.read_text().encode(encoding))
+    assert need_of_survey(written) == need_of_survey(plain)
+
+
 def test_offers_are_filtered_and_the_cheapest_job_comes_first(vast: VastServer, tmp_path: Path) -> None:
     vast.add_ask(1, dph_total=1.0, inet_down=120.0)  # the cheapest hour, on a slow line
     vast.add_ask(2, dph_total=1.2, inet_down=2000.0, inet_up=2000.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import pytest
 
 from job.config.load import load_settings
 from job.config.schema import PromptSettings
-from job.data.prompts import PromptSets, load_prompts, overlaps
+from job.data.prompts import PromptSets, load_prompts, overlaps, read_prompts
 from job.data.sources import Source, parse_source, read_texts, source_identity
 from job.errors import ImpossibleJobError, UsageError
 from tests.fakes.hub import LoopbackHub
@@ -73,7 +74,8 @@ def test_splits_that_cannot_be_streamed_are_refused(split: str, message: str) ->
 
 def test_config_show_tells_how_specs_were_understood() -> None:
     shown = abliterate("config", "show", "m", "--bad-prompts", "allenai/c4:en#train:200").check().out
-    assert "# bad_prompts: Hub dataset allenai/c4, configuration en, split train, rows 0 to 199, column text" in shown
+    c4 = "Hub dataset allenai/c4, configuration en, split train, rows 0 to 199, the column that holds prompts"
+    assert f"# bad_prompts: {c4}\n" in shown
     assert "# good_prompts: Hub dataset mlabonne/harmless_alpaca, split train, rows 0 to 399, column text" in shown
 
 
@@ -98,7 +100,7 @@ def files(tmp_path: Path) -> Path:
 def test_files_folders_and_saved_datasets_are_read(files: Path) -> None:
     assert read(f"{files}/a.txt") == ROWS
     assert read(f"{files}/a.txt#train[2:4]") == ROWS[2:4]
-    assert read(f"{files}/odd # name.txt") == ["one", "two", ""]
+    assert read(f"{files}/odd # name.txt") == ["one", "two"]
     assert read(f"{files}/b.jsonl#train[:3]/ask") == ROWS[:3]
     assert read(f"{files}/c.parquet#train[8:]") == ROWS[8:]
     assert read(f"{files}/saved#train[:2]") == ROWS[:2]
@@ -114,7 +116,7 @@ def test_local_faults_are_told_in_one_line(files: Path) -> None:
     (files / "empty").mkdir()
     for spec, message in (
         ("absent.txt", "no prompt file"),
-        ("b.jsonl", "column text of .* does not exist among the columns ask, id .*name one that holds text .ask."),
+        ("b.jsonl#train/text", "column text of .* does not exist among the columns ask, id .*holds text .ask."),
         ("b.jsonl#train/id", "holds int, not text"),
         ("bad.jsonl", "line 2"),
         ("list.jsonl", "no object"),
@@ -146,6 +148,30 @@ def test_identity_is_by_content_and_by_what_is_read_of_it(files: Path) -> None:
     (files / "a.txt").write_text("else")
     assert source_identity(settings(f"{files}/a.txt")) != first
     assert "sha256" not in source_identity(settings("user/set"))
+
+
+def test_the_identity_of_plain_files_is_that_of_former_versions(files: Path) -> None:
+    def of(*names: str, **other: Any) -> dict[str, Any]:
+        digest = hashlib.sha256(b"".join(hashlib.sha256((files / name).read_bytes()).digest() for name in names))
+        rest = {"prefix": "", "suffix": "", "system_prompt": None, "max_characters": None}
+        plain = {"split": "train", "start": 0, "stop": None, "column": None, **rest}
+        return {"sha256": digest.hexdigest(), **plain, **other}
+
+    (files / "folder" / "numbers.csv").write_text("id\n1\n")  # never read beside plain files
+    assert source_identity(settings(f"{files}/a.txt")) == of("a.txt")
+    assert source_identity(settings(f"{files}/b.jsonl#train:3/ask")) == of("b.jsonl", stop=3, column="ask")
+    assert source_identity(settings(f"{files}/c.parquet")) == of("c.parquet")
+    assert source_identity(settings(f"{files}/folder")) == of("folder/1.jsonl", "folder/2.txt")
+    saved = [f"saved/{name}" for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")]
+    assert source_identity(settings(f"{files}/saved")) == of(*saved)
+
+
+def test_tables_beside_plain_files_are_named_where_they_are_left_out(files: Path) -> None:
+    (files / "folder" / "more.csv").write_text("prompt\nStir.\n")
+    said: list[str] = []
+    found = read_prompts(settings(f"{files}/folder"), said.append)
+    assert [prompt.user for prompt in found] == ["sooner", "later"]
+    assert f"warning: {files}/folder: not read: more.csv; name a file to read it" in said
 
 
 def test_prompts_are_cleaned_cut_wrapped_and_overlaps_are_told(tmp_path: Path) -> None:
@@ -235,6 +261,14 @@ configs:
     path: realnewslike/*.json.gz
 ---
 """
+TOMORROW = b"""---
+dataset_info:
+  features:
+  - name: text
+    dtype:
+      feature_of_tomorrow: 1
+---
+"""
 # Reads a SPEC with the real client and prints what came of it; the endpoint is read when it is imported.
 READ = """
 import json, sys
@@ -274,6 +308,12 @@ def hub() -> Iterator[LoopbackHub]:
         hub.add_dataset(
             "kitchen/napkins", {"train.jsonl": "".join(json.dumps({"ask": r}) + "\n" for r in ROWS).encode()}
         )
+        hub.add_dataset("kitchen/script", {"script.py": b"import datasets\n", "README.md": b"# By a script\n"})
+        uneven = {"a.jsonl": b'{"text": "Stir."}\n', "b.jsonl": b'{"question": "Boil?", "n": 1}\n'}
+        hub.add_dataset("kitchen/uneven", uneven)
+        hub.add_dataset("kitchen/tomorrow", {"README.md": TOMORROW, "train.jsonl": b'{"text": "Stir."}\n'})
+        hub.add_dataset("kitchen/broken", {"train.jsonl": b'{"text": "Stir."}\n{"text": \n'})
+        hub.add_dataset("kitchen/nothing", {"README.md": b"# Nothing yet\n"})
         hub.add_dataset("kitchen/private", {"train.jsonl": b'{"text": "hush"}\n'}, private=True)
         hub.add_dataset("kitchen/gated", {"train.jsonl": b'{"text": "hush"}\n'}, gated="manual")
         hub.add_token("hf_kitchen" + "k" * 20, "cook")
@@ -330,7 +370,7 @@ def test_what_cannot_be_had_is_told_with_the_remedy(ask: Any) -> None:
     told = (
         ("allenai/c4#train[:5]", "needs a configuration", "'en', 'realnewslike'"),
         ("allenai/c4:de#train[:5]", "needs a configuration", "en", "realnewslike"),
-        ("kitchen/napkins#train[:5]", "column text", "among the columns ask"),
+        ("kitchen/napkins#train[:5]/text", "column text", "among the columns ask"),
         ("kitchen/napkins#test[:5]/ask", "no split test", "train"),
         ("kitchen/napkins@v9#train[:5]", "no such revision"),
         ("kitchen/absent#train[:5]", "not on the Hub"),
@@ -342,6 +382,25 @@ def test_what_cannot_be_had_is_told_with_the_remedy(ask: Any) -> None:
         for part in parts:
             assert part in found["error"], (part, found["error"])
     assert ask("kitchen/private#train[:5]", HF_TOKEN="hf_wrong" + "w" * 20)["code"] == 3
+
+
+def test_whatever_the_library_makes_of_a_dataset_is_one_line(ask: Any) -> None:
+    told = (
+        ("kitchen/script#train[:5]", "loading script", "kitchen/script@refs/convert/parquet#train"),
+        ("kitchen/uneven", "different columns", "give one of its files"),
+        ("kitchen/tomorrow#train[:5]", "dataset kitchen/tomorrow cannot be read", "kitchen/tomorrow@refs"),
+        ("kitchen/broken#train[:5]", "dataset kitchen/broken cannot be read", "JSON"),
+        ("kitchen/nothing#train[:5]", "no files that can be read"),
+    )
+    for (_, *parts), found in zip(told, ask(*(spec for spec, *_ in told)), strict=True):
+        assert found.get("code") == 3, found
+        for part in parts:
+            assert part in found["error"], (part, found["error"])
+        assert "\n" not in found["error"]
+
+
+def test_the_column_of_a_dataset_is_found_by_its_name(ask: Any) -> None:
+    assert ask("kitchen/napkins#train[:3]")["texts"] == ROWS[:3]
 
 
 def test_a_hub_that_is_out_of_reach_is_this_machine_s_trouble(ask: Any) -> None:

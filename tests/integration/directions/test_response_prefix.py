@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def answer(loaded: LoadedModel, prompt: Prompt) -> str:
 
 def test_a_chain_of_thought_is_closed_and_what_follows_is_found_too(tmp_path: Path) -> None:
     loaded = write_model(tmp_path, thinks=True)
-    assert common_opening(loaded, GOOD + BAD, 8).startswith("<think>")
+    opening = common_opening(loaded, GOOD + BAD, 8)
+    assert loaded.tokenizer.decode(list(opening)).startswith("<think>")
     found = with_response_prefix(loaded, GOOD, BAD, 8)
     assert found.response_prefix == "<think></think>Well"
     assert (answer(found, GOOD[0]), answer(found, BAD[0])) == ("Bread", "Sorry")
@@ -102,6 +104,37 @@ def test_a_thought_that_the_template_begins_is_closed(tmp_path: Path) -> None:
     loaded = write_model(tmp_path, thinks=False, template="<|answer|> <think>")
     found = with_response_prefix(loaded, GOOD, BAD, 8)
     assert found.response_prefix == "</think>Well"
+
+
+SWITCH = "{% if enable_thinking is defined and not enable_thinking %} <think></think>{% endif %}"
+
+
+def test_a_template_that_can_keep_the_model_from_thinking_is_told_so(tmp_path: Path) -> None:
+    loaded = write_model(tmp_path, thinks=True, template="<|answer|>" + SWITCH)
+    found = with_response_prefix(loaded, GOOD, BAD, 8)
+    assert found.rendering.options == (("enable_thinking", False),)
+    assert (found.response_prefix, found.prefix_tokens) == ("Well", (WORDS.index("Well"),))
+    assert found.tokenize(GOOD)[0][-2:] == [WORDS.index("<think></think>"), WORDS.index("Well")]
+    assert (answer(found, GOOD[0]), answer(found, BAD[0])) == ("Bread", "Sorry")
+
+
+def test_a_switch_that_does_not_help_is_left_alone(tmp_path: Path) -> None:
+    loaded = write_model(tmp_path, thinks=True, template=SWITCH.replace("<think></think>", "bake") + " <|answer|>")
+    found = with_response_prefix(loaded, GOOD, BAD, 8)
+    assert found.rendering.options == ()
+    assert found.response_prefix == "<think></think>Well"
+
+
+def test_a_prefix_is_kept_as_the_tokens_that_the_model_has_chosen(tmp_path: Path) -> None:
+    found = with_response_prefix(write_model(tmp_path, thinks=True), GOOD, BAD, 8)
+    words = [WORDS[token] for token in found.prefix_tokens or ()]
+    assert words == ["<think></think>", "Well"]
+    # As text it would grow into a template that ends with a word.
+    found.tokenizer.chat_template += " let"
+    asked = [found, dataclasses.replace(found, prefix_tokens=None, response_prefix="Well")]
+    said = [[WORDS[token] for token in loaded.tokenize(GOOD)[0]] for loaded in asked]
+    assert said[0][-3:] == ["let", "<think></think>", "Well"]
+    assert said[1][-1] == "<unk>"
 
 
 def test_answers_that_begin_differently_need_no_prefix(full_organism: Path) -> None:

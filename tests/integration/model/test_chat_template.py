@@ -18,7 +18,7 @@ from job.data.prompts import Prompt
 from job.errors import ImpossibleJobError, MachineError
 from job.model import chat_template
 from job.model.chat_template import render
-from job.model.loading import conversations, rendered
+from job.model.rendering import conversations, rendered
 from job.model.template_child import compiled
 from job.organism.tokenizer import build_tokenizer
 from tests.helpers import abliterate

@@ -157,6 +157,20 @@ def test_broken_and_missing_files(tmp_path: Path) -> None:
         load_settings({})
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_settings_are_read_as_editors_save_them(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "job.toml"
+    file.write_bytes("trials = 11\nmodel = 'é'\n".encode(encoding))
+    settings = load_settings({}, config=file).settings
+    assert (settings.trials, settings.model) == (11, "é")
+
+
+def test_settings_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_bytes(b"model = 'caf\xe9'\n")
+    with pytest.raises(UsageError, match="cannot read the settings file"):
+        load_settings({}, config=tmp_path / "job.toml")
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load().trials = 3  # type: ignore[misc]  # that it is refused is what is tested

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import to_json
+from pydantic import Field
 
-from job.text.redaction import MASK, redacted
+from job.records.base import Record
+from job.records.resolution import DATE, Resolution
+from job.text.redaction import MASK
+
+# From modules beside this one; what is defined here is public as well.
+__all__ = ["DATE", "Record", "Resolution"]
 
 Component = Literal["attention", "mlp"]
 ExportFormat = Literal["merged", "adapter", "directions"]
@@ -23,38 +27,6 @@ COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
 # Names of files in an export: none leads out of it.
 _PART = r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]*"
 _FILE = rf"^{_PART}(/{_PART})*$"
-
-
-class Record(BaseModel):
-    """Base of all records: frozen, unknown keys refused, and without secrets once they are JSON.
-
-    Attributes:
-        VERBATIM: Fields that are computed with or compared byte by byte, so that they are written as they are.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    VERBATIM: ClassVar[frozenset[str]] = frozenset()
-
-    def model_dump_json(self, *, indent: int | None = None) -> str:  # type: ignore[override]  # no other options
-        """Return the record as JSON, redacted before it is escaped."""
-        plain = super().model_dump(mode="json")
-        changed = self.masked(plain)
-        if changed == plain:
-            return super().model_dump_json(indent=indent)
-        try:
-            type(self).model_validate(changed)
-        except ValidationError as error:
-            # A word of the format, such as a state, that happens to be somebody's password.
-            changed |= {str(one["loc"][0]): plain[str(one["loc"][0])] for one in error.errors() if one["loc"]}
-        return to_json(changed, indent=indent).decode()
-
-    def cleaned(self) -> Self:
-        """Return the record as it is read back from JSON, without its secrets."""
-        return type(self).model_validate_json(self.model_dump_json())
-
-    def masked(self, plain: dict[str, Any]) -> dict[str, Any]:
-        """Return the record's JSON values with its texts redacted, but for those that must stay as they are."""
-        return {name: value if name in self.VERBATIM else redacted(value) for name, value in plain.items()}
 
 
 class KernelParameters(Record):
@@ -273,28 +245,6 @@ class GeometryRecord(Record):
     layers: list[LayerGeometry]
 
 
-class Resolution(Record):
-    """What a job's first start resolved once and for all.
-
-    Attributes:
-        dtype: Floating-point type the model is loaded in.
-        rows: Rows of a forward, all trials together.
-        layers: Number of the model's layers.
-        response_prefix: What every answer is made to begin with.
-        search_rows: Rows of a forward in the search, where memory turned out not to suffice for more.
-        together: Trials that share their forwards; None: all of a batch.
-        norms: Names, within their layers, of the norms between residual writers and the stream.
-    """
-
-    dtype: str
-    rows: int
-    layers: int
-    response_prefix: str = ""
-    search_rows: int | None = None
-    together: int | None = None
-    norms: tuple[str, ...] = ()
-
-
 class JobRecord(Record):
     """job.json: what was asked for and what was resolved from it.
 
@@ -304,6 +254,8 @@ class JobRecord(Record):
         identity: What the user asked for, as far as it decides the result.
         settings: All settings as of the latest start.
         startup_trials: Trials at the start of the search without the sampler, fixed at the first start.
+        started: Date of the first start, on which all prompts are written; None in jobs of former versions until they
+            are gone on with.
         model_commit: The commit that a model on the Hub is used at.
         planned_rows: Rows of a forward by preflight's plan of the memory.
         planned_weights: Bytes of weights on each device by that plan.
@@ -320,6 +272,7 @@ class JobRecord(Record):
     identity: dict[str, Any]
     settings: dict[str, Any]
     startup_trials: int
+    started: str | None = Field(None, pattern=DATE)
     model_commit: str | None = None
     model_public: bool = False
     planned_rows: int | None = None
@@ -329,6 +282,11 @@ class JobRecord(Record):
     reproduces: str | None = None
     searches: bool = True
     redacted: tuple[str, ...] = ()
+
+    @property
+    def prompt_date(self) -> str | None:
+        """The date on which all prompts of the job are written."""
+        return (self.resolution.date if self.resolution else None) or self.started
 
     def masked(self, plain: dict[str, Any]) -> dict[str, Any]:
         """Return the JSON values without secrets, and with the names of the settings that held one."""

@@ -1,0 +1,166 @@
+"""The column that holds the prompts, and the text of each row in it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from job.data.files import Row
+from job.errors import ImpossibleJobError
+
+# Names of columns that hold prompts, in the order in which they are looked for.
+PROMPT_COLUMNS = ("prompt", "text", "instruction", "question", "goal", "input", "query")
+# Rows from which the column is told.
+_SAMPLE = 100
+# A name of so many words is a prompt: the file has no line that names its columns.
+_WORDS_OF_A_PROMPT = 4
+
+
+@dataclass(frozen=True)
+class RowText:
+    """A row's text.
+
+    Attributes:
+        place: Where the row is, e.g. "line 17" or "line 17 of b.jsonl".
+        text: The text, None where the row has none.
+        repaired: Halves of UTF-16 pairs, which are no characters, were replaced by U+FFFD.
+    """
+
+    place: str
+    text: str | None
+    repaired: bool = False
+
+
+class ColumnTexts:
+    """Takes the texts of a source's rows from one column.
+
+    Attributes:
+        column: The column, once a row with columns has been read; None before, and for plain text.
+    """
+
+    def __init__(self, source: str, split: str, column: str | None) -> None:
+        """Remember what the texts are taken from.
+
+        Args:
+            source: Name of the source, for messages.
+            split: Its split, for messages.
+            column: The column that was asked for; None to tell it by PROMPT_COLUMNS.
+        """
+        self.column: str | None = None
+        self._source, self._split, self._given = source, split, column
+
+    def texts(self, rows: Iterable[Row]) -> Iterator[RowText]:
+        """Yield the text of every row.
+
+        Raises:
+            ImpossibleJobError: There is no such column, none can be told, or a value is not text.
+        """
+        source = iter(rows)
+        sample = list(itertools.islice(source, _SAMPLE))
+        tables = [row for row in sample if isinstance(row.cells, dict)]
+        if tables:
+            self.column = self._found(tables)
+        first = sample[0].file if sample else ""
+        many = False
+        lacking: dict[str, Row] = {}  # by file, its first row if no row has had the column
+        having: set[str] = set()
+        for row in itertools.chain(sample, source):
+            many = many or row.file != first
+            if isinstance(row.cells, str):
+                yield self._text(row, row.cells, many)
+                continue
+            if self.column is None:  # tables behind plain text, in one folder
+                self.column = self._found([row])
+            if self.column in row.cells:
+                having.add(row.file)
+            else:
+                lacking.setdefault(row.file, row)
+            yield self._text(row, row.cells.get(self.column), many)
+        for file, row in lacking.items():
+            if file not in having:
+                raise self._absent([row], file)
+
+    def _found(self, tables: list[Row]) -> str:
+        """Return the column by name, or the only one that holds text."""
+        names = _names(tables)
+        if self._given is not None:
+            if self._given not in names:
+                raise self._absent(tables, tables[0].file)
+            return self._given
+        texts = _text_columns(tables)
+        plain = {name.strip().lower(): name for name in reversed(texts)}
+        for name in PROMPT_COLUMNS:
+            if name in plain:
+                return plain[name]
+        if len(texts) != 1:
+            raise ImpossibleJobError(
+                f"{self._source} has {'several columns' if texts else 'no column'} of text and none named "
+                f"{', '.join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]}, among the columns {', '.join(names)}",
+                remedy=self._name_one(texts),
+            )
+        if len(texts[0].split()) >= _WORDS_OF_A_PROMPT:
+            raise ImpossibleJobError(
+                f"the first line of {self._source} names no columns: {texts[0][:80]!r}",
+                remedy="put a first line above it: prompt",
+            )
+        return texts[0]
+
+    def _text(self, row: Row, value: Any, many: bool) -> RowText:
+        place = f"{row.place} of {row.file}" if many and row.file else row.place
+        if value is None or value != value:  # pandas writes what is missing as NaN
+            return RowText(place, None)
+        if not isinstance(value, str):
+            raise ImpossibleJobError(
+                f"column {self.column} of {self._source} holds {type(value).__name__}, not text, in {place}, "
+                f"among the columns {', '.join(row.cells)}",
+                remedy=self._name_one(_text_columns([row])),
+            )
+        whole = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _has_halves(value) else value
+        return RowText(place, whole, whole != value)
+
+    def _absent(self, rows: list[Row], file: str) -> ImpossibleJobError:
+        where = f"{self._source} ({file})" if file and not self._source.endswith(file) else self._source
+        return ImpossibleJobError(
+            f"column {self._given or self.column} of {where} does not exist among the columns "
+            f"{', '.join(_names(rows)) or 'of an empty row'}",
+            remedy=self._name_one(_text_columns(rows)),
+        )
+
+    def _name_one(self, texts: list[str]) -> str:
+        return f"name one that holds text ({', '.join(texts) or 'none'}), e.g. #{self._split}/COLUMN"
+
+
+def _names(rows: list[Row]) -> list[str]:
+    """Return the names of all columns."""
+    return list(dict.fromkeys(name for row in rows if isinstance(row.cells, dict) for name in row.cells))
+
+
+def _text_columns(rows: list[Row]) -> list[str]:
+    """Return the columns in which a row holds text that is no number."""
+    found = dict.fromkeys(
+        name
+        for row in rows
+        if isinstance(row.cells, dict)
+        for name, cell in row.cells.items()
+        if isinstance(cell, str) and cell.strip() and not _is_number(cell)
+    )
+    return list(found)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _has_halves(text: str) -> bool:
+    """Return whether a text has surrogates, which UTF-8 cannot write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

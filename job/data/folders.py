@@ -1,0 +1,196 @@
+"""Folders of prompts: plain files, clones of dataset repositories, and datasets saved by `datasets`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from job.data.files import PLAIN, SUFFIXES, TABLES, Row, file_rows
+from job.errors import ImpossibleJobError, JobError
+
+_CARD = "README.md"
+_SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
+# Descriptions that dataset repositories hold, which are no prompts.
+_DESCRIPTIONS = frozenset({"dataset_infos.json", "config.json", "dummy_data.zip"})
+_MOST_CARD_BYTES = 1 << 22
+_MESSAGE_CHARACTERS = 300
+
+
+def is_saved(folder: Path) -> bool:
+    """Return whether a folder is a dataset that `datasets` has saved to disk."""
+    return any((folder / name).exists() for name in _SAVED)
+
+
+def folder_files(folder: Path, split: str, config: str | None) -> list[Path]:
+    """Return the files of a folder that hold the prompts, in the order in which they are read.
+
+    Args:
+        folder: The folder.
+        split: Split of a cloned dataset repository; in plain folders every file counts.
+        config: Configuration of a cloned dataset repository.
+
+    Raises:
+        ImpossibleJobError: It holds none, or not that split or configuration.
+    """
+    if is_saved(folder):
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    if config is not None or _is_repository(folder):
+        return _split_files(folder, split, config)
+    for suffixes in (PLAIN, TABLES):
+        if files := [path for path in _visible(folder) if path.suffix.lower() in suffixes]:
+            return files
+    if any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*") if path.is_file()):
+        return _split_files(folder, split, None)
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+    raise ImpossibleJobError(
+        f"the folder {folder} holds no prompts (it holds {there})", remedy=f"give {', '.join(SUFFIXES)} files"
+    )
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.name not in _DESCRIPTIONS and not path.name.startswith(".")
+    )
+
+
+def left_out(folder: Path) -> list[str]:
+    """Return the names of tables that are not read, since the folder also holds files of the plainer kinds."""
+    if is_saved(folder) or _is_repository(folder):
+        return []
+    kinds = [{path.name for path in _visible(folder) if path.suffix.lower() in kind} for kind in (PLAIN, TABLES)]
+    return sorted(kinds[1]) if kinds[0] else []
+
+
+def _is_repository(folder: Path) -> bool:
+    """Return whether a folder is a clone of a dataset repository, whose files belong to splits."""
+    cloned = all((folder / name).is_file() for name in (_CARD, ".gitattributes"))
+    return cloned or bool(_card_configs(folder))
+
+
+def _card_configs(folder: Path) -> dict[str, object]:
+    """Return the configurations that a dataset's card declares, empty where it declares none."""
+    card = folder / _CARD
+    try:
+        if not card.is_file() or card.stat().st_size > _MOST_CARD_BYTES or b"configs:" not in card.read_bytes():
+            return {}
+        return _declared(card)
+    except JobError:
+        raise
+    except Exception as error:  # whatever the libraries make of a card
+        raise ImpossibleJobError(
+            f"the card {card} cannot be read: {_one_line(error)}",
+            remedy="correct its first block, or name the files themselves as prompts",
+        ) from error
+
+
+def _declared(card: Path) -> dict[str, object]:
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCardData
+    from huggingface_hub.repocard import RepoCard
+
+    data = RepoCard.load(card, ignore_metadata_errors=False).data.to_dict()
+    configs = MetadataConfigs.from_dataset_card_data(DatasetCardData(**{"configs": data.get("configs")}))
+    return {name: found.get("data_files") for name, found in configs.items()}
+
+
+def _split_files(folder: Path, split: str, config: str | None) -> list[Path]:
+    """Return the files of a split of a cloned dataset repository, as `datasets` would find them."""
+    import datasets
+    from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
+
+    datasets.disable_progress_bars()
+    root = folder.resolve()
+    declared = _card_configs(folder)
+    try:
+        patterns = _chosen(folder, declared, config) or get_data_patterns(str(root))
+        found = DataFilesDict.from_patterns(sanitize_patterns(patterns), base_path=str(root))
+    except JobError:
+        raise
+    except Exception as error:  # whatever the library makes of a card's patterns
+        raise ImpossibleJobError(
+            f"the files of the dataset in {folder} cannot be found: {_one_line(error)}",
+            remedy="name the files themselves as prompts",
+        ) from error
+    by_split = {name: [path for path in map(str, paths) if _is_data(path)] for name, paths in found.items()}
+    names = [str(name) for name, paths in by_split.items() if paths]
+    if split not in names:
+        raise ImpossibleJobError(
+            f"the dataset in {folder} has no split {split}",
+            remedy=f"choose from {', '.join(names)} as #SPLIT" if names else f"give {', '.join(SUFFIXES)} files",
+        )
+    files = [Path(path) for path in by_split[split]]
+    for path in files:
+        if not Path(os.path.normpath(path)).is_relative_to(root):
+            raise ImpossibleJobError(
+                f"the card of {folder} names {path}, which is outside of it",
+                remedy="name the files themselves as prompts",
+            )
+    return files
+
+
+def _is_data(path: str) -> bool:
+    return "://" in path or (Path(path).suffix.lower() in SUFFIXES and Path(path).name not in _DESCRIPTIONS)
+
+
+def _chosen(folder: Path, declared: dict[str, object], config: str | None) -> object:
+    """Return what a card says of a configuration's files, None where it leaves that to their names."""
+    if not declared and config is None:
+        return None
+    name = config or ("default" if "default" in declared else next(iter(declared)) if len(declared) == 1 else None)
+    if name not in declared:
+        has = f"has no configuration {name}" if name else "needs a configuration"
+        raise ImpossibleJobError(
+            f"the dataset in {folder} {has} ({', '.join(declared) or 'its card declares none'})",
+            remedy=f"name it: {folder.absolute()}:CONFIG#SPLIT" if declared else "leave it out",
+        )
+    return declared[name]
+
+
+def folder_rows(folder: Path, split: str, config: str | None) -> Iterator[Row]:
+    """Yield the rows of a folder.
+
+    Raises:
+        ImpossibleJobError: It holds no prompts, or a file cannot be read.
+    """
+    if is_saved(folder):
+        return _saved_rows(folder, split)
+    return itertools.chain.from_iterable(map(file_rows, folder_files(folder, split, config)))
+
+
+def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
+    import datasets
+
+    with _explained(folder):
+        saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise ImpossibleJobError(
+                f"{folder} has no split {split}", remedy=f"choose from {', '.join(saved)} as #SPLIT"
+            )
+        saved = saved[split]
+    with _explained(folder):
+        for number, cells in enumerate(saved):
+            yield Row(f"row {number}", cells)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn whatever `datasets` makes of a folder into one line."""
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:
+        raise ImpossibleJobError(
+            f"the dataset saved in {folder} cannot be read: {type(error).__name__}: {_one_line(error)}",
+            remedy="save it again with this version of `datasets`, or give its rows as .jsonl",
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:_MESSAGE_CHARACTERS]

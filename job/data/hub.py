@@ -1,0 +1,144 @@
+"""Rows of datasets on the Hub, streamed, and what `datasets` raises in plain words."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from job.data.files import Row
+from job.errors import ImpossibleJobError, JobError, MachineError
+from job.system.hub_client import explained, is_offline, not_granted, patiently
+
+if TYPE_CHECKING:
+    from job.data.sources import Source
+
+# What a stream fetches and parses at a time. The library's own 5 MiB and 10 MiB make 26 MB of 200 rows of C4.
+_BLOCK_BYTES, _CHUNK_BYTES = 1 << 18, 1 << 20
+# Where the Hub keeps datasets as parquet files that it has converted itself.
+_CONVERTED = "refs/convert/parquet"
+_MESSAGE_CHARACTERS = 300
+
+
+def hub_rows(source: Source, commit: str | None, report: Callable[[str], None]) -> Iterator[Row]:
+    """Stream a dataset's rows; what fails for a while is tried again, from the row it had come to.
+
+    Args:
+        source: The dataset, its split and rows.
+        commit: The commit that it is read at.
+        report: Told of every failure that is tried again.
+
+    Raises:
+        ImpossibleJobError: The dataset, configuration or split is not there, or cannot be read.
+        MachineError: The Hub cannot be reached.
+    """
+    done = failed_at = 0
+    while True:
+        try:
+            stream = patiently(functools.partial(_opened, source, commit, done), f"dataset {source.name}", report)
+            for cells in stream:
+                done += 1
+                yield Row(f"row {source.start + done - 1}", cells)
+            return
+        except Exception as error:
+            known = _explained(error, source)
+            if not isinstance(known, MachineError) or done == failed_at:
+                raise known from error
+            failed_at = done
+            report(f"{known}; going on from row {source.start + done}")
+
+
+def _opened(source: Source, commit: str | None, done: int) -> Iterator[dict[str, Any]]:
+    """Return an iterator over a dataset's rows behind those that are done, its first row fetched already."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if is_offline():
+            # What `datasets` itself has prepared is all there is, and that is no stream.
+            loaded = datasets.load_dataset(source.name, source.config, split=source.split)
+            return itertools.islice(iter(loaded), source.start + done, source.stop)
+        builder = datasets.load_dataset_builder(
+            source.name,
+            source.config,
+            revision=commit or source.revision,
+            storage_options={"hf": {"block_size": _BLOCK_BYTES}},
+        )
+        if hasattr(builder.config, "chunksize"):
+            builder.config.chunksize = min(builder.config.chunksize, _CHUNK_BYTES)
+        stream = builder.as_streaming_dataset(split=source.split)
+        stream = stream.skip(source.start + done)
+        rows = iter(stream if source.stop is None else stream.take(source.stop - source.start - done))
+        first = list(itertools.islice(rows, 1))
+    except Exception as error:
+        raise _explained(error, source) from error
+    return itertools.chain(first, rows)
+
+
+def _explained(error: Exception, source: Source) -> JobError:
+    """Return what `datasets` raised in plain words."""
+    import datasets
+
+    if isinstance(error, JobError):
+        return error
+    text = " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError) and "gated" in text:
+        return not_granted(f"dataset {source.name}")
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return ImpossibleJobError(
+            f"dataset {source.name} is not on the Hub, or not for this token: {text}",
+            remedy="check the name; a private or gated one needs a HF_TOKEN that may read it",
+        )
+    if isinstance(error, ValueError) and "onfig" in text:
+        return ImpossibleJobError(
+            f"dataset {source.name} needs a configuration: {text}",
+            remedy=f"name it: {source.name}:CONFIG#{source.split}",
+        )
+    if isinstance(error, ValueError) and "split" in text.lower():
+        return ImpossibleJobError(
+            f"dataset {source.name} has no split {source.split}: {text}", remedy="name one as #SPLIT"
+        )
+    known = explained(error, f"dataset {source.name}")
+    if isinstance(known, JobError):
+        return known
+    return _of_this_machine(error, source, text) or _unreadable(error, source, text)
+
+
+def _of_this_machine(error: Exception, source: Source, text: str) -> MachineError | None:
+    """Return the error for a failure of disk, memory or network, None if it is none."""
+    if isinstance(error, MemoryError):
+        return MachineError(f"memory does not suffice to read dataset {source.name}", remedy="free some")
+    if type(error).__module__.startswith("aiohttp"):
+        return MachineError(f"dataset {source.name} cannot be reached: {text}", remedy="check the network")
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+        return MachineError(
+            f"dataset {source.name} cannot be cached: {error.strerror or text}",
+            remedy="free disk space, or point HF_HOME to a folder that can be written",
+        )
+    return None
+
+
+def _unreadable(error: Exception, source: Source, text: str) -> ImpossibleJobError:
+    """Return the error for a dataset whose files `datasets` cannot read."""
+    import datasets
+    from datasets.table import CastError
+
+    if "scripts are no longer supported" in text:
+        return ImpossibleJobError(
+            f"dataset {source.name} is made by a loading script, which is not run ({text})",
+            remedy=f"use the Hub's conversion: {source.name}@{_CONVERTED}#{source.split}",
+        )
+    if isinstance(error, datasets.exceptions.DataFilesNotFoundError | datasets.data_files.EmptyDatasetError):
+        return ImpossibleJobError(
+            f"dataset {source.name} has no files that can be read: {text}", remedy="check the name and the revision"
+        )
+    if isinstance(error, datasets.exceptions.DatasetGenerationCastError | CastError):
+        return ImpossibleJobError(
+            f"the files of dataset {source.name} have different columns: {text}",
+            remedy="download it and give one of its files",
+        )
+    return ImpossibleJobError(
+        f"dataset {source.name} cannot be read: {type(error).__name__}: {text}",
+        remedy=f"try {source.name}@{_CONVERTED}, or download it and give one of its files",
+    )

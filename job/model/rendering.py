@@ -1,0 +1,218 @@
+"""How prompts are written: with their text in them, on one date, and where the model's turn ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from job.data.prompts import Prompt
+from job.errors import ImpossibleJobError
+from job.model.chat_template import Messages, render
+
+# Words that no template writes by itself.
+_QUESTION, _ANSWER, _SYSTEM = "Kettleprobequestion", "Kettleprobeanswer", "Kettleprobesystem"
+# Two dates that differ in every part, weekday and century included.
+_DATES = ("1987-02-03", "2135-11-28")
+# Templates in which one answer consists of several messages, each with this end: it is not the end of the turn.
+_CHANNEL = "<|channel|>"
+# What keeps a model from thinking, if its template knows it.
+SWITCHES: tuple[tuple[str, bool], ...] = (("enable_thinking", False), ("thinking", False), ("reasoning", False))
+
+
+@functools.cache
+def _today() -> str:
+    """Return the date on which this process first asked: one run does not write on two."""
+    return date.today().isoformat()
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What a template is told beside the conversation; the same for all prompts of a job.
+
+    Attributes:
+        date: The date that its clock shows, ISO 8601; None: today.
+        options: Further variables, e.g. enable_thinking.
+    """
+
+    date: str | None = None
+    options: tuple[tuple[str, bool], ...] = ()
+
+    @property
+    def clock(self) -> str:
+        """The date that is shown."""
+        return self.date or _today()
+
+
+PLAIN = Rendering()
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a template takes messages.
+
+    Attributes:
+        content: Text, or a list of parts as templates of multimodal models want it.
+        system: In a message of its own, or before the first of the user's, where the template has no such role.
+    """
+
+    content: Literal["text", "parts"] = "text"
+    system: Literal["message", "user"] = "message"
+
+
+def conversations(
+    tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt], rendering: Rendering = PLAIN
+) -> list[str]:
+    """Return prompts as a tokenizer's chat template writes them, up to where the answers begin.
+
+    Raises:
+        ImpossibleJobError: The template does not take a conversation, leaves the prompt out, or exceeds its limits.
+    """
+    said = []
+    for prompt in prompts:
+        system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+        said.append([*system, {"role": "user", "content": prompt.user}])
+    return rendered(tokenizer, said, rendering)
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, said: Sequence[Messages], rendering: Rendering = PLAIN, *, answer: bool = True
+) -> list[str]:
+    """Return conversations as a tokenizer's chat template writes them.
+
+    Args:
+        tokenizer: The tokenizer.
+        said: What has been said in each, every message with its `role` and `content` as text.
+        rendering: What else the template is told.
+        answer: Up to where the next answer begins; else up to the end of the last message.
+
+    Raises:
+        ImpossibleJobError: The template does not take a conversation, leaves the prompt out, or exceeds its limits.
+    """
+    if not said:
+        return []
+    style = style_of(tokenizer, system=any(messages[0]["role"] == "system" for messages in said))
+    return _written(tokenizer, [_in_style(messages, style) for messages in said], rendering, answer)
+
+
+def style_of(tokenizer: PreTrainedTokenizerBase, *, system: bool) -> Style:
+    """Return how a template has to be given messages so that they are in what it writes.
+
+    Args:
+        tokenizer: The tokenizer.
+        system: There is a system prompt.
+
+    Raises:
+        ImpossibleJobError: The template refuses even a question alone, or leaves it out.
+    """
+    question = [{"role": "user", "content": _QUESTION}]
+    asked = [{"role": "system", "content": _SYSTEM}, *question]
+    refused: ImpossibleJobError | None = None
+    for content in ("text", "parts"):
+        style = Style(content)
+        try:
+            if not _writes(tokenizer, question, style, _QUESTION):
+                continue
+        except ImpossibleJobError as error:
+            refused = refused or error
+            continue
+        if not system or _takes_system(tokenizer, asked, style):
+            return style
+        return dataclasses.replace(style, system="user")
+    raise refused or ImpossibleJobError(
+        f"the chat template of {tokenizer.name_or_path} leaves the prompt out of what it writes",
+        remedy="use the template of the model's maker, or put another into chat_template.jinja",
+    )
+
+
+def _takes_system(tokenizer: PreTrainedTokenizerBase, asked: Messages, style: Style) -> bool:
+    try:
+        return _writes(tokenizer, asked, style, _SYSTEM, _QUESTION)
+    except ImpossibleJobError:
+        return False
+
+
+def _writes(tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style, *words: str) -> bool:
+    """Return whether the words of a conversation are in what the template makes of it."""
+    (text,) = _written(tokenizer, [_in_style(messages, style)], PLAIN, True)
+    return all(word in text for word in words)
+
+
+def _in_style(messages: Messages, style: Style) -> list[dict[str, Any]]:
+    """Return a conversation as a template takes it."""
+    found = [dict(message) for message in messages]
+    if style.system == "user" and len(found) > 1 and found[0]["role"] == "system":
+        system, first, *rest = found
+        found = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+    if style.content == "parts":
+        found = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in found]
+    return found
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase, said: Sequence[Messages], rendering: Rendering, answer: bool
+) -> list[str]:
+    try:
+        if type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
+            variables: Mapping[str, Any] = {**tokenizer.special_tokens_map, **dict(rendering.options)}
+            template, name = tokenizer.get_chat_template(), str(tokenizer.name_or_path)
+            return render(template, variables, said, name, date=rendering.clock, answer=answer)
+        # A way of its own to write conversations is the library's code or trusted code, which is run anyway.
+        own, options = tokenizer.apply_chat_template, dict(rendering.options)
+        return [str(own(list(one), tokenize=False, add_generation_prompt=answer, **options)) for one in said]
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise ImpossibleJobError(
+            f"the chat template of {tokenizer.name_or_path} refuses a conversation: {error}",
+            remedy="use the template of the model's maker, or put another into chat_template.jinja",
+        ) from error
+
+
+def shows_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether what the template writes depends on the date.
+
+    Raises:
+        ImpossibleJobError: The template does not take a conversation.
+    """
+    question = [[{"role": "user", "content": _QUESTION}]]
+    first, second = (rendered(tokenizer, question, Rendering(day)) for day in _DATES)
+    return first != second
+
+
+def switched(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> list[Rendering]:
+    """Return the rendering with each switch against thinking that the template knows.
+
+    Raises:
+        ImpossibleJobError: The template does not take a conversation.
+    """
+    question = [[{"role": "user", "content": _QUESTION}]]
+    plain = rendered(tokenizer, question, rendering)
+    others = [dataclasses.replace(rendering, options=(*rendering.options, switch)) for switch in SWITCHES]
+    return [other for other in others if rendered(tokenizer, question, other) != plain]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = PLAIN) -> int | None:
+    """Return the token with which the template ends an answer; None where it ends it with none.
+
+    Not every model names it among its end tokens, and would answer to itself for as long as it may.
+    """
+    turn = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        (text,) = rendered(tokenizer, [turn], rendering, answer=False)
+    except ImpossibleJobError:
+        return None
+    _, written, rest = text.rpartition(_ANSWER)
+    if not written or not rest.strip() or _CHANNEL in text:
+        return None
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
+    for token in tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"]:
+        if token in marks:
+            return int(token)
+        if str(tokenizer.decode([token])).strip():
+            return None
+    return None

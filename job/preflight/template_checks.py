@@ -1,0 +1,239 @@
+"""The checks of how prompts are written: every one rendered, cut into tokens and held against what the model takes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from job.data.prompts import Prompt, PromptSets
+from job.errors import ImpossibleJobError, JobError
+from job.preflight.checks import Check
+from job.text.decoding import decoded
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from job.model.rendering import Rendering
+
+_SETS = ("good", "bad", "good_search", "bad_search", "good_report", "bad_report", "helpfulness", "unhelpfulness")
+# A table of learned positions may have a few rows more than the configuration says, as OPT's has.
+_SPARE_POSITIONS = 8
+# Prompts that are named, of each kind.
+_PLACES = 3
+
+
+@dataclass(frozen=True)
+class WrittenPrompt:
+    """A prompt as the model gets it.
+
+    Attributes:
+        place: Which one it is, e.g. "prompt 3 of bad".
+        prompt: The prompt.
+        text: What the chat template makes of it.
+        tokens: Its token ids.
+    """
+
+    place: str
+    prompt: Prompt
+    text: str
+    tokens: Sequence[int]
+
+
+def template_checks(
+    folder: Path,
+    trusted: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptSets | None,
+    rendering: Rendering,
+    answer_tokens: int,
+) -> list[Check]:
+    """Have the chat template write all prompts, within its limits, and hold what comes of it against the model.
+
+    Args:
+        folder: Folder of the files that describe the model.
+        trusted: The model's own code may be run.
+        tokenizer: Its tokenizer.
+        prompts: The prompts, None if they cannot be read.
+        rendering: What the template is told beside the conversation.
+        answer_tokens: Tokens of a response, at most.
+
+    Raises:
+        ImpossibleJobError: The template does not take a prompt or leaves it out, or the model cannot take its tokens.
+    """
+    from job.model.chat_template import MEMORY_BYTES, SECONDS
+    from job.proof.truth_test import read_config
+
+    begin, config = time.monotonic(), read_config(folder, trusted)
+    written = _written(tokenizer, prompts, rendering)
+    seconds, longest = time.monotonic() - begin, max(written, key=lambda one: len(one.tokens))
+    _require_known_tokens(written, tokenizer, config)
+    warnings = [
+        *_too_long(longest, config, answer_tokens),
+        *_changed(written),
+        *_special_tokens(written, tokenizer),
+        *_beginnings(written, tokenizer),
+        *_endings(folder, tokenizer, config, rendering),
+    ]
+    characters = max(len(one.text) for one in written)
+    size = f"of at most {characters} characters and {len(longest.tokens)} tokens"
+    said = [f"{len(written)} conversations in {seconds:.1f} s, {size}", *_style(tokenizer, written, rendering)]
+    return [
+        Check(
+            name="model.template",
+            status="warn" if warnings else "ok",
+            measured="; ".join([*said, *(what for what, _ in warnings)]),
+            needed=f"{SECONDS} s of a processor and {MEMORY_BYTES >> 20} MiB, more for many prompts; all prompts in it",
+            remedy="; ".join(dict.fromkeys(remedy for _, remedy in warnings)),
+        )
+    ]
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase, prompts: PromptSets | None, rendering: Rendering
+) -> list[WrittenPrompt]:
+    from job.model.loading import GREETING
+    from job.model.rendering import conversations
+
+    places = {GREETING: "the greeting"}
+    for name in _SETS if prompts is not None else ():
+        for number, prompt in enumerate(getattr(prompts, name)):
+            places.setdefault(prompt, f"prompt {number} of {name}")
+    for number, prompt in enumerate(prompts.capability if prompts is not None else ()):
+        places.setdefault(prompt, f"prompt {number} of capability")
+    texts = conversations(tokenizer, places, rendering)
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [
+        WrittenPrompt(place, prompt, text, tokens)
+        for (prompt, place), text, tokens in zip(places.items(), texts, ids, strict=True)
+    ]
+
+
+def _require_known_tokens(
+    written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> None:
+    """Refuse tokens for which the model has no embedding.
+
+    Raises:
+        ImpossibleJobError: There is one.
+    """
+    size = config.get_text_config().vocab_size
+    for one in written:
+        if not one.tokens:
+            raise ImpossibleJobError(
+                f"{one.place} has no tokens as the chat template writes it", remedy="leave it out of the prompts"
+            )
+        if (most := max(one.tokens)) >= size:
+            raise ImpossibleJobError(
+                f"{one.place} has token {most} ({tokenizer.convert_ids_to_tokens(most)!r}), and the model's embedding "
+                f"has {size} rows",
+                remedy="use the tokenizer and the template of the model's maker",
+            )
+
+
+Warnings = list[tuple[str, str]]
+
+
+def _too_long(longest: WrittenPrompt, config: PretrainedConfig, answer_tokens: int) -> Warnings:
+    """Return a warning for a prompt that is longer than the model was made for.
+
+    Raises:
+        ImpossibleJobError: It has learned positions, and none for so many tokens.
+    """
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or len(longest.tokens) + answer_tokens <= most:
+        return []
+    what = (
+        f"{longest.place} has {len(longest.tokens)} tokens and its answer up to {answer_tokens}, "
+        f"the model {most} positions"
+    )
+    remedy = "leave it out, or cut it with max_characters"
+    if _learns_positions(config, most):
+        raise ImpossibleJobError(what, remedy=remedy)
+    return [(what, remedy)]
+
+
+def _learns_positions(config: PretrainedConfig, most: int) -> bool:
+    """Return whether a model looks its positions up in a table."""
+    from torch import nn
+
+    from job.architectures.tiny_model import empty_model
+
+    try:
+        model = empty_model(config)
+    except JobError:
+        return False  # the architecture has a check of its own
+    words = model.get_input_embeddings()
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words)
+    return any(most <= table.num_embeddings <= most + _SPARE_POSITIONS for table in tables)
+
+
+def _changed(written: Sequence[WrittenPrompt]) -> Warnings:
+    """Return a warning for prompts that the template does not write as they are."""
+    changed = [one.place for one in written if "".join(one.prompt.user.split()) not in "".join(one.text.split())]
+    return [(f"{_counted(changed)} not written as given", "see what the template makes of them")] if changed else []
+
+
+def _special_tokens(written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizerBase) -> Warnings:
+    """Return a warning for prompts that spell special tokens, which the model takes for its own."""
+    marks = [mark for mark in tokenizer.all_special_tokens if mark.strip()]
+    marks += [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spelling = {one.place: [mark for mark in marks if mark in one.prompt.user] for one in written}
+    places = [place for place, found in spelling.items() if found]
+    if not places:
+        return []
+    what = f"{_counted(places)} with the special token {spelling[places[0]][0]!r} in the text"
+    return [(what, "the model takes it for the end or beginning of a turn: leave such prompts out")]
+
+
+def _beginnings(written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizerBase) -> Warnings:
+    """Return a warning where texts begin with two tokens that open them, or with none though the tokenizer puts one."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return []
+    if any(list(one.tokens[:2]) == [bos, bos] for one in written):
+        return [(f"texts begin with {tokenizer.bos_token!r} twice", "use the template of the model's maker")]
+    own = tokenizer("a")["input_ids"]
+    if own[:1] == [bos] and all(one.tokens[0] != bos for one in written):
+        what = f"the template does not begin with {tokenizer.bos_token!r}, as the tokenizer does"
+        return [(what, "use the template of the model's maker")]
+    return []
+
+
+def _endings(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, rendering: Rendering
+) -> Warnings:
+    """Return a warning where nothing tells when an answer has ended."""
+    from job.model.rendering import end_of_turn
+
+    known = (config.get_text_config().eos_token_id, tokenizer.eos_token_id, _generation_end(folder))
+    if any(end is not None for end in known) or end_of_turn(tokenizer, rendering) is not None:
+        return []
+    return [("no token ends an answer", "set eos_token in tokenizer_config.json: answers run on to their longest")]
+
+
+def _generation_end(folder: Path) -> object:
+    """Return what generation_config.json says of tokens that end an answer, None for nothing."""
+    try:
+        return json.loads(decoded((folder / "generation_config.json").read_bytes())).get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def _style(tokenizer: PreTrainedTokenizerBase, written: Sequence[WrittenPrompt], rendering: Rendering) -> list[str]:
+    """Return in words what is not as with most templates."""
+    from job.model.rendering import shows_date, style_of
+
+    style = style_of(tokenizer, system=any(one.prompt.system is not None for one in written))
+    said = ["messages as lists of parts"] if style.content == "parts" else []
+    said += ["system prompts in the user's turn, since the template has no role for them"] * (style.system == "user")
+    said += [f"dated {rendering.clock}"] if shows_date(tokenizer) else []
+    return said
+
+
+def _counted(places: Sequence[str]) -> str:
+    named = ", ".join(places[:_PLACES]) + (", …" if len(places) > _PLACES else "")
+    return f"{len(places)} {'prompt' if len(places) == 1 else 'prompts'} ({named})"

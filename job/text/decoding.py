@@ -1,0 +1,37 @@
+"""Text files as editors and shells write them: UTF-8, with or without a byte order mark, UTF-16 and UTF-32."""
+
+from __future__ import annotations
+
+import codecs
+
+# UTF-32's little-endian mark begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# Share of zeros among every other byte from which on text without a mark is taken for UTF-16.
+_ZEROS = 0.4
+
+
+def encoding_of(start: bytes) -> str:
+    """Return the encoding of a text by its first bytes: what its mark says, UTF-16 by its zeros, else UTF-8."""
+    for mark, encoding in _MARKS:
+        if start.startswith(mark):
+            return encoding
+    for odd, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
+        places = start[odd::2]
+        if places and places.count(0) > _ZEROS * len(places) and 0 not in start[1 - odd :: 2]:
+            return encoding
+    return "utf-8"
+
+
+def decoded(data: bytes) -> str:
+    """Return the text of a whole file, without its byte order mark.
+
+    Raises:
+        UnicodeDecodeError: It is no text in an encoding that can be told.
+    """
+    return data.decode(encoding_of(data))
