@@ -36,6 +36,8 @@ def write_real_model(folder: Path, report: Callable[[str], None]) -> None:
         MachineError: The model is not installed, or the folder cannot be written.
         ImpossibleJobError: The file cannot be converted, or the model declines or answers too few prompts.
     """
+    if folder.name in ("", ".."):
+        raise UsageError(f"{folder} cannot be replaced", remedy="name an empty or a new folder, not the one you are in")
     source = installed_model()
     description = json.dumps(_describe(source), sort_keys=True)
     mark = folder / _MARK

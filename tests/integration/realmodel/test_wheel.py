@@ -85,4 +85,5 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     (used / "thesis.txt").write_text("years of work")
     real_model(used, packages=packages).fails(2, "is not empty")
     assert [path.name for path in used.iterdir()] == ["thesis.txt"]
+    real_model(Path("."), packages=packages).fails(2, "not the one you are in")
     real_model(Path("/proc/new"), packages=packages).fails(76, "cannot write /proc/new")
