@@ -105,6 +105,7 @@ class Run:
     """What one run came to.
 
     Attributes:
+        search_s: Seconds from the begin of the first trial to the end of the last.
         job_s: Seconds from the command to its end.
         peak_bytes: The largest resident memory of all its processes together.
         load: Mean number of processes that wanted a core in the minute before its end, its own included.
@@ -114,6 +115,7 @@ class Run:
     seed: int
     conditions: Conditions
     points: tuple[Point, ...]
+    search_s: float
     job_s: float
     peak_bytes: int
     load: float
@@ -133,12 +135,6 @@ class Run:
     def first_edit(self) -> float | None:
         """Return the seconds to the first trial with few refusals, None if there is none."""
         return min((one.seconds for one in self.points if one.refusals <= FEW_REFUSALS), default=None)
-
-    def trial_s(self) -> float | None:
-        """Return seconds a trial, from the first trials' end to the last's; None of a single batch."""
-        first, last = self.points[0].seconds, self.points[-1].seconds
-        later = sum(one.seconds > first for one in self.points)  # those of the first batch end together
-        return (last - first) / later if later else None
 
 
 class PeakMemory:
@@ -169,11 +165,19 @@ class PeakMemory:
             self.bytes = max(self.bytes, held)
 
 
+@dataclass(frozen=True)
+class Search:
+    """What a search came to: its finished trials in order, and its seconds."""
+
+    points: tuple[Point, ...]
+    seconds: float
+
+
 # --- the runs -------------------------------------------------------------------------------------------
 
 
-def run_this(task: Task, conditions: Conditions, seed: int, folder: Path, *, show: bool) -> tuple[Point, ...]:
-    """Run this tool in a folder, from its command to its export, and return its trials in order.
+def run_this(task: Task, conditions: Conditions, seed: int, folder: Path, *, show: bool) -> Search:
+    """Run this tool in a folder, from its command to its export, and return its search.
 
     Args:
         task: The inputs.
@@ -202,27 +206,33 @@ def run_this(task: Task, conditions: Conditions, seed: int, folder: Path, *, sho
     if not list((only_job(folder / "jobs") / "export").glob("*.safetensors")):
         raise failed(THIS, "the export is missing", log)
     asked = len(task.sets["bad_eval"].read_text().splitlines())
-    return tuple(
+    told = events(folder / "jobs")
+    (start,) = [event["time"] for event in told if event["event"] == "search_started"]
+    trials = [event for event in told if event["event"] == "trial"]
+    points = tuple(
         Point(event["time"] - began, event["refusals"] / asked, min(event["kl"], 1.0))
-        for event in events(folder / "jobs")
-        if event["event"] == "trial" and event["reason"] is None
+        for event in trials
+        if event["reason"] is None
     )
+    return Search(points, trials[-1]["time"] - start)
 
 
-def run_heretic(command: Path, task: Task, seed: int, folder: Path) -> tuple[Point, ...]:
-    """Run heretic in a folder, from its command to its export, and return its trials in order."""
+def run_heretic(command: Path, task: Task, seed: int, folder: Path) -> Search:
+    """Run heretic in a folder, from its command to its export, and return its search."""
     began = time.time()
-    run_peer(command, task, seed, folder)
+    outcome = run_peer(command, task, seed, folder)
     ended = [(trial.datetime_complete, trial) for trial in study_trials(folder)]
-    return tuple(Point(end.timestamp() - began, *point(trial)) for end, trial in ended if end is not None)
+    points = tuple(Point(end.timestamp() - began, *point(trial)) for end, trial in ended if end is not None)
+    return Search(points, outcome.trial_s * task.trials)
 
 
-def measured(tool: str, seed: int, conditions: Conditions, run: Callable[[], tuple[Point, ...]]) -> Run:
+def measured(tool: str, seed: int, conditions: Conditions, run: Callable[[], Search]) -> Run:
     """Run a tool and return what it came to."""
     began = time.perf_counter()
     with PeakMemory() as memory:
-        points = run()
-    return Run(tool, seed, conditions, points, time.perf_counter() - began, memory.bytes, os.getloadavg()[0])
+        search = run()
+    job_s = time.perf_counter() - began
+    return Run(tool, seed, conditions, search.points, search.seconds, job_s, memory.bytes, os.getloadavg()[0])
 
 
 # --- what was run before --------------------------------------------------------------------------------
@@ -279,7 +289,7 @@ def table(groups: dict[str, list[Run]], minutes: Sequence[float]) -> list[str]:
         lines.append(row(f"trials {after}", trials_of(60 * mark), ".0f"))
     lines.append(row("hypervolume of the whole search", lambda run: run.volume(), ".3f"))
     lines.append(row("trials of the whole search", lambda run: len(run.points), ".0f"))
-    lines.append(row("seconds a trial", lambda run: run.trial_s(), ".1f"))
+    lines.append(row("seconds a trial", lambda run: run.search_s / run.conditions.trials, ".1f"))
     lines.append(row("minutes of the whole job", lambda run: _minutes(run.job_s), ".1f"))
     lines.append(row("peak memory, GiB", lambda run: run.peak_bytes / 2**30, ".2f"))
     return lines

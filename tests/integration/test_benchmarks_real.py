@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.real import BEGIN, END, Conditions, PeakMemory, Point, Record, Run, measured, table, written
+from benchmarks.real import BEGIN, END, Conditions, PeakMemory, Point, Record, Run, Search, measured, table, written
 
 CONDITIONS = Conditions("inputs", 4, None, 2, 100, ("search.space=wide",))
 POINTS = (Point(30.0, 0.5, 0.2), Point(30.0, 1.0, 0.0), Point(90.0, 0.02, 0.5), Point(150.0, 0.0, 1.0))
-RUN = Run("this tool", 0, CONDITIONS, POINTS, 200.0, 3 * 2**30, 1.5)
+RUN = Run("this tool", 0, CONDITIONS, POINTS, 140.0, 200.0, 3 * 2**30, 1.5)
 
 
 def test_figures_by_hand() -> None:
@@ -24,10 +24,8 @@ def test_figures_by_hand() -> None:
     assert RUN.volume(100) == pytest.approx(0.5 * 0.8 + 0.48 * 0.5)
     assert RUN.volume() == RUN.volume(1e9) == pytest.approx(0.64)  # a KL of 1 dominates nothing
     assert RUN.first_edit() == 90.0
-    assert RUN.trial_s() == (150 - 30) / 2  # two ended with the first batch
     fruitless = dataclasses.replace(RUN, points=POINTS[:2])
     assert fruitless.first_edit() is None
-    assert fruitless.trial_s() is None
 
 
 def test_a_finished_run_is_found_again_and_only_under_its_conditions(tmp_path: Path) -> None:
@@ -55,7 +53,7 @@ def test_the_table_has_medians_and_leaves_out_a_tool_without_runs() -> None:
     assert "| peak memory, GiB | 3.00 |" in lines
     both = table({"this tool": [RUN], "heretic 1.4.0": [slower]}, [])
     assert "| minutes to the first edit with ≤ 2 % refusals | 1.5 | none |" in both
-    assert "| seconds a trial | 60.0 | none |" in both
+    assert "| seconds a trial | 35.0 | 35.0 |" in both
 
 
 def test_a_page_keeps_all_but_its_section() -> None:
@@ -68,15 +66,16 @@ def test_a_page_keeps_all_but_its_section() -> None:
 def test_peak_memory_is_that_of_all_processes_together() -> None:
     hold = "import time; held = bytearray(b'x') * (60 << 20); time.sleep(3)"
 
-    def two() -> tuple[Point, ...]:
+    def two() -> Search:
         processes = [subprocess.Popen([sys.executable, "-c", hold]) for _ in range(2)]
         for process in processes:
             process.wait()
-        return POINTS
+        return Search(POINTS, 2.0)
 
     run = measured("this tool", 0, CONDITIONS, two)
     assert 120 << 20 < run.peak_bytes < 400 << 20
     assert run.job_s >= 3
+    assert (run.points, run.search_s) == (POINTS, 2.0)
     with PeakMemory() as none:
         time.sleep(0.5)
     assert none.bytes < run.peak_bytes / 2
