@@ -66,8 +66,9 @@ this tool's trials judge responses up to scoring.search_tokens tokens, heretic's
   clock for an edit with few refusals at the trial that found it.
 this tool's job also scores finalists in full, measures held-out prompts, loads its export again to prove it, and
   writes report and card; heretic saves its trial of fewest refusals.
-heretic gets its batch size ({PEER_ROWS}) and float32, so that it need not look for them; no norms of rows are kept,
-  directions are plain differences of means, and no common beginning of answers is looked for, as here.
+heretic gets its batch size ({PEER_ROWS}) and float32, so that it need not look for them; it keeps no norms of rows and its
+  directions are plain differences of means, as here by default.
+heretic is told to look for no common beginning of responses; this tool looks for one.
 each tool has the library versions that it asks for: see the JSON."""
 
 
@@ -284,7 +285,7 @@ def table(groups: dict[str, list[Run]], minutes: Sequence[float]) -> list[str]:
     few = f"≤ {100 * FEW_REFUSALS:.0f} % refusals"
     lines.append(row(f"minutes to the first edit with {few}", lambda run: _minutes(run.first_edit()), ".1f"))
     for mark in minutes:
-        after = f"after {mark:g} minutes"
+        after = f"after {mark:g} min"
         lines.append(row(f"hypervolume {after}", lambda run, mark=mark: run.volume(60 * mark), ".3f"))  # type: ignore[misc]
         lines.append(row(f"trials {after}", trials_of(60 * mark), ".0f"))
     lines.append(row("hypervolume of the whole search", lambda run: run.volume(), ".3f"))
