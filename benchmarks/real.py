@@ -66,8 +66,8 @@ this tool's trials judge responses up to scoring.search_tokens tokens, heretic's
   clock for an edit with few refusals at the trial that found it.
 this tool's job also scores finalists in full, measures held-out prompts, loads its export again to prove it, and
   writes report and card; heretic saves its trial of fewest refusals.
-heretic gets its batch size ({PEER_ROWS}) and float32, so that it need not look for them; it keeps no norms of rows and its
-  directions are plain differences of means, as here by default.
+heretic gets its batch size ({PEER_ROWS}) and float32, so that it need not look for them; it keeps no norms of rows,
+  and its directions are plain differences of means, as here by default.
 heretic is told to look for no common beginning of responses; this tool looks for one.
 each tool has the library versions that it asks for: see the JSON."""
 
