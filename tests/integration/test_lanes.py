@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -51,11 +52,12 @@ def parts_changed_by(tree: Path, file: str, change: Callable[[bytes], bytes] = l
         ("constraints.txt", {"image"}),
         ("Dockerfile", {"image"}),
         ("entrypoint.sh", {"image"}),
-        ("job/numerics/ablation.py", {"families", "organisms", "checkpoints", "kills"}),
-        ("job/architectures/spec.py", {"families", "organisms", "checkpoints", "kills"}),
-        ("job/export/merged.py", {"families", "organisms", "checkpoints", "kills"}),
+        ("job/numerics/ablation.py", {"families", "organisms", "checkpoints", "real", "kills"}),
+        ("job/architectures/spec.py", {"families", "organisms", "checkpoints", "real", "kills"}),
+        ("job/export/merged.py", {"families", "organisms", "checkpoints", "real", "kills"}),
         ("tests/decoders.py", {"families"}),
         ("job/organism/training.py", {"organisms"}),
+        ("job/realmodel/prompts/bad.txt", {"real"}),
         ("job/search/study.py", {"kills"}),
         ("job/mirror/lease.py", {"kills"}),
         ("job/report/charts.py", set()),
@@ -89,6 +91,9 @@ def test_versions_of_packages_count(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kitchen\nVersion: {version}\n")
         found.add(digest(Part((), (), ("kitchen",)), tmp_path))
     assert len(found) == 2
+    shutil.rmtree(tmp_path / "kitchen-1.dist-info")
+    importlib.invalidate_caches()
+    assert digest(Part((), (), ("kitchen",)), tmp_path) not in found
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[1]", '{"image": 3}', '{"image": "other"}'])

@@ -75,6 +75,10 @@ WITHOUT = {
     "upload/hub._commit": "its commit passes a point",
     "cli/cloud.fetch": "what is fetched once more",
     "organism/folder.write_organism": "a model that is trained anew",
+    "realmodel/folder.write_real_model": "a model that is converted anew",
+    "realmodel/conversion.convert": "a model that is converted anew",
+    "realmodel/folder._write_model": "a model that is converted anew",
+    "realmodel/folder._write_prompts": "prompts beside a model that is converted anew",
 }
 
 

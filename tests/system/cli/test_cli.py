@@ -70,6 +70,7 @@ def test_the_surface() -> None:
         "config show",
         "demo",
         "demo-model",
+        "real-model",
     ):
         assert abliterate(*command.split(), "--help").check().out
     options = abliterate("run", "--help").out

@@ -1,0 +1,74 @@
+"""Ask a model which prompts it declines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from job.data.prompts import Prompt
+from job.generation.forward import RowTrials, shared_prefix
+from job.generation.greedy import greedy_answers
+from job.generation.kv_cache import common_prefix
+from job.generation.stop_markers import MarkerWatch
+from job.model.loading import LoadedModel
+from job.text.refusal_markers import RefusalMarkers
+
+# Tokens up to which a response is judged: as many as the search judges by default.
+RESPONSE_TOKENS = 30
+_ROWS = 40
+
+
+def first_prompts(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    markers: RefusalMarkers,
+    *,
+    declined: bool,
+    count: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[str]:
+    """Return the first `count` prompts that a model declines, or those that it answers; fewer if there are no more.
+
+    Args:
+        loaded: The model.
+        prompts: What it is asked, in this order, until there are enough.
+        markers: Phrases by which a response is a refusal.
+        declined: Whether refused or answered prompts are wanted.
+        count: How many.
+        progress: Receives how many have been found, after every batch.
+    """
+    found: list[str] = []
+    for batch, refused in _judged(loaded, prompts, MarkerWatch(loaded.tokenizer, markers)):
+        found += [prompt for prompt, verdict in zip(batch, refused, strict=True) if verdict == declined]
+        progress(min(len(found), count))
+        if len(found) >= count:
+            break
+    return found[:count]
+
+
+def _judged(
+    loaded: LoadedModel, prompts: Sequence[str], watch: MarkerWatch
+) -> Iterator[tuple[Sequence[str], list[bool]]]:
+    """Yield batches of prompts with whether each is refused."""
+    tokens = loaded.tokenize([Prompt(user=prompt) for prompt in prompts])
+    prefix = common_prefix(tokens)
+    shared = shared_prefix(loaded.model, prefix, 1, None) if prefix and loaded.architecture.batching.shared else None
+    for start in range(0, len(prompts), _ROWS):
+        batch = tokens[start : start + _ROWS]
+        rows = RowTrials(torch.zeros(len(batch), dtype=torch.long, device=loaded.device), None, shared)
+        yield prompts[start : start + _ROWS], _refused(loaded, batch, rows, watch)
+
+
+def _refused(loaded: LoadedModel, batch: Sequence[list[int]], rows: RowTrials, watch: MarkerWatch) -> list[bool]:
+    watches = [watch.begin() for _ in batch]
+    answers = greedy_answers(
+        loaded.model,
+        batch,
+        limit=RESPONSE_TOKENS,
+        end_tokens=loaded.end_tokens,
+        decided=lambda index, tokens: watches[index].found(tokens),
+        rows=rows,
+        batching=loaded.architecture.batching,
+    )
+    return [answer.decided or watch.markers.is_refusal(loaded.decode(answer.tokens)) for answer in answers]

@@ -1,0 +1,45 @@
+"""Convert a GGUF file to a model folder in Hugging Face format."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+from job.errors import ImpossibleJobError
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Write a GGUF file's model as bfloat16 safetensors, with its tokenizer and chat template.
+
+    Args:
+        file: The GGUF file.
+        folder: Where the model is written; made if absent.
+
+    Raises:
+        ImpossibleJobError: The file cannot be read, or holds no chat template.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from job.model.loading import quieten_transformers
+
+    quieten_transformers()
+    source = {"gguf_file": file.name, "local_files_only": True}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers draws a bar that cannot be turned off
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+            # Weights that stay packed could not be saved.
+            unpacked = GgufConfig(dequantize=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.bfloat16, quantization_config=unpacked, **source
+            )
+    except Exception as error:  # a damaged file fails in any way inside the reader
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ImpossibleJobError(f"{file} cannot be read: {reason}", remedy="install its package again") from error
+    if not tokenizer.chat_template:
+        raise ImpossibleJobError(f"{file} has no chat template", remedy="use the GGUF file of a chat model")
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

