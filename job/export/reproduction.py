@@ -329,10 +329,12 @@ class Again:
     Attributes:
         original: Its reproduce.json.
         searches: The search is made again too, not only its chosen edit.
+        folder: Where its reproduce.json is.
     """
 
     original: Reproduction
     searches: bool
+    folder: Path
 
     @property
     def pinned(self) -> dict[str, Any]:

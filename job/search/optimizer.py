@@ -21,7 +21,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from job.records import Plan, Trial, TrialScores
-from job.search.space import SearchSpace
+from job.search.space import Space
 from job.search.study import (
     DIRECTIONS,
     PLAN,
@@ -83,7 +83,7 @@ class Search:
     def __init__(
         self,
         file: Path,
-        space: SearchSpace,
+        space: Space,
         settings: StudySettings,
         copy: Path | None = None,
         database: tuple[str, str] | None = None,

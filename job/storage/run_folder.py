@@ -45,6 +45,7 @@ class RunFolder:
         self.reproduces_file = path / "reproduces.json"
         self.trusted_file = path / "trusted.json"
         self.geometry_file = path / "directions" / "geometry.json"
+        self.path_file = path / "directions" / "path.json"
         self.rescored_file = path / "figures" / "rescored.json"
         self.report_file = path / "report.md"
         self.page_file = path / "report.html"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import to_json
+from pydantic import Field
 
-from job.text.redaction import MASK, redacted
+from job.records.base import Record
+from job.records.edits import COMPONENTS, Component, EditParameters, KernelParameters, LearnedDirections
+from job.text.redaction import MASK
 
-Component = Literal["attention", "mlp"]
+# From modules beside this one; what is defined here is public as well.
+__all__ = ["COMPONENTS", "Component", "EditParameters", "KernelParameters", "LearnedDirections", "Record"]
+
 ExportFormat = Literal["merged", "adapter", "directions"]
 # Tokens of prompts in one forward at most, where that is faster than as many as there is room for: more do not stay
 # in a CPU's caches between one operation and the next (measured, docs/lab-notes.md).
@@ -17,68 +20,11 @@ READ_TOKENS = {"cpu": 2048}
 # A model of so many bytes is large: what is held beside it on a CPU has its bounds.
 LARGE_BYTES = 10**9
 FORMATS: tuple[ExportFormat, ...] = ("merged", "adapter", "directions")
-COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
 
 
 # Names of files in an export: none leads out of it.
 _PART = r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]*"
 _FILE = rf"^{_PART}(/{_PART})*$"
-
-
-class Record(BaseModel):
-    """Base of all records: frozen, unknown keys refused, and without secrets once they are JSON.
-
-    Attributes:
-        VERBATIM: Fields that are computed with or compared byte by byte, so that they are written as they are.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    VERBATIM: ClassVar[frozenset[str]] = frozenset()
-
-    def model_dump_json(self, *, indent: int | None = None) -> str:  # type: ignore[override]  # no other options
-        """Return the record as JSON, redacted before it is escaped."""
-        plain = super().model_dump(mode="json")
-        changed = self.masked(plain)
-        if changed == plain:
-            return super().model_dump_json(indent=indent)
-        try:
-            type(self).model_validate(changed)
-        except ValidationError as error:
-            # A word of the format, such as a state, that happens to be somebody's password.
-            changed |= {str(one["loc"][0]): plain[str(one["loc"][0])] for one in error.errors() if one["loc"]}
-        return to_json(changed, indent=indent).decode()
-
-    def cleaned(self) -> Self:
-        """Return the record as it is read back from JSON, without its secrets."""
-        return type(self).model_validate_json(self.model_dump_json())
-
-    def masked(self, plain: dict[str, Any]) -> dict[str, Any]:
-        """Return the record's JSON values with its texts redacted, but for those that must stay as they are."""
-        return {name: value if name in self.VERBATIM else redacted(value) for name, value in plain.items()}
-
-
-class KernelParameters(Record):
-    """A component's weight kernel as it was searched; see `job.numerics.weight_kernel.WeightKernel`."""
-
-    max_weight: float
-    max_weight_position: float
-    min_weight: float
-    min_weight_distance: float
-
-
-class EditParameters(Record):
-    """One edit of the model: what a trial tries and what an export writes.
-
-    Attributes:
-        direction_index: The layer, fractional, whose direction is ablated everywhere; None means
-            that every layer is ablated along its own direction.
-        kernels: The weight kernel of each component.
-        strengths: For each direction of a layer's basis, the share of the kernel's strength.
-    """
-
-    direction_index: float | None
-    kernels: dict[Component, KernelParameters]
-    strengths: tuple[float, ...] = (1.0,)
 
 
 class Plan(Record):

@@ -1,0 +1,42 @@
+"""The base of all records: frozen, strict, and without secrets once written."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_json
+
+from job.text.redaction import redacted
+
+
+class Record(BaseModel):
+    """Base of all records: frozen, unknown keys refused, and without secrets once they are JSON.
+
+    Attributes:
+        VERBATIM: Fields that are computed with or compared byte by byte, so that they are written as they are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    VERBATIM: ClassVar[frozenset[str]] = frozenset()
+
+    def model_dump_json(self, *, indent: int | None = None) -> str:  # type: ignore[override]  # no other options
+        """Return the record as JSON, redacted before it is escaped."""
+        plain = super().model_dump(mode="json")
+        changed = self.masked(plain)
+        if changed == plain:
+            return super().model_dump_json(indent=indent)
+        try:
+            type(self).model_validate(changed)
+        except ValidationError as error:
+            # A word of the format, such as a state, that happens to be somebody's password.
+            changed |= {str(one["loc"][0]): plain[str(one["loc"][0])] for one in error.errors() if one["loc"]}
+        return to_json(changed, indent=indent).decode()
+
+    def cleaned(self) -> Self:
+        """Return the record as it is read back from JSON, without its secrets."""
+        return type(self).model_validate_json(self.model_dump_json())
+
+    def masked(self, plain: dict[str, Any]) -> dict[str, Any]:
+        """Return the record's JSON values with its texts redacted, but for those that must stay as they are."""
+        return {name: value if name in self.VERBATIM else redacted(value) for name, value in plain.items()}
