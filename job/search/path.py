@@ -15,7 +15,7 @@ from job.records.edits import LayerStrengths
 
 POSITION = "path.position"
 # Scales of a component's strengths: gentler than the path's is what is looked for, and sometimes a little more.
-_SCALES = (0.7, 1.2)
+_SCALES = (0.4, 1.2)
 
 
 class PathStage(Record):
