@@ -19,7 +19,9 @@ from job.records import Plan, Trial, TrialScores
 from job.report.results import trials_so_far
 from job.search.finalists import in_words, keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
 from job.search.optimizer import FewerRows, Search, StudySettings
+from job.search.path import PathSpace
 from job.stages.choice import finalists_left
+from job.stages.gradient import find_path
 from job.stages.model import cuda_devices, share_of_cores, worker_count
 from job.stages.session import ModelSession
 from job.storage.study_file import back_up
@@ -42,6 +44,7 @@ def search(job: RunningJob, session: ModelSession, pool: WarmWorkerPool) -> list
     if not job.record.searches:
         return trials_so_far(job.folder)
     job.begin("search")
+    find_path(job, session)
     target, asked = job.settings.trials, len(session.prompts.bad_search)
     with _workers(job, session, pool) as shared:
         _measure_baseline(job, session)  # workers start up meanwhile
@@ -113,7 +116,7 @@ def _study(job: OpenJob, session: ModelSession) -> Search:
             batch=settings.trials_per_batch,
             rows=resolution.search_rows or resolution.rows,
             ei_candidates=settings.search.ei_candidates,
-            known_points=settings.search.known_points,
+            known_points=settings.search.known_points or isinstance(session.space, PathSpace),
             together=resolution.together,
             ahead=settings.search.ahead,
         ),
