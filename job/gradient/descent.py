@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from job.directions.residuals import read_tensors, write_tensors
-from job.gradient.problem import Losses, Problem, Recipe, Weights
+from job.gradient.problem import Losses, LossWeights, Problem, Recipe
 from job.model.device_faults import is_out_of_memory, out_of_memory
 from job.model.memory import release_memory
 from job.numerics.basis import Basis, DirectionPath
@@ -152,7 +152,7 @@ class Descent:
             self._tell(end, losses)
         return worth_keeping(state.ends, self._held_out)
 
-    def _step(self, state: DescentState, weights: Weights, pace: float) -> tuple[DescentState, Losses]:
+    def _step(self, state: DescentState, weights: LossWeights, pace: float) -> tuple[DescentState, Losses]:
         while True:
             try:
                 gradients, losses = self._problem.gradients(state.variables, state.adam.steps, weights, state.rows)
@@ -173,10 +173,10 @@ class Descent:
         """Return how often β has grown."""
         return sum(_is_complete(end, self._held_out) for end in ends)
 
-    def _weights(self, ends: Sequence[StageEnd]) -> Weights:
+    def _weights(self, ends: Sequence[StageEnd]) -> LossWeights:
         grown, recipe = self._grown(ends), self._recipe
         beta = recipe.first_beta * recipe.factor**grown
-        return Weights(beta, recipe.sparsity_after if grown else recipe.sparsity)
+        return LossWeights(beta, recipe.sparsity_after if grown else recipe.sparsity)
 
     def _pace(self, ends: Sequence[StageEnd]) -> float:
         return self._recipe.decay ** self._grown(ends)
@@ -223,13 +223,13 @@ _PROBES = (0.02, 0.1, 0.5)
 _PROBE_SHARE = 0.25
 
 
-def gradient_fault(problem: Problem, start: DescentState, weights: Weights) -> str | None:
+def gradient_fault(problem: Problem, start: DescentState, weights: LossWeights) -> str | None:
     """Return why gradients of this model cannot be trusted, None if they can: they are compared with differences.
 
     Args:
         problem: Prompts and losses.
         start: The state before the first step.
-        weights: Weights of the loss.
+        weights: LossWeights of the loss.
     """
     # From a start without any edit to speak of, a difference would be too small to be told.
     variables = EditVariables(torch.full_like(start.variables.logits, -1.0), start.variables.directions)

@@ -65,8 +65,8 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Weights of a stage's loss.
+class LossWeights:
+    """LossWeights of a stage's loss.
 
     Attributes:
         beta: Of the KL divergence.
@@ -155,14 +155,14 @@ class Problem:
         )
 
     def gradients(
-        self, variables: EditVariables, step: int, weights: Weights, rows: int
+        self, variables: EditVariables, step: int, weights: LossWeights, rows: int
     ) -> tuple[EditVariables, Losses]:
         """Return the gradients of a step's loss, and its terms.
 
         Args:
             variables: Where they are taken.
             step: Number of the step, from which its prompts follow.
-            weights: Weights of the terms.
+            weights: LossWeights of the terms.
             rows: Rows of a forward.
         """
         watched = variables.with_gradients()
@@ -183,7 +183,7 @@ class Problem:
         return watched.gradients(), Losses(refusal, divergence)
 
     @torch.no_grad()
-    def loss(self, variables: EditVariables, step: int, weights: Weights, rows: int) -> float:
+    def loss(self, variables: EditVariables, step: int, weights: LossWeights, rows: int) -> float:
         """Return a step's loss."""
         total = weights.sparsity * float(variables.strengths(self.recipe.largest).mean())
         bad, good = (

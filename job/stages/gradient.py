@@ -11,7 +11,7 @@ from job.directions.learned import keep_learned, learned_file
 from job.directions.residuals import digest
 from job.gradient.descent import Descent, DescentState, StageEnd, gradient_fault, path_of
 from job.gradient.hooks import DifferentiableEdits
-from job.gradient.problem import Problem, Recipe, Weights
+from job.gradient.problem import LossWeights, Problem, Recipe
 from job.lifecycle.running import RunningJob
 from job.numerics.gradient import EditVariables, minibatch
 from job.records import COMPONENTS, EditParameters, LearnedDirections, TrialScores
@@ -97,7 +97,7 @@ class _Finder:
         if len(problem.bad) < _LEAST_REFUSALS:
             return self._path((), f"the base model refuses {len(problem.bad)} of {len(self._bad[0])} prompts")
         start = DescentState.start(session.basis, recipe)
-        fault = gradient_fault(problem, start, Weights(recipe.first_beta, recipe.sparsity))
+        fault = gradient_fault(problem, start, LossWeights(recipe.first_beta, recipe.sparsity))
         if fault is not None:
             return self._path((), f"gradients of this model cannot be used: {fault}")
         held_out, file = len(self._bad[1]), job.folder.gradient_folder / "state.safetensors"

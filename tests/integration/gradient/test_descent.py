@@ -14,7 +14,7 @@ from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals, read_tensors
 from job.gradient.descent import Descent, DescentState, StageEnd, gradient_fault, worth_keeping
 from job.gradient.hooks import DifferentiableEdits
-from job.gradient.problem import Problem, Recipe, Weights
+from job.gradient.problem import LossWeights, Problem, Recipe
 from job.model.loading import LoadedModel, load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
@@ -70,7 +70,7 @@ def test_prompts_that_are_refused_are_fitted_with_the_beginnings_of_answers(case
 
 
 def test_a_step_lowers_the_loss_and_memory_does_not_change_its_gradients(case: Case) -> None:
-    weights = Weights(10.0, 0.02)
+    weights = LossWeights(10.0, 0.02)
     variables = EditVariables(torch.full_like(case.start.variables.logits, -1.0), case.start.variables.directions)
     gradients, losses = case.problem.gradients(variables, 0, weights, 8)
     parts, _ = case.problem.gradients(variables, 0, weights, 3)
@@ -142,4 +142,4 @@ def test_a_model_without_gradients_is_told(case: Case) -> None:
             return dataclasses.replace(edit, write=edit.write.detach(), read=edit.read.detach())
 
     broken = dataclasses.replace(case.problem, edits=Detached(case.loaded, "none", SHORT.largest))
-    assert gradient_fault(broken, case.start, Weights(10.0, 0.02)) is not None
+    assert gradient_fault(broken, case.start, LossWeights(10.0, 0.02)) is not None
