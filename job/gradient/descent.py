@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from job.directions.residuals import read_tensors, write_tensors
-from job.gradient.problem import Losses, LossWeights, Problem, Recipe
+from job.edits.hooks import ActiveEdits
+from job.gradient.problem import Losses, LossWeights, Problem, Recipe, Targets
 from job.model.device_faults import is_out_of_memory, out_of_memory
 from job.model.memory import release_memory
 from job.numerics.basis import Basis, DirectionPath
@@ -104,6 +105,7 @@ class Descent:
         self,
         problem: Problem,
         measure: Callable[[EditVariables], TrialScores],
+        activate: Callable[[EditVariables], ActiveEdits],
         held_out: int,
         file: Path,
         key: str,
@@ -114,13 +116,14 @@ class Descent:
         Args:
             problem: Prompts and losses.
             measure: Scores an edit on held-out prompts.
+            activate: Puts an edit into the hooks that the search measures with.
             held_out: Number of held-out bad prompts.
             file: Where the state is kept.
             key: Of all that the descent follows from.
             report: Receives a line for every stage.
         """
         self._problem, self._recipe = problem, problem.recipe
-        self._measure, self._held_out = measure, held_out
+        self._measure, self._activate, self._held_out = measure, activate, held_out
         self._file, self._key, self._report = file, key, report
 
     def run(self, start: DescentState, advance: Callable[[int], None]) -> tuple[StageEnd, ...]:
@@ -139,9 +142,10 @@ class Descent:
         while not self._is_over(state.ends):
             weights, pace = self._weights(state.ends), self._pace(state.ends)
             last = (len(state.ends) + 1) * self._recipe.steps
+            targets = self._targets(state.ends)
             losses = Losses(0.0, 0.0)
             while state.adam.steps < last:
-                state, losses = self._step(state, weights, pace)
+                state, losses = self._step(state, weights, pace, targets)
                 advance(1)
                 if state.adam.steps % _KEPT_EVERY == 0:
                     self._keep(state)
@@ -152,10 +156,23 @@ class Descent:
             self._tell(end, losses)
         return worth_keeping(state.ends, self._held_out)
 
-    def _step(self, state: DescentState, weights: LossWeights, pace: float) -> tuple[DescentState, Losses]:
+    def _targets(self, ends: Sequence[StageEnd]) -> Targets:
+        """Return the next stage's targets, made where the last one ended: a restart makes the same ones."""
+        if not self._recipe.target_weight or not ends or not _is_complete(ends[-1], self._held_out):
+            return ()
+        targets = self._problem.maker.targets(self._activate(ends[-1].variables))
+        usable = sum(target is not None for target in targets)
+        self._report(f"targets: {usable} of {len(targets)} refused prompts have one")
+        return targets
+
+    def _step(
+        self, state: DescentState, weights: LossWeights, pace: float, targets: Targets
+    ) -> tuple[DescentState, Losses]:
         while True:
             try:
-                gradients, losses = self._problem.gradients(state.variables, state.adam.steps, weights, state.rows)
+                gradients, losses = self._problem.gradients(
+                    state.variables, state.adam.steps, weights, state.rows, targets
+                )
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

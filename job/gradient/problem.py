@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.autograd import backward
 
 from job.data.prompts import Prompt
+from job.generation.answer import Answer
 from job.gradient.hooks import DifferentiableEdits
 from job.gradient.reading import ForcedAnswers, answer_logits
+from job.gradient.targets import TargetMaker, refusal_only
 from job.model.loading import LoadedModel
 from job.numerics.gradient import (
     EditVariables,
@@ -21,8 +23,12 @@ from job.numerics.gradient import (
     refusal_term,
     sequence_log_probabilities,
 )
+from job.scoring.likelihood import IncoherenceTest
 from job.scoring.prompt_batches import PromptBatches
 from job.text.refusal_markers import RefusalMarkers
+
+# A target or None for every bad prompt of a problem.
+Targets = Sequence[list[int] | None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Recipe:
         factor: From one β to the next.
         steps: Steps of a stage.
         stages: Stages at most.
+        target_weight: Weight of the targets' term once there are targets; 0: none are made.
+        refusal_weight: Weight of the refusal term beside it.
     """
 
     batch: int = 24
@@ -62,6 +70,8 @@ class Recipe:
     factor: float = 3.0
     steps: int = 12
     stages: int = 6
+    target_weight: float = 0.5
+    refusal_weight: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class Problem:
         refusals: First tokens of these refusals.
         good: Good prompts.
         answers: First tokens of the base model's answers to them, their end included.
+        maker: Makes targets for the bad prompts.
     """
 
     loaded: LoadedModel
@@ -108,6 +119,7 @@ class Problem:
     refusals: Sequence[list[int]]
     good: Sequence[list[int]]
     answers: Sequence[list[int]]
+    maker: TargetMaker
 
     @classmethod
     def measured(
@@ -120,6 +132,7 @@ class Problem:
         markers: RefusalMarkers,
         response_tokens: int,
         rows: int,
+        incoherence_margin: float | None,
     ) -> Self:
         """Have the base model answer the prompts; hooks must be inactive.
 
@@ -132,17 +145,20 @@ class Problem:
             markers: What tells refusals.
             response_tokens: Tokens up to which they are looked for.
             rows: Rows of a forward.
+            incoherence_margin: Margin of `IncoherenceTest.calibrated` for targets.
         """
         batches = PromptBatches.of(loaded, *prompts, rows)
 
-        def answered(tokens: Sequence[list[int]], limit: int) -> list[list[int]]:
-            found = batches.row_limit.fit(lambda most: batches.responses(tokens, limit, most))
-            return [answer.tokens for answer in found]
+        def answered(tokens: Sequence[list[int]]) -> list[Answer]:
+            return batches.row_limit.fit(lambda most: batches.responses(tokens, response_tokens, most))
 
-        said = answered(batches.bad.tokens, response_tokens)
+        said = [answer.tokens for answer in answered(batches.bad.tokens)]
+        good = answered(batches.good.tokens)
         refused = [index for index, answer in enumerate(said) if answer and markers.is_refusal(loaded.decode(answer))]
         end = sorted(loaded.end_tokens)[:1] or [0]  # only the position that leads to it counts, not which one it is
-        own = [(answer + end)[: recipe.kl_tokens] for answer in answered(batches.good.tokens, recipe.kl_tokens)]
+        own = [(answer.tokens + end)[: recipe.kl_tokens] for answer in good]
+        coherence = IncoherenceTest.calibrated(batches, incoherence_margin, good)
+        only = refusal_only([said[index] for index in refused], [answer.tokens for answer in good])
         return cls(
             loaded,
             edits,
@@ -152,10 +168,11 @@ class Problem:
             refusals=[said[index][: recipe.refusal_tokens] for index in refused],
             good=batches.good.tokens,
             answers=own,
+            maker=TargetMaker(batches, refused, only, markers, coherence),
         )
 
     def gradients(
-        self, variables: EditVariables, step: int, weights: LossWeights, rows: int
+        self, variables: EditVariables, step: int, weights: LossWeights, rows: int, targets: Targets = ()
     ) -> tuple[EditVariables, Losses]:
         """Return the gradients of a step's loss, and its terms.
 
@@ -164,6 +181,7 @@ class Problem:
             step: Number of the step, from which its prompts follow.
             weights: LossWeights of the terms.
             rows: Rows of a forward.
+            targets: A target or None for every bad prompt; none at all while there are none.
         """
         watched = variables.with_gradients()
         bad, good = (
@@ -171,10 +189,15 @@ class Problem:
             for name, prompts in (("bad", self.bad), ("good", self.good))
         )
         refusal = divergence = 0.0
+        with_target = [index for index in bad if targets and targets[index]]
+        share = self.recipe.refusal_weight if with_target else 1.0
         for part in _parts(bad, rows):
             terms = self._refusal_terms(watched, part)
-            backward(terms.sum() / len(bad))
+            backward(share * terms.sum() / len(bad))
             refusal += float(terms.detach().sum()) / len(bad)
+        for part in _parts(with_target, rows):
+            terms = self._target_terms(watched, part, targets)
+            backward(self.recipe.target_weight * terms.sum() / len(bad))
         for part in _parts(good, rows):
             terms = self._divergences(watched, part)
             backward(weights.beta * terms.sum() / len(good))
@@ -201,6 +224,16 @@ class Problem:
         with self.edits.applied(variables, [0] * len(chosen)):
             logits = answer_logits(self.loaded.model, forced)
         return refusal_term(sequence_log_probabilities(logits, forced.answers, forced.real), self.recipe.margin)
+
+    def _target_terms(self, variables: EditVariables, chosen: Sequence[int], targets: Targets) -> Tensor:
+        """Return how unlikely a target's tokens are, mean over them, nats, [n]."""
+        forced = ForcedAnswers.of(
+            [self.bad[index] for index in chosen], [targets[index] or [] for index in chosen], self.loaded.device
+        )
+        with self.edits.applied(variables, [0] * len(chosen)):
+            logits = answer_logits(self.loaded.model, forced)
+        together = sequence_log_probabilities(logits, forced.answers, forced.real)
+        return -together / forced.real.sum(-1)
 
     def _divergences(self, variables: EditVariables, chosen: Sequence[int]) -> Tensor:
         forced = self._forced(self.good, self.answers, chosen)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from job.data.prompts import Prompt
 from job.directions.learned import keep_learned, learned_file
 from job.directions.residuals import digest
+from job.edits.hooks import ActiveEdits
 from job.gradient.descent import Descent, DescentState, StageEnd, gradient_fault, path_of
 from job.gradient.hooks import DifferentiableEdits
 from job.gradient.problem import LossWeights, Problem, Recipe
@@ -93,6 +94,7 @@ class _Finder:
             RefusalMarkers(settings.scoring.refusal_markers),
             settings.scoring.effective_search_tokens,
             job.resolution.rows,
+            settings.scoring.gibberish,
         )
         if len(problem.bad) < _LEAST_REFUSALS:
             return self._path((), f"the base model refuses {len(problem.bad)} of {len(self._bad[0])} prompts")
@@ -101,7 +103,7 @@ class _Finder:
         if fault is not None:
             return self._path((), f"gradients of this model cannot be used: {fault}")
         held_out, file = len(self._bad[1]), job.folder.gradient_folder / "state.safetensors"
-        descent = Descent(problem, self._measured, held_out, file, self._key, job.events.say)
+        descent = Descent(problem, self._measured, self._activated, held_out, file, self._key, job.events.say)
         with job.events.progress("gradient steps", recipe.steps * recipe.stages) as advance:
             ends = descent.run(start, advance)
         return self._path(ends, None)
@@ -141,19 +143,24 @@ class _Finder:
             batches = PromptBatches.of(session.model, self._good[1], self._bad[1], rows, report=job.events.say)
             markers = RefusalMarkers(settings.scoring.refusal_markers)
             self._scorer = TrialScorer.measured(batches, markers, settings.scoring.answer_tokens, settings.kl_tokens)
+        limit = settings.scoring.effective_search_tokens
+        return self._scorer.scores(session.hooks, [self._edit(variables)], rows, response_tokens=limit)[0]
+
+    def _activated(self, variables: EditVariables) -> ActiveEdits:
+        return self._session.hooks.activate([self._edit(variables)])
+
+    def _edit(self, variables: EditVariables) -> EditParameters:
+        """Return an edit as trials are given it; its directions are in the run folder until the next one."""
         end = StageEnd(variables, 0.0, 0, TrialScores(refusals=0, kl=0.0))
         self._forget(None)
-        self._written = keep_learned(job.folder, path_of([end]))
+        self._written = keep_learned(self._job.folder, path_of([end]))
         strengths = variables.strengths(self._recipe.largest)[0].tolist()
-        edit = EditParameters(
+        return EditParameters(
             direction_index=None,
             kernels={},
             layer_strengths=dict(zip(COMPONENTS, strengths, strict=True)),
             directions=LearnedDirections(sha256=self._written, position=0.0),
         )
-        return self._scorer.scores(
-            session.hooks, [edit], rows, response_tokens=settings.scoring.effective_search_tokens
-        )[0]
 
     def _forget(self, kept: str | None) -> None:
         """Remove the directions of a stage that was only measured."""

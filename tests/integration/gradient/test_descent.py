@@ -12,14 +12,15 @@ import torch
 from job.config.load import default_values
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals, read_tensors
+from job.edits.hooks import ActiveEdits, Intervention
 from job.gradient.descent import Descent, DescentState, StageEnd, gradient_fault, worth_keeping
 from job.gradient.hooks import DifferentiableEdits
 from job.gradient.problem import LossWeights, Problem, Recipe
 from job.model.loading import LoadedModel, load_model
-from job.numerics.basis import Basis
+from job.numerics.basis import Basis, DirectionPath
 from job.numerics.directions import mean_difference
 from job.numerics.gradient import EditVariables
-from job.records import TrialScores
+from job.records import COMPONENTS, EditParameters, LearnedDirections, TrialScores
 from job.text.refusal_markers import RefusalMarkers
 from tests.helpers import loading
 
@@ -45,15 +46,35 @@ def case(organism: Path) -> Case:
     basis = Basis.single(mean_difference(*residuals))
     edits = DifferentiableEdits(loaded, "none", SHORT.largest)
     markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
-    problem = Problem.measured(loaded, edits, SHORT, 0, (good, bad), markers, 30, 32)
+    problem = Problem.measured(loaded, edits, SHORT, 0, (good, bad), markers, 30, 32, 2.0)
     return Case(loaded, problem, DescentState.start(basis, SHORT))
 
 
 def descended(
     case: Case, file: Path, advance: Callable[[int], None] = lambda _: None, scores: TrialScores = GONE
 ) -> tuple[StageEnd, ...]:
-    descent = Descent(case.problem, lambda _: scores, 10, file, "k", lambda _: None)
-    return descent.run(case.start, advance)
+    directions = case.start.variables.directions[0].float()
+    basis, paths = Basis(directions, torch.ones(directions.shape[:2])), dict[str, DirectionPath]()
+    hooks = Intervention(case.loaded.model, case.loaded.architecture, basis, "none", paths.__getitem__)
+
+    def activate(variables: EditVariables) -> ActiveEdits:
+        name = f"{len(paths):064x}"
+        paths[name] = DirectionPath(variables.orthonormal().float())
+        strengths = variables.strengths(SHORT.largest)[0].tolist()
+        return hooks.activate(
+            [
+                EditParameters(
+                    direction_index=None,
+                    kernels={},
+                    layer_strengths=dict(zip(COMPONENTS, strengths, strict=True)),
+                    directions=LearnedDirections(sha256=name, position=0.0),
+                )
+            ]
+        )
+
+    with hooks:
+        descent = Descent(case.problem, lambda _: scores, activate, 10, file, "k", lambda _: None)
+        return descent.run(case.start, advance)
 
 
 def same(one: EditVariables, other: EditVariables) -> bool:
