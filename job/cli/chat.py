@@ -174,7 +174,7 @@ class Chat:
         begin = time.perf_counter()
         told, self._edits = "", None
         if trial is not None:
-            self._edits = self.session.hooks.activate([self.session.space.edit(trial.params)])
+            self._edits = self.session.hooks.activate([self.session.edit(trial)])
             (reason,) = self._edits.reasons
             told = f": {trial.values.refusals} of {len(self.session.prompts.bad_search)} refused, "
             told += f"KL {trial.values.kl:.4g}" + (f"; {reason}" if reason else "")

@@ -64,7 +64,7 @@ def run(
         typer.echo(f"note: {line}", err=True)
     named = loaded.settings.model if loaded.sources.get("model") == "command line" else None
     require_same_repository(original, loaded.settings, named)
-    run_settings(loaded.settings, new=new, notes=loaded.notes, again=Again(original, with_search))
+    run_settings(loaded.settings, new=new, notes=loaded.notes, again=Again(original, with_search, reproduce.parent))
 
 
 def _stages(running: RunningJob, inputs: PreflightInputs) -> Outcome:

@@ -71,6 +71,7 @@ EDIT = NAMED | {
     "directions.iterative_rounds",
     "ablation.row_normalization",
     "ablation.through_norms",
+    "search.method",
     "search.space",
     "search.ei_candidates",
     "search.known_points",

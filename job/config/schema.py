@@ -144,7 +144,11 @@ class AblationSettings(Section):
 class SearchSettings(Section):
     """How edits are searched for."""
 
-    space: Literal["wide", "field"] = Field(description="The space of parameters; field is other tools'.")
+    method: Literal["tpe", "gradient"] = Field(
+        description="tpe: trials from a space of weight kernels; gradient: edits are found by gradient, and trials "
+        "look around them."
+    )
+    space: Literal["wide", "field"] = Field(description="With tpe, the space of parameters; field is other tools'.")
     ei_candidates: int = Field(ge=1, description="Candidates the TPE sampler weighs for each trial.")
     known_points: bool = Field(description="Begin with eight edits that are known to do well.")
     ahead: int = Field(

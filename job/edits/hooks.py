@@ -8,7 +8,7 @@ for a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +21,18 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from job.architectures.spec import Architecture
-from job.edits.compile import EditBatch, PreparedWriter, WriterGroup, compile_edits, group_writers, split_batches
+from job.edits.compile import (
+    EditBatch,
+    PreparedWriter,
+    WriterGroup,
+    compile_edits,
+    group_writers,
+    no_directions,
+    split_batches,
+)
 from job.model.placement import module_device, read_parameter
 from job.numerics.ablation import DEGENERATE_SHARE, RowNormalization, WriterEdit
-from job.numerics.basis import Basis
+from job.numerics.basis import Basis, DirectionPath
 from job.records import EditParameters
 
 
@@ -188,6 +196,7 @@ class Intervention:
         architecture: Architecture,
         basis: Basis,
         mode: RowNormalization,
+        learned: Callable[[str], DirectionPath] = no_directions,
     ) -> None:
         """Read every writer's weight once.
 
@@ -196,31 +205,47 @@ class Intervention:
             architecture: Its structure.
             basis: The directions of all layers.
             mode: Which norms of the weights edits preserve; "none" if experts' weights are held together.
+            learned: Returns the directions that edits name, of as many directions a layer as the basis has. Every
+                weight is read once more when an edit is the first to name them.
         """
         self._mode, self._basis = mode, basis
+        self._model, self._architecture, self._learned = model, architecture, learned
         self._sites: dict[str, _Site] = {}
-        self._groups = list(group_writers(basis, self._prepared(model, architecture)))
+        self._groups = list(group_writers(basis, self._prepared(basis)))
+        # Groups are the same writers in the same order, whatever directions they are prepared with.
+        self._paths: dict[str, tuple[DirectionPath, list[WriterGroup]]] = {}
         self._handles: list[RemovableHandle] = []
         self._active: ActiveEdits | None = None
         self._bound: EditedRows | None = None
 
-    def _prepared(self, model: PreTrainedModel, architecture: Architecture) -> Iterator[PreparedWriter]:
+    def _prepared(self, basis: Basis | DirectionPath) -> Iterator[PreparedWriter]:
         """Yield the writers that hooks edit, with the products of their weights, and note their modules."""
-        on_device: dict[torch.device, Tensor] = {}
+        model = self._model
+        on_device: dict[tuple[torch.device, int], Tensor] = {}
         hooked: set[str] = set()
-        for writer in architecture.writers:
+        for writer in self._architecture.writers:
             if writer.hook and writer.hook in hooked:
                 continue
             hooked.add(writer.hook)
-            self._sites[writer.parameter] = _Site(model.get_submodule(writer.hooked))
+            self._sites.setdefault(writer.parameter, _Site(model.get_submodule(writer.hooked)))
             device = module_device(model.get_submodule(writer.module))
-            if device not in on_device:
-                on_device[device] = self._basis.candidates.to(device, torch.float64)
-            candidates = writer.pull_back(on_device[device], partial(read_parameter, model))
+            place = (device, writer.layer if isinstance(basis, DirectionPath) else 0)
+            if place not in on_device:
+                on_device[place] = basis.candidates_of(writer.layer).to(device, torch.float64)
+            candidates = writer.pull_back(on_device[place], partial(read_parameter, model))
             if self._mode != "none" and writer.summed:
                 raise ValueError(f"{self._mode} is not defined for {writer.parameter}")
             weight = None if self._mode == "none" else writer.matrix(read_parameter(model, writer.parameter))
             yield PreparedWriter.of(writer, candidates, weight, self._mode)
+
+    def _path(self, name: str) -> DirectionPath:
+        """Return learned directions, with their products at hand."""
+        if name not in self._paths:
+            path = self._learned(name)
+            if (path.layers, path.size) != (self._basis.layers, self._basis.size):
+                raise ValueError(f"{path.size} directions in {path.layers} layers are not those of this job")
+            self._paths[name] = path, list(group_writers(path, self._prepared(path)))
+        return self._paths[name][0]
 
     def __enter__(self) -> Self:
         for site in self._sites.values():
@@ -245,15 +270,19 @@ class Intervention:
         if self._bound is not None:
             raise RuntimeError("a forward is being edited")
         self._active = None
-        batches, slots = split_batches(self._basis, edits)
-        applied = [self._apply(group, batches) for group in self._groups]
+        batches, slots = split_batches(self._basis, edits, self._path)
+        applied = [self._apply(number, batches) for number in range(len(self._groups))]
         finite = torch.stack([known for known, _ in applied]).all(0)
         self._active = ActiveEdits(self, slots, finite, self._degenerate([share for _, share in applied], slots))
         return self._active
 
-    def _apply(self, group: WriterGroup, batches: Sequence[EditBatch]) -> tuple[Tensor, Tensor]:
+    def _apply(self, number: int, batches: Sequence[EditBatch]) -> tuple[Tensor, Tensor]:
         """Set the tables of a group's writers; return which edits are finite, [K], and the least shares, [S, K]."""
-        compiled = [compile_edits(group, batch) for batch in batches]
+        group = self._groups[number]
+        compiled = [
+            compile_edits(group if batch.learned is None else self._paths[batch.learned][1][number], batch)
+            for batch in batches
+        ]
         for writer, tables in zip(group.writers, HookTables.of(compiled, len(group.writers)), strict=True):
             self._sites[writer.parameter].tables = tables
         finite = torch.cat([edit.finite.all(0) for edit in compiled])

@@ -117,7 +117,7 @@ def evaluate_trial(
         before, incoherence = bench.measure_base(bench.passages(texts))
         reference = bench.metrics.reference()
         events.say(f"measuring trial {trial.number}")
-        edits = session.hooks.activate([session.space.edit(trial.params)])
+        edits = session.hooks.activate([session.edit(trial)])
         (reason,) = edits.reasons
         if reason is not None:
             raise UsageError(f"trial {trial.number} cannot be measured: {reason}", remedy="choose another")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -15,11 +14,12 @@ from torch import Tensor
 from job.architectures.spec import Architecture
 from job.config.load import default_values
 from job.config.schema import AblationSettings
+from job.directions.learned import checked_path, require_fit
 from job.errors import ExportMismatchError, UsageError
 from job.export.merged import Edit, seal_made, verify_written, write_weights
 from job.export.reproduction import Reproduction, check_reproduction
 from job.model.safetensors_files import Checkpoint
-from job.numerics.basis import Basis
+from job.numerics.basis import Basis, DirectionPath
 from job.proof.truth_test import inspect_model
 from job.records import Record
 from job.storage.atomic import cannot_write, make_folder, sync_folder, write_atomically
@@ -27,6 +27,8 @@ from job.system.failpoints import reached
 
 EDIT_FILE = "edit.safetensors"
 _ENTRY = "abliterate"
+# The tensor of learned directions.
+_PATH = "path"
 
 
 class _Header(Record):
@@ -70,20 +72,26 @@ def write_edit_file(folder: Path, source: Path, architecture: Architecture, edit
         raise ExportMismatchError(f"{folder / EDIT_FILE} is not what it should be", remedy="check the disk")
 
 
-def _tensors(basis: Basis) -> dict[str, Tensor]:
+def _tensors(basis: Basis | DirectionPath) -> dict[str, Tensor]:
+    if isinstance(basis, DirectionPath):
+        return {_PATH: basis.directions.contiguous().cpu()}
     return {"directions": basis.directions.contiguous().cpu(), "weights": basis.weights.contiguous().cpu()}
 
 
-def _read(file: Path) -> tuple[_Header, Basis]:
+def _read(file: Path) -> tuple[_Header, Basis | DirectionPath]:
     try:
         with safe_open(file, framework="pt") as stored:
             header = _Header.model_validate_json((stored.metadata() or {}).get(_ENTRY, ""))
             check_reproduction(header.made)
             AblationSettings.model_validate({**default_values()["ablation"], **header.made.settings["ablation"]})
+            if header.made.edit.directions is not None:
+                path = checked_path(stored.get_tensor(_PATH))
+                require_fit(header.made.edit, path)
+                return header, path
             return header, Basis(stored.get_tensor("directions"), stored.get_tensor("weights"))
     except FileNotFoundError:
         raise UsageError(f"there is no file {file}", remedy=f"give the {EDIT_FILE} of an export") from None
-    except (OSError, KeyError, SafetensorError, ValidationError) as error:
+    except (OSError, KeyError, SafetensorError, ValueError) as error:
         raise UsageError(f"{file} is no edit of this version", remedy=f"give the {EDIT_FILE} of an export") from error
 
 

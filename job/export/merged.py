@@ -30,7 +30,7 @@ from job.model.files import INDEX, WEIGHTS
 from job.model.quantization import plain_config
 from job.model.safetensors_files import Checkpoint, Places, digest_of
 from job.numerics.ablation import RowNormalization, WriterEdit, edit_bias, edit_weight
-from job.numerics.basis import Basis
+from job.numerics.basis import Basis, DirectionPath
 from job.records import EditParameters, Manifest, ManifestEntry
 from job.storage.atomic import cannot_write, make_folder, sha256_file, sync_folder, write_atomically, write_record
 from job.storage.exports import CARD, DONE, MANIFEST, REPRODUCE, SUMS
@@ -45,12 +45,12 @@ class Edit:
 
     Attributes:
         parameters: Which directions of the basis are ablated, and how strongly.
-        basis: The directions of all layers.
+        basis: The directions of all layers, or those that were learned for it.
         mode: Which norms of the weights it preserves.
     """
 
     parameters: EditParameters
-    basis: Basis
+    basis: Basis | DirectionPath
     mode: RowNormalization
 
 
@@ -92,7 +92,7 @@ class StoredWriter:
         Raises:
             ImpossibleJobError: Its strengths are beyond what weights can hold.
         """
-        candidates = self.writer.pull_back(edit.basis.candidates, self.read)
+        candidates = self.writer.pull_back(edit.basis.candidates_of(self.writer.layer), self.read)
         compiled = compile_edit(
             PreparedWriter.of(self.writer, candidates, weight, edit.mode), edit.basis, edit.parameters
         )

@@ -16,7 +16,8 @@ from job.export.reproduction import PromptsRecord, Reproduction
 from job.model.carried_files import is_licence
 from job.model.quantization import DTYPE, quantisation_in
 from job.numerics.statistics import difference_interval, wilson_interval
-from job.records import EditParameters, ExportFormat, Figures
+from job.records import Component, EditParameters, ExportFormat, Figures
+from job.records.edits import LayerStrengths
 from job.storage.exports import CARD
 from job.text.markup import markdown, one_line
 from job.text.redaction import redacted
@@ -96,7 +97,7 @@ searched for with {made.trials} trials, of which this is number {made.trial.numb
 - norms of the weights that are preserved: {markdown(made.settings["ablation"]["row_normalization"])}
 - computed in {markdown(made.resolution.dtype)}, seed {markdown(made.settings["seed"])}{_prefix(made)}
 
-{kernel_table(made.edit)}
+{strength_table(made.edit)}
 
 {_prompts_table(made.prompts)}"""
 
@@ -147,6 +148,10 @@ def _prefix(made: Reproduction) -> str:
 
 def direction_text(edit: EditParameters) -> str:
     """Return in words which directions an edit ablates, and how strongly relative to each other."""
+    if edit.layer_strengths is not None:
+        several = len(edit.layer_strengths["mlp"][0]) > 1
+        learned = ", learned by gradient" if edit.directions is not None else ""
+        return f"each layer's own direction{'s' if several else ''}{learned}"
     several = len(edit.strengths) > 1
     shares = f", by shares of {', '.join(f'{share:.3g}' for share in edit.strengths)}" if several else ""
     if edit.direction_index is None:
@@ -205,8 +210,10 @@ def _changes(made: Reproduction) -> str:
     )
 
 
-def kernel_table(edit: EditParameters) -> str:
-    """Return the weight kernels of an edit."""
+def strength_table(edit: EditParameters) -> str:
+    """Return the strengths of an edit: its weight kernels, or those by layer in short."""
+    if edit.layer_strengths is not None:
+        return _layer_strength_table(edit.layer_strengths)
     rows = "\n".join(
         f"| {component} | {kernel.max_weight:.4g} | {kernel.max_weight_position:.4g} "
         f"| {kernel.min_weight:.4g} | {kernel.min_weight_distance:.4g} |"
@@ -216,6 +223,15 @@ def kernel_table(edit: EditParameters) -> str:
 | component | max_weight | max_weight_position | min_weight | min_weight_distance |
 |---|---|---|---|---|
 {rows}"""
+
+
+def _layer_strength_table(given: Mapping[Component, LayerStrengths]) -> str:
+    rows = []
+    for component, layers in given.items():
+        values = [strength for layer in layers for strength in layer]
+        strongest = max(range(len(layers)), key=lambda layer: max(layers[layer]))
+        rows.append(f"| {component} | {sum(values) / len(values):.4g} | {max(values):.4g} | {strongest} |")
+    return "\n".join(["| component | mean strength | largest | in layer |", "|---|---|---|---|", *rows])
 
 
 def _prompts_table(prompts: Mapping[str, PromptsRecord]) -> str:

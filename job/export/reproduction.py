@@ -21,6 +21,7 @@ from job.data.prompts import Prompt, PromptSets
 from job.errors import UsageError
 from job.model.files import parse_model
 from job.records import DATE, EditParameters, ExportFormat, Figures, JobRecord, Record, Resolution, Trial
+from job.storage.identity import AS_BEFORE
 
 # What of a job's identity stands in fields of its own.
 _PROMPTS, _MODEL = "_prompts", "model"
@@ -274,7 +275,7 @@ def fixed_settings(original: Reproduction, source: str) -> FixedSettings:
     Raises:
         UsageError: It names prompts that no setting takes.
     """
-    said = leaves(original.settings)
+    said = {**leaves(AS_BEFORE), **leaves(original.settings)}
     values: dict[str, Any] = {
         **{name: value for name, value in said.items() if name in EDIT - NAMED},
         "trials": original.trials,
@@ -334,10 +335,12 @@ class Again:
     Attributes:
         original: Its reproduce.json.
         searches: The search is made again too, not only its chosen edit.
+        folder: Where its reproduce.json is.
     """
 
     original: Reproduction
     searches: bool
+    folder: Path
 
     @property
     def pinned(self) -> dict[str, Any]:

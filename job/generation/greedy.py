@@ -51,8 +51,10 @@ class _Ledger:
         end_tokens: Collection[int],
         openings: Sequence[int] | None,
         decided: Callable[[int, list[int]], bool] | None,
+        excluded: Collection[int] = (),
     ) -> None:
         self.answers = [Answer() for _ in range(rows)]
+        self._excluded = torch.tensor(sorted(excluded), dtype=torch.long)
         self.going = set(range(rows))
         self._end_tokens = end_tokens
         self._openings = openings
@@ -70,6 +72,8 @@ class _Ledger:
             asked = torch.tensor([self._openings[index] for index in present], device=logits.device)
             for index, odds in zip(present, log_odds(logits, asked).tolist(), strict=True):
                 self.answers[index].opening = odds
+        if len(self._excluded):
+            logits = logits.index_fill(-1, self._excluded.to(logits.device), -torch.inf)
         best = logits.topk(2)
         margins = (best.values[:, 0] - best.values[:, 1]).tolist()
         for index, token, margin in zip(present, best.indices[:, 0].tolist(), margins, strict=True):
@@ -213,6 +217,7 @@ def greedy_answers(
     decided: Callable[[int, list[int]], bool] | None = None,
     rows: RowTrials | None = None,
     batching: BatchingSupport = BatchingSupport(),
+    excluded: Collection[int] = (),
 ) -> list[Answer]:
     """Return the most likely continuation of every prompt, token by token.
 
@@ -230,12 +235,18 @@ def greedy_answers(
         decided: Given a prompt's index and its answer so far, whether that tells all that the caller wants to know.
         rows: The prompts' trials; None: the model as it is.
         batching: How the model can be read.
+        excluded: Tokens that no answer has; not for models that are decoded by their own `generate`.
+
+    Raises:
+        ValueError: Tokens are to be left out where that cannot be done.
     """
-    ledger = _Ledger(len(prompts), end_tokens, openings, decided)
+    ledger = _Ledger(len(prompts), end_tokens, openings, decided, excluded)
     rows = rows or RowTrials.plain(len(prompts), input_device(model))
     if not batching.cached:
         _read_again(model, prompts, limit, ledger, rows)
     elif not takes_cache(model):
+        if excluded:
+            raise ValueError("tokens cannot be left out of answers that a model decodes by itself")
         _generate(model, prompts, limit, end_tokens, ledger, rows)
     elif prompts:
         _Decoder(model, prompts, limit, ledger, rows).answer()

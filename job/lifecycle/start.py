@@ -88,6 +88,10 @@ def _begin(settings: Settings, *, new: bool, notes: Sequence[str], again: Again 
         if again is not None:
             require_same_model(again.original, record.identity)
             write_record(folder.reproduces_file, again.original)
+            if again.original.edit.directions is not None and not again.searches:
+                from job.directions.learned import import_learned  # loads torch, which takes seconds
+
+                import_learned(folder, again.original.edit, again.folder)
             record = record.model_copy(update=again.resolved)
         return record, settings
 

@@ -53,6 +53,10 @@ class Basis:
         """All directions as the rows that `select` combines, [layers · k, d]."""
         return self.directions.flatten(0, 1)
 
+    def candidates_of(self, _layer: int) -> Tensor:
+        """Return the rows that edits of a layer combine, [m, d]: those of all layers."""
+        return self.candidates
+
     def select(self, index: float | None, layer: int) -> tuple[Tensor, Tensor]:
         """Return the orthonormal directions to ablate in a layer, and their weights.
 
@@ -84,6 +88,51 @@ class Basis:
         coefficients[:, lower * self.size :][:, : len(involved)] = _orthonormal(part, involved)
         weights = self.weights[lower : upper + 1].to("cpu", torch.float64)
         return coefficients, (1 - share) * weights[0] + share * weights[-1]
+
+
+@dataclass(frozen=True)
+class DirectionPath:
+    """Directions of every layer at the stages of a path, between which they are interpolated.
+
+    Attributes:
+        directions: Unit directions, [stages, layers, k, d]; rows of zeros where a layer has fewer.
+    """
+
+    directions: Tensor
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return self.directions.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Directions a layer, k."""
+        return self.directions.shape[2]
+
+    def candidates_of(self, layer: int) -> Tensor:
+        """Return the rows that edits of a layer combine, [stages · k, d]: its directions at all stages."""
+        return self.directions[:, layer].flatten(0, 1)
+
+    def combine(self, position: float) -> Tensor:
+        """Return the combinations of a layer's candidates at a place of the path, [k, stages · k], float64.
+
+        Directions are interpolated linearly between the two stages beside the place. The combinations are the same
+        for all layers and not orthonormal yet: that is each layer's own matter (`orthonormal_in`).
+
+        Raises:
+            ValueError: The place lies outside 0 … stages - 1.
+        """
+        stages, size = len(self.directions), self.size
+        if not 0 <= position <= stages - 1:
+            raise ValueError(f"position {position} is outside 0 … {stages - 1}")
+        lower = min(int(position), stages - 1)
+        upper = min(lower + 1, stages - 1)
+        found = torch.zeros(size, stages, size, dtype=torch.float64)
+        every = torch.arange(size)
+        found[every, lower, every] += 1 - (position - lower)
+        found[every, upper, every] += position - lower
+        return found.flatten(1)
 
 
 def _orthonormal(coefficients: Tensor, vectors: Tensor) -> Tensor:

@@ -7,13 +7,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from job.records.base import Record
+from job.records.edits import COMPONENTS, Component, EditParameters, KernelParameters, LearnedDirections
 from job.records.resolution import DATE, Resolution
 from job.text.redaction import MASK
 
 # From modules beside this one; what is defined here is public as well.
-__all__ = ["DATE", "Record", "Resolution"]
+__all__ = [
+    "COMPONENTS",
+    "DATE",
+    "Component",
+    "EditParameters",
+    "KernelParameters",
+    "LearnedDirections",
+    "Record",
+    "Resolution",
+]
 
-Component = Literal["attention", "mlp"]
 ExportFormat = Literal["merged", "adapter", "directions"]
 # Tokens of prompts in one forward at most, where that is faster than as many as there is room for: more do not stay
 # in a CPU's caches between one operation and the next (measured, docs/lab-notes.md).
@@ -21,36 +30,11 @@ READ_TOKENS = {"cpu": 2048}
 # A model of so many bytes is large: what is held beside it on a CPU has its bounds.
 LARGE_BYTES = 10**9
 FORMATS: tuple[ExportFormat, ...] = ("merged", "adapter", "directions")
-COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
 
 
 # Names of files in an export: none leads out of it.
 _PART = r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]*"
 _FILE = rf"^{_PART}(/{_PART})*$"
-
-
-class KernelParameters(Record):
-    """A component's weight kernel as it was searched; see `job.numerics.weight_kernel.WeightKernel`."""
-
-    max_weight: float
-    max_weight_position: float
-    min_weight: float
-    min_weight_distance: float
-
-
-class EditParameters(Record):
-    """One edit of the model: what a trial tries and what an export writes.
-
-    Attributes:
-        direction_index: The layer, fractional, whose direction is ablated everywhere; None means
-            that every layer is ablated along its own direction.
-        kernels: The weight kernel of each component.
-        strengths: For each direction of a layer's basis, the share of the kernel's strength.
-    """
-
-    direction_index: float | None
-    kernels: dict[Component, KernelParameters]
-    strengths: tuple[float, ...] = (1.0,)
 
 
 class Plan(Record):

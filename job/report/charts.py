@@ -11,7 +11,6 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io
 
-from job.numerics.weight_kernel import WeightKernel
 from job.records import EditParameters, GeometryRecord, LayerGeometry, Trial
 from job.search.pareto import pareto_front
 
@@ -67,10 +66,12 @@ def front_chart(trials: Sequence[Trial], chosen: Trial | None, asked: int) -> st
 
 
 def strengths(edit: EditParameters, layers: int) -> dict[str, list[float]]:
-    """Return how strongly an edit ablates each component in each layer."""
+    """Return how strongly an edit ablates each component in each layer: of several directions, the strongest."""
+    if edit.layer_strengths is not None:
+        return {component: [max(layer) for layer in given] for component, given in edit.layer_strengths.items()}
+    peak = edit.model_copy(update={"strengths": (1.0,)})
     return {
-        component: [WeightKernel(**kernel.model_dump()).strength(layer) for layer in range(layers)]
-        for component, kernel in edit.kernels.items()
+        component: [strength for (strength,) in given] for component, given in peak.strengths_by_layer(layers).items()
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from job.errors import UsageError
-from job.export.model_card import direction_text, figures_table, kernel_table
+from job.export.model_card import direction_text, figures_table, strength_table
 from job.records import DetectorReport, GeometryRecord, State
 from job.report.results import RunResult
 from job.report.run_view import RunView
@@ -83,7 +83,7 @@ def _result(result: RunResult) -> str:
         figures_table(result.base, result.edited),
         "\n".join(f"- **Warning**: {markdown(warning)}." for warning in result.warnings),
         f"It ablates {direction_text(result.edit)} with these strengths:",
-        kernel_table(result.edit),
+        strength_table(result.edit),
         _norms(result),
     )
 

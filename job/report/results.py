@@ -18,7 +18,8 @@ from job.records import DetectorReport, EditParameters, Figures, GeometryRecord,
 from job.search.convergence import effect_warnings, search_warnings
 from job.search.finalists import read_full_counts, with_full_counts
 from job.search.pareto import choose
-from job.search.space import SearchSpace
+from job.search.path import EditPath, PathSpace
+from job.search.space import SearchSpace, Space
 from job.search.study import read_trials
 from job.storage.atomic import read_record
 from job.storage.events import read_events
@@ -36,6 +37,38 @@ def job_trials(folder: RunFolder) -> list[Trial]:
     if folder.reproduces_file.exists() and not folder.read_job().searches:
         return [read_record(folder.reproduces_file, Reproduction).trial]
     return with_full_counts(read_trials(folder.study_file), read_full_counts(folder))
+
+
+def search_space(folder: RunFolder, name: str, layers: int, directions: int = 1) -> Space:
+    """Return the space that a job's trials are from: that around its path, or where it has none that of kernels.
+
+    Args:
+        folder: The run folder.
+        name: Name of the space of kernels.
+        layers: Number of layers.
+        directions: Directions of each layer's basis; trials can be read without.
+
+    Raises:
+        JobError: The file of the path cannot be read.
+    """
+    if folder.path_file.exists():
+        path = read_record(folder.path_file, EditPath)
+        if path.failed is None:
+            return PathSpace(path)
+    return SearchSpace(name, layers, directions)
+
+
+def trial_edit(folder: RunFolder, name: str, layers: int, trial: Trial) -> EditParameters:
+    """Return the edit of a trial; the parameters are those of `search_space`.
+
+    Raises:
+        JobError: The run folder does not hold what it was made from.
+    """
+    if folder.reproduces_file.exists():
+        original = read_record(folder.reproduces_file, Reproduction)
+        if trial == original.trial:
+            return original.edit
+    return search_space(folder, name, layers).edit(trial.params)
 
 
 def machines(events: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
@@ -122,7 +155,7 @@ class RunResult:
             trials=trials,
             rescored=tuple(sorted(read_full_counts(folder).refusals)),
             chosen=chosen,
-            edit=SearchSpace(settings.search.space, record.resolution.layers).edit(chosen.params),
+            edit=trial_edit(folder, settings.search.space, record.resolution.layers, chosen),
             base=read_record(folder.figures_file("base"), Figures),
             edited=read_record(folder.figures_file(export.name), Figures),
             detectors=_detectors(folder, export.name),

@@ -23,12 +23,11 @@ from job.records import (
     Trial,
     Upload,
 )
-from job.report.results import job_trials, machines
+from job.report.results import job_trials, machines, trial_edit
 from job.report.timings import PhaseTime, phase_times
 from job.search.budget import Spent, read_spent
 from job.search.convergence import effect_warnings, search_warnings
 from job.search.pareto import choose
-from job.search.space import SearchSpace
 from job.storage.answers import read_answers
 from job.storage.atomic import read_record
 from job.storage.events import read_events
@@ -153,7 +152,7 @@ def _choice(
         # What a former version did not know is as it was before.
         settings = Settings(**merged(default_values(), record.settings))
         chosen = choose(trials, len(prompts.bad_search), settings.choice.refusal_tolerance)
-        edit = SearchSpace(settings.search.space, record.resolution.layers).edit(chosen.params)
-    except (JobError, ValueError):
+        edit = trial_edit(folder, settings.search.space, record.resolution.layers, chosen)
+    except (JobError, KeyError, ValueError):
         return None, None, None  # no trial could be scored, or the settings are another version's
     return chosen, edit, folder.export_folder(chosen.number, settings.export_format).name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from job.export.model_card import direction_text, figures_table, kernel_table, kl_positions
+from job.export.model_card import direction_text, figures_table, kl_positions, strength_table
 from job.numerics.statistics import wilson_interval
 from job.records import KeptAnswer, Trial
 from job.report.charts import (
@@ -172,7 +172,7 @@ def _edit(story: RunView) -> str:
             strength_chart(story.edit, layers),
             f"Strength of the ablation by layer: {peaks}",
         )
-        + table_of(kernel_table(story.edit), "Parameters of the edit")
+        + table_of(strength_table(story.edit), "Parameters of the edit")
         + details("Strengths by layer", table("Strength of the ablation", ("layer", *values), rows))
     )
 

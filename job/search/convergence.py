@@ -9,6 +9,8 @@ from job.records import Figures, Trial
 
 # A search has not converged if its last third has added more than this share of what its front dominates.
 MOST_GAIN = 0.02
+# Where every edit leaves no more than this share of prompts unanswered, all of them do what they are to do.
+_COMPLETE = 0.02
 # Of fewer trials nothing can be said.
 LEAST_TRIALS = 6
 
@@ -34,7 +36,7 @@ def search_warnings(trials: Sequence[Trial], prompts: int) -> list[str]:
     if len(trials) < LEAST_TRIALS or not usable:
         return []
     counts = {trial.values.unanswered for trial in usable}
-    if len(counts) == 1:
+    if len(counts) == 1 and max(counts) > _COMPLETE * prompts:
         return [
             f"the front is flat: every edit that was tried leaves {counts.pop()} of {prompts} prompts unanswered; "
             "the direction may not be what mediates the behaviour, or the markers not be how it shows"

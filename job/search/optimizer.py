@@ -21,7 +21,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from job.records import Plan, Trial, TrialScores
-from job.search.space import SearchSpace
+from job.search.space import Space
 from job.search.study import (
     DIRECTIONS,
     PLAN,
@@ -82,7 +82,7 @@ class Search:
     def __init__(
         self,
         file: Path,
-        space: SearchSpace,
+        space: Space,
         settings: StudySettings,
         copy: Path | None = None,
     ) -> None:

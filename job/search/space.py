@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
@@ -17,6 +17,19 @@ _KNOWN = (
     (GLOBAL, 0.4, 1.0), (GLOBAL, 0.6, 1.0), (PER_LAYER, 0.5, 1.0), (GLOBAL, 0.5, 1.0),
     (GLOBAL, 0.3, 1.0), (GLOBAL, 0.7, 1.0), (PER_LAYER, 0.5, 0.0), (GLOBAL, 0.8, 1.0),
 )  # fmt: skip
+
+
+class Space(Protocol):
+    """A space of edits."""
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Return the range of every parameter."""
+
+    def known_points(self) -> list[dict[str, Any]]:
+        """Return the parameters to try before any other."""
+
+    def edit(self, params: dict[str, Any]) -> EditParameters:
+        """Return the edit that a trial's parameters describe."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from job.system.tempdirs import scratch
 if TYPE_CHECKING:
     from job.lifecycle.running import OpenJob
     from job.model.loading import LoadedModel
-    from job.numerics.basis import Basis
-    from job.stages.session import ModelSession
+    from job.stages.session import ModelSession, SharedDirections
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,19 @@ class JobEvaluator:
 
         return device_kind(self._model.device)
 
-    def share(self, value: Basis) -> None:
-        """Take the basis that trials are edits with."""
+    def share(self, value: SharedDirections) -> None:
+        """Take the directions that trials are edits with.
+
+        Raises:
+            MachineError: Learned ones cannot be written here.
+        """
+        from job.directions.learned import keep_learned
         from job.stages.session import model_session
 
+        if value.learned is not None:
+            keep_learned(self._job.folder, value.learned)
         self._hooks.close()
-        self._session = self._hooks.enter_context(model_session(self._job, self._model, value, self._prompts))
+        self._session = self._hooks.enter_context(model_session(self._job, self._model, value.basis, self._prompts))
 
     def evaluate(self, task: Any) -> Any:
         """Return the scores of a TrialsTask, or the residuals of a ResidualsTask.

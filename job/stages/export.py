@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from job.data.prompts import Prompt
+from job.directions.learned import export_learned
 from job.export.directions_file import write_edit_file
 from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, copy_licences, seal_made, verify_written, write_weights
@@ -48,7 +49,8 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
     job, model = session.job, session.model
     require_resident(model, form)
     export = job.folder.export_folder(trial.number, form)
-    edit = Edit(session.space.edit(trial.params), session.basis, job.settings.ablation.row_normalization)
+    parameters = session.edit(trial)
+    edit = Edit(parameters, session.basis_of(parameters), job.settings.ablation.row_normalization)
     job.events.emit("export_started", f"exporting trial {trial.number} to {export}", trial=trial.number)
     try:
         make_folder(export)
@@ -56,6 +58,7 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
     except OSError as error:
         raise cannot_write(export, error) from error
     _write_weights(session, export, edit, form)
+    export_learned(job.folder, parameters, export)
     made = reproduction(
         job.record,
         job.settings,

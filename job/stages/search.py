@@ -18,10 +18,12 @@ from job.records import Plan, Trial, TrialScores
 from job.report.results import trials_so_far
 from job.search.finalists import in_words, keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
 from job.search.optimizer import FewerRows, Search, StudySettings
+from job.search.path import PathSpace
 from job.stages.choice import finalists_left
 from job.stages.evaluation import TrialsTask
+from job.stages.gradient import find_path
 from job.stages.model import share_of_cores, worker_count
-from job.stages.session import ModelSession
+from job.stages.session import ModelSession, shared_directions
 from job.storage.study_file import back_up
 from job.workers.executor import Executor
 
@@ -42,8 +44,9 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
     if not job.record.searches:
         return trials_so_far(job.folder)
     job.begin("search")
+    find_path(job, session)
     target, asked = job.settings.trials, len(session.prompts.bad_search)
-    executor.share(session.basis.cpu())
+    executor.share(shared_directions(session))
     with share_of_cores(session.model, worker_count(job.settings, session.model)):
         _measure_baseline(job, session)  # workers start up meanwhile
         evaluator = PlanEvaluator(job, session, executor)
@@ -101,7 +104,7 @@ def _study(job: OpenJob, session: ModelSession) -> Search:
             batch=settings.trials_per_batch,
             rows=resolution.search_rows or resolution.rows,
             ei_candidates=settings.search.ei_candidates,
-            known_points=settings.search.known_points,
+            known_points=settings.search.known_points or isinstance(session.space, PathSpace),
             together=resolution.together,
             ahead=settings.search.ahead,
         ),

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from job.data.prompts import PromptSets
 from job.directions.extraction import find_directions
+from job.directions.learned import read_learned
 from job.directions.prompt_residuals import Evaluate, PromptResiduals, direction_prompts, tokens_of_forward
 from job.edits.hooks import Intervention
 from job.lifecycle.model_folder import model_folder
 from job.lifecycle.running import OpenJob
 from job.model.loading import LoadedModel
-from job.numerics.basis import Basis
-from job.search.space import SearchSpace
+from job.numerics.basis import Basis, DirectionPath
+from job.records import EditParameters, Trial
+from job.report.results import search_space, trial_edit
+from job.search.path import PathSpace
+from job.search.space import Space
 from job.stages.measuring import EditScorer, metrics_of
 from job.stages.model import loaded_model
 
@@ -40,9 +45,51 @@ class ModelSession:
     hooks: Intervention
 
     @property
-    def space(self) -> SearchSpace:
+    def space(self) -> Space:
         """The space of edits."""
-        return SearchSpace(self.job.settings.search.space, self.job.resolution.layers, self.basis.size)
+        return search_space(
+            self.job.folder, self.job.settings.search.space, self.job.resolution.layers, self.basis.size
+        )
+
+    def edit(self, trial: Trial) -> EditParameters:
+        """Return the edit of a trial.
+
+        Raises:
+            JobError: The run folder does not hold what it was made from.
+        """
+        return trial_edit(self.job.folder, self.job.settings.search.space, self.job.resolution.layers, trial)
+
+    def basis_of(self, edit: EditParameters) -> Basis | DirectionPath:
+        """Return the directions that an edit takes its own from.
+
+        Raises:
+            JobError: The run folder does not hold them.
+        """
+        return self.basis if edit.directions is None else read_learned(self.job.folder, edit.directions.sha256)
+
+
+@dataclass(frozen=True)
+class SharedDirections:
+    """The directions that workers need for a job's trials.
+
+    Attributes:
+        basis: The directions of all layers, on the CPU.
+        learned: Those that were learned by gradient, None if there are none.
+    """
+
+    basis: Basis
+    learned: DirectionPath | None
+
+
+def shared_directions(session: ModelSession) -> SharedDirections:
+    """Return the directions that workers need for the trials of a session.
+
+    Raises:
+        JobError: The run folder does not hold the learned ones.
+    """
+    name = session.space.path.directions if isinstance(session.space, PathSpace) else None
+    learned = None if name is None else read_learned(session.job.folder, name)
+    return SharedDirections(session.basis.cpu(), learned)
 
 
 def prompt_residuals(
@@ -77,7 +124,8 @@ def model_session(job: OpenJob, model: LoadedModel, basis: Basis, prompts: Promp
     """Yield a loaded model with its hooks in place."""
     settings = job.settings
     metrics = metrics_of(model, settings, prompts.good_search, prompts.bad_search, job.resolution.rows, job.events)
-    with Intervention(model.model, model.architecture, basis, settings.ablation.row_normalization) as hooks:
+    learned = partial(read_learned, job.folder)
+    with Intervention(model.model, model.architecture, basis, settings.ablation.row_normalization, learned) as hooks:
         yield ModelSession(job, prompts, model, basis, EditScorer(metrics, hooks, settings), hooks)
 
 

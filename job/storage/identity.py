@@ -52,6 +52,9 @@ EXTENDING = frozenset(
 # Likewise, of settings that are otherwise part of it.
 EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
 
+# Left out where they say what every job did before there were such settings: its jobs keep their names.
+AS_BEFORE = {"search": {"method": "tpe"}}
+
 PACKAGES = ("abliteration-job", "torch", "transformers", "optuna", "safetensors", "tokenizers")
 
 MEMO = ".hashes.json"
@@ -126,6 +129,8 @@ def identify(settings: Settings, *, write: bool = True) -> dict[str, Any]:
     asked = settings.model_dump(mode="json", exclude={*EXTENDING, *unused})
     for section, names in EXTENDING_WITHIN.items():
         asked[section] = {name: value for name, value in asked[section].items() if name not in names}
+    for section, former in AS_BEFORE.items():
+        asked[section] = {name: value for name, value in asked[section].items() if former.get(name) != value}
     # Records are written without secrets, and a job is known by the hash of what is written.
     return dict(redacted({**asked, **prompts, "model": model}))
 

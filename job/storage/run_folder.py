@@ -45,6 +45,9 @@ class RunFolder:
         self.reproduces_file = path / "reproduces.json"
         self.trusted_file = path / "trusted.json"
         self.geometry_file = path / "directions" / "geometry.json"
+        self.path_file = path / "directions" / "path.json"
+        # What the descent goes on from; made again where it is missing, and in no mirror.
+        self.gradient_folder = path / "gradient"
         self.rescored_file = path / "figures" / "rescored.json"
         self.report_file = path / "report.md"
         self.page_file = path / "report.html"

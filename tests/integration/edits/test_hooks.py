@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config
 
 from job.architectures.structure import discover
@@ -19,11 +19,11 @@ from job.edits.hooks import HookTables, Intervention
 from job.errors import UnsupportedArchitectureError
 from job.generation.forward import RowTrials, first_logits
 from job.model.loading import load_model
-from job.numerics.ablation import RowNormalization, edit_bias, edit_weight
-from job.numerics.basis import Basis, orthonormal_basis
+from job.numerics.ablation import RowNormalization, WriterEdit, edit_bias, edit_weight
+from job.numerics.basis import Basis, DirectionPath, orthonormal_basis
 from job.numerics.weight_kernel import WeightKernel
 from job.proof.truth_test import TOLERANCE, inspect_model, inspection, largest_leak
-from job.records import COMPONENTS, EditParameters, KernelParameters
+from job.records import COMPONENTS, EditParameters, KernelParameters, LearnedDirections
 from job.scoring.prompt_batches import LEAST_PREFIX, PromptBatches
 from job.scoring.report_metrics import ReportMetrics
 from job.scoring.trial_scorer import TrialScorer
@@ -71,11 +71,15 @@ def edit_in_place(model: PreTrainedModel, edit: EditParameters, mode: RowNormali
         coefficients, weights = basis.select(edit.direction_index, writer.layer)
         strength = WeightKernel(**dict(edit.kernels[writer.component])).strength(writer.layer)
         strengths = strength * weights * torch.tensor(edit.strengths)
-        ablation = plain_edit(coefficients @ basis.candidates.double(), strengths)
-        weight = module.weight.detach().clone()
-        module.weight.data.copy_(edit_weight(weight, ablation, mode))
-        if module.bias is not None:
-            module.bias.data.copy_(edit_bias(module.bias.detach(), weight, ablation, mode))
+        replace_parameters(module, plain_edit(coefficients @ basis.candidates.double(), strengths), mode)
+
+
+def replace_parameters(module: nn.Linear, ablation: WriterEdit, mode: RowNormalization) -> None:
+    """Put the edited weight and bias in place of a module's own."""
+    weight = module.weight.detach().clone()
+    module.weight.data.copy_(edit_weight(weight, ablation, mode))
+    if module.bias is not None:
+        module.bias.data.copy_(edit_bias(module.bias.detach(), weight, ablation, mode))
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -96,6 +100,80 @@ def test_hooks_equal_edited_parameters_with_every_row_of_another_trial(
         edit_in_place(edited, edit, mode, basis)
         expected = first_logits(edited, prompts)
         torch.testing.assert_close(together[2 * index : 2 * index + 2], expected, rtol=0, atol=2e-5)
+
+
+def path_for(basis: Basis, seed: int) -> DirectionPath:
+    """Return a path of two stages of random directions, orthonormal at each."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = basis.directions.shape
+    random = torch.randn(2 * shape[0], *shape[1:], generator=generator)
+    return DirectionPath(orthonormal_basis(random, torch.ones(random.shape[:2])).directions.unflatten(0, (2, -1)))
+
+
+def edit_by_layer(basis: Basis, learned: LearnedDirections | None, seed: int) -> EditParameters:
+    generator = torch.Generator().manual_seed(seed)
+    given = torch.rand(2, basis.layers, basis.size, generator=generator).tolist()
+    strengths = dict(zip(("attention", "mlp"), given, strict=True))
+    return EditParameters.model_validate(
+        {"direction_index": None, "kernels": {}, "layer_strengths": strengths, "directions": learned}
+    )
+
+
+def directions_at(basis: Basis, path: DirectionPath, edit: EditParameters, layer: int) -> Tensor:
+    """Return the directions that an edit by layer ablates, [k, d], by their definition."""
+    if edit.directions is None:
+        return basis.directions[layer].double()
+    share = edit.directions.position
+    mixed = (1 - share) * path.directions[0, layer] + share * path.directions[1, layer]
+    q, r = torch.linalg.qr(mixed.double().T)
+    return (q * r.diagonal().sign()).T
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("mode", ["none", "pre", "full", "column"])
+def test_edits_by_layer_and_with_directions_of_their_own_share_a_batch_with_edits_by_kernels(
+    random_model_folder: Path, mode: RowNormalization, several: bool
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
+    architecture, basis = discover(model), (wide_basis_for if several else basis_for)(model)
+    paths = {"1" * 64: path_for(basis, 1), "2" * 64: path_for(basis, 2)}
+    kernels = [edit.model_copy(update={"strengths": (1.0, 0.7, 0.2)}) for edit in EDITS] if several else EDITS
+    places = [("2" * 64, 0.3), None, ("1" * 64, 0.0), ("1" * 64, 1.0), ("2" * 64, 0.75)]
+    learned = [place and LearnedDirections(sha256=place[0], position=place[1]) for place in places]
+    by_layer = [edit_by_layer(basis, one, seed) for seed, one in enumerate(learned)]
+    edits = [by_layer[0], kernels[0], *by_layer[1:], kernels[1]]
+    with Intervention(model, architecture, basis, mode, paths.__getitem__) as intervention:
+        active = intervention.activate(edits)
+        assert active.reasons == (None,) * 7
+        together = first_logits(model, [[7, 8, 9, 10]] * 7, RowTrials(torch.arange(7), active))
+        again = first_logits(
+            model, [[7, 8, 9, 10]], RowTrials(torch.zeros(1, dtype=torch.long), intervention.activate(edits[2:3]))
+        )
+    torch.testing.assert_close(again[0], together[2], rtol=0, atol=2e-5)
+    for edit, found in zip(edits, together, strict=True):
+        edited = copy.deepcopy(model)
+        if edit.layer_strengths is None:
+            edit_in_place(edited, edit, mode, basis)
+        else:
+            path = paths[edit.directions.sha256 if edit.directions else "1" * 64]
+            for writer in architecture.writers:
+                strengths = torch.tensor(edit.layer_strengths[writer.component][writer.layer], dtype=torch.float64)
+                ablation = plain_edit(directions_at(basis, path, edit, writer.layer), strengths)
+                module = edited.get_submodule(writer.module)
+                assert isinstance(module, nn.Linear)
+                replace_parameters(module, ablation, mode)
+        torch.testing.assert_close(found, first_logits(edited, [[7, 8, 9, 10]])[0], rtol=0, atol=2e-5)
+
+
+def test_learned_directions_that_are_not_there_or_of_another_size_are_refused(random_model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
+    architecture, basis = discover(model), basis_for(model)
+    edit = edit_by_layer(basis, LearnedDirections(sha256="1" * 64, position=0.0), 0)
+    with pytest.raises(ValueError, match="no learned directions 111111111111"):
+        Intervention(model, architecture, basis, "none").activate([edit])
+    wide = path_for(wide_basis_for(model), 1)
+    with pytest.raises(ValueError, match="3 directions in"):
+        Intervention(model, architecture, basis, "none", lambda _: wide).activate([edit])
 
 
 @pytest.mark.parametrize("own", [False, True])

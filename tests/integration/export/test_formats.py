@@ -22,9 +22,11 @@ from job.export.merged import Edit, write_weights
 from job.export.reproduction import Reproduction, read_reproduction
 from job.generation.forward import RowTrials, first_logits
 from job.model.loading import load_model
+from job.numerics.basis import DirectionPath
+from job.records import LearnedDirections
 from job.storage.exports import is_sealed
 from tests.helpers import abliterate, job_arguments, loading, made_from, only_job
-from tests.integration.edits.test_hooks import EDITS, basis_for
+from tests.integration.edits.test_hooks import EDITS, basis_for, edit_by_layer, path_for
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13, 14]]
 
@@ -57,6 +59,58 @@ def test_an_adapter_is_the_hooked_model_for_plain_peft(
     assert config["target_modules"] == ["down_proj", "o_proj"]
     fresh = with_adapter(load_model(random_model_folder, loading("float32"), lambda _: None), tmp_path)
     assert torch.equal(first_logits(fresh.model, PROMPTS), found)
+
+
+LEARNED = LearnedDirections(sha256="1" * 64, position=0.4)
+
+
+def learned_edit_of(folder: Path, mode: str) -> Edit:
+    basis = basis_for(AutoModelForCausalLM.from_pretrained(folder))
+    parameters = edit_by_layer(basis, LEARNED, 3)
+    return Edit(parameters, path_for(basis, 1), mode)  # type: ignore[arg-type]  # a mode's name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of what PEFT asks transformers for
+@pytest.mark.parametrize("mode", ["none", "pre", "full", "column"])
+def test_learned_directions_are_in_the_merged_export_the_adapter_and_the_edit_file(
+    random_model_folder: Path, tmp_path: Path, mode: str
+) -> None:
+    edit, basis = learned_edit_of(random_model_folder, mode), basis_for
+    base = load_model(random_model_folder, loading("float32"), lambda _: None)
+    path = edit.basis
+    assert isinstance(path, DirectionPath)
+    with Intervention(base.model, base.architecture, basis(base.model), edit.mode, lambda _: path) as intervention:
+        rows = RowTrials(torch.zeros(2, dtype=torch.long), intervention.activate([edit.parameters]))
+        hooked = first_logits(base.model, PROMPTS, rows)
+    write_weights(random_model_folder, tmp_path / "merged", base.architecture, edit, lambda _: None)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(first_logits(merged, PROMPTS), hooked, rtol=0, atol=2e-5)
+    settings = {**made_from().settings, "ablation": {"row_normalization": mode}}
+    made = made_from(format="directions", edit=edit.parameters, settings=settings)
+    write_edit_file(tmp_path / "edit", random_model_folder, base.architecture, edit, made)
+    apply_edit(random_model_folder, tmp_path / "edit", tmp_path / "out", lambda _: None)
+    for shard in (tmp_path / "merged").glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+    if mode in ("none", "pre"):
+        write_adapter(base, tmp_path / "adapter", edit, None)
+        plain = AutoModelForCausalLM.from_pretrained(random_model_folder)
+        adapted = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+        found = first_logits(adapted.get_base_model().eval(), PROMPTS)
+        torch.testing.assert_close(found, hooked, rtol=0, atol=2e-5)
+
+
+def test_an_edit_file_whose_strengths_do_not_fit_its_directions_is_refused(
+    random_model_folder: Path, tmp_path: Path
+) -> None:
+    edit = learned_edit_of(random_model_folder, "none")
+    base = load_model(random_model_folder, loading("float32"), lambda _: None)
+    outside = edit.parameters.model_copy(update={"directions": LEARNED.model_copy(update={"position": 1.5})})
+    fewer = {name: layers[:-1] for name, layers in (edit.parameters.layer_strengths or {}).items()}
+    for number, other in enumerate((outside, edit.parameters.model_copy(update={"layer_strengths": fewer}))):
+        folder = tmp_path / str(number)
+        made = made_from(format="directions", edit=other)
+        with pytest.raises(UsageError, match="is no edit"):
+            write_edit_file(folder, random_model_folder, base.architecture, edit, made)
 
 
 def test_the_same_edit_gives_the_same_adapter_and_edit_file(random_model_folder: Path, tmp_path: Path) -> None:

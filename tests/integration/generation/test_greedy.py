@@ -39,6 +39,25 @@ def test_answers_equal_generate(random_model_folder: Path) -> None:
     assert len({len(answer.tokens) for answer in answers}) > 1
 
 
+def test_excluded_tokens_are_in_no_answer(random_model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
+    free = greedy_answers(model, PROMPTS, limit=12, end_tokens=())
+    excluded = {answer.tokens[0] for answer in free}
+    answers = greedy_answers(model, PROMPTS, limit=12, end_tokens=(), excluded=excluded)
+    assert not any(excluded & set(answer.tokens) for answer in answers)
+    tokens, mask, _ = left_padded(PROMPTS, "cpu")
+    generated = model.generate(
+        input_ids=tokens,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=12,
+        eos_token_id=-1,
+        pad_token_id=0,
+        suppress_tokens=sorted(excluded),
+    )
+    assert [answer.tokens for answer in answers] == generated[:, tokens.shape[1] :].tolist()
+
+
 def test_decided_rows_leave_and_the_others_go_on_as_before(random_model_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
     whole = greedy_answers(model, PROMPTS, limit=12, end_tokens=())

@@ -36,6 +36,7 @@ CONVERGED = [(90, 0.0), (10, 0.1), (0, 0.2), (50, 0.05), None, (12, 0.1), (40, 0
         ([None] * 9, None),
         ([*CONVERGED[:6], (0, 0.1), (0, 0.05), (0, 0.01)], "not converged: its last third has added 7 %"),
         ([(100, 0.5)] * 6 + [(100, 0.5), (3, 0.1), None], "not converged: its last third has added 100 %"),
+        ([(2, 0.1) for number in range(9)], None),
         ([(97, 0.1 * number) for number in range(9)], "flat: every edit that was tried leaves 97 of 100"),
     ],
 )

@@ -1,0 +1,129 @@
+"""Learned directions in files: named by their hash, in the run folder and in exports."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from job.errors import JobError, UsageError
+from job.numerics.basis import DirectionPath
+from job.records import EditParameters
+from job.storage.atomic import cannot_write, make_folder, write_atomically
+from job.storage.run_folder import RunFolder
+
+# In an export. Not .safetensors: whoever loads a folder takes all files of that name for weights.
+EXPORTED = "learned.directions"
+_TENSOR = "path"
+
+
+def learned_file(folder: RunFolder, sha256: str) -> Path:
+    """Return where a run folder keeps learned directions."""
+    return folder.path / "directions" / f"learned-{sha256}.safetensors"
+
+
+def keep_learned(folder: RunFolder, path: DirectionPath) -> str:
+    """Write learned directions into a run folder; return their name, the hash of the file.
+
+    Raises:
+        MachineError: The file cannot be written.
+    """
+    contents = save({_TENSOR: path.directions.to("cpu", torch.float32).contiguous()})
+    name = hashlib.sha256(contents).hexdigest()
+    file = learned_file(folder, name)
+    try:
+        make_folder(file.parent)
+    except OSError as error:
+        raise cannot_write(file.parent, error) from error
+    write_atomically(file, contents)
+    return name
+
+
+def read_learned(folder: RunFolder, sha256: str) -> DirectionPath:
+    """Return learned directions from a run folder.
+
+    Raises:
+        JobError: The file is not there, or damaged.
+    """
+    file = learned_file(folder, sha256)
+    try:
+        return parse_learned(file.read_bytes(), sha256)
+    except (OSError, ValueError) as error:
+        raise JobError(
+            f"the learned directions {file} are missing or damaged", remedy="restore the file, or begin with --new"
+        ) from error
+
+
+def export_learned(folder: RunFolder, edit: EditParameters, export: Path) -> None:
+    """Put the learned directions of an edit into its export; an edit that has none leaves nothing there.
+
+    Raises:
+        JobError: The run folder does not hold them.
+    """
+    if edit.directions is None:
+        (export / EXPORTED).unlink(missing_ok=True)
+        return
+    read_learned(folder, edit.directions.sha256)
+    write_atomically(export / EXPORTED, learned_file(folder, edit.directions.sha256).read_bytes())
+
+
+def import_learned(folder: RunFolder, edit: EditParameters, source: Path) -> None:
+    """Take the learned directions of somebody's export, beside its reproduce.json, into a run folder.
+
+    Raises:
+        UsageError: They are not there, or not those that the edit names.
+        MachineError: The run folder cannot be written.
+    """
+    if edit.directions is None or learned_file(folder, edit.directions.sha256).exists():
+        return
+    try:
+        found = parse_learned((source / EXPORTED).read_bytes(), edit.directions.sha256)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{source / EXPORTED} does not hold the directions that reproduce.json names",
+            remedy="keep the export's files together",
+        ) from error
+    keep_learned(folder, found)
+
+
+def parse_learned(contents: bytes, sha256: str) -> DirectionPath:
+    """Return learned directions from the bytes of their file.
+
+    Raises:
+        ValueError: These are not the bytes, or hold no directions.
+    """
+    if hashlib.sha256(contents).hexdigest() != sha256:
+        raise ValueError("the file's hash is another")
+    try:
+        found = load(contents)[_TENSOR]
+    except (KeyError, SafetensorError) as error:
+        raise ValueError("the file holds no learned directions") from error
+    return checked_path(found)
+
+
+def checked_path(directions: torch.Tensor) -> DirectionPath:
+    """Return directions as a path.
+
+    Raises:
+        ValueError: They are not finite floats of four axes.
+    """
+    if directions.dim() != 4 or not directions.is_floating_point() or not bool(directions.isfinite().all()):
+        raise ValueError("the tensor holds no directions")
+    return DirectionPath(directions)
+
+
+def require_fit(edit: EditParameters, path: DirectionPath) -> None:
+    """Refuse an edit whose strengths or place do not belong to its directions.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if edit.layer_strengths is None or edit.directions is None:
+        raise ValueError("the edit has no directions of its own")
+    shape = (len(edit.layer_strengths["mlp"]), len(edit.layer_strengths["mlp"][0]))
+    if shape != (path.layers, path.size):
+        raise ValueError(f"strengths for {shape[1]} directions in {shape[0]} layers do not fit the directions")
+    path.combine(edit.directions.position)

@@ -1,0 +1,276 @@
+"""The descent: stages of growing care for the base model's own answers, resumed exactly after any kill.
+
+A stage lowers R + β D + ρ mean(λ). While held-out refusals remain β stays as it is; once they are gone it grows, so
+that the edit becomes gentler from stage to stage, until they come back: the stages before that are the path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from job.directions.residuals import read_tensors, write_tensors
+from job.edits.hooks import ActiveEdits
+from job.gradient.problem import Losses, LossWeights, Problem, Recipe, Targets
+from job.model.device_faults import is_out_of_memory, out_of_memory
+from job.model.memory import release_memory
+from job.numerics.basis import Basis, DirectionPath
+from job.numerics.gradient import AdamState, EditVariables, adam_step
+from job.records import TrialScores
+
+# Steps between two writes of the state.
+_KEPT_EVERY = 4
+# Held-out prompts that may stay unanswered in a stage after which β grows, and by which a later one may be worse.
+_TOLERANCE = 1 / 50
+
+
+@dataclass(frozen=True)
+class StageEnd:
+    """Where a stage ended, and what was measured there on held-out prompts.
+
+    Attributes:
+        variables: The edit.
+        beta: Weight of the KL divergence.
+        steps: Steps so far.
+        scores: Refusals, broken answers and KL divergence.
+    """
+
+    variables: EditVariables
+    beta: float
+    steps: int
+    scores: TrialScores
+
+
+@dataclass(frozen=True)
+class DescentState:
+    """All that the descent goes on from.
+
+    Attributes:
+        variables: The edit as it stands.
+        adam: The optimiser.
+        ends: The stages that are over.
+        rows: Rows of a forward.
+    """
+
+    variables: EditVariables
+    adam: AdamState
+    ends: tuple[StageEnd, ...]
+    rows: int
+
+    @classmethod
+    def start(cls, basis: Basis, recipe: Recipe) -> DescentState:
+        """Return the state before the first step: each layer's own directions, hardly ablated."""
+        directions = basis.directions[None].to("cpu", torch.float64)
+        logits = torch.full((1, 2, basis.layers, basis.size), recipe.start, dtype=torch.float64)
+        variables = EditVariables(logits, directions)
+        return cls(variables, AdamState.zero(variables), (), recipe.batch)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state as tensors, all exact."""
+        found = {}
+        for name, value in (("now", self.variables), ("first", self.adam.first), ("second", self.adam.second)):
+            found[f"{name}.logits"], found[f"{name}.directions"] = value.logits, value.directions
+        figures = []
+        for number, end in enumerate(self.ends):
+            found[f"end{number}.logits"] = end.variables.logits
+            found[f"end{number}.directions"] = end.variables.directions
+            figures.append([end.beta, end.steps, end.scores.refusals, end.scores.broken, end.scores.kl])
+        found["figures"] = torch.tensor(figures, dtype=torch.float64).reshape(len(figures), 5)
+        found["counts"] = torch.tensor([self.adam.steps, self.rows])
+        return {name: value.clone() for name, value in found.items()}  # the latest end is also the present edit
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> DescentState:
+        """Return the state that tensors hold."""
+
+        def variables(name: str) -> EditVariables:
+            return EditVariables(tensors[f"{name}.logits"], tensors[f"{name}.directions"])
+
+        ends = []
+        for number, (beta, steps, refusals, broken, kl) in enumerate(tensors["figures"].tolist()):
+            scores = TrialScores(refusals=int(refusals), broken=int(broken), kl=kl)
+            ends.append(StageEnd(variables(f"end{number}"), beta, int(steps), scores))
+        steps, rows = map(int, tensors["counts"].tolist())
+        return cls(variables("now"), AdamState(variables("first"), variables("second"), steps), tuple(ends), rows)
+
+
+class Descent:
+    """Walks from hardly any edit to the gentlest one that leaves no refusals."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        measure: Callable[[EditVariables], TrialScores],
+        activate: Callable[[EditVariables], ActiveEdits],
+        held_out: int,
+        file: Path,
+        key: str,
+        report: Callable[[str], None],
+    ) -> None:
+        """Prepare it.
+
+        Args:
+            problem: Prompts and losses.
+            measure: Scores an edit on held-out prompts.
+            activate: Puts an edit into the hooks that the search measures with.
+            held_out: Number of held-out bad prompts.
+            file: Where the state is kept.
+            key: Of all that the descent follows from.
+            report: Receives a line for every stage.
+        """
+        self._problem, self._recipe = problem, problem.recipe
+        self._measure, self._activate, self._held_out = measure, activate, held_out
+        self._file, self._key, self._report = file, key, report
+
+    def run(self, start: DescentState, advance: Callable[[int], None]) -> tuple[StageEnd, ...]:
+        """Return the stages that are worth keeping, from the state that was kept or the start.
+
+        Args:
+            start: The state before the first step.
+            advance: Told of steps done.
+
+        Raises:
+            MachineError: Memory does not suffice for one prompt, or the state cannot be kept.
+        """
+        kept = read_tensors(self._file, self._key)
+        state = start if kept is None else DescentState.of(kept)
+        advance(state.adam.steps)
+        while not self._is_over(state.ends):
+            weights, pace = self._weights(state.ends), self._pace(state.ends)
+            last = (len(state.ends) + 1) * self._recipe.steps
+            targets = self._targets(state.ends)
+            losses = Losses(0.0, 0.0)
+            while state.adam.steps < last:
+                state, losses = self._step(state, weights, pace, targets)
+                advance(1)
+                if state.adam.steps % _KEPT_EVERY == 0:
+                    self._keep(state)
+            scores = self._measure(state.variables)
+            end = StageEnd(state.variables, weights.beta, state.adam.steps, scores)
+            state = replace(state, ends=(*state.ends, end))
+            self._keep(state)
+            self._tell(end, losses)
+        return worth_keeping(state.ends, self._held_out)
+
+    def _targets(self, ends: Sequence[StageEnd]) -> Targets:
+        """Return the next stage's targets, made where the last one ended: a restart makes the same ones."""
+        if not self._recipe.target_weight or not ends or not _is_complete(ends[-1], self._held_out):
+            return ()
+        targets = self._problem.maker.targets(self._activate(ends[-1].variables))
+        usable = sum(target is not None for target in targets)
+        self._report(f"targets: {usable} of {len(targets)} refused prompts have one")
+        return targets
+
+    def _step(
+        self, state: DescentState, weights: LossWeights, pace: float, targets: Targets
+    ) -> tuple[DescentState, Losses]:
+        while True:
+            try:
+                gradients, losses = self._problem.gradients(
+                    state.variables, state.adam.steps, weights, state.rows, targets
+                )
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if state.rows == 1:
+                    raise out_of_memory(error) from error
+            state = replace(state, rows=state.rows // 2)
+            release_memory()
+            self._report(f"warning: out of memory: gradients are taken {state.rows} prompts at a time")
+        rate, turn = pace * self._recipe.rate, pace * self._recipe.turn
+        variables, adam = adam_step(state.variables, gradients, state.adam, rate, turn)
+        return replace(state, variables=variables, adam=adam), losses
+
+    def _grown(self, ends: Sequence[StageEnd]) -> int:
+        """Return how often β has grown."""
+        return sum(_is_complete(end, self._held_out) for end in ends)
+
+    def _weights(self, ends: Sequence[StageEnd]) -> LossWeights:
+        grown, recipe = self._grown(ends), self._recipe
+        beta = recipe.first_beta * recipe.factor**grown
+        return LossWeights(beta, recipe.sparsity_after if grown else recipe.sparsity)
+
+    def _pace(self, ends: Sequence[StageEnd]) -> float:
+        return self._recipe.decay ** self._grown(ends)
+
+    def _is_over(self, ends: Sequence[StageEnd]) -> bool:
+        return len(ends) >= self._recipe.stages or len(worth_keeping(ends, self._held_out)) < len(ends)
+
+    def _keep(self, state: DescentState) -> None:
+        write_tensors(self._file, self._key, state.tensors())
+
+    def _tell(self, end: StageEnd, losses: Losses) -> None:
+        scores = end.scores
+        self._report(
+            f"gradient step {end.steps}: beta {end.beta:g}, R {losses.refusal:.3g}, D {losses.divergence:.3g}; "
+            f"held out: {scores.refusals}/{self._held_out} refusals, {scores.broken} broken answers, KL {scores.kl:.4g}"
+        )
+
+
+def _is_complete(end: StageEnd, held_out: int) -> bool:
+    return end.scores.reason is None and end.scores.unanswered <= _TOLERANCE * held_out
+
+
+def worth_keeping(ends: Sequence[StageEnd], held_out: int) -> tuple[StageEnd, ...]:
+    """Return stages up to the one before held-out refusals or broken answers came back.
+
+    Args:
+        ends: The stages, in their order.
+        held_out: Number of held-out bad prompts.
+    """
+    for number, end in enumerate(ends[1:], 1):
+        was_complete = any(_is_complete(before, held_out) for before in ends[:number])
+        if was_complete and not _is_complete(end, held_out):
+            return tuple(ends[:number])
+    return tuple(ends)
+
+
+def path_of(ends: Sequence[StageEnd]) -> DirectionPath:
+    """Return the directions of stages as a path."""
+    return DirectionPath(torch.cat([end.variables.orthonormal() for end in ends]).to(torch.float32))
+
+
+# Steps of θ along the gradient at which it is compared with finite differences: small ones drown in 16 bits' rounding.
+_PROBES = (0.02, 0.1, 0.5)
+_PROBE_SHARE = 0.25
+
+
+def gradient_fault(problem: Problem, start: DescentState, weights: LossWeights) -> str | None:
+    """Return why gradients of this model cannot be trusted, None if they can: they are compared with differences.
+
+    Args:
+        problem: Prompts and losses.
+        start: The state before the first step.
+        weights: LossWeights of the loss.
+    """
+    # From a start without any edit to speak of, a difference would be too small to be told.
+    variables = EditVariables(torch.full_like(start.variables.logits, -1.0), start.variables.directions)
+    try:
+        gradients, _ = problem.gradients(variables, 0, weights, start.rows)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return f"it has none: {str(error).strip().splitlines()[0]}"
+    slope = float(gradients.logits.norm())
+    if not bool(gradients.logits.isfinite().all() and gradients.directions.isfinite().all()):
+        return "they are not finite"
+    if slope == 0:
+        return "they are zero"
+    along = gradients.logits / slope
+    found = []
+    for step in _PROBES:
+        ahead, behind = (
+            problem.loss(
+                EditVariables(variables.logits + sign * step * along, variables.directions), 0, weights, start.rows
+            )
+            for sign in (1, -1)
+        )
+        found.append((ahead - behind) / (2 * step))
+        if abs(found[-1] - slope) <= _PROBE_SHARE * slope:
+            return None
+    return f"they say {slope:.3g} where differences say {', '.join(f'{one:.3g}' for one in found)}"

@@ -1,0 +1,256 @@
+"""What the descent is about: prompts with the answers that are to become unlikely and those that are to stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.autograd import backward
+
+from job.data.prompts import Prompt
+from job.generation.answer import Answer
+from job.gradient.hooks import DifferentiableEdits
+from job.gradient.reading import ForcedAnswers, answer_logits
+from job.gradient.targets import TargetMaker, refusal_only
+from job.model.loading import LoadedModel
+from job.numerics.gradient import (
+    EditVariables,
+    answer_divergence,
+    minibatch,
+    refusal_term,
+    sequence_log_probabilities,
+)
+from job.scoring.likelihood import IncoherenceTest
+from job.scoring.prompt_batches import PromptBatches
+from job.text.refusal_markers import RefusalMarkers
+
+# A target or None for every bad prompt of a problem.
+Targets = Sequence[list[int] | None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Numbers of the descent; how they were found is in docs/lab-notes.md.
+
+    Attributes:
+        batch: Prompts of each kind that a step reads.
+        refusal_tokens: First tokens of the base model's refusals that are to become unlikely, together.
+        margin: Nats by which they are to be unlikely.
+        kl_tokens: First tokens of the base model's answers to good prompts that are to stay.
+        largest: λ_max, no unit.
+        start: θ at the beginning: hardly any edit.
+        rate: Step of θ in the first stage.
+        turn: Angle by which a step turns directions there, radians.
+        decay: Factor of both from one β to the next.
+        sparsity: Weight of the mean strength while refusals remain.
+        sparsity_after: Its weight once they are gone.
+        first_beta: Weight of the KL divergence in the first stage.
+        factor: From one β to the next.
+        steps: Steps of a stage.
+        stages: Stages at most.
+        target_weight: Weight of the targets' term once there are targets; 0: none are made.
+        refusal_weight: Weight of the refusal term beside it.
+    """
+
+    batch: int = 24
+    refusal_tokens: int = 4
+    margin: float = 3.0
+    kl_tokens: int = 8
+    largest: float = 1.5
+    start: float = -3.0
+    rate: float = 0.4
+    turn: float = 0.1
+    decay: float = 0.6
+    sparsity: float = 0.02
+    sparsity_after: float = 1.0
+    first_beta: float = 10.0
+    factor: float = 3.0
+    steps: int = 12
+    stages: int = 6
+    target_weight: float = 0.5
+    refusal_weight: float = 0.5
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """LossWeights of a stage's loss.
+
+    Attributes:
+        beta: Of the KL divergence.
+        sparsity: Of the mean strength.
+    """
+
+    beta: float
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The terms of a step's loss before they are weighted; see `job.numerics.gradient`."""
+
+    refusal: float
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Prompts to fit, as token ids, with the base model's answers.
+
+    Attributes:
+        loaded: The model.
+        edits: The differentiable hooks.
+        recipe: The numbers.
+        seed: Seed of the minibatches.
+        bad: Bad prompts that the base model refuses.
+        refusals: First tokens of these refusals.
+        good: Good prompts.
+        answers: First tokens of the base model's answers to them, their end included.
+        maker: Makes targets for the bad prompts.
+    """
+
+    loaded: LoadedModel
+    edits: DifferentiableEdits
+    recipe: Recipe
+    seed: int
+    bad: Sequence[list[int]]
+    refusals: Sequence[list[int]]
+    good: Sequence[list[int]]
+    answers: Sequence[list[int]]
+    maker: TargetMaker
+
+    @classmethod
+    def measured(
+        cls,
+        loaded: LoadedModel,
+        edits: DifferentiableEdits,
+        recipe: Recipe,
+        seed: int,
+        prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+        markers: RefusalMarkers,
+        response_tokens: int,
+        rows: int,
+        incoherence_margin: float | None,
+    ) -> Self:
+        """Have the base model answer the prompts; hooks must be inactive.
+
+        Args:
+            loaded: The model.
+            edits: The differentiable hooks.
+            recipe: The numbers.
+            seed: Seed of the minibatches.
+            prompts: Good and bad prompts.
+            markers: What tells refusals.
+            response_tokens: Tokens up to which they are looked for.
+            rows: Rows of a forward.
+            incoherence_margin: Margin of `IncoherenceTest.calibrated` for targets.
+        """
+        batches = PromptBatches.of(loaded, *prompts, rows)
+
+        def answered(tokens: Sequence[list[int]]) -> list[Answer]:
+            return batches.row_limit.fit(lambda most: batches.responses(tokens, response_tokens, most))
+
+        said = [answer.tokens for answer in answered(batches.bad.tokens)]
+        good = answered(batches.good.tokens)
+        refused = [index for index, answer in enumerate(said) if answer and markers.is_refusal(loaded.decode(answer))]
+        end = sorted(loaded.end_tokens)[:1] or [0]  # only the position that leads to it counts, not which one it is
+        own = [(answer.tokens + end)[: recipe.kl_tokens] for answer in good]
+        coherence = IncoherenceTest.calibrated(batches, incoherence_margin, good)
+        only = refusal_only([said[index] for index in refused], [answer.tokens for answer in good])
+        return cls(
+            loaded,
+            edits,
+            recipe,
+            seed,
+            bad=[batches.bad.tokens[index] for index in refused],
+            refusals=[said[index][: recipe.refusal_tokens] for index in refused],
+            good=batches.good.tokens,
+            answers=own,
+            maker=TargetMaker(batches, refused, only, markers, coherence),
+        )
+
+    def gradients(
+        self, variables: EditVariables, step: int, weights: LossWeights, rows: int, targets: Targets = ()
+    ) -> tuple[EditVariables, Losses]:
+        """Return the gradients of a step's loss, and its terms.
+
+        Args:
+            variables: Where they are taken.
+            step: Number of the step, from which its prompts follow.
+            weights: LossWeights of the terms.
+            rows: Rows of a forward.
+            targets: A target or None for every bad prompt; none at all while there are none.
+        """
+        watched = variables.with_gradients()
+        bad, good = (
+            minibatch(self.seed, step, name, len(prompts), self.recipe.batch)
+            for name, prompts in (("bad", self.bad), ("good", self.good))
+        )
+        refusal = divergence = 0.0
+        with_target = [index for index in bad if targets and targets[index]]
+        share = self.recipe.refusal_weight if with_target else 1.0
+        for part in _parts(bad, rows):
+            terms = self._refusal_terms(watched, part)
+            backward(share * terms.sum() / len(bad))
+            refusal += float(terms.detach().sum()) / len(bad)
+        for part in _parts(with_target, rows):
+            terms = self._target_terms(watched, part, targets)
+            backward(self.recipe.target_weight * terms.sum() / len(bad))
+        for part in _parts(good, rows):
+            terms = self._divergences(watched, part)
+            backward(weights.beta * terms.sum() / len(good))
+            divergence += float(terms.detach().sum()) / len(good)
+        backward(weights.sparsity * watched.strengths(self.recipe.largest).mean())
+        return watched.gradients(), Losses(refusal, divergence)
+
+    @torch.no_grad()
+    def loss(self, variables: EditVariables, step: int, weights: LossWeights, rows: int) -> float:
+        """Return a step's loss."""
+        total = weights.sparsity * float(variables.strengths(self.recipe.largest).mean())
+        bad, good = (
+            minibatch(self.seed, step, name, len(prompts), self.recipe.batch)
+            for name, prompts in (("bad", self.bad), ("good", self.good))
+        )
+        for part in _parts(bad, rows):
+            total += float(self._refusal_terms(variables, part).sum()) / len(bad)
+        for part in _parts(good, rows):
+            total += weights.beta * float(self._divergences(variables, part).sum()) / len(good)
+        return total
+
+    def _refusal_terms(self, variables: EditVariables, chosen: Sequence[int]) -> Tensor:
+        forced = self._forced(self.bad, self.refusals, chosen)
+        with self.edits.applied(variables, [0] * len(chosen)):
+            logits = answer_logits(self.loaded.model, forced)
+        return refusal_term(sequence_log_probabilities(logits, forced.answers, forced.real), self.recipe.margin)
+
+    def _target_terms(self, variables: EditVariables, chosen: Sequence[int], targets: Targets) -> Tensor:
+        """Return how unlikely a target's tokens are, mean over them, nats, [n]."""
+        forced = ForcedAnswers.of(
+            [self.bad[index] for index in chosen], [targets[index] or [] for index in chosen], self.loaded.device
+        )
+        with self.edits.applied(variables, [0] * len(chosen)):
+            logits = answer_logits(self.loaded.model, forced)
+        together = sequence_log_probabilities(logits, forced.answers, forced.real)
+        return -together / forced.real.sum(-1)
+
+    def _divergences(self, variables: EditVariables, chosen: Sequence[int]) -> Tensor:
+        forced = self._forced(self.good, self.answers, chosen)
+        # Read again at every step: kept for all prompts, a large vocabulary's logits would fill the memory.
+        with torch.no_grad():
+            base = answer_logits(self.loaded.model, forced)
+        with self.edits.applied(variables, [0] * len(chosen)):
+            logits = answer_logits(self.loaded.model, forced)
+        return answer_divergence(base, logits, forced.real)
+
+    def _forced(
+        self, prompts: Sequence[list[int]], answers: Sequence[list[int]], chosen: Sequence[int]
+    ) -> ForcedAnswers:
+        return ForcedAnswers.of(
+            [prompts[index] for index in chosen], [answers[index] for index in chosen], self.loaded.device
+        )
+
+
+def _parts(chosen: Sequence[int], rows: int) -> list[Sequence[int]]:
+    return [chosen[begin : begin + rows] for begin in range(0, len(chosen), rows)]

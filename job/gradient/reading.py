@@ -1,0 +1,101 @@
+"""Reading prompts with forced answers so that gradients can flow: padded on the right, with no caches.
+
+Padding on the left leaves positions that may attend to nothing, whose gradients are not numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from job.generation.forward import input_device
+from job.generation.kv_cache import arguments
+
+
+@dataclass(frozen=True)
+class ForcedAnswers:
+    """Prompts with answers of several lengths as one batch; n rows, t positions, a answer tokens at most.
+
+    Attributes:
+        tokens: Prompts and all but the last token of their answers, [n, t].
+        mask: 1 where there is a token, [n, t].
+        places: Positions whose logits lead to the answers, [n, a].
+        answers: The answers' tokens, 0 where there are none, [n, a].
+        real: Which of these are tokens, [n, a].
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    places: Tensor
+    answers: Tensor
+    real: Tensor
+
+    @classmethod
+    def of(cls, prompts: Sequence[list[int]], answers: Sequence[list[int]], device: torch.device) -> Self:
+        """Pad prompts and answers, each of one token at least.
+
+        Args:
+            prompts: Token ids of each prompt.
+            answers: Token ids that are forced after it.
+            device: Where inputs go.
+        """
+        rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
+        width, longest = max(map(len, rows)), max(map(len, answers))
+        lengths = torch.tensor([len(answer) for answer in answers])
+        real = torch.arange(longest) < lengths[:, None]
+        begin = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        places = torch.where(real, begin[:, None] + torch.arange(longest), 0)
+        padded = [row + [0] * (width - len(row)) for row in rows]
+        mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+        forced = [answer + [0] * (longest - len(answer)) for answer in answers]
+        tensors = (torch.tensor(padded), mask.to(torch.long), places, torch.tensor(forced), real)
+        return cls(*(tensor.to(device) for tensor in tensors))
+
+
+def answer_logits(model: PreTrainedModel, forced: ForcedAnswers) -> Tensor:
+    """Return the logits that lead to the answers' tokens, [n, a, vocabulary], float32 at least.
+
+    The head computes no others: those of all positions would be the largest tensor of a step by far.
+    """
+    known = arguments(model)
+    positions = torch.arange(forced.tokens.shape[1], device=forced.tokens.device).expand_as(forced.tokens)
+    given: dict[str, Any] = {"position_ids": positions} if "position_ids" in known else {}
+    with _head_at(model, forced.places) as gathered:
+        output = model(input_ids=forced.tokens, attention_mask=forced.mask, use_cache=False, **given)
+    logits: Tensor = output.logits
+    if not gathered:
+        logits = logits[torch.arange(len(logits), device=logits.device)[:, None], forced.places.to(logits.device)]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@contextmanager
+def _head_at(model: PreTrainedModel, places: Tensor) -> Iterator[list[bool]]:
+    """Have the head see only some positions of every row; yield a list that is empty while it has not."""
+    head = model.get_output_embeddings()
+    seen: list[bool] = []
+
+    def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        seen.append(True)
+        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+        return (hidden[rows, places.to(hidden.device)], *inputs[1:])
+
+    if head is None:
+        yield seen
+        return
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return the device that inputs go to."""
+    return input_device(model)

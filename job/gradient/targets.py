@@ -1,0 +1,95 @@
+"""Targets: what the edited model is to say to bad prompts instead of refusing.
+
+That refusals are unlikely says nothing of what comes in their place. A target is opened by an edit that no longer
+refuses and continued by the base model, which is fluent and, past the opening, seldom goes back to refusing; tokens
+that only its refusals have are left out. What refuses all the same, is broken or unlikely to the base model is no
+target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from job.edits.hooks import ActiveEdits
+from job.generation.greedy import greedy_answers
+from job.generation.kv_cache import takes_cache
+from job.scoring.broken import is_broken
+from job.scoring.likelihood import IncoherenceTest
+from job.scoring.prompt_batches import PromptBatches
+from job.text.refusal_markers import RefusalMarkers
+
+# Tokens by the edit, and tokens of a target in all.
+OPENING_TOKENS, TARGET_TOKENS = 4, 16
+
+
+@dataclass(frozen=True)
+class TargetMaker:
+    """Makes targets for the bad prompts of a problem.
+
+    Attributes:
+        batches: The prompts that are fitted.
+        bad: Which bad prompts of these the problem has, by index.
+        refusal_tokens: Tokens that only refusals have.
+        markers: What tells refusals.
+        coherence: The base model's test.
+    """
+
+    batches: PromptBatches
+    bad: Sequence[int]
+    refusal_tokens: frozenset[int]
+    markers: RefusalMarkers
+    coherence: IncoherenceTest
+
+    def targets(self, edits: ActiveEdits) -> list[list[int] | None]:
+        """Return a target for every bad prompt, None where there is no usable one.
+
+        Args:
+            edits: Active edits, of which edit 0 opens.
+        """
+        prompts = [self.batches.bad.tokens[index] for index in self.bad]
+        if not takes_cache(self.batches.loaded.model):
+            return [None] * len(prompts)
+        openings = [
+            answer.tokens
+            for answer in self.batches.row_limit.fit(
+                lambda rows: self.batches.responses(prompts, OPENING_TOKENS, rows, edits)
+            )
+        ]
+        begun = [prompt + opening for prompt, opening in zip(prompts, openings, strict=True)]
+        rest = self.batches.row_limit.fit(lambda rows: self._continued(begun, rows))
+        targets = [opening + more for opening, more in zip(openings, rest, strict=True)]
+        # An answer that the edit has ended by itself has nothing to continue.
+        whole = [len(opening) == OPENING_TOKENS for opening in openings]
+        incoherent = self.coherence.incoherent(prompts, targets)
+        return [
+            target if usable and not unlikely and self._is_answer(index, target) else None
+            for index, target, usable, unlikely in zip(self.bad, targets, whole, incoherent, strict=True)
+        ]
+
+    def _continued(self, begun: Sequence[list[int]], rows: int) -> list[list[int]]:
+        loaded, found = self.batches.loaded, list[list[int]]()
+        order = sorted(range(len(begun)), key=lambda index: len(begun[index]))
+        for batch in loaded.architecture.batching.chunks([begun[index] for index in order], rows):
+            answers = greedy_answers(
+                loaded.model,
+                batch,
+                limit=TARGET_TOKENS - OPENING_TOKENS,
+                end_tokens=loaded.end_tokens,
+                batching=loaded.architecture.batching,
+                excluded=self.refusal_tokens,
+            )
+            found += [answer.tokens for answer in answers]
+        by_index = dict(zip(order, found, strict=True))
+        return [by_index[index] for index in range(len(begun))]
+
+    def _is_answer(self, index: int, target: Sequence[int]) -> bool:
+        text = self.batches.loaded.decode(target)
+        return not self.markers.is_refusal(text) and not is_broken(self.batches.bad.prompts[index].user, text)
+
+
+def refusal_only(refusals: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> frozenset[int]:
+    """Return tokens that refusals have and answers to good prompts do not."""
+    return frozenset(token for refusal in refusals for token in refusal) - {
+        token for answer in answers for token in answer
+    }

@@ -1,0 +1,109 @@
+"""The path of edits found by gradient, and the space around it that trials are made from. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from optuna.distributions import BaseDistribution, FloatDistribution
+from pydantic import Field
+
+from job.records import COMPONENTS, Component, EditParameters, LearnedDirections, Record
+from job.records.edits import LayerStrengths
+
+POSITION = "path.position"
+# Scales of a component's strengths: gentler than the path's is what is looked for, and sometimes a little more.
+_SCALES = (0.4, 1.2)
+
+
+class PathStage(Record):
+    """The end of one stage of the gradient descent.
+
+    Attributes:
+        beta: Weight of the KL divergence in the stage's loss.
+        steps: Steps so far, those of earlier stages included.
+        logits: θ of each component, layer and direction; strengths are λ_max σ(θ).
+        refusals: Refused held-out prompts, decoded.
+        broken: Held-out prompts with a broken answer.
+        kl: KL divergence over the first positions of held-out answers, nats.
+    """
+
+    beta: float
+    steps: int
+    logits: dict[Component, LayerStrengths]
+    refusals: int
+    broken: int = 0
+    kl: float
+
+
+class EditPath(Record):
+    """directions/path.json: the stages of the gradient descent, the first to the last that was kept.
+
+    Attributes:
+        key: Of all that the path follows from.
+        largest: λ_max.
+        prompts: Held-out prompts that refusals were counted of.
+        stages: The stages.
+        directions: sha256 of the learned directions, one set a stage; None where each layer keeps the basis' own.
+        failed: Why there is no path, and the search is TPE's; None if there is one.
+    """
+
+    version: Literal[1] = 1
+    key: str
+    largest: float = Field(gt=0)
+    prompts: int
+    stages: tuple[PathStage, ...]
+    directions: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class PathSpace:
+    """Edits at and between the stages of a path, with one scale for each component's strengths.
+
+    Attributes:
+        path: The path, of one stage at least.
+    """
+
+    path: EditPath
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Return the range of every parameter."""
+        last = float(len(self.path.stages) - 1)
+        scales = {f"{component}.scale": FloatDistribution(*_SCALES) for component in COMPONENTS}
+        return {POSITION: FloatDistribution(0.0, last), **scales}
+
+    def known_points(self) -> list[dict[str, Any]]:
+        """Return the stages' ends as parameters, the last and gentlest first."""
+        scales = {f"{component}.scale": 1.0 for component in COMPONENTS}
+        return [{POSITION: float(place), **scales} for place in reversed(range(len(self.path.stages)))]
+
+    def edit(self, params: Mapping[str, Any]) -> EditParameters:
+        """Return the edit that a trial's parameters describe: θ and directions are interpolated linearly."""
+        stages, place = self.path.stages, params[POSITION]
+        lower = min(int(place), len(stages) - 1)
+        first, second = stages[lower], stages[min(lower + 1, len(stages) - 1)]
+        share, largest = place - lower, self.path.largest
+
+        def strengths(component: Component) -> LayerStrengths:
+            scale = largest * params[f"{component}.scale"]
+            return tuple(
+                tuple(scale * _sigmoid((1 - share) * a + share * b) for a, b in zip(one, other, strict=True))
+                for one, other in zip(first.logits[component], second.logits[component], strict=True)
+            )
+
+        learned = None
+        if self.path.directions is not None:
+            learned = LearnedDirections(sha256=self.path.directions, position=place)
+        return EditParameters(
+            direction_index=None,
+            kernels={},
+            layer_strengths={component: strengths(component) for component in COMPONENTS},
+            directions=learned,
+        )
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value)) if value > 0 else math.exp(value) / (1 + math.exp(value))

@@ -1,0 +1,176 @@
+"""The path of edits by gradient: found once, before the search looks around it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from job.data.prompts import Prompt
+from job.directions.learned import keep_learned, learned_file
+from job.directions.residuals import digest
+from job.edits.hooks import ActiveEdits
+from job.gradient.descent import Descent, DescentState, StageEnd, gradient_fault, path_of
+from job.gradient.hooks import DifferentiableEdits
+from job.gradient.problem import LossWeights, Problem, Recipe
+from job.lifecycle.running import RunningJob
+from job.numerics.gradient import EditVariables, minibatch
+from job.records import COMPONENTS, EditParameters, LearnedDirections, TrialScores
+from job.report.results import trials_so_far
+from job.scoring.prompt_batches import PromptBatches
+from job.scoring.trial_scorer import TrialScorer
+from job.search.path import EditPath, PathStage
+from job.stages.session import ModelSession
+from job.storage.atomic import make_folder, write_record
+from job.text.refusal_markers import RefusalMarkers
+
+# One in so many extraction prompts is held out, to say when the descent has gone far enough.
+_HELD_OUT = 4
+# Refused prompts that it takes to begin.
+_LEAST_REFUSALS = 8
+
+
+def find_path(job: RunningJob, session: ModelSession) -> None:
+    """Find the path of edits that trials are made from, where the settings ask for one and there is none yet.
+
+    A study that has begun without one goes on without. A model whose gradients cannot be had or trusted is searched
+    with weight kernels; this is said once and written down.
+
+    Raises:
+        MachineError: Memory does not suffice for one prompt, or the path cannot be written.
+    """
+    folder = job.folder
+    if job.settings.search.method != "gradient" or folder.path_file.exists() or trials_so_far(folder):
+        return
+    path = _Finder(job, session, Recipe()).found()
+    make_folder(folder.path_file.parent)
+    write_record(folder.path_file, path)
+    if path.failed is not None:
+        job.events.emit("gradient_failed", f"warning: no edits by gradient: {path.failed}; searching with tpe")
+    else:
+        job.events.emit("gradient_path", f"edits by gradient: {len(path.stages)} stages", stages=len(path.stages))
+    shutil.rmtree(folder.gradient_folder, ignore_errors=True)  # the state, which nothing goes on from any more
+
+
+class _Finder:
+    """Finds the path of one job."""
+
+    def __init__(self, job: RunningJob, session: ModelSession, recipe: Recipe) -> None:
+        self._job, self._session, self._recipe = job, session, recipe
+        self._good = _split(session.prompts.good, job.settings.seed, "held-out good")
+        self._bad = _split(session.prompts.bad, job.settings.seed, "held-out bad")
+        self._scorer: TrialScorer | None = None
+        self._written: str | None = None
+
+    @property
+    def _key(self) -> str:
+        """What the path follows from."""
+        record, session = self._job.record, self._session
+        return digest(
+            {
+                "identity": record.identity,
+                "commit": record.model_commit,
+                "versions": record.versions,
+                "resolution": self._job.resolution.model_dump(mode="json"),
+                "directions": session.basis.directions.flatten().tolist(),
+                "recipe": asdict(self._recipe),
+            }
+        )
+
+    def found(self) -> EditPath:
+        """Return the path, or why there is none."""
+        fault = self._offloaded()
+        if fault is not None:
+            return self._path((), fault)
+        job, session, recipe = self._job, self._session, self._recipe
+        settings = job.settings
+        edits = DifferentiableEdits(session.model, settings.ablation.row_normalization, recipe.largest)
+        problem = Problem.measured(
+            session.model,
+            edits,
+            recipe,
+            settings.seed,
+            (self._good[0], self._bad[0]),
+            RefusalMarkers(settings.scoring.refusal_markers),
+            settings.scoring.effective_search_tokens,
+            job.resolution.rows,
+            settings.scoring.gibberish,
+        )
+        if len(problem.bad) < _LEAST_REFUSALS:
+            return self._path((), f"the base model refuses {len(problem.bad)} of {len(self._bad[0])} prompts")
+        start = DescentState.start(session.basis, recipe)
+        fault = gradient_fault(problem, start, LossWeights(recipe.first_beta, recipe.sparsity))
+        if fault is not None:
+            return self._path((), f"gradients of this model cannot be used: {fault}")
+        held_out, file = len(self._bad[1]), job.folder.gradient_folder / "state.safetensors"
+        descent = Descent(problem, self._measured, self._activated, held_out, file, self._key, job.events.say)
+        with job.events.progress("gradient steps", recipe.steps * recipe.stages) as advance:
+            ends = descent.run(start, advance)
+        return self._path(ends, None)
+
+    def _offloaded(self) -> str | None:
+        offloaded = any(parameter.is_meta for parameter in self._session.model.model.parameters())
+        return "weights are offloaded" if offloaded else None
+
+    def _path(self, ends: Sequence[StageEnd], fault: str | None) -> EditPath:
+        recipe = self._recipe
+        learned = keep_learned(self._job.folder, path_of(ends)) if ends else None
+        self._forget(learned)
+        return EditPath(
+            key=self._key,
+            largest=recipe.largest,
+            prompts=len(self._bad[1]),
+            stages=tuple(
+                PathStage(
+                    beta=end.beta,
+                    steps=end.steps,
+                    logits=dict(zip(COMPONENTS, end.variables.logits[0].tolist(), strict=True)),
+                    refusals=end.scores.refusals,
+                    broken=end.scores.broken,
+                    kl=end.scores.kl,
+                )
+                for end in ends
+            ),
+            directions=learned,
+            failed=fault,
+        )
+
+    def _measured(self, variables: EditVariables) -> TrialScores:
+        """Return an edit's scores on the held-out prompts, as the search would measure them."""
+        job, session = self._job, self._session
+        settings, rows = job.settings, job.resolution.rows
+        if self._scorer is None:
+            batches = PromptBatches.of(session.model, self._good[1], self._bad[1], rows, report=job.events.say)
+            markers = RefusalMarkers(settings.scoring.refusal_markers)
+            self._scorer = TrialScorer.measured(batches, markers, settings.scoring.answer_tokens, settings.kl_tokens)
+        limit = settings.scoring.effective_search_tokens
+        return self._scorer.scores(session.hooks, [self._edit(variables)], rows, response_tokens=limit)[0]
+
+    def _activated(self, variables: EditVariables) -> ActiveEdits:
+        return self._session.hooks.activate([self._edit(variables)])
+
+    def _edit(self, variables: EditVariables) -> EditParameters:
+        """Return an edit as trials are given it; its directions are in the run folder until the next one."""
+        end = StageEnd(variables, 0.0, 0, TrialScores(refusals=0, kl=0.0))
+        self._forget(None)
+        self._written = keep_learned(self._job.folder, path_of([end]))
+        strengths = variables.strengths(self._recipe.largest)[0].tolist()
+        return EditParameters(
+            direction_index=None,
+            kernels={},
+            layer_strengths=dict(zip(COMPONENTS, strengths, strict=True)),
+            directions=LearnedDirections(sha256=self._written, position=0.0),
+        )
+
+    def _forget(self, kept: str | None) -> None:
+        """Remove the directions of a stage that was only measured."""
+        if self._written is not None and self._written != kept:
+            learned_file(self._job.folder, self._written).unlink(missing_ok=True)
+        self._written = None
+
+
+def _split(prompts: Sequence[Prompt], seed: int, name: str) -> tuple[list[Prompt], list[Prompt]]:
+    """Return prompts to fit and prompts that are held out, by the seed."""
+    chosen = set(minibatch(seed, 0, name, len(prompts), max(1, len(prompts) // _HELD_OUT)))
+    fitted = [prompt for index, prompt in enumerate(prompts) if index not in chosen]
+    return fitted, [prompt for index, prompt in enumerate(prompts) if index in chosen]

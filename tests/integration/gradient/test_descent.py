@@ -1,0 +1,166 @@
+"""The descent on a trained organism: what it finds, when it ends, and that it goes on exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from job.config.load import default_values
+from job.data.prompts import Prompt
+from job.directions.residuals import extract_residuals, read_tensors
+from job.edits.hooks import ActiveEdits, Intervention
+from job.gradient.descent import Descent, DescentState, StageEnd, gradient_fault, worth_keeping
+from job.gradient.hooks import DifferentiableEdits
+from job.gradient.problem import LossWeights, Problem, Recipe
+from job.model.loading import LoadedModel, load_model
+from job.numerics.basis import Basis, DirectionPath
+from job.numerics.directions import mean_difference
+from job.numerics.gradient import EditVariables
+from job.records import COMPONENTS, EditParameters, LearnedDirections, TrialScores
+from job.text.refusal_markers import RefusalMarkers
+from tests.helpers import loading
+
+SHORT = Recipe(batch=8, steps=3, stages=2)
+GONE = TrialScores(refusals=0, kl=0.01)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    loaded: LoadedModel
+    problem: Problem
+    start: DescentState
+
+
+@pytest.fixture(scope="module")
+def case(organism: Path) -> Case:
+    loaded = load_model(organism / "model", loading("float32"), lambda _: None)
+    good, bad = (
+        [Prompt(user=line) for line in (organism / f"{kind}_train.txt").read_text().splitlines()[:24]]
+        for kind in ("good", "bad")
+    )
+    residuals = [extract_residuals(loaded, loaded.tokenize(one), 32, lambda _: None)[:, 1:] for one in (good, bad)]
+    basis = Basis.single(mean_difference(*residuals))
+    edits = DifferentiableEdits(loaded, "none", SHORT.largest)
+    markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
+    problem = Problem.measured(loaded, edits, SHORT, 0, (good, bad), markers, 30, 32, 2.0)
+    return Case(loaded, problem, DescentState.start(basis, SHORT))
+
+
+def descended(
+    case: Case, file: Path, advance: Callable[[int], None] = lambda _: None, scores: TrialScores = GONE
+) -> tuple[StageEnd, ...]:
+    directions = case.start.variables.directions[0].float()
+    basis, paths = Basis(directions, torch.ones(directions.shape[:2])), dict[str, DirectionPath]()
+    hooks = Intervention(case.loaded.model, case.loaded.architecture, basis, "none", paths.__getitem__)
+
+    def activate(variables: EditVariables) -> ActiveEdits:
+        name = f"{len(paths):064x}"
+        paths[name] = DirectionPath(variables.orthonormal().float())
+        strengths = variables.strengths(SHORT.largest)[0].tolist()
+        return hooks.activate(
+            [
+                EditParameters(
+                    direction_index=None,
+                    kernels={},
+                    layer_strengths=dict(zip(COMPONENTS, strengths, strict=True)),
+                    directions=LearnedDirections(sha256=name, position=0.0),
+                )
+            ]
+        )
+
+    with hooks:
+        descent = Descent(case.problem, lambda _: scores, activate, 10, file, "k", lambda _: None)
+        return descent.run(case.start, advance)
+
+
+def same(one: EditVariables, other: EditVariables) -> bool:
+    return torch.equal(one.logits, other.logits) and torch.equal(one.directions, other.directions)
+
+
+def test_prompts_that_are_refused_are_fitted_with_the_beginnings_of_answers(case: Case) -> None:
+    problem = case.problem
+    assert len(problem.bad) == len(problem.refusals) == len(problem.good) == len(problem.answers) == 24
+    assert {len(refusal) for refusal in problem.refusals} == {SHORT.refusal_tokens}
+    assert max(map(len, problem.answers)) == SHORT.kl_tokens
+    said = {case.loaded.decode(refusal).split()[0] for refusal in problem.refusals}
+    assert said <= {"Sorry,", "As", "I", "Many"}
+
+
+def test_a_step_lowers_the_loss_and_memory_does_not_change_its_gradients(case: Case) -> None:
+    weights = LossWeights(10.0, 0.02)
+    variables = EditVariables(torch.full_like(case.start.variables.logits, -1.0), case.start.variables.directions)
+    gradients, losses = case.problem.gradients(variables, 0, weights, 8)
+    parts, _ = case.problem.gradients(variables, 0, weights, 3)
+    torch.testing.assert_close(parts.logits, gradients.logits, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(parts.directions, gradients.directions, rtol=1e-3, atol=1e-4)
+    whole = losses.refusal + 10 * losses.divergence + 0.02 * float(variables.strengths(SHORT.largest).mean())
+    assert case.problem.loss(variables, 0, weights, 8) == pytest.approx(whole, rel=1e-5)
+    ahead = EditVariables(variables.logits - 0.05 * gradients.logits.sign(), variables.directions)
+    assert case.problem.loss(ahead, 0, weights, 8) < whole
+    assert gradient_fault(case.problem, case.start, weights) is None
+
+
+@pytest.mark.parametrize("after", [1, 4, 5])
+def test_a_descent_that_was_interrupted_goes_on_to_the_same_numbers(case: Case, tmp_path: Path, after: int) -> None:
+    whole = descended(case, tmp_path / "whole.safetensors")
+    taken: list[int] = []
+
+    def interrupt(steps: int) -> None:
+        taken.append(steps)
+        if sum(taken) == after:
+            raise KeyboardInterrupt
+
+    file = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        descended(case, file, interrupt)
+    again: list[int] = []
+    ends = descended(case, file, again.append)
+    # What was kept is not done again: the fourth step, and the end of the stage after the third.
+    assert (again[0], sum(again)) == ({1: 0, 4: 3, 5: 4}[after], 6)
+    assert [end.steps for end in ends] == [3, 6]
+    assert all(same(one.variables, other.variables) for one, other in zip(ends, whole, strict=True))
+    assert (tmp_path / "whole.safetensors").read_bytes() == file.read_bytes()
+    kept = read_tensors(file, "k")
+    assert kept is not None
+    state = DescentState.of(kept)
+    assert (state.ends[1].beta, state.ends[1].scores) == (30.0, GONE)
+    assert read_tensors(file, "another key") is None
+
+
+def test_beta_stays_as_it_is_while_refusals_remain(case: Case, tmp_path: Path) -> None:
+    ends = descended(case, tmp_path / "state.safetensors", scores=TrialScores(refusals=5, kl=0.01))
+    assert [end.beta for end in ends] == [10.0, 10.0]
+
+
+def end(refusals: int, broken: int = 0) -> StageEnd:
+    nothing = EditVariables(torch.zeros(1), torch.zeros(1))
+    return StageEnd(nothing, 1.0, 1, TrialScores(refusals=refusals, broken=broken, kl=0.1))
+
+
+@pytest.mark.parametrize(
+    ("ends", "kept"),
+    [
+        ([end(90), end(3), end(0), end(1), end(9)], 4),
+        ([end(90), end(80)], 2),
+        ([end(0), end(0, broken=5), end(0)], 1),
+        ([end(2), end(2)], 2),
+    ],
+)
+def test_the_path_ends_before_refusals_or_broken_answers_come_back(ends: list[StageEnd], kept: int) -> None:
+    assert len(worth_keeping(ends, 100)) == kept
+
+
+def test_a_model_without_gradients_is_told(case: Case) -> None:
+    class Detached(DifferentiableEdits):
+        """Stands for a kernel that has no backward."""
+
+        def _compiled(self, *arguments: object) -> object:
+            edit = super()._compiled(*arguments)  # type: ignore[arg-type]
+            return dataclasses.replace(edit, write=edit.write.detach(), read=edit.read.detach())
+
+    broken = dataclasses.replace(case.problem, edits=Detached(case.loaded, "none", SHORT.largest))
+    assert gradient_fault(broken, case.start, LossWeights(10.0, 0.02)) is not None

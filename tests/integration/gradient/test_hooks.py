@@ -1,0 +1,192 @@
+"""Gradients through whole models, and that the edit found is the edit that the search measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedModel,
+)
+
+from job.architectures.structure import discover
+from job.edits.hooks import Intervention
+from job.generation.forward import RowTrials, first_logits
+from job.gradient.hooks import DifferentiableEdits
+from job.gradient.reading import ForcedAnswers, answer_logits
+from job.model.loading import LoadedModel
+from job.numerics.ablation import RowNormalization
+from job.numerics.basis import Basis, DirectionPath
+from job.numerics.gradient import (
+    EditVariables,
+    answer_divergence,
+    orthonormal_rows,
+    refusal_term,
+    sequence_log_probabilities,
+)
+from job.records import COMPONENTS, EditParameters, LearnedDirections
+
+LARGEST = 1.5
+PROMPTS = [[7, 8, 9, 10, 11], [12, 13, 14], [9, 30], [5, 6, 7, 8]]
+ANSWERS = [[3, 4, 5], [6], [7, 8, 9, 10], [11, 12]]
+SIZES: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+FAMILIES: dict[str, Any] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SIZES)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, sliding_window=4)),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=3, experts_implementation="eager")
+    ),
+}
+
+
+class DoubleNorm(nn.Module):
+    """A family's RMS norm in the precision of its input; transformers' own rounds it to float32."""
+
+    def __init__(self, norm: nn.Module, offset: float) -> None:
+        super().__init__()
+        self.weight, self.offset = norm.weight, offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight + self.offset) * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def in_double(model: PreTrainedModel) -> None:
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            holder, _, own = name.rpartition(".")
+            setattr(model.get_submodule(holder), own, DoubleNorm(module, float("Gemma" in type(module).__name__)))
+
+
+def loaded_random(family: str, dtype: torch.dtype = torch.float64) -> LoadedModel:
+    """Return a small random model with random gains and biases."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = FAMILIES[family]()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model = model.to(dtype).eval()
+    model.requires_grad_(False)
+    architecture = discover(model)
+    if dtype == torch.float64:
+        in_double(model)
+    tokenizer = cast(Any, None)  # what is told here is told in tokens
+    return LoadedModel(Path(), model, tokenizer, architecture, str(dtype).removeprefix("torch."))
+
+
+def some_variables(loaded: LoadedModel, edits: int, count: int) -> EditVariables:
+    generator = torch.Generator().manual_seed(1)
+    layers, width = loaded.architecture.layer_count, loaded.architecture.width
+    logits = torch.randn(edits, 2, layers, count, generator=generator, dtype=torch.float64)
+    return EditVariables(logits, torch.randn(edits, layers, count, width, generator=generator, dtype=torch.float64))
+
+
+def loss(loaded: LoadedModel, edits: DifferentiableEdits, variables: EditVariables, base: torch.Tensor) -> torch.Tensor:
+    """Return a loss over the rows of all edits, each with a weight of its own."""
+    count = len(variables.logits)
+    forced = ForcedAnswers.of(PROMPTS * count, ANSWERS * count, loaded.device)
+    trials = [trial for trial in range(count) for _ in PROMPTS]
+    with edits.applied(variables, trials):
+        logits = answer_logits(loaded.model, forced)
+    weights = torch.tensor([1.0 + trial for trial in trials], dtype=torch.float64)
+    refusal = refusal_term(sequence_log_probabilities(logits, forced.answers, forced.real), 6.0)
+    kl = answer_divergence(base.repeat(count, 1, 1), logits, forced.real)
+    return (weights * (refusal + 3 * kl)).mean() + 0.02 * variables.strengths(LARGEST).mean()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        *((family, mode) for family in ("llama", "olmo2") for mode in ("none", "pre", "full", "column")),
+        ("mixtral", "none"),
+    ],
+)
+def test_gradients_are_those_of_finite_differences_with_two_edits_in_a_batch(
+    family: str, mode: RowNormalization, count: int
+) -> None:
+    loaded = loaded_random(family)
+    edits, variables = DifferentiableEdits(loaded, mode, LARGEST), some_variables(loaded, 2, count)
+    base = answer_logits(loaded.model, ForcedAnswers.of(PROMPTS, ANSWERS, loaded.device)).detach()
+    watched = variables.with_gradients()
+    loss(loaded, edits, watched, base).backward()
+    gradients = watched.gradients()
+    assert bool(gradients.logits.abs().min() > 0)
+    # Routers compute in float32, whatever the model does.
+    step, tolerance = (1e-2, {"rel": 1e-2, "abs": 2e-4}) if family == "mixtral" else (1e-5, {"rel": 1e-6})
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(4):
+        along = EditVariables(
+            torch.randn(variables.logits.shape, generator=generator, dtype=torch.float64),
+            torch.randn(variables.directions.shape, generator=generator, dtype=torch.float64),
+        )
+        ahead, behind = (loss(loaded, edits, moved(variables, along, sign * step), base).item() for sign in (1, -1))
+        slope = (gradients.logits * along.logits).sum() + (gradients.directions * along.directions).sum()
+        assert slope.item() == pytest.approx((ahead - behind) / (2 * step), **tolerance)
+
+
+def moved(variables: EditVariables, along: EditVariables, step: float) -> EditVariables:
+    return EditVariables(variables.logits + step * along.logits, variables.directions + step * along.directions)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        ("llama", "none"),
+        ("llama", "full"),
+        ("llama", "column"),
+        ("gemma2", "pre"),
+        ("gemma2", "column"),
+        ("mixtral", "none"),
+    ],
+)
+def test_the_edit_found_is_the_edit_that_the_search_measures(family: str, mode: RowNormalization, count: int) -> None:
+    loaded = loaded_random(family, torch.float32)
+    variables = some_variables(loaded, 2, count)
+    edits = DifferentiableEdits(loaded, mode, LARGEST)
+    prompts = PROMPTS * 2
+    forced = ForcedAnswers.of(prompts, [[0]] * len(prompts), loaded.device)
+    with edits.applied(variables, [0] * 4 + [1] * 4), torch.no_grad():
+        found = answer_logits(loaded.model, forced)[:, 0]
+    path = DirectionPath(orthonormal_rows(variables.directions).float())
+    basis = Basis(path.directions[0], torch.ones(path.directions.shape[1:3]))
+    parameters = [
+        EditParameters(
+            direction_index=None,
+            kernels={},
+            layer_strengths=dict(zip(COMPONENTS, strengths.tolist(), strict=True)),
+            directions=LearnedDirections(sha256="1" * 64, position=float(stage)),
+        )
+        for stage, strengths in enumerate(variables.strengths(LARGEST))
+    ]
+    with Intervention(loaded.model, loaded.architecture, basis, mode, lambda _: path) as intervention:
+        rows = RowTrials(torch.arange(2).repeat_interleave(4), intervention.activate(parameters))
+        measured = first_logits(loaded.model, prompts, rows)
+    torch.testing.assert_close(found, measured, rtol=0, atol=5e-5)
+
+
+def test_the_head_computes_the_answers_positions_alone_and_padding_changes_nothing() -> None:
+    loaded = loaded_random("llama")
+    together = answer_logits(loaded.model, ForcedAnswers.of(PROMPTS, ANSWERS, loaded.device))
+    assert together.shape == (4, 4, 48)
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        alone = loaded.model(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+        torch.testing.assert_close(together[row, : len(answer)], alone, rtol=0, atol=1e-9)

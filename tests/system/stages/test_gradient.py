@@ -1,0 +1,108 @@
+"""Jobs whose edits are found by gradient, from the command to the export and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from job.directions.learned import EXPORTED
+from job.export.reproduction import read_reproduction
+from job.search.path import EditPath
+from job.search.study import read_trials
+from job.storage.atomic import read_record, sha256_file
+from job.system.failpoints import FAILPOINTS
+from tests.helpers import abliterate, job_arguments, only_job, start
+
+pytestmark = pytest.mark.slow
+
+METHOD = ("--set", "search.method=gradient", "--trials", "6")
+
+
+@pytest.fixture(scope="module")
+def found(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the workspace of a finished job."""
+    workspace = tmp_path_factory.mktemp("gradient") / "runs"
+    told = abliterate("run", *job_arguments(organism), "--workspace", workspace, *METHOD).check()
+    assert "edits by gradient:" in told.err
+    assert "refusals 20/20 -> 0/20" in told.out
+    return workspace
+
+
+def test_the_first_trials_are_the_stages_and_the_edit_goes_into_every_format(
+    organism: Path, found: Path, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "runs"
+    shutil.copytree(found, workspace, symlinks=True)
+    job = only_job(workspace)
+    path = read_record(job / "directions" / "path.json", EditPath)
+    trials = read_trials(job / "study.db")
+    last = len(path.stages) - 1
+    assert trials[0].params == {"path.position": last, "attention.scale": 1.0, "mlp.scale": 1.0}
+    assert not (job / "gradient").exists()
+    assert [file.name for file in (job / "directions").glob("learned-*")] == [f"learned-{path.directions}.safetensors"]
+    export = (job / "export").resolve()
+    made = read_reproduction(export / "reproduce.json")
+    assert made.edit.directions is not None
+    assert sha256_file(export / EXPORTED) == made.edit.directions.sha256 == path.directions
+    assert "each layer's own direction, learned by gradient" in (export / "README.md").read_text()
+    assert "learned by gradient" in (job / "report.md").read_text()
+    assert "chart-strength" in (job / "report.html").read_text()
+    weights = (export / "model.safetensors").read_bytes()
+    directions = abliterate("export", "--workspace", workspace, "--format", "directions").check().out.strip()
+    abliterate("apply", organism / "model", directions, tmp_path / "applied").check()
+    assert (tmp_path / "applied" / "model.safetensors").read_bytes() == weights
+    adapter = Path(abliterate("export", "--workspace", workspace, "--format", "adapter").check().out.strip())
+    assert load_file(adapter / "adapter_model.safetensors")
+
+    # Made again elsewhere from the export alone; without its directions it cannot be.
+    again = [
+        "run",
+        *job_arguments(organism),
+        "--workspace",
+        tmp_path / "again",
+        "--reproduce",
+        export / "reproduce.json",
+    ]
+    (export / EXPORTED).rename(tmp_path / "directions")
+    abliterate(*again).fails(2, "does not hold the directions")
+    (tmp_path / "directions").rename(export / EXPORTED)
+    shutil.rmtree(tmp_path / "again")
+    assert "all 1 files of weights equal" in abliterate(*again).check().err
+    status = json.loads(abliterate("status", "--workspace", workspace, "--json").check().out)
+    assert status["best"][0]["params"].keys() == trials[0].params.keys()
+
+
+@pytest.mark.parametrize("points", [["stage:search"], ["written:state.safetensors"] * 2, ["written:path.json"]])
+def test_a_job_that_was_killed_while_it_descends_comes_to_the_same_bytes(
+    organism: Path, found: Path, tmp_path: Path, points: list[str]
+) -> None:
+    faults, workspace = tmp_path / "faults", tmp_path / "runs"
+    faults.mkdir()
+    arguments = ["run", *job_arguments(organism), "--workspace", workspace, *METHOD]
+    for point in points:
+        (faults / f"kill@{point}").touch()
+        process = start(*arguments, **{FAILPOINTS: str(faults)})
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    abliterate(*arguments).check()
+    one, other = only_job(found), only_job(workspace)
+    for name in ("directions/path.json", "export/model.safetensors", f"export/{EXPORTED}", "export/README.md"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert read_trials(one / "study.db") == read_trials(other / "study.db")
+
+
+def test_a_study_that_has_begun_with_kernels_goes_on_with_them(organism: Path, finished: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "runs"
+    shutil.copytree(finished, workspace, symlinks=True)
+    job = only_job(workspace)
+    record = json.loads((job / "job.json").read_text())
+    record["settings"]["search"]["method"] = "gradient"
+    (job / "job.json").write_text(json.dumps(record))
+    abliterate("resume", "--workspace", workspace, "--trials", 22).check()
+    assert not (job / "directions" / "path.json").exists()
+    assert "direction_index" in read_trials(job / "study.db")[21].params
