@@ -26,9 +26,9 @@ from job.errors import ExportMismatchError, ImpossibleJobError
 from job.export.model_card import licence_files, model_card
 from job.export.reproduction import Reproduction
 from job.model.carried_files import carried_files
-from job.model.files import INDEX, WEIGHTS
 from job.model.quantization import plain_config
 from job.model.safetensors_files import Checkpoint, Places, digest_of
+from job.model.weight_files import INDEX, WEIGHTS
 from job.numerics.ablation import RowNormalization, WriterEdit, edit_bias, edit_weight
 from job.numerics.basis import Basis, DirectionPath
 from job.records import EditParameters, Manifest, ManifestEntry

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from job.model.files import INDEX
+from job.model.weight_files import INDEX, SINGLE
 
 # Configuration and templates.
 _DESCRIBING = frozenset(
@@ -81,6 +81,8 @@ def carried_files(folder: Path, *, code: bool) -> list[Path]:
         code: The model's own modules, too, which others would run.
     """
     present = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
+    if SINGLE in present:
+        present.pop(INDEX, None)  # it is of other files, which are not loaded
     modules = _own_code(present) if code else set()
     names = {name for name in present if name in _DESCRIBING | _TOKENIZER or is_licence(name)} | modules
     if modules:

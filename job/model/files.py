@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from job.errors import ImpossibleJobError, MachineError
+from job.model.weight_files import (
+    ADAPTER,
+    INDEX,
+    WEIGHTS,
+    loaded_weights,
+    read_adapter,
+    refuse_adapter,
+    require_loadable,
+)
 from job.records import Record
 from job.system.hub_client import REPOSITORY, is_offline, patiently
 
-WEIGHTS = ".safetensors"
-INDEX = "model.safetensors.index.json"
 # Weights in formats that are not used, and the folders that some repositories keep them in.
 _LEFT_OUT = frozenset(
     {
@@ -142,8 +149,7 @@ def list_model(source: ModelSource, commit: str | None, report: Callable[[str], 
         if not folder.is_dir():
             raise no_model_folder(source)
         refuse_links_out(folder)
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-        return ModelListing(files=_needed(sizes))
+        return ModelListing(files=_in_folder(folder))
     if is_offline():
         return _cached_listing(source, commit)
     from huggingface_hub import HfApi
@@ -153,9 +159,21 @@ def list_model(source: ModelSource, commit: str | None, report: Callable[[str], 
 
     info = patiently(call, f"model {source.name}", report)
     card = info.card_data.to_dict() if info.card_data else {}
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    refuse_adapter(f"model {source.name}", sizes, {} if ADAPTER in sizes else None)
+
+    def index() -> bytes:
+        from huggingface_hub import HfFileSystem
+
+        return patiently(
+            lambda: bytes(HfFileSystem().read_bytes(f"{source.name}@{info.sha}/{INDEX}")),
+            f"model {source.name}",
+            report,
+        )
+
     return ModelListing(
         commit=str(info.sha),
-        files=_needed({file.rfilename: file.size or 0 for file in info.siblings or ()}),
+        files=_needed(sizes, loaded_weights(sizes, index)),
         license=card.get("license_name") or card.get("license"),
         gated=bool(info.gated),
         public=info.private is False,
@@ -182,19 +200,26 @@ def is_in_history(source: ModelSource, commit: str, report: Callable[[str], None
     return any(known.commit_id == commit for known in commits)
 
 
-def _needed(sizes: dict[str, int]) -> tuple[ModelFile, ...]:
-    """Return the files of a model's top level without weights in other formats."""
+def _in_folder(folder: Path) -> tuple[ModelFile, ...]:
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    refuse_adapter(str(folder), sizes, read_adapter(folder))
+    return _needed(sizes, loaded_weights(sizes, (folder / INDEX).read_bytes))
+
+
+def _needed(sizes: dict[str, int], weights: Collection[str]) -> tuple[ModelFile, ...]:
+    """Return the files of a model's top level without weights that are not loaded."""
     return tuple(
         ModelFile(name=name, size=size)
         for name, size in sorted(sizes.items())
-        if "/" not in name and not name.startswith(".") and Path(name).suffix not in _LEFT_OUT
+        if "/" not in name
+        and not name.startswith(".")
+        and (name in weights if name.endswith(WEIGHTS) else Path(name).suffix not in _LEFT_OUT)
     )
 
 
 def _cached_listing(source: ModelSource, commit: str | None) -> ModelListing:
     folder = _snapshot(source, commit, None, offline=True)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    return ModelListing(commit=folder.name, files=_needed(sizes))
+    return ModelListing(commit=folder.name, files=_in_folder(folder))
 
 
 def fetch_model(
@@ -308,13 +333,9 @@ def tensor_shapes(
     """Return every tensor's type and shape from the headers of the safetensors files; no weight is read.
 
     Raises:
-        ImpossibleJobError: There are no safetensors files, or one is damaged.
+        ImpossibleJobError: There are none, their index is missing, or a file is damaged.
     """
-    if not listing.weights:
-        raise ImpossibleJobError(
-            f"{source.describe()} has no safetensors weights",
-            remedy="convert the model with save_pretrained, which writes safetensors",
-        )
+    require_loadable(source.describe(), {file.name for file in listing.files})
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in listing.weights:
         header = _local_header(Path(source.name) / file.name) if source.kind == "folder" else None
@@ -325,32 +346,6 @@ def tensor_shapes(
             raise _damaged(file.name, f"it has {file.size} bytes, and its header speaks of {end}")
         found |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
     return found
-
-
-def require_complete(folder: Path, listing: ModelListing, tensors: Collection[str]) -> None:
-    """Refuse a checkpoint whose index names what is not there.
-
-    Args:
-        folder: Holds the model's files but weights.
-        listing: All of its files.
-        tensors: Names of the tensors in its safetensors files.
-
-    Raises:
-        ImpossibleJobError: A file or a tensor is missing, or the index is damaged.
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        return
-    try:
-        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        lacking = sorted({*places.values()} - {file.name for file in listing.files})
-        lacking += sorted(places.keys() - set(tensors))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(INDEX, str(error)) from error
-    if lacking:
-        raise ImpossibleJobError(
-            f"the model lacks {lacking[0]}, which its index names", remedy="obtain a complete copy"
-        )
 
 
 def _damaged(name: str, why: str) -> ImpossibleJobError:

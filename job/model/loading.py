@@ -38,15 +38,14 @@ from job.generation.forward import first_logits, input_device
 from job.generation.greedy import greedy_answers
 from job.model.dequantization import dequantising_config
 from job.model.device_faults import is_out_of_memory, out_of_memory
-from job.model.files import INDEX
 from job.model.memory import keep_freed_memory
 from job.model.placement import spread
 from job.model.rendering import PLAIN, Rendering, conversations, end_of_turn
+from job.model.weight_files import checkpoint_files
 from job.records import LARGE_BYTES
 from job.system.tempdirs import scratch
 from job.text.decoding import decoded
 
-SINGLE = "model.safetensors"
 TEMPLATE_FILE = "chat_template.json"
 # What a model that has just been loaded is asked.
 GREETING = Prompt(user="Hello, how are you?")
@@ -162,37 +161,6 @@ def quieten_transformers() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint.
-
-    Raises:
-        ImpossibleJobError: There are none, or the index names a file that is missing.
-    """
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ImpossibleJobError(f"{index} is damaged", remedy="obtain an undamaged copy") from error
-        if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-            raise ImpossibleJobError(
-                f"{index} names {odd[0]!r}, which is no file of the folder", remedy="obtain an undamaged copy"
-            )
-        files = [folder / name for name in names]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ImpossibleJobError(
-                f"{folder} lacks {missing[0]}, which its index names", remedy="obtain a complete copy"
-            )
-        return files
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    raise ImpossibleJobError(
-        f"{folder} has no safetensors weights",
-        remedy="convert the model with save_pretrained, which writes safetensors",
-    )
 
 
 def load_tokenizer(folder: Path, trusted: bool = False) -> PreTrainedTokenizerBase:

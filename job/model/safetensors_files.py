@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from job.architectures.spec import Architecture
 from job.architectures.tensor_names import Form
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
-from job.model.loading import checkpoint_files
 from job.model.quantization import PlainTensor, Quantisation, block_of, plain_tensors, quantisation_in
+from job.model.weight_files import checkpoint_files
 from job.numerics.dequantisation import dequantised_blocks, dequantised_mxfp4
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

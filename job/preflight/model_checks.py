@@ -16,10 +16,10 @@ from job.model.files import (
     line_speed,
     list_model,
     parse_model,
-    require_complete,
     tensor_shapes,
 )
 from job.model.quantization import METHODS
+from job.model.weight_files import left_aside, require_complete
 from job.preflight.checks import Check, attempt, guarded, size
 from job.preflight.data_checks import DataFindings
 from job.preflight.inputs import PreflightInputs
@@ -132,7 +132,7 @@ def _examine_weights(
 def _read_headers(inputs: PreflightInputs, model: ModelFiles) -> tuple[dict[str, Any], Tensors, ModelFacts]:
     """Return the configuration, the stored tensors, and what they say of the model."""
     shapes = tensor_shapes(model.source, model.listing, inputs.report)
-    require_complete(model.folder, model.listing, shapes)
+    require_complete(model.folder, {file.name for file in model.listing.files}, shapes)
     config = json.loads((model.folder / "config.json").read_text())
     return config, shapes, model_facts(config, shapes)
 
@@ -152,11 +152,15 @@ def _tokenizer_checks(inputs: PreflightInputs, folder: Path, data: Callable[[], 
 def files(source: ModelSource, listing: ModelListing) -> Check:
     """Say what a model consists of."""
     commit = f", commit {listing.commit[:12]}" if listing.commit else ""
+    there = [path.name for path in Path(source.name).iterdir()] if source.kind == "folder" else []
+    aside = left_aside(there, [file.name for file in listing.weights])
+    unread = f"; not loaded: {', '.join(aside)}" if aside else ""
     return Check(
         name="model.files",
-        status="ok",
-        measured=f"{source.describe()}{commit}: {len(listing.files)} files, {size(listing.size)}",
+        status="warn" if aside else "ok",
+        measured=f"{source.describe()}{commit}: {len(listing.files)} files, {size(listing.size)}{unread}",
         needed="safetensors weights, configuration and tokenizer",
+        remedy="see that those are not the weights that you mean" if aside else "",
     )
 
 

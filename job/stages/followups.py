@@ -16,8 +16,9 @@ from job.lifecycle.lock import held
 from job.lifecycle.outcome import missed_gate
 from job.lifecycle.running import OpenJob
 from job.lifecycle.start import JobStart
-from job.model.files import WEIGHTS, fetch_model, list_model, parse_model
+from job.model.files import fetch_model, list_model, parse_model
 from job.model.quantization import quantisation_in
+from job.model.weight_files import WEIGHTS
 from job.records import ExportFormat, Figures, Trial
 from job.report.results import job_trials
 from job.stages.choice import chosen_trial

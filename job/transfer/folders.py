@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from job.errors import DeliveryError
-from job.model.files import WEIGHTS
+from job.model.weight_files import WEIGHTS
 from job.records import Manifest
 from job.storage.atomic import make_folder, read_record, sha256_file, sync_file, sync_folder
 from job.storage.exports import MANIFEST

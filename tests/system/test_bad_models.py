@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import abliterate, job_arguments
+from tests.helpers import abliterate, job_arguments, only_job
 
 WRITER = "model.layers.1.mlp.down_proj.weight"
 
@@ -29,7 +29,8 @@ def without_a_shard(folder: Path) -> None:
 
 
 def with_an_empty_promise(folder: Path) -> None:
-    places = dict.fromkeys([*load_file(folder / "model.safetensors"), "model.nowhere.weight"], "model.safetensors")
+    file = (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    places = dict.fromkeys([*load_file(file), "model.nowhere.weight"], file.name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
@@ -49,6 +50,27 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def without_the_index(folder: Path) -> None:
+    without_a_shard(folder)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def with_a_damaged_index(folder: Path) -> None:
+    without_a_shard(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [}')
+
+
+def with_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "user/base"}')
+    save_file({"a": load_file(folder / "model.safetensors")[WRITER]}, folder / "adapter_model.safetensors")
+
+
+def of_an_adapter_alone(folder: Path) -> None:
+    with_an_adapter(folder)
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
@@ -58,6 +80,10 @@ def pickled(folder: Path) -> None:
         (of_another_shape, WRITER),
         (under_another_name, WRITER),
         (pickled, "convert the model with save_pretrained"),
+        (without_the_index, "neither model.safetensors nor model.safetensors.index.json"),
+        (with_a_damaged_index, "model.safetensors.index.json is damaged"),
+        (with_an_adapter, "a LoRA adapter lies in"),
+        (of_an_adapter_alone, "its base model is user/base"),
     ],
 )
 def test_a_bad_model_is_refused(spoil: Callable[[Path], None], told: str, organism: Path, tmp_path: Path) -> None:
@@ -72,3 +98,56 @@ def test_a_bad_model_is_refused(spoil: Callable[[Path], None], told: str, organi
         assert "Traceback" not in ended.err
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     assert not list((tmp_path / "runs").glob("*/study.db"))
+
+
+def with_a_stale_index(folder: Path) -> None:
+    places = {"model.nowhere.weight": "model-00001-of-00009.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def with_shards_of_another_model(folder: Path) -> None:
+    """Leave shards and their index beside the single file, with other weights."""
+    shards = {name: tensor * 2 for name, tensor in load_file(folder / "model.safetensors").items()}
+    file = "model-00001-of-00001.safetensors"
+    save_file(shards, folder / file, metadata={"format": "pt"})
+    places = {"metadata": {}, "weight_map": dict.fromkeys(shards, file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(places))
+
+
+def with_a_consolidated_copy(folder: Path) -> None:
+    whole = (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    tensors = load_file(whole)
+    file = "model-00001-of-00001.safetensors"
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    places = {"metadata": {}, "weight_map": dict.fromkeys(tensors, file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(places))
+
+
+@pytest.mark.parametrize(
+    ("add", "aside"),
+    [
+        (with_a_stale_index, "model.safetensors.index.json"),
+        (with_shards_of_another_model, "model-00001-of-00001.safetensors, model.safetensors.index.json"),
+        (with_a_consolidated_copy, "consolidated.safetensors"),
+    ],
+)
+def test_only_the_weights_that_transformers_loads_count(
+    add: Callable[[Path], None], aside: str, organism: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(organism / "model", tmp_path / "model")
+    own = load_file(tmp_path / "model" / "model.safetensors")
+    add(tmp_path / "model")
+    arguments = [tmp_path / "model", *job_arguments(organism)[1:], "--workspace", tmp_path / "runs"]
+    checked = abliterate("preflight", *arguments, "--json").check()
+    checks = {check["name"]: check for check in json.loads(checked.out)["checks"]}
+    assert checks["model.files"]["measured"].endswith(f"; not loaded: {aside}")
+    assert checks["model.files"]["status"] == "warn"
+    assert checks["model.weights"]["measured"].startswith(f"{len(own)} tensors")
+    abliterate("run", *arguments, "--trials", "1", "--set", "startup_trials=1").check()
+    export = only_job(tmp_path / "runs") / "export"
+    edited = {name: tensor for file in export.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert edited.keys() == own.keys()
+    assert [path.name for path in export.glob("consolidated*")] == []
+    kept = [name for name, tensor in own.items() if "o_proj" not in name and "down_proj" not in name]
+    assert all(bool((edited[name] == own[name]).all()) for name in kept)
+    assert (export / "model.safetensors.index.json").exists() == (add is with_a_consolidated_copy)

@@ -86,6 +86,7 @@ def test_a_device_that_is_not_there(copy: Path) -> None:
 
 
 def test_a_damaged_index(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")  # it would go before the index
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": 3}))
     with pytest.raises(ImpossibleJobError, match="is damaged"):
         load_model(copy, loading("auto"), print)

@@ -1,0 +1,162 @@
+"""Which safetensors files of a model count: those that transformers loads, and no others that lie beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from job.errors import ImpossibleJobError
+from job.text.decoding import decoded
+
+WEIGHTS = ".safetensors"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_COPY = "obtain an undamaged copy of the model"
+
+
+def loaded_weights(names: Collection[str], read_index: Callable[[], bytes]) -> frozenset[str]:
+    """Return the names of the safetensors files that transformers loads.
+
+    The single file goes before the index, and the index before whatever else is there, such as the consolidated copy in
+    Mistral's repositories.
+
+    Args:
+        names: Names of all files of the model.
+        read_index: Returns the index's contents.
+
+    Raises:
+        ImpossibleJobError: The index is damaged.
+    """
+    if SINGLE in names:
+        return frozenset({SINGLE})
+    weights = frozenset(name for name in names if name.endswith(WEIGHTS))
+    if INDEX not in names or all(_SHARD.fullmatch(name) for name in weights):
+        return weights
+    return frozenset(indexed_tensors(read_index()).values()) & weights
+
+
+def indexed_tensors(data: bytes) -> dict[str, str]:
+    """Return the file of every tensor by an index's contents.
+
+    Raises:
+        ImpossibleJobError: It is damaged, or names a file outside of the model.
+    """
+    try:
+        places = json.loads(decoded(data))["weight_map"]
+        names = set(places.values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ImpossibleJobError(f"{INDEX} is damaged: {error}", remedy=_COPY) from error
+    if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ImpossibleJobError(f"{INDEX} names {odd[0]!r}, which is no file of the folder", remedy=_COPY)
+    return dict(places)
+
+
+def refuse_adapter(where: str, names: Collection[str], adapter: Mapping[str, Any] | None) -> None:
+    """Refuse a LoRA adapter, alone or beside a model, into which transformers would put it.
+
+    Args:
+        where: The model, for messages.
+        names: Names of all its files.
+        adapter: What its adapter_config.json says, as far as it can be read; None: it has none.
+
+    Raises:
+        ImpossibleJobError: There is one.
+    """
+    if adapter is None:
+        return
+    if SINGLE not in names and INDEX not in names:
+        base = adapter.get("base_model_name_or_path")
+        raise ImpossibleJobError(
+            f"{where} holds a LoRA adapter and no model" + (f": its base model is {base}" if base else ""),
+            remedy="merge it into its base model (merge_and_unload of PEFT) and give the result",
+        )
+    raise ImpossibleJobError(
+        f"a LoRA adapter lies in {where}, which would be loaded with the model",
+        remedy=f"merge it into the model, or move {ADAPTER} away",
+    )
+
+
+def require_loadable(where: str, names: Collection[str]) -> None:
+    """Refuse models whose weights transformers would not load.
+
+    Args:
+        where: The model, for messages.
+        names: Names of all its files.
+
+    Raises:
+        ImpossibleJobError: It has none, or shards without their index.
+    """
+    weights = sorted(name for name in names if name.endswith(WEIGHTS))
+    if not weights:
+        raise ImpossibleJobError(
+            f"{where} has no safetensors weights",
+            remedy="convert the model with save_pretrained, which writes safetensors",
+        )
+    if SINGLE not in names and INDEX not in names:
+        raise ImpossibleJobError(
+            f"{where} has weights ({weights[0]}) and neither {SINGLE} nor {INDEX}, without which they are not loaded",
+            remedy=f"obtain a complete copy, or name the file {SINGLE} if it is the only one",
+        )
+
+
+def read_adapter(folder: Path) -> dict[str, Any] | None:
+    """Return what a folder's adapter_config.json says, as far as it can be read; None where there is none."""
+    file = folder / ADAPTER
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(decoded(file.read_bytes()))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder that transformers loads.
+
+    Raises:
+        ImpossibleJobError: There are none, an adapter lies there, the index is damaged, or a file is missing.
+    """
+    names = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
+    refuse_adapter(str(folder), names, read_adapter(folder))
+    require_loadable(str(folder), names)
+    if SINGLE in names:
+        return [folder / SINGLE]
+    wanted = sorted(set(indexed_tensors((folder / INDEX).read_bytes()).values()))
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise ImpossibleJobError(f"{folder} lacks {missing[0]}, which its index names", remedy="obtain a complete copy")
+    return [folder / name for name in wanted]
+
+
+def require_complete(folder: Path, names: Collection[str], tensors: Collection[str]) -> None:
+    """Refuse a checkpoint whose index names what is not there.
+
+    Args:
+        folder: Holds the model's files but weights.
+        names: Names of all its files.
+        tensors: Names of the tensors in the safetensors files that are loaded.
+
+    Raises:
+        ImpossibleJobError: A file or a tensor is missing, or the index is damaged.
+    """
+    index = folder / INDEX
+    if SINGLE in names or not index.is_file():
+        return
+    places = indexed_tensors(index.read_bytes())
+    lacking = sorted({*places.values()} - set(names)) + sorted(places.keys() - set(tensors))
+    if lacking:
+        raise ImpossibleJobError(
+            f"the model lacks {lacking[0]}, which its index names", remedy="obtain a complete copy"
+        )
+
+
+def left_aside(names: Collection[str], listed: Collection[str]) -> list[str]:
+    """Return the names of weights and of an index that lie in a folder and are not loaded."""
+    stale = [INDEX] if SINGLE in names and INDEX in names else []
+    return sorted(name for name in names if name.endswith(WEIGHTS) and name not in listed) + stale
