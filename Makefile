@@ -42,8 +42,8 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
-	$(BIN)/shellcheck entrypoint.sh .ci/run infra/vast/onstart.sh infra/image/renew.sh
-	$(BIN)/shfmt -d -i 4 entrypoint.sh .ci/run infra/vast/onstart.sh infra/image/renew.sh
+	$(BIN)/shellcheck entrypoint.sh .ci/run infra/vast/onstart.sh infra/image/renew.sh infra/slurm/ray.sbatch
+	$(BIN)/shfmt -d -i 4 entrypoint.sh .ci/run infra/vast/onstart.sh infra/image/renew.sh infra/slurm/ray.sbatch
 	$(BIN)/hadolint Dockerfile
 
 # The base image's digest and the hashes of what the image installs, in the versions of constraints.txt.

@@ -56,7 +56,7 @@ pin_all() {
     # Not again what torch has brought: other builds of it bring other packages.
     sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package=\1/p' "$scratch/$1/torch.txt" >"$scratch/brought"
     # shellcheck disable=SC2046
-    pin "$1" -o "$scratch/$1/packages.txt" $(cat "$scratch/brought") --extra bnb --extra ray pyproject.toml
+    pin "$1" -o "$scratch/$1/packages.txt" $(cat "$scratch/brought") --extra bnb --extra ray --extra kuberay pyproject.toml
 }
 
 renew_hashes() {

@@ -38,8 +38,12 @@ def installed() -> dict[str, Pin]:
 
 
 def project() -> list[Requirement]:
+    """Return what the image needs: the project's requirements and those of the extras that renew.sh names."""
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [Requirement(line) for line in (*table["dependencies"], *table["optional-dependencies"]["bnb"])]
+    extras = re.findall(r"--extra (\S+)", RENEW.read_text())
+    assert extras == ["bnb", "ray", "kuberay"]
+    lines = [*table["dependencies"], *(line for extra in extras for line in table["optional-dependencies"][extra])]
+    return [Requirement(line) for line in lines]
 
 
 def tool(name: str) -> str:

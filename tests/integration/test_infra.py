@@ -38,6 +38,35 @@ def kubernetes() -> tuple[dict[str, Any], dict[str, Any]]:
     return claim, job
 
 
+def ray_job() -> tuple[dict[str, Any], dict[str, Any]]:
+    job, policy = yaml.safe_load_all((INFRA / "kubernetes" / "rayjob.yaml").read_text("utf-8"))
+    return job, policy
+
+
+def ray_pods() -> dict[str, dict[str, Any]]:
+    """Return what the pods of the RayJob are specified by."""
+    spec = ray_job()[0]["spec"]
+    cluster = spec["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    return {
+        "submitter": spec["submitterPodTemplate"]["spec"],
+        "head": cluster["headGroupSpec"]["template"]["spec"],
+        "worker": workers["template"]["spec"],
+    }
+
+
+def filled_in(text: str, given: dict[str, str]) -> str:
+    """Return a text with its variables replaced, as a shell and compose replace them."""
+    return re.sub(r"\$\{?(\w+)(:[?-][^}]*)?\}?", lambda found: given.get(found[1], found[0]), text)
+
+
+def shown_settings(*run: str) -> str:
+    """Return what the command takes the words after `abliterate` for."""
+    first, *options = run
+    assert first == "run"
+    return abliterate("config", "show", *options).check().out
+
+
 @pytest.mark.parametrize("config", sorted((INFRA / "configs").glob("*.toml")), ids=lambda path: path.name)
 def test_every_settings_file_loads(config: Path) -> None:
     loaded = load_settings({}, config=config)
@@ -58,8 +87,10 @@ def test_the_image_is_a_marked_placeholder_everywhere() -> None:
         data("runpod/template.json")["image"],
         data("runpod/pod.json")["image"],
         data("skypilot.yaml")["resources"]["image_id"].removeprefix("docker:"),
+        data("skypilot-ray.yaml")["resources"]["image_id"].removeprefix("docker:"),
         data("dstack.yml")["image"],
         kubernetes()[1]["spec"]["template"]["spec"]["containers"][0]["image"],
+        *(pod["containers"][0]["image"] for pod in ray_pods().values()),
     ]
     assert set(images) == {IMAGE}
 
@@ -70,6 +101,7 @@ def test_no_secret_lies_in_any_file() -> None:
             assert not re.search(r"hf_[A-Za-z0-9]{8,}|rpa_|AKIA", file.read_text("utf-8")), file
     assert data("runpod/pod.json")["env"]["HF_TOKEN"].startswith("{{ RUNPOD_SECRET_")
     assert data("skypilot.yaml")["secrets"] == {"HF_TOKEN": None}
+    assert data("skypilot-ray.yaml")["secrets"] == {"HF_TOKEN": None, "RAY_AUTH_TOKEN": None}
     assert "HF_TOKEN" in data("dstack.yml")["env"]
 
 
@@ -109,11 +141,11 @@ def test_what_is_started_again_goes_by_the_exit_codes() -> None:
     assert fail["onExitCodes"]["containerName"] == spec["containers"][0]["name"]
     assert spec["restartPolicy"] == "Never"
     assert spec["terminationGracePeriodSeconds"] == GRACE_SECONDS
-    recovery = data("skypilot.yaml")["resources"]["job_recovery"]
-    assert recovery["recover_on_exit_codes"] == [Stopped.exit_code]
+    for name in ("skypilot.yaml", "skypilot-ray.yaml"):
+        assert data(name)["resources"]["job_recovery"]["recover_on_exit_codes"] == [Stopped.exit_code]
     assert "error" not in data("dstack.yml")["retry"]["on_events"]
-    service = data("compose.yaml")["services"]["job"]
-    assert (service["restart"], service["stop_grace_period"]) == ("no", f"{GRACE_SECONDS}s")
+    for service in (data("compose.yaml")["services"]["job"], data("compose-ray.yaml")["services"]["head"]):
+        assert (service["restart"], service["stop_grace_period"]) == ("no", f"{GRACE_SECONDS}s")
 
 
 def test_the_claim_is_the_one_that_is_mounted() -> None:
