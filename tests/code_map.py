@@ -42,6 +42,10 @@ WHERE = (
     ("Where are residual writers discovered?", "job/architectures/discovery.py", "WriterSearch"),
     ("Where does a resumed run decide what is left?", "job/stages/choice.py", "is_exported"),
     ("Where does a resumed search find its unfinished plans?", "job/search/optimizer.py", "_unfinished_plans"),
+    ("Where are tasks given to workers?", "job/workers/executor.py", "Executor"),
+    ("Where does a worker evaluate a task?", "job/stages/evaluation.py", "JobEvaluator"),
+    ("Where are the workers of this machine started?", "job/workers/local.py", "LocalEngine"),
+    ("Where are the workers of other machines started?", "job/workers/ray_engine.py", "RayEngine"),
     ("Where is job.json written?", "job/storage/job_file.py", "JobFile"),
     ("Where are the missing S3 parts of an upload sent again?", "job/transfer/s3/multipart.py", "_send_parts"),
     ("Where is an S3 request retried?", "job/transfer/s3/client.py", "_retried"),
@@ -59,6 +63,7 @@ _GLOSSARY = """
 | Word | Meaning |
 |---|---|
 | ablation | Projecting a direction out of what a module adds to the residual stream |
+| actor | A worker on a Ray cluster |
 | answer, response | What a model says to a prompt, decoded greedily |
 | bad prompts, good prompts | Prompts that trigger the behaviour to remove, and prompts that do not |
 | basis | The orthonormal directions of every layer, with their weights |
@@ -67,6 +72,8 @@ _GLOSSARY = """
 | not answered | Refused or broken |
 | checkpoint | A model's files. The option `--checkpoint` names the place of a job's mirror |
 | edit | Directions and strengths for all residual writers of a model |
+| engine | What runs workers: this machine (local) or a Ray cluster (ray) |
+| executor | Gives tasks to workers and returns their results in order |
 | export | An edited model, an adapter or a directions file in the run folder, proven and sealed |
 | finalist | A trial that may be chosen and is therefore counted again on responses of full length |
 | front | The trials that are Pareto-optimal in refusals and KL |
@@ -84,8 +91,10 @@ _GLOSSARY = """
 | search split, report split | Evaluation prompts for scoring trials, and those for the figures that are reported |
 | held-out prompts | Report prompts whose text neither the direction nor the search uses |
 | strength | λ, the share of a direction that is removed from one writer; a kernel gives it for every layer |
+| task | What a worker is given: edits to score, or prompts to extract residuals of |
 | trial | One edit that the search measures |
 | twin | A tiny random model of the same family, on which the architecture is proven |
+| worker | A process that evaluates one task at a time, its model loaded once |
 | writer | A residual writer |
 """
 

@@ -103,8 +103,11 @@ PARTS = {
         packages=("optuna", "sqlalchemy", "safetensors"),
     ),
     "workers": Part(
-        ("job/workers/*.py", "job/stages/workers.py", "job/stages/evaluation.py"),
-        ("tests/fakes/ray_cluster.py", "tests/fakes/evaluations.py", "tests/*/workers/*.py"),
+        ("job/workers/*.py",),
+        (
+            *("job/stages/workers.py", "job/stages/evaluation.py"),
+            *("tests/fakes/ray_cluster.py", "tests/fakes/evaluations.py", "tests/*/workers/*.py"),
+        ),
         ("ray",),
     ),
 }
