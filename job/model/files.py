@@ -356,11 +356,17 @@ def _local_header(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header: dict[str, Any] = json.loads(stream.read(min(length, path.stat().st_size)))
-    except (OSError, ValueError) as error:
-        raise _damaged(path.name, str(error)) from error
-    header.pop("__metadata__", None)
-    return header
+            header = json.loads(stream.read(min(length, path.stat().st_size)))
+        header.pop("__metadata__", None)
+        return {name: _checked(entry) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path.name, f"its header cannot be read ({error})") from error
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    """Return a tensor's entry in a header, as it has to be."""
+    start, end = map(int, entry["data_offsets"])
+    return {"dtype": str(entry["dtype"]), "shape": [int(size) for size in entry["shape"]], "data_offsets": [start, end]}
 
 
 def _remote_header(

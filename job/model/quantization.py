@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from job.errors import ImpossibleJobError, QuantisedSourceError
+from job.errors import QuantisedSourceError
+from job.model.config_file import CONFIG, model_config
 
 Method = Literal["fp8", "mxfp4"]
 METHODS: tuple[Method, ...] = ("fp8", "mxfp4")
@@ -88,11 +89,7 @@ def quantisation_in(folder: Path) -> Quantisation | None:
     Raises:
         ImpossibleJobError: In a way that is not undone, or config.json is damaged.
     """
-    config = folder / "config.json"
-    try:
-        return quantisation_of(json.loads(config.read_text())) if config.is_file() else None
-    except ValueError as error:
-        raise ImpossibleJobError(f"{config} is damaged: {error}", remedy="obtain an undamaged copy") from error
+    return quantisation_of(model_config(folder)) if (folder / CONFIG).is_file() else None
 
 
 def method_named(config: Mapping[str, Any]) -> str | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job.model.config_file import model_config
 from job.model.files import (
     ModelListing,
     ModelSource,
@@ -133,7 +133,7 @@ def _read_headers(inputs: PreflightInputs, model: ModelFiles) -> tuple[dict[str,
     """Return the configuration, the stored tensors, and what they say of the model."""
     shapes = tensor_shapes(model.source, model.listing, inputs.report)
     require_complete(model.folder, {file.name for file in model.listing.files}, shapes)
-    config = json.loads((model.folder / "config.json").read_text())
+    config = model_config(model.folder)
     return config, shapes, model_facts(config, shapes)
 
 

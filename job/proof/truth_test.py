@@ -23,6 +23,7 @@ from job.architectures.tiny_model import small_twin
 from job.directions.residuals import layer_outputs
 from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
+from job.model.config_file import model_config
 from job.model.quantization import quantisation_of
 from job.numerics.basis import Basis
 from job.records import COMPONENTS, EditParameters, KernelParameters
@@ -43,18 +44,16 @@ def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
     Raises:
         ImpossibleJobError: The folder is not a model, or transformers does not know its family.
     """
-    if not (folder / "config.json").is_file():
-        what = "is not a model folder: it has no config.json" if folder.is_dir() else "does not exist"
-        raise ImpossibleJobError(f"{folder} {what}", remedy="give the folder of a model in Hugging Face format")
+    model_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever a family's own checks raise
         if "trust_remote_code" in str(error):
             raise ImpossibleJobError(
                 f"{folder} is of a family that needs its own code to be run",
                 remedy="read that code, and if you trust it, --set loading.trust_remote_code=true",
             ) from error
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ImpossibleJobError(
             f"the configuration of {folder} cannot be used: {first}",
             remedy="the model needs a family that the installed transformers knows",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import shutil
@@ -151,3 +152,56 @@ def test_only_the_weights_that_transformers_loads_count(
     kept = [name for name, tensor in own.items() if "o_proj" not in name and "down_proj" not in name]
     assert all(bool((edited[name] == own[name]).all()) for name in kept)
     assert (export / "model.safetensors.index.json").exists() == (add is with_a_consolidated_copy)
+
+
+def replaced(before: bytes, after: bytes) -> Callable[[bytes], bytes]:
+    def change(data: bytes) -> bytes:
+        assert before in data
+        return data.replace(before, after, 1)
+
+    return change
+
+
+# Changes of every file, as a broken download, an editor or another program leaves it.
+CHANGES: dict[str, dict[str, Callable[[bytes], bytes]]] = {
+    "config.json": {
+        "a trailing comma": lambda data: data.rstrip()[:-1] + b",}",
+        "empty": lambda _: b"",
+        "a list": lambda _: b"[]",
+        "a BOM": lambda data: codecs.BOM_UTF8 + data,
+        "UTF-16": lambda data: data.decode().encode("utf-16"),
+        "a number as text": replaced(b'"hidden_size": 64', b'"hidden_size": "64"'),
+        "a huge number": replaced(b'"num_hidden_layers": 8', b'"num_hidden_layers": 99999999999'),
+        "a negative number": replaced(b'"num_hidden_layers": 8', b'"num_hidden_layers": -1'),
+        "nested without end": lambda _: b"[" * 100_000,
+    },
+    "generation_config.json": {"empty": lambda _: b"", "a list": lambda _: b"[]", "cut off": lambda data: data[:9]},
+    "tokenizer_config.json": {"empty": lambda _: b"", "a list": lambda _: b"[]", "cut off": lambda data: data[:9]},
+    "tokenizer.json": {"empty": lambda _: b"", "a list": lambda _: b"[]", "cut off": lambda data: data[:1000]},
+    "model.safetensors": {
+        "empty": lambda _: b"",
+        "a huge header": lambda data: b"\xff" * 8 + data[8:],
+        "a list as header": lambda data: data[:8] + b"[]" + b" " * (int.from_bytes(data[:8], "little") - 2),
+        "another key": replaced(b'"dtype"', b'"dtypo"'),
+        "another type": replaced(b'"F32"', b'"X32"'),
+        "one offset": replaced(b'"data_offsets":[0,', b'"data_offsets":[  '),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [(name, change) for name, changes in CHANGES.items() for change in changes]
+)
+def test_a_changed_file_is_refused_or_does_no_harm(name: str, change: str, organism: Path, tmp_path: Path) -> None:
+    shutil.copytree(organism / "model", tmp_path / "model")
+    file = tmp_path / "model" / name
+    file.write_bytes(CHANGES[name][change](file.read_bytes()))
+    arguments = [tmp_path / "model", *job_arguments(organism)[1:], "--workspace", tmp_path / "runs"]
+    checked = abliterate("preflight", *arguments, "--json")
+    ran = abliterate("run", *arguments, "--trials", "1", "--set", "startup_trials=1")
+    assert "Traceback" not in checked.err + ran.err
+    assert checked.code == ran.code, ran.err
+    assert checked.code in (0, 3)
+    if checked.code:
+        failed = [check for check in json.loads(checked.out)["checks"] if check["status"] == "fail"]
+        assert all(check["remedy"] and "\n" not in check["measured"] for check in failed)

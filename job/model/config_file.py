@@ -1,0 +1,59 @@
+"""config.json and its companion as transformers will read them, checked before a library makes something of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from job.errors import ImpossibleJobError
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+# No model has as many layers; building a larger one, even without weights, takes longer than anybody waits.
+_MOST_LAYERS = 10_000
+_MOST = 10**9
+_COUNTS = ("num_", "n_", "_size", "_dim", "max_position")
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """Return the contents of a model folder's config.json.
+
+    Raises:
+        ImpossibleJobError: There is none, it or generation_config.json is damaged, or a number is beyond all models.
+    """
+    if not (folder / CONFIG).is_file():
+        what = "is not a model folder: it has no config.json" if folder.is_dir() else "does not exist"
+        raise ImpossibleJobError(f"{folder} {what}", remedy="give the folder of a model in Hugging Face format")
+    found = _object(folder / CONFIG)
+    _refuse_large(found, folder / CONFIG)
+    if (folder / GENERATION).is_file():
+        _object(folder / GENERATION)
+    return found
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds, in UTF-8 without a mark, as transformers reads it."""
+    try:
+        found = json.loads(file.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ImpossibleJobError(f"{file} is not UTF-8 text", remedy="save it as UTF-8") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ImpossibleJobError(f"{file} is damaged: {error}", remedy="obtain an undamaged copy") from error
+    if not isinstance(found, dict):
+        raise ImpossibleJobError(f"{file} is damaged: it holds no object", remedy="obtain an undamaged copy")
+    return found
+
+
+def _refuse_large(values: Mapping[str, Any], file: Path) -> None:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _refuse_large(value, file)
+        elif isinstance(value, int | float):
+            layers = "layer" in name and name.startswith(("num_", "n_"))
+            most = _MOST_LAYERS if layers else _MOST if any(part in name for part in _COUNTS) else None
+            if most is not None and value > most:
+                raise ImpossibleJobError(
+                    f"{file} is damaged: {name} is {value}, and no model has more than {most}",
+                    remedy="obtain an undamaged copy",
+                )
