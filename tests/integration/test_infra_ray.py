@@ -143,14 +143,18 @@ def test_a_pod_that_is_deleted_stops_the_job_and_waits_for_it(tmp_path: Path) ->
     # The hook looks through all processes: those of other tests are not its business.
     script = hook[2].replace('"/bin/abliterate"', repr(str(command)))
     assert script != hook[2]
-    job = subprocess.Popen([command, "run"], stdout=subprocess.PIPE, text=True)
+    job = subprocess.Popen([command, "run"], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert job.stdout is not None
-    assert [job.stdout.readline(), job.stdout.readline()] == ["ready\n", "ready\n"]
-    hooked = subprocess.Popen([sys.executable, "-c", script])
-    assert job.wait(timeout=20) == Stopped.exit_code
-    assert hooked.wait(timeout=20) == 0
-    assert job.stdout.read() == "told 1\n"
-    job.stdout.close()
+    try:
+        assert [job.stdout.readline(), job.stdout.readline()] == ["ready\n", "ready\n"]
+        hooked = subprocess.Popen([sys.executable, "-c", script])
+        assert job.wait(timeout=20) == Stopped.exit_code
+        assert hooked.wait(timeout=20) == 0
+        assert job.stdout.read() == "told 1\n"
+    finally:
+        job.stdout.close()
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
 
 
 def test_the_sbatch_script_is_clean_and_checked() -> None:
