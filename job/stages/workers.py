@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from job.config.load import default_values
+from job.config.schema import S3Settings, Settings
 from job.data.prompts import PromptSets
 from job.lifecycle.running import RunningJob
 from job.model.files import parse_model
@@ -82,5 +84,11 @@ class Workers:
             processes = 1  # Ray gives each as many threads as it has cores
         else:
             self._engine.use(processes - 1, cuda_devices() if on_gpus else [])
-        evaluation = JobEvaluation(self._job.record, settings, prompts, processes)
+        evaluation = JobEvaluation(self._job.record, _without_targets(settings), prompts, processes)
         self.executor.open(evaluation, device_kind(model.device))
+
+
+def _without_targets(settings: Settings) -> Settings:
+    """Return settings without the addresses of targets and mirrors, which may hold a password; workers need none."""
+    s3 = S3Settings.model_validate(default_values()["s3"])
+    return settings.model_copy(update={"upload": [], "checkpoint": None, "s3": s3})
