@@ -109,7 +109,7 @@ def test_folders_that_are_no_models(prompts: list[str], tmp_path: Path) -> None:
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "no-such-family"}')
     abliterate("run", tmp_path / "empty", *prompts).fails(3, "cannot be used")
     (tmp_path / "empty" / "config.json").write_text("{")
-    abliterate("run", tmp_path / "empty", *prompts).fails(3, "cannot be used")
+    abliterate("run", tmp_path / "empty", *prompts).fails(3, "config.json is damaged")
     assert_nothing_is_left(tmp_path)
 
 
