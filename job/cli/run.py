@@ -118,13 +118,17 @@ def resume(
     _told(outcome)
 
 
-@app.command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def worker() -> None:
-    """Say what took this command's place."""
+def _is_no_more(_: list[str] | None) -> None:
+    """Say what took a command's place; while it is parsed, so that no machine is rented for it."""
     raise UsageError(
         "`abliterate worker` is no more: other machines evaluate trials through Ray",
         remedy="start a Ray cluster on them, and run the job with --engine ray --address HOST:PORT",
     )
+
+
+@app.command(hidden=True, context_settings={"ignore_unknown_options": True})
+def worker(words: Annotated[list[str] | None, typer.Argument(callback=_is_no_more)] = None) -> None:
+    """Say what took this command's place."""
 
 
 def _told(outcome: Outcome) -> Outcome:

@@ -42,7 +42,7 @@ def refused(
         (("run", "m", "--upload", "user/model"), "user/model"),
         (("run", "m", "--profile", "nobody"), "no profile nobody"),
         (("resume", "--checkpoitn", "hf://user/state"), "--checkpoitn"),
-        (("worker", "--wait", "long"), "'--wait'"),
+        (("worker", "--checkpoint", "hf://user/state"), "--engine ray"),
     ],
 )
 def test_what_would_end_at_once_is_refused(vast: VastServer, tmp_path: Path, words: tuple[str, ...], part: str) -> None:
