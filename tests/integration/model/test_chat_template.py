@@ -75,7 +75,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    monkeypatch.setattr(chat_template, "SECONDS", 3)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
