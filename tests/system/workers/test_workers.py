@@ -75,7 +75,7 @@ def alone(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("workers")
-@pytest.mark.parametrize(("engine", "workers_of"), ENGINES)
+@pytest.mark.parametrize(("engine", "workers_of"), ENGINES[:1])
 def test_workers_make_the_trials_of_one_process_also_when_one_is_killed(
     organism: Path,
     alone: Callable[[str], Path],
@@ -98,7 +98,7 @@ def test_workers_make_the_trials_of_one_process_also_when_one_is_killed(
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("workers")
-@pytest.mark.parametrize(("engine", "workers_of"), ENGINES)
+@pytest.mark.parametrize(("engine", "workers_of"), ENGINES[:1])
 def test_workers_do_not_outlive_a_killed_run_which_goes_on_alone(
     organism: Path,
     alone: Callable[[str], Path],
