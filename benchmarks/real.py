@@ -68,7 +68,7 @@ this tool's job also scores finalists in full, measures held-out prompts, loads 
   writes report and card; heretic saves its trial of fewest refusals.
 heretic gets its batch size ({PEER_ROWS}) and float32, so that it need not look for them; it keeps no norms of rows,
   and its directions are plain differences of means, as here by default.
-heretic is told to look for no common beginning of responses; this tool looks for one.
+heretic's search for a common response prefix is off; this tool searches for one.
 each tool has the library versions that it asks for: see the JSON."""
 
 
@@ -130,7 +130,7 @@ class Run:
         return cls(**{**found, "conditions": conditions, "points": points})
 
     def volume(self, seconds: float = float("inf")) -> float:
-        """Return the hypervolume of the front of what was finished within so many seconds of the command."""
+        """Return the hypervolume of the trials that finished within this many seconds of the start."""
         return hypervolume((one.refusals, one.kl) for one in self.points if one.seconds <= seconds)
 
     def first_edit(self) -> float | None:
@@ -254,7 +254,7 @@ class Record:
         return next((run for run in self.runs if (run.tool, run.seed, run.conditions) == wanted), None)
 
     def add(self, run: Run, **about: Any) -> None:
-        """Write a run down, with what is to be known of it."""
+        """Store a run with its figures."""
         self.runs.append(run)
         self._about |= about
         self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def _today() -> str:
 
 @dataclass(frozen=True)
 class Rendering:
-    """What a template is told beside the conversation; the same for all prompts of a job.
+    """The template variables other than the conversation; the same for all prompts of a job.
 
     Attributes:
         date: The date that its clock shows, ISO 8601; None: today.

@@ -168,7 +168,8 @@ def _main(line: Connection, warm_up: Callable[[], None], device: str | None) -> 
         except EOFError:
             return  # the run has ended, or needs no workers
         except Exception:
-            traceback.print_exc()  # here, where secrets are taken out
+            # Nothing is hidden: the process fails. Printed here, where secrets are redacted; multiprocessing would not.
+            traceback.print_exc()
             sys.exit(1)
 
 

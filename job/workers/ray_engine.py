@@ -131,7 +131,7 @@ class RayEngine:
     def start(self, number: int) -> RayWorker:
         """Return an actor whose model is loaded, once the cluster has room for one.
 
-        An actor that gets what this process computes on keeps it, so that nobody else gets it, and does nothing.
+        An actor on this process's own device stays idle, so that the device is not given to another actor.
 
         Raises:
             WorkerLost: It ended before it was ready.
