@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from job.organism.tokenizer import build_tokenizer
 from tests import organisms
 from tests.fakes.cloud import RunPodServer, VastServer
-from tests.helpers import abliterate, job_arguments
+from tests.helpers import STARTED, abliterate, job_arguments
 
 pytest_plugins = ["tests.selection"]
 
@@ -29,6 +29,17 @@ hypothesis.settings.load_profile("default without deadline")
 def _one_thread() -> None:
     """Workers share the cores; more threads than cores make small models crawl."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_running() -> Iterator[None]:
+    """Kill what a test has started and has not ended: it failed, and its job might go on for hours."""
+    STARTED.clear()
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture(scope="session")

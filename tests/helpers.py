@@ -29,6 +29,8 @@ from tests.warm import COLD, Warm, read_early, server_for
 __all__ = ["UNMEASURED", "Result", "environment", "run_script", "start_script"]
 
 COMMAND = COLD
+# What `start` has started in the present test; what it leaves is killed.
+STARTED: list[subprocess.Popen[str]] = []
 
 
 def abliterate(
@@ -57,7 +59,9 @@ def abliterate(
 
 def start(*arguments: Any, cold: bool = False, loaded: bool = False, **extra: str) -> subprocess.Popen[str]:
     """Start the command in a process of its own; a loaded one has our own modules there as well."""
-    return _start(arguments, environment(**extra), cold, loaded, stdout=subprocess.DEVNULL)
+    process = _start(arguments, environment(**extra), cold, loaded, stdout=subprocess.DEVNULL)
+    STARTED.append(process)
+    return process
 
 
 def _start(

@@ -324,6 +324,8 @@ def _connected(address: str | None, cpus: int) -> Iterator[None]:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             options["_temp_dir"] = str(stack.enter_context(scratch("ray")))
             options |= {"include_dashboard": False, "num_cpus": max(cpus, os.cpu_count() or 1)}
+            # By default actors yield to every other process, this one included, and get nothing on a busy machine.
+            options["_system_config"] = {"worker_niceness": 0}
         with _signals_kept():
             try:
                 ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **options)
