@@ -50,13 +50,13 @@ class JobEvaluation:
         record: job.json, with what the first start has resolved.
         settings: The settings of this start.
         prompts: All prompt sets.
-        processes: Processes that share the cores of the worker's machine.
+        threads: How many threads a worker computes with on a CPU.
     """
 
     record: JobRecord
     settings: Settings
     prompts: PromptSets
-    processes: int
+    threads: int
 
     @contextmanager
     def opened(self) -> Iterator[JobEvaluator]:
@@ -67,14 +67,14 @@ class JobEvaluation:
         """
         from job.lifecycle.model_folder import model_folder
         from job.lifecycle.running import OpenJob
-        from job.stages.model import loaded_model, share_of_cores
+        from job.stages.model import cpu_threads, loaded_model
 
         with scratch("worker") as place:
             folder, events = RunFolder(place), Events(stream=io.StringIO())  # the run says all this itself
             job = OpenJob(folder, JobFile(folder, self.record), self.settings, events)
             with (
                 loaded_model(job, model_folder(self.record, self.settings, events), self.prompts, proven=True) as model,
-                share_of_cores(model, self.processes),
+                cpu_threads(model, self.threads),
                 ExitStack() as hooks,
             ):
                 yield JobEvaluator(job, self.prompts, model, hooks)

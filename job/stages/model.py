@@ -190,16 +190,21 @@ def worker_count(settings: Settings, model: LoadedModel) -> int:
     return max(1, len(cuda_devices())) if whole and model.device.type == "cuda" else 1
 
 
+def share_of_threads(processes: int) -> int:
+    """Return how many threads each of several processes of this machine computes with on the CPU."""
+    return max(1, torch.get_num_threads() // processes)
+
+
 @contextmanager
-def share_of_cores(model: LoadedModel, processes: int) -> Iterator[None]:
-    """Within the block compute with this process's share of the CPU's threads."""
-    threads = torch.get_num_threads()
+def cpu_threads(model: LoadedModel, count: int) -> Iterator[None]:
+    """Compute with `count` threads within the block if the model is on the CPU."""
+    before = torch.get_num_threads()
     if model.device.type == "cpu":
-        torch.set_num_threads(max(1, threads // processes))
+        torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def cuda_devices() -> list[str]:

@@ -22,7 +22,7 @@ from job.search.path import PathSpace
 from job.stages.choice import finalists_left
 from job.stages.evaluation import TrialsTask
 from job.stages.gradient import find_path
-from job.stages.model import share_of_cores, worker_count
+from job.stages.model import cpu_threads, share_of_threads, worker_count
 from job.stages.session import ModelSession, shared_directions
 from job.storage.study_file import back_up
 from job.workers.executor import Executor
@@ -47,7 +47,7 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
     find_path(job, session)
     target, asked = job.settings.trials, len(session.prompts.bad_search)
     executor.share(shared_directions(session))
-    with share_of_cores(session.model, worker_count(job.settings, session.model)):
+    with cpu_threads(session.model, share_of_threads(worker_count(job.settings, session.model))):
         _measure_baseline(job, session)  # workers start up meanwhile
         evaluator = PlanEvaluator(job, session, executor)
         study = _study(job, session)

@@ -73,18 +73,19 @@ class Workers:
             return
         from job.model.loading import device_kind
         from job.model.placement import placement
-        from job.stages.model import cuda_devices, worker_count
+        from job.stages.model import cuda_devices, share_of_threads, worker_count
 
         settings, on_gpus = self._job.settings, model.device.type == "cuda"
         processes = worker_count(settings, model)
+        threads = share_of_threads(processes)
         if isinstance(self._engine, RayEngine):
             gpus = sum(place.isdigit() for place in placement(model.model)) if on_gpus else 0
             cpus = 1 if on_gpus else max(1, (os.cpu_count() or 1) // processes)
+            threads = cpus  # whatever OMP_NUM_THREADS says, which Ray passes on from one machine to all
             self._engine.use(None if settings.workers is None else processes - 1, gpus=gpus, cpus=cpus)
-            processes = 1  # Ray gives each as many threads as it has cores
         else:
             self._engine.use(processes - 1, cuda_devices() if on_gpus else [])
-        evaluation = JobEvaluation(self._job.record, _without_targets(settings), prompts, processes)
+        evaluation = JobEvaluation(self._job.record, _without_targets(settings), prompts, threads)
         self.executor.open(evaluation, device_kind(model.device))
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from job.model.loading import LoadedModel
-from job.stages.model import share_of_cores
+from job.stages.model import cpu_threads, share_of_threads
 from tests.helpers import abliterate, environment, job_arguments, only_job, start, stored_trials, wait_until
 from tests.helpers import worker_processes as local_workers
 
@@ -171,7 +171,7 @@ def test_processes_on_a_cpu_share_its_cores() -> None:
             (on_cpu, 8, 1),
             (on_gpu, 3, 6),
         ):
-            with share_of_cores(loaded, processes):
+            with cpu_threads(loaded, share_of_threads(processes)):
                 assert torch.get_num_threads() == expected
             assert torch.get_num_threads() == 6
     finally:

@@ -1,0 +1,132 @@
+"""Trials a second with one worker and with several, by each engine, and what an engine costs a task.
+
+python -m benchmarks.workers [ORGANISM] [--workers 2] [--rounds 3] [--seconds 20] [--json FILE]
+
+Each process computes with one thread. A search is timed from its second batch after all workers are ready. The
+configurations take turns. ORGANISM is a folder made by `abliterate demo-model`; made if absent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.measuring import machine, write_figures
+from job.organism.folder import write_organism
+from job.storage.events import Events
+from job.workers.executor import Engine, Executor
+from job.workers.local import LocalEngine
+from job.workers.ray_engine import RayEngine
+from tests.fakes.evaluations import Do, Doing
+from tests.helpers import job_arguments, start, wait_until
+
+# What a search consists of does not depend on how many workers there are. No search gets this far.
+LAYOUT = ("trials_per_batch=8", "batching.trials=2", "startup_trials=16")
+ENDLESS = 100_000
+TASKS = 500
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a search is run."""
+
+    engine: str
+    workers: int
+
+    def __str__(self) -> str:
+        return f"{self.engine}, {self.workers} worker{'s' * (self.workers > 1)}"
+
+
+def trials_per_second(organism: Path, setup: Setup, seconds: float) -> float:
+    """Return how fast a search goes, measured over a time."""
+    with tempfile.TemporaryDirectory() as workspace:
+        options = [word for setting in LAYOUT for word in ("--set", setting)]
+        words = ("run", *job_arguments(organism), "--workspace", workspace, "--trials", ENDLESS, *options)
+        process = start(
+            *words, "--engine", setup.engine, "--workers", setup.workers, OMP_NUM_THREADS=str(setup.workers)
+        )
+        try:
+            wait_until(lambda: _told(workspace, "worker_started") == setup.workers - 1, process, seconds=300)
+            ready = _told(workspace, "trial")
+            wait_until(lambda: _told(workspace, "trial") >= ready + 16, process)
+            begin, before = time.monotonic(), _told(workspace, "trial")
+            time.sleep(seconds)
+            return (_told(workspace, "trial") - before) / (time.monotonic() - begin)  # in whole batches
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate()
+
+
+def _told(workspace: str, event: str) -> int:
+    return sum(path.read_text().count(f'"event": "{event}"') for path in Path(workspace).glob("*/events.jsonl"))
+
+
+def milliseconds_per_task(engine: Engine) -> float:
+    """Return what it takes to have one worker evaluate a task in which there is nothing to do."""
+    with Executor(engine, Events(stream=sys.stderr)) as executor:
+        executor.open(Doing(), "abacus")
+        worker = engine.start(2)
+        worker.evaluate(Do("square", 1), None)
+        begin = time.monotonic()
+        for number in range(TASKS):
+            worker.evaluate(Do("square", number), None)
+        return 1000 * (time.monotonic() - begin) / TASKS
+
+
+def engines() -> Iterator[tuple[str, Engine]]:
+    """Yield each engine with room for one worker."""
+    local = LocalEngine(_nothing, 0)
+    local.use(1, [])
+    yield "local", local
+    ray = RayEngine(None)
+    ray.use(1, gpus=0, cpus=1)
+    yield "ray", ray
+
+
+def _nothing() -> None: ...
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("organism", nargs="?", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    organism = given.organism or Path(tempfile.mkdtemp()) / "organism"
+    if not organism.exists():
+        write_organism(organism, arch="llama", size="tiny", seed=0, report=print)
+    setups = [Setup("local", 1), Setup("local", given.workers), Setup("ray", given.workers)]
+    rates: dict[str, list[float]] = defaultdict(list)
+    for _ in range(given.rounds):
+        for setup in setups:
+            rates[str(setup)].append(trials_per_second(organism, setup, given.seconds))
+            print(f"{setup}: {rates[str(setup)][-1]:.2f} trials/s", flush=True)
+    alone = rates[str(setups[0])]
+    for name, found in rates.items():
+        gains = [rate / one for rate, one in zip(found, alone, strict=True)]
+        print(f"{name}: {statistics.median(found):.2f} trials/s, {statistics.median(gains):.2f} times one", gains)
+    overhead = {name: milliseconds_per_task(engine) for name, engine in engines()}
+    print(f"milliseconds a task: {json.dumps(overhead)}")
+    if given.json:
+        write_figures(
+            given.json,
+            {"machine": machine(torch.device("cpu")), "trials_per_second": rates, "milliseconds_per_task": overhead},
+        )
+
+
+if __name__ == "__main__":
+    main()
