@@ -72,12 +72,18 @@ def trial_edit(folder: RunFolder, name: str, layers: int, trial: Trial) -> EditP
 
 
 def machines(events: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
-    """Return which trials ran on which hardware, as a run's events tell: hardware and a range of numbers."""
+    """Return which trials ran on which hardware, by a run's events: hardware and a range of numbers.
+
+    Workers are named where theirs is of another kind than the run's own.
+    """
     found: list[tuple[str, int, int]] = []
     hardware = ""
     for event in events:
         if event.get("event") == "loaded":
             hardware = str(event.get("hardware", ""))
+        elif event.get("event") == "worker_started":
+            if (other := str(event.get("hardware", ""))) not in hardware:
+                hardware += f" and {other}"
         elif event.get("event") == "trial":
             number = int(event["number"])
             if found and found[-1][0] == hardware:
