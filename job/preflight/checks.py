@@ -60,6 +60,7 @@ NAMES = frozenset(
         "gpu.balance",
         "gpu.holders",
         "gpu.compute",
+        "model.dtype",
         "gpu.memory",
         "target",
         "target.local",

@@ -18,6 +18,7 @@ from job.preflight.model_facts import ModelFacts
 from job.preflight.planning import Planning
 from job.preflight.readings import MachineReading
 from job.preflight.rental_checks import checkpoint_check, cluster_check, expected_bytes
+from job.preflight.selftest import Exercise
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,11 @@ def conclude(inputs: PreflightInputs, model: ModelFindings, data: DataFindings, 
     checks: list[Check] = []
     if inputs.on is None:
         checks += guarded("disk", lambda: disk_checks(planning.needs(), speeds, inputs.settings.probe_seconds))
-    planned = plan(model.facts, planning.reachable(machine.reading), planning.workload())
+    reading = planning.reachable(machine.reading)
+    planned = plan(model.facts, reading, planning.workload())
+    if machine.exercise is not None and _computes_better_in_float32(planning, machine.exercise):
+        planned, check = _in_float32(planning, reading, machine.exercise, planned)
+        checks.append(check)
     checks += _memory_checks(inputs, planned, machine.reading)
     memory_plan = planned if isinstance(planned, MemoryPlan) else None
     hours = None
@@ -76,6 +81,35 @@ def conclude(inputs: PreflightInputs, model: ModelFindings, data: DataFindings, 
         commit=files.listing.commit,
         public=files.listing.public,
     )
+
+
+def _computes_better_in_float32(planning: Planning, measured: Exercise) -> bool:
+    """Return whether nothing but memory speaks against computing a model of half precision in float32."""
+    loading = planning.settings.loading
+    free = loading.dtypes[0] == "auto" and loading.quantization == "none" and planning.facts.quantisation is None
+    return free and planning.dtype_bytes() < 4 and measured.prefers_float32
+
+
+def _in_float32(
+    planning: Planning, reading: MachineReading, measured: Exercise, planned: MemoryPlan | Refusal
+) -> tuple[MemoryPlan | Refusal, Check]:
+    """Return the plan in float32 where that fits, else the one given, and what is said of it."""
+    rates = f"{measured.flops / 1e9:.3g} GFLOP/s in float32, {measured.half_flops / 1e9:.2g} in bfloat16"
+    needed = "computed in the type in which this CPU is fast; exported in that of the files"
+    wide = plan(planning.facts, reading, planning.workload(4))
+    if isinstance(wide, MemoryPlan):
+        settings = (*wide.settings, 'loading.dtypes = ["float32"]')
+        told = Check(name="model.dtype", status="ok", measured=f"float32: {rates}", needed=needed)
+        return wide.model_copy(update={"dtype": "float32", "settings": settings}), told
+    remedy = "the search will be slow: take a machine with more memory, or one with a GPU"
+    told = Check(
+        name="model.dtype",
+        status="warn",
+        measured=f"{rates}; in float32 it does not fit into the memory",
+        needed=needed,
+        remedy=remedy,
+    )
+    return planned, told
 
 
 def _memory_checks(inputs: PreflightInputs, planned: MemoryPlan | Refusal, reading: MachineReading) -> list[Check]:

@@ -104,6 +104,7 @@ class MemoryPlan(Record):
         devices: What each device holds.
         host_bytes: RAM that loading and running take.
         settings: The plan as lines of TOML.
+        dtype: The type to load it in, where the device decides that and not the files.
     """
 
     strategy: Strategy
@@ -112,6 +113,7 @@ class MemoryPlan(Record):
     devices: tuple[DevicePlan, ...]
     host_bytes: int
     settings: tuple[str, ...]
+    dtype: Literal["float32"] | None = None
 
 
 class Refusal(Record):

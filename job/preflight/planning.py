@@ -73,12 +73,12 @@ class Planning:
             return reading.model_copy(update={"gpus": reading.gpus[index : index + 1]})
         return reading
 
-    def workload(self) -> Workload:
-        """Return what memory is planned for."""
+    def workload(self, dtype_bytes: int | None = None) -> Workload:
+        """Return what memory is planned for, by default in the type that the settings and the files ask for."""
         return Workload(
             prompt_tokens=self._longest_prompt(),
             answer_tokens=self.settings.scoring.answer_tokens,
-            dtype_bytes=self._dtype_bytes(),
+            dtype_bytes=dtype_bytes or self.dtype_bytes(),
             most_rows=self.settings.batching.rows or None,
             quantise=self.settings.ablation.row_normalization == "none",
             processes=self.settings.workers or 1,
@@ -98,7 +98,8 @@ class Planning:
             return Workload().prompt_tokens
         return max(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
 
-    def _dtype_bytes(self) -> int:
+    def dtype_bytes(self) -> int:
+        """Return the size of a number in the type that the settings and the files ask for."""
         dtype = self.settings.loading.dtypes[0]
         if dtype != "auto":
             return _DTYPE_BYTES.get(dtype, 2)
@@ -130,7 +131,7 @@ class Planning:
         if known is None or not all(known):
             return None
         disk = min(speeds.values(), key=lambda found: found.write, default=DiskSpeed(write=DISK, read=DISK))
-        work = self.workload()
+        work = self.workload(4 if planned.dtype == "float32" else None)
         remote = sum(not target.startswith("file:") for target in self.settings.upload)
         task = PhaseWork(
             download_bytes=missing_bytes(self.source, self.listing) if measured else self.listing.size,

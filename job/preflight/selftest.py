@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 # Memory that is written and read back: enough to touch many chips, done in a fraction of a second.
 PATTERN_BYTES = {"cuda": 8 * GIB, "cpu": 64 * MIB}
 _SIDES = {"cuda": 4096, "cpu": 384}
+# Smaller: without units for it a CPU needs milliseconds for this alone.
+_HALF_SIDE = 192
+# A CPU reads half the bytes in bfloat16; what its arithmetic loses has to be more than that.
+_CLEARLY_FASTER = 2.0
 _CHUNK_BYTES = 256 * MIB
 RATE_SECONDS = 0.4
 
@@ -29,6 +33,7 @@ class Exercise(Record):
         fault: What it did wrong, None if nothing.
         pattern_bytes: Memory that was written and read back.
         flops: Rate of matrix products in bfloat16 (float32 on a CPU), operations a second.
+        half_flops: Rate of matrix products in bfloat16 on a CPU; 0 on a GPU.
         bandwidth: Rate of copying within its memory, bytes read and written a second.
     """
 
@@ -36,7 +41,13 @@ class Exercise(Record):
     fault: str | None = None
     pattern_bytes: int = 0
     flops: float = 0.0
+    half_flops: float = 0.0
     bandwidth: float = 0.0
+
+    @property
+    def prefers_float32(self) -> bool:
+        """Whether it computes much faster in float32 than in bfloat16: a CPU without units for the latter."""
+        return 0 < _CLEARLY_FASTER * self.half_flops < self.flops
 
 
 def exercise(device: str, *, most_bytes: int | None = None, seconds: float = RATE_SECONDS) -> Exercise:
@@ -55,7 +66,8 @@ def exercise(device: str, *, most_bytes: int | None = None, seconds: float = RAT
         # Beside the pattern stand its copy to compare with and the comparison.
         budget = min(most_bytes or PATTERN_BYTES[kind], _free(target) // 4)
         fault = _wrong_product(target) or _forgotten_pattern(target, budget)
-        flops = _product_rate(target, _SIDES[kind], seconds)
+        flops = _product_rate(target, torch.bfloat16 if kind == "cuda" else torch.float32, _SIDES[kind], seconds)
+        half = _product_rate(target, torch.bfloat16, _HALF_SIDE, seconds / 4) if kind == "cpu" else 0.0
         bandwidth = _copy_rate(target, min(budget, _CHUNK_BYTES), seconds)
     except (RuntimeError, AssertionError) as error:
         # Errors of the CUDA runtime, of its allocator and of a torch without CUDA: what is looked for.
@@ -63,7 +75,8 @@ def exercise(device: str, *, most_bytes: int | None = None, seconds: float = RAT
     finally:
         if kind == "cuda":
             torch.cuda.empty_cache()
-    return Exercise(device=device, fault=fault, pattern_bytes=budget, flops=flops, bandwidth=bandwidth)
+    rates = {"flops": flops, "half_flops": half, "bandwidth": bandwidth}
+    return Exercise(device=device, fault=fault, pattern_bytes=budget, **rates)
 
 
 def compute_check(found: Exercise) -> Check:
@@ -110,10 +123,9 @@ def _forgotten_pattern(device: torch.device, budget: int) -> str | None:
     return f"{wrong} words of memory did not keep what was written" if wrong else None
 
 
-def _product_rate(device: torch.device, side: int, seconds: float) -> float:
+def _product_rate(device: torch.device, dtype: torch.dtype, side: int, seconds: float) -> float:
     import torch
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a = torch.ones(side, side, dtype=dtype, device=device)
     return 2 * side**3 / _time_of(lambda: a @ a, device, seconds)
 

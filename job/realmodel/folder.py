@@ -69,9 +69,7 @@ def run_command(folder: Path) -> str:
         "bad-eval-prompts": "bad_test",
     }
     prompts = [word for option, name in files.items() for word in (f"--{option}", str(folder / f"{name}.txt"))]
-    # Without units for bfloat16, a CPU computes in it at a fiftieth of its speed in float32.
-    dtype = ["--set", 'loading.dtypes=["float32"]']
-    return shlex.join(["abliterate", "run", str(folder / "model"), *prompts, "--trials", str(TRIALS), *dtype])
+    return shlex.join(["abliterate", "run", str(folder / "model"), *prompts, "--trials", str(TRIALS)])
 
 
 def _describe(source: GgufModel) -> dict[str, str]:

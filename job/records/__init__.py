@@ -243,6 +243,7 @@ class JobRecord(Record):
         model_commit: The commit that a model on the Hub is used at.
         planned_rows: Rows of a forward by preflight's plan of the memory.
         planned_weights: Bytes of weights on each device by that plan.
+        planned_dtype: The type to load the model in by that plan; None: that of its files.
         model_public: The model is on the Hub for everybody to see, so that it may be named.
         resolution: Set when the model has been loaded for the first time.
         versions: Versions of this package and of the libraries that decide results, at the first start.
@@ -261,6 +262,7 @@ class JobRecord(Record):
     model_public: bool = False
     planned_rows: int | None = None
     planned_weights: dict[str, int] | None = None
+    planned_dtype: str | None = None
     resolution: Resolution | None = None
     versions: dict[str, str]
     reproduces: str | None = None

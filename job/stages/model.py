@@ -86,7 +86,7 @@ def _prove(job: OpenJob, source: Path) -> None:
 def _load(job: OpenJob, source: Path) -> LoadedModel:
     record, events = job.record, job.events
     events.emit("loading", "loading the model")
-    dtype = record.resolution.dtype if record.resolution else None
+    dtype = record.resolution.dtype if record.resolution else record.planned_dtype
     model = load_model(source, job.settings.loading, events.say, dtype=dtype, rendering=rendering_of(record))
     held, planned = placement(model.model), record.planned_weights or {}
     told = ", ".join(f"{size(count)} on {place}" for place, count in held.items())

@@ -55,6 +55,7 @@ def _pin(job: RunningJob, survey: Survey) -> None:
         pinned |= {"model_commit": survey.commit, "model_public": survey.public}
     if job.record.planned_rows is None and survey.plan is not None:
         pinned["planned_rows"] = survey.plan.rows
+        pinned["planned_dtype"] = survey.plan.dtype
         pinned["planned_weights"] = {device.device: device.weights for device in survey.plan.devices}
     if pinned:
         job.file.pin(**pinned)
