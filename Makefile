@@ -45,6 +45,7 @@ check: .venv/dev
 	$(BIN)/shellcheck entrypoint.sh .ci/run infra/vast/onstart.sh infra/image/renew.sh infra/slurm/ray.sbatch
 	$(BIN)/shfmt -d -i 4 entrypoint.sh .ci/run infra/vast/onstart.sh infra/image/renew.sh infra/slurm/ray.sbatch
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/pytest -q tests/unit/test_prose.py
 
 # The base image's digest and the hashes of what the image installs, in the versions of constraints.txt.
 renew-image:

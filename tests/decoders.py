@@ -63,16 +63,22 @@ _CHANGES: dict[str, dict[str, Any]] = {
 
 _INTRODUCTION = """# Architectures
 
-What the job says of every decoder-only family of the causal-LM mapping of transformers 5.23, and below of the families
-that also see images, as far as their defaults make a small model of them; of these the text side is edited, and the
-rest is carried over. Written by `python -m tests.decoders --write docs/architectures.md`.
+Which model families the job edits, and why it refuses the others. The first table lists every decoder-only family of
+the causal-LM mapping of transformers 5.23. The second lists the families that also see images and whose defaults make a
+small model. Of these the text side is edited, and the rest is carried over. Written by
+`python -m tests.decoders --write docs/architectures.md`.
 
-A family is edited if all that its layers write into the residual stream is found (the truth test passes), if none of
-what was found could be left out (its converse), if hooks can take a direction out of it, and if it can be told how its
-files hold it. How it can be read is tried as well: whether rows of several lengths may stand in one forward, and
-whether what was kept of a text gives the same as reading it again. Others are refused by `inspect` and `preflight` with
-the reason given here. Where writers are named in a family that is not edited, they are proven. A model's own
-configuration decides: the same family with other switches may have other writers.
+The job edits a family if all of this holds:
+
+- Everything that its layers write into the residual stream is found: the truth test passes.
+- No writer could be left out: the converse of the test.
+- Hooks can remove a direction from it.
+- The job knows how its files store the weights.
+
+The job also tests how the family reads text. May rows of several lengths share a forward? Does the cache of a text give
+the same result as reading it again? `inspect` and `preflight` refuse other families, with the reason given here.
+Writers named for a refused family are proven. A model's own configuration decides: the same family with other switches
+may have other writers.
 """
 
 

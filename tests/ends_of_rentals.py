@@ -39,27 +39,27 @@ SITUATIONS: dict[str, Safety] = {
     "only mirrored": Safety(unsaved="an export is not delivered"),
     "nothing safe": Safety(unsaved="all is on this machine alone"),
     "another job is not delivered": Safety(others="another job is not delivered"),
-    "lease held by somebody else": Safety(held="somebody else holds the job"),
+    "lease held by another runner": Safety(held="another runner holds the job"),
 }
 _SHORT = {"nothing": "–", "stop": "stop", "destroy": "**destroy**"}
 _INTRODUCTION = """# Ends of rentals
 
-What becomes of the rented machine follows from three things:
+Three things decide whether the rented machine is left running, stopped or destroyed:
 
 - how the command has ended,
-- what `--when-done` or `--when-failed` asks for,
-- what stands on the machine and off it at that moment.
+- the value of `--when-done` or `--when-failed`,
+- what is stored on the machine and off it at that moment.
 
-Each cell shows two results: if `stop` was asked for, and if `destroy` was. `–` means that the machine is left running.
-Whatever is less than was asked for is said as a warning, with the reason.
+Each cell shows two results: with `stop`, and with `destroy`. `–` means that the machine is left running. If the job
+does less than the option says, it warns and gives the reason.
 
 "Delivered and mirrored" is checked before every destroy. All objects of the checkpoint are read back and compared with
 the run folder. Each target is asked for the export's manifest and all its files. A job without an export needs no
 delivery.
 
-A place on this machine does not count. Of mounted file systems only these do: {kinds}.
+A place on this machine does not count. Among mounted file systems only these do: {kinds}.
 MooseFS, mountpoint-s3, gcsfuse and s3fs also count where the mount's source names them. A server on a loopback address
-does not. `--allow rental.survival` vouches for any other place; what it holds is still checked.
+does not. `--allow rental.survival` vouches for any other place; its contents are still checked.
 
 Written by `python -m tests.ends_of_rentals --write docs/ends-of-rentals.md`.
 

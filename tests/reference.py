@@ -21,10 +21,15 @@ from tests.generated import write_or_print
 
 _INTRODUCTION = f"""# Settings
 
-Every setting can be given, in rising priority, in a TOML file (`--config FILE.toml`), in the environment
-(`{ENVIRONMENT_PREFIX}` and the name in capitals, `__` for a dot: `{ENVIRONMENT_PREFIX}SEARCH__SPACE=field`) and on the
-command line, by its option or by `--set NAME=VALUE`, where the value is TOML. `abliterate config show` prints what is
-in effect and where it comes from. Written by `python -m tests.reference --write docs/settings.md`.
+Every setting can be given in three places. Later ones override earlier ones:
+
+1. a TOML file: `--config FILE.toml`,
+2. the environment: `{ENVIRONMENT_PREFIX}` and the name in capitals, `__` for a dot, as in
+   `{ENVIRONMENT_PREFIX}SEARCH__SPACE=field`,
+3. the command line: the setting's option, or `--set NAME=VALUE`, where the value is TOML.
+
+`abliterate config show` prints the values in effect and where they come from. Written by
+`python -m tests.reference --write docs/settings.md`.
 """
 
 

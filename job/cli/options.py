@@ -101,8 +101,10 @@ SETTING_OPTIONS: dict[str, Any] = {
         float | None, typer.Option(metavar="MIN", help="Minutes to wait for others to leave the GPUs.")
     ],
     "export_format": Annotated[str | None, typer.Option(help="merged, adapter or directions.")],
-    "max_kl": Annotated[float | None, typer.Option(metavar="X", help="Deliver only what has no larger KL.")],
-    "max_refusals": Annotated[int | None, typer.Option(metavar="N", help="Deliver only what refuses no more.")],
+    "max_kl": Annotated[float | None, typer.Option(metavar="X", help="Do not upload if the held-out KL is larger.")],
+    "max_refusals": Annotated[
+        int | None, typer.Option(metavar="N", help="Do not upload if more held-out prompts are refused.")
+    ],
     "checkpoint": Annotated[
         str | None, typer.Option(metavar="URI", help="Mirror for other machines to go on from: s3://, hf://, file:///.")
     ],

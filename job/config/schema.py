@@ -44,7 +44,7 @@ class PromptSettings(Section):
         description="Column that holds the prompts; overrides the spec's. Unset: the first of "
         "prompt, text, instruction, question, goal, input, query that holds text, else the only one that does.",
     )
-    max_characters: int | None = Field(None, ge=1, description="Texts are cut to so many characters; unset: none is.")
+    max_characters: int | None = Field(None, ge=1, description="Longer texts are cut to this length; unset: no limit.")
     prefix: str = Field("", description="Text put before every prompt.")
     suffix: str = Field("", description="Text put after every prompt.")
     system_prompt: str | None = Field(None, description="System prompt; unset: none.")
@@ -91,8 +91,8 @@ class LoadingSettings(Section):
         description="Run the code that comes with a model whose family transformers does not know; read it first."
     )
     response_prefix: str = Field(
-        description="Text that every answer is made to begin with; auto: what all answers begin with anyway, "
-        "with a chain of thought closed."
+        description="Response prefix, put into every prompt; auto: the prefix that all responses share, with a chain "
+        "of thought closed."
     )
 
 
@@ -282,14 +282,16 @@ class Settings(BaseSettings):
         description="merged: the whole edited model; adapter: a LoRA for PEFT; directions: a small file that "
         "`abliterate apply` applies to the base model."
     )
-    max_kl: float | None = Field(None, ge=0, description="Deliver only what has no larger KL on the report split.")
-    max_refusals: int | None = Field(None, ge=0, description="Deliver only what refuses no more bad report prompts.")
+    max_kl: float | None = Field(None, ge=0, description="Do not upload if the KL on the report split is larger.")
+    max_refusals: int | None = Field(None, ge=0, description="Do not upload if more bad report prompts are refused.")
     allow: list[str] = Field(description="Preflight checks that may fail, by name.")
     price: float | None = Field(None, ge=0, description="Dollars an hour of this machine.")
     max_hours: float | None = Field(
         None, gt=0, description="Hours that the job may take; the search stops in time to export and deliver its best."
     )
-    max_cost: float | None = Field(None, gt=0, description="Dollars that the job may cost, likewise; needs a price.")
+    max_cost: float | None = Field(
+        None, gt=0, description="Dollars that the job may cost; the search stops as for max_hours. Needs a price."
+    )
     study_storage: Literal["auto", "workspace", "local"] = Field(
         description="Where the study is while it is searched: in the workspace, or on this machine's own disk with a "
         "copy in the workspace after every batch; auto: the latter where the workspace is a network file system."
@@ -298,7 +300,7 @@ class Settings(BaseSettings):
         None,
         ge=1,
         description="Processes that evaluate trials, one per GPU; on a CPU they share its cores; unset: one for every "
-        "GPU, if each holds the model, and one on a CPU; with Ray as many as the cluster has room for.",
+        "GPU, if each holds the model, and one on a CPU; with Ray, until the cluster is full.",
     )
     engine: Literal["local", "ray"] = Field(
         description="What runs the processes that evaluate trials: this machine, or Ray on one machine or several."

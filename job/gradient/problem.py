@@ -33,7 +33,7 @@ Targets = Sequence[list[int] | None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Numbers of the descent; how they were found is in docs/lab-notes.md.
+    """Numbers of the descent; how they were found is in docs/lab-notes/gradient.md.
 
     Attributes:
         batch: Prompts of each kind that a step reads.

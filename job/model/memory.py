@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
     """Have the allocator keep some of what is freed, so that not every tensor's pages are made and cleared anew.
 
     As it is, glibc gives memory back to the system as soon as 128 KiB, later 64 MiB, of it are free in one piece; pages
-    made anew for every forward were a seventh of a small model's trial (docs/lab-notes.md).
+    made anew for every forward were a seventh of a small model's trial (docs/lab-notes/workers.md).
     """
     configure = getattr(ctypes.CDLL(None), "mallopt", None)
     if configure is None:

@@ -23,8 +23,8 @@ Quantization = Literal["none", "bnb-4bit"]
 
 # Rows beyond these gain nothing in throughput, so that even small models are not given more.
 MOST_ROWS = {"cpu": 512, "cuda": 1024}
-# On a CPU, where rows beyond a few gain little as well (measured, docs/lab-notes.md), a large model's cache and
-# activations take no more than this share of its weights.
+# On a CPU, where rows beyond a few gain little as well (measured, docs/lab-notes/batch-size.md), a large model's cache
+# and activations take no more than this share of its weights.
 CPU_SHARE = 0.25
 # With fewer rows a trial takes so many forwards that the next strategy is better.
 FEWEST_ROWS = 4

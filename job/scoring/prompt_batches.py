@@ -18,7 +18,7 @@ from job.model.device_faults import halving
 from job.model.loading import LoadedModel
 
 T = TypeVar("T")
-# A shorter prefix saves less than the forward that computes it once takes (measured, docs/lab-notes.md).
+# A shorter prefix saves less than the forward that computes it once takes (measured, docs/lab-notes/decoding.md).
 LEAST_PREFIX = 2
 
 

@@ -51,7 +51,7 @@ def add_trials(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
     """Add finished trials to a study in a database, all or none of them.
 
     `Study.add_trials` does so one by one, each with a query for every parameter over all trials that the study has:
-    30 ms a trial and more, against 2 ms (measured, docs/lab-notes.md). Its tables are filled through Optuna's own
+    30 ms a trial and more, against 2 ms (measured, docs/lab-notes/speed.md). Its tables are filled through Optuna's own
     models; that it reads back what it would have written is tested, for the version that is asked for.
 
     Args:

@@ -1,6 +1,6 @@
 """TPE for spaces that are known beforehand, of continuous ranges and choices: Optuna's, at a quarter of its cost.
 
-Measured by `python -m benchmarks.study`; figures in docs/lab-notes.md.
+Measured by `python -m benchmarks.study`; figures in docs/lab-notes/speed.md.
 """
 
 from __future__ import annotations

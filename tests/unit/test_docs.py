@@ -17,12 +17,15 @@ from job.cli.app import app
 from tests import code_map
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md")])
-# What was typed once upon a time.
-HISTORY = {"CHANGELOG.md", "lab-notes.md"}
+PAGES = sorted(
+    page for folder in (".", "docs", "docs/decisions", "docs/lab-notes") for page in ROOT.glob(f"{folder}/*.md")
+)
+# Commands of former versions.
+HISTORY = {ROOT / "CHANGELOG.md", *ROOT.glob("docs/lab-notes/*.md")}
 _BLOCK = re.compile(r"```(?:sh|console)\n(.*?)```", re.DOTALL)
 _INLINE = re.compile(r"`(abliterate [^`]+)`")
-_LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+_LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)")
+_HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
 def commands(page: Path) -> Iterator[str]:
@@ -56,7 +59,7 @@ def parsed(line: str) -> str:
     return str(context.info_name)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in HISTORY], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORY], ids=lambda page: page.name)
 def test_commands_in_the_docs_are_understood(page: Path) -> None:
     for line in commands(page):
         parsed(line)
@@ -73,7 +76,15 @@ def test_the_map_of_the_code_names_what_there_is(question: str, file: str, name:
     assert name in defined, question
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to a page's headings."""
+    headings = (heading.lower() for heading in _HEADING.findall(page.read_text()))
+    return {re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for link in _LINK.findall(page.read_text()):
-        assert (page.parent / link).exists(), link
+    for link, anchor in _LINK.findall(page.read_text()):
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), f"{link}#{anchor}"

@@ -1,0 +1,67 @@
+"""Documents read as plain English: no phrase that reads like a translation, no sentence too long to read at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# docs/decisions is not held to it yet: some ninety of its sentences are longer.
+PAGES = sorted(
+    page for name in ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/lab-notes/*.md") for page in ROOT.glob(name)
+)
+WORDS = 30
+PHRASES = (
+    "so many", "as many", "of which", "of whom", "likewise", "is told", "are told", "nobody", "whoever", "what all",
+    "what is to", "one after another", "one after the other", "let go", "as good as",
+    "what others are compared with", "what is known of", "what is left to", "what a trial", "worth an answer",
+    "all who are there", "such a one", "refuses no more", "usual ones", "made one long", "goes to asking",
+    "it waits for", "by no other", "from which this", "up to a tie", "is asked whether", "was asked whether",
+    "what can be known", "once upon a time",
+)  # fmt: skip
+_PHRASE = re.compile(r"\b(?:" + "|".join(PHRASES) + r")\b", re.IGNORECASE)
+_BLOCKS = re.compile(r"```.*?```|<!--.*?-->", re.DOTALL)
+_LINK = re.compile(r"!?\[([^]]*)\]\([^)]*\)")
+_CODE = re.compile(r"`[^`]*`")
+_ITEM = re.compile(r"(?:[-*]|\d+\.) ")
+_TABLE, _HEADING, _INDENTED = re.compile(r" *\|"), re.compile("#"), re.compile(" {4}")
+# A full stop after these ends no sentence.
+_ABBREVIATION = re.compile(r"\b(e\.g|i\.e|etc|vs)\. ")
+
+
+def prose(page: str) -> str:
+    """Return a page without code and addresses; code in running text is one word."""
+    return _CODE.sub("CODE", _LINK.sub(r"\1", _BLOCKS.sub("\n\n", page)))
+
+
+def sentences(page: str) -> Iterator[str]:
+    """Yield the sentences of paragraphs and list items, without tables and headings."""
+    paragraph: list[str] = []
+    for line in [*prose(page).splitlines(), ""]:
+        starts = _ITEM.match(line.lstrip()) is not None
+        skipped = any(kind.match(line) for kind in (_TABLE, _HEADING)) or (_INDENTED.match(line) and not paragraph)
+        if not line.strip() or starts or skipped:
+            text = _ABBREVIATION.sub(r"\1 ", " ".join(" ".join(paragraph).split()))
+            yield from filter(None, re.split(r"(?<=[.!?])[*_)\"]* +", text))
+            paragraph = []
+        if line.strip() and not skipped:
+            paragraph.append(_ITEM.sub("", line.lstrip(), count=1) if starts else line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_reads_like_a_translation(page: Path) -> None:
+    assert _PHRASE.findall(" ".join(prose(page.read_text()).split())) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_sentence_is_too_long(page: Path) -> None:
+    long = {sentence: len(sentence.split()) for sentence in sentences(page.read_text())}
+    assert {sentence: words for sentence, words in long.items() if words > WORDS} == {}
+
+
+def test_sentences_are_told_apart() -> None:
+    page = "# A heading\n\nOne `a. b` is. Two [a link](x.md)\ngoes, e.g. so!\n\n- three\n  more\n- four\n\n| a. b |\n"
+    assert list(sentences(page)) == ["One CODE is.", "Two a link goes, e.g so!", "three more", "four"]
