@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,8 @@ from job.generation.kv_cache import (
 )
 from job.records import READ_TOKENS
 
+# What is called after every forward with the number of tokens that were read.
+_COUNTERS: list[Callable[[int], None]] = []
 # What stands for no device of its own in a device map.
 _OFFLOADED = ("cpu", "disk")
 
@@ -40,6 +42,16 @@ def left_padded(prompts: Sequence[list[int]], device: torch.device | str) -> tup
     mask = (torch.arange(width) >= padding[:, None]).to(torch.long)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     return tokens.to(device), mask.to(device), positions.to(device)
+
+
+@contextmanager
+def counted_tokens(counter: Callable[[int], None]) -> Iterator[None]:
+    """Call `counter` after every forward within the block, with the tokens of all rows that it has read."""
+    _COUNTERS.append(counter)
+    try:
+        yield
+    finally:
+        _COUNTERS.remove(counter)
 
 
 class RowEdits(Protocol):
@@ -153,5 +165,7 @@ def _forward(
     given = {name: value for name, value in given.items() if name in known}
     with rows.applied():
         output = model(input_ids=tokens, attention_mask=mask, use_cache=cache is not None, **given)
+    for counter in _COUNTERS:
+        counter(tokens.numel())
     logits: Tensor = output.logits[:, -count:]
     return logits

@@ -84,6 +84,12 @@ class ReportMetrics:
     kl_tokens: int = 1
     incoherence_margin: float | None = None
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that `responses` reads at most: fewer where responses end early or prompts share a prefix."""
+        prompts = self.batches.everything
+        return sum(map(len, prompts)) + len(prompts) * self.response_tokens
+
     def responses(self, edits: ActiveEdits | None = None) -> list[Answer]:
         """Generate whole responses to all prompts, good ones first.
 

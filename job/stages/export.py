@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from job.model.safetensors_files import Checkpoint
 from job.records import DetectorReport, EditParameters, ExportFormat, Figures, Trial
 from job.scoring.detectors import Context, detect
 from job.scoring.report_metrics import JudgedResponses, ReportMetrics
-from job.stages.measuring import metrics_of
+from job.stages.measuring import metrics_of, shown_generating
 from job.stages.model import as_resolved, rendering_of, require_resident
 from job.stages.session import ModelSession
 from job.storage.answers import keep_answers
@@ -73,7 +74,8 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         write_edit_file(export, model.folder, model.architecture, edit, made)
     if form != "merged":
         copy_licences(model.folder, export)
-    seal_made(export, made, model.folder)
+    with job.events.progress("hashing the export", 1):
+        seal_made(export, made, model.folder)
     job.events.emit("exported", export=export.name)
     return export
 
@@ -85,7 +87,8 @@ def _write_weights(session: ModelSession, export: Path, edit: Edit, form: Export
         with job.events.progress("shards", len(Checkpoint(model.folder).files)) as advance:
             own_code = job.settings.loading.trust_remote_code
             write_weights(model.folder, export, model.architecture, edit, advance, own_code=own_code)
-        verify_written(model.folder, export, model.architecture, edit)
+        with job.events.progress("reading back what was written", 1):
+            verify_written(model.folder, export, model.architecture, edit)
     elif form == "adapter":
         write_adapter(model, export, edit, base_model_name(job.record, job.settings))
 
@@ -113,9 +116,10 @@ class _Measurement:
         """
         session, prompts = self.session, self.session.prompts
         base = self._metrics(session.model, prompts.good_report, prompts.bad_report)
-        plain = base.responses()
-        edits = session.hooks.activate([parameters])
-        responses = base.responses(edits)
+        with self._shown("the base model's responses and the edit's", 2 * base.most_tokens):
+            plain = base.responses()
+            edits = session.hooks.activate([parameters])
+            responses = base.responses(edits)
         # The base model judges coherence while it is loaded; the export is proven to respond alike.
         incoherence = base.incoherence_test(plain)
         incoherent = incoherence.flags(responses)
@@ -127,7 +131,8 @@ class _Measurement:
             divergences = reference.divergences(base.batches, edits)
         else:
             reported = self._metrics(self._proven(parameters), prompts.good_report, prompts.bad_report)
-            after = reported.judge(reported.responses(), incoherent)
+            with self._shown("the export's responses", reported.most_tokens):
+                after = reported.judge(reported.responses(), incoherent)
             divergences = reference.divergences(reported.batches)
         self._keep(after, self.export.name)
         figures = before.figures(base.kl_tokens), after.figures(base.kl_tokens, divergences)
@@ -140,9 +145,11 @@ class _Measurement:
 
     def _proven(self, parameters: EditParameters) -> LoadedModel:
         """Return the export, loaded in the base model's place and compared with the edit on the search split."""
-        measured = self._measured_edit(parameters)
-        fresh, prompts = self._reloaded(), self.session.prompts
-        found = measured.compare(self._metrics(fresh, prompts.good_search, prompts.bad_search))
+        prompts = self.session.prompts
+        with self._shown("proving the export", 2 * self.session.scorer.metrics.most_tokens):
+            measured = self._measured_edit(parameters)
+            fresh = self._reloaded()
+            found = measured.compare(self._metrics(fresh, prompts.good_search, prompts.bad_search))
         self._job.events.emit("export_proven", f"the export was loaded afresh: {found}")
         return fresh
 
@@ -174,6 +181,9 @@ class _Measurement:
 
     def _metrics(self, model: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt]) -> ReportMetrics:
         return metrics_of(model, self._job.settings, good, bad, self._job.resolution.rows, self._job.events)
+
+    def _shown(self, label: str, most_tokens: int) -> AbstractContextManager[None]:
+        return shown_generating(self._job.events, label, most_tokens)
 
     def _keep(self, judged: JudgedResponses, subject: str) -> None:
         keep_answers(self._job.folder, subject, judged.kept, self.session.prompts)

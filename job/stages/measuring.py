@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 from job.config.schema import Settings
 from job.data.prompts import Prompt
 from job.edits.hooks import Intervention
+from job.generation.forward import counted_tokens
 from job.model.loading import LoadedModel
 from job.records import EditParameters, Figures, TrialScores
 from job.scoring.likelihood import IncoherenceTest
@@ -38,6 +40,19 @@ def metrics_of(
         settings.kl_tokens,
         settings.scoring.gibberish,
     )
+
+
+@contextmanager
+def shown_generating(events: Events, label: str, most_tokens: int) -> Iterator[None]:
+    """Show how far the forwards within the block are, by the tokens that they read.
+
+    Args:
+        events: Where it is shown.
+        label: What is under way.
+        most_tokens: Tokens that will be read at most.
+    """
+    with events.progress(f"{label}, tokens at most", most_tokens) as advance, counted_tokens(advance):
+        yield
 
 
 def scorer_of(metrics: ReportMetrics) -> TrialScorer:

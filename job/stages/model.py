@@ -87,7 +87,8 @@ def _load(job: OpenJob, source: Path) -> LoadedModel:
     record, events = job.record, job.events
     events.emit("loading", "loading the model")
     dtype = record.resolution.dtype if record.resolution else record.planned_dtype
-    model = load_model(source, job.settings.loading, events.say, dtype=dtype, rendering=rendering_of(record))
+    with events.progress("loading the model", 1):
+        model = load_model(source, job.settings.loading, events.say, dtype=dtype, rendering=rendering_of(record))
     held, planned = placement(model.model), record.planned_weights or {}
     told = ", ".join(f"{size(count)} on {place}" for place, count in held.items())
     events.emit("loaded", f"loaded in {model.dtype}: {told}", hardware=hardware(model.device), placement=held)
@@ -122,7 +123,8 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
     if record.resolution is not None:
         return
     rows = settings.batching.rows or record.planned_rows or _ROWS
-    model = _asked(model, settings, prompts, rows)
+    with job.events.progress("looking at how responses begin", 1):
+        model = _asked(model, settings, prompts, rows)
     _tell_how_asked(job, model)
     workers = worker_count(settings, model)
     together = settings.batching.trials or -(-settings.trials_per_batch // workers)

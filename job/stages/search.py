@@ -22,6 +22,7 @@ from job.search.path import PathSpace
 from job.stages.choice import finalists_left
 from job.stages.evaluation import TrialsTask
 from job.stages.gradient import find_path
+from job.stages.measuring import shown_generating
 from job.stages.model import cpu_threads, share_of_threads, worker_count
 from job.stages.session import ModelSession, shared_directions
 from job.storage.study_file import back_up
@@ -78,7 +79,8 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
 
 
 def _measure_baseline(job: RunningJob, session: ModelSession) -> None:
-    figures = session.scorer.baseline()
+    with shown_generating(job.events, "base model's responses", session.scorer.metrics.most_tokens):
+        figures = session.scorer.baseline()
     job.events.emit(
         "baseline",
         f"base model: {figures.refusals} of {figures.bad_prompts} bad prompts refused, "
@@ -213,7 +215,8 @@ class PlanEvaluator:
                 together=-(-len(batch) // parts),  # split small batches across all workers too
                 whole=True,
             )
-            scores = self.scores([plan])
+            with job.events.progress("trials at full length", len(batch)):
+                scores = self.scores([plan])
             if isinstance(scores, FewerRows):
                 continue  # the smaller batch size is pinned, and the next plan has it
             found = {trial.number: score for trial, score in zip(batch, scores, strict=True)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from job.errors import MachineError
 from job.text.redaction import redact, redacted
 
 _PLAIN_PROGRESS_SECONDS = 10.0
+# Without a terminal, something under way is mentioned at least so often.
+_SILENCE_SECONDS = 30.0
 
 
 class Events:
@@ -79,12 +82,18 @@ class Events:
 
     @contextmanager
     def progress(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """Yield a function that advances by so many steps: a bar with ETA, or a plain line now and then."""
-        if self._stream.isatty():
-            with self._bar(label, total, done) as advance:
-                yield advance
-        else:
-            yield self._plain(label, total, done)
+        """Yield a function that advances by a number of steps.
+
+        People see a bar with ETA on a terminal, and otherwise a plain line every 10 to 30 s, also while no step ends.
+
+        Args:
+            label: What is under way, and what the steps are.
+            total: Number of steps, or the most that there may be.
+            done: Those that were done before.
+        """
+        shown = self._bar if self._stream.isatty() else self._plain
+        with shown(label, total, done) as advance:
+            yield advance
 
     @contextmanager
     def _bar(self, label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
@@ -115,20 +124,37 @@ class Events:
             finally:
                 self._echo = self._print
 
-    def _plain(self, label: str, total: int, done: int) -> Callable[[int], None]:
+    @contextmanager
+    def _plain(self, label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
         started = last = time.monotonic()
-        first = done
+        first, ended = done, threading.Event()
+
+        def tell() -> None:
+            nonlocal last
+            last = time.monotonic()
+            taken = last - started
+            steps = f"{done}/{total}, " if total > 1 else ""
+            left = f"ETA {taken / (done - first) * (total - done):.0f} s" if done > first else f"{taken:.0f} s so far"
+            self._print(f"{label}: {steps}{left}")
 
         def advance(steps: int) -> None:
-            nonlocal done, last
+            nonlocal done
             done += steps
-            now = time.monotonic()
-            if now - last >= _PLAIN_PROGRESS_SECONDS and done < total:
-                last = now
-                eta = (now - started) / max(done - first, 1) * (total - done)
-                self._print(f"{label}: {done}/{total}, ETA {eta:.0f} s")
+            if time.monotonic() - last >= _PLAIN_PROGRESS_SECONDS and done < total:
+                tell()
 
-        return advance
+        def break_silence() -> None:
+            while not ended.wait(last + _SILENCE_SECONDS - time.monotonic()):
+                if time.monotonic() - last >= _SILENCE_SECONDS:
+                    tell()
+
+        thread = threading.Thread(target=break_silence, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield advance
+        finally:
+            ended.set()
+            thread.join()
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from job.generation.answer import Answer
+from job.generation.forward import counted_tokens
 from job.scoring.broken import Exchange
 from job.scoring.likelihood import IncoherenceTest
 from job.scoring.prompt_batches import RowLimit
@@ -47,6 +48,19 @@ def test_figures_count_incoherent_responses_as_broken_and_each_prompt_once() -> 
     assert judged.figures(3).kl is None
     assert [answer.refused for answer in judged.kept.bad] == [True, True, False, False]
     assert [exchange.prompt for exchange in judged.exchanges[:2]] == ["Where is it?", "What?"]
+
+
+def test_the_tokens_of_responses_are_counted_and_bounded(random_model_folder: Path) -> None:
+    metrics = report_metrics(trial_scorer(random_model_folder))
+    with counted_tokens((counted := list[int]()).append):
+        responses = metrics.responses()
+    prompts = metrics.batches.everything
+    # A prompt is read once, and with every token but the last of its response the model is asked for the next.
+    least = sum(map(len, prompts)) + sum(len(response.tokens) - 1 for response in responses)
+    assert least <= sum(counted) + len(metrics.batches.prefix) * (len(prompts) - 1)
+    assert sum(counted) <= metrics.most_tokens
+    metrics.responses()
+    assert sum(counted) <= metrics.most_tokens  # nothing is counted outside of the block
 
 
 def test_the_incoherence_test_rejects_what_the_base_model_would_not_say(random_model_folder: Path) -> None:

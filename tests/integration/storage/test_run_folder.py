@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from job.config.load import load_settings
 from job.config.schema import Settings
 from job.errors import HeldError, ImpossibleJobError, JobError, MachineError, UsageError
 from job.records import JobRecord
+from job.storage import events
 from job.storage.atomic import read_record, write_atomically, write_record
 from job.storage.events import Events, read_events
 from job.storage.jobs import find_job, open_job
@@ -193,6 +196,25 @@ def test_plain_progress_prints_lines_and_a_terminal_gets_bars(tmp_path: Path) ->
     assert "3/3" in shown
     assert "ETA" in shown
     assert "a trial" in shown
+
+
+def test_plain_progress_breaks_the_silence_while_no_step_ends() -> None:
+    stream = io.StringIO()
+    told = Events(stream=stream)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(events, "_SILENCE_SECONDS", 0.1)
+        with told.progress("trials", 3) as advance:
+            time.sleep(0.25)
+            advance(1)
+            time.sleep(0.25)
+        with told.progress("loading the model", 1):
+            time.sleep(0.15)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "trials: 0/3, 0 s so far"
+    assert "trials: 1/3, ETA 1 s" in lines
+    assert lines[-1] == "loading the model: 0 s so far"
+    time.sleep(0.2)
+    assert stream.getvalue().splitlines() == lines  # nothing goes on that has ended
 
 
 def test_signals_stop_at_once_or_after_the_shield() -> None:
