@@ -5,10 +5,9 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from job.errors import AcceleratorFaultError, MachineError, Stopped
 from job.model.memory import release_memory
 from job.system.failpoints import planted
 from job.system.lifeline import tell
+from job.system.periodic import every
 
 T = TypeVar("T")
 _CPU_OUT_OF_MEMORY = "can't allocate memory"
@@ -85,18 +85,15 @@ class Watchdog:
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Watch the model's forwards within the block."""
-        ended = threading.Event()
         handles = [
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, always_call=True),
         ]
-        thread = threading.Thread(target=self._watch, args=(ended,), name="watchdog", daemon=True)
-        if self._seconds:
-            thread.start()
+        watched = every(min(self._seconds / 4, 10.0), self._look, "watchdog") if self._seconds else nullcontext()
         try:
-            yield
+            with watched:
+                yield
         finally:
-            ended.set()
             for handle in handles:
                 handle.remove()
 
@@ -107,15 +104,14 @@ class Watchdog:
     def _end(self, *_: Any) -> None:
         self._since = None
 
-    def _watch(self, ended: threading.Event) -> None:
-        while not ended.wait(min(self._seconds / 4, 10.0)):
-            since = self._since
-            if since is not None and time.monotonic() - since > self._seconds:
-                with self._file.open("a") as file:
-                    faulthandler.dump_traceback(file)
-                print(f"a forward has hung for {self._seconds:g} s; stacks are in {self._file}", file=sys.stderr)
-                tell(hung=True)
-                self._leave(Stopped.exit_code)
+    def _look(self) -> None:
+        since = self._since
+        if since is not None and time.monotonic() - since > self._seconds:
+            with self._file.open("a") as file:
+                faulthandler.dump_traceback(file)
+            print(f"a forward has hung for {self._seconds:g} s; stacks are in {self._file}", file=sys.stderr)
+            tell(hung=True)
+            self._leave(Stopped.exit_code)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from job.errors import JobError
 from job.records import Record
 from job.storage.atomic import read_record, write_record
+from job.system.periodic import every
 
 # What a start that is killed may leave uncounted.
 _TICK_SECONDS = 20.0
@@ -70,22 +71,17 @@ class Meter:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Write it down every now and then within the block, and at its end."""
-        ended = threading.Event()
 
         def keep() -> None:
-            while not ended.wait(_TICK_SECONDS):
-                try:
-                    self.tick()
-                except JobError:
-                    return  # the disk is full; whoever writes something that matters will say so
+            try:
+                self.tick()
+            except JobError:
+                return  # the disk is full; what writes something that matters will say so
 
-        thread = threading.Thread(target=keep, name="meter", daemon=True)
-        thread.start()
         try:
-            yield
+            with every(_TICK_SECONDS, keep, "meter"):
+                yield
         finally:
-            ended.set()
-            thread.join()
             self.tick()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from job.errors import MachineError
+from job.system.periodic import every
 from job.text.redaction import redact, redacted
 
 _PLAIN_PROGRESS_SECONDS = 10.0
@@ -127,7 +127,7 @@ class Events:
     @contextmanager
     def _plain(self, label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
         started = last = time.monotonic()
-        first, ended = done, threading.Event()
+        first = done
 
         def tell() -> None:
             nonlocal last
@@ -144,17 +144,11 @@ class Events:
                 tell()
 
         def break_silence() -> None:
-            while not ended.wait(last + _SILENCE_SECONDS - time.monotonic()):
-                if time.monotonic() - last >= _SILENCE_SECONDS:
-                    tell()
+            if time.monotonic() - last >= _SILENCE_SECONDS:
+                tell()
 
-        thread = threading.Thread(target=break_silence, name="progress", daemon=True)
-        thread.start()
-        try:
+        with every(_SILENCE_SECONDS / 10, break_silence, "progress"):
             yield advance
-        finally:
-            ended.set()
-            thread.join()
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,31 @@
+"""A thread that does something again and again beside the main one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def every(seconds: float, act: Callable[[], object], name: str) -> Iterator[None]:
+    """Call `act` in a thread of its own within the block, for the first time after one period.
+
+    Args:
+        seconds: The period, from the end of one call to the beginning of the next.
+        act: What is done; an exception ends the thread.
+        name: The thread's name.
+    """
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(seconds):
+            act()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
