@@ -1,4 +1,4 @@
-"""Intervals for counts and means; needs no torch."""
+"""Confidence intervals of proportions and means; needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RESAMPLES = 2000
 
 
 def wilson_interval(count: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion (95 % by default), as shares of n.
+    """Return the Wilson score interval of count / n (95 % by default).
 
     Raises:
         ValueError: n is not positive or count lies outside 0 … n.
@@ -25,13 +25,9 @@ def wilson_interval(count: int, n: int, z: float = 1.959964) -> tuple[float, flo
 
 
 def difference_interval(before: tuple[int, int], after: tuple[int, int]) -> tuple[float, float]:
-    """Return the 95 % interval of the change of a proportion: Newcombe's hybrid of two Wilson intervals (1998).
+    """Return the 95 % interval of a change between two (count, n): Newcombe's hybrid of Wilson intervals (1998).
 
-    The two are taken as independent; where the same prompts were asked, the true interval is narrower.
-
-    Args:
-        before: Count and n.
-        after: Count and n.
+    It assumes independent samples; on the same prompts the true interval is narrower.
 
     Raises:
         ValueError: An n is not positive or a count lies outside 0 … n.
@@ -45,10 +41,10 @@ def difference_interval(before: tuple[int, int], after: tuple[int, int]) -> tupl
 
 
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of sum(parts) / sum(wholes) over pairs that were drawn together, by the same bootstrap.
+    """Return the 95 % percentile bootstrap interval of sum(parts) / sum(wholes), resampling pairs.
 
     Raises:
-        ValueError: There are no pairs, or not as many of both.
+        ValueError: There are no pairs, or the lengths differ.
     """
     if not parts or len(parts) != len(wholes):
         raise ValueError(f"no interval for {len(parts)} parts of {len(wholes)}")
@@ -63,7 +59,7 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[flo
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of a mean by the percentile bootstrap: 2000 resamples, always the same ones.
+    """Return the 95 % percentile bootstrap interval of a mean; 2000 resamples, fixed seed.
 
     Raises:
         ValueError: There are no values.
