@@ -1,6 +1,6 @@
-"""A study on disk: an Optuna database that survives being killed, copied while it is written, and spoilt.
+"""A study on disk: an Optuna database that survives kills, is copied while in use, and may be damaged.
 
-Nothing here needs torch.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from job.system.failpoints import reached
 STUDY_NAME = "abliterate"
 DIRECTIONS: tuple[Literal["minimize"], ...] = ("minimize", "minimize")
 METRICS = ("refusals", "kl")
-# Attribute of the study that holds the latest plan.
+# Study attribute with the latest plan.
 PLAN = "plan"
 
 
 def open_study(url: str, name: str) -> optuna.Study:
-    """Open a study for a run, creating it if it is not there."""
+    """Open or create a run's study."""
     with warnings.catch_warnings():
-        # Metric names, which optuna-dashboard shows, are marked experimental since Optuna 3.2.
+        # Metric names, shown by optuna-dashboard, are experimental since Optuna 3.2.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study = optuna.create_study(storage=url, study_name=name, directions=DIRECTIONS, load_if_exists=True)
         study.set_metric_names(list(METRICS))
@@ -41,22 +41,21 @@ def open_study(url: str, name: str) -> optuna.Study:
 
 
 def as_trial(trial: FrozenTrial) -> Trial:
-    """Return a trial of a study as what it measured."""
+    """Convert a study's trial."""
     refusals, kl = trial.values
     scores = TrialScores(refusals=int(refusals), kl=kl, **trial.user_attrs)
     return Trial(number=trial.number, params=trial.params, values=scores)
 
 
 def add_trials(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
-    """Add finished trials to a study in a database, all or none of them.
+    """Add finished trials to a study in a database, all or none.
 
-    `Study.add_trials` does so one by one, each with a query for every parameter over all trials that the study has:
-    30 ms a trial and more, against 2 ms (measured, docs/lab-notes.md). Its tables are filled through Optuna's own
-    models; that it reads back what it would have written is tested, for the version that is asked for.
+    `Study.add_trials` queries every parameter over all trials for each one: 30 ms or more per trial, against 2 ms
+    (docs/lab-notes.md). This writes through Optuna's own models; tests check the round trip for the pinned version.
 
     Args:
-        study: A study opened by `open_study`, to which nobody else adds.
-        trials: Complete trials that continue its numbers, without intermediate values and system attributes.
+        study: A study of `open_study`, without other writers.
+        trials: Complete trials that continue its numbers, without intermediate values or system attributes.
     """
     from optuna.storages._rdb import models
     from optuna.storages._rdb.storage import _create_scoped_session
@@ -98,16 +97,12 @@ def _contents(models: ModuleType, identifier: Any, trial: FrozenTrial) -> Iterat
 
 
 def read_trials(file: Path) -> list[Trial]:
-    """Return the finished trials of a study on disk in number order, none if there is no study.
-
-    Raises:
-        JobError: The file is not a study that can be read.
-    """
+    """Read a study's finished trials in number order; [] without a study. Raises JobError if it is damaged."""
     if not file.exists():
         return []
-    # Not through SQLAlchemy: it takes half a second to load, and a status command is to read only.
+    # Without SQLAlchemy, which takes half a second to import, and read-only for a status command.
     with clear_errors(file), closing(connected(file)) as db:
-        db.execute("BEGIN")  # one moment for all that follows, while a run may be adding trials
+        db.execute("BEGIN")  # one snapshot, while a run may add trials
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'trial_values'").fetchone():
             return []  # a run is just creating it
         trials: dict[int, dict[str, Any]] = {
@@ -135,19 +130,19 @@ def read_trials(file: Path) -> list[Trial]:
 
 
 def file_url(file: Path) -> str:
-    """Return the address of a study on disk."""
+    """Return the SQLite URL of a study."""
     return f"sqlite:///{file.resolve()}"
 
 
 def _is_of_storage(error: Exception) -> bool:
-    from sqlalchemy.exc import SQLAlchemyError  # takes half a second to load; Optuna has loaded it by now
+    from sqlalchemy.exc import SQLAlchemyError  # takes half a second to import; Optuna has imported it by now
 
     return isinstance(error, SQLAlchemyError | sqlite3.Error | optuna.exceptions.StorageInternalError)
 
 
 @contextmanager
 def clear_write_errors(file: Path) -> Iterator[None]:
-    """Turn what fails within the block, while a study is written, into one clear error."""
+    """Turn storage errors within the block into one clear error about writing a study."""
     try:
         yield
     except Exception as error:
@@ -162,11 +157,11 @@ def clear_write_errors(file: Path) -> Iterator[None]:
 
 @contextmanager
 def clear_errors(file: Path) -> Iterator[None]:
-    """Turn what fails within the block, while a study is opened or read, into one clear error."""
+    """Turn errors within the block into one clear error about opening or reading a study."""
     try:
         yield
     except Exception as error:
-        # SQLAlchemy, sqlite3 and json raise a dozen types for a file that is damaged or not a database.
+        # SQLAlchemy, sqlite3 and json raise many types for a damaged file or one that is no database.
         raise JobError(
             f"the study {file} cannot be opened: {str(error).splitlines()[0]}",
             remedy="move the file away to search again from the start",
