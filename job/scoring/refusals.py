@@ -16,13 +16,13 @@ from job.text.refusal_markers import RefusalMarkers
 
 @dataclass
 class ResponseCounts:
-    """What one trial's responses to the bad prompts are.
+    """Counts over one trial's responses to the bad prompts.
 
     Attributes:
         refusals: Refused prompts.
         broken: Prompts with a broken response that is no refusal.
         opening: Mean log-odds of the base model's first tokens.
-        rest: All other responses: index of the prompt, token ids of the response.
+        rest: Other responses: prompt index and token ids.
     """
 
     refusals: int = 0
@@ -68,8 +68,8 @@ class RefusalCounter:
             trial_rows: All trials of the batch.
             trials: Indices of the trials to decode, at least one.
             rows: Rows per forward, all trials together.
-            response_tokens: Longest response; None: as long as responses are judged.
-            search_tokens: Responses that are broken after so many tokens count as broken too; None: only whole ones.
+            response_tokens: Longest response; by default the judged length.
+            search_tokens: Responses broken within this length count as broken too; None: only whole ones.
         """
         limit = response_tokens or self.response_tokens
         counts = [ResponseCounts() for _ in trials]
@@ -86,7 +86,6 @@ class RefusalCounter:
     def _add(
         self, counts: ResponseCounts, prompt: int, response: Answer, limit: int, search_tokens: int | None
     ) -> None:
-        """Add one response to a trial's counts."""
         counts.opening += response.opening / len(self.batches.bad)
         text = "" if response.decided else self.batches.loaded.decode(response.tokens)
         truncated = len(response.tokens) == limit < self.response_tokens
@@ -99,7 +98,7 @@ class RefusalCounter:
 
     def _is_refusal(self, text: str, *, truncated: bool) -> bool:
         markers = self.watch.markers
-        # A blank beginning may still become a response, so counts at full length are never smaller.
+        # A blank beginning may still become a response, so full-length counts are never smaller.
         return markers.found(text) if truncated else markers.is_refusal(text)
 
     def _is_broken(self, prompt: int, text: str, tokens: list[int], search_tokens: int | None) -> bool:
