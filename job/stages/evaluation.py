@@ -1,6 +1,6 @@
-"""What a worker does: it opens a job's model once, and evaluates tasks that are values.
+"""A worker's evaluator: opens a job's model once, and evaluates tasks that are values.
 
-Light to import: processes import it before there is a job, and set which devices they see before torch is loaded.
+Light to import: processes import it before there is a job, and set their visible devices before torch is loaded.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrialsTask:
-    """Edits to be scored in one batch.
+    """Edits to score in one batch.
 
     Attributes:
         edits: The edits.
-        rows: Rows of a forward.
-        whole: On responses of full length without skipping; otherwise with the search's shortcuts.
+        rows: Rows per forward.
+        whole: Score full-length responses without the search's shortcuts.
     """
 
     edits: tuple[EditParameters, ...]
@@ -44,13 +44,13 @@ class TrialsTask:
 
 @dataclass(frozen=True)
 class JobEvaluation:
-    """All that a worker needs of a job; it goes to other machines, and holds no secret.
+    """A job's data for a worker, possibly on another machine; holds no secret.
 
     Attributes:
-        record: job.json, with what the first start has resolved.
+        record: job.json, fully resolved.
         settings: The settings of this start.
         prompts: All prompt sets.
-        processes: Processes that share the cores of the worker's machine.
+        processes: Processes that share the machine's cores.
     """
 
     record: JobRecord
@@ -62,15 +62,14 @@ class JobEvaluation:
     def opened(self) -> Iterator[JobEvaluator]:
         """Yield an evaluator with the model loaded.
 
-        Raises:
-            JobError: The model cannot be loaded here, or its files have changed.
+        Raises JobError if the model cannot be loaded here, or its files have changed.
         """
         from job.lifecycle.model_folder import model_folder
         from job.lifecycle.running import OpenJob
         from job.stages.model import loaded_model, share_of_cores
 
         with scratch("worker") as place:
-            folder, events = RunFolder(place), Events(stream=io.StringIO())  # the run says all this itself
+            folder, events = RunFolder(place), Events(stream=io.StringIO())  # the run reports all this itself
             job = OpenJob(folder, JobFile(folder, self.record), self.settings, events)
             with (
                 loaded_model(job, model_folder(self.record, self.settings, events), self.prompts, proven=True) as model,
@@ -84,7 +83,7 @@ class JobEvaluator:
     """Evaluates the tasks of one job."""
 
     def __init__(self, job: OpenJob, prompts: PromptSets, model: LoadedModel, hooks: ExitStack) -> None:
-        """Take a loaded model, and a stack in which hooks on it are put."""
+        """Take a loaded model, and the stack that will hold its hooks."""
         self._job = job
         self._prompts = prompts
         self._model = model
@@ -93,17 +92,13 @@ class JobEvaluator:
 
     @property
     def hardware(self) -> str:
-        """What the model is computed by."""
+        """The device that computes the model."""
         from job.model.loading import device_kind
 
         return device_kind(self._model.device)
 
     def share(self, value: SharedDirections) -> None:
-        """Take the directions that trials are edits with.
-
-        Raises:
-            MachineError: Learned ones cannot be written here.
-        """
+        """Set the directions of trials. Raises MachineError if learned ones cannot be written here."""
         from job.directions.learned import keep_learned
         from job.stages.session import model_session
 
@@ -113,11 +108,7 @@ class JobEvaluator:
         self._session = self._hooks.enter_context(model_session(self._job, self._model, value.basis, self._prompts))
 
     def evaluate(self, task: Any) -> Any:
-        """Return the scores of a TrialsTask, or the residuals of a ResidualsTask.
-
-        Raises:
-            MemoryError: Memory does not suffice.
-        """
+        """Return the scores of a TrialsTask, or the residuals of a ResidualsTask. Raises MemoryError."""
         from job.model.device_faults import is_out_of_memory
         from job.model.memory import release_memory
 
@@ -134,11 +125,7 @@ class JobEvaluator:
 
 
 def warm_up(model: Path | None) -> None:
-    """Load what takes seconds to import, and the code of a model's family.
-
-    Args:
-        model: The model's folder, if it is there already.
-    """
+    """Import slow libraries, and the code of the family of a model folder, if it exists yet."""
     import torch
 
     import job.stages.session  # noqa: F401
@@ -147,10 +134,10 @@ def warm_up(model: Path | None) -> None:
     if model is None:
         return
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the run is at work meanwhile
+    torch.set_num_threads(1)  # the run is computing meanwhile
     try:
         inspect_model(model)
     except JobError:
-        return  # preflight tells what is wrong with it
+        return  # preflight reports its fault
     finally:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""The export of a trial: written, loaded afresh, proven, measured on the report split, and sealed."""
+"""The export of a trial: written, reloaded, verified, measured on the report split, and sealed."""
 
 from __future__ import annotations
 
@@ -32,18 +32,12 @@ from job.storage.exports import DONE
 
 
 def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportFormat) -> Path:
-    """Write a trial's edit, prove what was written, measure it and seal it; return its folder.
+    """Write a trial's edit in a format, verify, measure and seal it; return its folder.
 
-    The export replaces the base model in memory; the base model is unusable afterwards.
-
-    Args:
-        session: The model.
-        trial: The trial.
-        trials: Trials that the search has made.
-        form: What is written.
+    The export replaces the base model in memory, which is unusable afterwards. `trials` counts the search's trials.
 
     Raises:
-        ExportMismatchError: What was written is not what was measured.
+        ExportMismatchError: The export differs from the measured edit.
         MachineError: The folder cannot be written.
     """
     job, model = session.job, session.model
@@ -79,7 +73,6 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
 
 
 def _write_weights(session: ModelSession, export: Path, edit: Edit, form: ExportFormat) -> None:
-    """Write the weights of an export, where it has any."""
     job, model = session.job, session.model
     if form == "merged":
         with job.events.progress("shards", len(Checkpoint(model.folder).files)) as advance:
@@ -106,23 +99,22 @@ class _Measurement:
         return self.session.job
 
     def figures(self, parameters: EditParameters) -> tuple[Figures, Figures]:
-        """Return the figures of both, and keep them with sampled answers and what detectors say.
+        """Return the metrics of both, and store them with sampled responses and detector results.
 
-        Raises:
-            ExportMismatchError: The export, loaded afresh, is not what was measured.
+        Raises ExportMismatchError if the reloaded export differs from the measured edit.
         """
         session, prompts = self.session, self.session.prompts
         base = self._metrics(session.model, prompts.good_report, prompts.bad_report)
         plain = base.responses()
         edits = session.hooks.activate([parameters])
         responses = base.responses(edits)
-        # The base model judges coherence while it is loaded; the export is proven to respond alike.
+        # The base model judges coherence while loaded; the export is proven to respond alike.
         incoherence = base.incoherence_test(plain)
         incoherent = incoherence.flags(responses)
         before = base.judge(plain, incoherence.flags(plain))
         self._keep(before, "base")
         reference = base.reference()
-        if self.form == "directions":  # an edit without weights: measured under its hooks
+        if self.form == "directions":  # no weights: measured under the edit's hooks
             after = base.judge(responses, incoherent)
             divergences = reference.divergences(base.batches, edits)
         else:
@@ -139,7 +131,7 @@ class _Measurement:
         return figures
 
     def _proven(self, parameters: EditParameters) -> LoadedModel:
-        """Return the export, loaded in the base model's place and compared with the edit on the search split."""
+        """Reload the export in the base model's place, compared with the edit on the search split."""
         measured = self._measured_edit(parameters)
         fresh, prompts = self._reloaded(), self.session.prompts
         found = measured.compare(self._metrics(fresh, prompts.good_search, prompts.bad_search))
@@ -147,7 +139,7 @@ class _Measurement:
         return fresh
 
     def _measured_edit(self, parameters: EditParameters) -> MeasuredEdit:
-        """Return what the reloaded export must agree with, measured on the search split."""
+        """Measure on the search split what the reloaded export must agree with."""
         session, model = self.session, self.session.model
         keeps_precision = self.form == "adapter" or Checkpoint(model.folder).keeps(model.architecture, torch.float32)
         if keeps_precision and is_exact(model):
@@ -166,7 +158,7 @@ class _Measurement:
         return as_resolved(fresh, job.record)
 
     def _detected(self, before: JudgedResponses, after: JudgedResponses) -> DetectorReport:
-        """Return what the detectors say of the base model's responses and of the edited one's."""
+        """Return the detectors' results for both models' responses."""
         scoring = self._job.settings.scoring
         context = Context(scoring, self._job.settings.loading, self._job.events.say)
         prompts = len(self.session.prompts.good_report)

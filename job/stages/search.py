@@ -1,4 +1,4 @@
-"""The search of a job: trials suggested, evaluated and stored in batches, and finalists counted again."""
+"""The search of a job: trials sampled, evaluated and stored in batches, and finalists scored again."""
 
 from __future__ import annotations
 
@@ -29,12 +29,9 @@ from job.workers.executor import Executor
 
 
 def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[Trial]:
-    """Bring the study to its target and return its trials, finalists with their counts at full length.
+    """Complete the study; return its trials, finalists with full-length counts.
 
-    Args:
-        job: The job; one that reproduces an export without a search has its trials already.
-        session: The model.
-        executor: Has edits scored, in this process and in workers.
+    Jobs without a search already have their trials. The executor scores edits, here and in workers.
 
     Raises:
         ImpossibleJobError: The base model refuses nothing.
@@ -48,7 +45,7 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
     target, asked = job.settings.trials, len(session.prompts.bad_search)
     executor.share(shared_directions(session))
     with share_of_cores(session.model, worker_count(job.settings, session.model)):
-        _measure_baseline(job, session)  # workers start up meanwhile
+        _measure_baseline(job, session)  # while workers start
         evaluator = PlanEvaluator(job, session, executor)
         study = _study(job, session)
         done = len(study.finished())
@@ -113,10 +110,10 @@ def _study(job: OpenJob, session: ModelSession) -> Search:
 
 
 def _study_place(job: OpenJob) -> tuple[Path, Path | None]:
-    """Return where the study is kept while it is searched, and where it is copied to after every batch.
+    """Return the path of the live study, and the path it is copied to after every batch.
 
-    SQLite needs locks and writes in the middle of files, which network file systems and object stores do not give
-    reliably: there the study is on this machine's own disk, and the workspace has a copy that is always whole.
+    SQLite needs locks and in-place writes, unreliable on network file systems and object stores. There the study is on
+    a local disk, and the workspace holds a consistent copy.
     """
     where, study = job.settings.study_storage, job.folder.study_file
     remote = kind_of(mount_of(job.folder.path, read_mounts())) in ("network", "object-store")
@@ -126,7 +123,7 @@ def _study_place(job: OpenJob) -> tuple[Path, Path | None]:
     live = Path(tempfile.gettempdir()) / f"abliterate-{name}" / study.name
     live.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for left in live.parent.glob("study.db*"):
-        left.unlink()  # of an earlier start, which may have been this far on another machine since
+        left.unlink()  # of an earlier start; another machine may have continued since
     if study.exists():
         back_up(study, live)
     return live, study
@@ -145,26 +142,16 @@ def _tell(job: OpenJob, trial: Trial, asked: int) -> None:
 
 @dataclass(frozen=True)
 class PlanEvaluator:
-    """Scores plans, by itself or with workers.
-
-    Attributes:
-        job: The job.
-        session: The model.
-        executor: Has the parts of plans scored.
-    """
+    """Scores plans in this process and in workers."""
 
     job: OpenJob
     session: ModelSession
     executor: Executor
 
     def scores(self, plans: Sequence[Plan]) -> Sequence[TrialScores] | FewerRows:
-        """Return the scores of the first plan's trials, or how many rows memory may suffice for.
+        """Return the scores of the first plan's trials, or fewer rows to retry with.
 
-        Args:
-            plans: The plan, and those that may be begun before it is done.
-
-        Raises:
-            MachineError: Memory does not suffice for one prompt at a time.
+        Workers may start the other plans ahead. Raises MachineError if memory does not suffice for one prompt.
         """
         rounds = [self._tasks(plan) for plan in plans]
         try:
@@ -184,7 +171,7 @@ class PlanEvaluator:
         return FewerRows(rows)
 
     def _tasks(self, plan: Plan) -> list[TrialsTask]:
-        """Return a plan's trials in the parts that share their forwards."""
+        """Split a plan into tasks of trials that share forwards."""
         edits = [self.session.space.edit(params) for params in plan.parameters]
         size = plan.together or len(edits)
         parts = [tuple(edits[start : start + size]) for start in range(0, len(edits), size)]
@@ -194,12 +181,9 @@ class PlanEvaluator:
         return self.session.scorer.scores(task.edits, task.rows, task.whole)
 
     def rescored(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Count finalists again at full length until the choice is final; return all trials with these counts.
+        """Score finalists at full length until the choice is final; return all trials with these counts.
 
-        What has been counted is kept after every batch, and a restart goes on from there.
-
-        Args:
-            trials: The finished trials as the search has measured them.
+        Counts are stored after every batch, and a restart continues from there.
         """
         job, prompts = self.job, len(self.session.prompts.bad_search)
         counts = read_full_counts(job.folder)
@@ -215,7 +199,7 @@ class PlanEvaluator:
             )
             scores = self.scores([plan])
             if isinstance(scores, FewerRows):
-                continue  # the smaller batch size is pinned, and the next plan has it
+                continue  # the smaller batch size is pinned, and used by the next plan
             found = {trial.number: score for trial, score in zip(batch, scores, strict=True)}
             counts = keep_full_counts(job.folder, counts, found)
             for trial in batch:
