@@ -1,4 +1,4 @@
-"""What a run came to, read from its folder alone."""
+"""Results of a run, read from its folder."""
 
 from __future__ import annotations
 
@@ -27,12 +27,9 @@ from job.storage.run_folder import RunFolder
 
 
 def job_trials(folder: RunFolder) -> list[Trial]:
-    """Return the finished trials of a job, with refusals at full length where these have been counted.
+    """Return a job's finished trials, with full-length counts where known.
 
-    Of a job that only makes an edit again, it is that edit's trial.
-
-    Raises:
-        JobError: The study cannot be read.
+    For a reproduction without a search, the original's trial. Raises JobError if the study cannot be read.
     """
     if folder.reproduces_file.exists() and not folder.read_job().searches:
         return [read_record(folder.reproduces_file, Reproduction).trial]
@@ -40,16 +37,9 @@ def job_trials(folder: RunFolder) -> list[Trial]:
 
 
 def search_space(folder: RunFolder, name: str, layers: int, directions: int = 1) -> Space:
-    """Return the space that a job's trials are from: that around its path, or where it has none that of kernels.
+    """Return the search space of a job's trials: around its path, else of kernels named `name`.
 
-    Args:
-        folder: The run folder.
-        name: Name of the space of kernels.
-        layers: Number of layers.
-        directions: Directions of each layer's basis; trials can be read without.
-
-    Raises:
-        JobError: The file of the path cannot be read.
+    `directions` is not needed to read trials. Raises JobError if the path cannot be read.
     """
     if folder.path_file.exists():
         path = read_record(folder.path_file, EditPath)
@@ -59,11 +49,7 @@ def search_space(folder: RunFolder, name: str, layers: int, directions: int = 1)
 
 
 def trial_edit(folder: RunFolder, name: str, layers: int, trial: Trial) -> EditParameters:
-    """Return the edit of a trial; the parameters are those of `search_space`.
-
-    Raises:
-        JobError: The run folder does not hold what it was made from.
-    """
+    """Return a trial's edit; see `search_space`. Raises JobError if the run folder lacks its origin."""
     if folder.reproduces_file.exists():
         original = read_record(folder.reproduces_file, Reproduction)
         if trial == original.trial:
@@ -72,7 +58,7 @@ def trial_edit(folder: RunFolder, name: str, layers: int, trial: Trial) -> EditP
 
 
 def machines(events: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
-    """Return which trials ran on which hardware, as a run's events tell: hardware and a range of numbers."""
+    """Return the hardware of each range of trials, from a run's events."""
     found: list[tuple[str, int, int]] = []
     hardware = ""
     for event in events:
@@ -89,23 +75,23 @@ def machines(events: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run's folder says of it.
+    """A finished run's results.
 
     Attributes:
         record: job.json.
         export: Name of the export's folder.
         prompts: prompts.json.
-        trials: The trials of the study.
-        rescored: Those of them whose refusals were counted again at full length.
-        chosen: The chosen one.
+        trials: The study's trials.
+        rescored: Numbers of trials scored at full length.
+        chosen: The chosen trial.
         edit: Its edit.
-        base: Figures of the base model on the report split.
-        edited: Figures of the export on it.
-        detectors: What detectors say of both models' answers; None where none was asked.
-        geometry: How the residuals of good and bad prompts lie.
-        preflight: What the latest preflight found, by name, status and what was measured; all but what was in order.
-        allowed: Checks that might fail, by the user's word.
-        machines: Which hardware computed which trials.
+        base: Metrics of the base model on the report split.
+        edited: Metrics of the export on the report split.
+        detectors: Detector results; None without detectors.
+        geometry: Geometry of the residuals.
+        preflight: Name, status and measurement of the latest preflight's checks that are not ok.
+        allowed: Checks that the user allowed to fail.
+        machines: Hardware of the trials.
     """
 
     record: JobRecord
@@ -125,19 +111,15 @@ class RunResult:
 
     @property
     def warnings(self) -> list[str]:
-        """What makes the result doubtful, in words."""
+        """Warnings about the result."""
         searched = search_warnings(self.trials, len(self.prompts.bad_search)) if self.record.searches else []
         return searched + effect_warnings(self.base, self.edited)
 
     @classmethod
     def read(cls, folder: RunFolder) -> RunResult:
-        """Read a run folder.
-
-        Raises:
-            UsageError: Nothing has been exported yet.
-        """
+        """Read a run folder. Raises UsageError if nothing has been exported yet."""
         record = folder.read_job()
-        # What a former version did not know is as it was before.
+        # Settings unknown to a former version have their former defaults.
         settings = Settings(**merged(default_values(), record.settings))
         trials = job_trials(folder)
         prompts = read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None
@@ -176,7 +158,7 @@ def _detectors(folder: RunFolder, export: str) -> DetectorReport | None:
 
 
 def trials_so_far(folder: RunFolder) -> list[Trial]:
-    """Return the finished trials; none of a damaged study, of which the search will tell."""
+    """Return the finished trials, [] for a damaged study, which the search reports."""
     try:
         return job_trials(folder)
     except JobError:
