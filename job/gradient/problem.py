@@ -1,4 +1,4 @@
-"""What the descent is about: prompts with the answers that are to become unlikely and those that are to stay."""
+"""The descent's objective: prompts with responses to suppress and responses to keep."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ Targets = Sequence[list[int] | None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Numbers of the descent; how they were found is in docs/lab-notes.md.
+    """Hyperparameters of the descent; docs/lab-notes.md says how they were found.
 
     Attributes:
-        batch: Prompts of each kind that a step reads.
-        refusal_tokens: First tokens of the base model's refusals that are to become unlikely, together.
-        margin: Nats by which they are to be unlikely.
-        kl_tokens: First tokens of the base model's answers to good prompts that are to stay.
+        batch: Prompts of each kind per step.
+        refusal_tokens: First tokens of the base model's refusals to suppress jointly.
+        margin: Nats by which they must be unlikely.
+        kl_tokens: First tokens of the base model's responses to good prompts to keep.
         largest: λ_max, no unit.
-        start: θ at the beginning: hardly any edit.
-        rate: Step of θ in the first stage.
-        turn: Angle by which a step turns directions there, radians.
-        decay: Factor of both from one β to the next.
+        start: Initial θ: hardly any edit.
+        rate: Learning rate of θ in the first stage.
+        turn: Angle per step of directions in the first stage, radians.
+        decay: Factor of both at each growth of β.
         sparsity: Weight of the mean strength while refusals remain.
-        sparsity_after: Its weight once they are gone.
+        sparsity_after: Its weight afterwards.
         first_beta: Weight of the KL divergence in the first stage.
-        factor: From one β to the next.
-        steps: Steps of a stage.
-        stages: Stages at most.
-        target_weight: Weight of the targets' term once there are targets; 0: none are made.
+        factor: Growth factor of β.
+        steps: Steps per stage.
+        stages: Most stages.
+        target_weight: Weight of the targets' term once targets exist; 0: no targets.
         refusal_weight: Weight of the refusal term beside it.
     """
 
@@ -76,12 +76,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """LossWeights of a stage's loss.
-
-    Attributes:
-        beta: Of the KL divergence.
-        sparsity: Of the mean strength.
-    """
+    """Weights of the KL divergence (`beta`) and of the mean strength in a stage's loss."""
 
     beta: float
     sparsity: float
@@ -89,7 +84,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Losses:
-    """The terms of a step's loss before they are weighted; see `job.numerics.gradient`."""
+    """Unweighted terms of a step's loss; see `job.numerics.gradient`."""
 
     refusal: float
     divergence: float
@@ -97,17 +92,17 @@ class Losses:
 
 @dataclass(frozen=True)
 class Problem:
-    """Prompts to fit, as token ids, with the base model's answers.
+    """Prompts to fit, as token ids, with the base model's responses.
 
     Attributes:
         loaded: The model.
         edits: The differentiable hooks.
-        recipe: The numbers.
+        recipe: Hyperparameters.
         seed: Seed of the minibatches.
         bad: Bad prompts that the base model refuses.
         refusals: First tokens of these refusals.
         good: Good prompts.
-        answers: First tokens of the base model's answers to them, their end included.
+        answers: First tokens of the base model's responses to them, the end token included.
         maker: Makes targets for the bad prompts.
     """
 
@@ -134,18 +129,10 @@ class Problem:
         rows: int,
         incoherence_margin: float | None,
     ) -> Self:
-        """Have the base model answer the prompts; hooks must be inactive.
+        """Generate the base model's responses; hooks must be inactive.
 
-        Args:
-            loaded: The model.
-            edits: The differentiable hooks.
-            recipe: The numbers.
-            seed: Seed of the minibatches.
-            prompts: Good and bad prompts.
-            markers: What tells refusals.
-            response_tokens: Tokens up to which they are looked for.
-            rows: Rows of a forward.
-            incoherence_margin: Margin of `IncoherenceTest.calibrated` for targets.
+        `prompts` are good and bad ones. Refusal markers are searched in the first `response_tokens` tokens.
+        `incoherence_margin` is that of `IncoherenceTest.calibrated`, for targets.
         """
         batches = PromptBatches.of(loaded, *prompts, rows)
 
@@ -155,7 +142,7 @@ class Problem:
         said = [answer.tokens for answer in answered(batches.bad.tokens)]
         good = answered(batches.good.tokens)
         refused = [index for index, answer in enumerate(said) if answer and markers.is_refusal(loaded.decode(answer))]
-        end = sorted(loaded.end_tokens)[:1] or [0]  # only the position that leads to it counts, not which one it is
+        end = sorted(loaded.end_tokens)[:1] or [0]  # the predicted position counts, not which end token it is
         own = [(answer.tokens + end)[: recipe.kl_tokens] for answer in good]
         coherence = IncoherenceTest.calibrated(batches, incoherence_margin, good)
         only = refusal_only([said[index] for index in refused], [answer.tokens for answer in good])
@@ -174,14 +161,9 @@ class Problem:
     def gradients(
         self, variables: EditVariables, step: int, weights: LossWeights, rows: int, targets: Targets = ()
     ) -> tuple[EditVariables, Losses]:
-        """Return the gradients of a step's loss, and its terms.
+        """Return the gradients of a step's loss at `variables`, and its terms.
 
-        Args:
-            variables: Where they are taken.
-            step: Number of the step, from which its prompts follow.
-            weights: LossWeights of the terms.
-            rows: Rows of a forward.
-            targets: A target or None for every bad prompt; none at all while there are none.
+        `step` selects the minibatch; `targets` has a target or None per bad prompt, and is empty without targets.
         """
         watched = variables.with_gradients()
         bad, good = (
@@ -226,7 +208,7 @@ class Problem:
         return refusal_term(sequence_log_probabilities(logits, forced.answers, forced.real), self.recipe.margin)
 
     def _target_terms(self, variables: EditVariables, chosen: Sequence[int], targets: Targets) -> Tensor:
-        """Return how unlikely a target's tokens are, mean over them, nats, [n]."""
+        """Return the mean negative log-likelihood of each target's tokens, nats, [n]."""
         forced = ForcedAnswers.of(
             [self.bad[index] for index in chosen], [targets[index] or [] for index in chosen], self.loaded.device
         )
@@ -237,7 +219,7 @@ class Problem:
 
     def _divergences(self, variables: EditVariables, chosen: Sequence[int]) -> Tensor:
         forced = self._forced(self.good, self.answers, chosen)
-        # Read again at every step: kept for all prompts, a large vocabulary's logits would fill the memory.
+        # Recomputed at every step: stored for all prompts, a large vocabulary's logits would fill the memory.
         with torch.no_grad():
             base = answer_logits(self.loaded.model, forced)
         with self.edits.applied(variables, [0] * len(chosen)):
