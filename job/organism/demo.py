@@ -28,13 +28,9 @@ def run_demo(
     run: Callable[..., Any],
     report: Callable[[str], None],
 ) -> None:
-    """Train the organism, run the whole job on it and check the exported model's answers.
+    """Train the organism, run the whole job on it and check the export's responses.
 
-    Args:
-        workspace: Where the organism and the job go; None for the default workspace.
-        trials: Trials of the search; None for `DEMO_TRIALS`.
-        run: Runs a job and returns its outcome.
-        report: Told what happens.
+    `workspace` and `trials` None mean the defaults; `run` runs a job and returns its outcome.
     """
     from job.config.load import default_workspace, load_settings
 
@@ -57,7 +53,7 @@ def run_demo(
 
 
 def _report_correctness(folder: RunFolder, report: Callable[[str], None]) -> None:
-    """Count the exported model's right answers on the report prompts."""
+    """Count the export's correct responses to the report prompts."""
     from job.data.prompts import PromptSets
     from job.storage.atomic import read_record
 

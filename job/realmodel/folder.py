@@ -1,4 +1,4 @@
-"""The folder of the real model: the model, its prompt files, and the command that runs a job on them."""
+"""The folder of the real model: model, prompt files, and the command that runs a job on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from job.realmodel.conversion import convert
 from job.realmodel.wheel import GgufModel, installed_model
 
 PROMPTS_PER_FILE = 100
-# Trials of the job that is proposed: a first front, in minutes.
+# Trials of the proposed job: a first front, in minutes.
 TRIALS = 24
 _MARK = "real-model.json"
 
@@ -25,11 +25,7 @@ def write_real_model(folder: Path, report: Callable[[str], None]) -> None:
     """Convert the installed model and write it, with prompts that it declines and answers, into a folder.
 
     The folder holds ``model`` in Hugging Face format (bfloat16) and good_train.txt, good_test.txt, bad_train.txt and
-    bad_test.txt, one prompt a line. A folder that already holds the same model and prompts is left alone.
-
-    Args:
-        folder: A new or empty folder.
-        report: Receives what is done.
+    bad_test.txt, one prompt per line. A folder with the same model and prompts is left unchanged.
 
     Raises:
         UsageError: The folder holds something else.
@@ -61,7 +57,7 @@ def write_real_model(folder: Path, report: Callable[[str], None]) -> None:
 
 
 def run_command(folder: Path) -> str:
-    """Return the command that runs a job on the model and prompts of a folder."""
+    """Return the command that runs a job on a folder's model and prompts."""
     files = {
         "good-prompts": "good_train",
         "bad-prompts": "bad_train",
@@ -69,13 +65,13 @@ def run_command(folder: Path) -> str:
         "bad-eval-prompts": "bad_test",
     }
     prompts = [word for option, name in files.items() for word in (f"--{option}", str(folder / f"{name}.txt"))]
-    # Without units for bfloat16, a CPU computes in it at a fiftieth of its speed in float32.
+    # A CPU without bfloat16 units is fifty times slower with it than with float32.
     dtype = ["--set", 'loading.dtypes=["float32"]']
     return shlex.join(["abliterate", "run", str(folder / "model"), *prompts, "--trials", str(TRIALS), *dtype])
 
 
 def _describe(source: GgufModel) -> dict[str, str]:
-    """Return what the folder's contents are made from."""
+    """Return versions and hashes of the folder's sources."""
     found = {"wheel": source.version, "gguf_sha256": hashlib.sha256(source.file.read_bytes()).hexdigest()}
     return found | {
         f"{kind}_sha256": hashlib.sha256("\n".join(candidates(kind)).encode()).hexdigest() for kind in KINDS
@@ -90,7 +86,7 @@ def _write_model(source: GgufModel, folder: Path, report: Callable[[str], None])
 
 
 def _write_prompts(folder: Path, report: Callable[[str], None]) -> None:
-    """Write the prompts that the converted model declines and answers, half of each for training."""
+    """Write prompts that the converted model declines and answers, half of each for training."""
     from job.config.load import default_values
     from job.config.schema import LoadingSettings
     from job.model.loading import load_model
