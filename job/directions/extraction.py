@@ -27,11 +27,7 @@ _POINTS = 100
 
 
 def find_directions(residuals: PromptResiduals, settings: DirectionSettings) -> Basis:
-    """Return the direction bases of all layers, computed once and cached in the run folder.
-
-    Raises:
-        ImpossibleJobError: Residuals of good and bad prompts do not differ, or are not finite.
-    """
+    """Return the cached or computed bases. Raises ImpossibleJobError if residuals are equal or not finite."""
     folder, events = residuals.folder, residuals.events
     key = digest({"residuals": residuals.keys(), "method": settings.model_dump(mode="json")})
     file = folder.path / "directions" / f"{settings.method}-{key[:16]}.safetensors"

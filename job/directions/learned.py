@@ -26,11 +26,7 @@ def learned_file(folder: RunFolder, sha256: str) -> Path:
 
 
 def keep_learned(folder: RunFolder, path: DirectionPath) -> str:
-    """Write learned directions into a run folder; return the file's SHA-256.
-
-    Raises:
-        MachineError: The file cannot be written.
-    """
+    """Write learned directions into a run folder; return the file's SHA-256. Raises MachineError."""
     contents = save({_TENSOR: path.directions.to("cpu", torch.float32).contiguous()})
     name = hashlib.sha256(contents).hexdigest()
     file = learned_file(folder, name)
@@ -54,11 +50,7 @@ def read_learned(folder: RunFolder, sha256: str) -> DirectionPath:
 
 
 def export_learned(folder: RunFolder, edit: EditParameters, export: Path) -> None:
-    """Copy an edit's learned directions into its export, or remove a stale copy.
-
-    Raises:
-        JobError: The run folder lacks them.
-    """
+    """Copy an edit's learned directions into its export, or remove a stale copy. Raises JobError."""
     if edit.directions is None:
         (export / EXPORTED).unlink(missing_ok=True)
         return
@@ -67,12 +59,7 @@ def export_learned(folder: RunFolder, edit: EditParameters, export: Path) -> Non
 
 
 def import_learned(folder: RunFolder, edit: EditParameters, source: Path) -> None:
-    """Copy learned directions from an export, beside its reproduce.json, into a run folder.
-
-    Raises:
-        UsageError: They are missing, or not those that the edit names.
-        MachineError: The run folder cannot be written.
-    """
+    """Copy learned directions from an export into a run folder. Raises UsageError or MachineError."""
     if edit.directions is None or learned_file(folder, edit.directions.sha256).exists():
         return
     try:

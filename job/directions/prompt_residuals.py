@@ -37,14 +37,9 @@ class PromptResiduals:
     """Residuals of all prompt sets, each extracted on first use.
 
     Attributes:
-        folder: The run folder.
-        record: Its job.json.
-        model: The model.
         tokens: Token ids of each prompt, by prompt set.
-        rows: Rows per forward.
         forward_tokens: Tokens per forward, padding included.
         quantile: Winsorisation quantile; 1 disables it.
-        events: Where progress is reported.
         evaluate: Shares forwards with other processes; None without any.
     """
 
@@ -81,14 +76,8 @@ class PromptResiduals:
     ) -> Tensor:
         """Return winsorised residuals of the layers' outputs, [n, layers, d], on the model's device if they fit.
 
-        Args:
-            name: The prompt set.
-            edits: Edits of which edit 0 is active; None for the base model.
-            edit: Cache key of the edits.
-            label: Name of the file; the prompt set's by default.
-
-        Raises:
-            ImpossibleJobError: A residual is not finite.
+        Edit 0 of `edits` is active, under the cache key `edit`; `label` names the file, by default after the prompt
+        set. Raises ImpossibleJobError if a residual is not finite.
         """
         label, key = label or name, self._key(name, edit)
         file = self.folder.path / "residuals" / f"{label}-{key[:16]}.safetensors"

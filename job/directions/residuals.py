@@ -75,15 +75,8 @@ def extract_residuals(
 ) -> Tensor:
     """Return residuals at the last prompt position, [n, layers + 1, d], float32, on the CPU.
 
-    The LM head does not run.
-
-    Args:
-        loaded: The model.
-        prompts: Token ids of each prompt.
-        rows: Prompts per forward.
-        advance: Called with the number of prompts done.
-        tokens: Tokens per forward, padding included; None for no limit.
-        edits: Edits of which edit 0 is applied to all rows; None for the base model.
+    The LM head does not run. `advance` is called with the number of prompts done; `tokens` limits a forward's padded
+    tokens; edit 0 of `edits` is applied to all rows.
     """
     count = loaded.architecture.layer_count + 1
     residuals = torch.empty(len(prompts), count, loaded.architecture.width)

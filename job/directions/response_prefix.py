@@ -28,16 +28,7 @@ _PROMPTS, _TOKENS, _ROUNDS = 25, 16, 4
 
 
 def with_response_prefix(loaded: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt], rows: int) -> LoadedModel:
-    """Return the model with prompts extended by the common opening of its responses.
-
-    Chains of thought are disabled by the template's switch, else closed at once.
-
-    Args:
-        loaded: The model, without a prefix.
-        good: Prompts without the behaviour; a few are answered.
-        bad: Prompts with the behaviour; a few are answered.
-        rows: Rows per forward.
-    """
+    """Return the model with prompts extended by its responses' common opening, with thoughts disabled or closed."""
     prompts = [*good[:_PROMPTS], *bad[:_PROMPTS]]
     begun = _rest_of_thought(loaded, prompts)
     opening = None if begun else common_opening(loaded, prompts, rows)

@@ -40,9 +40,7 @@ class PreparedWriter:
     """A writer with its precomputed weight products.
 
     Attributes:
-        writer: The writer.
         candidates: Candidates before the writer's norms, [m, d], float64, on the weight's device.
-        products: Products of its weight with the candidates.
         shape: Shape of the weight, [d, i]; None if the mode needs no weight.
     """
 
@@ -64,7 +62,6 @@ class WriterGroup:
     """S writers of one shape and device, compiled together; all or none have post-norms; float64.
 
     Attributes:
-        writers: The writers.
         candidates: Candidates before the writers' norms: [S, 1, m, d], or [m, d] if shared.
         gram: Gram matrices of the candidates, [S, 1, m, m], on the CPU; None if shared.
         products: Products of the weights with the candidates, [S, 1, ...].
@@ -114,7 +111,6 @@ class EditBatch:
     """K edits compiled together: all with a direction index, all without, or all of the same learned directions.
 
     Attributes:
-        parameters: The edits.
         coefficients: Ablated directions as combinations of a writer's candidates, [K, k, m], float64; None if each
             writer uses its own layer's directions.
         weights: Weights of those directions, [K, k]; None with coefficients None.
@@ -149,11 +145,7 @@ def no_directions(name: str) -> DirectionPath:
 def split_batches(
     basis: Basis, parameters: Sequence[EditParameters], learned: Callable[[str], DirectionPath] = no_directions
 ) -> tuple[list[EditBatch], Tensor]:
-    """Split edits into batches by the source of their directions; `learned` loads learned ones by name.
-
-    Returns:
-        The batches, and each edit's position in their concatenation, [K].
-    """
+    """Split edits by the source of their directions; return batches and each edit's position therein, [K]."""
     kinds = [(edit.directions.sha256 if edit.directions else "", edit.direction_index is None) for edit in parameters]
     order = sorted(range(len(parameters)), key=lambda number: kinds[number])
     slots = torch.empty(len(parameters), dtype=torch.long)

@@ -183,11 +183,7 @@ class Intervention:
         mode: RowNormalization,
         learned: Callable[[str], DirectionPath] = no_directions,
     ) -> None:
-        """Read every writer's weight once.
-
-        `learned` loads learned directions by name; their first use reads every weight again. `mode` is "none" if
-        experts' weights are fused.
-        """
+        """Read every writer's weight, again at first use of learned directions (`learned`, by name)."""
         self._mode, self._basis = mode, basis
         self._model, self._architecture, self._learned = model, architecture, learned
         self._sites: dict[str, _Site] = {}

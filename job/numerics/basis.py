@@ -118,10 +118,7 @@ class DirectionPath:
         """Return a position's combinations of a layer's candidates, [k, stages · k], float64.
 
         They interpolate between the two adjacent stages, are the same for all layers and not yet orthonormal (see
-        `orthonormal_in`).
-
-        Raises:
-            ValueError: The position lies outside 0 … stages - 1.
+        `orthonormal_in`). Raises ValueError.
         """
         stages, size = len(self.directions), self.size
         if not 0 <= position <= stages - 1:

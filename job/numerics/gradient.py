@@ -86,10 +86,7 @@ def writer_edit(weight: Tensor | None, directions: Tensor, strengths: Tensor, mo
 
 
 def refusal_term(log_probability: Tensor, margin: float) -> Tensor:
-    """Return softplus(log p + margin) per row, [n]: near 0 once a refusal is `margin` nats unlikely.
-
-    log p is the joint log-probability of a refusal's first tokens, [n].
-    """
+    """Return softplus(log p + margin), [n]; log p is the joint log-probability of a refusal's first tokens, [n]."""
     return softplus(log_probability + margin)
 
 

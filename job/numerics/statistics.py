@@ -10,11 +10,7 @@ RESAMPLES = 2000
 
 
 def wilson_interval(count: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval of count / n (95 % by default).
-
-    Raises:
-        ValueError: n is not positive or count lies outside 0 … n.
-    """
+    """Return the Wilson score interval of count / n (95 % by default). Raises ValueError."""
     if n <= 0 or not 0 <= count <= n:
         raise ValueError(f"no interval for {count} of {n}")
     share = count / n
@@ -27,10 +23,7 @@ def wilson_interval(count: int, n: int, z: float = 1.959964) -> tuple[float, flo
 def difference_interval(before: tuple[int, int], after: tuple[int, int]) -> tuple[float, float]:
     """Return the 95 % interval of a change between two (count, n): Newcombe's hybrid of Wilson intervals (1998).
 
-    It assumes independent samples; on the same prompts the true interval is narrower.
-
-    Raises:
-        ValueError: An n is not positive or a count lies outside 0 … n.
+    It assumes independent samples; on the same prompts the true interval is narrower. Raises ValueError.
     """
     (low_1, high_1), (low_2, high_2) = wilson_interval(*before), wilson_interval(*after)
     share_1, share_2 = before[0] / before[1], after[0] / after[1]
@@ -41,11 +34,7 @@ def difference_interval(before: tuple[int, int], after: tuple[int, int]) -> tupl
 
 
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of sum(parts) / sum(wholes), resampling pairs.
-
-    Raises:
-        ValueError: There are no pairs, or the lengths differ.
-    """
+    """Return the 95 % percentile bootstrap interval of sum(parts) / sum(wholes). Raises ValueError."""
     if not parts or len(parts) != len(wholes):
         raise ValueError(f"no interval for {len(parts)} parts of {len(wholes)}")
     source = random.Random(0)
@@ -59,11 +48,7 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[flo
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of a mean; 2000 resamples, fixed seed.
-
-    Raises:
-        ValueError: There are no values.
-    """
+    """Return the 95 % percentile bootstrap interval of a mean; 2000 resamples, fixed seed. Raises ValueError."""
     if not values:
         raise ValueError("no interval for the mean of nothing")
     source = random.Random(0)
