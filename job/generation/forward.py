@@ -57,7 +57,6 @@ class RowTrials:
 
     Attributes:
         trials: Trial of every row, [rows].
-        edits: The trials' edits; None: the unedited model.
         prefix: Every trial's KV cache of the shared prefix, or None.
     """
 
@@ -112,10 +111,7 @@ def first_logits(model: PreTrainedModel, prompts: Sequence[list[int]], rows: Row
 def last_logits(
     model: PreTrainedModel, prompts: Sequence[list[int]], count: int, rows: RowTrials | None = None
 ) -> Tensor:
-    """Return the logits at the last `count` tokens of every prompt, [rows, count, vocabulary].
-
-    A shared prefix must leave at least `count` tokens of each prompt.
-    """
+    """Return the logits at the last `count` tokens of every prompt, after a prefix, [rows, count, vocabulary]."""
     tokens, mask, positions = left_padded(prompts, input_device(model))
     rows = rows or RowTrials.plain(len(prompts), tokens.device)
     if rows.prefix is None:

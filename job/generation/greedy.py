@@ -92,11 +92,9 @@ class _Rows:
 
     Attributes:
         present: Prompt index of each row.
-        trials: Trial of each row.
         tokens: Next token of each row, [rows, 1].
         positions: Its position, [rows, 1].
         mask: False for padding among earlier slots, [rows, slots].
-        cache: KV cache of the earlier slots.
     """
 
     present: list[int]
@@ -227,10 +225,7 @@ def greedy_answers(
         decided: Given a prompt's index and its response so far, whether the row can stop.
         rows: The prompts' trials; None: the unedited model.
         batching: The model's support for batching.
-        excluded: Tokens never to generate; not with the model's own `generate`.
-
-    Raises:
-        ValueError: The model cannot exclude tokens.
+        excluded: Tokens never to generate; ValueError with the model's own `generate`.
     """
     ledger = _Ledger(len(prompts), end_tokens, openings, decided, excluded)
     rows = rows or RowTrials.plain(len(prompts), input_device(model))

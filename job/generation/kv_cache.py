@@ -30,7 +30,7 @@ _PICKABLE = _PLAIN | {
 _ROOM, _ROOM_SHARE = 8, 1 / 8
 
 
-class GrowableKVLayer(DynamicLayer):  # transformers has no types
+class GrowableKVLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
     """Keys and values of a layer with spare room, so that a new token does not copy all earlier ones."""
 
     _layer_type = None  # not registered as a layer type of transformers' caches
@@ -154,10 +154,7 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
 
 
 def joined(model: PreTrainedModel, caches: list[DynamicCache], most: int) -> DynamicCache:
-    """Join caches along rows, padding shorter ones on the left; the inputs are emptied.
-
-    Rows may grow to `most` tokens. The model's cache must have this many writable slots.
-    """
+    """Join caches along rows, padding on the left, for up to `most` tokens; the inputs are emptied."""
     cache = new_cache(model, most)
     width = max(one.get_seq_length() for one in caches)
     for index, layer in enumerate(caches[0].layers):
@@ -186,10 +183,7 @@ def _taken(layer: Any, name: str) -> Tensor:
 
 
 def _beside(tensors: list[Tensor], width: int, room: int) -> Tensor:
-    """Join keys or values [rows, heads, slots, head width] along rows, right-aligned, with room for more.
-
-    The list is emptied on the way, so that no tensor exists twice.
-    """
+    """Join keys or values [rows, heads, slots, head width] along rows, right-aligned, emptying the list."""
     rows = sum(map(len, tensors))
     found = tensors[0].new_empty(rows, tensors[0].shape[1], room, tensors[0].shape[3])[..., :width, :]
     while tensors:
@@ -207,7 +201,6 @@ class SharedPrefix:
     """KV cache of a common prefix, computed once per trial.
 
     Attributes:
-        length: Number of tokens.
         layers: Keys and values of each layer, [trials, heads, length, width]; None for a layer without.
     """
 

@@ -53,10 +53,7 @@ class KLReference:
         return cls(tokens, tuple(continuations), kept)
 
     def trial_means(self, batches: PromptBatches, trial_rows: TrialRows, rows: int) -> list[float]:
-        """Return every trial's KL divergence in nats, mean over the good prompts.
-
-        `rows` limits the positions with logits per forward, all trials together.
-        """
+        """Return every trial's mean KL in nats; `rows` limits positions with logits per forward."""
         total = torch.zeros(trial_rows.trials, dtype=torch.float64)
         for divergences in self._by_batch(batches, trial_rows, rows):
             total += divergences.sum(1)
@@ -64,10 +61,7 @@ class KLReference:
         return means
 
     def divergences(self, batches: PromptBatches, edits: ActiveEdits | None = None) -> list[float]:
-        """Return a model's KL divergence per good prompt, in nats, mean over the compared positions.
-
-        The prompts' token ids must be the reference's. Active edits apply as edit 0.
-        """
+        """Return a model's KL per good prompt in nats, mean over positions; active edits apply as edit 0."""
 
         def measure(rows: int) -> list[float]:
             batchwise = self._by_batch(batches, batches.trial_rows(edits), rows)

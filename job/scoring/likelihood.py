@@ -41,8 +41,8 @@ class IncoherenceTest:
     def calibrated(cls, batches: PromptBatches, margin: float | None, responses: Sequence[Answer]) -> Self:
         """Set the bound from the base model's whole responses to the good prompts.
 
-        It is their median minus the margin in nats per token, at least 6 robust standard deviations. A margin of None
-        disables the test.
+        It is their median minus the margin in nats per token; the margin is at least 6 robust standard deviations. A
+        margin of None disables the test.
         """
         test = cls(batches)
         if margin is None:

@@ -60,9 +60,7 @@ class TrialRows:
 
     Attributes:
         trials: Number of trials, indexed from 0.
-        edits: The trials' active edits; None: the unedited model.
         prefix: Every trial's KV cache of the shared prefix, or None.
-        device: Device of the model's inputs.
     """
 
     trials: int
@@ -81,12 +79,10 @@ class PromptBatches:
     """Good and bad prompts of one model, cut into batches.
 
     Attributes:
-        loaded: The model.
         good: Good prompts, for KL.
         bad: Bad prompts, for refusals.
         prefix: Token ids of the shared prefix, computed once per trial; empty if unsupported or too short.
         read_tokens: Prompt tokens per forward that suit the device; None: no limit.
-        row_limit: Rows per forward.
     """
 
     loaded: LoadedModel
@@ -107,10 +103,7 @@ class PromptBatches:
         report: Callable[[str], None] = lambda _: None,
         least_prefix: int = LEAST_PREFIX,
     ) -> Self:
-        """Tokenize the prompts and find their shared prefix, if it has `least_prefix` tokens.
-
-        `report` receives a warning when memory does not suffice for `rows` rows per forward.
-        """
+        """Tokenize prompts and find their shared prefix of at least `least_prefix` tokens."""
         own_good, own_bad = TokenizedPrompts.of(loaded, good), TokenizedPrompts.of(loaded, bad)
         common = common_prefix([*own_good.tokens, *own_bad.tokens])[: writable_slots(loaded.model)]
         shared = loaded.architecture.batching.shared and len(common) >= least_prefix
@@ -130,10 +123,7 @@ class PromptBatches:
     def reading(
         self, prompts: Sequence[list[int]], trial_rows: TrialRows, rows: int, positions: int = 1
     ) -> Iterator[tuple[list[list[int]], RowTrials]]:
-        """Yield batches of prompts, shortest first, for one forward each, with all trials' rows.
-
-        `rows` limits the positions with logits per forward, all trials together; each row has `positions`.
-        """
+        """Yield batches for one forward each with all trials' rows; `rows` limits positions with logits."""
         trials = trial_rows.trials
         tokens = None if self.read_tokens is None else self.read_tokens // trials
         most = max(1, rows // (trials * positions))

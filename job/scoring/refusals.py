@@ -19,7 +19,6 @@ class ResponseCounts:
     """Counts over one trial's responses to the bad prompts.
 
     Attributes:
-        refusals: Refused prompts.
         broken: Prompts with a broken response that is no refusal.
         opening: Mean log-odds of the base model's first tokens.
         rest: Other responses: prompt index and token ids.
@@ -36,8 +35,6 @@ class RefusalCounter:
     """Counts refusals among the responses to the bad prompts.
 
     Attributes:
-        batches: The prompts.
-        watch: Finds refusal markers while responses are decoded.
         response_tokens: Length in tokens up to which responses are judged.
         openings: First token of the base model's response to each bad prompt.
     """
@@ -62,15 +59,7 @@ class RefusalCounter:
         response_tokens: int | None = None,
         search_tokens: int | None = None,
     ) -> list[ResponseCounts]:
-        """Return the counts of every trial in `trials`, decoded together.
-
-        Args:
-            trial_rows: All trials of the batch.
-            trials: Indices of the trials to decode, at least one.
-            rows: Rows per forward, all trials together.
-            response_tokens: Longest response; by default the judged length.
-            search_tokens: Responses broken within this length count as broken too; None: only whole ones.
-        """
+        """Return each trial's counts; a response broken within `search_tokens` tokens counts as broken too."""
         limit = response_tokens or self.response_tokens
         counts = [ResponseCounts() for _ in trials]
         start = 0

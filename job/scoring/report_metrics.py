@@ -59,9 +59,6 @@ class ReportMetrics:
     """Measures one model on whole responses, with or without an edit.
 
     Attributes:
-        batches: The model's prompts.
-        markers: Refusal markers.
-        response_tokens: Longest response.
         kl_tokens: Positions of the base model's responses averaged in KL.
         incoherence_margin: Margin of `IncoherenceTest.calibrated`.
     """

@@ -31,10 +31,7 @@ class TrialScorer:
     def measured(
         cls, batches: PromptBatches, markers: RefusalMarkers, response_tokens: int, kl_tokens: int = 1
     ) -> Self:
-        """Measure the base model's reference; hooks must be inactive.
-
-        Responses are judged up to `response_tokens`, KL is a mean over `kl_tokens` positions.
-        """
+        """Measure the base model's reference, with inactive hooks; KL is a mean over `kl_tokens` positions."""
         reference = KLReference.measured(batches, kl_tokens)
         return cls(reference, RefusalCounter.measured(batches, markers, response_tokens))
 
@@ -52,15 +49,7 @@ class TrialScorer:
         skip_kl_above: float | None = None,
         response_tokens: int | None = None,
     ) -> list[TrialScores]:
-        """Score all edits in one batch, as the search does; hooks must be in place.
-
-        Args:
-            intervention: The hooks.
-            edits: One edit per trial.
-            rows: Rows per forward, all edits together.
-            skip_kl_above: Skip generation for trials with a larger KL, in nats; None: skip none.
-            response_tokens: Longest response; by default the judged length.
-        """
+        """Score all edits in one batch with hooks in place; no generation above a KL of `skip_kl_above` nats."""
         return self._scores(intervention, edits, rows, skip_kl_above=skip_kl_above, response_tokens=response_tokens)
 
     def full_scores(
@@ -72,15 +61,7 @@ class TrialScorer:
         search_tokens: int,
         incoherence: IncoherenceTest,
     ) -> list[TrialScores]:
-        """Score finalists again in one batch, on responses of full length.
-
-        Args:
-            intervention: The hooks, in place.
-            edits: One edit per trial.
-            rows: Rows per forward, all edits together.
-            search_tokens: Longest response in the search; one broken within it stays broken.
-            incoherence: The base model's test; incoherent responses count as broken.
-        """
+        """Score finalists on full-length responses; incoherent ones, or ones broken in the search, are broken."""
         return self._scores(intervention, edits, rows, search_tokens=search_tokens, incoherence=incoherence)
 
     def _scores(

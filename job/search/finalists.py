@@ -19,12 +19,7 @@ from job.storage.run_folder import RunFolder
 
 
 class FullCounts(Record):
-    """rescored.json: counts on full-length responses, by trial number.
-
-    Attributes:
-        refusals: Refused bad prompts.
-        broken: Bad prompts with a broken response; absent from files of former versions.
-    """
+    """rescored.json: counts on full-length responses, by trial number."""
 
     version: Literal[1] = 1
     refusals: dict[int, int] = Field(default_factory=dict)
@@ -64,18 +59,8 @@ def next_to_rescore(
 ) -> list[Trial]:
     """Return the trials to count next, in number order; none once the choice is final.
 
-    If many were already counted, full length differs much from the search. Then candidates for the next rounds are
-    added, doubling the total count.
-
-    Args:
-        trials: Finished trials as the search scored them.
-        counts: Counts so far; they alone determine the result, so a restart continues identically.
-        prompts: Number of bad prompts.
-        tolerance: Share of prompts, see `job.search.pareto.choose`.
-        batch: Trials per batch.
-
-    Raises:
-        JobError: No trial could be scored.
+    Only `counts` determine the result, so a restart continues identically. If many were already counted, full length
+    differs much from the search; then the total is doubled by candidates for the next rounds. Raises JobError.
     """
     known = with_full_counts(trials, counts)
     found = _open(known, counts, prompts, tolerance)

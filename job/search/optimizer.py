@@ -44,12 +44,9 @@ class StudySettings:
     """Settings of a study.
 
     Attributes:
-        seed: The job's seed.
         startup_trials: Trials before TPE takes over.
-        batch: Trials sampled and evaluated together (K).
         rows: Rows per forward, recorded with each plan.
         together: Trials that share a forward, recorded with each plan; None for the whole batch.
-        ei_candidates: TPE candidates per trial.
         known_points: Whether the space's known points come first; other start-up trials are random.
         ahead: Batches sampled before the results of the preceding one.
     """
@@ -81,10 +78,7 @@ class Search:
         settings: StudySettings,
         copy: Path | None = None,
     ) -> None:
-        """Open or create the study. Raises JobError if the file is not a readable study.
-
-        The study is copied to `copy` after every batch, by default beside it, as a backup.
-        """
+        """Open or create the study, copied to `copy` after every batch. Raises JobError if it is unreadable."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._file = file
         self._copy = copy or file.with_name(BACKUP)
@@ -106,7 +100,7 @@ class Search:
         batch: Callable[[], AbstractContextManager[None]] = nullcontext,
         may_go_on: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Evaluate plans until the study has `target` trials or `may_go_on` is false.
+        """Evaluate plans until the study has `target` trials or `may_go_on` is false. Raises MachineError.
 
         Args:
             target: Number of trials at the end.
@@ -115,9 +109,6 @@ class Search:
             shielded: Context that defers stops during the study's writes.
             batch: Context of every batch, from plan to last trial.
             may_go_on: Checked before every batch.
-
-        Raises:
-            MachineError: The study cannot be written.
         """
         while len(self._trials) < target and may_go_on():
             with batch(), clear_write_errors(self._file):

@@ -26,11 +26,7 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def eligible(trials: Sequence[Trial], prompts: int, tolerance: float) -> list[Trial]:
-    """Return the front's trials within `tolerance` (a share of `prompts`) of the fewest unanswered prompts.
-
-    Raises:
-        JobError: No trial could be scored.
-    """
+    """Return the trials within `tolerance` (a share of `prompts`) of the front's fewest unanswered. Raises JobError."""
     front = pareto_front(trials)
     if not front:
         raise JobError("every trial failed", remedy="see the reasons in events.jsonl")

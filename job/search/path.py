@@ -22,11 +22,8 @@ class PathStage(Record):
     """The end of one stage of the gradient descent.
 
     Attributes:
-        beta: Weight of the KL divergence in the loss.
         steps: Steps so far, earlier stages included.
         logits: θ of each component, layer and direction; strengths are λ_max σ(θ).
-        refusals: Refused held-out prompts, decoded.
-        broken: Held-out prompts with a broken response.
         kl: KL divergence over the first positions of held-out responses, nats.
     """
 
@@ -42,10 +39,7 @@ class EditPath(Record):
     """directions/path.json: the kept stages of the gradient descent, in order.
 
     Attributes:
-        key: Cache key of the path.
         largest: λ_max.
-        prompts: Number of held-out prompts.
-        stages: The stages.
         directions: SHA-256 of the learned directions, one set per stage; None if layers keep the basis.
         failed: Why there is no path and the search uses TPE; None if there is one.
     """

@@ -38,7 +38,6 @@ class SearchSpace:
 
     Attributes:
         name: "wide", or "field" for the ranges of comparable tools.
-        layers: Number of layers.
         directions: Directions per layer; the strength of all but the first is searched.
     """
 

@@ -122,8 +122,6 @@ class _Pending:
     """A requested task.
 
     Attributes:
-        task: The task.
-        running: Whether it is being evaluated.
         losses: Workers lost with it.
         result: Its result or exception; None until finished.
     """
@@ -158,10 +156,7 @@ class Executor:
         self.close()
 
     def open(self, evaluation: Evaluation, hardware: str) -> None:
-        """Start workers, which load their model meanwhile. Raises MachineError if the engine cannot be used.
-
-        `hardware` is what this process computes on.
-        """
+        """Start workers, which load their model meanwhile. Raises MachineError."""
         self._hardware = hardware
         self._engine.open(evaluation)
         self._grow()
@@ -181,16 +176,9 @@ class Executor:
         self._engine.close()
 
     def evaluate(self, tasks: Sequence[Any], here: Callable[[Any], Any], then: Sequence[Any] = ()) -> list[Any]:
-        """Return the results of all tasks, in order.
+        """Return the results of all tasks, in order. Raises WorkerOutOfMemory or MachineError.
 
-        Args:
-            tasks: The tasks.
-            here: Evaluates a task in this process.
-            then: Tasks that idle workers may start ahead; their results are kept.
-
-        Raises:
-            WorkerOutOfMemory: A worker ran out of memory.
-            MachineError: The engine is gone.
+        `here` evaluates a task in this process. Idle workers may start tasks of `then`, whose results are kept.
         """
         self._grow()
         wanted = [*tasks, *then]

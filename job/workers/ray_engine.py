@@ -34,10 +34,7 @@ class RayEngine:
     """Actors of a Ray cluster."""
 
     def __init__(self, address: str | None) -> None:
-        """Take a cluster's HOST:PORT, or "auto" for this machine's; `open` connects.
-
-        None means the cluster that RAY_ADDRESS names, else a new one on this machine.
-        """
+        """Take a cluster's HOST:PORT or "auto"; None means RAY_ADDRESS's, else a new one on this machine."""
         self._address = _cluster_address(address)
         self._workers: int | None = None
         self._resources: dict[str, int] = {}
@@ -51,19 +48,11 @@ class RayEngine:
         self._last_seen = 0.0
 
     def use(self, workers: int | None, *, gpus: int, cpus: int) -> None:
-        """Set the number of workers, and the GPUs and CPU cores per worker.
-
-        `workers` does not count this process, which uses `gpus` too; None fills the cluster.
-        """
+        """Set the number of workers besides this process (None fills the cluster), and their GPUs and CPU cores."""
         self._workers, self._resources = workers, {"num_gpus": gpus, "num_cpus": cpus}
 
     def open(self, evaluation: Evaluation) -> None:
-        """Connect to or start the cluster, and upload the evaluation.
-
-        Raises:
-            UsageError: Ray is not installed.
-            MachineError: The cluster cannot be reached, or has no room.
-        """
+        """Connect to or start the cluster, and upload the evaluation. Raises UsageError or MachineError."""
         cpus = self._resources["num_cpus"] * (self._workers or 1)
         self._open.enter_context(_connected(self._address, cpus))
         context = ray_module().get_runtime_context()
@@ -246,10 +235,7 @@ def _cluster_address(given: str | None) -> str | None:
 
 
 def ray_module() -> Any:
-    """Import Ray with token authentication, without telemetry or automatic connection.
-
-    Raises UsageError if it is not installed.
-    """
+    """Import Ray with tokens, without telemetry or automatic connection. Raises UsageError if missing."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_AUTO_CONNECT="0")
     try:
@@ -260,12 +246,7 @@ def ray_module() -> Any:
 
 
 def reached_cluster(address: str | None) -> str:
-    """Return Ray's version and cluster in words, without starting anything.
-
-    Raises:
-        UsageError: Ray is not installed, or the address is invalid.
-        MachineError: Nothing answers at the address.
-    """
+    """Return Ray's version and cluster in words, starting nothing. Raises UsageError or MachineError."""
     address = _cluster_address(address)
     ray = f"Ray {ray_module().__version__}"
     if address is None:
