@@ -23,11 +23,7 @@ from job.storage.study_file import restore_if_damaged
 def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
     """Run all stages of a job; those finished by an earlier start are skipped.
 
-    `inputs` are preflight's, with the prompts of an earlier start.
-
-    Raises:
-        JobError: The job cannot be done; the type tells whether another machine or other settings would help.
-        Stopped: A signal asked for it; running again continues.
+    Raises JobError, whose type tells whether another machine or other settings would help, or Stopped.
     """
     damage = _repair_study(job)
     prompts, trials = inputs.earlier.prompts, trials_so_far(job.folder)

@@ -39,11 +39,7 @@ class ColumnTexts:
         self._source, self._split, self._given = source, split, column
 
     def texts(self, rows: Iterable[Row]) -> Iterator[RowText]:
-        """Yield the text of every row.
-
-        Raises:
-            ImpossibleJobError: The column is missing or ambiguous, or a value is not text.
-        """
+        """Yield every row's text. Raises ImpossibleJobError for a missing or ambiguous column, or other values."""
         source = iter(rows)
         sample = list(itertools.islice(source, _SAMPLE))
         tables = [row for row in sample if isinstance(row.cells, dict)]

@@ -31,7 +31,6 @@ class Row:
     Attributes:
         place: Its position, e.g. "line 17".
         cells: Values by column; a plain-text line is the text itself.
-        file: The file's name, "" for datasets.
     """
 
     place: str
@@ -85,11 +84,7 @@ def require_known(path: Path) -> None:
 
 
 def file_rows(path: Path) -> Iterator[Row]:
-    """Yield a file's rows, in the format of its suffix.
-
-    Raises:
-        ImpossibleJobError: It cannot be read, or is not in that format.
-    """
+    """Yield a file's rows, in the format of its suffix. Raises ImpossibleJobError."""
     require_known(path)
     with readable(path):
         _refuse_pointer(path)

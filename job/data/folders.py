@@ -25,11 +25,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def folder_files(folder: Path, split: str, config: str | None) -> list[Path]:
-    """Return a folder's prompt files in reading order; split and config select in clones of dataset repositories.
-
-    Raises:
-        ImpossibleJobError: It holds none, or lacks the split or configuration.
-    """
+    """Return the prompt files of a folder, or of a clone's split and config. Raises ImpossibleJobError without any."""
     if is_saved(folder):
         return sorted(path for path in folder.rglob("*") if path.is_file())
     if config is not None or _is_repository(folder):

@@ -22,12 +22,7 @@ _MESSAGE_CHARACTERS = 300
 
 
 def hub_rows(source: Source, commit: str | None, report: Callable[[str], None]) -> Iterator[Row]:
-    """Stream a dataset's rows at a commit; transient failures are reported and retried from the current row.
-
-    Raises:
-        ImpossibleJobError: The dataset, configuration or split does not exist, or cannot be read.
-        MachineError: The Hub cannot be reached.
-    """
+    """Stream a dataset's rows at a commit, retrying from the current row. Raises ImpossibleJobError or MachineError."""
     done = failed_at = 0
     while True:
         try:

@@ -36,12 +36,6 @@ class PromptSets(Record):
     """prompts.json: all prompts of a job.
 
     Attributes:
-        good: Prompts without the behaviour, for the directions.
-        bad: Prompts with the behaviour, for the directions.
-        good_search: Prompts without the behaviour, for the search.
-        bad_search: Prompts with the behaviour, for the search.
-        good_report: Prompts without the behaviour, for the report.
-        bad_report: Prompts with the behaviour, for the report.
         helpfulness: Instructions; empty unless directions are orthogonalised against helpfulness.
         unhelpfulness: Web text; empty unless directions are orthogonalised against helpfulness.
         capability: Prompts of a capability to preserve; empty unless given.
@@ -49,7 +43,6 @@ class PromptSets(Record):
         commits: Commit of every Hub dataset, by setting.
         public: Settings that name public Hub datasets.
         skipped: Dropped or repaired rows of each setting: number, reason and places.
-        received: Bytes received from the Hub.
     """
 
     # Models must see prompts unchanged: altered ones would give other directions and metrics.
@@ -115,7 +108,7 @@ class PromptSets(Record):
 
 
 def report_description(reused: int, total: int) -> str:
-    """Describe `total` report prompts, of which `reused` are not held out."""
+    """Describe `total` report prompts; `reused` of them are not held out."""
     if not reused:
         return "prompts that neither the direction nor the search has seen"
     return f"{total} prompts, {reused} also used by the direction or the search"
@@ -124,10 +117,8 @@ def report_description(reused: int, total: int) -> str:
 def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSets:
     """Read all prompt sets; the seed splits evaluation sets in two unless report sets are given.
 
-    `report` is told each set's source and size, and of overlaps.
-
-    Raises:
-        JobError: A set cannot be read, is empty, or too small to split.
+    `report` is told each set's source and size, and of overlaps. Raises JobError if a set is unreadable, empty or too
+    small.
     """
     used = settings.prompt_sets()
     if any(parse_source(source).kind == "hub" for source in used.values()):
@@ -163,11 +154,7 @@ def read_prompts(settings: PromptSettings, report: Callable[[str], None]) -> tup
 
 
 def report_prompts(settings: Settings, kind: str, report: Callable[[str], None]) -> tuple[Prompt, ...]:
-    """Return the good or bad report prompts of a job with these settings.
-
-    Raises:
-        JobError: They cannot be read, are empty, or too few to split.
-    """
+    """Return the good or bad report prompts of a job with these settings. Raises JobError."""
     names = [f"{kind}_eval_prompts", f"{kind}_report_prompts"]
     used = {name: found for name in names if (found := settings.prompt_sets().get(name)) is not None}
     if len(used) == 2:

@@ -35,12 +35,7 @@ class Source:
     """A parsed SPEC.
 
     Attributes:
-        kind: A file, a folder or a dataset on the Hub.
-        name: The path or the dataset's name.
-        revision: Branch, tag or commit of a dataset.
-        config: Configuration of a dataset.
         split: Split of a dataset, also of saved or cloned ones.
-        start: First row.
         stop: Row after the last; None for all.
         column: Column of the prompts; None to detect it (`job.data.columns`).
     """
@@ -115,11 +110,7 @@ def _locate(base: str) -> tuple[Literal["file", "folder", "hub"], str, str | Non
 
 
 def source_identity(settings: PromptSettings) -> dict[str, Any]:
-    """Return a prompt set's part of a job's identity: files by content, datasets by name.
-
-    Raises:
-        ImpossibleJobError: A file cannot be read.
-    """
+    """Return a prompt set's part of a job's identity: files by content. Raises ImpossibleJobError."""
     source = parse_source(settings)
     described = named_identity(settings)
     if source.kind == "hub":
@@ -155,11 +146,7 @@ class Pin:
 
 
 def resolve_commit(source: Source, report: Callable[[str], None]) -> Pin | None:
-    """Return the current commit of a dataset's revision; None offline and for local sources.
-
-    Raises:
-        JobError: There is no such dataset or revision, or the Hub cannot be reached.
-    """
+    """Return a dataset revision's current commit; None offline and for local sources. Raises JobError."""
     if source.kind != "hub" or is_offline():
         return None
     from huggingface_hub import HfApi
@@ -209,9 +196,5 @@ class TextReader:
 
 
 def read_texts(source: Source, commit: str | None, report: Callable[[str], None]) -> Iterator[str]:
-    """Yield the texts of a source, skipping rows without; `report` is told of every retry.
-
-    Raises:
-        JobError: The source cannot be read, or lacks the configuration, split or column.
-    """
+    """Yield a source's texts, skipping rows without; `report` is told of every retry. Raises JobError."""
     return (row.text for row in TextReader(source, commit, report) if row.text is not None)

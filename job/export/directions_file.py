@@ -41,12 +41,7 @@ class _Header(Record):
 
 
 def write_edit_file(folder: Path, source: Path, architecture: Architecture, edit: Edit, made: Reproduction) -> None:
-    """Write an edit file, read it back and compare.
-
-    Raises:
-        ExportMismatchError: The file differs from the edit.
-        MachineError: The folder cannot be written.
-    """
+    """Write an edit file, read it back and compare. Raises ExportMismatchError or MachineError."""
     digest = Checkpoint(source).digest(architecture)
     header = _Header(model_type=architecture.model_type, base_sha256=digest, made=made)
     tensors = _tensors(edit.basis)
@@ -83,14 +78,9 @@ def _read(file: Path) -> tuple[_Header, Basis | DirectionPath]:
 
 
 def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], None]) -> None:
-    """Write the edited model that an edit file describes, into a new or empty folder.
+    """Write the edited model that an edit file, or its folder, describes, into a new or empty folder.
 
-    `file` may be the folder that holds it; `advance` is called for every shard.
-
-    Raises:
-        UsageError: The file is no edit, the model is not the one it was made for, or the folder is not empty.
-        ExportMismatchError: The written model differs from the edit.
-        MachineError: The folder cannot be written.
+    Raises UsageError if file, model and folder do not fit, ExportMismatchError if the result differs, or MachineError.
     """
     header, basis = _read(file / EDIT_FILE if file.is_dir() else file)
     architecture = inspect_model(source)

@@ -25,13 +25,9 @@ _PREFIX = "base_model.model."
 
 
 def write_adapter(base: LoadedModel, folder: Path, edit: Edit, base_model: str | None) -> None:
-    """Write an edit as a LoRA adapter.
+    """Write an edit as a LoRA adapter. Raises ImpossibleJobError or MachineError.
 
     For each writer W' - W = B A: A [k, i] projects on the read directions, B [d, k] subtracts the written ones.
-
-    Raises:
-        ImpossibleJobError: An adapter cannot express it.
-        MachineError: The folder cannot be written.
     """
     require_modes(base.architecture, edit.mode, "adapter")
     checkpoint = Checkpoint(base.folder)
@@ -68,7 +64,7 @@ def _config(base: LoadedModel, *, rank: int, biased: bool, base_model: str | Non
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
-    described: dict[str, Any] = config.to_dict()  # PEFT lacks annotations
+    described: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]  # PEFT lacks annotations
     # Sets are unordered, and equal edits must give equal bytes.
     values = {name: sorted(value) if isinstance(value, set | list) else value for name, value in described.items()}
     return json.dumps(redacted(values), indent=2, sort_keys=True) + "\n"

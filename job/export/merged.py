@@ -70,11 +70,7 @@ class StoredWriter:
     writer: Writer
 
     def compile(self, edit: Edit, weight: Tensor | None = None) -> WriterEdit:
-        """Compile an edit; the weight [d, i] is needed only for its scales.
-
-        Raises:
-            ImpossibleJobError: The strengths overflow the weights.
-        """
+        """Compile an edit; only scales need the weight [d, i]. Raises ImpossibleJobError if strengths overflow."""
         candidates = self.writer.pull_back(edit.basis.candidates_of(self.writer.layer), self.read)
         compiled = compile_edit(
             PreparedWriter.of(self.writer, candidates, weight, edit.mode), edit.basis, edit.parameters
@@ -133,11 +129,8 @@ def write_weights(
 ) -> None:
     """Write the edited model's weights and accompanying files; idempotent after a crash.
 
-    `own_code` copies the model's own trusted modules too; `advance` is called for every shard.
-
-    Raises:
-        ImpossibleJobError: The export would overwrite its source, or the source is damaged.
-        MachineError: The folder cannot be written.
+    `own_code` includes the model's own trusted modules. Raises ImpossibleJobError for a damaged or overwritten source,
+    or MachineError.
     """
     if folder.resolve() == source.resolve():
         raise ImpossibleJobError(f"{folder} holds the base model", remedy="export to another folder")
@@ -210,10 +203,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def verify_written(source: Path, folder: Path, architecture: Architecture, edit: Edit) -> None:
-    """Read everything back: edited tensors must equal the numerics' bit for bit, others the source.
-
-    Raises ExportMismatchError for any difference.
-    """
+    """Raise ExportMismatchError unless edited tensors equal the numerics' bit for bit, and others the source."""
     checkpoint, written = Checkpoint(source), Checkpoint(folder)
     edited = dict(edited_tensors(checkpoint, architecture, edit))
     for file, entries in checkpoint.entries.items():
@@ -247,10 +237,7 @@ def seal_made(folder: Path, made: Reproduction, source: Path) -> None:
 
 
 def seal(folder: Path, describe: Callable[[Mapping[str, str]], Mapping[str, str]]) -> None:
-    """Complete an export: descriptions, hashes of all files, and last the manifest that marks it done.
-
-    `describe` maps the weights' SHA-256 to names and texts of descriptions.
-    """
+    """Complete an export: files from `describe` (given the weights' SHA-256), hashes, and last the manifest."""
     for name in (REPRODUCE, CARD, SUMS, MANIFEST):
         (folder / name).unlink(missing_ok=True)
     entries = dict(build_manifest(folder).files)

@@ -88,9 +88,6 @@ class PromptsRecord(Record):
 
     Attributes:
         source: A public dataset (dataset, commit, config) or local files (sha256); empty if private.
-        taken: Rows, column and transformations.
-        count: Number of prompts.
-        sha256: Hash of the prompts.
     """
 
     source: dict[str, str]
@@ -103,20 +100,12 @@ class Reproduction(Record):
     """reproduce.json.
 
     Attributes:
-        versions: Versions of this package and of libraries that affect results.
         model: The base model: repository and commit of a public one, SHA-256 over a folder's files.
         base_model: Its name on the Hub, None without one or if private.
         behaviour: The removed behaviour, in the user's words.
         prompts: All prompt sets, by the setting's name.
         settings: All other settings that affect the result.
-        startup_trials: Start-up trials of the search.
-        trials: Trials of the search.
-        resolution: The first start's resolution.
-        trial: The chosen trial.
-        edit: Its edit.
         base: Metrics of the base model on the report split.
-        edited: Metrics of the export on the report split.
-        format: The exported format.
         reused_prompts: Report prompts also used by the direction or the search; omitted if 0.
         weights: SHA-256 of every weight file.
     """
@@ -156,10 +145,7 @@ def reproduction(
     figures: tuple[Figures, Figures],
     form: ExportFormat,
 ) -> Reproduction:
-    """Return the reproduction of an export, without hashes of its weights.
-
-    `figures` are the base model's and the export's; `trials` counts the search's trials.
-    """
+    """Return an export's reproduction, without hashes of its weights; `figures` are the base model's and its own."""
     assert record.resolution is not None
     identity = record.identity
     model = dict(identity[_MODEL])
@@ -254,11 +240,7 @@ def check_reproduction(original: Reproduction) -> None:
 
 
 def fixed_settings(original: Reproduction, source: str) -> FixedSettings:
-    """Return the settings that a reproduction fixes; local files and private sources remain the user's to give.
-
-    Raises:
-        UsageError: It names prompts that no setting takes.
-    """
+    """Return the settings that a reproduction fixes, without local and private sources. Raises UsageError."""
     said = {**leaves(AS_BEFORE), **leaves(original.settings)}
     values: dict[str, Any] = {
         **{name: value for name, value in said.items() if name in EDIT - NAMED},
@@ -290,13 +272,7 @@ def _at(name: str, commit: str | None) -> str:
 
 
 def require_same_repository(original: Reproduction, settings: Settings, given: str | None) -> None:
-    """Refuse a repository other than the original's, and code that only a file names.
-
-    `given` is MODEL on the command line, None without one.
-
-    Raises:
-        UsageError: MODEL is another repository, or its code would be trusted unseen.
-    """
+    """Raise UsageError for a repository other than the original's, and for code that only a file names."""
     repository, commit = original.model.get("repository"), original.model.get("commit")
     found = parse_model(settings.model)
     if repository is not None and found.kind == "hub" and found.name != repository:
@@ -314,9 +290,7 @@ class Again:
     """An export to reproduce.
 
     Attributes:
-        original: Its reproduce.json.
         searches: Repeat the search, not only its chosen edit.
-        folder: Folder of its reproduce.json.
     """
 
     original: Reproduction

@@ -74,10 +74,7 @@ class MeasuredEdit:
         return cls(MeasuredScores(base.scores(intervention, [edit], rows)[0], base.reference))
 
     def compare(self, reloaded: ReportMetrics) -> str:
-        """Compare the reloaded export on the same prompts; return the result in one line.
-
-        Raises ExportMismatchError if they differ by more than rounding explains.
-        """
+        """Compare the reloaded export; return the result in one line. Raises ExportMismatchError beyond rounding."""
         responses = reloaded.responses()
         if not isinstance(self.expected, MeasuredScores):
             ties = compare_answers(self.expected, responses)

@@ -35,11 +35,7 @@ _ROWS, _TOKENS = 4, 12
 
 
 def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
-    """Return the configuration of a model folder; `trusted` allows the model's own code to run.
-
-    Raises:
-        ImpossibleJobError: The folder is not a model, or transformers does not know its family.
-    """
+    """Return a model folder's configuration; `trusted` runs the model's own code. Raises ImpossibleJobError."""
     model_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
@@ -62,16 +58,10 @@ def largest_leak(
     writers: Collection[Writer] | None = None,
     seed: int = 0,
 ) -> tuple[int, float]:
-    """Ablate a random direction from the weights; return the layer with the largest leak, and its share.
+    """Ablate a random direction from the writers (None: all); return the layer with the largest leak, and its share.
 
     The share is |v·(h_out - h_in)| / |h_out - h_in|, the largest over all positions. Parameters are restored
     afterwards.
-
-    Args:
-        model: A random model.
-        architecture: Its structure.
-        writers: The writers to edit, None for all.
-        seed: Seed of the direction and the inputs.
     """
     shares = leaks(model, architecture, architecture.writers if writers is None else writers, seed)
     worst = max(range(len(shares)), key=shares.__getitem__)
@@ -194,11 +184,7 @@ def prove(model: PreTrainedModel, architecture: Architecture) -> None:
 
 
 def proven(config: PretrainedConfig) -> Architecture:
-    """Return a model's structure from its configuration, proven by the truth test on a small twin.
-
-    Raises:
-        UnsupportedArchitectureError: The family cannot be edited completely.
-    """
+    """Return a model's structure, proven on a small twin. Raises UnsupportedArchitectureError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings about optional kernels are irrelevant in a twin
         architecture = architecture_of(config)
@@ -207,11 +193,9 @@ def proven(config: PretrainedConfig) -> Architecture:
 
 
 def inspect_model(folder: Path, trusted: bool = False) -> Architecture:
-    """Return the proven structure of a model folder that can be edited, from its configuration alone.
+    """Return the proven structure of an editable model folder, from its configuration alone.
 
-    Raises:
-        ImpossibleJobError: The folder is not a model.
-        UnsupportedArchitectureError: The family cannot be edited completely, or the files are quantised irreversibly.
+    Raises ImpossibleJobError without a model, or UnsupportedArchitectureError.
     """
     config = read_config(folder, trusted)
     quantisation_of(config.to_dict())

@@ -32,8 +32,6 @@ class TrialsTask:
     """Edits to score in one batch.
 
     Attributes:
-        edits: The edits.
-        rows: Rows per forward.
         whole: Score full-length responses without the search's shortcuts.
     """
 
@@ -47,9 +45,6 @@ class JobEvaluation:
     """A job's data for a worker, possibly on another machine; holds no secret.
 
     Attributes:
-        record: job.json, fully resolved.
-        settings: The settings of this start.
-        prompts: All prompt sets.
         processes: Processes that share the machine's cores.
     """
 
@@ -60,10 +55,7 @@ class JobEvaluation:
 
     @contextmanager
     def opened(self) -> Iterator[JobEvaluator]:
-        """Yield an evaluator with the model loaded.
-
-        Raises JobError if the model cannot be loaded here, or its files have changed.
-        """
+        """Yield an evaluator with the model loaded. Raises JobError if it cannot be, or has changed."""
         from job.lifecycle.model_folder import model_folder
         from job.lifecycle.running import OpenJob
         from job.stages.model import loaded_model, share_of_cores

@@ -32,13 +32,10 @@ from job.storage.exports import DONE
 
 
 def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportFormat) -> Path:
-    """Write a trial's edit in a format, verify, measure and seal it; return its folder.
+    """Write, verify, measure and seal a trial's edit in a format; return its folder.
 
-    The export replaces the base model in memory, which is unusable afterwards. `trials` counts the search's trials.
-
-    Raises:
-        ExportMismatchError: The export differs from the measured edit.
-        MachineError: The folder cannot be written.
+    The export replaces the base model in memory, which is unusable afterwards. Raises ExportMismatchError or
+    MachineError.
     """
     job, model = session.job, session.model
     require_resident(model, form)
@@ -99,10 +96,7 @@ class _Measurement:
         return self.session.job
 
     def figures(self, parameters: EditParameters) -> tuple[Figures, Figures]:
-        """Return the metrics of both, and store them with sampled responses and detector results.
-
-        Raises ExportMismatchError if the reloaded export differs from the measured edit.
-        """
+        """Measure both, and store samples and detector results. Raises ExportMismatchError."""
         session, prompts = self.session, self.session.prompts
         base = self._metrics(session.model, prompts.good_report, prompts.bad_report)
         plain = base.responses()

@@ -37,10 +37,7 @@ if TYPE_CHECKING:
 
 
 def export_trial(folder: RunFolder, number: int | None, form: ExportFormat | None, events: Events) -> Path:
-    """Export another trial from the run folder alone; return the export's folder.
-
-    By default the job's own choice and format. Raises UsageError if there is no such trial.
-    """
+    """Export another trial, by default the job's own choice and format; return its folder. Raises UsageError."""
     with folder.held():
         return _exported(OpenJob(folder, JobFile(folder), job_settings(folder), events), number, form)
 
@@ -61,12 +58,7 @@ def _exported(job: OpenJob, number: int | None, form: ExportFormat | None) -> Pa
 
 
 def trial_of(job: OpenJob, trials: Sequence[Trial], number: int | None) -> Trial:
-    """Return the trial of a number, or the job's own choice.
-
-    Raises:
-        UsageError: There is no such trial, or it failed.
-        JobError: No number is given, and no trial could be scored.
-    """
+    """Return the trial of a number, or the job's own choice. Raises UsageError or JobError."""
     if number is None:
         return chosen_trial(job, trials, read_record(job.folder.prompts_file, PromptSets))
     found = {trial.number: trial for trial in trials}.get(number)
@@ -82,9 +74,7 @@ def trial_of(job: OpenJob, trials: Sequence[Trial], number: int | None) -> Trial
 def looking(folder: RunFolder, events: Events, device: str | None = None) -> Iterator[ModelSession]:
     """Yield a job's model with directions and hooks, read-only: takes no lock, logs no event.
 
-    Raises:
-        UsageError: The job has no directions yet, or there is no such device.
-        HeldError: A run of the job uses this machine's accelerator, whose memory the model would share.
+    Raises UsageError without directions, or HeldError if a run of the job uses this machine's accelerator.
     """
     record, settings = folder.read_job(), job_settings(folder)
     if record.resolution is None or not folder.prompts_file.exists():
@@ -120,11 +110,7 @@ def upload_trial(
 ) -> list[tuple[str, str]]:
     """Deliver a trial, exported first if needed; return the failed targets with reasons.
 
-    By default the job's own choice and format; `start` is from `resumption`, with the targets.
-
-    Raises:
-        GateError: The export misses one of the job's gates.
-        UsageError: There is no such trial, or no target.
+    By default the job's own choice and format. Raises GateError for a missed gate, or UsageError.
     """
     if not start.settings.upload:
         raise UsageError("there is no target to deliver to", remedy="give --upload")
@@ -141,10 +127,7 @@ def upload_trial(
 
 
 def apply(model: str, file: Path, out: Path, events: Events) -> None:
-    """Apply a saved edit to a base model, a folder or NAME[@REVISION] on the Hub.
-
-    `file` is the edit file or its export; `out` the edited model's folder, new or empty.
-    """
+    """Apply a saved edit, or its export's, to a base model; `out` is new or empty."""
     from job.export.directions_file import apply_edit
 
     source = parse_model(model)

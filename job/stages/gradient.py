@@ -31,13 +31,10 @@ _LEAST_REFUSALS = 8
 
 
 def find_path(job: RunningJob, session: ModelSession) -> None:
-    """Compute the path of edits that trials are sampled around, if the settings want one and none exists.
+    """Compute the path of edits around which trials are sampled, if wanted. Raises MachineError.
 
     A study begun without a path continues without. Without usable gradients the search uses weight kernels, which is
     reported and recorded.
-
-    Raises:
-        MachineError: Memory does not suffice for one prompt, or the path cannot be written.
     """
     folder = job.folder
     if job.settings.search.method != "gradient" or folder.path_file.exists() or trials_so_far(folder):

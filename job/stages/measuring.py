@@ -21,10 +21,7 @@ from job.text.refusal_markers import RefusalMarkers
 def metrics_of(
     model: LoadedModel, settings: Settings, good: Sequence[Prompt], bad: Sequence[Prompt], rows: int, events: Events
 ) -> ReportMetrics:
-    """Return metrics of a model on good prompts (KL) and bad prompts (refusals).
-
-    `events` receives a warning when memory does not suffice for `rows` rows per forward.
-    """
+    """Return metrics of a model on good prompts (KL) and bad prompts (refusals)."""
     return ReportMetrics(
         PromptBatches.of(model, good, bad, rows, report=events.say),
         RefusalMarkers(settings.scoring.refusal_markers),

@@ -40,10 +40,7 @@ def loaded_model(job: OpenJob, source: Path, prompts: PromptSets, *, proven: boo
     """Yield the base model; device faults become JobErrors, and a hanging forward ends the process.
 
     The job's first start resolves and pins dtype, rows per forward and response prefix. `proven` skips the proof.
-
-    Raises:
-        ImpossibleJobError: The model cannot be edited as the settings want.
-        MachineError: It does not fit here.
+    Raises ImpossibleJobError or MachineError.
     """
     settings = job.settings
     if not proven:

@@ -18,12 +18,7 @@ from job.storage.atomic import write_record
 
 
 def checked_prompts(job: RunningJob, inputs: PreflightInputs) -> PromptSets:
-    """Run all checks before any large download; return the prompts, pinned.
-
-    Raises:
-        ImpossibleJobError: No machine could do the job.
-        MachineError: This machine cannot.
-    """
+    """Run all checks, then return the pinned prompts. Raises ImpossibleJobError or MachineError."""
     found = preflight(inputs)
     survey, prompts = found.survey, found.prompts
     write_record(job.folder.preflight_file, survey)

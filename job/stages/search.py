@@ -31,12 +31,7 @@ from job.workers.executor import Executor
 def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[Trial]:
     """Complete the study; return its trials, finalists with full-length counts.
 
-    Jobs without a search already have their trials. The executor scores edits, here and in workers.
-
-    Raises:
-        ImpossibleJobError: The base model refuses nothing.
-        HeldError: Another run has taken the job over.
-        MachineError: The study cannot be written, or memory does not suffice for one prompt.
+    Raises ImpossibleJobError if the base model refuses nothing, HeldError after a takeover, or MachineError.
     """
     if not job.record.searches:
         return trials_so_far(job.folder)
@@ -149,10 +144,7 @@ class PlanEvaluator:
     executor: Executor
 
     def scores(self, plans: Sequence[Plan]) -> Sequence[TrialScores] | FewerRows:
-        """Return the scores of the first plan's trials, or fewer rows to retry with.
-
-        Workers may start the other plans ahead. Raises MachineError if memory does not suffice for one prompt.
-        """
+        """Return the first plan's scores, or fewer rows; workers may start the other plans. Raises MachineError."""
         rounds = [self._tasks(plan) for plan in plans]
         try:
             found = self.executor.evaluate(rounds[0], self._here, [task for tasks in rounds[1:] for task in tasks])
@@ -181,10 +173,7 @@ class PlanEvaluator:
         return self.session.scorer.scores(task.edits, task.rows, task.whole)
 
     def rescored(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Score finalists at full length until the choice is final; return all trials with these counts.
-
-        Counts are stored after every batch, and a restart continues from there.
-        """
+        """Score finalists at full length until the choice is final, resumably; return all trials."""
         job, prompts = self.job, len(self.session.prompts.bad_search)
         counts = read_full_counts(job.folder)
         tolerance, size = job.settings.choice.refusal_tolerance, job.settings.trials_per_batch

@@ -69,10 +69,7 @@ def shared_directions(session: ModelSession) -> SharedDirections:
 def prompt_residuals(
     job: OpenJob, model: LoadedModel, prompts: PromptSets, evaluate: Evaluate | None = None
 ) -> PromptResiduals:
-    """Return the residuals of a job's prompts, each set extracted on first use.
-
-    `evaluate` shares forwards with other processes.
-    """
+    """Return the residuals of a job's prompts; `evaluate` shares forwards with other processes."""
     rows, settings = job.resolution.rows, job.settings
     # The prompts whose length determines the rows per forward.
     planned = [*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search]
@@ -101,11 +98,7 @@ def model_session(job: OpenJob, model: LoadedModel, basis: Basis, prompts: Promp
 
 @contextmanager
 def opened_session(job: OpenJob, prompts: PromptSets) -> Iterator[ModelSession]:
-    """Yield a job's model with directions and hooks, from the run folder's records.
-
-    Raises:
-        JobError: The model cannot be loaded here, or its files have changed.
-    """
+    """Yield a job's model with directions and hooks, from the run folder's records. Raises JobError."""
     with loaded_model(job, model_folder(job.record, job.settings, job.events), prompts) as model:
         basis = find_directions(prompt_residuals(job, model, prompts), job.settings.directions)
         with model_session(job, model, basis, prompts) as session:

@@ -50,12 +50,7 @@ class Workers:
         return 0 if on_gpus else settings.workers - 1
 
     def open(self, model: LoadedModel, prompts: PromptSets) -> None:
-        """Start workers, unless nothing is left to evaluate.
-
-        Raises:
-            UsageError: The engine is not installed.
-            MachineError: It cannot be used.
-        """
+        """Start workers, unless nothing is left to evaluate. Raises UsageError or MachineError."""
         if not self._wanted:
             return
         from job.model.loading import device_kind
