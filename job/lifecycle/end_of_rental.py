@@ -52,13 +52,8 @@ def end_after(
 ) -> None:
     """End the rental for a process that could not; see `end_rental`.
 
-    Args:
-        code: Its exit code; a negative one is the signal that killed it.
-        when_failed: The requested action.
-        workspace: Folder of all run folders, None if unknown.
-        job: The job's run folder, None if unknown.
-        hung: The watchdog ended it.
-        signalled: It was asked to stop.
+    `code` is its exit code, negative for a signal; unknown paths are None. `hung` means that the watchdog ended it,
+    `signalled` that it was asked to stop.
     """
     events = Events()
     folder = RunFolder(Path(job)) if job is not None else None

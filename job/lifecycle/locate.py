@@ -25,7 +25,6 @@ class Whereabouts:
     """The location of a job.
 
     Attributes:
-        workspace: Folder of all run folders.
         job: Its name, None if it is the only one.
         checkpoint: Its mirror, None if it is in the workspace.
         assignments: Settings as ``key=value`` that extend it, or configure access to the checkpoint.
@@ -42,10 +41,7 @@ class Whereabouts:
 
     @property
     def given(self) -> dict[str, Any]:
-        """Settings given on this side, by dotted key; at a checkpoint the environment counts too.
-
-        Raises UsageError for an assignment that would make it another job.
-        """
+        """Settings given on this side, by dotted key. Raises UsageError if one would make it another job."""
         found = self.assigned
         for name in found:
             if not _may_be_given(name):
@@ -92,12 +88,7 @@ def _may_be_given(name: str) -> bool:
 
 @contextmanager
 def status_folder(where: Whereabouts) -> Iterator[tuple[RunFolder, bool | None]]:
-    """Yield a folder with the job's status, and whether it is running; None: use the folder's lock.
-
-    Raises:
-        UsageError: There is no such job.
-        DeliveryError: The checkpoint cannot be reached.
-    """
+    """Yield a job's folder, and whether it runs (None: see its lock). Raises UsageError or DeliveryError."""
     if where.checkpoint is None:
         yield where.folder(), None
         return

@@ -26,12 +26,7 @@ _STOPPED_SECONDS = 8.0
 
 
 def open_checkpoint(settings: Settings, report: Callable[[str], None]) -> Mirror:
-    """Return the mirror that the settings name, without connecting.
-
-    Raises:
-        UsageError: The URI names no such place.
-        DeliveryError: Credentials are missing or unusable.
-    """
+    """Return the settings' mirror, without connecting. Raises UsageError or DeliveryError."""
     from job.mirror import MirrorOptions, open_mirror
 
     assert settings.checkpoint is not None
@@ -56,12 +51,7 @@ class JobLock:
             self._claim.discard()
 
     def check(self) -> None:
-        """Return if the run may continue.
-
-        Raises:
-            HeldError: Another run has taken the job over.
-            DeliveryError: The checkpoint is required and has been down too long.
-        """
+        """Raise HeldError if another run took over, or DeliveryError if a required checkpoint is down too long."""
         if self._claim is not None:
             self._claim.check()
 
@@ -80,15 +70,9 @@ def held(
     *,
     beside_others: bool = True,
 ) -> Iterator[JobLock]:
-    """Hold a job for the block, with its run folder updated from the checkpoint.
+    """Hold a job for the block, with its run folder, which need not exist, updated from the checkpoint.
 
-    Args:
-        folder: The run folder; need not exist.
-        identity: The job's identity, as in job.json.
-        settings: Settings of the checkpoint.
-        events: Where progress is reported.
-        signals: Interrupts the main thread when the lease is lost.
-        beside_others: The checkpoint may hold other jobs on the same model.
+    `beside_others` allows other jobs on the same model there.
 
     Raises:
         HeldError: Another run holds it, or took it over.

@@ -16,10 +16,7 @@ from job.text.redaction import redacted
 def model_folder(record: JobRecord, settings: Settings, events: Events) -> Path:
     """Return the folder of the model's files, downloaded at the pinned commit if missing.
 
-    Raises:
-        UsageError: A local folder's files changed since the job began.
-        ImpossibleJobError: The model no longer exists.
-        MachineError: The Hub cannot be reached.
+    Raises UsageError if a local folder changed, ImpossibleJobError if the model is gone, or MachineError.
     """
     if redacted(model_identity(settings)) != redacted(record.identity["model"]):
         raise UsageError(

@@ -19,12 +19,7 @@ class Outcome:
     """The outcome of a run.
 
     Attributes:
-        folder: The run folder.
         chosen: The exported trial's number.
-        base: Metrics of the base model on the report split.
-        edited: Metrics of the export on the report split.
-        report_prompts: Description of the report prompts.
-        failed_targets: Failed targets with reasons.
         missed_gate: The gate that prevented delivery, or None.
     """
 

@@ -27,11 +27,8 @@ def resumption(
     """Return the start that continues a job, from its run folder or checkpoint.
 
     A checkpoint contributes only vetted values (`job.mirror.vetting`); `say` is told of the others. `ends` holds
-    `when_done` and `when_failed` of this command line, never those of an earlier start.
-
-    Raises:
-        UsageError: There is no such job, or it runs untrusted code.
-        DeliveryError: The checkpoint cannot be reached, or has changed.
+    `when_done` and `when_failed` of this command line, never those of an earlier start. Raises UsageError or
+    DeliveryError.
     """
     options = {name: value for name, value in (ends or {}).items() if value is not None}
     # As for all settings: the environment, then options, then --set.

@@ -38,10 +38,7 @@ class SearchLimits:
         self._hold.keep()
 
     def may_go_on(self) -> bool:
-        """Return whether another batch fits; a job's first batch always runs.
-
-        Raises HeldError if the job was taken over.
-        """
+        """Return whether another batch fits; a job's first one always runs. Raises HeldError after a takeover."""
         self._hold.check()
         return not self._begun or self._budget.has_room_for(self._longest)
 

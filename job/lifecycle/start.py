@@ -54,20 +54,9 @@ def run(
     notes: Sequence[str] = (),
     again: Again | None = None,
 ) -> Outcome:
-    """Run the settings' job from where an earlier run stopped.
+    """Run the settings' job from where an earlier run stopped. Raises JobError or Stopped.
 
-    Args:
-        settings: The settings.
-        new: Start a job beside one with other settings.
-        events: Where progress is reported.
-        signals: Stop signals.
-        stages: Runs the job's stages (`job.pipeline.run`).
-        notes: Notes on migrated settings.
-        again: An export to reproduce.
-
-    Raises:
-        JobError: The job cannot be done; the type says whether, where and how it could be.
-        Stopped: A signal asked for it; running again continues.
+    `new` allows a job beside one with other settings; `again` is an export to reproduce.
     """
     _tell_asked(settings)
     try:
@@ -111,12 +100,10 @@ class JobStart:
 
     Attributes:
         folder: The run folder, possibly still to be filled from the checkpoint.
-        identity: The job's identity.
         settings: Settings of the checkpoint and of the rental's end.
         opened: Returns job.json and settings once the run folder exists.
         beside_others: The checkpoint may hold other jobs on the same model.
         names_code: This side names the model's exact commit.
-        notes: Notes on migrated settings.
     """
 
     folder: RunFolder
@@ -128,12 +115,7 @@ class JobStart:
     notes: tuple[str, ...] = ()
 
     def trusted(self, report: Callable[[str], None]) -> tuple[JobRecord, Settings]:
-        """Return job.json and settings, once this side is known to name the code that the job runs.
-
-        Raises:
-            UsageError: Only a checkpoint names it.
-            MachineError: The Hub cannot be reached.
-        """
+        """Return job.json and settings. Raises UsageError if only a checkpoint names their code, or MachineError."""
         record, settings = self.opened()
         if not self.names_code:
             require_known_code(self.folder, record, settings, report)
@@ -142,13 +124,7 @@ class JobStart:
 
 
 def carry_out(start: JobStart, events: Events, signals: StopSignals, stages: Stages) -> Outcome:
-    """Run a job from where it stopped, then end the rental as the settings say.
-
-    Raises:
-        JobError: The job cannot be done; the type says whether, where and how it could be.
-        Stopped: A signal asked for it; running again continues.
-        RestartNeeded: The device failed, and a fresh process may succeed.
-    """
+    """Run a job from where it stopped, then end the rental. Raises JobError, Stopped or RestartNeeded."""
     settings = start.settings
     tell(job=str(start.folder.path.absolute()))
     _tell_asked(settings)
@@ -231,17 +207,7 @@ def preflight_inputs(
     last_holder: HolderRecord | None,
     starting: bool,
 ) -> PreflightInputs:
-    """Return preflight's inputs, including earlier starts from the run folder.
-
-    Args:
-        folder: The run folder, which need not exist.
-        settings: The settings.
-        events: Told of retries.
-        notes: Notes on migrated settings.
-        on: A machine to plan for instead of this one.
-        last_holder: The current or last holder before this run.
-        starting: This run holds the job; otherwise it is only checked, leaving nothing behind.
-    """
+    """Return preflight's inputs with earlier starts; only a `starting` run may leave anything behind."""
     rental = _this_rental() if on is None else None
     held = last_holder is not None and not starting and folder.is_held()
     return PreflightInputs(
@@ -292,11 +258,7 @@ def _described(holder: HolderRecord, folder: RunFolder) -> JobHolder:
 def check_job(
     settings: Settings, *, events: Events, notes: Sequence[str] = (), on: MachineReading | None = None
 ) -> Survey:
-    """Check a job without starting it, leaving nothing behind.
-
-    Raises:
-        UsageError: A setting is malformed, or only a checkpoint names the code to run.
-    """
+    """Check a job without starting it, leaving nothing behind. Raises UsageError."""
     folder = find_folder(settings)
     if folder.job_file.exists():
         require_known_code(folder, folder.read_job(), settings, events.say)

@@ -24,10 +24,7 @@ _MOST_FAULTS = 3
 def recorded(
     folder: RunFolder, file: JobFile, settings: Settings, events: Events, meter: Meter, lock: JobLock
 ) -> Iterator[None]:
-    """Keep state.json, the event log and the meter consistent with how the block ends.
-
-    Raises RestartNeeded if the device failed and a fresh process may succeed.
-    """
+    """Keep state.json, events and meter consistent with the block's end. Raises RestartNeeded for a failed device."""
     chosen = (folder.read_state() or State(state="running", trials=0)).chosen
     file.write()
     write_record(folder.state_file, State(state="running", trials=settings.trials, chosen=chosen))

@@ -30,10 +30,7 @@ def supervised() -> None:
 
 
 def asked_when_failed(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Return the action of `--when-failed`, whatever is wrong with other settings.
-
-    A misspelt value counts as stop: the machine should be ended.
-    """
+    """Return the action of `--when-failed`, whatever is wrong elsewhere; a misspelt value counts as stop."""
     if command_of(arguments) not in COMMANDS:
         return "nothing"
     value = given("when_failed", arguments, environment) or "nothing"
@@ -119,10 +116,7 @@ def _supervise() -> tuple[int, bool, list[bytes]]:
 
 
 def _reaped(child: int) -> int | None:
-    """Return the child's wait status once it has ended.
-
-    Other processes are reaped too: in a container this may be PID 1.
-    """
+    """Return the ended child's wait status; other processes are reaped too, as PID 1 of a container must."""
     while True:
         try:
             number, status = os.waitpid(-1, os.WNOHANG)

@@ -32,10 +32,7 @@ class HubHistory:
             self._commits = _LONGEST
 
     def extended(self, job: str, stored: Stored) -> Stored:
-        """Count a commit of a job's head, squash a long history, and return the current head.
-
-        Failures are reported and retried after the same number of commits: the mirror is unaffected.
-        """
+        """Count a commit of a job's head, squash a long history, and return the head; failures are retried later."""
         self._commits += 1
         if self._commits < _LONGEST:
             return stored

@@ -45,12 +45,7 @@ class HubStore:
         pace: SnapshotPace | None = None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Prepare without connecting.
-
-        Raises:
-            DeliveryError: There is no token, or the Hub is forbidden.
-            UsageError: The URI names no model repository.
-        """
+        """Prepare without connecting. Raises DeliveryError without a token, or UsageError for a wrong URI."""
         self.uri = uri
         self.pace = pace or HUB_PACE
         self._options = HubOptions(visibility="private", token=token, commit_message="Checkpoint")
@@ -144,12 +139,7 @@ class HubStore:
             )
 
     def _of_revision(self, call: Callable[[], T], what: str) -> T:
-        """Return the result of a call that names a revision.
-
-        Raises:
-            _SquashedError: The revision no longer exists.
-            DeliveryError: The Hub refuses, or is unreachable for long.
-        """
+        """Return the result of a call that names a revision. Raises _SquashedError if it is gone, or DeliveryError."""
         from huggingface_hub.errors import RevisionNotFoundError
 
         try:

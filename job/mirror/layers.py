@@ -44,14 +44,9 @@ class Layers:
         self._known: dict[str, dict[str, _Known]] = {}
 
     def make(self, path: str, source: Path, sha256: str, sent: MirroredFile | Layered | None, name: str) -> _Made:
-        """Write the layer that updates a file from its mirrored to its current state.
+        """Write the layer that updates a file from its mirrored entry (`sent`) to a copy (`source`).
 
-        Args:
-            path: Path in the run folder.
-            source: A copy, beside which the layer is written.
-            sha256: Hash of the copy.
-            sent: The file's current entry in the mirror.
-            name: Suffix of this snapshot's object names.
+        The layer is written beside the copy; `name` is the suffix of this snapshot's object names.
         """
         digests = _digests(source)
         known = self._known.get(path, {})
@@ -122,10 +117,7 @@ def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def assemble(layers: Collection[Path], target: Path, size: int) -> None:
-    """Write a file from its layers, oldest first, unverified.
-
-    `size` is the file's final size, which bounds the layers. Raises ValueError for an invalid layer.
-    """
+    """Write a file of `size` bytes from its layers, oldest first, unverified. Raises ValueError."""
     with target.open("wb") as file:
         for layer in layers:
             _apply(layer.read_bytes(), file, size)

@@ -42,9 +42,7 @@ class Holding:
     """This runner's lease of one mirror; thread-safe.
 
     Attributes:
-        head: The current head.
         confirmed: Start of the last request that proved the lease, by `now`.
-        lost: Why it is lost, or None.
     """
 
     def __init__(self, store: MirrorStore, head: Head, stored: Stored, confirmed: float) -> None:
@@ -56,11 +54,8 @@ class Holding:
     def update(self, change: Change = lambda _: ({}, ()), *, release: bool = False) -> None:
         """Replace the head, which is also a heartbeat; none follows after release.
 
-        `change` returns the changed fields and the objects to remove, from the current head.
-
-        Raises:
-            LeaseLostError: Another runner holds the lease; nothing was written.
-            DeliveryError: The mirror is unreachable; the next call shows whether it was written.
+        `change` returns the changed fields and the objects to remove. Raises LeaseLostError, with nothing written, or
+        DeliveryError; then the next call shows whether it was written.
         """
         with self._lock:
             for _ in range(_LOOKS):
@@ -84,10 +79,7 @@ class Holding:
             raise self.lost
 
     def _adopt(self, found: Stored | None, wanted: Head) -> bool:
-        """Adopt our own head whose response was lost; return whether it is the wanted one.
-
-        Raises LeaseLostError if it is another runner's.
-        """
+        """Adopt our own head whose response was lost; return whether it is the wanted one. Raises LeaseLostError."""
         theirs = decode_head(found.data, wanted.job_id, self._store.uri) if found else None
         if found is None or theirs is None or theirs.lease.runner != wanted.lease.runner:
             who = f"{theirs.lease.describe()} has taken it over" if theirs else "the checkpoint has been removed"
@@ -124,19 +116,9 @@ def _first_head(job: str, identity: Mapping[str, Any], lease: Lease, writer: str
 
 
 def take(store: MirrorStore, job: str, identity: Mapping[str, Any], writer: str, say: Callable[[str], None]) -> Holding:
-    """Take the lease of a job's mirror, created if missing.
+    """Take the lease of a job's mirror, created if missing; `writer` is the run folder's lineage.
 
-    Args:
-        store: The mirror's store.
-        job: The job.
-        identity: The job's identity.
-        writer: Lineage of the run folder, for a new mirror.
-        say: Told of a wait.
-
-    Raises:
-        HeldError: A live runner holds it.
-        MirrorError: The mirror is damaged or another job's.
-        DeliveryError: It cannot be reached.
+    Raises HeldError for a live runner, MirrorError for a damaged or another job's mirror, or DeliveryError.
     """
     lease = _own_lease(store)
     for look in range(_LOOKS):

@@ -59,11 +59,9 @@ class LeaseKeeper:
         self._sender.discard()
 
     def check(self) -> None:
-        """Return if the run may continue.
+        """Raise HeldError if the lease is lost, or DeliveryError if a required mirror was down for its duration.
 
-        Raises:
-            HeldError: The lease is lost; within `outward`, also if it expired without renewal.
-            DeliveryError: The mirror is required and has been down for a lease's duration.
+        Within `outward`, an expired lease counts as lost.
         """
         if self._holding.lost is not None:
             raise self._holding.lost
@@ -98,12 +96,9 @@ class LeaseKeeper:
             self._outward -= 1
 
     def close(self, *, final: bool = True, seconds: float = 60.0, hurry: bool = False) -> bool:
-        """Take the last snapshot and release the lease within `seconds`; return whether all succeeded.
+        """Take the `final` snapshot and release the lease within `seconds`; return whether all succeeded.
 
-        Args:
-            final: Take the snapshot, not only release.
-            seconds: Time limit; the rest is given up.
-            hurry: Skip and abort large caches: the machine is about to be reclaimed.
+        `hurry` skips and aborts large caches, if the machine is about to be reclaimed.
         """
         self._closing = True
         done = self._sender.close(final=final, seconds=seconds, hurry=hurry)

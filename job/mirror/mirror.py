@@ -37,9 +37,6 @@ class Fetched:
     """Small files of a job's latest snapshot.
 
     Attributes:
-        folder: Where they are.
-        head: Their head.
-        running: Whether the job seems to be running.
         left_out: Untrusted settings dropped from job.json, by dotted key.
     """
 
@@ -50,12 +47,7 @@ class Fetched:
 
 
 def open_mirror(uri: str, options: MirrorOptions, report: Callable[[str], None] = lambda _: None) -> Mirror:
-    """Return the mirror at file:///dir, hf://user/repo[@branch] or s3://bucket[/prefix], without connecting.
-
-    Raises:
-        UsageError: The URI names no such place.
-        DeliveryError: Credentials are missing or unusable.
-    """
+    """Return a mirror without connecting. Raises UsageError for a wrong URI, or DeliveryError for credentials."""
     scheme = scheme_of(uri)
     pace = options.pace or pace_as_told()
     store: MirrorStore
@@ -117,12 +109,7 @@ class Mirror:
         return found
 
     def holder(self, job: str) -> str | None:
-        """Describe a job's current runner, or None.
-
-        Raises:
-            MirrorError: The mirror is damaged or another job's.
-            DeliveryError: The store cannot be reached.
-        """
+        """Describe a job's current runner, or None. Raises MirrorError or DeliveryError."""
         stored = self._store.read(job)
         if stored is None:
             return None
@@ -130,42 +117,22 @@ class Mirror:
         return head.lease.describe() if is_running(head, stored) else None
 
     def other_holder(self, job: str) -> tuple[str, bool] | None:
-        """Describe a job's runner other than this process, and whether it is on another machine.
-
-        Raises:
-            MirrorError: The mirror is damaged or another job's.
-            DeliveryError: The store cannot be reached.
-        """
+        """Describe another runner of a job, and whether it is elsewhere. Raises MirrorError or DeliveryError."""
         return holder(self._store, job)
 
     def shortfall(self, folder: RunFolder) -> str:
-        """Return what of a run folder is missing here, or ""; reads every object back.
-
-        Raises:
-            JobError: The store cannot be reached, the mirror or study is damaged.
-            OSError: There is no room for copies.
-        """
+        """Return what of a run folder is missing here, or ""; reads every object back. Raises JobError or OSError."""
         return shortfall(self._store, folder)
 
     def overtaken(self, folder: RunFolder) -> str:
-        """Return why a mirror continued elsewhere may lack a folder's work, or "".
-
-        Raises:
-            JobError: The store cannot be reached, or the mirror is damaged.
-            OSError: There is no room for copies.
-        """
+        """Return why a mirror continued elsewhere may lack a folder's work, or "". Raises JobError or OSError."""
         return overtaken(self._store, folder)
 
     def fetch(self, job: str, into: Path, *, whole: bool = False) -> Fetched:
         """Download a job's latest snapshot into a new folder under `into`, without the lease.
 
-        `whole` includes the caches of residuals and directions.
-
-        Raises:
-            UsageError: There is no such job here.
-            MirrorError: The mirror is damaged.
-            DeliveryError: The store cannot be reached.
-            MachineError: The folder cannot be written.
+        `whole` includes caches. Raises UsageError without such a job, MirrorError if damaged, DeliveryError or
+        MachineError.
         """
         for attempt in (1, 2, 3):
             stored = self._store.read(job)
@@ -205,13 +172,8 @@ class Mirror:
     def claim(self, folder: RunFolder, identity: Mapping[str, Any], say: Callable[[str], None]) -> LeaseKeeper:
         """Take a job's lease, update its run folder, and start heartbeats.
 
-        The folder need not exist. If another machine has continued since, its contents are moved aside.
-
-        Raises:
-            HeldError: A live runner holds the job.
-            MirrorError: The mirror is damaged or something else's.
-            DeliveryError: It cannot be reached or created.
-            MachineError: The folder cannot be written.
+        The folder need not exist. If another machine has continued since, its contents are moved aside. Raises
+        HeldError for a live runner, MirrorError for a damaged mirror, DeliveryError or MachineError.
         """
         try:
             make_folder(folder.path)
@@ -251,10 +213,7 @@ class Mirror:
 
 
 def _damage(folder: RunFolder, mirrored: int, say: Callable[[str], None]) -> str | None:
-    """Describe damage of the local study; None if it holds everything mirrored.
-
-    The local backup is tried first: it may hold more.
-    """
+    """Describe damage of the local study after trying its backup; None if it holds everything mirrored."""
     try:
         if restored := restore_if_damaged(folder.study_file):
             say(f"warning: {restored}")

@@ -49,8 +49,6 @@ class MirrorOptions:
 
     Attributes:
         required: Stop the job if the mirror stays down.
-        pace: Intervals; None: the store's default.
-        s3: Access to an S3 server; None: boto3's default.
         token: Hub token; None: HF_TOKEN or the client's own store.
     """
 

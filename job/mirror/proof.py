@@ -16,12 +16,7 @@ from job.system.tempdirs import scratch
 
 
 def shortfall(store: MirrorStore, folder: RunFolder) -> str:
-    """Return what of a run folder the mirror lacks, or ""; the folder must not change meanwhile.
-
-    Raises:
-        JobError: The mirror cannot be reached or is damaged, or the study is damaged.
-        OSError: There is no room for copies.
-    """
+    """Return what of a run folder, which must not change, the mirror lacks, or "". Raises JobError or OSError."""
     head = _head(store, folder.path.name)
     if isinstance(head, str):
         return head
@@ -37,12 +32,7 @@ def shortfall(store: MirrorStore, folder: RunFolder) -> str:
 
 
 def overtaken(store: MirrorStore, folder: RunFolder) -> str:
-    """Return why a mirror continued elsewhere may lack this folder's work, or "".
-
-    Raises:
-        JobError: The mirror cannot be reached or is damaged.
-        OSError: There is no room for copies.
-    """
+    """Return why a mirror continued elsewhere may lack this folder's work, or "". Raises JobError or OSError."""
     here = _trials(folder.study_file)
     head = _head(store, folder.path.name, empty=here == 0)
     if isinstance(head, str):
@@ -57,10 +47,7 @@ def overtaken(store: MirrorStore, folder: RunFolder) -> str:
 
 
 def holder(store: MirrorStore, job: str) -> tuple[str, bool] | None:
-    """Describe another runner of a job, and whether it is on another machine; None without one.
-
-    Raises JobError if the mirror cannot be reached or is damaged.
-    """
+    """Describe another runner of a job, and whether it is on another machine, or None. Raises JobError."""
     stored = store.read(job)
     if stored is None:
         return None

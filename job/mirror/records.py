@@ -84,8 +84,6 @@ class Lease(Record):
 
     Attributes:
         runner: Random id of a run's start.
-        host: The machine's name, for people.
-        process: The process.
         namespace: PID namespace: containers on one machine share its boot id.
         beat: Counts this runner's writes to the head.
         released: The runner has ended cleanly.
@@ -119,13 +117,7 @@ class Head(Record):
     """head.json: the contents of a mirror, and the right to change it.
 
     Attributes:
-        kind: Identifies such a document.
-        version: Version of this format.
-        package: Version of the writing package.
-        job_id: The job.
-        identity: The job's identity, as in job.json.
         generation: Counts the snapshots.
-        lease: The right to write.
         writer: Lineage of the run folder of the latest snapshot.
         files: The latest snapshot, by path in the run folder.
         trials: Finished trials of its study; None in version 1.

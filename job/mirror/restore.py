@@ -32,12 +32,7 @@ def restore(
 ) -> None:
     """Restore a run folder to the latest snapshot; existing files are moved aside, exports kept.
 
-    `why` says what is wrong with the existing files.
-
-    Raises:
-        MirrorError: An object is missing or damaged; the folder is unchanged.
-        DeliveryError: The mirror cannot be reached; the folder is unchanged.
-        MachineError: The folder cannot be written.
+    Raises MirrorError or DeliveryError with the folder unchanged, or MachineError.
     """
     incoming = folder.path / INCOMING
     say(f"restoring job {head.job_id} from {store.uri}: {head.size / 1e6:.1f} MB, generation {head.generation}")
@@ -59,14 +54,7 @@ def restore(
 
 
 def download(store: MirrorStore, head: Head, paths: Iterable[str], target: Path) -> None:
-    """Download and verify files of the latest snapshot.
-
-    Raises:
-        MirrorError: An object is missing or damaged.
-        DeliveryError: The mirror cannot be reached.
-        MachineError: The files do not fit the disk.
-        OSError: The folder cannot be written.
-    """
+    """Download and verify files of a snapshot. Raises MirrorError, DeliveryError, MachineError or OSError."""
     paths = list(paths)
     target.mkdir(parents=True, exist_ok=True)
     _require_room(store, sum(head.files[path].size for path in paths), target)
@@ -118,10 +106,7 @@ def _fetch(store: MirrorStore, head: Head, path: str, target: Path) -> None:
 
 
 def count_mirrored(store: MirrorStore, head: Head) -> int:
-    """Return the finished trials in the latest snapshot's study, 0 if unknown.
-
-    Raises DeliveryError if the mirror cannot be reached.
-    """
+    """Return the latest snapshot's finished trials, 0 if unknown. Raises DeliveryError."""
     if head.trials is not None or STUDY not in head.files:
         return head.trials or 0
     # Of a former version: counted once, then stored in the next head.
@@ -153,12 +138,7 @@ def _verify(store: MirrorStore, head: Head, incoming: RunFolder) -> None:
 
 
 def prove(store: MirrorStore, head: Head, folder: RunFolder) -> Mapping[str, Any]:
-    """Vet a mirror's job.json in place; return what was dropped, by dotted key.
-
-    Raises:
-        MirrorError: It is another job's, or was changed.
-        MachineError: The folder cannot be written.
-    """
+    """Vet a mirror's job.json in place; return what was dropped. Raises MirrorError or MachineError."""
     try:
         record = read_record(folder.job_file, JobRecord)
         kept, left_out = proven(record, head.job_id)

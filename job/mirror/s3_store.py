@@ -42,12 +42,7 @@ class S3Store:
     """Mirrors under s3://bucket/prefix."""
 
     def __init__(self, uri: str, options: S3Options | None = None, pace: SnapshotPace | None = None) -> None:
-        """Create a client without connecting.
-
-        Raises:
-            DeliveryError: Credentials, profile or endpoint are unusable.
-            UsageError: The endpoint is no URL.
-        """
+        """Create a client without connecting. Raises DeliveryError or UsageError."""
         self.uri = uri
         self.pace = pace or SnapshotPace()
         given = options or S3Options()

@@ -34,8 +34,6 @@ class Taken:
     """A file of a snapshot.
 
     Attributes:
-        sha256: Hash of its contents.
-        size: Bytes.
         source: Where to read it; None if already mirrored.
         trials: Finished trials of a copied study; None: unknown.
     """
@@ -71,12 +69,7 @@ class Snapshots:
         self._known: dict[Path, tuple[Signature, str]] = {}
 
     def take(self, have: Collection[str]) -> dict[str, Taken]:
-        """Return a snapshot's files by path; contents with a SHA-256 in `have` need no source.
-
-        Raises:
-            JobError: The study is damaged.
-            OSError: A file cannot be read or copied.
-        """
+        """Return a snapshot's files by path; SHA-256s in `have` need no source. Raises JobError or OSError."""
         shutil.rmtree(self._staging, ignore_errors=True)
         self._staging.mkdir()
         found = {}

@@ -66,12 +66,9 @@ class SnapshotSender:
         self._discarded = True
 
     def close(self, *, final: bool, seconds: float, hurry: bool) -> bool:
-        """Take the last snapshot and release the lease within `seconds`; return whether all succeeded.
+        """Take the `final` snapshot and release the lease; return whether that succeeded.
 
-        Args:
-            final: Take the snapshot, not only release.
-            seconds: Time limit; the rest is given up.
-            hurry: Skip and abort large caches.
+        `hurry` skips large caches.
         """
         self._wanted, self._hurry = final, hurry
         self._stopping = True
@@ -111,10 +108,7 @@ class SnapshotSender:
         self._snapshots.clear()
 
     def _await_turn(self, pause: float) -> bool:
-        """Wait at least `pause` seconds and until a request; return False at the end.
-
-        The end skips the wait, and follows soon after a failure.
-        """
+        """Wait `pause` seconds, less at the end, and until a request; return False at the end."""
         until = now() + pause
         while (left := until - now()) > 0 and not self._stopping:
             self._sleep(left)
@@ -212,10 +206,7 @@ def _may_wait(path: str, file: Taken) -> bool:
 
 
 def _counted(taken: Mapping[str, Taken], head: Head) -> int | None:
-    """Return the finished trials in a snapshot's study, None without one.
-
-    Raises JobError if they are fewer than in the previous snapshot: the local study is damaged.
-    """
+    """Return a snapshot's finished trials. Raises JobError if they became fewer: the study is damaged."""
     study = taken.get(STUDY)
     if study is None and STUDY not in head.files:
         return None

@@ -17,7 +17,6 @@ class Stored:
     """A head as read.
 
     Attributes:
-        data: Its bytes.
         token: Version token of the store.
         age_s: Least seconds since it was written, by the server's clock; None: unknown.
     """
@@ -44,7 +43,6 @@ class Proof:
     """Capabilities proved of a store, without leaving anything there.
 
     Attributes:
-        what: In words.
         fenced: Whether the server rejects writes of a runner that lost the lease.
         quirks: Missing capabilities, for people.
     """
@@ -76,16 +74,10 @@ class MirrorStore(Protocol):
         """Return the names of a job's files except the head, relative to the job."""
 
     def stage(self, job: str, objects: Mapping[str, tuple[Path, MirroredFile]], check: Callable[[], None]) -> None:
-        """Upload objects from their sources; slow, and resumable after interruption.
-
-        `check` is called before each object and, where possible, during it; its exceptions end the upload.
-        """
+        """Upload objects from their sources, resumably; `check` is called before each, and may end it."""
 
     def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:
-        """Replace the expected head, publish staged objects, and remove others; return the current head.
-
-        Raises ConflictError if another head is current, possibly ours with a lost response.
-        """
+        """Replace the expected head, publish and remove objects; return the head. Raises ConflictError for another."""
 
     def sweep(self, job: str, keep: AbstractSet[str]) -> None:
         """Remove leftovers of earlier runners; only with the lease."""

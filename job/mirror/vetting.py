@@ -30,10 +30,7 @@ _PATHS = ("/", "./", "../", "~")
 
 
 def proven(record: JobRecord, job: str) -> tuple[JobRecord, dict[str, Any]]:
-    """Return a checkpoint's job.json restricted to trusted values, and the dropped ones by dotted key.
-
-    Uses the record alone. Raises JobError if it is another job's, or its settings differ from its identity.
-    """
+    """Return a job.json restricted to trusted values, and the dropped ones. Raises JobError if it is inconsistent."""
     identity = record.identity
     if not JOB_ID.fullmatch(job) or record.job_id != job or job_id(identity) != job:
         raise JobError(f"its identity is not that of job {job}")
@@ -147,12 +144,9 @@ def require_same_contents(record: JobRecord, settings: Settings, *, prompts: boo
 def with_trust(
     record: JobRecord, settings: Settings, given: Mapping[str, Any], before: JobRecord | None = None
 ) -> None:
-    """Refuse a job that runs its model's own code, unless trusted here.
+    """Raise UsageError if a job runs its model's own code untrusted, or trust would make it another job.
 
     `given` are this side's settings by dotted key; `before` is the job.json that was last trusted.
-
-    Raises:
-        UsageError: The code is not trusted, or trust would make it another job.
     """
     asked = bool(leaves(_without_inputs(record.identity)).get(TRUST, False))
     if given.get(TRUST) and not asked:
@@ -187,12 +181,9 @@ class KnownCode(Record):
 
 
 def require_known_code(folder: RunFolder, record: JobRecord, settings: Settings, report: Callable[[str], None]) -> None:
-    """Refuse the code of a commit that neither this side nor the repository's history names.
+    """Raise UsageError for code of a commit that neither this side nor the repository's history names.
 
-    Raises:
-        UsageError: Only the checkpoint names the commit.
-        ImpossibleJobError: There is no such repository or revision.
-        MachineError: The Hub cannot be reached.
+    Raises ImpossibleJobError without such a repository or revision, or MachineError.
     """
     code, source = _code(record, settings), parse_model(settings.model)
     if code is None or code.commit == source.revision:
