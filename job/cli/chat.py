@@ -49,10 +49,7 @@ class ChatOptions:
     """Options of responses.
 
     Attributes:
-        tokens: Longest response.
         temperature: 0 for greedy decoding.
-        system: The system prompt.
-        as_json: Print each complete response as a line of JSON.
         device: Overrides the job's device.
     """
 
@@ -66,13 +63,9 @@ class ChatOptions:
 def chat(
     folder: RunFolder, number: int | None, options: ChatOptions, lines: Iterable[str] | None, events: Events
 ) -> None:
-    """Hold a conversation without changing the job.
+    """Hold a conversation without changing the job. Raises UsageError or HeldError.
 
     `number` None starts with the job's choice; `lines` None reads standard input.
-
-    Raises:
-        UsageError: There is no such trial, or the job has none yet.
-        HeldError: A run of the job needs the device.
     """
     trials = job_trials(folder)
     job = OpenJob(folder, JobFile(folder), job_settings(folder), events)
@@ -110,11 +103,8 @@ class Chat:
     """A conversation with a session's model.
 
     Attributes:
-        session: The job's model with its hooks.
-        options: Options of responses.
         out: Receives responses only.
         note: Receives everything else.
-        messages: The conversation so far.
     """
 
     session: ModelSession

@@ -26,11 +26,7 @@ def need_of_cards(text: str, disk_gb: int, hours: float | None = None) -> Machin
 
 
 def need_of_survey(path: Path) -> MachineNeeds:
-    """Return the need in a file of `abliterate preflight ... --on MACHINE --json`.
-
-    Raises:
-        UsageError: The file is invalid, the job cannot run on that machine, or it is of a local machine.
-    """
+    """Return the need in a file of `abliterate preflight ... --on MACHINE --json`. Raises UsageError."""
     survey = _read(path)
     failed = [check["name"] for check in survey.get("checks", []) if check.get("status") == "fail"]
     if failed and not survey.get("ok"):

@@ -142,10 +142,7 @@ SOURCE_OPTIONS: dict[str, Any] = {"profile": Profile, "config": Config, "assignm
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Add all options of a job's settings to a command, passed as its first argument.
-
-    That argument holds the arguments of `job.config.load.load_settings`.
-    """
+    """Add all options of a job's settings to a command, passed as `load_settings`'s arguments in its first one."""
     own = list(inspect.signature(command).parameters.values())[1:]
 
     @functools.wraps(command)

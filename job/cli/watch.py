@@ -19,10 +19,8 @@ HERE_SECONDS, THERE_SECONDS = 2.0, 30.0
 def follow(read: Callable[[], dict[str, Any]], interval: float, *, as_json: bool, stream: TextIO | None = None) -> None:
     """Show a job's status until it is finished or has failed; it keeps waiting while a job is preempted.
 
-    A terminal is repainted; otherwise every change prints a line, or a JSON object with `as_json`.
-
-    Raises:
-        JobError: The first reading fails, or a later one other than for an unreachable checkpoint.
+    A terminal is repainted; otherwise every change prints a line or JSON object. Raises JobError if the first reading
+    fails, or a later one other than for an unreachable checkpoint.
     """
     stream = stream or sys.stdout
     status = read()

@@ -41,8 +41,6 @@ class CloudError(MachineError):
     """A rental platform is unreachable, or refuses a request.
 
     Attributes:
-        status: HTTP status, 0 without a response.
-        reason: The platform's error code, or "".
         passing: Whether a retry may succeed.
         uncertain: Whether the request may have succeeded anyway.
         asked_wait: Requested wait in seconds, or None.
@@ -94,12 +92,9 @@ class Api:
     """One platform's API.
 
     Attributes:
-        platform: Its name for people.
         base: URL; plain HTTP only on this machine, since it receives the key.
         key: Bearer token, sent nowhere else.
-        key_name: Environment variable of the key, for messages.
         say: Told of every retry.
-        patience: Retries.
         secrets: More values to keep out of messages.
     """
 
@@ -133,13 +128,8 @@ class Api:
     ) -> Any:
         """Return the decoded response, None if empty, after retries. Raises CloudError.
 
-        Args:
-            method: HTTP method.
-            path: Path below the base.
-            body: Sent as JSON.
-            params: Sent as the query.
-            what: The requested object for messages, e.g. "instance 123".
-            creating: The request rents something: never repeat it if it may have succeeded.
+        `what` names the requested object for messages. A `creating` request rents something, and is never repeated if
+        it may have succeeded.
         """
 
         def send(client: httpx2.Client) -> Any:
@@ -161,10 +151,7 @@ class Api:
         return str(self._patiently(get, what, keyless=True))
 
     def lines(self, path: str, params: Mapping[str, str | int], *, what: str, quiet: float) -> list[str]:
-        """Return the lines of an open stream until it is silent for `quiet` seconds, at most half a minute.
-
-        Raises CloudError.
-        """
+        """Return a stream's lines until `quiet` seconds of silence, at most half a minute. Raises CloudError."""
         import httpx2
 
         def read(client: httpx2.Client) -> list[str]:

@@ -28,10 +28,7 @@ def open_market(
     env: Mapping[str, str] | None = None,
     patience: Patience | None = None,
 ) -> Market:
-    """Return a platform's market for the account whose key is found. Raises UsageError without a key.
-
-    `secrets` will be sent to the platform and must not be shown; `env` is the environment.
-    """
+    """Return a platform's market with the account's key; `secrets` are hidden. Raises UsageError without a key."""
     env = os.environ if env is None else env
     patience = patience or Patience()
     if platform == "vast":

@@ -27,8 +27,6 @@ class Ended:
     Attributes:
         code: Exit code; a negative one is the signal that killed the process.
         elsewhere: With exit code 4: the holder runs on another machine.
-        hung: The watchdog ended it.
-        signalled: A stop signal was forwarded to it before.
     """
 
     code: int
@@ -64,13 +62,7 @@ class AskedEnds:
 
 @dataclass(frozen=True)
 class Safety:
-    """Reasons against an end in words, or "".
-
-    Attributes:
-        others: Another job in the workspace is not delivered.
-        held: Another process or machine holds this job.
-        unsaved: Data that must survive and is not stored off the machine.
-    """
+    """Reasons against an end in words, or ""."""
 
     others: str = ""
     held: str = ""

@@ -25,9 +25,6 @@ class Inner(Record):
 
     Attributes:
         checkpoint: The job's mirror, or None.
-        when_done: Action after the job, None if not given.
-        when_failed: Action after a failure, None if not given.
-        uploads: Whether it delivers its result.
         notes: Unchecked or suspicious parts, one line each.
     """
 
@@ -39,16 +36,10 @@ class Inner(Record):
 
 
 def check_inner(root: Any, words: Sequence[str], variables: Mapping[str, str], volume: bool) -> Inner:
-    """Parse a command with our own command line and settings, as the machine will.
+    """Parse a command with `abliterate`'s parser (`root`) and settings, as the machine will.
 
-    Args:
-        root: The parser of `abliterate`.
-        words: The command, without `abliterate`.
-        variables: Known environment of the instance.
-        volume: A network volume is mounted at /workspace.
-
-    Raises:
-        UsageError: The command would fail at once with exit code 2, or needs a local file.
+    `volume` means a network volume at /workspace. Raises UsageError if it would fail with exit code 2, or needs a local
+    file.
     """
     if words[0] in _SHELLS:
         return Inner(notes=(f"`{words[0]}` is run as it is: what it starts is not checked",))
@@ -75,10 +66,7 @@ def check_inner(root: Any, words: Sequence[str], variables: Mapping[str, str], v
 
 
 def _parsed(root: Any, words: list[str]) -> dict[str, Any]:
-    """Return a command's options and arguments by name.
-
-    Raises UsageError if it cannot be parsed, or only asks for help.
-    """
+    """Return a command's options and arguments by name. Raises UsageError if they are invalid, or only ask for help."""
     command, context = root, None
     try:
         while hasattr(command, "commands"):

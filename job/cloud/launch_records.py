@@ -22,11 +22,8 @@ class Rented(Record):
     """One instance of a launch.
 
     Attributes:
-        id: Its id.
         at: Unix time of the rental.
-        dollars: Price per hour by the offer.
         ended: Unix time of its end, None while it exists.
-        why: Reason of its end.
         ending: Reason to destroy it, until it is seen to be gone; else "".
         sure: Certainly of this launch; others are never destroyed automatically.
         seen: The platform has listed it, so "no such instance" means that it is gone.
@@ -51,14 +48,8 @@ class Launch(Record):
 
     Attributes:
         label: Its name, and the prefix of its instances' labels.
-        platform: The platform.
-        needs: Suitable machines.
-        terms: Rental terms.
-        image: The image.
         command: Arguments of its ENTRYPOINT.
-        env: Names of forwarded variables.
         plain_env: Variables with public values.
-        volume: Network volume of the workspace.
         instances: Rented instances in order; the last is the current one.
         pending: Unconfirmed creations.
         checkpoint: The job's mirror by its settings; None: by the command's words.

@@ -27,11 +27,7 @@ _DOUBT_SECONDS = 86400.0
 
 
 def environment(names: Sequence[str], plain: Mapping[str, str], env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the instance's variables: named ones with this process's values, and plain ones.
-
-    Raises:
-        UsageError: One is not set, or must not leave this machine.
-    """
+    """Return the instance's variables. Raises UsageError if one is not set, or must not leave this machine."""
     env = os.environ if env is None else env
     for name in {*names, *plain} & ACCOUNT_KEYS:
         raise UsageError(
@@ -56,10 +52,7 @@ def _is_count(name: str, value: str) -> bool:
 
 
 def find_offers(market: Market, needs: Sequence[MachineNeeds], terms: Terms) -> list[Offer]:
-    """Return the offers for any need, by the job's cost, or by the hour's where its hours are unknown.
-
-    Raises CloudError if the platform is unreachable.
-    """
+    """Return all needs' offers by the job's cost, or by the hour's if unknown. Raises CloudError."""
     found = [offer for need in needs for offer in market.offers(need, terms)]
     return sorted(found, key=lambda offer: (offer.job_dollars is None, offer.job_dollars or 0.0, offer.dollars))
 
@@ -69,15 +62,9 @@ class Launcher:
     """Rents machines for one launch, and recovers unconfirmed rentals.
 
     Attributes:
-        market: The platform.
-        record: The launch's record.
-        say: Receives progress.
-        every: Seconds between checks.
         look_seconds: Time to look for an unconfirmed creation.
         ending_seconds: Time that a replacement waits for the end of the last instance.
-        notice: Told of the best offer before the first rental.
         here: Ids rented by this process, hence watched from their start.
-        destroyer: Destroys instances.
     """
 
     market: Market
@@ -100,12 +87,7 @@ class Launcher:
         return self.record.launch
 
     def rent(self, wait_minutes: float = 0.0) -> str:
-        """Rent the best available offer, waiting up to `wait_minutes`; return the instance's id.
-
-        Raises:
-            CloudError: The platform refuses.
-            MachineError: There is no offer, or the rental's result is unknown.
-        """
+        """Rent the best offer within `wait_minutes`; return the instance's id. Raises CloudError or MachineError."""
         env = environment(self.launch.env, self.launch.plain_env)
         self.record.update()
         deadline = time.monotonic() + 60 * wait_minutes
@@ -166,9 +148,7 @@ class Launcher:
     def _look_for(self, asked: Pending) -> str | None:
         """Return the instance of an unconfirmed creation, None if it does not appear in time.
 
-        Raises:
-            CloudError: The platform is unreachable: no other machine may be rented.
-            MachineError: Several instances may be it.
+        Raises CloudError if the platform is unreachable, and MachineError if several instances may be it.
         """
         deadline = time.monotonic() + self.look_seconds
         while True:
@@ -264,11 +244,7 @@ class Launcher:
             self.say(error.line)
 
     def replace(self, why: str, wait_minutes: float) -> str:
-        """Destroy the instance and rent another for the same command; return its id.
-
-        Raises:
-            JobError: There is no offer, or the platform refuses.
-        """
+        """Destroy the instance and rent another for the same command; return its id. Raises JobError."""
         self.destroyer.close(why, self.ending_seconds)
         return self.rent(wait_minutes)
 

@@ -19,9 +19,6 @@ class Pending(Record):
 
     Attributes:
         label: The instance's label and marker.
-        at: Unix time of the request.
-        offer: The offer, for people.
-        dollars: Price per hour by the offer.
         before: Ids of the account's instances right before; None: unknown.
     """
 
@@ -35,10 +32,7 @@ class Pending(Record):
 def claim(
     instance: Instance, pending: Pending, *, launch: str, image: str, others: Collection[str] = ()
 ) -> Claim | None:
-    """Return how certainly an instance is a pending creation's, None if it is not.
-
-    `launch` is the launch's label, a prefix of the creation's; `others` are ids of other rentals.
-    """
+    """Return how certainly an instance is a pending creation's; `others` are ids of other rentals."""
     if instance.state == "gone":
         return None
     if instance.marker:

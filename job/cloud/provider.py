@@ -22,16 +22,10 @@ class MachineNeeds(Record):
     """A suitable machine, and the job's expected use of it.
 
     Attributes:
-        gpu: The card, as in `--on`.
         names: Parts of the platforms' names for it, lower case without blanks.
-        vast_name: Vast.ai's name for it.
-        count: Cards.
         gpu_gb: Least memory per card, in the platforms' GB; slightly below the nominal size.
-        disk_gb: Disk.
         min_cuda: Lowest CUDA version of the driver, None for any.
         work_hours: Hours of the job without transfers, None if unknown.
-        download_gb: Download volume.
-        upload_gb: Upload volume.
     """
 
     gpu: str
@@ -52,12 +46,10 @@ class Terms(Record):
     Attributes:
         interruptible: On a bid instead of on demand.
         bid: Dollars per hour; None: a tenth above the lowest sufficient bid.
-        most_dollars: Most dollars per hour.
         min_down: Least download speed, Mb/s.
         min_up: Least upload speed, Mb/s.
         min_reliability: Least uptime of a host, 0 to 1.
         verified: Only verified hosts or the platform's own data centres.
-        limit: Most offers.
     """
 
     interruptible: bool = False
@@ -75,16 +67,10 @@ class Offer(Record):
 
     Attributes:
         id: Its number, or the platform's selector.
-        need: The need that it meets.
         dollars: Price per hour, with storage where the platform states it.
         interruptible: A bid, which others may outbid.
-        where: Country, data centre or cloud.
         down: Download speed, Mb/s, None if unknown.
         up: Upload speed, Mb/s, None if unknown.
-        reliability: Uptime of the host, 0 to 1.
-        down_dollars: Dollars per GB downloaded.
-        up_dollars: Dollars per GB uploaded.
-        stock: Availability in the platform's words.
     """
 
     id: str
@@ -123,15 +109,9 @@ class Instance(Record):
     """A rented instance.
 
     Attributes:
-        id: Its id.
-        state: Its state.
         status: Its state in the platform's words.
-        label: Its label.
         dollars: Current price per hour, None if unknown.
-        gpu: Its cards.
         marker: Value of the variable `MARKER`, or "".
-        image: Its image, or "".
-        note: The platform's explanation of the status.
     """
 
     id: str
@@ -156,8 +136,6 @@ class Order(Record):
 
     Attributes:
         label: Unique label by which an unconfirmed creation is found; also in `MARKER`.
-        image: The image with its ENTRYPOINT.
-        command: Arguments of the ENTRYPOINT.
         volume: Id of a network volume for the workspace, if supported.
     """
 
@@ -177,10 +155,7 @@ class Market(Protocol):
         """Return the offers, in the platform's order."""
 
     def rent(self, offer: Offer, order: Order, env: Mapping[str, str]) -> str | None:
-        """Rent an offer and return the instance's id, None if it was taken.
-
-        An `uncertain` CloudError means that it may have been rented.
-        """
+        """Rent an offer; return the id, None if it was taken. After an `uncertain` CloudError it may be rented."""
 
     def instance(self, id: str) -> Instance:
         """Return an instance's current state, `gone` if it does not exist."""

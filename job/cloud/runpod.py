@@ -40,10 +40,7 @@ class RunPod:
         self._api = api
 
     def offers(self, need: MachineNeeds, terms: Terms) -> list[Offer]:
-        """Return the stock in both clouds, or only in the verified one.
-
-        Version 2 has no interruptible pods, and reports neither network speed nor reliability.
-        """
+        """Return the stock. Version 2 has no interruptible pods, and reports no network speed or reliability."""
         if terms.interruptible:
             raise CloudError(
                 "RunPod's API of version 2 rents nothing interruptible", remedy="leave out --bid, or use vast"

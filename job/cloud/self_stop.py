@@ -38,11 +38,8 @@ class Sentinel(Record):
     """The requested end of an instance.
 
     Attributes:
-        action: stop or destroy.
         state: asked: result unknown; taken: accepted by the platform; failed: refused.
         asked: Requests with unknown result.
-        at: Unix time of the last change.
-        problem: Why it failed.
     """
 
     action: Action
@@ -58,7 +55,6 @@ class EndRecord(Record):
     Attributes:
         state: none: nothing to do; taken: the platform ends the instance; held back: stopped before, then started by
             someone; failed: it bills on.
-        problem: Why it failed and what to do, in one line; else "".
     """
 
     state: Literal["none", "taken", "held back", "failed"]
@@ -70,11 +66,8 @@ class Rental:
     """The instance that this process runs on.
 
     Attributes:
-        platform: Its platform's name.
-        instance: Its id there.
         by_hand: Where people end it.
         tools: The platform's client commands that end it, by action, preferred first.
-        patience: Retries.
     """
 
     platform: str
@@ -100,11 +93,7 @@ class Rental:
         _remove(self._sentinel(workspace))
 
     def check(self) -> str:
-        """Return this instance's state, which proves access to the platform.
-
-        Raises:
-            MachineError: The platform is unreachable, or does not know the instance.
-        """
+        """Return this instance's state, which proves access to the platform. Raises MachineError."""
         try:
             found = self._market(_silent, self._briefly).instance(self.instance)
         except KeyRefusedError as error:
@@ -125,10 +114,7 @@ class Rental:
             return None
 
     def end(self, action: Action, workspace: Path, say: Callable[[str], None]) -> EndRecord:
-        """Stop or destroy this instance; after `taken` this process will soon end too.
-
-        The request is recorded in the workspace first.
-        """
+        """Record the request, then stop or destroy this instance; after `taken` this process will soon end too."""
         if action == "nothing":
             return EndRecord(state="none")
         say = unfailing(say)

@@ -19,13 +19,9 @@ class Termination:
     """An instance to destroy, and progress so far.
 
     Attributes:
-        market: Its platform.
-        id: Its id.
-        say: Told of every failed attempt.
         rented: Unix time of the rental, 0 if long ago or unknown.
         seen: The platform has listed it, so "no such instance" means that it is gone.
         pause: Seconds until the next attempt; doubles.
-        longest: The longest pause.
     """
 
     market: Market

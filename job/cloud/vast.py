@@ -13,9 +13,8 @@ from job.cloud.provider import MARKER, PROVISIONING, Action, Instance, MachineNe
 BASE = "https://console.vast.ai"
 # The variable that redirects the platform's own client.
 BASE_NAME = "VAST_URL"
-# Value of `error` for an offer already taken. Then values of `actual_status` for an instance that the owner wants to
-# run under a valid contract; null while being provisioned, the same as a missing status, so nothing follows from
-# either.
+# States by `actual_status`, of an instance that the owner wants to run under a valid contract. It is also null during
+# provisioning, like a missing status: nothing follows from either.
 _STATES: dict[str, State] = {
     "created": "starting",
     "loading": "starting",
@@ -113,10 +112,7 @@ class Vast:
         return _instance({**(row if isinstance(row, Mapping) else {}), "id": id})
 
     def instances(self) -> list[Instance]:
-        """Return the account's instances, page by page.
-
-        Raises CloudError if the response is no list: that is not an empty one.
-        """
+        """Return the account's instances. Raises CloudError if the response is no list: that is not an empty one."""
         params: dict[str, str | int] = {"order_by": json.dumps([{"col": "id", "dir": "asc"}]), "limit": _PAGE}
         instances: list[Instance] = []
         for _ in range(_MOST_PAGES):

@@ -24,14 +24,10 @@ class _Track:
     """Observations of one instance.
 
     Attributes:
-        id: Its id.
-        state: Its last state.
         since: Monotonic time of that state's first observation.
         looks: Consecutive observations of it.
-        states: All observed states.
         gaps: The platform was unreachable for a while, in which anything may have happened.
         told: Minutes of unknown status at the last report.
-        begun: Unix time of the first look.
     """
 
     id: str
@@ -70,9 +66,6 @@ class Watch:
     gone.
 
     Attributes:
-        launcher: The launch.
-        relaunches: Most replacements.
-        wait_minutes: Time to wait for each.
         start_minutes: Time in which an instance must start.
         lost_minutes: Time that a host may be silent.
         appear_minutes: Time in which a new instance must be listed.
@@ -90,12 +83,7 @@ class Watch:
     most_dollars: float | None = None
 
     def until_the_end(self) -> Outcome:
-        """Return the outcome at the end; waits while the platform is unreachable.
-
-        Raises:
-            CloudError: The platform refuses.
-            MachineError: No other machine is offered.
-        """
+        """Return the final outcome, waiting for an unreachable platform. Raises CloudError or MachineError."""
         try:
             outcome = self._follow()
         except Exception:  # an interrupt is no Exception, and does not wait for a machine's end

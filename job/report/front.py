@@ -16,14 +16,11 @@ from job.storage.run_folder import RunFolder
 
 
 def job_front(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return the front's trials, fewest refusals and broken responses first.
+    """Return the front's trials, fewest refusals and broken responses first. Raises JobError.
 
     Each has its number, whether it is the (current) choice, refusals on the search split with their 95 % interval as
     shares, broken responses, KL, exported formats, its export's metrics on the report split or None, and the number of
     reused report prompts.
-
-    Raises:
-        JobError: The study cannot be read.
     """
     trials = pareto_front(job_trials(folder))
     if not trials:

@@ -18,17 +18,8 @@ from job.text.redaction import redact
 def write_reports(folder: RunFolder, state: State | None = None, *, include_responses: bool = False) -> str:
     """Write report.md and report.html of a run folder; return the former's text.
 
-    Without an export, the page shows what exists, and report.md is short.
-
-    Args:
-        folder: The run folder.
-        state: The state.json about to be written; None: the current one.
-        include_responses: Also write a page with responses to bad prompts, readable by its owner only and never
-            mirrored.
-
-    Raises:
-        UsageError: Such responses are requested, but none are stored.
-        MachineError: The reports cannot be written.
+    `state` overrides state.json. `include_responses` adds a page with responses to bad prompts, for its owner only and
+    never mirrored. Raises UsageError without stored responses, or MachineError.
     """
     from job.report.html import report_page  # its charts take a second to import
     from job.report.sections import headline

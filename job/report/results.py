@@ -27,20 +27,14 @@ from job.storage.run_folder import RunFolder
 
 
 def job_trials(folder: RunFolder) -> list[Trial]:
-    """Return a job's finished trials, with full-length counts where known.
-
-    For a reproduction without a search, the original's trial. Raises JobError if the study cannot be read.
-    """
+    """Return a job's or its original's finished trials, with full-length counts where known. Raises JobError."""
     if folder.reproduces_file.exists() and not folder.read_job().searches:
         return [read_record(folder.reproduces_file, Reproduction).trial]
     return with_full_counts(read_trials(folder.study_file), read_full_counts(folder))
 
 
 def search_space(folder: RunFolder, name: str, layers: int, directions: int = 1) -> Space:
-    """Return the search space of a job's trials: around its path, else of kernels named `name`.
-
-    `directions` is not needed to read trials. Raises JobError if the path cannot be read.
-    """
+    """Return a job's search space: around its path, else of kernels named `name`. Raises JobError."""
     if folder.path_file.exists():
         path = read_record(folder.path_file, EditPath)
         if path.failed is None:
@@ -78,17 +72,7 @@ class RunResult:
     """A finished run's results.
 
     Attributes:
-        record: job.json.
-        export: Name of the export's folder.
-        prompts: prompts.json.
-        trials: The study's trials.
         rescored: Numbers of trials scored at full length.
-        chosen: The chosen trial.
-        edit: Its edit.
-        base: Metrics of the base model on the report split.
-        edited: Metrics of the export on the report split.
-        detectors: Detector results; None without detectors.
-        geometry: Geometry of the residuals.
         preflight: Name, status and measurement of the latest preflight's checks that are not ok.
         allowed: Checks that the user allowed to fail.
         machines: Hardware of the trials.

@@ -41,23 +41,9 @@ class RunView:
     """A run folder's contents; missing parts are None or empty.
 
     Attributes:
-        record: job.json.
-        state: state.json.
-        prompts: prompts.json.
-        trials: The study's trials.
         chosen: The chosen trial, or the current best.
-        edit: Its edit.
         export: Name of its measured export's folder.
-        base: Metrics of the base model on the report split.
-        edited: Metrics of the export on the report split.
-        detectors: Detector results; None without detectors.
-        answers: Sampled responses of both models.
-        geometry: Geometry of the residuals.
         checks: Checks of the latest preflight.
-        phases: Time of each phase.
-        spent: Time and cost of the job.
-        machines: Hardware of the trials.
-        uploads: Deliveries.
     """
 
     record: JobRecord

@@ -30,10 +30,7 @@ _AFTER_SEARCH = ("export", "upload")
 
 
 def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]:
-    """Return a job's status as printed by `abliterate status --json`.
-
-    The folder may be a checkpoint's copy; `running` None means to use its lock.
-    """
+    """Return a job's status for `abliterate status --json`; `running` None means to use its lock."""
     record, state = folder.read_job(), folder.read_state()
     trials = job_trials(folder)
     events = read_events(folder.events_file)

@@ -22,10 +22,7 @@ class PhaseTime:
 
 
 def phase_times(events: Iterable[Mapping[str, Any]]) -> list[PhaseTime]:
-    """Return the time of each phase, in order.
-
-    A killed start counts until its last event. Runs of versions without phase events give [].
-    """
+    """Return the time of each phase; a killed start counts until its last event."""
     found: dict[str, PhaseTime] = {}
     phase: PhaseTime | None = None
     price: float | None = None
