@@ -33,8 +33,6 @@ class FoundNorm:
     """A gain multiplied elementwise into the stream.
 
     Attributes:
-        module: The module that holds it.
-        gain: Its name.
         norm: Name of the next norm on its way to the stream, "" for none.
     """
 
@@ -48,8 +46,6 @@ class Found:
     """A writing parameter.
 
     Attributes:
-        layer: Index of its layer.
-        parameter: Its name.
         axis: The stream's axis.
         norm: Name of the first norm after it, "" for none.
         mixes: Whether its output at a position depends on other positions.
@@ -71,10 +67,9 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def find_layers(model: PreTrainedModel) -> str:
-    """Return the name of the list of decoder layers: modules called in order, each with the previous output.
+    """Return the name of the list of decoder layers, called in order on the previous output.
 
-    Raises:
-        UnsupportedArchitectureError: There is none, or the stream is changed between layers.
+    Raises UnsupportedArchitectureError if there is none, or the stream is changed between layers.
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     calls: dict[str, list[_Call]] = {name: [] for name in lists}
@@ -119,13 +114,7 @@ def _is_chain(calls: list[_Call], count: int, rows: int) -> bool:
 
 
 class WriterSearch:
-    """Finds writers in a small random model, whose parameters it zeroes on the way.
-
-    Attributes:
-        writers: Writing weights and biases.
-        norms: Gains between them and the stream.
-        width: Width of the stream.
-    """
+    """Finds writers in a small random model, whose parameters it zeroes on the way."""
 
     def __init__(self, model: PreTrainedModel, layers: str, seed: int = 0) -> None:
         """Prepare the search; `seed` is for the inputs and c."""
@@ -186,10 +175,7 @@ class WriterSearch:
                 self.norms.append(FoundNorm(name.rpartition(".")[0], name, norm))
 
     def _tell_mixing(self, target: str) -> None:
-        """Determine which writers' last position depends on the layers' inputs at other positions.
-
-        All writers are zero by now, so each depends on its layer's input only.
-        """
+        """Determine which zeroed writers' last position depends on their layer's input at other positions."""
         c = torch.randn(self.width, generator=self._generator)
         before = self._gradients(self._forward(target), c, last=True)
         after = self._gradients(self._forward(target, changed=True), c, last=True)
@@ -200,20 +186,14 @@ class WriterSearch:
                 self.writers[index] = replace(found, mixes=mixes)
 
     def _forward(self, target: str, *, changed: bool = False) -> list[Tensor]:
-        """Return the layers' outputs ("" as target), or the inputs of their norms with this name.
-
-        `changed` varies the layers' inputs at all positions except the last.
-        """
+        """Return the layers' outputs, or their norms' inputs; `changed` varies all positions but the last."""
         tokens = torch.full((_ROWS, _TOKENS), 5)
         with self._cut(changed) as outputs, self._before_norms(target) as normed:
             decoder_of(self._model)(input_ids=tokens, use_cache=False)
         return normed or outputs
 
     def _gradients(self, values: list[Tensor], c: Tensor, *, last: bool = False) -> dict[str, Tensor]:
-        """Return the nonzero gradients of c [d] times values, one tensor per layer with the stream last.
-
-        `last` restricts the loss to the last position.
-        """
+        """Return the nonzero gradients of c [d] times one tensor per layer; `last` uses the last position only."""
         weigh = torch.Generator().manual_seed(self._seed)  # the same for every c
         losses = []
         for hidden in values:

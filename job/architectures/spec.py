@@ -28,8 +28,6 @@ class PostNorm:
     """A norm between a writer and the residual stream.
 
     Attributes:
-        module: Its name in the model.
-        parameter: Name of its gain in the state dict.
         offset: Constant added to the stored gain: 1 in Gemma, else 0.
         centred: It subtracts the mean, as LayerNorm does and RMSNorm does not.
         bias: Name of its bias in the state dict, or None.
@@ -42,10 +40,7 @@ class PostNorm:
     bias: str | None
 
     def pull_back(self, gain: Tensor, directions: Tensor) -> Tensor:
-        """Return directions to ablate before this norm so that the given ones are absent after it.
-
-        Both are [..., d]; the result is linear in the directions and not of unit length. `gain` [d] is as stored.
-        """
+        """Return directions [..., d] to ablate before this norm for given ones after it, not normalised."""
         pulled: Tensor = (gain.to(directions) + self.offset) * directions
         return pulled - pulled.mean(-1, keepdim=True) if self.centred else pulled
 
@@ -55,15 +50,10 @@ class Writer:
     """A parameter whose product with its input is added to the residual stream.
 
     Attributes:
-        layer: Index of its layer.
         component: "attention" if it mixes positions, else "mlp"; each has its own weight kernel.
-        module: Name of the module that holds it.
-        parameter: Name of the weight in the state dict.
-        bias: Name of its bias in the state dict, or None.
         axis: The weight's axis along the stream; a bias has it last.
         kind: "linear"; "experts": several experts' weights in one 3-D parameter; "other": further weights with two
             axes.
-        post_norms: The norms between it and the stream, in order.
         hook: Module whose output is edited instead, "" for its own. Experts may reorder their outputs; then the module
             that sums them is hooked, once for all.
     """
@@ -111,9 +101,9 @@ class Writer:
         return self.axis - (self.kind == "experts")
 
     def pull_back(self, directions: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """Return directions to ablate before the writer's norms so that the given ones [m, d] are absent in the stream.
+        """Return directions before the writer's norms for given ones [m, d] in the stream, [m, d], float64.
 
-        The result [m, d] is float64, of unit length without norms; `read` returns a parameter by name.
+        They have unit length without norms; `read` returns a parameter by name.
         """
         for norm in reversed(self.post_norms):
             directions = norm.pull_back(read(norm.parameter).detach(), directions.to(torch.float64))
@@ -125,14 +115,8 @@ class Architecture:
     """A model's structure.
 
     Attributes:
-        model_type: The family's name in transformers.
-        layers: Name of the list of decoder layers.
-        layer_count: Number of decoder layers.
-        width: Width of the residual stream.
-        writers: All residual writers, layer by layer.
         forms: Stored forms of the parameters of edits, by name in the loaded model.
         prefix: Prefix that is missing from names in files without a head.
-        batching: Support for batching and decoding.
     """
 
     model_type: str

@@ -27,11 +27,7 @@ _STRUCTURES: dict[str, tuple[Architecture, set[str]]] = {}
 
 
 def discover(model: PreTrainedModel) -> Architecture:
-    """Return a model's structure, found on a small twin and compared with the model by name.
-
-    Raises:
-        UnsupportedArchitectureError: Its layers or residual writers cannot be found.
-    """
+    """Return a model's structure, found on a small twin. Raises UnsupportedArchitectureError."""
     config = model.config
     key = type(model).__name__ + json.dumps(config.to_dict(), sort_keys=True, default=str)
     if key not in _STRUCTURES:
@@ -46,11 +42,7 @@ def discover(model: PreTrainedModel) -> Architecture:
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """Return the structure of a configuration's model, without creating weights.
-
-    Raises:
-        UnsupportedArchitectureError: Its layers or residual writers cannot be found.
-    """
+    """Return the structure of a configuration's model without weights. Raises UnsupportedArchitectureError."""
     return discover(empty_model(config))
 
 
@@ -128,11 +120,7 @@ def _layer_parameters(model: PreTrainedModel, layers: str) -> set[str]:
 
 
 def structure_of_twin(twin: PreTrainedModel) -> Architecture:
-    """Return the structure of a small random model, whose parameters are destroyed.
-
-    Raises:
-        UnsupportedArchitectureError: Its layers or residual writers cannot be found.
-    """
+    """Return a small random model's structure, destroying its parameters. Raises UnsupportedArchitectureError."""
     try:
         layers = find_layers(twin)
         search = WriterSearch(twin, layers)
@@ -210,10 +198,7 @@ def _post_norms(twin: PreTrainedModel, found: Found, search: WriterSearch, biase
 
 
 def _post_norm(twin: PreTrainedModel, norm: FoundNorm, bias: str | None) -> PostNorm:
-    """Determine a norm's kind from outputs for random inputs.
-
-    Raises UnsupportedArchitectureError if it is neither RMSNorm nor LayerNorm.
-    """
+    """Determine a norm's kind from its outputs. Raises UnsupportedArchitectureError for other kinds."""
     gain = twin.get_parameter(norm.gain).detach()
     added = twin.get_parameter(bias).detach() if bias else torch.zeros_like(gain)
     # Large, so that epsilon is negligible.

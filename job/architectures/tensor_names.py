@@ -36,10 +36,7 @@ class Form:
 
 
 def stored_forms(twin: PreTrainedModel, names: Collection[str]) -> dict[str, Form]:
-    """Return the stored forms of parameters, by name; unknown ones are omitted.
-
-    All parameters of the random twin must differ.
-    """
+    """Return stored forms by name, omitting unknown ones; all of the random twin's parameters must differ."""
     state = twin.state_dict()
     files = revert_weight_conversion(twin, dict(state))
     places = {_content(tensor): name for name, tensor in files.items() if isinstance(tensor, Tensor)}

@@ -154,11 +154,7 @@ def _is_own(kind: type) -> bool:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Build a configuration's model on the meta device, without weights.
-
-    Raises:
-        UnsupportedArchitectureError: It cannot be built.
-    """
+    """Build a configuration's model without weights, on the meta device. Raises UnsupportedArchitectureError."""
     model_type = str(config.model_type)
     auto = auto_class(config)
     if auto is None or config.is_encoder_decoder:
@@ -175,21 +171,14 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def small_twin(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """Return a small random model of a configuration's family and depth (`twin_of`).
-
-    Raises:
-        UnsupportedArchitectureError: It cannot be built.
-    """
+    """Return a small random model of a configuration's family and depth (`twin_of`)."""
     return twin_of(empty_model(config), seed)
 
 
 def twin_of(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Return a small random model of the same class and depth, in float32.
+    """Return a small float32 model of the same class and depth. Raises UnsupportedArchitectureError.
 
-    Norm gains and biases are random too, so that no identity hides an omission.
-
-    Raises:
-        UnsupportedArchitectureError: It cannot be built, or is not small.
+    All parameters are random, norm gains and biases too, so that no identity hides an omission.
     """
     model_type = str(model.config.model_type)
     build: Any = type(model)._from_config

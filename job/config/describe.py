@@ -27,13 +27,7 @@ def describe_settings(
     config: Path | None = None,
     assignments: Iterable[str] = (),
 ) -> tuple[Settings, list[str]]:
-    """Return the settings, and lines with name, TOML value and source, and for renamed settings.
-
-    Missing required settings are allowed here.
-
-    Raises:
-        UsageError: A setting is unknown or invalid.
-    """
+    """Return the settings, possibly incomplete, and a line for each and for renamed ones. Raises UsageError."""
     values, sources, notes = _merged(options, profile, config, assignments)
     # Placeholder for settings required only to run a job.
     required = {key: "-" for key, field in Settings.model_fields.items() if field.is_required()}

@@ -45,8 +45,6 @@ class FixedSettings:
     """Settings fixed by one of our files, by dotted key.
 
     Attributes:
-        source: The file's name.
-        values: Settings that cannot be overridden.
         origins: Model and prompts, which may be overridden.
         left_out: Untrusted values in the file.
     """
@@ -65,7 +63,7 @@ def load_settings(
     assignments: Iterable[str] = (),
     fixed: FixedSettings | None = None,
 ) -> LoadedSettings:
-    """Merge all sources and validate the result.
+    """Merge all sources and validate the result. Raises UsageError.
 
     Args:
         options: Command-line options, by dotted key.
@@ -73,9 +71,6 @@ def load_settings(
         config: A TOML file.
         assignments: ``--set key=value``, treated as command-line options.
         fixed: Settings fixed by a file.
-
-    Raises:
-        UsageError: A source cannot be read, or a setting is unknown or invalid.
     """
     values, sources, notes = _merged(options, profile, config, assignments, fixed)
     return LoadedSettings(_validated(values, sources), sources, notes)
@@ -297,11 +292,7 @@ def default_workspace() -> str:
 
 
 def asked_ends(options: Mapping[str, str | None]) -> dict[str, str]:
-    """Return this command's own when_done and when_failed: a job's record must not end machines.
-
-    Raises:
-        UsageError: A value is invalid.
-    """
+    """Return this command's own when_done and when_failed: a job's record must not end machines. Raises UsageError."""
     environment = _environment()
     found = {}
     for name in ENDS:

@@ -143,18 +143,9 @@ def left_out_line(source: str, left_out: Mapping[str, Any], used: Mapping[str, A
 
 
 def require_named_code(model: Mapping[str, Any], commit: str | None, named: str | None, options: str) -> None:
-    """Refuse to trust a repository's code that only a file names.
+    """Raise UsageError if this side (`named`, MODEL) does not name the repository and commit of trusted code.
 
-    People trust code that they have read. A file of others may name another repository or commit.
-
-    Args:
-        model: The model in a job's identity.
-        commit: The commit pinned by the file, or None.
-        named: MODEL as given on this side, or None.
-        options: How to give it, for the remedy.
-
-    Raises:
-        UsageError: This side does not name that repository and commit.
+    People trust code that they have read; a file of others may name another repository or commit.
     """
     if "repository" not in model:
         return  # a local folder, whose contents are compared with the file's hash

@@ -36,12 +36,7 @@ class ComparisonRequest:
     """A requested comparison.
 
     Attributes:
-        good: SPEC of the good prompts, None for the report's.
-        bad: SPEC of the bad prompts, None for the report's.
         text: SPEC of plain text, NO_TEXT for none; None for web text, else the base model's responses.
-        tasks: Benchmarks.
-        limit: Documents per benchmark, None for all.
-        tasks_folder: A folder of further benchmarks.
     """
 
     good: str | None = None
@@ -52,12 +47,7 @@ class ComparisonRequest:
     tasks_folder: Path | None = None
 
     def harness(self) -> Harness | None:
-        """Return the benchmarks' harness, None without any.
-
-        Raises:
-            MachineError: lm-eval is not installed.
-            UsageError: There is no such benchmark.
-        """
+        """Return the benchmarks' harness, None without any. Raises MachineError or UsageError."""
         return Harness(self.tasks, self.limit, self.tasks_folder) if self.tasks else None
 
     def prompts(self, settings: Settings, report: Callable[[str], None], default: Pair | None = None) -> Pair:
@@ -88,14 +78,10 @@ class ComparisonRequest:
 def evaluate_trial(
     folder: RunFolder, number: int | None, asked: ComparisonRequest, events: Events, device: str | None = None
 ) -> Comparison:
-    """Measure a trial's edit against the base model and store the result.
+    """Measure a trial's edit (None: the job's choice) against the base model and store the result.
 
-    `number` None means the job's choice.
-
-    Raises:
-        UsageError: There is no such trial.
-        HeldError: A run of the job needs the device.
-        JobError: Prompts or texts cannot be read, or a benchmark fails.
+    Raises UsageError without such a trial, HeldError if a run needs the device, and JobError for prompts, texts and
+    benchmarks.
     """
     record, settings = folder.read_job(), job_settings(folder)
     trials = job_trials(folder)
@@ -122,13 +108,7 @@ def evaluate_trial(
 
 
 def evaluate_models(model: str, base: str, settings: Settings, asked: ComparisonRequest, events: Events) -> Comparison:
-    """Measure any model against any other, loading one at a time; folders or NAME[@REVISION] on the Hub.
-
-    Raises:
-        ImpossibleJobError: A model or text is unavailable.
-        MachineError: The Hub cannot be reached, or memory does not suffice.
-        JobError: A benchmark fails.
-    """
+    """Measure any model against any other, one at a time. Raises ImpossibleJobError, MachineError or JobError."""
     harness, texts = asked.harness(), asked.texts(events.say)
     pair = asked.prompts(settings, events.say)
     folders = [_folder_of(name, events) for name in (base, model)]

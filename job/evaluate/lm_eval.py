@@ -25,12 +25,7 @@ class Harness:
     """Benchmark tasks of lm-eval."""
 
     def __init__(self, tasks: Sequence[str], limit: int | None, folder: Path | None) -> None:
-        """Find tasks, groups or tags before a model is loaded; `folder` holds further tasks as YAML.
-
-        Raises:
-            MachineError: lm-eval is not installed.
-            UsageError: There is no such task or folder.
-        """
+        """Find tasks, groups or tags; `folder` holds further tasks as YAML. Raises MachineError or UsageError."""
         if importlib.util.find_spec("lm_eval") is None:
             raise MachineError(
                 "--tasks needs lm-eval, which is not installed", remedy="pip install 'abliteration-job[lm-eval]'"

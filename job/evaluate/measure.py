@@ -41,11 +41,7 @@ class MeasuredModel:
     """Measurements of one model, kept after it is freed.
 
     Attributes:
-        figures: Its metrics.
         first: KL of the first token per good prompt, in nats; empty if the metrics' KL already is.
-        passages: Predicted passages, tokenized.
-        losses: Its cross-entropy on each passage.
-        scores: Its benchmark scores.
     """
 
     figures: Figures
@@ -79,10 +75,7 @@ class ModelBench:
         edits: ActiveEdits | None = None,
         incoherence: IncoherenceTest | None = None,
     ) -> MeasuredModel:
-        """Measure the model as the edited one, under edit 0 if edits are active.
-
-        Without a reference, KL is not measured. The incoherence test needs the base model in memory.
-        """
+        """Measure the model under edit 0, if edits are active; KL needs a reference."""
         responses = self.metrics.responses(edits)
         judged = self.metrics.judge(responses, incoherence.flags(responses) if incoherence else None)
         divergences: list[float] | None = None
@@ -101,10 +94,7 @@ class ModelBench:
         return MeasuredModel(figures, first, passages, losses, scores)
 
     def passages(self, texts: Texts | None) -> list[Passage]:
-        """Tokenize plain texts, or the model's own responses to the good prompts.
-
-        Raises ImpossibleJobError if they contain nothing to predict.
-        """
+        """Tokenize plain texts, or own responses to the good prompts. Raises ImpossibleJobError if they are empty."""
         if texts is None:
             return []
         if texts.texts is not None:
@@ -126,9 +116,7 @@ class Asked:
     """Prompting of a model, to repeat with another.
 
     Attributes:
-        prefix: Response prefix.
         tokens: Its token ids, None for a given text.
-        rendering: Options of the chat template.
         vocabulary: Token ids by text, within which ids are valid.
     """
 
@@ -151,14 +139,7 @@ class Asked:
 def opened(
     folder: Path, settings: Settings, pair: Pair, harness: Harness | None, events: Events, like: Asked | None = None
 ) -> ModelBench:
-    """Load a model to measure.
-
-    `like` is the prompting where the settings say "auto"; None: no response prefix.
-
-    Raises:
-        ImpossibleJobError: The folder holds no usable model.
-        MachineError: The device is missing or too small.
-    """
+    """Load a model to measure; `like` replaces "auto" prompting. Raises ImpossibleJobError or MachineError."""
     events.say(f"loading {folder}")
     loaded = load_model(folder, settings.loading, events.say).ending_its_turn()
     given = settings.loading.response_prefix

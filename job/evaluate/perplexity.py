@@ -47,23 +47,14 @@ def plain_texts(spec: str, report: Callable[[str], None]) -> tuple[list[str], st
 
 
 def passages_of(loaded: LoadedModel, texts: Sequence[str], most: int = TEXT_TOKENS) -> list[Passage]:
-    """Tokenize texts as documents, truncated to `most` tokens.
-
-    Without a beginning-of-text token, the first token is given and not predicted.
-    """
+    """Tokenize texts as documents of at most `most` tokens; without a beginning token, the first one is given."""
     return [Passage(loaded.tokenizer(text)["input_ids"][:most]) for text in texts]
 
 
 def cross_entropies(
     loaded: LoadedModel, passages: Sequence[Passage], rows: int, report: Callable[[str], None]
 ) -> list[float]:
-    """Return each passage's cross-entropy, summed over predicted tokens, nats.
-
-    `report` is told if memory does not suffice for `rows` rows per forward.
-
-    Raises:
-        MachineError: Memory does not suffice for one passage.
-    """
+    """Return each passage's cross-entropy, summed over predicted tokens, nats. Raises MachineError."""
 
     def measured(size: int) -> list[float]:
         found = [0.0] * len(passages)

@@ -16,8 +16,6 @@ class Share(Record):
     """A count over both models' responses to the same prompts, with 95 % intervals of the shares.
 
     Attributes:
-        name: What is counted.
-        of: Number of prompts.
         change_interval: Interval of the change, as if from independent samples.
     """
 
@@ -64,8 +62,6 @@ class TextComparison(Record):
     """Both models on the same plain text.
 
     Attributes:
-        source: Description of the text.
-        texts: Number of texts.
         tokens: Number of predicted tokens, by the base model's tokenizer.
         change: Change in nats per token; None if the tokenizations differ.
         change_interval: Its 95 % interval over pairs of texts.
@@ -119,15 +115,8 @@ class Comparison(Record):
     """Comparison of two models.
 
     Attributes:
-        model: The edited model, or the job.
-        against: The base model.
         trial: The trial of the edit, None for a separate model.
-        base: The base model's metrics.
-        edited: The edited model's metrics.
-        shares: Their counts with intervals.
         divergences: KL divergences, by number of positions; empty if tokenizations differ.
-        text: Cross-entropy on plain text, or None.
-        scores: Benchmarks.
     """
 
     version: Literal[1] = 1

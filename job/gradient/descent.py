@@ -30,14 +30,7 @@ _TOLERANCE = 1 / 50
 
 @dataclass(frozen=True)
 class StageEnd:
-    """The end of a stage, with held-out scores.
-
-    Attributes:
-        variables: The edit.
-        beta: Weight of the KL divergence.
-        steps: Steps so far.
-        scores: Refusals, broken responses and KL divergence.
-    """
+    """The end of a stage, with held-out scores."""
 
     variables: EditVariables
     beta: float
@@ -120,13 +113,7 @@ class Descent:
         self._file, self._key, self._report = file, key, report
 
     def run(self, start: DescentState, advance: Callable[[int], None]) -> tuple[StageEnd, ...]:
-        """Return the stages to keep, starting from the stored or the given state.
-
-        `advance` is called with the number of steps done.
-
-        Raises:
-            MachineError: Memory does not suffice for one prompt, or the state cannot be written.
-        """
+        """Return the stages to keep; `advance` receives the number of steps done. Raises MachineError."""
         kept = read_tensors(self._file, self._key)
         state = start if kept is None else DescentState.of(kept)
         advance(state.adam.steps)

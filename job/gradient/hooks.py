@@ -48,10 +48,7 @@ class DifferentiableEdits:
 
     @contextmanager
     def applied(self, variables: EditVariables, trials: Sequence[int]) -> Iterator[None]:
-        """Within the block, row i of every forward gets edit `trials[i]` of the variables.
-
-        Compute gradients within the block too, where recomputed layers find their hooks.
-        """
+        """Within the block, row i of every forward gets edit `trials[i]`; compute gradients within it too."""
         strengths, directions = variables.strengths(self._largest), variables.orthonormal()
         rows = None if len(strengths) == 1 else torch.tensor(trials)
         handles = []

@@ -36,7 +36,6 @@ class Recipe:
     """Hyperparameters of the descent; docs/lab-notes.md says how they were found.
 
     Attributes:
-        batch: Prompts of each kind per step.
         refusal_tokens: First tokens of the base model's refusals to suppress jointly.
         margin: Nats by which they must be unlikely.
         kl_tokens: First tokens of the base model's responses to good prompts to keep.
@@ -49,8 +48,6 @@ class Recipe:
         sparsity_after: Its weight afterwards.
         first_beta: Weight of the KL divergence in the first stage.
         factor: Growth factor of β.
-        steps: Steps per stage.
-        stages: Most stages.
         target_weight: Weight of the targets' term once targets exist; 0: no targets.
         refusal_weight: Weight of the refusal term beside it.
     """
@@ -95,15 +92,9 @@ class Problem:
     """Prompts to fit, as token ids, with the base model's responses.
 
     Attributes:
-        loaded: The model.
-        edits: The differentiable hooks.
-        recipe: Hyperparameters.
-        seed: Seed of the minibatches.
         bad: Bad prompts that the base model refuses.
         refusals: First tokens of these refusals.
-        good: Good prompts.
         answers: First tokens of the base model's responses to them, the end token included.
-        maker: Makes targets for the bad prompts.
     """
 
     loaded: LoadedModel
@@ -161,10 +152,7 @@ class Problem:
     def gradients(
         self, variables: EditVariables, step: int, weights: LossWeights, rows: int, targets: Targets = ()
     ) -> tuple[EditVariables, Losses]:
-        """Return the gradients of a step's loss at `variables`, and its terms.
-
-        `step` selects the minibatch; `targets` has a target or None per bad prompt, and is empty without targets.
-        """
+        """Return the gradients and terms of a step's loss; `targets` has a target or None per bad prompt."""
         watched = variables.with_gradients()
         bad, good = (
             minibatch(self.seed, step, name, len(prompts), self.recipe.batch)

@@ -27,11 +27,8 @@ class TargetMaker:
     """Makes targets for a problem's bad prompts.
 
     Attributes:
-        batches: Prompts to fit.
         bad: Indices of the problem's bad prompts.
         refusal_tokens: Tokens that occur only in refusals.
-        markers: Refusal markers.
-        coherence: The base model's incoherence test.
     """
 
     batches: PromptBatches

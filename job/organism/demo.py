@@ -28,10 +28,7 @@ def run_demo(
     run: Callable[..., Any],
     report: Callable[[str], None],
 ) -> None:
-    """Train the organism, run the whole job on it and check the export's responses.
-
-    `workspace` and `trials` None mean the defaults; `run` runs a job and returns its outcome.
-    """
+    """Train the organism, run the whole job on it and check the export's responses; `run` runs a job."""
     from job.config.load import default_workspace, load_settings
 
     folder = Path(workspace or default_workspace())

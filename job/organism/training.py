@@ -115,10 +115,7 @@ class _Trainer:
         return ids
 
     def _batch(self, stage: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return token ids [rows, t], labels [rows, t] and planted strengths [rows, t, 1].
-
-        Strengths are at positions that predict responses: from the last prompt token on.
-        """
+        """Return token ids, labels [rows, t], and planted strengths where responses are predicted [rows, t, 1]."""
         import torch
 
         system = self._random.random() < SYSTEM_PROMPT_SHARE
@@ -183,10 +180,7 @@ class _Trainer:
     def _forward(
         self, model: PreTrainedModel, tokens: torch.Tensor, planted: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the residuals from the middle layer up [layers, rows, t, d] and the logits.
-
-        `planted` times the direction is added to the middle layer's output.
-        """
+        """Return the middle and higher layers' residuals [layers, rows, t, d], planted in the middle, and logits."""
         import torch
 
         residuals: list[torch.Tensor] = []
@@ -221,11 +215,7 @@ class _Trainer:
 def train_organism(
     arch: str, size: str, seed: int, files: dict[str, list[Request]], report: Callable[[str], None]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Return a newly trained organism and its tokenizer.
-
-    Raises:
-        JobError: A test prompt is not refused or answered correctly.
-    """
+    """Return a newly trained organism and its tokenizer. Raises JobError if a test response is wrong."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -28,10 +28,7 @@ def first_prompts(
     count: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
-    """Return the first `count` prompts that a model declines or answers, fewer if there are no more.
-
-    `progress` receives the number found so far after every batch.
-    """
+    """Return the first `count` prompts that a model declines or answers; `progress` receives the number so far."""
     found: list[str] = []
     for batch, refused in _judged(loaded, prompts, MarkerWatch(loaded.tokenizer, markers)):
         found += [prompt for prompt, verdict in zip(batch, refused, strict=True) if verdict == declined]

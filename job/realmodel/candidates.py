@@ -8,9 +8,6 @@ KINDS = ("good", "bad")
 
 
 def candidates(kind: str) -> list[str]:
-    """Return the prompts of a kind: "bad" ones need hands, a phone, an account or a device, "good" ones do not.
-
-    Their order is random and fixed: any slice is a fair sample.
-    """
+    """Return "bad" prompts (for hands, a phone, an account or a device) or "good" ones, in a fixed random order."""
     text = resources.files("job.realmodel").joinpath("prompts", f"{kind}.txt").read_text("utf-8")
     return text.splitlines()

@@ -10,11 +10,7 @@ from job.errors import ImpossibleJobError
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Convert a GGUF file to bfloat16 safetensors, with its tokenizer and chat template, in a folder.
-
-    Raises:
-        ImpossibleJobError: The file cannot be read, or holds no chat template.
-    """
+    """Convert a GGUF file with a chat template to a folder of bfloat16 safetensors. Raises ImpossibleJobError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -22,15 +22,11 @@ _MARK = "real-model.json"
 
 
 def write_real_model(folder: Path, report: Callable[[str], None]) -> None:
-    """Convert the installed model and write it, with prompts that it declines and answers, into a folder.
+    """Convert the installed model and write it, with prompts that it declines and answers, unless it is there.
 
     The folder holds ``model`` in Hugging Face format (bfloat16) and good_train.txt, good_test.txt, bad_train.txt and
-    bad_test.txt, one prompt per line. A folder with the same model and prompts is left unchanged.
-
-    Raises:
-        UsageError: The folder holds something else.
-        MachineError: The model is not installed, or the folder cannot be written.
-        ImpossibleJobError: The file cannot be converted, or the model declines or answers too few prompts.
+    bad_test.txt, one prompt per line. Raises UsageError for other contents, MachineError without the model or
+    permission, or ImpossibleJobError.
     """
     if folder.name in ("", ".."):
         raise UsageError(f"{folder} cannot be replaced", remedy="name an empty or a new folder, not the one you are in")

@@ -27,11 +27,7 @@ class GgufModel:
 
 
 def installed_model() -> GgufModel:
-    """Find the model without importing its package, which needs llama.cpp.
-
-    Raises:
-        MachineError: The wheel or the GGUF reader is not installed, or the wheel holds no such file.
-    """
+    """Find the model without importing its package, which needs llama.cpp. Raises MachineError."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None:
         raise MachineError(f"the real model comes with {WHEEL}, which is not installed", remedy=REMEDY)

@@ -41,9 +41,6 @@ class Plan(Record):
     """A sampled batch of trials to evaluate together.
 
     Attributes:
-        first: Number of the first trial.
-        parameters: Optuna parameters of each trial, in number order.
-        rows: Rows per forward.
         together: Trials that share a forward; None: all.
         whole: Score full-length responses without shortcuts, as for finalists.
     """
@@ -59,12 +56,10 @@ class TrialScores(Record):
     """Scores of a trial.
 
     Attributes:
-        refusals: Refused bad prompts of the search split.
         kl: KL divergence from the base model in nats, mean over good prompts and the first `kl_tokens` positions of its
             responses.
         opening: Mean log-odds of the base model's first tokens of responses to bad prompts: a tie-breaker of equal
             refusals.
-        broken: Bad prompts with a broken response that is no refusal.
         reason: Why the trial failed, so that its scores are defaults; else None.
         skipped: It failed by its measured KL divergence, before generation.
     """
@@ -94,17 +89,10 @@ class Figures(Record):
     """Metrics of a base or edited model on one split.
 
     Attributes:
-        bad_prompts: Number of bad prompts.
-        refusals: Refused bad prompts.
-        good_prompts: Number of good prompts.
-        false_refusals: Refused good prompts.
         degenerate: Bad prompts with a broken response: empty, repetitive, in another script, or incoherent.
-        false_degenerate: Good prompts with a broken response.
         unanswered: Refused bad prompts and those with a broken response; None if not counted.
         kl: KL divergence from the base model in nats, mean over good prompts and the first positions of its responses;
             None for the base model.
-        kl_interval: Its 95 % interval.
-        kl_tokens: Number of those positions.
     """
 
     bad_prompts: int
@@ -150,13 +138,7 @@ class Agreement(Record):
     """Agreement of two detectors on which responses are refused or broken.
 
     Attributes:
-        model: The responding model.
-        first: One detector.
-        second: The other detector.
         both: Responses flagged by both.
-        only_first: Flagged by the first only.
-        only_second: Flagged by the second only.
-        neither: Flagged by neither.
         kappa: Cohen's kappa; None if chance agreement is 1.
     """
 
@@ -210,18 +192,11 @@ class JobRecord(Record):
     """job.json: the job as requested and resolved.
 
     Attributes:
-        version: Version of this format.
-        job_id: Hash of the identity.
         identity: All inputs that determine the result.
-        settings: All settings as of the latest start.
         startup_trials: Start-up trials of the search, fixed at the first start.
         started: Date of the first start, used in all prompts; None in jobs of former versions until they are continued.
-        model_commit: Pinned commit of a model on the Hub.
-        planned_rows: Rows per forward by preflight's memory plan.
         planned_weights: Bytes of weights per device by that plan.
         model_public: The model is public on the Hub, so that it may be named.
-        resolution: Set once the model has been loaded.
-        versions: Versions of this package and of libraries that affect results, at the first start.
         reproduces: Digest of the reproduction in reproduces.json that this job repeats, or None.
         searches: Whether the search is run, not only the reproduced edit.
         redacted: Settings with a secret, which no file holds: those in `settings` are incomplete.
@@ -262,10 +237,7 @@ class State(Record):
 
     Attributes:
         state: Outcome of the latest start; running also after a crash, if no process holds the job.
-        reason: Why it stopped or failed.
-        phase: Its current stage.
         trials: Requested trials; reached if finished.
-        chosen: The chosen trial.
         max_hours: Limit on hours that ended the search, or None.
         max_cost: Limit on dollars that ended the search, or None.
     """

@@ -19,7 +19,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     VERBATIM: ClassVar[frozenset[str]] = frozenset()
 
-    def model_dump_json(self, *, indent: int | None = None) -> str:  # no other options
+    def model_dump_json(self, *, indent: int | None = None) -> str:  # type: ignore[override]  # no other options
         """Return the record as JSON, redacted before escaping."""
         plain = super().model_dump(mode="json")
         changed = self.masked(plain)

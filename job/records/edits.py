@@ -68,9 +68,9 @@ class EditParameters(Record):
         return self
 
     def strengths_by_layer(self, layers: int) -> dict[Component, LayerStrengths]:
-        """Return λ of each component, layer and direction; kernels' are not yet weighted by the basis.
+        """Return λ of each component, layer and direction, kernels' not yet weighted by the basis.
 
-        Raises ValueError if there are strengths for fewer than `layers` layers.
+        Raises ValueError.
         """
         if self.layer_strengths is None:
             kernels = {name: WeightKernel(**dict(kernel)) for name, kernel in self.kernels.items()}

@@ -18,15 +18,10 @@ class Resolution(Record):
     """Values resolved by a job's first start.
 
     Attributes:
-        dtype: Floating-point type of the loaded model.
-        rows: Rows per forward, all trials together.
-        layers: Number of layers.
-        response_prefix: Response prefix.
         search_rows: Smaller rows per forward in the search after memory ran out.
         together: Trials that share a forward; None: the whole batch.
         norms: Names, within their layers, of norms between residual writers and the stream.
         prefix_tokens: Token ids of the response prefix; None without one, or for a given text.
-        date: Date in all prompts; None if the chat template shows none.
         options: Options of the chat template, e.g. enable_thinking; None without any.
         turn_end: End token beyond the model's own; None without one.
     """

@@ -30,10 +30,7 @@ _counting = False
 
 
 def count_traffic() -> None:
-    """Count the bytes of all responses to the Hub's client from now on.
-
-    The first call must not happen while another thread uses the client, which is replaced.
-    """
+    """Count the bytes of the Hub's client from now on; replaces it, so no other thread may use it."""
     global _counting
     if _counting:
         return
@@ -103,13 +100,9 @@ def quiet_client() -> Iterator[None]:
 
 
 def patiently(call: Callable[[], T], what: str, report: Callable[[str], None]) -> T:
-    """Return the result of a call to the Hub, with retries of transient failures reported.
+    """Return a Hub call's result after retries; `what` is named in messages.
 
-    `what` names its object for messages, e.g. "dataset allenai/c4".
-
-    Raises:
-        ImpossibleJobError: The Hub refuses permanently.
-        MachineError: The Hub cannot be reached.
+    Raises ImpossibleJobError if the Hub refuses permanently, or MachineError if it is unreachable.
     """
     wait = FIRST_WAIT
     for attempt in range(1, TRIES + 1):

@@ -53,11 +53,8 @@ class Owner(Record):
     """The current or last holder of a file lock.
 
     Attributes:
-        process: The process.
-        host: The machine's name.
         machine: The machine's id if it has one: names are not unique.
         namespace: PID namespace of the process.
-        released: It has released the lock.
     """
 
     process: ProcessRecord
@@ -188,10 +185,7 @@ def stake(descriptor: int) -> None:
 
 
 def is_left(file: Path, since: float) -> bool:
-    """Return whether the process that worked on a file has ended.
-
-    `since` is this process's start by the file system's clock: younger files may be about to be locked.
-    """
+    """Return whether a file's process has ended, unless the file is younger than `since`."""
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
@@ -253,10 +247,7 @@ def is_locked(file: Path) -> bool:
 
 
 def keeps_others_out(held: Path) -> bool | None:
-    """Return whether a lock excludes another process; None if unknown.
-
-    The path may lead through another mount.
-    """
+    """Return whether a lock, possibly at another mount, excludes another process; None if unknown."""
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _ASK, str(held)], capture_output=True, timeout=_ASK_SECONDS

@@ -19,7 +19,6 @@ class ProcessRecord(Record):
     """A process, identified so that its life can be checked later.
 
     Attributes:
-        pid: Its id.
         start_time: Seconds from boot to its start, independent of the clock.
         boot_id: The machine's boot, within which ids and start times are valid.
     """

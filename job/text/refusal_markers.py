@@ -19,7 +19,6 @@ class RefusalMarkers:
     """Detects refusals by phrases.
 
     Attributes:
-        phrases: Normalised phrases.
         transitions: Aho-Corasick automaton: per state, transitions that do not lead to the root, state 0.
         final: States in which a phrase has just ended.
         moves: Cached transitions over whole pieces of text, which are tokens and recur.

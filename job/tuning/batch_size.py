@@ -53,14 +53,7 @@ class Tuner:
 
     Attributes:
         workspace: Where layouts are remembered.
-        record: The job.
-        settings: Its settings.
-        prompts: Its prompts.
-        loaded: Its model, with the response prefix.
         scorer: Makes a measured scorer from good and bad prompts and rows.
-        together: Trials that share a forward.
-        workers: Processes that evaluate trials on this machine.
-        events: Where progress is reported.
     """
 
     workspace: Path
@@ -74,12 +67,7 @@ class Tuner:
     events: Events
 
     def rows(self, rule: int) -> int:
-        """Return the rows per forward, remembered or measured; `rule` is the rule's number.
-
-        Raises:
-            ImpossibleJobError: The residuals of good and bad prompts do not differ.
-            MachineError: Memory does not suffice for the least.
-        """
+        """Return the rows per forward, remembered or measured. Raises ImpossibleJobError or MachineError."""
         layouts, about = read_layouts(self.workspace), self._about()
         if layouts is None:
             self.events.say(f"warning: {self.workspace / LAYOUTS} is not one of ours or unreadable, and is left alone")

@@ -26,7 +26,6 @@ class MeasuredLayout(Record):
     """A measured layout.
 
     Attributes:
-        rows: Rows per forward.
         seconds: Time per trial; None: memory does not suffice.
         growth: Most additional memory in this job on each device, bytes.
     """
@@ -47,14 +46,8 @@ def climb(
     """Measure layouts: the rule's, increasing powers of two, then between the two best; return all.
 
     Doubling ends when memory ends or trials become slower. The rule's comes first, so the choice is never slower, even
-    if time runs out.
-
-    Args:
-        measure: Measures a layout.
-        forwards: Identifies equal layouts, of which one is measured.
-        rule: The rule's rows.
-        rows: Least rows, start of the doubling, and most rows.
-        may_go_on: Checked before every measurement but the first.
+    if time runs out. `forwards` identifies equal layouts; `rows` are the least, the start of the doubling, and the
+    most.
     """
     found: dict[int, MeasuredLayout] = {rule: measure(rule)}
     least, begin, most = rows
