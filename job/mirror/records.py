@@ -50,7 +50,7 @@ _FILES = frozenset(name for name in MIRRORED if "." in name)
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 # Folders of large files named by a cache key.
 CACHES = ("directions", "residuals")
-# Size limits of the head and of files, which a mirror's host must not exceed in memory. Caches are streamed to disk.
+# Size limits of the head and of files, so that a mirror's host cannot fill memory. Caches are streamed to disk.
 MOST_HEAD_BYTES = 16 << 20
 _MOST_BYTES = 128 << 20
 _MOST_OF_MANY = 2 << 30

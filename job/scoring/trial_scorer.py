@@ -61,7 +61,7 @@ class TrialScorer:
         search_tokens: int,
         incoherence: IncoherenceTest,
     ) -> list[TrialScores]:
-        """Score finalists on full-length responses; incoherent ones, or ones broken in the search, are broken."""
+        """Score finalists on full-length responses, where incoherent ones and those broken before count as broken."""
         return self._scores(intervention, edits, rows, search_tokens=search_tokens, incoherence=incoherence)
 
     def _scores(
