@@ -1,4 +1,4 @@
-"""A short test of each device: does it compute right, does its memory keep what is written, how fast is it."""
+"""Short self-test of a device: arithmetic, memory and speed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,11 @@ RATE_SECONDS = 0.4
 
 
 class Exercise(Record):
-    """What a device was found to do.
+    """Results of a device's self-test.
 
     Attributes:
-        device: E.g. "cuda:0".
-        fault: What it did wrong, None if nothing.
-        pattern_bytes: Memory that was written and read back.
-        flops: Rate of matrix products in bfloat16 (float32 on a CPU), operations a second.
-        bandwidth: Rate of copying within its memory, bytes read and written a second.
+        flops: Rate of matrix products in bfloat16 (float32 on a CPU), operations per second.
+        bandwidth: Rate of copying in its memory, bytes read and written per second.
     """
 
     device: str
@@ -40,13 +37,7 @@ class Exercise(Record):
 
 
 def exercise(device: str, *, most_bytes: int | None = None, seconds: float = RATE_SECONDS) -> Exercise:
-    """Test a device; each of the two timed parts takes about the given time.
-
-    Args:
-        device: As torch names it.
-        most_bytes: Memory to write and read back at most; a quarter of the free memory is never exceeded.
-        seconds: How long rates are measured, beyond the first step.
-    """
+    """Test a device's memory, up to `most_bytes` and a quarter of it, and two rates for `seconds` each."""
     import torch
 
     target = torch.device(device)
@@ -67,7 +58,7 @@ def exercise(device: str, *, most_bytes: int | None = None, seconds: float = RAT
 
 
 def compute_check(found: Exercise) -> Check:
-    """Judge a device's exercise."""
+    """Judge a device's self-test."""
     rates = f"{found.flops / 1e12:.2g} TFLOP/s, {found.bandwidth / 1e9:.3g} GB/s"
     return Check(
         name="gpu.compute",
@@ -87,7 +78,7 @@ def _free(device: torch.device) -> int:
 
 
 def _wrong_product(device: torch.device) -> str | None:
-    """Multiply small whole numbers, whose product every order of summation and TF32 get exactly."""
+    """Multiply small integers, exact in every summation order and in TF32."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +90,7 @@ def _wrong_product(device: torch.device) -> str | None:
 
 
 def _forgotten_pattern(device: torch.device, budget: int) -> str | None:
-    """Fill memory with a pattern that differs from place to place, all of it before any is read back."""
+    """Fill memory with a position-dependent pattern, before reading any back."""
     import torch
 
     count = min(_CHUNK_BYTES, budget) // 4
@@ -127,7 +118,7 @@ def _copy_rate(device: torch.device, count: int, seconds: float) -> float:
 
 
 def _time_of(action: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Return how long an action takes on a device, seconds: the mean after a first time that warms it up."""
+    """Return the mean seconds of an action on a device, after a warm-up."""
     import torch
 
     # Several before each wait, so that waiting for the device does not count as its work.
