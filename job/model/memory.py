@@ -1,4 +1,4 @@
-"""Memory that nobody uses: given back to the device and the system, or kept for the next forward."""
+"""Unused memory: released to the device and the system, or kept for the next forward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KEPT_BYTES, _PAD_BYTES, _MAPPED_BYTES = 256 << 20, 16 << 20, 32 << 20
 
 
 def release_memory() -> None:
-    """Give what is no longer used back to the device and the system."""
+    """Release unused memory to the device and the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -24,10 +24,10 @@ def release_memory() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have the allocator keep some of what is freed, so that not every tensor's pages are made and cleared anew.
+    """Let the allocator keep some freed memory, instead of remapping pages for every tensor.
 
-    As it is, glibc gives memory back to the system as soon as 128 KiB, later 64 MiB, of it are free in one piece; pages
-    made anew for every forward were a seventh of a small model's trial (docs/lab-notes.md).
+    By default glibc returns memory once 128 KiB, later 64 MiB, are free in one piece; new pages for every forward took
+    a seventh of a small model's trial (docs/lab-notes.md).
     """
     configure = getattr(ctypes.CDLL(None), "mallopt", None)
     if configure is None:
