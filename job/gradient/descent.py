@@ -208,7 +208,7 @@ def path_of(ends: Sequence[StageEnd]) -> DirectionPath:
     return DirectionPath(torch.cat([end.variables.orthonormal() for end in ends]).to(torch.float32))
 
 
-# Step of θ along the gradient for finite differences: smaller ones vanish in 16-bit rounding.
+# Steps of θ along the gradient for finite differences: smaller ones vanish in 16-bit rounding.
 _PROBES = (0.02, 0.1, 0.5)
 _PROBE_SHARE = 0.25
 

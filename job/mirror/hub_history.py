@@ -11,7 +11,7 @@ from job.mirror.records import MirrorError, decode_head
 from job.mirror.store import MirrorStore, Stored
 from job.transfer.hub_repo import Repository
 
-# Commits before a squash; at most one per snapshot and minute.
+# Commits before a squash: one per snapshot, hence at most one a minute.
 _LONGEST = 200
 
 
