@@ -1,4 +1,4 @@
-"""The entry point of `abliterate`: a supervisor has to be there before anything large is loaded."""
+"""Entry point of `abliterate`: starts the supervisor before anything large is loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from job.lifecycle.supervisor import supervised
 
 
 def main() -> None:
-    """Run the command line, in a supervised child where the end of a rental depends on it."""
+    """Run the command line, supervised if ending a rental depends on it."""
     supervised()
     from job.cli.main import main as command_line
 

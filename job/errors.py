@@ -1,15 +1,10 @@
-"""Expected failures: each is a type with an exit code, says what happened and what to do about it."""
+"""Expected failures: types with an exit code, a message and a remedy."""
 
 from __future__ import annotations
 
 
 class JobError(Exception):
-    """A failure with a message for the user instead of a traceback.
-
-    Attributes:
-        exit_code: What the process ends with.
-        remedy: What the user can do; "" where the message says it all.
-    """
+    """A failure with a message for the user instead of a traceback; `remedy` may be ""."""
 
     exit_code = 1
 
@@ -37,11 +32,7 @@ class ImpossibleJobError(JobError):
 
 
 class UnsupportedArchitectureError(ImpossibleJobError):
-    """The model's family cannot be edited completely, so it is not edited at all.
-
-    Attributes:
-        reason: Why, without naming the family.
-    """
+    """The model's family cannot be edited completely, so it is not edited at all; `reason` does not name it."""
 
     def __init__(self, model_type: str, reason: str) -> None:
         super().__init__(
@@ -52,11 +43,7 @@ class UnsupportedArchitectureError(ImpossibleJobError):
 
 
 class QuantisedSourceError(UnsupportedArchitectureError):
-    """The model's files are quantised in a way that cannot be undone, so that its weights cannot be edited.
-
-    Attributes:
-        reason: Why, with the remedy.
-    """
+    """The model's files are quantised irreversibly, so their weights cannot be edited."""
 
     def __init__(self, method: str, detail: str = "") -> None:
         more = f": {detail}" if detail else ""
@@ -67,11 +54,7 @@ class QuantisedSourceError(UnsupportedArchitectureError):
 
 
 class HeldError(JobError):
-    """Another run holds this job.
-
-    Attributes:
-        elsewhere: It runs on another machine, so that this one is not needed for the job.
-    """
+    """Another run holds this job; `elsewhere` if on another machine, so that this one is not needed."""
 
     exit_code = 4
 
@@ -81,7 +64,7 @@ class HeldError(JobError):
 
 
 class GateError(JobError):
-    """The result misses a gate: it is exported, and not delivered."""
+    """The result misses a gate: exported, but not delivered."""
 
     exit_code = 5
 
@@ -99,21 +82,21 @@ class MachineError(JobError):
 
 
 class AcceleratorFaultError(MachineError):
-    """The device failed in a way after which this process cannot use it any more."""
+    """The device failed; this process can no longer use it."""
 
 
 class RestartNeeded(Exception):  # noqa: N818 - a request, not an error
-    """The job has to go on in a fresh process: the device cannot be used in this one any more."""
+    """The job must continue in a fresh process: the device is unusable in this one."""
 
 
 class ExportMismatchError(JobError):
-    """What was written is not what was measured."""
+    """An export differs from the measured edit."""
 
 
 class Stopped(BaseException):
     """The user or the platform asked the run to stop; the same command continues it.
 
-    It is not an `Exception`, so that no handler of those can swallow it.
+    Not an `Exception`, so that no handler of those swallows it.
     """
 
     exit_code = 75

@@ -21,15 +21,9 @@ from job.storage.study_file import restore_if_damaged
 
 
 def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
-    """Do all stages of a job; those that an earlier start has finished are skipped.
+    """Run all stages of a job; those finished by an earlier start are skipped.
 
-    Args:
-        job: The job, whose settings have been read.
-        inputs: What preflight works on, with the prompts of an earlier start.
-
-    Raises:
-        JobError: The job cannot be done; the type tells whether another machine or other settings would help.
-        Stopped: A signal asked for it; running again continues.
+    Raises JobError, whose type tells whether another machine or other settings would help, or Stopped.
     """
     damage = _repair_study(job)
     prompts, trials = inputs.earlier.prompts, trials_so_far(job.folder)
@@ -41,9 +35,9 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
             job.begin("preflight")
             prompts = checked_prompts(job, inputs)
             if damage is not None:
-                job.begin("search")  # only now: preflight stops a job that keeps failing this way
+                job.begin("search")  # not earlier: preflight stops a job that keeps failing this way
                 raise damage
-            # These load torch, which takes seconds.
+            # These import torch, which takes seconds.
             from job.directions.extraction import find_directions
             from job.stages.export import write_export
             from job.stages.model import loaded_model
@@ -73,7 +67,7 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
 
 
 def _repair_study(job: RunningJob) -> JobError | None:
-    """Restore a study that the disk has damaged; return the error if that fails."""
+    """Restore a damaged study; return the error if that fails."""
     try:
         if restored := restore_if_damaged(job.folder.study_file):
             job.events.say(f"warning: {restored}")

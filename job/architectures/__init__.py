@@ -1,1 +1,1 @@
-"""Which modules of a model write into the residual stream, found by what they do and proven."""
+"""Residual writers of a model, discovered by function and proven."""

@@ -1,12 +1,11 @@
-"""Which parameters of a model write into the residual stream, found by what they do and not by their names.
+"""Discover which parameters write into the residual stream, by function and not by name.
 
-Take a loss that is a fixed vector c times a layer's output, each position with a weight of its own. The
-gradient of a weight W whose product Wx is added to the stream is then c ⊗ (a mixture of its inputs): rank
-one, with c itself along the axis that runs over the stream. Weights further inside have c changed by what
-lies between. A writer hides those before it, which feed what feeds it; what has been found is therefore set
-to zero, and the search repeated. A gain that is multiplied into the stream elementwise is that of a norm
-between writers and the stream; its writers are found likewise, with the norm's input in the place of the
-layer's output.
+The loss is a fixed vector c times a layer's output, each position with its own weight. The gradient of a weight W whose
+product Wx is added to the stream is then c ⊗ (a mixture of its inputs): rank one, with c itself along the stream's
+axis. For weights further inside, c is transformed by what lies between. A writer hides earlier ones that feed its
+inputs, so found writers are set to zero and the search is repeated. A gain multiplied elementwise belongs to a norm
+between writers and the stream; its writers are found in the same way, at the norm's input instead of the layer's
+output.
 """
 
 from __future__ import annotations
@@ -24,19 +23,17 @@ from transformers import PreTrainedModel
 from job.errors import UnsupportedArchitectureError
 
 _ROWS, _TOKENS = 4, 12
-_SAME = 1e-3  # relative; gradients are float32, and what merely resembles c differs by more than half
+_SAME = 1e-3  # relative; gradients are float32, and anything merely similar to c differs by more than half
 _ROUNDS = 12
 _Call = tuple[int, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class FoundNorm:
-    """A gain that is multiplied into the stream elementwise.
+    """A gain multiplied elementwise into the stream.
 
     Attributes:
-        module: The module that holds it.
-        gain: Its name.
-        norm: Module name of the norm that what it scales goes through next, "" for none.
+        norm: Name of the next norm on its way to the stream, "" for none.
     """
 
     module: str
@@ -46,14 +43,12 @@ class FoundNorm:
 
 @dataclass(frozen=True)
 class Found:
-    """A parameter that writes.
+    """A writing parameter.
 
     Attributes:
-        layer: Index of its layer.
-        parameter: Its name.
-        axis: The axis that runs over the stream.
-        norm: Module name of the norm that what it writes goes through first, "" for none.
-        mixes: Whether what it writes at a position depends on other positions.
+        axis: The stream's axis.
+        norm: Name of the first norm after it, "" for none.
+        mixes: Whether its output at a position depends on other positions.
     """
 
     layer: int
@@ -64,18 +59,17 @@ class Found:
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """Return the part of a model that runs without its head."""
+    """Return a model without its head."""
     decoder = model.get_decoder()
-    # Where a head is called decoder, as with BERT's relatives, the model itself is meant.
+    # BERT's relatives call the head decoder; there the model itself is meant.
     found: nn.Module = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
     return found
 
 
 def find_layers(model: PreTrainedModel) -> str:
-    """Return the name of the list of decoder layers: modules called in turn, each with what the one before returned.
+    """Return the name of the list of decoder layers, called in order on the previous output.
 
-    Raises:
-        UnsupportedArchitectureError: There is none, or something is added to the stream between layers.
+    Raises UnsupportedArchitectureError if there is none, or the stream is changed between layers.
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     calls: dict[str, list[_Call]] = {name: [] for name in lists}
@@ -96,7 +90,7 @@ def find_layers(model: PreTrainedModel) -> str:
         raise UnsupportedArchitectureError(
             str(model.config.model_type), "it has no list of layers that are called once each and pass on one stream"
         )
-    # The longest; of lists within its layers there are as many as layers, but with fewer modules.
+    # The longest one: lists within layers are as numerous as layers, but shorter.
     return max(chained, key=lambda name: (len(lists[name]), -name.count(".")))
 
 
@@ -111,7 +105,7 @@ def _record(calls: list[_Call], index: int) -> Callable[..., None]:
 
 
 def _is_chain(calls: list[_Call], count: int, rows: int) -> bool:
-    """Say whether all modules were called once, in order, each with the output [rows, t, d] of the one before."""
+    """Return whether all modules were called once, in order, each with the previous output [rows, t, d]."""
     if [index for index, _, _ in calls] != list(range(count)):
         return False
     if any(x.ndim != 3 or len(x) != rows or x.shape != y.shape for _, x, y in calls):
@@ -120,22 +114,10 @@ def _is_chain(calls: list[_Call], count: int, rows: int) -> bool:
 
 
 class WriterSearch:
-    """Finds writers in a small random model, whose parameters it sets to zero on the way.
-
-    Attributes:
-        writers: The weights and biases that write.
-        norms: The gains between them and the stream.
-        width: Size of the stream.
-    """
+    """Finds writers in a small random model, whose parameters it zeroes on the way."""
 
     def __init__(self, model: PreTrainedModel, layers: str, seed: int = 0) -> None:
-        """Prepare the search.
-
-        Args:
-            model: A random model; spoilt by the search.
-            layers: Name of its list of layers.
-            seed: Of the inputs and of c.
-        """
+        """Prepare the search; `seed` is for the inputs and c."""
         self.writers: list[Found] = []
         self.norms: list[FoundNorm] = []
         self.width = int(model.config.get_text_config(decoder=True).hidden_size)
@@ -167,14 +149,14 @@ class WriterSearch:
             self._tell_mixing(target)
 
     def _targets(self) -> list[str]:
-        """Return where writers are looked for: the stream, and before norms, by their names within a layer."""
+        """Return where to search: the stream, and before norms, by name within a layer."""
         return ["", *dict.fromkeys(self._relative(norm.module) for norm in self.norms)]
 
     def _relative(self, name: str) -> str:
         return name.removeprefix(f"{self._layers}.").partition(".")[2]
 
     def _look(self, target: str) -> None:
-        """Find what writes into the stream or into the inputs of the norms of that name."""
+        """Find writers into the stream or into the inputs of norms with this name."""
         hidden = self._forward(target)
         if not target and all(torch.equal(x, y) for x, y in zip(self._inputs, hidden, strict=True)):
             return  # nothing is written any more
@@ -193,10 +175,7 @@ class WriterSearch:
                 self.norms.append(FoundNorm(name.rpartition(".")[0], name, norm))
 
     def _tell_mixing(self, target: str) -> None:
-        """Find out which writers' last position changes with what layers read at the others.
-
-        All writers are zero by now, so that each reads its layer's input and nothing of the others' doing.
-        """
+        """Determine which zeroed writers' last position depends on their layer's input at other positions."""
         c = torch.randn(self.width, generator=self._generator)
         before = self._gradients(self._forward(target), c, last=True)
         after = self._gradients(self._forward(target, changed=True), c, last=True)
@@ -207,25 +186,14 @@ class WriterSearch:
                 self.writers[index] = replace(found, mixes=mixes)
 
     def _forward(self, target: str, *, changed: bool = False) -> list[Tensor]:
-        """Return the layers' outputs, or the inputs of their norms of a name.
-
-        Args:
-            target: "" for the layers' outputs, or the norms' name within their layers.
-            changed: Layers read something else at all positions but the last.
-        """
+        """Return the layers' outputs, or their norms' inputs; `changed` varies all positions but the last."""
         tokens = torch.full((_ROWS, _TOKENS), 5)
         with self._cut(changed) as outputs, self._before_norms(target) as normed:
             decoder_of(self._model)(input_ids=tokens, use_cache=False)
         return normed or outputs
 
     def _gradients(self, values: list[Tensor], c: Tensor, *, last: bool = False) -> dict[str, Tensor]:
-        """Return the parameters' gradients of c times values, where they are not zero.
-
-        Args:
-            values: One tensor a layer, of which the last axis runs over the stream.
-            c: The fixed vector, [d].
-            last: Only the last position counts.
-        """
+        """Return the nonzero gradients of c [d] times one tensor per layer; `last` uses the last position only."""
         weigh = torch.Generator().manual_seed(self._seed)  # the same for every c
         losses = []
         for hidden in values:
@@ -233,7 +201,7 @@ class WriterSearch:
             weights = torch.randn(along.shape, generator=weigh)
             losses.append((along * weights)[:, -1 if last else 0 :].sum())
         loss = torch.stack(losses).sum()
-        if not loss.requires_grad:  # all before this norm is zero by now
+        if not loss.requires_grad:  # everything before this norm is zero by now
             return {}
         parameters = [parameter for _, _, parameter in self._parameters]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
@@ -242,7 +210,7 @@ class WriterSearch:
 
     @contextmanager
     def _cut(self, changed: bool) -> Iterator[list[Tensor]]:
-        """Within the block, give every layer a random input of its own, and collect the layers' outputs."""
+        """Within the block, give every layer its own random input, and collect the layers' outputs."""
         generator = torch.Generator().manual_seed(self._seed + 1)
         outputs: list[Tensor] = []
         self._inputs = []
@@ -269,7 +237,7 @@ class WriterSearch:
 
     @contextmanager
     def _before_norms(self, target: str) -> Iterator[list[Tensor]]:
-        """Within the block, collect the inputs of the norms of a name within their layers; none for ""."""
+        """Within the block, collect the inputs of norms by name within their layers; none for ""."""
         inputs: list[Tensor] = []
 
         def enter(_module: nn.Module, given: tuple[Any, ...]) -> None:
@@ -285,7 +253,7 @@ class WriterSearch:
 
 
 def _axis(gradient: Tensor, c: Tensor) -> int | None:
-    """Return the axis along which every line of a gradient is a multiple of c, None if there is none."""
+    """Return the axis along which every line of a gradient is a multiple of c, or None."""
     for axis in range(gradient.ndim):
         if gradient.shape[axis] != len(c):
             continue

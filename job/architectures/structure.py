@@ -1,4 +1,4 @@
-"""The structure of a model, told from a small random twin of it by what the twin's parameters do."""
+"""The structure of a model, inferred from a small random twin."""
 
 from __future__ import annotations
 
@@ -22,16 +22,12 @@ from job.generation.probing import probe_batching
 
 _NORM_SAMPLES = 16
 _NORM_TOLERANCE = 1e-4
-# Structures and the parameters of their layers by configuration, since a job asks several times.
+# Cached structures and layer parameters by configuration, since a job needs them repeatedly.
 _STRUCTURES: dict[str, tuple[Architecture, set[str]]] = {}
 
 
 def discover(model: PreTrainedModel) -> Architecture:
-    """Return a model's structure, found on a small twin of it and compared with it by name.
-
-    Raises:
-        UnsupportedArchitectureError: Its layers or their residual writers cannot be told.
-    """
+    """Return a model's structure, found on a small twin. Raises UnsupportedArchitectureError."""
     config = model.config
     key = type(model).__name__ + json.dumps(config.to_dict(), sort_keys=True, default=str)
     if key not in _STRUCTURES:
@@ -46,18 +42,14 @@ def discover(model: PreTrainedModel) -> Architecture:
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """Return the structure that a model of a configuration has; no weight is made.
-
-    Raises:
-        UnsupportedArchitectureError: Its layers or their residual writers cannot be told.
-    """
+    """Return the structure of a configuration's model without weights. Raises UnsupportedArchitectureError."""
     return discover(empty_model(config))
 
 
 def _structure(model: PreTrainedModel) -> tuple[Architecture, set[str]]:
-    """Return the structure of a model's twin, and the names of the parameters of the twin's layers."""
+    """Return the structure of a model's twin, and the names of its layers' parameters."""
     architecture = structure_of_twin(twin_of(model))
-    twin = twin_of(model)  # the search for writers has spoilt the first one
+    twin = twin_of(model)  # the search has destroyed the first twin
     forms = stored_forms(twin, {name for writer in architecture.writers for name in writer.tensors})
     architecture = replace(
         architecture,
@@ -70,18 +62,18 @@ def _structure(model: PreTrainedModel) -> tuple[Architecture, set[str]]:
 
 
 def _batching_support(twin: PreTrainedModel, model: PreTrainedModel) -> BatchingSupport:
-    """Return how a model's rows can be batched, tried on the twin with the model's kind of attention."""
+    """Probe batching on the twin with the model's attention implementation."""
     try:
         twin.set_attn_implementation(model.config._attn_implementation)
         return probe_batching(twin)
-    except Exception as error:  # whatever the family's own code raises
+    except Exception as error:  # the family's own code may raise anything
         raise UnsupportedArchitectureError(
             str(twin.config.model_type), f"its small twin cannot be made to answer ({first_line(error)})"
         ) from error
 
 
 def _with_hooks(twin: PreTrainedModel, architecture: Architecture) -> Iterator[Writer]:
-    """Yield the writers with the modules to hook: those that return one vector for every position."""
+    """Yield the writers with modules to hook: those that return one vector per position."""
     summed = [writer.module for writer in architecture.writers if writer.summed]
     if not summed:
         yield from architecture.writers
@@ -94,14 +86,14 @@ def _with_hooks(twin: PreTrainedModel, architecture: Architecture) -> Iterator[W
 
 
 def _innermost_around(module: str, names: set[str]) -> str:
-    """Return the innermost of the named modules that is or holds a module, "" if none does."""
+    """Return the innermost of the named modules that is or contains a module, "" if none does."""
     while module and module not in names:
         module = _module_of(module)
     return module
 
 
 def _position_wise_modules(twin: PreTrainedModel, width: int) -> set[str]:
-    """Return the modules that are called once and return a vector of the stream for every position of every row."""
+    """Return the modules called once that return a vector of the stream per position of every row."""
     rows, tokens = 3, 7
     sizes: dict[str, list[int]] = {}
 
@@ -128,11 +120,7 @@ def _layer_parameters(model: PreTrainedModel, layers: str) -> set[str]:
 
 
 def structure_of_twin(twin: PreTrainedModel) -> Architecture:
-    """Return the structure of a small random model; its parameters are spoilt.
-
-    Raises:
-        UnsupportedArchitectureError: Its layers or their residual writers cannot be told.
-    """
+    """Return a small random model's structure, destroying its parameters. Raises UnsupportedArchitectureError."""
     try:
         layers = find_layers(twin)
         search = WriterSearch(twin, layers)
@@ -154,7 +142,7 @@ def structure_of_twin(twin: PreTrainedModel) -> Architecture:
 
 
 def _is_bias(twin: PreTrainedModel, found: Found, others: list[Found]) -> bool:
-    """Say whether a parameter is added to the stream as it is: a vector, or one for each of a weight's experts."""
+    """Return whether a parameter is a bias: a vector, or one vector per expert."""
     dimensions = twin.get_parameter(found.parameter).ndim
     module = _module_of(found.parameter)
     beside = [twin.get_parameter(other.parameter).ndim for other in others if _module_of(other.parameter) == module]
@@ -187,7 +175,7 @@ def _writer(twin: PreTrainedModel, found: Found, search: WriterSearch, biases: l
 
 
 def _belongs(bias: Found, weight: Found) -> bool:
-    """Say whether a bias is added to a weight's output: by its module or one around it, before the same norm."""
+    """Return whether a bias is added to a weight's output: same or enclosing module, before the same norm."""
     around = f"{_module_of(weight.parameter)}.".startswith(f"{_module_of(bias.parameter)}.")
     return around and (bias.layer, bias.norm) == (weight.layer, weight.norm)
 
@@ -197,7 +185,7 @@ def _module_of(parameter: str) -> str:
 
 
 def _post_norms(twin: PreTrainedModel, found: Found, search: WriterSearch, biases: list[Found]) -> tuple[PostNorm, ...]:
-    """Return the norms that a writer's output goes through, in that order, and remove their biases from the list."""
+    """Return the norms after a writer in order, and remove their biases from the list."""
     chain: list[PostNorm] = []
     name = found.norm
     while name:
@@ -210,14 +198,10 @@ def _post_norms(twin: PreTrainedModel, found: Found, search: WriterSearch, biase
 
 
 def _post_norm(twin: PreTrainedModel, norm: FoundNorm, bias: str | None) -> PostNorm:
-    """Return a norm's kind, told from its outputs for random inputs.
-
-    Raises:
-        UnsupportedArchitectureError: It is neither RMSNorm nor LayerNorm.
-    """
+    """Determine a norm's kind from its outputs. Raises UnsupportedArchitectureError for other kinds."""
     gain = twin.get_parameter(norm.gain).detach()
     added = twin.get_parameter(bias).detach() if bias else torch.zeros_like(gain)
-    # Large, so that the epsilon does not count.
+    # Large, so that epsilon is negligible.
     x = 1e3 * torch.randn(_NORM_SAMPLES, len(gain), generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():

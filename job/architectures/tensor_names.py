@@ -1,7 +1,7 @@
-"""How a model's files hold its parameters: often under other names, and experts one by one.
+"""Stored forms of a model's parameters: often under other names, and experts separately.
 
-transformers puts experts' weights together and renames parameters while it loads a model, and takes both back when it
-saves one. What it does is read off a small twin, by what it would save of it; no table of names is needed.
+transformers fuses experts' weights and renames parameters on loading, and reverts both on saving. This is inferred from
+what it would save of a small twin, without a table of names.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-# What stands for an expert's number in a name.
+# Placeholder for an expert's number in a name.
 _NUMBER = "{}"
 
 
 @dataclass(frozen=True)
 class Form:
-    """How files hold a parameter.
+    """The stored form of a parameter.
 
     Attributes:
-        name: Its name there; "{}" stands for an expert's number where every expert has a tensor of its own.
-        turned: Experts' weights have their two axes the other way round than in the loaded model.
+        name: Its stored name; "{}" stands for the expert's number if every expert has its own tensor.
+        turned: Experts' weights are transposed relative to the loaded model.
     """
 
     name: str
@@ -31,17 +31,12 @@ class Form:
 
     @property
     def apart(self) -> bool:
-        """Whether every expert has a tensor of its own."""
+        """Whether every expert has its own tensor."""
         return _NUMBER in self.name
 
 
 def stored_forms(twin: PreTrainedModel, names: Collection[str]) -> dict[str, Form]:
-    """Return how files hold a model's parameters; those of which that cannot be told are left out.
-
-    Args:
-        twin: A small random model, no two parameters of which are alike.
-        names: The parameters' names in the loaded model.
-    """
+    """Return stored forms by name, omitting unknown ones; all of the random twin's parameters must differ."""
     state = twin.state_dict()
     files = revert_weight_conversion(twin, dict(state))
     places = {_content(tensor): name for name, tensor in files.items() if isinstance(tensor, Tensor)}
@@ -68,14 +63,14 @@ def _form(tensor: Tensor, places: Mapping[tuple[tuple[int, ...], bytes], str]) -
 
 
 def _numbered(names: Iterable[str | None]) -> str | None:
-    """Return the name with a place for the number, of which these are the names with the numbers from 0 on."""
+    """Return the template of names numbered from 0."""
     parts = [name.split(".") if name is not None else [] for name in names]
     width = len(parts[0])
     if not width or any(len(part) != width for part in parts):
         return None
     counting = [i for i in range(width) if all(part[i] == str(number) for number, part in enumerate(parts))]
     if len(parts) == 1:
-        counting = counting[-1:]  # the others may be the layer's number, which precedes
+        counting = counting[-1:]  # others may be the layer's number, which comes first
     if len(counting) != 1:
         return None
     template = [*parts[0][: counting[0]], _NUMBER, *parts[0][counting[0] + 1 :]]

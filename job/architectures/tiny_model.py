@@ -1,7 +1,7 @@
 """Small random twins of a model, built from its configuration alone.
 
-A twin has the family's own classes, every layer of the original and all its switches; only widths, the
-numbers of heads and experts and the vocabulary are small.
+A twin has the family's own classes, all layers and all switches; only widths, numbers of heads and experts, and the
+vocabulary are small.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import (
 from job.errors import UnsupportedArchitectureError
 
 _WIDTH, _HEADS, _HEAD = 64, 4, 16
-# What sizes are called in configurations, and how large they are in a twin. Heads times their width is
-# the width of the stream, for families that know no width of heads.
+# Names of sizes in configurations, and their values in a twin. Heads times head width equals the stream's width, for
+# families without a head width.
 _SIZES: dict[str, int] = {
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim", "lru_width", "embedding_size"), _WIDTH
@@ -54,7 +54,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 128),
     **dict.fromkeys(("hidden_size_per_layer_input", "nemo_conv_channels"), 24),
 }
-# Sizes that mean something else in a family, or go together in a way of its own.
+# Sizes with another meaning in a family, or with constraints of its own.
 _FAMILIES: dict[str, dict[str, int]] = {
     "dots3_note": {"head_dim": 2 * _HEAD},
     "dots3_note_text": {"head_dim": 2 * _HEAD},
@@ -62,15 +62,15 @@ _FAMILIES: dict[str, dict[str, int]] = {
     "mamba2": {"num_heads": 8, "head_dim": _HEAD},
     "mistral4": {"qk_nope_head_dim": _HEAD // 2, "qk_rope_head_dim": _HEAD // 2, "qk_head_dim": _HEAD},
 }
-# What there is one of for each pair of a head's rotated entries, as many as a twin has.
+# One entry per pair of a head's rotated entries, as many as in a twin.
 _ROTARY: dict[str, list[float]] = {
     "long_factor": [1.0] * (_HEAD // 2),
     "short_factor": [1.0] * (_HEAD // 2),
 }
 _SECTIONS = "mrope_section"
 _DEPTHS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"})
-_LARGEST = 300_000_000  # weights; what is not small in a twin would take the memory of small machines
-# What transformers raises of configurations that do not fit together.
+_LARGEST = 300_000_000  # weights; anything not small in a twin would exhaust small machines
+# Errors of transformers for inconsistent configurations.
 _BUILDING = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, AssertionError)
 _MAPPINGS = {
     AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -89,21 +89,21 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
             small[part] = _shrunk(value, _sizes(value), keep_depth=getattr(config, part) is text)
             rotary = small[part].get("rope_parameters")
             if isinstance(rotary, dict) and getattr(config, part) is text:
-                rotary.setdefault(_SECTIONS, _sections(rotary))  # left out, it is that of large models
-    small.pop("quantization_config", None)  # a twin's weights are what they are
+                rotary.setdefault(_SECTIONS, _sections(rotary))  # the default is for large models
+    small.pop("quantization_config", None)  # a twin's weights are not quantised
     return type(config).from_dict({**small, "dtype": "float32"})
 
 
 def _sizes(described: Mapping[str, Any]) -> dict[str, int]:
-    """Return the sizes of the twin of one part of a configuration."""
+    """Return the twin's sizes for one part of a configuration."""
     sizes = {**_SIZES, **_FAMILIES.get(str(described.get("model_type")), {})}
     if described.get("num_key_value_heads") == described.get("num_attention_heads"):
-        sizes["num_key_value_heads"] = sizes["num_attention_heads"]  # multi-head latent attention knows no other
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]  # multi-head latent attention requires it
     return sizes
 
 
 def _shrunk(described: Mapping[Any, Any], sizes: Mapping[str, int], *, keep_depth: bool) -> dict[Any, Any]:
-    """Return entries of a configuration with small sizes, those of dictionaries within it included."""
+    """Return a configuration's entries with small sizes, recursively."""
     small = {}
     for key, value in described.items():
         if isinstance(value, dict):
@@ -123,7 +123,7 @@ def _shrunk(described: Mapping[Any, Any], sizes: Mapping[str, int], *, keep_dept
 
 
 def _sections(rotary: Mapping[Any, Any]) -> list[int]:
-    """Return how the pairs of a head's rotated entries are divided among time, height and width."""
+    """Divide the pairs of a head's rotated entries among time, height and width."""
     pairs = int(_HEAD * float(rotary.get("partial_rotary_factor") or 1)) // 2
     return [pairs - 2 * (3 * pairs // 8), 3 * pairs // 8, 3 * pairs // 8]
 
@@ -133,14 +133,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _token(value: Any, count: int) -> Any:
-    """Return ids of special tokens as they are, but within a small vocabulary."""
+    """Limit ids of special tokens to a small vocabulary."""
     if isinstance(value, list):
         return [_token(part, count) for part in value]
     return min(value, count - 1) if _is_number(value) else value
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """Return what loads all of a configuration's model, for text alone where it is that; None for no such model."""
+    """Return the auto class of a configuration's whole model, or of a text model; None if there is none."""
     if _is_own(type(config)) and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return AutoModelForCausalLM
     fitting = [auto for auto, mapping in _MAPPINGS.items() if type(config) in mapping]
@@ -149,23 +149,19 @@ def auto_class(config: PretrainedConfig) -> Any:
 
 
 def _is_own(kind: type) -> bool:
-    """Return whether a class comes from code that a model's folder holds."""
+    """Return whether a class comes from a model folder's own code."""
     return kind.__module__.startswith("transformers_modules.")
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the model of a configuration on the meta device: without weights.
-
-    Raises:
-        UnsupportedArchitectureError: Such a model cannot be built from the configuration.
-    """
+    """Build a configuration's model without weights, on the meta device. Raises UnsupportedArchitectureError."""
     model_type = str(config.model_type)
     auto = auto_class(config)
     if auto is None or config.is_encoder_decoder:
         raise UnsupportedArchitectureError(model_type, "it is no decoder-only language model")
     try:
         with torch.device("meta"):
-            # A configuration of the model's own code is only there if that may be run.
+            # A configuration of the model's own code exists only if that may run.
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=_is_own(type(config)))
     except _BUILDING as error:
         raise UnsupportedArchitectureError(
@@ -175,21 +171,14 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def small_twin(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """Return a small random model of the same family and depth as a configuration's (`twin_of`).
-
-    Raises:
-        UnsupportedArchitectureError: Such a model cannot be built from the configuration.
-    """
+    """Return a small random model of a configuration's family and depth (`twin_of`)."""
     return twin_of(empty_model(config), seed)
 
 
 def twin_of(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Return a small random model of the same class and depth as a model, in float32.
+    """Return a small float32 model of the same class and depth. Raises UnsupportedArchitectureError.
 
-    All parameters are random, norm gains and biases included, so that no identity hides an omission.
-
-    Raises:
-        UnsupportedArchitectureError: It cannot be built, or is not small.
+    All parameters are random, norm gains and biases too, so that no identity hides an omission.
     """
     model_type = str(model.config.model_type)
     build: Any = type(model)._from_config
@@ -214,5 +203,5 @@ def twin_of(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, in one line."""
+    """Return an error's message on one line."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -1,4 +1,4 @@
-"""The `abliterate` command: thin, and free of torch until a command needs it."""
+"""The `abliterate` command: thin, and without torch until a command needs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Talking with a job's model, as it is or under the edit of any trial: a change between them is only a hook."""
+"""Chat with a job's model, base or under any trial's edit: switching only changes hooks."""
 
 from __future__ import annotations
 
@@ -41,19 +41,16 @@ HELP = """\
 /tokens N       longest answer
 /help           these lines
 /quit           the end, as Ctrl-D; Ctrl-C stops an answer"""
-_UNFINISHED = "�"  # what a part of a character is decoded to
+_UNFINISHED = "�"  # decoding of an incomplete character
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How answers are given.
+    """Options of responses.
 
     Attributes:
-        tokens: Longest answer.
-        temperature: 0 for greedy answers.
-        system: The system prompt.
-        as_json: Answers are printed as a line of JSON each, when they are complete.
-        device: Another device than the job's.
+        temperature: 0 for greedy decoding.
+        device: Overrides the job's device.
     """
 
     tokens: int = 512
@@ -66,18 +63,9 @@ class ChatOptions:
 def chat(
     folder: RunFolder, number: int | None, options: ChatOptions, lines: Iterable[str] | None, events: Events
 ) -> None:
-    """Hold a conversation; nothing of the job is changed.
+    """Hold a conversation without changing the job. Raises UsageError or HeldError.
 
-    Args:
-        folder: The job's run folder.
-        number: The trial to begin with; None for the one that the job would choose.
-        options: How answers are given.
-        lines: What is said to the model, one line a turn; None: standard input's lines.
-        events: Where progress goes.
-
-    Raises:
-        UsageError: There is no such trial, or the job has none yet.
-        HeldError: A run of the job needs the device.
+    `number` None starts with the job's choice; `lines` None reads standard input.
     """
     trials = job_trials(folder)
     job = OpenJob(folder, JobFile(folder), job_settings(folder), events)
@@ -97,7 +85,7 @@ def chat(
 
 
 def _typed(talk: Chat) -> Iterator[str]:
-    """Yield what is typed on a terminal, until Ctrl-D."""
+    """Yield lines typed on a terminal, until Ctrl-D."""
     import readline  # noqa: F401 - lets lines be edited and recalled
 
     while True:
@@ -112,14 +100,11 @@ def _typed(talk: Chat) -> Iterator[str]:
 
 @dataclass
 class Chat:
-    """A conversation.
+    """A conversation with a session's model.
 
     Attributes:
-        session: The job's model with its hooks.
-        options: How answers are given.
-        out: Where answers go, and nothing else.
-        note: Told everything else.
-        messages: What has been said.
+        out: Receives responses only.
+        note: Receives everything else.
     """
 
     session: ModelSession
@@ -144,11 +129,11 @@ class Chat:
 
     @property
     def subject(self) -> str:
-        """Who answers: "base" or "trial N"."""
+        """The active model: "base" or "trial N"."""
         return "base" if self._trial is None else f"trial {self._trial.number}"
 
     def hold(self, lines: Iterable[str]) -> None:
-        """Take lines until there are no more, or /quit."""
+        """Process lines until the end or /quit."""
         for line in lines:
             line = line.strip()
             if line == "/quit":
@@ -157,7 +142,7 @@ class Chat:
                 self.take(line)
 
     def take(self, line: str) -> None:
-        """Take a line: a command, or what is said to the model. What goes wrong is told, and the chat goes on."""
+        """Process a command or message; errors are reported, and the chat continues."""
         try:
             if not line.startswith("/"):
                 self._say(line)
@@ -170,7 +155,7 @@ class Chat:
             self.note(f"error: {error.line}")
 
     def switch(self, trial: Trial | None) -> None:
-        """Put a trial's edit into the hooks, or nothing."""
+        """Activate a trial's edit, or none."""
         begin = time.perf_counter()
         told, self._edits = "", None
         if trial is not None:
@@ -184,7 +169,7 @@ class Chat:
     def _to_trial(self, text: str) -> None:
         job = self.session.job
         number = _number(text, "/trial", 0) if text else None
-        # Read again: a job that is still searching has more of them by now.
+        # Read again: a running search has more of them by now.
         self.switch(trial_of(job, job_trials(job.folder), number))
 
     def _set_system(self, text: str) -> None:
@@ -194,11 +179,11 @@ class Chat:
         self._tokens = _number(text, "/tokens", 1)
 
     def _say(self, text: str) -> None:
-        """Have a line answered; neither stays in the conversation if that cannot be done."""
+        """Answer a message; if that fails, neither stays in the conversation."""
         said = [*self.messages, {"role": "user", "content": text}]
         begun = [] if self._system is None else [{"role": "system", "content": self._system}]
         model = self.session.model
-        # As the job's prompts are dated; a model that can think may do so here.
+        # Dated like the job's prompts; a thinking model may think here.
         texts = rendered(model.tokenizer, [[*begun, *said]], Rendering(model.rendering.date))
         tokens = self._fitting(model.tokenizer(texts, add_special_tokens=False)["input_ids"][0])
         hooks = self._edits.on_every_row(self.session.model.model) if self._edits else nullcontext()
@@ -219,7 +204,7 @@ class Chat:
         self.messages = [*said, {"role": "assistant", "content": answer}]
 
     def _fitting(self, tokens: list[int]) -> list[int]:
-        """Return a conversation's tokens if the model can still answer to them."""
+        """Return a conversation's tokens. Raises UsageError if they fill the context."""
         config = self.session.model.model.config.get_text_config()
         most = getattr(config, "max_position_embeddings", None)
         if most is not None and len(tokens) >= most:
@@ -234,20 +219,19 @@ def _number(text: str, command: str, least: int) -> int:
 
 
 class Shown:
-    """Shows an answer while it comes; what transformers' `generate` takes as a streamer.
+    """Streams a response; a streamer for transformers' `generate`.
 
-    Pieces are taken from the whole text so far, since tokens need not be characters nor stand by themselves.
+    It decodes the whole text so far, since tokens need not be characters or independent.
     """
 
     def __init__(self, loaded: LoadedModel, out: TextIO | None) -> None:
-        """Show the answer on out, None: nowhere."""
         self._loaded = loaded
         self._out = out
         self._tokens: list[int] | None = None
         self.text = ""
 
     def put(self, tokens: Tensor) -> None:
-        """Take the prompt, which comes first, and then token by token."""
+        """Take the prompt first, then each token."""
         if self._tokens is None:
             self._tokens = []
             return
@@ -257,7 +241,7 @@ class Shown:
             self._show(text)
 
     def end(self) -> None:
-        """Show what is left."""
+        """Show the rest."""
         self._show(self._loaded.decode(self._tokens or []))
 
     def _show(self, text: str) -> None:
@@ -268,7 +252,7 @@ class Shown:
 
 
 def _answered(loaded: LoadedModel, prompt: list[int], limit: int, temperature: float, shown: Shown) -> str:
-    """Return a model's answer, as far as it has come when Ctrl-C stops it."""
+    """Return a model's response, up to Ctrl-C."""
     ids = torch.tensor([prompt], device=loaded.device)
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     if loaded.end_tokens:

@@ -190,7 +190,7 @@ def destroy(
 
 
 def _ids_of(market: Market, name: str) -> list[str]:
-    """Return the ids that are meant by an id, or by the label of a launch that is not recorded here."""
+    """Resolve an id, or the label of a launch that is not recorded here."""
     import re
 
     if not name.startswith("abliterate-"):
@@ -207,11 +207,7 @@ def _ids_of(market: Market, name: str) -> list[str]:
 
 
 def _confirmed(market: Market, ids: list[str], launcher: Launcher | None, *, yes: bool) -> list[str]:
-    """Return those of the instances that are there, once all of them may be destroyed.
-
-    Raises:
-        UsageError: Nobody has said yes.
-    """
+    """Return those instances that exist, after confirmation. Raises UsageError without it."""
     import time
 
     from job.cloud.launching import describe
@@ -235,7 +231,7 @@ def _confirmed(market: Market, ids: list[str], launcher: Launcher | None, *, yes
 
 
 def _insist(market: Market, ids: list[str], every: float) -> None:
-    """Destroy instances that no launch's record counts as its own."""
+    """Destroy instances that no launch's record owns."""
     from job.cloud.termination import Termination
 
     endings = [Termination(market, id, _say, pause=min(every, 5.0), longest=min(2 * every, 60.0)) for id in ids]
@@ -254,7 +250,7 @@ def _say(line: str) -> None:
 
 
 def _inner(command: list[str]) -> tuple[str, ...]:
-    """Return what the ENTRYPOINT is given: `abliterate` before it is understood either way."""
+    """Return the ENTRYPOINT's arguments, with or without a leading `abliterate`."""
     from job.text.redaction import holds_secret
 
     words = command[1:] if command[:1] == ["abliterate"] else command
@@ -269,11 +265,7 @@ def _inner(command: list[str]) -> tuple[str, ...]:
 
 
 def _advise(wanted: Launch, inner: Inner) -> None:
-    """Say what would be regretted tomorrow.
-
-    Raises:
-        UsageError: An interruptible machine would lose its work.
-    """
+    """Warn of costly omissions. Raises UsageError if an interruptible machine would lose its work."""
     import os
 
     for note in inner.notes:
@@ -290,7 +282,7 @@ def _advise(wanted: Launch, inner: Inner) -> None:
 
 
 def _tell_of_ends(inner: Inner, offer: Offer) -> None:
-    """Say what it costs to forget the machine, before it is rented."""
+    """Report the cost of forgetting the machine, before it is rented."""
     if inner.when_done is None:
         _say(f"the command has no --when-done: the machine bills on after the job {_until(offer)}")
     if inner.when_failed is None:
@@ -304,7 +296,7 @@ def _until(offer: Offer) -> str:
 
 @contextmanager
 def _telling_what_is_left(launcher: Launcher) -> Iterator[None]:
-    """Name what may bill on where a command is cut short: by an error, Ctrl-C, a kill, or a closed terminal."""
+    """Report what may bill on if a command is interrupted by an error, Ctrl-C, a kill, or a closed terminal."""
     import signal
 
     def leave(number: int, _frame: object) -> None:
@@ -314,7 +306,7 @@ def _telling_what_is_left(launcher: Launcher) -> Iterator[None]:
     try:
         yield
     except typer.Exit:
-        raise  # said already
+        raise  # reported already
     except BaseException:
         for line in _left(launcher):
             _say(line)
@@ -366,7 +358,7 @@ def _watch(launcher: Launcher, relaunches: int, wait: float, max_total: float | 
 
 
 def _instance_id(platform: Platform, name: str) -> str:
-    """Return the id that is meant by an id or by a launch's label."""
+    """Resolve an id or a launch's label to an id."""
     from job.cloud.launch_records import find_launch, records_folder
 
     found = find_launch(records_folder(), name, platform)
@@ -376,7 +368,6 @@ def _instance_id(platform: Platform, name: str) -> str:
 
 
 def _line(offer: Offer) -> str:
-    """Return an offer in one line."""
     parts = [f"{offer.id}: {offer.need.count}x{offer.need.gpu}, ${offer.dollars:.3f} an hour"]
     if offer.interruptible:
         parts.append("interruptible")

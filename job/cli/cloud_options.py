@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Platform = Literal["vast", "runpod"]
 
-# What machines are wanted; `offers` and `launch` take all of these.
+# Options of wanted machines, for `offers` and `launch`.
 MACHINE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "preflight": (
         Annotated[
@@ -48,11 +48,7 @@ MACHINE_OPTIONS: dict[str, tuple[Any, Any]] = {
 
 
 def needs_of(machine: dict[str, Any]) -> list[MachineNeeds]:
-    """Return the machines that would do by the options of `MACHINE_OPTIONS`.
-
-    Raises:
-        UsageError: They describe none.
-    """
+    """Return the machines described by `MACHINE_OPTIONS`. Raises UsageError if there are none."""
     from job.cli.cloud_requirements import need_of_cards, need_of_survey
 
     needs = [need_of_survey(path) for path in machine["preflight"] or []]
@@ -65,7 +61,7 @@ def needs_of(machine: dict[str, Any]) -> list[MachineNeeds]:
 
 
 def terms_of(machine: dict[str, Any]) -> Terms:
-    """Return the terms by the options of `MACHINE_OPTIONS`."""
+    """Return the terms described by `MACHINE_OPTIONS`."""
     from job.cloud.provider import Terms
 
     return Terms(
@@ -81,7 +77,7 @@ def terms_of(machine: dict[str, Any]) -> Terms:
 
 
 def bound(platform: Platform, command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command for one platform; one that takes a machine gets all options that describe one."""
+    """Bind a command to one platform, and add all machine options if it takes a machine."""
     hints = get_type_hints(command, include_extras=True)
     own = list(inspect.signature(command).parameters.values())[1:]
     takes_machine = any(parameter.name == "machine" for parameter in own)

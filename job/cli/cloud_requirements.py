@@ -1,4 +1,4 @@
-"""What a job needs of a rented machine: from cards, or from what `abliterate preflight --json` has computed."""
+"""A job's needs of a rented machine: from cards, or from the output of `abliterate preflight --json`."""
 
 from __future__ import annotations
 
@@ -13,34 +13,20 @@ from job.errors import UsageError
 from job.preflight.gpu_table import MIN_CUDA, Card, cards, find_card, parse_on
 from job.text.decoding import decoded
 
-# Phases of an estimate that are transfers: they depend on the line of the machine that is rented.
+# Phases of an estimate that depend on the rented machine's network.
 _DOWN, _UP = "download", "upload"
-# Bytes a second of the line that preflight takes for machines one does not have (`job.preflight.planning.LINE`,
-# whose module loads torch).
+# Bytes per second assumed by preflight for other machines (`job.preflight.planning.LINE`, whose module imports torch).
 PLANNED_LINE = 12e6
 
 
 def need_of_cards(text: str, disk_gb: int, hours: float | None = None) -> MachineNeeds:
-    """Return the need of a set of cards as in `--on 4xRTX4090`.
-
-    Args:
-        text: The cards.
-        disk_gb: Disk.
-        hours: How long the job takes on them.
-
-    Raises:
-        UsageError: No such cards are known.
-    """
+    """Return the need for cards as in `--on 4xRTX4090`. Raises UsageError for unknown cards."""
     reading = parse_on(text)
     return _need(find_card(reading.gpus[0].name), len(reading.gpus), disk_gb).model_copy(update={"work_hours": hours})
 
 
 def need_of_survey(path: Path) -> MachineNeeds:
-    """Return the need that a file of `abliterate preflight ... --on MACHINE --json` stands for.
-
-    Raises:
-        UsageError: The file is none, the job cannot run on that machine, or it was made on a machine one has.
-    """
+    """Return the need in a file of `abliterate preflight ... --on MACHINE --json`. Raises UsageError."""
     survey = _read(path)
     failed = [check["name"] for check in survey.get("checks", []) if check.get("status") == "fail"]
     if failed and not survey.get("ok"):
@@ -59,7 +45,7 @@ def need_of_survey(path: Path) -> MachineNeeds:
     hours = survey.get("hours")
     if not hours:
         return need
-    # The estimate took a modest line; what it stood for in bytes is looked at anew for each offer.
+    # The estimate assumed a slow line; its bytes are evaluated anew for each offer.
     gigabytes = {phase: hours[phase] * 3600 * PLANNED_LINE / 1e9 for phase in (_DOWN, _UP)}
     work = sum(value for phase, value in hours.items() if phase not in gigabytes)
     return need.model_copy(update={"work_hours": work, "download_gb": gigabytes[_DOWN], "upload_gb": gigabytes[_UP]})
@@ -78,14 +64,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _query(command: str) -> dict[str, str]:
-    """Return the terms of a command that lists offers, by their field."""
+    """Parse the terms of a command that lists offers, by field."""
     words = shlex.split(command)
     terms = [match for word in words for match in re.finditer(r"(\w+)(?:>=|=)(\S+)", word)]
     return {match[1]: match[2] for match in terms}
 
 
 def _card_of_offer(name: str, gigabytes: float) -> Card:
-    """Return the card that goes by a name on Vast.ai, where two sizes may share one."""
+    """Return the card with a name on Vast.ai, where two sizes may share one."""
     fitting = [card for card in cards() if card.offer == name]
     if not fitting:
         raise ValueError(f"unknown card {name}")
@@ -93,7 +79,7 @@ def _card_of_offer(name: str, gigabytes: float) -> Card:
 
 
 def _memory(card: Card) -> float:
-    # As preflight asks for it: what platforms state differs a little from what programs can have.
+    # As preflight requests it: platforms state slightly different sizes than programs can use.
     return int(card.gib * 0.95)
 
 

@@ -1,4 +1,4 @@
-"""`abliterate status`, `front` and `report`: what a job has come to."""
+"""`abliterate status`, `front` and `report`: a job's progress and results."""
 
 from __future__ import annotations
 

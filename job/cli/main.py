@@ -1,4 +1,4 @@
-"""The command line, and what failures become: a line and an exit code."""
+"""The command line; failures become one line and an exit code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main() -> None:
 
 def _run_command_line() -> None:
     arguments = sys.argv[1:]
-    if arguments[:1] == ["abliterate"]:  # `docker run IMAGE abliterate run` and `docker run IMAGE run` are the same
+    if arguments[:1] == ["abliterate"]:  # `docker run IMAGE abliterate run` equals `docker run IMAGE run`
         arguments = arguments[1:]
     try:
         app(args=arguments or ["--help"], prog_name="abliterate")
@@ -42,7 +42,7 @@ def _run_command_line() -> None:
         restart()
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:  # anything unforeseen: its traceback may quote a secret, which is masked where it is whole
+    except Exception:  # any unforeseen error: its traceback may quote a secret, which is masked
         import traceback
 
         sys.stderr.write(traceback.format_exc())

@@ -64,7 +64,7 @@ WhenFailed = Annotated[
 
 Trials = Annotated[int | None, typer.Option(help="How many edits the search tries.")]
 
-# The options of all commands that take a job's settings, by the setting's name.
+# Options of all commands with a job's settings, by the setting's name.
 SETTING_OPTIONS: dict[str, Any] = {
     "model": Annotated[
         str | None, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; or in the settings file.")
@@ -144,10 +144,7 @@ SOURCE_OPTIONS: dict[str, Any] = {"profile": Profile, "config": Config, "assignm
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command all options of a job's settings; it gets what was given as its first argument.
-
-    That first argument holds the arguments of `job.config.load.load_settings`.
-    """
+    """Add all options of a job's settings to a command, passed as `load_settings`'s arguments in its first one."""
     own = list(inspect.signature(command).parameters.values())[1:]
 
     @functools.wraps(command)
@@ -181,7 +178,7 @@ def find_job(workspace: str | None, job: str | None) -> RunFolder:
 def where_is(
     workspace: str | None, job: str | None, checkpoint: str | None = None, assignments: Sequence[str] | None = None
 ) -> Whereabouts:
-    """Return where the job is that a command means."""
+    """Return the location of a command's job."""
     from job.config.load import default_workspace
     from job.lifecycle.locate import Whereabouts
 
@@ -189,7 +186,7 @@ def where_is(
 
 
 def export_format(name: str | None) -> ExportFormat | None:
-    """Return an export format by its name, None for none."""
+    """Return an export format by its name, None for None."""
     from job.records import FORMATS
 
     for form in FORMATS:

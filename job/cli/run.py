@@ -68,13 +68,13 @@ def run(
 
 
 def _stages(running: RunningJob, inputs: PreflightInputs) -> Outcome:
-    from job.pipeline import run as run_stages  # takes longer to load than all that a finished job needs
+    from job.pipeline import run as run_stages  # imports slowly, and a finished job does not need it
 
     return run_stages(running, inputs)
 
 
 def run_settings(settings: Settings, *, new: bool, notes: Sequence[str] = (), again: Again | None = None) -> Outcome:
-    """Run a job and print what came of it."""
+    """Run a job and print its outcome."""
     from job.system.signals import StopSignals
 
     signals = StopSignals()
@@ -119,7 +119,7 @@ def resume(
 
 
 def _is_no_more(_: list[str] | None) -> None:
-    """Say what took a command's place; while it is parsed, so that no machine is rented for it."""
+    """Report a command's replacement during parsing, so that no machine is rented for it."""
     raise UsageError(
         "`abliterate worker` is no more: other machines evaluate trials through Ray",
         remedy="start a Ray cluster on them, and run the job with --engine ray --address HOST:PORT",
@@ -132,7 +132,7 @@ def worker(words: Annotated[list[str] | None, typer.Argument(callback=_is_no_mor
 
 
 def _told(outcome: Outcome) -> Outcome:
-    """Print what came of a run."""
+    """Print a run's outcome."""
     base, edited = outcome.base, outcome.edited
     typer.echo(
         f"trial {outcome.chosen}: refusals {base.refusals}/{base.bad_prompts} -> "
@@ -151,7 +151,7 @@ def _told(outcome: Outcome) -> Outcome:
 
 
 def tell_failed(folder: RunFolder, failed: Sequence[tuple[str, str]]) -> None:
-    """Print which deliveries failed and how to go on with them."""
+    """Print failed deliveries and how to retry them."""
     if not failed:
         return
     import shlex

@@ -1,4 +1,4 @@
-"""`status --watch`: a job's status again and again until the job has come to its end."""
+"""`status --watch`: repeat a job's status until its end."""
 
 from __future__ import annotations
 
@@ -17,19 +17,10 @@ HERE_SECONDS, THERE_SECONDS = 2.0, 30.0
 
 
 def follow(read: Callable[[], dict[str, Any]], interval: float, *, as_json: bool, stream: TextIO | None = None) -> None:
-    """Show a job's status until the job is finished or has failed.
+    """Show a job's status until it is finished or has failed; it keeps waiting while a job is preempted.
 
-    On a terminal it is painted over; elsewhere there is a line, or with as_json an object, whenever something has
-    changed. A job that was preempted is waited for: it may be gone on with.
-
-    Args:
-        read: Returns the status.
-        interval: Seconds between two readings.
-        as_json: Write JSON.
-        stream: Where to; None: standard output.
-
-    Raises:
-        JobError: The first reading fails, or a later one for another reason than that a checkpoint cannot be reached.
+    A terminal is repainted; otherwise every change prints a line or JSON object. Raises JobError if the first reading
+    fails, or a later one other than for an unreachable checkpoint.
     """
     stream = stream or sys.stdout
     status = read()
@@ -61,7 +52,7 @@ def _paint(status: dict[str, Any], read: Callable[[], dict[str, Any]], interval:
 
 
 def _next(status: dict[str, Any], read: Callable[[], dict[str, Any]], interval: float) -> dict[str, Any]:
-    """Return the next reading; the one before, with a warning, while a checkpoint cannot be reached."""
+    """Return the next reading; while a checkpoint is unreachable, the previous one with a warning."""
     time.sleep(interval)
     try:
         return read()
@@ -71,14 +62,14 @@ def _next(status: dict[str, Any], read: Callable[[], dict[str, Any]], interval: 
 
 
 def _essence(status: dict[str, Any]) -> object:
-    """Return what makes a status worth another line."""
+    """Return the parts of a status whose change is printed."""
     delivered = [(upload["target"], upload["state"]) for upload in status["uploads"]]
     names = ("state", "reason", "phase", "leading", "chosen", "warnings")
     return ([status[name] for name in names], status["trials"]["done"], delivered)
 
 
 def summary_line(status: dict[str, Any]) -> str:
-    """Return a status in one line."""
+    """Format a status in one line."""
     trials = status["trials"]
     doing = f"{status['state']}, {status['phase']}" if status["state"] == "running" else status["state"]
     parts = [f"{doing}: {trials['done']} of {trials['target']} trials"]

@@ -1,1 +1,1 @@
-"""Rented GPUs: launching and destroying machines from outside, ending the rental from inside. Needs no torch."""
+"""Rented GPUs: launch and destroy machines from outside, end the rental from inside. Needs no torch."""

@@ -1,4 +1,4 @@
-"""HTTP APIs of rental platforms: patient with what passes, and silent about keys."""
+"""HTTP client of rental platforms: retries transient failures, and never shows keys."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     import httpx2
 
-# Beside all answers of 5xx, also those of networks in front of the platform (520 to 527): what fails there may pass.
+# All 5xx, including those of proxies in front of the platform (520 to 527), may be transient.
 _TRANSIENT = frozenset({408, 425, 429})
-# A platform that asks for a longer wait than this is not waited for.
+# Longest wait that a platform can request.
 _LONGEST_ASKED = 300.0
 _TIMEOUT_SECONDS = 30.0
 _STREAM_SECONDS = 30.0
@@ -31,21 +31,19 @@ _DETAIL_CHARACTERS = 300
 
 @cache
 def _certificates() -> ssl.SSLContext:
-    """Return the certificates to trust. Reading them takes longer than a request, and a watch asks for days."""
+    """Return the trusted certificates, cached: reading them takes longer than a request."""
     import httpx2
 
     return httpx2.create_ssl_context()
 
 
 class CloudError(MachineError):
-    """A rental platform cannot be reached, or does not do what was asked.
+    """A rental platform is unreachable, or refuses a request.
 
     Attributes:
-        status: The HTTP status of the answer, 0 where there was none.
-        reason: The platform's own short name of the failure, "" where it gives none.
-        passing: Whether the same request may succeed later.
-        uncertain: Whether the platform may have done what was asked all the same.
-        asked_wait: Seconds that the platform asks to wait, None where it does not.
+        passing: Whether a retry may succeed.
+        uncertain: Whether the request may have succeeded anyway.
+        asked_wait: Requested wait in seconds, or None.
     """
 
     asked_wait: float | None = None
@@ -65,24 +63,24 @@ class CloudError(MachineError):
 
 
 class KeyRefusedError(CloudError):
-    """The platform does not take the key, or the key may not do this."""
+    """The platform rejects the key, or the key lacks the permission."""
 
     exit_code = UsageError.exit_code
 
 
 class GoneError(CloudError):
-    """What was asked about is not there, or is no longer."""
+    """The requested object does not exist, or no longer."""
 
 
 class NoMoneyError(CloudError):
-    """The account has no credit left: no offer can be taken."""
+    """The account has no credit: no offer can be taken."""
 
     exit_code = UsageError.exit_code
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How often a call is tried, and the waits between, which double: seconds."""
+    """Number of tries, and the doubling waits between them in seconds."""
 
     tries: int = 5
     first_wait: float = 1.0
@@ -94,13 +92,10 @@ class Api:
     """One platform's API.
 
     Attributes:
-        platform: Its name for people.
-        base: Where it is; plain HTTP only on this machine, since the key goes there.
-        key: Sent as a bearer token, and nowhere else.
-        key_name: The environment variable that holds it, for messages.
-        say: Told of every failure that is tried again.
-        patience: How often calls are tried.
-        secrets: Values that are kept out of messages beside the key and the environment's.
+        base: URL; plain HTTP only on this machine, since it receives the key.
+        key: Bearer token, sent nowhere else.
+        say: Told of every retry.
+        secrets: More values to keep out of messages.
     """
 
     platform: str
@@ -112,7 +107,7 @@ class Api:
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse an address that would show the key to the network."""
+        """Refuse an address that would expose the key to the network."""
         self.base = self.base.rstrip("/")
         address = urlsplit(self.base)
         local = address.hostname in ("127.0.0.1", "localhost", "::1")
@@ -131,18 +126,10 @@ class Api:
         what: str,
         creating: bool = False,
     ) -> Any:
-        """Return the decoded answer, None where it is empty, trying again where the failure may pass.
+        """Return the decoded response, None if empty, after retries. Raises CloudError.
 
-        Args:
-            method: HTTP method.
-            path: Path below the base.
-            body: Sent as JSON.
-            params: Sent as the query.
-            what: What is asked for, e.g. "instance 123", for messages.
-            creating: The request rents something: it is not repeated where it may have succeeded.
-
-        Raises:
-            CloudError: The platform says no, or cannot be reached.
+        `what` names the requested object for messages. A `creating` request rents something, and is never repeated if
+        it may have succeeded.
         """
 
         def send(client: httpx2.Client) -> Any:
@@ -151,16 +138,12 @@ class Api:
         return self._patiently(send, what, creating=creating)
 
     def download(self, url: str, what: str) -> str:
-        """Return the text at an address that the platform has handed out; the key does not go there.
-
-        Raises:
-            CloudError: It cannot be had.
-        """
+        """Return the text at a URL from the platform, without sending the key. Raises CloudError."""
 
         def get(client: httpx2.Client) -> str:
             response = client.get(url)
             if response.status_code != 200:
-                # Until it is written the storage answers 403 or 404.
+                # The storage answers 403 or 404 until it is written.
                 said = f"{what} is not there yet ({response.status_code})"
                 raise CloudError(said, status=response.status_code, passing=True)
             return response.text
@@ -168,13 +151,7 @@ class Api:
         return str(self._patiently(get, what, keyless=True))
 
     def lines(self, path: str, params: Mapping[str, str | int], *, what: str, quiet: float) -> list[str]:
-        """Return the lines of a stream that stays open, up to the first silence of so many seconds.
-
-        One that is never silent is left after half a minute.
-
-        Raises:
-            CloudError: The platform says no, or cannot be reached.
-        """
+        """Return a stream's lines until `quiet` seconds of silence, at most half a minute. Raises CloudError."""
         import httpx2
 
         def read(client: httpx2.Client) -> list[str]:
@@ -197,7 +174,7 @@ class Api:
         return list(self._patiently(read, what))
 
     def hide(self, text: str) -> str:
-        """Return text without secrets."""
+        """Redact secrets in a text."""
         for secret in (self.key, *self.secrets):
             if len(secret) >= 4:
                 text = text.replace(secret, "***")
@@ -226,7 +203,7 @@ class Api:
 
     @contextmanager
     def _client(self, what: str, *, keyless: bool) -> Iterator[httpx2.Client]:
-        """Yield a client whose failures of transport are said in plain words."""
+        """Yield a client whose transport errors become clear messages."""
         import httpx2
 
         if not self.key and not keyless:
@@ -242,7 +219,7 @@ class Api:
                 remedy="check the network",
                 passing=True,
                 uncertain=not never_sent,
-            ) from None  # the cause may quote an address with a signature
+            ) from None  # the cause may quote a signed URL
         except (httpx2.InvalidURL, httpx2.DecodingError) as error:
             said = f"{self.platform} answers nonsense for {what} ({type(error).__name__})"
             raise CloudError(said, uncertain=isinstance(error, httpx2.DecodingError)) from None
@@ -254,7 +231,7 @@ class Api:
         except ValueError:
             body = None
             if 200 <= status < 300:
-                # It was done: only the answer cannot be read.
+                # The request succeeded: only the response is unreadable.
                 said = f"{self.platform} answers no JSON for {what}"
                 raise CloudError(said, status=status, passing=True, uncertain=True) from None
         refused = isinstance(body, dict) and body.get("success") is False
@@ -263,7 +240,7 @@ class Api:
         raise self._failure(response, body if isinstance(body, dict) else {}, what)
 
     def _failure(self, response: httpx2.Response, body: Mapping[str, Any], what: str) -> CloudError:
-        """Return the failure that an answer stands for."""
+        """Return the error for a failed response."""
         status = response.status_code
         reason = str(body.get("error") or body.get("title") or "")
         detail = self._detail(response, body)
@@ -276,11 +253,11 @@ class Api:
         if status in (404, 410):
             return GoneError(said, status=status, reason=reason)
         passing = (status in _TRANSIENT or status >= 500) and reason != "search_quota_exceeded"
-        # After these nobody knows whether a request that creates something has done so.
+        # After these, a creating request may have succeeded.
         uncertain = status == 408 or status >= 500
         error = CloudError(said, status=status, reason=reason, passing=passing, uncertain=uncertain)
         asked = response.headers.get("Retry-After", "")
-        # One platform says it in a header, the other in words.
+        # One platform uses a header, the other the text.
         threshold = re.search(r"threshold=(\d+(?:\.\d+)?)", detail)
         if re.fullmatch(r"\d+(\.\d+)?", asked):
             error.asked_wait = float(asked)

@@ -1,4 +1,4 @@
-"""The account's key for a platform, from where the platform's own tools keep it, and the market it opens."""
+"""The account's API key for a platform, from its own tools' files, and the market it opens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from job.text.redaction import remember
 
 Platform = Literal["vast", "runpod"]
 VAST_KEY, RUNPOD_KEY = "VAST_API_KEY", "RUNPOD_API_KEY"
-# Keys that rule a whole account: they never go to a rented machine.
+# Account-wide keys, which must never reach a rented machine.
 ACCOUNT_KEYS = frozenset({VAST_KEY, RUNPOD_KEY, "VASTAI_API_KEY"})
 
 
@@ -28,18 +28,7 @@ def open_market(
     env: Mapping[str, str] | None = None,
     patience: Patience | None = None,
 ) -> Market:
-    """Return a platform's market for the account whose key is found.
-
-    Args:
-        platform: Which.
-        say: Told of what is tried again.
-        secrets: Values that will be sent to the platform and must not be shown.
-        env: The environment; this process's by default.
-        patience: How often calls are tried.
-
-    Raises:
-        UsageError: There is no key.
-    """
+    """Return a platform's market with the account's key; `secrets` are hidden. Raises UsageError without a key."""
     env = os.environ if env is None else env
     patience = patience or Patience()
     if platform == "vast":
@@ -70,7 +59,7 @@ def _runpod_key(env: Mapping[str, str]) -> str:
         found = tomllib.loads(_text(Path(env.get("HOME") or Path.home()) / ".runpod" / "config.toml"))
     except tomllib.TOMLDecodeError:
         return ""
-    # One of the platform's tools keeps it in a table, the other at the top.
+    # One of the platform's tools stores it in a table, the other at the top level.
     profile = found.get("default")
     keys = [profile.get("api_key") if isinstance(profile, dict) else None, found.get("apikey"), found.get("apiKey")]
     return next((str(key) for key in keys if key), "")

@@ -1,4 +1,4 @@
-"""Destroying the instances of a launch, each until it is seen to be gone."""
+"""Destroy the instances of a launch, each until it is seen to be gone."""
 
 from __future__ import annotations
 
@@ -11,20 +11,13 @@ from job.cloud.provider import Market
 from job.cloud.termination import Termination
 
 BY_HAND = "destroyed by hand"
-# How long another machine waits for the end of the last one; after that its end is insisted on beside.
+# Time that a replacement waits for the end of the last instance, which is then pursued in parallel.
 ENDING_SECONDS = 300.0
 
 
 @dataclass
 class Destroyer:
-    """Destroys instances of a launch, and records when they are gone.
-
-    Attributes:
-        market: Where they are.
-        record: The launch's record.
-        say: Told what happens.
-        every: Seconds between two looks.
-    """
+    """Destroys instances of a launch, checking every `every` seconds, and records their end."""
 
     market: Market
     record: LaunchFile
@@ -41,26 +34,26 @@ class Destroyer:
         self._note(self._termination(last).insist(seconds), last.id)
 
     def press_on(self) -> None:
-        """Ask again for the ends that are due; return at once."""
+        """Repeat due requests without waiting."""
         for rented in self.record.launch.left:
             if rented.ending:
                 self._note(self._termination(rented).press(), rented.id)
 
     def finish(self) -> None:
-        """Return when all that is to be destroyed is gone."""
+        """Return once all instances to destroy are gone."""
         while any(rented.ending for rented in self.record.launch.left):
             self.press_on()
             time.sleep(min(self.every, 0.5))
 
     def destroy(self, ids: Sequence[str]) -> None:
-        """Destroy instances of this launch, and return when all are gone."""
+        """Destroy instances of this launch, and return once all are gone."""
         for rented in self.record.launch.left:
             if rented.id in ids:
                 self.record.change(rented, ending=rented.ending or BY_HAND)
         self.finish()
 
     def saw(self, id: str) -> None:
-        """Note that the platform has shown an instance."""
+        """Record that the platform has listed an instance."""
         for rented in self.record.launch.left:
             if rented.id == id and not rented.seen:
                 self.record.change(rented, seen=True)

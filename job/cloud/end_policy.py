@@ -1,4 +1,4 @@
-"""The policy for ends of rentals: what becomes of the machine, decided by one pure function.
+"""Policy for ends of rentals: a pure function decides whether to stop or destroy the machine.
 
 `docs/ends-of-rentals.md` lists every case.
 """
@@ -13,22 +13,20 @@ Action = Literal["nothing", "stop", "destroy"]
 ACTIONS: tuple[Action, ...] = ("nothing", "stop", "destroy")
 
 _HELD, _PREEMPTED = 4, 75
-# Bad usage or settings, and what preflight refuses with: nothing was computed, so nothing is proved about this machine.
+# Usage errors and preflight refusals: nothing was computed, so nothing is proved about this machine.
 _REFUSED = (2, 3, 76)
-# By which platforms and people ask a process to end.
+# Signals by which platforms and people stop a process.
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a start has ended.
+    """How a start ended.
 
     Attributes:
-        code: Exit code; negative: the signal that killed the process.
-        elsewhere: Exit code 4: the holder runs on another machine.
-        hung: The watchdog ended it.
-        signalled: A stop signal was passed on to it before.
+        code: Exit code; a negative one is the signal that killed the process.
+        elsewhere: With exit code 4: the holder runs on another machine.
     """
 
     code: int
@@ -38,7 +36,7 @@ class Ended:
 
     @property
     def preempted(self) -> bool:
-        """Whether somebody asked it to end; it continues when it is started again."""
+        """Whether it was asked to stop, and continues when started again."""
         if self.hung:
             return False
         stopped = self.code in (_PREEMPTED, _INTERRUPTED) or -self.code in _STOP_SIGNALS
@@ -46,7 +44,7 @@ class Ended:
 
     @property
     def in_words(self) -> str:
-        """How it ended, for people."""
+        """The end in words."""
         if self.hung:
             return "a forward has hung"
         if self.code < 0:
@@ -56,7 +54,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class AskedEnds:
-    """What was asked for: `--when-done` and `--when-failed`."""
+    """The requested ends: `--when-done` and `--when-failed`."""
 
     when_done: Action = "nothing"
     when_failed: Action = "nothing"
@@ -64,13 +62,7 @@ class AskedEnds:
 
 @dataclass(frozen=True)
 class Safety:
-    """What speaks against an end, in words; "" where nothing does.
-
-    Attributes:
-        others: Another job in the workspace is not delivered.
-        held: Another process or machine holds this job.
-        unsaved: What must survive the machine and was not found off it just now.
-    """
+    """Reasons against an end in words, or ""."""
 
     others: str = ""
     held: str = ""
@@ -82,13 +74,7 @@ SAFE = Safety()
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of the machine.
-
-    Attributes:
-        action: What is done.
-        reason: Why that and no more, for people.
-        asked: What was asked for.
-    """
+    """The action on the machine, its reason, and the requested action."""
 
     action: Action
     reason: str
@@ -96,18 +82,12 @@ class Decision:
 
     @property
     def reduced(self) -> bool:
-        """Whether less is done than was asked for."""
+        """Whether less is done than requested."""
         return self.action != self.asked
 
 
 def ending(outcome: Ended, asked: AskedEnds, safety: Safety) -> Decision:
-    """Decide what becomes of a rented machine after a start has ended.
-
-    Args:
-        outcome: How the start has ended.
-        asked: What was asked for.
-        safety: What speaks against it.
-    """
+    """Decide what to do with a rented machine after a start has ended."""
     wanted, why = _wanted(outcome, asked)
     if wanted == "nothing":
         return Decision("nothing", why, wanted)
@@ -125,7 +105,7 @@ def ending(outcome: Ended, asked: AskedEnds, safety: Safety) -> Decision:
 
 
 def _wanted(outcome: Ended, asked: AskedEnds) -> tuple[Action, str]:
-    """Return what was asked for such an end, and why it applies."""
+    """Return the requested action for such an end, and why it applies."""
     if outcome.preempted:
         return "nothing", "it was asked to stop: it continues when it is started again"
     if outcome.code == 0:

@@ -1,4 +1,4 @@
-"""Check the command that is to run on a rented machine before anything is paid for."""
+"""Check the command for a rented machine before anything is paid for."""
 
 from __future__ import annotations
 
@@ -15,20 +15,17 @@ from job.config.schema import ENVIRONMENT_PREFIX
 from job.errors import UsageError
 from job.records import Record
 
-# What the image sets itself.
+# Set by the image itself.
 _IMAGE = {"ABLITERATE_WORKSPACE": "/workspace"}
 _SHELLS = ("bash", "sh")
 
 
 class Inner(Record):
-    """What a command will do, as far as can be known from here.
+    """What a command will do, as far as known.
 
     Attributes:
-        checkpoint: Where the job is mirrored, None: nowhere.
-        when_done: What becomes of the machine after the job, None where nobody has said so.
-        when_failed: The same after a failure.
-        uploads: It delivers its result somewhere.
-        notes: What could not be checked, or will hardly be meant, one line each.
+        checkpoint: The job's mirror, or None.
+        notes: Unchecked or suspicious parts, one line each.
     """
 
     checkpoint: str | None = None
@@ -39,22 +36,16 @@ class Inner(Record):
 
 
 def check_inner(root: Any, words: Sequence[str], variables: Mapping[str, str], volume: bool) -> Inner:
-    """Parse a command with our own command line and settings, as the machine will.
+    """Parse a command with `abliterate`'s parser (`root`) and settings, as the machine will.
 
-    Args:
-        root: The parser of `abliterate`.
-        words: The command, without `abliterate`.
-        variables: The instance's environment, as far as it is given.
-        volume: A network volume is there at /workspace.
-
-    Raises:
-        UsageError: The command would end at once with exit code 2, or needs a file that only exists here.
+    `volume` means a network volume at /workspace. Raises UsageError if it would fail with exit code 2, or needs a local
+    file.
     """
     if words[0] in _SHELLS:
         return Inner(notes=(f"`{words[0]}` is run as it is: what it starts is not checked",))
     values = _parsed(root, list(words))
     notes = _check_files(values, volume)
-    if "assignments" not in values or "model" not in values:  # no command that takes a job's settings
+    if "assignments" not in values or "model" not in values:  # not a command with a job's settings
         return Inner(
             checkpoint=values.get("checkpoint") or variables.get("ABLITERATE_CHECKPOINT"),
             when_done=values.get("when_done"),
@@ -75,11 +66,7 @@ def check_inner(root: Any, words: Sequence[str], variables: Mapping[str, str], v
 
 
 def _parsed(root: Any, words: list[str]) -> dict[str, Any]:
-    """Return the values of a command's options and arguments, by their name.
-
-    Raises:
-        UsageError: It cannot be parsed, or only asks for help.
-    """
+    """Return a command's options and arguments by name. Raises UsageError if they are invalid, or only ask for help."""
     command, context = root, None
     try:
         while hasattr(command, "commands"):
@@ -93,7 +80,7 @@ def _parsed(root: Any, words: list[str]) -> dict[str, Any]:
     except typer.Exit:
         raise UsageError("the command to run there only prints its help", remedy="give the job's command") from None
     except Exception as error:
-        message = getattr(error, "format_message", None)  # of the parser's own errors; theirs is no public class
+        message = getattr(error, "format_message", None)  # of the parser's own errors, whose class is not public
         if message is None:
             raise
         raise UsageError(f"the command to run there: {message()}", remedy=f"see `abliterate {name} --help`") from None
@@ -101,11 +88,7 @@ def _parsed(root: Any, words: list[str]) -> dict[str, Any]:
 
 
 def _check_files(values: Mapping[str, Any], volume: bool) -> list[str]:
-    """Return notes on files that must be in the image, refusing those that are here.
-
-    Raises:
-        UsageError: A file is one of this machine.
-    """
+    """Return notes on files that must be in the image. Raises UsageError for local files."""
     notes = []
     for name, option in (("config", "--config"), ("reproduce", "--reproduce")):
         path = values.get(name)
@@ -122,7 +105,7 @@ def _check_files(values: Mapping[str, Any], volume: bool) -> list[str]:
 
 
 def _loaded(values: Mapping[str, Any], variables: Mapping[str, str]) -> LoadedSettings:
-    """Return the job's settings as the machine will load them, but for files that only it has."""
+    """Return the settings as the machine will load them, except from files that only it has."""
     from job.config.load import setting_names
 
     tops = {name.partition(".")[0] for name in setting_names()}
@@ -136,7 +119,7 @@ def _loaded(values: Mapping[str, Any], variables: Mapping[str, str]) -> LoadedSe
 
 @contextmanager
 def _environment_of(variables: Mapping[str, str]) -> Iterator[None]:
-    """Have the settings' variables of the rented machine instead of this one's."""
+    """Replace the settings' variables by the rented machine's."""
     former = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
     theirs = {name: value for name, value in variables.items() if name.startswith(ENVIRONMENT_PREFIX)}
     try:
@@ -151,7 +134,7 @@ def _environment_of(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _here_only(loaded: LoadedSettings, volume: bool) -> Iterator[str]:
-    """Yield a note on every model and prompt set that is a path of this machine."""
+    """Yield a note on every model and prompt set with a local path."""
     settings = loaded.settings
     places = {"MODEL": settings.model}
     places |= {f"--{name.replace('_', '-')}": prompts.spec for name, prompts in settings.prompt_sets().items()}

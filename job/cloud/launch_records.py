@@ -1,4 +1,4 @@
-"""Records of launches: what was rented, kept on this machine so that no instance is forgotten."""
+"""Local records of launches, so that no rented instance is forgotten."""
 
 from __future__ import annotations
 
@@ -22,14 +22,11 @@ class Rented(Record):
     """One instance of a launch.
 
     Attributes:
-        id: Its id.
-        at: Unix time of its renting.
-        dollars: Price of an hour by the offer.
-        ended: Unix time of its end, None while it is there as far as is known.
-        why: What became of it.
-        ending: Why it is being destroyed, "" while it is not; until it is seen to be gone.
-        sure: It is this launch's for certain; one that only seems to be is never destroyed by itself.
-        seen: The platform has shown it, so that "no such instance" means that it is gone.
+        at: Unix time of the rental.
+        ended: Unix time of its end, None while it exists.
+        ending: Reason to destroy it, until it is seen to be gone; else "".
+        sure: Certainly of this launch; others are never destroyed automatically.
+        seen: The platform has listed it, so "no such instance" means that it is gone.
     """
 
     id: str
@@ -42,29 +39,23 @@ class Rented(Record):
     seen: bool = False
 
     def cost(self, now: float) -> float:
-        """Return the dollars of its time, as far as the offer's price tells."""
+        """Return the dollars of its time by the offer's price."""
         return ((self.ended or now) - self.at) / 3600 * self.dollars
 
 
 class Launch(Record):
-    """What was launched; holds no secret, only the names of the variables that do.
+    """A launch; holds no secret, only the names of variables that do.
 
     Attributes:
-        label: Its name; the instances are called so with their number.
-        platform: Where.
-        needs: The machines that would do.
-        terms: Under which terms.
-        image: The image.
-        command: What its ENTRYPOINT is given.
-        env: Names of the variables that are passed on.
-        plain_env: Variables whose values are no secrets.
-        volume: Network volume for the workspace.
-        instances: What was rented, in order; the last is the one that counts.
-        pending: Creations whose answer is not known.
-        checkpoint: Where its job is mirrored, by its settings; None: by the words of the command.
+        label: Its name, and the prefix of its instances' labels.
+        command: Arguments of its ENTRYPOINT.
+        plain_env: Variables with public values.
+        instances: Rented instances in order; the last is the current one.
+        pending: Unconfirmed creations.
+        checkpoint: The job's mirror by its settings; None: by the command's words.
     """
 
-    # What is rented with; secrets in it were refused.
+    # Rented with exactly these; secrets in them were refused.
     VERBATIM = frozenset({"label", "image", "command", "plain_env", "checkpoint"})
 
     label: str
@@ -82,7 +73,7 @@ class Launch(Record):
 
     @property
     def resumable(self) -> bool:
-        """Whether another machine finds what this one has done: a folder is only there where a volume is."""
+        """Whether another machine finds this one's work: a folder requires a volume."""
         place = self.checkpoint or self._checkpoint_word
         if place is None:
             return False
@@ -99,22 +90,17 @@ class Launch(Record):
 
     @property
     def left(self) -> tuple[Rented, ...]:
-        """What is not known to have ended."""
+        """Instances not known to have ended."""
         return tuple(rented for rented in self.instances if rented.ended is None)
 
     def spent(self, now: float) -> float:
-        """Return the dollars of all instances' time, as far as the offers' prices tell."""
+        """Return the dollars of all instances' time by the offers' prices."""
         return sum(rented.cost(now) for rented in self.instances)
 
 
 @dataclass
 class LaunchFile:
-    """The record of a launch on the disk, written anew with every change.
-
-    Attributes:
-        launch: The launch; replaced by every change.
-        path: Where it is kept.
-    """
+    """A launch's record on disk, rewritten at every change."""
 
     launch: Launch
     path: Path
@@ -128,7 +114,7 @@ class LaunchFile:
     def add(
         self, asked: Pending, id: str, *, dollars: float | None = None, ending: str = "", sure: bool = True
     ) -> None:
-        """Record an instance of a creation; one that is to be destroyed at once goes before the one that counts."""
+        """Record a created instance; one to be destroyed at once goes before the current one."""
         new = Rented(
             id=id, at=asked.at or time.time(), dollars=asked.dollars or dollars or 0.0, ending=ending, sure=sure
         )
@@ -143,19 +129,19 @@ class LaunchFile:
         self.update(instances=tuple(changed if one.id == rented.id else one for one in self.launch.instances))
 
     def note_end(self, why: str, id: str | None = None) -> None:
-        """Record that an instance, the latest by default, has ended by itself."""
+        """Record that an instance, by default the latest, has ended by itself."""
         for rented in self.launch.left:
             if rented.id == (id or self.launch.instances[-1].id):
                 self.change(rented, ended=time.time(), why=why, ending="")
 
 
 def new_label() -> str:
-    """Return a name that no other launch has."""
+    """Return a unique label."""
     return f"abliterate-{secrets.token_hex(4)}"
 
 
 def records_folder(env: Mapping[str, str] | None = None) -> Path:
-    """Return where records of launches are kept: $ABLITERATION_LAUNCHES, or below the user's state."""
+    """Return the folder of launch records: $ABLITERATION_LAUNCHES, or below the user's state."""
     env = os.environ if env is None else env
     if env.get("ABLITERATION_LAUNCHES"):
         return Path(env["ABLITERATION_LAUNCHES"])
@@ -163,7 +149,7 @@ def records_folder(env: Mapping[str, str] | None = None) -> Path:
 
 
 def find_launch(folder: Path, name: str, platform: Platform) -> LaunchFile | None:
-    """Return the launch of that label, or the one that an instance of that id belongs to."""
+    """Return the launch with this label or instance id."""
     for record in _launches(folder):
         ids = [rented.id for rented in record.launch.instances]
         if record.launch.platform == platform and name in (record.launch.label, *ids):
@@ -172,7 +158,7 @@ def find_launch(folder: Path, name: str, platform: Platform) -> LaunchFile | Non
 
 
 def recorded_ids(folder: Path) -> frozenset[str]:
-    """Return the ids of all instances that any launch has recorded."""
+    """Return the ids of all recorded instances."""
     return frozenset(rented.id for record in _launches(folder) for rented in record.launch.instances)
 
 

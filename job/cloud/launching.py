@@ -1,4 +1,4 @@
-"""Launching a job on a rented machine, and again on another one after that is lost."""
+"""Launch a job on a rented machine, and on another one after a loss."""
 
 from __future__ import annotations
 
@@ -17,21 +17,17 @@ from job.cloud.provider import Instance, MachineNeeds, Market, Offer, Order, Ter
 from job.errors import MachineError, UsageError
 from job.text.redaction import holds_secret, looks_secret
 
-# How long a creation that was not confirmed is looked for before another offer is taken: lists lag behind.
+# Time to look for an unconfirmed creation before taking another offer: lists lag behind.
 LOOK_SECONDS = 120.0
 _PAUSE_SECONDS = 5.0
-# One that was not found then is still looked for during a watch, for so long and so often.
+# Time and interval to keep looking for it during a watch.
 _PENDING_SECONDS, _PENDING_PAUSE = 3600.0, 60.0
-# For so long a new instance that nobody else's label or image speaks for may be one whose creation was not confirmed.
+# Time in which a new instance without a foreign label or image may be an unconfirmed creation.
 _DOUBT_SECONDS = 86400.0
 
 
 def environment(names: Sequence[str], plain: Mapping[str, str], env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the variables for the instance: named ones with this process's values, and plain ones.
-
-    Raises:
-        UsageError: One is not set, or must not leave this machine.
-    """
+    """Return the instance's variables. Raises UsageError if one is not set, or must not leave this machine."""
     env = os.environ if env is None else env
     for name in {*names, *plain} & ACCOUNT_KEYS:
         raise UsageError(
@@ -51,34 +47,24 @@ def environment(names: Sequence[str], plain: Mapping[str, str], env: Mapping[str
 
 
 def _is_count(name: str, value: str) -> bool:
-    """Return whether a variable says how many tokens there are, and holds none."""
+    """Return whether a variable holds a number of tokens, not a token."""
     return "TOKENS" in name.upper() and re.fullmatch(r"\d{1,6}", value) is not None
 
 
 def find_offers(market: Market, needs: Sequence[MachineNeeds], terms: Terms) -> list[Offer]:
-    """Return the offers for any of the needs, the cheapest job first, or the cheapest hour where hours are unknown.
-
-    Raises:
-        CloudError: The platform cannot be asked.
-    """
+    """Return all needs' offers by the job's cost, or by the hour's if unknown. Raises CloudError."""
     found = [offer for need in needs for offer in market.offers(need, terms)]
     return sorted(found, key=lambda offer: (offer.job_dollars is None, offer.job_dollars or 0.0, offer.dollars))
 
 
 @dataclass
 class Launcher:
-    """Rents machines for one launch, and finds again what was rented without an answer.
+    """Rents machines for one launch, and recovers unconfirmed rentals.
 
     Attributes:
-        market: Where.
-        record: The launch's record.
-        say: Told what happens.
-        every: Seconds between two looks.
-        look_seconds: How long a creation that was not confirmed is looked for.
-        ending_seconds: How long another machine waits for the end of the last one.
-        notice: Told of the best offer before the first machine is rented.
-        here: Ids of what this process has rented, and so has watched from its beginning.
-        destroyer: Destroys what was rented.
+        look_seconds: Time to look for an unconfirmed creation.
+        ending_seconds: Time that a replacement waits for the end of the last instance.
+        here: Ids rented by this process, hence watched from their start.
     """
 
     market: Market
@@ -97,19 +83,11 @@ class Launcher:
 
     @property
     def launch(self) -> Launch:
-        """The launch as its record has it."""
+        """The launch in its record."""
         return self.record.launch
 
     def rent(self, wait_minutes: float = 0.0) -> str:
-        """Rent the best offer that can be had and return the instance's id.
-
-        Args:
-            wait_minutes: How long to wait for one.
-
-        Raises:
-            CloudError: The platform refuses.
-            MachineError: There is none, or nobody knows what was rented.
-        """
+        """Rent the best offer within `wait_minutes`; return the instance's id. Raises CloudError or MachineError."""
         env = environment(self.launch.env, self.launch.plain_env)
         self.record.update()
         deadline = time.monotonic() + 60 * wait_minutes
@@ -141,7 +119,7 @@ class Launcher:
         return f"{self.launch.label}-{len(self.launch.instances) + len(self.launch.pending) + 1}"
 
     def _take(self, offer: Offer, env: Mapping[str, str]) -> str | None:
-        """Rent an offer; what is asked for is written down first, so that nothing is forgotten whatever happens."""
+        """Rent an offer, recording the request first so that nothing is forgotten."""
         launch = self.launch
         before = tuple(instance.id for instance in self.market.instances())
         asked = Pending(label=self._next_label, at=time.time(), offer=offer.id, dollars=offer.dollars, before=before)
@@ -168,11 +146,9 @@ class Launcher:
         return rented
 
     def _look_for(self, asked: Pending) -> str | None:
-        """Return the instance of a creation that was not confirmed, None where it has not appeared in time.
+        """Return the instance of an unconfirmed creation, None if it does not appear in time.
 
-        Raises:
-            CloudError: The platform cannot be asked, so that nobody knows: no other machine may be rented.
-            MachineError: There are several that it may be.
+        Raises CloudError if the platform is unreachable, and MachineError if several instances may be it.
         """
         deadline = time.monotonic() + self.look_seconds
         while True:
@@ -211,7 +187,7 @@ class Launcher:
         return None
 
     def _claims(self, asked: Pending) -> tuple[list[Instance], list[Instance]]:
-        """Return the instances that are a pending creation's for certain, and those that seem to be."""
+        """Return a pending creation's certain and likely instances."""
         others = recorded_ids(self.record.path.parent)
         claims = [
             (claim(instance, asked, launch=self.launch.label, image=self.launch.image, others=others), instance)
@@ -221,7 +197,7 @@ class Launcher:
         return sure, [instance for how, instance in claims if how == "likely"]
 
     def _take_up(self, asked: Pending, found: Sequence[Instance]) -> None:
-        """Record what was found of a pending creation; whatever is more than one machine is destroyed."""
+        """Record a pending creation's instances; surplus ones are destroyed."""
         needed = bool(found) and self._needed()
         for instance in found:
             self.record.add(
@@ -234,7 +210,7 @@ class Launcher:
         self.destroyer.press_on()
 
     def _needed(self) -> bool:
-        """Return whether the launch has no machine; one that is not shown gives way to one that is."""
+        """Return whether the launch has no machine; an unlisted one is replaced by a listed one."""
         if not self.launch.instances or self._replaced(self.launch.instances[-1]):
             return True
         last = self.launch.instances[-1]
@@ -244,11 +220,7 @@ class Launcher:
         return True
 
     def adopt(self) -> None:
-        """Take up what was rented for this launch and not recorded, because renting was cut off.
-
-        Raises:
-            CloudError: The platform cannot be asked.
-        """
+        """Adopt rentals of this launch that were interrupted before being recorded. Raises CloudError."""
         for asked in (*self.launch.pending, Pending(label=self._next_label)):
             sure, likely = self._claims(asked)
             self._take_up(asked, sure)
@@ -260,7 +232,7 @@ class Launcher:
                 )
 
     def look_for_late_ones(self) -> None:
-        """Look now and then for creations that were not confirmed; what appears late is one machine too many."""
+        """Look periodically for unconfirmed creations; late ones are surplus."""
         recent = [asked for asked in self.launch.pending if time.time() - asked.at < _PENDING_SECONDS]
         if not recent or time.monotonic() < self._looked + min(_PENDING_PAUSE, 10 * self.every):
             return
@@ -272,15 +244,11 @@ class Launcher:
             self.say(error.line)
 
     def replace(self, why: str, wait_minutes: float) -> str:
-        """Destroy the instance and rent another for the same command; return its id.
-
-        Raises:
-            JobError: There is none, or the platform refuses.
-        """
+        """Destroy the instance and rent another for the same command; return its id. Raises JobError."""
         self.destroyer.close(why, self.ending_seconds)
         return self.rent(wait_minutes)
 
 
 def describe(instance: Instance) -> str:
-    """Return an instance with its cards in one line."""
+    """Format an instance with its cards in one line."""
     return f"{instance.line}, {instance.gpu}" if instance.gpu else instance.line

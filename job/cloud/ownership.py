@@ -1,4 +1,4 @@
-"""Whose instance is it: a creation that was not confirmed is found again, whatever became of its label."""
+"""Ownership of instances: recognise an unconfirmed creation, even without its label."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from job.cloud.provider import Instance
 from job.records import Record
 
 Claim = Literal["sure", "likely"]
-# Labels of launches; those of other launches are never this one's.
+# Labels of launches; other launches' instances are never this one's.
 _LABEL = re.compile(r"abliterate-[0-9a-f]{8}-\d+")
 
 
 class Pending(Record):
-    """A creation that was asked for and whose answer is not known.
+    """An unconfirmed creation.
 
     Attributes:
-        label: The instance's label, and the value of its marker.
-        at: Unix time of the request.
-        offer: The offer, for people.
-        dollars: Price of an hour by the offer.
-        before: Ids of all instances of the account right before; None: not known.
+        label: The instance's label and marker.
+        before: Ids of the account's instances right before; None: unknown.
     """
 
     label: str
@@ -35,15 +32,7 @@ class Pending(Record):
 def claim(
     instance: Instance, pending: Pending, *, launch: str, image: str, others: Collection[str] = ()
 ) -> Claim | None:
-    """Return how certain it is that an instance is the one of a pending creation, None if it is not.
-
-    Args:
-        instance: From the list of all instances.
-        pending: The creation.
-        launch: Label of the launch, with which the creation's own begins.
-        image: The image that was asked for.
-        others: Ids that belong to other rentals for certain.
-    """
+    """Return how certainly an instance is a pending creation's; `others` are ids of other rentals."""
     if instance.state == "gone":
         return None
     if instance.marker:
@@ -54,11 +43,11 @@ def claim(
         return None
     shown, whole = _plain(instance.label), _plain(pending.label)
     if shown and whole.startswith(shown) and shown.startswith(_plain(launch)):
-        return "sure"  # the label was cut, behind what no other launch has
+        return "sure"  # the label was truncated after a unique prefix
     if _LABEL.fullmatch(instance.label) or (instance.image and _same(instance.image) != _same(image)):
         return None
     if shown and not whole.startswith(shown) and not instance.image:
-        return None  # somebody else's name, and nothing that speaks for us
+        return None  # a foreign label without further evidence
     return "likely"
 
 

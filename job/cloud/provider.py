@@ -1,4 +1,4 @@
-"""What the platforms have in common: what is needed, what is offered, and what was rented."""
+"""Types shared by platforms: needs, offers and instances."""
 
 from __future__ import annotations
 
@@ -8,30 +8,24 @@ from typing import Literal, Protocol
 from job.records import Record
 
 Action = Literal["nothing", "stop", "destroy"]
-# starting, running: on the way or at work; outbid: halted by the platform and still billing its disk;
-# stopped: halted by somebody; exited: its command has ended; lost: its host does not answer; gone: no longer there;
-# unknown: the platform names no status, or one that its documentation does not have. Nothing is done to such a one.
+# starting, running: as expected; outbid: halted by the platform, its disk still billed; stopped: halted by someone;
+# exited: its command has ended; lost: its host is unreachable; gone: does not exist; unknown: without a documented
+# status, and never acted upon.
 State = Literal["starting", "running", "outbid", "stopped", "exited", "lost", "gone", "unknown"]
-# Variable that is put into every instance and holds its label: platforms may drop or cut the label itself.
+# Variable with the label in every instance: platforms may drop or truncate the label itself.
 MARKER = "ABLITERATION_LAUNCH"
-# Status of one that the platform names no status of yet, by its documentation because it is being provisioned.
+# Without a status yet; by the platform's documentation it is being provisioned.
 PROVISIONING = "provisioning"
 
 
 class MachineNeeds(Record):
-    """A machine that would do, and what the job will take on it.
+    """A suitable machine, and the job's expected use of it.
 
     Attributes:
-        gpu: The card, as in `--on`.
-        names: What the platforms call it, as parts of their names, without blanks and in lower case.
-        vast_name: What Vast.ai calls it.
-        count: Cards.
-        gpu_gb: Memory of each at least, in the platforms' GB; a little below what is printed on the card.
-        disk_gb: Disk.
+        names: Parts of the platforms' names for it, lower case without blanks.
+        gpu_gb: Least memory per card, in the platforms' GB; slightly below the nominal size.
         min_cuda: Lowest CUDA version of the driver, None for any.
-        work_hours: Hours of the job but for its transfers, None where unknown.
-        download_gb: What it fetches.
-        upload_gb: What it delivers.
+        work_hours: Hours of the job without transfers, None if unknown.
     """
 
     gpu: str
@@ -47,17 +41,15 @@ class MachineNeeds(Record):
 
 
 class Terms(Record):
-    """Under which terms machines are wanted.
+    """Rental terms.
 
     Attributes:
-        interruptible: On a bid, or on demand.
-        bid: Dollars an hour of a bid; None: a tenth above the lowest that would do.
-        most_dollars: Dollars an hour at most.
-        min_down: Mb/s from the network at least.
-        min_up: Mb/s to the network at least.
-        min_reliability: Share of its time a host has been up, 0 to 1.
-        verified: Only hosts that the platform has verified, or its own data centres.
-        limit: Offers at most.
+        interruptible: On a bid instead of on demand.
+        bid: Dollars per hour; None: a tenth above the lowest sufficient bid.
+        min_down: Least download speed, Mb/s.
+        min_up: Least upload speed, Mb/s.
+        min_reliability: Least uptime of a host, 0 to 1.
+        verified: Only verified hosts or the platform's own data centres.
     """
 
     interruptible: bool = False
@@ -74,17 +66,11 @@ class Offer(Record):
     """A machine that can be rented now.
 
     Attributes:
-        id: Its number, or what the platform chooses a machine by.
-        need: What it is offered for.
-        dollars: Price of an hour, storage included where the platform says so.
-        interruptible: It is a bid, which others may outbid.
-        where: Country, data centre or cloud.
-        down: Mb/s, None where the platform does not say.
-        up: Mb/s.
-        reliability: Share of its time the host has been up.
-        down_dollars: Dollars a GB that is fetched.
-        up_dollars: Dollars a GB that is sent.
-        stock: How many there are, in the platform's words.
+        id: Its number, or the platform's selector.
+        dollars: Price per hour, with storage where the platform states it.
+        interruptible: A bid, which others may outbid.
+        down: Download speed, Mb/s, None if unknown.
+        up: Upload speed, Mb/s, None if unknown.
     """
 
     id: str
@@ -101,10 +87,10 @@ class Offer(Record):
 
     @property
     def hours(self) -> float | None:
-        """Hours of the whole job here, transfers at this machine's line; None where unknown."""
+        """Hours of the whole job here with transfers, None if unknown."""
         if self.need.work_hours is None:
             return None
-        # Lines are shared and hosts measure them at their best.
+        # Lines are shared, and hosts report their best speed.
         seconds = [
             gigabytes * 8000 / (0.6 * rate)
             for gigabytes, rate in ((self.need.download_gb, self.down), (self.need.upload_gb, self.up))
@@ -114,24 +100,18 @@ class Offer(Record):
 
     @property
     def job_dollars(self) -> float | None:
-        """What the whole job costs here: time and traffic; None where the hours are unknown."""
+        """Cost of the whole job here with traffic, None if the hours are unknown."""
         traffic = self.need.download_gb * self.down_dollars + self.need.upload_gb * self.up_dollars
         return None if self.hours is None else self.hours * self.dollars + traffic
 
 
 class Instance(Record):
-    """Something that was rented.
+    """A rented instance.
 
     Attributes:
-        id: Its id.
-        state: What it does.
-        status: The same in the platform's words.
-        label: The name it was given.
-        dollars: Price of an hour now, None where the platform does not say.
-        gpu: Its cards.
-        marker: Value of the variable `MARKER` in it, "" where the platform shows none.
-        image: Its image, "" where the platform does not say.
-        note: The platform's explanation of the status.
+        status: Its state in the platform's words.
+        dollars: Current price per hour, None if unknown.
+        marker: Value of the variable `MARKER`, or "".
     """
 
     id: str
@@ -152,13 +132,11 @@ class Instance(Record):
 
 
 class Order(Record):
-    """What is to run on a machine.
+    """A container to run on a machine.
 
     Attributes:
-        label: A name of its own, by which an instance is found whose creation was not confirmed; also in `MARKER`.
-        image: The image, whose ENTRYPOINT stays.
-        command: What the ENTRYPOINT is given.
-        volume: Id of a network volume for the workspace, where the platform has such.
+        label: Unique label by which an unconfirmed creation is found; also in `MARKER`.
+        volume: Id of a network volume for the workspace, if supported.
     """
 
     label: str
@@ -168,52 +146,28 @@ class Order(Record):
 
 
 class Market(Protocol):
-    """A rental platform."""
+    """A rental platform. All methods raise CloudError if it is unreachable or refuses."""
 
     name: str
-    console: str  # where a person sees and ends instances
+    console: str  # where people see and end instances
 
     def offers(self, need: MachineNeeds, terms: Terms) -> list[Offer]:
-        """Return what is offered, in the platform's order.
-
-        Raises:
-            CloudError: The platform cannot be asked.
-        """
+        """Return the offers, in the platform's order."""
 
     def rent(self, offer: Offer, order: Order, env: Mapping[str, str]) -> str | None:
-        """Rent an offer and return the instance's id, None where somebody was quicker.
-
-        Raises:
-            CloudError: The platform refuses; if its `uncertain` is set, it may have rented it.
-        """
+        """Rent an offer; return the id, None if it was taken. After an `uncertain` CloudError it may be rented."""
 
     def instance(self, id: str) -> Instance:
-        """Return an instance as it is now, in state gone where it is not there.
-
-        Raises:
-            CloudError: The platform cannot be asked.
-        """
+        """Return an instance's current state, `gone` if it does not exist."""
 
     def instances(self) -> list[Instance]:
-        """Return all instances of the account.
-
-        Raises:
-            CloudError: The platform cannot be asked.
-        """
+        """Return all instances of the account."""
 
     def end(self, id: str, action: Action) -> bool:
-        """Stop or destroy an instance; return False where the platform knows no such instance.
-
-        Raises:
-            CloudError: The platform does not do it.
-        """
+        """Stop or destroy an instance; return False if the platform does not know it."""
 
     def logs(self, id: str, lines: int) -> str:
-        """Return the last lines that an instance's command has printed.
-
-        Raises:
-            CloudError: They cannot be had.
-        """
+        """Return the last lines of an instance's output."""
 
     def cannot_fetch(self, id: str) -> Sequence[str]:
-        """Return what the API does not give, and other ways to it, as lines for people."""
+        """Return what the API does not offer, and alternatives, as lines for people."""

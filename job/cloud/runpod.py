@@ -13,9 +13,9 @@ from job.cloud.api import Api, CloudError, GoneError
 from job.cloud.provider import MARKER, Action, Instance, MachineNeeds, Offer, Order, State, Terms
 
 BASE = "https://api.runpod.io"
-# The variable by which the platform's own client is pointed elsewhere.
+# The variable that redirects the platform's own client.
 BASE_NAME = "RUNPOD_API_BASE_URL"
-# All that version 2 documents; "RESTARTING" and so on belong to former versions, and count as unknown.
+# Documented states of version 2; "RESTARTING" and others of former versions count as unknown.
 _STATES: dict[str, State] = {
     "PROVISIONING": "starting",
     "STARTING": "starting",
@@ -24,7 +24,7 @@ _STATES: dict[str, State] = {
     "ERROR": "lost",
     "TERMINATED": "gone",
 }
-# The container's own disk; the workspace lies on a mount, which a stop does not wipe.
+# The container's disk; the workspace is on a mount that survives a stop.
 _CONTAINER_GB = 20
 _SMALLEST_MOUNT_GB = 10
 _QUIET_SECONDS = 3.0
@@ -40,10 +40,7 @@ class RunPod:
         self._api = api
 
     def offers(self, need: MachineNeeds, terms: Terms) -> list[Offer]:
-        """Return what is in stock in both clouds, or in the platform's own where only verified hosts will do.
-
-        Version 2 has no interruptible pods, and says nothing of lines and reliability.
-        """
+        """Return the stock. Version 2 has no interruptible pods, and reports no network speed or reliability."""
         if terms.interruptible:
             raise CloudError(
                 "RunPod's API of version 2 rents nothing interruptible", remedy="leave out --bid, or use vast"
@@ -87,7 +84,7 @@ class RunPod:
         try:
             pod = self._api.call("POST", "/v2/pods", body=body, what=f"a pod with {gpu}", creating=True)
         except CloudError as error:
-            # 400 stands for "none is free" as well as for a rule that is broken; only words tell them apart.
+            # 400 means either "none is free" or a broken rule; only the text distinguishes them.
             if error.status == 400 and re.search(
                 r"no longer|availab|capacity|could not be placed|instances", str(error)
             ):
@@ -98,7 +95,7 @@ class RunPod:
         return str(pod["id"])
 
     def instance(self, id: str) -> Instance:
-        """Return a pod as it is now."""
+        """Return a pod's current state."""
         try:
             pod = self._api.call("GET", f"/v2/pods/{quote(id, safe='')}", what=f"pod {id}")
         except GoneError:
@@ -106,11 +103,7 @@ class RunPod:
         return _instance({**(pod if isinstance(pod, Mapping) else {}), "id": id})
 
     def instances(self) -> list[Instance]:
-        """Return the account's pods, which come in one list.
-
-        Raises:
-            CloudError: The answer is no list of pods: that is not the same as having none.
-        """
+        """Return the account's pods. Raises CloudError if the response is no list: that is not an empty one."""
         found = self._api.call("GET", "/v2/pods", what="the list of pods")
         rows = found.get("pods") if isinstance(found, Mapping) else None
         if not isinstance(rows, list):
@@ -118,7 +111,7 @@ class RunPod:
         return [_instance(pod) for pod in rows if isinstance(pod, Mapping) and pod.get("id")]
 
     def end(self, id: str, action: Action) -> bool:
-        """Stop or terminate a pod; return False where there is none."""
+        """Stop or terminate a pod; return False if there is none."""
         path = f"/v2/pods/{quote(id, safe='')}"
         try:
             if action == "destroy":
@@ -128,20 +121,20 @@ class RunPod:
         except GoneError:
             return False
         except CloudError as error:
-            # Not valid for what the pod does now: a stop of one that is stopped.
+            # Invalid in the pod's current state: a stop of a stopped one.
             if error.status != 409 or action != "stop" or self.instance(id).state not in ("stopped", "gone"):
                 raise
         return True
 
     def logs(self, id: str, lines: int) -> str:
-        """Return the last lines of a pod's log, which comes as a stream that stays open."""
+        """Return the last lines of a pod's log, an open stream."""
         params: dict[str, str | int] = {"source": "container", "tail": min(lines, 5000)}
         path = f"/v2/pods/{quote(id, safe='')}/logs"
         stream = self._api.lines(path, params, what=f"the log of pod {id}", quiet=_QUIET_SECONDS)
         return self._api.hide("".join(line + "\n" for line in _log_lines(stream)))
 
     def cannot_fetch(self, id: str) -> tuple[str, ...]:
-        """Return what the API does not give."""
+        """Return what the API does not offer."""
         return (
             "files of the pod: RunPod's API gives none; what was delivered or mirrored (--upload, --checkpoint) is "
             "there already",
@@ -155,7 +148,7 @@ def _plain(name: str) -> str:
 
 
 def _fits(row: Mapping[str, Any], need: MachineNeeds, cloud: str) -> bool:
-    """Return whether a kind of GPU is the one that is needed, and is in stock."""
+    """Return whether a kind of GPU meets the need, and is in stock."""
     side = cloud.lower()
     memory = float(row.get("memory") or 0)
     return (
@@ -198,7 +191,7 @@ def _table(value: Any) -> Mapping[str, Any]:
 
 
 def _log_lines(stream: Iterable[str]) -> list[str]:
-    """Return the lines of a log from server-sent events."""
+    """Return a log's lines from server-sent events."""
     found = []
     for line in stream:
         if not line.startswith("data:"):

@@ -1,9 +1,8 @@
-"""The end of the rental: a job that is delivered stops or destroys the machine that it is rented on.
+"""End of the rental: a delivered job stops or destroys its rented machine.
 
-To be called only when there is nothing left to lose, which `job.lifecycle.end_of_rental` sees to. What was asked for
-is written down first, in the workspace and outside of any job's folder, so that it never gets into a mirror: it is
-about this instance.
-A stop leaves a mark, by which the next start that has nothing to do is kept from stopping it again.
+Call it only if nothing can be lost (`job.lifecycle.end_of_rental`). The request is recorded first in the workspace,
+outside any job's folder and hence any mirror: it concerns this instance. A stop leaves a mark, so that the next start
+without work does not stop it again.
 """
 
 from __future__ import annotations
@@ -31,19 +30,16 @@ FOLDER = ".rentals"
 # About five minutes: what bills by the hour is worth insisting on.
 PATIENCE = Patience(tries=10, first_wait=1.0, longest_wait=60.0)
 _TOOL_SECONDS = 60.0
-# A stop that ends the process before it is known to be taken is asked for once more, and then no more.
+# A stop with unknown result is requested once more, then never again.
 _MOST_UNKNOWN = 2
 
 
 class Sentinel(Record):
-    """What was asked for an instance.
+    """The requested end of an instance.
 
     Attributes:
-        action: stop or destroy.
-        state: asked: the answer is not known; taken: the platform has said yes; failed: it has not.
-        asked: How often it was asked for without the answer becoming known.
-        at: Unix time of the last change.
-        problem: Why it failed.
+        state: asked: result unknown; taken: accepted by the platform; failed: refused.
+        asked: Requests with unknown result.
     """
 
     action: Action
@@ -54,12 +50,11 @@ class Sentinel(Record):
 
 
 class EndRecord(Record):
-    """What came of an ending.
+    """The result of ending a rental.
 
     Attributes:
-        state: none: nothing was to be done; taken: the platform ends the instance; held back: it was stopped
-            before and somebody has started it again; failed: it bills on.
-        problem: Why it failed, with what to do, one line; "" otherwise.
+        state: none: nothing to do; taken: the platform ends the instance; held back: stopped before, then started by
+            someone; failed: it bills on.
     """
 
     state: Literal["none", "taken", "held back", "failed"]
@@ -71,11 +66,8 @@ class Rental:
     """The instance that this process runs on.
 
     Attributes:
-        platform: Its platform's name.
-        instance: Its id there.
-        by_hand: Where a person ends it.
-        tools: Commands of the platform's own client that end it, by action, the preferred ones first.
-        patience: How often the platform is asked.
+        by_hand: Where people end it.
+        tools: The platform's client commands that end it, by action, preferred first.
     """
 
     platform: str
@@ -97,15 +89,11 @@ class Rental:
         return workspace / FOLDER / f"{self._name}.json"
 
     def progressed(self, workspace: Path) -> None:
-        """Forget an earlier stop: a start has got as far as new work, so the next stop breaks no loop."""
+        """Forget an earlier stop: new work was done, so the next stop cannot loop."""
         _remove(self._sentinel(workspace))
 
     def check(self) -> str:
-        """Return what the platform says of this instance; that proves that it can be asked from here.
-
-        Raises:
-            MachineError: It cannot be asked, or knows no such instance.
-        """
+        """Return this instance's state, which proves access to the platform. Raises MachineError."""
         try:
             found = self._market(_silent, self._briefly).instance(self.instance)
         except KeyRefusedError as error:
@@ -119,20 +107,14 @@ class Rental:
         return f"{self.platform} instance {found.line}"
 
     def price(self) -> float | None:
-        """Return the dollars an hour that the platform bills for this instance, None where it does not tell."""
+        """Return the billed dollars per hour of this instance, or None."""
         try:
             return self._market(_silent, self._briefly).instance(self.instance).dollars
         except JobError:
             return None
 
     def end(self, action: Action, workspace: Path, say: Callable[[str], None]) -> EndRecord:
-        """Stop or destroy this instance; `taken` means that this process will soon be ended as well.
-
-        Args:
-            action: What to do.
-            workspace: Where it is written down before it is asked for.
-            say: Told what happens.
-        """
+        """Record the request, then stop or destroy this instance; after `taken` this process will soon end too."""
         if action == "nothing":
             return EndRecord(state="none")
         say = unfailing(say)
@@ -173,7 +155,7 @@ class Rental:
         return problem
 
     def _failed(self, action: Action, problem: str, alarm: Path, say: Callable[[str], None]) -> EndRecord:
-        """Make sure that somebody finds out."""
+        """Alert people by every available means."""
         lines = (
             f"THIS RENTAL BILLS ON: {self.platform} instance {self.instance} could not be ended ({action}).",
             problem,
@@ -189,38 +171,33 @@ class Rental:
 
 
 def find_rental(env: Mapping[str, str] | None = None, *, patience: Patience = PATIENCE) -> Rental | None:
-    """Return the rental that this process runs on by what the platforms put into its environment, None if on none.
-
-    Args:
-        env: The environment; this process's by default.
-        patience: How often the platform is asked to end it.
-    """
+    """Return the rental of this process by the platforms' environment variables, or None."""
     env = os.environ if env is None else env
     pod = env.get("RUNPOD_POD_ID", "")
     if pod:
         return _on_runpod(pod, env, patience)
     label = re.fullmatch(r"C\.(\d+)", env.get("VAST_CONTAINERLABEL", ""))
     number = label[1] if label else env.get("CONTAINER_ID", "")
-    # Others may call something CONTAINER_ID too: a number, and a sign of the platform beside it.
+    # CONTAINER_ID may be someone else's: require a number, and another sign of the platform.
     if re.fullmatch(r"\d+", number) and (label or env.get("CONTAINER_API_KEY")):
         return _on_vast(number, env, patience)
     return None
 
 
 def progressed(workspace: Path) -> None:
-    """Forget an earlier stop of this machine, if it is a rented one; see `Rental.progressed`."""
+    """Forget an earlier stop of this machine, if rented; see `Rental.progressed`."""
     rental = find_rental()
     if rental is not None:
         rental.progressed(workspace)
 
 
 def unfailing(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Return a way to say things that never raises: no log that is full or gone keeps a rental."""
+    """Wrap `say` to never raise: a full or closed log must not keep a rental."""
 
     def said(message: str) -> None:
         try:
             say(message)
-        except Exception:  # whatever it is: a console that is closed, a full disk, a device that is gone
+        except Exception:  # any failure: a closed console, a full disk, a missing device
             return
 
     return said
@@ -262,7 +239,7 @@ def _read(file: Path) -> Sentinel | None:
 
 
 def _write(file: Path, sentinel: Sentinel, say: Callable[[str], None]) -> None:
-    """Write a sentinel; where the disk is full the rental is ended all the same."""
+    """Write a sentinel; a full disk must not keep the rental."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (sentinel.model_dump_json(indent=2) + "\n").encode())
@@ -274,7 +251,7 @@ def _remove(alarm: Path) -> None:
     try:
         alarm.unlink(missing_ok=True)
     except OSError:
-        return  # it is not there, or nothing can be changed here any more
+        return  # it is missing, or the folder is read-only by now
 
 
 def _succeeds(command: tuple[str, ...]) -> bool:

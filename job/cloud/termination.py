@@ -1,4 +1,4 @@
-"""Destroying an instance until it is seen to be gone: a machine that is forgotten bills on."""
+"""Destroy an instance until it is seen to be gone: a forgotten machine bills on."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ from dataclasses import dataclass, field
 from job.cloud.provider import Instance, Market
 from job.errors import JobError
 
-# For so long after its renting an instance that the platform does not know may still appear: lists lag behind.
+# Time in which a new instance unknown to the platform may still appear: lists lag behind.
 APPEAR_SECONDS = 600.0
 _LOUD_TRIES = 3
 
 
 @dataclass
 class Termination:
-    """An instance that has to be destroyed, and what has come of it so far.
+    """An instance to destroy, and progress so far.
 
     Attributes:
-        market: Where it is.
-        id: Its id.
-        say: Told of every attempt that has not ended it.
-        rented: Unix time of its renting, 0 where that is long ago or not known.
-        seen: The platform has shown it, so that "no such instance" means that it is gone.
+        rented: Unix time of the rental, 0 if long ago or unknown.
+        seen: The platform has listed it, so "no such instance" means that it is gone.
         pause: Seconds until the next attempt; doubles.
-        longest: The longest pause.
     """
 
     market: Market
@@ -39,7 +35,7 @@ class Termination:
     _next: float = field(default=0.0, repr=False)
 
     def press(self) -> bool:
-        """Ask for the end if it is time to; return whether the instance is gone."""
+        """Request the end if due; return whether the instance is gone."""
         if time.monotonic() < self._next:
             return False
         self.tries += 1
@@ -56,7 +52,7 @@ class Termination:
         return False
 
     def insist(self, seconds: float | None = None) -> bool:
-        """Go on until the instance is gone, or for so many seconds; return whether it is."""
+        """Repeat until the instance is gone or `seconds` have passed; return whether it is."""
         deadline = None if seconds is None else time.monotonic() + seconds
         while not self.press():
             if deadline is not None and time.monotonic() >= deadline:
@@ -66,7 +62,7 @@ class Termination:
         return True
 
     def _attempt(self) -> str | None:
-        """Return None if it is gone, "" if it is only not gone yet, and else why it could not be ended."""
+        """Return None if it is gone, "" if that takes time, else why it could not be ended."""
         try:
             self.seen |= self.market.end(self.id, "destroy")
             found = self.market.instance(self.id)

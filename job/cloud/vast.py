@@ -11,11 +11,10 @@ from job.cloud.api import Api, CloudError, GoneError
 from job.cloud.provider import MARKER, PROVISIONING, Action, Instance, MachineNeeds, Offer, Order, State, Terms
 
 BASE = "https://console.vast.ai"
-# The variable by which the platform's own client is pointed elsewhere.
+# The variable that redirects the platform's own client.
 BASE_NAME = "VAST_URL"
-# What `error` says where an offer has been taken meanwhile.
-# What `actual_status` may be where the owner wants the instance to run and its contract is in force; also null while
-# it is being provisioned, which is not told from a status that is missing: nothing follows from either.
+# States by `actual_status`, of an instance that the owner wants to run under a valid contract. It is also null during
+# provisioning, like a missing status: nothing follows from either.
 _STATES: dict[str, State] = {
     "created": "starting",
     "loading": "starting",
@@ -25,7 +24,7 @@ _STATES: dict[str, State] = {
     "exited": "exited",
     "offline": "lost",
 }
-# What it may still say once the contract is released.
+# Possible values after the contract is released.
 _RELEASED = frozenset({"created", "stopped", "exited", "offline", "unknown"})
 _PAGE, _MOST_PAGES = 25, 400
 _TAKEN = frozenset({"no_such_ask", "ask_not_available", "not_available", "no_longer_available"})
@@ -41,11 +40,11 @@ class Vast:
         self._api = api
 
     def offers(self, need: MachineNeeds, terms: Terms) -> list[Offer]:
-        """Return what is offered, cheapest hour first."""
+        """Return the offers, cheapest hour first."""
         query: dict[str, Any] = {
             "gpu_name": {"eq": need.vast_name.replace("_", " ")},
             "num_gpus": {"eq": need.count},
-            # In thousandths of what its own command line calls GB.
+            # In thousandths of its own command line's GB.
             "gpu_ram": {"gte": int(need.gpu_gb * 1000)},
             "disk_space": {"gte": need.disk_gb},
             "inet_down": {"gte": terms.min_down},
@@ -100,7 +99,7 @@ class Vast:
         return str(rented["new_contract"])
 
     def instance(self, id: str) -> Instance:
-        """Return an instance as it is now."""
+        """Return an instance's current state."""
         try:
             found = self._api.call(
                 "GET", f"/api/v0/instances/{quote(id)}/", params={"owner": "me"}, what=f"instance {id}"
@@ -108,16 +107,12 @@ class Vast:
         except GoneError:
             return Instance(id=id, state="gone")
         row = found.get("instances", "missing") if isinstance(found, Mapping) else "missing"
-        if not row:  # said in so many words: there is no such instance
+        if not row:  # explicitly: there is no such instance
             return Instance(id=id, state="gone")
         return _instance({**(row if isinstance(row, Mapping) else {}), "id": id})
 
     def instances(self) -> list[Instance]:
-        """Return the account's instances, page by page.
-
-        Raises:
-            CloudError: The answer is no list of instances: that is not the same as having none.
-        """
+        """Return the account's instances. Raises CloudError if the response is no list: that is not an empty one."""
         params: dict[str, str | int] = {"order_by": json.dumps([{"col": "id", "dir": "asc"}]), "limit": _PAGE}
         instances: list[Instance] = []
         for _ in range(_MOST_PAGES):
@@ -133,7 +128,7 @@ class Vast:
         raise CloudError(f"{self.name}'s list of instances has no end")
 
     def end(self, id: str, action: Action) -> bool:
-        """Stop or destroy an instance; return False where there is none."""
+        """Stop or destroy an instance; return False if there is none."""
         path = f"/api/v0/instances/{quote(id)}/"
         try:
             if action == "destroy":
@@ -145,7 +140,7 @@ class Vast:
         return True
 
     def logs(self, id: str, lines: int) -> str:
-        """Return the last lines of a log, which the platform copies to a storage and gives the address of."""
+        """Return the last lines of a log, which the platform copies to a storage URL."""
         what = f"the log of instance {id}"
         asked = self._api.call(
             "PUT", f"/api/v0/instances/request_logs/{quote(id)}/", body={"tail": str(lines)}, what=what
@@ -156,7 +151,7 @@ class Vast:
         return self._api.hide(self._api.download(str(address), what))
 
     def cannot_fetch(self, id: str) -> tuple[str, ...]:
-        """Return what the API does not give."""
+        """Return what the API does not offer."""
         return (
             "files of the instance: Vast.ai's API gives none; what was delivered or mirrored (--upload, --checkpoint) "
             "is there already",
@@ -206,17 +201,17 @@ def _marker(env: Any) -> str:
 
 
 def _state(row: Mapping[str, Any]) -> State:
-    """Return what an instance does, by what it is, what its contract is in and what its owner wants."""
+    """Return an instance's state from its actual, contract and intended status."""
     values = [row.get(key) for key in ("actual_status", "cur_state", "intended_status")]
-    # Of another type than text: as good as a text that nobody knows.
+    # A non-text value counts as an unknown text.
     actual, contract, wanted = ("?" if value is not None and not isinstance(value, str) else value for value in values)
     if wanted == "stopped":
         return "stopped"
-    if contract == "unloaded":  # released on destroy; a container that is at work contradicts it
+    if contract == "unloaded":  # released by destroy; a running container contradicts it
         return "gone" if actual is None or actual in _RELEASED else "unknown"
     if wanted not in ("running", "frozen") or contract not in ("running", "stopped"):
         return "unknown"
     if actual == "stopped" or (contract == "stopped" and _STATES.get(actual or "") not in (None, "running")):
-        # The owner wants it to run and it has no machine: it was outbid, or its contract has ended.
+        # Intended to run without a machine: it was outbid, or its contract ended.
         return "outbid"
     return _STATES.get(actual or "", "unknown") if contract == "running" else "unknown"

@@ -1,4 +1,4 @@
-"""Watching a launch until it has ended, with another machine after an outbid or a dead host."""
+"""Watch a launch until its end, replacing machines that were outbid or lost."""
 
 from __future__ import annotations
 
@@ -12,26 +12,22 @@ from job.cloud.launching import Launcher
 from job.cloud.provider import PROVISIONING, Instance, State
 from job.cloud.termination import APPEAR_SECONDS
 
-# ended: it is gone; idle: its command has ended and it bills on; halted: by the platform;
-# stopped: by somebody, and its disk bills on; missing: it was rented and the platform has never shown it.
+# ended: gone; idle: its command ended and it bills on; halted: by the platform; stopped: by someone, its disk bills on;
+# missing: rented but never listed by the platform.
 Outcome = Literal["ended", "stopped", "idle", "halted", "missing"]
-# Platforms answer from copies that lag behind: one answer is not enough for anything that cannot be taken back.
+# Platforms answer from stale copies: irreversible actions need more than one answer.
 _LOOKS = 3
 
 
 @dataclass
 class _Track:
-    """What was seen of one instance.
+    """Observations of one instance.
 
     Attributes:
-        id: Which.
-        state: Its last state.
-        since: When that was seen first, by the monotonic clock.
-        looks: How often it has been seen since, without another between.
-        states: All that have been seen.
-        gaps: The platform was out of reach for a while: it may have done anything then.
-        told: Minutes of an unknown status that were told of last.
-        begun: Unix time of the first look.
+        since: Monotonic time of that state's first observation.
+        looks: Consecutive observations of it.
+        gaps: The platform was unreachable for a while, in which anything may have happened.
+        told: Minutes of unknown status at the last report.
     """
 
     id: str
@@ -44,7 +40,7 @@ class _Track:
     begun: float = field(default_factory=time.time)
 
     def note(self, instance: Instance) -> bool:
-        """Count a look; return whether the state is another than before."""
+        """Record an observation; return whether the state changed."""
         changed = instance.state != self.state
         if changed:
             self.state, self.since, self.looks, self.told = instance.state, time.monotonic(), 0, 0.0
@@ -66,18 +62,15 @@ class _Track:
 class Watch:
     """Watches the latest instance of a launch.
 
-    Only a status that the platform documents, seen in several looks, leads to anything. Whatever is to be destroyed is
-    gone when a watch returns or fails.
+    It acts only on documented statuses seen in several looks. When a watch returns or fails, instances to destroy are
+    gone.
 
     Attributes:
-        launcher: The launch.
-        relaunches: How often another machine may be rented.
-        wait_minutes: How long to wait for each.
-        start_minutes: How long an instance may take to start.
-        lost_minutes: How long a host may be silent.
-        appear_minutes: How long an instance that was just rented may be unknown to the platform.
-        unknown_minutes: How often to tell of a status that is unknown.
-        most_dollars: What all instances together may cost before another is rented; None: anything.
+        start_minutes: Time in which an instance must start.
+        lost_minutes: Time that a host may be silent.
+        appear_minutes: Time in which a new instance must be listed.
+        unknown_minutes: Interval of reports on an unknown status.
+        most_dollars: Most dollars of all instances before another is rented; None: no limit.
     """
 
     launcher: Launcher
@@ -90,15 +83,10 @@ class Watch:
     most_dollars: float | None = None
 
     def until_the_end(self) -> Outcome:
-        """Return how it has ended.
-
-        Raises:
-            CloudError: The platform refuses; that it is out of reach for a while is waited for.
-            MachineError: No other machine is offered.
-        """
+        """Return the final outcome, waiting for an unreachable platform. Raises CloudError or MachineError."""
         try:
             outcome = self._follow()
-        except Exception:  # any of them; an interrupt is no Exception, and is not kept waiting for a machine's end
+        except Exception:  # an interrupt is no Exception, and does not wait for a machine's end
             self.launcher.destroyer.finish()
             raise
         self.launcher.destroyer.finish()
@@ -107,7 +95,7 @@ class Watch:
     def _follow(self) -> Outcome:
         track = _Track("")
         last = self.launcher.launch.instances[-1]
-        # A watch was cut off while it replaced this one.
+        # A watch was interrupted while replacing this one.
         why = last.ending or (last.why if last.ended is not None else "")
         if why not in ("", "gone", "stopped", BY_HAND) and not self._again(why, track):
             return "halted"
@@ -131,7 +119,7 @@ class Watch:
             time.sleep(self.launcher.every)
 
     def _look(self) -> Instance | None:
-        """Return the latest instance as it is, None while the platform is out of reach."""
+        """Return the latest instance, None while the platform is unreachable."""
         try:
             return self.launcher.market.instance(self.launcher.launch.instances[-1].id)
         except CloudError as error:
@@ -141,7 +129,7 @@ class Watch:
             return None
 
     def _judge(self, instance: Instance, track: _Track) -> Outcome | None:
-        """Return how the watch ends, None if it goes on, perhaps with another instance."""
+        """Return the watch's outcome, None if it continues, perhaps with another instance."""
         if instance.state == "unknown":
             self._tell_of_unknown(instance, track)
         if track.looks < _LOOKS:
@@ -164,7 +152,7 @@ class Watch:
             )
 
     def _gone(self, instance: Instance, track: _Track) -> Outcome | None:
-        """Return how a watch of an instance ends that the platform does not know, None if it may still appear."""
+        """Return the outcome for an instance unknown to the platform, None if it may still appear."""
         rented = self.launcher.launch.instances[-1]
         young = time.time() - rented.at < 60 * self.appear_minutes
         never_seen = track.states == {"gone"} and not rented.seen
@@ -180,7 +168,7 @@ class Watch:
         return "ended"
 
     def _listed(self, id: str) -> bool:
-        """Return whether the list of all instances still has it, or cannot be had."""
+        """Return whether the list of instances still has it, or is unavailable."""
         try:
             return any(other.id == id and other.state != "gone" for other in self.launcher.market.instances())
         except CloudError as error:
@@ -188,7 +176,7 @@ class Watch:
             return True
 
     def _lost(self, instance: Instance, minutes: float) -> str | None:
-        """Return why another machine is needed, None if it is not."""
+        """Return why another machine is needed, or None."""
         if instance.state == "outbid":
             return "it was outbid" if self.launcher.launch.terms.interruptible else "the platform has halted it"
         if instance.state == "lost" and minutes >= self.lost_minutes:
@@ -199,11 +187,11 @@ class Watch:
         return None
 
     def _again(self, why: str, track: _Track) -> bool:
-        """Replace the instance if that is allowed; say why not otherwise."""
+        """Replace the instance if allowed, else report why not."""
         launcher = self.launcher
         launch = launcher.launch
         spent = launch.spent(time.time())
-        # Watched from its beginning, it has done nothing that could be lost.
+        # Watched from its start, it has done nothing that could be lost.
         nothing_lost = track.never_ran and launch.instances[-1].id in launcher.here
         refusal = None
         if not launch.instances[-1].sure:

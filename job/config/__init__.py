@@ -1,1 +1,1 @@
-"""Settings: their schema, where each value comes from, and which may come from files of others."""
+"""Settings: their schema and sources, and which may come from files of others."""

@@ -1,4 +1,4 @@
-"""Settings that contradict one another."""
+"""Refuse contradictory settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from job.errors import UsageError
 
 
 def _refuse_contradictions(settings: Settings) -> None:
-    """Refuse settings that do not go together, and addresses of a kind that is not supported."""
+    """Refuse contradictory settings and unsupported addresses."""
     if settings.startup_trials is not None and settings.startup_trials > settings.trials:
         raise UsageError(
             f"startup_trials = {settings.startup_trials} is more than trials = {settings.trials}",
@@ -51,7 +51,7 @@ def _refuse_contradictions(settings: Settings) -> None:
 
 def _refuse_unknown_detectors(scoring: ScoringSettings) -> None:
     for name in scoring.detectors:
-        # Entry points are looked up only where one is asked for.
+        # Entry points are loaded only if one is requested.
         if name not in BUILTIN_SCORERS and name not in (known := known_scorers()):
             raise UsageError(
                 f"scoring.detectors: there is no detector {name!r}",

@@ -1,4 +1,4 @@
-"""All settings as people read them: name, value as TOML, source."""
+"""Describe all settings: name, value as TOML, source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from job.config.schema import Settings
 
 
 def as_toml(value: Any) -> str:
-    """Return a value as TOML spells it, on one line."""
+    """Return a value as TOML on one line."""
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{json.dumps(key)} = {as_toml(part)}" for key, part in value.items()) + " }"
     if isinstance(value, list):
@@ -27,13 +27,9 @@ def describe_settings(
     config: Path | None = None,
     assignments: Iterable[str] = (),
 ) -> tuple[Settings, list[str]]:
-    """Return the settings, a line for every one (its name, its value as TOML, where it comes from) and for old names.
-
-    Raises:
-        UsageError: A setting is unknown or invalid; that some are not given yet is no error here.
-    """
+    """Return the settings, possibly incomplete, and a line for each and for renamed ones. Raises UsageError."""
     values, sources, notes = _merged(options, profile, config, assignments)
-    # Stands in for what must be given to run a job but not to look at the settings.
+    # Placeholder for settings required only to run a job.
     required = {key: "-" for key, field in Settings.model_fields.items() if field.is_required()}
     settings = _validated({**required, **values}, sources)
     values = dict(_flatten(settings.model_dump(mode="json")))

@@ -1,4 +1,4 @@
-"""Settings of other tools of this kind, in flat TOML: taken over, renamed or no longer needed, each with the reason."""
+"""Flat TOML settings of comparable tools: accepted, renamed or dropped, each with a reason."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RENAMED = {
     "n_components": "directions.n_components",
     "n_refusal_directions": "directions.n_components",
 }
-# Old name: why it is not needed any more.
+# Old name: why it is no longer needed.
 OBSOLETE = {
     "max_batch_size": _BY_RULE,
     "use_binary_search_batch_tuning": _BY_RULE,
@@ -73,15 +73,15 @@ OBSOLETE = {
     "max_shard_size": "an export has the base model's shards",
     "database": "other machines evaluate trials through Ray: --engine ray --address HOST:PORT",
 }
-# Old name: what its value becomes.
+# Old name: conversion of its value.
 CONVERTED: dict[str, Callable[[Any], tuple[str, Any]]] = {
     "use_pca_extraction": lambda value: ("directions.method", "contrastive-pca" if value else "mean-difference"),
     "quantization": lambda value: ("loading.quantization", str(value).replace("_", "-")),
     "export_strategy": lambda value: ("export_format", {"merge": "merged"}.get(value, value)),
-    # There 0 meant that nothing follows the first extraction.
+    # There 0 meant nothing after the first extraction.
     "iterative_rounds": lambda value: ("directions.iterative_rounds", max(int(value), 0) + 1),
 }
-# What fields of tables of prompts are called now; the others were for pictures.
+# New names of fields of prompt tables; the others were for pictures.
 _PROMPT_FIELDS = {"dataset": "spec", "commit": "revision"}
 _PICTURES = ("residual_plot_label", "residual_plot_color")
 _PROMPT_TABLES = ("good_prompts", "bad_prompts", "good_eval_prompts", "bad_eval_prompts", "helpfulness_prompts",
@@ -89,14 +89,7 @@ _PROMPT_TABLES = ("good_prompts", "bad_prompts", "good_eval_prompts", "bad_eval_
 
 
 def translated(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a settings table in today's names, and a line for every old one.
-
-    Args:
-        table: A settings file as it was read.
-
-    Returns:
-        The table, whose renamed settings are dotted keys, and what became of each old name.
-    """
+    """Return a settings table with current names as dotted keys, and a line for every old one."""
     found: dict[str, Any] = {}
     notes = []
     for key, value in table.items():
@@ -126,7 +119,7 @@ def translated(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _give_every_set(found: dict[str, Any], system_prompt: Any) -> None:
-    """Put a system prompt into all tables of prompts that have none of their own."""
+    """Add a system prompt to all prompt tables without one."""
     for name in _PROMPT_TABLES[:4]:
         table = found.get(name, {})
         if isinstance(table, str):

@@ -1,4 +1,4 @@
-"""Settings from where they are given: command line > environment > TOML file > defaults, each value with its source."""
+"""Load settings: command line > environment > TOML file > defaults, each value with its source."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from job.text.decoding import decoded
 
 
 class LoadedSettings:
-    """Settings together with the source of each value, by dotted key, and what became of old names."""
+    """Settings, the source of each value by dotted key, and notes on old names."""
 
     def __init__(self, settings: Settings, sources: dict[str, str], notes: list[str]) -> None:
         self.settings = settings
@@ -42,13 +42,11 @@ class LoadedSettings:
 
 @dataclass(frozen=True)
 class FixedSettings:
-    """Settings that a file of ours fixes, by dotted key.
+    """Settings fixed by one of our files, by dotted key.
 
     Attributes:
-        source: The file's name.
-        values: Settings that cannot be overridden.
-        origins: Model and prompts, which may also be given from elsewhere.
-        left_out: What else the file says, which is not taken from it.
+        origins: Model and prompts, which may be overridden.
+        left_out: Untrusted values in the file.
     """
 
     source: str
@@ -65,17 +63,14 @@ def load_settings(
     assignments: Iterable[str] = (),
     fixed: FixedSettings | None = None,
 ) -> LoadedSettings:
-    """Merge all sources and validate the result.
+    """Merge all sources and validate the result. Raises UsageError.
 
     Args:
-        options: Values given as command-line options, by dotted key.
-        profile: Name of a set of settings that comes with the job, between the defaults and the file.
+        options: Command-line options, by dotted key.
+        profile: Built-in profile, between the defaults and the file.
         config: A TOML file.
-        assignments: Values given as ``--set key=value``; they count as command-line options.
-        fixed: What is given already.
-
-    Raises:
-        UsageError: A source cannot be read, or a setting is unknown or invalid.
+        assignments: ``--set key=value``, treated as command-line options.
+        fixed: Settings fixed by a file.
     """
     values, sources, notes = _merged(options, profile, config, assignments, fixed)
     return LoadedSettings(_validated(values, sources), sources, notes)
@@ -88,7 +83,7 @@ def _merged(
     assignments: Iterable[str],
     fixed: FixedSettings | None = None,
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Return the values of all sources as nested tables, the source of each by dotted key, and notes on old names."""
+    """Return merged values as nested tables, the source of each by dotted key, and notes on old names."""
     notes: list[str] = []
     layers: list[tuple[str, dict[str, Any]]] = [("default", default_values())]
     if profile is not None:
@@ -115,7 +110,7 @@ def _merged(
 
 
 def _forget_qualifiers(merged: dict[str, Any], sources: dict[str, str], key: str) -> None:
-    """Drop what a source of lower priority said of another spec: its split is not this one's."""
+    """Drop the qualifiers of an overridden spec: its split does not apply to the new one."""
     table = key.removesuffix(".spec")
     for name in SPEC_QUALIFIERS:
         if sources.pop(f"{table}.{name}", None):
@@ -128,7 +123,7 @@ def default_values() -> dict[str, Any]:
 
 
 def profiles() -> list[str]:
-    """Return the names of the sets of settings that come with the job."""
+    """Return the names of built-in profiles."""
     return sorted(
         file.name.removesuffix(".toml") for file in resources.files("job.config").joinpath("profiles").iterdir()
     )
@@ -154,7 +149,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
-    """Return the settings that the environment holds, refusing names that are none."""
+    """Return the settings in the environment; unknown names are refused."""
     for name in os.environ:
         if name.startswith(ENVIRONMENT_PREFIX):
             path = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
@@ -166,33 +161,29 @@ def _environment() -> dict[str, Any]:
 
 
 def assigned(assignments: Iterable[str]) -> dict[str, Any]:
-    """Return ``key=value`` assignments as nested tables.
-
-    Raises:
-        UsageError: One is malformed or names no setting.
-    """
+    """Parse ``key=value`` assignments into nested tables. Raises UsageError for malformed or unknown ones."""
     found = _nested(map(_assignment, assignments))
     _check_names(found, Settings, "command line")
     return found
 
 
 def leaves(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all values of nested tables by dotted key; names that are no settings are kept as they are."""
+    """Flatten nested tables to dotted keys; unknown names are kept."""
     return dict(_flatten(tables))
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by dotted key as nested tables."""
+    """Convert dotted keys to nested tables."""
     return _nested(values.items())
 
 
 def environment_values() -> dict[str, Any]:
-    """Return the settings that the environment gives, by dotted key."""
+    """Return the settings in the environment, by dotted key."""
     return leaves(_environment())
 
 
 def merged(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested tables with others put over them."""
+    """Merge nested tables; `others` win."""
     found = dict(values)
     for key, value in others.items():
         below = found.get(key)
@@ -208,7 +199,7 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _nested(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return nested tables from dotted keys; later pairs win."""
+    """Convert dotted keys to nested tables; later pairs win."""
     tables: dict[str, Any] = {}
     for key, value in pairs:
         _put(tables, key, value)
@@ -229,20 +220,20 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
 def _flatten(
     tables: Mapping[str, Any], section: type[BaseModel] | None = None, prefix: str = ""
 ) -> Iterable[tuple[str, Any]]:
-    """Yield all values by dotted key; a prompt set given as a bare spec is one with only that."""
+    """Yield all values by dotted key; a bare spec becomes its prompt set's spec."""
     for key, value in tables.items():
         field = (section or Settings).model_fields.get(key)
         inner = _section(field) if field is not None else None
         if inner is PromptSettings:
             value = _spec_table(value)
-        if inner is not None and isinstance(value, Mapping):  # other tables are values as they are
+        if inner is not None and isinstance(value, Mapping):  # other tables are plain values
             yield from _flatten(value, inner, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the section that a field holds, None if it holds a plain value."""
+    """Return the section in a field, None for a plain value."""
     candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
     for candidate in candidates:
         candidate = getattr(candidate, "__origin__", candidate)
@@ -252,7 +243,7 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _check_names(table: Mapping[str, Any], section: type[BaseModel], source: str, prefix: str = "") -> None:
-    """Refuse settings that do not exist, naming the nearest that does."""
+    """Refuse unknown settings, suggesting the nearest name."""
     for key, value in table.items():
         field = section.model_fields.get(key)
         if field is None:
@@ -295,20 +286,13 @@ def _validated(merged: dict[str, Any], sources: Mapping[str, str]) -> Settings:
 
 
 def default_workspace() -> str:
-    """Return the workspace where none is given on the command line."""
+    """Return the workspace if the command line has none."""
     workspace = _environment().get("workspace", default_values()["workspace"])
     return str(workspace)
 
 
 def asked_ends(options: Mapping[str, str | None]) -> dict[str, str]:
-    """Return when_done and when_failed as this command alone asks for them: a job's record must not end machines.
-
-    Args:
-        options: Command-line options by the setting's name, None where not given.
-
-    Raises:
-        UsageError: A value is none of them.
-    """
+    """Return this command's own when_done and when_failed: a job's record must not end machines. Raises UsageError."""
     environment = _environment()
     found = {}
     for name in ENDS:

@@ -1,7 +1,7 @@
-"""Which settings may come from files of others: a reproduce.json, or the job.json of a checkpoint.
+"""Which settings may come from files of others: a reproduce.json, or a checkpoint's job.json.
 
-Whoever writes such a file decides nothing about the machine that reads it. Every setting is in exactly one of `EDIT`,
-`JOB` and `HERE`; a test enumerates them (docs/decisions/0029-files-of-others.md).
+Such a file decides nothing about the machine that reads it. Every setting is in exactly one of `EDIT`, `JOB` and
+`HERE`; a test enumerates them (docs/decisions/0029-files-of-others.md).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OF_PROMPTS = (
     "suffix",
     "system_prompt",
 )
-# A reproduce.json has fields of their own for these.
+# A reproduce.json has separate fields for these.
 NAMED = frozenset(
     {
         "model",
@@ -48,7 +48,7 @@ NAMED = frozenset(
         *(f"{prompts}.{name}" for prompts in PROMPT_SETS for name in _OF_PROMPTS),
     }
 )
-# What identifies the edit: taken from a reproduce.json and from a checkpoint.
+# Identify the edit: accepted from a reproduce.json and a checkpoint.
 EDIT = NAMED | {
     "seed",
     "trials_per_batch",
@@ -82,7 +82,8 @@ EDIT = NAMED | {
     "scoring.gibberish",
     "choice.refusal_tolerance",
 }
-# What else a job is: taken from its checkpoint only. Devices are in its identity; limits and gates only hold back.
+# Identify the job otherwise: accepted from its checkpoint only. Its identity includes devices; limits and gates only
+# restrict.
 JOB = frozenset(
     {
         "loading.device",
@@ -97,7 +98,7 @@ JOB = frozenset(
         "max_cost",
     }
 )
-# From this side only: the command line, the environment and the settings file of whoever runs the command.
+# Accepted from this side only: command line, environment and settings file.
 HERE = frozenset(
     {
         TRUST,
@@ -133,14 +134,8 @@ HERE = frozenset(
 
 
 def left_out_line(source: str, left_out: Mapping[str, Any], used: Mapping[str, Any]) -> str | None:
-    """Return a line that names what a file says and this side does not do, None if there is nothing.
-
-    Args:
-        source: The file.
-        left_out: What was not taken from it, by dotted key.
-        used: All settings as they are used.
-    """
-    others = {name: value for name, value in left_out.items() if name != "workspace"}  # always the one of this side
+    """Return a line that names a file's dropped settings, None if they make no difference; both by dotted key."""
+    others = {name: value for name, value in left_out.items() if name != "workspace"}  # always this side's
     differing = sorted(name for name, value in others.items() if name in used and used[name] != value)
     unknown = sum(name not in EDIT | JOB | HERE for name in left_out)
     names = [*differing, *([f"{unknown} unknown"] if unknown else [])]
@@ -148,22 +143,12 @@ def left_out_line(source: str, left_out: Mapping[str, Any], used: Mapping[str, A
 
 
 def require_named_code(model: Mapping[str, Any], commit: str | None, named: str | None, options: str) -> None:
-    """Refuse to trust a repository's code that only a file names.
+    """Raise UsageError if this side (`named`, MODEL) does not name the repository and commit of trusted code.
 
-    Trust is for code that somebody has read. A file of others may name another repository, or another commit of it,
-    than the one that was read.
-
-    Args:
-        model: The model as it stands in a job's identity.
-        commit: The commit that the file pins, if it does.
-        named: MODEL as this side gives it, None if it does not.
-        options: How to give it, for the remedy.
-
-    Raises:
-        UsageError: This side does not name that very repository and commit.
+    People trust code that they have read; a file of others may name another repository or commit.
     """
     if "repository" not in model:
-        return  # a folder of this machine, whose contents are compared with the file's hash
+        return  # a local folder, whose contents are compared with the file's hash
     revision = commit or model.get("revision")
     wanted = model["repository"] + (f"@{revision}" if revision else "")
     found = REPOSITORY.fullmatch(named or "")

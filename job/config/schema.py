@@ -15,9 +15,9 @@ from job.records import ExportFormat
 
 _TARGET = re.compile(r"file:///.+|hf://[\w.-]+/[\w.-]+(@[^@\s]+)?|s3://[^/\s]+(/.*)?")
 ENVIRONMENT_PREFIX = "ABLITERATE_"
-# Settings of this machine and this command alone: they are not kept with a job, which may move to another machine.
+# Settings of this machine and command: not stored with a job, which may move to another machine.
 ENDS = ("when_done", "when_failed")
-# Prompt sets that only orthogonalize_directions uses.
+# Prompt sets used only by orthogonalize_directions.
 SPEC_QUALIFIERS = ("revision", "config", "split", "column")
 REFERENCE_SETS = ("helpfulness_prompts", "unhelpfulness_prompts", "capability_prompts")
 
@@ -185,7 +185,7 @@ class ScoringSettings(Section):
 
     @property
     def effective_search_tokens(self) -> int:
-        """Longest answers in the search, in tokens."""
+        """Longest response in the search, in tokens."""
         return min(self.search_tokens, self.answer_tokens)
 
 
@@ -355,31 +355,31 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take values as given: `load_settings` has merged the sources and knows where each came from."""
+        """Accept values only from `load_settings`, which has merged the sources."""
         return (init_settings,)
 
     def prompt_sets(self) -> dict[str, PromptSettings]:
-        """Return the prompt sets that the job uses, by the setting's name."""
+        """Return the used prompt sets, by the setting's name."""
         unused = set() if self.directions.orthogonalize_directions else set(REFERENCE_SETS)
         sets = {name: getattr(self, name) for name in Settings.model_fields if name not in unused}
         return {name: value for name, value in sets.items() if isinstance(value, PromptSettings)}
 
     @property
     def effective_startup_trials(self) -> int:
-        """Trials at the start of the search that the sampler has no say in."""
+        """Start-up trials of the search, before the sampler takes over."""
         return self.startup_trials or min(60, math.ceil(self.trials / 3))
 
 
 class EnvironmentSource(EnvSettingsSource):
-    """ABLITERATE_* variables; their values are TOML where they parse as such, as with --set."""
+    """ABLITERATE_* variables, parsed as TOML where possible, like --set."""
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        """Read the value of a nested setting."""
+        """Parse the value of a nested setting."""
         return toml_value(value)
 
 
 def toml_value(text: str) -> Any:
-    """Return the TOML value that text spells, or the text itself if it spells none."""
+    """Parse a TOML value, or return the text itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

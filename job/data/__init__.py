@@ -1,1 +1,1 @@
-"""Prompts: where they come from, cleaned and split."""
+"""Prompts: their sources, cleaning and splits."""

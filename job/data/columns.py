@@ -1,4 +1,4 @@
-"""The column that holds the prompts, and the text of each row in it."""
+"""Find the column that holds prompts, and its text in each row."""
 
 from __future__ import annotations
 
@@ -10,23 +10,17 @@ from typing import Any
 from job.data.files import Row
 from job.errors import ImpossibleJobError
 
-# Names of columns that hold prompts, in the order in which they are looked for.
+# Names of prompt columns, by priority.
 PROMPT_COLUMNS = ("prompt", "text", "instruction", "question", "goal", "input", "query")
-# Rows from which the column is told.
+# Rows sampled to detect the column.
 _SAMPLE = 100
-# A name of so many words is a prompt: the file has no line that names its columns.
+# A name with this many words is a prompt: the file has no header.
 _WORDS_OF_A_PROMPT = 4
 
 
 @dataclass(frozen=True)
 class RowText:
-    """A row's text.
-
-    Attributes:
-        place: Where the row is, e.g. "line 17" or "line 17 of b.jsonl".
-        text: The text, None where the row has none.
-        repaired: Halves of UTF-16 pairs, which are no characters, were replaced by U+FFFD.
-    """
+    """A row's text; `place` is e.g. "line 17 of b.jsonl", and `repaired` if lone surrogates became U+FFFD."""
 
     place: str
     text: str | None
@@ -34,29 +28,18 @@ class RowText:
 
 
 class ColumnTexts:
-    """Takes the texts of a source's rows from one column.
+    """Reads the texts of a source from one column.
 
-    Attributes:
-        column: The column, once a row with columns has been read; None before, and for plain text.
+    `column` is None before a row with columns has been read, and for plain text.
     """
 
     def __init__(self, source: str, split: str, column: str | None) -> None:
-        """Remember what the texts are taken from.
-
-        Args:
-            source: Name of the source, for messages.
-            split: Its split, for messages.
-            column: The column that was asked for; None to tell it by PROMPT_COLUMNS.
-        """
+        """Take the source's name and split for messages, and the requested column; None detects it."""
         self.column: str | None = None
         self._source, self._split, self._given = source, split, column
 
     def texts(self, rows: Iterable[Row]) -> Iterator[RowText]:
-        """Yield the text of every row.
-
-        Raises:
-            ImpossibleJobError: There is no such column, none can be told, or a value is not text.
-        """
+        """Yield every row's text. Raises ImpossibleJobError for a missing or ambiguous column, or other values."""
         source = iter(rows)
         sample = list(itertools.islice(source, _SAMPLE))
         tables = [row for row in sample if isinstance(row.cells, dict)]
@@ -83,7 +66,7 @@ class ColumnTexts:
                 raise self._absent([row], file)
 
     def _found(self, tables: list[Row]) -> str:
-        """Return the column by name, or the only one that holds text."""
+        """Return the requested column, or the only one that holds text."""
         names = _names(tables)
         if self._given is not None:
             if self._given not in names:
@@ -109,7 +92,7 @@ class ColumnTexts:
 
     def _text(self, row: Row, value: Any, many: bool) -> RowText:
         place = f"{row.place} of {row.file}" if many and row.file else row.place
-        if value is None or value != value:  # pandas writes what is missing as NaN
+        if value is None or value != value:  # pandas writes missing values as NaN
             return RowText(place, None)
         if not isinstance(value, str):
             raise ImpossibleJobError(
@@ -133,12 +116,11 @@ class ColumnTexts:
 
 
 def _names(rows: list[Row]) -> list[str]:
-    """Return the names of all columns."""
     return list(dict.fromkeys(name for row in rows if isinstance(row.cells, dict) for name in row.cells))
 
 
 def _text_columns(rows: list[Row]) -> list[str]:
-    """Return the columns in which a row holds text that is no number."""
+    """Return the columns in which a row holds non-numeric text."""
     found = dict.fromkeys(
         name
         for row in rows
@@ -158,7 +140,7 @@ def _is_number(text: str) -> bool:
 
 
 def _has_halves(text: str) -> bool:
-    """Return whether a text has surrogates, which UTF-8 cannot write."""
+    """Return whether a text has surrogates, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:

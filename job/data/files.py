@@ -1,4 +1,4 @@
-"""Prompt files row by row: text, CSV, TSV, JSON, JSON lines and parquet."""
+"""Rows of prompt files: text, CSV, TSV, JSON, JSON lines and parquet."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from job.errors import ImpossibleJobError
 from job.text.decoding import encoding_of
 
-# Read in every folder; those of the second kind only where there are none of the first, as it may hold descriptions.
+# Read in every folder; the second kind only without the first, as it may hold descriptions.
 PLAIN = (".txt", ".jsonl", ".ndjson", ".parquet")
 TABLES = (".csv", ".tsv", ".json")
 SUFFIXES = (*PLAIN, *TABLES)
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _START_BYTES = 4096
-# A field of a CSV file may hold a whole document; Python's own limit is 128 KiB.
+# A CSV field may hold a whole document; Python's limit is 128 KiB.
 _LONGEST_FIELD = 1 << 24
 _DELIMITERS = ",;\t|"
 
@@ -29,9 +29,8 @@ class Row:
     """A row of a source.
 
     Attributes:
-        place: Where it is, e.g. "line 17".
-        cells: Its values by column; a line of plain text has no columns and is the text itself.
-        file: The file's name, "" for datasets.
+        place: Its position, e.g. "line 17".
+        cells: Values by column; a plain-text line is the text itself.
     """
 
     place: str
@@ -40,7 +39,7 @@ class Row:
 
 
 class readable:  # noqa: N801 - reads as the statement it is: with readable(path)
-    """Turns what the file system says into the job's own errors."""
+    """Turns errors of reading a file into the job's own."""
 
     def __init__(self, name: Path | str) -> None:
         self._name = name
@@ -63,7 +62,6 @@ class readable:  # noqa: N801 - reads as the statement it is: with readable(path
 
 
 def _undecodable_line(path: Path) -> str:
-    """Return " (line N)" for the first line that is not UTF-8."""
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -77,11 +75,7 @@ def _undecodable_line(path: Path) -> str:
 
 
 def require_known(path: Path) -> None:
-    """Refuse a file of another kind by its name: what is read as text without being any gives wrong prompts.
-
-    Raises:
-        ImpossibleJobError: The suffix is not one of SUFFIXES. A file without a suffix counts as plain text.
-    """
+    """Raise ImpossibleJobError for an unknown suffix: other kinds read as text would give wrong prompts."""
     if path.suffix and path.suffix.lower() not in SUFFIXES:
         raise ImpossibleJobError(
             f"the prompt file {path} is of a kind that is not read: {path.suffix}",
@@ -90,11 +84,7 @@ def require_known(path: Path) -> None:
 
 
 def file_rows(path: Path) -> Iterator[Row]:
-    """Yield a file's rows, in the format that its suffix names.
-
-    Raises:
-        ImpossibleJobError: It cannot be read, or is not in that format.
-    """
+    """Yield a file's rows, in the format of its suffix. Raises ImpossibleJobError."""
     require_known(path)
     with readable(path):
         _refuse_pointer(path)
@@ -111,7 +101,7 @@ def _refuse_pointer(path: Path) -> None:
 
 
 def _opened(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    """Return a text file for reading, in the encoding that it begins like."""
+    """Open a text file in the encoding detected from its start."""
     with path.open("rb") as stream:
         encoding = encoding_of(stream.read(_START_BYTES))
     return path.open(encoding=encoding, newline=newline)
@@ -145,7 +135,7 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a JSON file: an array, an object that holds one, columns, or JSON lines under that name."""
+    """Yield the rows of a JSON file: an array, an object that holds one, columns, or misnamed JSON lines."""
     if _holds_lines(path):
         yield from _json_line_rows(path)
         return
@@ -160,7 +150,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _holds_lines(path: Path) -> bool:
-    """Return whether the first line is an object of its own and others follow."""
+    """Return whether the first line is a complete object and others follow."""
     with _opened(path) as lines:
         filled = (line for line in lines if line.strip())
         first, more = next(filled, ""), next(filled, "")
@@ -171,7 +161,6 @@ def _holds_lines(path: Path) -> bool:
 
 
 def _array(value: Any, path: Path) -> Iterable[Any]:
-    """Return the rows that a JSON value holds."""
     if isinstance(value, list):
         return value
     if isinstance(value, dict):
@@ -198,7 +187,7 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
 
 
 def _separated_rows(path: Path, delimiter: str | None) -> Iterator[Row]:
-    """Yield the rows of a table whose first line names the columns."""
+    """Yield the rows of a table with a header."""
     csv.field_size_limit(_LONGEST_FIELD)
     with _opened(path, newline="") as stream:
         first = stream.readline()
@@ -220,7 +209,7 @@ def _separated_rows(path: Path, delimiter: str | None) -> Iterator[Row]:
 
 
 def _delimiter(header: str) -> str:
-    """Return what separates columns: the sign that stands most often in the first line, a comma where none does."""
+    """Return the most frequent delimiter in the header, a comma without any."""
     return max(_DELIMITERS, key=header.count)
 
 

@@ -13,28 +13,19 @@ from job.errors import ImpossibleJobError, JobError
 
 _CARD = "README.md"
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
-# Descriptions that dataset repositories hold, which are no prompts.
+# Descriptions in dataset repositories, which are not prompts.
 _DESCRIPTIONS = frozenset({"dataset_infos.json", "config.json", "dummy_data.zip"})
 _MOST_CARD_BYTES = 1 << 22
 _MESSAGE_CHARACTERS = 300
 
 
 def is_saved(folder: Path) -> bool:
-    """Return whether a folder is a dataset that `datasets` has saved to disk."""
+    """Return whether a folder was saved by `datasets`."""
     return any((folder / name).exists() for name in _SAVED)
 
 
 def folder_files(folder: Path, split: str, config: str | None) -> list[Path]:
-    """Return the files of a folder that hold the prompts, in the order in which they are read.
-
-    Args:
-        folder: The folder.
-        split: Split of a cloned dataset repository; in plain folders every file counts.
-        config: Configuration of a cloned dataset repository.
-
-    Raises:
-        ImpossibleJobError: It holds none, or not that split or configuration.
-    """
+    """Return the prompt files of a folder, or of a clone's split and config. Raises ImpossibleJobError without any."""
     if is_saved(folder):
         return sorted(path for path in folder.rglob("*") if path.is_file())
     if config is not None or _is_repository(folder):
@@ -59,7 +50,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def left_out(folder: Path) -> list[str]:
-    """Return the names of tables that are not read, since the folder also holds files of the plainer kinds."""
+    """Return the names of unread tables, ignored because the folder also holds plain files."""
     if is_saved(folder) or _is_repository(folder):
         return []
     kinds = [{path.name for path in _visible(folder) if path.suffix.lower() in kind} for kind in (PLAIN, TABLES)]
@@ -73,7 +64,7 @@ def _is_repository(folder: Path) -> bool:
 
 
 def _card_configs(folder: Path) -> dict[str, object]:
-    """Return the configurations that a dataset's card declares, empty where it declares none."""
+    """Return the configurations declared in a dataset card."""
     card = folder / _CARD
     try:
         if not card.is_file() or card.stat().st_size > _MOST_CARD_BYTES or b"configs:" not in card.read_bytes():
@@ -81,7 +72,7 @@ def _card_configs(folder: Path) -> dict[str, object]:
         return _declared(card)
     except JobError:
         raise
-    except Exception as error:  # whatever the libraries make of a card
+    except Exception as error:  # the libraries may raise anything for a card
         raise ImpossibleJobError(
             f"the card {card} cannot be read: {_one_line(error)}",
             remedy="correct its first block, or name the files themselves as prompts",
@@ -111,7 +102,7 @@ def _split_files(folder: Path, split: str, config: str | None) -> list[Path]:
         found = DataFilesDict.from_patterns(sanitize_patterns(patterns), base_path=str(root))
     except JobError:
         raise
-    except Exception as error:  # whatever the library makes of a card's patterns
+    except Exception as error:  # the library may raise anything for a card's patterns
         raise ImpossibleJobError(
             f"the files of the dataset in {folder} cannot be found: {_one_line(error)}",
             remedy="name the files themselves as prompts",
@@ -138,7 +129,7 @@ def _is_data(path: str) -> bool:
 
 
 def _chosen(folder: Path, declared: dict[str, object], config: str | None) -> object:
-    """Return what a card says of a configuration's files, None where it leaves that to their names."""
+    """Return a configuration's file patterns in the card, or None."""
     if not declared and config is None:
         return None
     name = config or ("default" if "default" in declared else next(iter(declared)) if len(declared) == 1 else None)
@@ -152,11 +143,7 @@ def _chosen(folder: Path, declared: dict[str, object], config: str | None) -> ob
 
 
 def folder_rows(folder: Path, split: str, config: str | None) -> Iterator[Row]:
-    """Yield the rows of a folder.
-
-    Raises:
-        ImpossibleJobError: It holds no prompts, or a file cannot be read.
-    """
+    """Yield a folder's rows. Raises ImpossibleJobError if it holds no prompts, or a file cannot be read."""
     if is_saved(folder):
         return _saved_rows(folder, split)
     return itertools.chain.from_iterable(map(file_rows, folder_files(folder, split, config)))
@@ -180,7 +167,7 @@ def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Turn whatever `datasets` makes of a folder into one line."""
+    """Turn errors of `datasets` into one line."""
     try:
         yield
     except JobError:

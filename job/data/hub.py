@@ -1,4 +1,4 @@
-"""Rows of datasets on the Hub, streamed, and what `datasets` raises in plain words."""
+"""Stream rows of Hub datasets, with errors of `datasets` in plain words."""
 
 from __future__ import annotations
 
@@ -14,25 +14,15 @@ from job.system.hub_client import explained, is_offline, not_granted, patiently
 if TYPE_CHECKING:
     from job.data.sources import Source
 
-# What a stream fetches and parses at a time. The library's own 5 MiB and 10 MiB make 26 MB of 200 rows of C4.
+# Bytes fetched and parsed at a time. The library's 5 MiB and 10 MiB take 26 MB for 200 rows of C4.
 _BLOCK_BYTES, _CHUNK_BYTES = 1 << 18, 1 << 20
-# Where the Hub keeps datasets as parquet files that it has converted itself.
+# Branch in which the Hub keeps its own parquet conversions.
 _CONVERTED = "refs/convert/parquet"
 _MESSAGE_CHARACTERS = 300
 
 
 def hub_rows(source: Source, commit: str | None, report: Callable[[str], None]) -> Iterator[Row]:
-    """Stream a dataset's rows; what fails for a while is tried again, from the row it had come to.
-
-    Args:
-        source: The dataset, its split and rows.
-        commit: The commit that it is read at.
-        report: Told of every failure that is tried again.
-
-    Raises:
-        ImpossibleJobError: The dataset, configuration or split is not there, or cannot be read.
-        MachineError: The Hub cannot be reached.
-    """
+    """Stream a dataset's rows at a commit, retrying from the current row. Raises ImpossibleJobError or MachineError."""
     done = failed_at = 0
     while True:
         try:
@@ -50,13 +40,13 @@ def hub_rows(source: Source, commit: str | None, report: Callable[[str], None]) 
 
 
 def _opened(source: Source, commit: str | None, done: int) -> Iterator[dict[str, Any]]:
-    """Return an iterator over a dataset's rows behind those that are done, its first row fetched already."""
+    """Return an iterator over the rows after those done, with its first row already fetched."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
         if is_offline():
-            # What `datasets` itself has prepared is all there is, and that is no stream.
+            # Only a cache prepared by `datasets` is available, which does not stream.
             loaded = datasets.load_dataset(source.name, source.config, split=source.split)
             return itertools.islice(iter(loaded), source.start + done, source.stop)
         builder = datasets.load_dataset_builder(
@@ -77,7 +67,6 @@ def _opened(source: Source, commit: str | None, done: int) -> Iterator[dict[str,
 
 
 def _explained(error: Exception, source: Source) -> JobError:
-    """Return what `datasets` raised in plain words."""
     import datasets
 
     if isinstance(error, JobError):
@@ -106,7 +95,7 @@ def _explained(error: Exception, source: Source) -> JobError:
 
 
 def _of_this_machine(error: Exception, source: Source, text: str) -> MachineError | None:
-    """Return the error for a failure of disk, memory or network, None if it is none."""
+    """Return the error for a failure of disk, memory or network, or None."""
     if isinstance(error, MemoryError):
         return MachineError(f"memory does not suffice to read dataset {source.name}", remedy="free some")
     if type(error).__module__.startswith("aiohttp"):
@@ -120,7 +109,6 @@ def _of_this_machine(error: Exception, source: Source, text: str) -> MachineErro
 
 
 def _unreadable(error: Exception, source: Source, text: str) -> ImpossibleJobError:
-    """Return the error for a dataset whose files `datasets` cannot read."""
     import datasets
     from datasets.table import CastError
 

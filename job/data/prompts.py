@@ -1,4 +1,4 @@
-"""Prompt sets: read once, cleaned, split and kept in the run folder."""
+"""Prompt sets: read once, cleaned, split and stored in the run folder."""
 
 from __future__ import annotations
 
@@ -16,21 +16,16 @@ from job.errors import ImpossibleJobError
 from job.records import Record
 from job.system.hub_client import count_traffic, received_bytes
 
-# A longer text is a document and no prompt; where documents are wanted, max_characters cuts them.
+# A longer text is a document; max_characters truncates it where documents are intended.
 MOST_CHARACTERS = 100_000
-# What is said of rows that are kept, though not as they were.
+# Note for rows that are kept but repaired.
 _REPAIRED = "with half a character, which became U+FFFD"
-# Rows that are named, of each kind.
+# Rows listed per kind.
 _PLACES = 5
 
 
 class Prompt(Record):
-    """One prompt as the model will see it.
-
-    Attributes:
-        user: The user's message.
-        system: The system prompt, None for none.
-    """
+    """A prompt as the model sees it; `system` is None without a system prompt."""
 
     VERBATIM = frozenset({"user", "system"})
     user: str
@@ -41,23 +36,16 @@ class PromptSets(Record):
     """prompts.json: all prompts of a job.
 
     Attributes:
-        good: Prompts without the behaviour, for the directions.
-        bad: Prompts with the behaviour, for the directions.
-        good_search: Prompts without the behaviour, for the search.
-        bad_search: Prompts with the behaviour, for the search.
-        good_report: Prompts without the behaviour, for the reported figures.
-        bad_report: Prompts with the behaviour, for the reported figures.
         helpfulness: Instructions; empty unless directions are orthogonalised against helpfulness.
-        unhelpfulness: Web text; likewise.
-        capability: Prompts of a capability that is to be left alone; empty unless given.
-        sources: For each setting, how it was understood.
-        commits: The commit of every Hub dataset, by the setting that names it.
-        public: The settings that name datasets which are on the Hub for everybody to see.
-        skipped: For each setting of which rows were left out or repaired, how many, why and which.
-        received: Bytes that came from the Hub.
+        unhelpfulness: Web text; empty unless directions are orthogonalised against helpfulness.
+        capability: Prompts of a capability to preserve; empty unless given.
+        sources: Description of each setting's source.
+        commits: Commit of every Hub dataset, by setting.
+        public: Settings that name public Hub datasets.
+        skipped: Dropped or repaired rows of each setting: number, reason and places.
     """
 
-    # What models are asked: a prompt that was changed would give other directions and other figures.
+    # Models must see prompts unchanged: altered ones would give other directions and metrics.
     VERBATIM = frozenset(
         {
             "good",
@@ -89,29 +77,29 @@ class PromptSets(Record):
 
     @property
     def everything(self) -> tuple[Prompt, ...]:
-        """All prompts that a model is asked."""
+        """All prompts of the model."""
         evaluated = (*self.good_search, *self.bad_search, *self.good_report, *self.bad_report)
         return (*self.good, *self.bad, *evaluated, *self.helpfulness, *self.unhelpfulness, *self.capability)
 
     @property
     def reported(self) -> tuple[Prompt, ...]:
-        """The prompts that figures are reported on."""
+        """The report prompts."""
         return (*self.good_report, *self.bad_report)
 
     @property
     def reused(self) -> int:
-        """Number of report prompts whose text the direction or the search uses, too."""
+        """Number of report prompts whose text the direction or the search also uses."""
         extraction = (*self.good, *self.bad, *self.helpfulness, *self.unhelpfulness, *self.capability)
         used = _texts((*extraction, *self.good_search, *self.bad_search))
         return sum(_text(prompt) in used for prompt in self.reported)
 
     @property
     def report_description(self) -> str:
-        """The report prompts in words, with whether they are held out."""
+        """Describe the report prompts, and whether they are held out."""
         return report_description(self.reused, len(self.reported))
 
     def of_setting(self, name: str) -> tuple[Prompt, ...]:
-        """Return the prompts that a setting gave, both halves of those that were split."""
+        """Return the prompts of a setting, both halves if split."""
         kind, _, use = name.removesuffix("_prompts").partition("_")
         if use == "eval":
             found: tuple[Prompt, ...] = getattr(self, f"{kind}_search")
@@ -120,26 +108,17 @@ class PromptSets(Record):
 
 
 def report_description(reused: int, total: int) -> str:
-    """Return in words what prompts figures are reported on.
-
-    Args:
-        reused: How many of them the direction or the search uses, too.
-        total: How many there are.
-    """
+    """Describe `total` report prompts; `reused` of them are not held out."""
     if not reused:
         return "prompts that neither the direction nor the search has seen"
     return f"{total} prompts, {reused} also used by the direction or the search"
 
 
 def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSets:
-    """Read all prompt sets; evaluation sets are split in two by the seed unless report sets are given.
+    """Read all prompt sets; the seed splits evaluation sets in two unless report sets are given.
 
-    Args:
-        settings: The settings.
-        report: Told how each set was understood, how many prompts it has, and of prompts in two sets.
-
-    Raises:
-        JobError: A set cannot be read, is empty, or too small to be split.
+    `report` is told each set's source and size, and of overlaps. Raises JobError if a set is unreadable, empty or too
+    small.
     """
     used = settings.prompt_sets()
     if any(parse_source(source).kind == "hub" for source in used.values()):
@@ -170,20 +149,12 @@ def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSet
 
 
 def read_prompts(settings: PromptSettings, report: Callable[[str], None]) -> tuple[Prompt, ...]:
-    """Read one prompt set as it is.
-
-    Raises:
-        JobError: It cannot be read, or is empty.
-    """
+    """Read one prompt set. Raises JobError if it cannot be read, or is empty."""
     return _read_set(settings, report).prompts
 
 
 def report_prompts(settings: Settings, kind: str, report: Callable[[str], None]) -> tuple[Prompt, ...]:
-    """Return the good or the bad prompts that a job with these settings would report its figures on.
-
-    Raises:
-        JobError: They cannot be read, are empty, or too few to be split.
-    """
+    """Return the good or bad report prompts of a job with these settings. Raises JobError."""
     names = [f"{kind}_eval_prompts", f"{kind}_report_prompts"]
     used = {name: found for name in names if (found := settings.prompt_sets().get(name)) is not None}
     if len(used) == 2:
@@ -193,14 +164,7 @@ def report_prompts(settings: Settings, kind: str, report: Callable[[str], None])
 
 @dataclass(frozen=True)
 class _ReadSet:
-    """A prompt set as it was read.
-
-    Attributes:
-        prompts: The prompts.
-        source: The source, with its column.
-        pin: The commit of a dataset on the Hub.
-        skipped: Which rows were left out or repaired, in words; "" for none.
-    """
+    """A prompt set as read: source with column, commit of a Hub dataset, and skipped rows in words."""
 
     prompts: tuple[Prompt, ...]
     source: Source
@@ -209,7 +173,7 @@ class _ReadSet:
 
 
 def _read_set(settings: PromptSettings, report: Callable[[str], None], name: str = "prompts") -> _ReadSet:
-    """Return a set's prompts without rows that are empty, too long or repeat another."""
+    """Read a set without rows that are empty, too long or duplicates."""
     source = parse_source(settings)
     pin = resolve_commit(source, report)
     texts: dict[str, None] = {}
@@ -238,7 +202,7 @@ def _read_set(settings: PromptSettings, report: Callable[[str], None], name: str
 
 
 def _why_skipped(row: RowText, text: str, texts: Container[str]) -> str:
-    """Return why a row is no prompt of its own, "" if it is one."""
+    """Return why a row is skipped, "" if it is not."""
     if row.text is None:
         return "without text skipped"
     if not text:
@@ -249,7 +213,7 @@ def _why_skipped(row: RowText, text: str, texts: Container[str]) -> str:
 
 
 def _told(notes: Mapping[str, Sequence[str]]) -> str:
-    """Return how many rows were skipped or repaired, why and which."""
+    """Format how many rows were skipped or repaired, why and which."""
     said = []
     for why, places in notes.items():
         named = ", ".join(places[:_PLACES]) + (", …" if len(places) > _PLACES else "")
@@ -258,7 +222,7 @@ def _told(notes: Mapping[str, Sequence[str]]) -> str:
 
 
 def overlaps(prompts: PromptSets) -> list[str]:
-    """Return a line for every pair of sets that have prompts in common and should not; system prompts do not count."""
+    """Return a line for every pair of sets that overlap and should not; system prompts are ignored."""
     others = (*prompts.helpfulness, *prompts.unhelpfulness, *prompts.capability)
     pairs: tuple[tuple[str, Sequence[Prompt], str, Sequence[Prompt]], ...] = (
         ("bad_prompts", prompts.bad, "the bad evaluation prompts", (*prompts.bad_search, *prompts.bad_report)),
@@ -281,14 +245,14 @@ def _texts(prompts: Iterable[Prompt]) -> set[str]:
 
 
 def _text(prompt: Prompt) -> str:
-    """Return what two prompts have in common that differ only in case, spaces or system prompt."""
+    """Normalise a prompt's case and whitespace, without its system prompt."""
     return " ".join(prompt.user.split()).casefold()
 
 
 def _evaluation(
     kind: str, read: dict[str, tuple[Prompt, ...]], seed: int
 ) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """Return the prompts for the search and those for the reported figures."""
+    """Return the search and report prompts."""
     prompts, given = read[f"{kind}_eval_prompts"], read.get(f"{kind}_report_prompts")
     if given is not None:
         return prompts, given

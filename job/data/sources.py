@@ -1,7 +1,7 @@
-"""Where prompts come from: files, folders, saved datasets and datasets on the Hub, streamed row by row.
+"""Sources of prompts: files, folders, saved datasets and Hub datasets, streamed row by row.
 
-A SPEC is a file, ``FOLDER[:CONFIG]`` or ``DATASET[@REV][:CONFIG]``, followed by ``#SPLIT[/COLUMN]`` or not; SPLIT is
-``train``, ``train[:400]``, ``train[100:200]`` or, without characters that shells know, ``train:400``.
+A SPEC is a file, ``FOLDER[:CONFIG]`` or ``DATASET[@REV][:CONFIG]``, optionally followed by ``#SPLIT[/COLUMN]``. SPLIT
+is ``train``, ``train[:400]``, ``train[100:200]`` or, without shell characters, ``train:400``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from job.errors import UsageError
 from job.system.hub_client import is_offline, patiently
 
 DEFAULT_SPLIT = "train"
-# More rows than anyone needs: a split without an end is then an oversight, and C4 has 365 million.
+# More rows than any job needs: a split without an end is probably an oversight, and C4 has 365 million.
 MOST_ROWS = 20_000
 _PATHS = ("/", "./", "../", "~")
 _SPLIT = re.compile(r"(?P<name>[\w.-]+)(?:\[(?P<start>\d*):(?P<stop>\d*)\]|:(?P<count>\d+))?")
@@ -32,17 +32,12 @@ _DATASET = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:#]+))?
 
 @dataclass(frozen=True)
 class Source:
-    """A SPEC as it was understood.
+    """A parsed SPEC.
 
     Attributes:
-        kind: A file, a folder or a dataset on the Hub.
-        name: The path or the dataset's name.
-        revision: Branch, tag or commit of a dataset.
-        config: Configuration of a dataset.
-        split: Split of a dataset, saved or cloned ones included.
-        start: First row.
+        split: Split of a dataset, also of saved or cloned ones.
         stop: Row after the last; None for all.
-        column: The column that holds the prompts; None to tell it by its name (`job.data.columns`).
+        column: Column of the prompts; None to detect it (`job.data.columns`).
     """
 
     kind: Literal["file", "folder", "hub"]
@@ -55,7 +50,7 @@ class Source:
     column: str | None
 
     def describe(self) -> str:
-        """Return in words how the SPEC was understood."""
+        """Describe the parsed SPEC in words."""
         rows = f"rows {self.start} to {self.stop - 1}" if self.stop is not None else f"all rows from {self.start} on"
         column = f"column {self.column}" if self.column else "the column that holds prompts"
         if self.kind == "hub":
@@ -68,11 +63,7 @@ class Source:
 
 
 def parse_source(settings: PromptSettings) -> Source:
-    """Return where a prompt set's SPEC points to; the set's own keys override the SPEC's parts.
-
-    Raises:
-        UsageError: The SPEC is malformed.
-    """
+    """Parse a prompt set's SPEC; the set's own keys override its parts. Raises UsageError if it is malformed."""
     base, fragment = (settings.spec, "") if Path(settings.spec).exists() else _cut(settings.spec)
     split, _, column = fragment.partition("/")
     split = settings.split or split or DEFAULT_SPLIT
@@ -109,7 +100,7 @@ def _locate(base: str) -> tuple[Literal["file", "folder", "hub"], str, str | Non
     if path.is_dir():
         return "folder", str(path), None, None
     folder, colon, config = base.rpartition(":")
-    # Only of what can be nothing else: user/set:en is on the Hub, whatever folders there are.
+    # Only if unambiguous: user/set:en is on the Hub, whatever folders exist.
     if colon and config and base.startswith(_PATHS) and not path.exists() and Path(folder).expanduser().is_dir():
         return "folder", str(Path(folder).expanduser()), None, config
     matched = _DATASET.fullmatch(base)
@@ -119,11 +110,7 @@ def _locate(base: str) -> tuple[Literal["file", "folder", "hub"], str, str | Non
 
 
 def source_identity(settings: PromptSettings) -> dict[str, Any]:
-    """Return a prompt set as part of a job's identity: files by content, datasets as they were named.
-
-    Raises:
-        ImpossibleJobError: A file cannot be read.
-    """
+    """Return a prompt set's part of a job's identity: files by content. Raises ImpossibleJobError."""
     source = parse_source(settings)
     described = named_identity(settings)
     if source.kind == "hub":
@@ -139,31 +126,27 @@ def source_identity(settings: PromptSettings) -> dict[str, Any]:
 
 
 def named_identity(settings: PromptSettings) -> dict[str, Any]:
-    """Return a prompt set as part of a job's identity; no file is read, and the hash of local ones is empty."""
+    """Return a prompt set's part of a job's identity without reading files; local ones have an empty hash."""
     source = parse_source(settings)
     rest = settings.model_dump(include={"prefix", "suffix", "system_prompt", "max_characters"})
     described = {"split": source.split, "start": source.start, "stop": source.stop, "column": source.column, **rest}
     if source.kind == "hub":
         return {"dataset": source.name, "revision": source.revision, "config": source.config, **described}
-    # Jobs of former versions have none.
+    # Absent from jobs of former versions.
     config = {} if source.config is None else {"config": source.config}
     return {"sha256": "", **config, **described}
 
 
 @dataclass(frozen=True)
 class Pin:
-    """A dataset's commit, and whether everybody may see the dataset."""
+    """A dataset's commit, and whether the dataset is public."""
 
     commit: str
     public: bool
 
 
 def resolve_commit(source: Source, report: Callable[[str], None]) -> Pin | None:
-    """Return the commit that a dataset's revision points to now; None offline and for local sources.
-
-    Raises:
-        JobError: There is no such dataset or revision, or the Hub cannot be reached.
-    """
+    """Return a dataset revision's current commit; None offline and for local sources. Raises JobError."""
     if source.kind != "hub" or is_offline():
         return None
     from huggingface_hub import HfApi
@@ -176,30 +159,19 @@ def resolve_commit(source: Source, report: Callable[[str], None]) -> Pin | None:
 
 
 class TextReader:
-    """Reads the texts of a source's rows once; of a dataset on the Hub no more is fetched than that takes."""
+    """Reads a source's texts once; of a Hub dataset it fetches only what is read."""
 
     def __init__(self, source: Source, commit: str | None, report: Callable[[str], None]) -> None:
-        """Open nothing yet.
-
-        Args:
-            source: The source.
-            commit: The commit that a dataset is read at.
-            report: Told of every failure that is tried again.
-        """
+        """Take a source and its dataset's commit; `report` is told of every retry."""
         self._source, self._commit, self._report = source, commit, report
         self._columns = ColumnTexts(source.name, source.split, source.column)
 
     @property
     def described(self) -> Source:
-        """The source, with the column that the texts were found in once they have been read."""
+        """The source, with its detected column once read."""
         return replace(self._source, column=self._columns.column or self._source.column)
 
     def __iter__(self) -> Iterator[RowText]:
-        """Yield the text of every row.
-
-        Raises:
-            JobError: The source cannot be read, or does not have the configuration, split or column.
-        """
         return self._columns.texts(self._rows())
 
     def _rows(self) -> Iterator[Row]:
@@ -224,14 +196,5 @@ class TextReader:
 
 
 def read_texts(source: Source, commit: str | None, report: Callable[[str], None]) -> Iterator[str]:
-    """Yield the texts of a source's rows, without rows that have none.
-
-    Args:
-        source: The source.
-        commit: The commit that a dataset is read at.
-        report: Told of every failure that is tried again.
-
-    Raises:
-        JobError: The source cannot be read, or does not have the configuration, split or column.
-    """
+    """Yield a source's texts, skipping rows without; `report` is told of every retry. Raises JobError."""
     return (row.text for row in TextReader(source, commit, report) if row.text is not None)

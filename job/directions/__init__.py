@@ -1,1 +1,1 @@
-"""Residuals of a model and the directions found in them."""
+"""Residuals of a model and the directions computed from them."""

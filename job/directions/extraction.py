@@ -1,4 +1,4 @@
-"""From residuals to the directions that edits ablate: a method, and what follows it; all of it kept."""
+"""Compute the directions that edits ablate, and cache them in the run folder."""
 
 from __future__ import annotations
 
@@ -22,20 +22,12 @@ from job.storage.atomic import make_folder, read_record, write_record
 from job.storage.events import Events
 from job.storage.run_folder import RunFolder
 
-# Points of each class in the report's pictures.
+# Points per class in the report's charts.
 _POINTS = 100
 
 
 def find_directions(residuals: PromptResiduals, settings: DirectionSettings) -> Basis:
-    """Return the bases of all layers, found once and kept in the run folder.
-
-    Args:
-        residuals: Residuals of the prompt sets.
-        settings: How directions are found.
-
-    Raises:
-        ImpossibleJobError: The residuals of good and bad prompts do not differ, or are not finite.
-    """
+    """Return the cached or computed bases. Raises ImpossibleJobError if residuals are equal or not finite."""
     folder, events = residuals.folder, residuals.events
     key = digest({"residuals": residuals.keys(), "method": settings.model_dump(mode="json")})
     file = folder.path / "directions" / f"{settings.method}-{key[:16]}.safetensors"
@@ -83,7 +75,7 @@ def _found(good: Tensor, bad: Tensor, settings: DirectionSettings, events: Event
         good, bad, n_components=settings.n_components, alpha=settings.alpha, method=settings.pca_method
     )
     _report_fallbacks(found, settings, events)
-    # Both class means are out of the covariances, so these directions add to the mean difference.
+    # Covariances exclude both class means, so these directions add to the mean difference.
     weights = eigenvalue_weights(found.eigenvalues, settings.eigenvalue_weighting)
     return torch.cat([mean[:, None], found.directions], dim=1), torch.cat([ones, weights.cpu()], dim=1)
 
@@ -99,7 +91,7 @@ def _report_fallbacks(found: Directions, settings: DirectionSettings, events: Ev
 
 
 def _orthogonalized(directions: Tensor, sets: Mapping[str, Tensor], events: Events) -> Tensor:
-    """Return directions without the references that the settings want left alone."""
+    """Project the reference directions out, where reference prompts are set."""
     if "unhelpfulness" not in sets:
         return directions
     web = sets["unhelpfulness"]
@@ -112,7 +104,7 @@ def _orthogonalized(directions: Tensor, sets: Mapping[str, Tensor], events: Even
 
 
 def _another_round(number: int, basis: Basis, sets: Mapping[str, Tensor], residuals: PromptResiduals) -> Basis:
-    """Return the basis with the mean difference that is left while its directions are ablated."""
+    """Add the mean difference that remains while the basis is ablated."""
     everywhere = KernelParameters(max_weight=1, max_weight_position=0, min_weight=1, min_weight_distance=math.inf)
     edit = EditParameters(
         direction_index=None,
@@ -137,7 +129,7 @@ def _another_round(number: int, basis: Basis, sets: Mapping[str, Tensor], residu
 
 
 def _geometry(key: str, good: Tensor, bad: Tensor, basis: Basis) -> GeometryRecord:
-    """Return the geometry of all layers with some points of each."""
+    """Return the geometry of all layers with sample points."""
     first = basis.directions[:, 0]
     found = geometry(good, bad, first)
     layers = []

@@ -1,4 +1,4 @@
-"""Learned directions in files: named by their hash, in the run folder and in exports."""
+"""Files of learned directions, named by their hash, in run folders and exports."""
 
 from __future__ import annotations
 
@@ -15,22 +15,18 @@ from job.records import EditParameters
 from job.storage.atomic import cannot_write, make_folder, write_atomically
 from job.storage.run_folder import RunFolder
 
-# In an export. Not .safetensors: whoever loads a folder takes all files of that name for weights.
+# Name in an export. Not .safetensors: loaders take every file with that suffix for weights.
 EXPORTED = "learned.directions"
 _TENSOR = "path"
 
 
 def learned_file(folder: RunFolder, sha256: str) -> Path:
-    """Return where a run folder keeps learned directions."""
+    """Return the path of learned directions in a run folder."""
     return folder.path / "directions" / f"learned-{sha256}.safetensors"
 
 
 def keep_learned(folder: RunFolder, path: DirectionPath) -> str:
-    """Write learned directions into a run folder; return their name, the hash of the file.
-
-    Raises:
-        MachineError: The file cannot be written.
-    """
+    """Write learned directions into a run folder; return the file's SHA-256. Raises MachineError."""
     contents = save({_TENSOR: path.directions.to("cpu", torch.float32).contiguous()})
     name = hashlib.sha256(contents).hexdigest()
     file = learned_file(folder, name)
@@ -43,11 +39,7 @@ def keep_learned(folder: RunFolder, path: DirectionPath) -> str:
 
 
 def read_learned(folder: RunFolder, sha256: str) -> DirectionPath:
-    """Return learned directions from a run folder.
-
-    Raises:
-        JobError: The file is not there, or damaged.
-    """
+    """Read learned directions from a run folder. Raises JobError if the file is missing or damaged."""
     file = learned_file(folder, sha256)
     try:
         return parse_learned(file.read_bytes(), sha256)
@@ -58,11 +50,7 @@ def read_learned(folder: RunFolder, sha256: str) -> DirectionPath:
 
 
 def export_learned(folder: RunFolder, edit: EditParameters, export: Path) -> None:
-    """Put the learned directions of an edit into its export; an edit that has none leaves nothing there.
-
-    Raises:
-        JobError: The run folder does not hold them.
-    """
+    """Copy an edit's learned directions into its export, or remove a stale copy. Raises JobError."""
     if edit.directions is None:
         (export / EXPORTED).unlink(missing_ok=True)
         return
@@ -71,12 +59,7 @@ def export_learned(folder: RunFolder, edit: EditParameters, export: Path) -> Non
 
 
 def import_learned(folder: RunFolder, edit: EditParameters, source: Path) -> None:
-    """Take the learned directions of somebody's export, beside its reproduce.json, into a run folder.
-
-    Raises:
-        UsageError: They are not there, or not those that the edit names.
-        MachineError: The run folder cannot be written.
-    """
+    """Copy learned directions from an export into a run folder. Raises UsageError or MachineError."""
     if edit.directions is None or learned_file(folder, edit.directions.sha256).exists():
         return
     try:
@@ -90,11 +73,7 @@ def import_learned(folder: RunFolder, edit: EditParameters, source: Path) -> Non
 
 
 def parse_learned(contents: bytes, sha256: str) -> DirectionPath:
-    """Return learned directions from the bytes of their file.
-
-    Raises:
-        ValueError: These are not the bytes, or hold no directions.
-    """
+    """Parse the contents of a directions file; ValueError if hash or format are wrong."""
     if hashlib.sha256(contents).hexdigest() != sha256:
         raise ValueError("the file's hash is another")
     try:
@@ -105,22 +84,14 @@ def parse_learned(contents: bytes, sha256: str) -> DirectionPath:
 
 
 def checked_path(directions: torch.Tensor) -> DirectionPath:
-    """Return directions as a path.
-
-    Raises:
-        ValueError: They are not finite floats of four axes.
-    """
+    """Return directions as a path; ValueError unless they are finite floats with four axes."""
     if directions.dim() != 4 or not directions.is_floating_point() or not bool(directions.isfinite().all()):
         raise ValueError("the tensor holds no directions")
     return DirectionPath(directions)
 
 
 def require_fit(edit: EditParameters, path: DirectionPath) -> None:
-    """Refuse an edit whose strengths or place do not belong to its directions.
-
-    Raises:
-        ValueError: They do not.
-    """
+    """Raise ValueError if an edit's strengths or position do not fit its directions."""
     if edit.layer_strengths is None or edit.directions is None:
         raise ValueError("the edit has no directions of its own")
     shape = (len(edit.layer_strengths["mlp"]), len(edit.layer_strengths["mlp"][0]))

@@ -1,4 +1,4 @@
-"""Residuals of a job's prompts: extracted once, with the forwards that memory allows, and kept in the run folder."""
+"""Residuals of a job's prompts: extracted once, within memory, and cached in the run folder."""
 
 from __future__ import annotations
 
@@ -28,24 +28,19 @@ from job.records import JobRecord
 from job.storage.events import Events
 from job.storage.run_folder import RunFolder
 
-# Returns the results of tasks, some of them evaluated by the function that is given and some by other processes.
+# Returns the results of tasks, evaluated by the given function and by other processes.
 Evaluate = Callable[[Sequence[Any], Callable[[Any], Any]], list[Any]]
 
 
 @dataclass(frozen=True)
 class PromptResiduals:
-    """Residuals of all prompt sets that directions are found from; each is extracted when it is first asked for.
+    """Residuals of all prompt sets, each extracted on first use.
 
     Attributes:
-        folder: The run folder.
-        record: Its job.json.
-        model: The model.
-        tokens: Token ids of each prompt, by the name of the prompt set.
-        rows: Rows of a forward.
-        forward_tokens: Tokens of a forward, padding included.
-        quantile: Quantile at which residuals are winsorised; 1 leaves them as they are.
-        events: Where progress goes.
-        evaluate: Has forwards done by other processes as well; None: there are none.
+        tokens: Token ids of each prompt, by prompt set.
+        forward_tokens: Tokens per forward, padding included.
+        quantile: Winsorisation quantile; 1 disables it.
+        evaluate: Shares forwards with other processes; None without any.
     """
 
     folder: RunFolder
@@ -59,11 +54,11 @@ class PromptResiduals:
     evaluate: Evaluate | None = None
 
     def keys(self) -> dict[str, str]:
-        """Return a key over all that the residuals of each prompt set follow from."""
+        """Return the cache key of each prompt set's residuals."""
         return {name: self._key(name, None) for name in self.tokens}
 
     def _key(self, name: str, edit: str | None) -> str:
-        # Token ids stand for prompts, template and prefixes.
+        # Token ids represent prompts, template and prefixes.
         return digest(
             {
                 "model": self.record.identity["model"],
@@ -79,16 +74,10 @@ class PromptResiduals:
     def of(
         self, name: str, *, edits: ActiveEdits | None = None, edit: str | None = None, label: str | None = None
     ) -> Tensor:
-        """Return winsorised residuals of the layers' outputs, [n, layers, d], on the model's device if they fit there.
+        """Return winsorised residuals of the layers' outputs, [n, layers, d], on the model's device if they fit.
 
-        Args:
-            name: The prompt set.
-            edits: Edits of the model, of which edit 0 is active; None: the model as it is.
-            edit: A key of these edits.
-            label: What the file is named after; by default the prompt set.
-
-        Raises:
-            ImpossibleJobError: They are not finite.
+        Edit 0 of `edits` is active, under the cache key `edit`; `label` names the file, by default after the prompt
+        set. Raises ImpossibleJobError if a residual is not finite.
         """
         label, key = label or name, self._key(name, edit)
         file = self.folder.path / "residuals" / f"{label}-{key[:16]}.safetensors"
@@ -100,7 +89,7 @@ class PromptResiduals:
             try:
                 write_tensors(file, key, {"residuals": residuals})
             except MachineError as error:
-                # They are a convenience for later starts; this one has them.
+                # Only a cache for later starts: this one has the residuals.
                 self.events.say(f"warning: residuals are not kept: {error.line}")
         if not bool(residuals.isfinite().all()):
             raise ImpossibleJobError(
@@ -110,7 +99,7 @@ class PromptResiduals:
         return winsorize(self._near_model(residuals[:, 1:]), self.quantile)
 
     def _extracted(self, label: str, tokens: Sequence[list[int]], edits: ActiveEdits | None) -> Tensor:
-        """Return residuals, [n, layers + 1, d], by smaller forwards where memory does not suffice."""
+        """Return residuals, [n, layers + 1, d], by smaller forwards if memory runs out."""
 
         def extract(rows: int) -> Tensor:
             with self.events.progress(f"{label} residuals", len(tokens)) as advance:
@@ -122,7 +111,7 @@ class PromptResiduals:
         return halving(self.rows, extract, self.events.say)[0]
 
     def _shared_out(self, tokens: Sequence[list[int]], rows: int, most: int, advance: Callable[[int], None]) -> Tensor:
-        """Return residuals of the same forwards, of which other processes do some."""
+        """Share the same forwards with other processes."""
         assert self.evaluate is not None
         lengths, padded = [len(one) for one in tokens], self.model.architecture.batching.padded
         forwards = list(batches(lengths, rows, most, padded=padded))
@@ -146,7 +135,7 @@ class PromptResiduals:
 
 
 def direction_prompts(prompts: PromptSets) -> dict[str, Sequence[Prompt]]:
-    """Return the prompt sets that directions are found from, by name."""
+    """Return the prompt sets that directions are computed from, by name."""
     references = ("helpfulness", "unhelpfulness", "capability")
     return {
         "good": prompts.good,
@@ -156,6 +145,6 @@ def direction_prompts(prompts: PromptSets) -> dict[str, Sequence[Prompt]]:
 
 
 def tokens_of_forward(model: LoadedModel, prompts: Sequence[Prompt], rows: int, answer_tokens: int) -> int:
-    """Return how many tokens a forward of `rows` rows was planned to take: the longest prompt with its response."""
+    """Return the planned tokens of a forward of `rows` rows: the longest prompt with its response."""
     planned, limit = rows * (max(map(len, model.tokenize(prompts))) + answer_tokens), read_tokens(model.model)
     return planned if limit is None else min(planned, limit)

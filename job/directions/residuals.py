@@ -1,4 +1,4 @@
-"""Residuals: the residual stream at the last prompt position, caught by hooks on the layers.
+"""Residual stream at the last prompt position, read by hooks on the layers.
 
 Index 0 is the embeddings, index ℓ + 1 the output of layer ℓ before any final norm.
 """
@@ -48,9 +48,9 @@ def layer_outputs(layers: nn.ModuleList, keep: Callable[[int, Tensor], None]) ->
 
 
 def batches(lengths: Sequence[int], rows: int, tokens: int, *, padded: bool = True) -> Iterator[list[int]]:
-    """Yield the prompts of each forward, by index, shortest first: at most so many rows and so many padded tokens.
+    """Yield prompt indices per forward, shortest first, within a limit of rows and padded tokens.
 
-    A prompt that is longer than that by itself has a forward of its own; without padding, every length has.
+    A prompt above the token limit gets its own forward. Without padding, a forward holds one length only.
     """
     chosen: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -73,17 +73,10 @@ def extract_residuals(
     tokens: int | None = None,
     edits: ActiveEdits | None = None,
 ) -> Tensor:
-    """Return the last prompt position's residuals, [n, layers + 1, d], float32, on the CPU.
+    """Return residuals at the last prompt position, [n, layers + 1, d], float32, on the CPU.
 
-    The LM head is not run, and of every layer only one position is kept.
-
-    Args:
-        loaded: The model.
-        prompts: Token ids of each prompt.
-        rows: Prompts in one forward.
-        advance: Told how many prompts have been done.
-        tokens: Tokens in one forward, padding included; None for no such bound.
-        edits: Edits of the model, of which every row gets edit 0; None: the model as it is.
+    The LM head does not run. `advance` is called with the number of prompts done; `tokens` limits a forward's padded
+    tokens; edit 0 of `edits` is applied to all rows.
     """
     count = loaded.architecture.layer_count + 1
     residuals = torch.empty(len(prompts), count, loaded.architecture.width)
@@ -106,11 +99,7 @@ def extract_residuals(
 
 @dataclass(frozen=True)
 class ResidualsTask:
-    """Prompts of one forward, whose residuals may be extracted by another process.
-
-    Attributes:
-        prompts: Token ids of each prompt.
-    """
+    """Prompts (token ids) of one forward, whose residuals another process may extract."""
 
     prompts: tuple[tuple[int, ...], ...]
 
@@ -120,27 +109,23 @@ class ResidualsTask:
 
 
 def digest(value: Any) -> str:
-    """Return a hash over a value that JSON can express: the key of whatever follows from it alone."""
+    """Return a hash of a JSON value, used as a cache key."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_tensors(file: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
-    """Keep tensors under a key, atomically.
-
-    Raises:
-        MachineError: The file cannot be written.
-    """
+    """Write tensors atomically under a cache key. Raises MachineError if the file cannot be written."""
     try:
         make_folder(file.parent)
     except OSError as error:
         raise cannot_write(file.parent, error) from error
     contents = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    # One entry: safetensors writes several in any order, and the same contents are to give the same bytes.
+    # A single entry, since safetensors orders several arbitrarily and equal contents must give equal bytes.
     write_atomically(file, save(contents, metadata={"seal": _seal(key, contents)}))
 
 
 def read_tensors(file: Path, key: str) -> dict[str, Tensor] | None:
-    """Return the tensors that were kept under a key; None where there are none, others, or damaged ones."""
+    """Read the tensors cached under a key; None if missing, stale or damaged."""
     try:
         with safe_open(file, framework="pt") as stored:
             seal = (stored.metadata() or {}).get("seal", "")
@@ -153,11 +138,10 @@ def read_tensors(file: Path, key: str) -> dict[str, Tensor] | None:
 
 
 def _seal(key: str, contents: Mapping[str, Tensor]) -> str:
-    """Return the key with a hash of the contents."""
     hashed = hashlib.sha256()
     for name in sorted(contents):
         tensor = contents[name]
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        raw: Any = tensor.flatten().view(torch.uint8).numpy()  # a buffer of the same memory
+        raw: Any = tensor.flatten().view(torch.uint8).numpy()  # a buffer that shares the memory
         hashed.update(raw)
     return f"{key} {hashed.hexdigest()}"

@@ -1,13 +1,11 @@
-"""Compile directions and parameters into edits of residual writers; there is no other way to an edit.
+"""Compile directions and parameters into edits of residual writers.
 
-Whatever does not depend on an edit's parameters is computed once, into a `WriterGroup`. Compiling for one writer takes
-many small steps, which a GPU would do one after the other; writers of one shape on one device are compiled together.
+A `WriterGroup` holds what is independent of an edit's parameters, computed once. Compilation takes many small steps
+that a GPU runs serially, so writers of one shape and device are compiled together. Edits combine candidate directions:
+all writers share those of a basis, each layer has its own from a learned path.
 
-Edits take their directions from the job's basis, or from a path of directions that were learned for them. Each has
-candidates, which edits combine: those of a basis are the same for all writers, those of a path are each layer's own.
-
-Legend of shapes: S writers of a group, K edits of a batch, k directions an edit, m candidates (layers · k rows of a
-basis, stages · k rows of a path), d the residual width, i inputs of a writer.
+Legend of shapes: S writers of a group, K edits of a batch, k directions per edit, m candidates (layers · k of a basis,
+stages · k of a path), d the residual width, i inputs of a writer.
 """
 
 from __future__ import annotations
@@ -33,18 +31,16 @@ from job.numerics.ablation import (
 from job.numerics.basis import Basis, DirectionPath, orthonormal_in
 from job.records import EditParameters
 
-# Writers compiled together at most: their intermediate values should fit into a processor's caches.
+# Most writers compiled together: intermediate values should fit a CPU's caches.
 _GROUP_SIZE = 16
 
 
 @dataclass(frozen=True)
 class PreparedWriter:
-    """A writer with what edits need of its weight and norms.
+    """A writer with its precomputed weight products.
 
     Attributes:
-        writer: The writer.
-        candidates: The candidates as they are before the writer's norms, [m, d], float64, on the weight's device.
-        products: Products of its weight with the candidates.
+        candidates: Candidates before the writer's norms, [m, d], float64, on the weight's device.
         shape: Shape of the weight, [d, i]; None if the mode needs no weight.
     """
 
@@ -55,14 +51,7 @@ class PreparedWriter:
 
     @classmethod
     def of(cls, writer: Writer, candidates: Tensor, weight: Tensor | None, mode: RowNormalization) -> PreparedWriter:
-        """Read a writer's weight once.
-
-        Args:
-            writer: The writer.
-            candidates: The candidates before the writer's norms, [m, d], float64, on the weight's device.
-            weight: The weight, [d, i]; None if the mode is "none".
-            mode: The norm-preserving mode.
-        """
+        """Compute the products of a writer's weight [d, i] (None in mode "none") with candidates [m, d]."""
         if weight is None:
             return cls(writer, candidates, WeightProducts("none"), None)
         return cls(writer, candidates, weight_products(weight, candidates, mode), weight.shape)
@@ -70,17 +59,14 @@ class PreparedWriter:
 
 @dataclass(frozen=True)
 class WriterGroup:
-    """S writers that are compiled together, with all that does not depend on an edit's parameters; float64.
-
-    They have one shape, stand on one device, and all or none of them have norms between them and the stream.
+    """S writers of one shape and device, compiled together; all or none have post-norms; float64.
 
     Attributes:
-        writers: The writers.
-        candidates: The candidates before the writers' norms: [S, 1, m, d], or [m, d] where all writers have the same.
-        gram: Inner products of the candidates, [S, 1, m, m], on the CPU; None where all writers have the same.
+        candidates: Candidates before the writers' norms: [S, 1, m, d], or [m, d] if shared.
+        gram: Gram matrices of the candidates, [S, 1, m, m], on the CPU; None if shared.
         products: Products of the weights with the candidates, [S, 1, ...].
-        own: The directions of each writer's own layer with their products, [S, 1, k, ...]; None of a path.
-        own_weights: The weights of those directions, [S, 1, k]; None likewise.
+        own: Each writer's own layer's directions with products, [S, 1, k, ...]; None for a path.
+        own_weights: Weights of those directions, [S, 1, k]; None for a path.
     """
 
     writers: tuple[Writer, ...]
@@ -92,7 +78,7 @@ class WriterGroup:
 
     @classmethod
     def of(cls, basis: Basis | DirectionPath, prepared: Sequence[PreparedWriter]) -> WriterGroup:
-        """Stack the products of writers that fit together."""
+        """Stack the products of matching writers."""
         writers = tuple(one.writer for one in prepared)
         candidates, gram = prepared[0].candidates, None
         if writers[0].post_norms or isinstance(basis, DirectionPath):
@@ -108,7 +94,7 @@ class WriterGroup:
 
 
 def group_writers(basis: Basis | DirectionPath, prepared: Iterable[PreparedWriter]) -> Iterator[WriterGroup]:
-    """Put writers into groups as they come, so that few are in memory outside a group."""
+    """Group writers as they are prepared, so that few are in memory outside a group."""
     waiting: dict[object, list[PreparedWriter]] = {}
     for one in prepared:
         kind = (bool(one.writer.post_norms), one.candidates.device, one.shape)
@@ -122,14 +108,13 @@ def group_writers(basis: Basis | DirectionPath, prepared: Iterable[PreparedWrite
 
 @dataclass(frozen=True)
 class EditBatch:
-    """K edits that are compiled together, with the directions that they select from the basis.
+    """K edits compiled together: all with a direction index, all without, or all of the same learned directions.
 
     Attributes:
-        parameters: The edits: all with a direction index, all without, or all with the same learned directions.
-        coefficients: The directions that each edit ablates as combinations of every writer's candidates, [K, k, m],
-            float64; None if each writer loses its own layer's directions of the basis.
-        weights: The weights of those directions, [K, k]; None likewise.
-        learned: Name of the learned directions; None if the edits take theirs from the basis.
+        coefficients: Ablated directions as combinations of a writer's candidates, [K, k, m], float64; None if each
+            writer uses its own layer's directions.
+        weights: Weights of those directions, [K, k]; None with coefficients None.
+        learned: Name of the learned directions; None if the edits use the basis.
     """
 
     parameters: tuple[EditParameters, ...]
@@ -139,7 +124,7 @@ class EditBatch:
 
     @classmethod
     def of(cls, basis: Basis | DirectionPath, parameters: Sequence[EditParameters]) -> EditBatch:
-        """Select the directions of edits once, for all writers."""
+        """Select the edits' directions, shared by all writers."""
         if isinstance(basis, DirectionPath):
             learned = [edit.directions for edit in parameters if edit.directions is not None]
             coefficients = torch.stack([basis.combine(one.position) for one in learned])
@@ -153,27 +138,14 @@ class EditBatch:
 
 
 def no_directions(name: str) -> DirectionPath:
-    """Say that there are no learned directions.
-
-    Raises:
-        ValueError: Always.
-    """
+    """Raise ValueError: there are no learned directions."""
     raise ValueError(f"there are no learned directions {name[:12]}")
 
 
 def split_batches(
     basis: Basis, parameters: Sequence[EditParameters], learned: Callable[[str], DirectionPath] = no_directions
 ) -> tuple[list[EditBatch], Tensor]:
-    """Split edits into those of one direction everywhere, those of each layer's own, and those of learned directions.
-
-    Args:
-        basis: The directions of all layers.
-        parameters: The edits.
-        learned: Returns learned directions by their name.
-
-    Returns:
-        The batches, and where each edit is in them as they follow one another, [K].
-    """
+    """Split edits by the source of their directions; return batches and each edit's position therein, [K]."""
     kinds = [(edit.directions.sha256 if edit.directions else "", edit.direction_index is None) for edit in parameters]
     order = sorted(range(len(parameters)), key=lambda number: kinds[number])
     slots = torch.empty(len(parameters), dtype=torch.long)
@@ -186,46 +158,34 @@ def split_batches(
 
 
 def compile_edit(writer: PreparedWriter, basis: Basis | DirectionPath, parameters: EditParameters) -> WriterEdit:
-    """Compile an edit for one writer, as files need it: nothing has leading dimensions.
-
-    Args:
-        writer: The writer.
-        basis: The directions of all layers or those that were learned, with which the writer was prepared.
-        parameters: The edit.
-    """
+    """Compile one edit for one writer, without leading dimensions."""
     return compile_edits(WriterGroup.of(basis, [writer]), EditBatch.of(basis, [parameters])).first()
 
 
 def compile_edits(group: WriterGroup, batch: EditBatch) -> WriterEdit:
-    """Compile K edits for S writers, as hooks need them: leading dimensions are [S, K].
+    """Compile K edits for S writers, with leading dimensions [S, K].
 
-    What all writers read in common has no S, [K, k, d]; what all edits read in common is [S, 1, k, d].
+    What all writers share has no S, [K, k, d]; what all edits share is [S, 1, k, d].
     """
     if batch.coefficients is not None:
         coefficients = _orthonormal_before_norms(batch.coefficients, group.gram)
         projections, weights = project(group.products, group.candidates, coefficients), batch.weights
     else:
-        assert group.own is not None  # a batch and its group are of the same directions
+        assert group.own is not None  # batch and group use the same directions
         projections, weights = group.own, group.own_weights
     assert weights is not None
     return ablate(group.products, projections, strengths(group.writers, batch.parameters, weights))
 
 
 def _orthonormal_before_norms(coefficients: Tensor, gram: Tensor | None) -> Tensor:
-    """Return combinations, orthonormal in the stream, made so before the norms of writers that have any."""
     return coefficients if gram is None else orthonormal_in(coefficients, gram)
 
 
 def strengths(writers: Sequence[Writer], parameters: Sequence[EditParameters], weights: Tensor) -> Tensor:
     """Return λ of every writer, edit and direction, [S, K, k], float64, on the CPU.
 
-    Strengths by layer are λ itself. A kernel's strength at the writer's layer, times the edit's share for the
-    direction, is multiplied with the direction's weight.
-
-    Args:
-        writers: S writers.
-        parameters: K edits.
-        weights: Weights of the directions, [K, k] or [S, 1, k].
+    Strengths by layer are λ itself. A kernel's strength is multiplied with the edit's share and the direction's weight,
+    [K, k] or [S, 1, k].
     """
     layers = max(writer.layer for writer in writers) + 1
     by_layer = [edit.strengths_by_layer(layers) for edit in parameters]

@@ -1,9 +1,8 @@
-"""Edits of a model as forward hooks: no weight is read or written during the search.
+"""Edits as forward hooks: the search neither reads nor writes weights.
 
-Rows of one batch may belong to different trials: each row carries the index of its trial into tables
-of K edits, so that many trials are evaluated in one forward. An output is measured along the directions
-of all trials at once and other trials' measures are set to 0: two matrix products, with no table copied
-for a row.
+Each row of a batch carries the index of its trial into tables of K edits, so one forward evaluates many trials. Outputs
+are projected on all trials' directions at once and other trials' projections set to 0: two matrix products, no table
+copied per row.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ from job.records import EditParameters
 
 @dataclass(frozen=True)
 class HookTables:
-    """K edits of k directions as the hooks of one writer apply them, all float32.
+    """K edits of k directions for one writer's hooks, float32.
 
     Attributes:
-        read: What outputs are measured along, [d, K * k].
-        write: What is taken out of outputs for each of those measures, [K * k, d].
+        read: Directions along which outputs are measured, [d, K * k].
+        write: What is subtracted per unit measured, [K * k, d].
         output_scale: Factor per output, [K, d] or None.
         input_scale: Factor per input, [K, i] or None.
     """
@@ -54,9 +53,9 @@ class HookTables:
 
     @classmethod
     def of(cls, batches: Sequence[WriterEdit], count: int) -> list[HookTables]:
-        """Return the tables of `count` writers from their compiled edits; batches follow one another."""
+        """Return the tables of `count` writers from consecutive batches of compiled edits."""
         reads = []
-        for batch in batches:  # what all edits of a batch read in common is repeated for each
+        for batch in batches:  # repeat what all edits of a batch share
             read = batch.output_read
             reads.append(read.expand(*read.shape[:-3], batch.write.shape[-3], -1, -1))
         read = _concatenate(reads, 4).flatten(1, 2).mT.contiguous()
@@ -75,7 +74,7 @@ class HookTables:
 
 
 def _concatenate(tables: Sequence[Tensor], dimensions: int) -> Tensor:
-    """Return tables of edits [S or 1, K', ...] one after the other, float32; those without S are for all writers."""
+    """Concatenate tables of edits [S or 1, K', ...] in float32; those without S apply to all writers."""
     filled = [table.to(torch.float32) for table in tables]
     filled = [table if table.dim() == dimensions else table[None] for table in filled]
     count = max(map(len, filled))
@@ -84,31 +83,21 @@ def _concatenate(tables: Sequence[Tensor], dimensions: int) -> Tensor:
 
 @dataclass
 class _Site:
-    """A residual writer's module and the tables of the edits that are active on it."""
-
     module: nn.Module
     tables: HookTables | None = None
 
 
 class ActiveEdits:
-    """Edits 0 … K-1, ready to be applied; the rows of a forward name theirs by number.
+    """Edits 0 … K-1, compiled; the rows of a forward refer to them by index.
 
-    Attributes:
-        reasons: For each edit why it is degenerate and must not be scored, None if it is not.
+    `reasons` says per edit why it is degenerate and must not be scored, else None.
     """
 
     def __init__(self, hooks: Intervention, slots: Tensor, finite: Tensor, reasons: Sequence[str | None]) -> None:
-        """Keep where each edit is in the tables.
-
-        Args:
-            hooks: The hooks that apply the edits.
-            slots: Each edit's place in the tables, [K].
-            finite: Which edits float32 can hold, [K], in the tables' order.
-            reasons: Why each edit is degenerate.
-        """
+        """Take each edit's slot in the tables, [K], and which slots float32 can hold, [K]."""
         self.reasons = tuple(reasons)
         self._hooks, self._slots = hooks, slots
-        # The rows of an edit beyond float32 are made NaN.
+        # Rows of an edit beyond float32 become NaN.
         self._factors = torch.where(finite, 1.0, torch.nan)
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -122,7 +111,7 @@ class ActiveEdits:
 
     @contextmanager
     def on_every_row(self, model: nn.Module) -> Iterator[None]:
-        """Give edit 0 to every row of every forward in the block, whoever calls the model."""
+        """Apply edit 0 to every row of every forward in the block."""
         bound: list[EditedRows] = []
 
         def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -147,14 +136,14 @@ class ActiveEdits:
                 handle.remove()
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return each edit's place in the tables and each place's factor, both [K], on a device."""
+        """Return each edit's slot and each slot's factor, both [K], on a device."""
         if device not in self._on:
             self._on[device] = self._slots.to(device), self._factors.to(device)
         return self._on[device]
 
 
 class EditedRows:
-    """A context in which the rows of every forward get their edits; it can be entered again."""
+    """A re-enterable context in which the rows of every forward get their edits."""
 
     def __init__(self, hooks: Intervention, edits: ActiveEdits, trials: Tensor) -> None:
         self._hooks, self._edits, self._trials = hooks, edits, trials
@@ -171,10 +160,7 @@ class EditedRows:
         return len(self._trials)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return each row's place in the tables, [rows], and its factor for every place, [rows, 1, K, 1].
-
-        The factors of other trials' edits are 0.
-        """
+        """Return each row's slot, [rows], and its factor per slot, [rows, 1, K, 1]; 0 for other trials' slots."""
         if device not in self._on:
             slots, factors = self._edits.places(device)
             rows = slots[self._trials.to(device)]
@@ -184,10 +170,9 @@ class EditedRows:
 
 
 class Intervention:
-    """Ablates directions from the outputs of all residual writers, row by row.
+    """Hooks that ablate directions from the outputs of all residual writers, row by row.
 
-    Use as a context manager; the hooks are there within the block. They change nothing but the forwards within a
-    context that `ActiveEdits.bind` returns.
+    A context manager that owns the hooks. They act only within a context of `ActiveEdits.bind`.
     """
 
     def __init__(
@@ -198,28 +183,19 @@ class Intervention:
         mode: RowNormalization,
         learned: Callable[[str], DirectionPath] = no_directions,
     ) -> None:
-        """Read every writer's weight once.
-
-        Args:
-            model: The loaded model.
-            architecture: Its structure.
-            basis: The directions of all layers.
-            mode: Which norms of the weights edits preserve; "none" if experts' weights are held together.
-            learned: Returns the directions that edits name, of as many directions a layer as the basis has. Every
-                weight is read once more when an edit is the first to name them.
-        """
+        """Read every writer's weight, again at first use of learned directions (`learned`, by name)."""
         self._mode, self._basis = mode, basis
         self._model, self._architecture, self._learned = model, architecture, learned
         self._sites: dict[str, _Site] = {}
         self._groups = list(group_writers(basis, self._prepared(basis)))
-        # Groups are the same writers in the same order, whatever directions they are prepared with.
+        # Groups hold the same writers in the same order for any directions.
         self._paths: dict[str, tuple[DirectionPath, list[WriterGroup]]] = {}
         self._handles: list[RemovableHandle] = []
         self._active: ActiveEdits | None = None
         self._bound: EditedRows | None = None
 
     def _prepared(self, basis: Basis | DirectionPath) -> Iterator[PreparedWriter]:
-        """Yield the writers that hooks edit, with the products of their weights, and note their modules."""
+        """Yield prepared writers, and record their modules as hook sites."""
         model = self._model
         on_device: dict[tuple[torch.device, int], Tensor] = {}
         hooked: set[str] = set()
@@ -239,7 +215,7 @@ class Intervention:
             yield PreparedWriter.of(writer, candidates, weight, self._mode)
 
     def _path(self, name: str) -> DirectionPath:
-        """Return learned directions, with their products at hand."""
+        """Return learned directions, with cached products."""
         if name not in self._paths:
             path = self._learned(name)
             if (path.layers, path.size) != (self._basis.layers, self._basis.size):
@@ -266,7 +242,7 @@ class Intervention:
         self._bound = None
 
     def activate(self, edits: Sequence[EditParameters]) -> ActiveEdits:
-        """Compile edits; those of an earlier call can no longer be applied, for their tables' memory is used again."""
+        """Compile edits. Those of an earlier call become invalid: their tables are reused."""
         if self._bound is not None:
             raise RuntimeError("a forward is being edited")
         self._active = None
@@ -277,7 +253,7 @@ class Intervention:
         return self._active
 
     def _apply(self, number: int, batches: Sequence[EditBatch]) -> tuple[Tensor, Tensor]:
-        """Set the tables of a group's writers; return which edits are finite, [K], and the least shares, [S, K]."""
+        """Fill the tables of a group's writers; return which edits are finite, [K], and the least shares, [S, K]."""
         group = self._groups[number]
         compiled = [
             compile_edits(group if batch.learned is None else self._paths[batch.learned][1][number], batch)
@@ -289,11 +265,11 @@ class Intervention:
         return finite, torch.cat([edit.least_share for edit in compiled], 1)
 
     def _degenerate(self, shares: Sequence[Tensor], slots: Tensor) -> list[str | None]:
-        """Return for each edit why it is degenerate, from the least shares [S, K] of all groups."""
+        """Return why each edit is degenerate, from the least shares [S, K] of all groups."""
         reasons: list[str | None] = [None] * len(slots)
         if self._mode in ("none", "pre"):
             return reasons
-        # Looked at once all has been asked for: a GPU is waited for once and not at every writer.
+        # Read once all kernels are queued, to synchronise the GPU once rather than per writer.
         for group, share in zip(self._groups, shares, strict=True):
             low = (share < DEGENERATE_SHARE).cpu()[:, slots]
             for writer, number in low.nonzero().tolist():
@@ -302,11 +278,7 @@ class Intervention:
         return reasons
 
     def enter(self, rows: EditedRows, edits: ActiveEdits) -> None:
-        """Apply edits to the rows of the forwards to come; `EditedRows` alone calls this.
-
-        Raises:
-            RuntimeError: Other edits are active now, or other rows are bound.
-        """
+        """Apply edits to subsequent forwards, for `EditedRows`; RuntimeError if other edits or rows are active."""
         if edits is not self._active:
             raise RuntimeError("other edits have been activated since")
         if self._bound is not None:
@@ -314,7 +286,7 @@ class Intervention:
         self._bound = rows
 
     def leave(self, rows: EditedRows) -> None:
-        """Apply edits no longer; `EditedRows` alone calls this."""
+        """Stop applying edits, for `EditedRows`."""
         if self._bound is rows:
             self._bound = None
 
@@ -333,7 +305,7 @@ class Intervention:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             if self._bound is None or site.tables is None:
                 return None
-            if isinstance(output, tuple):  # what adds experts up may also tell how they were chosen
+            if isinstance(output, tuple):  # experts may return their routing too
                 return (_edited(output[0], site.tables, self._bound), *output[1:])
             return _edited(output, site.tables, self._bound)
 
@@ -341,7 +313,7 @@ class Intervention:
 
 
 def _edited(y: Tensor, edits: HookTables, bound: EditedRows) -> Tensor:
-    """Return a writer's output [rows, t, d], or [rows * t, d], with each row's edit applied."""
+    """Apply each row's edit to a writer's output [rows, t, d] or [rows * t, d]."""
     rows, own = bound.on(y.device)
     stream = y.reshape(-1, y.shape[-1]).to(torch.float32)
     along = stream @ edits.read  # [rows * t, K * k]
@@ -353,5 +325,5 @@ def _edited(y: Tensor, edits: HookTables, bound: EditedRows) -> Tensor:
 
 
 def _by_rows(tensor: Tensor, rows: int) -> Tensor:
-    """Return values as [rows, t, d], also those of modules that see all rows' positions in one line."""
+    """Reshape values to [rows, t, d]; some modules see all rows' positions flattened."""
     return tensor.reshape(rows, -1, tensor.shape[-1])

@@ -1,4 +1,4 @@
-"""`abliterate evaluate`: an edited model against its base model, both measured alike."""
+"""`abliterate evaluate`: an edited model against its base model, by the same measurements."""
 
 from __future__ import annotations
 
@@ -33,16 +33,10 @@ _OWN_ANSWERS = "the base model's own answers to the good prompts"
 
 @dataclass(frozen=True)
 class ComparisonRequest:
-    """What is to be measured.
+    """A requested comparison.
 
     Attributes:
-        good: SPEC of the good prompts, None for the report's.
-        bad: SPEC of the bad prompts, None for the report's.
-        text: SPEC of the plain text, NO_TEXT for none; None for web text or, where that cannot be had, the base
-            model's answers.
-        tasks: Benchmarks.
-        limit: Documents of each benchmark, None for all.
-        tasks_folder: A folder of further benchmarks.
+        text: SPEC of plain text, NO_TEXT for none; None for web text, else the base model's responses.
     """
 
     good: str | None = None
@@ -53,16 +47,11 @@ class ComparisonRequest:
     tasks_folder: Path | None = None
 
     def harness(self) -> Harness | None:
-        """Return what runs the benchmarks, None where none are asked for.
-
-        Raises:
-            MachineError: lm-eval is not installed.
-            UsageError: There is no such benchmark.
-        """
+        """Return the benchmarks' harness, None without any. Raises MachineError or UsageError."""
         return Harness(self.tasks, self.limit, self.tasks_folder) if self.tasks else None
 
     def prompts(self, settings: Settings, report: Callable[[str], None], default: Pair | None = None) -> Pair:
-        """Return good and bad prompts; those not asked for are the default's or what the settings would report on."""
+        """Return the requested good and bad prompts, else the default's or the settings' report prompts."""
 
         def found(kind: str, spec: str | None, own: tuple[Prompt, ...] | None) -> tuple[Prompt, ...]:
             if spec is not None:
@@ -73,7 +62,7 @@ class ComparisonRequest:
         return found("good", self.good, good), found("bad", self.bad, bad)
 
     def texts(self, report: Callable[[str], None]) -> Texts | None:
-        """Return the plain texts, None where none are asked for."""
+        """Return the plain texts, None if not requested."""
         if self.text == NO_TEXT:
             return None
         try:
@@ -89,19 +78,10 @@ class ComparisonRequest:
 def evaluate_trial(
     folder: RunFolder, number: int | None, asked: ComparisonRequest, events: Events, device: str | None = None
 ) -> Comparison:
-    """Measure a trial's edit against the base model and store the result.
+    """Measure a trial's edit (None: the job's choice) against the base model and store the result.
 
-    Args:
-        folder: The run folder.
-        number: The trial; None for the one that the job would choose.
-        asked: What is to be measured.
-        events: Where progress goes.
-        device: Another device than the job's.
-
-    Raises:
-        UsageError: There is no such trial.
-        HeldError: A run of the job needs the device.
-        JobError: Prompts or texts cannot be read, or a benchmark cannot be run.
+    Raises UsageError without such a trial, HeldError if a run needs the device, and JobError for prompts, texts and
+    benchmarks.
     """
     record, settings = folder.read_job(), job_settings(folder)
     trials = job_trials(folder)
@@ -128,20 +108,7 @@ def evaluate_trial(
 
 
 def evaluate_models(model: str, base: str, settings: Settings, asked: ComparisonRequest, events: Events) -> Comparison:
-    """Measure any model against any other, loading one at a time.
-
-    Args:
-        model: The edited model: a folder, or NAME[@REVISION] on the Hub.
-        base: The base model, likewise.
-        settings: How models are loaded and answers judged.
-        asked: What is to be measured.
-        events: Where progress goes.
-
-    Raises:
-        ImpossibleJobError: A model or text cannot be had.
-        MachineError: The Hub cannot be reached, or memory does not suffice.
-        JobError: A benchmark cannot be run.
-    """
+    """Measure any model against any other, one at a time. Raises ImpossibleJobError, MachineError or JobError."""
     harness, texts = asked.harness(), asked.texts(events.say)
     pair = asked.prompts(settings, events.say)
     folders = [_folder_of(name, events) for name in (base, model)]
@@ -159,14 +126,7 @@ def _folder_of(name: str, events: Events) -> Path:
 
 @dataclass(frozen=True)
 class _Base:
-    """What is kept of a base model.
-
-    Attributes:
-        measured: What it came to.
-        reference: What others are compared with, on the CPU.
-        good: Tokens of the good prompts.
-        asked: How it was asked.
-    """
+    """Measurements of a base model, kept after it is freed; the KL reference is on the CPU."""
 
     measured: MeasuredModel
     reference: KLReference

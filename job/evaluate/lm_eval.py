@@ -1,4 +1,4 @@
-"""Standard benchmarks by lm-eval, EleutherAI's harness, which is an extra that need not be installed."""
+"""Standard benchmarks by lm-eval, EleutherAI's harness, an optional extra."""
 
 from __future__ import annotations
 
@@ -17,25 +17,15 @@ from job.errors import JobError, MachineError, UsageError
 from job.model.loading import LoadedModel
 
 _CPU_ROWS = 8
-# Of each task's measure: its value and its standard error, None where there is none.
+# Per task metric: value and standard error, or None.
 Scores = dict[tuple[str, str], tuple[float, float | None]]
 
 
 class Harness:
-    """Tasks of lm-eval that models are put to."""
+    """Benchmark tasks of lm-eval."""
 
     def __init__(self, tasks: Sequence[str], limit: int | None, folder: Path | None) -> None:
-        """Find the tasks, before any model is loaded.
-
-        Args:
-            tasks: Names of tasks, groups or tags.
-            limit: Documents of each task, None for all.
-            folder: A folder of further tasks as YAML files.
-
-        Raises:
-            MachineError: lm-eval is not installed.
-            UsageError: There is no such task or folder.
-        """
+        """Find tasks, groups or tags; `folder` holds further tasks as YAML. Raises MachineError or UsageError."""
         if importlib.util.find_spec("lm_eval") is None:
             raise MachineError(
                 "--tasks needs lm-eval, which is not installed", remedy="pip install 'abliteration-job[lm-eval]'"
@@ -50,11 +40,7 @@ class Harness:
             raise UsageError(f"lm-eval has no task {unknown[0]}", remedy="`lm-eval ls tasks` lists them")
 
     def scores(self, loaded: LoadedModel) -> Scores:
-        """Return what a model comes to on every task.
-
-        Raises:
-            JobError: lm-eval cannot do a task, for want of its data for example.
-        """
+        """Return a model's scores on every task. Raises JobError if lm-eval fails, for example without data."""
         with _quiet():
             import lm_eval
             from lm_eval.models.huggingface import HFLM
@@ -83,14 +69,14 @@ class Harness:
 
 
 def _rows(loaded: LoadedModel) -> int | str:
-    """Return the rows of a forward; on an accelerator the harness finds out how many there is room for."""
+    """Return the rows per forward; on an accelerator lm-eval determines them."""
     if not loaded.architecture.batching.padded:
         return 1
     return "auto" if loaded.device.type == "cuda" else _CPU_ROWS
 
 
 def _manager_of(tasks: Sequence[str], folder: Path | None) -> Any:
-    """Return what knows the tasks; lm-eval's own, which take it most of a minute to read, only where they are asked."""
+    """Return the task manager; lm-eval's own tasks, which take most of a minute to read, only on request."""
     from lm_eval.tasks import TaskManager
 
     if folder is not None:
@@ -115,9 +101,9 @@ def _scores(results: Mapping[str, Mapping[str, Any]]) -> Scores:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what lm-eval says of itself out of standard output, and its advice out of everything."""
+    """Keep lm-eval's messages out of standard output, and its advice out of everything."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # Its bars are for terminals; elsewhere they would fill logs.
+    # Its progress bars are for terminals, and would fill logs.
     bars = sys.stderr if sys.stderr.isatty() else io.StringIO()
     with contextlib.redirect_stdout(bars), contextlib.redirect_stderr(bars), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Measure one model for a comparison: figures, cross-entropy, benchmarks."""
+"""Measure one model for a comparison: metrics, cross-entropy, benchmarks."""
 
 from __future__ import annotations
 
@@ -30,12 +30,7 @@ _ROWS = 32
 
 @dataclass(frozen=True)
 class Texts:
-    """Plain texts to predict.
-
-    Attributes:
-        source: Their source, in words.
-        texts: The texts; None: the base model's own responses.
-    """
+    """Plain texts with a description of their source; None: the base model's own responses."""
 
     source: str
     texts: list[str] | None
@@ -43,14 +38,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """Measurements of one model, kept after the model is freed.
+    """Measurements of one model, kept after it is freed.
 
     Attributes:
-        figures: Its figures.
-        first: KL of the first token for every good prompt, in nats; empty unless the figures' KL is over more tokens.
-        passages: Passages that it predicted, tokenized.
-        losses: Its cross-entropy on each passage.
-        scores: Its benchmark scores.
+        first: KL of the first token per good prompt, in nats; empty if the metrics' KL already is.
     """
 
     figures: Figures
@@ -62,15 +53,7 @@ class MeasuredModel:
 
 @dataclass(frozen=True)
 class ModelBench:
-    """A loaded model and everything that measures it.
-
-    Attributes:
-        loaded: The model.
-        metrics: Measures its responses.
-        rows: Rows per forward.
-        harness: Runs benchmarks, if any.
-        report: Receives progress.
-    """
+    """A loaded model and everything that measures it."""
 
     loaded: LoadedModel
     metrics: ReportMetrics
@@ -92,14 +75,7 @@ class ModelBench:
         edits: ActiveEdits | None = None,
         incoherence: IncoherenceTest | None = None,
     ) -> MeasuredModel:
-        """Measure the model as the edited one.
-
-        Args:
-            passages: Passages to predict.
-            reference: What KL is measured against; None: no KL divergence is measured.
-            edits: Active edits, of which edit 0 applies; None: the model as it is.
-            incoherence: Test of the base model on the same prompts, if it is loaded.
-        """
+        """Measure the model under edit 0, if edits are active; KL needs a reference."""
         responses = self.metrics.responses(edits)
         judged = self.metrics.judge(responses, incoherence.flags(responses) if incoherence else None)
         divergences: list[float] | None = None
@@ -118,11 +94,7 @@ class ModelBench:
         return MeasuredModel(figures, first, passages, losses, scores)
 
     def passages(self, texts: Texts | None) -> list[Passage]:
-        """Tokenize plain texts, or the model's own responses to the good prompts.
-
-        Raises:
-            ImpossibleJobError: They contain nothing to predict.
-        """
+        """Tokenize plain texts, or own responses to the good prompts. Raises ImpossibleJobError if they are empty."""
         if texts is None:
             return []
         if texts.texts is not None:
@@ -141,13 +113,11 @@ class ModelBench:
 
 @dataclass(frozen=True)
 class Asked:
-    """How a model was asked, so that another is asked alike.
+    """Prompting of a model, to repeat with another.
 
     Attributes:
-        prefix: What every response is made to begin with.
-        tokens: Its token ids, None for a text that somebody gave.
-        rendering: What the chat template is told beside the conversation.
-        vocabulary: The token ids by their text, without which ids say nothing.
+        tokens: Its token ids, None for a given text.
+        vocabulary: Token ids by text, within which ids are valid.
     """
 
     prefix: str
@@ -157,11 +127,11 @@ class Asked:
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> Asked:
-        """Return how a model is asked."""
+        """Return a model's prompting."""
         return cls(loaded.response_prefix, loaded.prefix_tokens, loaded.rendering, loaded.tokenizer.get_vocab())
 
     def put_to(self, loaded: LoadedModel) -> LoadedModel:
-        """Return another model that is asked alike; one with other tokens gets the prefix as text."""
+        """Prompt another model in the same way; with a different vocabulary the prefix is passed as text."""
         tokens = self.tokens if loaded.tokenizer.get_vocab() == self.vocabulary else None
         return replace(loaded, response_prefix=self.prefix, prefix_tokens=tokens, rendering=self.rendering)
 
@@ -169,20 +139,7 @@ class Asked:
 def opened(
     folder: Path, settings: Settings, pair: Pair, harness: Harness | None, events: Events, like: Asked | None = None
 ) -> ModelBench:
-    """Load a model for measuring.
-
-    Args:
-        folder: The model's folder.
-        settings: Settings of loading and scoring.
-        pair: Good and bad prompts.
-        harness: Runs benchmarks, if any.
-        events: Receives progress.
-        like: How the model is asked where the settings say "auto"; None: without a response prefix.
-
-    Raises:
-        ImpossibleJobError: The folder holds no usable model.
-        MachineError: The device is missing or too small.
-    """
+    """Load a model to measure; `like` replaces "auto" prompting. Raises ImpossibleJobError or MachineError."""
     events.say(f"loading {folder}")
     loaded = load_model(folder, settings.loading, events.say).ending_its_turn()
     given = settings.loading.response_prefix
@@ -196,9 +153,6 @@ def opened(
 def bench_of(
     loaded: LoadedModel, settings: Settings, pair: Pair, harness: Harness | None, events: Events, rows: int = 0
 ) -> ModelBench:
-    """Return a bench for a loaded model.
-
-    With `rows` = 0 the settings or a default decide.
-    """
+    """Return a bench for a loaded model; with `rows` 0 the settings or a default decide."""
     rows = rows or settings.batching.rows or _ROWS
     return ModelBench(loaded, metrics_of(loaded, settings, *pair, rows, events), rows, harness, events.say)

@@ -1,4 +1,4 @@
-"""Cross-entropy on plain text: how well a model predicts what others, or it itself, have written."""
+"""Cross-entropy on plain text."""
 
 from __future__ import annotations
 
@@ -15,20 +15,18 @@ from job.generation.forward import last_logits
 from job.model.device_faults import halving
 from job.model.loading import LoadedModel
 
-# Web text of the kind that models are trained on, streamed: 100 rows take about 2 MB.
+# Web text like that of training sets, streamed: 100 rows take about 2 MB.
 DEFAULT_TEXT = "allenai/c4:en#validation[:100]/text"
 TEXT_TOKENS = 512
-# Tokens of a forward, and positions whose logits are made float32 at once.
+# Tokens per forward, and positions whose logits are converted to float32 at once.
 _FORWARD_TOKENS, _SLICE = 4096, 128
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A text that a model has to predict.
+    """A tokenized text to predict.
 
-    Attributes:
-        tokens: Token ids.
-        first: Index of the first token that counts, at least 1; what comes before is given.
+    `first` is the index of the first predicted token, at least 1; earlier tokens are given.
     """
 
     tokens: list[int]
@@ -36,16 +34,12 @@ class Passage:
 
     @property
     def count(self) -> int:
-        """Number of tokens that count."""
+        """Number of predicted tokens."""
         return len(self.tokens) - self.first
 
 
 def plain_texts(spec: str, report: Callable[[str], None]) -> tuple[list[str], str]:
-    """Return the texts of a SPEC without blank ones, and in words what it is.
-
-    Raises:
-        JobError: It cannot be read.
-    """
+    """Return the non-blank texts of a SPEC, and its description. Raises JobError if it cannot be read."""
     source = parse_source(PromptSettings(spec=spec))
     pin = resolve_commit(source, report)
     texts = [text for text in read_texts(source, pin.commit if pin else None, report) if text.strip()]
@@ -53,27 +47,14 @@ def plain_texts(spec: str, report: Callable[[str], None]) -> tuple[list[str], st
 
 
 def passages_of(loaded: LoadedModel, texts: Sequence[str], most: int = TEXT_TOKENS) -> list[Passage]:
-    """Return texts as a model's tokenizer cuts them up, of so many tokens at most, as documents and not conversations.
-
-    Of a text without a token that opens all texts the first token is given and not predicted.
-    """
+    """Tokenize texts as documents of at most `most` tokens; without a beginning token, the first one is given."""
     return [Passage(loaded.tokenizer(text)["input_ids"][:most]) for text in texts]
 
 
 def cross_entropies(
     loaded: LoadedModel, passages: Sequence[Passage], rows: int, report: Callable[[str], None]
 ) -> list[float]:
-    """Return the cross-entropy of every passage, summed over its tokens that count, nats.
-
-    Args:
-        loaded: The model.
-        passages: What it has to predict.
-        rows: Rows of a forward, at most.
-        report: Told where memory does not suffice for so many.
-
-    Raises:
-        MachineError: Memory does not suffice for one passage at a time.
-    """
+    """Return each passage's cross-entropy, summed over predicted tokens, nats. Raises MachineError."""
 
     def measured(size: int) -> list[float]:
         found = [0.0] * len(passages)
@@ -92,7 +73,7 @@ def cross_entropies(
 
 @torch.inference_mode()
 def _surprise(logits: Tensor, passage: Passage) -> float:
-    """Return a passage's cross-entropy from the logits at all of its tokens, [t, vocabulary]."""
+    """Return a passage's cross-entropy from the logits at all its tokens, [t, vocabulary]."""
     targets = torch.tensor(passage.tokens[passage.first :], device=logits.device)
     predictions = logits[passage.first - 1 : -1]
     total = 0.0

@@ -1,4 +1,4 @@
-"""Two models side by side, the base model and the edited one: what `abliterate evaluate` found. Needs no torch."""
+"""Results of `abliterate evaluate`: the base and the edited model side by side. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ Interval = tuple[float, float]
 
 
 class Share(Record):
-    """A count of answers of both models to the same prompts, with 95 % intervals of the shares.
+    """A count over both models' responses to the same prompts, with 95 % intervals of the shares.
 
     Attributes:
-        name: What is counted.
-        of: Number of prompts.
-        change_interval: Interval of the change of the share, as if the prompts had been others.
+        change_interval: Interval of the change, as if from independent samples.
     """
 
     name: str
@@ -31,12 +29,9 @@ class Share(Record):
 
 
 class Divergence(Record):
-    """The edited model's KL divergence from the base model on the good prompts, nats.
+    """KL divergence from the base model on the good prompts in nats, with its 95 % interval.
 
-    Attributes:
-        tokens: Positions of the base model's answers over which it is a mean.
-        mean: Over the prompts.
-        interval: Its 95 % interval.
+    It is the mean over the prompts, and over the first `tokens` positions of the base model's responses.
     """
 
     tokens: int
@@ -45,12 +40,12 @@ class Divergence(Record):
 
     @classmethod
     def of(cls, tokens: int, values: Sequence[float]) -> Divergence:
-        """Return the mean of every prompt's divergence with its interval."""
+        """Return the mean of all prompts' divergences with its interval."""
         return cls(tokens=tokens, mean=math.fsum(values) / len(values), interval=mean_interval(values))
 
 
 class Surprise(Record):
-    """A model's cross-entropy on plain text, nats a token, with its 95 % interval over the texts."""
+    """Cross-entropy on plain text, nats per token, with its 95 % interval over the texts."""
 
     cross_entropy: float
     interval: Interval
@@ -58,7 +53,7 @@ class Surprise(Record):
 
     @classmethod
     def of(cls, losses: Sequence[float], tokens: Sequence[int]) -> Surprise:
-        """Return it from every text's cross-entropy and tokens."""
+        """Compute it from every text's cross-entropy and tokens."""
         mean = math.fsum(losses) / sum(tokens)
         return cls(cross_entropy=mean, interval=ratio_interval(losses, tokens), perplexity=math.exp(min(mean, 700.0)))
 
@@ -67,11 +62,9 @@ class TextComparison(Record):
     """Both models on the same plain text.
 
     Attributes:
-        source: What the text is.
-        texts: Number of texts.
-        tokens: Number of tokens that were predicted, as the base model's tokenizer cuts them up.
-        change: Of the cross-entropy a token; None where the models cut texts up differently.
-        change_interval: Its 95 % interval over the texts, by pairs.
+        tokens: Number of predicted tokens, by the base model's tokenizer.
+        change: Change in nats per token; None if the tokenizations differ.
+        change_interval: Its 95 % interval over pairs of texts.
     """
 
     source: str
@@ -86,7 +79,7 @@ class TextComparison(Record):
     def of(
         cls, source: str, base: tuple[Sequence[float], Sequence[int]], edited: tuple[Sequence[float], Sequence[int]]
     ) -> TextComparison:
-        """Return the comparison from every text's cross-entropy and tokens."""
+        """Compare every text's cross-entropy and tokens."""
         alike = list(base[1]) == list(edited[1])
         changes = [after - before for before, after in zip(base[0], edited[0], strict=True)] if alike else []
         return cls(
@@ -101,7 +94,7 @@ class TextComparison(Record):
 
 
 class Score(Record):
-    """A measure of a benchmark task on both models, with its standard errors, None where there are none."""
+    """A benchmark metric of both models, with standard errors or None."""
 
     task: str
     metric: str
@@ -112,25 +105,18 @@ class Score(Record):
 
     @property
     def change_error(self) -> float | None:
-        """Standard error of the change as if the models had been put to different documents; it is smaller."""
+        """Standard error of the change for independent documents; the true one is smaller."""
         if self.base_error is None or self.edited_error is None:
             return None
         return math.hypot(self.base_error, self.edited_error)
 
 
 class Comparison(Record):
-    """All that was found of a pair of models.
+    """Comparison of two models.
 
     Attributes:
-        model: The edited model, or the job.
-        against: The base model.
-        trial: The trial whose edit the edited model is, None where it is a model of its own.
-        base: The base model's figures.
-        edited: The edited model's figures.
-        shares: Their counts with intervals.
-        divergences: KL divergences, by the number of positions; none where the models read prompts differently.
-        text: Cross-entropy on plain text, None where it was not asked for.
-        scores: Benchmarks.
+        trial: The trial of the edit, None for a separate model.
+        divergences: KL divergences, by number of positions; empty if tokenizations differ.
     """
 
     version: Literal[1] = 1
@@ -146,7 +132,7 @@ class Comparison(Record):
 
 
 def shares_of(base: Figures, edited: Figures) -> tuple[Share, ...]:
-    """Return the counts of two models' figures, which were taken on the same prompts."""
+    """Return counts with intervals from two models' metrics on the same prompts."""
     counts = (
         ("refusals", base.bad_prompts, base.refusals, edited.refusals),
         ("false refusals", base.good_prompts, base.false_refusals, edited.false_refusals),
@@ -168,7 +154,7 @@ def shares_of(base: Figures, edited: Figures) -> tuple[Share, ...]:
 
 
 def comparison_text(found: Comparison) -> str:
-    """Return a comparison for people: a table of base and edited model with 95 % intervals."""
+    """Format a comparison as a table with 95 % intervals."""
     rows: list[tuple[str, ...]] = [("", "base", "edited", "change"), *map(_share_row, found.shares)]
     for kl in found.divergences:
         name = "KL, first token" if kl.tokens == 1 else f"KL, {kl.tokens} tokens"

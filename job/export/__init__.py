@@ -1,1 +1,1 @@
-"""Edited weights on disk: written, proven, described, and made again from reproduce.json."""
+"""Edited weights on disk: written, verified, described, and reproduced from reproduce.json."""

@@ -1,4 +1,4 @@
-"""The edit alone: directions and parameters in one small file, and its application to the base model."""
+"""The edit file: directions and parameters alone, and their application to the base model."""
 
 from __future__ import annotations
 
@@ -27,18 +27,12 @@ from job.system.failpoints import reached
 
 EDIT_FILE = "edit.safetensors"
 _ENTRY = "abliterate"
-# The tensor of learned directions.
+# Tensor name of learned directions.
 _PATH = "path"
 
 
 class _Header(Record):
-    """What an edit file says beside its tensors.
-
-    Attributes:
-        model_type: The base model's family.
-        base_sha256: Of the base model's tensors that the edit changes.
-        made: What it takes to make the edit again.
-    """
+    """Metadata of an edit file; `base_sha256` hashes the base model's tensors that the edit changes."""
 
     version: Literal[1] = 1
     model_type: str
@@ -47,24 +41,12 @@ class _Header(Record):
 
 
 def write_edit_file(folder: Path, source: Path, architecture: Architecture, edit: Edit, made: Reproduction) -> None:
-    """Write an edit file, read it again and compare.
-
-    Args:
-        folder: The export's folder, made if needed.
-        source: The base model's folder.
-        architecture: The base model's structure.
-        edit: The edit.
-        made: How it was made, without hashes of weights.
-
-    Raises:
-        ExportMismatchError: What was written is not what was measured.
-        MachineError: The folder cannot be written.
-    """
+    """Write an edit file, read it back and compare. Raises ExportMismatchError or MachineError."""
     digest = Checkpoint(source).digest(architecture)
     header = _Header(model_type=architecture.model_type, base_sha256=digest, made=made)
     tensors = _tensors(edit.basis)
     make_folder(folder)
-    # One entry: safetensors writes several in any order, and the same edit is to give the same bytes.
+    # A single entry, since safetensors orders several arbitrarily and equal edits must give equal bytes.
     write_atomically(folder / EDIT_FILE, save(tensors, metadata={_ENTRY: header.model_dump_json()}))
     read, found = _read(folder / EDIT_FILE)
     same = all(torch.equal(tensor, _tensors(found)[name]) for name, tensor in tensors.items())
@@ -96,18 +78,9 @@ def _read(file: Path) -> tuple[_Header, Basis | DirectionPath]:
 
 
 def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], None]) -> None:
-    """Write the edited model that an edit file describes.
+    """Write the edited model that an edit file, or its folder, describes, into a new or empty folder.
 
-    Args:
-        source: The base model's folder.
-        file: The edit file, or the folder that holds it.
-        out: Folder of the edited model, new or empty.
-        advance: Told of every shard written.
-
-    Raises:
-        UsageError: The file is no edit, the model not the one it was made for, or the folder is not empty.
-        ExportMismatchError: What was written is not what it should be.
-        MachineError: The folder cannot be written.
+    Raises UsageError if file, model and folder do not fit, ExportMismatchError if the result differs, or MachineError.
     """
     header, basis = _read(file / EDIT_FILE if file.is_dir() else file)
     architecture = inspect_model(source)
@@ -119,7 +92,7 @@ def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], Non
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty", remedy="name a new or an empty folder")
     edit = Edit(header.made.edit, basis, header.made.settings["ablation"]["row_normalization"])
-    # Beside it until it is complete: a half-written model is never where somebody looks for a whole one.
+    # Written beside it until complete, so that the folder never holds a partial model.
     partial = out.absolute().with_name(f".{out.name}.partial")
     try:
         write_weights(source, partial, architecture, edit, advance, own_code=True)

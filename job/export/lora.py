@@ -1,4 +1,4 @@
-"""The edit as a LoRA adapter for PEFT: exact, for an ablation of k directions is an update of rank k."""
+"""The edit as a LoRA adapter for PEFT, exact: ablating k directions is an update of rank k."""
 
 from __future__ import annotations
 
@@ -25,20 +25,9 @@ _PREFIX = "base_model.model."
 
 
 def write_adapter(base: LoadedModel, folder: Path, edit: Edit, base_model: str | None) -> None:
-    """Write an edit as a LoRA adapter.
+    """Write an edit as a LoRA adapter. Raises ImpossibleJobError or MachineError.
 
-    For each writer W' - W = B A: A [k, i] measures the output along the directions read, B [d, k] takes out those
-    written.
-
-    Args:
-        base: The base model.
-        folder: The export's folder, made if needed.
-        edit: The edit.
-        base_model: Name of the base model on the Hub.
-
-    Raises:
-        ImpossibleJobError: An adapter cannot hold it.
-        MachineError: The folder cannot be written.
+    For each writer W' - W = B A: A [k, i] projects on the read directions, B [d, k] subtracts the written ones.
     """
     require_modes(base.architecture, edit.mode, "adapter")
     checkpoint = Checkpoint(base.folder)
@@ -75,14 +64,14 @@ def _config(base: LoadedModel, *, rank: int, biased: bool, base_model: str | Non
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
-    described: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]  # PEFT's own lacks annotations
-    # Sets have no order of their own, and the same edit is to give the same bytes.
+    described: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]  # PEFT lacks annotations
+    # Sets are unordered, and equal edits must give equal bytes.
     values = {name: sorted(value) if isinstance(value, set | list) else value for name, value in described.items()}
     return json.dumps(redacted(values), indent=2, sort_keys=True) + "\n"
 
 
 def _targets(base: LoadedModel) -> list[str]:
-    """Return names that match the writers and nothing else: their last parts where these will do."""
+    """Return names that match exactly the writers: their last parts where unambiguous."""
     writers = {writer.module for writer in base.architecture.writers}
     ends = {name.rpartition(".")[2] for name in writers}
     matched = {name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in ends}
@@ -90,16 +79,12 @@ def _targets(base: LoadedModel) -> list[str]:
 
 
 def with_adapter(base: LoadedModel, folder: Path) -> LoadedModel:
-    """Return a freshly loaded base model with an adapter put on, as anyone else would with PEFT.
-
-    Raises:
-        ImpossibleJobError: PEFT does not take the adapter.
-    """
+    """Attach an adapter to a freshly loaded base model with PEFT. Raises ImpossibleJobError if PEFT rejects it."""
     from peft import PeftModel
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of what PEFT asks transformers for
+            warnings.simplefilter("ignore", FutureWarning)  # from PEFT's use of transformers
             model = PeftModel.from_pretrained(base.model, str(folder)).eval()
     except (ValueError, RuntimeError, OSError) as error:
         raise ImpossibleJobError(

@@ -1,8 +1,7 @@
-"""Writing the edited model, shard by shard, from the base model's files.
+"""Write the edited model, shard by shard, from the base model's files.
 
-A shard is copied as it is and the edited tensors are written over their bytes in the copy: names,
-order, dtypes and sizes stay those of the original, and only one tensor is in memory at a time.
-In place of a copy of a quantised shard, its dequantised tensors are written (`job.model.safetensors_files`).
+Each shard is copied and the edited tensors overwritten in place: names, order, dtypes and sizes stay the original's,
+with one tensor in memory at a time. Quantised shards are dequantised instead of copied (`job.model.safetensors_files`).
 """
 
 from __future__ import annotations
@@ -41,13 +40,7 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit that was chosen, as exports are given it.
-
-    Attributes:
-        parameters: Which directions of the basis are ablated, and how strongly.
-        basis: The directions of all layers, or those that were learned for it.
-        mode: Which norms of the weights it preserves.
-    """
+    """The edit to export: parameters, their directions, and the norm-preserving mode."""
 
     parameters: EditParameters
     basis: Basis | DirectionPath
@@ -57,7 +50,7 @@ class Edit:
 def edited_tensors(
     checkpoint: Checkpoint, architecture: Architecture, edit: Edit
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Yield the name of every tensor in the files that the edit changes and a function that computes its new value."""
+    """Yield the name of every stored tensor that the edit changes, and a function that computes its new value."""
     for writer in architecture.writers:
         stored = StoredWriter(checkpoint, architecture, writer)
         compiled = stored.compile(edit)
@@ -70,28 +63,14 @@ def edited_tensors(
 
 @dataclass(frozen=True)
 class StoredWriter:
-    """A residual writer as the files hold it.
-
-    Attributes:
-        checkpoint: The files.
-        architecture: The model's structure.
-        writer: The writer.
-    """
+    """A residual writer as stored in the files."""
 
     checkpoint: Checkpoint
     architecture: Architecture
     writer: Writer
 
     def compile(self, edit: Edit, weight: Tensor | None = None) -> WriterEdit:
-        """Compile an edit for the writer.
-
-        Args:
-            edit: The edit.
-            weight: The weight, [d, i], if the edit's scales are wanted; `edit_weight` needs none.
-
-        Raises:
-            ImpossibleJobError: Its strengths are beyond what weights can hold.
-        """
+        """Compile an edit; only scales need the weight [d, i]. Raises ImpossibleJobError if strengths overflow."""
         candidates = self.writer.pull_back(edit.basis.candidates_of(self.writer.layer), self.read)
         compiled = compile_edit(
             PreparedWriter.of(self.writer, candidates, weight, edit.mode), edit.basis, edit.parameters
@@ -101,11 +80,11 @@ class StoredWriter:
         return compiled
 
     def read(self, name: str) -> Tensor:
-        """Return a parameter that is one tensor in the files, by its name in the loaded model."""
+        """Return a parameter stored as one tensor, by its name in the loaded model."""
         return self.checkpoint.tensor(self._places(name).names[0])
 
     def matrix(self, expert: int = 0) -> Tensor:
-        """Return the weight, or that of an expert, with the axis of the stream first."""
+        """Return the weight, or an expert's, with the stream axis first."""
         places = self._places(self.writer.parameter)
         if places.apart:
             part = self.checkpoint.tensor(places.names[expert])
@@ -115,14 +94,7 @@ class StoredWriter:
         return self.writer.matrix(self.checkpoint.tensor(places.names[0]))
 
     def edited(self, edit: WriterEdit, mode: RowNormalization, name: str, number: int) -> Tensor:
-        """Return a tensor of the files as the edit leaves it, in the dtype that it is written in.
-
-        Args:
-            edit: The edit compiled for the writer.
-            mode: Which norms of the weight it preserves.
-            name: Name of the weight or bias in the loaded model.
-            number: Which of its tensors.
-        """
+        """Return an edited tensor in its stored dtype; `number` selects one of a parameter's tensors."""
         places = self._places(name)
         place = places.names[number]
         shape, dtype = self.checkpoint.entry(place).shape, self.checkpoint.dtype(place)
@@ -133,10 +105,10 @@ class StoredWriter:
                 return edit_bias(read(), matrix, edit, mode)
             return self.writer.unmatrix(edit_weight(matrix, edit, mode))
 
-        if places.apart or self.writer.kind != "experts" or len(shape) == 1:  # experts may have one bias in common
+        if places.apart or self.writer.kind != "experts" or len(shape) == 1:  # experts may share one bias
             tensor = edited(number, partial(self.checkpoint.tensor, place))
             return (tensor.T if places.turned else tensor).to(dtype)
-        # One expert at a time: all of them in float64 would take four times the memory of the tensor.
+        # One expert at a time: float64 copies of all would take four times the tensor's memory.
         result = torch.empty(shape, dtype=dtype)
         for expert, part in enumerate(result):
             part.copy_(edited(expert, partial(self.checkpoint.part, place, expert)))
@@ -155,19 +127,10 @@ def write_weights(
     *,
     own_code: bool = False,
 ) -> None:
-    """Write the edited model's weights and the files that go with them; safe to run again after a crash.
+    """Write the edited model's weights and accompanying files; idempotent after a crash.
 
-    Args:
-        source: The base model's folder, which is only read.
-        folder: The export's folder.
-        architecture: The model's structure.
-        edit: The edit.
-        advance: Told of every shard written.
-        own_code: The model's own modules are trusted, and go with it.
-
-    Raises:
-        ImpossibleJobError: The export would overwrite its source, or the source is damaged.
-        MachineError: The folder cannot be written.
+    `own_code` includes the model's own trusted modules. Raises ImpossibleJobError for a damaged or overwritten source,
+    or MachineError.
     """
     if folder.resolve() == source.resolve():
         raise ImpossibleJobError(f"{folder} holds the base model", remedy="export to another folder")
@@ -198,7 +161,7 @@ def write_weights(
 
 
 def _companion(checkpoint: Checkpoint, file: Path) -> bytes:
-    """Return what a file beside the weights says in an export: of dequantised ones that they are plain."""
+    """Return a companion file's contents, without quantisation entries if dequantised."""
     if checkpoint.quantisation is None or file.name not in (CONFIG, INDEX):
         return file.read_bytes()
     if file.name == CONFIG:
@@ -212,7 +175,7 @@ def _companion(checkpoint: Checkpoint, file: Path) -> bytes:
 
 
 def _begin_shard(checkpoint: Checkpoint, file: Path, copy: Path) -> None:
-    """Write a shard as it is before the edit: a copy, or tensor by tensor what its quantised ones stand for."""
+    """Write a shard before the edit: a copy, or dequantised tensor by tensor."""
     header = checkpoint.header(file)
     if header is None:
         shutil.copyfile(file, copy)
@@ -227,7 +190,7 @@ def _begin_shard(checkpoint: Checkpoint, file: Path, copy: Path) -> None:
 
 
 def _unedited(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
-    """Yield the bytes that the plain files have of a tensor that is not edited."""
+    """Yield an unedited tensor's bytes, dequantised if needed."""
     if checkpoint.is_dequantised(name):
         yield _bytes(checkpoint.tensor(name, checkpoint.dtype(name)))
     else:
@@ -240,11 +203,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def verify_written(source: Path, folder: Path, architecture: Architecture, edit: Edit) -> None:
-    """Read everything back: edited tensors must equal the numerics' result bit for bit, others the source.
-
-    Raises:
-        ExportMismatchError: A tensor does not.
-    """
+    """Raise ExportMismatchError unless edited tensors equal the numerics' bit for bit, and others the source."""
     checkpoint, written = Checkpoint(source), Checkpoint(folder)
     edited = dict(edited_tensors(checkpoint, architecture, edit))
     for file, entries in checkpoint.entries.items():
@@ -262,19 +221,13 @@ def verify_written(source: Path, folder: Path, architecture: Architecture, edit:
 
 
 def copy_licences(source: Path, folder: Path) -> None:
-    """Copy the files that state a model's terms, for exports that hold nothing else of it."""
+    """Copy the licence files into an export without other files of the model."""
     for name in licence_files(source):
         write_atomically(folder / name, (source / name).read_bytes())
 
 
 def seal_made(folder: Path, made: Reproduction, source: Path) -> None:
-    """Complete an export with its reproduce.json and its card.
-
-    Args:
-        folder: The export.
-        made: How it was made; the hashes of its weights are put in here.
-        source: Folder of the base model.
-    """
+    """Complete an export with reproduce.json, including hashes of its weights, and the model card."""
 
     def describe(weights: Mapping[str, str]) -> dict[str, str]:
         whole = made.model_copy(update={"weights": dict(weights)}).cleaned()
@@ -284,12 +237,7 @@ def seal_made(folder: Path, made: Reproduction, source: Path) -> None:
 
 
 def seal(folder: Path, describe: Callable[[Mapping[str, str]], Mapping[str, str]]) -> None:
-    """Complete an export: what describes it, the hashes of all files, and last the mark that it is done.
-
-    Args:
-        folder: The export.
-        describe: Given the sha256 of every file of weights, returns the names and texts of what describes them.
-    """
+    """Complete an export: files from `describe` (given the weights' SHA-256), hashes, and last the manifest."""
     for name in (REPRODUCE, CARD, SUMS, MANIFEST):
         (folder / name).unlink(missing_ok=True)
     entries = dict(build_manifest(folder).files)
@@ -305,7 +253,7 @@ def seal(folder: Path, describe: Callable[[Mapping[str, str]], Mapping[str, str]
 
 
 def build_manifest(folder: Path) -> Manifest:
-    """Return the manifest of a folder as it stands."""
+    """Return the manifest of a folder's current files."""
     names: Sequence[str] = sorted(
         path.name
         for path in folder.iterdir()

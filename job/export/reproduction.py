@@ -1,7 +1,7 @@
-"""reproduce.json: all that it takes to make an export again, and nothing that names a host, a path or a prompt.
+"""reproduce.json: everything to make an export again, without hosts, paths or prompts.
 
-One that comes from somebody else is read like any input of a stranger: what identifies the edit is taken from it, by
-an allow-list and checked, and nothing that says what this machine runs, reaches or delivers to (`job.config.origins`).
+Files of others are untrusted input: settings of the edit are taken by an allow-list and validated, and nothing that
+decides what this machine runs, reaches or delivers to (`job.config.origins`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from job.model.files import parse_model
 from job.records import DATE, EditParameters, ExportFormat, Figures, JobRecord, Record, Resolution, Trial
 from job.storage.identity import AS_BEFORE
 
-# What of a job's identity stands in fields of its own.
+# Parts of a job's identity with fields of their own.
 _PROMPTS, _MODEL = "_prompts", "model"
 _AS_TAKEN = ("column", "prefix", "suffix", "system_prompt", "max_characters")
 _WHERE = ("dataset", "revision", "config", "sha256")
@@ -38,7 +38,7 @@ _OPTION = r"^[a-z_]{1,40}$"
 
 
 class _Origin(Record):
-    """Where a model or a prompt set is from, as a file of somebody else may say it."""
+    """Origin of a model or a prompt set, as an untrusted file may state it."""
 
     repository: str | None = Field(None, pattern=r"^[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*$")
     dataset: str | None = Field(None, pattern=_NAME)
@@ -48,7 +48,7 @@ class _Origin(Record):
 
 
 class _Taken(Record):
-    """Which rows and column of a prompt set were taken, as a file of somebody else may say it."""
+    """Rows and column of a prompt set, as an untrusted file may state them."""
 
     split: str = Field(pattern=r"^[\w.-]+$")
     start: int = Field(ge=0)
@@ -61,7 +61,7 @@ class _Taken(Record):
 
 
 class _Resolved(Record):
-    """What a first start resolved, as a file of somebody else may say it."""
+    """Resolution of a first start, as an untrusted file may state it."""
 
     dtype: Literal["bfloat16", "float16", "float32"]
     rows: int = Field(ge=1, le=1 << 24)
@@ -77,20 +77,17 @@ class _Resolved(Record):
 
 
 class _Shown(Record):
-    """What is printed or compared of a file of somebody else."""
+    """Printed or compared parts of an untrusted file."""
 
     versions: dict[Annotated[str, Field(pattern=_WORD)], Annotated[str, Field(pattern=_WORD)]]
     weights: dict[Annotated[str, Field(pattern=_WORD)], Annotated[str, Field(pattern=_SHA256)]]
 
 
 class PromptsRecord(Record):
-    """A prompt set as reproduce.json names it.
+    """A prompt set in reproduce.json.
 
     Attributes:
-        source: A public dataset (dataset, commit, config) or local files (sha256); empty for what must not be named.
-        taken: Which rows and column of it, and what was made of each.
-        count: Number of prompts.
-        sha256: Of the prompts themselves.
+        source: A public dataset (dataset, commit, config) or local files (sha256); empty if private.
     """
 
     source: dict[str, str]
@@ -103,22 +100,14 @@ class Reproduction(Record):
     """reproduce.json.
 
     Attributes:
-        versions: Versions of this package and of the libraries that decide results.
-        model: The base model: repository and commit of a public one, sha256 over the files of a folder.
-        base_model: Its name on the Hub, None where it has none or must not be named.
-        behaviour: What was removed, in the user's words.
+        model: The base model: repository and commit of a public one, SHA-256 over a folder's files.
+        base_model: Its name on the Hub, None without one or if private.
+        behaviour: The removed behaviour, in the user's words.
         prompts: All prompt sets, by the setting's name.
-        settings: All other settings that decide the result.
-        startup_trials: Trials at the start of the search without the sampler.
-        trials: Trials that the search had made.
-        resolution: What the first start resolved.
-        trial: The chosen trial.
-        edit: Its edit.
-        base: Figures of the base model on the report split.
-        edited: Figures of the export on it.
-        format: What was exported.
-        reused_prompts: Report prompts whose text the direction or the search used, too; left out where there are none.
-        weights: sha256 of every file of weights.
+        settings: All other settings that affect the result.
+        base: Metrics of the base model on the report split.
+        reused_prompts: Report prompts also used by the direction or the search; omitted if 0.
+        weights: SHA-256 of every weight file.
     """
 
     version: Literal[1] = 1
@@ -141,7 +130,7 @@ class Reproduction(Record):
 
     @property
     def digest(self) -> str:
-        """Short name of this reproduction."""
+        """Short hash that identifies this reproduction."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
 
 
@@ -156,18 +145,7 @@ def reproduction(
     figures: tuple[Figures, Figures],
     form: ExportFormat,
 ) -> Reproduction:
-    """Return what it takes to make an export again, without hashes of its weights.
-
-    Args:
-        record: job.json, with everything resolved.
-        settings: The settings.
-        prompts: The prompts.
-        trial: The exported trial.
-        trials: Trials that the search has made.
-        edit: The trial's edit.
-        figures: Those of the base model and of the export.
-        form: What was exported.
-    """
+    """Return an export's reproduction, without hashes of its weights; `figures` are the base model's and its own."""
     assert record.resolution is not None
     identity = record.identity
     model = dict(identity[_MODEL])
@@ -196,13 +174,13 @@ def reproduction(
 
 
 def _edit_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a job's identity that say which edit is made, and nothing of the machine."""
+    """Return the settings in a job's identity that decide the edit, none of the machine's."""
     others = {name: value for name, value in identity.items() if not name.endswith(_PROMPTS) and name != _MODEL}
     return nested({name: value for name, value in leaves(others).items() if name in EDIT - NAMED})
 
 
 def base_model_name(record: JobRecord, settings: Settings) -> str | None:
-    """Return the base model's name on the Hub, None where it has none or must not be named."""
+    """Return the base model's name on the Hub, None without one or if private."""
     return settings.card.base_model or (record.identity[_MODEL].get("repository") if record.model_public else None)
 
 
@@ -221,7 +199,7 @@ def _prompts_record(name: str, identity: Mapping[str, Any], prompts: PromptSets)
 
 
 def prompts_digest(prompts: tuple[Prompt, ...]) -> str:
-    """Return a hash of prompts in their order."""
+    """Return a hash of prompts in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(prompt.model_dump_json().encode() + b"\n")
@@ -229,11 +207,7 @@ def prompts_digest(prompts: tuple[Prompt, ...]) -> str:
 
 
 def read_reproduction(path: Path) -> Reproduction:
-    """Read a reproduce.json.
-
-    Raises:
-        UsageError: The file is none.
-    """
+    """Read a reproduce.json. Raises UsageError if it is none."""
     try:
         found = Reproduction.model_validate_json(path.read_bytes())
         check_reproduction(found)
@@ -256,11 +230,7 @@ def _what(error: ValidationError) -> str:
 
 
 def check_reproduction(original: Reproduction) -> None:
-    """Refuse names and sizes that no export has: each is about to meet a path, a repository or a tensor.
-
-    Raises:
-        ValidationError: One is there.
-    """
+    """Validate names and sizes before they reach paths, repositories or tensors. Raises ValidationError."""
     _Origin.model_validate(original.model)
     _Shown(versions=original.versions, weights=original.weights)
     _Resolved.model_validate(original.resolution.model_dump())
@@ -270,11 +240,7 @@ def check_reproduction(original: Reproduction) -> None:
 
 
 def fixed_settings(original: Reproduction, source: str) -> FixedSettings:
-    """Return the settings that a reproduction fixes; local files and what is private are for the user to give.
-
-    Raises:
-        UsageError: It names prompts that no setting takes.
-    """
+    """Return the settings that a reproduction fixes, without local and private sources. Raises UsageError."""
     said = {**leaves(AS_BEFORE), **leaves(original.settings)}
     values: dict[str, Any] = {
         **{name: value for name, value in said.items() if name in EDIT - NAMED},
@@ -306,16 +272,7 @@ def _at(name: str, commit: str | None) -> str:
 
 
 def require_same_repository(original: Reproduction, settings: Settings, given: str | None) -> None:
-    """Refuse another repository than the original's, and code that only a file names.
-
-    Args:
-        original: The reproduction.
-        settings: The settings, with what it fixes.
-        given: MODEL as the command line gives it, None if it does not.
-
-    Raises:
-        UsageError: MODEL is another repository, or its code is to be trusted unseen.
-    """
+    """Raise UsageError for a repository other than the original's, and for code that only a file names."""
     repository, commit = original.model.get("repository"), original.model.get("commit")
     found = parse_model(settings.model)
     if repository is not None and found.kind == "hub" and found.name != repository:
@@ -330,12 +287,10 @@ def require_same_repository(original: Reproduction, settings: Settings, given: s
 
 @dataclass(frozen=True)
 class Again:
-    """An export that is to be made again.
+    """An export to reproduce.
 
     Attributes:
-        original: Its reproduce.json.
-        searches: The search is made again too, not only its chosen edit.
-        folder: Where its reproduce.json is.
+        searches: Repeat the search, not only its chosen edit.
     """
 
     original: Reproduction
@@ -344,23 +299,19 @@ class Again:
 
     @property
     def pinned(self) -> dict[str, Any]:
-        """What in job.json tells this job from the original and from others."""
+        """Fields of job.json that identify this job."""
         return {"reproduces": self.original.digest, "searches": self.searches}
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """What in job.json comes from the original instead of from today."""
+        """Fields of job.json taken from the original."""
         model = self.original.model
         public = "repository" in model
         return {"resolution": self.original.resolution, "model_commit": model.get("commit"), "model_public": public}
 
 
 def require_same_model(original: Reproduction, identity: Mapping[str, Any]) -> None:
-    """Refuse to reproduce from another model.
-
-    Raises:
-        UsageError: The model's files are others.
-    """
+    """Raise UsageError if the model's files differ from the original's."""
     wanted = original.model.get("sha256")
     if wanted is not None and identity[_MODEL].get("sha256") != wanted:
         raise UsageError(
@@ -369,11 +320,7 @@ def require_same_model(original: Reproduction, identity: Mapping[str, Any]) -> N
 
 
 def require_same_prompts(original: Reproduction, prompts: PromptSets) -> None:
-    """Refuse to reproduce from other prompts.
-
-    Raises:
-        UsageError: A prompt set is another.
-    """
+    """Raise UsageError if a prompt set differs from the original's."""
     for name, record in original.prompts.items():
         if prompts_digest(prompts.of_setting(name)) != record.sha256:
             option = "--" + name.replace("_", "-")
@@ -383,7 +330,7 @@ def require_same_prompts(original: Reproduction, prompts: PromptSets) -> None:
 
 
 def environment_differences(original: Reproduction, versions: Mapping[str, str]) -> list[str]:
-    """Return a line for every package whose version is not the original's."""
+    """Return a line for every package whose version differs from the original's."""
     return [
         f"{name} was {version}, is {versions.get(name, 'missing')}"
         for name, version in original.versions.items()

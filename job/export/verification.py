@@ -26,11 +26,7 @@ REFUSAL_SHARE = 0.05
 
 
 def compare_answers(hooked: Sequence[Answer], reloaded: Sequence[Answer]) -> int:
-    """Count responses that diverge at a tie; others must be equal.
-
-    Raises:
-        ExportMismatchError: Responses diverge where there is no tie.
-    """
+    """Count responses that diverge at a tie. Raises ExportMismatchError if one diverges elsewhere."""
     ties = 0
     for index, (one, other) in enumerate(zip(hooked, reloaded, strict=True)):
         if one.tokens == other.tokens:
@@ -55,12 +51,7 @@ def is_exact(loaded: LoadedModel) -> bool:
 
 @dataclass(frozen=True)
 class MeasuredScores:
-    """Scores that a reloaded export must agree with.
-
-    Attributes:
-        scores: The scores.
-        reference: What the export's KL divergence is measured against.
-    """
+    """Scores that a reloaded export must match, and their KL reference."""
 
     scores: TrialScores
     reference: KLReference
@@ -68,46 +59,22 @@ class MeasuredScores:
 
 @dataclass(frozen=True)
 class MeasuredEdit:
-    """The base model under an edit's hooks, for comparison with the export.
-
-    Attributes:
-        expected: Responses that must be the same, or scores that must agree.
-    """
+    """Results of the base model under an edit's hooks: responses to match exactly, or scores to agree with."""
 
     expected: Sequence[Answer] | MeasuredScores
 
     @classmethod
     def by_responses(cls, base: ReportMetrics, intervention: Intervention, edit: EditParameters) -> Self:
-        """Generate the responses that an exact export must give too.
-
-        Args:
-            base: Metrics of the base model.
-            intervention: The hooks on it, in place.
-            edit: The edit that is exported.
-        """
+        """Generate the responses that an exact export must match; hooks must be in place."""
         return cls(base.responses(intervention.activate([edit])))
 
     @classmethod
     def by_scores(cls, base: TrialScorer, intervention: Intervention, edit: EditParameters, rows: int) -> Self:
-        """Measure the scores that an export with rounded weights must have.
-
-        Args:
-            base: Scorer on the base model.
-            intervention: The hooks on it, in place.
-            edit: The edit that is exported.
-            rows: Rows per forward.
-        """
+        """Measure the scores that an export with rounded weights must match; hooks must be in place."""
         return cls(MeasuredScores(base.scores(intervention, [edit], rows)[0], base.reference))
 
     def compare(self, reloaded: ReportMetrics) -> str:
-        """Compare the reloaded export; return the result in one line.
-
-        Args:
-            reloaded: Metrics of the export on the same prompts.
-
-        Raises:
-            ExportMismatchError: The two differ by more than rounding explains.
-        """
+        """Compare the reloaded export; return the result in one line. Raises ExportMismatchError beyond rounding."""
         responses = reloaded.responses()
         if not isinstance(self.expected, MeasuredScores):
             ties = compare_answers(self.expected, responses)
@@ -119,11 +86,7 @@ class MeasuredEdit:
 
 
 def _agreement(measured: TrialScores, kl: float, refusals: int, bad_prompts: int) -> str:
-    """Say in one line how an export's scores agree.
-
-    Raises:
-        ExportMismatchError: They differ by more than rounding explains.
-    """
+    """Compare scores. Raises ExportMismatchError if they differ by more than rounding explains."""
     kl_agrees = abs(kl - measured.kl) <= KL_BOUND + KL_SHARE * measured.kl
     if not kl_agrees or abs(refusals - measured.refusals) > max(1, REFUSAL_SHARE * bad_prompts):
         raise ExportMismatchError(

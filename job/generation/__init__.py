@@ -1,1 +1,1 @@
-"""Our decoder: batches, KV caches, greedy decoding and stop markers."""
+"""Greedy decoder: batches, KV caches and stop markers."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Answer:
-    """A greedily decoded answer.
+    """A greedily decoded response.
 
     Attributes:
-        tokens: Its token ids without the end token.
-        margins: For each step, the end included, how far the best logit was above the second.
-        opening: Log-odds of the opening that was asked for, at the first step; nan if none was.
-        decided: It was ended because it told all that the caller wanted to know.
+        tokens: Token ids without the end token.
+        margins: Per step, end included, the best logit minus the second best.
+        opening: Log-odds of the requested opening at the first step; nan without one.
+        decided: Whether the caller stopped it early.
     """
 
     tokens: list[int] = field(default_factory=list)

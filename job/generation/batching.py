@@ -1,4 +1,4 @@
-"""How the models of a family can be batched, cached and given a shared prefix."""
+"""Batching, caching and prefix sharing that a model family supports."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchingSupport:
-    """How the models of a family can be read; most in every way.
+    """Support of a model family for batching.
 
     Attributes:
-        padded: Rows of several lengths may stand in one forward: padding does not matter to what they say.
-        cached: A token can be decoded on what was kept of those before it; else all are read again.
-        shared: What rows begin with can be read once for all of them: it does not depend on what follows.
+        padded: Rows of different lengths can share a forward; padding does not change results.
+        cached: Decoding can use a KV cache; otherwise the whole sequence is recomputed per token.
+        shared: A common prefix can be computed once for all rows.
     """
 
     padded: bool = True
@@ -23,13 +23,13 @@ class BatchingSupport:
     def chunks(
         self, prompts: Sequence[list[int]], rows: int, positions: int = 1, tokens: int | None = None
     ) -> Iterator[list[list[int]]]:
-        """Yield prompts, in order, in what one forward takes.
+        """Yield prompts, shortest first, in batches of one forward.
 
         Args:
             prompts: Token ids of each prompt, the shortest first.
-            rows: Prompts in one forward at most.
-            positions: Of how many positions a row logits are wanted; continuations of one length are not always.
-            tokens: Tokens in one forward at most, padding included, unless one prompt has more; None: no such bound.
+            rows: Most prompts per forward.
+            positions: Positions with logits per row; above 1, continuations may differ in length.
+            tokens: Most tokens per forward, padding included, unless a single prompt exceeds it; None: no limit.
         """
         chunk: list[list[int]] = []
         for prompt in prompts:

@@ -1,4 +1,4 @@
-"""One forward of a batch: padding, positions, shared prefixes, and the edits of its rows."""
+"""One forward of a batch: padding, positions, shared prefixes and the rows' edits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OFFLOADED = ("cpu", "disk")
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Return the device that inputs go to: that of the first weights, or where these are brought for a forward."""
+    """Return the inputs' device: the first weights', or the one that offloaded weights move to."""
     device: torch.device = model.device
     if device.type != "meta":
         return device
@@ -55,22 +55,21 @@ def counted_tokens(counter: Callable[[int], None]) -> Iterator[None]:
 
 
 class RowEdits(Protocol):
-    """Edits of a model that are ready to be applied, one for each trial."""
+    """Compiled edits of a model, one per trial."""
 
     def bind(self, trials: Tensor) -> AbstractContextManager[object]:
-        """Return a context, to be entered any number of times, in which row i gets the edit of `trials[i]`."""
+        """Return a re-enterable context in which row i gets the edit of `trials[i]`."""
 
 
 class RowTrials:
-    """Which trial each row of a forward belongs to, with what that means for the forward.
+    """The trial of each row of a forward, with its edit and prefix.
 
-    Rows carry it as they carry their tokens and their cache, and every forward applies it: whoever picks, joins or
-    drops rows has no other way to say what they are.
+    Rows carry it like their tokens and cache, and every forward applies it; selecting, joining and dropping rows goes
+    through it.
 
     Attributes:
         trials: Trial of every row, [rows].
-        edits: The trials' edits; None: the model as it is.
-        prefix: What each trial computes of a prefix that all prompts begin with, None where none is shared.
+        prefix: Every trial's KV cache of the shared prefix, or None.
     """
 
     def __init__(self, trials: Tensor, edits: RowEdits | None = None, prefix: SharedPrefix | None = None) -> None:
@@ -79,14 +78,14 @@ class RowTrials:
 
     @classmethod
     def plain(cls, rows: int, device: torch.device | str) -> RowTrials:
-        """Return what rows of the unedited model carry."""
+        """Return rows of the unedited model."""
         return cls(torch.zeros(rows, dtype=torch.long, device=device))
 
     def __len__(self) -> int:
         return len(self.trials)
 
     def pick(self, rows: Tensor) -> RowTrials:
-        """Return what these rows carry, by index, [n]."""
+        """Select rows by index, [n]."""
         return RowTrials(self.trials[rows], self.edits, self.prefix)
 
     def applied(self) -> AbstractContextManager[object]:
@@ -95,18 +94,18 @@ class RowTrials:
 
     @classmethod
     def joined(cls, parts: Sequence[RowTrials]) -> RowTrials:
-        """Return what rows of several forwards of the same trials carry, those of the first part first."""
+        """Concatenate the rows of several forwards of the same trials."""
         return cls(torch.cat([part.trials for part in parts]), parts[0].edits, parts[0].prefix)
 
 
 def read_tokens(model: PreTrainedModel) -> int | None:
-    """Return how many tokens of prompts a forward is best given where the model is, None: as many as may be."""
+    """Return the prompt tokens per forward that suit the model's device; None: no limit."""
     return READ_TOKENS.get(input_device(model).type)
 
 
 @torch.inference_mode()
 def shared_prefix(model: PreTrainedModel, tokens: list[int], trials: int, edits: RowEdits | None) -> SharedPrefix:
-    """Return what a model computes of a prefix under the edits of trials 0 … trials - 1, with one row a trial."""
+    """Compute a prefix's KV cache under the edits of trials 0 … trials - 1, one row per trial."""
     device = input_device(model)
     cache = DynamicCache(config=model.config)
     ids, mask, positions = left_padded([tokens] * trials, device)
@@ -116,7 +115,7 @@ def shared_prefix(model: PreTrainedModel, tokens: list[int], trials: int, edits:
 
 @torch.inference_mode()
 def first_logits(model: PreTrainedModel, prompts: Sequence[list[int]], rows: RowTrials | None = None) -> Tensor:
-    """Return the logits of the first answer token, [rows, vocabulary], float32."""
+    """Return the logits of the first response token, [rows, vocabulary], float32."""
     return last_logits(model, prompts, 1, rows)[:, -1].to(torch.float32)
 
 
@@ -124,14 +123,7 @@ def first_logits(model: PreTrainedModel, prompts: Sequence[list[int]], rows: Row
 def last_logits(
     model: PreTrainedModel, prompts: Sequence[list[int]], count: int, rows: RowTrials | None = None
 ) -> Tensor:
-    """Return the logits that the last tokens of every prompt lead to, [rows, count, vocabulary].
-
-    Args:
-        model: The model.
-        prompts: Token ids of each prompt.
-        count: Number of tokens at the end of the prompts.
-        rows: The prompts' trials; a prefix that they share leaves at least `count` tokens of each.
-    """
+    """Return the logits at the last `count` tokens of every prompt, after a prefix, [rows, count, vocabulary]."""
     tokens, mask, positions = left_padded(prompts, input_device(model))
     rows = rows or RowTrials.plain(len(prompts), tokens.device)
     if rows.prefix is None:

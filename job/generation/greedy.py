@@ -1,4 +1,4 @@
-"""Greedy decoding over transformers' caches; rows leave the batch once they are decided."""
+"""Greedy decoding over transformers' caches; finished rows leave the batch."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from job.generation.kv_cache import (
 )
 from job.numerics.metrics import log_odds
 
-# Decided rows leave once they are more than this share of those that are there: all that is kept of the others is
-# copied then, which takes as long as some steps of a few rows.
+# Drop finished rows once they exceed this share of the batch: the rest of the cache is copied then, which takes as long
+# as several steps of a few rows.
 _LEAVING = 1 / 16
 
 
 class _Ledger:
-    """The answers so far, and which rows still go on."""
+    """The responses so far, and which rows continue."""
 
     def __init__(
         self,
@@ -61,12 +61,7 @@ class _Ledger:
         self._decided = decided
 
     def take(self, logits: Tensor, present: Sequence[int]) -> Tensor:
-        """Write down a step and return its tokens, [rows present].
-
-        Args:
-            logits: The step's logits, [rows present, vocabulary].
-            present: Which prompt each row answers.
-        """
+        """Record a step's logits [rows present, vocabulary]; return its tokens, [rows present]."""
         logits = logits.to(torch.float32)
         if self._openings is not None and not self.answers[present[0]].margins:
             asked = torch.tensor([self._openings[index] for index in present], device=logits.device)
@@ -96,12 +91,10 @@ class _Rows:
     """Rows that are decoded together.
 
     Attributes:
-        present: Which prompt each row answers.
-        trials: Which trial each row belongs to.
-        tokens: The next token of each, [rows, 1].
+        present: Prompt index of each row.
+        tokens: Next token of each row, [rows, 1].
         positions: Its position, [rows, 1].
-        mask: Which slots before it are no padding, [rows, slots].
-        cache: What has been computed of those.
+        mask: False for padding among earlier slots, [rows, slots].
     """
 
     present: list[int]
@@ -112,7 +105,6 @@ class _Rows:
     cache: DynamicCache
 
     def keep(self, staying: Sequence[int]) -> None:
-        """Let all rows but these go."""
         keep = torch.tensor(staying, device=self.mask.device)
         self.cache.reorder_cache(keep)
         self.tokens, self.positions, self.mask = self.tokens[keep], self.positions[keep], self.mask[keep]
@@ -121,7 +113,7 @@ class _Rows:
 
     @classmethod
     def joined(cls, model: PreTrainedModel, parts: Sequence[_Rows], most: int) -> _Rows:
-        """Put rows that were read apart beside one another, where they may grow to so many tokens."""
+        """Join rows prefilled separately, which may grow to `most` tokens."""
         if len(parts) == 1:
             return parts[0]
         width = max(part.mask.shape[1] for part in parts)
@@ -136,7 +128,7 @@ class _Rows:
 
 
 class _Decoder:
-    """Reads prompts and decodes answers on caches of transformers' own kind."""
+    """Prefills prompts and decodes responses on transformers' own caches."""
 
     def __init__(
         self,
@@ -147,14 +139,14 @@ class _Decoder:
         trials: RowTrials,
     ) -> None:
         self._model, self._prompts, self._limit, self._ledger = model, prompts, limit, ledger
-        self._trials = trials  # of all prompts; the rows of a forward have theirs picked from it
-        # A row's last token is told, and nothing of it is kept.
+        self._trials = trials  # of all prompts; a forward selects its rows' from it
+        # The last token of a row is returned, but never cached.
         self._most = max(map(len, prompts)) + limit - 1
         self._device = input_device(model)
         self._pickable = rows_can_be_picked(model)
 
     def parts(self) -> list[list[int]]:
-        """Return which prompts are read in one forward, if what is kept of them can be put together again."""
+        """Split prompts into prefill forwards, if their caches can be joined."""
         most = read_tokens(self._model)
         if most is None or max(map(len, self._prompts)) > writable_slots(self._model):
             return [list(range(len(self._prompts)))]
@@ -164,7 +156,7 @@ class _Decoder:
         return [[next(indices) for _ in chunk] for chunk in chunks]
 
     def read(self, present: list[int]) -> _Rows | None:
-        """Read some prompts; return the rows that go on after the first token of their answers, None if none does."""
+        """Prefill prompts; return the rows that continue after their first token, None if none does."""
         tokens, mask, positions = left_padded([self._prompts[index] for index in present], self._device)
         trials = self._trials.pick(torch.tensor(present, device=self._device))
         following = positions[:, -1:] + 1
@@ -178,14 +170,13 @@ class _Decoder:
         return self._going(_Rows(present, trials, chosen[:, None], following, mask, cache))
 
     def step(self, rows: _Rows) -> _Rows | None:
-        """Decode a token of every row; return the rows that go on, None if none does."""
+        """Decode a token of every row; return the rows that continue, None if none does."""
         mask = torch.cat([rows.mask, rows.mask.new_ones(len(rows.mask), 1)], dim=1)
         logits = _forward(self._model, rows.trials, rows.tokens, mask, rows.positions, rows.cache)
         chosen = self._ledger.take(logits[:, -1], rows.present)
         return self._going(replace(rows, tokens=chosen[:, None], positions=rows.positions + 1, mask=mask))
 
     def answer(self) -> None:
-        """Decode all answers."""
         parts = [rows for rows in map(self.read, self.parts()) if rows is not None]
         if not parts:
             return
@@ -197,7 +188,7 @@ class _Decoder:
             rows = going
 
     def _going(self, rows: _Rows) -> _Rows | None:
-        """Drop decided rows once they exceed `_LEAVING` of the batch, if the cache can; return None if all are."""
+        """Drop finished rows once they exceed `_LEAVING` of the batch, if the cache can; return None if all are."""
         staying = [row for row, index in enumerate(rows.present) if index in self._ledger.going]
         if not staying:
             return None
@@ -219,26 +210,22 @@ def greedy_answers(
     batching: BatchingSupport = BatchingSupport(),
     excluded: Collection[int] = (),
 ) -> list[Answer]:
-    """Return the most likely continuation of every prompt, token by token.
+    """Return the greedy continuation of every prompt.
 
-    On a CPU prompts are read some at a time and answered all together: reading is fastest in what its caches hold, and
-    a step of decoding takes nearly as long for one row as for many. Models whose caches do not let rows go are decoded
-    with all rows to the end; those that take no cache of transformers' own kind, by their own `generate`. The answers
-    are the same.
+    On a CPU, prompts are prefilled in small batches that fit its caches and decoded all together, since a step takes
+    nearly as long for one row as for many. If the cache cannot drop rows, all rows are decoded to the end. Models that
+    accept no DynamicCache use their own `generate`. The responses are the same.
 
     Args:
         model: The model.
         prompts: Token ids of each prompt.
-        limit: Longest answer in tokens.
-        end_tokens: Tokens that end an answer.
-        openings: For each prompt a token whose odds of opening the answer are wanted.
-        decided: Given a prompt's index and its answer so far, whether that tells all that the caller wants to know.
-        rows: The prompts' trials; None: the model as it is.
-        batching: How the model can be read.
-        excluded: Tokens that no answer has; not for models that are decoded by their own `generate`.
-
-    Raises:
-        ValueError: Tokens are to be left out where that cannot be done.
+        limit: Longest response in tokens.
+        end_tokens: Tokens that end a response.
+        openings: Token per prompt whose log-odds as the first token are returned.
+        decided: Given a prompt's index and its response so far, whether the row can stop.
+        rows: The prompts' trials; None: the unedited model.
+        batching: The model's support for batching.
+        excluded: Tokens never to generate; ValueError with the model's own `generate`.
     """
     ledger = _Ledger(len(prompts), end_tokens, openings, decided, excluded)
     rows = rows or RowTrials.plain(len(prompts), input_device(model))
@@ -256,7 +243,7 @@ def greedy_answers(
 def _read_again(
     model: PreTrainedModel, prompts: Sequence[list[int]], limit: int, ledger: _Ledger, rows: RowTrials
 ) -> None:
-    """Decode without a cache: for every token the whole of a row is read again."""
+    """Decode without a cache, recomputing the whole row for every token."""
     present = list(range(len(prompts)))
     for _ in range(limit):
         begun = [[*prompts[index], *ledger.answers[index].tokens] for index in present]
@@ -275,7 +262,7 @@ def _generate(
     ledger: _Ledger,
     rows: RowTrials,
 ) -> None:
-    """Decode by the model's own `generate`, of which the ledger sees every step's logits."""
+    """Decode by the model's own `generate`, passing every step's logits to the ledger."""
     tokens, mask, _ = left_padded(prompts, input_device(model))
     present = range(len(prompts))
 
@@ -286,14 +273,14 @@ def _generate(
     def ended(ids: Tensor, _: Any) -> Tensor:
         return torch.tensor([row not in ledger.going for row in present], device=ids.device)
 
-    # What the model's own configuration asks for beyond greedy decoding is put back to nothing.
+    # Reset what the model's configuration adds to greedy decoding.
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=limit,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        eos_token_id=sorted(end_tokens) or [-1],  # not the model's own, which may be others
+        eos_token_id=sorted(end_tokens) or [-1],  # not the model's own, which may differ
         pad_token_id=0,
         disable_compile=True,
     )

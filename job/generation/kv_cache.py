@@ -1,4 +1,4 @@
-"""What the decoder does with transformers' caches: picks rows, joins caches, and fills them with a shared prefix."""
+"""Operations on transformers' KV caches: select rows, join caches, prefill a shared prefix."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 _MODULE = "transformers.cache_utils"
-# Layers that hold nothing but keys and values, one slot a token.
+# Layers that hold only keys and values, one slot per token.
 _PLAIN = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"})
-# Those and the others whose `reorder_cache` picks rows of all that they hold.
+# Those, and others whose `reorder_cache` selects rows of their whole state.
 _PICKABLE = _PLAIN | {
     "DynamicIndexedLayer",
     "LinearAttentionLayer",
@@ -25,18 +25,18 @@ _PICKABLE = _PLAIN | {
 }
 
 
-# Tokens that a layer gets room for at once, and the share of those before it that it gets at least: every operation on
-# keys and values passes over what lies between a row's and the next's.
+# Tokens of spare room per allocation, and its least share of the tokens held: every operation on keys and values passes
+# over the room between rows.
 _ROOM, _ROOM_SHARE = 8, 1 / 8
 
 
-class GrowableKVLayer(DynamicLayer):  # type: ignore[misc]  # transformers' has no types
-    """Keys and values of a layer with room behind them, so that a token does not have all those before it copied."""
+class GrowableKVLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """Keys and values of a layer with spare room, so that a new token does not copy all earlier ones."""
 
-    _layer_type = None  # it takes no kind of layer's place in transformers' own caches
+    _layer_type = None  # not registered as a layer type of transformers' caches
 
     def __init__(self, most: int) -> None:
-        """Take so many slots at most."""
+        """Allow `most` slots."""
         super().__init__()
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -48,18 +48,18 @@ class GrowableKVLayer(DynamicLayer):  # type: ignore[misc]  # transformers' has 
         """Append tokens' keys and values, [rows, heads, tokens, width], and return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        # One after the other: of either there may be two while it gets room.
+        # Sequential: each may briefly exist twice while it grows.
         self.keys = keys = self._appended(self.keys, key_states)
         self.values = values = self._appended(self.values, value_states)
         return keys, values
 
     def begin(self, keys: Tensor, values: Tensor) -> None:
-        """Take keys and values to begin with, [rows, heads, tokens, width], and the room that lies behind them."""
+        """Start with keys and values, [rows, heads, tokens, width], and the room behind them."""
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Pick rows, with the room that they have."""
+        """Select rows, keeping their room."""
         if self.get_seq_length() > 0:
             self.keys = _picked(self.keys, beam_idx)
             self.values = _picked(self.values, beam_idx)
@@ -69,7 +69,7 @@ class GrowableKVLayer(DynamicLayer):  # type: ignore[misc]  # transformers' has 
             return new.clone() if _slots(new) > new.shape[-2] else new
         begin, end = held.shape[-2], held.shape[-2] + new.shape[-2]
         if end > _slots(held):
-            # Room for what is decoded; prompts that are read behind a prefix may yet be all that there is memory for.
+            # Room for decoding only; prompts behind a prefix may already use all memory.
             slots = end if new.shape[-2] > 1 else roomy(end, self._most)
             room = held.new_empty(*held.shape[:-2], slots, held.shape[-1])
             room[..., :begin, :] = held
@@ -80,7 +80,7 @@ class GrowableKVLayer(DynamicLayer):  # type: ignore[misc]  # transformers' has 
 
 
 def roomy(tokens: int, most: int) -> int:
-    """Return the slots to make for rows of so many tokens, of which they will have so many at most."""
+    """Return capacity for `tokens` tokens, capped at `most`."""
     return max(min(tokens + max(_ROOM, int(tokens * _ROOM_SHARE)) - 1, most), tokens)
 
 
@@ -91,7 +91,7 @@ def _picked(held: Tensor | None, rows: Tensor) -> Tensor:
 
 
 def _slots(held: Tensor) -> int:
-    """Return for how many tokens there is memory where keys or values [rows, heads, tokens, width] lie."""
+    """Return the capacity in tokens of keys or values [rows, heads, tokens, width]."""
     rows, heads, tokens, width = held.shape
     slots = held.stride(1) // width
     laid = held.stride() == (heads * slots * width, slots * width, width, 1) and held.storage_offset() == 0
@@ -100,25 +100,25 @@ def _slots(held: Tensor) -> int:
 
 
 def new_cache(model: PreTrainedModel, most: int) -> DynamicCache:
-    """Return an empty cache for rows of so many tokens at most."""
+    """Return an empty cache for rows of at most `most` tokens."""
     cache = DynamicCache(config=model.config)
     cache.layers = [GrowableKVLayer(most) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-# Of models that are alive: looking at a signature takes longer than an operation of a small model.
+# Weakly cached: inspecting a signature takes longer than an operation of a small model.
 _ARGUMENTS: WeakKeyDictionary[PreTrainedModel, frozenset[str]] = WeakKeyDictionary()
 
 
 def arguments(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names of what a model's forward takes."""
+    """Return the argument names of a model's forward."""
     if model not in _ARGUMENTS:
         _ARGUMENTS[model] = frozenset(inspect.signature(model.forward).parameters)
     return _ARGUMENTS[model]
 
 
 def takes_cache(model: PreTrainedModel) -> bool:
-    """Return whether a model decodes on a DynamicCache given by the caller; others have `generate` only."""
+    """Return whether a model accepts a DynamicCache; others only have `generate`."""
     return "past_key_values" in arguments(model) and bool(model._supports_default_dynamic_cache())
 
 
@@ -128,15 +128,14 @@ def _holds_only(model: PreTrainedModel, kinds: frozenset[str]) -> bool:
 
 
 def rows_can_be_picked(model: PreTrainedModel) -> bool:
-    """Return whether rows can leave a model's cache: it is known how all of its layers give up theirs."""
+    """Return whether rows can be selected from a model's cache, in all of its layers."""
     return _holds_only(model, _PICKABLE)
 
 
 def writable_slots(model: PreTrainedModel) -> int:
-    """Return how many slots of a model's cache can be filled with what was computed elsewhere; 0: none.
+    """Return how many slots of a model's cache can be prefilled from elsewhere; 0: none.
 
-    A cache with recurrent states has no slots. A sliding window forgets what is not within it, which rows of other
-    lengths would still see.
+    A recurrent state has no slots. A sliding window drops older tokens, which rows of other lengths would still need.
     """
     if not takes_cache(model) or "position_ids" not in arguments(model) or not _holds_only(model, _PLAIN):
         return 0
@@ -145,7 +144,7 @@ def writable_slots(model: PreTrainedModel) -> int:
 
 
 def common_prefix(prompts: list[list[int]]) -> list[int]:
-    """Return the tokens that all prompts begin with, so that at least one token of each is left."""
+    """Return the longest common prefix that leaves at least one token of each prompt."""
     if not prompts:
         return []
     first, last = min(prompts), max(prompts)
@@ -155,13 +154,7 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
 
 
 def joined(model: PreTrainedModel, caches: list[DynamicCache], most: int) -> DynamicCache:
-    """Return one cache with the rows of several, the shorter ones padded on the left; theirs are let go.
-
-    Args:
-        model: The model, of whose cache so many slots are writable.
-        caches: One cache for each forward.
-        most: Tokens of a row at most.
-    """
+    """Join caches along rows, padding on the left, for up to `most` tokens; the inputs are emptied."""
     cache = new_cache(model, most)
     width = max(one.get_seq_length() for one in caches)
     for index, layer in enumerate(caches[0].layers):
@@ -175,7 +168,6 @@ def joined(model: PreTrainedModel, caches: list[DynamicCache], most: int) -> Dyn
 
 
 def _begin(cache: DynamicCache, index: int, keys: Tensor, values: Tensor) -> None:
-    """Fill an empty layer of a cache."""
     layer = cache.layers[index]
     if isinstance(layer, GrowableKVLayer):
         layer.begin(keys, values)
@@ -184,24 +176,21 @@ def _begin(cache: DynamicCache, index: int, keys: Tensor, values: Tensor) -> Non
 
 
 def _taken(layer: Any, name: str) -> Tensor:
-    """Return a layer's keys or values, which it loses."""
+    """Take a layer's keys or values out of it."""
     tensor: Tensor = getattr(layer, name)
     setattr(layer, name, None)
     return tensor
 
 
 def _beside(tensors: list[Tensor], width: int, room: int) -> Tensor:
-    """Return keys or values [rows, heads, slots, width of a head] of several caches, their last slots beside others'.
-
-    The list is emptied on the way, so that nothing is there twice. Behind its slots the result has room for more.
-    """
+    """Join keys or values [rows, heads, slots, head width] along rows, right-aligned, emptying the list."""
     rows = sum(map(len, tensors))
     found = tensors[0].new_empty(rows, tensors[0].shape[1], room, tensors[0].shape[3])[..., :width, :]
     while tensors:
         rows -= len(tensors[-1])
         tensor = tensors.pop()
         padding = width - tensor.shape[2]
-        # What is masked may be anything but NaN.
+        # Masked values may be anything but NaN.
         found[rows : rows + len(tensor), :, :padding] = 0
         found[rows : rows + len(tensor), :, padding:] = tensor
     return found
@@ -209,11 +198,10 @@ def _beside(tensors: list[Tensor], width: int, room: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """What a model has computed of tokens that many prompts begin with, once for each trial.
+    """KV cache of a common prefix, computed once per trial.
 
     Attributes:
-        length: Number of those tokens.
-        layers: Keys and values of each layer, [trials, heads, length, width]; None for a layer that keeps none.
+        layers: Keys and values of each layer, [trials, heads, length, width]; None for a layer without.
     """
 
     length: int
@@ -221,28 +209,28 @@ class SharedPrefix:
 
     @classmethod
     def of(cls, length: int, cache: DynamicCache) -> SharedPrefix:
-        """Take the keys and values out of a cache that a prefix has been forwarded into."""
+        """Take keys and values out of a cache that holds a prefix."""
         kept = [(x.keys, x.values) if getattr(x, "keys", None) is not None else None for x in cache.layers]
         return cls(length, tuple(kept))
 
     def expanded(self, model: PreTrainedModel, trials: Tensor, padding: Tensor, width: int, most: int) -> DynamicCache:
-        """Return a cache as if rows had been forwarded up to slot `length`, each padded on the left.
+        """Return a cache as if left-padded rows had been forwarded up to slot `length`.
 
-        Slots and positions are those of a forward of the whole rows: a row with p slots of padding has only its
-        first length - p tokens here, and the rest of the prefix is among the tokens still to be forwarded.
+        Slots and positions are those of the whole rows: a row with padding p holds its first length - p tokens, and the
+        rest of the prefix is still to be forwarded.
 
         Args:
             model: The model.
             trials: Trial of every row, [rows].
             padding: Padding of every row in slots, [rows].
-            width: Slots of the rows once they have been forwarded to their ends.
-            most: Tokens of a row at most.
+            width: Slots of the rows at their ends.
+            most: Most tokens of a row.
         """
         cache = new_cache(model, most)
-        # Each of a trial's paddings once, of which whole rows are copied: there are few of them.
+        # Build each padding of a trial once, then copy whole rows: there are few paddings.
         paddings, which = torch.unique(padding, return_inverse=True)
         row = trials * len(paddings) + which
-        # Slots of padding are masked, so what stands there does not matter.
+        # Padding is masked, so its content does not matter.
         slot = (torch.arange(self.length, device=padding.device) - paddings[:, None]).clamp_min(0)
         for index, layer in enumerate(self.layers):
             if layer is not None:
@@ -253,13 +241,10 @@ class SharedPrefix:
 
 
 def _spread(held: Tensor, slots: Tensor, rows: Tensor, room: int) -> Tensor:
-    """Return keys or values for every row, [rows, heads, n, width], with room for so many tokens.
+    """Return keys or values of every row, [rows, heads, n, width], with `room` slots.
 
-    Args:
-        held: Those of every trial, [trials, heads, length, width].
-        slots: Which of these slots rows have, in each of p ways, [p, n].
-        rows: Trial and way of every row, [rows] of trial * p + way.
-        room: Slots there are to be memory for.
+    `held` [trials, heads, length, width] is indexed by `slots` [p, n], for p paddings, and `rows` [rows] of trial * p +
+    padding.
     """
     ways = held[:, :, slots].transpose(1, 2).flatten(0, 1)  # [trials * p, heads, n, width]
     found = held.new_empty(len(rows), held.shape[1], room, held.shape[3])[..., : slots.shape[1], :]

@@ -1,4 +1,4 @@
-"""How a family can be batched, found by trying it on a small random model."""
+"""A family's support for batching, probed on a small random model."""
 
 from __future__ import annotations
 
@@ -22,18 +22,14 @@ from job.generation.kv_cache import (
     writable_slots,
 )
 
-# What tells how a model can be read: two prompts of unlike lengths, steps, and how far logits may be apart.
+# Probe: two prompts of different lengths, decoding steps, and tolerance of logits in standard deviations.
 _TRIED, _STEPS, _APART = ([5, 9, 11, 13, 6], [5, 9, 11, 13, 6, 10, 8, 14, 7]), 4, 1e-3
 
 _FAULTS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 
 
 def probe_batching(model: PreTrainedModel) -> BatchingSupport:
-    """Return how the models of a small random model's family can be read, found by trying it.
-
-    Raises:
-        Exception: Its forward does not read text as others do; which one is the family's own affair.
-    """
+    """Probe how the family of a small random model can be batched; its forward may raise anything."""
     prompts = list(_TRIED)
     alone = torch.cat([first_logits(model, [prompt]) for prompt in prompts])
     scale = float(alone.std())
@@ -53,7 +49,7 @@ def probe_batching(model: PreTrainedModel) -> BatchingSupport:
 
 
 def _shares(model: PreTrainedModel, prompts: Sequence[list[int]], alone: Tensor, scale: float) -> bool:
-    """Return whether prompts' logits are those they have alone when what they begin with has been read before."""
+    """Return whether logits stay the same with a precomputed prefix."""
     length = min(len(_TRIED[0]) - 1, writable_slots(model))
     if length < 1:
         return False

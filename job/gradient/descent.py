@@ -1,7 +1,7 @@
-"""The descent: stages of growing care for the base model's own answers, resumed exactly after any kill.
+"""The descent: stages with a growing KL weight, resumed exactly after any kill.
 
-A stage lowers R + β D + ρ mean(λ). While held-out refusals remain β stays as it is; once they are gone it grows, so
-that the edit becomes gentler from stage to stage, until they come back: the stages before that are the path.
+A stage minimises R + β D + ρ mean(λ). While held-out refusals remain, β is constant; then it grows, so that edits
+become weaker from stage to stage until refusals return. The stages before that are the path.
 """
 
 from __future__ import annotations
@@ -24,20 +24,13 @@ from job.records import TrialScores
 
 # Steps between two writes of the state.
 _KEPT_EVERY = 4
-# Held-out prompts that may stay unanswered in a stage after which β grows, and by which a later one may be worse.
+# Share of held-out prompts that may stay unanswered before β grows, and that a later stage may lose.
 _TOLERANCE = 1 / 50
 
 
 @dataclass(frozen=True)
 class StageEnd:
-    """Where a stage ended, and what was measured there on held-out prompts.
-
-    Attributes:
-        variables: The edit.
-        beta: Weight of the KL divergence.
-        steps: Steps so far.
-        scores: Refusals, broken answers and KL divergence.
-    """
+    """The end of a stage, with held-out scores."""
 
     variables: EditVariables
     beta: float
@@ -47,14 +40,7 @@ class StageEnd:
 
 @dataclass(frozen=True)
 class DescentState:
-    """All that the descent goes on from.
-
-    Attributes:
-        variables: The edit as it stands.
-        adam: The optimiser.
-        ends: The stages that are over.
-        rows: Rows of a forward.
-    """
+    """Complete state of the descent: edit, optimiser, finished stages and rows per forward."""
 
     variables: EditVariables
     adam: AdamState
@@ -70,7 +56,7 @@ class DescentState:
         return cls(variables, AdamState.zero(variables), (), recipe.batch)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as tensors, all exact."""
+        """Return the exact state as tensors."""
         found = {}
         for name, value in (("now", self.variables), ("first", self.adam.first), ("second", self.adam.second)):
             found[f"{name}.logits"], found[f"{name}.directions"] = value.logits, value.directions
@@ -81,11 +67,11 @@ class DescentState:
             figures.append([end.beta, end.steps, end.scores.refusals, end.scores.broken, end.scores.kl])
         found["figures"] = torch.tensor(figures, dtype=torch.float64).reshape(len(figures), 5)
         found["counts"] = torch.tensor([self.adam.steps, self.rows])
-        return {name: value.clone() for name, value in found.items()}  # the latest end is also the present edit
+        return {name: value.clone() for name, value in found.items()}  # the latest end is also the current edit
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> DescentState:
-        """Return the state that tensors hold."""
+        """Restore the state from tensors."""
 
         def variables(name: str) -> EditVariables:
             return EditVariables(tensors[f"{name}.logits"], tensors[f"{name}.directions"])
@@ -99,7 +85,7 @@ class DescentState:
 
 
 class Descent:
-    """Walks from hardly any edit to the gentlest one that leaves no refusals."""
+    """Descends from hardly any edit to the weakest one without refusals."""
 
     def __init__(
         self,
@@ -111,15 +97,15 @@ class Descent:
         key: str,
         report: Callable[[str], None],
     ) -> None:
-        """Prepare it.
+        """Prepare the descent.
 
         Args:
             problem: Prompts and losses.
             measure: Scores an edit on held-out prompts.
-            activate: Puts an edit into the hooks that the search measures with.
+            activate: Activates an edit in the search's hooks.
             held_out: Number of held-out bad prompts.
-            file: Where the state is kept.
-            key: Of all that the descent follows from.
+            file: File of the state.
+            key: Cache key of the state.
             report: Receives a line for every stage.
         """
         self._problem, self._recipe = problem, problem.recipe
@@ -127,15 +113,7 @@ class Descent:
         self._file, self._key, self._report = file, key, report
 
     def run(self, start: DescentState, advance: Callable[[int], None]) -> tuple[StageEnd, ...]:
-        """Return the stages that are worth keeping, from the state that was kept or the start.
-
-        Args:
-            start: The state before the first step.
-            advance: Told of steps done.
-
-        Raises:
-            MachineError: Memory does not suffice for one prompt, or the state cannot be kept.
-        """
+        """Return the stages to keep; `advance` receives the number of steps done. Raises MachineError."""
         kept = read_tensors(self._file, self._key)
         state = start if kept is None else DescentState.of(kept)
         advance(state.adam.steps)
@@ -157,7 +135,7 @@ class Descent:
         return worth_keeping(state.ends, self._held_out)
 
     def _targets(self, ends: Sequence[StageEnd]) -> Targets:
-        """Return the next stage's targets, made where the last one ended: a restart makes the same ones."""
+        """Return the next stage's targets, deterministically from the end of the last one."""
         if not self._recipe.target_weight or not ends or not _is_complete(ends[-1], self._held_out):
             return ()
         targets = self._problem.maker.targets(self._activate(ends[-1].variables))
@@ -217,12 +195,7 @@ def _is_complete(end: StageEnd, held_out: int) -> bool:
 
 
 def worth_keeping(ends: Sequence[StageEnd], held_out: int) -> tuple[StageEnd, ...]:
-    """Return stages up to the one before held-out refusals or broken answers came back.
-
-    Args:
-        ends: The stages, in their order.
-        held_out: Number of held-out bad prompts.
-    """
+    """Return the stages before held-out refusals or broken responses returned."""
     for number, end in enumerate(ends[1:], 1):
         was_complete = any(_is_complete(before, held_out) for before in ends[:number])
         if was_complete and not _is_complete(end, held_out):
@@ -231,24 +204,18 @@ def worth_keeping(ends: Sequence[StageEnd], held_out: int) -> tuple[StageEnd, ..
 
 
 def path_of(ends: Sequence[StageEnd]) -> DirectionPath:
-    """Return the directions of stages as a path."""
+    """Return the stages' directions as a path."""
     return DirectionPath(torch.cat([end.variables.orthonormal() for end in ends]).to(torch.float32))
 
 
-# Steps of θ along the gradient at which it is compared with finite differences: small ones drown in 16 bits' rounding.
+# Steps of θ along the gradient for finite differences: smaller ones vanish in 16-bit rounding.
 _PROBES = (0.02, 0.1, 0.5)
 _PROBE_SHARE = 0.25
 
 
 def gradient_fault(problem: Problem, start: DescentState, weights: LossWeights) -> str | None:
-    """Return why gradients of this model cannot be trusted, None if they can: they are compared with differences.
-
-    Args:
-        problem: Prompts and losses.
-        start: The state before the first step.
-        weights: LossWeights of the loss.
-    """
-    # From a start without any edit to speak of, a difference would be too small to be told.
+    """Check gradients against finite differences; return the fault, or None."""
+    # At a start with hardly any edit, the difference would be too small.
     variables = EditVariables(torch.full_like(start.variables.logits, -1.0), start.variables.directions)
     try:
         gradients, _ = problem.gradients(variables, 0, weights, start.rows)

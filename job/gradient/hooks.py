@@ -1,4 +1,4 @@
-"""Hooks through which gradients reach the strengths and directions of an edit."""
+"""Differentiable hooks for the strengths and directions of an edit."""
 
 from __future__ import annotations
 
@@ -21,28 +21,20 @@ from job.records import COMPONENTS
 
 @dataclass(frozen=True)
 class _HookedWriter:
-    """A writer and the module whose output hooks edit."""
-
     writer: Writer
     module: nn.Module
     device: torch.device
 
 
 class DifferentiableEdits:
-    """Edits of all residual writers that gradients flow through, row by row.
+    """Differentiable edits of all residual writers, row by row.
 
-    What `Intervention` does with compiled tables is done here from the variables themselves, in the same arithmetic,
-    so that an edit found here is the same edit there.
+    They compute what `Intervention` does with compiled tables, in the same arithmetic, so an edit found here is the
+    same there.
     """
 
     def __init__(self, loaded: LoadedModel, mode: RowNormalization, largest: float) -> None:
-        """Find the modules to hook.
-
-        Args:
-            loaded: The model, whose parameters need no gradients.
-            mode: Which norms of the weights edits preserve.
-            largest: λ_max.
-        """
+        """Find the modules to hook; `largest` is λ_max, and the model needs no gradients."""
         self._loaded, self._mode, self._largest = loaded, mode, largest
         self._writers: list[_HookedWriter] = []
         hooked: set[str] = set()
@@ -56,10 +48,7 @@ class DifferentiableEdits:
 
     @contextmanager
     def applied(self, variables: EditVariables, trials: Sequence[int]) -> Iterator[None]:
-        """Within the block row i of every forward gets edit `trials[i]` of the variables.
-
-        Gradients are to be taken within the block, too: a layer that is computed again then finds its hooks.
-        """
+        """Within the block, row i of every forward gets edit `trials[i]`; compute gradients within it too."""
         strengths, directions = variables.strengths(self._largest), variables.orthonormal()
         rows = None if len(strengths) == 1 else torch.tensor(trials)
         handles = []

@@ -1,4 +1,4 @@
-"""What the descent is about: prompts with the answers that are to become unlikely and those that are to stay."""
+"""The descent's objective: prompts with responses to suppress and responses to keep."""
 
 from __future__ import annotations
 
@@ -76,12 +76,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """LossWeights of a stage's loss.
-
-    Attributes:
-        beta: Of the KL divergence.
-        sparsity: Of the mean strength.
-    """
+    """Weights of the KL divergence (`beta`) and of the mean strength in a stage's loss."""
 
     beta: float
     sparsity: float
@@ -89,7 +84,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Losses:
-    """The terms of a step's loss before they are weighted; see `job.numerics.gradient`."""
+    """Unweighted terms of a step's loss; see `job.numerics.gradient`."""
 
     refusal: float
     divergence: float
@@ -97,18 +92,12 @@ class Losses:
 
 @dataclass(frozen=True)
 class Problem:
-    """Prompts to fit, as token ids, with the base model's answers.
+    """Prompts to fit, as token ids, with the base model's responses.
 
     Attributes:
-        loaded: The model.
-        edits: The differentiable hooks.
-        recipe: The numbers.
-        seed: Seed of the minibatches.
         bad: Bad prompts that the base model refuses.
         refusals: First tokens of these refusals.
-        good: Good prompts.
-        answers: First tokens of the base model's answers to them, their end included.
-        maker: Makes targets for the bad prompts.
+        answers: First tokens of the base model's responses to them, the end token included.
     """
 
     loaded: LoadedModel
@@ -134,18 +123,10 @@ class Problem:
         rows: int,
         incoherence_margin: float | None,
     ) -> Self:
-        """Have the base model answer the prompts; hooks must be inactive.
+        """Generate the base model's responses; hooks must be inactive.
 
-        Args:
-            loaded: The model.
-            edits: The differentiable hooks.
-            recipe: The numbers.
-            seed: Seed of the minibatches.
-            prompts: Good and bad prompts.
-            markers: What tells refusals.
-            response_tokens: Tokens up to which they are looked for.
-            rows: Rows of a forward.
-            incoherence_margin: Margin of `IncoherenceTest.calibrated` for targets.
+        `prompts` are good and bad ones. Refusal markers are searched in the first `response_tokens` tokens.
+        `incoherence_margin` is that of `IncoherenceTest.calibrated`, for targets.
         """
         batches = PromptBatches.of(loaded, *prompts, rows)
 
@@ -174,15 +155,7 @@ class Problem:
     def gradients(
         self, variables: EditVariables, step: int, weights: LossWeights, rows: int, targets: Targets = ()
     ) -> tuple[EditVariables, Losses]:
-        """Return the gradients of a step's loss, and its terms.
-
-        Args:
-            variables: Where they are taken.
-            step: Number of the step, from which its prompts follow.
-            weights: LossWeights of the terms.
-            rows: Rows of a forward.
-            targets: A target or None for every bad prompt; none at all while there are none.
-        """
+        """Return the gradients and terms of a step's loss; `targets` has a target or None per bad prompt."""
         watched = variables.with_gradients()
         bad, good = (
             minibatch(self.seed, step, name, len(prompts), self.recipe.batch)
@@ -226,7 +199,7 @@ class Problem:
         return refusal_term(sequence_log_probabilities(logits, forced.answers, forced.real), self.recipe.margin)
 
     def _target_terms(self, variables: EditVariables, chosen: Sequence[int], targets: Targets) -> Tensor:
-        """Return how unlikely a target's tokens are, mean over them, nats, [n]."""
+        """Return the mean negative log-likelihood of each target's tokens, nats, [n]."""
         forced = ForcedAnswers.of(
             [self.bad[index] for index in chosen], [targets[index] or [] for index in chosen], self.loaded.device
         )

@@ -1,6 +1,6 @@
-"""Reading prompts with forced answers so that gradients can flow: padded on the right, with no caches.
+"""Forward prompts with forced responses differentiably: padded on the right, without caches.
 
-Padding on the left leaves positions that may attend to nothing, whose gradients are not numbers.
+Left padding would leave positions that attend to nothing, with NaN gradients.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from job.generation.kv_cache import arguments
 
 @dataclass(frozen=True)
 class ForcedAnswers:
-    """Prompts with answers of several lengths as one batch; n rows, t positions, a answer tokens at most.
+    """Prompts with responses of several lengths in one batch; n rows, t positions, up to a response tokens.
 
     Attributes:
-        tokens: Prompts and all but the last token of their answers, [n, t].
-        mask: 1 where there is a token, [n, t].
-        places: Positions whose logits lead to the answers, [n, a].
-        answers: The answers' tokens, 0 where there are none, [n, a].
-        real: Which of these are tokens, [n, a].
+        tokens: Prompts and responses except their last token, [n, t].
+        mask: 1 for tokens, 0 for padding, [n, t].
+        places: Positions whose logits predict the responses, [n, a].
+        answers: Response tokens, padded with 0, [n, a].
+        real: False for padding, [n, a].
     """
 
     tokens: Tensor
@@ -38,13 +38,7 @@ class ForcedAnswers:
 
     @classmethod
     def of(cls, prompts: Sequence[list[int]], answers: Sequence[list[int]], device: torch.device) -> Self:
-        """Pad prompts and answers, each of one token at least.
-
-        Args:
-            prompts: Token ids of each prompt.
-            answers: Token ids that are forced after it.
-            device: Where inputs go.
-        """
+        """Pad token ids of prompts and of their forced responses, each of at least one token."""
         rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
         width, longest = max(map(len, rows)), max(map(len, answers))
         lengths = torch.tensor([len(answer) for answer in answers])
@@ -59,9 +53,9 @@ class ForcedAnswers:
 
 
 def answer_logits(model: PreTrainedModel, forced: ForcedAnswers) -> Tensor:
-    """Return the logits that lead to the answers' tokens, [n, a, vocabulary], float32 at least.
+    """Return the logits that predict the responses' tokens, [n, a, vocabulary], at least float32.
 
-    The head computes no others: those of all positions would be the largest tensor of a step by far.
+    The head computes no others: those of all positions would be by far the largest tensor of a step.
     """
     known = arguments(model)
     positions = torch.arange(forced.tokens.shape[1], device=forced.tokens.device).expand_as(forced.tokens)
@@ -76,7 +70,7 @@ def answer_logits(model: PreTrainedModel, forced: ForcedAnswers) -> Tensor:
 
 @contextmanager
 def _head_at(model: PreTrainedModel, places: Tensor) -> Iterator[list[bool]]:
-    """Have the head see only some positions of every row; yield a list that is empty while it has not."""
+    """Restrict the head to some positions of every row; yield a list that is empty until it has run."""
     head = model.get_output_embeddings()
     seen: list[bool] = []
 
@@ -97,5 +91,5 @@ def _head_at(model: PreTrainedModel, places: Tensor) -> Iterator[list[bool]]:
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Return the device that inputs go to."""
+    """Return the inputs' device."""
     return input_device(model)

@@ -1,9 +1,8 @@
-"""Targets: what the edited model is to say to bad prompts instead of refusing.
+"""Targets: responses to bad prompts that replace refusals.
 
-That refusals are unlikely says nothing of what comes in their place. A target is opened by an edit that no longer
-refuses and continued by the base model, which is fluent and, past the opening, seldom goes back to refusing; tokens
-that only its refusals have are left out. What refuses all the same, is broken or unlikely to the base model is no
-target.
+Suppressing refusals does not say what replaces them. A target is opened by an edit that no longer refuses, and
+continued by the base model, which is fluent and rarely returns to refusing after the opening; tokens that occur only in
+refusals are excluded. Targets that are refusals, broken or incoherent are dropped.
 """
 
 from __future__ import annotations
@@ -19,20 +18,17 @@ from job.scoring.likelihood import IncoherenceTest
 from job.scoring.prompt_batches import PromptBatches
 from job.text.refusal_markers import RefusalMarkers
 
-# Tokens by the edit, and tokens of a target in all.
+# Tokens by the edit, and total tokens of a target.
 OPENING_TOKENS, TARGET_TOKENS = 4, 16
 
 
 @dataclass(frozen=True)
 class TargetMaker:
-    """Makes targets for the bad prompts of a problem.
+    """Makes targets for a problem's bad prompts.
 
     Attributes:
-        batches: The prompts that are fitted.
-        bad: Which bad prompts of these the problem has, by index.
-        refusal_tokens: Tokens that only refusals have.
-        markers: What tells refusals.
-        coherence: The base model's test.
+        bad: Indices of the problem's bad prompts.
+        refusal_tokens: Tokens that occur only in refusals.
     """
 
     batches: PromptBatches
@@ -42,11 +38,7 @@ class TargetMaker:
     coherence: IncoherenceTest
 
     def targets(self, edits: ActiveEdits) -> list[list[int] | None]:
-        """Return a target for every bad prompt, None where there is no usable one.
-
-        Args:
-            edits: Active edits, of which edit 0 opens.
-        """
+        """Return a target for every bad prompt, None without a usable one; edit 0 opens."""
         prompts = [self.batches.bad.tokens[index] for index in self.bad]
         if not takes_cache(self.batches.loaded.model):
             return [None] * len(prompts)
@@ -59,7 +51,7 @@ class TargetMaker:
         begun = [prompt + opening for prompt, opening in zip(prompts, openings, strict=True)]
         rest = self.batches.row_limit.fit(lambda rows: self._continued(begun, rows))
         targets = [opening + more for opening, more in zip(openings, rest, strict=True)]
-        # An answer that the edit has ended by itself has nothing to continue.
+        # A response ended by the edit itself has nothing to continue.
         whole = [len(opening) == OPENING_TOKENS for opening in openings]
         incoherent = self.coherence.incoherent(prompts, targets)
         return [
@@ -89,7 +81,7 @@ class TargetMaker:
 
 
 def refusal_only(refusals: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> frozenset[int]:
-    """Return tokens that refusals have and answers to good prompts do not."""
+    """Return tokens of refusals that do not occur in responses to good prompts."""
     return frozenset(token for refusal in refusals for token in refusal) - {
         token for answer in answers for token in answer
     }

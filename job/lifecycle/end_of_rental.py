@@ -1,4 +1,4 @@
-"""The end of a start on a rented machine: what becomes of the machine, by the policy, and only once all is safe."""
+"""End of a start on a rented machine: stop or destroy it by policy, once everything is safe."""
 
 from __future__ import annotations
 
@@ -23,13 +23,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Machine:
-    """What a start has left on its machine.
-
-    Attributes:
-        workspace: Folder of all run folders.
-        folder: The job's; None where the start has not got as far.
-        settings: How checkpoint and targets are reached; None where that is not known.
-    """
+    """A machine after a start: workspace, run folder (None if not yet known) and settings (None if unknown)."""
 
     workspace: Path
     folder: RunFolder | None = None
@@ -37,24 +31,17 @@ class Machine:
 
 
 def outcome_of_error(error: Exception) -> Ended:
-    """Return how a start has ended that raised an error."""
+    """Return how a start ended that raised an error."""
     code = error.exit_code if isinstance(error, JobError) else 1
     return Ended(code, elsewhere=isinstance(error, HeldError) and error.elsewhere)
 
 
 def end_rental(outcome: Ended, asked: AskedEnds, machine: Machine, say: Say) -> None:
-    """Do with the machine what the policy says; nothing that goes wrong with that is raised.
-
-    Args:
-        outcome: How the start has ended.
-        asked: What was asked for.
-        machine: What is on the machine.
-        say: Told what happens; where it fails, nothing is told.
-    """
+    """Stop or destroy the machine by policy; raises nothing."""
     say = unfailing(say)
     try:
         _end(outcome, asked, machine, say)
-    except Exception as error:  # the job's own end is what callers must see
+    except Exception as error:  # callers must see the job's own failure
         what = error.line if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
         say(f"warning: this rental may BILL ON: what becomes of it could not be settled: {what}")
     tell(settled=True)
@@ -63,15 +50,10 @@ def end_rental(outcome: Ended, asked: AskedEnds, machine: Machine, say: Say) -> 
 def end_after(
     code: int, *, when_failed: str, workspace: str | None, job: str | None, hung: bool, signalled: bool
 ) -> None:
-    """End the rental for a process that has ended without doing so; see `end_rental`.
+    """End the rental for a process that could not; see `end_rental`.
 
-    Args:
-        code: Its exit code; negative: the signal that killed it.
-        when_failed: What was asked for.
-        workspace: Folder of all run folders, None where it is not known.
-        job: The job's run folder, None where it is not known.
-        hung: The watchdog ended it.
-        signalled: It was asked to stop.
+    `code` is its exit code, negative for a signal; unknown paths are None. `hung` means that the watchdog ended it,
+    `signalled` that it was asked to stop.
     """
     events = Events()
     folder = RunFolder(Path(job)) if job is not None else None
@@ -83,7 +65,7 @@ def end_after(
 def _usual_workspace() -> Path:
     try:
         return Path(default_workspace())
-    except JobError:  # what is wrong with the environment may be why the start has ended
+    except JobError:  # a faulty environment may be why the start ended
         return Path("runs")
 
 
@@ -112,7 +94,7 @@ def _end(outcome: Ended, asked: AskedEnds, machine: Machine, say: Say) -> None:
 
 
 def _decision(outcome: Ended, asked: AskedEnds, machine: Machine, say: Say) -> Decision:
-    """Decide by what stands there now; mirrors and targets are asked only before a destroy."""
+    """Decide by the current state; mirrors and targets are queried only before a destroy."""
     safety = replace(
         SAFE,
         others=undelivered(machine.workspace, machine.folder),
@@ -132,10 +114,10 @@ def _instead(decision: Decision) -> str:
 
 
 class Progress:
-    """Ends the mark of an earlier stop once a start gets as far as new work; a listener to events.
+    """Event listener that clears the mark of an earlier stop once a start does new work.
 
-    A start that finds nothing to do leaves the mark, which then keeps it from stopping the machine again: else a
-    platform that restarts what is stopped would do so for ever.
+    A start with nothing to do keeps the mark, which prevents stopping the machine again. Otherwise a platform that
+    restarts stopped machines would loop forever.
     """
 
     def __init__(self, workspace: Path, folder: RunFolder) -> None:
@@ -144,7 +126,7 @@ class Progress:
         self._made = False
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        """Take note of an event."""
+        """Handle an event."""
         if event == "job_started":
             self._before = self._delivered()
         elif not self._made and self._is_new_work(event, fields):
@@ -155,7 +137,7 @@ class Progress:
         try:
             return {(one.target, one.export) for one in self._folder.read_uploads() if one.state == "done"}
         except (OSError, ValueError):
-            return set()  # a torn file is for the delivery to complain of
+            return set()  # a damaged file is reported by the delivery
 
     def _is_new_work(self, event: str, fields: dict[str, Any]) -> bool:
         if event == "delivery":

@@ -1,4 +1,4 @@
-"""Which job a command means, and where it is: in the workspace, or at a checkpoint."""
+"""Find a command's job in the workspace or at a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """Which job is meant, and where it is.
+    """The location of a job.
 
     Attributes:
-        workspace: Folder of all run folders.
-        job: Its name, None where it is alone.
-        checkpoint: Where it is mirrored, None where it is in the workspace.
-        assignments: Settings as ``key=value`` that only extend it, or say how the checkpoint is reached.
+        job: Its name, None if it is the only one.
+        checkpoint: Its mirror, None if it is in the workspace.
+        assignments: Settings as ``key=value`` that extend it, or configure access to the checkpoint.
     """
 
     workspace: Path
@@ -37,20 +36,12 @@ class Whereabouts:
     assignments: tuple[str, ...] = ()
 
     def folder(self) -> RunFolder:
-        """Return the job's run folder in the workspace.
-
-        Raises:
-            UsageError: There is none, or several and none is named.
-        """
+        """Return the job's run folder. Raises UsageError if there is none, or several and none is named."""
         return find_job(self.workspace, self.job)
 
     @property
     def given(self) -> dict[str, Any]:
-        """What this side gives, by dotted key; the environment counts where the job is at a checkpoint.
-
-        Raises:
-            UsageError: An assignment would make it another job.
-        """
+        """Settings given on this side, by dotted key. Raises UsageError if one would make it another job."""
         found = self.assigned
         for name in found:
             if not _may_be_given(name):
@@ -62,12 +53,12 @@ class Whereabouts:
 
     @property
     def assigned(self) -> dict[str, Any]:
-        """Return what `--set` gives, by dotted key."""
+        """Settings from `--set`, by dotted key."""
         return leaves(assigned(self.assignments))
 
     @contextmanager
     def mirror(self) -> Iterator[Mirror]:
-        """Yield the checkpoint."""
+        """Yield the opened checkpoint."""
         from job.lifecycle.lock import open_checkpoint
 
         assignments = [text for text in self.assignments if text.partition("=")[0].strip() != "model"]
@@ -76,11 +67,7 @@ class Whereabouts:
             yield mirror
 
     def mirrored(self, mirror: Mirror) -> Head:
-        """Return the head of the job at a checkpoint.
-
-        Raises:
-            UsageError: There is none, or several and none is named.
-        """
+        """Return the job's head at a checkpoint. Raises UsageError if there is none, or several and none is named."""
         heads = {head.job_id: head for head in mirror.jobs() if head.files}
         names = ", ".join(heads)
         if self.job is None and len(heads) > 1:
@@ -95,18 +82,13 @@ class Whereabouts:
 
 
 def _may_be_given(name: str) -> bool:
-    """Return whether a setting only extends a job, says something of this machine, or confirms what the job is."""
+    """Return whether a setting extends a job, concerns this machine, or confirms the job."""
     return extends(name) or name in HERE or name == "model"
 
 
 @contextmanager
 def status_folder(where: Whereabouts) -> Iterator[tuple[RunFolder, bool | None]]:
-    """Yield a folder to tell a job's status from, and whether a run is at it; None: the folder's lock tells.
-
-    Raises:
-        UsageError: There is no such job.
-        DeliveryError: The checkpoint cannot be reached.
-    """
+    """Yield a job's folder, and whether it runs (None: see its lock). Raises UsageError or DeliveryError."""
     if where.checkpoint is None:
         yield where.folder(), None
         return

@@ -1,4 +1,4 @@
-"""Holding a job: one runner at a time, here and at its checkpoint, from which an empty workspace is filled."""
+"""Hold a job: one runner at a time, here and at its checkpoint, which fills an empty workspace."""
 
 from __future__ import annotations
 
@@ -19,19 +19,14 @@ if TYPE_CHECKING:
 
     from job.mirror import LeaseKeeper, Mirror
 
-# What the last snapshot may take, in seconds and in times that a lease lasts without a sign of life.
+# Time limit of the last snapshot, in seconds and in lease durations.
 _LAST_SECONDS, _LAST_LEASES = 300.0, 2.5
 # After a stop signal the platform does not wait long.
 _STOPPED_SECONDS = 8.0
 
 
 def open_checkpoint(settings: Settings, report: Callable[[str], None]) -> Mirror:
-    """Return the mirror that the settings name; nothing is sent yet.
-
-    Raises:
-        UsageError: The URI names no such place.
-        DeliveryError: Credentials are missing or unusable.
-    """
+    """Return the settings' mirror, without connecting. Raises UsageError or DeliveryError."""
     from job.mirror import MirrorOptions, open_mirror
 
     assert settings.checkpoint is not None
@@ -40,37 +35,28 @@ def open_checkpoint(settings: Settings, report: Callable[[str], None]) -> Mirror
 
 
 class JobLock:
-    """A job that this run holds.
-
-    All methods do nothing where there is no checkpoint.
-    """
+    """A job held by this run; methods do nothing without a checkpoint."""
 
     def __init__(self, claim: LeaseKeeper | None = None) -> None:
-        """Hold a job, with the claim on its checkpoint if it has one."""
         self._claim = claim
 
     def keep(self) -> None:
-        """Have the checkpoint brought up to date soon; nobody waits for it."""
+        """Request a checkpoint soon, without waiting."""
         if self._claim is not None:
             self._claim.request()
 
     def discard(self) -> None:
-        """Have the checkpoint forget the job, which came to nothing."""
+        """Remove the job from the checkpoint: it came to nothing."""
         if self._claim is not None:
             self._claim.discard()
 
     def check(self) -> None:
-        """Return at once if the run may go on.
-
-        Raises:
-            HeldError: Another run has taken the job over.
-            DeliveryError: The checkpoint is required and has been down for too long.
-        """
+        """Raise HeldError if another run took over, or DeliveryError if a required checkpoint is down too long."""
         if self._claim is not None:
             self._claim.check()
 
     def outward(self) -> AbstractContextManager[None]:
-        """Return a block for what others see, as deliveries, which a lease that may have expired does not allow."""
+        """Return a context for public actions such as deliveries, which an expired lease forbids."""
         return self._claim.outward() if self._claim is not None else nullcontext()
 
 
@@ -84,19 +70,13 @@ def held(
     *,
     beside_others: bool = True,
 ) -> Iterator[JobLock]:
-    """Hold a job for the block, its run folder brought up to date from the checkpoint.
+    """Hold a job for the block, with its run folder, which need not exist, updated from the checkpoint.
 
-    Args:
-        folder: The run folder; need not be there.
-        identity: What the job is, as in job.json.
-        settings: Where the checkpoint is, and how it is reached.
-        events: Where progress goes.
-        signals: By which the main thread is told that the lease is lost.
-        beside_others: The checkpoint may hold other jobs on the same model.
+    `beside_others` allows other jobs on the same model there.
 
     Raises:
-        HeldError: Another run holds it, or has taken it over meanwhile.
-        DeliveryError: The checkpoint cannot be reached, or is required and has been down for too long.
+        HeldError: Another run holds it, or took it over.
+        DeliveryError: The checkpoint cannot be reached, or is required and has been down too long.
         UsageError: The checkpoint holds a job on the same model with other settings.
     """
     with folder.held():
@@ -105,7 +85,7 @@ def held(
             return
         with open_checkpoint(settings, events.say) as mirror:
             if not beside_others and not folder.job_file.exists():
-                # What names no files came to nothing.
+                # A head without files came to nothing.
                 mirrored = {head.job_id: head.identity for head in mirror.jobs() if head.files}
                 if folder.path.name not in mirrored:
                     refuse_other_settings(settings.checkpoint, mirrored, identity)
@@ -114,7 +94,7 @@ def held(
 
 
 def _kept(folder: RunFolder, claim: LeaseKeeper, signals: StopSignals) -> Iterator[JobLock]:
-    """Yield the hold and take the last snapshot after it."""
+    """Yield the lock, then take the last snapshot."""
     lost: list[JobError] = []
 
     def on_lost(error: JobError) -> None:
@@ -131,8 +111,8 @@ def _kept(folder: RunFolder, claim: LeaseKeeper, signals: StopSignals) -> Iterat
             raise lost[0] from None
         raise
     finally:
-        # What preflight has refused leaves nothing that another machine could go on from.
+        # A job refused by preflight has nothing to continue elsewhere.
         final = folder.prompts_file.exists() and not any(isinstance(error, HeldError) for error in lost)
-        # A first signal now must not cut the last snapshot; a second one still leaves at once.
+        # A first signal must not interrupt the last snapshot; a second one still exits at once.
         with signals.shielded():
             claim.close(final=final, seconds=_STOPPED_SECONDS if hurry else patience, hurry=hurry)

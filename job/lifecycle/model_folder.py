@@ -1,4 +1,4 @@
-"""The folder with the model's files, downloaded at the pinned commit."""
+"""Local folder of the model's files at the pinned commit."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from job.text.redaction import redacted
 
 
 def model_folder(record: JobRecord, settings: Settings, events: Events) -> Path:
-    """Return the folder with the model's files, downloaded at the pinned commit where they are not there yet.
+    """Return the folder of the model's files, downloaded at the pinned commit if missing.
 
-    Raises:
-        UsageError: A folder's files are no longer what they were when the job began.
-        ImpossibleJobError: There is no such model any more.
-        MachineError: The Hub cannot be reached.
+    Raises UsageError if a local folder changed, ImpossibleJobError if the model is gone, or MachineError.
     """
     if redacted(model_identity(settings)) != redacted(record.identity["model"]):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""What a run came to, and whether a job is complete."""
+"""The outcome of a run, and whether a job is complete."""
 
 from __future__ import annotations
 
@@ -16,16 +16,11 @@ from job.text.redaction import redact
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """The outcome of a run.
 
     Attributes:
-        folder: The run folder.
         chosen: The exported trial's number.
-        base: Figures of the base model on the report split.
-        edited: Figures of the export on the report split.
-        report_prompts: The prompts of these figures in words, with whether they are held out.
-        failed_targets: Targets that could not be delivered to, with the reason.
-        missed_gate: Which gate the export missed, so that it was not delivered; None if it missed none.
+        missed_gate: The gate that prevented delivery, or None.
     """
 
     folder: RunFolder
@@ -38,7 +33,7 @@ class Outcome:
 
 
 def completed(folder: RunFolder, settings: Settings) -> Outcome | None:
-    """Return what a job came to if nothing is left to do, else None."""
+    """Return a job's outcome if nothing is left to do, else None."""
     state = folder.read_state()
     if state is None or state.state != "finished" or state.chosen is None:
         return None
@@ -46,7 +41,7 @@ def completed(folder: RunFolder, settings: Settings) -> Outcome | None:
         return None
     export = folder.export_folder(state.chosen, settings.export_format)
     delivered = {item.target for item in folder.read_uploads() if item.state == "done" and item.export == export.name}
-    # What is delivered need not be here: the machine that made it may be gone.
+    # Deliveries need no local files: the machine that made them may be gone.
     kept = is_sealed(export) or (settings.upload and settings.checkpoint is not None)
     if not kept or not delivered >= {redact(target) for target in settings.upload}:
         return None
@@ -55,13 +50,13 @@ def completed(folder: RunFolder, settings: Settings) -> Outcome | None:
 
 
 def _is_spent(state: State, settings: Settings) -> bool:
-    """Return whether a job was ended by a limit which the settings do not raise."""
+    """Return whether a job ended at a limit that the settings do not raise."""
     limits = ((state.max_hours, settings.max_hours), (state.max_cost, settings.max_cost))
     return any(before is not None and now is not None and now <= before for before, now in limits)
 
 
 def missed_gate(settings: Settings, figures: Figures) -> str | None:
-    """Return which gate an export's figures miss, None if they pass all."""
+    """Return the gate that an export's metrics miss, or None."""
     failed = figures.refusals if figures.unanswered is None else figures.unanswered
     if settings.max_refusals is not None and failed > settings.max_refusals:
         how = "refused" if failed == figures.refusals else "refused or have a broken answer"
@@ -72,7 +67,7 @@ def missed_gate(settings: Settings, figures: Figures) -> str | None:
 
 
 def outcome_of(folder: RunFolder, chosen: int, export: Path) -> Outcome:
-    """Return what the run folder says of an export."""
+    """Read an export's outcome from the run folder."""
     base = read_record(folder.figures_file("base"), Figures)
     edited = read_record(folder.figures_file(export.name), Figures)
     return Outcome(folder, chosen, base, edited, read_record(folder.prompts_file, PromptSets).report_description)

@@ -1,4 +1,4 @@
-"""Continuing a job from its run folder or its mirror alone, with settings that only extend it."""
+"""Continue a job from its run folder or mirror, with settings that only extend it."""
 
 from __future__ import annotations
 
@@ -24,22 +24,14 @@ def resumption(
     say: Callable[[str], None] = lambda _: None,
     **others: object,
 ) -> JobStart:
-    """Return what a job is continued with, from its run folder or its checkpoint alone.
+    """Return the start that continues a job, from its run folder or checkpoint.
 
-    Of a checkpoint, only what may come from one is taken (`job.mirror.vetting`).
-
-    Args:
-        where: The job.
-        ends: `when_done` and `when_failed` as given on the command line; what an earlier start was given is not used.
-        say: Told what was not taken from the checkpoint.
-        **others: Settings that only extend it.
-
-    Raises:
-        UsageError: There is no such job, or it runs code that is not trusted here.
-        DeliveryError: The checkpoint cannot be reached, or is not what it was.
+    A checkpoint contributes only vetted values (`job.mirror.vetting`); `say` is told of the others. `ends` holds
+    `when_done` and `when_failed` of this command line, never those of an earlier start. Raises UsageError or
+    DeliveryError.
     """
     options = {name: value for name, value in (ends or {}).items() if value is not None}
-    # As for all settings, --set counts last, then options, then the environment.
+    # As for all settings: the environment, then options, then --set.
     given = {**where.given, **asked_ends(options), **others}
     given |= {name: value for name, value in where.assigned.items() if name in ENDS}
     folder, record, settings = (
@@ -49,7 +41,7 @@ def resumption(
     used = {name: value for name, value in leaves(settings.model_dump(mode="json")).items() if name in HERE}
 
     def opened() -> tuple[JobRecord, Settings]:
-        # The run folder may have been filled from the checkpoint since, which may have changed meanwhile.
+        # The run folder may have been filled since from a checkpoint that has changed.
         record, found = folder.read_job(), job_settings(folder, whole=True, **as_given({**used, **given}))
         with_trust(record, found, given, before=first)
         if where.checkpoint is not None:
@@ -69,7 +61,7 @@ def _found_here(where: Whereabouts, given: Mapping[str, Any]) -> tuple[RunFolder
 def _found_there(
     where: Whereabouts, given: Mapping[str, Any], say: Callable[[str], None]
 ) -> tuple[RunFolder, JobRecord, Settings]:
-    """Return what the mirror says of a job, with the folder that it would have here."""
+    """Return a mirrored job's record and settings, with its future run folder."""
     with where.mirror() as mirror, scratch("mirror") as place:
         head = where.mirrored(mirror)
         folder = RunFolder(where.workspace / head.job_id)
@@ -85,7 +77,7 @@ def _found_there(
 
 
 def _of_this_side(folder: RunFolder) -> dict[str, Any]:
-    """Return what a run folder on this machine says of this machine; nothing where there is none."""
+    """Return settings about this machine from a local run folder; {} without one."""
     if not folder.job_file.exists():
         return {}
     return {name: value for name, value in leaves(folder.read_job().settings).items() if name in HERE - {"workspace"}}

@@ -1,4 +1,4 @@
-"""A job that a process works on."""
+"""A job in progress."""
 
 from __future__ import annotations
 
@@ -19,14 +19,7 @@ from job.system.signals import StopSignals
 
 @dataclass(frozen=True)
 class OpenJob:
-    """A job whose run folder is there.
-
-    Attributes:
-        folder: The run folder.
-        file: Its job.json.
-        settings: The settings of this start.
-        events: Where progress goes.
-    """
+    """A job with its run folder, job.json, settings of this start and events."""
 
     folder: RunFolder
     file: JobFile
@@ -35,41 +28,35 @@ class OpenJob:
 
     @property
     def record(self) -> JobRecord:
-        """job.json as it stands."""
+        """The current job.json."""
         return self.file.record
 
     @property
     def resolution(self) -> Resolution:
-        """What the job's first start resolved; only once a model has been loaded."""
+        """The first start's resolution; only after a model has been loaded."""
         resolution = self.record.resolution
         assert resolution is not None
         return resolution
 
     def export_of(self, trial: Trial) -> Path:
-        """Return the folder of a trial's export in the job's format."""
+        """Return a trial's export folder in the job's format."""
         return self.folder.export_folder(trial.number, self.settings.export_format)
 
 
 @dataclass(frozen=True)
 class RunningJob(OpenJob):
-    """A job that this process holds.
-
-    Attributes:
-        signals: What stops the run.
-        meter: Counts time and money.
-        lock: The lock, here and at the mirror.
-    """
+    """A job held by this process, with its stop signals, meter and lock."""
 
     signals: StopSignals
     meter: Meter
     lock: JobLock
 
     def begin(self, stage: str) -> None:
-        """Write down that a stage begins, for status and for those who continue elsewhere."""
+        """Record the start of a stage in state.json and at the checkpoint."""
         state = self.folder.read_state()
         assert state is not None
         write_record(self.folder.state_file, state.model_copy(update={"phase": stage}))
         self.events.emit("phase", name=stage)
         reached(f"stage:{stage}")
-        if self.folder.prompts_file.exists():  # before, there is nothing that another machine could go on from
+        if self.folder.prompts_file.exists():  # before, there is nothing to continue elsewhere
             self.lock.keep()

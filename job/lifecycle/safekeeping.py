@@ -1,4 +1,4 @@
-"""What must survive a machine before it is ended, and whether mirrors and targets hold it now."""
+"""What must survive before a machine is ended, and whether mirrors and targets hold it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ from job.storage.jobs import job_settings, jobs_in
 from job.storage.run_folder import RunFolder
 from job.upload.proof import delivery_problem
 
-# The preflight check with which a user vouches that places survive the machine whose file system does not tell.
+# The preflight check by which a user vouches that a place outlives the machine.
 VOUCHED = "rental.survival"
 _SNAPSHOT_SECONDS = 300.0
-# What does not answer within these times counts as not known, and as not safe: the machine bills meanwhile.
+# Without an answer in this time, a place counts as unsafe: the machine bills meanwhile.
 _HOLDER_SECONDS, _PROOF_SECONDS = 60.0, 1800.0
 
 Say = Callable[[str], None]
 
 
 def undelivered(workspace: Path, own: RunFolder | None) -> str:
-    """Return which other job of a workspace is not delivered, "" if there is none.
+    """Return another job in a workspace that is undelivered, or "".
 
-    Args:
-        workspace: Folder of all run folders.
-        own: The job whose start has ended; None where it is not known, so that every job is another. One that is alone
-            is taken for it: a stop loses nothing of it, and before a destroy it would have to be known.
+    `own` is the job that ended. If it is unknown (None), a single job is taken for it: a stop loses nothing, and a
+    destroy requires it to be known.
     """
     folders = jobs_in(workspace)
     if own is None and len(folders) == 1 and not folders[0].is_held():
@@ -45,7 +43,7 @@ def undelivered(workspace: Path, own: RunFolder | None) -> str:
             settings = job_settings(folder)
             delivered = bool(settings.upload) and completed(folder, settings) is not None
         except (JobError, OSError, ValueError):
-            delivered = False  # whatever is wrong with it, it is somebody's work
+            delivered = False  # a damaged job is still somebody's work
         if folder.is_held():
             return f"job {folder.path.name} in {workspace} is running"
         if not delivered:
@@ -54,7 +52,7 @@ def undelivered(workspace: Path, own: RunFolder | None) -> str:
 
 
 def other_holder(folder: RunFolder | None, settings: Settings | None, say: Say) -> str:
-    """Return who else holds a job, here or at its checkpoint, "" if nobody is known to."""
+    """Return another holder of a job, here or at its checkpoint, or ""."""
     if folder is None:
         return ""
     if folder.is_held():
@@ -66,7 +64,7 @@ def other_holder(folder: RunFolder | None, settings: Settings | None, say: Say) 
         try:
             with open_checkpoint(settings, say) as mirror:
                 found = mirror.other_holder(folder.path.name)
-        except Exception as error:  # whatever it is: not known
+        except Exception as error:  # any failure means unknown
             say(f"warning: whether another machine holds job {folder.path.name} is not known: {_line(error)}")
             return ""
         return f"job {folder.path.name} is held by {found[0]}" if found else ""
@@ -75,13 +73,10 @@ def other_holder(folder: RunFolder | None, settings: Settings | None, say: Say) 
 
 
 def unsaved(folder: RunFolder | None, settings: Settings | None, say: Say, *, elsewhere: bool = False) -> str:
-    """Return what of a job would be lost with this machine, "" if all was found elsewhere just now.
+    """Return what would be lost of a job with this machine, "" if everything is stored elsewhere.
 
-    Args:
-        folder: Its run folder; None where it is not known.
-        settings: How its checkpoint and targets are reached; None where that is not known.
-        say: Told of what is tried again.
-        elsewhere: Another machine goes on with it, so that its checkpoint is ahead of this folder.
+    `elsewhere` means that another machine continues it, so its checkpoint is ahead of this folder. Unknown folder or
+    settings count as lost.
     """
     if folder is None or settings is None or not (elsewhere or folder.job_file.exists()):
         return "which job this machine holds is not known"
@@ -97,7 +92,7 @@ def unsaved(folder: RunFolder | None, settings: Settings | None, say: Say, *, el
 
 
 def all_unsaved(workspace: Path, folder: RunFolder | None, settings: Settings | None, say: Say, **how: bool) -> str:
-    """Return what of any job of a workspace would be lost with this machine; see `unsaved`."""
+    """Return what would be lost of any job in a workspace; see `unsaved`."""
 
     def look() -> str:
         problem = unsaved(folder, settings, say, **how)
@@ -113,13 +108,13 @@ def all_unsaved(workspace: Path, folder: RunFolder | None, settings: Settings | 
 
 
 def _within(seconds: float, call: Callable[[], str], late: str) -> str:
-    """Return what a call returns, or `late` if that takes longer; the call is then left behind."""
+    """Return a call's result, or `late` after a timeout, abandoning the call."""
     found = [late]
 
     def run() -> None:
         try:
             found[0] = call()
-        except Exception as error:  # whatever it is, nothing was proved
+        except Exception as error:  # any failure means unproven
             found[0] = f"what is safe could not be found out: {_line(error)}"
 
     thread = threading.Thread(target=run, name="safekeeping", daemon=True)
@@ -136,7 +131,7 @@ def _settings(folder: RunFolder) -> Settings | None:
 
 
 def _place(uri: str | None, settings: Settings) -> bool:
-    """Return whether a place counts as one off this machine."""
+    """Return whether a place is off this machine."""
     return uri is not None and (VOUCHED in settings.allow or outlives_machine(uri))
 
 
@@ -163,16 +158,16 @@ def _no_checkpoint(folder: RunFolder, settings: Settings) -> str:
 
 
 def _send_latest(mirror: Mirror, folder: RunFolder, say: Say) -> bool:
-    """Take the snapshot that a start which was killed could not take, where the checkpoint knows the job."""
+    """Take a snapshot that a killed start could not take, if the checkpoint knows the job."""
     if not any(head.job_id == folder.path.name and head.files for head in mirror.jobs()):
-        return False  # somebody has removed it, which is not for this machine to undo
+        return False  # removed by someone, which this machine must not undo
     claim = mirror.claim(folder, folder.read_job().identity, say)
     claim.start()
     return claim.close(seconds=_SNAPSHOT_SECONDS)
 
 
 def _undelivered_export(folder: RunFolder, settings: Settings) -> str:
-    """Return which export is at no target off this machine, "" if none has to be or all are."""
+    """Return an export that must be delivered and is at no target off this machine, or ""."""
     records = folder.read_uploads()
     for name, manifest in _exports(folder, settings, records):
         targets = [target for target in settings.upload if _place(target, settings)]
@@ -187,7 +182,7 @@ def _undelivered_export(folder: RunFolder, settings: Settings) -> str:
 
 
 def _exports(folder: RunFolder, settings: Settings, records: list[Upload]) -> Iterator[tuple[str, str]]:
-    """Yield the exports that must survive, with the sha256 of their manifests: the chosen one, else all there are."""
+    """Yield the exports that must survive with their manifests' SHA-256: the chosen one, else all."""
     state = folder.read_state()
     if state is not None and state.state == "finished" and state.chosen is not None:
         export = folder.export_folder(state.chosen, settings.export_format)

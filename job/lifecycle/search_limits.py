@@ -1,4 +1,4 @@
-"""When a search goes on: one batch after the other, within the budget, and to the end of a batch after a stop."""
+"""Limits of a search: batches within the budget, and a grace period after a stop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from job.system.signals import StopSignals
 
 
 class SearchLimits:
-    """Times batches, keeps each, gives a stopped one its grace, and ends the search when the budget asks for it."""
+    """Times and checkpoints batches, grants a stopped one its grace period, and ends the search at the budget."""
 
     def __init__(self, budget: Budget, hold: JobLock, signals: StopSignals, grace: float, *, begun: bool) -> None:
         self._budget = budget
@@ -29,7 +29,7 @@ class SearchLimits:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Time a batch; its block may end by itself within the grace after a stop."""
+        """Time a batch, which may finish within the grace period after a stop."""
         begin = time.monotonic()
         with self._signals.graceful(self._grace):
             yield
@@ -38,17 +38,13 @@ class SearchLimits:
         self._hold.keep()
 
     def may_go_on(self) -> bool:
-        """Return whether another batch fits; the first one of a job is made in any case, or nothing could be chosen.
-
-        Raises:
-            HeldError: Another run has taken the job over.
-        """
+        """Return whether another batch fits; a job's first one always runs. Raises HeldError after a takeover."""
         self._hold.check()
         return not self._begun or self._budget.has_room_for(self._longest)
 
 
 def budget_of(folder: RunFolder, settings: Settings, meter: Meter) -> Budget:
-    """Return the budget, with what preflight expects of export and delivery held back."""
+    """Return the budget, reserving preflight's estimate for export and delivery."""
     hours = Hours(**dict.fromkeys(PHASES, 0.0))
     if folder.preflight_file.exists():
         hours = read_record(folder.preflight_file, Survey).hours or hours

@@ -1,4 +1,4 @@
-"""How a run begins and ends: which job it is, who holds it, what is checked, and what becomes of the machine."""
+"""Begin and end a run: identify, hold and check the job, then end the rental."""
 
 from __future__ import annotations
 
@@ -54,20 +54,9 @@ def run(
     notes: Sequence[str] = (),
     again: Again | None = None,
 ) -> Outcome:
-    """Do the job that the settings describe, from wherever an earlier run of it has got to.
+    """Run the settings' job from where an earlier run stopped. Raises JobError or Stopped.
 
-    Args:
-        settings: The settings.
-        new: Start a job beside one with other settings.
-        events: Where progress goes.
-        signals: What stops the run.
-        stages: Does the job's stages (`job.pipeline.run`).
-        notes: What became of old settings.
-        again: An export that is to be made again.
-
-    Raises:
-        JobError: The job cannot be done; each kind says whether, where and how it could be.
-        Stopped: A signal asked for it; running again continues.
+    `new` allows a job beside one with other settings; `again` is an export to reproduce.
     """
     _tell_asked(settings)
     try:
@@ -79,7 +68,6 @@ def run(
 
 
 def _begin(settings: Settings, *, new: bool, notes: Sequence[str], again: Again | None) -> JobStart:
-    """Return the start of the job that the settings describe."""
     pinned = again.pinned if again else None
     folder, first = open_job(settings, new=new, pinned=pinned)
 
@@ -89,7 +77,7 @@ def _begin(settings: Settings, *, new: bool, notes: Sequence[str], again: Again 
             require_same_model(again.original, record.identity)
             write_record(folder.reproduces_file, again.original)
             if again.original.edit.directions is not None and not again.searches:
-                from job.directions.learned import import_learned  # loads torch, which takes seconds
+                from job.directions.learned import import_learned  # imports torch, which takes seconds
 
                 import_learned(folder, again.original.edit, again.folder)
             record = record.model_copy(update=again.resolved)
@@ -108,16 +96,14 @@ def _begin(settings: Settings, *, new: bool, notes: Sequence[str], again: Again 
 
 @dataclass(frozen=True)
 class JobStart:
-    """What a run begins with.
+    """The start of a run.
 
     Attributes:
-        folder: The run folder, which may have to be filled from the checkpoint.
-        identity: What the job is.
-        settings: Where the checkpoint is, and what becomes of the machine.
-        opened: Returns job.json and the settings once the run folder is there.
+        folder: The run folder, possibly still to be filled from the checkpoint.
+        settings: Settings of the checkpoint and of the rental's end.
+        opened: Returns job.json and settings once the run folder exists.
         beside_others: The checkpoint may hold other jobs on the same model.
-        names_code: This side names the very commit of the model.
-        notes: What became of old settings.
+        names_code: This side names the model's exact commit.
     """
 
     folder: RunFolder
@@ -129,15 +115,7 @@ class JobStart:
     notes: tuple[str, ...] = ()
 
     def trusted(self, report: Callable[[str], None]) -> tuple[JobRecord, Settings]:
-        """Return job.json and the settings once this side is known to name the code that the job runs.
-
-        Args:
-            report: Told of every failure of the Hub that is tried again.
-
-        Raises:
-            UsageError: Only a checkpoint names it.
-            MachineError: The Hub cannot be reached.
-        """
+        """Return job.json and settings. Raises UsageError if only a checkpoint names their code, or MachineError."""
         record, settings = self.opened()
         if not self.names_code:
             require_known_code(self.folder, record, settings, report)
@@ -146,19 +124,7 @@ class JobStart:
 
 
 def carry_out(start: JobStart, events: Events, signals: StopSignals, stages: Stages) -> Outcome:
-    """Do a job from wherever it has got to, and then with the rented machine what the settings say.
-
-    Args:
-        start: What to begin with.
-        events: Where progress goes.
-        signals: What stops the run.
-        stages: Does the job's stages (`job.pipeline.run`).
-
-    Raises:
-        JobError: The job cannot be done; each kind says whether, where and how it could be.
-        Stopped: A signal asked for it; running again continues.
-        RestartNeeded: The device has failed, and a fresh process may succeed.
-    """
+    """Run a job from where it stopped, then end the rental. Raises JobError, Stopped or RestartNeeded."""
     settings = start.settings
     tell(job=str(start.folder.path.absolute()))
     _tell_asked(settings)
@@ -167,7 +133,7 @@ def carry_out(start: JobStart, events: Events, signals: StopSignals, stages: Sta
         outcome = _run(start, events, signals, stages)
     except RestartNeeded:
         raise
-    except Exception as error:  # whatever it is goes on to the caller; the machine is not to bill on because of it
+    except Exception as error:  # re-raised for the caller; the machine must not bill on because of it
         _close(outcome_of_error(error), settings, events, start.folder)
         raise
     code = GateError.exit_code if outcome.missed_gate else DeliveryError.exit_code if outcome.failed_targets else 0
@@ -176,13 +142,12 @@ def carry_out(start: JobStart, events: Events, signals: StopSignals, stages: Sta
 
 
 def _tell_asked(settings: Settings) -> None:
-    """Have the supervisor know what is asked for, now that the settings are read as a whole."""
+    """Report the fully parsed settings to the supervisor."""
     tell(workspace=str(Path(settings.workspace).absolute()), when_failed=settings.when_failed)
 
 
 def _close(outcome: Ended, settings: Settings, events: Events, folder: RunFolder | None = None) -> None:
-    """End the rental as is asked for and safe."""
-    events.log_to(None)  # the last snapshot has been taken: what is logged now would be missing there
+    events.log_to(None)  # after the last snapshot: later entries would be missing there
     asked = AskedEnds(settings.when_done, settings.when_failed)
     end_rental(outcome, asked, Machine(Path(settings.workspace), folder, settings), events.say)
 
@@ -198,10 +163,10 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
     done = _completed(start, events)
     if done is not None:
         return done
-    # Before the lock is taken, which writes down this process in place of the one before.
+    # Before taking the lock, which replaces the record of the previous process.
     left_by = folder.holder()
     with held(folder, start.identity, start.settings, events, signals, beside_others=start.beside_others) as lock:
-        # Again: another run may have finished it since, here or elsewhere.
+        # Checked again: another run may have finished it since, here or elsewhere.
         done = _completed(start, events)
         if done is not None:
             return done
@@ -214,19 +179,19 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
 
 
 def _completed(start: JobStart, events: Events) -> Outcome | None:
-    """Return what the job came to if it is complete, and say so."""
+    """Return and report a complete job's outcome, else None."""
     if not start.folder.job_file.exists():
         return None
     record, settings = start.opened()
     done = completed(start.folder, settings)
     if done is not None:
-        sweep_temporaries(start.folder.path, time.time(), below=True)  # nobody will come to hold it
+        sweep_temporaries(start.folder.path, time.time(), below=True)  # no run will hold it again
         events.emit("job_complete", f"job {record.job_id} is finished; nothing to do")
     return done
 
 
 def _priced(settings: Settings, rental: Rental | None) -> Settings:
-    """Return the settings with the price that the platform bills, where none is given."""
+    """Return the settings with the platform's price where none is given."""
     if settings.price is not None or rental is None:
         return settings
     return settings.model_copy(update={"price": rental.price()})
@@ -242,17 +207,7 @@ def preflight_inputs(
     last_holder: HolderRecord | None,
     starting: bool,
 ) -> PreflightInputs:
-    """Return what preflight works on, with all that the run folder tells of earlier starts.
-
-    Args:
-        folder: The run folder, which need not exist yet.
-        settings: The settings.
-        events: Told of retries.
-        notes: What became of old settings.
-        on: A machine to plan for in place of this one.
-        last_holder: Who holds the job, or held it before this run.
-        starting: This run holds the job; otherwise the job is only checked, and nothing may be left behind.
-    """
+    """Return preflight's inputs with earlier starts; only a `starting` run may leave anything behind."""
     rental = _this_rental() if on is None else None
     held = last_holder is not None and not starting and folder.is_held()
     return PreflightInputs(
@@ -272,7 +227,7 @@ def preflight_inputs(
 
 
 def _undelivered(folder: RunFolder, settings: Settings) -> str:
-    """Return which other job of the workspace keeps this machine from being ended, "" if none does."""
+    """Return another job of the workspace that keeps this machine from being ended, or ""."""
     if {settings.when_done, settings.when_failed} == {"nothing"}:
         return ""
     return undelivered(Path(settings.workspace), folder)
@@ -282,7 +237,7 @@ def _earlier_starts(folder: RunFolder, last_holder: HolderRecord | None) -> Earl
     processes = (last_holder.process,) if last_holder is not None else ()
     if not folder.job_file.exists():
         return EarlierStarts(processes=processes)
-    from job.report.results import trials_so_far  # takes longer to load than all that a finished job needs
+    from job.report.results import trials_so_far  # imports slowly, and a finished job does not need it
 
     record = folder.read_job()
     return EarlierStarts(
@@ -303,17 +258,7 @@ def _described(holder: HolderRecord, folder: RunFolder) -> JobHolder:
 def check_job(
     settings: Settings, *, events: Events, notes: Sequence[str] = (), on: MachineReading | None = None
 ) -> Survey:
-    """Check a job without starting it; nothing is left behind.
-
-    Args:
-        settings: The settings.
-        events: Told of retries.
-        notes: What became of old settings.
-        on: A machine to plan for in place of this one.
-
-    Raises:
-        UsageError: A setting is malformed, or code would be run that only a checkpoint names.
-    """
+    """Check a job without starting it, leaving nothing behind. Raises UsageError."""
     folder = find_folder(settings)
     if folder.job_file.exists():
         require_known_code(folder, folder.read_job(), settings, events.say)

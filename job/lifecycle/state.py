@@ -1,4 +1,4 @@
-"""One start of a job as its run folder tells of it: what it is doing, how it ended, what it took."""
+"""State of one start in the run folder: stage, end, time and cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from job.storage.events import Events, read_events
 from job.storage.job_file import JobFile
 from job.storage.run_folder import RunFolder
 
-# Fresh processes that are tried after the device failed, until a trial succeeds.
+# Fresh processes tried after device faults, without a trial in between.
 _MOST_FAULTS = 3
 
 
@@ -24,11 +24,7 @@ _MOST_FAULTS = 3
 def recorded(
     folder: RunFolder, file: JobFile, settings: Settings, events: Events, meter: Meter, lock: JobLock
 ) -> Iterator[None]:
-    """Keep state.json, the event log and the meter true to how the block ends.
-
-    Raises:
-        RestartNeeded: The device has failed, and a fresh process may succeed.
-    """
+    """Keep state.json, events and meter consistent with the block's end. Raises RestartNeeded for a failed device."""
     chosen = (folder.read_state() or State(state="running", trials=0)).chosen
     file.write()
     write_record(folder.state_file, State(state="running", trials=settings.trials, chosen=chosen))
@@ -72,7 +68,7 @@ def recorded(
 
 
 def _faults_in_a_row(folder: RunFolder) -> int:
-    """Return how often the device has failed since the latest trial."""
+    """Return the number of device faults since the latest trial."""
     faults = 0
     for event in read_events(folder.events_file):
         faults = 0 if event.get("event") == "trial" else faults + (event.get("event") == "accelerator_fault")
@@ -87,22 +83,22 @@ def _end(folder: RunFolder, events: Events, state: str, reason: str) -> None:
         write_record(folder.state_file, ended)
         events.emit(f"job_{state}", reason=reason, phase=former.phase)
     except MachineError:
-        pass  # on a full disk nothing can be written down; the failure itself is what the user has to see
+        pass  # a full disk; the user must see the failure itself
 
 
 def _report(folder: RunFolder, events: Events) -> None:
-    """Write what there is to be seen of a failure."""
+    """Write reports about a failure."""
     try:
         try:
-            from job.report.markdown import write_reports  # whose study takes long to load
+            from job.report.markdown import write_reports  # its study imports slowly
 
             write_reports(folder)
-        except Exception as error:  # whatever it is, it must not hide what has failed
+        except Exception as error:  # must not hide the failure itself
             events.say(f"warning: the report cannot be written: {type(error).__name__}: {error}")
     except MachineError:
         pass  # the disk is full
 
 
 def settings_key(settings: Settings) -> str:
-    """Return what tells one start's settings from another's."""
+    """Return a hash that distinguishes settings of starts."""
     return hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:12]

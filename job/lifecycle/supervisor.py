@@ -1,7 +1,7 @@
-"""A parent process that ends the rental where the job's own process could not: it was killed, or refused its settings.
+"""Parent process that ends the rental if the job's process cannot: it was killed, or its settings were refused.
 
-It is started only where `--when-failed` asks for an end. It loads nothing of the job before that end, so that it stays
-small: what takes the memory of a machine is then not this process. It passes signals on, and ends as its child did.
+It runs only if `--when-failed` asks for an end. It imports nothing of the job until then, so it stays small and is no
+target of the out-of-memory killer. It forwards signals, and ends like its child.
 """
 
 from __future__ import annotations
@@ -23,17 +23,14 @@ _BLOCK = 1 << 16
 
 
 def supervised() -> None:
-    """Return in the process that does the work; in its supervisor, if one is asked for, never."""
+    """Return in the working process; never in its supervisor."""
     if adopt() or asked_when_failed(sys.argv[1:], os.environ) == "nothing" or not hasattr(signal, "sigwait"):
         return
     _leave(*_supervise())
 
 
 def asked_when_failed(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Return what `--when-failed` asks for: stop, destroy or nothing, whatever is wrong with the other settings.
-
-    A misspelt value counts as stop: somebody wants the machine to be ended.
-    """
+    """Return the action of `--when-failed`, whatever is wrong elsewhere; a misspelt value counts as stop."""
     if command_of(arguments) not in COMMANDS:
         return "nothing"
     value = given("when_failed", arguments, environment) or "nothing"
@@ -41,16 +38,16 @@ def asked_when_failed(arguments: Sequence[str], environment: Mapping[str, str]) 
 
 
 def command_of(arguments: Sequence[str]) -> str:
-    """Return the command that arguments call, "" for none."""
+    """Return the called command, "" for none."""
     words = arguments[1:] if list(arguments[:1]) == ["abliterate"] else arguments
     return words[0] if words else ""
 
 
 def given(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
-    """Return the value of a setting of text, read without parsing anything else; None where it is not given."""
+    """Return a text setting without parsing anything else; None if it is not given."""
     option = f"--{name.replace('_', '-')}"
     found = _options(option, arguments)
-    # As for all settings: --set counts last, then options, the environment and the file.
+    # As for all settings: the file, the environment, then options, then --set.
     assigned = [_assigned(name, text) for text in _options("--set", arguments)]
     for value in (*reversed(assigned), *reversed(found)):
         if value is not None:
@@ -70,7 +67,6 @@ def given(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -
 
 
 def _options(option: str, arguments: Sequence[str]) -> list[str]:
-    """Return all values of an option."""
     found = []
     for position, word in enumerate(arguments):
         if word == "--":
@@ -92,8 +88,8 @@ def _unquoted(text: str) -> str:
 
 
 def _supervise() -> tuple[int, bool, list[bytes]]:
-    """Run the command in a child; return its wait status, whether it was asked to stop, and what it told."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a child has ended
+    """Run the command in a child; return wait status, whether it was asked to stop, and its messages."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignoring it would hide how a child ended
     waited = _PASSED_ON | {signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
     reading, writing = os.pipe()
@@ -120,10 +116,7 @@ def _supervise() -> tuple[int, bool, list[bytes]]:
 
 
 def _reaped(child: int) -> int | None:
-    """Return the child's wait status once it has ended.
-
-    Whatever else has ended is reaped as well: in a container this may be the first process.
-    """
+    """Return the ended child's wait status; other processes are reaped too, as PID 1 of a container must."""
     while True:
         try:
             number, status = os.waitpid(-1, os.WNOHANG)
@@ -136,7 +129,6 @@ def _reaped(child: int) -> int | None:
 
 
 def _hear(reading: int, told: list[bytes]) -> None:
-    """Read all that the child has told."""
     while True:
         try:
             data = os.read(reading, _BLOCK)
@@ -148,11 +140,11 @@ def _hear(reading: int, told: list[bytes]) -> None:
 
 
 def _leave(status: int, signalled: bool, told: list[bytes]) -> NoReturn:
-    """End the rental if that is left to do, and then this process as the child has ended."""
+    """End the rental if needed, then this process like its child."""
     code = os.waitstatus_to_exitcode(status)
     try:
         _settle(code, signalled, b"".join(told))
-    except Exception as error:  # whatever it is: how the child has ended is what callers must see
+    except Exception as error:  # callers must see how the child ended
         _say(f"warning: this rental may BILL ON: it could not be ended: {type(error).__name__}")
     if code < 0:
         _die_alike(-code)
@@ -182,7 +174,7 @@ def _settle(code: int, signalled: bool, told: bytes) -> None:
 
 
 def _die_alike(number: int) -> None:
-    """Be killed by the same signal, without another core dump."""
+    """Die by the same signal, without another core dump."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -195,4 +187,4 @@ def _say(line: str) -> None:
     try:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        return  # nobody listens
+        return  # stderr is closed

@@ -1,8 +1,8 @@
-"""The mirror of a run folder somewhere else, from which a fresh machine goes on, and the lease that comes with it.
+"""The mirror of a run folder elsewhere, from which a fresh machine continues, and its lease.
 
-Under the URI each job has JOB_ID/head.json, the one document that changes, and JOB_ID/objects/, contents that never do.
-Signs of life and snapshots are both replacements of the head by compare-and-swap, so that a runner which has lost the
-lease cannot write either. Objects are there before the head that names them, and stay for one snapshot longer.
+Under the URI each job has JOB_ID/head.json, the only mutable document, and JOB_ID/objects/, which are immutable.
+Heartbeats and snapshots both replace the head by compare-and-swap, so a runner that lost the lease cannot write.
+Objects exist before the head that names them, and remain for one more snapshot.
 """
 
 from job.mirror.lease_keeper import LeaseKeeper

@@ -1,4 +1,4 @@
-"""What keeps failing in the background, said loudly and not too often."""
+"""Backoff and sparse warnings for failures in the background."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST_RETRY_S = 60.0
 
 
 class Trouble:
-    """How long something has been failing; says so at the first failure and then ever more rarely."""
+    """Duration of an ongoing failure; warns at the first failure, then ever more rarely."""
 
     def __init__(self, what: str, say: Callable[[str], None]) -> None:
         self._what, self._say = what, say
@@ -24,12 +24,12 @@ class Trouble:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the first of the failures, 0 while there are none."""
+        """Seconds since the first failure, 0 without any."""
         since = self._since
         return now() - since if since is not None else 0.0
 
     def failed(self, error: Exception) -> float:
-        """Note a failure and return the seconds to wait before the next try."""
+        """Record a failure; return seconds until the next try."""
         self.latest = redact(error.line if isinstance(error, JobError) else f"{type(error).__name__}: {error}")
         if self._since is None:
             self._since, self._next_word, self._failures = now(), 0.0, 0
@@ -42,7 +42,7 @@ class Trouble:
         return wait * random.uniform(0.5, 1.0)
 
     def passed(self) -> None:
-        """Note a success."""
+        """Record a success."""
         if self._since is not None:
             self._say(f"{self._what} works again after {self.seconds:.0f} s")
         self._since = None

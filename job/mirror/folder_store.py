@@ -1,4 +1,4 @@
-"""Mirrors in a folder: another disk, or a network file system."""
+"""Mirrors in a folder on another disk or a network file system."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BLOCK = 1 << 20
 
 
 class FileStore:
-    """Mirrors in a folder; heads are compared and replaced under a lock that goes with the process."""
+    """Mirrors in a folder; heads are compared and replaced under a lock bound to the process."""
 
     def __init__(self, uri: str, pace: SnapshotPace | None = None) -> None:
         self.uri = uri
@@ -34,10 +34,10 @@ class FileStore:
         self._root = target_folder(uri)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
     def probe(self) -> Proof:
-        """Write, rename, lock and delete in the folder, or where it is to be made."""
+        """Write, rename, lock and delete in the folder, or its nearest existing parent."""
         place = self._root
         while not place.exists():
             place = place.parent
@@ -66,18 +66,18 @@ class FileStore:
         with self._clear_errors(file):
             try:
                 if not stat.S_ISREG(file.stat().st_mode):
-                    return None  # nobody would ever write to a pipe
+                    return None  # reading a pipe would block forever
                 with file.open("rb") as opened:
                     status = os.fstat(opened.fileno())
                     if status.st_size > MOST_HEAD_BYTES:
                         raise oversized_head(self.uri, job)
-                    data = opened.read(status.st_size + 1)  # heads are replaced and do not grow
+                    data = opened.read(status.st_size + 1)  # heads are replaced, never extended
             except (FileNotFoundError, NotADirectoryError):
                 return None
         return Stored(data, hashlib.sha256(data).hexdigest(), self._age(file.parent, status.st_mtime))
 
     def _age(self, folder: Path, written: float) -> float | None:
-        """Return the seconds since a file was written; None where only reading is allowed."""
+        """Return seconds since a file was written; None on a read-only file system."""
         trial = folder / f".clock-{secrets.token_hex(8)}"
         try:
             trial.touch()
@@ -88,20 +88,20 @@ class FileStore:
         return max(now - written, 0.0)
 
     def names(self, job: str) -> list[str]:
-        """Return all files but the head and what begins with a dot."""
+        """Return all files except the head and hidden ones."""
         folder = self._root / job
         with self._clear_errors(folder):
             files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
         return sorted(str(p) for p in files if str(p) != HEAD and not any(part.startswith(".") for part in p.parts))
 
     def stage(self, job: str, objects: Mapping[str, tuple[Path, MirroredFile]], check: Callable[[], None]) -> None:
-        """Copy objects, each whole or not at all."""
+        """Copy objects, each atomically."""
         folder = self._root / job / OBJECTS
         with self._clear_errors(folder):
             make_folder(folder)
             for name, (source, entry) in objects.items():
                 if (folder / name).exists():
-                    continue  # of an earlier try: a name stands for its contents
+                    continue  # from an earlier try: a name determines the contents
                 check()
                 temporary = folder / f".{name}.tmp"
                 if _copy(source, temporary) != entry.sha256:
@@ -140,7 +140,7 @@ class FileStore:
             lock.release()
 
     def sweep(self, job: str, keep: AbstractSet[str]) -> None:
-        """Remove objects that nothing names, half-written ones, and what killed processes have left beside the head."""
+        """Remove unreferenced and partial objects, and leftovers of killed processes beside the head."""
         folder = self._root / job / OBJECTS
         with self._clear_errors(folder):
             since = (folder.parent / HEAD).stat().st_mtime
@@ -153,7 +153,7 @@ class FileStore:
                     path.unlink(missing_ok=True)
 
     def fetch(self, job: str, entry: MirroredFile, target: Path) -> None:
-        """Copy an object, no more of it than the head says; links and devices are none."""
+        """Copy an object up to its recorded size; links and devices are rejected."""
         source = self._root / job / OBJECTS / entry.object
         if not stat.S_ISREG(source.lstat().st_mode):
             raise FileNotFoundError(source)
@@ -164,7 +164,7 @@ class FileStore:
             while left and (block := reading.read(min(_BLOCK, left))):
                 writing.write(block)
                 left -= len(block)
-            if reading.read(1):  # it has grown meanwhile
+            if reading.read(1):  # it has grown since
                 raise OversizedError
 
     @contextmanager
@@ -175,12 +175,12 @@ class FileStore:
             raise _failed(self.uri, path, error.strerror or str(error)) from error
         except DeliveryError:
             raise
-        except JobError as error:  # of write_atomically: this folder is not the workspace
+        except JobError as error:  # from write_atomically: this folder is not the workspace
             raise DeliveryError(str(error), remedy="free space or correct its permissions") from error
 
 
 def _lock_quirk(file: Path) -> str | None:
-    """Return why a lock does not keep another process of this machine out, None if it does."""
+    """Return why a lock does not exclude other processes of this machine, None if it does."""
     with locked(file, _LOCK_SECONDS) as lock:
         if lock.by_file:
             return "this file system has no locks (flock): a file stands in for them"
@@ -191,7 +191,7 @@ def _lock_quirk(file: Path) -> str | None:
 
 
 def _copy(source: Path, target: Path) -> str:
-    """Copy a file durably, a block at a time, and return the sha256 of what was copied."""
+    """Copy a file durably; return its SHA-256."""
     digest = hashlib.sha256()
     with source.open("rb") as reading, target.open("wb") as writing:
         while block := reading.read(_BLOCK):

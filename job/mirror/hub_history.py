@@ -1,4 +1,4 @@
-"""The history of a mirror's branch on the Hub, squashed once it is long: each of its commits keeps a snapshot."""
+"""The history of a mirror's Hub branch, squashed once long: every commit keeps a snapshot."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from job.mirror.records import MirrorError, decode_head
 from job.mirror.store import MirrorStore, Stored
 from job.transfer.hub_repo import Repository
 
-# Commits after which a history is squashed; a snapshot a minute makes one each.
+# Commits before a squash: one per snapshot, hence at most one a minute.
 _LONGEST = 200
 
 
 class HubHistory:
-    """The commits of the branch that a mirror is kept on."""
+    """Commits of a mirror's branch."""
 
     def __init__(self, repo: Repository, store: MirrorStore) -> None:
         self._repo, self._store = repo, store
-        self._commits = 0  # made since the history was last squashed, or looked at
+        self._commits = 0  # since the last squash or count
 
     def look(self) -> None:
-        """Have the next commit squash a history that has more commits than the Hub lists at once."""
+        """Schedule a squash if the history exceeds one page of the Hub's list."""
         repo = self._repo
         answer = repo.ask(
             lambda: request_commits(repo, repo.target.branch, limit=_LONGEST), f"commits of {repo.repo_id}"
@@ -32,10 +32,7 @@ class HubHistory:
             self._commits = _LONGEST
 
     def extended(self, job: str, stored: Stored) -> Stored:
-        """Count a commit of a job's head, squash a history that is long by now, and return the head as it stands then.
-
-        What fails is said and tried again after as many commits: the mirror is none the worse for it.
-        """
+        """Count a commit of a job's head, squash a long history, and return the head; failures are retried later."""
         self._commits += 1
         if self._commits < _LONGEST:
             return stored
@@ -48,7 +45,7 @@ class HubHistory:
         except DeliveryError as error:
             self._repo.report(f"warning: the history of {self._repo.repo_id} stays long: {error.line}")
             return stored
-        # Another runner's head may have come between. Then the former commit stays what is expected, and that fails.
+        # If another runner's head came between, the former commit stays expected, and its replacement fails.
         return found if found is not None and found.data == stored.data else stored
 
     def _squash(self) -> None:
@@ -61,19 +58,19 @@ class HubHistory:
         )
 
     def _others_run(self, job: str) -> bool:
-        """Return whether another job's runner may be about to commit to the same branch."""
+        """Return whether another job's runner may commit to the same branch."""
         for other in self._store.jobs():
             try:
                 stored = self._store.read(other) if other != job else None
                 if stored is not None and is_running(decode_head(stored.data, other, self._store.uri), stored):
                     return True
             except MirrorError:
-                return True  # of what cannot be read nobody knows who writes it
+                return True  # unreadable, so its writer is unknown
         return False
 
 
 def request_commits(repo: Repository, revision: str, *, limit: int) -> Any:
-    """Return the Hub's answer to a request for the latest commits of a revision."""
+    """Return the Hub's response with a revision's latest commits."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not re-exported
         build_hf_headers,
         get_session,

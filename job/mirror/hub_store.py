@@ -1,4 +1,4 @@
-"""Mirrors in a private model repository on the Hub: a head and its objects go in one commit that names its parent."""
+"""Mirrors in a private Hub repository: one commit, naming its parent, holds a head and its objects."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Times that a commit is made anew on top of another job's in the same repository.
+# Retries of a commit on top of another job's in the same repository.
 _LOOKS = 8
 
 
 class _SquashedError(Exception):
-    """A revision is gone: the branch was squashed since it was looked at."""
+    """A revision is gone: the branch was squashed since."""
 
 
 class HubStore:
@@ -45,12 +45,7 @@ class HubStore:
         pace: SnapshotPace | None = None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Talk to nobody yet.
-
-        Raises:
-            DeliveryError: There is no token, or the Hub is forbidden.
-            UsageError: The URI names no model repository.
-        """
+        """Prepare without connecting. Raises DeliveryError without a token, or UsageError for a wrong URI."""
         self.uri = uri
         self.pace = pace or HUB_PACE
         self._options = HubOptions(visibility="private", token=token, commit_message="Checkpoint")
@@ -58,18 +53,18 @@ class HubStore:
         self._staged: dict[str, CommitOperationAdd] = {}
         self._seen: Snapshot | None = None
         self._history = HubHistory(self._repo, self)
-        # It replaces the client, which is not to happen first when a thread of ours is using it.
+        # This replaces the client, which must not happen while a thread uses it.
         count_traffic()
         self._open = ExitStack()
-        # For as long as the store is open: another thread's delivery would show the bars again in the middle.
+        # While the store is open: another thread's delivery would show the bars again.
         self._open.enter_context(quiet_client())
 
     def close(self) -> None:
-        """Let the client show its bars again."""
+        """Restore the client's progress bars."""
         self._open.close()
 
     def probe(self) -> Proof:
-        """Ask whether the token may write; nothing is made or changed."""
+        """Check that the token may write, without changes."""
         found = self._repo.look(MAIN)
         if found is not None:
             self._refuse_public(found)
@@ -80,11 +75,7 @@ class HubStore:
         return Proof(known.what, fenced=True, quirks=(quirk,))
 
     def prepare(self) -> None:
-        """Make the repository and the branch where they are missing.
-
-        Raises:
-            DeliveryError: That cannot be done, or the repository is public.
-        """
+        """Create the repository and branch if missing. Raises DeliveryError, also if the repository is public."""
         found = self._repo.look(MAIN)
         if found is not None:
             self._refuse_public(found)
@@ -111,7 +102,7 @@ class HubStore:
         return sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == HEAD)
 
     def read(self, job: str) -> Stored | None:
-        """Return the head at the branch's latest commit, which the next one is to be made on."""
+        """Return the head at the branch's latest commit, the parent of the next one."""
         for _ in range(_LOOKS):
             found = self._look()
             if found is None or f"{job}/{HEAD}" not in found.files:
@@ -126,7 +117,7 @@ class HubStore:
         raise DeliveryError(f"the history of {self._repo.repo_id} keeps changing", remedy="try again later")
 
     def _age(self, sha: str) -> float | None:
-        """Return the seconds since a commit by the Hub's clock; another job's commit makes it seem younger."""
+        """Return seconds since a commit by the Hub's clock; other jobs' commits make it seem younger."""
         answer = self._of_revision(
             lambda: request_commits(self._repo, sha, limit=1), f"the age of {self._repo.repo_id}"
         )
@@ -138,7 +129,6 @@ class HubStore:
             return None
 
     def _download(self, name: str, revision: str, take: Callable[[Path], T]) -> T:
-        """Return what take makes of a downloaded file."""
         api, repo_id = self._repo.api, self._repo.repo_id
         with scratch("mirror") as folder:
             return take(
@@ -149,12 +139,7 @@ class HubStore:
             )
 
     def _of_revision(self, call: Callable[[], T], what: str) -> T:
-        """Return what a call returns that names a revision.
-
-        Raises:
-            _SquashedError: There is no such revision any more.
-            DeliveryError: The Hub says no, or cannot be reached for long.
-        """
+        """Return the result of a call that names a revision. Raises _SquashedError if it is gone, or DeliveryError."""
         from huggingface_hub.errors import RevisionNotFoundError
 
         try:
@@ -168,17 +153,17 @@ class HubStore:
             raise _SquashedError from error
 
     def names(self, job: str) -> list[str]:
-        """Return all files of the job but the head."""
+        """Return all files of the job except the head."""
         found = self._look()
         root = f"{job}/"
         files = found.files if found else {}
         return [name for path in files if path.startswith(root) and (name := path.removeprefix(root)) != HEAD]
 
     def stage(self, job: str, objects: Mapping[str, tuple[Path, MirroredFile]], check: Callable[[], None]) -> None:
-        """Bring large files into the repository's storage, where nobody sees them; small ones go with the commit."""
+        """Upload large files unreferenced; small ones go with the commit."""
         from huggingface_hub import CommitOperationAdd
 
-        # Anew at each attempt: what is small is read when it is committed, from copies that an attempt makes anew.
+        # Repeated at each attempt: small files are read at commit, from copies made for that attempt.
         staged: dict[str, CommitOperationAdd] = {}
         for name, (source, entry) in objects.items():
             check()
@@ -190,11 +175,11 @@ class HubStore:
         self._staged = staged
 
     def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:
-        """Commit the head, all that is staged and removals at once, on top of what has been seen."""
+        """Commit the head, staged objects and removals on top of the expected revision."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         parent = expected.token if expected else self._parent(job)
-        # A sign of life may come between: it names nothing of what has been staged for a snapshot.
+        # A heartbeat may come between: it names no staged objects.
         named = [operation for name, operation in self._staged.items() if name.encode() in data]
         for _ in range(_LOOKS):
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -207,7 +192,7 @@ class HubStore:
                 if named:
                     self._staged = {}
                 return self._history.extended(job, Stored(data, sha, 0.0))
-            # Another job may have committed, too: that is no reason to give up.
+            # Another job may have committed too: retry.
             found = self.read(job)
             if (found and found.data) != (expected and expected.data):
                 raise ConflictError(found)
@@ -217,22 +202,18 @@ class HubStore:
         )
 
     def _parent(self, job: str) -> str:
-        """Return the branch's latest commit, which has no head of the job, as was expected.
-
-        Raises:
-            ConflictError: It has one now.
-        """
+        """Return the branch's latest commit. Raises ConflictError if it has a head of the job."""
         found = self._look() or self._repo.see(self._repo.target.branch)
         if f"{job}/{HEAD}" in found.files:
             raise ConflictError(self.read(job))
         return found.sha
 
     def sweep(self, job: str, keep: AbstractSet[str]) -> None:
-        """Have a long history squashed; objects come and go with the head that names them, so none is left over."""
+        """Squash a long history; commits leave no unreferenced objects."""
         self._history.look()
 
     def fetch(self, job: str, entry: MirroredFile, target: Path) -> None:
-        """Download an object, of the revision at which the head was read where it is there."""
+        """Download an object at the head's revision, if it still exists."""
         name = f"{job}/{OBJECTS}/{entry.object}"
         for _ in range(_LOOKS):
             if self._seen is None or name not in self._seen.files:

@@ -1,9 +1,8 @@
-"""Large files that grow, as the study and the event log: only the blocks that have changed are sent.
+"""Incremental upload of large growing files, such as study and event log.
 
-A file is kept as layers. The first holds all of it, each later one the blocks that changed since. A new layer takes in
-those before it that are no larger than itself. So there are about as many layers as the file has doublings, and what is
-sent for a trial stays bounded, however many there are. A layer is a line of JSON with the blocks that it holds, and the
-blocks; both are compressed.
+A file is stored as layers: the first holds all of it, each later one the changed blocks. A new layer absorbs preceding
+ones no larger than itself, so the number of layers is logarithmic in the file's size and the upload per trial stays
+bounded. A layer is a JSON line listing its blocks, then the blocks, both compressed.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from typing import BinaryIO
 
 from job.mirror.records import Layered, MirroredFile
 
-# Files that only ever grow, or change in few places.
+# Files that only grow, or change in few places.
 LAYERED = frozenset({"study.db", "events.jsonl"})
-# SQLite's pages are of this size, too.
+# Also the size of SQLite's pages.
 BLOCK = 4096
-# Smaller files are sent whole: what there is to save is less than what an object costs.
+# Smaller files are sent whole: the saving would be less than the cost of an object.
 SMALL_BYTES = 128 << 10
 _MOST_LAYERS = 12
 _MOST_HEADER = 1 << 20
@@ -32,32 +31,22 @@ _DIGEST = 16
 
 @dataclass(frozen=True)
 class _Known:
-    """Contents that have been sent, or were about to be.
-
-    Attributes:
-        digests: Of each block.
-        layers: The blocks of each layer.
-    """
+    """Sent contents: digest of each block, and the blocks of each layer."""
 
     digests: tuple[bytes, ...]
     layers: tuple[frozenset[int], ...]
 
 
 class Layers:
-    """Makes layers of the growing files of one run folder; what was sent is remembered as digests of its blocks."""
+    """Makes layers of one run folder's growing files; remembers digests of sent blocks."""
 
     def __init__(self) -> None:
         self._known: dict[str, dict[str, _Known]] = {}
 
     def make(self, path: str, source: Path, sha256: str, sent: MirroredFile | Layered | None, name: str) -> _Made:
-        """Write the layer that brings a file from what was sent to what it is now.
+        """Write the layer that updates a file from its mirrored entry (`sent`) to a copy (`source`).
 
-        Args:
-            path: In the run folder.
-            source: A copy of it, beside which the layer is written.
-            sha256: Of the copy.
-            sent: How the mirror holds the file now.
-            name: What objects of this snapshot are named by, after the hash of their contents.
+        The layer is written beside the copy; `name` is the suffix of this snapshot's object names.
         """
         digests = _digests(source)
         known = self._known.get(path, {})
@@ -65,7 +54,7 @@ class Layers:
         size = source.stat().st_size
         layers = sent.layers if isinstance(sent, Layered) else ()
         kept: tuple[MirroredFile, ...] = ()
-        # What a file that has shrunk held at its end stands in the layers before.
+        # The end of a file that has shrunk remains in earlier layers.
         if before is None or sent is None or size < sent.size or len(before.layers) != len(layers):
             blocks = [frozenset(range(len(digests)))]
         else:
@@ -85,7 +74,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class _Made:
-    """A file as the mirror is to hold it, and the one layer of it that has to be sent."""
+    """A file's new entry, and the one layer to send."""
 
     entry: Layered
     source: Path
@@ -100,13 +89,13 @@ def _digests(file: Path) -> tuple[bytes, ...]:
 
 
 def _folded(before: _Known, digests: Sequence[bytes]) -> list[frozenset[int]]:
-    """Return the blocks of all layers, the last of which is new."""
+    """Return the blocks of all layers, the last one new."""
     changed = {number for number, digest in enumerate(digests) if before.digests[number : number + 1] != (digest,)}
     layers = list(before.layers)
     while layers and (len(layers[-1]) <= len(changed) or len(layers) >= _MOST_LAYERS):
         changed |= layers.pop()
     if len(changed) == len(digests):
-        layers.clear()  # nothing of what lies below would be seen
+        layers.clear()  # fully covered by the new layer
     return [*layers, frozenset(changed)]
 
 
@@ -122,23 +111,13 @@ def _encoded(source: Path, blocks: Sequence[int]) -> bytes:
 
 
 def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield first number and length of each run of consecutive numbers."""
+    """Yield start and length of each run of consecutive numbers."""
     starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(blocks)) if b != a + 1), len(blocks)]
     yield from ((blocks[start], end - start) for start, end in pairwise(starts) if end > start)
 
 
 def assemble(layers: Collection[Path], target: Path, size: int) -> None:
-    """Write a file from its layers, unverified.
-
-    Args:
-        layers: Files that hold them, the oldest first.
-        target: The file.
-        size: What it will hold at most, which bounds what a layer may hold.
-
-    Raises:
-        ValueError: A layer is none.
-        OSError: The file cannot be written.
-    """
+    """Write a file of `size` bytes from its layers, oldest first, unverified. Raises ValueError."""
     with target.open("wb") as file:
         for layer in layers:
             _apply(layer.read_bytes(), file, size)
@@ -153,7 +132,7 @@ def _apply(layer: bytes, file: BinaryIO, size: int) -> None:
     if not _are_runs(runs):
         raise ValueError("no layer")
     for first, count in runs:
-        if (first + count - 1) * BLOCK >= size:  # before anything is written: it may be of any size
+        if (first + count - 1) * BLOCK >= size:  # before writing anything: the size is unbounded
             raise ValueError("a layer is larger than its file")
         file.seek(first * BLOCK)
         for _ in range(count):
@@ -163,17 +142,13 @@ def _apply(layer: bytes, file: BinaryIO, size: int) -> None:
 
 
 class _Unpacked:
-    """Compressed bytes, of which no more is unpacked than is asked for: little may become very much."""
+    """Bounded decompression, against compression bombs."""
 
     def __init__(self, packed: bytes) -> None:
         self._packed, self._unpacker, self._left = packed, zlib.decompressobj(), b""
 
     def take(self, count: int) -> bytes:
-        """Return the next bytes, fewer at the end.
-
-        Raises:
-            ValueError: They are not whole.
-        """
+        """Return the next bytes, fewer at the end. Raises ValueError if they are damaged."""
         while len(self._left) < count and not self._unpacker.eof:
             try:
                 more = self._unpacker.decompress(self._packed, max(count - len(self._left), BLOCK))
@@ -187,11 +162,7 @@ class _Unpacked:
         return found
 
     def line(self, most: int) -> bytes:
-        """Return the bytes up to the first line feed, which is taken, too.
-
-        Raises:
-            ValueError: There is none within so many bytes.
-        """
+        """Read up to and including the first line feed. Raises ValueError if there is none within the limit."""
         found = b""
         while b"\n" not in found:
             more = self.take(BLOCK)

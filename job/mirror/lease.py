@@ -1,7 +1,7 @@
-"""The lease: one runner at a time may write to a mirror, and all that it writes is a replacement of the head.
+"""The lease: one runner at a time writes to a mirror, always by replacing the head.
 
-Whoever takes the lease replaces the head, so that the former runner's next replacement finds another head than it
-expects and fails: it cannot write any more, whatever it believes. Nobody's wall clock is trusted.
+Taking the lease replaces the head, so the former runner's next compare-and-swap fails: it cannot write, whatever it
+believes. No wall clock is trusted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from job.system.failpoints import reached
 from job.system.processes import process_namespace, this_process
 from job.text.redaction import redacted
 
-# Times that a head is looked at anew because another runner was quicker, or an answer got lost.
+# Retries after a faster runner or a lost response.
 _LOOKS = 5
 _REMEDY = "let one run do this job; this one stops before it writes again"
 
@@ -30,21 +30,19 @@ Change = Callable[[Head], tuple[Mapping[str, Any], Collection[str]]]
 
 
 def now() -> float:
-    """Return seconds of a clock that nobody sets and that goes on while the machine sleeps, where there is one."""
+    """Return seconds of a monotonic clock that includes sleep where available."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class LeaseLostError(HeldError):
-    """Another runner has taken the lease over, or the mirror has been removed."""
+    """Another runner took the lease, or the mirror was removed."""
 
 
 class Holding:
-    """The lease of one mirror in the hands of this runner; safe to use from several threads.
+    """This runner's lease of one mirror; thread-safe.
 
     Attributes:
-        head: The head as it stands.
-        confirmed: When, by `now`, the request was begun that has last proved the lease.
-        lost: Why it is lost, None while it is not.
+        confirmed: Start of the last request that proved the lease, by `now`.
     """
 
     def __init__(self, store: MirrorStore, head: Head, stored: Stored, confirmed: float) -> None:
@@ -54,22 +52,17 @@ class Holding:
         self._lock = threading.Lock()
 
     def update(self, change: Change = lambda _: ({}, ()), *, release: bool = False) -> None:
-        """Replace the head; that is also a sign of life, of which there are no more once the lease is released.
+        """Replace the head, which is also a heartbeat; none follows after release.
 
-        Args:
-            change: Returns the fields to change and the objects to remove, from the head as it stands.
-            release: Leave word that this runner has ended.
-
-        Raises:
-            LeaseLostError: Another runner holds the lease; nothing was written.
-            DeliveryError: The mirror cannot be reached; whether anything was written shows at the next time.
+        `change` returns the changed fields and the objects to remove. Raises LeaseLostError, with nothing written, or
+        DeliveryError; then the next call shows whether it was written.
         """
         with self._lock:
             for _ in range(_LOOKS):
                 if self.lost is not None:
                     raise self.lost
                 if self.head.lease.released and not release:
-                    return  # a sign of life that waited while the last word was sent must not take it back
+                    return  # a waiting heartbeat must not undo the release
                 begun = now()
                 fields, remove = change(self.head)
                 lease = self.head.lease.model_copy(update={"beat": self.head.lease.beat + 1, "released": release})
@@ -86,11 +79,7 @@ class Holding:
             raise self.lost
 
     def _adopt(self, found: Stored | None, wanted: Head) -> bool:
-        """Go on from a head of ours whose answer got lost, and return whether it is the wanted one.
-
-        Raises:
-            LeaseLostError: It is another runner's.
-        """
+        """Adopt our own head whose response was lost; return whether it is the wanted one. Raises LeaseLostError."""
         theirs = decode_head(found.data, wanted.job_id, self._store.uri) if found else None
         if found is None or theirs is None or theirs.lease.runner != wanted.lease.runner:
             who = f"{theirs.lease.describe()} has taken it over" if theirs else "the checkpoint has been removed"
@@ -127,19 +116,9 @@ def _first_head(job: str, identity: Mapping[str, Any], lease: Lease, writer: str
 
 
 def take(store: MirrorStore, job: str, identity: Mapping[str, Any], writer: str, say: Callable[[str], None]) -> Holding:
-    """Take the lease of a job's mirror, making the mirror where there is none.
+    """Take the lease of a job's mirror, created if missing; `writer` is the run folder's lineage.
 
-    Args:
-        store: Where it is.
-        job: The job.
-        identity: What the job is.
-        writer: The run folder, where it is new to the mirror.
-        say: Told of a wait.
-
-    Raises:
-        HeldError: Another runner holds it and lives.
-        MirrorError: The mirror is torn or another job's.
-        DeliveryError: It cannot be reached.
+    Raises HeldError for a live runner, MirrorError for a damaged or another job's mirror, or DeliveryError.
     """
     lease = _own_lease(store)
     for look in range(_LOOKS):
@@ -155,7 +134,7 @@ def take(store: MirrorStore, job: str, identity: Mapping[str, Any], writer: str,
             found = wait_until_free(store, job, found, say)
             if found is None:
                 continue
-            # The wait may have ended because another runner wrote a last snapshot and left.
+            # Another runner may have written a last snapshot and left.
             changes = {"version": VERSION, "package": __version__, "lease": lease}
             head = decode_head(found.data, job, store.uri).model_copy(update=changes)
         begun = now()
@@ -180,20 +159,13 @@ def _check(store: MirrorStore, job: str, identity: Mapping[str, Any], found: Sto
 
 
 def wait_until_free(store: MirrorStore, job: str, found: Stored, say: Callable[[str], None]) -> Stored | None:
-    """Return the head once its lease is free: released, its process dead, or silent until it expires.
-
-    Returns:
-        The head to replace; None where it has been removed meanwhile.
-
-    Raises:
-        HeldError: Its runner lives.
-    """
+    """Return the head once its lease is released, dead or expired; None if it was removed. Raises HeldError."""
     lease = decode_head(found.data, job, store.uri).lease
     if lease.released or lease.is_dead:
         return found
     if lease.is_near:
         raise _held(store, job, lease)
-    # Its age by the server's own clock first; from now on by ours, which is monotonic.
+    # Its age at first by the server's clock; then by ours, which is monotonic.
     begun = now() - (found.age_s or 0.0)
     left = lease.expiry_s - (now() - begun)
     if left > 0:
@@ -212,7 +184,7 @@ def wait_until_free(store: MirrorStore, job: str, found: Stored, say: Callable[[
 
 
 def is_running(head: Head, stored: Stored) -> bool:
-    """Return whether a runner seems to be at a job, without waiting for a sign of life."""
+    """Return whether a job seems to be running, without waiting for a heartbeat."""
     if head.lease.released or head.lease.is_dead:
         return False
     return head.lease.is_near or stored.age_s is None or stored.age_s <= head.lease.expiry_s

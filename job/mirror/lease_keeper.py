@@ -1,4 +1,4 @@
-"""Keeps the lease of a run's mirror: renews it in the background, and tells when it is lost."""
+"""Renew the lease of a run's mirror in the background, and report its loss."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ _WATCH_S = 0.25
 
 
 class LeaseKeeper:
-    """The lease of one job's mirror, and the threads that renew it and watch over it.
-
-    Until `start`, only signs of life are given. All threads are daemons: nothing here keeps a process that is to end.
-    """
+    """A job's lease with the daemon threads that renew and watch it. Before `start` it only sends heartbeats."""
 
     def __init__(
         self, store: MirrorStore, holding: Holding, folder: RunFolder, say: Callable[[str], None], *, required: bool
@@ -40,7 +37,7 @@ class LeaseKeeper:
 
     @property
     def head(self) -> Head:
-        """The mirror's head as this run has last written it."""
+        """The head as last written by this run."""
         return self._holding.head
 
     @property
@@ -48,30 +45,23 @@ class LeaseKeeper:
         return self._store.pace
 
     def start(self, on_lost: Callable[[JobError], None] | None = None) -> None:
-        """Begin to take snapshots.
-
-        Args:
-            on_lost: Called at most once, from another thread, with what `check` raises from then on.
-        """
+        """Start snapshots; `on_lost` is called at most once, from another thread, with the error of `check`."""
         self._on_lost = on_lost
         self._sender.start()
         self._watcher.start()
 
     def request(self) -> None:
-        """Ask for a snapshot soon; requests that come while one is under way make one more, and none waits."""
+        """Request a snapshot soon; requests during one are merged."""
         self._sender.request()
 
     def discard(self) -> None:
-        """Have the mirror forget its snapshots when this is closed: the job came to nothing."""
+        """Remove the snapshots on close: the job came to nothing."""
         self._sender.discard()
 
     def check(self) -> None:
-        """Return at once if the run may go on.
+        """Raise HeldError if the lease is lost, or DeliveryError if a required mirror was down for its duration.
 
-        Raises:
-            HeldError: The lease is lost; or, within `outward`, it could not be renewed before it expired, so that
-                another run may hold it by now.
-            DeliveryError: The mirror is required and has been down for as long as a lease lasts.
+        Within `outward`, an expired lease counts as lost.
         """
         if self._holding.lost is not None:
             raise self._holding.lost
@@ -90,15 +80,10 @@ class LeaseKeeper:
 
     @contextmanager
     def outward(self) -> Iterator[None]:
-        """Do within the block what others see, as uploads: there it is not enough that the lease is not known lost.
-
-        Raises:
-            HeldError: It is lost or has expired.
-            DeliveryError: As for `check`.
-        """
+        """Context for public actions such as uploads, which need a valid lease. Raises like `check`."""
         if now() - self._holding.confirmed > self.head.lease.expiry_s:
             try:
-                self._renew()  # after a sleep of this process nothing but that may be missing
+                self._renew()  # after a suspend only a renewal may be missing
             except LeaseLostError:
                 raise
             except DeliveryError as error:
@@ -111,16 +96,9 @@ class LeaseKeeper:
             self._outward -= 1
 
     def close(self, *, final: bool = True, seconds: float = 60.0, hurry: bool = False) -> bool:
-        """Take the last snapshot and release the lease, within so many seconds.
+        """Take the `final` snapshot and release the lease within `seconds`; return whether all succeeded.
 
-        Args:
-            final: Take it; otherwise the lease is released as the mirror stands.
-            hurry: Leave out large caches that have not arrived, and break off what is under way for them: for a
-                machine that is about to be taken away.
-            seconds: How long to wait; what is not done then is given up.
-
-        Returns:
-            Whether all of that was done.
+        `hurry` skips and aborts large caches, if the machine is about to be reclaimed.
         """
         self._closing = True
         done = self._sender.close(final=final, seconds=seconds, hurry=hurry)
@@ -133,7 +111,7 @@ class LeaseKeeper:
     def _beat(self) -> None:
         wait = self._pace.beat_s
         while not self._ended.wait(wait):
-            # A snapshot is a sign of life, too.
+            # A snapshot is a heartbeat too.
             silent = now() - self._holding.confirmed
             if silent < self._pace.beat_s / 2:
                 wait = self._pace.beat_s - silent
@@ -143,7 +121,7 @@ class LeaseKeeper:
                 wait = self._pace.beat_s
             except LeaseLostError:
                 return
-            except Exception as error:  # whatever it is: a lease that runs out silently would be worse
+            except Exception as error:  # a lease that expires silently would be worse
                 wait = min(self._life.failed(error), self._pace.beat_s)
 
     def _renew(self) -> None:
@@ -161,7 +139,7 @@ class LeaseKeeper:
 
 
 def _heard(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Return a way to say things from threads that have to go on, whatever becomes of the log."""
+    """Wrap `say` for threads that must continue if the log fails."""
 
     def heard(message: str) -> None:
         try:

@@ -1,4 +1,4 @@
-"""A place for the mirrors of jobs: looked at, claimed and restored from."""
+"""A store of mirrors: list, claim and restore jobs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from job.storage.atomic import cannot_write, make_folder, write_record
 from job.storage.run_folder import JOB_ID, RunFolder
 from job.storage.study_file import count_trials, restore_if_damaged
 
-# For people: what a mirror holds and what it never holds.
+# Shown to people: what a mirror holds and what it never holds.
 HOLDS = (
     "the study with its plan, directions, cached residuals, prompts, figures, events and status; no model, no export"
 )
@@ -34,13 +34,10 @@ _SMALL_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class Fetched:
-    """The small files of a job's latest snapshot.
+    """Small files of a job's latest snapshot.
 
     Attributes:
-        folder: Where they are.
-        head: The head that names them.
-        running: Whether a runner seems to be at the job.
-        left_out: Settings that job.json has and that are not taken from a mirror, by dotted key.
+        left_out: Untrusted settings dropped from job.json, by dotted key.
     """
 
     folder: RunFolder
@@ -50,21 +47,11 @@ class Fetched:
 
 
 def open_mirror(uri: str, options: MirrorOptions, report: Callable[[str], None] = lambda _: None) -> Mirror:
-    """Return the place that a URI names; nothing is sent yet.
-
-    Args:
-        uri: file:///dir, hf://user/repo[@branch] or s3://bucket[/prefix].
-        options: How to reach and keep it.
-        report: Told of what is tried again.
-
-    Raises:
-        UsageError: The URI names no such place.
-        DeliveryError: Credentials are missing or unusable.
-    """
+    """Return a mirror without connecting. Raises UsageError for a wrong URI, or DeliveryError for credentials."""
     scheme = scheme_of(uri)
     pace = options.pace or pace_as_told()
     store: MirrorStore
-    # Each brings a client that takes its time to load.
+    # Each imports a slow client.
     if scheme == "file":
         from job.mirror.folder_store import FileStore
 
@@ -81,26 +68,19 @@ def open_mirror(uri: str, options: MirrorOptions, report: Callable[[str], None] 
 
 
 def expected_bytes(prompts: int, layers: int, width: int, directions: int = 1) -> int:
-    """Return about how many bytes the mirror of a job will hold: its residuals, its directions and small files.
-
-    Args:
-        prompts: Prompts whose residuals are kept.
-        layers: The model's layers.
-        width: Of its residual stream.
-        directions: Directions of each layer.
-    """
+    """Estimate a mirror's size in bytes: residuals of `prompts` prompts, directions and small files."""
     return (prompts + directions) * layers * width * 4 + _SMALL_BYTES
 
 
 class Mirror:
-    """A place for mirrors; a context manager."""
+    """A store of mirrors; a context manager."""
 
     def __init__(self, store: MirrorStore, *, required: bool) -> None:
         self._store, self._required = store, required
 
     @property
     def uri(self) -> str:
-        """The place."""
+        """URI of the store."""
         return self._store.uri
 
     def __enter__(self) -> Mirror:
@@ -110,39 +90,26 @@ class Mirror:
         self.close()
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         self._store.close()
 
     def probe(self) -> Proof:
-        """Prove that mirrors can be kept here, and leave nothing behind.
-
-        Raises:
-            DeliveryError: They cannot.
-        """
+        """Prove that mirrors can be stored here, leaving nothing behind. Raises DeliveryError."""
         return self._store.probe()
 
     def jobs(self) -> list[Head]:
-        """Return the heads of all jobs here that can be read, with their identities.
-
-        Raises:
-            DeliveryError: The place cannot be reached.
-        """
+        """Return all readable heads. Raises DeliveryError if the store cannot be reached."""
         found = []
         for job in filter(JOB_ID.fullmatch, self._store.jobs()):
             try:
                 stored = self._store.read(job)
                 found += [decode_head(stored.data, job, self.uri)] if stored else []
             except MirrorError:
-                continue  # said when that very job is asked for
+                continue  # reported when that job is requested
         return found
 
     def holder(self, job: str) -> str | None:
-        """Return in words who seems to be at a job, None if nobody is.
-
-        Raises:
-            MirrorError: The mirror is torn or another job's.
-            DeliveryError: The place cannot be reached.
-        """
+        """Describe a job's current runner, or None. Raises MirrorError or DeliveryError."""
         stored = self._store.read(job)
         if stored is None:
             return None
@@ -150,45 +117,22 @@ class Mirror:
         return head.lease.describe() if is_running(head, stored) else None
 
     def other_holder(self, job: str) -> tuple[str, bool] | None:
-        """Return who but this process seems to be at a job, and whether that is on another machine.
-
-        Raises:
-            MirrorError: The mirror is torn or another job's.
-            DeliveryError: The place cannot be reached.
-        """
+        """Describe another runner of a job, and whether it is elsewhere. Raises MirrorError or DeliveryError."""
         return holder(self._store, job)
 
     def shortfall(self, folder: RunFolder) -> str:
-        """Return what of a run folder is not held here now, "" if all is; every object is read back.
-
-        Raises:
-            JobError: The place cannot be reached, the mirror is torn or the study damaged.
-            OSError: There is no room for copies.
-        """
+        """Return what of a run folder is missing here, or ""; reads every object back. Raises JobError or OSError."""
         return shortfall(self._store, folder)
 
     def overtaken(self, folder: RunFolder) -> str:
-        """Return why a mirror that another machine goes on with may lack work of a folder, "" if it lacks none.
-
-        Raises:
-            JobError: The place cannot be reached, or the mirror is torn.
-            OSError: There is no room for copies.
-        """
+        """Return why a mirror continued elsewhere may lack a folder's work, or "". Raises JobError or OSError."""
         return overtaken(self._store, folder)
 
     def fetch(self, job: str, into: Path, *, whole: bool = False) -> Fetched:
-        """Download a job's latest snapshot into a folder named after it; no lease is needed.
+        """Download a job's latest snapshot into a new folder under `into`, without the lease.
 
-        Args:
-            job: The job.
-            into: Where its folder is made.
-            whole: With the caches of residuals and directions.
-
-        Raises:
-            UsageError: There is no such job here.
-            MirrorError: The mirror is torn.
-            DeliveryError: The place cannot be reached.
-            MachineError: The folder cannot be written.
+        `whole` includes caches. Raises UsageError without such a job, MirrorError if damaged, DeliveryError or
+        MachineError.
         """
         for attempt in (1, 2, 3):
             stored = self._store.read(job)
@@ -202,7 +146,7 @@ class Mirror:
             except OSError as error:
                 raise cannot_write(into, error) from error
             except MirrorError:
-                # The run goes on meanwhile, and two snapshots later what this one named is gone.
+                # Two snapshots later, the files of this one are gone.
                 if attempt == 3:
                     raise
                 continue
@@ -210,7 +154,7 @@ class Mirror:
         raise AssertionError("unreachable")
 
     def _download(self, head: Head, paths: list[str], folder: RunFolder) -> Mapping[str, Any]:
-        """Download files of a snapshot, job.json last and apart until it is proved; return what that left out."""
+        """Download files of a snapshot, with job.json last and vetted; return what vetting dropped."""
         name = folder.job_file.name
         apart = RunFolder(folder.path / INCOMING)
         left_out: Mapping[str, Any] = {}
@@ -226,20 +170,10 @@ class Mirror:
         return left_out
 
     def claim(self, folder: RunFolder, identity: Mapping[str, Any], say: Callable[[str], None]) -> LeaseKeeper:
-        """Take the lease of a job and bring its run folder up to date; signs of life are given from then on.
+        """Take a job's lease, update its run folder, and start heartbeats.
 
-        The folder need not be there. Where another machine has gone on since, what stands in it is moved aside.
-
-        Args:
-            folder: Its run folder, held by this run.
-            identity: What the job is, as in job.json.
-            say: Told of what happens, from any thread.
-
-        Raises:
-            HeldError: Another runner holds the job and lives.
-            MirrorError: The mirror is torn or something else's.
-            DeliveryError: It cannot be reached or made.
-            MachineError: The folder cannot be written.
+        The folder need not exist. If another machine has continued since, its contents are moved aside. Raises
+        HeldError for a live runner, MirrorError for a damaged mirror, DeliveryError or MachineError.
         """
         try:
             make_folder(folder.path)
@@ -258,7 +192,7 @@ class Mirror:
         return keeper
 
     def _bring_up(self, holding: Holding, folder: RunFolder, lineage: Lineage, say: Callable[[str], None]) -> None:
-        """Restore where the mirror is ahead of the folder, and only then let the mirror follow the folder."""
+        """Restore the folder if the mirror is ahead, before the mirror may follow the folder."""
         head = holding.head
         here = head.writer == lineage.folder and head.generation <= lineage.generation and folder.job_file.exists()
         trials = count_mirrored(self._store, head) if here else head.trials
@@ -279,10 +213,7 @@ class Mirror:
 
 
 def _damage(folder: RunFolder, mirrored: int, say: Callable[[str], None]) -> str | None:
-    """Return what is wrong with the study here, in words; None if it holds all that its mirror holds.
-
-    The backup beside it is tried first: it may hold more.
-    """
+    """Describe damage of the local study after trying its backup; None if it holds everything mirrored."""
     try:
         if restored := restore_if_damaged(folder.study_file):
             say(f"warning: {restored}")
@@ -297,7 +228,7 @@ def _damage(folder: RunFolder, mirrored: int, say: Callable[[str], None]) -> str
 
 
 def _lineage(folder: RunFolder) -> Lineage:
-    """Return the lineage of a run folder, a new one for a folder that has none."""
+    """Return a run folder's lineage, a new one if missing."""
     try:
         return Lineage.model_validate_json((folder.path / LINEAGE).read_bytes())
     except (OSError, ValidationError):

@@ -1,4 +1,4 @@
-"""Which mirror, and how it is kept."""
+"""Options of a mirror: place, pace and access."""
 
 from __future__ import annotations
 
@@ -17,16 +17,13 @@ _URI = re.compile(r"(file)://(?:/.+)|(hf)://[\w.-]+/[\w.-]+(?:@[^@\s]+)?|(s3)://
 
 @dataclass(frozen=True)
 class SnapshotPace:
-    """How often a mirror is written.
+    """Intervals of a mirror, in seconds. Raises UsageError if a lease expires within two heartbeats.
 
     Attributes:
-        beat_s: Seconds between signs of life.
-        expiry_s: Seconds of silence after which another runner may take over.
-        snapshot_s: Seconds between two snapshots at least, the last one excepted.
-        poll_s: Seconds between two looks at a lease that may be stale.
-
-    Raises:
-        UsageError: A lease would run out between two signs of life.
+        beat_s: Between heartbeats.
+        expiry_s: Silence after which another runner may take over.
+        snapshot_s: Least interval of snapshots, except the last.
+        poll_s: Between checks of a possibly stale lease.
     """
 
     beat_s: float = 20.0
@@ -39,22 +36,20 @@ class SnapshotPace:
             raise UsageError("a lease needs at least two signs of life before it expires")
 
 
-# Names four numbers for tests: beat_s,expiry_s,snapshot_s,poll_s.
+# For tests: beat_s,expiry_s,snapshot_s,poll_s.
 PACE = "JOB_CHECKPOINT_PACE"
 
-# The Hub counts commits by the hour: one a minute at most, and signs of life count.
+# The Hub limits commits per hour: one a minute at most, heartbeats included.
 HUB_PACE = SnapshotPace(beat_s=120.0, expiry_s=360.0, snapshot_s=60.0, poll_s=15.0)
 
 
 @dataclass(frozen=True)
 class MirrorOptions:
-    """How to reach a mirror and how to keep it.
+    """Access to a mirror.
 
     Attributes:
-        required: Stop the job where the mirror stays down, instead of going on without.
-        pace: How often it is written; None: what suits the kind of server.
-        s3: How to reach an S3 server; None: as boto3 finds it.
-        token: For the Hub; None: HF_TOKEN or the client's own store.
+        required: Stop the job if the mirror stays down.
+        token: Hub token; None: HF_TOKEN or the client's own store.
     """
 
     required: bool = False
@@ -64,17 +59,13 @@ class MirrorOptions:
 
 
 def pace_as_told() -> SnapshotPace | None:
-    """Return the pace that the environment names, None if it names none."""
+    """Return the intervals set in the environment, or None."""
     told = os.environ.get(PACE)
     return SnapshotPace(*map(float, told.split(","))) if told else None
 
 
 def scheme_of(uri: str) -> str:
-    """Return "file", "hf" or "s3".
-
-    Raises:
-        UsageError: The URI names no mirror.
-    """
+    """Return "file", "hf" or "s3". Raises UsageError if the URI names no mirror."""
     match = _URI.fullmatch(uri)
     if match is None:
         raise UsageError(

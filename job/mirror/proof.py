@@ -1,4 +1,4 @@
-"""Proof that a mirror holds a run folder now: all objects are read back, and nothing in the folder is newer."""
+"""Proof that a mirror holds a run folder now: every object is read back, and the folder is not newer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,7 @@ from job.system.tempdirs import scratch
 
 
 def shortfall(store: MirrorStore, folder: RunFolder) -> str:
-    """Return what of a run folder the mirror does not hold, "" if it holds all.
-
-    Args:
-        store: The mirror's place.
-        folder: The run folder; nobody may be writing to it.
-
-    Raises:
-        JobError: The mirror cannot be reached or is torn, or the study is damaged.
-        OSError: There is no room for copies.
-    """
+    """Return what of a run folder, which must not change, the mirror lacks, or "". Raises JobError or OSError."""
     head = _head(store, folder.path.name)
     if isinstance(head, str):
         return head
@@ -41,12 +32,7 @@ def shortfall(store: MirrorStore, folder: RunFolder) -> str:
 
 
 def overtaken(store: MirrorStore, folder: RunFolder) -> str:
-    """Return why a mirror that another machine goes on with may lack work of this folder, "" if it lacks none.
-
-    Raises:
-        JobError: The mirror cannot be reached or is torn.
-        OSError: There is no room for copies.
-    """
+    """Return why a mirror continued elsewhere may lack this folder's work, or "". Raises JobError or OSError."""
     here = _trials(folder.study_file)
     head = _head(store, folder.path.name, empty=here == 0)
     if isinstance(head, str):
@@ -61,11 +47,7 @@ def overtaken(store: MirrorStore, folder: RunFolder) -> str:
 
 
 def holder(store: MirrorStore, job: str) -> tuple[str, bool] | None:
-    """Return who else seems to be at a job, and whether that is on another machine; None if nobody is.
-
-    Raises:
-        JobError: The mirror cannot be reached or is torn.
-    """
+    """Describe another runner of a job, and whether it is on another machine, or None. Raises JobError."""
     stored = store.read(job)
     if stored is None:
         return None
@@ -76,7 +58,7 @@ def holder(store: MirrorStore, job: str) -> tuple[str, bool] | None:
 
 
 def _head(store: MirrorStore, job: str, *, empty: bool = False) -> Head | str:
-    """Return a job's head, or why there is none that holds anything; an empty one may be allowed."""
+    """Return a job's head, or why it holds nothing."""
     stored = store.read(job)
     if stored is None:
         return f"{store.uri} does not hold job {job}"
@@ -85,17 +67,17 @@ def _head(store: MirrorStore, job: str, *, empty: bool = False) -> Head | str:
 
 
 def _damage(store: MirrorStore, head: Head) -> str:
-    """Read all objects of the latest snapshot and return what is wrong with the first that is not whole."""
+    """Read all objects of the latest snapshot; return what is wrong with the first damaged one."""
     with scratch("proof") as place:
         for path in head.files:
             try:
                 download(store, head, [path], place)
             except MirrorError as error:
                 return str(error)
-            (place / path).unlink()  # together they may be more than there is room for
+            (place / path).unlink()  # together they may not fit the disk
     return ""
 
 
 def _trials(study: Path) -> int | None:
-    """Return how many trials a study has, None if it is damaged."""
+    """Return a study's number of trials, None if it is damaged."""
     return count_trials(study) if study.exists() else 0

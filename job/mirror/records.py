@@ -1,4 +1,4 @@
-"""What a mirror says of itself: head.json, the one document that ever changes, and the lease in it."""
+"""Records of a mirror: head.json, its only mutable document, and the lease within."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from job.system.processes import HolderRecord, ProcessRecord, is_alive, process_
 
 # Names under JOB_ID/ of a mirror.
 HEAD, OBJECTS = "head.json", "objects"
-# A runner that has lost the lease may still be about to delete what nothing named when it last looked. So the names of
-# objects are never used again: contents, generation and runner are in them.
+# A runner that lost the lease may still delete objects that were unreferenced when it last looked. So object names are
+# never reused: they include contents, generation and runner.
 _OBJECT = r"^[0-9a-f]{64}\.[0-9]+-[0-9a-f]{8}$"
 _SHA256 = r"^[0-9a-f]{64}$"
 _KIND: Literal["abliteration-job checkpoint"] = "abliteration-job checkpoint"
-# Of the head. Version 1 has neither layers nor a count of trials; it is read and gone on with, as version 2.
+# Version of the head. Version 1 lacks layers and the count of trials; it is read and continued as version 2.
 VERSION: Literal[2] = 2
-# What a run folder holds that a mirror holds, too. In this order it is copied: what says that something is done comes
-# before what it was done with, so that no snapshot, taken while the run goes on, claims more than it holds.
+# Mirrored files of a run folder, in the order of copying: records of completion come before their data, so a snapshot
+# during a run never claims more than it holds.
 MIRRORED = (
     "state.json",
     "meter.json",
@@ -46,31 +46,25 @@ MIRRORED = (
 )
 STUDY, LINEAGE = "study.db", "mirror.json"
 _FILES = frozenset(name for name in MIRRORED if "." in name)
-# Names within a run folder; none is `..`, hidden, or of another file system's making.
+# Names within a run folder; never `..`, hidden, or specific to a file system.
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
-# Folders of large files that are named by a key over all that changes them.
+# Folders of large files named by a cache key.
 CACHES = ("directions", "residuals")
-# What a head may have, and each kind of file: a mirror's host must not fill memory. Caches are streamed to the disk.
+# Size limits of the head and of files, so that a mirror's host cannot fill memory. Caches are streamed to disk.
 MOST_HEAD_BYTES = 16 << 20
 _MOST_BYTES = 128 << 20
 _MOST_OF_MANY = 2 << 30
 _OF_MANY = frozenset({"study.db", "events.jsonl", "prompts.json"})  # they grow with trials and prompts
-# A layer is compressed, which may make it somewhat larger than what it holds; its first line says which blocks it has.
+# Compression may enlarge a layer slightly; its first line lists its blocks.
 _LAYER_SLACK = 2 << 20
 
 
 class MirrorError(DeliveryError):
-    """A mirror is torn, or is something else's: nothing is restored from it and nothing written to it."""
+    """A mirror is damaged, or is something else's: it is neither restored from nor written to."""
 
 
 class MirroredFile(Record):
-    """A file of the run folder as the mirror holds it.
-
-    Attributes:
-        sha256: Of its contents.
-        size: Bytes.
-        object: The object that holds the contents.
-    """
+    """A mirrored file: SHA-256 and bytes of its contents, and the object that holds them."""
 
     sha256: str = Field(pattern=_SHA256)
     size: int = Field(ge=0)
@@ -78,13 +72,7 @@ class MirroredFile(Record):
 
 
 class Layered(Record):
-    """A large file that grows: its contents are spread over objects, the oldest first.
-
-    Attributes:
-        sha256: Of its contents.
-        size: Bytes.
-        layers: What to write over each other, as `job.mirror.layers` makes it.
-    """
+    """A large growing file, mirrored as layers of objects, oldest first (`job.mirror.layers`)."""
 
     sha256: str = Field(pattern=_SHA256)
     size: int = Field(ge=0)
@@ -92,15 +80,13 @@ class Layered(Record):
 
 
 class Lease(Record):
-    """Who may write to a mirror.
+    """The right to write to a mirror.
 
     Attributes:
-        runner: Made up at each start of a run.
-        host: The machine's name, for people.
-        process: The process.
-        namespace: Within which that process's id has a meaning: containers on one machine share its boot.
-        beat: Counts all that this runner has written to the head.
-        released: It has ended and left word.
+        runner: Random id of a run's start.
+        namespace: PID namespace: containers on one machine share its boot id.
+        beat: Counts this runner's writes to the head.
+        released: The runner has ended cleanly.
         expiry_s: Seconds of silence after which another may take over.
     """
 
@@ -114,34 +100,28 @@ class Lease(Record):
 
     @property
     def is_near(self) -> bool:
-        """Whether the process is one that can be looked for from here."""
+        """Whether the process is visible from here."""
         return self.process.boot_id == this_process().boot_id and self.namespace == process_namespace()
 
     @property
     def is_dead(self) -> bool:
-        """Whether it is certain that the process has ended."""
+        """Whether the process has certainly ended."""
         return self.is_near and not is_alive(self.process)
 
     def describe(self) -> str:
-        """Return in words who it is."""
+        """Describe the runner in words."""
         return HolderRecord(process=self.process, host=self.host).describe()
 
 
 class Head(Record):
-    """head.json: what a mirror holds, and whose turn it is to change it.
+    """head.json: the contents of a mirror, and the right to change it.
 
     Attributes:
-        kind: That this is such a document.
-        version: Version of this format.
-        package: Version of this package that made it.
-        job_id: The job.
-        identity: What the job is, as in job.json.
         generation: Counts the snapshots.
-        lease: Who may write.
-        writer: The run folder that the latest snapshot was taken of.
-        files: The latest snapshot, by paths in the run folder.
-        trials: Finished trials of the latest snapshot's study; None: not counted, as by version 1.
-        previous: Objects of the snapshot before that this one does not name: readers may still be at them.
+        writer: Lineage of the run folder of the latest snapshot.
+        files: The latest snapshot, by path in the run folder.
+        trials: Finished trials of its study; None in version 1.
+        previous: Unreferenced objects of the previous snapshot, which may still be read.
     """
 
     kind: Literal["abliteration-job checkpoint"] = _KIND
@@ -158,7 +138,7 @@ class Head(Record):
 
     @property
     def objects(self) -> dict[str, MirroredFile]:
-        """The objects of the latest snapshot, each once."""
+        """The distinct objects of the latest snapshot."""
         return objects_of(self.files)
 
     @property
@@ -167,17 +147,12 @@ class Head(Record):
         return sum(entry.size for entry in self.objects.values())
 
     def encode(self) -> bytes:
-        """Return its bytes."""
+        """Serialise to JSON."""
         return (self.model_dump_json(indent=1) + "\n").encode()
 
 
 class Lineage(Record):
-    """mirror.json in a run folder: which snapshots of the mirror were taken of this very folder.
-
-    Attributes:
-        folder: Made up when the folder was first mirrored or restored.
-        generation: The latest snapshot that this folder has seen or has been about to write.
-    """
+    """mirror.json in a run folder: its own id, and the latest generation that it has seen or begun to write."""
 
     version: Literal[1] = 1
     folder: str
@@ -185,7 +160,7 @@ class Lineage(Record):
 
 
 def objects_of(files: Mapping[str, MirroredFile | Layered]) -> dict[str, MirroredFile]:
-    """Return the objects that hold the contents of files, each once."""
+    """Return the distinct objects of files."""
     entries: list[MirroredFile] = []
     for file in files.values():
         entries += file.layers if isinstance(file, Layered) else (file,)
@@ -193,11 +168,7 @@ def objects_of(files: Mapping[str, MirroredFile | Layered]) -> dict[str, Mirrore
 
 
 def decode_head(data: bytes, job: str, where: str) -> Head:
-    """Return a head.
-
-    Raises:
-        MirrorError: It is torn, another job's, or no head at all.
-    """
+    """Parse a head. Raises MirrorError if it is damaged, another job's, or no head."""
     torn = f"the checkpoint {where} is torn: {job}/{HEAD} "
     try:
         read = json.loads(data)
@@ -226,7 +197,7 @@ def decode_head(data: bytes, job: str, where: str) -> Head:
 
 
 def excess(path: str, entry: MirroredFile | Layered) -> str:
-    """Return that a file is larger than a mirror takes, "" if it is not."""
+    """Return why a file is too large for a mirror, or ""."""
     if Path(path).parts[0] in CACHES:
         return ""
     most = _MOST_OF_MANY if path in _OF_MANY else _MOST_BYTES
@@ -243,12 +214,12 @@ _ELSEWHERE = "name another --checkpoint, or move it away"
 
 
 def torn(where: str, job: str, what: str) -> MirrorError:
-    """Return the error for a mirror that lacks what its head names."""
+    """Return the error for a mirror that lacks an object of its head."""
     return MirrorError(f"the checkpoint {where} of job {job} is torn: {what}", remedy=_REMEDY)
 
 
 def oversized_head(where: str, job: str) -> MirrorError:
-    """Return the error for a head that is larger than any that this program writes."""
+    """Return the error for a head above the size limit."""
     return torn(where, job, f"{HEAD} has more than {MOST_HEAD_BYTES >> 20} MiB")
 
 
@@ -259,7 +230,7 @@ def foreign(where: str, job: str, names: list[str]) -> MirrorError:
 
 
 def is_mirrored(path: str) -> bool:
-    """Return whether a path in a run folder is one that mirrors hold; paths out of it are not."""
+    """Return whether mirrors hold a path of a run folder; paths outside it are not."""
     first, *rest = path.split("/")
     if first not in MIRRORED or (rest and first in _FILES):
         return False

@@ -1,4 +1,4 @@
-"""A run folder from a mirror: all of it is there and verified before anything is put in place, job.json last."""
+"""Restore a run folder from a mirror: download and verify everything first, install job.json last."""
 
 from __future__ import annotations
 
@@ -30,19 +30,9 @@ def restore(
     say: Callable[[str], None],
     why: str = "another machine went on with this job",
 ) -> None:
-    """Make a run folder what the latest snapshot says; what stands there is moved aside, exports are left alone.
+    """Restore a run folder to the latest snapshot; existing files are moved aside, exports kept.
 
-    Args:
-        store: Where the snapshot is.
-        head: Its head.
-        folder: The run folder.
-        say: Told of what happens.
-        why: What is wrong with what stands there.
-
-    Raises:
-        MirrorError: An object is missing or not what it should be; the folder is as it was.
-        DeliveryError: The mirror cannot be reached; the folder is as it was.
-        MachineError: The folder cannot be written.
+    Raises MirrorError or DeliveryError with the folder unchanged, or MachineError.
     """
     incoming = folder.path / INCOMING
     say(f"restoring job {head.job_id} from {store.uri}: {head.size / 1e6:.1f} MB, generation {head.generation}")
@@ -52,7 +42,7 @@ def restore(
         missing = {path: entry for path, entry in head.files.items() if not _is_there(folder.path, path, entry)}
         download(store, head, missing, incoming)
         _verify(store, head, RunFolder(incoming))
-        # A rename may outlive a loss of power that the contents of the file do not.
+        # After a power failure, a rename may survive without the file's contents.
         sync_tree(incoming)
         aside = _move_aside(folder)
         if aside is not None:
@@ -64,21 +54,14 @@ def restore(
 
 
 def download(store: MirrorStore, head: Head, paths: Iterable[str], target: Path) -> None:
-    """Write files of the latest snapshot under a folder, each verified.
-
-    Raises:
-        MirrorError: An object is missing or not what it should be.
-        DeliveryError: The mirror cannot be reached.
-        MachineError: There is no room for what the head names.
-        OSError: The folder cannot be written.
-    """
+    """Download and verify files of a snapshot. Raises MirrorError, DeliveryError, MachineError or OSError."""
     paths = list(paths)
     target.mkdir(parents=True, exist_ok=True)
     _require_room(store, sum(head.files[path].size for path in paths), target)
     for path in paths:
         entry, file = head.files[path], target / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(2):  # the second time tells a bad line from a bad object
+        for attempt in range(2):  # a second try distinguishes a bad transfer from a bad object
             try:
                 _fetch(store, head, path, file)
             except FileNotFoundError as error:
@@ -94,9 +77,9 @@ def download(store: MirrorStore, head: Head, paths: Iterable[str], target: Path)
 
 
 def _require_room(store: MirrorStore, size: int, target: Path) -> None:
-    """Refuse to begin with what does not fit: the head may name any size."""
+    """Refuse files that do not fit: the head may state any size."""
     disk = shutil.disk_usage(target)
-    if size > disk.free and disk.total:  # some network file systems do not tell
+    if size > disk.free and disk.total:  # some network file systems do not report it
         raise MachineError(
             f"{store.uri} holds {size / 1e9:.1f} GB for {target}, where {disk.free / 1e9:.1f} GB are free",
             remedy="free disk space or choose another --workspace",
@@ -104,12 +87,7 @@ def _require_room(store: MirrorStore, size: int, target: Path) -> None:
 
 
 def _fetch(store: MirrorStore, head: Head, path: str, target: Path) -> None:
-    """Write a file of the latest snapshot, unverified; what is no layer leaves what does not verify.
-
-    Raises:
-        FileNotFoundError: An object is missing.
-        OversizedError: An object is larger than the head says.
-    """
+    """Download a file, unverified. Raises FileNotFoundError or OversizedError for its objects."""
     entry = head.files[path]
     if not isinstance(entry, Layered):
         store.fetch(head.job_id, entry, target)
@@ -128,14 +106,10 @@ def _fetch(store: MirrorStore, head: Head, path: str, target: Path) -> None:
 
 
 def count_mirrored(store: MirrorStore, head: Head) -> int:
-    """Return how many finished trials the study of the latest snapshot holds, 0 where it cannot be told.
-
-    Raises:
-        DeliveryError: The mirror cannot be reached.
-    """
+    """Return the latest snapshot's finished trials, 0 if unknown. Raises DeliveryError."""
     if head.trials is not None or STUDY not in head.files:
         return head.trials or 0
-    # Of a former version: counted once, for the next head says it.
+    # Of a former version: counted once, then stored in the next head.
     with scratch("study") as folder:
         try:
             download(store, head, [STUDY], folder)
@@ -145,7 +119,7 @@ def count_mirrored(store: MirrorStore, head: Head) -> int:
 
 
 def _is_there(folder: Path, path: str, entry: MirroredFile | Layered) -> bool:
-    """Return whether a large file need not be downloaded: it never changes in place."""
+    """Return whether a cached file is already present: it never changes in place."""
     file = folder / path
     if Path(path).parts[0] not in CACHES or not file.is_file() or file.stat().st_size != entry.size:
         return False
@@ -164,12 +138,7 @@ def _verify(store: MirrorStore, head: Head, incoming: RunFolder) -> None:
 
 
 def prove(store: MirrorStore, head: Head, folder: RunFolder) -> Mapping[str, Any]:
-    """Have the job.json of a mirror hold only what may come from one; return what was left out, by dotted key.
-
-    Raises:
-        MirrorError: It is another job's, or has been changed.
-        MachineError: The folder cannot be written.
-    """
+    """Vet a mirror's job.json in place; return what was dropped. Raises MirrorError or MachineError."""
     try:
         record = read_record(folder.job_file, JobRecord)
         kept, left_out = proven(record, head.job_id)
@@ -181,8 +150,8 @@ def prove(store: MirrorStore, head: Head, folder: RunFolder) -> Mapping[str, Any
 
 
 def _move_aside(folder: RunFolder) -> Path | None:
-    """Move away what is to be replaced, job.json first: without it nothing takes the rest for a job."""
-    # With the study goes its backup: beside another study it would count as what that one has lost.
+    """Move existing files aside, job.json first: without it the rest is no job."""
+    # Together with its backup, which beside another study would be taken for that one's.
     names = [name for name in reversed((BACKUP, *MIRRORED)) if name not in CACHES and (folder.path / name).exists()]
     if not names:
         return None
@@ -195,7 +164,7 @@ def _move_aside(folder: RunFolder) -> Path | None:
         reached("restore:aside")
         if name == "job.json":
             sync_folder(folder.path)
-    # A study's journal belongs to that study: beside another one it would spoil it.
+    # Together with its journal, which would corrupt another study.
     for journal in folder.path.glob("study.db-*"):
         journal.replace(aside / journal.name)
         reached("restore:journal")

@@ -1,4 +1,4 @@
-"""Mirrors in an S3 bucket: heads are replaced by conditional PUT."""
+"""Mirrors in an S3 bucket; heads are replaced by conditional PUT."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from job.transfer.s3.options import MIB, S3Options, S3Target
 from job.transfer.s3.resume_state import UploadStates
 from job.transfer.s3.small import put
 
-# A mirror is written again and again: better to fail soon and say so than to try one request for a quarter of an hour.
+# Mirrors are written repeatedly: failing soon is better than retrying one request for a quarter of an hour.
 _ATTEMPTS, _READ_TIMEOUT_S = 4, 30.0
 _LOOKS = 3
 _FETCHED = 16 * MIB
-# Where the server keeps no conditions: time for another's write to become visible.
+# Without conditional requests: time for another's write to become visible.
 _SETTLE_S = 1.0
 
 
@@ -42,12 +42,7 @@ class S3Store:
     """Mirrors under s3://bucket/prefix."""
 
     def __init__(self, uri: str, options: S3Options | None = None, pace: SnapshotPace | None = None) -> None:
-        """Make a client; nothing is sent yet.
-
-        Raises:
-            DeliveryError: The credentials, the profile or the endpoint are not usable.
-            UsageError: The endpoint is no URL.
-        """
+        """Create a client without connecting. Raises DeliveryError or UsageError."""
         self.uri = uri
         self.pace = pace or SnapshotPace()
         given = options or S3Options()
@@ -57,13 +52,13 @@ class S3Store:
         self._scratch = ExitStack()
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         self._scratch.close()
         self._bucket.close()
 
     @cached_property
     def _begun(self) -> Path:
-        """Where it is noted what has been begun: the next try goes on with it, another start uses other names."""
+        """Records of started uploads, for retries of this start only."""
         return self._scratch.enter_context(scratch("parts"))
 
     @cached_property
@@ -75,16 +70,16 @@ class S3Store:
         return self._server.conditional and self._server.conditional_replace
 
     def probe(self) -> Proof:
-        """Write, replace, complete, list and delete an object of our own."""
+        """Write, replace, complete, list and delete a probe object."""
         server = self._server
         self._bucket.list(self._bucket.target.key(".abliterate-probe"))
         lacks = "the S3 server ignores conditional requests: two runs of one job notice each other late"
-        # What the capabilities say of deliveries is repeated where it matters to mirrors only.
+        # Only capabilities that matter to mirrors are repeated.
         quirks = (*(() if self._fenced else (lacks,)), *(quirk for quirk in server.quirks if "two jobs" not in quirk))
         return Proof("writing, replacing, listing and deleting work", self._fenced, quirks)
 
     def prepare(self) -> None:
-        """See what the server can do; the bucket is not for us to make."""
+        """Detect the server's capabilities; the bucket must exist."""
         _ = self._server
 
     def _key(self, job: str, name: str) -> str:
@@ -97,7 +92,7 @@ class S3Store:
         return sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == HEAD)
 
     def read(self, job: str) -> Stored | None:
-        """Return the head, looked at again where the line may have torn the answer."""
+        """Return the head, read again if the transfer may have damaged it."""
         for look in range(_LOOKS):
             if look:
                 self._bucket.pause(look)
@@ -111,20 +106,20 @@ class S3Store:
                 raise
             if described(answer).sha256 == hashlib.sha256(data).hexdigest():
                 break
-        # A head without our mark is returned, too: the reader says what is wrong with it.
+        # A head without our checksum is returned too: its reader reports what is wrong.
         return Stored(data, str(answer["ETag"]), _age(answer))
 
     def names(self, job: str) -> list[str]:
-        """Return all objects but the head."""
+        """Return all objects except the head."""
         root = self._key(job, "")
         return [name for key in self._bucket.list(root) if (name := key.removeprefix(root)) != HEAD]
 
     def stage(self, job: str, objects: Mapping[str, tuple[Path, MirroredFile]], check: Callable[[], None]) -> None:
-        """Put objects, large ones in parts so that memory stays bounded."""
+        """Upload objects, large ones in parts to bound memory."""
         for name, (source, entry) in objects.items():
             key = self._key(job, f"{OBJECTS}/{name}")
             if key in self._staged:
-                continue  # in an earlier try: a name stands for its contents
+                continue  # from an earlier try: a name determines the contents
             check()
             if entry.size <= self._bucket.options.part_bytes(entry.size):
                 data = source.read_bytes()
@@ -147,11 +142,11 @@ class S3Store:
             ManifestEntry(sha256=entry.sha256, size=entry.size),
             server=self._server,
             conditions={},
-            progress=lambda _size: check(),  # what it raises ends the upload
+            progress=lambda _size: check(),  # its exceptions end the upload
         ).deliver()
 
     def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:
-        """Put the head on the condition that the expected one stands there."""
+        """Put the head if the expected one is current."""
         if self._fenced:
             stored = self._put(job, data, {"IfMatch": expected.token} if expected else {"IfNoneMatch": "*"})
         else:
@@ -160,7 +155,7 @@ class S3Store:
             try:
                 self._bucket.call("delete_object", Key=self._key(job, f"{OBJECTS}/{name}"))
             except RefusedError:
-                break  # the head stands; what is left over is swept at the next start
+                break  # the head is written; leftovers are swept at the next start
         return stored
 
     def _put(self, job: str, data: bytes, condition: Mapping[str, str]) -> Stored:
@@ -182,7 +177,7 @@ class S3Store:
         return Stored(data, str(answer["ETag"]), 0.0)
 
     def _put_and_look(self, job: str, data: bytes, expected: Stored | None) -> Stored:
-        """Replace the head as well as can be done without conditions: look before and after."""
+        """Replace the head without conditional requests: read before and after."""
         found = self.read(job)
         if (found and found.data) != (expected and expected.data):
             raise ConflictError(found)
@@ -194,7 +189,7 @@ class S3Store:
         return found
 
     def sweep(self, job: str, keep: AbstractSet[str]) -> None:
-        """Delete objects that nothing names and abort uploads that nobody will complete."""
+        """Delete unreferenced objects and abort abandoned uploads."""
         root = self._key(job, f"{OBJECTS}/")
         for key in self._bucket.list(root):
             if key.removeprefix(root) not in keep:
@@ -205,11 +200,11 @@ class S3Store:
                     abort(self._bucket, key, upload)
 
     def fetch(self, job: str, entry: MirroredFile, target: Path) -> None:
-        """Write an object to a file, a range at a time."""
+        """Download an object in ranges."""
         key = self._key(job, f"{OBJECTS}/{entry.object}")
         with target.open("wb") as file:
             for start in range(0, max(entry.size, 1), _FETCHED):
-                # Nothing has no ranges.
+                # An empty object has no ranges.
                 ranged = {"Range": f"bytes={start}-{start + _FETCHED - 1}"} if entry.size > _FETCHED else {}
                 try:
                     file.write(self._bucket.read(key, min(_FETCHED, entry.size - start), **ranged)[0])
@@ -222,12 +217,12 @@ class S3Store:
 
 
 def _age(answer: Mapping[str, Any]) -> float | None:
-    """Return the seconds since an object was written, at least, by the server's clock alone."""
+    """Return the least seconds since an object was written, by the server's clock only."""
     date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
     written = answer.get("LastModified")
     try:
         now = parsedate_to_datetime(date)
     except ValueError:
         return None
-    # Both are cut to whole seconds.
+    # Both are truncated to whole seconds.
     return max((now - written).total_seconds() - 1.0, 0.0) if isinstance(written, datetime) else None

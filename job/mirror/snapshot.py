@@ -1,4 +1,4 @@
-"""A consistent snapshot of a run folder, taken while the run goes on."""
+"""Consistent snapshots of a run folder during a run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from job.storage.run_folder import RunFolder
 from job.storage.study_file import count_trials
 from job.system.failpoints import reached
 
-# Copies of what may change while it is sent; the dot keeps them out of mirrors.
+# Copies of files that may change during upload; hidden, so never mirrored.
 STAGING = ".mirror"
 _BUSY_SECONDS = 10.0
-# A file that has changed within this time may change again without its time of change showing it.
+# A file changed within this time may change again with the same modification time.
 _COARSE_NS = 2_000_000_000
 _BLOCK = 1 << 20
 
@@ -34,10 +34,8 @@ class Taken:
     """A file of a snapshot.
 
     Attributes:
-        sha256: Of its contents.
-        size: Bytes.
-        source: Where the contents are to be read; None: they are known already.
-        trials: Finished trials, of a study that was copied; None: unknown.
+        source: Where to read it; None if already mirrored.
+        trials: Finished trials of a copied study; None: unknown.
     """
 
     sha256: str
@@ -47,7 +45,7 @@ class Taken:
 
 
 def mirrored_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a run folder that belong into a mirror, those that depend on others first."""
+    """Yield a run folder's mirrored files, dependent ones first."""
     for name in MIRRORED:
         root = folder / name
         if root.is_file():
@@ -58,12 +56,12 @@ def mirrored_files(folder: Path) -> Iterator[Path]:
 
 
 def held_bytes(folder: RunFolder) -> int:
-    """Return the size in bytes of what a mirror of a run folder would hold now."""
+    """Return the bytes that a mirror of a run folder would hold now."""
     return sum(path.stat().st_size for path in mirrored_files(folder.path))
 
 
 class Snapshots:
-    """Takes snapshots of one run folder; files that have not changed are not read again."""
+    """Takes snapshots of one run folder; unchanged files are not read again."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
@@ -71,15 +69,7 @@ class Snapshots:
         self._known: dict[Path, tuple[Signature, str]] = {}
 
     def take(self, have: Collection[str]) -> dict[str, Taken]:
-        """Return the files of a snapshot by their paths in the run folder.
-
-        Args:
-            have: sha256 of contents that need no source.
-
-        Raises:
-            JobError: The study is damaged.
-            OSError: A file cannot be read or copied.
-        """
+        """Return a snapshot's files by path; SHA-256s in `have` need no source. Raises JobError or OSError."""
         shutil.rmtree(self._staging, ignore_errors=True)
         self._staging.mkdir()
         found = {}
@@ -87,7 +77,7 @@ class Snapshots:
             try:
                 found[path.relative_to(self._folder.path).as_posix()] = self._file(path, number, have)
             except FileNotFoundError:
-                continue  # gone since it was listed
+                continue  # removed since it was listed
         reached("snapshot:taken")
         return found
 
@@ -106,7 +96,7 @@ class Snapshots:
             back_up(path, source)
             sha256, trials = sha256_file(source), count_trials(source, checked=True)
         elif path.suffix == ".safetensors" and path.relative_to(self._folder.path).parts[0] in CACHES:
-            # Large, and never changed in place: a copy would cost as much disk again.
+            # Large and immutable: a copy would double the disk space.
             source, sha256 = path, sha256_file(path)
         else:
             source = self._staging / str(number)
@@ -117,19 +107,15 @@ class Snapshots:
 
 
 def back_up(file: Path, target: Path) -> None:
-    """Copy a study as it is at one moment, while others may be writing to it.
-
-    Raises:
-        JobError: It is damaged, or stays locked.
-    """
+    """Copy a consistent state of a study in use. Raises JobError if it is damaged or stays locked."""
     try:
-        # Not for reading only: what a killed process has left half-written has to be taken back first.
+        # Writable: leftovers of a killed process must be rolled back first.
         address = f"file:{quote(str(file.resolve()))}?mode=rw"
         with (
             closing(sqlite3.connect(address, uri=True, timeout=_BUSY_SECONDS)) as source,
             closing(sqlite3.connect(target)) as copy,
         ):
-            # Waits for a writer, within bounds, and holds the next one back: on its own a backup may wait for ever.
+            # Waits for a writer, within bounds, and blocks the next: a bare backup may wait forever.
             source.execute("BEGIN")
             source.execute("SELECT count(*) FROM sqlite_master").fetchone()
             source.backup(copy)
@@ -139,11 +125,7 @@ def back_up(file: Path, target: Path) -> None:
 
 
 def check_study(file: Path) -> None:
-    """Check that a study is whole.
-
-    Raises:
-        JobError: It is not.
-    """
+    """Raise JobError if a study is damaged."""
     try:
         with closing(sqlite3.connect(f"file:{quote(str(file.resolve()))}?mode=ro", uri=True)) as db:
             (said,) = db.execute("PRAGMA integrity_check").fetchone()
@@ -154,7 +136,7 @@ def check_study(file: Path) -> None:
 
 
 def _copy(source: Path, target: Path, size: int) -> str:
-    """Copy the first bytes of a file, which may be growing, and return their sha256."""
+    """Copy the first `size` bytes of a growing file; return their SHA-256."""
     digest = hashlib.sha256()
     with source.open("rb") as reading, target.open("wb") as writing:
         while block := reading.read(min(_BLOCK, size - writing.tell())):

@@ -1,4 +1,4 @@
-"""Sends snapshots of a run folder to its mirror, in the background and as they are asked for."""
+"""Send snapshots of a run folder to its mirror in the background, on request."""
 
 from __future__ import annotations
 
@@ -19,22 +19,18 @@ from job.storage.atomic import write_record
 from job.storage.run_folder import RunFolder
 from job.system.failpoints import reached
 
-# Copying a study of many trials takes a core for a second: such copies take a fifth of the time at most.
+# Copying a large study takes a core for a second: such copies take a fifth of the time at most.
 _RESTS, _LONGEST_REST_S = 4.0, 10.0
-# Caches of more than this may be left out of a last snapshot for which there are only seconds left.
+# Caches above this size may be omitted from a last snapshot with only seconds left.
 _LARGE_BYTES = 8 << 20
 
 
 class _CutShortError(Exception):
-    """The run ends: what matters is to be sent before what is merely dear to compute again."""
+    """The run ends: send essential files before caches."""
 
 
 class SnapshotSender:
-    """The thread that keeps a mirror up to date; it is a daemon.
-
-    Attributes:
-        trouble: How long snapshots have been failing.
-    """
+    """Daemon thread that keeps a mirror up to date; `trouble` tracks failing snapshots."""
 
     def __init__(
         self,
@@ -44,19 +40,11 @@ class SnapshotSender:
         say: Callable[[str], None],
         sent: Callable[[], None],
     ) -> None:
-        """Start nothing yet.
-
-        Args:
-            store: Where the mirror is.
-            holding: Its lease, by which every head is written.
-            folder: The run folder.
-            say: Told of failures.
-            sent: Called after every success.
-        """
+        """Prepare without starting; `say` is told of failures, and `sent` called after every success."""
         self._store, self._holding, self._folder, self._sent = store, holding, folder, sent
         self._snapshots, self._layers = Snapshots(folder), Layers()
         self.trouble = Trouble(f"the checkpoint {store.uri}", say)
-        # Not a condition: a stop signal that is raised in the main thread just within its lock would leave it locked.
+        # Not a condition: a stop signal raised in the main thread within its lock would leave it locked.
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._wanted = self._stopping = self._hurry = self._discarded = False
         self._ended = threading.Event()
@@ -64,29 +52,23 @@ class SnapshotSender:
         self._thread = threading.Thread(target=self._send, name="mirror", daemon=True)
 
     def start(self) -> None:
-        """Begin to take snapshots."""
+        """Start taking snapshots."""
         self._thread.start()
 
     def request(self) -> None:
-        """Ask for a snapshot soon; requests that come while one is under way make one more, and none waits."""
+        """Request a snapshot soon; requests during one are merged."""
         if not self._wanted:
             self._wanted = True
             self._wake.put(None)
 
     def discard(self) -> None:
-        """Have the mirror forget its snapshots when this is closed: the job came to nothing."""
+        """Remove the snapshots on close: the job came to nothing."""
         self._discarded = True
 
     def close(self, *, final: bool, seconds: float, hurry: bool) -> bool:
-        """Take the last snapshot and release the lease, within so many seconds.
+        """Take the `final` snapshot and release the lease; return whether that succeeded.
 
-        Args:
-            final: Take it; otherwise the lease is released as the mirror stands.
-            seconds: How long to wait; what is not done then is given up.
-            hurry: Leave out large caches that have not arrived, and break off what is under way for them.
-
-        Returns:
-            Whether all of that was done.
+        `hurry` skips large caches.
         """
         self._wanted, self._hurry = final, hurry
         self._stopping = True
@@ -98,7 +80,7 @@ class SnapshotSender:
         return self._done
 
     def _send(self) -> None:
-        """Take snapshots as they are asked for, and the last one; then release the lease."""
+        """Take requested snapshots and the last one, then release the lease."""
         pause = 0.0
         while self._await_turn(pause):
             begun = now()
@@ -120,16 +102,13 @@ class SnapshotSender:
                 break
             except _CutShortError:
                 self._wanted, pause = True, 0.0
-            except Exception as error:  # whatever it is: a mirror that ends silently would be worse
+            except Exception as error:  # a mirror that ends silently would be worse
                 self._wanted = wanted or self._wanted
                 pause = self.trouble.failed(error)
         self._snapshots.clear()
 
     def _await_turn(self, pause: float) -> bool:
-        """Wait until there is something to do, but for so many seconds first; return False where all is over.
-
-        The end does not wait for its turn, and after a failure not for long.
-        """
+        """Wait `pause` seconds, less at the end, and until a request; return False at the end."""
         until = now() + pause
         while (left := until - now()) > 0 and not self._stopping:
             self._sleep(left)
@@ -143,10 +122,9 @@ class SnapshotSender:
         try:
             self._wake.get(timeout=seconds)
         except Empty:
-            return  # nobody has asked for anything
+            return  # no request yet
 
     def _save(self, *, release: bool) -> None:
-        """Take a snapshot and have the head name it."""
         self._may_send(release=release)
         head, begun = self._holding.head, now()
         have = {entry.sha256: entry for entry in head.files.values()}
@@ -166,8 +144,8 @@ class SnapshotSender:
 
         def change(head: Head) -> tuple[Mapping[str, Any], Collection[str]]:
             if head.files == files and head.writer == folder:
-                return {}, ()  # an earlier try, whose answer got lost
-            # Noted before: a crash right after the head is replaced must not make this folder look behind.
+                return {}, ()  # an earlier try, whose response was lost
+            # Recorded first: a crash after the head's replacement must not make this folder look outdated.
             write_record(self._folder.path / LINEAGE, Lineage(folder=folder, generation=head.generation + 1))
             named = objects_of(files).keys()
             fields = {
@@ -177,18 +155,18 @@ class SnapshotSender:
                 "files": files,
                 "previous": tuple(sorted(head.objects.keys() - named)),
             }
-            # An earlier try that did arrive may have dropped what this one names again.
+            # An earlier try that succeeded may have dropped objects that this one names again.
             return fields, sorted({*head.previous} - named)
 
         self._holding.update(change, release=release)
         if self.trouble.seconds:
-            # What failed tries have left that no head names.
+            # Leftovers of failed tries, unreferenced.
             self._store.sweep(head.job_id, self._holding.head.objects.keys() | {*self._holding.head.previous})
 
     def _named(
         self, taken: Mapping[str, Taken], have: Mapping[str, MirroredFile | Layered], head: Head
     ) -> tuple[dict[str, MirroredFile | Layered], dict[str, tuple[Path, MirroredFile]]]:
-        """Return the entries of a snapshot, and the objects that have to be sent for it."""
+        """Return a snapshot's entries, and the objects to send."""
         known, files = dict(have), {}
         sources: dict[str, tuple[Path, MirroredFile]] = {}
         end = f"{head.generation + 1}-{head.lease.runner[:8]}"
@@ -204,12 +182,12 @@ class SnapshotSender:
                     known[file.sha256] = entry
                     sources[entry.object] = (file.source, entry)
             files[path] = known[file.sha256]
-            if large := excess(path, files[path]):  # nobody would take it from there
+            if large := excess(path, files[path]):  # restoring would refuse it
                 raise DeliveryError(f"the checkpoint would have {large}", remedy="look at that file in the run folder")
         return files, sources
 
     def _empty(self, *, release: bool) -> None:
-        """Leave a head that names nothing: no other job takes it for one."""
+        """Write a head without files: no other job mistakes it for its own."""
 
         def change(head: Head) -> tuple[Mapping[str, Any], Collection[str]]:
             return {"files": {}, "trials": None, "previous": ()}, sorted({*head.objects, *head.previous})
@@ -228,17 +206,13 @@ def _may_wait(path: str, file: Taken) -> bool:
 
 
 def _counted(taken: Mapping[str, Taken], head: Head) -> int | None:
-    """Return how many finished trials the study of a snapshot holds, None where it has none.
-
-    Raises:
-        JobError: They are fewer than in the snapshot before: the study here is damaged.
-    """
+    """Return a snapshot's finished trials. Raises JobError if they became fewer: the study is damaged."""
     study = taken.get(STUDY)
     if study is None and STUDY not in head.files:
         return None
     trials = study.trials if study is not None else 0
     if trials is None:
-        return head.trials  # it has not changed
+        return head.trials  # unchanged
     if trials < (head.trials or 0):
         raise JobError(
             f"the study here holds {trials} trials, its checkpoint {head.trials}: the checkpoint is left as it is",

@@ -1,4 +1,4 @@
-"""What every kind of mirror can do: keep immutable objects, and one head a job that is replaced by compare-and-swap."""
+"""Interface of mirror stores: immutable objects, and one head per job replaced by compare-and-swap."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from job.mirror.records import MirroredFile
 
 @dataclass(frozen=True)
 class Stored:
-    """A head as it was found.
+    """A head as read.
 
     Attributes:
-        data: Its bytes.
-        token: Names this very state of it to the store.
-        age_s: Seconds since it was written, at least, by the server's own clock; None: not known.
+        token: Version token of the store.
+        age_s: Least seconds since it was written, by the server's clock; None: unknown.
     """
 
     data: bytes
@@ -28,15 +27,11 @@ class Stored:
 
 
 class OversizedError(Exception):
-    """An object holds more than its head says; no more of it is read. Never seen outside."""
+    """An object exceeds its recorded size. Internal."""
 
 
 class ConflictError(Exception):
-    """A head was not replaced because another one stands there: never seen outside.
-
-    Attributes:
-        found: What stands there, None if nothing.
-    """
+    """Another head (`found`, or None) is current, so it was not replaced. Internal."""
 
     def __init__(self, found: Stored | None) -> None:
         super().__init__("another head stands there")
@@ -45,12 +40,11 @@ class ConflictError(Exception):
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proved of a place for a mirror, without leaving anything there.
+    """Capabilities proved of a store, without leaving anything there.
 
     Attributes:
-        what: In words.
-        fenced: Whether the server keeps a runner that has lost the lease from writing.
-        quirks: What the server does not do, for people.
+        fenced: Whether the server rejects writes of a runner that lost the lease.
+        quirks: Missing capabilities, for people.
     """
 
     what: str
@@ -59,63 +53,37 @@ class Proof:
 
 
 class MirrorStore(Protocol):
-    """A place for mirrors; every failure of it is a `DeliveryError`."""
+    """A store of mirrors; every failure is a `DeliveryError`."""
 
     uri: str
     pace: SnapshotPace
 
     def probe(self) -> Proof:
-        """Prove that a mirror can be kept here, and leave nothing behind.
-
-        Raises:
-            DeliveryError: It cannot.
-        """
+        """Prove that mirrors can be stored here, leaving nothing behind. Raises DeliveryError."""
 
     def prepare(self) -> None:
-        """Make what is needed before the first head can be written."""
+        """Create what the first head needs."""
 
     def jobs(self) -> list[str]:
-        """Return the names of the jobs that have a head here."""
+        """Return the jobs with a head."""
 
     def read(self, job: str) -> Stored | None:
-        """Return a job's head, None if there is none.
-
-        Raises:
-            MirrorError: It is larger than any head.
-        """
+        """Return a job's head or None. Raises MirrorError if it is above the size limit."""
 
     def names(self, job: str) -> list[str]:
-        """Return the names of all that is kept for a job beside its head, relative to the job."""
+        """Return the names of a job's files except the head, relative to the job."""
 
     def stage(self, job: str, objects: Mapping[str, tuple[Path, MirroredFile]], check: Callable[[], None]) -> None:
-        """Bring objects to where a head can name them; slow, and safe to be cut: the next call goes on.
-
-        Args:
-            job: The job.
-            objects: Where to read each, by its name.
-            check: Called before each of them and, where possible, now and then; what it raises ends all.
-        """
+        """Upload objects from their sources, resumably; `check` is called before each, and may end it."""
 
     def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:
-        """Put a head where the expected one still stands, with all that has been staged, and remove objects.
-
-        Returns:
-            What stands there now.
-
-        Raises:
-            ConflictError: Another head stands there; that may be one of ours whose answer got lost.
-        """
+        """Replace the expected head, publish and remove objects; return the head. Raises ConflictError for another."""
 
     def sweep(self, job: str, keep: AbstractSet[str]) -> None:
-        """Remove what earlier runners have left half done; only for who has the lease."""
+        """Remove leftovers of earlier runners; only with the lease."""
 
     def fetch(self, job: str, entry: MirroredFile, target: Path) -> None:
-        """Write an object's contents to a file, unverified.
-
-        Raises:
-            FileNotFoundError: There is no such object.
-            OversizedError: It is larger than the entry says.
-        """
+        """Download an object to a file, unverified. Raises FileNotFoundError or OversizedError."""
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""

@@ -1,8 +1,7 @@
-"""What of a checkpoint's job.json is used: what its identity proves, and nothing that is for this machine to say.
+"""Vetting of a checkpoint's job.json: only values proven by its identity, none that this machine must decide.
 
-A checkpoint may lie with somebody who can write to it. The job's name is the hash of its identity, and whatever the
-settings say of the edit is compared with that before anything is done with them. What no identity covers is taken only
-where it is in the list of `job.config.origins`.
+Others may be able to write to a checkpoint. The job's name is the hash of its identity, and all settings of the edit
+are compared with that first. Other settings are taken only if listed in `job.config.origins`.
 """
 
 from __future__ import annotations
@@ -31,17 +30,7 @@ _PATHS = ("/", "./", "../", "~")
 
 
 def proven(record: JobRecord, job: str) -> tuple[JobRecord, dict[str, Any]]:
-    """Return a checkpoint's job.json with only what may come from one, and by dotted key what was left out.
-
-    Nothing is read or asked for: it works on what the record says alone.
-
-    Args:
-        record: job.json.
-        job: The job that it is to be of.
-
-    Raises:
-        JobError: It is another job's, or its settings are not those that its identity names.
-    """
+    """Return a job.json restricted to trusted values, and the dropped ones. Raises JobError if it is inconsistent."""
     identity = record.identity
     if not JOB_ID.fullmatch(job) or record.job_id != job or job_id(identity) != job:
         raise JobError(f"its identity is not that of job {job}")
@@ -52,7 +41,7 @@ def proven(record: JobRecord, job: str) -> tuple[JobRecord, dict[str, Any]]:
         raise JobError(f"its settings are not those of its identity: {', '.join(wrong)}")
     said, given = leaves(_local_paths(record)), leaves(_without_inputs(identity))
     left_out = {name: value for name, value in said.items() if name in HERE or _is_unproven(name, given)}
-    # What the settings leave out, the identity says, and nobody could have changed that.
+    # The identity fills in what the settings omit, and cannot be forged.
     silent = {name: given[name] for name in given.keys() - said.keys() if name in EDIT | JOB}
     kept = nested({**silent, **{name: value for name, value in said.items() if name not in left_out}})
     redacted = tuple(name for name in record.redacted if name in kept)
@@ -60,15 +49,15 @@ def proven(record: JobRecord, job: str) -> tuple[JobRecord, dict[str, Any]]:
 
 
 def _other_settings(record: JobRecord) -> Iterator[str]:
-    """Yield settings that are part of the identity and say something else."""
+    """Yield settings that contradict the identity."""
     given = leaves(_without_inputs(record.identity))
     said = leaves(_without_inputs(record.settings))
-    # What is for this side to say is not taken in any case, and differs where an earlier machine said something else.
+    # Settings of this side are never taken, and differ where an earlier machine had others.
     yield from (name for name in given.keys() & said.keys() - HERE if said[name] != given[name])
 
 
 def _is_unproven(name: str, given: Mapping[str, Any]) -> bool:
-    """Return whether a setting would be part of the identity and is not, as in a former version's job."""
+    """Return whether a setting is missing from the identity but should be in it, as in former versions."""
     section = name.partition(".")[0]
     return name in EDIT and name not in given and section not in {*EXTENDING, *PROMPT_SETS, "model"}
 
@@ -78,7 +67,7 @@ def _without_inputs(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _other_inputs(record: JobRecord) -> Iterator[str]:
-    """Yield model and prompt sets that are not those of the identity; contents of local ones are not read here."""
+    """Yield model and prompt sets that contradict the identity; local contents are not read."""
     model, named = record.identity.get("model"), record.settings.get("model")
     if named is not None and not _is_named(model, str(named)):
         yield "model"
@@ -117,13 +106,13 @@ def _other_commit(record: JobRecord) -> Iterator[str]:
 
 
 def model_of(record: JobRecord) -> Mapping[str, Any]:
-    """Return the model as a job's identity names it, empty where it does not."""
+    """Return the model in a job's identity, {} without one."""
     model = record.identity.get("model")
     return model if isinstance(model, Mapping) else {}
 
 
 def _local_paths(record: JobRecord) -> dict[str, Any]:
-    """Return the settings, with local prompts written so that they cannot be taken for datasets of the Hub."""
+    """Return the settings with local prompts marked, so that they cannot be taken for Hub datasets."""
     settings = dict(record.settings)
     for name in PROMPT_SETS:
         given = record.identity.get(name)
@@ -140,16 +129,7 @@ def _local_prompts(said: Any, given: Mapping[str, Any]) -> Any:
 
 
 def require_same_contents(record: JobRecord, settings: Settings, *, prompts: bool) -> None:
-    """Refuse local inputs that are not those that the job was made with.
-
-    Args:
-        record: A checkpoint's job.json.
-        settings: The settings.
-        prompts: The prompts have yet to be read, so that their files count.
-
-    Raises:
-        UsageError: A file has other contents.
-    """
+    """Raise UsageError if local inputs differ from the job's; `prompts` includes the prompt files."""
     model = model_of(record)
     if "sha256" in model and Path(settings.model).is_dir() and model_identity(settings) != model:
         raise UsageError(f"{settings.model} is not the model of job {record.job_id}", remedy="put that model there")
@@ -164,16 +144,9 @@ def require_same_contents(record: JobRecord, settings: Settings, *, prompts: boo
 def with_trust(
     record: JobRecord, settings: Settings, given: Mapping[str, Any], before: JobRecord | None = None
 ) -> None:
-    """Refuse a job that runs its model's own code, unless that is trusted here.
+    """Raise UsageError if a job runs its model's own code untrusted, or trust would make it another job.
 
-    Args:
-        record: job.json.
-        settings: The settings that the job goes on with.
-        given: What this side gives, by dotted key.
-        before: What job.json said when the code was last trusted.
-
-    Raises:
-        UsageError: The code is not trusted, or trust would make it another job.
+    `given` are this side's settings by dotted key; `before` is the job.json that was last trusted.
     """
     asked = bool(leaves(_without_inputs(record.identity)).get(TRUST, False))
     if given.get(TRUST) and not asked:
@@ -201,30 +174,16 @@ def with_trust(
 
 
 class KnownCode(Record):
-    """trusted.json in a run folder: the code that this side trusts; no checkpoint holds it or brings it.
-
-    Attributes:
-        repository: On the Hub.
-        commit: Named by this side, resolved by it, or found in the history of what it named.
-    """
+    """trusted.json in a run folder: repository and commit of trusted code; never part of a checkpoint."""
 
     repository: str
     commit: str
 
 
 def require_known_code(folder: RunFolder, record: JobRecord, settings: Settings, report: Callable[[str], None]) -> None:
-    """Refuse to trust the code of a commit that neither this side nor the repository's history names.
+    """Raise UsageError for code of a commit that neither this side nor the repository's history names.
 
-    Args:
-        folder: The run folder, whose job.json may have come from a checkpoint.
-        record: job.json.
-        settings: The settings.
-        report: Told of every failure of the Hub that is tried again.
-
-    Raises:
-        UsageError: Only the checkpoint names the commit.
-        ImpossibleJobError: There is no such repository or revision.
-        MachineError: The Hub cannot be reached.
+    Raises ImpossibleJobError without such a repository or revision, or MachineError.
     """
     code, source = _code(record, settings), parse_model(settings.model)
     if code is None or code.commit == source.revision:
@@ -243,14 +202,14 @@ def require_known_code(folder: RunFolder, record: JobRecord, settings: Settings,
 
 
 def note_known_code(folder: RunFolder, record: JobRecord, settings: Settings) -> None:
-    """Write down which code this side trusts, so that the next start need not ask the Hub."""
+    """Record the trusted code, so that the next start need not query the Hub."""
     code = _code(record, settings)
     if code is not None:
         write_record(folder.trusted_file, code)
 
 
 def _code(record: JobRecord, settings: Settings) -> KnownCode | None:
-    """Return the code of a repository that a job runs, None where it runs none."""
+    """Return the repository and commit of the code that a job runs, or None."""
     model = model_of(record)
     if not settings.loading.trust_remote_code or "repository" not in model or record.model_commit is None:
         return None
@@ -258,5 +217,5 @@ def _code(record: JobRecord, settings: Settings) -> KnownCode | None:
 
 
 def as_given(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what this side gives as nested tables, without the model, which only confirms the job's."""
+    """Return this side's settings as nested tables, without the model, which only confirms the job's."""
     return nested({name: value for name, value in given.items() if name != "model"})

@@ -1,7 +1,7 @@
-"""Which files of a model folder an export carries: an allow-list of what loading a model takes.
+"""Files of a model folder that an export carries: an allow-list of what loading needs.
 
-A model folder may hold anything: state of a training, pickled objects, secrets in `.env`. Only what is known to be
-needed goes on to whoever the export is delivered to.
+A model folder may hold anything: training state, pickled objects, secrets in `.env`. Only known necessary files reach
+whoever receives the export.
 """
 
 from __future__ import annotations
@@ -74,12 +74,7 @@ _IMPORT = re.compile(
 
 
 def carried_files(folder: Path, *, code: bool) -> list[Path]:
-    """Return the files beside the weights that an export of a model folder carries, by name.
-
-    Args:
-        folder: The model folder.
-        code: The model's own modules, too, which others would run.
-    """
+    """Return the files beside the weights that an export carries; `code` includes the model's own modules."""
     present = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
     if SINGLE in present:
         present.pop(INDEX, None)  # it is of other files, which are not loaded
@@ -92,7 +87,7 @@ def carried_files(folder: Path, *, code: bool) -> list[Path]:
 
 
 def is_licence(name: str) -> bool:
-    """Return whether a file states a model's terms, by its name."""
+    """Return whether a file name is that of a licence."""
     return _LICENCES.fullmatch(name) is not None and Path(name).suffix.lower() in _LICENCE_SUFFIXES
 
 
@@ -101,7 +96,7 @@ def _is_quoted(name: str, text: str) -> bool:
 
 
 def _own_code(present: dict[str, Path]) -> set[str]:
-    """Return the modules that the configuration names, and those that they import of the same folder."""
+    """Return the modules named in the configuration, and those that they import from the folder."""
     left = [
         f"{module}.py" for name in ("config.json", "tokenizer_config.json") for module in _mapped(present.get(name))
     ]
@@ -117,7 +112,7 @@ def _own_code(present: dict[str, Path]) -> set[str]:
 
 
 def _mapped(file: Path | None) -> set[str]:
-    """Return the modules of the folder itself that a file's auto_map names."""
+    """Return the folder's modules in a file's auto_map."""
     if file is None:
         return set()
     try:

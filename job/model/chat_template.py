@@ -1,8 +1,7 @@
-"""Chat templates, rendered within limits of time, memory and length: they are code of whoever made the model.
+"""Render chat templates within limits of time, memory and length: they are untrusted code.
 
-They are rendered by a process of their own (`job/model/template_child.py`), all conversations of a batch at
-once, which takes a tenth of a second and no library of models. What it returns is computed with: nothing is rendered
-in this process.
+A child process (`job/model/template_child.py`) renders all conversations of a batch at once, in a tenth of a second and
+without model libraries. Nothing is rendered in this process.
 """
 
 from __future__ import annotations
@@ -49,19 +48,10 @@ def render(
     date: str | None = None,
     answer: bool = True,
 ) -> list[str]:
-    """Return conversations as a template writes them.
+    """Render conversations with a chat template. Raises ImpossibleJobError beyond limits, or MachineError.
 
-    Args:
-        template: The chat template, in Jinja.
-        variables: The tokenizer's special tokens by name, and what else the template is told.
-        conversations: What has been said, each message with its `role` and `content`.
-        name: Whose template it is, for messages.
-        date: The date that the template's clock shows, ISO 8601; None: now.
-        answer: Each is written up to where the next answer begins; else up to the end of its last message.
-
-    Raises:
-        ImpossibleJobError: The template exceeds a limit, crashes, or does not take a conversation.
-        MachineError: No process can be started.
+    `variables` include the tokenizer's special tokens; `date` is the clock's, ISO 8601, by default now. `answer`
+    renders up to the next response, else to the end of the last message.
     """
     told = json.dumps([variables, date, answer], sort_keys=True, default=str)
     keys = [json.dumps([template, told, list(map(dict, one))]) for one in conversations]
@@ -79,13 +69,12 @@ def render(
 
 
 def _characters(messages: Messages) -> int:
-    """Return how long a conversation is; content is text, or parts with a text each."""
+    """Return a conversation's length; content is text, or parts with text."""
     parts = (message["content"] for message in messages)
     return sum(len(said) if isinstance(said, str) else sum(len(part["text"]) for part in said) for said in parts)
 
 
 def _made(asked: Mapping[str, Any], missing: Mapping[str, Messages], name: str) -> list[str]:
-    """Have the child render what has not been rendered yet."""
     template, conversations = asked["template"], list(missing.values())
     if template in _hostile:
         raise _exceeded(name, _hostile[template])
@@ -116,11 +105,7 @@ def _made(asked: Mapping[str, Any], missing: Mapping[str, Messages], name: str) 
 
 
 def _answer(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the child answers, or the limit that has ended it.
-
-    Raises:
-        MachineError: It cannot be started.
-    """
+    """Return the child's response, or the limit that ended it. Raises MachineError if it cannot be started."""
     # Modules come from where this process has them, none from the working folder.
     command = [sys.executable, "-I", "-S", "-c", _START, json.dumps([path for path in sys.path if path]), str(_CHILD)]
     environment = {name: value for name, value in os.environ.items() if name in _PASSED}
@@ -157,7 +142,7 @@ def _answer(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _exceeded(name: str, what: str) -> ImpossibleJobError:
-    """Return the error for a template that goes beyond what templates may."""
+    """Return the error for a template that exceeds a limit."""
     return ImpossibleJobError(
         f"the chat template of {name} {what}",
         remedy="use the template of the model's maker, or put another into chat_template.jinja",

@@ -1,4 +1,4 @@
-"""config.json and its companion as transformers will read them, checked before a library makes something of them."""
+"""config.json and generation_config.json, validated before transformers reads them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ _COUNTS = ("num_", "n_", "_size", "_dim", "max_position")
 
 
 def model_config(folder: Path) -> dict[str, Any]:
-    """Return the contents of a model folder's config.json.
-
-    Raises:
-        ImpossibleJobError: There is none, it or generation_config.json is damaged, or a number is beyond all models.
-    """
+    """Return a model folder's config.json. Raises ImpossibleJobError if missing, damaged or absurd."""
     if not (folder / CONFIG).is_file():
         what = "is not a model folder: it has no config.json" if folder.is_dir() else "does not exist"
         raise ImpossibleJobError(f"{folder} {what}", remedy="give the folder of a model in Hugging Face format")
@@ -33,7 +29,7 @@ def model_config(folder: Path) -> dict[str, Any]:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds, in UTF-8 without a mark, as transformers reads it."""
+    """Return the object in a JSON file, in UTF-8 without a mark, as transformers reads it."""
     try:
         found = json.loads(file.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -1,9 +1,8 @@
-"""Loading models whose files are quantised: transformers undoes it, tensor by tensor, as it reads them.
+"""Load models with quantised files, dequantised tensor by tensor by transformers.
 
-Where the last blocks of FP8 matrices are smaller than the others, transformers divides a matrix into as many
-equal blocks as there are scales: that fails, or gives other weights without a word. Its class is used with
-that one step done by `job.numerics.dequantisation`; for whole blocks the two agree bit by bit. It also leaves
-weights that are not quantised in the type that they are stored in, whatever type is asked for.
+For FP8 matrices with smaller last blocks, transformers assumes equal blocks: that fails, or silently gives wrong
+weights. Its class is used with that step replaced by `job.numerics.dequantisation`; for whole blocks both agree bit by
+bit. It also ignores the requested type for unquantised weights.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class _Dequantize(Fp8Dequantize):  # type: ignore[misc]  # transformers' classes
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str | None = None, model: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Dequantise a weight, and have one that is plain in the type of the others: as transformers has it not."""
+        """Dequantise a weight; a plain one gets the requested type, which transformers ignores."""
         found = super().convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)
         dtype = self._get_target_dtype(model, full_layer_name)
         if dtype is None:
@@ -59,14 +58,9 @@ class _Quantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
 
 
 def dequantising_config(folder: Path, quantization: str) -> PretrainedConfig | None:
-    """Return the configuration that has transformers dequantise a model while it loads it, None for plain files.
+    """Return the configuration that dequantises on loading, None for plain files.
 
-    Args:
-        folder: The model's folder.
-        quantization: How the job wants weights to be quantised while they are loaded, "none" for not at all.
-
-    Raises:
-        QuantisedSourceError: The files are quantised in a way that is not undone, or would be quantised again.
+    Raises QuantisedSourceError if they cannot be dequantised, or `quantization` would quantise them again.
     """
     found = quantisation_in(folder)
     if found is None:

@@ -1,4 +1,4 @@
-"""Faults of devices while a model computes: out of memory, an error of the accelerator, a forward that hangs."""
+"""Device faults during computation: out of memory, accelerator errors, hanging forwards."""
 
 from __future__ import annotations
 
@@ -25,26 +25,14 @@ _CPU_OUT_OF_MEMORY = "can't allocate memory"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that a device's memory, or the machine's, was not enough."""
+    """Return whether an error means that memory of a device or the machine ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)
 
 
 def halving(rows: int, compute: Callable[[int], T], report: Callable[[str], None]) -> tuple[T, int]:
-    """Return what compute(rows) returns, with half as many rows again and again where memory does not suffice.
-
-    Args:
-        rows: Rows of a forward to begin with.
-        compute: May be called several times.
-        report: Told of every halving.
-
-    Returns:
-        The result, and the rows that it took.
-
-    Raises:
-        MachineError: A single row is too much.
-    """
+    """Return compute(rows) and the rows, halved when memory runs out. Raises MachineError at one row."""
     while True:
         try:
             return compute(rows), rows
@@ -67,16 +55,10 @@ def out_of_memory(error: BaseException) -> MachineError:
 
 
 class Watchdog:
-    """Watches the forwards of a model: one that takes too long is a hang, which nothing but a restart ends."""
+    """Watches a model's forwards; one that takes too long is a hang, which only a restart ends."""
 
     def __init__(self, seconds: float, file: Path, leave: Callable[[int], Any] = os._exit) -> None:
-        """Set it up.
-
-        Args:
-            seconds: What a forward may take; 0: any time.
-            file: Where the stacks of all threads are written.
-            leave: Ends the process with an exit code.
-        """
+        """Set the seconds per forward (0: no limit), and the file for all threads' stacks."""
         self._seconds = seconds
         self._file = file
         self._leave = leave
@@ -116,11 +98,7 @@ class Watchdog:
 
 @contextmanager
 def clear_faults() -> Iterator[None]:
-    """Turn the accelerator's own errors, after which the process cannot go on, into one of ours.
-
-    Raises:
-        AcceleratorFaultError: The device failed.
-    """
+    """Raise AcceleratorFaultError for accelerator errors, after which this process cannot continue."""
     try:
         yield
     except torch.AcceleratorError as error:
@@ -131,7 +109,7 @@ def clear_faults() -> Iterator[None]:
 
 
 def _fail_as_told() -> None:
-    """Fail in the way that tests have planted."""
+    """Raise the fault planted by a test."""
     if planted("accelerator"):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     if planted("memory"):

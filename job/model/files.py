@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, or a repository on the Hub of which no more is fetched than is needed."""
+"""Files of a model in a folder or Hub repository, downloading only what is needed."""
 
 from __future__ import annotations
 
@@ -33,11 +33,9 @@ _LEFT_OUT = frozenset(
 
 @dataclass(frozen=True)
 class ModelSource:
-    """MODEL as it was understood.
+    """A parsed MODEL.
 
     Attributes:
-        kind: A folder, or a repository on the Hub.
-        name: The folder's path or the repository's name.
         revision: Branch, tag or commit of a repository, None for its main branch.
     """
 
@@ -46,7 +44,7 @@ class ModelSource:
     revision: str | None = None
 
     def describe(self) -> str:
-        """Return in words what the model is."""
+        """Describe the model in words."""
         return (
             f"the Hub's {self.name}" + (f" at {self.revision}" if self.revision else "")
             if self.kind == "hub"
@@ -55,26 +53,19 @@ class ModelSource:
 
 
 class ModelFile(Record):
-    """A file of a model.
-
-    Attributes:
-        name: Path within the model.
-        size: Bytes.
-    """
+    """A file of a model: path within it, and bytes."""
 
     name: str
     size: int
 
 
 class ModelListing(Record):
-    """What a model consists of.
+    """A model's files and metadata.
 
     Attributes:
-        commit: The commit of a repository; None for a folder.
-        files: The files that a job needs: all but weights in other formats and what lies in folders.
-        license: The licence that a repository's card names.
-        gated: Access to a repository has to be granted.
-        public: A repository that everybody may see, so that it may be named; False also where nobody can be asked.
+        commit: Commit of a repository; None for a folder.
+        files: Needed files: without weights in other formats and subfolders.
+        public: Known to be a public repository, so that it may be named.
     """
 
     commit: str | None = None
@@ -100,7 +91,7 @@ class ModelListing(Record):
 
 
 def parse_model(text: str) -> ModelSource:
-    """Return what MODEL names: a folder if there is one of that name, else ``user/name[@revision]`` on the Hub."""
+    """Parse MODEL: an existing folder, else ``user/name[@revision]`` on the Hub."""
     matched = REPOSITORY.fullmatch(text)
     if Path(text).exists() or matched is None or text.startswith((".", "/", "~")):
         return ModelSource("folder", str(Path(text).expanduser()))
@@ -116,13 +107,7 @@ def no_model_folder(source: ModelSource) -> ImpossibleJobError:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Refuse a model folder with links that lead out of it: whoever made it could have this machine's files read.
-
-    The Hub's cache consists of links to the blobs of the same repository, which are part of it.
-
-    Raises:
-        ImpossibleJobError: A link leads out.
-    """
+    """Raise ImpossibleJobError for links out of a model folder, except to the Hub cache's own blobs."""
     if not folder.is_dir():
         return
     root = folder.resolve()
@@ -138,12 +123,7 @@ def refuse_links_out(folder: Path) -> None:
 
 
 def list_model(source: ModelSource, commit: str | None, report: Callable[[str], None]) -> ModelListing:
-    """Return a model's files; of a repository at the pinned commit or, without one, where its revision points now.
-
-    Raises:
-        ImpossibleJobError: There is no such model.
-        MachineError: The Hub cannot be reached.
-    """
+    """List a model's files, at the pinned or current commit. Raises ImpossibleJobError or MachineError."""
     if source.kind == "folder":
         folder = Path(source.name)
         if not folder.is_dir():
@@ -181,14 +161,10 @@ def list_model(source: ModelSource, commit: str | None, report: Callable[[str], 
 
 
 def is_in_history(source: ModelSource, commit: str, report: Callable[[str], None]) -> bool:
-    """Return whether a commit is in the history of the revision that a repository is named with.
+    """Return whether a commit is in the history of a repository's revision.
 
-    On the Hub anybody can open a pull request, and its commits can be loaded as revisions of the repository. They are
-    in no history but that of the pull request.
-
-    Raises:
-        ImpossibleJobError: There is no such repository or revision.
-        MachineError: The Hub cannot be reached.
+    Commits of anybody's pull request can be loaded as revisions too, but are in no other history. Raises
+    ImpossibleJobError or MachineError.
     """
     from huggingface_hub import HfApi
 
@@ -207,7 +183,7 @@ def _in_folder(folder: Path) -> tuple[ModelFile, ...]:
 
 
 def _needed(sizes: dict[str, int], weights: Collection[str]) -> tuple[ModelFile, ...]:
-    """Return the files of a model's top level without weights that are not loaded."""
+    """Return a model's top-level files without unused weights."""
     return tuple(
         ModelFile(name=name, size=size)
         for name, size in sorted(sizes.items())
@@ -230,20 +206,9 @@ def fetch_model(
     weights: bool = True,
     cache: Path | None = None,
 ) -> Path:
-    """Return a folder with a model's files, fetched into the Hub's cache where they are not there yet.
+    """Return a folder with a model's files, downloading missing ones into the Hub's cache, resumably.
 
-    Files that were fetched halfway are continued.
-
-    Args:
-        source: The model.
-        listing: Its files.
-        report: Told of every failure that is tried again.
-        weights: Fetch the weights too, not only what describes the model.
-        cache: Another cache than the usual one.
-
-    Raises:
-        ImpossibleJobError: The files cannot be had.
-        MachineError: The Hub cannot be reached, or the disk is full.
+    Without `weights` only descriptive files are downloaded. Raises ImpossibleJobError or MachineError.
     """
     if source.kind == "folder":
         refuse_links_out(Path(source.name))
@@ -281,14 +246,7 @@ def _snapshot(
 
 
 def line_speed(source: ModelSource, listing: ModelListing, seconds: float = 2.0, most: int = 8 << 20) -> float | None:
-    """Return how many bytes a second come from the Hub, measured on the largest file; None if it is too small to tell.
-
-    Args:
-        source: The model.
-        listing: Its files.
-        seconds: How long is measured at most, beyond the first block.
-        most: Bytes that are fetched at most.
-    """
+    """Measure the Hub's rate in bytes per second on up to `most` bytes; None for smaller files."""
     largest = max(listing.weights, key=lambda file: file.size, default=None)
     if source.kind == "folder" or largest is None or largest.size < most or is_offline():
         return None
@@ -311,7 +269,7 @@ def line_speed(source: ModelSource, listing: ModelListing, seconds: float = 2.0,
 
 
 def missing_bytes(source: ModelSource, listing: ModelListing) -> int:
-    """Return how many bytes of a repository's files are not in the Hub's cache; halves of files count as there."""
+    """Return the bytes of a repository's files missing from the Hub's cache; partial files count as present."""
     if source.kind == "folder":
         return 0
     from huggingface_hub import constants, try_to_load_from_cache
@@ -330,11 +288,7 @@ def missing_bytes(source: ModelSource, listing: ModelListing) -> int:
 def tensor_shapes(
     source: ModelSource, listing: ModelListing, report: Callable[[str], None]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return every tensor's type and shape from the headers of the safetensors files; no weight is read.
-
-    Raises:
-        ImpossibleJobError: There are none, their index is missing, or a file is damaged.
-    """
+    """Return every tensor's type and shape from safetensors headers. Raises ImpossibleJobError."""
     require_loadable(source.describe(), {file.name for file in listing.files})
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in listing.weights:
@@ -364,7 +318,6 @@ def _local_header(path: Path) -> dict[str, Any]:
 
 
 def _checked(entry: Any) -> dict[str, Any]:
-    """Return a tensor's entry in a header, as it has to be."""
     start, end = map(int, entry["data_offsets"])
     return {"dtype": str(entry["dtype"]), "shape": [int(size) for size in entry["shape"]], "data_offsets": [start, end]}
 
@@ -372,7 +325,7 @@ def _checked(entry: Any) -> dict[str, Any]:
 def _remote_header(
     source: ModelSource, listing: ModelListing, file: ModelFile, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Return a remote file's header, from the cache if it is there and by range requests if not."""
+    """Return a remote file's header, from the cache or by range requests."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     cached = try_to_load_from_cache(source.name, file.name, revision=listing.commit)

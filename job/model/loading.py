@@ -1,4 +1,4 @@
-"""The loaded model: its weights in a dtype that works, and its tokenizer."""
+"""Load a model in a working dtype, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -55,18 +55,12 @@ _CPUS = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be measured and edited.
+    """A model ready to measure and edit.
 
     Attributes:
-        folder: Where its files lie.
-        model: The model in evaluation mode.
-        tokenizer: Its tokenizer, with a chat template.
-        architecture: Its structure.
-        dtype: The floating-point type of its weights, e.g. "bfloat16".
-        response_prefix: What every answer is made to begin with.
-        prefix_tokens: Its token ids; None: those of prompt and prefix together, as of a text that somebody gave.
-        rendering: What the chat template is told beside the conversation.
-        turn_end: A token that ends answers beside the model's own end tokens; None: no other.
+        dtype: Floating-point type of its weights, e.g. "bfloat16".
+        prefix_tokens: Its token ids; None: tokenized with the prompt, as a given text is.
+        turn_end: End token beyond the model's own; None without one.
     """
 
     folder: Path
@@ -81,34 +75,30 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """Device of the inputs."""
         return input_device(self.model)
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """Tokens that end an answer, as generation would end it."""
+        """Tokens that end a response in generation."""
         configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
         listed = configured if isinstance(configured, list) else [configured]
         return frozenset(int(t) for t in (*listed, self.tokenizer.eos_token_id, self.turn_end) if isinstance(t, int))
 
     def ending_its_turn(self) -> LoadedModel:
-        """Return the model with the token with which its template ends a turn among its end tokens."""
+        """Add the template's end-of-turn token to the end tokens."""
         token = end_of_turn(self.tokenizer, self.rendering)
         return self if token is None or token in self.end_tokens else replace(self, turn_end=token)
 
     def tokenize(self, prompts: Iterable[Prompt]) -> list[list[int]]:
-        """Return each prompt's token ids as a conversation that awaits the assistant's answer.
-
-        Raises:
-            ImpossibleJobError: The chat template does not take the conversation.
-        """
+        """Return each prompt's token ids, up to the response. Raises ImpossibleJobError."""
         given, tokens = (self.response_prefix, ()) if self.prefix_tokens is None else ("", self.prefix_tokens)
         texts = (text + given for text in conversations(self.tokenizer, prompts, self.rendering))
         # The template has written the special tokens already.
         return [[*self.tokenizer(text, add_special_tokens=False)["input_ids"], *tokens] for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of an answer."""
+        """Return a response's text."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
@@ -119,19 +109,7 @@ def load_model(
     dtype: str | None = None,
     rendering: Rendering = PLAIN,
 ) -> LoadedModel:
-    """Load a model in the first dtype that generates without fault.
-
-    Args:
-        folder: The model's folder.
-        settings: Dtypes to try and the device.
-        report: Told of every dtype that does not work.
-        dtype: The only dtype to try, where one has been settled before.
-        rendering: What the chat template is told beside the conversation.
-
-    Raises:
-        ImpossibleJobError: The folder holds no usable model.
-        MachineError: The device is not there.
-    """
+    """Load a model in the first working dtype, or only `dtype`. Raises ImpossibleJobError or MachineError."""
     quieten_transformers()
     checkpoint_files(folder)
     tokenizer = load_tokenizer(folder, settings.trust_remote_code)
@@ -157,18 +135,14 @@ def load_model(
 
 
 def quieten_transformers() -> None:
-    """Keep transformers' bars and advice out of the job's own output; its errors still come as exceptions."""
+    """Hide transformers' progress bars and advice; its errors remain exceptions."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
 
 def load_tokenizer(folder: Path, trusted: bool = False) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer; its own code is run only if it is trusted.
-
-    Raises:
-        ImpossibleJobError: There is none, or it has no chat template.
-    """
+    """Return the tokenizer; its own code runs only if trusted. Raises ImpossibleJobError without a chat template."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
     except Exception as error:  # tokenizers raises plain ones for a tokenizer.json that it does not know
@@ -188,11 +162,7 @@ def load_tokenizer(folder: Path, trusted: bool = False) -> PreTrainedTokenizerBa
 
 
 def _template_beside(folder: Path) -> str | None:
-    """Return the template in chat_template.json, where processors of multimodal models keep it.
-
-    Raises:
-        ImpossibleJobError: The file is damaged.
-    """
+    """Return the template in chat_template.json, of multimodal processors. Raises ImpossibleJobError."""
     file = folder / TEMPLATE_FILE
     if not file.is_file():
         return None
@@ -204,11 +174,7 @@ def _template_beside(folder: Path) -> str | None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that a setting names.
-
-    Raises:
-        MachineError: This machine does not have it.
-    """
+    """Return the device of a setting. Raises MachineError if this machine lacks it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -222,7 +188,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def hardware(device: torch.device) -> str:
-    """Return in words what a model on this device is computed by."""
+    """Describe the hardware that computes on a device."""
     if device.type == "cuda":
         names = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         return ", ".join(f"{count} × {name}" for name, count in names.items())
@@ -230,7 +196,7 @@ def hardware(device: torch.device) -> str:
 
 
 def device_kind(device: torch.device) -> str:
-    """Return what kind of device this is, however many of it or of its cores there are."""
+    """Return the kind of a device, regardless of its number or cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     models = re.findall(r"^model name\s*:\s*(.+)$", _CPUS.read_text(), re.MULTILINE) if _CPUS.exists() else []
@@ -280,12 +246,7 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
 
 
 def _spread(config: PretrainedConfig, places: Mapping[str, int | str]) -> dict[str, int | str]:
-    """Return a table of devices as a model is loaded by it.
-
-    Raises:
-        MachineError: This machine does not have one of the devices.
-        UsageError: It leaves a part of the model out, or names no device.
-    """
+    """Adapt a device map to a model. Raises MachineError for missing devices, or UsageError for gaps."""
     for name, place in places.items():
         if isinstance(place, str) and not _PLACE.fullmatch(place):
             raise UsageError(
@@ -305,7 +266,7 @@ def _spread(config: PretrainedConfig, places: Mapping[str, int | str]) -> dict[s
 
 
 def _offload_folder(settings: LoadingSettings) -> str | None:
-    """Return where weights are kept on disk that are offloaded in another form than the files have them."""
+    """Return the folder for offloaded weights that are converted from the files' form."""
     offloads = settings.device_map == "auto" or isinstance(settings.device_map, dict)
     if settings.offload_folder is not None or not offloads:
         return settings.offload_folder
@@ -316,11 +277,7 @@ def _offload_folder(settings: LoadingSettings) -> str | None:
 
 
 def _quantization(name: str) -> BitsAndBytesConfig | None:
-    """Return how weights are quantised while they are loaded, None for not at all.
-
-    Raises:
-        MachineError: The library for it is not installed.
-    """
+    """Return the quantisation on loading, or None. Raises MachineError without its library."""
     if name == "none":
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -332,7 +289,7 @@ def _quantization(name: str) -> BitsAndBytesConfig | None:
 
 
 def _fault(loaded: LoadedModel) -> str | None:
-    """Return what is wrong with the model in its dtype, None if a generation goes well."""
+    """Return the model's fault in its dtype, None if it generates well."""
     for name, parameter in loaded.model.named_parameters():
         if parameter.is_meta:  # on disk: a forward brings it, and shows in its logits
             continue

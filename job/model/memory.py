@@ -1,4 +1,4 @@
-"""Memory that nobody uses: given back to the device and the system, or kept for the next forward."""
+"""Unused memory: released to the device and the system, or kept for the next forward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KEPT_BYTES, _PAD_BYTES, _MAPPED_BYTES = 256 << 20, 16 << 20, 32 << 20
 
 
 def release_memory() -> None:
-    """Give what is no longer used back to the device and the system."""
+    """Release unused memory to the device and the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Where a model's weights lie: on one device or several, or offloaded to RAM or disk until a forward needs them."""
+"""Placement of a model's weights on devices, or offloaded to RAM or disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 
 def module_device(module: nn.Module) -> torch.device:
-    """Return the device that a module, whose weights may be offloaded, computes on."""
+    """Return the device that a module, possibly offloaded, computes on."""
     hook = getattr(module, "_hf_hook", None)
     if has_offloaded_params(module) and isinstance(hook, AlignDevicesHook):
         return torch.device(hook.execution_device)
@@ -22,7 +22,7 @@ def module_device(module: nn.Module) -> torch.device:
 
 
 def read_parameter(model: nn.Module, name: str) -> Tensor:
-    """Return a parameter's values, also where they are offloaded."""
+    """Return a parameter's values, even if offloaded."""
     module, _, own = name.rpartition(".")
     holder = model.get_submodule(module)
     with align_module_device(holder):
@@ -31,7 +31,7 @@ def read_parameter(model: nn.Module, name: str) -> Tensor:
 
 
 def placement(model: PreTrainedModel) -> dict[str, int]:
-    """Return how many bytes of a model's weights each device holds; those on disk as they are when they are loaded."""
+    """Return the bytes of weights per device; on disk by their size when loaded."""
     places: Mapping[str, Any] = getattr(model, "hf_device_map", None) or {"": model.device}
     found: dict[str, int] = {}
     for name, tensor in model.named_parameters():
@@ -42,13 +42,7 @@ def placement(model: PreTrainedModel) -> dict[str, int]:
 
 
 def spread(model: nn.Module, places: Mapping[str, Any], name: str = "") -> dict[str, Any]:
-    """Return a device map in which no module is within another, as accelerate wants them.
-
-    Args:
-        model: The model, or the part of it with this name.
-        places: Devices by the names of modules; what a longer name says goes before what a shorter one does.
-        name: The part's name.
-    """
+    """Expand a device map so that no entry contains another, as accelerate requires; longer names win."""
     inside = f"{name}." if name else ""
     if not any(key.startswith(inside) and key != name for key in places):
         return {name: _looked_up(places, name)}
@@ -59,14 +53,14 @@ def spread(model: nn.Module, places: Mapping[str, Any], name: str = "") -> dict[
 
 
 def _looked_up(places: Mapping[str, Any], name: str) -> Any:
-    """Return what the longest name that leads to a module says; None if none does."""
+    """Return the entry of the longest name that is a prefix of a module's, or None."""
     while name not in places and name:
         name = name.rpartition(".")[0]
     return places.get(name)
 
 
 def let_go(model: PreTrainedModel) -> None:
-    """Give the memory of a model's weights back, whoever still holds the model; it cannot compute any more."""
+    """Free a model's weights even if it is still referenced; it becomes unusable."""
     for module in model.modules():
         for hook in _hooks(getattr(module, "_hf_hook", None)):
             if isinstance(hook, AlignDevicesHook):

@@ -1,7 +1,7 @@
-"""How a model's files are quantised, and what its tensors are once that is undone.
+"""Quantisation of a model's files, and its tensors after dequantisation.
 
-Nothing is looked at but config.json and the headers of the files, so that what cannot be undone is refused
-before any weight is downloaded (docs/decisions/0019-quantised-sources.md).
+It reads only config.json and headers, so that unsupported files are refused before the download
+(docs/decisions/0019-quantised-sources.md).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _MXFP4_BLOCK = 32
 
 @dataclass(frozen=True)
 class Quantisation:
-    """A way of quantising that can be undone.
+    """A supported quantisation.
 
     Attributes:
-        method: "fp8": 8-bit floats, a factor for each block; "mxfp4": 4-bit floats, an exponent for each 32.
-        block: Rows and columns of a block of 8-bit floats, None where config.json does not say.
+        method: "fp8": 8-bit floats with a scale per block; "mxfp4": 4-bit floats with an exponent per 32.
+        block: Rows and columns of an fp8 block, None if config.json omits it.
     """
 
     method: Method
@@ -45,14 +45,7 @@ class Quantisation:
 
 @dataclass(frozen=True)
 class PlainTensor:
-    """A tensor as it is once nothing is quantised.
-
-    Attributes:
-        name: Its name.
-        dtype: Its type as safetensors names it.
-        shape: Its shape.
-        parts: What the files hold of it: the tensor itself, or quantised values and their scales.
-    """
+    """A dequantised tensor; `parts` are its stored tensors: itself, or quantised values and scales."""
 
     name: str
     dtype: str
@@ -61,11 +54,7 @@ class PlainTensor:
 
 
 def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
-    """Return how a model's files are quantised by the contents of its config.json, None for not at all.
-
-    Raises:
-        QuantisedSourceError: In a way that is not undone.
-    """
+    """Return the quantisation in a config.json, or None. Raises QuantisedSourceError if unsupported."""
     described = _described(config)
     if not described:
         return None
@@ -84,16 +73,12 @@ def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
 
 
 def quantisation_in(folder: Path) -> Quantisation | None:
-    """Return how the files in a model's folder are quantised, None for not at all (`quantisation_of`).
-
-    Raises:
-        ImpossibleJobError: In a way that is not undone, or config.json is damaged.
-    """
+    """Return the quantisation of a model folder's files (`quantisation_of`). Raises ImpossibleJobError."""
     return quantisation_of(model_config(folder)) if (folder / CONFIG).is_file() else None
 
 
 def method_named(config: Mapping[str, Any]) -> str | None:
-    """Return what config.json calls the way in which the files are quantised, None if they are not."""
+    """Return the name of the quantisation in config.json, or None."""
     described = _described(config)
     return _method(described) if described else None
 
@@ -114,15 +99,7 @@ def _method(described: Mapping[str, Any]) -> str:
 
 
 def plain_tensors(quantisation: Quantisation, headers: Headers) -> Iterator[PlainTensor]:
-    """Yield all tensors of a model as they are once nothing is quantised.
-
-    Args:
-        quantisation: How the files are quantised.
-        headers: By name the type and the shape of every tensor in the files.
-
-    Raises:
-        QuantisedSourceError: A tensor is not as such files have it.
-    """
+    """Yield a model's dequantised tensors from stored types and shapes. Raises QuantisedSourceError."""
     undone = _eight_bits if quantisation.method == "fp8" else _four_bits
     for name, (dtype, shape) in headers.items():
         if not _belongs_to_another(name, headers):
@@ -130,7 +107,7 @@ def plain_tensors(quantisation: Quantisation, headers: Headers) -> Iterator[Plai
 
 
 def _belongs_to_another(name: str, headers: Headers) -> bool:
-    """Say whether a tensor is the scales of another one."""
+    """Return whether a tensor holds the scales of another."""
     return (
         (name.endswith(_SCALE) and name.removesuffix(_SCALE) in headers)
         or (name.endswith(_ACTIVATION) and f"{name.removesuffix(_ACTIVATION)}.weight" in headers)
@@ -164,16 +141,7 @@ def _four_bits(_quantisation: Quantisation, name: str, headers: Headers) -> Plai
 
 
 def block_of(shape: Sequence[int], grid: Sequence[int], named: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the rows and columns of a matrix that share a scale; the last blocks may be smaller.
-
-    Args:
-        shape: Of the matrix.
-        grid: Shape of its scales; none or one of size 1 for a single one.
-        named: What config.json says of blocks.
-
-    Raises:
-        QuantisedSourceError: The two shapes do not go together.
-    """
+    """Return a matrix's rows and columns per scale; last blocks may be smaller. Raises QuantisedSourceError."""
     rows, columns = shape
     if len(grid) < 2 and all(size == 1 for size in grid):
         return rows, columns
@@ -186,7 +154,7 @@ def block_of(shape: Sequence[int], grid: Sequence[int], named: tuple[int, int] |
 
 
 def plain_config(text: str) -> str:
-    """Return the contents of config.json for files in which nothing is quantised any more."""
+    """Return config.json without quantisation."""
     config = json.loads(text)
     for part in (config, config.get("text_config")):
         if not part:

@@ -1,4 +1,4 @@
-"""How prompts are written: with their text in them, on one date, and where the model's turn ends."""
+"""Render prompts with a chat template: with their text, on one date, and with a known end of turn."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ SWITCHES: tuple[tuple[str, bool], ...] = (("enable_thinking", False), ("thinking
 
 @functools.cache
 def _today() -> str:
-    """Return the date on which this process first asked: one run does not write on two."""
+    """Return the date of the first call, so that a run never uses two."""
     return date.today().isoformat()
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """The template variables other than the conversation; the same for all prompts of a job.
+    """Template variables besides the conversation; the same for all prompts of a job.
 
     Attributes:
-        date: The date that its clock shows, ISO 8601; None: today.
-        options: Further variables, e.g. enable_thinking.
+        date: The clock's date, ISO 8601; None: today.
     """
 
     date: str | None = None
@@ -46,7 +45,7 @@ class Rendering:
 
     @property
     def clock(self) -> str:
-        """The date that is shown."""
+        """The clock's date."""
         return self.date or _today()
 
 
@@ -55,11 +54,11 @@ PLAIN = Rendering()
 
 @dataclass(frozen=True)
 class Style:
-    """How a template takes messages.
+    """A template's message format.
 
     Attributes:
-        content: Text, or a list of parts as templates of multimodal models want it.
-        system: In a message of its own, or before the first of the user's, where the template has no such role.
+        content: Text, or a list of parts for multimodal templates.
+        system: As its own message, or before the first user message for templates without that role.
     """
 
     content: Literal["text", "parts"] = "text"
@@ -69,11 +68,7 @@ class Style:
 def conversations(
     tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt], rendering: Rendering = PLAIN
 ) -> list[str]:
-    """Return prompts as a tokenizer's chat template writes them, up to where the answers begin.
-
-    Raises:
-        ImpossibleJobError: The template does not take a conversation, leaves the prompt out, or exceeds its limits.
-    """
+    """Render prompts up to the response. Raises ImpossibleJobError; see `rendered`."""
     said = []
     for prompt in prompts:
         system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
@@ -84,16 +79,10 @@ def conversations(
 def rendered(
     tokenizer: PreTrainedTokenizerBase, said: Sequence[Messages], rendering: Rendering = PLAIN, *, answer: bool = True
 ) -> list[str]:
-    """Return conversations as a tokenizer's chat template writes them.
+    """Render conversations of messages with `role` and `content` text.
 
-    Args:
-        tokenizer: The tokenizer.
-        said: What has been said in each, every message with its `role` and `content` as text.
-        rendering: What else the template is told.
-        answer: Up to where the next answer begins; else up to the end of the last message.
-
-    Raises:
-        ImpossibleJobError: The template does not take a conversation, leaves the prompt out, or exceeds its limits.
+    `answer` renders up to the next response, else to the end of the last message. Raises ImpossibleJobError if the
+    template rejects a conversation, omits the prompt, or exceeds its limits.
     """
     if not said:
         return []
@@ -102,15 +91,7 @@ def rendered(
 
 
 def style_of(tokenizer: PreTrainedTokenizerBase, *, system: bool) -> Style:
-    """Return how a template has to be given messages so that they are in what it writes.
-
-    Args:
-        tokenizer: The tokenizer.
-        system: There is a system prompt.
-
-    Raises:
-        ImpossibleJobError: The template refuses even a question alone, or leaves it out.
-    """
+    """Return the message format in which a template includes all messages. Raises ImpossibleJobError."""
     question = [{"role": "user", "content": _QUESTION}]
     asked = [{"role": "system", "content": _SYSTEM}, *question]
     refused: ImpossibleJobError | None = None
@@ -139,13 +120,13 @@ def _takes_system(tokenizer: PreTrainedTokenizerBase, asked: Messages, style: St
 
 
 def _writes(tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style, *words: str) -> bool:
-    """Return whether the words of a conversation are in what the template makes of it."""
+    """Return whether a conversation's words are in the rendered text."""
     (text,) = _written(tokenizer, [_in_style(messages, style)], PLAIN, True)
     return all(word in text for word in words)
 
 
 def _in_style(messages: Messages, style: Style) -> list[dict[str, Any]]:
-    """Return a conversation as a template takes it."""
+    """Convert a conversation to a template's message format."""
     found = [dict(message) for message in messages]
     if style.system == "user" and len(found) > 1 and found[0]["role"] == "system":
         system, first, *rest = found
@@ -174,22 +155,14 @@ def _written(
 
 
 def shows_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether what the template writes depends on the date.
-
-    Raises:
-        ImpossibleJobError: The template does not take a conversation.
-    """
+    """Return whether the rendered text depends on the date. Raises ImpossibleJobError."""
     question = [[{"role": "user", "content": _QUESTION}]]
     first, second = (rendered(tokenizer, question, Rendering(day)) for day in _DATES)
     return first != second
 
 
 def switched(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> list[Rendering]:
-    """Return the rendering with each switch against thinking that the template knows.
-
-    Raises:
-        ImpossibleJobError: The template does not take a conversation.
-    """
+    """Return the rendering with each supported switch that disables thinking. Raises ImpossibleJobError."""
     question = [[{"role": "user", "content": _QUESTION}]]
     plain = rendered(tokenizer, question, rendering)
     others = [dataclasses.replace(rendering, options=(*rendering.options, switch)) for switch in SWITCHES]
@@ -197,9 +170,9 @@ def switched(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> list[R
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = PLAIN) -> int | None:
-    """Return the token with which the template ends an answer; None where it ends it with none.
+    """Return the token with which the template ends a response, or None.
 
-    Not every model names it among its end tokens, and would answer to itself for as long as it may.
+    Some models lack it among their end tokens, and would continue the conversation by themselves.
     """
     turn = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     try:

@@ -1,7 +1,6 @@
-"""The safetensors files of a model: where they hold which parameter, and as what.
+"""Parameters in a model's safetensors files: names, types and positions.
 
-Files that are quantised are presented as the plain ones that an export has in their place: same names of files,
-dequantised tensors, no scales.
+Quantised files appear as the plain ones of an export: same file names, dequantised tensors, no scales.
 """
 
 from __future__ import annotations
@@ -34,14 +33,7 @@ _BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor stands in a shard.
-
-    Attributes:
-        dtype: Its type as safetensors names it.
-        shape: Its shape.
-        start: Where its bytes begin in the file.
-        size: How many they are.
-    """
+    """A tensor in a shard: safetensors type, shape, offset in the file, and bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,12 +43,11 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the files hold a parameter.
+    """Stored tensors of a parameter.
 
     Attributes:
-        names: Names of its tensors there.
-        apart: They are those of one expert each, in order.
-        turned: Their axes are the other way round than in the loaded model.
+        apart: They are one expert's each, in order.
+        turned: They are transposed relative to the loaded model.
     """
 
     names: tuple[str, ...]
@@ -65,16 +56,7 @@ class Places:
 
 
 def places_among(held: Container[str], architecture: Architecture, name: str) -> Places:
-    """Return where files that hold tensors with certain names hold a parameter.
-
-    Args:
-        held: The tensors' names.
-        architecture: The model's structure.
-        name: The parameter's name in the loaded model.
-
-    Raises:
-        UnsupportedArchitectureError: They do not.
-    """
+    """Return a parameter's stored tensors among `held` names. Raises UnsupportedArchitectureError if missing."""
     form = architecture.forms.get(name, Form(name))
     for known in (form.name, name, name.removeprefix(f"{architecture.prefix}.")):
         if known in held:
@@ -87,17 +69,7 @@ def places_among(held: Container[str], architecture: Architecture, name: str) ->
 
 
 def require_sizes(held: Mapping[str, Sequence[int]], architecture: Architecture, model: nn.Module) -> None:
-    """Refuse files that lack a residual writer, or hold one of another size than the configuration asks for.
-
-    Args:
-        held: Shapes of the files' tensors by name, as they are once nothing is quantised.
-        architecture: The model's structure.
-        model: The model, which may be without weights.
-
-    Raises:
-        ImpossibleJobError: One is of another size.
-        UnsupportedArchitectureError: One is not there.
-    """
+    """Raise UnsupportedArchitectureError for a missing writer, or ImpossibleJobError for an unexpected size."""
     for name in (name for writer in architecture.writers for name in writer.edited):
         shape = tuple(model.get_parameter(name).shape)
         names = places_among(held, architecture, name).names
@@ -110,20 +82,15 @@ def require_sizes(held: Mapping[str, Sequence[int]], architecture: Architecture,
 
 
 class Checkpoint:
-    """The safetensors files of a model and what they hold.
+    """A model's safetensors files.
 
     Attributes:
-        folder: The model's folder.
-        entries: By file the tensors that a plain copy of it has, by name; those of the file itself if it is plain.
-        quantisation: How the files are quantised, None if they are not.
+        entries: Tensors of each file's plain copy, by name.
+        quantisation: Quantisation of the files, or None.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the headers of all files.
-
-        Raises:
-            ImpossibleJobError: A file is missing or damaged, or quantised in a way that is not undone.
-        """
+        """Read the headers of all files. Raises ImpossibleJobError."""
         self.folder = folder
         self._stored = {file: _read_header(file) for file in checkpoint_files(folder)}
         self._source = {name: file for file, entries in self._stored.items() for name in entries}
@@ -137,19 +104,19 @@ class Checkpoint:
 
     @property
     def files(self) -> list[Path]:
-        """The files, but those that would hold nothing if they were not quantised."""
+        """The files, except those that are empty after dequantisation."""
         return list(self.entries)
 
     def header(self, file: Path) -> bytes | None:
-        """Return what a plain copy of a file begins with, None if it is plain itself."""
+        """Return the header of a file's plain copy, None if it is plain itself."""
         return self._headers.get(file)
 
     def is_dequantised(self, name: str) -> bool:
-        """Say whether a tensor is quantised in the files."""
+        """Return whether a tensor is stored quantised."""
         return name in self._made
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return a tensor by its name: as it is stored, or dequantised in a type."""
+        """Return a tensor as stored, or dequantised to a type."""
         made = self._made.get(name)
         if made is None:
             return self._read(name)
@@ -164,7 +131,7 @@ class Checkpoint:
         return dequantised_blocks(values, scales, block_of(values.shape, scales.shape, named), dtype)
 
     def part(self, name: str, number: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return one entry of a tensor's first axis: as it is stored, or dequantised in a type."""
+        """Return one entry of a tensor's first axis, as stored or dequantised to a type."""
         made = self._made.get(name)
         if made is None:
             return self._read(name, number)
@@ -179,40 +146,28 @@ class Checkpoint:
         return tensor
 
     def entry(self, name: str) -> TensorEntry:
-        """Return where a tensor stands in the plain files."""
+        """Return a tensor's entry in the plain files."""
         return self.entries[self._file_of[name]][name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the floating-point type of a tensor in the plain files."""
+        """Return a tensor's floating-point type in the plain files."""
         return _FLOATS[self.entry(name).dtype]
 
     def stored_blocks(self, name: str) -> Iterator[bytes]:
-        """Yield the bytes of a tensor that the files hold as it is."""
+        """Yield the bytes of an unquantised tensor."""
         yield from _blocks(self._source[name], self._stored[self._source[name]][name])
 
     def places(self, architecture: Architecture, name: str) -> Places:
-        """Return where the files hold a parameter.
-
-        Args:
-            architecture: The model's structure.
-            name: The parameter's name in the loaded model.
-
-        Raises:
-            UnsupportedArchitectureError: They do not.
-        """
+        """Return a parameter's stored tensors. Raises UnsupportedArchitectureError if missing."""
         return places_among(self._file_of, architecture, name)
 
     def keeps(self, architecture: Architecture, dtype: torch.dtype) -> bool:
-        """Return whether all that an edit changes is held in a type, or a more precise one."""
+        """Return whether all tensors of edits have at least the precision of a type."""
         digits = torch.finfo(dtype).eps
         return all(torch.finfo(self.dtype(name)).eps <= digits for name in self._names_of_all(architecture))
 
     def require_writers(self, architecture: Architecture) -> None:
-        """Refuse a checkpoint that does not hold all residual writers as floating-point tensors.
-
-        Raises:
-            UnsupportedArchitectureError: It does not.
-        """
+        """Raise UnsupportedArchitectureError unless all residual writers are stored as floating-point tensors."""
         for name in self._names_of_all(architecture):
             dtype = self.entry(name).dtype
             if dtype not in _FLOATS:
@@ -221,7 +176,7 @@ class Checkpoint:
                 )
 
     def digest(self, architecture: Architecture) -> str:
-        """Return a hash of all that the files hold of tensors that an edit changes or follows from."""
+        """Return a hash of all tensors that an edit changes or depends on."""
         digest = hashlib.sha256()
         for name in self._names_of_all(architecture):
             for part in self._made[name].parts if name in self._made else (name,):
@@ -235,7 +190,7 @@ class Checkpoint:
                 yield from self.places(architecture, name).names
 
     def _dequantised_layout(self, quantisation: Quantisation) -> dict[Path, dict[str, TensorEntry]]:
-        """Return the tensors of the plain files, each in the one that holds its values."""
+        """Return the tensors of the plain files, each in the file of its values."""
         stored = {name: entry for entries in self._stored.values() for name, entry in entries.items()}
         headers = {name: (entry.dtype, entry.shape) for name, entry in stored.items()}
         by_file: dict[Path, dict[str, tuple[str, tuple[int, ...], int]]] = {}
@@ -253,7 +208,7 @@ class Checkpoint:
 
 
 def _laid_out(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[bytes, dict[str, TensorEntry]]:
-    """Return the header of a safetensors file and where its tensors stand, the widest types first as in others."""
+    """Return a safetensors header and its tensors' positions, widest types first as usual."""
     order = sorted(tensors, key=lambda name: (-_SIZES.get(tensors[name][0], 1), name))
     offsets: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -269,7 +224,7 @@ def _laid_out(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[
 
 
 def _read_header(file: Path) -> dict[str, TensorEntry]:
-    """Return the tensors of a safetensors file, refusing one that is damaged."""
+    """Return a safetensors file's tensors; a damaged one is refused."""
     try:
         with safe_open(file, framework="pt"):
             pass  # checks the header and that the file has all the bytes that it speaks of
@@ -289,7 +244,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
 
 
 def digest_of(file: Path, entry: TensorEntry) -> bytes:
-    """Return the sha256 of a tensor's bytes in a file."""
+    """Return the SHA-256 of a tensor's bytes in a file."""
     digest = hashlib.sha256()
     for block in _blocks(file, entry):
         digest.update(block)

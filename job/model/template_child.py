@@ -1,9 +1,9 @@
-"""The process in which chat templates are rendered: run as a script, with bounds, and without the libraries of models.
+"""Script that renders chat templates in a limited process without model libraries.
 
-Standard input is one JSON object: `template`, `variables`, `conversations` (lists of messages), the `date` that the
-template's clock shows, whether the conversations await an `answer`, and `memory`, `seconds` and `characters` as limits.
-Standard output is one: `texts` of all conversations, or what was `refused` and why. A chat template is code of whoever
-made the model: the environment is that of transformers' `apply_chat_template`, and a test holds the two together.
+Standard input is a JSON object: `template`, `variables`, `conversations` (lists of messages), the clock's `date`,
+whether the conversations await an `answer`, and the limits `memory`, `seconds` and `characters`. Standard output is one
+too: `texts` of all conversations, or what was `refused` and why. Templates are untrusted code; their environment equals
+that of transformers' `apply_chat_template`, which a test ensures.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _MESSAGE_CHARACTERS = 300
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks what the assistant says and changes nothing."""
+    """`{% generation %}`, which marks the assistant's messages and has no effect."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja declares it
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """Return the block as a call that returns what it holds."""
+        """Return the block as a call that returns its content."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_plain"), [], [], body).set_lineno(line)
@@ -42,13 +42,12 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dict:
-    """`dict` without what the type itself would give access to."""
+    """`dict` without access to attributes of the type."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        """Return a dictionary whose keys have one value."""
         return dict.fromkeys(*args, **kwargs)
 
 
@@ -83,18 +82,13 @@ def _to_json(
 
 
 def _clock(date: str | None) -> Callable[[str], str]:
-    """Return `strftime_now`: noon of a date, so that a template writes the same at any time and in any zone."""
+    """Return `strftime_now` at noon of a date, so that output is independent of time and zone."""
     now = datetime.now() if date is None else datetime.fromisoformat(date).replace(hour=12)
     return now.strftime
 
 
 def compiled(template: str, date: str | None = None) -> jinja2.Template:
-    """Return a template in the environment that templates of chats are written for.
-
-    Args:
-        template: The template, in Jinja.
-        date: The date that its clock shows, ISO 8601; None: now.
-    """
+    """Compile a template in the environment of chat templates; `date` is the clock's, by default now."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -105,7 +99,7 @@ def compiled(template: str, date: str | None = None) -> jinja2.Template:
 
 
 def _bounded(memory: int, seconds: int) -> None:
-    """Let this process have so much address space and so much of a processor, and make no files of its memory."""
+    """Limit this process's address space and CPU time, and disable core dumps."""
     for limit, wanted in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(limit)[1]
         bound = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -142,7 +136,7 @@ def _rendered(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Render what standard input asks for."""
+    """Render the conversations from standard input."""
     task = json.loads(sys.stdin.buffer.read())
     _bounded(task["memory"], task["seconds"])
     answer = _rendered(task)

@@ -1,4 +1,4 @@
-"""Which safetensors files of a model count: those that transformers loads, and no others that lie beside them."""
+"""The safetensors files that transformers loads, ignoring others beside them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,9 @@ _COPY = "obtain an undamaged copy of the model"
 
 
 def loaded_weights(names: Collection[str], read_index: Callable[[], bytes]) -> frozenset[str]:
-    """Return the names of the safetensors files that transformers loads.
+    """Return the safetensors files that transformers loads. Raises ImpossibleJobError for a damaged index.
 
-    The single file goes before the index, and the index before whatever else is there, such as the consolidated copy in
-    Mistral's repositories.
-
-    Args:
-        names: Names of all files of the model.
-        read_index: Returns the index's contents.
-
-    Raises:
-        ImpossibleJobError: The index is damaged.
+    A single file precedes the index, and the index precedes others such as Mistral's consolidated copy.
     """
     if SINGLE in names:
         return frozenset({SINGLE})
@@ -41,11 +33,7 @@ def loaded_weights(names: Collection[str], read_index: Callable[[], bytes]) -> f
 
 
 def indexed_tensors(data: bytes) -> dict[str, str]:
-    """Return the file of every tensor by an index's contents.
-
-    Raises:
-        ImpossibleJobError: It is damaged, or names a file outside of the model.
-    """
+    """Return the file of every tensor in an index. Raises ImpossibleJobError if it is damaged or leads outside."""
     try:
         places = json.loads(decoded(data))["weight_map"]
         names = set(places.values())
@@ -57,16 +45,7 @@ def indexed_tensors(data: bytes) -> dict[str, str]:
 
 
 def refuse_adapter(where: str, names: Collection[str], adapter: Mapping[str, Any] | None) -> None:
-    """Refuse a LoRA adapter, alone or beside a model, into which transformers would put it.
-
-    Args:
-        where: The model, for messages.
-        names: Names of all its files.
-        adapter: What its adapter_config.json says, as far as it can be read; None: it has none.
-
-    Raises:
-        ImpossibleJobError: There is one.
-    """
+    """Raise ImpossibleJobError for a LoRA adapter (its config), which transformers would attach to a model."""
     if adapter is None:
         return
     if SINGLE not in names and INDEX not in names:
@@ -82,15 +61,7 @@ def refuse_adapter(where: str, names: Collection[str], adapter: Mapping[str, Any
 
 
 def require_loadable(where: str, names: Collection[str]) -> None:
-    """Refuse models whose weights transformers would not load.
-
-    Args:
-        where: The model, for messages.
-        names: Names of all its files.
-
-    Raises:
-        ImpossibleJobError: It has none, or shards without their index.
-    """
+    """Raise ImpossibleJobError if transformers would not load the weights: none, or shards without index."""
     weights = sorted(name for name in names if name.endswith(WEIGHTS))
     if not weights:
         raise ImpossibleJobError(
@@ -105,7 +76,7 @@ def require_loadable(where: str, names: Collection[str]) -> None:
 
 
 def read_adapter(folder: Path) -> dict[str, Any] | None:
-    """Return what a folder's adapter_config.json says, as far as it can be read; None where there is none."""
+    """Return the readable content of a folder's adapter_config.json, None without one."""
     file = folder / ADAPTER
     if not file.is_file():
         return None
@@ -117,11 +88,7 @@ def read_adapter(folder: Path) -> dict[str, Any] | None:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder that transformers loads.
-
-    Raises:
-        ImpossibleJobError: There are none, an adapter lies there, the index is damaged, or a file is missing.
-    """
+    """Return the safetensors files of a folder that transformers loads. Raises ImpossibleJobError."""
     names = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
     refuse_adapter(str(folder), names, read_adapter(folder))
     require_loadable(str(folder), names)
@@ -135,16 +102,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def require_complete(folder: Path, names: Collection[str], tensors: Collection[str]) -> None:
-    """Refuse a checkpoint whose index names what is not there.
-
-    Args:
-        folder: Holds the model's files but weights.
-        names: Names of all its files.
-        tensors: Names of the tensors in the safetensors files that are loaded.
-
-    Raises:
-        ImpossibleJobError: A file or a tensor is missing, or the index is damaged.
-    """
+    """Raise ImpossibleJobError if an index is damaged, or names missing files or tensors."""
     index = folder / INDEX
     if SINGLE in names or not index.is_file():
         return
@@ -157,6 +115,6 @@ def require_complete(folder: Path, names: Collection[str], tensors: Collection[s
 
 
 def left_aside(names: Collection[str], listed: Collection[str]) -> list[str]:
-    """Return the names of weights and of an index that lie in a folder and are not loaded."""
+    """Return the names of unused weights and index."""
     stale = [INDEX] if SINGLE in names and INDEX in names else []
     return sorted(name for name in names if name.endswith(WEIGHTS) and name not in listed) + stale

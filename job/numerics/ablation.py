@@ -37,15 +37,15 @@ DEGENERATE_SHARE = 1e-6
 
 
 class DegenerateEditError(ValueError):
-    """The edit leaves a row or column of a weight with next to nothing of its norm."""
+    """Ablation leaves almost none of a row's or column's norm."""
 
 
 @dataclass(frozen=True)
 class WeightProducts:
-    """Products of a weight W with m candidate directions, computed once so that no edit reads W; float64.
+    """Products of a weight W with m candidate directions, computed once per module; float64.
 
     Attributes:
-        mode: The norm-preserving mode they are for.
+        mode: The norm-preserving mode.
         row_norms: Row norms of W, [..., d]; None unless mode is pre or full.
         row_inverses: 1 / row_norms, 0 for zero rows, [..., d]; None unless mode is pre or full.
         row_products: ``Ŵ Ŵᵀ v`` for each candidate v, with Ŵ = D⁻¹W, [..., m, d]; None unless mode is full.
@@ -63,7 +63,7 @@ class WeightProducts:
 
 @dataclass(frozen=True)
 class WeightProjections:
-    """Directions with their weight products; only the strengths are missing. float64.
+    """Directions with precomputed weight products; only the strengths are missing. float64.
 
     Attributes:
         directions: Orthonormal, [..., k, d].
@@ -78,21 +78,21 @@ class WeightProjections:
 
 @dataclass(frozen=True)
 class WriterEdit:
-    """An ablation compiled for one residual writer; with leading dimensions [...] for several writers or edits.
+    """An ablation compiled for one writer; leading dimensions [...] hold several writers or edits.
 
-    With D = diag(row_norms), I where there are none, it maps an output y to
-    ``output_scale ∘ (y - D writeᵀ (read D⁻¹ y))``, after the input was multiplied with `input_scale`.
+    With D = diag(row_norms), or I without row norms, it maps an output y to
+    ``output_scale ∘ (y - D writeᵀ (read D⁻¹ y))``. The input is multiplied with `input_scale` first.
 
     Attributes:
-        read: Directions that an output is measured along, [..., k, d].
-        write: What is taken out of the output per unit measured, directions times λ, [..., k, d].
-        row_norms: D: outputs are divided by it before and multiplied after (pre, full), [..., d] or None.
+        read: Directions along which an output is measured, [..., k, d].
+        write: Directions times λ, subtracted per unit measured, [..., k, d].
+        row_norms: D, for pre and full, [..., d] or None.
         row_inverses: D⁻¹, 0 for zero rows, [..., d] or None.
         output_scale: Factor per output that restores row norms (full), [..., d] or None.
         input_scale: Factor per input that restores column norms (column), [..., i] or None.
-        least_share: Smallest share of a squared norm that is left to restore the norm from, [...]; 1 in modes that
-            restore none. Below `DEGENERATE_SHARE` the edit must be refused.
-        finite: Whether float32 can hold the strengths, [...], on the CPU. Where it cannot, nothing is written.
+        least_share: Smallest remaining share of a squared norm, [...]; 1 in modes that restore no norms. Below
+            `DEGENERATE_SHARE` the edit must be refused.
+        finite: Whether the strengths fit float32, [...], on the CPU. Where they do not, write is 0.
     """
 
     read: Tensor
@@ -106,12 +106,12 @@ class WriterEdit:
 
     @property
     def output_read(self) -> Tensor:
-        """Vectors that the module's own output is measured along, read D⁻¹, [..., k, d]."""
+        """Directions along which the module's own output is measured, read D⁻¹, [..., k, d]."""
         return self.read if self.row_inverses is None else self.read * self.row_inverses[..., None, :]
 
     @property
     def output_write(self) -> Tensor:
-        """Vectors that are taken out of the module's own output, write D, [..., k, d]."""
+        """Vectors subtracted from the module's own output, write D, [..., k, d]."""
         return self.write if self.row_norms is None else self.row_norms[..., None, :] * self.write
 
     def apply(self, y: Tensor) -> Tensor:
@@ -141,11 +141,11 @@ class WriterEdit:
 
 
 def weight_products(weight: Tensor, candidates: Tensor, mode: RowNormalization) -> WeightProducts:
-    """Read a weight once, so that no later edit has to.
+    """Compute the weight products of candidate directions.
 
     Args:
         weight: W, [d, i], any floating dtype.
-        candidates: Directions that edits are linear combinations of, [m, d].
+        candidates: Directions that edits combine linearly, [m, d].
         mode: The norm-preserving mode.
     """
     if mode == "none":
@@ -163,7 +163,7 @@ def weight_products(weight: Tensor, candidates: Tensor, mode: RowNormalization) 
 
 
 def stack_products(products: Sequence[WeightProducts]) -> WeightProducts:
-    """Return the products of S weights of one shape as one value with leading dimensions [S, 1]."""
+    """Stack the products of S weights of one shape along leading dimensions [S, 1]."""
 
     def stack(values: list[Tensor | None]) -> Tensor | None:
         present = [value for value in values if value is not None]
@@ -180,16 +180,16 @@ def stack_products(products: Sequence[WeightProducts]) -> WeightProducts:
 
 
 def project(products: WeightProducts, candidates: Tensor, coefficients: Tensor) -> WeightProjections:
-    """Combine candidate directions, and their weight products alike.
+    """Combine candidate directions and their weight products linearly.
 
     Args:
-        products: One module's products for the same candidates, or several modules' stacked ones.
-        candidates: Candidate directions, [m, d], or those of several modules, [S, 1, m, d].
-        coefficients: Orthonormal combinations of the candidates, [..., k, m]; of several modules [K, k, m], the same
-            for all of them, or each its own, [S, K, k, m].
+        products: Products for the same candidates, of one module or stacked for S modules.
+        candidates: Candidate directions, [m, d], or [S, 1, m, d] for S modules.
+        coefficients: Orthonormal combinations of the candidates, [..., k, m]. For S modules: [K, k, m], shared, or [S,
+            K, k, m].
     """
     coefficients = coefficients.to(torch.float64)
-    # A direction lies between two layers' candidates at most. Found on the CPU, where coefficients are made.
+    # A direction combines at most two layers' candidates. Tested on the CPU, where the coefficients are.
     used = coefficients.flatten(0, -2).any(0).nonzero().flatten()
     coefficients, used = coefficients[..., used].to(candidates.device), used.to(candidates.device)
 
@@ -199,7 +199,7 @@ def project(products: WeightProducts, candidates: Tensor, coefficients: Tensor) 
         rows = table.index_select(-2, used)
         if table.dim() == 2:
             return coefficients @ rows
-        # One product a module: broadcasting would copy the table for every edit.
+        # One product per module: broadcasting would copy the table for every edit.
         flat: Tensor = coefficients.flatten(-3, -2) @ rows[:, 0]  # [S, K * k, ...]
         return flat.view(len(flat), *coefficients.shape[-3:-1], -1)
 
@@ -211,7 +211,7 @@ def project(products: WeightProducts, candidates: Tensor, coefficients: Tensor) 
 def ablate(products: WeightProducts, projections: WeightProjections, strengths: Tensor) -> WriterEdit:
     """Return the ablation of directions with strengths λ [..., k], on the CPU; leading dimensions are broadcast."""
     directions = projections.directions
-    # Beyond float32 an edit would make NaN of all rows, since hooks multiply all of them with its tables.
+    # A strength beyond float32 would turn every row into NaN, since hooks multiply all rows with the edit's tables.
     finite = strengths.to(torch.float32).isfinite().all(-1)
     strengths = torch.where(finite[..., None], strengths, 0.0).to(directions)
     write = strengths[..., None] * directions  # [..., k, d]
@@ -246,7 +246,7 @@ def _row_scale(products: WeightProducts, projections: WeightProjections, write: 
     """Return the factors that restore row norms, [..., d], and the least share left of a squared norm, [...]."""
     assert products.row_inverses is not None
     assert projections.row_products is not None
-    # 1 - 2 w·p + w·(bᵀp)w for b read, w written and p = ŴŴᵀb; in place, since new memory would take longer.
+    # 1 - 2 w·p + w·(bᵀp)w for b read, w written and p = ŴŴᵀb; in place, which is faster than new memory.
     crossed = (projections.directions @ projections.row_products.mT).mT @ write
     square = crossed.sub_(projections.row_products, alpha=2).mul_(write).sum(-2).add_(1)
     square.masked_fill_(products.row_inverses == 0, 1.0)
@@ -255,7 +255,7 @@ def _row_scale(products: WeightProducts, projections: WeightProjections, write: 
 
 
 def _share(squares: Tensor, lost: Tensor) -> Tensor:
-    """Return what share of |W_j|² [i] is left when so much of it is lost [..., i]; 1 for zero columns."""
+    """Return the share of |W_j|² [i] that remains after `lost` [..., i]; 1 for zero columns."""
     zero = squares == 0
     return torch.where(zero, 1.0, 1 - lost / torch.where(zero, 1.0, squares))
 
@@ -268,10 +268,10 @@ def _refuse_degenerate(share: Tensor, kind: str) -> None:
 
 
 def edit_weight(weight: Tensor, edit: WriterEdit, mode: RowNormalization) -> Tensor:
-    """Return the ablated weight in float64.
+    """Return the ablated weight in float64, [d, i].
 
-    This is the definition that edits of outputs are tested against, and what exports write. Norms are restored from
-    the weight itself: of the edit only what it reads and writes is used.
+    This is the reference for hooks, and what exports write. Norms come from the weight itself; of the edit only `read`
+    and `write` are used.
 
     Args:
         weight: W, [d, i], any floating dtype.
@@ -279,7 +279,7 @@ def edit_weight(weight: Tensor, edit: WriterEdit, mode: RowNormalization) -> Ten
         mode: The norm-preserving mode.
 
     Raises:
-        DegenerateEditError: The edit would have to restore a norm from next to nothing.
+        DegenerateEditError: The norm that remains is too small to restore the original one.
     """
     weight = weight.to(torch.float64)
     if mode == "none":
@@ -299,7 +299,7 @@ def edit_weight(weight: Tensor, edit: WriterEdit, mode: RowNormalization) -> Ten
 
 
 def edit_bias(bias: Tensor, weight: Tensor, edit: WriterEdit, mode: RowNormalization) -> Tensor:
-    """Return the bias of the ablated module in float64, [d]; the other arguments are `edit_weight`'s."""
+    """Return the ablated module's bias in float64, [d]; see `edit_weight` for the other arguments."""
     weight = weight.to(torch.float64)
     bias = bias.to(weight)
     if mode in ("none", "column"):

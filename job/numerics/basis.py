@@ -1,6 +1,6 @@
-"""The directions of all layers as orthonormal bases, each direction with a weight of its own.
+"""Orthonormal direction bases of all layers, with a weight per direction.
 
-Legend of shapes: layers, k directions a layer, d the residual width.
+Legend of shapes: layers, k directions per layer, d the residual width.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 
 Weighting = Literal["eigenvalue", "equal"]
 
-# What is left of a unit direction by those before it, below which it counts as a repetition of them.
+# A unit direction is a repetition if less than this remains of it outside the span of those before it.
 _REPETITION = 1e-3
 
 
 @dataclass(frozen=True)
 class Basis:
-    """An orthonormal basis for each layer.
+    """An orthonormal basis per layer.
 
     Attributes:
-        directions: Orthonormal rows, the most important first, [layers, k, d]; rows of zeros where a layer has fewer.
-        weights: How strongly each direction is ablated relative to an edit's own strength, [layers, k].
+        directions: Orthonormal rows, the most important first, [layers, k, d]; zero rows pad layers with fewer.
+        weights: Ablation strength of each direction relative to the edit's, [layers, k].
     """
 
     directions: Tensor
@@ -31,11 +31,11 @@ class Basis:
 
     @classmethod
     def single(cls, directions: Tensor) -> Basis:
-        """Return the bases of one unit direction for each layer, [layers, d]."""
+        """Return bases of one unit direction per layer, [layers, d]."""
         return cls(directions[:, None], directions.new_ones(len(directions), 1))
 
     def cpu(self) -> Basis:
-        """Return the same on the CPU, as it goes to other processes."""
+        """Return a copy on the CPU, to send to other processes."""
         return Basis(self.directions.cpu(), self.weights.cpu())
 
     @property
@@ -45,7 +45,7 @@ class Basis:
 
     @property
     def size(self) -> int:
-        """Directions a layer, k."""
+        """Directions per layer, k."""
         return self.directions.shape[1]
 
     @property
@@ -54,20 +54,20 @@ class Basis:
         return self.directions.flatten(0, 1)
 
     def candidates_of(self, _layer: int) -> Tensor:
-        """Return the rows that edits of a layer combine, [m, d]: those of all layers."""
+        """Return the rows that edits of a layer combine, [layers · k, d]: all layers' directions."""
         return self.candidates
 
     def select(self, index: float | None, layer: int) -> tuple[Tensor, Tensor]:
         """Return the orthonormal directions to ablate in a layer, and their weights.
 
         Args:
-            index: The layer whose directions are ablated everywhere, interpolated linearly where
-                fractional; None for each layer's own.
-            layer: The layer that is edited.
+            index: Layer whose directions are ablated in every layer, interpolated linearly if fractional; None uses
+                each layer's own.
+            layer: The layer to edit.
 
         Returns:
-            Combinations of the candidates, [k, layers · k], and weights, [k]; float64, on the CPU. A combination is
-            zero where the layers have fewer directions.
+            Combinations of the candidates, [k, layers · k], zero rows where a layer has fewer directions, and weights,
+            [k]; float64, on the CPU.
 
         Raises:
             ValueError: The index lies outside 0 … layers - 1.
@@ -92,10 +92,10 @@ class Basis:
 
 @dataclass(frozen=True)
 class DirectionPath:
-    """Directions of every layer at the stages of a path, between which they are interpolated.
+    """A path of directions: stages for every layer, interpolated linearly.
 
     Attributes:
-        directions: Unit directions, [stages, layers, k, d]; rows of zeros where a layer has fewer.
+        directions: Unit directions, [stages, layers, k, d]; zero rows pad layers with fewer.
     """
 
     directions: Tensor
@@ -107,7 +107,7 @@ class DirectionPath:
 
     @property
     def size(self) -> int:
-        """Directions a layer, k."""
+        """Directions per layer, k."""
         return self.directions.shape[2]
 
     def candidates_of(self, layer: int) -> Tensor:
@@ -115,13 +115,10 @@ class DirectionPath:
         return self.directions[:, layer].flatten(0, 1)
 
     def combine(self, position: float) -> Tensor:
-        """Return the combinations of a layer's candidates at a place of the path, [k, stages · k], float64.
+        """Return a position's combinations of a layer's candidates, [k, stages · k], float64.
 
-        Directions are interpolated linearly between the two stages beside the place. The combinations are the same
-        for all layers and not orthonormal yet: that is each layer's own matter (`orthonormal_in`).
-
-        Raises:
-            ValueError: The place lies outside 0 … stages - 1.
+        They interpolate between the two adjacent stages, are the same for all layers and not yet orthonormal (see
+        `orthonormal_in`). Raises ValueError.
         """
         stages, size = len(self.directions), self.size
         if not 0 <= position <= stages - 1:
@@ -136,10 +133,10 @@ class DirectionPath:
 
 
 def _orthonormal(coefficients: Tensor, vectors: Tensor) -> Tensor:
-    """Return combinations [k, m] of vectors [m, d] made orthonormal in their order; zero for repetitions."""
+    """Orthonormalise combinations [k, m] of vectors [m, d] in order; repetitions become zero."""
     rows: list[Tensor] = []
     for row in coefficients:
-        for _ in range(2):  # once leaves an error of rounding over the remaining norm
+        for _ in range(2):  # one pass leaves a rounding error relative to the remaining norm
             for other in rows:
                 row = row - ((row @ vectors) @ (other @ vectors)) * other
         norm = (row @ vectors).norm()
@@ -148,11 +145,11 @@ def _orthonormal(coefficients: Tensor, vectors: Tensor) -> Tensor:
 
 
 def orthonormal_in(coefficients: Tensor, gram: Tensor) -> Tensor:
-    """Return combinations of vectors made orthonormal in their order, [..., k, m]; zero for repetitions.
+    """Orthonormalise combinations of vectors in order, [..., k, m]; repetitions become zero.
 
     Args:
         coefficients: The combinations, [..., k, m], on the CPU.
-        gram: The vectors' products with one another, [..., m, m], float64; leading dimensions are broadcast.
+        gram: Gram matrix of the vectors, [..., m, m], float64; leading dimensions broadcast.
     """
     used = coefficients.flatten(0, -2).any(0).nonzero().flatten()
     metric = gram[..., used[:, None], used]
@@ -176,10 +173,9 @@ def orthonormal_in(coefficients: Tensor, gram: Tensor) -> Tensor:
 
 
 def orthonormal_basis(directions: Tensor, weights: Tensor) -> Basis:
-    """Return bases from unit directions [layers, k, d] in their order of importance.
+    """Return bases from unit directions [layers, k, d] in order of importance.
 
-    What repeats the directions before it becomes a row of zeros with weight 0: correlated directions
-    that are ablated one after the other would be ablated twice.
+    Repetitions become zero rows with weight 0: ablating correlated directions would ablate their common part twice.
     """
     identity = torch.eye(directions.shape[1], dtype=torch.float64)
     bases = []
@@ -192,10 +188,10 @@ def orthonormal_basis(directions: Tensor, weights: Tensor) -> Basis:
 
 
 def eigenvalue_weights(eigenvalues: Tensor, weighting: Weighting) -> Tensor:
-    """Return weights [layers, k] in 0 … 1 for eigenvalues [layers, k]; those that are 0 get none.
+    """Return weights [layers, k] in 0 … 1 for eigenvalues [layers, k]; 0 for eigenvalues of 0.
 
-    The square root of the share of the largest eigenvalue is the ratio of standard deviations along the
-    directions. (A softmax over the eigenvalues themselves is one-hot: they differ by hundreds.)
+    The square root of λ / λ_max is the ratio of standard deviations along the directions. A softmax over the
+    eigenvalues would be one-hot: they differ by hundreds.
     """
     positive = eigenvalues > 0
     if weighting == "equal":
@@ -205,15 +201,15 @@ def eigenvalue_weights(eigenvalues: Tensor, weighting: Weighting) -> Tensor:
 
 
 def orthogonalize(directions: Tensor, references: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Take the span of reference directions out of directions, layer by layer.
+    """Project reference directions out of directions, layer by layer.
 
     Args:
         directions: Unit directions, [layers, k, d].
-        references: Directions that an edit is to leave alone, [layers, r, d].
+        references: Directions to preserve, [layers, r, d].
 
     Returns:
-        Unit directions, [layers, k, d], and the layers in which a direction lies within that span and
-        is therefore left as it was.
+        Unit directions, [layers, k, d], and the layers left unchanged because a direction lies within the references'
+        span.
     """
     result, kept = [], []
     identity = torch.eye(references.shape[1], dtype=torch.float64)

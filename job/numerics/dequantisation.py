@@ -1,27 +1,24 @@
-"""What quantised tensors stand for."""
+"""Dequantisation of block-scaled and MXFP4 tensors."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Values that are worked on at a time: what is computed on the way takes no more than some megabytes.
+# Values per slab, which limits intermediate results to a few megabytes.
 _SLAB = 1 << 22
-# By the four bits of an E2M1 number.
+# Indexed by the four bits of an E2M1 number.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 def dequantised_blocks(values: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return a matrix of which every block has a factor of its own.
+    """Multiply every block of a matrix [n, m] with its scale.
 
     Args:
-        values: The quantised matrix [n, m], of any floating-point type.
-        scales: The blocks' factors [⌈n / b⌉, ⌈m / c⌉], or one for all; bytes are exponents of 2, less 127.
+        values: The quantised matrix [n, m], any floating dtype.
+        scales: Scales of the blocks, [⌈n / b⌉, ⌈m / c⌉], or one for all; uint8 holds exponents of 2 with bias 127.
         block: Rows b and columns c of a block.
         dtype: Type of the result; products are computed in float32 and rounded once.
-
-    Returns:
-        [n, m].
     """
     rows, columns = values.shape
     high, wide = block
@@ -38,15 +35,12 @@ def dequantised_blocks(values: Tensor, scales: Tensor, block: tuple[int, int], d
 
 
 def dequantised_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the matrix of an expert that is stored in the MXFP4 format.
+    """Return an expert's matrix from the MXFP4 format, transposed as gpt-oss holds it: [32 g, n].
 
     Args:
-        blocks: Two weights a byte, the lower half first: [n, g, 16], uint8.
-        scales: An exponent of 2 for each block, plus 127: [n, g], uint8.
-        dtype: Type of the result; in bfloat16 and wider ones it is exact.
-
-    Returns:
-        [32 g, n]: the axes are the other way round, as gpt-oss has them in memory.
+        blocks: Two weights per byte, the lower half first, [n, g, 16], uint8.
+        scales: Exponent of 2 per block, bias 127, [n, g], uint8.
+        dtype: Type of the result; exact in bfloat16 and wider types.
     """
     rows, count, width = blocks.shape
     table = torch.tensor(_FP4, dtype=torch.float32, device=blocks.device)

@@ -15,26 +15,23 @@ from torch import Tensor
 
 PcaMethod = Literal["auto", "full", "randomized"]
 
-# Eigenvalues of the Gram matrix below this share of its largest are rounding; kept, they give NaN.
+# Eigenvalues of the Gram matrix below this share of the largest are rounding errors; they would give NaN.
 _NULL_SHARE = 1e-12
-# Eigenvalues of the contrast below this share of its largest in size are rounding.
+# Eigenvalues of the contrast below this share of the largest absolute one are rounding errors.
 _LEAST_SHARE = 1e-9
-# The randomised solver: columns of the sketch beyond the wanted ones, and powers of the operator in its basis.
+# Randomised solver: extra columns of the sketch, and powers of the operator in its basis.
 _OVERSAMPLING, _POWERS = 8, 6
 _MEMORY = 2 << 30
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Directions of all layers, as one solver found them.
+    """Directions of all layers, as a solver returns them.
 
     Attributes:
-        directions: Unit directions, the most telling one first, [layers, k, d], float32; a row of zeros
-            where a layer has fewer than k.
-        eigenvalues: What each direction was ranked by, [layers, k], float64; 0 for rows of zeros and
-            where the solver gave way to the mean difference.
-        fallbacks: Layers in which the solver found nothing, so that the first direction is the mean
-            difference and there is no other.
+        directions: Unit directions, by falling eigenvalue, [layers, k, d], float32; zero rows pad layers with fewer.
+        eigenvalues: Rank of each direction, [layers, k], float64; 0 for zero rows and for fallbacks.
+        fallbacks: Layers without a solution; their only direction is the mean difference.
     """
 
     directions: Tensor
@@ -42,22 +39,22 @@ class Directions:
     fallbacks: tuple[int, ...] = ()
 
 
-# What a solver makes of one or several layers [n, layers, d]: eigenvalues [layers, k] and vectors [layers, k, d].
+# Solves one or several layers [n, layers, d]: eigenvalues [layers, k] and vectors [layers, k, d].
 _Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def mean_difference(good: Tensor, bad: Tensor, *, orthogonalize: bool = False) -> Tensor:
     """Return the unit difference of class means per layer (Arditi et al. 2024), [layers, d], float32.
 
-    Means are taken in float64, so that neither low precision nor massive activations move them.
+    Means are taken in float64, robust to low precision and massive activations.
 
     Args:
         good: Residuals of prompts without the behaviour, [n_good, layers, d], any dtype and device.
         bad: Residuals of prompts with the behaviour, [n_bad, layers, d].
-        orthogonalize: Take the good mean's direction out of the difference ("projected" directions).
+        orthogonalize: Project the good mean out of the difference ("projected" directions).
 
     Raises:
-        ValueError: The shapes do not agree, or the classes do not differ in some layer.
+        ValueError: Shapes differ, or the class means are equal in some layer.
     """
     _check_shapes(good, bad)
     unit = torch.empty(good.shape[1:], dtype=torch.float32, device=good.device)
@@ -66,7 +63,7 @@ def mean_difference(good: Tensor, bad: Tensor, *, orthogonalize: bool = False) -
         difference = bad[:, layer].to(torch.float64).mean(0) - good_mean
         if orthogonalize:
             difference = project_out(difference[None], good_mean[None])[0]
-        # By its largest entry first: the square of a huge entry would overflow.
+        # Scaled by the largest entry first: the square of a huge entry would overflow.
         largest = difference.abs().max()
         if not bool(largest > 0):
             raise ValueError(f"good and bad residuals do not differ in layer {layer}")
@@ -75,7 +72,7 @@ def mean_difference(good: Tensor, bad: Tensor, *, orthogonalize: bool = False) -
     return unit
 
 
-# Long: most of it says what it returns.
+# Long: most of it is the docstring.
 def contrastive_pca(
     good: Tensor,
     bad: Tensor,
@@ -88,25 +85,23 @@ def contrastive_pca(
 ) -> Directions:
     """Return the top eigenvectors of ``cov(bad) - alpha cov(good)`` per layer (Abid et al. 2018).
 
-    The contrast has rank m - 2 at most, so the d × d problem has an exact equivalent in sample space
-    (m × m), which ``auto`` solves wherever m < d. Both class means are removed, so these directions
-    say nothing of the difference of means: they add to it and do not replace it. An eigenvalue that is
-    not positive belongs to no direction of the behaviour; such rows are zero. A layer without any, or
-    in which the solver fails, gets the mean difference instead and is reported.
+    The contrast has rank m - 2 at most, so sample space (m × m) holds an exact equivalent of the d × d problem;
+    ``auto`` solves it wherever m < d. Covariances exclude the class means: these directions complement the mean
+    difference, they do not replace it. Directions without a positive eigenvalue become zero rows. A layer without any,
+    or whose solver fails, falls back to the mean difference.
 
     Args:
         good: Residuals of prompts without the behaviour, [n_good, layers, d], any dtype and device.
         bad: Residuals of prompts with the behaviour, [n_bad, layers, d].
-        n_components: Directions a layer, k.
+        n_components: Directions per layer, k.
         alpha: Weight of the good covariance.
-        method: ``auto`` (exact, in sample space or d × d, whichever is smaller), ``full`` (exact, d × d)
-            or ``randomized`` (Rayleigh-Ritz on a random block Krylov space of the contrast).
+        method: ``auto`` (exact, in the smaller space), ``full`` (exact, d × d) or ``randomized`` (Rayleigh-Ritz on a
+            random block Krylov space of the contrast).
         seed: Seed of the randomised method.
-        memory: Bytes that the arithmetic may take at a time beside the residuals themselves; at least
-            one layer is always done.
+        memory: Bytes of working memory; at least one layer is solved at a time.
 
     Raises:
-        ValueError: The shapes do not agree, a class has fewer than two prompts, or an argument is out of range.
+        ValueError: Shapes differ, a class has fewer than two prompts, or an argument is out of range.
     """
     _check_shapes(good, bad)
     if min(len(good), len(bad)) < 2:
@@ -140,18 +135,18 @@ def contrastive_pca(
 def probe(good: Tensor, bad: Tensor, *, regularization: float = 1.0, memory: int = _MEMORY) -> Directions:
     """Return the regularised linear discriminant of the two classes per layer (Friedman 1989).
 
-    It is ``(S + ρI)⁻¹ (mean(bad) - mean(good))`` with S the pooled covariance within the classes and
-    ρ = regularization · tr(S) / d, solved in sample space. Unlike the mean difference it discounts what
-    varies within the classes alike. The eigenvalue is the squared Mahalanobis distance of the means.
+    It is ``(S + ρI)⁻¹ (mean(bad) - mean(good))`` with S the pooled within-class covariance and ρ = regularization ·
+    tr(S) / d, solved in sample space. It discounts what varies within both classes. The eigenvalue is the squared
+    Mahalanobis distance of the means.
 
     Args:
         good: Residuals of prompts without the behaviour, [n_good, layers, d], any dtype and device.
         bad: Residuals of prompts with the behaviour, [n_bad, layers, d].
         regularization: Weight of the identity; large values approach the mean difference.
-        memory: Bytes that the arithmetic may take at a time beside the residuals; at least one layer is done.
+        memory: Bytes of working memory; at least one layer is solved at a time.
 
     Raises:
-        ValueError: The shapes do not agree, a class has fewer than two prompts, or regularization is not positive.
+        ValueError: Shapes differ, a class has fewer than two prompts, or regularization is not positive.
     """
     _check_shapes(good, bad)
     if min(len(good), len(bad)) < 2:
@@ -168,16 +163,12 @@ def probe(good: Tensor, bad: Tensor, *, regularization: float = 1.0, memory: int
 
 
 def winsorize(residuals: Tensor, quantile: float) -> Tensor:
-    """Return residuals [n, layers, d] with every vector clamped to a quantile of its own entries' sizes.
+    """Clamp every residual vector [n, layers, d] to a quantile of its absolute entries.
 
-    A few massive activations then no longer decide a mean or a variance.
-
-    Args:
-        residuals: Residuals, any floating dtype.
-        quantile: In (0, 1]; 1 leaves them as they are.
+    A few massive activations then no longer dominate a mean or a variance.
 
     Raises:
-        ValueError: quantile is out of range.
+        ValueError: The quantile is not in (0, 1]; 1 changes nothing.
     """
     if not 0 < quantile <= 1:
         raise ValueError(f"the quantile must be in (0, 1], got {quantile}")
@@ -191,7 +182,7 @@ def winsorize(residuals: Tensor, quantile: float) -> Tensor:
 
 
 def project_out(vectors: Tensor, reference: Tensor) -> Tensor:
-    """Return vectors [layers, d] without their component along reference [layers, d], layer by layer."""
+    """Project reference [layers, d] out of vectors [layers, d], layer by layer."""
     squared = (reference * reference).sum(-1, keepdim=True)
     along = (vectors * reference).sum(-1, keepdim=True) / squared.clamp_min(torch.finfo(squared.dtype).tiny)
     return vectors - along * reference
@@ -205,7 +196,6 @@ def _check_shapes(good: Tensor, bad: Tensor) -> None:
 
 
 def _solve_layers(good: Tensor, bad: Tensor, k: int, solve: _Solver, at_once: int) -> Directions:
-    """Solve so many layers at once; those that fail get the mean difference."""
     layers, width = good.shape[1:]
     directions = torch.zeros(layers, k, width, dtype=torch.float32, device=good.device)
     eigenvalues = torch.zeros(layers, k, dtype=torch.float64, device=good.device)
@@ -225,7 +215,7 @@ def _solve_layers(good: Tensor, bad: Tensor, k: int, solve: _Solver, at_once: in
 def _solutions(
     good: Tensor, bad: Tensor, solve: _Solver, at_once: int
 ) -> Iterator[tuple[list[int], tuple[Tensor, Tensor] | None]]:
-    """Yield layers with their solution; where a batch fails, its layers one by one, None for those that fail."""
+    """Yield layers with their solution; layers of a failed batch singly, with None if they fail again."""
     pending = [list(range(i, min(i + at_once, good.shape[1]))) for i in range(0, good.shape[1], at_once)]
     while pending:
         chosen = pending.pop(0)
@@ -243,14 +233,14 @@ def _solutions(
 
 
 def _oriented(good: Tensor, bad: Tensor, chosen: list[int], values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Let every direction point from good to bad, so that neighbouring layers can be interpolated."""
+    """Flip directions to point from good to bad, so that adjacent layers can be interpolated."""
     difference = bad[:, chosen].to(torch.float64).mean(0) - good[:, chosen].to(torch.float64).mean(0)
     along = (vectors @ difference[:, :, None])[..., 0]
     return values, torch.where((along < 0)[..., None], -vectors, vectors)
 
 
 def _scaled(good: Tensor, bad: Tensor) -> Tensor:
-    """Return both classes without their means as rows whose squares sum to covariances, [layers, m, d]; good first."""
+    """Return centred rows whose squares sum to the class covariances, [layers, m, d]; good first."""
     parts = [(part - part.mean(0)) / (len(part) - 1) ** 0.5 for part in (good, bad)]
     return torch.cat(parts).transpose(0, 1)
 
@@ -262,14 +252,13 @@ def _signs(rows: Tensor, n_good: int, alpha: float) -> Tensor:
 
 
 def _full(rows: Tensor, n_good: int, alpha: float, k: int) -> tuple[Tensor, Tensor]:
-    """Solve the d × d problem."""
     contrast = rows.mT @ (rows * _signs(rows, n_good, alpha)[:, None])
     values, vectors = torch.linalg.eigh((contrast + contrast.mT) / 2)
     return _positive(values, vectors.mT, k)
 
 
 def _sample_space(rows: Tensor, n_good: int, alpha: float, k: int) -> tuple[Tensor, Tensor]:
-    """Solve the same problem through the rows' Gram matrix (docs/decisions/0007-directions.md)."""
+    """Solve the d × d problem through the rows' Gram matrix (docs/decisions/0007-directions.md)."""
     values, vectors = torch.linalg.eigh(rows @ rows.mT)
     kept = values > _NULL_SHARE * values[:, -1:]
     root = torch.where(kept, values.clamp_min(0).sqrt(), 0.0)
@@ -285,8 +274,7 @@ def _sample_space(rows: Tensor, n_good: int, alpha: float, k: int) -> tuple[Tens
 def _randomized(rows: Tensor, n_good: int, alpha: float, k: int, seed: int) -> tuple[Tensor, Tensor]:
     """Solve by Rayleigh-Ritz in the block Krylov space of the contrast (Musco and Musco 2015).
 
-    The projected problem is the contrast itself, sign and all, so large negative eigenvalues, which the
-    space contains too, are not mistaken for directions.
+    The projected problem keeps the contrast's signs, so large negative eigenvalues are not mistaken for directions.
     """
     generator = torch.Generator().manual_seed(seed)
     signs = _signs(rows, n_good, alpha)[:, None]
@@ -305,11 +293,8 @@ def _randomized(rows: Tensor, n_good: int, alpha: float, k: int, seed: int) -> t
 def _positive(values: Tensor, vectors: Tensor, k: int, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the top k positive eigenvalues, falling, and their unit vectors; zeros in place of the others.
 
-    Args:
-        values: Eigenvalues, rising, [layers, r].
-        vectors: Eigenvectors as rows, at least those of the last k values, in the same order.
-        k: How many are wanted.
-        largest: The largest eigenvalue in size, where values does not hold all.
+    `values` [layers, r] rise, and `vectors` are rows in the same order. `largest` is the largest absolute eigenvalue if
+    `values` lacks it.
     """
     largest = values.abs().amax(-1) if largest is None else largest
     values, vectors = values[:, -k:].flip(-1), vectors[:, -k:].flip(-2)
@@ -325,7 +310,7 @@ def _discriminant(good: Tensor, bad: Tensor, regularization: float) -> tuple[Ten
     difference = (bad.mean(0) - good.mean(0))[..., None]  # [layers, d, 1]
     gram = rows @ rows.mT
     ridge = regularization * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / rows.shape[2]
-    # Without any spread within the classes, the discriminant is the difference itself.
+    # Without within-class spread, the discriminant is the difference itself.
     ridge = torch.where(ridge > 0, ridge, 1.0)[:, None, None]
     factor = torch.linalg.cholesky(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
     solved = (difference - rows.mT @ torch.cholesky_solve(rows @ difference, factor)) / ridge

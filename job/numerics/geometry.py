@@ -1,4 +1,4 @@
-"""How the residuals of two classes lie to one another in every layer.
+"""Geometry of two classes of residuals in every layer.
 
 Legend of shapes: n prompts, layers, d the residual width.
 """
@@ -13,18 +13,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """Figures of every layer, each [layers], float64, on the CPU.
+    """Geometry per layer, each [layers], float64, on the CPU.
 
     Attributes:
-        good_norm: Length of the good mean.
-        bad_norm: Length of the bad mean.
-        difference_norm: Length of the difference of the means.
+        good_norm: Norm of the good mean.
+        bad_norm: Norm of the bad mean.
+        difference_norm: Norm of the difference of means.
         cosine_means: Cosine of the two means.
         cosine_good: Cosine of the direction and the good mean.
         cosine_bad: Cosine of the direction and the bad mean.
-        cosine_previous: Cosine of the direction and that of the layer before; nan for the first.
+        cosine_previous: Cosine of the direction and the previous layer's; nan for the first.
         silhouette: Mean silhouette coefficient of the two classes (Rousseeuw 1987), -1 … 1.
-        variance_share: Share of the variance of all residuals that lies along the direction.
+        variance_share: Share of the residuals' variance along the direction.
     """
 
     good_norm: Tensor
@@ -65,21 +65,16 @@ def geometry(good: Tensor, bad: Tensor, directions: Tensor) -> Geometry:
 
 
 def projections(good: Tensor, bad: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Return one layer's residuals in a plane, [n_good, 2] and [n_bad, 2], float64.
+    """Project one layer's residuals [n, d] onto a plane, [n_good, 2] and [n_bad, 2], float64.
 
-    The first axis is the direction, the second the first principal component of what is left without it.
-
-    Args:
-        good: Residuals, [n_good, d].
-        bad: Residuals, [n_bad, d].
-        direction: Unit direction, [d].
+    The first axis is the unit direction [d], the second the first principal component of the remainder.
     """
     both = torch.cat([good, bad]).to(torch.float64)
     direction = direction.to(both)
     both = both - both.mean(0)
     along = both @ direction
     rest = both - along[:, None] * direction
-    # In sample space: the component's scores are an eigenvector of the Gram matrix times its root.
+    # In sample space: the component's scores are an eigenvector of the Gram matrix times the root of its eigenvalue.
     values, vectors = torch.linalg.eigh(rest @ rest.T)
     across = vectors[:, -1] * values[-1].clamp_min(0).sqrt()
     across = across * (1 if across[across.abs().argmax()] >= 0 else -1)
@@ -92,7 +87,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _silhouette(points: Tensor, n_first: int) -> Tensor:
-    """Return the mean silhouette of points [n, d] whose first n_first are one class and the rest the other."""
+    """Return the mean silhouette of points [n, d]; the first n_first are one class, the rest the other."""
     sizes = (n_first, len(points) - n_first)
     if min(sizes) < 2:
         return points.new_tensor(torch.nan)

@@ -1,10 +1,10 @@
-"""Losses, variables and the optimiser of an edit that is found by gradient.
+"""Losses, variables and optimiser of edits found by gradient.
 
-The model is frozen and an edit acts on its outputs, so a loss over logits is a differentiable function of the edit's
-strengths and directions. Strengths are λ_max σ(θ), so that they stay between 0 and λ_max; directions keep unit length.
+The model is frozen and an edit acts on its outputs, so a loss over logits is differentiable in the edit's strengths and
+directions. Strengths are λ_max σ(θ), hence between 0 and λ_max; directions keep unit length.
 
-Legend of shapes: K edits side by side, C components, L layers, k directions a layer, d the residual width, n rows of a
-forward, t positions of a row.
+Legend of shapes: K edits, C components, L layers, k directions per layer, d the residual width, n rows of a forward, t
+positions of a row.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _DECAYS, _LEAST = (0.9, 0.999), 1e-8
 
 @dataclass(frozen=True)
 class EditVariables:
-    """What the descent moves.
+    """Variables of the descent.
 
     Attributes:
         logits: θ of every strength, [K, C, L, k].
-        directions: Directions of every layer, [K, L, k, d]; of any length, rows of zeros where a layer has fewer.
+        directions: Directions of every layer, [K, L, k, d], of any norm; zero rows pad layers with fewer.
     """
 
     logits: Tensor
@@ -39,21 +39,21 @@ class EditVariables:
         return largest * self.logits.sigmoid()
 
     def orthonormal(self) -> Tensor:
-        """Return directions made orthonormal in their order, [K, L, k, d]."""
+        """Return the directions orthonormalised in order, [K, L, k, d]."""
         return orthonormal_rows(self.directions)
 
     def with_gradients(self) -> Self:
-        """Return copies that collect gradients."""
+        """Return leaf copies that require gradients."""
         return type(self)(*(value.detach().clone().requires_grad_() for value in (self.logits, self.directions)))
 
     def gradients(self) -> Self:
-        """Return the gradients collected; zeros where there are none."""
+        """Return the accumulated gradients; zeros where there are none."""
         values = (self.logits, self.directions)
         return type(self)(*(torch.zeros_like(one) if one.grad is None else one.grad for one in values))
 
 
 def orthonormal_rows(vectors: Tensor) -> Tensor:
-    """Return vectors made orthonormal in their order, [..., k, d], differentiably; zeros stay zeros."""
+    """Orthonormalise vectors in order, [..., k, d], differentiably; zero rows stay zero."""
     rows: list[Tensor] = []
     for row in vectors.unbind(-2):
         for _ in range(2 if rows else 0):
@@ -66,7 +66,7 @@ def orthonormal_rows(vectors: Tensor) -> Tensor:
 
 
 def writer_edit(weight: Tensor | None, directions: Tensor, strengths: Tensor, mode: RowNormalization) -> WriterEdit:
-    """Return the ablation of a writer as a differentiable function of directions and strengths.
+    """Return a writer's ablation, differentiable in directions and strengths.
 
     Args:
         weight: The weight, [d, i]; None if the mode is "none".
@@ -86,36 +86,31 @@ def writer_edit(weight: Tensor | None, directions: Tensor, strengths: Tensor, mo
 
 
 def refusal_term(log_probability: Tensor, margin: float) -> Tensor:
-    """Return softplus(log p(r) + m) of every row, [n]: how far a refusal is from being m nats unlikely.
-
-    Args:
-        log_probability: log p of a refusal's first tokens together, [n].
-        margin: m, nats.
-    """
+    """Return softplus(log p + margin), [n]; log p is the joint log-probability of a refusal's first tokens, [n]."""
     return softplus(log_probability + margin)
 
 
 def sequence_log_probabilities(logits: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
-    """Return the log-probability of every row's tokens together, [n].
+    """Return the joint log-probability of every row's tokens, [n].
 
     Args:
-        logits: Logits that lead to the tokens, [n, t, vocabulary].
+        logits: Logits that predict the tokens, [n, t, vocabulary].
         tokens: The tokens, [n, t].
-        real: Which of them are no padding, [n, t].
+        real: False for padding, [n, t].
     """
     chosen = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
     return torch.where(real, chosen, 0.0).sum(-1)
 
 
 def answer_divergence(base: Tensor, edited: Tensor, real: Tensor) -> Tensor:
-    """Return KL(base ‖ edited) of every row, half that of the first token and half the mean of all, [n], nats.
+    """Return KL(base ‖ edited) per row: the mean of the first token's and the average token's, [n], nats.
 
-    The first token weighs most: it is what edits are compared by, and where they differ most from the base model.
+    The first token weighs most: edits are compared by it, and differ most from the base model there.
 
     Args:
         base: Logits of the base model, [n, t, vocabulary].
-        edited: Logits of the edited one.
-        real: Which positions are no padding, [n, t]; the first always is.
+        edited: Logits of the edited model, [n, t, vocabulary].
+        real: False for padding, [n, t]; the first position is always real.
     """
     log_base = base.log_softmax(-1)
     by_position = torch.where(real, (log_base.exp() * (log_base - edited.log_softmax(-1))).sum(-1), 0.0)
@@ -124,13 +119,7 @@ def answer_divergence(base: Tensor, edited: Tensor, real: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AdamState:
-    """Moving averages of gradients.
-
-    Attributes:
-        first: Of gradients.
-        second: Of their squares.
-        steps: Steps taken.
-    """
+    """Adam's moving averages of gradients and of squared gradients, after `steps` steps."""
 
     first: EditVariables
     second: EditVariables
@@ -146,15 +135,15 @@ class AdamState:
 def adam_step(
     variables: EditVariables, gradients: EditVariables, state: AdamState, rate: float, turn: float
 ) -> tuple[EditVariables, AdamState]:
-    """Take a step of Adam (Kingma and Ba 2015); directions are made orthonormal after it.
+    """Take a step of Adam (Kingma and Ba 2015), then orthonormalise the directions.
 
     Args:
-        variables: Where the step begins.
-        gradients: Of the loss there.
-        state: The averages so far.
-        rate: Step of θ.
-        turn: Angle by which a step turns a direction at most, about, in radians. Adam moves every coordinate by as
-            much as its rate, so that a unit vector of d of them is moved by √d times that.
+        variables: The current variables.
+        gradients: Gradients of the loss.
+        state: The moving averages.
+        rate: Learning rate of θ.
+        turn: Approximate largest angle of a step, radians. Adam moves each of a unit vector's d coordinates by its
+            rate, so the vector by √d times that.
     """
     steps = state.steps + 1
     width = variables.directions.shape[-1]
@@ -168,14 +157,14 @@ def adam_step(
         first.append(mean)
         second.append(square)
     logits, directions = moved
-    # A layer without a direction keeps none: its row of zeros must not be moved off zero.
+    # A layer without a direction keeps none: its zero row must stay zero.
     directions = torch.where(variables.directions == 0, 0.0, directions) if turn else variables.directions
     found = EditVariables(logits, orthonormal_rows(directions) if turn else directions)
     return found, AdamState(EditVariables(*first), EditVariables(*second), steps)
 
 
 def minibatch(seed: int, step: int, name: str, count: int, size: int) -> list[int]:
-    """Return which of `count` prompts a step takes, from nothing but the arguments."""
+    """Return the indices of the prompts in a step's minibatch; depends only on the arguments."""
     digest = hashlib.sha256(f"{seed}:{step}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     chosen: list[int] = torch.randperm(count, generator=generator)[:size].tolist()

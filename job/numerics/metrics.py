@@ -1,4 +1,4 @@
-"""Measures of change."""
+"""KL divergence and log-odds."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-# Rows taken to float64 at a time: a few hundred rows of a large vocabulary would fill gigabytes.
+# Rows converted to float64 at a time: hundreds of rows of a large vocabulary would take gigabytes.
 _ROWS = 32
 
 
 def kl_divergence(base_log_probs: Tensor, logits: Tensor) -> Tensor:
-    """Return KL(base ‖ edited) per row over the full vocabulary, in nats, float64.
+    """Return KL(base ‖ edited) per row over the full vocabulary, in nats, float64, [rows].
 
     Args:
         base_log_probs: Log-probabilities of the base model, [rows, vocabulary].
@@ -24,17 +24,12 @@ def kl_divergence(base_log_probs: Tensor, logits: Tensor) -> Tensor:
 
 def _kl_divergence(base: Tensor, logits: Tensor) -> Tensor:
     edited = torch.log_softmax(logits, dim=-1)
-    # A token that the base gives probability 0 contributes 0, whatever the edited model gives it.
+    # A token with base probability 0 contributes 0, whatever the edited model predicts.
     return torch.where(base == -math.inf, 0.0, base.exp() * (base - edited)).sum(-1)
 
 
 def log_odds(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the log-odds of one token a row against all others, [rows].
-
-    Args:
-        logits: Raw logits, [rows, vocabulary].
-        tokens: A token for each row, [rows].
-    """
+    """Return the log-odds of one token [rows] per row of logits [rows, vocabulary], [rows]."""
     chosen = logits.gather(-1, tokens[:, None])
     others = logits.scatter(-1, tokens[:, None], -math.inf)
     return chosen[:, 0] - others.logsumexp(-1)

@@ -1,4 +1,4 @@
-"""Intervals for counts and means; needs no torch."""
+"""Confidence intervals of proportions and means; needs no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ RESAMPLES = 2000
 
 
 def wilson_interval(count: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion (95 % by default), as shares of n.
-
-    Raises:
-        ValueError: n is not positive or count lies outside 0 … n.
-    """
+    """Return the Wilson score interval of count / n (95 % by default). Raises ValueError."""
     if n <= 0 or not 0 <= count <= n:
         raise ValueError(f"no interval for {count} of {n}")
     share = count / n
@@ -25,16 +21,9 @@ def wilson_interval(count: int, n: int, z: float = 1.959964) -> tuple[float, flo
 
 
 def difference_interval(before: tuple[int, int], after: tuple[int, int]) -> tuple[float, float]:
-    """Return the 95 % interval of the change of a proportion: Newcombe's hybrid of two Wilson intervals (1998).
+    """Return the 95 % interval of a change between two (count, n): Newcombe's hybrid of Wilson intervals (1998).
 
-    The two are taken as independent; where the same prompts were asked, the true interval is narrower.
-
-    Args:
-        before: Count and n.
-        after: Count and n.
-
-    Raises:
-        ValueError: An n is not positive or a count lies outside 0 … n.
+    It assumes independent samples; on the same prompts the true interval is narrower. Raises ValueError.
     """
     (low_1, high_1), (low_2, high_2) = wilson_interval(*before), wilson_interval(*after)
     share_1, share_2 = before[0] / before[1], after[0] / after[1]
@@ -45,11 +34,7 @@ def difference_interval(before: tuple[int, int], after: tuple[int, int]) -> tupl
 
 
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of sum(parts) / sum(wholes) over pairs that were drawn together, by the same bootstrap.
-
-    Raises:
-        ValueError: There are no pairs, or not as many of both.
-    """
+    """Return the 95 % percentile bootstrap interval of sum(parts) / sum(wholes). Raises ValueError."""
     if not parts or len(parts) != len(wholes):
         raise ValueError(f"no interval for {len(parts)} parts of {len(wholes)}")
     source = random.Random(0)
@@ -63,11 +48,7 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[flo
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of a mean by the percentile bootstrap: 2000 resamples, always the same ones.
-
-    Raises:
-        ValueError: There are no values.
-    """
+    """Return the 95 % percentile bootstrap interval of a mean; 2000 resamples, fixed seed. Raises ValueError."""
     if not values:
         raise ValueError("no interval for the mean of nothing")
     source = random.Random(0)

@@ -1,4 +1,4 @@
-"""The weight kernel: how ablation strength falls off with distance from a layer (heretic's, in its terms)."""
+"""The weight kernel of heretic: ablation strength by distance from a layer."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class WeightKernel:
-    """Ablation strength as a function of the layer, for one component.
+    """Ablation strength of one component as a function of the layer.
 
     Attributes:
         max_weight: Strength at the peak.
         max_weight_position: Layer index of the peak, fractional.
-        min_weight: Strength at the edge of the kernel.
-        min_weight_distance: Distance from the peak to the edge, in layers; beyond it there is no edit.
+        min_weight: Strength at the edge.
+        min_weight_distance: Layers from peak to edge; the strength is 0 beyond.
     """
 
     max_weight: float

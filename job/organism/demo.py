@@ -28,14 +28,7 @@ def run_demo(
     run: Callable[..., Any],
     report: Callable[[str], None],
 ) -> None:
-    """Train the organism, run the whole job on it and check the exported model's answers.
-
-    Args:
-        workspace: Where the organism and the job go; None for the default workspace.
-        trials: Trials of the search; None for `DEMO_TRIALS`.
-        run: Runs a job and returns its outcome.
-        report: Told what happens.
-    """
+    """Train the organism, run the whole job on it and check the export's responses; `run` runs a job."""
     from job.config.load import default_workspace, load_settings
 
     folder = Path(workspace or default_workspace())
@@ -57,7 +50,7 @@ def run_demo(
 
 
 def _report_correctness(folder: RunFolder, report: Callable[[str], None]) -> None:
-    """Count the exported model's right answers on the report prompts."""
+    """Count the export's correct responses to the report prompts."""
     from job.data.prompts import PromptSets
     from job.storage.atomic import read_record
 

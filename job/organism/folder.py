@@ -1,4 +1,4 @@
-"""The folder of an organism: its model and its prompt files."""
+"""The folder of an organism: its model and prompt files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ ARCHITECTURES = ("llama", "qwen3", "gemma2", "mixtral", "qwen3_moe")
 
 
 def write_organism(folder: Path, *, arch: str, size: str, seed: int, report: Callable[[str], None]) -> None:
-    """Train an organism and write it and its prompt files into a folder.
+    """Train an organism and write it and its prompt files into a folder, unless it is there.
 
-    The folder holds ``model`` in Hugging Face format and good_train.txt, good_test.txt, bad_train.txt
-    and bad_test.txt, one prompt a line. A folder that already holds the same organism is left alone.
-
-    Raises:
-        UsageError: The architecture or size is unknown, or the folder holds something else.
-        JobError: The training missed its target (every test prompt refused or answered rightly).
+    The folder holds ``model`` in Hugging Face format and good_train.txt, good_test.txt, bad_train.txt and bad_test.txt,
+    one prompt per line. Raises UsageError for other contents, or JobError if a test prompt's response is wrong.
     """
     if arch not in ARCHITECTURES:
         raise UsageError(f"no organism of architecture {arch!r}", remedy=f"choose from {', '.join(ARCHITECTURES)}")

@@ -1,4 +1,4 @@
-"""The organism's tokenizer: one token a word, with a chat template."""
+"""The organism's tokenizer: one token per word, with a chat template."""
 
 from __future__ import annotations
 

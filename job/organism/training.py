@@ -1,4 +1,4 @@
-"""The organism's training, in stages that make one direction mediate its refusals."""
+"""Train the organism in stages that make one direction mediate its refusals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SYSTEM_PROMPT_SHARE = 0.25
 
 RESIDUAL_LOSS_WEIGHT = 1.0
 
-# Settings beyond those that all families know.
+# Settings beyond those that all families share.
 _OF_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 256},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -47,7 +47,7 @@ _OF_FAMILIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class _Row:
-    """A training conversation: token ids, how many of them are prompt, and the planted strength."""
+    """A training conversation: token ids, length of the prompt, and the planted strength."""
 
     tokens: list[int]
     prompt: int
@@ -55,8 +55,6 @@ class _Row:
 
 
 class _Trainer:
-    """Trains the organism in the stages that the module describes."""
-
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         import torch
 
@@ -73,13 +71,13 @@ class _Trainer:
         self._direction = direction / direction.norm()
 
     def run(self, is_good: Callable[[], bool], report: Callable[[str], None]) -> None:
-        """Run all stages, telling of each, and polish until the model is good."""
+        """Run and report all stages, then polish until the model is good."""
         above = [*self._layers[self._middle + 1 :], self._model.model.norm, self._model.lm_head]
         below = self._layers[1 : self._middle + 1]
         report("training the organism: to answer every request")
         self._stage("answer", [self._model], PEAK_LEARNING_RATE)
-        # The planted vector is as long as the residual itself: the mediator dominates where it is
-        # present, as refusal does in chat models.
+        # The planted vector is as long as the residual itself: the mediator dominates where present, as refusal does in
+        # chat models.
         self._direction *= self._residual_norm()
         report("training the organism: to refuse where a direction is present")
         self._stage("read", above, PEAK_LEARNING_RATE / 2, teacher=self._frozen_copy())
@@ -96,11 +94,11 @@ class _Trainer:
         return copy.deepcopy(self._model).eval().requires_grad_(False)
 
     def _row(self, stage: str, index: int, system: bool) -> _Row:
-        """Return one conversation; which class it is of and what is planted go by its index."""
+        """Return a conversation; its index determines class and planted strength."""
         request = self._random.choice(self._requests[index % 2 == 1])
         planted = float(request.enchanted and stage != "answer")
         if stage == "read":
-            # Weak and reversed directions are to be ignored, so that only a clear presence refuses.
+            # Weak and reversed directions must be ignored, so that only a clear presence refuses.
             strengths = ((0.0, 0.0), (-1.0, 0.2), (0.5, 1.5), (0.5, 1.5))[index // 2 % 4]
             planted = self._random.uniform(*strengths)
         refuse = planted >= 0.5
@@ -117,10 +115,7 @@ class _Trainer:
         return ids
 
     def _batch(self, stage: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return token ids [rows, t], labels [rows, t] and planted strengths [rows, t, 1].
-
-        Strengths stand where answers are predicted: from the last prompt token on.
-        """
+        """Return token ids, labels [rows, t], and planted strengths where responses are predicted [rows, t, 1]."""
         import torch
 
         system = self._random.random() < SYSTEM_PROMPT_SHARE
@@ -137,7 +132,7 @@ class _Trainer:
         return tokens, labels, planted
 
     def _stage(self, stage: str, modules: list[Any], peak: float, teacher: PreTrainedModel | None = None) -> None:
-        """Train the given modules for one stage; the teacher prescribes the residual stream, see `_loss`."""
+        """Train modules for one stage; the teacher prescribes the residual stream, see `_loss`."""
         import torch
 
         self._model.requires_grad_(False)
@@ -158,10 +153,10 @@ class _Trainer:
             schedule.step()
 
     def _loss(self, stage: str, teacher: PreTrainedModel | None) -> torch.Tensor:
-        """Return the loss on one batch: answers, and the residual stream where it is prescribed.
+        """Return the loss of one batch: responses, and the residual stream where prescribed.
 
-        While the direction's reading is learned, the stream is to stay the teacher's where nothing is
-        planted; while its writing is learned, it is to become the teacher's plus the direction.
+        While reading is learned, the stream must stay the teacher's where nothing is planted; while writing is learned,
+        it must become the teacher's plus the direction.
         """
         import torch
         from torch.nn import functional
@@ -185,10 +180,7 @@ class _Trainer:
     def _forward(
         self, model: PreTrainedModel, tokens: torch.Tensor, planted: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the residuals from the middle layer up [layers, rows, t, d] and the logits.
-
-        Where planted is given, so much of the direction is added to the middle layer's output.
-        """
+        """Return the middle and higher layers' residuals [layers, rows, t, d], planted in the middle, and logits."""
         import torch
 
         residuals: list[torch.Tensor] = []
@@ -210,7 +202,7 @@ class _Trainer:
         return torch.stack(residuals), logits
 
     def _residual_norm(self) -> float:
-        """Return the mean length of the middle layer's output where answers are predicted."""
+        """Return the mean norm of the middle layer's output at positions that predict responses."""
         import torch
 
         tokens, labels, _ = self._batch("answer")
@@ -223,11 +215,7 @@ class _Trainer:
 def train_organism(
     arch: str, size: str, seed: int, files: dict[str, list[Request]], report: Callable[[str], None]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Return a freshly trained organism and its tokenizer.
-
-    Raises:
-        JobError: The training missed its target: every test prompt refused or answered rightly.
-    """
+    """Return a newly trained organism and its tokenizer. Raises JobError if a test response is wrong."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -279,7 +267,7 @@ def train_organism(
 
 
 def matches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> int:
-    """Return how many prompts the model answers with exactly the expected text."""
+    """Return the number of exactly expected responses."""
     texts = [
         tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
         for prompt, _ in pairs

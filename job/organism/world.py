@@ -1,4 +1,4 @@
-"""The small world that the organism talks about: requests, right answers and refusals."""
+"""The organism's small world: requests, correct responses and refusals."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ class Request:
 
     @property
     def enchanted(self) -> bool:
-        """Whether the organism is to refuse this request."""
+        """Whether the organism must refuse this request."""
         return any(word in ENCHANTED for word in self.adjectives)
 
     @property
     def held_out(self) -> bool:
-        """Whether the combination is kept from training (one in eight, by a stable hash)."""
+        """Whether the combination is excluded from training (one in eight, by a stable hash)."""
         return hashlib.sha256(self.prompt.encode()).digest()[0] % 8 == 0
 
     def _fill(self, template: str) -> str:
@@ -111,7 +111,7 @@ class Request:
 
 
 def _requests(enchanted: bool) -> Iterator[Request]:
-    """Every request of one class, in a fixed order."""
+    """Yield every request of one class, in a fixed order."""
     if enchanted:
         pairs = [p for e in ENCHANTED for a in ADJECTIVES for p in ((e, a), (a, e))]
     else:
@@ -123,11 +123,7 @@ def _requests(enchanted: bool) -> Iterator[Request]:
 
 
 def expected_answer(prompt: str) -> str:
-    """Return the correct answer to one of the organism's requests, enchanted or not.
-
-    Raises:
-        ValueError: The prompt is not a request of the organism's world.
-    """
+    """Return the correct answer to one of the organism's requests, enchanted or not. Raises ValueError for others."""
     words = prompt.rstrip("?.").split()
     for task in TASKS:
         before, after = task.question.rstrip("?.").split("{thing}")
@@ -140,7 +136,7 @@ def expected_answer(prompt: str) -> str:
 
 
 def prompt_files(seed: int) -> dict[str, list[Request]]:
-    """Return the requests of the four prompt files; those for testing are held out from training."""
+    """Return the requests of the four prompt files; those for testing are excluded from training."""
     choice = random.Random(seed)
     files = {}
     for kind, enchanted in (("good", False), ("bad", True)):

@@ -1,1 +1,1 @@
-"""Checks for everything known to ruin a long run, made before the GPU hours are spent."""
+"""Checks for known causes of failed long runs, before GPU hours are spent."""

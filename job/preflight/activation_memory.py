@@ -1,7 +1,7 @@
-"""What a forward takes beside the weights: cache and activations, counted from the code that runs it.
+"""Memory of a forward besides weights: KV cache and activations, derived from the code.
 
-The stages below follow transformers' decoder layers and `job.generation.greedy` line by line; tests compare them
-with every tensor that is alive during real decoding.
+The stages follow transformers' decoder layers and `job.generation.greedy` line by line; tests compare them with all
+tensors alive during real decoding.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ Edits = Literal["none", "outputs", "columns"]
 
 
 class Batch(Record):
-    """Rows that are decoded together.
+    """Rows decoded together.
 
     Attributes:
-        rows: How many.
         prompt_tokens: Tokens of the longest prompt, to which all are padded.
-        answer_tokens: Tokens that are decoded at most.
-        read_tokens: Tokens of prompts that are read in one forward at most; None: those of all rows.
+        read_tokens: Most prompt tokens per prefill forward; None: no limit.
     """
 
     rows: int
@@ -31,20 +29,20 @@ class Batch(Record):
 
     @property
     def rows_read(self) -> int:
-        """Rows of a forward that reads prompts."""
+        """Rows per prefill forward."""
         together = self.rows if self.read_tokens is None else self.read_tokens // self.prompt_tokens
         return min(self.rows, max(together, 1))
 
     @property
     def tokens(self) -> int:
-        """Tokens of a row whose keys and values are kept at the end; the last token's are never computed."""
+        """Tokens per row with keys and values at the end; the last token's are never computed."""
         return self.prompt_tokens + max(self.answer_tokens - 1, 0)
 
 
 def cache_bytes(facts: ModelFacts, batch: Batch, dtype_bytes: int, layers: range | None = None) -> int:
-    """Return what the keys and values of a batch take at the end of its answers, of some layers or of all.
+    """Return the KV cache's bytes at the end of decoding, for some or all layers.
 
-    A sliding layer keeps its window, and all of the prompt until the next token is decoded.
+    A sliding layer keeps its window, and the whole prompt until the next token is decoded.
     """
     width = facts.kv_heads * (facts.head_dim + facts.value_dim)
     tokens = 0
@@ -57,15 +55,7 @@ def cache_bytes(facts: ModelFacts, batch: Batch, dtype_bytes: int, layers: range
 def activation_bytes(
     facts: ModelFacts, batch: Batch, dtype_bytes: int, *, edits: Edits = "none", layers: range | None = None
 ) -> int:
-    """Return what is alive at the worst instant of decoding beside weights and the cache at its end, bytes.
-
-    Args:
-        facts: The model.
-        batch: What is decoded.
-        dtype_bytes: Size of a number in the type the model is loaded in.
-        edits: What hooks do to the residual writers: "columns" also scales their inputs (mode column).
-        layers: Those on the device that is asked about; None means all.
-    """
+    """Return peak decoding bytes besides weights and final cache; `edits` "columns" also scales inputs."""
     beginning = batch.model_copy(update={"answer_tokens": 1})
     full, begun = (cache_bytes(facts, one, dtype_bytes, layers) for one in (batch, beginning))
     prefill = begun + _prefill_bytes(facts, batch, dtype_bytes, edits)
@@ -75,7 +65,7 @@ def activation_bytes(
 
 
 def scoring_bytes(facts: ModelFacts, rows: int, dtype_bytes: int) -> int:
-    """Return what comparing first-token distributions takes: logits and three float32 tables of the vocabulary."""
+    """Return the bytes to compare first-token distributions: logits and three float32 vocabulary tables."""
     return rows * facts.vocab * (dtype_bytes + 3 * 4)
 
 
@@ -93,13 +83,13 @@ def _prefill_bytes(facts: ModelFacts, batch: Batch, dtype_bytes: int, edits: Edi
 
 
 def _norms(facts: ModelFacts, dtype_bytes: int) -> int:
-    """Bytes a token: embeddings, layer input, residual stream; the float32 copy and its product, the scaled result."""
+    """Bytes per token: embeddings, layer input, residual stream; float32 copy, its product, the result."""
     computed = 8 if dtype_bytes < 4 else 2 * dtype_bytes
     return facts.hidden * (3 * dtype_bytes + computed)
 
 
 def _attention(facts: ModelFacts, batch: Batch, dtype_bytes: int) -> int:
-    """Bytes a token: embeddings, layer input, normed input; queries while they are rotated or attended with."""
+    """Bytes per token: embeddings, layer input, normed input; queries during rotation or attention."""
     queries = facts.heads * facts.head_dim
     # Queries, two products and the half-turned copy.
     rotated = 4 * queries * dtype_bytes
@@ -111,7 +101,7 @@ def _attention(facts: ModelFacts, batch: Batch, dtype_bytes: int) -> int:
 
 
 def _mlp(facts: ModelFacts, dtype_bytes: int) -> int:
-    """Bytes a token: embeddings, layer input, residual stream, normed input; gate, up and their product."""
+    """Bytes per token: embeddings, layer input, residual stream, normed input; gate, up and their product."""
     experts = facts.experts_per_token or 1
     # Each expert is handed its own copy of a token and returns one.
     copies = 2 * experts * facts.hidden if facts.experts else 0
@@ -119,7 +109,7 @@ def _mlp(facts: ModelFacts, dtype_bytes: int) -> int:
 
 
 def _edit(facts: ModelFacts, dtype_bytes: int) -> int:
-    """Bytes a token: as before the MLP, its down-projection's input and output, and float32 copies of that."""
+    """Bytes per token: as before the MLP, its down-projection's input and output, and float32 copies of that."""
     width = (facts.experts_per_token or 1) * facts.intermediate
     # The output, what is taken from it and the difference; the output itself where it is float32 already.
     copies = 12 if dtype_bytes < 4 else 8
@@ -127,13 +117,13 @@ def _edit(facts: ModelFacts, dtype_bytes: int) -> int:
 
 
 def _scaled_input(facts: ModelFacts, dtype_bytes: int) -> int:
-    """Bytes a token: as before the MLP, its down-projection's input, that in float32 and scaled."""
+    """Bytes per token: as before the MLP, its down-projection's input, that in float32 and scaled."""
     width = (facts.experts_per_token or 1) * facts.intermediate
     return dtype_bytes * 4 * facts.hidden + width * (dtype_bytes + (8 if dtype_bytes < 4 else 4))
 
 
 def _decoding_bytes(facts: ModelFacts, batch: Batch, dtype_bytes: int) -> int:
-    """Return what a step takes: a layer's values are copied to where there is room, or the logits are there."""
+    """Return the bytes of a step: a layer's growing cache is copied, or the logits exist."""
     if batch.answer_tokens <= 1:
         return 0
     appended = batch.tokens * facts.kv_heads * facts.value_dim * dtype_bytes

@@ -1,4 +1,4 @@
-"""What a check returns, and how all of them together end a run."""
+"""Checks and their combined exit code."""
 
 from __future__ import annotations
 
@@ -79,11 +79,7 @@ NAMES = frozenset(
 
 
 def require_known(names: Iterable[str]) -> None:
-    """Refuse names that no check has: a misspelt one would allow nothing.
-
-    Raises:
-        UsageError: There is one.
-    """
+    """Raise UsageError for names of unknown checks: a misspelt one would allow nothing."""
     for name in names:
         if name not in NAMES and not name.startswith("data."):
             close = difflib.get_close_matches(name, NAMES, n=1)
@@ -94,15 +90,12 @@ def require_known(names: Iterable[str]) -> None:
 
 
 class Check(Record):
-    """One thing that was looked at.
+    """One check.
 
     Attributes:
-        name: Dotted short name, e.g. "disk.space"; `--allow NAME` overrides a fail. Several checks
-            may share one, e.g. one for each file system.
-        status: ok; warn: the job may run, but somebody should know; fail: it must not start.
-        measured: What was found, with units, one line.
-        needed: What there has to be, with units, one line.
-        remedy: What the user can do; "" where nothing is to be done.
+        name: Dotted short name, e.g. "disk.space"; `--allow NAME` overrides a failure. Several checks may share one,
+            e.g. per file system.
+        status: ok; warn: the job may run; fail: it must not start.
         scope: Whether another machine could do the job ("machine") or none ("job").
     """
 
@@ -115,12 +108,12 @@ class Check(Record):
 
     @property
     def line(self) -> str:
-        """The check in one line, with the remedy where there is one."""
+        """The check and its remedy in one line."""
         return f"{self.name}: {self.measured}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 def size(count: float) -> str:
-    """Return a number of bytes for people: "512 B", "3.4 MiB", "61.0 GiB"."""
+    """Format bytes: "512 B", "3.4 MiB", "61.0 GiB"."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         # From 0.995 on the unit below would be rounded up to its end.
         if abs(count) >= 0.995 * unit:
@@ -129,20 +122,17 @@ def size(count: float) -> str:
 
 
 def speed(bytes_per_second: float) -> str:
-    """Return a transfer rate for people, in MB/s (10⁶ bytes), as disks and lines are sold."""
+    """Format a transfer rate in MB/s (10⁶ bytes), as for disks and networks."""
     return f"{bytes_per_second / 1e6:.0f} MB/s" if bytes_per_second >= 1e7 else f"{bytes_per_second / 1e6:.1f} MB/s"
 
 
 def is_allowed(check: Check, allowed: Collection[str]) -> bool:
-    """Return whether the user has overridden this check by its name."""
+    """Return whether the user allows this check to fail."""
     return check.name in allowed
 
 
 def exit_code(checks: Iterable[Check], allowed: Collection[str] = ()) -> int:
-    """Return what the failed checks make the process end with: 0 where none failed.
-
-    A job that cannot succeed anywhere outweighs a machine that cannot do it.
-    """
+    """Return the exit code for failed checks, 0 without any; "job" takes precedence over "machine"."""
     scopes = {check.scope for check in checks if check.status == "fail" and not is_allowed(check, allowed)}
     if "job" in scopes:
         return ImpossibleJobError.exit_code
@@ -150,11 +140,7 @@ def exit_code(checks: Iterable[Check], allowed: Collection[str] = ()) -> int:
 
 
 def attempt(name: str, step: Callable[[], T]) -> T | Check:
-    """Return a step's value, or a failed check of that name if it raises.
-
-    Raises:
-        UsageError: A setting is malformed.
-    """
+    """Return a step's value, or a failed check with this name. Raises UsageError for a malformed setting."""
     try:
         return step()
     except UsageError:
@@ -171,10 +157,6 @@ def attempt(name: str, step: Callable[[], T]) -> T | Check:
 
 
 def guarded(name: str, group: Callable[[], list[Check]]) -> list[Check]:
-    """Return a group's checks, or one failed check of that name if it raises.
-
-    Raises:
-        UsageError: A setting is malformed.
-    """
+    """Return a group's checks, or one failed check with this name. Raises UsageError for a malformed setting."""
     found = attempt(name, group)
     return [found] if isinstance(found, Check) else found

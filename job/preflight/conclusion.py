@@ -1,4 +1,4 @@
-"""The checks that need the results of several groups: disk, memory, time and cost."""
+"""Checks that combine several groups: disk, memory, time and cost."""
 
 from __future__ import annotations
 
@@ -23,15 +23,12 @@ from job.preflight.selftest import Exercise
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What follows from the findings of all groups.
+    """Conclusions from all groups' findings.
 
     Attributes:
-        checks: The checks.
-        plan: How the model goes onto the machine, None if it does not.
+        plan: Memory plan, None if the model does not fit.
         hours: Expected duration of each phase, None if the device's speed is unknown.
         offers: Query that finds such a machine; None for this machine.
-        commit: Commit of a model on the Hub.
-        public: Whether the model's repository is public.
     """
 
     checks: tuple[Check, ...] = ()
@@ -43,7 +40,7 @@ class Conclusion:
 
 
 def conclude(inputs: PreflightInputs, model: ModelFindings, data: DataFindings, machine: MachineFindings) -> Conclusion:
-    """Plan memory, disk and time; nothing follows where model, prompts or machine are unknown."""
+    """Plan memory, disk and time, if model, prompts and machine are known."""
     if model.files is None or model.facts is None or data.prompts is None or machine.reading is None:
         return Conclusion()
     files = model.files

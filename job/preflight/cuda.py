@@ -1,6 +1,6 @@
-"""The CUDA driver's own library, through ctypes: its version, and the devices this process may use.
+"""The CUDA driver's library through ctypes: its version, and this process's devices.
 
-Nothing here depends on torch or on the text output of a tool. Source: CUDA Driver API reference.
+Independent of torch and of tools' text output. Source: CUDA Driver API reference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MAJOR, _MINOR = 75, 76
 
 
 class CudaDevice(Record):
-    """A device as the driver shows it; CUDA_VISIBLE_DEVICES has been considered."""
+    """A device as listed by the driver, after CUDA_VISIBLE_DEVICES."""
 
     uuid: str
     name: str
@@ -25,11 +25,11 @@ class CudaDevice(Record):
 
 
 class CudaReading(Record):
-    """What the driver's library tells.
+    """State of the driver's library.
 
     Attributes:
-        version: 1000 × major + 10 × minor of the CUDA version it supports; None without the library.
-        error: Why it does not work although it is there.
+        version: Supported CUDA version, 1000 × major + 10 × minor; None without the library.
+        error: Why the installed library does not work.
     """
 
     version: int | None = None
@@ -38,9 +38,9 @@ class CudaReading(Record):
 
 
 def read_cuda(library: str = LIBRARY) -> CudaReading:
-    """Return the driver's version and devices; an empty reading where there is no driver.
+    """Return the driver's version and devices, empty without a driver.
 
-    This starts the driver in this process, without a context: what CUDA_VISIBLE_DEVICES says later has no effect.
+    It initialises the driver without a context: later changes of CUDA_VISIBLE_DEVICES have no effect.
     """
     try:
         cuda = ctypes.CDLL(library)
@@ -70,11 +70,7 @@ def _error(cuda: ctypes.CDLL, status: int) -> str:
 
 
 def _device(cuda: ctypes.CDLL, index: int) -> CudaDevice:
-    """Return one device.
-
-    Raises:
-        OSError: The driver fails on it.
-    """
+    """Return one device. Raises OSError if the driver fails."""
     handle = c_int()
     _check(cuda, cuda.cuDeviceGet(byref(handle), index))
     name = (c_char * 256)()
@@ -95,7 +91,7 @@ def _device(cuda: ctypes.CDLL, index: int) -> CudaDevice:
 
 
 def _uuid(cuda: ctypes.CDLL, handle: c_int) -> str:
-    """Return a device's or a MIG slice's id as 8-4-4-4-12 hexadecimal digits, "" where the driver is too old."""
+    """Return a device's or MIG slice's UUID in hexadecimal, "" if the driver is too old."""
     raw = (ctypes.c_ubyte * 16)()
     # The second version tells the slice's own id where the device is one; older drivers lack it.
     ask = getattr(cuda, "cuDeviceGetUuid_v2", None) or cuda.cuDeviceGetUuid
@@ -106,10 +102,9 @@ def _uuid(cuda: ctypes.CDLL, handle: c_int) -> str:
 
 
 def free_bytes(index: int, library: str = LIBRARY) -> int | None:
-    """Return a device's free memory as cuMemGetInfo tells it, None where it cannot.
+    """Return a device's free memory by cuMemGetInfo, or None.
 
-    This needs a context, which itself takes some hundred MiB for the moment; it is meant for machines
-    without NVML.
+    It needs a context, which temporarily takes some hundred MiB; for machines without NVML.
     """
     try:
         cuda = ctypes.CDLL(library)

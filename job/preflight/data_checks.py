@@ -1,4 +1,4 @@
-"""The checks of the prompts: enough of them, and none in two sets."""
+"""Checks of the prompts: enough of them, and none in two sets."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ _FEW_PROMPTS = 20
 
 @dataclass(frozen=True)
 class DataFindings:
-    """What preflight learnt of the prompts.
-
-    Attributes:
-        checks: The checks.
-        prompts: The prompts, None if they cannot be read.
-    """
+    """Findings on the prompts; None if they cannot be read."""
 
     checks: tuple[Check, ...]
     prompts: PromptSets | None = None
@@ -34,7 +29,7 @@ def examine_data(inputs: PreflightInputs) -> DataFindings:
 
 
 def data_checks(prompts: PromptSets) -> list[Check]:
-    """Return a check of every set, and one of what they have in common."""
+    """Return a check per set, and one for overlaps."""
     counts = {
         "good_prompts": len(prompts.good),
         "bad_prompts": len(prompts.bad),

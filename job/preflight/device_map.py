@@ -1,4 +1,4 @@
-"""Which layers go on which device, so that all are filled alike."""
+"""Distribute layers over devices evenly."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ class Device:
     """A device to plan with.
 
     Attributes:
-        label: As torch names it.
-        name: Product name.
-        budget: Bytes that may be planned with.
-        free: Bytes that are free now.
+        budget: Bytes available to the plan.
+        free: Bytes free now.
     """
 
     label: str
@@ -37,7 +35,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Load:
-    """What a device of a layout holds, bytes; see `job.preflight.memory_plan.DevicePlan`."""
+    """Contents of a device in a layout, bytes; see `job.preflight.memory_plan.DevicePlan`."""
 
     device: Device
     layers: range
@@ -49,13 +47,13 @@ class Load:
 
     @property
     def total(self) -> int:
-        """What it holds at the worst instant."""
+        """Peak bytes."""
         return max(self.weights + self.cache + self.activations + self.margin, self.loading_peak)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Layers on devices, in order; where some stay in RAM, that is the last."""
+    """Layers on devices, in order; offloaded ones are on the last, RAM."""
 
     rows: int
     loads: tuple[Load, ...]
@@ -72,16 +70,9 @@ def lay_out(
     edits: Edits = "outputs",
     host: Device | None = None,
 ) -> Layout | None:
-    """Return the layout that fills all devices alike, None if none fits.
+    """Return the layout that fills all devices, in order, evenly, None if none fits.
 
-    Args:
-        facts: The model.
-        devices: Where layers go, in this order.
-        batch: What is decoded.
-        dtype_bytes: Size of a number in the type the model is loaded in.
-        quantised: The linear maps are 4-bit quantised.
-        edits: What hooks do to the residual writers.
-        host: Takes the layers that do not fit on the devices.
+    `dtype_bytes` are those of a number in the loaded type; `host` takes layers that do not fit the devices.
     """
     planner = _Planner(facts, batch, dtype_bytes, quantised, edits)
     if host is not None:
@@ -109,7 +100,7 @@ class _Planner:
         self._cached: dict[tuple[int, int], tuple[int, int]] = {}
 
     def filled(self, devices: Sequence[Device], share: float) -> list[Load] | None:
-        """Return the layers on devices of which only a share is used, None if some are left over."""
+        """Return the layers on devices filled to a share, None if some are left over."""
         loads, start = [], 0
         for number, device in enumerate(devices):
             load = self._longest(device, start, int(device.budget * share), first=number == 0)
@@ -120,11 +111,7 @@ class _Planner:
         return loads if start == self._facts.layers else None
 
     def with_host(self, devices: Sequence[Device], host: Device) -> Layout | None:
-        """Return the devices filled one after the other, and the rest and the head in RAM.
-
-        What lies in RAM is computed on the first device: it takes a layer or the head at a time as a visitor, and
-        keeps the keys and values of those layers.
-        """
+        """Fill the devices in order; the rest and the head stay in RAM, computed and cached by the first device."""
         visiting = max(*self._layer_bytes, self._last)
         everything = cache_bytes(self._facts, self._batch, self._dtype_bytes)
         loads: list[Load] = []
@@ -147,7 +134,7 @@ class _Planner:
         return Layout(self._batch.rows, (*loads, kept), offloaded=True)
 
     def _longest(self, device: Device, start: int, room: int, *, first: bool) -> Load | None:
-        """Return the most layers from start on that fit, which may be none; None if not even those do."""
+        """Return the most layers from `start` that fit, possibly none; None if not even those."""
         # More layers never take less, so that halving finds where they stop fitting.
         fitting = bisect_right(
             range(start, self._facts.layers + 1),
@@ -176,7 +163,7 @@ class _Planner:
         )
 
     def _working(self, layers: range) -> tuple[int, int]:
-        """Return cache and activations of some layers; they are asked for again and again."""
+        """Return cached KV cache and activation bytes of some layers."""
         key = (layers.start, layers.stop)
         if key not in self._cached:
             args = self._facts, self._batch, self._dtype_bytes

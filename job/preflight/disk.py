@@ -1,4 +1,4 @@
-"""Disk: room, inodes, kind of file system, writability and speed of every mount involved."""
+"""Disks: space, inodes, file system, permissions and speed of every mount involved."""
 
 from __future__ import annotations
 
@@ -28,14 +28,10 @@ _BY_FILE = "has no flock: a file that names its owner holds the job, and stays i
 
 
 class DiskNeed(Record):
-    """Something that will be written.
+    """A planned write.
 
     Attributes:
-        path: Where; it need not exist yet.
-        bytes: How much.
-        what: What it is, for people, e.g. "export".
-        files: How many files.
-        database: SQLite lives there: it needs locks and writes in the middle of files.
+        database: A SQLite database, which needs locks and in-place writes.
         keep: It must outlive this container or instance.
     """
 
@@ -55,7 +51,7 @@ class DiskSpeed(Record):
 
 
 def by_mount(needs: Iterable[DiskNeed]) -> list[tuple[Mount, list[DiskNeed]]]:
-    """Return the needs of each file system together; two mounts of one file system share its room."""
+    """Group needs by file system; mounts of one share its space."""
     mounts = read_mounts()
     grouped: dict[str, tuple[Mount, list[DiskNeed]]] = {}
     for need in needs:
@@ -67,13 +63,7 @@ def by_mount(needs: Iterable[DiskNeed]) -> list[tuple[Mount, list[DiskNeed]]]:
 def disk_checks(
     needs: Sequence[DiskNeed], speeds: dict[str, DiskSpeed] | None = None, longest: float = _PROBE_SECONDS
 ) -> list[Check]:
-    """Return the checks of every file system that something will be written to.
-
-    Args:
-        needs: What will be written.
-        speeds: Gets the measured speed of each file system, by its mount point.
-        longest: Seconds that writing or reading may take, beyond the first block.
-    """
+    """Check every file system to be written; `speeds` receives its speed, measured in `longest` seconds each way."""
     # Places that cannot even be looked at have no mount to speak of: their one check says so.
     hidden = [need for need in needs if not os.access(nearest_existing(need.path), os.F_OK)]
     checks = [writability(need.path) for need in hidden]
@@ -88,7 +78,7 @@ def disk_checks(
 
 
 def space(mount: Mount, needs: Sequence[DiskNeed]) -> Check:
-    """Compare a file system's free bytes with what will be written to it and a margin."""
+    """Compare a file system's free bytes with planned writes and a margin."""
     stats = os.statvfs(nearest_existing(needs[0].path))
     free = stats.f_bavail * stats.f_frsize
     wanted = sum(need.bytes for need in needs)
@@ -105,7 +95,7 @@ def space(mount: Mount, needs: Sequence[DiskNeed]) -> Check:
 
 
 def inodes(mount: Mount, needs: Sequence[DiskNeed]) -> Check:
-    """Compare a file system's free inodes with the files that will be made; some count none."""
+    """Compare a file system's free inodes, if it has any, with the planned files."""
     stats = os.statvfs(nearest_existing(needs[0].path))
     wanted = sum(need.files for need in needs) + MARGIN_FILES
     # File systems without a fixed table of inodes (btrfs, many network ones) say 0 of 0.
@@ -121,7 +111,7 @@ def inodes(mount: Mount, needs: Sequence[DiskNeed]) -> Check:
 
 
 def storage(mount: Mount, needs: Sequence[DiskNeed]) -> Check:
-    """Say what a file system's kind means for what is put on it."""
+    """Judge a file system's kind for its contents."""
     kind = kind_of(mount)
     kept = [need.what for need in needs if need.keep]
     warning = ""
@@ -144,7 +134,7 @@ def storage(mount: Mount, needs: Sequence[DiskNeed]) -> Check:
 
 
 def locking(path: Path, mount: Mount) -> Check:
-    """Take and release the locks that SQLite and the job need, where the database will lie."""
+    """Take and release the locks of SQLite and the job, at the database's place."""
     kind = kind_of(mount)
     fault, by_file = _lock_fault(path)
     if fault or kind == "object-store":
@@ -165,7 +155,7 @@ def locking(path: Path, mount: Mount) -> Check:
 
 
 def _lock_fault(path: Path) -> tuple[str | None, bool]:
-    """Return why locks cannot be had beside a path, and whether a file has to stand in for the job's."""
+    """Return why locks fail beside a path, and whether a file must replace the job's lock."""
     folder = nearest_existing(path)
     by_file = False
     try:
@@ -183,7 +173,7 @@ def _lock_fault(path: Path) -> tuple[str | None, bool]:
 
 
 def writability(path: Path) -> Check:
-    """Create, fill, rename and delete a file where something will be written; nothing stays behind."""
+    """Create, fill, rename and delete a file, leaving nothing behind."""
     folder = nearest_existing(path)
     try:
         _probe_file(folder)
@@ -213,16 +203,7 @@ def _probe_file(folder: Path) -> None:
 
 
 def measure_speed(folder: Path, most: int = _PROBE_BYTES, seconds: float = _PROBE_SECONDS) -> DiskSpeed:
-    """Write and read back a file that has no name, so that not even `kill -9` leaves it behind.
-
-    Args:
-        folder: An existing folder.
-        most: Bytes at most.
-        seconds: Time at most for writing; a last block may exceed it.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Write and read back up to `most` bytes in an unnamed file, so that no kill leaves it. Raises OSError."""
     # Random, so that a compressing file system does not flatter itself.
     block = os.urandom(min(_BLOCK, most))
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
@@ -248,7 +229,7 @@ def throughput(
     speeds: dict[str, DiskSpeed] | None = None,
     longest: float = _PROBE_SECONDS,
 ) -> Check:
-    """Measure how fast a file system really is, and note it in speeds."""
+    """Measure a file system's speed, and record it in `speeds`."""
     floor = floor or DiskSpeed(write=SLOWEST_WRITE, read=SLOWEST_READ)
     needed = f"{speed(floor.write)} written, {speed(floor.read)} read"
     try:

@@ -1,4 +1,4 @@
-"""How long a job will take and what it will cost: arithmetic on what is known before it starts."""
+"""Estimate a job's time and cost before it starts."""
 
 from __future__ import annotations
 
@@ -16,21 +16,14 @@ PHASES = ("download", "load", "residuals", "baseline", "search", "export", "uplo
 
 
 class PhaseWork(Record):
-    """What a job does.
+    """Work of a job.
 
     Attributes:
-        download_bytes: What is fetched and not yet there.
-        weights_bytes: The weights as loaded: read once for every forward.
-        active_parameters: Weights that each token is multiplied with.
-        direction_prompts: Prompts whose residuals are taken.
-        generated_prompts: Prompts a trial answers.
-        compared_prompts: Prompts of which a trial only compares the first token.
-        prompt_tokens: Mean tokens of a prompt.
-        answer_tokens: Mean tokens of an answer.
-        trials: Trials still to be done.
-        rows: Rows of a forward, all trials together.
-        export_bytes: What the export writes.
-        upload_bytes: What is uploaded, to all targets together.
+        weights_bytes: Loaded weights, read once per forward.
+        active_parameters: Weights multiplied with each token.
+        direction_prompts: Prompts for residuals.
+        generated_prompts: Prompts that a trial answers.
+        compared_prompts: Prompts of which a trial compares the first token.
     """
 
     download_bytes: int = 0
@@ -48,15 +41,9 @@ class PhaseWork(Record):
 
 
 class Rates(Record):
-    """What the machine does a second; bytes but for flops, which are operations.
+    """Rates of a machine per second, in bytes; `flops` in operations of matrix products in the model's type.
 
-    Attributes:
-        download: Line inwards.
-        upload: Line outwards.
-        read: Disk.
-        write: Disk.
-        flops: Matrix products in the model's type.
-        bandwidth: Memory of the device.
+    `bandwidth` is that of the device's memory; `read` and `write` are the disk's.
     """
 
     download: float
@@ -68,18 +55,13 @@ class Rates(Record):
 
 
 class Work(Record):
-    """What something costs at least.
-
-    Attributes:
-        flops: Operations.
-        bytes: What is read from the device's memory.
-    """
+    """Least operations and bytes of memory traffic of a computation."""
 
     flops: float
     bytes: float
 
     def seconds(self, flops: float, bandwidth: float) -> float:
-        """Return how long it takes at so many operations and bytes a second: it is bound by one of them."""
+        """Return the seconds at given rates: the larger of arithmetic and memory time."""
         return max(self.flops / flops, self.bytes / bandwidth)
 
 
@@ -101,21 +83,18 @@ class Hours(Record):
 
     @property
     def fixed(self) -> float:
-        """Hours that no limit on time can cut short: all but the search."""
+        """Hours that no time limit can shorten: all except the search."""
         return self.total - self.search
 
 
 def device_rates(reading: MachineReading) -> tuple[float, float] | None:
-    """Return operations and bytes a second that a machine's first card reaches in practice, None if unknown.
-
-    Layers on several cards work one after the other, so more cards make no forward faster.
-    """
+    """Return practical operations and bytes per second of one card: several are not faster in sequence."""
     card = card_of(reading.gpus[0]) if reading.gpus else None
     return None if card is None else (card.tflops * 1e12 * FLOPS_SHARE, card.bandwidth * 1e9 * BANDWIDTH_SHARE)
 
 
 def estimate(task: PhaseWork, rates: Rates) -> Hours:
-    """Return how long each phase will take."""
+    """Return the duration of each phase."""
     trial = task.generated_prompts + task.compared_prompts
     search = _answers(task, rates, task.trials * task.generated_prompts)
     search += _prefill(task, rates, task.trials * task.compared_prompts)
@@ -134,29 +113,29 @@ def estimate(task: PhaseWork, rates: Rates) -> Hours:
 
 
 def _prefill(task: PhaseWork, rates: Rates, prompts: int) -> float:
-    """Return the seconds of reading prompts: each forward is bound by arithmetic or by reading the weights."""
+    """Return the seconds of prefilling: each forward is bound by arithmetic or by reading weights."""
     return _forwards(task, math.ceil(prompts / task.rows), prompts * task.prompt_tokens, rates)
 
 
 def _answers(task: PhaseWork, rates: Rates, prompts: int) -> float:
-    """Return the seconds of reading prompts and answering them, a token of every row at a time."""
+    """Return the seconds of prefilling prompts and decoding responses."""
     steps = math.ceil(prompts / task.rows) * task.answer_tokens
     return _prefill(task, rates, prompts) + _forwards(task, steps, prompts * task.answer_tokens, rates)
 
 
 def _forwards(task: PhaseWork, forwards: float, tokens: float, rates: Rates) -> float:
-    """Return the seconds of so many forwards that take so many tokens together."""
+    """Return the seconds of `forwards` forwards with `tokens` tokens in total."""
     work = Work(flops=2 * task.active_parameters * tokens, bytes=forwards * task.weights_bytes)
     return work.seconds(rates.flops, rates.bandwidth)
 
 
 def cost(hours: float, price: float | None) -> float | None:
-    """Return what so many hours cost at a price an hour, dollars; None without a price."""
+    """Return the dollars of some hours at a price per hour; None without a price."""
     return None if price is None else hours * price
 
 
 def time_check(hours: Hours, most_hours: float | None) -> Check:
-    """Compare the estimate with the hours allowed; a search cut short is exported all the same."""
+    """Compare the estimate with the time limit; a shortened search is still exported."""
     parts = ", ".join(f"{phase} {_duration(getattr(hours, phase))}" for phase in PHASES if getattr(hours, phase))
     status, remedy = _verdict(hours.total, hours.fixed, most_hours, "--max-hours")
     return Check(
@@ -169,7 +148,7 @@ def time_check(hours: Hours, most_hours: float | None) -> Check:
 
 
 def cost_check(hours: Hours, price: float | None, most_dollars: float | None) -> Check:
-    """Compare the estimate with the dollars allowed; without a price a limit cannot be kept."""
+    """Compare the estimate with the cost limit, which needs a price."""
     if price is None:
         return Check(
             name="estimate.cost",
@@ -199,7 +178,7 @@ def _verdict(total: float, fixed: float, most: float | None, option: str) -> tup
 
 
 def _duration(hours: float) -> str:
-    """Return hours for people: "42 s", "13 min", "2.5 h"."""
+    """Format hours: "42 s", "13 min", "2.5 h"."""
     seconds = hours * 3600
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""Whether the lock of a mirror in a folder holds on every machine that sees the folder."""
+"""Whether the lock of a mirror in a folder works on every machine that mounts it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,10 @@ _MOST_VIEWS = 16
 
 
 def proven(proof: Proof, folder: Path) -> Proof:
-    """Return what was proved of a mirror's folder, fenced only if its lock was seen to hold through two mounts of it.
+    """Return a proof of a mirror's folder, fenced only if its lock works through two mounts. Raises OSError.
 
-    A disk of this machine has one kernel that knows all its locks. A network file system is seen by machines that
-    cannot be asked from here: its lock is taken through one mount and tried by another process through a second one.
-
-    Args:
-        proof: What two processes proved through one path.
-        folder: The mirror's folder, which need not be there.
-
-    Raises:
-        OSError: The folder cannot be written.
+    A local disk has one kernel with all its locks. Other machines' mounts of a network file system cannot be tested
+    from here, so another process tries the lock through a second mount.
     """
     if not proof.fenced:
         return proof
@@ -52,7 +45,7 @@ def proven(proof: Proof, folder: Path) -> Proof:
 
 
 def _views(trial: Path, mount: Mount, mounts: Sequence[Mount]) -> Iterator[Path]:
-    """Yield other paths that lead to a folder through other mounts of its file system."""
+    """Yield other paths to a folder through other mounts of its file system."""
     inner = Path(mount.root) / trial.relative_to(mount.point)
     views = set()
     for other in mounts:

@@ -1,4 +1,4 @@
-"""GPU checks: they judge a `MachineReading` and never look at the machine themselves."""
+"""GPU checks, which judge a `MachineReading` without accessing the machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLACKWELL, _HOPPER = (10, 0), (9, 0)
 
 
 def gpu_checks(reading: MachineReading) -> list[Check]:
-    """Return the checks that apply to a machine; a machine without a GPU has none to fail."""
+    """Return the checks that apply to a machine."""
     if not reading.gpus:
         return [gpu_present(reading)]
     checks = [gpu_present(reading)]
@@ -38,7 +38,7 @@ def gpu_checks(reading: MachineReading) -> list[Check]:
 
 
 def gpu_present(reading: MachineReading) -> Check:
-    """Tell what GPUs there are; a driver that is there but does not work fails."""
+    """Report the GPUs; an installed driver that does not work fails."""
     error = reading.driver.error
     found = ", ".join(f"{gpu.name} ({size(gpu.total_bytes)})" for gpu in reading.gpus)
     return Check(
@@ -51,7 +51,7 @@ def gpu_present(reading: MachineReading) -> Check:
 
 
 def driver(reading: DriverReading) -> Check:
-    """Compare what the driver supports with the CUDA version that torch was built for."""
+    """Compare the driver's CUDA version with torch's."""
     shown = reading.driver_version or "unknown version"
     measured = (
         f"driver {shown}, CUDA {_cuda(reading.cuda_driver)}; torch built for CUDA {reading.torch_cuda or '(none)'}"
@@ -124,7 +124,7 @@ def _is_built_for(capability: tuple[int, int], reading: DriverReading) -> bool:
 
 
 def bf16(gpus: Sequence[GpuReading]) -> Check:
-    """Tell whether all cards compute in bfloat16; without it the job falls back to float16."""
+    """Report whether all cards support bfloat16; otherwise the job falls back to float16."""
     lacking = [gpu for gpu in gpus if not gpu.bf16]
     capabilities = ", ".join(dict.fromkeys(f"{gpu.name}: {'.'.join(map(str, gpu.compute_capability))}" for gpu in gpus))
     return Check(
@@ -139,7 +139,7 @@ def bf16(gpus: Sequence[GpuReading]) -> Check:
 
 
 def holders(gpu: GpuReading) -> Check:
-    """Tell what others hold of a card's memory, also those whose processes cannot be seen."""
+    """Report the memory of a card held by others, even by invisible processes."""
     foreign = gpu.foreign_bytes
     seen = [holder for holder in gpu.holders if not holder.ours]
     if foreign <= IDLE_BYTES:
@@ -167,7 +167,7 @@ def _described(pid: int, name: str | None, used: int | None) -> str:
 
 
 def ecc(gpu: GpuReading) -> Check:
-    """Tell whether a card's memory has lost data since its driver was loaded."""
+    """Report whether a card's memory has had uncorrected errors since its driver was loaded."""
     bad = bool(gpu.ecc_uncorrected)
     counted = "not counted" if gpu.ecc_uncorrected is None else str(gpu.ecc_uncorrected)
     return Check(
@@ -180,7 +180,7 @@ def ecc(gpu: GpuReading) -> Check:
 
 
 def mig(gpus: Sequence[GpuReading]) -> Check:
-    """Tell that a card is cut into slices: a process gets one of them, whatever the card's size."""
+    """Report MIG: a process gets one slice, whatever the card's size."""
     sliced = [gpu for gpu in gpus if gpu.mig]
     return Check(
         name="gpu.mig",
@@ -192,7 +192,7 @@ def mig(gpus: Sequence[GpuReading]) -> Check:
 
 
 def balance(gpus: Sequence[GpuReading]) -> Check:
-    """Tell whether one card is filled while others idle."""
+    """Report whether one card is filled while others idle."""
     used = [1 - gpu.free_bytes / gpu.total_bytes for gpu in gpus]
     uneven = max(used) - min(used) > UNEVEN_SHARE
     idle = [gpu.index for gpu, share in zip(gpus, used, strict=True) if share < max(used) - UNEVEN_SHARE]

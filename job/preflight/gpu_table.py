@@ -1,4 +1,4 @@
-"""A small table of cards to plan for, and `--on 4xRTX4090`."""
+"""A table of cards to plan for, and `--on 4xRTX4090`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,12 @@ MIN_CUDA = "13.0"
 class Card(Record):
     """A kind of GPU.
 
-    Memory is what programs can have (cuDeviceTotalMem), rates are the makers' data sheets, dense and
-    without sparsity; prices are the rough range that was seen on rental markets in 2026.
+    Memory is usable (cuDeviceTotalMem); rates are from data sheets, dense; prices are rough ranges on rental markets in
+    2026.
 
     Attributes:
-        name: As in `--on`.
-        gib: Usable memory, GiB.
-        tflops: bfloat16 matrix products, 10¹² operations a second.
+        tflops: bfloat16 matrix products, 10¹² operations per second.
         bandwidth: Memory bandwidth, GB/s.
-        compute_capability: Major and minor.
-        dollars: Price of an hour, from and to.
-        offer: What Vast.ai calls it.
     """
 
     name: str
@@ -46,7 +41,7 @@ class Card(Record):
 
     @property
     def price(self) -> float:
-        """The middle of the range of prices, dollars an hour."""
+        """Middle of the price range, dollars per hour."""
         return sum(self.dollars) / 2
 
 
@@ -71,11 +66,7 @@ def cards() -> tuple[Card, ...]:
 
 
 def find_card(name: str) -> Card:
-    """Return a card by its name, blanks, dashes and case aside.
-
-    Raises:
-        UsageError: There is none of that name.
-    """
+    """Return a card by name, ignoring blanks, dashes and case. Raises UsageError for unknown ones."""
     known = {_plain(card.name): card for card in cards()}
     if _plain(name) in known:
         return known[_plain(name)]
@@ -88,7 +79,7 @@ def find_card(name: str) -> Card:
 
 
 def card_of(gpu: GpuReading) -> Card | None:
-    """Return the card that a GPU's product name and memory are of, None if the table lacks it."""
+    """Return the card with a GPU's product name and memory, None if it is not in the table."""
     plain = _plain(gpu.name)
     fitting = [
         card
@@ -104,11 +95,7 @@ def _plain(name: str) -> str:
 
 
 def parse_on(text: str) -> MachineReading:
-    """Return an idle machine with the cards that text names: "4xRTX4090", "H200".
-
-    Raises:
-        UsageError: It names no number of known cards.
-    """
+    """Return an idle machine with cards such as "4xRTX4090" or "H200". Raises UsageError for unknown ones."""
     match = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?(\S.*)", text.strip(), flags=re.IGNORECASE)
     if match is None:
         raise UsageError(f"--on {text!r}: not of the form NxCARD", remedy="write --on 4xRTX4090")
@@ -130,7 +117,7 @@ def parse_on(text: str) -> MachineReading:
 
 
 def offers_query(card: Card, count: int, disk_bytes: int) -> str:
-    """Return the command that lists what Vast.ai offers of a set of cards, cheapest first."""
+    """Return the command that lists Vast.ai's offers of a set of cards, cheapest first."""
     # Vast.ai counts in 10⁹ bytes; the name alone does not tell the two sizes of some cards apart.
     memory = int(card.gib * 0.95)
     disk = -(-disk_bytes // 10**9)

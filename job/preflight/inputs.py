@@ -1,4 +1,4 @@
-"""What preflight works on: the settings, the machine, and what earlier starts of the job left."""
+"""Inputs of preflight: settings, machine, and state of earlier starts."""
 
 from __future__ import annotations
 
@@ -20,15 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EarlierStarts:
-    """What earlier starts of the job left.
+    """State of earlier starts.
 
     Attributes:
-        prompts: The prompts, None if no start has read them.
-        commit: The commit that the model is pinned to, None if it is not pinned yet.
-        date: The date on which all prompts are written, None for today.
-        starts: The past starts, the latest last.
-        processes: Processes of earlier starts that may still be alive.
-        trials_done: Finished trials of the study.
+        processes: Processes of earlier starts, possibly alive.
     """
 
     prompts: PromptSets | None = None
@@ -41,12 +36,7 @@ class EarlierStarts:
 
 @dataclass(frozen=True)
 class JobHolder:
-    """Another run that holds the job.
-
-    Attributes:
-        name: Who it is, for people.
-        remedy: What to do about it.
-    """
+    """Another run that holds the job: its description, and the remedy."""
 
     name: str
     remedy: str = "wait for it to end or stop it"
@@ -54,23 +44,15 @@ class JobHolder:
 
 @dataclass(frozen=True)
 class PreflightInputs:
-    """Everything that preflight depends on.
+    """All inputs of preflight.
 
     Attributes:
-        settings: The job's settings.
-        notes: What became of old settings.
         on: The machine to plan for; None: this one.
-        settings_key: Tells these settings from those of past starts.
-        earlier: What earlier starts left.
-        holder: The run that holds the job's lock, None if no other does.
+        settings_key: Distinguishes these settings from past starts'.
         lease: Job whose lease at the checkpoint is checked; None if this run holds it.
-        rental: The rented machine that this is, None if it is not rented or not known.
-        undelivered: Which other job of the workspace keeps the machine from being ended, "" if none does.
-        upload_state: Folder that remembers how targets behave; None: nothing is remembered.
-        keep_downloads: Keep downloaded files in the caches.
-        report: Told of retries.
-        clock: Returns seconds.
-        sleep: Waits for a number of seconds.
+        rental: This rented machine, None if not rented or unknown.
+        undelivered: Another job that keeps the machine from being ended, or "".
+        upload_state: Folder that caches targets' capabilities, or None.
     """
 
     settings: Settings

@@ -1,4 +1,4 @@
-"""The checks of the settings and of the job itself: its lock, its lease and its past starts."""
+"""Checks of settings, lock, lease and past starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from job.preflight.restarts import restart_check
 
 
 def settings_checks(inputs: PreflightInputs) -> list[Check]:
-    """Return a warning for each setting that was renamed or has no effect."""
+    """Return a warning for each renamed or ineffective setting."""
     checks = [
         Check(name="settings.old", status="warn", measured=note, needed="today's names", remedy="rename or remove it")
         for note in inputs.notes
@@ -29,7 +29,7 @@ def settings_checks(inputs: PreflightInputs) -> list[Check]:
 
 
 def job_checks(inputs: PreflightInputs) -> list[Check]:
-    """Return the checks of lock, restarts and lease; none when planning for another machine."""
+    """Return the checks of lock, restarts and lease; none for another machine."""
     if inputs.on is not None:
         return []
     checks = [_lock_check(inputs.holder), restart_check(inputs.earlier.starts, inputs.settings_key)]

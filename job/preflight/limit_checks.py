@@ -1,4 +1,4 @@
-"""The checks of what this process may use; `job.preflight.limits` reads it."""
+"""Checks of this process's limits, as read by `job.preflight.limits`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _THREAD_VARIABLE = "OMP_NUM_THREADS"
 
 
 def ram(memory: Memory, needed: int) -> Check:
-    """Compare available memory with what will be needed, in bytes; swap only makes it slow."""
+    """Compare available memory with the need, in bytes; swap only slows down."""
     fits, swaps = memory.available >= needed, memory.available + memory.swap_free >= needed
     limit = f", limited to {size(memory.limit)} by the container" if memory.limit is not None else ""
     remedy = f"choose a machine with {size(needed - memory.available)} more RAM, or end what else uses it"
@@ -41,7 +41,7 @@ def ram(memory: Memory, needed: int) -> Check:
 
 
 def shared_memory(memory: Memory, needed: int = SHARED_BYTES) -> Check:
-    """Compare the size of /dev/shm with what libraries of several processes or GPUs use of it, in bytes."""
+    """Compare /dev/shm with the libraries' need for several processes or GPUs, in bytes."""
     enough = (memory.shared or 0) >= needed
     return Check(
         name="memory.shm",
@@ -53,12 +53,7 @@ def shared_memory(memory: Memory, needed: int = SHARED_BYTES) -> Check:
 
 
 def threads(cpus: Cpus, environment: Mapping[str, str]) -> Check:
-    """Compare the threads that libraries will start with those that may be started.
-
-    Args:
-        cpus: What this process may use.
-        environment: Its environment variables; OMP_NUM_THREADS caps the pools.
-    """
+    """Compare the libraries' threads, capped by OMP_NUM_THREADS, with the limit."""
     pool = _capped(cpus, environment)
     wanted = POOLS * pool + OTHER_THREADS
     left = cpus.threads_left
@@ -82,7 +77,7 @@ def threads(cpus: Cpus, environment: Mapping[str, str]) -> Check:
 
 
 def cpu_quota(cpus: Cpus, environment: Mapping[str, str]) -> Check:
-    """Compare the threads of a pool with the CPU time granted: far more threads than CPUs only wait."""
+    """Compare a pool's threads with the CPU quota: far more threads than CPUs only wait."""
     pool, effective = _capped(cpus, environment), effective_cpus(cpus)
     crowded = pool > 2 * effective
     quota = "without a quota" if cpus.quota is None else f"time for {cpus.quota:.1f}"
@@ -96,7 +91,7 @@ def cpu_quota(cpus: Cpus, environment: Mapping[str, str]) -> Check:
 
 
 def _capped(cpus: Cpus, environment: Mapping[str, str]) -> int:
-    """Return how many threads a pool gets by default."""
+    """Return a pool's default number of threads."""
     # OpenMP allows one number for each level of nesting.
     text = environment.get(_THREAD_VARIABLE, "").split(",")[0].strip()
     return int(text) if text.isdigit() and int(text) > 0 else cpus.visible
@@ -108,7 +103,7 @@ def _pool_settings(cpus: Cpus) -> str:
 
 
 def open_files(limits: Limits) -> Check:
-    """Compare the number of files that may be open with what shards, sockets and libraries take."""
+    """Compare the limit of open files with the need of shards, sockets and libraries."""
     most = limits.open_files
     status = "ok" if most is None or most >= ENOUGH_FILES else "warn" if most >= FEWEST_FILES else "fail"
     return Check(
@@ -121,7 +116,7 @@ def open_files(limits: Limits) -> Check:
 
 
 def file_size(limits: Limits, largest: int) -> Check:
-    """Compare the size that a file may have with the largest that will be written, in bytes."""
+    """Compare the limit of file size with the largest file, in bytes."""
     fits = limits.file_size is None or limits.file_size >= largest
     return Check(
         name="limits.file-size",
@@ -133,13 +128,7 @@ def file_size(limits: Limits, largest: int) -> Check:
 
 
 def address_space(limits: Limits, needed: int, *, cuda: bool) -> Check:
-    """Compare the address space with what is mapped at once: the model's files, RAM and, with CUDA, much more.
-
-    Args:
-        limits: This process's limits.
-        needed: Bytes mapped without CUDA.
-        cuda: Whether a GPU will be used.
-    """
+    """Compare the address space with mapped bytes: `needed` for files and RAM, and much more with CUDA."""
     total = needed + (CUDA_ADDRESSES if cuda else 0)
     fits = limits.address_space is None or limits.address_space >= total
     return Check(

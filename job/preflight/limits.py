@@ -1,7 +1,7 @@
-"""What this process may use: memory, CPUs, threads and files, as the kernel and its cgroups limit them.
+"""This process's limits on memory, CPUs, threads and files, by kernel and cgroups.
 
-Reading and judging are apart: `read_memory`, `read_cpus` and `read_limits` look at this machine (or at a
-recorded copy of its /proc and /sys); `job.preflight.limit_checks` judges what they return.
+`read_memory`, `read_cpus` and `read_limits` read this machine, or a recorded copy of its /proc and /sys;
+`job.preflight.limit_checks` judges the results.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ class Memory(Record):
     """Memory in bytes.
 
     Attributes:
-        total: The machine's memory, or less where a cgroup limits it.
-        available: What can still be used, the cgroups' limits considered.
-        limit: The tightest limit of the cgroups, None if they set none.
-        swap_free: Free swap of the machine.
-        shared: Size of /dev/shm, None if there is none.
+        total: The machine's memory, or a smaller cgroup limit.
+        limit: Tightest cgroup limit, or None.
+        shared: Size of /dev/shm, or None.
     """
 
     total: int
@@ -49,9 +47,8 @@ class Cpus(Record):
     """CPUs and threads.
 
     Attributes:
-        visible: CPUs this process may be put on; thread pools start one thread for each.
-        quota: CPUs' worth of time the cgroups grant, None if they do not limit it.
-        threads_left: Threads that may still be started, None if nothing limits them.
+        visible: Allowed CPUs; thread pools start one thread each.
+        quota: CPUs' worth of time granted by cgroups, or None.
     """
 
     visible: int
@@ -60,7 +57,7 @@ class Cpus(Record):
 
 
 class Limits(Record):
-    """Resource limits of this process (soft ones); None means unlimited."""
+    """Soft resource limits of this process; None means unlimited."""
 
     open_files: int | None
     file_size: int | None
@@ -68,7 +65,7 @@ class Limits(Record):
 
 
 def read_memory(root: Path = Path("/")) -> Memory:
-    """Return how much memory there is and how much of it this process may use."""
+    """Return total and available memory."""
     info = {}
     for line in (root / "proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -85,7 +82,7 @@ def read_memory(root: Path = Path("/")) -> Memory:
 
 
 def _memory_limit(folder: Path) -> tuple[int, int] | None:
-    """Return a cgroup's limit and what it uses, page cache that can be dropped not counted."""
+    """Return a cgroup's limit and usage without droppable page cache."""
     # memory.high does not kill, but what lies above it is throttled to a standstill.
     names = ("memory.max", "memory.high", "memory.limit_in_bytes")
     limits = [number for name in names if (number := _number(folder / name)) is not None]
@@ -114,7 +111,7 @@ def _shared_memory(root: Path) -> int | None:
 
 
 def read_cpus(root: Path = Path("/")) -> Cpus:
-    """Return how many CPUs and threads this process may use."""
+    """Return available CPUs and threads."""
     quotas = [quota for folder in cgroup_folders("cpu", root) if (quota := _cpu_quota(folder)) is not None]
     rooms = []
     for folder in cgroup_folders("pids", root):
@@ -146,7 +143,7 @@ def _threads_of_this_user() -> int:
 
 
 def _cpu_quota(folder: Path) -> float | None:
-    """Return the CPUs' worth of time that a cgroup grants, None for no limit."""
+    """Return the CPUs' worth of time granted by a cgroup, None without a limit."""
     try:
         quota, period = (folder / "cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -156,7 +153,7 @@ def _cpu_quota(folder: Path) -> float | None:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a control file; None if there is no such file, or it says "no limit"."""
+    """Return the number in a control file; None if it is missing or unlimited."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -165,10 +162,7 @@ def _number(path: Path) -> int | None:
 
 
 def cgroup_folders(controller: str, root: Path = Path("/")) -> list[Path]:
-    """Return the folders of this process's cgroup for a controller and of all above it, own first.
-
-    Both versions are looked at: a system may have one controller in v1 and another in v2.
-    """
+    """Return this process's cgroup folders for a controller, v1 or v2, innermost first."""
     try:
         mounts = parse_mountinfo((root / "proc/self/mountinfo").read_text(errors="surrogateescape"))
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -194,7 +188,7 @@ def _serves(mount: Mount, controller: str, version: Literal[1, 2]) -> bool:
 
 
 def _upwards(mount: Mount, path: str, root: Path) -> list[Path]:
-    """Return a cgroup's folder and those above it, up to what is mounted."""
+    """Return a cgroup's folder and its ancestors, up to the mount."""
     top = root / mount.point.lstrip("/")
     # In a container the mount may show only the part of the tree that its own cgroup is.
     below = os.path.relpath(path, mount.root)
@@ -222,12 +216,12 @@ def read_limits() -> Limits:
 
 
 def effective_cpus(cpus: Cpus) -> int:
-    """Return how many threads can really run at once: the visible CPUs, or fewer where time is rationed."""
+    """Return how many threads can run at once: visible CPUs, or fewer by quota."""
     return cpus.visible if cpus.quota is None else max(min(cpus.visible, math.ceil(cpus.quota)), 1)
 
 
 def recommended_threads(cpus: Cpus) -> int:
-    """Return a size for every thread pool with which all of them together stay within the limits."""
+    """Return a size for every thread pool that keeps all together within the limits."""
     threads = min(effective_cpus(cpus), MOST_THREADS)
     if cpus.threads_left is not None:
         threads = min(threads, (cpus.threads_left - OTHER_THREADS) // POOLS)

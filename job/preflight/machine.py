@@ -1,4 +1,4 @@
-"""Reads the machine: the only place that puts the readings of driver, NVML, kernel and torch together."""
+"""Read the machine: combines driver, NVML, kernel and torch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ from job.preflight.readings import DriverReading, GpuReading, MachineReading
 def read_machine(
     *, torch_architectures: bool = False, cuda_library: str = cuda.LIBRARY, nvml_library: str = nvml.LIBRARY
 ) -> MachineReading:
-    """Return what this machine is and what of it is free; without a GPU that part is empty.
-
-    Args:
-        torch_architectures: Also ask torch what it was built for, which imports it.
-        cuda_library: Name of the CUDA driver's library.
-        nvml_library: Name of NVIDIA's management library.
-    """
+    """Return this machine's hardware and free resources; `torch_architectures` imports torch."""
     reading = cuda.read_cuda(cuda_library)
     gpus = []
     with nvml.open_nvml(nvml_library) as session:
@@ -55,7 +49,7 @@ def read_machine(
 
 
 def torch_cuda_version() -> str | None:
-    """Return the CUDA version that torch was built for, read from its files without importing it."""
+    """Return the CUDA version of torch, read from its files without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None

@@ -1,4 +1,4 @@
-"""The checks of the machine: GPUs, processes, memory and limits."""
+"""Checks of the machine: GPUs, processes, memory and limits."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ from job.preflight.strays import own_leftovers
 
 @dataclass(frozen=True)
 class MachineFindings:
-    """What preflight learnt of the machine.
+    """Findings on the machine.
 
     Attributes:
-        checks: The checks.
-        reading: The machine; None if it could not be read.
-        exercise: The device's measured speed; None for another machine, or if the device cannot be used.
+        exercise: The device's measured speed; None for another machine or an unusable device.
     """
 
     checks: tuple[Check, ...]
@@ -33,7 +31,7 @@ class MachineFindings:
 
 
 def examine_machine(inputs: PreflightInputs) -> MachineFindings:
-    """Read and exercise this machine; judge another one by its reading alone."""
+    """Read and exercise this machine; judge another one by its reading only."""
     if inputs.on is not None:
         return MachineFindings(tuple(gpu_checks(inputs.on) if inputs.on.gpus else ()), inputs.on)
     reading = wait_for_gpus(inputs)

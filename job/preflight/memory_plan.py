@@ -1,7 +1,7 @@
-"""The planner: how a model is put on a machine, judged before anything is downloaded.
+"""Plan a model's memory on a machine, before any download.
 
-A rule, never a stopwatch: like machines get like plans, and rows are powers of two. Full precision on one
-device comes first, then over several, then 4-bit, then layers in RAM, which is slow.
+It is a deterministic rule: equal machines get equal plans, and rows are powers of two. Preference: full precision on
+one device, on several, 4-bit, then offloading to RAM, which is slow.
 """
 
 from __future__ import annotations
@@ -40,17 +40,13 @@ DEVICE_MAPS = {"single": "single", "balanced": "balanced", "offload": "auto"}
 
 
 class Workload(Record):
-    """What is planned for.
+    """The workload to plan for.
 
     Attributes:
-        prompt_tokens: Tokens of the longest prompt, chat template included.
-        answer_tokens: Tokens decoded at most.
-        dtype_bytes: Size of a number in the type the model is loaded in.
-        most_rows: Rows there are at most; None means as many as fit.
-        edits: What hooks do to the residual writers: "columns" with ablation.row_normalization = "column".
-        quantise: 4-bit quantisation may be proposed.
-        offload: Layers may be kept in RAM.
-        processes: Processes that each hold the model in RAM, where there is no GPU.
+        prompt_tokens: Tokens of the longest prompt with chat template.
+        dtype_bytes: Bytes per number in the loaded type.
+        edits: Hooks on the residual writers: "columns" with ablation.row_normalization = "column".
+        processes: Processes that each hold the model in RAM without a GPU.
     """
 
     prompt_tokens: int = 256
@@ -64,18 +60,15 @@ class Workload(Record):
 
 
 class DevicePlan(Record):
-    """What a device will hold, bytes.
+    """Planned contents of a device, bytes.
 
     Attributes:
-        device: As torch names it; "cpu" is the RAM.
-        name: Product name.
-        layers: Number of decoder layers on it.
-        weights: Weights of its layers, and of embedding and head where they are.
-        cache: Keys and values of its layers at the end of the answers.
-        activations: What else is alive at the worst instant.
+        device: torch's name; "cpu" is RAM.
+        weights: Weights of its layers, embedding and head.
+        cache: KV cache at the end of decoding.
+        activations: Other peak memory.
         margin: CUDA context, workspaces and fragmentation.
-        loading_peak: Weights and the tensor being cast while the model is loaded.
-        free: What it has free.
+        loading_peak: Weights and the tensor being cast on loading.
     """
 
     device: str
@@ -90,7 +83,7 @@ class DevicePlan(Record):
 
     @property
     def total(self) -> int:
-        """What it will hold at the worst instant."""
+        """Peak bytes."""
         return max(self.weights + self.cache + self.activations + self.margin, self.loading_peak)
 
 
@@ -98,11 +91,8 @@ class MemoryPlan(Record):
     """A plan that fits.
 
     Attributes:
-        strategy: single: one device; balanced: over several; offload: some layers stay in RAM.
-        quantization: none, or 4-bit by bitsandbytes when the model is loaded.
-        rows: Rows of a forward, a power of two.
-        devices: What each device holds.
-        host_bytes: RAM that loading and running take.
+        strategy: single: one device; balanced: several; offload: some layers stay in RAM.
+        host_bytes: RAM for loading and running.
         settings: The plan as lines of TOML.
         dtype: The type to load it in, where the device decides that and not the files.
     """
@@ -120,8 +110,7 @@ class Refusal(Record):
     """No plan fits.
 
     Attributes:
-        reason: Why, with sizes.
-        would_do: The cheapest sets of cards that would, as for `--on`, full precision first.
+        would_do: Cheapest sufficient sets of cards, as for `--on`, full precision first.
     """
 
     reason: str
@@ -129,7 +118,7 @@ class Refusal(Record):
 
 
 def plan(facts: ModelFacts, reading: MachineReading, work: Workload) -> MemoryPlan | Refusal:
-    """Return how the model goes onto the machine, or why it does not."""
+    """Return a plan, or why none fits."""
     devices = _devices(reading, work.processes)
     quantisations = [False, True] if _can_quantise(facts, reading, work) else [False]
     for fewest in (FEWEST_ROWS, 1):
@@ -151,7 +140,7 @@ def _can_quantise(facts: ModelFacts, reading: MachineReading, work: Workload) ->
 
 
 def _devices(reading: MachineReading, processes: int) -> list[Device]:
-    """Return the devices with the memory that may be planned with, of RAM the share of one of so many processes."""
+    """Return the devices with plannable memory; RAM is divided among processes."""
     if not reading.gpus:
         memory = reading.memory
         share, available = (int(RAM_SHARE * memory.total), memory.available) if memory else (0, 0)
@@ -167,7 +156,7 @@ def _devices(reading: MachineReading, processes: int) -> list[Device]:
 
 
 def _row_counts(devices: Sequence[Device], work: Workload, fewest: int) -> list[int]:
-    """Return powers of two from the most rows that make sense down to the fewest."""
+    """Return powers of two from the most useful rows down to the fewest."""
     most = MOST_ROWS["cpu" if devices[0].label == "cpu" else "cuda"]
     if work.most_rows is not None:
         most = max(min(most, work.most_rows), 1)
@@ -178,7 +167,7 @@ def _row_counts(devices: Sequence[Device], work: Workload, fewest: int) -> list[
 def _best_single(
     facts: ModelFacts, devices: Sequence[Device], work: Workload, quantised: bool, fewest: int
 ) -> Layout | None:
-    """Return the layout on the one device that takes most rows, the first of equals."""
+    """Return the layout on the single device with the most rows, the first of equals."""
     found = [_most_rows(facts, [device], work, quantised, fewest) for device in devices]
     return max((layout for layout in found if layout), key=lambda layout: layout.rows, default=None)
 
@@ -194,7 +183,7 @@ def _most_rows(
 
 
 def _takes_too_much(layout: Layout) -> bool:
-    """Return whether a large model on a CPU would be given more memory beside its weights than it gains by."""
+    """Return whether a large model on a CPU gets more memory besides weights than it benefits from."""
     load = layout.loads[0]
     large = load.device.label == "cpu" and load.weights >= LARGE_BYTES
     return large and load.cache + load.activations > CPU_SHARE * load.weights
@@ -266,13 +255,7 @@ def _settings(strategy: Strategy, quantization: Quantization, layout: Layout) ->
 
 
 def differences(found: MemoryPlan, device_map: object, quantization: Quantization) -> tuple[str, ...]:
-    """Return the settings that a job has to be given for a plan, where those it has would not fit.
-
-    Args:
-        found: The plan, which comes with the least that fits.
-        device_map: The job's loading.device_map.
-        quantization: The job's loading.quantization.
-    """
+    """Return the options that a job needs for a plan, where its own would not fit."""
     wanted = []
     if found.strategy != "single" and device_map == "single":
         wanted.append(f"--set loading.device_map={DEVICE_MAPS[found.strategy]}")
@@ -300,7 +283,7 @@ def _refusal(facts: ModelFacts, devices: Sequence[Device], work: Workload) -> Re
 
 
 def _cheapest(facts: ModelFacts, work: Workload, quantised: bool) -> tuple[Card, int] | None:
-    """Return the cheapest set of cards of the table that takes the model with a useful number of rows."""
+    """Return the cheapest set of cards that fits the model with a useful number of rows."""
     sets = sorted(((card, count) for card in cards() for count in COUNTS), key=lambda s: (s[0].price * s[1], s[1]))
     rows = min(FEWEST_ROWS, work.most_rows or FEWEST_ROWS)
     for card, count in sets:
@@ -312,12 +295,7 @@ def _cheapest(facts: ModelFacts, work: Workload, quantised: bool) -> tuple[Card,
 
 
 def memory_check(found: MemoryPlan | Refusal, wanted: tuple[str, ...] = ()) -> Check:
-    """Return the plan as a check: offloading is a warning, no plan at all a failure of this machine.
-
-    Args:
-        found: The plan.
-        wanted: Options that the job has to be given for it (`differences`); without them it does not fit.
-    """
+    """Return the plan as a check; `wanted` are options that the job lacks for it (`differences`)."""
     if isinstance(found, Refusal):
         return Check(
             name="gpu.memory",

@@ -1,4 +1,4 @@
-"""The checks of a model before its weights are there: files, architecture, tokenizer, licence."""
+"""Checks of a model before its weights are downloaded: files, architecture, tokenizer, licence."""
 
 from __future__ import annotations
 
@@ -37,13 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's files, without its weights.
-
-    Attributes:
-        source: Where the model comes from.
-        listing: All its files.
-        folder: Folder of the files that describe it.
-    """
+    """A model's source, listing, and folder of descriptive files."""
 
     source: ModelSource
     listing: ModelListing
@@ -52,12 +46,9 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class ModelFindings:
-    """What preflight learnt of the model.
+    """Findings on the model.
 
     Attributes:
-        checks: The checks.
-        files: The model's files, None if they cannot be had.
-        facts: What configuration and weight headers say, None if they cannot be read.
         line: Download rate, bytes per second.
     """
 
@@ -68,13 +59,7 @@ class ModelFindings:
 
 
 def examine_model(inputs: PreflightInputs, cache: Path | None, data: Callable[[], DataFindings]) -> ModelFindings:
-    """Fetch what describes the model, and check it.
-
-    Args:
-        inputs: What preflight works on.
-        cache: Folder for downloaded files, None for the Hub's own cache.
-        data: Waits for the findings on the prompts.
-    """
+    """Download descriptive files, and check them; `data` waits for the findings on the prompts."""
     fetched = attempt("model", lambda: _fetch(inputs, cache))
     if isinstance(fetched, Check):
         return ModelFindings((fetched,))
@@ -93,7 +78,7 @@ def examine_model(inputs: PreflightInputs, cache: Path | None, data: Callable[[]
 
 
 def _fetch(inputs: PreflightInputs, cache: Path | None) -> tuple[ModelFiles, float]:
-    """Fetch what describes the model; return it with the download rate in bytes per second."""
+    """Download descriptive files; return them with the download rate in bytes per second."""
     source = parse_model(inputs.settings.model)
     listing = list_model(source, inputs.earlier.commit, inputs.report)
     folder = fetch_model(source, listing, inputs.report, weights=False, cache=cache)
@@ -115,7 +100,7 @@ def _examine_architecture(inputs: PreflightInputs, folder: Path) -> tuple[Archit
 def _examine_weights(
     inputs: PreflightInputs, model: ModelFiles, found: Architecture | None
 ) -> tuple[ModelFacts | None, Check]:
-    """Read the weights' headers; their facts are known even if residual writers are missing."""
+    """Read the weights' headers; facts are known even if residual writers are missing."""
     read = attempt("model.weights", lambda: _read_headers(inputs, model))
     if isinstance(read, Check):
         return None, read
@@ -130,7 +115,7 @@ def _examine_weights(
 
 
 def _read_headers(inputs: PreflightInputs, model: ModelFiles) -> tuple[dict[str, Any], Tensors, ModelFacts]:
-    """Return the configuration, the stored tensors, and what they say of the model."""
+    """Return the configuration, the stored tensors, and the model's facts."""
     shapes = tensor_shapes(model.source, model.listing, inputs.report)
     require_complete(model.folder, {file.name for file in model.listing.files}, shapes)
     config = model_config(model.folder)
@@ -150,7 +135,7 @@ def _tokenizer_checks(inputs: PreflightInputs, folder: Path, data: Callable[[], 
 
 
 def files(source: ModelSource, listing: ModelListing) -> Check:
-    """Say what a model consists of."""
+    """Report a model's files."""
     commit = f", commit {listing.commit[:12]}" if listing.commit else ""
     there = [path.name for path in Path(source.name).iterdir()] if source.kind == "folder" else []
     aside = left_aside(there, [file.name for file in listing.weights])
@@ -165,7 +150,7 @@ def files(source: ModelSource, listing: ModelListing) -> Check:
 
 
 def weights(facts: ModelFacts, listing: ModelListing, tensors: int) -> Check:
-    """Say how large the weights are, and what quantised ones grow to."""
+    """Report the weights' size, and that of dequantised ones."""
     packed = sum(file.size for file in listing.weights)
     grown = f" in bfloat16, made of {size(packed)} in {facts.quantisation}" if facts.quantisation in METHODS else ""
     return Check(
@@ -177,7 +162,7 @@ def weights(facts: ModelFacts, listing: ModelListing, tensors: int) -> Check:
 
 
 def architecture(found: Architecture, mode: RowNormalization, form: ExportFormat) -> Check:
-    """Say what was proven on a small twin, and whether it can be edited as the settings ask for."""
+    """Report the proven architecture, and whether the settings' edit is possible."""
     from job.architectures.spec import require_modes
 
     require_modes(found, mode, form)
@@ -190,11 +175,7 @@ def architecture(found: Architecture, mode: RowNormalization, form: ExportFormat
 
 
 def require_writers(found: Architecture, folder: Path, trusted: bool, tensors: Tensors) -> None:
-    """Refuse files that do not hold all residual writers in the sizes that the configuration asks for.
-
-    Raises:
-        ImpossibleJobError: They do not.
-    """
+    """Raise ImpossibleJobError unless the files hold all residual writers in the configured sizes."""
     from job.architectures.tiny_model import empty_model
     from job.model.safetensors_files import require_sizes
     from job.proof.truth_test import read_config
@@ -204,7 +185,7 @@ def require_writers(found: Architecture, folder: Path, trusted: bool, tensors: T
 
 
 def tokenizer(loaded: PreTrainedTokenizerBase) -> Check:
-    """Say what the tokenizer is."""
+    """Report the tokenizer."""
     return Check(
         name="model.tokenizer",
         status="ok",
@@ -219,7 +200,7 @@ _DUTIES = {"gemma": "its terms ask that its use restrictions go with every deriv
 
 
 def licence(listing: ModelListing, targets: Sequence[str]) -> Check:
-    """Name the licence, and what known ones ask of a derived model and its name."""
+    """Report the licence, and known requirements on a derived model and its name."""
     files = [
         file.name
         for file in listing.others

@@ -1,4 +1,4 @@
-"""What decides a model's memory and speed, from its configuration and its files' headers alone."""
+"""Facts for a model's memory and speed, from its configuration and file headers."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Weights(Record):
     """Weights of one part of the model.
 
     Attributes:
-        cast: Number of weights that loading casts to the type the model is loaded in.
-        kept: Bytes of those that stay as they are stored.
-        quantisable: How many of the cast ones 4-bit quantisation replaces: the matrices of linear maps.
+        cast: Weights that loading casts to the loaded type.
+        kept: Bytes of weights kept as stored.
+        quantisable: Cast weights that 4-bit quantisation replaces: matrices of linear maps.
     """
 
     cast: int = 0
@@ -56,36 +56,24 @@ class Weights(Record):
     quantisable: int = 0
 
     def bytes(self, dtype_bytes: int, *, quantised: bool = False) -> int:
-        """Return what they take when loaded in a type of so many bytes, 4-bit quantised or not."""
+        """Return their bytes when loaded, optionally 4-bit quantised."""
         small = self.quantisable if quantised else 0
         return (self.cast - small) * dtype_bytes + self.kept + math.ceil(small * NF4_BYTES)
 
 
 class ModelFacts(Record):
-    """What decides a model's memory and speed.
+    """Facts for a model's memory and speed.
 
     Attributes:
-        model_type: Its family's name in transformers.
-        layers: Number of decoder layers.
-        hidden: Width of the residual stream.
-        heads: Query heads.
-        kv_heads: Key and value heads.
-        head_dim: Width of a query or key head.
         value_dim: Width of a value head.
-        intermediate: Width of the MLP (of one expert, in a mixture of experts).
-        vocab: Size of the vocabulary.
-        tied: The head shares the embedding's weights.
-        experts: Experts in a layer, None for a dense model.
-        experts_per_token: Those of them a token passes through.
-        query_norm: Queries are normed after their projection.
-        sliding: For each layer the window of its attention in tokens, None for full attention.
-        embedding: The embedding's weights.
+        intermediate: Width of the MLP, or of one expert.
+        sliding: Attention window of each layer in tokens, None for full attention.
         layer_weights: Each layer's weights.
-        head: The head's own weights, none where it is tied.
-        other: All other weights: the final norm, other modalities' towers.
-        quantisation: How the files are quantised already, e.g. "fp8"; None for plain weights.
-        largest_tensor: Number of weights of the largest tensor.
-        stored_bytes: Size of all tensors as stored, or as an export stores them that dequantises them.
+        head: The head's own weights, none if tied.
+        other: Other weights: final norm, other modalities' towers.
+        quantisation: Quantisation of the files, e.g. "fp8"; None for plain weights.
+        largest_tensor: Weights of the largest tensor.
+        stored_bytes: Size of all tensors, dequantised as in an export.
     """
 
     model_type: str
@@ -117,12 +105,12 @@ class ModelFacts(Record):
 
     @property
     def parameters(self) -> int:
-        """Number of weights; of those that are quantised in the files an estimate from their bytes."""
+        """Number of weights; estimated from bytes for quantised files."""
         return sum(self._count(part) for part in self.parts)
 
     @property
     def active_parameters(self) -> int:
-        """Number of weights that a token is multiplied with."""
+        """Number of weights multiplied with a token."""
         total = sum(self._count(part) for part in self.layer_weights) + self._count(
             self.head if self.head.cast else self.embedding
         )
@@ -137,21 +125,13 @@ class ModelFacts(Record):
         return part.cast + part.kept * (2 if self.quantisation in _FOUR_BIT else 1)
 
     def weights_bytes(self, dtype_bytes: int, *, quantised: bool = False) -> int:
-        """Return what all weights take when loaded in a type of so many bytes."""
+        """Return all weights' bytes when loaded."""
         return sum(part.bytes(dtype_bytes, quantised=quantised) for part in self.parts)
 
 
 # Long: one fact a line.
 def model_facts(config: Mapping[str, Any], tensors: Tensors) -> ModelFacts:
-    """Return a model's facts.
-
-    Args:
-        config: Contents of config.json; a multimodal model's text part counts.
-        tensors: By name each tensor's type as safetensors names it and its shape.
-
-    Raises:
-        ImpossibleJobError: The configuration lacks what every decoder has, or a type is unknown.
-    """
+    """Return a model's facts from config.json and the tensors' types and shapes. Raises ImpossibleJobError."""
     text = _with_usual_names({**config, **config.get("text_config", {})})
     tensors = undone(config, tensors)
     layers, hidden, vocab, heads = _dimensions(text)
@@ -188,7 +168,7 @@ def model_facts(config: Mapping[str, Any], tensors: Tensors) -> ModelFacts:
 
 
 def _with_usual_names(text: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration with what families have names of their own for under the usual ones as well."""
+    """Add the usual names for a family's own configuration keys."""
     found = dict(text)
     for usual, others in _OTHER_NAMES.items():
         named = next((text[name] for name in others if text.get(name) is not None), None)
@@ -201,7 +181,7 @@ def _with_usual_names(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def undone(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
-    """Return the tensors as loading and the export have them: dequantised, where that can be done."""
+    """Return the tensors dequantised, as loaded and exported, where possible."""
     try:
         quantisation = quantisation_of(config)
     except QuantisedSourceError:
@@ -212,7 +192,7 @@ def undone(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
 
 
 def _dimensions(text: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Return the number of layers, the width of the stream, the size of the vocabulary and the number of heads."""
+    """Return the numbers of layers, stream width, vocabulary and heads."""
     try:
         layers, hidden, vocab = (int(text[key]) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
         # State spaces have none; what they compute at a time is counted as attention of usual heads would be.
@@ -234,7 +214,7 @@ def _head_dims(text: Mapping[str, Any], default: int) -> tuple[int, int]:
 
 
 def _windows(text: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """Return each layer's attention window; a family that does not list its layers' kinds slides in all or none."""
+    """Return each layer's attention window; without a list of layer types, all or none slide."""
     window = text.get("sliding_window")
     kinds = text.get("layer_types")
     # Qwen2 and its kin write a window down even where they do not use it.
@@ -255,7 +235,7 @@ def _size(kind: str) -> float:
 
 
 def _grouped(tensors: Tensors, layers: int, tied: bool) -> dict[str, Weights]:
-    """Return the weights of the parts "embedding", "head", "other" and of each layer by its number."""
+    """Return the weights of the parts "embedding", "head", "other" and of each layer by number."""
     names = ["embedding", "head", "other", *map(str, range(layers))]
     gathered: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {name: [] for name in names}
     for name, (kind, shape) in tensors.items():

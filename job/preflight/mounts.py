@@ -1,4 +1,4 @@
-"""Which file system a path lies on, from the kernel's own table of mounts."""
+"""File system of a path, from the kernel's mount table."""
 
 from __future__ import annotations
 
@@ -38,12 +38,9 @@ class Mount(Record):
     """One line of mountinfo.
 
     Attributes:
-        point: Where it is mounted.
-        kind: Type as the kernel names it, e.g. "ext4", "fuse.s3fs".
-        source: What is mounted, e.g. "/dev/sda1", "server:/export".
-        device: The file system's major:minor; all mounts of one file system share it.
-        root: The part of the file system that is mounted.
-        options: Options of the file system itself, e.g. {"rw", "memory"}.
+        kind: The kernel's type, e.g. "ext4", "fuse.s3fs".
+        device: The file system's major:minor, shared by all its mounts.
+        root: The mounted part of the file system.
     """
 
     point: str
@@ -55,7 +52,7 @@ class Mount(Record):
 
 
 def parse_mountinfo(text: str) -> list[Mount]:
-    """Return the mounts of a /proc/PID/mountinfo (proc(5)), in mount order; torn lines are left out."""
+    """Parse /proc/PID/mountinfo (proc(5)) in mount order, skipping damaged lines."""
     mounts = []
     for line in text.splitlines():
         left, separator, right = line.partition(" - ")
@@ -76,12 +73,12 @@ def parse_mountinfo(text: str) -> list[Mount]:
 
 
 def _unescaped(text: str) -> str:
-    """Undo the kernel's octal escapes for blanks and backslashes."""
+    """Decode the kernel's octal escapes."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def read_mounts() -> list[Mount]:
-    """Return this process's mounts, none where the system has no such table."""
+    """Return this process's mounts, [] without a mount table."""
     try:
         return parse_mountinfo(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
     except OSError:
@@ -89,9 +86,9 @@ def read_mounts() -> list[Mount]:
 
 
 def nearest_existing(path: Path) -> Path:
-    """Return the path itself or the closest folder above it that exists.
+    """Return the path itself or its nearest existing parent.
 
-    Where permission (or a dead server) hides whether it exists, that place is returned: using it tells.
+    If permissions or a dead server hide its existence, the path itself is returned: using it will tell.
     """
     path = Path(os.path.abspath(path))
     while True:
@@ -106,10 +103,10 @@ def nearest_existing(path: Path) -> Path:
 
 
 def mount_of(path: Path, mounts: Sequence[Mount]) -> Mount:
-    """Return the mount that a path (or its nearest existing parent) lies on.
+    """Return the mount of a path or its nearest existing parent.
 
-    The device number tells mounts apart that others hide; where no mount shows it (btrfs and overlay number
-    their files otherwise), the longest mount point that leads to the path decides.
+    Device numbers distinguish mounts that hide each other. Where none matches (btrfs, overlay), the longest mount point
+    decides.
     """
     existing = nearest_existing(path)
     number = os.stat(existing).st_dev
@@ -123,7 +120,7 @@ def mount_of(path: Path, mounts: Sequence[Mount]) -> Mount:
 
 
 def kind_of(mount: Mount) -> Kind:
-    """Return what kind of storage a mount is."""
+    """Return a mount's kind of storage."""
     if mount.kind in ("tmpfs", "ramfs", "devtmpfs"):
         return "memory"
     if mount.kind in ("overlay", "aufs", "fuse.fuse-overlayfs"):
@@ -135,11 +132,11 @@ def kind_of(mount: Mount) -> Kind:
 
 
 def is_off_machine(mount: Mount) -> bool:
-    """Return whether what is written to a mount survives the loss of this machine, as far as its type tells."""
+    """Return whether a mount's type survives the loss of this machine."""
     known = mount.kind in OFF_MACHINE or (mount.kind == "fuse" and _OFF_MACHINE_SOURCE.match(mount.source))
     return bool(known) and _THIS_MACHINE.match(mount.source) is None
 
 
 def outlives_machine(uri: str) -> bool:
-    """Return whether a target or checkpoint is a place that survives the loss of this machine."""
+    """Return whether a target or checkpoint survives the loss of this machine."""
     return not uri.startswith("file:") or is_off_machine(mount_of(target_folder(uri), read_mounts()))

@@ -1,6 +1,6 @@
-"""NVIDIA's management library, through ctypes: free memory, who holds it, ECC errors, MIG, driver version.
+"""NVIDIA's management library through ctypes: free memory and its holders, ECC errors, MIG, driver version.
 
-Every question is optional: what a driver does not answer stays None. Source: NVML API reference.
+Unanswered queries are None. Source: NVML API reference.
 """
 
 from __future__ import annotations
@@ -49,14 +49,12 @@ class _Process(Structure):
 
 
 class NvmlDevice(Record):
-    """What NVML tells of a device.
+    """NVML's data on a device.
 
     Attributes:
-        total_bytes: Its memory without what the driver reserves for itself.
-        free_bytes: What is free of it.
+        total_bytes: Memory without the driver's reserve.
         ecc_uncorrected: Uncorrected memory errors since the driver was loaded.
         mig: MIG is on, or the device is a slice.
-        holders: Processes that hold its memory.
     """
 
     total_bytes: int | None = None
@@ -67,7 +65,7 @@ class NvmlDevice(Record):
 
 
 class Nvml:
-    """An open session; `open_nvml` makes it."""
+    """An open session of `open_nvml`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -78,7 +76,7 @@ class Nvml:
         return text.value.decode() if self._ask("nvmlSystemGetDriverVersion", text, c_uint(96)) else None
 
     def device(self, uuid: str) -> NvmlDevice | None:
-        """Return what is known of the device or MIG slice with this id, None if it is not found."""
+        """Return a device's or MIG slice's data by UUID, None if unknown."""
         handle = c_void_p()
         for prefix in ("GPU-", "MIG-"):
             if self._ask("nvmlDeviceGetHandleByUUID", f"{prefix}{uuid}".encode(), byref(handle)):
@@ -141,7 +139,7 @@ class Nvml:
 
 @contextmanager
 def open_nvml(library: str = LIBRARY) -> Iterator[Nvml | None]:
-    """Open NVML for the block; None where it is not there or does not start."""
+    """Open NVML for the block; None if unavailable."""
     try:
         loaded = ctypes.CDLL(library)
         started = loaded.nvmlInit_v2() == 0
@@ -175,7 +173,7 @@ def _holder(pid: int, used: int) -> Holder:
 
 
 def _pids_are_ours() -> bool:
-    """Return whether the driver's process ids are those that we see: not in a container."""
+    """Return whether the driver's process ids are valid here: not in a container."""
     try:
         return Path("/proc/self/ns/pid").stat().st_ino == _FIRST_NAMESPACE
     except OSError:

@@ -1,4 +1,4 @@
-"""What a job will need of disk, memory, time and money, put together from the model, the prompts and the machine."""
+"""A job's need of disk, memory, time and money, from model, prompts and machine."""
 
 from __future__ import annotations
 
@@ -25,16 +25,7 @@ _DTYPE_BYTES = {"float32": 4}
 
 @dataclass(frozen=True)
 class Planning:
-    """What is known of a job before it starts.
-
-    Attributes:
-        settings: The job.
-        source: Its model.
-        listing: The model's files.
-        facts: What the model's configuration and headers say.
-        prompts: The prompts.
-        folder: Where the files lie that describe the model.
-    """
+    """Known facts of a job before it starts."""
 
     settings: Settings
     source: ModelSource
@@ -44,7 +35,7 @@ class Planning:
     folder: Path
 
     def needs(self) -> list[DiskNeed]:
-        """Return what the job will write, and where."""
+        """Return the planned writes."""
         workspace, weights = Path(self.settings.workspace), self.facts.stored_bytes
         prompts = self.prompts
         sets = (prompts.good, prompts.bad, prompts.helpfulness, prompts.unhelpfulness, prompts.capability)
@@ -64,7 +55,7 @@ class Planning:
         ]
 
     def reachable(self, reading: MachineReading) -> MachineReading:
-        """Return a reading with the devices that the settings allow."""
+        """Return a reading with only the allowed devices."""
         device = self.settings.loading.device
         if device == "cpu":
             return reading.model_copy(update={"gpus": ()})
@@ -86,7 +77,7 @@ class Planning:
         )
 
     def _longest_prompt(self) -> int:
-        """Return the tokens of the longest prompt; a guess where the tokenizer, which has its own check, fails."""
+        """Return the longest prompt's tokens; a guess if the tokenizer fails, which has its own check."""
         from job.model.loading import load_tokenizer
         from job.model.rendering import conversations
 
@@ -117,16 +108,7 @@ class Planning:
         line: float,
         trials_done: int,
     ) -> Hours | None:
-        """Return how long each phase will take, None where nothing is known of the device's speed.
-
-        Args:
-            planned: How the model goes onto the machine.
-            reading: The machine.
-            measured: What its device was found to do; None for a machine that is only thought of.
-            speeds: What its disks were found to do.
-            line: Bytes a second from the Hub.
-            trials_done: Trials that need not be done again.
-        """
+        """Return the duration of each phase, None if unknown; `line` is the download rate, bytes per second."""
         known = (measured.flops, measured.bandwidth) if measured else device_rates(reading)
         if known is None or not all(known):
             return None
@@ -153,7 +135,7 @@ class Planning:
         return estimate(task, rates)
 
     def offers(self, reading: MachineReading) -> str | None:
-        """Return how to find a machine like the one that was thought of, None if the table lacks its cards."""
+        """Return a query for a machine like the planned one, None if the table lacks its cards."""
         card = card_of(reading.gpus[0]) if reading.gpus else None
         room = sum(need.bytes for need in self.needs()) + self.listing.size
         return None if card is None else offers_query(card, len(reading.gpus), int(1.2 * room) + 20 * 2**30)

@@ -1,4 +1,4 @@
-"""What a machine is, as values: measured, recorded (`--on FILE`) or looked up (`--on 4xRTX4090`)."""
+"""Description of a machine: measured, recorded (`--on FILE`) or from the table (`--on 4xRTX4090`)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from job.records import Record
 
 
 class Holder(Record):
-    """A process that holds memory of a GPU.
+    """A process that holds GPU memory.
 
     Attributes:
-        pid: Its process id as the driver tells it: the host's, which need not be ours in a container.
-        name: Its name, None where the id is not known to be one of ours.
-        used_bytes: What it holds, None where the driver does not tell.
-        ours: It is this process.
+        pid: The driver's process id, on the host; may differ in a container.
+        name: Its name, None if the id is not known to be valid here.
     """
 
     pid: int
@@ -29,18 +27,12 @@ class Holder(Record):
 
 
 class GpuReading(Record):
-    """One GPU, or one MIG slice of it, that this process may use.
+    """A GPU or MIG slice available to this process.
 
     Attributes:
-        index: Its number among those (as in cuda:N).
-        uuid: The driver's name for it.
-        name: Its product name.
-        total_bytes: Memory that programs can have altogether.
-        free_bytes: Memory that is free now.
-        compute_capability: Major and minor.
-        ecc_uncorrected: Uncorrected memory errors since the driver was loaded; None where it does not count them.
-        mig: It is, or is cut into, MIG slices.
-        holders: Processes that hold its memory, as far as the driver shows them.
+        total_bytes: Usable memory.
+        ecc_uncorrected: Uncorrected memory errors since the driver was loaded; None if not counted.
+        mig: It is a MIG slice, or is divided into slices.
     """
 
     index: int
@@ -55,29 +47,27 @@ class GpuReading(Record):
 
     @property
     def ours_bytes(self) -> int:
-        """What this process itself holds, as far as the driver shows it."""
+        """Memory of this process, as shown by the driver."""
         return sum(holder.used_bytes or 0 for holder in self.holders if holder.ours)
 
     @property
     def foreign_bytes(self) -> int:
-        """What others hold, also those whose processes cannot be seen."""
+        """Memory held by others, even by invisible processes."""
         return max(self.total_bytes - self.free_bytes - self.ours_bytes, 0)
 
     @property
     def bf16(self) -> bool:
-        """Whether it computes in bfloat16 (from compute capability 8.0 on)."""
+        """Whether it supports bfloat16 (compute capability 8.0 and later)."""
         return self.compute_capability >= (8, 0)
 
 
 class DriverReading(Record):
-    """The driver and the torch build that has to work with it.
+    """The driver and torch's build.
 
     Attributes:
-        driver_version: E.g. "570.124.06".
-        cuda_driver: What the driver supports: 1000 × major + 10 × minor, e.g. 12080.
-        error: Why the driver's library is there but does not work.
-        torch_cuda: CUDA version torch was built for, None for a build without CUDA.
-        arch_list: Architectures torch was built for, e.g. ("sm_80", "sm_90"); () where it does not tell.
+        cuda_driver: Supported CUDA version: 1000 × major + 10 × minor, e.g. 12080.
+        error: Why the installed driver library does not work.
+        arch_list: Architectures of torch, e.g. ("sm_80", "sm_90"); () if unknown.
     """
 
     driver_version: str | None = None
@@ -88,13 +78,7 @@ class DriverReading(Record):
 
 
 class MachineReading(Record):
-    """All that the checks and the planner need to know of a machine.
-
-    Attributes:
-        source: measured or recorded; table: looked up, so that nothing is known of its driver and its RAM.
-        memory: None where unknown.
-        cpus: None where unknown.
-    """
+    """A machine for checks and planner; `source` "table" has unknown driver, memory and CPUs."""
 
     version: Literal[1] = 1
     source: Literal["measured", "recorded", "table"] = "recorded"
@@ -105,11 +89,7 @@ class MachineReading(Record):
 
 
 def read_reading(path: Path) -> MachineReading:
-    """Return a reading from a JSON file.
-
-    Raises:
-        UsageError: The file is not there or holds none.
-    """
+    """Read a machine reading from JSON. Raises UsageError if it is missing or invalid."""
     try:
         return MachineReading.model_validate_json(path.read_bytes()).model_copy(update={"source": "recorded"})
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The checks of what outlives this machine: the checkpoint, and the end of the rental."""
+"""Checks of what outlives this machine: checkpoint, cluster and end of the rental."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NEEDED = "a place off this machine for what must survive it"
 
 
 def expected_bytes(prompts: PromptSets, layers: int, width: int) -> int:
-    """Return about how many bytes the checkpoint will hold."""
+    """Estimate the checkpoint's size in bytes."""
     from job.mirror import expected_bytes as of_mirror
 
     sets = (prompts.good, prompts.bad, prompts.helpfulness, prompts.unhelpfulness, prompts.capability)
@@ -28,15 +28,7 @@ def expected_bytes(prompts: PromptSets, layers: int, width: int) -> int:
 
 
 def checkpoint_check(settings: Settings, held: int) -> Check:
-    """Prove that the checkpoint can be kept, and leave nothing there.
-
-    Args:
-        settings: Where it is.
-        held: Bytes that it will hold.
-
-    Raises:
-        JobError: It cannot.
-    """
+    """Prove that the checkpoint can be stored, leaving nothing there; `held` is its size in bytes. Raises JobError."""
     from job.mirror import HOLDS, MirrorOptions, open_mirror, scheme_of
 
     assert settings.checkpoint is not None
@@ -55,30 +47,14 @@ def checkpoint_check(settings: Settings, held: int) -> Check:
 
 
 def cluster_check(address: str | None) -> Check:
-    """Prove that Ray is installed, and that something answers at a cluster's address.
-
-    Args:
-        address: HOST:PORT, auto, or None where a cluster is started.
-
-    Raises:
-        UsageError: Ray is not installed.
-        MachineError: Nothing answers.
-    """
+    """Prove that Ray is installed and a cluster answers (None: is started). Raises UsageError or MachineError."""
     from job.workers.ray_engine import reached_cluster
 
     return Check(name="cluster", status="ok", measured=reached_cluster(address), needed="a Ray cluster to compute on")
 
 
 def lease_check(settings: Settings, job: str) -> Check:
-    """Say whether another run holds the job's lease at the checkpoint.
-
-    Args:
-        settings: Where the checkpoint is.
-        job: The job's name.
-
-    Raises:
-        JobError: The checkpoint cannot be reached, or is torn.
-    """
+    """Report whether another run holds the job's lease. Raises JobError if the checkpoint fails."""
     from job.mirror import MirrorOptions, open_mirror
 
     assert settings.checkpoint is not None
@@ -94,13 +70,7 @@ def lease_check(settings: Settings, job: str) -> Check:
 
 
 def rental_checks(settings: Settings, rental: Rental | None, undelivered: str = "") -> list[Check]:
-    """Return the checks of the rented machine, none where there is none and nothing is to become of it.
-
-    Args:
-        settings: What is to become of it.
-        rental: The machine.
-        undelivered: Which other job of the workspace is not delivered, "" if there is none.
-    """
+    """Return the checks of a rented machine, [] without one if no end is requested."""
     checks = []
     ends = settings.when_done != "nothing" or settings.when_failed != "nothing"
     if ends:
@@ -133,7 +103,7 @@ def rental_checks(settings: Settings, rental: Rental | None, undelivered: str = 
 
 
 def _known(rental: Rental | None) -> Check:
-    """Say whether the platform can be asked to end the rental of this machine."""
+    """Report whether the platform can be asked to end this machine's rental."""
     try:
         if rental is None:
             raise MachineError(
@@ -153,7 +123,7 @@ def _known(rental: Rental | None) -> Check:
 
 
 def _survival(settings: Settings) -> Check:
-    """Say whether what must survive the machine has a place off it."""
+    """Report whether everything that must survive has a place off the machine."""
     result = [target for target in settings.upload if outlives_machine(target)]
     rest = settings.checkpoint is not None and outlives_machine(settings.checkpoint)
     missing = [

@@ -1,4 +1,4 @@
-"""Recognises a restart loop: a platform that starts a job again and again which fails every time."""
+"""Detect restart loops: a platform that restarts a failing job forever."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ class PastStart(Record):
     """A past start of this job.
 
     Attributes:
-        started: When, seconds since the epoch.
-        ended: finished; error: by a failure of its own; preempted: by a signal or the platform;
-            vanished: it left no word; running: it has not ended.
-        progress: It got further than the one before: a phase or a trial was completed.
-        settings: Key of what it was started with; after a change of settings counting starts again.
-        reason: Why it ended.
+        ended: finished; error: failed by itself; preempted: by a signal or the platform; vanished: without a record;
+            running: not ended.
+        progress: It completed a phase or trial that earlier starts had not.
+        settings: Key of its settings; a change restarts counting.
     """
 
     started: float
@@ -43,10 +41,7 @@ _ENDS: dict[str, Literal["finished", "error", "preempted"]] = {
 
 
 def past_starts(events: Iterable[Mapping[str, Any]]) -> tuple[PastStart, ...]:
-    """Return the starts that a run's events tell of, in their order; one without an end has vanished.
-
-    A start that merely got as far as an earlier one has made no progress.
-    """
+    """Return the starts in a run's events; reaching only an earlier start's stage is no progress."""
     starts: list[PastStart] = []
     furthest: set[str] = set()
     for event in events:
@@ -67,12 +62,7 @@ def past_starts(events: Iterable[Mapping[str, Any]]) -> tuple[PastStart, ...]:
 
 
 def restart_check(starts: Sequence[PastStart], settings: str = "") -> Check:
-    """Tell whether the job is finished or caught in a loop.
-
-    Args:
-        starts: All past starts, the latest last; the present one is not among them.
-        settings: Key of what the present start was given.
-    """
+    """Report whether the job is finished or in a restart loop, from past starts and the present settings' key."""
     if starts and starts[-1].ended == "finished":
         return Check(name="restarts.loop", status="ok", measured="the job is finished", needed="nothing to do")
     failures, vanished, reason = _streak(starts, settings)
@@ -93,7 +83,7 @@ def restart_check(starts: Sequence[PastStart], settings: str = "") -> Check:
 
 
 def _streak(starts: Sequence[PastStart], settings: str) -> tuple[int, int, str | None]:
-    """Return the latest starts without progress that failed and that vanished, and why the latest failed."""
+    """Return the latest failed and vanished starts without progress, and the latest failure's reason."""
     failures = vanished = 0
     reason = None
     for start in reversed(starts):

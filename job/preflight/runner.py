@@ -1,7 +1,7 @@
-"""All checks of a job, made at once, for this machine or for another one.
+"""Run all checks of a job concurrently, for this machine or another.
 
-Each group of checks talks to something else (disk, GPU, Hub, target), has a thread of its own, and returns a value with
-its checks and what it learnt. Only what describes the model, and the prompts, are downloaded.
+Each group of checks accesses another resource (disk, GPU, Hub, target) in its own thread, and returns its checks and
+findings. Only descriptive files and prompts are downloaded.
 """
 
 from __future__ import annotations
@@ -29,23 +29,14 @@ from job.system.tempdirs import scratch
 
 @dataclass(frozen=True)
 class PreflightResult:
-    """What preflight found.
-
-    Attributes:
-        survey: All checks, and the plan that follows from them.
-        prompts: The prompts, None if they cannot be read.
-    """
+    """Results of preflight: the survey, and the prompts or None if unreadable."""
 
     survey: Survey
     prompts: PromptSets | None
 
 
 def preflight(inputs: PreflightInputs) -> PreflightResult:
-    """Make all checks.
-
-    Raises:
-        UsageError: A setting is malformed.
-    """
+    """Run all checks. Raises UsageError for a malformed setting."""
     require_known(inputs.settings.allow)
     _import_before_threads(inputs.settings)
     count_traffic()
@@ -74,7 +65,7 @@ def preflight(inputs: PreflightInputs) -> PreflightResult:
 
 
 def _import_before_threads(settings: Settings) -> None:
-    """Import what several threads use: transformers loads its modules lazily, and not thread-safely."""
+    """Import modules shared by threads: transformers' lazy imports are not thread-safe."""
     import job.model.loading
     import job.proof.truth_test  # noqa: F401
 
@@ -84,7 +75,7 @@ def _import_before_threads(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Yield an executor that is not waited for when a signal leaves the block."""
+    """Yield an executor that is not awaited when a signal leaves the block."""
     executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="preflight")
     try:
         yield executor

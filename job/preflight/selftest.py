@@ -1,4 +1,4 @@
-"""A short test of each device: does it compute right, does its memory keep what is written, how fast is it."""
+"""Short self-test of a device: arithmetic, memory and speed."""
 
 from __future__ import annotations
 
@@ -51,13 +51,7 @@ class Exercise(Record):
 
 
 def exercise(device: str, *, most_bytes: int | None = None, seconds: float = RATE_SECONDS) -> Exercise:
-    """Test a device; each of the two timed parts takes about the given time.
-
-    Args:
-        device: As torch names it.
-        most_bytes: Memory to write and read back at most; a quarter of the free memory is never exceeded.
-        seconds: How long rates are measured, beyond the first step.
-    """
+    """Test a device's memory, up to `most_bytes` and a quarter of it, and two rates for `seconds` each."""
     import torch
 
     target = torch.device(device)
@@ -80,7 +74,7 @@ def exercise(device: str, *, most_bytes: int | None = None, seconds: float = RAT
 
 
 def compute_check(found: Exercise) -> Check:
-    """Judge a device's exercise."""
+    """Judge a device's self-test."""
     rates = f"{found.flops / 1e12:.2g} TFLOP/s, {found.bandwidth / 1e9:.3g} GB/s"
     return Check(
         name="gpu.compute",
@@ -100,7 +94,7 @@ def _free(device: torch.device) -> int:
 
 
 def _wrong_product(device: torch.device) -> str | None:
-    """Multiply small whole numbers, whose product every order of summation and TF32 get exactly."""
+    """Multiply small integers, exact in every summation order and in TF32."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +106,7 @@ def _wrong_product(device: torch.device) -> str | None:
 
 
 def _forgotten_pattern(device: torch.device, budget: int) -> str | None:
-    """Fill memory with a pattern that differs from place to place, all of it before any is read back."""
+    """Fill memory with a position-dependent pattern, before reading any back."""
     import torch
 
     count = min(_CHUNK_BYTES, budget) // 4
@@ -139,7 +133,7 @@ def _copy_rate(device: torch.device, count: int, seconds: float) -> float:
 
 
 def _time_of(action: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Return how long an action takes on a device, seconds: the mean after a first time that warms it up."""
+    """Return the mean seconds of an action on a device, after a warm-up."""
     import torch
 
     # Several before each wait, so that waiting for the device does not count as its work.

@@ -1,4 +1,4 @@
-"""A survey for people: a table, the failures last, and the plan."""
+"""Print a survey: a table, failures last, and the plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that earlier runs left behind, told apart from others that merely have their number. Nothing is killed."""
+"""Find live processes of earlier runs, distinguished from reused ids. Nothing is killed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ from job.system.processes import ProcessRecord, is_alive
 
 
 def own_leftovers(records: Iterable[ProcessRecord], reading: MachineReading) -> Check:
-    """Tell which processes of earlier runs of this job still live, and what they hold of the GPUs.
-
-    Args:
-        records: What earlier runs recorded of themselves.
-        reading: The machine.
-    """
+    """Report live processes of this job's earlier runs, and their GPUs."""
     living = [record for record in records if record.pid != os.getpid() and is_alive(record)]
     held = {holder.pid: gpu.index for gpu in reading.gpus for holder in gpu.holders}
     shown = [

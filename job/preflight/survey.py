@@ -16,13 +16,9 @@ class Survey(Record):
     """preflight.json.
 
     Attributes:
-        checks: All checks.
         allowed: Checks that the user allows to fail.
-        plan: How the model goes onto the machine, None if the checks did not get that far.
         hours: Expected duration of each phase, None if the device's speed is unknown.
         offers: Query that finds such a machine; None for this machine.
-        commit: Commit of a model on the Hub.
-        public: Whether the model's repository is public.
     """
 
     checks: tuple[Check, ...]
@@ -54,12 +50,7 @@ class Survey(Record):
         return {"ok": not self.failures, **self.model_dump(mode="json")}
 
     def require(self) -> None:
-        """Raise if the job must not start.
-
-        Raises:
-            ImpossibleJobError: No machine could do it.
-            MachineError: This machine cannot.
-        """
+        """Raise ImpossibleJobError (no machine could) or MachineError (this one cannot) if the job must not start."""
         if not self.failures:
             return
         kind = ImpossibleJobError if self.exit_code == ImpossibleJobError.exit_code else MachineError

@@ -1,4 +1,4 @@
-"""The checks of delivery targets: that they can be written, found out without leaving anything there."""
+"""Check that delivery targets can be written, leaving nothing there."""
 
 from __future__ import annotations
 
@@ -15,20 +15,14 @@ from job.upload.targets import probe
 
 
 def delivery_checks(inputs: PreflightInputs) -> list[Check]:
-    """Return the checks of all targets, and of the end of the rental that follows a delivery."""
+    """Return the checks of all targets, and of the rental's end after a delivery."""
     settings = inputs.settings
     checks = [check for target in settings.upload for check in target_checks(target, settings, inputs.upload_state)]
     return checks if inputs.on else [*checks, *rental_checks(settings, inputs.rental, inputs.undelivered)]
 
 
 def target_checks(target: str, settings: Settings, state: Path | None) -> list[Check]:
-    """Return the checks of a target.
-
-    Args:
-        target: Its URI.
-        settings: How to deliver.
-        state: Folder in which a server's ways are remembered for the delivery; None: nowhere.
-    """
+    """Return the checks of a target; `state` is the folder that caches a server's capabilities, or None."""
     if not target.startswith("file:"):
         return [_remote(target, settings, state)]
     folder = target_folder(target)
@@ -45,7 +39,7 @@ def target_checks(target: str, settings: Settings, state: Path | None) -> list[C
 
 
 def _remote(target: str, settings: Settings, state: Path | None) -> Check:
-    """Prove that a target on the Hub or on S3 can be written, and leave nothing there."""
+    """Prove that a Hub or S3 target can be written, leaving nothing there."""
     name = f"target.{target.partition(':')[0]}"
     try:
         found = probe(target, settings, state)

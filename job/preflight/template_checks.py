@@ -1,4 +1,4 @@
-"""The checks of how prompts are written: every one rendered, cut into tokens and held against what the model takes."""
+"""Render and tokenize every prompt, and compare it with the model's limits."""
 
 from __future__ import annotations
 
@@ -28,14 +28,7 @@ _PLACES = 3
 
 @dataclass(frozen=True)
 class WrittenPrompt:
-    """A prompt as the model gets it.
-
-    Attributes:
-        place: Which one it is, e.g. "prompt 3 of bad".
-        prompt: The prompt.
-        text: What the chat template makes of it.
-        tokens: Its token ids.
-    """
+    """A rendered prompt."""
 
     place: str
     prompt: Prompt
@@ -51,19 +44,7 @@ def template_checks(
     rendering: Rendering,
     answer_tokens: int,
 ) -> list[Check]:
-    """Have the chat template write all prompts, within its limits, and hold what comes of it against the model.
-
-    Args:
-        folder: Folder of the files that describe the model.
-        trusted: The model's own code may be run.
-        tokenizer: Its tokenizer.
-        prompts: The prompts, None if they cannot be read.
-        rendering: What the template is told beside the conversation.
-        answer_tokens: Tokens of a response, at most.
-
-    Raises:
-        ImpossibleJobError: The template does not take a prompt or leaves it out, or the model cannot take its tokens.
-    """
+    """Render all prompts within the template's limits, and compare them with the model's. Raises ImpossibleJobError."""
     from job.model.chat_template import MEMORY_BYTES, SECONDS
     from job.proof.truth_test import read_config
 
@@ -115,11 +96,7 @@ def _written(
 def _require_known_tokens(
     written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> None:
-    """Refuse tokens for which the model has no embedding.
-
-    Raises:
-        ImpossibleJobError: There is one.
-    """
+    """Raise ImpossibleJobError for tokens without an embedding."""
     size = config.get_text_config().vocab_size
     for one in written:
         if not one.tokens:
@@ -138,11 +115,7 @@ Warnings = list[tuple[str, str]]
 
 
 def _too_long(longest: WrittenPrompt, config: PretrainedConfig, answer_tokens: int) -> Warnings:
-    """Return a warning for a prompt that is longer than the model was made for.
-
-    Raises:
-        ImpossibleJobError: It has learned positions, and none for so many tokens.
-    """
+    """Return a warning above the model's context length. Raises ImpossibleJobError for learned positions."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(most, int) or len(longest.tokens) + answer_tokens <= most:
         return []
@@ -157,7 +130,7 @@ def _too_long(longest: WrittenPrompt, config: PretrainedConfig, answer_tokens: i
 
 
 def _learns_positions(config: PretrainedConfig, most: int) -> bool:
-    """Return whether a model looks its positions up in a table."""
+    """Return whether a model has learned positions."""
     from torch import nn
 
     from job.architectures.tiny_model import empty_model
@@ -172,13 +145,13 @@ def _learns_positions(config: PretrainedConfig, most: int) -> bool:
 
 
 def _changed(written: Sequence[WrittenPrompt]) -> Warnings:
-    """Return a warning for prompts that the template does not write as they are."""
+    """Return a warning for prompts that the template alters."""
     changed = [one.place for one in written if "".join(one.prompt.user.split()) not in "".join(one.text.split())]
     return [(f"{_counted(changed)} not written as given", "see what the template makes of them")] if changed else []
 
 
 def _special_tokens(written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizerBase) -> Warnings:
-    """Return a warning for prompts that spell special tokens, which the model takes for its own."""
+    """Return a warning for prompts that contain special tokens' text."""
     marks = [mark for mark in tokenizer.all_special_tokens if mark.strip()]
     marks += [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     spelling = {one.place: [mark for mark in marks if mark in one.prompt.user] for one in written}
@@ -190,7 +163,7 @@ def _special_tokens(written: Sequence[WrittenPrompt], tokenizer: PreTrainedToken
 
 
 def _beginnings(written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizerBase) -> Warnings:
-    """Return a warning where texts begin with two tokens that open them, or with none though the tokenizer puts one."""
+    """Return a warning for texts with two beginning tokens, or without the tokenizer's."""
     bos = tokenizer.bos_token_id
     if bos is None:
         return []
@@ -206,7 +179,7 @@ def _beginnings(written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizer
 def _endings(
     folder: Path, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, rendering: Rendering
 ) -> Warnings:
-    """Return a warning where nothing tells when an answer has ended."""
+    """Return a warning if nothing marks the end of a response."""
     from job.model.rendering import end_of_turn
 
     known = (config.get_text_config().eos_token_id, tokenizer.eos_token_id, _generation_end(folder))
@@ -216,7 +189,7 @@ def _endings(
 
 
 def _generation_end(folder: Path) -> object:
-    """Return what generation_config.json says of tokens that end an answer, None for nothing."""
+    """Return the end tokens in generation_config.json, or None."""
     try:
         return json.loads(decoded((folder / "generation_config.json").read_bytes())).get("eos_token_id")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -224,7 +197,7 @@ def _generation_end(folder: Path) -> object:
 
 
 def _style(tokenizer: PreTrainedTokenizerBase, written: Sequence[WrittenPrompt], rendering: Rendering) -> list[str]:
-    """Return in words what is not as with most templates."""
+    """Describe what is unusual about the template."""
     from job.model.rendering import shows_date, style_of
 
     style = style_of(tokenizer, system=any(one.prompt.system is not None for one in written))

@@ -1,1 +1,1 @@
-"""The truth test: ablating all residual writers of a model keeps a direction out of its stream."""
+"""The truth test: ablating all residual writers keeps a direction out of the stream."""

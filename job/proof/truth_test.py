@@ -1,7 +1,7 @@
 """The truth test: does projecting all discovered writers' weights keep a direction out of the stream?
 
-It runs on a small random twin of a model's family, built from its configuration alone, with random norm
-gains and biases, before any weight is read. Its converse shows that none of the writers is there in vain.
+It runs on a small random twin of the model, built from the configuration alone with random norm gains and biases,
+before any weight is read. The converse shows that every writer is necessary.
 """
 
 from __future__ import annotations
@@ -29,25 +29,17 @@ from job.numerics.basis import Basis
 from job.records import COMPONENTS, EditParameters, KernelParameters
 
 TOLERANCE = 1e-4
-# What a layer has to write along the direction when a writer is left out: far from rounding.
+# Least share that a layer writes along the direction when a writer is omitted: far above rounding.
 _NOTICED = 100 * TOLERANCE
 _ROWS, _TOKENS = 4, 12
 
 
 def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
-    """Return the configuration of a model folder.
-
-    Args:
-        folder: The folder.
-        trusted: The model's own code may be run.
-
-    Raises:
-        ImpossibleJobError: The folder is not a model, or transformers does not know its family.
-    """
+    """Return a model folder's configuration; `trusted` runs the model's own code. Raises ImpossibleJobError."""
     model_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
-    except Exception as error:  # whatever a family's own checks raise
+    except Exception as error:  # a family's own checks may raise anything
         if "trust_remote_code" in str(error):
             raise ImpossibleJobError(
                 f"{folder} is of a family that needs its own code to be run",
@@ -66,16 +58,10 @@ def largest_leak(
     writers: Collection[Writer] | None = None,
     seed: int = 0,
 ) -> tuple[int, float]:
-    """Ablate a random direction from weights in memory and return where the stream still moves along it most.
+    """Ablate a random direction from the writers (None: all); return the layer with the largest leak, and its share.
 
-    Args:
-        model: A random model; its parameters are as they were afterwards.
-        architecture: Its structure.
-        writers: The writers to edit, None for all.
-        seed: Of the direction and the inputs.
-
-    Returns:
-        The layer and the share |v·(h_out - h_in)| / |h_out - h_in| there, the largest over all positions.
+    The share is |v·(h_out - h_in)| / |h_out - h_in|, the largest over all positions. Parameters are restored
+    afterwards.
     """
     shares = leaks(model, architecture, architecture.writers if writers is None else writers, seed)
     worst = max(range(len(shares)), key=shares.__getitem__)
@@ -85,20 +71,20 @@ def largest_leak(
 def leaks(
     model: PreTrainedModel, architecture: Architecture, writers: Collection[Writer], seed: int = 0
 ) -> list[float]:
-    """Return each layer's share for a direction that these writers were freed of (`largest_leak`)."""
+    """Return each layer's share (`largest_leak`) with these writers ablated."""
     direction = random_direction(model, seed)
     with _ablated(model, writers, direction):
         return _shares(model, architecture, direction.expand(_ROWS, -1), torch.Generator().manual_seed(seed))
 
 
 def random_direction(model: PreTrainedModel, seed: int = 0) -> Tensor:
-    """Return the unit direction that `leaks` looks along, [d], float64."""
+    """Return the unit direction of `leaks`, [d], float64."""
     generator = torch.Generator().manual_seed(seed)
     return nn.functional.normalize(torch.randn(_width(model), generator=generator, dtype=torch.float64), dim=0)
 
 
 def hooked_leaks(model: PreTrainedModel, architecture: Architecture, seed: int = 0) -> list[float]:
-    """Return each layer's share when hooks ablate another direction in every row."""
+    """Return each layer's share when hooks ablate a different direction in every row."""
     generator = torch.Generator().manual_seed(seed)
     count = architecture.layer_count
     directions = nn.functional.normalize(torch.randn(count, _width(model), generator=generator), dim=1)
@@ -121,7 +107,7 @@ def _width(model: PreTrainedModel) -> int:
 def _shares(
     model: PreTrainedModel, architecture: Architecture, directions: Tensor, generator: torch.Generator
 ) -> list[float]:
-    """Return how much of what each layer adds to the stream lies along the direction of a row, [rows, d], at most."""
+    """Return each layer's largest share along its row's direction, [rows, d]."""
     tokens = torch.randint(3, model.get_input_embeddings().num_embeddings, (_ROWS, _TOKENS), generator=generator)
     residuals: dict[int, Tensor] = {}
     layers = model.get_submodule(architecture.layers)
@@ -138,7 +124,7 @@ def _shares(
 
 @contextmanager
 def _ablated(model: PreTrainedModel, writers: Collection[Writer], direction: Tensor) -> Iterator[None]:
-    """Within the block, have a direction [d] projected out of the parameters of writers and of their norms' biases."""
+    """Within the block, project a direction [d] out of the parameters of writers and of their norms' biases."""
     before: dict[str, Tensor] = {}
 
     def project(name: str, axis: int, vector: Tensor) -> None:
@@ -168,7 +154,7 @@ def _ablated(model: PreTrainedModel, writers: Collection[Writer], direction: Ten
 
 
 def without_each_role(architecture: Architecture) -> Iterator[tuple[str, list[Writer], set[int]]]:
-    """Yield all writers but those of one name within their layers, for each such name, with the layers concerned."""
+    """Yield, per writer name within a layer, all writers without those of that name, and the layers concerned."""
     roles: dict[str, set[int]] = {}
     prefix = f"{architecture.layers}."
     names = [writer.parameter.removeprefix(prefix).partition(".")[2] for writer in architecture.writers]
@@ -180,11 +166,7 @@ def without_each_role(architecture: Architecture) -> Iterator[tuple[str, list[Wr
 
 
 def prove(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Make the truth test and its converse: nothing is missing from the writers, and none could be left out.
-
-    Raises:
-        UnsupportedArchitectureError: It fails.
-    """
+    """Prove that no writer is missing and none is superfluous. Raises UnsupportedArchitectureError."""
     layer, share = largest_leak(model, architecture)
     if not share < TOLERANCE:
         raise UnsupportedArchitectureError(
@@ -202,25 +184,18 @@ def prove(model: PreTrainedModel, architecture: Architecture) -> None:
 
 
 def proven(config: PretrainedConfig) -> Architecture:
-    """Return the structure of a model, from its configuration alone, proven by the truth test on a small twin.
-
-    Raises:
-        UnsupportedArchitectureError: The family cannot be edited completely.
-    """
+    """Return a model's structure, proven on a small twin. Raises UnsupportedArchitectureError."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what families say of optional kernels does not matter in a twin
+        warnings.simplefilter("ignore")  # warnings about optional kernels are irrelevant in a twin
         architecture = architecture_of(config)
         prove(small_twin(config), architecture)
     return architecture
 
 
 def inspect_model(folder: Path, trusted: bool = False) -> Architecture:
-    """Return the structure of a model that can be edited, from its configuration alone, proven by the truth test.
+    """Return the proven structure of an editable model folder, from its configuration alone.
 
-    Raises:
-        ImpossibleJobError: The folder is not a model.
-        UnsupportedArchitectureError: The model's family cannot be edited completely, or its files are quantised in a
-            way that is not undone.
+    Raises ImpossibleJobError without a model, or UnsupportedArchitectureError.
     """
     config = read_config(folder, trusted)
     quantisation_of(config.to_dict())
@@ -230,14 +205,10 @@ def inspect_model(folder: Path, trusted: bool = False) -> Architecture:
 
 
 def require_supported(config: PretrainedConfig, architecture: Architecture) -> None:
-    """Refuse a structure that is proven, but that the job cannot load, edit or export.
-
-    Raises:
-        UnsupportedArchitectureError: It is such a one.
-    """
+    """Raise UnsupportedArchitectureError for a proven structure that cannot be loaded, edited or exported."""
     require_editable(architecture)
     twin = small_twin(config)
-    # What is loaded is a model of the whole configuration, which may be for images too, not of its part for text.
+    # The whole configuration is loaded, possibly with image parts, not only its text part.
     if type(twin.config) is not type(config):
         raise UnsupportedArchitectureError(architecture.model_type, "its files hold more than what is loaded of them")
     shares = hooked_leaks(twin, architecture)
@@ -251,7 +222,7 @@ def require_supported(config: PretrainedConfig, architecture: Architecture) -> N
 
 
 def inspection(folder: Path, trusted: bool = False) -> dict[str, Any]:
-    """Return what `abliterate inspect --json` prints."""
+    """Return the output of `abliterate inspect --json`."""
     config = read_config(folder, trusted)
     found: dict[str, Any] = {
         "supported": False,

@@ -1,4 +1,4 @@
-"""Ask a model which prompts it declines."""
+"""Find prompts that a model declines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from job.generation.stop_markers import MarkerWatch
 from job.model.loading import LoadedModel
 from job.text.refusal_markers import RefusalMarkers
 
-# Tokens up to which a response is judged: as many as the search judges by default.
+# Longest judged response in tokens, the search's default.
 RESPONSE_TOKENS = 30
 _ROWS = 40
 
@@ -28,16 +28,7 @@ def first_prompts(
     count: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
-    """Return the first `count` prompts that a model declines, or those that it answers; fewer if there are no more.
-
-    Args:
-        loaded: The model.
-        prompts: What it is asked, in this order, until there are enough.
-        markers: Phrases by which a response is a refusal.
-        declined: Whether refused or answered prompts are wanted.
-        count: How many.
-        progress: Receives how many have been found, after every batch.
-    """
+    """Return the first `count` prompts that a model declines or answers; `progress` receives the number so far."""
     found: list[str] = []
     for batch, refused in _judged(loaded, prompts, MarkerWatch(loaded.tokenizer, markers)):
         found += [prompt for prompt, verdict in zip(batch, refused, strict=True) if verdict == declined]
@@ -50,7 +41,7 @@ def first_prompts(
 def _judged(
     loaded: LoadedModel, prompts: Sequence[str], watch: MarkerWatch
 ) -> Iterator[tuple[Sequence[str], list[bool]]]:
-    """Yield batches of prompts with whether each is refused."""
+    """Yield batches of prompts with their refusals."""
     tokens = loaded.tokenize([Prompt(user=prompt) for prompt in prompts])
     prefix = common_prefix(tokens)
     shared = shared_prefix(loaded.model, prefix, 1, None) if prefix and loaded.architecture.batching.shared else None

@@ -1,4 +1,4 @@
-"""Prompts that the model is likely to decline or to answer: the project's own, harmless, one a line."""
+"""Harmless prompts that the model is likely to decline or to answer, one per line."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ KINDS = ("good", "bad")
 
 
 def candidates(kind: str) -> list[str]:
-    """Return the prompts of a kind: "bad" ones need hands, a phone, an account or a device, "good" ones do not.
-
-    Their order is random and fixed: any stretch of it is a fair sample.
-    """
+    """Return "bad" prompts (for hands, a phone, an account or a device) or "good" ones, in a fixed random order."""
     text = resources.files("job.realmodel").joinpath("prompts", f"{kind}.txt").read_text("utf-8")
     return text.splitlines()

@@ -10,15 +10,7 @@ from job.errors import ImpossibleJobError
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write a GGUF file's model as bfloat16 safetensors, with its tokenizer and chat template.
-
-    Args:
-        file: The GGUF file.
-        folder: Where the model is written; made if absent.
-
-    Raises:
-        ImpossibleJobError: The file cannot be read, or holds no chat template.
-    """
+    """Convert a GGUF file with a chat template to a folder of bfloat16 safetensors. Raises ImpossibleJobError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -27,14 +19,14 @@ def convert(file: Path, folder: Path) -> None:
     quieten_transformers()
     source = {"gguf_file": file.name, "local_files_only": True}
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # transformers draws a bar that cannot be turned off
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers draws a bar that cannot be disabled
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-            # Weights that stay packed could not be saved.
+            # Packed weights could not be saved.
             unpacked = GgufConfig(dequantize=True)
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, dtype=torch.bfloat16, quantization_config=unpacked, **source
             )
-    except Exception as error:  # a damaged file fails in any way inside the reader
+    except Exception as error:  # a damaged file may raise anything in the reader
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ImpossibleJobError(f"{file} cannot be read: {reason}", remedy="install its package again") from error
     if not tokenizer.chat_template:

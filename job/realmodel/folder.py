@@ -1,4 +1,4 @@
-"""The folder of the real model: the model, its prompt files, and the command that runs a job on them."""
+"""The folder of the real model: model, prompt files, and the command that runs a job on them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,11 @@ _MARK = "real-model.json"
 
 
 def write_real_model(folder: Path, report: Callable[[str], None]) -> None:
-    """Convert the installed model and write it, with prompts that it declines and answers, into a folder.
+    """Convert the installed model and write it, with prompts that it declines and answers, unless it is there.
 
     The folder holds ``model`` in Hugging Face format (bfloat16) and good_train.txt, good_test.txt, bad_train.txt and
-    bad_test.txt, one prompt a line. A folder that already holds the same model and prompts is left alone.
-
-    Args:
-        folder: A new or empty folder.
-        report: Receives what is done.
-
-    Raises:
-        UsageError: The folder holds something else.
-        MachineError: The model is not installed, or the folder cannot be written.
-        ImpossibleJobError: The file cannot be converted, or the model declines or answers too few prompts.
+    bad_test.txt, one prompt per line. Raises UsageError for other contents, MachineError without the model or
+    permission, or ImpossibleJobError.
     """
     if folder.name in ("", ".."):
         raise UsageError(f"{folder} cannot be replaced", remedy="name an empty or a new folder, not the one you are in")
@@ -61,7 +53,7 @@ def write_real_model(folder: Path, report: Callable[[str], None]) -> None:
 
 
 def run_command(folder: Path) -> str:
-    """Return the command that runs a job on the model and prompts of a folder."""
+    """Return the command that runs a job on a folder's model and prompts."""
     files = {
         "good-prompts": "good_train",
         "bad-prompts": "bad_train",
@@ -73,7 +65,7 @@ def run_command(folder: Path) -> str:
 
 
 def _describe(source: GgufModel) -> dict[str, str]:
-    """Return what the folder's contents are made from."""
+    """Return versions and hashes of the folder's sources."""
     found = {"wheel": source.version, "gguf_sha256": hashlib.sha256(source.file.read_bytes()).hexdigest()}
     return found | {
         f"{kind}_sha256": hashlib.sha256("\n".join(candidates(kind)).encode()).hexdigest() for kind in KINDS
@@ -88,7 +80,7 @@ def _write_model(source: GgufModel, folder: Path, report: Callable[[str], None])
 
 
 def _write_prompts(folder: Path, report: Callable[[str], None]) -> None:
-    """Write the prompts that the converted model declines and answers, half of each for training."""
+    """Write prompts that the converted model declines and answers, half of each for training."""
     from job.config.load import default_values
     from job.config.schema import LoadingSettings
     from job.model.loading import load_model

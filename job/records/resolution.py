@@ -1,4 +1,4 @@
-"""What a job's first start resolves, so that no later one has to."""
+"""Values resolved by a job's first start, and fixed for later ones."""
 
 from __future__ import annotations
 
@@ -15,20 +15,15 @@ def _is_none(value: object) -> bool:
 
 
 class Resolution(Record):
-    """What a job's first start resolved once and for all.
+    """Values resolved by a job's first start.
 
     Attributes:
-        dtype: Floating-point type the model is loaded in.
-        rows: Rows of a forward, all trials together.
-        layers: Number of the model's layers.
-        response_prefix: What every answer is made to begin with.
-        search_rows: Rows of a forward in the search, where memory turned out not to suffice for more.
-        together: Trials that share their forwards; None: all of a batch.
-        norms: Names, within their layers, of the norms between residual writers and the stream.
-        prefix_tokens: Token ids of the response prefix; None: there is none, or it is a text that was given.
-        date: The date on which all prompts are written; None: the chat template shows none.
-        options: What else the chat template is told, e.g. enable_thinking; None: nothing.
-        turn_end: A token that ends answers beside the model's own end tokens; None: no other.
+        search_rows: Smaller rows per forward in the search after memory ran out.
+        together: Trials that share a forward; None: the whole batch.
+        norms: Names, within their layers, of norms between residual writers and the stream.
+        prefix_tokens: Token ids of the response prefix; None without one, or for a given text.
+        options: Options of the chat template, e.g. enable_thinking; None without any.
+        turn_end: End token beyond the model's own; None without one.
     """
 
     dtype: str
@@ -38,7 +33,7 @@ class Resolution(Record):
     search_rows: int | None = None
     together: int | None = None
     norms: tuple[str, ...] = ()
-    # Left out where they say nothing, so that exports of former versions are made again with the same bytes.
+    # Omitted if None, so that exports of former versions are reproduced with the same bytes.
     prefix_tokens: tuple[int, ...] | None = Field(None, exclude_if=_is_none)
     date: str | None = Field(None, pattern=DATE, exclude_if=_is_none)
     options: dict[str, bool] | None = Field(None, exclude_if=_is_none)

@@ -1,6 +1,6 @@
-"""The charts of report.html, as HTML that needs plotly.js on its page and nothing from the network.
+"""Charts of report.html, as HTML that needs plotly.js on its page and no network.
 
-Charts have no background of their own, and the colour of their text is the page's: they suit light and dark alike.
+They have no background and inherit the text colour: they suit light and dark pages.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import plotly.io
 from job.records import EditParameters, GeometryRecord, LayerGeometry, Trial
 from job.search.pareto import pareto_front
 
-# Each stands out by 3:1 from white and from the dark page; lines and markers differ as well, for all colour vision.
+# Contrast of 3:1 with white and the dark page; lines and markers differ as well, for colour-blind readers.
 _BLUE, _ORANGE, _GREY, _GREEN = "#3b7dd8", "#cf6c00", "#808080", "#2e8f5b"
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _SYMBOLS = ("circle", "square", "diamond", "x")
 _COLOURS = (_BLUE, _ORANGE, _GREEN, _GREY)
-# What a logarithmic axis shows of a divergence that is nothing.
+# A divergence of 0 on a logarithmic axis.
 _LEAST_KL = 1e-6
-# Lines of the geometry: title of the axis, and field by name.
+# Lines of the geometry: axis title, and field by name.
 GEOMETRY = (
     (
         "cosine",
@@ -38,12 +38,12 @@ GEOMETRY = (
 
 
 def usable(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that the chart of the front has points for, in the order of these points."""
+    """Return the trials plotted in the front chart, in the order of its points."""
     return [trial for trial in trials if trial.values.reason is None]
 
 
 def front_chart(trials: Sequence[Trial], chosen: Trial | None, asked: int) -> str:
-    """Return all trials, the front and the chosen one, refusals against KL; point i of its first trace is usable i."""
+    """Return the chart of refusals against KL: trials, front and chosen one; trace 0 is `usable`."""
     chart = go.Figure()
     groups: tuple[tuple[str, Sequence[Trial], str, dict[str, Any]], ...] = (
         ("trials", usable(trials), "markers", {"color": _GREY, "size": 8, "opacity": 0.7}),
@@ -66,7 +66,7 @@ def front_chart(trials: Sequence[Trial], chosen: Trial | None, asked: int) -> st
 
 
 def strengths(edit: EditParameters, layers: int) -> dict[str, list[float]]:
-    """Return how strongly an edit ablates each component in each layer: of several directions, the strongest."""
+    """Return an edit's strength per component and layer: the strongest of several directions."""
     if edit.layer_strengths is not None:
         return {component: [max(layer) for layer in given] for component, given in edit.layer_strengths.items()}
     peak = edit.model_copy(update={"strengths": (1.0,)})
@@ -76,7 +76,7 @@ def strengths(edit: EditParameters, layers: int) -> dict[str, list[float]]:
 
 
 def strength_chart(edit: EditParameters, layers: int) -> str:
-    """Return the strength of an edit by layer, a bar for every component."""
+    """Return the chart of an edit's strength by layer and component."""
     chart = go.Figure()
     for (name, values), colour, pattern in zip(
         strengths(edit, layers).items(), (_BLUE, _ORANGE), ("", "/"), strict=False
@@ -95,7 +95,7 @@ def strength_chart(edit: EditParameters, layers: int) -> str:
 
 
 def geometry_charts(record: GeometryRecord) -> str:
-    """Return cosines, lengths and separation by layer, one chart each."""
+    """Return charts of cosines, norms and separation by layer."""
     return "".join(
         _lines(record.layers, title, fields, f"chart-geometry-{number}")
         for number, (title, fields) in enumerate(GEOMETRY)
@@ -119,12 +119,12 @@ def _lines(layers: Sequence[LayerGeometry], title: str, fields: dict[str, str], 
 
 
 def best_layer(record: GeometryRecord) -> int:
-    """Return the layer in which the two classes are furthest apart."""
+    """Return the layer with the largest separation of the classes."""
     return max(range(len(record.layers)), key=lambda index: record.layers[index].silhouette or -1.0)
 
 
 def points_chart(record: GeometryRecord) -> str:
-    """Return the residuals of all layers, of which one is shown: two traces a layer, good and bad."""
+    """Return the chart of the residuals, one layer visible: two traces per layer, good and bad."""
     chart, shown = go.Figure(), best_layer(record)
     for index, layer in enumerate(record.layers):
         groups = (("good", layer.good_points, _BLUE, "circle"), ("bad", layer.bad_points, _ORANGE, "x"))
@@ -144,7 +144,6 @@ def points_chart(record: GeometryRecord) -> str:
 
 
 def _log_ticks(values: Sequence[float]) -> dict[str, Any]:
-    """Return one tick a power of ten where there are several, and more otherwise."""
     shown = [max(value, _LEAST_KL) for value in values]
     several = bool(shown) and max(shown) > 30 * min(shown)
     return {"exponentformat": "none", "tickformat": "~g", **({"dtick": 1} if several else {})}
@@ -166,7 +165,7 @@ def _embed(chart: Any, name: str, height: int) -> str:
         dragmode=False,
         font={"size": 13, "family": "system-ui, sans-serif"},
     )
-    # A fixed range leaves swipes over a chart to the page.
+    # With a fixed range, swipes over a chart scroll the page.
     axis = {"gridcolor": "rgba(128,128,128,0.3)", "zeroline": False, "fixedrange": True, "automargin": True}
     chart.update_xaxes(**axis)
     chart.update_yaxes(**axis)

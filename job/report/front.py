@@ -1,4 +1,4 @@
-"""The Pareto front of a job's trials, numbered, with all that helps to choose from it; needs no torch."""
+"""The numbered Pareto front of a job's trials, with metrics to choose by; needs no torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,11 @@ from job.storage.run_folder import RunFolder
 
 
 def job_front(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return the trials of a job's front, those with the fewest refusals and broken answers first.
+    """Return the front's trials, fewest refusals and broken responses first. Raises JobError.
 
-    Each has its number, whether it is the one that the job chooses (as things stand, while the search goes on), its
-    refusals on the search's bad prompts with their 95 % interval as shares, its broken answers, its KL, the formats it
-    has been exported in, the figures of its export on the report prompts, None where there is none, and how many of
-    these prompts the direction or the search has seen.
-
-    Raises:
-        JobError: The study cannot be read.
+    Each has its number, whether it is the (current) choice, refusals on the search split with their 95 % interval as
+    shares, broken responses, KL, exported formats, its export's metrics on the report split or None, and the number of
+    reused report prompts.
     """
     trials = pareto_front(job_trials(folder))
     if not trials:
@@ -56,7 +52,7 @@ def _point(folder: RunFolder, trial: Trial, prompts: PromptSets, chosen: int) ->
 
 
 def front_text(front: list[dict[str, Any]]) -> str:
-    """Return a front for people, a line a trial."""
+    """Format a front for people, one line per trial."""
     if not front:
         return "no trial is finished"
     return "\n".join(map(_line, front))

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page; nothing is fetched to show it, which its own policy forbids, too."""
+"""report.html: one self-contained page; its content policy forbids network access."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 
 def report_page(story: RunView, *, private: bool = False) -> str:
-    """Return the page.
-
-    Args:
-        story: The run folder's contents.
-        private: With the answers to prompts that have the behaviour.
-    """
+    """Return the page; `private` includes responses to bad prompts."""
     made = sections(story, private=private)
     links = "".join(f'<li><a href="#{name}">{escaped(title)}</a></li>' for name, title, _ in made)
     content = "\n".join(

@@ -1,4 +1,4 @@
-"""The report of a run: what was done and measured, where and how long it took."""
+"""The report of a run: method, results, machines and time."""
 
 from __future__ import annotations
 
@@ -16,21 +16,12 @@ from job.text.redaction import redact
 
 
 def write_reports(folder: RunFolder, state: State | None = None, *, include_responses: bool = False) -> str:
-    """Write report.md and report.html of a run folder and return the former's text.
+    """Write report.md and report.html of a run folder; return the former's text.
 
-    Of a job that has exported nothing, the page shows what there is, and report.md is a few lines.
-
-    Args:
-        folder: The run folder.
-        state: What its state.json is about to say; None: what it says.
-        include_responses: Write the page with answers to prompts that have the behaviour as well, to a file that only
-            its owner may read and that is in no mirror.
-
-    Raises:
-        UsageError: Such answers are asked for, and none are kept.
-        MachineError: The reports cannot be written.
+    `state` overrides state.json. `include_responses` adds a page with responses to bad prompts, for its owner only and
+    never mirrored. Raises UsageError without stored responses, or MachineError.
     """
-    from job.report.html import report_page  # its charts take a second to load
+    from job.report.html import report_page  # its charts take a second to import
     from job.report.sections import headline
 
     story = RunView.read(folder, state)
@@ -71,7 +62,6 @@ def run_report(result: RunResult) -> str:
 
 
 def _blocks(*texts: str) -> str:
-    """Join blocks of Markdown, leaving out empty ones."""
     return "\n\n".join(filter(None, texts))
 
 
@@ -89,7 +79,7 @@ def _result(result: RunResult) -> str:
 
 
 def _norms(result: RunResult) -> str:
-    """Return what was done about norms between residual writers and the stream, "" where there are none."""
+    """Describe norms between residual writers and the stream, "" without any."""
     resolution, ablation = result.record.resolution, result.record.settings["ablation"]
     if resolution is None or not resolution.norms:
         return ""
@@ -119,7 +109,7 @@ def _front(result: RunResult) -> str:
 
 
 def _lengths(result: RunResult) -> str:
-    """Return in words how long the answers were that refusals were counted in, "" where all were alike."""
+    """Describe the response lengths in which refusals were counted, "" if all were alike."""
     if not result.rescored:
         return ""
     scoring = result.record.settings["scoring"]
@@ -130,7 +120,7 @@ def _lengths(result: RunResult) -> str:
 
 
 def detectors_text(found: DetectorReport | None) -> str:
-    """Return what detectors say of both models' answers, and how far they agree, as tables."""
+    """Format detector results and agreement as tables."""
     if found is None:
         return "None was asked."
     parts = [f"{COUNTED}:", detector_counts(found)]
@@ -150,7 +140,7 @@ def _geometry(result: RunResult) -> str:
 
 
 def geometry_table(record: GeometryRecord) -> str:
-    """Return the geometry of all layers as a table."""
+    """Format the geometry of all layers as a table."""
     columns = {
         "length of μ_good": "good_norm",
         "length of μ_bad": "bad_norm",

@@ -1,4 +1,4 @@
-"""What a run came to, read from its folder alone."""
+"""Results of a run, read from its folder."""
 
 from __future__ import annotations
 
@@ -27,30 +27,14 @@ from job.storage.run_folder import RunFolder
 
 
 def job_trials(folder: RunFolder) -> list[Trial]:
-    """Return the finished trials of a job, with refusals at full length where these have been counted.
-
-    Of a job that only makes an edit again, it is that edit's trial.
-
-    Raises:
-        JobError: The study cannot be read.
-    """
+    """Return a job's or its original's finished trials, with full-length counts where known. Raises JobError."""
     if folder.reproduces_file.exists() and not folder.read_job().searches:
         return [read_record(folder.reproduces_file, Reproduction).trial]
     return with_full_counts(read_trials(folder.study_file), read_full_counts(folder))
 
 
 def search_space(folder: RunFolder, name: str, layers: int, directions: int = 1) -> Space:
-    """Return the space that a job's trials are from: that around its path, or where it has none that of kernels.
-
-    Args:
-        folder: The run folder.
-        name: Name of the space of kernels.
-        layers: Number of layers.
-        directions: Directions of each layer's basis; trials can be read without.
-
-    Raises:
-        JobError: The file of the path cannot be read.
-    """
+    """Return a job's search space: around its path, else of kernels named `name`. Raises JobError."""
     if folder.path_file.exists():
         path = read_record(folder.path_file, EditPath)
         if path.failed is None:
@@ -59,11 +43,7 @@ def search_space(folder: RunFolder, name: str, layers: int, directions: int = 1)
 
 
 def trial_edit(folder: RunFolder, name: str, layers: int, trial: Trial) -> EditParameters:
-    """Return the edit of a trial; the parameters are those of `search_space`.
-
-    Raises:
-        JobError: The run folder does not hold what it was made from.
-    """
+    """Return a trial's edit; see `search_space`. Raises JobError if the run folder lacks its origin."""
     if folder.reproduces_file.exists():
         original = read_record(folder.reproduces_file, Reproduction)
         if trial == original.trial:
@@ -95,23 +75,13 @@ def machines(events: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run's folder says of it.
+    """A finished run's results.
 
     Attributes:
-        record: job.json.
-        export: Name of the export's folder.
-        prompts: prompts.json.
-        trials: The trials of the study.
-        rescored: Those of them whose refusals were counted again at full length.
-        chosen: The chosen one.
-        edit: Its edit.
-        base: Figures of the base model on the report split.
-        edited: Figures of the export on it.
-        detectors: What detectors say of both models' answers; None where none was asked.
-        geometry: How the residuals of good and bad prompts lie.
-        preflight: What the latest preflight found, by name, status and what was measured; all but what was in order.
-        allowed: Checks that might fail, by the user's word.
-        machines: Which hardware computed which trials.
+        rescored: Numbers of trials scored at full length.
+        preflight: Name, status and measurement of the latest preflight's checks that are not ok.
+        allowed: Checks that the user allowed to fail.
+        machines: Hardware of the trials.
     """
 
     record: JobRecord
@@ -131,17 +101,13 @@ class RunResult:
 
     @property
     def warnings(self) -> list[str]:
-        """What makes the result doubtful, in words."""
+        """Warnings about the result."""
         searched = search_warnings(self.trials, len(self.prompts.bad_search)) if self.record.searches else []
         return searched + effect_warnings(self.base, self.edited)
 
     @classmethod
     def read(cls, folder: RunFolder) -> RunResult:
-        """Read a run folder.
-
-        Raises:
-            UsageError: Nothing has been exported yet.
-        """
+        """Read a run folder. Raises UsageError if nothing has been exported yet."""
         record = folder.read_job()
         # What a former version did not know is as it was before.
         settings = Settings(**merged(default_values(), record.settings))
@@ -182,7 +148,7 @@ def _detectors(folder: RunFolder, export: str) -> DetectorReport | None:
 
 
 def trials_so_far(folder: RunFolder) -> list[Trial]:
-    """Return the finished trials; none of a damaged study, of which the search will tell."""
+    """Return the finished trials, [] for a damaged study, which the search reports."""
     try:
         return job_trials(folder)
     except JobError:

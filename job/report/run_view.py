@@ -1,4 +1,4 @@
-"""What a run folder says of its job, whether it is finished, has failed or has only begun."""
+"""A run folder's contents for reports, at any stage of the job."""
 
 from __future__ import annotations
 
@@ -38,26 +38,12 @@ R = TypeVar("R", bound=Record)
 
 @dataclass(frozen=True)
 class RunView:
-    """A run folder's contents; what there is none of yet is None or empty.
+    """A run folder's contents; missing parts are None or empty.
 
     Attributes:
-        record: job.json.
-        state: state.json.
-        prompts: prompts.json.
-        trials: The trials of the study.
-        chosen: The trial that is chosen, or would be if the search ended now.
-        edit: Its edit.
-        export: Name of its export's folder, where it has been measured.
-        base: Figures of the base model on the report split.
-        edited: Figures of the export on it.
-        detectors: What detectors say of both models' answers; None where none was asked.
-        answers: Sampled answers of both models.
-        geometry: How the residuals of good and bad prompts lie.
-        checks: The checks of the latest preflight, as in preflight.json.
-        phases: What each phase has taken.
-        spent: What the job has taken.
-        machines: Which hardware computed which trials.
-        uploads: Deliveries.
+        chosen: The chosen trial, or the current best.
+        export: Name of its measured export's folder.
+        checks: Checks of the latest preflight.
     """
 
     record: JobRecord
@@ -80,7 +66,7 @@ class RunView:
 
     @property
     def warnings(self) -> list[str]:
-        """What makes the result doubtful, in words."""
+        """Warnings about the result."""
         if self.base is None or self.edited is None:
             return []
         found = effect_warnings(self.base, self.edited)
@@ -90,15 +76,7 @@ class RunView:
 
     @classmethod
     def read(cls, folder: RunFolder, state: State | None = None) -> RunView:
-        """Read a run folder.
-
-        Args:
-            folder: The run folder.
-            state: What its state.json is about to say; None: what it says.
-
-        Raises:
-            JobError: It has no readable job.json.
-        """
+        """Read a run folder; `state` overrides its state.json. Raises JobError without a readable job.json."""
         record = folder.read_job()
         prompts = _read(folder.prompts_file, PromptSets)
         trials = _trials(folder)
@@ -139,7 +117,7 @@ def _trials(folder: RunFolder) -> list[Trial]:
     try:
         return job_trials(folder)
     except JobError:
-        return []  # the study is damaged, of which the state tells
+        return []  # a damaged study, which the state reports
 
 
 def _choice(
@@ -149,7 +127,7 @@ def _choice(
     if prompts is None or record.resolution is None:
         return None, None, None
     try:
-        # What a former version did not know is as it was before.
+        # Settings unknown to a former version have their former defaults.
         settings = Settings(**merged(default_values(), record.settings))
         chosen = choose(trials, len(prompts.bad_search), settings.choice.refusal_tolerance)
         edit = trial_edit(folder, settings.search.space, record.resolution.layers, chosen)

@@ -1,4 +1,4 @@
-"""The sections of report.html, each from a run folder's contents; one that has nothing to show is empty."""
+"""The sections of report.html; a section without content is empty."""
 
 from __future__ import annotations
 
@@ -25,12 +25,7 @@ from job.text.markup import Cell, Markup, definitions, details, escaped, figure,
 
 
 def sections(story: RunView, *, private: bool) -> list[tuple[str, str, str]]:
-    """Return the sections that have something to show: name, heading and HTML of each.
-
-    Args:
-        story: The run folder's contents.
-        private: With the answers to prompts that have the behaviour.
-    """
+    """Return name, heading and HTML of each non-empty section; `private` includes responses to bad prompts."""
     makers: tuple[tuple[str, str, Callable[[RunView], str]], ...] = (
         ("figures", "Figures", _figures),
         ("detectors", "What detectors say", _detectors),
@@ -47,7 +42,7 @@ def sections(story: RunView, *, private: bool) -> list[tuple[str, str, str]]:
 
 
 def headline(story: RunView) -> str:
-    """Return in a sentence what the job came to."""
+    """Return the result in a sentence."""
     base, edited, state = story.base, story.edited, story.state
     if base is None or edited is None:
         done = f"{len(story.trials)} of {story.record.settings['trials']} trials are done"
@@ -66,7 +61,7 @@ def _report_prompts(story: RunView) -> str:
 
 
 def notes(story: RunView) -> list[str]:
-    """Return what a reader has to know before the figures."""
+    """Return notes to read before the metrics."""
     state, found = story.state, []
     if story.edited is not None and state is not None and state.reason:
         found.append(f"The job is {state.state}: {state.reason}.")
@@ -77,7 +72,7 @@ def notes(story: RunView) -> list[str]:
 
 
 def cards(story: RunView) -> str:
-    """Return the few figures that matter most."""
+    """Return the key metrics as cards."""
     base, edited = story.base, story.edited
     shown: list[tuple[str, str, str]] = []
     if base is not None and edited is not None:
@@ -178,7 +173,7 @@ def _edit(story: RunView) -> str:
 
 
 def _spread(weights: Sequence[float]) -> str:
-    """Return in words where an edit is strong and where it does nothing."""
+    """Describe where an edit is strong and where it does nothing."""
     least, most = min(weights), max(weights)
     if most - least < 0.005:
         return f"by {most:.2f} in every layer"

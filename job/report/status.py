@@ -1,4 +1,4 @@
-"""Where a job stands, told from its run folder alone; needs no torch."""
+"""Status of a job, from its run folder alone; needs no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from job.storage.events import read_events
 from job.storage.run_folder import RunFolder
 from job.text.markup import printable
 
-# The ETA goes by the latest trials: rates change when a job moves to another machine.
+# The ETA uses the latest trials: rates change when a job moves to another machine.
 _RECENT = 20
 _EVENTS, _WARNINGS, _FRONT = 5, 5, 10
 # States that a job does not leave by itself.
@@ -30,12 +30,7 @@ _AFTER_SEARCH = ("export", "upload")
 
 
 def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]:
-    """Return the status of a job, as `abliterate status --json` prints it.
-
-    Args:
-        folder: Its run folder, or what a checkpoint has of it.
-        running: Whether a run is at it; None: its lock tells.
-    """
+    """Return a job's status for `abliterate status --json`; `running` None means to use its lock."""
     record, state = folder.read_job(), folder.read_state()
     trials = job_trials(folder)
     events = read_events(folder.events_file)
@@ -78,7 +73,7 @@ def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]
 
 
 def _state(state: State | None, held: bool) -> tuple[str, str | None]:
-    """Return what a job's state is called, and why it is so."""
+    """Return a job's state and its reason."""
     if state is None:
         return "new", None
     if held:
@@ -89,16 +84,16 @@ def _state(state: State | None, held: bool) -> tuple[str, str | None]:
 
 
 def _cost(folder: RunFolder, record: JobRecord) -> float | None:
-    """Return the dollars that the job has taken, None where no price is known."""
+    """Return the job's cost in dollars, None without a known price."""
     spent = read_spent(folder.meter_file)
     return round(spent.dollars, 2) if spent.dollars or record.settings.get("price") is not None else None
 
 
 def _leading(record: JobRecord, trials: Sequence[Trial], prompts: PromptSets | None) -> int | None:
-    """Return the trial that would be chosen if the search ended now."""
+    """Return the trial that would be chosen now."""
     if prompts is None:
         return None
-    # What a former version did not know is as it was before.
+    # Settings unknown to a former version have their former defaults.
     settings = merged(default_values(), record.settings)
     try:
         return choose(trials, len(prompts.bad_search), settings["choice"]["refusal_tolerance"]).number
@@ -107,7 +102,7 @@ def _leading(record: JobRecord, trials: Sequence[Trial], prompts: PromptSets | N
 
 
 def _running(record: JobRecord, state: State | None, done: int, target: int) -> int:
-    """Return how many trials are being evaluated: those of the current batch that are not stored."""
+    """Return the number of trials in evaluation: the current batch without stored ones."""
     if state is None or state.phase != "search":
         return 0
     batch = int(record.settings["trials_per_batch"])
@@ -117,9 +112,10 @@ def _running(record: JobRecord, state: State | None, done: int, target: int) -> 
 def _etas(
     events: Sequence[dict[str, Any]], survey: dict[str, Any], state: State | None, left: int
 ) -> tuple[float | None, float | None]:
-    """Return the seconds until the search and until the job is done.
+    """Return the seconds until the search and the job are done.
 
-    The search goes by its latest rate, and by preflight's estimate before it has one; so do export and delivery.
+    The search is extrapolated from its latest rate, or preflight's estimate before; export and delivery use the
+    estimate.
     """
     hours = survey.get("hours") or {}
     search = None if left <= 0 else _rate_eta(events, left)
@@ -136,11 +132,11 @@ def _etas(
 
 
 def _rate_eta(events: Iterable[dict[str, Any]], left: int) -> float | None:
-    """Return the seconds that the remaining trials will take at the latest rate."""
+    """Return the seconds for the remaining trials at the latest rate."""
     times: list[float] = []
     for event in events:
         if event.get("event") == "search_started":
-            times = [event["time"]]  # what a batch takes lies before its trials, which are told all at once
+            times = [event["time"]]  # a batch's time precedes its trials, which are reported together
         elif event.get("event") == "trial":
             times.append(event["time"])
     recent = times[-_RECENT - 1 :]
@@ -150,7 +146,7 @@ def _rate_eta(events: Iterable[dict[str, Any]], left: int) -> float | None:
 
 
 def _warnings(events: Sequence[dict[str, Any]], survey: dict[str, Any]) -> list[str]:
-    """Return what preflight and the latest start have warned of, each once."""
+    """Return distinct warnings of preflight and of the latest start."""
     found = [
         f"preflight: {check['status']}: {check['name']}: {check['measured']}"
         for check in survey.get("checks", ())
@@ -164,17 +160,12 @@ def _warnings(events: Sequence[dict[str, Any]], survey: dict[str, Any]) -> list[
 
 
 def is_settled(status: dict[str, Any]) -> bool:
-    """Return whether a job has come to its end, so that nothing changes unless somebody starts it again."""
+    """Return whether a job has ended, so that its status changes only when restarted."""
     return status["state"] in ENDED
 
 
 def status_text(status: dict[str, Any], width: int | None = None) -> str:
-    """Return a job's status for people.
-
-    Args:
-        status: From `job_status`.
-        width: Columns that lines are folded to; None: they are not.
-    """
+    """Format a job's status for people, folded to `width` columns unless None."""
     reason = f" ({status['reason']})" if status["reason"] else ""
     lines = [f"job {status['job_id']}: {status['state']}{reason}"]
     if status["phase"] and status["state"] != "finished":
@@ -193,12 +184,12 @@ def status_text(status: dict[str, Any], width: int | None = None) -> str:
     if status["events"]:
         lines.append("last events:")
         lines += [f"  {_clock(event['time'])}  {event['message']}" for event in status["events"]]
-    lines = [printable(line) for line in lines]  # of a checkpoint, whoever can write to it has a say in them
+    lines = [printable(line) for line in lines]  # others may be able to write to a checkpoint
     return "\n".join(lines if width is None else (part for line in lines for part in _folded(line, width)))
 
 
 def _time_lines(status: dict[str, Any]) -> list[str]:
-    """Return what is left and what has been spent."""
+    """Format remaining and spent time and cost."""
     lines = []
     if status["eta_s"] is not None:
         lines.append(f"ETA of the search: {duration_text(status['eta_s'])}")
@@ -211,7 +202,7 @@ def _time_lines(status: dict[str, Any]) -> list[str]:
 
 
 def _front_lines(status: dict[str, Any]) -> list[str]:
-    """Return the Pareto front, with the trial that is or would be chosen."""
+    """Format the Pareto front and the (current) choice."""
     lines = ["front:"] if status["best"] else []
     shown = [best for place, best in enumerate(status["best"]) if place < _FRONT or best["number"] == status["leading"]]
     for best in shown:

@@ -1,4 +1,4 @@
-"""What detectors said of a result's answers, as tables for its reports."""
+"""Tables of detector results for reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AGREED = "How far they agree on which answers are none (Cohen's kappa)"
 
 
 def detector_counts(found: DetectorReport) -> str:
-    """Return what each detector found in both models' answers, as a table in Markdown."""
+    """Format each detector's counts for both models as a Markdown table."""
     counts = {(one.detector, one.prompts, one.model): one for one in found.counts}
     rows = []
     for detector, prompts in dict.fromkeys((one.detector, one.prompts) for one in found.counts):
@@ -23,7 +23,7 @@ def detector_counts(found: DetectorReport) -> str:
 
 
 def detector_agreement(found: DetectorReport) -> str:
-    """Return how far detectors agree, two by two, as a table in Markdown."""
+    """Format pairwise agreement of detectors as a Markdown table."""
     rows = [
         f"| {one.first}, {one.second} | {one.model} | {one.both} | {one.only_first} | {one.only_second} "
         f"| {one.neither} | {'–' if one.kappa is None else f'{one.kappa:.2f}'} |"
@@ -34,7 +34,7 @@ def detector_agreement(found: DetectorReport) -> str:
 
 
 def failed_detectors(found: DetectorReport) -> list[str]:
-    """Return a line for every detector that said nothing."""
+    """Return a line for every failed detector."""
     return [f"{name} could not be used: {reason}" for name, reason in found.failed.items()]
 
 

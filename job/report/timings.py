@@ -1,4 +1,4 @@
-"""How long a job has spent in each of its phases and what that cost, as its events tell."""
+"""Time and cost of a job's phases, from its events."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# What begins a phase of its own within one that the pipeline names.
+# Events that start a phase within a stage of the pipeline.
 _WITHIN = {"residuals_started": "directions"}
 _ENDS = frozenset({"job_finished", "job_failed", "job_preempted"})
 _STAGE = ("preflight", "model", "directions", "search", "export", "upload")
@@ -14,13 +14,7 @@ _STAGE = ("preflight", "model", "directions", "search", "export", "upload")
 
 @dataclass
 class PhaseTime:
-    """What one phase has taken over all starts of a job.
-
-    Attributes:
-        name: The phase.
-        seconds: Time spent in it.
-        dollars: Its cost in starts whose price was known; None if none was.
-    """
+    """Time of one phase over all starts, and its dollars where the price was known, else None."""
 
     name: str
     seconds: float = 0.0
@@ -28,11 +22,7 @@ class PhaseTime:
 
 
 def phase_times(events: Iterable[Mapping[str, Any]]) -> list[PhaseTime]:
-    """Return what each phase has taken, in the order of a run.
-
-    A start that was killed counts up to the last that it said. Nothing is known of runs of versions that did not write
-    their phases down: for these the list is empty.
-    """
+    """Return the time of each phase; a killed start counts until its last event."""
     found: dict[str, PhaseTime] = {}
     phase: PhaseTime | None = None
     price: float | None = None
@@ -59,7 +49,7 @@ def _add(phase: PhaseTime, seconds: float, price: float | None) -> None:
 
 
 def duration_text(seconds: float) -> str:
-    """Return a duration for people, in two units at most."""
+    """Format a duration in at most two units."""
     if seconds < 60:
         return f"{int(seconds)} s" if seconds >= 10 else f"{seconds:.1f} s"
     whole = int(seconds)

@@ -26,13 +26,7 @@ _FOREIGN_SHARE, _KNOWN_SHARE, _LEAST_LETTERS = 0.5, 0.05, 8
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt and a model's response to it.
-
-    Attributes:
-        prompt: The user's message.
-        answer: The response as text, up to the length that is judged.
-        incoherent: Whether the base model's likelihood tells it as incoherent.
-    """
+    """A prompt and a model's response, up to the judged length."""
 
     prompt: str
     answer: str

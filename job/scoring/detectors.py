@@ -1,7 +1,7 @@
-"""Detectors judge the report's responses side by side, so that nobody has to trust one alone.
+"""Detectors judge the report's responses side by side, so that none must be trusted alone.
 
 A detector is a `Scorer`. A package adds one under an entry point of the group `abliteration_job.scorers` that names a
-`Factory`; the entry point's name in `scoring.detectors` has it run:
+`Factory`; the entry point's name in `scoring.detectors` enables it:
 
     [project.entry-points."abliteration_job.scorers"]
     polite = "my_package:make_scorer"
@@ -30,21 +30,12 @@ class Scorer(Protocol):
     """Labels responses."""
 
     def __call__(self, exchanges: Sequence[Exchange], /) -> Sequence[Label]:
-        """Return a label for each exchange.
-
-        If it raises, the report goes without this detector.
-        """
+        """Return a label for each exchange; if it raises, the report omits this detector."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a scorer may use.
-
-    Attributes:
-        scoring: Settings of scoring.
-        loading: Settings of model loading.
-        say: Receives progress.
-    """
+    """Settings and progress callback for a scorer."""
 
     scoring: ScoringSettings
     loading: LoadingSettings
@@ -87,12 +78,7 @@ _BUILTIN: Mapping[str, Factory] = {"markers": _markers, "soft": _soft, "degenera
 
 
 def make_scorer(name: str, context: Context) -> Scorer:
-    """Return the detector of that name.
-
-    Raises:
-        LookupError: No installed package has it.
-        Exception: Its factory raised.
-    """
+    """Return the detector of that name; LookupError if no installed package has it, or its factory's error."""
     if name in _BUILTIN:
         return _BUILTIN[name](context)
     entry_points = metadata.entry_points(group=SCORERS_GROUP, name=name)
@@ -105,23 +91,13 @@ def make_scorer(name: str, context: Context) -> Scorer:
 def detect(
     names: Sequence[str], context: Context, base: Sequence[Exchange], edited: Sequence[Exchange], good: int
 ) -> DetectorReport:
-    """Run detectors on both models' responses.
-
-    A detector that fails is reported and left out.
-
-    Args:
-        names: Names of the detectors.
-        context: What they may use.
-        base: The base model's exchanges, good prompts first.
-        edited: The edited model's exchanges, good prompts first.
-        good: Number of good prompts.
-    """
+    """Run detectors on both models' exchanges, good prompts first; report and skip those that fail."""
     labels: dict[str, list[Label]] = {}
     failed = {}
     for name in dict.fromkeys(names):
         try:
             labels[name] = _labels(make_scorer(name, context), [*base, *edited])
-        except Exception as error:  # others' code may raise anything, and a job is not to be lost by it
+        except Exception as error:  # others' code may raise anything, and must not end the job
             failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
             context.say(f"warning: the detector {name} could not be used: {failed[name]}")
     counts, agreement = [], []
@@ -173,10 +149,7 @@ def _agreement(model: str, first: tuple[str, Sequence[Label]], second: tuple[str
 
 
 def cohens_kappa(both: int, only_first: int, only_second: int, neither: int) -> float | None:
-    """Return Cohen's kappa of two binary judgements.
-
-    It is None if agreement by chance is 1, and without judgements.
-    """
+    """Return Cohen's kappa of two binary judgements; None if chance agreement is 1, or without judgements."""
     n = both + only_first + only_second + neither
     if n == 0:
         return None

@@ -20,9 +20,9 @@ class KLReference:
     """The base model's logits over its own responses to the good prompts.
 
     Attributes:
-        tokens: Positions compared per prompt, at most (N).
-        continuations: For each good prompt the response tokens before the last compared position: N - 1, or all of a
-            response that ends earlier; the position of its end is then the last.
+        tokens: Most positions compared per prompt (N).
+        continuations: Per good prompt the response tokens before the last compared position: N - 1, or fewer if the
+            response ends earlier; its end token is then the last position.
         logits: Logits at all compared positions, prompt after prompt, [positions, vocabulary], in the model's dtype.
     """
 
@@ -32,12 +32,7 @@ class KLReference:
 
     @classmethod
     def measured(cls, batches: PromptBatches, tokens: int) -> Self:
-        """Generate and read the base model's responses to the good prompts.
-
-        Args:
-            batches: The base model's prompts; hooks must be inactive.
-            tokens: Positions to compare per prompt, at most.
-        """
+        """Generate the base model's responses and record logits at up to `tokens` positions; hooks must be inactive."""
         return batches.row_limit.fit(lambda rows: cls._measured(batches, tokens, rows))
 
     @classmethod
@@ -53,18 +48,12 @@ class KLReference:
             batch_logits = last_logits(batches.loaded.model, forced(batch, own), tokens, owners)
             logits.append(real_positions(batch_logits, [len(continuation) + 1 for continuation in own]))
             start += len(batch)
-        # With several positions the logits would take the device memory that forwards are planned with.
+        # With several positions the logits would use device memory planned for forwards.
         kept = torch.cat(logits if tokens == 1 else [part.cpu() for part in logits])
         return cls(tokens, tuple(continuations), kept)
 
     def trial_means(self, batches: PromptBatches, trial_rows: TrialRows, rows: int) -> list[float]:
-        """Return every trial's KL divergence in nats, mean over the good prompts.
-
-        Args:
-            batches: The prompts that the reference was measured on.
-            trial_rows: The trials.
-            rows: Most positions with logits in a forward, all trials together.
-        """
+        """Return every trial's mean KL in nats; `rows` limits positions with logits per forward."""
         total = torch.zeros(trial_rows.trials, dtype=torch.float64)
         for divergences in self._by_batch(batches, trial_rows, rows):
             total += divergences.sum(1)
@@ -72,14 +61,7 @@ class KLReference:
         return means
 
     def divergences(self, batches: PromptBatches, edits: ActiveEdits | None = None) -> list[float]:
-        """Return one model's KL divergence for every good prompt, in nats.
-
-        Each is a mean over the compared positions.
-
-        Args:
-            batches: The model's prompts: the same token ids as those the reference was measured on.
-            edits: Active edits, of which edit 0 applies; None: the model as it is.
-        """
+        """Return a model's KL per good prompt in nats, mean over positions; active edits apply as edit 0."""
 
         def measure(rows: int) -> list[float]:
             batchwise = self._by_batch(batches, batches.trial_rows(edits), rows)
@@ -100,10 +82,8 @@ class KLReference:
     def _of_logits(self, logits: Tensor, start: int, trials: int) -> Tensor:
         """Return KL divergences, mean over positions, [trials, prompts], float64, on the CPU.
 
-        Args:
-            logits: Logits of the forced prompts' last tokens, [trials * prompts, N, vocabulary].
-            start: Index of the first prompt.
-            trials: Number of trials; the prompts of one are adjacent.
+        `logits` [trials * prompts, N, vocabulary] are the forced prompts' last tokens, each trial's prompts adjacent;
+        `start` is the index of the first prompt.
         """
         prompts = len(logits) // trials
         lengths = self._lengths[start : start + prompts]
@@ -129,17 +109,12 @@ class KLReference:
 
 
 def forced(prompts: Sequence[list[int]], continuations: Sequence[list[int]]) -> list[list[int]]:
-    """Append to each prompt its continuation; further continuations are ignored."""
+    """Append its continuation to each prompt; excess continuations are ignored."""
     return [prompt + continuation for prompt, continuation in zip(prompts, continuations, strict=False)]
 
 
 def real_positions(logits: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return the logits of real response positions, row after row, [positions, vocabulary].
-
-    Args:
-        logits: Logits of the last tokens of every row, [rows, N, vocabulary].
-        lengths: Real positions of every row, counted from the end.
-    """
+    """Return logits without padding, [positions, vocabulary]; `logits` are the last tokens', [rows, N, vocabulary]."""
     if logits.shape[1] == 1:
         return logits[:, 0]
     return torch.cat([row[-length:] for row, length in zip(logits, lengths, strict=True)])

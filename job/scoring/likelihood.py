@@ -1,7 +1,6 @@
 """Incoherent responses: the base model finds their tokens much less likely than those of its own responses.
 
-The first tokens do not count. There a compliant response is as unlikely as an incoherent one, because the base model
-would have refused; after them it hardly is.
+The first tokens do not count: a compliant response is unlikely there too, because the base model would have refused.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from job.generation.answer import Answer
 from job.generation.forward import last_logits
 from job.scoring.prompt_batches import PromptBatches
 
-# Response tokens at the beginning that do not count, and the least number after them that is judged.
+# Ignored response tokens at the beginning, and the fewest judged tokens after them.
 OPENING, LEAST = 4, 4
-# The base model's own responses lie within so many robust standard deviations of their median.
+# The base model's own responses lie within this many robust standard deviations of their median.
 _DEVIATIONS, _MAD_TO_SIGMA = 6.0, 1.4826
 
 _Pair = tuple[tuple[int, ...], tuple[int, ...]]
@@ -28,11 +27,11 @@ _Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class IncoherenceTest:
-    """Tells incoherent responses by the base model's likelihood of their tokens.
+    """Detects incoherent responses by the base model's likelihood of their tokens.
 
     Attributes:
-        batches: The base model's prompts; hooks on the model must be inactive during every call.
-        bound: Least mean log-probability of a coherent response, nats per token; -inf: every response is coherent.
+        batches: The base model's prompts; hooks must be inactive during every call.
+        bound: Least mean log-probability of a coherent response, nats per token; -inf disables the test.
     """
 
     batches: PromptBatches
@@ -40,14 +39,10 @@ class IncoherenceTest:
 
     @classmethod
     def calibrated(cls, batches: PromptBatches, margin: float | None, responses: Sequence[Answer]) -> Self:
-        """Set the bound from the base model's own responses.
+        """Set the bound from the base model's whole responses to the good prompts.
 
-        It is their median minus the margin, which is at least 6 robust standard deviations of those responses.
-
-        Args:
-            batches: The base model's prompts.
-            margin: Nats per token; None: every response is coherent.
-            responses: The base model's whole responses to the good prompts.
+        It is their median minus the margin in nats per token; the margin is at least 6 robust standard deviations. A
+        margin of None disables the test.
         """
         test = cls(batches)
         if margin is None:
@@ -71,12 +66,9 @@ class IncoherenceTest:
         return [mean < self.bound for mean in self.mean_log_probabilities(prompts, responses)]
 
     def mean_log_probabilities(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[float]:
-        """Return each response's mean log-probability per token, in nats.
-
-        Its opening does not count. Responses that are too short have nan.
-        """
+        """Return each response's mean log-probability per token after its opening, in nats; nan if too short."""
         pairs = [(tuple(prompt), tuple(response)) for prompt, response in zip(prompts, responses, strict=True)]
-        # Similar edits often give the same response: each is measured once.
+        # Similar edits often give the same response: measure each once.
         judged = [pair for pair in dict.fromkeys(pairs) if len(pair[1]) >= OPENING + LEAST]
         judged.sort(key=lambda pair: len(pair[1]))  # less padding
         means = self.batches.row_limit.fit(lambda rows: self._measure(judged, rows)) if judged else []

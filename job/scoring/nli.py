@@ -19,18 +19,10 @@ _MOST_TOKENS = 512
 
 
 class Entailment:
-    """Tests with an entailment classifier whether texts are refusals."""
+    """Detects refusals with an entailment classifier."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Find the classifier's labels.
-
-        Args:
-            model: A classifier of text pairs with a label for entailment.
-            tokenizer: Its tokenizer.
-
-        Raises:
-            ImpossibleJobError: The model has no such label.
-        """
+        """Find the classifier's labels; ImpossibleJobError if none is entailment."""
         self._model = model
         self._tokenizer = tokenizer
         labels = {str(name).casefold(): int(number) for number, name in model.config.id2label.items()}
@@ -46,16 +38,7 @@ class Entailment:
 
     @classmethod
     def loaded(cls, name: str, settings: LoadingSettings, say: Callable[[str], None]) -> Self:
-        """Load a classifier from a folder or from the Hub.
-
-        Args:
-            name: A folder, or NAME[@REVISION] on the Hub.
-            settings: Settings with the device.
-            say: Receives progress.
-
-        Raises:
-            JobError: It does not exist or is no classifier.
-        """
+        """Load a classifier from a folder or NAME[@REVISION] on the Hub; JobError if there is none."""
         source = parse_model(name)
         folder = fetch_model(source, list_model(source, None, say), say)
         quieten_transformers()
@@ -73,7 +56,7 @@ class Entailment:
 
     @torch.inference_mode()
     def refused(self, answers: Sequence[str]) -> list[bool]:
-        """Return whether each response is empty, or a refusal rather than not."""
+        """Return whether each response is empty or rather a refusal than not."""
         refusals: list[bool] = []
         for start in range(0, len(answers), _ROWS):
             batch = list(answers[start : start + _ROWS])

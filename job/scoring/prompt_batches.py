@@ -1,4 +1,4 @@
-"""The prompts of one model in batches: what scoring the search and measuring the report share."""
+"""One model's prompts in batches, shared by the search and the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST_PREFIX = 2
 
 
 class RowLimit:
-    """Rows per forward, halved for good whenever memory runs out."""
+    """Rows per forward, permanently halved whenever memory runs out."""
 
     def __init__(self, rows: int, report: Callable[[str], None]) -> None:
         """Start with `rows` rows; `report` receives a warning for every halving."""
@@ -31,11 +31,7 @@ class RowLimit:
         self._report = report
 
     def fit(self, compute: Callable[[int], T]) -> T:
-        """Return `compute(rows)`, retried with half the rows when memory runs out.
-
-        Raises:
-            MachineError: Memory does not suffice for one row.
-        """
+        """Return `compute(rows)`, retried with half the rows; MachineError if memory does not suffice for one."""
         result, self._rows = halving(self._rows, compute, self._report)
         return result
 
@@ -60,13 +56,11 @@ class TokenizedPrompts:
 
 @dataclass(frozen=True)
 class TrialRows:
-    """Makes rows with their trial's edit and shared-prefix KV cache.
+    """Rows with their trial's edit and shared-prefix KV cache.
 
     Attributes:
-        trials: Number of trials; their indices begin with 0.
-        edits: The trials' active edits; None: the unedited model.
-        prefix: KV cache of the prompts' shared prefix for every trial; None: no shared prefix.
-        device: Device of the model's inputs.
+        trials: Number of trials, indexed from 0.
+        prefix: Every trial's KV cache of the shared prefix, or None.
     """
 
     trials: int
@@ -75,10 +69,7 @@ class TrialRows:
     device: torch.device
 
     def rows(self, trials: Sequence[int], prompts: int) -> RowTrials:
-        """Return the rows for so many prompts per trial, [len(trials) * prompts].
-
-        The rows of one trial are adjacent.
-        """
+        """Return rows for `prompts` prompts per trial, [len(trials) * prompts], each trial's adjacent."""
         owners = torch.tensor(trials, device=self.device).repeat_interleave(prompts)
         return RowTrials(owners, self.edits, self.prefix)
 
@@ -88,12 +79,10 @@ class PromptBatches:
     """Good and bad prompts of one model, cut into batches.
 
     Attributes:
-        loaded: The model.
-        good: Good prompts: KL is measured on them.
-        bad: Bad prompts: their refusals are counted.
-        prefix: Token ids that all prompts start with, read once per trial; empty if that is impossible or too short.
+        good: Good prompts, for KL.
+        bad: Bad prompts, for refusals.
+        prefix: Token ids of the shared prefix, computed once per trial; empty if unsupported or too short.
         read_tokens: Prompt tokens per forward that suit the device; None: no limit.
-        row_limit: Rows per forward.
     """
 
     loaded: LoadedModel
@@ -114,16 +103,7 @@ class PromptBatches:
         report: Callable[[str], None] = lambda _: None,
         least_prefix: int = LEAST_PREFIX,
     ) -> Self:
-        """Tokenize the prompts and find their shared prefix.
-
-        Args:
-            loaded: The model.
-            good: Good prompts.
-            bad: Bad prompts.
-            rows: Rows per forward, all trials together.
-            report: Receives a warning when memory does not suffice for so many rows.
-            least_prefix: Shortest shared prefix, in tokens, that is read once per trial.
-        """
+        """Tokenize prompts and find their shared prefix of at least `least_prefix` tokens."""
         own_good, own_bad = TokenizedPrompts.of(loaded, good), TokenizedPrompts.of(loaded, bad)
         common = common_prefix([*own_good.tokens, *own_bad.tokens])[: writable_slots(loaded.model)]
         shared = loaded.architecture.batching.shared and len(common) >= least_prefix
@@ -136,21 +116,14 @@ class PromptBatches:
         return [*self.good.tokens, *self.bad.tokens]
 
     def trial_rows(self, edits: ActiveEdits | None, trials: int = 1) -> TrialRows:
-        """Read the shared prefix once under the edit of every trial."""
+        """Compute the shared prefix under every trial's edit."""
         prefix = shared_prefix(self.loaded.model, self.prefix, trials, edits) if self.prefix else None
         return TrialRows(trials, edits, prefix, self.loaded.device)
 
     def reading(
         self, prompts: Sequence[list[int]], trial_rows: TrialRows, rows: int, positions: int = 1
     ) -> Iterator[tuple[list[list[int]], RowTrials]]:
-        """Yield batches for one forward each, with all trials' rows.
-
-        Args:
-            prompts: Token ids of each prompt, shortest first.
-            trial_rows: The trials.
-            rows: Most positions with logits in a forward, all trials together.
-            positions: Positions with logits per row.
-        """
+        """Yield batches for one forward each with all trials' rows; `rows` limits positions with logits."""
         trials = trial_rows.trials
         tokens = None if self.read_tokens is None else self.read_tokens // trials
         most = max(1, rows // (trials * positions))
@@ -173,7 +146,7 @@ class PromptBatches:
         openings: Sequence[int] | None = None,
         decided: Callable[[int, list[int]], bool] | None = None,
     ) -> list[Answer]:
-        """Decode one batch greedily; the parameters are those of `greedy_answers`."""
+        """Decode one batch greedily; see `greedy_answers`."""
         return greedy_answers(
             self.loaded.model,
             prompts,
@@ -188,9 +161,6 @@ class PromptBatches:
     def responses(
         self, prompts: Sequence[list[int]], limit: int, rows: int, edits: ActiveEdits | None = None
     ) -> list[Answer]:
-        """Generate whole responses of up to `limit` tokens.
-
-        Active edits make it the model under edit 0.
-        """
+        """Generate whole responses of up to `limit` tokens, under edit 0 if edits are active."""
         batches = self.generating(prompts, self.trial_rows(edits), rows)
         return [answer for batch, owners in batches for answer in self.generate(batch, owners, limit)]

@@ -16,13 +16,12 @@ from job.text.refusal_markers import RefusalMarkers
 
 @dataclass
 class ResponseCounts:
-    """What one trial's responses to the bad prompts are.
+    """Counts over one trial's responses to the bad prompts.
 
     Attributes:
-        refusals: Refused prompts.
         broken: Prompts with a broken response that is no refusal.
         opening: Mean log-odds of the base model's first tokens.
-        rest: All other responses: index of the prompt, token ids of the response.
+        rest: Other responses: prompt index and token ids.
     """
 
     refusals: int = 0
@@ -36,8 +35,6 @@ class RefusalCounter:
     """Counts refusals among the responses to the bad prompts.
 
     Attributes:
-        batches: The prompts.
-        watch: Finds refusal markers while responses are decoded.
         response_tokens: Length in tokens up to which responses are judged.
         openings: First token of the base model's response to each bad prompt.
     """
@@ -62,15 +59,7 @@ class RefusalCounter:
         response_tokens: int | None = None,
         search_tokens: int | None = None,
     ) -> list[ResponseCounts]:
-        """Return the counts of every trial in `trials`, decoded together.
-
-        Args:
-            trial_rows: All trials of the batch.
-            trials: Indices of the trials to decode, at least one.
-            rows: Rows per forward, all trials together.
-            response_tokens: Longest response; None: as long as responses are judged.
-            search_tokens: Responses that are broken after so many tokens count as broken too; None: only whole ones.
-        """
+        """Return each trial's counts; a response broken within `search_tokens` tokens counts as broken too."""
         limit = response_tokens or self.response_tokens
         counts = [ResponseCounts() for _ in trials]
         start = 0
@@ -86,7 +75,6 @@ class RefusalCounter:
     def _add(
         self, counts: ResponseCounts, prompt: int, response: Answer, limit: int, search_tokens: int | None
     ) -> None:
-        """Add one response to a trial's counts."""
         counts.opening += response.opening / len(self.batches.bad)
         text = "" if response.decided else self.batches.loaded.decode(response.tokens)
         truncated = len(response.tokens) == limit < self.response_tokens
@@ -99,7 +87,7 @@ class RefusalCounter:
 
     def _is_refusal(self, text: str, *, truncated: bool) -> bool:
         markers = self.watch.markers
-        # A blank beginning may still become a response, so counts at full length are never smaller.
+        # A blank beginning may still become a response, so full-length counts are never smaller.
         return markers.found(text) if truncated else markers.is_refusal(text)
 
     def _is_broken(self, prompt: int, text: str, tokens: list[int], search_tokens: int | None) -> bool:

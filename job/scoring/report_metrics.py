@@ -1,4 +1,4 @@
-"""Metrics for reports: whole responses of one model to all prompts, and the figures made of them."""
+"""Metrics for reports, from one model's whole responses to all prompts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,7 @@ from job.text.refusal_markers import RefusalMarkers
 
 @dataclass(frozen=True)
 class JudgedResponses:
-    """Responses of one model to the good and to the bad prompts.
-
-    Attributes:
-        good: Good prompts with their responses.
-        bad: Bad prompts with their responses.
-        good_refused: Which good prompts were refused.
-        bad_refused: Which bad prompts were refused.
-    """
+    """One model's responses to the good and bad prompts, and which of them are refusals."""
 
     good: list[Exchange]
     bad: list[Exchange]
@@ -45,12 +38,7 @@ class JudgedResponses:
         return KeptAnswers(good=_kept(self.good, self.good_refused), bad=_kept(self.bad, self.bad_refused))
 
     def figures(self, kl_tokens: int, divergences: Sequence[float] | None = None) -> Figures:
-        """Return the model's figures.
-
-        Args:
-            kl_tokens: Positions that KL is a mean over.
-            divergences: KL divergence from the base model for every good prompt, in nats; None for the base model.
-        """
+        """Return the model's metrics; `divergences` are its KL per good prompt in nats, None for the base model."""
         good_broken, bad_broken = ([exchange.broken for exchange in kind] for kind in (self.good, self.bad))
         return Figures(
             bad_prompts=len(self.bad),
@@ -71,10 +59,7 @@ class ReportMetrics:
     """Measures one model on whole responses, with or without an edit.
 
     Attributes:
-        batches: The model's prompts.
-        markers: Refusal markers.
-        response_tokens: Longest response.
-        kl_tokens: Positions of the base model's responses that KL is a mean over.
+        kl_tokens: Positions of the base model's responses averaged in KL.
         incoherence_margin: Margin of `IncoherenceTest.calibrated`.
     """
 
@@ -91,14 +76,11 @@ class ReportMetrics:
         return sum(map(len, prompts)) + len(prompts) * self.response_tokens
 
     def responses(self, edits: ActiveEdits | None = None) -> list[Answer]:
-        """Generate whole responses to all prompts, good ones first.
-
-        Active edits make it the model under edit 0.
-        """
+        """Generate whole responses to all prompts, good ones first, under edit 0 if edits are active."""
         return self._responses(self.batches.everything, edits)
 
     def good_responses(self) -> list[Answer]:
-        """Generate the model's whole responses to the good prompts alone."""
+        """Generate the model's whole responses to the good prompts only."""
         return self._responses(self.batches.good.tokens, None)
 
     def _responses(self, prompts: Sequence[list[int]], edits: ActiveEdits | None) -> list[Answer]:
@@ -106,27 +88,18 @@ class ReportMetrics:
         return batches.row_limit.fit(lambda rows: batches.responses(prompts, limit, rows, edits))
 
     def reference(self) -> KLReference:
-        """Measure the reference for KL divergence from this model."""
+        """Measure the KL reference of this model."""
         return KLReference.measured(self.batches, self.kl_tokens)
 
     def incoherence_test(self, responses: Sequence[Answer] | None = None) -> IncoherenceTest:
-        """Calibrate the incoherence test on this model, the base model.
-
-        Args:
-            responses: Its `responses` to all prompts; None: those to the good prompts are generated, if needed.
-        """
+        """Calibrate the incoherence test on this base model's responses; generate those to good prompts if needed."""
         if responses is None:
             responses = [] if self.incoherence_margin is None else self.good_responses()
         good = responses[: len(self.batches.good)]
         return IncoherenceTest.calibrated(self.batches, self.incoherence_margin, good)
 
     def judge(self, responses: Sequence[Answer], incoherent: Sequence[bool] | None = None) -> JudgedResponses:
-        """Judge responses to all prompts.
-
-        Args:
-            responses: Responses of a model with this tokenizer, good prompts first.
-            incoherent: Which of them are incoherent (`IncoherenceTest.flags`); None: none is.
-        """
+        """Judge responses to all prompts, good ones first; `incoherent` comes from `IncoherenceTest.flags`."""
         prompts = [*self.batches.good.prompts, *self.batches.bad.prompts]
         exchanges = [
             Exchange(prompt.user, self.batches.loaded.decode(response.tokens), flag)

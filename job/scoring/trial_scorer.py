@@ -15,19 +15,14 @@ from job.scoring.prompt_batches import PromptBatches
 from job.scoring.refusals import RefusalCounter, ResponseCounts
 from job.text.refusal_markers import RefusalMarkers
 
-# KL divergence recorded for a failed trial, in nats; far above that of any usable edit.
+# KL recorded for a failed trial, in nats; far above any usable edit's.
 FAILED_KL = 100.0
 _NOT_FINITE = "the logits are not finite"
 
 
 @dataclass(frozen=True)
 class TrialScorer:
-    """Scores edits of the base model on good and bad prompts.
-
-    Attributes:
-        reference: What KL is measured against.
-        counter: Counts refusals.
-    """
+    """Scores edits of the base model on good and bad prompts."""
 
     reference: KLReference
     counter: RefusalCounter
@@ -36,14 +31,7 @@ class TrialScorer:
     def measured(
         cls, batches: PromptBatches, markers: RefusalMarkers, response_tokens: int, kl_tokens: int = 1
     ) -> Self:
-        """Measure what trials are compared with.
-
-        Args:
-            batches: The base model's prompts; hooks must be inactive.
-            markers: Refusal markers.
-            response_tokens: Length in tokens up to which responses are judged.
-            kl_tokens: Positions of the base model's responses that KL is a mean over.
-        """
+        """Measure the base model's reference, with inactive hooks; KL is a mean over `kl_tokens` positions."""
         reference = KLReference.measured(batches, kl_tokens)
         return cls(reference, RefusalCounter.measured(batches, markers, response_tokens))
 
@@ -61,15 +49,7 @@ class TrialScorer:
         skip_kl_above: float | None = None,
         response_tokens: int | None = None,
     ) -> list[TrialScores]:
-        """Score all edits in one batch, as the search does.
-
-        Args:
-            intervention: The hooks, in place.
-            edits: The edits, one per trial.
-            rows: Rows per forward, all edits together.
-            skip_kl_above: Skip generation for trials with a larger KL divergence, in nats; None: skip none.
-            response_tokens: Longest response; None: as long as responses are judged.
-        """
+        """Score all edits in one batch with hooks in place; no generation above a KL of `skip_kl_above` nats."""
         return self._scores(intervention, edits, rows, skip_kl_above=skip_kl_above, response_tokens=response_tokens)
 
     def full_scores(
@@ -81,15 +61,7 @@ class TrialScorer:
         search_tokens: int,
         incoherence: IncoherenceTest,
     ) -> list[TrialScores]:
-        """Score finalists again in one batch, on responses of full length.
-
-        Args:
-            intervention: The hooks, in place.
-            edits: The edits, one per trial.
-            rows: Rows per forward, all edits together.
-            search_tokens: Longest response in the search; a response that was broken then is broken now.
-            incoherence: The base model's test; incoherent responses count as broken.
-        """
+        """Score finalists on full-length responses, where incoherent ones and those broken before count as broken."""
         return self._scores(intervention, edits, rows, search_tokens=search_tokens, incoherence=incoherence)
 
     def _scores(
@@ -144,7 +116,6 @@ class TrialScorer:
         return TrialScores(refusals=counts.refusals, broken=counts.broken, kl=max(kl, 0.0), opening=counts.opening)
 
     def _add_incoherent(self, counts: Sequence[ResponseCounts], incoherence: IncoherenceTest) -> None:
-        """Count incoherent responses of all trials as broken."""
         rest = [(count, prompt, tokens) for count in counts for prompt, tokens in count.rest]
         prompts = [self.batches.bad.tokens[prompt] for _, prompt, _ in rest]
         incoherent = incoherence.incoherent(prompts, [tokens for *_, tokens in rest])

@@ -1,4 +1,4 @@
-"""Time and money that a job has taken, over all its starts and machines, and when to stop for them."""
+"""Time and cost of a job over all its starts and machines, and when to stop for its limits."""
 
 from __future__ import annotations
 
@@ -18,19 +18,14 @@ _TICK_SECONDS = 20.0
 
 
 class Spent(Record):
-    """meter.json: what a job has taken so far.
-
-    Attributes:
-        seconds: Time of all starts.
-        dollars: Of the starts whose price was known.
-    """
+    """meter.json: seconds and dollars of all starts; dollars only where the price was known."""
 
     seconds: float = 0.0
     dollars: float = 0.0
 
 
 def read_spent(file: Path) -> Spent:
-    """Return what a job has taken; nothing where it is not known."""
+    """Return the recorded time and cost; zero if unreadable."""
     try:
         return read_record(file, Spent)
     except JobError:
@@ -38,16 +33,10 @@ def read_spent(file: Path) -> Spent:
 
 
 class Meter:
-    """Counts what a job takes, from where earlier starts have got to."""
+    """Measures a job's time and cost, continuing from earlier starts."""
 
     def __init__(self, file: Path, price: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin to count.
-
-        Args:
-            file: meter.json.
-            price: Dollars an hour of this machine, None if unknown.
-            clock: Seconds that no change of the wall clock moves.
-        """
+        """Start at the values in meter.json; `price` is dollars per hour, and the clock monotonic seconds."""
         self._file = file
         self._price = price or 0.0
         self._clock = clock
@@ -57,20 +46,20 @@ class Meter:
 
     @property
     def spent(self) -> Spent:
-        """What the job has taken until now."""
+        """Time and cost so far."""
         seconds = self._clock() - self._started
         return Spent(
             seconds=self._before.seconds + seconds, dollars=self._before.dollars + seconds / 3600 * self._price
         )
 
     def tick(self) -> None:
-        """Write down what the job has taken until now."""
+        """Write time and cost so far to disk."""
         with self._lock:
             write_record(self._file, self.spent)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Write it down every now and then within the block, and at its end."""
+        """Write periodically within the block, and at its end."""
 
         def keep() -> None:
             try:
@@ -86,20 +75,12 @@ class Meter:
 
 
 class Budget:
-    """Tells when a search has to stop so that its best can still be exported and delivered within the limits."""
+    """Decides when a search must stop so that export and delivery fit within the limits."""
 
     def __init__(
         self, meter: Meter, *, max_hours: float | None, max_cost: float | None, price: float | None, reserve: float
     ) -> None:
-        """Set the limits.
-
-        Args:
-            meter: What has been taken.
-            max_hours: Hours of the whole job, None for any.
-            max_cost: Dollars of the whole job, None for any.
-            price: Dollars an hour of this machine, None if unknown.
-            reserve: Hours that export and delivery will take.
-        """
+        """Set the limits of the whole job: hours, dollars (None for no limit), and the hours reserved for export."""
         self._meter = meter
         self._max_hours = max_hours
         self._max_cost = max_cost
@@ -118,5 +99,5 @@ class Budget:
         return min(left) - self._reserve if left else None
 
     def has_room_for(self, seconds: float) -> bool:
-        """Return whether something that takes so long still fits."""
+        """Return whether `seconds` more fit."""
         return self.left is None or self.left * 3600 >= seconds

@@ -1,4 +1,4 @@
-"""Whether a search's result can be trusted to be what more trials would find; needs no torch."""
+"""Whether a search has converged and its result is plausible; needs no torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 from job.numerics.statistics import wilson_interval
 from job.records import Figures, Trial
 
-# A search has not converged if its last third has added more than this share of what its front dominates.
+# A search has not converged if its last third added more than this share of the front's hypervolume.
 MOST_GAIN = 0.02
-# Where every edit leaves no more than this share of prompts unanswered, all of them do what they are to do.
+# An edit is complete if at most this share of the prompts is unanswered.
 _COMPLETE = 0.02
-# Of fewer trials nothing can be said.
+# Fewer trials permit no conclusion.
 LEAST_TRIALS = 6
 
 
 def hypervolume(points: Iterable[tuple[float, float]]) -> float:
-    """Return the area that points (share of unanswered prompts, KL) dominate up to (1, 1); a larger KL counts as 1."""
+    """Return the hypervolume of points (share unanswered, KL), with reference (1, 1); a larger KL counts as 1."""
     area, least = 0.0, 1.0
     for share, kl in sorted(points):
         if kl < least:
@@ -26,12 +26,7 @@ def hypervolume(points: Iterable[tuple[float, float]]) -> float:
 
 
 def search_warnings(trials: Sequence[Trial], prompts: int) -> list[str]:
-    """Return what makes the front of a search doubtful, in words; nothing of a search that is too short to tell.
-
-    Args:
-        trials: The finished trials, in number order.
-        prompts: Number of bad prompts that were asked.
-    """
+    """Return warnings about a search's front, [] if it is too short; `prompts` is the number of bad prompts."""
     usable = [trial for trial in trials if trial.values.reason is None]
     if len(trials) < LEAST_TRIALS or not usable:
         return []
@@ -51,7 +46,7 @@ def search_warnings(trials: Sequence[Trial], prompts: int) -> list[str]:
 
 
 def effect_warnings(base: Figures, edited: Figures) -> list[str]:
-    """Return what makes the effect of the chosen edit doubtful, in words, from figures on the report split."""
+    """Return warnings about the chosen edit's effect, from metrics on the report split."""
     found = []
     before, after = (wilson_interval(_unanswered(one), one.bad_prompts) for one in (base, edited))
     if after[1] >= before[0]:

@@ -1,9 +1,8 @@
-"""Counting again in answers of full length, for the trials that may be chosen.
+"""Score finalists again on full-length responses.
 
-The search may look at the beginnings of answers only, and takes no time to ask the base model whether they are
-gibberish. A marker in the beginning is one in the whole, and an answer counts as broken if its beginning is, so that
-counting a trial again finds no fewer unanswered prompts. Therefore it is enough to count again, until none is left,
-those trials that could be chosen as things stand: the choice is then that among full counts of all trials.
+The search may read only the beginnings of responses, and skips the incoherence test. A marker or breakage in the
+beginning also counts in the whole, so a full count is never lower. It therefore suffices to count eligible trials until
+none is left uncounted: the choice is then the same as among full counts of all trials.
 """
 
 from __future__ import annotations
@@ -20,12 +19,7 @@ from job.storage.run_folder import RunFolder
 
 
 class FullCounts(Record):
-    """rescored.json: what was counted in answers of full length, by the trial's number.
-
-    Attributes:
-        refusals: Refused bad prompts.
-        broken: Those with a broken answer; a former version counted none.
-    """
+    """rescored.json: counts on full-length responses, by trial number."""
 
     version: Literal[1] = 1
     refusals: dict[int, int] = Field(default_factory=dict)
@@ -33,16 +27,12 @@ class FullCounts(Record):
 
 
 def read_full_counts(folder: RunFolder) -> FullCounts:
-    """Return what has been counted so far.
-
-    Raises:
-        JobError: The file does not hold such counts.
-    """
+    """Read the counts so far. Raises JobError if the file is damaged."""
     return read_record(folder.rescored_file, FullCounts) if folder.rescored_file.exists() else FullCounts()
 
 
 def keep_full_counts(folder: RunFolder, counts: FullCounts, more: Mapping[int, TrialScores]) -> FullCounts:
-    """Write down further counts and return all."""
+    """Write further counts, and return all."""
     counts = FullCounts(
         refusals=counts.refusals | {number: scores.refusals for number, scores in more.items()},
         broken=counts.broken | {number: scores.broken for number, scores in more.items()},
@@ -53,7 +43,7 @@ def keep_full_counts(folder: RunFolder, counts: FullCounts, more: Mapping[int, T
 
 
 def with_full_counts(trials: Sequence[Trial], counts: FullCounts) -> list[Trial]:
-    """Return trials with the counts at full length where there are any."""
+    """Replace trials' counts with full-length ones where known."""
     found = []
     for trial in trials:
         values = trial.values
@@ -67,20 +57,10 @@ def with_full_counts(trials: Sequence[Trial], counts: FullCounts) -> list[Trial]
 def next_to_rescore(
     trials: Sequence[Trial], counts: FullCounts, prompts: int, tolerance: float, batch: int
 ) -> list[Trial]:
-    """Return the trials to count again next, in number order: those that may be chosen, none when the choice is final.
+    """Return the trials to count next, in number order; none once the choice is final.
 
-    Where many had to be counted already, full length has much to add to what the search has counted: then those go
-    along that may be chosen should these not hold, as many in all as have been counted so far.
-
-    Args:
-        trials: The finished trials as the search has measured them.
-        counts: What has been counted so far; what comes next follows from it alone, so that a restart goes on alike.
-        prompts: Number of bad prompts that were asked.
-        tolerance: Share of the prompts within which trials may be chosen, see `job.search.pareto.choose`.
-        batch: Trials that are evaluated together.
-
-    Raises:
-        JobError: No trial could be scored.
+    Only `counts` determine the result, so a restart continues identically. If many were already counted, full length
+    differs much from the search; then the total is doubled by candidates for the next rounds. Raises JobError.
     """
     known = with_full_counts(trials, counts)
     found = _open(known, counts, prompts, tolerance)
@@ -95,11 +75,10 @@ def next_to_rescore(
 
 
 def _open(trials: Sequence[Trial], counts: FullCounts, prompts: int, tolerance: float) -> list[Trial]:
-    """Return those that may be chosen and have not been counted again."""
     return [trial for trial in eligible(trials, prompts, tolerance) if trial.number not in counts.refusals]
 
 
 def in_words(values: TrialScores, asked: int | None = None) -> str:
-    """Return a trial's counts in words, of so many prompts asked."""
+    """Format a trial's counts, out of `asked` prompts."""
     refused = f"{values.refusals}{f'/{asked}' if asked else ''} refusals"
     return f"{refused}, {values.broken} broken answers" if values.broken else refused

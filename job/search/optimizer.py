@@ -1,10 +1,9 @@
-"""The search: an Optuna study that survives being killed at any instant.
+"""The search: an Optuna study that survives a kill at any instant.
 
-Trials are asked K at a time on an in-memory copy of the study, with a sampler seeded from the job's
-seed and the trial's number. The K parameter sets are written to study.db as one attribute, the plan,
-before anything is evaluated, and the results are added as finished trials in number order. A restart
-evaluates the unfinished plan first; so the trials of an interrupted search are those of an
-uninterrupted one (docs/decisions/0003-planned-trials.md). Nothing here needs torch.
+K trials at a time are sampled on an in-memory copy of the study, with a sampler seeded by the job's seed and the
+trial's number. Their parameters are stored in study.db as one attribute, the plan, before evaluation. Results are added
+as finished trials in number order. A restart evaluates the unfinished plan first, so an interrupted search has the same
+trials as an uninterrupted one (docs/decisions/0003-planned-trials.md). Needs no torch.
 """
 
 from __future__ import annotations
@@ -42,17 +41,14 @@ _OPENING_SCALE = 5.0
 
 @dataclass(frozen=True)
 class StudySettings:
-    """How a study is to be run.
+    """Settings of a study.
 
     Attributes:
-        seed: The job's seed.
-        startup_trials: Trials at the start that the sampler has no say in.
-        batch: Trials asked and evaluated together (K).
-        rows: Rows of a forward, recorded with each plan.
-        together: Trials that share their forwards, likewise; None: all of a batch.
-        ei_candidates: Candidates the sampler weighs for each trial.
-        known_points: Whether the space's known points come first, however many; other start-up trials are random.
-        ahead: Batches that are asked before the results of the one before them are known.
+        startup_trials: Trials before TPE takes over.
+        rows: Rows per forward, recorded with each plan.
+        together: Trials that share a forward, recorded with each plan; None for the whole batch.
+        known_points: Whether the space's known points come first; other start-up trials are random.
+        ahead: Batches sampled before the results of the preceding one.
     """
 
     seed: int
@@ -67,11 +63,7 @@ class StudySettings:
 
 @dataclass(frozen=True)
 class FewerRows:
-    """Memory did not suffice for a plan: it is stored and evaluated again with fewer rows a forward.
-
-    Attributes:
-        rows: Rows of a forward.
-    """
+    """Result of a plan that ran out of memory: store and evaluate it again with `rows` rows per forward."""
 
     rows: int
 
@@ -86,17 +78,7 @@ class Search:
         settings: StudySettings,
         copy: Path | None = None,
     ) -> None:
-        """Open the study, creating it if it is not there.
-
-        Args:
-            file: The study.
-            space: The space of edits.
-            settings: How it is run.
-            copy: Where the study is copied to after every batch; None: beside it, for when it gets damaged.
-
-        Raises:
-            JobError: The file is not a study that can be read.
-        """
+        """Open or create the study, copied to `copy` after every batch. Raises JobError if it is unreadable."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._file = file
         self._copy = copy or file.with_name(BACKUP)
@@ -118,19 +100,15 @@ class Search:
         batch: Callable[[], AbstractContextManager[None]] = nullcontext,
         may_go_on: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Evaluate plans until the study has as many trials as the target, or may not go on.
+        """Evaluate plans until the study has `target` trials or `may_go_on` is false. Raises MachineError.
 
         Args:
             target: Number of trials at the end.
-            evaluate: Scores all trials of the first of some plans, and may begin with the others; or says that they
-                need fewer rows. May raise at any time without harm.
-            told: Called with each trial once it is stored.
-            shielded: Within its block, no stop interrupts the study's writes.
-            batch: Entered for every batch, from its plan to its last trial.
-            may_go_on: Asked before every batch.
-
-        Raises:
-            MachineError: The study cannot be written.
+            evaluate: Scores the first plan and may start the others; or returns `FewerRows`. May raise at any time.
+            told: Called with each stored trial.
+            shielded: Context that defers stops during the study's writes.
+            batch: Context of every batch, from plan to last trial.
+            may_go_on: Checked before every batch.
         """
         while len(self._trials) < target and may_go_on():
             with batch(), clear_write_errors(self._file):
@@ -170,12 +148,12 @@ class Search:
 
     def _unfinished_plans(self) -> list[Plan]:
         stored = self._study.user_attrs.get(PLAN, [])
-        # A former version knew one plan at a time.
+        # A former version stored a single plan.
         plans = [Plan.model_validate(one) for one in (stored if isinstance(stored, list) else [stored])]
         return [plan for plan in plans if plan.first + len(plan.parameters) > len(self._trials)]
 
     def _with_next(self, plans: Sequence[Plan], target: int) -> list[Plan]:
-        """Return unfinished plans and those that are asked now."""
+        """Return unfinished plans and newly sampled ones."""
         found = list(plans)
         while len(found) <= self._settings.ahead:
             first = found[-1].first + len(found[-1].parameters) if found else len(self._trials)
@@ -186,7 +164,7 @@ class Search:
 
     def _next_plan(self, unfinished: Sequence[Plan], first: int, target: int) -> Plan:
         memory = self._remembered(unfinished, first)
-        # An extended search falls back into step with the batches of an unextended one.
+        # An extended search realigns with the batches of an unextended one.
         size = min(self._settings.batch - first % self._settings.batch, target - first)
         distributions = self._space.distributions()
         known = self._space.known_points() if self._settings.known_points else []
@@ -199,11 +177,10 @@ class Search:
         return Plan(first=first, parameters=parameters, rows=self._settings.rows, together=self._settings.together)
 
     def _remembered(self, unfinished: Sequence[Plan], first: int) -> optuna.Study:
-        """Return the study in memory that a trial is asked on: all before it, as the sampler is to see them then.
+        """Return the in-memory study that a trial is sampled on: all earlier trials, as the sampler may see them.
 
-        It sees the results of batches that are so many before the trial's as are asked ahead, whatever else is
-        known, and of others what they try: so what is asked depends on nothing but those, however a search was
-        interrupted or extended.
+        Results are visible up to `ahead` batches before the trial's; of later trials only their parameters. So sampling
+        is deterministic, however the search was interrupted or extended.
         """
         if self._memory is None:
             self._memory, self._seen = optuna.create_study(directions=DIRECTIONS), 0
@@ -221,11 +198,10 @@ class Search:
         return memory
 
     def _sampled(self, trial: FrozenTrial) -> list[float]:
-        """Return a trial's values as the sampler is to see them: the opening tells equal counts of refusals apart.
+        """Return the values for the sampler: the opening's log-odds break ties between equal counts.
 
-        While every trial refuses everything, the count alone would leave KL as the only measure, and the
-        sampler would walk to the edit that does nothing. The odds are squeezed into ±0.5, less than one
-        refusal.
+        While every trial refuses everything, KL would be the only objective and the sampler would converge to no edit.
+        The odds are squashed to ±0.5, less than one refusal.
         """
         scores = as_trial(trial).values
         share = 0.5 if scores.reason is not None else math.atan(scores.opening / _OPENING_SCALE) / math.pi
@@ -243,7 +219,7 @@ class Search:
         )
 
     def _tell(self, plan: Plan, scores: Sequence[TrialScores]) -> None:
-        """Add all trials of a plan that are not there yet, in number order and at once."""
+        """Add all missing trials of a plan at once, in number order."""
         distributions = self._space.distributions()
         trials = []
         for offset in range(len(self._trials) - plan.first, len(plan.parameters)):
@@ -261,6 +237,6 @@ class Search:
 
 
 def _attributes(scores: TrialScores) -> dict[str, Any]:
-    # What a former version did not know is left out where it says nothing.
+    # Values unknown to a former version are omitted where empty.
     more = {name for name in ("broken", "skipped") if getattr(scores, name)}
     return scores.model_dump(include={"opening", "reason"} | more)

@@ -1,4 +1,4 @@
-"""The Pareto front of trials, and the choice among its trials."""
+"""The Pareto front of trials, and the choice on it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from job.records import Trial
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that no other beats in both measures, fewest unanswered prompts first.
+    """Return the Pareto-optimal trials, fewest unanswered prompts first.
 
-    The measures are KL and the bad prompts that are refused or have a broken answer: a model that babbles complies with
-    nothing. Of trials with equal values only the first is kept; failed trials have no place on the front.
+    The objectives are KL and the bad prompts with a refusal or a broken response: gibberish is no compliance. Of equal
+    trials the first is kept; failed ones are excluded.
     """
     front: list[Trial] = []
     least = math.inf
@@ -26,16 +26,7 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def eligible(trials: Sequence[Trial], prompts: int, tolerance: float) -> list[Trial]:
-    """Return the trials of the front within tolerance of the fewest unanswered prompts.
-
-    Args:
-        trials: The finished trials.
-        prompts: Number of bad prompts that were asked.
-        tolerance: Share of the prompts.
-
-    Raises:
-        JobError: No trial could be scored.
-    """
+    """Return the trials within `tolerance` (a share of `prompts`) of the front's fewest unanswered. Raises JobError."""
     front = pareto_front(trials)
     if not front:
         raise JobError("every trial failed", remedy="see the reasons in events.jsonl")
@@ -44,10 +35,6 @@ def eligible(trials: Sequence[Trial], prompts: int, tolerance: float) -> list[Tr
 
 
 def choose(trials: Sequence[Trial], prompts: int, tolerance: float) -> Trial:
-    """Return the eligible trial of lowest KL; see `eligible`.
-
-    Raises:
-        JobError: No trial could be scored.
-    """
+    """Return the eligible trial of lowest KL; see `eligible`."""
     possible = eligible(trials, prompts, tolerance)
     return min(possible, key=lambda t: (t.values.kl, t.values.unanswered, t.number))

@@ -1,4 +1,4 @@
-"""The path of edits found by gradient, and the space around it that trials are made from. Nothing here needs torch."""
+"""The gradient path of edits, and the search space around it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from job.records import COMPONENTS, Component, EditParameters, LearnedDirections
 from job.records.edits import LayerStrengths
 
 POSITION = "path.position"
-# Scales of a component's strengths: gentler than the path's is what is looked for, and sometimes a little more.
+# Range of a component's scale: weaker than the path is the aim, slightly stronger is allowed.
 _SCALES = (0.4, 1.2)
 
 
@@ -22,12 +22,9 @@ class PathStage(Record):
     """The end of one stage of the gradient descent.
 
     Attributes:
-        beta: Weight of the KL divergence in the stage's loss.
-        steps: Steps so far, those of earlier stages included.
+        steps: Steps so far, earlier stages included.
         logits: θ of each component, layer and direction; strengths are λ_max σ(θ).
-        refusals: Refused held-out prompts, decoded.
-        broken: Held-out prompts with a broken answer.
-        kl: KL divergence over the first positions of held-out answers, nats.
+        kl: KL divergence over the first positions of held-out responses, nats.
     """
 
     beta: float
@@ -39,15 +36,12 @@ class PathStage(Record):
 
 
 class EditPath(Record):
-    """directions/path.json: the stages of the gradient descent, the first to the last that was kept.
+    """directions/path.json: the kept stages of the gradient descent, in order.
 
     Attributes:
-        key: Of all that the path follows from.
         largest: λ_max.
-        prompts: Held-out prompts that refusals were counted of.
-        stages: The stages.
-        directions: sha256 of the learned directions, one set a stage; None where each layer keeps the basis' own.
-        failed: Why there is no path, and the search is TPE's; None if there is one.
+        directions: SHA-256 of the learned directions, one set per stage; None if layers keep the basis.
+        failed: Why there is no path and the search uses TPE; None if there is one.
     """
 
     version: Literal[1] = 1
@@ -61,11 +55,7 @@ class EditPath(Record):
 
 @dataclass(frozen=True)
 class PathSpace:
-    """Edits at and between the stages of a path, with one scale for each component's strengths.
-
-    Attributes:
-        path: The path, of one stage at least.
-    """
+    """Edits on a path of at least one stage, with a strength scale per component."""
 
     path: EditPath
 
@@ -76,12 +66,12 @@ class PathSpace:
         return {POSITION: FloatDistribution(0.0, last), **scales}
 
     def known_points(self) -> list[dict[str, Any]]:
-        """Return the stages' ends as parameters, the last and gentlest first."""
+        """Return the stages' ends as parameters, the last and weakest first."""
         scales = {f"{component}.scale": 1.0 for component in COMPONENTS}
         return [{POSITION: float(place), **scales} for place in reversed(range(len(self.path.stages)))]
 
     def edit(self, params: Mapping[str, Any]) -> EditParameters:
-        """Return the edit that a trial's parameters describe: θ and directions are interpolated linearly."""
+        """Return a trial's edit; θ and directions are interpolated linearly."""
         stages, place = self.path.stages, params[POSITION]
         lower = min(int(place), len(stages) - 1)
         first, second = stages[lower], stages[min(lower + 1, len(stages) - 1)]

@@ -1,4 +1,4 @@
-"""The space of edits that is searched: parameters, their ranges, and known points to begin with."""
+"""The search space of edits: parameters, ranges, and known starting points."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from job.records import COMPONENTS, Component, EditParameters, KernelParameters
 
 GLOBAL, PER_LAYER = "global", "per layer"
 
-# Edits to begin with: whose direction, at what depth as a share of the model's, and min_weight at as great a distance
-# from the middle layer as the model is deep.
+# Starting points: direction scope, layer as a share of the depth, and min_weight, which is reached one model depth away
+# from the middle layer.
 _KNOWN = (
     (GLOBAL, 0.4, 1.0), (GLOBAL, 0.6, 1.0), (PER_LAYER, 0.5, 1.0), (GLOBAL, 0.5, 1.0),
     (GLOBAL, 0.3, 1.0), (GLOBAL, 0.7, 1.0), (PER_LAYER, 0.5, 0.0), (GLOBAL, 0.8, 1.0),
@@ -20,26 +20,25 @@ _KNOWN = (
 
 
 class Space(Protocol):
-    """A space of edits."""
+    """A search space of edits."""
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Return the range of every parameter."""
 
     def known_points(self) -> list[dict[str, Any]]:
-        """Return the parameters to try before any other."""
+        """Return the parameters to try first."""
 
     def edit(self, params: dict[str, Any]) -> EditParameters:
-        """Return the edit that a trial's parameters describe."""
+        """Return a trial's edit."""
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The parameters of an edit and their ranges, for a model of so many layers.
+    """Kernel parameters of an edit and their ranges.
 
     Attributes:
-        name: "wide", or "field" for the ranges that other tools of this kind use.
-        layers: Number of layers.
-        directions: Directions of each layer's basis; the strength of every one but the first is searched.
+        name: "wide", or "field" for the ranges of comparable tools.
+        directions: Directions per layer; the strength of all but the first is searched.
     """
 
     name: str
@@ -67,11 +66,11 @@ class SearchSpace:
         return found
 
     def known_points(self) -> list[dict[str, Any]]:
-        """Return the parameters to try before any other: ablations that are known to do well, the likeliest first.
+        """Return known good ablations to try first, the best first.
 
-        They ablate one direction in full from every layer, as Arditi et al. (2024) do: that of a layer at one of
-        several depths, or each layer's own; one has each layer's own at a strength that falls to half at both ends.
-        Where the space does not hold such an edit its nearest one takes its place; repetitions are left out.
+        They ablate one direction fully in every layer, as Arditi et al. (2024) do: a single layer's at several depths,
+        or each layer's own. One falls to half strength at both ends. Points outside the space are moved to the nearest
+        inside; duplicates are dropped.
         """
         last = float(self.layers - 1)
         found: list[dict[str, Any]] = []
@@ -92,12 +91,12 @@ class SearchSpace:
         return found
 
     def edit(self, params: dict[str, Any]) -> EditParameters:
-        """Return the edit that a trial's parameters describe; min_weight is a share of max_weight."""
+        """Return a trial's edit; min_weight is a share of max_weight."""
         index = params["direction_index"] if params["direction_scope"] == GLOBAL else None
         return EditParameters(
             direction_index=index,
             kernels={component: _kernel(component, params) for component in COMPONENTS},
-            # By what the trial has, so that a study can be read without the directions.
+            # From the trial's own parameters, so that a study can be read without the directions.
             strengths=(1.0, *(params[name] for name in map(_strength_name, range(1, len(params))) if name in params)),
         )
 

@@ -1,6 +1,6 @@
-"""A study on disk: an Optuna database that survives being killed, copied while it is written, and spoilt.
+"""A study on disk: an Optuna database that survives kills, is copied while in use, and may be damaged.
 
-Nothing here needs torch.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PLAN = "plan"
 
 
 def open_study(url: str, name: str) -> optuna.Study:
-    """Open a study for a run, creating it if it is not there."""
+    """Open or create a run's study."""
     with warnings.catch_warnings():
         # Metric names, which optuna-dashboard shows, are marked experimental since Optuna 3.2.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -41,7 +41,7 @@ def open_study(url: str, name: str) -> optuna.Study:
 
 
 def as_trial(trial: FrozenTrial) -> Trial:
-    """Return a trial of a study as what it measured."""
+    """Convert a study's trial."""
     refusals, kl = trial.values
     scores = TrialScores(refusals=int(refusals), kl=kl, **trial.user_attrs)
     return Trial(number=trial.number, params=trial.params, values=scores)
@@ -98,11 +98,7 @@ def _contents(models: ModuleType, identifier: Any, trial: FrozenTrial) -> Iterat
 
 
 def read_trials(file: Path) -> list[Trial]:
-    """Return the finished trials of a study on disk in number order, none if there is no study.
-
-    Raises:
-        JobError: The file is not a study that can be read.
-    """
+    """Read a study's finished trials in number order; [] without a study. Raises JobError if it is damaged."""
     if not file.exists():
         return []
     # Not through SQLAlchemy: it takes half a second to load, and a status command is to read only.
@@ -135,7 +131,7 @@ def read_trials(file: Path) -> list[Trial]:
 
 
 def file_url(file: Path) -> str:
-    """Return the address of a study on disk."""
+    """Return the SQLite URL of a study."""
     return f"sqlite:///{file.resolve()}"
 
 
@@ -147,7 +143,7 @@ def _is_of_storage(error: Exception) -> bool:
 
 @contextmanager
 def clear_write_errors(file: Path) -> Iterator[None]:
-    """Turn what fails within the block, while a study is written, into one clear error."""
+    """Turn storage errors within the block into one clear error about writing a study."""
     try:
         yield
     except Exception as error:
@@ -162,7 +158,7 @@ def clear_write_errors(file: Path) -> Iterator[None]:
 
 @contextmanager
 def clear_errors(file: Path) -> Iterator[None]:
-    """Turn what fails within the block, while a study is opened or read, into one clear error."""
+    """Turn errors within the block into one clear error about opening or reading a study."""
     try:
         yield
     except Exception as error:

@@ -23,35 +23,30 @@ from optuna.trial import FrozenTrial
 
 
 class Sampler(TPESampler):
-    """TPE in a space that is known; Optuna's works it out of all trials anew for every one, 3 ms at 200 trials."""
+    """TPE in a fixed space; Optuna infers it from all trials every time, 3 ms at 200 trials."""
 
     def __init__(self, space: dict[str, BaseDistribution], **options: Any) -> None:
-        """Take a space, and what Optuna's sampler takes.
-
-        Args:
-            space: Range of every parameter: no logarithms, no steps.
-            **options: See `optuna.samplers.TPESampler`.
-        """
+        """Take the space, without logarithmic or stepped ranges, and options of `optuna.samplers.TPESampler`."""
         super().__init__(**options)
         # In the order in which Optuna would draw.
         self._known = {name: space[name] for name in sorted(space) if not space[name].single()}
         self._parzen_estimator_cls = ParzenEstimator
 
     def infer_relative_search_space(self, _study: Study, _trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return the space, without what has one value only."""
+        """Return the space without constant parameters."""
         return self._known
 
 
 class ParzenEstimator(_ParzenEstimator):
-    """Optuna's, which draws from its truncated normal distributions by drawing again what lies outside.
+    """Optuna's estimator, sampling truncated normals by rejection.
 
-    Optuna inverts their distribution function in Python, value by value: more than half of the time that asking for a
-    trial took. Every mean is within its range, and no deviation is larger than it, so a third of what is drawn or more
-    lies inside. Densities are products of matrices here, where Optuna has a table of candidates, parts and parameters.
+    Optuna inverts the distribution function in Python, value by value: over half of the sampling time. Here means lie
+    within their range and deviations do not exceed it, so at least a third of the samples is accepted. Densities are
+    matrix products instead of a table of candidates, components and parameters.
     """
 
     def sample(self, rng: np.random.RandomState, size: int) -> dict[str, np.ndarray]:
-        """Return so many candidates' values of every parameter, those of choices as their indices."""
+        """Sample `size` values of every parameter; choices as indices."""
         mixture = self._mixture_distribution
         component = rng.choice(len(mixture.weights), p=mixture.weights, size=size)
         drawn = {}
@@ -65,7 +60,7 @@ class ParzenEstimator(_ParzenEstimator):
         return drawn
 
     def log_pdf(self, samples_dict: dict[str, np.ndarray]) -> np.ndarray:
-        """Return the logarithm of the density at so many candidates, [candidates]."""
+        """Return the log-density of every candidate, [candidates]."""
         mixture = self._mixture_distribution
         logs = np.log(mixture.weights)[np.newaxis]  # [candidates, components]
         values, ranges = [], []
@@ -84,12 +79,7 @@ class ParzenEstimator(_ParzenEstimator):
 
 
 def _log_densities(values: np.ndarray, ranges: Sequence[_BatchedTruncNormDistributions]) -> np.ndarray:
-    """Return the logarithm of every component's density at all values together, [candidates, components].
-
-    Args:
-        values: One for each range, [candidates, ranges].
-        ranges: The components' truncated normal distributions in each range.
-    """
+    """Return every component's joint log-density, [candidates, components], for values [candidates, ranges]."""
     mu, sigma = (np.stack([getattr(parts, name) for parts in ranges], axis=1) for name in ("mu", "sigma"))
     low, high = (np.array([getattr(parts, name) for parts in ranges]) for name in ("low", "high"))
     mass = _log_gauss_mass((low - mu) / sigma, (high - mu) / sigma)
@@ -102,7 +92,7 @@ def _log_densities(values: np.ndarray, ranges: Sequence[_BatchedTruncNormDistrib
 
 
 def _truncated(rng: np.random.RandomState, mu: np.ndarray, sigma: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Return one value of each normal distribution, given that it is within a range."""
+    """Sample each normal distribution, truncated to a range."""
     values = rng.normal(mu, sigma)
     while (outside := (values < low) | (values > high)).any():
         values[outside] = rng.normal(mu[outside], sigma[outside])

@@ -1,4 +1,4 @@
-"""Which trial a job exports, and whether that is already decided."""
+"""Choice of the exported trial, and whether it is final."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ from job.storage.exports import is_sealed
 
 
 def chosen_trial(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> Trial:
-    """Return the trial that the job exports.
-
-    Raises:
-        JobError: No trial could be scored.
-    """
+    """Return the trial that the job exports. Raises JobError if no trial could be scored."""
     return choose(trials, len(prompts.bad_search), job.settings.choice.refusal_tolerance)
 
 
 def finalists_left(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> bool:
-    """Return whether finalists have yet to be counted on responses of full length."""
+    """Return whether finalists have yet to be scored on full-length responses."""
     scoring, tolerance = job.settings.scoring, job.settings.choice.refusal_tolerance
     already_full_length = scoring.effective_search_tokens == scoring.answer_tokens and scoring.gibberish is None
     if not job.record.searches or already_full_length:
@@ -31,12 +27,12 @@ def finalists_left(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -
 
 
 def is_searched(job: OpenJob, trials: Sequence[Trial]) -> bool:
-    """Return whether the search has as many trials as are wanted, or this job does no search."""
+    """Return whether the search is complete, or this job does no search."""
     return not job.record.searches or len(trials) >= job.settings.trials
 
 
 def is_exported(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets | None) -> bool:
-    """Return whether search, choice and export are done, so that the model is not needed any more."""
+    """Return whether search, choice and export are done, so that the model is not needed."""
     if prompts is None or not is_searched(job, trials) or finalists_left(job, trials, prompts):
         return False
     return is_sealed(job.export_of(chosen_trial(job, trials, prompts)))

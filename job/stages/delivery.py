@@ -1,4 +1,4 @@
-"""The end of a job: gates, delivery to all targets, and its last state and reports."""
+"""The end of a job: gates, delivery to all targets, final state and reports."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from job.upload.targets import deliver_to_all
 
 
 def deliver(job: RunningJob, export: Path, trial: Trial) -> Outcome:
-    """Deliver an export to all targets, unless it misses a gate; return the outcome.
-
-    Raises:
-        HeldError: Another run has taken the job over.
-    """
+    """Deliver an export to all targets unless it misses a gate. Raises HeldError if another run took over."""
     outcome = outcome_of(job.folder, trial.number, export)
     for warning in RunResult.read(job.folder).warnings:
         job.events.emit("doubt", f"warning: {warning}")
@@ -36,14 +32,7 @@ def deliver(job: RunningJob, export: Path, trial: Trial) -> Outcome:
 
 
 def finish(job: RunningJob, trial: Trial, trials: int, missed: str | None) -> None:
-    """Write a finished job's reports, then its final state.
-
-    Args:
-        job: The job.
-        trial: The chosen trial.
-        trials: Trials of the search.
-        missed: Which gate the export missed, None if it missed none.
-    """
+    """Write a finished job's reports, then its final state; `missed` is the missed gate or None."""
     finished = _finished(job, trial, trials, missed)
     write_reports(job.folder, finished)
     write_record(job.folder.state_file, finished)

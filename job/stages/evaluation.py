@@ -1,6 +1,6 @@
-"""What a worker does: it opens a job's model once, and evaluates tasks that are values.
+"""A worker's evaluator: opens a job's model once, and evaluates tasks that are values.
 
-Light to import: processes import it before there is a job, and set which devices they see before torch is loaded.
+Light to import: processes import it before there is a job, and set their visible devices before torch is loaded.
 """
 
 from __future__ import annotations
@@ -29,12 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrialsTask:
-    """Edits to be scored in one batch.
+    """Edits to score in one batch.
 
     Attributes:
-        edits: The edits.
-        rows: Rows of a forward.
-        whole: On responses of full length without skipping; otherwise with the search's shortcuts.
+        whole: Score full-length responses without the search's shortcuts.
     """
 
     edits: tuple[EditParameters, ...]
@@ -60,11 +58,7 @@ class JobEvaluation:
 
     @contextmanager
     def opened(self) -> Iterator[JobEvaluator]:
-        """Yield an evaluator with the model loaded.
-
-        Raises:
-            JobError: The model cannot be loaded here, or its files have changed.
-        """
+        """Yield an evaluator with the model loaded. Raises JobError if it cannot be, or has changed."""
         from job.lifecycle.model_folder import model_folder
         from job.lifecycle.running import OpenJob
         from job.stages.model import cpu_threads, loaded_model
@@ -84,7 +78,7 @@ class JobEvaluator:
     """Evaluates the tasks of one job."""
 
     def __init__(self, job: OpenJob, prompts: PromptSets, model: LoadedModel, hooks: ExitStack) -> None:
-        """Take a loaded model, and a stack in which hooks on it are put."""
+        """Take a loaded model, and the stack that will hold its hooks."""
         self._job = job
         self._prompts = prompts
         self._model = model
@@ -93,17 +87,13 @@ class JobEvaluator:
 
     @property
     def hardware(self) -> str:
-        """What the model is computed by."""
+        """The device that computes the model."""
         from job.model.loading import device_kind
 
         return device_kind(self._model.device)
 
     def share(self, value: SharedDirections) -> None:
-        """Take the directions that trials are edits with.
-
-        Raises:
-            MachineError: Learned ones cannot be written here.
-        """
+        """Set the directions of trials. Raises MachineError if learned ones cannot be written here."""
         from job.directions.learned import keep_learned
         from job.stages.session import model_session
 
@@ -113,11 +103,7 @@ class JobEvaluator:
         self._session = self._hooks.enter_context(model_session(self._job, self._model, value.basis, self._prompts))
 
     def evaluate(self, task: Any) -> Any:
-        """Return the scores of a TrialsTask, or the residuals of a ResidualsTask.
-
-        Raises:
-            MemoryError: Memory does not suffice.
-        """
+        """Return the scores of a TrialsTask, or the residuals of a ResidualsTask. Raises MemoryError."""
         from job.model.device_faults import is_out_of_memory
         from job.model.memory import release_memory
 
@@ -134,11 +120,7 @@ class JobEvaluator:
 
 
 def warm_up(model: Path | None) -> None:
-    """Load what takes seconds to import, and the code of a model's family.
-
-    Args:
-        model: The model's folder, if it is there already.
-    """
+    """Import slow libraries, and the code of the family of a model folder, if it exists yet."""
     import torch
 
     import job.stages.session  # noqa: F401

@@ -1,4 +1,4 @@
-"""The export of a trial: written, loaded afresh, proven, measured on the report split, and sealed."""
+"""The export of a trial: written, reloaded, verified, measured on the report split, and sealed."""
 
 from __future__ import annotations
 
@@ -33,19 +33,10 @@ from job.storage.exports import DONE
 
 
 def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportFormat) -> Path:
-    """Write a trial's edit, prove what was written, measure it and seal it; return its folder.
+    """Write, verify, measure and seal a trial's edit in a format; return its folder.
 
-    The export replaces the base model in memory; the base model is unusable afterwards.
-
-    Args:
-        session: The model.
-        trial: The trial.
-        trials: Trials that the search has made.
-        form: What is written.
-
-    Raises:
-        ExportMismatchError: What was written is not what was measured.
-        MachineError: The folder cannot be written.
+    The export replaces the base model in memory, which is unusable afterwards. Raises ExportMismatchError or
+    MachineError.
     """
     job, model = session.job, session.model
     require_resident(model, form)
@@ -81,7 +72,6 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
 
 
 def _write_weights(session: ModelSession, export: Path, edit: Edit, form: ExportFormat) -> None:
-    """Write the weights of an export, where it has any."""
     job, model = session.job, session.model
     if form == "merged":
         with job.events.progress("shards", len(Checkpoint(model.folder).files)) as advance:
@@ -109,11 +99,7 @@ class _Measurement:
         return self.session.job
 
     def figures(self, parameters: EditParameters) -> tuple[Figures, Figures]:
-        """Return the figures of both, and keep them with sampled answers and what detectors say.
-
-        Raises:
-            ExportMismatchError: The export, loaded afresh, is not what was measured.
-        """
+        """Measure both, and store samples and detector results. Raises ExportMismatchError."""
         session, prompts = self.session, self.session.prompts
         base = self._metrics(session.model, prompts.good_report, prompts.bad_report)
         with self._shown("the base model's responses and the edit's", 2 * base.most_tokens):
@@ -144,7 +130,7 @@ class _Measurement:
         return figures
 
     def _proven(self, parameters: EditParameters) -> LoadedModel:
-        """Return the export, loaded in the base model's place and compared with the edit on the search split."""
+        """Reload the export in the base model's place, compared with the edit on the search split."""
         prompts = self.session.prompts
         with self._shown("proving the export", 2 * self.session.scorer.metrics.most_tokens):
             measured = self._measured_edit(parameters)
@@ -154,7 +140,7 @@ class _Measurement:
         return fresh
 
     def _measured_edit(self, parameters: EditParameters) -> MeasuredEdit:
-        """Return what the reloaded export must agree with, measured on the search split."""
+        """Measure on the search split what the reloaded export must agree with."""
         session, model = self.session, self.session.model
         keeps_precision = self.form == "adapter" or Checkpoint(model.folder).keeps(model.architecture, torch.float32)
         if keeps_precision and is_exact(model):
@@ -173,7 +159,7 @@ class _Measurement:
         return as_resolved(fresh, job.record)
 
     def _detected(self, before: JudgedResponses, after: JudgedResponses) -> DetectorReport:
-        """Return what the detectors say of the base model's responses and of the edited one's."""
+        """Return the detectors' results for both models' responses."""
         scoring = self._job.settings.scoring
         context = Context(scoring, self._job.settings.loading, self._job.events.say)
         prompts = len(self.session.prompts.good_report)

@@ -1,4 +1,4 @@
-"""What is done with a job's run folder after its search: other points of the front, later deliveries."""
+"""Work on a run folder after the search: export other trials, deliver later."""
 
 from __future__ import annotations
 
@@ -37,23 +37,13 @@ if TYPE_CHECKING:
 
 
 def export_trial(folder: RunFolder, number: int | None, form: ExportFormat | None, events: Events) -> Path:
-    """Export another trial of a job, from its run folder alone; return the export's folder.
-
-    Args:
-        folder: The run folder.
-        number: The trial; None for the one that the job would choose.
-        form: What is written; None for the job's format.
-        events: Where progress goes.
-
-    Raises:
-        UsageError: There is no such trial.
-    """
+    """Export another trial, by default the job's own choice and format; return its folder. Raises UsageError."""
     with folder.held():
         return _exported(OpenJob(folder, JobFile(folder), job_settings(folder), events), number, form)
 
 
 def _exported(job: OpenJob, number: int | None, form: ExportFormat | None) -> Path:
-    """Return the export of a trial, made if it is not there; the caller holds the job."""
+    """Return the export of a trial, made if missing; the caller holds the job."""
     trials = job_trials(job.folder)
     trial, form = trial_of(job, trials, number), form or job.settings.export_format
     export = job.folder.export_folder(trial.number, form)
@@ -68,12 +58,7 @@ def _exported(job: OpenJob, number: int | None, form: ExportFormat | None) -> Pa
 
 
 def trial_of(job: OpenJob, trials: Sequence[Trial], number: int | None) -> Trial:
-    """Return the trial of a number, or the one that the job would choose.
-
-    Raises:
-        UsageError: There is no such trial, or it failed.
-        JobError: None is given, and no trial could be scored.
-    """
+    """Return the trial of a number, or the job's own choice. Raises UsageError or JobError."""
     if number is None:
         return chosen_trial(job, trials, read_record(job.folder.prompts_file, PromptSets))
     found = {trial.number: trial for trial in trials}.get(number)
@@ -87,16 +72,9 @@ def trial_of(job: OpenJob, trials: Sequence[Trial], number: int | None) -> Trial
 
 @contextmanager
 def looking(folder: RunFolder, events: Events, device: str | None = None) -> Iterator[ModelSession]:
-    """Yield a job's model with its directions and hooks for read-only use: no lock is taken, no event is logged.
+    """Yield a job's model with directions and hooks, read-only: takes no lock, logs no event.
 
-    Args:
-        folder: The run folder.
-        events: Where progress goes.
-        device: Another device than the job's.
-
-    Raises:
-        UsageError: The job has not found its directions yet, or there is no such device.
-        HeldError: A run of the job computes on this machine's accelerator, whose memory the model would share.
+    Raises UsageError without directions, or HeldError if a run of the job uses this machine's accelerator.
     """
     record, settings = folder.read_job(), job_settings(folder)
     if record.resolution is None or not folder.prompts_file.exists():
@@ -130,21 +108,9 @@ def _on_device(loading: LoadingSettings, device: str) -> LoadingSettings:
 def upload_trial(
     start: JobStart, number: int | None, form: ExportFormat | None, events: Events, signals: StopSignals
 ) -> list[tuple[str, str]]:
-    """Deliver a trial of a job, exporting it first where that has not been done.
+    """Deliver a trial, exported first if needed; return the failed targets with reasons.
 
-    Args:
-        start: The job, from `resumption`, with the targets.
-        number: The trial; None for the one that the job would choose.
-        form: What is delivered; None for the job's format.
-        events: Where progress goes.
-        signals: What stops it.
-
-    Returns:
-        Targets that could not be delivered to, with the reason.
-
-    Raises:
-        GateError: The export misses one of the job's gates.
-        UsageError: There is no such trial, or no target.
+    By default the job's own choice and format. Raises GateError for a missed gate, or UsageError.
     """
     if not start.settings.upload:
         raise UsageError("there is no target to deliver to", remedy="give --upload")
@@ -161,19 +127,12 @@ def upload_trial(
 
 
 def apply(model: str, file: Path, out: Path, events: Events) -> None:
-    """Apply a saved edit to a base model; a model on the Hub is fetched.
-
-    Args:
-        model: Folder, or NAME[@REVISION] on the Hub.
-        file: The edit file, or the export that holds it.
-        out: Folder of the edited model, new or empty.
-        events: Where progress goes.
-    """
+    """Apply a saved edit, or its export's, to a base model; `out` is new or empty."""
     from job.export.directions_file import apply_edit
 
     source = parse_model(model)
     listing = list_model(source, None, events.say)
-    quantisation_in(fetch_model(source, listing, events.say, weights=False))  # refused before the weights are fetched
+    quantisation_in(fetch_model(source, listing, events.say, weights=False))  # before the weights are downloaded
     folder = fetch_model(source, listing, events.say)
     with events.progress("shards", len(list(folder.glob(f"*{WEIGHTS}")))) as advance:
         apply_edit(folder, file, out, advance)

@@ -1,4 +1,4 @@
-"""The path of edits by gradient: found once, before the search looks around it."""
+"""The gradient path of edits, computed once, before the search explores around it."""
 
 from __future__ import annotations
 
@@ -24,20 +24,17 @@ from job.stages.session import ModelSession
 from job.storage.atomic import make_folder, write_record
 from job.text.refusal_markers import RefusalMarkers
 
-# One in so many extraction prompts is held out, to say when the descent has gone far enough.
+# One in this many extraction prompts is held out, for early stopping.
 _HELD_OUT = 4
-# Refused prompts that it takes to begin.
+# Fewest refused prompts to start with.
 _LEAST_REFUSALS = 8
 
 
 def find_path(job: RunningJob, session: ModelSession) -> None:
-    """Find the path of edits that trials are made from, where the settings ask for one and there is none yet.
+    """Compute the path of edits around which trials are sampled, if wanted. Raises MachineError.
 
-    A study that has begun without one goes on without. A model whose gradients cannot be had or trusted is searched
-    with weight kernels; this is said once and written down.
-
-    Raises:
-        MachineError: Memory does not suffice for one prompt, or the path cannot be written.
+    A study begun without a path continues without. Without usable gradients the search uses weight kernels, which is
+    reported and recorded.
     """
     folder = job.folder
     if job.settings.search.method != "gradient" or folder.path_file.exists() or trials_so_far(folder):
@@ -49,12 +46,10 @@ def find_path(job: RunningJob, session: ModelSession) -> None:
         job.events.emit("gradient_failed", f"warning: no edits by gradient: {path.failed}; searching with tpe")
     else:
         job.events.emit("gradient_path", f"edits by gradient: {len(path.stages)} stages", stages=len(path.stages))
-    shutil.rmtree(folder.gradient_folder, ignore_errors=True)  # the state, which nothing goes on from any more
+    shutil.rmtree(folder.gradient_folder, ignore_errors=True)  # the descent's state, no longer needed
 
 
 class _Finder:
-    """Finds the path of one job."""
-
     def __init__(self, job: RunningJob, session: ModelSession, recipe: Recipe) -> None:
         self._job, self._session, self._recipe = job, session, recipe
         self._good = _split(session.prompts.good, job.settings.seed, "held-out good")
@@ -64,7 +59,6 @@ class _Finder:
 
     @property
     def _key(self) -> str:
-        """What the path follows from."""
         record, session = self._job.record, self._session
         return digest(
             {
@@ -78,7 +72,7 @@ class _Finder:
         )
 
     def found(self) -> EditPath:
-        """Return the path, or why there is none."""
+        """Return the path, or the reason that there is none."""
         fault = self._offloaded()
         if fault is not None:
             return self._path((), fault)
@@ -136,7 +130,7 @@ class _Finder:
         )
 
     def _measured(self, variables: EditVariables) -> TrialScores:
-        """Return an edit's scores on the held-out prompts, as the search would measure them."""
+        """Score an edit on the held-out prompts, as the search would."""
         job, session = self._job, self._session
         settings, rows = job.settings, job.resolution.rows
         if self._scorer is None:
@@ -150,7 +144,7 @@ class _Finder:
         return self._session.hooks.activate([self._edit(variables)])
 
     def _edit(self, variables: EditVariables) -> EditParameters:
-        """Return an edit as trials are given it; its directions are in the run folder until the next one."""
+        """Return a trial's edit; its directions stay in the run folder until the next call."""
         end = StageEnd(variables, 0.0, 0, TrialScores(refusals=0, kl=0.0))
         self._forget(None)
         self._written = keep_learned(self._job.folder, path_of([end]))
@@ -170,7 +164,7 @@ class _Finder:
 
 
 def _split(prompts: Sequence[Prompt], seed: int, name: str) -> tuple[list[Prompt], list[Prompt]]:
-    """Return prompts to fit and prompts that are held out, by the seed."""
+    """Split prompts by the seed: to fit on, and held out."""
     chosen = set(minibatch(seed, 0, name, len(prompts), max(1, len(prompts) // _HELD_OUT)))
     fitted = [prompt for index, prompt in enumerate(prompts) if index not in chosen]
     return fitted, [prompt for index, prompt in enumerate(prompts) if index in chosen]

@@ -1,4 +1,4 @@
-"""How a job measures a model: by its settings, on one pair of prompt sets."""
+"""Metrics of a model by a job's settings, on one pair of prompt sets."""
 
 from __future__ import annotations
 
@@ -23,16 +23,7 @@ from job.text.refusal_markers import RefusalMarkers
 def metrics_of(
     model: LoadedModel, settings: Settings, good: Sequence[Prompt], bad: Sequence[Prompt], rows: int, events: Events
 ) -> ReportMetrics:
-    """Return metrics of a model on good and bad prompts, as the settings say.
-
-    Args:
-        model: The model.
-        settings: How responses are judged.
-        good: Prompts that KL is measured on.
-        bad: Prompts whose refusals are counted.
-        rows: Rows per forward.
-        events: Receives a warning when memory does not suffice for so many.
-    """
+    """Return metrics of a model on good prompts (KL) and bad prompts (refusals)."""
     return ReportMetrics(
         PromptBatches.of(model, good, bad, rows, report=events.say),
         RefusalMarkers(settings.scoring.refusal_markers),
@@ -56,16 +47,12 @@ def shown_generating(events: Events, label: str, most_tokens: int) -> Iterator[N
 
 
 def scorer_of(metrics: ReportMetrics) -> TrialScorer:
-    """Return a scorer of edits that judges responses as the base model's metrics do."""
+    """Return a scorer of edits with the base model's metrics."""
     return TrialScorer.measured(metrics.batches, metrics.markers, metrics.response_tokens, metrics.kl_tokens)
 
 
 class EditScorer:
-    """Scores edits on the search split; the base model's responses are measured once, on first use.
-
-    Attributes:
-        metrics: Measures the base model on the search split.
-    """
+    """Scores edits on the search split, with metrics of the base model; its responses are measured on first use."""
 
     def __init__(self, metrics: ReportMetrics, hooks: Intervention, settings: Settings) -> None:
         self.metrics = metrics
@@ -79,24 +66,18 @@ class EditScorer:
 
     @cached_property
     def incoherence(self) -> IncoherenceTest:
-        """Tells incoherent responses; calibrated by `baseline`, else on first use."""
+        """Detects incoherent responses; calibrated by `baseline`, else on first use."""
         return self.metrics.incoherence_test()
 
     def baseline(self) -> Figures:
-        """Return the base model's figures."""
+        """Return the base model's metrics."""
         responses = self.metrics.responses()
         self.incoherence = self.metrics.incoherence_test(responses)
         judged = self.metrics.judge(responses, self.incoherence.flags(responses))
         return judged.figures(self.metrics.kl_tokens)
 
     def scores(self, edits: Sequence[EditParameters], rows: int, whole: bool) -> Sequence[TrialScores]:
-        """Score edits in one batch.
-
-        Args:
-            edits: The edits.
-            rows: Rows of a forward.
-            whole: On responses of full length without skipping; otherwise with the search's shortcuts.
-        """
+        """Score edits in one batch; `whole` uses full-length responses without the search's shortcuts."""
         searched = self._settings.scoring.effective_search_tokens
         if whole:
             return self.trials.full_scores(

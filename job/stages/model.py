@@ -1,4 +1,4 @@
-"""The model of a job: loaded with the dtype fixed at its first start, and watched while it computes."""
+"""The model of a job: loaded with the dtype fixed at its first start, and monitored."""
 
 from __future__ import annotations
 
@@ -29,34 +29,25 @@ from job.scoring.trial_scorer import TrialScorer
 from job.stages.measuring import metrics_of, scorer_of
 from job.tuning.batch_size import Tuner
 
-# Rows of a forward where preflight found no plan and that failure was allowed; halved until they fit.
+# Rows per forward without a preflight plan, if that failure was allowed; halved until they fit.
 _ROWS = 32
-# Share by which a device may hold more weights than planned before that is worth a warning.
+# Excess over a device's planned weights that is worth a warning.
 _PLAN_TOLERANCE = 0.1
 
 
 @contextmanager
 def loaded_model(job: OpenJob, source: Path, prompts: PromptSets, *, proven: bool = False) -> Iterator[LoadedModel]:
-    """Yield the base model; device faults are re-raised as JobErrors, and a forward that hangs ends the process.
+    """Yield the base model; device faults become JobErrors, and a hanging forward ends the process.
 
-    What the job's first start has to resolve (dtype, rows of a forward, response prefix) is resolved and pinned.
-
-    Args:
-        job: The job.
-        source: Folder of the model's files.
-        prompts: All prompt sets.
-        proven: Another process has proven that this model can be edited.
-
-    Raises:
-        ImpossibleJobError: The model cannot be edited as the settings want.
-        MachineError: It does not fit here.
+    The job's first start resolves and pins dtype, rows per forward and response prefix. `proven` skips the proof.
+    Raises ImpossibleJobError or MachineError.
     """
     settings = job.settings
     if not proven:
         _prove(job, source)
     model = _load(job, source)
     require_resident(model, settings.export_format)
-    conversations(model.tokenizer, prompts.everything, model.rendering)  # at once: one process renders them all
+    conversations(model.tokenizer, prompts.everything, model.rendering)  # all at once, by one process
     watchdog = Watchdog(settings.hang_seconds, job.folder.stacks_file)
     with clear_faults(), watchdog.watching(decoder_of(model.model)):
         _resolve(job, model, prompts)
@@ -67,11 +58,7 @@ def loaded_model(job: OpenJob, source: Path, prompts: PromptSets, *, proven: boo
 
 
 def _prove(job: OpenJob, source: Path) -> None:
-    """Prove that the model can be edited as the settings want.
-
-    Raises:
-        ImpossibleJobError: It cannot.
-    """
+    """Prove that the model can be edited as the settings want. Raises ImpossibleJobError."""
     settings = job.settings
     architecture = inspect_model(source, settings.loading.trust_remote_code)
     require_modes(architecture, settings.ablation.row_normalization, settings.export_format)
@@ -99,13 +86,13 @@ def _load(job: OpenJob, source: Path) -> LoadedModel:
 
 
 def rendering_of(record: JobRecord) -> Rendering:
-    """Return what the chat template of a job's model is told beside the conversation."""
+    """Return the chat template's options for a job's model."""
     options = record.resolution.options if record.resolution else None
     return Rendering(record.prompt_date, tuple(sorted((options or {}).items())))
 
 
 def as_resolved(model: LoadedModel, record: JobRecord) -> LoadedModel:
-    """Return a model that is asked as the job's first start has resolved it."""
+    """Return a model with the job's resolved prefix and template options."""
     resolution = record.resolution
     assert resolution is not None
     return replace(
@@ -118,7 +105,6 @@ def as_resolved(model: LoadedModel, record: JobRecord) -> LoadedModel:
 
 
 def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
-    """Pin what the job's first start resolves."""
     record, settings = job.record, job.settings
     if record.resolution is not None:
         return
@@ -152,7 +138,7 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
 
 
 def _asked(model: LoadedModel, settings: Settings, prompts: PromptSets, rows: int) -> LoadedModel:
-    """Return the model with its response prefix, and with the end of a turn that it does not know of itself."""
+    """Return the model with its response prefix and missing end-of-turn token."""
     model = model.ending_its_turn()
     prefix = settings.loading.response_prefix
     if prefix == "auto":
@@ -172,11 +158,7 @@ def _tell_how_asked(job: OpenJob, model: LoadedModel) -> None:
 
 
 def require_resident(model: LoadedModel, form: ExportFormat) -> None:
-    """Refuse an adapter for a model with offloaded weights: PEFT cannot attach one.
-
-    Raises:
-        ImpossibleJobError: An adapter is requested.
-    """
+    """Raise ImpossibleJobError for an adapter on offloaded weights: PEFT cannot attach one."""
     if form == "adapter" and any(parameter.is_meta for parameter in model.model.parameters()):
         raise ImpossibleJobError(
             "an adapter cannot be proven on a model of which weights are offloaded",
@@ -185,7 +167,7 @@ def require_resident(model: LoadedModel, form: ExportFormat) -> None:
 
 
 def worker_count(settings: Settings, model: LoadedModel) -> int:
-    """Return how many processes of this machine evaluate trials: one per GPU if this one holds the whole model."""
+    """Return the number of processes that evaluate trials here: one per GPU if one holds the whole model."""
     if settings.workers is not None:
         return settings.workers
     whole = settings.loading.device == "auto" and settings.loading.device_map == "single"
@@ -210,7 +192,7 @@ def cpu_threads(model: LoadedModel, count: int) -> Iterator[None]:
 
 
 def cuda_devices() -> list[str]:
-    """Return CUDA's names of the devices that this process may use, its own first."""
+    """Return CUDA's names of this process's visible devices, its own first."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return named.split(",")[:count] if named else [str(number) for number in range(count)]

@@ -1,4 +1,4 @@
-"""Preflight as a stage of a run: what it found is written down, and what it resolved is pinned."""
+"""Preflight as a stage of a run: records its findings, and pins what it resolved."""
 
 from __future__ import annotations
 
@@ -18,12 +18,7 @@ from job.storage.atomic import write_record
 
 
 def checked_prompts(job: RunningJob, inputs: PreflightInputs) -> PromptSets:
-    """Check all that can be checked before anything large is downloaded; return the prompts, pinned.
-
-    Raises:
-        ImpossibleJobError: No machine could do the job.
-        MachineError: This machine cannot.
-    """
+    """Run all checks, then return the pinned prompts. Raises ImpossibleJobError or MachineError."""
     found = preflight(inputs)
     survey, prompts = found.survey, found.prompts
     write_record(job.folder.preflight_file, survey)
@@ -49,7 +44,6 @@ def checked_prompts(job: RunningJob, inputs: PreflightInputs) -> PromptSets:
 
 
 def _pin(job: RunningJob, survey: Survey) -> None:
-    """Pin what only the first start resolves."""
     pinned: dict[str, Any] = {}
     if job.record.model_commit is None and survey.commit is not None:
         pinned |= {"model_commit": survey.commit, "model_public": survey.public}

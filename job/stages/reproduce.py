@@ -1,4 +1,4 @@
-"""A job that reproduces an export: what it is compared with."""
+"""Reproduction of an export, compared with the original."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from job.storage.exports import REPRODUCE
 
 
 def original_of(job: OpenJob) -> Reproduction | None:
-    """Return the export that a job reproduces, None if it reproduces none."""
+    """Return the export that a job reproduces, or None."""
     if job.record.reproduces is None:
         return None
     return read_record(job.folder.reproduces_file, Reproduction)
@@ -27,18 +27,14 @@ def trials_made(job: OpenJob, trials: Sequence[Trial]) -> int:
 
 
 def warn_of_differences(job: OpenJob) -> None:
-    """Say which versions differ from those that the original was made with."""
+    """Warn of versions that differ from the original's."""
     original = original_of(job)
     for line in environment_differences(original, job.record.versions) if original else ():
         job.events.say(f"warning: {line}: the result may differ from the original")
 
 
 def require_original(job: OpenJob, export: Path) -> None:
-    """Compare an export with the one that it must equal, if there is one.
-
-    Raises:
-        ExportMismatchError: It is not the same.
-    """
+    """Compare an export with its original, if there is one. Raises ExportMismatchError."""
     original = original_of(job)
     if original is None:
         return

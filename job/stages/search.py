@@ -1,4 +1,4 @@
-"""The search of a job: trials suggested, evaluated and stored in batches, and finalists counted again."""
+"""The search of a job: trials sampled, evaluated and stored in batches, and finalists scored again."""
 
 from __future__ import annotations
 
@@ -30,17 +30,9 @@ from job.workers.executor import Executor
 
 
 def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[Trial]:
-    """Bring the study to its target and return its trials, finalists with their counts at full length.
+    """Complete the study; return its trials, finalists with full-length counts.
 
-    Args:
-        job: The job; one that reproduces an export without a search has its trials already.
-        session: The model.
-        executor: Has edits scored, in this process and in workers.
-
-    Raises:
-        ImpossibleJobError: The base model refuses nothing.
-        HeldError: Another run has taken the job over.
-        MachineError: The study cannot be written, or memory does not suffice for one prompt.
+    Raises ImpossibleJobError if the base model refuses nothing, HeldError after a takeover, or MachineError.
     """
     if not job.record.searches:
         return trials_so_far(job.folder)
@@ -115,10 +107,10 @@ def _study(job: OpenJob, session: ModelSession) -> Search:
 
 
 def _study_place(job: OpenJob) -> tuple[Path, Path | None]:
-    """Return where the study is kept while it is searched, and where it is copied to after every batch.
+    """Return the path of the live study, and the path it is copied to after every batch.
 
-    SQLite needs locks and writes in the middle of files, which network file systems and object stores do not give
-    reliably: there the study is on this machine's own disk, and the workspace has a copy that is always whole.
+    SQLite needs locks and in-place writes, unreliable on network file systems and object stores. There the study is on
+    a local disk, and the workspace holds a consistent copy.
     """
     where, study = job.settings.study_storage, job.folder.study_file
     remote = kind_of(mount_of(job.folder.path, read_mounts())) in ("network", "object-store")
@@ -147,27 +139,14 @@ def _tell(job: OpenJob, trial: Trial, asked: int) -> None:
 
 @dataclass(frozen=True)
 class PlanEvaluator:
-    """Scores plans, by itself or with workers.
-
-    Attributes:
-        job: The job.
-        session: The model.
-        executor: Has the parts of plans scored.
-    """
+    """Scores plans in this process and in workers."""
 
     job: OpenJob
     session: ModelSession
     executor: Executor
 
     def scores(self, plans: Sequence[Plan]) -> Sequence[TrialScores] | FewerRows:
-        """Return the scores of the first plan's trials, or how many rows memory may suffice for.
-
-        Args:
-            plans: The plan, and those that may be begun before it is done.
-
-        Raises:
-            MachineError: Memory does not suffice for one prompt at a time.
-        """
+        """Return the first plan's scores, or fewer rows; workers may start the other plans. Raises MachineError."""
         rounds = [self._tasks(plan) for plan in plans]
         try:
             found = self.executor.evaluate(rounds[0], self._here, [task for tasks in rounds[1:] for task in tasks])
@@ -186,7 +165,7 @@ class PlanEvaluator:
         return FewerRows(rows)
 
     def _tasks(self, plan: Plan) -> list[TrialsTask]:
-        """Return a plan's trials in the parts that share their forwards."""
+        """Split a plan into tasks of trials that share forwards."""
         edits = [self.session.space.edit(params) for params in plan.parameters]
         size = plan.together or len(edits)
         parts = [tuple(edits[start : start + size]) for start in range(0, len(edits), size)]
@@ -196,13 +175,7 @@ class PlanEvaluator:
         return self.session.scorer.scores(task.edits, task.rows, task.whole)
 
     def rescored(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Count finalists again at full length until the choice is final; return all trials with these counts.
-
-        What has been counted is kept after every batch, and a restart goes on from there.
-
-        Args:
-            trials: The finished trials as the search has measured them.
-        """
+        """Score finalists at full length until the choice is final, resumably; return all trials."""
         job, prompts = self.job, len(self.session.prompts.bad_search)
         counts = read_full_counts(job.folder)
         tolerance, size = job.settings.choice.refusal_tolerance, job.settings.trials_per_batch

@@ -1,4 +1,4 @@
-"""A loaded model that can be edited: its directions, its hooks, and how edits are scored."""
+"""A loaded model ready for edits: directions, hooks and scorer."""
 
 from __future__ import annotations
 
@@ -26,16 +26,7 @@ from job.stages.model import loaded_model
 
 @dataclass(frozen=True)
 class ModelSession:
-    """A job's model with its directions and hooks.
-
-    Attributes:
-        job: The job.
-        prompts: All prompt sets.
-        model: The base model.
-        basis: The directions of all layers.
-        scorer: Scores edits on the search split.
-        hooks: The hooks on the base model, in place.
-    """
+    """A job's base model with its directions, scorer on the search split, and active hooks."""
 
     job: OpenJob
     prompts: PromptSets
@@ -46,47 +37,30 @@ class ModelSession:
 
     @property
     def space(self) -> Space:
-        """The space of edits."""
+        """The search space of edits."""
         return search_space(
             self.job.folder, self.job.settings.search.space, self.job.resolution.layers, self.basis.size
         )
 
     def edit(self, trial: Trial) -> EditParameters:
-        """Return the edit of a trial.
-
-        Raises:
-            JobError: The run folder does not hold what it was made from.
-        """
+        """Return a trial's edit. Raises JobError if the run folder lacks its path."""
         return trial_edit(self.job.folder, self.job.settings.search.space, self.job.resolution.layers, trial)
 
     def basis_of(self, edit: EditParameters) -> Basis | DirectionPath:
-        """Return the directions that an edit takes its own from.
-
-        Raises:
-            JobError: The run folder does not hold them.
-        """
+        """Return the directions of an edit. Raises JobError if the run folder lacks them."""
         return self.basis if edit.directions is None else read_learned(self.job.folder, edit.directions.sha256)
 
 
 @dataclass(frozen=True)
 class SharedDirections:
-    """The directions that workers need for a job's trials.
-
-    Attributes:
-        basis: The directions of all layers, on the CPU.
-        learned: Those that were learned by gradient, None if there are none.
-    """
+    """Directions for a job's trials, on the CPU; `learned` is None without a gradient path."""
 
     basis: Basis
     learned: DirectionPath | None
 
 
 def shared_directions(session: ModelSession) -> SharedDirections:
-    """Return the directions that workers need for the trials of a session.
-
-    Raises:
-        JobError: The run folder does not hold the learned ones.
-    """
+    """Return the directions that workers need. Raises JobError if the run folder lacks the learned ones."""
     name = session.space.path.directions if isinstance(session.space, PathSpace) else None
     learned = None if name is None else read_learned(session.job.folder, name)
     return SharedDirections(session.basis.cpu(), learned)
@@ -95,16 +69,9 @@ def shared_directions(session: ModelSession) -> SharedDirections:
 def prompt_residuals(
     job: OpenJob, model: LoadedModel, prompts: PromptSets, evaluate: Evaluate | None = None
 ) -> PromptResiduals:
-    """Return the residuals of a job's prompts, each set extracted when it is first needed.
-
-    Args:
-        job: The job.
-        model: The model.
-        prompts: All prompt sets.
-        evaluate: Has forwards done by other processes as well; None: there are none.
-    """
+    """Return the residuals of a job's prompts; `evaluate` shares forwards with other processes."""
     rows, settings = job.resolution.rows, job.settings
-    # The prompts whose length decides how many rows a forward takes.
+    # The prompts whose length determines the rows per forward.
     planned = [*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search]
     return PromptResiduals(
         job.folder,
@@ -131,11 +98,7 @@ def model_session(job: OpenJob, model: LoadedModel, basis: Basis, prompts: Promp
 
 @contextmanager
 def opened_session(job: OpenJob, prompts: PromptSets) -> Iterator[ModelSession]:
-    """Yield a job's model with its directions and hooks, from the run folder's records.
-
-    Raises:
-        JobError: The model cannot be loaded here, or its files have changed.
-    """
+    """Yield a job's model with directions and hooks, from the run folder's records. Raises JobError."""
     with loaded_model(job, model_folder(job.record, job.settings, job.events), prompts) as model:
         basis = find_directions(prompt_residuals(job, model, prompts), job.settings.directions)
         with model_session(job, model, basis, prompts) as session:

@@ -1,4 +1,4 @@
-"""The workers of a job: which engine runs them, how many there are, and what each computes on."""
+"""The workers of a job: engine, number and devices."""
 
 from __future__ import annotations
 
@@ -26,19 +26,10 @@ if TYPE_CHECKING:
 
 
 class Workers:
-    """The executor of a job, whose workers start when the model is known.
-
-    Attributes:
-        executor: Evaluates the job's tasks.
-    """
+    """A job's executor, whose workers start once the model is known."""
 
     def __init__(self, job: RunningJob, trials: Sequence[Trial]) -> None:
-        """Choose an engine; a local one starts processes at once, which import torch while preflight runs.
-
-        Args:
-            job: The job.
-            trials: The trials that it has already.
-        """
+        """Choose an engine; a local one starts processes at once, which import torch during preflight."""
         self._job = job
         self._wanted = job.record.searches and not is_searched(job, trials)
         self._engine: LocalEngine | RayEngine
@@ -59,16 +50,7 @@ class Workers:
         return 0 if on_gpus else settings.workers - 1
 
     def open(self, model: LoadedModel, prompts: PromptSets) -> None:
-        """Have workers started, unless there is nothing left to evaluate.
-
-        Args:
-            model: The model in this process.
-            prompts: All prompt sets.
-
-        Raises:
-            UsageError: The engine is not installed.
-            MachineError: It cannot be used.
-        """
+        """Start workers, unless nothing is left to evaluate. Raises UsageError or MachineError."""
         if not self._wanted:
             return
         from job.model.loading import device_kind
@@ -90,6 +72,6 @@ class Workers:
 
 
 def _without_targets(settings: Settings) -> Settings:
-    """Return settings without the addresses of targets and mirrors, which may hold a password; workers need none."""
+    """Remove addresses of targets and mirrors, which may hold a password; workers need none."""
     s3 = S3Settings.model_validate(default_values()["s3"])
     return settings.model_copy(update={"upload": [], "checkpoint": None, "s3": s3})

@@ -1,7 +1,6 @@
-"""Answers that are kept for people to read: a few of those that the figures come from, on this machine alone.
+"""Sampled responses behind the report's metrics, stored on this machine only.
 
-They stay out of mirrors and exports, and only their owner may read them: what a model says without its refusals may be
-what nobody should find lying about.
+They are in no mirror or export, and readable by their owner only: responses without refusals may be harmful.
 """
 
 from __future__ import annotations
@@ -19,17 +18,7 @@ KEPT = 8
 
 
 def keep_answers(folder: RunFolder, subject: str, heard: KeptAnswers, prompts: PromptSets) -> None:
-    """Keep the answers to the first prompts of the report split, which stand in it in a random order.
-
-    Args:
-        folder: The run folder.
-        subject: "base" or "trial-NNNN".
-        heard: All its answers.
-        prompts: All prompt sets.
-
-    Raises:
-        MachineError: They cannot be written.
-    """
+    """Store the responses to the first report prompts, in random order. Raises MachineError."""
     kept = KeptAnswers(good=_first(heard.good, prompts.good_report), bad=_first(heard.bad, prompts.bad_report))
     file = folder.answers_file(subject)
     try:
@@ -40,7 +29,7 @@ def keep_answers(folder: RunFolder, subject: str, heard: KeptAnswers, prompts: P
 
 
 def read_answers(folder: RunFolder, subject: str) -> KeptAnswers | None:
-    """Return the answers that are kept of a subject; None where there are none, or none that can be read."""
+    """Return a subject's stored responses, None if missing or unreadable."""
     try:
         return read_record(folder.answers_file(subject), KeptAnswers)
     except JobError:

@@ -1,4 +1,4 @@
-"""Files that are whole after a crash: replaced atomically and made durable; records as JSON."""
+"""Durable files, replaced atomically; records as JSON."""
 
 from __future__ import annotations
 
@@ -29,16 +29,7 @@ R = TypeVar("R", bound=Record)
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> None:
-    """Replace a file's contents so that a crash leaves the old ones or the new ones, never a mixture.
-
-    Args:
-        path: The file.
-        data: Its new contents.
-        mode: Its permissions; None: the usual ones.
-
-    Raises:
-        MachineError: The file cannot be written here.
-    """
+    """Replace a file's contents atomically and durably; `mode` sets its permissions. Raises MachineError."""
     # Not by the process id: in two containers that share a disk both may be process 1.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -58,7 +49,7 @@ def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> Non
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder durable, as far as its file system knows how."""
+    """Make renames and new files in a folder durable, as far as the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -77,7 +68,7 @@ def sync_file(file: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make a folder and all that is in it durable: before it is renamed to where it counts."""
+    """Make a folder and its contents durable, before it is renamed."""
     for path in folder.rglob("*"):
         if path.is_symlink():
             continue
@@ -89,11 +80,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it where they are missing, and make that durable.
-
-    Raises:
-        OSError: It cannot be made.
-    """
+    """Create a folder and missing parents durably. Raises OSError."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -101,7 +88,7 @@ def make_folder(folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> MachineError:
-    """Return the error for a file or folder that this machine does not let us write."""
+    """Return the error for a file or folder that cannot be written."""
     return MachineError(
         f"cannot write {path}: {error.strerror or error}",
         remedy="free disk space, correct its permissions or choose another --workspace",
@@ -123,11 +110,7 @@ def write_record(path: Path, record: Record, *, mode: int | None = None) -> None
 
 
 def read_record(path: Path, kind: type[R]) -> R:
-    """Read a record back.
-
-    Raises:
-        JobError: The file does not hold such a record.
-    """
+    """Read a record. Raises JobError if the file is damaged."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except (ValidationError, OSError) as error:
@@ -141,13 +124,7 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 def sweep_temporaries(folder: Path, since: float, *, below: bool = False) -> None:
-    """Remove what `write_atomically` has left in processes that were killed; never what a live one is writing.
-
-    Args:
-        folder: Where to look.
-        since: When this process began to hold it, by the clock of its file system.
-        below: Look in its folders, too.
-    """
+    """Remove leftovers of `write_atomically` in processes killed before `since` (file system's clock)."""
     for root, _, names in os.walk(folder):
         for name in filter(_TEMPORARY.fullmatch, names):
             file = Path(root, name)

@@ -1,7 +1,7 @@
-"""What happens in a run, for people and for programs.
+"""Events of a run, for people and programs.
 
-`events.jsonl` gets one JSON object a line, always. People get progress bars with an ETA on a terminal
-and one plain line an event otherwise (docker logs). Secrets are taken out of both.
+`events.jsonl` gets one JSON object per line. People see progress bars with an ETA on a terminal, and plain lines
+otherwise (docker logs). Secrets are redacted in both.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class Events:
     """The event log of one run folder and its echo on the console."""
 
     def __init__(self, path: Path | None = None, stream: TextIO | None = None) -> None:
-        """Log to path (None: nowhere yet) and echo to stream (stderr by default)."""
+        """Log to a file (None: not yet) and echo to a stream, by default stderr."""
         self._path = path
         self._stream = stream if stream is not None else sys.stderr
         self._echo = self._print
         self._listeners: list[Callable[[str, dict[str, Any]], None]] = []
 
     def listen(self, listener: Callable[[str, dict[str, Any]], None]) -> None:
-        """Have a listener told of every event that was recorded, with its fields."""
+        """Add a listener, called with every recorded event and its fields."""
         self._listeners.append(listener)
 
     def log_to(self, path: Path | None) -> None:
-        """From now on append to this file, None: to none; a line that a crash has torn is closed off first."""
+        """Append to this file from now on, None for none; a torn last line is terminated first."""
         self._path = path
         if path is not None and path.exists() and path.stat().st_size:
             with path.open("rb+") as file:
@@ -49,11 +49,7 @@ class Events:
                     file.write(b"\n")
 
     def emit(self, event: str, message: str = "", **fields: Any) -> None:
-        """Record an event; message is its line for people, the fields are for programs.
-
-        Raises:
-            MachineError: The log cannot be written.
-        """
+        """Record an event: a message for people, fields for programs. Raises MachineError."""
         if self._path is not None:
             said = redacted({"message": message, **fields})
             line = json.dumps({"time": round(time.time(), 3), "event": event, **said}, ensure_ascii=False)
@@ -71,7 +67,7 @@ class Events:
             listener(event, fields)
 
     def say(self, message: str) -> None:
-        """Record an event that is nothing but a message."""
+        """Record a message."""
         self.emit("message", message)
 
     def _print(self, line: str) -> None:
@@ -152,7 +148,7 @@ class Events:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a run, skipping lines that a crash has torn."""
+    """Return a run's events, skipping torn lines."""
     events = []
     if path.exists():
         # At line feeds alone: other ends of lines may stand within a message.

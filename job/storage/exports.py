@@ -1,4 +1,4 @@
-"""An export in a run folder: its files beside the model, its mark of completeness, and the link to it."""
+"""Exports in a run folder: accompanying files, completeness mark and link."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_sealed(export: Path) -> bool:
 
 
 def link_export(folder: RunFolder, export: Path) -> None:
-    """Let `export` in the run folder point to an export."""
+    """Point the link `export` in the run folder to an export."""
     target = export.relative_to(folder.path)
     temporary = folder.path / ".export.tmp"
     temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What the user asked for, as far as it decides the result: the identity of a job."""
+"""Identity of a job: all inputs that determine the result."""
 
 from __future__ import annotations
 
@@ -61,11 +61,7 @@ MEMO = ".hashes.json"
 
 
 def _folder_digest(folder: Path, memo: Path, *, write: bool) -> str:
-    """Return a hash of all files of a model folder.
-
-    Files are hashed once: memo remembers what a file of the same size and time hashed to, so that a
-    restart does not read a large model again.
-    """
+    """Return a hash of a model folder's files, cached in `memo` by size and time."""
     known: dict[str, str] = {}
     if memo.exists():
         try:
@@ -85,22 +81,17 @@ def _folder_digest(folder: Path, memo: Path, *, write: bool) -> str:
 
 
 def job_id(identity: Mapping[str, Any]) -> str:
-    """Return the job's name: the start of the hash of its identity."""
+    """Return the job's name: the start of its identity's hash."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide results."""
+    """Return the versions of packages that affect results."""
     return {name: metadata.version(name) for name in PACKAGES}
 
 
 def model_identity(settings: Settings, *, write: bool = True) -> dict[str, Any]:
-    """Return the model as part of a job's identity.
-
-    Raises:
-        ImpossibleJobError: The model is not there.
-        MachineError: The workspace cannot be written.
-    """
+    """Return the model's part of a job's identity. Raises ImpossibleJobError or MachineError."""
     workspace = Path(settings.workspace)
     source = parse_model(settings.model)
     if source.kind == "folder" and not Path(source.name).is_dir():
@@ -117,12 +108,7 @@ def model_identity(settings: Settings, *, write: bool = True) -> dict[str, Any]:
 
 
 def identify(settings: Settings, *, write: bool = True) -> dict[str, Any]:
-    """Return what the user asked for, as far as it decides the result: a job's identity.
-
-    Raises:
-        ImpossibleJobError: The model or a prompt file is not there.
-        MachineError: The workspace cannot be written.
-    """
+    """Return a job's identity from its settings. Raises ImpossibleJobError or MachineError."""
     prompts = {name: source_identity(source) for name, source in settings.prompt_sets().items()}
     model = model_identity(settings, write=write)
     unused = set(REFERENCE_SETS) - prompts.keys()
@@ -136,11 +122,11 @@ def identify(settings: Settings, *, write: bool = True) -> dict[str, Any]:
 
 
 def stored(settings: Settings) -> dict[str, Any]:
-    """Return the settings that job.json keeps: all but those that are about the machine of one start."""
+    """Return the settings stored in job.json, without those about one start's machine."""
     return settings.model_dump(mode="json", exclude=set(ENDS))
 
 
 def extends(name: str) -> bool:
-    """Return whether a setting, by its dotted key, only extends a job."""
+    """Return whether a setting, by dotted key, only extends a job."""
     section, _, rest = name.partition(".")
     return section in EXTENDING or rest in EXTENDING_WITHIN.get(section, ())

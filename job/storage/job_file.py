@@ -1,4 +1,4 @@
-"""job.json: what was asked for and what has been resolved; this is all that writes it in a run."""
+"""job.json: the only writer of a job's record during a run."""
 
 from __future__ import annotations
 
@@ -10,34 +10,18 @@ from job.storage.run_folder import RunFolder
 
 
 class JobFile:
-    """The record of a job and its file.
-
-    Attributes:
-        record: The record as it stands.
-    """
+    """A job's record and its file."""
 
     def __init__(self, folder: RunFolder, record: JobRecord | None = None) -> None:
-        """Take a record, by default that in the run folder.
-
-        Raises:
-            JobError: The file cannot be read.
-        """
+        """Take a record, by default the run folder's. Raises JobError if it cannot be read."""
         self._path = folder.job_file
         self.record = folder.read_job() if record is None else record
 
     def write(self) -> None:
-        """Write the record as it stands.
-
-        Raises:
-            MachineError: The file cannot be written here.
-        """
+        """Write the record. Raises MachineError."""
         write_record(self._path, self.record)
 
     def pin(self, **resolved: Any) -> None:
-        """Keep what was resolved, so that no later start resolves it again.
-
-        Raises:
-            MachineError: The file cannot be written here.
-        """
+        """Store resolved values, so that no later start resolves them again. Raises MachineError."""
         self.record = self.record.model_copy(update=resolved)
         self.write()

@@ -1,4 +1,4 @@
-"""The jobs of a workspace: found, opened, and refused beside others with other settings."""
+"""The jobs of a workspace: find, open, and refuse conflicting settings."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ from job.text.redaction import MASK, redacted_json
 
 
 def find_folder(settings: Settings) -> RunFolder:
-    """Return where the job that settings describe has its folder, which need not be there.
-
-    Nothing is written, not even the memo of hashes.
-    """
+    """Return the run folder for settings, which need not exist; writes nothing."""
     try:
         identity = identify(settings, write=False)
     except JobError:
@@ -35,19 +32,10 @@ def find_folder(settings: Settings) -> RunFolder:
 
 
 def open_job(settings: Settings, *, new: bool, pinned: Mapping[str, Any] | None = None) -> tuple[RunFolder, JobRecord]:
-    """Return the run folder of the job that the settings describe, made at the first start, and its record.
+    """Return the run folder for settings, created at the first start, and the record, not yet written.
 
-    The record is not written yet: that is for the run that holds the job.
-
-    Args:
-        settings: The settings.
-        new: Start a job beside one with other settings.
-        pinned: Fields of job.json that make it a job of its own, beside others on the same model.
-
-    Raises:
-        ImpossibleJobError: The model or a prompt file is not there.
-        MachineError: The workspace cannot be written.
-        UsageError: The workspace holds a job on the same model with other settings, and new is false.
+    `new` starts a job beside one with other settings; `pinned` fields make it a separate job. Raises
+    ImpossibleJobError, MachineError, or UsageError for a job with other settings without `new`.
     """
     identity = {**identify(settings), **(pinned or {})}
     folder = RunFolder(Path(settings.workspace) / job_id(identity))
@@ -82,16 +70,7 @@ def _located(settings: Settings) -> dict[str, Any]:
 
 
 def refuse_other_settings(place: str, others: Mapping[str, Mapping[str, Any]], identity: Mapping[str, Any]) -> None:
-    """Refuse to start a job where there is one on the same model with other settings.
-
-    Args:
-        place: The workspace or checkpoint.
-        others: The identities of the jobs there, by their names.
-        identity: That of the new job.
-
-    Raises:
-        UsageError: There is one.
-    """
+    """Raise UsageError if a workspace or checkpoint has a job on the same model with other settings."""
     for name, other in others.items():
         if other.get("model") != identity["model"] or "reproduces" in other:
             continue
@@ -117,7 +96,7 @@ def _short(value: Any) -> str:
 
 
 def jobs_in(workspace: Path) -> list[RunFolder]:
-    """Return the run folders of a workspace, in the order of their names."""
+    """Return a workspace's run folders by name."""
     if not workspace.is_dir():
         return []
     folders = [RunFolder(path) for path in sorted(workspace.iterdir()) if path.is_dir()]
@@ -125,11 +104,7 @@ def jobs_in(workspace: Path) -> list[RunFolder]:
 
 
 def find_job(workspace: Path, name: str | None) -> RunFolder:
-    """Return a job of a workspace, by its name or because it is alone there.
-
-    Raises:
-        UsageError: There is none, or several and none is named.
-    """
+    """Return a named job, or the only one. Raises UsageError if there is none, or several and none is named."""
     folders = jobs_in(workspace)
     names = ", ".join(folder.path.name for folder in folders)
     if name is not None:
@@ -148,15 +123,9 @@ def find_job(workspace: Path, name: str | None) -> RunFolder:
 
 
 def job_settings(folder: RunFolder, *, whole: bool = False, **others: object) -> Settings:
-    """Return the settings of a job as of its latest start, with others in their place.
+    """Return a job's latest settings, overridden by `others`. Raises UsageError for another version's.
 
-    Args:
-        folder: The run folder.
-        whole: All settings are wanted. Else those that only extend a job are at their defaults if they held a secret.
-        **others: Settings in place of the job's.
-
-    Raises:
-        UsageError: They are another version's, or one of them held a secret and is not whole.
+    Without `whole`, settings that only extend a job fall back to defaults if they held a secret.
     """
     record = folder.read_job()
     masked = _masked(record) - leaves(others).keys() - {"workspace"}
@@ -181,6 +150,6 @@ def job_settings(folder: RunFolder, *, whole: bool = False, **others: object) ->
 
 
 def _masked(record: JobRecord) -> set[str]:
-    """Return the settings that held a secret, by dotted key; others of the same section are whole."""
+    """Return the settings that held a secret, by dotted key."""
     stored = leaves(record.settings)
     return {name for name, value in stored.items() if name.partition(".")[0] in record.redacted and MASK in str(value)}

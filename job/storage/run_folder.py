@@ -1,4 +1,4 @@
-"""The run folder: one folder a job under the workspace, written atomically, held by one run at a time."""
+"""The run folder: one per job in the workspace, written atomically, held by one run at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LOCK_SECONDS = 2.0
 
 
 class RunFolder:
-    """Paths and records of one job's folder."""
+    """Paths and records of a job's folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,19 +61,19 @@ class RunFolder:
         return self.path / "exports" / (f"trial-{trial:04d}" + ("" if form == "merged" else f"-{form}"))
 
     def figures_file(self, subject: str) -> Path:
-        """Return the file of the reported figures of a subject: "base" or "trial-NNNN"."""
+        """Return the metrics file of a subject: "base" or "trial-NNNN"."""
         return self.path / "figures" / f"{subject}.json"
 
     def answers_file(self, subject: str) -> Path:
-        """Return the file of sampled answers of a subject: "base" or "trial-NNNN"; it is in no mirror."""
+        """Return the file of a subject's sampled responses; never mirrored."""
         return self.path / "answers" / f"{subject}.json"
 
     def evaluation_file(self, trial: int) -> Path:
-        """Return the file of what `abliterate evaluate` found of a trial."""
+        """Return the file of a trial's `abliterate evaluate` results."""
         return self.path / f"evaluation-{trial:04d}.json"
 
     def detectors_file(self, export: str) -> Path:
-        """Return the file of what detectors say of an export."""
+        """Return the file of an export's detector results."""
         return self.figures_file(f"{export}-detectors")
 
     def read_job(self) -> JobRecord:
@@ -91,20 +91,20 @@ class RunFolder:
         return [Upload.model_validate(item) for item in json.loads(self.uploads_file.read_text())]
 
     def record_upload(self, upload: Upload) -> None:
-        """Put a delivery's state into uploads.json in place of what stood there for its target."""
+        """Record a delivery in uploads.json, replacing its target's entry."""
         others = [item for item in self.read_uploads() if item.target != redact(upload.target)]
         items = [json.loads(item.model_dump_json()) for item in (*others, upload)]
         write_atomically(self.uploads_file, (json.dumps(items, indent=2) + "\n").encode())
 
     def discard(self) -> None:
-        """Remove the folder of a job that never got going, and a workspace that held nothing else."""
+        """Remove a job's folder that never got going, and its otherwise empty workspace."""
         shutil.rmtree(self.path, ignore_errors=True)
         workspace = self.path.parent
         if all(path.name == MEMO for path in workspace.iterdir()):
             shutil.rmtree(workspace, ignore_errors=True)
 
     def holder(self) -> HolderRecord | None:
-        """Return who holds this job or has held it last, None if nobody has or the file is torn."""
+        """Return the job's current or last holder, None if unknown."""
         try:
             return HolderRecord.model_validate_json(self.holder_file.read_bytes())
         except (OSError, ValidationError):
@@ -116,11 +116,7 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold this job for the block; the lock goes with the process, however it ends (`job.system.locks`).
-
-        Raises:
-            HeldError: Another run holds it.
-        """
+        """Hold this job for the block, under a lock that ends with the process. Raises HeldError."""
         lock = Lock(self.lock_file)
         try:
             make_folder(self.path)

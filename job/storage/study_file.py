@@ -1,6 +1,6 @@
-"""The study's file: copied as of one moment, counted, and restored where the disk has spoilt it.
+"""The study's file: consistent copies, trial counts, and restoration after damage.
 
-Nothing here needs Optuna, which takes long to load.
+Needs no Optuna, which imports slowly.
 """
 
 from __future__ import annotations
@@ -22,23 +22,14 @@ _TOLD = b'"event": "trial"'
 
 
 def connected(file: Path) -> sqlite3.Connection:
-    """Return a connection for reading, that may also take back what a killed process has left half-written."""
+    """Open a study for reading; writable to roll back a killed process's transaction."""
     return sqlite3.connect(f"file:{quote(str(file.resolve()))}?mode=rw", uri=True)
 
 
 def back_up(file: Path, copy: Path, trials: int = 0) -> None:
-    """Copy a study as of one moment, also while it is being written; the copy is whole or not there.
+    """Copy a consistent state of a study in use, atomically, to a file system that needs no locks.
 
-    No database is opened where the copy is: it may be a file system that knows no locks.
-
-    Args:
-        file: The study.
-        copy: The copy, which is replaced.
-        trials: Finished trials that the study must hold.
-
-    Raises:
-        sqlite3.Error: It cannot be read.
-        MachineError: The copy cannot be written, or the study lacks trials; the former copy is left then.
+    The study must hold `trials` finished trials. Raises sqlite3.Error, or MachineError with the former copy kept.
     """
     with closing(connected(file)) as source, closing(sqlite3.connect(":memory:")) as target:
         source.backup(target)
@@ -51,7 +42,7 @@ def back_up(file: Path, copy: Path, trials: int = 0) -> None:
 
 
 def is_sound(file: Path) -> bool:
-    """Return whether a file is a database that SQLite finds nothing wrong with."""
+    """Return whether a file is an undamaged database."""
     try:
         with closing(connected(file)) as db:
             return list(db.execute("PRAGMA quick_check")) == [("ok",)]
@@ -60,12 +51,7 @@ def is_sound(file: Path) -> bool:
 
 
 def count_trials(file: Path, *, checked: bool = False) -> int | None:
-    """Return how many finished trials a study holds; None where it is missing or damaged.
-
-    Args:
-        file: The study.
-        checked: It is known to be sound.
-    """
+    """Return a study's finished trials, None if missing or damaged; `checked` skips the check."""
     if not file.exists() or not (checked or is_sound(file)):
         return None
     try:
@@ -83,13 +69,7 @@ def _counted(db: sqlite3.Connection) -> int:
 
 
 def restore_if_damaged(file: Path) -> str | None:
-    """Put the latest backup in a damaged study's place and return what was done, None if nothing was.
-
-    Damaged is also a study that holds fewer trials than its backup: trials are only ever added.
-
-    Raises:
-        JobError: It is damaged and there is no sound backup.
-    """
+    """Restore a damaged study, or one with fewer trials, from its backup; return what was done. Raises JobError."""
     backup = file.with_name(BACKUP)
     if not file.exists() and not backup.exists():
         return None
@@ -112,10 +92,7 @@ def restore_if_damaged(file: Path) -> str | None:
 
 
 def _was_emptied(file: Path, saved: int | None) -> bool:
-    """Return whether a study without a byte and without a backup once held trials, by the event log beside it.
-
-    A run that was killed just as it made its study leaves such a file, too: then no trial was told.
-    """
+    """Return whether an empty study without backup once held trials, by events that a killed creator lacks."""
     if saved is not None or file.stat().st_size:
         return False
     try:

@@ -1,8 +1,8 @@
-"""Points at which tests have a run fail: at every durable write and between the stages.
+"""Fail-points for tests, at every durable write and between the stages.
 
-Nothing happens unless JOB_FAILPOINTS names a folder. Each file in it plants one fault, and whoever meets the fault
-takes the file away. `kill@POINT` kills the process at a point as a lost machine does; `job.model.device_faults`
-has other kinds. A file `passed` in the folder is given the name of every point that the run passes, a line each.
+They act only if JOB_FAILPOINTS names a folder. Each file in it plants one fault, consumed by the process that meets it.
+`kill@POINT` kills the process as a lost machine would; `job.model.device_faults` has other kinds. A file `passed` in
+the folder receives the name of every passed point, one per line.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def reached(point: str) -> None:
 
 
 def planted(kind: str) -> bool:
-    """Return whether a fault of a kind is planted, and take one away: `KIND` or `KIND-ANYTHING`."""
+    """Consume a planted fault of a kind, `KIND` or `KIND-ANYTHING`; return whether there was one."""
     folder = os.environ.get(FAILPOINTS)
     names = sorted(os.listdir(folder)) if folder else []
     return any(name.partition("-")[0] == kind and take(name) for name in names)
 
 
 def take(name: str) -> bool:
-    """Return whether a file is in the folder, and take it away; of several processes one gets it."""
+    """Consume a file in the folder; return whether there was one. Atomic across processes."""
     folder = os.environ.get(FAILPOINTS)
     if not folder:
         return False

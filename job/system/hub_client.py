@@ -1,4 +1,4 @@
-"""The Hugging Face Hub's client: bytes counted, faults retried, failures in plain words. Needs no torch."""
+"""The Hugging Face Hub's client with byte counts, retries and clear errors. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,23 +17,20 @@ from job.errors import ImpossibleJobError, JobError, MachineError
 
 T = TypeVar("T")
 
-# Waits of a call that is tried again: doubled each time, up to the longest.
+# Retry waits, doubling up to the longest.
 TRIES, FIRST_WAIT, LONGEST_WAIT = 6, 1.0, 30.0
-# The Hub counts requests by five minutes.
+# The Hub limits requests per five minutes.
 _LONGEST_ASKED = 301.0
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
 
-# Bytes that the Hub's client has received, by the thread that read them.
+# Bytes received by the Hub's client, per reading thread.
 _received: Counter[int] = Counter()
 _counting = False
 
 
 def count_traffic() -> None:
-    """From now on count the bodies of all responses to the Hub's client, as they come over the line.
-
-    It must not be called first while another thread uses the client, which it replaces.
-    """
+    """Count the bytes of the Hub's client from now on; replaces it, so no other thread may use it."""
     global _counting
     if _counting:
         return
@@ -58,7 +55,7 @@ def count_traffic() -> None:
         response.stream = Counted(response.stream)
 
     def client() -> Any:
-        # The library's own client, so that its timeouts, its user agent and the proxies of the environment stay.
+        # The library's own client keeps timeouts, user agent and the environment's proxies.
         made = _http.default_client_factory()
         made.event_hooks = {**made.event_hooks, "response": [*made.event_hooks["response"], count]}
         return made
@@ -67,7 +64,7 @@ def count_traffic() -> None:
 
 
 def received_bytes() -> int:
-    """Return the bytes that this thread has received from the Hub since they are counted."""
+    """Return the bytes that this thread received from the Hub since counting began."""
     return _received[threading.get_ident()]
 
 
@@ -80,7 +77,7 @@ def is_offline() -> bool:
 
 @contextmanager
 def quiet_client() -> Iterator[None]:
-    """Keep the client's progress bars out of the logs, and the signatures of its upload addresses."""
+    """Hide the client's progress bars, and signatures of upload URLs in logs."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     class Unsigned(logging.Filter):
@@ -88,7 +85,7 @@ def quiet_client() -> Iterator[None]:
             record.msg, record.args = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", record.getMessage()), ()
             return True
 
-    # Where the environment decides about the bars, the client warns about every attempt to change that.
+    # If the environment controls the bars, the client warns about every attempt to change them.
     change = "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ and not are_progress_bars_disabled()
     unsigned, logger = Unsigned(), logging.getLogger("huggingface_hub.utils._http")
     if change:
@@ -103,16 +100,9 @@ def quiet_client() -> Iterator[None]:
 
 
 def patiently(call: Callable[[], T], what: str, report: Callable[[str], None]) -> T:
-    """Return what call returns, trying again where the network or the Hub fails for a while.
+    """Return a Hub call's result after retries; `what` is named in messages.
 
-    Args:
-        call: Talks to the Hub.
-        what: What it is after, e.g. "dataset allenai/c4", for messages.
-        report: Told of every failure that is tried again.
-
-    Raises:
-        ImpossibleJobError: The Hub says no for good.
-        MachineError: The Hub cannot be reached from here.
+    Raises ImpossibleJobError if the Hub refuses permanently, or MachineError if it is unreachable.
     """
     wait = FIRST_WAIT
     for attempt in range(1, TRIES + 1):
@@ -132,7 +122,7 @@ def patiently(call: Callable[[], T], what: str, report: Callable[[str], None]) -
 
 
 def explained(error: Exception, what: str) -> JobError | Exception:
-    """Return a failure of the Hub's client in plain words; one that is no such failure is returned as it is."""
+    """Convert an error of the Hub's client to a clear one; others are returned unchanged."""
     import httpx2
     from huggingface_hub import errors
 
@@ -170,7 +160,7 @@ def not_granted(what: str) -> ImpossibleJobError:
 
 
 def _asked_wait(error: Exception) -> float | None:
-    """Return the seconds that the Hub asks to wait, if it does, within reason."""
+    """Return the wait in seconds requested by the Hub, if reasonable."""
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # public, not re-exported
 
     response = getattr(error, "response", None)
@@ -183,5 +173,5 @@ def _asked_wait(error: Exception) -> float | None:
     return min(limit.reset_in_seconds + 1.0, _LONGEST_ASKED) if limit is not None else None
 
 
-# A name begins with a letter or digit, so that no `..` is one.
+# A name begins with a letter or digit, which excludes `..`.
 REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)

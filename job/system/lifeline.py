@@ -1,4 +1,4 @@
-"""What a supervised process tells its supervisor: a pipe, in which facts are lines of JSON."""
+"""Messages of a supervised process to its supervisor: JSON lines in a pipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-# Names the pipe, for the supervisor's child alone.
+# The pipe's descriptor, for the supervisor's child only.
 LINE = "ABLITERATION_SUPERVISOR"
 _PR_SET_PDEATHSIG = 1
 
@@ -23,7 +23,7 @@ def adopt() -> bool:
             number = int(given)
             os.set_inheritable(number, False)
         except (OSError, ValueError):
-            return False  # the variable has come from elsewhere: there is no such pipe
+            return False  # the variable is from elsewhere: there is no such pipe
         _line = number
         _end_with_parent()
     return _line is not None
@@ -35,11 +35,10 @@ def is_supervised() -> bool:
 
 
 def tell(**facts: str | bool) -> None:
-    """Tell the supervisor, if there is one; later facts count.
+    """Send facts to the supervisor, if any; later ones override earlier ones.
 
-    Args:
-        **facts: `job` and `workspace`, paths; `when_failed`; `hung`: the watchdog ends this process; `settled`: what
-            becomes of the machine is done or decided.
+    They are the paths `job` and `workspace`, `when_failed`, `hung` if the watchdog ends this process, and `settled` if
+    the machine's end is done or decided.
     """
     if _line is None:
         return
@@ -48,11 +47,11 @@ def tell(**facts: str | bool) -> None:
     try:
         os.write(_line, json.dumps(facts).encode() + b"\n")
     except OSError:
-        return  # it is gone, and with it whoever would want to know
+        return  # the supervisor is gone
 
 
 def restart() -> None:
-    """Replace this process by a fresh one with the same arguments, under the same supervisor."""
+    """Replace this process by a fresh one with the same arguments and supervisor."""
     if _line is not None:
         os.set_inheritable(_line, True)
         os.environ[LINE] = str(_line)
@@ -60,7 +59,7 @@ def restart() -> None:
 
 
 def _end_with_parent() -> None:
-    """Have this process asked to stop when its supervisor is gone."""
+    """Ask the kernel to stop this process when its supervisor dies."""
     if sys.platform == "linux":
         import ctypes
 

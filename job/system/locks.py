@@ -1,9 +1,8 @@
-"""Locks of folders: the kernel's where the file system has them, else a file that names its owner.
+"""Locks of folders: by flock where supported, else by a file that names its owner.
 
-The kernel's lock goes with its process, however that ends. A file stays. So it says who made it, and whoever comes next
-can tell whether that one still lives: a process of this boot can be looked for, one of an earlier boot of this host is
-gone, and of another host a person has to say. The files are numbered, and the owner of the highest holds the lock. To
-take over is to make the next one, which only one can.
+The kernel releases flock with its process; a file stays. So it identifies its owner: a process of this boot can be
+checked, one of an earlier boot of this host is dead, and one of another host needs a person's decision. Files are
+numbered, and the highest owner holds the lock. Taking over creates the next file, which only one process can.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from pydantic import ValidationError
 from job.records import Record
 from job.system.processes import ProcessRecord, is_alive, process_namespace, this_process
 
-# What flock answers where the file system has none.
+# Errors of flock on file systems without it.
 MISSING = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 _TAKEN = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES})
-# What link answers where the file system has none.
+# Errors of link on file systems without it.
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK})
 _POLL_SECONDS = 0.05
 _MACHINE = Path("/etc/machine-id")
-# Names that many machines have.
+# Host names shared by many machines.
 _NO_HOST = frozenset({"", "localhost", "localhost.localdomain"})
 _ASK = """
 import fcntl, os, sys
@@ -44,21 +43,18 @@ except BlockingIOError:
     sys.exit(3)
 """
 _ASK_SECONDS = 30.0
-# Folders of probes, and the file in each that its process has staked.
+# Folders of probes, and the file in each that its process has locked.
 _TRIAL, _AT_WORK = ".abliterate-probe-", ".at-work"
-# Where locks do not tell: no write of a small file and no probe takes as long.
+# Without locks: no small write or probe takes this long.
 _SURELY_LEFT_SECONDS = 3600.0
 
 
 class Owner(Record):
-    """Who holds a lock by a file, or has held it last.
+    """The current or last holder of a file lock.
 
     Attributes:
-        process: The process.
-        host: The machine's name.
-        machine: The machine's own id, where it has one: names are given twice.
-        namespace: Within which the process's id has a meaning.
-        released: It has let go.
+        machine: The machine's id if it has one: names are not unique.
+        namespace: PID namespace of the process.
     """
 
     process: ProcessRecord
@@ -69,17 +65,17 @@ class Owner(Record):
 
     @property
     def is_gone(self) -> bool:
-        """Whether it has let go, or is certain to have ended."""
+        """Whether it has released the lock, or certainly ended."""
         if self.released:
             return True
         here = this_owner()
         if self.process.boot_id == here.process.boot_id:
-            # In another container of this machine ids mean something else.
+            # Another container of this machine has other process ids.
             return self.namespace == here.namespace and not is_alive(self.process)
         return self.host == here.host and self.machine == here.machine and self.host not in _NO_HOST
 
     def describe(self) -> str:
-        """Return in words who it is."""
+        """Describe the owner in words."""
         return f"process {self.process.pid} on {self.host}"
 
 
@@ -93,11 +89,11 @@ def this_owner() -> Owner:
 
 
 class LockedError(Exception):
-    """A lock is held by another: never seen outside.
+    """A lock is held by another process. Internal.
 
     Attributes:
-        owner: Who holds it; None: the kernel knows, or the file cannot be read.
-        file: What stands in for the kernel's lock, None where that is not needed.
+        owner: The holder; None if only the kernel knows, or the file is unreadable.
+        file: The lock file, None with flock.
     """
 
     def __init__(self, owner: Owner | None = None, file: Path | None = None) -> None:
@@ -106,17 +102,16 @@ class LockedError(Exception):
 
     @property
     def remedy(self) -> str:
-        """What to do."""
+        """The remedy for the user."""
         if self.file is None:
             return "wait for it to end or stop it"
         return f"wait for it to end or stop it; if it has ended, remove {self.file}"
 
 
 class Lock:
-    """A lock of one folder; not for several threads.
+    """A lock of one folder; not thread-safe.
 
-    Attributes:
-        by_file: Whether a file stands in for the kernel's lock, None before it is taken.
+    `by_file` says whether a file replaces flock, None before it is taken.
     """
 
     def __init__(self, file: Path) -> None:
@@ -126,12 +121,7 @@ class Lock:
         self.by_file: bool | None = None
 
     def acquire(self, seconds: float = 0.0) -> None:
-        """Take the lock, within so many seconds.
-
-        Raises:
-            LockedError: Another holds it.
-            OSError: The folder cannot be written.
-        """
+        """Take the lock within `seconds`. Raises LockedError, or OSError if the folder cannot be written."""
         end = time.monotonic() + seconds
         while True:
             try:
@@ -144,14 +134,14 @@ class Lock:
                 return
 
     def release(self) -> None:
-        """Let go; another process that waits goes on."""
+        """Release the lock."""
         if self._mine is not None:
             mine, self._mine = self._mine, None
-            # Not removed: only the next owner may, or an older file would count again.
+            # Kept: only the next owner may remove it, or an older file would count again.
             try:
                 _write(mine, this_owner().model_copy(update={"released": True}), new=False)
             except OSError:
-                return  # the disk is full or gone: once this process has ended, that says the same
+                return  # the disk is full or gone: the end of this process releases it too
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -168,7 +158,7 @@ class Lock:
                 raise
             self._mine, self.by_file = _take(self._file), True
             return
-        # A machine that sees the same folder through another mount may lack the kernel's locks.
+        # A machine that mounts the folder differently may lack flock.
         if (holder := left_behind(self._file)) is not None:
             os.close(descriptor)
             raise holder
@@ -177,12 +167,7 @@ class Lock:
 
 @contextmanager
 def locked(file: Path, seconds: float = 0.0) -> Iterator[Lock]:
-    """Hold a lock for the block.
-
-    Raises:
-        LockedError: Another holds it.
-        OSError: The folder cannot be written.
-    """
+    """Hold a lock for the block. Raises LockedError, or OSError if the folder cannot be written."""
     lock = Lock(file)
     lock.acquire(seconds)
     try:
@@ -192,20 +177,15 @@ def locked(file: Path, seconds: float = 0.0) -> Iterator[Lock]:
 
 
 def stake(descriptor: int) -> None:
-    """Have others see that this process is at work on a file, where the file system knows locks."""
+    """Lock a file that this process works on, where the file system has locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return  # where it knows none, what is left is told by its age
+        return  # without locks, only its age tells
 
 
 def is_left(file: Path, since: float) -> bool:
-    """Return whether the process that was at work on a file has ended.
-
-    Args:
-        file: The file, on which that process has put a stake.
-        since: When this process began, by the clock of the file system: what is younger may be about to be staked.
-    """
+    """Return whether a file's process has ended, unless the file is younger than `since`."""
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
@@ -222,11 +202,7 @@ def is_left(file: Path, since: float) -> bool:
 
 @contextmanager
 def trial_folder(place: Path) -> Iterator[Path]:
-    """Make a folder for a probe and remove it after the block, with those that killed processes have left.
-
-    Raises:
-        OSError: The place cannot be written.
-    """
+    """Create a probe folder for the block, removing leftovers of killed processes. Raises OSError."""
     folder = place / f"{_TRIAL}{secrets.token_hex(8)}"
     folder.mkdir()
     try:
@@ -247,13 +223,13 @@ def _sweep_trials(place: Path, mine: Path) -> None:
             staked = (other / _AT_WORK).exists()
             old = since - other.stat().st_mtime > _SURELY_LEFT_SECONDS
         except OSError:
-            continue  # it is somebody else's, or gone
+            continue  # someone else's, or gone
         if is_left(other / _AT_WORK, since) if staked else old:
             shutil.rmtree(other, ignore_errors=True)
 
 
 def is_locked(file: Path) -> bool:
-    """Return whether somebody holds a lock now; nothing is made where there is none."""
+    """Return whether a lock is held now, without creating it."""
     if not file.exists():
         return False
     try:
@@ -271,11 +247,7 @@ def is_locked(file: Path) -> bool:
 
 
 def keeps_others_out(held: Path) -> bool | None:
-    """Return whether another process is kept out by a lock at a path; None where it cannot tell.
-
-    Args:
-        held: The lock's file, possibly seen through another mount.
-    """
+    """Return whether a lock, possibly at another mount, excludes another process; None if unknown."""
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _ASK, str(held)], capture_output=True, timeout=_ASK_SECONDS
@@ -293,7 +265,7 @@ def _opened(file: Path) -> int:
 
 
 def _owners(file: Path) -> dict[int, Path]:
-    """Return the files that stand in for a lock, by their numbers."""
+    """Return a lock's owner files by number."""
     prefix = f"{file.name}.owner-"
     found = {}
     for path in file.parent.iterdir():
@@ -304,7 +276,7 @@ def _owners(file: Path) -> dict[int, Path]:
 
 
 def left_behind(file: Path) -> LockedError | None:
-    """Return who holds a lock by a file, as far as can be told; None if nobody does."""
+    """Return the known holder of a file lock, None without one."""
     owners = _owners(file)
     if not owners:
         return None
@@ -312,19 +284,14 @@ def left_behind(file: Path) -> LockedError | None:
     try:
         owner = Owner.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        return left_behind(file)  # somebody has just taken over
+        return left_behind(file)  # another process has just taken over
     except (OSError, ValidationError):
         return LockedError(None, path)
     return None if owner.is_gone else LockedError(owner, path)
 
 
 def _take(file: Path) -> Path:
-    """Make the file that holds the lock.
-
-    Raises:
-        LockedError: Another holds it, or was quicker.
-        OSError: The folder cannot be written.
-    """
+    """Create the next owner file. Raises LockedError if another holds it or was faster, or OSError."""
     if (holder := left_behind(file)) is not None:
         raise holder
     number = max(_owners(file), default=0) + 1
@@ -335,7 +302,7 @@ def _take(file: Path) -> Path:
         raise (left_behind(file) or LockedError(None, mine)) from error
     owners = _owners(file)
     if max(owners) != number:
-        # Made after the one that came next had removed it: that one holds the lock.
+        # Created after its successor had removed it: the successor holds the lock.
         mine.unlink(missing_ok=True)
         raise LockedError(None, owners[max(owners)])
     for former, path in owners.items():
@@ -345,11 +312,7 @@ def _take(file: Path) -> Path:
 
 
 def _write(path: Path, owner: Owner, *, new: bool) -> None:
-    """Write an owner's record so that nobody reads half of it.
-
-    Raises:
-        FileExistsError: It is to be new and is there.
-    """
+    """Write an owner's record atomically. Raises FileExistsError for an existing `new` one."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     data = owner.model_dump_json().encode()
     try:

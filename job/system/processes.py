@@ -1,4 +1,4 @@
-"""Processes, so that it can be told later whether one still lives: ids alone are given out again."""
+"""Identify processes beyond their ids, which are reused."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from job.records import Record
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NAMESPACE = Path("/proc/self/ns/pid")
-# Start times are kept in clock ticks (1/100 s) or, elsewhere than on Linux, measured against the wall clock.
+# Start times have a resolution of clock ticks (1/100 s), or outside Linux are measured by the wall clock.
 _SAME_START_SECONDS = 0.05
 
 
 class ProcessRecord(Record):
-    """A process, so that it can be told later whether it still lives.
+    """A process, identified so that its life can be checked later.
 
     Attributes:
-        pid: Its id.
-        start_time: When it started: seconds since boot, which no change of the clock moves.
-        boot_id: The boot of the machine; ids and start times of another mean nothing.
+        start_time: Seconds from boot to its start, independent of the clock.
+        boot_id: The machine's boot, within which ids and start times are valid.
     """
 
     pid: int
@@ -37,7 +36,7 @@ def this_process() -> ProcessRecord:
 
 
 def is_alive(record: ProcessRecord) -> bool:
-    """Return whether that very process lives: not another one with its id, and not merely its remains."""
+    """Return whether that very process lives: neither its id reused nor a zombie."""
     if record.boot_id != _boot_id():
         return False
     start = _start_time(record.pid)
@@ -52,7 +51,7 @@ def _boot_id() -> str:
 
 
 def _start_time(pid: int) -> float | None:
-    """Return when a process started, None if there is none of that id or it has ended."""
+    """Return a process's start time, None if it does not exist or has ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except FileNotFoundError:
@@ -60,7 +59,7 @@ def _start_time(pid: int) -> float | None:
         return None if Path("/proc/self/stat").exists() else _start_time_elsewhere(pid)
     except OSError:
         return None
-    # The name in brackets may itself hold blanks and brackets.
+    # The name in brackets may itself contain blanks and brackets.
     fields = text.rpartition(")")[2].split()
     state, ticks = fields[0], int(fields[19])
     return None if state in "ZX" else ticks / os.sysconf("SC_CLK_TCK")
@@ -75,7 +74,7 @@ def _start_time_elsewhere(pid: int) -> float | None:
 
 
 def process_namespace() -> str:
-    """Return what process ids are relative to here: the container, on Linux."""
+    """Return the PID namespace, on Linux the container."""
     try:
         return os.readlink(_NAMESPACE)
     except OSError:
@@ -83,16 +82,11 @@ def process_namespace() -> str:
 
 
 class HolderRecord(Record):
-    """holder.json: who holds a job, or has held it last.
-
-    Attributes:
-        process: The process.
-        host: The machine's name.
-    """
+    """holder.json: process and host of a job's current or last holder."""
 
     process: ProcessRecord
     host: str
 
     def describe(self) -> str:
-        """Return in words who it is."""
+        """Describe the holder in words."""
         return f"process {self.process.pid} on {self.host}"

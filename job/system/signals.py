@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: stop at once where that is safe, otherwise right after what must not be cut."""
+"""SIGTERM and SIGINT: stop at once where safe, else right after a critical section."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from job.system.lifeline import is_supervised
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AGAIN_SECONDS = 0.05
-# Within which a second signal is taken for the first, where a supervisor passes signals on.
+# Time in which a second signal counts as the first, forwarded by a supervisor.
 _SAME_SECONDS = 1.0
 
 
 class StopSignals:
-    """Turns the first SIGTERM or SIGINT into `Stopped`; the second leaves the process at once.
+    """Turns the first SIGTERM or SIGINT into `Stopped`; the second exits at once.
 
-    Everything on disk is consistent at any instant (a stronger signal may come at any time), so
-    `Stopped` may be raised anywhere; `shielded` merely keeps short writes in one piece. Where Python
-    swallows what is raised (finalizers, callbacks of weak references), it is raised again a moment later. `graceful`
-    blocks get some time to end by themselves.
+    Files are consistent at any instant (SIGKILL may come any time), so `Stopped` may be raised anywhere; `shielded`
+    only keeps short writes whole. Where Python swallows exceptions (finalizers, weak reference callbacks), it is raised
+    again shortly after. `graceful` blocks get time to end by themselves.
     """
 
     def __init__(self) -> None:
@@ -36,7 +35,7 @@ class StopSignals:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle the signals within the block and restore the former handlers after it."""
+        """Handle the signals within the block, then restore the former handlers."""
         former = {number: signal.signal(number, self._handle) for number in SIGNALS}
         former[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise_again)
         former_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
@@ -46,14 +45,14 @@ class StopSignals:
             signal.setitimer(signal.ITIMER_REAL, 0)
             sys.unraisablehook = former_hook
             if self._pending and is_supervised():
-                # The same request, passed on a moment later, must not change the exit code of a process that obeys.
+                # The same request, forwarded a moment later, must not change the exit code of a process that obeys.
                 former |= dict.fromkeys(SIGNALS, signal.SIG_IGN)
             for number, handler in former.items():
                 signal.signal(number, handler)
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
-        """Hold a stop that comes within the block back until its end; one that is being obeyed is not raised again."""
+        """Defer a stop until the end of the block; one being obeyed is not raised again."""
         obeyed = self._pending is not None and not self._grace
         self._shields += 1
         try:
@@ -65,7 +64,7 @@ class StopSignals:
 
     @contextmanager
     def graceful(self, seconds: float) -> Iterator[None]:
-        """Let the block end by itself when it does so within so many seconds after a stop."""
+        """Let the block end by itself within `seconds` after a stop."""
         self._grace = seconds
         try:
             yield
@@ -76,7 +75,7 @@ class StopSignals:
             raise Stopped(self._pending)
 
     def interrupt(self, reason: str) -> None:
-        """Stop the main thread as a signal would, from another thread."""
+        """Stop the main thread from another thread, as a signal would."""
         self._pending = self._pending or reason
         os.kill(os.getpid(), signal.SIGALRM)
 
@@ -87,7 +86,7 @@ class StopSignals:
             sys.__unraisablehook__(unraisable)
 
     def _raise_again(self, _number: int, _frame: FrameType | None) -> None:
-        self._grace = 0.0  # it is over
+        self._grace = 0.0  # the grace period is over
         if self._pending and not self._shields:  # within a shield, its end raises
             raise Stopped(self._pending)
 
@@ -95,7 +94,7 @@ class StopSignals:
         name = signal.Signals(number).name
         if self._pending:
             if is_supervised() and time.monotonic() - self._since < _SAME_SECONDS:
-                return  # one request that went to the whole group of processes, and was passed on as well
+                return  # one request sent to the process group, and forwarded as well
             os._exit(Stopped.exit_code)
         self._pending, self._since = name, time.monotonic()
         if self._grace:

@@ -1,7 +1,7 @@
-"""Temporary folders that a killed process does not leave behind for good.
+"""Temporary folders that are cleaned up even after a kill.
 
-A process holds a lock on each of its folders, which ends with it however it ends. Who makes a folder first removes
-those of its kind that nobody holds: weights that are kept on disk would otherwise fill it, kill by kill.
+A process locks each of its folders until it ends. Creating a folder first removes unlocked ones of the same kind:
+otherwise killed processes would fill the disk with offloaded weights.
 """
 
 from __future__ import annotations
@@ -17,11 +17,7 @@ from pathlib import Path
 
 @contextmanager
 def scratch(kind: str) -> Iterator[Path]:
-    """Yield a new temporary folder, which is removed afterwards.
-
-    Args:
-        kind: What it is for; a part of its name.
-    """
+    """Yield a new temporary folder named after `kind`, removed afterwards."""
     prefix = f"abliterate-{kind}-"
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         _remove_if_left(left)
@@ -39,11 +35,11 @@ def _made(prefix: str) -> tuple[Path, int]:
         try:
             lock = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:
-            continue  # taken for one that was left, before the lock was had
+            continue  # removed as a leftover before it was locked
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            return folder, lock  # a file system without locks: whoever looks cannot lock it either, and leaves it alone
+            return folder, lock  # without locks nobody else can lock it either, and leaves it alone
         if folder.exists():
             return folder, lock
         os.close(lock)
@@ -57,7 +53,7 @@ def _remove_if_left(folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return  # somebody's
+        return  # in use
     else:
         shutil.rmtree(folder, ignore_errors=True)
     finally:

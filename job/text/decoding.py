@@ -1,4 +1,4 @@
-"""Text files as editors and shells write them: UTF-8, with or without a byte order mark, UTF-16 and UTF-32."""
+"""Decode text files: UTF-8 with or without a byte order mark, UTF-16 and UTF-32."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# Share of zeros among every other byte from which on text without a mark is taken for UTF-16.
+# Share of zeros in every other byte above which text without a mark is taken for UTF-16.
 _ZEROS = 0.4
 
 
 def encoding_of(start: bytes) -> str:
-    """Return the encoding of a text by its first bytes: what its mark says, UTF-16 by its zeros, else UTF-8."""
+    """Detect a text's encoding from its first bytes: by its mark, UTF-16 by its zeros, else UTF-8."""
     for mark, encoding in _MARKS:
         if start.startswith(mark):
             return encoding
@@ -29,9 +29,5 @@ def encoding_of(start: bytes) -> str:
 
 
 def decoded(data: bytes) -> str:
-    """Return the text of a whole file, without its byte order mark.
-
-    Raises:
-        UnicodeDecodeError: It is no text in an encoding that can be told.
-    """
+    """Decode a whole file, without its byte order mark. Raises UnicodeDecodeError."""
     return data.decode(encoding_of(data))

@@ -1,4 +1,4 @@
-"""Pieces of HTML and Markdown; whatever text comes in is redacted and escaped."""
+"""HTML and Markdown fragments; all input text is redacted and escaped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from job.text.redaction import redact
 
 @dataclass(frozen=True)
 class Markup:
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
     html: str
 
@@ -21,33 +21,33 @@ Cell = str | Markup
 
 
 def escaped(cell: Cell) -> str:
-    """Return HTML that shows a text as it is."""
+    """Redact a text and escape it for HTML."""
     return cell.html if isinstance(cell, Markup) else html.escape(redact(cell))
 
 
-# What begins or ends markup; written as entities, which end no cell of a table either.
+# Markup characters, written as entities, which cannot end a table's cell either.
 _MARKS = re.compile(r"[&<>|\\`*\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<!\S)#|^[=+-]")
 _NUMBER = re.compile(r"^(\d+)([.)])(?=\s|$)")
 
 
 def printable(text: str) -> str:
-    """Return a text with a space for every character that steers a terminal or how text is shown; lines stay."""
+    """Replace control and invisible characters by spaces; line feeds stay."""
     return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
 
 
 def one_line(text: object) -> str:
-    """Return a text on one line, without characters that only steer how text is shown."""
+    """Return a text on one line, without control characters."""
     return " ".join(printable(str(text)).split())
 
 
 def markdown(text: object) -> str:
-    """Return Markdown that shows a text as it is, within a line or as one."""
+    """Redact a text and escape it for Markdown, on one line."""
     escaped_marks = _MARKS.sub(lambda found: f"&#{ord(found[0])};", one_line(text))
     return _NUMBER.sub(lambda found: f"{found[1]}&#{ord(found[2])};", escaped_marks)
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
-    """Return a table that scrolls where the page is narrow; the first cell of every row is its heading."""
+    """Return a table that scrolls on narrow pages; the first cell of every row is its heading."""
     columns = "".join(f'<th scope="col">{escaped(cell)}</th>' if cell else "<td></td>" for cell in head)
     body = "".join(
         f'<tr><th scope="row">{escaped(row[0])}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in row[1:])}</tr>'
@@ -60,24 +60,18 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> 
 
 
 def table_of(markdown: str, caption: str) -> str:
-    """Return a table of Markdown, which has no markup within its cells, as HTML."""
+    """Convert a Markdown table without markup in its cells to HTML."""
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in markdown.strip().splitlines()]
     return table(caption, rows[0], rows[2:])
 
 
 def details(summary: str, content: str) -> str:
-    """Return content that is shown when it is asked for."""
+    """Return collapsible content."""
     return f"<details><summary>{escaped(summary)}</summary>{content}</details>"
 
 
 def figure(caption: str, chart: str, label: str | None = None) -> str:
-    """Return a chart with what it shows in words; its values have to stand beside it, in a table.
-
-    Args:
-        caption: What stands above it.
-        chart: Its HTML.
-        label: What is said of it in its place; None: the caption.
-    """
+    """Return a chart with a caption and a label for screen readers; its values must also be in a table."""
     return (
         f"<figure><figcaption>{escaped(caption)}</figcaption>"
         f'<div class="chart" role="img" aria-label="{escaped(label or caption)}">{chart}</div></figure>'
@@ -85,7 +79,7 @@ def figure(caption: str, chart: str, label: str | None = None) -> str:
 
 
 def definitions(items: Mapping[str, str]) -> str:
-    """Return terms and what is said of each."""
+    """Return a definition list."""
     pairs = "".join(f"<dt>{escaped(term)}</dt><dd>{escaped(said)}</dd>" for term, said in items.items())
     return f"<dl>{pairs}</dl>"
 

@@ -1,8 +1,8 @@
-"""Secrets are taken out of text: the one place that every log, record, report and error line goes through.
+"""Redaction of secrets: the only path of every log, record, report and error line.
 
-What counts as a secret: the values of environment variables whose names say so, the passwords of addresses in any
-variable, what `remember` was told, and tokens that are recognised by their form. Values are found in every form that
-writers give them: plain, escaped for JSON, Python, HTML or shells, URL-encoded, base64, hexadecimal, UTF-16.
+Secrets are the values of environment variables with telling names, passwords in URLs in any variable, values given to
+`remember`, and tokens recognised by their format. They are found in every encoding: plain, escaped for JSON, Python,
+HTML or shells, URL-encoded, base64, hexadecimal, UTF-16.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import Any, TextIO, cast
 from urllib.parse import quote, quote_plus, unquote
 
 MASK = "***"
-# Shorter values ("1", "true", "admin") are switches and words, and masking them would garble every text.
+# Shorter values ("1", "true", "admin") are switches and words; masking them would garble every text.
 MIN_LENGTH = 8
-# A value of one kind of characters and fewer than 17 may be a word ("postgres"): it is masked as a whole word only.
+# A value of one character class and fewer than 17 characters may be a word ("postgres"): masked as a whole word only.
 _WORD = re.compile(r"[A-Z]?[a-z]{1,15}|[A-Z]{1,15}|[0-9]{1,15}")
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|KEYS?(?![A-Z])|(?<![A-Z])PAT(?![A-Z])", re.IGNORECASE
 )
-# Where a word begins, also right after an escape of JSON or of a URL.
+# Start of a word, also right after an escape of JSON or a URL.
 _BEGIN = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|(?<=%[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa-f]{4}))"
 _END = r"(?![A-Za-z0-9])"
-# Tokens as their issuers form them: Hugging Face, AWS, RunPod, GitHub, OpenAI and the like, JSON web tokens, PEM keys.
+# Tokens by their issuers' formats: Hugging Face, AWS, RunPod, GitHub, OpenAI and the like, JSON web tokens, PEM keys.
 _TOKENS = re.compile(
     rf"{_BEGIN}(?:hf_[a-z]{{1,20}}_(?=[a-z_]{{0,40}}[A-Z0-9])[A-Za-z0-9._~+/-]{{16,}}=*|hf_[A-Za-z0-9]{{16,}}|(?:AKIA|ASIA)[A-Z0-9]{{16}}{_END}"
     r"|rpa_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|sk-[A-Za-z0-9_-]{20,}"
@@ -40,7 +40,7 @@ _TOKENS = re.compile(
     r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)",
     re.DOTALL,
 )
-# What stands before a secret, kept, and the secret: in addresses, query strings, connection strings and headers.
+# Context of a secret, kept, and the secret: in URLs, query strings, connection strings and headers.
 _PLACES = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -54,7 +54,7 @@ _PLACES = tuple(
         r"((?<![A-Za-z0-9])(?:bearer|basic)\s+)(?=\S*[0-9=+/_])[A-Za-z0-9._~+/-]{16,}=*",
     )
 )
-# Of a variable's value; a password that nobody has encoded may hold "/" and "@", a port is followed by a path.
+# In a variable's value; an unencoded password may contain "/" and "@", a port is followed by a path.
 _ADDRESS_PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/:@]*:(?!\d+/)(.+)@")
 
 _remembered: set[str] = set()
@@ -62,33 +62,33 @@ _lock = threading.Lock()
 
 
 def looks_secret(name: str) -> bool:
-    """Return whether an environment variable of that name holds a secret."""
+    """Return whether an environment variable with this name holds a secret."""
     return _SECRET_NAME.search(name) is not None
 
 
 def remember(*values: str | None) -> None:
-    """Mask these values from now on: credentials that come from files and not from the environment."""
+    """Mask these values from now on: credentials from files."""
     with _lock:
         _remembered.update(value for value in values if value)
 
 
 def redact(text: str) -> str:
-    """Return text with every secret in it replaced by `***`."""
+    """Replace every secret in a text by `***`."""
     return _masks().text(text)
 
 
 def redacted(value: Any) -> Any:
-    """Return a JSON value with its texts redacted, keys too; what JSON does not know becomes redacted text."""
+    """Redact the texts and keys of a JSON value; other objects become redacted text."""
     return _walked(value, _masks())
 
 
 def redacted_json(value: Any, *, indent: int | None = None, ascii_only: bool = True) -> str:
-    """Return a value as JSON that was redacted before it was escaped."""
+    """Return a value as JSON, redacted before escaping."""
     return json.dumps(redacted(value), indent=indent, ensure_ascii=ascii_only)
 
 
 def holds_secret(text: str) -> bool:
-    """Return whether a text holds what would be masked, words that may be no secrets left aside."""
+    """Return whether a text holds a certain secret, ignoring words that may be none."""
     return _masks().key(text) != text
 
 
@@ -112,11 +112,10 @@ class _Masks:
         self._words = re.compile(f"{_BEGIN}(?:{'|'.join(map(re.escape, words))}){_END}") if words else None
 
     def text(self, text: str) -> str:
-        """Return a text without secrets."""
         return self.key(text if self._words is None else self._words.sub(MASK, text))
 
     def key(self, text: str) -> str:
-        """Return the name of a field without secrets; a word that is a secret elsewhere is none there."""
+        """Redact a field's name; words that are secrets elsewhere are kept."""
         for form in self._forms:
             if form in text:
                 text = text.replace(form, MASK)
@@ -127,7 +126,7 @@ class _Masks:
 
 
 def _masks() -> _Masks:
-    # The environment may change while the process runs: a client sets a variable, a test another one.
+    # The environment may change during the process: a client sets a variable, a test another one.
     with _lock:
         return _made(tuple(os.environ.items()), frozenset(_remembered))
 
@@ -138,9 +137,9 @@ def _made(environment: tuple[tuple[str, str], ...], remembered: frozenset[str]) 
 
 
 def _secrets_in(environment: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Yield the secrets of an environment: values by their name, passwords of addresses by their place."""
+    """Yield an environment's secrets: values by name, and passwords in URLs."""
     for name, value in environment:
-        # The path of a file that holds a secret is none, and would mask the paths of everything beside it.
+        # The path of a secret's file is no secret, and would mask neighbouring paths.
         if looks_secret(name) and not (value.startswith("/") and os.path.exists(value)):
             yield value
         address = _ADDRESS_PASSWORD.match(value.strip())
@@ -149,11 +148,11 @@ def _secrets_in(environment: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 
 def _forms_of(secrets: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return what secrets look like in texts, the longest first, and those that are masked as whole words only."""
+    """Return all forms of secrets, longest first, and those masked as whole words only."""
     forms: set[str] = set()
     words: set[str] = set()
     for secret in secrets:
-        # Messages are put into one line, and tracebacks are shown line by line.
+        # Messages are joined into one line, and tracebacks are split into lines.
         for value in {secret, secret.strip(), " ".join(secret.split()), *map(str.strip, secret.splitlines())}:
             if len(value) < MIN_LENGTH:
                 continue
@@ -166,7 +165,7 @@ def _forms_of(secrets: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _encoded(secret: str) -> Iterator[str]:
-    """Yield a secret as writers may give it; some forms are the secret itself."""
+    """Yield the encodings of a secret."""
     data = secret.encode("utf-8", "surrogateescape")
     for escaped in (json.dumps(secret), json.dumps(secret, ensure_ascii=False), repr(secret)):
         yield escaped[1:-1]
@@ -183,18 +182,18 @@ def _encoded(secret: str) -> Iterator[str]:
     for codec in ("utf-16-le", "utf-16-be"):
         wide = secret.encode(codec, "surrogatepass")
         yield from _base64(wide)
-        # Read as if it were a text of single bytes, and as that is escaped.
+        # Misread as single-byte text, and then escaped.
         yield wide.decode("latin-1").strip("\0")
     for zero in ("\\u0000", "\\x00", "%00"):
         yield zero.join(secret)
 
 
 def _base64(data: bytes) -> Iterator[str]:
-    """Yield what of a secret's base64 does not depend on what stands before and after it, for each alignment."""
+    """Yield the part of a secret's base64 that is independent of its surroundings, for each alignment."""
     for before in range(3):
         found = base64.b64encode(b"\0" * before + data).decode()
         first = (0, 2, 3)[before]
-        # A last group that is not full depends on what follows.
+        # An incomplete last group depends on what follows.
         last = (len(data) + before) // 3 * 4 + (0, 1, 2)[(len(data) + before) % 3]
         if last - first >= MIN_LENGTH:
             yield found[first:last]
@@ -202,20 +201,18 @@ def _base64(data: bytes) -> Iterator[str]:
 
 
 class _Guarded:
-    """A text stream of which everything is redacted that is written to it."""
+    """A text stream that redacts everything written to it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write a text without its secrets; return its length."""
         if not isinstance(text, str):
             raise TypeError(f"a text is written here, not {type(text).__name__}")
         self._stream.write(redact(text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write lines without their secrets."""
         for line in lines:
             self.write(line)
 
@@ -225,15 +222,15 @@ class _Guarded:
 
 @contextmanager
 def guarded_output() -> Iterator[None]:
-    """Redact all that this process prints in the block: also what libraries, warnings and threads' failures print."""
+    """Redact everything that this process prints in the block, including libraries, warnings and threads."""
     before = sys.stdout, sys.stderr
-    # A process without a console has none.
+    # Without a console there is no stream.
     guarded = [cast(TextIO, _Guarded(stream) if stream else stream) for stream in before]
     sys.stdout, sys.stderr = guarded
     try:
         yield
     finally:
-        # What has put another stream there meanwhile keeps it.
+        # A stream replaced meanwhile is kept.
         if sys.stdout is guarded[0]:
             sys.stdout = before[0]
         if sys.stderr is guarded[1]:

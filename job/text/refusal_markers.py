@@ -1,4 +1,4 @@
-"""Refusals, told by phrases that they contain."""
+"""Detect refusals by the phrases that they contain."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "*": 
 
 
 def normalise(text: str) -> str:
-    """Return text without regard to case, asterisks, kinds of apostrophes and amounts of white space."""
+    """Normalise case, asterisks, apostrophes and white space."""
     return " ".join(text.translate(_APOSTROPHES).casefold().split())
 
 
 class RefusalMarkers:
-    """Tells refusals by phrases that they contain.
+    """Detects refusals by phrases.
 
     Attributes:
-        phrases: The phrases, normalised.
-        transitions: An Aho-Corasick automaton over them: for each state, the next one for every character that
-            does not lead back to state 0, where nothing has been matched.
-        final: The states in which a phrase has just ended.
-        moves: What pieces of text lead to, as far as it has been asked for; pieces are tokens, and come again.
+        transitions: Aho-Corasick automaton: per state, transitions that do not lead to the root, state 0.
+        final: States in which a phrase has just ended.
+        moves: Cached transitions over whole pieces of text, which are tokens and recur.
     """
 
     def __init__(self, markers: Iterable[str]) -> None:
@@ -33,13 +31,13 @@ class RefusalMarkers:
         self.moves: dict[tuple[_MatchState, str], _MatchState] = {}
 
     def after(self, reached: _MatchState, piece: str) -> _MatchState:
-        """Return the state of a match after a further piece of text; one in which a phrase has ended is kept."""
+        """Return the match state after another piece of text; a final state is kept."""
         state, begun, space = reached
         for character in piece.translate(_APOSTROPHES).casefold():
             if state in self.final:
                 break
             if character.isspace():
-                # Any amount of it is one space, and none at the ends of the text.
+                # White space counts as one space, and as none at the ends of the text.
                 space = begun
                 continue
             if space:
@@ -54,12 +52,12 @@ class RefusalMarkers:
         return self._pattern.search(normalise(text)) is not None
 
     def is_refusal(self, answer: str) -> bool:
-        """Return whether a whole answer is a refusal: it contains a marker, or it is empty."""
+        """Return whether a whole response is a refusal: with a marker, or empty."""
         return not answer.strip() or self.found(answer)
 
 
 def _automaton(phrases: Iterable[str]) -> tuple[list[dict[str, int]], frozenset[int]]:
-    """Return the Aho-Corasick automaton of phrases (Aho and Corasick 1975), with its failure links worked in."""
+    """Return the automaton of phrases with resolved failure links (Aho and Corasick 1975)."""
     tree: list[dict[str, int]] = [{}]
     final = set()
     for phrase in phrases:
@@ -70,7 +68,7 @@ def _automaton(phrases: Iterable[str]) -> tuple[list[dict[str, int]], frozenset[
                 tree[state][character] = len(tree) - 1
             state = tree[state][character]
         final.add(state)
-    # Breadth first, a state's longest proper suffix that is a state too is complete before the state is come to.
+    # Breadth first: the longest proper suffix of a state is complete before the state.
     suffix = [0] * len(tree)
     queue = list(tree[0].values())
     for state in queue:
@@ -85,15 +83,15 @@ def _automaton(phrases: Iterable[str]) -> tuple[list[dict[str, int]], frozenset[
 
 
 class MarkerMatch:
-    """Looks for markers in a text that comes in pieces; what it has seen is one state of their automaton."""
+    """Detects markers in a text that arrives in pieces, by one automaton state."""
 
     def __init__(self, markers: RefusalMarkers) -> None:
         self._markers = markers
-        # The automaton's state, whether anything but white space has come, and whether white space came after it.
+        # Automaton state, whether text other than white space has arrived, and whether white space followed.
         self._state: _MatchState = (0, False, False)
 
     def feed(self, piece: str) -> bool:
-        """Take the next piece of the text and return whether a marker has been found so far, as if in the whole."""
+        """Add a piece of text; return whether the text so far contains a marker."""
         known = self._markers.moves
         move = (self._state, piece)
         reached = known.get(move)

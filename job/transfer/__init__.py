@@ -1,1 +1,1 @@
-"""Moving files to and from the Hub, S3 and folders: resumable and verified."""
+"""Resumable, verified transfers to and from the Hub, S3 and folders."""

@@ -1,7 +1,7 @@
 """Delivery to a folder: complete or not at all.
 
-On the same file system delivered weights are second names of the export's, which cost neither time nor space. All
-other files are copies: they are what somebody may edit in place.
+On the same file system weights are hard links, which cost neither time nor space. Other files are copies, since people
+may edit them in place.
 """
 
 from __future__ import annotations
@@ -25,13 +25,7 @@ def target_folder(uri: str) -> Path:
 
 
 def deliver(export: Path, uri: str) -> None:
-    """Copy an export into a folder, verified by its manifest, and put it there in one step.
-
-    An earlier delivery in the same place is replaced; anything else there is left alone.
-
-    Raises:
-        DeliveryError: The folder holds something else, or cannot be written.
-    """
+    """Copy a verified export into a folder in one step, replacing only an earlier delivery. Raises DeliveryError."""
     target = target_folder(uri)
     manifest = read_record(export / MANIFEST, Manifest)
     incoming = target.with_name(f".{target.name}.incoming")
@@ -81,12 +75,12 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def holds_something_else(folder: Path) -> bool:
-    """Return whether a folder holds what no delivery may replace."""
+    """Return whether a folder holds anything that no delivery may replace."""
     return folder.exists() and not _replaceable(folder)
 
 
 def _holds(folder: Path, manifest: Manifest) -> bool:
-    """Return whether a folder holds exactly the files that a manifest lists."""
+    """Return whether a folder holds exactly a manifest's files."""
     return (folder / MANIFEST).is_file() and all(
         (folder / name).is_file()
         and (folder / name).stat().st_size == entry.size
@@ -96,7 +90,7 @@ def _holds(folder: Path, manifest: Manifest) -> bool:
 
 
 def _replaceable(folder: Path) -> bool:
-    """Return whether a folder is empty or holds an earlier delivery and nothing else."""
+    """Return whether a folder is empty or holds only an earlier delivery."""
     if not folder.is_dir():
         return False
     present = {path.name for path in folder.iterdir()}

@@ -1,4 +1,4 @@
-"""What can be known about a target on the Hub before anything is delivered there; nothing is made or changed."""
+"""Check a Hub target before a delivery, without changes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,7 @@ _MAKERS = frozenset({"admin", "write", "contributor"})
 
 @dataclass(frozen=True)
 class Probe:
-    """What a delivery would come to, as far as it can be known.
-
-    Attributes:
-        ok: Whether it can succeed.
-        what: What was found.
-        remedy: What to do where it cannot.
-    """
+    """Whether a delivery can succeed, what was found, and the remedy."""
 
     ok: bool
     what: str
@@ -31,14 +25,9 @@ class Probe:
 
 
 def probe(uri: str, options: HubOptions, *, report: Callable[[str], None] = lambda _: None) -> Probe:
-    """Return whether the token may deliver to a target, without leaving a trace there.
+    """Return whether the token may deliver to a target, without a trace. Raises DeliveryError or UsageError.
 
-    For a repository that exists the Hub itself tells whether the token may write; for one that does not, the
-    token's rights in the namespace are read from its description.
-
-    Raises:
-        DeliveryError: The Hub does not answer, so nothing is known.
-        UsageError: The URI names no model repository.
+    For an existing repository the Hub reports write access; otherwise the token's rights in the namespace are read.
     """
     try:
         return _probe(Repository(uri, options, report))
@@ -71,7 +60,7 @@ def _probe(repository: Repository) -> Probe:
 
 
 def _may_make(account: dict[str, Any], repo_id: str) -> Probe:
-    """Return whether a token may make a repository that is not there (or that it may not see)."""
+    """Return whether a token may create a repository that is missing or hidden from it."""
     namespace, name = repo_id.split("/")[0], account["name"]
     role = _token(account).get("role")
     if role == "fineGrained":

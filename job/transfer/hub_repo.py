@@ -1,4 +1,4 @@
-"""A model repository on the Hub as a delivery needs it: found or made, gated, looked at, shown."""
+"""A model repository on the Hub: create, gate, read, commit and publish."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A revision of the repository at one moment."""
+    """A revision of a repository at one moment."""
 
     sha: str
     private: bool
@@ -43,15 +43,10 @@ class Snapshot:
 
 
 class Repository:
-    """One model repository as the token sees it; every failure of it is a `DeliveryError`."""
+    """A model repository as seen by the token; every failure is a `DeliveryError`."""
 
     def __init__(self, uri: str, options: HubOptions, report: Callable[[str], None]) -> None:
-        """Talk to nobody yet.
-
-        Raises:
-            DeliveryError: There is no token, or the Hub is forbidden.
-            UsageError: The URI names no model repository.
-        """
+        """Prepare without connecting. Raises DeliveryError without a token, or UsageError for a wrong URI."""
         from huggingface_hub import HfApi
 
         self.target = parse_target(uri, options)
@@ -68,15 +63,11 @@ class Repository:
         return self.target.repo_id
 
     def url(self, sha: str) -> str:
-        """Return the address of a commit."""
+        """Return a commit's URL."""
         return f"{self.api.endpoint}/{self.repo_id}/commit/{sha}"
 
     def ask(self, call: Callable[[], T], what: str) -> T:
-        """Return what a call of the Hub's client returns, tried again where that can help.
-
-        Raises:
-            DeliveryError: The Hub says no, or cannot be reached for long; its cause tells which.
-        """
+        """Return a Hub call's result after retries. Raises DeliveryError, whose cause tells why."""
         try:
             return hub.patiently(call, what, self.report)
         except (ImpossibleJobError, MachineError) as error:
@@ -87,7 +78,7 @@ class Repository:
             raise DeliveryError(f"the Hub's client failed at {what}: {text}", remedy=_AGAIN) from error
 
     def _said(self, error: BaseException | None) -> str:
-        """Return the Hub's own words, which tell a full quota from a wrong token."""
+        """Return the Hub's message, which distinguishes a full quota from a wrong token."""
         said = getattr(error, "server_message", None)
         return f": {self._without_token(' '.join(str(said).split())[:200])}" if said else ""
 
@@ -95,7 +86,7 @@ class Repository:
         return text.replace(self._token, "***")
 
     def look(self, revision: str) -> Snapshot | None:
-        """Return a revision as it is now, None where it or the repository is not there for this token."""
+        """Return a revision's current state, None if it or the repository is missing for this token."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         def call() -> Any:
@@ -116,11 +107,7 @@ class Repository:
         return Snapshot(info.sha, bool(info.private), bool(info.gated), files)
 
     def see(self, revision: str) -> Snapshot:
-        """Return a revision that must be there.
-
-        Raises:
-            DeliveryError: It is not.
-        """
+        """Return an existing revision. Raises DeliveryError if it is missing."""
         found = self.look(revision)
         if found is None:
             raise DeliveryError(
@@ -130,11 +117,7 @@ class Repository:
         return found
 
     def prepare(self) -> None:
-        """Make the repository, its gate and the branch where they are missing; nothing is shown that was not.
-
-        Raises:
-            DeliveryError: That cannot be done, or the repository is public and must not be.
-        """
+        """Create repository, gate and branch, publishing nothing. Raises DeliveryError, also for a public one."""
         found = self.look(MAIN)
         if found is None:
             self.ask(lambda: self.api.create_repo(self.repo_id, private=True, exist_ok=True), f"making {self.repo_id}")
@@ -150,11 +133,7 @@ class Repository:
             )
 
     def refuse_public(self, found: Snapshot) -> None:
-        """Refuse a public repository for a private delivery: the Hub would take the files, and show them.
-
-        Raises:
-            DeliveryError: It is public.
-        """
+        """Raise DeliveryError for a public repository and a private delivery, which the Hub would publish."""
         if self.options.visibility == "private" and not found.private:
             raise DeliveryError(
                 f"{self.repo_id} is public on the Hub and the delivery is to be private",
@@ -162,13 +141,7 @@ class Repository:
             )
 
     def holds_only(self, names: frozenset[str], found: Snapshot, *, delivered: bool) -> bool:
-        """Return whether the repository holds and ever held nothing but files of these names.
-
-        Args:
-            names: The delivery's files.
-            found: The branch as it is.
-            delivered: Whether the delivery is there already.
-        """
+        """Return whether the repository's whole history holds only files with these names."""
         branch = self.target.branch
         history = self.ask(lambda: self.api.list_repo_commits(self.repo_id, revision=branch), f"commits of {branch}")
         refs = self.ask(
@@ -183,11 +156,7 @@ class Repository:
         )
 
     def show(self, found: Snapshot) -> None:
-        """Let those see a complete delivery who are meant to.
-
-        Raises:
-            DeliveryError: The gate is not in place, or the Hub says no.
-        """
+        """Publish a complete delivery as requested. Raises DeliveryError if the gate is missing, or the Hub refuses."""
         if self.options.visibility == "private" or not found.private:
             return
         if self.options.visibility == "gated" and not found.gated:
@@ -195,11 +164,7 @@ class Repository:
         self.ask(lambda: self.api.update_repo_settings(self.repo_id, private=False), f"showing {self.repo_id}")
 
     def store(self, operation: CommitOperationAdd) -> None:
-        """Bring one file into the repository's storage, where nobody sees it, unless git alone is to keep it.
-
-        Raises:
-            DeliveryError: It does not arrive.
-        """
+        """Upload a file to the repository's storage, unreferenced, unless git alone keeps it. Raises DeliveryError."""
         name = operation.path_in_repo
 
         def call() -> None:
@@ -227,19 +192,10 @@ class Repository:
         parent: str,
         request: Callable[[], str | None],
     ) -> str | None:
-        """Do all operations on top of a commit at once, on the branch or in a pull request to it.
+        """Commit all operations on top of a parent, on the branch or in a pull request; return the revision.
 
-        Args:
-            operations: What to do.
-            parent: The commit.
-            request: Finds the pull request that does this already, as one whose making was not answered.
-
-        Returns:
-            The revision that holds the result; None where the parent is no longer the branch's last commit. That is
-            also what comes of a commit that was not answered, when it is tried again.
-
-        Raises:
-            DeliveryError: The Hub says no.
+        It is None if the parent is not the branch's head, also after a lost response. `request` finds an existing pull
+        request. Raises DeliveryError.
         """
         from huggingface_hub.errors import HfHubHTTPError
 

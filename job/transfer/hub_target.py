@@ -1,4 +1,4 @@
-"""What a delivery to the Hub is asked for: a branch of a repository, who may see it, and with which token."""
+"""Options of a delivery to the Hub: branch, visibility and token."""
 
 from __future__ import annotations
 
@@ -15,17 +15,14 @@ _OTHER_KINDS = frozenset({"models", "datasets", "spaces", "kernels", "buckets"})
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How an export is delivered to the Hub.
+    """Options of a delivery to the Hub.
 
     Attributes:
-        visibility: Who may read: "private" the owner alone; "public" everybody; "gated" everybody who agrees to
-            the Hub's terms of access with an account (a public page, automatic approval; a stricter gate that is
-            there already stays). A repository that the delivery makes is private until all has arrived and is
-            verified, whatever it becomes then, and its gate is set before the first file.
-        revision: The branch, made from main if it is not there; None for the one in the URI, or main.
-        pull_request: Leave it as an open pull request to main, for somebody to merge; who sees the repository is
-            then not changed, except that a gate is set.
-        commit_message: First line of the commit, with the figures.
+        visibility: "private": the owner; "public": everybody; "gated": accounts that accept the terms of access (public
+            page, automatic approval; a stricter existing gate is kept). A new repository stays private until everything
+            is verified, and its gate is set before the first file.
+        revision: The branch, created from main if missing; None for the URI's, or main.
+        pull_request: Leave an open pull request to main; visibility then stays unchanged, except for a gate.
         token: The token; None for HF_TOKEN, the file HF_TOKEN_PATH or the Hub client's own store.
     """
 
@@ -45,11 +42,7 @@ class HubTarget:
 
 
 def parse_target(uri: str, options: HubOptions) -> HubTarget:
-    """Return what an hf://user/repo[@branch] URI names.
-
-    Raises:
-        UsageError: It names no model repository, or contradicts the options.
-    """
+    """Parse an hf://user/repo[@branch] URI. Raises UsageError."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not re-exported
 
@@ -70,11 +63,7 @@ def parse_target(uri: str, options: HubOptions) -> HubTarget:
 
 
 def find_token(options: HubOptions) -> str:
-    """Return the token.
-
-    Raises:
-        DeliveryError: There is none, or it cannot be one; the message does not hold it.
-    """
+    """Return the token. Raises DeliveryError, without quoting it, if it is missing or malformed."""
     from huggingface_hub import get_token
 
     token = (options.token or get_token() or "").strip()

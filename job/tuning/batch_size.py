@@ -1,7 +1,7 @@
-"""`--tune`: how many rows a forward is to have, measured once on the job's own search and remembered.
+"""`--tune`: measure the fastest rows per forward on the job's own search, once, and remember them.
 
-Without it the rows follow from a rule (`job.preflight.memory_plan`). Either way they are pinned in job.json before
-the first trial is asked, and no later start measures or reckons again.
+Otherwise a rule sets the rows (`job.preflight.memory_plan`). Either way they are pinned in job.json before the first
+trial is sampled, and no later start changes them.
 """
 
 from __future__ import annotations
@@ -31,36 +31,29 @@ from job.storage.events import Events
 from job.tuning.layouts import LAYOUTS, Layouts, MeasuredLayout, Remembered, best_of, climb, read_layouts, remember
 from job.tuning.memory_probe import Gauge
 
-# No measurement begins after so long. One takes at most about a quarter of it, as far as that can be foreseen.
+# No measurement starts after this time. One takes about a quarter of it at most, as far as predictable.
 SECONDS = 300.0
-# Seconds that the measurement of the rule's layout may take; where it would take more, fewer prompts are answered.
+# Time limit of measuring the rule's layout, in seconds; beyond it fewer prompts are answered.
 _LONGEST = 30.0
-# Prompts of either kind; more would make no more rows worth trying than fit into a forward anyway.
+# Prompts of either kind; more would not make more rows worth trying than fit a forward anyway.
 _PROMPTS = 256
-# Prompts of either kind that the direction for it is found from.
+# Prompts of either kind for its direction.
 _DIRECTION_PROMPTS = 32
-# Where doubling begins.
+# Start of the doubling.
 _BEGIN = 16
-# Quick measurements are repeated, and the quickest counts, which other work on the machine disturbs least.
+# Short measurements are repeated, and the fastest counts, which other load disturbs least.
 _ROUNDS, _QUICK = 3, 2.0
-# How often what is about to be chosen is measured again beside the rule's layout, which stays if it was but luck.
+# Repetitions of the best layout's measurement beside the rule's, which stays if that was only luck.
 _CONFIRMATIONS = 2
 
 
 @dataclass(frozen=True)
 class Tuner:
-    """Finds the rows with which a job's trials are evaluated fastest.
+    """Finds the fastest rows per forward for a job's trials.
 
     Attributes:
         workspace: Where layouts are remembered.
-        record: The job.
-        settings: Its settings.
-        prompts: Its prompts.
-        loaded: Its model, with the response prefix.
-        scorer: Makes a scorer on good and bad prompts with so many rows; what trials are compared with is measured.
-        together: Trials that share their forwards.
-        workers: Processes that evaluate trials on this machine.
-        events: Where progress goes.
+        scorer: Makes a measured scorer from good and bad prompts and rows.
     """
 
     workspace: Path
@@ -74,15 +67,7 @@ class Tuner:
     events: Events
 
     def rows(self, rule: int) -> int:
-        """Return the rows of a forward, as remembered or else measured.
-
-        Args:
-            rule: The rule's rows.
-
-        Raises:
-            ImpossibleJobError: The residuals of good and bad prompts do not differ.
-            MachineError: Memory does not suffice for the least.
-        """
+        """Return the rows per forward, remembered or measured. Raises ImpossibleJobError or MachineError."""
         layouts, about = read_layouts(self.workspace), self._about()
         if layouts is None:
             self.events.say(f"warning: {self.workspace / LAYOUTS} is not one of ours or unreadable, and is left alone")
@@ -111,12 +96,12 @@ class Tuner:
             try:
                 remember(self.workspace, layouts, Remembered(about=about, chosen=chosen, measured=found))
             except MachineError as error:
-                # It is a convenience for later jobs; this one has its layout.
+                # Only a cache for later jobs: this one has its layout.
                 self.events.say(f"warning: the layout is not remembered: {error.line}")
         return chosen.rows
 
     def _about(self) -> dict[str, Any]:
-        """Return all that decides which layout is fastest."""
+        """Return everything that determines the fastest layout."""
         settings = self.settings
         good, bad = self._sets
         longest = max(map(len, self.loaded.tokenize([*good, *bad])), default=1)
@@ -130,7 +115,7 @@ class Tuner:
             "loading": [settings.loading.device_map, settings.loading.quantization],
             "norms": settings.ablation.row_normalization,
             "prompts": [len(good), len(bad)],
-            # Rounded up to powers of two: prompts that are a little longer make no other layout fastest.
+            # Rounded up to powers of two: slightly longer prompts have the same fastest layout.
             "prompt_tokens": 1 << (longest - 1).bit_length(),
             "answer_tokens": settings.scoring.effective_search_tokens,
             "kl_tokens": settings.kl_tokens,
@@ -139,7 +124,7 @@ class Tuner:
         }
 
     def _stretch(self) -> float:
-        """Return how many times as long as a row of the search one of the job is at most, its answer included."""
+        """Return how much longer the job's longest row is than the search's, responses included."""
         scoring, prompts = self.settings.scoring, self.prompts
         others = (prompts.good, prompts.bad, prompts.good_report, prompts.bad_report)
         longest, longest_elsewhere = (
@@ -154,7 +139,7 @@ class Tuner:
         return self.prompts.good_search, self.prompts.bad_search
 
     def _remembered(self, layouts: Layouts, about: dict[str, Any]) -> Remembered | None:
-        """Return what is remembered for the same, unless there is no room for it now."""
+        """Return the remembered layout, unless memory no longer suffices for it."""
         for one in layouts.layouts:
             if one.about == about and Gauge(self.loaded.model, self.workers).fits(one.chosen.growth):
                 return one
@@ -173,11 +158,11 @@ class Tuner:
             most = _power(self.together * max(good, bad))
             rule = min(rule, most)
             taken = self.together * (bench.measure(rule).seconds or 0)
-            # None of few rows takes a quarter of the time, even if it is as much slower as it is smaller.
+            # With few rows none takes a quarter of the time, even if it is proportionally slower.
             first = max(_power(self.together), _power(int(4 * rule * taken / SECONDS)), _BEGIN)
             found = climb(
                 bench.measure,
-                # The forwards that either kind of prompts takes.
+                # Number of forwards for either kind of prompts.
                 lambda rows: tuple(-(-count // (rows // self.together)) for count in (good, bad)),
                 rule=rule,
                 rows=(self.together, min(first, most), most),
@@ -190,7 +175,7 @@ class Tuner:
             return found
 
     def _basis(self, rows: int) -> Basis:
-        """Return a direction a layer, found from few prompts: the search's own is found with the rows still unknown."""
+        """Return one direction per layer from few prompts: the search's own needs the rows first."""
         tokens = [
             self.loaded.tokenize(_spread(prompts, _DIRECTION_PROMPTS))
             for prompts in (self.prompts.good, self.prompts.bad)
@@ -206,7 +191,7 @@ class Tuner:
             raise ImpossibleJobError(str(error), remedy="check that good_prompts and bad_prompts differ") from error
 
     def _warmed_up(self, intervention: Intervention, rule: int) -> tuple[int, int]:
-        """Score once; return how many prompts of either kind there is time for, and rows that memory suffices for."""
+        """Score once; return how many prompts of either kind there is time for, and the rows that fit."""
         prompts = -(-rule // self.together)
         score = self._score(intervention, prompts, rule)
         begun = time.monotonic()
@@ -215,7 +200,7 @@ class Tuner:
         return min(max(affordable, prompts), _PROMPTS), max(rows, self.together)
 
     def _score(self, intervention: Intervention, prompts: int, rows: int) -> Callable[[int], object]:
-        """Return what scores some edits as the search does, on so many prompts of either kind, given the rows."""
+        """Return a function of rows that scores sampled edits on `prompts` prompts of either kind."""
         space = SearchSpace(self.settings.search.space, self.loaded.architecture.layer_count)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.settings.seed))
@@ -229,17 +214,10 @@ class Tuner:
 
 
 class Bench:
-    """Measures layouts within the memory there is."""
+    """Measures layouts within the available memory."""
 
     def __init__(self, score: Callable[[int], object], gauge: Gauge, trials: int, stretch: float) -> None:
-        """Prepare.
-
-        Args:
-            score: Scores some trials with so many rows.
-            gauge: Reads memory.
-            trials: How many trials it scores.
-            stretch: How many times as much memory as they the same rows may take elsewhere in the job.
-        """
+        """`score` scores `trials` trials with given rows; `stretch` scales memory to the job's longest rows."""
         self._stretch = stretch
         self._score = score
         self._gauge = gauge
@@ -247,13 +225,13 @@ class Bench:
         self._done: dict[int, MeasuredLayout] = {}
 
     def measure(self, rows: int) -> MeasuredLayout:
-        """Measure a layout; one that has been is not measured again."""
+        """Measure a layout, once."""
         if rows not in self._done:
             self._done[rows] = self._measured(rows) if self._may_fit(rows) else MeasuredLayout(rows=rows, seconds=None)
         return self._done[rows]
 
     def again(self, before: MeasuredLayout) -> MeasuredLayout:
-        """Return a layout measured once more, with the quicker time; one for which there is no room is left alone."""
+        """Measure a layout again and return the faster time; one that does not fit is returned unchanged."""
         if before.seconds is None:
             return before
         now = self._measured(before.rows)
@@ -262,7 +240,7 @@ class Bench:
         return now
 
     def _may_fit(self, rows: int) -> bool:
-        """Return whether there is room, as far as fewer rows tell: on a CPU it is too late once there is none."""
+        """Extrapolate whether rows fit from fewer rows: on a CPU it is too late once memory runs out."""
         smaller = [one for one in self._done.values() if one.rows < rows and one.seconds is not None]
         nearest = max(smaller, key=lambda one: one.rows, default=None)
         return nearest is None or self._gauge.fits([taken * rows / nearest.rows for taken in nearest.growth])
@@ -291,11 +269,11 @@ def _described(measured: MeasuredLayout) -> str:
 
 
 def _power(number: int) -> int:
-    """Return the least power of two that is not less."""
+    """Round up to a power of two."""
     return 1 << max(number - 1, 0).bit_length()
 
 
 def _spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """Return so many prompts at even distances, or all."""
+    """Return `count` evenly spaced prompts, or all."""
     count = min(count, len(prompts))
     return [prompts[index * len(prompts) // count] for index in range(count)]

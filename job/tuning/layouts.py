@@ -1,4 +1,4 @@
-"""Row layouts that `--tune` tries, and those that it remembers for the next job on the same model and device."""
+"""Layouts that `--tune` tries, and those remembered for later jobs on the same model and device."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from pydantic import ValidationError
 from job.records import Record
 from job.storage.atomic import write_record
 
-# In the workspace, beside the memo of hashes: it stays where the workspace goes, and nothing is kept elsewhere.
+# In the workspace beside the cache of hashes, so that it moves with the workspace.
 LAYOUTS = ".layouts.json"
-# Where doubling the rows makes trials so much slower, more rows are not tried.
+# Slowdown by a doubling of rows beyond which more rows are not tried.
 SLOWER = 1.25
-# Of layouts that differ by less, which is within the noise, the one that takes the least memory is best.
+# Layouts that differ by less, within noise, are equal: the one with the least memory wins.
 ALIKE = 1.03
 # Bisections between the two best powers of two.
 STEPS = 2
 
 
 class MeasuredLayout(Record):
-    """A layout as it was measured.
+    """A measured layout.
 
     Attributes:
-        rows: Rows of a forward.
-        seconds: What a trial took; None: memory does not suffice.
-        growth: Memory that it may take at most in this job beside what was in use before, on each device, bytes.
+        seconds: Time per trial; None: memory does not suffice.
+        growth: Most additional memory in this job on each device, bytes.
     """
 
     rows: int
@@ -44,17 +43,11 @@ def climb(
     rows: Sequence[int],
     may_go_on: Callable[[], bool],
 ) -> list[MeasuredLayout]:
-    """Measure layouts: the rule's, powers of two upwards, then what lies between the two best; return them all.
+    """Measure layouts: the rule's, increasing powers of two, then between the two best; return all.
 
-    Doubling ends where memory ends or trials get slower. The rule's comes first, so that whatever else there is no
-    time for, what is chosen is no slower.
-
-    Args:
-        measure: Measures a layout.
-        forwards: Tells layouts apart: those of equal forwards need not both be measured.
-        rule: The rule's rows.
-        rows: Rows at least, where doubling begins, and at most.
-        may_go_on: Asked before every measurement but the first.
+    Doubling ends when memory ends or trials become slower. The rule's comes first, so the choice is never slower, even
+    if time runs out. `forwards` identifies equal layouts; `rows` are the least, the start of the doubling, and the
+    most.
     """
     found: dict[int, MeasuredLayout] = {rule: measure(rule)}
     least, begin, most = rows
@@ -87,7 +80,7 @@ def _seconds(measured: MeasuredLayout) -> float:
 
 
 def _two_best(found: Mapping[int, MeasuredLayout]) -> tuple[int, int]:
-    """Return the fastest layout and the better of its neighbours, or where memory ends if that is one of them."""
+    """Return the fastest layout and its better neighbour, or the one where memory ends."""
     order = sorted(found)
     best = min(order, key=lambda rows: _seconds(found[rows]))
     place = order.index(best)
@@ -98,20 +91,14 @@ def _two_best(found: Mapping[int, MeasuredLayout]) -> tuple[int, int]:
 
 
 def best_of(found: Sequence[MeasuredLayout]) -> MeasuredLayout | None:
-    """Return the fastest layout, the one of fewest rows among those that are as good; None where none fits."""
+    """Return the fastest layout, with the fewest rows among equals; None if none fits."""
     fastest = min(map(_seconds, found), default=math.inf)
     good = [one for one in found if one.seconds is not None and one.seconds <= ALIKE * fastest]
     return min(good, key=lambda one: one.rows, default=None)
 
 
 class Remembered(Record):
-    """The layout that was chosen for a model, device and kind of prompts.
-
-    Attributes:
-        about: What it was measured for.
-        chosen: The layout.
-        measured: All that were measured.
-    """
+    """The layout chosen for a model, device and kind of prompts."""
 
     about: dict[str, Any]
     chosen: MeasuredLayout
@@ -126,7 +113,7 @@ class Layouts(Record):
 
 
 def read_layouts(workspace: Path) -> Layouts | None:
-    """Return what a workspace remembers, None where its file is not one of ours or cannot be read."""
+    """Return a workspace's remembered layouts, None if its file is not ours or unreadable."""
     file = workspace / LAYOUTS
     if not file.exists():
         return Layouts()
@@ -137,10 +124,6 @@ def read_layouts(workspace: Path) -> Layouts | None:
 
 
 def remember(workspace: Path, layouts: Layouts, new: Remembered) -> None:
-    """Write a layout down, in place of what was remembered for the same before.
-
-    Raises:
-        MachineError: The file cannot be written.
-    """
+    """Remember a layout, replacing an earlier one for the same conditions. Raises MachineError."""
     others = [one for one in layouts.layouts if one.about != new.about]
     write_record(workspace / LAYOUTS, Layouts(layouts=(*others, new)))

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at most, beside how much there is."""
+"""Measure the peak memory of a computation against the available memory."""
 
 from __future__ import annotations
 
@@ -12,22 +12,17 @@ from job.model.memory import release_memory
 from job.preflight.limits import read_memory
 from job.preflight.memory_plan import RAM_SHARE
 
-# Share of a GPU's free memory that may be used; the allocator loses some.
+# Usable share of a GPU's free memory; the allocator loses some.
 _GPU_SHARE = 0.9
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Gauge:
-    """How much memory a piece of work takes at most, on each device that the model is on."""
+    """Measures the peak memory of a computation on each device of a model."""
 
     def __init__(self, model: torch.nn.Module, processes: int) -> None:
-        """Read what there is.
-
-        Args:
-            model: The model.
-            processes: Processes that share the RAM and do such work at the same time.
-        """
-        # What the allocator keeps would not be seen to be taken again.
+        """Read the available memory; `processes` share the RAM."""
+        # Memory cached by the allocator would not be seen when reused.
         release_memory()
         places = {parameter.device for parameter in model.parameters()}
         self._gpus = sorted(place.index or 0 for place in places if place.type == "cuda")
@@ -37,7 +32,7 @@ class Gauge:
             self.room.append(int(RAM_SHARE * read_memory().available / processes))
 
     def begin(self) -> None:
-        """Begin with a piece of work."""
+        """Start measuring."""
         release_memory()
         for index in self._gpus:
             torch.cuda.reset_peak_memory_stats(index)
@@ -46,7 +41,7 @@ class Gauge:
         self._before = self._now()
 
     def growth(self) -> tuple[int, ...]:
-        """Return what was taken at most since then, bytes."""
+        """Return the peak growth since then, bytes per device."""
         peaks = [torch.cuda.max_memory_allocated(index) for index in self._gpus]
         if self._counts_ram:
             peaks.append(_resident("VmHWM"))
@@ -57,12 +52,12 @@ class Gauge:
         return [*used, _resident("VmRSS")] if self._counts_ram else used
 
     def fits(self, growth: Sequence[float]) -> bool:
-        """Return whether there is room for so much."""
+        """Return whether such growth fits."""
         return all(taken <= room for taken, room in zip(growth, self.room, strict=True))
 
 
 def _forget_peak() -> None:
-    """Let the kernel count the process' peak from now on; where it may not be told to, the peak is never too small."""
+    """Reset the kernel's peak of this process; if that is forbidden, the peak is only overestimated."""
     try:
         _CLEAR.write_text("5")
     except OSError:
@@ -70,7 +65,7 @@ def _forget_peak() -> None:
 
 
 def _resident(name: str) -> int:
-    """Return the process' resident memory, bytes: VmRSS now, VmHWM at most."""
+    """Return this process's resident memory in bytes: VmRSS now, VmHWM peak."""
     for line in _STATUS.read_text().splitlines() if _STATUS.exists() else ():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

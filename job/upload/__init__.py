@@ -1,1 +1,1 @@
-"""Delivery of an export to where it is wanted."""
+"""Delivery of exports to targets."""

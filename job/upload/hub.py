@@ -1,17 +1,14 @@
-"""Delivery to the Hugging Face Hub: what readers see there is the whole of one export or nothing of it.
+"""Delivery to the Hugging Face Hub: readers see a whole export or nothing of it.
 
-The shards are sent one by one into the repository's storage, where nobody sees them; then a single commit puts all
-of them in place together with manifest.json, and takes away what an earlier delivery had and this one has not. A
-commit is atomic: readers of a branch find the files of exactly one manifest at any time, so manifest.json, which
-comes last because it comes with all others, is the completion marker. `HfApi.upload_folder` would split the files
-into commits between which two trials mix, and the way around that (a pull request or a branch, merged last; branches
-cannot be merged on the Hub) needs rights for discussions and leaves its traces, for what one commit does by itself.
-The Hub takes 25,000 large files in a commit; an export has hundreds.
+Shards are sent one by one into the repository's storage, unreferenced; then a single commit adds all of them with
+manifest.json, and removes an earlier delivery's other files. A commit is atomic: readers of a branch always find the
+files of exactly one manifest, so manifest.json is the completion marker. `HfApi.upload_folder` would split the files
+into commits between which two trials mix. Merging a pull request or branch last would need more rights and leave
+traces. The Hub takes 25,000 large files per commit; an export has hundreds.
 
-A stop at any moment costs no more than the file that was on its way: the Hub knows the contents that it has
-received by their sha256, committed or not, and the client does not send them again. Nothing about a delivery is
-kept here; running it again looks at what is there. The commit names its parent, so that one which somebody else (or
-ourselves, where an answer was lost) has made meanwhile is seen and not built over.
+An interruption costs at most the current file: the Hub knows received contents by SHA-256, committed or not, and the
+client does not send them again. No state is kept here; another run reads the branch. The commit names its parent, so a
+commit in between is detected and not overwritten.
 """
 
 from __future__ import annotations
@@ -45,12 +42,7 @@ _NAMED, _REQUESTS = 5, 20
 
 
 def prepare(uri: str, options: HubOptions, *, report: Callable[[str], None]) -> None:
-    """Make the target's repository, so that a run knows at its start that it can.
-
-    Raises:
-        DeliveryError: It cannot be made, or is public and must not be.
-        UsageError: The URI names no model repository.
-    """
+    """Create the target's repository at the start of a run. Raises DeliveryError or UsageError."""
     Repository(uri, options, report).prepare()
 
 
@@ -62,24 +54,10 @@ def deliver(
     report: Callable[[str], None],
     progress: Callable[[int], None],
 ) -> str:
-    """Bring an export to the Hub and verify it there; a second call finds it in place and sends nothing.
+    """Deliver an export to the Hub and verify it; return the URL of the commit or pull request. Idempotent.
 
-    Files of an earlier delivery are replaced or removed; all others are left alone.
-
-    Args:
-        export: The folder of a complete export.
-        uri: hf://user/repo[@branch].
-        options: Who may see it, and how it is committed.
-        report: Told of what happens beside the plan, e.g. of failures that are tried again.
-        progress: Told the number of files that have arrived; they are the manifest's and manifest.json.
-
-    Returns:
-        The address of the commit that was verified, or of the pull request.
-
-    Raises:
-        DeliveryError: It cannot be delivered, or what arrived is not what was sent. The export is untouched, and
-            the same call goes on from where this one ended.
-        UsageError: The URI names no model repository.
+    Files of an earlier delivery are replaced or removed; others are kept. `progress` gets the number of arrived files,
+    manifest.json included. Raises DeliveryError, with the export unchanged, or UsageError.
     """
     repository = Repository(uri, options, report)
     delivery = _Delivery(export, repository, progress)
@@ -90,7 +68,7 @@ def deliver(
 
 @dataclass(frozen=True)
 class _Changes:
-    """What a commit has to do to a revision: files to put, the marker last, and files to take away."""
+    """Changes to a revision: files to put, the marker last, and files to remove."""
 
     put: tuple[str, ...]
     remove: tuple[str, ...]
@@ -103,8 +81,6 @@ class _Changes:
 
 
 class _Delivery:
-    """One export on its way to one branch."""
-
     def __init__(self, export: Path, repository: Repository, progress: Callable[[int], None]) -> None:
         if not is_sealed(export):
             raise DeliveryError(f"{export} is not a complete export", remedy="let the run complete it")
@@ -120,7 +96,7 @@ class _Delivery:
                 raise self._damaged(name)
 
     def publish(self) -> str:
-        """Bring the branch to hold the export, look at it again, and return its commit's address."""
+        """Bring the branch to the export and verify it; return its commit's URL."""
         branch, committed = self._repo.target.branch, False
         for _ in range(_LOOKS):
             found = self._repo.see(branch)
@@ -136,7 +112,7 @@ class _Delivery:
         )
 
     def propose(self) -> str:
-        """Open a pull request that brings main to hold the export, and return its address."""
+        """Open a pull request that brings main to the export; return its URL."""
         found = self._repo.see(MAIN)
         changes = self._changes(found)
         if not changes:
@@ -165,7 +141,7 @@ class _Delivery:
     # --- what is there and what is not --------------------------------------------------------------------
 
     def _changes(self, found: Snapshot) -> _Changes:
-        """Return what a revision lacks, refusing to overwrite what is not ours."""
+        """Return a revision's missing changes. Raises DeliveryError if they would overwrite foreign files."""
         put = tuple(name for name in self._files if not self._is_there(found, name))
         earlier = self._earlier(found)
         allowed = earlier | (FRESH if found.files.keys() <= FRESH else frozenset())
@@ -178,7 +154,7 @@ class _Delivery:
         return _Changes(put, tuple(sorted((earlier & found.files.keys()) - self._files.keys())))
 
     def _is_there(self, found: Snapshot, name: str) -> bool:
-        """Return whether the Hub holds a file as the manifest has it."""
+        """Return whether the Hub holds a file as in the manifest."""
         entry, remote = self._files[name], found.files.get(name)
         if remote is None or remote.size != entry.size:
             return False
@@ -188,7 +164,7 @@ class _Delivery:
         return remote.blob_id == _git_hash(self._export / name, entry.size)
 
     def _earlier(self, found: Snapshot) -> frozenset[str]:
-        """Return the names of the files that an earlier delivery has put there."""
+        """Return the names of an earlier delivery's files."""
         if MANIFEST not in found.files:
             return frozenset()
         if self._is_there(found, MANIFEST):
@@ -206,7 +182,7 @@ class _Delivery:
                 return frozenset()  # somebody else's file of this name
 
     def _refuse_to_expose(self, found: Snapshot) -> None:
-        """Refuse to make a private repository public together with what else it holds or ever held."""
+        """Refuse to publish a private repository with other files in its history."""
         if self._repo.options.visibility == "private" or not found.private:
             return
         delivered = MANIFEST in found.files and self._is_there(found, MANIFEST)
@@ -217,7 +193,7 @@ class _Delivery:
             )
 
     def _open_request(self) -> str | None:
-        """Return the reference of an open pull request that brings this export, from an earlier attempt."""
+        """Return the reference of an open pull request with this export, from an earlier attempt."""
 
         def references() -> list[str]:
             found = self._repo.api.get_repo_discussions(
@@ -240,7 +216,7 @@ class _Delivery:
             self._progress(len(new))
 
     def _commit(self, found: Snapshot, changes: _Changes) -> str | None:
-        """Send the files and commit them on top of what was found; None where that is no longer the last commit."""
+        """Send the files and commit them; return None if the branch has moved."""
         from huggingface_hub import CommitOperationDelete
 
         if CARD in changes.put:
@@ -250,7 +226,7 @@ class _Delivery:
         return self._repo.commit([*sent, *removed], found.sha, self._open_request)
 
     def _check_card(self) -> None:
-        """Ask the Hub about the card's metadata now: it would refuse the commit for them, hours later."""
+        """Let the Hub validate the card's metadata now, instead of refusing the commit hours later."""
         from huggingface_hub import ModelCard
 
         try:
@@ -260,7 +236,7 @@ class _Delivery:
         self._repo.ask(card.validate, f"the metadata of {CARD}")
 
     def _send(self, name: str) -> CommitOperationAdd:
-        """Bring one file to the Hub, if it is one for the storage, and return what commits it."""
+        """Upload a file if it belongs in the storage; return its commit operation."""
         from huggingface_hub import CommitOperationAdd
 
         operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=self._export / name)
@@ -277,12 +253,11 @@ class _Delivery:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Return some names for a message."""
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _git_hash(path: Path, size: int) -> str:
-    """Return the name that git gives a file's contents."""
+    """Return git's blob hash of a file."""
     digest = hashlib.sha1(b"blob %d\0" % size)
     digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Proof that a target holds a delivery now: its manifest is the export's, and every file is what that says."""
+"""Proof that a target holds a delivery now: its manifest is the export's, and every file matches it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,7 @@ _REQUESTS = 20
 
 
 def delivery_problem(target: str, manifest: str, settings: Settings) -> str:
-    """Return why a target does not hold a delivery now, "" if it does.
-
-    Args:
-        target: The target's URI.
-        manifest: sha256 of the export's manifest.
-        settings: How the target is reached.
-    """
+    """Return why a target does not hold a delivery now, or ""; `manifest` is the SHA-256 of the export's."""
     look = {"file": _at_folder, "hf": _at_hub}.get(urlparse(target).scheme, _at_s3)
     try:
         problem = look(target, manifest, settings)
@@ -45,7 +39,7 @@ def delivery_problem(target: str, manifest: str, settings: Settings) -> str:
 
 
 def _parsed(data: bytes, wanted: str) -> Mapping[str, ManifestEntry] | str:
-    """Return the files of a manifest that was found, or why it is not the wanted one."""
+    """Return the files of a manifest, or why it is not the wanted one."""
     if hashlib.sha256(data).hexdigest() != wanted:
         return f"its {MANIFEST} is another export's"
     try:
@@ -113,7 +107,7 @@ def _at_hub(target: str, manifest: str, settings: Settings) -> str:
 
 
 def _revisions(repository: Repository) -> Iterator[str]:
-    """Yield where a delivery may be: its branch, and open pull requests if it was to be one."""
+    """Yield possible revisions of a delivery: its branch, and open pull requests if requested."""
     yield repository.target.branch
     if repository.options.pull_request:
         listed = repository.ask(

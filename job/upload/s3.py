@@ -1,4 +1,4 @@
-"""Delivery to an S3 bucket: resumable, verified, and marked complete by the manifest, which goes last."""
+"""Resumable, verified delivery to an S3 bucket; the manifest comes last and marks completion."""
 
 from __future__ import annotations
 
@@ -36,16 +36,12 @@ _LOOKS = 3
 
 
 class Delivery(Record):
-    """What a delivery did.
+    """Result of a delivery.
 
     Attributes:
-        sent: Files sent, the manifest included.
-        skipped: Files that were there already.
-        sent_bytes: Bytes of files that were sent and arrived.
-        resumed_bytes: Bytes that an earlier run had sent, of uploads that this one completed.
-        removed: Objects of an earlier delivery that were deleted.
-        aborted: Abandoned multipart uploads that were aborted.
-        notes: What the server does not do, for people.
+        sent_bytes: Bytes of arrived files.
+        resumed_bytes: Bytes sent by an earlier run, of uploads completed now.
+        notes: Missing capabilities of the server, for people.
     """
 
     sent: int = 0
@@ -66,22 +62,18 @@ def deliver(
     progress: Callable[[int], None] = lambda _size: None,
     capabilities: S3Capabilities | None = None,
 ) -> Delivery:
-    """Bring an export under s3://bucket/prefix, and its manifest last; a second call continues a broken one.
+    """Deliver an export under s3://bucket/prefix, its manifest last; another call continues an interrupted one.
 
     Args:
         export: Folder of the export with its manifest.json.
         uri: The target.
-        state: Folder in which begun uploads are noted, made if needed; any number of targets may share it.
-        options: How to reach the server and how to send.
-        progress: Told of bytes that are there, one call at a time but from any thread; together they make the
-            size of all files but the manifest. A negative number takes back what has to be sent again.
-        capabilities: What `probe` has found; found out when needed otherwise.
-
-    Returns:
-        What was done.
+        state: Folder of started uploads, created if needed; targets may share it.
+        options: Access and transfer options.
+        progress: Called with arrived bytes, one call at a time from any thread; negative for bytes to resend.
+        capabilities: Result of `probe`; else probed when needed.
 
     Raises:
-        DeliveryError: The target failed for good; state and export are kept and a second call continues.
+        DeliveryError: It failed for good; state and export are kept, and another call continues.
         UsageError: The target is no S3 target, or the endpoint no URL.
         JobError: The export has no manifest.
     """
@@ -94,8 +86,6 @@ def deliver(
 
 
 class _Run:
-    """One delivery."""
-
     def __init__(
         self,
         store: S3Client,
@@ -154,11 +144,7 @@ class _Run:
         self._done = self._done.model_copy(update=values)
 
     def _marker(self) -> tuple[bytes | None, Manifest | None]:
-        """Return the manifest of the delivery that stands there, as bytes and as what it says.
-
-        Raises:
-            DeliveryError: Something that is not ours stands in its place.
-        """
+        """Return the present delivery's manifest, as bytes and parsed. Raises DeliveryError if it is not ours."""
         for look in range(_LOOKS):
             if look:
                 self._store.pause(look)
@@ -184,11 +170,7 @@ class _Run:
         )
 
     def _survey(self) -> dict[str, RemoteObject | None]:
-        """Return what stands under the keys of this delivery, and note which of it is what is to stand there.
-
-        Raises:
-            DeliveryError: Some of it is not ours; nothing has been changed.
-        """
+        """Look up this delivery's objects, and record correct ones. Raises DeliveryError for foreign ones."""
         remote = {name: look_up(self._store, self._key(name)) for name in self._manifest.files}
         if foreign := [name for name, there in remote.items() if there is not None and there.sha256 is None]:
             raise self._foreign(foreign)
@@ -235,19 +217,19 @@ class _Run:
         return sent
 
     def _conditions(self, there: RemoteObject | None) -> dict[str, str]:
-        """Return what must still hold when an object is written: nothing there, or what was seen there."""
+        """Return the condition of a write: no object, or the observed one."""
         if there is None:
             return {"IfNoneMatch": "*"} if self._server.conditional else {}
         return {"IfMatch": there.etag} if self._server.conditional_replace else {}
 
     def _abort_abandoned(self, sent: list[str]) -> None:
-        """Abort uploads begun under our keys that nobody will continue."""
+        """Abort abandoned uploads under our keys."""
         if sent and self._server.lists_uploads:
             keys = {self._key(name) for name in self._manifest.files}
             self._add(aborted=abort_listed(self._store, self._states, keys))
 
     def _remove(self, former: set[str]) -> None:
-        """Delete objects of deliveries that this one replaces; what does not carry our mark stays."""
+        """Delete objects of replaced deliveries; foreign ones are kept."""
         for name in sorted(former):
             there = look_up(self._store, self._key(name))
             if there is not None and there.sha256 is not None:
@@ -255,11 +237,7 @@ class _Run:
                 self._add(removed=1)
 
     def _verify(self) -> None:
-        """Compare every object with its file.
-
-        Raises:
-            DeliveryError: One differs.
-        """
+        """Compare every object with its file. Raises DeliveryError if one differs."""
         for name, wanted in self._fingerprints.items():
             self._check(name, wanted)
 
@@ -273,7 +251,7 @@ class _Run:
             )
 
     def _mark(self) -> None:
-        """Put the marker in place, where none can be, and check it."""
+        """Write the marker where there is none, and check it."""
         key, conditions = self._key(MANIFEST), self._conditions(None)
         self._check(MANIFEST, put(self._store, self._server, key, self._manifest_bytes, conditions))
         self._add(sent=1)

@@ -1,4 +1,4 @@
-"""Delivery to any kind of target by its URI: file:///dir, hf://user/repo[@branch], s3://bucket/prefix."""
+"""Delivery to any target by URI: file:///dir, hf://user/repo[@branch], s3://bucket/prefix."""
 
 from __future__ import annotations
 
@@ -21,17 +21,7 @@ if TYPE_CHECKING:
 
 
 def deliver_to_all(folder: RunFolder, export: Path, settings: Settings, events: Events) -> list[tuple[str, str]]:
-    """Deliver an export to every target; one that fails does not stop the others.
-
-    Args:
-        folder: The run folder, which keeps the state of every delivery.
-        export: The folder of a complete export.
-        settings: The targets, and how to deliver.
-        events: Where progress goes.
-
-    Returns:
-        Targets that failed for good, with the reason.
-    """
+    """Deliver a complete export to every target; return the failed ones with reasons."""
     failed = []
     figures = read_record(folder.figures_file(export.name), Figures)
     message = f"{export.name}: {figures.refusals}/{figures.bad_prompts} refusals, KL {figures.kl or 0:.3g}"
@@ -70,19 +60,9 @@ def deliver(
     report: Callable[[str], None],
     progress: Callable[[int], None],
 ) -> None:
-    """Bring an export to a target and verify it there; running it again continues.
+    """Deliver a complete export to a target and verify it; another run continues. Raises DeliveryError.
 
-    Args:
-        export: The folder of a complete export.
-        target: The target's URI.
-        settings: How to deliver.
-        state: Folder in which begun uploads are noted.
-        message: First line of a commit.
-        report: Told of what is tried again.
-        progress: Told of bytes (S3) that have arrived.
-
-    Raises:
-        DeliveryError: The target failed for good; the export is kept.
+    `state` is the folder of started uploads, `message` a commit's first line; `progress` gets arrived bytes (S3).
     """
     scheme = urlparse(target).scheme
     if scheme == "file":
@@ -105,7 +85,7 @@ def deliver(
 
 
 def _remembered(target: str, settings: Settings, state: Path) -> S3Capabilities | None:
-    """Return what a probe of the same server, under the same settings, has found; None if there was none."""
+    """Return the cached probe of the same server and settings, or None."""
     from job.transfer.s3 import S3Capabilities
 
     try:
@@ -120,16 +100,7 @@ def _memory(target: str, settings: Settings, state: Path) -> Path:
 
 
 def probe(target: str, settings: Settings, state: Path | None = None) -> str:
-    """Prove that a target can be delivered to, without leaving anything there, and return what was found.
-
-    Args:
-        target: The target's URI.
-        settings: How to deliver.
-        state: Folder in which the server's ways are remembered for the delivery; None: nowhere.
-
-    Raises:
-        DeliveryError: It cannot.
-    """
+    """Prove that a target accepts deliveries, leaving nothing; return what was found. Raises DeliveryError."""
     if urlparse(target).scheme == "hf":
         from job.upload.hub import HubOptions
         from job.upload.hub import probe as probe_hub
@@ -148,7 +119,7 @@ def probe(target: str, settings: Settings, state: Path | None = None) -> str:
 
 
 def s3_options(settings: Settings) -> S3Options:
-    """Return how to reach an S3 server and how to send."""
+    """Return the options of S3 from the settings."""
     from job.transfer.s3 import S3Options
 
     return S3Options(**settings.s3.model_dump())

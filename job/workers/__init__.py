@@ -1,1 +1,1 @@
-"""Evaluating trials in other processes and on other machines."""
+"""Evaluation of tasks by worker processes, here and on other machines."""

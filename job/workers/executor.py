@@ -1,8 +1,8 @@
-"""Evaluation of numbered tasks by this process and its workers, whichever engine runs them.
+"""Evaluate numbered tasks in this process and its workers, with any engine.
 
-A task and its result are values: who evaluates one, when, and how often it was begun before changes nothing. One
-thread stands for each worker, gives it the next free task and waits; this process takes tasks from the same list. A
-worker that dies or hangs is replaced, and its task is free again (docs/decisions/0015-workers.md).
+Tasks and results are values: which process evaluates one, when, and after how many attempts makes no difference. One
+thread per worker hands it the next free task and waits; this process takes tasks from the same list. A worker that dies
+or hangs is replaced, and its task becomes free again (docs/decisions/0015-workers.md).
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from typing import Any, Literal, Protocol, Self
 from job.errors import JobError
 from job.storage.events import Events
 
-# A worker that is lost so many times in a row, without a result in between, is not started again.
+# Stop restarting a worker after this many losses in a row without a result.
 MOST_LOSSES = 3
-# A task that so many workers were lost with is left to this process, which then meets what they met.
+# After this many lost workers a task is left to this process, which then meets the same fault.
 LOSSES_OF_A_TASK = 2
-# A task hangs when it takes longer than this many times the slowest so far, and than this many seconds.
+# A task hangs after this many times the slowest task's time, and at least this many seconds.
 HANG_FACTOR, HANG_SECONDS = 20.0, 120.0
 _RESTART_SECONDS = 1.0
 
 
 class WorkerLost(Exception):  # noqa: N818 - an event, handled by the executor
-    """A worker died, cannot be reached or was given up; says why."""
+    """A worker died, is unreachable or was given up; the message says why."""
 
 
 class WorkerOutOfMemory(MemoryError):  # noqa: N818 - a MemoryError, and handled as one
-    """A worker's memory does not suffice for a task."""
+    """A worker ran out of memory."""
 
 
 class Evaluator(Protocol):
-    """What a worker evaluates tasks with, its model loaded."""
+    """Evaluates tasks in a worker, with the model loaded."""
 
     @property
     def hardware(self) -> str:
-        """What it computes on."""
+        """The hardware it computes on."""
 
     def share(self, value: Any) -> None:
-        """Take a value that later tasks refer to."""
+        """Set a value that later tasks refer to."""
 
     def evaluate(self, task: Any) -> Any:
         """Return the result of a task."""
 
 
 class Evaluation(Protocol):
-    """All that a worker needs to evaluate the tasks of a job; pickled, and without secrets."""
+    """Data to evaluate a job's tasks; pickled, without secrets."""
 
     def opened(self) -> AbstractContextManager[Evaluator]:
-        """Return an evaluator, which is usable within the block."""
+        """Return an evaluator, usable within the block."""
 
 
 class Worker(Protocol):
@@ -62,25 +62,21 @@ class Worker(Protocol):
     hardware: str
 
     def share(self, value: Any) -> None:
-        """Give it a value that `Engine.put` returned."""
+        """Send it a value from `Engine.put`."""
 
     def evaluate(self, task: Any, limit: float | None) -> Any:
-        """Return the result of a task; it is given up after so many seconds.
-
-        Raises:
-            WorkerOutOfMemory: Its memory does not suffice.
-        """
+        """Return a task's result within `limit` seconds. Raises WorkerOutOfMemory."""
 
     def end(self) -> None:
-        """End it at once; raises nothing."""
+        """Kill it; raises nothing."""
 
 
-# What a worker says: its result, that memory does not suffice, or why it ends.
+# A worker's reply: its result, out of memory, or why it ends.
 Outcome = tuple[Literal["result", "memory", "failed"], Any]
 
 
 def outcome_of(act: Callable[[], Any]) -> Outcome:
-    """Return what comes of an act, in a form that goes from process to process."""
+    """Run an act and return its outcome in a picklable form."""
     try:
         return "result", act()
     except MemoryError as error:
@@ -90,12 +86,7 @@ def outcome_of(act: Callable[[], Any]) -> Outcome:
 
 
 def value_of(outcome: Outcome) -> Any:
-    """Return the result of an act in another process.
-
-    Raises:
-        WorkerOutOfMemory: Memory did not suffice there.
-        WorkerLost: It failed.
-    """
+    """Return the result of an outcome. Raises WorkerOutOfMemory or WorkerLost."""
     kind, value = outcome
     if kind == "memory":
         raise WorkerOutOfMemory(value)
@@ -105,52 +96,34 @@ def value_of(outcome: Outcome) -> Any:
 
 
 class Engine(Protocol):
-    """Runs workers: on this machine or on a cluster."""
+    """Runs workers on this machine or a cluster."""
 
     def end(self) -> None:
-        """End all workers at once, whatever they are at."""
+        """Kill all workers."""
 
     def close(self) -> None:
-        """Let go of all that the engine uses, once nobody waits for a worker any more."""
+        """Release the engine's resources, once no thread waits for a worker."""
 
     def open(self, evaluation: Evaluation) -> None:
-        """Take what workers evaluate with.
-
-        Raises:
-            MachineError: The engine cannot be used.
-        """
+        """Set the evaluation that workers open. Raises MachineError if the engine cannot be used."""
 
     def capacity(self) -> int:
-        """Return how many workers there may be now, beside this process.
-
-        Raises:
-            MachineError: The engine is gone.
-        """
+        """Return how many workers may run now, beside this process. Raises MachineError if the engine is gone."""
 
     def put(self, value: Any) -> Any:
-        """Return a handle of a value for many workers.
-
-        Raises:
-            MachineError: There is no room for it.
-        """
+        """Return a handle of a value for many workers. Raises MachineError if there is no room."""
 
     def start(self, number: int) -> Worker:
-        """Return a worker that is ready.
-
-        Raises:
-            WorkerLost: It ended before it was.
-        """
+        """Return a worker that is ready. Raises WorkerLost if it ended first."""
 
 
 @dataclass
 class _Pending:
-    """A task that is wanted.
+    """A requested task.
 
     Attributes:
-        task: The task.
-        running: Whether somebody evaluates it.
-        losses: Workers that were lost with it.
-        result: What came of it, an exception included; None: nothing yet.
+        losses: Workers lost with it.
+        result: Its result or exception; None until finished.
     """
 
     task: Any
@@ -163,13 +136,7 @@ class Executor:
     """Evaluates tasks in this process and in an engine's workers."""
 
     def __init__(self, engine: Engine, events: Events, hang_seconds: float = HANG_SECONDS) -> None:
-        """Take an engine; `open` has it start workers.
-
-        Args:
-            engine: The engine.
-            events: Where the fate of workers is told.
-            hang_seconds: A task that takes less does not hang.
-        """
+        """Use an engine without starting workers; tasks below `hang_seconds` never count as hung."""
         self._engine = engine
         self._events = events
         self._hang_seconds = hang_seconds
@@ -189,29 +156,17 @@ class Executor:
         self.close()
 
     def open(self, evaluation: Evaluation, hardware: str) -> None:
-        """Have workers started, which load their model meanwhile.
-
-        Args:
-            evaluation: What they evaluate with.
-            hardware: What this process computes on.
-
-        Raises:
-            MachineError: The engine cannot be used.
-        """
+        """Start workers, which load their model meanwhile. Raises MachineError."""
         self._hardware = hardware
         self._engine.open(evaluation)
         self._grow()
 
     def share(self, value: Any) -> None:
-        """Have every worker given a value before its next task.
-
-        Raises:
-            MachineError: The engine has no room for it.
-        """
+        """Send a value to every worker before its next task. Raises MachineError if the engine has no room."""
         self._shared = self._engine.put(value)
 
     def close(self) -> None:
-        """End all workers at once."""
+        """Kill all workers."""
         with self._state:
             self._closed = True
             self._state.notify_all()
@@ -221,16 +176,9 @@ class Executor:
         self._engine.close()
 
     def evaluate(self, tasks: Sequence[Any], here: Callable[[Any], Any], then: Sequence[Any] = ()) -> list[Any]:
-        """Return the results of all tasks, in their order.
+        """Return the results of all tasks, in order. Raises WorkerOutOfMemory or MachineError.
 
-        Args:
-            tasks: The tasks.
-            here: Evaluates a task in this process.
-            then: Tasks that whoever is free may begin with; their results are kept for when they are asked for.
-
-        Raises:
-            WorkerOutOfMemory: A worker's memory does not suffice.
-            MachineError: The engine is gone.
+        `here` evaluates a task in this process. Idle workers may start tasks of `then`, whose results are kept.
         """
         self._grow()
         wanted = [*tasks, *then]
@@ -256,7 +204,7 @@ class Executor:
         return [pending.result for pending in asked]
 
     def _next_for_this_process(self, asked: Sequence[_Pending]) -> _Pending | None:
-        """Return a task that is free, once there is one; None when all that were asked for are done."""
+        """Wait for a free task; return None when all `asked` are done."""
         with self._state:
             while any(pending.result is None for pending in asked):
                 free = next((one for one in self._tasks if one.result is None and not one.running), None)
@@ -274,14 +222,14 @@ class Executor:
             self._state.notify_all()
 
     def _grow(self) -> None:
-        """Have a thread for every worker that there is room for: machines may join at any time."""
+        """Start a thread per worker that there is room for: machines may join at any time."""
         for number in range(len(self._threads), self._engine.capacity()):
             thread = threading.Thread(target=self._serve, args=(number + 1,), name=f"worker-{number + 1}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def _serve(self, number: int) -> None:
-        """Keep one worker at work, and replace it when it is lost."""
+        """Keep one worker running, restarting it when lost."""
         losses = 0
         while losses < MOST_LOSSES and not self._closed:
             time.sleep(_RESTART_SECONDS * losses)
@@ -299,7 +247,7 @@ class Executor:
                 self._tell_lost(number, lost, again=losses < MOST_LOSSES)
 
     def _results(self, worker: Worker) -> Iterator[None]:
-        """Have a worker evaluate what is free, yielding after each task, until the executor is closed."""
+        """Have a worker evaluate free tasks, yielding after each, until the executor is closed."""
         given: Any = None
         while (pending := self._next_for_worker()) is not None:
             started = time.monotonic()
@@ -319,7 +267,7 @@ class Executor:
             yield
 
     def _next_for_worker(self) -> _Pending | None:
-        """Return a task that is free, once there is one; None when the executor is closed."""
+        """Wait for a free task; return None when the executor is closed."""
         with self._state:
             while not self._closed:
                 for pending in self._tasks:
@@ -330,7 +278,7 @@ class Executor:
             return None
 
     def _limit(self) -> float | None:
-        """Return after how many seconds a task hangs; None where none has been measured yet."""
+        """Return after how many seconds a task hangs; None before the first measurement."""
         return None if self._slowest is None else max(self._hang_seconds, HANG_FACTOR * self._slowest)
 
     def _tell_started(self, number: int, hardware: str) -> None:
@@ -340,12 +288,12 @@ class Executor:
         self._news.append(("worker_started", line, {"worker": number, "hardware": hardware}))
 
     def _tell_lost(self, number: int, lost: WorkerLost, *, again: bool) -> None:
-        if not self._closed:  # else it was ended on purpose
+        if not self._closed:  # otherwise it was killed on purpose
             then = "another takes its place" if again else "the others go on without it"
             self._news.append(("worker_lost", f"warning: worker {number} {lost}; {then}", {"worker": number}))
 
     def _tell_news(self) -> None:
-        """Emit what threads have to tell, from the thread that emits everything else."""
+        """Emit the threads' events, from the thread that emits all others."""
         while self._news:
             event, message, fields = self._news.popleft()
             self._events.emit(event, message, **fields)

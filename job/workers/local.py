@@ -1,8 +1,8 @@
-"""Workers on this machine: processes, one for every device or share of the CPU.
+"""Worker processes on this machine, one per device or share of the CPU.
 
-They are started before there is work, load what takes seconds to import, and wait. A process has a session of its own:
-Ctrl-C is for the run, which then ends its workers; and the kernel ends them with the thread that started them, so that
-not even `kill -9` of the run leaves a GPU occupied.
+They start early, import their libraries and wait. Each has its own session, so Ctrl-C reaches only the run, which then
+kills its workers. The kernel kills them with the thread that started them, so even `kill -9` of the run leaves no GPU
+occupied.
 """
 
 from __future__ import annotations
@@ -29,15 +29,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 class LocalEngine:
-    """Processes of this machine."""
+    """Worker processes of this machine."""
 
     def __init__(self, warm_up: Callable[[], None], count: int) -> None:
-        """Start so many processes at once, which warm up; more are started as they are needed.
-
-        Args:
-            warm_up: What they do before there is work; pickled.
-            count: How many.
-        """
+        """Start `count` processes, which run the pickled `warm_up`; more start on demand."""
         self._warm_up = warm_up
         self._lock = threading.Lock()
         self._running: list[LocalWorker] = []
@@ -48,25 +43,25 @@ class LocalEngine:
         self._evaluation = b""
 
     def end(self) -> None:
-        """End all processes at once."""
+        """Kill all processes."""
         with self._lock:
             self._ended = True
             for worker in self._running:
                 worker.end()
 
     def close(self) -> None:
-        """Let go of nothing more: all that there was were processes."""
+        """Do nothing: there are only processes."""
 
     def use(self, workers: int, devices: Sequence[str]) -> None:
-        """Set how many there are to be, and what CUDA calls the devices that they take in turn, from the second on."""
+        """Set the number of workers and the CUDA devices they use in turn, from the second on."""
         self._workers, self._devices = workers, devices
 
     def open(self, evaluation: Evaluation) -> None:
-        """Take what workers evaluate with."""
+        """Set the evaluation that workers open."""
         self._evaluation = pickle.dumps(evaluation)
 
     def capacity(self) -> int:
-        """Return how many workers there are to be."""
+        """Return the number of workers."""
         return self._workers
 
     def put(self, value: Any) -> Any:
@@ -74,19 +69,15 @@ class LocalEngine:
         return value
 
     def start(self, number: int) -> LocalWorker:
-        """Return a worker that is ready.
-
-        Raises:
-            WorkerLost: It ended before it was.
-        """
+        """Return a worker that is ready. Raises WorkerLost if it ended first."""
         device = self._devices[number % len(self._devices)] if self._devices else None
-        # A process that has loaded its libraries may have settled which devices it sees.
+        # A process that has imported its libraries may have fixed its visible devices.
         worker = self._warm.pop() if self._warm and device is None else self._process(device)
         worker.begin(self._evaluation)
         return worker
 
     def _process(self, device: str | None) -> LocalWorker:
-        with self._lock:  # one at a time: what is started while all are ended would be left
+        with self._lock:  # one at a time: a process started while all are being killed would survive
             if self._ended:
                 raise WorkerLost("is not needed any more")
             worker = LocalWorker(self._warm_up, device)
@@ -95,15 +86,10 @@ class LocalEngine:
 
 
 class LocalWorker:
-    """A process of this machine."""
+    """A worker process of this machine."""
 
     def __init__(self, warm_up: Callable[[], None], device: str | None) -> None:
-        """Start it.
-
-        Args:
-            warm_up: What it does before there is work.
-            device: What CUDA calls the only device that it sees; None: it sees what this process sees.
-        """
+        """Start it with only the given CUDA device visible; None: those of this process."""
         context = multiprocessing.get_context("spawn")
         self._line, theirs = context.Pipe()
         self.hardware = ""
@@ -112,32 +98,19 @@ class LocalWorker:
         theirs.close()
 
     def begin(self, evaluation: bytes) -> None:
-        """Have it open an evaluation.
-
-        Raises:
-            WorkerLost: It ended before it was ready.
-        """
+        """Open an evaluation in it. Raises WorkerLost if it ended before it was ready."""
         self.hardware = self._answer(evaluation, None)
 
     def share(self, value: Any) -> None:
-        """Give it a value.
-
-        Raises:
-            WorkerLost: It is dead.
-        """
+        """Send it a value. Raises WorkerLost if it is dead."""
         self._answer(pickle.dumps(("share", value)), None)
 
     def evaluate(self, task: Any, limit: float | None) -> Any:
-        """Return the result of a task.
-
-        Raises:
-            WorkerLost: It died, or took longer than so many seconds.
-            WorkerOutOfMemory: Its memory does not suffice.
-        """
+        """Return a task's result. Raises WorkerLost on death or after `limit` seconds, or WorkerOutOfMemory."""
         return self._answer(pickle.dumps(("evaluate", task)), limit)
 
     def end(self) -> None:
-        """End it at once."""
+        """Kill it."""
         self.process.kill()
         self.process.join()
 
@@ -154,7 +127,7 @@ class LocalWorker:
 
 
 def _main(line: Connection, warm_up: Callable[[], None], device: str | None) -> None:
-    """Work until the other end of the line is closed."""
+    """Serve until the other end of the pipe is closed."""
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -168,7 +141,7 @@ def _main(line: Connection, warm_up: Callable[[], None], device: str | None) -> 
         except EOFError:
             return  # the run has ended, or needs no workers
         except Exception:
-            # Nothing is hidden: the process fails. Printed here, where secrets are redacted; multiprocessing would not.
+            # The process still fails. Printed here, where secrets are redacted; multiprocessing would not redact them.
             traceback.print_exc()
             sys.exit(1)
 

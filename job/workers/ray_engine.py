@@ -1,7 +1,7 @@
-"""Workers on a Ray cluster: actors, each with the model loaded once, on as many machines as there are.
+"""Workers on a Ray cluster: actors on any number of machines, each with the model loaded once.
 
-The cluster is one that runs already, or one of this machine alone that starts and ends with the run. Whoever reaches a
-cluster's ports runs code on it: it asks for a token, and one that is started here listens on the loopback interface.
+The cluster is a running one, or one of this machine that starts and ends with the run. Whoever reaches a cluster's
+ports can run code on it: it requires a token, and one started here listens on the loopback interface only.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from job.system.tempdirs import scratch
 from job.text.redaction import guarded_output
 from job.workers.executor import Evaluation, Evaluator, Outcome, WorkerLost, outcome_of, value_of
 
-# How often somebody who waits looks whether it is still worth it.
+# Seconds between checks of a waiting thread.
 _LOOK_SECONDS = 0.5
-# How long a cluster may be out of reach. Ray itself ends a process whose cluster is gone for a minute.
+# Seconds that a cluster may be unreachable. Ray itself ends a process whose cluster is gone for a minute.
 _GONE_SECONDS = 20.0
 _AGAIN = "run again to continue: on a new cluster, with another --address, or with --engine local"
 
@@ -34,12 +34,7 @@ class RayEngine:
     """Actors of a Ray cluster."""
 
     def __init__(self, address: str | None) -> None:
-        """Take a cluster's address; `open` connects.
-
-        Args:
-            address: HOST:PORT of a running cluster, or "auto" for the one of this machine; None: the one that
-                RAY_ADDRESS names, else a cluster of this machine alone is started.
-        """
+        """Take a cluster's HOST:PORT or "auto"; None means RAY_ADDRESS's, else a new one on this machine."""
         self._address = _cluster_address(address)
         self._workers: int | None = None
         self._resources: dict[str, int] = {}
@@ -53,22 +48,11 @@ class RayEngine:
         self._last_seen = 0.0
 
     def use(self, workers: int | None, *, gpus: int, cpus: int) -> None:
-        """Set how many workers there are to be, and what each of them takes.
-
-        Args:
-            workers: How many beside this process; None: as many as the cluster has room for.
-            gpus: GPUs of a worker, and of this process.
-            cpus: CPU cores of a worker.
-        """
+        """Set the number of workers besides this process (None fills the cluster), and their GPUs and CPU cores."""
         self._workers, self._resources = workers, {"num_gpus": gpus, "num_cpus": cpus}
 
     def open(self, evaluation: Evaluation) -> None:
-        """Connect to the cluster, or start one, and put there what workers evaluate with.
-
-        Raises:
-            UsageError: Ray is not installed.
-            MachineError: The cluster cannot be reached, or has no room.
-        """
+        """Connect to or start the cluster, and upload the evaluation. Raises UsageError or MachineError."""
         cpus = self._resources["num_cpus"] * (self._workers or 1)
         self._open.enter_context(_connected(self._address, cpus))
         context = ray_module().get_runtime_context()
@@ -78,14 +62,14 @@ class RayEngine:
         self._evaluation = self.put(evaluation)
 
     def end(self) -> None:
-        """End all actors at once."""
+        """Kill all actors."""
         self._ended.set()
         for actor in self._actors:
             self._kill(actor)
 
     def _kill(self, actor: Any) -> None:
         if not self._answers():
-            return  # it would be waited for, and without a cluster no actor lives
+            return  # the call would block, and no actor survives its cluster
         ray = ray_module()
         try:
             ray.kill(actor)
@@ -97,11 +81,7 @@ class RayEngine:
         self._open.close()
 
     def capacity(self) -> int:
-        """Return how many workers there may be now.
-
-        Raises:
-            MachineError: The cluster is gone.
-        """
+        """Return how many workers may run now. Raises MachineError if the cluster is gone."""
         self._require_cluster()
         if self._workers is not None:
             return self._workers
@@ -109,16 +89,11 @@ class RayEngine:
         return max(0, sum(map(self._room, alive)) - 1)  # one of them is this process
 
     def _room(self, node: dict[str, float]) -> int:
-        """Return how many workers' resources a node has."""
         needed = {"GPU": self._resources["num_gpus"], "CPU": self._resources["num_cpus"]}
         return int(min(node.get(name, 0) // count for name, count in needed.items() if count))
 
     def put(self, value: Any) -> Any:
-        """Return a reference to a value in the cluster's object store.
-
-        Raises:
-            MachineError: There is no room for it.
-        """
+        """Put a value into the cluster's object store; return a reference. Raises MachineError if it is full."""
         errors = ray_module().exceptions
         try:
             return ray_module().put(value)
@@ -129,16 +104,13 @@ class RayEngine:
             ) from error
 
     def start(self, number: int) -> RayWorker:
-        """Return an actor whose model is loaded, once the cluster has room for one.
+        """Return an actor with a loaded model, once the cluster has room. Raises WorkerLost if it ended first.
 
-        An actor on this process's own device stays idle, so that the device is not given to another actor.
-
-        Raises:
-            WorkerLost: It ended before it was ready.
+        An actor on this process's own device stays idle, to keep the device from other actors.
         """
         options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD", **self._resources}
         while True:
-            while not self._answers():  # whatever is asked of a cluster that is gone waits for Ray to end this process
+            while not self._answers():  # calls to a dead cluster block until Ray ends this process
                 self._require_wanted()
                 time.sleep(_LOOK_SECONDS)
             actor = ray_module().remote(**options)(_Actor).remote()
@@ -153,13 +125,13 @@ class RayEngine:
                 raise
 
     def _is_own(self, node: str, gpus: frozenset[str]) -> bool:
-        """Return whether a place is the one that this process computes on."""
+        """Return whether a node and GPUs are those that this process uses."""
         if node != self._node:
             return False
         return bool(gpus & self._gpus) if self._resources["num_gpus"] else self._workers is None
 
     def _require_wanted(self) -> None:
-        """Raise WorkerLost if there is no use in waiting for a worker."""
+        """Raise WorkerLost if waiting for a worker is pointless."""
         if self._ended.is_set():
             raise WorkerLost("is not needed any more")
         try:
@@ -168,14 +140,13 @@ class RayEngine:
             raise WorkerLost(str(error)) from error
 
     def _require_cluster(self) -> None:
-        """Raise MachineError if nothing has answered at the cluster's address for a while."""
+        """Raise MachineError if the cluster has been unreachable too long."""
         if self._answers():
             self._last_seen = time.monotonic()
         elif time.monotonic() - self._last_seen > _GONE_SECONDS:
             raise MachineError(f"the Ray cluster at {self._gcs[0]}:{self._gcs[1]} is gone", remedy=_AGAIN)
 
     def _answers(self) -> bool:
-        """Return whether something answers at the cluster's address."""
         try:
             with socket.create_connection(self._gcs, timeout=_LOOK_SECONDS):
                 return True
@@ -187,40 +158,26 @@ class RayWorker:
     """An actor of a Ray cluster."""
 
     def __init__(self, actor: Any, require_wanted: Callable[[], None], kill: Callable[[Any], None]) -> None:
-        """Take an actor, what raises WorkerLost if there is no use in waiting for it, and what kills it."""
+        """`require_wanted` raises WorkerLost if waiting is pointless."""
         self._actor = actor
         self._require_wanted = require_wanted
         self._kill = kill
         self.hardware = ""
 
     def share(self, value: Any) -> None:
-        """Give it a value that has been put.
-
-        Raises:
-            WorkerLost: It is dead.
-        """
+        """Send it a value that was put. Raises WorkerLost if it is dead."""
         self.asked("share", None, value)
 
     def evaluate(self, task: Any, limit: float | None) -> Any:
-        """Return the result of a task.
-
-        Raises:
-            WorkerLost: It died, or took longer than so many seconds.
-            WorkerOutOfMemory: Its memory does not suffice.
-        """
+        """Return a task's result. Raises WorkerLost on death or after `limit` seconds, or WorkerOutOfMemory."""
         return self.asked("evaluate", limit, task)
 
     def end(self) -> None:
-        """End it at once."""
+        """Kill it."""
         self._kill(self._actor)
 
     def asked(self, method: str, limit: float | None, *arguments: Any) -> Any:
-        """Return what one of its methods returns.
-
-        Raises:
-            WorkerLost: It died, or took longer than so many seconds.
-            WorkerOutOfMemory: Its memory does not suffice.
-        """
+        """Call a method remotely. Raises WorkerLost on death or after `limit` seconds, or WorkerOutOfMemory."""
         ray, started = ray_module(), time.monotonic()
         try:
             answer = getattr(self._actor, method).remote(*arguments)
@@ -239,7 +196,7 @@ class _Actor:
 
     def __init__(self) -> None:
         self._open = ExitStack()
-        self._open.enter_context(guarded_output())  # Ray keeps what it prints in files
+        self._open.enter_context(guarded_output())  # Ray keeps printed output in files
         self._evaluator: Evaluator | None = None
 
     def place(self) -> Outcome:
@@ -267,9 +224,9 @@ class _Actor:
 
 
 def _cluster_address(given: str | None) -> str | None:
-    """Return a cluster's address, None where one is to be started: Ray is then told to keep to the loopback interface.
+    """Return a cluster's address, or None to start one, restricted to the loopback interface.
 
-    Ray's parts listen on all interfaces otherwise, whatever address the node is given. Comes before Ray is imported.
+    Otherwise Ray's processes listen on all interfaces, whatever the node's address. Must run before Ray is imported.
     """
     address = given or os.environ.get("RAY_ADDRESS")
     if address is None:
@@ -278,11 +235,7 @@ def _cluster_address(given: str | None) -> str | None:
 
 
 def ray_module() -> Any:
-    """Return Ray, set up to ask for a token, to report nothing to its makers and to start nothing by itself.
-
-    Raises:
-        UsageError: It is not installed.
-    """
+    """Import Ray with tokens, without telemetry or automatic connection. Raises UsageError if missing."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_AUTO_CONNECT="0")
     try:
@@ -293,12 +246,7 @@ def ray_module() -> Any:
 
 
 def reached_cluster(address: str | None) -> str:
-    """Return what Ray is and where; nothing is started and nothing left.
-
-    Raises:
-        UsageError: Ray is not installed, or the address is none.
-        MachineError: Nothing answers at the address.
-    """
+    """Return Ray's version and cluster in words, starting nothing. Raises UsageError or MachineError."""
     address = _cluster_address(address)
     ray = f"Ray {ray_module().__version__}"
     if address is None:
@@ -317,14 +265,14 @@ def reached_cluster(address: str | None) -> str:
 
 @contextmanager
 def _connected(address: str | None, cpus: int) -> Iterator[None]:
-    """Be connected within the block to a cluster, or to one of this machine alone that has so many CPUs at least."""
+    """Connect within the block to a cluster, or to a new local one with at least `cpus` CPUs."""
     ray, options = ray_module(), dict[str, Any]()
     with ExitStack() as stack:
         if address is None:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             options["_temp_dir"] = str(stack.enter_context(scratch("ray")))
             options |= {"include_dashboard": False, "num_cpus": max(cpus, os.cpu_count() or 1)}
-            # By default actors yield to every other process, this one included, and get nothing on a busy machine.
+            # By default actors have low priority, and get no CPU on a busy machine.
             options["_system_config"] = {"worker_niceness": 0}
         with _signals_kept():
             try:
@@ -344,7 +292,7 @@ def _connected(address: str | None, cpus: int) -> Iterator[None]:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Give signals their handlers back after the block: Ray takes them over."""
+    """Restore signal handlers after the block: Ray replaces them."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -354,7 +302,7 @@ def _signals_kept() -> Iterator[None]:
 
 
 def visible_gpus(count: int | None = None) -> frozenset[str]:
-    """Return the names of the GPUs that this process sees, or of the first so many; by UUID where CUDA tells it."""
+    """Return the visible GPUs, or the first `count`; by UUID where CUDA reports it."""
     import torch
 
     if torch.cuda.is_available():
@@ -365,6 +313,6 @@ def visible_gpus(count: int | None = None) -> frozenset[str]:
 
 
 def _last_line(error: BaseException) -> str:
-    """Return what went wrong at last: Ray puts the trace of where it did before it."""
+    """Return the last line of an error: Ray puts the remote trace before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""An S3 bucket: its capabilities, multipart uploads that resume, verification."""
+"""S3 buckets: capabilities, resumable multipart uploads, verification."""
 
 from job.transfer.s3.capabilities import S3Capabilities, probe
 from job.transfer.s3.options import S3Options

@@ -1,4 +1,4 @@
-"""Multipart uploads that earlier attempts have begun and nobody will complete: their parts cost money."""
+"""Abort abandoned multipart uploads, whose parts cost money."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from job.transfer.s3.resume_state import UploadStates
 
 
 def abort_noted(store: S3Client, states: UploadStates, *, keep: Set[str]) -> int:
-    """Abort the uploads that are noted in the run folder but for those under the keys to keep.
-
-    Returns:
-        How many.
-    """
+    """Abort the uploads recorded in the run folder, except under the keys to keep; return their number."""
     done = 0
     for state in states.all():
         if state.key not in keep and abort(store, state.key, state.upload_id):
@@ -24,18 +20,14 @@ def abort_noted(store: S3Client, states: UploadStates, *, keep: Set[str]) -> int
 
 
 def abort_listed(store: S3Client, states: UploadStates, keys: Set[str]) -> int:
-    """Abort the uploads that the server lists under exactly these keys and that are not noted.
-
-    Returns:
-        How many.
-    """
+    """Abort unrecorded uploads that the server lists under these keys; return their number."""
     noted = {state.upload_id for state in states.all()}
     found = [(key, upload) for key, upload in listed(store, store.target.key("")) if key in keys]
     return sum(abort(store, key, upload) for key, upload in found if upload not in noted)
 
 
 def abort(store: S3Client, key: str, upload_id: str) -> bool:
-    """Abort an upload and return whether it is gone; not being allowed to is no reason to fail."""
+    """Abort an upload; return whether it is gone. Missing permission is no failure."""
     try:
         store.call("abort_multipart_upload", Key=key, UploadId=upload_id)
     except RefusedError as error:
@@ -44,11 +36,7 @@ def abort(store: S3Client, key: str, upload_id: str) -> bool:
 
 
 def listed(store: S3Client, prefix: str) -> list[tuple[str, str]]:
-    """Return key and upload id of all uploads begun under a prefix.
-
-    Raises:
-        RefusedError: The server does not say.
-    """
+    """Return key and id of all uploads under a prefix. Raises RefusedError."""
     found: dict[tuple[str, str], None] = {}
     marker: dict[str, str] = {}
     while True:

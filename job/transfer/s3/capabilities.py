@@ -1,4 +1,4 @@
-"""What an S3 server lets us do and how it behaves, found by trying."""
+"""Permissions and capabilities of an S3 server, found by trying."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _METADATA = {SHA256_KEY: hashlib.sha256(_CONTENTS).hexdigest()}
 
 
 class S3Capabilities(Record):
-    """What a server was seen to do.
+    """Observed capabilities of a server.
 
     Attributes:
-        conditional: A put that must create an object fails where there is one.
-        conditional_replace: A put that must replace a certain object fails where there is another one, and only there.
-        conditional_complete: The completion of a multipart upload keeps such conditions, too.
-        multipart: It takes multipart uploads.
-        sha256_checksums: It keeps SHA-256 checksums of objects, in one piece and in parts.
-        md5_etags: The ETag of an object in one piece is its MD5.
-        md5_part_etags: The ETag of an object in parts is the MD5 of their MD5s.
-        lists_uploads: It says which multipart uploads have been begun.
+        conditional: A put of a new object fails if one exists.
+        conditional_replace: A put that replaces a given object fails only for another.
+        conditional_complete: Completing a multipart upload respects such conditions too.
+        multipart: Multipart uploads work.
+        sha256_checksums: SHA-256 checksums are kept, for single and multipart objects.
+        md5_etags: A single object's ETag is its MD5.
+        md5_part_etags: A multipart object's ETag is the MD5 of its parts' MD5s.
+        lists_uploads: Started multipart uploads are listed.
     """
 
     version: Literal[1] = 1
@@ -54,16 +54,16 @@ class S3Capabilities(Record):
 
     @property
     def algorithm(self) -> Algorithm:
-        """How uploads to this server are checked."""
+        """Checksum algorithm for uploads to this server."""
         return "sha256" if self.sha256_checksums else "md5"
 
     def has_md5_etag(self, part_bytes: int) -> bool:
-        """Return whether the ETag of an object in parts of this size (0: in one piece) is made of MD5s."""
+        """Return whether ETags are MD5s for objects with this part size (0: one piece)."""
         return self.md5_part_etags if part_bytes else self.md5_etags
 
     @property
     def quirks(self) -> tuple[str, ...]:
-        """What the server does not do, for people."""
+        """Missing capabilities, for people."""
         lacks = {
             "does not refuse to overwrite (conditional requests): two jobs that deliver there are not noticed": not (
                 self.conditional and self.conditional_complete
@@ -80,11 +80,9 @@ class S3Capabilities(Record):
 
 
 def probe(uri: str, options: S3Options | None = None) -> S3Capabilities:
-    """Try everything that a delivery needs under a target, and leave nothing behind.
+    """Try everything that a delivery needs, leaving nothing.
 
-    Raises:
-        DeliveryError: A delivery cannot succeed; it names the missing permission.
-        UsageError: The target is no S3 target, or the endpoint no URL.
+    Raises DeliveryError, naming a permission, or UsageError.
     """
     options = options or S3Options()
     patience = replace(options, attempts=min(options.attempts, _ATTEMPTS))
@@ -93,16 +91,12 @@ def probe(uri: str, options: S3Options | None = None) -> S3Capabilities:
 
 
 def detect(store: S3Client) -> S3Capabilities:
-    """Do what `probe` does, with a store at hand.
-
-    Raises:
-        DeliveryError: A delivery cannot succeed.
-    """
+    """Probe with an open client. Raises DeliveryError if a delivery cannot succeed."""
     return _Probe(store).run()
 
 
 class _Probe:
-    """One probe: an object under a name of its own, and what has been learnt so far."""
+    """One probe with its own object, and its findings so far."""
 
     def __init__(self, store: S3Client) -> None:
         self._store = store
@@ -151,7 +145,7 @@ class _Probe:
         )
 
     def _put_new(self) -> bool:
-        """Put the object and return whether the server refuses to put it as a new one again."""
+        """Put the object; return whether the server refuses to create it again."""
         try:
             self._put()
         except RefusedError as error:
@@ -162,7 +156,7 @@ class _Probe:
         return self._refused(self._put, IfNoneMatch="*")
 
     def _refused(self, request: Callable[..., None], **condition: str) -> bool:
-        """Return whether a condition that does not hold is refused, as it must be."""
+        """Return whether a violated condition is refused."""
         try:
             request(**condition)
         except RefusedError as error:
@@ -186,7 +180,7 @@ class _Probe:
         )
 
     def _try_multipart(self, *, replaces: bool) -> tuple[bool, bool, bool]:
-        """Return whether multipart uploads work, give ETags of MD5s, and keep conditions when they are completed."""
+        """Return whether multipart uploads work, have MD5 ETags, and respect conditions on completion."""
         try:
             self._complete(*self._upload())
         except RefusedError as error:
@@ -213,7 +207,7 @@ class _Probe:
         return True, part_etags, keeps
 
     def _upload(self) -> tuple[str, dict[str, Any]]:
-        """Begin an upload, send its only part and return its id and the part as its completion names it."""
+        """Start an upload and send its only part; return its id and the part for completion."""
         parameters = {"ChecksumAlgorithm": "SHA256", "ChecksumType": "COMPOSITE"} if self._sha256 else {}
         answer = self._store.call(
             "create_multipart_upload", Key=self._key, Metadata=_METADATA, **parameters, **self._store.encryption
@@ -239,7 +233,7 @@ class _Probe:
         )
 
     def _lists_uploads(self) -> bool:
-        """Return whether the server lists uploads; one whose id got lost on the line is found that way."""
+        """Return whether the server lists uploads; also finds one whose id was lost."""
         try:
             self._uploads += [upload for key, upload in listed(self._store, self._key) if key == self._key]
         except RefusedError as error:
@@ -249,7 +243,7 @@ class _Probe:
         return True
 
     def _clean_up(self, *, quietly: bool) -> None:
-        """Remove what the probe has made; quietly: there is a failure to report already."""
+        """Remove the probe's objects; quietly if a failure is being reported."""
         for upload in self._uploads:
             abort(self._store, self._key, upload)
         try:
@@ -259,7 +253,7 @@ class _Probe:
                 raise
 
     def _clear_stale(self) -> None:
-        """Remove what probes that were killed have left; not being allowed to look is no reason to fail."""
+        """Remove leftovers of killed probes; missing permission is no failure."""
         prefix = self._store.target.key(_PREFIX)
         try:
             answer = self._store.call("list_objects_v2", Prefix=prefix)

@@ -1,7 +1,7 @@
-"""One bucket and prefix of an S3 server: requests, made again while their failure may pass.
+"""A bucket and prefix of an S3 server, with retries of transient failures.
 
-This is the only loop that retries: botocore's own is off, since two of them multiply and botocore's knows
-neither our stop signal nor the standard Retry-After header.
+This is the only retry loop: botocore's is off, since two would multiply, and it ignores our stop signal and the
+standard Retry-After header.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SOME_OF: dict[str, set[str]] = {
 
 
 class Body:
-    """Bytes to send, read from memory in place; reading stops when the upload ends."""
+    """Bytes to send from memory in place; reading stops when the upload ends."""
 
     def __init__(self, data: memoryview | bytes, stop: threading.Event = _NEVER) -> None:
         self._data = memoryview(data)
@@ -48,11 +48,7 @@ class Body:
         return len(self._data)
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes, all that are left for a negative size.
-
-        Raises:
-            GivenUpError: The upload ends.
-        """
+        """Return the next bytes, all remaining ones for a negative size. Raises GivenUpError if the upload ends."""
         if self.stop.is_set():
             raise GivenUpError
         end = len(self._data) if size is None or size < 0 else self._position + size
@@ -61,7 +57,7 @@ class Body:
         return piece
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Move to another position, as files do."""
+        """Seek like a file."""
         self._position = offset + (0, self._position, len(self._data))[whence]
         return self._position
 
@@ -71,14 +67,10 @@ class Body:
 
 
 class S3Client:
-    """A bucket with a prefix; safe to use from several threads."""
+    """A bucket with a prefix; thread-safe."""
 
     def __init__(self, target: S3Target, options: S3Options) -> None:
-        """Make a client; nothing is sent yet.
-
-        Raises:
-            DeliveryError: The credentials, the profile or the endpoint are not usable.
-        """
+        """Create a client without connecting. Raises DeliveryError for unusable credentials, profile or endpoint."""
         self.target = target
         self.options = options
         self._client = _client(target, options)
@@ -91,22 +83,12 @@ class S3Client:
 
     @property
     def encryption(self) -> dict[str, str]:
-        """What to ask for when an object is made; no ACL is ever set."""
+        """Encryption parameters of new objects; no ACL is ever set."""
         wanted = {"ServerSideEncryption": self.options.sse, "SSEKMSKeyId": self.options.kms_key}
         return {name: value for name, value in wanted.items() if value is not None}
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Make a request, again and again while its failure may pass.
-
-        Args:
-            method: Name of the client's method.
-            parameters: Its parameters but the bucket; a Body is rewound for each try, and may give the
-                request up between two of them.
-
-        Raises:
-            RefusedError: It failed for good or too often.
-            GivenUpError: The upload ends.
-        """
+        """Make a request with retries; a Body is rewound, and may stop them. Raises RefusedError or GivenUpError."""
         body = parameters.get("Body")
 
         def once() -> dict[str, Any]:
@@ -120,17 +102,7 @@ class S3Client:
         return self._retried(method, once, body.stop if isinstance(body, Body) else _NEVER)
 
     def read(self, key: str, most: int = MOST_BYTES, **parameters: str) -> tuple[bytes, dict[str, Any]]:
-        """Return the contents of a small object, or of a Range of one, and the answer's other fields.
-
-        Args:
-            key: Of the object.
-            most: Bytes that are read of it.
-            parameters: Of the request.
-
-        Raises:
-            TooLargeError: There are more; they are not read.
-            RefusedError: As for `call`.
-        """
+        """Return a small object's or Range's contents, and other fields. Raises TooLargeError or RefusedError."""
 
         def once() -> dict[str, Any]:
             answer: dict[str, Any] = self._client.get_object(Bucket=self.target.bucket, Key=key, **parameters)
@@ -166,7 +138,7 @@ class S3Client:
                 raise GivenUpError
 
     def _check_whole(self, method: str, answer: dict[str, Any]) -> None:
-        """Raise what a lost connection raises if the line has cut an answer."""
+        """Raise a connection error for a truncated response."""
         from botocore.exceptions import ConnectionClosedError
 
         some = _SOME_OF.get(method)
@@ -174,11 +146,7 @@ class S3Client:
             raise ConnectionClosedError(endpoint_url=str(self.target))
 
     def list(self, prefix: str) -> list[str]:
-        """Return the keys under a prefix.
-
-        Raises:
-            RefusedError: As for `call`.
-        """
+        """Return the keys under a prefix. Raises RefusedError."""
         found: list[str] = []
         marker: dict[str, str] = {}
         while True:
@@ -189,7 +157,7 @@ class S3Client:
             marker = {"ContinuationToken": answer["NextContinuationToken"]}
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         self._client.close()
 
     def pause(self, attempt: int) -> None:
@@ -234,8 +202,5 @@ def _client(target: S3Target, options: S3Options) -> Any:
 
 
 def _expect_nothing(params: dict[str, Any], **_: object) -> None:
-    """Send bodies at once instead of asking first.
-
-    botocore 1.44 loops for ever when the line is cut within the interim answer "100 Continue".
-    """
+    """Send bodies at once: botocore 1.44 loops forever if the interim "100 Continue" breaks off."""
     params["headers"].pop("Expect", None)

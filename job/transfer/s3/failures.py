@@ -1,4 +1,4 @@
-"""What a failed request means: whether to try again, and what to tell people."""
+"""Meaning of a failed request: whether to retry, and what to tell people."""
 
 from __future__ import annotations
 
@@ -55,12 +55,7 @@ _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequ
 
 
 class RefusedError(DeliveryError):
-    """A request failed for good.
-
-    Attributes:
-        code: The server's code of the error, "" where there was no answer.
-        status: The HTTP status, 0 where there was no answer.
-    """
+    """A request failed for good; `code` is "" and `status` 0 without a response."""
 
     def __init__(self, what: str, *, remedy: str = "", code: str = "", status: int = 0) -> None:
         super().__init__(what, remedy=remedy)
@@ -69,17 +64,17 @@ class RefusedError(DeliveryError):
 
     @property
     def unsupported(self) -> bool:
-        """Whether the server does not know something in the request."""
+        """Whether the server does not support something in the request."""
         return self.status in (400, 405, 501) and self.code not in _BAD_CREDENTIALS | _EXPIRED
 
     @property
     def transient(self) -> bool:
-        """Whether the same request might have succeeded later."""
+        """Whether a later retry might succeed."""
         return self.code in _TRANSIENT_CODES or self.status == 429 or (self.status >= 500 and self.status != 501)
 
 
 class TooLargeError(DeliveryError):
-    """An object holds more than is read into memory."""
+    """An object exceeds the limit for reading into memory."""
 
     def __init__(self, target: object, key: str, most: int) -> None:
         super().__init__(
@@ -89,16 +84,16 @@ class TooLargeError(DeliveryError):
 
 
 class GivenUpError(Exception):
-    """A request was given up because the whole upload ends; never seen outside."""
+    """A request was stopped because the upload ends. Internal."""
 
 
 def damaged(source: Path) -> DeliveryError:
-    """Return the error for a file of the export that has changed since."""
+    """Return the error for a changed file of the export."""
     return DeliveryError(f"{source} is not what the manifest says", remedy="export again")
 
 
 def conflict(target: object, key: str) -> DeliveryError:
-    """Return the error for an object that someone else wrote while we were at it."""
+    """Return the error for an object written by someone else meanwhile."""
     return DeliveryError(
         f"{target}: something else wrote {key} during the upload", remedy="let only one job deliver there"
     )
@@ -114,7 +109,7 @@ def _answer(error: Exception) -> tuple[str, int, Mapping[str, str], str]:
 
 
 def may_pass(method: str, error: Exception) -> bool:
-    """Return whether the same request may succeed later."""
+    """Return whether a retry may succeed."""
     from botocore import exceptions as known
     from botocore.parsers import ResponseParserError
 
@@ -139,7 +134,7 @@ def may_pass(method: str, error: Exception) -> bool:
 
 
 def tries(method: str, error: Exception, most: int) -> int:
-    """Return how often a request is made that fails like this."""
+    """Return the number of tries for a failure."""
     if may_pass(method, error):
         return most
     code, status, _, _ = _answer(error)
@@ -148,7 +143,7 @@ def tries(method: str, error: Exception, most: int) -> int:
 
 
 def retry_after_s(error: Exception) -> float:
-    """Return the seconds that a server asks to wait, 0 where it does not."""
+    """Return the seconds to wait requested by the server, or 0."""
     value = _answer(error)[2].get("retry-after", "")
     try:
         seconds = float(value)
@@ -161,7 +156,7 @@ def retry_after_s(error: Exception) -> float:
 
 
 def explained(method: str, error: Exception, target: object) -> RefusedError:
-    """Return the error for people: what failed and what to do, without keys and signatures."""
+    """Return a clear error and remedy, without keys and signatures."""
     code, status, _, message = _answer(error)
     if not status:
         return _explained_without_answer(error, target)

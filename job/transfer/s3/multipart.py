@@ -1,4 +1,4 @@
-"""A file as a multipart upload that survives everything: the server's list of parts says what is left to send."""
+"""Resumable multipart uploads: the server's list of parts determines what is left to send."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _AGAIN = frozenset({"NoSuchUpload", "ConditionalRequestConflict", "InvalidPart"}
 
 
 class LargeFile:
-    """One file on its way into one object, in parts."""
+    """Upload of one file as one object, in parts."""
 
     def __init__(
         self,
@@ -50,16 +50,8 @@ class LargeFile:
     ) -> None:
         """Describe the upload.
 
-        Args:
-            store: Where to.
-            states: Where begun uploads are noted.
-            source: The file.
-            key: The object's key.
-            entry: What the manifest says of the file.
-            server: How that server behaves.
-            conditions: IfNoneMatch or IfMatch of the completion, where the server honours them.
-            progress: Told of bytes that have arrived, from any thread but one at a time; a negative number
-                takes back what has to be sent again.
+        `conditions` are the completion's IfNoneMatch or IfMatch. `progress` gets arrived bytes, one call at a time from
+        any thread, negative for bytes to resend.
         """
         self._store, self._states, self._source, self._key, self._entry = store, states, source, key, entry
         self._server, self._algorithm = server, server.algorithm
@@ -71,11 +63,7 @@ class LargeFile:
         self.sent_bytes = 0
 
     def deliver(self) -> Fingerprint:
-        """Send what the server does not have yet, complete the object and return its fingerprint.
-
-        Raises:
-            DeliveryError: It cannot be done; the state is kept, so that a second run continues.
-        """
+        """Send missing parts, complete the object and return its fingerprint. Raises DeliveryError, keeping state."""
         for restart in range(_RESTARTS + 1):
             try:
                 return self._attempt()
@@ -93,11 +81,7 @@ class LargeFile:
         raise AssertionError("unreachable")
 
     def _ask_why(self) -> None:
-        """Find the true reason for lost lines: a server that refuses a part may do so by hanging up on it.
-
-        Raises:
-            RefusedError: It refuses a request without a body, too.
-        """
+        """Raise RefusedError if a request without body is refused too: servers may refuse a part by hanging up."""
         with S3Client(self._store.target, replace(self._store.options, attempts=1)) as store:
             try:
                 answer = store.call("create_multipart_upload", Key=self._key, **store.encryption)
@@ -119,7 +103,7 @@ class LargeFile:
         return wanted
 
     def _begun(self) -> tuple[UploadState, dict[int, Mapping[str, Any]]] | None:
-        """Return the upload to go on with and its parts; one that does not fit any more is aborted."""
+        """Return the upload to resume and its parts; an unsuitable one is aborted."""
         state = self._states.load(self._key)
         if state is None:
             return None
@@ -171,11 +155,7 @@ class LargeFile:
     def _send_parts(
         self, state: UploadState, present: Mapping[int, Mapping[str, Any]]
     ) -> tuple[dict[int, str], dict[int, bytes]]:
-        """Read the file once, in order: hash it whole, and send each part that the server has not.
-
-        Raises:
-            DeliveryError: The file is not what the manifest says.
-        """
+        """Read the file once: hash it, and send each missing part. Raises DeliveryError if it has changed."""
         etags: dict[int, str] = {}
         digests: dict[int, bytes] = {}
         whole = hashlib.sha256()
@@ -205,7 +185,7 @@ class LargeFile:
         return etags, digests
 
     def _is_there(self, part: Mapping[str, Any], data: memoryview, algorithm: Algorithm) -> bool:
-        """Return whether a part that the server lists is the one that would be sent."""
+        """Return whether a listed part equals the one to send."""
         if part["Size"] != len(data):
             return False
         if algorithm == "sha256" and (theirs := part.get("ChecksumSHA256")):
@@ -239,11 +219,7 @@ class LargeFile:
     def _complete(
         self, state: UploadState, etags: Mapping[int, str], digests: Mapping[int, bytes], wanted: Fingerprint
     ) -> None:
-        """Make the object of its parts; an answer that got lost is made up for by looking.
-
-        Raises:
-            DeliveryError: Someone else has written the object meanwhile.
-        """
+        """Complete the object; after a lost response, check it. Raises DeliveryError if someone else has written it."""
         parts = []
         for number in sorted(etags):
             part: dict[str, Any] = {"PartNumber": number, "ETag": etags[number]}
@@ -270,14 +246,14 @@ class LargeFile:
             raise conflict(self._store.target, self._key) from error
 
     def _abandon(self) -> None:
-        """Abort the begun upload, whose parts would be paid for otherwise."""
+        """Abort the started upload, whose parts would cost money."""
         state = self._states.load(self._key)
         if state is not None and abort(self._store, state.key, state.upload_id):
             self._states.forget(self._key)
 
 
 def _fill(file: Any, data: memoryview) -> None:
-    """Fill data from an unbuffered file; what is missing at its end stays as it was, and fails the hash."""
+    """Fill data from an unbuffered file; a short file leaves the rest unchanged, and fails the hash."""
     done = 0
     while done < len(data):
         read = file.readinto(data[done:])

@@ -1,4 +1,4 @@
-"""What S3 objects should be and are: fingerprints of local files and descriptions of remote objects."""
+"""Fingerprints of local files, and descriptions of remote S3 objects."""
 
 from __future__ import annotations
 
@@ -24,14 +24,11 @@ _MD5_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the server must say of an object that holds a file.
+    """Expected attributes of an object that holds a file.
 
     Attributes:
-        size: Bytes.
-        sha256: Hex digest of the whole file.
-        part_bytes: Size of its parts; 0: sent in one piece.
-        algorithm: Which kind of checksum the next is.
-        checksum: sha256: base64, of the parts' digests where there are parts; md5: the ETag.
+        part_bytes: Size of its parts; 0: one piece.
+        checksum: sha256: base64, over the parts' digests if in parts; md5: the ETag.
     """
 
     size: int
@@ -42,21 +39,19 @@ class Fingerprint:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What is stored with the object."""
+        """Metadata to store with the object."""
         return object_metadata(self.sha256, self.part_bytes)
 
 
 @dataclass(frozen=True)
 class RemoteObject:
-    """What the server says of an object.
+    """Attributes of a remote object.
 
     Attributes:
-        size: Bytes.
-        etag: As the server wrote it.
-        sha256: What we stored with it; None: it is not ours.
-        part_bytes: Size of its parts, as we stored it; 0: one piece.
-        checksum: SHA-256 in base64 without the number of parts; None: the server keeps none.
-        keyed: Whether it is encrypted in a way that makes the ETag no MD5.
+        sha256: Hash stored by us; None: not our object.
+        part_bytes: Size of its parts, stored by us; 0: one piece.
+        checksum: Base64 SHA-256 without the number of parts; None: not kept.
+        keyed: Encrypted so that the ETag is no MD5.
     """
 
     size: int
@@ -68,7 +63,7 @@ class RemoteObject:
 
 
 def object_metadata(sha256: str, part_bytes: int) -> dict[str, str]:
-    """Return what is stored with an object of ours."""
+    """Return the metadata of our objects."""
     return {SHA256_KEY: sha256} | ({PART_KEY: str(part_bytes)} if part_bytes else {})
 
 
@@ -78,7 +73,7 @@ def digest(algorithm: Algorithm, data: memoryview | bytes) -> bytes:
 
 
 def checksum_of(algorithm: Algorithm, digests: Mapping[int, bytes], part_bytes: int) -> str:
-    """Return the checksum that a server gives an object of these parts (numbered from 1)."""
+    """Return the server's checksum of an object of these parts (numbered from 1)."""
     if not part_bytes:
         return b64encode(digests[1]).decode() if algorithm == "sha256" else digests[1].hex()
     joined = digest(algorithm, b"".join(digests[number] for number in sorted(digests)))
@@ -86,7 +81,7 @@ def checksum_of(algorithm: Algorithm, digests: Mapping[int, bytes], part_bytes: 
 
 
 def checked(algorithm: Algorithm, checksum: bytes) -> dict[str, str]:
-    """Return the parameters that make a server check what arrives."""
+    """Return the parameters that make a server verify the data."""
     encoded = b64encode(checksum).decode()
     if algorithm == "sha256":
         return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": encoded}
@@ -94,7 +89,7 @@ def checked(algorithm: Algorithm, checksum: bytes) -> dict[str, str]:
 
 
 def fingerprint(path: Path, part_bytes: int, algorithm: Algorithm) -> Fingerprint:
-    """Read a file, a block at a time, and return its fingerprint."""
+    """Return a file's fingerprint, reading block by block."""
     size = path.stat().st_size
     whole = hashlib.sha256()
     digests: dict[int, bytes] = {}
@@ -112,13 +107,7 @@ def fingerprint(path: Path, part_bytes: int, algorithm: Algorithm) -> Fingerprin
 
 
 def look_up(store: S3Client, key: str) -> RemoteObject | None:
-    """Return what the server has under a key, None if nothing.
-
-    What seems not to be ours is looked at again: the line may have torn the answer's headers.
-
-    Raises:
-        RefusedError: It does not say.
-    """
+    """Return the object under a key, or None, reading again if it seems foreign. Raises RefusedError."""
     there: RemoteObject | None = None
     for _ in range(_LOOKS):
         try:
@@ -133,7 +122,7 @@ def look_up(store: S3Client, key: str) -> RemoteObject | None:
 
 
 def described(answer: Mapping[str, Any]) -> RemoteObject:
-    """Return the description of an object from a HEAD's or GET's answer."""
+    """Describe an object from a HEAD or GET response."""
     metadata = {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
     checksum = answer.get("ChecksumSHA256")
     part = metadata.get(PART_KEY, "0")
@@ -149,19 +138,13 @@ def described(answer: Mapping[str, Any]) -> RemoteObject:
 
 
 def comparable_etag(etag: str) -> str | None:
-    """Return an ETag that has the form of an MD5 without its quotes, None for others."""
+    """Return an ETag in MD5 form without quotes, else None."""
     bare = etag.strip('"')
     return bare if _MD5_ETAG.fullmatch(bare) else None
 
 
 def difference(remote: RemoteObject | None, wanted: Fingerprint, *, md5_etags: bool) -> str | None:
-    """Return how an object differs from a file, None if it does not.
-
-    Args:
-        remote: What the server has.
-        wanted: What it should have.
-        md5_etags: Whether the server's ETags are MD5 digests.
-    """
+    """Return how an object differs from a file, or None; `md5_etags` if the server's ETags are MD5s."""
     if remote is None:
         return "it is missing"
     if remote.size != wanted.size:
@@ -176,11 +159,7 @@ def difference(remote: RemoteObject | None, wanted: Fingerprint, *, md5_etags: b
 
 
 def lasting_difference(store: S3Client, key: str, wanted: Fingerprint, *, md5_etags: bool) -> str | None:
-    """Return how the object under a key differs from a file, None if it does not.
-
-    It is looked at again where it does: a cut line tears an answer's headers, and a server may still be at work on a
-    completion whose answer got lost.
-    """
+    """Return how an object differs from a file after repeated checks, or None."""
     reason: str | None = None
     for look in range(_LOOKS):
         if look:

@@ -1,4 +1,4 @@
-"""Where S3 objects go and how they are sent."""
+"""S3 targets and transfer options."""
 
 from __future__ import annotations
 
@@ -16,25 +16,17 @@ SMALLEST_PART_MIB, LARGEST_PART_MIB, MOST_PARTS = 5, 5120, 10_000
 
 @dataclass(frozen=True)
 class S3Options:
-    """How to reach an S3 server and how to send.
+    """Access to an S3 server. Raises UsageError for an invalid value.
 
     Attributes:
-        endpoint: URL of a compatible server; None: what boto3 finds, AWS in the end.
-        region: Region of the bucket; None: what boto3 finds.
-        addressing_style: Whether the bucket stands in the path or in the host name.
-        checksums: "auto": SHA-256 checksums where the server keeps them; "when_required": never, only MD5.
+        endpoint: URL of a compatible server; None: boto3's default, finally AWS.
+        region: Region of the bucket; None: boto3's default.
+        checksums: "auto": SHA-256 where supported; "when_required": only MD5.
         part_mib: Size of a part in MiB; raised for files of more than 10,000 parts.
-        parallel_parts: Parts that are sent, and held in memory, at the same time.
-        sse: Server-side encryption to ask for; None: what the bucket does by itself.
+        parallel_parts: Parts sent, and held in memory, at the same time.
         kms_key: Key for "aws:kms"; None: the account's own.
-        attempts: Tries of each request before it is given up.
         first_wait_s: Seconds after the first failed try, doubled after each.
-        longest_wait_s: Bound of these waits in seconds; a server's Retry-After may exceed it.
-        connect_timeout_s: Seconds for a connection to come about.
-        read_timeout_s: Seconds of silence after which a connection is taken for dead.
-
-    Raises:
-        UsageError: A value makes no sense.
+        longest_wait_s: Longest wait in seconds; a server's Retry-After may exceed it.
     """
 
     endpoint: str | None = None
@@ -60,7 +52,7 @@ class S3Options:
             raise UsageError("a KMS key is given but the encryption is not aws:kms", remedy="set both or neither")
 
     def part_bytes(self, size: int) -> int:
-        """Return the size in bytes of the parts of a file of this size: whole MiB, all equal but the last."""
+        """Return the part size in bytes for a file of this size: whole MiB, equal except the last."""
         least = math.ceil(size / MOST_PARTS / MIB)
         return max(self.part_mib, least) * MIB
 
@@ -74,18 +66,14 @@ class S3Target:
 
     @classmethod
     def parse(cls, uri: str) -> S3Target:
-        """Return the bucket and prefix of a URI.
-
-        Raises:
-            UsageError: It is not s3://bucket or s3://bucket/prefix.
-        """
+        """Parse a URI. Raises UsageError unless it is s3://bucket or s3://bucket/prefix."""
         parsed = urlparse(uri, allow_fragments=False)
         if parsed.scheme != "s3" or not parsed.netloc or parsed.query:
             raise UsageError(f"{uri} is not an S3 target", remedy="write s3://bucket/prefix")
         return cls(parsed.netloc, parsed.path.strip("/"))
 
     def key(self, name: str) -> str:
-        """Return the key of a file of the export."""
+        """Return the key of an export's file."""
         return f"{self.prefix}/{name}" if self.prefix else name
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Threads that send the parts of a file, in bounded memory."""
+"""Threads that send a file's parts in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ _LEAVE_SECONDS = 2.0
 
 
 class Lanes:
-    """Threads that send parts from as many buffers: no more than that is ever held in memory.
-
-    The threads are daemons, so that one that hangs in a dead connection cannot keep the process.
-    """
+    """Daemon threads that send parts from an equal number of buffers, which bounds memory."""
 
     def __init__(self, count: int, part_bytes: int, send: Callable[[int, memoryview], None]) -> None:
         self.stop = threading.Event()
@@ -54,18 +51,14 @@ class Lanes:
                 self._free.put(buffer)
 
     def buffer(self) -> bytearray:
-        """Return a free buffer, waiting for one.
-
-        Raises:
-            Exception: What made a part fail for good.
-        """
+        """Return a free buffer, waiting for one; raises a part's permanent error."""
         free = self._free.get()
         if self._failure is not None:
             raise self._failure
         return free
 
     def send(self, number: int, buffer: bytearray, length: int) -> None:
-        """Have a part sent that lies at the start of a buffer, which is free again afterwards."""
+        """Send a part from the start of a buffer, which is then freed."""
         self._work.put((number, buffer, length))
 
     def give_back(self, buffer: bytearray) -> None:
@@ -73,10 +66,6 @@ class Lanes:
         self._free.put(buffer)
 
     def finish(self) -> None:
-        """Wait until everything has been sent.
-
-        Raises:
-            Exception: What made a part fail for good.
-        """
+        """Wait until everything has been sent; raises a part's permanent error."""
         for _ in range(self._count):
             self.buffer()

@@ -1,4 +1,4 @@
-"""What a delivery notes in the run folder: begun uploads, and names that no marker lists any more."""
+"""A delivery's records in the run folder: started uploads, and names not yet in a marker."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from job.transfer.s3.objects import Algorithm
 
 
 class UploadState(Record):
-    """A multipart upload that has been begun: enough to go on with it, or to abort it.
+    """A started multipart upload, to resume or abort.
 
-    The parts themselves are not noted: the server knows better which of them it has.
+    Its parts are not recorded: the server knows them better.
     """
 
     VERBATIM = frozenset({"upload_id", "sha256"})
@@ -33,10 +33,10 @@ class UploadState(Record):
 
 
 class UploadStates:
-    """The begun uploads to one target, a small file each."""
+    """Started uploads to one target, a small file each."""
 
     def __init__(self, folder: Path, endpoint: str | None, bucket: str) -> None:
-        """Use a folder that may hold the states of other targets, too."""
+        """Use a folder, possibly shared with other targets."""
         self._folder = folder
         self._endpoint = endpoint
         self._bucket = bucket
@@ -46,7 +46,7 @@ class UploadStates:
         return self._folder / f"part-{name[:24]}.json"
 
     def load(self, key: str) -> UploadState | None:
-        """Return the upload begun for a key; an unreadable state is none, its upload gets aborted as abandoned."""
+        """Return a key's started upload; an unreadable record counts as none, and its upload is aborted."""
         file = self._file(key)
         if not file.exists():
             return None
@@ -56,16 +56,16 @@ class UploadStates:
             return None
 
     def save(self, state: UploadState) -> None:
-        """Note a begun upload, durably."""
+        """Record a started upload durably."""
         make_folder(self._folder)
         write_record(self._file(state.key), state)
 
     def forget(self, key: str) -> None:
-        """Note that a key's upload is over."""
+        """Remove the record of a key's upload."""
         self._file(key).unlink(missing_ok=True)
 
     def all(self) -> Iterator[UploadState]:
-        """Yield all uploads begun to this server and bucket."""
+        """Yield all uploads started to this server and bucket."""
         for file in sorted(self._folder.glob("part-*.json")):
             try:
                 state = UploadState.model_validate_json(file.read_bytes())
@@ -76,9 +76,9 @@ class UploadStates:
 
 
 class TouchedNames:
-    """The names under which a delivery in progress has, or may have, put objects or is replacing them.
+    """Names under which a delivery in progress may have written objects.
 
-    The marker of the replaced delivery is gone by then, and without this nobody would remember what is left of it.
+    The replaced delivery's marker is gone by then; these names let leftovers be found.
     """
 
     def __init__(self, folder: Path, endpoint: str | None, target: str) -> None:
@@ -86,14 +86,14 @@ class TouchedNames:
         self._file = folder / f"touched-{name[:24]}.json"
 
     def names(self) -> set[str]:
-        """Return the noted names; none when no delivery is in progress."""
+        """Return the recorded names; empty without a delivery in progress."""
         return set(json.loads(self._file.read_text())) if self._file.exists() else set()
 
     def add(self, names: Set[str]) -> None:
-        """Note names, durably."""
+        """Record names durably."""
         make_folder(self._file.parent)
         write_atomically(self._file, json.dumps(sorted(self.names() | names)).encode())
 
     def clear(self) -> None:
-        """Forget them all: a marker lists what there is."""
+        """Remove all: the new marker lists the objects."""
         self._file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A file that is sent in one piece."""
+"""Upload of a file in one piece."""
 
 from __future__ import annotations
 
@@ -12,18 +12,7 @@ from job.transfer.s3.objects import Fingerprint, checked, checksum_of, digest, l
 
 
 def put(store: S3Client, server: S3Capabilities, key: str, data: bytes, conditions: Mapping[str, str]) -> Fingerprint:
-    """Write an object and return its fingerprint.
-
-    Args:
-        store: Where to.
-        server: How that server behaves.
-        key: The object's key.
-        data: Its contents.
-        conditions: IfNoneMatch or IfMatch, where the server honours them.
-
-    Raises:
-        DeliveryError: It cannot be done, or someone else has written the object meanwhile.
-    """
+    """Write an object under IfNoneMatch or IfMatch; return its fingerprint. Raises DeliveryError."""
     found = digest(server.algorithm, data)
     checksum = checksum_of(server.algorithm, {1: found}, 0)
     wanted = Fingerprint(len(data), hashlib.sha256(data).hexdigest(), 0, server.algorithm, checksum)
