@@ -28,6 +28,7 @@ from job.report.timings import PhaseTime, phase_times
 from job.search.budget import Spent, read_spent
 from job.search.convergence import effect_warnings, search_warnings
 from job.search.pareto import choose
+from job.search.path import EditPath
 from job.storage.answers import read_answers
 from job.storage.atomic import read_record
 from job.storage.events import read_events
@@ -43,6 +44,7 @@ class RunView:
     Attributes:
         chosen: The chosen trial, or the current best.
         export: Name of its measured export's folder.
+        path: The edits that the gradient found; None where the search had no such path.
         checks: Checks of the latest preflight.
     """
 
@@ -58,6 +60,7 @@ class RunView:
     detectors: DetectorReport | None
     answers: tuple[KeptAnswers, KeptAnswers] | None
     geometry: GeometryRecord | None
+    path: EditPath | None
     checks: Sequence[dict[str, Any]]
     phases: Sequence[PhaseTime]
     spent: Spent
@@ -98,6 +101,7 @@ class RunView:
             detectors=_read(folder.detectors_file(export), DetectorReport) if export else None,
             answers=(answers[0], answers[1]) if answers[0] and answers[1] else None,
             geometry=_read(folder.geometry_file, GeometryRecord),
+            path=_read(folder.path_file, EditPath),
             checks=survey.get("checks", ()),
             phases=phase_times(events),
             spent=read_spent(folder.meter_file),

@@ -30,6 +30,7 @@ def sections(story: RunView, *, private: bool) -> list[tuple[str, str, str]]:
         ("figures", "Figures", _figures),
         ("detectors", "What detectors say", _detectors),
         ("front", "Pareto front", _front),
+        ("path", "Path of the gradient", _path),
         ("edit", "The chosen edit", _edit),
         ("geometry", "Directions by layer", _geometry),
         ("answers", "Answers before and after", lambda story: _answers(story, private)),
@@ -150,6 +151,25 @@ def _trial_row(story: RunView, trial: Trial, shown: Sequence[Trial]) -> Sequence
         name = Markup(f'<button type="button" data-point="{shown.index(trial)}">trial {trial.number}</button>')
     mark = "chosen" if story.chosen is not None and trial.number == story.chosen.number else ""
     return name, str(trial.values.refusals), f"{trial.values.kl:.4g}", trial.values.reason or mark
+
+
+def _path(story: RunView) -> str:
+    path = story.path
+    if path is None:
+        return ""
+    if path.failed is not None:
+        return paragraph(f"There is none, and the search drew edits itself: {path.failed}.")
+    text = (
+        "Gradient descent moved the strengths and directions of all layers. Each stage weighs the change elsewhere "
+        "more, by β, so its edit is gentler than the one before; their ends are the first trials. Refusals and KL "
+        f"divergence are measured on prompts held out of the descent, {path.prompts} of them with the behaviour."
+    )
+    head = ("trial", "β", "steps", "refusals", "broken", "KL (nats)")
+    rows = [
+        (f"trial {number}", f"{end.beta:.3g}", str(end.steps), str(end.refusals), str(end.broken), f"{end.kl:.4g}")
+        for number, end in enumerate(reversed(path.stages))
+    ]
+    return paragraph(text) + table("Ends of the stages", head, rows)
 
 
 def _edit(story: RunView) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -51,7 +52,14 @@ def test_the_first_trials_are_the_stages_and_the_edit_goes_into_every_format(
     assert sha256_file(export / EXPORTED) == made.edit.directions.sha256 == path.directions
     assert "each layer's own direction, learned by gradient" in (export / "README.md").read_text()
     assert "learned by gradient" in (job / "report.md").read_text()
-    assert "chart-strength" in (job / "report.html").read_text()
+    page = (job / "report.html").read_text()
+    assert "chart-strength" in page
+    gentlest, strongest = path.stages[-1], path.stages[0]
+    for number, end in ((0, gentlest), (last, strongest)):
+        cells = (f"trial {number}", f"{end.beta:.3g}", end.steps, end.refusals, end.broken, f"{end.kl:.4g}")
+        assert re.search(
+            r"<tr>\s*" + r"\s*".join(rf"<t[dh][^>]*>{re.escape(str(cell))}</t[dh]>" for cell in cells), page
+        )
     weights = (export / "model.safetensors").read_bytes()
     directions = abliterate("export", "--workspace", workspace, "--format", "directions").check().out.strip()
     abliterate("apply", organism / "model", directions, tmp_path / "applied").check()
