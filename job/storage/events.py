@@ -84,7 +84,7 @@ class Events:
 
         Args:
             label: What is under way, and what the steps are.
-            total: Number of steps, or the most that there may be.
+            total: Number of steps or an upper bound; 1 shows no steps.
             done: Those that were done before.
         """
         shown = self._bar if self._stream.isatty() else self._plain
@@ -111,8 +111,9 @@ class Events:
             TextColumn("ETA"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(file=self._stream)) as bars:
-            task = bars.add_task(label, total=total, completed=done)
+        # It vanishes at its end: totals may be upper bounds, and events say what came of it.
+        with Progress(*columns, console=Console(file=self._stream), transient=True) as bars:
+            task = bars.add_task(label, total=total if total > 1 else None, completed=done)
             # Lines printed while the bar is live have to go through its console.
             self._echo = partial(bars.console.print, markup=False, highlight=False)
             try:
