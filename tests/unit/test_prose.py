@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# docs/decisions is not held to it yet: some ninety of its sentences are longer.
 PAGES = sorted(
-    page for name in ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/lab-notes/*.md") for page in ROOT.glob(name)
+    page
+    for name in ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/decisions/*.md", "docs/lab-notes/*.md")
+    for page in ROOT.glob(name)
 )
 WORDS = 30
 PHRASES = (
