@@ -1,4 +1,4 @@
-"""The organisms that are shipped for tests are what the code trains."""
+"""The organisms shipped for tests match the code that trains them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_one_that_is_not_good_is_noticed(full_organism: Path, tmp_path: Path) ->
 def test_an_organism_trained_now_is_what_tests_use(
     arch: str, organism_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Machines round otherwise, so weights may differ; files and answers may not."""
+    """Machines round differently, so weights may differ; files and responses may not."""
     used, trained = organism_of(arch), tmp_path / "organism"
     abliterate("demo-model", trained, "--arch", arch).check()
     assert contents(trained).keys() == contents(used).keys()
