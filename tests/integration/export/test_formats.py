@@ -36,7 +36,7 @@ def edit_of(folder: Path, mode: str, index: int = 0) -> Edit:
     return Edit(EDITS[index], basis_for(model), mode)  # type: ignore[arg-type]  # a mode's name
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of what PEFT asks transformers for
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT triggers it
 @pytest.mark.parametrize("mode", ["none", "pre"])
 @pytest.mark.parametrize("index", range(len(EDITS)))
 def test_an_adapter_is_the_hooked_model_for_plain_peft(
@@ -70,7 +70,7 @@ def learned_edit_of(folder: Path, mode: str) -> Edit:
     return Edit(parameters, path_for(basis, 1), mode)  # type: ignore[arg-type]  # a mode's name
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of what PEFT asks transformers for
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT triggers it
 @pytest.mark.parametrize("mode", ["none", "pre", "full", "column"])
 def test_learned_directions_are_in_the_merged_export_the_adapter_and_the_edit_file(
     random_model_folder: Path, tmp_path: Path, mode: str

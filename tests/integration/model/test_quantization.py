@@ -196,7 +196,7 @@ def test_an_edited_weight_is_rounded_once(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "export" / "model.safetensors")[name], expected.to(torch.bfloat16))
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of what PEFT asks transformers for
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT triggers it
 def test_the_other_formats_belong_to_the_quantised_model(tmp_path: Path) -> None:
     source = make("partial", tmp_path / "model")
     base = load_model(source.folder, loading("float32"), lambda _: None)

@@ -72,7 +72,7 @@ def test_one_that_is_not_good_is_noticed(full_organism: Path, tmp_path: Path) ->
     assert not organisms.is_good(tmp_path / "other")
 
 
-@pytest.mark.xdist_group("container")  # with what trains there: two trainings at once take many times as long
+@pytest.mark.xdist_group("container")  # with the other trainings: two at once take far longer
 @pytest.mark.full("organisms")
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SHIPPED)
