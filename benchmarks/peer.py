@@ -4,11 +4,11 @@ python -m benchmarks.peer [ORGANISM] [--trials 200] [--rounds 3] [--threads 2] [
 python -m benchmarks.peer [ORGANISM] --widen 256x12 --tokens 48 [--rounds 1]
 
 heretic-llm is installed from PyPI into its own environment and runs only as a process, driven by its settings file and
-its menus. Both tools alternate on the same organism, prompts, refusal markers, response length, number of trials,
-start-up trials and threads, with a new seed each round. This tool also runs in the field's search space. heretic's
+its menus. Both tools alternate with equal organism, prompts, refusal markers, response length, numbers of trials and
+start-up trials, and threads. Each round has a new seed. This tool also runs in the field's search space. heretic's
 threads belong to one process; this tool has a process for each. With --widen the organism is embedded in a larger model
-with the same responses and no end token, so that all responses have full length. Remaining differences are printed with
-the table. A failed run ends the benchmark and its output is kept.
+without an end token: the same responses, all at full length. Remaining differences are printed with the table. A failed
+run ends the benchmark and its output is kept.
 """
 
 from __future__ import annotations

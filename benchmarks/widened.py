@@ -1,6 +1,6 @@
 """Embed an organism in a wider and deeper model that computes the same: larger models to time, with a behaviour.
 
-The additions are computed without effect: the stream's extra dimensions are never written, extra heads and neurons are
+The additions are computed without effect. The stream's extra dimensions are never written. Extra heads and neurons are
 read but written with zeros, as are the layers inserted after the first ones. Responses have no end: the organism's end
 token is an ordinary token of the larger model.
 """

@@ -43,7 +43,6 @@ class FinishedJob:
     s3: S3Options | None = None
 
     def mirror(self) -> None:
-        """Take a snapshot."""
         assert self.checkpoint is not None
         with open_mirror(self.checkpoint, MirrorOptions(s3=self.s3)) as mirror:
             claim = mirror.claim(self.folder, self.folder.read_job().identity, lambda _: None)

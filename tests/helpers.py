@@ -145,7 +145,6 @@ def made_from(**others: Any) -> Reproduction:
 
 
 def job_arguments(organism: Path) -> list[str]:
-    """Return the arguments of a job on the organism."""
     return [
         str(organism / "model"),
         *("--good-prompts", str(organism / "good_train.txt")),

@@ -39,7 +39,6 @@ _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 1
 
 
 def code() -> str:
-    """Return all code of job/organism."""
     return "\n".join(file.read_text().replace(_FUTURE, "") for file in sorted(CODE.glob("*.py")))
 
 
@@ -70,7 +69,6 @@ def _names_defined(statement: ast.stmt) -> list[str]:
 
 
 def _computed(statement: ast.stmt) -> ast.stmt:
-    """Return a statement without docstrings and imports."""
     for node in ast.walk(statement):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             said = ast.get_docstring(node) is not None

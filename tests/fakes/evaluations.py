@@ -72,5 +72,5 @@ def nothing() -> None:
 
 
 def touch(file: Path) -> None:
-    """Create a file as a sign of warm-up."""
+    """Create a file as a sign of the warm-up."""
     file.touch()

@@ -92,7 +92,6 @@ class FaultProxy:
 
     @property
     def url(self) -> str:
-        """The proxy as an HTTP server."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
@@ -104,7 +103,6 @@ class FaultProxy:
         return self._passed["down"]
 
     def cut_now(self) -> None:
-        """Cut all connections."""
         with self._lock:
             lines = list(self._lines)
             self.cuts += 1

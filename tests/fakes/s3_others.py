@@ -135,7 +135,6 @@ class OtherServer:
             client.close()
 
     def uploads(self) -> list[tuple[str, str]]:
-        """Return key and id of all open multipart uploads."""
         client = self.client()
         try:
             listed = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
@@ -147,7 +146,6 @@ class OtherServer:
             client.close()
 
     def empty(self) -> None:
-        """Empty the bucket."""
         client = self.client()
         for key, upload in self.uploads():
             client.abort_multipart_upload(Bucket=BUCKET, Key=key, UploadId=upload)
@@ -246,8 +244,6 @@ class Swift(OtherServer):
 
 
 class Rclone(OtherServer):
-    """rclone's `serve s3` on a folder."""
-
     needs = ("rclone",)
 
     def _start(self) -> None:

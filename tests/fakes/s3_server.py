@@ -202,7 +202,6 @@ class S3Server:
             client.close()
 
     def uploads(self) -> list[tuple[str, str]]:
-        """Return key and id of all open multipart uploads."""
         client = self.client()
         try:
             listed = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
@@ -235,6 +234,5 @@ def make_export(folder: Path, sizes: dict[str, int], seed: int = 0) -> Path:
 
 
 def policy(*actions: str) -> str:
-    """Return an IAM policy document that allows these actions."""
     statement = {"Effect": "Allow", "Action": list(actions), "Resource": "*"}
     return json.dumps({"Version": "2012-10-17", "Statement": [statement]})

@@ -44,7 +44,6 @@ def ray_job() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def ray_pods() -> dict[str, dict[str, Any]]:
-    """Return the pod specifications of the RayJob."""
     spec = ray_job()[0]["spec"]
     cluster = spec["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]

@@ -195,7 +195,6 @@ SETTINGS = "[pytest]\nmarkers =\n    full\n    slow\n    xdist_group\n"
 
 @pytest.fixture
 def kitchen(tmp_path: Path) -> Path:
-    """Return the folder of a small test suite."""
     (tmp_path / "test_kitchen.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text(SETTINGS)
     return tmp_path

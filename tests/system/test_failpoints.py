@@ -431,7 +431,6 @@ def test_a_study_is_restored_though_restoring_it_is_cut(tmp_path: Path, faults: 
 
 
 def _export(folder: Path, words: str) -> Path:
-    """Return a complete export in a folder."""
     folder.mkdir()
     write_atomically(folder / "config.json", words.encode())
     write_atomically(folder / "model.safetensors", 3 * words.encode())

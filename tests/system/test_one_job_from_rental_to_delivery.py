@@ -47,7 +47,6 @@ class Host:
         return sum(path.read_text().count('"event": "trial"') for path in self.workspace.glob("*/events.jsonl"))
 
     def vanish(self) -> None:
-        """Vanish without a shutdown."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
             process.kill()
         end(self.process)

@@ -235,7 +235,6 @@ class LoopbackHub:
         return self.faults.add(Rule("drop", method, path_glob, times, skip))
 
     def delay(self, method: str, path_glob: str, *, seconds: float, times: int | None = None, skip: int = 0) -> Rule:
-        """Delay matching requests."""
         return self.faults.add(Rule("delay", method, path_glob, times, skip, seconds=seconds))
 
     # Request log
@@ -258,7 +257,6 @@ class LoopbackHub:
         return sum(request.received for request in self.asked("*", path_glob))
 
     def forget(self) -> None:
-        """Empty the log."""
         with self._lock:
             self._requests.clear()
             self.strays.clear()

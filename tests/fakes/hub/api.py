@@ -46,8 +46,6 @@ FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*$", re.DOTALL | re.MULTILINE)
 
 
 class Api:
-    """Answers the requests to the hub."""
-
     def __init__(self, hub: LoopbackHub) -> None:
         self.hub = hub
         self._fixed: dict[tuple[str, str], Callable[[Call, Token | None], Reply]] = {

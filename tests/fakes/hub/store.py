@@ -192,7 +192,6 @@ class Repo:
 
     @property
     def sha(self) -> str:
-        """The last commit of the main branch."""
         return self.branches["main"]
 
     def find(self, revision: str) -> Commit | None:

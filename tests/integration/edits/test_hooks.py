@@ -75,7 +75,6 @@ def edit_in_place(model: PreTrainedModel, edit: EditParameters, mode: RowNormali
 
 
 def replace_parameters(module: nn.Linear, ablation: WriterEdit, mode: RowNormalization) -> None:
-    """Replace a module's weight and bias by the edited ones."""
     weight = module.weight.detach().clone()
     module.weight.data.copy_(edit_weight(weight, ablation, mode))
     if module.bias is not None:

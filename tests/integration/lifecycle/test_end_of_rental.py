@@ -444,7 +444,7 @@ def resume(job: FinishedJob, server: VastServer, *arguments: str, **env: str) ->
 def test_a_finished_job_whose_mirror_is_gone_is_stopped_and_not_destroyed(
     job: FinishedJob, vast: VastServer, tmp_path: Path
 ) -> None:
-    """Earlier bug: DELETE."""
+    """Regression: sent DELETE."""
     (tmp_path / "mirror").rename(tmp_path / "gone")
     told = resume(job, vast, "--set", 'when_done="destroy"').check()
     assert "nothing to do" in told.err
@@ -454,7 +454,7 @@ def test_a_finished_job_whose_mirror_is_gone_is_stopped_and_not_destroyed(
 def test_a_finished_job_beside_an_undelivered_one_ends_nothing(
     job: FinishedJob, vast: VastServer, tmp_path: Path
 ) -> None:
-    """Earlier bug: DELETE."""
+    """Regression: sent DELETE."""
     finished_job(job.workspace, None, None, seed=8, state="running")
     told = resume(job, vast, "--job", job.folder.path.name, "--set", 'when_done="destroy"').check()
     assert calls(vast) == [], told.err
@@ -462,7 +462,7 @@ def test_a_finished_job_beside_an_undelivered_one_ends_nothing(
 
 
 def test_ends_do_not_travel_with_a_job(tmp_path: Path, vast: VastServer) -> None:
-    """Earlier bug: DELETE, from another machine's settings."""
+    """Regression: sent DELETE, by another machine's settings."""
     places = (tmp_path / "mirror").as_uri(), (tmp_path / "out").as_uri()
     asked = {"when_done": "destroy", "when_failed": "destroy", "allow": [VOUCHED]}
     job = finished_job(tmp_path / "runs", *places, **asked)
@@ -483,7 +483,7 @@ def test_ends_do_not_travel_with_a_job(tmp_path: Path, vast: VastServer) -> None
 
 
 def test_a_full_device_for_all_that_is_said_keeps_no_rental(job: FinishedJob, vast: VastServer) -> None:
-    """Earlier bug: no call at all."""
+    """Regression: sent nothing."""
     command = [sys.executable, "-m", "job", "resume", "--workspace", str(job.workspace), "--set", 'when_done="destroy"']
     with open("/dev/full", "w") as full:
         env = environment(**rented(vast))
@@ -492,7 +492,6 @@ def test_a_full_device_for_all_that_is_said_keeps_no_rental(job: FinishedJob, va
 
 
 def fill(file: Path) -> None:
-    """Write until the disk is full."""
     with file.open("wb", buffering=0) as opened:
         while True:
             try:
@@ -529,7 +528,7 @@ def test_a_workspace_that_is_full_or_read_only_keeps_no_rental(
 
 
 def test_a_refused_start_destroys_nothing(vast: VastServer, tmp_path: Path) -> None:
-    """Earlier bug: DELETE."""
+    """Regression: sent DELETE."""
     gone = ["run", tmp_path / "no-model", "--workspace", tmp_path / "runs", "--when-failed", "destroy"]
     abliterate(*gone, **rented(vast)).fails(3, "there is no model folder")
     assert calls(vast) == ["PUT"]
@@ -549,7 +548,7 @@ def test_a_refused_start_destroys_nothing(vast: VastServer, tmp_path: Path) -> N
 def test_settings_errors_end_the_meter(
     vast: VastServer, tmp_path: Path, arguments: list[str], env: dict[str, str]
 ) -> None:
-    """Earlier bug: no call at all."""
+    """Regression: sent nothing."""
     (tmp_path / "empty").mkdir()
     words = [(tmp_path / "empty").as_uri() if word == "EMPTY" else word for word in arguments]
     asked = ("--workspace", tmp_path / "runs", "--set", "when_failed=destroy")
@@ -563,7 +562,7 @@ def test_settings_errors_end_the_meter(
 def test_a_restart_that_cannot_begin_stops_the_machine_of_the_job_that_is_there(
     tmp_path: Path, vast: VastServer, asked: str
 ) -> None:
-    """Earlier bug: the machine's own job counted as another one, and the machine went on billing."""
+    """Regression: the machine's own job counted as another one, and the machine went on billing."""
     job = finished_job(tmp_path / "runs", (tmp_path / "mirror").as_uri(), None, state="running")
     wrong = ("--set", "s3.no_such_setting=1", "--workspace", job.workspace, "--when-failed", asked)
     done = abliterate("resume", *wrong, **rented(vast))
@@ -623,7 +622,7 @@ class Waiting:
 def test_a_killed_process_ends_the_meter(
     tmp_path: Path, vast: VastServer, number: signal.Signals, asked: str, expected: list[str]
 ) -> None:
-    """Earlier bug: no call at all."""
+    """Regression: sent nothing."""
     waiting = Waiting(tmp_path, vast, "--set", f"when_failed={asked}")
     waiting.child.send_signal(number)
     code, said = waiting.ended()

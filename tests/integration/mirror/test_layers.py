@@ -93,7 +93,7 @@ def test_what_is_no_layer_is_refused(tmp_path: Path, torn: bytes) -> None:
 
 
 def test_a_layer_is_not_unpacked_beyond_what_it_says_it_holds(tmp_path: Path) -> None:
-    """Earlier bug: it took the layer's unpacked size in memory, or terabytes on disk."""
+    """Regression: took the layer's unpacked size in memory, or terabytes on disk."""
     layer, target = tmp_path / "layer", tmp_path / "target"
     much = zlib.compressobj()
     with layer.open("wb") as file:

@@ -158,7 +158,7 @@ def test_others_on_the_card_are_found_whether_seen_or_not() -> None:
 
 
 def test_one_card_full_and_three_idle() -> None:
-    """The seeds' GPU 0 at 96 %."""
+    """A recorded host with GPU 0 at 96 %."""
     cards_of_four = [card(index=index) for index in range(4)]
     cards_of_four[0] = card(index=0, free_bytes=GIB)
     check = gpu.balance(cards_of_four)

@@ -175,7 +175,6 @@ class Image:
         self.inspected = json.loads(self.buildah("inspect", "--type", "image", TAG))
 
     def build_from(self, context: Path, *options: str) -> None:
-        """Build from a folder, with this machine's settings."""
         words = ["--isolation", "chroot", "--network", "host", "--layers", *options]
         for argument in ("BASE_IMAGE=localhost/base", "VERSION=1.2.3", "REVISION=abc123"):
             words += ["--build-arg", argument]

@@ -52,7 +52,6 @@ def server() -> Iterator[S3Server]:
 
 
 def at(server: S3Server | FaultProxy, mirror: str) -> list[str]:
-    """Return the arguments that name a mirror."""
     url = ["--set", f"s3.endpoint={server.url}", "--set", "s3.addressing_style=path"]
     return ["--checkpoint", f"s3://{BUCKET}/{mirror}", *url]
 

@@ -26,7 +26,6 @@ METHOD = ("--set", "search.method=gradient", "--trials", "6")
 
 @pytest.fixture(scope="module")
 def found(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the workspace of a finished job."""
     workspace = tmp_path_factory.mktemp("gradient") / "runs"
     told = abliterate("run", *job_arguments(organism), "--workspace", workspace, *METHOD).check()
     assert "edits by gradient:" in told.err

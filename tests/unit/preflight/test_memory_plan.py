@@ -110,7 +110,7 @@ def test_the_coder_on_recorded_machines(
 
 
 def test_four_cards_are_filled_alike() -> None:
-    """The seeds' GPU 0 at 96 % and three idle."""
+    """A recorded host with GPU 0 at 96 % and three idle."""
     found = planned(CODER, machine("4x4090"))
     totals = [device.total for device in found.devices]
     assert max(totals) - min(totals) < 1.5 * GIB
