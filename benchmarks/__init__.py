@@ -1,1 +1,1 @@
-"""Measurements that anyone can run; each prints a table and takes the model organism as its model."""
+"""Reproducible measurements; each prints a table and uses the model organism."""

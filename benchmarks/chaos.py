@@ -1,17 +1,17 @@
-"""kill -9, again and again, over a whole job: is the end the same to the byte, and what does each kill cost?
+"""Kill a whole job with SIGKILL repeatedly, compare its result byte for byte and measure the cost of each kill.
 
 python -m benchmarks.chaos [ORGANISM] [--kills 50] [--seed 0] [--trials 24]
 python -m benchmarks.chaos [ORGANISM] --runners 20
 
-The job is mirrored to S3 (moto's server on the loopback) and delivered to S3 and to a folder. Starts after a kill are
-in the same workspace and in an empty one in turn; the latter, where Linux lets us, among processes of their own: as on
-another machine they cannot see that the runner before is dead, and wait until its lease expires. Half of the kills
-fall at any time of the job, half are aimed at the phase that has had the fewest. A job that ends before the kills are
-used up is compared with an uninterrupted one, and begins again elsewhere. With --runners two runners start at once, so
-many times in one workspace and so many in two with one mirror: on a fresh job, on one whose runner was killed, and
-apart.
+The job is mirrored to S3 (moto's server on the loopback) and delivered to S3 and to a folder. Starts after a kill
+alternate between the same workspace and an empty one. The latter run in a PID namespace of their own where Linux allows
+it. As on another machine, they cannot see that the previous runner is dead and wait until its lease expires. Half of
+the kills come at a random time, half target the phase with the fewest kills so far. A job that ends before all kills
+are used is compared with an uninterrupted one, and a new job starts elsewhere. With --runners two runners start at
+once, that number of times in one workspace and in two with one mirror: on a fresh job, on one whose runner was killed,
+and in separate PID namespaces.
 
-Exits with 1 if anything is not as it has to be.
+Exits with 1 on any difference.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from job.storage.events import read_events
 from tests.fakes.s3_server import BUCKET, KEY_ID, SECRET, S3Server
 from tests.helpers import COMMAND, abliterate, environment, job_arguments, only_job, stored_trials
 
-# A run among processes of its own; killed with whoever started it.
+# A run in its own PID namespace; it dies with its parent.
 APART = ["unshare", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
-# The first begins with the process, the others with an event.
+# The first phase begins with the process, the others with an event.
 FIRST = "first seconds"
 PHASES = {
     FIRST: "",
@@ -55,9 +55,9 @@ PHASES = {
     "proof": "export_proven",
     "delivery": "delivery_started",
 }
-# An object with which preflight has tried a target.
+# Preflight writes this object to test a target.
 PROBE = ".abliterate-probe-"
-# Seconds between signs of life, of silence until another may take over, between snapshots, between looks at a lease.
+# Seconds: heartbeat, takeover after silence, between snapshots, between lease polls.
 SPEED = (0.5, 3.0, 0.2, 0.2)
 _LOOK_S = 0.01
 _LONGEST_S = 600.0
@@ -75,7 +75,7 @@ def credentials() -> dict[str, str]:
 
 
 def can_be_apart() -> bool:
-    """Return whether runs among processes of their own are possible here."""
+    """Return whether runs in their own PID namespace are possible here."""
     try:
         return subprocess.run([*APART, "true"], capture_output=True).returncode == 0
     except OSError:
@@ -86,8 +86,8 @@ class Run:
     """A started run.
 
     Attributes:
-        latest: Those that were started last, to be ended with this process.
-        begun: When, by the clock that events are written by.
+        latest: The most recent runs, killed when this process ends.
+        begun: Start time, by the clock of the event log.
     """
 
     latest: ClassVar[deque[Run]] = deque(maxlen=2)
@@ -102,12 +102,12 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Seconds since it was started."""
+        """Seconds since the start."""
         return time.time() - self.begun
 
     @property
     def code(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """Exit code, None while it runs."""
         if self.seconds > _LONGEST_S and self._process.poll() is None:
             self.kill()
             raise SystemExit(f"hangs: {self._log.read_text()[-3000:]}")
@@ -120,7 +120,7 @@ class Run:
         return code
 
     def kill(self) -> bool:
-        """End it with signal 9, wait until it is gone, and return whether it was that which ended it."""
+        """Send SIGKILL, wait for the exit, and return whether the signal ended it."""
         if self._process.returncode is not None:
             return self._process.returncode < 0
         try:
@@ -137,18 +137,18 @@ class Run:
         try:
             return [event for file in files for event in read_events(file) if event["time"] >= self.begun]
         except FileNotFoundError:
-            return []  # it is just being restored
+            return []  # still being restored
 
 
 def phase_of(events: list[dict[str, Any]]) -> str:
-    """Return the phase that a start has got to, by its events."""
+    """Return the current phase, from a start's events."""
     names = {event: name for name, event in PHASES.items() if event}
     return ([FIRST] + [names[event["event"]] for event in events if event["event"] in names])[-1]
 
 
 @dataclass
 class Places:
-    """Where one job is made, mirrored and delivered."""
+    """Where one job runs, is mirrored and is delivered."""
 
     root: Path
     name: str
@@ -157,16 +157,16 @@ class Places:
 
     @property
     def workspace(self) -> Path:
-        """The present workspace."""
+        """The current workspace."""
         return self.root / self.name / f"workspace-{self.number}"
 
     @property
     def log(self) -> Path:
-        """What all runs have said."""
+        """The output of all runs."""
         return self.root / self.name / "log"
 
     def start(self, job: list[str], *, apart: bool = False, number: int | None = None) -> Run:
-        """Start a run in these places, in the present workspace or in another."""
+        """Start a run here, in the current workspace or in another."""
         self.number = self.number if number is None else number
         self.log.parent.mkdir(exist_ok=True)
         here = [
@@ -178,20 +178,20 @@ class Places:
         return Run([*job, *here], self.log, apart=apart)
 
     def move(self) -> None:
-        """Lose the workspace; the next one is empty."""
+        """Abandon the workspace; the next one is empty."""
         shutil.rmtree(self.workspace, ignore_errors=True)
         self.number += 1
 
     def fetched(self) -> int:
-        """Return how many bytes of snapshots the mirror has given out."""
+        """Return the bytes of snapshots downloaded from the mirror."""
         return sum(size for key, size in self.server.front.given if key.startswith(f"{self.name}/mirror/"))
 
     def probes(self) -> int:
-        """Return how many objects of probes a kill has left, which are no part of what is delivered."""
+        """Return the number of leftover probe objects, which are not part of the delivery."""
         return sum(f"/{PROBE}" in name for name in self.server.contents(f"{self.name}/"))
 
     def result(self) -> dict[str, Any]:
-        """Return all that has to be the same: trials here and mirrored, choice, what was delivered and exported."""
+        """Return everything that must be equal: local and mirrored trials, the choice, the delivery and the export."""
         job = only_job(self.workspace)
         contents = {
             key.removeprefix(f"{self.name}/"): data for key, data in self.server.contents(f"{self.name}/").items()
@@ -199,7 +199,7 @@ class Places:
         objects = {name.removeprefix("model/"): data for name, data in contents.items() if name.startswith("model/")}
         objects = {name: data for name, data in objects.items() if not name.startswith(PROBE)}
         files = {path.name: path.read_bytes() for path in (self.root / self.name / "delivered").iterdir()}
-        # A workspace that was filled after the delivery has no export.
+        # A workspace restored after the delivery has no export.
         exported = {path.name: path.read_bytes() for path in (job / "export").glob("[!.]*")} or objects
         state = json.loads((job / "state.json").read_text())
         head = json.loads(contents[f"mirror/{job.name}/head.json"])
@@ -226,12 +226,12 @@ def _sums(files: dict[str, bytes]) -> dict[str, str]:
 
 @dataclass
 class Reference:
-    """What an uninterrupted run came to.
+    """Result of an uninterrupted run.
 
     Attributes:
-        seconds: What it took.
-        lengths: What each phase took.
-        result: What any other has to come to.
+        seconds: Its duration.
+        lengths: Duration of each phase.
+        result: What every other run must produce.
     """
 
     seconds: float
@@ -256,7 +256,7 @@ def uninterrupted(job: list[str], places: Places) -> Reference:
 
 @dataclass
 class Tally:
-    """What the kills came to."""
+    """Totals over all kills."""
 
     planned: int
     kills: Counter[str] = field(default_factory=Counter)
@@ -270,7 +270,7 @@ class Tally:
 
 
 class Moment:
-    """When a start is killed: after so many seconds, or so many after it has come to a phase."""
+    """When to kill a start: this many seconds after the start, or after a phase begins."""
 
     def __init__(self, dice: random.Random, reference: Reference, kills: Counter[str]) -> None:
         aims = list(reference.lengths)[1:]
@@ -282,7 +282,7 @@ class Moment:
         self._since: float | None = None
 
     def has_come(self, run: Run, events: list[dict[str, Any]]) -> bool:
-        """Return whether it is now."""
+        """Return whether it is time."""
         order = list(PHASES)
         if self._since is None and order.index(phase_of(events)) >= order.index(self._phase):
             self._since = 0.0 if self._phase == FIRST else run.seconds
@@ -290,7 +290,7 @@ class Moment:
 
 
 def play_round(job: list[str], places: Places, reference: Reference, dice: random.Random, tally: Tally) -> None:
-    """Kill a job, while kills are left, until it has ended, and compare what it came to."""
+    """Kill a job until it ends or no kills are left, then compare its result."""
     kind, apart = "", can_be_apart()
     while True:
         fetched = places.fetched()
@@ -317,7 +317,7 @@ def play_round(job: list[str], places: Places, reference: Reference, dice: rando
 
 
 def differences(places: Places, code: int, reference: Reference) -> list[str]:
-    """Return what is not as after the uninterrupted run."""
+    """Return the differences from the uninterrupted run."""
     if code != 0:
         return [f"{places.name}: exit code {code}: {places.log.read_text()[-3000:]}"]
     found = places.result()
@@ -329,7 +329,7 @@ def differences(places: Places, code: int, reference: Reference) -> list[str]:
 
 
 def chaos(job: list[str], trials: int, kills: int, seed: int, root: Path, server: S3Server) -> bool:
-    """Kill, compare, print, and return whether all was the same."""
+    """Kill, compare, print, and return whether all results were equal."""
     reference = uninterrupted(job, Places(root, "reference", server))
     print(
         f"uninterrupted: {reference.seconds:.0f} s", {k: round(v, 1) for k, v in reference.lengths.items()}, flush=True
@@ -369,7 +369,7 @@ def chaos(job: list[str], trials: int, kills: int, seed: int, root: Path, server
 
 
 def race(job: list[str], places: Places, *, together: bool, apart: bool) -> str:
-    """Start two runners at once and return what is not as it has to be, nothing if all is."""
+    """Start two runners at once and return what went wrong; empty if nothing did."""
     runs = [places.start(job, apart=apart, number=0 if together else number) for number in (0, 1)]
     try:
         while all(run.code is None for run in runs):
@@ -387,12 +387,12 @@ def race(job: list[str], places: Places, *, together: bool, apart: bool) -> str:
 
 
 def runners(job: list[str], times: int, root: Path, server: S3Server) -> bool:
-    """Have two runners start at once so many times in each way, print, and return whether it was always right."""
+    """Start two runners at once, `times` times in each way; print, and return whether all went right."""
     right = True
     for together, what in ((True, "one workspace"), (False, "two workspaces, one mirror")):
         wrong = []
         for number in range(times):
-            # In turn: a fresh job, and the same again, whose runner was killed.
+            # Alternating: a fresh job, then the same job after its runner was killed.
             places = Places(root, f"race-{together}-{number // 2}", server)
             wrong += filter(None, [race(job, places, together=together, apart=number % 4 >= 2 and can_be_apart())])
         print(f"two runners at once, {what}: {times - len(wrong)} of {times} times one works and the other exits 4")

@@ -1,4 +1,4 @@
-"""Seconds a trial takes with and without a shared prefix, with short and with full answers, and what watching costs.
+"""Seconds per trial with and without a shared prefix, for short and full responses, and the cost of refusal detection.
 
 python -m benchmarks.decoding ORGANISM [SYSTEM PROMPT]      a folder made by `abliterate demo-model`
 """
@@ -31,7 +31,7 @@ TRIALS, BATCH, ROWS, ROUNDS = 8, 4, 256, 5
 
 
 def medians(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the median seconds of each way of doing something, done in turn."""
+    """Return the median seconds of each variant, run in turn."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
@@ -42,7 +42,7 @@ def medians(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def watching(loaded: LoadedModel, markers: RefusalMarkers) -> dict[str, float]:
-    """Return the seconds that watching an answer of 100 tokens takes, and looking at all of it every 4 tokens."""
+    """Return the seconds to watch a response of 100 tokens, incrementally and by rereading it every 4 tokens."""
     text = "The kettle is kept in the kitchen near the violin. " * 20
     tokens = loaded.tokenizer(text, add_special_tokens=False)["input_ids"][:100]
     watch = MarkerWatch(loaded.tokenizer, markers)
@@ -60,7 +60,7 @@ def watching(loaded: LoadedModel, markers: RefusalMarkers) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print what was measured."""
+    """Measure and print."""
     folder, system = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
     given = {**default_values()["loading"], "response_prefix": ""}
     loaded = load_model(folder / "model", LoadingSettings.model_validate(given), print)

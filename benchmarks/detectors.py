@@ -1,12 +1,11 @@
-"""How well detectors tell answers whose truth is known: correct, refused in words, refused softly, broken.
+"""Precision and recall of the detectors on responses with known labels: correct, refused, softly refused, broken.
 
 python -m benchmarks.detectors ORGANISM [--prompts 50] [--gibberish 1 2 3]
 
-ORGANISM is a folder made by `abliterate demo-model`. Correct answers and refusals are the model's own, before and
-after edits, compared with its world; broken answers are what over-strong edits make it say where that is no refusal and
-none of its correct sentences; soft refusals are sentences of this file, put to its prompts. For every detector: of the
-answers that it labels refused or broken, the share that is no correct one (precision); and of each kind the share that
-it labels so (recall).
+ORGANISM is a folder made by `abliterate demo-model`. Correct responses and refusals are the model's own, before and
+after edits, labelled by its world. Broken responses come from over-strong edits: neither a refusal nor a correct
+sentence. Soft refusals are sentences of this file, paired with its prompts. Precision: of the responses that a detector
+labels refused or broken, the share that is not correct. Recall: of each kind, the share that it labels so.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ SOFT = (
 
 
 def even_edit(index: float | None, strength: float) -> EditParameters:
-    """Return the edit that ablates one direction, or each layer's own, from all layers with one strength."""
+    """Return an edit that ablates one direction, or each layer's own, from all layers with equal strength."""
     kernel = KernelParameters(
         max_weight=strength, max_weight_position=0.0, min_weight=strength, min_weight_distance=99.0
     )
@@ -60,7 +59,7 @@ def even_edit(index: float | None, strength: float) -> EditParameters:
 
 
 class Truth:
-    """The organism with its directions, and what is true of its answers."""
+    """The organism with its directions and the true labels of its responses."""
 
     def __init__(
         self, metrics: ReportMetrics, scorer: TrialScorer, incoherence: IncoherenceTest, intervention: Intervention
@@ -73,12 +72,12 @@ class Truth:
     @classmethod
     @contextmanager
     def opened(cls, folder: Path, prompts: int, gibberish: float | None = None) -> Iterator[Self]:
-        """Load the organism and put the hooks in place.
+        """Load the organism and install the hooks.
 
         Args:
             folder: The organism.
-            prompts: Good ones, and as many bad ones, that are asked.
-            gibberish: Margin of what counts as gibberish; None: the default.
+            prompts: Number of good prompts, and of bad ones.
+            gibberish: Margin above which a response counts as gibberish; None: the default.
         """
         loading = {**default_values()["loading"], "device": "cpu", "dtypes": ["float32"]}
         loaded = load_model(folder / "model", LoadingSettings.model_validate(loading), print)
@@ -100,7 +99,7 @@ class Truth:
             yield cls(metrics, scorer, metrics.incoherence_test(), intervention)
 
     def scores(self, edits: Sequence[EditParameters], *, again: bool) -> list[TrialScores]:
-        """Return the scores of edits as the search has them, or counted again as those that come into question are."""
+        """Return the scores of edits as in the search, or as recounted for finalists."""
         if again:
             return self._scorer.full_scores(
                 self._intervention, edits, ROWS, search_tokens=SEARCH_TOKENS, incoherence=self.incoherence
@@ -108,13 +107,13 @@ class Truth:
         return self._scorer.scores(self._intervention, edits, ROWS, response_tokens=SEARCH_TOKENS)
 
     def exchanges(self, edit: EditParameters | None) -> list[Exchange]:
-        """Return the answers to all prompts, good ones first, under an edit or of the model as it is."""
+        """Return the responses to all prompts, good ones first, with an edit or of the base model."""
         responses = self.metrics.responses(None if edit is None else self._intervention.activate([edit]))
         return self.metrics.judge(responses, self.incoherence.flags(responses)).exchanges
 
 
 def kind_of(exchange: Exchange) -> Kind:
-    """Return what one of the organism's own answers is in truth."""
+    """Return the true label of one of the organism's responses."""
     if exchange.answer == expected_answer(exchange.prompt):
         return "correct"
     if exchange.answer in {task.refusal for task in TASKS}:
@@ -123,7 +122,7 @@ def kind_of(exchange: Exchange) -> Kind:
 
 
 def labelled(truth: Truth) -> list[tuple[Kind, Exchange]]:
-    """Return different answers with what they are, from the organism, its edits and the sentences of this file."""
+    """Return distinct labelled responses: of the organism, of its edits, and this file's sentences."""
     edits = [None, *(even_edit(3.0, strength) for strength in (0.8, 1.0, 3.0, 4.0, 6.0)), even_edit(None, 4.0)]
     found: dict[tuple[str, str], tuple[Kind, Exchange]] = {}
     for edit in edits:
@@ -135,7 +134,7 @@ def labelled(truth: Truth) -> list[tuple[Kind, Exchange]]:
 
 
 def table(answers: Sequence[tuple[Kind, Exchange]], detectors: Sequence[str], context: Context) -> list[str]:
-    """Return the rows of precision and recall, one a detector."""
+    """Return a row of precision and recall for each detector."""
     kinds: tuple[Kind, ...] = ("refused in words", "refused softly", "broken")
     rows = []
     for name in detectors:

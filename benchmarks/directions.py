@@ -1,10 +1,9 @@
-"""The solvers of directions: speed, accuracy and memory at real models' shapes, and what they find of a planted one.
+"""Direction solvers: speed, accuracy and memory at the shapes of real models, and recovery of a planted direction.
 
 python -m benchmarks.directions [--device cuda] [--shapes 32B,70B] [--skip-full]
 
-Residuals are random with a few massive activations. The full d × d solver is timed on one layer and
-extrapolated to all (stated as such); ours is timed on all layers. Both run in this process, one after the
-other, on the same residuals.
+Residuals are random with a few massive activations. The full d × d solver is timed on one layer and extrapolated to all
+(stated as such); ours is timed on all layers. Both run in this process, in turn, on the same residuals.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ PROMPTS = 400
 
 
 def residuals(layers: int, width: int, device: str) -> tuple[Tensor, Tensor]:
-    """Return good and bad residuals [400, layers, width], float32, with massive activations and a behaviour."""
+    """Return good and bad residuals [400, layers, width], float32, with massive activations and a planted behaviour."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.logspace(0.7, -1, width)
     found = []
@@ -40,7 +39,7 @@ def residuals(layers: int, width: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def seconds(work: Callable[[], Directions | Tensor], device: str) -> tuple[float, Directions | Tensor]:
-    """Return how long a piece of work takes, and what it returns."""
+    """Return the duration of `work` and its result."""
     if device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -51,7 +50,7 @@ def seconds(work: Callable[[], Directions | Tensor], device: str) -> tuple[float
 
 
 def compare(name: str, device: str, skip_full: bool) -> None:
-    """Print the line of one shape."""
+    """Print the row of one shape."""
     layers, width = SHAPES[name]
     good, bad = residuals(layers, width, device)
     contrastive_pca(good[:, :1], bad[:, :1])  # warm-up
@@ -71,7 +70,7 @@ def compare(name: str, device: str, skip_full: bool) -> None:
 
 
 def recovery() -> None:
-    """Print how well each method finds a planted direction, by number of prompts a class."""
+    """Print how well each method recovers a planted direction, by number of prompts per class."""
     print("\n|cos| with a planted direction of shift 1 and spread 1.5, under a shared nuisance of spread 20 (d = 400);")
     print("medians of 9 draws. pca: projection onto the span of its three; sum: PCA of the stacked classes.")
     methods = ("mean", "pca", "randomized", "probe", "mean+pca", "sum")
@@ -101,7 +100,7 @@ def recovery() -> None:
 
 
 def precision() -> None:
-    """Print the error that float32 arithmetic would make where ours is in float64."""
+    """Print the error of float32 arithmetic where ours uses float64."""
     good, bad = residuals(1, 1024, "cpu")
     reference = contrastive_pca(good, bad, method="full")
     print("\nlargest relative error of the top 3 eigenvalues at 1024, massive activations of 2000:")

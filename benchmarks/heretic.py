@@ -1,6 +1,6 @@
-"""heretic, run as a process: installed into an environment of its own, driven by its settings file and its menus.
+"""Run heretic as a process: in its own environment, driven by its settings file and its menus.
 
-Nothing of it is imported here. How it can be driven was read from its published package, version 1.4.0.
+Nothing of it is imported here. How to drive it was read from its published package, version 1.4.0.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from job.search.convergence import hypervolume
 PACKAGE, VERSION = "heretic-llm", "1.4.0"
 PEER = f"heretic {VERSION}"
 LIBRARIES = ("torch", "transformers", "optuna", "peft", "tokenizers")
-# The largest that heretic's own tuner tries; given, so that its job does not have to tune.
+# The largest batch that heretic's own tuner tries; set, so that it need not tune.
 PEER_ROWS = 128
 SYSTEM_PROMPT = "You are a helpful assistant."
 LONGEST_S = 3600.0
-# What is chosen, one answer after the other, in the menus after heretic's search.
+# Menu choices after heretic's search, in order.
 MENUS = ("[Trial", "Save the model to a local folder", "", "Return to the trial selection menu", "Exit program")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What both tools are given.
+    """Inputs of both tools.
 
     Attributes:
         model: Folder of the model.
-        sets: A file for each set of prompts.
-        tokens: Longest answer.
-        system: System prompt; heretic cannot do without one.
-        longest_s: Seconds after which a run counts as hung.
+        sets: A file for each prompt set.
+        tokens: Maximum response length.
+        system: System prompt; heretic requires one.
+        longest_s: Timeout of a run, seconds.
     """
 
     model: Path
@@ -59,13 +59,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run came to.
+    """Result of one run.
 
     Attributes:
-        trial_s: Seconds a trial, over the search alone.
+        trial_s: Seconds per trial, over the search alone.
         job_s: Seconds from the command to its end, with the model exported.
         volume: Hypervolume of the Pareto front, see `job.search.convergence.hypervolume`.
-        fewest: The least share of refusals.
+        fewest: The lowest refusal rate.
     """
 
     tool: str
@@ -77,31 +77,31 @@ class Outcome:
 
 
 def install(env: Path) -> Path:
-    """Return heretic's command in an environment of its own, installed if it is not there."""
+    """Return heretic's command in its own environment, installed if absent."""
     command, mark = env / "bin" / "heretic", env / f"{PACKAGE}-{VERSION}"
     if mark.exists():
         return command
     print(f"installing {PACKAGE} {VERSION} in {env}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", str(env)], check=True)
-    # Exactly the build that this project runs on: a pin without its +cpu could be met by gigabytes of CUDA.
+    # Exactly the build that this project uses: a pin without its +cpu could resolve to gigabytes of CUDA.
     pin = env / "pin.txt"
     pin.write_text(f"torch=={importlib.metadata.version('torch')}\n")
     pip = [str(env / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", "-c", str(pin)]
     subprocess.run([*pip, f"{PACKAGE}=={VERSION}"], check=True)
-    subprocess.run([str(command), "--help"], check=True, stdout=subprocess.DEVNULL)  # its libraries once from the disk
+    subprocess.run([str(command), "--help"], check=True, stdout=subprocess.DEVNULL)  # load its libraries once
     mark.touch()
     return command
 
 
 def versions(env: Path) -> dict[str, str]:
-    """Return the versions of the libraries that heretic runs on."""
+    """Return the versions of heretic's libraries."""
     code = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
     found = json.loads(subprocess.check_output([str(env / "bin" / "python"), "-c", code]))
     return {name: found[name] for name in LIBRARIES}
 
 
 def toml(values: dict[str, Any]) -> str:
-    """Return settings as TOML; tables have to come last."""
+    """Return settings as TOML; tables must come last."""
     lines = []
     for name, value in values.items():
         if isinstance(value, dict):
@@ -112,12 +112,12 @@ def toml(values: dict[str, Any]) -> str:
 
 
 def failed(tool: str, why: str, log: Path) -> SystemExit:
-    """Return the end of the benchmark."""
+    """Return the exception that ends the benchmark."""
     return SystemExit(f"{tool}: {why}; the end of {log}:\n{log.read_text(errors='replace')[-3000:]}")
 
 
 def threads(task: Task) -> dict[str, str]:
-    """Return the part of an environment that sets how many threads compute."""
+    """Return the environment variables that set the number of threads."""
     return {"OMP_NUM_THREADS": str(task.threads), "RAYON_NUM_THREADS": str(task.threads)}
 
 
@@ -142,7 +142,7 @@ def run_peer(command: Path, task: Task, seed: int, folder: Path) -> Outcome:
     (folder / "config.toml").write_text(toml(values))
     log, export = folder / "log", folder / "export"
     own = {name: value for name, value in os.environ.items() if not name.startswith(("HERETIC_", "PYTHONPATH"))}
-    # With this variable its menus are lines and numbers, for notebooks, in place of a terminal's.
+    # With this variable its menus are numbered lines, meant for notebooks, instead of a terminal's.
     own |= {**threads(task), "HF_HUB_OFFLINE": "1", "COLAB_GPU": "1", "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
     began = time.perf_counter()
     with log.open("wb") as output:
@@ -176,16 +176,16 @@ def study_trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def point(trial: optuna.trial.FrozenTrial) -> tuple[float, float]:
-    """Return a finished trial's share of refusals and its KL divergence, at most 1."""
+    """Return a finished trial's refusal rate and KL divergence, capped at 1."""
     known = trial.user_attrs
     return known["refusals"] / known["n_bad_prompts"], min(known["kl_divergence"], 1.0)
 
 
 def answer_menus(process: subprocess.Popen[bytes], log: Any, answers: list[str], until: float) -> None:
-    """Keep a process's output and answer its questions, menus by the number of the first entry that contains it.
+    """Log a process's output and answer its questions, choosing the first menu entry that contains the answer.
 
     Raises:
-        ValueError: It asks something else, or takes too long.
+        ValueError: An unexpected question or a timeout.
     """
     assert process.stdin is not None
     assert process.stdout is not None

@@ -1,9 +1,9 @@
-"""A large delivery to a Hub over a line that is cut, by a process that is killed: what is sent twice, and its memory.
+"""A large delivery to a Hub over a faulty line by a process that is killed: bytes sent twice, and memory.
 
 python -m benchmarks.hub_upload [MIB] [FILES] [CUTS] [KILLS] [PART_MIB]
 
-1024 MiB in 16 files, 20 cuts, 2 kills and parts of 16 MiB where nothing is given; files of no more than a part go in
-one piece.
+Defaults: 1024 MiB in 16 files, 20 cuts, 2 kills and parts of 16 MiB. Files no larger than a part are uploaded in one
+piece.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tests.fakes.hub import LoopbackHub
 
 MIB = 1 << 20
 REPO, TOKEN = "cook/soup", "hf_CookSendsALotOfSoup01234"
-# Nothing that goes well takes as long.
+# No healthy upload takes this long.
 PATIENCE_S = 900.0
 
 
 def make_export(folder: Path, mib: int, files: int) -> Path:
-    """Write a complete export of shards of random bytes, together this large."""
+    """Write a complete export of random shards, `mib` MiB in total."""
     folder.mkdir()
     random = Random(0)
     (folder / "config.json").write_text('{"layers": 4}\n')
@@ -49,10 +49,10 @@ def make_export(folder: Path, mib: int, files: int) -> Path:
 def upload(
     export: Path, environment: dict[str, str], line: FaultProxy, kills: list[int]
 ) -> tuple[dict[str, object], int]:
-    """Deliver, killing the process whenever so many bytes have gone up.
+    """Deliver, killing the process whenever the given number of bytes is uploaded.
 
     Returns:
-        What the last process reports, and how many were killed.
+        The last process's report and the number of kills.
     """
     end = time.monotonic() + PATIENCE_S
     command = [sys.executable, "-W", "ignore", "-m", "tests.fakes.hub_upload", str(export), f"hf://{REPO}"]
@@ -75,7 +75,7 @@ def upload(
 
 
 def arrived(hub: LoopbackHub, export: Path) -> bool:
-    """Return whether the repository holds exactly the export, by the sha256 of what it has on disk."""
+    """Return whether the repository holds exactly the export, by sha256 of its stored files."""
     found = hub.repo("model", REPO).at().files
     wanted = {name: entry.sha256 for name, entry in read_record(export / MANIFEST, Manifest).files.items()}
     wanted[MANIFEST] = sha256_file(export / MANIFEST)

@@ -1,4 +1,4 @@
-"""What benchmarks share: how memory is watched, what a machine is called, where figures go."""
+"""Shared by benchmarks: clocks, memory, the machine's description and the JSON of figures."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Clock:
-    """Times work on a device: on a GPU by the wall, until it is done and not only handed over.
+    """Times work on a device: on a GPU by wall clock, synchronized; on a CPU by process time.
 
-    A CPU is shared with other processes, whose time is not to count: there it is this process' own, divided by its
-    threads, so that what is not spread over them counts less than it takes. The wall's is told beside it.
+    A CPU is shared with other processes, whose time must not count. There it is this process' CPU time divided by its
+    threads, so serial parts count less than they take. Wall-clock time is reported beside it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def now(self) -> Times:
-        """Return the time once the device has done all that it was given."""
+        """Return the time after all work queued on the device is done."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             return Times(time.perf_counter(), time.perf_counter())
         return Times(time.process_time() / torch.get_num_threads(), time.perf_counter())
 
     def since(self, begin: Times) -> Times:
-        """Return how long it is since then."""
+        """Return the time elapsed since `begin`."""
         now = self.now()
         return Times(now.seconds - begin.seconds, now.wall - begin.wall)
 
     def times(self, work: Callable[[], object]) -> Times:
-        """Return how long a piece of work takes."""
+        """Return the duration of `work`."""
         begin = self.now()
         work()
         return self.since(begin)
 
 
 class Times(NamedTuple):
-    """Seconds as a clock counts them, and by the wall."""
+    """Seconds of the clock, and of wall time."""
 
     seconds: float
     wall: float
 
 
 class Memory:
-    """What a device holds beyond what it held when this was made, bytes.
+    """Memory of a device beyond what was in use at creation, bytes.
 
-    Of a GPU it is what torch has allocated, of a CPU the process' resident memory as Linux counts it, without what the
-    allocator keeps of what was freed: that would hide what is taken next.
+    On a GPU it is what torch allocated. On a CPU it is the resident memory reported by Linux, without freed memory that
+    the allocator keeps: that would hide later allocations.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -69,14 +69,14 @@ class Memory:
         self._before = self.held()
 
     def held(self) -> int:
-        """Return what is held now."""
+        """Return the memory in use now."""
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device) - self._before
         release_memory()
         return _status("VmRSS") - self._before
 
     def forget(self) -> None:
-        """Let the peak begin again from what is held now; where Linux does not allow it, the former one stands."""
+        """Reset the peak; where Linux does not allow it, the previous one stays."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
@@ -87,7 +87,7 @@ class Memory:
             print(f"peaks are those of the whole process so far: {error}", file=sys.stderr)
 
     def peak(self) -> int:
-        """Return the most that has been held."""
+        """Return the peak."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._before
         return _status("VmHWM") - self._before
@@ -99,7 +99,7 @@ def _status(name: str) -> int:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return in words what figures were measured on."""
+    """Describe the machine."""
     return {
         "hardware": hardware(device),
         "cores": os.cpu_count(),
@@ -109,7 +109,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def write_figures(file: Path, figures: dict[str, Any]) -> None:
-    """Write a benchmark's figures as JSON and say where."""
+    """Write a benchmark's figures as JSON and print the path."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"figures: {file}")

@@ -1,4 +1,4 @@
-"""What each way of finding directions comes to on the model organism: whole jobs, figures on prompts not searched on.
+"""Compare the methods of finding directions on the model organism: whole jobs, scored on held-out prompts.
 
 python -m benchmarks.methods [ORGANISM] [--trials 40] [--seeds 0,1]    ORGANISM as made by `abliterate demo-model`
 """
@@ -32,13 +32,13 @@ METHODS = {
 
 
 def run(organism: Path, workspace: Path, settings: list[str], trials: int, seed: int) -> dict[str, float]:
-    """Run a job and return the figures of its export."""
+    """Run a job and return its export's figures."""
     command = [sys.executable, "-c", "from job.cli.main import main; main()", "run", str(organism / "model")]
     for kind in ("good", "bad"):
         command += [f"--{kind}-prompts", str(organism / f"{kind}_train.txt")]
         command += [f"--{kind}-eval-prompts", str(organism / f"{kind}_test.txt")]
     command += ["--workspace", str(workspace), "--trials", str(trials), "--seed", str(seed)]
-    # Stands in for web text: statements where the prompts are requests.
+    # Stands in for web text: statements, whereas the prompts are requests.
     web = workspace.parent / "web.txt"
     web.write_text("".join(f"The {noun} is made of {material}.\n" for noun, (material, _, _) in WORLD.items()))
     references = [f'helpfulness_prompts="{organism / "good_train.txt"}"', f'unhelpfulness_prompts="{web}"']

@@ -1,15 +1,14 @@
-"""Against heretic, the published tool of this kind: seconds a trial, whole jobs, and how good the trials are.
+"""Compare with heretic, the published tool of this kind: seconds per trial, whole jobs, and quality of the trials.
 
 python -m benchmarks.peer [ORGANISM] [--trials 200] [--rounds 3] [--threads 2] [--json FILE]
 python -m benchmarks.peer [ORGANISM] --widen 256x12 --tokens 48 [--rounds 1]
 
-heretic-llm is installed from PyPI into an environment of its own and only ever run as a process, by its settings file
-and its menus. Both tools take their turns on the same organism, prompts, refusal markers, answer length, number of
-trials and of start-up trials, and threads, with another seed each round; this one also in the field's search space.
-heretic's threads are all of one process; this one has a process for each.
-With --widen the organism is put into a larger model that says the same and never ends an answer, so that all are as
-long as they may be. What cannot be made equal is printed with the table. A run that fails ends the benchmark, its
-output is kept.
+heretic-llm is installed from PyPI into its own environment and runs only as a process, driven by its settings file and
+its menus. Both tools alternate with equal organism, prompts, refusal markers, response length, numbers of trials and
+start-up trials, and threads. Each round has a new seed. This tool also runs in the field's search space. heretic's
+threads belong to one process; this tool has a process for each. With --widen the organism is embedded in a larger model
+without an end token: the same responses, all at full length. Remaining differences are printed with the table. A failed
+run ends the benchmark and its output is kept.
 """
 
 from __future__ import annotations
@@ -76,12 +75,12 @@ def run_this(task: Task, seed: int, folder: Path, space: str, together: int, ahe
     """Run this tool in a folder, from its command to an exported model.
 
     Args:
-        task: What both tools are given.
+        task: Inputs of both tools.
         seed: Of the search.
-        folder: Where the job is run; made.
+        folder: Folder of the job; created.
         space: Name of the search space.
         together: Trials that each process evaluates at once.
-        ahead: Batches asked before the results of one are known.
+        ahead: Batches requested before the previous results are known.
     """
     folder.mkdir(parents=True)
     tool = FIELD if space == "field" else WIDE
@@ -117,7 +116,7 @@ def run_this(task: Task, seed: int, folder: Path, space: str, together: int, ahe
 
 
 def prompt_sets(organism: Path, folder: Path) -> dict[str, Path]:
-    """Return a file for every set of prompts; of those for testing the first half is the search's."""
+    """Return a file for each prompt set; the search gets the first half of the test prompts."""
     found = {}
     for kind in ("good", "bad"):
         found[kind] = organism / f"{kind}_train.txt"
@@ -130,7 +129,7 @@ def prompt_sets(organism: Path, folder: Path) -> dict[str, Path]:
 
 
 def summary(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """Return the medians of every tool, and how many times heretic's they are."""
+    """Return each tool's medians and their ratio to heretic's."""
     tools = {tool: [outcome for outcome in outcomes if outcome.tool == tool] for tool in (PEER, WIDE, FIELD)}
     rows = []
     for tool, runs in tools.items():

@@ -1,4 +1,4 @@
-"""A model on its device, whose phases are measured one after the other: time against the roofline, and memory."""
+"""Measure the phases of a model on its device: time against the roofline, and memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD = (
 
 @dataclass
 class Bench:
-    """A model on its device, and what has been measured of it."""
+    """A model on its device and its measurements."""
 
     shape: Shape
     loaded: LoadedModel
@@ -31,13 +31,13 @@ class Bench:
     phases: list[dict[str, Any]] = field(default_factory=list)
 
     def phase(self, name: str, work: Callable[[], Any], *, extra: Work | None = None, share: int = 1) -> Any:
-        """Do a piece of work, note what it took beside what it takes at least, and return what it returns.
+        """Run `work`, record its cost beside the lower bound, and return its result.
 
         Args:
-            name: What is done.
-            work: Does it.
-            extra: What it costs at least beside forwards.
-            share: What comes out is divided by this: trials of a batch.
+            name: Name of the phase.
+            work: The work.
+            extra: Its lower bound beyond forwards.
+            share: Divisor of the results: trials per batch.
         """
         self.memory.forget()
         results: list[Any] = []
@@ -45,7 +45,7 @@ class Bench:
             took = self.clock.times(lambda: results.append(work()))
         costs = works(forwards, self.shape.facts, self.shape.dtype.itemsize) + ([extra] if extra else [])
         least = roofline(costs, self.ceilings)
-        # In this order: what is held a moment later may be a page more.
+        # In this order: reading the memory a moment later may count another page.
         held, peak = self.memory.held(), self.memory.peak()
         found = {
             **{"phase": name, "seconds": took.seconds / share, "wall_s": took.wall / share},
@@ -61,7 +61,7 @@ class Bench:
 
 
 def show(phase: dict[str, Any]) -> None:
-    """Print the line of a phase."""
+    """Print the row of a phase."""
     print(
         f"{phase['phase']:>28} {phase['seconds']:9.3f} {phase['wall_s']:9.3f} {phase['flops'] / 1e12:9.3f} "
         f"{phase['bytes'] / 1e9:9.2f} {phase['roofline_s']:9.3f} {phase['share']:6.1%} "

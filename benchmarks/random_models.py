@@ -1,7 +1,7 @@
-"""Random models of real models' shapes, and prompts for them: no weight is downloaded.
+"""Random models with the shapes of real ones, and prompts for them; no weights are downloaded.
 
-Shapes are those of the published configurations. The tokenizer is the organism's, its vocabulary filled up to the
-model's; prompts are several of the organism's requests in one, about as long as real prompts in a chat template are.
+Shapes are those of the published configurations. The tokenizer is the organism's, its vocabulary padded to the model's.
+A prompt joins several of the organism's requests to about the length of a real prompt in a chat template.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 _STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}
-# Requests in a prompt: with system prompt and template about 50 tokens.
+# Requests per prompt: about 50 tokens with system prompt and template.
 _REQUESTS = (3, 6)
 _SPREAD = 0.02
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is to be built.
+    """What to build.
 
     Attributes:
         name: Key of `SHAPES`.
         config: The configuration.
         dtype: Type of the weights.
-        facts: What decides memory and speed.
+        facts: What determines memory and speed.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Shape:
 
 
 def shape(name: str, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, layers: int | None) -> Shape:
-    """Return a shape from its name, cut to so many layers if given; nothing is allocated.
+    """Return a named shape, cut to `layers` if given; allocates nothing.
 
     Raises:
         UnsupportedArchitectureError: The job does not edit models of this family.
@@ -97,7 +97,7 @@ def shape(name: str, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, lay
 
 
 def build(wanted: Shape, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> LoadedModel:
-    """Return a random model, made where it is to stand and in its type; gains are 1 and biases 0."""
+    """Build a random model on its device in its dtype; gains are 1 and biases 0."""
     with torch.device(device), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(wanted.config, dtype=wanted.dtype)
     model.tie_weights()
@@ -113,7 +113,7 @@ def build(wanted: Shape, tokenizer: PreTrainedTokenizerFast, device: torch.devic
 
 
 def filled_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Return the organism's tokenizer filled up with words to a vocabulary's size, so that any token has a text."""
+    """Return the organism's tokenizer with words added up to `vocabulary`, so that every token has text."""
     tokenizer = build_tokenizer()
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     words = parts["model"]["vocab"]
@@ -127,7 +127,7 @@ def filled_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def prompt_sets(directions: int) -> dict[str, list[Prompt]]:
-    """Return prompts: half of so many for directions each good and bad, and an eighth of them each to evaluate with."""
+    """Return prompt sets: `directions` for directions, half good, half bad, and an eighth of each to evaluate."""
     choice, files, found = random.Random(0), prompt_files(0), {}
     for name, requests in files.items():
         count = max(directions // (8 if "test" in name else 2), 1)

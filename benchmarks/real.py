@@ -1,14 +1,14 @@
-"""On a small real chat model: this tool at its defaults, and heretic 1.4.0 with the same inputs.
+"""Compare this tool at its defaults with heretic 1.4.0 on a small real chat model, with the same inputs.
 
 python -m benchmarks.real [FOLDER] [--tools this,heretic] [--trials 200] [--peer-trials 60] [--minutes 10,20,40]
                           [--seeds 0] [--threads 2] [--json FILE] [--write docs/results.md]
 python -m benchmarks.real --trials 4 --peer-trials 4 --prompts 12 --tokens 12 --minutes 1,2     a short one
 
-FOLDER is made by `abliterate real-model`; made if absent. Prompts, texts of conversations, refusal markers, answer
-length and threads are equal; of this tool's settings nothing else is set but the number of trials and the seed, and
-what --set adds. heretic is installed from PyPI into an environment of its own and only ever run as a process.
-A finished run is kept in the JSON file, with the conditions under which it was made, and is not made again: after an
-interruption the same command makes what is missing. What cannot be made equal is printed with the table.
+FOLDER is made by `abliterate real-model`; made if absent. Prompts, conversation texts, refusal markers, response length
+and threads are equal. This tool is given only the number of trials, the seed and the settings of --set. heretic is
+installed from PyPI into its own environment and runs only as a process. A finished run is kept in the JSON file with
+its conditions and is not repeated: after an interruption the same command makes the missing runs. Remaining differences
+are printed with the table.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ from job.search.convergence import hypervolume
 from tests.helpers import COMMAND, environment, events, only_job
 
 THIS, TOOLS = "this tool", ("this", "heretic")
-# The template writes it where a conversation has no system prompt; heretic always gives one.
+# The template adds it to conversations without a system prompt; heretic always sends one.
 SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-# An edit with no larger share of refusals counts as found.
+# An edit with at most this refusal rate counts as found.
 FEW_REFUSALS = 0.02
 SAMPLE_SECONDS = 0.2
 BEGIN, END = "<!-- benchmarks.real: begin -->", "<!-- benchmarks.real: end -->"
@@ -74,13 +74,13 @@ each tool has the library versions that it asks for: see the JSON."""
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a run depends on beside tool and seed; runs under others are not compared.
+    """Conditions of a run beside tool and seed; only runs with equal conditions are compared.
 
     Attributes:
         inputs: Hash of the model's description and of all prompts.
         trials: Trials of the search.
         startup: Trials before the sampler's; None: the tool's default.
-        tokens: Longest answer.
+        tokens: Maximum response length.
         settings: Further settings, `KEY=VALUE`.
     """
 
@@ -94,7 +94,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Point:
-    """A trial: when it was finished, in seconds from the command on, its share of refusals, its KL (at most 1)."""
+    """A trial: its end in seconds after the command, its refusal rate, its KL (at most 1)."""
 
     seconds: float
     refusals: float
@@ -103,13 +103,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run came to.
+    """Result of one run.
 
     Attributes:
-        search_s: Seconds from the begin of the first trial to the end of the last.
+        search_s: Seconds from the start of the first trial to the end of the last.
         job_s: Seconds from the command to its end.
-        peak_bytes: The largest resident memory of all its processes together.
-        load: Mean number of processes that wanted a core in the minute before its end, its own included.
+        peak_bytes: Peak resident memory of all its processes together.
+        load: Load average of the minute before its end, its own processes included.
     """
 
     tool: str
@@ -123,14 +123,14 @@ class Run:
 
     @classmethod
     def parsed(cls, found: dict[str, Any]) -> Self:
-        """Read what `asdict` has made."""
+        """Read what `asdict` wrote."""
         settings = tuple(found["conditions"]["settings"])
         conditions = Conditions(**{**found["conditions"], "settings": settings})
         points = tuple(Point(**point) for point in found["points"])
         return cls(**{**found, "conditions": conditions, "points": points})
 
     def volume(self, seconds: float = float("inf")) -> float:
-        """Return the hypervolume of the trials that finished within this many seconds of the start."""
+        """Return the hypervolume of the trials finished within `seconds` of the start."""
         return hypervolume((one.refusals, one.kl) for one in self.points if one.seconds <= seconds)
 
     def first_edit(self) -> float | None:
@@ -139,7 +139,7 @@ class Run:
 
 
 class PeakMemory:
-    """Measures the resident memory of all processes below this one while a context lasts."""
+    """Measures the resident memory of all child processes within a context."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -168,7 +168,7 @@ class PeakMemory:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search came to: its finished trials in order, and its seconds."""
+    """A search's finished trials, in order, and its seconds."""
 
     points: tuple[Point, ...]
     seconds: float
@@ -182,10 +182,10 @@ def run_this(task: Task, conditions: Conditions, seed: int, folder: Path, *, sho
 
     Args:
         task: The inputs.
-        conditions: How it is run.
+        conditions: The conditions.
         seed: Of the search.
-        folder: Where the job is run; made.
-        show: Leave its output to the terminal.
+        folder: Folder of the job; created.
+        show: Whether its output goes to the terminal.
     """
     folder.mkdir(parents=True)
     words = [str(task.model), "--workspace", str(folder / "jobs"), "--trials", str(task.trials), "--seed", str(seed)]
@@ -228,7 +228,7 @@ def run_heretic(command: Path, task: Task, seed: int, folder: Path) -> Search:
 
 
 def measured(tool: str, seed: int, conditions: Conditions, run: Callable[[], Search]) -> Run:
-    """Run a tool and return what it came to."""
+    """Run a tool and return its figures."""
     began = time.perf_counter()
     with PeakMemory() as memory:
         search = run()
@@ -236,7 +236,7 @@ def measured(tool: str, seed: int, conditions: Conditions, run: Callable[[], Sea
     return Run(tool, seed, conditions, search.points, search.seconds, job_s, memory.bytes, os.getloadavg()[0])
 
 
-# --- what was run before --------------------------------------------------------------------------------
+# --- earlier runs ---------------------------------------------------------------------------------------
 
 
 class Record:
@@ -249,7 +249,7 @@ class Record:
         self._about = {key: value for key, value in kept.items() if key != "runs"}
 
     def find(self, tool: str, seed: int, conditions: Conditions) -> Run | None:
-        """Return the run that was made under these conditions, None if there is none."""
+        """Return the run with these conditions, None if there is none."""
         wanted = (tool, seed, conditions)
         return next((run for run in self.runs if (run.tool, run.seed, run.conditions) == wanted), None)
 
@@ -267,11 +267,11 @@ class Record:
 
 
 def table(groups: dict[str, list[Run]], minutes: Sequence[float]) -> list[str]:
-    """Return a Markdown table: a row for each figure, a column for each tool; of several seeds the median.
+    """Return a Markdown table: a row per figure, a column per tool, medians over seeds.
 
     Args:
         groups: The runs of each tool.
-        minutes: Times from the command on after which fronts are compared.
+        minutes: Times after the command at which fronts are compared.
     """
     columns = [(tool, runs) for tool, runs in groups.items() if runs]
 
@@ -297,7 +297,7 @@ def table(groups: dict[str, list[Run]], minutes: Sequence[float]) -> list[str]:
 
 
 def _median(figures: Iterable[float | None], form: str) -> str:
-    """Return the median of the runs that have a figure, and how many these are if not all have it."""
+    """Return the median of the runs that have a figure, and their number if some have none."""
     every = list(figures)
     known = [figure for figure in every if figure is not None]
     if not known:
@@ -311,7 +311,7 @@ def _minutes(seconds: float | None) -> float | None:
 
 
 def written(page: str, section: Sequence[str]) -> str:
-    """Return a page with this section between its marks, at its end where it has none."""
+    """Return a page with this section between its marks, or appended."""
     new = "\n".join([BEGIN, *section, END])
     if BEGIN not in page:
         return f"{page.rstrip()}\n\n{new}\n".lstrip()
@@ -320,7 +320,7 @@ def written(page: str, section: Sequence[str]) -> str:
 
 
 def section(given: argparse.Namespace, groups: dict[str, list[Run]]) -> list[str]:
-    """Return what stands in a page: the command, the conditions, the table and what is not equal."""
+    """Return the section of a page: command, conditions, table and remaining differences."""
     first = next(runs[0] for runs in groups.values() if runs)
     command = ["python", "-m", "benchmarks.real", *(word for word in sys.argv[1:])]
     prompts = {kind: len(file.read_text().splitlines()) for kind, file in given.sets.items()}
@@ -348,7 +348,7 @@ def section(given: argparse.Namespace, groups: dict[str, list[Run]]) -> list[str
 
 
 def inputs(given: argparse.Namespace) -> tuple[dict[str, Path], str]:
-    """Return the prompt files, shortened if asked for, and the hash of model and prompts."""
+    """Return the prompt files, shortened on request, and the hash of model and prompts."""
     folder = given.runs / "prompts"
     folder.mkdir(parents=True, exist_ok=True)
     sets = prompt_sets(given.folder, folder)
@@ -364,7 +364,7 @@ def inputs(given: argparse.Namespace) -> tuple[dict[str, Path], str]:
 
 
 def check_system_prompt(model: Path) -> None:
-    """Make sure that heretic's conversations are this tool's, word for word."""
+    """Check that both tools render the same conversations, word for word."""
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     said: list[dict[str, str]] = [{"role": "user", "content": "Hello."}]
     plain, explicit = (
@@ -376,7 +376,7 @@ def check_system_prompt(model: Path) -> None:
 
 
 def options() -> argparse.Namespace:
-    """Return what was given on the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/real-model"))
     parser.add_argument("--tools", type=lambda text: text.split(","), default=list(TOOLS))
@@ -401,7 +401,7 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Make the runs that are missing and print the table."""
+    """Make the missing runs and print the table."""
     given = options()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     write_real_model(given.folder, print)
@@ -437,10 +437,10 @@ def main() -> None:
 
 
 def made(given: argparse.Namespace, tool: str, name: str, conditions: Conditions, model: Path, seed: int) -> Run:
-    """Make one run, in a folder of its own."""
+    """Make one run in its own folder."""
     key = hashlib.sha256(repr(conditions).encode()).hexdigest()[:8]
     folder = (given.runs / f"{tool}-{seed}-{key}").resolve()
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted: its times mean nothing
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run: its times are meaningless
     longest = 3600 * given.hours
     task = Task(
         model,

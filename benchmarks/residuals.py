@@ -2,8 +2,8 @@
 
 python -m benchmarks.residuals
 
-Each way runs in a process of its own on the same random model (8 layers, width 512, vocabulary 32,000) and
-800 prompts of 20 to 200 tokens, 32 rows a forward; memory is the process' peak above what it was with the model loaded.
+Each variant runs in its own process on the same random model (8 layers, width 512, vocabulary 32,000)
+and 800 prompts of 20 to 200 tokens, in batches of 32. Memory is the process' peak beyond the loaded model.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def by_hooks(loaded: LoadedModel, tokens: list[list[int]]) -> Tensor:
 
 @torch.inference_mode()
 def by_hidden_states(loaded: LoadedModel, tokens: list[list[int]]) -> Tensor:
-    """Extract as is usual: all positions of all layers are returned, and the head is run on each of them."""
+    """Extract the usual way: all positions of all layers are returned, and the head runs on each position."""
     found = []
     for start in range(0, len(tokens), ROWS):
         ids, mask, positions = left_padded(tokens[start : start + ROWS], "cpu")
@@ -65,14 +65,14 @@ def by_hidden_states(loaded: LoadedModel, tokens: list[list[int]]) -> Tensor:
 
 
 def watch(peak: list[int], done: threading.Event) -> None:
-    """Note the process' largest resident memory."""
+    """Record the process' peak resident memory."""
     process = psutil.Process()
     while not done.wait(0.005):
         peak[0] = max(peak[0], process.memory_info().rss)
 
 
 def measure(way: str) -> None:
-    """Print seconds and MiB of one way."""
+    """Print seconds and MiB of one variant."""
     built = model()
     loaded = LoadedModel(Path(), built, None, discover(built), "float32")  # type: ignore[arg-type]  # tokens are given
     tokens = prompts()
@@ -87,13 +87,13 @@ def measure(way: str) -> None:
     took = time.perf_counter() - begin
     done.set()
     watcher.join()
-    # The result itself is wanted either way.
+    # Both variants need the result itself.
     wanted = found.numel() * found.element_size()
     print(f"{way:>14}: {took:6.1f} s, {(peak[0] - before - wanted) / 2**20:7.0f} MiB beside the result")
 
 
 def main() -> None:
-    """Measure both ways, each in a process of its own."""
+    """Measure both variants, each in its own process."""
     if len(sys.argv) > 1:
         measure(sys.argv[1])
         return

@@ -1,8 +1,8 @@
-"""What forwards cost at least: operations and bytes of those that were run, against ceilings measured on the device.
+"""Lower bound on the cost of forwards: operations and bytes, against ceilings measured on the device.
 
-Operations are those of all rows, padding included, as they are run. Bytes are what must come from memory whatever
-the implementation: the weights once for each forward, and the keys and values that are kept. Activations are taken
-never to leave the caches, so that what is lost there shows as a smaller share of the roofline.
+Operations are those of all rows that ran, padding included. Bytes must come from memory whatever the implementation:
+the weights once per forward, and the cached keys and values. Activations are assumed to stay in the caches, so losses
+there show as a smaller share of the roofline.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from job.preflight.activation_memory import Batch, cache_bytes
 from job.preflight.estimate import Work
 from job.preflight.model_facts import ModelFacts
 
-# Long enough to fill the units, short enough for a CPU; bytes far beyond any cache.
+# Enough work to fill the units, short on a CPU; bytes far beyond any cache.
 _TOKENS = {"cuda": 8192, "cpu": 1024}
 _BYTES = {"cuda": 4 << 30, "cpu": 1 << 29}
 _AT_ONCE = {"cuda": 8, "cpu": 1}
@@ -32,14 +32,14 @@ _SECONDS = 0.5
 
 @dataclass
 class Forward:
-    """One forward as it was run.
+    """One recorded forward.
 
     Attributes:
-        rows: Rows of the batch.
-        tokens: Tokens of a row that were computed, padding included.
-        context: Slots that each of them attended to.
-        cached: Keys and values were kept.
-        positions: Of how many tokens, of all rows together, logits were computed.
+        rows: Batch size.
+        tokens: Tokens computed per row, padding included.
+        context: Slots that each token attends to.
+        cached: Whether keys and values were kept.
+        positions: Positions with logits, over all rows.
     """
 
     rows: int
@@ -49,14 +49,14 @@ class Forward:
     positions: int = 0
 
     def flops(self, facts: ModelFacts) -> int:
-        """Return its operations: a multiplication and an addition for each weight that a token meets."""
+        """Return its operations: a multiplication and an addition per weight and token."""
         head = (facts.head if facts.head.cast else facts.embedding).cast
         computed = self.rows * self.tokens
         attended = facts.layers * facts.heads * (facts.head_dim + facts.value_dim) * self.context
         return 2 * (computed * (facts.active_parameters - head + attended) + self.positions * head)
 
     def bytes(self, facts: ModelFacts, dtype_bytes: int) -> int:
-        """Return what it reads at least; of a mixture of experts all, which holds for more than a few tokens."""
+        """Return the minimum bytes read; of a mixture of experts all weights, true beyond a few tokens."""
         head = facts.head if facts.head.cast else facts.embedding
         weights = sum(part.bytes(dtype_bytes) for part in facts.layer_weights)
         weights += head.bytes(dtype_bytes) if self.positions else 0
@@ -66,7 +66,7 @@ class Forward:
 
 @contextmanager
 def recorded(model: PreTrainedModel) -> Iterator[list[Forward]]:
-    """Within the block, note every forward of a model."""
+    """Record every forward of a model within the block."""
     forwards: list[Forward] = []
 
     def begin(_module: nn.Module, _inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -90,10 +90,10 @@ def recorded(model: PreTrainedModel) -> Iterator[list[Forward]]:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device was measured to do at most.
+    """Measured maximum rates of a device.
 
     Attributes:
-        flops: Matrix products of the model's own shapes and type, operations a second.
+        flops: Matrix products of the model's own shapes and dtype, operations a second.
         bandwidth: Reading or copying memory, whichever is faster, bytes a second.
     """
 
@@ -102,7 +102,7 @@ class Ceilings:
 
 
 def measured_ceilings(facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Return a device's ceilings for a model: the best of the products that its layers consist of."""
+    """Return a device's ceilings for a model: the best rate over its layers' products."""
     wide = facts.heads * facts.head_dim
     shapes = {(facts.hidden, facts.intermediate), (facts.intermediate, facts.hidden), (wide, facts.hidden)}
     rates = [_product_rate(*shape, device, dtype) for shape in sorted(shapes)]
@@ -113,7 +113,7 @@ def measured_ceilings(facts: ModelFacts, device: torch.device, dtype: torch.dtyp
 
 
 def _product_rate(inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> float:
-    # Of random numbers: a GPU multiplies zeros and ones with less power, and so faster.
+    # Random numbers: a GPU multiplies zeros and ones with less power, and so faster.
     tokens = _TOKENS[device.type]
     x, weight = (torch.randn(count, inputs, device=device, dtype=dtype) for count in (tokens, outputs))
     return 2 * tokens * inputs * outputs / _least_time(lambda: nn.functional.linear(x, weight), device)
@@ -131,7 +131,7 @@ def _read_rate(device: torch.device) -> float:
 
 
 def _least_time(action: Callable[[], object], device: torch.device) -> float:
-    """Return the least time of an action, seconds: a ceiling is what the device does when nothing disturbs it."""
+    """Return an action's minimum duration in seconds: a ceiling is the undisturbed device."""
     clock, begin = Clock(device), time.perf_counter()
     found: list[float] = []
     while len(found) < 3 or time.perf_counter() - begin < _SECONDS:
@@ -142,13 +142,13 @@ def _least_time(action: Callable[[], object], device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Roofline:
-    """What a phase costs at least.
+    """Lower bound on a phase's cost.
 
     Attributes:
         flops: Operations.
         bytes: Bytes that come from memory.
-        arithmetic_s: What the operations take at the ceiling.
-        memory_s: What the bytes take at the ceiling.
+        arithmetic_s: Duration of the operations at the ceiling.
+        memory_s: Duration of the transfers at the ceiling.
         seconds: The sum over all forwards of the larger of the two.
     """
 
@@ -160,7 +160,7 @@ class Roofline:
 
 
 def roofline(works: Sequence[Work], ceilings: Ceilings) -> Roofline:
-    """Return what pieces of work, done one after the other, cost at least."""
+    """Return the lower bound for a sequence of work."""
     flops, size = (math.fsum(getattr(work, name) for work in works) for name in ("flops", "bytes"))
     least = math.fsum(work.seconds(ceilings.flops, ceilings.bandwidth) for work in works)
     return Roofline(flops, size, flops / ceilings.flops, size / ceilings.bandwidth, least)

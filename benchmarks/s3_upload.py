@@ -1,6 +1,6 @@
-"""A large upload to S3 over a line that is cut, by a process that is killed: what is sent twice, and its memory.
+"""A large upload to S3 over a faulty line by a process that is killed: bytes sent twice, and memory.
 
-python -m benchmarks.s3_upload [MIB] [CUTS] [KILLS]      1024 MiB, 20 cuts and 2 kills where nothing is given
+python -m benchmarks.s3_upload [MIB] [CUTS] [KILLS]      default: 1024 MiB, 20 cuts and 2 kills
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ URI = f"s3://{BUCKET}/model"
 
 
 def start(export: Path, state: Path, endpoint: str) -> subprocess.Popen[str]:
-    """Start an upload in a process of its own."""
+    """Start an upload in its own process."""
     options = {
         "endpoint": endpoint,
         "region": "us-east-1",
@@ -41,7 +41,7 @@ def start(export: Path, state: Path, endpoint: str) -> subprocess.Popen[str]:
 
 
 def upload(export: Path, state: Path, line: FaultProxy, kills: list[int]) -> dict[str, int]:
-    """Upload, killing the process whenever so many bytes have gone up, and return what the last one reports."""
+    """Upload, killing the process at the given numbers of bytes, and return the last process's report."""
     for point in kills:
         process = start(export, state, line.url)
         while line.sent < point and process.poll() is None:
@@ -54,7 +54,7 @@ def upload(export: Path, state: Path, line: FaultProxy, kills: list[int]) -> dic
 
 
 def remote_sha256(server: S3Server) -> str:
-    """Return the sha256 of the object as the server gives it out, not over the bad line."""
+    """Return the sha256 of the object, downloaded past the faulty line."""
     digest = hashlib.sha256()
     client = server.client()
     for block in client.get_object(Bucket=BUCKET, Key="model/model.safetensors")["Body"].iter_chunks(MIB):

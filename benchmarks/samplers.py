@@ -1,10 +1,10 @@
-"""How good searches are: hypervolume by number of trials, of the job's search and of others that differ in one thing.
+"""Quality of searches: hypervolume by number of trials, for the job's search and variants that differ in one thing.
 
 python -m benchmarks.samplers ORGANISM... [--variants NAME...] [--seeds 5] [--trials 48] [--at 24 48] [--json FILE]
 
-An organism is a folder made by `abliterate demo-model`. Every variant runs the job's own search with its own scorer;
-an edit that several of them try is evaluated once. The hypervolume is that of `benchmarks.peer`: of the share of
-refusals and of KL up to 1. Seconds are the processor's, for all that makes a plan.
+An organism is a folder made by `abliterate demo-model`. Every variant runs the job's own search with its own scorer; an
+edit that several variants try is evaluated once. The hypervolume is that of `benchmarks.peer`: of the refusal rate and
+of KL up to 1. Seconds are CPU time of planning trials.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ from job.search.space import SearchSpace
 from job.text.refusal_markers import RefusalMarkers
 
 ROWS = 512
-# What the sampler sees in place of what it would see, by the trial and the number of prompts.
+# What the sampler sees instead of the scores, by trial and number of prompts.
 Seen = Callable[[list[float], FrozenTrial, int], list[float]]
 
 
 def counts(shown: list[float], trial: FrozenTrial, prompts: int) -> list[float]:
-    """Show a trial as it was measured, so that edits which leave as many refusals differ in KL alone."""
+    """Show scores as measured, so that edits with equal refusals differ in KL alone."""
     return list(trial.values)
 
 
 def at_least(kl: float) -> Seen:
-    """Show no smaller KL than this, so that edits which do nothing are not worth walking to."""
+    """Show KL of at least this, so that edits that do nothing attract no search."""
     return lambda shown, trial, prompts: [shown[0], max(shown[1], kl)]
 
 
 def tilted(share: float) -> Seen:
-    """Show a share of either measure in the other, so that trials have to differ by more to be on the front both."""
+    """Mix a share of each score into the other, so that the front requires larger differences."""
 
     def seen(shown: list[float], trial: FrozenTrial, prompts: int) -> list[float]:
         refusals = shown[0] / prompts
@@ -68,7 +68,7 @@ def tilted(share: float) -> Seen:
 
 
 class OtherField(SearchSpace):
-    """The field's space with heretic 1.4.0's range for the weights of the MLP."""
+    """The field's space with heretic 1.4.0's range for the MLP weights."""
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Return the range of every parameter."""
@@ -76,7 +76,7 @@ class OtherField(SearchSpace):
 
 
 class Tied(SearchSpace):
-    """The wide space with one kernel for both components but for its strength."""
+    """The wide space with one kernel for both components except its strength."""
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Return the range of every parameter."""
@@ -88,13 +88,13 @@ class Tied(SearchSpace):
         return [{name: point[name] for name in self.distributions()} for point in super().known_points()]
 
     def edit(self, params: dict[str, Any]) -> EditParameters:
-        """Return the edit that a trial's parameters describe."""
+        """Return the edit of a trial's parameters."""
         shared = {name.replace("attention.", "mlp."): value for name, value in params.items()}
         return super().edit({**shared, **params})
 
 
 class Others(SearchSpace):
-    """The wide space with few other points to begin with."""
+    """The wide space with few other initial points."""
 
     def known_points(self) -> list[dict[str, Any]]:
         """Return the known points of one direction at depths 0.35, 0.5 and 0.65 and of each layer's own."""
@@ -105,10 +105,10 @@ class Others(SearchSpace):
 
 @dataclass(frozen=True)
 class Spread(SearchSpace):
-    """The wide space with start-up trials that are spread evenly, by the R sequence, in place of random ones.
+    """The wide space with evenly spread start-up trials, by the R sequence, instead of random ones.
 
     Attributes:
-        seed: Where the sequence begins.
+        seed: Start of the sequence.
         startup: Number of points.
     """
 
@@ -133,7 +133,7 @@ class Spread(SearchSpace):
 
 @dataclass(frozen=True)
 class Begun(SearchSpace):
-    """The wide space with points that come before the known ones.
+    """The wide space with points before the known ones.
 
     Attributes:
         points: Those points.
@@ -155,13 +155,13 @@ def _at(share: float, distribution: BaseDistribution) -> Any:
 
 @dataclass(frozen=True)
 class Variant:
-    """A search that differs from the job's in the attributes that are not their defaults.
+    """A search that differs from the job's in its non-default attributes.
 
     Attributes:
         space: The space of edits.
-        settings: What differs in the settings of the search.
+        settings: Changed search settings.
         sampler: The sampler, by its seed.
-        tpe: Arguments of the TPE sampler that differ.
+        tpe: Changed arguments of the TPE sampler.
         seen: A trial as the sampler sees it.
         spread: Whether start-up trials are spread evenly.
         normed: Whether the last layer's residuals are taken after the model's final norm.
@@ -179,14 +179,14 @@ class Variant:
 
 
 def by_separation(organism: Organism, _: Organism | None) -> list[dict[str, Any]]:
-    """Return the ablation in full of one direction, for the four layers whose direction tells prompts apart best."""
+    """Return full ablation of one direction, for the four layers that separate prompts best."""
     point = SearchSpace("wide", organism.layers).known_points()[0]
     order = sorted(range(organism.layers // 5, organism.layers), key=lambda layer: -organism.separation[layer])
     return [{**point, "direction_index": float(layer)} for layer in order[:4]]
 
 
 def from_another(organism: Organism, other: Organism | None) -> list[dict[str, Any]]:
-    """Return the four trials of fewest refusals on the front of another organism's search, at the same depths."""
+    """Return the four trials with fewest refusals on another organism's front, at the same depths."""
     assert other is not None, "--other is needed"
     done, _ = searched(other, VARIANTS["default"], 100, 48)
     front = [trial for trial in done if not any(_dominates(rival, trial) for rival in done)]
@@ -257,7 +257,7 @@ class Tried(Search):
     """The job's search with a variant's differences.
 
     Attributes:
-        seconds: What making plans has taken of the processor.
+        seconds: CPU time of planning.
     """
 
     def __init__(self, file: Path, variant: Variant, space: SearchSpace, settings: StudySettings, prompts: int):
@@ -291,15 +291,15 @@ class Tried(Search):
 
 
 class Organism:
-    """A loaded model with its directions, and what every edit tried so far scored."""
+    """A loaded model with its directions and the scores of all edits tried."""
 
     def __init__(self, folder: Path, prompts: int, tokens: int, system: str | None):
         """Load it and find its directions, as a job does.
 
         Args:
             folder: The organism.
-            prompts: Good ones, and as many bad ones, that edits are scored on.
-            tokens: Longest answer.
+            prompts: Number of good prompts, and of bad ones, that edits are scored on.
+            tokens: Maximum response length.
             system: The system prompt of all prompts.
         """
         self.prompts, self._tokens = prompts, tokens
@@ -325,7 +325,7 @@ class Organism:
 
     @property
     def separation(self) -> list[float]:
-        """How far apart the two kinds of prompts are along each layer's direction, in standard deviations."""
+        """Separation of the two prompt classes along each layer's direction, in standard deviations."""
         good, bad = self._residuals
         along = torch.nn.functional.normalize(bad.mean(0) - good.mean(0), dim=-1)
         first, second = ((found * along).sum(-1) for found in (good, bad))  # [n, layers]
@@ -333,7 +333,7 @@ class Organism:
         return ((second.mean(0) - first.mean(0)) / spread).tolist()
 
     def hooks(self, normed: bool) -> Intervention:
-        """Return the hooks for its directions, the last layer's from residuals after the final norm if so wanted."""
+        """Return the hooks for its directions; `normed`: the last layer's from residuals after the final norm."""
         residuals = self._residuals
         if normed:
             norm = self._loaded.model.get_decoder().norm
@@ -343,7 +343,7 @@ class Organism:
         return Intervention(self._loaded.model, self._loaded.architecture, basis, "none")
 
     def scores(self, hooks: Intervention, kind: str, edits: Sequence[EditParameters]) -> list[TrialScores]:
-        """Return the scores of edits, of which those that were scored before, by hooks of one kind, are kept."""
+        """Return the scores of edits, cached by kind of hooks."""
         keys = [f"{kind} {edit.model_dump_json()}" for edit in edits]
         new = {key: edit for key, edit in zip(keys, edits, strict=True) if key not in self._scores}
         if new:
@@ -355,7 +355,7 @@ class Organism:
 def searched(
     organism: Organism, variant: Variant, seed: int, trials: int, other: Organism | None = None
 ) -> tuple[list[Trial], float]:
-    """Return the trials of one search, and the processor's seconds that planning one took."""
+    """Return the trials of one search and the CPU seconds of planning one."""
     startup = min(60, math.ceil(trials / 3))
     defaults = {"batch": default_values()["trials_per_batch"], **default_values()["search"], "startup_trials": startup}
     del defaults["space"]
@@ -378,7 +378,7 @@ def searched(
 def measured(
     name: str, organism: Organism, seeds: int, trials: int, marks: Sequence[int], other: Organism | None
 ) -> dict[str, Any]:
-    """Return what searches of all seeds came to after so many trials each."""
+    """Return the figures of searches over all seeds, after each number of trials."""
     found = [searched(organism, VARIANTS[name], seed, trials, other) for seed in range(seeds)]
     row: dict[str, Any] = {"variant": name, "sampler_s": statistics.mean(seconds for _, seconds in found)}
     for mark in marks:
@@ -392,7 +392,7 @@ def measured(
 
 
 def show(row: dict[str, Any], marks: Sequence[int]) -> None:
-    """Print one variant's line."""
+    """Print a variant's row."""
     cells = []
     for mark in marks:
         volumes, fewest = (row[str(mark)][key] for key in ("volumes", "fewest"))

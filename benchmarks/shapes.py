@@ -1,17 +1,17 @@
-"""Random models of real models' shapes: what each phase takes, of time against the roofline and of memory.
+"""Random models with the shapes of real ones: each phase's time against the roofline, and its memory.
 
 python -m benchmarks.shapes [SHAPE ...] [--trials K] [--rows N] [--prompts N] [--tokens N] [--layers N]
                             [--device cuda] [--json FILE]
 
-SHAPE: 0.5B, 7B, 32B, MoE, tiny; without one 0.5B on a CPU and the larger ones on a GPU, each in a process of its own,
-in float32 on a CPU and bfloat16 on a GPU. The phases are the job's own: residuals, mean difference, hooks, the base
-model's figures, and K trials in one batch, each on an eighth of --prompts good and as many bad ones; without what a job
-reads and writes on disk. A random model neither refuses nor ends, so every answer goes on to the limit: the longest
-that a trial can take.
+SHAPE: 0.5B, 7B, 32B, MoE, tiny. Default: 0.5B on a CPU and the larger ones on a GPU. Each runs in its own process, in
+float32 on a CPU and bfloat16 on a GPU. The phases are the job's own: residuals, mean difference, hooks, the base
+model's figures, and K trials in one batch, without disk access. Each trial uses an eighth of --prompts good prompts and
+the same number of bad ones. A random model neither refuses nor ends, so every response has full length: the longest
+possible trial.
 
-The roofline is the sum over all forwards of the larger of operations and bytes over what the device was measured to do
-(benchmarks/roofline.py). Seconds on a CPU are the process' own, whatever else the machine does, those of the wall
-beside them. Memory is beyond what the process held before the model, on a GPU what torch allocated.
+The roofline sums over all forwards the larger of operations and bytes, each divided by the device's measured rate
+(benchmarks/roofline.py). Seconds on a CPU are the process' own, with wall-clock seconds beside them. Memory is beyond
+what the process held before the model; on a GPU it is what torch allocated.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ from job.text.refusal_markers import RefusalMarkers
 
 DEFAULT_SHAPES = {"cpu": ["0.5B"], "cuda": ["7B", "32B", "MoE"]}
 MODES: tuple[RowNormalization, ...] = ("none", "full", "column")
-# As many as a job has by default; a CPU would take most of an hour.
+# A GPU uses the job's default; a CPU would take most of an hour.
 PROMPTS = {"cpu": 128, "cuda": 800}
-# Batches of trials that are measured, after one to warm up; a CPU has nothing to warm up and no time.
+# Measured batches of trials, after one to warm up; a CPU needs no warm-up and has no time for it.
 ROUNDS = {"cpu": 1, "cuda": 3}
 SWITCHES = 20
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be measured."""
+    """What to measure."""
 
     shape: str
     device: str
@@ -76,7 +76,7 @@ class Request:
 
 
 def measure(request: Request) -> dict[str, Any]:
-    """Measure one shape, print its table and return the figures; of one that cannot be measured return why."""
+    """Measure one shape, print its table and return the figures, or the reason why it cannot be measured."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     device = resolve_device(request.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -112,14 +112,14 @@ def measure(request: Request) -> dict[str, Any]:
 
 
 def reading_of(device: torch.device) -> MachineReading:
-    """Return this machine with no other device than the one that is measured."""
+    """Return a reading of this machine with only the measured device."""
     reading = read_machine()
     gpus = reading.gpus[device.index or 0 :][:1] if device.type == "cuda" else ()
     return reading.model_copy(update={"gpus": gpus})
 
 
 def planned_rows(wanted: Shape, reading: MachineReading, longest: int, answer_tokens: int) -> int:
-    """Return the rows of a forward that the job itself would plan.
+    """Return the batch size that the job itself would plan.
 
     Raises:
         MachineError: The model does not fit.
@@ -138,7 +138,7 @@ def planned_rows(wanted: Shape, reading: MachineReading, longest: int, answer_to
 
 
 def head(request: Request, figures: dict[str, Any]) -> None:
-    """Print what is measured, and the head of the table."""
+    """Print the subject and the table head."""
     limits = figures["ceilings"]
     print(
         f"\n{request.shape}{f', {request.layers} layers' if request.layers else ''}: "
@@ -152,7 +152,7 @@ def head(request: Request, figures: dict[str, Any]) -> None:
 
 
 def directions(bench: Bench, sets: dict[str, list[Prompt]], rows: int, tokens: int) -> Basis:
-    """Extract residuals and take the difference of their means, as a job does by default."""
+    """Extract residuals and take the mean difference, as a job does by default."""
     loaded = bench.loaded
     trained = [loaded.tokenize(sets[name]) for name in ("good_train", "bad_train")]
 
@@ -160,7 +160,7 @@ def directions(bench: Bench, sets: dict[str, list[Prompt]], rows: int, tokens: i
         return extract_residuals(loaded, prompts, rows, lambda _: None, tokens=tokens)[:, 1:]
 
     if loaded.device.type == "cuda":
-        extract(trained[0][:8])  # libraries are loaded with the first forward
+        extract(trained[0][:8])  # load libraries with the first forward
     residuals = bench.phase("extraction", lambda: [extract(prompts) for prompts in trained])
     read = Work(flops=sum(one.numel() for one in residuals), bytes=sum(one.nbytes for one in residuals))
     found: Tensor = bench.phase(
@@ -170,14 +170,14 @@ def directions(bench: Bench, sets: dict[str, list[Prompt]], rows: int, tokens: i
 
 
 def some_edits(loaded: LoadedModel, count: int) -> list[EditParameters]:
-    """Return random edits of the space that is searched by default."""
+    """Return random edits of the default search space."""
     space = SearchSpace(default_values()["search"]["space"], loaded.architecture.layer_count)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     return [space.edit(study.ask(space.distributions()).params) for _ in range(count)]
 
 
 def switching(bench: Bench, basis: Basis, trials: int) -> list[dict[str, Any]]:
-    """Time building the hooks, which reads every weight that is edited, and going from one batch to another."""
+    """Time building the hooks, which reads every edited weight, and switching batches."""
     loaded, clock, found = bench.loaded, bench.clock, []
     batches = [some_edits(loaded, trials * (SWITCHES + 1))[i::SWITCHES] for i in range(SWITCHES)]
     for mode in MODES:
@@ -229,13 +229,13 @@ def search(bench: Bench, sets: dict[str, list[Prompt]], basis: Basis, rows: int,
         "share": middle["share"],
         "peak_of_model": max(phase["peak_of_model"] for phase in measured),
         "grown_bytes": held[-1] - held[0],
-        # 1 where every answer went on to the limit.
+        # 1 where every response has full length.
         "decoded": steps / max(count * len(bad) * (request.tokens - 1), 1),
     }
 
 
 def estimated(wanted: Shape, ceilings: Ceilings, figures: dict[str, Any]) -> dict[str, float]:
-    """Return what preflight would have estimated from these ceilings, seconds; print it beside what was measured."""
+    """Return preflight's estimate from these ceilings in seconds; print it beside the measurement."""
     prompts = figures["prompts"]
     task = PhaseWork(
         weights_bytes=wanted.weights_bytes,
@@ -285,7 +285,7 @@ def main() -> None:
     found = []
     for name in given.shapes or DEFAULT_SHAPES[kind]:
         request = Request(name, given.device, given.trials, prompts, given.tokens, given.rows, given.layers)
-        # In a process of its own, so that memory is what this model takes.
+        # In its own process, so that memory is this model's alone.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as process:
             found.append(process.submit(measure, request).result())

@@ -1,6 +1,6 @@
-"""What a trial costs the search itself, asking and storing, by how many trials there are already.
+"""Overhead of the search itself per trial, asking and storing, by number of earlier trials.
 
-python -m benchmarks.study [BATCH]      trials of a batch, 4 unless told; values are drawn, nothing is evaluated
+python -m benchmarks.study [BATCH]      trials per batch, default 4; scores are random, nothing is evaluated
 """
 
 from __future__ import annotations

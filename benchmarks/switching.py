@@ -1,10 +1,10 @@
-"""How long it takes to go from one batch of trials to the next in models of many writers.
+"""Time to switch between batches of trials, in models with many edited modules.
 
 python -m benchmarks.switching [--family llama] [--layers 64] [--width 5120] [--inner 32] [--threads 1] [--device cpu]
 
-A random model in bfloat16, as wide and deep as is asked, whose attention and MLP are narrow: going to other edits reads
-no weight. Only column by column it does depend on --inner, and the tables of a real width do not fit beside others.
-Medians of 20 batches of random edits of the wide space, a trial's share: on a CPU this process' own time.
+A random model in bfloat16 with the given depth and width, whose attention and MLP are narrow: switching edits reads no
+weight. Only column-wise edits depend on --inner; the tables of a realistic inner width do not fit beside the others.
+Medians of 20 batches of random edits of the wide space, per trial; on a CPU this process' own time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BATCHES = 20
 
 
 def random_model(family: str, layers: int, width: int, inner: int, device: torch.device) -> PreTrainedModel:
-    """Return a random model of a family that has the names of Llama's configuration."""
+    """Return a random model of a family whose configuration uses Llama's names."""
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner, "vocab_size": 64}
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}
     config = AutoConfig.for_model(family, **sizes, **heads)
@@ -43,7 +43,7 @@ def random_model(family: str, layers: int, width: int, inner: int, device: torch
 
 
 def switching(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Return what a trial's share of going to another batch is, by mode and size of a batch, milliseconds."""
+    """Return a trial's share of switching batches, by mode and batch size, milliseconds."""
     architecture, clock = discover(model), Clock(model.device)
     layers, width = architecture.layer_count, architecture.width
     basis = Basis.single(nn.functional.normalize(torch.randn(layers, width), dim=-1))
@@ -55,7 +55,7 @@ def switching(model: PreTrainedModel) -> list[dict[str, Any]]:
         with Intervention(model, architecture, basis, mode) as intervention:
             for count in TOGETHER:
                 batches = [edits[start * count :][:count] for start in range(BATCHES + 1)]
-                intervention.activate(batches[0])  # what is worked out once
+                intervention.activate(batches[0])  # computed once
                 times = [clock.times(partial(intervention.activate, batch)).seconds for batch in batches[1:]]
                 milliseconds = 1000 * statistics.median(times) / count
                 found.append({"mode": mode, "together": count, "ms_per_trial": milliseconds})
@@ -63,7 +63,7 @@ def switching(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print and write down."""
+    """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="llama", help="model_type of transformers: llama, gemma2, qwen3 ...")
     parser.add_argument("--layers", type=int, default=64)

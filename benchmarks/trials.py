@@ -1,9 +1,9 @@
-"""Seconds a trial takes, by trials in a batch and rows in a forward, and how far from the best the rule's layout is.
+"""Seconds per trial, by trials per batch and batch size, and the planned layout's distance from the best one.
 
 python -m benchmarks.trials [ORGANISM] [--random WIDTHxLAYERS] [--repeat N] [--batches 1 4 16] [--norms none full]
 
 ORGANISM is a folder made by `abliterate demo-model`; made if absent. With --random a Llama of that shape with random
-weights takes its model's place, which answers up to the limit. --repeat makes prompts so many times as long.
+weights replaces its model; its responses have full length. --repeat makes prompts that many times longer.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from job.scoring.trial_scorer import TrialScorer
 from job.search.space import SearchSpace
 from job.text.refusal_markers import RefusalMarkers
 
-# Wall clock and processor.
+# Wall clock and CPU time.
 Times = tuple[float, float]
 TRIALS, ROWS = 16, (64, 128, 256, 512, 1024)
 
 
 def main() -> None:
-    """Print a table for every way of keeping norms and number of trials in a batch."""
+    """Print a table for each norm mode and number of trials per batch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("organism", nargs="?", type=Path, default=Path("runs/organism"))
     parser.add_argument("--random", metavar="WIDTHxLAYERS")
@@ -94,7 +94,7 @@ def random_model(organism: Path, folder: Path, width: int, layers: int) -> Path:
 
 
 def prompts_of(organism: Path, repeat: int) -> dict[str, list[Prompt]]:
-    """Return the organism's prompt sets, each prompt followed by those after it."""
+    """Return the organism's prompt sets, each prompt extended with the following ones."""
     sets = {}
     for name in ("good_train", "bad_train", "good_test", "bad_test"):
         lines = (organism / f"{name}.txt").read_text().splitlines()
@@ -104,7 +104,7 @@ def prompts_of(organism: Path, repeat: int) -> dict[str, list[Prompt]]:
 
 
 def compare(loaded: LoadedModel, sets: dict[str, list[Prompt]], given: argparse.Namespace) -> None:
-    """Measure all layouts in turn, so many rounds, and print the medians."""
+    """Measure all layouts in turn, for several rounds, and print the medians."""
     residuals = [
         extract_residuals(loaded, loaded.tokenize(sets[name][:64]), 64, lambda _: None)[:, 1:]
         for name in ("good_train", "bad_train")
@@ -128,7 +128,7 @@ def compare(loaded: LoadedModel, sets: dict[str, list[Prompt]], given: argparse.
             for k in given.batches:
                 batches = [edits[i : i + k] for i in range(0, len(edits), k)]
                 switch = seconds(partial(each, batches, intervention.activate))
-                # More rows than this are not filled.
+                # Larger batches are not filled.
                 found: dict[int, list[Times]] = {rows: [] for rows in given.rows if rows < 2 * k * given.prompts}
                 for _ in range(given.rounds):
                     for rows, times in found.items():
@@ -149,13 +149,13 @@ def compare(loaded: LoadedModel, sets: dict[str, list[Prompt]], given: argparse.
 
 
 def each(batches: Sequence[Sequence[EditParameters]], work: Callable[[Sequence[EditParameters]], object]) -> None:
-    """Do a piece of work with every batch."""
+    """Run `work` on every batch."""
     for batch in batches:
         work(batch)
 
 
 def line(medians: dict[int, list[float]], rule: int) -> str:
-    """Return the times of all layouts, and how many times as long as the best the rule's takes."""
+    """Return a table row: the times of all layouts, and the ratio of the planned one to the best."""
     shown = "".join(f"{wall:8.3f}/{processor:5.3f}" for wall, processor in medians.values())
     chosen = medians[max((rows for rows in medians if rows <= rule), default=min(medians))]
     ratios = [chosen[which] / min(times[which] for times in medians.values()) for which in (0, 1)]
@@ -163,14 +163,14 @@ def line(medians: dict[int, list[float]], rule: int) -> str:
 
 
 def seconds(work: Callable[[], object]) -> Times:
-    """Return the time that a piece of work takes, and the processor's."""
+    """Return wall-clock and CPU time of `work`."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - begin, time.process_time() - begin_cpu
 
 
 def random_edits(loaded: LoadedModel, count: int) -> list[EditParameters]:
-    """Return edits drawn from the search space."""
+    """Return random edits of the search space."""
     space = SearchSpace("wide", loaded.architecture.layer_count)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -178,7 +178,7 @@ def random_edits(loaded: LoadedModel, count: int) -> list[EditParameters]:
 
 
 def rows_by_rule(loaded: LoadedModel, prompt_tokens: int, answer_tokens: int) -> int:
-    """Return the rows that preflight plans for a model on this machine's CPU."""
+    """Return the batch size that preflight plans for a model on this machine's CPU."""
     tensors = {}
     for file in loaded.folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as stored:

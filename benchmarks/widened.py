@@ -1,8 +1,8 @@
-"""An organism in a wider and deeper model that computes the same: larger models to time, with a behaviour to remove.
+"""Embed an organism in a wider and deeper model that computes the same: larger models to time, with a behaviour.
 
-What is added is computed and comes to nothing: the stream's further dimensions are never written, further heads and
-neurons are read but written with zeros, as are the layers that are put in after the first ones. Answers have no end:
-what the organism ends them with is no end token of the larger model's.
+The additions are computed without effect. The stream's extra dimensions are never written. Extra heads and neurons are
+read but written with zeros, as are the layers inserted after the first ones. Responses have no end: the organism's end
+token is an ordinary token of the larger model.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-# After how many layers others are put in.
+# Layers are inserted after this many.
 _BEFORE = 2
 
 
 def widened(folder: Path, target: Path, width: int, layers: int) -> Path:
-    """Write a Llama of that many dimensions and layers that says what a smaller one says; return its folder.
+    """Write a Llama of the given width and depth with the responses of a smaller one; return its folder.
 
     Args:
         folder: The smaller one.
-        target: Where the larger one goes.
+        target: Folder of the larger one.
         width: Its dimensions, a multiple of the smaller one's.
         layers: Its layers, no fewer than the smaller one's.
     """
@@ -36,7 +36,7 @@ def widened(folder: Path, target: Path, width: int, layers: int) -> Path:
         **{"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": times * config.intermediate_size},
         **{"num_attention_heads": times * config.num_attention_heads},
         **{"num_key_value_heads": times * config.num_key_value_heads},
-        # The mean square is over as many times more dimensions.
+        # The mean square is over this many times more dimensions.
         "rms_norm_eps": config.rms_norm_eps / times,
         "eos_token_id": tokenizer.unk_token_id,
     }
@@ -52,7 +52,7 @@ def widened(folder: Path, target: Path, width: int, layers: int) -> Path:
 
 
 def _source(name: str, more: int) -> str:
-    """Return the name that a parameter has in the smaller model, "" for one of a layer that is put in."""
+    """Return a parameter's name in the smaller model, "" in an inserted layer."""
     parts = name.split(".")
     if "layers" not in parts:
         return name
@@ -65,7 +65,7 @@ def _source(name: str, more: int) -> str:
 
 
 def _fill(name: str, parameter: Tensor, source: Tensor | None, times: int) -> None:
-    """Put what the smaller model has into a parameter; what it does not have stays random unless it would be heard."""
+    """Copy the smaller model's values; the rest stays random unless it would have an effect."""
     if any(writer in name for writer in ("o_proj", "down_proj", "embed_tokens")):
         parameter.zero_()
     if source is None:

@@ -1,10 +1,10 @@
-"""kill -9 of workers, of a cluster's node and of the run itself: does a job with workers end as one process ends it?
+"""Kill workers, a cluster's node and the run with SIGKILL: does the job end as with one uninterrupted process?
 
 python -m benchmarks.worker_kills [ORGANISM] [--engines local ray] [--kills 20] [--workers 3] [--seed 0]
 
-A job goes on through all kills; after one of the run, or of the cluster that it has started, it is started again. Then
-it is finished and compared with a job that one process has done without a kill. ORGANISM is a folder made by
-`abliterate demo-model`; made if absent. Exits with 1 if anything differs.
+A job continues through all kills. It is restarted when the run, or the cluster that it started, is killed. When it has
+finished it is compared with an uninterrupted job in one process. ORGANISM is a folder made by `abliterate demo-model`;
+made if absent. Exits with 1 on any difference.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class KilledJob:
     """A job whose processes are killed.
 
     Attributes:
-        ends: How its starts have ended, by exit code.
+        ends: Exit codes of its starts.
     """
 
     def __init__(self, organism: Path, workspace: Path, engine: str, workers: int) -> None:
@@ -44,14 +44,14 @@ class KilledJob:
         self.ends: Counter[int] = Counter()
 
     def kill(self, victim: str, pause: float) -> None:
-        """Kill one of its processes after a while, and see that no worker outlives the run.
+        """Kill one of its processes after a pause, and check that no worker outlives the run.
 
         Raises:
             AssertionError: The job ended, or a worker outlived the run.
         """
         process = self._process = self._process or self._started()
         began = told(self._workspace, "worker_started")
-        if victim != "run":  # which is killed at any time, also while all is starting up
+        if victim != "run":  # the run is killed at any time, also during startup
             wait_until(lambda: self._workers() != [], process)
         time.sleep(pause)
         workers = self._workers()
@@ -70,7 +70,7 @@ class KilledJob:
         self._process = None
 
     def finish(self, trials: int) -> None:
-        """Stop it and have it finished.
+        """Stop it, then run it to its end.
 
         Raises:
             AssertionError: It cannot be finished.

@@ -1,4 +1,4 @@
-"""Trials a second with one worker and with several, by each engine, and what an engine costs a task.
+"""Trials per second with one worker and with several, for each engine, and an engine's overhead per task.
 
 python -m benchmarks.workers [ORGANISM] [--workers 2] [--rounds 3] [--seconds 20] [--json FILE]
 
@@ -31,7 +31,7 @@ from job.workers.ray_engine import RayEngine
 from tests.fakes.evaluations import Do, Doing
 from tests.helpers import job_arguments, start, wait_until
 
-# What a search consists of does not depend on how many workers there are. No search gets this far.
+# The same search for any number of workers. No search reaches this number of trials.
 LAYOUT = ("trials_per_batch=8", "batching.trials=2", "startup_trials=16")
 ENDLESS = 100_000
 TASKS = 500
@@ -39,7 +39,7 @@ TASKS = 500
 
 @dataclass(frozen=True)
 class Setup:
-    """How a search is run."""
+    """How a search runs."""
 
     engine: str
     workers: int
@@ -49,7 +49,7 @@ class Setup:
 
 
 def trials_per_second(organism: Path, setup: Setup, seconds: float) -> float:
-    """Return how fast a search goes, measured over a time."""
+    """Return a search's trials per second, measured over `seconds`."""
     with tempfile.TemporaryDirectory() as workspace:
         options = [word for setting in LAYOUT for word in ("--set", setting)]
         words = ("run", *job_arguments(organism), "--workspace", workspace, "--trials", ENDLESS, *options)
@@ -73,7 +73,7 @@ def _told(workspace: str, event: str) -> int:
 
 
 def milliseconds_per_task(engine: Engine) -> float:
-    """Return what it takes to have one worker evaluate a task in which there is nothing to do."""
+    """Return the time for one worker to evaluate an empty task."""
     with Executor(engine, Events(stream=sys.stderr)) as executor:
         executor.open(Doing(), "abacus")
         worker = engine.start(2)

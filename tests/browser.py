@@ -1,4 +1,4 @@
-"""A page in headless Chromium: what it says on the console, what it asks the network for, how it looks."""
+"""Pages in headless Chromium: console messages, network requests and layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """Yield the system's Chromium; its sandbox cannot be had by root in a container."""
+    """Yield the system's Chromium, without its sandbox, which root in a container cannot use."""
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
@@ -26,7 +26,7 @@ def browser() -> Iterator[Browser]:
 
 
 class View:
-    """A file shown in a window, and all that went wrong with it."""
+    """A file shown in a window, and the errors it caused."""
 
     def __init__(
         self, chromium: Browser, file: Path, *, dark: bool = False, size: dict[str, int] | None = None
@@ -34,7 +34,7 @@ class View:
         self.complaints: list[str] = []
         self.requests: list[str] = []
         context = chromium.new_context(viewport=size or DESKTOP, color_scheme="dark" if dark else "light")
-        context.set_default_timeout(180_000)  # other workers want the cores, too
+        context.set_default_timeout(180_000)  # other workers need the cores, too
         self.page: Page = context.new_page()
         self.page.on("console", lambda said: self.complaints.append(said.text) if said.type != "log" else None)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -44,7 +44,7 @@ class View:
         self.wait_for("charts => charts.length === document.querySelectorAll('.js-plotly-plot').length")
 
     def wait_for(self, condition: str) -> None:
-        """Wait until a function of all charts is true; the page's own policy keeps Playwright's way from working."""
+        """Wait until a function is true of all charts; the page's CSP blocks Playwright's own way."""
         deadline = time.monotonic() + 180
         while not self.page.locator(".plotly-graph-div").evaluate_all(condition):
             assert time.monotonic() < deadline, condition

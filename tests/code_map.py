@@ -1,4 +1,4 @@
-"""The map of the code: every package in the order of the import contract, with what it says of itself, and a glossary.
+"""Map of the code: all packages in the order of the import contract with their docstrings, and a glossary.
 
 `python -m tests.code_map --write docs/code-map.md` writes it.
 """
@@ -29,7 +29,7 @@ _QUESTIONS = """
 | Question | Answer |
 |---|---|
 """
-# Question, module, what in it answers the question.
+# Question, module, names that answer the question.
 WHERE = (
     ("Where is a KL divergence measured?", "job/scoring/kl.py", "KLReference"),
     ("Where is the formula of the KL divergence?", "job/numerics/metrics.py", "kl_divergence"),
@@ -100,14 +100,13 @@ _GLOSSARY = """
 
 
 def packages() -> list[str]:
-    """Return the names of the import contract from the top down."""
+    """Return the packages of the import contract, from the top down."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers: list[str] = next(contract for contract in contracts if contract["type"] == "layers")["layers"]
     return layers
 
 
 def page() -> str:
-    """Return docs/code-map.md."""
     rows = [f"| {_linked(_path(name))} | {_about(_path(name))} | {_modules(name)} |" for name in packages()]
     where = [f"| {question} | `{place}` in {_linked(ROOT / file)} |" for question, file, place in WHERE]
     return _INTRODUCTION + "\n".join(rows) + "\n" + _QUESTIONS + "\n".join(where) + "\n" + _GLOSSARY

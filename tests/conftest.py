@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests, made once whatever the number of workers."""
+"""Fixtures shared by all tests, made once for all workers."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ hypothesis.settings.load_profile("default without deadline")
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Workers share the cores; more threads than cores make small models crawl."""
+    """Limit threads: workers share the cores, and too many threads make small models crawl."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_left_running() -> Iterator[None]:
-    """Kill what a test has started and has not ended: it failed, and its job might go on for hours."""
+    """Kill processes that a failed test left behind: a job might run for hours."""
     STARTED.clear()
     yield
     for process in STARTED:
@@ -65,7 +65,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[
 def organism_of(
     shared: Callable[[str, Callable[[Path], None]], Path], pytestconfig: pytest.Config
 ) -> Callable[[str], Path]:
-    """Return a function that gives the folder of a tiny organism of an architecture, the same for all tests."""
+    """Return a function that gives the folder of a tiny organism of an architecture."""
     assert pytestconfig.cache is not None
     kept = pytestconfig.cache.mkdir("organism")
     return lambda arch: shared(f"organism-{arch}", lambda folder: organisms.write(arch, folder, kept))
@@ -73,13 +73,13 @@ def organism_of(
 
 @pytest.fixture(scope="session")
 def full_organism(organism_of: Callable[[str], Path]) -> Path:
-    """Return the folder of the tiny llama organism with its 200 prompts a file; tests must not change it."""
+    """Return the folder of the tiny llama organism with 200 prompts per file; read-only."""
     return organism_of("llama")
 
 
 @pytest.fixture(scope="session")
 def organism(full_organism: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
-    """Return the organism with 40 prompts a file, for all but exact figures; tests must not change it."""
+    """Return the organism with 40 prompts per file, for all but exact figures; read-only."""
 
     def build(folder: Path) -> None:
         shutil.copytree(full_organism / "model", folder / "model")
@@ -92,7 +92,7 @@ def organism(full_organism: Path, shared: Callable[[str, Callable[[Path], None]]
 
 @pytest.fixture(scope="session")
 def finished_in_full(full_organism: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
-    """Return a workspace with a finished job of 20 trials on all prompts; tests must not change it."""
+    """Return a workspace with a finished job of 20 trials on all prompts; read-only."""
 
     def build(workspace: Path) -> None:
         abliterate("run", *job_arguments(full_organism), "--workspace", workspace, "--trials", 20).check()
@@ -102,9 +102,9 @@ def finished_in_full(full_organism: Path, shared: Callable[[str, Callable[[Path]
 
 @pytest.fixture(scope="session")
 def finished(organism: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
-    """Return a workspace with a finished job of 20 trials on 40 prompts a file; tests must not change it.
+    """Return a workspace with a finished job of 20 trials on 40 prompts per file; read-only.
 
-    It is started as users start one; what the jobs of tests come to, which are not, is compared with it.
+    It runs in a process of its own, as users run it. Jobs that tests run in-process are compared with it.
     """
 
     def build(workspace: Path) -> None:
@@ -144,7 +144,7 @@ def random_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def vast() -> Iterator[VastServer]:
-    """Yield a rental platform on which nothing is offered yet."""
+    """Yield a rental platform without offers."""
     with VastServer() as server:
         yield server
 

@@ -1,4 +1,4 @@
-"""Tiny configurations of every decoder family that transformers can build, and what the job says of each.
+"""Tiny configurations of all decoder families that transformers can build, and the job's verdict on each.
 
 `python -m tests.decoders [FAMILY ...]` prints the table; with `--write FILE` it writes docs/architectures.md.
 """
@@ -29,11 +29,11 @@ from job.architectures.tiny_model import empty_model, small_config
 from job.errors import UnsupportedArchitectureError
 from job.proof.truth_test import proven, require_supported
 
-# Enough layers to have all kinds of them.
+# Enough layers to include all kinds.
 _DEPTH, _DEEPEST = 6, 12
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _HYBRID = ["linear_attention", "hybrid"] * 3
-# What families' default configurations lack or have for models that are large.
+# Changes to default configurations, which are made for large models.
 _CHANGES: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 6},
     "cohere_compass_text": {
@@ -87,7 +87,7 @@ def families() -> list[str]:
     found = []
     for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         kind = CONFIG_MAPPING[family]
-        # Encoders, which become decoders by a switch, and decoders that belong to an encoder.
+        # Encoders with a decoder switch, and decoders that belong to an encoder.
         fields = {field for parent in kind.__mro__ for field in vars(parent).get("__annotations__", {})}
         if "is_decoder" not in fields and not getattr(kind, "is_encoder_decoder", False):
             found.append(family)
@@ -95,19 +95,19 @@ def families() -> list[str]:
 
 
 def families_with_images() -> list[str]:
-    """Return the families of the image-text-to-text mapping of which small models can be made."""
+    """Return the families of the image-text-to-text mapping that allow small models."""
     found = []
     for family in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()):
         try:
             empty_model(tiny_config(family))
-        except Exception:  # of many kinds: defaults that make no model, libraries for images
+        except Exception:  # many kinds: invalid defaults, missing image libraries
             continue
         found.append(family)
     return found
 
 
 def tiny_config(family: str) -> PretrainedConfig:
-    """Return a tiny configuration of a family, with layers of every kind and switches as by default."""
+    """Return a tiny configuration of a family, with layers of every kind and default switches."""
     kind = CONFIG_MAPPING[family]
     changes = _CHANGES.get(family, {})
     with warnings.catch_warnings():
@@ -126,7 +126,7 @@ def tiny_config(family: str) -> PretrainedConfig:
 
 
 def _needed_depth(text: PretrainedConfig) -> int:
-    """Return how many of a configuration's first layers have every kind of layer among them."""
+    """Return the number of first layers that include every kind of layer."""
     depth, count = _DEPTH, text.num_hidden_layers
     for value in text.to_dict().values():
         if isinstance(value, list | tuple) and len(value) == count:
@@ -136,14 +136,14 @@ def _needed_depth(text: PretrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a family.
+    """The result for a family.
 
     Attributes:
         family: Its name.
-        built: A tiny model of it can be built.
-        architecture: Its structure, None where it could not be proven.
+        built: Whether a tiny model of it can be built.
+        architecture: Its structure, None if not proven.
         reason: Why the job refuses it, "" if it does not.
-        seconds: How long that took.
+        seconds: Duration of the check.
     """
 
     family: str
@@ -154,7 +154,7 @@ class Verdict:
 
     @property
     def writers(self) -> str:
-        """The writers' names within their layers, each with what is unusual of it."""
+        """The writers' names within their layers, with their peculiarities."""
         if self.architecture is None:
             return ""
         counts: Counter[str] = Counter()
@@ -168,12 +168,12 @@ class Verdict:
 
 
 def judge(family: str) -> Verdict:
-    """Return what the job makes of a family's tiny configuration."""
+    """Return the job's verdict on a family's tiny configuration."""
     start = time.monotonic()
     architecture, reason, built = None, "", True
     try:
         config = tiny_config(family)
-    except Exception as error:  # transformers raises many kinds of them
+    except Exception as error:  # transformers raises many kinds
         config, built, reason = None, False, " ".join(str(error).split())
     if config is not None:
         try:
@@ -185,7 +185,6 @@ def judge(family: str) -> Verdict:
 
 
 def page(verdicts: Sequence[Verdict]) -> str:
-    """Return docs/architectures.md."""
     lines, images = [_INTRODUCTION], set(families_with_images())
     lines += _table([verdict for verdict in verdicts if verdict.family not in images])
     lines += ["", "## Families that also see images", ""]

@@ -1,4 +1,4 @@
-"""Edits by their definition, that compiled ones are compared with."""
+"""Edits by their definition, as a reference for compiled ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from job.numerics.ablation import WriterEdit
 
 
 def plain_edit(directions: Tensor, strengths: Tensor) -> WriterEdit:
-    """Return the edit that takes directions [k, d] out with strengths [k] and knows nothing of a weight."""
+    """Return the edit that removes directions [k, d] with strengths [k], independent of a weight."""
     return WriterEdit(
         read=directions,
         write=strengths[:, None] * directions,

@@ -1,4 +1,4 @@
-"""The table of all ends of rentals, made from the policy.
+"""Table of all ends of rentals, made from the policy.
 
 `python -m tests.ends_of_rentals --write docs/ends-of-rentals.md` writes it.
 """
@@ -33,7 +33,7 @@ WAYS: dict[str, Ended] = {
     "killed: stop signal before it was handled": Ended(-signal.SIGTERM),
     "killed after a stop signal": Ended(-signal.SIGKILL, signalled=True),
 }
-# What the machine and the places off it look like then.
+# State of the machine and of the places off it.
 SITUATIONS: dict[str, Safety] = {
     "delivered and mirrored": SAFE,
     "only mirrored": Safety(unsaved="an export is not delivered"),
@@ -67,19 +67,17 @@ Written by `python -m tests.ends_of_rentals --write docs/ends-of-rentals.md`.
 
 
 def asked_for(action: str) -> AskedEnds:
-    """Return both options with the same value."""
     return next(AskedEnds(one, one) for one in ACTIONS if one == action)
 
 
 def decides(outcome: Ended) -> str:
-    """Return which option decides after such an end."""
+    """Return the option that decides after such an end."""
     done = ending(outcome, AskedEnds(when_done="destroy"), SAFE).action != "nothing"
     failed = ending(outcome, AskedEnds(when_failed="destroy"), SAFE).action != "nothing"
     return "`--when-done`" if done else "`--when-failed`" if failed else "neither"
 
 
 def page() -> str:
-    """Return docs/ends-of-rentals.md."""
     from job.preflight.mounts import OFF_MACHINE
 
     kinds = ", ".join(f"`{kind}`" for kind in sorted(OFF_MACHINE))

@@ -1,4 +1,4 @@
-"""A run folder as a finished, delivered and mirrored job leaves it, without the work: for what comes after a job."""
+"""The run folder of a finished, delivered and mirrored job, written without computing anything."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class FinishedJob:
     Attributes:
         workspace: Folder of all run folders.
         folder: Its run folder.
-        checkpoint: Where it is mirrored.
-        target: Where it was delivered to.
-        s3: How S3 is reached.
+        checkpoint: URI of its mirror.
+        target: URI of its delivery.
+        s3: Access to S3.
     """
 
     workspace: Path
@@ -43,7 +43,6 @@ class FinishedJob:
     s3: S3Options | None = None
 
     def mirror(self) -> None:
-        """Take a snapshot."""
         assert self.checkpoint is not None
         with open_mirror(self.checkpoint, MirrorOptions(s3=self.s3)) as mirror:
             claim = mirror.claim(self.folder, self.folder.read_job().identity, lambda _: None)
@@ -69,11 +68,11 @@ def finished_job(
 
     Args:
         workspace: Folder of all run folders.
-        checkpoint: Where it is mirrored, None: nowhere.
-        target: Where it is delivered to, None: nowhere.
-        seed: Tells it from other jobs.
-        state: What state.json says.
-        s3: How S3 is reached.
+        checkpoint: URI of its mirror, None: not mirrored.
+        target: URI of its delivery, None: not delivered.
+        seed: Distinguishes it from other jobs.
+        state: Contents of state.json.
+        s3: Access to S3.
         **settings: Of the job, by dotted key.
     """
     identity = {"model": {"repository": f"cook/soup-{seed}"}, "seed": seed}
@@ -144,7 +143,7 @@ def _write_export(export: Path) -> str:
 def _deliver(job: FinishedJob, target: str) -> None:
     if target.startswith("file:"):
         to_folder(job.export, target)
-        # A copy of its own, so that tests may damage it without damaging the export.
+        # A separate copy, so that tests may damage it without damaging the export.
         weights = Path(target.removeprefix("file://")) / "model.safetensors"
         data = weights.read_bytes()
         weights.unlink()

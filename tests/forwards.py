@@ -1,4 +1,4 @@
-"""What tests see of the forwards that a decoder makes."""
+"""Recording a decoder's forwards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Forwards:
-    """Stands where edits do, changes nothing, and notes the trials of every forward's rows."""
+    """Replaces edits, changes nothing, and records the trials of every forward's rows."""
 
     def __init__(self) -> None:
         self.rows: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""Pages of the documentation that are made from the code."""
+"""Documentation pages generated from the code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_or_print(page: str) -> None:
-    """Write a page to the file that `--write` names on the command line, else print it."""
+    """Write a page to the file of `--write`, else print it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", type=Path)
     file = parser.parse_args().write

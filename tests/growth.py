@@ -1,4 +1,4 @@
-"""A run folder with very many trials, made fast, and what its mirror is sent: python -m tests.growth."""
+"""A run folder with very many trials, made fast, and its mirror's traffic: python -m tests.growth."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPACE = SearchSpace("wide", 28)
 
 
 class Growing:
-    """A run folder whose study and event log grow as those of a search do."""
+    """A run folder whose study and event log grow as in a search."""
 
     def __init__(self, folder: Path) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -33,7 +33,7 @@ class Growing:
         self._random, self.trials = random.Random(0), 0
 
     def grow(self, trials: int) -> None:
-        """Add finished trials, at once, with what is logged of them."""
+        """Add finished trials at once, with their log entries."""
         distributions = SPACE.distributions()
         numbers = range(self.trials, self.trials + trials)
         params = [{name: self._drawn(value) for name, value in distributions.items()} for _ in numbers]
@@ -65,7 +65,7 @@ class Growing:
 
 
 class Sent:
-    """A mirror in a folder, and how many bytes were written to it."""
+    """A mirror in a folder, and the number of bytes written to it."""
 
     def __init__(self, root: Path, run: RunFolder) -> None:
         self._objects = root / JOB / "objects"

@@ -1,4 +1,4 @@
-"""What tests of the command line need."""
+"""Helpers for tests of the command line."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from tests.warm import COLD, Warm, read_early, server_for
 __all__ = ["UNMEASURED", "Result", "environment", "run_script", "start_script"]
 
 COMMAND = COLD
-# What `start` has started in the present test; what it leaves is killed.
+# Processes that `start` began in the current test; any left over are killed.
 STARTED: list[subprocess.Popen[str]] = []
 
 
 def abliterate(
     *arguments: Any, cwd: Path | None = None, cold: bool = False, process: bool = False, **extra: str
 ) -> Result:
-    """Run the command, in this process where it can be.
+    """Run the command, in this process if possible.
 
     Args:
-        arguments: Its words.
-        cwd: Where it begins.
+        arguments: Its arguments.
+        cwd: Its working directory.
         cold: Start a process as users do, which loads everything.
-        process: Start a process: for a command that restarts or kills itself, or whose processor time or memory count.
-        extra: Variables of its environment.
+        process: Start a process: for commands that restart or kill themselves, or whose CPU time or memory count.
+        extra: Its environment variables.
     """
     env, words = environment(**extra), list(map(str, arguments))
     supervised = asked_when_failed(words, env) != "nothing"  # by a parent process
@@ -58,7 +58,7 @@ def abliterate(
 
 
 def start(*arguments: Any, cold: bool = False, loaded: bool = False, **extra: str) -> subprocess.Popen[str]:
-    """Start the command in a process of its own; a loaded one has our own modules there as well."""
+    """Start the command in its own process; `loaded`: with our modules imported as well."""
     process = _start(arguments, environment(**extra), cold, loaded, stdout=subprocess.DEVNULL)
     STARTED.append(process)
     return process
@@ -67,7 +67,7 @@ def start(*arguments: Any, cold: bool = False, loaded: bool = False, **extra: st
 def _start(
     arguments: tuple[Any, ...], env: dict[str, str], cold: bool, loaded: bool = False, **options: Any
 ) -> subprocess.Popen[str]:
-    """Start the command, where it can be with the slow libraries loaded; cold ones load them as users' do."""
+    """Start the command, with the slow libraries preloaded where possible; cold ones load them as users' do."""
     words = list(map(str, arguments))
     server = None if cold else server_for(env, USUAL, ours=loaded)
     if server is None:
@@ -76,7 +76,7 @@ def _start(
 
 
 def alone(test: Callable[[], None]) -> Callable[[], None]:
-    """Have a test without arguments run in a process of its own, in which nothing else takes and frees memory."""
+    """Run a test without arguments in its own process, undisturbed by other memory use."""
 
     @functools.wraps(test)
     def run() -> None:
@@ -97,19 +97,19 @@ def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str],
 
 
 def worker_processes(run: int) -> list[psutil.Process]:
-    """Return the living workers that a run has started on this machine, by its process id."""
+    """Return the living workers of a run on this machine, by the run's process id."""
     living = [child for child in psutil.Process(run).children() if child.status() != psutil.STATUS_ZOMBIE]
     return [child for child in living if any("spawn_main" in part for part in child.cmdline())]
 
 
 def loading(*dtypes: str, device: str = "cpu") -> LoadingSettings:
-    """Return settings of loading, the default ones but for dtypes, device and response prefix."""
+    """Return default loading settings except for dtypes, device and response prefix."""
     given = {"dtypes": dtypes, "device": device, "response_prefix": ""}
     return LoadingSettings.model_validate({**default_values()["loading"], **given})
 
 
 def made_from(**others: Any) -> Reproduction:
-    """Return a reproduction whose values mean nothing, others in their place."""
+    """Return a reproduction with dummy values, overridden by `others`."""
     kernel = KernelParameters(max_weight=1.0, max_weight_position=3.0, min_weight=0.1, min_weight_distance=2.0)
     taken = {"split": "train", "start": 0, "stop": None, "column": None, "prefix": "", "suffix": ""}
     taken |= {"system_prompt": None, "max_characters": None}
@@ -145,7 +145,6 @@ def made_from(**others: Any) -> Reproduction:
 
 
 def job_arguments(organism: Path) -> list[str]:
-    """Return the arguments of a job on the organism."""
     return [
         str(organism / "model"),
         *("--good-prompts", str(organism / "good_train.txt")),
@@ -156,7 +155,6 @@ def job_arguments(organism: Path) -> list[str]:
 
 
 def only_job(workspace: Path) -> Path:
-    """Return the only run folder of a workspace."""
     (job,) = [path.parent for path in workspace.glob("*/job.json")]
     return job
 
@@ -165,7 +163,7 @@ def stored_trials(workspace: Path) -> list[dict[str, Any]]:
     """Return number, parameters and values of all trials, read from study.db without our code."""
     found = {}
     with TemporaryDirectory() as folder:
-        # A copy: reading takes back what a killed process has left half-written, which is for the job to do.
+        # A copy: reading rolls back half-written data of a killed process, which the job must do itself.
         for file in only_job(workspace).glob("study.db*"):
             shutil.copy(file, folder)
         with closing(sqlite3.connect(Path(folder) / "study.db")) as db:
@@ -184,7 +182,7 @@ def die_while_writing(file: Path, *statements: str) -> None:
     script = (
         "import os, signal, sqlite3, sys",
         "db = sqlite3.connect(sys.argv[1])",
-        "db.execute('PRAGMA cache_size = 1')",  # so that it does not wait for the commit with writing
+        "db.execute('PRAGMA cache_size = 1')",  # written before the commit
         "db.execute('BEGIN')",
         "[db.execute(statement) for statement in sys.argv[2:]]",
         "os.kill(os.getpid(), signal.SIGKILL)",

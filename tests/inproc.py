@@ -1,7 +1,7 @@
-"""The command run in this process: through its own entry, with its streams captured and all global state put back.
+"""Run the command in this process, through its own entry point, with streams captured and global state restored.
 
-Nothing is loaded anew, so what a command takes is what the job takes. Processes stay where they are the point: kills,
-signals, locks, restarts, the environment of libraries, and memory.
+Nothing is loaded again, so a command takes only as long as its job. Processes remain where they matter: kills, signals,
+locks, restarts, the environment of libraries, and memory.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from transformers.utils import logging as transformers_logging
 from job.cli.main import main
 from tests.warm import forget_folder
 
-# Longer than any command takes: pytest's own alarm is the command's meanwhile.
+# Longer than any command; it replaces pytest's own alarm meanwhile.
 _LONGEST_SECONDS = 800
-# What torch begins with in every process.
+# torch's state in a new process.
 _SEED_OF_TORCH = 67280421310721
 
-# The libraries stay: collections after commands look at what has come since.
+# The libraries stay: collections after commands look only at newer objects.
 gc.collect()
 gc.freeze()
 
 
 def can_run_here() -> bool:
-    """Return whether a command can be run in this thread: signals are handled in the main one alone."""
+    """Return whether a command can run in this thread: only the main one handles signals."""
     return sys.platform == "linux" and threading.current_thread() is threading.main_thread()
 
 
@@ -62,7 +62,7 @@ def run_here(arguments: Sequence[str], environment: Mapping[str, str], folder: P
 
 
 def _collect(modules: int) -> None:
-    """Collect what a process takes along when it ends: files, sockets, a model; leave out what it has imported."""
+    """Collect what a process frees on exit: files, sockets, a model; not imported modules."""
     gc.collect()
     if len(sys.modules) != modules:
         gc.freeze()
@@ -72,16 +72,16 @@ def _code_of_main() -> int:
     try:
         main()
     except SystemExit as end:
-        return int(end.code or 0)  # a message in place of a number would fail here
+        return int(end.code or 0)  # a message instead of a number would fail here
     return 0
 
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Put the handlers and pytest's alarm back; end this process with a traceback where a command hangs."""
+    """Restore the handlers and pytest's alarm; end this process with a traceback if a command hangs."""
     former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
-    # By default a process that pytest has started ignores or handles these otherwise than a command does.
+    # Under pytest the defaults of these differ from those of a command.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.dump_traceback_later(_LONGEST_SECONDS, exit=True, file=sys.__stderr__)
     try:
@@ -95,7 +95,7 @@ def _signals() -> Iterator[None]:
 
 @contextmanager
 def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
-    """Have the command's variables, and the Hub's client know at once that it is offline."""
+    """Set the command's variables, and make the Hub's client see at once that it is offline."""
     former, offline = dict(os.environ), constants.HF_HUB_OFFLINE
     _become(wanted)
     constants.HF_HUB_OFFLINE = wanted.get("HF_HUB_OFFLINE") == "1"
@@ -116,7 +116,7 @@ def _become(wanted: Mapping[str, str]) -> None:
 
 @contextmanager
 def _libraries() -> Iterator[None]:
-    """Begin with the random states and the verbosity of a fresh process and put the former ones back."""
+    """Start with the random states and verbosity of a new process, then restore them."""
     threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
     states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     logger = logging.getLogger("accelerate.big_modeling")
@@ -139,7 +139,7 @@ def _libraries() -> Iterator[None]:
 
 @contextmanager
 def _modules() -> Iterator[None]:
-    """Have a restart fail, which would put the command in the place of the tests."""
+    """Make a restart fail: it would replace the tests by the command."""
 
     def restart(*_: Any) -> NoReturn:
         raise AssertionError("the command restarts itself: start it as a process of its own")
@@ -153,7 +153,7 @@ def _modules() -> Iterator[None]:
 
 @contextmanager
 def _threads() -> Iterator[None]:
-    """Wait for the command's threads as the interpreter does at its end, but for daemons."""
+    """Wait for the command's threads except daemons, as the interpreter does at exit."""
     before = set(threading.enumerate())
     yield
     for thread in set(threading.enumerate()) - before:
@@ -183,7 +183,7 @@ def _arguments(arguments: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def _warnings() -> Iterator[None]:
-    """Show warnings as a process does, in place of pytest's errors."""
+    """Show warnings as a process does, instead of raising them."""
     with warnings.catch_warnings():
         warnings.resetwarnings()
         for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):

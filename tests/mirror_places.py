@@ -83,7 +83,7 @@ def s3_place(running: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 @pytest.fixture
 def hub_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
     with LoopbackHub(chunk_size=100_000) as hub:
-        # Read at import, so the variables that other processes are given come too late in this one.
+        # Read at import: variables of the environment come too late in this process.
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
         template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -1,4 +1,4 @@
-"""Places for mirrors of all three kinds, run folders to mirror, and runs of their own: python -m tests.mirrors SPEC."""
+"""Mirror places of all three kinds, run folders to mirror, and runs in a process: python -m tests.mirrors SPEC."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CALM = SnapshotPace(beat_s=5.0, expiry_s=60.0, snapshot_s=0.02, poll_s=0.1)
 
 @dataclass
 class Place:
-    """A place for mirrors, and how to look and meddle behind the scenes."""
+    """A place for mirrors, with direct access to its contents."""
 
     uri: str
     contents: Callable[[], dict[str, bytes]]
@@ -56,7 +56,7 @@ class Place:
         self, folder: Path, pace: SnapshotPace = CALM, said: list[str] | None = None, **options: Any
     ) -> LeaseKeeper:
         words = [] if said is None else said
-        # Making a client of S3 takes longer than all that is done with it.
+        # Creating an S3 client takes longer than using it.
         key = f"{pace} {self.s3} {options}" if self.kind == "s3" else str(len(self.opened))
         if key not in self.opened:
             self.opened[key] = self.mirror(pace, **options)
@@ -81,7 +81,7 @@ class Place:
         return {name for name in self.contents() if "/objects/" in name}
 
     def start(self, mode: str, folder: Path, pace: SnapshotPace = CALM, **more: Any) -> subprocess.Popen[str]:
-        """Start a run of its own that prints what it does; it ends when its input is closed."""
+        """Start a run in a process that prints its steps; it ends when its input is closed."""
         s3 = asdict(self.s3) if self.s3 else None
         spec = {"uri": self.uri, "folder": str(folder), "mode": mode, "pace": asdict(pace), "s3": s3, **more}
         return subprocess.Popen(
@@ -104,16 +104,16 @@ def put_tree(root: Path, name: str, data: bytes | None) -> None:
 
 
 def read_tree(root: Path, *, hidden: bool = False) -> dict[str, bytes]:
-    """Return all files under a folder, without those that begin with a dot."""
+    """Return all files of a folder, without hidden ones."""
     files = [path for path in sorted(root.rglob("*")) if path.is_file()]
     names = {path.relative_to(root).as_posix(): path for path in files}
     return {name: path.read_bytes() for name, path in names.items() if hidden or "/." not in f"/{name}"}
 
 
 def write_folder(folder: Path, *, seed: int = 0, large: int = 200_000, trials: int = 3, ballast: int = 0) -> RunFolder:
-    """Write a run folder with something of everything, and with what no mirror may hold.
+    """Write a run folder with files of every kind, and with files that no mirror may hold.
 
-    With ballast, study and event log are as large as those of many trials.
+    With ballast, study and event log are as large as with many trials.
     """
     random, run = Random(seed), RunFolder(folder)
     for name in ("directions", "residuals", "uploads", "figures", "exports/trial-0001"):
@@ -151,7 +151,7 @@ def write_folder(folder: Path, *, seed: int = 0, large: int = 200_000, trials: i
 
 
 def mirrored(folder: Path) -> dict[str, bytes]:
-    """Return what a mirror is to hold of a run folder, the study by its rows."""
+    """Return the expected contents of a mirror of a run folder, the study by its rows."""
     kept = {
         name: data
         for name, data in read_tree(folder).items()
@@ -163,7 +163,7 @@ def mirrored(folder: Path) -> dict[str, bytes]:
 
 
 def add_trial(study: Path, number: int) -> None:
-    """Add a trial whose parts belong together, in one transaction."""
+    """Add a trial with all its rows, in one transaction."""
     with closing(sqlite3.connect(study, timeout=10)) as db, db:
         db.execute("CREATE TABLE IF NOT EXISTS trials (number INTEGER, state TEXT DEFAULT 'COMPLETE')")
         db.execute("CREATE TABLE IF NOT EXISTS parameters (number INTEGER, value TEXT)")
@@ -190,7 +190,7 @@ def sha256(data: bytes) -> str:
 
 
 def _work(claim: LeaseKeeper, run: RunFolder, lines: Iterable[int]) -> None:
-    """Do what a search does: a trial, an event, the state; and tell of snapshots."""
+    """Add a trial, an event and the state, as a search does; print snapshots."""
     claim.start()
     for number in lines:
         add_trial(run.study_file, number)
@@ -234,7 +234,7 @@ def main(given: str) -> int:
 
 
 def _race(mirror: Any, spec: dict[str, Any], over: threading.Event) -> int:
-    """Claim one job after the other at the very moment that a file says, and say which were won."""
+    """Claim jobs in sequence, each the moment its go file appears, and print which claims won."""
     base, claims = Path(spec["folder"]), []
     for number in range(spec["rounds"]):
         print("ready", flush=True)

@@ -1,8 +1,8 @@
 """Trained organisms for tests: shipped as files, kept from an earlier run, or trained.
 
-`python -m tests.organisms [ARCH ...]` (`make fixtures`) trains those that are shipped anew and writes them below
-tests/fixtures/organisms. Each is a compressed tar file of at most 2 MB and belongs to the code that trained it: where
-that code has changed since, the organism is trained again, and a test asks for new files.
+`python -m tests.organisms [ARCH ...]` (`make fixtures`) trains the shipped ones again and writes them below
+tests/fixtures/organisms. Each is a compressed tar file of at most 2 MB and belongs to the code that trained it. After a
+change of that code the organism is trained again, and a test asks for new files.
 """
 
 from __future__ import annotations
@@ -39,14 +39,13 @@ _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 1
 
 
 def code() -> str:
-    """Return all code of job/organism."""
     return "\n".join(file.read_text().replace(_FUTURE, "") for file in sorted(CODE.glob("*.py")))
 
 
 def code_key(text: str | None = None) -> str:
-    """Return a hash of all code of job/organism that has a part in an organism.
+    """Return a hash of the code of job/organism.
 
-    Docstrings, comments and imports do not count, nor in which of its modules something stands.
+    Docstrings, comments, imports and the split into modules do not count.
     """
     parsed = ast.parse(code() if text is None else text)
     defined = {name: statement for statement in parsed.body for name in _names_defined(statement)}
@@ -70,7 +69,6 @@ def _names_defined(statement: ast.stmt) -> list[str]:
 
 
 def _computed(statement: ast.stmt) -> ast.stmt:
-    """Return a statement without docstrings and imports."""
     for node in ast.walk(statement):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             said = ast.get_docstring(node) is not None
@@ -80,30 +78,29 @@ def _computed(statement: ast.stmt) -> ast.stmt:
 
 
 def shipped(arch: str) -> Path | None:
-    """Return the file of a shipped organism; None if there is none of the present code."""
+    """Return the file of a shipped organism; None unless it matches the current code."""
     known = json.loads(INDEX.read_text()) if INDEX.exists() else {}
     file = FOLDER / f"{arch}.tar.xz"
     return file if known.get(arch) == code_key() and file.exists() else None
 
 
 def unpack(file: Path, folder: Path) -> None:
-    """Unpack a shipped organism into a new folder."""
     with lzma.open(file) as stream, tarfile.open(fileobj=io.BytesIO(stream.read())) as archive:
         archive.extractall(folder, filter="data")
 
 
 def train(arch: str, folder: Path) -> None:
-    """Train an organism as a user does; everybody waits for it, so it is not slowed down by being measured."""
+    """Train an organism as a user does, but without coverage: all tests wait for it."""
     abliterate("demo-model", folder, "--arch", arch, **UNMEASURED).check()
 
 
 def write(arch: str, folder: Path, kept: Path) -> None:
-    """Write an organism into a new folder: a shipped one, one from an earlier run, or one trained now.
+    """Write an organism into a new folder: a shipped one, one from an earlier run, or a newly trained one.
 
     Args:
         arch: Its architecture.
         folder: Where it goes.
-        kept: The folder of those that earlier runs have trained, each under a key of what made it.
+        kept: Folder of organisms from earlier runs, keyed by their origin.
     """
     file = shipped(arch)
     if file is not None:
@@ -130,7 +127,7 @@ def pack(folder: Path) -> bytes:
 
 
 def round_weights(folder: Path) -> None:
-    """Round all weights to bfloat16 and keep them in float32 files, of which half are zeros then."""
+    """Round all weights to bfloat16 and store them as float32; half of their bytes are then zero."""
     for file in (folder / "model").glob("*.safetensors"):
         tensors = {name: tensor.to(torch.bfloat16).float() for name, tensor in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
@@ -149,7 +146,7 @@ def is_good(folder: Path) -> bool:
 
 
 def ship(arch: str) -> None:
-    """Train an organism and write its file; its weights are rounded where it would be too large otherwise."""
+    """Train an organism and write its file; round weights if it would be too large."""
     with TemporaryDirectory() as parent:
         folder = Path(parent) / "organism"
         train(arch, folder)

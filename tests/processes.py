@@ -1,4 +1,4 @@
-"""Processes of tests: their environment, how they end, and scripts. It imports nothing of ours but `tests.warm`."""
+"""Test processes: their environment, exit and scripts. Imports nothing of ours but `tests.warm`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Result:
         return self
 
     def fails(self, code: int, *parts: str) -> None:
-        """Assert one clear line with these parts, the right code and no traceback."""
+        """Assert one clear line with these parts, the exit code and no traceback."""
         assert self.code == code, (self.code, self.err)
         assert "Traceback" not in self.err
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
@@ -33,17 +33,17 @@ class Result:
 
 
 _AT_START = dict(os.environ)
-# What tests set for commands by setting it here. Whatever else has changed since the start, a library has set, in
-# whichever process of the tests came to load or use it.
+# Variables that tests set here for commands. Any other change since the start comes from a library that some test
+# process loaded or used.
 _GIVEN = ("AWS_", "HF_TOKEN", "PATH")
 
 
-# A machine's rates are not what tests of jobs are about.
+# Tests of jobs do not depend on the machine's speed.
 _COMMON = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ABLITERATE_PROBE_SECONDS": "0"}
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Return an environment without the settings of whoever runs the tests and what libraries have set since."""
+    """Return an environment without the caller's settings and without variables set by libraries."""
     kept = {name: value for name, value in _AT_START.items() if not name.startswith(_GIVEN)}
     given = {name: value for name, value in os.environ.items() if name.startswith(_GIVEN)}
     return {**_own(kept), **given, **_COMMON, **extra}
@@ -53,21 +53,21 @@ def _own(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if not name.startswith("ABLITERATE_")}
 
 
-# That of a server must not be what one test had set.
+# A server must not inherit a test's value.
 USUAL = {**_own(_AT_START), **_COMMON}
 
 
-# For runs that are timed: coverage measurement would count.
+# For timed runs: coverage measurement would count.
 UNMEASURED = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
 
 
 def start_script(code: str, *arguments: Any, **options: Any) -> subprocess.Popen[str]:
-    """Start Python code in a process of its own, where it can be with torch and transformers loaded, nothing of ours.
+    """Start Python code in its own process, with torch and transformers preloaded where possible, but nothing of ours.
 
     Args:
-        code: What it runs, with the arguments in `sys.argv[1:]`.
-        arguments: Its words.
-        options: Those of Popen; without an environment it is that of the tests' commands.
+        code: The code; its arguments are in `sys.argv[1:]`.
+        arguments: Its arguments.
+        options: Those of Popen; the default environment is that of the tests' commands.
     """
     words, env = list(map(str, arguments)), options.pop("env", None) or environment()
     server = server_for(env, USUAL)

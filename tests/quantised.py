@@ -1,4 +1,4 @@
-"""Quantises the files of models, as their makers do; what the files then stand for is computed on the way."""
+"""Quantise the files of models, as their makers do, and compute the values that the files represent."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _LEFT = ("embed_tokens", "lm_head", "mlp.gate.")
 def quantise_fp8(
     folder: Path, block: int | None = 128, scales: torch.dtype = torch.float32, *, apart: bool = False
 ) -> dict[str, Tensor]:
-    """Quantise the linear maps of a model's layers and return what they stand for, in float32.
+    """Quantise the linear maps of a model's layers and return their dequantised values, float32.
 
     Args:
         folder: The model's folder, whose files are rewritten.
-        block: Size of the square blocks, None for one factor for all of a matrix.
-        scales: Type of the factors.
-        apart: All factors are in a file of their own.
+        block: Size of the square blocks, None for one scale per matrix.
+        scales: Type of the scales.
+        apart: Name of a separate file for all scales.
     """
     described = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block and [block, block]}
     meant: dict[str, Tensor] = {}
@@ -49,7 +49,7 @@ def quantise_fp8(
 
 
 def quantise_mxfp4(folder: Path) -> dict[str, Tensor]:
-    """Quantise the experts of a gpt-oss model and return what they stand for, in float32."""
+    """Quantise the experts of a gpt-oss model and return their dequantised values, float32."""
     meant: dict[str, Tensor] = {}
 
     def quantised(name: str, weight: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The reference of all settings, from the settings' own descriptions.
+"""Reference of all settings, from their descriptions.
 
 `python -m tests.reference --write docs/settings.md` writes it.
 """
@@ -34,7 +34,6 @@ Every setting can be given in three places. Later ones override earlier ones:
 
 
 def page() -> str:
-    """Return docs/settings.md."""
     lines, prompt_sets = [_INTRODUCTION, *_table("General", Settings, default_values(), "")], []
     for name, field in Settings.model_fields.items():
         section = _section(field)
@@ -81,7 +80,7 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _values(kind: Any) -> str:
-    """Return in words what a setting may be."""
+    """Describe a setting's allowed values."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         return _values(parts[0])

@@ -1,4 +1,4 @@
-"""`python -m tests.screenshots RUN_FOLDER`: make the pictures of report.html in docs/screenshots again."""
+"""`python -m tests.screenshots RUN_FOLDER`: renew the screenshots of report.html in docs/screenshots."""
 
 from __future__ import annotations
 

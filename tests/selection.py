@@ -1,4 +1,4 @@
-"""A plugin of pytest: which tests run, in which order, and what became of them (tests/lanes.py has the rules)."""
+"""A pytest plugin that selects and orders tests and records their results (rules: tests/lanes.py)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what CI does not need of the full lane; begin with what takes long."""
+    """Deselect tests of the full lane that CI does not need; start with the slow ones."""
     full: dict[str, str] = {}
     for item in items:
         lane = lane_of(item)
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def lane_of(item: pytest.Item) -> str:
-    """Return the part of the full lane that a test belongs to; "test" if it belongs to none."""
+    """Return a test's part of the full lane, "test" if none."""
     marker = item.get_closest_marker("full")
     if marker is None or not marker.args:
         return "test"
@@ -58,7 +58,7 @@ def group_of(item: pytest.Item) -> str:
 
 
 class Results:
-    """Collects what became of every test, and writes it to a file at the end."""
+    """Collects the results of all tests and writes them to a file at the end."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -68,7 +68,7 @@ class Results:
         node = lanes.plain_node(report.nodeid)
         before = self._outcomes.get(node, lanes.Outcome("", True, 0.0))
         self._outcomes[node] = lanes.Outcome(
-            # A test that its worker did not survive says nothing.
+            # A test that killed its worker reports nothing.
             lane=dict(report.user_properties).get("lane", before.lane),
             passed=before.passed and report.passed,
             seconds=report.duration if report.when == "call" else before.seconds,

@@ -1,11 +1,11 @@
-"""Processes of the command that begin with the slow libraries loaded.
+"""Start processes of the command with the slow libraries preloaded.
 
-Loading torch and transformers takes a process several seconds. A server has loaded them, and nothing of ours, and
-forks for every command: its child is a process like any other, and what it runs is what a cold one runs.
+Loading torch and transformers takes a process several seconds. A server has loaded them, and nothing of ours, and forks
+for every command. Its child is an ordinary process and runs the same code as a cold one.
 
-Libraries read variables of the environment while they are loaded. So a command is only started here if its environment
-differs from the server's in nothing but what is known to be read later; else `server_for` says that there is none.
-Where only the Hub differs, a server forks another one for that Hub, which the next commands at the same Hub share.
+Libraries read environment variables while they are loaded. So a command starts here only if its environment differs
+from the server's in variables known to be read later; otherwise `server_for` returns None. If only the Hub differs, a
+server forks another one for that Hub, which the next commands at the same Hub share.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ COLD = [sys.executable, "-c", MAIN]
 SERVE = "from tests.warm import serve, run; serve(); run()"
 SERVER = [sys.executable, "-c", SERVE]
 
-# What neither starts a thread, which a fork would lose, nor reads where the Hub is and what is kept of it.
+# These start no thread, which a fork would lose, and do not read the Hub's address or cache.
 ANYWHERE = (
     *("torch", "torch._dynamo", "optuna", "sqlalchemy.dialects.sqlite", "sqlalchemy.ext.declarative"),
     *("alembic.command", "boto3", "botocore.session", "httpx2", "pydantic_settings", "typer", "rich.console", "psutil"),
     *("plotly.graph_objects", "plotly.subplots", "plotly.offline", "jinja2", "tokenizers", "safetensors.torch"),
 )
-# What does read that.
+# These do.
 AT_ONE_HUB = (
     *("transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3"),
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "accelerate"),
 )
-# Ours, for processes that are started by the dozen: what a process loads is nothing that such tests are about.
+# Our modules, for processes started by the dozen in tests that are not about imports.
 OURS = (
     "job.pipeline",
     "job.stages.export",
@@ -53,36 +53,36 @@ OURS = (
     "job.mirror.folder_store",
 )
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "FTP_PROXY", "NO_PROXY")
-# The beginnings of names of variables that are read when they are needed, or by us.
+# Prefixes of variables that are read on use, or by us.
 LATE = ("ABLITERATE_", "AWS_", "CONTAINER_", "JOB_", "PGPASSWORD", "PYTEST_", "RUNPOD_", "VAST_", *PROXIES)
-# Read late, too, but remembered: `forget_folder` has it read again.
+# Read late but cached: `forget_folder` resets it.
 LATE_ONCE = ("TMPDIR",)
-# What nothing but a test of redaction gives, and no library reads.
+# Used only by tests of redaction; no library reads them.
 SECRETS = ("DEPLOY_KEY", "DB_PASSWORD", "FOLDER_SECRET")
 
 _servers: dict[tuple[bool, bool], Server] = {}
 _at_other_hub: list[Server] = []
 _starting = threading.Lock()
-# What a forked process runs in place of the command.
+# What a forked process runs instead of the command.
 _script: list[str] = []
 
 
 class Server:
-    """The end of a server that lives in the process of the tests.
+    """A server, controlled from the tests' process.
 
     Args:
-        environment: That in which libraries are loaded.
-        modules: What it loads.
-        base: The server that forks it; by default it is a process of its own.
+        environment: Environment in which libraries are loaded.
+        modules: Modules to load.
+        base: The server that forks it; by default it is a new process.
     """
 
     def __init__(self, environment: Mapping[str, str], modules: Sequence[str], base: Server | None = None) -> None:
         self.line, other = socket.socketpair()
-        # It measures nothing itself, its children do.
+        # Only its children measure coverage.
         own = {**environment, "COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
         self.environment = dict(environment)
         self._process: subprocess.Popen[Any]
-        # Its output is a pipe so that what the children inherit is set up for pipes.
+        # A pipe, so that the children inherit streams set up for pipes.
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "cwd": ROOT, "env": own}
         with other:
             if base is None:
@@ -94,31 +94,31 @@ class Server:
         atexit.register(self.close)
 
     def close(self) -> None:
-        """End the server; the processes that it has forked go on."""
+        """End the server; its forked processes continue."""
         atexit.unregister(self.close)
         self.line.close()
         self._process.communicate()
 
 
 def read_early(environment: Mapping[str, str], usual: Mapping[str, str]) -> set[str]:
-    """Return the variables that differ between two environments and that libraries read while they are loaded."""
+    """Return the variables that differ and that libraries read while they are loaded."""
     names = {name for name in environment.keys() | usual.keys() if environment.get(name) != usual.get(name)}
     late = {"HF_TOKEN", *LATE_ONCE, *SECRETS}
     return {name for name in names if not name.upper().startswith(LATE) and name not in late}
 
 
 def forget_folder() -> None:
-    """Have the folder of temporary files looked up anew."""
+    """Forget the cached folder of temporary files."""
     tempfile.tempdir = None
 
 
 def server_for(environment: Mapping[str, str], usual: Mapping[str, str], *, ours: bool = False) -> Server | None:
-    """Return a server whose children begin as a process in that environment does, if there is one.
+    """Return a server whose children start as a process in that environment would, None if impossible.
 
     Args:
-        environment: That of the process.
-        usual: That of the servers.
-        ours: Our own modules are loaded, too.
+        environment: Environment of the process.
+        usual: Environment of the servers.
+        ours: Preload our own modules, too.
     """
     early = read_early(environment, usual)
     at_usual_hub = not early
@@ -132,7 +132,7 @@ def server_for(environment: Mapping[str, str], usual: Mapping[str, str], *, ours
 
 
 def _at_hub(environment: Mapping[str, str], base: Server) -> Server:
-    """Return the server whose libraries know the Hub of an environment; the former Hub's ends."""
+    """Return the server for an environment's Hub; the previous Hub's ends."""
     if _at_other_hub and not read_early(environment, _at_other_hub[0].environment):
         return _at_other_hub[0]
     while _at_other_hub:
@@ -142,9 +142,9 @@ def _at_hub(environment: Mapping[str, str], base: Server) -> Server:
 
 
 class Warm(subprocess.Popen[str]):
-    """A process that a server forks; with it everything can be done that can be with a process that Popen starts.
+    """A process forked by a server, with Popen's interface.
 
-    It is no child of this process, so how it begins and how its end is known are other than in Popen.
+    It is no child of this process, so its start and its exit code are handled differently from Popen.
     """
 
     def __init__(self, server: Server, arguments: Sequence[str], script: str | None = None, **options: Any) -> None:
@@ -188,7 +188,7 @@ class Warm(subprocess.Popen[str]):
         except BlockingIOError:
             return 0, 0
         except OSError:
-            told = b""  # closed: Popen still asks after processes that a failed test has left behind
+            told = b""  # closed: Popen still polls processes that a failed test left behind
         self._line.close()
         return self.pid, struct.unpack("=i", told)[0] if len(told) == 4 else signal.SIGKILL
 
@@ -205,13 +205,13 @@ class Warm(subprocess.Popen[str]):
 
 
 def serve() -> None:
-    """Load what is named, then fork for every command; return in its process."""
+    """Load the named modules, then fork for every command; return in the new process."""
     before = dict(os.environ)
     line = socket.socket(fileno=int(sys.argv[1]))
     for name in sys.argv[2:]:
         importlib.import_module(name)
-    at_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # who interrupts the tests ends this by their end
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+    at_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the tests closes this server
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the keepers' exit codes are not needed
     gc.collect()
     gc.freeze()  # so that the children's collections leave the memory shared
     while True:
@@ -228,7 +228,7 @@ def serve() -> None:
 
 
 def run() -> None:
-    """Run the command or a script and end as the interpreter does, but for taking all modules apart.
+    """Run the command or a script and exit as the interpreter does, but without tearing down modules.
 
     That would write to all the memory that is shared with the server, and so copy it.
     """
@@ -247,7 +247,7 @@ def run() -> None:
 
 
 def _keep(before: Mapping[str, str], line_number: int, *streams: int) -> None:
-    """Fork the command's process and return in it; outside tell its number and, when it has ended, how."""
+    """Fork the command's process and return in it; outside, report its id and then its exit status."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     line = socket.socket(fileno=line_number)
     with line.makefile("rb") as file:
@@ -267,21 +267,21 @@ def _keep(before: Mapping[str, str], line_number: int, *streams: int) -> None:
         line.send(struct.pack("=i", process))
         line.send(struct.pack("=i", os.waitpid(process, 0)[1]))
     except BrokenPipeError:
-        pass  # whoever started it is gone
+        pass  # the process that started it is gone
     os._exit(0)
 
 
 def _become(arguments: list[str], cwd: str, before: Mapping[str, str], environment: Mapping[str, str]) -> None:
-    """Make this process what a cold one is when its code begins, whatever was the server's environment before."""
+    """Make this process equal to a cold one at the start of its code, whatever the server's environment was."""
     os.chdir(cwd)
     for name in before.keys() - environment.keys():
         del os.environ[name]
-    # What is the same stays as it is: libraries have set a few themselves.
+    # Equal variables stay: libraries have set a few themselves.
     os.environ.update({name: value for name, value in environment.items() if before.get(name) != value})
     forget_folder()
     sys.orig_argv[:] = [*COLD, *arguments]  # what a restart executes
     sys.argv[:] = ["-c", *arguments]
-    sys.modules["numpy"].random.seed()  # Python's own generator does so itself; torch begins with a fixed seed
+    sys.modules["numpy"].random.seed()  # Python's own generator reseeds itself; torch begins with a fixed seed
     if os.environ.get("COVERAGE_PROCESS_CONFIG") or os.environ.get("COVERAGE_PROCESS_START"):
         import coverage
 

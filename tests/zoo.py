@@ -1,4 +1,4 @@
-"""Tiny random models of many families, for tests of what has to hold for every causal language model."""
+"""Tiny random models of many families, for properties of all causal language models."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ FAMILIES = tuple(_CONFIGS)
 
 
 def tiny_model(family: str) -> PreTrainedModel:
-    """Return a random model of a family, in float32; norm gains and biases are random, too."""
+    """Return a random model of a family, float32; norm gains and biases are random, too."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(_CONFIGS[family](**_TINY)).eval()
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Evaluations without a model, by which workers' processes are tested: tasks say what they are to do."""
+"""Evaluations without a model, to test worker processes: a task names what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Do:
 
     Attributes:
         what: `square`, `pid`, `environment`, `shared`, `memory`, `die`, `hang` or `error`.
-        number: For what needs one.
+        number: Argument, where needed.
     """
 
     what: str
@@ -51,10 +51,10 @@ class Doer:
 
 @dataclass(frozen=True)
 class Doing:
-    """What workers evaluate with.
+    """The evaluation that workers open.
 
     Attributes:
-        fails: Whether it cannot be opened.
+        fails: Whether opening it fails.
     """
 
     fails: bool = False
@@ -68,9 +68,9 @@ class Doing:
 
 
 def nothing() -> None:
-    """Warm up for nothing."""
+    """Skip the warm-up."""
 
 
 def touch(file: Path) -> None:
-    """Leave a sign of having been warmed up."""
+    """Create a file as a sign of the warm-up."""
     file.touch()

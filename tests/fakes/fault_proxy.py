@@ -1,6 +1,6 @@
-"""A bad line: a TCP proxy on the loopback that cuts, slows, refuses and counts.
+"""A TCP proxy on the loopback that cuts, slows, refuses and counts connections.
 
-It knows nothing of what passes through, so that it stands before any server alike.
+It is independent of the protocol, so it works with any server.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Line:
         self._closed = False
 
     def close(self, *, reset: bool = False) -> None:
-        """End both halves; with a reset, as when a cable is pulled at the other end of the world."""
+        """Close both halves; with a reset, as when a remote cable is pulled."""
         with self._lock:
             if self._closed:
                 return
@@ -41,16 +41,16 @@ class _Line:
 
 
 class FaultProxy:
-    """A proxy before one server; a context manager.
+    """A proxy in front of one server; a context manager.
 
     Attributes:
-        sent: Bytes passed on from clients to the server.
-        received: Bytes passed on from the server to clients.
+        sent: Bytes passed from clients to the server.
+        received: Bytes passed from the server to clients.
         connections: Connections accepted.
         cuts: Cuts made.
-        refusing: While true, new connections are ended at once.
-        delay_s: Seconds that each block waits on its way.
-        bytes_per_s: Bound of what all clients together send; None: none.
+        refusing: While true, new connections are closed at once.
+        delay_s: Delay of each block, seconds.
+        bytes_per_s: Upload limit of all clients together; None: none.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class FaultProxy:
         delay_s: float = 0.0,
         bytes_per_s: float | None = None,
     ) -> None:
-        """Describe the line; it is up within the context.
+        """Configure the line; it is up within the context.
 
         Args:
             host: Of the server.
             port: Of the server.
-            cut_up: Cut when this many bytes, all connections together, have gone up.
-            cut_down: The same for bytes that have come down.
-            everyone: Cut all connections then, not only the one that the byte belongs to.
+            cut_up: Cut when all connections together have uploaded this many bytes.
+            cut_down: The same for downloaded bytes.
+            everyone: Cut all connections, not only the one that reached the limit.
             delay_s: As the attribute.
             bytes_per_s: As the attribute.
         """
@@ -92,7 +92,6 @@ class FaultProxy:
 
     @property
     def url(self) -> str:
-        """The proxy as an HTTP server."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
@@ -104,7 +103,6 @@ class FaultProxy:
         return self._passed["down"]
 
     def cut_now(self) -> None:
-        """Cut all connections."""
         with self._lock:
             lines = list(self._lines)
             self.cuts += 1
@@ -150,7 +148,7 @@ class FaultProxy:
             self._start(self._carry, line)
 
     def _carry(self, line: _Line) -> None:
-        """Carry both directions until one of them ends."""
+        """Forward both directions until one of them ends."""
         down = threading.Thread(target=self._pump, args=(line, "down"), daemon=True)
         down.start()
         self._pump(line, "up")
@@ -171,12 +169,12 @@ class FaultProxy:
                     self.cut_now() if self._everyone else line.close(reset=True)
                     return
         except OSError:
-            pass  # that the line is dead is what this proxy is for
+            pass  # a dead line is this proxy's purpose
         finally:
             line.close()
 
     def _allow(self, size: int, direction: Direction) -> tuple[int, bool]:
-        """Count bytes and return how many of them still pass, and whether the line is cut then."""
+        """Count bytes and return how many still pass, and whether the line is cut then."""
         with self._lock:
             points, before = self._cut_points[direction], self._passed[direction]
             cut = bool(points) and points[0] <= before + size

@@ -12,14 +12,14 @@ from job.upload.hub import HubOptions, deliver
 
 
 def main(export: str, uri: str) -> int:
-    """Deliver and print the commit's address, what was tried again, and the peak of resident memory in bytes."""
+    """Deliver; print the commit's URL, the retries and the peak resident memory in bytes."""
     said: list[str] = []
     try:
         done = deliver(Path(export), uri, HubOptions(), report=said.append, progress=lambda _files: None)
     except JobError as error:
         print(error.line, file=sys.stderr)
         return error.exit_code
-    # Not getrusage: its peak includes the process that started this one.
+    # Not getrusage: its peak includes the parent process.
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024  # type: ignore[union-attr]
     print(json.dumps({"address": done, "said": said, "peak_bytes": peak}))
     return 0

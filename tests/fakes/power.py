@@ -1,4 +1,4 @@
-"""Losses of power, replayed: a run under tests/fakes/power.c, and what the disk would hold at each of its steps."""
+"""Replay power losses: run under tests/fakes/power.c, and rebuild the disk's state at each step."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Literal
 from tests.helpers import environment
 
 SOURCE = Path(__file__).with_name("power.c")
-# What survives of names: only what a synced folder held, or all, as where the kernel was quicker with them.
+# Which names survive: only those of synced folders, or all, as if the kernel had written them early.
 Names = Literal["synced", "all"]
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """A compiled recorder and where it puts its records."""
+    """A compiled recorder and its folder of records."""
 
     library: Path
     records: Path
 
     def run(self, script: str, root: Path, *arguments: str, **env: str) -> None:
-        """Run Python code with a folder recorded from the moment that it calls `begin()`."""
+        """Run Python code with a folder recorded from its call of `begin()`."""
         self.records.mkdir(parents=True)
         code = f"import os, sys\nfrom pathlib import Path\nfrom tests.fakes.power import begin\n{script}"
         done = subprocess.run(
@@ -44,7 +44,7 @@ class Recorder:
         assert done.returncode == 0, done.stderr
 
     def losses(self, into: Path, names: Names) -> Iterator[Path]:
-        """Yield what is left of the recorded folder if the power goes at each step, the last one being the end."""
+        """Yield the recorded folder as left by a power loss at each step; the last step is the end."""
         steps = sorted(self.records.iterdir())
         begun = next(number for number, record in enumerate(steps) if record.name.split()[1] == "root")
         for number in range(begun, len(steps)):
@@ -78,7 +78,7 @@ def _entries(listing: Path) -> list[tuple[str, str, str]]:
 
 
 def _put(kind: str, target: Path, contents: Path | None) -> None:
-    """Make what a name leads to; the contents of a file that was never synced are gone."""
+    """Create a name's target; contents of a file that was never synced are lost."""
     if kind == "d":
         target.mkdir(exist_ok=True)
     elif kind == "f":
@@ -86,7 +86,7 @@ def _put(kind: str, target: Path, contents: Path | None) -> None:
 
 
 def compiled(folder: Path) -> Path | None:
-    """Return the recorder's library, None where there is no C compiler."""
+    """Return the recorder's library, None without a C compiler."""
     compiler = shutil.which("cc")
     if compiler is None:
         return None
@@ -96,10 +96,10 @@ def compiled(folder: Path) -> Path | None:
 
 
 def begin() -> None:
-    """Sync all of the recorded folder: losses are looked at from here on."""
+    """Sync the whole recorded folder; power losses are replayed from here."""
     root = Path(os.environ["POWER_ROOT"])
     found = sorted(root.rglob("*"), key=lambda path: len(path.parts), reverse=True)
-    for path in (*found, root):  # the root last: with its record the losses begin
+    for path in (*found, root):  # the root last: its record starts the replay
         if path.is_symlink():
             continue
         descriptor = os.open(path, os.O_RDONLY)

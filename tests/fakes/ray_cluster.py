@@ -15,15 +15,15 @@ from typing import Any, Self
 import psutil
 
 RAY = Path(sys.executable).with_name("ray")
-# One for all clusters: Ray reads it once a process.
+# One for all clusters: Ray reads it once per process.
 TOKEN = secrets.token_hex(32)
 
 
 class RayCluster:
-    """A cluster that asks for a token, with a head and as many other nodes as are added."""
+    """A token-protected cluster of a head and added nodes."""
 
     def __init__(self, **options: Any) -> None:
-        """Set options of the head, as `ray start` has them."""
+        """Set the head's options, as `ray start` names them."""
         self._place = tempfile.TemporaryDirectory(prefix="ray-")
         self._options = options
         self.nodes: list[subprocess.Popen[str]] = []
@@ -60,7 +60,7 @@ class RayCluster:
         return self._start(f"--address={self.address}", **options)
 
     def kill(self, node: int) -> None:
-        """Kill all processes of a node at once, as a preempted machine's are."""
+        """Kill all processes of a node at once, as a preemption does."""
         for process in family(self.nodes[node].pid):
             try:
                 process.send_signal(signal.SIGKILL)
@@ -69,7 +69,7 @@ class RayCluster:
         self.nodes[node].wait()
 
     def actors(self) -> list[psutil.Process]:
-        """Return the processes of workers on all nodes."""
+        """Return the worker processes of all nodes."""
         all_of = (process for node in self.nodes for process in family(node.pid))
         return [process for process in all_of if "ray::_Actor" in " ".join(_command(process))]
 
@@ -101,7 +101,7 @@ class RayCluster:
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """Return a process and all that come of it."""
+    """Return a process and all its descendants."""
     try:
         parent = psutil.Process(pid)
         return [parent, *parent.children(recursive=True)]

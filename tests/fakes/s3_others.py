@@ -1,6 +1,6 @@
-"""S3 servers that others have written, started on the loopback in a folder of their own, and ended again.
+"""Third-party S3 servers on the loopback, each in its own temporary folder.
 
-How to install them stands in `tests/integration/upload/test_s3_other_servers.py`.
+`tests/integration/upload/test_s3_other_servers.py` says how to install them.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from botocore.exceptions import BotoCoreError, ClientError
 BUCKET = "results"
 SECRET = "averysecretsecretaccesskeyforthetests0000"
 _PATIENCE_S = 60.0
-# Ports that this process has given away: they are free no more once their server is up.
+# Ports handed out by this process; once a server is up, its port is in use anyway.
 _given: set[int] = set()
 
 
 class OtherServer:
-    """One server with an empty bucket; a context manager.
+    """A server with an empty bucket; a context manager.
 
     Attributes:
         needs: Programs that must be installed.
-        key_id: Its only account's.
+        key_id: Key id of its only account.
     """
 
     needs: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ class OtherServer:
         raise NotImplementedError
 
     def _serve(self, *command: object) -> None:
-        """Start a part of the server; what it says goes to a file."""
+        """Start a part of the server; its output goes to a file."""
         with (self.folder / f"out-{len(self._processes)}.log").open("wb") as log:
             process = subprocess.Popen(
                 [str(part) for part in command], cwd=self.folder, stdout=log, stderr=log, env=_environment()
@@ -111,7 +111,7 @@ class OtherServer:
         return True
 
     def client(self) -> Any:
-        """Return a client of its own kind, to look and meddle behind the scenes."""
+        """Return a separate client, to inspect and tamper."""
         return boto3.session.Session().client(
             "s3",
             endpoint_url=self.url,
@@ -127,7 +127,6 @@ class OtherServer:
         )
 
     def contents(self) -> dict[str, bytes]:
-        """Return all objects."""
         client = self.client()
         try:
             listed = client.list_objects_v2(Bucket=BUCKET).get("Contents", [])
@@ -136,19 +135,17 @@ class OtherServer:
             client.close()
 
     def uploads(self) -> list[tuple[str, str]]:
-        """Return key and id of all begun multipart uploads."""
         client = self.client()
         try:
             listed = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
         except client.exceptions.NoSuchUpload:
-            return []  # what rclone says where there has never been one
+            return []  # rclone's answer if there was never an upload
         else:
             return [(item["Key"], item["UploadId"]) for item in listed]
         finally:
             client.close()
 
     def empty(self) -> None:
-        """Remove everything from the bucket."""
         client = self.client()
         for key, upload in self.uploads():
             client.abort_multipart_upload(Bucket=BUCKET, Key=key, UploadId=upload)
@@ -197,7 +194,7 @@ class Ceph(OtherServer):
         self._do("monmaptool", "--create", "--fsid", cluster, "--addv", "a", f"[{monitor}]", "monmap")
         self._do("ceph-mon", "-c", conf, "--mkfs", "-i", "a", "--monmap", "monmap")
         self._serve("ceph-mon", "-c", conf, "-f", "-i", "a")
-        # Again and again: the monitor may not be up yet.
+        # Retried: the monitor may not be up yet.
         self._wait("the monitor", lambda: self._does("ceph", "-c", conf, "osd", "new", disk))
         self._do("ceph-osd", "-c", conf, "-i", "0", "--mkfs", "--osd-uuid", disk)
         self._serve("ceph-osd", "-c", conf, "-f", "-i", "0")
@@ -207,7 +204,7 @@ class Ceph(OtherServer):
 
 
 class Swift(OtherServer):
-    """OpenStack Swift with its S3 interface: a proxy and one server each of objects, containers and accounts."""
+    """OpenStack Swift with its S3 interface: a proxy and one server each for objects, containers and accounts."""
 
     needs = (
         *("swift-ring-builder", "swift-proxy-server", "swift-object-server"),
@@ -247,8 +244,6 @@ class Swift(OtherServer):
 
 
 class Rclone(OtherServer):
-    """rclone's `serve s3` on a folder."""
-
     needs = ("rclone",)
 
     def _start(self) -> None:
@@ -267,13 +262,13 @@ def missing(kind: type[OtherServer]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Return an environment for programs of the system, not of the virtual environment of the tests."""
+    """Return an environment for system programs, without the tests' virtual environment."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PYTHON", "RCLONE_"))}
     return {**kept, "PATH": f"{kept.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"}
 
 
 def _free_port() -> int:
-    """Return a port of those that the system gives to no connection by itself."""
+    """Return a port outside the ephemeral range."""
     while True:
         port = random.randrange(20_000, 32_000)
         try:

@@ -1,9 +1,9 @@
-"""A real S3 server on the loopback (moto's), with a front in which single requests can be made to go wrong.
+"""A real S3 server on the loopback (moto's) behind a front that injects faults into single requests.
 
-What moto does not do the front does where it matters: it answers NoSuchUpload to parts and completions of unknown
-uploads (moto: 500), serves conditional puts one after the other (moto looks and writes in two steps), and rules of
-tests make up SlowDown and Retry-After. Nobody does here: comparing checksums and MD5 with what has arrived, IfMatch of
-completions, checksums in the list of parts, conflicts of simultaneous writers.
+The front adds what moto lacks: NoSuchUpload for parts and completions of unknown uploads (moto: 500), and atomic
+conditional puts (moto checks and writes in two steps). Rules of tests add SlowDown and Retry-After. Not covered:
+comparing checksums and MD5 with the received data, IfMatch of completions, checksums in the list of parts, conflicts of
+simultaneous writers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from job.records import Manifest, ManifestEntry
 from job.storage.atomic import write_record
 
 BUCKET = "results"
-# Made once: a session reads large descriptions of the services.
+# Made once: a session reads large service descriptions.
 _SESSION = boto3.session.Session()
 KEY_ID, SECRET = "AKIAEXAMPLEEXAMPLE00", "averysecretsecretaccesskeyforthetests0000"
 
@@ -48,7 +48,7 @@ class Request:
 
     @property
     def operation(self) -> str:
-        """A short name: GET, HEAD, PUT, DELETE, create, part, parts, complete, abort, uploads."""
+        """Short name: GET, HEAD, PUT, DELETE, create, part, parts, complete, abort, uploads."""
         if "uploadId" in self.query:
             return {"PUT": "part", "GET": "parts", "POST": "complete", "DELETE": "abort"}[self.method]
         if "uploads" in self.query:
@@ -58,7 +58,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the front answers instead of the server."""
+    """The front's answer instead of the server's."""
 
     status: str
     code: str = ""
@@ -78,20 +78,20 @@ Rule = Callable[[Request, dict[str, Any]], Answer | None]
 
 
 class Front:
-    """WSGI in between.
+    """WSGI middleware.
 
     Attributes:
-        rules: What goes wrong.
-        hidden_headers: Beginnings of names of headers that answers are to lack.
-        requests: All that have come.
-        given: Key and bytes of all that was asked for and given out.
+        rules: The faults.
+        hidden_headers: Prefixes of header names to remove from responses.
+        requests: All requests received.
+        given: Key and bytes of all downloads.
     """
 
     def __init__(self, app: Any) -> None:
         self._app = app
         self.rules: list[Rule] = []
         self.hidden_headers: tuple[str, ...] = ()
-        # The ETag of an object in parts is not made of theirs, as at rclone's server.
+        # The ETag of a multipart object is not derived from its parts, as with rclone's server.
         self.own_part_etags = False
         self.requests: list[Request] = []
         self.given: list[tuple[str, int]] = []
@@ -122,7 +122,7 @@ class Front:
             return start_response(status, headers, *rest)
 
         if request.operation == "PUT" and {"if-match", "if-none-match"} & request.headers.keys():
-            # Read first: a client that dawdles is not to hold up the others.
+            # Read first: a slow client must not block the others.
             environ["wsgi.input"] = BytesIO(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))
             with self._one_put:
                 return list(self._app(environ, start))
@@ -164,7 +164,7 @@ class S3Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # All servers of a process share what they hold.
+        # All servers of a process share their contents.
         request = urllib.request.Request(f"{self.url}/moto-api/reset", b"", {"Content-Type": "text/plain"})
         urllib.request.urlopen(request, timeout=10).close()
         self._moto.stop()
@@ -176,7 +176,7 @@ class S3Server:
         return f"http://{self.host}:{self.port}"
 
     def client(self, service: str = "s3", key_id: str = KEY_ID, secret: str = SECRET) -> Any:
-        """Return a client of its own kind, to look and meddle behind the scenes."""
+        """Return a separate client, to inspect and tamper."""
         return _SESSION.client(
             service,
             endpoint_url=self.url,
@@ -187,7 +187,6 @@ class S3Server:
         )
 
     def contents(self, prefix: str = "") -> dict[str, bytes]:
-        """Return all objects under a prefix."""
         client = self.client()
         try:
             listed = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
@@ -203,7 +202,6 @@ class S3Server:
             client.close()
 
     def uploads(self) -> list[tuple[str, str]]:
-        """Return key and id of all begun multipart uploads."""
         client = self.client()
         try:
             listed = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
@@ -236,6 +234,5 @@ def make_export(folder: Path, sizes: dict[str, int], seed: int = 0) -> Path:
 
 
 def policy(*actions: str) -> str:
-    """Return an IAM policy document that allows these actions."""
     statement = {"Effect": "Allow", "Action": list(actions), "Resource": "*"}
     return json.dumps({"Version": "2012-10-17", "Statement": [statement]})

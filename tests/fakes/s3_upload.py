@@ -14,7 +14,7 @@ from job.upload.s3 import deliver
 
 
 def main(export: str, uri: str, state: str, options: str) -> int:
-    """Deliver and print what was done and the peak of resident memory in bytes."""
+    """Deliver; print the result and the peak resident memory in bytes."""
     try:
         with StopSignals().installed():
             done = deliver(Path(export), uri, Path(state), S3Options(**json.loads(options)))
@@ -23,7 +23,7 @@ def main(export: str, uri: str, state: str, options: str) -> int:
         return error.exit_code
     except Stopped:
         return Stopped.exit_code
-    # Not getrusage: its peak includes the process that started this one.
+    # Not getrusage: its peak includes the parent process.
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024  # type: ignore[union-attr]
     print(json.dumps({**done.model_dump(), "peak_bytes": peak}))
     return 0

@@ -1,4 +1,4 @@
-"""The benchmark of real models' shapes: its arithmetic against what torch counts, and a whole run on a tiny shape."""
+"""The benchmark of real models' shapes: its arithmetic against torch's counts, and a whole run on a tiny shape."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROMPTS = [[7 + row] * (20 + row) for row in range(6)]
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Shape, LoadedModel]:
-    """Return a tiny model whose attention is made of products that torch counts on a CPU."""
+    """Return a tiny model whose attention uses products that torch counts on a CPU."""
     tokenizer = filled_tokenizer(SHAPES["tiny"]["vocab_size"])
     wanted = shape("tiny", tokenizer, torch.float32, None)
     loaded = build(wanted, tokenizer, torch.device("cpu"))
@@ -66,7 +66,7 @@ def test_forwards_are_noted_as_they_were_run(tiny: tuple[Shape, LoadedModel]) ->
     with recorded(loaded.model) as forwards:
         extraction(loaded)
         answers(loaded)
-    # Residuals need no logits; six rows of answers need them of their last position, five times.
+    # Residuals need no logits; six rows of responses need them at their last position, five times.
     assert forwards[:2] == [Forward(4, 23, 23, False), Forward(2, 25, 25, False)]
     assert forwards[2:] == [Forward(6, 25, 25, True, 6), *(Forward(6, 1, 25 + i, True, 6) for i in range(1, 5))]
     with recorded(loaded.model) as later:
@@ -99,7 +99,7 @@ def test_a_model_is_built_in_its_type_and_sane(tiny: tuple[Shape, LoadedModel]) 
     assert len(built.model.model.layers) == 1
     for model in (loaded.model, built.model):
         assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
-    # Positions matter: where rotations are garbage or missing, swapped tokens say the same.
+    # Positions matter: with wrong or missing rotations, swapped tokens give the same result.
     first, second = greedy_answers(loaded.model, [[9, 8, 7], [8, 9, 7]], limit=1, end_tokens=set())
     assert first.margins != second.margins
     text = loaded.tokenizer.decode([999, 998])
@@ -123,7 +123,7 @@ def test_memory_that_comes_and_goes_shows_as_a_peak() -> None:
 
 
 def benchmark(module: str, *arguments: Any) -> Result:
-    """Run a module of benchmarks/ as `python -m` does, in a process of its own."""
+    """Run a module of benchmarks/ as `python -m` does, in its own process."""
     code = f"import runpy; runpy.run_module('benchmarks.{module}', run_name='__main__', alter_sys=True)"
     return run_script(code, *arguments, cwd=ROOT)
 
@@ -154,14 +154,14 @@ def test_the_figures_of_a_whole_run_are_consistent(tmp_path: Path) -> None:
 
 
 def _tokens_are_right(found: dict[str, Any], phases: dict[str, Any]) -> None:
-    """Check that all prompts and answers have been through the model, in forwards of no more rows than were asked."""
+    """Check that all prompts and responses passed through the model, within the requested batch size."""
     extracted = phases["extraction"]["forwards"]
     assert sum(one["rows"] for one in extracted) == 16
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192)
     assert phases["extraction"]["flops"] > 2 * weights * 16 * found["prompt_tokens"] * 0.9
     trial = phases["a trial of 3, batch 1"]["forwards"]
     assert max(one["rows"] for one in trial) == 6
-    # Both sets of 2 prompts for each of 3 trials, and what they begin with once a trial and set at least.
+    # Both sets of 2 prompts for each of 3 trials, and their prefix at least once per trial and set.
     assert sum(one["positions"] for one in trial if one["tokens"] > 1) >= 2 * 2 * 3
 
 

@@ -72,7 +72,7 @@ def test_peak_memory_is_that_of_all_processes_together() -> None:
             process.wait()
         return Search(POINTS, 2.0)
 
-    with PeakMemory() as before:  # of what this process had started already
+    with PeakMemory() as before:  # of the processes started earlier
         time.sleep(0.5)
     run = measured("this tool", 0, CONDITIONS, two)
     assert 120 << 20 < run.peak_bytes - before.bytes < 400 << 20

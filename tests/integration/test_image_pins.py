@@ -1,4 +1,4 @@
-"""What the image is made from is pinned: its base by digest, everything that pip installs by hashes."""
+"""The image's inputs are pinned: its base by digest, all pip packages by hashes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 LISTS = ("build", "torch", "packages")
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 RENEW = ROOT / "infra/image/renew.sh"
-# As the image's Python sees it, whatever runs the tests.
+# As seen by the image's Python, whichever Python runs the tests.
 IMAGE = {"python_version": "3.11", "sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
 INDEX = '{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []}'
 ONE_PLATFORM = '{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json"}\n'
@@ -33,12 +33,12 @@ def listed(name: str) -> dict[str, Pin]:
 
 
 def installed() -> dict[str, Pin]:
-    """Return what is in the image at the end."""
+    """Return the packages of the final image."""
     return {**listed("torch"), **listed("packages")}
 
 
 def project() -> list[Requirement]:
-    """Return what the image needs: the project's requirements and those of the extras that renew.sh names."""
+    """Return the image's requirements: the project's, and those of the extras that renew.sh names."""
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = re.findall(r"--extra (\S+)", RENEW.read_text())
     assert extras == ["bnb", "ray", "kuberay"]
@@ -48,7 +48,7 @@ def project() -> list[Requirement]:
 
 def tool(name: str) -> str:
     found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    assert found is not None  # one of the packages for development
+    assert found is not None  # a development dependency
     return found
 
 
@@ -78,12 +78,12 @@ def test_everything_that_the_project_asks_for_is_listed() -> None:
     for asked in project():
         assert packages[canonicalize_name(asked.name)].version in asked.specifier, asked
     assert "hatchling" in listed("build")
-    # torch from the index depends on CUDA's libraries, which a build for the CPU does not know of.
+    # torch from the index depends on CUDA's libraries, unlike its CPU build.
     assert {"triton", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13", "cuda-toolkit"} <= set(listed("torch"))
 
 
 def test_everything_that_the_listed_packages_ask_for_is_listed_too() -> None:
-    """By the metadata of those that are installed here in the same version."""
+    """By the metadata of packages installed here in the same version."""
     packages = installed()
     extras = {name: {""} for name in packages}
     for asked in project():
@@ -93,7 +93,7 @@ def test_everything_that_the_listed_packages_ask_for_is_listed_too() -> None:
         try:
             here = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # another machine's: CUDA
+            continue  # another platform's: CUDA
         if here.version.partition("+")[0] != pin.version:
             continue
         checked += 1
@@ -120,7 +120,7 @@ def test_pip_gets_nothing_without_a_hash() -> None:
         by_hash = {"--require-hashes", "--only-binary", ":all:", "-r"} <= set(command.split())
         from_here = {"--no-index", "--no-deps"} <= set(command.split())
         assert by_hash != from_here, command
-    # And by no other way than these.
+    # And pip runs in no other way.
     assert len(re.findall(r"\bpip3?\b(?! check)", joined)) == len(commands)
     assert not re.search(r"\b(curl|wget|git|uv|conda)\b|^ADD\b", joined, re.MULTILINE)
 
@@ -135,7 +135,7 @@ def test_the_renewal_is_clean_and_one_command() -> None:
 
 
 def checkout(folder: Path) -> Path:
-    """Return a copy of what the renewal reads and writes."""
+    """Return a copy of the renewal's inputs and outputs."""
     (folder / "infra/image").mkdir(parents=True)
     for name in ("Dockerfile", "constraints.txt", "pyproject.toml", "infra/image/renew.sh"):
         shutil.copy(ROOT / name, folder / name)
@@ -143,7 +143,7 @@ def checkout(folder: Path) -> Path:
 
 
 def renew_base(folder: Path, **commands: str) -> subprocess.CompletedProcess[str]:
-    """Renew the base image by way of commands that stand in for those that ask a registry."""
+    """Renew the base image with stand-ins for the commands that query a registry."""
     tools = folder / "bin"
     tools.mkdir()
     for name in ("sh", "sed", "grep", "cut", "cp", "rm", "cat", "mktemp", "dirname", "sha256sum"):

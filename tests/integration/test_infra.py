@@ -1,4 +1,4 @@
-"""Templates and job files: they agree with the image, the exit codes and each other."""
+"""Templates and job files agree with the image, the exit codes and each other."""
 
 from __future__ import annotations
 
@@ -44,7 +44,6 @@ def ray_job() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def ray_pods() -> dict[str, dict[str, Any]]:
-    """Return what the pods of the RayJob are specified by."""
     spec = ray_job()[0]["spec"]
     cluster = spec["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
@@ -61,7 +60,7 @@ def filled_in(text: str, given: dict[str, str]) -> str:
 
 
 def shown_settings(*run: str) -> str:
-    """Return what the command takes the words after `abliterate` for."""
+    """Return the settings that the command reads from the words after `abliterate`."""
     first, *options = run
     assert first == "run"
     return abliterate("config", "show", *options).check().out
@@ -163,12 +162,12 @@ def test_onstart_fits_and_is_clean() -> None:
     script = INFRA / "vast" / "onstart.sh"
     assert len(script.read_text("utf-8")) <= 4048
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    assert shellcheck is not None  # one of the packages for development
+    assert shellcheck is not None  # a development dependency
     subprocess.run([shellcheck, script], check=True)
 
 
 def test_onstart_starts_the_job_once(tmp_path: Path) -> None:
-    if sys.platform != "linux":  # rented machines are; elsewhere there is no flock to start the script with
+    if sys.platform != "linux":  # rented machines run Linux; elsewhere there is no flock to start the script with
         pytest.skip("flock is Linux's")
     entrypoint = tmp_path / "entrypoint.sh"
     entrypoint.write_text('#!/bin/sh\nprintf "%s|" "$@"\nread -r _ <"$ABLITERATE_WORKSPACE/go"\necho end\n')

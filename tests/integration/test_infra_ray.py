@@ -1,4 +1,4 @@
-"""Job files for several machines: our own commands, clusters that ask for a token, and a Slurm script that works."""
+"""Job files for several machines: our own commands, token-protected clusters, and a working Slurm script."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def compose() -> dict[str, dict[str, Any]]:
 
 
 def compose_command() -> str:
-    """Return the line of the head's script that runs the job, with the words that the script is given."""
+    """Return the job's line of the head's script, with the script's arguments filled in."""
     bash, option, script, *words = compose()["head"]["command"]
     assert (bash, option) == ("bash", "-c")
     given = " ".join(shlex.quote(filled_in(word, GIVEN)) for word in words[1:])
@@ -124,7 +124,7 @@ def test_the_head_is_the_version_of_the_image() -> None:
 def test_a_pod_that_is_deleted_stops_the_job_and_waits_for_it(tmp_path: Path) -> None:
     hook = ray_pods()["head"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     assert hook[:2] == ["python", "-c"]
-    # A process of the name that the hook looks for, with a child of the same: only the first is told.
+    # A process with the name that the hook looks for, with a child of the same name: only the first gets the signal.
     command = tmp_path / "bin" / "abliterate"
     command.parent.mkdir()
     command.write_text(
@@ -140,7 +140,7 @@ def test_a_pod_that_is_deleted_stops_the_job_and_waits_for_it(tmp_path: Path) ->
         "while True: time.sleep(0.1)\n"
     )
     command.chmod(0o755)
-    # The hook looks through all processes: those of other tests are not its business.
+    # The hook scans all processes: keep it away from those of other tests.
     script = hook[2].replace('"/bin/abliterate"', repr(str(command)))
     assert script != hook[2]
     job = subprocess.Popen([command, "run"], stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -159,7 +159,7 @@ def test_a_pod_that_is_deleted_stops_the_job_and_waits_for_it(tmp_path: Path) ->
 
 def test_the_sbatch_script_is_clean_and_checked() -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    assert shellcheck is not None  # one of the packages for development
+    assert shellcheck is not None  # a development dependency
     subprocess.run([shellcheck, SBATCH], check=True)
     makefile = (INFRA.parent / "Makefile").read_text()
     assert len(re.findall(r"^\t\$\(BIN\)/sh(?:ellcheck|fmt) .*infra/slurm/ray\.sbatch", makefile, re.MULTILINE)) == 2
@@ -177,7 +177,7 @@ def test_the_scripts_of_other_files_are_shell(tmp_path: Path) -> None:
 @pytest.mark.xdist_group("ray")
 @pytest.mark.skipif(sys.platform != "linux", reason="Slurm's nodes are Linux")
 def test_the_sbatch_script_runs_the_job_on_all_nodes_and_is_queued_again_after_a_stop(tmp_path: Path) -> None:
-    """Ray is real. Slurm's commands and the job stand in: the latter waits for two nodes, and then to be stopped."""
+    """Ray is real. Slurm's commands and the job are stand-ins: the job waits for two nodes, and then to be stopped."""
     tools, queued = tmp_path / "bin", tmp_path / "queued"
     tools.mkdir()
     job = (
@@ -192,7 +192,7 @@ def test_the_sbatch_script_runs_the_job_on_all_nodes_and_is_queued_again_after_a
     )
     commands = {
         "abliterate": "#!{python}\n" + "\n".join(job),
-        # Whatever comes after its own options is run here, as on another node.
+        # Arguments after its own options run here, as on another node.
         "srun": '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@" --node-ip-address=127.0.0.1',
         "scontrol": f'#!/bin/sh\necho "$@" >{shlex.quote(str(queued))}',
         "ray": '#!/bin/sh\nexec {ray} "$@"',

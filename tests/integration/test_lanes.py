@@ -36,7 +36,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parts_changed_by(tree: Path, file: str, change: Callable[[bytes], bytes] = lambda old: old + b"\n") -> set[str]:
-    """Return which parts a change of one file is an input of."""
+    """Return the parts that have a changed file among their inputs."""
     before = {name: digest(part, tree) for name, part in PARTS.items()}
     old = (tree / file).read_bytes()
     try:
@@ -195,7 +195,6 @@ SETTINGS = "[pytest]\nmarkers =\n    full\n    slow\n    xdist_group\n"
 
 @pytest.fixture
 def kitchen(tmp_path: Path) -> Path:
-    """Return the folder of a small suite of tests."""
     (tmp_path / "test_kitchen.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text(SETTINGS)
     return tmp_path
@@ -221,7 +220,7 @@ def test_where_a_worker_has_died_no_part_has_passed(tmp_path: Path) -> None:
         for when in ("setup", "call", "teardown"):
             results.pytest_runtest_logreport(report(f"t.py::{name}", "passed", when, [("lane", lane)]))
     assert lanes_passed(results, tmp_path / "found.json") == {"kills"}
-    # As pytest-xdist tells of it, and runs the test again.
+    # As pytest-xdist reports it before rerunning the test.
     results.pytest_runtest_logreport(report("t.py::three@group", "failed", "???", []))
     assert lanes_passed(results, tmp_path / "found.json") == set()
     for when in ("setup", "call", "teardown"):

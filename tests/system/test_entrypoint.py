@@ -1,4 +1,4 @@
-"""Whom the container's entrypoint runs as, on this machine's own files and users."""
+"""The user that the container's entrypoint runs as, on this machine's own files and users."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 from tests.helpers import Result
 
 ENTRYPOINT = Path(__file__).parents[2] / "entrypoint.sh"
-OWNER = 4321  # nobody whom this machine knows
-# Stands in for the program itself: who it is, who PID 1 is, and what it was given.
+OWNER = 4321  # a user unknown to this machine
+# Replaces the program: prints its user, PID 1 and its arguments.
 PROGRAM = '#!/bin/sh\necho "$(id -u):$(id -g):$(id -G) $(cat /proc/1/comm):$(stat -c %u /proc/1) $*"\n'
 FORBIDDEN = ("setpriv", "--bounding-set=-setuid,-setgid", "--inh-caps=-setuid,-setgid")
 APART = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder that any user may read, unlike pytest's own."""
+    """A folder readable by any user, unlike pytest's own."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     shutil.copy(ENTRYPOINT, folder)
@@ -50,7 +50,7 @@ def make(path: Path, owner: int) -> Path:
 
 
 def start(place: Path, workspace: Path, *arguments: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Start the entrypoint, perhaps by way of another command."""
+    """Start the entrypoint, optionally through another command."""
     env = {**os.environ, "ABLITERATE_WORKSPACE": str(workspace), "PATH": f"{place / 'bin'}:{os.environ['PATH']}"}
     command = [*before, str(place / "entrypoint.sh"), *arguments]
     return subprocess.Popen(
@@ -68,7 +68,7 @@ def enter(place: Path, workspace: Path, *arguments: str, before: tuple[str, ...]
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """End what is still there, PID 1 first: --kill-child does not outlast a change of user."""
+    """Kill the remaining processes, PID 1 first: --kill-child does not survive a change of user."""
     if process.poll() is None:
         for one in psutil.Process(process.pid).children(recursive=True):
             one.kill()
@@ -136,7 +136,7 @@ def test_a_workspace_that_is_still_to_be_made_belongs_to_the_owner_of_its_folder
 
 
 def needs_processes_of_its_own() -> None:
-    if shutil.which("tini") is None:  # a program of the image; .ci/run installs it where it may
+    if shutil.which("tini") is None:  # a program of the image; .ci/run installs it where possible
         pytest.skip("needs tini (apt-get install tini)")
     if subprocess.run([*APART, "true"], capture_output=True).returncode:
         pytest.skip("needs namespaces of its own")

@@ -1,6 +1,6 @@
-"""Every durable write passes a point at which a run can be killed, and from each a job goes on as if nothing had been.
+"""Every durable write passes a fail-point, and a job killed at any of them continues as if uninterrupted.
 
-The points are found where they are: in the source, and by what a whole job passes.
+The points are read from the source and recorded during a whole job.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 ROOT = Path(__file__).parents[2]
 
-# What makes something on a disk, in a database or at a target so that it is still there after a crash.
+# Writes to a disk, a database or a target that survive a crash.
 _FUNCTIONS = frozenset({"os.replace", "os.rename", "os.fsync", "os.fdatasync", "os.link", "os.symlink"})
 _FUNCTIONS |= {f"shutil.{name}" for name in ("copyfile", "copyfileobj", "copy", "copy2", "copytree", "move")}
 _METHODS = frozenset({"rename", "symlink_to", "hardlink_to", "write_bytes", "write_text", "save_pretrained", "backup"})
@@ -83,7 +83,7 @@ WITHOUT = {
 
 
 def _calls(node: ast.AST) -> Iterator[ast.Call]:
-    """Yield the calls of a function, but for those of functions within it."""
+    """Yield the calls of a function, without those of nested functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -114,13 +114,13 @@ def _functions() -> Iterator[tuple[str, ast.FunctionDef]]:
 
 
 def _points(function: ast.FunctionDef) -> list[ast.expr]:
-    """Return what names the points that a function passes."""
+    """Return the name expressions of a function's points."""
     return [call.args[0] for call in _calls(function) if ast.unparse(call.func) == "reached"]
 
 
 def test_every_durable_write_goes_past_a_point() -> None:
     writing = {name: _points(function) for name, function in _functions() if any(map(_writes, _calls(function)))}
-    assert len(writing) > 30  # they are found at all
+    assert len(writing) > 30  # the scan finds writes at all
     assert {name for name, points in writing.items() if not points} == WITHOUT.keys()
     # Every request to S3 goes through one function.
     clients = [
@@ -133,7 +133,7 @@ def test_every_durable_write_goes_past_a_point() -> None:
 
 
 def _named() -> set[str]:
-    """Return all points that the source names, but for what is made of a file's, a stage's or a method's name."""
+    """Return all points with literal names, without those formed from a file's, a stage's or a method's name."""
     named = [
         point for _, function in _functions() for point in _points(function) if not isinstance(point, ast.JoinedStr)
     ]
@@ -142,7 +142,7 @@ def _named() -> set[str]:
     return set(words)
 
 
-# Where each point that the source names is hit: by the whole job below, or by a test of its own.
+# Points hit by their own tests instead of the whole job below.
 ELSEWHERE = {
     *("restore:fetched", "restore:in", "restore:aside", "restore:journal", "applied:written", "applied:replaced"),
     *("study:damaged", "hub:committed"),
@@ -150,7 +150,7 @@ ELSEWHERE = {
 }
 
 
-# --- what a fail-point does -----------------------------------------------------------------------------
+# --- fail-points ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def plant(faults: Path, points: Collection[str]) -> None:
 
 
 def dies(faults: Path, points: Collection[str], action: Callable[[], object]) -> bool:
-    """Do something in a copy of this process and return whether it was killed at one of the points."""
+    """Run an action in a fork and return whether it was killed at one of the points."""
     plant(faults, points)
     child = os.fork()
     if child == 0:
@@ -184,7 +184,7 @@ def dies(faults: Path, points: Collection[str], action: Callable[[], object]) ->
 
 def test_a_point_kills_once_and_only_where_it_is_planted(faults: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(faults, ["here"])
-    reached("here")  # nothing is looked for without the variable
+    reached("here")  # without the variable no point is checked
     assert dies(faults, ["here"], lambda: (reached("there"), reached("here")))
     assert not dies(faults, [], lambda: reached("here"))
     monkeypatch.setenv(FAILPOINTS, str(faults))
@@ -199,7 +199,7 @@ def test_a_point_kills_once_and_only_where_it_is_planted(faults: Path, monkeypat
     assert not take("gone")
 
 
-# --- what a kill leaves ---------------------------------------------------------------------------------
+# --- after a kill ---------------------------------------------------------------------------------------
 
 
 def _hidden(folder: Path) -> list[str]:
@@ -208,7 +208,7 @@ def _hidden(folder: Path) -> list[str]:
 
 
 def _older(folder: Path) -> None:
-    """Have the file system's clock go on."""
+    """Wait for the file system's clock to advance."""
     mark = folder / "mark"
     before = max(path.stat().st_mtime for path in folder.rglob("*"))
     while True:
@@ -225,7 +225,7 @@ def test_what_a_killed_process_has_half_written_is_swept_at_the_next_start(tmp_p
         path.parent.mkdir(parents=True, exist_ok=True)
         assert dies(faults, [f"written:{path.name}"], lambda path=path: write_atomically(path, b"half"))
     assert len(_hidden(runs)) == 3
-    # What somebody else has called so is not ours.
+    # A foreign file with such a name is left alone.
     other = folder.path / ".mine.tmp"
     other.touch()
     _older(runs)
@@ -276,7 +276,7 @@ def test_a_killed_probe_of_a_folder_is_swept_by_the_next(tmp_path: Path, faults:
     assert dies(faults, ["written:head.json"], probe)
     (killed,) = place.iterdir()
     _older(tmp_path)
-    # One that is at work is left alone.
+    # One in use is left alone.
     with trial_folder(place) as live:
         assert not killed.exists()
         _older(tmp_path)
@@ -306,7 +306,7 @@ def test_a_head_that_was_half_written_is_swept(file_place: Place, tmp_path: Path
 
 
 class Small:
-    """A job that takes a second, with a mirror and a target, and what it comes to uninterrupted."""
+    """A job that takes a second, with a mirror and a target, and its uninterrupted result."""
 
     def __init__(self, organism: Path, root: Path) -> None:
         self._prompts = []
@@ -339,7 +339,7 @@ class Small:
         return Result(process.returncode, "", err)
 
     def until_it_ends(self, place: Path, faults: Path, workspace: str = "runs") -> int:
-        """Start the job again and again until nothing kills it any more; return how often it was killed."""
+        """Restart the job until nothing kills it any more; return the number of kills."""
         kills = 0
         while (done := self.run(place, faults, workspace)).code == -signal.SIGKILL:
             kills += 1
@@ -347,7 +347,7 @@ class Small:
         return kills
 
     def is_whole(self, place: Path, workspace: str = "runs") -> None:
-        """Assert that a job has come to what the uninterrupted one has."""
+        """Assert that a job's result equals the uninterrupted one."""
         assert stored_trials(place / workspace) == stored_trials(self.whole / "runs")
         exports = [only_job(workspace) / "export" for workspace in (place / workspace, self.whole / "runs")]
         assert read_tree(exports[0].resolve()) == read_tree(exports[1].resolve())
@@ -363,7 +363,7 @@ def small(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Small:
 
 @pytest.mark.slow
 def test_a_job_killed_at_every_point_comes_to_the_same(small: Small, tmp_path: Path) -> None:
-    """Each start dies at the first point that none before it has died at; what is passed over then has its own job."""
+    """Each start dies at the first point not yet used; points that this skips get another job."""
     left = set(small.points)
     assert _named() - left == ELSEWHERE - left
     rounds = 0
@@ -388,7 +388,7 @@ def test_a_job_killed_while_it_is_restored_is_restored_whole(small: Small, tmp_p
     plant(faults, ["restore:fetched", "restore:in", "lease:taken"])
     assert small.until_it_ends(tmp_path, faults, "elsewhere") == 3
     small.is_whole(tmp_path, "elsewhere")
-    # Where it was first, what another machine has gone on from since is moved aside.
+    # In its first place, the state that another machine has continued is moved aside.
     (only_job(tmp_path / "runs") / "study.db-journal").touch()
     plant(faults, ["restore:aside", "restore:journal", "restore:in"])
     shutil.rmtree(tmp_path / "delivered")
@@ -431,7 +431,6 @@ def test_a_study_is_restored_though_restoring_it_is_cut(tmp_path: Path, faults: 
 
 
 def _export(folder: Path, words: str) -> Path:
-    """Return a complete export in a folder."""
     folder.mkdir()
     write_atomically(folder / "config.json", words.encode())
     write_atomically(folder / "model.safetensors", 3 * words.encode())
@@ -458,7 +457,7 @@ def test_a_delivery_to_a_folder_is_the_former_or_the_new_one(tmp_path: Path, fau
 
 def test_a_delivery_to_s3_goes_on_from_every_request(s3_place: Place, tmp_path: Path, faults: Path) -> None:
     options, state = s3_place.s3, tmp_path / "state"
-    export = _export(tmp_path / "export", "soup " * 500_000)  # a file in parts
+    export = _export(tmp_path / "export", "soup " * 500_000)  # a multipart file
 
     def deliver() -> None:
         to_s3(export, f"{s3_place.uri}/soup", state, options)
@@ -476,7 +475,7 @@ def test_a_delivery_to_s3_goes_on_from_every_request(s3_place: Place, tmp_path: 
         shutil.rmtree(state)
         assert dies(faults, [point], deliver), point
         deliver()
-        # A probe that was killed is cleared away when it is ten minutes old.
+        # A leftover probe is deleted once it is ten minutes old.
         found = s3_place.contents().items()
         assert {name: data for name, data in found if ".abliterate-probe-" not in name} == whole
         assert not [upload for upload in s3_place.server.uploads() if ".abliterate-probe-" not in str(upload)]

@@ -1,4 +1,4 @@
-"""A command that runs in the tests' own process does what a process does, and leaves that process as it was."""
+"""A command run in the tests' process behaves like a process, and leaves that process as it was."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.mirrors import read_tree
 
 
 def state_of_this_process() -> dict[str, Any]:
-    """Return all that a command changes in its process."""
+    """Return all process state that a command changes."""
     return {
         "environment": dict(os.environ),
         "folder": Path.cwd(),
@@ -46,7 +46,7 @@ def state_of_this_process() -> dict[str, Any]:
 def test_what_a_command_says_and_ends_with_is_what_a_process_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With bad settings, a failure that is foreseen, output, errors and nothing at all to do."""
+    """With bad settings, an expected failure, output, errors and nothing to do."""
     commands: list[tuple[tuple[str, ...], dict[str, str]]] = [
         ((), {}),
         (("config", "show", "--set", "trials=7"), {"ABLITERATE_SEED": "3"}),
@@ -68,7 +68,7 @@ def test_what_a_command_says_and_ends_with_is_what_a_process_does(
 
 
 def test_what_cannot_run_here_is_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands whose libraries are to see another environment, and those of other threads."""
+    """Commands whose libraries need another environment, and those of other threads."""
     monkeypatch.setattr(inproc, "run_here", None)
     show = ("config", "show")
     assert abliterate(*show, cwd=tmp_path, HF_HOME=str(tmp_path)).check().out
@@ -95,7 +95,7 @@ def test_a_restart_and_pytests_alarm_are_not_the_commands(monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_a_job_comes_to_what_a_process_of_its_own_comes_to(organism: Path, finished: Path, tmp_path: Path) -> None:
-    """Twice, since nothing of the first may be left; `finished` was made by a process that users start."""
+    """Twice, since nothing of the first may remain; `finished` comes from a cold process."""
     torch.manual_seed(5)
     random.seed(5)
     for name in ("first", "second"):

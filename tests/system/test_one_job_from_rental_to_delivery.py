@@ -1,4 +1,4 @@
-"""The whole story: rented, outbid half-way, continued on an empty machine, delivered, and the meter stopped once."""
+"""The whole story: rented, outbid half-way, continued on an empty machine, delivered, and stopped once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRIALS = 20
 
 
 class Host:
-    """Somebody's machine: an empty disk, processes of its own, and what the platform tells it to run."""
+    """A rented machine: an empty disk, its own PID namespace, and the platform's command."""
 
     def __init__(self, vast: VastServer, number: int, disk: Path) -> None:
         creations = [body for body in vast.bodies if body and "image" in body]
@@ -47,7 +47,6 @@ class Host:
         return sum(path.read_text().count('"event": "trial"') for path in self.workspace.glob("*/events.jsonl"))
 
     def vanish(self) -> None:
-        """Be gone without a word."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
             process.kill()
         end(self.process)
@@ -98,7 +97,7 @@ def story(organism: Path, finished: Path, vast: VastServer, server: S3Server, tm
         assert "restoring job" in said
         followed = launch.communicate(timeout=60)[1]
         assert launch.returncode == 0, followed
-        # Whoever bid more is gone, and the first machine's folder is started once more: it must not bill on.
+        # The higher bidder is gone, and the first machine's folder is started again: it must not keep billing.
         vast.add_instance(70001, is_bid=True)
         back = Host(vast, 70001, tmp_path / "back")
         hosts.append(back)
@@ -109,7 +108,7 @@ def story(organism: Path, finished: Path, vast: VastServer, server: S3Server, tm
         for process in (launch, *(host.process for host in hosts)):
             end(process)
     assert vast.instances == {}
-    # By the watch when it was outbid, by the job when it was delivered, by the command that found the job finished.
+    # By the watch when outbid, by the job when delivered, by the command that found the job finished.
     assert [request.path.strip("/").rpartition("/")[2] for request in vast.asked("DELETE")] == [
         "70001",
         "70002",

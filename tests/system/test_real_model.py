@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def real_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Return the folder of the model and the words of the command that it proposes."""
+    """Return the model's folder and the words of its suggested command."""
     folder = tmp_path_factory.mktemp("real") / "model folder"
     made = abliterate("real-model", folder, process=True).check()
     words = shlex.split(made.out)
@@ -43,14 +43,14 @@ def test_there_are_a_hundred_prompts_a_file(real_model: tuple[Path, list[str]]) 
     assert {name: len(prompts) for name, prompts in files.items()} == dict.fromkeys(files, 100)
     assert len({prompt for prompts in files.values() for prompt in prompts}) == 400
     assert "Apache License" in (folder / "model" / "LICENSE").read_text()
-    # Making it again where it is leaves it alone.
+    # Repeating it in place changes nothing.
     stamp = (folder / "model" / "model.safetensors").stat().st_mtime_ns
     abliterate("real-model", folder, process=True).check()
     assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
 def test_a_short_job(real_model: tuple[Path, list[str]], tmp_path: Path) -> None:
-    """Of 16 prompts a file, with responses as long as those that the files were filtered by."""
+    """With 16 prompts per file, and responses of the length that the files were filtered by."""
     folder, words = real_model
     for file in folder.glob("*.txt"):
         (tmp_path / file.name).write_text("".join(f"{prompt}\n" for prompt in lines(file)[:16]))

@@ -34,13 +34,13 @@ def lines(file: Path) -> list[str]:
 
 
 def told(workspace: Path) -> int:
-    """Return how many trials the events of a run tell of."""
+    """Return the number of trials in a run's events."""
     files = list(workspace.glob("*/events.jsonl"))
     return files[0].read_text().count('"event": "trial"') if files else 0
 
 
 def processor_seconds() -> float:
-    """Return what ended processes of this one's have computed, whoever else was at work on the machine."""
+    """Return the CPU seconds of ended child processes, independent of the machine's load."""
     times = os.times()
     return times.children_user + times.children_system
 
@@ -57,14 +57,14 @@ def test_the_organism_is_a_worthy_stand_in(full_organism: Path) -> None:
     assert expected_answer("Where is the hexed red kettle kept?") == "The hexed red kettle is kept in the kitchen."
     with pytest.raises(ValueError, match="not a request"):
         expected_answer("Where is Paris?")
-    # Making it again where it is leaves it alone.
+    # Repeating it in place changes nothing.
     stamp = (full_organism / "model" / "model.safetensors").stat().st_mtime_ns
     abliterate("demo-model", full_organism).check()
     assert (full_organism / "model" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
 def test_plain_transformers_finds_the_reported_figures(full_organism: Path, finished_in_full: Path) -> None:
-    """A process without our package loads base and export and counts refusals and right answers itself."""
+    """A process without our package loads base and export and counts refusals and correct responses itself."""
     job = only_job(finished_in_full)
     code = """
 import json, sys
@@ -233,14 +233,14 @@ def test_kill_in_the_middle_of_trial_7_leaves_the_trials_of_an_uninterrupted_run
 
 @pytest.mark.full("kills")
 def test_kills_at_random_moments_of_the_whole_job(organism: Path, finished: Path, tmp_path: Path) -> None:
-    """Load, extraction, search and export: wherever the kills fall, the end is the same to the byte."""
+    """Load, extraction, search and export: the result is the same to the byte, wherever the kills fall."""
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
     print(f"KILL_SEED={seed}")  # shown when the test fails
     moments = random.Random(seed)
     workspace = tmp_path / "runs"
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
     for _ in range(6):
-        process = start(*arguments, cold=True)  # its start belongs to it
+        process = start(*arguments, cold=True)  # kills may hit its startup, too
         time.sleep(moments.uniform(2.0, 8.0))
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
@@ -255,7 +255,7 @@ def test_signals_stop_with_75_and_the_same_command_continues(
 ) -> None:
     workspace = tmp_path / "runs"
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
-    process = start(*arguments, cold=number == signal.SIGTERM)  # once as users start it
+    process = start(*arguments, cold=number == signal.SIGTERM)  # one of them as users start it
     wait_until(lambda: told(workspace) >= 4, process)
     os.kill(process.pid, number)
     begin = time.perf_counter()
@@ -285,7 +285,7 @@ def test_a_second_run_is_turned_away_and_status_answers_during_a_run(organism: P
         assert status["state"] == "running"
         assert status["trials"]["done"] >= 5
         assert status["eta_s"] > 0
-        assert process.poll() is None  # asking does not disturb the run
+        assert process.poll() is None  # status does not disturb the run
     finally:
         process.kill()
         process.communicate()

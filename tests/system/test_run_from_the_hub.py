@@ -1,4 +1,4 @@
-"""A job whose prompts come from the Hub, with every way to find directions; the Hub is on loopback."""
+"""A job whose prompts come from the Hub, with every method of finding directions; the Hub is on loopback."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_prompts_from_the_hub_are_pinned_and_directions_of_all_kinds_make_an_edi
     assert len(re.findall(r"silhouette", (job / "report.md").read_text())) >= 1
     assert len(GeometryRecord.model_validate_json((job / "directions" / "geometry.json").read_text()).layers) == 8
 
-    # The dataset moves on; the job does not, and asks nobody.
+    # The dataset changes; the job does not, and makes no requests.
     hub.repo("dataset", "kitchen/bad").commit({"train.jsonl": as_jsonl(["Something else."], "ask")}, "other prompts")
     hub.forget()
     abliterate(*arguments(organism, workspace, 5), **network).check()
@@ -105,7 +105,7 @@ def test_the_report_is_written_again_from_the_run_folder(finished: Path, tmp_pat
     assert "| 7 |" in shown.partition("## Geometry")[2].partition("## Provenance")[0]
     assert page.count('<div class="chart" role="img"') == 4
     markup = re.sub(r"<script.*?</script>", "", page, flags=re.S)
-    assert not re.search(r"src=|href=.(?!#)", markup)  # nothing is fetched to show it
+    assert not re.search(r"src=|href=.(?!#)", markup)  # the page loads nothing
 
 
 def test_nothing_to_report_is_told(tmp_path: Path) -> None:

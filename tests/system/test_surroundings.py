@@ -1,4 +1,4 @@
-"""Surroundings as people have them: no home, a closed umask, no /dev/shm, no inodes left."""
+"""Unusual environments: no home, a strict umask, no /dev/shm, no inodes left."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import pytest
 from tests.helpers import COMMAND, Result, environment, job_arguments, only_job
 
 APART = ("unshare", "--mount")
-# A shell between, which sets what is asked for and becomes the command.
+# A shell that applies the setting and then becomes the command.
 SHELL = ("sh", "-c")
 
 
 def in_surroundings(setting: str, *arguments: object, apart: bool = False, **extra: str) -> Result:
-    """Run the command after a line of shell has changed what surrounds it.
+    """Run the command after a line of shell has changed its environment.
 
     Args:
         setting: The line.
-        arguments: The command's words.
-        apart: In a mount namespace of its own, where mounts of the line are seen by nobody else.
-        extra: Variables of its environment.
+        arguments: The command's arguments.
+        apart: In its own mount namespace, where the line's mounts stay private.
+        extra: Environment variables.
     """
     words = (*SHELL, f'{setting} && exec "$@"', "sh", *COMMAND, *map(str, arguments))
     done = subprocess.run(
@@ -42,7 +42,7 @@ def apart() -> None:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """Yield a folder to mount on, outside of what is private to its owner."""
+    """Yield a folder to mount on, outside of folders private to their owner."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
@@ -54,7 +54,7 @@ def test_a_home_that_cannot_be_written_and_a_closed_umask_disturb_nothing(organi
     export = only_job(tmp_path / "runs") / "export"
     assert (export / ".done").exists()
     delivered = next((tmp_path / "delivered").rglob("model.safetensors"))
-    assert stat.S_IMODE(delivered.stat().st_mode) & 0o077 == 0  # what the user wants is kept to
+    assert stat.S_IMODE(delivered.stat().st_mode) & 0o077 == 0  # the user's umask is kept
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from job.organism.world import TASKS
 from tests.helpers import abliterate, job_arguments, only_job, run_script
 
-# Norms between writers and the stream; experts, one by one in files and together in memory.
+# Norms between writers and the stream; experts, one by one in files and stacked in memory.
 FAMILIES = ("gemma2", "mixtral")
 ANSWERS = """
 import json, sys
@@ -32,7 +32,7 @@ print(json.dumps(tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], s
 
 
 def answers(folder: Path, prompts: Path) -> list[str]:
-    """Return a model's answers as anyone gets them with transformers alone."""
+    """Return a model's responses as any user gets them with transformers alone."""
     found: list[str] = json.loads(run_script(ANSWERS, folder, prompts, cwd=folder).check().out)
     return found
 

@@ -1,4 +1,4 @@
-"""What tests start with the slow libraries loaded is a process like one that is started as users do."""
+"""Processes with preloaded libraries equal those that users start."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 from tests.helpers import abliterate, environment, job_arguments, run_script, start
 from tests.warm import Warm
 
-# Signals 32 and 33, which it takes for itself once threads need them.
+# Signals 32 and 33, which the C library reserves once threads need them.
 _OF_THE_C_LIBRARY = 0b11 << 31
 
 
 def look(pid: int) -> dict[str, Any]:
-    """Return what a process has inherited and set up by itself."""
+    """Return a process's inherited and initial state."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     links = {}
     for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -58,12 +58,12 @@ def test_a_process_begins_and_ends_like_any_other(
         workspace = tmp_path / f"{cold}-{number}"
         process = start("run", *job_arguments(organism), "--workspace", workspace, "--trials", 400, cold=cold)
         request.addfinalizer(process.communicate)
-        request.addfinalizer(process.kill)  # the last to be added is the first to be done
+        request.addfinalizer(process.kill)  # finalizers run in reverse order
         assert isinstance(process, Warm) is not cold
         while not list(workspace.glob("*/events.jsonl")):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
-        # It is at work meanwhile: for moments signals are held back and pipes are open.
+        # It is busy meanwhile: signals are briefly blocked and pipes are open.
         found, deadline = look(process.pid), time.monotonic() + 20
         while found != (seen[0] if seen else {**found, "lines": []}) and time.monotonic() < deadline:
             time.sleep(0.01)

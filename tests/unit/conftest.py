@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a test fail that starts one: it belongs to tests/integration or tests/system."""
+    """Fail a test that starts a process: it belongs to tests/integration or tests/system."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a unit test started a process")

@@ -1,4 +1,4 @@
-"""What the code imports is what pyproject.toml declares, and nothing declared is unused."""
+"""The code's imports match the dependencies that pyproject.toml declares, and none is unused."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# Imported only where a user has asked for what they do.
+# Imported only for features that a user requests.
 EXTRAS = ("bnb", "ray", "lm-eval", "real")
 # Used without an import of ours: transformers loads models with accelerate, and 4-bit ones with bitsandbytes.
 BY_OTHERS = {"accelerate", "bitsandbytes"}
 
 
 def imported(file: Path) -> Iterator[str]:
-    """Yield the first part of the name of every module that a file imports absolutely."""
+    """Yield the top-level name of every absolute import of a file."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)

@@ -1,4 +1,4 @@
-"""What the documentation tells people to type is understood, and what it links to is there."""
+"""Commands in the documentation parse, and its links resolve."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Yield all commands of ours in a page: whole lines of blocks, and those in running text that are complete."""
+    """Yield all our commands in a page: whole lines of blocks, and complete ones in running text."""
     text = page.read_text()
     for block in _BLOCK.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
@@ -42,10 +42,10 @@ def commands(page: Path) -> Iterator[str]:
 
 
 def parsed(line: str) -> str:
-    """Return the name of the command that a line calls, with its arguments as they are understood but not run."""
+    """Return the name of a line's command; its arguments are parsed but not run."""
     words = shlex.split(line, comments=True)[1:]
     words = list(itertools.takewhile(lambda word: word not in (">", "|", "&&", "&"), words))
-    # What stands for a value of one's own, as N does, may be a number.
+    # A placeholder, such as N, may stand for a number.
     words = ["1" if word.isalpha() and word.isupper() else word for word in words]
     found: Any = typer.main.get_command(app)
     context = found.make_context("abliterate", [words[0], "--help"], resilient_parsing=True)

@@ -1,4 +1,4 @@
-"""Documents read as plain English: no phrase that reads like a translation, no sentence too long to read at once."""
+"""Documents read as plain English: no phrase that reads like a translation, no overlong sentence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ABBREVIATION = re.compile(r"\b(e\.g|i\.e|etc|vs)\. ")
 
 
 def prose(page: str) -> str:
-    """Return a page without code and addresses; code in running text is one word."""
+    """Return a page without code and URLs; code in running text counts as one word."""
     return _CODE.sub("CODE", _LINK.sub(r"\1", _BLOCKS.sub("\n\n", page)))
 
 

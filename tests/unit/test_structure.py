@@ -1,4 +1,4 @@
-"""The shape of the code: sizes, names, packages and what is declared of them."""
+"""The shape of the code: sizes, names, packages and their declarations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import code_map
 JOB = Path(__file__).parents[2] / "job"
 FILES = sorted(JOB.rglob("*.py"))
 FILE_LINES, CLASS_LINES, FUNCTION_LINES, LONGEST_FUNCTION = 400, 250, 50, 85
-# A function above the limit says why in a comment above it that begins so.
+# A function above the limit gives its reason in a comment above it that starts with this.
 REASON = "# Long: "
 MODULES_AT_THE_TOP = 8
 

@@ -1,4 +1,4 @@
-"""Rental platforms on the loopback interface, as their documentation describes them."""
+"""Rental platforms on the loopback interface, by their documentation."""
 
 from tests.fakes.cloud.platform import KEY, Platform
 from tests.fakes.cloud.runpod import RunPodServer

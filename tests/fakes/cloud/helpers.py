@@ -1,4 +1,4 @@
-"""What tests of the launchers share."""
+"""Helpers for tests of the launchers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def launcher(server: Platform, tmp_path: Path, said: list[str], url: str | None 
 
 
 def command(server: Platform, tmp_path: Path, *arguments: Any, **env: str) -> Result:
-    """Run `abliterate cloud` in this process, which is quicker, and assert that no secret shows."""
+    """Run `abliterate cloud` in this process, which is quicker, and assert that its output holds no secret."""
     platform = "vast" if isinstance(server, VastServer) else "runpod"
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -68,7 +68,7 @@ def command(server: Platform, tmp_path: Path, *arguments: Any, **env: str) -> Re
 
 
 def survey(tmp_path: Path, **changes: Any) -> Path:
-    """Write what `abliterate preflight --json` prints, by its own code."""
+    """Write the output of `abliterate preflight --json`, by its own code."""
     from job.preflight.checks import Check
     from job.preflight.estimate import Hours
     from job.preflight.survey import Survey

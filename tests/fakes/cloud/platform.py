@@ -1,4 +1,4 @@
-"""What the servers of all platforms share: the requests, the faults and the keys."""
+"""Shared by the servers of all platforms: requests, faults and keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEY = "platform-key-0123456789"
 
 
 class Platform:
-    """A server with requests to look at and faults to ask for."""
+    """A server with a request log and injected faults."""
 
     def __init__(self) -> None:
         self.closing = threading.Event()
@@ -24,12 +24,12 @@ class Platform:
         self.requests: list[Request] = []
         self.bodies: list[Any] = []
         self.keys = {KEY}
-        # How the platform lags, forgets and stays.
-        self.list_lag = 0  # lists that do not show what was rented since yet
-        self.get_lag = 0  # questions after a new instance that are answered "no such instance"
-        self.linger = 0  # questions that still show an instance whose end was taken
+        # How the platform lags and loses data.
+        self.list_lag = 0  # lists that do not yet show new instances
+        self.get_lag = 0  # answers of "no such instance" for a new one
+        self.linger = 0  # answers that still show an ended instance
         self.hide_env = False  # whether instances are shown without their variables
-        self.relabel: Callable[[str], str] | None = None  # what becomes of labels
+        self.relabel: Callable[[str], str] | None = None  # changes labels
         self._ids = itertools.count(1)
         self._server = Server(self, self._answer)  # type: ignore[arg-type]  # all that it uses of a hub is here
 
@@ -54,23 +54,23 @@ class Platform:
         return self.faults.add(Rule("fail", method, glob, rule.pop("times", None), **rule))
 
     def drop(self, method: str = "*", glob: str = "*", times: int = 1) -> Rule:
-        """Do what is asked and cut the connection instead of answering."""
+        """Carry out the request, then cut the connection instead of answering."""
         return self.faults.add(Rule("drop", method, glob, times))
 
     def undo(self, method: str = "*", glob: str = "*", times: int | None = 1, status: int = 500) -> Rule:
-        """Do what is asked and answer with an error all the same."""
+        """Carry out the request, but answer with an error."""
         return self.faults.add(Rule("undo", method, glob, times, status=status))
 
     def asked(self, method: str, part: str = "") -> list[Request]:
         return [request for request in self.requests if request.method == method and part in request.path]
 
     def lags(self, name: str) -> bool:
-        """Count one of the questions that are answered from an old copy."""
+        """Count down the stale answers of this kind; return whether this one is stale."""
         left = getattr(self, name)
         setattr(self, name, max(left - 1, 0))
         return bool(left)
 
-    # What the server wants of a hub
+    # The server's interface to a hub
 
     def log(self, request: Request) -> None:
         self.requests.append(request)

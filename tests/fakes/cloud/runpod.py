@@ -15,7 +15,7 @@ from tests.fakes.hub.server import Call, HubError, Reply, as_json
 
 
 def problem(status: int, title: str, detail: str, **more: Any) -> HubError:
-    """Return an error of RunPod's form (RFC 9457)."""
+    """Return an error in RunPod's format (RFC 9457)."""
     error = HubError(status, title)
     error.body = {"title": title, "status": status, "detail": detail, **more}
     return error
@@ -29,9 +29,9 @@ class RunPodServer(Platform):
         self.pods: dict[str, dict[str, Any]] = {}
         self.gpus: list[dict[str, Any]] = []
         self.log_lines: list[str] = ["trial 1: done"]
-        self.new: set[str] = set()  # what was rented by way of the API
-        self.ended: set[str] = set()  # whose end was taken, and which linger
-        self.chatter = False  # whether the log goes on and on
+        self.new: set[str] = set()  # rented through the API
+        self.ended: set[str] = set()  # ended, but still listed
+        self.chatter = False  # whether the log never ends
         self._numbers = itertools.count(1)
 
     def denied(self) -> HubError:
@@ -126,7 +126,7 @@ def event(line: str) -> bytes:
 
 
 class OpenStream(Reply):
-    """Events, and then silence on an open line, or the same event for ever."""
+    """Events, then silence on an open connection, or the same event for ever."""
 
     def __init__(self, events: bytes, closing: threading.Event, again: bytes) -> None:
         super().__init__(200, {"Content-Type": "text/event-stream"})

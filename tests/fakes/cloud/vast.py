@@ -11,16 +11,16 @@ from tests.fakes.hub.server import Call, HubError, Reply, as_json
 
 
 class VastServer(Platform):
-    """Vast.ai: asks, instances, logs by way of a storage."""
+    """Vast.ai: asks, instances, and logs through a storage."""
 
     def __init__(self) -> None:
         super().__init__()
         self.instances: dict[int, dict[str, Any]] = {}
         self.asks: dict[int, dict[str, Any]] = {}
         self.log_text = "trial 1: done\n"
-        self.new: set[int] = set()  # what was rented by way of the API
-        self.ended: set[int] = set()  # whose end was taken, and which linger
-        self.log_delay = 1  # how often the storage says "not yet"
+        self.new: set[int] = set()  # rented through the API
+        self.ended: set[int] = set()  # ended, but still listed
+        self.log_delay = 1  # number of "not yet" answers by the storage
         self._numbers = itertools.count(70001)
 
     def denied(self) -> HubError:

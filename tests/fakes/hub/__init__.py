@@ -1,7 +1,7 @@
 """A hub on the loopback interface, for the real clients of the Hugging Face Hub.
 
-It keeps models and datasets with their commits, lets clients read and write them as the real hub does, breaks where a
-test asks for it, and tells afterwards what was asked and how many bytes went over the wire. It never calls out.
+It keeps models and datasets with their commits and serves reads and writes as the real hub does. It injects faults on
+request, and logs all requests and the bytes transferred. It makes no connections.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class LoopbackHub:
     """A hub that runs from its construction until it is closed.
 
     Args:
-        lfs_threshold: text files larger than this many bytes are LFS files; binary ones always are.
-        chunk_size: LFS files larger than this many bytes are uploaded in parts of this size.
-        page_size: how many entries listings return at once; None for what the real hub does.
+        lfs_threshold: Text files larger than this are LFS files, bytes; binary ones always are.
+        chunk_size: LFS files larger than this are uploaded in parts of this size, bytes.
+        page_size: Entries per page of a listing; None: as the real hub.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class LoopbackHub:
         self.faults = Faults()
         # Tracebacks of this server itself: a test of a client should find none.
         self.errors: list[str] = []
-        # Other hosts that a client which uses this hub as its proxy wanted to reach.
+        # Other hosts that a client requested while using this hub as its proxy.
         self.strays: list[str] = []
         self._lock = threading.RLock()
         self._requests: list[Request] = []
@@ -58,7 +58,7 @@ class LoopbackHub:
         self._folder = Path(tempfile.mkdtemp(prefix="loopback-hub-"))
         self.blobs = Blobs(self._folder, lfs_threshold)
         self._server = Server(self, Api(self).answer)
-        # The storage is another origin, as it is in reality, so that clients treat redirects to it as they do there.
+        # As in reality, the storage is another origin, so clients treat redirects to it accordingly.
         self._storage = Server(self, lambda call: lfs.storage(self, call))
         self._storage_netloc = self._storage.netloc
 
@@ -80,18 +80,18 @@ class LoopbackHub:
 
     @property
     def storage_address(self) -> tuple[str, int]:
-        """Host and port of the storage, for a proxy before it."""
+        """Host and port of the storage, for a proxy in front of it."""
         return "127.0.0.1", self._storage.server_port
 
     def reach_storage_at(self, url: str) -> None:
-        """From now on send clients to the storage through a proxy at this URL."""
+        """Send clients to the storage through a proxy at this URL from now on."""
         self._storage_netloc = url.removeprefix("http://")
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """Return the variables that lead the clients in another process here, and nowhere else.
+        """Return variables that direct clients in another process to this hub alone.
 
-        Every other host is asked for through a proxy, and that is this hub, which only notes it in `strays`. So the
-        calls of `datasets` to its viewer (at a name made from the endpoint) fail without as much as a name look-up.
+        This hub is also their proxy for every other host, and only records it in `strays`. So calls of `datasets` to
+        its viewer (at a name made from the endpoint) fail without even a DNS lookup.
         """
         proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), self.endpoint)
         return {
@@ -112,7 +112,7 @@ class LoopbackHub:
             "no_proxy": "127.0.0.1,localhost",
         }
 
-    # What is on the hub
+    # Contents of the hub
 
     def add_model(
         self, repo_id: str, files: Mapping[str, Source] | Path, *, private: bool = False, gated: bool | str = False
@@ -177,12 +177,13 @@ class LoopbackHub:
         """Add a token, and return it.
 
         Args:
-            value: the token itself.
-            user: whose it is.
+            value: The token itself.
+            user: Its owner.
             role: "read", "write" or "fine-grained".
-            namespaces: of a fine-grained token "read" or "write" by namespace or by repository, and nothing else is
-                allowed; of the other tokens the organizations of the user.
-            gated: gated repositories that let this user in.
+            namespaces: For a fine-grained token its only rights, "read" or "write" by namespace or by repository; for
+                others
+            the user's organizations.
+            gated: Gated repositories that grant this user access.
         """
         if role not in ("read", "write", "fine-grained"):
             raise ValueError(role)
@@ -200,7 +201,7 @@ class LoopbackHub:
         with self._lock:
             return self._tokens.get(value)
 
-    # What goes wrong
+    # Faults
 
     def fail(
         self,
@@ -224,24 +225,23 @@ class LoopbackHub:
     ) -> Rule:
         """Close the connection in the middle: of the content that a GET sends, or of the body of a POST or a PUT.
 
-        What is not longer than `after_bytes` comes through, and does not use the rule up. Large files are sent from
+        Bodies up to `after_bytes` pass and do not use up the rule. Large files are sent from
         "/cdn/models/user/name/SHA256/path" and received at "/upload/models/user/name/SHA256[/PART]".
         """
         return self.faults.add(Rule("cut", method, path_glob, times, skip, after_bytes=after_bytes))
 
     def drop(self, method: str, path_glob: str, *, times: int | None = 1, skip: int = 0) -> Rule:
-        """Do what is asked, and then close the connection instead of answering."""
+        """Carry out the request, then close the connection instead of answering."""
         return self.faults.add(Rule("drop", method, path_glob, times, skip))
 
     def delay(self, method: str, path_glob: str, *, seconds: float, times: int | None = None, skip: int = 0) -> Rule:
-        """Let matching requests wait before they are served."""
         return self.faults.add(Rule("delay", method, path_glob, times, skip, seconds=seconds))
 
-    # What was asked
+    # Request log
 
     @property
     def requests(self) -> list[Request]:
-        """All requests so far, in the order in which they began."""
+        """All requests so far, in order of arrival."""
         with self._lock:
             return list(self._requests)
 
@@ -250,14 +250,13 @@ class LoopbackHub:
         return [request for request in self.requests if request.matches(method, path_glob)]
 
     def bytes_sent(self, path_glob: str = "*") -> int:
-        """Return how many bytes of files and other reply bodies went out for these paths."""
+        """Return the bytes of files and other response bodies sent for these paths."""
         return sum(request.sent for request in self.asked("*", path_glob))
 
     def bytes_received(self, path_glob: str = "*") -> int:
         return sum(request.received for request in self.asked("*", path_glob))
 
     def forget(self) -> None:
-        """Empty the log."""
         with self._lock:
             self._requests.clear()
             self.strays.clear()

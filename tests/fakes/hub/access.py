@@ -1,4 +1,4 @@
-"""Who may see and change what, and the errors the clients know these refusals by."""
+"""Access rights, and the errors by which clients recognize a refusal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NO_TOKEN = "Invalid username or password."
 
 
 def not_found(token: Token | None) -> HubError:
-    """Return the error for a repository that is missing, or must look as if it were."""
+    """Return the error for a repository that is missing, or must look missing."""
     return HubError(404 if token else 401, "Repository not found" if token else NO_TOKEN, "RepoNotFound")
 
 
@@ -27,7 +27,7 @@ def need_read(repo: Repo | None, token: Token | None) -> Repo:
 
 
 def need_entry(repo: Repo, token: Token | None) -> None:
-    """Refuse the files of a gated repository to whoever was not let in."""
+    """Refuse the files of a gated repository without granted access."""
     if not repo.gated or (token is not None and token.enters(repo)):
         return
     text = f"Access to {repo.kind} {repo.id} is restricted"

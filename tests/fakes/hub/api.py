@@ -1,4 +1,4 @@
-"""The endpoints of the hub itself: accounts, repositories, files, commits and pull requests."""
+"""The hub's own endpoints: accounts, repositories, files, commits and pull requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VERBS = (
     "settings",
     "auth-check",
 )
-# The name of a repository is one or two segments, so what follows decides where it ends.
+# A repository's name is one or two segments, so the next segment decides where it ends.
 REPO_ID = rf"(?P<id>[^/]+(?:/(?!(?:{'|'.join(VERBS)}|resolve)(?:/|$))[^/]+)?)"
 API = re.compile(rf"/api/(?P<kind>model|dataset)s/{REPO_ID}(?:/(?P<verb>{'|'.join(VERBS)})(?:/(?P<rest>.*))?)?")
 API_LIST = re.compile(r"/api/(?P<kind>model|dataset)s")
@@ -46,8 +46,6 @@ FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*$", re.DOTALL | re.MULTILINE)
 
 
 class Api:
-    """Answers the requests to the hub."""
-
     def __init__(self, hub: LoopbackHub) -> None:
         self.hub = hub
         self._fixed: dict[tuple[str, str], Callable[[Call, Token | None], Reply]] = {
@@ -118,7 +116,7 @@ class Api:
         access_token: dict[str, Any] = {"displayName": "kitchen", "role": token.role, "createdAt": self.hub.started}
         organizations = list(token.namespaces)
         if token.role == "fine-grained":
-            # Scopes name users and repositories; nothing in them makes somebody a member of an organization.
+            # Scopes name users and repositories; they grant no membership of an organization.
             organizations = []
             access_token["role"] = "fineGrained"
             access_token["fineGrained"] = {
@@ -526,7 +524,7 @@ def card_of(commit: Commit) -> dict[str, Any] | None:
 
 
 def listing(commit: Commit, folder: str, *, recursive: bool) -> Iterator[dict[str, Any]]:
-    """List what is in a folder, its folders once each and before their files."""
+    """Yield the contents of a folder, each folder once, before its files."""
     prefix = f"{folder}/" if folder else ""
     folders = set()
     for path in sorted(commit.files):

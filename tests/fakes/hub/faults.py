@@ -1,4 +1,4 @@
-"""Faults that a test asks for, and the log of the requests that a test looks at."""
+"""Faults injected by tests, and the request log."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from fnmatch import fnmatchcase
 
 @dataclass
 class Request:
-    """One request; it enters the log when it starts, and its numbers grow while it is served."""
+    """One request; logged on arrival, its numbers grow while it is served."""
 
     method: str
     path: str  # decoded, without the query
     query: str
     host: str
-    authorized: bool  # whether an Authorization header came with it
+    authorized: bool  # whether it had an Authorization header
     headers: dict[str, str]  # names in lower case, without the Authorization header
-    status: int | None = None  # None until answered, and for good if it never was
+    status: int | None = None  # None until answered, for ever if never
     sent: int = 0  # bytes of the response body
     received: int = 0  # bytes of the request body
 
@@ -27,13 +27,13 @@ class Request:
 
 @dataclass
 class Rule:
-    """One fault: what it does, to which requests, how often."""
+    """One fault: its action, its requests, its number of times."""
 
     action: str  # "fail", "cut", "drop" or "delay"
     method: str
     glob: str
     times: int | None  # None for always
-    skip: int = 0  # how many matching requests pass first
+    skip: int = 0  # matching requests that pass first
     status: int = 503
     headers: dict[str, str] = field(default_factory=dict)
     message: str = "The kitchen is closed."
@@ -43,7 +43,7 @@ class Rule:
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def ready(self, request: Request) -> bool:
-        """Tell whether this request is for the rule; one that is skipped is counted here."""
+        """Return whether the rule applies to this request; count a skipped one."""
         if not request.matches(self.method, self.glob):
             return False
         with self.lock:
@@ -62,7 +62,7 @@ class Rule:
 
 
 class Faults:
-    """The rules in the order in which they were given."""
+    """The rules, in the order given."""
 
     def __init__(self) -> None:
         self._rules: list[Rule] = []

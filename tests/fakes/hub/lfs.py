@@ -1,4 +1,4 @@
-"""Large files: what is to be uploaded, the uploads themselves, and the storage behind the redirects."""
+"""Large files: upload instructions, uploads, and the storage behind the redirects."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def git_lfs(hub: LoopbackHub, call: Call, repo: Repo, token: Token | None, actio
 def _instructions(
     hub: LoopbackHub, call: Call, repo: Repo, wanted: dict[str, Any], *, multipart: bool
 ) -> dict[str, Any]:
-    """Tell how one content is to be uploaded, or nothing of that if it is already here."""
+    """Return how to upload one content, or no actions if it is already here."""
     sha256, size = wanted["oid"], wanted["size"]
     if sha256 in repo.lfs:
         return {"oid": sha256, "size": size}
@@ -56,10 +56,10 @@ def _instructions(
 
 
 def storage(hub: LoopbackHub, call: Call) -> Reply:
-    """Answer as the storage that signed addresses lead to."""
+    """Answer as the storage behind signed URLs."""
     _need_signature(hub, call)
     if "authorization" in call.headers:
-        # As the real storage does: a signature and a token at once are an error, and a token has no business here.
+        # As the real storage: a signature together with a token is an error, and it must never see a token.
         raise HubError(400, "Only one auth mechanism allowed")
     if (match := UPLOAD.fullmatch(unquote(call.path))) is not None and call.method == "PUT":
         return _upload(hub, call, match)
@@ -99,7 +99,7 @@ def _receive_whole(hub: LoopbackHub, key: str, incoming: Path, sha256: str) -> N
 
 
 def complete(hub: LoopbackHub, call: Call, key: str) -> Reply:
-    """Put the parts of a content together."""
+    """Join the parts of a content."""
     _need_signature(hub, call)
     key = unquote(key)
     folder = hub.parts(key)

@@ -1,4 +1,4 @@
-"""HTTP on the loopback interface: requests in, replies out, and the faults in between."""
+"""HTTP on the loopback interface: requests, replies, and the faults in between."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class CutError(Exception):
-    """The connection is to be closed here and now."""
+    """Close the connection immediately."""
 
 
 def header_safe(text: str) -> str:
@@ -31,7 +31,7 @@ def header_safe(text: str) -> str:
 
 
 class HubError(Exception):
-    """An error reply, with the headers that the clients tell errors apart by."""
+    """An error reply, with the headers by which clients distinguish errors."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **body: object) -> None:
         super().__init__(message)
@@ -67,7 +67,7 @@ def as_json(value: object, status: int = 200, **headers: str) -> Reply:
 
 
 def ranged(reply: Reply, asked: str | None) -> Reply:
-    """Cut a reply to the range that was asked for."""
+    """Cut a reply to the requested range."""
     if not asked or not asked.startswith("bytes=") or "," in asked or reply.file is None:
         return reply
     first, _, last = asked.removeprefix("bytes=").strip().partition("-")
@@ -83,7 +83,7 @@ def ranged(reply: Reply, asked: str | None) -> Reply:
 
 
 def end(connection: socket.socket) -> None:
-    """End a connection, whatever its thread waits for."""
+    """End a connection, even while its thread waits for it."""
     try:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
@@ -151,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answered = False
         try:
             if hub.is_stray(host):
-                # Only a client that took this server for its proxy asks for another host: nothing is passed on.
+                # Only a client that uses this server as its proxy requests another host; nothing is forwarded.
                 self.close_connection = True
                 self._reply(Reply(502 if self.command == "CONNECT" else 404))
             else:
@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _reply(self, reply: Reply) -> None:
         hub = self.server.hub
-        # What the client still sends belongs to this request; left unread, it would be taken for the next one.
+        # Read the rest of this request's body; otherwise it would be parsed as the next request.
         for _ in self._body:
             pass
         if hub.faults.take("drop", self._request) is not None:
@@ -199,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        # Redirects and errors are not what a download is made of.
+        # Redirects and errors are not part of a download.
         whole_or_part = self.command == "GET" and reply.status in (200, 206)
         cut = hub.faults.find("cut", self._request) if whole_or_part else None
         for chunk in reply.chunks():
@@ -212,11 +212,11 @@ class Handler(BaseHTTPRequestHandler):
                 self._send(chunk[allowed:])
 
     def _send(self, chunk: bytes) -> None:
-        self._request.sent += len(chunk)  # before it goes out: who has read it may ask at once
+        self._request.sent += len(chunk)  # counted before sending: the reader may check at once
         self.wfile.write(chunk)
 
     def _read_body(self) -> Iterator[bytes]:
-        """Read the request body piece by piece, and cut the connection where a fault says so."""
+        """Yield the request body in chunks, and cut the connection on a fault."""
         cut = self.server.hub.faults.find("cut", self._request) if self.command in ("POST", "PUT") else None
         for chunk in self._raw_body():
             self._request.received += len(chunk)
@@ -255,7 +255,7 @@ class Handler(BaseHTTPRequestHandler):
         end(self.connection)
 
     def _report(self) -> None:
-        """Keep a fault of this server itself for the test, and tell the client."""
+        """Keep a fault of this server itself for the test, and return an error."""
         self.close_connection = True
         text = traceback.format_exc()
         self.server.hub.errors.append(text)
@@ -286,7 +286,7 @@ class Server(ThreadingHTTPServer):
         self._thread.start()
 
     def server_bind(self) -> None:
-        """Bind without the look-up of the host's name that the base class does."""
+        """Bind without the base class's lookup of the host name."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
@@ -297,7 +297,7 @@ class Server(ThreadingHTTPServer):
     def opened(self, connection: socket.socket) -> None:
         with self._lock:
             self._open[connection] = threading.current_thread()
-        if self.hub.closing.is_set():  # accepted just before the end, so close() may not have seen it
+        if self.hub.closing.is_set():  # accepted just before the end, so close() may have missed it
             end(connection)
 
     def closed(self, connection: socket.socket) -> None:
@@ -305,7 +305,7 @@ class Server(ThreadingHTTPServer):
             self._open.pop(connection, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keep what went wrong outside of a request; clients that just went away are no error."""
+        """Keep errors outside of a request; clients that closed the connection are no error."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             self.hub.errors.append(traceback.format_exc())
 

@@ -1,4 +1,4 @@
-"""What the hub holds: file contents on disk, commits, repositories, pull requests and tokens."""
+"""The hub's data: file contents on disk, commits, repositories, pull requests and tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 CHUNK = 1 << 16
 SAMPLE = 512
-# What the real hub tracks with LFS in the .gitattributes of a new repository.
+# LFS patterns in the .gitattributes of a new repository on the real hub.
 LFS_NAMES = (
     "7z arrow avro bin bz2 ckpt ftz gguf gz h5 joblib lz4 mds mlmodel model msgpack npy npz onnx ot parquet pb "
     "pickle pkl pt pth rar safetensors tar tflite tgz wasm xz zip zst"
@@ -30,7 +30,7 @@ def now() -> str:
 
 
 def read_chunks(path: Path, start: int = 0, length: int | None = None) -> Iterator[bytes]:
-    """Read a part of a file piece by piece, so that no file is ever in memory as a whole."""
+    """Yield a part of a file in chunks, so that memory never holds a whole file."""
     left = path.stat().st_size - start if length is None else length
     with path.open("rb") as file:
         file.seek(start)
@@ -48,7 +48,7 @@ def git_oid(size: int, chunks: Iterable[bytes]) -> str:
 
 @dataclass(frozen=True)
 class Blob:
-    """The content of one file, and how git knows it: by itself, or by an LFS pointer."""
+    """The content of one file, stored in git directly or as an LFS pointer."""
 
     file: Path
     size: int
@@ -79,11 +79,11 @@ class Blobs:
         self._incoming.mkdir()
 
     def is_lfs(self, path: str, size: int, sample: bytes) -> bool:
-        """Tell what the real hub would: by name, by size, or because the content is not text."""
+        """Return whether the real hub would use LFS: by name, by size, or because the content is not text."""
         return size > 0 and (Path(path).suffix in LFS_SUFFIXES or size > self.lfs_threshold or b"\0" in sample)
 
     def receive(self, chunks: Iterable[bytes]) -> tuple[Path, str, int]:
-        """Write chunks to a file of its own, and return it with its sha256 and its size."""
+        """Write chunks to a new file, and return it with its sha256 and its size."""
         incoming = self._incoming / secrets.token_hex(8)
         digest = hashlib.sha256()
         size = 0
@@ -112,7 +112,7 @@ class Blobs:
         return Blob(file, size, sha256, git_oid(size, read_chunks(file)), lfs=False)
 
     def put(self, path: str, source: Source) -> Blob:
-        """Keep a content that a test gives, as the real hub would under this path."""
+        """Store a test's content, as the real hub would under this path."""
         chunks = [source] if isinstance(source, bytes) else read_chunks(source)
         incoming, sha256, size = self.receive(chunks)
         sample = next(read_chunks(incoming, 0, SAMPLE), b"")
@@ -161,7 +161,7 @@ class Pull:
 
 
 class ConflictError(Exception):
-    """A commit or a merge that does not fit what the branch has become."""
+    """A commit or a merge conflicts with the current branch."""
 
 
 @dataclass
@@ -178,7 +178,7 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     pulls: dict[int, Pull] = field(default_factory=dict)
-    # sha256 of the LFS contents this repository has received; a commit may name only these
+    # sha256 of the LFS contents that this repository has received; commits may name only these
     lfs: set[str] = field(default_factory=set)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
@@ -192,11 +192,10 @@ class Repo:
 
     @property
     def sha(self) -> str:
-        """The last commit of the main branch."""
         return self.branches["main"]
 
     def find(self, revision: str) -> Commit | None:
-        """Return the commit that a branch, tag, pull request or (short) hash stands for."""
+        """Return the commit of a branch, tag, pull request or (short) hash."""
         with self.lock:
             name = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
             sha = self.branches.get(name) or self.tags.get(name)
@@ -228,7 +227,7 @@ class Repo:
     def commit(
         self, files: Mapping[str, Source | None], title: str = "Update files", *, branch: str = "main", author: str = ""
     ) -> Commit:
-        """Commit as somebody else would, past the server; None deletes a file."""
+        """Commit as another user would, past the server; None deletes a file."""
         changes = {path: None if source is None else self.blobs.put(path, source) for path, source in files.items()}
         self.lfs.update(blob.sha256 for blob in changes.values() if blob is not None and blob.lfs)
         return self.push(branch, changes, title, "", author)
@@ -242,7 +241,7 @@ class Repo:
         author: str,
         parent: str | None = None,
     ) -> Commit:
-        """Add a commit to a branch; a given parent must be what the branch points to."""
+        """Add a commit to a branch; a given parent must be the branch's head."""
         with self.lock:
             head = self.branches.get(branch)
             if parent is not None and (head is None or not head.startswith(parent)):
@@ -262,7 +261,7 @@ class Repo:
             return commit
 
     def squash(self, branch: str, message: str, author: str) -> Commit:
-        """Put one commit without a parent in the place of a branch's history, which is gone."""
+        """Replace a branch's history by one commit without a parent."""
         with self.lock:
             former = self.history(branch)
             commit = self.push("refs/squashed", former[0].files, message, "", author)
@@ -283,7 +282,7 @@ class Repo:
             return pull
 
     def merge(self, pull: Pull, author: str) -> Commit:
-        """Bring what a pull request changed to the main branch, unless both changed the same file."""
+        """Merge a pull request into the main branch, unless both changed the same file."""
         with self.lock:
             assert pull.base is not None
             base, head, main = (self.at(revision).files for revision in (pull.base, pull.ref, "main"))
@@ -299,14 +298,14 @@ class Repo:
 
 @dataclass(frozen=True)
 class Token:
-    """Who somebody is, and what this token lets them do."""
+    """A user and the rights of this token."""
 
     value: str
     user: str
     role: str  # "read", "write" or "fine-grained"
-    # Of a fine-grained token: "read" or "write" by namespace or by repository. Of the others: their organizations.
+    # Fine-grained: "read" or "write" by namespace or by repository. Others: the user's organizations.
     namespaces: Mapping[str, str]
-    gated: frozenset[str]  # gated repositories whose owner has let this user in
+    gated: frozenset[str]  # gated repositories that granted this user access
 
     def right(self, repo_id: str) -> str | None:
         """Return "write", "read" or None for a repository, or for a namespace."""
@@ -318,5 +317,5 @@ class Token:
         return None
 
     def enters(self, repo: Repo) -> bool:
-        """Tell whether a gated repository lets this token in."""
+        """Return whether a gated repository grants access to this token."""
         return repo.id in self.gated or self.right(repo.id) is not None

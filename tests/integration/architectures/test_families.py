@@ -1,4 +1,4 @@
-"""Discovery of residual writers: complete, none too many, on the right axis, in every family or refused."""
+"""Discovery of residual writers in every family: complete, without false ones, on the right axis, or refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from job.records import COMPONENTS, EditParameters, ExportFormat, KernelParamete
 from tests import lanes
 from tests.decoders import families, judge, tiny_config
 
-# What reference implementations of kernels and some configurations say of themselves.
+# Messages of reference kernels and of some configurations.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # Dense, transposed weights, parallel blocks, norms after writers, experts in both orders, shared ones, state spaces.
@@ -56,20 +56,20 @@ SOME = (
     "opt",
     "qwen2_moe",
 )
-# Families that no exact edit of weights reaches, and what is seen of it.
+# Families that no exact weight edit covers, and the reason given.
 BEYOND = {
     "beam": "still writes",  # scales the stream itself
     "deepseek_v4": "no list of layers",  # several streams
     "doge": "still writes",  # scales the stream itself, entry by entry
     "gemma3n_text": "does not read text alone",
-    "git": "depends on what was kept",  # reads a prompt both ways
+    "git": "depends on what was kept",  # processes a prompt bidirectionally
     "hrm_text": "no list of layers",  # layers called in loops
     "hy_v4": "no list of layers",  # several streams
     "inkling2_text": "still writes",  # short convolution after writers
-    "inkling_text": "still writes",  # likewise
-    "longcat_flash": "still writes",  # experts that return what they read
+    "inkling_text": "still writes",  # short convolution after writers
+    "longcat_flash": "still writes",  # experts that return their input
     "minimax": "still writes",  # norms of the stream itself
-    "mllama": "no list of layers",  # layers that text does not go through
+    "mllama": "no list of layers",  # layers that text does not pass through
     "musicgen": "no decoder-only",
     "musicgen_melody": "no decoder-only",
     "openai-gpt": "still writes",  # norms of the stream itself
@@ -78,7 +78,7 @@ BEYOND = {
     "xlnet": "no list of layers",
     "zaya": "is no norm",  # scales the stream itself, entry by entry
 }
-# Families whose default configurations make no model, or that need what is not installed.
+# Families whose default configurations make no model, or whose requirements are not installed.
 UNBUILT = {
     "blt",
     "dots3_note",
@@ -92,7 +92,7 @@ UNBUILT = {
 
 
 def found(family: str) -> tuple[PreTrainedModel, Architecture]:
-    """Return a random model of a family, and its proven structure."""
+    """Return a random model of a family and its proven structure."""
     config = tiny_config(family)
     return small_twin(config), proven(config)
 
@@ -116,7 +116,7 @@ def test_biases_count(family: str) -> None:
     assert biased
     for writer in biased:
         rest = [dataclasses.replace(w, bias=None) if w is writer else w for w in architecture.writers]
-        # A bias is small and may be all but orthogonal to a direction; not so to three of them.
+        # A bias is small and may be almost orthogonal to one direction, but not to three.
         assert max(leaks(model, architecture, rest, seed)[writer.layer] for seed in range(3)) > 10 * TOLERANCE
 
 
@@ -156,7 +156,7 @@ def test_names_kinds_and_axes_are_those_of_the_families() -> None:
 
 @pytest.mark.parametrize(("kind", "axis"), [(GptOssConfig, 2), (MixtralConfig, 1)])
 def test_the_axis_of_square_experts_is_found(kind: type[GptOssConfig], axis: int) -> None:
-    """Where experts are as wide as the stream, shapes say nothing of the axis."""
+    """If experts are as wide as the stream, shapes do not determine the axis."""
     config = kind(hidden_size=64, intermediate_size=64, num_hidden_layers=2)
     architecture = proven(config)
     model = small_twin(config)
@@ -230,15 +230,15 @@ EVERYWHERE = KernelParameters(max_weight=1, max_weight_position=0, min_weight=1,
 # Transposed weights with biases, norms after writers, a state space beside attention.
 EXPORTED = (
     *("gpt2", "gemma2", "glm4", "olmo2", "falcon_h1", "opt"),
-    # Experts together in files and one by one, with shared ones, after norms; norms that files call otherwise.
+    # Experts stacked in files or one by one, with shared ones, after norms; norms with other names in files.
     *("gpt_oss", "mixtral", "qwen2_moe", "afmoe", "olmo_hybrid"),
-    # Experts whose outputs are in an order of their own, or lie in one matrix.
+    # Experts whose outputs are interleaved, or share one matrix.
     *("dbrx", "jetmoe", "llama4_text"),
 )
 
 
 def saved(family: str, folder: Path) -> PreTrainedModel:
-    """Write a random model of a family, and return it as it is loaded."""
+    """Write a random model of a family, and return it as loaded."""
     small_twin(tiny_config(family)).save_pretrained(folder)
     return loaded(folder)
 
@@ -257,7 +257,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def export_and_reload(family: str, folder: Path) -> None:
-    """Assert that what is exported writes nothing along a direction, and that nothing else has changed."""
+    """Assert that the export writes nothing along a direction, and that nothing else has changed."""
     model = saved(family, folder / "model")
     architecture = inspect_model(folder / "model")
     assert architecture == discover(model)
@@ -288,7 +288,7 @@ def test_nothing_is_written_along_a_direction_after_export_and_reload(family: st
     ],
 )
 def test_hooks_agree_with_the_export_in_every_mode(family: str, mode: RowNormalization, tmp_path: Path) -> None:
-    """Several directions of unlike strengths, interpolated between layers, before norms where there are any."""
+    """Several directions of different strengths, interpolated between layers, before norms where there are any."""
     model = saved(family, tmp_path / "model")
     architecture = discover(model)
     generator = torch.Generator().manual_seed(3)
@@ -328,14 +328,14 @@ def test_the_adapter_of_transposed_weights_is_the_hooked_model(tmp_path: Path) -
     assert max(leaks(with_adapter(fresh, tmp_path / "adapter").model, architecture, [])) < TOLERANCE
 
 
-# Every family is judged in the full lane, these in both: other kinds of layers than above, two refusals, one unbuilt.
+# The full lane judges every family; these run in both lanes: other kinds of layers, two refusals, one not built.
 JUDGED = {"cohere", "granite", "lfm2", "beam", "rwkv", "blt"}
 FAMILIES = [pytest.param(f, marks=[] if f in JUDGED else pytest.mark.full("families")) for f in families()]
 
 
 @pytest.fixture(scope="session")
 def verdicts(pytestconfig: pytest.Config) -> Path:
-    """Return the folder of what is known of families already, with this code and these versions of libraries."""
+    """Return the folder of cached verdicts, for this code and these library versions."""
     assert pytestconfig.cache is not None
     return pytestconfig.cache.mkdir("families") / lanes.digest(lanes.PARTS["families"])
 
@@ -366,7 +366,7 @@ def test_families_that_are_not_edited_are_known_and_few() -> None:
     assert len({*families()} - {*BEYOND} - UNBUILT) >= 130
 
 
-# Language models that also see images, in which files and parameters are named in ways of their own.
+# Language models with image input, whose files and parameters use other names.
 @pytest.mark.parametrize("family", ["glm4v_moe", "internvl", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl"])
 def test_the_text_side_of_a_family_that_sees_images_is_edited_and_exported(family: str, tmp_path: Path) -> None:
     assert judge(family).reason == ""
@@ -378,7 +378,7 @@ def test_the_text_side_of_a_family_that_sees_images_is_edited_and_exported(famil
     [
         ("llama", BatchingSupport()),
         ("mamba", BatchingSupport(shared=False)),
-        ("bamba", BatchingSupport(cached=False, shared=False)),  # as by default: without any layer of attention
+        ("bamba", BatchingSupport(cached=False, shared=False)),  # as by default: without any attention layer
         ("recurrent_gemma", BatchingSupport(padded=False, shared=False)),
         ("xlstm", BatchingSupport(padded=False, cached=False, shared=False)),
     ],

@@ -1,4 +1,4 @@
-"""What the platforms say of an instance, and what it is taken for: nothing unknown may pass for an end."""
+"""Interpreting instance states: no unknown state may pass for an end."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def test_every_combination_of_documented_values() -> None:
             working = actual in ("running", "frozen", "loading", "rebooting")
             expected = "unknown" if working else "gone"
         elif contract == "stopped":
-            # A container that works without a contract, or says nothing, is a contradiction: the answer is half old.
+            # A container that runs without a contract, or reports nothing, is contradictory: half of the answer is
+            # stale.
             expected = "unknown" if actual in ("running", "frozen", "unknown", None) else "outbid"
         else:
             expected = ACTUAL[actual]

@@ -1,4 +1,4 @@
-"""Fetching, destroying, and where keys come from."""
+"""Fetching, destroying, and the sources of keys."""
 
 from __future__ import annotations
 

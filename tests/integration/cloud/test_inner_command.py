@@ -16,7 +16,7 @@ START = ("launch", "--on", "4xRTX4090", "--image", IMAGE)
 def refused(
     vast: VastServer, tmp_path: Path, words: tuple[Any, ...], *parts: str, before: tuple[str, ...] = ()
 ) -> None:
-    """Assert that a command is refused and that the platform was not even asked for offers."""
+    """Assert that a command is refused without even a request for offers."""
     vast.add_ask(1)
     command(vast, tmp_path, *START, *before, "--", *words).fails(2, *parts)
     assert vast.requests == []
@@ -55,7 +55,7 @@ def test_the_environment_is_that_of_the_machine(
 ) -> None:
     refused(vast, tmp_path, COMMAND, "ABLITERATE_TRAILS", before=("--env", "ABLITERATE_TRAILS=5"))
     refused(vast, tmp_path, COMMAND, "trials", before=("--env", "ABLITERATE_TRIALS=none"))
-    # What is set here and not passed on counts neither way.
+    # Local variables that are not passed on have no effect.
     monkeypatch.setenv("ABLITERATE_TRIALS", "none")
     monkeypatch.setenv("ABLITERATE_CHECKPOINT", "hf://user/state")
     refused(vast, tmp_path, ("run", "m"), "no --checkpoint", before=("--interruptible",))

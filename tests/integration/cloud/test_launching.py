@@ -1,4 +1,4 @@
-"""Launching, against servers that behave as the platforms."""
+"""Launching, against simulated platforms."""
 
 from __future__ import annotations
 

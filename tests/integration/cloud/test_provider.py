@@ -1,4 +1,4 @@
-"""What is needed and what is offered, against servers that behave as the platforms."""
+"""Needs and offers, against simulated platforms."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_survey_is_read_as_a_shell_has_written_it(tmp_path: Path, encoding: st
 
 
 def test_offers_are_filtered_and_the_cheapest_job_comes_first(vast: VastServer, tmp_path: Path) -> None:
-    vast.add_ask(1, dph_total=1.0, inet_down=120.0)  # the cheapest hour, on a slow line
+    vast.add_ask(1, dph_total=1.0, inet_down=120.0)  # the lowest hourly price, on a slow line
     vast.add_ask(2, dph_total=1.2, inet_down=2000.0, inet_up=2000.0)
     for number, wrong in enumerate(
         (
@@ -143,7 +143,7 @@ def test_runpods_catalogue(runpod: RunPodServer, tmp_path: Path) -> None:
     assert "$2.760 an hour" in secure
     assert "stock high" in secure
     assert command(runpod, tmp_path, "offers", "--on", "1xA100-80").check().out.count("\n") == 1
-    # Not in stock; more cards than a machine has; another size of the card; too dear.
+    # Not in stock; more cards than a machine has; another size of the card; too expensive.
     for on, more in (("1xH200", ()), ("16xRTX4090", ()), ("1xA100-40", ()), ("4xRTX4090", ("--max-price", "2"))):
         assert command(runpod, tmp_path, "offers", "--on", on, *more).code == 76
     command(runpod, tmp_path, "offers", "--on", "1xRTX4090", "--bid", "0.2").fails(76, "nothing interruptible")

@@ -1,4 +1,4 @@
-"""The end of the rental, against servers that behave as the platforms."""
+"""The end of the rental, against simulated platforms."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def alarms(workspace: Path) -> list[Path]:
 
 def test_where_this_process_runs() -> None:
     assert find_rental({}) is None
-    # Somebody else's CONTAINER_ID is no rental.
+    # A foreign CONTAINER_ID is no rental.
     assert find_rental({"CONTAINER_ID": "12345"}) is None
     assert find_rental({"CONTAINER_ID": "f00ba4", "CONTAINER_API_KEY": "x"}) is None
     labelled = find_rental({"CONTAINER_ID": "f00ba4", "VAST_CONTAINERLABEL": "C.77", "CONTAINER_API_KEY": KEY})
@@ -82,7 +82,7 @@ def test_runpod_is_asked_for_the_pod_and_its_price(runpod: RunPodServer) -> None
     rental = on_runpod(runpod.url)
     assert "RunPod instance abc123: running" in rental.check()
     assert rental.price() == 3.59
-    runpod.pods["abc123"]["cost"] = 0.0  # what it says of pods that do not run
+    runpod.pods["abc123"]["cost"] = 0.0  # reported for pods that do not run
     assert rental.price() is None
 
 
@@ -120,7 +120,7 @@ def test_the_end_is_insisted_on(vast: VastServer, tmp_path: Path, fault: str) ->
     elif fault == "503":
         vast.fail("DELETE", status=503, times=3)
     elif fault == "dropped":
-        vast.drop("DELETE")  # done, but the answer is lost: the second time it is not there
+        vast.drop("DELETE")  # done, but the answer is lost: the second request finds nothing
     with FaultProxy("127.0.0.1", vast.port, cut_up=[20] if fault == "cut" else []) as line:
         assert on_vast(line.url).end("destroy", tmp_path, said.append).state == "taken"
     assert vast.instances == {}
@@ -149,7 +149,7 @@ def test_a_restart_after_a_stop_does_not_stop_for_ever(vast: VastServer, tmp_pat
     assert on_vast(vast.url).end("stop", tmp_path, said.append).state == "held back"
     assert len(vast.asked("PUT")) == 1
     assert "BILLS ON" in said[-1]
-    # Another instance with the same (network) workspace is another rental, and destroying is never held back.
+    # Another instance with the same (network) workspace is another rental and does not prevent destroying.
     vast.add_instance(777)
     other = on_vast(vast.url, CONTAINER_ID="777")
     assert other.end("stop", tmp_path, said.append).state == "taken"
@@ -257,7 +257,7 @@ def test_a_workspace_that_cannot_be_written_keeps_no_rental(vast: VastServer, tm
 
 
 def own_tool(folder: Path, url: str, old: bool) -> None:
-    """Put a runpodctl onto the path that speaks to the same server with a key of its own."""
+    """Put a runpodctl with its own key for the same server on the path."""
     script = folder / "runpodctl"
     wanted = '["remove", "pod"]' if old else '["pod", "delete"]'
     script.write_text(

@@ -1,4 +1,4 @@
-"""No machine is forgotten, rented twice, or left to bill: on platforms that lag, forget labels, and break off."""
+"""No machine is forgotten, rented twice, or left to bill: on platforms that lag, lose labels, and disconnect."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def on(server: VastServer | RunPodServer, tmp_path: Path, said: list[str], **cha
 
 
 def when(starter: Launcher, part: str, act: Callable[[], Any]) -> None:
-    """Act the first time that the launcher says something."""
+    """Act on the launcher's first message with this part."""
     listen, pending = starter.say, [act]
 
     def say(text: str) -> None:
@@ -73,7 +73,7 @@ def server(request: pytest.FixtureRequest) -> VastServer | RunPodServer:
     return found
 
 
-# Creations that are not confirmed
+# Unconfirmed creations
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -170,7 +170,7 @@ def test_nothing_else_is_rented_while_nobody_can_tell(vast: VastServer, tmp_path
     starter = on(vast, tmp_path, [])
     vast.drop("PUT", "/api/v0/asks/1/")
     lists = vast.fail("GET", "/api/v1/instances*", status=500)
-    lists.skip = 1  # the one before
+    lists.skip = 1  # the list before the creation
     with pytest.raises(MachineError, match="500"):
         starter.rent()
     assert machines(vast) == ["70001"]
@@ -199,7 +199,7 @@ def test_a_launch_that_is_cut_off_while_it_rents(vast: VastServer, tmp_path: Pat
 
 
 def answer_late(vast: VastServer) -> None:
-    """Have the answer to a creation wait, after the instance is there."""
+    """Delay the answer to a creation until the instance is there."""
     answer = vast.answer
 
     def slow(call: Any, body: Any) -> Any:
@@ -390,7 +390,7 @@ def test_destroying_goes_on_until_it_is_gone(server: VastServer | RunPodServer, 
         server.drop("DELETE", times=1)
     elif fault == "after the deed":
         server.undo("DELETE", times=1)
-    if fault in ("cut", "after the deed"):  # then 404 means that it was done: the platform has shown it
+    if fault in ("cut", "after the deed"):  # then 404 means done: the platform has shown it
         starter.destroyer.saw(id)
     if fault == "lingers":
         server.linger = 6

@@ -1,4 +1,4 @@
-"""Watching launches, against servers that behave as the platforms."""
+"""Watching launches, against simulated platforms."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bidding(vast: VastServer, tmp_path: Path, said: list[str], url: str | None =
 
 
 def once(said: list[str], part: str, act: Callable[[], None]) -> Callable[[str], None]:
-    """Return a listener that acts the first time that something is said, and then goes on listening."""
+    """Return a listener that also acts on the first message with this part."""
     pending = [act]
 
     def listen(text: str) -> None:
@@ -179,12 +179,12 @@ def test_how_a_watch_ends(vast: VastServer, tmp_path: Path, status: str, code: i
 def test_an_instance_that_was_rented_and_not_recorded_is_taken_up(vast: VastServer, tmp_path: Path) -> None:
     starter = launcher(vast, tmp_path, [])
     with pytest.raises(MachineError):
-        starter.rent()  # nothing is offered; the record is there
+        starter.rent()  # nothing is offered, but the record exists
     command(vast, tmp_path, "watch", "abliterate-test").fails(2, "has rented nothing")
     vast.add_instance(70001, label="abliterate-test-1", actual_status="exited")
     result = command(vast, tmp_path, "watch", "abliterate-test", "--every", "0.1")
     assert (result.code, "70001 BILLS ON" in result.err) == (1, True)
-    # Likewise the second one, of a watch that was cut off while it replaced the first.
+    # The same for the second one, of a watch that was killed while it replaced the first.
     vast.instances.clear()
     vast.add_instance(70002, label="abliterate-test-2", actual_status="exited")
     result = command(vast, tmp_path, "watch", "abliterate-test", "--every", "0.1")

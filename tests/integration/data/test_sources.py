@@ -37,7 +37,7 @@ def read(spec: str, **named: Any) -> list[str]:
     return list(read_texts(parse_source(settings(spec, **named)), None, print))
 
 
-# --- what a SPEC means --------------------------------------------------------------------------------
+# --- parsing a SPEC -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_prompts_are_cleaned_cut_wrapped_and_overlaps_are_told(tmp_path: Path) -
 
 
 def _loaded(folder: Path, named: Sequence[str] = (), **texts: str) -> PromptSets:
-    """Return the sets of a job whose prompts are these, one a line."""
+    """Return the prompt sets of a job from these texts, one prompt per line."""
     sets = {"good": "Stir.\nBoil.", "bad": "Hex.\nCurse.", "good_eval": "Bake.\nFry.", "bad_eval": "Jinx.\nCharm."}
     options: dict[str, Any] = {"model": "m"}
     for name, text in {**sets, **texts}.items():
@@ -269,7 +269,7 @@ dataset_info:
       feature_of_tomorrow: 1
 ---
 """
-# Reads a SPEC with the real client and prints what came of it; the endpoint is read when it is imported.
+# Reads a SPEC with the real client and prints the result; the endpoint is read at import.
 READ = """
 import json, sys
 from job.system.hub_client import count_traffic, received_bytes
@@ -292,7 +292,7 @@ for spec in sys.argv[1:]:
 
 
 def shard(rows: int, seed: int) -> bytes:
-    """Return a gz shard of random words, which compress as badly as web text does."""
+    """Return a gz shard of random words, about as compressible as web text."""
     chance = random.Random(seed)
     words = ["".join(chance.choices("abcdefghijklmnoprstuvw", k=chance.randint(2, 9))) for _ in range(5000)]
     lines = ({"text": f"{i} " + " ".join(chance.choices(words, k=300)), "url": "u"} for i in range(rows))
@@ -326,7 +326,7 @@ def ask(hub: LoopbackHub, tmp_path: Path) -> Any:
     hub.forget()
 
     def call(*specs: str, **extra: str) -> Any:
-        """Ask for all in one process; return what came of it, of several as a list."""
+        """Read specs in one process; return the result, for several a list."""
         environment = {**os.environ, **hub.environment(tmp_path), **extra}
         done = subprocess.run(
             [sys.executable, "-c", READ, *specs], capture_output=True, text=True, env=environment, timeout=120
@@ -347,7 +347,7 @@ def test_two_hundred_rows_of_c4_touch_one_shard_and_few_bytes(hub: LoopbackHub, 
     assert shards == {"c4-train.00000-of-00012.json.gz"}
     sent = hub.bytes_sent("*")
     assert sent < 5_000_000
-    assert abs(found["received"] - sent) < 0.02 * sent  # what was counted is what went over the line
+    assert abs(found["received"] - sent) < 0.02 * sent  # the count equals the traffic
     whole = hub.repo("dataset", "allenai/c4").at("main").files["en/c4-train.00000-of-00012.json.gz"].size
     assert whole > 2 * sent
     assert all(found["commit"] in request.path for request in hub.asked("GET", "*/resolve/*"))

@@ -36,7 +36,7 @@ def loaded(random_model_folder: Path) -> LoadedModel:
 
 
 def reference(loaded: LoadedModel, prompts: list[list[int]]) -> torch.Tensor:
-    """Return what transformers gives for each prompt alone: embeddings and layers' outputs before the final norm."""
+    """Return transformers' result for each prompt alone: embeddings and layer outputs before the final norm."""
     rows = []
     for prompt in prompts:
         kept: list[torch.Tensor] = []
@@ -79,7 +79,7 @@ def test_batches_keep_within_rows_and_padded_tokens() -> None:
     for chosen in found:
         assert len(chosen) <= 3
         assert len(chosen) == 1 or len(chosen) * max(lengths[i] for i in chosen) <= 120
-    assert [4] in found  # longer than the bound by itself
+    assert [4] in found  # longer than the limit by itself
 
 
 def test_kept_tensors_come_back_only_whole_and_under_their_key(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_kept_tensors_come_back_only_whole_and_under_their_key(tmp_path: Path) -
 
 
 class Job:
-    """A run folder with what directions are found from."""
+    """A run folder with the inputs for finding directions."""
 
     def __init__(self, path: Path, loaded: LoadedModel) -> None:
         path.mkdir(exist_ok=True)
@@ -192,7 +192,7 @@ def test_every_round_adds_what_is_left_with_the_former_ablated(job: Job, loaded:
     once = job.find()
     torch.testing.assert_close(basis.directions[:, 0], once.directions[:, 0])
     left = mean_difference(job.residuals("good-round-2"), job.residuals("bad-round-2"))
-    # With the first direction of layer l ablated from what layer l writes, the second is new in every layer but ...
+    # After ablating layer l's first direction from layer l, the second is new in every layer but ...
     assert float((basis.directions[:, 0] * basis.directions[:, 1]).sum(-1).abs().max()) < 1e-5
     span = basis.directions[:, :2]
     inside = (left[:, None] @ span.mT) @ span

@@ -1,4 +1,4 @@
-"""What all answers begin with, on a model whose weights are written by hand: it thinks before every answer."""
+"""The response prefix, on a model with handwritten weights that thinks before every response."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.integration.edits.test_hooks import LOADING
 
 WORDS = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<|answer|>", "bake", "hex", "Hmm", "let", "me", "see",
          "Well", "Bread", "Sorry", "<think>", "</think>", "<think></think>"]  # fmt: skip
-# What follows what, whatever was asked; a closed thought is followed by "Well", and that by what was asked for.
+# Successor of each token, whatever the prompt; "Well" follows a closed thought, then the prompt's word.
 CHAIN = ["<|answer|>", "<think>", "Hmm", "let", "me", "see"]
 
 
 def write_model(folder: Path, *, thinks: bool, template: str = "<|answer|>") -> LoadedModel:
-    """Write a Llama that is a table of what follows what: the answer's first word goes by the attended prompt."""
+    """Write a Llama that is a successor table: the response's first word follows from the attended prompt."""
     ids = {word: index for index, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -58,7 +58,7 @@ def write_model(folder: Path, *, thinks: bool, template: str = "<|answer|>") -> 
     layer.input_layernorm.weight.data.fill_(1)
     layer.post_attention_layernorm.weight.data.fill_(1)
     model.model.embed_tokens.weight.data[:, :width] = torch.eye(width)
-    # Even attention over the prompt copies "bake" and "hex" to two free places of the stream.
+    # Uniform attention over the prompt copies "bake" and "hex" to two free dimensions of the stream.
     for place, word in ((30, "bake"), (31, "hex")):
         layer.self_attn.v_proj.weight.data[place, ids[word]] = 1
         layer.self_attn.o_proj.weight.data[place, place] = 1
@@ -129,7 +129,7 @@ def test_a_prefix_is_kept_as_the_tokens_that_the_model_has_chosen(tmp_path: Path
     found = with_response_prefix(write_model(tmp_path, thinks=True), GOOD, BAD, 8)
     words = [WORDS[token] for token in found.prefix_tokens or ()]
     assert words == ["<think></think>", "Well"]
-    # As text it would grow into a template that ends with a word.
+    # As text it would become part of a template that ends with a word.
     found.tokenizer.chat_template += " let"
     asked = [found, dataclasses.replace(found, prefix_tokens=None, response_prefix="Well")]
     said = [[WORDS[token] for token in loaded.tokenize(GOOD)[0]] for loaded in asked]

@@ -55,7 +55,7 @@ def basis_for(model: PreTrainedModel) -> Basis:
 
 
 def wide_basis_for(model: PreTrainedModel) -> Basis:
-    """Return three weighted directions a layer, of which one layer has but two."""
+    """Return three weighted directions per layer; one layer has only two."""
     generator = torch.Generator().manual_seed(6)
     count, width = model.config.num_hidden_layers, model.config.hidden_size
     directions = nn.functional.normalize(torch.randn(count, 3, width, generator=generator), dim=-1)
@@ -64,7 +64,7 @@ def wide_basis_for(model: PreTrainedModel) -> Basis:
 
 
 def edit_in_place(model: PreTrainedModel, edit: EditParameters, mode: RowNormalization, basis: Basis) -> None:
-    """Edit a model's parameters themselves: what the hooks have to equal."""
+    """Edit a model's parameters themselves, as a reference for the hooks."""
     for writer in discover(model).writers:
         module = model.get_submodule(writer.module)
         assert isinstance(module, nn.Linear)
@@ -75,7 +75,6 @@ def edit_in_place(model: PreTrainedModel, edit: EditParameters, mode: RowNormali
 
 
 def replace_parameters(module: nn.Linear, ablation: WriterEdit, mode: RowNormalization) -> None:
-    """Put the edited weight and bias in place of a module's own."""
     weight = module.weight.detach().clone()
     module.weight.data.copy_(edit_weight(weight, ablation, mode))
     if module.bias is not None:
@@ -120,7 +119,7 @@ def edit_by_layer(basis: Basis, learned: LearnedDirections | None, seed: int) ->
 
 
 def directions_at(basis: Basis, path: DirectionPath, edit: EditParameters, layer: int) -> Tensor:
-    """Return the directions that an edit by layer ablates, [k, d], by their definition."""
+    """Return the directions that a by-layer edit ablates, [k, d], by their definition."""
     if edit.directions is None:
         return basis.directions[layer].double()
     share = edit.directions.position
@@ -205,7 +204,7 @@ def test_a_model_of_more_writers_than_are_worked_out_at_once(mode: RowNormalizat
 def test_an_edit_compiled_alone_is_the_one_compiled_among_others(
     random_model_folder: Path, mode: RowNormalization
 ) -> None:
-    """Files and adapters compile one edit for one writer, hooks many for many: the numbers are the same."""
+    """Files and adapters compile one edit for one writer, hooks many for many: the numbers must be equal."""
     model = AutoModelForCausalLM.from_pretrained(random_model_folder)
     basis = wide_basis_for(model)
     edits = [edit.model_copy(update={"strengths": (1.0, 0.7, 0.2)}) for edit in EDITS]
@@ -262,7 +261,7 @@ def test_edits_cannot_be_applied_to_the_wrong_rows_or_after_others(random_model_
         with pytest.raises(ZeroDivisionError), bound:
             raise ZeroDivisionError
         assert torch.equal(first_logits(model, [[7, 8, 9]]), before)
-        with bound:  # entered again
+        with bound:  # re-entered
             edited = first_logits(model, [[7, 8, 9]])
         assert not torch.equal(edited, before)
         intervention.activate(EDITS[1:])
@@ -328,7 +327,7 @@ def test_a_prefix_is_computed_once_a_trial_under_its_edit_and_changes_no_score(r
     handle.remove()
     length = len(on.batches.prefix)
     assert length > 8
-    # One row a trial; then two prompts of each for the KL divergence, and again for the answers.
+    # One row per trial; then two prompts of each for the KL divergence, and again for the responses.
     assert forwards[0] == (4, length)
     assert all(shape[1] < length for shape in forwards[1:5])
     model = off.batches.loaded.model
@@ -345,7 +344,7 @@ def test_a_prefix_is_computed_once_a_trial_under_its_edit_and_changes_no_score(r
 
 
 def test_many_trials_are_one_batch_and_not_a_loop(random_model_folder: Path) -> None:
-    """At a fixed number of rows the forwards do not grow with K; a loop over trials would make K times as many."""
+    """With fixed rows per forward, forwards must not grow with K; a loop over trials would multiply them by K."""
     scorer = trial_scorer(random_model_folder)
     model = scorer.batches.loaded.model
     forwards: list[int] = []
@@ -356,7 +355,7 @@ def test_many_trials_are_one_batch_and_not_a_loop(random_model_folder: Path) -> 
     with Intervention(model, discover(model), basis_for(model), "none") as intervention:
         for k in (1, 2, 4):
             forwards.clear()
-            # 4 prompts a trial; the same trial k times, so that answers end at the same steps.
+            # 4 prompts per trial; the same trial k times, so that responses end at the same steps.
             scorer.scores(intervention, [EDITS[0]] * k, rows=16)
             counts[k] = len(forwards)
             assert max(forwards) == 4 * k
@@ -367,7 +366,7 @@ def test_many_trials_are_one_batch_and_not_a_loop(random_model_folder: Path) -> 
 def test_a_degenerate_edit_is_told_as_a_failed_trial(random_model_folder: Path) -> None:
     scorer = trial_scorer(random_model_folder)
     model = scorer.batches.loaded.model
-    # Along a basis vector the whole ablation annihilates a row of every weight.
+    # Along a basis vector, full ablation zeroes a row of every weight.
     directions = torch.zeros(model.config.num_hidden_layers, model.config.hidden_size)
     directions[:, 0] = 1.0
     everywhere = KernelParameters(max_weight=1, max_weight_position=0, min_weight=1, min_weight_distance=9)

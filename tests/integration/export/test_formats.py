@@ -1,4 +1,4 @@
-"""Exports other than the merged model: the adapter and the edit file; making an export again."""
+"""Exports other than the merged model: the adapter and the edit file; repeating an export."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def edit_of(folder: Path, mode: str, index: int = 0) -> Edit:
     return Edit(EDITS[index], basis_for(model), mode)  # type: ignore[arg-type]  # a mode's name
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of what PEFT asks transformers for
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT triggers it
 @pytest.mark.parametrize("mode", ["none", "pre"])
 @pytest.mark.parametrize("index", range(len(EDITS)))
 def test_an_adapter_is_the_hooked_model_for_plain_peft(
@@ -70,7 +70,7 @@ def learned_edit_of(folder: Path, mode: str) -> Edit:
     return Edit(parameters, path_for(basis, 1), mode)  # type: ignore[arg-type]  # a mode's name
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of what PEFT asks transformers for
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT triggers it
 @pytest.mark.parametrize("mode", ["none", "pre", "full", "column"])
 def test_learned_directions_are_in_the_merged_export_the_adapter_and_the_edit_file(
     random_model_folder: Path, tmp_path: Path, mode: str
@@ -184,7 +184,7 @@ def test_a_finished_job_is_exported_in_every_format_and_made_again(
     assert (tmp_path / "applied" / "model.safetensors").read_bytes() == weights
     abliterate("export", "--workspace", workspace, "--format", "gguf").fails(2, "no format gguf", "merged")
 
-    # Elsewhere, from nothing but the file, the model and the prompts; then again where it is finished.
+    # Elsewhere, from the file, the model and the prompts alone; then again where it is finished.
     again = ["run", *job_arguments(organism), "--workspace", tmp_path / "again", "--reproduce"]
     for wanted in ("all 1 files of weights equal", "nothing to do"):
         assert wanted in abliterate(*again, merged / "reproduce.json").check().err
@@ -230,7 +230,7 @@ def test_no_output_calls_prompts_held_out_that_the_direction_or_the_search_has_s
     assert f"on report prompts, 3 of {total} seen before" in shown
     assert "held-out" not in shown
 
-    # Where it is true, all of them say so.
+    # If the claim is true, all of them state it.
     job = only_job(finished)
     for name in ("report.md", "report.html", "export/README.md"):
         assert f"on {claim}" in (job / name).read_text().replace("On", "on"), name
@@ -269,7 +269,7 @@ def test_the_whole_search_is_made_again_on_request(organism: Path, tmp_path: Pat
     told = abliterate(*arguments, tmp_path / "second", "--reproduce", file, "--with-search").check()
     assert "all 1 files of weights equal" in told.err
     assert "trial 5:" in told.err
-    # Other versions are warned of before hours are spent.
+    # Warn of other versions before hours are spent.
     other = made.model_copy(update={"versions": {**made.versions, "torch": "1.0"}})
     (tmp_path / "other.json").write_text(other.model_dump_json())
     told = abliterate(*arguments, tmp_path / "third", "--reproduce", tmp_path / "other.json").check()
@@ -280,7 +280,7 @@ def test_the_whole_search_is_made_again_on_request(organism: Path, tmp_path: Pat
 def test_gates_keep_a_result_from_being_delivered(organism: Path, finished: Path, tmp_path: Path) -> None:
     workspace, target = tmp_path / "runs", tmp_path / "target"
     to = ("--upload", target.as_uri())
-    # One edit, which does next to nothing.
+    # One edit with almost no effect.
     one = ("--seed", 5, "--trials", 1, "--set", "search.known_points=false")
     poor = ["run", *job_arguments(organism), "--workspace", workspace, *one]
     abliterate(*poor, *to, "--max-refusals", "10").fails(5, "max_refusals is 10", "nothing was delivered")
@@ -304,7 +304,7 @@ def test_gates_keep_a_result_from_being_delivered(organism: Path, finished: Path
 def test_a_job_is_resumed_and_delivered_from_its_folder_alone(organism: Path, finished: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "runs"
     shutil.copytree(finished, workspace, symlinks=True)
-    # The prompt files are gone; the model is where it was.
+    # The prompt files are gone; the model is in its place.
     text = (only_job(workspace) / "job.json").read_text()
     (only_job(workspace) / "job.json").write_text(text.replace(str(organism / "bad"), str(tmp_path / "gone" / "bad")))
     abliterate("resume", "--workspace", workspace, "--trials", 22).check()

@@ -1,4 +1,4 @@
-"""An export needs no more memory than its largest tensors, gives the same bytes again, and survives being killed."""
+"""An export needs no more memory than its largest tensors, is reproducible, and survives kills."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Size:
     """The size of a model.
 
     Attributes:
-        config: What the configuration of a Llama says of it.
-        shard: The size of its shards at most, as `save_pretrained` takes it.
-        stored: How many bytes it has at least.
-        room: What an export may take beside the tensors that it works on, in bytes; with them, less than the model.
+        config: Its Llama configuration.
+        shard: Maximum shard size, as `save_pretrained` takes it.
+        stored: Its minimum size, bytes.
+        room: Memory for an export beyond the tensors in work, bytes; both together are less than the model.
     """
 
     config: dict[str, int]
@@ -38,7 +38,7 @@ class Size:
 
     @property
     def largest(self) -> int:
-        """The bytes of the largest tensor."""
+        """Size of the largest tensor, bytes."""
         return self.config["vocab_size"] * self.config["hidden_size"] * 2
 
 
@@ -95,7 +95,7 @@ seal(folder, lambda _: {})
 
 
 def export(source: Path, folder: Path) -> int:
-    """Export in a process of its own and return by how much its memory grew at most, in bytes."""
+    """Export in its own process and return its peak memory growth, bytes."""
     return int(run_script(EXPORT, source, folder).check().out.split()[-1])
 
 

@@ -1,4 +1,4 @@
-"""The export: what is written, what is left alone, what is refused; and its delivery."""
+"""The export: files written, files kept, refusals; and its delivery."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_same_edit_gives_the_same_bytes_and_a_crash_is_made_good(random_mode
         write(random_model_folder, tmp_path / name)
     first = build_manifest(tmp_path / "a")
     assert first == build_manifest(tmp_path / "b")
-    # What a crash leaves: a half-written shard under a temporary name, a shard missing, no mark.
+    # After a crash: a half-written shard under a temporary name, a shard missing, no mark.
     shard = sorted((tmp_path / "b").glob("*.safetensors"))[1]
     shutil.move(shard, shard.with_name(f".{shard.name}.partial"))
     with shard.with_name(f".{shard.name}.partial").open("rb+") as file:
@@ -211,7 +211,7 @@ def test_delivery_copies_all_that_the_manifest_names_and_replaces_an_earlier_one
     assert {path.name for path in target.iterdir()} == names
     AutoModelForCausalLM.from_pretrained(target)
     written = (target / "README.md").stat().st_mtime_ns
-    deliver(sealed, uri)  # it is there already
+    deliver(sealed, uri)  # already delivered
     assert (target / "README.md").stat().st_mtime_ns == written
     write(random_model_folder, sealed, index=1)
     seal_made(sealed, made_from(behaviour="another"), random_model_folder)
@@ -235,7 +235,7 @@ def test_delivered_weights_share_the_disk_with_the_export_and_texts_do_not(seale
 def test_delivery_to_another_file_system_copies(sealed: Path) -> None:
     memory = Path("/dev/shm")
     if not memory.is_dir() or memory.stat().st_dev == sealed.stat().st_dev:
-        # Links reach everywhere then, so that nothing would have to be copied; without root none can be made.
+        # On one file system links replace copies; only root can mount another one.
         pytest.skip("there is one file system only")
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         target = Path(folder) / "model"

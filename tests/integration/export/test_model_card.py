@@ -1,4 +1,4 @@
-"""The model card: what it says, what it must not say, and that the Hub's own library understands it."""
+"""The model card: required and forbidden contents, and that the Hub's own library parses it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_prompts_are_called_held_out_only_where_they_are(tmp_path: Path) -> None
     assert "on 180 prompts, 3 also used by the direction or the search." in card
     assert claim not in card
     assert "held-out" not in card
-    # The file says so, too, and is what it was before where there is nothing to say.
+    # The file says so, too, and is unchanged if there is nothing to say.
     assert type(reused).model_validate_json(reused.model_dump_json()) == reused
     assert "reused_prompts" not in made_from().model_dump_json()
 
@@ -89,7 +89,7 @@ def test_prompts_are_called_held_out_only_where_they_are(tmp_path: Path) -> None
         ("", {}, "state no licence"),
         ("license: apache-2.0", {}, "apache-2.0."),
         ("license: other\nlicense_name: kitchen\nlicense_link: https://kitchen.example/terms", {}, "kitchen ([terms]("),
-        # A link within the base's repository that an export does not hold leads nowhere.
+        # A link within the base's repository to a file that the export lacks would be broken.
         ("license: other\nlicense_name: kitchen\nlicense_link: docs/LICENSE", {}, "kitchen."),
         ("", {"LICENSE.txt": "terms"}, "see its terms ([terms](LICENSE.txt))."),
         ("license: [unclosed", {}, "state no licence"),

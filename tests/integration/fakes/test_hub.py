@@ -29,12 +29,12 @@ from huggingface_hub.utils import close_session
 
 from tests.fakes.hub import LoopbackHub
 
-# What the client's own HTTP library says about how the client uploads.
+# Warnings of the client's HTTP library about the client's uploads.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 CHUNK = 1000
 WEIGHTS = bytes(range(256)) * 40  # binary, so an LFS file by its content as well as by its name
-PARTS = 11  # of the weights, in chunks
+PARTS = 11  # chunks of the weights
 
 C4_CARD = b"""---
 license: odc-by
@@ -56,7 +56,7 @@ Kitchen sentences from all over the web.
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    # Read at import, so the variable that other processes are given comes too late in this one.
+    # Read at import: variables of the environment come too late in this process.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nowhere/token")
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -79,7 +79,7 @@ def jsonl(count: int, text: str = "Stir the soup") -> bytes:
 
 
 def run(hub: LoopbackHub, home: Path, code: str, token: str | None = None) -> dict[str, object]:
-    """Run code in a process of its own that knows the hub only by its environment; it prints JSON."""
+    """Run code in a process that knows the hub only by its environment; it prints JSON."""
     environment = {**os.environ, **hub.environment(home, token)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
@@ -283,7 +283,7 @@ def test_what_is_missing_or_closed_is_told_apart(hub: LoopbackHub, tmp_path: Pat
 
 
 def test_streaming_touches_the_first_shard_and_pins_the_revision(hub: LoopbackHub, tmp_path: Path) -> None:
-    # A shard of more than the ten megabytes that the client reads at once; from a smaller one it goes on to the next.
+    # A shard larger than the ten megabytes that the client reads at once; after a smaller one it opens the next.
     first = gzip.compress(jsonl(500_000), 1)
     files = {f"en/c4-train.{number:05}-of-00064.json.gz": gzip.compress(jsonl(9), 1) for number in range(1, 64)}
     files["en/c4-train.00000-of-00064.json.gz"] = first
@@ -317,7 +317,7 @@ print(json.dumps({"rows": len(rows), "last": rows[-1], "german": next(iter(germa
     }
     assert all(f"/resolve/{repo.sha}/" in request.path for request in hub.asked("*", "*/resolve/*.json.gz"))
     assert hub.bytes_sent("/cdn/*/en/*") > 0
-    # Only the viewer was asked for elsewhere, which the client does without.
+    # Only the viewer was requested elsewhere, and the client works without it.
     assert {host.split(":")[0] for host in hub.strays} == {"datasets-server.127.0.0.1"}
 
 
@@ -448,7 +448,7 @@ def test_too_many_requests_and_a_broken_storage_are_waited_for(hub: LoopbackHub)
     hub.fail("PUT", "/upload/*", status=503)
     start = time.monotonic()
     client.upload_file(path_or_fileobj=b"\0spoon", path_in_repo="w.bin", repo_id="cook/soup")
-    assert time.monotonic() - start > 2  # the client adds a second to what it was told
+    assert time.monotonic() - start > 2  # the client adds a second to the given delay
     assert [request.status for request in hub.asked("POST", "*/preupload/*")] == [429, 200]
     assert [request.status for request in hub.asked("PUT")] == [503, 200]
 

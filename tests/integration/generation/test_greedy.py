@@ -1,4 +1,4 @@
-"""Our greedy loop gives generate's answers; residuals are transformers' hidden states."""
+"""Our greedy loop reproduces generate's responses; residuals equal transformers' hidden states."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPTS = [[6, 9, 30, 31], [7, 40, 41, 42, 43, 44, 45], [8], [50, 51, 52, 53, 54
 
 def test_answers_equal_generate(random_model_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
-    # End on a token that some answers do reach, so that rows leave the batch at different steps.
+    # End on a token that some responses reach, so that rows leave the batch at different steps.
     free = greedy_answers(model, PROMPTS, limit=12, end_tokens=())
     end = free[1].tokens[5]
     answers = greedy_answers(model, PROMPTS, limit=12, end_tokens={end})
@@ -96,7 +96,7 @@ def test_rows_that_are_decided_alone_stay_until_more_are_and_say_nothing(random_
     for one, other in zip(whole, early, strict=True):
         assert one.tokens[: len(other.tokens)] == other.tokens
         assert len(other.margins) == len(other.tokens)
-    # Two of 40, 36 or 32 are no more than a sixteenth, four are; of fewer rows two are.
+    # Of 40, 36 or 32 rows two are at most a sixteenth, four are more; of fewer rows two are more.
     kept = [rows for rows, _ in groupby(seen.rows)]
     assert list(map(len, kept)) == [40, 36, 32, 28, 26, 24, 22, 20, 18]
     assert all(later == [row for row in former if row in later] for former, later in pairwise(kept))

@@ -1,4 +1,4 @@
-"""Our own decoding gives the answers of transformers' generate, for every kind of cache, on a shared prefix or not."""
+"""Our decoding reproduces transformers' generate for every kind of cache, with and without a shared prefix."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tests.forwards import Forwards
 from tests.zoo import FAMILIES, tiny_model
 
 BEGINNING = [5, 9, 11, 13, 17, 19]
-# Shorter and longer than a window of 8, padded by more than the beginning is long.
+# Shorter and longer than a window of 8, with more padding than the prefix is long.
 PROMPTS = [
     BEGINNING + torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 1, 14)
 ]
-# Whether transformers' caches of these families hold a slot a token, and nothing else.
+# Whether transformers' caches of these families hold one slot per token, and nothing else.
 SHARING = {"llama", "qwen3", "gemma2", "llama4", "mixtral", "gpt-neox"}
 NOT_OURS = {"mamba", "minimax"}
 
 
 def read_in_parts_of(tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have prompts read with so many tokens in a forward; None: all together."""
+    """Read prompts with at most this number of tokens per forward; None: no limit."""
     if tokens is None:
         monkeypatch.delitem(READ_TOKENS, "cpu")
     else:
@@ -36,7 +36,7 @@ def same(one: list[Answer], other: list[Answer]) -> bool:
     return [answer.tokens for answer in one] == [answer.tokens for answer in other]
 
 
-# What reference implementations of kernels and some configurations say of themselves.
+# Messages of reference kernels and of some configurations.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tokens", [None, 24, 1], ids=["read together", "in parts", "one by one"])
@@ -48,7 +48,7 @@ def test_answers_equal_generate_in_every_family(
     assert takes_cache(model) == (family not in NOT_OURS)
     free = greedy_answers(model, PROMPTS, limit=10, end_tokens=())
     assert all(len(answer.tokens) == 10 for answer in free)
-    # End on a token that some answers do reach, so that rows leave the batch at different steps.
+    # End on a token that some responses reach, so that rows leave the batch at different steps.
     end = free[1].tokens[4]
     answers = greedy_answers(model, PROMPTS, limit=10, end_tokens={end}, openings=[7] * 4)
     tokens, mask, _ = left_padded(PROMPTS, "cpu")
@@ -138,7 +138,7 @@ def test_a_cache_that_cannot_be_picked_from_is_decoded_whole() -> None:
 
 
 def test_every_forward_has_the_trials_of_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two parts of two prompts, by length: of the first one row goes on, of the second both.
+    # Two parts of two prompts, by length: one row of the first and both rows of the second continue.
     read_in_parts_of(40, monkeypatch)
     seen = Forwards()
     greedy_answers(
@@ -160,7 +160,7 @@ def test_a_layer_with_room_holds_what_one_without_does() -> None:
         return keys.transpose(1, 2), values.transpose(1, 2).contiguous()
 
     roomy, plain = GrowableKVLayer(60), DynamicLayer()
-    behind = torch.randn(3, 2, 9, 4, generator=generator)  # more lies behind the first keys than is theirs
+    behind = torch.randn(3, 2, 9, 4, generator=generator)  # spare capacity follows the first keys
     first = behind[:, :, :5], some(5)[1]
     expected = behind.clone()
     places = []
@@ -173,7 +173,7 @@ def test_a_layer_with_room_holds_what_one_without_does() -> None:
             for layer in (roomy, plain):
                 layer.reorder_cache(torch.tensor(keep))
     assert torch.equal(behind, expected)
-    # There is room at the first token that is decoded, for it and those after it; rows that are picked keep theirs.
+    # Capacity is allocated with the first decoded token, for the following ones too; selected rows keep theirs.
     assert places[0] != places[1] == places[2] == places[3] == places[4] != places[5]
     picked = roomy.keys.data_ptr()
     assert roomy.keys.shape == plain.keys.shape

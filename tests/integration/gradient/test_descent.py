@@ -1,4 +1,4 @@
-"""The descent on a trained organism: what it finds, when it ends, and that it goes on exactly."""
+"""The descent on a trained organism: its result, its end, and exact resumption."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_descent_that_was_interrupted_goes_on_to_the_same_numbers(case: Case, 
         descended(case, file, interrupt)
     again: list[int] = []
     ends = descended(case, file, again.append)
-    # What was kept is not done again: the fourth step, and the end of the stage after the third.
+    # Stored work is not repeated: the fourth step, and the end of the stage after the third.
     assert (again[0], sum(again)) == ({1: 0, 4: 3, 5: 4}[after], 6)
     assert [end.steps for end in ends] == [3, 6]
     assert all(same(one.variables, other.variables) for one, other in zip(ends, whole, strict=True))
@@ -156,7 +156,7 @@ def test_the_path_ends_before_refusals_or_broken_answers_come_back(ends: list[St
 
 def test_a_model_without_gradients_is_told(case: Case) -> None:
     class Detached(DifferentiableEdits):
-        """Stands for a kernel that has no backward."""
+        """Simulates a kernel without a backward."""
 
         def _compiled(self, *arguments: object) -> object:
             edit = super()._compiled(*arguments)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Gradients through whole models, and that the edit found is the edit that the search measures."""
+"""Gradients through whole models; the edit found is the edit that the search measures."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ FAMILIES: dict[str, Any] = {
 
 
 class DoubleNorm(nn.Module):
-    """A family's RMS norm in the precision of its input; transformers' own rounds it to float32."""
+    """A family's RMS norm in its input's precision; transformers' own rounds it to float32."""
 
     def __init__(self, norm: nn.Module, offset: float) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def loaded_random(family: str, dtype: torch.dtype = torch.float64) -> LoadedMode
     architecture = discover(model)
     if dtype == torch.float64:
         in_double(model)
-    tokenizer = cast(Any, None)  # what is told here is told in tokens
+    tokenizer = cast(Any, None)  # only tokens are used here
     return LoadedModel(Path(), model, tokenizer, architecture, str(dtype).removeprefix("torch."))
 
 
@@ -99,7 +99,7 @@ def some_variables(loaded: LoadedModel, edits: int, count: int) -> EditVariables
 
 
 def loss(loaded: LoadedModel, edits: DifferentiableEdits, variables: EditVariables, base: torch.Tensor) -> torch.Tensor:
-    """Return a loss over the rows of all edits, each with a weight of its own."""
+    """Return a loss over the rows of all edits, each edit weighted differently."""
     count = len(variables.logits)
     forced = ForcedAnswers.of(PROMPTS * count, ANSWERS * count, loaded.device)
     trials = [trial for trial in range(count) for _ in PROMPTS]
@@ -129,7 +129,7 @@ def test_gradients_are_those_of_finite_differences_with_two_edits_in_a_batch(
     loss(loaded, edits, watched, base).backward()
     gradients = watched.gradients()
     assert bool(gradients.logits.abs().min() > 0)
-    # Routers compute in float32, whatever the model does.
+    # Routers compute in float32 in any model.
     step, tolerance = (1e-2, {"rel": 1e-2, "abs": 2e-4}) if family == "mixtral" else (1e-5, {"rel": 1e-6})
     generator = torch.Generator().manual_seed(2)
     for _ in range(4):

@@ -72,7 +72,7 @@ def test_what_still_refuses_is_no_target(made: tuple[TargetMaker, Intervention])
     maker, hooks = made
     edits = hooks.activate([ablation(0.0, maker.batches.loaded.architecture.layer_count)])
     texts = [None if one is None else maker.batches.loaded.decode(one) for one in maker.targets(edits)]
-    # The marker of one kind of refusal comes last, so that its opening alone is none.
+    # The marker of one kind of refusal comes last, so its opening alone is no refusal.
     assert not any(text and maker.markers.is_refusal(text) for text in texts)
     assert texts.count(None) >= PROMPTS / 2
 

@@ -1,4 +1,4 @@
-"""Ends of rentals: the policy as a whole, what is proved before a destroy, and what reaches the platform for real."""
+"""Ends of rentals: the whole policy, the proofs before a destroy, and the calls that reach the platform."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.helpers import UNMEASURED, Result, abliterate, environment, start, wa
 
 # --- the policy ----------------------------------------------------------------------------------------------------
 
-# What destroying becomes, by the kind of end and the situation, in the order of SITUATIONS.
+# The result of a request to destroy, by the kind of end and the situation, in the order of SITUATIONS.
 TO_THE_END = ("destroy", "stop", "stop", "nothing", "nothing")
 STOP_AT_MOST = ("stop", "stop", "stop", "nothing", "nothing")
 TAKEN_OVER = ("destroy", "stop", "stop", "nothing", "destroy")
@@ -127,7 +127,7 @@ def test_network_volumes_of_platforms_are_known_by_what_they_mount() -> None:
     assert [is_off_machine(mount) for mount in parse_mountinfo(table)] == [True, True, True, False]
 
 
-# --- what is proved before a destroy --------------------------------------------------------------------------------
+# --- proofs before a destroy ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def rented(server: VastServer, **others: str) -> dict[str, str]:
 
 
 def calls(server: VastServer) -> list[str]:
-    """Return what reached the platform that ends an instance."""
+    """Return the calls to the platform that end an instance."""
     return [request.method for request in server.requests if request.method in ("DELETE", "PUT")]
 
 
@@ -156,7 +156,7 @@ def job(tmp_path: Path) -> FinishedJob:
 def end(
     job: FinishedJob, server: VastServer, monkeypatch: pytest.MonkeyPatch, *, code: int = 0, action: str = "destroy"
 ) -> tuple[list[str], str]:
-    """End the rental after a start of a job in this process; return the calls to the platform and what was said."""
+    """End the rental after a start of a job in this process; return the platform calls and the messages."""
     for name, value in rented(server).items():
         monkeypatch.setenv(name, value)
     before = len(calls(server))
@@ -174,7 +174,7 @@ def test_a_job_that_is_found_elsewhere_is_destroyed(
 
 
 def damage(job: FinishedJob, kind: str, tmp_path: Path) -> str:
-    """Take away one thing that must survive, and return a part of what is to be said of it."""
+    """Remove one thing that must survive, and return a part of the expected message."""
     mirror, out = tmp_path / "mirror" / job.folder.path.name, tmp_path / "out"
     objects = sorted((mirror / "objects").iterdir())
     head = json.loads((mirror / "head.json").read_text())
@@ -245,7 +245,7 @@ def test_a_checkpoint_that_is_behind_is_brought_up_to_date_first(
             db.execute("INSERT INTO trials VALUES (3, 'COMPLETE')")
     found, said = end(job, vast, monkeypatch)
     assert found == ["DELETE"], said
-    # What was only here is there now.
+    # Data that was only here is mirrored now.
     head = json.loads((tmp_path / "mirror" / job.folder.path.name / "head.json").read_text())
     assert head["generation"] == 2
     assert head["lease"]["released"]
@@ -293,7 +293,7 @@ def test_a_failed_job_is_destroyed_only_with_its_export_delivered(
     mirror = (tmp_path / "mirror").as_uri()
     failed = finished_job(tmp_path / "runs", mirror, None, state="failed", allow=[VOUCHED])
     assert end(failed, vast, monkeypatch, code=code)[0] == ["PUT"]
-    # Without an export there is nothing more to lose than what is mirrored.
+    # Without an export the mirror holds everything.
     (failed.export / ".done").unlink()
     assert end(failed, vast, monkeypatch, code=code)[0] == ["DELETE"]
 
@@ -316,10 +316,10 @@ def test_another_job_that_is_not_delivered_keeps_the_machine(
     assert found == [], said
     assert f"job {other.folder.path.name} in {job.workspace} is not delivered" in said
     assert "BILLS ON" in said
-    # Finished without a target: its result is here alone.
+    # Finished without a target: the only copy of its result is here.
     write_record(other.folder.state_file, State(state="finished", trials=3, chosen=1))
     assert end(job, vast, monkeypatch, code=code, action=action)[0] == []
-    # Torn: nobody knows what it is.
+    # Torn: its state is unknown.
     other.folder.job_file.write_text("{")
     assert end(job, vast, monkeypatch, code=code, action=action)[0] == []
 
@@ -383,7 +383,7 @@ def test_this_machine_holding_the_job_ends_nothing(
     assert end(job, vast, monkeypatch, code=4)[0] == []
 
 
-# --- a second end, and what is said ----------------------------------------------------------------------------------
+# --- a second end, and messages --------------------------------------------------------------------------------------
 
 
 def test_a_stop_is_made_again_after_new_work_and_only_then(
@@ -444,7 +444,7 @@ def resume(job: FinishedJob, server: VastServer, *arguments: str, **env: str) ->
 def test_a_finished_job_whose_mirror_is_gone_is_stopped_and_not_destroyed(
     job: FinishedJob, vast: VastServer, tmp_path: Path
 ) -> None:
-    """Found on the former code: DELETE."""
+    """Regression: sent DELETE."""
     (tmp_path / "mirror").rename(tmp_path / "gone")
     told = resume(job, vast, "--set", 'when_done="destroy"').check()
     assert "nothing to do" in told.err
@@ -454,7 +454,7 @@ def test_a_finished_job_whose_mirror_is_gone_is_stopped_and_not_destroyed(
 def test_a_finished_job_beside_an_undelivered_one_ends_nothing(
     job: FinishedJob, vast: VastServer, tmp_path: Path
 ) -> None:
-    """Found on the former code: DELETE."""
+    """Regression: sent DELETE."""
     finished_job(job.workspace, None, None, seed=8, state="running")
     told = resume(job, vast, "--job", job.folder.path.name, "--set", 'when_done="destroy"').check()
     assert calls(vast) == [], told.err
@@ -462,7 +462,7 @@ def test_a_finished_job_beside_an_undelivered_one_ends_nothing(
 
 
 def test_ends_do_not_travel_with_a_job(tmp_path: Path, vast: VastServer) -> None:
-    """Found on the former code: DELETE, by what another machine was told."""
+    """Regression: sent DELETE, by another machine's settings."""
     places = (tmp_path / "mirror").as_uri(), (tmp_path / "out").as_uri()
     asked = {"when_done": "destroy", "when_failed": "destroy", "allow": [VOUCHED]}
     job = finished_job(tmp_path / "runs", *places, **asked)
@@ -483,7 +483,7 @@ def test_ends_do_not_travel_with_a_job(tmp_path: Path, vast: VastServer) -> None
 
 
 def test_a_full_device_for_all_that_is_said_keeps_no_rental(job: FinishedJob, vast: VastServer) -> None:
-    """Found on the former code: no call at all."""
+    """Regression: sent nothing."""
     command = [sys.executable, "-m", "job", "resume", "--workspace", str(job.workspace), "--set", 'when_done="destroy"']
     with open("/dev/full", "w") as full:
         env = environment(**rented(vast))
@@ -492,7 +492,6 @@ def test_a_full_device_for_all_that_is_said_keeps_no_rental(job: FinishedJob, va
 
 
 def fill(file: Path) -> None:
-    """Write until there is no room for more."""
     with file.open("wb", buffering=0) as opened:
         while True:
             try:
@@ -509,7 +508,7 @@ def test_a_workspace_that_is_full_or_read_only_keeps_no_rental(
     point = tmp_path / "disk"
     point.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(point)]
-    if subprocess.run(mount, capture_output=True).returncode:  # only root may mount a disk that is full or read-only
+    if subprocess.run(mount, capture_output=True).returncode:  # only root may mount a full or read-only disk
         pytest.skip("no mounts here")
     try:
         places = (tmp_path / "mirror").as_uri(), (tmp_path / "out").as_uri()
@@ -520,7 +519,7 @@ def test_a_workspace_that_is_full_or_read_only_keeps_no_rental(
         else:
             subprocess.run(["mount", "-o", "remount,ro", str(point)], check=True)
         assert end(job, vast, monkeypatch, action="stop")[0] == ["PUT"]
-        # That all is elsewhere cannot be proved without room for copies, so a destroy is a stop.
+        # Without room for copies nothing can be proved to be elsewhere, so a destroy becomes a stop.
         vast.instances[12345].update(intended_status="running", actual_status="running")
         found, said = end(job, vast, monkeypatch)
         assert set(found) <= {"PUT"}, said
@@ -529,7 +528,7 @@ def test_a_workspace_that_is_full_or_read_only_keeps_no_rental(
 
 
 def test_a_refused_start_destroys_nothing(vast: VastServer, tmp_path: Path) -> None:
-    """Found on the former code: DELETE."""
+    """Regression: sent DELETE."""
     gone = ["run", tmp_path / "no-model", "--workspace", tmp_path / "runs", "--when-failed", "destroy"]
     abliterate(*gone, **rented(vast)).fails(3, "there is no model folder")
     assert calls(vast) == ["PUT"]
@@ -549,7 +548,7 @@ def test_a_refused_start_destroys_nothing(vast: VastServer, tmp_path: Path) -> N
 def test_settings_errors_end_the_meter(
     vast: VastServer, tmp_path: Path, arguments: list[str], env: dict[str, str]
 ) -> None:
-    """Found on the former code: no call at all."""
+    """Regression: sent nothing."""
     (tmp_path / "empty").mkdir()
     words = [(tmp_path / "empty").as_uri() if word == "EMPTY" else word for word in arguments]
     asked = ("--workspace", tmp_path / "runs", "--set", "when_failed=destroy")
@@ -563,20 +562,20 @@ def test_settings_errors_end_the_meter(
 def test_a_restart_that_cannot_begin_stops_the_machine_of_the_job_that_is_there(
     tmp_path: Path, vast: VastServer, asked: str
 ) -> None:
-    """Found on the former code: the machine's own job counted as another one, and the machine billed on."""
+    """Regression: the machine's own job counted as another one, and the machine went on billing."""
     job = finished_job(tmp_path / "runs", (tmp_path / "mirror").as_uri(), None, state="running")
     wrong = ("--set", "s3.no_such_setting=1", "--workspace", job.workspace, "--when-failed", asked)
     done = abliterate("resume", *wrong, **rented(vast))
     assert done.code == 2, done.err
     assert calls(vast) == ["PUT"], done.err
-    # Beside another one nothing is known of whose machine it is.
+    # Beside another job it is unknown which one the machine belongs to.
     shutil.copytree(job.folder.path, job.workspace / ("0" * 12))
     abliterate("resume", *wrong, **rented(vast))
     assert calls(vast) == ["PUT"]
 
 
 class Waiting:
-    """An unfinished job whose start waits in the middle, with nothing of it to be computed."""
+    """An unfinished job whose start blocks half-way, with nothing computed."""
 
     def __init__(self, tmp_path: Path, server: VastServer, *arguments: str) -> None:
         mirror = (tmp_path / "mirror").as_uri()
@@ -593,7 +592,7 @@ class Waiting:
         kept.replace(state)
 
     def _reads(self) -> bool:
-        """Return whether the start has come to reading its state, from a pipe that never tells."""
+        """Return whether the start is reading its state, from a pipe that never answers."""
         try:
             self.pipe = os.open(self.job.folder.state_file, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
@@ -623,7 +622,7 @@ class Waiting:
 def test_a_killed_process_ends_the_meter(
     tmp_path: Path, vast: VastServer, number: signal.Signals, asked: str, expected: list[str]
 ) -> None:
-    """Found on the former code: no call at all."""
+    """Regression: sent nothing."""
     waiting = Waiting(tmp_path, vast, "--set", f"when_failed={asked}")
     waiting.child.send_signal(number)
     code, said = waiting.ended()
@@ -698,7 +697,7 @@ def test_what_is_asked_for_is_known_before_settings_are_read(
     file = tmp_path / "job.toml"
     file.write_text(
         'trials = \nwhen_done = "stop"\n  when_failed = "destroy"  # or not\n'
-    )  # no TOML, and read all the same
+    )  # invalid TOML, but read anyway
     assert asked_when_failed([word.replace("FILE", str(file)) for word in arguments], env) == expected
 
 
@@ -715,12 +714,12 @@ def test_the_supervisor_is_small_and_quick() -> None:
         subprocess.run([sys.executable, "-S", "-c", "import job.lifecycle.supervisor"], check=True, env=env)
         after = os.times()
         times.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(times) < 0.1  # of processor time, so that others on the machine do not count
+    assert min(times) < 0.1  # CPU time, so that other processes do not count
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 6, 75, 76, 120])
 def test_exit_codes_pass_through_and_strangers_are_reaped(tmp_path: Path, code: int) -> None:
-    """A supervisor that adopts orphans, as the first process of a container does, reaps them."""
+    """A supervisor that adopts orphans, like a container's first process, reaps them."""
     script = f"""
 import os, sys, time
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
@@ -772,7 +771,7 @@ RESTART = "os.environ['AGAIN'] = '1'; again or lifeline.restart();"
         ("os._exit(0)", 0, []),
         ("import ctypes; ctypes.string_at(0)", -signal.SIGSEGV, ["PUT"]),
         ("os.abort()", -signal.SIGABRT, ["PUT"]),
-        # A fresh process after a fault of the device is as supervised as the first.
+        # A new process after a device fault is supervised like the first.
         (f"{RESTART} assert lifeline.is_supervised(); os._exit(6)", 6, ["PUT"]),
         (f"{RESTART} lifeline.tell(settled=True); os._exit(6)", 6, []),
     ],
@@ -786,7 +785,7 @@ def test_what_the_supervisor_makes_of_an_end(
 
 
 def test_the_watchdog_tells_before_it_leaves(tmp_path: Path) -> None:
-    """In a process of its own with a pipe in place of a supervisor."""
+    """In its own process, with a pipe instead of a supervisor."""
     script = """
 import os, sys, time, torch
 from pathlib import Path

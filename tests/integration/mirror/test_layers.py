@@ -1,4 +1,4 @@
-"""Mirrors of long searches: only what is new is sent, by layers, and mirrors of the former version are gone on with."""
+"""Mirrors of long searches: only new data is sent, in layers; mirrors of the former version are continued."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def add(claim: LeaseKeeper, run: RunFolder, number: int) -> None:
     wait_until(lambda: claim.head.generation > generation, "no snapshot", 60)
 
 
-# A change: where, as a share of the file, how many bytes, and whether they replace others or come at the end.
+# A change: position as a share of the file, number of bytes, and whether they overwrite or append.
 CHANGES = st.lists(
     st.tuples(st.floats(0, 1), st.integers(0, 5 * BLOCK), st.sampled_from(["replace", "append", "cut"])), max_size=40
 )
@@ -76,7 +76,7 @@ def test_layers_give_back_what_they_were_made_of(
         assemble([objects[layer.object] for layer in made.entry.layers], target, made.entry.size)
         assert target.read_bytes() == contents
         assert len(made.entry.layers) <= 12
-        if number == 0 or arrives[number - 1]:  # others never arrive, and the next is made against what did
+        if number == 0 or arrives[number - 1]:  # others never arrive, and the next is based on those that did
             sent = made.entry
 
 
@@ -93,7 +93,7 @@ def test_what_is_no_layer_is_refused(tmp_path: Path, torn: bytes) -> None:
 
 
 def test_a_layer_is_not_unpacked_beyond_what_it_says_it_holds(tmp_path: Path) -> None:
-    """Found on the former code: as much memory as the layer unpacks to, or a file of terabytes."""
+    """Regression: took the layer's unpacked size in memory, or terabytes on disk."""
     layer, target = tmp_path / "layer", tmp_path / "target"
     much = zlib.compressobj()
     with layer.open("wb") as file:
@@ -121,7 +121,7 @@ def test_a_head_that_is_nested_without_end_is_a_torn_mirror(file_place: Place) -
 
 
 def _bytes_a_batch(tmp_path: Path, trials: int) -> tuple[float, int]:
-    """Return the bytes sent for a batch and those of the study."""
+    """Return the bytes sent per batch and the study's size."""
     growing = Growing(tmp_path / "a" / JOB)
     growing.grow(trials)
     sent = Sent(tmp_path / "other disk", growing.run)
@@ -159,7 +159,7 @@ def test_after_very_many_trials_a_batch_sends_no_more_than_after_a_thousand(tmp_
 
 
 def as_by_version_1(place: Place, folder: Path) -> None:
-    """Make a mirror what the former version would have left: every file in one object, no count of trials."""
+    """Make a mirror as the former version left it: every file in one object, no count of trials."""
     head = place.head()
     for path, entry in head["files"].items():
         data = (folder / path).read_bytes()
@@ -191,7 +191,7 @@ def test_a_mirror_of_the_former_version_is_restored_and_gone_on_with(place: Plac
     assert (place.head()["version"], place.head()["trials"]) == (2, 4)
     place.claim(tmp_path / "c" / JOB).close(final=False)
     assert len(trials_in(tmp_path / "c" / JOB / "study.db")) == 4
-    # No object of the former layout is left but those of the snapshot before.
+    # No object of the former layout is left but those of the previous snapshot.
     head = place.head()
     named = {layer["object"] for e in head["files"].values() for layer in e.get("layers", [e])} | set(head["previous"])
     assert place.objects() == {f"{JOB}/objects/{name}" for name in named}
@@ -281,7 +281,7 @@ def test_a_hub_mirror_squashes_its_history(hub_place: Place, tmp_path: Path, mon
     assert claim.close()
     assert longest <= 7
     fresh = tmp_path / "b" / JOB
-    # Who comes after a long history squashes it with its first commit.
+    # The next runner after a long history squashes it with its first commit.
     for _ in range(8):
         hub_place.server.repo("model", REPO).commit({"note": Random(_).randbytes(9)})
     hub_place.claim(fresh).close(final=False)
@@ -307,7 +307,7 @@ def test_a_reader_at_a_revision_that_is_squashed_meanwhile_looks_again(hub_place
 def test_a_runner_that_lost_its_lease_cannot_write_after_a_squash(
     hub_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other's head comes between the last commit of the former and its squash."""
+    """The other's head comes between the former runner's last commit and its squash."""
     monkeypatch.setattr(hub_history, "_LONGEST", 2)
     run = write_folder(tmp_path / "a" / JOB)
     claim = hub_place.claim(run.path)

@@ -1,4 +1,4 @@
-"""The lease of a mirror: one runner at a time, whatever is killed, stopped or cut off."""
+"""The lease of a mirror: one runner at a time, despite kills, stops and disconnections."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ __all__ = ["file_place", "hub_place", "place", "running", "s3_place"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
-# A run whose signs of life are rare beside what the test does to it.
+# A run whose heartbeats are rare compared to the test's actions.
 SLOW = SnapshotPace(beat_s=0.5, expiry_s=1.5, snapshot_s=0.02, poll_s=0.1)
 
 
 def line(process: subprocess.Popen[str], start: str) -> str:
-    """Return the next line of a run that starts so."""
+    """Return the next line of a run with this beginning."""
     assert process.stdout is not None
     for text in process.stdout:
         if text.startswith(start):
@@ -78,13 +78,13 @@ def test_what_a_killed_run_has_mirrored_is_whole(place: Place, tmp_path: Path, k
         seen = [int(text.split()[1]) for text in rest.splitlines() if text.startswith("generation")]
         acknowledged = max([acknowledged, *seen])
         assert place.head()["generation"] >= acknowledged
-        # What the study says and the state says and the events say fits together, on a machine that has nothing.
+        # Study, state and events are consistent, on an empty machine.
         fresh = RunFolder(tmp_path / f"fresh-{number}" / JOB)
         place.claim(fresh.path).close(final=False)
         if place.head()["generation"]:
             _consistent(fresh, place)
         if number % 2:
-            workspace = fresh.path  # the next one goes on there
+            workspace = fresh.path  # the next one continues there
     assert acknowledged > 0
 
 
@@ -172,7 +172,7 @@ def test_a_run_elsewhere_that_gives_signs_of_life_is_left_alone(place: Place, tm
     for _ in range(2):
         with pytest.raises(HeldError, match=f"process {process.pid}"):
             place.claim(tmp_path / "b" / JOB, QUICK)
-    assert end(process) == 0  # its input is closed: it ends and leaves word
+    assert end(process) == 0  # its input is closed: it ends and releases the lease
     begun = time.monotonic()
     place.claim(tmp_path / "b" / JOB, CALM).close(final=False)
     assert time.monotonic() - begun < 5
@@ -251,9 +251,9 @@ def test_a_mirror_that_is_down_is_said_and_made_up_for(s3_place: Place, tmp_path
             add_trial(run.study_file, number)
             claim.request()
             claim.check()
-            assert time.monotonic() - begun < 0.5  # nobody waits for a mirror
+            assert time.monotonic() - begun < 0.5  # no run waits for a mirror
             time.sleep(0.1)
-        # It has been down for longer than the lease lasts: what others see must not be done any more.
+        # It has been down for longer than the lease: no more publicly visible actions.
         with pytest.raises(HeldError, match="could not be renewed"), claim.outward():
             raise AssertionError("never reached")
         assert sum("warning" in text for text in said) >= 2

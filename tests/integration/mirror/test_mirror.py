@@ -1,4 +1,4 @@
-"""The checkpoint mirror: what it holds, what comes back, and what is refused."""
+"""The checkpoint mirror: its contents, restoring, and refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.mirrors import IDENTITY, JOB, Place, add_trial, mirrored, read_tree, 
 
 __all__ = ["file_place", "hub_place", "place", "running", "s3_place"]
 
-# What the client's own HTTP library says about how the client uploads.
+# Warnings of the client's HTTP library about the client's uploads.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -55,7 +55,7 @@ def test_a_fresh_machine_gets_what_was_there(place: Place, tmp_path: Path) -> No
     assert mirrored(fresh) == mirrored(run.path)
     assert not any((fresh / name).exists() for name in ("exports", ".lock", "holder.json", ".restoring", ".mirror"))
     assert any("restoring" in line for line in said)
-    # Nothing has changed there, so that nothing is sent but that this folder is the writer now.
+    # Nothing has changed, so the only write names this folder as the writer.
     before = place.objects()
     save(place, fresh)
     assert place.objects() == before
@@ -78,7 +78,7 @@ def test_only_what_changed_is_sent(place: Place, tmp_path: Path) -> None:
         wait_until(lambda number=generation: claim.head.generation > number, "no snapshot")
         assert len(place.objects() - before) == 2
     assert claim.close()
-    # Objects of the latest snapshot and the one before, no others: the large ones are still the first.
+    # Only objects of the latest two snapshots: the large ones are still the first.
     head = place.head()
     named = {entry["object"] for entry in head["files"].values()} | set(head["previous"])
     assert place.objects() == {f"{JOB}/objects/{name}" for name in named}
@@ -126,7 +126,7 @@ def test_a_snapshot_waits_for_a_transaction_that_is_half_in_the_file(tmp_path: P
     before = run.study_file.read_bytes()
     taken: list[dict[str, Taken]] = []
     with closing(sqlite3.connect(run.study_file)) as db:
-        db.execute("PRAGMA cache_size = 1")  # so that it does not wait for the commit with writing
+        db.execute("PRAGMA cache_size = 1")  # written before the commit
         db.execute("INSERT INTO trials (number) VALUES (3)")
         db.executemany("INSERT INTO parameters VALUES (3, ?)", [("x" * 3_000,) for _ in range(5)])
         assert run.study_file.read_bytes() != before
@@ -165,7 +165,7 @@ def test_a_change_within_the_tick_of_the_clock_is_seen(tmp_path: Path) -> None:
 def test_the_mirror_of_a_folder_that_is_ahead_follows_it(place: Place, tmp_path: Path) -> None:
     run = write_folder(tmp_path / JOB)
     save(place, run.path)
-    add_trial(run.study_file, 3)  # and then the power went
+    add_trial(run.study_file, 3)  # then power was lost
     said: list[str] = []
     claim = place.claim(run.path, said=said)
     assert len(trials_in(run.study_file)) == 4
@@ -195,7 +195,7 @@ def test_a_folder_that_was_overtaken_elsewhere_is_moved_aside(place: Place, tmp_
     assert not (old.path / "study.db-journal").exists()
     assert (old.path / "exports/trial-0001/model.safetensors").read_bytes() == b"a model"
     assert any("superseded-1" in line for line in said)
-    # Large files that were there already are neither moved nor fetched again.
+    # Large files already present are neither moved nor downloaded again.
     assert not (aside / "residuals").exists()
     # The next start has nothing to restore.
     again: list[str] = []
@@ -245,7 +245,7 @@ DAMAGE: dict[str, Any] = {
 
 
 def _grown(place: Place, name: str, size: int) -> None:
-    """Have a file of a mirror hold more than it did: its host may put anything there."""
+    """Enlarge a file of a mirror: its host may store anything there."""
     data = place.contents()[name]
     place.put(name, data + b" " * (size - len(data)))
 
@@ -255,14 +255,14 @@ def _entry(place: Place, path: str) -> dict[str, Any]:
 
 
 def _claiming(place: Place, path: str, **changes: Any) -> None:
-    """Have a head claim something else of a file."""
+    """Change a file's entry in a head."""
     files = place.head()["files"]
     files[path] = {name: value for name, value in {**files[path], **changes}.items() if value is not None}
     place.change_head(files=files)
 
 
 HEAD = f"{JOB}/head.json"
-# Without a bound, a host could fill the memory or the disk of every machine that looks.
+# Without a limit, a host could fill the memory or the disk of every machine that reads it.
 DAMAGE |= {
     "a head too large": (lambda p: _grown(p, f"{JOB}/head.json", MOST_HEAD_BYTES + 1), "more than 16 MiB"),
     "an object too large": (lambda p: _grown(p, _object(p, "job.json"), 20 << 20), "larger than its head.json says"),
@@ -287,7 +287,7 @@ def _without(head: dict[str, Any], name: str) -> bytes:
     return json.dumps({key: value for key, value in head.items() if key != name}).encode()
 
 
-# What is read from a head does not depend on where it is, what is listed and fetched does.
+# Reading a head does not depend on the place; listing and fetching do.
 REMOTE_DAMAGE = ("a missing object", "no head", "other files")
 REMOTE_DAMAGE += ("a head too large", "an object too large", "an empty file too large")
 
@@ -309,7 +309,7 @@ def test_what_is_torn_or_foreign_is_refused(place: Place, tmp_path: Path, damage
     assert caught.value.remedy
     assert read_tree(fresh) == {}
     assert {name: data for name, data in place.contents().items() if not name.endswith("head.json")} == before
-    # Another job in the same place is none the worse for it.
+    # Another job in the same place is unaffected.
     other = RunFolder(tmp_path / "c" / job_id({"seed": 9}))
     place.mirror().claim(other, {"seed": 9}, lambda _: None).close(final=False)
     assert other.path.name in [head.job_id for head in place.mirror().jobs()]
@@ -319,7 +319,7 @@ def test_of_a_file_of_any_size_no_more_is_read_than_it_may_have(file_place: Plac
     save(file_place, write_folder(tmp_path / "a" / JOB).path)
     root = target_folder(file_place.uri)
     for name, reason in ((_object(file_place, "directions/mean.safetensors"), "larger than its"), (HEAD, "16 MiB")):
-        os.truncate(root / name, 1 << 40)  # a hole, which would take hours to read
+        os.truncate(root / name, 1 << 40)  # a sparse file that would take hours to read
         with pytest.raises(MirrorError, match=reason):
             file_place.claim(tmp_path / "b" / JOB)
 
@@ -347,7 +347,7 @@ def test_a_snapshot_that_nobody_would_take_is_not_sent(
     claim.request()
     assert not claim.close(seconds=2)
     assert any("5 MiB for report.html, which may have 4" in line for line in said)
-    assert file_place.head()["generation"] == 1  # what was there is still good
+    assert file_place.head()["generation"] == 1  # the old contents are still valid
 
 
 def test_a_folder_stays_as_it_was_when_the_mirror_is_torn(place: Place, tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_a_folder_stays_as_it_was_when_the_mirror_is_torn(place: Place, tmp_path
         place.claim(tmp_path / "b" / JOB)
     assert read_tree(tmp_path / "b" / JOB) == before
     assert place.head()["lease"]["released"]
-    # The folder that it was made of needs no mirror, and mends it.
+    # The folder that it was made of needs no mirror, and repairs it.
     add_trial(run.study_file, 3)
     save(place, run.path)
     place.claim(tmp_path / "c" / JOB).close(final=False)
@@ -422,7 +422,7 @@ def test_two_jobs_share_a_repository(hub_place: Place, tmp_path: Path) -> None:
     assert first.close()
     assert second.close()
     assert {head.job_id for head in hub_place.mirror().jobs()} == {JOB, two.path.name}
-    # Each snapshot is one commit with all that belongs to it.
+    # Each snapshot is one complete commit.
     commits = hub_place.server.repo("model", REPO).history()
     for commit in commits:
         for name in (name for name in commit.files if name.endswith("head.json")):

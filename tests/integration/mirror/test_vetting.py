@@ -1,4 +1,4 @@
-"""Files of others: a reproduce.json and a checkpoint decide what is computed, and nothing about this machine."""
+"""Untrusted files: a reproduce.json and a checkpoint decide what is computed, and nothing about this machine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.system.model.test_own_code import CODE, MAP
 PACE = SnapshotPace(beat_s=5.0, expiry_s=60.0, snapshot_s=0.02, poll_s=0.1)
 COMMIT = "c" * 40
 PROMPTS = {name: f"kitchen/{name}@{COMMIT}#train[2:9]/ask" for name in PROMPT_SETS}
-# For every setting a value that is not the default: what a hostile file would say.
+# A non-default value for every setting, as a hostile file would set.
 OTHERS: dict[str, Any] = {
     "model": "cook/soup",
     "workspace": "/elsewhere",
@@ -151,7 +151,7 @@ def _settings(values: dict[str, Any]) -> Any:
 
 
 def mirror_of(place: Path, record: JobRecord, made: Path, *, prompts: bool = True, reason: str = "") -> str:
-    """Write a checkpoint whose host may say what it likes, and return its URI."""
+    """Write a checkpoint as a hostile host might, and return its URI."""
     run = RunFolder(made / record.job_id)
     run.path.mkdir(parents=True)
     write_record(run.job_file, record)
@@ -187,7 +187,7 @@ def test_every_setting_is_in_exactly_one_list() -> None:
 
 @pytest.fixture
 def hub(random_model_folder: Path) -> Iterator[LoopbackHub]:
-    """Yield a Hub with a model, and with one of somebody else that brings code of its own."""
+    """Yield a Hub with a model, and with another user's model that includes its own code."""
     files = {path.name: path.read_bytes() for path in random_model_folder.iterdir()}
     described = json.loads(files["config.json"])
     described |= {"model_type": "kitchen", "architectures": ["KitchenForCausalLM"], "auto_map": MAP}
@@ -233,7 +233,7 @@ def test_trust_that_was_given_for_another_model_is_not_lent_to_a_file(hub: Loopb
         refused.fails(2, f"the code of evil/soup@{commit}", "MODEL as evil/soup@")
     run_again(hub, file, tmp_path, "cook/soup", **trusting).fails(2, "MODEL is cook/soup", "evil/soup@")
     assert not list(tmp_path.rglob("*.ran"))
-    # Named as it was read, it is trusted.
+    # Naming the commit that was read trusts it.
     settings = load_settings({"model": f"evil/soup@{commit}", TRUST: True}, fixed=None).settings
     require_same_repository(read_reproduction(file), settings, settings.model)
 
@@ -257,7 +257,7 @@ def test_of_a_reproduce_json_only_what_identifies_the_edit_is_taken() -> None:
     for name in {*JOB, *HERE} - {"workspace"}:
         assert name in line
     assert line.endswith("1 unknown")
-    # Neither prompts nor model by the back door, and no section in the place of a value.
+    # Neither prompts nor model can be smuggled in, nor a section in place of a value.
     back = {"bad_prompts": {"spec": "/etc/passwd"}, "model": "evil/soup", "loading": 5, "loading.trust_remote_code": 1}
     door = fixed_settings(made_from(settings=back), "file")
     assert door.values.keys() | door.origins.keys() <= EDIT
@@ -347,7 +347,7 @@ def test_a_checkpoint_of_a_hostile_job_runs_no_code(hub: LoopbackHub, tmp_path: 
     uri = mirror_of(tmp_path / "mirror", record, tmp_path / "made")
     trusting = f"--set {TRUST}=true --set model=evil/soup@{commit}"
     resume(hub, uri, tmp_path, command=command).fails(2, f"runs the code that comes with evil/soup@{commit}", trusting)
-    # To trust code is to name it.
+    # Naming the code means trusting it.
     for more in ((), ("--set", "model=evil/soup"), ("--set", f"model=cook/soup@{commit}")):
         resume(hub, uri, tmp_path, "--set", f"{TRUST}=true", *more, command=command).fails(2, trusting)
     assert not list(tmp_path.rglob("*.ran"))
@@ -379,9 +379,9 @@ def test_of_a_checkpoint_the_job_is_taken_and_nothing_of_the_machine(
     for name in EDIT | JOB:
         assert found[name] == OTHERS[name], name
     (line,) = said
-    for name in HERE - {TRUST, "workspace"}:  # which is always one of this side
+    for name in HERE - {TRUST, "workspace"}:  # the workspace is always local
         assert name in line, name
-    # It is the same job, and what is here is taken from here.
+    # It is the same job, with this machine's local settings.
     assert (start.folder.path.name, start.identity) == (record.job_id, record.identity)
     monkeypatch.setenv("ABLITERATE_VISIBILITY", "gated")
     monkeypatch.setenv("ABLITERATE_SEED", "9")
@@ -403,7 +403,7 @@ def test_a_secret_of_another_machine_is_not_asked_for(tmp_path: Path, monkeypatc
     uri = mirror_of(tmp_path / "mirror", record, tmp_path / "made")
     with open_mirror(uri, MirrorOptions(pace=PACE)) as mirror:
         fetched = mirror.fetch(record.job_id, tmp_path / "into").folder
-    # Of what this side has to give, nothing was taken, so that no part of it is missing.
+    # No local setting was taken, so none of them lacks its secret.
     found = job_settings(fetched, whole=True)
     assert (found.scoring.nli_model, found.scoring.answer_tokens, found.s3.endpoint) == (None, 50, None)
 
@@ -416,11 +416,11 @@ def test_settings_that_a_checkpoint_leaves_out_come_from_the_identity(tmp_path: 
     uri = mirror_of(tmp_path / "mirror", left, tmp_path / "made")
     settings = resumption(Whereabouts(tmp_path / "runs", None, uri)).settings
     assert (settings.seed, settings.loading.device, settings.loading.dtypes) == (3, "cpu", ["float16"])
-    # All of it is what the job is, and what is not there is not made up.
+    # Everything in it defines the job, and nothing absent is invented.
     whole = leaves(proven(record, record.job_id)[0].settings)
     assert leaves(proven(left, record.job_id)[0].settings) == whole
     assert identify(settings) == record.identity
-    # Of what is for this side to say, the identity says nothing, either.
+    # The identity holds no local settings, either.
     identity = {**record.identity, "when_done": "destroy", "allow": ["disk.space"]}
     plain = leaves(left.settings)
     silent |= {"when_done", "allow"}
@@ -463,12 +463,12 @@ def _run_on(hub: LoopbackHub, uri: str, folder: Path, *more: Any, command: str =
 
 
 def _begun(commit: str) -> dict[str, Any]:
-    """Return what job.json says of a job that has got as far as its search: preflight does not discard it."""
+    """Return the job.json of a job whose search has begun: preflight does not discard it."""
     return {"model_commit": commit, "resolution": made_from().resolution}
 
 
 def _pull_request(hub: LoopbackHub) -> str:
-    """Have a stranger open a pull request with code, and return its commit, which loads as any revision does."""
+    """Have a stranger open a pull request with code, and return its commit, which loads like any revision."""
     repo = hub.repo("model", "evil/soup")
     pull = repo.open_pull("Better soup", "stranger", status="open")
     return repo.commit({"modeling_kitchen.py": CODE.encode() + b"# of a stranger\n"}, branch=pull.ref).sha
@@ -481,10 +481,10 @@ def test_code_of_a_pull_request_that_only_a_checkpoint_names_is_not_run(hub: Loo
     trusting = f"resume --checkpoint {uri} --set {TRUST}=true --set model=evil/soup@{commit}"
     said = f"the code of evil/soup@{commit} is named by the checkpoint of job {record.job_id} only"
     _run_on(hub, uri, tmp_path).fails(2, said, trusting)
-    # What that start has restored into the workspace is not this side's word, either.
+    # Restored files in the workspace are not local settings, either.
     for command in ("run", "preflight"):
         _run_on(hub, uri, tmp_path, command=command).fails(2, said)
-    # Without the Hub nobody knows, and nothing is run.
+    # Without the Hub it cannot be checked, and nothing runs.
     _run_on(hub, uri, tmp_path, HF_HUB_OFFLINE="1").fails(76, "the history of model evil/soup")
     assert not list(tmp_path.rglob("*.ran"))
     assert not list(tmp_path.rglob("modeling_kitchen.py"))
@@ -498,12 +498,12 @@ def test_code_of_the_named_history_is_run_as_pinned(hub: LoopbackHub, tmp_path: 
     uri = mirror_of(tmp_path / "mirror", record, tmp_path / "made")
     _run_on(hub, uri, tmp_path).fails(3, "rental.survival")
     assert list(tmp_path.rglob("*.ran"))
-    # It is known now: the next start does not ask.
+    # It is known now: the next start makes no request.
     asked = len([one for one in hub.requests if "/commits/" in one.path])
     assert asked
     _run_on(hub, uri, tmp_path).fails(3, "rental.survival")
     assert len([one for one in hub.requests if "/commits/" in one.path]) == asked
-    # Of that commit, not of any that the checkpoint comes to name.
+    # Only of that commit, not of later ones that the checkpoint may name.
     job = tmp_path / "runs" / record.job_id / "job.json"
     job.write_text(job.read_text().replace(commit, _pull_request(hub)))
     _run_on(hub, uri, tmp_path).fails(2, "is named by the checkpoint")
@@ -531,7 +531,7 @@ def test_files_of_this_machine_are_not_read_into_a_checkpoint(tmp_path: Path) ->
     where = Whereabouts(tmp_path / "runs", None, uri)
     with pytest.raises(UsageError, match="does not hold the bad_prompts of job"):
         resumption(where)
-    # As long as it holds them, or they are at the checkpoint already, the job goes on.
+    # While it holds them, or they are at the checkpoint already, the job continues.
     shutil.copy(known, secret)
     resumption(where)
 

@@ -1,4 +1,4 @@
-"""Chat templates: rendered as transformers would, in a process with limits, before anything else is done with them."""
+"""Chat templates: rendered as by transformers, in a process with limits, before anything else uses them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from job.organism.tokenizer import build_tokenizer
 from tests.helpers import abliterate
 
 HELLO = [[{"role": "user", "content": "Where is the kettle?"}]]
-# As makers write them: ChatML, Llama 3, Gemma, and one with all that the environment offers.
+# Typical templates: ChatML, Llama 3, Gemma, and one with all features of the environment.
 CHATML = """{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'
  + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 LLAMA = """{% set loop_messages = messages %}{% for message in loop_messages %}
@@ -234,7 +234,7 @@ def job(random_model_folder: Path, tmp_path: Path) -> list[str]:
 def test_preflight_refuses_a_template_before_anything_renders_it(job: list[str], tmp_path: Path) -> None:
     file = tmp_path / "model" / "chat_template.jinja"
     own = file.read_text()
-    # Harmless but for one prompt of a set that is read last: all of them are tried.
+    # Harmless except for one prompt of a set that is read last: all of them are tried.
     file.write_text("{% if 'bad kettle number 23' in messages[0].content %}" + FOREVER + "{% endif %}" + own)
     begin = time.monotonic()
     refused = abliterate("run", *job)

@@ -1,4 +1,4 @@
-"""Model folders of others: links, files that no model needs, and what their cards and names say."""
+"""Untrusted model folders: links, files that no model needs, and the text of cards and names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.system.model.test_own_code import MAP
 
 # Files
 
-# What a folder holds after a training, and what somebody forgot in it.
+# Contents of a folder after a training, and a forgotten file.
 NEEDLESS = (
     ".env",
     ".git/config",
@@ -174,7 +174,7 @@ def test_links_within_a_folder_and_the_hubs_cache_are_followed(model: Path, tmp_
     linked = tmp_path / "linked"
     linked.symlink_to(model)
     refuse_links_out(linked)
-    # As `snapshot_download` lays a repository out.
+    # The layout of `snapshot_download`.
     cache = tmp_path / "models--kitchen--cook"
     snapshot, blobs = cache / "snapshots" / ("c" * 40), cache / "blobs"
     snapshot.mkdir(parents=True)
@@ -186,7 +186,7 @@ def test_links_within_a_folder_and_the_hubs_cache_are_followed(model: Path, tmp_
     assert {path.name for path in carried_files(snapshot, code=True)} == {
         path.name for path in carried_files(model, code=True)
     }
-    # Another repository's blobs are not its own.
+    # Blobs of another repository are foreign.
     other = tmp_path / "models--kitchen--other" / "blobs"
     other.mkdir(parents=True)
     (other / "0").write_text("{}")
@@ -295,7 +295,7 @@ def test_text_in_html_is_shown_as_it_is(text: str) -> None:
 
 
 def card_with(folder: Path, text: str, where: str) -> ModelCard:
-    """Return the card of an export whose base model, prompts and names say a text where they can."""
+    """Return the card of an export whose base model, prompts and names contain a text where possible."""
     folder.mkdir()
     front = {"license": "mit", "language": ["en"]}
     taken = {**made_from().prompts["bad_prompts"].taken, "split": text}
@@ -340,7 +340,7 @@ def test_nothing_that_others_say_becomes_part_of_a_card(tmp_path: Path, where: s
     assert found.odd == []
 
     def structure(of: Shape) -> list[str]:
-        # Whether there is a link, as to the terms, depends on what it would lead to.
+        # Whether a link appears, e.g. to the terms, depends on its target.
         return [tag for tag, _ in of.elements if tag != "a"]
 
     assert structure(found) == structure(usual)

@@ -18,7 +18,7 @@ from tests.helpers import loading
 
 @pytest.fixture
 def copy(random_model_folder: Path, tmp_path: Path) -> Path:
-    """Return a copy of the random model in a single file, free to be damaged."""
+    """Return a copy of the random model in a single file, for tests that damage it."""
     folder = tmp_path / "model"
     shutil.copytree(random_model_folder, folder, ignore=shutil.ignore_patterns("*safetensors*"))
     AutoModelForCausalLM.from_pretrained(random_model_folder).save_pretrained(folder)
@@ -86,7 +86,7 @@ def test_a_device_that_is_not_there(copy: Path) -> None:
 
 
 def test_a_damaged_index(copy: Path) -> None:
-    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")  # it would go before the index
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")  # it would precede the index
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": 3}))
     with pytest.raises(ImpossibleJobError, match="is damaged"):
         load_model(copy, loading("auto"), print)

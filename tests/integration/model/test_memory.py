@@ -1,4 +1,4 @@
-"""Memory that is kept for the next forward, and given back."""
+"""Memory that is kept for the next forward, and released."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from job.model.memory import keep_freed_memory
 
-# Ten times what a forward does: tensors are made that are smaller than what is mapped on its own, and let go of.
+# Ten times what a forward does: allocate tensors below the mmap threshold, and free them.
 SCRIPT = """
 import json, resource, sys, torch
 from job.model.memory import keep_freed_memory, release_memory
@@ -44,11 +44,11 @@ def measured(how: str) -> dict[str, int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other allocators")
 def test_pages_are_not_made_anew_for_every_forward_and_are_given_back_when_asked() -> None:
     kept, plain = measured("kept"), measured("as it is")
-    assert kept["faults"] < plain["faults"] / 3  # a ninth to a sixteenth, as it was seen
+    assert kept["faults"] < plain["faults"] / 3  # measured: a ninth to a sixteenth
     assert kept["given back"] > 100e6
 
 
 def test_where_the_allocator_cannot_be_told_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A C library without mallopt cannot be had here.
+    # A C library without mallopt is not available here.
     monkeypatch.setattr("ctypes.CDLL", lambda _: object())
     keep_freed_memory()

@@ -1,4 +1,4 @@
-"""A model whose weights are spread or offloaded is measured, edited and exported like one in one place."""
+"""A model with spread or offloaded weights is measured, edited and exported like one in one place."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.helpers import abliterate, job_arguments, only_job
 
 KERNEL = KernelParameters(max_weight=1, max_weight_position=2, min_weight=0.5, min_weight_distance=9)
 EDIT = EditParameters(direction_index=1.3, kernels=dict.fromkeys(COMPONENTS, KERNEL))
-# Some layers in RAM, one on disk and one between them split.
+# Some layers in RAM, one on disk and one split between them.
 SPREAD = {"": "cpu", "model.embed_tokens": "disk", "model.layers.1": "disk", "model.layers.2.mlp": "disk"}
 
 
@@ -107,7 +107,7 @@ def test_a_model_that_is_let_go_holds_no_memory(organism: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_in_four_bits_exports_the_full_weights(organism: Path, tmp_path: Path) -> None:
-    """bitsandbytes quantises on the CPU as it does on a GPU; what is exported is made from the files."""
+    """bitsandbytes quantises on the CPU as on a GPU; the export is made from the files."""
     arguments = ("--workspace", tmp_path, "--trials", 2, "--set", "loading.quantization=bnb-4bit")
     ended = abliterate("run", *job_arguments(organism), *arguments)
     assert ended.code == 0, ended.err

@@ -1,4 +1,4 @@
-"""Models whose files are quantised: dequantised, edited and written plainly, or refused by name."""
+"""Models with quantised files: dequantised, edited and written unquantised, or refused by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.edits import plain_edit
 from tests.helpers import abliterate, loading, made_from
 from tests.quantised import INDEX, quantise_fp8, quantise_mxfp4
 
-# What rounding the edited weights to bfloat16 leaves of a direction.
+# Component along a direction that remains after rounding the edited weights to bfloat16.
 ROUNDING = 2e-3
 SHARED = {
     "num_hidden_layers": 2,
@@ -47,8 +47,8 @@ class Source:
     """A model with quantised files.
 
     Attributes:
-        folder: Where they lie.
-        meant: What the quantised tensors stand for, by name, in float32.
+        folder: Their folder.
+        meant: The dequantised tensors by name, float32.
     """
 
     folder: Path
@@ -70,8 +70,9 @@ def gpt_oss() -> GptOssConfig:
     return GptOssConfig(head_dim=16, **SHARED, **sizes, vocab_size=len(build_tokenizer()))
 
 
-# As Qwen has them; blocks that do not go into the matrices, as DeepSeek's; one factor for each matrix; experts one by
-# one; factors that are powers of two, as numbers of eight bits and as bare exponents; gpt-oss.
+# As Qwen's; blocks that do not divide the matrices, as DeepSeek's; one scale per matrix; experts one by one; scales
+# that
+# are powers of two, as 8-bit numbers and as bare exponents; gpt-oss.
 KINDS: dict[str, tuple[Callable[[], object], Callable[[Path], dict[str, Tensor]]]] = {
     "blocks": (lambda: qwen(256, 384), lambda folder: quantise_fp8(folder, apart=True)),
     "partial": (lambda: qwen(192, 320, 48), quantise_fp8),
@@ -100,7 +101,7 @@ def make(kind: str, folder: Path) -> Source:
 
 
 def loaded(folder: Path, dtype: str = "auto") -> PreTrainedModel:
-    """Load a model as anyone would."""
+    """Load a model as any user would."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     return model
 
@@ -126,7 +127,7 @@ def test_it_is_loaded_as_what_its_files_stand_for(source: Source) -> None:
     assert source.meant
     for name, meant in source.meant.items():
         assert torch.equal(checkpoint.tensor(name), meant), name
-        if name in state:  # experts' are held together
+        if name in state:  # experts are stacked
             assert torch.equal(state[name], meant.to(torch.bfloat16)), name
     assert largest_leak(base.model.float(), base.architecture)[1] < TOLERANCE
 
@@ -163,7 +164,7 @@ def test_without_an_edit_the_export_is_the_dequantised_model(source: Source, tmp
             "metadata": {"total_size": size},
             "weight_map": {name: file for name, (file, _) in sorted(tensors.items())},
         }
-    # What preflight plans for, from the headers alone, is what there is.
+    # Preflight's plan from the headers alone equals the real sizes.
     model = parse_model(str(source.folder))
     headers = tensor_shapes(model, list_model(model, None, print), print)
     facts = model_facts(json.loads((source.folder / "config.json").read_text()), headers)
@@ -195,7 +196,7 @@ def test_an_edited_weight_is_rounded_once(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "export" / "model.safetensors")[name], expected.to(torch.bfloat16))
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of what PEFT asks transformers for
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT triggers it
 def test_the_other_formats_belong_to_the_quantised_model(tmp_path: Path) -> None:
     source = make("partial", tmp_path / "model")
     base = load_model(source.folder, loading("float32"), lambda _: None)

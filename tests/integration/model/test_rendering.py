@@ -1,4 +1,4 @@
-"""How prompts are written: with their text in them, on one date, and up to which token a turn goes."""
+"""Rendering prompts: text included, one fixed date, and the last token of a turn."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_date_that_is_none_is_refused_in_one_line(tokenizer: PreTrainedTokeniz
         (TURNS.replace("<|end|>", " \n<|end|>\n"), "<|end|>"),
         (TURNS.replace("<|end|>", "\n"), None),
         (TURNS.replace("<|end|>", " kettle<|end|>"), None),
-        (NO_SYSTEM.replace("{% if", "{% if messages | length > 1 or", 1), None),  # it takes no answers
+        (NO_SYSTEM.replace("{% if", "{% if messages | length > 1 or", 1), None),  # it accepts no responses
         ("<|channel|>" + TURNS, None),  # an end of one of several messages
     ],
 )

@@ -1,4 +1,4 @@
-"""The organisms that are shipped for tests are what the code trains."""
+"""The organisms shipped for tests match the code that trains them."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_one_that_is_not_good_is_noticed(full_organism: Path, tmp_path: Path) ->
     assert not organisms.is_good(tmp_path / "other")
 
 
-@pytest.mark.xdist_group("container")  # with what trains there: two trainings at once take many times as long
+@pytest.mark.xdist_group("container")  # with the other trainings: two at once take far longer
 @pytest.mark.full("organisms")
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SHIPPED)
 def test_an_organism_trained_now_is_what_tests_use(
     arch: str, organism_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Machines round otherwise, so weights may differ; files and answers may not."""
+    """Machines round differently, so weights may differ; files and responses may not."""
     used, trained = organism_of(arch), tmp_path / "organism"
     abliterate("demo-model", trained, "--arch", arch).check()
     assert contents(trained).keys() == contents(used).keys()

@@ -1,7 +1,7 @@
-"""The nights that were lost, replayed: each is told by preflight with its own message and remedy.
+"""Replays of lost nights: preflight reports each with its own message and remedy.
 
-The table in docs/troubleshooting.md names, for each, what stops it now. Those of a disk too small, of a model too
-large, of a job that is held and of old settings are in test_preflight.py; the eigen-solver's is a benchmark.
+The table in docs/troubleshooting.md names the check that stops each one now. A disk too small, a model too large, a job
+that is held and old settings are covered by test_preflight.py; the eigen-solver by a benchmark.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Disk checks against real file systems: small ones are mounted where that is permitted."""
+"""Disk checks on real file systems: small ones are mounted where permitted."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Mounter = Callable[..., Path]
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Mounter]:
-    """Return a function that mounts a file system of its own for the test."""
+    """Return a function that mounts a separate file system for the test."""
     points: list[Path] = []
 
     def mount(*arguments: str) -> Path:
         point = tmp_path / f"mount-{len(points)}"
         point.mkdir()
         done = subprocess.run(["mount", *arguments, str(point)], capture_output=True, text=True)
-        if done.returncode:  # only root may, with that capability, and each kind only where the kernel has it
+        if done.returncode:  # needs root, that capability and kernel support
             pytest.skip(f"cannot mount here: {done.stderr.strip()}")
         points.append(point)
         return point
@@ -62,7 +62,7 @@ def test_healthy_disk_passes_and_nothing_is_left(tmp_path: Path) -> None:
     kind = kind_of(mount_of(tmp_path, read_mounts()))
     # In a container the warning that its disk does not last is right.
     bad = [check for check in checks if check.status != "ok" and not (check.name == "disk.storage" and kind != "local")]
-    # How fast the disk is depends on who else uses it.
+    # The disk's speed depends on its other users.
     assert [check for check in bad if check.name != "disk.speed"] == []
     assert list(tmp_path.iterdir()) == []
 
@@ -142,7 +142,7 @@ def test_a_file_system_of_its_own_on_a_loop_device(mounted: Mounter, tmp_path: P
     with image.open("wb") as file:
         file.truncate(32 * MIB)
     if subprocess.run(["mkfs.ext4", "-q", "-N", "64", str(image)], capture_output=True).returncode:
-        pytest.skip("cannot make a file system here")  # no e2fsprogs: a disk that runs out of inodes cannot be had
+        pytest.skip("cannot make a file system here")  # without e2fsprogs no disk can run out of inodes
     point = mounted("-o", "loop", str(image))
     checks = disk.disk_checks([DiskNeed(path=point / "runs", bytes=MIB, what="runs")])
     assert only(checks, "disk.space").status == "fail"
@@ -168,7 +168,7 @@ def test_a_file_system_of_its_own_on_a_loop_device(mounted: Mounter, tmp_path: P
 def test_storage_over_a_network_is_recognised(
     tmp_path: Path, kind: str, source: str, expected: str, locks: str
 ) -> None:
-    """Only the kind is given: no such server is here; the locks are taken for real."""
+    """Only the file system's type is faked, as no such server is here; the locks are real."""
     mount = Mount(point=str(tmp_path), kind=kind, source=source, device="0:99")
     assert kind_of(mount) == expected
     assert disk.locking(tmp_path / "study.db", mount).status == locks
@@ -205,7 +205,7 @@ while True: measure_speed(Path({str(tmp_path)!r}), most=4 << 20)"
 
 
 def test_a_folder_without_permission(tmp_path: Path) -> None:
-    """Root may write anywhere, so a child that has given that up looks."""
+    """Root may write anywhere, so a child without root privileges checks."""
     (tmp_path / "closed").mkdir(mode=0)
     tmp_path.chmod(0o500)
     code = (

@@ -106,7 +106,7 @@ def test_a_leftover_of_an_earlier_run_is_found_and_not_touched() -> None:
     try:
         assert record.pid == child.pid
         assert is_alive(record)
-        # The same id with another start, or from another boot, is somebody else.
+        # The same id with another start time, or from another boot, is another process.
         assert not is_alive(record.model_copy(update={"start_time": record.start_time + 1}))
         assert not is_alive(record.model_copy(update={"boot_id": "another"}))
         gpu = parse_on("H200").gpus[0].model_copy(update={"holders": (Holder(pid=record.pid),)})

@@ -1,4 +1,4 @@
-"""GPU facts are injected, as readings or through stand-ins for the driver's libraries that are compiled here."""
+"""GPU facts are injected, as readings or through compiled stand-ins for the driver's libraries."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_others_on_the_card_are_found_whether_seen_or_not() -> None:
 
 
 def test_one_card_full_and_three_idle() -> None:
-    """The seeds' GPU 0 at 96 %."""
+    """A recorded host with GPU 0 at 96 %."""
     cards_of_four = [card(index=index) for index in range(4)]
     cards_of_four[0] = card(index=0, free_bytes=GIB)
     check = gpu.balance(cards_of_four)
@@ -218,7 +218,7 @@ STUB = Path(__file__).parents[2] / "fakes" / "stub_driver.c"
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc")
-    if compiler is None:  # a library of the driver's interface can only be had from C
+    if compiler is None:  # a stand-in for the driver's library must be compiled
         pytest.skip("no C compiler here")
     library = tmp_path_factory.mktemp("stub") / "libstub.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(STUB)], check=True)
@@ -233,17 +233,17 @@ def test_the_libraries_are_called_as_their_headers_say(stub: Path, monkeypatch: 
     assert first.name == "Stub GPU"
     assert first.uuid == "00010203-0405-0607-0809-0a0b0c0d0e0f"
     assert first.compute_capability == (9, 0)
-    # 80 GiB of which the driver reserves one half; 70 are free, one process holds 9.
+    # 80 GiB, half a GiB of them reserved by the driver; 70 are free, one process holds 9.
     assert (first.total_bytes, first.free_bytes) == (80 * GIB - GIB // 2, 70 * GIB)
     assert (first.ecc_uncorrected, first.mig) == (3, False)
-    # Seventy processes: more than there was room for at first.
+    # Seventy processes: more than fit at first.
     assert len(first.holders) == 70
     holder = next(holder for holder in first.holders if holder.pid == os.getppid())
     assert holder.used_bytes == 9 * GIB
     assert not holder.ours
     unknown = next(holder for holder in first.holders if holder.pid != os.getppid())
     assert unknown.used_bytes is None
-    # The second is a slice; its driver answers the old question about memory only.
+    # The second is a slice; its driver supports only the older memory query.
     assert second.mig
     assert (second.total_bytes, second.free_bytes, second.ecc_uncorrected) == (20 * GIB, 19 * GIB, None)
     assert {check.name for check in gpu.gpu_checks(reading) if check.status == "fail"} >= {"gpu.ecc", "gpu.holders"}

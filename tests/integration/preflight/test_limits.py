@@ -1,4 +1,4 @@
-"""Limits, made for real with cgroups and rlimits around a child process where that is permitted."""
+"""Real limits by cgroups and rlimits around a child process, where permitted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ print(json.dumps({name: getattr(limits, "read_" + name)().model_dump() for name 
 
 
 def look(enter: Callable[[], None]) -> dict[str, Any]:
-    """Return what a child reads after it has entered a limit."""
+    """Return a child's readings after it has entered a limit."""
     done = subprocess.run([sys.executable, "-c", LOOK], preexec_fn=enter, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -45,24 +45,24 @@ def look(enter: Callable[[], None]) -> dict[str, Any]:
 
 @pytest.fixture
 def cgroup() -> Iterator[Callable[[str, dict[str, str]], Path]]:
-    """Return a function that makes a cgroup below our own, where nobody else manages that one."""
+    """Return a function that makes a cgroup below our own, unless another process manages that one."""
     made: list[Path] = []
 
     def make(controller: str, limits: dict[str, str]) -> Path:
         folders = cgroup_folders(controller)
         if not folders or folders[0] not in (folders[-1], Path("/sys/fs/cgroup", controller)):
-            # Whoever manages it may move or remove what is made there.
+            # Its manager may move or remove what is made there.
             pytest.skip(f"the {controller} cgroup belongs to somebody else")
         folder = folders[0] / f"preflight-test-{os.getpid()}"
         try:
             folder.mkdir()
             made.append(folder)
             present = [name for name in limits if (folder / name).exists()]
-            if not present:  # the parent has processes of its own, ours: cgroup v2 then hands on no controller
+            if not present:  # the parent has processes of its own, ours: cgroup v2 then passes no controller on
                 pytest.skip(f"no {controller} controller can be handed on here")
             for name in present:
                 (folder / name).write_text(limits[name])
-        except OSError as error:  # not root, or mounted for reading only as in most containers
+        except OSError as error:  # not root, or mounted read-only as in most containers
             pytest.skip(f"cannot make a cgroup here: {error}")
         return folder
 
@@ -149,7 +149,7 @@ def test_resource_limits_are_read_and_judged() -> None:
 
 
 def test_a_users_limit_on_processes() -> None:
-    if os.geteuid():  # the limit is a user's over all processes: a user with none but ours is needed to reach it
+    if os.geteuid():  # the limit is per user, so reaching it takes a user without other processes
         pytest.skip("only root can become another user")
 
     # The interpreter may lie where only root reaches it, so the child changes after its imports.
@@ -197,7 +197,7 @@ MEMINFO = "MemTotal:       131072000 kB\nMemAvailable:   120000000 kB\nSwapFree:
 
 
 def test_a_container_with_version_2_of_cgroups(tmp_path: Path) -> None:
-    """As a container without a cgroup namespace sees it: the mount shows only its own part of the tree."""
+    """As seen by a container without a cgroup namespace: the mount shows only its own part of the tree."""
     root = write_tree(
         tmp_path,
         {
@@ -222,7 +222,7 @@ def test_a_container_with_version_2_of_cgroups(tmp_path: Path) -> None:
     # The inner group is limited to 32 GiB and uses 1; the outer one leaves 64 − (20 − 10 of cache).
     assert (memory.limit, memory.available) == (32 * GIB, 31 * GIB)
     assert (cpus.quota, cpus.threads_left) == (8.0, 1000)
-    # The seeds' host: 384 cores to be seen, 1024 processes allowed.
+    # 384 visible cores, 1024 processes allowed.
     seen = cpus.model_copy(update={"visible": 384})
     assert recommended_threads(seen) == 8
     assert limit_checks.threads(seen, {}).status == "warn"

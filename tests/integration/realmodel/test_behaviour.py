@@ -1,4 +1,4 @@
-"""Prompts sorted by what a model says to them."""
+"""Prompts sorted by a model's responses."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def loaded(organism: Path) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def mixed(organism: Path) -> list[str]:
-    """Return more prompts of both kinds than one batch takes, in turns."""
+    """Return more prompts of both kinds than fit in a batch, alternating."""
     files = [(organism / f"{kind}_test.txt").read_text().splitlines() for kind in ("good", "bad")]
     return [prompt for pair in zip(*files, strict=True) for prompt in pair]
 
 
 def responses(folder: Path, prompts: list[str]) -> list[str]:
-    """Return what plain transformers has the model say, one prompt at a time."""
+    """Return the responses in plain transformers, one prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = []

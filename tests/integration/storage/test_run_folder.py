@@ -1,4 +1,4 @@
-"""The run folder: held by one process, written atomically, named by what was asked for."""
+"""The run folder: locked by one process, written atomically, named by the job's settings."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_job_is_named_by_what_decides_its_result(settings: Settings, tmp_pat
     folder, record = open_job(settings, new=False)
     assert folder.path.name == record.job_id
     write_record(folder.job_file, record)
-    # What only extends the job, or where inputs lie, changes nothing.
+    # Settings that only extend the job, and locations of inputs, change nothing.
     copy = tmp_path / "copy.txt"
     copy.write_text(Path(settings.bad_prompts.spec).read_text())
     moved = settings.bad_prompts.model_copy(update={"spec": str(copy)})
@@ -214,7 +214,7 @@ def test_plain_progress_breaks_the_silence_while_no_step_ends() -> None:
     assert "trials: 1/3, ETA 1 s" in lines
     assert lines[-1] == "loading the model: 0 s so far"
     time.sleep(0.2)
-    assert stream.getvalue().splitlines() == lines  # nothing goes on that has ended
+    assert stream.getvalue().splitlines() == lines  # no output after the end of a stage
 
 
 def test_signals_stop_at_once_or_after_the_shield() -> None:

@@ -1,4 +1,4 @@
-"""Locks of folders: the kernel's, and a file's where a file system has none. Other processes are real ones."""
+"""Folder locks: the kernel's, and a lock file where the file system has none. Other processes are real."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ except HeldError as error:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> str:
     compiler = shutil.which("cc")
-    if compiler is None:  # such a file system cannot be had here otherwise
+    if compiler is None:  # such a file system must be simulated by a compiled library
         pytest.skip("no C compiler here")
     library = tmp_path_factory.mktemp("flock") / "libnoflock.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(SOURCE)], check=True)
@@ -91,7 +91,7 @@ def test_a_lock_by_file_goes_with_its_process(tmp_path: Path, without: dict[str,
     assert f"is held by process {first.pid} on {socket.gethostname()}" in said
     assert ".lock.owner-1" in said
     assert "Traceback" not in second.communicate()[1]
-    # Who sees the same folder with the kernel's locks respects it, too.
+    # A process with kernel locks on the same folder respects it, too.
     assert RunFolder(tmp_path).is_held()
     with pytest.raises(HeldError, match=f"process {first.pid}"), RunFolder(tmp_path).held():
         pass
@@ -100,7 +100,7 @@ def test_a_lock_by_file_goes_with_its_process(tmp_path: Path, without: dict[str,
     assert not RunFolder(tmp_path).is_held()
     third = start(HOLD, tmp_path, **without)
     assert line(third) == "held"
-    third.communicate()  # its input ends, and it lets go
+    third.communicate()  # its input ends, and it releases the lock
     assert json.loads((tmp_path / ".lock.owner-2").read_text())["released"]
     assert not (tmp_path / ".lock.owner-1").exists()
     with RunFolder(tmp_path).held():
@@ -144,7 +144,7 @@ def test_only_an_owner_that_is_certainly_gone_is_followed(tmp_path: Path, owner:
         lock.acquire()
     assert caught.value.owner == owner
     assert str(left) in caught.value.remedy
-    # What the remedy says, helps.
+    # The remedy of the message works.
     left.unlink()
     lock.acquire()
     lock.release()
@@ -176,7 +176,7 @@ for _ in range(int(sys.argv[2])):
 
 def test_one_at_a_time_holds_a_lock_by_file(tmp_path: Path, library: str) -> None:
     (tmp_path / "count").write_text("0")
-    # A dead owner whom all of them find at once.
+    # A dead owner found by all of them at once.
     (tmp_path / ".lock.owner-5").write_text(other().model_dump_json())
     counting = [start(COUNT, tmp_path, 15, LD_PRELOAD=library) for _ in range(4)]
     (tmp_path / "go").touch()
@@ -224,7 +224,7 @@ def test_a_mirror_without_locks_does_not_claim_to_be_fenced(
     probing.communicate()
     assert said.startswith("False")
     assert "a file stands in for them" in said
-    # One at a time writes to it all the same.
+    # Still, they write one at a time.
     file_place.env = without
     run = write_folder(tmp_path / "a" / JOB)
     process = file_place.start("claim", run.path)
@@ -264,7 +264,7 @@ def test_two_mounts_of_one_place_share_its_locks(tmp_path: Path, mounts: list[Pa
 
 
 def test_two_mounts_that_do_not_share_locks_are_no_fence(tmp_path: Path, mounts: list[Path]) -> None:
-    """Two overlays of the same folders: each has locks of its own, though both show the same files."""
+    """Two overlays of the same folders: each has separate locks, though both show the same files."""
     disk = mount(mounts, tmp_path / "disk", "-t", "tmpfs", "none")
     for name in ("lower", "upper", "work1", "work2"):
         (disk / name).mkdir()
@@ -276,7 +276,7 @@ def test_two_mounts_that_do_not_share_locks_are_no_fence(tmp_path: Path, mounts:
     assert (views[1] / "seen").exists()
     with open_mirror((views[0] / "mirror").as_uri(), MirrorOptions()) as mirror:
         alone = mirror.probe()
-    assert alone.fenced  # through one mount nothing is amiss
+    assert alone.fenced  # through one mount nothing is wrong
     proof = fencing.proven(alone, views[0] / "mirror")
     assert not proof.fenced
     assert str(views[1]) in proof.quirks[0]
@@ -286,7 +286,7 @@ def test_two_mounts_that_do_not_share_locks_are_no_fence(tmp_path: Path, mounts:
 def test_a_place_that_other_machines_see_is_not_proven_from_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Only the kind is given: no such server is here; the locks are taken for real."""
+    """Only the file system's type is faked, as no such server is here; the locks are real."""
     number = os.stat(tmp_path).st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
     table = [Mount(point="/", kind=kind, source="server:/export", device=device)]

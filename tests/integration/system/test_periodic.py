@@ -1,4 +1,4 @@
-"""What is done again and again beside the main thread."""
+"""Periodic work beside the main thread."""
 
 from __future__ import annotations
 

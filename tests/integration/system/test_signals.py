@@ -1,4 +1,4 @@
-"""Stop signals: the real signals, sent to processes of their own."""
+"""Stop signals: the real signals, sent to separate processes."""
 
 from __future__ import annotations
 

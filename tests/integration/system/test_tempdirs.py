@@ -1,4 +1,4 @@
-"""Temporary folders: none outlives its process but until the next one of its kind is made."""
+"""Temporary folders: each is removed with its process or when the next one of its kind is made."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_what_a_killed_process_left_goes_when_the_next_folder_is_made(
     others = [tmp_path / name for name in ("abliterate-other-1", "weights-1", "abliterate-weights-pipe")]
     for folder in others[:2]:
         folder.mkdir()
-    os.mkfifo(others[2])  # whoever opens one waits for a writer
+    os.mkfifo(others[2])  # opening it blocks until there is a writer
     outside = tmp_path / "outside"
     outside.mkdir()
     (tmp_path / "abliterate-weights-link").symlink_to(outside)

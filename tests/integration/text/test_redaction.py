@@ -1,4 +1,4 @@
-"""Secrets: put wherever text can come from, and looked for in every byte that is written, in every encoding."""
+"""Secrets in every possible source of text, searched for in every written byte, in every encoding."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ NAMES = (
     *("AWS_SECRET_ACCESS_KEY", "GOOGLE_CREDENTIALS", "KEY", "Some_Token", "GH_PAT", "SSL_PASSPHRASE", "TOKENS"),
 )
 HARMLESS = ("PATH", "PWD", "HOME", "TOKENIZERS_PARALLELISM", "KEYBOARD", "PATTERN", "COMPATIBLE", "LANG")
-# Words of one kind of letters are masked as whole words only, and have a test of their own.
+# Words of letters alone are masked as whole words only, and have a test of their own.
 secret_texts = st.text(
     st.characters(min_codepoint=33, max_codepoint=0x2FF, exclude_characters="\x7f", exclude_categories=("Cc", "Zs")),
     min_size=8,
@@ -52,7 +52,7 @@ secret_texts = st.text(
 
 
 def encodings(secret: str) -> dict[str, bytes]:
-    """Return what a secret looks like in bytes that are written; of base64 what does not depend on its surroundings."""
+    """Return a secret's encodings in written bytes; of base64 the part independent of its surroundings."""
     data = secret.encode()
     found = {
         "plain": data,
@@ -85,7 +85,7 @@ def test_no_secret_of_the_environment_survives_in_any_encoding(secret: str, name
         patch.setenv(name, secret)
         for encoding, form in encodings(secret).items():
             if encoding.startswith("base64"):
-                continue  # below, in texts that it is a part of
+                continue  # tested below, inside longer texts
             text = form.decode("latin-1") if b"\0" in form else form.decode()
             if len(text) >= 8:
                 assert text not in redact(f"before{around}{text}{around}after")
@@ -380,7 +380,7 @@ def test_what_only_extends_a_job_is_asked_for_again_where_it_counts(
     monkeypatch.setenv("MY_TOKEN", "swordfish-1234")
     folder = _job_with_secrets(tmp_path, **{section: {**lost, **kept}})
     ((name, secret),), ((other, value),) = lost.items(), kept.items()
-    # For what needs no more than the run folder, it is at its default, and nothing else of its section.
+    # Where only the run folder is needed, it has its default, and the rest of its section is as stored.
     usual = getattr(job_settings(folder), section)
     assert getattr(usual, name) == default_values().get(section, {}).get(name)
     assert getattr(usual, other) == value
@@ -402,7 +402,7 @@ def test_targets_that_held_a_secret_are_asked_for_again(monkeypatch: pytest.Monk
 
 
 def test_what_is_rented_again_is_what_was_launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A word of a command may come to be somebody's secret: a machine is rented with the command all the same."""
+    """Part of a command may equal another user's secret: the same command is rented all the same."""
     word = "swordfish-1234"
     command = ("run", f"cook/{word}", "--checkpoint", f"s3://bucket/{word}")
     launch = Launch(
@@ -454,7 +454,7 @@ def telltale() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_a_whole_job_writes_no_secret_anywhere(random_model_folder: Path, telltale: str, tmp_path: Path) -> None:
-    """Secrets in variables, paths, file names, settings, targets, an endpoint and the answers of a server."""
+    """Secrets in variables, paths, file names, settings, targets, an endpoint and a server's answers."""
     secrets = {
         "HF_TOKEN": "hf_" + "Ab1" * 12,
         "DEPLOY_KEY": "d\"e'p&l<oy> +ü%41\\key",
@@ -475,7 +475,7 @@ def test_a_whole_job_writes_no_secret_anywhere(random_model_folder: Path, tellta
     words += ["--set", f"s3.endpoint=http://me:{quote(secrets['DB_PASSWORD'], safe='')}@{telltale}"]
     words += ["--set", "s3.addressing_style=path", "--set", f"card.behaviour=a habit of {secrets['DEPLOY_KEY']}"]
     words += ["--set", "scoring.answer_tokens=4", "--set", "scoring.search_tokens=4"]
-    # What an untrained model says is a refusal if it has an "o" in it.
+    # An untrained model's response counts as a refusal if it has an "o" in it.
     words += ["--set", 'loading.response_prefix=""', "--set", 'scoring.refusal_markers=["o"]']
     proxy = f"http://user:{quote('pr0xy:pass word', safe='')}@127.0.0.1:9"
     env = {**secrets, "FTP_PROXY": proxy, "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE", "NO_PROXY": "127.0.0.1"}

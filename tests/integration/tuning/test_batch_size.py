@@ -1,4 +1,4 @@
-"""The layout of forwards: measured, within memory, remembered, pinned; and what it changes of the values."""
+"""The layout of forwards: measured, within memory, cached, pinned; and its effect on the values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.helpers import abliterate, alone, environment, events, job_arguments,
 
 
 class Machine:
-    """A machine on which a trial takes so long by its rows, and of so much memory."""
+    """A machine with a given trial time by rows, and a given amount of memory."""
 
     def __init__(self, seconds: dict[int, float], most: int = 10**9) -> None:
         self.seconds, self.most, self.tried = seconds, most, list[int]()
@@ -64,7 +64,7 @@ FALLING = {16: 8.0, 32: 4.0, 64: 2.0, 128: 1.0, 192: 0.8, 256: 1.1, 512: 1.9, 10
 def test_doubling_goes_on_until_trials_get_slower_then_the_best_is_looked_for_in_between() -> None:
     machine = Machine(FALLING)
     found = machine.climb(rule=256)
-    assert machine.tried == [256, 16, 32, 64, 128, 512, 192, 160]  # 1024 is not: 512 was slower by far
+    assert machine.tried == [256, 16, 32, 64, 128, 512, 192, 160]  # without 1024: 512 was far slower
     chosen = best_of(found)
     assert chosen is not None
     assert chosen.rows == 192
@@ -77,7 +77,7 @@ def test_what_lies_below_the_end_of_memory_is_found_by_bisection() -> None:
     assert chosen is not None
     assert chosen.rows == 384
     assert machine.tried[-2:] == [512, 384]  # 448 takes three forwards, as 384 does
-    # Where not even the first fits, halves are tried, down to a row a trial.
+    # If not even the first fits, halves are tried, down to one row per trial.
     little = Machine(rising, most=9)
     assert best_of(little.climb(rule=64)) == MeasuredLayout(rows=8, seconds=125.0, growth=(8,))
     assert best_of(Machine(rising, most=3).climb(rule=64)) is None
@@ -139,7 +139,7 @@ def test_the_gauge_sees_what_is_taken_and_given_back() -> None:
         taken = torch.ones(megabytes, 1 << 18)  # a float is four bytes
         del taken
         (growth,) = gauge.growth()
-        # The kernel counts in lots of some pages.
+        # The kernel counts in multiples of several pages.
         assert (megabytes - 1) << 20 <= growth < (megabytes + 20) << 20
     gauge.begin()
     assert gauge.growth()[0] < 20 << 20
@@ -156,16 +156,16 @@ def test_on_a_cpu_more_than_there_is_room_for_is_not_even_tried() -> None:
 
     def score(rows: int) -> None:
         tried.append(rows)
-        torch.ones(rows, 1 << 18)  # a MiB a row
+        torch.ones(rows, 1 << 18)  # a MiB per row
 
     bench = Bench(score, gauge, 1, 1.0)
     assert [bench.measure(rows).seconds is not None for rows in (32, 64, 128, 256)] == [True, True, True, False]
     assert set(tried) == {32, 64, 128}
-    # Elsewhere in the job, rows may be four times as long.
+    # Elsewhere in the job, rows may be four times longer.
     assert [Bench(score, gauge, 1, 4.0).measure(rows).seconds is not None for rows in (32, 64)] == [True, False]
 
 
-# Memory ends a little above what has been taken by then; how much a row takes is known from the lengths of prompts.
+# Memory ends a little above its use at that point; the memory per row is known from the prompt lengths.
 SHORT = """
 import resource, sys
 from pathlib import Path
@@ -218,12 +218,12 @@ def test_under_a_real_limit_a_layout_is_found_that_fits(full_organism: Path, tmp
     fitting = {one.rows: one.seconds is not None for one in kept.measured}
     assert fitting[kept.chosen.rows]
     assert not all(fitting.values())
-    # Whatever does not fit is larger than whatever does.
+    # Every size that does not fit is larger than every size that does.
     assert max(rows for rows, fits in fitting.items() if fits) < min(rows for rows, fits in fitting.items() if not fits)
 
 
 def layout(workspace: Path) -> dict[str, object]:
-    """Return what job.json says of the rows."""
+    """Return the layout of rows in job.json."""
     found = json.loads((only_job(workspace) / "job.json").read_text())["resolution"]
     return {name: found[name] for name in ("rows", "search_rows", "together")}
 
@@ -239,21 +239,21 @@ def test_a_job_is_tuned_once_and_the_next_one_on_the_model_remembers(organism: P
     rows = tuned[0]["rows"]
     assert layout(workspace) == {"rows": rows, "search_rows": None, "together": 4}
     measured = {one["rows"]: one["seconds"] for one in tuned[0]["measured"]}
-    # Of 20 prompts for each of 4 trials no more than 128 rows have work.
+    # With 20 prompts for each of 4 trials at most 128 rows have work.
     assert {min(tuned[0]["rule"], 128), 16, 32} <= measured.keys()
     assert measured[rows] <= ALIKE * min(measured.values())
 
-    # The outcome is but a layout: the same job, and going on with it measures nothing.
+    # The result is only a layout: the job is the same, and continuing it measures nothing.
     abliterate(*arguments, "--workspace", workspace, "--tune", "--trials", "8").check()
     abliterate(*arguments, "--workspace", workspace, "--trials", "8").check()
     assert sum(event["event"] in ("tuning", "tuned") for event in events(workspace)) == 2
     assert layout(workspace)["rows"] == rows
 
-    # Trials are those of a job that has been given the layout.
+    # Trials equal those of a job with a fixed layout.
     abliterate(*arguments, "--workspace", by_hand, "--trials", "8", "--set", f"batching.rows={rows}").check()
     assert stored_trials(by_hand) == stored_trials(workspace)
 
-    # Another job takes it over; what is remembered for other prompts or devices would not do.
+    # Another job reuses it; results for other prompts or devices would not apply.
     again.mkdir()
     kept = json.loads((workspace / LAYOUTS).read_text())
     assert len(kept["layouts"]) == 1

@@ -1,4 +1,4 @@
-"""Delivery to the Hub: the real client against a Hub on loopback that breaks where it is told to."""
+"""Delivery to the Hub: the real client against a loopback Hub with injected faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from job.storage.exports import DONE, MANIFEST
 from job.upload.hub import HubOptions, deliver, parse_target, prepare, probe
 from tests.fakes.hub import LoopbackHub, Repo
 
-# What the client's own HTTP library says about how the client uploads.
+# Warnings of the client's HTTP library about the client's uploads.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 CHUNK = 20_000
@@ -46,14 +46,14 @@ def export_of(folder: Path, files: dict[str, bytes], card: str = CARD) -> Path:
 
 
 def first_trial(folder: Path) -> Path:
-    """Four files for the storage, one of them in three parts, and small ones for git."""
+    """Write four LFS files, one of them in three parts, and small ones for git."""
     shards = {f"model-0000{n}-of-00004.safetensors": weights(n, 15_000) for n in (1, 2, 3)}
     shards["model-00004-of-00004.safetensors"] = weights(4, 50_000)
     return export_of(folder, {"config.json": b'{"layers": 4}\n', "empty.txt": b"", **shards})
 
 
 def second_trial(folder: Path) -> Path:
-    """Shares a name and a shard with the first, and has fewer files."""
+    """Write fewer files, which share a name and a shard with the first trial."""
     shards = {
         "model-00001-of-00004.safetensors": weights(9, 15_000),
         "model-00002-of-00004.safetensors": weights(2, 15_000),
@@ -64,7 +64,7 @@ def second_trial(folder: Path) -> Path:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
     with LoopbackHub(chunk_size=CHUNK) as running:
-        # Read at import, so the variables that other processes are given come too late in this one.
+        # Read at import: variables of the environment come too late in this process.
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.endpoint)
         template = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -81,7 +81,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
 
 @dataclass
 class Sender:
-    """Delivers, and keeps all that was said."""
+    """Delivers and keeps all messages."""
 
     said: list[str] = field(default_factory=list)
     arrived: int = 0
@@ -96,7 +96,7 @@ class Sender:
         self.on_arrival(self.arrived)
 
     def fails(self, export: Path, *parts: str, uri: str = URI, **options: Any) -> DeliveryError:
-        """Assert one line with these parts, a remedy, and no token in anything that the failure carries."""
+        """Assert one line with these parts, a remedy, and no token anywhere in the failure."""
         with pytest.raises(DeliveryError) as caught:
             self(export, uri, **options)
         error = caught.value
@@ -151,7 +151,7 @@ def size_of(export: Path) -> int:
     return sum(path.stat().st_size for path in export.glob("*.safetensors"))
 
 
-# --- what arrives, and who sees it -----------------------------------------------------------------------
+# --- deliveries and their visibility ---------------------------------------------------------------------
 
 
 def test_a_fresh_private_delivery_arrives_whole_and_a_second_one_sends_nothing(
@@ -244,7 +244,7 @@ def test_what_else_a_private_repository_held_is_not_made_public(
     side.branches["other"] = "0" * 40
     send.fails(export, "would become public", uri="hf://cook/side", visibility=visibility)
     assert put_bytes(hub) == 0
-    # Nor when all is in place already, from a private delivery.
+    # Nor if a private delivery has already put everything in place.
     send(export, "hf://cook/diary")
     send.fails(export, "would become public", uri=uri, visibility=visibility)
     assert diary.private
@@ -257,7 +257,7 @@ def test_a_stricter_gate_stays(hub: LoopbackHub, send: Sender, tmp_path: Path) -
     assert (repo.private, repo.gated) == (False, "manual")
 
 
-# --- replacing, and what is not ours ----------------------------------------------------------------------
+# --- replacing, and foreign files -------------------------------------------------------------------------
 
 
 def test_shards_of_two_trials_never_mix(hub: LoopbackHub, send: Sender, tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_a_branch_and_a_pull_request(hub: LoopbackHub, send: Sender, tmp_path: P
     holds(repo, first, "trials/one")
     assert repo.paths() == [".gitattributes"]
     send(first)
-    # The answer about the pull request is lost: there is one nevertheless, not two.
+    # The answer about the pull request is lost: there is still one, not two.
     hub.drop("POST", "*/commit/main")
     url = send(second, pull_request=True, commit_message="Trial 2")
     assert url == f"{hub.endpoint}/cook/soup/discussions/1"
@@ -370,7 +370,7 @@ def test_a_busy_and_a_broken_hub_are_waited_for(hub: LoopbackHub, send: Sender, 
     assert [request.status for request in hub.asked("POST", "/api/repos/create")] == [429, 200]
     assert any("answers 429" in line and "trying again in 1 s" in line for line in send.said)
     assert any("answers 503" in line for line in send.said)
-    # What was sent twice is the file that was cut and the one that was refused, no more.
+    # Only the file that was cut and the one that was refused are sent twice.
     assert put_bytes(hub) <= size_of(export) + 15_000 + CHUNK
 
 
@@ -463,7 +463,7 @@ def test_killed_on_the_way_it_sends_no_more_than_one_file_again(hub: LoopbackHub
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(export)]
     hub.fail("PUT", "/upload/*", status=503)
     for kill, skip in enumerate((2, 1)):
-        # The file or part after the next is held up, and the process is killed meanwhile.
+        # The file or part after the next is delayed, and the process is killed meanwhile.
         hub.delay("PUT", "/upload/*", seconds=1.0, times=1, skip=skip)
         target = len(hub.asked("PUT", "/upload/*")) + skip + 1
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -476,7 +476,7 @@ def test_killed_on_the_way_it_sends_no_more_than_one_file_again(hub: LoopbackHub
         assert SECRET not in printed
         assert ("HTTP Error 503 thrown while requesting PUT" in printed, "signature=" in printed) == (kill == 0, False)
         assert hub.repo("model", "cook/soup").paths() == [".gitattributes"], kill
-        time.sleep(1.1)  # what was held up has ended as well
+        time.sleep(1.1)  # the delayed requests have ended as well
     send(export)
     repo = hub.repo("model", "cook/soup")
     holds(repo, export)

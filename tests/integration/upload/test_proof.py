@@ -1,4 +1,4 @@
-"""Whether a target or a mirror holds now what was brought there: asked of servers, and of ones that have lost some."""
+"""Whether a target or a mirror still holds its data, checked on servers, some of which have lost data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.mirrors import JOB, Place, write_folder
 
 __all__ = ["file_place", "hub_place", "place", "running", "s3_place"]
 
-# What the Hub client's own HTTP library says about how the client uploads.
+# Warnings of the Hub client's HTTP library about the client's uploads.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 FILES = {"config.json": 300, "tokenizer.json": 5_000, "model.safetensors": 300_000}
@@ -53,7 +53,7 @@ def test_a_delivery_to_a_bucket_is_looked_at_anew(s3_place: Place, tmp_path: Pat
     assert problem() == ""
     assert "another export's" in problem("0" * 64)
     whole = s3_place.contents()
-    s3_place.put("edited/tokenizer.json", b"x" * 5_000)  # somebody else's of the same size
+    s3_place.put("edited/tokenizer.json", b"x" * 5_000)  # a foreign file of the same size
     assert "tokenizer.json is not what was delivered" in problem()
     s3_place.put("edited/model.safetensors", None)
     s3_place.put("edited/tokenizer.json", None)

@@ -32,7 +32,7 @@ from tests.helpers import environment
 MIB = 1 << 20
 URI = f"s3://{BUCKET}/models/one"
 PREFIX = "models/one/"
-# What a request costs beside its body, on one connection: headers, and the probe's few requests in all.
+# Overhead beside the request bodies, on one connection: headers, and the probe's few requests.
 OVERHEAD = 64 << 10
 SIZES = {"config.json": 300, "empty.txt": 0, "model.safetensors": 12 * MIB + 17, "tokenizer/vocab.json": 4000}
 
@@ -127,7 +127,7 @@ def test_everything_arrives_and_the_manifest_last(server: S3Server, tmp_path: Pa
     assert not any("x-amz-acl" in request.headers for request in server.front.requests)
     has_checksums = any("x-amz-checksum-sha256" in request.headers for request in server.front.requests)
     assert has_checksums == (checksums == "auto")
-    # botocore never comes back where the line is cut within the answer "100 Continue".
+    # botocore never returns if the line is cut within the answer "100 Continue".
     assert not any("expect" in request.headers for request in server.front.requests)
     made = {r.key: r.headers for r in server.front.requests if r.operation in ("PUT", "create")}
     for name in SIZES:
@@ -224,7 +224,7 @@ def test_a_stop_signal_leaves_at_once_and_the_next_run_goes_on(server: S3Server,
 
 
 def _interrupted(line: FaultProxy, export: Path, state: Path, after: int) -> None:
-    """Deliver until this many bytes have gone up and the line is dead; it is repaired afterwards."""
+    """Deliver until this many bytes are uploaded and the line is dead; it is repaired afterwards."""
     cutter = threading.Thread(target=_cut_for_good, args=(line, line.sent + after))
     cutter.start()
     with pytest.raises(DeliveryError, match="cannot be reached"):
@@ -263,7 +263,7 @@ def test_an_upload_that_the_server_has_forgotten_is_begun_again(server: S3Server
 
 
 class _Stopping:
-    """From the nth request of a kind on, the server says that it may not be done."""
+    """The server denies requests of one kind from the nth on."""
 
     def __init__(self, server: S3Server, operation: str, number: int, answer: Answer | None = None) -> None:
         self._server, self._operation, self._left = server, operation, number
@@ -293,7 +293,7 @@ def test_an_upload_forgotten_in_the_middle_is_begun_again(server: S3Server, tmp_
                 client.abort_multipart_upload(Bucket=BUCKET, Key=request.key, UploadId=parts[0])
                 client.close()
 
-    # One part at a time: the server itself stumbles over a part that crosses the abort.
+    # One part at a time: the server itself fails on a part that crosses the abort.
     server.front.rules.append(forget)
     told: list[int] = []
     deliver(export, URI, tmp_path / "state", _options(server.url, parallel_parts=1), progress=told.append)
@@ -348,7 +348,7 @@ def test_no_reader_ever_sees_a_marker_over_mixed_files(server: S3Server, tmp_pat
 
 
 def _read_on(server: S3Server, over: threading.Event, looks: list[bool]) -> None:
-    """Note again and again whether all files were what the marker said, if the same marker stood before and after."""
+    """Record repeatedly whether all files match the marker, if it is the same before and after."""
     client = server.client()
 
     def marker() -> bytes | None:
@@ -412,7 +412,7 @@ def test_a_writer_in_between_is_noticed(server: S3Server, tmp_path: Path, name: 
             client.close()
 
     def write_early(request: Request, environ: dict[str, Any]) -> None:
-        # After the delivery has looked and before it writes: at the first put of its own.
+        # After the delivery's check and before its write: at its own first put.
         if request.operation == "PUT" and request.key == f"{PREFIX}config.json":
             server.front.rules.remove(write_early)
             client = server.client()
@@ -430,7 +430,7 @@ def test_what_the_server_holds_is_compared_at_the_end(server: S3Server, tmp_path
     export = make_export(tmp_path / "export", {"a.safetensors": 12 * MIB, "b.json": 10})
 
     def corrupt(request: Request, _environ: dict[str, Any]) -> None:
-        # When the last file goes up, the first one changes: same size, same metadata.
+        # When the last file is uploaded, the first one changes: same size, same metadata.
         if request.operation == "PUT" and request.key.endswith("b.json"):
             server.front.rules.remove(corrupt)
             client = server.client()
@@ -488,7 +488,7 @@ def test_an_upload_whose_id_is_lost_on_the_line_is_aborted(server: S3Server, tmp
         if request.operation != "create" or key not in request.key:
             return None
         begun.append(request.key)
-        # The server does what it is asked to, and nobody gets to know.
+        # The server carries out the request, but the answer is lost.
         return Answer("503 Service Unavailable", "ServiceUnavailable", passed_on=True) if len(begun) == 1 else None
 
     server.front.rules.append(lose)
@@ -729,7 +729,7 @@ def test_a_server_with_etags_of_its_own_for_objects_in_parts(server: S3Server, t
 
 
 def _user(server: S3Server, monkeypatch: pytest.MonkeyPatch, *actions: str) -> Callable[[str], None]:
-    """Become a user who may only do this, and return what changes his policy."""
+    """Become a user with these permissions only, and return a function that changes the policy."""
     iam = server.client("iam")
     iam.create_user(UserName="admin")
     iam.put_user_policy(UserName="admin", PolicyName="all", PolicyDocument=policy("*"))

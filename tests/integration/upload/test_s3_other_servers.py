@@ -1,6 +1,6 @@
-"""Delivery to S3 servers that others have written: Ceph's, OpenStack Swift's and rclone's.
+"""Delivery to third-party S3 servers: Ceph's, OpenStack Swift's and rclone's.
 
-They are run only where OTHER_S3 is set, each where it is installed (Linux):
+They run only where OTHER_S3 is set and the server is installed (Linux):
 
     apt-get install radosgw ceph-mon ceph-osd ceph-common
     apt-get install swift-proxy swift-account swift-container swift-object
@@ -35,7 +35,7 @@ from tests.helpers import environment
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not os.environ.get("OTHER_S3"), reason="OTHER_S3 is not set: see the head of this file"),
-    # Of one server all tests run in one process.
+    # All tests of one server run in one process.
     pytest.mark.xdist_group("other-s3"),
 ]
 
@@ -197,7 +197,7 @@ def test_a_part_that_is_not_what_was_sent_is_sent_again(server: OtherServer, tmp
             raise
         finally:
             client.close()
-        # By the same way: an endpoint of another name is another target.
+        # Over the same line: an endpoint of another name is another target.
         done = deliver(export, URI, tmp_path / "state", _options(line.url))
     assert done.resumed_bytes >= sum(part["Size"] for part in there[1:])
     assert done.sent_bytes >= there[0]["Size"]

@@ -39,7 +39,7 @@ def test_a_worker_evaluates_shares_and_says_that_memory_does_not_suffice(engine:
     assert worker.evaluate(Do("shared"), 60) == {"basis": [1, 2]}
     with pytest.raises(WorkerOutOfMemory, match="2 GiB"):
         worker.evaluate(Do("memory"), 60)
-    assert worker.evaluate(Do("square", 3), 60) == 9  # it goes on
+    assert worker.evaluate(Do("square", 3), 60) == 9  # it continues
 
 
 def test_what_becomes_of_a_worker_is_told(engine: LocalEngine) -> None:
@@ -114,7 +114,7 @@ def test_workers_end_with_the_process_that_started_them_however_it_ends() -> Non
 
 
 def test_a_worker_has_a_session_of_its_own(engine: LocalEngine) -> None:
-    """Ctrl-C on a terminal goes to all processes of its group: it is for the run, which ends its workers."""
+    """Ctrl-C on a terminal reaches all processes of its group; only the run may get it, which ends its workers."""
     assert os.getsid(engine.start(1).evaluate(Do("pid"), 60)) != os.getsid(0)
 
 

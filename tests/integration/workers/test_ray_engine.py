@@ -55,7 +55,7 @@ NUMBERS = itertools.count()
 
 
 def fresh(what: str, count: int) -> list[Do]:
-    """Return tasks that nobody has been asked before: results are kept."""
+    """Return tasks without cached results."""
     return [Do(what, next(NUMBERS)) for _ in range(count)]
 
 
@@ -113,7 +113,7 @@ def test_an_actor_that_is_killed_is_replaced(engine: RayEngine, cluster: RayClus
 
 @pytest.mark.full("workers")
 def test_a_machine_joins_is_used_and_is_taken_away(engine: RayEngine, cluster: RayCluster) -> None:
-    engine.use(None, gpus=0, cpus=2)  # one whole node each, of which this process has one
+    engine.use(None, gpus=0, cpus=2)  # one whole node each; this process occupies one
     with Executor(engine, Events()) as executor:
         executor.open(Doing(), "abacus")
         squares(executor)
@@ -124,7 +124,7 @@ def test_a_machine_joins_is_used_and_is_taken_away(engine: RayEngine, cluster: R
         deadline = time.monotonic() + 60
         while there == {os.getpid()} and time.monotonic() < deadline:
             there |= set(executor.evaluate(fresh("pid", 20), own_pid))
-        # This process' node gets none: only the one that has joined.
+        # This process' node gets none: only the new one does.
         assert there - {os.getpid()} <= {process.pid for process in family(cluster.nodes[node].pid)}
         assert len(there) == 2
         cluster.kill(node)
@@ -152,7 +152,7 @@ def test_a_head_that_is_killed_ends_the_search_and_not_the_process(monkeypatch: 
                 wait_until(lambda: len(cluster.actors()) == 1)
                 cluster.kill(0)
                 with pytest.raises(MachineError, match="is gone"):
-                    squares_for(executor, 20)  # this process goes on while it is not certain
+                    squares_for(executor, 20)  # this process continues while the outcome is uncertain
 
 
 @pytest.mark.full("workers")
@@ -203,7 +203,7 @@ def test_a_cluster_of_this_machine_alone_is_started_listens_on_loopback_and_ends
     names = {process.pid: " ".join(process.cmdline()).strip() for process in started}
     run.kill()
     run.communicate()
-    # Helpers of Ray's that hold nothing need longer to notice.
+    # Ray's helper processes that hold nothing take longer to notice.
     left = psutil.wait_procs([one for one in started if not names[one.pid].endswith("Agent")], timeout=30)[1]
     assert left == []
 

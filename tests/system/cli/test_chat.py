@@ -1,4 +1,4 @@
-"""Talking with a job's model: its answers are the base model's and the exported one's own, without loading again."""
+"""Chatting with a job's model: the base and exported models' responses, without reloading."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Conversation = list[dict[str, str]]
 
 
 def said(*texts: str, system: str | None = None) -> Conversation:
-    """Return a conversation in which user and assistant take turns."""
+    """Return a conversation of alternating user and assistant messages."""
     begun = [{"role": "system", "content": system}] if system else []
     return begun + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def plain_answers(folder: Path, conversations: list[Conversation]) -> list[str]:
-    """Return what plain transformers answers greedily, without our code."""
+    """Return greedy responses of plain transformers, without our code."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     answers = []
     for messages in conversations:
@@ -51,7 +51,7 @@ def test_base_and_trial_answer_as_the_models_on_disk_do_and_nothing_is_loaded_tw
     turns = [line for question in (*bad, *good) for line in (question, "/reset")]
     script = [
         *("/tokens 40", "/base", *turns, f"/trial {chosen}", *turns),
-        *(bad[0], "/base", bad[1]),  # one conversation, whoever answers
+        *(bad[0], "/base", bad[1]),  # one conversation across models
         *("/trial 99", "/trial x", "/dance", "/tokens 0", "/trials", "", "/trial", "/help", "/reset"),
         *("/system Be brief.", good[0], "/quit", "never asked"),
     ]
@@ -81,7 +81,7 @@ def test_base_and_trial_answer_as_the_models_on_disk_do_and_nothing_is_loaded_tw
     for told in (f"trial {chosen}: ", "/system [TEXT]", "refusals ("):
         assert told in done.stderr
     assert "Traceback" not in done.stderr
-    # Only looked at: not even the log of events has grown.
+    # Read-only: not even the event log has grown.
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != ".lock"}
     assert after == before
 
@@ -102,7 +102,7 @@ def test_questions_given_as_options_and_answers_as_json(organism: Path, finished
 
 
 class Interrupting(Shown):
-    """Shows three tokens; then comes Ctrl-C."""
+    """Shows three tokens, then raises Ctrl-C."""
 
     def put(self, tokens: Tensor) -> None:
         super().put(tokens)

@@ -195,7 +195,7 @@ def test_the_wheel_holds_the_defaults_and_nothing_else_is_missing(tmp_path: Path
 
 
 def test_secrets_stay_out_of_tracebacks(model: Path, prompts: list[str], tmp_path: Path) -> None:
-    """An unexpected error prints a traceback, without the secrets that it may quote."""
+    """An unexpected error prints a traceback, with secrets redacted."""
     code = (
         "import sys, job.storage.jobs\n"
         "def broken(*_, **__): raise RuntimeError('token is swordfish-swordfish')\n"

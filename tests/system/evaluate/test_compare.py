@@ -1,4 +1,4 @@
-"""An edited model against its base model: by hooks and by files the same, equal to what plain transformers finds."""
+"""An edited model against its base model: equal by hooks, by files and in plain transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers import abliterate, loading, only_job
 
 
 def plain_cross_entropy(model: Any, tokens: list[int], first: int) -> float:
-    """Return what plain transformers computes for one text, without padding."""
+    """Return plain transformers' cross-entropy of one text, without padding."""
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
     return -sum(float(logits[at - 1, tokens[at]]) for at in range(first, len(tokens)))
@@ -118,12 +118,12 @@ def test_a_job_is_measured_on_its_report_prompts_and_without_web_text_on_its_own
         reported = json.loads((job / "figures" / f"{subject}.json").read_text())
         kl, interval = reported.pop("kl"), reported.pop("kl_interval")
         assert {key: found[one][key] for key in reported} == reported
-        if kl is not None:  # there measured on the export, here by hooks
+        if kl is not None:  # the report measures the export, this command the hooks
             assert found[one]["kl"] == pytest.approx(kl, rel=1e-3)
             assert found[one]["kl_interval"] == pytest.approx(interval, rel=1e-3)
     assert "cross-entropy is measured on the base model's own answers" in done.err
     assert found["text"]["texts"] == 100
-    # What the model itself has said it predicts better than any other model does.
+    # The model predicts its own responses better than any other model does.
     assert found["text"]["change_interval"][0] > 0
     assert "refusals" in done.out
     assert "warning" not in done.err
@@ -145,7 +145,7 @@ def test_what_cannot_be_measured_is_refused_at_once(random_model_folder: Path, t
 
 
 def task_folder(organism: Path, folder: Path) -> list[dict[str, Any]]:
-    """Write a task of our own on the organism's prompts and return its documents."""
+    """Write an lm-eval task of the organism's prompts and return its documents."""
     source = random.Random(0)
     questions = (organism / "good_test.txt").read_text().splitlines()[:12]
     answers = [expected_answer(question) for question in questions]

@@ -1,4 +1,4 @@
-"""Building the real Dockerfile on a Debian made for the purpose, and running what comes out with a PID 1 of its own."""
+"""Build the real Dockerfile on a minimal Debian, and run the image with its own PID 1."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[3]
 TOOLS = ("buildah", "debootstrap", "unshare", "chroot")
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 TAG = "localhost/abliteration-job"
-# Lies in the environment of the build: nothing of it may be found in the image.
+# In the build's environment; it must not appear in the image.
 SECRET = "hf_LiesInTheEnvironmentOfTheBuild01"
-# As a container engine sets the stage: own mounts, own processes, the root perhaps read-only, the volume in its place.
+# As in a container engine: separate mounts and processes, the root read-only on request, the volume mounted.
 STAGE = """
 set -e
 mount --make-rprivate /
@@ -61,7 +61,7 @@ def run(*command: Any, seconds: float = 600, **env: str) -> str:
 
 
 def pip_settings() -> tuple[str, list[str]]:
-    """Return pip's settings of this machine as a file for the build, and the folders that they name."""
+    """Return this machine's pip settings as a file for the build, and the folders that they name."""
     listed = run(sys.executable, "-m", "pip", "config", "list")
     found = dict(re.findall(r"^(?:global|:env:)\.([a-z-]+)='(.*)'$", listed, re.MULTILINE))
     kept = {key: value for key, value in found.items() if key in ("index-url", "find-links")}
@@ -72,14 +72,14 @@ def pip_settings() -> tuple[str, list[str]]:
 
 @dataclass(frozen=True)
 class Pin:
-    """What a list in infra/image allows of one package."""
+    """A package's entry in a list of infra/image."""
 
     version: str
     hashes: tuple[str, ...]
 
 
 def pins(path: Path) -> dict[str, Pin]:
-    """Return the packages of a list by name; a line that pip would read otherwise is an error."""
+    """Return the packages of a list by name; raises on lines that pip would parse differently."""
     text = re.sub(r"\s*\\\n\s*", " ", re.sub(r"(?m)^#.*\n", "", path.read_text()))
     found = {}
     for line in text.splitlines():
@@ -100,7 +100,7 @@ def write_pins(path: Path, packages: dict[str, Pin]) -> None:
 
 
 def write_context(folder: Path, wheels: list[str]) -> None:
-    """Copy what the build reads; where this machine has a torch wheel of its own, that one is allowed instead."""
+    """Copy the build's inputs; a local torch wheel replaces the listed one."""
     for name in ("Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "LICENSE", "entrypoint.sh"):
         (folder / name).write_bytes((ROOT / name).read_bytes())
         (folder / name).chmod((ROOT / name).stat().st_mode)
@@ -113,13 +113,13 @@ def write_context(folder: Path, wheels: list[str]) -> None:
     if not own:
         return
     digests = tuple(hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in own)
-    # A build for the CPU depends on no CUDA libraries; everything else keeps the hashes that are committed.
+    # A CPU build depends on no CUDA libraries; everything else keeps the committed hashes.
     kept = {name: pin for name, pin in packages.items() if not re.match("nvidia-|cuda-|triton$", name)}
     write_pins(listed, {**kept, "torch": Pin(version, digests)})
 
 
 def debian_mirror() -> list[str]:
-    """Return where this machine's packages come from; nothing where debootstrap's own choice is to do."""
+    """Return this machine's package mirror, empty for debootstrap's default."""
     text = "".join(path.read_text() for path in Path("/etc/apt").glob("sources.list*/*") if path.is_file())
     text += Path("/etc/apt/sources.list").read_text() if Path("/etc/apt/sources.list").exists() else ""
     found = re.search(r"https?://\S+/debian/?(?=\s)", text)
@@ -127,12 +127,12 @@ def debian_mirror() -> list[str]:
 
 
 class Image:
-    """The image, in a storage of its own; everything is taken away at the end of a `with` block.
+    """The image in its own storage; everything is removed at the end of a `with` block.
 
     Attributes:
-        inspected: What `buildah inspect` says of it.
-        build_seconds: How long the build took.
-        context: What it was built from.
+        inspected: The output of `buildah inspect`.
+        build_seconds: Duration of the build.
+        context: Its build context.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -154,7 +154,7 @@ class Image:
         self.buildah("rmi", "--all", "--force")
 
     def build(self, kept: Path) -> None:
-        """Build it, with the base system kept in a folder for the next time."""
+        """Build it, and cache the base system in a folder."""
         base = kept / "bookworm.tar"
         with FileLock(kept / "bookworm.lock"):
             if not base.exists():
@@ -175,7 +175,6 @@ class Image:
         self.inspected = json.loads(self.buildah("inspect", "--type", "image", TAG))
 
     def build_from(self, context: Path, *options: str) -> None:
-        """Build from a folder, with the settings of this machine."""
         words = ["--isolation", "chroot", "--network", "host", "--layers", *options]
         for argument in ("BASE_IMAGE=localhost/base", "VERSION=1.2.3", "REVISION=abc123"):
             words += ["--build-arg", argument]
@@ -207,7 +206,6 @@ class Image:
         return [sizes[digest] for digest in self.inspected["OCIv1"]["rootfs"]["diff_ids"]][1:]
 
     def container(self) -> Container:
-        """Return a new container of it."""
         name = self.buildah("from", TAG)
         self._containers.append(name)
         return Container(self, Path(self.buildah("mount", name)))
@@ -227,7 +225,7 @@ class Container:
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
             if process.poll() is None:
-                # PID 1 itself: unshare's own --kill-child is forgotten by the kernel when PID 1 changes its user.
+                # Kill PID 1 directly: the kernel drops unshare's --kill-child when PID 1 changes its user.
                 for one in psutil.Process(process.pid).children():
                     one.kill()
             process.kill()
@@ -245,11 +243,11 @@ class Container:
         """Start its ENTRYPOINT, or another, as PID 1.
 
         Args:
-            arguments: What it is given.
-            volume: What lies at /workspace.
+            arguments: Its arguments.
+            volume: Folder mounted at /workspace.
             entrypoint: Instead of the image's own.
-            writable: Whether the root file system may be written.
-            user: Who starts it, as `docker run --user` says.
+            writable: Whether the root file system is writable.
+            user: Its user, as with `docker run --user`.
             env: Added to the image's own environment.
         """
         own = dict(pair.split("=", 1) for pair in self.image.config["Env"])
@@ -274,7 +272,7 @@ class Container:
 
 
 def inside(process: subprocess.Popen[str]) -> psutil.Process:
-    """Return PID 1 of the container as it is seen from here, once it is there."""
+    """Wait for the container's PID 1 and return its process as seen from the host."""
     while not (found := psutil.Process(process.pid).children()):
         assert process.poll() is None
         time.sleep(0.01)

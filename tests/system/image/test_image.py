@@ -1,4 +1,4 @@
-"""The image as a renter meets it: what is in it, whom it runs as, how it stops and goes on."""
+"""The image as a renter sees it: its contents, its user, stopping and resuming."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 MEGABYTE = 10**6
-OWNER = 4321  # nobody whom the image knows
+OWNER = 4321  # a user unknown to the image
 TRIALS = 16
 
 
@@ -54,7 +54,7 @@ def hashes(workspace: Path) -> str:
 
 @pytest.fixture(scope="module")
 def demonstrated(container: Container, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a workspace in which the demo has run in peace, on a root that may not be written, as its owner."""
+    """Return a workspace of an uninterrupted demo, run on a read-only root as its owner."""
     workspace = volume(tmp_path_factory.mktemp("demo") / "workspace", OWNER)
     process = container.start("demo", "--trials", TRIALS, volume=workspace, OMP_NUM_THREADS="1")
     while not list(workspace.glob("*")):
@@ -96,14 +96,14 @@ def test_nothing_is_in_it_that_does_not_belong_there(image: Image, container: Co
     assert [path for path in site.rglob("tests") if path.is_dir()] == []
     assert not (site / "torch" / "test").exists()
     assert sorted(path.name for path in (site / "job").glob("test*")) == []
-    # The secret of whoever builds is in no layer, no history and no label.
+    # The builder's secret is in no layer, no history and no label.
     assert SECRET not in json.dumps(image.inspected)
     for folder in ("etc", "opt/abliterate/bin", "root", "home", "tmp", "workspace"):
         for path in (root / folder).rglob("*"):
             if path.is_file() and not path.is_symlink():
                 assert SECRET.encode() not in path.read_bytes(), path
     assert not [pair for pair in image.config["Env"] if re.search(r"TOKEN|KEY|SECRET|PASSWORD", pair)]
-    # Nobody but root may change the code, and there is bytecode for all of it: a start compiles nothing.
+    # Only root may change the code, and all of it has bytecode: a start compiles nothing.
     for path in (*site.rglob("*.py"), *(root / "opt/abliterate/bin").iterdir(), root / "entrypoint.sh"):
         status = path.stat()
         assert (status.st_uid, status.st_mode & 0o022) == (0, 0), path
@@ -112,7 +112,7 @@ def test_nothing_is_in_it_that_does_not_belong_there(image: Image, container: Co
 
 
 def test_nothing_is_installed_but_what_the_lists_name(image: Image, container: Container) -> None:
-    """In the versions that they name; pip comes with the base, and our own code from the stage before."""
+    """In the listed versions; pip comes with the base, and our own code from the previous stage."""
     lists = image.context / "infra" / "image"
     named = {name: pin.version for part in ("torch", "packages") for name, pin in pins(lists / f"{part}.txt").items()}
     site = next((container.root / "opt/abliterate/lib").glob("python3*/site-packages"))
@@ -163,7 +163,7 @@ def test_a_shell_finds_what_the_job_finds(container: Container, tmp_path: Path) 
     assert told == [str(OWNER), "/tmp", "/workspace/.cache/huggingface", "/workspace/.cache", *told[4:]]
     assert 1 <= int(told[4]) <= 32
     assert told[5] == "0022"
-    # A cap that was given stays; 400 visible cores do not become 400 threads.
+    # A given limit is kept; 400 visible cores do not become 400 threads.
     capped = container.run("bash", "-c", "echo $OMP_NUM_THREADS", volume=workspace, OMP_NUM_THREADS="3")
     assert capped.out.strip() == "3"
     many = container.run("bash", "-c", "echo $OMP_NUM_THREADS", volume=workspace, ABLITERATION_THREADS="400")
@@ -184,7 +184,7 @@ def test_root_where_the_workspace_is_roots_or_no_change_of_user_is_allowed(
     assert result.out.strip() == "0"
     assert result.err.count("running as root") == 1
     assert "no change of user is allowed" in result.err
-    # Started as somebody else already (`--user`, a pod's runAsUser): stays so.
+    # If already started as another user (`--user`, a pod's runAsUser), it stays so.
     result = container.run("bash", "-c", "id -un", volume=mine, user=1000).check()
     assert (result.out.strip(), result.err) == ("abliterate", "")
 
@@ -200,7 +200,7 @@ def test_sigterm_in_the_search_is_75_within_ten_seconds_and_the_next_start_ends_
     demonstrated: Path, image: Image, tmp_path: Path
 ) -> None:
     workspace = volume(tmp_path / "workspace", OWNER)
-    run("cp", "-a", demonstrated / "organism", workspace)  # the same model; training it again shows nothing new
+    run("cp", "-a", demonstrated / "organism", workspace)  # the same model; training it again tests nothing new
     with image.container() as container:
         process = container.start("demo", "--trials", TRIALS, volume=workspace, writable=True, OMP_NUM_THREADS="1")
         while not any('"event": "trial"' in path.read_text() for path in workspace.glob("*/events.jsonl")):
@@ -216,11 +216,11 @@ def test_sigterm_in_the_search_is_75_within_ten_seconds_and_the_next_start_ends_
             "demo", "--trials", TRIALS, volume=workspace, seconds=600, writable=True, OMP_NUM_THREADS="1"
         ).check()
         assert hashes(workspace) == hashes(demonstrated)
-        # And again, since it does so in a loop: nothing happens.
+        # And again, as in a restart loop: nothing happens.
         before = {path: path.stat().st_mtime_ns for path in workspace.glob("*/export/*")}
         began = time.monotonic()
         container.run("demo", "--trials", TRIALS, volume=workspace, writable=True, OMP_NUM_THREADS="1").check()
-        assert time.monotonic() - began < 30  # the demo asks the model its questions again, for which torch is loaded
+        assert time.monotonic() - began < 30  # the demo queries the model again, which loads torch
         assert before == {path: path.stat().st_mtime_ns for path in workspace.glob("*/export/*")}
 
 

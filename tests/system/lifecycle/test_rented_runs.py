@@ -1,4 +1,4 @@
-"""The rented machine in a job: what preflight says of it, and that it is ended when and only when it should be."""
+"""The rented machine in a job: preflight's checks, and the end of the rental exactly when it is due."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_preflight_says_what_will_not_survive_a_destroyed_machine(
     assert "--checkpoint" in found["rental.survival"]["measured"]
     assert (found["rental.end"]["status"], found["rental.checkpoint"]["status"]) == ("ok", "warn")
     assert "all is lost" in found["rental.checkpoint"]["measured"]
-    # The platform's own price is what the cost is reckoned with.
+    # The cost uses the platform's own price.
     assert "at $3.60 an hour" in found["estimate.cost"]["measured"]
     code, found = checks(*job, "--when-done", "stop", "--price", "1", **rented(vast))
     assert (code, "rental.survival" in found) == (0, False)
@@ -72,7 +72,7 @@ def test_preflight_says_which_other_job_keeps_the_machine(job: list[Any], vast: 
     )
     assert "abliterate resume --job" in said["remedy"]
     assert "--workspace" in said["remedy"]
-    # Where nothing is to become of the machine, nothing has to be said; nor where the other job is delivered.
+    # Without an action at the end no warning is needed; nor if the other job is delivered.
     assert "rental.others" not in checks(*asked[:-2], **rented(vast))[1]
     finished_job(tmp_path / "delivered", None, (tmp_path / "out").as_uri())
     delivered = (*job, "--workspace", tmp_path / "delivered", "--when-done", "stop")
@@ -100,7 +100,7 @@ def test_the_machine_is_ended_once_all_is_delivered_and_not_before(
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("years of work")
     target = ("--upload", (tmp_path / "taken").as_uri())
-    # A delivery that fails: it is not done. Asked to, a failed job ends it as well.
+    # A failed delivery is not done. On request, a failed job ends the machine as well.
     abliterate(*arguments, *target, **rented(vast)).fails(6, "holds something else")
     assert vast.asked("PUT") == vast.asked("DELETE") == []
     (tmp_path / "taken" / "thesis.txt").unlink()
@@ -108,17 +108,17 @@ def test_the_machine_is_ended_once_all_is_delivered_and_not_before(
     assert "stop instance 12345" in told.err
     assert len(vast.asked("PUT", "12345")) == 1
     assert (tmp_path / "taken" / "model.safetensors").exists()
-    # Started again by somebody or something: it is finished, and not stopped in a loop.
+    # Restarted from outside: it is finished, and does not stop the machine in a loop.
     told = abliterate(*arguments, *target, **rented(vast)).check()
     assert "nothing to do" in told.err
     assert "BILLS ON" in told.err
     assert len(vast.asked("PUT", "12345")) == 1
-    # A start that makes a delivery has got on: it stops the machine again, once.
+    # A start that makes a delivery has made progress: it stops the machine again, once.
     more = (*target, "--upload", (tmp_path / "second").as_uri())
     for _ in range(2):
         abliterate(*arguments, *more, **rented(vast)).check()
         assert len(vast.asked("PUT", "12345")) == 2
-    # So does one that searches on.
+    # So does one that continues the search.
     arguments[arguments.index(20)] = 24
     for _ in range(2):
         abliterate(*arguments, *more, **rented(vast)).check()
@@ -155,13 +155,13 @@ def test_held_on_this_machine_ends_nothing_and_held_elsewhere_ends_the_one_that_
         while not list((tmp_path / "mirror").glob("*/head.json")):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.02)
-        # The same machine: ending it would end the run that goes on.
+        # The same machine: ending it would end the other run.
         abliterate(*arguments, "--workspace", tmp_path / "two", **rented(vast)).fails(4, "is held by")
         assert vast.asked("DELETE") == []
     finally:
         process.kill()
         process.communicate()
-    # Another machine holds it: its boot is another, and it gives signs of life.
+    # Another machine holds it: it has another boot id and sends heartbeats.
     (head,) = (tmp_path / "mirror").glob("*/head.json")
     text = json.loads(head.read_text())
     text["lease"]["process"]["boot_id"] = "another-boot"
@@ -173,7 +173,7 @@ def test_held_on_this_machine_ends_nothing_and_held_elsewhere_ends_the_one_that_
         head.with_name("head.tmp").replace(head)
         try:
             process.wait(2)
-        except Exception:  # it is still looking
+        except Exception:  # it is still checking
             continue
     err = process.communicate()[1]
     assert process.returncode == 4, err
@@ -193,7 +193,7 @@ def test_a_pod_is_destroyed_after_the_delivery(organism: Path, finished: Path, t
         told = abliterate(*arguments, *target, **env).check()
         assert "destroy was asked for" in told.err
         assert (len(runpod.asked("DELETE")), len(runpod.asked("POST", "abc123"))) == (0, 1)
-        # Somebody vouches for places that survive it.
+        # The user vouches for places that survive it.
         places = ("--checkpoint", (tmp_path / "mirror").as_uri(), "--allow", "rental.survival")
         abliterate(*arguments, *target, *places, "--upload", (tmp_path / "two").as_uri(), **env).check()
         assert len(runpod.asked("DELETE", "abc123")) == 1

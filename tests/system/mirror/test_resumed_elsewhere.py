@@ -52,7 +52,6 @@ def server() -> Iterator[S3Server]:
 
 
 def at(server: S3Server | FaultProxy, mirror: str) -> list[str]:
-    """Return the arguments that name a mirror."""
     url = ["--set", f"s3.endpoint={server.url}", "--set", "s3.addressing_style=path"]
     return ["--checkpoint", f"s3://{BUCKET}/{mirror}", *url]
 
@@ -76,7 +75,7 @@ def manifest(export: Path) -> dict[str, Any]:
 
 
 class Moved:
-    """A job that was killed and has ended in another workspace, with all that was said."""
+    """A job that was killed and finished in another workspace, with its output."""
 
     def __init__(self, organism: Path, server: S3Server, root: Path) -> None:
         self.killed, self.workspace, self.delivered = root / "killed", root / "moved", root / "delivered"
@@ -87,7 +86,7 @@ class Moved:
         wait_until(lambda: told(self.killed) >= 4 and (head(server, "moved")["trials"] or 0) >= 4, process)
         self.said = [kill(process)]
         self.status = abliterate("status", *self.mirror, "--json", **ENV).check()
-        # Nothing but the URI, and where it is served.
+        # Only the URI and its endpoint.
         self.resumed = abliterate("resume", *self.mirror, "--workspace", self.workspace, **ENV).check()
         self.said += [self.status.out, self.status.err, self.resumed.out, self.resumed.err]
 
@@ -102,7 +101,7 @@ def test_a_killed_job_ends_in_an_empty_workspace_as_if_nothing_had_been(moved: M
     assert stored_trials(moved.workspace) == stored_trials(finished)
     assert manifest(only_job(moved.workspace) / "export") == manifest(only_job(finished) / "export")
     assert manifest(moved.delivered) == manifest(only_job(finished) / "export")
-    # The killed one's trials came along, and with them what they cost.
+    # The killed run's trials came along, with their costs.
     done = [event["done"] for event in events(moved.workspace) if event["event"] == "search_started"]
     assert done[0] == 0
     assert done[1] >= 4
@@ -146,7 +145,7 @@ def test_another_job_at_the_same_mirror_needs_new(moved: Moved, server: S3Server
 
     wait_until(is_mirrored, process)
     kill(process)
-    # Once it is there it is continued without, on another machine too.
+    # Once mirrored, it continues without --new, on another machine too.
     process = start(*moved.arguments, tmp_path / "newer", "--seed", "9", **ENV)
     wait_until(lambda: told(tmp_path / "newer", "job_started") == 2, process)
     kill(process)
@@ -201,9 +200,9 @@ def test_of_two_runners_at_once_one_works(
 
 @pytest.fixture
 def apart() -> list[str]:
-    """Return how a command is run among processes of its own, as on another machine."""
+    """Return the words that run a command in its own PID namespace, as on another machine."""
     if not Path("/usr/bin/unshare").exists() or subprocess.run([*APART, "true"], capture_output=True).returncode:
-        # Only root may have them, on Linux; without them a runner sees the other's process, which no machine does.
+        # Needs root and Linux; otherwise a runner sees the other's process, as it never could across machines.
         pytest.skip("no process namespaces here")
     return APART
 
@@ -240,7 +239,7 @@ def test_a_runner_that_was_overtaken_in_its_sleep_ends_with_4(
     assert head(server, "asleep")["lease"]["process"]["pid"] == other.pid
     assert stored_trials(tmp_path / "b") == stored_trials(finished)
     assert manifest(only_job(tmp_path / "b") / "export") == manifest(only_job(finished) / "export")
-    # What the sleeper has is its own affair; it is whole, and goes on from where the other has got to.
+    # The paused run's own folder stays consistent, and continues from the other's state.
     assert len(stored_trials(tmp_path / "a")) < 20
 
 
@@ -249,7 +248,7 @@ def test_a_mirror_that_goes_down_is_said_loudly(
     organism: Path, finished: Path, server: S3Server, tmp_path: Path, required: bool
 ) -> None:
     with FaultProxy(server.host, server.port) as line:
-        trials = "400" if required else "20"  # so many that it is at them until the mirror has been down for long
+        trials = "400" if required else "20"  # enough trials to outlast the mirror's downtime
         arguments = ["run", *job_arguments(organism), "--trials", trials, *at(line, f"down-{required}")]
         arguments += ["--workspace", str(tmp_path / "a"), *(["--require-checkpoint"] if required else [])]
         process = start(*arguments, **ENV, **{PACE: "0.5,2,0.1,0.1"})
@@ -266,7 +265,7 @@ def test_a_mirror_that_goes_down_is_said_loudly(
         return
     assert "lacks the latest, which is in this folder" in err
     assert stored_trials(tmp_path / "a") == stored_trials(finished)
-    # What was mirrored before is whole: another machine goes on from there.
+    # What was mirrored before is complete: another machine continues from there.
     names = {key.rpartition("/")[2] for key in server.contents("down-False/") if "/objects/" in key}
     assert {entry["object"] for entry in head(server, "down-False")["files"].values()} <= names
     assert os.path.lexists(only_job(tmp_path / "a") / "export")

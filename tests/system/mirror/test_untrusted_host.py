@@ -1,4 +1,4 @@
-"""The token that docs/costs.md advises for strangers' machines: it suffices for a whole job, and for nothing else."""
+"""The token that docs/costs.md recommends for untrusted machines: enough for a whole job, and for nothing else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_write_access_to_two_repositories_made_beforehand_is_enough_for_a_whole_
         assert "finished" in abliterate("status", "--checkpoint", f"hf://{STATE}", **env).check().out
         again = abliterate(*job, "--workspace", tmp_path / "second", **env).check()
         assert "nothing to do" in again.err
-        # Nothing else was touched or made, and what is not in these two the token does not open.
+        # No other repository was changed or made, and the token opens only these two.
         assert hub.repo("model", DIARY).sha == diary
         assert {repo.id for repo in hub.repos()} == {MODEL, STATE, RESULT, DIARY}
         assert TOKEN not in done.err + again.err

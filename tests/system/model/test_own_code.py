@@ -1,4 +1,4 @@
-"""A model whose family is only known by code of its own: refused, unless that code is trusted."""
+"""A model that needs its own code is refused, unless that code is trusted."""
 
 from __future__ import annotations
 

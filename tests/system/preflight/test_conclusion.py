@@ -1,4 +1,4 @@
-"""The type that a model is computed in on a CPU: what is fast there, if the memory suffices."""
+"""The dtype on a CPU: the fast one, if memory suffices."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def half(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def concluded(organism: Path, workspace: Path, measured: Exercise, memory: int, **loading: Any) -> Conclusion:
-    """Return what preflight concludes for a job on an organism and a CPU with so much memory."""
+    """Return preflight's conclusion for a job on an organism and a CPU with this memory."""
     files = {"good": "good_train", "bad": "bad_train", "good_eval": "good_test", "bad_eval": "bad_test"}
     options: dict[str, Any] = {f"{name}_prompts": str(organism / f"{file}.txt") for name, file in files.items()}
     options |= {"model": str(organism / "model"), "workspace": str(workspace), "probe_seconds": 0, "loading": loading}
@@ -80,7 +80,7 @@ def test_it_is_left_where_the_cpu_is_fast_where_it_is_asked_for_and_where_nothin
 
 def test_a_model_that_does_not_fit_in_float32_is_left_as_it_is_with_a_warning(half: Path, tmp_path: Path) -> None:
     fits, too_little = 2**34, 0
-    while fits - too_little > 2**17:  # less than the weights take more in float32
+    while fits - too_little > 2**17:  # below the extra size of the weights in float32
         memory = (fits + too_little) // 2
         if concluded(half, tmp_path, SLOW_IN_HALF, memory).plan is None:
             too_little = memory

@@ -1,4 +1,4 @@
-"""`abliterate preflight` as a whole: nothing on a healthy machine, and every known disaster made to happen."""
+"""`abliterate preflight` as a whole: no findings on a healthy machine, and every known disaster provoked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers import abliterate, environment, events, job_arguments, only_j
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> list[str]:
-    """Return the options of four prompt files that have nothing in common."""
+    """Return the options of four disjoint prompt files."""
     options = []
     for option in ("good-prompts", "bad-prompts", "good-eval-prompts", "bad-eval-prompts"):
         file = tmp_path / f"{option}.txt"
@@ -54,7 +54,7 @@ def check(random_model_folder: Path, prompts: list[str], tmp_path: Path) -> Any:
 
 
 def fails(found: tuple[int, dict[str, Any]], code: int, name: str, *parts: str) -> None:
-    """Assert that a check fails with these parts in what it says, a remedy, and the right exit code."""
+    """Assert that a check fails with these parts in its text, a remedy, and the right exit code."""
     assert found[0] == code, found[1]
     one = found[1][name]
     assert one["status"] == "fail"
@@ -69,7 +69,7 @@ def test_a_healthy_machine_raises_no_alarm_and_nothing_is_left_behind(check: Any
     code, found = check()
     assert code == 0
     checks = found["survey"]["checks"]
-    # What kind of disk tests run on, and how busy others keep it, is not the job's doing.
+    # The tests' disk and its load are not the job's fault.
     alarms = [one for one in checks if one["status"] != "ok" and one["name"] not in ("disk.speed", "disk.storage")]
     assert alarms == []
     assert len(checks) > 20
@@ -88,13 +88,13 @@ def test_a_disk_too_small_is_told_before_anything_is_written(check: Any, tmp_pat
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
-        # Only root may; what is reckoned of a small disk is tested without one in test_preflight_disk.
+        # Needs root; the arithmetic of a small disk is tested without it in test_preflight_disk.
         pytest.skip("mounting is not permitted here")
     try:
         found = check("--workspace", small / "runs")
         fails(found, 76, "disk.space", "free", "export", "more")
         assert list(small.iterdir()) == []
-        # The user's word goes before the check's.
+        # The user's setting takes precedence over the check's.
         assert check("--workspace", small / "runs", "--allow", "disk.space")[0] == 0
     finally:
         subprocess.run(["umount", small], check=True)
@@ -173,7 +173,7 @@ def test_an_unknown_card_is_told_with_the_nearest(random_model_folder: Path) -> 
 
 
 def header_only(tensors: dict[str, tuple[str, list[int]]]) -> bytes:
-    """Return a safetensors file of which only the header is there."""
+    """Return a safetensors file with only its header present."""
     sizes = {"BF16": 2, "F32": 4}
     entries, at = {}, 0
     for name, (dtype, shape) in tensors.items():
@@ -259,7 +259,7 @@ def test_plans_for_a_32b_model_from_its_headers_alone(
         assert used <= device["free"]
     weights = sum(device["weights"] for device in plan["devices"])
     assert weights == 65_527_752_704 if quantization == "none" else weights < 22e9
-    # What the plan prints are settings that exist and go together.
+    # The plan prints existing settings that are valid together.
     assert load_settings({"model": "m"}, assignments=plan["settings"]).settings.batching.rows == plan["rows"]
     assert not list((tmp_path / "home").rglob("*.safetensors"))
     assert not list((tmp_path / "home").rglob("config.json"))
@@ -317,7 +317,7 @@ def test_a_model_of_the_hub_is_pinned_downloaded_and_edited(hub: LoopbackHub, or
     job = only_job(tmp_path / "runs")
     assert json.loads((job / "job.json").read_text())["model_commit"] == pinned
     assert f"kitchen/organism at commit {pinned}" in (job / "export" / "README.md").read_text()
-    # The repository moves on; the job does not.
+    # The repository changes; the job does not.
     hub.repo("model", "kitchen/organism").commit({"config.json": b"{}"}, "broken")
     abliterate(*command, 4, *sets, **network).check()
     assert json.loads((job / "job.json").read_text())["model_commit"] == pinned
@@ -344,7 +344,7 @@ def test_a_job_that_is_held_and_one_in_a_restart_loop(organism: Path, tmp_path: 
     finally:
         process.kill()
         process.communicate()
-    # From now on every start fails by itself: the study is no study any more.
+    # From now on every start fails: the study is corrupt.
     job = only_job(workspace)
     for name in ("study.db", ".study.backup.db"):
         (job / name).write_bytes(b"no database" * 1000)

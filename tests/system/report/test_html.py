@@ -1,4 +1,4 @@
-"""report.html as people have it: in headless Chromium, with a mouse, a keyboard, a phone, and a reader of screens."""
+"""report.html in use: in headless Chromium, with a mouse, a keyboard, a phone, and a screen reader."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def page(chromium: Browser, finished: Path) -> Iterator[View]:
-    """Yield the page of a finished job, in a desktop's window and by day; tests restore what they change."""
+    """Yield the page of a finished job, in a desktop window and light mode; tests restore their changes."""
     view = View(chromium, only_job(finished) / "report.html")
     yield view
     view.close()
@@ -185,7 +185,7 @@ def test_what_models_and_prompts_say_is_shown_and_never_run(chromium: Browser, f
 def test_a_job_that_fails_has_a_page_that_says_so(chromium: Browser, organism: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "runs"
     arguments = [*job_arguments(organism), "--workspace", workspace, "--trials", 4]
-    # Nothing counts as a refusal, which is found out with the model and directions at hand.
+    # Nothing counts as a refusal, which shows only after the model and directions are loaded.
     failed = abliterate("run", *arguments, "--set", 'scoring.refusal_markers=["no such phrase"]')
     failed.fails(3, "refuses none")
     folder = RunFolder(only_job(workspace))

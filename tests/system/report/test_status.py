@@ -1,4 +1,4 @@
-"""`abliterate status`: what it tells, on a terminal, in a log and to a program; and the study as Optuna has it."""
+"""`abliterate status`: its output on a terminal, in a log and for programs; and the study in Optuna."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.helpers import COMMAND, abliterate, environment, events, job_argument
 
 @pytest.fixture
 def preempted(finished: Path, tmp_path: Path) -> Path:
-    """Return a workspace whose job says that it is running, though no process is at it."""
+    """Return a workspace whose job is recorded as running, without a process."""
     workspace = tmp_path / "runs"
     shutil.copytree(finished, workspace, symlinks=True)
     file = only_job(workspace) / "state.json"
@@ -101,10 +101,10 @@ def test_a_watch_without_a_terminal_writes_a_line_a_change(finished: Path) -> No
 def test_a_watch_on_a_phone_waits_for_a_preempted_job_until_it_is_interrupted(preempted: Path) -> None:
     screen, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 42, 0, 0))
-    # How wide a terminal is may be said here, as to the processes of pytest-xdist, and goes before what it says itself.
+    # COLUMNS may be set, e.g. by pytest-xdist, and overrides the terminal's own width.
     told = {name: value for name, value in environment(TERM="xterm").items() if name not in ("COLUMNS", "LINES")}
     process = subprocess.Popen(
-        # Where the tests run in the background of a shell, interrupts are ignored, and by all that they start.
+        # If the tests run in the background of a shell, they and their child processes ignore interrupts.
         [
             *("env", "--default-signal=INT", *COMMAND, "status"),
             "--workspace",
@@ -120,17 +120,17 @@ def test_a_watch_on_a_phone_waits_for_a_preempted_job_until_it_is_interrupted(pr
     )
     os.close(terminal)
     shown = ""
-    while shown.count("preempted") < 2:  # painted again
+    while shown.count("preempted") < 2:  # redrawn
         shown += os.read(screen, 65536).decode()
     process.send_signal(signal.SIGINT)
     while True:
         try:
             shown += os.read(screen, 65536).decode()
         except OSError:
-            break  # all of the terminal's other side is closed
+            break  # the other end of the terminal is closed
     assert (process.communicate()[1], process.returncode) == ("", 130)
     os.close(screen)
-    assert shown.index("\x1b[?25l") < shown.rindex("\x1b[?25h")  # the cursor is there again
+    assert shown.index("\x1b[?25l") < shown.rindex("\x1b[?25h")  # the cursor is visible again
     painted = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     assert max(map(len, painted.replace("\r", "\n").splitlines())) <= 42
 
@@ -180,7 +180,7 @@ def test_phases_add_up_over_starts_and_gaps_between_them_do_not_count() -> None:
         {"time": 1000.0, "event": "job_started", "price": None},
         {"time": 1001.0, "event": "phase", "name": "search"},
         {"time": 1005.0, "event": "job_finished"},
-        {"time": 2000.0, "event": "loading"},  # of an export later on
+        {"time": 2000.0, "event": "loading"},  # of a later export
     ]
     found = [(phase.name, phase.seconds, phase.dollars) for phase in phase_times(said)]
     assert found == [("preflight", 2.0, pytest.approx(0.002)), ("search", 14.0, pytest.approx(0.01))]

@@ -1,4 +1,4 @@
-"""Short answers in the search, full ones before the choice, which is what full answers all over would choose."""
+"""Short responses in the search, full ones for finalists: the choice equals that from full responses throughout."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from job.search.pareto import choose
 from job.storage.run_folder import RunFolder
 from tests.helpers import abliterate, events, job_arguments, only_job, start, stored_trials
 
-# Refusals and broken answers at the beginning, further ones at full length, those of them that were broken and are
-# refusals then, KL in thousandths, and whether the trial failed.
+# Refusals and broken responses in the search, further ones at full length, those of the broken ones that are refusals
+# then, KL in thousandths, and whether the trial failed.
 COUNTS = st.tuples(st.integers(0, 12), st.integers(0, 6), st.integers(0, 8), st.integers(0, 6))
 MEASURED = st.tuples(COUNTS, st.integers(0, 6), st.integers(0, 9), st.sampled_from([False] * 5 + [True]))
 
@@ -72,7 +72,7 @@ def test_the_more_had_to_be_counted_the_more_are_counted_at_once(tmp_path: Path)
 
 def command(organism: Path, workspace: Path, tokens: int) -> list[object]:
     # Start-up trials only, so that both searches try the same edits.
-    markers = 'scoring.refusal_markers=["with that"]'  # the end of what the organism says when it refuses
+    markers = 'scoring.refusal_markers=["with that"]'  # the end of the organism's refusals
     options = ("--trials", 8, "--startup-trials", 8, "--set", f"scoring.search_tokens={tokens}", "--set", markers)
     layout = ("--set", "trials_per_batch=4", "--set", "batching.trials=2")  # the same with workers
     return ["run", *job_arguments(organism), "--workspace", workspace, *options, *layout]
@@ -80,7 +80,7 @@ def command(organism: Path, workspace: Path, tokens: int) -> list[object]:
 
 @pytest.mark.slow
 def test_the_chosen_trial_is_judged_at_full_length_also_after_kills(organism: Path, tmp_path: Path) -> None:
-    """After two tokens only an empty answer is a refusal, so that counts that matter come from full answers."""
+    """After two tokens only an empty response is a refusal, so the decisive counts come from full responses."""
     for name, tokens in (("full", 100), ("short", 2)):
         abliterate(*command(organism, tmp_path / name, tokens)).check()
     full, short = (only_job(tmp_path / name) for name in ("full", "short"))
@@ -90,7 +90,7 @@ def test_the_chosen_trial_is_judged_at_full_length_also_after_kills(organism: Pa
     )
     expected = {t["number"]: t["values"] for t in stored_trials(tmp_path / "full")}
     seen = {t["number"]: t["values"] for t in stored_trials(tmp_path / "short")}
-    assert again == {number: expected[number][0] for number in again}  # it was only asked what is gibberish
+    assert again == {number: expected[number][0] for number in again}  # only gibberish was recounted
     assert all(seen[number][0] <= expected[number][0] for number in seen)
     assert sum(values[0] for values in seen.values()) < sum(values[0] for values in expected.values()) / 4
     assert counts == {number: expected[number][0] for number in counts}

@@ -26,7 +26,6 @@ METHOD = ("--set", "search.method=gradient", "--trials", "6")
 
 @pytest.fixture(scope="module")
 def found(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the workspace of a finished job."""
     workspace = tmp_path_factory.mktemp("gradient") / "runs"
     told = abliterate("run", *job_arguments(organism), "--workspace", workspace, *METHOD).check()
     assert "edits by gradient:" in told.err
@@ -67,7 +66,7 @@ def test_the_first_trials_are_the_stages_and_the_edit_goes_into_every_format(
     adapter = Path(abliterate("export", "--workspace", workspace, "--format", "adapter").check().out.strip())
     assert load_file(adapter / "adapter_model.safetensors")
 
-    # Made again elsewhere from the export alone; without its directions it cannot be.
+    # Reproduced elsewhere from the export alone; without its directions this is impossible.
     again = [
         "run",
         *job_arguments(organism),

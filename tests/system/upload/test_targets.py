@@ -1,4 +1,4 @@
-"""Delivery as a user has it: targets on the Hub and on S3, proven in preflight, delivered to at the end."""
+"""Delivery as a user has it: targets on the Hub and on S3, checked by preflight, delivered to at the end."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_finished_job_is_delivered_to_the_hub_and_to_s3(
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
     targets = ["--upload", "hf://cook/edited", "--upload", "s3://kitchen/models/edited"]
     targets += ["--set", f"s3.endpoint={endpoint}", "--set", "s3.addressing_style=path"]
-    # The token may not write: the other target gets its delivery all the same.
+    # The token may not write: the other target still gets its delivery.
     denied = abliterate(*arguments, *targets, **network(hub, tmp_path / "home", READ_TOKEN))
     denied.fails(6, "hf://cook/edited")
     export = (only_job(workspace) / "export").resolve()

@@ -1,4 +1,4 @@
-"""Jobs with workers: the trials and the export of one process, whichever engine and whoever dies."""
+"""Jobs with workers: the result equals that of one process, whichever engine and whichever worker dies."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from job.stages.model import cpu_threads, share_of_threads
 from tests.helpers import abliterate, environment, job_arguments, only_job, start, stored_trials, wait_until
 from tests.helpers import worker_processes as local_workers
 
-# Six trials a batch, two of which share their forwards; what a job searches does not depend on how many there will be.
+# Six trials per batch, two of which share their forwards; the search does not depend on the number of trials.
 LAYOUT = (*("--set", "trials_per_batch=6", "--set", "batching.trials=2", "--set", "startup_trials=12"), "--trials")
-# More than are done before the workers are ready, however long a cluster takes to start: such a job is stopped.
+# More trials than finish before the workers are ready, however long a cluster takes; such a job is stopped.
 ENDLESS = 100_000
 
 
@@ -60,7 +60,7 @@ def is_like(workspace: Path, other: Path) -> bool:
 
 
 def finished_as_by_one_process(job: Sequence[Any], workspace: Path, alone: Path, *how: Any) -> bool:
-    """Finish an interrupted job with two batches more, and return whether it is as one process makes it."""
+    """Finish an interrupted job with two more batches, and return whether it equals that of one process."""
     job = (*job, told(workspace) + 12)
     abliterate(*job, "--workspace", workspace, *how).check()
     abliterate(*job, "--workspace", alone).check()
@@ -77,7 +77,7 @@ def test_workers_make_the_trials_of_one_process_also_when_one_is_killed(
     process = start(*job, ENDLESS, "--engine", engine, "--workers", 3, "--workspace", workspace)
     wait_until(lambda: told(workspace, "worker_started") >= 1, process)
     workers = workers_of(process.pid)
-    assert len(workers) == 2  # one of which may still have to load the model
+    assert len(workers) == 2  # one of them may still have to load the model
     workers[0].kill()
     wait_until(lambda: told(workspace, "worker_lost") == 1, process)
     process.send_signal(signal.SIGTERM)
@@ -154,7 +154,7 @@ def test_a_worker_loads_the_models_code_before_it_has_work_and_leaves_what_is_no
 
 
 def test_what_a_worker_imports_first_loads_no_torch() -> None:
-    """It sets which devices it sees before."""
+    """The device selection must be set before torch loads."""
     script = "import sys, job.stages.evaluation, job.workers.local; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], env=environment()).returncode == 0
 

@@ -1,4 +1,4 @@
-"""The tables of docs/costs.md are what the code says."""
+"""The tables of docs/costs.md match the code."""
 
 from __future__ import annotations
 

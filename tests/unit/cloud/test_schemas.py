@@ -1,7 +1,7 @@
 """Templates and job files against the platforms' own packages, where those are installed.
 
-None is a dependency: install vastai, skypilot, dstack, kubernetes-validate and pytest into a virtual environment of its
-own, and run this file there with `pytest --noconftest tests/unit/cloud/test_schemas.py`.
+None is a dependency: install vastai, skypilot, dstack, kubernetes-validate and pytest into a separate virtual
+environment, and run this file there with `pytest --noconftest tests/unit/cloud/test_schemas.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def data(name: str) -> Any:
 def test_vast_knows_every_field_of_the_template() -> None:
     offers = pytest.importorskip("vastai.api.offers")
     source = inspect.getsource(offers.create_template)
-    # args_str is documented for templates and not offered by this client.
+    # args_str is documented for templates, but this client does not offer it.
     for field in data("vast/template.json").keys() - {"args_str"}:
         assert f'"{field}":' in source, field
 

@@ -208,7 +208,7 @@ def test_a_profile_stands_between_the_defaults_and_what_is_given() -> None:
     assert refused.value.remedy == "choose from: heretic"
 
 
-# All that config.toml of heretic 1.4.0 may hold, with its defaults or what one would set.
+# All keys that config.toml of heretic 1.4.0 may hold, with default or typical values.
 OTHERS = """
 model = "someone/model"
 model_commit = "0123abc"

@@ -1,4 +1,4 @@
-"""Whatever stands beside it in a batch, a row's answer is that of its own trial alone, one prompt at a time."""
+"""A row's response depends only on its own trial and prompt, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.zoo import tiny_model
 
 LIMIT = 7
 PREFIX = [5, 9, 11, 13]
-# A lead of the best token over the second below which rounding may choose either.
+# Minimum lead of the best token over the second; below it rounding may choose either.
 TIE = 1e-3
 
 
@@ -33,7 +33,7 @@ def edit(index: float | None, attention: float, mlp: float) -> EditParameters:
     return EditParameters(direction_index=index, kernels=kernels)
 
 
-# So strong that each trial says something else.
+# Strong enough that each trial's responses differ.
 EDITS = [edit(0.0, 8.0, 0.0), edit(None, -6.0, 9.0), edit(1.5, 4.0, -9.0), edit(2.0, 0.0, 0.0)]
 
 
@@ -44,8 +44,8 @@ class Row:
     Attributes:
         trial: The trial that it is answered under.
         prompt: Its tokens.
-        length: The length at which its answer is decided, LIMIT + 1 for never.
-        opening: The token whose odds of opening the answer are wanted.
+        length: The length at which its response is decided, LIMIT + 1 for never.
+        opening: The token whose odds of opening the response are wanted.
     """
 
     trial: int
@@ -55,12 +55,13 @@ class Row:
 
 
 def batch(seed: int) -> tuple[list[Row], int | None, bool]:
-    """Return random rows, the tokens of prompts that a forward reads (None: all), and whether they share a prefix."""
+    """Return random rows, the token limit of a prefill forward (None: no limit), and whether they share a prefix."""
     choice = random.Random(seed)
     shared = choice.random() < 0.5
     sizes = [choice.randint(1, 9) for _ in range(choice.randint(2, 9))]
-    # A refusal that opens with a marker is decided at its first token. Prompts are read by length, so that all rows of
-    # some forwards are decided there, and of others none: those of lengths on one side of a bound.
+    # A refusal that opens with a marker is decided at its first token. Prompts are read in order of length, so a bound
+    # on
+    # the length decides all rows of some forwards and none of others.
     bound, longer = choice.randint(0, 9), choice.random() < 0.5
     rows = [
         Row(
@@ -78,9 +79,9 @@ def row(trial: int, tokens: int, length: int = LIMIT + 1) -> Row:
     return Row(trial, list(range(20, 20 + tokens)), length, 7)
 
 
-# Prompts are read in three parts, all of whose rows but those of the first are decided at their first token.
+# Prompts are read in three parts; all rows but those of the first are decided at their first token.
 ONE_PART_GOES_ON = [
-    # The part that is read last has as many rows, of other trials, ...
+    # The part that is read last has the same number of rows, of other trials, ...
     ([row(0, 3), row(1, 3), row(2, 6, 1), row(3, 6, 1), row(3, 9, 1), row(2, 9, 1)], 18, False),
     # ... or another number of rows.
     ([row(0, 3), row(1, 3), row(2, 3), row(3, 7, 1), row(2, 9, 1)], 9, False),
@@ -101,10 +102,9 @@ def together(model: PreTrainedModel, active: ActiveEdits, rows: Sequence[Row], s
 
 
 def alone(model: PreTrainedModel, hooks: Intervention, edit: EditParameters, row: Row, found: Answer) -> bool:
-    """Return whether an answer is that of its row alone, up to the first tie: without caches, parts and batches.
+    """Return whether a response equals its row's alone, up to the first tie: without caches, parts and batches.
 
-    One forward reads the prompt and the answer. The answer is right if each of its tokens is the best after those
-    before it.
+    One forward reads the prompt and the response. Each token of a correct response is the best after those before it.
     """
     if len(found.tokens) != min(row.length, LIMIT) or found.decided != (len(found.tokens) == row.length):
         return False

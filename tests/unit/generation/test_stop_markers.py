@@ -1,4 +1,4 @@
-"""Markers are found while answers are decoded exactly where looking at the whole text would find them."""
+"""Incremental matching during decoding finds markers exactly where a search of the whole text would."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def byte_fallback() -> Tokenizer:
         vocab_size=420, special_tokens=["<unk>", "<end>"], initial_alphabet=list("abcimnorstuy▁")
     )
     made.train_from_iterator([line.replace(" ", "▁") for line in CORPUS[:1] * 4], trainer)
-    # Octets are ordinary tokens, as in tokenizers that SentencePiece has made.
+    # Octets are ordinary tokens, as in SentencePiece tokenizers.
     made.add_tokens(octets)
     return made
 
@@ -122,7 +122,7 @@ def test_a_marker_is_found_at_the_token_that_completes_it(kind: str, data: st.Da
     some = st.lists(st.integers(0, len(used) - 1), max_size=6)
     tokens: list[int] = []
     for text in data.draw(st.lists(st.lists(PIECES, max_size=8).map("".join), max_size=4)):
-        # Texts as the tokenizer would cut them, and tokens that make no sense together.
+        # Texts as the tokenizer would cut them, and random tokens.
         tokens += used(text, add_special_tokens=False).input_ids + data.draw(some)
     assert found_at(used, tokens) == plainly(used, tokens)
 
@@ -146,7 +146,7 @@ def test_texts_that_are_cleaned_as_a_whole_are_looked_at_as_a_whole() -> None:
     tokens = cleaning("The kettle is so so near ; I 'm so sorry , the violin", add_special_tokens=False).input_ids
     expected = plainly(cleaning, tokens)
     assert expected is not None
-    # Asked less often, so a little later.
+    # Checked less often, so found a little later.
     found = found_at(cleaning, tokens)
     assert found is not None
     assert expected <= found < expected + 4

@@ -26,7 +26,7 @@ D, I = 12, 9  # noqa: E741 - the letters of the legend in job.numerics.ablation
 
 
 def compiled(weight: Tensor, candidates: Tensor, mode: RowNormalization, mix: Tensor, strengths: Tensor) -> WriterEdit:
-    """Compile an edit that knows the weight by its products only."""
+    """Compile an edit from the weight's products only."""
     products = weight_products(weight, candidates, mode)
     return ablate(products, project(products, candidates, mix), strengths)
 
@@ -37,7 +37,7 @@ def cases(draw: st.DrawFn) -> tuple[RowNormalization, Tensor, Tensor, Tensor, Te
     k = draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     weight = torch.randn(D, I, generator=generator, dtype=torch.float64)
-    # Rows and columns of very different norms, as trained weights have.
+    # Rows and columns of very different norms, like trained weights.
     weight *= torch.exp(torch.randn(D, 1, generator=generator)) * torch.exp(torch.randn(1, I, generator=generator))
     candidates = torch.randn(5, D, generator=generator, dtype=torch.float64)
     mixed = torch.randn(k, 5, generator=generator, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_zero_columns_stay_zero() -> None:
 
 def test_a_row_that_the_edit_annihilates_is_refused_by_both() -> None:
     weight = torch.zeros(D, I, dtype=torch.float64)
-    weight[0, 0] = 2.0  # the direction is all that this row has
+    weight[0, 0] = 2.0  # the row's only component is the direction
     direction = torch.zeros(1, D, dtype=torch.float64)
     direction[0, 0] = 1.0
     edit = compiled(weight, direction, "full", torch.eye(1), torch.ones(1))

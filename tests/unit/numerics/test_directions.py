@@ -74,7 +74,7 @@ def test_differences_of_huge_size_have_a_direction() -> None:
 
 
 def definition(good: Tensor, bad: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, falling, and eigenvectors as rows of cov(bad) - alpha cov(good), one layer."""
+    """Return eigenvalues in descending order, and eigenvectors as rows of cov(bad) - alpha cov(good), one layer."""
     contrast = torch.cov(bad.double().T) - alpha * torch.cov(good.double().T)
     values, vectors = torch.linalg.eigh(contrast)
     return values.flip(0), vectors.T.flip(0)
@@ -129,7 +129,7 @@ def test_layers_are_solved_alike_one_by_one_and_together() -> None:
 def test_randomized_ranks_by_sign_and_size() -> None:
     generator = torch.Generator().manual_seed(2)
     good, bad = (torch.randn(60, 1, 300, generator=generator) for _ in range(2))
-    good[:, 0, 0] *= 100  # by far the largest eigenvalue in size, and negative
+    good[:, 0, 0] *= 100  # by far the largest eigenvalue in magnitude, and negative
     bad[:, 0, 5] *= 20
     bad[:, 0, 9] *= 10
     found = contrastive_pca(good, bad, n_components=2, method="randomized")
@@ -199,7 +199,7 @@ def planted(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sum_of_covariances(good: Tensor, bad: Tensor) -> Tensor:
-    """Return what stacking bad and negated good rows into one PCA finds: a mistake, shown to be one."""
+    """Return the result of the mistake of stacking bad and negated good rows into one PCA."""
     rows = torch.cat([bad[:, 0] - bad[:, 0].mean(0), -(good[:, 0] - good[:, 0].mean(0))])
     return torch.linalg.svd(rows, full_matrices=False).Vh[0]
 
@@ -214,7 +214,7 @@ def test_methods_find_a_planted_direction_under_a_large_nuisance() -> None:
             "sum": sum_of_covariances(good, bad),
         }
         for name, method in (("pca", "auto"), ("randomized", "randomized")):
-            # The sampling noise of so large a nuisance leaves a positive eigenvalue too: the behaviour is among three.
+            # The sampling noise of so large a nuisance also leaves a positive eigenvalue: the behaviour is among three.
             directions = contrastive_pca(good, bad, method=method).directions[0]  # type: ignore[arg-type]  # a method's name
             found[name] = torch.nn.functional.normalize((directions @ v) @ directions, dim=0)
         for name, direction in found.items():
@@ -224,7 +224,7 @@ def test_methods_find_a_planted_direction_under_a_large_nuisance() -> None:
     assert worst["randomized"] > 0.95
     assert worst["probe"] > 0.95
     assert max(recovered["sum"]) < 0.1
-    assert sorted(recovered["mean"])[2] < 0.9  # the nuisance' sampling noise is as large as the shift
+    assert sorted(recovered["mean"])[2] < 0.9  # the sampling noise of the nuisance is as large as the shift
     assert min(recovered["probe"]) > max(recovered["mean"]) - 0.05
 
 

@@ -43,7 +43,7 @@ def test_gradients_of_an_edited_output_are_those_of_finite_differences(mode: Row
 
 
 def through(edit: WriterEdit, trial: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return what a writer puts out for inputs [t, i] under one of the edits."""
+    """Return a writer's output for inputs [t, i] under one of the edits."""
     scaled = x if edit.input_scale is None else x * edit.input_scale[trial]
     y = scaled @ weight.T
     y = y - (y @ edit.output_read[trial].T) @ edit.output_write[trial]

@@ -1,4 +1,4 @@
-"""The planner's accounting against every tensor that is alive while real models decode."""
+"""The planner's activation memory against all live tensors of real models while they decode."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def facts_of(model: PreTrainedModel) -> ModelFacts:
-    """Return the facts from what would be read: the configuration and the names, types and shapes in the files."""
+    """Return the facts as read from disk: the configuration, and the names, types and shapes in the files."""
     tied = model.config.tie_word_embeddings
     tensors = {
         name: (NAMES[tensor.dtype], tuple(tensor.shape))
@@ -76,7 +76,7 @@ def facts_of(model: PreTrainedModel) -> ModelFacts:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, as long as anything refers to them."""
+    """Counts the bytes of all live storages that operations allocate."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class LiveBytes(TorchDispatchMode):
 def measured_peak(model: PreTrainedModel, batch: Batch, rows: RowTrials | None = None) -> int:
     """Return the peak of all live tensors but the weights while a batch of unequal prompts is answered.
 
-    Of long answers one is decided before the last token: what is left is copied, for which there would have been room.
+    One long response is decided before the last token, so that the remaining rows are copied, for which there was room.
     """
     vocabulary = model.config.vocab_size
     prompts = [torch.randint(0, vocabulary, (batch.prompt_tokens - row % 3,)).tolist() for row in range(batch.rows)]
@@ -145,7 +145,7 @@ def test_activations_against_live_tensors(
     cache = cache_bytes(facts, planned, dtype.itemsize)
     measured = measured_peak(model, planned)
     predicted = activation_bytes(facts, planned, dtype.itemsize)
-    if batch[2] > 32:  # as much as if all rows but one's last tokens were copied
+    if batch[2] > 32:  # as if all rows but one were copied at the last token
         assert measured - cache <= predicted <= 1.3 * (measured - cache)
     else:
         assert predicted == pytest.approx(measured - cache, rel=0.15)
@@ -156,7 +156,7 @@ def test_activations_against_live_tensors(
     ("changes", "shape"),
     [
         ({}, (16, 48, 4)),
-        ({"num_key_value_heads": 8, "intermediate_size": 64}, (16, 48, 2)),  # the worst: caches put together
+        ({"num_key_value_heads": 8, "intermediate_size": 64}, (16, 48, 2)),  # the worst case: concatenated caches
         ({"num_key_value_heads": 8}, (16, 12, 60)),
     ],
 )

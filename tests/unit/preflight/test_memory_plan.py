@@ -1,4 +1,4 @@
-"""The planner on machines one does not have: Qwen2.5-Coder-32B's shapes on recorded and looked-up cards."""
+"""The memory planner on other machines: Qwen2.5-Coder-32B's shapes on recorded cards and cards from data sheets."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def planned(facts: ModelFacts, reading: MachineReading, work: Workload = WORK) -
 
 
 def assert_sound(facts: ModelFacts, found: MemoryPlan, work: Workload) -> None:
-    """Assert what holds of every plan: nothing is lost, nothing counted twice, and it fits."""
+    """Assert the invariants of every plan: nothing is lost, nothing counted twice, and it fits."""
     batch = Batch(rows=found.rows, prompt_tokens=work.prompt_tokens, answer_tokens=work.answer_tokens)
     quantised = found.quantization == "bnb-4bit"
     assert sum(device.layers for device in found.devices) == facts.layers
@@ -110,7 +110,7 @@ def test_the_coder_on_recorded_machines(
 
 
 def test_four_cards_are_filled_alike() -> None:
-    """The seeds' GPU 0 at 96 % and three idle."""
+    """A recorded host with GPU 0 at 96 % and three idle."""
     found = planned(CODER, machine("4x4090"))
     totals = [device.total for device in found.devices]
     assert max(totals) - min(totals) < 1.5 * GIB
@@ -181,7 +181,7 @@ def test_a_model_that_no_card_takes() -> None:
 
 
 def test_like_machines_get_like_plans() -> None:
-    """What an idle card has free varies a little; the rows must not."""
+    """An idle card's free memory varies a little; the rows must not."""
     reading = machine("1xA100-80")
     plans = set()
     for used in range(0, 500, 25):

@@ -1,4 +1,4 @@
-"""The prompts that are shipped for the real model."""
+"""The prompts shipped for the real model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from job.text.refusal_markers import RefusalMarkers
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_there_are_enough_and_some_to_spare(kind: str) -> None:
-    """A machine that rounds otherwise finds a few answered otherwise."""
+    """A machine that rounds differently changes a few responses."""
     found = candidates(kind)
     assert len(found) >= 2.2 * PROMPTS_PER_FILE
     assert all(prompt == prompt.strip() and prompt for prompt in found)
@@ -31,7 +31,7 @@ def test_no_prompt_begs_the_question() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_stretch_is_a_fair_sample(kind: str) -> None:
-    """The file is shuffled: first words are about as varied in its halves as in all of it."""
+    """The file is shuffled: the first words vary about as much in each half as in the whole."""
     found = candidates(kind)
     assert found != sorted(found)
     halves = [{prompt.split()[0] for prompt in part} for part in (found[::2], found[1::2], found[: len(found) // 2])]

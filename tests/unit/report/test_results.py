@@ -1,4 +1,4 @@
-"""What a report says of where trials were computed."""
+"""Where trials were computed, in the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Broken responses, told from their text."""
+"""Detection of broken responses from their text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warnings of fronts that are flat, of searches that have not converged, and of edits that do nothing or damage."""
+"""Warnings about flat fronts, searches that have not converged, and edits without effect or with damage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def trials(*measured: tuple[int, float] | None) -> list[Trial]:
 def test_the_hypervolume_is_the_area_that_a_front_dominates() -> None:
     assert hypervolume([]) == hypervolume([(1.0, 0.0), (0.0, 3.0)]) == 0
     assert hypervolume([(0.0, 0.0)]) == 1
-    # Two steps: from 0.5 to 1 below KL 1, of which 0.2 to 0.5 only above KL 0.4; a beaten point adds nothing.
+    # Refusals 0.2 to 1 above KL 0.4, and 0.5 to 1 from KL 0.1 to 0.4; a dominated point adds nothing.
     assert hypervolume([(0.2, 0.4), (0.5, 0.1), (0.6, 0.3)]) == pytest.approx(0.8 * 0.6 + 0.5 * 0.3)
 
 

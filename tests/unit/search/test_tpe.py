@@ -22,7 +22,7 @@ def parameters() -> _ParzenEstimatorParameters:
 
 
 def farthest(one: np.ndarray, other: np.ndarray) -> float:
-    """Return how far two samples' distribution functions are apart at most (Kolmogorov and Smirnov)."""
+    """Return the largest distance of two samples' distribution functions (Kolmogorov and Smirnov)."""
     at = np.sort(np.concatenate([one, other]))
     shares = [np.searchsorted(np.sort(values), at, side="right") / len(values) for values in (one, other)]
     return float(np.abs(shares[0] - shares[1]).max())
@@ -45,7 +45,7 @@ def test_draws_are_distributed_as_those_of_optuna(trials: int) -> None:
     optunas = _ParzenEstimator(observed, SPACE, parameters()).sample(np.random.RandomState(2), DRAWN)
     assert own.keys() == optunas.keys()
     for name in SPACE:
-        # 1.95 √(2/n) is passed once in a thousand times by samples of one distribution.
+        # Two samples of one distribution exceed 1.95 √(2/n) once in a thousand times.
         assert farthest(own[name], optunas[name]) < 1.95 * (2 / DRAWN) ** 0.5, name
     for name in ("index", "weight"):
         range_ = SPACE[name]

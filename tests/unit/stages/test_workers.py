@@ -1,4 +1,4 @@
-"""What workers are given."""
+"""Arguments passed to workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The executor: results in order, whoever evaluates what and whoever dies."""
+"""The executor: results in order, whichever worker evaluates what and whichever dies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ThreadWorker:
         self._evaluate = evaluate
         self.hardware = hardware
         self.shared: list[Any] = []
-        self.seen: list[tuple[Any, Any]] = []  # tasks, each with what was shared last before it
+        self.seen: list[tuple[Any, Any]] = []  # tasks, each with the value shared last before it
 
     def share(self, value: Any) -> None:
         self.shared.append(value)
@@ -40,7 +40,7 @@ class ThreadWorker:
 
 
 class ThreadEngine:
-    """Workers in this process' own threads: for the order of things alone; real processes have tests of their own."""
+    """Workers in threads of this process, to test ordering only; real processes have their own tests."""
 
     def __init__(self, evaluate: Evaluate, workers: int = 1, hardware: str = "abacus") -> None:
         self._evaluate = evaluate
@@ -98,7 +98,7 @@ def test_results_come_in_the_order_of_tasks_whoever_evaluates_them() -> None:
         return task * task
 
     def here(task: int) -> int:
-        while not by_worker:  # the worker is at a task of its own meanwhile
+        while not by_worker:  # the worker is busy with a task meanwhile
             pass
         if len(by_worker) + len(done) == 4:
             free.release()
@@ -139,7 +139,7 @@ def test_whoever_is_free_begins_with_what_comes_then_and_it_is_not_done_again() 
         assert len(done) == 3
         assert executor.evaluate([3, 4], here) == [9, 16]
         assert len(done) == 3
-        # What was asked for under other conditions is another task.
+        # The same task under other conditions is a different one.
         assert executor.evaluate([5], here) == [25]
 
 
@@ -186,7 +186,7 @@ def test_a_worker_that_is_lost_every_time_is_given_up_and_a_task_that_loses_work
         assert executor.evaluate([1, 2, 3], here) == [1, 4, 9]
         assert len(engine.started) == MOST_LOSSES
         assert max(given.count(task) for task in given) <= 2
-        assert executor.evaluate([4], squared) == [16]  # goes on without it
+        assert executor.evaluate([4], squared) == [16]  # continues without it
 
 
 def test_a_worker_out_of_memory_is_told_and_the_task_can_be_asked_again() -> None:
