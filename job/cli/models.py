@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 @app.command("inspect")
 def inspect_(
-    model: Annotated[
-        str, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; only its configuration is read.")
-    ],
+    model: Annotated[str, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; no weights are read.")],
     as_json: AsJson = False,
     trusted: Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with it.")] = False,
 ) -> None:
     """Show the residual writers that were found, or why the model is refused (exit code 3)."""
-    from job.model.files import fetch_model, list_model, parse_model
+    from job.model.files import fetch_model, headers_if_quantised, list_model, parse_model
     from job.proof.truth_test import inspection
     from job.storage.events import Events
 
-    source, folder, report = parse_model(model), Path(model), Events().say
+    source, folder, report, stored = parse_model(model), Path(model), Events().say, None
     if source.kind == "hub" or folder.is_dir():
-        folder = fetch_model(source, list_model(source, None, report), report, weights=False)
-    found = inspection(folder, trusted)
+        listing = list_model(source, None, report)
+        folder = fetch_model(source, listing, report, weights=False)
+        stored = headers_if_quantised(source, listing, folder, report) if source.kind == "hub" else None
+    found = inspection(folder, trusted, stored)
     if as_json:
         typer.echo(redacted_json(found, indent=2))
     elif found["supported"]:

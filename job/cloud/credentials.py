@@ -12,6 +12,7 @@ from job.cloud import runpod, vast
 from job.cloud.api import Api, Patience
 from job.cloud.provider import Market
 from job.errors import UsageError
+from job.text.credentials import require_clean
 from job.text.redaction import remember
 
 Platform = Literal["vast", "runpod"]
@@ -42,6 +43,7 @@ def _required(key: str, platform: str, name: str) -> str:
     remember(key)
     if not key:
         raise UsageError(f"there is no key for {platform}", remedy=f"set {name} to a key of your account")
+    require_clean(key, name, UsageError)
     return key
 
 

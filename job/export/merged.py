@@ -22,9 +22,9 @@ from torch import Tensor
 from job.architectures.spec import Architecture, Writer
 from job.edits.compile import PreparedWriter, compile_edit
 from job.errors import ExportMismatchError, ImpossibleJobError
-from job.export.model_card import licence_files, model_card
+from job.export.model_card import model_card
 from job.export.reproduction import Reproduction
-from job.model.carried_files import carried_files
+from job.model.carried_files import carried_files, licence_files
 from job.model.quantization import plain_config
 from job.model.safetensors_files import Checkpoint, Places, digest_of
 from job.model.weight_files import INDEX, WEIGHTS
@@ -161,11 +161,11 @@ def write_weights(
 
 
 def _companion(checkpoint: Checkpoint, file: Path) -> bytes:
-    """Return a companion file's contents, without quantisation entries if dequantised."""
-    if checkpoint.quantisation is None or file.name not in (CONFIG, INDEX):
-        return file.read_bytes()
+    """Return what a file beside the weights says in an export, whose weights are plain."""
     if file.name == CONFIG:
-        return plain_config(file.read_text()).encode()
+        return plain_config(file.read_bytes(), dequantised=checkpoint.quantisation is not None)
+    if checkpoint.quantisation is None or file.name != INDEX:
+        return file.read_bytes()
     index: dict[str, Any] = json.loads(file.read_text())
     shards = {name: shard.name for shard, entries in checkpoint.entries.items() for name in entries}
     total = sum(checkpoint.entry(name).size for name in shards)

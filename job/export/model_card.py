@@ -6,19 +6,18 @@ or answer: all it says of the job comes from reproduce.json, the rest from the b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.data.prompts import report_description
 from job.export.reproduction import PromptsRecord, Reproduction
-from job.model.carried_files import is_licence
+from job.model.base_card import PATH, URL, BaseCard, read_base_card
+from job.model.carried_files import licence_files
 from job.model.quantization import DTYPE, quantisation_in
 from job.numerics.statistics import difference_interval, wilson_interval
 from job.records import Component, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
-from job.storage.exports import CARD
 from job.text.markup import markdown, one_line
 from job.text.redaction import redacted
 
@@ -43,11 +42,6 @@ _NOTICES = {
     "llama4": "Built with Llama.",
     "gemma": "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.",
 }
-_LONGEST, _MOST = 200, 50
-# Places that can stand in the brackets of a link as they are.
-_URL = re.compile(r"https?://[A-Za-z0-9][A-Za-z0-9.:-]*(/[\w.,~%@+:=?&#/-]*)?", re.ASCII)
-_PATH = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
-_INHERITED = ("license", "license_name", "license_link", "language")
 
 
 def model_card(made: Reproduction, source: Path) -> str:
@@ -57,15 +51,20 @@ def model_card(made: Reproduction, source: Path) -> str:
         made: Its reproduce.json.
         source: Folder of the base model, whose card names the licence.
     """
-    inherited = redacted(inherited_metadata(source, made.base_model))
+    base = read_base_card(source, made.base_model)
     sections = {
         "Figures": _figures(made),
         "What was done": _method(made, source),
         "Limits": _limits(made),
-        "Licence": _licence(made, inherited, source),
+        "Licence": _licence(made, base, source),
         "Reproduction": _reproduction(made),
     }
-    blocks = [f"---\n{_metadata(made, inherited)}\n---", f"# {markdown(_title(made))}", _WARNING, _opening(made)]
+    blocks = [
+        f"---\n{_metadata(made, redacted(base.metadata))}\n---",
+        f"# {markdown(_title(made))}",
+        _WARNING,
+        _opening(made),
+    ]
     blocks += [f"## {title}\n\n{text}" for title, text in sections.items()]
     return "\n\n".join(blocks) + "\n"
 
@@ -255,39 +254,9 @@ def _origin(record: PromptsRecord) -> str:
 # --- metadata and licence ---------------------------------------------------------------------------------
 
 
-def inherited_metadata(source: Path, base_model: str | None) -> dict[str, Any]:
-    """Return what an export takes over from the card of its base model: licence and languages.
-
-    Args:
-        source: Folder of the base model.
-        base_model: Its name on the Hub.
-    """
-    from huggingface_hub import ModelCard
-
-    try:
-        data = ModelCard.load(source / CARD).data.to_dict()
-    except Exception:  # the client passes on what its YAML library raises; a base without a card has no metadata
-        return {}
-    found = {name: value for name in _INHERITED if (value := _plain(data.get(name)))}
-    link = found.pop("license_link", None)
-    if isinstance(link, str) and (_URL.fullmatch(link) or link in licence_files(source)):
-        found["license_link"] = link
-    elif isinstance(link, str) and base_model and _PATH.fullmatch(link):
-        # A file of the base's repository that an export does not hold.
-        found["license_link"] = f"{_HUB}/{base_model}/blob/main/{link}"
-    return found
-
-
-def _plain(value: Any) -> str | list[str] | None:
-    """Return a text or a list of texts from a card's metadata, each on one line; None for anything else."""
-    if isinstance(value, list):
-        return [one_line(item)[:_LONGEST] for item in value[:_MOST] if isinstance(item, str) and one_line(item)] or None
-    return (one_line(value)[:_LONGEST] or None) if isinstance(value, str) else None
-
-
 def _link(text: str, url: str) -> str:
     """Return a link in Markdown; a place that is no plain URL or name is shown without one."""
-    return f"[{markdown(text)}]({url})" if _URL.fullmatch(url) or _PATH.fullmatch(url) else markdown(text)
+    return f"[{markdown(text)}]({url})" if URL.fullmatch(url) or PATH.fullmatch(url) else markdown(text)
 
 
 def _metadata(made: Reproduction, inherited: Mapping[str, Any]) -> str:
@@ -339,11 +308,9 @@ def _eval_result(made: Reproduction, kind: str, metric: Any, name: Any, value: A
     )
 
 
-def _licence(made: Reproduction, inherited: Mapping[str, Any], source: Path) -> str:
-    name = inherited.get("license_name") or inherited.get("license")
-    name = ", ".join(name) if isinstance(name, list) else name
-    files = licence_files(source)
-    terms = inherited.get("license_link") or (files[0] if files else None)
+def _licence(made: Reproduction, base: BaseCard, source: Path) -> str:
+    name, files = redacted(base.licence), licence_files(source)
+    terms = redacted(base.metadata.get("license_link")) or (files[0] if files else None)
     if terms is None and made.base_model:
         terms = f"{_HUB}/{made.base_model}"
     if name is None and terms is None:
@@ -353,8 +320,3 @@ def _licence(made: Reproduction, inherited: Mapping[str, Any], source: Path) -> 
     notice = next((text for start, text in _NOTICES.items() if str(name or "").lower().startswith(start)), None)
     listed = f" Its files are included: {markdown(', '.join(files))}." if files and made.format == "merged" else ""
     return text + listed + (f"\n\n{notice}" if notice else "")
-
-
-def licence_files(source: Path) -> list[str]:
-    """Return the names of the files of a model folder that state its terms."""
-    return sorted(path.name for path in source.iterdir() if path.is_file() and is_licence(path.name))

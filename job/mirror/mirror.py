@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from job.errors import DeliveryError, JobError, UsageError
+from job.errors import DeliveryError, JobError, MachineError, UsageError
 from job.mirror.lease import Holding, is_running, take
 from job.mirror.lease_keeper import LeaseKeeper
 from job.mirror.options import MirrorOptions, pace_as_told, scheme_of
@@ -213,10 +213,18 @@ class Mirror:
 
 
 def _damage(folder: RunFolder, mirrored: int, say: Callable[[str], None]) -> str | None:
-    """Describe damage of the local study after trying its backup; None if it holds everything mirrored."""
+    """Return what is wrong with the study here, in words; None if it holds all that its mirror holds.
+
+    The backup beside it is tried first: it may hold more.
+
+    Raises:
+        MachineError: It is in use, and may be sound.
+    """
     try:
         if restored := restore_if_damaged(folder.study_file):
             say(f"warning: {restored}")
+    except MachineError:
+        raise
     except JobError as error:
         return str(error)
     trials = count_trials(folder.study_file)

@@ -42,7 +42,12 @@ class S3Store:
     """Mirrors under s3://bucket/prefix."""
 
     def __init__(self, uri: str, options: S3Options | None = None, pace: SnapshotPace | None = None) -> None:
-        """Create a client without connecting. Raises DeliveryError or UsageError."""
+        """Make a client; nothing is sent yet.
+
+        Raises:
+            DeliveryError: The credentials, the profile or the endpoint are not usable.
+            UsageError: The endpoint is no URL, or names the bucket.
+        """
         self.uri = uri
         self.pace = pace or SnapshotPace()
         given = options or S3Options()

@@ -16,12 +16,11 @@ from job.errors import JobError
 from job.mirror.records import CACHES, MIRRORED
 from job.storage.atomic import sha256_file
 from job.storage.run_folder import RunFolder
-from job.storage.study_file import count_trials
+from job.storage.study_file import WAIT_SECONDS, count_trials, in_use, is_busy
 from job.system.failpoints import reached
 
 # Copies of files that may change during upload; hidden, so never mirrored.
 STAGING = ".mirror"
-_BUSY_SECONDS = 10.0
 # A file changed within this time may change again with the same modification time.
 _COARSE_NS = 2_000_000_000
 _BLOCK = 1 << 20
@@ -107,12 +106,17 @@ class Snapshots:
 
 
 def back_up(file: Path, target: Path) -> None:
-    """Copy a consistent state of a study in use. Raises JobError if it is damaged or stays locked."""
+    """Copy a study as it is at one moment, while others may be writing to it.
+
+    Raises:
+        JobError: It is damaged.
+        MachineError: It is in use.
+    """
     try:
         # Writable: leftovers of a killed process must be rolled back first.
         address = f"file:{quote(str(file.resolve()))}?mode=rw"
         with (
-            closing(sqlite3.connect(address, uri=True, timeout=_BUSY_SECONDS)) as source,
+            closing(sqlite3.connect(address, uri=True, timeout=WAIT_SECONDS)) as source,
             closing(sqlite3.connect(target)) as copy,
         ):
             # Waits for a writer, within bounds, and blocks the next: a bare backup may wait forever.
@@ -120,6 +124,8 @@ def back_up(file: Path, target: Path) -> None:
             source.execute("SELECT count(*) FROM sqlite_master").fetchone()
             source.backup(copy)
     except sqlite3.Error as error:
+        if is_busy(error):
+            raise in_use(file) from error
         raise JobError(f"the study {file} cannot be copied: {error}", remedy="see whether its disk is sound") from error
     check_study(target)
 

@@ -86,6 +86,11 @@ def carried_files(folder: Path, *, code: bool) -> list[Path]:
     return [present[name] for name in sorted(names)]
 
 
+def licence_files(folder: Path) -> list[str]:
+    """Return the names of the files of a model folder that state its terms."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and is_licence(path.name))
+
+
 def is_licence(name: str) -> bool:
     """Return whether a file name is that of a licence."""
     return _LICENCES.fullmatch(name) is not None and Path(name).suffix.lower() in _LICENCE_SUFFIXES

@@ -1,8 +1,9 @@
-"""Load models with quantised files, dequantised tensor by tensor by transformers.
+"""Loading models whose files are quantised, or called so: transformers undoes it, tensor by tensor, as it reads them.
 
-For FP8 matrices with smaller last blocks, transformers assumes equal blocks: that fails, or silently gives wrong
-weights. Its class is used with that step replaced by `job.numerics.dequantisation`; for whole blocks both agree bit by
-bit. It also ignores the requested type for unquantised weights.
+Where the last blocks of FP8 matrices are smaller than the others, transformers divides a matrix into as many
+equal blocks as there are scales: that fails, or gives other weights without a word. Its class is used with
+that one step done by `job.numerics.dequantisation`; for whole blocks the two agree bit by bit. It also leaves
+weights that are not quantised in the type that they are stored in, whatever type is asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, FineGrainedFP8Config, PretrainedConfig
+from transformers import FineGrainedFP8Config, PretrainedConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
@@ -57,21 +58,27 @@ class _Quantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
         return {"dequantize": _Dequantize}
 
 
-def dequantising_config(folder: Path, quantization: str) -> PretrainedConfig | None:
-    """Return the configuration that dequantises on loading, None for plain files.
+def plain_loading_config(folder: Path, config: PretrainedConfig, quantization: str) -> PretrainedConfig:
+    """Return the configuration with which transformers loads the plain weights that the files hold or stand for.
 
-    Raises QuantisedSourceError if they cannot be dequantised, or `quantization` would quantise them again.
+    Args:
+        folder: The model's folder.
+        config: Its configuration, which is changed.
+        quantization: How the job wants weights to be quantised while they are loaded, "none" for not at all.
+
+    Raises:
+        QuantisedSourceError: The files are quantised in a way that is not undone, or would be quantised again.
     """
     found = quantisation_in(folder)
-    if found is None:
-        return None
+    text = config.get_text_config(decoder=True)
+    described = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    for part in (config, text):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    if found is None or described is None:
+        return config
     if quantization != "none":
         raise QuantisedSourceError(found.method, f"loading.quantization = {quantization} would quantise them again")
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    text = config.get_text_config(decoder=True)
-    described = getattr(config, "quantization_config", None) or text.quantization_config
-    if text is not config and hasattr(text, "quantization_config"):
-        del text.quantization_config
     method = _METHOD if found.method == "fp8" else described["quant_method"]
     config.quantization_config = {**described, "quant_method": method, "dequantize": True}
     config.dtype = getattr(torch, DTYPE)  # what the export is written in, where the job names no other

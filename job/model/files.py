@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from job.errors import ImpossibleJobError, MachineError
+from job.model.config_file import model_config
+from job.model.quantization import is_called_quantised
 from job.model.weight_files import (
     ADAPTER,
     INDEX,
     WEIGHTS,
+    Headers,
+    damaged_weights,
     loaded_weights,
     read_adapter,
+    read_header,
     refuse_adapter,
     require_loadable,
 )
@@ -60,17 +64,17 @@ class ModelFile(Record):
 
 
 class ModelListing(Record):
-    """A model's files and metadata.
+    """What a model consists of.
 
     Attributes:
-        commit: Commit of a repository; None for a folder.
-        files: Needed files: without weights in other formats and subfolders.
-        public: Known to be a public repository, so that it may be named.
+        commit: The commit of a repository; None for a folder.
+        files: The files that a job needs: all but weights in other formats and what lies in folders.
+        gated: Access to a repository has to be granted.
+        public: A repository that everybody may see, so that it may be named; False also where nobody can be asked.
     """
 
     commit: str | None = None
     files: tuple[ModelFile, ...]
-    license: str | None = None
     gated: bool = False
     public: bool = False
 
@@ -138,7 +142,6 @@ def list_model(source: ModelSource, commit: str | None, report: Callable[[str], 
         return HfApi().model_info(source.name, revision=commit or source.revision, files_metadata=True)
 
     info = patiently(call, f"model {source.name}", report)
-    card = info.card_data.to_dict() if info.card_data else {}
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     refuse_adapter(f"model {source.name}", sizes, {} if ADAPTER in sizes else None)
 
@@ -154,7 +157,6 @@ def list_model(source: ModelSource, commit: str | None, report: Callable[[str], 
     return ModelListing(
         commit=str(info.sha),
         files=_needed(sizes, loaded_weights(sizes, index)),
-        license=card.get("license_name") or card.get("license"),
         gated=bool(info.gated),
         public=info.private is False,
     )
@@ -285,41 +287,36 @@ def missing_bytes(source: ModelSource, listing: ModelListing) -> int:
     return max(missing - partial, 0)
 
 
-def tensor_shapes(
-    source: ModelSource, listing: ModelListing, report: Callable[[str], None]
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def headers_if_quantised(
+    source: ModelSource, listing: ModelListing, folder: Path, report: Callable[[str], None]
+) -> Headers:
+    """Return the tensors of a model that config.json calls quantised; none of another, which nothing has to prove.
+
+    Args:
+        source: The model.
+        listing: Its files.
+        folder: Holds its config.json.
+        report: Told of every failure that is tried again.
+
+    Raises:
+        ImpossibleJobError: As for `tensor_shapes`.
+    """
+    return tensor_shapes(source, listing, report) if is_called_quantised(model_config(folder)) else {}
+
+
+def tensor_shapes(source: ModelSource, listing: ModelListing, report: Callable[[str], None]) -> Headers:
     """Return every tensor's type and shape from safetensors headers. Raises ImpossibleJobError."""
     require_loadable(source.describe(), {file.name for file in listing.files})
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in listing.weights:
-        header = _local_header(Path(source.name) / file.name) if source.kind == "folder" else None
+        header = read_header(Path(source.name) / file.name) if source.kind == "folder" else None
         if header is None:
             header = _remote_header(source, listing, file, report)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if source.kind == "folder" and file.size < end:  # of a repository, a download's size and hash are verified
-            raise _damaged(file.name, f"it has {file.size} bytes, and its header speaks of {end}")
+            raise damaged_weights(file.name, f"it has {file.size} bytes, and its header speaks of {end}")
         found |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
     return found
-
-
-def _damaged(name: str, why: str) -> ImpossibleJobError:
-    return ImpossibleJobError(f"{name} is damaged: {why}", remedy="obtain an undamaged copy of the model")
-
-
-def _local_header(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, path.stat().st_size)))
-        header.pop("__metadata__", None)
-        return {name: _checked(entry) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path.name, f"its header cannot be read ({error})") from error
-
-
-def _checked(entry: Any) -> dict[str, Any]:
-    start, end = map(int, entry["data_offsets"])
-    return {"dtype": str(entry["dtype"]), "shape": [int(size) for size in entry["shape"]], "data_offsets": [start, end]}
 
 
 def _remote_header(
@@ -330,7 +327,7 @@ def _remote_header(
 
     cached = try_to_load_from_cache(source.name, file.name, revision=listing.commit)
     if isinstance(cached, str):
-        return _local_header(Path(cached))
+        return read_header(Path(cached))
 
     def call() -> Any:
         return HfApi().parse_safetensors_file_metadata(source.name, file.name, revision=listing.commit)

@@ -36,7 +36,7 @@ from job.data.prompts import Prompt
 from job.errors import ImpossibleJobError, MachineError, UsageError
 from job.generation.forward import first_logits, input_device
 from job.generation.greedy import greedy_answers
-from job.model.dequantization import dequantising_config
+from job.model.dequantization import plain_loading_config
 from job.model.device_faults import is_out_of_memory, out_of_memory
 from job.model.memory import keep_freed_memory
 from job.model.placement import spread
@@ -215,7 +215,7 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
     try:
         model, info = auto.from_pretrained(
             folder,
-            config=dequantising_config(folder, settings.quantization),
+            config=plain_loading_config(folder, config, settings.quantization),
             dtype=dtype,
             device_map=places,
             max_memory=limits or None,

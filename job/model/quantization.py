@@ -1,7 +1,8 @@
-"""Quantisation of a model's files, and its tensors after dequantisation.
+"""How a model's files are quantised, and what its tensors are once that is undone.
 
-It reads only config.json and headers, so that unsupported files are refused before the download
-(docs/decisions/0019-quantised-sources.md).
+Nothing is looked at but config.json and the headers of the files, so that what cannot be undone is refused
+before any weight is downloaded (docs/decisions/0019-quantised-sources.md). Where the two disagree, the headers win:
+config.json may come from a copy that was quantised.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from typing import Any, Literal
 
 from job.errors import QuantisedSourceError
 from job.model.config_file import CONFIG, model_config
+from job.model.weight_files import Headers, stored_tensors
 
 Method = Literal["fp8", "mxfp4"]
 METHODS: tuple[Method, ...] = ("fp8", "mxfp4")
-Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 # The type that dequantised tensors are written in, and such models loaded in by themselves.
 DTYPE = "bfloat16"
 _HEADER_DTYPE = "BF16"
-_CONFIG = "quantization_config"
+_KEYS = ("quantization_config", "compression_config")
+# Types of tensors in plain files. Quantised ones have others: packed values, their states, 8-bit numbers.
+_PLAIN = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
+# Ways of quantising that may keep plain weights and round them whenever they are used.
+_ROUNDED_IN_USE = frozenset({"bitnet", "fouroversix", "fp_quant"})
 _EIGHT_BITS = frozenset({"F8_E4M3", "F8_E5M2"})
 _SCALES = frozenset({"F32", "BF16", "F16", "F8_E8M0", "U8"})
 _SCALE, _ACTIVATION = "_scale_inv", ".activation_scale"
@@ -53,12 +58,20 @@ class PlainTensor:
     parts: tuple[str, ...]
 
 
-def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
-    """Return the quantisation in a config.json, or None. Raises QuantisedSourceError if unsupported."""
-    described = _described(config)
-    if not described:
+def quantisation_of(config: Mapping[str, Any], stored: Headers) -> Quantisation | None:
+    """Return how a model's files are quantised, None for not at all.
+
+    Args:
+        config: Contents of config.json.
+        stored: The tensors in the files; none where they are not known, and config.json is believed.
+
+    Raises:
+        QuantisedSourceError: In a way that is not undone.
+    """
+    method = method_of(config, stored)
+    if method is None:
         return None
-    method = _method(described)
+    _, described = _named(config)
     if method == "fp8":
         if described.get("expert_dtype", "fp8") != "fp8":
             raise QuantisedSourceError(method, f"its experts are stored as {described['expert_dtype']}")
@@ -72,24 +85,47 @@ def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
     raise QuantisedSourceError(method)
 
 
-def quantisation_in(folder: Path) -> Quantisation | None:
-    """Return the quantisation of a model folder's files (`quantisation_of`). Raises ImpossibleJobError."""
-    return quantisation_of(model_config(folder)) if (folder / CONFIG).is_file() else None
+def quantisation_in(folder: Path, stored: Headers | None = None) -> Quantisation | None:
+    """Return how the files of a model are quantised, None for not at all (`quantisation_of`).
+
+    Args:
+        folder: Holds the model's config.json.
+        stored: The tensors in the files; None: those of the folder.
+
+    Raises:
+        ImpossibleJobError: In a way that is not undone, or config.json is damaged.
+    """
+    config = model_config(folder) if (folder / CONFIG).is_file() else {}
+    if not is_called_quantised(config):
+        return None
+    return quantisation_of(config, stored_tensors(folder) if stored is None else stored)
 
 
-def method_named(config: Mapping[str, Any]) -> str | None:
-    """Return the name of the quantisation in config.json, or None."""
-    described = _described(config)
-    return _method(described) if described else None
+def is_called_quantised(config: Mapping[str, Any]) -> bool:
+    """Return whether config.json says that the files are quantised."""
+    return bool(_named(config)[1])
 
 
-def _described(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def method_of(config: Mapping[str, Any], stored: Headers) -> str | None:
+    """Return the name of the way in which the files are quantised, None if they are not (`quantisation_of`)."""
+    described = _named(config)[1]
+    return _method(described) if described and stale_key(config, stored) is None else None
+
+
+def stale_key(config: Mapping[str, Any], stored: Headers) -> str | None:
+    """Return the key of config.json that calls plain files quantised, None where there is none."""
+    key, described = _named(config)
+    plain = bool(stored) and all(dtype in _PLAIN for dtype, _ in stored.values())
+    return key if described and plain and _method(described) not in _ROUNDED_IN_USE else None
+
+
+def _named(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return how config.json describes the quantisation of the files and under which key; empty for not at all."""
     for part in (config, config.get("text_config") or {}):
-        for key in (_CONFIG, "compression_config"):
+        for key in _KEYS:
             if part.get(key):
-                found: Mapping[str, Any] = part[key]
-                return found
-    return None
+                return key, part[key]
+    return "", {}
 
 
 def _method(described: Mapping[str, Any]) -> str:
@@ -153,17 +189,24 @@ def block_of(shape: Sequence[int], grid: Sequence[int], named: tuple[int, int] |
     raise QuantisedSourceError("fp8", f"{rows} × {columns} weights do not go with scales of the shape {list(grid)}")
 
 
-def plain_config(text: str) -> str:
-    """Return config.json without quantisation."""
-    config = json.loads(text)
+def plain_config(data: bytes, *, dequantised: bool) -> bytes:
+    """Return the contents of config.json for files in which nothing is quantised.
+
+    Args:
+        data: Those of the base model's.
+        dequantised: Its files are quantised, and tensors become bfloat16.
+    """
+    config = json.loads(data)
+    if not is_called_quantised(config):
+        return data
     for part in (config, config.get("text_config")):
         if not part:
             continue
-        for key in (_CONFIG, "compression_config"):
+        for key in _KEYS:
             part.pop(key, None)
-        named = {"dtype", "torch_dtype"} & part.keys()
+        named = {"dtype", "torch_dtype"} & part.keys() if dequantised else set()
         for key in named:
             del part[key]
-        if named or part is config:
+        if named or (dequantised and part is config):
             part["dtype"] = DTYPE
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

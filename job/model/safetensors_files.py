@@ -9,8 +9,9 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import struct
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from job.architectures.spec import Architecture
 from job.architectures.tensor_names import Form
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
+from job.model.config_file import model_config
 from job.model.quantization import PlainTensor, Quantisation, block_of, plain_tensors, quantisation_in
 from job.model.weight_files import checkpoint_files
 from job.numerics.dequantisation import dequantised_blocks, dequantised_mxfp4
@@ -29,6 +31,8 @@ from job.numerics.dequantisation import dequantised_blocks, dequantised_mxfp4
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _BLOCK = 1 << 24
+# What configurations call the number of layers for multi-token prediction.
+_EXTRA_HEADS = re.compile(r"nextn|mtp")
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,33 @@ def require_sizes(held: Mapping[str, Sequence[int]], architecture: Architecture,
                 f"{names[0]} has the shape {list(held[names[0]])} in the files and should make {name} of {list(shape)}",
                 remedy="obtain an undamaged copy of the model",
             )
+
+
+def require_declared_layers(held: Collection[str], architecture: Architecture, config: Mapping[str, Any]) -> None:
+    """Refuse files with more layers than the configuration names, which would be left out without a word.
+
+    Layers that it names as extra heads (multi-token prediction) are no part of what is loaded, and may be there.
+
+    Args:
+        held: Names of the files' tensors.
+        architecture: The model's structure.
+        config: Contents of config.json.
+
+    Raises:
+        ImpossibleJobError: There are more.
+    """
+    writer = architecture.writers[0]
+    place = places_among(held, architecture, writer.parameter).names[0]
+    layers, found, _ = place.partition(f".{writer.layer}.")
+    numbers = {name.removeprefix(f"{layers}.").partition(".")[0] for name in held if name.startswith(f"{layers}.")}
+    there = 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+    values = {**config, **(config.get("text_config") or {})}
+    extra = [value for key, value in values.items() if _EXTRA_HEADS.search(key) and type(value) is int]
+    if found and there > architecture.layer_count + max(extra, default=0):
+        raise ImpossibleJobError(
+            f"the files hold {there} layers, and config.json names {architecture.layer_count}",
+            remedy="take config.json and weights from the same model",
+        )
 
 
 class Checkpoint:
@@ -167,13 +198,19 @@ class Checkpoint:
         return all(torch.finfo(self.dtype(name)).eps <= digits for name in self._names_of_all(architecture))
 
     def require_writers(self, architecture: Architecture) -> None:
-        """Raise UnsupportedArchitectureError unless all residual writers are stored as floating-point tensors."""
+        """Refuse a checkpoint that does not hold all residual writers as floating-point tensors, or more layers.
+
+        Raises:
+            ImpossibleJobError: It has more layers than its configuration names.
+            UnsupportedArchitectureError: A writer is not there.
+        """
         for name in self._names_of_all(architecture):
             dtype = self.entry(name).dtype
             if dtype not in _FLOATS:
                 raise UnsupportedArchitectureError(
                     architecture.model_type, f"tensor {name} is stored as {dtype}; quantised files cannot be edited"
                 )
+        require_declared_layers(self._file_of, architecture, model_config(self.folder))
 
     def digest(self, architecture: Architecture) -> str:
         """Return a hash of all tensors that an edit changes or depends on."""

@@ -17,6 +17,8 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _COPY = "obtain an undamaged copy of the model"
+# By name the type, as safetensors calls it, and the shape of every tensor in a model's files.
+Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def loaded_weights(names: Collection[str], read_index: Callable[[], bytes]) -> frozenset[str]:
@@ -99,6 +101,47 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if missing:
         raise ImpossibleJobError(f"{folder} lacks {missing[0]}, which its index names", remedy="obtain a complete copy")
     return [folder / name for name in wanted]
+
+
+def stored_tensors(folder: Path) -> Headers:
+    """Return the tensors in the files of a folder; none where the files are not all there.
+
+    Raises:
+        ImpossibleJobError: A file is damaged.
+    """
+    try:
+        files = checkpoint_files(folder)
+    except ImpossibleJobError:
+        return {}
+    entries = {name: entry for file in files for name, entry in read_header(file).items()}
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what a safetensors file says of its tensors: of each its dtype, its shape and its data_offsets.
+
+    Raises:
+        ImpossibleJobError: The file is damaged.
+    """
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, path.stat().st_size)))
+        header.pop("__metadata__", None)
+        return {name: _checked(entry) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged_weights(path.name, f"its header cannot be read ({error})") from error
+
+
+def damaged_weights(name: str, why: str) -> ImpossibleJobError:
+    """Return the error for a damaged file of weights."""
+    return ImpossibleJobError(f"{name} is damaged: {why}", remedy=_COPY)
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    """Return a tensor's entry in a header, as it has to be."""
+    start, end = map(int, entry["data_offsets"])
+    return {"dtype": str(entry["dtype"]), "shape": [int(size) for size in entry["shape"]], "data_offsets": [start, end]}
 
 
 def require_complete(folder: Path, names: Collection[str], tensors: Collection[str]) -> None:

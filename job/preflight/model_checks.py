@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job.model.base_card import read_base_card
+from job.model.carried_files import licence_files
 from job.model.config_file import model_config
 from job.model.files import (
     ModelListing,
@@ -18,12 +20,12 @@ from job.model.files import (
     parse_model,
     tensor_shapes,
 )
-from job.model.quantization import METHODS
-from job.model.weight_files import left_aside, require_complete
+from job.model.quantization import METHODS, stale_key
+from job.model.weight_files import Headers, left_aside, require_complete
 from job.preflight.checks import Check, attempt, guarded, size
 from job.preflight.data_checks import DataFindings
 from job.preflight.inputs import PreflightInputs
-from job.preflight.model_facts import ModelFacts, Tensors, model_facts, undone
+from job.preflight.model_facts import ModelFacts, model_facts, undone
 from job.preflight.planning import LINE
 from job.preflight.template_checks import template_checks
 from job.records import ExportFormat
@@ -42,6 +44,21 @@ class ModelFiles:
     source: ModelSource
     listing: ModelListing
     folder: Path
+
+
+@dataclass(frozen=True)
+class ModelHeaders:
+    """What configuration and weight headers say.
+
+    Attributes:
+        config: Contents of config.json.
+        stored: The tensors in the files.
+        facts: What follows for memory and speed.
+    """
+
+    config: dict[str, Any]
+    stored: Headers
+    facts: ModelFacts
 
 
 @dataclass(frozen=True)
@@ -64,13 +81,17 @@ def examine_model(inputs: PreflightInputs, cache: Path | None, data: Callable[[]
     if isinstance(fetched, Check):
         return ModelFindings((fetched,))
     model, line = fetched
-    known, architecture_check = _examine_architecture(inputs, model.folder)
-    facts, weights_check = _examine_weights(inputs, model, known)
+    headers = attempt("model.weights", lambda: _read_headers(inputs, model))
+    stored = {} if isinstance(headers, Check) else headers.stored
+    known, architecture_check = _examine_architecture(inputs, model.folder, stored)
+    facts, weights_check = (
+        (None, headers) if isinstance(headers, Check) else _examine_weights(inputs, model, headers, known)
+    )
     checks = (
         files(model.source, model.listing),
         architecture_check,
         weights_check,
-        licence(model.listing, inputs.settings.upload),
+        licence(model.folder, inputs.settings.upload),
         # Last: it waits for the prompts.
         *guarded("model.tokenizer", lambda: _tokenizer_checks(inputs, model.folder, data)),
     )
@@ -86,11 +107,11 @@ def _fetch(inputs: PreflightInputs, cache: Path | None) -> tuple[ModelFiles, flo
     return ModelFiles(source, listing, folder), line or LINE
 
 
-def _examine_architecture(inputs: PreflightInputs, folder: Path) -> tuple[Architecture | None, Check]:
+def _examine_architecture(inputs: PreflightInputs, folder: Path, stored: Headers) -> tuple[Architecture | None, Check]:
     from job.proof.truth_test import inspect_model
 
     settings = inputs.settings
-    found = attempt("model.architecture", lambda: inspect_model(folder, settings.loading.trust_remote_code))
+    found = attempt("model.architecture", lambda: inspect_model(folder, settings.loading.trust_remote_code, stored))
     if isinstance(found, Check):
         return None, found
     mode, form = settings.ablation.row_normalization, settings.export_format
@@ -98,28 +119,24 @@ def _examine_architecture(inputs: PreflightInputs, folder: Path) -> tuple[Archit
 
 
 def _examine_weights(
-    inputs: PreflightInputs, model: ModelFiles, found: Architecture | None
-) -> tuple[ModelFacts | None, Check]:
-    """Read the weights' headers; facts are known even if residual writers are missing."""
-    read = attempt("model.weights", lambda: _read_headers(inputs, model))
-    if isinstance(read, Check):
-        return None, read
-    config, shapes, facts = read
+    inputs: PreflightInputs, model: ModelFiles, headers: ModelHeaders, found: Architecture | None
+) -> tuple[ModelFacts, Check]:
+    """Compare the stored tensors with the structure; the facts are known even if residual writers are missing."""
+    trusted = inputs.settings.loading.trust_remote_code
 
     def check() -> Check:
         if found is not None:
-            require_writers(found, model.folder, inputs.settings.loading.trust_remote_code, undone(config, shapes))
-        return weights(facts, model.listing, len(shapes))
+            require_writers(found, model.folder, trusted, undone(headers.config, headers.stored))
+        return weights(headers, model.listing)
 
-    return facts, attempt("model.weights", check)
+    return headers.facts, attempt("model.weights", check)
 
 
-def _read_headers(inputs: PreflightInputs, model: ModelFiles) -> tuple[dict[str, Any], Tensors, ModelFacts]:
-    """Return the configuration, the stored tensors, and the model's facts."""
-    shapes = tensor_shapes(model.source, model.listing, inputs.report)
-    require_complete(model.folder, {file.name for file in model.listing.files}, shapes)
+def _read_headers(inputs: PreflightInputs, model: ModelFiles) -> ModelHeaders:
+    stored = tensor_shapes(model.source, model.listing, inputs.report)
+    require_complete(model.folder, {file.name for file in model.listing.files}, stored)
     config = model_config(model.folder)
-    return config, shapes, model_facts(config, shapes)
+    return ModelHeaders(config, stored, model_facts(config, stored))
 
 
 def _tokenizer_checks(inputs: PreflightInputs, folder: Path, data: Callable[[], DataFindings]) -> list[Check]:
@@ -149,15 +166,20 @@ def files(source: ModelSource, listing: ModelListing) -> Check:
     )
 
 
-def weights(facts: ModelFacts, listing: ModelListing, tensors: int) -> Check:
-    """Report the weights' size, and that of dequantised ones."""
+def weights(headers: ModelHeaders, listing: ModelListing) -> Check:
+    """Say how large the weights are, what quantised ones grow to, and that plain ones are called quantised."""
+    facts, tensors = headers.facts, len(headers.stored)
+    stored = size(facts.stored_bytes)
     packed = sum(file.size for file in listing.weights)
+    stale = stale_key(headers.config, headers.stored)
+    plain = f"; they are plain, although config.json has {stale}" if stale else ""
     grown = f" in bfloat16, made of {size(packed)} in {facts.quantisation}" if facts.quantisation in METHODS else ""
     return Check(
         name="model.weights",
-        status="ok",
-        measured=f"{tensors} tensors, {facts.parameters / 1e9:.3g} billion weights, {size(facts.stored_bytes)}{grown}",
+        status="warn" if stale else "ok",
+        measured=f"{tensors} tensors, {facts.parameters / 1e9:.3g} billion weights, {stored}{grown}{plain}",
         needed="safetensors",
+        remedy=f"nothing, if these are the weights that you mean; the export has no {stale}" if stale else "",
     )
 
 
@@ -174,14 +196,19 @@ def architecture(found: Architecture, mode: RowNormalization, form: ExportFormat
     )
 
 
-def require_writers(found: Architecture, folder: Path, trusted: bool, tensors: Tensors) -> None:
-    """Raise ImpossibleJobError unless the files hold all residual writers in the configured sizes."""
+def require_writers(found: Architecture, folder: Path, trusted: bool, tensors: Headers) -> None:
+    """Refuse files that do not hold all residual writers in the sizes that the configuration asks for, or more layers.
+
+    Raises:
+        ImpossibleJobError: They do not.
+    """
     from job.architectures.tiny_model import empty_model
-    from job.model.safetensors_files import require_sizes
+    from job.model.safetensors_files import require_declared_layers, require_sizes
     from job.proof.truth_test import read_config
 
     shapes = {name: shape for name, (_, shape) in tensors.items()}
     require_sizes(shapes, found, empty_model(read_config(folder, trusted)))
+    require_declared_layers(shapes, found, model_config(folder))
 
 
 def tokenizer(loaded: PreTrainedTokenizerBase) -> Check:
@@ -199,24 +226,22 @@ _NAMING = {"llama3": "Llama", "llama4": "Llama"}
 _DUTIES = {"gemma": "its terms ask that its use restrictions go with every derived model"}
 
 
-def licence(listing: ModelListing, targets: Sequence[str]) -> Check:
-    """Report the licence, and known requirements on a derived model and its name."""
-    files = [
-        file.name
-        for file in listing.others
-        if file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
-    ]
-    named = listing.license or (f"see {files[0]}" if files else "not stated")
-    key = (listing.license or "").lower()
+def licence(folder: Path, targets: Sequence[str]) -> Check:
+    """Name the licence, what known ones ask of a derived model and its name, and what the Hub would refuse of it."""
+    card, files = read_base_card(folder), licence_files(folder)
+    named = card.licence or (f"see {files[0]}" if files else "not stated")
+    key = (card.licence or "").lower()
     duty = next((text for start, text in _DUTIES.items() if key.startswith(start)), "")
     wanted = next((name for start, name in _NAMING.items() if key.startswith(start)), "")
     repositories = [target.partition("@")[0].rpartition("/")[2] for target in targets if target.startswith("hf://")]
     if wanted and not (repositories and all(name.lower().startswith(wanted.lower()) for name in repositories)):
         duty = f'its licence asks for "{wanted}" at the beginning of a derived model\'s name'
+    refused = f"; left out of the export's card: {', '.join(card.left_out)}" if card.left_out else ""
+    correction = "the Hub refuses those: correct them in the base model's README.md" if refused else ""
     return Check(
         name="model.licence",
-        status="warn" if duty else "ok",
-        measured=f"licence: {named}",
+        status="warn" if duty or refused else "ok",
+        measured=f"licence: {named}{refused}",
         needed="a licence that allows what is planned",
-        remedy=duty,
+        remedy="; ".join(filter(None, (duty, correction))),
     )

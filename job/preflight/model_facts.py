@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from job.errors import ImpossibleJobError, QuantisedSourceError
-from job.model.quantization import method_named, plain_tensors, quantisation_of
+from job.model.quantization import method_of, plain_tensors, quantisation_of
+from job.model.weight_files import Headers
 from job.records import Record
-
-Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
 _BYTES: dict[str, float] = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -130,9 +129,10 @@ class ModelFacts(Record):
 
 
 # Long: one fact a line.
-def model_facts(config: Mapping[str, Any], tensors: Tensors) -> ModelFacts:
+def model_facts(config: Mapping[str, Any], tensors: Headers) -> ModelFacts:
     """Return a model's facts from config.json and the tensors' types and shapes. Raises ImpossibleJobError."""
     text = _with_usual_names({**config, **config.get("text_config", {})})
+    method = method_of(config, tensors)
     tensors = undone(config, tensors)
     layers, hidden, vocab, heads = _dimensions(text)
     # A tied head that the files hold nevertheless takes no memory of its own.
@@ -161,7 +161,7 @@ def model_facts(config: Mapping[str, Any], tensors: Tensors) -> ModelFacts:
         layer_weights=tuple(groups[str(index)] for index in range(layers)),
         head=groups["head"],
         other=groups["other"],
-        quantisation=method_named(config),
+        quantisation=method,
         largest_tensor=max((math.prod(shape) for _, shape in tensors.values()), default=0),
         stored_bytes=sum(math.ceil(math.prod(shape) * _size(kind)) for kind, shape in tensors.values()),
     )
@@ -180,10 +180,10 @@ def _with_usual_names(text: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def undone(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+def undone(config: Mapping[str, Any], tensors: Headers) -> Headers:
     """Return the tensors dequantised, as loaded and exported, where possible."""
     try:
-        quantisation = quantisation_of(config)
+        quantisation = quantisation_of(config, tensors)
     except QuantisedSourceError:
         return tensors  # the model is refused for it, by the check of its architecture
     if quantisation is None:
@@ -234,7 +234,7 @@ def _size(kind: str) -> float:
         ) from None
 
 
-def _grouped(tensors: Tensors, layers: int, tied: bool) -> dict[str, Weights]:
+def _grouped(tensors: Headers, layers: int, tied: bool) -> dict[str, Weights]:
     """Return the weights of the parts "embedding", "head", "other" and of each layer by number."""
     names = ["embedding", "head", "other", *map(str, range(layers))]
     gathered: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {name: [] for name in names}

@@ -24,7 +24,8 @@ from job.directions.residuals import layer_outputs
 from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.model.config_file import model_config
-from job.model.quantization import quantisation_of
+from job.model.quantization import quantisation_in
+from job.model.weight_files import Headers
 from job.numerics.basis import Basis
 from job.records import COMPONENTS, EditParameters, KernelParameters
 
@@ -192,13 +193,21 @@ def proven(config: PretrainedConfig) -> Architecture:
     return architecture
 
 
-def inspect_model(folder: Path, trusted: bool = False) -> Architecture:
-    """Return the proven structure of an editable model folder, from its configuration alone.
+def inspect_model(folder: Path, trusted: bool = False, stored: Headers | None = None) -> Architecture:
+    """Return the structure of a model that can be edited, from its configuration alone, proven by the truth test.
 
-    Raises ImpossibleJobError without a model, or UnsupportedArchitectureError.
+    Args:
+        folder: Holds the model's config.json.
+        trusted: The model's own code may be run.
+        stored: The tensors in its files, which say whether they are quantised; None: those of the folder.
+
+    Raises:
+        ImpossibleJobError: The folder is not a model.
+        UnsupportedArchitectureError: The model's family cannot be edited completely, or its files are quantised in a
+            way that is not undone.
     """
     config = read_config(folder, trusted)
-    quantisation_of(config.to_dict())
+    quantisation_in(folder, stored)
     architecture = proven(config)
     require_supported(config, architecture)
     return architecture
@@ -221,8 +230,8 @@ def require_supported(config: PretrainedConfig, architecture: Architecture) -> N
         )
 
 
-def inspection(folder: Path, trusted: bool = False) -> dict[str, Any]:
-    """Return the output of `abliterate inspect --json`."""
+def inspection(folder: Path, trusted: bool = False, stored: Headers | None = None) -> dict[str, Any]:
+    """Return what `abliterate inspect --json` prints (`inspect_model`)."""
     config = read_config(folder, trusted)
     found: dict[str, Any] = {
         "supported": False,
@@ -232,7 +241,7 @@ def inspection(folder: Path, trusted: bool = False) -> dict[str, Any]:
         "writers": [],
     }
     try:
-        architecture = inspect_model(folder, trusted)
+        architecture = inspect_model(folder, trusted, stored)
     except UnsupportedArchitectureError as error:
         return {**found, "reason": error.reason}
     writers: list[dict[str, Any]] = [

@@ -10,7 +10,7 @@ from typing import Any
 from job.config.load import default_values, merged
 from job.config.schema import Settings
 from job.data.prompts import PromptSets
-from job.errors import JobError, UsageError
+from job.errors import JobError, MachineError, UsageError
 from job.export.reproduction import (
     Reproduction,
 )
@@ -148,8 +148,14 @@ def _detectors(folder: RunFolder, export: str) -> DetectorReport | None:
 
 
 def trials_so_far(folder: RunFolder) -> list[Trial]:
-    """Return the finished trials, [] for a damaged study, which the search reports."""
+    """Return the finished trials; none of a damaged study, of which the search will tell.
+
+    Raises:
+        MachineError: The study is in use.
+    """
     try:
         return job_trials(folder)
+    except MachineError:
+        raise
     except JobError:
         return []

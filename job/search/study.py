@@ -9,7 +9,7 @@ import json
 import sqlite3
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial
 
 from job.errors import JobError, MachineError
 from job.records import Trial, TrialScores
-from job.storage.study_file import connected
+from job.storage.study_file import WAIT_SECONDS, connected, in_use, is_busy
 from job.system.failpoints import reached
 
 STUDY_NAME = "abliterate"
@@ -35,7 +35,8 @@ def open_study(url: str, name: str) -> optuna.Study:
     with warnings.catch_warnings():
         # Metric names, which optuna-dashboard shows, are marked experimental since Optuna 3.2.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(storage=url, study_name=name, directions=DIRECTIONS, load_if_exists=True)
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": WAIT_SECONDS}})
+        study = optuna.create_study(storage=storage, study_name=name, directions=DIRECTIONS, load_if_exists=True)
         study.set_metric_names(list(METRICS))
     return study
 
@@ -98,11 +99,16 @@ def _contents(models: ModuleType, identifier: Any, trial: FrozenTrial) -> Iterat
 
 
 def read_trials(file: Path) -> list[Trial]:
-    """Read a study's finished trials in number order; [] without a study. Raises JobError if it is damaged."""
+    """Return the finished trials of a study on disk in number order, none if there is no study.
+
+    Raises:
+        JobError: The file is not a study that can be read.
+        MachineError: It is in use.
+    """
     if not file.exists():
         return []
     # Not through SQLAlchemy: it takes half a second to load, and a status command is to read only.
-    with clear_errors(file), closing(connected(file)) as db:
+    with clear_errors(file), connected(file) as db:
         db.execute("BEGIN")  # one moment for all that follows, while a run may be adding trials
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'trial_values'").fetchone():
             return []  # a run is just creating it
@@ -141,6 +147,11 @@ def _is_of_storage(error: Exception) -> bool:
     return isinstance(error, SQLAlchemyError | sqlite3.Error | optuna.exceptions.StorageInternalError)
 
 
+def _is_busy(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it comes from, tells of another process's lock."""
+    return error is not None and (is_busy(error) or _is_busy(error.__cause__))
+
+
 @contextmanager
 def clear_write_errors(file: Path) -> Iterator[None]:
     """Turn storage errors within the block into one clear error about writing a study."""
@@ -149,6 +160,8 @@ def clear_write_errors(file: Path) -> Iterator[None]:
     except Exception as error:
         if not _is_of_storage(error):
             raise
+        if _is_busy(error):
+            raise in_use(file) from error
         what = str(error.__cause__ or error).splitlines()[0]
         raise MachineError(
             f"cannot write the study {file}: {what}",
@@ -161,7 +174,11 @@ def clear_errors(file: Path) -> Iterator[None]:
     """Turn errors within the block into one clear error about opening or reading a study."""
     try:
         yield
+    except JobError:
+        raise
     except Exception as error:
+        if _is_busy(error):
+            raise in_use(file) from error
         # SQLAlchemy, sqlite3 and json raise a dozen types for a file that is damaged or not a database.
         raise JobError(
             f"the study {file} cannot be opened: {str(error).splitlines()[0]}",

@@ -16,7 +16,7 @@ from job.lifecycle.lock import held
 from job.lifecycle.outcome import missed_gate
 from job.lifecycle.running import OpenJob
 from job.lifecycle.start import JobStart
-from job.model.files import fetch_model, list_model, parse_model
+from job.model.files import fetch_model, headers_if_quantised, list_model, parse_model
 from job.model.quantization import quantisation_in
 from job.model.weight_files import WEIGHTS
 from job.records import ExportFormat, Figures, Trial
@@ -132,7 +132,9 @@ def apply(model: str, file: Path, out: Path, events: Events) -> None:
 
     source = parse_model(model)
     listing = list_model(source, None, events.say)
-    quantisation_in(fetch_model(source, listing, events.say, weights=False))  # before the weights are downloaded
+    described = fetch_model(source, listing, events.say, weights=False)
+    # before the weights are downloaded
+    quantisation_in(described, headers_if_quantised(source, listing, described, events.say))
     folder = fetch_model(source, listing, events.say)
     with events.progress("shards", len(list(folder.glob(f"*{WEIGHTS}")))) as advance:
         apply_edit(folder, file, out, advance)

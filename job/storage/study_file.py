@@ -6,32 +6,72 @@ Needs no Optuna, which imports slowly.
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
 from job.errors import JobError, MachineError
 from job.storage.atomic import write_atomically
 from job.system.failpoints import reached
+from job.system.processes import users_of
 
 # The study as it was after the latest batch, for when the disk has spoilt the other.
 BACKUP = ".study.backup.db"
 _DAMAGED = "study.damaged.db"
 # How the event log, which stands beside the study, tells of a finished trial.
 _TOLD = b'"event": "trial"'
+# How long another process may keep the study to itself, as dashboards and copies do for a moment.
+WAIT_SECONDS = 10.0
 
 
-def connected(file: Path) -> sqlite3.Connection:
-    """Open a study for reading; writable to roll back a killed process's transaction."""
-    return sqlite3.connect(f"file:{quote(str(file.resolve()))}?mode=rw", uri=True)
+@contextmanager
+def connected(file: Path) -> Iterator[sqlite3.Connection]:
+    """Yield a connection for reading, that may also take back what a killed process has left half-written.
+
+    Raises:
+        MachineError: Another process keeps the study to itself all the while.
+    """
+    try:
+        address = f"file:{quote(str(file.resolve()))}?mode=rw"
+        with closing(sqlite3.connect(address, uri=True, timeout=WAIT_SECONDS)) as db:
+            yield db
+    except sqlite3.OperationalError as error:
+        if is_busy(error):
+            raise in_use(file) from error
+        raise
+
+
+def is_busy(error: BaseException) -> bool:
+    """Return whether a database could not be used because another process has locked it."""
+    # The first byte of SQLite's codes, whose others say more of the same.
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def in_use(file: Path) -> MachineError:
+    """Return the error for a study that another process keeps to itself."""
+    return MachineError(
+        f"the study {file} is in use by {', '.join(users_of(file)) or 'another process'}",
+        remedy="end or close that, and run the same command again",
+    )
 
 
 def back_up(file: Path, copy: Path, trials: int = 0) -> None:
-    """Copy a consistent state of a study in use, atomically, to a file system that needs no locks.
+    """Copy a study as of one moment, also while it is being written; the copy is whole or not there.
 
-    The study must hold `trials` finished trials. Raises sqlite3.Error, or MachineError with the former copy kept.
+    No database is opened where the copy is: it may be a file system that knows no locks.
+
+    Args:
+        file: The study.
+        copy: The copy, which is replaced.
+        trials: Finished trials that the study must hold.
+
+    Raises:
+        sqlite3.Error: It cannot be read.
+        MachineError: The study is in use, the copy cannot be written, or trials are missing; the former copy is left.
     """
-    with closing(connected(file)) as source, closing(sqlite3.connect(":memory:")) as target:
+    with connected(file) as source, closing(sqlite3.connect(":memory:")) as target:
         source.backup(target)
         if trials and (found := _counted(target)) < trials:
             raise MachineError(
@@ -42,20 +82,32 @@ def back_up(file: Path, copy: Path, trials: int = 0) -> None:
 
 
 def is_sound(file: Path) -> bool:
-    """Return whether a file is an undamaged database."""
+    """Return whether a file is a database that SQLite finds nothing wrong with.
+
+    Raises:
+        MachineError: It is in use.
+    """
     try:
-        with closing(connected(file)) as db:
+        with connected(file) as db:
             return list(db.execute("PRAGMA quick_check")) == [("ok",)]
     except sqlite3.Error:
         return False
 
 
 def count_trials(file: Path, *, checked: bool = False) -> int | None:
-    """Return a study's finished trials, None if missing or damaged; `checked` skips the check."""
+    """Return how many finished trials a study holds; None where it is missing or damaged.
+
+    Args:
+        file: The study.
+        checked: It is known to be sound.
+
+    Raises:
+        MachineError: It is in use.
+    """
     if not file.exists() or not (checked or is_sound(file)):
         return None
     try:
-        with closing(connected(file)) as db:
+        with connected(file) as db:
             return _counted(db)
     except sqlite3.Error:
         return None
@@ -69,7 +121,14 @@ def _counted(db: sqlite3.Connection) -> int:
 
 
 def restore_if_damaged(file: Path) -> str | None:
-    """Restore a damaged study, or one with fewer trials, from its backup; return what was done. Raises JobError."""
+    """Put the latest backup in a damaged study's place and return what was done, None if nothing was.
+
+    Damaged is also a study that holds fewer trials than its backup: trials are only ever added.
+
+    Raises:
+        JobError: It is damaged and there is no sound backup.
+        MachineError: It is in use, and may be sound.
+    """
     backup = file.with_name(BACKUP)
     if not file.exists() and not backup.exists():
         return None

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from job.errors import ImpossibleJobError, JobError, MachineError
+from job.text.credentials import require_clean
 
 T = TypeVar("T")
 
@@ -99,11 +100,39 @@ def quiet_client() -> Iterator[None]:
             enable_progress_bars()
 
 
-def patiently(call: Callable[[], T], what: str, report: Callable[[str], None]) -> T:
-    """Return a Hub call's result after retries; `what` is named in messages.
+def token_source() -> str:
+    """Return the variable or file that the Hub's token comes from."""
+    from huggingface_hub import constants
 
-    Raises ImpossibleJobError if the Hub refuses permanently, or MachineError if it is unreachable.
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    return next((name for name in names if os.environ.get(name)), constants.HF_TOKEN_PATH)
+
+
+def _require_clean_token() -> None:
+    """Refuse a token that the Hub would refuse, or the HTTP library with the token in its words.
+
+    Raises:
+        ImpossibleJobError: It is such a one.
     """
+    from huggingface_hub import constants, get_token
+
+    if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and not is_offline():
+        require_clean(get_token() or "", token_source(), ImpossibleJobError)
+
+
+def patiently(call: Callable[[], T], what: str, report: Callable[[str], None]) -> T:
+    """Return what call returns, trying again where the network or the Hub fails for a while.
+
+    Args:
+        call: Talks to the Hub.
+        what: What it is after, e.g. "dataset allenai/c4", for messages.
+        report: Told of every failure that is tried again.
+
+    Raises:
+        ImpossibleJobError: The Hub says no for good, or the token cannot be one.
+        MachineError: The Hub cannot be reached from here.
+    """
+    _require_clean_token()
     wait = FIRST_WAIT
     for attempt in range(1, TRIES + 1):
         try:

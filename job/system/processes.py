@@ -73,6 +73,20 @@ def _start_time_elsewhere(pid: int) -> float | None:
         return None
 
 
+def users_of(file: Path) -> list[str]:
+    """Return in words which other processes have a file open, as far as this one may see."""
+    users = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and any(
+                Path(opened.path) == file.resolve() for opened in process.open_files()
+            ):
+                users.append(f"process {process.pid} ({process.name()})")
+        except (psutil.Error, OSError):
+            continue  # another user's, or gone
+    return users
+
+
 def process_namespace() -> str:
     """Return the PID namespace, on Linux the container."""
     try:

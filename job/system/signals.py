@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: stop at once where safe, else right after a critical section."""
+"""SIGTERM, SIGINT and SIGHUP: stop at once where that is safe, otherwise right after what must not be cut."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from types import FrameType
 from job.errors import Stopped
 from job.system.lifeline import is_supervised
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _AGAIN_SECONDS = 0.05
 # Time in which a second signal counts as the first, forwarded by a supervisor.
 _SAME_SECONDS = 1.0
 
 
 class StopSignals:
-    """Turns the first SIGTERM or SIGINT into `Stopped`; the second exits at once.
+    """Turns the first signal into `Stopped`; the second leaves the process at once.
 
-    Files are consistent at any instant (SIGKILL may come any time), so `Stopped` may be raised anywhere; `shielded`
-    only keeps short writes whole. Where Python swallows exceptions (finalizers, weak reference callbacks), it is raised
-    again shortly after. `graceful` blocks get time to end by themselves.
+    A terminal that is closed sends SIGHUP more than once, and under `nohup` it is ignored.
+
+    Everything on disk is consistent at any instant (a stronger signal may come at any time), so
+    `Stopped` may be raised anywhere; `shielded` merely keeps short writes in one piece. Where Python
+    swallows what is raised (finalizers, callbacks of weak references), it is raised again a moment later. `graceful`
+    blocks get some time to end by themselves.
     """
 
     def __init__(self) -> None:
@@ -36,7 +39,9 @@ class StopSignals:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Handle the signals within the block, then restore the former handlers."""
-        former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        handled = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+        former = {number: signal.signal(number, self._handle) for number in handled}
         former[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise_again)
         former_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         try:
@@ -93,6 +98,8 @@ class StopSignals:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self._pending:
+            if number == signal.SIGHUP:
+                return
             if is_supervised() and time.monotonic() - self._since < _SAME_SECONDS:
                 return  # one request sent to the process group, and forwarded as well
             os._exit(Stopped.exit_code)

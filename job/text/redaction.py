@@ -8,6 +8,7 @@ HTML or shells, URL-encoded, base64, hexadecimal, UTF-16.
 from __future__ import annotations
 
 import base64
+import errno
 import functools
 import html
 import json
@@ -200,6 +201,19 @@ def _base64(data: bytes) -> Iterator[str]:
             yield found[first:last].translate({ord("+"): "-", ord("/"): "_"})
 
 
+@contextmanager
+def _outlived(stream: TextIO) -> Iterator[None]:
+    """Have all output go nowhere once its terminal is closed: that is no reason to lose a job."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 class _Guarded:
     """A text stream that redacts everything written to it."""
 
@@ -209,8 +223,14 @@ class _Guarded:
     def write(self, text: str) -> int:
         if not isinstance(text, str):
             raise TypeError(f"a text is written here, not {type(text).__name__}")
-        self._stream.write(redact(text))
+        with _outlived(self._stream):
+            self._stream.write(redact(text))
         return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        with _outlived(self._stream):
+            self._stream.flush()
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:

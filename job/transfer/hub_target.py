@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from job.errors import DeliveryError, UsageError
+from job.system.hub_client import token_source
+from job.text.credentials import require_clean
 from job.text.redaction import remember
 
 MAIN = "main"
@@ -70,7 +72,5 @@ def find_token(options: HubOptions) -> str:
     remember(token)
     if not token:
         raise DeliveryError("there is no token for the Hub", remedy="set HF_TOKEN to one that may write there")
-    if re.fullmatch(r"[!-~]+", token) is None:
-        # The HTTP library would refuse it as well, and quote it.
-        raise DeliveryError("the token for the Hub holds spaces or other odd characters", remedy="correct HF_TOKEN")
+    require_clean(token, "the token for the Hub" if options.token else token_source(), DeliveryError)
     return token

@@ -62,19 +62,23 @@ def deliver(
     progress: Callable[[int], None] = lambda _size: None,
     capabilities: S3Capabilities | None = None,
 ) -> Delivery:
-    """Deliver an export under s3://bucket/prefix, its manifest last; another call continues an interrupted one.
+    """Bring an export under s3://bucket/prefix, and its manifest last; a second call continues a broken one.
 
     Args:
         export: Folder of the export with its manifest.json.
         uri: The target.
-        state: Folder of started uploads, created if needed; targets may share it.
-        options: Access and transfer options.
-        progress: Called with arrived bytes, one call at a time from any thread; negative for bytes to resend.
-        capabilities: Result of `probe`; else probed when needed.
+        state: Folder in which begun uploads are noted, made if needed; any number of targets may share it.
+        options: How to reach the server and how to send.
+        progress: Told of bytes that are there, one call at a time but from any thread; together they make the
+            size of all files but the manifest. A negative number takes back what has to be sent again.
+        capabilities: What `probe` has found; found out when needed otherwise.
+
+    Returns:
+        What was done.
 
     Raises:
-        DeliveryError: It failed for good; state and export are kept, and another call continues.
-        UsageError: The target is no S3 target, or the endpoint no URL.
+        DeliveryError: The target failed for good; state and export are kept and a second call continues.
+        UsageError: The target is no S3 target, or the endpoint no URL or one with the bucket.
         JobError: The export has no manifest.
     """
     manifest_bytes = (export / MANIFEST).read_bytes() if (export / MANIFEST).is_file() else b""

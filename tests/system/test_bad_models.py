@@ -8,10 +8,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file, save, save_file
+from transformers import AutoModelForCausalLM
 
+from tests.fakes.hub import LoopbackHub
 from tests.helpers import abliterate, job_arguments, only_job
 
 WRITER = "model.layers.1.mlp.down_proj.weight"
@@ -61,6 +65,31 @@ def with_a_damaged_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": [}')
 
 
+def of_more_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] - 2}))
+
+
+def with_an_undeclared_head(folder: Path) -> None:
+    with_extra_heads(folder, count=2, declared=1)
+
+
+def with_extra_heads(folder: Path, count: int, declared: int) -> dict[str, torch.Tensor]:
+    """Add layers for multi-token prediction behind the others, as DeepSeek's files have them; return their tensors."""
+    file, config = folder / "model.safetensors", folder / "config.json"
+    tensors, described = load_file(file), json.loads(config.read_text())
+    last = described["num_hidden_layers"] - 1
+    heads = {
+        name.replace(f"layers.{last}.", f"layers.{last + number}."): tensor * 2
+        for number in range(1, count + 1)
+        for name, tensor in tensors.items()
+        if f"layers.{last}." in name
+    }
+    save_file({**tensors, **heads}, file, metadata={"format": "pt"})
+    config.write_text(json.dumps({**described, "num_nextn_predict_layers": declared}))
+    return heads
+
+
 def with_an_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "user/base"}')
     save_file({"a": load_file(folder / "model.safetensors")[WRITER]}, folder / "adapter_model.safetensors")
@@ -83,6 +112,8 @@ def of_an_adapter_alone(folder: Path) -> None:
         (pickled, "convert the model with save_pretrained"),
         (without_the_index, "neither model.safetensors nor model.safetensors.index.json"),
         (with_a_damaged_index, "model.safetensors.index.json is damaged"),
+        (of_more_layers, "the files hold 8 layers, and config.json names 6"),
+        (with_an_undeclared_head, "the files hold 10 layers, and config.json names 8"),
         (with_an_adapter, "a LoRA adapter lies in"),
         (of_an_adapter_alone, "its base model is user/base"),
     ],
@@ -99,6 +130,18 @@ def test_a_bad_model_is_refused(spoil: Callable[[Path], None], told: str, organi
         assert "Traceback" not in ended.err
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     assert not list((tmp_path / "runs").glob("*/study.db"))
+
+
+def test_declared_extra_heads_are_kept_untouched(organism: Path, tmp_path: Path) -> None:
+    shutil.copytree(organism / "model", tmp_path / "model")
+    heads = with_extra_heads(tmp_path / "model", count=2, declared=2)
+    assert len(heads) > 10
+    arguments = [tmp_path / "model", *job_arguments(organism)[1:], "--workspace", tmp_path / "runs"]
+    abliterate("preflight", *arguments).check()
+    abliterate("run", *arguments, "--trials", "1", "--set", "startup_trials=1").check()
+    exported = load_file(only_job(tmp_path / "runs") / "export" / "model.safetensors")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in heads.items())
+    assert not torch.equal(exported[WRITER], load_file(tmp_path / "model" / "model.safetensors")[WRITER])
 
 
 def with_a_stale_index(folder: Path) -> None:
@@ -152,6 +195,54 @@ def test_only_the_weights_that_transformers_loads_count(
     kept = [name for name, tensor in own.items() if "o_proj" not in name and "down_proj" not in name]
     assert all(bool((edited[name] == own[name]).all()) for name in kept)
     assert (export / "model.safetensors.index.json").exists() == (add is with_a_consolidated_copy)
+
+
+@pytest.mark.parametrize("described", [{"load_in_4bit": True}, {"quant_method": "fp8"}], ids=["bitsandbytes", "fp8"])
+def test_plain_weights_count_as_such_whatever_config_json_calls_them(
+    described: dict[str, Any], organism: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(organism / "model", tmp_path / "model")
+    file, config = tmp_path / "model" / "model.safetensors", tmp_path / "model" / "config.json"
+    own = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}
+    save_file(own, file, metadata={"format": "pt"})
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "bfloat16"}))
+    plain = json.loads(config.read_text())
+    config.write_text(json.dumps({**plain, "quantization_config": described}))
+    abliterate("inspect", tmp_path / "model").check()
+    arguments = [tmp_path / "model", *job_arguments(organism)[1:], "--workspace", tmp_path / "runs"]
+    checked = abliterate("preflight", *arguments, "--json").check()
+    (weights,) = [check for check in json.loads(checked.out)["checks"] if check["name"] == "model.weights"]
+    assert weights["status"] == "warn"
+    assert "they are plain, although config.json has quantization_config" in weights["measured"]
+    ran = abliterate("run", *arguments, "--trials", "1", "--set", "startup_trials=1").check()
+    assert "although config.json has quantization_config" in ran.err
+    export = only_job(tmp_path / "runs") / "export"
+    assert json.loads((export / "config.json").read_text()) == plain
+    assert "quantised" not in (export / "README.md").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(export).state_dict()
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.bfloat16}
+    assert not torch.equal(loaded[WRITER], own[WRITER])
+    kept = [name for name in own if "o_proj" not in name and "down_proj" not in name]
+    assert all(torch.equal(loaded[name], own[name]) for name in kept)
+
+
+def test_headers_on_the_hub_tell_plain_weights_from_quantised_ones(organism: Path, tmp_path: Path) -> None:
+    plain = {path.name: path.read_bytes() for path in (organism / "model").iterdir()}
+    config = {**json.loads(plain["config.json"]), "quantization_config": {"load_in_4bit": True}}
+    plain["config.json"] = json.dumps(config).encode()
+    tensors = load_file(organism / "model" / "model.safetensors")
+    packed = save({**tensors, WRITER: torch.zeros(100, 1, dtype=torch.uint8)}, metadata={"format": "pt"})
+    with LoopbackHub() as hub:
+        network = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+        hub.add_model("kitchen/plain", plain)
+        hub.add_model("kitchen/packed", {**plain, "model.safetensors": packed})
+        for name, code in (("kitchen/plain", 0), ("kitchen/packed", 3)):
+            words = [name, *job_arguments(organism)[1:], "--workspace", tmp_path / "runs"]
+            for command in (["inspect", name], ["preflight", *words, "--json"]):
+                ended = abliterate(*command, **network)
+                assert ended.code == code, ended.out + ended.err
+                assert ("files quantised with bitsandbytes cannot be edited" in ended.out) == bool(code)
+        assert hub.errors == []
 
 
 def replaced(before: bytes, after: bytes) -> Callable[[bytes], bytes]:

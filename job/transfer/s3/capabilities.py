@@ -80,9 +80,11 @@ class S3Capabilities(Record):
 
 
 def probe(uri: str, options: S3Options | None = None) -> S3Capabilities:
-    """Try everything that a delivery needs, leaving nothing.
+    """Try everything that a delivery needs under a target, and leave nothing behind.
 
-    Raises DeliveryError, naming a permission, or UsageError.
+    Raises:
+        DeliveryError: A delivery cannot succeed; it names the missing permission.
+        UsageError: The target is no S3 target, or the endpoint no URL or one with the bucket.
     """
     options = options or S3Options()
     patience = replace(options, attempts=min(options.attempts, _ATTEMPTS))

@@ -11,8 +11,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from job.errors import UsageError
+from job.errors import DeliveryError, UsageError
 from job.system.failpoints import reached
+from job.text.credentials import require_clean
 from job.text.redaction import redact, remember
 from job.transfer.s3.failures import GivenUpError, TooLargeError, explained, retry_after_s, tries
 from job.transfer.s3.options import S3Options, S3Target
@@ -70,7 +71,12 @@ class S3Client:
     """A bucket with a prefix; thread-safe."""
 
     def __init__(self, target: S3Target, options: S3Options) -> None:
-        """Create a client without connecting. Raises DeliveryError for unusable credentials, profile or endpoint."""
+        """Make a client; nothing is sent yet.
+
+        Raises:
+            DeliveryError: The credentials, the profile or the endpoint are not usable.
+            UsageError: The endpoint is no URL, or names the bucket.
+        """
         self.target = target
         self.options = options
         self._client = _client(target, options)
@@ -132,7 +138,9 @@ class S3Client:
                 if stop.is_set():
                     raise GivenUpError from error
                 if attempt >= tries(method, error, self.options.attempts):
-                    raise explained(method, error, self.target) from error
+                    refused = explained(method, error, self.target)
+                    refused.repeated = attempt > 1
+                    raise refused from error
                 wait = self._wait_s(attempt, error)
             if stop.wait(wait):
                 raise GivenUpError
@@ -192,13 +200,33 @@ def _client(target: S3Target, options: S3Options) -> Any:
             # They may come from a file or a service, where no variable holds them.
             frozen = found.get_frozen_credentials()
             remember(frozen.secret_key, frozen.token)
+            _require_clean(found.method, frozen)
         client = session.client("s3", region_name=options.region, endpoint_url=options.endpoint, config=config)
     except BotoCoreError as error:
         raise explained("", error, target) from error
     except ValueError as error:  # botocore says so about an endpoint that is no URL
         raise UsageError(redact(str(error)), remedy="correct the endpoint, e.g. https://host:9000") from error
+    target.refuse_in(client.meta.endpoint_url)  # wherever boto3 has found it
     client.meta.events.register_last("before-call.s3", _expect_nothing)
     return client
+
+
+def _require_clean(method: str, found: Any) -> None:
+    """Refuse credentials with stray characters: they fail as headers, which looks like a lost line.
+
+    Args:
+        method: What boto3 calls the place where it has found them.
+        found: The credentials.
+
+    Raises:
+        DeliveryError: They hold one.
+    """
+    for name in ("access_key", "secret_key", "token"):
+        variable = {"access_key": "aws_access_key_id", "secret_key": "aws_secret_access_key"}.get(
+            name, "aws_session_token"
+        )
+        source = variable.upper() if method == "env" else f"{variable} ({method})"
+        require_clean(getattr(found, name) or "", source, DeliveryError)
 
 
 def _expect_nothing(params: dict[str, Any], **_: object) -> None:

@@ -55,12 +55,19 @@ _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequ
 
 
 class RefusedError(DeliveryError):
-    """A request failed for good; `code` is "" and `status` 0 without a response."""
+    """A request failed for good.
+
+    Attributes:
+        code: The server's code of the error, "" where there was no answer.
+        status: The HTTP status, 0 where there was no answer.
+        repeated: An earlier try failed, too: the server may have done what it asked for, or may still be at it.
+    """
 
     def __init__(self, what: str, *, remedy: str = "", code: str = "", status: int = 0) -> None:
         super().__init__(what, remedy=remedy)
         self.code = code
         self.status = status
+        self.repeated = False
 
     @property
     def unsupported(self) -> bool:

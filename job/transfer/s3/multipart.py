@@ -30,6 +30,8 @@ from job.transfer.s3.resume_state import UploadState, UploadStates
 
 # How often an upload that the server has lost, or would not complete, is made again.
 _RESTARTS = 3
+# How long a server may take to make an object of its parts: S3 itself speaks of several minutes.
+_COMPLETION_SECONDS = 300.0
 _AGAIN = frozenset({"NoSuchUpload", "ConditionalRequestConflict", "InvalidPart"})
 
 
@@ -237,8 +239,10 @@ class LargeFile:
         except RefusedError as error:
             if error.status not in (404, 409, 412):
                 raise
+            # A server that has taken the parts for an earlier try knows no upload any more, and shows no object yet.
+            seconds = _COMPLETION_SECONDS if error.status == 404 and error.repeated else 0.0
             md5_etags = self._server.md5_part_etags
-            if lasting_difference(self._store, self._key, wanted, md5_etags=md5_etags) is None:
+            if lasting_difference(self._store, self._key, wanted, md5_etags=md5_etags, seconds=seconds) is None:
                 return
             if error.status != 412:
                 raise

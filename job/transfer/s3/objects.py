@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
+import time
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -158,13 +160,29 @@ def difference(remote: RemoteObject | None, wanted: Fingerprint, *, md5_etags: b
     return None if etag in (None, wanted.checksum) else "its MD5 differs"
 
 
-def lasting_difference(store: S3Client, key: str, wanted: Fingerprint, *, md5_etags: bool) -> str | None:
-    """Return how an object differs from a file after repeated checks, or None."""
-    reason: str | None = None
-    for look in range(_LOOKS):
+def lasting_difference(
+    store: S3Client, key: str, wanted: Fingerprint, *, md5_etags: bool, seconds: float = 0.0
+) -> str | None:
+    """Return how the object under a key differs from a file, None if it does not.
+
+    It is looked at again where it does: a cut line tears an answer's headers, and a server may still be at work on a
+    completion whose answer got lost.
+
+    Args:
+        store: Where the object is.
+        key: Its key.
+        wanted: The file's fingerprint.
+        md5_etags: Whether the server's ETags are MD5 digests.
+        seconds: How long the server may be at work on it, at least.
+
+    Raises:
+        RefusedError: The server does not say.
+    """
+    end = time.monotonic() + seconds
+    for look in itertools.count():
         if look:
             store.pause(look)
         reason = difference(look_up(store, key), wanted, md5_etags=md5_etags)
-        if reason is None:
-            break
-    return reason
+        if reason is None or (look + 1 >= _LOOKS and time.monotonic() >= end):
+            return reason
+    raise AssertionError("unreachable")

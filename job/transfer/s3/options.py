@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlparse
@@ -10,6 +11,8 @@ from urllib.parse import urlparse
 from job.errors import UsageError
 
 MIB = 1 << 20
+# Hosts of servers for all buckets of a region, of which some also answer to BUCKET.HOST.
+_SHARED_HOST = re.compile(r"(.*\.)?(s3[.-]|digitaloceanspaces\.|linodeobjects\.|r2\.)")
 # S3 takes parts of 5 MiB to 5 GiB, and 10,000 of them at most.
 SMALLEST_PART_MIB, LARGEST_PART_MIB, MOST_PARTS = 5, 5120, 10_000
 
@@ -71,6 +74,26 @@ class S3Target:
         if parsed.scheme != "s3" or not parsed.netloc or parsed.query:
             raise UsageError(f"{uri} is not an S3 target", remedy="write s3://bucket/prefix")
         return cls(parsed.netloc, parsed.path.strip("/"))
+
+    def refuse_in(self, endpoint: str) -> None:
+        """Refuse an endpoint that names the bucket already, as dashboards show it: requests would name it twice.
+
+        Raises:
+            UsageError: It does.
+        """
+        parsed = urlparse(endpoint)
+        path, _, last = parsed.path.rstrip("/").rpartition("/")
+        host = parsed.netloc.rpartition("@")[2]
+        if last == self.bucket:
+            right = parsed._replace(netloc=host, path=path)
+        elif host.startswith(f"{self.bucket}.") and _SHARED_HOST.match(host.removeprefix(f"{self.bucket}.")):
+            right = parsed._replace(netloc=host.removeprefix(f"{self.bucket}."))
+        else:
+            return
+        raise UsageError(
+            f"the S3 endpoint {parsed._replace(netloc=host).geturl()} names the bucket {self.bucket}, as {self} does",
+            remedy=f"--set s3.endpoint={right.geturl()} (or in AWS_ENDPOINT_URL)",
+        )
 
     def key(self, name: str) -> str:
         """Return the key of an export's file."""

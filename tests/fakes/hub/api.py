@@ -158,6 +158,8 @@ class Api:
             card = front_matter(content)
         except yaml.YAMLError as error:
             return as_json({"errors": [{"message": str(error)}], "warnings": []}, 400)
+        if refused := [{"message": f'"{name}" is not valid'} for name in refused_fields(card or {})]:
+            return as_json({"errors": refused, "warnings": []}, 400)
         warnings = [] if card else [{"message": "empty or missing yaml metadata in repo card"}]
         return as_json({"errors": [], "warnings": warnings})
 
@@ -513,6 +515,17 @@ def front_matter(text: str) -> dict[str, Any] | None:
     match = FRONT_MATTER.match(text)
     card = yaml.safe_load(match[1]) if match else None
     return card if isinstance(card, dict) else None
+
+
+def refused_fields(card: dict[str, Any]) -> list[str]:
+    """Return the fields of a card that the Hub refuses, as far as it is known of it and by the form alone."""
+    forms = {
+        "license": r"[a-z0-9][a-z0-9.+-]*",
+        "license_name": r"[a-z0-9._-]+",
+        "language": r"[a-z]{2,3}|code|multilingual",
+    }
+    given = {name: card[name] if isinstance(card[name], list) else [card[name]] for name in forms if name in card}
+    return [name for name, values in given.items() if not all(re.fullmatch(forms[name], str(v)) and v for v in values)]
 
 
 def card_of(commit: Commit) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from job.export.model_card import model_card
+from job.model.base_card import read_base_card
 from job.numerics.statistics import difference_interval, mean_interval, wilson_interval
 from job.scoring.broken import is_empty_or_repetitive
 from tests.fakes.hub import LoopbackHub
@@ -97,6 +98,36 @@ def test_prompts_are_called_held_out_only_where_they_are(tmp_path: Path) -> None
 )
 def test_the_licence_is_the_base_models(tmp_path: Path, front: str, files: dict[str, str], expected: str) -> None:
     assert expected in ModelCard(model_card(made_from(), base(tmp_path, front, **files))).text
+
+
+@pytest.mark.parametrize(
+    ("front", "kept", "left_out"),
+    [
+        ("language: [en, no]", {"language": ["en"]}, ["language: False"]),
+        ("language: English", {}, ["language: English"]),
+        ("language: [code, nob, multilingual]", {"language": ["code", "nob", "multilingual"]}, []),
+        ("license: Apache 2.0", {}, ["license: Apache 2.0"]),
+        ("license: [mit, apache-2.0, 3]", {"license": ["mit", "apache-2.0"]}, ["license: 3"]),
+        ("license: other\nlicense_name: My Terms", {"license": "other"}, ["license_name: My Terms"]),
+        ("license: mit\nlicense_link: LICENSE.txt", {"license": "mit"}, []),
+        ("license: [unclosed", {}, ["all fields, which cannot be read"]),
+        ("- mit", {}, ["all fields, which cannot be read"]),
+    ],
+)
+def test_what_the_hub_would_refuse_of_the_base_models_card_is_left_out(
+    front: str, kept: dict[str, object], left_out: list[str], tmp_path: Path
+) -> None:
+    folder = base(tmp_path, front, **{"LICENSE.txt": "terms"})
+    found = read_base_card(folder)
+    assert (found.metadata, list(found.left_out)) == (kept, left_out)
+    card = ModelCard(model_card(made_from(), folder))
+    fields = ("license", "license_name", "license_link", "language")
+    assert {name: value for name, value in card.data.to_dict().items() if name in fields} == kept
+    with LoopbackHub() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        card.validate()
+    if front == "license: Apache 2.0":
+        assert "That of the base model: Apache 2.0 ([terms](LICENSE.txt))." in card.text
 
 
 def test_adapters_and_directions_say_what_they_are(tmp_path: Path) -> None:

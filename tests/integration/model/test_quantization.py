@@ -19,7 +19,7 @@ from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, verify_written, write_weights
 from job.model.files import list_model, parse_model, tensor_shapes
 from job.model.loading import load_model
-from job.model.quantization import Quantisation, block_of, plain_tensors, quantisation_in, quantisation_of
+from job.model.quantization import Quantisation, block_of, plain_tensors, quantisation_in, quantisation_of, stale_key
 from job.model.safetensors_files import Checkpoint
 from job.numerics.ablation import edit_weight
 from job.numerics.basis import Basis
@@ -243,13 +243,14 @@ def test_the_refusal_ends_the_commands_before_there_are_weights(tmp_path: Path) 
 
 
 def test_what_config_and_headers_say_has_to_go_together(tmp_path: Path) -> None:
-    assert quantisation_of({}) is None
-    assert quantisation_of({"text_config": {"quantization_config": {"quant_method": "fp8"}}}) == Quantisation("fp8")
+    assert quantisation_of({}, {}) is None
+    nested = {"text_config": {"quantization_config": {"quant_method": "fp8"}}}
+    assert quantisation_of(nested, {}) == Quantisation("fp8")
     four = {"quantization_config": {"quant_method": "fp8", "expert_dtype": "fp4"}}
     with pytest.raises(QuantisedSourceError, match="experts are stored as fp4"):
-        quantisation_of(four)
+        quantisation_of(four, {})
     with pytest.raises(QuantisedSourceError, match="quantised with bitsandbytes"):
-        quantisation_of({"quantization_config": {"load_in_4bit": True}})
+        quantisation_of({"quantization_config": {"load_in_4bit": True}}, {})
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ImpossibleJobError, match="is damaged"):
         quantisation_in(tmp_path)
@@ -268,6 +269,20 @@ def test_what_config_and_headers_say_has_to_go_together(tmp_path: Path) -> None:
     assert [plain.name for plain in plain_tensors(eight, kept)] == ["a.weight", "temperature_scales"]
     assert block_of((192, 64), (2, 1), (128, 128)) == (128, 128)
     assert block_of((192, 64), (192, 1), None) == (1, 64)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "fp8", "mxfp4", "compressed-tensors"])
+def test_files_without_a_quantised_tensor_are_plain_whatever_config_json_says(method: str) -> None:
+    named = {"model_type": "qwen3", "quantization_config": {"quant_method": method}}
+    plain = {"a.weight": ("BF16", (4, 4)), "a.bias": ("F32", (4,)), "a.position_ids": ("I64", (4,))}
+    assert quantisation_of(named, plain) is None
+    assert stale_key(named, plain) == "quantization_config"
+    for dtype in ("U8", "I8", "I32", "F8_E4M3"):
+        assert stale_key(named, {**plain, "b.weight": (dtype, (4, 4))}) is None
+    assert stale_key(named, {}) is None
+    in_use = {"quantization_config": {"quant_method": "bitnet"}}
+    with pytest.raises(QuantisedSourceError, match="quantised with bitnet"):
+        quantisation_of(in_use, plain)
 
 
 def test_quantised_files_are_not_quantised_again(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from job.storage.run_folder import RunFolder
 from job.storage.study_file import BACKUP, count_trials, restore_if_damaged
 from job.transfer.folders import deliver
 from tests.fakes.power import Names, Recorder, compiled
-from tests.helpers import environment
+from tests.helpers import abliterate, environment, job_arguments
 from tests.integration.search.test_optimizer import Runs
 from tests.mirror_places import file_place
 from tests.mirrors import CALM, JOB, Place, add_trial, mirrored, write_folder
@@ -229,6 +229,16 @@ run.record_upload(Upload(target="file:///a", export="x", state="done"))
     ]
     assert seen[0] == {"file:///a": "failed"}
     assert seen[-1] == {"file:///a": "done", "file:///b": "failed"}
+
+
+def test_a_job_runs_and_is_delivered_where_folders_cannot_be_synced(
+    library: Path, organism: Path, tmp_path: Path
+) -> None:
+    words = [*job_arguments(organism), "--workspace", tmp_path / "runs", "--trials", "1", "--set", "startup_trials=1"]
+    words += ["--upload", (tmp_path / "out").as_uri(), "--checkpoint", (tmp_path / "mirror").as_uri()]
+    for command in ("preflight", "run"):
+        abliterate(command, *words, cold=True, LD_PRELOAD=str(library), POWER_FOLDER_ERRNO="22").check()  # EINVAL
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("number", [22, 95])  # EINVAL, ENOTSUP

@@ -407,7 +407,7 @@ def test_a_denied_write_is_one_line_that_says_what_to_do(
     monkeypatch.setenv("HF_TOKEN", "hf_UnknownToAnybody0123456")
     send.fails(export, "(401)", "check HF_TOKEN")
     monkeypatch.setenv("HF_TOKEN", "two words")
-    assert "two words" not in send.fails(export, "odd characters").line
+    assert "two words" not in send.fails(export, "holds a space").line
     monkeypatch.delenv("HF_TOKEN")
     send.fails(export, "there is no token", "set HF_TOKEN")
     (Path(huggingface_hub.constants.HF_TOKEN_PATH)).write_text(f"{SECRET}\n")

@@ -321,6 +321,30 @@ def test_a_completion_whose_answer_is_lost_is_found_done(server: S3Server, tmp_p
     assert server.contents() == _expected(export)
 
 
+def test_a_completion_that_outlasts_the_read_timeout_is_waited_for(server: S3Server, tmp_path: Path) -> None:
+    export = make_export(tmp_path / "export", {"model.safetensors": 12 * MIB})
+    begun: list[float] = []
+
+    def dawdle(request: Request, _environ: dict[str, Any]) -> Answer | None:
+        if request.operation != "complete" or "probe" in request.key:
+            return None
+        begun.append(time.monotonic())
+        if len(begun) > 1:  # what the server has taken for the first is no upload any more
+            return Answer("404 Not Found", "NoSuchUpload")
+        time.sleep(8)  # until then there is no object
+        return None
+
+    server.front.rules.append(dawdle)
+    told: list[int] = []
+    options = _options(server.url, read_timeout_s=1.0)
+    done = deliver(export, URI, tmp_path / "state", options, progress=told.append)
+    assert time.monotonic() - begun[0] > 8
+    assert done.sent_bytes == sum(told) == 12 * MIB
+    parts = [request for request in server.front.requests if request.operation == "part" and "probe" not in request.key]
+    assert len(parts) == 3
+    assert server.contents() == _expected(export)
+
+
 def test_no_reader_ever_sees_a_marker_over_mixed_files(server: S3Server, tmp_path: Path) -> None:
     shared = {"same.json": 500, "changed.json": 700, "model.safetensors": 22 * MIB}
     first = make_export(tmp_path / "first", {**shared, "gone.json": 50})

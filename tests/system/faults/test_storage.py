@@ -7,8 +7,10 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,53 @@ def test_a_backup_is_not_replaced_by_a_study_that_lost_trials(tmp_path: Path) ->
     with pytest.raises(MachineError, match="holds 4 of 8 finished trials"):
         back_up(file, file.with_name(BACKUP), 8)
     assert file.with_name(BACKUP).read_bytes() == kept
+
+
+HOLD = """
+import sqlite3, sys, time
+db = sqlite3.connect(sys.argv[1])
+db.execute("BEGIN EXCLUSIVE")
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@contextmanager
+def held_by_another(study: Path, seconds: float) -> Iterator[int]:
+    """Have another process lock a study; yield its id."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, study, str(seconds)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        try:
+            yield other.pid
+        finally:
+            other.kill()
+
+
+def test_a_study_in_use_is_waited_for_and_never_taken_for_damaged(
+    organism: Path, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "runs", symlinks=True)
+    job = only_job(tmp_path / "runs")
+    words = [
+        *job_arguments(organism),
+        "--workspace",
+        tmp_path / "runs",
+        "--trials",
+        len(stored_trials(tmp_path / "runs")) + 2,
+    ]
+    before = (job / "study.db").read_bytes()
+    with held_by_another(job / "study.db", 300) as other:
+        for command in ("preflight", "run"):
+            ended = abliterate(command, *words)
+            ended.fails(76, f"study.db is in use by process {other} (python")
+            assert "damaged" not in ended.out + ended.err
+    assert (job / "study.db").read_bytes() == before
+    assert not (job / "study.damaged.db").exists()
+    with held_by_another(job / "study.db", 4):
+        ran = abliterate("run", *words).check()
+    assert "damaged" not in ran.err
+    assert len(stored_trials(tmp_path / "runs")) == words[-1]
 
 
 @pytest.fixture
