@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
 class JobError(Exception):
     """A failure with a message for the user instead of a traceback; `remedy` may be ""."""
 
@@ -37,7 +42,8 @@ class UnsupportedArchitectureError(ImpossibleJobError):
     def __init__(self, model_type: str, reason: str) -> None:
         super().__init__(
             f"models of type {model_type!r} are not supported: {reason}",
-            remedy="choose a model of a supported family (`abliterate inspect MODEL` tells)",
+            remedy="choose a model of a supported family (`abliterate inspect MODEL` tells); "
+            "a damaged config.json shows like this, too",
         )
         self.reason = reason
 

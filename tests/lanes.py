@@ -102,6 +102,11 @@ PARTS = {
         ),
         packages=("optuna", "sqlalchemy", "safetensors"),
     ),
+    "fuzz": Part(
+        ("job/preflight/model_checks.py", "job/model/*.py", "job/proof/truth_test.py"),
+        ("tests/mutations.py", "tests/system/test_model_fuzz.py"),
+        _MODELS,
+    ),
     "workers": Part(
         ("job/workers/*.py",),
         (

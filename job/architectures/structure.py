@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from job.architectures.discovery import Found, FoundNorm, WriterSearch, decoder_of, find_layers
 from job.architectures.spec import Architecture, Kind, PostNorm, Writer
 from job.architectures.tensor_names import stored_forms
-from job.architectures.tiny_model import empty_model, first_line, twin_of
-from job.errors import UnsupportedArchitectureError
+from job.architectures.tiny_model import empty_model, twin_of
+from job.errors import UnsupportedArchitectureError, first_line
 from job.generation.batching import BatchingSupport
 from job.generation.probing import probe_batching
 

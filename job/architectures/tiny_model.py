@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from job.errors import UnsupportedArchitectureError
+from job.errors import JobError, UnsupportedArchitectureError, first_line
 
 _WIDTH, _HEADS, _HEAD = 64, 4, 16
 # Names of sizes in configurations, and their values in a twin. Heads times head width equals the stream's width, for
@@ -70,8 +70,6 @@ _ROTARY: dict[str, list[float]] = {
 _SECTIONS = "mrope_section"
 _DEPTHS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"})
 _LARGEST = 300_000_000  # weights; anything not small in a twin would exhaust small machines
-# Errors of transformers for inconsistent configurations.
-_BUILDING = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, AssertionError)
 _MAPPINGS = {
     AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -163,7 +161,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             # A configuration of the model's own code exists only if that may run.
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=_is_own(type(config)))
-    except _BUILDING as error:
+    except Exception as error:  # whatever a family raises of numbers that do not go together
         raise UnsupportedArchitectureError(
             model_type, f"it cannot be built from its configuration ({first_line(error)})"
         ) from error
@@ -195,13 +193,10 @@ def twin_of(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
             twin: PreTrainedModel = build(config, attn_implementation="eager").eval()
             for parameter in twin.parameters():
                 parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    except _BUILDING as error:
+    except JobError:
+        raise
+    except Exception as error:  # as above
         raise UnsupportedArchitectureError(
             model_type, f"no small twin of it can be built ({first_line(error)})"
         ) from error
     return twin
-
-
-def first_line(error: Exception) -> str:
-    """Return an error's message on one line."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

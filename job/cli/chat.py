@@ -18,7 +18,7 @@ from job.lifecycle.running import OpenJob
 from job.model.device_faults import is_out_of_memory
 from job.model.loading import LoadedModel
 from job.model.memory import release_memory
-from job.model.rendering import Rendering, rendered
+from job.model.rendering import Rendering, rendered, token_ids
 from job.records import Trial
 from job.report.front import front_text, job_front
 from job.report.results import job_trials
@@ -185,7 +185,7 @@ class Chat:
         model = self.session.model
         # Dated like the job's prompts; a thinking model may think here.
         texts = rendered(model.tokenizer, [[*begun, *said]], Rendering(model.rendering.date))
-        tokens = self._fitting(model.tokenizer(texts, add_special_tokens=False)["input_ids"][0])
+        tokens = self._fitting(token_ids(model.tokenizer, texts)[0])
         hooks = self._edits.on_every_row(self.session.model.model) if self._edits else nullcontext()
         shown = Shown(self.session.model, None if self.options.as_json else self.out)
         try:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from job.data.prompts import Prompt
 from job.generation.greedy import greedy_answers
 from job.model.loading import LoadedModel
-from job.model.rendering import conversations, switched
+from job.model.rendering import conversations, switched, token_ids
 
 # Opening of a chain of thought, and the empty one.
 THOUGHTS = {
@@ -61,7 +61,7 @@ def _begun(loaded: LoadedModel, tokens: Sequence[int]) -> LoadedModel:
 
 
 def _tokens(loaded: LoadedModel, text: str) -> tuple[int, ...]:
-    return tuple(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+    return tuple(token_ids(loaded.tokenizer, [text])[0]) if text else ()
 
 
 def _text(loaded: LoadedModel, tokens: Sequence[int]) -> str:

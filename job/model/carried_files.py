@@ -12,13 +12,13 @@ from pathlib import Path
 
 from job.model.weight_files import INDEX, SINGLE
 
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
 # Configuration and templates.
 _DESCRIBING = frozenset(
     {
         "config.json",
         "generation_config.json",
-        "chat_template.json",
-        "chat_template.jinja",
+        *TEMPLATES,
         "preprocessor_config.json",
         "processor_config.json",
         "image_processor_config.json",
@@ -28,7 +28,7 @@ _DESCRIBING = frozenset(
     }
 )
 # The tokenizer, by the names that transformers has for its files.
-_TOKENIZER = frozenset(
+TOKENIZER_FILES = frozenset(
     {
         "tokenizer.json",
         "tokenizer_config.json",
@@ -79,7 +79,7 @@ def carried_files(folder: Path, *, code: bool) -> list[Path]:
     if SINGLE in present:
         present.pop(INDEX, None)  # it is of other files, which are not loaded
     modules = _own_code(present) if code else set()
-    names = {name for name in present if name in _DESCRIBING | _TOKENIZER or is_licence(name)} | modules
+    names = {name for name in present if name in _DESCRIBING | TOKENIZER_FILES or is_licence(name)} | modules
     if modules:
         text = "\n".join(present[name].read_text(errors="replace") for name in sorted(modules))
         names |= {name for name in present if Path(name).suffix in _VOCABULARIES and _is_quoted(name, text)}

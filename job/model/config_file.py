@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from job.errors import ImpossibleJobError
+from job.model.user_files import object_of
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # No model has as many layers; building a larger one, even without weights, takes longer than anybody waits.
@@ -21,23 +21,10 @@ def model_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         what = "is not a model folder: it has no config.json" if folder.is_dir() else "does not exist"
         raise ImpossibleJobError(f"{folder} {what}", remedy="give the folder of a model in Hugging Face format")
-    found = _object(folder / CONFIG)
+    found = object_of(folder / CONFIG)
     _refuse_large(found, folder / CONFIG)
     if (folder / GENERATION).is_file():
-        _object(folder / GENERATION)
-    return found
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, in UTF-8 without a mark, as transformers reads it."""
-    try:
-        found = json.loads(file.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ImpossibleJobError(f"{file} is not UTF-8 text", remedy="save it as UTF-8") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ImpossibleJobError(f"{file} is damaged: {error}", remedy="obtain an undamaged copy") from error
-    if not isinstance(found, dict):
-        raise ImpossibleJobError(f"{file} is damaged: it holds no object", remedy="obtain an undamaged copy")
+        object_of(folder / GENERATION)
     return found
 
 

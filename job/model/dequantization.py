@@ -58,6 +58,16 @@ class _Quantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
         return {"dequantize": _Dequantize}
 
 
+def forget_quantisation(config: PretrainedConfig) -> Any:
+    """Remove what a configuration says of quantisation, and return it; None: nothing."""
+    text = config.get_text_config(decoder=True)
+    described = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    for part in (config, text):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return described
+
+
 def plain_loading_config(folder: Path, config: PretrainedConfig, quantization: str) -> PretrainedConfig:
     """Return the configuration with which transformers loads the plain weights that the files hold or stand for.
 
@@ -70,11 +80,7 @@ def plain_loading_config(folder: Path, config: PretrainedConfig, quantization: s
         QuantisedSourceError: The files are quantised in a way that is not undone, or would be quantised again.
     """
     found = quantisation_in(folder)
-    text = config.get_text_config(decoder=True)
-    described = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
-    for part in (config, text):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+    described = forget_quantisation(config)
     if found is None or described is None:
         return config
     if quantization != "none":

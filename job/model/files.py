@@ -11,15 +11,14 @@ from typing import Any, Literal
 from job.errors import ImpossibleJobError, MachineError
 from job.model.config_file import model_config
 from job.model.quantization import is_called_quantised
+from job.model.safetensors_header import read_header
 from job.model.weight_files import (
     ADAPTER,
     INDEX,
     WEIGHTS,
     Headers,
-    damaged_weights,
     loaded_weights,
     read_adapter,
-    read_header,
     refuse_adapter,
     require_loadable,
 )
@@ -309,31 +308,27 @@ def tensor_shapes(source: ModelSource, listing: ModelListing, report: Callable[[
     require_loadable(source.describe(), {file.name for file in listing.files})
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in listing.weights:
-        header = read_header(Path(source.name) / file.name) if source.kind == "folder" else None
-        if header is None:
-            header = _remote_header(source, listing, file, report)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if source.kind == "folder" and file.size < end:  # of a repository, a download's size and hash are verified
-            raise damaged_weights(file.name, f"it has {file.size} bytes, and its header speaks of {end}")
-        found |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        local = source.kind == "folder"
+        found |= _header(Path(source.name) / file.name) if local else _remote_header(source, listing, file, report)
     return found
+
+
+def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (entry.dtype, entry.shape) for name, entry in read_header(path).items()}
 
 
 def _remote_header(
     source: ModelSource, listing: ModelListing, file: ModelFile, report: Callable[[str], None]
-) -> dict[str, Any]:
-    """Return a remote file's header, from the cache or by range requests."""
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return a remote file's tensors, from the cache if it is there and by range requests if not."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     cached = try_to_load_from_cache(source.name, file.name, revision=listing.commit)
     if isinstance(cached, str):
-        return read_header(Path(cached))
+        return _header(Path(cached))
 
     def call() -> Any:
         return HfApi().parse_safetensors_file_metadata(source.name, file.name, revision=listing.commit)
 
     metadata = patiently(call, f"{file.name} of {source.name}", report)
-    return {
-        name: {"dtype": str(info.dtype), "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
-        for name, info in metadata.tensors.items()
-    }
+    return {name: (str(info.dtype), tuple(info.shape)) for name, info in metadata.tensors.items()}

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,14 +33,18 @@ from job.architectures.structure import discover
 from job.architectures.tiny_model import auto_class, empty_model
 from job.config.schema import LoadingSettings
 from job.data.prompts import Prompt
-from job.errors import ImpossibleJobError, MachineError, UsageError
+from job.errors import ImpossibleJobError, JobError, MachineError, UsageError, first_line
 from job.generation.forward import first_logits, input_device
 from job.generation.greedy import greedy_answers
+from job.model.config_file import CONFIG, GENERATION, model_config
 from job.model.dequantization import plain_loading_config
 from job.model.device_faults import is_out_of_memory, out_of_memory
+from job.model.finite_weights import infinite_parameter, require_finite
+from job.model.fit import require_fit, unloadable
 from job.model.memory import keep_freed_memory
 from job.model.placement import spread
-from job.model.rendering import PLAIN, Rendering, conversations, end_of_turn
+from job.model.rendering import PLAIN, Rendering, conversations, end_of_turn, reading_tokenizer, token_ids
+from job.model.user_files import reading
 from job.model.weight_files import checkpoint_files
 from job.records import LARGE_BYTES
 from job.system.tempdirs import scratch
@@ -93,9 +97,9 @@ class LoadedModel:
     def tokenize(self, prompts: Iterable[Prompt]) -> list[list[int]]:
         """Return each prompt's token ids, up to the response. Raises ImpossibleJobError."""
         given, tokens = (self.response_prefix, ()) if self.prefix_tokens is None else ("", self.prefix_tokens)
-        texts = (text + given for text in conversations(self.tokenizer, prompts, self.rendering))
+        texts = [text + given for text in conversations(self.tokenizer, prompts, self.rendering)]
         # The template has written the special tokens already.
-        return [[*self.tokenizer(text, add_special_tokens=False)["input_ids"], *tokens] for text in texts]
+        return [[*ids, *tokens] for ids in token_ids(self.tokenizer, texts)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return a response's text."""
@@ -111,7 +115,7 @@ def load_model(
 ) -> LoadedModel:
     """Load a model in the first working dtype, or only `dtype`. Raises ImpossibleJobError or MachineError."""
     quieten_transformers()
-    checkpoint_files(folder)
+    checkpoint_files(folder)  # refuses what has none
     tokenizer = load_tokenizer(folder, settings.trust_remote_code)
     device = resolve_device(settings.device)
     candidates = [dtype] if dtype else list(dict.fromkeys(settings.dtypes))
@@ -125,8 +129,8 @@ def load_model(
             if device.type == "cpu" and model.get_memory_footprint() < LARGE_BYTES:
                 keep_freed_memory()
             return loaded
-        if candidate in ("auto", "float32") and fault.startswith("weight"):
-            raise ImpossibleJobError(f"{fault} in {folder}", remedy="obtain an undamaged copy of the model")
+        if "not finite" in fault:
+            require_finite(folder)  # they may be finite in the files, and not in this dtype
         report(f"dtype {candidate} does not work: {fault}")
     raise ImpossibleJobError(
         f"{folder} does not generate in any of the dtypes {', '.join(candidates)}",
@@ -141,16 +145,40 @@ def quieten_transformers() -> None:
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
 
+def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
+    """Return the configuration of a model folder, as transformers understands it.
+
+    Args:
+        folder: The folder.
+        trusted: The model's own code may be run.
+
+    Raises:
+        ImpossibleJobError: The folder is not a model, or transformers does not know its family or refuses a value.
+    """
+    model_config(folder)
+    with reading(folder, (CONFIG,), "cannot be used", "the model needs a family that the installed transformers knows"):
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+        except Exception as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ImpossibleJobError(
+                f"{folder} is of a family that needs its own code to be run",
+                remedy="read that code, and if you trust it, --set loading.trust_remote_code=true",
+            ) from error
+    if (folder / GENERATION).is_file():
+        with reading(
+            folder, (GENERATION,), "cannot be used", f"obtain an undamaged copy of {GENERATION}, or delete it"
+        ):
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return config
+
+
 def load_tokenizer(folder: Path, trusted: bool = False) -> PreTrainedTokenizerBase:
     """Return the tokenizer; its own code runs only if trusted. Raises ImpossibleJobError without a chat template."""
-    try:
+    with reading_tokenizer(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
-    except Exception as error:  # tokenizers raises plain ones for a tokenizer.json that it does not know
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ImpossibleJobError(
-            f"{folder} has no usable tokenizer (tokenizer.json, tokenizer_config.json): {first}",
-            remedy="add the tokenizer's files as its maker publishes them",
-        ) from error
+        _try(tokenizer)
     if not tokenizer.chat_template:
         tokenizer.chat_template = _template_beside(folder)
     if not tokenizer.chat_template:
@@ -159,6 +187,21 @@ def load_tokenizer(folder: Path, trusted: bool = False) -> PreTrainedTokenizerBa
             remedy="use the chat or instruct version of the model, or add chat_template.jinja",
         )
     return tokenizer
+
+
+def _try(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Use a tokenizer once, so that what is wrong with its files shows here and not in the midst of a job.
+
+    Raises:
+        TypeError: A special token or the template is no text.
+    """
+    if not all(isinstance(text, str) for text in tokenizer.all_special_tokens):
+        raise TypeError("a special token is no text")
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise TypeError("the chat template is no text")
+    known = {*tokenizer.all_special_ids, tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
+    ids = [*tokenizer(GREETING.user)["input_ids"], *(token for token in known if token is not None)]
+    tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def _template_beside(folder: Path) -> str | None:
@@ -205,7 +248,7 @@ def device_kind(device: torch.device) -> str:
 
 def _load_weights(folder: Path, dtype: str, device: torch.device, settings: LoadingSettings) -> PreTrainedModel:
     trusted = settings.trust_remote_code
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+    config = read_config(folder, trusted)
     auto = auto_class(config) or AutoModelForCausalLM
     # Straight onto the device: by way of the RAM, all weights would have to fit there first.
     places: Any = {"": device} if settings.device_map == "single" else settings.device_map
@@ -227,20 +270,13 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the name
         )
-    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
+    except JobError:
+        raise
+    except Exception as error:  # safetensors, accelerate and families' own code raise what they like
         if is_out_of_memory(error):
             raise out_of_memory(error) from error
-        raise ImpossibleJobError(
-            f"the weights of {folder} cannot be loaded: {str(error).strip().splitlines()[0]}",
-            remedy="obtain an undamaged copy of the model",
-        ) from error
-    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if info.get(problem):
-            raise ImpossibleJobError(
-                f"the weights of {folder} do not fit its configuration "
-                f"({problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]})",
-                remedy="obtain an undamaged copy of the model",
-            )
+        raise unloadable(folder, error) from error
+    require_fit(folder, [file.name for file in checkpoint_files(folder)], info)
     loaded: PreTrainedModel = model
     return loaded
 
@@ -289,12 +325,15 @@ def _quantization(name: str) -> BitsAndBytesConfig | None:
 
 
 def _fault(loaded: LoadedModel) -> str | None:
-    """Return the model's fault in its dtype, None if it generates well."""
-    for name, parameter in loaded.model.named_parameters():
-        if parameter.is_meta:  # on disk: a forward brings it, and shows in its logits
-            continue
-        if not bool(torch.isfinite(parameter).all()):
-            return f"weight {name} has values that are not finite"
+    """Return what is wrong with the model in its dtype, None if a generation goes well.
+
+    Raises:
+        ImpossibleJobError: Weights on disk are not finite.
+    """
+    if any(parameter.is_meta for parameter in loaded.model.parameters()):  # on disk, from where a forward brings it
+        require_finite(loaded.folder)
+    if name := infinite_parameter(loaded.model):
+        return f"weight {name} has values that are not finite"
     prompts = loaded.tokenize([GREETING])
     try:
         if not bool(torch.isfinite(first_logits(loaded.model, prompts)).all()):
@@ -302,5 +341,5 @@ def _fault(loaded: LoadedModel) -> str | None:
         batching = loaded.architecture.batching
         greedy_answers(loaded.model, prompts, limit=2, end_tokens=loaded.end_tokens, batching=batching)
     except RuntimeError as error:
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     return None

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from job.data.prompts import Prompt
-from job.errors import ImpossibleJobError
+from job.errors import ImpossibleJobError, first_line
+from job.model.carried_files import TEMPLATES, TOKENIZER_FILES
 from job.model.chat_template import Messages, render
+from job.model.user_files import reading
 
 # Words that no template writes by itself.
 _QUESTION, _ANSWER, _SYSTEM = "Kettleprobequestion", "Kettleprobeanswer", "Kettleprobesystem"
@@ -107,7 +111,7 @@ def style_of(tokenizer: PreTrainedTokenizerBase, *, system: bool) -> Style:
             return style
         return dataclasses.replace(style, system="user")
     raise refused or ImpossibleJobError(
-        f"the chat template of {tokenizer.name_or_path} leaves the prompt out of what it writes",
+        f"the chat template of {_name_of(tokenizer)} leaves the prompt out of what it writes",
         remedy="use the template of the model's maker, or put another into chat_template.jinja",
     )
 
@@ -142,16 +146,41 @@ def _written(
     try:
         if type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
             variables: Mapping[str, Any] = {**tokenizer.special_tokens_map, **dict(rendering.options)}
-            template, name = tokenizer.get_chat_template(), str(tokenizer.name_or_path)
+            template, name = tokenizer.get_chat_template(), _name_of(tokenizer)
             return render(template, variables, said, name, date=rendering.clock, answer=answer)
         # A way of its own to write conversations is the library's code or trusted code, which is run anyway.
         own, options = tokenizer.apply_chat_template, dict(rendering.options)
         return [str(own(list(one), tokenize=False, add_generation_prompt=answer, **options)) for one in said]
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise ImpossibleJobError(
-            f"the chat template of {tokenizer.name_or_path} refuses a conversation: {error}",
+            f"the chat template of {_name_of(tokenizer)} refuses a conversation: {first_line(error)}",
             remedy="use the template of the model's maker, or put another into chat_template.jinja",
         ) from error
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of texts in which the template has written the special tokens already.
+
+    Raises:
+        ImpossibleJobError: The tokenizer's files know no token for a part of them.
+    """
+    if not texts:
+        return []
+    with reading_tokenizer(Path(str(tokenizer.name_or_path))):
+        return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def reading_tokenizer(folder: Path) -> AbstractContextManager[None]:
+    """Return a block within which whatever a tokenizer raises is a fault of its files (`reading`)."""
+    files = [*sorted(TOKENIZER_FILES, key=lambda name: (not name.startswith("tokenizer"), name)), *TEMPLATES]
+    return reading(folder, files, "has no usable tokenizer", "add the tokenizer's files as its maker publishes them")
+
+
+def _name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return whose chat template a tokenizer's is, with the file where it has one of its own."""
+    folder = Path(str(tokenizer.name_or_path))
+    files = [name for name in TEMPLATES if (folder / name).is_file()]
+    return f"{folder} ({files[0]})" if files else str(folder)
 
 
 def shows_date(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -183,7 +212,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = PLAIN
     if not written or not rest.strip() or _CHANNEL in text:
         return None
     marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
-    for token in tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"]:
+    for token in token_ids(tokenizer, [rest.lstrip()])[0]:
         if token in marks:
             return int(token)
         if str(tokenizer.decode([token])).strip():

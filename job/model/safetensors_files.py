@@ -25,6 +25,7 @@ from job.architectures.tensor_names import Form
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.model.config_file import model_config
 from job.model.quantization import PlainTensor, Quantisation, block_of, plain_tensors, quantisation_in
+from job.model.safetensors_header import TensorEntry, read_header
 from job.model.weight_files import checkpoint_files
 from job.numerics.dequantisation import dequantised_blocks, dequantised_mxfp4
 
@@ -33,16 +34,6 @@ _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, 
 _BLOCK = 1 << 24
 # What configurations call the number of layers for multi-token prediction.
 _EXTRA_HEADS = re.compile(r"nextn|mtp")
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """A tensor in a shard: safetensors type, shape, offset in the file, and bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +71,8 @@ def require_sizes(held: Mapping[str, Sequence[int]], architecture: Architecture,
         # However files turn or divide it.
         if sum(math.prod(held[place]) for place in names) != math.prod(shape):
             raise ImpossibleJobError(
-                f"{names[0]} has the shape {list(held[names[0]])} in the files and should make {name} of {list(shape)}",
+                f"{names[0]} has the shape {list(held[names[0]])} in the files, "
+                f"and config.json asks for {name} of {list(shape)}",
                 remedy="obtain an undamaged copy of the model",
             )
 
@@ -123,7 +115,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         """Read the headers of all files. Raises ImpossibleJobError."""
         self.folder = folder
-        self._stored = {file: _read_header(file) for file in checkpoint_files(folder)}
+        self._stored = {file: read_header(file) for file in checkpoint_files(folder)}
         self._source = {name: file for file, entries in self._stored.items() for name in entries}
         self.quantisation = quantisation_in(folder)
         self._made: dict[str, PlainTensor] = {}
@@ -258,26 +250,6 @@ def _laid_out(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[
     header = struct.pack("<Q", len(described)) + described
     starts = {name: len(header) + offsets[name]["data_offsets"][0] for name in order}
     return header, {name: TensorEntry(*tensors[name][:2], starts[name], tensors[name][2]) for name in order}
-
-
-def _read_header(file: Path) -> dict[str, TensorEntry]:
-    """Return a safetensors file's tensors; a damaged one is refused."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass  # checks the header and that the file has all the bytes that it speaks of
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(length))
-    except Exception as error:  # safetensors raises its own type and several built-in ones
-        raise ImpossibleJobError(
-            f"{file} is damaged: {str(error).splitlines()[0]}", remedy="obtain an undamaged copy of the model"
-        ) from error
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, described in header.items():
-        begin, end = described["data_offsets"]
-        entries[name] = TensorEntry(described["dtype"], tuple(described["shape"]), 8 + length + begin, end - begin)
-    return entries
 
 
 def digest_of(file: Path, entry: TensorEntry) -> bytes:

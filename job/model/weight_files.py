@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from job.errors import ImpossibleJobError
+from job.errors import ImpossibleJobError, first_line
+from job.model.safetensors_header import read_header
 from job.text.decoding import decoded
 
 WEIGHTS = ".safetensors"
@@ -37,10 +38,11 @@ def loaded_weights(names: Collection[str], read_index: Callable[[], bytes]) -> f
 def indexed_tensors(data: bytes) -> dict[str, str]:
     """Return the file of every tensor in an index. Raises ImpossibleJobError if it is damaged or leads outside."""
     try:
-        places = json.loads(decoded(data))["weight_map"]
+        index = json.loads(data.decode("utf-8"))
+        places, _ = index["weight_map"], dict(index["metadata"])  # both of which transformers asks for
         names = set(places.values())
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ImpossibleJobError(f"{INDEX} is damaged: {error}", remedy=_COPY) from error
+        raise ImpossibleJobError(f"{INDEX} is damaged: {first_line(error)}", remedy=_COPY) from error
     if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
         raise ImpossibleJobError(f"{INDEX} names {odd[0]!r}, which is no file of the folder", remedy=_COPY)
     return dict(places)
@@ -99,7 +101,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     wanted = sorted(set(indexed_tensors((folder / INDEX).read_bytes()).values()))
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise ImpossibleJobError(f"{folder} lacks {missing[0]}, which its index names", remedy="obtain a complete copy")
+        raise ImpossibleJobError(f"{folder} lacks {missing[0]}, which {INDEX} names", remedy="obtain a complete copy")
     return [folder / name for name in wanted]
 
 
@@ -113,35 +115,7 @@ def stored_tensors(folder: Path) -> Headers:
         files = checkpoint_files(folder)
     except ImpossibleJobError:
         return {}
-    entries = {name: entry for file in files for name, entry in read_header(file).items()}
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-
-
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Return what a safetensors file says of its tensors: of each its dtype, its shape and its data_offsets.
-
-    Raises:
-        ImpossibleJobError: The file is damaged.
-    """
-    try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, path.stat().st_size)))
-        header.pop("__metadata__", None)
-        return {name: _checked(entry) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged_weights(path.name, f"its header cannot be read ({error})") from error
-
-
-def damaged_weights(name: str, why: str) -> ImpossibleJobError:
-    """Return the error for a damaged file of weights."""
-    return ImpossibleJobError(f"{name} is damaged: {why}", remedy=_COPY)
-
-
-def _checked(entry: Any) -> dict[str, Any]:
-    """Return a tensor's entry in a header, as it has to be."""
-    start, end = map(int, entry["data_offsets"])
-    return {"dtype": str(entry["dtype"]), "shape": [int(size) for size in entry["shape"]], "data_offsets": [start, end]}
+    return {name: (entry.dtype, entry.shape) for file in files for name, entry in read_header(file).items()}
 
 
 def require_complete(folder: Path, names: Collection[str], tensors: Collection[str]) -> None:
@@ -150,11 +124,10 @@ def require_complete(folder: Path, names: Collection[str], tensors: Collection[s
     if SINGLE in names or not index.is_file():
         return
     places = indexed_tensors(index.read_bytes())
-    lacking = sorted({*places.values()} - set(names)) + sorted(places.keys() - set(tensors))
+    lacking = sorted({*places.values()} - set(names))
+    lacking += [f"{name} of {places[name]}" for name in sorted(places.keys() - set(tensors))]
     if lacking:
-        raise ImpossibleJobError(
-            f"the model lacks {lacking[0]}, which its index names", remedy="obtain a complete copy"
-        )
+        raise ImpossibleJobError(f"the model lacks {lacking[0]}, which {INDEX} names", remedy="obtain a complete copy")
 
 
 def left_aside(names: Collection[str], listed: Collection[str]) -> list[str]:

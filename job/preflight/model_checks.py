@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.model.base_card import read_base_card
 from job.model.carried_files import licence_files
-from job.model.config_file import model_config
+from job.model.config_file import CONFIG, model_config
 from job.model.files import (
     ModelListing,
     ModelSource,
@@ -21,6 +21,7 @@ from job.model.files import (
     tensor_shapes,
 )
 from job.model.quantization import METHODS, stale_key
+from job.model.user_files import reading
 from job.model.weight_files import Headers, left_aside, require_complete
 from job.preflight.checks import Check, attempt, guarded, size
 from job.preflight.data_checks import DataFindings
@@ -28,7 +29,7 @@ from job.preflight.inputs import PreflightInputs
 from job.preflight.model_facts import ModelFacts, model_facts, undone
 from job.preflight.planning import LINE
 from job.preflight.template_checks import template_checks
-from job.records import ExportFormat
+from job.records import LARGE_BYTES, ExportFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,12 +122,16 @@ def _examine_architecture(inputs: PreflightInputs, folder: Path, stored: Headers
 def _examine_weights(
     inputs: PreflightInputs, model: ModelFiles, headers: ModelHeaders, found: Architecture | None
 ) -> tuple[ModelFacts, Check]:
-    """Compare the stored tensors with the structure; the facts are known even if residual writers are missing."""
+    """Check the headers, and a small folder's values; the facts are known even if residual writers are missing."""
     trusted = inputs.settings.loading.trust_remote_code
 
     def check() -> Check:
         if found is not None:
-            require_writers(found, model.folder, trusted, undone(headers.config, headers.stored))
+            _require_fitting(model, headers, found, trusted)
+        if model.source.kind == "folder" and sum(file.size for file in model.listing.weights) < LARGE_BYTES:
+            from job.model.finite_weights import require_finite
+
+            require_finite(model.folder)  # larger ones are checked once they are loaded
         return weights(headers, model.listing)
 
     return headers.facts, attempt("model.weights", check)
@@ -136,7 +141,10 @@ def _read_headers(inputs: PreflightInputs, model: ModelFiles) -> ModelHeaders:
     stored = tensor_shapes(model.source, model.listing, inputs.report)
     require_complete(model.folder, {file.name for file in model.listing.files}, stored)
     config = model_config(model.folder)
-    return ModelHeaders(config, stored, model_facts(config, stored))
+    with reading(
+        model.folder, (CONFIG,), "describes no decoder", "choose a causal language model in Hugging Face format"
+    ):
+        return ModelHeaders(config, stored, model_facts(config, stored))
 
 
 def _tokenizer_checks(inputs: PreflightInputs, folder: Path, data: Callable[[], DataFindings]) -> list[Check]:
@@ -196,19 +204,26 @@ def architecture(found: Architecture, mode: RowNormalization, form: ExportFormat
     )
 
 
-def require_writers(found: Architecture, folder: Path, trusted: bool, tensors: Headers) -> None:
-    """Refuse files that do not hold all residual writers in the sizes that the configuration asks for, or more layers.
+def _require_fitting(model: ModelFiles, headers: ModelHeaders, found: Architecture, trusted: bool) -> None:
+    """Refuse files that lack weights of the sizes that the configuration asks for, or hold more layers.
 
     Raises:
-        ImpossibleJobError: They do not.
+        ImpossibleJobError: They do.
     """
     from job.architectures.tiny_model import empty_model
+    from job.model.dequantization import forget_quantisation
+    from job.model.fit import require_fitting_headers
+    from job.model.loading import quieten_transformers, read_config
     from job.model.safetensors_files import require_declared_layers, require_sizes
-    from job.proof.truth_test import read_config
 
-    shapes = {name: shape for name, (_, shape) in tensors.items()}
-    require_sizes(shapes, found, empty_model(read_config(folder, trusted)))
-    require_declared_layers(shapes, found, model_config(folder))
+    tensors = undone(headers.config, headers.stored)
+    shapes, config = {name: shape for name, (_, shape) in tensors.items()}, read_config(model.folder, trusted)
+    if headers.facts.quantisation is None:
+        forget_quantisation(config)  # a stale key
+        quieten_transformers()
+        require_fitting_headers(model.folder, [file.name for file in model.listing.weights], config, shapes)
+    require_sizes(shapes, found, empty_model(config))
+    require_declared_layers(shapes, found, headers.config)
 
 
 def tokenizer(loaded: PreTrainedTokenizerBase) -> Check:

@@ -79,15 +79,15 @@ class Planning:
     def _longest_prompt(self) -> int:
         """Return the longest prompt's tokens; a guess if the tokenizer fails, which has its own check."""
         from job.model.loading import load_tokenizer
-        from job.model.rendering import conversations
+        from job.model.rendering import conversations, token_ids
 
         prompts = self.prompts
         try:
             tokenizer = load_tokenizer(self.folder, self.settings.loading.trust_remote_code)
             texts = conversations(tokenizer, (*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search))
+            return max(map(len, token_ids(tokenizer, texts)))
         except JobError:
             return Workload().prompt_tokens
-        return max(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
 
     def dtype_bytes(self) -> int:
         """Return the size of a number in the type that the settings and the files ask for."""

@@ -46,7 +46,7 @@ def template_checks(
 ) -> list[Check]:
     """Render all prompts within the template's limits, and compare them with the model's. Raises ImpossibleJobError."""
     from job.model.chat_template import MEMORY_BYTES, SECONDS
-    from job.proof.truth_test import read_config
+    from job.model.loading import read_config
 
     begin, config = time.monotonic(), read_config(folder, trusted)
     written = _written(tokenizer, prompts, rendering)
@@ -77,7 +77,7 @@ def _written(
     tokenizer: PreTrainedTokenizerBase, prompts: PromptSets | None, rendering: Rendering
 ) -> list[WrittenPrompt]:
     from job.model.loading import GREETING
-    from job.model.rendering import conversations
+    from job.model.rendering import conversations, token_ids
 
     places = {GREETING: "the greeting"}
     for name in _SETS if prompts is not None else ():
@@ -86,7 +86,7 @@ def _written(
     for number, prompt in enumerate(prompts.capability if prompts is not None else ()):
         places.setdefault(prompt, f"prompt {number} of capability")
     texts = conversations(tokenizer, places, rendering)
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids = token_ids(tokenizer, texts)
     return [
         WrittenPrompt(place, prompt, text, tokens)
         for (prompt, place), text, tokens in zip(places.items(), texts, ids, strict=True)
@@ -96,7 +96,19 @@ def _written(
 def _require_known_tokens(
     written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> None:
-    """Raise ImpossibleJobError for tokens without an embedding."""
+    """Refuse tokens for which the model has no embedding, and prompts that cannot be told apart by theirs.
+
+    Raises:
+        ImpossibleJobError: There are such.
+    """
+    good, bad = (
+        {frozenset(one.tokens) for one in written if one.place.endswith(f" of {name}")} for name in ("good", "bad")
+    )
+    if good and good == bad:
+        raise ImpossibleJobError(
+            "good and bad prompts consist of the same tokens: tokenizer.json does not know their words",
+            remedy="use the tokenizer of the model's maker",
+        )
     size = config.get_text_config().vocab_size
     for one in written:
         if not one.tokens:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from job.architectures.discovery import decoder_of
 from job.architectures.spec import Architecture, Writer, require_editable
@@ -22,8 +22,8 @@ from job.architectures.structure import architecture_of
 from job.architectures.tiny_model import small_twin
 from job.directions.residuals import layer_outputs
 from job.edits.hooks import Intervention
-from job.errors import ImpossibleJobError, UnsupportedArchitectureError
-from job.model.config_file import model_config
+from job.errors import JobError, UnsupportedArchitectureError, first_line
+from job.model.loading import read_config
 from job.model.quantization import quantisation_in
 from job.model.weight_files import Headers
 from job.numerics.basis import Basis
@@ -33,24 +33,6 @@ TOLERANCE = 1e-4
 # Least share that a layer writes along the direction when a writer is omitted: far above rounding.
 _NOTICED = 100 * TOLERANCE
 _ROWS, _TOKENS = 4, 12
-
-
-def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
-    """Return a model folder's configuration; `trusted` runs the model's own code. Raises ImpossibleJobError."""
-    model_config(folder)
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
-    except Exception as error:  # a family's own checks may raise anything
-        if "trust_remote_code" in str(error):
-            raise ImpossibleJobError(
-                f"{folder} is of a family that needs its own code to be run",
-                remedy="read that code, and if you trust it, --set loading.trust_remote_code=true",
-            ) from error
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ImpossibleJobError(
-            f"the configuration of {folder} cannot be used: {first}",
-            remedy="the model needs a family that the installed transformers knows",
-        ) from error
 
 
 def largest_leak(
@@ -208,8 +190,15 @@ def inspect_model(folder: Path, trusted: bool = False, stored: Headers | None = 
     """
     config = read_config(folder, trusted)
     quantisation_in(folder, stored)
-    architecture = proven(config)
-    require_supported(config, architecture)
+    try:
+        architecture = proven(config)
+        require_supported(config, architecture)
+    except JobError:
+        raise
+    except Exception as error:  # whatever a family's own code raises of numbers that do not go together
+        raise UnsupportedArchitectureError(
+            str(config.model_type), f"a small twin of what config.json describes fails ({first_line(error)})"
+        ) from error
     return architecture
 
 

@@ -25,12 +25,21 @@ def truncated(folder: Path) -> None:
     os.truncate(folder / "model.safetensors", 100_000)
 
 
-def without_a_shard(folder: Path) -> None:
-    names = list(load_file(folder / "model.safetensors"))
+def sharded(folder: Path) -> None:
+    """Put the weights into two files with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
     shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    (folder / "model.safetensors").rename(folder / shards[0])
-    places = {name: shards[index % 2] for index, name in enumerate(names)}
+    places = {name: shards[index % 2] for index, name in enumerate(tensors)}
+    for shard in shards:
+        own = {name: tensor for name, tensor in tensors.items() if places[name] == shard}
+        save_file(own, folder / shard, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def without_a_shard(folder: Path) -> None:
+    sharded(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
 
 
 def with_an_empty_promise(folder: Path) -> None:
@@ -142,6 +151,29 @@ def test_declared_extra_heads_are_kept_untouched(organism: Path, tmp_path: Path)
     exported = load_file(only_job(tmp_path / "runs") / "export" / "model.safetensors")
     assert all(torch.equal(exported[name], tensor) for name, tensor in heads.items())
     assert not torch.equal(exported[WRITER], load_file(tmp_path / "model" / "model.safetensors")[WRITER])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("shards", [False, True])
+def test_one_weight_that_is_not_finite_is_named(value: float, shards: bool, organism: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(organism / "model", model)
+    if shards:
+        sharded(model)
+    (file,) = [file for file in model.glob("*.safetensors") if WRITER in load_file(file)]
+    tensors = load_file(file)
+    tensors[WRITER][5, 7] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    told = f"weight {WRITER} in {file} has values that are not finite"
+    arguments = [model, *job_arguments(organism)[1:], "--workspace", tmp_path / "runs"]
+    checked = abliterate("preflight", *arguments, "--json")
+    assert checked.code == 3
+    (failed,) = [check for check in json.loads(checked.out)["checks"] if check["status"] == "fail"]
+    assert (failed["name"], failed["measured"]) == ("model.weights", told)
+    abliterate("run", *arguments).fails(3, told)
+    # As a larger model, whose weights preflight leaves to the loading.
+    abliterate("run", *arguments, "--allow", "model.weights").fails(3, told)
+    assert not list((tmp_path / "runs").rglob("residuals/*.safetensors"))
 
 
 def with_a_stale_index(folder: Path) -> None:

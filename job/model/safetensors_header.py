@@ -1,0 +1,57 @@
+"""The header of a safetensors file: which tensors it holds, and where."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+from job.errors import ImpossibleJobError, first_line
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor stands in a shard.
+
+    Attributes:
+        dtype: Its type as safetensors names it.
+        shape: Its shape.
+        start: Where its bytes begin in the file.
+        size: How many they are.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of a safetensors file by name, checked by the library that will read them.
+
+    Raises:
+        ImpossibleJobError: The file is damaged.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, size)))
+        header.pop("__metadata__", None)
+        entries = {}
+        for name, told in header.items():
+            begin, end = map(int, told["data_offsets"])
+            shape = tuple(int(side) for side in told["shape"])
+            entries[name] = TensorEntry(str(told["dtype"]), shape, 8 + length + begin, end - begin)
+        wanted = max((entry.start + entry.size for entry in entries.values()), default=0)
+        if size < wanted:
+            raise ValueError(f"it has {size} bytes, and its header speaks of {wanted}")
+        with safe_open(file, framework="numpy"):
+            pass  # which checks that the tensors fill the file, each with the bytes that its shape asks for
+    except Exception as error:  # safetensors raises its own type and several built-in ones
+        raise ImpossibleJobError(
+            f"{file} is damaged: {first_line(error)}", remedy="obtain an undamaged copy of the model"
+        ) from error
+    return entries

@@ -1,0 +1,74 @@
+"""What libraries raise while they read a model's files, as one line that names the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from job.errors import ImpossibleJobError, JobError, first_line
+
+_COPY = "obtain an undamaged copy"
+# What Rust raises where it did not expect a value: tokenizers and safetensors are written in it. No module exports it.
+_PANIC = "PanicException"
+
+
+@contextmanager
+def reading(folder: Path, names: Sequence[str], what: str, remedy: str) -> Iterator[None]:
+    """Within the block, refuse a model for whatever a library raises over its files.
+
+    Args:
+        folder: The model's folder.
+        names: The files that are read, as far as they are there. The first that is no text or no JSON is named alone.
+        what: What is wrong with the folder where each of them can be read by itself.
+        remedy: What to do about it.
+
+    Raises:
+        ImpossibleJobError: The library has raised something.
+    """
+    try:
+        yield
+    except JobError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
+        present = [name for name in names if (folder / name).is_file()]
+        for name in present:
+            _require_readable(folder / name)
+        files = ", ".join(present) or f"without {names[0]}"
+        raise ImpossibleJobError(f"{folder} {what} ({files}): {first_line(error)}", remedy=remedy) from error
+
+
+def _require_readable(file: Path) -> None:
+    """Refuse a file whose name says that it is text, or JSON with an object, and that is not."""
+    if file.suffix == ".json":
+        object_of(file)
+    elif file.suffix in (".txt", ".jinja"):
+        _text(file)
+
+
+def object_of(file: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds, in UTF-8 without a mark, as libraries read it.
+
+    Raises:
+        ImpossibleJobError: It is damaged, or holds something else.
+    """
+    try:
+        found = json.loads(_text(file))
+    except (ValueError, RecursionError) as error:
+        raise ImpossibleJobError(f"{file} is damaged: {error}", remedy=_COPY) from error
+    if not isinstance(found, dict):
+        raise ImpossibleJobError(f"{file} is damaged: it holds no object", remedy=_COPY)
+    return found
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ImpossibleJobError(f"{file} is not UTF-8 text", remedy="save it as UTF-8") from error
+    except OSError as error:
+        raise ImpossibleJobError(f"{file} cannot be read: {error.strerror or error}", remedy=_COPY) from error
