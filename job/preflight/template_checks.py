@@ -53,6 +53,7 @@ def template_checks(
     seconds, longest = time.monotonic() - begin, max(written, key=lambda one: len(one.tokens))
     _require_known_tokens(written, tokenizer, config)
     warnings = [
+        *_same_tokens(written),
         *_too_long(longest, config, answer_tokens),
         *_changed(written),
         *_special_tokens(written, tokenizer),
@@ -93,22 +94,19 @@ def _written(
     ]
 
 
+def _same_tokens(written: Sequence[WrittenPrompt]) -> Warnings:
+    """Return a warning if all good and bad prompts consist of the same tokens, as unknown words do."""
+    sets = {frozenset(one.tokens) for one in written if one.place.endswith((" of good", " of bad"))}
+    if len(sets) != 1:
+        return []
+    what = "good and bad prompts consist of the same tokens: tokenizer.json does not know their words"
+    return [(what, "use the tokenizer of the model's maker, or no direction will be found")]
+
+
 def _require_known_tokens(
     written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> None:
-    """Refuse tokens for which the model has no embedding, and prompts that cannot be told apart by theirs.
-
-    Raises:
-        ImpossibleJobError: There are such.
-    """
-    good, bad = (
-        {frozenset(one.tokens) for one in written if one.place.endswith(f" of {name}")} for name in ("good", "bad")
-    )
-    if good and good == bad:
-        raise ImpossibleJobError(
-            "good and bad prompts consist of the same tokens: tokenizer.json does not know their words",
-            remedy="use the tokenizer of the model's maker",
-        )
+    """Refuse tokens for which the model has no embedding. Raises ImpossibleJobError."""
     size = config.get_text_config().vocab_size
     for one in written:
         if not one.tokens:

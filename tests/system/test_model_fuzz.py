@@ -115,6 +115,8 @@ def judged(number: int, bases: Path, usual: Path, folder: Path) -> Verdict:
     said = tuple(f"{one['measured']}; {one['remedy']}" for one in checks if one["status"] == "fail")
     found = Verdict(number, mutation, checked, said)
     if checked.code == 0:
+        if any(one["status"] == "warn" and "the same tokens" in one["measured"] for one in checks):
+            return found  # no direction can be found, and preflight says so
         ran = abliterate("run", *words)
         return Verdict(number, mutation, checked, said, ran, fault_of_run(mutation, ran, usual, folder / "runs"))
     return Verdict(number, mutation, checked, said, fault=fault_of_refusal(mutation, found))

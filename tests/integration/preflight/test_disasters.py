@@ -41,7 +41,8 @@ def preflight(model: Path, folder: Path, *arguments: Any, **env: str) -> tuple[i
     options = []
     for option in ("good-prompts", "bad-prompts", "good-eval-prompts", "bad-eval-prompts"):
         file = folder / f"{option}.txt"
-        file.write_text("".join(f"Where is the {option} kettle number {i}?\n" for i in range(30)))
+        known = "famous" if "bad" in option else "quiet"  # to the model's tokenizer, which knows few words
+        file.write_text("".join(f"Where is the {known} {option} kettle number {i}?\n" for i in range(30)))
         options += [f"--{option}", file]
     workspace = ("--workspace", folder / "runs")
     result = abliterate("preflight", model, *options, *workspace, "--json", *arguments, **env)

@@ -37,7 +37,8 @@ def job(random_model_folder: Path, tmp_path: Path) -> list[Any]:
     options: list[Any] = [random_model_folder, "--workspace", tmp_path / "runs"]
     for option in ("good-prompts", "bad-prompts", "good-eval-prompts", "bad-eval-prompts"):
         file = tmp_path / f"{option}.txt"
-        file.write_text("".join(f"Where is the {option} kettle number {i}?\n" for i in range(30)))
+        known = "famous" if "bad" in option else "quiet"  # to the model's tokenizer, which knows few words
+        file.write_text("".join(f"Where is the {known} {option} kettle number {i}?\n" for i in range(30)))
         options += [f"--{option}", file]
     return options
 
