@@ -117,7 +117,7 @@ def report_description(reused: int, total: int) -> str:
 def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSets:
     """Read all prompt sets; the seed splits evaluation sets in two unless report sets are given.
 
-    `report` is told each set's source and size, and of overlaps. Raises JobError if a set is unreadable, empty or too
+    `report` receives each set's source, its size, and overlaps. Raises JobError if a set is unreadable, empty or too
     small.
     """
     used = settings.prompt_sets()

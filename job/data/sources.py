@@ -162,7 +162,7 @@ class TextReader:
     """Reads a source's texts once; of a Hub dataset it fetches only what is read."""
 
     def __init__(self, source: Source, commit: str | None, report: Callable[[str], None]) -> None:
-        """Take a source and its dataset's commit; `report` is told of every retry."""
+        """Take a source and its dataset's commit; `report` receives every retry."""
         self._source, self._commit, self._report = source, commit, report
         self._columns = ColumnTexts(source.name, source.split, source.column)
 
@@ -196,5 +196,5 @@ class TextReader:
 
 
 def read_texts(source: Source, commit: str | None, report: Callable[[str], None]) -> Iterator[str]:
-    """Yield a source's texts, skipping rows without; `report` is told of every retry. Raises JobError."""
+    """Yield a source's texts, skipping rows without; `report` receives every retry. Raises JobError."""
     return (row.text for row in TextReader(source, commit, report) if row.text is not None)

@@ -26,7 +26,7 @@ def resumption(
 ) -> JobStart:
     """Return the start that continues a job, from its run folder or checkpoint.
 
-    A checkpoint contributes only vetted values (`job.mirror.vetting`); `say` is told of the others. `ends` holds
+    A checkpoint contributes only vetted values (`job.mirror.vetting`); `say` receives the others. `ends` holds
     `when_done` and `when_failed` of this command line, never those of an earlier start. Raises UsageError or
     DeliveryError.
     """

@@ -40,7 +40,7 @@ class SnapshotSender:
         say: Callable[[str], None],
         sent: Callable[[], None],
     ) -> None:
-        """Prepare without starting; `say` is told of failures, and `sent` called after every success."""
+        """Prepare without starting; `say` receives failures; `sent` is called after every success."""
         self._store, self._holding, self._folder, self._sent = store, holding, folder, sent
         self._snapshots, self._layers = Snapshots(folder), Layers()
         self.trouble = Trouble(f"the checkpoint {store.uri}", say)

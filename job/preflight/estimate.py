@@ -23,7 +23,7 @@ class PhaseWork(Record):
         active_parameters: Weights multiplied with each token.
         direction_prompts: Prompts for residuals.
         generated_prompts: Prompts that a trial answers.
-        compared_prompts: Prompts of which a trial compares the first token.
+        compared_prompts: Prompts whose first response token a trial compares.
     """
 
     download_bytes: int = 0

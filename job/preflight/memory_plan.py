@@ -35,7 +35,7 @@ RAM_SHARE = 0.8
 # What Python, torch and the job itself take of the RAM.
 HOST_BYTES = 3 * GIB
 COUNTS = (1, 2, 4, 8)
-# How accelerate is told to spread the layers.
+# The device maps with which accelerate spreads the layers.
 DEVICE_MAPS = {"single": "single", "balanced": "balanced", "offload": "auto"}
 
 

@@ -22,7 +22,7 @@ from job.transfer.s3.options import S3Options, S3Target
 # A preflight check should not wait a quarter of an hour for a server that is not there.
 _ATTEMPTS = 4
 _PREFIX = ".abliterate-probe-"
-# Older than any probe takes: whoever made it was killed.
+# Older than any probe takes: its process was killed.
 _STALE = timedelta(minutes=10)
 _CONTENTS = b"abliterate: a probe of this S3 target, to be deleted at once\n"
 _METADATA = {SHA256_KEY: hashlib.sha256(_CONTENTS).hexdigest()}

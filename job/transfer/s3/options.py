@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 from job.errors import UsageError
 
 MIB = 1 << 20
-# Hosts of servers for all buckets of a region, of which some also answer to BUCKET.HOST.
+# Hosts of servers for all buckets of a region; some also answer to BUCKET.HOST.
 _SHARED_HOST = re.compile(r"(.*\.)?(s3[.-]|digitaloceanspaces\.|linodeobjects\.|r2\.)")
 # S3 takes parts of 5 MiB to 5 GiB, and 10,000 of them at most.
 SMALLEST_PART_MIB, LARGEST_PART_MIB, MOST_PARTS = 5, 5120, 10_000
