@@ -95,9 +95,11 @@ def _written(
 
 
 def _same_tokens(written: Sequence[WrittenPrompt]) -> Warnings:
-    """Return a warning if all good and bad prompts consist of the same tokens, as unknown words do."""
-    sets = {frozenset(one.tokens) for one in written if one.place.endswith((" of good", " of bad"))}
-    if len(sets) != 1:
+    """Return a warning if good and bad prompts consist of the same tokens, as where their words are unknown."""
+    good, bad = (
+        {frozenset(one.tokens) for one in written if one.place.endswith(f" of {kind}")} for kind in ("good", "bad")
+    )
+    if not good or good != bad:
         return []
     what = "good and bad prompts consist of the same tokens: tokenizer.json does not know their words"
     return [(what, "use the tokenizer of the model's maker, or no direction will be found")]
