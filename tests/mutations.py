@@ -194,7 +194,7 @@ def header_of(data: bytes) -> bytes:
 
 
 def of_the_header(change: Change) -> Change:
-    """Change the header of a safetensors file, whose length is told as it is then."""
+    """Change the header of a safetensors file, and its stated length with it."""
 
     def changed(data: bytes, rng: random.Random) -> bytes:
         header = header_of(data)

@@ -62,7 +62,7 @@ _FAMILIES: dict[str, dict[str, int]] = {
     "mamba2": {"num_heads": 8, "head_dim": _HEAD},
     "mistral4": {"qk_nope_head_dim": _HEAD // 2, "qk_rope_head_dim": _HEAD // 2, "qk_head_dim": _HEAD},
 }
-# One entry per pair of a head's rotated entries, as many as in a twin.
+# One entry per pair of a head's rotated entries, for a twin's heads.
 _ROTARY: dict[str, list[float]] = {
     "long_factor": [1.0] * (_HEAD // 2),
     "short_factor": [1.0] * (_HEAD // 2),

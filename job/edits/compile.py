@@ -165,7 +165,7 @@ def compile_edit(writer: PreparedWriter, basis: Basis | DirectionPath, parameter
 def compile_edits(group: WriterGroup, batch: EditBatch) -> WriterEdit:
     """Compile K edits for S writers, with leading dimensions [S, K].
 
-    What all writers share has no S, [K, k, d]; what all edits share is [S, 1, k, d].
+    Tensors shared by all writers have no S, [K, k, d]; those shared by all edits are [S, 1, k, d].
     """
     if batch.coefficients is not None:
         coefficients = _orthonormal_before_norms(batch.coefficients, group.gram)

@@ -55,7 +55,7 @@ class HookTables:
     def of(cls, batches: Sequence[WriterEdit], count: int) -> list[HookTables]:
         """Return the tables of `count` writers from consecutive batches of compiled edits."""
         reads = []
-        for batch in batches:  # repeat what all edits of a batch share
+        for batch in batches:  # repeat the tensors shared by all edits of a batch
             read = batch.output_read
             reads.append(read.expand(*read.shape[:-3], batch.write.shape[-3], -1, -1))
         read = _concatenate(reads, 4).flatten(1, 2).mT.contiguous()

@@ -1,7 +1,7 @@
 """Files of a model folder that an export carries: an allow-list of what loading needs.
 
 A model folder may hold anything: training state, pickled objects, secrets in `.env`. Only known necessary files reach
-whoever receives the export.
+the recipients of the export.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def indexed_tensors(data: bytes) -> dict[str, str]:
     """Return the file of every tensor in an index. Raises ImpossibleJobError if it is damaged or leads outside."""
     try:
         index = json.loads(data.decode("utf-8"))
-        places, _ = index["weight_map"], dict(index["metadata"])  # both of which transformers asks for
+        places, _ = index["weight_map"], dict(index["metadata"])  # transformers requires both
         names = set(places.values())
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ImpossibleJobError(f"{INDEX} is damaged: {first_line(error)}", remedy=_COPY) from error

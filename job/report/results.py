@@ -148,7 +148,7 @@ def _detectors(folder: RunFolder, export: str) -> DetectorReport | None:
 
 
 def trials_so_far(folder: RunFolder) -> list[Trial]:
-    """Return the finished trials; none of a damaged study, of which the search will tell.
+    """Return the finished trials; none of a damaged study, which the search reports.
 
     Raises:
         MachineError: The study is in use.

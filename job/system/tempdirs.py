@@ -39,7 +39,7 @@ def _made(prefix: str) -> tuple[Path, int]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            return folder, lock  # without locks nobody else can lock it either, and leaves it alone
+            return folder, lock  # without locks no other process can lock it, so all leave it alone
         if folder.exists():
             return folder, lock
         os.close(lock)

@@ -1,6 +1,6 @@
 """Workers on a Ray cluster: actors on any number of machines, each with the model loaded once.
 
-The cluster is a running one, or one of this machine that starts and ends with the run. Whoever reaches a cluster's
+The cluster is a running one, or one of this machine that starts and ends with the run. Anyone who reaches a cluster's
 ports can run code on it: it requires a token, and one started here listens on the loopback interface only.
 """
 

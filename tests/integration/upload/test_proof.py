@@ -1,4 +1,4 @@
-"""Whether a target or a mirror still holds its data, checked on servers, some of which have lost data."""
+"""Whether a target or a mirror still holds its data, checked on servers, including ones that lost data."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def in_a_terminal(words: list[str], *, hears: bool) -> tuple[subprocess.Popen[by
 
 
 def read_until_trials(leader: int, workspace: Path, process: subprocess.Popen[bytes]) -> str:
-    """Read what is shown until the first trial is done: a terminal that nobody reads holds the command up."""
+    """Read what is shown until the first trial is done: an unread terminal blocks the command."""
     shown, deadline = b"", time.monotonic() + 180
     while not any('"event": "trial"' in path.read_text() for path in workspace.glob("*/events.jsonl")):
         assert time.monotonic() < deadline, shown.decode(errors="replace")

@@ -22,7 +22,7 @@ from job.stages.model import cpu_threads, share_of_threads
 from tests.helpers import abliterate, environment, job_arguments, only_job, start, stored_trials, wait_until
 from tests.helpers import worker_processes as local_workers
 
-# Six trials per batch, two of which share their forwards; the search does not depend on the number of trials.
+# Six trials per batch, two sharing their forwards; the search does not depend on the number of trials.
 LAYOUT = (*("--set", "trials_per_batch=6", "--set", "batching.trials=2", "--set", "startup_trials=12"), "--trials")
 # More trials than finish before the workers are ready, however long a cluster takes; such a job is stopped.
 ENDLESS = 100_000
