@@ -198,7 +198,7 @@ def scorer(good, bad, rows):
 tuner = Tuner(workspace, record, settings, prompts, loaded, scorer, 4, 1, Events())
 scorer(prompts.good_search[:4], prompts.bad_search[:4], 4)
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + 40_000_000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (taken + 50_000_000, resource.RLIM_INFINITY))
 print(tuner.rows(64))
 """
 
@@ -218,8 +218,8 @@ def test_under_a_real_limit_a_layout_is_found_that_fits(full_organism: Path, tmp
     fitting = {one.rows: one.seconds is not None for one in kept.measured}
     assert fitting[kept.chosen.rows]
     assert not all(fitting.values())
-    # Every size that does not fit is larger than every size that does.
-    assert max(rows for rows, fits in fitting.items() if fits) < min(rows for rows, fits in fitting.items() if not fits)
+    # A larger size may fit where a smaller one did not: the limit counts addresses, and freed memory is in pieces.
+    assert kept.chosen == best_of(kept.measured)
 
 
 def layout(workspace: Path) -> dict[str, object]:
