@@ -1,9 +1,10 @@
 """Trials per second with one worker and with several, for each engine, and an engine's overhead per task.
 
-python -m benchmarks.workers [ORGANISM] [--workers 2] [--rounds 3] [--seconds 20] [--json FILE]
+python -m benchmarks.workers [ORGANISM] [--workers 1 2] [--rounds 3] [--seconds 20] [--json FILE]
 
 Each process computes with one thread. A search is timed from its second batch after all workers are ready. The
-configurations take turns. ORGANISM is a folder made by `abliterate demo-model`; made if absent.
+configurations take turns. After that, each runs a job to its end, and the trials and exports are compared: exits with 1
+on any difference. ORGANISM is a folder made by `abliterate demo-model`; made if absent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,12 @@ from job.workers.executor import Engine, Executor
 from job.workers.local import LocalEngine
 from job.workers.ray_engine import RayEngine
 from tests.fakes.evaluations import Do, Doing
-from tests.helpers import job_arguments, start, wait_until
+from tests.helpers import abliterate, job_arguments, start, wait_until
+from tests.system.workers.test_workers import is_like
 
 # The same search for any number of workers. No search reaches this number of trials.
 LAYOUT = ("trials_per_batch=8", "batching.trials=2", "startup_trials=16")
-ENDLESS = 100_000
+ENDLESS, WHOLE = 100_000, 24
 TASKS = 500
 
 
@@ -51,11 +53,7 @@ class Setup:
 def trials_per_second(organism: Path, setup: Setup, seconds: float) -> float:
     """Return a search's trials per second, measured over `seconds`."""
     with tempfile.TemporaryDirectory() as workspace:
-        options = [word for setting in LAYOUT for word in ("--set", setting)]
-        words = ("run", *job_arguments(organism), "--workspace", workspace, "--trials", ENDLESS, *options)
-        process = start(
-            *words, "--engine", setup.engine, "--workers", setup.workers, OMP_NUM_THREADS=str(setup.workers)
-        )
+        process = start(*words(organism, workspace, setup, ENDLESS), OMP_NUM_THREADS=str(setup.workers))
         try:
             wait_until(lambda: _told(workspace, "worker_started") == setup.workers - 1, process, seconds=300)
             ready = _told(workspace, "trial")
@@ -66,6 +64,25 @@ def trials_per_second(organism: Path, setup: Setup, seconds: float) -> float:
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate()
+
+
+def words(organism: Path, workspace: str | Path, setup: Setup, trials: int) -> list[str]:
+    """Return the command line of a job."""
+    options = [word for setting in LAYOUT for word in ("--set", setting)]
+    engine = ("--engine", setup.engine, "--workers", setup.workers)
+    job = ("run", *job_arguments(organism), "--workspace", workspace, "--trials", trials)
+    return [*map(str, (*job, *options, *engine))]
+
+
+def are_equal(organism: Path, setups: Sequence[Setup]) -> bool:
+    """Return whether a job has the same trials and export in each way, and print it."""
+    folders = [Path(tempfile.mkdtemp()) for _ in setups]
+    for setup, folder in zip(setups, folders, strict=True):
+        abliterate(*words(organism, folder, setup, WHOLE), process=True).check()
+    same = [is_like(folder, folders[0]) for folder in folders]
+    for setup, equal in zip(setups, same, strict=True):
+        print(f"{setup}: trials and export are {'equal' if equal else 'DIFFERENT'}", flush=True)
+    return all(same)
 
 
 def _told(workspace: str, event: str) -> int:
@@ -97,11 +114,11 @@ def engines() -> Iterator[tuple[str, Engine]]:
 def _nothing() -> None: ...
 
 
-def main() -> None:
-    """Measure and print."""
+def main() -> int:
+    """Measure, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("organism", nargs="?", type=Path)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--json", type=Path)
@@ -109,16 +126,16 @@ def main() -> None:
     organism = given.organism or Path(tempfile.mkdtemp()) / "organism"
     if not organism.exists():
         write_organism(organism, arch="llama", size="tiny", seed=0, report=print)
-    setups = [Setup("local", 1), Setup("local", given.workers), Setup("ray", given.workers)]
+    setups = [Setup(engine, workers) for engine in ("local", "ray") for workers in given.workers]
     rates: dict[str, list[float]] = defaultdict(list)
     for _ in range(given.rounds):
         for setup in setups:
             rates[str(setup)].append(trials_per_second(organism, setup, given.seconds))
             print(f"{setup}: {rates[str(setup)][-1]:.2f} trials/s", flush=True)
-    alone = rates[str(setups[0])]
+    first = rates[str(setups[0])]
     for name, found in rates.items():
-        gains = [rate / one for rate, one in zip(found, alone, strict=True)]
-        print(f"{name}: {statistics.median(found):.2f} trials/s, {statistics.median(gains):.2f} times one", gains)
+        gains = [rate / other for rate, other in zip(found, first, strict=True)]
+        print(f"{name}: {statistics.median(found):.2f} trials/s, {statistics.median(gains):.2f} times the first", gains)
     overhead = {name: milliseconds_per_task(engine) for name, engine in engines()}
     print(f"milliseconds a task: {json.dumps(overhead)}")
     if given.json:
@@ -126,7 +143,8 @@ def main() -> None:
             given.json,
             {"machine": machine(torch.device("cpu")), "trials_per_second": rates, "milliseconds_per_task": overhead},
         )
+    return 0 if are_equal(organism, setups) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
