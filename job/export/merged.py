@@ -30,6 +30,7 @@ from job.model.safetensors_files import Checkpoint, Places, digest_of
 from job.model.weight_files import INDEX, WEIGHTS
 from job.numerics.ablation import RowNormalization, WriterEdit, edit_bias, edit_weight
 from job.numerics.basis import Basis, DirectionPath
+from job.numerics.rounding import rounded_along
 from job.records import EditParameters, Manifest, ManifestEntry
 from job.storage.atomic import cannot_write, make_folder, sha256_file, sync_folder, write_atomically, write_record
 from job.storage.exports import CARD, DONE, MANIFEST, REPRODUCE, SUMS
@@ -103,7 +104,8 @@ class StoredWriter:
             matrix = self.matrix(expert)
             if name != self.writer.parameter:
                 return edit_bias(read(), matrix, edit, mode)
-            return self.writer.unmatrix(edit_weight(matrix, edit, mode))
+            weight = edit_weight(matrix, edit, mode)
+            return self.writer.unmatrix(rounded_along(weight, edit.read.to(weight), dtype))
 
         if places.apart or self.writer.kind != "experts" or len(shape) == 1:  # experts may share one bias
             tensor = edited(number, partial(self.checkpoint.tensor, place))

@@ -82,12 +82,14 @@ def test_low_precision_is_rounded_once_from_the_exact_edit(random_model_folder: 
     edit = write(source, tmp_path / "export", "full")
     model = AutoModelForCausalLM.from_pretrained(source)
     from job.numerics.ablation import edit_weight
+    from job.numerics.rounding import rounded_along
 
     name = "model.layers.1.mlp.down_proj.weight"
     direction = edit.basis.select(1.3, 1)[0] @ edit.basis.candidates.double()
     weight = dict(model.named_parameters())[name].detach()
     ablation = plain_edit(direction, torch.tensor([0.7 - 0.35 / 4]))
-    expected = edit_weight(weight, ablation, "full").to(torch.bfloat16)
+    exact = edit_weight(weight, ablation, "full")
+    expected = rounded_along(exact, ablation.read.to(exact), torch.bfloat16)
     assert torch.equal(load_file(tmp_path / "export" / "model.safetensors")[name], expected)
 
 

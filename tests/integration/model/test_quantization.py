@@ -24,6 +24,7 @@ from job.model.safetensors_files import Checkpoint
 from job.numerics.ablation import edit_weight
 from job.numerics.basis import Basis
 from job.numerics.dequantisation import dequantised_blocks, dequantised_mxfp4
+from job.numerics.rounding import rounded_along
 from job.organism.tokenizer import build_tokenizer
 from job.preflight.model_facts import model_facts
 from job.proof.truth_test import TOLERANCE, inspect_model, inspection, largest_leak, leaks, random_direction
@@ -192,8 +193,10 @@ def test_an_edited_weight_is_rounded_once(tmp_path: Path) -> None:
     edit = edit_of(base.model, 0.8, "full")
     write_weights(source.folder, tmp_path / "export", base.architecture, edit, lambda _: None)
     name = "model.layers.1.mlp.down_proj.weight"
-    expected = edit_weight(source.meant[name], plain_edit(edit.basis.directions[1], torch.tensor([0.8])), "full")
-    assert torch.equal(load_file(tmp_path / "export" / "model.safetensors")[name], expected.to(torch.bfloat16))
+    ablation = plain_edit(edit.basis.directions[1], torch.tensor([0.8]))
+    exact = edit_weight(source.meant[name], ablation, "full")
+    expected = rounded_along(exact, ablation.read.to(exact), torch.bfloat16)
+    assert torch.equal(load_file(tmp_path / "export" / "model.safetensors")[name], expected)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT triggers it
