@@ -11,31 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.data.prompts import report_description
-from job.export.reproduction import PromptsRecord, Reproduction
+from job.export.reproduction import Reproduction
 from job.model.base_card import PATH, URL, BaseCard, read_base_card
 from job.model.carried_files import licence_files
 from job.model.quantization import DTYPE, quantisation_in
-from job.numerics.statistics import difference_interval, wilson_interval
+from job.numerics.statistics import difference_interval, interval_text
 from job.records import Component, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
-from job.text.markup import markdown, one_line
+from job.text.markup import markdown, markdown_table, one_line
 from job.text.redaction import redacted
+from job.text.templates import template
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-_WARNING = """\
-> [!WARNING]
-> Safety refusals were deliberately removed from this model. It may comply with harmful requests, and whoever deploys
-> it needs safeguards of their own."""
 _HUB = "https://huggingface.co"
 _LIBRARY: dict[ExportFormat, str | None] = {"merged": "transformers", "adapter": "peft", "directions": None}
-_USES: dict[ExportFormat, str] = {
-    "merged": "",
-    "adapter": "\n\nThis is a LoRA adapter: load the base model and put it on with `peft.PeftModel.from_pretrained`.",
-    "directions": "\n\n`edit.safetensors` holds directions and parameters only; `abliterate apply MODEL "
-    "edit.safetensors OUT`\nmakes the edited model from the base model.",
-}
 # What licences ask to be shown with derived models, by how their names begin.
 _NOTICES = {
     "llama3": "Built with Llama.",
@@ -52,97 +43,27 @@ def model_card(made: Reproduction, source: Path) -> str:
         source: Folder of the base model, whose card names the licence.
     """
     base = read_base_card(source, made.base_model)
-    sections = {
-        "Figures": _figures(made),
-        "What was done": _method(made, source),
-        "Limits": _limits(made),
-        "Licence": _licence(made, base, source),
-        "Reproduction": _reproduction(made),
-    }
-    blocks = [
-        f"---\n{_metadata(made, redacted(base.metadata))}\n---",
-        f"# {markdown(_title(made))}",
-        _WARNING,
-        _opening(made),
-    ]
-    blocks += [f"## {title}\n\n{text}" for title, text in sections.items()]
-    return "\n\n".join(blocks) + "\n"
-
-
-def _opening(made: Reproduction) -> str:
-    named = f" of {_link(made.base_model, f'{_HUB}/{made.base_model}')}" if made.base_model else ""
-    return f"An edit{named} from which this behaviour was removed: {markdown(made.behaviour)}.{_USES[made.format]}"
-
-
-def _figures(made: Reproduction) -> str:
-    return f"""\
-Measured on what is published here, on {_report_prompts(made)}. Intervals are of
-95 %: Wilson's for counts, the percentile bootstrap for the mean.
-
-{figures_table(made.base, made.edited)}
-
-{_changes(made)}"""
-
-
-def _method(made: Reproduction, source: Path) -> str:
-    return f"""\
-The direction that mediates the behaviour in the residual stream was found from two sets of prompts and projected out
-of the weights that write into the stream (Arditi et al. 2024, arXiv:2406.11717). How strongly in which layer was
-searched for with {made.trials} trials, of which this is number {made.trial.number}.
-
-- base model: {_base_model(made)}{_dequantised(source)}
-- removed: {markdown(made.behaviour)}
-- direction: {markdown(made.settings["directions"]["method"])}, {direction_text(made.edit)}
-- norms of the weights that are preserved: {markdown(made.settings["ablation"]["row_normalization"])}
-- computed in {markdown(made.resolution.dtype)}, seed {markdown(made.settings["seed"])}{_prefix(made)}
-
-{strength_table(made.edit)}
-
-{_prompts_table(made.prompts)}"""
-
-
-def _limits(made: Reproduction) -> str:
-    return f"""\
-- Refusals are counted by phrases in answers of up to {markdown(made.settings["scoring"]["answer_tokens"])} tokens: an \
-evasion without them goes unnoticed, and an answer that is no refusal need not be a good one.
-- The figures hold for prompts like those of the sets above; other kinds of requests may still be refused.
-- What the base model knows, gets wrong or is biased to, so does this one."""
-
-
-def _reproduction(made: Reproduction) -> str:
-    return f"""\
-`reproduce.json` holds all settings, commits, versions and hashes. `abliterate run --reproduce reproduce.json` makes
-the same edit again and compares the hashes; model and prompts that lie in local files have to be given as well.
-`sha256sum -c SHA256SUMS` checks the files.
-
-Made with abliteration-job {markdown(made.versions["abliteration-job"])}."""
-
-
-def _report_prompts(made: Reproduction) -> str:
-    return report_description(made.reused_prompts, made.edited.good_prompts + made.edited.bad_prompts)
+    return template("job.export", "model_card.md").render(
+        made=made,
+        metadata=_metadata(made, redacted(base.metadata)),
+        title=_title(made),
+        hub=_HUB,
+        link=_link,
+        report_prompts=report_description(made.reused_prompts, made.edited.good_prompts + made.edited.bad_prompts),
+        figures=markdown_table(figures_rows(made.base, made.edited)),
+        change=_change(made),
+        quantisation=quantisation_in(source),
+        dtype=DTYPE,
+        direction=direction_text(made.edit),
+        strengths=markdown_table(strength_rows(made.edit)),
+        licence=_licence(made, base, source),
+    )
 
 
 def _title(made: Reproduction) -> str:
     if made.base_model is None:
         return "Model with a behaviour removed"
     return f"{one_line(made.base_model.split('/')[-1])}-abliterated"
-
-
-def _base_model(made: Reproduction) -> str:
-    if "repository" in made.model:
-        return f"{markdown(made.model['repository'])} at commit {markdown(made.model['commit'])}"
-    name = markdown(made.base_model or "not named")
-    return f"{name}, sha256 {markdown(made.model['sha256'])} over its files" if "sha256" in made.model else name
-
-
-def _dequantised(source: Path) -> str:
-    found = quantisation_in(source)
-    return f"; its files, quantised with {found.method}, were dequantised to {DTYPE}" if found else ""
-
-
-def _prefix(made: Reproduction) -> str:
-    prefix = made.resolution.response_prefix
-    return f"; answers were made to begin with {markdown(repr(prefix))}" if prefix else ""
 
 
 def direction_text(edit: EditParameters) -> str:
@@ -158,10 +79,11 @@ def direction_text(edit: EditParameters) -> str:
     return f"the direction{'s' if several else ''} of layer {edit.direction_index:.4g} in all layers{shares}"
 
 
-def figures_table(base: Figures, edited: Figures) -> str:
+def figures_rows(base: Figures, edited: Figures) -> list[tuple[str, str, str]]:
     """Return the figures of the base and the edited model side by side, with 95 % intervals."""
     bad, good = base.bad_prompts, base.good_prompts
-    rows = [
+    return [
+        ("", "base model", "edited model"),
         ("refused, of prompts with the behaviour", _count(base.refusals, bad), _count(edited.refusals, bad)),
         ("refused, of prompts without it", _count(base.false_refusals, good), _count(edited.false_refusals, good)),
         (
@@ -176,8 +98,6 @@ def figures_table(base: Figures, edited: Figures) -> str:
             _kl(edited),
         ),
     ]
-    table = [("", "base model", "edited model"), ("---",) * 3, *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
 def kl_positions(figures: Figures) -> str:
@@ -188,8 +108,7 @@ def kl_positions(figures: Figures) -> str:
 
 
 def _count(count: int, n: int) -> str:
-    low, high = wilson_interval(count, n)
-    return f"{count}/{n} ({100 * low:.1f}–{100 * high:.1f} %)"
+    return f"{count}/{n} ({interval_text(count, n)})"
 
 
 def _kl(figures: Figures) -> str:
@@ -198,60 +117,30 @@ def _kl(figures: Figures) -> str:
     return f"{figures.kl or 0:.4g} nats ({figures.kl_interval[0]:.4g}–{figures.kl_interval[1]:.4g})"
 
 
-def _changes(made: Reproduction) -> str:
+def _change(made: Reproduction) -> tuple[float, float, float]:
+    """Return the change of false refusals in percentage points, and the ends of its interval."""
     base, edited = made.base, made.edited
     before, after = (base.false_refusals, base.good_prompts), (edited.false_refusals, edited.good_prompts)
     low, high = difference_interval(before, after)
-    change = 100 * (after[0] / after[1] - before[0] / before[1])
-    return (
-        f"Change of false refusals: {change:+.1f} percentage points ({100 * low:+.1f} to {100 * high:+.1f}). "
-        "Change of capability on benchmarks: not measured."
-    )
+    return 100 * (after[0] / after[1] - before[0] / before[1]), 100 * low, 100 * high
 
 
-def strength_table(edit: EditParameters) -> str:
+def strength_rows(edit: EditParameters) -> list[tuple[str, ...]]:
     """Return the strengths of an edit: its weight kernels, or those by layer in short."""
     if edit.layer_strengths is not None:
-        return _layer_strength_table(edit.layer_strengths)
-    rows = "\n".join(
-        f"| {component} | {kernel.max_weight:.4g} | {kernel.max_weight_position:.4g} "
-        f"| {kernel.min_weight:.4g} | {kernel.min_weight_distance:.4g} |"
-        for component, kernel in edit.kernels.items()
-    )
-    return f"""\
-| component | max_weight | max_weight_position | min_weight | min_weight_distance |
-|---|---|---|---|---|
-{rows}"""
+        return _layer_strength_rows(edit.layer_strengths)
+    fields = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance")
+    rows = [(name, *(f"{getattr(kernel, field):.4g}" for field in fields)) for name, kernel in edit.kernels.items()]
+    return [("component", *fields), *rows]
 
 
-def _layer_strength_table(given: Mapping[Component, LayerStrengths]) -> str:
-    rows = []
+def _layer_strength_rows(given: Mapping[Component, LayerStrengths]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("component", "mean strength", "largest", "in layer")]
     for component, layers in given.items():
         values = [strength for layer in layers for strength in layer]
         strongest = max(range(len(layers)), key=lambda layer: max(layers[layer]))
-        rows.append(f"| {component} | {sum(values) / len(values):.4g} | {max(values):.4g} | {strongest} |")
-    return "\n".join(["| component | mean strength | largest | in layer |", "|---|---|---|---|", *rows])
-
-
-def _prompts_table(prompts: Mapping[str, PromptsRecord]) -> str:
-    lines = ["| prompts | from | number |", "|---|---|---|"]
-    for name, record in prompts.items():
-        lines.append(
-            f"| {markdown(name.removesuffix('_prompts').replace('_', ' '))} | {_origin(record)} | {record.count} |"
-        )
-    return "\n".join(lines)
-
-
-def _origin(record: PromptsRecord) -> str:
-    if "dataset" in record.source:
-        named, commit, split = record.source["dataset"], record.source["commit"], record.taken["split"]
-        return markdown(f"{named} at commit {commit}, split {split}")
-    if "sha256" in record.source:
-        return f"local files with sha256 {markdown(record.source['sha256'])}"
-    return "a dataset that is not named"
-
-
-# --- metadata and licence ---------------------------------------------------------------------------------
+        rows.append((component, f"{sum(values) / len(values):.4g}", f"{max(values):.4g}", f"{strongest}"))
+    return rows
 
 
 def _link(text: str, url: str) -> str:
@@ -308,15 +197,10 @@ def _eval_result(made: Reproduction, kind: str, metric: Any, name: Any, value: A
     )
 
 
-def _licence(made: Reproduction, base: BaseCard, source: Path) -> str:
+def _licence(made: Reproduction, base: BaseCard, source: Path) -> dict[str, Any]:
     name, files = redacted(base.licence), licence_files(source)
     terms = redacted(base.metadata.get("license_link")) or (files[0] if files else None)
     if terms is None and made.base_model:
         terms = f"{_HUB}/{made.base_model}"
-    if name is None and terms is None:
-        return "The base model's files state no licence; whatever holds for the base model holds for this one."
-    text = f"That of the base model: {markdown(name or 'see its terms')}"
-    text += f" ({_link('terms', terms)})." if terms else "."
     notice = next((text for start, text in _NOTICES.items() if str(name or "").lower().startswith(start)), None)
-    listed = f" Its files are included: {markdown(', '.join(files))}." if files and made.format == "merged" else ""
-    return text + listed + (f"\n\n{notice}" if notice else "")
+    return {"name": name, "terms": terms, "files": files, "notice": notice}

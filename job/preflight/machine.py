@@ -11,16 +11,14 @@ from job.preflight.limits import read_cpus, read_memory
 from job.preflight.readings import DriverReading, GpuReading, MachineReading
 
 
-def read_machine(
-    *, torch_architectures: bool = False, cuda_library: str = cuda.LIBRARY, nvml_library: str = nvml.LIBRARY
-) -> MachineReading:
+def read_machine(*, torch_architectures: bool = False, cuda_library: str = cuda.LIBRARY) -> MachineReading:
     """Return this machine's hardware and free resources; `torch_architectures` imports torch."""
     reading = cuda.read_cuda(cuda_library)
     gpus = []
-    with nvml.open_nvml(nvml_library) as session:
-        version = session.driver_version() if session else None
+    with nvml.nvml_session():
+        version = nvml.driver_version()
         for index, device in enumerate(reading.devices):
-            found = (session.device(device.uuid) if session else None) or nvml.NvmlDevice()
+            found = nvml.read_device(device.uuid)
             free = found.free_bytes
             if free is None:
                 free = cuda.free_bytes(index, cuda_library)

@@ -1,51 +1,24 @@
-"""NVIDIA's management library through ctypes: free memory and its holders, ECC errors, MIG, driver version.
+"""NVIDIA's management library: free memory and its holders, ECC errors, MIG, driver version.
 
-Unanswered queries are None. Source: NVML API reference.
+A query without an answer is None: there is no driver, it is too old, or the device does not support the query.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ctypes import Structure, byref, c_char, c_uint, c_ulonglong, c_void_p
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pynvml
 
 from job.preflight.readings import Holder
 from job.records import Record
 
-LIBRARY = "libnvidia-ml.so.1"
-_TOO_SMALL = 7
-_UNKNOWN = (1 << 64) - 1
-_UNCORRECTED, _SINCE_LOADED = 1, 0
 # Inode of the machine's first process namespace (include/linux/proc_ns.h): only there are NVML's ids ours.
 _FIRST_NAMESPACE = 0xEFFFFFFC
-
-
-class _Memory(Structure):
-    _fields_ = [("total", c_ulonglong), ("free", c_ulonglong), ("used", c_ulonglong)]
-
-
-class _MemoryV2(Structure):
-    _fields_ = [
-        ("version", c_uint),
-        ("total", c_ulonglong),
-        ("reserved", c_ulonglong),
-        ("free", c_ulonglong),
-        ("used", c_ulonglong),
-    ]
-
-
-class _Process(Structure):
-    _fields_ = [
-        ("pid", c_uint),
-        ("used", c_ulonglong),
-        ("gpu_instance", c_uint),
-        ("compute_instance", c_uint),
-    ]
 
 
 class NvmlDevice(Record):
@@ -64,99 +37,67 @@ class NvmlDevice(Record):
     holders: tuple[Holder, ...] = ()
 
 
-class Nvml:
-    """An open session of `open_nvml`."""
+@contextmanager
+def nvml_session() -> Iterator[None]:
+    """Open NVML for the block; every query in it is None if NVML is unavailable."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        _ask(pynvml.nvmlShutdown)
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
 
-    def driver_version(self) -> str | None:
-        """Return the driver's version, e.g. "570.124.06"."""
-        text = (c_char * 96)()
-        return text.value.decode() if self._ask("nvmlSystemGetDriverVersion", text, c_uint(96)) else None
+def driver_version() -> str | None:
+    """Return the driver's version, e.g. "570.124.06"."""
+    version: str | None = _ask(pynvml.nvmlSystemGetDriverVersion)
+    return version
 
-    def device(self, uuid: str) -> NvmlDevice | None:
-        """Return a device's or MIG slice's data by UUID, None if unknown."""
-        handle = c_void_p()
-        for prefix in ("GPU-", "MIG-"):
-            if self._ask("nvmlDeviceGetHandleByUUID", f"{prefix}{uuid}".encode(), byref(handle)):
-                total, free = self._memory(handle)
-                return NvmlDevice(
-                    total_bytes=total,
-                    free_bytes=free,
-                    ecc_uncorrected=self._ecc(handle),
-                    mig=prefix == "MIG-" or self._mig(handle),
-                    holders=self._holders(handle),
-                )
+
+def read_device(uuid: str) -> NvmlDevice:
+    """Return a device's or MIG slice's data by UUID."""
+    for prefix in ("GPU-", "MIG-"):
+        handle = _ask(pynvml.nvmlDeviceGetHandleByUUID, f"{prefix}{uuid}")
+        if handle is not None:
+            total, free = _memory(handle)
+            uncorrected = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+            mode = _ask(pynvml.nvmlDeviceGetMigMode, handle)
+            return NvmlDevice(
+                total_bytes=total,
+                free_bytes=free,
+                ecc_uncorrected=_ask(pynvml.nvmlDeviceGetTotalEccErrors, handle, *uncorrected),
+                mig=prefix == "MIG-" or (mode is not None and mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE),
+                holders=_holders(handle),
+            )
+    return NvmlDevice()
+
+
+def _ask(query: Callable[..., Any], *arguments: object) -> Any:
+    try:
+        return query(*arguments)
+    except pynvml.NVMLError:
         return None
 
-    def _ask(self, name: str, *arguments: object) -> bool:
-        """Return whether a function exists and succeeds."""
-        function = getattr(self._library, name, None)
-        return function is not None and function(*arguments) == 0
 
-    def _memory(self, handle: c_void_p) -> tuple[int | None, int | None]:
-        # The first version counts what the driver reserves as used, the second tells it apart.
-        new = _MemoryV2(version=ctypes.sizeof(_MemoryV2) | 2 << 24)
-        if self._ask("nvmlDeviceGetMemoryInfo_v2", handle, byref(new)):
-            return int(new.total - new.reserved), int(new.free)
-        old = _Memory()
-        if self._ask("nvmlDeviceGetMemoryInfo", handle, byref(old)):
-            return int(old.total), int(old.free)
-        return None, None
-
-    def _ecc(self, handle: c_void_p) -> int | None:
-        count = c_ulonglong()
-        kinds = c_uint(_UNCORRECTED), c_uint(_SINCE_LOADED)
-        return int(count.value) if self._ask("nvmlDeviceGetTotalEccErrors", handle, *kinds, byref(count)) else None
-
-    def _mig(self, handle: c_void_p) -> bool:
-        current, pending = c_uint(), c_uint()
-        return self._ask("nvmlDeviceGetMigMode", handle, byref(current), byref(pending)) and current.value == 1
-
-    def _holders(self, handle: c_void_p) -> tuple[Holder, ...]:
-        found: dict[int, Holder] = {}
-        for name in ("nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetGraphicsRunningProcesses_v3"):
-            for process in self._processes(name, handle):
-                # One that computes and draws is in both lists.
-                found[process.pid] = _holder(process.pid, process.used)
-        return tuple(found.values())
-
-    def _processes(self, name: str, handle: c_void_p) -> list[_Process]:
-        function = getattr(self._library, name, None)
-        if function is None:
-            return []
-        count = c_uint(64)
-        buffer = (_Process * count.value)()
-        status = function(handle, byref(count), buffer)
-        if status == _TOO_SMALL:
-            # Some may have come since it counted them.
-            count = c_uint(count.value * 2)
-            buffer = (_Process * count.value)()
-            status = function(handle, byref(count), buffer)
-        return list(buffer[: count.value]) if status == 0 else []
+def _memory(handle: Any) -> tuple[int | None, int | None]:
+    # The first version counts the driver's reserve as used, the second separately.
+    if new := _ask(pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2):
+        return new.total - new.reserved, new.free
+    old = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    return (old.total, old.free) if old else (None, None)
 
 
-@contextmanager
-def open_nvml(library: str = LIBRARY) -> Iterator[Nvml | None]:
-    """Open NVML for the block; None if unavailable."""
-    try:
-        loaded = ctypes.CDLL(library)
-        started = loaded.nvmlInit_v2() == 0
-    except (OSError, AttributeError):
-        # No driver, or a library of that name that is none.
-        yield None
-        return
-    if not started:
-        yield None
-        return
-    try:
-        yield Nvml(loaded)
-    finally:
-        loaded.nvmlShutdown()
+def _holders(handle: Any) -> tuple[Holder, ...]:
+    queries = pynvml.nvmlDeviceGetComputeRunningProcesses_v3, pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3
+    # By process: one that computes and draws is in both lists.
+    used = {process.pid: process.usedGpuMemory for query in queries for process in _ask(query, handle) or ()}
+    return tuple(_holder(*one) for one in used.items())
 
 
-def _holder(pid: int, used: int) -> Holder:
+def _holder(pid: int, used: int | None) -> Holder:
     name = None
     if _pids_are_ours():
         try:
@@ -164,12 +105,7 @@ def _holder(pid: int, used: int) -> Holder:
         except psutil.Error:
             # It has ended meanwhile, or its name is hidden from us.
             name = None
-    return Holder(
-        pid=pid,
-        name=name,
-        used_bytes=None if used == _UNKNOWN else used,
-        ours=_pids_are_ours() and pid == os.getpid(),
-    )
+    return Holder(pid=pid, name=name, used_bytes=used, ours=_pids_are_ours() and pid == os.getpid())
 
 
 def _pids_are_ours() -> bool:

@@ -35,6 +35,7 @@ GEOMETRY = (
     ("length", {"good mean": "good_norm", "bad mean": "bad_norm", "difference of the means": "difference_norm"}),
     ("separation", {"silhouette": "silhouette", "share of variance along the direction": "variance_share"}),
 )
+GEOMETRY_FIELDS = {label: field for _, fields in GEOMETRY for label, field in fields.items()}
 
 
 def usable(trials: Sequence[Trial]) -> list[Trial]:

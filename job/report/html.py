@@ -2,56 +2,31 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 import plotly.offline
 
+from job.export import model_card
+from job.numerics.statistics import interval_text
+from job.report import charts, sections, tables
 from job.report.run_view import RunView
-from job.report.sections import cards, headline, notes, sections
-from job.text.markup import escaped, paragraph
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
+from job.report.timings import duration_text
+from job.search.pareto import pareto_front
+from job.text.templates import template
 
 
 def report_page(story: RunView, *, private: bool = False) -> str:
     """Return the page; `private` includes responses to bad prompts."""
-    made = sections(story, private=private)
-    links = "".join(f'<li><a href="#{name}">{escaped(title)}</a></li>' for name, title, _ in made)
-    content = "\n".join(
-        f'<section aria-labelledby="{name}"><h2 id="{name}">{escaped(title)}</h2>{html}</section>'
-        for name, title, html in made
+    return template("job.report", "page.html").render(
+        story=story,
+        private=private,
+        model="/".join(Path(story.record.settings["model"]).parts[-2:]),
+        plotly=plotly.offline.get_plotlyjs(),
+        charts=charts,
+        tables=tables,
+        texts=sections,
+        card_texts=model_card,
+        pareto_front=pareto_front,
+        interval_text=interval_text,
+        duration_text=duration_text,
     )
-    title = f"Report of job {story.record.job_id}"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escaped(title)}</title>
-<style>{_resource("page.css")}</style>
-<script>{plotly.offline.get_plotlyjs()}</script>
-</head>
-<body>
-<a class="skip" href="#content">To the content</a>
-<header>
-<h1>{escaped(title)}</h1>
-{paragraph(f"Model: {'/'.join(Path(story.record.settings['model']).parts[-2:])}", "faint")}
-</header>
-<nav aria-label="Contents"><ul>{links}</ul></nav>
-<main id="content">
-{paragraph(headline(story), "headline")}
-{"".join(paragraph(note, "note") for note in notes(story))}
-{cards(story)}
-{content}
-</main>
-<footer class="faint">Made with abliteration-job {escaped(story.record.versions.get("abliteration-job", ""))}.</footer>
-<script>{_resource("page.js")}</script>
-</body>
-</html>
-"""
-
-
-def _resource(name: str) -> str:
-    return resources.files("job.report").joinpath(name).read_text("utf-8")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from job.errors import UsageError
-from job.export.model_card import direction_text, figures_table, strength_table
+from job.export.model_card import direction_text, figures_rows, strength_rows
 from job.records import DetectorReport, GeometryRecord, State
 from job.report.results import RunResult
 from job.report.run_view import RunView
-from job.report.tables import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors
+from job.report.sections import headline
+from job.report.tables import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors, layer_geometry
 from job.search.pareto import pareto_front
 from job.storage.atomic import PRIVATE, write_atomically
 from job.storage.run_folder import RunFolder
-from job.text.markup import markdown
+from job.text.markup import markdown, markdown_table
 from job.text.redaction import redact
 
 
@@ -22,7 +23,6 @@ def write_reports(folder: RunFolder, state: State | None = None, *, include_resp
     never mirrored. Raises UsageError without stored responses, or MachineError.
     """
     from job.report.html import report_page  # its charts take a second to import
-    from job.report.sections import headline
 
     story = RunView.read(folder, state)
     if include_responses and story.answers is None:
@@ -70,10 +70,10 @@ def _result(result: RunResult) -> str:
         f"Trial {result.chosen.number} of {len(result.trials)} was chosen: "
         f"`exports/{result.export}`, to which `export` links.\n"
         f"Its figures on {result.prompts.report_description}:",
-        figures_table(result.base, result.edited),
+        markdown_table(figures_rows(result.base, result.edited)),
         "\n".join(f"- **Warning**: {markdown(warning)}." for warning in result.warnings),
         f"It ablates {direction_text(result.edit)} with these strengths:",
-        strength_table(result.edit),
+        markdown_table(strength_rows(result.edit)),
         _norms(result),
     )
 
@@ -95,16 +95,16 @@ def _front(result: RunResult) -> str:
     skipped = sum(trial.values.skipped for trial in result.trials)
     failed = sum(trial.values.reason is not None for trial in result.trials) - skipped
     given_up = f", {skipped} were given up for their KL divergence before they answered" if skipped else ""
-    rows = "\n".join(
-        f"| {trial.number}{' (chosen)' if trial.number == result.chosen.number else ''} "
-        f"| {trial.values.refusals} | {trial.values.broken} | {trial.values.kl:.4g} |"
-        for trial in pareto_front(result.trials)
-    )
+    rows: list[tuple[object, ...]] = [("trial", "refusals", "broken answers", "KL (nats)")]
+    for trial in pareto_front(result.trials):
+        mark = " (chosen)" if trial.number == result.chosen.number else ""
+        values = trial.values
+        rows.append((f"{trial.number}{mark}", values.refusals, values.broken, f"{values.kl:.4g}"))
     return _blocks(
         f"Measured on the search split ({len(result.prompts.bad_search)} prompts with the behaviour, "
         f"{len(result.prompts.good_search)} without); {failed} of {len(result.trials)} trials failed{given_up}."
         f"{_lengths(result)}",
-        f"| trial | refusals | broken answers | KL (nats) |\n|---|---|---|---|\n{rows}",
+        markdown_table(rows),
     )
 
 
@@ -123,9 +123,9 @@ def detectors_text(found: DetectorReport | None) -> str:
     """Format detector results and agreement as tables."""
     if found is None:
         return "None was asked."
-    parts = [f"{COUNTED}:", detector_counts(found)]
+    parts = [f"{COUNTED}:", markdown_table(detector_counts(found))]
     if found.agreement:
-        parts += [f"{AGREED}:", detector_agreement(found)]
+        parts += [f"{AGREED}:", markdown_table(detector_agreement(found))]
     failed = [f"- {markdown(line)}" for line in failed_detectors(found)]
     return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
 
@@ -152,23 +152,15 @@ def geometry_table(record: GeometryRecord) -> str:
         "silhouette": "silhouette",
         "share of variance along v": "variance_share",
     }
-    lines = [f"| layer | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for index, layer in enumerate(record.layers):
-        values = (getattr(layer, name) for name in columns.values())
-        cells = ("–" if value is None else f"{value:.3g}" for value in values)
-        lines.append(f"| {index} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown_table(layer_geometry(record, columns))
 
 
 def _preflight(result: RunResult) -> str:
     if not result.preflight:
         return "All checks were in order."
     allowed = f" Allowed to fail: {markdown(', '.join(result.allowed))}." if result.allowed else ""
-    rows = "\n".join(
-        f"| {markdown(name)} | {markdown(status)} | {markdown(measured)} |"
-        for name, status, measured in result.preflight
-    )
-    return f"All other checks were in order.{allowed}\n\n| check | status | measured |\n|---|---|---|\n{rows}"
+    rows = [("check", "status", "measured"), *(tuple(map(markdown, check)) for check in result.preflight)]
+    return f"All other checks were in order.{allowed}\n\n{markdown_table(rows)}"
 
 
 def _provenance(result: RunResult) -> str:

@@ -1,9 +1,11 @@
-"""Tables of detector results for reports."""
+"""Tables of reports as rows of cells, the head first."""
 
 from __future__ import annotations
 
-from job.numerics.statistics import wilson_interval
-from job.records import DetectorCounts, DetectorReport
+from collections.abc import Mapping, Sequence
+
+from job.numerics.statistics import interval_text
+from job.records import DetectorCounts, DetectorReport, GeometryRecord
 
 COUNTED = (
     "Refused or broken, by each detector, of answers to the report's prompts with the behaviour and without it, "
@@ -12,25 +14,25 @@ COUNTED = (
 AGREED = "How far they agree on which answers are none (Cohen's kappa)"
 
 
-def detector_counts(found: DetectorReport) -> str:
-    """Format each detector's counts for both models as a Markdown table."""
-    counts = {(one.detector, one.prompts, one.model): one for one in found.counts}
-    rows = []
+def detector_counts(found: DetectorReport) -> list[tuple[str, ...]]:
+    """Return each detector's counts for both models."""
+    counts = {(one.detector, one.prompts, one.model): _detected(one) for one in found.counts}
+    rows: list[tuple[str, ...]] = [("detector", "prompts", "base model", "edited model")]
     for detector, prompts in dict.fromkeys((one.detector, one.prompts) for one in found.counts):
-        cells = [_detected(counts[detector, prompts, model]) for model in ("base", "edited")]
-        rows.append(f"| {detector} | {'with' if prompts == 'bad' else 'without'} | {' | '.join(cells)} |")
-    return "\n".join(["| detector | prompts | base model | edited model |", "|---|---|---|---|", *rows])
+        both = counts[detector, prompts, "base"], counts[detector, prompts, "edited"]
+        rows.append((detector, "with" if prompts == "bad" else "without", *both))
+    return rows
 
 
-def detector_agreement(found: DetectorReport) -> str:
-    """Format pairwise agreement of detectors as a Markdown table."""
-    rows = [
-        f"| {one.first}, {one.second} | {one.model} | {one.both} | {one.only_first} | {one.only_second} "
-        f"| {one.neither} | {'–' if one.kappa is None else f'{one.kappa:.2f}'} |"
-        for one in found.agreement
+def detector_agreement(found: DetectorReport) -> list[tuple[str | int, ...]]:
+    """Return the pairwise agreement of detectors."""
+    rows: list[tuple[str | int, ...]] = [
+        ("detectors", "model", "both", "only first", "only second", "neither", "kappa"),
     ]
-    head = ["| detectors | model | both | only first | only second | neither | kappa |", "|---" * 7 + "|"]
-    return "\n".join([*head, *rows])
+    for one in found.agreement:
+        pair, kappa = f"{one.first}, {one.second}", "–" if one.kappa is None else f"{one.kappa:.2f}"
+        rows.append((pair, one.model, one.both, one.only_first, one.only_second, one.neither, kappa))
+    return rows
 
 
 def failed_detectors(found: DetectorReport) -> list[str]:
@@ -38,9 +40,23 @@ def failed_detectors(found: DetectorReport) -> list[str]:
     return [f"{name} could not be used: {reason}" for name, reason in found.failed.items()]
 
 
+def layer_geometry(record: GeometryRecord, fields: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Return fields of a geometry, by column title, for each layer."""
+    rows = [("layer", *fields)]
+    for index, layer in enumerate(record.layers):
+        values = (getattr(layer, name) for name in fields.values())
+        rows.append((str(index), *("–" if value is None else f"{value:.3g}" for value in values)))
+    return rows
+
+
+def layer_strengths(strengths: Mapping[str, Sequence[float]]) -> list[tuple[str, ...]]:
+    """Return an edit's strengths by component for each layer."""
+    layers = enumerate(zip(*strengths.values(), strict=True))
+    return [("layer", *strengths), *((str(index), *(f"{one:.3f}" for one in layer)) for index, layer in layers)]
+
+
 def _detected(counts: DetectorCounts) -> str:
     found = counts.refused + counts.broken
-    low, high = wilson_interval(found, counts.answers)
     kinds = [f"{n} {name}" for n, name in ((counts.refused, "refused"), (counts.broken, "broken")) if n]
     told = f", {' and '.join(kinds)}" if kinds else ""
-    return f"{found}/{counts.answers} ({100 * low:.1f}–{100 * high:.1f} %){told}"
+    return f"{found}/{counts.answers} ({interval_text(found, counts.answers)}){told}"

@@ -38,7 +38,7 @@ typedef struct { unsigned int version; unsigned long long total, reserved, avail
 typedef struct { unsigned int pid; unsigned long long used; unsigned int gpu, compute; } process_t;
 static int first, second;
 
-int nvmlInit_v2(void) { return 0; }
+int nvmlInitWithFlags(unsigned int flags) { return flags; }
 int nvmlShutdown(void) { return 0; }
 int nvmlSystemGetDriverVersion(char *text, unsigned int length) { strncpy(text, "570.124.06", length); return 0; }
 int nvmlDeviceGetHandleByUUID(const char *uuid, void **handle) {

@@ -27,13 +27,14 @@ from job.export.reproduction import PromptsRecord
 from job.model.carried_files import carried_files
 from job.model.files import fetch_model, list_model, parse_model, refuse_links_out
 from job.model.safetensors_files import Checkpoint
-from job.records import GeometryRecord, JobRecord, Manifest
+from job.records import GeometryRecord, JobRecord, KeptAnswer, Manifest
 from job.report.markdown import run_report
 from job.report.results import RunResult
 from job.storage.atomic import read_record
 from job.storage.exports import MANIFEST
 from job.storage.identity import model_identity
-from job.text.markup import Markup, details, escaped, markdown, one_line, paragraph, table
+from job.text.markup import markdown, one_line
+from job.text.templates import template
 from tests.helpers import abliterate, made_from
 from tests.integration.edits.test_hooks import EDITS, basis_for
 from tests.system.model.test_own_code import MAP
@@ -228,6 +229,7 @@ HOSTILE = (
     "<!-- x",
     "'\"`",
 )
+MACROS: Any = template("job.report", "macros.html").module
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 
 
@@ -282,10 +284,10 @@ def test_text_in_markdown_is_shown_as_it_is(text: str) -> None:
 @given(texts)
 def test_text_in_html_is_shown_as_it_is(text: str) -> None:
     for make in (
-        lambda cell: paragraph(cell),
-        lambda cell: table(cell, (cell, "b"), [(cell, cell)]),
-        lambda cell: details(cell, escaped(cell)),
-        lambda cell: escaped(Markup("<b>x</b>")) + escaped(cell),
+        lambda cell: MACROS.table(cell, [(cell, "b"), (cell, cell)]),
+        lambda cell: MACROS.figure(cell, "<b>x</b>", cell),
+        lambda cell: MACROS.check_table(cell, [{"name": cell, "status": cell, "measured": cell}]),
+        lambda cell: MACROS.answer_pairs(*2 * [[KeptAnswer(prompt=cell, answer=cell, refused=True)]]),
     ):
         found, plain = Shape(make(f"x{text}")), Shape(make("x"))
         assert [tag for tag, _ in found.elements] == [tag for tag, _ in plain.elements]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import UsageError
-from job.preflight import cuda, gpu, nvml
+from job.preflight import cuda, gpu
 from job.preflight.checks import GIB, MIB, Check
 from job.preflight.gpu_table import MIN_CUDA, card_of, cards, find_card, offers_query, parse_on
 from job.preflight.machine import read_machine, torch_cuda_version
@@ -213,21 +213,43 @@ def test_a_device_that_is_not_there() -> None:
 
 
 STUB = Path(__file__).parents[2] / "fakes" / "stub_driver.c"
+NVML = "libnvidia-ml.so.1"
+
+
+def compiled(source: Path, library: Path) -> Path:
+    compiler = shutil.which("cc")
+    if compiler is None:  # a stand-in for the driver's library must be compiled
+        pytest.skip("no C compiler here")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return library
 
 
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc")
-    if compiler is None:  # a stand-in for the driver's library must be compiled
-        pytest.skip("no C compiler here")
-    library = tmp_path_factory.mktemp("stub") / "libstub.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(STUB)], check=True)
-    return library
+    return compiled(STUB, tmp_path_factory.mktemp("stub") / "libstub.so")
 
 
-def test_the_libraries_are_called_as_their_headers_say(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+READ = """
+import sys
+from job.preflight.machine import read_machine
+print(read_machine(cuda_library=sys.argv[1]).model_dump_json())
+"""
+
+
+def read_with(cuda_library: Path, nvml_library: Path) -> MachineReading:
+    """Read the machine in a process whose loader finds a library, of the name of NVML's, first."""
+    env = {**os.environ, "LD_LIBRARY_PATH": str(nvml_library.parent)}
+    command = [sys.executable, "-c", READ, str(cuda_library)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    return MachineReading.model_validate_json(done.stdout)
+
+
+def test_the_libraries_are_called_as_their_headers_say(
+    stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STUB_HOLDER", str(os.getppid()))
-    reading = read_machine(cuda_library=str(stub), nvml_library=str(stub))
+    (tmp_path / NVML).symlink_to(stub)
+    reading = read_with(stub, tmp_path / NVML)
     assert (reading.driver.cuda_driver, reading.driver.driver_version) == (12080, "570.124.06")
     first, second = reading.gpus
     assert first.name == "Stub GPU"
@@ -249,8 +271,14 @@ def test_the_libraries_are_called_as_their_headers_say(stub: Path, monkeypatch: 
     assert {check.name for check in gpu.gpu_checks(reading) if check.status == "fail"} >= {"gpu.ecc", "gpu.holders"}
 
 
-def test_without_nvml_the_driver_tells_the_free_memory(stub: Path) -> None:
-    reading = read_machine(cuda_library=str(stub), nvml_library="libnone.so.1")
+@pytest.mark.parametrize("kind", ["no library", "without any function"])
+def test_without_nvml_the_driver_tells_the_free_memory(stub: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "empty.c").touch()
+    if kind == "no library":
+        (tmp_path / NVML).write_text(kind)
+    else:
+        compiled(tmp_path / "empty.c", tmp_path / NVML)
+    reading = read_with(stub, tmp_path / NVML)
     assert [found.free_bytes for found in reading.gpus] == [5 * GIB, 5 * GIB]
     assert reading.driver.driver_version is None
 
@@ -264,8 +292,6 @@ def test_libraries_that_fail_or_are_none(stub: Path, monkeypatch: pytest.MonkeyP
     assert cuda.read_cuda("libnone.so.1") == cuda.CudaReading()
     assert cuda.read_cuda("libc.so.6").error is not None
     assert cuda.free_bytes(0, "libc.so.6") is None
-    with nvml.open_nvml("libc.so.6") as session:
-        assert session is None
 
 
 WAITING = """
@@ -275,7 +301,7 @@ from job.config.load import load_settings
 from job.preflight import machine_checks
 from job.preflight.inputs import PreflightInputs
 read = machine_checks.read_machine
-machine_checks.read_machine = lambda **given: read(cuda_library=sys.argv[1], nvml_library="libnone.so.1")
+machine_checks.read_machine = lambda **given: read(cuda_library=sys.argv[1])
 taken = Path(sys.argv[2])
 for minutes, waits in ((1, 2), (0.75, 99), (0, 99)):
     taken.touch()

@@ -19,6 +19,7 @@ from urllib.parse import quote, quote_plus
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from markupsafe import escape
 
 from job.cloud.launch_records import Launch
 from job.cloud.launching import environment as launch_environment
@@ -34,8 +35,9 @@ from job.storage.events import Events
 from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
 from job.text import redaction
-from job.text.markup import escaped
+from job.text.markup import markdown
 from job.text.redaction import MASK, guarded_output, looks_secret, redact, redacted, remember
+from job.text.templates import template
 from tests.helpers import abliterate, made_from
 
 NAMES = (
@@ -62,6 +64,7 @@ def encodings(secret: str) -> dict[str, bytes]:
         "URL, path": quote(secret).encode(),
         "URL, form": quote_plus(secret).encode(),
         "HTML": html.escape(secret).encode(),
+        "HTML, of templates": escape(secret).encode(),
         "Python": repr(secret)[1:-1].encode(),
         "UTF-16": secret.encode("utf-16-le"),
         "hexadecimal": data.hex().encode(),
@@ -228,7 +231,8 @@ def test_records_are_redacted_before_they_are_escaped(odd: str, tmp_path: Path) 
     assert [item.target for item in folder.read_uploads()] == [f"s3://bucket/{MASK}"]
     made = made_from(behaviour=f"a {odd}").cleaned()
     assert made.behaviour == f"a {MASK}"
-    assert_absent(odd, escaped(odd).encode())
+    macros: Any = template("job.report", "macros.html").module
+    assert_absent(odd, macros.row((odd, odd)).encode(), html.unescape(markdown(odd)).encode())
 
 
 def test_records_without_secrets_are_written_as_ever() -> None:

@@ -165,7 +165,7 @@ def test_config_show_prints_values_and_sources(model: Path, prompts: list[str], 
     assert "# startup_trials is not set" in shown
 
 
-def test_the_wheel_holds_the_defaults_and_nothing_else_is_missing(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, root],
@@ -176,13 +176,17 @@ def test_the_wheel_holds_the_defaults_and_nothing_else_is_missing(tmp_path: Path
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "unpacked")
-    modules = {f"job/{path.relative_to(root / 'job')}" for path in (root / "job").rglob("*.py")}
-    assert modules <= set(names)
+    files = {path.relative_to(root).as_posix() for path in (root / "job").rglob("*") if path.is_file()}
+    assert {file for file in files if "__pycache__" not in file} <= set(names)
     assert not any(name.startswith("tests") for name in names)
     defaults = tomllib.loads((tmp_path / "unpacked" / "job" / "config" / "default.toml").read_text())
     assert defaults["trials"] == 200
-    # The unpacked package loads its own defaults, not those of the checkout.
-    code = "import job, job.config.load as s; print(job.__file__); print(s.default_values()['trials'])"
+    # The unpacked package loads its own defaults and templates, not those of the checkout.
+    code = (
+        "import job, job.config.load as s; print(job.__file__); print(s.default_values()['trials'])\n"
+        "from job.text.templates import template\n"
+        "print(template('job.report', 'page.html').filename)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path / "unpacked",
@@ -191,7 +195,8 @@ def test_the_wheel_holds_the_defaults_and_nothing_else_is_missing(tmp_path: Path
         check=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path / "unpacked")},
     )
-    assert done.stdout.split() == [str(tmp_path / "unpacked" / "job" / "__init__.py"), "200"]
+    package = tmp_path / "unpacked" / "job"
+    assert done.stdout.split() == [str(package / "__init__.py"), "200", str(package / "report" / "page.html")]
 
 
 def test_secrets_stay_out_of_tracebacks(model: Path, prompts: list[str], tmp_path: Path) -> None:
