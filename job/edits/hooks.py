@@ -219,7 +219,7 @@ class Intervention:
         if name not in self._paths:
             path = self._learned(name)
             if (path.layers, path.size) != (self._basis.layers, self._basis.size):
-                raise ValueError(f"{path.size} directions in {path.layers} layers are not those of this job")
+                raise ValueError(f"{path.size} directions in {path.layers} layers do not match this job's")
             self._paths[name] = path, list(group_writers(path, self._prepared(path)))
         return self._paths[name][0]
 
@@ -244,7 +244,7 @@ class Intervention:
     def activate(self, edits: Sequence[EditParameters]) -> ActiveEdits:
         """Compile edits. Those of an earlier call become invalid: their tables are reused."""
         if self._bound is not None:
-            raise RuntimeError("a forward is being edited")
+            raise RuntimeError("an edited forward pass is still running")
         self._active = None
         batches, slots = split_batches(self._basis, edits, self._path)
         applied = [self._apply(number, batches) for number in range(len(self._groups))]
@@ -274,15 +274,15 @@ class Intervention:
             low = (share < DEGENERATE_SHARE).cpu()[:, slots]
             for writer, number in low.nonzero().tolist():
                 parameter = group.writers[writer].parameter
-                reasons[number] = f"the edit leaves nothing to restore a norm from in {parameter}"
+                reasons[number] = f"the edit leaves no output from which to restore a norm in {parameter}"
         return reasons
 
     def enter(self, rows: EditedRows, edits: ActiveEdits) -> None:
         """Apply edits to subsequent forwards, for `EditedRows`; RuntimeError if other edits or rows are active."""
         if edits is not self._active:
-            raise RuntimeError("other edits have been activated since")
+            raise RuntimeError("other edits are active now")
         if self._bound is not None:
-            raise RuntimeError("rows of another forward are bound")
+            raise RuntimeError("the rows of another forward pass are bound")
         self._bound = rows
 
     def leave(self, rows: EditedRows) -> None:
