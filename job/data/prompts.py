@@ -19,7 +19,7 @@ from job.system.hub_client import count_traffic, received_bytes
 # A longer text is a document; max_characters truncates it where documents are intended.
 MOST_CHARACTERS = 100_000
 # Note for rows that are kept but repaired.
-_REPAIRED = "with half a character, which became U+FFFD"
+_REPAIRED = "with a lone surrogate, replaced by U+FFFD"
 # Rows listed per kind.
 _PLACES = 5
 
@@ -190,8 +190,8 @@ def _read_set(settings: PromptSettings, report: Callable[[str], None], name: str
         texts[text] = None
     described, skipped = reader.described, _told(notes)
     if not texts:
-        rows = f", of {count} rows none is a prompt ({skipped})" if count else ""
-        raise ImpossibleJobError(f"{described.describe()}: it is empty{rows}", remedy="give prompts, one a line or row")
+        rows = f"; none of its {count} rows is a prompt ({skipped})" if count else ""
+        raise ImpossibleJobError(f"{described.describe()}: it is empty{rows}", remedy="give one prompt per line or row")
     report(f"{name}: {described.describe()}: {len(texts)} prompts")
     if skipped:
         report(f"warning: {name}: {skipped}")
@@ -236,7 +236,9 @@ def overlaps(prompts: PromptSets) -> list[str]:
     for first, some, second, rest in pairs:
         common = _texts(some) & _texts(rest)
         if common:
-            lines.append(f"{len(common)} of {len(some)} of {first} are also among {second}: figures on them flatter")
+            lines.append(
+                f"{len(common)} of {len(some)} of {first} are also among {second}: figures on them flatter the edit"
+            )
     return lines
 
 

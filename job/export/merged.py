@@ -216,7 +216,7 @@ def verify_written(source: Path, folder: Path, architecture: Architecture, edit:
                 expected.update(block)
             if digest_of(copy, entry) != expected.digest():
                 raise ExportMismatchError(
-                    f"tensor {name} in {copy} is not what it should be", remedy="check the disk and run again"
+                    f"tensor {name} in {copy} does not hold what was written", remedy="check the disk and run again"
                 )
 
 

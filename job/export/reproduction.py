@@ -217,7 +217,7 @@ def read_reproduction(path: Path) -> Reproduction:
         raise UsageError(f"cannot read {path}: {error.strerror or error}", remedy="check --reproduce") from error
     except ValidationError as error:
         raise UsageError(
-            f"{path} is no reproduce.json of this version: {_what(error)}",
+            f"{path} is not a reproduce.json of this version: {_what(error)}",
             remedy="give the reproduce.json of an export",
         ) from error
     return found
@@ -255,7 +255,7 @@ def fixed_settings(original: Reproduction, source: str) -> FixedSettings:
         origins["model"] = _at(original.model["repository"], original.model.get("commit"))
     for name, prompts in original.prompts.items():
         if name not in PROMPT_SETS:
-            raise UsageError(f"{source} names prompts that there are no settings for", remedy="correct the file")
+            raise UsageError(f"{source} names prompts without settings", remedy="correct the file")
         taken, where = prompts.taken, prompts.source
         if "dataset" in where:
             config = f":{where['config']}" if where.get("config") else ""
@@ -277,8 +277,8 @@ def require_same_repository(original: Reproduction, settings: Settings, given: s
     found = parse_model(settings.model)
     if repository is not None and found.kind == "hub" and found.name != repository:
         raise UsageError(
-            f"MODEL is {found.name}, and the export was made from {_at(repository, commit)}",
-            remedy="leave MODEL out, or give the one that the file names",
+            f"MODEL is {found.name}, but the export was made from {_at(repository, commit)}",
+            remedy="leave out MODEL, or give the one that the file names",
         )
     if settings.loading.trust_remote_code and found.kind == "hub" and repository is not None:
         options = f"MODEL as {{}} with --set {TRUST}=true"
@@ -314,9 +314,7 @@ def require_same_model(original: Reproduction, identity: Mapping[str, Any]) -> N
     """Raise UsageError if the model's files differ from the original's."""
     wanted = original.model.get("sha256")
     if wanted is not None and identity[_MODEL].get("sha256") != wanted:
-        raise UsageError(
-            "the model is not the one that the export was made from", remedy="give the folder of the same model"
-        )
+        raise UsageError("the model differs from that of the export", remedy="give the folder of the same model")
 
 
 def require_same_prompts(original: Reproduction, prompts: PromptSets) -> None:
@@ -324,9 +322,7 @@ def require_same_prompts(original: Reproduction, prompts: PromptSets) -> None:
     for name, record in original.prompts.items():
         if prompts_digest(prompts.of_setting(name)) != record.sha256:
             option = "--" + name.replace("_", "-")
-            raise UsageError(
-                f"{name} are not those that the export was made from", remedy=f"give the same ones with {option}"
-            )
+            raise UsageError(f"{name} differ from those of the export", remedy=f"give the same ones with {option}")
 
 
 def environment_differences(original: Reproduction, versions: Mapping[str, str]) -> list[str]:

@@ -109,7 +109,7 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
     if record.resolution is not None:
         return
     rows = settings.batching.rows or record.planned_rows or _ROWS
-    with job.events.progress("looking at how responses begin", 1):
+    with job.events.progress("finding the common prefix of responses", 1):
         model = _asked(model, settings, prompts, rows)
     _tell_how_asked(job, model)
     workers = worker_count(settings, model)
@@ -149,9 +149,9 @@ def _asked(model: LoadedModel, settings: Settings, prompts: PromptSets, rows: in
 def _tell_how_asked(job: OpenJob, model: LoadedModel) -> None:
     if model.rendering.options:
         said = ", ".join(f"{name} = {str(value).lower()}" for name, value in model.rendering.options)
-        job.events.emit("template_options", f"the chat template is told {said}")
+        job.events.emit("template_options", f"the chat template is rendered with {said}")
     if model.response_prefix:
-        job.events.emit("response_prefix", f"answers are made to begin with {model.response_prefix!r}")
+        job.events.emit("response_prefix", f"every answer begins with the prefix {model.response_prefix!r}")
     if model.turn_end is not None:
         token = str(model.tokenizer.decode([model.turn_end]))
         job.events.emit("turn_end", f"answers end at {token!r}, with which the chat template ends a turn")
@@ -161,7 +161,7 @@ def require_resident(model: LoadedModel, form: ExportFormat) -> None:
     """Raise ImpossibleJobError for an adapter on offloaded weights: PEFT cannot attach one."""
     if form == "adapter" and any(parameter.is_meta for parameter in model.model.parameters()):
         raise ImpossibleJobError(
-            "an adapter cannot be proven on a model of which weights are offloaded",
+            "an adapter cannot be verified on offloaded weights",
             remedy="use export_format = merged, or loading.device_map = single or balanced",
         )
 

@@ -41,7 +41,7 @@ def require_original(job: OpenJob, export: Path) -> None:
     made = read_record(export / REPRODUCE, Reproduction)
     if made.edit != original.edit:
         raise ExportMismatchError(
-            f"the search has chosen another edit (trial {made.trial.number}, was {original.trial.number})",
+            f"the search chose another edit (trial {made.trial.number}, was {original.trial.number})",
             remedy="see the warnings on versions above",
         )
     differing = [name for name, sha in original.weights.items() if made.weights.get(name) != sha]
