@@ -61,13 +61,13 @@ def trial_of(job: OpenJob, trials: Sequence[Trial], number: int | None) -> Trial
     """Return the trial of a number, or the job's own choice. Raises UsageError or JobError."""
     if number is None:
         return chosen_trial(job, trials, read_record(job.folder.prompts_file, PromptSets))
-    found = {trial.number: trial for trial in trials}.get(number)
-    if found is None:
+    trial = {trial.number: trial for trial in trials}.get(number)
+    if trial is None:
         name = job.record.job_id
         raise UsageError(f"job {name} has no trial {number}", remedy="`abliterate front` lists the best ones")
-    if found.values.reason is not None:
-        raise UsageError(f"trial {number} failed: {found.values.reason}", remedy="choose another")
-    return found
+    if trial.values.reason is not None:
+        raise UsageError(f"trial {number} failed: {trial.values.reason}", remedy="choose another")
+    return trial
 
 
 @contextmanager

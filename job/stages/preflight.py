@@ -19,8 +19,8 @@ from job.storage.atomic import write_record
 
 def checked_prompts(job: RunningJob, inputs: PreflightInputs) -> PromptSets:
     """Run all checks, then return the pinned prompts. Raises ImpossibleJobError or MachineError."""
-    found = preflight(inputs)
-    survey, prompts = found.survey, found.prompts
+    result = preflight(inputs)
+    survey, prompts = result.survey, result.prompts
     write_record(job.folder.preflight_file, survey)
     for check in survey.checks:
         if check.status != "ok":
