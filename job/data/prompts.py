@@ -188,7 +188,7 @@ def _read_set(settings: PromptSettings, report: Callable[[str], None], name: str
         if row.repaired:
             notes.setdefault(_REPAIRED, []).append(row.place)
         texts[text] = None
-    described, skipped = reader.described, _told(notes)
+    described, skipped = reader.described, _described_rows(notes)
     if not texts:
         rows = f"; none of its {count} rows is a prompt ({skipped})" if count else ""
         raise ImpossibleJobError(f"{described.describe()}: it is empty{rows}", remedy="give one prompt per line or row")
@@ -212,13 +212,13 @@ def _why_skipped(row: RowText, text: str, texts: Container[str]) -> str:
     return "repeated skipped" if text in texts else ""
 
 
-def _told(notes: Mapping[str, Sequence[str]]) -> str:
+def _described_rows(notes: Mapping[str, Sequence[str]]) -> str:
     """Format how many rows were skipped or repaired, why and which."""
-    said = []
+    lines = []
     for why, places in notes.items():
-        named = ", ".join(places[:_PLACES]) + (", …" if len(places) > _PLACES else "")
-        said.append(f"{len(places)} {'row' if len(places) == 1 else 'rows'} {why} ({named})")
-    return "; ".join(said)
+        shown = ", ".join(places[:_PLACES]) + (", …" if len(places) > _PLACES else "")
+        lines.append(f"{len(places)} {'row' if len(places) == 1 else 'rows'} {why} ({shown})")
+    return "; ".join(lines)
 
 
 def overlaps(prompts: PromptSets) -> list[str]:

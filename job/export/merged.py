@@ -230,8 +230,8 @@ def seal_made(folder: Path, made: Reproduction, source: Path) -> None:
     """Complete an export with reproduce.json, including hashes of its weights, and the model card."""
 
     def describe(weights: Mapping[str, str]) -> dict[str, str]:
-        whole = made.model_copy(update={"weights": dict(weights)}).cleaned()
-        return {REPRODUCE: whole.model_dump_json(indent=2) + "\n", CARD: model_card(whole, source)}
+        complete = made.model_copy(update={"weights": dict(weights)}).cleaned()
+        return {REPRODUCE: complete.model_dump_json(indent=2) + "\n", CARD: model_card(complete, source)}
 
     seal(folder, describe)
 
