@@ -100,8 +100,8 @@ def launch(
     )
     _advise(wanted, inner)
     launcher = _launcher(LaunchFile(wanted, records_folder() / f"{wanted.label}.json"), every)
-    launcher.notice = lambda offer: _tell_of_ends(inner, offer)
-    with _telling_what_is_left(launcher):
+    launcher.notice = lambda offer: _warn_of_missing_ends(inner, offer)
+    with _reporting_rentals(launcher):
         launcher.rent(wait)
         typer.echo(wanted.label)
         if follow:
@@ -129,7 +129,7 @@ def watch(
         _say("this computer has no record of its launch, so it cannot be followed or launched again")
         return
     launcher = _launcher(found, every)
-    with _telling_what_is_left(launcher):
+    with _reporting_rentals(launcher):
         launcher.adopt()
         if not launcher.launch.instances:
             raise UsageError(f"launch {id} has rented nothing", remedy="launch it again")
@@ -185,7 +185,7 @@ def destroy(
     targets = _confirmed(market, ids, launcher, yes=yes)
     recorded = {rented.id for rented in launcher.launch.left} if launcher is not None else set()
     if launcher is not None:
-        with _telling_what_is_left(launcher):
+        with _reporting_rentals(launcher):
             launcher.destroyer.destroy(targets)
     _insist(market, [target for target in targets if target not in recorded], every)
     for target in targets:
@@ -284,7 +284,7 @@ def _advise(wanted: Launch, inner: Inner) -> None:
         _say("HF_TOKEN is set here but not passed on; pass it with --env HF_TOKEN")
 
 
-def _tell_of_ends(inner: Inner, offer: Offer) -> None:
+def _warn_of_missing_ends(inner: Inner, offer: Offer) -> None:
     """Report the cost of forgetting the machine, before it is rented."""
     if inner.when_done is None:
         _say(f"the command has no --when-done: the machine bills on after the job {_until(offer)}")
@@ -298,7 +298,7 @@ def _until(offer: Offer) -> str:
 
 
 @contextmanager
-def _telling_what_is_left(launcher: Launcher) -> Iterator[None]:
+def _reporting_rentals(launcher: Launcher) -> Iterator[None]:
     """Report what may bill on if a command is interrupted by an error, Ctrl-C, a kill, or a closed terminal."""
     import signal
 

@@ -131,7 +131,7 @@ class Watch:
     def _judge(self, instance: Instance, track: _Track) -> Outcome | None:
         """Return the watch's outcome, None if it continues, perhaps with another instance."""
         if instance.state == "unknown":
-            self._tell_of_unknown(instance, track)
+            self._report_unknown_status(instance, track)
         if track.looks < _LOOKS:
             return None
         why = self._lost(instance, track.minutes)
@@ -143,7 +143,7 @@ class Watch:
             return "stopped"
         return "idle" if instance.state == "exited" else None
 
-    def _tell_of_unknown(self, instance: Instance, track: _Track) -> None:
+    def _report_unknown_status(self, instance: Instance, track: _Track) -> None:
         if track.minutes >= max(self.unknown_minutes, 2 * track.told):
             track.told = track.minutes
             self.launcher.say(

@@ -74,7 +74,7 @@ def rental_checks(settings: Settings, rental: Rental | None, undelivered: str = 
     checks = []
     ends = settings.when_done != "nothing" or settings.when_failed != "nothing"
     if ends:
-        checks.append(_known(rental))
+        checks.append(_end_check(rental))
     if ends and undelivered:
         checks.append(
             Check(
@@ -87,7 +87,7 @@ def rental_checks(settings: Settings, rental: Rental | None, undelivered: str = 
             )
         )
     if settings.when_done == "destroy" or settings.when_failed == "destroy":
-        checks.append(_survival(settings))
+        checks.append(_survival_check(settings))
     if rental is not None and settings.checkpoint is None:
         checks.append(
             Check(
@@ -102,7 +102,7 @@ def rental_checks(settings: Settings, rental: Rental | None, undelivered: str = 
     return checks
 
 
-def _known(rental: Rental | None) -> Check:
+def _end_check(rental: Rental | None) -> Check:
     """Report whether the platform can be asked to end this machine's rental."""
     try:
         if rental is None:
@@ -122,7 +122,7 @@ def _known(rental: Rental | None) -> Check:
     return Check(name="rental.end", status="ok", measured=found, needed="a platform whose API ends the rental")
 
 
-def _survival(settings: Settings) -> Check:
+def _survival_check(settings: Settings) -> Check:
     """Report whether everything that must survive has a place off the machine."""
     result = [target for target in settings.upload if outlives_machine(target)]
     rest = settings.checkpoint is not None and outlives_machine(settings.checkpoint)
