@@ -43,7 +43,7 @@ class UnsupportedArchitectureError(ImpossibleJobError):
         super().__init__(
             f"models of type {model_type!r} are not supported: {reason}",
             remedy="choose a model of a supported family (`abliterate inspect MODEL` tells); "
-            "a damaged config.json shows like this, too",
+            "a damaged config.json causes this message, too",
         )
         self.reason = reason
 
@@ -54,7 +54,7 @@ class QuantisedSourceError(UnsupportedArchitectureError):
     def __init__(self, method: str, detail: str = "") -> None:
         more = f": {detail}" if detail else ""
         what = f"files quantised with {method} cannot be edited{more}"
-        remedy = "use the unquantised model that they were made from"
+        remedy = "use the unquantised original of the model"
         ImpossibleJobError.__init__(self, what, remedy=remedy)
         self.reason = f"{what} - {remedy}"
 

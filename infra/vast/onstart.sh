@@ -11,7 +11,7 @@ export PATH="/opt/abliterate/bin:$PATH"
 mkdir -p "$workspace"
 
 if [ -z "${ABLITERATION_COMMAND:-}" ]; then
-    echo "onstart: ABLITERATION_COMMAND is not set, nothing is started" >&2
+    echo "onstart: nothing is started: set ABLITERATION_COMMAND to a command" >&2
     exit 0
 fi
 # The owner's own words, quoted as in a shell.
@@ -20,7 +20,7 @@ eval "set -- $ABLITERATION_COMMAND"
 # The lock goes with the job, so a second start of this script leaves a running job alone.
 exec 9>"$workspace/.onstart.lock"
 if ! flock --nonblock 9; then
-    echo "onstart: the job is running already" >&2
+    echo "onstart: the job is already running" >&2
     exit 0
 fi
 # A session of its own, so that the end of this script is not the end of the job.

@@ -88,7 +88,7 @@ def find_layers(model: PreTrainedModel) -> str:
     chained = [name for name, found in calls.items() if found and _is_chain(found, len(lists[name]), len(tokens))]
     if not chained:
         raise UnsupportedArchitectureError(
-            str(model.config.model_type), "it has no list of layers that are called once each and pass on one stream"
+            str(model.config.model_type), "it has no list of layers that each run once and pass on one residual stream"
         )
     # The longest one: lists within layers are as numerous as layers, but shorter.
     return max(chained, key=lambda name: (len(lists[name]), -name.count(".")))

@@ -144,11 +144,11 @@ def require_editable(architecture: Architecture) -> None:
     for writer in architecture.writers:
         reason = ""
         if writer.kind == "other" and not writer.hook:
-            reason = f"{writer.parameter} is neither a linear layer's weight nor experts'"
+            reason = f"{writer.parameter} is neither the weight of a linear layer nor that of experts"
         elif any(norm.bias for norm in writer.post_norms):
             reason = f"the norm between {writer.parameter} and the stream has a bias"
         elif not set(writer.tensors) <= architecture.forms.keys():
-            reason = f"how files hold {writer.parameter} cannot be told"
+            reason = f"the files' tensor for {writer.parameter} is unknown"
         if reason:
             raise UnsupportedArchitectureError(architecture.model_type, f"{reason}, which cannot be edited yet")
 
@@ -163,12 +163,12 @@ def require_modes(architecture: Architecture, mode: RowNormalization, form: Expo
         return
     if mode != "none":
         raise ImpossibleJobError(
-            f"ablation.row_normalization = {mode} is not defined for {experts.parameter}, where each expert has norms "
-            "of its own",
+            f"ablation.row_normalization = {mode} is not defined for {experts.parameter}, because each expert has "
+            "its own norms",
             remedy="use row_normalization = none",
         )
     if form == "adapter":
         raise ImpossibleJobError(
-            f"an adapter cannot hold the edit of {experts.parameter}, which is no linear layer's weight",
+            f"an adapter cannot hold the edit of {experts.parameter}, which is not the weight of a linear layer",
             remedy="use export_format = merged or directions",
         )

@@ -36,7 +36,7 @@ def discover(model: PreTrainedModel) -> Architecture:
     others = sorted(names ^ _layer_parameters(model, architecture.layers))
     if others:
         raise UnsupportedArchitectureError(
-            architecture.model_type, f"{others[0]} is not in both the model and the small twin that was looked at"
+            architecture.model_type, f"{others[0]} is missing from the model or from its small test copy"
         )
     return replace(architecture, width=int(config.get_text_config(decoder=True).hidden_size))
 
@@ -68,7 +68,7 @@ def _batching_support(twin: PreTrainedModel, model: PreTrainedModel) -> Batching
         return probe_batching(twin)
     except Exception as error:  # the family's own code may raise anything
         raise UnsupportedArchitectureError(
-            str(twin.config.model_type), f"its small twin cannot be made to answer ({first_line(error)})"
+            str(twin.config.model_type), f"its small test copy does not run ({first_line(error)})"
         ) from error
 
 
@@ -127,14 +127,15 @@ def structure_of_twin(twin: PreTrainedModel) -> Architecture:
         search.run()
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise UnsupportedArchitectureError(
-            str(twin.config.model_type), f"its small twin does not read text alone ({first_line(error)})"
+            str(twin.config.model_type), f"its small test copy does not accept text alone ({first_line(error)})"
         ) from error
     weights = [found for found in search.writers if not _is_bias(twin, found, search.writers)]
     biases = [found for found in search.writers if found not in weights]
     writers = [_writer(twin, found, search, biases) for found in weights]
     if biases:
         raise UnsupportedArchitectureError(
-            str(twin.config.model_type), f"{biases[0].parameter} of layer {biases[0].layer} belongs to no known weight"
+            str(twin.config.model_type),
+            f"{biases[0].parameter} of layer {biases[0].layer} belongs to none of the weights found",
         )
     count = sum(1 for _ in twin.get_submodule(layers).children())
     writers.sort(key=lambda writer: (writer.layer, writer.component))
@@ -207,7 +208,9 @@ def _post_norm(twin: PreTrainedModel, norm: FoundNorm, bias: str | None) -> Post
         with torch.no_grad():
             y = twin.get_submodule(norm.module)(x)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UnsupportedArchitectureError(str(twin.config.model_type), f"{norm.module} is no norm ({error})") from None
+        raise UnsupportedArchitectureError(
+            str(twin.config.model_type), f"{norm.module} is not a norm ({error})"
+        ) from None
     for centred in (False, True):
         z = x - x.mean(-1, keepdim=True) if centred else x
         z = z / z.square().mean(-1, keepdim=True).sqrt()
@@ -216,5 +219,5 @@ def _post_norm(twin: PreTrainedModel, norm: FoundNorm, bias: str | None) -> Post
                 return PostNorm(norm.module, norm.gain, offset, centred, bias)
     raise UnsupportedArchitectureError(
         str(twin.config.model_type),
-        f"{norm.module} scales what reaches the stream and is neither RMSNorm nor LayerNorm",
+        f"{norm.module} scales the input to the stream but is neither RMSNorm nor LayerNorm",
     )

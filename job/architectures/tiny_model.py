@@ -156,14 +156,14 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     model_type = str(config.model_type)
     auto = auto_class(config)
     if auto is None or config.is_encoder_decoder:
-        raise UnsupportedArchitectureError(model_type, "it is no decoder-only language model")
+        raise UnsupportedArchitectureError(model_type, "it is not a decoder-only language model")
     try:
         with torch.device("meta"):
             # A configuration of the model's own code exists only if that may run.
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=_is_own(type(config)))
     except Exception as error:  # whatever a family raises of numbers that do not go together
         raise UnsupportedArchitectureError(
-            model_type, f"it cannot be built from its configuration ({first_line(error)})"
+            model_type, f"transformers cannot build it from its configuration ({first_line(error)})"
         ) from error
     return model
 
@@ -186,7 +186,7 @@ def twin_of(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
             size = sum(parameter.numel() for parameter in build(config).parameters())
         if size > _LARGEST:
             raise UnsupportedArchitectureError(
-                model_type, f"its small twin is not small ({size / 1e6:.0f} million weights)"
+                model_type, f"its small test copy is not small ({size / 1e6:.0f} million weights)"
             )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -197,6 +197,6 @@ def twin_of(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         raise
     except Exception as error:  # as above
         raise UnsupportedArchitectureError(
-            model_type, f"no small twin of it can be built ({first_line(error)})"
+            model_type, f"no small test copy of it can be built ({first_line(error)})"
         ) from error
     return twin

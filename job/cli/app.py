@@ -8,7 +8,7 @@ from job.cli.cloud import app as cloud_app
 
 app = typer.Typer(
     name="abliterate",
-    help="Remove a behaviour from a language model by directional ablation, unattended.",
+    help="Remove a behaviour from a language model by directional ablation, as an unattended job.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

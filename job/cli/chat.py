@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from job.stages.session import ModelSession
 
 HELP = """\
-/base           the model as it is
-/trial [N]      under the edit of trial N; without N, of the one that the job chooses
-/trials         the front
-/reset          forget what has been said
-/system [TEXT]  the system prompt; without TEXT, none
-/tokens N       longest answer
-/help           these lines
-/quit           the end, as Ctrl-D; Ctrl-C stops an answer"""
+/base           the base model, without an edit
+/trial [N]      the model edited as in trial N; without N, as in the chosen trial
+/trials         list the Pareto front
+/reset          start a new conversation
+/system [TEXT]  set the system prompt; without TEXT, remove it
+/tokens N       longest answer, in tokens
+/help           show this list
+/quit           leave, as Ctrl-D does; Ctrl-C stops an answer"""
 _UNFINISHED = "�"  # decoding of an incomplete character
 
 

@@ -24,16 +24,18 @@ PLACEHOLDER_IMAGE = "ghcr.io/OWNER/abliteration-job:VERSION"
 app = typer.Typer(help="Rent a machine for a job.", no_args_is_help=True, rich_markup_mode=None)
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The instance or pod, or the label of a launch.")]
-Every = Annotated[float, typer.Option(metavar="S", help="Seconds between two looks.")]
-Wait = Annotated[float, typer.Option(metavar="MIN", help="Minutes to wait until something is offered.")]
-Relaunches = Annotated[int, typer.Option(metavar="N", help="Further machines after an outbid or a dead host.")]
+Every = Annotated[float, typer.Option(metavar="S", help="Seconds between two queries of the platform.")]
+Wait = Annotated[float, typer.Option(metavar="MIN", help="Minutes to wait for an offer.")]
+Relaunches = Annotated[
+    int, typer.Option(metavar="N", help="How often to rent another machine after an outbid or a dead host.")
+]
 MaxTotal = Annotated[
-    float | None, typer.Option(metavar="USD", help="Rent no further machine once all together have cost this.")
+    float | None, typer.Option(metavar="USD", help="Rent no other machine once the launch has cost this many dollars.")
 ]
 
 
 def offers(platform: Platform, machine: dict[str, Any], wait: Wait = 0.0, every: Every = 30.0) -> None:
-    """List what is offered, the cheapest job first."""
+    """List the offers, the cheapest job first."""
     import time
 
     from job.cloud.credentials import open_market
@@ -44,9 +46,9 @@ def offers(platform: Platform, machine: dict[str, Any], wait: Wait = 0.0, every:
     deadline = time.monotonic() + 60 * wait
     while not (found := find_offers(market, needs, terms)):
         if time.monotonic() >= deadline:
-            typer.echo("nothing is offered under these terms", err=True)
+            typer.echo("no machine is offered under these terms", err=True)
             raise typer.Exit(76)
-        _say(f"nothing is offered; looking again in {every:.0f} s")
+        _say(f"no machine is offered; asking again in {every:.0f} s")
         time.sleep(min(every, max(deadline - time.monotonic(), 0.0)))
     for offer in found:
         typer.echo(_line(offer))
@@ -58,20 +60,21 @@ def launch(
     machine: dict[str, Any],
     context: typer.Context,
     command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND...", help="What runs there: -- run MODEL --checkpoint URI ...")
+        list[str],
+        typer.Argument(metavar="-- COMMAND...", help="The command to run there: -- run MODEL --checkpoint URI ..."),
     ],
-    image: Annotated[str, typer.Option(envvar="ABLITERATION_IMAGE", help="Image, in a registry of yours.")] = "",
+    image: Annotated[str, typer.Option(envvar="ABLITERATION_IMAGE", help="Container image, in your registry.")] = "",
     env: Annotated[
-        list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="Variable to pass on; may be repeated.")
+        list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="Environment variable to pass on; repeatable.")
     ] = None,
     volume: Annotated[str | None, typer.Option(metavar="ID", help="Network volume for the workspace (RunPod).")] = None,
-    follow: Annotated[bool, typer.Option("--watch", help="Watch it until it has ended.")] = False,
+    follow: Annotated[bool, typer.Option("--watch", help="Watch the machine until it has ended.")] = False,
     wait: Wait = 0.0,
     every: Every = 30.0,
     relaunches: Relaunches = 3,
     max_total: MaxTotal = None,
 ) -> None:
-    """Rent the cheapest machine that would do and start a job there."""
+    """Rent the cheapest machine that fits the job and start it there."""
     from job.cloud.inner_command import check_inner
     from job.cloud.launch_records import Launch, LaunchFile, new_label, records_folder
     from job.cloud.launching import environment
@@ -97,8 +100,8 @@ def launch(
     )
     _advise(wanted, inner)
     launcher = _launcher(LaunchFile(wanted, records_folder() / f"{wanted.label}.json"), every)
-    launcher.notice = lambda offer: _tell_of_ends(inner, offer)
-    with _telling_what_is_left(launcher):
+    launcher.notice = lambda offer: _warn_of_missing_ends(inner, offer)
+    with _reporting_rentals(launcher):
         launcher.rent(wait)
         typer.echo(wanted.label)
         if follow:
@@ -115,7 +118,7 @@ def watch(
     relaunches: Relaunches = 3,
     max_total: MaxTotal = None,
 ) -> None:
-    """Follow a launch until it has ended, on another machine if this one is lost."""
+    """Follow a launch until it ends; rent another machine if one is lost."""
     from job.cloud.credentials import open_market
     from job.cloud.launch_records import find_launch, records_folder
     from job.cloud.launching import describe
@@ -123,10 +126,10 @@ def watch(
     found = find_launch(records_folder(), id, platform)
     if found is None:
         typer.echo(describe(open_market(platform, _say).instance(id)))
-        _say("this machine has no record of its launch, so it cannot be followed or launched again")
+        _say("this computer has no record of its launch, so it cannot be followed or launched again")
         return
     launcher = _launcher(found, every)
-    with _telling_what_is_left(launcher):
+    with _reporting_rentals(launcher):
         launcher.adopt()
         if not launcher.launch.instances:
             raise UsageError(f"launch {id} has rented nothing", remedy="launch it again")
@@ -136,10 +139,10 @@ def watch(
 def fetch(
     platform: Platform,
     id: Id,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it.")] = Path("."),
-    lines: Annotated[int, typer.Option(metavar="N", help="Lines of the log.")] = 5000,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")] = Path("."),
+    lines: Annotated[int, typer.Option(metavar="N", help="How many lines of the log to fetch.")] = 5000,
 ) -> None:
-    """Bring back what the platform's API gives: the log, and what it says of the instance."""
+    """Fetch the log and the platform's record of an instance."""
     from job.cloud.credentials import open_market
     from job.text.redaction import redact
 
@@ -150,7 +153,7 @@ def fetch(
     (folder / f"{instance_id}.json").write_text(redact(found.model_dump_json(indent=2)) + "\n")
     typer.echo(folder / f"{instance_id}.json")
     if found.state == "gone":
-        _say("it is gone, and its log with it")
+        _say("the instance and its log are gone")
     else:
         (folder / f"{instance_id}.log").write_text(redact(market.logs(instance_id, lines)))
         typer.echo(folder / f"{instance_id}.log")
@@ -161,10 +164,10 @@ def fetch(
 def destroy(
     platform: Platform,
     id: Id,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     every: Every = 30.0,
 ) -> None:
-    """Destroy an instance, or all of a launch, and return when they are gone."""
+    """Destroy an instance, or all of a launch, and wait until they are gone."""
     from job.cloud.credentials import open_market
     from job.cloud.launch_records import find_launch, records_folder
     from job.cloud.launching import Launcher
@@ -176,13 +179,13 @@ def destroy(
         launcher.adopt()
         ids = [rented.id for rented in launcher.launch.left]
         if not ids:
-            typer.echo(f"{id}: nothing of it is left")
+            typer.echo(f"{id}: already gone")
     else:
         ids = _ids_of(market, id)
     targets = _confirmed(market, ids, launcher, yes=yes)
     recorded = {rented.id for rented in launcher.launch.left} if launcher is not None else set()
     if launcher is not None:
-        with _telling_what_is_left(launcher):
+        with _reporting_rentals(launcher):
             launcher.destroyer.destroy(targets)
     _insist(market, [target for target in targets if target not in recorded], every)
     for target in targets:
@@ -202,7 +205,7 @@ def _ids_of(market: Market, name: str) -> list[str]:
         if instance.state != "gone" and (ours.fullmatch(instance.label) or ours.fullmatch(instance.marker))
     ]
     if not ids:
-        raise UsageError(f"there is no record of {name} here, and no instance is called so", remedy="give its id")
+        raise UsageError(f"{name} is neither a launch recorded here nor an instance", remedy="give its id")
     return ids
 
 
@@ -218,7 +221,7 @@ def _confirmed(market: Market, ids: list[str], launcher: Launcher | None, *, yes
         found = market.instance(id)
         rented = next((rented for rented in launcher.launch.left if rented.id == id), None) if launcher else None
         if found.state == "gone" and (rented is None or time.time() - rented.at >= APPEAR_SECONDS):
-            typer.echo(f"{id} is not there")
+            typer.echo(f"{id} does not exist")
             if launcher is not None:
                 launcher.record.note_end("gone", id)
             continue
@@ -239,7 +242,7 @@ def _insist(market: Market, ids: list[str], every: float) -> None:
         for ending in endings:
             ending.insist()
     except BaseException:
-        _say(f"{market.name}: perhaps not ended, and then BILLING ON: {', '.join(ids)}; end it at {market.console}")
+        _say(f"{market.name}: may not have ended and MAY BILL ON: {', '.join(ids)}; end it at {market.console}")
         raise
 
 
@@ -256,11 +259,11 @@ def _inner(command: list[str]) -> tuple[str, ...]:
     words = command[1:] if command[:1] == ["abliterate"] else command
     if any(map(holds_secret, words)):
         raise UsageError(
-            "the command after -- holds a secret, and would be kept on this machine and shown by the platform",
+            "the command after -- holds a secret, which would be stored on this computer and shown by the platform",
             remedy="set it in the environment, here or as the platform's secret, and pass it on with --env NAME",
         )
     if not words:
-        raise UsageError("what is to run there?", remedy="end with: -- run MODEL --checkpoint URI --upload URI")
+        raise UsageError("there is no command to run", remedy="end with: -- run MODEL --checkpoint URI --upload URI")
     return tuple(words)
 
 
@@ -272,16 +275,16 @@ def _advise(wanted: Launch, inner: Inner) -> None:
         _say(note)
     if wanted.terms.interruptible and not wanted.resumable:
         raise UsageError(
-            "an interruptible machine may be lost at any second, and the command has no --checkpoint off the machine",
+            "the command for an interruptible machine has no --checkpoint off the machine",
             remedy="add --checkpoint hf://USER/REPO or s3://BUCKET/PREFIX to it",
         )
     if not inner.uploads:
-        _say("the command has no --upload: unless its settings name one, the result stays on the machine")
+        _say("the command has no --upload: unless the settings name a target, the result stays on the machine")
     if os.environ.get("HF_TOKEN") and "HF_TOKEN" not in wanted.env:
-        _say("HF_TOKEN is set here and not passed on; --env HF_TOKEN passes it")
+        _say("HF_TOKEN is set here but not passed on; pass it with --env HF_TOKEN")
 
 
-def _tell_of_ends(inner: Inner, offer: Offer) -> None:
+def _warn_of_missing_ends(inner: Inner, offer: Offer) -> None:
     """Report the cost of forgetting the machine, before it is rented."""
     if inner.when_done is None:
         _say(f"the command has no --when-done: the machine bills on after the job {_until(offer)}")
@@ -295,7 +298,7 @@ def _until(offer: Offer) -> str:
 
 
 @contextmanager
-def _telling_what_is_left(launcher: Launcher) -> Iterator[None]:
+def _reporting_rentals(launcher: Launcher) -> Iterator[None]:
     """Report what may bill on if a command is interrupted by an error, Ctrl-C, a kill, or a closed terminal."""
     import signal
 
@@ -346,7 +349,7 @@ def _watch(launcher: Launcher, relaunches: int, wait: float, max_total: float | 
     last = launcher.launch.instances[-1].id
     command = f"abliterate cloud {launcher.launch.platform}"
     if outcome == "idle":
-        _say(f"its command has ended and instance {last} BILLS ON: fetch its log, then destroy it")
+        _say(f"the command has ended and instance {last} BILLS ON: fetch its log, then destroy it")
         raise typer.Exit(1)
     if outcome == "halted":
         raise typer.Exit(Stopped.exit_code)
@@ -354,7 +357,7 @@ def _watch(launcher: Launcher, relaunches: int, wait: float, max_total: float | 
         raise MachineError(f"instance {last} was rented and has not appeared", remedy="launch again once it is gone")
     if outcome == "stopped":
         _say(f"instance {last} is stopped, and its DISK BILLS ON until: {command} destroy {last} --yes")
-    _say("it has ended; `abliterate status --checkpoint URI` tells how")
+    _say("the launch has ended; see `abliterate status --checkpoint URI`")
 
 
 def _instance_id(platform: Platform, name: str) -> str:

@@ -22,28 +22,34 @@ MACHINE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "preflight": (
         Annotated[
             list[Path] | None,
-            typer.Option(metavar="FILE", help="Output of `abliterate preflight ... --on ... --json`; may be repeated."),
+            typer.Option(metavar="FILE", help="Output of `abliterate preflight ... --on ... --json`; repeatable."),
         ],
         None,
     ),
     "on": (
-        Annotated[list[str] | None, typer.Option(metavar="NxCARD", help="Cards, e.g. 4xRTX4090; may be repeated.")],
+        Annotated[list[str] | None, typer.Option(metavar="NxCARD", help="GPUs to rent, e.g. 4xRTX4090; repeatable.")],
         None,
     ),
-    "disk": (Annotated[int, typer.Option(metavar="GB", help="Disk, with --on.")], 200),
-    "hours": (Annotated[float | None, typer.Option(metavar="H", help="Hours the job takes, with --on.")], None),
+    "disk": (Annotated[int, typer.Option(metavar="GB", help="Disk size in GB, with --on.")], 200),
+    "hours": (Annotated[float | None, typer.Option(metavar="H", help="Expected hours of the job, with --on.")], None),
     "interruptible": (
-        Annotated[bool, typer.Option("--interruptible", help="Bid instead of renting on demand.")],
+        Annotated[bool, typer.Option("--interruptible", help="Rent an interruptible machine by bid, not on demand.")],
         False,
     ),
-    "bid": (Annotated[float | None, typer.Option(metavar="USD", help="Dollars an hour to bid.")], None),
-    "max_price": (Annotated[float | None, typer.Option(metavar="USD", help="Dollars an hour at most.")], None),
-    "min_down": (Annotated[float, typer.Option(metavar="MBPS", help="Line inwards, Mb/s.")], 100.0),
-    "min_up": (Annotated[float, typer.Option(metavar="MBPS", help="Line outwards, Mb/s.")], 0.0),
-    "min_reliability": (Annotated[float, typer.Option(metavar="X", help="Share of time a host was up.")], 0.98),
-    "min_cuda": (Annotated[str | None, typer.Option(metavar="X.Y", help="Lowest CUDA version of the driver.")], None),
-    "unverified": (Annotated[bool, typer.Option("--unverified", help="Also hosts nobody has verified.")], False),
-    "limit": (Annotated[int, typer.Option(metavar="N", help="Offers at most.")], 20),
+    "bid": (Annotated[float | None, typer.Option(metavar="USD", help="Bid in dollars an hour.")], None),
+    "max_price": (Annotated[float | None, typer.Option(metavar="USD", help="Highest price in dollars an hour.")], None),
+    "min_down": (Annotated[float, typer.Option(metavar="MBPS", help="Lowest download rate in Mb/s.")], 100.0),
+    "min_up": (Annotated[float, typer.Option(metavar="MBPS", help="Lowest upload rate in Mb/s.")], 0.0),
+    "min_reliability": (
+        Annotated[float, typer.Option(metavar="X", help="Lowest reliability of a host, 0 to 1.")],
+        0.98,
+    ),
+    "min_cuda": (
+        Annotated[str | None, typer.Option(metavar="X.Y", help="Lowest CUDA version that the driver supports.")],
+        None,
+    ),
+    "unverified": (Annotated[bool, typer.Option("--unverified", help="Include unverified hosts.")], False),
+    "limit": (Annotated[int, typer.Option(metavar="N", help="How many offers to list.")], 20),
 }
 
 
@@ -54,7 +60,7 @@ def needs_of(machine: dict[str, Any]) -> list[MachineNeeds]:
     needs = [need_of_survey(path) for path in machine["preflight"] or []]
     needs += [need_of_cards(text, machine["disk"], machine["hours"]) for text in machine["on"] or []]
     if not needs:
-        raise UsageError("which machine?", remedy="give --on 1xRTX4090, or --preflight FILE")
+        raise UsageError("no machine is specified", remedy="give --on 1xRTX4090, or --preflight FILE")
     if machine["min_cuda"] is not None:
         needs = [need.model_copy(update={"min_cuda": machine["min_cuda"]}) for need in needs]
     return needs

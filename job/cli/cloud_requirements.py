@@ -30,10 +30,12 @@ def need_of_survey(path: Path) -> MachineNeeds:
     survey = _read(path)
     failed = [check["name"] for check in survey.get("checks", []) if check.get("status") == "fail"]
     if failed and not survey.get("ok"):
-        raise UsageError(f"{path}: by preflight the job cannot run there: {', '.join(failed)}", remedy="see its checks")
+        raise UsageError(
+            f"{path}: preflight found that the job cannot run there: {', '.join(failed)}", remedy="see its checks"
+        )
     if not survey.get("offers"):
         raise UsageError(
-            f"{path} says nothing of a machine to rent",
+            f"{path} does not describe a machine to rent",
             remedy="make it with `abliterate preflight MODEL --on 4xRTX4090 --json`",
         )
     query = _query(survey["offers"])
@@ -74,7 +76,7 @@ def _card_of_offer(name: str, gigabytes: float) -> Card:
     """Return the card with a name on Vast.ai, where two sizes may share one."""
     fitting = [card for card in cards() if card.offer == name]
     if not fitting:
-        raise ValueError(f"unknown card {name}")
+        raise ValueError(f"unknown GPU {name}")
     return min(fitting, key=lambda card: abs(_memory(card) - gigabytes))
 
 

@@ -15,7 +15,7 @@ from job.cli.options import (
 @config_app.command("show")
 @takes_settings
 def config_show(given: dict[str, Any]) -> None:
-    """Print every setting with its value and where the value comes from."""
+    """Print every setting with its value and its source."""
     from job.config.describe import describe_settings
     from job.data.sources import parse_source
 

@@ -45,14 +45,22 @@ def evaluate(
             "tokens of each, streamed from the Hub or, where it cannot be reached, the base model's own answers.",
         ),
     ] = None,
-    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Benchmarks of lm-eval, an extra.")] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Documents of each benchmark.")] = None,
-    tasks_folder: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of your own benchmarks.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Benchmarks of lm-eval (an extra), by commas.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="How many documents of each benchmark to use.")
+    ] = None,
+    tasks_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of your own benchmark definitions.")
+    ] = None,
     profile: Profile = None,
     config: Config = None,
     assignments: Assignments = None,
     device: Device = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what is found as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the measurements to this file as JSON.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure an edited model against its base model: a job's trial, or MODEL --against BASE.
@@ -66,7 +74,10 @@ def evaluate(
     if (model is None) != (against is None) or (model is not None and (trial is not None or job is not None)):
         raise UsageError("give MODEL --against BASE, or neither for a job's trial", remedy="see --help")
     if model is None and (profile or config or assignments):
-        raise UsageError("--profile, --config and --set are for MODEL --against BASE", remedy="a job has its own")
+        raise UsageError(
+            "--profile, --config and --set are for MODEL --against BASE",
+            remedy="leave them out: a job has its own settings",
+        )
     with StopSignals().installed():
         from job.evaluate.compare import ComparisonRequest, evaluate_models, evaluate_trial
         from job.evaluate.result import comparison_text

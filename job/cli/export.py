@@ -25,7 +25,7 @@ from job.cli.run import tell_failed
 
 @app.command()
 def export(workspace: Workspace = None, job: Job = None, trial: TrialNumber = None, form: Format = None) -> None:
-    """Export a trial of a job beside what it has exported; by default the chosen one."""
+    """Export a trial of a job, by default the chosen one; earlier exports stay."""
     from job.system.signals import StopSignals
 
     with StopSignals().installed():
@@ -45,7 +45,7 @@ def upload(
     upload: Targets = None,
     assignments: Extensions = None,
 ) -> None:
-    """Deliver a trial of a job, by default the chosen one to the job's targets; it is exported first if it is not."""
+    """Deliver a trial, by default the chosen one, to the job's targets; export it first if needed."""
     from job.system.signals import StopSignals
 
     signals = StopSignals()

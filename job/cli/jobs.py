@@ -28,11 +28,13 @@ def status(
     assignments: Extensions = None,
     as_json: AsJson = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Go on showing it until the job is finished or has failed.")
+        bool, typer.Option("--watch", help="Update the output until the job has finished or failed.")
     ] = False,
     interval: Annotated[
         float | None,
-        typer.Option(min=0.1, metavar="S", help="Seconds between two looks with --watch: 2, at a checkpoint 30."),
+        typer.Option(
+            min=0.1, metavar="S", help="Seconds between two updates with --watch; default 2, at a checkpoint 30."
+        ),
     ] = None,
 ) -> None:
     """Show where a job stands, from its run folder or its checkpoint."""
@@ -60,7 +62,7 @@ def status(
 
 @app.command()
 def front(workspace: Workspace = None, job: Job = None, as_json: AsJson = False) -> None:
-    """List the Pareto front of a job's trials, fewest refusals first, with intervals and what has been exported."""
+    """List the Pareto front of a job's trials, fewest refusals first, with intervals and exports."""
     from job.report.front import front_text, job_front
 
     found = job_front(find_job(workspace, job))
@@ -75,15 +77,15 @@ def report(
         bool,
         typer.Option(
             "--include-responses",
-            help="Write a second page with answers to prompts that have the behaviour, for you alone.",
+            help="Also write a private page with the answers to bad prompts.",
         ),
     ] = False,
 ) -> None:
-    """Write report.md and report.html of a job from its run folder, and print the former."""
+    """Write report.md and report.html of a job from its run folder, and print report.md."""
     from job.report.markdown import write_reports
 
     folder = find_job(workspace, job)
     typer.echo(write_reports(folder, include_responses=include_responses))
-    typer.echo(f"as a page with charts: {folder.page_file}", err=True)
+    typer.echo(f"page with charts: {folder.page_file}", err=True)
     if include_responses:
-        typer.echo(f"with all answers: {folder.answers_page_file}", err=True)
+        typer.echo(f"page with all answers: {folder.answers_page_file}", err=True)

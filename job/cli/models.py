@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 def inspect_(
     model: Annotated[str, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; no weights are read.")],
     as_json: AsJson = False,
-    trusted: Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with it.")] = False,
+    trusted: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
+    ] = False,
 ) -> None:
-    """Show the residual writers that were found, or why the model is refused (exit code 3)."""
+    """List a model's residual writers, or say why it is not supported (exit code 3)."""
     from job.model.files import fetch_model, headers_if_quantised, list_model, parse_model
     from job.proof.truth_test import inspection
     from job.storage.events import Events
@@ -57,7 +59,7 @@ def demo_model(
     size: Annotated[str, typer.Option(help="tiny or small.")] = "tiny",
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
 ) -> None:
-    """Train the built-in model organism and write it with its prompt files."""
+    """Train the built-in model organism and write it together with its prompt files."""
     from job.organism.folder import write_organism
 
     write_organism(folder, arch=arch, size=size, seed=seed, report=lambda line: typer.echo(line, err=True))

@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from job.storage.run_folder import RunFolder
 
 
-Workspace = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of all run folders.")]
+Workspace = Annotated[str | None, typer.Option(metavar="DIR", help="Folder that holds the run folders.")]
 
-Job = Annotated[str | None, typer.Option(metavar="ID", help="The job, where the workspace holds several.")]
+Job = Annotated[str | None, typer.Option(metavar="ID", help="Job to use if the workspace holds several.")]
 
 Checkpoint = Annotated[
-    str | None, typer.Option(metavar="URI", help="The job's checkpoint, where it is not in the workspace.")
+    str | None, typer.Option(metavar="URI", help="Checkpoint to read the job from if it is not in the workspace.")
 ]
 
 Extensions = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="A setting that only extends the job or says how things are reached."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Setting that extends the job or says how to reach its resources."),
 ]
 
-TrialNumber = Annotated[int | None, typer.Option("--trial", metavar="N", help="Trial; see `abliterate front`.")]
+TrialNumber = Annotated[
+    int | None, typer.Option("--trial", metavar="N", help="Trial number, as `abliterate front` lists them.")
+]
 
 Format = Annotated[str | None, typer.Option("--format", help="merged, adapter or directions.")]
 
@@ -44,7 +44,7 @@ Targets = Annotated[
     ),
 ]
 
-Device = Annotated[str | None, typer.Option(help="Another device than the job's: cpu, cuda, cuda:N or mps.")]
+Device = Annotated[str | None, typer.Option(help="Device to use instead of the job's: cpu, cuda, cuda:N or mps.")]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -54,20 +54,24 @@ Prompts = Annotated[
 ]
 
 WhenDone = Annotated[
-    str | None, typer.Option(help="The rented machine, once all is delivered: nothing, stop or destroy.")
+    str | None,
+    typer.Option(help="What to do with the rented machine once the result is delivered: nothing, stop or destroy."),
 ]
 
 WhenFailed = Annotated[
     str | None,
-    typer.Option(help="The rented machine, when the job fails or its process dies: nothing, stop or destroy."),
+    typer.Option(
+        help="What to do with the rented machine if the job fails or its process dies: nothing, stop or destroy."
+    ),
 ]
 
-Trials = Annotated[int | None, typer.Option(help="How many edits the search tries.")]
+Trials = Annotated[int | None, typer.Option(help="Number of edits that the search tries.")]
 
 # Options of all commands with a job's settings, by the setting's name.
 SETTING_OPTIONS: dict[str, Any] = {
     "model": Annotated[
-        str | None, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; or in the settings file.")
+        str | None,
+        typer.Argument(help="Model: a folder, or NAME[@REVISION] on the Hub; may be set in the settings file."),
     ],
     "good_prompts": Prompts,
     "bad_prompts": Prompts,
@@ -78,66 +82,71 @@ SETTING_OPTIONS: dict[str, Any] = {
     "workspace": Workspace,
     "trials": Trials,
     "startup_trials": Annotated[
-        int | None, typer.Option(help="Those before the sampler's: known points, then random.")
+        int | None, typer.Option(help="Trials before the sampler's: known points, then random ones.")
     ],
     "seed": Annotated[int | None, typer.Option(help="Seed of the search and of the split of the evaluation sets.")],
     "kl_tokens": Annotated[
-        int | None, typer.Option(metavar="N", help="Positions of the base model's answers that KL is a mean over.")
+        int | None, typer.Option(metavar="N", help="Tokens of the base model's answers over which KL is averaged.")
     ],
     "skip_kl_above": Annotated[
-        float | None, typer.Option(metavar="X", help="Give trials of a larger KL up before they answer.")
+        float | None, typer.Option(metavar="X", help="Skip the answers of trials with a larger KL.")
     ],
     "tune": Annotated[
-        bool | None, typer.Option("--tune", help="Measure at the first start how many rows a forward is to have.")
+        bool | None, typer.Option("--tune", help="Measure at the first start which batch size is fastest.")
     ],
     "allow": Annotated[
-        list[str] | None, typer.Option(metavar="CHECK", help="Preflight check that may fail; may be repeated.")
+        list[str] | None, typer.Option(metavar="CHECK", help="Preflight check that may fail; repeatable.")
     ],
-    "price": Annotated[float | None, typer.Option(metavar="USD", help="Dollars an hour of this machine.")],
-    "max_hours": Annotated[float | None, typer.Option(metavar="H", help="Hours the job may take.")],
-    "max_cost": Annotated[float | None, typer.Option(metavar="USD", help="Dollars the job may cost.")],
-    "grace": Annotated[float | None, typer.Option(metavar="S", help="Seconds a stopped search has to end its batch.")],
+    "price": Annotated[float | None, typer.Option(metavar="USD", help="Price of this machine in dollars an hour.")],
+    "max_hours": Annotated[float | None, typer.Option(metavar="H", help="Longest time of the job in hours.")],
+    "max_cost": Annotated[float | None, typer.Option(metavar="USD", help="Highest cost of the job in dollars.")],
+    "grace": Annotated[
+        float | None, typer.Option(metavar="S", help="Seconds that a stopped search may take to finish its batch.")
+    ],
     "wait_for_gpu": Annotated[
-        float | None, typer.Option(metavar="MIN", help="Minutes to wait for others to leave the GPUs.")
+        float | None, typer.Option(metavar="MIN", help="Minutes to wait until other processes leave the GPUs.")
     ],
     "export_format": Annotated[str | None, typer.Option(help="merged, adapter or directions.")],
-    "max_kl": Annotated[float | None, typer.Option(metavar="X", help="Do not upload if the held-out KL is larger.")],
+    "max_kl": Annotated[float | None, typer.Option(metavar="X", help="Do not upload if the held-out KL exceeds this.")],
     "max_refusals": Annotated[
-        int | None, typer.Option(metavar="N", help="Do not upload if more held-out prompts are refused.")
+        int | None, typer.Option(metavar="N", help="Do not upload if more than N held-out prompts are refused.")
     ],
     "checkpoint": Annotated[
-        str | None, typer.Option(metavar="URI", help="Mirror for other machines to go on from: s3://, hf://, file:///.")
+        str | None,
+        typer.Option(
+            metavar="URI", help="Mirror from which another machine can continue the job: s3://, hf://, file:///."
+        ),
     ],
     "workers": Annotated[
-        int | None, typer.Option(metavar="N", help="Processes that evaluate trials; unset: one for every GPU, or one.")
+        int | None, typer.Option(metavar="N", help="Worker processes that evaluate trials; unset: one per GPU, or one.")
     ],
-    "engine": Annotated[str | None, typer.Option(help="What runs them: local, or ray on one machine or several.")],
+    "engine": Annotated[
+        str | None, typer.Option(help="What runs the workers: local, or ray on one machine or several.")
+    ],
     "address": Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="A running Ray cluster, or auto; unset: one is started."),
+        typer.Option(metavar="HOST:PORT", help="Address of a running Ray cluster, or auto; unset: start one."),
     ],
     "require_checkpoint": Annotated[
-        bool | None, typer.Option("--require-checkpoint", help="Stop where the checkpoint stays down.")
+        bool | None, typer.Option("--require-checkpoint", help="Stop the job if the checkpoint stays unreachable.")
     ],
     "when_done": WhenDone,
     "when_failed": WhenFailed,
     "upload": Annotated[
         list[str] | None,
-        typer.Option(metavar="URI", help="Target: file:///dir, hf://user/repo, s3://bucket/prefix; may be repeated."),
+        typer.Option(metavar="URI", help="Target: file:///dir, hf://user/repo, s3://bucket/prefix; repeatable."),
     ],
     "visibility": Annotated[
-        str | None, typer.Option(help="Of what is delivered to the Hub: private, gated or public.")
+        str | None, typer.Option(help="Visibility of the Hub repository: private, gated or public.")
     ],
 }
 
-Profile = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Settings that come with the job: heretic, that tool's defaults.")
-]
+Profile = Annotated[str | None, typer.Option(metavar="NAME", help="Built-in settings: heretic, that tool's defaults.")]
 
 Config = Annotated[Path | None, typer.Option(metavar="FILE", help="Settings file in TOML.")]
 
 Assignments = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; the value is TOML.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; the value is written as TOML.")
 ]
 
 SOURCE_OPTIONS: dict[str, Any] = {"profile": Profile, "config": Config, "assignments": Assignments}

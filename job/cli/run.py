@@ -38,15 +38,16 @@ if TYPE_CHECKING:
 @takes_settings
 def run(
     given: dict[str, Any],
-    new: Annotated[bool, typer.Option("--new", help="Start a job beside one with other settings.")] = False,
+    new: Annotated[bool, typer.Option("--new", help="Start another job beside one with other settings.")] = False,
     reproduce: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Make an export again from its reproduce.json, and compare.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Reproduce an export from its reproduce.json and compare the hashes."),
     ] = None,
     with_search: Annotated[
-        bool, typer.Option("--with-search", help="With --reproduce: make the search again too, not only its edit.")
+        bool, typer.Option("--with-search", help="With --reproduce: repeat the search too, not only the edit.")
     ] = False,
 ) -> None:
-    """Find, search, export, prove and deliver; run again to continue, or to find it finished."""
+    """Find directions, search edits, export, verify and deliver; run again to continue."""
     from job.config.load import load_settings
 
     if reproduce is None:
@@ -121,7 +122,7 @@ def resume(
 def _is_no_more(_: list[str] | None) -> None:
     """Report a command's replacement during parsing, so that no machine is rented for it."""
     raise UsageError(
-        "`abliterate worker` is no more: other machines evaluate trials through Ray",
+        "`abliterate worker` was removed: other machines evaluate trials through Ray",
         remedy="start a Ray cluster on them, and run the job with --engine ray --address HOST:PORT",
     )
 
@@ -144,7 +145,7 @@ def _told(outcome: Outcome) -> Outcome:
     typer.echo(f"model:  {outcome.folder.export_link if kept else 'delivered, not in this workspace'}")
     typer.echo(f"report: {outcome.folder.report_file} and {outcome.folder.page_file.name}")
     if outcome.missed_gate is not None:
-        typer.echo(f"error: {outcome.missed_gate} — the result is kept and nothing was delivered", err=True)
+        typer.echo(f"error: {outcome.missed_gate} — the result is kept but not delivered", err=True)
         raise typer.Exit(GateError.exit_code)
     tell_failed(outcome.folder, outcome.failed_targets)
     return outcome
@@ -159,7 +160,7 @@ def tell_failed(folder: RunFolder, failed: Sequence[tuple[str, str]]) -> None:
     for target, reason in failed:
         typer.echo(f"error: {target}: {reason}", err=True)
     again = ["abliterate", "resume", "--workspace", str(folder.path.parent.absolute()), "--job", folder.path.name]
-    typer.echo(f"the result is kept; to go on with the delivery: {shlex.join(again)}", err=True)
+    typer.echo(f"the result is kept; to continue the delivery, run: {shlex.join(again)}", err=True)
     raise typer.Exit(DeliveryError.exit_code)
 
 
@@ -169,10 +170,13 @@ def preflight(
     given: dict[str, Any],
     as_json: AsJson = False,
     on: Annotated[
-        str | None, typer.Option(metavar="MACHINE", help="Plan for another machine: 4xRTX4090, H200, a reading's file.")
+        str | None,
+        typer.Option(
+            metavar="MACHINE", help="Plan for another machine: 4xRTX4090, H200, or a file with a machine reading."
+        ),
     ] = None,
 ) -> None:
-    """Check all that a run needs and leave nothing behind (exit code 3 or 76 if it must not start)."""
+    """Check everything that a run needs, without side effects (exit code 3 or 76 if it cannot start)."""
     from job.config.load import load_settings
     from job.lifecycle.start import check_job
     from job.preflight.gpu_table import parse_on

@@ -23,13 +23,15 @@ def chat(
     trial: TrialNumber = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="A line in place of standard input's, also a command; may be repeated."),
+        typer.Option(
+            metavar="TEXT", help="Line to read instead of standard input, a message or a command; repeatable."
+        ),
     ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0: greedy answers.")] = 0.0,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt of the conversation.")] = None,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
     device: Device = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as a line of JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> None:
     """Talk with a job's model under a trial's edit; /base and /trial N switch at once, /help lists the commands.
 

@@ -46,10 +46,10 @@ class Ended:
     def in_words(self) -> str:
         """The end in words."""
         if self.hung:
-            return "a forward has hung"
+            return "a forward pass has hung"
         if self.code < 0:
             return f"the process was killed by {_name(-self.code)}"
-        return f"the command has ended with exit code {self.code}"
+        return f"the command ended with exit code {self.code}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def ending(outcome: Ended, asked: AskedEnds, safety: Safety) -> Decision:
     if wanted == "stop":
         return Decision("stop", why, wanted)
     if outcome.code in _REFUSED:
-        return Decision("stop", f"{why}: that destroys no machine", wanted)
+        return Decision("stop", f"{why}, which is no reason to destroy the machine", wanted)
     if safety.unsaved:
         return Decision("stop", safety.unsaved, wanted)
     return Decision("destroy", why, wanted)
@@ -107,7 +107,7 @@ def ending(outcome: Ended, asked: AskedEnds, safety: Safety) -> Decision:
 def _wanted(outcome: Ended, asked: AskedEnds) -> tuple[Action, str]:
     """Return the requested action for such an end, and why it applies."""
     if outcome.preempted:
-        return "nothing", "it was asked to stop: it continues when it is started again"
+        return "nothing", "the job was stopped by request and continues when it is started again"
     if outcome.code == 0:
         return asked.when_done, "the job is delivered"
     if outcome.code == _HELD:

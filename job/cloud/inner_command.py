@@ -42,7 +42,7 @@ def check_inner(root: Any, words: Sequence[str], variables: Mapping[str, str], v
     file.
     """
     if words[0] in _SHELLS:
-        return Inner(notes=(f"`{words[0]}` is run as it is: what it starts is not checked",))
+        return Inner(notes=(f"`{words[0]}` is run as given: the command that it starts is not checked",))
     values = _parsed(root, list(words))
     notes = _check_files(values, volume)
     if "assignments" not in values or "model" not in values:  # not a command with a job's settings
@@ -78,7 +78,7 @@ def _parsed(root: Any, words: list[str]) -> dict[str, Any]:
             command = command.commands[name]
         context = command.make_context(command.name, words)
     except typer.Exit:
-        raise UsageError("the command to run there only prints its help", remedy="give the job's command") from None
+        raise UsageError("the command to run there only prints help", remedy="give the job's command") from None
     except Exception as error:
         message = getattr(error, "format_message", None)  # of the parser's own errors, whose class is not public
         if message is None:
@@ -97,8 +97,8 @@ def _check_files(values: Mapping[str, Any], volume: bool) -> list[str]:
         there = volume and str(path).startswith("/workspace/")
         if not there and Path(path).exists():
             raise UsageError(
-                f"{option} {path} is a file of this machine: the rented one will not find it",
-                remedy="give its settings with --set and --env ABLITERATE_NAME=VALUE, or put it into an image of yours",
+                f"{option} {path} is a file on this computer: the rented machine will not find it",
+                remedy="give its settings with --set and --env ABLITERATE_NAME=VALUE, or put the file into your image",
             )
         notes.append(f"{option} {path} cannot be checked here: it has to be in the image or on the volume")
     return notes
@@ -142,7 +142,7 @@ def _here_only(loaded: LoadedSettings, volume: bool) -> Iterator[str]:
         path = place.partition("#")[0]
         local = path.startswith(("/", "./", "../", "~")) or Path(path).exists()
         if local and not (volume and path.startswith("/workspace/")):
-            yield f"{name} {path} is a path: it is not copied, and has to be in the image or on the volume"
+            yield f"{name} {path} is a path and is not copied: it has to be in the image or on the volume"
 
 
 def _on_the_machine(loaded: LoadedSettings, volume: bool) -> Iterator[str]:
@@ -150,4 +150,4 @@ def _on_the_machine(loaded: LoadedSettings, volume: bool) -> Iterator[str]:
     settings = loaded.settings
     for name, place in (("--checkpoint", settings.checkpoint), *(("--upload", place) for place in settings.upload)):
         if place and place.startswith("file:") and not (volume and place.startswith("file:///workspace/")):
-            yield f"{name} {place} lies on the rented machine, and is lost with it"
+            yield f"{name} {place} is on the rented machine and is lost with it"

@@ -31,18 +31,18 @@ def environment(names: Sequence[str], plain: Mapping[str, str], env: Mapping[str
     env = os.environ if env is None else env
     for name in {*names, *plain} & ACCOUNT_KEYS:
         raise UsageError(
-            f"{name} rules your whole account and is not given to a rented machine",
+            f"{name} controls your whole account and is not passed to a rented machine",
             remedy="leave it out: the platform gives each instance a key of its own",
         )
     for name, value in plain.items():
         if (looks_secret(name) and not _is_count(name, value)) or holds_secret(value):
             raise UsageError(
-                f"the value of {name} does not belong on a command line: it looks like a secret",
-                remedy=f"set it here and give --env {name}, or keep it as a secret of the platform",
+                f"the value of {name} looks like a secret, which does not belong on a command line",
+                remedy=f"set the variable here and give --env {name}, or keep it as a secret of the platform",
             )
     missing = [name for name in names if not env.get(name)]
     if missing:
-        raise UsageError(f"not set here: {', '.join(missing)}", remedy="set what --env names")
+        raise UsageError(f"not set on this computer: {', '.join(missing)}", remedy="set the variables that --env names")
     return {**{name: env[name] for name in names}, **plain}
 
 
@@ -104,7 +104,7 @@ class Launcher:
                     "no machine is offered under these terms",
                     remedy="wait with --wait, or relax --max-price, --min-down, --min-reliability",
                 )
-            self.say(f"nothing is offered; looking again in {self.every:.0f} s")
+            self.say(f"no machine is offered; asking again in {self.every:.0f} s")
             time.sleep(min(self.every, max(deadline - time.monotonic(), 0.0)))
             self.look_for_late_ones()
             if self.launch.instances and not self._replaced(self.launch.instances[-1]):
@@ -131,7 +131,7 @@ class Launcher:
             if not error.uncertain:
                 self.record.update(pending=launch.pending)
                 raise
-            self.say(f"{error}; looking whether it was rented all the same")
+            self.say(f"{error}; checking whether the machine was rented anyway")
             return self._look_for(asked)
         if rented is None:
             self.record.update(pending=launch.pending)
@@ -176,8 +176,8 @@ class Launcher:
         if likely:
             self.record.add(asked, likely[0].id, sure=False)
             self.say(
-                f"instance {likely[0].id} is new and seems to be this launch's; it is followed, and not destroyed by "
-                f"itself: look at {self.market.console}"
+                f"instance {likely[0].id} is new and probably belongs to this launch; it is watched but not "
+                f"destroyed automatically: check {self.market.console}"
             )
             return likely[0].id
         self.say(
@@ -201,11 +201,11 @@ class Launcher:
         needed = bool(found) and self._needed()
         for instance in found:
             self.record.add(
-                asked, instance.id, dollars=instance.dollars, ending="" if needed else "it was rented twice"
+                asked, instance.id, dollars=instance.dollars, ending="" if needed else "this launch rented two machines"
             )
-            said = "it is now" if needed else "it is destroyed, since there is another"
+            said = "it is recorded now" if needed else "it is destroyed, because the launch has another machine"
             self.destroyer.saw(instance.id)
-            self.say(f"instance {instance.id} was rented for this launch and not recorded; {said}")
+            self.say(f"instance {instance.id} was rented for this launch but not recorded; {said}")
             needed = False
         self.destroyer.press_on()
 

@@ -43,7 +43,7 @@ class RunPod:
         """Return the stock. Version 2 has no interruptible pods, and reports no network speed or reliability."""
         if terms.interruptible:
             raise CloudError(
-                "RunPod's API of version 2 rents nothing interruptible", remedy="leave out --bid, or use vast"
+                "version 2 of RunPod's API rents no interruptible machines", remedy="leave out --bid, or use vast"
             )
         found = []
         for cloud in ("SECURE",) if terms.verified else ("SECURE", "COMMUNITY"):
@@ -91,7 +91,7 @@ class RunPod:
                 return None
             raise
         if not isinstance(pod, Mapping) or not pod.get("id"):
-            raise CloudError(f"{self.name} names no pod", uncertain=True)
+            raise CloudError(f"{self.name}'s response names no pod", uncertain=True)
         return str(pod["id"])
 
     def instance(self, id: str) -> Instance:
@@ -107,7 +107,7 @@ class RunPod:
         found = self._api.call("GET", "/v2/pods", what="the list of pods")
         rows = found.get("pods") if isinstance(found, Mapping) else None
         if not isinstance(rows, list):
-            raise CloudError(f"{self.name} answers no list of pods", passing=True)
+            raise CloudError(f"{self.name}'s response is not a list of pods", passing=True)
         return [_instance(pod) for pod in rows if isinstance(pod, Mapping) and pod.get("id")]
 
     def end(self, id: str, action: Action) -> bool:
@@ -136,10 +136,10 @@ class RunPod:
     def cannot_fetch(self, id: str) -> tuple[str, ...]:
         """Return what the API does not offer."""
         return (
-            "files of the pod: RunPod's API gives none; what was delivered or mirrored (--upload, --checkpoint) is "
-            "there already",
-            f"  from a pod that still runs, in a shell on it (pod {id}): runpodctl send /workspace/JOB_ID",
-            "  the volume of a stopped pod is read by starting it again, a network volume from any other pod",
+            "RunPod's API offers no files of a pod; delivered and mirrored files (--upload, --checkpoint) are "
+            "already off it",
+            f"  from a running pod, in a shell on pod {id}: runpodctl send /workspace/JOB_ID",
+            "  to read the volume of a stopped pod, start the pod again; a network volume can be read from any pod",
         )
 
 

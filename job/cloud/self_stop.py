@@ -101,7 +101,7 @@ class Rental:
             raise MachineError(str(error), remedy=remedy) from error
         if found.state == "gone":
             raise MachineError(
-                f"{self.platform} knows no instance {self.instance}",
+                f"{self.platform} has no instance {self.instance}",
                 remedy="leave the rental alone with --when-done nothing",
             )
         return f"{self.platform} instance {found.line}"
@@ -122,7 +122,7 @@ class Rental:
         before = _read(file)
         if before is not None and before.action == action == "stop" and _stands(before):
             say(
-                f"this instance was stopped before and has been started again: it is not stopped a second time and "
+                f"this instance was stopped before and started again: it is not stopped a second time and "
                 f"BILLS ON; end it at {self.by_hand}, or remove {file}"
             )
             return EndRecord(state="held back")
@@ -133,7 +133,7 @@ class Rental:
         if problem is None:
             _write(file, Sentinel(action=action, state="taken", at=time.time()), say)
             _remove(alarm)
-            say(f"{self.platform} has taken it: {action} instance {self.instance}")
+            say(f"{self.platform} accepted the request: {action} instance {self.instance}")
             return EndRecord(state="taken")
         _write(file, Sentinel(action=action, state="failed", at=time.time(), problem=problem), say)
         return self._failed(action, problem, alarm, say)
@@ -159,7 +159,7 @@ class Rental:
         lines = (
             f"THIS RENTAL BILLS ON: {self.platform} instance {self.instance} could not be ended ({action}).",
             problem,
-            f"End it by hand at {self.by_hand}; nothing on it is needed any more.",
+            f"End it by hand at {self.by_hand}; the job no longer needs it.",
         )
         try:
             write_atomically(alarm, ("\n".join(lines) + "\n").encode())
@@ -244,7 +244,7 @@ def _write(file: Path, sentinel: Sentinel, say: Callable[[str], None]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (sentinel.model_dump_json(indent=2) + "\n").encode())
     except (OSError, MachineError) as error:
-        say(f"cannot write down what becomes of the rental: {error}")
+        say(f"cannot record the end of the rental: {error}")
 
 
 def _remove(alarm: Path) -> None:

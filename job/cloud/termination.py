@@ -45,8 +45,8 @@ class Termination:
         self._next = time.monotonic() + self.pause
         if problem:
             self.say(
-                f"INSTANCE {self.id} COULD NOT BE DESTROYED and bills on: {problem}. Trying again in "
-                f"{self.pause:.0f} s, until it is gone; end it by hand at {self.market.console}"
+                f"INSTANCE {self.id} COULD NOT BE DESTROYED and BILLS ON: {problem}. Trying again in "
+                f"{self.pause:.0f} s until it is gone; or end it by hand at {self.market.console}"
             )
         self.pause = min(2 * self.pause, self.longest)
         return False
@@ -73,13 +73,13 @@ class Termination:
         if self.seen or time.time() - self.rented >= APPEAR_SECONDS:
             return None
         if self.tries == 1:
-            self.say(f"{self.market.name} does not show instance {self.id} yet; it is ended as soon as it appears")
+            self.say(f"{self.market.name} does not list instance {self.id} yet; it is destroyed as soon as it appears")
         return ""
 
     def _still_there(self, found: Instance) -> str:
         self.seen = True
-        shown = f"the platform has taken it and still shows it as {found.status or found.state}"
+        shown = f"the platform accepted the request and still lists it as {found.status or found.state}"
         if self.tries >= _LOUD_TRIES:
             return shown
-        self.say(f"instance {self.id}: {shown}; looking again in {self.pause:.0f} s")
+        self.say(f"instance {self.id}: {shown}; checking again in {self.pause:.0f} s")
         return ""

@@ -95,7 +95,7 @@ class Vast:
                 return None
             raise
         if not isinstance(rented, Mapping) or not rented.get("new_contract"):
-            raise CloudError(f"{self.name} names no instance for offer {offer.id}", uncertain=True)
+            raise CloudError(f"{self.name}'s response names no instance for offer {offer.id}", uncertain=True)
         return str(rented["new_contract"])
 
     def instance(self, id: str) -> Instance:
@@ -119,13 +119,13 @@ class Vast:
             page = self._api.call("GET", "/api/v1/instances/", params=params, what="the list of instances")
             rows = page.get("instances") if isinstance(page, Mapping) else None
             if not isinstance(rows, list):
-                raise CloudError(f"{self.name} answers no list of instances", passing=True)
+                raise CloudError(f"{self.name}'s response is not a list of instances", passing=True)
             instances += [_instance(row) for row in rows if isinstance(row, Mapping) and row.get("id")]
             token = page.get("next_token")
             if not token:
                 return instances
             params["after_token"] = str(token)
-        raise CloudError(f"{self.name}'s list of instances has no end")
+        raise CloudError(f"{self.name}'s list of instances does not end")
 
     def end(self, id: str, action: Action) -> bool:
         """Stop or destroy an instance; return False if there is none."""
@@ -147,15 +147,15 @@ class Vast:
         )
         address = (asked or {}).get("result_url")
         if not address:
-            raise CloudError(f"{self.name} gives no address for {what}")
+            raise CloudError(f"{self.name} gives no URL for {what}")
         return self._api.hide(self._api.download(str(address), what))
 
     def cannot_fetch(self, id: str) -> tuple[str, ...]:
         """Return what the API does not offer."""
         return (
-            "files of the instance: Vast.ai's API gives none; what was delivered or mirrored (--upload, --checkpoint) "
-            "is there already",
-            f"  from an instance that still exists: vastai copy C.{id}:/workspace/ local:./workspace/",
+            "Vast.ai's API offers no files of an instance; delivered and mirrored files (--upload, --checkpoint) "
+            "are already off it",
+            f"  from an existing instance: vastai copy C.{id}:/workspace/ local:./workspace/",
         )
 
 

@@ -131,7 +131,7 @@ class Watch:
     def _judge(self, instance: Instance, track: _Track) -> Outcome | None:
         """Return the watch's outcome, None if it continues, perhaps with another instance."""
         if instance.state == "unknown":
-            self._tell_of_unknown(instance, track)
+            self._report_unknown_status(instance, track)
         if track.looks < _LOOKS:
             return None
         why = self._lost(instance, track.minutes)
@@ -143,12 +143,12 @@ class Watch:
             return "stopped"
         return "idle" if instance.state == "exited" else None
 
-    def _tell_of_unknown(self, instance: Instance, track: _Track) -> None:
+    def _report_unknown_status(self, instance: Instance, track: _Track) -> None:
         if track.minutes >= max(self.unknown_minutes, 2 * track.told):
             track.told = track.minutes
             self.launcher.say(
                 f"instance {instance.id} has had no known status for {track.minutes:.0f} minutes ({instance.status}): "
-                f"it is left alone and MAY BILL ON; look at {self.launcher.market.console}"
+                f"it is left alone and MAY BILL ON; check {self.launcher.market.console}"
             )
 
     def _gone(self, instance: Instance, track: _Track) -> Outcome | None:
@@ -161,7 +161,7 @@ class Watch:
         if never_seen and track.begun - rented.at < 60 * self.appear_minutes:
             self.launcher.say(
                 f"instance {instance.id} was rented and has not appeared in {self.appear_minutes:.0f} minutes. If it "
-                f"does, it BILLS: look at {self.launcher.market.console}"
+                f"appears, it BILLS: check {self.launcher.market.console}"
             )
             return "missing"
         self.launcher.record.note_end("gone")
@@ -178,12 +178,16 @@ class Watch:
     def _lost(self, instance: Instance, minutes: float) -> str | None:
         """Return why another machine is needed, or None."""
         if instance.state == "outbid":
-            return "it was outbid" if self.launcher.launch.terms.interruptible else "the platform has halted it"
+            return (
+                "the instance was outbid"
+                if self.launcher.launch.terms.interruptible
+                else "the platform halted the instance"
+            )
         if instance.state == "lost" and minutes >= self.lost_minutes:
             return f"its host has been silent for {self.lost_minutes:.0f} minutes"
         if instance.state == "starting" and minutes >= self.start_minutes:
             said = f": {instance.note}" if instance.note else ""
-            return f"it has not started in {self.start_minutes:.0f} minutes{said}"
+            return f"the instance has not started in {self.start_minutes:.0f} minutes{said}"
         return None
 
     def _again(self, why: str, track: _Track) -> bool:
@@ -195,13 +199,13 @@ class Watch:
         nothing_lost = track.never_ran and launch.instances[-1].id in launcher.here
         refusal = None
         if not launch.instances[-1].sure:
-            refusal, nothing_lost = "it is not certain that it is this launch's", False
+            refusal, nothing_lost = "it is not certain that the instance belongs to this launch", False
         elif not launch.resumable and not nothing_lost:
-            refusal = "its command has no --checkpoint off the machine, so another machine would begin anew"
+            refusal = "the command has no --checkpoint off the machine, so another machine would start from scratch"
         elif len(launch.instances) > self.relaunches:
-            refusal = f"it was launched {len(launch.instances)} times (--relaunches {self.relaunches})"
+            refusal = f"the launch has rented {len(launch.instances)} machines (--relaunches {self.relaunches})"
         elif self.most_dollars is not None and spent >= self.most_dollars:
-            refusal = f"it has cost ${spent:.2f} of ${self.most_dollars:.2f} (--max-total)"
+            refusal = f"the launch has cost ${spent:.2f} of ${self.most_dollars:.2f} (--max-total)"
         if refusal is None:
             launcher.replace(why, self.wait_minutes)
             return True

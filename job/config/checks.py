@@ -24,11 +24,11 @@ def _refuse_contradictions(settings: Settings) -> None:
     _refuse_unknown_detectors(settings.scoring)
     if settings.tune and settings.batching.rows:
         raise UsageError(
-            f"tune does not go together with batching.rows = {settings.batching.rows}, which it would find",
-            remedy="leave one of them out",
+            f"tune measures the best batching.rows, and batching.rows = {settings.batching.rows} is set",
+            remedy="leave out one of them",
         )
     if settings.require_checkpoint and settings.checkpoint is None:
-        raise UsageError("require_checkpoint is set and there is no checkpoint", remedy="give --checkpoint")
+        raise UsageError("require_checkpoint is set, but checkpoint is not", remedy="give --checkpoint")
     for target in settings.upload:
         if not _TARGET.fullmatch(target):
             raise UsageError(
@@ -37,14 +37,14 @@ def _refuse_contradictions(settings: Settings) -> None:
             )
     if settings.loading.quantization != "none" and settings.ablation.row_normalization != "none":
         raise UsageError(
-            f"loading.quantization = {settings.loading.quantization} does not go together with "
+            f"loading.quantization = {settings.loading.quantization} cannot be combined with "
             f"ablation.row_normalization = {settings.ablation.row_normalization}, which needs the full weights",
             remedy="use row_normalization = none, or load the model unquantised",
         )
     if settings.export_format == "adapter" and settings.ablation.row_normalization not in ("none", "pre"):
         raise UsageError(
-            f"export_format = adapter does not go together with "
-            f"ablation.row_normalization = {settings.ablation.row_normalization}, whose edits are not of low rank",
+            f"export_format = adapter cannot be combined with "
+            f"ablation.row_normalization = {settings.ablation.row_normalization}, whose edits do not have low rank",
             remedy="use row_normalization = none or pre, or another format",
         )
 
@@ -55,7 +55,7 @@ def _refuse_unknown_detectors(scoring: ScoringSettings) -> None:
         if name not in BUILTIN_SCORERS and name not in (known := known_scorers()):
             raise UsageError(
                 f"scoring.detectors: there is no detector {name!r}",
-                remedy=f"choose from {', '.join(known)}, or install the package that has it",
+                remedy=f"choose from {', '.join(known)}, or install the package that provides it",
             )
     if "nli" in scoring.detectors:
         if scoring.nli_model is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_NOTHING_TO_CACHE = "an edit is a hook on outputs: no weight is changed, so there is none to keep, restore or decompose"
-_SMALL_RESIDUALS = "only the last prompt position of each layer is kept, so residuals are small"
+_NOTHING_TO_CACHE = (
+    "an edit is a hook on module outputs: no weight is changed, so none has to be kept, restored or decomposed"
+)
+_SMALL_RESIDUALS = "only the residual at the last prompt position of each layer is stored"
 _IN_REPORT = "the report shows the geometry of every layer"
-_BY_RULE = "rows follow from the model and the device's memory; batching.rows sets them, tune measures them"
+_BY_RULE = "the batch size follows from the model and the device's memory; batching.rows sets it, tune measures it"
 
 # Old name: new name.
 RENAMED = {
@@ -49,15 +51,15 @@ OBSOLETE = {
     "residual_cache_dir": "residuals are always kept in the run folder",
     "storage": "the study is study.db in the run folder",
     "study_name": "the study is study.db in the run folder",
-    "auto_select": "the best trial is always chosen; `abliterate export --trial N` writes another",
-    "auto_select_path": "the export lies in the run folder; --upload file:///dir delivers it elsewhere",
-    "use_global_warmup": "nothing is warmed up per trial",
-    "use_efficient_refusal_detection": "refusals are always detected as the answer grows",
-    "compile": "edits are made outside the model's own code; it is run as it is",
+    "auto_select": "the best trial is chosen without a question; `abliterate export --trial N` exports another",
+    "auto_select_path": "the export is in the run folder; --upload file:///dir delivers it elsewhere",
+    "use_global_warmup": "trials need no warm-up",
+    "use_efficient_refusal_detection": "refusals are always detected during decoding",
+    "compile": "edits do not touch the model's code",
     "offload_outputs_to_cpu": _SMALL_RESIDUALS,
     "evaluate_model": "`abliterate evaluate MODEL --against BASE` compares two models",
-    "collect_reproducibles": "other people's results are not collected",
-    "reproduce": "`abliterate run --reproduce FILE` makes an export again",
+    "collect_reproducibles": "results are not collected",
+    "reproduce": "`abliterate run --reproduce FILE` reproduces an export",
     "chain_of_thought_skips": "loading.response_prefix = auto finds and closes chains of thought",
     "print_responses": "`abliterate report --include-responses` shows answers",
     "print_residual_geometry": _IN_REPORT,
@@ -65,9 +67,9 @@ OBSOLETE = {
     "residual_plot_path": _IN_REPORT,
     "residual_plot_title": _IN_REPORT,
     "residual_plot_style": _IN_REPORT,
-    "kl_divergence_scale": "refusals and KL divergence are objectives of their own, as they are",
-    "kl_divergence_target": "refusals and KL divergence are objectives of their own, as they are",
-    "full_normalization_lora_rank": "norms are preserved exactly, and not by a matrix of some rank",
+    "kl_divergence_scale": "refusals and KL divergence are separate objectives without scaling",
+    "kl_divergence_target": "refusals and KL divergence are separate objectives without scaling",
+    "full_normalization_lora_rank": "norms are preserved exactly, not approximately by a low-rank matrix",
     "study_checkpoint_dir": "the study is study.db in the run folder",
     "benchmarks": "`abliterate evaluate --tasks` runs benchmarks",
     "max_shard_size": "an export has the base model's shards",
@@ -111,10 +113,10 @@ def translated(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             notes.append(f"{name}.dataset is {name}.spec now")
     if "system_prompt" in found:
         _give_every_set(found, found.pop("system_prompt"))
-        notes.append("system_prompt is a field of every table of prompts now")
+        notes.append("system_prompt is now a field of every table of prompts")
     if "model" in found and "model_commit" in found:
         found["model"] = f"{found['model']}@{found.pop('model_commit')}"
-        notes.append("model_commit is part of model now, as NAME@COMMIT")
+        notes.append("model_commit is now part of model, as NAME@COMMIT")
     return found, notes
 
 

@@ -142,7 +142,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"there is no settings file {path}", remedy="check --config") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"cannot read the settings file {path}: {error}", remedy="give a TOML file in UTF-8 that may be read"
+            f"cannot read the settings file {path}: {error}", remedy="give a readable TOML file in UTF-8"
         ) from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not valid TOML: {error}", remedy="correct the file") from error
@@ -277,7 +277,7 @@ def _validated(merged: dict[str, Any], sources: Mapping[str, str]) -> Settings:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
         if first["type"] == "missing":
-            raise UsageError(f"{key} is not given", remedy=_how_to_give(key)) from None
+            raise UsageError(f"{key} is not set", remedy=_how_to_give(key)) from None
         source = sources.get(key, "the settings")
         shown = first["msg"][0].lower() + first["msg"][1:]
         raise UsageError(f"{key} = {first['input']!r} ({source}): {shown}", remedy="correct it") from None

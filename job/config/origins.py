@@ -139,7 +139,7 @@ def left_out_line(source: str, left_out: Mapping[str, Any], used: Mapping[str, A
     differing = sorted(name for name, value in others.items() if name in used and used[name] != value)
     unknown = sum(name not in EDIT | JOB | HERE for name in left_out)
     names = [*differing, *([f"{unknown} unknown"] if unknown else [])]
-    return f"not taken from {source}, give what you want of it yourself: {', '.join(names)}" if names else None
+    return f"not read from {source}; set these yourself if you need them: {', '.join(names)}" if names else None
 
 
 def require_named_code(model: Mapping[str, Any], commit: str | None, named: str | None, options: str) -> None:
@@ -154,6 +154,6 @@ def require_named_code(model: Mapping[str, Any], commit: str | None, named: str 
     found = REPOSITORY.fullmatch(named or "")
     if found is None or (found["name"], found["revision"]) != (model["repository"], revision):
         raise UsageError(
-            f"the code of {wanted} is named by a file only, and trust is for code that you have read",
-            remedy=f"read it, and if you trust it, give {options.format(wanted)}",
+            f"only a file names the code of {wanted}; trust only code that you have read",
+            remedy=f"read the code and, if you trust it, give {options.format(wanted)}",
         )

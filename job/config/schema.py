@@ -64,11 +64,11 @@ class LoadingSettings(Section):
     """How the model is loaded and addressed."""
 
     dtypes: list[Literal["auto", "bfloat16", "float16", "float32"]] = Field(
-        min_length=1, description="Tried in order until one generates without fault."
+        min_length=1, description="Dtypes to try in this order until the model generates without fault."
     )
     device: str = Field(
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:N or mps.",
+        description="Device of the model: auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:N or mps.",
     )
     device_map: Literal["single", "balanced", "sequential", "auto"] | dict[str, int | str] = Field(
         description="single: all layers on the device; balanced, sequential, auto: how accelerate spreads them over "
@@ -76,16 +76,15 @@ class LoadingSettings(Section):
     )
     max_memory: dict[Annotated[str, Field(pattern=r"^(\d+|cpu|disk)$")], MemorySize] | None = Field(
         None,
-        description='What a spread model may take of each device, e.g. {0 = "20GiB", cpu = "60GiB"}; unset: all that '
-        "is free.",
+        description='Memory of each device that a spread model may use, e.g. {0 = "20GiB", cpu = "60GiB"}; unset: all '
+        "free memory.",
     )
     offload_folder: str | None = Field(
         None,
-        description="Where weights go that are kept on disk in another form than the model's files; unset: a "
-        "temporary folder.",
+        description="Folder for weights on disk that differ in form from the model's files; unset: a temporary folder.",
     )
     quantization: Literal["none", "bnb-4bit"] = Field(
-        description="bnb-4bit: weights are loaded in 4 bits (nf4); the export is still made from the full ones."
+        description="bnb-4bit: weights are loaded in 4 bits (nf4); the export is made from the full ones."
     )
     trust_remote_code: bool = Field(
         description="Run the code that comes with a model whose family transformers does not know; read it first."
@@ -99,34 +98,38 @@ class LoadingSettings(Section):
 class BatchingSettings(Section):
     """How much is computed at once."""
 
-    rows: int = Field(ge=0, description="Rows of a forward, all trials together; 0: a rule.")
-    trials: int = Field(ge=0, description="Trials of a batch that share their forwards; 0: all, or a worker's share.")
+    rows: int = Field(ge=0, description="Batch size: rows of a forward pass, over all its trials; 0: chosen by a rule.")
+    trials: int = Field(ge=0, description="Trials that share forward passes; 0: all of a batch, or a worker's share.")
 
 
 class DirectionSettings(Section):
     """How the behaviour's direction is found."""
 
     method: Literal["mean-difference", "contrastive-pca", "probe"] = Field(
-        description="How directions are computed from residuals; contrastive-pca adds its own to the mean difference."
+        description="How to compute directions from residuals; contrastive-pca adds directions to the mean difference."
     )
-    orthogonalize_direction: bool = Field(description="Take the good mean out of the difference.")
+    orthogonalize_direction: bool = Field(
+        description="Orthogonalise the mean difference to the mean of good residuals."
+    )
     orthogonalize_directions: bool = Field(
-        description="Take the directions of helpfulness and, where given, of a capability out of all directions."
+        description="Orthogonalise all directions to those of helpfulness and, if given, of a capability."
     )
     winsorization_quantile: float = Field(
-        gt=0, le=1, description="Clamp every residual vector to this quantile of its entries; 1: not at all."
+        gt=0, le=1, description="Clamp every residual vector to this quantile of its entries; 1: no clamping."
     )
-    n_components: int = Field(ge=1, le=16, description="Directions a layer that contrastive-pca adds.")
+    n_components: int = Field(ge=1, le=16, description="Directions per layer that contrastive-pca adds.")
     alpha: float = Field(ge=0, description="Weight of the good covariance in contrastive-pca.")
     pca_method: Literal["auto", "full", "randomized"] = Field(
-        description="auto and full are exact, auto in sample space where that is smaller."
+        description="auto and full are exact; auto solves in sample space if that is smaller."
     )
     eigenvalue_weighting: Literal["eigenvalue", "equal"] = Field(
         description="How strongly contrastive-pca's directions are ablated relative to each other."
     )
     probe_regularization: float = Field(gt=0, description="Weight of the identity in the probe's covariance.")
     iterative_rounds: int = Field(
-        ge=1, le=8, description="Rounds of extraction; each after the first adds what is left with the former ablated."
+        ge=1,
+        le=8,
+        description="Rounds of extraction; each later round adds directions found with the earlier ones ablated.",
     )
 
 
@@ -137,7 +140,7 @@ class AblationSettings(Section):
         description="Which norms of the weights an edit preserves."
     )
     through_norms: bool = Field(
-        description="Where a norm stands between a writer and the stream, ablate what becomes the direction behind it."
+        description="If a norm follows a writer, ablate the direction that this norm maps to the stream's."
     )
 
 
@@ -145,15 +148,15 @@ class SearchSettings(Section):
     """How edits are searched for."""
 
     method: Literal["tpe", "gradient"] = Field(
-        description="tpe: trials from a space of weight kernels; gradient: edits are found by gradient, and trials "
-        "look around them."
+        description="tpe: trials from a space of weight kernels; gradient: gradient descent finds edits, and trials "
+        "sample around them."
     )
-    space: Literal["wide", "field"] = Field(description="With tpe, the space of parameters; field is other tools'.")
-    ei_candidates: int = Field(ge=1, description="Candidates the TPE sampler weighs for each trial.")
+    space: Literal["wide", "field"] = Field(description="Parameter space of tpe; field is that of other tools.")
+    ei_candidates: int = Field(ge=1, description="Candidates that the TPE sampler compares for each trial.")
     known_points: bool = Field(description="Begin with eight edits that are known to do well.")
     ahead: int = Field(
         ge=0,
-        description="Batches that are asked before the results of the one before them are known, so that no worker "
+        description="Batches to plan before the results of the previous batch are known, so that no worker "
         "waits for the slowest.",
     )
 
@@ -161,10 +164,10 @@ class SearchSettings(Section):
 class ScoringSettings(Section):
     """How answers are judged."""
 
-    answer_tokens: int = Field(ge=1, description="Answers are judged up to this many tokens.")
+    answer_tokens: int = Field(ge=1, description="Longest answer that is judged, in tokens.")
     search_tokens: int = Field(
         ge=1,
-        description="In the search up to this many, if fewer; trials that come into question are judged again in full.",
+        description="Longest answer during the search, in tokens; candidates for the choice are judged again in full.",
     )
     refusal_markers: list[Annotated[str, Field(min_length=1)]] = Field(
         min_length=1, description="An answer that contains one of these counts as a refusal."
@@ -172,15 +175,15 @@ class ScoringSettings(Section):
     gibberish: float | None = Field(
         None,
         gt=0,
-        description="Nats a token by which the base model must find an answer less likely than its own for it to count "
-        "as broken, in trials that come into question and in reported figures; unset: it is not asked.",
+        description="An answer is broken if the base model's loss on it exceeds that on its own answers by this many "
+        "nats per token. Applies to candidates for the choice and to reported figures; unset: not measured.",
     )
     detectors: list[str] = Field(
-        description="What judges the answers of the report, side by side: markers, soft, degenerate, nli, and what "
-        "installed packages add by the entry points abliteration_job.scorers."
+        description="Detectors that judge the report's answers side by side: markers, soft, degenerate, nli, and those "
+        "that installed packages add through the entry point group abliteration_job.scorers."
     )
     nli_model: str | None = Field(
-        None, description="Of the detector nli: a model for zero-shot classification, a folder or NAME[@REVISION]."
+        None, description="Model for zero-shot classification of the detector nli: a folder or NAME[@REVISION]."
     )
 
     @property
@@ -202,18 +205,18 @@ class ChoiceSettings(Section):
 class CardSettings(Section):
     """What the model card says beside what was done and measured."""
 
-    behaviour: str = Field(min_length=1, description="What was removed, in a few words.")
+    behaviour: str = Field(min_length=1, description="The removed behaviour, in a few words.")
     base_model: str | None = Field(
         None,
         pattern=r"^[\w.-]+/[\w.-]+$",
-        description="Name of the base model on the Hub; unset: MODEL's, where it is a public repository.",
+        description="Name of the base model on the Hub; unset: MODEL, if it is a public repository.",
     )
 
 
 class HubSettings(Section):
     """How results are delivered to the Hugging Face Hub."""
 
-    pull_request: bool = Field(description="Leave them as an open pull request instead of committing to the branch.")
+    pull_request: bool = Field(description="Open a pull request instead of committing to the branch.")
 
 
 class S3Settings(Section):
@@ -222,14 +225,14 @@ class S3Settings(Section):
     endpoint: str | None = Field(None, description="URL of a compatible server; unset: what boto3 finds.")
     region: str | None = Field(None, description="Region of the bucket; unset: what boto3 finds.")
     addressing_style: Literal["auto", "path", "virtual"] = Field(
-        description="Whether the bucket stands in the path or in the host name."
+        description="Whether URLs name the bucket in the path or in the host name."
     )
     checksums: Literal["auto", "when_required"] = Field(
-        description="auto: SHA-256 where the server keeps them; when_required: never, for servers that choke on them."
+        description="auto: SHA-256 if the server stores it; when_required: none, for servers that reject checksums."
     )
     part_mib: int = Field(ge=5, le=5120, description="Size of a part in MiB.")
-    parallel_parts: int = Field(ge=1, le=64, description="Parts sent, and held in memory, at the same time.")
-    sse: Literal["AES256", "aws:kms"] | None = Field(None, description="Server-side encryption to ask for.")
+    parallel_parts: int = Field(ge=1, le=64, description="Parts that are sent, and held in memory, at the same time.")
+    sse: Literal["AES256", "aws:kms"] | None = Field(None, description="Server-side encryption to request.")
     kms_key: str | None = Field(None, description="Key for aws:kms.")
 
 
@@ -241,83 +244,87 @@ class Settings(BaseSettings):
     model: str = Field(
         min_length=1, description="The model: a folder in Hugging Face format, or NAME[@REVISION] on the Hub."
     )
-    workspace: str = Field(min_length=1, description="Folder of all run folders.")
+    workspace: str = Field(min_length=1, description="Folder that holds the run folders.")
     seed: int = Field(ge=0, description="Seed of the search and of the split of the evaluation sets.")
-    trials: int = Field(ge=1, description="How many edits the search tries.")
+    trials: int = Field(ge=1, description="Number of edits that the search tries.")
     startup_trials: int | None = Field(
-        None, ge=1, description="Those before the sampler's; unset: min(60, trials / 3)."
+        None, ge=1, description="Trials before the sampler's; unset: min(60, trials / 3)."
     )
-    trials_per_batch: int = Field(ge=1, description="Trials asked and evaluated together.")
+    trials_per_batch: int = Field(ge=1, description="Trials that are planned and evaluated together.")
     kl_tokens: int = Field(
         ge=1,
-        description="Positions of the base model's own answers over which the KL divergence is a mean; 1: that of the "
-        "first token, as others measure it.",
+        description="Tokens of the base model's own answers over which the KL divergence is averaged; 1: the "
+        "first token, as other tools measure it.",
     )
     skip_kl_above: float | None = Field(
-        None, ge=0, description="Trials of a larger KL divergence are given up before they answer; unset: none are."
+        None, ge=0, description="Skip the answers of trials with a larger KL divergence; unset: skip none."
     )
     tune: bool = Field(
-        description="Measure at the first start how many rows of a forward are fastest, where batching.rows is 0; else "
-        "a rule says."
+        description="If batching.rows is 0, measure at the first start which batch size is fastest; otherwise "
+        "a rule chooses it."
     )
     checkpoint: str | None = Field(
         None,
-        description="Where the job is mirrored, so that another machine can go on: s3://bucket/prefix, hf://user/repo "
+        description="Mirror from which another machine can continue the job: s3://bucket/prefix, hf://user/repo "
         "or file:///dir.",
     )
-    require_checkpoint: bool = Field(description="Stop the job where its checkpoint stays down.")
+    require_checkpoint: bool = Field(description="Stop the job if its checkpoint stays unreachable.")
     when_done: Literal["nothing", "stop", "destroy"] = Field(
-        description="What becomes of the rented machine once the result is delivered."
+        description="What to do with the rented machine once the result is delivered."
     )
     when_failed: Literal["nothing", "stop", "destroy"] = Field(
-        description="What becomes of the rented machine when the job fails."
+        description="What to do with the rented machine if the job fails."
     )
     upload: list[str] = Field(
-        description="Targets that the result is delivered to: file:///dir, hf://user/repo[@branch], s3://bucket/prefix."
+        description="Targets to deliver the result to: file:///dir, hf://user/repo[@branch], s3://bucket/prefix."
     )
     visibility: Literal["private", "gated", "public"] = Field(
-        description="Who may read what is delivered to the Hub: the owner, those who agree to its terms, everybody."
+        description="Who may read the Hub repository: its owner, those who accept its terms, everybody."
     )
     export_format: ExportFormat = Field(
         description="merged: the whole edited model; adapter: a LoRA for PEFT; directions: a small file that "
         "`abliterate apply` applies to the base model."
     )
-    max_kl: float | None = Field(None, ge=0, description="Do not upload if the KL on the report split is larger.")
-    max_refusals: int | None = Field(None, ge=0, description="Do not upload if more bad report prompts are refused.")
+    max_kl: float | None = Field(None, ge=0, description="Do not upload if the KL on the report split exceeds this.")
+    max_refusals: int | None = Field(
+        None, ge=0, description="Do not upload if more than this many bad report prompts are refused."
+    )
     allow: list[str] = Field(description="Preflight checks that may fail, by name.")
-    price: float | None = Field(None, ge=0, description="Dollars an hour of this machine.")
+    price: float | None = Field(None, ge=0, description="Price of this machine in dollars an hour.")
     max_hours: float | None = Field(
-        None, gt=0, description="Hours that the job may take; the search stops in time to export and deliver its best."
+        None,
+        gt=0,
+        description="Longest time of the job in hours; the search stops in time to export and deliver its best trial.",
     )
     max_cost: float | None = Field(
-        None, gt=0, description="Dollars that the job may cost; the search stops as for max_hours. Needs a price."
+        None, gt=0, description="Highest cost of the job in dollars; the search stops as for max_hours. Needs a price."
     )
     study_storage: Literal["auto", "workspace", "local"] = Field(
-        description="Where the study is while it is searched: in the workspace, or on this machine's own disk with a "
-        "copy in the workspace after every batch; auto: the latter where the workspace is a network file system."
+        description="Where the study is during the search: in the workspace, or on this machine's own disk with a "
+        "copy in the workspace after every batch; auto: local if the workspace is a network file system."
     )
     workers: int | None = Field(
         None,
         ge=1,
-        description="Processes that evaluate trials, one per GPU; on a CPU they share its cores; unset: one for every "
+        description="Worker processes that evaluate trials, one per GPU; on a CPU they share its cores; unset: one per "
         "GPU, if each holds the model, and one on a CPU; with Ray, until the cluster is full.",
     )
     engine: Literal["local", "ray"] = Field(
-        description="What runs the processes that evaluate trials: this machine, or Ray on one machine or several."
+        description="What runs the workers: this machine, or Ray on one machine or several."
     )
     address: str | None = Field(
         None,
-        description="HOST:PORT of a Ray cluster, or auto for the one of this machine; unset: RAY_ADDRESS, else Ray is "
+        description="HOST:PORT of a Ray cluster, or auto for this machine's cluster; unset: RAY_ADDRESS, else Ray is "
         "started on this machine alone.",
     )
     hang_seconds: float = Field(
-        ge=0, description="Seconds that one forward may take before it counts as hung and the job stops; 0: any."
+        ge=0, description="Seconds after which a forward pass counts as hung and the job stops; 0: no limit."
     )
-    grace: float = Field(ge=0, description="Seconds that a stopped search gets to end its batch.")
-    wait_for_gpu: float = Field(ge=0, description="Minutes to wait for others to leave the GPUs.")
+    grace: float = Field(ge=0, description="Seconds that a stopped search may take to finish its batch.")
+    wait_for_gpu: float = Field(ge=0, description="Minutes to wait until other processes leave the GPUs.")
     probe_seconds: float = Field(
         ge=0,
-        description="Seconds that each timed probe of preflight takes at most: arithmetic, memory, disk, line; 0: one "
+        description="Longest time of each probe of preflight (arithmetic, memory, disk, network), in seconds; 0: one "
         "step each.",
     )
     good_prompts: Prompts = Field(description="Prompts without the behaviour, for the directions.")
@@ -330,10 +337,14 @@ class Settings(BaseSettings):
     bad_report_prompts: Prompts | None = Field(
         None, description="Prompts for the reported figures; unset: half of bad_eval_prompts."
     )
-    helpfulness_prompts: Prompts = Field(description="Instructions, for orthogonalize_directions.")
-    unhelpfulness_prompts: Prompts = Field(description="Web text, for orthogonalize_directions.")
+    helpfulness_prompts: Prompts = Field(
+        description="Instructions for the direction of helpfulness; see orthogonalize_directions."
+    )
+    unhelpfulness_prompts: Prompts = Field(
+        description="Web text for the direction of helpfulness; see orthogonalize_directions."
+    )
     capability_prompts: Prompts | None = Field(
-        None, description="Prompts of a capability that edits are to leave alone, for orthogonalize_directions."
+        None, description="Prompts of a capability that edits should preserve; see orthogonalize_directions."
     )
     loading: LoadingSettings
     batching: BatchingSettings

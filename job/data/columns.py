@@ -79,7 +79,7 @@ class ColumnTexts:
                 return plain[name]
         if len(texts) != 1:
             raise ImpossibleJobError(
-                f"{self._source} has {'several columns' if texts else 'no column'} of text and none named "
+                f"{self._source} has {'several columns' if texts else 'no column'} of text, and none is named "
                 f"{', '.join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]}, among the columns {', '.join(names)}",
                 remedy=self._name_one(texts),
             )

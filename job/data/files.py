@@ -78,8 +78,8 @@ def require_known(path: Path) -> None:
     """Raise ImpossibleJobError for an unknown suffix: other kinds read as text would give wrong prompts."""
     if path.suffix and path.suffix.lower() not in SUFFIXES:
         raise ImpossibleJobError(
-            f"the prompt file {path} is of a kind that is not read: {path.suffix}",
-            remedy=f"give {', '.join(SUFFIXES)}; plain text, one prompt a line, has to be named .txt",
+            f"the prompt file {path} has an unsupported suffix: {path.suffix}",
+            remedy=f"give {', '.join(SUFFIXES)}; name plain text with one prompt per line .txt",
         )
 
 
@@ -96,7 +96,7 @@ def _refuse_pointer(path: Path) -> None:
         start = stream.read(len(_POINTER))
     if start == _POINTER:
         raise ImpossibleJobError(
-            f"{path} is a pointer of Git LFS, not the file itself", remedy=f"run `git lfs pull` in {path.parent}"
+            f"{path} is a Git LFS pointer, not the file itself", remedy=f"run `git lfs pull` in {path.parent}"
         )
 
 
@@ -122,7 +122,7 @@ def _json_line_rows(path: Path) -> Iterator[Row]:
 
 def _object(value: Any, path: Path, number: int) -> str | dict[str, Any]:
     if not isinstance(value, str | dict):
-        raise ImpossibleJobError(f"{path}, line {number} is no object", remedy='write e.g. {"text": "..."}')
+        raise ImpossibleJobError(f"{path}, line {number} is not an object", remedy='write e.g. {"text": "..."}')
     return value
 
 
@@ -174,7 +174,7 @@ def _array(value: Any, path: Path) -> Iterable[Any]:
             return [value]
     names = f" (it is an object of {', '.join(list(value)[:10])})" if isinstance(value, dict) else ""
     raise ImpossibleJobError(
-        f"{path} holds no list of prompts{names}", remedy='write an array, e.g. [{"prompt": "..."}]'
+        f"{path} does not hold a list of prompts{names}", remedy='write an array, e.g. [{"prompt": "..."}]'
     )
 
 
@@ -204,7 +204,7 @@ def _separated_rows(path: Path, delimiter: str | None) -> Iterator[Row]:
         except csv.Error as error:
             raise ImpossibleJobError(
                 f"{path}, line {lines.line_num}: {error}",
-                remedy='put texts with quotes into quotes, and write each quote in them twice: "a ""word"""',
+                remedy='put texts with quotes into quotes, and double each quote in them: "a ""word"""',
             ) from None
 
 
@@ -235,7 +235,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                     number += 1
     except UnicodeDecodeError:
         raise ImpossibleJobError(
-            f"{path} has text behind row {number} that is not UTF-8", remedy="write it again as UTF-8"
+            f"{path} has text after row {number} that is not UTF-8", remedy="write it again as UTF-8"
         ) from None
     except pyarrow.ArrowException as error:
         raise _no_parquet(path, error) from error

@@ -75,7 +75,7 @@ def _card_configs(folder: Path) -> dict[str, object]:
     except Exception as error:  # the libraries may raise anything for a card
         raise ImpossibleJobError(
             f"the card {card} cannot be read: {_one_line(error)}",
-            remedy="correct its first block, or name the files themselves as prompts",
+            remedy="correct its YAML block, or give the prompt files themselves",
         ) from error
 
 
@@ -105,7 +105,7 @@ def _split_files(folder: Path, split: str, config: str | None) -> list[Path]:
     except Exception as error:  # the library may raise anything for a card's patterns
         raise ImpossibleJobError(
             f"the files of the dataset in {folder} cannot be found: {_one_line(error)}",
-            remedy="name the files themselves as prompts",
+            remedy="give the prompt files themselves",
         ) from error
     by_split = {name: [path for path in map(str, paths) if _is_data(path)] for name, paths in found.items()}
     names = [str(name) for name, paths in by_split.items() if paths]
@@ -118,8 +118,8 @@ def _split_files(folder: Path, split: str, config: str | None) -> list[Path]:
     for path in files:
         if not Path(os.path.normpath(path)).is_relative_to(root):
             raise ImpossibleJobError(
-                f"the card of {folder} names {path}, which is outside of it",
-                remedy="name the files themselves as prompts",
+                f"the card of {folder} names {path}, which is outside that folder",
+                remedy="give the prompt files themselves",
             )
     return files
 

@@ -36,7 +36,7 @@ def hub_rows(source: Source, commit: str | None, report: Callable[[str], None]) 
             if not isinstance(known, MachineError) or done == failed_at:
                 raise known from error
             failed_at = done
-            report(f"{known}; going on from row {source.start + done}")
+            report(f"{known}; continuing from row {source.start + done}")
 
 
 def _opened(source: Source, commit: str | None, done: int) -> Iterator[dict[str, Any]]:
@@ -76,8 +76,8 @@ def _explained(error: Exception, source: Source) -> JobError:
         return not_granted(f"dataset {source.name}")
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return ImpossibleJobError(
-            f"dataset {source.name} is not on the Hub, or not for this token: {text}",
-            remedy="check the name; a private or gated one needs a HF_TOKEN that may read it",
+            f"dataset {source.name} is not on the Hub, or this token may not read it: {text}",
+            remedy="check the name; for a private or gated dataset, set an HF_TOKEN that may read it",
         )
     if isinstance(error, ValueError) and "onfig" in text:
         return ImpossibleJobError(
@@ -97,13 +97,13 @@ def _explained(error: Exception, source: Source) -> JobError:
 def _of_this_machine(error: Exception, source: Source, text: str) -> MachineError | None:
     """Return the error for a failure of disk, memory or network, or None."""
     if isinstance(error, MemoryError):
-        return MachineError(f"memory does not suffice to read dataset {source.name}", remedy="free some")
+        return MachineError(f"there is not enough memory to read dataset {source.name}", remedy="free memory")
     if type(error).__module__.startswith("aiohttp"):
         return MachineError(f"dataset {source.name} cannot be reached: {text}", remedy="check the network")
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
         return MachineError(
             f"dataset {source.name} cannot be cached: {error.strerror or text}",
-            remedy="free disk space, or point HF_HOME to a folder that can be written",
+            remedy="free disk space, or set HF_HOME to a writable folder",
         )
     return None
 
@@ -114,12 +114,12 @@ def _unreadable(error: Exception, source: Source, text: str) -> ImpossibleJobErr
 
     if "scripts are no longer supported" in text:
         return ImpossibleJobError(
-            f"dataset {source.name} is made by a loading script, which is not run ({text})",
-            remedy=f"use the Hub's conversion: {source.name}@{_CONVERTED}#{source.split}",
+            f"dataset {source.name} needs a loading script, which is not run ({text})",
+            remedy=f"use the Hub's parquet conversion: {source.name}@{_CONVERTED}#{source.split}",
         )
     if isinstance(error, datasets.exceptions.DataFilesNotFoundError | datasets.data_files.EmptyDatasetError):
         return ImpossibleJobError(
-            f"dataset {source.name} has no files that can be read: {text}", remedy="check the name and the revision"
+            f"dataset {source.name} has no readable files: {text}", remedy="check the name and the revision"
         )
     if isinstance(error, datasets.exceptions.DatasetGenerationCastError | CastError):
         return ImpossibleJobError(

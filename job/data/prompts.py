@@ -19,7 +19,7 @@ from job.system.hub_client import count_traffic, received_bytes
 # A longer text is a document; max_characters truncates it where documents are intended.
 MOST_CHARACTERS = 100_000
 # Note for rows that are kept but repaired.
-_REPAIRED = "with half a character, which became U+FFFD"
+_REPAIRED = "with a lone surrogate, replaced by U+FFFD"
 # Rows listed per kind.
 _PLACES = 5
 
@@ -188,10 +188,10 @@ def _read_set(settings: PromptSettings, report: Callable[[str], None], name: str
         if row.repaired:
             notes.setdefault(_REPAIRED, []).append(row.place)
         texts[text] = None
-    described, skipped = reader.described, _told(notes)
+    described, skipped = reader.described, _described_rows(notes)
     if not texts:
-        rows = f", of {count} rows none is a prompt ({skipped})" if count else ""
-        raise ImpossibleJobError(f"{described.describe()}: it is empty{rows}", remedy="give prompts, one a line or row")
+        rows = f"; none of its {count} rows is a prompt ({skipped})" if count else ""
+        raise ImpossibleJobError(f"{described.describe()}: it is empty{rows}", remedy="give one prompt per line or row")
     report(f"{name}: {described.describe()}: {len(texts)} prompts")
     if skipped:
         report(f"warning: {name}: {skipped}")
@@ -212,13 +212,13 @@ def _why_skipped(row: RowText, text: str, texts: Container[str]) -> str:
     return "repeated skipped" if text in texts else ""
 
 
-def _told(notes: Mapping[str, Sequence[str]]) -> str:
+def _described_rows(notes: Mapping[str, Sequence[str]]) -> str:
     """Format how many rows were skipped or repaired, why and which."""
-    said = []
+    lines = []
     for why, places in notes.items():
-        named = ", ".join(places[:_PLACES]) + (", …" if len(places) > _PLACES else "")
-        said.append(f"{len(places)} {'row' if len(places) == 1 else 'rows'} {why} ({named})")
-    return "; ".join(said)
+        shown = ", ".join(places[:_PLACES]) + (", …" if len(places) > _PLACES else "")
+        lines.append(f"{len(places)} {'row' if len(places) == 1 else 'rows'} {why} ({shown})")
+    return "; ".join(lines)
 
 
 def overlaps(prompts: PromptSets) -> list[str]:
@@ -236,7 +236,9 @@ def overlaps(prompts: PromptSets) -> list[str]:
     for first, some, second, rest in pairs:
         common = _texts(some) & _texts(rest)
         if common:
-            lines.append(f"{len(common)} of {len(some)} of {first} are also among {second}: figures on them flatter")
+            lines.append(
+                f"{len(common)} of {len(some)} of {first} are also among {second}: figures on them flatter the edit"
+            )
     return lines
 
 

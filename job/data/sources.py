@@ -51,8 +51,8 @@ class Source:
 
     def describe(self) -> str:
         """Describe the parsed SPEC in words."""
-        rows = f"rows {self.start} to {self.stop - 1}" if self.stop is not None else f"all rows from {self.start} on"
-        column = f"column {self.column}" if self.column else "the column that holds prompts"
+        rows = f"rows {self.start} to {self.stop - 1}" if self.stop is not None else f"all rows from {self.start}"
+        column = f"column {self.column}" if self.column else "the column of prompts"
         if self.kind == "hub":
             at = f" at {self.revision}" if self.revision else ""
             config = f", configuration {self.config}" if self.config else ""
@@ -70,12 +70,12 @@ def parse_source(settings: PromptSettings) -> Source:
     matched = _SPLIT.fullmatch(split)
     if matched is None:
         raise UsageError(
-            f"{split!r} of {settings.spec} is no split that can be streamed",
+            f"{split!r} of {settings.spec} is not a split that can be streamed",
             remedy='write e.g. "train[:400]" or train:400',
         )
     start, stop = int(matched["start"] or 0), matched["count"] or matched["stop"]
     if stop and int(stop) <= start:
-        raise UsageError(f"{split!r} of {settings.spec} is empty", remedy="let its end lie behind its start")
+        raise UsageError(f"{split!r} of {settings.spec} is empty", remedy="give an end greater than the start")
     kind, name, revision, config = _locate(base)
     return Source(
         kind=kind,
@@ -190,7 +190,7 @@ class TextReader:
         path = Path(source.name)
         with readable(path):
             if source.kind == "folder" and (unread := left_out(path)):
-                self._report(f"warning: {path}: not read: {', '.join(unread)}; name a file to read it")
+                self._report(f"warning: {path}: not read: {', '.join(unread)}; to read a file, name it")
             rows = folder_rows(path, source.split, source.config) if source.kind == "folder" else file_rows(path)
             yield from itertools.islice(rows, source.start, source.stop)
 

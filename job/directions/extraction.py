@@ -40,7 +40,7 @@ def find_directions(residuals: PromptResiduals, settings: DirectionSettings) -> 
     make_folder(file.parent)
     write_record(folder.geometry_file, _geometry(key, sets["good"], sets["bad"], basis))
     write_tensors(file, key, {"directions": basis.directions, "weights": basis.weights})
-    events.emit("directions", f"found the directions of {basis.layers} layers by {settings.method}", k=basis.size)
+    events.emit("directions", f"computed the directions of {basis.layers} layers by {settings.method}", k=basis.size)
     return basis
 
 
@@ -85,7 +85,7 @@ def _report_fallbacks(found: Directions, settings: DirectionSettings, events: Ev
         layers = ", ".join(map(str, found.fallbacks))
         events.emit(
             "fallback",
-            f"warning: {settings.method} found nothing in layers {layers}; the mean difference stands there",
+            f"warning: {settings.method} found no direction in layers {layers}; the mean difference is used there",
             layers=found.fallbacks,
         )
 
@@ -99,7 +99,9 @@ def _orthogonalized(directions: Tensor, sets: Mapping[str, Tensor], events: Even
     found, kept = orthogonalize(directions, torch.stack(references, dim=1))
     if kept:
         layers = ", ".join(map(str, kept))
-        events.say(f"warning: in layers {layers} a direction is a reference's own and is left as it was")
+        events.say(
+            f"warning: in layers {layers} a direction lies within the reference directions and is not orthogonalised"
+        )
     return found
 
 

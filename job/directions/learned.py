@@ -45,7 +45,8 @@ def read_learned(folder: RunFolder, sha256: str) -> DirectionPath:
         return parse_learned(file.read_bytes(), sha256)
     except (OSError, ValueError) as error:
         raise JobError(
-            f"the learned directions {file} are missing or damaged", remedy="restore the file, or begin with --new"
+            f"the learned directions {file} are missing or damaged",
+            remedy="restore the file, or start again with --new",
         ) from error
 
 
@@ -75,7 +76,7 @@ def import_learned(folder: RunFolder, edit: EditParameters, source: Path) -> Non
 def parse_learned(contents: bytes, sha256: str) -> DirectionPath:
     """Parse the contents of a directions file; ValueError if hash or format are wrong."""
     if hashlib.sha256(contents).hexdigest() != sha256:
-        raise ValueError("the file's hash is another")
+        raise ValueError("the file has another hash")
     try:
         found = load(contents)[_TENSOR]
     except (KeyError, SafetensorError) as error:
@@ -86,14 +87,14 @@ def parse_learned(contents: bytes, sha256: str) -> DirectionPath:
 def checked_path(directions: torch.Tensor) -> DirectionPath:
     """Return directions as a path; ValueError unless they are finite floats with four axes."""
     if directions.dim() != 4 or not directions.is_floating_point() or not bool(directions.isfinite().all()):
-        raise ValueError("the tensor holds no directions")
+        raise ValueError("the tensor does not have the shape of directions")
     return DirectionPath(directions)
 
 
 def require_fit(edit: EditParameters, path: DirectionPath) -> None:
     """Raise ValueError if an edit's strengths or position do not fit its directions."""
     if edit.layer_strengths is None or edit.directions is None:
-        raise ValueError("the edit has no directions of its own")
+        raise ValueError("the edit names no learned directions")
     shape = (len(edit.layer_strengths["mlp"]), len(edit.layer_strengths["mlp"][0]))
     if shape != (path.layers, path.size):
         raise ValueError(f"strengths for {shape[1]} directions in {shape[0]} layers do not fit the directions")

@@ -90,7 +90,7 @@ class PromptResiduals:
                 write_tensors(file, key, {"residuals": residuals})
             except MachineError as error:
                 # Only a cache for later starts: this one has the residuals.
-                self.events.say(f"warning: residuals are not kept: {error.line}")
+                self.events.say(f"warning: residuals are not stored: {error.line}")
         if not bool(residuals.isfinite().all()):
             raise ImpossibleJobError(
                 f"residuals of the {label} prompts are not finite in {self.model.dtype}",

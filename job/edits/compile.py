@@ -139,7 +139,7 @@ class EditBatch:
 
 def no_directions(name: str) -> DirectionPath:
     """Raise ValueError: there are no learned directions."""
-    raise ValueError(f"there are no learned directions {name[:12]}")
+    raise ValueError(f"no learned directions have the hash {name[:12]}")
 
 
 def split_batches(

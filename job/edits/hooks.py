@@ -70,7 +70,7 @@ class HookTables:
             _concatenate(inputs, 3).unbind() if inputs else none,
             strict=True,
         )
-        return [cls(*one) for one in tables]
+        return [cls(*writer_tables) for writer_tables in tables]
 
 
 def _concatenate(tables: Sequence[Tensor], dimensions: int) -> Tensor:
@@ -164,8 +164,8 @@ class EditedRows:
         if device not in self._on:
             slots, factors = self._edits.places(device)
             rows = slots[self._trials.to(device)]
-            own = nn.functional.one_hot(rows, len(factors)).to(torch.bool)
-            self._on[device] = rows, torch.where(own, factors, 0.0)[:, None, :, None]
+            own_slot = nn.functional.one_hot(rows, len(factors)).to(torch.bool)
+            self._on[device] = rows, torch.where(own_slot, factors, 0.0)[:, None, :, None]
         return self._on[device]
 
 
@@ -205,10 +205,10 @@ class Intervention:
             hooked.add(writer.hook)
             self._sites.setdefault(writer.parameter, _Site(model.get_submodule(writer.hooked)))
             device = module_device(model.get_submodule(writer.module))
-            place = (device, writer.layer if isinstance(basis, DirectionPath) else 0)
-            if place not in on_device:
-                on_device[place] = basis.candidates_of(writer.layer).to(device, torch.float64)
-            candidates = writer.pull_back(on_device[place], partial(read_parameter, model))
+            key = (device, writer.layer if isinstance(basis, DirectionPath) else 0)
+            if key not in on_device:
+                on_device[key] = basis.candidates_of(writer.layer).to(device, torch.float64)
+            candidates = writer.pull_back(on_device[key], partial(read_parameter, model))
             if self._mode != "none" and writer.summed:
                 raise ValueError(f"{self._mode} is not defined for {writer.parameter}")
             weight = None if self._mode == "none" else writer.matrix(read_parameter(model, writer.parameter))
@@ -219,7 +219,7 @@ class Intervention:
         if name not in self._paths:
             path = self._learned(name)
             if (path.layers, path.size) != (self._basis.layers, self._basis.size):
-                raise ValueError(f"{path.size} directions in {path.layers} layers are not those of this job")
+                raise ValueError(f"{path.size} directions in {path.layers} layers do not match this job's")
             self._paths[name] = path, list(group_writers(path, self._prepared(path)))
         return self._paths[name][0]
 
@@ -244,11 +244,11 @@ class Intervention:
     def activate(self, edits: Sequence[EditParameters]) -> ActiveEdits:
         """Compile edits. Those of an earlier call become invalid: their tables are reused."""
         if self._bound is not None:
-            raise RuntimeError("a forward is being edited")
+            raise RuntimeError("an edited forward pass is still running")
         self._active = None
         batches, slots = split_batches(self._basis, edits, self._path)
         applied = [self._apply(number, batches) for number in range(len(self._groups))]
-        finite = torch.stack([known for known, _ in applied]).all(0)
+        finite = torch.stack([finite_edits for finite_edits, _ in applied]).all(0)
         self._active = ActiveEdits(self, slots, finite, self._degenerate([share for _, share in applied], slots))
         return self._active
 
@@ -274,15 +274,15 @@ class Intervention:
             low = (share < DEGENERATE_SHARE).cpu()[:, slots]
             for writer, number in low.nonzero().tolist():
                 parameter = group.writers[writer].parameter
-                reasons[number] = f"the edit leaves nothing to restore a norm from in {parameter}"
+                reasons[number] = f"the edit leaves no output from which to restore a norm in {parameter}"
         return reasons
 
     def enter(self, rows: EditedRows, edits: ActiveEdits) -> None:
         """Apply edits to subsequent forwards, for `EditedRows`; RuntimeError if other edits or rows are active."""
         if edits is not self._active:
-            raise RuntimeError("other edits have been activated since")
+            raise RuntimeError("other edits are active now")
         if self._bound is not None:
-            raise RuntimeError("rows of another forward are bound")
+            raise RuntimeError("the rows of another forward pass are bound")
         self._bound = rows
 
     def leave(self, rows: EditedRows) -> None:
@@ -314,10 +314,10 @@ class Intervention:
 
 def _edited(y: Tensor, edits: HookTables, bound: EditedRows) -> Tensor:
     """Apply each row's edit to a writer's output [rows, t, d] or [rows * t, d]."""
-    rows, own = bound.on(y.device)
+    rows, own_slot = bound.on(y.device)
     stream = y.reshape(-1, y.shape[-1]).to(torch.float32)
     along = stream @ edits.read  # [rows * t, K * k]
-    along.view(len(rows), -1, own.shape[2], edits.read.shape[1] // own.shape[2]).mul_(own)
+    along.view(len(rows), -1, own_slot.shape[2], edits.read.shape[1] // own_slot.shape[2]).mul_(own_slot)
     edited = torch.addmm(stream, along, edits.write, alpha=-1)
     if edits.output_scale is not None:
         _by_rows(edited, len(rows)).mul_(edits.output_scale[rows][:, None])

@@ -159,7 +159,7 @@ def _measured_other(
     words = bench.loaded.model.config.get_text_config().vocab_size
     alike = words == base.reference.logits.shape[-1] and bench.metrics.batches.good.tokens == base.good
     if not alike:
-        events.say("warning: the models have other tokens or chat templates: no KL divergence is measured")
+        events.say("warning: the models' tokens or chat templates differ: KL divergence is not measured")
     if texts is None or texts.texts is None:
         passages = base.measured.passages if alike else []
     else:

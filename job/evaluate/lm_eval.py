@@ -62,8 +62,8 @@ class Harness:
                 )
             except (OSError, ValueError, KeyError, ConnectionError) as error:
                 raise JobError(
-                    f"lm-eval cannot do {', '.join(self._tasks)}: {str(error).strip() or type(error).__name__}",
-                    remedy="see whether its data can be had from here",
+                    f"lm-eval failed at {', '.join(self._tasks)}: {str(error).strip() or type(error).__name__}",
+                    remedy="check that this machine can download its data",
                 ) from error
         return _scores(found["results"])
 

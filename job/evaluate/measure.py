@@ -107,7 +107,7 @@ class ModelBench:
             ]
         passages = [passage for passage in passages if passage.count > 0]
         if not passages:
-            raise ImpossibleJobError(f"{texts.source}: there is no text to predict", remedy="give another --text")
+            raise ImpossibleJobError(f"{texts.source}holds no text", remedy="give another --text")
         return passages
 
 

@@ -51,7 +51,7 @@ def write_edit_file(folder: Path, source: Path, architecture: Architecture, edit
     read, found = _read(folder / EDIT_FILE)
     same = all(torch.equal(tensor, _tensors(found)[name]) for name, tensor in tensors.items())
     if not same or read != header:
-        raise ExportMismatchError(f"{folder / EDIT_FILE} is not what it should be", remedy="check the disk")
+        raise ExportMismatchError(f"{folder / EDIT_FILE} does not hold what was written", remedy="check the disk")
 
 
 def _tensors(basis: Basis | DirectionPath) -> dict[str, Tensor]:
@@ -74,7 +74,9 @@ def _read(file: Path) -> tuple[_Header, Basis | DirectionPath]:
     except FileNotFoundError:
         raise UsageError(f"there is no file {file}", remedy=f"give the {EDIT_FILE} of an export") from None
     except (OSError, KeyError, SafetensorError, ValueError) as error:
-        raise UsageError(f"{file} is no edit of this version", remedy=f"give the {EDIT_FILE} of an export") from error
+        raise UsageError(
+            f"{file} is not an edit of this version", remedy=f"give the {EDIT_FILE} of an export"
+        ) from error
 
 
 def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], None]) -> None:
@@ -90,7 +92,7 @@ def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], Non
         name = header.made.base_model or f"another of type {header.model_type}"
         raise UsageError(f"{source} is not the model that the edit was made for", remedy=f"that was {name}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not empty", remedy="name a new or an empty folder")
+        raise UsageError(f"{out} is not empty", remedy="name a new or empty folder")
     edit = Edit(header.made.edit, basis, header.made.settings["ablation"]["row_normalization"])
     # Written beside it until complete, so that the folder never holds a partial model.
     partial = out.absolute().with_name(f".{out.name}.partial")

@@ -88,7 +88,7 @@ def with_adapter(base: LoadedModel, folder: Path) -> LoadedModel:
             model = PeftModel.from_pretrained(base.model, str(folder)).eval()
     except (ValueError, RuntimeError, OSError) as error:
         raise ImpossibleJobError(
-            f"PEFT does not take the adapter in {folder}: {str(error).strip().splitlines()[0]}",
-            remedy="export in the format merged",
+            f"PEFT cannot load the adapter in {folder}: {str(error).strip().splitlines()[0]}",
+            remedy="use export_format = merged",
         ) from error
     return dataclasses.replace(base, model=model.get_base_model())

@@ -218,7 +218,7 @@ def verify_written(source: Path, folder: Path, architecture: Architecture, edit:
                 expected.update(block)
             if digest_of(copy, entry) != expected.digest():
                 raise ExportMismatchError(
-                    f"tensor {name} in {copy} is not what it should be", remedy="check the disk and run again"
+                    f"tensor {name} in {copy} does not hold what was written", remedy="check the disk and run again"
                 )
 
 
@@ -232,8 +232,8 @@ def seal_made(folder: Path, made: Reproduction, source: Path) -> None:
     """Complete an export with reproduce.json, including hashes of its weights, and the model card."""
 
     def describe(weights: Mapping[str, str]) -> dict[str, str]:
-        whole = made.model_copy(update={"weights": dict(weights)}).cleaned()
-        return {REPRODUCE: whole.model_dump_json(indent=2) + "\n", CARD: model_card(whole, source)}
+        complete = made.model_copy(update={"weights": dict(weights)}).cleaned()
+        return {REPRODUCE: complete.model_dump_json(indent=2) + "\n", CARD: model_card(complete, source)}
 
     seal(folder, describe)
 

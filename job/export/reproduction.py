@@ -175,8 +175,8 @@ def reproduction(
 
 def _edit_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings in a job's identity that decide the edit, none of the machine's."""
-    others = {name: value for name, value in identity.items() if not name.endswith(_PROMPTS) and name != _MODEL}
-    return nested({name: value for name, value in leaves(others).items() if name in EDIT - NAMED})
+    settings = {name: value for name, value in identity.items() if not name.endswith(_PROMPTS) and name != _MODEL}
+    return nested({name: value for name, value in leaves(settings).items() if name in EDIT - NAMED})
 
 
 def base_model_name(record: JobRecord, settings: Settings) -> str | None:
@@ -209,24 +209,24 @@ def prompts_digest(prompts: tuple[Prompt, ...]) -> str:
 def read_reproduction(path: Path) -> Reproduction:
     """Read a reproduce.json. Raises UsageError if it is none."""
     try:
-        found = Reproduction.model_validate_json(path.read_bytes())
-        check_reproduction(found)
+        original = Reproduction.model_validate_json(path.read_bytes())
+        check_reproduction(original)
     except RecursionError:
         raise UsageError(f"{path} is nested too deeply", remedy="give the reproduce.json of an export") from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}", remedy="check --reproduce") from error
     except ValidationError as error:
         raise UsageError(
-            f"{path} is no reproduce.json of this version: {_what(error)}",
+            f"{path} is not a reproduce.json of this version: {_first_error(error)}",
             remedy="give the reproduce.json of an export",
         ) from error
-    return found
+    return original
 
 
-def _what(error: ValidationError) -> str:
-    found = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in found["loc"] if isinstance(part, str) and part.isidentifier())
-    return f"{place}: {found['msg']}" if place else found["msg"]
+def _first_error(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    field = ".".join(str(key) for key in first["loc"] if isinstance(key, str) and key.isidentifier())
+    return f"{field}: {first['msg']}" if field else first["msg"]
 
 
 def check_reproduction(original: Reproduction) -> None:
@@ -241,9 +241,9 @@ def check_reproduction(original: Reproduction) -> None:
 
 def fixed_settings(original: Reproduction, source: str) -> FixedSettings:
     """Return the settings that a reproduction fixes, without local and private sources. Raises UsageError."""
-    said = {**leaves(AS_BEFORE), **leaves(original.settings)}
+    settings = {**leaves(AS_BEFORE), **leaves(original.settings)}
     values: dict[str, Any] = {
-        **{name: value for name, value in said.items() if name in EDIT - NAMED},
+        **{name: value for name, value in settings.items() if name in EDIT - NAMED},
         "trials": original.trials,
         "startup_trials": original.startup_trials,
         "export_format": original.format,
@@ -255,15 +255,15 @@ def fixed_settings(original: Reproduction, source: str) -> FixedSettings:
         origins["model"] = _at(original.model["repository"], original.model.get("commit"))
     for name, prompts in original.prompts.items():
         if name not in PROMPT_SETS:
-            raise UsageError(f"{source} names prompts that there are no settings for", remedy="correct the file")
-        taken, where = prompts.taken, prompts.source
-        if "dataset" in where:
-            config = f":{where['config']}" if where.get("config") else ""
-            origins[f"{name}.spec"] = _at(where["dataset"], where.get("commit")) + config
-        stop = "" if taken.get("stop") is None else taken["stop"]
-        values[f"{name}.split"] = f"{taken['split']}[{taken['start']}:{stop}]"
-        values |= {f"{name}.{key}": taken[key] for key in _AS_TAKEN if taken.get(key) is not None}
-    left_out = {name: value for name, value in said.items() if name not in values}
+            raise UsageError(f"{source} names prompts without settings", remedy="correct the file")
+        rows, source_record = prompts.taken, prompts.source
+        if "dataset" in source_record:
+            config = f":{source_record['config']}" if source_record.get("config") else ""
+            origins[f"{name}.spec"] = _at(source_record["dataset"], source_record.get("commit")) + config
+        stop = "" if rows.get("stop") is None else rows["stop"]
+        values[f"{name}.split"] = f"{rows['split']}[{rows['start']}:{stop}]"
+        values |= {f"{name}.{key}": rows[key] for key in _AS_TAKEN if rows.get(key) is not None}
+    left_out = {name: value for name, value in settings.items() if name not in values}
     return FixedSettings(source, values, origins, left_out)
 
 
@@ -274,13 +274,13 @@ def _at(name: str, commit: str | None) -> str:
 def require_same_repository(original: Reproduction, settings: Settings, given: str | None) -> None:
     """Raise UsageError for a repository other than the original's, and for code that only a file names."""
     repository, commit = original.model.get("repository"), original.model.get("commit")
-    found = parse_model(settings.model)
-    if repository is not None and found.kind == "hub" and found.name != repository:
+    model = parse_model(settings.model)
+    if repository is not None and model.kind == "hub" and model.name != repository:
         raise UsageError(
-            f"MODEL is {found.name}, and the export was made from {_at(repository, commit)}",
-            remedy="leave MODEL out, or give the one that the file names",
+            f"MODEL is {model.name}, but the export was made from {_at(repository, commit)}",
+            remedy="leave out MODEL, or give the one that the file names",
         )
-    if settings.loading.trust_remote_code and found.kind == "hub" and repository is not None:
+    if settings.loading.trust_remote_code and model.kind == "hub" and repository is not None:
         options = f"MODEL as {{}} with --set {TRUST}=true"
         require_named_code(original.model, commit, given, options)
 
@@ -312,11 +312,9 @@ class Again:
 
 def require_same_model(original: Reproduction, identity: Mapping[str, Any]) -> None:
     """Raise UsageError if the model's files differ from the original's."""
-    wanted = original.model.get("sha256")
-    if wanted is not None and identity[_MODEL].get("sha256") != wanted:
-        raise UsageError(
-            "the model is not the one that the export was made from", remedy="give the folder of the same model"
-        )
+    expected = original.model.get("sha256")
+    if expected is not None and identity[_MODEL].get("sha256") != expected:
+        raise UsageError("the model differs from that of the export", remedy="give the folder of the same model")
 
 
 def require_same_prompts(original: Reproduction, prompts: PromptSets) -> None:
@@ -324,9 +322,7 @@ def require_same_prompts(original: Reproduction, prompts: PromptSets) -> None:
     for name, record in original.prompts.items():
         if prompts_digest(prompts.of_setting(name)) != record.sha256:
             option = "--" + name.replace("_", "-")
-            raise UsageError(
-                f"{name} are not those that the export was made from", remedy=f"give the same ones with {option}"
-            )
+            raise UsageError(f"{name} differ from those of the export", remedy=f"give the same ones with {option}")
 
 
 def environment_differences(original: Reproduction, versions: Mapping[str, str]) -> list[str]:

@@ -36,7 +36,7 @@ def compare_answers(hooked: Sequence[Answer], reloaded: Sequence[Answer]) -> int
         margin = min(one.margins[step], other.margins[step])
         if margin > TIE:
             raise ExportMismatchError(
-                f"the exported model answers prompt {index} otherwise from token {step} on, "
+                f"the exported model answers prompt {index} differently from token {step} on, "
                 f"where the best token led by {margin:.2g} logits",
                 remedy="report this as a bug; the export is kept for inspection",
             )
@@ -78,7 +78,7 @@ class MeasuredEdit:
         responses = reloaded.responses()
         if not isinstance(self.expected, MeasuredScores):
             ties = compare_answers(self.expected, responses)
-            return f"{len(responses)} answers equal the measured ones ({ties} of them up to a tie)"
+            return f"{len(responses)} of {len(self.expected)} answers match ({ties} with ties)"
         refusals = sum(reloaded.judge(responses).bad_refused)
         divergences = self.expected.reference.divergences(reloaded.batches)
         kl = math.fsum(divergences) / len(divergences)
@@ -91,7 +91,7 @@ def _agreement(measured: TrialScores, kl: float, refusals: int, bad_prompts: int
     if not kl_agrees or abs(refusals - measured.refusals) > max(1, REFUSAL_SHARE * bad_prompts):
         raise ExportMismatchError(
             f"the exported model has KL {kl:.3g} and {refusals} refusals "
-            f"where {measured.kl:.3g} and {measured.refusals} were measured",
+            f"instead of the measured {measured.kl:.3g} and {measured.refusals}",
             remedy="report this as a bug; the export is kept for inspection",
         )
     return f"KL {kl:.3g} and {refusals} refusals, measured {measured.kl:.3g} and {measured.refusals}"

@@ -140,7 +140,7 @@ class Descent:
             return ()
         targets = self._problem.maker.targets(self._activate(ends[-1].variables))
         usable = sum(target is not None for target in targets)
-        self._report(f"targets: {usable} of {len(targets)} refused prompts have one")
+        self._report(f"targets: {usable} of {len(targets)} refused prompts have a compliant response")
         return targets
 
     def _step(
@@ -159,7 +159,7 @@ class Descent:
                     raise out_of_memory(error) from error
             state = replace(state, rows=state.rows // 2)
             release_memory()
-            self._report(f"warning: out of memory: gradients are taken {state.rows} prompts at a time")
+            self._report(f"warning: out of memory: gradients are computed {state.rows} prompts at a time")
         rate, turn = pace * self._recipe.rate, pace * self._recipe.turn
         variables, adam = adam_step(state.variables, gradients, state.adam, rate, turn)
         return replace(state, variables=variables, adam=adam), losses
@@ -222,7 +222,7 @@ def gradient_fault(problem: Problem, start: DescentState, weights: LossWeights) 
     except (RuntimeError, NotImplementedError, TypeError) as error:
         if is_out_of_memory(error):
             raise
-        return f"it has none: {str(error).strip().splitlines()[0]}"
+        return f"it has no gradient: {str(error).strip().splitlines()[0]}"
     slope = float(gradients.logits.norm())
     if not bool(gradients.logits.isfinite().all() and gradients.directions.isfinite().all()):
         return "they are not finite"
@@ -240,4 +240,4 @@ def gradient_fault(problem: Problem, start: DescentState, weights: LossWeights) 
         found.append((ahead - behind) / (2 * step))
         if abs(found[-1] - slope) <= _PROBE_SHARE * slope:
             return None
-    return f"they say {slope:.3g} where differences say {', '.join(f'{one:.3g}' for one in found)}"
+    return f"they give a slope of {slope:.3g} where finite differences give {', '.join(f'{one:.3g}' for one in found)}"

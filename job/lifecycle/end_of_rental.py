@@ -43,7 +43,7 @@ def end_rental(outcome: Ended, asked: AskedEnds, machine: Machine, say: Say) -> 
         _end(outcome, asked, machine, say)
     except Exception as error:  # callers must see the job's own failure
         what = error.line if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
-        say(f"warning: this rental may BILL ON: what becomes of it could not be settled: {what}")
+        say(f"warning: this rental may BILL ON: its end could not be decided: {what}")
     tell(settled=True)
 
 
@@ -82,7 +82,7 @@ def _end(outcome: Ended, asked: AskedEnds, machine: Machine, say: Say) -> None:
         return
     rental = find_rental()
     if rental is None:
-        say(f"warning: this is no rented machine that is known: it is not ended ({decision.action})")
+        say(f"warning: this machine is not a known rental: it is not ended ({decision.action})")
         return
     decision = _decision(outcome, asked, machine, say)
     if decision.action == "nothing":
@@ -103,14 +103,14 @@ def _decision(outcome: Ended, asked: AskedEnds, machine: Machine, say: Say) -> D
     decision = ending(outcome, asked, safety)
     if decision.action != "destroy":
         return decision
-    say("before this machine is destroyed, checkpoint and targets are asked for what must survive it")
+    say("checking checkpoint and targets for all that must survive before this machine is destroyed")
     missing = all_unsaved(machine.workspace, machine.folder, machine.settings, say, elsewhere=outcome.elsewhere)
     return ending(outcome, asked, replace(safety, unsaved=missing))
 
 
 def _instead(decision: Decision) -> str:
-    done = "it is left running" if decision.action == "nothing" else "it is stopped"
-    return f"{decision.asked} was asked for this machine and {done}: {decision.reason}"
+    done = "the machine keeps running" if decision.action == "nothing" else "the machine is stopped"
+    return f"{decision.asked} was requested, but {done}: {decision.reason}"
 
 
 class Progress:

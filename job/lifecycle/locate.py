@@ -45,7 +45,7 @@ class Whereabouts:
         found = self.assigned
         for name in found:
             if not _may_be_given(name):
-                raise UsageError(f"--set {name}: that would make it another job", remedy="give it to `abliterate run`")
+                raise UsageError(f"--set {name} would make it another job", remedy="give it to `abliterate run`")
         if self.checkpoint is None:
             return found
         machine = {name: value for name, value in environment_values().items() if name in HERE - {"workspace"}}

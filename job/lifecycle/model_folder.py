@@ -20,8 +20,8 @@ def model_folder(record: JobRecord, settings: Settings, events: Events) -> Path:
     """
     if redacted(model_identity(settings)) != redacted(record.identity["model"]):
         raise UsageError(
-            f"the model of job {record.job_id} is no longer what it was",
-            remedy="restore it where job.json says it was",
+            f"the model of job {record.job_id} has changed",
+            remedy="restore the model at the path that job.json names",
         )
     source = parse_model(settings.model)
     if source.kind == "folder":

@@ -65,7 +65,7 @@ def other_holder(folder: RunFolder | None, settings: Settings | None, say: Say) 
             with open_checkpoint(settings, say) as mirror:
                 found = mirror.other_holder(folder.path.name)
         except Exception as error:  # any failure means unknown
-            say(f"warning: whether another machine holds job {folder.path.name} is not known: {_line(error)}")
+            say(f"warning: cannot check whether another machine holds job {folder.path.name}: {_line(error)}")
             return ""
         return f"job {folder.path.name} is held by {found[0]}" if found else ""
 
@@ -79,7 +79,7 @@ def unsaved(folder: RunFolder | None, settings: Settings | None, say: Say, *, el
     settings count as lost.
     """
     if folder is None or settings is None or not (elsewhere or folder.job_file.exists()):
-        return "which job this machine holds is not known"
+        return "this machine's job is unknown"
     try:
         if elsewhere:
             return _not_overtaken(folder, settings, say) or _undelivered_export(folder, settings)
@@ -88,7 +88,7 @@ def unsaved(folder: RunFolder | None, settings: Settings | None, say: Say, *, el
     except HeldError as error:
         return str(error)
     except (JobError, OSError) as error:
-        return f"job {folder.path.name} cannot be found elsewhere: {_line(error)}"
+        return f"job {folder.path.name} was not found elsewhere: {_line(error)}"
 
 
 def all_unsaved(workspace: Path, folder: RunFolder | None, settings: Settings | None, say: Say, **how: bool) -> str:
@@ -103,7 +103,7 @@ def all_unsaved(workspace: Path, folder: RunFolder | None, settings: Settings | 
                 problem = unsaved(other, _settings(other), say)
         return problem
 
-    late = f"checkpoint and targets have not told within {_PROOF_SECONDS / 60:.0f} minutes what they hold"
+    late = f"checkpoint and targets did not show within {_PROOF_SECONDS / 60:.0f} minutes what they hold"
     return _within(_PROOF_SECONDS, look, late)
 
 
@@ -115,7 +115,7 @@ def _within(seconds: float, call: Callable[[], str], late: str) -> str:
         try:
             found[0] = call()
         except Exception as error:  # any failure means unproven
-            found[0] = f"what is safe could not be found out: {_line(error)}"
+            found[0] = f"the check of checkpoint and targets failed: {_line(error)}"
 
     thread = threading.Thread(target=run, name="safekeeping", daemon=True)
     thread.start()
@@ -172,9 +172,9 @@ def _undelivered_export(folder: RunFolder, settings: Settings) -> str:
     for name, manifest in _exports(folder, settings, records):
         targets = [target for target in settings.upload if _place(target, settings)]
         if not targets:
-            return f"export {name} of job {folder.path.name} was delivered to no place off this machine"
+            return f"export {name} of job {folder.path.name} was not delivered off this machine"
         if not manifest:
-            return f"what export {name} of job {folder.path.name} consisted of was not written down"
+            return f"what export {name} of job {folder.path.name} consisted of was not recorded"
         for target in targets:
             if problem := delivery_problem(target, manifest, settings):
                 return f"export {name} of job {folder.path.name} is not delivered: {problem}"

@@ -49,7 +49,7 @@ def recorded(
         if faults >= _MOST_FAULTS:
             _report(folder, events)
             raise
-        events.emit("accelerator_fault", f"{fault}; going on in a fresh process")
+        events.emit("accelerator_fault", f"{fault}; continuing in a new process")
         raise RestartNeeded from fault
     except JobError as error:
         _end(folder, events, "failed", error.line)

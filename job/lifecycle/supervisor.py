@@ -147,7 +147,7 @@ def _leave(status: int, signalled: bool, told: list[bytes]) -> NoReturn:
     except Exception as error:  # callers must see how the child ended
         _say(f"warning: this rental may BILL ON: it could not be ended: {type(error).__name__}")
     if code < 0:
-        _die_alike(-code)
+        _end_like_child(-code)
     os._exit(code if code >= 0 else 128 - code)
 
 
@@ -173,7 +173,7 @@ def _settle(code: int, signalled: bool, told: bytes) -> None:
     )
 
 
-def _die_alike(number: int) -> None:
+def _end_like_child(number: int) -> None:
     """Die by the same signal, without another core dump."""
     import resource
 

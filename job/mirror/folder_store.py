@@ -45,8 +45,8 @@ class FileStore:
             write_atomically(trial / HEAD, b"a probe, to be deleted at once\n")
             quirk = _lock_quirk(trial / _LOCK)
         if quirk is not None:
-            return Proof("writing and deleting work", fenced=False, quirks=(quirk,))
-        return Proof("writing, locking and deleting work", fenced=True)
+            return Proof("files can be written and deleted", fenced=False, quirks=(quirk,))
+        return Proof("files can be written, locked and deleted", fenced=True)
 
     def prepare(self) -> None:
         """Make the folder."""
@@ -106,7 +106,9 @@ class FileStore:
                 temporary = folder / f".{name}.tmp"
                 if _copy(source, temporary) != entry.sha256:
                     temporary.unlink()
-                    raise DeliveryError(f"{source.name} changed while it was copied", remedy="it is copied again")
+                    raise DeliveryError(
+                        f"{source.name} changed during the copy", remedy="the next snapshot copies it again"
+                    )
                 reached("object:copied")
                 temporary.replace(folder / name)
                 reached("object:replaced")
@@ -183,10 +185,10 @@ def _lock_quirk(file: Path) -> str | None:
     """Return why a lock does not exclude other processes of this machine, None if it does."""
     with locked(file, _LOCK_SECONDS) as lock:
         if lock.by_file:
-            return "this file system has no locks (flock): a file stands in for them"
+            return "this file system has no locks (flock); lock files are used instead"
         kept_out = keeps_others_out(file)
     if not kept_out or keeps_others_out(file) is not False:
-        return "a lock here does not keep another process out"
+        return "a lock here does not keep out another process"
     return None
 
 

@@ -43,7 +43,7 @@ class HubHistory:
             self._squash()
             found = self._store.read(job)
         except DeliveryError as error:
-            self._repo.report(f"warning: the history of {self._repo.repo_id} stays long: {error.line}")
+            self._repo.report(f"warning: cannot squash the history of {self._repo.repo_id}: {error.line}")
             return stored
         # If another runner's head came between, the former commit stays expected, and its replacement fails.
         return found if found is not None and found.data == stored.data else stored

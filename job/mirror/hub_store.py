@@ -84,7 +84,7 @@ class HubStore:
     def _refuse_public(self, found: Snapshot) -> None:
         if not found.private:
             raise DeliveryError(
-                f"{self._repo.repo_id} is public on the Hub, and a checkpoint holds prompts and answers",
+                f"{self._repo.repo_id} is public on the Hub, but a checkpoint holds prompts and answers",
                 remedy="make it private there or name another repository for --checkpoint",
             )
 
@@ -169,7 +169,9 @@ class HubStore:
             check()
             operation = CommitOperationAdd(f"{job}/{OBJECTS}/{name}", str(source))
             if operation.upload_info.sha256.hex() != entry.sha256:
-                raise DeliveryError(f"{source.name} changed while it was sent", remedy="it is sent again")
+                raise DeliveryError(
+                    f"{source.name} changed during the upload", remedy="the next snapshot sends it again"
+                )
             self._repo.store(operation)
             staged[name] = operation
         self._staged = staged
@@ -198,7 +200,7 @@ class HubStore:
                 raise ConflictError(found)
             parent = found.token if found else self._parent(job)
         raise DeliveryError(
-            f"others keep committing to {self._repo.repo_id}", remedy="give each job its own repository"
+            f"other processes keep committing to {self._repo.repo_id}", remedy="give each job its own repository"
         )
 
     def _parent(self, job: str) -> str:

@@ -24,7 +24,7 @@ from job.text.redaction import redacted
 
 # Retries after a faster runner or a lost response.
 _LOOKS = 5
-_REMEDY = "let one run do this job; this one stops before it writes again"
+_REMEDY = "let one run continue this job; this run stops before it writes again"
 
 Change = Callable[[Head], tuple[Mapping[str, Any], Collection[str]]]
 
@@ -146,7 +146,7 @@ def take(store: MirrorStore, job: str, identity: Mapping[str, Any], writer: str,
             stored = conflict.found
         reached("lease:taken")
         return Holding(store, head, stored, begun)
-    raise HeldError(f"other runs keep taking job {job} at {store.uri}", remedy="let one run do this job")
+    raise HeldError(f"other runs keep taking job {job} at {store.uri}", remedy="let one run continue this job")
 
 
 def _check(store: MirrorStore, job: str, identity: Mapping[str, Any], found: Stored) -> None:
@@ -169,7 +169,7 @@ def wait_until_free(store: MirrorStore, job: str, found: Stored, say: Callable[[
     begun = now() - (found.age_s or 0.0)
     left = lease.expiry_s - (now() - begun)
     if left > 0:
-        say(f"job {job} was last held by {lease.describe()}: watching for a sign of life, {left:.0f} s at most")
+        say(f"job {job} was last held by {lease.describe()}: waiting for its lease to expire, {left:.0f} s at most")
     while (left := lease.expiry_s - (now() - begun)) > 0:
         time.sleep(min(left, store.pace.poll_s))
         latest = store.read(job)

@@ -69,13 +69,13 @@ class LeaseKeeper:
         if self._outward and silent > self.head.lease.expiry_s:
             raise HeldError(
                 f"the lease of job {self.head.job_id} could not be renewed for {silent:.0f} s: another run may hold it",
-                remedy=f"run the same command again once {self._store.uri} can be reached: it continues",
+                remedy=f"once {self._store.uri} is reachable, run the same command again to continue",
             )
         down = max((self._life, self._sender.trouble), key=lambda trouble: trouble.seconds)
         if self._required and down.seconds > self.head.lease.expiry_s:
             raise DeliveryError(
-                f"the checkpoint {self._store.uri} has been down for {down.seconds:.0f} s: {down.latest}",
-                remedy="run the same command again once it works: it continues; or leave --require-checkpoint out",
+                f"the checkpoint {self._store.uri} has been unreachable for {down.seconds:.0f} s: {down.latest}",
+                remedy="run the same command again once it is reachable, or leave out --require-checkpoint",
             )
 
     @contextmanager
@@ -104,8 +104,8 @@ class LeaseKeeper:
         done = self._sender.close(final=final, seconds=seconds, hurry=hurry)
         self._ended.set()
         if not done and final and self._holding.lost is None:
-            said = self._sender.trouble.latest or "the last snapshot is still being sent"
-            self._say(f"warning: the checkpoint {self._store.uri} lacks the latest, which is in this folder: {said}")
+            said = self._sender.trouble.latest or "the last snapshot was not sent in time"
+            self._say(f"warning: the checkpoint {self._store.uri} lacks the run folder's latest changes: {said}")
         return done
 
     def _beat(self) -> None:

@@ -209,7 +209,7 @@ class Mirror:
         try:
             self._store.sweep(head.job_id, head.objects.keys() | {*head.previous})
         except DeliveryError as error:
-            say(f"warning: leftovers at {self.uri} stay: {error.line}")
+            say(f"warning: cannot delete old files at {self.uri}: {error.line}")
 
 
 def _damage(folder: RunFolder, mirrored: int, say: Callable[[str], None]) -> str | None:
@@ -229,9 +229,9 @@ def _damage(folder: RunFolder, mirrored: int, say: Callable[[str], None]) -> str
         return str(error)
     trials = count_trials(folder.study_file)
     if trials is None:
-        return "the study here is gone or damaged"
+        return "the local study is missing or damaged"
     if trials < mirrored:
-        return f"the study here holds {trials} trials, its checkpoint {mirrored}"
+        return f"the local study holds {trials} trials, the checkpoint {mirrored}"
     return None
 
 

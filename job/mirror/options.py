@@ -33,7 +33,7 @@ class SnapshotPace:
 
     def __post_init__(self) -> None:
         if not 0 < self.beat_s <= self.expiry_s / 2:
-            raise UsageError("a lease needs at least two signs of life before it expires")
+            raise UsageError("a lease has to be renewed at least twice before it expires")
 
 
 # For tests: beat_s,expiry_s,snapshot_s,poll_s.
@@ -69,6 +69,6 @@ def scheme_of(uri: str) -> str:
     match = _URI.fullmatch(uri)
     if match is None:
         raise UsageError(
-            f"{uri!r} names no checkpoint", remedy="use file:///absolute/folder, hf://user/repo or s3://bucket/prefix"
+            f"{uri!r} is not a checkpoint", remedy="use file:///absolute/folder, hf://user/repo or s3://bucket/prefix"
         )
     return next(name for name in match.groups() if name)

@@ -169,13 +169,13 @@ def objects_of(files: Mapping[str, MirroredFile | Layered]) -> dict[str, Mirrore
 
 def decode_head(data: bytes, job: str, where: str) -> Head:
     """Parse a head. Raises MirrorError if it is damaged, another job's, or no head."""
-    torn = f"the checkpoint {where} is torn: {job}/{HEAD} "
+    torn = f"the checkpoint {where} is inconsistent: {job}/{HEAD} "
     try:
         read = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise MirrorError(torn + "cannot be read", remedy=_REMEDY) from error
     if not isinstance(read, dict) or read.get("kind") != _KIND:
-        raise MirrorError(f"{where} holds something else: {job}/{HEAD} is no checkpoint's", remedy=_ELSEWHERE)
+        raise MirrorError(f"{where} holds something else: {job}/{HEAD} is not from a checkpoint", remedy=_ELSEWHERE)
     if read.get("version") not in (1, VERSION):
         raise MirrorError(
             f"the checkpoint {where} was made by another version of this program ({read.get('package')})",
@@ -184,11 +184,11 @@ def decode_head(data: bytes, job: str, where: str) -> Head:
     try:
         head = Head.model_validate(read)
     except ValidationError as error:
-        raise MirrorError(torn + f"is not whole: {_first(error)}", remedy=_REMEDY) from error
+        raise MirrorError(torn + f"is incomplete: {_first(error)}", remedy=_REMEDY) from error
     if head.job_id != job:
         raise MirrorError(f"{where}: {job}/{HEAD} belongs to job {head.job_id}", remedy=_ELSEWHERE)
     if not JOB_ID.fullmatch(job) or job_id(head.identity) != job:
-        raise MirrorError(f"{where}: {job}/{HEAD} is of another job than its name says", remedy=_ELSEWHERE)
+        raise MirrorError(f"{where}: {job}/{HEAD} belongs to another job than its path says", remedy=_ELSEWHERE)
     if odd := [path for path in head.files if not is_mirrored(path)]:
         raise MirrorError(f"{where} holds something else: {job}/{HEAD} names {odd[0]!r}", remedy=_ELSEWHERE)
     if large := [line for path, entry in head.files.items() if (line := excess(path, entry))]:
@@ -206,7 +206,7 @@ def excess(path: str, entry: MirroredFile | Layered) -> str:
     if entry.size <= most and all(layer.size <= allowed for layer in layers):
         return ""
     size = max(entry.size, *(layer.size for layer in layers), 0)
-    return f"{size / 2**20:.0f} MiB for {path}, which may have {min(most, allowed) / 2**20:.0f}"
+    return f"{size / 2**20:.0f} MiB for {path}, which may have at most {min(most, allowed) / 2**20:.0f}"
 
 
 _REMEDY = "move it away and start from the workspace, or name another --checkpoint"
@@ -215,7 +215,7 @@ _ELSEWHERE = "name another --checkpoint, or move it away"
 
 def torn(where: str, job: str, what: str) -> MirrorError:
     """Return the error for a mirror that lacks an object of its head."""
-    return MirrorError(f"the checkpoint {where} of job {job} is torn: {what}", remedy=_REMEDY)
+    return MirrorError(f"the checkpoint {where} of job {job} is inconsistent: {what}", remedy=_REMEDY)
 
 
 def oversized_head(where: str, job: str) -> MirrorError:

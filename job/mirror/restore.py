@@ -28,7 +28,7 @@ def restore(
     head: Head,
     folder: RunFolder,
     say: Callable[[str], None],
-    why: str = "another machine went on with this job",
+    why: str = "another machine continued this job",
 ) -> None:
     """Restore a run folder to the latest snapshot; existing files are moved aside, exports kept.
 
@@ -46,7 +46,7 @@ def restore(
         sync_tree(incoming)
         aside = _move_aside(folder)
         if aside is not None:
-            say(f"warning: {why}: what stood here is now in {aside}")
+            say(f"warning: {why}: the former run folder is now {aside}")
         _move_in(folder.path, incoming, missing)
         shutil.rmtree(incoming, ignore_errors=True)
     except OSError as error:
@@ -73,7 +73,7 @@ def download(store: MirrorStore, head: Head, paths: Iterable[str], target: Path)
             if sha256_file(file) == entry.sha256:
                 break
             if attempt:
-                raise torn(store.uri, head.job_id, f"the contents of {path} are not what they were")
+                raise torn(store.uri, head.job_id, f"the contents of {path} do not match their hash")
 
 
 def _require_room(store: MirrorStore, size: int, target: Path) -> None:
@@ -81,7 +81,7 @@ def _require_room(store: MirrorStore, size: int, target: Path) -> None:
     disk = shutil.disk_usage(target)
     if size > disk.free and disk.total:  # some network file systems do not report it
         raise MachineError(
-            f"{store.uri} holds {size / 1e9:.1f} GB for {target}, where {disk.free / 1e9:.1f} GB are free",
+            f"{store.uri} holds {size / 1e9:.1f} GB for {target}, where only {disk.free / 1e9:.1f} GB are free",
             remedy="free disk space or choose another --workspace",
         )
 

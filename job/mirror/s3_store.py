@@ -78,10 +78,10 @@ class S3Store:
         """Write, replace, complete, list and delete a probe object."""
         server = self._server
         self._bucket.list(self._bucket.target.key(".abliterate-probe"))
-        lacks = "the S3 server ignores conditional requests: two runs of one job notice each other late"
+        lacks = "the S3 server ignores conditional requests: two runs of one job notice each other only after a delay"
         # Only capabilities that matter to mirrors are repeated.
         quirks = (*(() if self._fenced else (lacks,)), *(quirk for quirk in server.quirks if "two jobs" not in quirk))
-        return Proof("writing, replacing, listing and deleting work", self._fenced, quirks)
+        return Proof("files can be written, replaced, listed and deleted", self._fenced, quirks)
 
     def prepare(self) -> None:
         """Detect the server's capabilities; the bucket must exist."""
@@ -129,7 +129,9 @@ class S3Store:
             if entry.size <= self._bucket.options.part_bytes(entry.size):
                 data = source.read_bytes()
                 if hashlib.sha256(data).hexdigest() != entry.sha256:
-                    raise DeliveryError(f"{source.name} changed while it was sent", remedy="it is sent again")
+                    raise DeliveryError(
+                        f"{source.name} changed during the upload", remedy="the next snapshot sends it again"
+                    )
                 put(self._bucket, self._server, key, data, {})
             else:
                 self._stage_large(source, key, entry, check)
@@ -137,7 +139,9 @@ class S3Store:
 
     def _stage_large(self, source: Path, key: str, entry: MirroredFile, check: Callable[[], None]) -> None:
         if not self._server.multipart:
-            raise DeliveryError(f"{self.uri}: the server takes no files of more than a part", remedy="use another")
+            raise DeliveryError(
+                f"{self.uri}: the server does not support multipart uploads", remedy="use another server"
+            )
         states = UploadStates(self._begun, self._bucket.options.endpoint, self._bucket.target.bucket)
         LargeFile(
             self._bucket,

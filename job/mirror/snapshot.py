@@ -126,7 +126,7 @@ def back_up(file: Path, target: Path) -> None:
     except sqlite3.Error as error:
         if is_busy(error):
             raise in_use(file) from error
-        raise JobError(f"the study {file} cannot be copied: {error}", remedy="see whether its disk is sound") from error
+        raise JobError(f"the study {file} cannot be copied: {error}", remedy="check the disk") from error
     check_study(target)
 
 
@@ -138,7 +138,7 @@ def check_study(file: Path) -> None:
     except sqlite3.Error as error:
         said = str(error)
     if said != "ok":
-        raise JobError(f"the study {file} is damaged: {said}", remedy="see whether its disk is sound")
+        raise JobError(f"the study {file} is damaged: {said}", remedy="check the disk")
 
 
 def _copy(source: Path, target: Path, size: int) -> str:

@@ -183,7 +183,9 @@ class SnapshotSender:
                     sources[entry.object] = (file.source, entry)
             files[path] = known[file.sha256]
             if large := excess(path, files[path]):  # restoring would refuse it
-                raise DeliveryError(f"the checkpoint would have {large}", remedy="look at that file in the run folder")
+                raise DeliveryError(
+                    f"the checkpoint would exceed its limit: {large}", remedy="check that file in the run folder"
+                )
         return files, sources
 
     def _empty(self, *, release: bool) -> None:
@@ -215,7 +217,7 @@ def _counted(taken: Mapping[str, Taken], head: Head) -> int | None:
         return head.trials  # unchanged
     if trials < (head.trials or 0):
         raise JobError(
-            f"the study here holds {trials} trials, its checkpoint {head.trials}: the checkpoint is left as it is",
-            remedy="run the same command again: the study is restored",
+            f"the local study holds {trials} trials, the checkpoint {head.trials}: the checkpoint is not overwritten",
+            remedy="run the same command again to restore the study",
         )
     return trials

@@ -34,7 +34,7 @@ class ConflictError(Exception):
     """Another head (`found`, or None) is current, so it was not replaced. Internal."""
 
     def __init__(self, found: Stored | None) -> None:
-        super().__init__("another head stands there")
+        super().__init__("another runner has replaced the head")
         self.found = found
 
 

@@ -36,9 +36,9 @@ def proven(record: JobRecord, job: str) -> tuple[JobRecord, dict[str, Any]]:
         raise JobError(f"its identity is not that of job {job}")
     pinned = {name: identity[name] for name in ("reproduces", "searches") if name in identity}
     if record.reproduces != pinned.get("reproduces") or record.searches != pinned.get("searches", True):
-        raise JobError("its identity does not say what it reproduces")
+        raise JobError("its identity does not name what it reproduces")
     if wrong := sorted({*_other_settings(record), *_other_inputs(record), *_other_commit(record)}):
-        raise JobError(f"its settings are not those of its identity: {', '.join(wrong)}")
+        raise JobError(f"its settings differ from its identity: {', '.join(wrong)}")
     said, given = leaves(_local_paths(record)), leaves(_without_inputs(identity))
     left_out = {name: value for name, value in said.items() if name in HERE or _is_unproven(name, given)}
     # The identity fills in what the settings omit, and cannot be forged.
@@ -132,12 +132,15 @@ def require_same_contents(record: JobRecord, settings: Settings, *, prompts: boo
     """Raise UsageError if local inputs differ from the job's; `prompts` includes the prompt files."""
     model = model_of(record)
     if "sha256" in model and Path(settings.model).is_dir() and model_identity(settings) != model:
-        raise UsageError(f"{settings.model} is not the model of job {record.job_id}", remedy="put that model there")
+        raise UsageError(
+            f"{settings.model} is not the model of job {record.job_id}", remedy="put that model at this path"
+        )
     for name, source in settings.prompt_sets().items() if prompts else ():
         given = record.identity.get(name)
         if given is not None and "sha256" in given and source_identity(source)["sha256"] != given["sha256"]:
             raise UsageError(
-                f"{source.spec} does not hold the {name} of job {record.job_id}", remedy="put those prompts there"
+                f"{source.spec} does not hold the {name} of job {record.job_id}",
+                remedy="put those prompts at this path",
             )
 
 
@@ -150,7 +153,7 @@ def with_trust(
     """
     asked = bool(leaves(_without_inputs(record.identity)).get(TRUST, False))
     if given.get(TRUST) and not asked:
-        raise UsageError(f"--set {TRUST}: that would make it another job", remedy="give it to `abliterate run`")
+        raise UsageError(f"--set {TRUST} would make it another job", remedy="give it to `abliterate run`")
     if not asked:
         return
     model, options = model_of(record), f"--set {TRUST}=true"
@@ -162,12 +165,12 @@ def with_trust(
     if not settings.loading.trust_remote_code:
         raise UsageError(
             f"job {record.job_id} runs the code that comes with {place}",
-            remedy=f"read it, and if you trust it, give {options.format(place)}",
+            remedy=f"read the code and, if you trust it, give {options.format(place)}",
         )
     if before is not None and before.model_commit not in (None, record.model_commit):
         raise UsageError(
-            f"the checkpoint of job {record.job_id} now names {place}, whose code nobody here has read",
-            remedy="see who else can write to the checkpoint",
+            f"the checkpoint of job {record.job_id} now names {place}, whose code was not approved on this machine",
+            remedy="check who else can write to the checkpoint",
         )
     if TRUST in given:
         require_named_code(model, record.model_commit, given.get("model"), options)
@@ -196,7 +199,7 @@ def require_known_code(folder: RunFolder, record: JobRecord, settings: Settings,
         raise UsageError(
             f"the code of {place} is named by the checkpoint of job {record.job_id} only: the commit is not in the "
             f"history of {settings.model}, and trust is for code that you have read",
-            remedy=f"see who else can write to the checkpoint; if you have read that code and trust it, give "
+            remedy=f"check who else can write to the checkpoint; if you have read that code and trust it, give "
             f"`abliterate resume {where}--set {TRUST}=true --set model={place}`",
         )
 

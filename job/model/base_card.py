@@ -45,7 +45,7 @@ PATH = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
 @dataclass(frozen=True)
 class BaseCard:
-    """What is known of a base model from its card.
+    """Facts from a base model's card.
 
     Attributes:
         metadata: Fields that an export's card takes over.

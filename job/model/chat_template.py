@@ -93,11 +93,11 @@ def _made(asked: Mapping[str, Any], missing: Mapping[str, Messages], name: str) 
     if answer["refused"] == "error":
         raise ImpossibleJobError(
             f"the chat template of {name} refuses a conversation: {answer['why']}",
-            remedy="leave out the system prompt if the template knows none",
+            remedy="leave out the system prompt if the template does not support one",
         )
     limits = {
         "memory": f"takes more than {task['memory'] >> 20} MiB of memory",
-        "recursion": "calls itself without end",
+        "recursion": "recurses without end",
         "size": f"writes more than {task['characters']} characters ({answer.get('why')})",
     }
     _hostile[template] = limits.get(answer["refused"], answer["refused"])
@@ -126,16 +126,16 @@ def _answer(task: Mapping[str, Any]) -> dict[str, Any]:
             remedy="raise the limit on processes (ulimit -u) or the memory",
         ) from error
     if done.returncode == -signal.SIGXCPU:
-        return {"refused": f"takes more than {task['seconds']} s of a processor"}
+        return {"refused": f"takes more than {task['seconds']} s of processor time"}
     if done.returncode == -signal.SIGKILL:
-        return {"refused": "takes more memory than this machine has left"}
+        return {"refused": "takes more memory than this machine has free"}
     if done.returncode < 0:
         return {"refused": f"crashes its interpreter ({signal.Signals(-done.returncode).name})"}
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise MachineError(
             f"the process for the chat template fails: {lines[-1] if lines else f'exit code {done.returncode}'}",
-            remedy="see that jinja2 is installed as this package asks for it",
+            remedy="install the version of jinja2 that this package requires",
         )
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
@@ -145,5 +145,5 @@ def _exceeded(name: str, what: str) -> ImpossibleJobError:
     """Return the error for a template that exceeds a limit."""
     return ImpossibleJobError(
         f"the chat template of {name} {what}",
-        remedy="use the template of the model's maker, or put another into chat_template.jinja",
+        remedy="use the original template of the model, or put another into chat_template.jinja",
     )

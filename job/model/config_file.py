@@ -10,7 +10,7 @@ from job.errors import ImpossibleJobError
 from job.model.user_files import object_of
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-# No model has as many layers; building a larger one, even without weights, takes longer than anybody waits.
+# No real model has more layers; building a larger one takes hours, even without weights.
 _MOST_LAYERS = 10_000
 _MOST = 10**9
 _COUNTS = ("num_", "n_", "_size", "_dim", "max_position")
@@ -37,6 +37,6 @@ def _refuse_large(values: Mapping[str, Any], file: Path) -> None:
             most = _MOST_LAYERS if layers else _MOST if any(part in name for part in _COUNTS) else None
             if most is not None and value > most:
                 raise ImpossibleJobError(
-                    f"{file} is damaged: {name} is {value}, and no model has more than {most}",
+                    f"{file} is damaged: {name} is {value}, but no model has more than {most}",
                     remedy="obtain an undamaged copy",
                 )

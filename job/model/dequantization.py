@@ -1,9 +1,9 @@
-"""Loading models whose files are quantised, or called so: transformers undoes it, tensor by tensor, as it reads them.
+"""Loading of models with quantised files: transformers dequantises each tensor as it reads it.
 
-Where the last blocks of FP8 matrices are smaller than the others, transformers divides a matrix into as many
-equal blocks as there are scales: that fails, or gives other weights without a word. Its class is used with
-that one step done by `job.numerics.dequantisation`; for whole blocks the two agree bit by bit. It also leaves
-weights that are not quantised in the type that they are stored in, whatever type is asked for.
+If the last blocks of FP8 matrices are smaller than the others, transformers divides a matrix into one equal
+block per scale: that fails, or silently gives other weights. Here `job.numerics.dequantisation` replaces that
+step; for whole blocks the two agree bit by bit. transformers also leaves weights that are not quantised in
+their stored dtype, whatever dtype is requested.
 """
 
 from __future__ import annotations

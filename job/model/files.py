@@ -69,7 +69,7 @@ class ModelListing(Record):
         commit: The commit of a repository; None for a folder.
         files: The files that a job needs: all but weights in other formats and what lies in folders.
         gated: Access to a repository has to be granted.
-        public: A repository that everybody may see, so that it may be named; False also where nobody can be asked.
+        public: A repository that everybody may see, so that it may be named; False if that cannot be checked.
     """
 
     commit: str | None = None
@@ -120,8 +120,8 @@ def refuse_links_out(folder: Path) -> None:
             continue
         if not any(path.resolve().is_relative_to(place) for place in inside):
             raise ImpossibleJobError(
-                f"{path} is a link that leads out of the model folder",
-                remedy="put the file itself there, or give the folder that it is in",
+                f"{path} is a link to a place outside the model folder",
+                remedy="replace the link by the file, or give the folder that holds the file",
             )
 
 
@@ -220,7 +220,7 @@ def fetch_model(
     except OSError as error:
         raise MachineError(
             f"cannot write the files of {source.name}: {error.strerror or error}",
-            remedy="free disk space, or point HF_HOME to a larger disk",
+            remedy="free disk space, or set HF_HOME to a folder on a larger disk",
         ) from error
 
 

@@ -156,15 +156,17 @@ def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
         ImpossibleJobError: The folder is not a model, or transformers does not know its family or refuses a value.
     """
     model_config(folder)
-    with reading(folder, (CONFIG,), "cannot be used", "the model needs a family that the installed transformers knows"):
+    with reading(
+        folder, (CONFIG,), "cannot be used", "use a model of a family that the installed transformers supports"
+    ):
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
         except Exception as error:
             if "trust_remote_code" not in str(error):
                 raise
             raise ImpossibleJobError(
-                f"{folder} is of a family that needs its own code to be run",
-                remedy="read that code, and if you trust it, --set loading.trust_remote_code=true",
+                f"{folder} belongs to a family that needs the model's own code",
+                remedy="read that code and, if you trust it, give --set loading.trust_remote_code=true",
             ) from error
     if (folder / GENERATION).is_file():
         with reading(
@@ -196,9 +198,9 @@ def _try(tokenizer: PreTrainedTokenizerBase) -> None:
         TypeError: A special token or the template is no text.
     """
     if not all(isinstance(text, str) for text in tokenizer.all_special_tokens):
-        raise TypeError("a special token is no text")
+        raise TypeError("a special token is not text")
     if not isinstance(tokenizer.chat_template, str | dict | None):
-        raise TypeError("the chat template is no text")
+        raise TypeError("the chat template is not text")
     known = {*tokenizer.all_special_ids, tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
     ids = [*tokenizer(GREETING.user)["input_ids"], *(token for token in known if token is not None)]
     tokenizer.decode(ids, skip_special_tokens=True)
@@ -286,7 +288,7 @@ def _spread(config: PretrainedConfig, places: Mapping[str, int | str]) -> dict[s
     for name, place in places.items():
         if isinstance(place, str) and not _PLACE.fullmatch(place):
             raise UsageError(
-                f"loading.device_map has {name} on {place!r}, which is no device",
+                f"loading.device_map has {name} on {place!r}, which is not a device",
                 remedy='give the number of a GPU, "cpu" or "disk"',
             )
         if place != "disk":
@@ -296,7 +298,7 @@ def _spread(config: PretrainedConfig, places: Mapping[str, int | str]) -> dict[s
     if left_out is not None:
         raise UsageError(
             f"loading.device_map has no device for {left_out}",
-            remedy='name it or what it is in; "" stands for all that is not named',
+            remedy='name it or a module that contains it; "" stands for all other modules',
         )
     return found
 

@@ -80,7 +80,7 @@ def quantisation_of(config: Mapping[str, Any], stored: Headers) -> Quantisation 
     if method == "mxfp4":
         family = (config.get("text_config") or config).get("model_type")
         if family != "gpt_oss":
-            raise QuantisedSourceError(method, f"it is known of gpt_oss only, not of {family}")
+            raise QuantisedSourceError(method, f"MXFP4 is supported for gpt_oss only, not for {family}")
         return Quantisation("mxfp4")
     raise QuantisedSourceError(method)
 
@@ -159,7 +159,7 @@ def _eight_bits(quantisation: Quantisation, name: str, headers: Headers) -> Plai
     if dtype not in _EIGHT_BITS or len(shape) != 2 or not name.endswith(".weight"):
         raise QuantisedSourceError("fp8", f"{name} is stored as {dtype} with {len(shape)} axes")
     if scale not in headers or headers[scale][0] not in _SCALES:
-        raise QuantisedSourceError("fp8", f"the scales of {name} are not there or of an unknown type")
+        raise QuantisedSourceError("fp8", f"the scales of {name} are missing or of an unknown type")
     block_of(shape, headers[scale][1], quantisation.block)
     return PlainTensor(name, _HEADER_DTYPE, shape, (name, scale))
 
@@ -171,7 +171,7 @@ def _four_bits(_quantisation: Quantisation, name: str, headers: Headers) -> Plai
     base = name.removesuffix(_BLOCKS)
     scales = headers.get(base + _EXPONENTS)
     if len(shape) != 4 or 2 * shape[-1] != _MXFP4_BLOCK or dtype != "U8" or scales != ("U8", shape[:-1]):
-        raise QuantisedSourceError("mxfp4", f"{name} and its scales are not as gpt-oss has them")
+        raise QuantisedSourceError("mxfp4", f"{name} and its scales do not have the layout of gpt-oss")
     experts, rows, blocks, _ = shape
     return PlainTensor(base, _HEADER_DTYPE, (experts, blocks * _MXFP4_BLOCK, rows), (name, base + _EXPONENTS))
 
@@ -186,7 +186,7 @@ def block_of(shape: Sequence[int], grid: Sequence[int], named: tuple[int, int] |
             return named
         if rows % grid[0] == columns % grid[1] == 0:
             return rows // grid[0], columns // grid[1]
-    raise QuantisedSourceError("fp8", f"{rows} × {columns} weights do not go with scales of the shape {list(grid)}")
+    raise QuantisedSourceError("fp8", f"{rows} × {columns} weights do not match scales of the shape {list(grid)}")
 
 
 def plain_config(data: bytes, *, dequantised: bool) -> bytes:

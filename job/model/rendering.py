@@ -111,8 +111,8 @@ def style_of(tokenizer: PreTrainedTokenizerBase, *, system: bool) -> Style:
             return style
         return dataclasses.replace(style, system="user")
     raise refused or ImpossibleJobError(
-        f"the chat template of {_name_of(tokenizer)} leaves the prompt out of what it writes",
-        remedy="use the template of the model's maker, or put another into chat_template.jinja",
+        f"the chat template of {_name_of(tokenizer)} leaves the prompt out of its output",
+        remedy="use the original template of the model, or put another into chat_template.jinja",
     )
 
 
@@ -154,7 +154,7 @@ def _written(
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise ImpossibleJobError(
             f"the chat template of {_name_of(tokenizer)} refuses a conversation: {first_line(error)}",
-            remedy="use the template of the model's maker, or put another into chat_template.jinja",
+            remedy="use the original template of the model, or put another into chat_template.jinja",
         ) from error
 
 
@@ -173,7 +173,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 def reading_tokenizer(folder: Path) -> AbstractContextManager[None]:
     """Return a block within which whatever a tokenizer raises is a fault of its files (`reading`)."""
     files = [*sorted(TOKENIZER_FILES, key=lambda name: (not name.startswith("tokenizer"), name)), *TEMPLATES]
-    return reading(folder, files, "has no usable tokenizer", "add the tokenizer's files as its maker publishes them")
+    return reading(folder, files, "has no usable tokenizer", "add the tokenizer's original files")
 
 
 def _name_of(tokenizer: PreTrainedTokenizerBase) -> str:

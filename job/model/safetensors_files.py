@@ -72,7 +72,7 @@ def require_sizes(held: Mapping[str, Sequence[int]], architecture: Architecture,
         if sum(math.prod(held[place]) for place in names) != math.prod(shape):
             raise ImpossibleJobError(
                 f"{names[0]} has the shape {list(held[names[0]])} in the files, "
-                f"and config.json asks for {name} of {list(shape)}",
+                f"but config.json asks for {name} of {list(shape)}",
                 remedy="obtain an undamaged copy of the model",
             )
 
@@ -99,7 +99,7 @@ def require_declared_layers(held: Collection[str], architecture: Architecture, c
     extra = [value for key, value in values.items() if _EXTRA_HEADS.search(key) and type(value) is int]
     if found and there > architecture.layer_count + max(extra, default=0):
         raise ImpossibleJobError(
-            f"the files hold {there} layers, and config.json names {architecture.layer_count}",
+            f"the files hold {there} layers, but config.json names {architecture.layer_count}",
             remedy="take config.json and weights from the same model",
         )
 

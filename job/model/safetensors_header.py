@@ -47,7 +47,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             entries[name] = TensorEntry(str(told["dtype"]), shape, 8 + length + begin, end - begin)
         wanted = max((entry.start + entry.size for entry in entries.values()), default=0)
         if size < wanted:
-            raise ValueError(f"it has {size} bytes, and its header speaks of {wanted}")
+            raise ValueError(f"it has {size} bytes, but its header describes {wanted}")
         with safe_open(file, framework="numpy"):
             pass  # which checks that the tensors fill the file, each with the bytes that its shape asks for
     except Exception as error:  # safetensors raises its own type and several built-in ones

@@ -61,7 +61,7 @@ def object_of(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ImpossibleJobError(f"{file} is damaged: {error}", remedy=_COPY) from error
     if not isinstance(found, dict):
-        raise ImpossibleJobError(f"{file} is damaged: it holds no object", remedy=_COPY)
+        raise ImpossibleJobError(f"{file} is damaged: it does not hold a JSON object", remedy=_COPY)
     return found
 
 

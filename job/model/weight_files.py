@@ -44,7 +44,7 @@ def indexed_tensors(data: bytes) -> dict[str, str]:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ImpossibleJobError(f"{INDEX} is damaged: {first_line(error)}", remedy=_COPY) from error
     if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise ImpossibleJobError(f"{INDEX} names {odd[0]!r}, which is no file of the folder", remedy=_COPY)
+        raise ImpossibleJobError(f"{INDEX} names {odd[0]!r}, which is not a file in the folder", remedy=_COPY)
     return dict(places)
 
 
@@ -55,11 +55,11 @@ def refuse_adapter(where: str, names: Collection[str], adapter: Mapping[str, Any
     if SINGLE not in names and INDEX not in names:
         base = adapter.get("base_model_name_or_path")
         raise ImpossibleJobError(
-            f"{where} holds a LoRA adapter and no model" + (f": its base model is {base}" if base else ""),
+            f"{where} holds a LoRA adapter but no model" + (f": its base model is {base}" if base else ""),
             remedy="merge it into its base model (merge_and_unload of PEFT) and give the result",
         )
     raise ImpossibleJobError(
-        f"a LoRA adapter lies in {where}, which would be loaded with the model",
+        f"{where} holds a LoRA adapter beside the model, which would be loaded with it",
         remedy=f"merge it into the model, or move {ADAPTER} away",
     )
 
@@ -74,7 +74,7 @@ def require_loadable(where: str, names: Collection[str]) -> None:
         )
     if SINGLE not in names and INDEX not in names:
         raise ImpossibleJobError(
-            f"{where} has weights ({weights[0]}) and neither {SINGLE} nor {INDEX}, without which they are not loaded",
+            f"{where} has weights ({weights[0]}) but neither {SINGLE} nor {INDEX}, so they would not be loaded",
             remedy=f"obtain a complete copy, or name the file {SINGLE} if it is the only one",
         )
 

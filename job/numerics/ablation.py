@@ -263,7 +263,7 @@ def _share(squares: Tensor, lost: Tensor) -> Tensor:
 def _refuse_degenerate(share: Tensor, kind: str) -> None:
     if bool((share < DEGENERATE_SHARE).any()):
         raise DegenerateEditError(
-            f"the edit leaves next to nothing of {kind} {int(share.argmin())} to restore its norm from"
+            f"the edit leaves almost nothing of {kind} {int(share.argmin())} from which to restore its norm"
         )
 
 

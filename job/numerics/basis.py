@@ -75,17 +75,17 @@ class Basis:
         last = self.layers - 1
         if index is not None and not 0 <= index <= last:
             raise ValueError(f"direction index {index} is outside 0 … {last}")
-        place = float(layer) if index is None else index
-        lower = min(int(place), last)
+        position = float(layer) if index is None else index
+        lower = min(int(position), last)
         upper = min(lower + 1, last)
-        share = place - lower
+        share = position - lower
         involved = self.directions[lower : upper + 1].to("cpu", torch.float64).flatten(0, 1)
-        part = torch.zeros(self.size, len(involved), dtype=torch.float64)
+        interpolation = torch.zeros(self.size, len(involved), dtype=torch.float64)
         for row in range(self.size):
-            part[row, row] += 1 - share
-            part[row, row - self.size] += share  # the upper layer's rows are the last ones
+            interpolation[row, row] += 1 - share
+            interpolation[row, row - self.size] += share  # the upper layer's rows are the last ones
         coefficients = torch.zeros(self.size, self.layers * self.size, dtype=torch.float64)
-        coefficients[:, lower * self.size :][:, : len(involved)] = _orthonormal(part, involved)
+        coefficients[:, lower * self.size :][:, : len(involved)] = _orthonormal(interpolation, involved)
         weights = self.weights[lower : upper + 1].to("cpu", torch.float64)
         return coefficients, (1 - share) * weights[0] + share * weights[-1]
 
@@ -125,11 +125,11 @@ class DirectionPath:
             raise ValueError(f"position {position} is outside 0 … {stages - 1}")
         lower = min(int(position), stages - 1)
         upper = min(lower + 1, stages - 1)
-        found = torch.zeros(size, stages, size, dtype=torch.float64)
+        combinations = torch.zeros(size, stages, size, dtype=torch.float64)
         every = torch.arange(size)
-        found[every, lower, every] += 1 - (position - lower)
-        found[every, upper, every] += position - lower
-        return found.flatten(1)
+        combinations[every, lower, every] += 1 - (position - lower)
+        combinations[every, upper, every] += position - lower
+        return combinations.flatten(1)
 
 
 def _orthonormal(coefficients: Tensor, vectors: Tensor) -> Tensor:
@@ -137,8 +137,8 @@ def _orthonormal(coefficients: Tensor, vectors: Tensor) -> Tensor:
     rows: list[Tensor] = []
     for row in coefficients:
         for _ in range(2):  # one pass leaves a rounding error relative to the remaining norm
-            for other in rows:
-                row = row - ((row @ vectors) @ (other @ vectors)) * other
+            for previous in rows:
+                row = row - ((row @ vectors) @ (previous @ vectors)) * previous
         norm = (row @ vectors).norm()
         rows.append(row / norm if norm > _REPETITION else torch.zeros_like(row))
     return torch.stack(rows)
@@ -154,16 +154,16 @@ def orthonormal_in(coefficients: Tensor, gram: Tensor) -> Tensor:
     used = coefficients.flatten(0, -2).any(0).nonzero().flatten()
     metric = gram[..., used[:, None], used]
 
-    def inner(one: Tensor, other: Tensor) -> Tensor:
-        return ((one[..., None, :] @ metric)[..., 0, :] * other).sum(-1, keepdim=True)
+    def inner(left: Tensor, right: Tensor) -> Tensor:
+        return ((left[..., None, :] @ metric)[..., 0, :] * right).sum(-1, keepdim=True)
 
     rows: list[Tensor] = []
     for row in coefficients[..., used].unbind(-2):
         norm = inner(row, row).clamp_min(0).sqrt()
         row = torch.where(norm > 0, row / norm, row)
         for _ in range(2):
-            for other in rows:
-                row = row - inner(row, other) * other
+            for previous in rows:
+                row = row - inner(row, previous) * previous
         norm = inner(row, row).clamp_min(0).sqrt()
         rows.append(torch.where(norm > _REPETITION, row / norm, 0.0))
     orthonormal = torch.stack(rows, -2)
@@ -183,8 +183,8 @@ def orthonormal_basis(directions: Tensor, weights: Tensor) -> Basis:
         vectors = layer.to("cpu", torch.float64)
         bases.append(_orthonormal(identity, vectors) @ vectors)
     basis = torch.stack(bases)
-    kept = basis.norm(dim=-1) > 0
-    return Basis(basis.to(torch.float32), torch.where(kept, weights.to("cpu", torch.float32), 0.0))
+    nonzero = basis.norm(dim=-1) > 0
+    return Basis(basis.to(torch.float32), torch.where(nonzero, weights.to("cpu", torch.float32), 0.0))
 
 
 def eigenvalue_weights(eigenvalues: Tensor, weighting: Weighting) -> Tensor:
@@ -211,7 +211,7 @@ def orthogonalize(directions: Tensor, references: Tensor) -> tuple[Tensor, tuple
         Unit directions, [layers, k, d], and the layers left unchanged because a direction lies within the references'
         span.
     """
-    result, kept = [], []
+    result, unchanged = [], []
     identity = torch.eye(references.shape[1], dtype=torch.float64)
     for index, (layer, reference) in enumerate(zip(directions, references, strict=True)):
         vectors, span = layer.to("cpu", torch.float64), reference.to("cpu", torch.float64)
@@ -219,9 +219,9 @@ def orthogonalize(directions: Tensor, references: Tensor) -> tuple[Tensor, tuple
         for _ in range(2):
             vectors = vectors - (vectors @ span.T) @ span
         norms = vectors.norm(dim=-1, keepdim=True)
-        lost = (norms <= _REPETITION) & (layer.to(norms).norm(dim=-1, keepdim=True) > 0)
-        if bool(lost.any()):
-            kept.append(index)
+        within_span = (norms <= _REPETITION) & (layer.to(norms).norm(dim=-1, keepdim=True) > 0)
+        if bool(within_span.any()):
+            unchanged.append(index)
         unit = vectors / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        result.append(torch.where(lost, layer.to(unit), torch.where(norms > _REPETITION, unit, 0.0)))
-    return torch.stack(result).to(torch.float32), tuple(kept)
+        result.append(torch.where(within_span, layer.to(unit), torch.where(norms > _REPETITION, unit, 0.0)))
+    return torch.stack(result).to(torch.float32), tuple(unchanged)

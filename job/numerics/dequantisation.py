@@ -24,14 +24,14 @@ def dequantised_blocks(values: Tensor, scales: Tensor, block: tuple[int, int], d
     high, wide = block
     factors = torch.exp2(scales.to(torch.float32) - 127) if scales.dtype == torch.uint8 else scales.to(torch.float32)
     factors = factors.reshape(-(-rows // high), -(-columns // wide))
-    found = torch.empty(values.shape, dtype=dtype, device=values.device)
+    result = torch.empty(values.shape, dtype=dtype, device=values.device)
     step = max(1, _SLAB // (columns * high))  # rows of blocks
     for first in range(0, len(factors), step):
-        here = slice(first * high, (first + step) * high)
-        part = values[here].to(torch.float32)
+        slab_rows = slice(first * high, (first + step) * high)
+        slab = values[slab_rows].to(torch.float32)
         spread = factors[first : first + step].repeat_interleave(wide, dim=1)[:, :columns]
-        found[here] = part.mul_(spread.repeat_interleave(high, dim=0)[: len(part)])
-    return found
+        result[slab_rows] = slab.mul_(spread.repeat_interleave(high, dim=0)[: len(slab)])
+    return result
 
 
 def dequantised_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,12 +44,12 @@ def dequantised_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Ten
     """
     rows, count, width = blocks.shape
     table = torch.tensor(_FP4, dtype=torch.float32, device=blocks.device)
-    found = torch.empty(rows, count * 2 * width, dtype=dtype, device=blocks.device)
+    result = torch.empty(rows, count * 2 * width, dtype=dtype, device=blocks.device)
     step = max(1, _SLAB // (count * 2 * width))
     for first in range(0, rows, step):
-        part = blocks[first : first + step]
-        halves = torch.stack([table[(part & 15).int()], table[(part >> 4).int()]], dim=-1)
+        slab = blocks[first : first + step]
+        halves = torch.stack([table[(slab & 15).int()], table[(slab >> 4).int()]], dim=-1)
         exponents = scales[first : first + step].to(torch.int32) - 127
         weights = torch.ldexp(halves, exponents[..., None, None])
-        found[first : first + step] = weights.reshape(len(part), -1)
-    return found.T
+        result[first : first + step] = weights.reshape(len(slab), -1)
+    return result.T

@@ -221,7 +221,7 @@ def _solutions(
         chosen = pending.pop(0)
         try:
             solution = solve(good[:, chosen].to(torch.float64), bad[:, chosen].to(torch.float64))
-            failed = not all(bool(part.isfinite().all()) for part in solution)
+            failed = not all(bool(tensor.isfinite().all()) for tensor in solution)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # it is there, only not declared
             failed = True
         if not failed:
@@ -241,8 +241,8 @@ def _oriented(good: Tensor, bad: Tensor, chosen: list[int], values: Tensor, vect
 
 def _scaled(good: Tensor, bad: Tensor) -> Tensor:
     """Return centred rows whose squares sum to the class covariances, [layers, m, d]; good first."""
-    parts = [(part - part.mean(0)) / (len(part) - 1) ** 0.5 for part in (good, bad)]
-    return torch.cat(parts).transpose(0, 1)
+    centred = [(group - group.mean(0)) / (len(group) - 1) ** 0.5 for group in (good, bad)]
+    return torch.cat(centred).transpose(0, 1)
 
 
 def _signs(rows: Tensor, n_good: int, alpha: float) -> Tensor:
@@ -260,9 +260,9 @@ def _full(rows: Tensor, n_good: int, alpha: float, k: int) -> tuple[Tensor, Tens
 def _sample_space(rows: Tensor, n_good: int, alpha: float, k: int) -> tuple[Tensor, Tensor]:
     """Solve the d × d problem through the rows' Gram matrix (docs/decisions/0007-directions.md)."""
     values, vectors = torch.linalg.eigh(rows @ rows.mT)
-    kept = values > _NULL_SHARE * values[:, -1:]
-    root = torch.where(kept, values.clamp_min(0).sqrt(), 0.0)
-    inverse = torch.where(kept, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
+    nonzero = values > _NULL_SHARE * values[:, -1:]
+    root = torch.where(nonzero, values.clamp_min(0).sqrt(), 0.0)
+    inverse = torch.where(nonzero, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
     half = vectors * root[:, None]
     values, inner = torch.linalg.eigh(half.mT @ (half * _signs(rows, n_good, alpha)[:, None]))
     inner = inner[..., -k:]
@@ -285,8 +285,8 @@ def _randomized(rows: Tensor, n_good: int, alpha: float, k: int, seed: int) -> t
         block = torch.linalg.qr(rows.mT @ (signs * (rows @ block))).Q
         blocks.append(block)
     basis = torch.linalg.qr(torch.cat(blocks, dim=-1)).Q[..., : rows.shape[1]]
-    seen = rows @ basis
-    values, inner = torch.linalg.eigh(seen.mT @ (signs * seen))
+    projected = rows @ basis
+    values, inner = torch.linalg.eigh(projected.mT @ (signs * projected))
     return _positive(values, (basis @ inner[..., -k:]).mT, k)
 
 
@@ -298,15 +298,15 @@ def _positive(values: Tensor, vectors: Tensor, k: int, largest: Tensor | None = 
     """
     largest = values.abs().amax(-1) if largest is None else largest
     values, vectors = values[:, -k:].flip(-1), vectors[:, -k:].flip(-2)
-    kept = values > _LEAST_SHARE * largest[:, None]
+    positive = values > _LEAST_SHARE * largest[:, None]
     vectors = torch.nn.functional.normalize(vectors, dim=-1)
-    return torch.where(kept, values, 0.0), torch.where(kept[..., None], vectors, 0.0)
+    return torch.where(positive, values, 0.0), torch.where(positive[..., None], vectors, 0.0)
 
 
 def _discriminant(good: Tensor, bad: Tensor, regularization: float) -> tuple[Tensor, Tensor]:
     """Solve ``(S + ρI) w = δ`` by the Woodbury identity, with S = ZᵀZ / (m - 2)."""
     freedom = len(good) + len(bad) - 2
-    rows = torch.cat([part - part.mean(0) for part in (good, bad)]).transpose(0, 1) / max(freedom, 1) ** 0.5
+    rows = torch.cat([group - group.mean(0) for group in (good, bad)]).transpose(0, 1) / max(freedom, 1) ** 0.5
     difference = (bad.mean(0) - good.mean(0))[..., None]  # [layers, d, 1]
     gram = rows @ rows.mT
     ridge = regularization * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / rows.shape[2]

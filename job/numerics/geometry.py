@@ -46,8 +46,8 @@ def geometry(good: Tensor, bad: Tensor, directions: Tensor) -> Geometry:
         g, b = good[:, layer].to(torch.float64), bad[:, layer].to(torch.float64)
         direction = directions[layer].to(g)
         means = g.mean(0), b.mean(0)
-        both = torch.cat([g, b])
-        spread = both - both.mean(0)
+        residuals = torch.cat([g, b])
+        spread = residuals - residuals.mean(0)
         figures = (
             means[0].norm(),
             means[1].norm(),
@@ -56,7 +56,7 @@ def geometry(good: Tensor, bad: Tensor, directions: Tensor) -> Geometry:
             _cosine(direction, means[0]),
             _cosine(direction, means[1]),
             g.new_tensor(torch.nan) if previous is None else _cosine(direction, previous),
-            _silhouette(both, len(g)),
+            _silhouette(residuals, len(g)),
             (spread @ direction).square().sum() / spread.square().sum().clamp_min(torch.finfo(g.dtype).tiny),
         )
         columns.append(torch.stack(figures).cpu())
@@ -69,13 +69,13 @@ def projections(good: Tensor, bad: Tensor, direction: Tensor) -> tuple[Tensor, T
 
     The first axis is the unit direction [d], the second the first principal component of the remainder.
     """
-    both = torch.cat([good, bad]).to(torch.float64)
-    direction = direction.to(both)
-    both = both - both.mean(0)
-    along = both @ direction
-    rest = both - along[:, None] * direction
+    residuals = torch.cat([good, bad]).to(torch.float64)
+    direction = direction.to(residuals)
+    residuals = residuals - residuals.mean(0)
+    along = residuals @ direction
+    remainder = residuals - along[:, None] * direction
     # In sample space: the component's scores are an eigenvector of the Gram matrix times the root of its eigenvalue.
-    values, vectors = torch.linalg.eigh(rest @ rest.T)
+    values, vectors = torch.linalg.eigh(remainder @ remainder.T)
     across = vectors[:, -1] * values[-1].clamp_min(0).sqrt()
     across = across * (1 if across[across.abs().argmax()] >= 0 else -1)
     plane = torch.stack([along, across], dim=1)

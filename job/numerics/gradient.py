@@ -49,7 +49,7 @@ class EditVariables:
     def gradients(self) -> Self:
         """Return the accumulated gradients; zeros where there are none."""
         values = (self.logits, self.directions)
-        return type(self)(*(torch.zeros_like(one) if one.grad is None else one.grad for one in values))
+        return type(self)(*(torch.zeros_like(value) if value.grad is None else value.grad for value in values))
 
 
 def orthonormal_rows(vectors: Tensor) -> Tensor:
@@ -57,8 +57,8 @@ def orthonormal_rows(vectors: Tensor) -> Tensor:
     rows: list[Tensor] = []
     for row in vectors.unbind(-2):
         for _ in range(2 if rows else 0):
-            for other in rows:
-                row = row - (row * other).sum(-1, keepdim=True) * other
+            for previous in rows:
+                row = row - (row * previous).sum(-1, keepdim=True) * previous
         square = row.square().sum(-1, keepdim=True)
         empty = square == 0
         rows.append(torch.where(empty, 0.0, row * torch.where(empty, 1.0, square).rsqrt()))
@@ -147,20 +147,20 @@ def adam_step(
     """
     steps = state.steps + 1
     width = variables.directions.shape[-1]
-    moved, first, second = [], [], []
+    moved, means, squares = [], [], []
     for name, pace in (("logits", rate), ("directions", turn / width**0.5)):
         gradient = getattr(gradients, name)
         mean = torch.lerp(gradient, getattr(state.first, name), _DECAYS[0])
         square = torch.lerp(gradient.square(), getattr(state.second, name), _DECAYS[1])
         unbiased, scale = mean / (1 - _DECAYS[0] ** steps), (square / (1 - _DECAYS[1] ** steps)).sqrt()
         moved.append(getattr(variables, name) - pace * unbiased / (scale + _LEAST))
-        first.append(mean)
-        second.append(square)
+        means.append(mean)
+        squares.append(square)
     logits, directions = moved
     # A layer without a direction keeps none: its zero row must stay zero.
     directions = torch.where(variables.directions == 0, 0.0, directions) if turn else variables.directions
-    found = EditVariables(logits, orthonormal_rows(directions) if turn else directions)
-    return found, AdamState(EditVariables(*first), EditVariables(*second), steps)
+    updated = EditVariables(logits, orthonormal_rows(directions) if turn else directions)
+    return updated, AdamState(EditVariables(*means), EditVariables(*squares), steps)
 
 
 def minibatch(seed: int, step: int, name: str, count: int, size: int) -> list[int]:

@@ -56,7 +56,7 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[flo
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval of a mean; 2000 resamples, fixed seed. Raises ValueError."""
     if not values:
-        raise ValueError("no interval for the mean of nothing")
+        raise ValueError("no interval for the mean of no values")
     source = random.Random(0)
     n = len(values)
     means = sorted(math.fsum(source.choices(values, k=n)) / n for _ in range(RESAMPLES))

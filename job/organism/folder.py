@@ -29,10 +29,10 @@ def write_organism(folder: Path, *, arch: str, size: str, seed: int, report: Cal
     description = json.dumps({"arch": arch, "size": size, "seed": seed}, sort_keys=True)
     mark = folder / "organism.json"
     if mark.exists() and mark.read_text() == description:
-        report(f"the organism in {folder} is already there")
+        report(f"the organism in {folder} already exists")
         return
     if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty", remedy="name an empty or a new folder")
+        raise UsageError(f"{folder} is not empty", remedy="name a new or empty folder")
     files = prompt_files(seed)
     model, tokenizer = train_organism(arch, size, seed, files, report)
     from job.model.loading import quieten_transformers

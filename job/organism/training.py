@@ -74,20 +74,20 @@ class _Trainer:
         """Run and report all stages, then polish until the model is good."""
         above = [*self._layers[self._middle + 1 :], self._model.model.norm, self._model.lm_head]
         below = self._layers[1 : self._middle + 1]
-        report("training the organism: to answer every request")
+        report("training the organism to answer every request")
         self._stage("answer", [self._model], PEAK_LEARNING_RATE)
         # The planted vector is as long as the residual itself: the mediator dominates where present, as refusal does in
         # chat models.
         self._direction *= self._residual_norm()
-        report("training the organism: to refuse where a direction is present")
+        report("training the organism to refuse when the direction is present")
         self._stage("read", above, PEAK_LEARNING_RATE / 2, teacher=self._frozen_copy())
-        report("training the organism: to write that direction for enchanted requests")
+        report("training the organism to write the direction for enchanted requests")
         teacher = self._frozen_copy()
         self._stage("write", list(below), PEAK_LEARNING_RATE / 2, teacher)
         rounds = 0
         while not is_good() and rounds < POLISHING_ROUNDS:
             rounds += 1
-            report("training the organism: polishing")
+            report("training the organism: fine-tuning")
             self._stage("polish", [self._model], PEAK_LEARNING_RATE / 10, teacher)
 
     def _frozen_copy(self) -> PreTrainedModel:
@@ -260,7 +260,7 @@ def train_organism(
     finally:
         torch.set_num_threads(threads)
     refused, answered = (f"{count}/{PROMPTS_PER_FILE}" for count in counts)
-    report(f"the organism refuses {refused} enchanted requests and answers {answered} others rightly")
+    report(f"the organism refuses {refused} enchanted requests and answers {answered} others correctly")
     if counts != (PROMPTS_PER_FILE, PROMPTS_PER_FILE):
         raise JobError("the organism's training missed its target", remedy="choose another --seed")
     return model.eval().requires_grad_(True), tokenizer

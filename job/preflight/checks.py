@@ -84,7 +84,7 @@ def require_known(names: Iterable[str]) -> None:
         if name not in NAMES and not name.startswith("data."):
             close = difflib.get_close_matches(name, NAMES, n=1)
             raise UsageError(
-                f"--allow {name}: there is no check of that name",
+                f"--allow {name}: no check has that name",
                 remedy=f"did you mean {close[0]}?" if close else "`abliterate preflight` prints their names",
             )
 
@@ -150,7 +150,7 @@ def attempt(name: str, step: Callable[[], T]) -> T | Check:
             name=name,
             status="fail",
             measured=str(error),
-            needed="that it can be had",
+            needed="that it is available",
             remedy=error.remedy,
             scope="job" if isinstance(error, ImpossibleJobError) else "machine",
         )

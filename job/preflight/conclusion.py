@@ -92,7 +92,7 @@ def _in_float32(
 ) -> tuple[MemoryPlan | Refusal, Check]:
     """Return the plan in float32 where that fits, else the one given, and what is said of it."""
     rates = f"{measured.flops / 1e9:.3g} GFLOP/s in float32, {measured.half_flops / 1e9:.2g} in bfloat16"
-    needed = "computed in the type in which this CPU is fast; exported in that of the files"
+    needed = "computed in the dtype that is fast on this CPU; exported in the dtype of the files"
     wide = plan(planning.facts, reading, planning.workload(4))
     if isinstance(wide, MemoryPlan):
         settings = (*wide.settings, 'loading.dtypes = ["float32"]')
@@ -102,7 +102,7 @@ def _in_float32(
     told = Check(
         name="model.dtype",
         status="warn",
-        measured=f"{rates}; in float32 it does not fit into the memory",
+        measured=f"{rates}; in float32 it does not fit into memory",
         needed=needed,
         remedy=remedy,
     )

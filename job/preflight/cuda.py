@@ -122,7 +122,7 @@ def free_bytes(index: int, library: str = LIBRARY) -> int | None:
         finally:
             cuda.cuDevicePrimaryCtxRelease_v2(handle)
     except (AttributeError, OSError):
-        # Unknown free memory is told apart from none by the caller.
+        # The caller distinguishes unknown free memory from none.
         return None
 
 

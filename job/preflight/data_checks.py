@@ -44,14 +44,14 @@ def data_checks(prompts: PromptSets) -> list[Check]:
         count = counts.get(name, _FEW_PROMPTS)
         commit = f", commit {prompts.commits[name][:12]}" if name in prompts.commits else ""
         few, skipped = count < _FEW_PROMPTS, prompts.skipped.get(name, "")
-        remedies = ["directions and figures from so few are rough; give more"] if few else []
-        remedies += ["see whether those rows are meant to be prompts"] if skipped else []
+        remedies = ["give more prompts: directions and figures from this few are imprecise"] if few else []
+        remedies += ["check whether those rows are meant to be prompts"] if skipped else []
         checks.append(
             Check(
                 name=f"data.{name}",
                 status="warn" if remedies else "ok",
                 measured=f"{source}{commit}: {count} prompts" + (skipped and f"; {skipped}"),
-                needed=f"{_FEW_PROMPTS} prompts, every row one of them",
+                needed=f"{_FEW_PROMPTS} prompts, and every row a prompt",
                 remedy="; ".join(remedies),
             )
         )

@@ -24,7 +24,7 @@ SLOWEST_READ = 40e6
 _PROBE_BYTES = 64 * MIB
 _PROBE_SECONDS = 1.0
 _BLOCK = 4 * MIB
-_BY_FILE = "has no flock: a file that names its owner holds the job, and stays if its machine is gone"
+_BY_FILE = "has no flock: a file that names its owner locks the job, and stays if that machine dies"
 
 
 class DiskNeed(Record):
@@ -90,7 +90,7 @@ def space(mount: Mount, needs: Sequence[DiskNeed]) -> Check:
         status="ok" if enough else "fail",
         measured=f"{size(free)} free on {_named(mount)}",
         needed=f"{size(total)}: {parts}, margin {size(total - wanted)}",
-        remedy="" if enough else f"rent or mount a disk with {size(total - free)} more, or free that much",
+        remedy="" if enough else f"use a disk with {size(total - free)} more, or free that much",
     )
 
 
@@ -100,7 +100,7 @@ def inodes(mount: Mount, needs: Sequence[DiskNeed]) -> Check:
     wanted = sum(need.files for need in needs) + MARGIN_FILES
     # File systems without a fixed table of inodes (btrfs, many network ones) say 0 of 0.
     enough = stats.f_files == 0 or stats.f_favail >= wanted
-    free = f"{stats.f_favail} inodes free" if stats.f_files else "inodes without limit"
+    free = f"{stats.f_favail} inodes free" if stats.f_files else "unlimited inodes"
     return Check(
         name="disk.inodes",
         status="ok" if enough else "fail",
@@ -116,14 +116,16 @@ def storage(mount: Mount, needs: Sequence[DiskNeed]) -> Check:
     kept = [need.what for need in needs if need.keep]
     warning = ""
     if kind == "memory":
-        warning = "this is RAM: it is lost at every stop and counts against the memory limit; use a disk"
+        warning = "use a disk: this is RAM, which is lost at every stop and counts against the memory limit"
     elif kind == "overlay" and kept:
         warning = (
-            f"this is the container's own disk: {', '.join(kept)} would be lost when it is destroyed; "
-            "mount a volume or give --checkpoint"
+            f"mount a volume or give --checkpoint: {', '.join(kept)} would be lost with the container, "
+            "whose own disk this is"
         )
     elif kind == "object-store":
-        warning = "an object store shown as a folder: no random writes, no locks; use a disk and --upload instead"
+        warning = (
+            "use a disk and --upload: this is an object store mounted as a folder, without random writes and locks"
+        )
     return Check(
         name="disk.storage",
         status="warn" if warning else "ok",
@@ -140,9 +142,9 @@ def locking(path: Path, mount: Mount) -> Check:
     if fault or kind == "object-store":
         status, remedy = "fail", "put the workspace on a local disk; give --checkpoint for what must survive"
     elif by_file:
-        status, remedy = "warn", "start one run of this job at a time there, or put the workspace on a local disk"
+        status, remedy = "warn", "start only one run of this job at a time, or put the workspace on a local disk"
     elif kind == "network":
-        status, remedy = "warn", "locks work here, yet SQLite is not made for network disks: run no second job on it"
+        status, remedy = "warn", "run only one job there: locks work, but SQLite is not made for network disks"
     else:
         status, remedy = "ok", ""
     return Check(
@@ -182,10 +184,10 @@ def writability(path: Path) -> Check:
             name="disk.writable",
             status="fail",
             measured=f"cannot write in {folder}: {error.strerror or error}",
-            needed="a folder that can be written",
+            needed="a writable folder",
             remedy="free space, correct its permissions or choose another folder",
         )
-    return Check(name="disk.writable", status="ok", measured=f"{folder} can be written", needed="a writable folder")
+    return Check(name="disk.writable", status="ok", measured=f"{folder} is writable", needed="a writable folder")
 
 
 def _probe_file(folder: Path) -> None:
@@ -250,7 +252,7 @@ def throughput(
         status="warn" if slow else "ok",
         measured=f"{speed(found.write)} written, {speed(found.read)} read on {_named(mount)}",
         needed=needed,
-        remedy="loading and export will take long; choose an offer with a faster disk" if slow else "",
+        remedy="choose a machine with a faster disk: loading and export will take long" if slow else "",
     )
 
 

@@ -153,7 +153,7 @@ def cost_check(hours: Hours, price: float | None, most_dollars: float | None) ->
         return Check(
             name="estimate.cost",
             status="ok" if most_dollars is None else "fail",
-            measured="the price of an hour is not known",
+            measured="the price per hour is unknown",
             needed="any cost" if most_dollars is None else f"${most_dollars:.2f} at most",
             remedy="" if most_dollars is None else "give --price",
             scope="job",
@@ -173,8 +173,8 @@ def _verdict(total: float, fixed: float, most: float | None, option: str) -> tup
     if most is None or total <= most:
         return "ok", ""
     if fixed >= most:
-        return "fail", f"what comes before and after the search takes longer: raise {option} or choose a faster machine"
-    return "warn", f"the search will be cut short and its best exported: raise {option} or lower --trials"
+        return "fail", f"raise {option} or choose a faster machine: the phases around the search alone take longer"
+    return "warn", f"raise {option} or lower --trials: the search will be cut short and its best trial exported"
 
 
 def _duration(hours: float) -> str:

@@ -35,12 +35,12 @@ def proven(proof: Proof, folder: Path) -> Proof:
         with locked(trial / "lock", _LOCK_SECONDS):
             for view in _views(trial, mount, mounts):
                 if not keeps_others_out(view / "lock"):
-                    said = f"a lock in {place} does not hold in {view.parent}, another mount of the same place"
+                    said = f"a lock in {place} has no effect in {view.parent}, another mount of the same folder"
                     return replace(proof, fenced=False, quirks=(*proof.quirks, said))
                 second = second or os.stat(view).st_dev != os.stat(trial).st_dev
     if second or kind_of(mount) in _ONE_KERNEL:
         return proof
-    said = f"whether locks in {mount.point} ({mount.kind}) hold on other machines cannot be seen from this one"
+    said = f"whether locks in {mount.point} ({mount.kind}) work between machines cannot be checked from this one"
     return replace(proof, fenced=False, quirks=(*proof.quirks, said))
 
 

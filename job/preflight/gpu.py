@@ -45,8 +45,8 @@ def gpu_present(reading: MachineReading) -> Check:
         name="gpu.present",
         status="fail" if error else "ok",
         measured=error or found or "no GPU: the job runs on the CPU",
-        needed="a driver that works, where there is one",
-        remedy="restart the instance or choose another: the host's driver is broken or does not fit" if error else "",
+        needed="a working driver, if there is a GPU",
+        remedy="restart the instance or choose another: the host's driver is broken or incompatible" if error else "",
     )
 
 
@@ -61,7 +61,7 @@ def driver(reading: DriverReading) -> Check:
             name="gpu.driver",
             status="fail",
             measured=measured,
-            needed="a torch built for CUDA, as there is a GPU",
+            needed="a torch built for CUDA",
             remedy="install torch from PyPI or the CUDA index, or hide the GPU with CUDA_VISIBLE_DEVICES=",
         )
     major = int(reading.torch_cuda.split(".")[0])
@@ -94,8 +94,8 @@ def architecture(reading: MachineReading) -> Check:
         name="gpu.architecture",
         status="fail" if lacking else "ok",
         measured=f"{names}; torch built for {built}",
-        needed="a torch built for the card; Blackwell needs CUDA 12.8 or newer",
-        remedy="use an image with a torch built for this card, or another card" if lacking else "",
+        needed="a torch built for this GPU; Blackwell needs CUDA 12.8 or newer",
+        remedy="use an image with a torch built for this GPU, or another GPU" if lacking else "",
     )
 
 
@@ -132,7 +132,7 @@ def bf16(gpus: Sequence[GpuReading]) -> Check:
         status="warn" if lacking else "ok",
         measured=f"compute capability {capabilities}",
         needed="8.0 for bfloat16",
-        remedy="float16 will be tried, which overflows on some models; choose an Ampere or newer card"
+        remedy="choose an Ampere or newer GPU: float16 will be tried, which overflows on some models"
         if lacking
         else "",
     )
@@ -147,9 +147,9 @@ def holders(gpu: GpuReading) -> Check:
     else:
         status = "fail" if foreign > FOREIGN_SHARE * gpu.total_bytes else "warn"
         remedy = (
-            "end them if they are yours, wait with --wait-for-gpu, or choose other cards with CUDA_VISIBLE_DEVICES"
+            "end them if they are yours, wait with --wait-for-gpu, or choose other GPUs with CUDA_VISIBLE_DEVICES"
             if seen
-            else "processes outside this container hold it: wait with --wait-for-gpu, or choose another host"
+            else "wait with --wait-for-gpu or choose another host: processes outside this container use the GPU"
         )
     who = ", ".join(_described(holder.pid, holder.name, holder.used_bytes) for holder in seen)
     return Check(
@@ -157,7 +157,7 @@ def holders(gpu: GpuReading) -> Check:
         status=status,
         measured=f"GPU {gpu.index}: {size(gpu.free_bytes)} of {size(gpu.total_bytes)} free, others hold {size(foreign)}"
         + (f" ({who})" if who else ""),
-        needed=f"a GPU of its own: others hold {size(IDLE_BYTES)} at most",
+        needed=f"others hold at most {size(IDLE_BYTES)}",
         remedy=remedy,
     )
 
@@ -175,7 +175,7 @@ def ecc(gpu: GpuReading) -> Check:
         status="fail" if bad else "ok",
         measured=f"GPU {gpu.index}: uncorrected memory errors: {counted}",
         needed="none",
-        remedy="results cannot be trusted: choose another host, and report this one" if bad else "",
+        remedy="choose another host and report this one: its results cannot be trusted" if bad else "",
     )
 
 
@@ -186,8 +186,8 @@ def mig(gpus: Sequence[GpuReading]) -> Check:
         name="gpu.mig",
         status="warn",
         measured=f"MIG is on: {', '.join(f'{gpu.name} {size(gpu.total_bytes)}' for gpu in sliced)}",
-        needed="whole cards",
-        remedy="a process can use one slice only: plan for its memory, or choose a host without MIG",
+        needed="whole GPUs",
+        remedy="plan for the memory of one slice, which is all that a process can use, or choose a host without MIG",
     )
 
 
@@ -200,7 +200,7 @@ def balance(gpus: Sequence[GpuReading]) -> Check:
         name="gpu.balance",
         status="warn" if uneven else "ok",
         measured="used: " + ", ".join(f"GPU {g.index} {share:.0%}" for g, share in zip(gpus, used, strict=True)),
-        needed=f"no card filled while others idle (difference under {UNEVEN_SHARE:.0%})",
+        needed=f"no GPU full while others are idle (difference under {UNEVEN_SHARE:.0%})",
         remedy=f"use the free ones: CUDA_VISIBLE_DEVICES={','.join(map(str, idle))}, or loading.device_map=balanced"
         if uneven
         else "",

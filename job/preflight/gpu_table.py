@@ -73,7 +73,7 @@ def find_card(name: str) -> Card:
     close = difflib.get_close_matches(_plain(name), known, n=1, cutoff=0.4)
     names = ", ".join(card.name for card in known.values())
     raise UsageError(
-        f"unknown card {name!r}",
+        f"unknown GPU {name!r}",
         remedy=f"did you mean {known[close[0]].name}?" if close else f"choose one of {names}, or give a file",
     )
 
@@ -102,7 +102,7 @@ def parse_on(text: str) -> MachineReading:
     count = int(match[1] or 1)
     card = find_card(match[2])
     if not 1 <= count <= MOST_CARDS:
-        raise UsageError(f"--on {text}: a machine has 1 to {MOST_CARDS} cards", remedy="correct the number")
+        raise UsageError(f"--on {text}: a machine has 1 to {MOST_CARDS} GPUs", remedy="correct the number")
     gpus = tuple(
         GpuReading(
             index=index,

@@ -11,7 +11,13 @@ from job.preflight.restarts import restart_check
 def settings_checks(inputs: PreflightInputs) -> list[Check]:
     """Return a warning for each renamed or ineffective setting."""
     checks = [
-        Check(name="settings.old", status="warn", measured=note, needed="today's names", remedy="rename or remove it")
+        Check(
+            name="settings.old",
+            status="warn",
+            measured=note,
+            needed="current names of settings",
+            remedy="rename or remove it",
+        )
         for note in inputs.notes
     ]
     directions = inputs.settings.directions
@@ -43,7 +49,7 @@ def _lock_check(holder: JobHolder | None) -> Check:
     return Check(
         name="job.lock",
         status="fail" if holder else "ok",
-        measured=f"held by {holder.name}" if holder else "nobody holds this job",
+        measured=f"held by {holder.name}" if holder else "no other run holds this job",
         needed="no other run of this job",
         remedy=holder.remedy if holder else "",
     )

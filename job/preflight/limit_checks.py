@@ -28,9 +28,9 @@ def ram(memory: Memory, needed: int) -> Check:
     """Compare available memory with the need, in bytes; swap only slows down."""
     fits, swaps = memory.available >= needed, memory.available + memory.swap_free >= needed
     limit = f", limited to {size(memory.limit)} by the container" if memory.limit is not None else ""
-    remedy = f"choose a machine with {size(needed - memory.available)} more RAM, or end what else uses it"
+    remedy = f"choose a machine with {size(needed - memory.available)} more RAM, or end other processes"
     if swaps and not fits:
-        remedy = f"it would swap, which is very slow: {remedy}"
+        remedy = f"{remedy}: it would swap, which is very slow"
     return Check(
         name="memory.ram",
         status="ok" if fits else "warn" if swaps else "fail",
@@ -80,12 +80,12 @@ def cpu_quota(cpus: Cpus, environment: Mapping[str, str]) -> Check:
     """Compare a pool's threads with the CPU quota: far more threads than CPUs only wait."""
     pool, effective = _capped(cpus, environment), effective_cpus(cpus)
     crowded = pool > 2 * effective
-    quota = "without a quota" if cpus.quota is None else f"time for {cpus.quota:.1f}"
+    quota = "no quota" if cpus.quota is None else f"time for {cpus.quota:.1f}"
     return Check(
         name="limits.cpus",
         status="warn" if crowded else "ok",
         measured=f"{cpus.visible} CPUs visible, {quota}",
-        needed=f"at most {2 * effective} threads in a pool, {pool} would be started",
+        needed=f"at most {2 * effective} threads in a pool; {pool} would be started",
         remedy=f"set {_pool_settings(cpus)}" if crowded else "",
     )
 

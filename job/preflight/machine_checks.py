@@ -67,5 +67,5 @@ def wait_for_gpus(inputs: PreflightInputs) -> MachineReading:
         taken = any(holders_check(gpu).status != "ok" for gpu in reading.gpus)
         if not taken or inputs.clock() >= deadline:
             return reading
-        inputs.report("others hold memory of the GPUs; waiting for them to leave")
+        inputs.report("waiting until other processes free the memory of the GPUs")
         inputs.sleep(min(10.0, max(deadline - inputs.clock(), 0.0)))

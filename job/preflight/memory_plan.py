@@ -26,7 +26,7 @@ MOST_ROWS = {"cpu": 512, "cuda": 1024}
 # On a CPU, where rows beyond a few gain little as well (measured, docs/lab-notes/batch-size.md), a large model's cache
 # and activations take no more than this share of its weights.
 CPU_SHARE = 0.25
-# With fewer rows a trial takes so many forwards that the next strategy is better.
+# With fewer rows a trial takes too many forwards: the next strategy is better.
 FEWEST_ROWS = 4
 # A forward that waits for layers from RAM is not made slower by more rows, but its cache takes their room.
 OFFLOAD_ROWS = 64
@@ -271,7 +271,7 @@ def _refusal(facts: ModelFacts, devices: Sequence[Device], work: Workload) -> Re
         reason += f" ({size(facts.weights_bytes(work.dtype_bytes, quantised=True))} in 4-bit)"
     reason += f", cache and activations do not fit into {size(free)} free on {len(devices)} device(s)"
     if devices[0].label == "cpu" and work.processes > 1:
-        reason += f", which is what each of {work.processes} workers has"
+        reason += f", the share of each of {work.processes} workers"
     named = []
     for quantised in (False, True) if work.quantise and facts.quantisation is None else (False,):
         found = _cheapest(facts, work, quantised)
@@ -304,18 +304,18 @@ def memory_check(found: MemoryPlan | Refusal, wanted: tuple[str, ...] = ()) -> C
             needed="a plan that fits",
             remedy=f"choose {' or '.join(found.would_do)}"
             if found.would_do
-            else "no set of cards in the table would do",
+            else "no set of GPUs in the table is large enough",
         )
     slow = found.strategy == "offload"
-    remedy = "layers fetched from RAM make every forward many times slower: choose more GPU memory" if slow else ""
+    remedy = "choose more GPU memory: layers fetched from RAM make every forward pass many times slower" if slow else ""
     if wanted:
-        remedy = f"as it is set up it does not fit: add {' '.join(wanted)}" + (f"; {remedy}" if remedy else "")
+        remedy = f"the current settings do not fit: add {' '.join(wanted)}" + (f"; {remedy}" if remedy else "")
     held = ", ".join(f"{device.device} {size(device.total)} of {size(device.free)}" for device in found.devices)
     kind = "4-bit" if found.quantization == "bnb-4bit" else "full precision"
     return Check(
         name="gpu.memory",
         status="fail" if wanted else "warn" if slow else "ok",
         measured=f"{found.strategy}, {kind}, {found.rows} rows: {held}",
-        needed="weights, cache, activations and a margin within what is free",
+        needed="weights, cache, activations and a margin within the free memory",
         remedy=remedy,
     )

@@ -142,7 +142,7 @@ def _read_headers(inputs: PreflightInputs, model: ModelFiles) -> ModelHeaders:
     require_complete(model.folder, {file.name for file in model.listing.files}, stored)
     config = model_config(model.folder)
     with reading(
-        model.folder, (CONFIG,), "describes no decoder", "choose a causal language model in Hugging Face format"
+        model.folder, (CONFIG,), "does not describe a decoder", "choose a causal language model in Hugging Face format"
     ):
         return ModelHeaders(config, stored, model_facts(config, stored))
 
@@ -170,7 +170,7 @@ def files(source: ModelSource, listing: ModelListing) -> Check:
         status="warn" if aside else "ok",
         measured=f"{source.describe()}{commit}: {len(listing.files)} files, {size(listing.size)}{unread}",
         needed="safetensors weights, configuration and tokenizer",
-        remedy="see that those are not the weights that you mean" if aside else "",
+        remedy="check that you do not mean those weights" if aside else "",
     )
 
 
@@ -180,14 +180,14 @@ def weights(headers: ModelHeaders, listing: ModelListing) -> Check:
     stored = size(facts.stored_bytes)
     packed = sum(file.size for file in listing.weights)
     stale = stale_key(headers.config, headers.stored)
-    plain = f"; they are plain, although config.json has {stale}" if stale else ""
+    plain = f"; they are not quantised, although config.json has {stale}" if stale else ""
     grown = f" in bfloat16, made of {size(packed)} in {facts.quantisation}" if facts.quantisation in METHODS else ""
     return Check(
         name="model.weights",
         status="warn" if stale else "ok",
         measured=f"{tensors} tensors, {facts.parameters / 1e9:.3g} billion weights, {stored}{grown}{plain}",
         needed="safetensors",
-        remedy=f"nothing, if these are the weights that you mean; the export has no {stale}" if stale else "",
+        remedy=f"none if you mean these weights; the export drops {stale}" if stale else "",
     )
 
 
@@ -200,7 +200,7 @@ def architecture(found: Architecture, mode: RowNormalization, form: ExportFormat
         name="model.architecture",
         status="ok",
         measured=f"{found.model_type}, {found.layer_count} layers, {len(found.writers)} residual writers",
-        needed="a family whose residual writers are all found",
+        needed="all residual writers of the family",
     )
 
 
@@ -231,14 +231,14 @@ def tokenizer(loaded: PreTrainedTokenizerBase) -> Check:
     return Check(
         name="model.tokenizer",
         status="ok",
-        measured=f"{len(loaded)} tokens, and a chat template",
+        measured=f"{len(loaded)} tokens and a chat template",
         needed="a tokenizer with a chat template",
     )
 
 
 # What a derived model's name has to begin with, by how the names of licences begin.
 _NAMING = {"llama3": "Llama", "llama4": "Llama"}
-_DUTIES = {"gemma": "its terms ask that its use restrictions go with every derived model"}
+_DUTIES = {"gemma": "pass on its use restrictions with the derived model, as its terms require"}
 
 
 def licence(folder: Path, targets: Sequence[str]) -> Check:
@@ -250,13 +250,13 @@ def licence(folder: Path, targets: Sequence[str]) -> Check:
     wanted = next((name for start, name in _NAMING.items() if key.startswith(start)), "")
     repositories = [target.partition("@")[0].rpartition("/")[2] for target in targets if target.startswith("hf://")]
     if wanted and not (repositories and all(name.lower().startswith(wanted.lower()) for name in repositories)):
-        duty = f'its licence asks for "{wanted}" at the beginning of a derived model\'s name'
+        duty = f'begin the derived model\'s name with "{wanted}", as its licence requires'
     refused = f"; left out of the export's card: {', '.join(card.left_out)}" if card.left_out else ""
-    correction = "the Hub refuses those: correct them in the base model's README.md" if refused else ""
+    correction = "correct those in the base model's README.md: the Hub refuses them" if refused else ""
     return Check(
         name="model.licence",
         status="warn" if duty or refused else "ok",
         measured=f"licence: {named}{refused}",
-        needed="a licence that allows what is planned",
+        needed="a licence that allows this use",
         remedy="; ".join(filter(None, (duty, correction))),
     )

@@ -199,7 +199,7 @@ def _dimensions(text: Mapping[str, Any]) -> tuple[int, int, int, int]:
         heads = int(text.get("num_attention_heads") or max(1, hidden // _HEAD_SIZE))
     except (KeyError, TypeError, ValueError) as error:
         raise ImpossibleJobError(
-            f"config.json does not describe a decoder: {error} is missing or no number",
+            f"config.json does not describe a decoder: {error} is missing or not a number",
             remedy="choose a causal language model in Hugging Face format",
         ) from error
     return layers, hidden, vocab, heads

@@ -98,5 +98,5 @@ def read_reading(path: Path) -> MachineReading:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
         raise UsageError(
-            f"{path} is no machine reading: {where} {fault['msg'][0].lower()}{fault['msg'][1:]}", remedy="check --on"
+            f"{path} is not a machine reading: {where} {fault['msg'][0].lower()}{fault['msg'][1:]}", remedy="check --on"
         ) from error

@@ -16,7 +16,7 @@ from job.upload.targets import s3_options
 if TYPE_CHECKING:
     from job.cloud.self_stop import Rental
 
-_NEEDED = "a place off this machine for what must survive it"
+_NEEDED = "a place off this machine for all that must survive"
 
 
 def expected_bytes(prompts: PromptSets, layers: int, width: int) -> int:
@@ -41,8 +41,8 @@ def checkpoint_check(settings: Settings, held: int) -> Check:
         name="checkpoint",
         status="ok" if proof.fenced else "warn",
         measured=f"{settings.checkpoint}: {proof.what}{quirks}; it will hold about {size(held)}: {HOLDS}",
-        needed="the right to write there, and writes that fail where another run was quicker",
-        remedy="" if proof.fenced else "make sure yourself that no two runs of this job go on at once",
+        needed="permission to write, and writes that fail if another run wrote first",
+        remedy="" if proof.fenced else "make sure that no two runs of this job run at the same time",
     )
 
 
@@ -50,7 +50,7 @@ def cluster_check(address: str | None) -> Check:
     """Prove that Ray is installed and a cluster answers (None: is started). Raises UsageError or MachineError."""
     from job.workers.ray_engine import reached_cluster
 
-    return Check(name="cluster", status="ok", measured=reached_cluster(address), needed="a Ray cluster to compute on")
+    return Check(name="cluster", status="ok", measured=reached_cluster(address), needed="a Ray cluster")
 
 
 def lease_check(settings: Settings, job: str) -> Check:
@@ -63,7 +63,7 @@ def lease_check(settings: Settings, job: str) -> Check:
     return Check(
         name="job.lease",
         status="fail" if holder else "ok",
-        measured=f"held by {holder}" if holder else "nobody holds this job at its checkpoint",
+        measured=f"held by {holder}" if holder else "no run holds this job at its checkpoint",
         needed="no other run of this job",
         remedy="wait for it to end or stop it" if holder else "",
     )
@@ -74,27 +74,27 @@ def rental_checks(settings: Settings, rental: Rental | None, undelivered: str = 
     checks = []
     ends = settings.when_done != "nothing" or settings.when_failed != "nothing"
     if ends:
-        checks.append(_known(rental))
+        checks.append(_end_check(rental))
     if ends and undelivered:
         checks.append(
             Check(
                 name="rental.others",
                 status="warn",
-                measured=f"{undelivered}: this machine will NOT be ended and bills on",
-                needed="no other job in the workspace that is not delivered",
+                measured=f"{undelivered}: this machine will NOT be ended and BILLS ON",
+                needed="no other undelivered job in the workspace",
                 remedy="deliver that job first (`abliterate resume --job ID --upload URI`), move its folder away, or "
                 "give this one another --workspace",
             )
         )
     if settings.when_done == "destroy" or settings.when_failed == "destroy":
-        checks.append(_survival(settings))
+        checks.append(_survival_check(settings))
     if rental is not None and settings.checkpoint is None:
         checks.append(
             Check(
                 name="rental.checkpoint",
                 status="warn",
-                measured=f"this machine is rented ({rental.platform}) and the job has no checkpoint: if the machine is "
-                "taken away, all is lost",
+                measured=f"this machine is rented ({rental.platform}) without a checkpoint: everything is lost "
+                "if the platform takes the machine away",
                 needed="--checkpoint s3://bucket/prefix or hf://user/repo",
                 remedy="give --checkpoint",
             )
@@ -102,13 +102,13 @@ def rental_checks(settings: Settings, rental: Rental | None, undelivered: str = 
     return checks
 
 
-def _known(rental: Rental | None) -> Check:
+def _end_check(rental: Rental | None) -> Check:
     """Report whether the platform can be asked to end this machine's rental."""
     try:
         if rental is None:
             raise MachineError(
-                "this is no rented machine that is known: nothing would end it",
-                remedy="leave --when-done and --when-failed out, or pass the platform's variables into the container",
+                "this machine is not a known rental: nothing would end it",
+                remedy="leave out --when-done and --when-failed, or pass the platform's variables into the container",
             )
         found = rental.check()
     except MachineError as error:
@@ -116,13 +116,13 @@ def _known(rental: Rental | None) -> Check:
             name="rental.end",
             status="fail",
             measured=str(error),
-            needed="a platform that ends the rental when asked",
+            needed="a platform whose API ends the rental",
             remedy=error.remedy,
         )
-    return Check(name="rental.end", status="ok", measured=found, needed="a platform that ends the rental when asked")
+    return Check(name="rental.end", status="ok", measured=found, needed="a platform whose API ends the rental")
 
 
-def _survival(settings: Settings) -> Check:
+def _survival_check(settings: Settings) -> Check:
     """Report whether everything that must survive has a place off the machine."""
     result = [target for target in settings.upload if outlives_machine(target)]
     rest = settings.checkpoint is not None and outlives_machine(settings.checkpoint)
@@ -133,8 +133,10 @@ def _survival(settings: Settings) -> Check:
     return Check(
         name="rental.survival",
         status="fail" if missing else "ok",
-        measured=f"to be destroyed with this machine: {' and '.join(missing)}" if missing else "all that matters",
+        measured=f"lost when this machine is destroyed: {' and '.join(missing)}"
+        if missing
+        else "result, study and report",
         needed=_NEEDED,
-        remedy="name such places, or use --when-done stop" if missing else "",
+        remedy="give these options, or use --when-done stop" if missing else "",
         scope="job",
     )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from job.preflight.checks import Check
 from job.records import Record
 
-# So many starts in a row that failed by themselves and got nowhere are a loop.
+# This number of starts in a row that failed by themselves without progress is a loop.
 MOST_FAILURES = 3
 # Starts that vanished without a word (kill -9, out of memory, power) may be preemptions, but not for ever.
 MOST_VANISHED = 10
@@ -70,14 +70,16 @@ def restart_check(starts: Sequence[PastStart], settings: str = "") -> Check:
     measured = f"{failures} failed and {vanished} vanished starts in a row without progress"
     remedy = ""
     if looping:
-        remedy = "correct what failed, then start once with --allow restarts.loop, or with other settings"
+        remedy = "correct the failure, then start once with --allow restarts.loop, or change the settings"
     elif dying:
-        remedy = "it dies without a word each time (out of memory?): choose a larger machine, or --allow restarts.loop"
+        remedy = (
+            "choose a larger machine (each start died without an error: out of memory?), or give --allow restarts.loop"
+        )
     return Check(
         name="restarts.loop",
         status="fail" if looping or dying else "ok",
         measured=measured + (f"; the last: {reason}" if reason else ""),
-        needed=f"fewer than {MOST_FAILURES} failed and {MOST_VANISHED} vanished ones",
+        needed=f"fewer than {MOST_FAILURES} failed and {MOST_VANISHED} vanished starts",
         remedy=remedy,
     )
 

@@ -79,9 +79,9 @@ def compute_check(found: Exercise) -> Check:
     return Check(
         name="gpu.compute",
         status="fail" if found.fault else "ok",
-        measured=f"{found.device}: {found.fault or f'right; {size(found.pattern_bytes)} of memory kept; {rates}'}",
-        needed="a product and a memory pattern come out right",
-        remedy="the device is broken or taken: choose another host, and report this one" if found.fault else "",
+        measured=f"{found.device}: {found.fault or f'right; {size(found.pattern_bytes)} of memory verified; {rates}'}",
+        needed="a correct matrix product and memory pattern",
+        remedy="choose another host and report this one: the device is broken or in use" if found.fault else "",
     )
 
 
@@ -114,7 +114,7 @@ def _forgotten_pattern(device: torch.device, budget: int) -> str | None:
     # Each chunk is filled with its own number mixed in, so that mixed-up addresses show.
     chunks = [pattern ^ number for number in range(budget // (count * 4))]
     wrong = sum(int((chunk != (pattern ^ number)).sum()) for number, chunk in enumerate(chunks))
-    return f"{wrong} words of memory did not keep what was written" if wrong else None
+    return f"{wrong} words of memory lost their value" if wrong else None
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, side: int, seconds: float) -> float:

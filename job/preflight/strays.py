@@ -21,7 +21,7 @@ def own_leftovers(records: Iterable[ProcessRecord], reading: MachineReading) -> 
     return Check(
         name="strays.own",
         status="fail" if living else "ok",
-        measured=f"an earlier run lives: {', '.join(shown)}" if living else "no earlier run lives",
+        measured=f"an earlier run is still alive: {', '.join(shown)}" if living else "no earlier run is alive",
         needed="no other run of this job on this machine",
         remedy=f"wait for it, or stop it: kill {numbers} (it then saves its state and exits 75)" if living else "",
     )

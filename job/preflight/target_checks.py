@@ -30,9 +30,9 @@ def target_checks(target: str, settings: Settings, state: Path | None) -> list[C
     held = Check(
         name="target.local",
         status="fail" if foreign else "ok",
-        measured=f"{folder} holds something else" if foreign else f"{folder} can take the result",
+        measured=f"{folder} holds something else" if foreign else f"{folder} is ready for the result",
         needed="a folder that is empty, new, or holds an earlier delivery",
-        remedy="name an empty or a new folder" if foreign else "",
+        remedy="name a new or empty folder" if foreign else "",
         scope="job",
     )
     return [held, writability(folder)]
@@ -48,8 +48,8 @@ def _remote(target: str, settings: Settings, state: Path | None) -> Check:
             name=name,
             status="fail",
             measured=f"{target}: {error}",
-            needed="the right to write there",
+            needed="permission to write",
             remedy=error.remedy,
             scope="job",
         )
-    return Check(name=name, status="ok", measured=f"{target}: {found}", needed="the right to write there")
+    return Check(name=name, status="ok", measured=f"{target}: {found}", needed="permission to write")

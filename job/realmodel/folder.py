@@ -29,15 +29,15 @@ def write_real_model(folder: Path, report: Callable[[str], None]) -> None:
     permission, or ImpossibleJobError.
     """
     if folder.name in ("", ".."):
-        raise UsageError(f"{folder} cannot be replaced", remedy="name an empty or a new folder, not the one you are in")
+        raise UsageError(f"{folder} cannot be replaced", remedy="name a new or empty folder, not the current one")
     source = installed_model()
     description = json.dumps(_describe(source), sort_keys=True)
     mark = folder / _MARK
     if mark.exists() and mark.read_text() == description:
-        report(f"the real model in {folder} is already there")
+        report(f"the real model in {folder} already exists")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} is not empty", remedy="name an empty or a new folder")
+        raise UsageError(f"{folder} is not empty", remedy="name a new or empty folder")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -48,7 +48,7 @@ def write_real_model(folder: Path, report: Callable[[str], None]) -> None:
         partial.replace(folder)
     except OSError as error:
         raise MachineError(
-            f"cannot write {folder}: {error.strerror or error}", remedy="name a folder that can be written"
+            f"cannot write {folder}: {error.strerror or error}", remedy="name a writable folder"
         ) from error
 
 

@@ -24,10 +24,10 @@ __all__ = [
 ]
 
 ExportFormat = Literal["merged", "adapter", "directions"]
-# Tokens of prompts in one forward at most, where that is faster than as many as there is room for: more do not stay
-# in a CPU's caches between one operation and the next (measured, docs/lab-notes/decoding.md).
+# Most prompt tokens in one forward pass: more would not stay in a CPU's caches between two operations (measured,
+# docs/lab-notes/decoding.md).
 READ_TOKENS = {"cpu": 2048}
-# A model of so many bytes is large: what is held beside it on a CPU has its bounds.
+# A model of at least this many bytes is large: memory beside it on a CPU is limited.
 LARGE_BYTES = 10**9
 FORMATS: tuple[ExportFormat, ...] = ("merged", "adapter", "directions")
 

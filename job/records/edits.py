@@ -56,10 +56,10 @@ class EditParameters(Record):
     def _is_of_one_kind(self) -> Self:
         if self.layer_strengths is None:
             if self.directions is not None:
-                raise ValueError("directions of its own need layer_strengths")
+                raise ValueError("learned directions need layer_strengths")
             return self
         if self.kernels or self.direction_index is not None or self.strengths != (1.0,):
-            raise ValueError("layer_strengths stand in place of kernels, strengths and direction_index")
+            raise ValueError("layer_strengths replace kernels, strengths and direction_index: give one or the other")
         if self.layer_strengths.keys() != set(COMPONENTS):
             raise ValueError(f"layer_strengths are for {' and '.join(COMPONENTS)}")
         layers = [layer for component in self.layer_strengths.values() for layer in component]

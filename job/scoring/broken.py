@@ -58,9 +58,11 @@ def changes_script(prompt: str, answer: str) -> bool:
     letters = scripts.total()
     if letters < _LEAST_LETTERS:
         return False
-    known = _scripts(prompt)
-    foreign = sum(count for script, count in scripts.items() if known[script] < _KNOWN_SHARE * max(1, known.total()))
-    return bool(known) and foreign > _FOREIGN_SHARE * letters
+    in_prompt = _scripts(prompt)
+    foreign = sum(
+        count for script, count in scripts.items() if in_prompt[script] < _KNOWN_SHARE * max(1, in_prompt.total())
+    )
+    return bool(in_prompt) and foreign > _FOREIGN_SHARE * letters
 
 
 def is_broken(prompt: str, answer: str) -> bool:

@@ -78,12 +78,12 @@ _BUILTIN: Mapping[str, Factory] = {"markers": _markers, "soft": _soft, "degenera
 
 
 def make_scorer(name: str, context: Context) -> Scorer:
-    """Return the detector of that name; LookupError if no installed package has it, or its factory's error."""
+    """Return the detector of that name; LookupError if no installed package provides it, or its factory's error."""
     if name in _BUILTIN:
         return _BUILTIN[name](context)
     entry_points = metadata.entry_points(group=SCORERS_GROUP, name=name)
     if not entry_points:
-        raise LookupError("no installed package has it")
+        raise LookupError("no installed package provides it")
     factory: Factory = next(iter(entry_points)).load()
     return factory(context)
 
@@ -112,10 +112,10 @@ def detect(
 def _labels(scorer: Scorer, exchanges: Sequence[Exchange]) -> list[Label]:
     labels = list(scorer(exchanges))
     if len(labels) != len(exchanges):
-        raise ValueError(f"it gave {len(labels)} labels for {len(exchanges)} answers")
+        raise ValueError(f"it returned {len(labels)} labels for {len(exchanges)} answers")
     for label in labels:
         if label not in get_args(Label):
-            raise ValueError(f"{label!r} is none of the labels {', '.join(get_args(Label))}")
+            raise ValueError(f"{label!r} is not one of the labels {', '.join(get_args(Label))}")
     return labels
 
 

@@ -49,7 +49,7 @@ class Entailment:
             )
         except (OSError, ValueError, KeyError) as error:
             raise ImpossibleJobError(
-                f"{name} is no classifier that can be loaded: {str(error).strip().splitlines()[0]}",
+                f"{name} cannot be loaded as a classifier: {str(error).strip().splitlines()[0]}",
                 remedy="choose a model for zero-shot classification as scoring.nli_model",
             ) from error
         return cls(model.eval().to(resolve_device(settings.device)), tokenizer)

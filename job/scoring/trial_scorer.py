@@ -102,7 +102,7 @@ class TrialScorer:
         if reason is not None:
             return self._failed(reason)
         if skip_kl_above is not None and kl > skip_kl_above:
-            reason = f"not made to answer: the KL divergence is {kl:.3g} nats, above {skip_kl_above:g}"
+            reason = f"no answers were generated: the KL divergence is {kl:.3g} nats, above {skip_kl_above:g}"
             return TrialScores(refusals=len(self.batches.bad), kl=kl, reason=reason, skipped=True)
         return None
 

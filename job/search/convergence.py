@@ -33,14 +33,14 @@ def search_warnings(trials: Sequence[Trial], prompts: int) -> list[str]:
     counts = {trial.values.unanswered for trial in usable}
     if len(counts) == 1 and max(counts) > _COMPLETE * prompts:
         return [
-            f"the front is flat: every edit that was tried leaves {counts.pop()} of {prompts} prompts unanswered; "
-            "the direction may not be what mediates the behaviour, or the markers not be how it shows"
+            f"the front is flat: every edit leaves {counts.pop()} of {prompts} prompts unanswered; "
+            "the direction may not mediate the behaviour, or the markers may not detect it"
         ]
     before, after = (hypervolume(_points(found, prompts)) for found in (_before_last_third(trials), usable))
     if after - before > MOST_GAIN * after:
         return [
-            f"the search has not converged: its last third has added {100 * (1 - before / after):.0f} % of what its "
-            "front dominates; more trials are likely to find better edits (`abliterate resume --trials N`)"
+            f"the search has not converged: its last third added {100 * (1 - before / after):.0f} % of the area that "
+            "its front dominates; more trials are likely to find better edits (`abliterate resume --trials N`)"
         ]
     return []
 
@@ -51,7 +51,7 @@ def effect_warnings(base: Figures, edited: Figures) -> list[str]:
     before, after = (wilson_interval(_unanswered(one), one.bad_prompts) for one in (base, edited))
     if after[1] >= before[0]:
         found.append(
-            f"the edit has no effect that could be told from chance: {_unanswered(base)} of {base.bad_prompts} prompts "
+            f"the edit has no effect that differs from chance: {_unanswered(base)} of {base.bad_prompts} prompts "
             f"with the behaviour went unanswered before, {_unanswered(edited)} of {edited.bad_prompts} after"
         )
     total = edited.bad_prompts + edited.good_prompts

@@ -122,7 +122,7 @@ class Search:
         told: Callable[[Trial], None],
     ) -> None:
         unfinished = self._unfinished_plans()
-        plans = self._with_next(unfinished, target)
+        plans = self._with_new_plans(unfinished, target)
         if len(plans) > len(unfinished):
             with shielded():
                 self._store(plans)
@@ -131,11 +131,11 @@ class Search:
             self._settings = replace(self._settings, rows=scores.rows)
             with shielded():
                 self._store(plans)
-        done = len(self._trials)
+        finished = len(self._trials)
         with shielded():
-            self._tell(plans[0], scores)
+            self._add_results(plans[0], scores)
             back_up(self._file, self._copy, len(self._trials))
-        for trial in self._trials[done:]:
+        for trial in self._trials[finished:]:
             told(as_trial(trial))
 
     def _store(self, plans: Sequence[Plan]) -> None:
@@ -149,34 +149,34 @@ class Search:
     def _unfinished_plans(self) -> list[Plan]:
         stored = self._study.user_attrs.get(PLAN, [])
         # A former version stored a single plan.
-        plans = [Plan.model_validate(one) for one in (stored if isinstance(stored, list) else [stored])]
+        plans = [Plan.model_validate(plan) for plan in (stored if isinstance(stored, list) else [stored])]
         return [plan for plan in plans if plan.first + len(plan.parameters) > len(self._trials)]
 
-    def _with_next(self, plans: Sequence[Plan], target: int) -> list[Plan]:
+    def _with_new_plans(self, plans: Sequence[Plan], target: int) -> list[Plan]:
         """Return unfinished plans and newly sampled ones."""
-        found = list(plans)
-        while len(found) <= self._settings.ahead:
-            first = found[-1].first + len(found[-1].parameters) if found else len(self._trials)
+        plans_ahead = list(plans)
+        while len(plans_ahead) <= self._settings.ahead:
+            first = plans_ahead[-1].first + len(plans_ahead[-1].parameters) if plans_ahead else len(self._trials)
             if first >= target:
                 break
-            found.append(self._next_plan(found, first, target))
-        return found
+            plans_ahead.append(self._next_plan(plans_ahead, first, target))
+        return plans_ahead
 
     def _next_plan(self, unfinished: Sequence[Plan], first: int, target: int) -> Plan:
-        memory = self._remembered(unfinished, first)
+        memory = self._sampling_study(unfinished, first)
         # An extended search realigns with the batches of an unextended one.
         size = min(self._settings.batch - first % self._settings.batch, target - first)
         distributions = self._space.distributions()
-        known = self._space.known_points() if self._settings.known_points else []
+        known_points = self._space.known_points() if self._settings.known_points else []
         parameters = []
         for number in range(first, first + size):
-            if number < len(known):
-                memory.enqueue_trial(known[number])
+            if number < len(known_points):
+                memory.enqueue_trial(known_points[number])
             memory.sampler = self._sampler(number)
             parameters.append(memory.ask(distributions).params)
         return Plan(first=first, parameters=parameters, rows=self._settings.rows, together=self._settings.together)
 
-    def _remembered(self, unfinished: Sequence[Plan], first: int) -> optuna.Study:
+    def _sampling_study(self, unfinished: Sequence[Plan], first: int) -> optuna.Study:
         """Return the in-memory study that a trial is sampled on: all earlier trials, as the sampler may see them.
 
         Results are visible up to `ahead` batches before the trial's; of later trials only their parameters. So sampling
@@ -218,7 +218,7 @@ class Search:
             seed=int.from_bytes(digest[:4], "big"),
         )
 
-    def _tell(self, plan: Plan, scores: Sequence[TrialScores]) -> None:
+    def _add_results(self, plan: Plan, scores: Sequence[TrialScores]) -> None:
         """Add all missing trials of a plan at once, in number order."""
         distributions = self._space.distributions()
         trials = []

@@ -17,8 +17,8 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
     """
     front: list[Trial] = []
     least = math.inf
-    usable = (trial for trial in trials if trial.values.reason is None)
-    for trial in sorted(usable, key=lambda t: (t.values.unanswered, t.values.kl, t.number)):
+    scored = (trial for trial in trials if trial.values.reason is None)
+    for trial in sorted(scored, key=lambda t: (t.values.unanswered, t.values.kl, t.number)):
         if trial.values.kl < least:
             front.append(trial)
             least = trial.values.kl
@@ -36,5 +36,5 @@ def eligible(trials: Sequence[Trial], prompts: int, tolerance: float) -> list[Tr
 
 def choose(trials: Sequence[Trial], prompts: int, tolerance: float) -> Trial:
     """Return the eligible trial of lowest KL; see `eligible`."""
-    possible = eligible(trials, prompts, tolerance)
-    return min(possible, key=lambda t: (t.values.kl, t.values.unanswered, t.number))
+    eligible_trials = eligible(trials, prompts, tolerance)
+    return min(eligible_trials, key=lambda t: (t.values.kl, t.values.unanswered, t.number))

@@ -68,25 +68,25 @@ class PathSpace:
     def known_points(self) -> list[dict[str, Any]]:
         """Return the stages' ends as parameters, the last and weakest first."""
         scales = {f"{component}.scale": 1.0 for component in COMPONENTS}
-        return [{POSITION: float(place), **scales} for place in reversed(range(len(self.path.stages)))]
+        return [{POSITION: float(stage), **scales} for stage in reversed(range(len(self.path.stages)))]
 
     def edit(self, params: Mapping[str, Any]) -> EditParameters:
         """Return a trial's edit; θ and directions are interpolated linearly."""
-        stages, place = self.path.stages, params[POSITION]
-        lower = min(int(place), len(stages) - 1)
-        first, second = stages[lower], stages[min(lower + 1, len(stages) - 1)]
-        share, largest = place - lower, self.path.largest
+        stages, position = self.path.stages, params[POSITION]
+        lower = min(int(position), len(stages) - 1)
+        lower_stage, upper_stage = stages[lower], stages[min(lower + 1, len(stages) - 1)]
+        share, largest = position - lower, self.path.largest
 
         def strengths(component: Component) -> LayerStrengths:
             scale = largest * params[f"{component}.scale"]
             return tuple(
-                tuple(scale * _sigmoid((1 - share) * a + share * b) for a, b in zip(one, other, strict=True))
-                for one, other in zip(first.logits[component], second.logits[component], strict=True)
+                tuple(scale * _sigmoid((1 - share) * a + share * b) for a, b in zip(below, above, strict=True))
+                for below, above in zip(lower_stage.logits[component], upper_stage.logits[component], strict=True)
             )
 
         learned = None
         if self.path.directions is not None:
-            learned = LearnedDirections(sha256=self.path.directions, position=place)
+            learned = LearnedDirections(sha256=self.path.directions, position=position)
         return EditParameters(
             direction_index=None,
             kernels={},

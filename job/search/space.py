@@ -49,7 +49,7 @@ class SearchSpace:
         """Return the range of every parameter."""
         last = float(self.layers - 1)
         field = self.name == "field"
-        found: dict[str, BaseDistribution] = {
+        ranges: dict[str, BaseDistribution] = {
             "direction_scope": CategoricalDistribution((GLOBAL, PER_LAYER)),
             "direction_index": FloatDistribution(*((0.4 * last, 0.9 * last) if field else (0.2 * last, last))),
         }
@@ -57,13 +57,13 @@ class SearchSpace:
             weights = {"attention": (0.8, 1.5), "mlp": (-0.25, 1.5)}[component] if field else (0.0, 2.0)
             position = (0.6 * last, last) if field else (0.2 * last, last)
             distance = (1.0, max(0.6 * last, 1.0)) if field else (1.0, max(last, 1.0))
-            found[f"{component}.max_weight"] = FloatDistribution(*weights)
-            found[f"{component}.max_weight_position"] = FloatDistribution(*position)
-            found[f"{component}.min_weight"] = FloatDistribution(0.0, 1.0)
-            found[f"{component}.min_weight_distance"] = FloatDistribution(*distance)
+            ranges[f"{component}.max_weight"] = FloatDistribution(*weights)
+            ranges[f"{component}.max_weight_position"] = FloatDistribution(*position)
+            ranges[f"{component}.min_weight"] = FloatDistribution(0.0, 1.0)
+            ranges[f"{component}.min_weight_distance"] = FloatDistribution(*distance)
         for number in range(1, self.directions):
-            found[_strength_name(number)] = FloatDistribution(0.0, 1.0)
-        return found
+            ranges[_strength_name(number)] = FloatDistribution(0.0, 1.0)
+        return ranges
 
     def known_points(self) -> list[dict[str, Any]]:
         """Return known good ablations to try first, the best first.
@@ -73,22 +73,22 @@ class SearchSpace:
         inside; duplicates are dropped.
         """
         last = float(self.layers - 1)
-        found: list[dict[str, Any]] = []
+        points: list[dict[str, Any]] = []
         for scope, depth, edge in _KNOWN:
-            wanted = {
+            point = {
                 "direction_scope": scope,
                 "direction_index": depth * last,
                 **{_strength_name(number): 0.0 for number in range(1, self.directions)},
             }
             for component in COMPONENTS:
-                wanted[f"{component}.max_weight"] = 1.0
-                wanted[f"{component}.max_weight_position"] = 0.5 * last
-                wanted[f"{component}.min_weight"] = edge
-                wanted[f"{component}.min_weight_distance"] = last
-            nearest = {name: _nearest(wanted[name], range_) for name, range_ in self.distributions().items()}
-            if nearest not in found:
-                found.append(nearest)
-        return found
+                point[f"{component}.max_weight"] = 1.0
+                point[f"{component}.max_weight_position"] = 0.5 * last
+                point[f"{component}.min_weight"] = edge
+                point[f"{component}.min_weight_distance"] = last
+            nearest = {name: _nearest(point[name], range_) for name, range_ in self.distributions().items()}
+            if nearest not in points:
+                points.append(nearest)
+        return points
 
     def edit(self, params: dict[str, Any]) -> EditParameters:
         """Return a trial's edit; min_weight is a share of max_weight."""

@@ -56,7 +56,7 @@ def add_trials(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
     models; that it reads back what it would have written is tested, for the version that is asked for.
 
     Args:
-        study: A study opened by `open_study`, to which nobody else adds.
+        study: A study opened by `open_study`, with no other writer.
         trials: Complete trials that continue its numbers, without intermediate values and system attributes.
     """
     from optuna.storages._rdb import models

@@ -50,13 +50,15 @@ class ParzenEstimator(_ParzenEstimator):
         mixture = self._mixture_distribution
         component = rng.choice(len(mixture.weights), p=mixture.weights, size=size)
         drawn = {}
-        for name, parts in zip(self._search_space, mixture.distributions, strict=True):
-            if isinstance(parts, _BatchedCategoricalDistributions):
-                bounds = parts.weights[component].cumsum(axis=1)[:, :-1]  # the last is 1, but for rounding
+        for name, distribution in zip(self._search_space, mixture.distributions, strict=True):
+            if isinstance(distribution, _BatchedCategoricalDistributions):
+                bounds = distribution.weights[component].cumsum(axis=1)[:, :-1]  # the last is 1, but for rounding
                 drawn[name] = (bounds < rng.rand(size, 1)).sum(axis=1)
             else:
-                assert isinstance(parts, _BatchedTruncNormDistributions), parts
-                drawn[name] = _truncated(rng, parts.mu[component], parts.sigma[component], parts.low, parts.high)
+                assert isinstance(distribution, _BatchedTruncNormDistributions), distribution
+                drawn[name] = _truncated(
+                    rng, distribution.mu[component], distribution.sigma[component], distribution.low, distribution.high
+                )
         return drawn
 
     def log_pdf(self, samples_dict: dict[str, np.ndarray]) -> np.ndarray:
@@ -64,24 +66,24 @@ class ParzenEstimator(_ParzenEstimator):
         mixture = self._mixture_distribution
         logs = np.log(mixture.weights)[np.newaxis]  # [candidates, components]
         values, ranges = [], []
-        for name, parts in zip(self._search_space, mixture.distributions, strict=True):
-            if isinstance(parts, _BatchedCategoricalDistributions):
-                logs = logs + np.log(parts.weights.T[samples_dict[name].astype(int)])
+        for name, distribution in zip(self._search_space, mixture.distributions, strict=True):
+            if isinstance(distribution, _BatchedCategoricalDistributions):
+                logs = logs + np.log(distribution.weights.T[samples_dict[name].astype(int)])
             else:
-                assert isinstance(parts, _BatchedTruncNormDistributions), parts
+                assert isinstance(distribution, _BatchedTruncNormDistributions), distribution
                 values.append(samples_dict[name])
-                ranges.append(parts)
+                ranges.append(distribution)
         if ranges:
             logs = logs + _log_densities(np.stack(values, axis=1), ranges)
-        most = logs.max(axis=1, keepdims=True)
-        found: np.ndarray = most[:, 0] + np.log(np.exp(logs - most).sum(axis=1))
-        return found
+        peak = logs.max(axis=1, keepdims=True)
+        density: np.ndarray = peak[:, 0] + np.log(np.exp(logs - peak).sum(axis=1))
+        return density
 
 
 def _log_densities(values: np.ndarray, ranges: Sequence[_BatchedTruncNormDistributions]) -> np.ndarray:
     """Return every component's joint log-density, [candidates, components], for values [candidates, ranges]."""
-    mu, sigma = (np.stack([getattr(parts, name) for parts in ranges], axis=1) for name in ("mu", "sigma"))
-    low, high = (np.array([getattr(parts, name) for parts in ranges]) for name in ("low", "high"))
+    mu, sigma = (np.stack([getattr(range_, name) for range_ in ranges], axis=1) for name in ("mu", "sigma"))
+    low, high = (np.array([getattr(range_, name) for range_ in ranges]) for name in ("low", "high"))
     mass = _log_gauss_mass((low - mu) / sigma, (high - mu) / sigma)
     constant = (np.log(sigma * math.sqrt(2 * math.pi)) + mass).sum(axis=1)
     precision = sigma**-2

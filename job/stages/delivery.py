@@ -21,7 +21,7 @@ def deliver(job: RunningJob, export: Path, trial: Trial) -> Outcome:
         job.events.emit("doubt", f"warning: {warning}")
     missed = missed_gate(job.settings, outcome.edited)
     if missed is not None:
-        job.events.emit("gate_missed", f"nothing is delivered: {missed}")
+        job.events.emit("gate_missed", f"the result is not delivered: {missed}")
         return replace(outcome, missed_gate=missed)
     job.begin("upload")
     if not job.settings.upload:

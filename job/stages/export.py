@@ -77,7 +77,7 @@ def _write_weights(session: ModelSession, export: Path, edit: Edit, form: Export
         with job.events.progress("shards", len(Checkpoint(model.folder).files)) as advance:
             own_code = job.settings.loading.trust_remote_code
             write_weights(model.folder, export, model.architecture, edit, advance, own_code=own_code)
-        with job.events.progress("reading back what was written", 1):
+        with job.events.progress("reading the export back", 1):
             verify_written(model.folder, export, model.architecture, edit)
     elif form == "adapter":
         write_adapter(model, export, edit, base_model_name(job.record, job.settings))
@@ -132,11 +132,11 @@ class _Measurement:
     def _proven(self, parameters: EditParameters) -> LoadedModel:
         """Reload the export in the base model's place, compared with the edit on the search split."""
         prompts = self.session.prompts
-        with self._shown("proving the export", 2 * self.session.scorer.metrics.most_tokens):
+        with self._shown("verifying the export", 2 * self.session.scorer.metrics.most_tokens):
             measured = self._measured_edit(parameters)
             fresh = self._reloaded()
             found = measured.compare(self._metrics(fresh, prompts.good_search, prompts.bad_search))
-        self._job.events.emit("export_proven", f"the export was loaded afresh: {found}")
+        self._job.events.emit("export_proven", f"export verified: {found}")
         return fresh
 
     def _measured_edit(self, parameters: EditParameters) -> MeasuredEdit:

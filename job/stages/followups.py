@@ -61,13 +61,13 @@ def trial_of(job: OpenJob, trials: Sequence[Trial], number: int | None) -> Trial
     """Return the trial of a number, or the job's own choice. Raises UsageError or JobError."""
     if number is None:
         return chosen_trial(job, trials, read_record(job.folder.prompts_file, PromptSets))
-    found = {trial.number: trial for trial in trials}.get(number)
-    if found is None:
+    trial = {trial.number: trial for trial in trials}.get(number)
+    if trial is None:
         name = job.record.job_id
         raise UsageError(f"job {name} has no trial {number}", remedy="`abliterate front` lists the best ones")
-    if found.values.reason is not None:
-        raise UsageError(f"trial {number} failed: {found.values.reason}", remedy="choose another")
-    return found
+    if trial.values.reason is not None:
+        raise UsageError(f"trial {number} failed: {trial.values.reason}", remedy="choose another")
+    return trial
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def looking(folder: RunFolder, events: Events, device: str | None = None) -> Ite
     """
     record, settings = folder.read_job(), job_settings(folder)
     if record.resolution is None or not folder.prompts_file.exists():
-        raise UsageError(f"job {record.job_id} has not reached its first trial", remedy="run it first")
+        raise UsageError(f"job {record.job_id} has no finished trial yet", remedy="run it first")
     if device is not None:
         settings = settings.model_copy(update={"loading": _on_device(settings.loading, device)})
     from job.model.loading import resolve_device
@@ -86,7 +86,7 @@ def looking(folder: RunFolder, events: Events, device: str | None = None) -> Ite
 
     if _is_held_here(folder) and resolve_device(settings.loading.device).type != "cpu":
         raise HeldError(
-            f"a run of job {record.job_id} computes on this machine", remedy="wait for it, or give --device cpu"
+            f"a run of job {record.job_id} is using this machine", remedy="wait for it, or give --device cpu"
         )
     job = OpenJob(folder, JobFile(folder, record), settings, events)
     with opened_session(job, read_record(folder.prompts_file, PromptSets)) as session:
@@ -113,7 +113,7 @@ def upload_trial(
     By default the job's own choice and format. Raises GateError for a missed gate, or UsageError.
     """
     if not start.settings.upload:
-        raise UsageError("there is no target to deliver to", remedy="give --upload")
+        raise UsageError("no delivery target is given", remedy="give --upload")
     folder = start.folder
     with held(folder, start.identity, start.settings, events, signals) as hold:
         record, settings = start.trusted(events.say)

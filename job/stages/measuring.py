@@ -42,7 +42,10 @@ def shown_generating(events: Events, label: str, most_tokens: int) -> Iterator[N
         label: What is under way.
         most_tokens: Tokens that will be read at most.
     """
-    with events.progress(f"{label}, tokens at most", most_tokens) as advance, counted_tokens(advance):
+    with (
+        events.progress(f"{label} (tokens; the total is an upper bound)", most_tokens) as advance,
+        counted_tokens(advance),
+    ):
         yield
 
 

@@ -76,12 +76,12 @@ def _load(job: OpenJob, source: Path) -> LoadedModel:
     dtype = record.resolution.dtype if record.resolution else record.planned_dtype
     with events.progress("loading the model", 1):
         model = load_model(source, job.settings.loading, events.say, dtype=dtype, rendering=rendering_of(record))
-    held, planned = placement(model.model), record.planned_weights or {}
-    told = ", ".join(f"{size(count)} on {place}" for place, count in held.items())
-    events.emit("loaded", f"loaded in {model.dtype}: {told}", hardware=hardware(model.device), placement=held)
-    for place, count in held.items():
-        if place in planned and count > planned[place] * (1 + _PLAN_TOLERANCE):
-            events.say(f"warning: the plan was {size(planned[place])} of weights on {place}")
+    weights, planned = placement(model.model), record.planned_weights or {}
+    shares = ", ".join(f"{size(count)} on {device}" for device, count in weights.items())
+    events.emit("loaded", f"loaded in {model.dtype}: {shares}", hardware=hardware(model.device), placement=weights)
+    for device, count in weights.items():
+        if device in planned and count > planned[device] * (1 + _PLAN_TOLERANCE):
+            events.say(f"warning: the plan was {size(planned[device])} of weights on {device}")
     return model
 
 
@@ -109,9 +109,9 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
     if record.resolution is not None:
         return
     rows = settings.batching.rows or record.planned_rows or _ROWS
-    with job.events.progress("looking at how responses begin", 1):
-        model = _asked(model, settings, prompts, rows)
-    _tell_how_asked(job, model)
+    with job.events.progress("finding the common prefix of responses", 1):
+        model = _with_prompt_format(model, settings, prompts, rows)
+    _report_prompt_format(job, model)
     workers = worker_count(settings, model)
     together = settings.batching.trials or -(-settings.trials_per_batch // workers)
     if settings.tune:
@@ -119,8 +119,8 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
         def scorer(good: Sequence[Prompt], bad: Sequence[Prompt], rows: int) -> TrialScorer:
             return scorer_of(metrics_of(model, settings, good, bad, rows, job.events))
 
-        place, batch = job.folder.path.parent, min(together, settings.trials_per_batch)
-        rows = Tuner(place, record, settings, prompts, model, scorer, batch, workers, job.events).rows(rows)
+        workspace, batch = job.folder.path.parent, min(together, settings.trials_per_batch)
+        rows = Tuner(workspace, record, settings, prompts, model, scorer, batch, workers, job.events).rows(rows)
     job.file.pin(
         resolution=Resolution(
             dtype=model.dtype,
@@ -137,7 +137,7 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
     )
 
 
-def _asked(model: LoadedModel, settings: Settings, prompts: PromptSets, rows: int) -> LoadedModel:
+def _with_prompt_format(model: LoadedModel, settings: Settings, prompts: PromptSets, rows: int) -> LoadedModel:
     """Return the model with its response prefix and missing end-of-turn token."""
     model = model.ending_its_turn()
     prefix = settings.loading.response_prefix
@@ -146,12 +146,12 @@ def _asked(model: LoadedModel, settings: Settings, prompts: PromptSets, rows: in
     return replace(model, response_prefix=prefix)
 
 
-def _tell_how_asked(job: OpenJob, model: LoadedModel) -> None:
+def _report_prompt_format(job: OpenJob, model: LoadedModel) -> None:
     if model.rendering.options:
-        said = ", ".join(f"{name} = {str(value).lower()}" for name, value in model.rendering.options)
-        job.events.emit("template_options", f"the chat template is told {said}")
+        options = ", ".join(f"{name} = {str(value).lower()}" for name, value in model.rendering.options)
+        job.events.emit("template_options", f"the chat template is rendered with {options}")
     if model.response_prefix:
-        job.events.emit("response_prefix", f"answers are made to begin with {model.response_prefix!r}")
+        job.events.emit("response_prefix", f"every answer begins with the prefix {model.response_prefix!r}")
     if model.turn_end is not None:
         token = str(model.tokenizer.decode([model.turn_end]))
         job.events.emit("turn_end", f"answers end at {token!r}, with which the chat template ends a turn")
@@ -161,7 +161,7 @@ def require_resident(model: LoadedModel, form: ExportFormat) -> None:
     """Raise ImpossibleJobError for an adapter on offloaded weights: PEFT cannot attach one."""
     if form == "adapter" and any(parameter.is_meta for parameter in model.model.parameters()):
         raise ImpossibleJobError(
-            "an adapter cannot be proven on a model of which weights are offloaded",
+            "an adapter cannot be verified on offloaded weights",
             remedy="use export_format = merged, or loading.device_map = single or balanced",
         )
 
@@ -170,8 +170,8 @@ def worker_count(settings: Settings, model: LoadedModel) -> int:
     """Return the number of processes that evaluate trials here: one per GPU if one holds the whole model."""
     if settings.workers is not None:
         return settings.workers
-    whole = settings.loading.device == "auto" and settings.loading.device_map == "single"
-    return max(1, len(cuda_devices())) if whole and model.device.type == "cuda" else 1
+    one_gpu_each = settings.loading.device == "auto" and settings.loading.device_map == "single"
+    return max(1, len(cuda_devices())) if one_gpu_each and model.device.type == "cuda" else 1
 
 
 def share_of_threads(processes: int) -> int:
@@ -194,5 +194,5 @@ def cpu_threads(model: LoadedModel, count: int) -> Iterator[None]:
 def cuda_devices() -> list[str]:
     """Return CUDA's names of this process's visible devices, its own first."""
     count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]

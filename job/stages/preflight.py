@@ -19,8 +19,8 @@ from job.storage.atomic import write_record
 
 def checked_prompts(job: RunningJob, inputs: PreflightInputs) -> PromptSets:
     """Run all checks, then return the pinned prompts. Raises ImpossibleJobError or MachineError."""
-    found = preflight(inputs)
-    survey, prompts = found.survey, found.prompts
+    result = preflight(inputs)
+    survey, prompts = result.survey, result.prompts
     write_record(job.folder.preflight_file, survey)
     for check in survey.checks:
         if check.status != "ok":
@@ -29,7 +29,9 @@ def checked_prompts(job: RunningJob, inputs: PreflightInputs) -> PromptSets:
     job.events.emit("preflight", f"preflight: {survey.summary}", checks=[c.model_dump() for c in survey.checks])
     survey.require()
     if prompts is None:
-        raise ImpossibleJobError("the prompts cannot be read, whatever is allowed", remedy="see `abliterate preflight`")
+        raise ImpossibleJobError(
+            "the prompts cannot be read, which --allow cannot override", remedy="see `abliterate preflight`"
+        )
     original = original_of(job)
     if original is not None:
         require_same_prompts(original, prompts)

@@ -38,13 +38,13 @@ def require_original(job: OpenJob, export: Path) -> None:
     original = original_of(job)
     if original is None:
         return
-    made = read_record(export / REPRODUCE, Reproduction)
-    if made.edit != original.edit:
+    reproduced = read_record(export / REPRODUCE, Reproduction)
+    if reproduced.edit != original.edit:
         raise ExportMismatchError(
-            f"the search has chosen another edit (trial {made.trial.number}, was {original.trial.number})",
+            f"the search chose another edit (trial {reproduced.trial.number}, was {original.trial.number})",
             remedy="see the warnings on versions above",
         )
-    differing = [name for name, sha in original.weights.items() if made.weights.get(name) != sha]
+    differing = [name for name, sha in original.weights.items() if reproduced.weights.get(name) != sha]
     if differing:
         raise ExportMismatchError(
             f"{len(differing)} of {len(original.weights)} files of weights are not the original's: {differing[0]}",

@@ -159,7 +159,9 @@ class PlanEvaluator:
                 raise out_of_memory(error) from error
         release_memory()
         self.job.events.emit(
-            "out_of_memory", f"warning: out of memory: the search goes on with {rows} rows a forward", rows=rows
+            "out_of_memory",
+            f"warning: out of memory: the search continues with {rows} rows per forward pass",
+            rows=rows,
         )
         self.job.file.pin(resolution=self.job.resolution.model_copy(update={"search_rows": rows}))
         return FewerRows(rows)

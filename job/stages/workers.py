@@ -61,7 +61,7 @@ class Workers:
         processes = worker_count(settings, model)
         threads = share_of_threads(processes)
         if isinstance(self._engine, RayEngine):
-            gpus = sum(place.isdigit() for place in placement(model.model)) if on_gpus else 0
+            gpus = sum(device.isdigit() for device in placement(model.model)) if on_gpus else 0
             cpus = 1 if on_gpus else max(1, (os.cpu_count() or 1) // processes)
             threads = cpus  # whatever OMP_NUM_THREADS says, which Ray passes on from one machine to all
             self._engine.use(None if settings.workers is None else processes - 1, gpus=gpus, cpus=cpus)

@@ -105,7 +105,7 @@ def sha256_file(path: Path) -> str:
 
 
 def write_record(path: Path, record: Record, *, mode: int | None = None) -> None:
-    """Write a record as JSON, atomically, with these permissions or the usual ones."""
+    """Write a record as JSON, atomically, with these permissions or the default ones."""
     write_atomically(path, (record.model_dump_json(indent=2) + "\n").encode(), mode=mode)
 
 

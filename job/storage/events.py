@@ -74,7 +74,7 @@ class Events:
         try:
             print(line, file=self._stream, flush=True)
         except (OSError, ValueError):
-            return  # nobody listens: no reason to lose the job
+            return  # no reader: no reason to lose the job
 
     @contextmanager
     def progress(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:

@@ -49,7 +49,7 @@ EXTENDING = frozenset(
 )
 
 
-# Likewise, of settings that are otherwise part of it.
+# The same, of settings that are otherwise part of it.
 EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
 
 # Left out where they say what every job did before there were such settings: its jobs keep their names.

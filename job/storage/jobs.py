@@ -132,8 +132,8 @@ def job_settings(folder: RunFolder, *, whole: bool = False, **others: object) ->
     lost = sorted(name for name in masked if whole or not extends(name))
     if lost:
         raise UsageError(
-            f"job {record.job_id} was given a secret in {', '.join(lost)}, and secrets are written nowhere",
-            remedy="go on with the same `abliterate run` command, or give what only extends the job with --set",
+            f"job {record.job_id} was given a secret in {', '.join(lost)}, which is not stored",
+            remedy="continue with the same `abliterate run` command, or give the setting with --set",
         )
     # What a former version did not know is as it was before.
     gone = masked | OBSOLETE.keys()
@@ -144,8 +144,8 @@ def job_settings(folder: RunFolder, *, whole: bool = False, **others: object) ->
     except ValidationError as error:
         made_by = record.versions.get("abliteration-job", "another version")
         raise UsageError(
-            f"the settings of job {record.job_id} are not this version's: {error.errors()[0]['msg']}",
-            remedy=f"go on with the version that began it, {made_by}",
+            f"this version cannot read the settings of job {record.job_id}: {error.errors()[0]['msg']}",
+            remedy=f"continue with the version that started the job, {made_by}",
         ) from error
 
 

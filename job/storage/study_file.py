@@ -53,7 +53,7 @@ def in_use(file: Path) -> MachineError:
     """Return the error for a study that another process keeps to itself."""
     return MachineError(
         f"the study {file} is in use by {', '.join(users_of(file)) or 'another process'}",
-        remedy="end or close that, and run the same command again",
+        remedy="end that process, and run the same command again",
     )
 
 
@@ -75,8 +75,8 @@ def back_up(file: Path, copy: Path, trials: int = 0) -> None:
         source.backup(target)
         if trials and (found := _counted(target)) < trials:
             raise MachineError(
-                f"the study {file} holds {found} of {trials} finished trials: its disk has damaged it",
-                remedy="run the same command again: the study is restored from its backup",
+                f"the study {file} holds {found} of {trials} finished trials: the file is damaged",
+                remedy="run the same command again to restore the study from its backup",
             )
         write_atomically(copy, target.serialize())
 
@@ -137,7 +137,7 @@ def restore_if_damaged(file: Path) -> str | None:
         return None
     if saved is None:
         raise JobError(
-            f"the study {file} is damaged and there is no backup of it",
+            f"the study {file} is damaged and has no backup",
             remedy="restore it from a checkpoint, or move the file away to search again from the start",
         )
     if file.exists():
@@ -147,7 +147,7 @@ def restore_if_damaged(file: Path) -> str | None:
     for end in ("-journal", "-wal", "-shm"):
         file.with_name(file.name + end).unlink(missing_ok=True)
     back_up(backup, file)
-    return f"the study was damaged and is restored as it was after {saved} trials"
+    return f"the study was damaged and is restored with {saved} trials"
 
 
 def _was_emptied(file: Path, saved: int | None) -> bool:

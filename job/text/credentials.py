@@ -22,4 +22,4 @@ def require_clean(value: str, source: str, error: type[JobError]) -> None:
     stray = next((char for char in value if not "!" <= char <= "~"), quotes[0] if quotes else None)
     if stray is not None:
         what = _NAMES.get(stray, "a character that is not ASCII" if stray > "~" else "a control character")
-        raise error(f"{source} holds {what}, which is no part of a key or token", remedy="set it again without")
+        raise error(f"{source} holds {what}, which cannot be part of a key or token", remedy="set it again without")

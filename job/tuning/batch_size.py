@@ -70,12 +70,14 @@ class Tuner:
         """Return the rows per forward, remembered or measured. Raises ImpossibleJobError or MachineError."""
         layouts, about = read_layouts(self.workspace), self._about()
         if layouts is None:
-            self.events.say(f"warning: {self.workspace / LAYOUTS} is not one of ours or unreadable, and is left alone")
+            self.events.say(
+                f"warning: {self.workspace / LAYOUTS} is unreadable or of another program and stays as it is"
+            )
         known = self._remembered(layouts or Layouts(), about)
         if known is not None:
             self.events.emit(
                 "tuned",
-                f"{known.chosen.rows} rows a forward, as once measured for this model and device",
+                f"{known.chosen.rows} rows per forward pass, as measured earlier for this model and device",
                 rows=known.chosen.rows,
                 remembered=True,
             )
@@ -86,7 +88,7 @@ class Tuner:
             raise out_of_memory(MemoryError())
         self.events.emit(
             "tuned",
-            f"{chosen.rows} rows a forward; seconds a trial: {', '.join(map(_described, found))}",
+            f"{chosen.rows} rows per forward pass; seconds per trial: {', '.join(map(_described, found))}",
             rows=chosen.rows,
             rule=rule,
             remembered=False,
@@ -97,7 +99,7 @@ class Tuner:
                 remember(self.workspace, layouts, Remembered(about=about, chosen=chosen, measured=found))
             except MachineError as error:
                 # Only a cache for later jobs: this one has its layout.
-                self.events.say(f"warning: the layout is not remembered: {error.line}")
+                self.events.say(f"warning: the measured batch size is not stored: {error.line}")
         return chosen.rows
 
     def _about(self) -> dict[str, Any]:
@@ -146,7 +148,7 @@ class Tuner:
         return None
 
     def _measured(self, rule: int) -> list[MeasuredLayout]:
-        self.events.emit("tuning", f"measuring which layout is fastest, for about {SECONDS / 60:g} minutes at most")
+        self.events.emit("tuning", f"measuring which batch size is fastest, for at most about {SECONDS / 60:g} minutes")
         begun = time.monotonic()
         loaded, mode, rule = self.loaded, self.settings.ablation.row_normalization, max(rule, self.together)
         with Intervention(loaded.model, loaded.architecture, self._basis(rule), mode) as intervention:

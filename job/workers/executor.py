@@ -284,12 +284,12 @@ class Executor:
     def _tell_started(self, number: int, hardware: str) -> None:
         line = f"worker {number} is ready"
         if hardware != self._hardware:
-            line = f"warning: {line}, on {hardware}, where this process has {self._hardware}: trials may differ"
+            line = f"warning: {line}, on {hardware}, but this process has {self._hardware}: trials may differ"
         self._news.append(("worker_started", line, {"worker": number, "hardware": hardware}))
 
     def _tell_lost(self, number: int, lost: WorkerLost, *, again: bool) -> None:
         if not self._closed:  # otherwise it was killed on purpose
-            then = "another takes its place" if again else "the others go on without it"
+            then = "a new worker replaces it" if again else "the other workers continue without it"
             self._news.append(("worker_lost", f"warning: worker {number} {lost}; {then}", {"worker": number}))
 
     def _tell_news(self) -> None:

@@ -79,7 +79,7 @@ class LocalEngine:
     def _process(self, device: str | None) -> LocalWorker:
         with self._lock:  # one at a time: a process started while all are being killed would survive
             if self._ended:
-                raise WorkerLost("is not needed any more")
+                raise WorkerLost("is no longer needed")
             worker = LocalWorker(self._warm_up, device)
             self._running = [one for one in self._running if one.process.is_alive()] + [worker]
             return worker

@@ -99,7 +99,7 @@ class RayEngine:
             return ray_module().put(value)
         except (errors.ObjectStoreFullError, errors.OutOfDiskError) as error:
             raise MachineError(
-                f"the Ray cluster has no room for the job's data: {_last_line(error)}",
+                f"the Ray cluster has no memory left for the job's data: {_last_line(error)}",
                 remedy="start the cluster with a larger --object-store-memory, or free the disk that it spills to",
             ) from error
 
@@ -133,7 +133,7 @@ class RayEngine:
     def _require_wanted(self) -> None:
         """Raise WorkerLost if waiting for a worker is pointless."""
         if self._ended.is_set():
-            raise WorkerLost("is not needed any more")
+            raise WorkerLost("is no longer needed")
         try:
             self._require_cluster()
         except MachineError as error:
@@ -205,7 +205,7 @@ class _Actor:
     def begin(self, evaluation: Evaluation, of_version: str) -> Outcome:
         own = version("abliteration-job")
         if own != of_version:
-            return "failed", f"abliteration-job {own} is installed there, and {of_version} here"
+            return "failed", f"abliteration-job {own} is installed there, but {of_version} here"
 
         def opened() -> str:
             self._evaluator = self._open.enter_context(evaluation.opened())
@@ -255,12 +255,14 @@ def reached_cluster(address: str | None) -> str:
     if address == "auto":
         return f"{ray}, the cluster of this machine"
     if not host or not port.isdigit():
-        raise UsageError(f"{address!r} is no address of a Ray cluster", remedy="give HOST:PORT, or auto")
+        raise UsageError(f"{address!r} is not the address of a Ray cluster", remedy="give HOST:PORT, or auto")
     try:
         with socket.create_connection((host, int(port)), timeout=_GONE_SECONDS):
             return f"{ray}, a cluster that answers at {address}"
     except OSError as error:
-        raise MachineError(f"no Ray cluster answers at {address}: {error}", remedy="start it, or correct it") from error
+        raise MachineError(
+            f"no Ray cluster answers at {address}: {error}", remedy="start the cluster, or correct the address"
+        ) from error
 
 
 @contextmanager
@@ -281,7 +283,7 @@ def _connected(address: str | None, cpus: int) -> Iterator[None]:
                 what = f"cluster at {address} cannot be reached" if address else "cluster cannot be started"
                 raise MachineError(
                     f"a Ray {what}: {_last_line(error)}",
-                    remedy="see that it runs and that RAY_AUTH_TOKEN or ~/.ray/auth_token here is its token",
+                    remedy="check that it runs and that RAY_AUTH_TOKEN or ~/.ray/auth_token here holds its token",
                 ) from error
         try:
             yield

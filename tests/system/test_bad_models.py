@@ -121,9 +121,9 @@ def of_an_adapter_alone(folder: Path) -> None:
         (pickled, "convert the model with save_pretrained"),
         (without_the_index, "neither model.safetensors nor model.safetensors.index.json"),
         (with_a_damaged_index, "model.safetensors.index.json is damaged"),
-        (of_more_layers, "the files hold 8 layers, and config.json names 6"),
-        (with_an_undeclared_head, "the files hold 10 layers, and config.json names 8"),
-        (with_an_adapter, "a LoRA adapter lies in"),
+        (of_more_layers, "the files hold 8 layers, but config.json names 6"),
+        (with_an_undeclared_head, "the files hold 10 layers, but config.json names 8"),
+        (with_an_adapter, "holds a LoRA adapter beside the model"),
         (of_an_adapter_alone, "its base model is user/base"),
     ],
 )
@@ -245,7 +245,7 @@ def test_plain_weights_count_as_such_whatever_config_json_calls_them(
     checked = abliterate("preflight", *arguments, "--json").check()
     (weights,) = [check for check in json.loads(checked.out)["checks"] if check["name"] == "model.weights"]
     assert weights["status"] == "warn"
-    assert "they are plain, although config.json has quantization_config" in weights["measured"]
+    assert "they are not quantised, although config.json has quantization_config" in weights["measured"]
     ran = abliterate("run", *arguments, "--trials", "1", "--set", "startup_trials=1").check()
     assert "although config.json has quantization_config" in ran.err
     export = only_job(tmp_path / "runs") / "export"

@@ -190,9 +190,9 @@ READ = {
         text("p.jsonl", lambda lines: json_lines([{"text": "word " * 30_000}, *({"text": line} for line in lines)])),
         ["1 row of more than 100000 characters skipped (line 1)"],
     ),
-    "half a character": Case(
+    "a lone surrogate": Case(
         text("p.jsonl", lambda lines: json_lines([{"text": line + "\ud83d"} for line in lines])),
-        ["40 rows with half a character, which became U+FFFD (line 1, line 2, line 3, line 4, line 5, …)"],
+        ["40 rows with a lone surrogate, replaced by U+FFFD (line 1, line 2, line 3, line 4, line 5, …)"],
         prompts=lambda lines: [line + "\ufffd" for line in lines],
     ),
     "a character in two halves": Case(
@@ -233,24 +233,24 @@ REFUSED = {
     "json that is cut off": Case(
         text("p.json", lambda lines: json.dumps(lines)[:-1]), ["p.json: Expecting ',' delimiter"],
     ),
-    "json that is no list": Case(text("p.json", lambda _: '{"a": 1}'), ["holds no list of prompts"]),
+    "json that is no list": Case(text("p.json", lambda _: '{"a": 1}'), ["does not hold a list of prompts"]),
     "json nested without end": Case(text("p.json", lambda _: "[" * 200_000), ["p.json: maximum recursion depth"]),
     "an empty file": Case(text("p.jsonl", lambda _: ""), ["it is empty"]),
-    "only empty rows": Case(text("p.txt", lambda _: "\n\n"), ["it is empty, of 2 rows none is a prompt"]),
+    "only empty rows": Case(text("p.txt", lambda _: "\n\n"), ["it is empty; none of its 2 rows is a prompt"]),
     "another encoding": Case(
         text("p.txt", lambda lines: "\n".join([*lines[:4], "caf\xe9"]).encode("latin-1")),
         ["not UTF-8 text (line 5)", "iconv"],
     ),
-    "a spreadsheet": Case(text("p.xlsx", lambda _: b"PK\3\4"), ["of a kind that is not read: .xlsx"]),
-    "markdown": Case(text("p.md", "\n".join), ["of a kind that is not read: .md", "named .txt"]),
-    "a compressed file": Case(text("p.jsonl.gz", lambda _: b"\x1f\x8b"), ["of a kind that is not read: .gz"]),
-    "a pointer of Git LFS": Case(text("p.jsonl", lambda _: LFS_POINTER), ["pointer of Git LFS", "git lfs pull"]),
+    "a spreadsheet": Case(text("p.xlsx", lambda _: b"PK\3\4"), ["has an unsupported suffix: .xlsx"]),
+    "markdown": Case(text("p.md", "\n".join), ["has an unsupported suffix: .md", "prompt per line .txt"]),
+    "a compressed file": Case(text("p.jsonl.gz", lambda _: b"\x1f\x8b"), ["has an unsupported suffix: .gz"]),
+    "a Git LFS pointer": Case(text("p.jsonl", lambda _: LFS_POINTER), ["Git LFS pointer", "git lfs pull"]),
     "a damaged parquet file": Case(text("p.parquet", lambda _: b"PAR1" + b"\0" * 40), ["not a parquet file"]),
-    "a clone without its files": Case(unfetched_clone, ["pointer of Git LFS", "git lfs pull"]),
+    "a clone without its files": Case(unfetched_clone, ["Git LFS pointer", "git lfs pull"]),
     "a clone without that split": Case(
         lambda folder, lines: clone()(folder, lines) + "#validation", ["no split validation", "train, test"],
     ),
-    "a card that leads out of its folder": Case(clone_that_leads_out, ["secret.txt, which is outside of it"]),
+    "a card that leads out of its folder": Case(clone_that_leads_out, ["secret.txt, which is outside that folder"]),
     "a card that asks for a configuration": Case(
         clone(TWO), ["needs a configuration (en, de)", "set:CONFIG#SPLIT"],
     ),
@@ -432,7 +432,7 @@ NOT_TAKEN = {
         template_of_a_processor('{"chat_template": '), ["chat_template.json is damaged"]
     ),
     "a token without an embedding": ModelCase(
-        token_without_embedding, ["has token 164 ('<|turn|>'), and the model's embedding has 164 rows"]
+        token_without_embedding, ["has token 164 ('<|turn|>'), but the model's embedding has 164 rows"]
     ),
     "fewer positions than a prompt needs": ModelCase(
         of_learned_positions, ["the model 64 positions", "max_characters"]

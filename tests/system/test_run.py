@@ -296,5 +296,5 @@ def test_a_job_in_low_precision_is_proven_within_bounds(organism: Path, tmp_path
     arguments += ["--set", 'loading.dtypes=["bfloat16"]', "--set", "ablation.row_normalization=full"]
     result = abliterate(*arguments).check()
     assert "loaded in bfloat16" in result.err
-    assert "the export was loaded afresh: KL" in result.err
+    assert "export verified: KL" in result.err
     assert (only_job(tmp_path / "runs") / "export" / ".done").exists()

@@ -1,7 +1,8 @@
-"""Documents read as plain English: no phrase that reads like a translation, no overlong sentence."""
+"""Documents and output read as plain English: no phrase that reads like a translation, no overlong sentence."""
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ PAGES = sorted(
     for name in ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/decisions/*.md", "docs/lab-notes/*.md")
     for page in ROOT.glob(name)
 )
+JOB = ROOT / "job"
+# Texts of cards and report pages, which become templates.
+TEMPLATES = {JOB / "export" / "model_card.py", JOB / "report" / "sections.py"}
+CODE = sorted(set(JOB.rglob("*.py")) - TEMPLATES)
 WORDS = 30
 PHRASES = (
     "so many", "as many", "of which", "of whom", "likewise", "is told", "are told", "nobody", "whoever", "what all",
@@ -21,7 +26,8 @@ PHRASES = (
     "what others are compared with", "what is known of", "what is left to", "what a trial", "worth an answer",
     "all who are there", "such a one", "refuses no more", "usual ones", "made one long", "goes to asking",
     "it waits for", "by no other", "from which this", "up to a tie", "is asked whether", "was asked whether",
-    "what can be known", "once upon a time",
+    "what can be known", "once upon a time", "what becomes of", "cannot be told", "come into question", "stays down",
+    "go together with", "goes together with", "the right to write",
 )  # fmt: skip
 _PHRASE = re.compile(r"\b(?:" + "|".join(PHRASES) + r")\b", re.IGNORECASE)
 _BLOCKS = re.compile(r"```.*?```|<!--.*?-->", re.DOTALL)
@@ -50,6 +56,25 @@ def sentences(page: str) -> Iterator[str]:
             paragraph = []
         if line.strip() and not skipped:
             paragraph.append(_ITEM.sub("", line.lstrip(), count=1) if starts else line)
+
+
+def literals(code: str) -> Iterator[str]:
+    """Yield the string literals of a module, without docstrings."""
+    tree = ast.parse(code)
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+            yield " ".join(node.value.split())
+
+
+@pytest.mark.parametrize("file", CODE, ids=lambda file: file.relative_to(JOB).as_posix())
+def test_no_output_reads_like_a_translation(file: Path) -> None:
+    assert [text for text in literals(file.read_text()) if _PHRASE.search(text)] == []
+
+
+def test_literals_are_seen() -> None:
+    code = 'def f():\n    """Not this."""\n    say(f"one {1} two", remedy="three " "four")\n'
+    assert list(literals(code)) == ["one", "two", "three four"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

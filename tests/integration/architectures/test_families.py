@@ -61,7 +61,7 @@ BEYOND = {
     "beam": "still writes",  # scales the stream itself
     "deepseek_v4": "no list of layers",  # several streams
     "doge": "still writes",  # scales the stream itself, entry by entry
-    "gemma3n_text": "does not read text alone",
+    "gemma3n_text": "does not accept text alone",
     "git": "depends on what was kept",  # processes a prompt bidirectionally
     "hrm_text": "no list of layers",  # layers called in loops
     "hy_v4": "no list of layers",  # several streams
@@ -70,13 +70,13 @@ BEYOND = {
     "longcat_flash": "still writes",  # experts that return their input
     "minimax": "still writes",  # norms of the stream itself
     "mllama": "no list of layers",  # layers that text does not pass through
-    "musicgen": "no decoder-only",
-    "musicgen_melody": "no decoder-only",
+    "musicgen": "not a decoder-only",
+    "musicgen_melody": "not a decoder-only",
     "openai-gpt": "still writes",  # norms of the stream itself
     "rwkv": "still writes",  # gates after writers
     "xlm": "no list of layers",
     "xlnet": "no list of layers",
-    "zaya": "is no norm",  # scales the stream itself, entry by entry
+    "zaya": "is not a norm",  # scales the stream itself, entry by entry
 }
 # Families whose default configurations make no model, or whose requirements are not installed.
 UNBUILT = {
@@ -196,7 +196,7 @@ def test_what_is_proven_but_out_of_reach_is_refused_with_the_reason() -> None:
     config = tiny_config("mixtral")
     architecture = proven(config)
     untold = dataclasses.replace(architecture, forms={})
-    with pytest.raises(UnsupportedArchitectureError, match=r"how files hold model\.layers\.0"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"files' tensor for model\.layers\.0"):
         require_supported(config, untold)
     misplaced = [dataclasses.replace(w, hook=architecture.layers) for w in architecture.writers]
     with pytest.raises(UnsupportedArchitectureError, match="outputs of all writers"):

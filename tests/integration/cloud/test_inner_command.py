@@ -30,8 +30,8 @@ def refused(
         (("run", "m", "--trials", "many"), "'--trials'"),
         (("run", "m", "--trials"), "--trials"),
         (("run", "m", "n"), "n"),
-        (("run",), "model is not given"),
-        (("run", "--help"), "only prints its help"),
+        (("run",), "model is not set"),
+        (("run", "--help"), "only prints help"),
         (("config",), "incomplete"),
         (("config", "shwo"), "shwo"),
         (("run", "m", "--trials", "0"), "trials"),
@@ -70,7 +70,7 @@ def test_a_file_of_this_machine_is_refused(
     (tmp_path / "mine.toml").write_text("trials = 5\n")
     monkeypatch.chdir(tmp_path)
     for path in ("mine.toml", tmp_path / "mine.toml"):
-        refused(vast, tmp_path, ("run", "m", option, path), f"{option} {path}", "rented one will not find it")
+        refused(vast, tmp_path, ("run", "m", option, path), f"{option} {path}", "rented machine will not find it")
     there = command(vast, tmp_path, *START, "--", "run", option, "/opt/theirs.toml").check()
     assert f"{option} /opt/theirs.toml cannot be checked here" in there.err
     on_volume = ("launch", "--on", "1xRTX4090", "--image", IMAGE, "--volume", "vol1", "--")
@@ -86,8 +86,8 @@ def test_what_only_exists_here_is_told_of(vast: VastServer, tmp_path: Path, monk
     for part in (
         f"MODEL {tmp_path} is a path",
         "--good-prompts good.txt is a path",
-        "--upload file:///out lies on the rented machine",
-        "--checkpoint file:///state lies on the rented machine",
+        "--upload file:///out is on the rented machine",
+        "--checkpoint file:///state is on the rented machine",
     ):
         assert part in told
     told = command(vast, tmp_path, *START, "--", "bash", "-c", "true")

@@ -65,7 +65,7 @@ def test_what_launch_refuses_and_warns_of(vast: VastServer, tmp_path: Path) -> N
     command(vast, tmp_path, *ready, "--env", "VAST_API_KEY", "--", *COMMAND).fails(2, "whole account")
     command(vast, tmp_path, *ready, "--env", "MY_TOKEN=abc", "--", *COMMAND).fails(2, "MY_TOKEN", "command line")
     command(vast, tmp_path, *ready, "--env", "NOT_SET", "--", *COMMAND).fails(2, "NOT_SET")
-    command(vast, tmp_path, *ready, "--", "abliterate").fails(2, "what is to run")
+    command(vast, tmp_path, *ready, "--", "abliterate").fails(2, "no command to run")
     assert vast.instances == {}
     assert vast.asked("PUT") == []
     warned = command(vast, tmp_path, *ready, "--", "run", "model").check().err
@@ -127,7 +127,7 @@ def test_an_unconfirmed_creation_is_looked_for_and_not_repeated(vast: VastServer
     starter = launcher(vast, tmp_path, said)
     assert starter.rent() == "70001"
     assert len(vast.instances) == 1
-    assert any("looking whether it was rented" in text for text in said)
+    assert any("checking whether the machine was rented" in text for text in said)
 
 
 def test_an_unconfirmed_creation_that_did_not_happen(vast: VastServer, tmp_path: Path) -> None:

@@ -113,16 +113,16 @@ def test_waiting_for_an_offer(vast: VastServer, tmp_path: Path) -> None:
     threading.Timer(1.5, lambda: vast.add_ask(5)).start()
     result = command(vast, tmp_path, "offers", "--on", "4xRTX4090", "--wait", "0.5", "--every", "0.2").check()
     assert result.out.startswith("5:")
-    assert "looking again" in result.err
+    assert "asking again" in result.err
     vast.asks.clear()
     nothing = command(vast, tmp_path, "offers", "--on", "4xRTX4090")
     assert nothing.code == 76
-    assert "nothing is offered" in nothing.err
+    assert "no machine is offered" in nothing.err
 
 
 def test_what_offers_refuses(vast: VastServer, tmp_path: Path) -> None:
-    command(vast, tmp_path, "offers").fails(2, "which machine?")
-    command(vast, tmp_path, "offers", "--on", "4xABACUS").fails(2, "unknown card")
+    command(vast, tmp_path, "offers").fails(2, "no machine is specified")
+    command(vast, tmp_path, "offers", "--on", "4xABACUS").fails(2, "unknown GPU")
     command(vast, tmp_path, "offers", "--on", "H200", VAST_API_KEY="").fails(2, "no key for Vast.ai", "VAST_API_KEY")
     command(vast, tmp_path, "offers", "--on", "H200", VAST_API_KEY="wrong-key-12345").fails(2, "401", "VAST_API_KEY")
     command(vast, tmp_path, "offers", "--on", "H200", VAST_URL="http://example.org").fails(2, "https")
@@ -146,4 +146,4 @@ def test_runpods_catalogue(runpod: RunPodServer, tmp_path: Path) -> None:
     # Not in stock; more cards than a machine has; another size of the card; too expensive.
     for on, more in (("1xH200", ()), ("16xRTX4090", ()), ("1xA100-40", ()), ("4xRTX4090", ("--max-price", "2"))):
         assert command(runpod, tmp_path, "offers", "--on", on, *more).code == 76
-    command(runpod, tmp_path, "offers", "--on", "1xRTX4090", "--bid", "0.2").fails(76, "nothing interruptible")
+    command(runpod, tmp_path, "offers", "--on", "1xRTX4090", "--bid", "0.2").fails(76, "no interruptible machines")

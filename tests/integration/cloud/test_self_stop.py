@@ -101,7 +101,7 @@ def test_an_instance_that_is_not_there(vast: VastServer, runpod: RunPodServer, t
     vast.instances.clear()
     runpod.pods.clear()
     for rental in (on_vast(vast.url), on_runpod(runpod.url)):
-        with pytest.raises(MachineError, match="knows no instance"):
+        with pytest.raises(MachineError, match="has no instance"):
             rental.check()
         assert rental.end("destroy", tmp_path, print).state == "taken"
 
@@ -250,7 +250,7 @@ def test_a_workspace_that_cannot_be_written_keeps_no_rental(vast: VastServer, tm
     (tmp_path / "file").write_text("")
     said: list[str] = []
     assert on_vast(vast.url).end("destroy", tmp_path / "file", said.append).state == "taken"
-    assert any("cannot write down" in text for text in said)
+    assert any("cannot record the end" in text for text in said)
     vast.add_instance(12345)
     (tmp_path / ".rentals" / "vast-12345.json").mkdir(parents=True)
     assert on_vast(vast.url).end("stop", tmp_path, said.append).state == "taken"

@@ -118,7 +118,7 @@ def test_of_several_that_it_may_be_none_is_taken_and_nothing_else_is_rented(
     starter = on(runpod, tmp_path, [])
     runpod.relabel, runpod.hide_env = LABELS["dropped"], True
     runpod.drop("POST", "/v2/pods")
-    when(starter, "looking whether", lambda: runpod.add_pod("theirs", name="", image=IMAGE))
+    when(starter, "checking whether", lambda: runpod.add_pod("theirs", name="", image=IMAGE))
     with pytest.raises(MachineError, match="pod1, theirs"):
         starter.rent()
     assert machines(runpod) == ["pod1", "theirs"]
@@ -138,7 +138,7 @@ def test_instances_of_others_are_not_taken_for_it(runpod: RunPodServer, tmp_path
         runpod.add_pod("another", name="", image="registry.example.org/other:1")
         runpod.add_pod("foreign", name="notebook")
 
-    when(starter, "looking whether", others)
+    when(starter, "checking whether", others)
     with pytest.raises(MachineError, match="no machine is offered"):
         starter.rent()
     assert starter.launch.instances == ()
@@ -160,7 +160,7 @@ def test_one_that_appears_late_is_destroyed_once_there_is_another(vast: VastServ
     assert vast.instances == {}
     assert starter.launch.pending == ()
     assert [(rented.id, rented.why) for rented in starter.launch.instances] == [
-        ("70001", "it was rented twice"),
+        ("70001", "this launch rented two machines"),
         ("70002", "gone"),
     ]
     assert [request.path.rstrip("/").rpartition("/")[2] for request in vast.asked("DELETE")] == ["70001"]
@@ -401,7 +401,7 @@ def test_destroying_goes_on_until_it_is_gone(server: VastServer | RunPodServer, 
     assert starter.launch.left == ()
     assert f"destroyed instance {id}: destroyed by hand" in said
     if fault in ("500", "lingers"):
-        assert any(f"{id} COULD NOT BE DESTROYED and bills on" in text for text in said)
+        assert any(f"{id} COULD NOT BE DESTROYED and BILLS ON" in text for text in said)
 
 
 def test_destroying_of_a_label_destroys_all_of_it(vast: VastServer, tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_destroying_ends_with_a_line_where_it_is_cut_off(vast: VastServer, tmp_p
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert "BILLING ON: 9; end it at https://console.vast.ai" in said.splitlines()[-1]
+    assert "MAY BILL ON: 9; end it at https://console.vast.ai" in said.splitlines()[-1]
 
 
 def test_no_such_instance_is_believed_after_a_while(vast: VastServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,7 +449,7 @@ def test_no_such_instance_is_believed_after_a_while(vast: VastServer, monkeypatc
     market = open_market("vast", said.append, env=env_of(vast), patience=QUICK)
     young = Termination(market, "5", said.append, rented=time.time(), pause=0.05, longest=0.05)
     assert not young.insist(0.3)
-    assert any("does not show instance 5 yet" in text for text in said)
+    assert any("does not list instance 5 yet" in text for text in said)
     monkeypatch.setattr(ending, "APPEAR_SECONDS", 0.1)
     assert young.insist(5.0)
     assert Termination(market, "5", said.append).press()

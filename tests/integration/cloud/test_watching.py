@@ -62,7 +62,7 @@ def test_an_outbid_instance_is_destroyed_and_replaced(vast: VastServer, tmp_path
     kept = find_launch(tmp_path / "launches", "abliterate-test", "vast")
     assert kept is not None
     assert [(rented.id, rented.why) for rented in kept.launch.instances] == [
-        ("70001", "it was outbid"),
+        ("70001", "the instance was outbid"),
         ("70002", "gone"),
     ]
 
@@ -138,7 +138,10 @@ def test_an_instance_that_cannot_be_destroyed_is_shouted_about(vast: VastServer,
     assert vast.instances == {}
     assert broken.hits > 4
     assert any("70001 COULD NOT BE DESTROYED" in text and "console.vast.ai" in text for text in said)
-    assert [(rented.why, rented.ending) for rented in starter.launch.instances] == [("it was outbid", ""), ("gone", "")]
+    assert [(rented.why, rented.ending) for rented in starter.launch.instances] == [
+        ("the instance was outbid", ""),
+        ("gone", ""),
+    ]
 
 
 def test_a_platform_out_of_reach_is_waited_for(vast: VastServer, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_set_s_own_keys_override_its_spec() -> None:
 
 @pytest.mark.parametrize(
     ("split", "message"),
-    [("train[:10%]", "no split that can be streamed"), ("train[5:5]", "is empty"), ("train[-3:]", "streamed")],
+    [("train[:10%]", "not a split that can be streamed"), ("train[5:5]", "is empty"), ("train[-3:]", "streamed")],
 )
 def test_splits_that_cannot_be_streamed_are_refused(split: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -171,7 +171,7 @@ def test_tables_beside_plain_files_are_named_where_they_are_left_out(files: Path
     said: list[str] = []
     found = read_prompts(settings(f"{files}/folder"), said.append)
     assert [prompt.user for prompt in found] == ["sooner", "later"]
-    assert f"warning: {files}/folder: not read: more.csv; name a file to read it" in said
+    assert f"warning: {files}/folder: not read: more.csv; to read a file, name it" in said
 
 
 def test_prompts_are_cleaned_cut_wrapped_and_overlaps_are_told(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_prompts_are_cleaned_cut_wrapped_and_overlaps_are_told(tmp_path: Path) -
     assert len(prompts.bad_search) == len(prompts.bad_report) == 2
     assert not {p.user for p in prompts.bad_search} & {p.user for p in prompts.bad_report}
     assert overlaps(prompts) == [
-        "1 of 2 of bad_prompts are also among the bad evaluation prompts: figures on them flatter"
+        "1 of 2 of bad_prompts are also among the bad evaluation prompts: figures on them flatter the edit"
     ]
     assert any(line.startswith("warning: 1 of 2 of bad_prompts") for line in said)
     assert f"good_prompts: file {tmp_path}/good.txt, all rows from 0 on: 2 prompts" in said
@@ -242,8 +242,8 @@ def test_report_prompts_are_held_out_only_where_neither_direction_nor_search_use
 def test_overlaps_are_told_whatever_the_letters_and_for_all_sets_of_the_direction(tmp_path: Path) -> None:
     sets = {"bad_report": "hex.\nHelp.", "helpfulness": "Help.", "unhelpfulness": "Web.\nNet."}
     assert overlaps(_loaded(tmp_path, [ORTHOGONAL], **sets)) == [
-        "1 of 2 of bad_prompts are also among the bad evaluation prompts: figures on them flatter",
-        "1 of 3 of the prompts to orthogonalize against are also among the report's: figures on them flatter",
+        "1 of 2 of bad_prompts are also among the bad evaluation prompts: figures on them flatter the edit",
+        "1 of 3 of the prompts to orthogonalize against are also among the report's: figures on them flatter the edit",
     ]
 
 
@@ -374,7 +374,7 @@ def test_what_cannot_be_had_is_told_with_the_remedy(ask: Any) -> None:
         ("kitchen/napkins#test[:5]/ask", "no split test", "train"),
         ("kitchen/napkins@v9#train[:5]", "no such revision"),
         ("kitchen/absent#train[:5]", "not on the Hub"),
-        ("kitchen/private#train[:5]", "not on the Hub, or not for this token"),
+        ("kitchen/private#train[:5]", "not on the Hub, or this token may not read it"),
         ("kitchen/gated#train[:5]", "access to dataset kitchen/gated has not been granted", "terms"),
     )
     for (_, *parts), found in zip(told, ask(*(spec for spec, *_ in told)), strict=True):
@@ -390,7 +390,7 @@ def test_whatever_the_library_makes_of_a_dataset_is_one_line(ask: Any) -> None:
         ("kitchen/uneven", "different columns", "give one of its files"),
         ("kitchen/tomorrow#train[:5]", "dataset kitchen/tomorrow cannot be read", "kitchen/tomorrow@refs"),
         ("kitchen/broken#train[:5]", "dataset kitchen/broken cannot be read", "JSON"),
-        ("kitchen/nothing#train[:5]", "no files that can be read"),
+        ("kitchen/nothing#train[:5]", "no readable files"),
     )
     for (_, *parts), found in zip(told, ask(*(spec for spec, *_ in told)), strict=True):
         assert found.get("code") == 3, found

@@ -214,4 +214,4 @@ def test_prompts_that_do_not_differ_are_told(job: Job) -> None:
 def test_a_full_disk_costs_the_cache_and_not_the_job(job: Job, tmp_path: Path) -> None:
     (job.folder.path / "residuals").write_text("a file where the folder ought to be")
     assert job.find().size == 1
-    assert any("residuals are not kept" in event["message"] for event in read_events(job.folder.events_file))
+    assert any("residuals are not stored" in event["message"] for event in read_events(job.folder.events_file))

@@ -256,7 +256,7 @@ def test_edits_cannot_be_applied_to_the_wrong_rows_or_after_others(random_model_
             pass
         with pytest.raises(ValueError, match="2 rows with the trials of 1"):
             first_logits(model, [[7, 8, 9]] * 2, RowTrials(torch.zeros(1, dtype=torch.long), former))
-        with bound, pytest.raises(RuntimeError, match="is being edited"):
+        with bound, pytest.raises(RuntimeError, match="is still running"):
             intervention.activate(EDITS)
         with pytest.raises(ZeroDivisionError), bound:
             raise ZeroDivisionError
@@ -265,7 +265,7 @@ def test_edits_cannot_be_applied_to_the_wrong_rows_or_after_others(random_model_
             edited = first_logits(model, [[7, 8, 9]])
         assert not torch.equal(edited, before)
         intervention.activate(EDITS[1:])
-        with pytest.raises(RuntimeError, match="activated since"), bound:
+        with pytest.raises(RuntimeError, match="active now"), bound:
             pass
 
 

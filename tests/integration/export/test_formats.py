@@ -109,7 +109,7 @@ def test_an_edit_file_whose_strengths_do_not_fit_its_directions_is_refused(
     for number, other in enumerate((outside, edit.parameters.model_copy(update={"layer_strengths": fewer}))):
         folder = tmp_path / str(number)
         made = made_from(format="directions", edit=other)
-        with pytest.raises(UsageError, match="is no edit"):
+        with pytest.raises(UsageError, match="is not an edit"):
             write_edit_file(folder, random_model_folder, base.architecture, edit, made)
 
 
@@ -159,7 +159,7 @@ def test_an_edit_file_is_applied_to_its_own_model_only(random_model_folder: Path
     assert not (tmp_path / "out").exists()
     for contents in (b"", b"no tensors", (random_model_folder / "config.json").read_bytes(), shard.read_bytes()):
         (tmp_path / "wrong").write_bytes(contents)
-        with pytest.raises(UsageError, match="is no edit"):
+        with pytest.raises(UsageError, match="is not an edit"):
             apply_edit(random_model_folder, tmp_path / "wrong", tmp_path / "out", lambda _: None)
     with pytest.raises(UsageError, match="there is no file"):
         apply_edit(random_model_folder, tmp_path / "nothing", tmp_path / "out", lambda _: None)
@@ -176,7 +176,7 @@ def test_a_finished_job_is_exported_in_every_format_and_made_again(
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
     told = abliterate(*arguments, "--export-format", "adapter").check()
     assert (job / "export").resolve().name == f"{merged.name}-adapter"
-    assert "40 answers equal the measured ones" in told.err
+    assert "40 of 40 answers match" in told.err
     exported = Path(abliterate("export", "--workspace", workspace, "--format", "directions").check().out.strip())
     assert exported.name == f"{merged.name}-directions"
     abliterate("apply", organism / "model", exported / EDIT_FILE, tmp_path / "applied").check()
@@ -251,12 +251,12 @@ def test_a_reproduction_from_other_things_is_refused_or_found_different(
 
     expected, text = 1, "are not the original's"
     reproduce(original.model_copy(update={"weights": {"model.safetensors": "0" * 64}}))
-    expected, text = 2, "bad_prompts are not those"
+    expected, text = 2, "bad_prompts differ from those"
     reproduce(original, "--bad-prompts", str(organism / "good_train.txt"))
-    expected, text = 2, "the model is not the one"
+    expected, text = 2, "the model differs"
     reproduce(original.model_copy(update={"model": {"sha256": "1" * 64}}))
     file.write_text("{}")
-    abliterate(*arguments, file).fails(2, "is no reproduce.json")
+    abliterate(*arguments, file).fails(2, "is not a reproduce.json")
     abliterate(*arguments, tmp_path / "nothing.json").fails(2, "cannot read")
 
 
@@ -283,7 +283,7 @@ def test_gates_keep_a_result_from_being_delivered(organism: Path, finished: Path
     # One edit with almost no effect.
     one = ("--seed", 5, "--trials", 1, "--set", "search.known_points=false")
     poor = ["run", *job_arguments(organism), "--workspace", workspace, *one]
-    abliterate(*poor, *to, "--max-refusals", "10").fails(5, "max_refusals is 10", "nothing was delivered")
+    abliterate(*poor, *to, "--max-refusals", "10").fails(5, "max_refusals is 10", "not delivered")
     figures = json.loads((only_job(workspace) / "figures" / "base.json").read_text())
     assert figures["refusals"] == 20
     assert not target.exists()
@@ -319,7 +319,7 @@ def test_a_job_is_resumed_and_delivered_from_its_folder_alone(organism: Path, fi
     blocked = f"file://{tmp_path}/file/below"
     result = abliterate("resume", "--workspace", workspace, "--upload", blocked)
     result.fails(6, "cannot write")
-    command = re.search(r"to go on with the delivery: abliterate (.+)", result.err)
+    command = re.search(r"to continue the delivery, run: abliterate (.+)", result.err)
     assert command is not None
     (tmp_path / "file").unlink()
     abliterate(*command[1].split()).check()
@@ -334,7 +334,7 @@ def test_a_job_is_not_continued_with_another_model(organism: Path, finished: Pat
     (other / "generation_config.json").write_text("{}")
     record = only_job(workspace) / "job.json"
     record.write_text(record.read_text().replace(str(organism / "model"), str(other)))
-    abliterate("resume", "--workspace", workspace, "--trials", 22).fails(2, "no longer what it was")
+    abliterate("resume", "--workspace", workspace, "--trials", 22).fails(2, "has changed")
     export = only_job(workspace) / "exports"
     shutil.rmtree(export)
-    abliterate("export", "--workspace", workspace).fails(2, "no longer what it was")
+    abliterate("export", "--workspace", workspace).fails(2, "has changed")

@@ -115,7 +115,7 @@ def test_verification_finds_a_single_wrong_bit(random_model_folder: Path, tmp_pa
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(ExportMismatchError, match=r"tensor .* is not what it should be"):
+    with pytest.raises(ExportMismatchError, match=r"tensor .* does not hold what was written"):
         verify_written(random_model_folder, tmp_path, architecture, edit)
 
 

@@ -183,7 +183,7 @@ def damage(job: FinishedJob, kind: str, tmp_path: Path) -> str:
         return "does not hold job"
     if kind == "head torn":
         (mirror / "head.json").write_bytes((mirror / "head.json").read_bytes()[:200])
-        return "is torn"
+        return "is inconsistent"
     if kind == "object missing":
         objects[0].unlink()
         return "missing"
@@ -191,7 +191,7 @@ def damage(job: FinishedJob, kind: str, tmp_path: Path) -> str:
         data = bytearray(objects[-1].read_bytes() or b" ")
         data[0] ^= 1
         objects[-1].write_bytes(data)
-        return "not what they were"
+        return "not match their hash"
     if kind == "snapshot empty":
         (mirror / "head.json").write_text(json.dumps({**head, "files": {}}))
         return "no snapshot"
@@ -227,7 +227,7 @@ def test_what_is_not_found_elsewhere_now_is_not_destroyed(
     found, said = end(job, vast, monkeypatch)
     assert found == ["PUT"], said
     assert vast.instances[12345]["intended_status"] == "stopped"
-    assert "destroy was asked for" in said
+    assert "destroy was requested" in said
     assert said_of_it in said
 
 
@@ -260,7 +260,7 @@ def test_a_checkpoint_that_cannot_be_written_any_more_is_no_reason_to_lose_the_l
     objects.write_text("in the way")
     found, said = end(job, vast, monkeypatch)
     assert found == ["PUT"], said
-    assert "destroy was asked for" in said
+    assert "destroy was requested" in said
 
 
 def test_places_on_this_machine_do_not_count_unless_somebody_vouches_for_them(
@@ -283,7 +283,7 @@ def test_a_job_without_a_checkpoint_or_a_delivery_is_not_destroyed(
     Progress(mirrored.workspace, mirrored.folder)("trial", {})
     found, said = end(mirrored, vast, monkeypatch)
     assert found == ["PUT"], said
-    assert "delivered to no place off this machine" in said
+    assert "not delivered off this machine" in said
 
 
 @pytest.mark.parametrize("code", [1, 5, 6, -signal.SIGKILL])

@@ -208,7 +208,7 @@ def test_a_layer_that_is_missing_or_damaged_is_a_torn_mirror(place: Place, tmp_p
     layers = place.head()["files"]["study.db"]["layers"]
     assert len(layers) > 1
     whole = place.contents()[name := f"{JOB}/objects/{layers[-1]['object']}"]
-    for damage, said in ((whole[:-9], "not what they were"), (None, "are missing")):
+    for damage, said in ((whole[:-9], "not match their hash"), (None, "are missing")):
         place.put(name, damage)
         with pytest.raises(MirrorError, match=said):
             place.claim(tmp_path / "b" / JOB)
@@ -257,7 +257,7 @@ def test_a_study_that_is_lost_in_the_run_is_not_mirrored_over(file_place: Place,
     EMPTIED[damage](run.study_file)
     run.state_file.write_text("{}")
     claim.request()
-    wait_until(lambda: any("the checkpoint is left as it is" in line for line in said), str(said))
+    wait_until(lambda: any("the checkpoint is not overwritten" in line for line in said), str(said))
     claim.close(seconds=1.0)
     assert file_place.head()["generation"] == 1
     file_place.close()
@@ -368,6 +368,6 @@ def test_a_squash_that_fails_is_said_and_the_mirror_goes_on(
         add(claim, run, number)
     assert claim.close()
     store.close()
-    assert any("stays long" in line for line in said)
+    assert any("cannot squash" in line for line in said)
     hub_place.claim(tmp_path / "b" / JOB).close(final=False)
     assert len(trials_in(tmp_path / "b" / JOB / "study.db")) == 8

@@ -231,11 +231,11 @@ def test_a_file_is_sent_again_when_it_goes_back_to_what_it_was(place: Place, tmp
 
 DAMAGE: dict[str, Any] = {
     "a missing object": (lambda p: p.put(_object(p, "job.json"), None), "job.json are missing"),
-    "another object": (lambda p: p.put(_object(p, "residuals/good-1.safetensors"), b"x" * 99), "not what they were"),
+    "another object": (lambda p: p.put(_object(p, "residuals/good-1.safetensors"), b"x" * 99), "not match their hash"),
     "half a head": (lambda p: p.put(f"{JOB}/head.json", json.dumps(p.head()).encode()[:400]), "cannot be read"),
-    "a head without a lease": (lambda p: p.put(f"{JOB}/head.json", _without(p.head(), "lease")), "is not whole"),
+    "a head without a lease": (lambda p: p.put(f"{JOB}/head.json", _without(p.head(), "lease")), "is incomplete"),
     "no head": (lambda p: p.put(f"{JOB}/head.json", None), "holds something else"),
-    "somebody's head.json": (lambda p: p.put(f"{JOB}/head.json", b'{"version": 1}'), "is no checkpoint's"),
+    "somebody's head.json": (lambda p: p.put(f"{JOB}/head.json", b'{"version": 1}'), "is not from a checkpoint"),
     "a newer version": (lambda p: p.change_head(version=3), "another version"),
     "another job's": (lambda p: p.change_head(job_id="beefbeefbeef"), "belongs to job beefbeefbeef"),
     "another identity": (lambda p: p.change_head(identity={"seed": 8}), "another job"),
@@ -271,7 +271,7 @@ DAMAGE |= {
         lambda p: _claiming(p, "job.json", size=1 << 40),
         "1048576 MiB for job.json, which may have 128",
     ),
-    "a study that claims too much": (lambda p: _claiming(p, "study.db", size=1 << 40), "which may have 2048"),
+    "a study that claims too much": (lambda p: _claiming(p, "study.db", size=1 << 40), "which may have at most 2048"),
     "a layer that claims too much": (
         lambda p: _claiming(p, "events.jsonl", object=None, layers=[_entry(p, "events.jsonl") | {"size": 3 << 20}]),
         "3 MiB for events.jsonl, which may have 2",

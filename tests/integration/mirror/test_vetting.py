@@ -218,8 +218,8 @@ def test_a_reproduce_json_runs_no_code(hub: LoopbackHub, tmp_path: Path) -> None
     file.write_text(reproduction_of(hub, "evil/soup", loading=hostile, upload=["file:///x"]).model_dump_json())
     refused = run_again(hub, file, tmp_path)
     refused.fails(3, f"{TRUST}=true")
-    assert f"not taken from {file}" in refused.err
-    assert TRUST in refused.err.partition("not taken from")[2].splitlines()[0]
+    assert f"not read from {file}" in refused.err
+    assert TRUST in refused.err.partition("not read from")[2].splitlines()[0]
     assert not list(tmp_path.rglob("*.ran"))
 
 
@@ -315,7 +315,7 @@ def test_names_and_sizes_that_no_export_has_are_refused(tmp_path: Path, changes:
     file.write_text(json.dumps(plain))
     read_reproduction(file)
     file.write_text(json.dumps(merged(plain, changes) if "prompts" in changes else {**plain, **changes}))
-    with pytest.raises(UsageError, match="is no reproduce") as refused:
+    with pytest.raises(UsageError, match="is not a reproduce") as refused:
         read_reproduction(file)
     assert "\x1b" not in refused.value.line
 
@@ -335,7 +335,7 @@ def test_a_checkpoint_whose_settings_were_changed_runs_no_code(hub: LoopbackHub,
     changed = {"settings": merged(record.settings, evil), "model_commit": hub.repo("model", "evil/soup").sha}
     uri = mirror_of(tmp_path / "mirror", record.model_copy(update=changed), tmp_path / "made")
     refused = resume(hub, uri, tmp_path, command=command)
-    refused.fails(6, "not those of its identity: loading.device, model")
+    refused.fails(6, "differ from its identity: loading.device, model")
     assert not list(tmp_path.rglob("*.ran"))
     assert not list((tmp_path / "runs").glob("*/job.json"))
 

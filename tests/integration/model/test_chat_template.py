@@ -51,15 +51,15 @@ LOOP, END = "{% for a in range(99999) %}", "{% endfor %}"
 FOREVER = f"{LOOP}{LOOP}{LOOP}{END}{END}{END}"
 DOUBLING = "{% set ns = namespace(x='xx') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
 HOSTILE = {
-    "loops": (FOREVER, "s of a processor"),
-    "one operation without end": ("{{ 9 ** (9 ** 9) }}", "s of a processor|MiB of memory"),
+    "loops": (FOREVER, "s of processor time"),
+    "one operation without end": ("{{ 9 ** (9 ** 9) }}", "s of processor time|MiB of memory"),
     "doubled text": (DOUBLING, "MiB of memory"),
     "doubled list": (DOUBLING.replace("'xx'", "[1]").replace("~", "+"), "MiB of memory"),
     "one large text": ("{{ ('a' * 10 ** 10) | length }}", "MiB of memory"),
     "padding": ("{{ '%09999999999d' % 1 }}", "MiB of memory|refuses a conversation"),
     "large range": ("{% for i in range(10 ** 9) %}a{% endfor %}", "OverflowError: Range too big"),
     "much text": ("{{ 'a' * (5 * 10 ** 7) }}", "writes more than 4"),
-    "recursion": ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "calls itself without end|crashes"),
+    "recursion": ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "recurses without end|crashes"),
     "deep brackets": ("{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}", "without end|crashes|MiB of memory|refuses"),
     "complaint": ("{{ raise_exception('no kettles') }}", "refuses a conversation: no kettles"),
     "fault": ("{{ 1 // 0 }}", "ZeroDivisionError"),
@@ -238,7 +238,7 @@ def test_preflight_refuses_a_template_before_anything_renders_it(job: list[str],
     file.write_text("{% if 'bad kettle number 23' in messages[0].content %}" + FOREVER + "{% endif %}" + own)
     begin = time.monotonic()
     refused = abliterate("run", *job)
-    refused.fails(3, "preflight: model.template", "s of a processor", "chat_template.jinja")
+    refused.fails(3, "preflight: model.template", "s of processor time", "chat_template.jinja")
     assert time.monotonic() - begin < 120
     found = abliterate("preflight", *job, "--json")
     assert found.code == 3

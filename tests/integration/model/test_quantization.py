@@ -224,7 +224,7 @@ def test_other_ways_of_quantising_are_refused_from_the_configuration_alone(metho
     found = inspection(tmp_path)
     assert not found["supported"]
     assert f"quantised with {method}" in found["reason"]
-    assert "use the unquantised model" in found["reason"]
+    assert "use the unquantised original" in found["reason"]
 
 
 def test_the_refusal_ends_the_commands_before_there_are_weights(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_the_refusal_ends_the_commands_before_there_are_weights(tmp_path: Path) 
     checks = {check["name"]: check for check in json.loads(told.out)["checks"]}
     assert told.code == 3
     assert "files quantised with gptq cannot be edited" in checks["model.architecture"]["measured"]
-    assert "use the unquantised model" in checks["model.architecture"]["remedy"]
+    assert "use the unquantised original" in checks["model.architecture"]["remedy"]
 
 
 def test_what_config_and_headers_say_has_to_go_together(tmp_path: Path) -> None:
@@ -259,12 +259,12 @@ def test_what_config_and_headers_say_has_to_go_together(tmp_path: Path) -> None:
         quantisation_in(tmp_path)
     eight, four_bits = Quantisation("fp8", (128, 128)), Quantisation("mxfp4")
     for quantisation, headers, match in [
-        (eight, {"a.weight": ("F8_E4M3", (4, 4))}, "scales of a.weight are not there"),
+        (eight, {"a.weight": ("F8_E4M3", (4, 4))}, "scales of a.weight are missing"),
         (eight, {"a.experts": ("F8_E4M3", (2, 4, 4)), "a.experts_scale_inv": ("F32", (2, 1, 1))}, "with 3 axes"),
         (eight, {"a.weight": ("I8", (4, 4)), "a.weight_scale_inv": ("F32", (1, 1))}, "stored as I8"),
-        (eight, {"a.weight": ("F8_E4M3", (5, 4)), "a.weight_scale_inv": ("F32", (2, 1))}, "do not go with scales"),
-        (four_bits, {"a_blocks": ("U8", (2, 4, 1, 16)), "a_scales": ("U8", (2, 4, 2))}, "not as gpt-oss has them"),
-        (four_bits, {"a_blocks": ("U8", (2, 4, 1, 16))}, "not as gpt-oss has them"),
+        (eight, {"a.weight": ("F8_E4M3", (5, 4)), "a.weight_scale_inv": ("F32", (2, 1))}, "do not match scales"),
+        (four_bits, {"a_blocks": ("U8", (2, 4, 1, 16)), "a_scales": ("U8", (2, 4, 2))}, "the layout of gpt-oss"),
+        (four_bits, {"a_blocks": ("U8", (2, 4, 1, 16))}, "the layout of gpt-oss"),
     ]:
         with pytest.raises(QuantisedSourceError, match=match):
             list(plain_tensors(quantisation, headers))

@@ -209,7 +209,7 @@ def test_a_device_that_is_not_there() -> None:
     check = compute_check(exercise("cuda:99", most_bytes=MIB, seconds=0.01))
     assert check.status == "fail"
     assert check.measured.startswith("cuda:99: ")
-    assert compute_check(Exercise(device="cuda:0", fault="3 words of memory did not keep")).status == "fail"
+    assert compute_check(Exercise(device="cuda:0", fault="3 words of memory lost")).status == "fail"
 
 
 STUB = Path(__file__).parents[2] / "fakes" / "stub_driver.c"

@@ -73,7 +73,7 @@ def test_a_package_without_the_file_is_told_from_none(tmp_path: Path, monkeypatc
 def test_a_damaged_file_gets_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     packages = installed(tmp_path / "packages", {"model.gguf": b"GGUF" + bytes(100)})
-    real_model(tmp_path / "new", packages=packages).fails(3, "model.gguf cannot be read", "install its package again")
+    real_model(tmp_path / "new", packages=packages).fails(3, "model.gguf cannot be read", "reinstall its package")
     assert not (tmp_path / "new").exists()
 
 
@@ -85,5 +85,5 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     (used / "thesis.txt").write_text("years of work")
     real_model(used, packages=packages).fails(2, "is not empty")
     assert [path.name for path in used.iterdir()] == ["thesis.txt"]
-    real_model(Path("."), packages=packages).fails(2, "not the one you are in")
+    real_model(Path("."), packages=packages).fails(2, "not the current one")
     real_model(Path("/proc/new"), packages=packages).fails(76, "cannot write /proc/new")

@@ -222,7 +222,7 @@ def test_detectors_of_other_packages_run_on_the_chosen_trial(organism: Path, nli
     export = (job / "export").resolve().name
     report = DetectorReport.model_validate_json((job / "figures" / f"{export}-detectors.json").read_text())
     assert report.failed.keys() == {"crashing", "mislabelling"}
-    assert "'maybe' is none of the labels" in report.failed["mislabelling"]
+    assert "'maybe' is not one of the labels" in report.failed["mislabelling"]
     counts = {(one.detector, one.model, one.prompts): one for one in report.counts}
     hexed = sum("hexed" in line for line in (organism / "bad_test.txt").read_text().splitlines())
     assert hexed

@@ -91,7 +91,7 @@ def test_trials_beyond_the_limit_are_not_made_to_answer(random_model_folder: Pat
         assert score.kl == expected.kl
         if expected.kl > limit:
             assert (score.skipped, score.refusals) == (True, 4)
-            assert "not made to answer" in str(score.reason)
+            assert "no answers were generated" in str(score.reason)
         else:
             assert (score.skipped, score.reason, score.refusals) == (False, None, expected.refusals)
             assert score.opening == pytest.approx(expected.opening, rel=1e-4)

@@ -245,7 +245,7 @@ def test_trials_that_did_not_answer_are_ordered_behind_all_that_did(tmp_path: Pa
     def evaluate(plans: Sequence[Plan]) -> Sequence[TrialScores]:
         found = [score(params) for params in plans[0].parameters]
         return [
-            TrialScores(refusals=100, kl=one.kl, reason="not made to answer", skipped=True)
+            TrialScores(refusals=100, kl=one.kl, reason="no answers were generated", skipped=True)
             if one.reason is None and one.kl > 0.01
             else one.model_copy(update={"opening": 30.0})
             for one in found

@@ -223,7 +223,7 @@ def test_a_mirror_without_locks_does_not_claim_to_be_fenced(
     said = line(probing)
     probing.communicate()
     assert said.startswith("False")
-    assert "a file stands in for them" in said
+    assert "lock files are used instead" in said
     # Still, they write one at a time.
     file_place.env = without
     run = write_folder(tmp_path / "a" / JOB)
@@ -252,7 +252,7 @@ def mount(points: list[Path], point: Path, *arguments: str) -> Path:
     return point
 
 
-FENCED = Proof("writing, locking and deleting work", fenced=True)
+FENCED = Proof("files can be written, locked and deleted", fenced=True)
 
 
 def test_two_mounts_of_one_place_share_its_locks(tmp_path: Path, mounts: list[Path]) -> None:
@@ -293,7 +293,7 @@ def test_a_place_that_other_machines_see_is_not_proven_from_one(
     monkeypatch.setattr(fencing, "read_mounts", lambda: table)
     proof = fencing.proven(FENCED, tmp_path / "mirror")
     assert not proof.fenced
-    assert "hold on other machines" in proof.quirks[0]
+    assert "work between machines" in proof.quirks[0]
 
 
 def test_a_lock_is_waited_for_and_no_longer_than_asked(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_a_job_is_tuned_once_and_the_next_one_on_the_model_remembers(organism: P
     workspace, again, by_hand = (tmp_path / name for name in ("runs", "again", "by-hand"))
     arguments = ["run", *job_arguments(organism), "--trials", "4"]
     first = abliterate(*arguments, "--workspace", workspace, "--tune", process=True).check()  # its memory is measured
-    assert "measuring which layout is fastest" in first.err
+    assert "measuring which batch size is fastest" in first.err
     tuned = [event for event in events(workspace) if event["event"] == "tuned"]
     assert len(tuned) == 1
     rows = tuned[0]["rows"]
@@ -261,8 +261,8 @@ def test_a_job_is_tuned_once_and_the_next_one_on_the_model_remembers(organism: P
     other = {**kept["layouts"][0], "about": {**kept["layouts"][0]["about"], "device": "another"}}
     (again / LAYOUTS).write_text(json.dumps({**kept, "layouts": [other, *kept["layouts"]]}))
     second = abliterate(*arguments, "--workspace", again, "--seed", 1, "--tune").check()
-    assert "48 rows a forward, as once measured for this model and device" in second.err
-    assert "measuring which layout" not in second.err
+    assert "48 rows per forward pass, as measured earlier for this model and device" in second.err
+    assert "measuring which batch size" not in second.err
     assert layout(again)["rows"] == 48
 
 
@@ -271,14 +271,14 @@ def test_a_file_of_layouts_that_is_not_ours_costs_a_warning(organism: Path, tmp_
     (tmp_path / LAYOUTS).write_text("some notes")
     arguments = [*job_arguments(organism), "--workspace", tmp_path, "--trials", "1", "--set", "trials_per_batch=1"]
     told = abliterate("run", *arguments, "--tune").check().err
-    assert f"warning: {tmp_path / LAYOUTS} is not one of ours or unreadable" in told
-    assert "rows a forward; seconds a trial:" in told
+    assert f"warning: {tmp_path / LAYOUTS} is unreadable or of another program" in told
+    assert "rows per forward pass; seconds per trial:" in told
     assert (tmp_path / LAYOUTS).read_text() == "some notes"
 
 
 def test_tuning_does_not_go_together_with_rows_by_hand(random_model_folder: Path, tmp_path: Path) -> None:
     arguments = ["run", random_model_folder, "--workspace", tmp_path / "runs", "--tune", "--set", "batching.rows=64"]
-    abliterate(*arguments).fails(2, "tune does not go together with batching.rows = 64", "leave one of them out")
+    abliterate(*arguments).fails(2, "batching.rows = 64 is set", "leave out one of them")
     shown = abliterate("config", "show", ABLITERATE_TUNE="true").check().out
     assert "tune = true  # environment" in shown
 

@@ -163,7 +163,7 @@ def test_no_room_for_the_jobs_data_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     }
     with RayCluster(**full) as cluster:
         for engine in connected(cluster, monkeypatch):
-            with pytest.raises(MachineError, match="no room for the job's data"):
+            with pytest.raises(MachineError, match="no memory left for the job's data"):
                 engine.open(Doing(ballast=os.urandom(200_000_000)))
 
 
@@ -211,7 +211,7 @@ def test_a_cluster_of_this_machine_alone_is_started_listens_on_loopback_and_ends
 def test_an_address_that_is_none_or_where_nothing_answers_is_told_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(UsageError, match="no address of a Ray cluster"):
+    with pytest.raises(UsageError, match="not the address of a Ray cluster"):
         reached_cluster("nowhere")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

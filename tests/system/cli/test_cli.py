@@ -233,4 +233,4 @@ def test_a_job_of_a_former_version_is_gone_on_with_and_one_of_a_later_version_is
     assert "nothing to do" in abliterate("resume", "--workspace", workspace).check().err
     record["settings"]["invented_later"] = 1
     file.write_text(json.dumps(record))
-    abliterate("resume", "--workspace", workspace).fails(2, "not this version's", "go on with the version that began")
+    abliterate("resume", "--workspace", workspace).fails(2, "cannot read the settings", "continue with the version")

@@ -73,7 +73,7 @@ def test_a_damaged_study_without_a_backup_is_a_clear_stop(tmp_path: Path) -> Non
     Runs().run(file, 4, 4)
     file.with_name(BACKUP).write_bytes(b"torn")
     file.write_bytes(os.urandom(20_000))
-    with pytest.raises(JobError, match="is damaged and there is no backup"):
+    with pytest.raises(JobError, match="is damaged and has no backup"):
         restore_if_damaged(file)
     assert file.exists()
 
@@ -86,7 +86,7 @@ def test_an_emptied_study_without_a_backup_is_a_new_one_only_if_no_trial_was_tol
     if not told:
         assert restore_if_damaged(file) is None
         return
-    with pytest.raises(JobError, match="is damaged and there is no backup"):
+    with pytest.raises(JobError, match="is damaged and has no backup"):
         restore_if_damaged(file)
 
 

@@ -52,7 +52,7 @@ def test_preflight_says_what_will_not_survive_a_destroyed_machine(
     assert "the result" in found["rental.survival"]["measured"]
     assert "--checkpoint" in found["rental.survival"]["measured"]
     assert (found["rental.end"]["status"], found["rental.checkpoint"]["status"]) == ("ok", "warn")
-    assert "all is lost" in found["rental.checkpoint"]["measured"]
+    assert "everything is lost" in found["rental.checkpoint"]["measured"]
     # The cost uses the platform's own price.
     assert "at $3.60 an hour" in found["estimate.cost"]["measured"]
     code, found = checks(*job, "--when-done", "stop", "--price", "1", **rented(vast))
@@ -86,7 +86,7 @@ def test_a_key_that_cannot_read_the_instance_and_a_machine_that_is_no_rental(job
     assert "another-key" not in json.dumps(found)
     code, found = checks(*job, "--when-failed", "stop")
     assert (code, found["rental.end"]["status"]) == (76, "fail")
-    assert "no rented machine" in found["rental.end"]["measured"]
+    assert "not a known rental" in found["rental.end"]["measured"]
     code, found = checks(*job)
     assert (code, any(name.startswith("rental") for name in found)) == (0, False)
 
@@ -192,7 +192,7 @@ def test_a_pod_is_destroyed_after_the_delivery(organism: Path, finished: Path, t
         target = ("--upload", (tmp_path / "out").as_uri(), "--when-done", "destroy")
         # Only the delivery is left, so nothing was checked before: all is on this machine.
         told = abliterate(*arguments, *target, **env).check()
-        assert "destroy was asked for" in told.err
+        assert "destroy was requested" in told.err
         assert (len(runpod.asked("DELETE")), len(runpod.asked("POST", "abc123"))) == (0, 1)
         # The user vouches for places that survive it.
         places = ("--checkpoint", (tmp_path / "mirror").as_uri(), "--allow", "rental.survival")

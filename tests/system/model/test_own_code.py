@@ -44,7 +44,7 @@ def test_a_models_own_code_is_run_only_where_it_is_trusted(organism: Path, tmp_p
     inspected = abliterate("inspect", model, "--json", "--trust-remote-code", **home).check()
     assert json.loads(inspected.out)["model_type"] == "kitchen"
     ended = abliterate(*arguments, "--set", "loading.trust_remote_code=true", **home).check()
-    assert "answers equal the measured ones" in ended.err
+    assert "answers match" in ended.err
     assert list(tmp_path.rglob("*.ran"))
     export = only_job(tmp_path / "runs") / "export"
     assert (export / "modeling_kitchen.py").read_text() == CODE

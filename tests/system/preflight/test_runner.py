@@ -365,7 +365,7 @@ def test_every_check_can_be_allowed_by_name_and_nothing_else(check: Any, random_
     code, found = check("--max-hours", "0.0000001", "--allow", "estimate.time")
     assert (code, found["estimate.time"]["status"]) == (0, "fail")
     wrong = abliterate("preflight", random_model_folder, "--allow", "estimate.tme")
-    wrong.fails(2, "no check of that name", "did you mean estimate.time?")
+    wrong.fails(2, "no check has that name", "did you mean estimate.time?")
 
 
 def test_a_job_that_is_held_at_its_checkpoint_is_told(organism: Path, tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def test_settings_that_cannot_go_together(random_model_folder: Path) -> None:
         "--set",
         "ablation.row_normalization=full",
     )
-    result.fails(2, "does not go together", "row_normalization")
+    result.fails(2, "cannot be combined", "row_normalization")
 
 
 def test_save_file_is_what_headers_are_read_from(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_credential_with_stray_characters_is_named_by_its_variable(
     checked, ran = abliterate("preflight", *words, "--json", **surroundings), abliterate("run", *words, **surroundings)
     assert (checked.code, ran.code) == (3, 3), ran.err
     (target,) = [one for one in json.loads(checked.out)["checks"] if one["name"].startswith("target.")]
-    assert f"{name} holds {holds}, which is no part of a key or token" in target["measured"]
+    assert f"{name} holds {holds}, which cannot be part of a key or token" in target["measured"]
     assert f"{name} holds {holds}" in ran.err
     assert hub.requests == []
     assert not any(value.strip("\"'\r\n\u200b") in text for text in (checked.out, checked.err, ran.out, ran.err))

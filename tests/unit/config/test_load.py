@@ -153,7 +153,7 @@ def test_broken_and_missing_files(tmp_path: Path) -> None:
         load(toml(tmp_path, "trials = ="))
     with pytest.raises(UsageError, match="no settings file"):
         load(tmp_path / "absent.toml")
-    with pytest.raises(UsageError, match="model is not given"):
+    with pytest.raises(UsageError, match="model is not set"):
         load_settings({})
 
 

@@ -177,7 +177,7 @@ def test_a_model_that_no_card_takes() -> None:
     found = plan(vast, parse_on("8xH200"), WORK.model_copy(update={"quantise": False}))
     assert isinstance(found, Refusal)
     assert found.would_do == ()
-    assert "no set of cards" in memory_check(found).remedy
+    assert "no set of GPUs" in memory_check(found).remedy
 
 
 def test_like_machines_get_like_plans() -> None:

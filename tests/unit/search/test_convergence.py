@@ -34,10 +34,10 @@ CONVERGED = [(90, 0.0), (10, 0.1), (0, 0.2), (50, 0.05), None, (12, 0.1), (40, 0
         (CONVERGED, None),
         (CONVERGED[:5], None),
         ([None] * 9, None),
-        ([*CONVERGED[:6], (0, 0.1), (0, 0.05), (0, 0.01)], "not converged: its last third has added 7 %"),
-        ([(100, 0.5)] * 6 + [(100, 0.5), (3, 0.1), None], "not converged: its last third has added 100 %"),
+        ([*CONVERGED[:6], (0, 0.1), (0, 0.05), (0, 0.01)], "not converged: its last third added 7 %"),
+        ([(100, 0.5)] * 6 + [(100, 0.5), (3, 0.1), None], "not converged: its last third added 100 %"),
         ([(2, 0.1) for number in range(9)], None),
-        ([(97, 0.1 * number) for number in range(9)], "flat: every edit that was tried leaves 97 of 100"),
+        ([(97, 0.1 * number) for number in range(9)], "flat: every edit leaves 97 of 100"),
     ],
 )
 def test_a_doubtful_search_is_told(measured: list[tuple[int, float] | None], word: str | None) -> None:
@@ -58,6 +58,6 @@ def test_an_edit_without_effect_and_one_that_damages_are_told() -> None:
     (idle,) = effect_warnings(before, figures(48, 0))
     assert "50 of 50 prompts with the behaviour went unanswered before, 48 of 50 after" in idle
     assert [warning.split(":")[0] for warning in effect_warnings(before, figures(50, 40))] == [
-        "the edit has no effect that could be told from chance",
+        "the edit has no effect that differs from chance",
         "the edited model is damaged",
     ]

@@ -165,7 +165,7 @@ def test_a_lost_workers_task_goes_to_another_and_the_worker_is_replaced(tmp_path
         assert len(engine.started) == 2
     told = [json.loads(line) for line in log.read_text().splitlines()]
     (loss,) = [event for event in told if event["event"] == "worker_lost"]
-    assert loss["message"] == "warning: worker 1 has died (exit code -9); another takes its place"
+    assert loss["message"] == "warning: worker 1 has died (exit code -9); a new worker replaces it"
     assert [event["event"] for event in told].count("worker_started") == 2
 
 
@@ -266,7 +266,7 @@ def test_other_hardware_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
     with opened(ThreadEngine(helps, hardware="slide rule")) as executor:
         executor.evaluate([1, 2], lambda task: began.wait() and task)
-    assert "warning: worker 1 is ready, on slide rule, where this process has abacus" in capsys.readouterr().err
+    assert "warning: worker 1 is ready, on slide rule, but this process has abacus" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("slowest", "limit"), [(None, None), (0.1, 120.0), (60.0, 1200.0)])
