@@ -90,6 +90,7 @@ PARTS = {
                 "job/workers/local.py",
                 "job/system/signals.py",
                 "job/export/merged.py",
+                "job/gradient/*.py",
             ),
             *("job/generation/stop_markers.py", "job/mirror/*.py", "job/transfer/**/*.py", "job/upload/**/*.py"),
         ),
@@ -98,6 +99,7 @@ PARTS = {
             "job/stages/*.py",
             "job/lifecycle/*.py",
             "tests/helpers.py",
+            "tests/system/stages/test_gradient.py",
             "tests/system/test_run.py",
         ),
         packages=("optuna", "sqlalchemy", "safetensors"),
@@ -112,6 +114,7 @@ PARTS = {
         (
             *("job/stages/workers.py", "job/stages/evaluation.py"),
             *("tests/fakes/ray_cluster.py", "tests/fakes/evaluations.py", "tests/*/workers/*.py"),
+            *("infra/slurm/ray.sbatch", "tests/integration/test_infra_ray.py"),
         ),
         ("ray",),
     ),

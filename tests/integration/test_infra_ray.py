@@ -173,6 +173,7 @@ def test_the_scripts_of_other_files_are_shell(tmp_path: Path) -> None:
         subprocess.run(["bash", "-n", "-c", script], check=True)
 
 
+@pytest.mark.full("workers")
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 @pytest.mark.skipif(sys.platform != "linux", reason="Slurm's nodes are Linux")

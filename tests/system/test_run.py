@@ -206,7 +206,7 @@ def test_other_settings_in_the_same_workspace_need_new(organism: Path, finished:
     assert len(list(finished.glob("*/job.json"))) == 1
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.full("kills")), 4])
 def test_kill_in_the_middle_of_trial_7_leaves_the_trials_of_an_uninterrupted_run(
     organism: Path, finished: Path, tmp_path: Path, batch: int
 ) -> None:

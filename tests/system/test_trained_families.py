@@ -12,7 +12,7 @@ from job.organism.world import TASKS
 from tests.helpers import abliterate, job_arguments, only_job, run_script
 
 # Norms between writers and the stream; experts, one by one in files and stacked in memory.
-FAMILIES = ("gemma2", "mixtral")
+FAMILIES = ("gemma2", pytest.param("mixtral", marks=pytest.mark.full("organisms")))
 ANSWERS = """
 import json, sys
 import torch

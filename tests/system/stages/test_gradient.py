@@ -84,7 +84,13 @@ def test_the_first_trials_are_the_stages_and_the_edit_goes_into_every_format(
     assert status["best"][0]["params"].keys() == trials[0].params.keys()
 
 
-@pytest.mark.parametrize("points", [["stage:search"], ["written:state.safetensors"] * 2, ["written:path.json"]])
+@pytest.mark.parametrize(
+    "points",
+    [
+        ["written:state.safetensors"] * 2,
+        *(pytest.param([point], marks=pytest.mark.full("kills")) for point in ("stage:search", "written:path.json")),
+    ],
+)
 def test_a_job_that_was_killed_while_it_descends_comes_to_the_same_bytes(
     organism: Path, found: Path, tmp_path: Path, points: list[str]
 ) -> None:

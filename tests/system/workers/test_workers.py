@@ -106,6 +106,7 @@ def test_workers_do_not_outlive_a_killed_run_which_goes_on_alone(
     assert finished_as_by_one_process(job, workspace, tmp_path / "alone")
 
 
+@pytest.mark.full("workers")
 @pytest.mark.slow
 @pytest.mark.xdist_group("workers")
 def test_what_is_asked_ahead_is_the_same_with_workers_and_after_a_kill(organism: Path, tmp_path: Path) -> None:
