@@ -119,7 +119,7 @@ def test_local_faults_are_told_in_one_line(files: Path) -> None:
         ("b.jsonl#train/text", "column text of .* does not exist among the columns ask, id .*holds text .ask."),
         ("b.jsonl#train/id", "holds int, not text"),
         ("bad.jsonl", "line 2"),
-        ("list.jsonl", "no object"),
+        ("list.jsonl", "not an object"),
         ("bad.parquet", "not a parquet file"),
         ("latin.txt", "not UTF-8"),
         ("splits", "no split train.*test"),
@@ -196,7 +196,7 @@ def test_prompts_are_cleaned_cut_wrapped_and_overlaps_are_told(tmp_path: Path) -
         "1 of 2 of bad_prompts are also among the bad evaluation prompts: figures on them flatter the edit"
     ]
     assert any(line.startswith("warning: 1 of 2 of bad_prompts") for line in said)
-    assert f"good_prompts: file {tmp_path}/good.txt, all rows from 0 on: 2 prompts" in said
+    assert f"good_prompts: file {tmp_path}/good.txt, all rows from 0: 2 prompts" in said
 
 
 def _loaded(folder: Path, named: Sequence[str] = (), **texts: str) -> PromptSets:
@@ -374,7 +374,7 @@ def test_what_cannot_be_had_is_told_with_the_remedy(ask: Any) -> None:
         ("kitchen/napkins#test[:5]/ask", "no split test", "train"),
         ("kitchen/napkins@v9#train[:5]", "no such revision"),
         ("kitchen/absent#train[:5]", "not on the Hub"),
-        ("kitchen/private#train[:5]", "not on the Hub, or this token may not read it"),
+        ("kitchen/private#train[:5]", "not on the Hub, or not for this token"),
         ("kitchen/gated#train[:5]", "access to dataset kitchen/gated has not been granted", "terms"),
     )
     for (_, *parts), found in zip(told, ask(*(spec for spec, *_ in told)), strict=True):

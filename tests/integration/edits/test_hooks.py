@@ -168,7 +168,7 @@ def test_learned_directions_that_are_not_there_or_of_another_size_are_refused(ra
     model = AutoModelForCausalLM.from_pretrained(random_model_folder).eval()
     architecture, basis = discover(model), basis_for(model)
     edit = edit_by_layer(basis, LearnedDirections(sha256="1" * 64, position=0.0), 0)
-    with pytest.raises(ValueError, match="no learned directions 111111111111"):
+    with pytest.raises(ValueError, match="no learned directions have the hash 111111111111"):
         Intervention(model, architecture, basis, "none").activate([edit])
     wide = path_for(wide_basis_for(model), 1)
     with pytest.raises(ValueError, match="3 directions in"):

@@ -314,7 +314,7 @@ def test_a_job_is_resumed_and_delivered_from_its_folder_alone(organism: Path, fi
     target = tmp_path / "other"
     abliterate("upload", "--workspace", workspace, "--trial", other, "--upload", target.as_uri()).check()
     assert read_reproduction(target / "reproduce.json").trial.number == other
-    abliterate("upload", "--workspace", workspace).fails(2, "no target")
+    abliterate("upload", "--workspace", workspace).fails(2, "no delivery target")
     (tmp_path / "file").write_text("in the way")
     blocked = f"file://{tmp_path}/file/below"
     result = abliterate("resume", "--workspace", workspace, "--upload", blocked)

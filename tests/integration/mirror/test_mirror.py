@@ -269,12 +269,12 @@ DAMAGE |= {
     "an empty file too large": (lambda p: _grown(p, _object(p, "report.html"), 1), "larger than its head.json says"),
     "a document that claims too much": (
         lambda p: _claiming(p, "job.json", size=1 << 40),
-        "1048576 MiB for job.json, which may have 128",
+        "1048576 MiB for job.json, which may have at most 128",
     ),
     "a study that claims too much": (lambda p: _claiming(p, "study.db", size=1 << 40), "which may have at most 2048"),
     "a layer that claims too much": (
         lambda p: _claiming(p, "events.jsonl", object=None, layers=[_entry(p, "events.jsonl") | {"size": 3 << 20}]),
-        "3 MiB for events.jsonl, which may have 2",
+        "3 MiB for events.jsonl, which may have at most 2",
     ),
 }
 
@@ -346,7 +346,7 @@ def test_a_snapshot_that_nobody_would_take_is_not_sent(
     claim.start()
     claim.request()
     assert not claim.close(seconds=2)
-    assert any("5 MiB for report.html, which may have 4" in line for line in said)
+    assert any("5 MiB for report.html, which may have at most 4" in line for line in said)
     assert file_place.head()["generation"] == 1  # the old contents are still valid
 
 

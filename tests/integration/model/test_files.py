@@ -153,7 +153,7 @@ def test_links_out_of_a_model_folder_are_refused(model: Path, name: str, use: Ca
     use(model)
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to(secret)
-    with pytest.raises(ImpossibleJobError, match=f"{name} is a link to a place outside of the model folder"):
+    with pytest.raises(ImpossibleJobError, match=f"{name} is a link to a place outside the model folder"):
         use(model)
 
 
@@ -192,7 +192,7 @@ def test_links_within_a_folder_and_the_hubs_cache_are_followed(model: Path, tmp_
     other.mkdir(parents=True)
     (other / "0").write_text("{}")
     (snapshot / "vocab.json").symlink_to(other / "0")
-    with pytest.raises(ImpossibleJobError, match="leads out"):
+    with pytest.raises(ImpossibleJobError, match="place outside"):
         refuse_links_out(snapshot)
 
 

@@ -122,5 +122,5 @@ def test_nothing_is_started_once_all_are_ended() -> None:
     engine = LocalEngine(nothing, 0)
     engine.open(Doing())
     engine.end()
-    with pytest.raises(WorkerLost, match="not needed"):
+    with pytest.raises(WorkerLost, match="no longer needed"):
         engine.start(1)
