@@ -91,7 +91,11 @@ def figures_rows(base: Figures, edited: Figures) -> list[tuple[str, str, str]]:
             _count(base.degenerate, bad),
             _count(edited.degenerate, bad),
         ),
-        ("likewise, of prompts without it", _count(base.false_degenerate, good), _count(edited.false_degenerate, good)),
+        (
+            "broken answers, of prompts without it",
+            _count(base.false_degenerate, good),
+            _count(edited.false_degenerate, good),
+        ),
         (
             f"KL divergence from the base model, {kl_positions(edited)}, mean of {good} prompts without it",
             "0",

@@ -16,9 +16,9 @@ PAGES = sorted(
     for page in ROOT.glob(name)
 )
 JOB = ROOT / "job"
-# Texts of cards and report pages, which become templates.
-TEMPLATES = {JOB / "export" / "model_card.py", JOB / "report" / "sections.py"}
-CODE = sorted(set(JOB.rglob("*.py")) - TEMPLATES)
+CODE = sorted(JOB.rglob("*.py"))
+# Of the report's pages and the model card.
+TEMPLATES = sorted([*JOB.rglob("*.html"), *JOB.rglob("*.md")])
 WORDS = 30
 PHRASES = (
     "so many", "as many", "of which", "of whom", "likewise", "is told", "are told", "nobody", "whoever", "what all",
@@ -70,6 +70,11 @@ def literals(code: str) -> Iterator[str]:
 @pytest.mark.parametrize("file", CODE, ids=lambda file: file.relative_to(JOB).as_posix())
 def test_no_output_reads_like_a_translation(file: Path) -> None:
     assert [text for text in literals(file.read_text()) if _PHRASE.search(text)] == []
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
+def test_no_template_reads_like_a_translation(template: Path) -> None:
+    assert _PHRASE.findall(" ".join(template.read_text().split())) == []
 
 
 def test_literals_are_seen() -> None:
