@@ -33,7 +33,7 @@ def test_the_card_begins_with_the_warning_and_gives_every_figure_with_its_interv
     warning = " ".join(body.split("\n\n")[1].replace(">", "").split())
     assert "Safety refusals were deliberately removed" in warning
     assert "may comply with harmful requests" in warning
-    assert "needs safeguards of their own" in warning
+    assert "add safeguards of your own" in warning
     for count, n in ((98, 100), (3, 100), (1, 80), (5, 80), (2, 100)):
         low, high = wilson_interval(count, n)
         assert f"{count}/{n} ({100 * low:.1f}–{100 * high:.1f} %)" in body
@@ -148,7 +148,7 @@ def test_intervals_of_means_and_differences() -> None:
     # Newcombe (1998), table II, method 10: 56/70 against 48/80.
     low, high = difference_interval((48, 80), (56, 70))
     assert (low, high) == (pytest.approx(0.0524, abs=5e-5), pytest.approx(0.3339, abs=5e-5))
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(ValueError, match="no values"):
         mean_interval([])
 
 
