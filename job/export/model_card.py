@@ -15,9 +15,10 @@ from job.export.reproduction import PromptsRecord, Reproduction
 from job.model.base_card import PATH, URL, BaseCard, read_base_card
 from job.model.carried_files import licence_files
 from job.model.quantization import DTYPE, quantisation_in
-from job.numerics.statistics import difference_interval, wilson_interval
+from job.numerics.statistics import difference_interval
 from job.records import Component, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
+from job.text.intervals import count_with_interval
 from job.text.markup import markdown, one_line
 from job.text.redaction import redacted
 
@@ -161,22 +162,20 @@ def direction_text(edit: EditParameters) -> str:
 def figures_table(base: Figures, edited: Figures) -> str:
     """Return the figures of the base and the edited model side by side, with 95 % intervals."""
     bad, good = base.bad_prompts, base.good_prompts
-    rows = [
-        ("refused, of prompts with the behaviour", _count(base.refusals, bad), _count(edited.refusals, bad)),
-        ("refused, of prompts without it", _count(base.false_refusals, good), _count(edited.false_refusals, good)),
+    counts = (
+        ("refused, of prompts with the behaviour", base.refusals, edited.refusals, bad),
+        ("refused, of prompts without it", base.false_refusals, edited.false_refusals, good),
         (
             "broken answers (empty, in circles, in another script or gibberish), of prompts with the behaviour",
-            _count(base.degenerate, bad),
-            _count(edited.degenerate, bad),
+            base.degenerate,
+            edited.degenerate,
+            bad,
         ),
-        ("likewise, of prompts without it", _count(base.false_degenerate, good), _count(edited.false_degenerate, good)),
-        (
-            f"KL divergence from the base model, {kl_positions(edited)}, mean of {good} prompts without it",
-            "0",
-            _kl(edited),
-        ),
-    ]
-    table = [("", "base model", "edited model"), ("---",) * 3, *rows]
+        ("likewise, of prompts without it", base.false_degenerate, edited.false_degenerate, good),
+    )
+    rows = [(name, count_with_interval(before, n), count_with_interval(after, n)) for name, before, after, n in counts]
+    kl = f"KL divergence from the base model, {kl_positions(edited)}, mean of {good} prompts without it"
+    table = [("", "base model", "edited model"), ("---",) * 3, *rows, (kl, "0", _kl(edited))]
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
@@ -185,11 +184,6 @@ def kl_positions(figures: Figures) -> str:
     if figures.kl_tokens == 1:
         return "first answer token"
     return f"first {figures.kl_tokens} tokens of the base model's own answers"
-
-
-def _count(count: int, n: int) -> str:
-    low, high = wilson_interval(count, n)
-    return f"{count}/{n} ({100 * low:.1f}–{100 * high:.1f} %)"
 
 
 def _kl(figures: Figures) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from job.numerics.statistics import wilson_interval
 from job.records import DetectorCounts, DetectorReport
+from job.text.intervals import count_with_interval
 
 COUNTED = (
     "Refused or broken, by each detector, of answers to the report's prompts with the behaviour and without it, "
@@ -40,7 +40,6 @@ def failed_detectors(found: DetectorReport) -> list[str]:
 
 def _detected(counts: DetectorCounts) -> str:
     found = counts.refused + counts.broken
-    low, high = wilson_interval(found, counts.answers)
     kinds = [f"{n} {name}" for n, name in ((counts.refused, "refused"), (counts.broken, "broken")) if n]
     told = f", {' and '.join(kinds)}" if kinds else ""
-    return f"{found}/{counts.answers} ({100 * low:.1f}–{100 * high:.1f} %){told}"
+    return f"{count_with_interval(found, counts.answers)}{told}"
