@@ -229,3 +229,5 @@ def test_a_job_of_a_former_version_is_gone_on_with_and_one_of_a_later_version_is
     record["settings"]["invented_later"] = 1
     file.write_text(json.dumps(record))
     abliterate("resume", "--workspace", workspace).fails(2, "not this version's", "go on with the version that began")
+    assert ", chosen" in abliterate("front", "--workspace", workspace).check().out
+    assert "was chosen" in abliterate("report", "--workspace", workspace).check().out
