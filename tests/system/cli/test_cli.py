@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from tests.helpers import COMMAND, UNMEASURED, abliterate, environment, only_job
 
@@ -31,11 +30,8 @@ def prompts(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def model(random_model_folder: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    shutil.copytree(random_model_folder, folder, ignore=shutil.ignore_patterns("*safetensors*"))
-    AutoModelForCausalLM.from_pretrained(random_model_folder).save_pretrained(folder)
-    return folder
+def model(model_in_one_file: Path) -> Path:
+    return model_in_one_file
 
 
 def assert_nothing_is_left(tmp_path: Path) -> None:
