@@ -285,9 +285,10 @@ def left_behind(file: Path) -> LockedError | None:
 
 def _take(file: Path) -> Path:
     """Create the next owner file. Raises LockedError if another holds it or was faster, or OSError."""
+    # Before looking at the holder: a number above that of a process that takes over in between would be free.
+    number = max(_owners(file), default=0) + 1
     if (holder := left_behind(file)) is not None:
         raise holder
-    number = max(_owners(file), default=0) + 1
     mine = file.with_name(f"{file.name}.owner-{number}")
     try:
         _write(mine, this_owner(), new=True)
