@@ -41,6 +41,7 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pylint job benchmarks
 	PYTHONPATH=. $(BIN)/lint-imports
 	$(BIN)/shellcheck entrypoint.sh .ci/run infra/vast/onstart.sh infra/image/renew.sh infra/slurm/ray.sbatch
 	$(BIN)/shfmt -d -i 4 entrypoint.sh .ci/run infra/vast/onstart.sh infra/image/renew.sh infra/slurm/ray.sbatch

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+# What Rust raises where it did not expect a value: tokenizers and safetensors are written in it. No module exports it.
+_PANIC = "PanicException"
+
+
+def in_one_line(error: BaseException, most: int = 200) -> str:
+    """Return an error's message in one line of at most `most` characters; its type if it has none."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+    """Return the first line of an error's message; its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class JobError(Exception):
@@ -106,3 +117,21 @@ class Stopped(BaseException):
     """
 
     exit_code = 75
+
+
+@contextmanager
+def explaining(explain: Callable[[BaseException], JobError]) -> Iterator[None]:
+    """Turn exceptions within the block into a JobError; those that are one pass unchanged."""
+    try:
+        yield
+    except JobError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
+        raise explain(error) from error
+
+
+def refusing(model_type: str, what: str) -> AbstractContextManager[None]:
+    """Turn exceptions of a family's own code within the block into an UnsupportedArchitectureError."""
+    return explaining(lambda error: UnsupportedArchitectureError(model_type, f"{what} ({in_one_line(error)})"))

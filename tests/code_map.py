@@ -52,6 +52,7 @@ WHERE = (
     ("Where is a job's identity made?", "job/storage/identity.py", "identify"),
     ("Where is the memory of a model planned, and the batch size?", "job/preflight/memory_plan.py", "plan"),
     ("Where is an export proven?", "job/export/verification.py", "MeasuredEdit"),
+    ("Where is a run folder read for status, front and reports?", "job/report/run_view.py", "RunView"),
     ("Where is the model card written?", "job/export/model_card.py", "model_card"),
     ("Where is it decided whether a rented machine may be ended?", "job/cloud/end_policy.py", "ending"),
     ("Where does a machine end its own rental?", "job/cloud/self_stop.py", "end"),

@@ -143,6 +143,23 @@ def random_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def model_in_one_file(random_model_folder: Path, tmp_path: Path) -> Path:
+    """Return a copy of the random model in a single file, for tests that damage it."""
+    folder = tmp_path / "model"
+    shutil.copytree(random_model_folder, folder, ignore=shutil.ignore_patterns("*safetensors*"))
+    LlamaForCausalLM.from_pretrained(random_model_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> Path:
+    """Return the folder of planted faults."""
+    folder = tmp_path / "faults"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
 def vast() -> Iterator[VastServer]:
     """Yield a rental platform without offers."""
     with VastServer() as server:

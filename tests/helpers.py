@@ -195,3 +195,13 @@ def die_while_writing(file: Path, *statements: str) -> None:
 
 def events(workspace: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (only_job(workspace) / "events.jsonl").read_text().splitlines()]
+
+
+def count_events(workspace: Path, event: str = "trial") -> int:
+    """Return the number of events of a kind in a workspace, even while they are being written."""
+    return sum(path.read_text().count(f'"event": "{event}"') for path in workspace.glob("*/events.jsonl"))
+
+
+def manifest(workspace: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((only_job(workspace) / "export" / "manifest.json").read_text())
+    return found

@@ -185,6 +185,14 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -
         time.sleep(0.01)
 
 
+def save(place: Place, folder: Path) -> None:
+    """Bring the mirror up to date with a run folder."""
+    claim = place.claim(folder)
+    claim.start()
+    claim.request()
+    assert claim.close()
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 

@@ -16,7 +16,7 @@ from job.architectures.discovery import Found, FoundNorm, WriterSearch, decoder_
 from job.architectures.spec import Architecture, Kind, PostNorm, Writer
 from job.architectures.tensor_names import stored_forms
 from job.architectures.tiny_model import empty_model, twin_of
-from job.errors import UnsupportedArchitectureError, first_line
+from job.errors import UnsupportedArchitectureError, in_one_line, refusing
 from job.generation.batching import BatchingSupport
 from job.generation.probing import probe_batching
 
@@ -63,13 +63,10 @@ def _structure(model: PreTrainedModel) -> tuple[Architecture, set[str]]:
 
 def _batching_support(twin: PreTrainedModel, model: PreTrainedModel) -> BatchingSupport:
     """Probe batching on the twin with the model's attention implementation."""
-    try:
+    # The family's own code may raise anything.
+    with refusing(str(twin.config.model_type), "its small test copy does not run"):
         twin.set_attn_implementation(model.config._attn_implementation)
         return probe_batching(twin)
-    except Exception as error:  # the family's own code may raise anything
-        raise UnsupportedArchitectureError(
-            str(twin.config.model_type), f"its small test copy does not run ({first_line(error)})"
-        ) from error
 
 
 def _with_hooks(twin: PreTrainedModel, architecture: Architecture) -> Iterator[Writer]:
@@ -127,7 +124,7 @@ def structure_of_twin(twin: PreTrainedModel) -> Architecture:
         search.run()
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise UnsupportedArchitectureError(
-            str(twin.config.model_type), f"its small test copy does not accept text alone ({first_line(error)})"
+            str(twin.config.model_type), f"its small test copy does not accept text alone ({in_one_line(error)})"
         ) from error
     weights = [found for found in search.writers if not _is_bias(twin, found, search.writers)]
     biases = [found for found in search.writers if found not in weights]

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from job.errors import JobError, UnsupportedArchitectureError, first_line
+from job.errors import UnsupportedArchitectureError, refusing
 
 _WIDTH, _HEADS, _HEAD = 64, 4, 16
 # Names of sizes in configurations, and their values in a twin. Heads times head width equals the stream's width, for
@@ -157,14 +157,10 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     auto = auto_class(config)
     if auto is None or config.is_encoder_decoder:
         raise UnsupportedArchitectureError(model_type, "it is not a decoder-only language model")
-    try:
-        with torch.device("meta"):
-            # A configuration of the model's own code exists only if that may run.
-            model: PreTrainedModel = auto.from_config(config, trust_remote_code=_is_own(type(config)))
-    except Exception as error:  # whatever a family raises of numbers that do not go together
-        raise UnsupportedArchitectureError(
-            model_type, f"transformers cannot build it from its configuration ({first_line(error)})"
-        ) from error
+    # A family may raise anything for numbers that do not go together.
+    with refusing(model_type, "transformers cannot build it from its configuration"), torch.device("meta"):
+        # A configuration of the model's own code exists only if that may run.
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=_is_own(type(config)))
     return model
 
 
@@ -180,7 +176,7 @@ def twin_of(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """
     model_type = str(model.config.model_type)
     build: Any = type(model)._from_config
-    try:
+    with refusing(model_type, "no small test copy of it can be built"):
         config = small_config(model.config)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in build(config).parameters())
@@ -193,10 +189,4 @@ def twin_of(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
             twin: PreTrainedModel = build(config, attn_implementation="eager").eval()
             for parameter in twin.parameters():
                 parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    except JobError:
-        raise
-    except Exception as error:  # as above
-        raise UnsupportedArchitectureError(
-            model_type, f"no small test copy of it can be built ({first_line(error)})"
-        ) from error
     return twin

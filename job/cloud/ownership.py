@@ -8,6 +8,7 @@ from typing import Literal
 
 from job.cloud.provider import Instance
 from job.records import Record
+from job.text.names import letters_and_digits
 
 Claim = Literal["sure", "likely"]
 # Labels of launches; other launches' instances are never this one's.
@@ -41,18 +42,14 @@ def claim(
         return "sure"
     if pending.before is None or instance.id in pending.before or instance.id in others:
         return None
-    shown, whole = _plain(instance.label), _plain(pending.label)
-    if shown and whole.startswith(shown) and shown.startswith(_plain(launch)):
+    shown, whole = letters_and_digits(instance.label), letters_and_digits(pending.label)
+    if shown and whole.startswith(shown) and shown.startswith(letters_and_digits(launch)):
         return "sure"  # the label was truncated after a unique prefix
     if _LABEL.fullmatch(instance.label) or (instance.image and _same(instance.image) != _same(image)):
         return None
     if shown and not whole.startswith(shown) and not instance.image:
         return None  # a foreign label without further evidence
     return "likely"
-
-
-def _plain(label: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", label.lower())
 
 
 def _same(image: str) -> str:

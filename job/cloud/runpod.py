@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from job.cloud.api import Api, CloudError, GoneError
 from job.cloud.provider import MARKER, Action, Instance, MachineNeeds, Offer, Order, State, Terms
+from job.text.names import letters_and_digits
 
 BASE = "https://api.runpod.io"
 # The variable that redirects the platform's own client.
@@ -143,16 +144,12 @@ class RunPod:
         )
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
 def _fits(row: Mapping[str, Any], need: MachineNeeds, cloud: str) -> bool:
     """Return whether a kind of GPU meets the need, and is in stock."""
     side = cloud.lower()
     memory = float(row.get("memory") or 0)
     return (
-        any(name in _plain(str(row.get("id", ""))) for name in need.names)
+        any(name in letters_and_digits(str(row.get("id", ""))) for name in need.names)
         and bool(row.get(side))
         and need.count <= int((row.get("maxCount") or {}).get(side, 0))
         # No less than needed, and not the other size of the card.

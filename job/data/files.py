@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.errors import ImpossibleJobError
+from job.errors import ImpossibleJobError, first_line
 from job.text.decoding import encoding_of
 
 # Read in every folder; the second kind only without the first, as it may hold descriptions.
@@ -130,7 +130,7 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        why = error.msg if isinstance(error, json.JSONDecodeError) else str(error).splitlines()[0]
+        why = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
         raise ImpossibleJobError(f"{where}: {why}", remedy="correct it, or obtain an undamaged copy") from None
 
 

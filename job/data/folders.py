@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from job.data.files import PLAIN, SUFFIXES, TABLES, Row, file_rows
-from job.errors import ImpossibleJobError, JobError
+from job.errors import ImpossibleJobError, explaining, in_one_line
 
 _CARD = "README.md"
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
@@ -66,17 +66,11 @@ def _is_repository(folder: Path) -> bool:
 def _card_configs(folder: Path) -> dict[str, object]:
     """Return the configurations declared in a dataset card."""
     card = folder / _CARD
-    try:
+    remedy = "correct its first block, or name the files themselves as prompts"
+    with _explained(f"the card {card} cannot be read", remedy):  # the libraries may raise anything for a card
         if not card.is_file() or card.stat().st_size > _MOST_CARD_BYTES or b"configs:" not in card.read_bytes():
             return {}
         return _declared(card)
-    except JobError:
-        raise
-    except Exception as error:  # the libraries may raise anything for a card
-        raise ImpossibleJobError(
-            f"the card {card} cannot be read: {_one_line(error)}",
-            remedy="correct its YAML block, or give the prompt files themselves",
-        ) from error
 
 
 def _declared(card: Path) -> dict[str, object]:
@@ -97,16 +91,10 @@ def _split_files(folder: Path, split: str, config: str | None) -> list[Path]:
     datasets.disable_progress_bars()
     root = folder.resolve()
     declared = _card_configs(folder)
-    try:
+    # The library may raise anything for a card's patterns.
+    with _explained(f"the files of the dataset in {folder} cannot be found", "name the files themselves as prompts"):
         patterns = _chosen(folder, declared, config) or get_data_patterns(str(root))
         found = DataFilesDict.from_patterns(sanitize_patterns(patterns), base_path=str(root))
-    except JobError:
-        raise
-    except Exception as error:  # the library may raise anything for a card's patterns
-        raise ImpossibleJobError(
-            f"the files of the dataset in {folder} cannot be found: {_one_line(error)}",
-            remedy="give the prompt files themselves",
-        ) from error
     by_split = {name: [path for path in map(str, paths) if _is_data(path)] for name, paths in found.items()}
     names = [str(name) for name, paths in by_split.items() if paths]
     if split not in names:
@@ -152,7 +140,9 @@ def folder_rows(folder: Path, split: str, config: str | None) -> Iterator[Row]:
 def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
     import datasets
 
-    with _explained(folder):
+    what = f"the dataset saved in {folder} cannot be read"
+    remedy = "save it again with this version of `datasets`, or give its rows as .jsonl"
+    with _explained(what, remedy, named=True):
         saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
@@ -160,24 +150,16 @@ def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
                 f"{folder} has no split {split}", remedy=f"choose from {', '.join(saved)} as #SPLIT"
             )
         saved = saved[split]
-    with _explained(folder):
+    with _explained(what, remedy, named=True):
         for number, cells in enumerate(saved):
             yield Row(f"row {number}", cells)
 
 
-@contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Turn errors of `datasets` into one line."""
-    try:
-        yield
-    except JobError:
-        raise
-    except Exception as error:
-        raise ImpossibleJobError(
-            f"the dataset saved in {folder} cannot be read: {type(error).__name__}: {_one_line(error)}",
-            remedy="save it again with this version of `datasets`, or give its rows as .jsonl",
-        ) from error
+def _explained(what: str, remedy: str, *, named: bool = False) -> AbstractContextManager[None]:
+    """Turn errors of `datasets` into one line, with their type if `named`."""
 
+    def explain(error: BaseException) -> ImpossibleJobError:
+        kind = f"{type(error).__name__}: " if named else ""
+        return ImpossibleJobError(f"{what}: {kind}{in_one_line(error, _MESSAGE_CHARACTERS)}", remedy=remedy)
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
+    return explaining(explain)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from job.data.files import Row
-from job.errors import ImpossibleJobError, JobError, MachineError
+from job.errors import ImpossibleJobError, JobError, MachineError, in_one_line
 from job.system.hub_client import explained, is_offline, not_granted, patiently
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _explained(error: Exception, source: Source) -> JobError:
 
     if isinstance(error, JobError):
         return error
-    text = " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
+    text = in_one_line(error, _MESSAGE_CHARACTERS)
     if isinstance(error, datasets.exceptions.DatasetNotFoundError) and "gated" in text:
         return not_granted(f"dataset {source.name}")
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):

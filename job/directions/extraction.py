@@ -18,7 +18,7 @@ from job.numerics.basis import Basis, eigenvalue_weights, orthogonalize, orthono
 from job.numerics.directions import Directions, contrastive_pca, mean_difference, probe
 from job.numerics.geometry import geometry, projections
 from job.records import COMPONENTS, EditParameters, GeometryRecord, KernelParameters, LayerGeometry
-from job.storage.atomic import make_folder, read_record, write_record
+from job.storage.atomic import ensure_folder, read_record, write_record
 from job.storage.events import Events
 from job.storage.run_folder import RunFolder
 
@@ -37,7 +37,7 @@ def find_directions(residuals: PromptResiduals, settings: DirectionSettings) -> 
     events.emit("residuals_started", "extracting residuals")
     sets = {name: residuals.of(name) for name in residuals.tokens}
     basis = _basis(sets, residuals, settings)
-    make_folder(file.parent)
+    ensure_folder(file.parent)
     write_record(folder.geometry_file, _geometry(key, sets["good"], sets["bad"], basis))
     write_tensors(file, key, {"directions": basis.directions, "weights": basis.weights})
     events.emit("directions", f"computed the directions of {basis.layers} layers by {settings.method}", k=basis.size)

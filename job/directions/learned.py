@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from job.errors import JobError, UsageError
 from job.numerics.basis import DirectionPath
 from job.records import EditParameters
-from job.storage.atomic import cannot_write, make_folder, write_atomically
+from job.storage.atomic import ensure_folder, write_atomically
 from job.storage.run_folder import RunFolder
 
 # Name in an export. Not .safetensors: loaders take every file with that suffix for weights.
@@ -30,10 +30,7 @@ def keep_learned(folder: RunFolder, path: DirectionPath) -> str:
     contents = save({_TENSOR: path.directions.to("cpu", torch.float32).contiguous()})
     name = hashlib.sha256(contents).hexdigest()
     file = learned_file(folder, name)
-    try:
-        make_folder(file.parent)
-    except OSError as error:
-        raise cannot_write(file.parent, error) from error
+    ensure_folder(file.parent)
     write_atomically(file, contents)
     return name
 

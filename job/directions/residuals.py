@@ -22,7 +22,7 @@ from job.architectures.discovery import decoder_of
 from job.edits.hooks import ActiveEdits
 from job.generation.forward import left_padded
 from job.model.loading import LoadedModel
-from job.storage.atomic import cannot_write, make_folder, write_atomically
+from job.storage.atomic import ensure_folder, write_atomically
 
 
 @contextmanager
@@ -115,10 +115,7 @@ def digest(value: Any) -> str:
 
 def write_tensors(file: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors atomically under a cache key. Raises MachineError if the file cannot be written."""
-    try:
-        make_folder(file.parent)
-    except OSError as error:
-        raise cannot_write(file.parent, error) from error
+    ensure_folder(file.parent)
     contents = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     # A single entry, since safetensors orders several arbitrarily and equal contents must give equal bytes.
     write_atomically(file, save(contents, metadata={"seal": _seal(key, contents)}))

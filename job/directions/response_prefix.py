@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from job.data.prompts import Prompt
 from job.generation.greedy import greedy_answers
+from job.generation.kv_cache import common_prefix
 from job.model.loading import LoadedModel
 from job.model.rendering import conversations, switched, token_ids
 
@@ -95,9 +96,4 @@ def common_opening(loaded: LoadedModel, prompts: Sequence[Prompt], rows: int) ->
     answers, batching = [], loaded.architecture.batching
     for chunk in batching.chunks(loaded.tokenize(prompts), rows):
         answers += greedy_answers(loaded.model, chunk, limit=_TOKENS, end_tokens=loaded.end_tokens, batching=batching)
-    common = []
-    for tokens in zip(*(answer.tokens[:-1] for answer in answers), strict=False):  # up to the shortest response
-        if len(set(tokens)) > 1:
-            break
-        common.append(tokens[0])
-    return tuple(common)
+    return tuple(common_prefix([answer.tokens for answer in answers]))

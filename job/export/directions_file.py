@@ -22,7 +22,7 @@ from job.model.safetensors_files import Checkpoint
 from job.numerics.basis import Basis, DirectionPath
 from job.proof.truth_test import inspect_model
 from job.records import Record
-from job.storage.atomic import cannot_write, make_folder, sync_folder, write_atomically
+from job.storage.atomic import cannot_write, ensure_folder, sync_folder, write_atomically
 from job.system.failpoints import reached
 
 EDIT_FILE = "edit.safetensors"
@@ -45,7 +45,7 @@ def write_edit_file(folder: Path, source: Path, architecture: Architecture, edit
     digest = Checkpoint(source).digest(architecture)
     header = _Header(model_type=architecture.model_type, base_sha256=digest, made=made)
     tensors = _tensors(edit.basis)
-    make_folder(folder)
+    ensure_folder(folder)
     # A single entry, since safetensors orders several arbitrarily and equal edits must give equal bytes.
     write_atomically(folder / EDIT_FILE, save(tensors, metadata={_ENTRY: header.model_dump_json()}))
     read, found = _read(folder / EDIT_FILE)

@@ -13,11 +13,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from job.architectures.spec import require_modes
-from job.errors import ImpossibleJobError
+from job.errors import ImpossibleJobError, first_line
 from job.export.merged import Edit, StoredWriter
 from job.model.loading import LoadedModel
 from job.model.safetensors_files import Checkpoint
-from job.storage.atomic import make_folder, write_atomically
+from job.storage.atomic import ensure_folder, write_atomically
 from job.text.redaction import redacted
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -46,7 +46,7 @@ def write_adapter(base: LoadedModel, folder: Path, edit: Edit, base_model: str |
             tensors[f"{name}lora_B.bias"] = -write.mT @ (read @ bias)
     contents = {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
     config = _config(base, rank=edit.basis.size, biased=biased, base_model=base_model)
-    make_folder(folder)
+    ensure_folder(folder)
     write_atomically(folder / ADAPTER, save(contents, metadata={"format": "pt"}))
     write_atomically(folder / CONFIG, config.encode())
 
@@ -88,7 +88,6 @@ def with_adapter(base: LoadedModel, folder: Path) -> LoadedModel:
             model = PeftModel.from_pretrained(base.model, str(folder)).eval()
     except (ValueError, RuntimeError, OSError) as error:
         raise ImpossibleJobError(
-            f"PEFT cannot load the adapter in {folder}: {str(error).strip().splitlines()[0]}",
-            remedy="use export_format = merged",
+            f"PEFT cannot load the adapter in {folder}: {first_line(error)}", remedy="use export_format = merged"
         ) from error
     return dataclasses.replace(base, model=model.get_base_model())

@@ -15,9 +15,10 @@ from job.export.reproduction import Reproduction
 from job.model.base_card import PATH, URL, BaseCard, read_base_card
 from job.model.carried_files import licence_files
 from job.model.quantization import DTYPE, quantisation_in
-from job.numerics.statistics import difference_interval, interval_text
+from job.numerics.statistics import difference_interval
 from job.records import Component, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
+from job.text.intervals import count_with_interval
 from job.text.markup import markdown, markdown_table, one_line
 from job.text.redaction import redacted
 from job.text.templates import template
@@ -82,26 +83,20 @@ def direction_text(edit: EditParameters) -> str:
 def figures_rows(base: Figures, edited: Figures) -> list[tuple[str, str, str]]:
     """Return the figures of the base and the edited model side by side, with 95 % intervals."""
     bad, good = base.bad_prompts, base.good_prompts
-    return [
-        ("", "base model", "edited model"),
-        ("refused, of prompts with the behaviour", _count(base.refusals, bad), _count(edited.refusals, bad)),
-        ("refused, of prompts without it", _count(base.false_refusals, good), _count(edited.false_refusals, good)),
+    counts = (
+        ("refused, of prompts with the behaviour", base.refusals, edited.refusals, bad),
+        ("refused, of prompts without it", base.false_refusals, edited.false_refusals, good),
         (
             "broken answers (empty, in circles, in another script or gibberish), of prompts with the behaviour",
-            _count(base.degenerate, bad),
-            _count(edited.degenerate, bad),
+            base.degenerate,
+            edited.degenerate,
+            bad,
         ),
-        (
-            "broken answers, of prompts without it",
-            _count(base.false_degenerate, good),
-            _count(edited.false_degenerate, good),
-        ),
-        (
-            f"KL divergence from the base model, {kl_positions(edited)}, mean of {good} prompts without it",
-            "0",
-            _kl(edited),
-        ),
-    ]
+        ("broken answers, of prompts without it", base.false_degenerate, edited.false_degenerate, good),
+    )
+    rows = [(name, count_with_interval(before, n), count_with_interval(after, n)) for name, before, after, n in counts]
+    kl = f"KL divergence from the base model, {kl_positions(edited)}, mean of {good} prompts without it"
+    return [("", "base model", "edited model"), *rows, (kl, "0", _kl(edited))]
 
 
 def kl_positions(figures: Figures) -> str:
@@ -109,10 +104,6 @@ def kl_positions(figures: Figures) -> str:
     if figures.kl_tokens == 1:
         return "first answer token"
     return f"first {figures.kl_tokens} tokens of the base model's own answers"
-
-
-def _count(count: int, n: int) -> str:
-    return f"{count}/{n} ({interval_text(count, n)})"
 
 
 def _kl(figures: Figures) -> str:

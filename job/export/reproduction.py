@@ -21,7 +21,7 @@ from job.data.prompts import Prompt, PromptSets
 from job.errors import UsageError
 from job.model.files import parse_model
 from job.records import DATE, EditParameters, ExportFormat, Figures, JobRecord, Record, Resolution, Trial
-from job.storage.identity import AS_BEFORE
+from job.storage.identity import AS_BEFORE, short_hash
 
 # Parts of a job's identity with fields of their own.
 _PROMPTS, _MODEL = "_prompts", "model"
@@ -131,7 +131,7 @@ class Reproduction(Record):
     @property
     def digest(self) -> str:
         """Short hash that identifies this reproduction."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        return short_hash(self.model_dump_json())
 
 
 def reproduction(

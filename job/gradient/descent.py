@@ -15,6 +15,7 @@ from torch import Tensor
 
 from job.directions.residuals import read_tensors, write_tensors
 from job.edits.hooks import ActiveEdits
+from job.errors import first_line
 from job.gradient.problem import Losses, LossWeights, Problem, Recipe, Targets
 from job.model.device_faults import is_out_of_memory, out_of_memory
 from job.model.memory import release_memory
@@ -222,7 +223,7 @@ def gradient_fault(problem: Problem, start: DescentState, weights: LossWeights) 
     except (RuntimeError, NotImplementedError, TypeError) as error:
         if is_out_of_memory(error):
             raise
-        return f"it has no gradient: {str(error).strip().splitlines()[0]}"
+        return f"it has no gradient: {first_line(error)}"
     slope = float(gradients.logits.norm())
     if not bool(gradients.logits.isfinite().all() and gradients.directions.isfinite().all()):
         return "they are not finite"

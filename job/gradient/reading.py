@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from job.generation.forward import input_device
 from job.generation.kv_cache import arguments
 
 
@@ -88,8 +87,3 @@ def _head_at(model: PreTrainedModel, places: Tensor) -> Iterator[list[bool]]:
         yield seen
     finally:
         handle.remove()
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    """Return the inputs' device."""
-    return input_device(model)

@@ -14,7 +14,7 @@ from job.config.schema import Settings
 from job.errors import HeldError, JobError
 from job.lifecycle.safekeeping import all_unsaved, other_holder, undelivered
 from job.storage.events import Events
-from job.storage.jobs import job_settings
+from job.storage.jobs import settings_if_readable
 from job.storage.run_folder import RunFolder
 from job.system.lifeline import tell
 
@@ -58,7 +58,8 @@ def end_after(
     events = Events()
     folder = RunFolder(Path(job)) if job is not None else None
     action: Action = "destroy" if when_failed == "destroy" else "stop" if when_failed == "stop" else "nothing"
-    machine = Machine(Path(workspace) if workspace else _usual_workspace(), folder, _stored_settings(folder))
+    settings = settings_if_readable(folder) if folder is not None else None
+    machine = Machine(Path(workspace) if workspace else _usual_workspace(), folder, settings)
     end_rental(Ended(code, hung=hung, signalled=signalled), AskedEnds(when_failed=action), machine, events.say)
 
 
@@ -67,13 +68,6 @@ def _usual_workspace() -> Path:
         return Path(default_workspace())
     except JobError:  # a faulty environment may be why the start ended
         return Path("runs")
-
-
-def _stored_settings(folder: RunFolder | None) -> Settings | None:
-    try:
-        return job_settings(folder) if folder is not None and folder.job_file.exists() else None
-    except JobError:
-        return None
 
 
 def _end(outcome: Ended, asked: AskedEnds, machine: Machine, say: Say) -> None:

@@ -57,7 +57,7 @@ def _is_spent(state: State, settings: Settings) -> bool:
 
 def missed_gate(settings: Settings, figures: Figures) -> str | None:
     """Return the gate that an export's metrics miss, or None."""
-    failed = figures.refusals if figures.unanswered is None else figures.unanswered
+    failed = figures.failed
     if settings.max_refusals is not None and failed > settings.max_refusals:
         how = "refused" if failed == figures.refusals else "refused or have a broken answer"
         return f"{failed} of {figures.bad_prompts} are {how}, max_refusals is {settings.max_refusals}"

@@ -14,7 +14,7 @@ from job.mirror import Mirror
 from job.preflight.mounts import outlives_machine
 from job.records import Upload
 from job.storage.exports import DONE, is_sealed
-from job.storage.jobs import job_settings, jobs_in
+from job.storage.jobs import job_settings, jobs_in, settings_if_readable
 from job.storage.run_folder import RunFolder
 from job.upload.proof import delivery_problem
 
@@ -100,7 +100,7 @@ def all_unsaved(workspace: Path, folder: RunFolder | None, settings: Settings | 
             if problem:
                 break
             if folder is None or other.path.name != folder.path.name:
-                problem = unsaved(other, _settings(other), say)
+                problem = unsaved(other, settings_if_readable(other), say)
         return problem
 
     late = f"checkpoint and targets did not show within {_PROOF_SECONDS / 60:.0f} minutes what they hold"
@@ -121,13 +121,6 @@ def _within(seconds: float, call: Callable[[], str], late: str) -> str:
     thread.start()
     thread.join(seconds)
     return found[0]
-
-
-def _settings(folder: RunFolder) -> Settings | None:
-    try:
-        return job_settings(folder)
-    except JobError:
-        return None
 
 
 def _place(uri: str | None, settings: Settings) -> bool:

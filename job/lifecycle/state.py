@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +12,7 @@ from job.records import State
 from job.search.budget import Meter
 from job.storage.atomic import write_record
 from job.storage.events import Events, read_events
+from job.storage.identity import short_hash
 from job.storage.job_file import JobFile
 from job.storage.run_folder import RunFolder
 
@@ -101,4 +101,4 @@ def _report(folder: RunFolder, events: Events) -> None:
 
 def settings_key(settings: Settings) -> str:
     """Return a hash that distinguishes settings of starts."""
-    return hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:12]
+    return short_hash(settings.model_dump_json())

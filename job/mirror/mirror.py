@@ -20,7 +20,7 @@ from job.mirror.proof import holder, overtaken, shortfall
 from job.mirror.records import CACHES, LINEAGE, STUDY, Head, Lineage, MirrorError, decode_head
 from job.mirror.restore import INCOMING, count_mirrored, download, prove, restore
 from job.mirror.store import MirrorStore, Proof
-from job.storage.atomic import cannot_write, make_folder, write_record
+from job.storage.atomic import cannot_write, ensure_folder, write_record
 from job.storage.run_folder import JOB_ID, RunFolder
 from job.storage.study_file import count_trials, restore_if_damaged
 
@@ -175,10 +175,7 @@ class Mirror:
         The folder need not exist. If another machine has continued since, its contents are moved aside. Raises
         HeldError for a live runner, MirrorError for a damaged mirror, DeliveryError or MachineError.
         """
-        try:
-            make_folder(folder.path)
-        except OSError as error:
-            raise cannot_write(folder.path, error) from error
+        ensure_folder(folder.path)
         self._store.prepare()
         lineage = _lineage(folder)
         plain = json.loads(json.dumps(identity))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from job.errors import AcceleratorFaultError, MachineError, Stopped
+from job.errors import AcceleratorFaultError, MachineError, Stopped, first_line
 from job.model.memory import release_memory
 from job.system.failpoints import planted
 from job.system.lifeline import tell
@@ -49,7 +49,7 @@ def halving(rows: int, compute: Callable[[int], T], report: Callable[[str], None
 def out_of_memory(error: BaseException) -> MachineError:
     """Return the error for a machine whose memory does not suffice even for the least."""
     return MachineError(
-        f"out of memory: {str(error).strip().splitlines()[0] if str(error).strip() else 'no more was to be had'}",
+        f"out of memory: {first_line(error)}",
         remedy="free the device of others, choose a larger one, or spread the model (loading.device_map)",
     )
 
@@ -103,7 +103,7 @@ def clear_faults() -> Iterator[None]:
         yield
     except torch.AcceleratorError as error:
         raise AcceleratorFaultError(
-            f"the device failed: {str(error).strip().splitlines()[0]}",
+            f"the device failed: {first_line(error)}",
             remedy="choose another machine if it goes on failing",
         ) from error
 

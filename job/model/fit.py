@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from job.architectures.tiny_model import empty_model
-from job.errors import ImpossibleJobError, first_line
+from job.errors import ImpossibleJobError, in_one_line
 
 _PROBLEMS = ("missing_keys", "mismatched_keys", "error_msgs")
 # What transformers says where it cannot put experts together.
@@ -43,7 +43,8 @@ def require_fit(folder: Path, files: Sequence[str], loading: Mapping[str, Any]) 
 def unloadable(folder: Path, error: Exception) -> ImpossibleJobError:
     """Return the error for weights over which a library raises one."""
     return ImpossibleJobError(
-        f"the weights of {folder} cannot be loaded: {first_line(error)}", remedy="obtain an undamaged copy of the model"
+        f"the weights of {folder} cannot be loaded: {in_one_line(error)}",
+        remedy="obtain an undamaged copy of the model",
     )
 
 

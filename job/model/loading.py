@@ -33,7 +33,7 @@ from job.architectures.structure import discover
 from job.architectures.tiny_model import auto_class, empty_model
 from job.config.schema import LoadingSettings
 from job.data.prompts import Prompt
-from job.errors import ImpossibleJobError, JobError, MachineError, UsageError, first_line
+from job.errors import ImpossibleJobError, JobError, MachineError, UsageError, in_one_line
 from job.generation.forward import first_logits, input_device
 from job.generation.greedy import greedy_answers
 from job.model.config_file import CONFIG, GENERATION, model_config
@@ -343,5 +343,5 @@ def _fault(loaded: LoadedModel) -> str | None:
         batching = loaded.architecture.batching
         greedy_answers(loaded.model, prompts, limit=2, end_tokens=loaded.end_tokens, batching=batching)
     except RuntimeError as error:
-        return first_line(error)
+        return in_one_line(error)
     return None

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from job.data.prompts import Prompt
-from job.errors import ImpossibleJobError, first_line
+from job.errors import ImpossibleJobError, in_one_line
 from job.model.carried_files import TEMPLATES, TOKENIZER_FILES
 from job.model.chat_template import Messages, render
 from job.model.user_files import reading
@@ -153,7 +153,7 @@ def _written(
         return [str(own(list(one), tokenize=False, add_generation_prompt=answer, **options)) for one in said]
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise ImpossibleJobError(
-            f"the chat template of {_name_of(tokenizer)} refuses a conversation: {first_line(error)}",
+            f"the chat template of {_name_of(tokenizer)} refuses a conversation: {in_one_line(error)}",
             remedy="use the original template of the model, or put another into chat_template.jinja",
         ) from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from job.errors import ImpossibleJobError, first_line
+from job.errors import ImpossibleJobError, in_one_line
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,6 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             pass  # which checks that the tensors fill the file, each with the bytes that its shape asks for
     except Exception as error:  # safetensors raises its own type and several built-in ones
         raise ImpossibleJobError(
-            f"{file} is damaged: {first_line(error)}", remedy="obtain an undamaged copy of the model"
+            f"{file} is damaged: {in_one_line(error)}", remedy="obtain an undamaged copy of the model"
         ) from error
     return entries

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from job.errors import ImpossibleJobError, JobError, first_line
+from job.errors import ImpossibleJobError, explaining, in_one_line
 
 _COPY = "obtain an undamaged copy"
-# What Rust raises where it did not expect a value: tokenizers and safetensors are written in it. No module exports it.
-_PANIC = "PanicException"
 
 
-@contextmanager
-def reading(folder: Path, names: Sequence[str], what: str, remedy: str) -> Iterator[None]:
+def reading(folder: Path, names: Sequence[str], what: str, remedy: str) -> AbstractContextManager[None]:
     """Within the block, refuse a model for whatever a library raises over its files.
 
     Args:
@@ -28,18 +25,15 @@ def reading(folder: Path, names: Sequence[str], what: str, remedy: str) -> Itera
     Raises:
         ImpossibleJobError: The library has raised something.
     """
-    try:
-        yield
-    except JobError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
-            raise
+
+    def explain(error: BaseException) -> ImpossibleJobError:
         present = [name for name in names if (folder / name).is_file()]
         for name in present:
             _require_readable(folder / name)
         files = ", ".join(present) or f"without {names[0]}"
-        raise ImpossibleJobError(f"{folder} {what} ({files}): {first_line(error)}", remedy=remedy) from error
+        return ImpossibleJobError(f"{folder} {what} ({files}): {in_one_line(error)}", remedy=remedy)
+
+    return explaining(explain)
 
 
 def _require_readable(file: Path) -> None:

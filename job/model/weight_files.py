@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from job.errors import ImpossibleJobError, first_line
+from job.errors import ImpossibleJobError, in_one_line
 from job.model.safetensors_header import read_header
 from job.text.decoding import decoded
 
@@ -42,7 +42,7 @@ def indexed_tensors(data: bytes) -> dict[str, str]:
         places, _ = index["weight_map"], dict(index["metadata"])  # transformers requires both
         names = set(places.values())
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ImpossibleJobError(f"{INDEX} is damaged: {first_line(error)}", remedy=_COPY) from error
+        raise ImpossibleJobError(f"{INDEX} is damaged: {in_one_line(error)}", remedy=_COPY) from error
     if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
         raise ImpossibleJobError(f"{INDEX} names {odd[0]!r}, which is not a file in the folder", remedy=_COPY)
     return dict(places)

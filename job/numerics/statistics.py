@@ -20,12 +20,6 @@ def wilson_interval(count: int, n: int, z: float = 1.959964) -> tuple[float, flo
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def interval_text(count: int, n: int) -> str:
-    """Format the Wilson interval of count / n in per cent. Raises ValueError."""
-    low, high = wilson_interval(count, n)
-    return f"{100 * low:.1f}–{100 * high:.1f} %"
-
-
 def difference_interval(before: tuple[int, int], after: tuple[int, int]) -> tuple[float, float]:
     """Return the 95 % interval of a change between two (count, n): Newcombe's hybrid of Wilson intervals (1998).
 

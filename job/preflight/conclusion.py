@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from job.data.prompts import PromptSets
 from job.preflight import limit_checks
 from job.preflight.checks import Check, guarded
 from job.preflight.data_checks import DataFindings
 from job.preflight.disk import DiskSpeed, disk_checks
-from job.preflight.estimate import Hours, cost_check, time_check
+from job.preflight.estimate import cost_check, time_check
 from job.preflight.inputs import PreflightInputs
 from job.preflight.machine_checks import MachineFindings
 from job.preflight.memory_plan import MemoryPlan, Refusal, differences, memory_check, plan
@@ -19,30 +17,13 @@ from job.preflight.planning import Planning
 from job.preflight.readings import MachineReading
 from job.preflight.rental_checks import checkpoint_check, cluster_check, expected_bytes
 from job.preflight.selftest import Exercise
+from job.preflight.survey import Survey
 
 
-@dataclass(frozen=True)
-class Conclusion:
-    """Conclusions from all groups' findings.
-
-    Attributes:
-        plan: Memory plan, None if the model does not fit.
-        hours: Expected duration of each phase, None if the device's speed is unknown.
-        offers: Query that finds such a machine; None for this machine.
-    """
-
-    checks: tuple[Check, ...] = ()
-    plan: MemoryPlan | None = None
-    hours: Hours | None = None
-    offers: str | None = None
-    commit: str | None = None
-    public: bool = False
-
-
-def conclude(inputs: PreflightInputs, model: ModelFindings, data: DataFindings, machine: MachineFindings) -> Conclusion:
-    """Plan memory, disk and time, if model, prompts and machine are known."""
+def conclude(inputs: PreflightInputs, model: ModelFindings, data: DataFindings, machine: MachineFindings) -> Survey:
+    """Plan memory, disk and time, if model, prompts and machine are known; return these checks alone."""
     if model.files is None or model.facts is None or data.prompts is None or machine.reading is None:
-        return Conclusion()
+        return Survey(checks=(), allowed=tuple(inputs.settings.allow))
     files = model.files
     planning = Planning(inputs.settings, files.source, files.listing, model.facts, data.prompts, files.folder)
     speeds: dict[str, DiskSpeed] = {}
@@ -70,8 +51,9 @@ def conclude(inputs: PreflightInputs, model: ModelFindings, data: DataFindings, 
     if hours is not None:
         settings = inputs.settings
         checks += [time_check(hours, settings.max_hours), cost_check(hours, settings.price, settings.max_cost)]
-    return Conclusion(
+    return Survey(
         checks=tuple(checks),
+        allowed=tuple(inputs.settings.allow),
         plan=memory_plan,
         hours=hours,
         offers=planning.offers(inputs.on) if inputs.on else None,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from job.preflight.activation_memory import Batch, Edits, activation_bytes, cache_bytes, scoring_bytes
 from job.preflight.checks import MIB
 from job.preflight.model_facts import ModelFacts
+from job.records import Record
 
 # What CUDA's context, its libraries' workspaces and Python itself take on a device.
 CONTEXT_BYTES = 600 * MIB
@@ -33,22 +34,46 @@ class Device:
     free: int
 
 
-@dataclass(frozen=True)
-class Load:
-    """Contents of a device in a layout, bytes; see `job.preflight.memory_plan.DevicePlan`."""
+class DevicePlan(Record):
+    """Planned contents of a device, bytes.
 
-    device: Device
-    layers: range
+    Attributes:
+        device: torch's name; "cpu" is RAM.
+        weights: Weights of its layers, embedding and head.
+        cache: KV cache at the end of decoding.
+        activations: Other peak memory.
+        margin: CUDA context, workspaces and fragmentation.
+        loading_peak: Weights and the tensor being cast on loading.
+    """
+
+    device: str
+    name: str
+    layers: int
     weights: int
     cache: int
     activations: int
     margin: int
     loading_peak: int
+    free: int
 
     @property
     def total(self) -> int:
         """Peak bytes."""
         return max(self.weights + self.cache + self.activations + self.margin, self.loading_peak)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Layers on a device, and its contents with them."""
+
+    layers: range
+    plan: DevicePlan
+
+    @classmethod
+    def of(cls, device: Device, layers: range, **contents: int) -> Load:
+        """Return a load with contents in bytes."""
+        plan = DevicePlan(device=device.label, name=device.name, layers=len(layers), free=device.free, **contents)
+        return cls(layers, plan)
 
 
 @dataclass(frozen=True)
@@ -128,9 +153,18 @@ class _Planner:
         if not rest or weights + self._largest > host.budget:
             return None
         visited = cache_bytes(self._facts, self._batch, self._dtype_bytes, rest)
-        first = loads[0]
-        loads[0] = replace(first, cache=first.cache + visited, margin=first.margin + visiting)
-        kept = Load(host, rest, weights, 0, 0, self._largest, weights + self._largest)
+        first = loads[0].plan
+        grown = first.model_copy(update={"cache": first.cache + visited, "margin": first.margin + visiting})
+        loads[0] = replace(loads[0], plan=grown)
+        kept = Load.of(
+            host,
+            rest,
+            weights=weights,
+            cache=0,
+            activations=0,
+            margin=self._largest,
+            loading_peak=weights + self._largest,
+        )
         return Layout(self._batch.rows, (*loads, kept), offloaded=True)
 
     def _longest(self, device: Device, start: int, room: int, *, first: bool) -> Load | None:
@@ -139,7 +173,7 @@ class _Planner:
         fitting = bisect_right(
             range(start, self._facts.layers + 1),
             room,
-            key=lambda stop: self._load(device, range(start, stop), first=first).total,
+            key=lambda stop: self._load(device, range(start, stop), first=first).plan.total,
         )
         return self._load(device, range(start, start + fitting - 1), first=first) if fitting else None
 
@@ -152,9 +186,9 @@ class _Planner:
         if first if self._facts.tied else last:
             scoring = scoring_bytes(self._facts, self._batch.rows_read, self._dtype_bytes)
             activations = max(activations, scoring - cache)
-        return Load(
-            device=device,
-            layers=layers,
+        return Load.of(
+            device,
+            layers,
             weights=weights,
             cache=cache,
             activations=activations,

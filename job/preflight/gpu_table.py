@@ -9,6 +9,7 @@ from job.errors import UsageError
 from job.preflight.checks import GIB
 from job.preflight.readings import GpuReading, MachineReading
 from job.records import Record
+from job.text.names import letters_and_digits
 
 MOST_CARDS = 16
 # Lowest CUDA version that a host's driver has to know: that of the wheels in constraints.txt.
@@ -67,10 +68,11 @@ def cards() -> tuple[Card, ...]:
 
 def find_card(name: str) -> Card:
     """Return a card by name, ignoring blanks, dashes and case. Raises UsageError for unknown ones."""
-    known = {_plain(card.name): card for card in cards()}
-    if _plain(name) in known:
-        return known[_plain(name)]
-    close = difflib.get_close_matches(_plain(name), known, n=1, cutoff=0.4)
+    known = {letters_and_digits(card.name): card for card in cards()}
+    wanted = letters_and_digits(name)
+    if wanted in known:
+        return known[wanted]
+    close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)
     names = ", ".join(card.name for card in known.values())
     raise UsageError(
         f"unknown GPU {name!r}",
@@ -80,18 +82,15 @@ def find_card(name: str) -> Card:
 
 def card_of(gpu: GpuReading) -> Card | None:
     """Return the card with a GPU's product name and memory, None if it is not in the table."""
-    plain = _plain(gpu.name)
+    plain = letters_and_digits(gpu.name)
     fitting = [
         card
         for card in cards()
-        if _plain(card.name.split("-")[0]) in plain and abs(card.total_bytes - gpu.total_bytes) < card.total_bytes / 8
+        if letters_and_digits(card.name.split("-")[0]) in plain
+        and abs(card.total_bytes - gpu.total_bytes) < card.total_bytes / 8
     ]
     # "RTX A6000" and "A6000" are one, and of two that fit the longer name says more.
     return max(fitting, key=lambda card: len(card.name), default=None)
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def parse_on(text: str) -> MachineReading:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from job.preflight.activation_memory import Batch, Edits
 from job.preflight.checks import GIB, Check, size
-from job.preflight.device_map import Device, Layout, lay_out
+from job.preflight.device_map import Device, DevicePlan, Layout, lay_out
 from job.preflight.gpu import IDLE_BYTES
 from job.preflight.gpu_table import Card, cards
 from job.preflight.model_facts import ModelFacts
@@ -57,34 +57,6 @@ class Workload(Record):
     quantise: bool = True
     offload: bool = True
     processes: int = 1
-
-
-class DevicePlan(Record):
-    """Planned contents of a device, bytes.
-
-    Attributes:
-        device: torch's name; "cpu" is RAM.
-        weights: Weights of its layers, embedding and head.
-        cache: KV cache at the end of decoding.
-        activations: Other peak memory.
-        margin: CUDA context, workspaces and fragmentation.
-        loading_peak: Weights and the tensor being cast on loading.
-    """
-
-    device: str
-    name: str
-    layers: int
-    weights: int
-    cache: int
-    activations: int
-    margin: int
-    loading_peak: int
-    free: int
-
-    @property
-    def total(self) -> int:
-        """Peak bytes."""
-        return max(self.weights + self.cache + self.activations + self.margin, self.loading_peak)
 
 
 class MemoryPlan(Record):
@@ -184,9 +156,9 @@ def _most_rows(
 
 def _takes_too_much(layout: Layout) -> bool:
     """Return whether a large model on a CPU gets more memory besides weights than it benefits from."""
-    load = layout.loads[0]
-    large = load.device.label == "cpu" and load.weights >= LARGE_BYTES
-    return large and load.cache + load.activations > CPU_SHARE * load.weights
+    first = layout.loads[0].plan
+    large = first.device == "cpu" and first.weights >= LARGE_BYTES
+    return large and first.cache + first.activations > CPU_SHARE * first.weights
 
 
 def _laid_out(
@@ -221,28 +193,15 @@ def _described(
 ) -> MemoryPlan:
     strategy: Strategy = "offload" if layout.offloaded else "single" if len(layout.loads) == 1 else "balanced"
     quantization: Quantization = "bnb-4bit" if quantised else "none"
-    on_cpu = [load for load in layout.loads if load.device.label == "cpu"]
+    on_cpu = [load for load in layout.loads if load.plan.device == "cpu"]
     # On its way to a GPU each tensor passes through RAM, as stored and as cast.
     passing = 2 * facts.largest_tensor * work.dtype_bytes if reading.gpus else 0
     return MemoryPlan(
         strategy=strategy,
         quantization=quantization,
         rows=layout.rows,
-        devices=tuple(
-            DevicePlan(
-                device=load.device.label,
-                name=load.device.name,
-                layers=len(load.layers),
-                weights=load.weights,
-                cache=load.cache,
-                activations=load.activations,
-                margin=load.margin,
-                loading_peak=load.loading_peak,
-                free=load.device.free,
-            )
-            for load in layout.loads
-        ),
-        host_bytes=sum(load.total for load in on_cpu) + passing + HOST_BYTES,
+        devices=tuple(load.plan for load in layout.loads),
+        host_bytes=sum(load.plan.total for load in on_cpu) + passing + HOST_BYTES,
         settings=_settings(strategy, quantization, layout),
     )
 
@@ -250,7 +209,7 @@ def _described(
 def _settings(strategy: Strategy, quantization: Quantization, layout: Layout) -> tuple[str, ...]:
     placed = [f'loading.device_map = "{DEVICE_MAPS[strategy]}"']
     if strategy == "single":
-        placed.append(f'loading.device = "{layout.loads[0].device.label}"')
+        placed.append(f'loading.device = "{layout.loads[0].plan.device}"')
     return (*placed, f'loading.quantization = "{quantization}"', f"batching.rows = {layout.rows}")
 
 

@@ -52,16 +52,7 @@ def preflight(inputs: PreflightInputs) -> PreflightResult:
         groups = (*first, *model.checks, *data.checks, *machine.checks, *targets_future.result())
         # After the others, whose reading and writing would count in the disk's speed.
         end = conclude(inputs, model, data, machine)
-    survey = Survey(
-        checks=(*groups, *end.checks),
-        allowed=tuple(inputs.settings.allow),
-        plan=end.plan,
-        hours=end.hours,
-        offers=end.offers,
-        commit=end.commit,
-        public=end.public,
-    )
-    return PreflightResult(survey, data.prompts)
+    return PreflightResult(end.model_copy(update={"checks": (*groups, *end.checks)}), data.prompts)
 
 
 def _import_before_threads(settings: Settings) -> None:

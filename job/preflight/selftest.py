@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from job.errors import first_line
 from job.preflight.checks import GIB, MIB, Check, size
 from job.records import Record
 
@@ -65,7 +66,7 @@ def exercise(device: str, *, most_bytes: int | None = None, seconds: float = RAT
         bandwidth = _copy_rate(target, min(budget, _CHUNK_BYTES), seconds)
     except (RuntimeError, AssertionError) as error:
         # Errors of the CUDA runtime, of its allocator and of a torch without CUDA: what is looked for.
-        return Exercise(device=device, fault=str(error).strip().splitlines()[0])
+        return Exercise(device=device, fault=first_line(error))
     finally:
         if kind == "cuda":
             torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ class Survey(Record):
 
     Attributes:
         allowed: Checks that the user allows to fail.
+        plan: Memory plan, None if the model does not fit.
         hours: Expected duration of each phase, None if the device's speed is unknown.
         offers: Query that finds such a machine; None for this machine.
     """

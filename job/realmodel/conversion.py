@@ -6,7 +6,7 @@ import contextlib
 import io
 from pathlib import Path
 
-from job.errors import ImpossibleJobError
+from job.errors import ImpossibleJobError, first_line
 
 
 def convert(file: Path, folder: Path) -> None:
@@ -27,8 +27,9 @@ def convert(file: Path, folder: Path) -> None:
                 file.parent, dtype=torch.bfloat16, quantization_config=unpacked, **source
             )
     except Exception as error:  # a damaged file may raise anything in the reader
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ImpossibleJobError(f"{file} cannot be read: {reason}", remedy="reinstall its package") from error
+        raise ImpossibleJobError(
+            f"{file} cannot be read: {first_line(error)}", remedy="reinstall its package"
+        ) from error
     if not tokenizer.chat_template:
         raise ImpossibleJobError(f"{file} has no chat template", remedy="use the GGUF file of a chat model")
     if hasattr(model.config, "quantization_config"):

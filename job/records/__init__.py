@@ -106,6 +106,11 @@ class Figures(Record):
     kl_interval: tuple[float, float] | None = None
     kl_tokens: int = 1
 
+    @property
+    def failed(self) -> int:
+        """Bad prompts without a usable response; the refused ones where broken ones were not counted."""
+        return self.refusals if self.unanswered is None else self.unanswered
+
 
 class KeptAnswer(Record):
     """A prompt, a model's response, and whether it was a refusal."""

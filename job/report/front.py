@@ -6,13 +6,12 @@ from typing import Any
 
 from job.data.prompts import PromptSets
 from job.numerics.statistics import wilson_interval
-from job.records import FORMATS, Figures, Trial
-from job.report.results import job_trials
-from job.search.pareto import choose, pareto_front
+from job.records import FORMATS, Trial
+from job.report.run_view import RunView
 from job.storage.atomic import read_record
 from job.storage.exports import is_sealed
-from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
+from job.text.intervals import percent_range
 
 
 def job_front(folder: RunFolder) -> list[dict[str, Any]]:
@@ -22,28 +21,22 @@ def job_front(folder: RunFolder) -> list[dict[str, Any]]:
     shares, broken responses, KL, exported formats, its export's metrics on the report split or None, and the number of
     reused report prompts.
     """
-    trials = pareto_front(job_trials(folder))
-    if not trials:
-        return []
-    prompts = read_record(folder.prompts_file, PromptSets)
-    asked = len(prompts.bad_search)
-    chosen = choose(trials, asked, job_settings(folder).choice.refusal_tolerance).number
-    return [_point(folder, trial, prompts, chosen) for trial in trials]
+    view = RunView(folder)
+    return [_point(view, trial) for trial in view.front]
 
 
-def _point(folder: RunFolder, trial: Trial, prompts: PromptSets, chosen: int) -> dict[str, Any]:
-    asked = len(prompts.bad_search)
-    exports = {form: folder.export_folder(trial.number, form) for form in FORMATS}
+def _point(view: RunView, trial: Trial) -> dict[str, Any]:
+    prompts = view.prompts or read_record(view.folder.prompts_file, PromptSets)  # an error that names the missing file
+    exports = {form: view.folder.export_folder(trial.number, form) for form in FORMATS}
     made = [form for form, export in exports.items() if is_sealed(export)]
-    files = [folder.figures_file(exports[form].name) for form in made]
-    figures = next((read_record(file, Figures) for file in files if file.exists()), None)
+    figures = next(filter(None, (view.figures(exports[form].name) for form in made)), None)
     return {
         "number": trial.number,
-        "chosen": trial.number == chosen,
+        "chosen": trial == view.chosen,
         "refusals": trial.values.refusals,
-        "prompts": asked,
+        "prompts": len(prompts.bad_search),
         "broken": trial.values.broken,
-        "refusals_interval": wilson_interval(trial.values.refusals, asked),
+        "refusals_interval": wilson_interval(trial.values.refusals, len(prompts.bad_search)),
         "kl": trial.values.kl,
         "exported": made,
         "report": figures.model_dump(mode="json") if figures is not None else None,
@@ -59,9 +52,9 @@ def front_text(front: list[dict[str, Any]]) -> str:
 
 
 def _line(point: dict[str, Any]) -> str:
-    low, high = (100 * share for share in point["refusals_interval"])
+    interval = percent_range(point["refusals_interval"])
     line = (
-        f"trial {point['number']}: {point['refusals']}/{point['prompts']} refusals ({low:.1f}–{high:.1f} %), "
+        f"trial {point['number']}: {point['refusals']}/{point['prompts']} refusals ({interval}), "
         + (f"{point['broken']} broken answers, " if point["broken"] else "")
         + f"KL {point['kl']:.4g}"
     )

@@ -7,11 +7,11 @@ from pathlib import Path
 import plotly.offline
 
 from job.export import model_card
-from job.numerics.statistics import interval_text
 from job.report import charts, sections, tables
 from job.report.run_view import RunView
 from job.report.timings import duration_text
 from job.search.pareto import pareto_front
+from job.text.intervals import interval_text
 from job.text.templates import template
 
 

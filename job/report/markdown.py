@@ -5,11 +5,9 @@ from __future__ import annotations
 from job.errors import UsageError
 from job.export.model_card import direction_text, figures_rows, strength_rows
 from job.records import DetectorReport, GeometryRecord, State
-from job.report.results import RunResult
-from job.report.run_view import RunView
+from job.report.run_view import RunResult, RunView
 from job.report.sections import headline
 from job.report.tables import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors, layer_geometry
-from job.search.pareto import pareto_front
 from job.storage.atomic import PRIVATE, write_atomically
 from job.storage.run_folder import RunFolder
 from job.text.markup import markdown, markdown_table
@@ -24,15 +22,15 @@ def write_reports(folder: RunFolder, state: State | None = None, *, include_resp
     """
     from job.report.html import report_page  # its charts take a second to import
 
-    story = RunView.read(folder, state)
+    story = RunView(folder, state, lenient=True)
     if include_responses and story.answers is None:
         raise UsageError(
             f"no answers are kept of job {story.record.job_id}",
             remedy="they stay on the machine that made the export; `abliterate export` makes it again",
         )
     text = (
-        run_report(RunResult.read(folder))
-        if story.export
+        run_report(story, story.result)
+        if story.result
         else f"# Report of job {folder.path.name}\n\n{markdown(headline(story))}\n"
     )
     text = redact(text)
@@ -43,20 +41,20 @@ def write_reports(folder: RunFolder, state: State | None = None, *, include_resp
     return text
 
 
-def run_report(result: RunResult) -> str:
-    """Return the report.md of a run."""
-    resolution = result.record.resolution
+def run_report(view: RunView, result: RunResult) -> str:
+    """Return the report.md of a run with a result."""
+    resolution = view.record.resolution
     dtype = resolution.dtype if resolution else "unknown"
     sections = {
-        "Result": _result(result),
-        "Pareto front": _front(result),
-        "Detectors": detectors_text(result.detectors),
-        "Geometry": _geometry(result),
-        "Preflight": _preflight(result),
-        "Provenance": _provenance(result),
+        "Result": _result(view, result),
+        "Pareto front": _front(view, result),
+        "Detectors": detectors_text(view.detectors),
+        "Geometry": _geometry(view, result),
+        "Preflight": _preflight(view),
+        "Provenance": _provenance(view, result),
     }
-    model = f"Model: {markdown(result.record.settings['model'])}, loaded in {dtype}"
-    blocks = [f"# Report of job {result.record.job_id}", model]
+    model = f"Model: {markdown(view.record.settings['model'])}, loaded in {dtype}"
+    blocks = [f"# Report of job {view.record.job_id}", model]
     blocks += [f"## {title}\n\n{text}" for title, text in sections.items()]
     return _blocks(*blocks) + "\n"
 
@@ -65,22 +63,22 @@ def _blocks(*texts: str) -> str:
     return "\n\n".join(filter(None, texts))
 
 
-def _result(result: RunResult) -> str:
+def _result(view: RunView, result: RunResult) -> str:
     return _blocks(
-        f"Trial {result.chosen.number} of {len(result.trials)} was chosen: "
+        f"Trial {result.chosen.number} of {len(view.trials)} was chosen: "
         f"`exports/{result.export}`, to which `export` links.\n"
         f"Its figures on {result.prompts.report_description}:",
         markdown_table(figures_rows(result.base, result.edited)),
-        "\n".join(f"- **Warning**: {markdown(warning)}." for warning in result.warnings),
+        "\n".join(f"- **Warning**: {markdown(warning)}." for warning in view.warnings),
         f"It ablates {direction_text(result.edit)} with these strengths:",
         markdown_table(strength_rows(result.edit)),
-        _norms(result),
+        _norms(view),
     )
 
 
-def _norms(result: RunResult) -> str:
+def _norms(view: RunView) -> str:
     """Describe norms between residual writers and the stream, "" without any."""
-    resolution, ablation = result.record.resolution, result.record.settings["ablation"]
+    resolution, ablation = view.record.resolution, view.record.settings["ablation"]
     if resolution is None or not resolution.norms:
         return ""
     names = markdown(", ".join(resolution.norms))
@@ -91,31 +89,31 @@ def _norms(result: RunResult) -> str:
     return f"Norms stand between residual writers and the stream ({names}): {done}."
 
 
-def _front(result: RunResult) -> str:
-    skipped = sum(trial.values.skipped for trial in result.trials)
-    failed = sum(trial.values.reason is not None for trial in result.trials) - skipped
+def _front(view: RunView, result: RunResult) -> str:
+    skipped = sum(trial.values.skipped for trial in view.trials)
+    failed = sum(trial.values.reason is not None for trial in view.trials) - skipped
     given_up = f", {skipped} were given up for their KL divergence before they answered" if skipped else ""
     rows: list[tuple[object, ...]] = [("trial", "refusals", "broken answers", "KL (nats)")]
-    for trial in pareto_front(result.trials):
+    for trial in view.front:
         mark = " (chosen)" if trial.number == result.chosen.number else ""
         values = trial.values
         rows.append((f"{trial.number}{mark}", values.refusals, values.broken, f"{values.kl:.4g}"))
     return _blocks(
         f"Measured on the search split ({len(result.prompts.bad_search)} prompts with the behaviour, "
-        f"{len(result.prompts.good_search)} without); {failed} of {len(result.trials)} trials failed{given_up}."
-        f"{_lengths(result)}",
+        f"{len(result.prompts.good_search)} without); {failed} of {len(view.trials)} trials failed{given_up}."
+        f"{_lengths(view)}",
         markdown_table(rows),
     )
 
 
-def _lengths(result: RunResult) -> str:
+def _lengths(view: RunView) -> str:
     """Describe the response lengths in which refusals were counted, "" if all were alike."""
-    if not result.rescored:
+    if not view.rescored:
         return ""
-    scoring = result.record.settings["scoring"]
+    scoring = view.record.settings["scoring"]
     return (
         f"\nRefusals were counted in the first {scoring['search_tokens']} tokens of answers, and again in the first "
-        f"{scoring['answer_tokens']} for the trials that came into question: {', '.join(map(str, result.rescored))}."
+        f"{scoring['answer_tokens']} for the trials that came into question: {', '.join(map(str, view.rescored))}."
     )
 
 
@@ -130,9 +128,11 @@ def detectors_text(found: DetectorReport | None) -> str:
     return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
 
 
-def _geometry(result: RunResult) -> str:
+def _geometry(view: RunView, result: RunResult) -> str:
+    if view.geometry is None:
+        return "Its file is missing or damaged."
     return _blocks(
-        geometry_table(result.geometry),
+        geometry_table(view.geometry),
         "μ are the means of the residuals of prompts without (good) and with (bad) the behaviour "
         f"({len(result.prompts.good)} and {len(result.prompts.bad)} prompts), v is the layer's first direction; "
         "silhouette and share of variance say how well the two classes are apart.",
@@ -155,20 +155,22 @@ def geometry_table(record: GeometryRecord) -> str:
     return markdown_table(layer_geometry(record, columns))
 
 
-def _preflight(result: RunResult) -> str:
-    if not result.preflight:
+def _preflight(view: RunView) -> str:
+    if not view.bad_checks:
         return "All checks were in order."
-    allowed = f" Allowed to fail: {markdown(', '.join(result.allowed))}." if result.allowed else ""
-    rows = [("check", "status", "measured"), *(tuple(map(markdown, check)) for check in result.preflight)]
-    return f"All other checks were in order.{allowed}\n\n{markdown_table(rows)}"
+    accepted = view.survey.get("allowed", ())
+    allowed = f" Allowed to fail: {markdown(', '.join(accepted))}." if accepted else ""
+    names = ("name", "status", "measured")
+    checks = [tuple(markdown(check[name]) for name in names) for check in view.bad_checks]
+    return f"All other checks were in order.{allowed}\n\n{markdown_table([('check', 'status', 'measured'), *checks])}"
 
 
-def _provenance(result: RunResult) -> str:
-    record = result.record
+def _provenance(view: RunView, result: RunResult) -> str:
+    record = view.record
     prefix = record.resolution.response_prefix if record.resolution else ""
     packages = ", ".join(markdown(f"{name} {version}") for name, version in record.versions.items())
     return _blocks(
-        _machines(result),
+        _machines(view),
         f"{packages}; seed {record.identity['seed']}; {record.startup_trials} start-up trials; "
         f"directions by {record.identity['directions']['method']}; "
         f"{'answers are made to begin with ' + markdown(repr(prefix)) if prefix else 'no response prefix'}.",
@@ -176,8 +178,8 @@ def _provenance(result: RunResult) -> str:
     )
 
 
-def _machines(result: RunResult) -> str:
-    lines = [f"Trials {numbers} were evaluated on {markdown(hardware)}." for hardware, numbers in result.machines]
+def _machines(view: RunView) -> str:
+    lines = [f"Trials {numbers} were evaluated on {markdown(hardware)}." for hardware, numbers in view.machines]
     return "\n".join(lines) or "No trial was evaluated: the edit was given."
 
 

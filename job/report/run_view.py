@@ -1,14 +1,15 @@
-"""A run folder's contents for reports, at any stage of the job."""
+"""A run folder's contents for status, front and reports, at any stage of the job."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 from job.config.load import default_values, merged
-from job.config.schema import Settings
 from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import (
@@ -27,114 +28,209 @@ from job.report.results import job_trials, machines, trial_edit
 from job.report.timings import PhaseTime, phase_times
 from job.search.budget import Spent, read_spent
 from job.search.convergence import effect_warnings, search_warnings
-from job.search.pareto import choose
+from job.search.finalists import read_full_counts
+from job.search.pareto import choose, pareto_front
 from job.search.path import EditPath
 from job.storage.answers import read_answers
 from job.storage.atomic import read_record
 from job.storage.events import read_events
 from job.storage.run_folder import RunFolder
 
+T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
+class RunResult:
+    """The chosen trial with its measured export, named by the export's folder."""
+
+    prompts: PromptSets
+    chosen: Trial
+    edit: EditParameters
+    export: str
+    base: Figures
+    edited: Figures
+
+
+@dataclass(frozen=True)
 class RunView:
-    """A run folder's contents; missing parts are None or empty.
+    """A run folder's contents. Each file is read once, when first needed; missing parts are None or empty.
+
+    Properties raise JobError for a damaged file.
 
     Attributes:
-        chosen: The chosen trial, or the current best.
-        export: Name of its measured export's folder.
-        path: The edits that the gradient found; None where the search had no such path.
-        checks: Checks of the latest preflight.
+        final_state: Overrides state.json.
+        lenient: Treat damaged files as missing, for a report about the damage.
     """
 
-    record: JobRecord
-    state: State | None
-    prompts: PromptSets | None
-    trials: Sequence[Trial]
-    chosen: Trial | None
-    edit: EditParameters | None
-    export: str | None
-    base: Figures | None
-    edited: Figures | None
-    detectors: DetectorReport | None
-    answers: tuple[KeptAnswers, KeptAnswers] | None
-    geometry: GeometryRecord | None
-    path: EditPath | None
-    checks: Sequence[dict[str, Any]]
-    phases: Sequence[PhaseTime]
-    spent: Spent
-    machines: tuple[tuple[str, str], ...]
-    uploads: Sequence[Upload]
+    folder: RunFolder
+    final_state: State | None = None
+    lenient: bool = False
+
+    @cached_property
+    def record(self) -> JobRecord:
+        """job.json, which is never missing."""
+        return self.folder.read_job()
+
+    @cached_property
+    def state(self) -> State | None:
+        """The job's latest state."""
+        return self.final_state or self.folder.read_state()
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The job's settings, with defaults for those unknown to the version that wrote them."""
+        return merged(default_values(), self.record.settings)
+
+    @cached_property
+    def prompts(self) -> PromptSets | None:
+        """The prompts of all splits."""
+        return self._part(self.folder.prompts_file, PromptSets)
+
+    @cached_property
+    def trials(self) -> Sequence[Trial]:
+        """The finished trials, with full-length counts where known."""
+        return self._readable(lambda: job_trials(self.folder), [])
+
+    @cached_property
+    def front(self) -> Sequence[Trial]:
+        """The Pareto-optimal trials."""
+        return pareto_front(self.trials)
+
+    @cached_property
+    def rescored(self) -> Sequence[int]:
+        """Numbers of the trials scored at full length."""
+        return sorted(read_full_counts(self.folder).refusals)
+
+    @cached_property
+    def chosen(self) -> Trial | None:
+        """The chosen trial, or the current best."""
+        if self.prompts is None or not self.front:
+            return None
+        return choose(self.trials, len(self.prompts.bad_search), self.settings["choice"]["refusal_tolerance"])
+
+    @cached_property
+    def edit(self) -> EditParameters | None:
+        """The edit of `chosen`."""
+        chosen, resolution, space = self.chosen, self.record.resolution, self.settings["search"]["space"]
+        if chosen is None or resolution is None:
+            return None
+        return self._readable(lambda: trial_edit(self.folder, space, resolution.layers, chosen), None)
+
+    @cached_property
+    def result(self) -> RunResult | None:
+        """The chosen trial's measured export."""
+        if self.prompts is None or self.chosen is None or self.edit is None:
+            return None
+        export = self.folder.export_folder(self.chosen.number, self.settings["export_format"]).name
+        edited = self.figures(export)
+        if edited is None:
+            return None
+        base = read_record(self.folder.figures_file("base"), Figures)
+        return RunResult(self.prompts, self.chosen, self.edit, export, base, edited)
+
+    def figures(self, export: str) -> Figures | None:
+        """Return an export's figures on the report split."""
+        return self._part(self.folder.figures_file(export), Figures)
 
     @property
+    def export(self) -> str | None:
+        """Name of the result's export folder."""
+        return self.result.export if self.result else None
+
+    @property
+    def base(self) -> Figures | None:
+        """The base model's figures, once there is a result."""
+        return self.result.base if self.result else None
+
+    @property
+    def edited(self) -> Figures | None:
+        """The result's figures."""
+        return self.result.edited if self.result else None
+
+    @cached_property
     def warnings(self) -> list[str]:
         """Warnings about the result."""
-        if self.base is None or self.edited is None:
+        result = self.result
+        if result is None:
             return []
-        found = effect_warnings(self.base, self.edited)
-        if self.record.searches and self.prompts is not None:
-            found = search_warnings(self.trials, len(self.prompts.bad_search)) + found
+        searched = search_warnings(self.trials, len(result.prompts.bad_search)) if self.record.searches else []
+        return searched + effect_warnings(result.base, result.edited)
+
+    @cached_property
+    def detectors(self) -> DetectorReport | None:
+        """What detectors counted on the result's responses."""
+        file = self.folder.detectors_file(self.export) if self.export else None
+        return read_record(file, DetectorReport) if file is not None and file.exists() else None
+
+    @cached_property
+    def answers(self) -> tuple[KeptAnswers, KeptAnswers] | None:
+        """Sampled responses of the base model and the edited one."""
+        if self.export is None:
+            return None
+        base, edited = read_answers(self.folder, "base"), read_answers(self.folder, self.export)
+        return (base, edited) if base and edited else None
+
+    @cached_property
+    def geometry(self) -> GeometryRecord | None:
+        """The geometry of all layers."""
+        return self._part(self.folder.geometry_file, GeometryRecord)
+
+    @cached_property
+    def path(self) -> EditPath | None:
+        """The edits found by gradient descent; None where the search had none."""
+        return self._part(self.folder.path_file, EditPath)
+
+    @cached_property
+    def survey(self) -> dict[str, Any]:
+        """The latest preflight.json."""
+        file = self.folder.preflight_file
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         return found
 
-    @classmethod
-    def read(cls, folder: RunFolder, state: State | None = None) -> RunView:
-        """Read a run folder; `state` overrides its state.json. Raises JobError without a readable job.json."""
-        record = folder.read_job()
-        prompts = _read(folder.prompts_file, PromptSets)
-        trials = _trials(folder)
-        chosen, edit, export = _choice(folder, record, prompts, trials)
-        events = read_events(folder.events_file)
-        figures = [_read(folder.figures_file(name), Figures) if export else None for name in ("base", export or "")]
-        answers = [read_answers(folder, name) if export else None for name in ("base", export or "")]
-        survey = json.loads(folder.preflight_file.read_text()) if folder.preflight_file.exists() else {}
-        return cls(
-            record=record,
-            state=state or folder.read_state(),
-            prompts=prompts,
-            trials=trials,
-            chosen=chosen,
-            edit=edit,
-            export=export if figures[1] else None,
-            base=figures[0],
-            edited=figures[1],
-            detectors=_read(folder.detectors_file(export), DetectorReport) if export else None,
-            answers=(answers[0], answers[1]) if answers[0] and answers[1] else None,
-            geometry=_read(folder.geometry_file, GeometryRecord),
-            path=_read(folder.path_file, EditPath),
-            checks=survey.get("checks", ()),
-            phases=phase_times(events),
-            spent=read_spent(folder.meter_file),
-            machines=machines(events),
-            uploads=folder.read_uploads(),
-        )
+    @property
+    def checks(self) -> Sequence[dict[str, Any]]:
+        """Checks of the latest preflight."""
+        found: Sequence[dict[str, Any]] = self.survey.get("checks", ())
+        return found
 
+    @property
+    def bad_checks(self) -> Sequence[dict[str, Any]]:
+        """Checks of the latest preflight that are not ok."""
+        return [check for check in self.checks if check["status"] != "ok"]
 
-def _read(file: Any, kind: type[R]) -> R | None:
-    try:
-        return read_record(file, kind)
-    except JobError:
-        return None
+    @cached_property
+    def events(self) -> Sequence[dict[str, Any]]:
+        """The event log."""
+        return read_events(self.folder.events_file)
 
+    @cached_property
+    def phases(self) -> Sequence[PhaseTime]:
+        """Time and cost of each phase."""
+        return phase_times(self.events)
 
-def _trials(folder: RunFolder) -> list[Trial]:
-    try:
-        return job_trials(folder)
-    except JobError:
-        return []  # a damaged study, which the state reports
+    @cached_property
+    def machines(self) -> tuple[tuple[str, str], ...]:
+        """Hardware of the trials; see `machines` in `job.report.results`."""
+        return machines(self.events)
 
+    @cached_property
+    def spent(self) -> Spent:
+        """Time and cost over all starts."""
+        return read_spent(self.folder.meter_file)
 
-def _choice(
-    folder: RunFolder, record: JobRecord, prompts: PromptSets | None, trials: Sequence[Trial]
-) -> tuple[Trial | None, EditParameters | None, str | None]:
-    """Return the chosen trial, its edit and the name of its export."""
-    if prompts is None or record.resolution is None:
-        return None, None, None
-    try:
-        # Settings unknown to a former version have their former defaults.
-        settings = Settings(**merged(default_values(), record.settings))
-        chosen = choose(trials, len(prompts.bad_search), settings.choice.refusal_tolerance)
-        edit = trial_edit(folder, settings.search.space, record.resolution.layers, chosen)
-    except (JobError, KeyError, ValueError):
-        return None, None, None  # no trial could be scored, or the settings are another version's
-    return chosen, edit, folder.export_folder(chosen.number, settings.export_format).name
+    @cached_property
+    def uploads(self) -> Sequence[Upload]:
+        """State of each delivery."""
+        return self.folder.read_uploads()
+
+    def _part(self, file: Path, kind: type[R]) -> R | None:
+        return self._readable(lambda: read_record(file, kind), None) if file.exists() else None
+
+    def _readable(self, read: Callable[[], T], otherwise: T) -> T:
+        try:
+            return read()
+        except (JobError, KeyError, ValueError):  # the latter two for trials of another version
+            if not self.lenient:
+                raise
+            return otherwise

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from job.config.load import default_values, merged
-from job.data.prompts import PromptSets
-from job.errors import JobError
-from job.records import JobRecord, State, Trial
-from job.report.results import job_trials
+from job.records import State
+from job.report.run_view import RunView
 from job.report.timings import duration_text
-from job.search.budget import read_spent
-from job.search.pareto import choose, pareto_front
-from job.storage.atomic import read_record
-from job.storage.events import read_events
 from job.storage.run_folder import RunFolder
 from job.text.markup import printable
 
@@ -31,17 +23,13 @@ _AFTER_SEARCH = ("export", "upload")
 
 def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]:
     """Return a job's status for `abliterate status --json`; `running` None means to use its lock."""
-    record, state = folder.read_job(), folder.read_state()
-    trials = job_trials(folder)
-    events = read_events(folder.events_file)
-    survey = json.loads(folder.preflight_file.read_text()) if folder.preflight_file.exists() else {}
-    prompts = read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None
+    view = RunView(folder)
+    record, state, done = view.record, view.state, len(view.trials)
     held = folder.is_held() if running is None else running
     name, reason = _state(state, held)
     target = int(record.settings["trials"]) if record.searches else 1
-    exported = folder.export_link.exists()
-    eta, eta_total = _etas(events, survey, state, target - len(trials)) if name == "running" else (None, None)
-    said = [event for event in events if event.get("message")]
+    eta, eta_total = _etas(view, target - done) if name == "running" else (None, None)
+    said = [event for event in view.events if event.get("message")]
     return {
         "job_id": record.job_id,
         "model": record.settings["model"],
@@ -49,26 +37,26 @@ def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]
         "reason": reason,
         "phase": state.phase if state is not None else None,
         "trials": {
-            "done": len(trials),
+            "done": done,
             "target": target,
-            "running": _running(record, state, len(trials), target) if name == "running" else 0,
+            "running": _running(view, target) if name == "running" else 0,
         },
         "eta_s": eta,
         "eta_total_s": eta_total,
         "best": [
             {"number": t.number, "params": t.params, "values": {"refusals": t.values.refusals, "kl": t.values.kl}}
-            for t in pareto_front(trials)
+            for t in view.front
         ],
-        "leading": _leading(record, trials, prompts),
+        "leading": view.chosen.number if view.chosen else None,
         "chosen": state.chosen if state is not None and name == "finished" else None,
-        "export": str(folder.export_link) if exported else None,
-        "uploads": [upload.model_dump() for upload in folder.read_uploads()],
-        "search_prompts": len(prompts.bad_search) if prompts else None,
-        "received_bytes": prompts.received if prompts else 0,
-        "spent_s": round(read_spent(folder.meter_file).seconds, 1),
-        "cost_usd": _cost(folder, record),
+        "export": str(folder.export_link) if folder.export_link.exists() else None,
+        "uploads": [upload.model_dump() for upload in view.uploads],
+        "search_prompts": len(view.prompts.bad_search) if view.prompts else None,
+        "received_bytes": view.prompts.received if view.prompts else 0,
+        "spent_s": round(view.spent.seconds, 1),
+        "cost_usd": _cost(view),
         "events": [{key: event[key] for key in ("time", "event", "message")} for event in said[-_EVENTS:]],
-        "warnings": _warnings(events, survey),
+        "warnings": _warnings(view),
     }
 
 
@@ -83,45 +71,31 @@ def _state(state: State | None, held: bool) -> tuple[str, str | None]:
     return state.state, state.reason
 
 
-def _cost(folder: RunFolder, record: JobRecord) -> float | None:
+def _cost(view: RunView) -> float | None:
     """Return the job's cost in dollars, None without a known price."""
-    spent = read_spent(folder.meter_file)
-    return round(spent.dollars, 2) if spent.dollars or record.settings.get("price") is not None else None
+    dollars = view.spent.dollars
+    return round(dollars, 2) if dollars or view.record.settings.get("price") is not None else None
 
 
-def _leading(record: JobRecord, trials: Sequence[Trial], prompts: PromptSets | None) -> int | None:
-    """Return the trial that would be chosen now."""
-    if prompts is None:
-        return None
-    # Settings unknown to a former version have their former defaults.
-    settings = merged(default_values(), record.settings)
-    try:
-        return choose(trials, len(prompts.bad_search), settings["choice"]["refusal_tolerance"]).number
-    except JobError:
-        return None  # none could be scored yet
-
-
-def _running(record: JobRecord, state: State | None, done: int, target: int) -> int:
+def _running(view: RunView, target: int) -> int:
     """Return the number of trials in evaluation: the current batch without stored ones."""
-    if state is None or state.phase != "search":
+    if view.state is None or view.state.phase != "search":
         return 0
-    batch = int(record.settings["trials_per_batch"])
+    batch, done = int(view.record.settings["trials_per_batch"]), len(view.trials)
     return max(0, min(batch - done % batch, target - done))
 
 
-def _etas(
-    events: Sequence[dict[str, Any]], survey: dict[str, Any], state: State | None, left: int
-) -> tuple[float | None, float | None]:
+def _etas(view: RunView, left: int) -> tuple[float | None, float | None]:
     """Return the seconds until the search and the job are done.
 
     The search is extrapolated from its latest rate, or preflight's estimate before; export and delivery use the
     estimate.
     """
-    hours = survey.get("hours") or {}
-    search = None if left <= 0 else _rate_eta(events, left)
+    hours = view.survey.get("hours") or {}
+    search = None if left <= 0 else _rate_eta(view.events, left)
     if not hours:
         return search, None
-    phase = state.phase if state is not None else None
+    phase = view.state.phase if view.state is not None else None
     rest = 0.0 if phase == "upload" else sum(float(hours.get(name, 0.0)) for name in _AFTER_SEARCH)
     if left <= 0:
         return None, round(3600 * rest, 1)
@@ -145,13 +119,10 @@ def _rate_eta(events: Iterable[dict[str, Any]], left: int) -> float | None:
     return round((recent[-1] - recent[0]) / (len(recent) - 1) * left, 1)
 
 
-def _warnings(events: Sequence[dict[str, Any]], survey: dict[str, Any]) -> list[str]:
+def _warnings(view: RunView) -> list[str]:
     """Return distinct warnings of preflight and of the latest start."""
-    found = [
-        f"preflight: {check['status']}: {check['name']}: {check['measured']}"
-        for check in survey.get("checks", ())
-        if check["status"] != "ok"
-    ]
+    found = [f"preflight: {check['status']}: {check['name']}: {check['measured']}" for check in view.bad_checks]
+    events = view.events
     starts = [index for index, event in enumerate(events) if event.get("event") == "job_started"]
     latest = events[starts[-1] :] if starts else events
     messages = (str(event.get("message", "")) for event in latest)

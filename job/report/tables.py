@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from job.numerics.statistics import interval_text
 from job.records import DetectorCounts, DetectorReport, GeometryRecord
+from job.text.intervals import count_with_interval
 
 COUNTED = (
     "Refused or broken, by each detector, of answers to the report's prompts with the behaviour and without it, "
@@ -59,4 +59,4 @@ def _detected(counts: DetectorCounts) -> str:
     found = counts.refused + counts.broken
     kinds = [f"{n} {name}" for n, name in ((counts.refused, "refused"), (counts.broken, "broken")) if n]
     told = f", {' and '.join(kinds)}" if kinds else ""
-    return f"{found}/{counts.answers} ({interval_text(found, counts.answers)}){told}"
+    return f"{count_with_interval(found, counts.answers)}{told}"

@@ -18,6 +18,7 @@ from typing import Literal, Protocol, get_args
 
 from job.config.schema import LoadingSettings, ScoringSettings
 from job.config.scorers import SCORERS_GROUP
+from job.errors import first_line
 from job.records import Agreement, DetectorCounts, DetectorReport
 from job.scoring.broken import Exchange
 from job.scoring.soft_refusals import is_evasion
@@ -98,7 +99,7 @@ def detect(
         try:
             labels[name] = _labels(make_scorer(name, context), [*base, *edited])
         except Exception as error:  # others' code may raise anything, and must not end the job
-            failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            failed[name] = first_line(error)
             context.say(f"warning: the detector {name} could not be used: {failed[name]}")
     counts, agreement = [], []
     for model, begin, end in (("base", 0, len(base)), ("edited", len(base), len(base) + len(edited))):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from job.config.schema import LoadingSettings
-from job.errors import ImpossibleJobError
+from job.errors import ImpossibleJobError, first_line
 from job.model.files import fetch_model, list_model, parse_model
 from job.model.loading import quieten_transformers, resolve_device
 
@@ -49,7 +49,7 @@ class Entailment:
             )
         except (OSError, ValueError, KeyError) as error:
             raise ImpossibleJobError(
-                f"{name} cannot be loaded as a classifier: {str(error).strip().splitlines()[0]}",
+                f"{name} cannot be loaded as a classifier: {first_line(error)}",
                 remedy="choose a model for zero-shot classification as scoring.nli_model",
             ) from error
         return cls(model.eval().to(resolve_device(settings.device)), tokenizer)

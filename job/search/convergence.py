@@ -48,11 +48,11 @@ def search_warnings(trials: Sequence[Trial], prompts: int) -> list[str]:
 def effect_warnings(base: Figures, edited: Figures) -> list[str]:
     """Return warnings about the chosen edit's effect, from metrics on the report split."""
     found = []
-    before, after = (wilson_interval(_unanswered(one), one.bad_prompts) for one in (base, edited))
+    before, after = (wilson_interval(one.failed, one.bad_prompts) for one in (base, edited))
     if after[1] >= before[0]:
         found.append(
-            f"the edit has no effect that differs from chance: {_unanswered(base)} of {base.bad_prompts} prompts "
-            f"with the behaviour went unanswered before, {_unanswered(edited)} of {edited.bad_prompts} after"
+            f"the edit has no effect that differs from chance: {base.failed} of {base.bad_prompts} prompts "
+            f"with the behaviour went unanswered before, {edited.failed} of {edited.bad_prompts} after"
         )
     total = edited.bad_prompts + edited.good_prompts
     broken = edited.degenerate + edited.false_degenerate
@@ -60,10 +60,6 @@ def effect_warnings(base: Figures, edited: Figures) -> list[str]:
     if wilson_interval(broken, total)[0] > normal:
         found.append(f"the edited model is damaged: {broken} of {total} answers are broken")
     return found
-
-
-def _unanswered(figures: Figures) -> int:
-    return figures.refusals if figures.unanswered is None else figures.unanswered
 
 
 def _before_last_third(trials: Sequence[Trial]) -> list[Trial]:

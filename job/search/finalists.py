@@ -14,7 +14,7 @@ from pydantic import Field
 
 from job.records import Record, Trial, TrialScores
 from job.search.pareto import eligible
-from job.storage.atomic import make_folder, read_record, write_record
+from job.storage.atomic import ensure_folder, read_record, write_record
 from job.storage.run_folder import RunFolder
 
 
@@ -37,7 +37,7 @@ def keep_full_counts(folder: RunFolder, counts: FullCounts, more: Mapping[int, T
         refusals=counts.refusals | {number: scores.refusals for number, scores in more.items()},
         broken=counts.broken | {number: scores.broken for number, scores in more.items()},
     )
-    make_folder(folder.rescored_file.parent)
+    ensure_folder(folder.rescored_file.parent)
     write_record(folder.rescored_file, counts)
     return counts
 

@@ -9,7 +9,7 @@ import json
 import sqlite3
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import optuna
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial
 
-from job.errors import JobError, MachineError
+from job.errors import JobError, MachineError, explaining, first_line
 from job.records import Trial, TrialScores
 from job.storage.study_file import WAIT_SECONDS, connected, in_use, is_busy
 from job.system.failpoints import reached
@@ -162,25 +162,22 @@ def clear_write_errors(file: Path) -> Iterator[None]:
             raise
         if _is_busy(error):
             raise in_use(file) from error
-        what = str(error.__cause__ or error).splitlines()[0]
         raise MachineError(
-            f"cannot write the study {file}: {what}",
+            f"cannot write the study {file}: {first_line(error.__cause__ or error)}",
             remedy="free disk space, correct its permissions or choose another --workspace",
         ) from error
 
 
-@contextmanager
-def clear_errors(file: Path) -> Iterator[None]:
+def clear_errors(file: Path) -> AbstractContextManager[None]:
     """Turn errors within the block into one clear error about opening or reading a study."""
-    try:
-        yield
-    except JobError:
-        raise
-    except Exception as error:
+
+    def explain(error: BaseException) -> JobError:
         if _is_busy(error):
-            raise in_use(file) from error
+            return in_use(file)
         # SQLAlchemy, sqlite3 and json raise a dozen types for a file that is damaged or not a database.
-        raise JobError(
-            f"the study {file} cannot be opened: {str(error).splitlines()[0]}",
+        return JobError(
+            f"the study {file} cannot be opened: {first_line(error)}",
             remedy="move the file away to search again from the start",
-        ) from error
+        )
+
+    return explaining(explain)

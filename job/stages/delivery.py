@@ -9,7 +9,7 @@ from job.lifecycle.outcome import Outcome, missed_gate, outcome_of
 from job.lifecycle.running import RunningJob
 from job.records import State, Trial
 from job.report.markdown import write_reports
-from job.report.results import RunResult
+from job.report.run_view import RunView
 from job.storage.atomic import write_record
 from job.upload.targets import deliver_to_all
 
@@ -17,7 +17,7 @@ from job.upload.targets import deliver_to_all
 def deliver(job: RunningJob, export: Path, trial: Trial) -> Outcome:
     """Deliver an export to all targets unless it misses a gate. Raises HeldError if another run took over."""
     outcome = outcome_of(job.folder, trial.number, export)
-    for warning in RunResult.read(job.folder).warnings:
+    for warning in RunView(job.folder).warnings:
         job.events.emit("doubt", f"warning: {warning}")
     missed = missed_gate(job.settings, outcome.edited)
     if missed is not None:

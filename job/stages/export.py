@@ -28,7 +28,7 @@ from job.stages.measuring import metrics_of, shown_generating
 from job.stages.model import as_resolved, rendering_of, require_resident
 from job.stages.session import ModelSession
 from job.storage.answers import keep_answers
-from job.storage.atomic import cannot_write, make_folder, write_record
+from job.storage.atomic import cannot_write, ensure_folder, make_folder, write_record
 from job.storage.exports import DONE
 
 
@@ -124,7 +124,7 @@ class _Measurement:
         figures = before.figures(base.kl_tokens), after.figures(base.kl_tokens, divergences)
         for subject, one in zip(("base", self.export.name), figures, strict=True):
             file = self._job.folder.figures_file(subject)
-            make_folder(file.parent)
+            ensure_folder(file.parent)
             write_record(file, one)
         write_record(self._job.folder.detectors_file(self.export.name), self._detected(before, after))
         return figures

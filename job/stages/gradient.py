@@ -21,7 +21,7 @@ from job.scoring.prompt_batches import PromptBatches
 from job.scoring.trial_scorer import TrialScorer
 from job.search.path import EditPath, PathStage
 from job.stages.session import ModelSession
-from job.storage.atomic import make_folder, write_record
+from job.storage.atomic import ensure_folder, write_record
 from job.text.refusal_markers import RefusalMarkers
 
 # One in this many extraction prompts is held out, for early stopping.
@@ -40,7 +40,7 @@ def find_path(job: RunningJob, session: ModelSession) -> None:
     if job.settings.search.method != "gradient" or folder.path_file.exists() or trials_so_far(folder):
         return
     path = _Finder(job, session, Recipe()).found()
-    make_folder(folder.path_file.parent)
+    ensure_folder(folder.path_file.parent)
     write_record(folder.path_file, path)
     if path.failed is not None:
         job.events.emit("gradient_failed", f"warning: no edits by gradient: {path.failed}; searching with tpe")

@@ -12,12 +12,10 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from job.errors import JobError, MachineError
+from job.errors import JobError, MachineError, first_line
 from job.records import Record
 from job.system.failpoints import reached
 from job.system.locks import is_left, stake
-
-_BLOCK = 1 << 20
 
 # What fsync of a folder answers where the file system has none.
 _NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
@@ -87,6 +85,14 @@ def make_folder(folder: Path) -> None:
         sync_folder(path.parent)
 
 
+def ensure_folder(folder: Path) -> None:
+    """Create a folder as `make_folder` does. Raises MachineError."""
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
 def cannot_write(path: Path, error: OSError) -> MachineError:
     """Return the error for a file or folder that cannot be written."""
     return MachineError(
@@ -97,11 +103,8 @@ def cannot_write(path: Path, error: OSError) -> MachineError:
 
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a file's contents."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_record(path: Path, record: Record, *, mode: int | None = None) -> None:
@@ -115,7 +118,7 @@ def read_record(path: Path, kind: type[R]) -> R:
         return kind.model_validate_json(path.read_bytes())
     except (ValidationError, OSError) as error:
         raise JobError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}",
+            f"{path} cannot be read: {first_line(error)}",
             remedy="restore it, or start the job again with another --workspace",
         ) from error
 

@@ -9,22 +9,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from job.config.origins import HERE
 from job.config.schema import ENDS, REFERENCE_SETS, Settings
 from job.data.sources import source_identity
 from job.model.files import no_model_folder, parse_model, refuse_links_out
-from job.storage.atomic import cannot_write, make_folder, sha256_file, write_atomically
+from job.storage.atomic import ensure_folder, sha256_file, write_atomically
 from job.text.redaction import redact, redacted
 
 # Settings that only extend a job or say where things go; all others are part of its identity.
 EXTENDING = frozenset(
     {
-        "workspace",
-        "checkpoint",
-        "require_checkpoint",
-        "when_done",
-        "when_failed",
+        *(name for name in HERE if "." not in name),
         "upload",
-        "visibility",
         "export_format",
         "max_kl",
         "max_refusals",
@@ -33,21 +29,10 @@ EXTENDING = frozenset(
         "s3",
         "trials",
         "tune",
-        "allow",
-        "price",
         "max_hours",
         "max_cost",
-        "grace",
-        "hang_seconds",
-        "study_storage",
-        "workers",
-        "engine",
-        "address",
-        "wait_for_gpu",
-        "probe_seconds",
     }
 )
-
 
 # The same, of settings that are otherwise part of it.
 EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
@@ -80,9 +65,14 @@ def _folder_digest(folder: Path, memo: Path, *, write: bool) -> str:
     return digest.hexdigest()
 
 
+def short_hash(text: str) -> str:
+    """Return the first 12 digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def job_id(identity: Mapping[str, Any]) -> str:
     """Return the job's name: the start of its identity's hash."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return short_hash(json.dumps(identity, sort_keys=True))
 
 
 def versions() -> dict[str, str]:
@@ -97,10 +87,7 @@ def model_identity(settings: Settings, *, write: bool = True) -> dict[str, Any]:
     if source.kind == "folder" and not Path(source.name).is_dir():
         raise no_model_folder(source)
     if write:
-        try:
-            make_folder(workspace)
-        except OSError as error:
-            raise cannot_write(workspace, error) from error
+        ensure_folder(workspace)
     if source.kind == "hub":
         return dict(redacted({"repository": source.name, "revision": source.revision}))
     refuse_links_out(Path(source.name))

@@ -15,7 +15,7 @@ from job.config.schema import Settings
 from job.errors import JobError, UsageError
 from job.model.files import parse_model
 from job.records import JobRecord
-from job.storage.atomic import cannot_write, make_folder
+from job.storage.atomic import ensure_folder
 from job.storage.identity import extends, identify, job_id, stored, versions
 from job.storage.run_folder import RunFolder
 from job.text.redaction import MASK, redacted_json
@@ -42,10 +42,7 @@ def open_job(settings: Settings, *, new: bool, pinned: Mapping[str, Any] | None 
     if not folder.job_file.exists() and not new and not pinned:
         others = {other.path.name: other.read_job().identity for other in jobs_in(folder.path.parent)}
         refuse_other_settings(str(folder.path.parent), others, identity)
-    try:
-        make_folder(folder.path)
-    except OSError as error:
-        raise cannot_write(folder.path, error) from error
+    ensure_folder(folder.path)
     today = date.today().isoformat()
     if folder.job_file.exists():
         record = folder.read_job()
@@ -147,6 +144,14 @@ def job_settings(folder: RunFolder, *, whole: bool = False, **others: object) ->
             f"this version cannot read the settings of job {record.job_id}: {error.errors()[0]['msg']}",
             remedy=f"continue with the version that started the job, {made_by}",
         ) from error
+
+
+def settings_if_readable(folder: RunFolder) -> Settings | None:
+    """Return a job's latest settings; None for another version's, or without a readable job.json."""
+    try:
+        return job_settings(folder)
+    except JobError:
+        return None
 
 
 def _masked(record: JobRecord) -> set[str]:

@@ -22,8 +22,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from job.records import Record
-from job.system.processes import ProcessRecord, is_alive, process_namespace, this_process
+from job.system.processes import HolderRecord, is_alive, process_namespace, this_process
 
 # Errors of flock on file systems without it.
 MISSING = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
@@ -49,7 +48,7 @@ _TRIAL, _AT_WORK = ".abliterate-probe-", ".at-work"
 _SURELY_LEFT_SECONDS = 3600.0
 
 
-class Owner(Record):
+class Owner(HolderRecord):
     """The current or last holder of a file lock.
 
     Attributes:
@@ -57,8 +56,6 @@ class Owner(Record):
         namespace: PID namespace of the process.
     """
 
-    process: ProcessRecord
-    host: str
     machine: str = ""
     namespace: str = ""
     released: bool = False
@@ -73,10 +70,6 @@ class Owner(Record):
             # Another container of this machine has other process ids.
             return self.namespace == here.namespace and not is_alive(self.process)
         return self.host == here.host and self.machine == here.machine and self.host not in _NO_HOST
-
-    def describe(self) -> str:
-        """Describe the owner in words."""
-        return f"process {self.process.pid} on {self.host}"
 
 
 def this_owner() -> Owner:
@@ -292,9 +285,10 @@ def left_behind(file: Path) -> LockedError | None:
 
 def _take(file: Path) -> Path:
     """Create the next owner file. Raises LockedError if another holds it or was faster, or OSError."""
+    # Before looking at the holder: a number above that of a process that takes over in between would be free.
+    number = max(_owners(file), default=0) + 1
     if (holder := left_behind(file)) is not None:
         raise holder
-    number = max(_owners(file), default=0) + 1
     mine = file.with_name(f"{file.name}.owner-{number}")
     try:
         _write(mine, this_owner(), new=True)

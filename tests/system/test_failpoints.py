@@ -153,13 +153,6 @@ ELSEWHERE = {
 # --- fail-points ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def faults(tmp_path: Path) -> Path:
-    folder = tmp_path / "faults"
-    folder.mkdir()
-    return folder
-
-
 def plant(faults: Path, points: Collection[str]) -> None:
     for point in points:
         (faults / f"kill@{point}").touch()

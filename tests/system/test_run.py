@@ -17,8 +17,10 @@ from job.organism.world import expected_answer
 from tests.helpers import (
     UNMEASURED,
     abliterate,
+    count_events,
     events,
     job_arguments,
+    manifest,
     only_job,
     run_script,
     start,
@@ -33,20 +35,10 @@ def lines(file: Path) -> list[str]:
     return file.read_text().splitlines()
 
 
-def told(workspace: Path) -> int:
-    """Return the number of trials in a run's events."""
-    files = list(workspace.glob("*/events.jsonl"))
-    return files[0].read_text().count('"event": "trial"') if files else 0
-
-
 def processor_seconds() -> float:
     """Return the CPU seconds of ended child processes, independent of the machine's load."""
     times = os.times()
     return times.children_user + times.children_system
-
-
-def manifest(workspace: Path) -> dict:
-    return json.loads((only_job(workspace) / "export" / "manifest.json").read_text())
 
 
 def test_the_organism_is_a_worthy_stand_in(full_organism: Path) -> None:
@@ -214,7 +206,7 @@ def test_kill_in_the_middle_of_trial_7_leaves_the_trials_of_an_uninterrupted_run
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
     arguments += ["--set", f"trials_per_batch={batch}"]
     process = start(*arguments)
-    wait_until(lambda: told(workspace) >= (7 if batch == 1 else 4), process)
+    wait_until(lambda: count_events(workspace) >= (7 if batch == 1 else 4), process)
     time.sleep(0.05)  # into the evaluation of trial 7 (or of the batch that holds it)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -256,7 +248,7 @@ def test_signals_stop_with_75_and_the_same_command_continues(
     workspace = tmp_path / "runs"
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
     process = start(*arguments, cold=number == signal.SIGTERM)  # one of them as users start it
-    wait_until(lambda: told(workspace) >= 4, process)
+    wait_until(lambda: count_events(workspace) >= 4, process)
     os.kill(process.pid, number)
     begin = time.perf_counter()
     _, err = process.communicate(timeout=30)
@@ -276,7 +268,7 @@ def test_a_second_run_is_turned_away_and_status_answers_during_a_run(organism: P
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 400]
     process = start(*arguments)
     try:
-        wait_until(lambda: told(workspace) >= 5, process)
+        wait_until(lambda: count_events(workspace) >= 5, process)
         abliterate(*arguments).fails(4, f"process {process.pid}")
         begin = processor_seconds()
         result = abliterate("status", "--workspace", workspace, "--json", cold=True, **UNMEASURED).check()

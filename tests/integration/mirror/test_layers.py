@@ -24,18 +24,23 @@ from job.storage.identity import job_id
 from job.storage.run_folder import RunFolder
 from tests.growth import BATCH, Growing, Sent
 from tests.mirror_places import REPO, file_place, hub_place, place, running, s3_place
-from tests.mirrors import CALM, IDENTITY, JOB, Place, add_trial, mirrored, sha256, trials_in, wait_until, write_folder
+from tests.mirrors import (
+    CALM,
+    IDENTITY,
+    JOB,
+    Place,
+    add_trial,
+    mirrored,
+    save,
+    sha256,
+    trials_in,
+    wait_until,
+    write_folder,
+)
 
 __all__ = ["file_place", "hub_place", "place", "running", "s3_place"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-def save(place: Place, folder: Path) -> None:
-    claim = place.claim(folder)
-    claim.start()
-    claim.request()
-    assert claim.close()
 
 
 def add(claim: LeaseKeeper, run: RunFolder, number: int) -> None:

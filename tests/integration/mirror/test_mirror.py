@@ -26,20 +26,23 @@ from job.transfer.folders import target_folder
 from tests.fakes.s3_server import SECRET
 from tests.helpers import die_while_writing
 from tests.mirror_places import REPO, TOKEN, file_place, hub_place, place, running, s3_place
-from tests.mirrors import IDENTITY, JOB, Place, add_trial, mirrored, read_tree, trials_in, wait_until, write_folder
+from tests.mirrors import (
+    IDENTITY,
+    JOB,
+    Place,
+    add_trial,
+    mirrored,
+    read_tree,
+    save,
+    trials_in,
+    wait_until,
+    write_folder,
+)
 
 __all__ = ["file_place", "hub_place", "place", "running", "s3_place"]
 
 # Warnings of the client's HTTP library about the client's uploads.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-def save(place: Place, folder: Path) -> None:
-    """Bring the mirror up to date with a run folder."""
-    claim = place.claim(folder)
-    claim.start()
-    claim.request()
-    assert claim.close()
 
 
 def test_a_fresh_machine_gets_what_was_there(place: Place, tmp_path: Path) -> None:

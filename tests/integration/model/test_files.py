@@ -6,7 +6,6 @@ import html.parser
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,11 @@ from job.model.files import fetch_model, list_model, parse_model, refuse_links_o
 from job.model.safetensors_files import Checkpoint
 from job.records import GeometryRecord, JobRecord, KeptAnswer, Manifest
 from job.report.markdown import run_report
-from job.report.results import RunResult
-from job.storage.atomic import read_record
+from job.report.run_view import RunView
+from job.storage.atomic import make_folder, read_record, write_record
 from job.storage.exports import MANIFEST
 from job.storage.identity import model_identity
+from job.storage.run_folder import RunFolder
 from job.text.markup import markdown, one_line
 from job.text.templates import template
 from tests.helpers import abliterate, made_from
@@ -355,10 +355,9 @@ def test_nothing_that_others_say_becomes_part_of_a_card(tmp_path: Path, where: s
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_nothing_that_others_say_becomes_part_of_a_report(text: str) -> None:
+def test_nothing_that_others_say_becomes_part_of_a_report(text: str, tmp_path: Path) -> None:
     def report(said: str) -> Shape:
         made = made_from()
-        said = said or "x"
         one = ({"user": said},)
         sets = dict.fromkeys(("good", "bad", "good_search", "bad_search", "good_report", "bad_report"), one)
         record = JobRecord(
@@ -368,24 +367,27 @@ def test_nothing_that_others_say_becomes_part_of_a_report(text: str) -> None:
             startup_trials=1,
             versions={said: said},
             resolution=made.resolution.model_copy(update={"response_prefix": said, "norms": (said,)}),
+            searches=False,
         )
-        result = RunResult(
-            record=record,
-            export="trial-0009",
-            prompts=PromptSets.model_validate({**sets, "sources": {said: said}, "commits": {said: said}}),
-            trials=(made.trial,),
-            rescored=(),
-            chosen=made.trial,
-            edit=made.edit,
-            base=made.base,
-            edited=made.edited,
-            detectors=None,
-            geometry=GeometryRecord(key="x", layers=[]),
-            preflight=((said, said, said),),
-            allowed=(said,),
-            machines=((said, "0-1"),),
-        )
-        return shape(run_report(replace(result)))
+        folder = RunFolder(tmp_path)
+        records = {
+            folder.job_file: record,
+            folder.reproduces_file: made,
+            folder.prompts_file: PromptSets.model_validate({**sets, "sources": {said: said}, "commits": {said: said}}),
+            folder.figures_file("base"): made.base,
+            folder.figures_file(folder.export_folder(made.trial.number, "merged").name): made.edited,
+            folder.geometry_file: GeometryRecord(key="x", layers=[]),
+        }
+        for file, kept in records.items():
+            make_folder(file.parent)
+            write_record(file, kept)
+        check = {"name": said, "status": said, "measured": said}
+        folder.preflight_file.write_text(json.dumps({"checks": [check], "allowed": [said]}))
+        events = ({"event": "loaded", "hardware": said}, {"event": "trial", "number": 0})
+        folder.events_file.write_text("".join(json.dumps(event) + "\n" for event in events))
+        view = RunView(folder)
+        assert view.result is not None
+        return shape(run_report(view, view.result))
 
     found, usual = report(text), report("x")
     assert found.elements == usual.elements

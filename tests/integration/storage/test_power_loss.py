@@ -22,7 +22,7 @@ from tests.fakes.power import Names, Recorder, compiled
 from tests.helpers import abliterate, environment, job_arguments
 from tests.integration.search.test_optimizer import Runs
 from tests.mirror_places import file_place
-from tests.mirrors import CALM, JOB, Place, add_trial, mirrored, write_folder
+from tests.mirrors import CALM, JOB, Place, add_trial, mirrored, save, write_folder
 
 __all__ = ["file_place"]
 
@@ -64,13 +64,6 @@ begin(); claim.start(); claim.request()
 assert claim.close()
 """
 )
-
-
-def save(place: Place, folder: Path) -> None:
-    claim = place.claim(folder)
-    claim.start()
-    claim.request()
-    assert claim.close()
 
 
 @pytest.mark.parametrize("overtaken", [False, True])

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from tests.helpers import COMMAND, UNMEASURED, abliterate, environment, only_job
 
@@ -31,11 +30,8 @@ def prompts(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def model(random_model_folder: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    shutil.copytree(random_model_folder, folder, ignore=shutil.ignore_patterns("*safetensors*"))
-    AutoModelForCausalLM.from_pretrained(random_model_folder).save_pretrained(folder)
-    return folder
+def model(model_in_one_file: Path) -> Path:
+    return model_in_one_file
 
 
 def assert_nothing_is_left(tmp_path: Path) -> None:
@@ -234,3 +230,5 @@ def test_a_job_of_a_former_version_is_gone_on_with_and_one_of_a_later_version_is
     record["settings"]["invented_later"] = 1
     file.write_text(json.dumps(record))
     abliterate("resume", "--workspace", workspace).fails(2, "cannot read the settings", "continue with the version")
+    assert ", chosen" in abliterate("front", "--workspace", workspace).check().out
+    assert "was chosen" in abliterate("report", "--workspace", workspace).check().out

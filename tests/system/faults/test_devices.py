@@ -53,13 +53,6 @@ def test_where_memory_does_not_suffice_forwards_are_halved(organism: Path) -> No
     assert "out of memory: trying again with 128 rows" in done.stdout
 
 
-@pytest.fixture
-def faults(tmp_path: Path) -> Path:
-    folder = tmp_path / "faults"
-    folder.mkdir()
-    return folder
-
-
 def plant(folder: Path, kind: str, count: int = 1) -> None:
     for number in range(count):
         (folder / f"{kind}-{number}").touch()

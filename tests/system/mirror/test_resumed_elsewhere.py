@@ -19,6 +19,7 @@ from tests.fakes.s3_server import BUCKET, KEY_ID, SECRET, S3Server
 from tests.helpers import (
     COMMAND,
     abliterate,
+    count_events,
     environment,
     events,
     job_arguments,
@@ -56,10 +57,6 @@ def at(server: S3Server | FaultProxy, mirror: str) -> list[str]:
     return ["--checkpoint", f"s3://{BUCKET}/{mirror}", *url]
 
 
-def told(workspace: Path, event: str = "trial") -> int:
-    return sum(path.read_text().count(f'"event": "{event}"') for path in workspace.glob("*/events.jsonl"))
-
-
 def kill(process: subprocess.Popen[str]) -> str:
     process.kill()
     return process.communicate()[1] if process.stderr and not process.stderr.closed else ""
@@ -83,7 +80,7 @@ class Moved:
         self.arguments = ["run", *job_arguments(organism), "--trials", "20", *self.mirror]
         self.arguments += ["--upload", self.delivered.as_uri(), "--workspace"]
         process = start(*self.arguments, self.killed, **ENV)
-        wait_until(lambda: told(self.killed) >= 4 and (head(server, "moved")["trials"] or 0) >= 4, process)
+        wait_until(lambda: count_events(self.killed) >= 4 and (head(server, "moved")["trials"] or 0) >= 4, process)
         self.said = [kill(process)]
         self.status = abliterate("status", *self.mirror, "--json", **ENV).check()
         # Only the URI and its endpoint.
@@ -147,7 +144,7 @@ def test_another_job_at_the_same_mirror_needs_new(moved: Moved, server: S3Server
     kill(process)
     # Once mirrored, it continues without --new, on another machine too.
     process = start(*moved.arguments, tmp_path / "newer", "--seed", "9", **ENV)
-    wait_until(lambda: told(tmp_path / "newer", "job_started") == 2, process)
+    wait_until(lambda: count_events(tmp_path / "newer", "job_started") == 2, process)
     kill(process)
 
 
@@ -175,7 +172,7 @@ def test_a_job_that_came_to_nothing_is_not_in_the_way(organism: Path, server: S3
     assert left["files"] == {}
     abliterate("status", *mirror, **ENV).fails(2, "there is no job")
     process = start("run", *right, *mirror, "--workspace", tmp_path / "b", **ENV)
-    wait_until(lambda: told(tmp_path / "b", "job_started") > 0, process)
+    wait_until(lambda: count_events(tmp_path / "b", "job_started") > 0, process)
     kill(process)
 
 
@@ -192,7 +189,7 @@ def test_of_two_runners_at_once_one_works(
         lost, won = sorted(processes, key=lambda process: process.poll() is None)
         assert lost.returncode == 4
         assert "is held by" in lost.communicate()[1]
-        wait_until(lambda: told(spaces[processes.index(won)], "job_started") > 0, won)
+        wait_until(lambda: count_events(spaces[processes.index(won)], "job_started") > 0, won)
     finally:
         for process in processes:
             kill(process)
@@ -219,12 +216,12 @@ def test_a_runner_that_was_overtaken_in_its_sleep_ends_with_4(
         text=True,
         env=environment(**env),
     )
-    wait_until(lambda: told(tmp_path / "a") >= 4, sleeper)
+    wait_until(lambda: count_events(tmp_path / "a") >= 4, sleeper)
     (child,) = psutil.Process(sleeper.pid).children()
     child.send_signal(signal.SIGSTOP)
     other = start(*arguments, tmp_path / "b", **env)
     try:
-        wait_until(lambda: told(tmp_path / "b", "job_started") == 2, other)
+        wait_until(lambda: count_events(tmp_path / "b", "job_started") == 2, other)
         child.send_signal(signal.SIGCONT)
         err = sleeper.communicate(timeout=60)[1]
         assert sleeper.returncode == 4, err
@@ -252,7 +249,7 @@ def test_a_mirror_that_goes_down_is_said_loudly(
         arguments = ["run", *job_arguments(organism), "--trials", trials, *at(line, f"down-{required}")]
         arguments += ["--workspace", str(tmp_path / "a"), *(["--require-checkpoint"] if required else [])]
         process = start(*arguments, **ENV, **{PACE: "0.5,2,0.1,0.1"})
-        wait_until(lambda: told(tmp_path / "a") >= 4, process)
+        wait_until(lambda: count_events(tmp_path / "a") >= 4, process)
         line.refusing = True
         line.cut_now()
         err = process.communicate(timeout=120)[1]

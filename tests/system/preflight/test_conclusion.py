@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from job.config.load import load_settings
-from job.preflight.conclusion import Conclusion, conclude
+from job.preflight.conclusion import conclude
 from job.preflight.data_checks import examine_data
 from job.preflight.inputs import PreflightInputs
 from job.preflight.limits import Memory
@@ -20,6 +20,7 @@ from job.preflight.machine_checks import MachineFindings
 from job.preflight.model_checks import examine_model
 from job.preflight.readings import MachineReading
 from job.preflight.selftest import Exercise, exercise
+from job.preflight.survey import Survey
 from tests.helpers import abliterate, job_arguments, only_job
 
 SLOW_IN_HALF = Exercise(device="cpu", flops=24e9, half_flops=0.5e9, bandwidth=1e10)
@@ -39,7 +40,7 @@ def half(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def concluded(organism: Path, workspace: Path, measured: Exercise, memory: int, **loading: Any) -> Conclusion:
+def concluded(organism: Path, workspace: Path, measured: Exercise, memory: int, **loading: Any) -> Survey:
     """Return preflight's conclusion for a job on an organism and a CPU with this memory."""
     files = {"good": "good_train", "bad": "bad_train", "good_eval": "good_test", "bad_eval": "bad_test"}
     options: dict[str, Any] = {f"{name}_prompts": str(organism / f"{file}.txt") for name, file in files.items()}
@@ -50,7 +51,7 @@ def concluded(organism: Path, workspace: Path, measured: Exercise, memory: int, 
     return conclude(inputs, examine_model(inputs, None, lambda: data), data, MachineFindings((), reading, measured))
 
 
-def told(conclusion: Conclusion) -> list[tuple[str, str]]:
+def told(conclusion: Survey) -> list[tuple[str, str]]:
     return [(check.status, check.measured) for check in conclusion.checks if check.name == "model.dtype"]
 
 

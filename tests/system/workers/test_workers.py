@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -19,7 +18,16 @@ import torch
 
 from job.model.loading import LoadedModel
 from job.stages.model import cpu_threads, share_of_threads
-from tests.helpers import abliterate, environment, job_arguments, only_job, start, stored_trials, wait_until
+from tests.helpers import (
+    abliterate,
+    count_events,
+    environment,
+    job_arguments,
+    manifest,
+    start,
+    stored_trials,
+    wait_until,
+)
 from tests.helpers import worker_processes as local_workers
 
 # Six trials per batch, two sharing their forwards; the search does not depend on the number of trials.
@@ -47,21 +55,13 @@ ENGINES = [
 ]
 
 
-def told(workspace: Path, event: str = "trial") -> int:
-    return sum(path.read_text().count(f'"event": "{event}"') for path in workspace.glob("*/events.jsonl"))
-
-
-def manifest(workspace: Path) -> Any:
-    return json.loads((only_job(workspace) / "export" / "manifest.json").read_text())
-
-
 def is_like(workspace: Path, other: Path) -> bool:
     return stored_trials(workspace) == stored_trials(other) and manifest(workspace) == manifest(other)
 
 
 def finished_as_by_one_process(job: Sequence[Any], workspace: Path, alone: Path, *how: Any) -> bool:
     """Finish an interrupted job with two more batches, and return whether it equals that of one process."""
-    job = (*job, told(workspace) + 12)
+    job = (*job, count_events(workspace) + 12)
     # Not here, where Ray may have been used with another cluster: it reads a token once per process.
     abliterate(*job, "--workspace", workspace, *how, process=True).check()
     abliterate(*job, "--workspace", alone).check()
@@ -76,11 +76,11 @@ def test_workers_make_the_trials_of_one_process_also_when_one_is_killed(
 ) -> None:
     workspace, job = tmp_path / "runs", ("run", *job_arguments(organism), *LAYOUT)
     process = start(*job, ENDLESS, "--engine", engine, "--workers", 3, "--workspace", workspace)
-    wait_until(lambda: told(workspace, "worker_started") >= 1, process)
+    wait_until(lambda: count_events(workspace, "worker_started") >= 1, process)
     workers = workers_of(process.pid)
     assert len(workers) == 2  # one of them may still have to load the model
     workers[0].kill()
-    wait_until(lambda: told(workspace, "worker_lost") == 1, process)
+    wait_until(lambda: count_events(workspace, "worker_lost") == 1, process)
     process.send_signal(signal.SIGTERM)
     err = process.communicate(timeout=200)[1]
     assert process.returncode == 75, err
@@ -97,7 +97,7 @@ def test_workers_do_not_outlive_a_killed_run_which_goes_on_alone(
 ) -> None:
     workspace, job = tmp_path / "runs", ("run", *job_arguments(organism), *LAYOUT)
     process = start(*job, ENDLESS, "--workers", 2, "--engine", engine, "--workspace", workspace)
-    wait_until(lambda: told(workspace, "worker_started") == 1 and told(workspace) >= 6, process)
+    wait_until(lambda: count_events(workspace, "worker_started") == 1 and count_events(workspace) >= 6, process)
     workers = workers_of(process.pid)
     assert len(workers) == 1
     process.kill()
@@ -113,7 +113,7 @@ def test_what_is_asked_ahead_is_the_same_with_workers_and_after_a_kill(organism:
     job = ["run", *job_arguments(organism), *LAYOUT, 24, "--set", "search.ahead=1", "--workspace"]
     abliterate(*job, tmp_path / "alone").check()
     process = start(*job, tmp_path / "runs", "--workers", 2)
-    wait_until(lambda: told(tmp_path / "runs") >= 6, process)
+    wait_until(lambda: count_events(tmp_path / "runs") >= 6, process)
     process.kill()
     process.communicate()
     abliterate(*job, tmp_path / "runs", "--workers", 3).check()
@@ -129,7 +129,7 @@ def test_a_job_asked_to_stop_ends_its_workers(
     workspace = tmp_path / "runs"
     job = ["run", *job_arguments(organism), *LAYOUT, ENDLESS, "--workspace", workspace]
     process = start(*job, "--workers", 2, "--engine", engine)
-    wait_until(lambda: told(workspace, "worker_started") == 1, process)
+    wait_until(lambda: count_events(workspace, "worker_started") == 1, process)
     workers = workers_of(process.pid)
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)
