@@ -170,8 +170,9 @@ class S3Client:
     ) -> Part:
         """Send a part. Raises CancelledError after `stop`."""
         found = digest(algorithm, data)
-        sent = {"UploadId": upload, "PartNumber": number, "Body": Body(data, stop), **_checked(algorithm, found)}
-        return Part(number, str(self.call("upload_part", name, **sent)["ETag"]), found)
+        with Body(data, stop) as body:  # closed: botocore's cycles of references would hold it in memory for a while
+            sent = {"UploadId": upload, "PartNumber": number, "Body": body, **_checked(algorithm, found)}
+            return Part(number, str(self.call("upload_part", name, **sent)["ETag"]), found)
 
     def parts(self, name: str, upload: str) -> dict[int, Mapping[str, Any]]:
         """Return the parts of an upload by number."""

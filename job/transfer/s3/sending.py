@@ -119,6 +119,7 @@ class LargeFile:
                         self.progress(len(data))
                     else:
                         running.add(lanes.submit(send, number, data))
+                    del data  # before the next part is read
             settle(0)
         finally:
             stop.set()
