@@ -33,8 +33,6 @@ def start(export: Path, state: Path, endpoint: str) -> subprocess.Popen[str]:
         "addressing_style": "path",
         "part_mib": PART_MIB,
         "parallel_parts": LANES,
-        "first_wait_s": 0.05,
-        "longest_wait_s": 1.0,
     }
     command = [sys.executable, "-m", "tests.fakes.s3_upload", str(export), URI, str(state), json.dumps(options)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -35,9 +35,6 @@ def s3_options(endpoint: str, **changes: Any) -> S3Options:
         "addressing_style": "path",
         "part_mib": 5,
         "parallel_parts": 2,
-        "attempts": 3,
-        "first_wait_s": 0.01,
-        "longest_wait_s": 0.05,
         "connect_timeout_s": 2.0,
         "read_timeout_s": 5.0,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from job.errors import MachineError, UsageError
+from job.system.retry import backoff_s, retried
 from job.text.redaction import redact
 
 if TYPE_CHECKING:
@@ -183,23 +183,26 @@ class Api:
     def _patiently(
         self, send: Callable[[httpx2.Client], Any], what: str, *, creating: bool = False, keyless: bool = False
     ) -> Any:
-        wait = self.patience.first_wait
-        for attempt in range(1, self.patience.tries + 1):
-            try:
-                with self._client(what, keyless=keyless) as client:
-                    return send(client)
-            except CloudError as error:
-                if not error.passing or (creating and error.uncertain) or attempt == self.patience.tries:
-                    raise
-                pause = error.asked_wait
-                if pause is None:
-                    pause = min(wait, self.patience.longest_wait) * random.uniform(0.5, 1.0)
-                if pause > _LONGEST_ASKED:
-                    raise
-                self.say(f"{error}; trying again in {pause:.0f} s ({attempt} of {self.patience.tries - 1})")
-                time.sleep(pause)
-                wait *= 2
-        raise AssertionError("unreachable")
+        patience = self.patience
+
+        def once() -> Any:
+            with self._client(what, keyless=keyless) as client:
+                return send(client)
+
+        def wait_after(error: Exception, failures: int) -> float | None:
+            if not isinstance(error, CloudError) or not error.passing or failures == patience.tries:
+                return None
+            if creating and error.uncertain:
+                return None
+            pause = error.asked_wait
+            if pause is None:
+                pause = backoff_s(failures, patience.first_wait, patience.longest_wait)
+            if pause > _LONGEST_ASKED:
+                return None
+            self.say(f"{error}; trying again in {pause:.0f} s ({failures} of {patience.tries - 1})")
+            return pause
+
+        return retried(once, wait_after)
 
     @contextmanager
     def _client(self, what: str, *, keyless: bool) -> Iterator[httpx2.Client]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
 from job.errors import JobError
 from job.mirror.lease import now
+from job.system.retry import backoff_s
 from job.text.redaction import redact
 
 FIRST_RETRY_S = 0.5
@@ -38,8 +38,7 @@ class Trouble:
             self._say(f"warning: {self._what} {since}, the job goes on without: {self.latest}")
             self._next_word = max(self.seconds * 2, 10.0)
         self._failures += 1
-        wait: float = min(FIRST_RETRY_S * 2 ** min(self._failures, 30), _LONGEST_RETRY_S)
-        return wait * random.uniform(0.5, 1.0)
+        return backoff_s(self._failures, 2 * FIRST_RETRY_S, _LONGEST_RETRY_S)
 
     def passed(self) -> None:
         """Record a success."""

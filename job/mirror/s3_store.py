@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Set as AbstractSet
-from contextlib import ExitStack
 from dataclasses import replace as changed
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -19,19 +18,16 @@ from job.mirror.options import SnapshotPace
 from job.mirror.records import HEAD, MOST_HEAD_BYTES, OBJECTS, MirroredFile, oversized_head
 from job.mirror.store import ConflictError, OversizedError, Proof, Stored
 from job.records import ManifestEntry
-from job.system.tempdirs import scratch
-from job.transfer.s3.abandoned import abort, listed
 from job.transfer.s3.capabilities import S3Capabilities, detect
 from job.transfer.s3.client import S3Client as Bucket
 from job.transfer.s3.failures import RefusedError, TooLargeError
-from job.transfer.s3.multipart import LargeFile
-from job.transfer.s3.objects import checked, described, digest, object_metadata
+from job.transfer.s3.objects import described
 from job.transfer.s3.options import MIB, S3Options, S3Target
-from job.transfer.s3.resume_state import UploadStates
-from job.transfer.s3.small import put
+from job.transfer.s3.resume_state import ResumeFile
+from job.transfer.s3.sending import LargeFile, put
 
-# Mirrors are written repeatedly: failing soon is better than retrying one request for a quarter of an hour.
-_ATTEMPTS, _READ_TIMEOUT_S = 4, 30.0
+# Mirrors are written repeatedly: failing soon is better than waiting long for one request.
+_READ_TIMEOUT_S = 20.0
 _LOOKS = 3
 _FETCHED = 16 * MIB
 # Without conditional requests: time for another's write to become visible.
@@ -51,20 +47,14 @@ class S3Store:
         self.uri = uri
         self.pace = pace or SnapshotPace()
         given = options or S3Options()
-        attempts, timeout = min(given.attempts, _ATTEMPTS), min(given.read_timeout_s, _READ_TIMEOUT_S)
-        self._bucket = Bucket(S3Target.parse(uri), changed(given, attempts=attempts, read_timeout_s=timeout))
+        timeout = min(given.read_timeout_s, _READ_TIMEOUT_S)
+        self._bucket = Bucket(S3Target.parse(uri), changed(given, read_timeout_s=timeout))
         self._staged: set[str] = set()
-        self._scratch = ExitStack()
+        self._records = ResumeFile()  # for retries of this start only
 
     def close(self) -> None:
         """Close connections."""
-        self._scratch.close()
         self._bucket.close()
-
-    @cached_property
-    def _begun(self) -> Path:
-        """Records of started uploads, for retries of this start only."""
-        return self._scratch.enter_context(scratch("parts"))
 
     @cached_property
     def _server(self) -> S3Capabilities:
@@ -77,7 +67,7 @@ class S3Store:
     def probe(self) -> Proof:
         """Write, replace, complete, list and delete a probe object."""
         server = self._server
-        self._bucket.list(self._bucket.target.key(".abliterate-probe"))
+        self._bucket.names(".abliterate-probe")
         lacks = "the S3 server ignores conditional requests: two runs of one job notice each other only after a delay"
         # Only capabilities that matter to mirrors are repeated.
         quirks = (*(() if self._fenced else (lacks,)), *(quirk for quirk in server.quirks if "two jobs" not in quirk))
@@ -87,26 +77,20 @@ class S3Store:
         """Detect the server's capabilities; the bucket must exist."""
         _ = self._server
 
-    def _key(self, job: str, name: str) -> str:
-        return self._bucket.target.key(f"{job}/{name}")
-
     def jobs(self) -> list[str]:
         """Return the jobs with a head."""
-        root = self._bucket.target.key("")
-        names = [key.removeprefix(root).split("/") for key in self._bucket.list(root)]
+        names = [name.split("/") for name in self._bucket.names()]
         return sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == HEAD)
 
     def read(self, job: str) -> Stored | None:
         """Return the head, read again if the transfer may have damaged it."""
-        for look in range(_LOOKS):
-            if look:
-                self._bucket.pause(look)
+        for _look in range(_LOOKS):
             try:
-                data, answer = self._bucket.read(self._key(job, HEAD), MOST_HEAD_BYTES)
+                data, answer = self._bucket.read(f"{job}/{HEAD}", MOST_HEAD_BYTES)
             except TooLargeError as error:
                 raise oversized_head(self.uri, job) from error
             except RefusedError as error:
-                if error.status == 404 and error.code != "NoSuchBucket":
+                if error.missing:
                     return None
                 raise
             if described(answer).sha256 == hashlib.sha256(data).hexdigest():
@@ -116,14 +100,14 @@ class S3Store:
 
     def names(self, job: str) -> list[str]:
         """Return all objects except the head."""
-        root = self._key(job, "")
-        return [name for key in self._bucket.list(root) if (name := key.removeprefix(root)) != HEAD]
+        found = (name.removeprefix(f"{job}/") for name in self._bucket.names(f"{job}/"))
+        return [name for name in found if name != HEAD]
 
     def stage(self, job: str, objects: Mapping[str, tuple[Path, MirroredFile]], check: Callable[[], None]) -> None:
         """Upload objects, large ones in parts to bound memory."""
-        for name, (source, entry) in objects.items():
-            key = self._key(job, f"{OBJECTS}/{name}")
-            if key in self._staged:
+        for object_name, (source, entry) in objects.items():
+            name = f"{job}/{OBJECTS}/{object_name}"
+            if name in self._staged:
                 continue  # from an earlier try: a name determines the contents
             check()
             if entry.size <= self._bucket.options.part_bytes(entry.size):
@@ -132,27 +116,19 @@ class S3Store:
                     raise DeliveryError(
                         f"{source.name} changed during the upload", remedy="the next snapshot sends it again"
                     )
-                put(self._bucket, self._server, key, data, {})
+                put(self._bucket, self._server, name, data, {})
             else:
-                self._stage_large(source, key, entry, check)
-            self._staged.add(key)
-
-    def _stage_large(self, source: Path, key: str, entry: MirroredFile, check: Callable[[], None]) -> None:
-        if not self._server.multipart:
-            raise DeliveryError(
-                f"{self.uri}: the server does not support multipart uploads", remedy="use another server"
-            )
-        states = UploadStates(self._begun, self._bucket.options.endpoint, self._bucket.target.bucket)
-        LargeFile(
-            self._bucket,
-            states,
-            source,
-            key,
-            ManifestEntry(sha256=entry.sha256, size=entry.size),
-            server=self._server,
-            conditions={},
-            progress=lambda _size: check(),  # its exceptions end the upload
-        ).deliver()
+                LargeFile(
+                    self._bucket,
+                    self._server,
+                    self._records,
+                    source,
+                    name,
+                    ManifestEntry(sha256=entry.sha256, size=entry.size),
+                    condition={},
+                    progress=lambda _size: check(),  # its exceptions end the upload
+                ).deliver()
+            self._staged.add(name)
 
     def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:
         """Put the head if the expected one is current."""
@@ -162,25 +138,16 @@ class S3Store:
             stored = self._put_and_look(job, data, expected)
         for name in remove:
             try:
-                self._bucket.call("delete_object", Key=self._key(job, f"{OBJECTS}/{name}"))
+                self._bucket.delete(f"{job}/{OBJECTS}/{name}")
             except RefusedError:
                 break  # the head is written; leftovers are swept at the next start
         return stored
 
     def _put(self, job: str, data: bytes, condition: Mapping[str, str]) -> Stored:
-        server = self._server
         try:
-            answer = self._bucket.call(
-                "put_object",
-                Key=self._key(job, HEAD),
-                Body=data,
-                Metadata=object_metadata(hashlib.sha256(data).hexdigest(), 0),
-                **checked(server.algorithm, digest(server.algorithm, data)),
-                **self._bucket.encryption,
-                **condition,
-            )
+            answer = self._bucket.put(f"{job}/{HEAD}", data, self._server.algorithm, condition)
         except RefusedError as error:
-            if error.status not in (404, 409, 412) or error.code == "NoSuchBucket":
+            if not error.conflicting:
                 raise
             raise ConflictError(self.read(job)) from error
         return Stored(data, str(answer["ETag"]), 0.0)
@@ -199,29 +166,27 @@ class S3Store:
 
     def sweep(self, job: str, keep: AbstractSet[str]) -> None:
         """Delete unreferenced objects and abort abandoned uploads."""
-        root = self._key(job, f"{OBJECTS}/")
-        for key in self._bucket.list(root):
-            if key.removeprefix(root) not in keep:
-                self._bucket.call("delete_object", Key=key)
-        if self._server.lists_uploads:
-            for key, upload in listed(self._bucket, root):
-                if key.startswith(root):
-                    abort(self._bucket, key, upload)
+        root = f"{job}/{OBJECTS}/"
+        for name in self._bucket.names(root):
+            if name.removeprefix(root) not in keep:
+                self._bucket.delete(name)
+        for name, upload in self._bucket.uploads(root):
+            self._bucket.abort(name, upload)
 
     def fetch(self, job: str, entry: MirroredFile, target: Path) -> None:
         """Download an object in ranges."""
-        key = self._key(job, f"{OBJECTS}/{entry.object}")
+        name = f"{job}/{OBJECTS}/{entry.object}"
         with target.open("wb") as file:
             for start in range(0, max(entry.size, 1), _FETCHED):
                 # An empty object has no ranges.
                 ranged = {"Range": f"bytes={start}-{start + _FETCHED - 1}"} if entry.size > _FETCHED else {}
                 try:
-                    file.write(self._bucket.read(key, min(_FETCHED, entry.size - start), **ranged)[0])
+                    file.write(self._bucket.read(name, min(_FETCHED, entry.size - start), **ranged)[0])
                 except TooLargeError as error:
                     raise OversizedError from error
                 except RefusedError as error:
-                    if error.status == 404 and error.code != "NoSuchBucket":
-                        raise FileNotFoundError(key) from error
+                    if error.missing:
+                        raise FileNotFoundError(name) from error
                     raise
 
 

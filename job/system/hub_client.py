@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from job.errors import ImpossibleJobError, JobError, MachineError
+from job.system.retry import backoff_s, retried
 from job.text.credentials import require_clean
 
 T = TypeVar("T")
@@ -133,21 +132,18 @@ def patiently(call: Callable[[], T], what: str, report: Callable[[str], None]) -
         MachineError: The Hub cannot be reached from here.
     """
     _require_clean_token()
-    wait = FIRST_WAIT
-    for attempt in range(1, TRIES + 1):
-        try:
-            return call()
-        except Exception as error:
-            known = explained(error, what)
-            if known is error:
-                raise
-            if not isinstance(known, MachineError) or attempt == TRIES or is_offline():
-                raise known from error
-            pause = _asked_wait(error) or min(wait, LONGEST_WAIT) * random.uniform(0.5, 1.0)
-            report(f"{known}; trying again in {pause:.0f} s ({attempt} of {TRIES - 1})")
-            time.sleep(pause)
-            wait *= 2
-    raise AssertionError("unreachable")
+
+    def wait_after(error: Exception, failures: int) -> float | None:
+        known = explained(error, what)
+        if known is error:
+            return None
+        if not isinstance(known, MachineError) or failures == TRIES or is_offline():
+            raise known from error
+        pause = _asked_wait(error) or backoff_s(failures, FIRST_WAIT, LONGEST_WAIT)
+        report(f"{known}; trying again in {pause:.0f} s ({failures} of {TRIES - 1})")
+        return pause
+
+    return retried(call, wait_after)
 
 
 def explained(error: Exception, what: str) -> JobError | Exception:

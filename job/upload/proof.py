@@ -67,21 +67,20 @@ def _at_folder(target: str, manifest: str, settings: Settings) -> str:
 def _at_s3(target: str, manifest: str, settings: Settings) -> str:
     from job.transfer.s3.client import S3Client
     from job.transfer.s3.failures import RefusedError
-    from job.transfer.s3.objects import look_up
     from job.transfer.s3.options import S3Target
 
     with S3Client(S3Target.parse(target), s3_options(settings)) as store:
         try:
-            data, _ = store.read(store.target.key(MANIFEST))
+            data, _ = store.read(MANIFEST)
         except RefusedError as error:
-            if error.status != 404:
+            if not error.missing:
                 raise
             return f"there is no {MANIFEST}"
         files = _parsed(data, manifest)
         if isinstance(files, str):
             return files
         for name, entry in files.items():
-            there = look_up(store, store.target.key(name))
+            there = store.look_up(name)
             if there is None:
                 return f"{name} is missing"
             if (there.size, there.sha256) != (entry.size, entry.sha256):

@@ -64,12 +64,9 @@ class Answer:
     code: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     passed_on: bool = False
-    torn: bool = False
 
     @property
     def body(self) -> bytes:
-        if self.torn:
-            return b""
         return f"<?xml version='1.0'?><Error><Code>{self.code}</Code><Message>made up</Message></Error>".encode()
 
 

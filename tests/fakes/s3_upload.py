@@ -25,7 +25,7 @@ def main(export: str, uri: str, state: str, options: str) -> int:
         return Stopped.exit_code
     # Not getrusage: its peak includes the parent process.
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024  # type: ignore[union-attr]
-    print(json.dumps({**done.model_dump(), "peak_bytes": peak}))
+    print(json.dumps({**vars(done), "peak_bytes": peak}))
     return 0
 
 

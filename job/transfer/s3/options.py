@@ -13,8 +13,7 @@ from job.errors import UsageError
 MIB = 1 << 20
 # Hosts of servers for all buckets of a region; some also answer to BUCKET.HOST.
 _SHARED_HOST = re.compile(r"(.*\.)?(s3[.-]|digitaloceanspaces\.|linodeobjects\.|r2\.)")
-# S3 takes parts of 5 MiB to 5 GiB, and 10,000 of them at most.
-SMALLEST_PART_MIB, LARGEST_PART_MIB, MOST_PARTS = 5, 5120, 10_000
+MOST_PARTS = 10_000  # of an object
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,7 @@ class S3Options:
         part_mib: Size of a part in MiB; raised for files of more than 10,000 parts.
         parallel_parts: Parts sent, and held in memory, at the same time.
         kms_key: Key for "aws:kms"; None: the account's own.
-        first_wait_s: Seconds after the first failed try, doubled after each.
-        longest_wait_s: Longest wait in seconds; a server's Retry-After may exceed it.
+        patience_s: Seconds without progress after which a delivery gives up an unreachable server.
     """
 
     endpoint: str | None = None
@@ -40,19 +38,19 @@ class S3Options:
     parallel_parts: int = 4
     sse: Literal["AES256", "aws:kms"] | None = None
     kms_key: str | None = None
-    attempts: int = 20
-    first_wait_s: float = 0.5
-    longest_wait_s: float = 60.0
+    patience_s: float = 600.0
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if not SMALLEST_PART_MIB <= self.part_mib <= LARGEST_PART_MIB:
-            raise UsageError(f"S3 parts are {SMALLEST_PART_MIB} to {LARGEST_PART_MIB} MiB, not {self.part_mib}")
-        if self.parallel_parts < 1 or self.attempts < 1:
-            raise UsageError("S3 uploads need at least one part at a time and one attempt")
         if self.kms_key is not None and self.sse != "aws:kms":
             raise UsageError("a KMS key is given but the encryption is not aws:kms", remedy="set both or neither")
+
+    @property
+    def encryption(self) -> dict[str, str]:
+        """Encryption parameters of new objects; no ACL is ever set."""
+        wanted = {"ServerSideEncryption": self.sse, "SSEKMSKeyId": self.kms_key}
+        return {name: value for name, value in wanted.items() if value is not None}
 
     def part_bytes(self, size: int) -> int:
         """Return the part size in bytes for a file of this size: whole MiB, equal except the last."""
@@ -76,11 +74,7 @@ class S3Target:
         return cls(parsed.netloc, parsed.path.strip("/"))
 
     def refuse_in(self, endpoint: str) -> None:
-        """Refuse an endpoint that names the bucket already, as dashboards show it: requests would name it twice.
-
-        Raises:
-            UsageError: It does.
-        """
+        """Raise UsageError for an endpoint with the bucket, as dashboards show it: requests would name it twice."""
         parsed = urlparse(endpoint)
         path, _, last = parsed.path.rstrip("/").rpartition("/")
         host = parsed.netloc.rpartition("@")[2]
@@ -98,6 +92,10 @@ class S3Target:
     def key(self, name: str) -> str:
         """Return the key of an export's file."""
         return f"{self.prefix}/{name}" if self.prefix else name
+
+    def name(self, key: str) -> str:
+        """Return the name of the file under a key."""
+        return key.removeprefix(self.key(""))
 
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}"

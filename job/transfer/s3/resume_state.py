@@ -1,30 +1,20 @@
-"""A delivery's records in the run folder: started uploads, and names not yet in a marker."""
+"""A delivery's record in the run folder: started uploads, and names not yet in a marker."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field
 
 from job.records import Record
-from job.storage.atomic import make_folder, write_atomically, write_record
+from job.storage.atomic import make_folder, write_record
 from job.transfer.s3.objects import Algorithm
 
 
 class UploadState(Record):
-    """A started multipart upload, to resume or abort.
+    """A started multipart upload. Its parts are not recorded: the server knows them better."""
 
-    Its parts are not recorded: the server knows them better.
-    """
-
-    VERBATIM = frozenset({"upload_id", "sha256"})
-    version: Literal[1] = 1
-    bucket: str
-    key: str
     upload_id: str
     part_bytes: int
     algorithm: Algorithm
@@ -32,68 +22,48 @@ class UploadState(Record):
     size: int
 
 
-class UploadStates:
-    """Started uploads to one target, a small file each."""
+class ResumeState(Record):
+    """What a delivery has begun.
 
-    def __init__(self, folder: Path, endpoint: str | None, bucket: str) -> None:
-        """Use a folder, possibly shared with other targets."""
-        self._folder = folder
-        self._endpoint = endpoint
-        self._bucket = bucket
-
-    def _file(self, key: str) -> Path:
-        name = hashlib.sha256(f"{self._endpoint}\n{self._bucket}\n{key}".encode()).hexdigest()
-        return self._folder / f"part-{name[:24]}.json"
-
-    def load(self, key: str) -> UploadState | None:
-        """Return a key's started upload; an unreadable record counts as none, and its upload is aborted."""
-        file = self._file(key)
-        if not file.exists():
-            return None
-        try:
-            return UploadState.model_validate_json(file.read_bytes())
-        except ValidationError:
-            return None
-
-    def save(self, state: UploadState) -> None:
-        """Record a started upload durably."""
-        make_folder(self._folder)
-        write_record(self._file(state.key), state)
-
-    def forget(self, key: str) -> None:
-        """Remove the record of a key's upload."""
-        self._file(key).unlink(missing_ok=True)
-
-    def all(self) -> Iterator[UploadState]:
-        """Yield all uploads started to this server and bucket."""
-        for file in sorted(self._folder.glob("part-*.json")):
-            try:
-                state = UploadState.model_validate_json(file.read_bytes())
-            except ValidationError:
-                continue
-            if file == self._file(state.key):
-                yield state
-
-
-class TouchedNames:
-    """Names under which a delivery in progress may have written objects.
-
-    The replaced delivery's marker is gone by then; these names let leftovers be found.
+    Attributes:
+        uploads: Started uploads by name.
+        touched: Names under which objects may have been written. The replaced delivery's marker is gone by then.
     """
 
-    def __init__(self, folder: Path, endpoint: str | None, target: str) -> None:
-        name = hashlib.sha256(f"{endpoint}\n{target}".encode()).hexdigest()
-        self._file = folder / f"touched-{name[:24]}.json"
+    VERBATIM = frozenset({"uploads", "touched"})
+    version: Literal[1] = 1
+    uploads: dict[str, UploadState] = Field(default_factory=dict)
+    touched: frozenset[str] = frozenset()
 
-    def names(self) -> set[str]:
-        """Return the recorded names; empty without a delivery in progress."""
-        return set(json.loads(self._file.read_text())) if self._file.exists() else set()
 
-    def add(self, names: Set[str]) -> None:
-        """Record names durably."""
-        make_folder(self._file.parent)
-        write_atomically(self._file, json.dumps(sorted(self.names() | names)).encode())
+class ResumeFile:
+    """The record of one target, kept in a file or, without one, in memory."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file, self.state = file, ResumeState()
+        try:
+            if file is not None:
+                self.state = ResumeState.model_validate_json(file.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return  # uploads of an unreadable record are aborted where the server lists them
+
+    def change(self, **fields: Any) -> None:
+        """Replace fields durably."""
+        self.state = self.state.model_copy(update=fields)
+        if self._file is not None:
+            make_folder(self._file.parent)
+            write_record(self._file, self.state)
+
+    def begin(self, name: str, upload: UploadState) -> None:
+        """Record a started upload durably."""
+        self.change(uploads={**self.state.uploads, name: upload})
+
+    def forget(self, name: str) -> None:
+        """Remove the record of an upload."""
+        self.change(uploads={other: upload for other, upload in self.state.uploads.items() if other != name})
 
     def clear(self) -> None:
         """Remove all: the new marker lists the objects."""
-        self._file.unlink(missing_ok=True)
+        self.state = ResumeState()
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)

@@ -75,9 +75,7 @@ def _options(endpoint: str, **changes: Any) -> S3Options:
         "addressing_style": "path",
         "part_mib": 5,
         "parallel_parts": 2,
-        "attempts": 8,
-        "first_wait_s": 0.05,
-        "longest_wait_s": 1.0,
+        "patience_s": 20.0,
     }
     return S3Options(**{**given, **changes})
 
@@ -114,9 +112,7 @@ def _killed_after(line: FaultProxy, point: int, export: Path, state: Path) -> No
 
 def test_the_probe_leaves_nothing(server: OtherServer) -> None:
     found = probe(URI, _options(server.url))
-    assert found.multipart
-    assert found.sha256_checksums or found.md5_etags
-    assert found.lists_uploads
+    assert all("S3 server" in quirk for quirk in found.quirks)
     assert server.contents() == {}
     assert not server.uploads()
 
@@ -160,7 +156,7 @@ def test_a_line_that_is_cut_for_everyone_and_in_answers(server: OtherServer, tmp
     export = make_export(tmp_path / "export", {"a.safetensors": 21 * MIB, "b.json": 100, "c.safetensors": 11 * MIB})
     cuts = {"cut_up": [7 * MIB, 19 * MIB], "cut_down": [300 + 1000 * step for step in range(12)]}
     with FaultProxy(server.host, server.port, everyone=True, **cuts) as line:
-        deliver(export, URI, tmp_path / "state", _options(line.url, attempts=30))
+        deliver(export, URI, tmp_path / "state", _options(line.url))
         assert line.cuts >= 8
     assert server.contents() == _expected(export)
     assert not server.uploads()

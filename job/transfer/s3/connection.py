@@ -1,0 +1,66 @@
+"""botocore's client with the options of a target: retries, checksums, credentials."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from job.errors import DeliveryError, UsageError
+from job.text.credentials import require_clean
+from job.text.redaction import redact, remember
+from job.transfer.s3.options import S3Options, S3Target
+
+ATTEMPTS = 5
+# A server may ask for more patience than botocore's waits have, but not for an unbounded one.
+_LONGEST_RETRY_AFTER_S = 300.0
+
+
+def connect(target: S3Target, options: S3Options) -> Any:
+    """Return botocore's client. Raises DeliveryError for unusable credentials, UsageError for the endpoint."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        connect_timeout=options.connect_timeout_s,
+        read_timeout=options.read_timeout_s,
+        max_pool_connections=options.parallel_parts + 2,
+        tcp_keepalive=True,
+        s3={"addressing_style": options.addressing_style},
+        # Checksums are given explicitly where the server keeps them: implicit ones break some servers.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    session = boto3.session.Session()
+    if (found := session.get_credentials()) is not None:
+        # They may come from a file or a service, where no variable holds them.
+        frozen = found.get_frozen_credentials()
+        remember(frozen.secret_key, frozen.token)
+        # Stray characters fail as headers, which looks like a lost line.
+        names = ("access_key_id", "secret_access_key", "session_token")
+        for name, value in zip(names, (frozen.access_key, frozen.secret_key, frozen.token), strict=True):
+            source = f"AWS_{name.upper()}" if found.method == "env" else f"aws_{name} ({found.method})"
+            require_clean(value or "", source, DeliveryError)
+    try:
+        client = session.client("s3", region_name=options.region, endpoint_url=options.endpoint, config=config)
+    except ValueError as error:  # botocore says so about an endpoint that is no URL
+        raise UsageError(redact(str(error)), remedy="correct the endpoint, e.g. https://host:9000") from error
+    target.refuse_in(client.meta.endpoint_url)  # wherever boto3 has found it
+    client.meta.events.register_last("before-call.s3", _expect_nothing)
+    client.meta.events.register_first("needs-retry.s3", _wait_as_asked)
+    return client
+
+
+def _expect_nothing(params: dict[str, Any], **_: object) -> None:
+    """Send bodies at once: botocore 1.44 loops forever if the interim "100 Continue" breaks off."""
+    params["headers"].pop("Expect", None)
+
+
+def _wait_as_asked(response: Any, attempts: int, request_dict: dict[str, Any], **_: object) -> float | None:
+    """Wait as long as a busy server asks in Retry-After, which botocore ignores; None: botocore decides."""
+    asked = response[0].headers.get("retry-after", "") if response and response[0].status_code in (429, 503) else ""
+    if not asked.isdigit() or attempts >= ATTEMPTS:
+        return None
+    stop = getattr(request_dict["body"], "stop", None) or threading.Event()
+    stop.wait(min(float(asked), _LONGEST_RETRY_AFTER_S))
+    return 0.0
