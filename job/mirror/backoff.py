@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 from job.errors import JobError
-from job.mirror.lease import now
+from job.system.clock import now
 from job.text.redaction import redact
 
 FIRST_RETRY_S = 0.5
