@@ -19,6 +19,7 @@ from job.cli.options import (
     TrialNumber,
     Workspace,
     find_job,
+    json_alone,
 )
 from job.errors import UsageError
 
@@ -67,7 +68,7 @@ def evaluate(
         raise UsageError("give MODEL --against BASE, or neither for a job's trial", remedy="see --help")
     if model is None and (profile or config or assignments):
         raise UsageError("--profile, --config and --set are for MODEL --against BASE", remedy="a job has its own")
-    with StopSignals().installed():
+    with StopSignals().installed(), json_alone(as_json):
         from job.evaluate.compare import ComparisonRequest, evaluate_models, evaluate_trial
         from job.evaluate.result import comparison_text
         from job.storage.events import Events
