@@ -47,7 +47,8 @@ def abliterate(
     """
     env, words = environment(**extra), list(map(str, arguments))
     supervised = asked_when_failed(words, env) != "nothing"  # by a parent process
-    if not cold and not process and not supervised and not read_early(env, USUAL):
+    # The Hub's client is told in this process whether it is offline.
+    if not cold and not process and not supervised and not read_early(env, USUAL) - {"HF_HUB_OFFLINE"}:
         from tests.inproc import can_run_here, run_here
 
         if can_run_here():
@@ -57,9 +58,11 @@ def abliterate(
     return Result(started.returncode, out, err)
 
 
-def start(*arguments: Any, cold: bool = False, loaded: bool = False, **extra: str) -> subprocess.Popen[str]:
+def start(
+    *arguments: Any, cold: bool = False, loaded: bool = False, stdout: int = subprocess.DEVNULL, **extra: str
+) -> subprocess.Popen[str]:
     """Start the command in its own process; `loaded`: with our modules imported as well."""
-    process = _start(arguments, environment(**extra), cold, loaded, stdout=subprocess.DEVNULL)
+    process = _start(arguments, environment(**extra), cold, loaded, stdout=stdout)
     STARTED.append(process)
     return process
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from torch import Tensor
 
+from job.cli.options import json_alone
 from job.edits.hooks import ActiveEdits
 from job.errors import JobError, UsageError
 from job.lifecycle.running import OpenJob
@@ -27,7 +28,7 @@ from job.storage.events import Events
 from job.storage.job_file import JobFile
 from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
-from job.text.redaction import redacted_json
+from job.text.redaction import is_gone, redacted_json
 
 if TYPE_CHECKING:
     from job.stages.session import ModelSession
@@ -72,8 +73,9 @@ def chat(
     trial = trial_of(job, trials, number) if trials else None
     if trial is None and number is not None:
         raise UsageError(f"no trial of job {folder.path.name} is finished", remedy="leave --trial out")
-    with looking(folder, events, options.device) as session:
-        talk = Chat(session, options, sys.stdout, events.say)
+    out = sys.stdout
+    with json_alone(options.as_json), looking(folder, events, options.device) as session:
+        talk = Chat(session, options, out, events.say)
         talk.switch(trial)
         if lines is not None:
             talk.hold(lines)
@@ -133,10 +135,10 @@ class Chat:
         return "base" if self._trial is None else f"trial {self._trial.number}"
 
     def hold(self, lines: Iterable[str]) -> None:
-        """Process lines until the end or /quit."""
+        """Process lines until the end, /quit or a closed output."""
         for line in lines:
             line = line.strip()
-            if line == "/quit":
+            if line == "/quit" or is_gone(self.out):
                 break
             if line:
                 self.take(line)

@@ -19,6 +19,7 @@ from job.cli.options import (
     TrialNumber,
     Workspace,
     find_job,
+    json_alone,
 )
 from job.errors import UsageError
 
@@ -78,7 +79,7 @@ def evaluate(
             "--profile, --config and --set are for MODEL --against BASE",
             remedy="leave them out: a job has its own settings",
         )
-    with StopSignals().installed():
+    with StopSignals().installed(), json_alone(as_json):
         from job.evaluate.compare import ComparisonRequest, evaluate_models, evaluate_trial
         from job.evaluate.result import comparison_text
         from job.storage.events import Events

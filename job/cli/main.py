@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 # The commands, in the order of `abliterate --help`.
 # isort: off
@@ -29,7 +30,7 @@ def _run_command_line() -> None:
     if arguments[:1] == ["abliterate"]:  # `docker run IMAGE abliterate run` equals `docker run IMAGE run`
         arguments = arguments[1:]
     try:
-        app(args=arguments or ["--help"], prog_name="abliterate")
+        _call(arguments or ["--help"])
     except JobError as error:
         print(f"error: {error.line}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -47,3 +48,10 @@ def _run_command_line() -> None:
 
         sys.stderr.write(traceback.format_exc())
         sys.exit(1)
+
+
+def _call(arguments: Sequence[str]) -> None:
+    try:
+        app(args=arguments, prog_name="abliterate")
+    finally:
+        sys.stdout.flush()  # what the interpreter could not write on exit would show as its complaint

@@ -12,6 +12,7 @@ from job.cli.options import (
     AsJson,
     Trials,
     Workspace,
+    json_alone,
 )
 from job.cli.run import run_settings
 from job.text.redaction import redacted_json
@@ -35,11 +36,12 @@ def inspect_(
     from job.storage.events import Events
 
     source, folder, report, stored = parse_model(model), Path(model), Events().say, None
-    if source.kind == "hub" or folder.is_dir():
-        listing = list_model(source, None, report)
-        folder = fetch_model(source, listing, report, weights=False)
-        stored = headers_if_quantised(source, listing, folder, report) if source.kind == "hub" else None
-    found = inspection(folder, trusted, stored)
+    with json_alone(as_json):
+        if source.kind == "hub" or folder.is_dir():
+            listing = list_model(source, None, report)
+            folder = fetch_model(source, listing, report, weights=False)
+            stored = headers_if_quantised(source, listing, folder, report) if source.kind == "hub" else None
+        found = inspection(folder, trusted, stored)
     if as_json:
         typer.echo(redacted_json(found, indent=2))
     elif found["supported"]:

@@ -19,6 +19,7 @@ from job.cli.options import (
     WhenDone,
     WhenFailed,
     Workspace,
+    json_alone,
     takes_settings,
     where_is,
 )
@@ -187,7 +188,8 @@ def preflight(
     reading = None
     if on is not None:
         reading = read_reading(Path(on)) if Path(on).is_file() else parse_on(on)
-    survey = check_job(loaded.settings, events=Events(), notes=loaded.notes, on=reading)
+    with json_alone(as_json):
+        survey = check_job(loaded.settings, events=Events(), notes=loaded.notes, on=reading)
     if as_json:
         typer.echo(redacted_json(survey.as_json(), indent=2))
     else:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from job.errors import DeliveryError
 from job.report.status import is_settled, status_text
 from job.report.timings import duration_text
-from job.text.redaction import redact, redacted_json
+from job.text.redaction import is_gone, redact, redacted_json
 
 # A checkpoint's status is fetched over a network that may charge for it.
 HERE_SECONDS, THERE_SECONDS = 2.0, 30.0
@@ -19,8 +19,8 @@ HERE_SECONDS, THERE_SECONDS = 2.0, 30.0
 def follow(read: Callable[[], dict[str, Any]], interval: float, *, as_json: bool, stream: TextIO | None = None) -> None:
     """Show a job's status until it is finished or has failed; it keeps waiting while a job is preempted.
 
-    A terminal is repainted; otherwise every change prints a line or JSON object. Raises JobError if the first reading
-    fails, or a later one other than for an unreachable checkpoint.
+    It ends early once its output is closed. A terminal is repainted; otherwise every change prints a line or JSON
+    object. Raises JobError if the first reading fails, or a later one other than for an unreachable checkpoint.
     """
     stream = stream or sys.stdout
     status = read()
@@ -32,7 +32,7 @@ def follow(read: Callable[[], dict[str, Any]], interval: float, *, as_json: bool
         if (now := _essence(status)) != shown:
             shown = now
             print(redacted_json(status) if as_json else summary_line(status), file=stream, flush=True)
-        if is_settled(status):
+        if is_settled(status) or is_gone(stream):
             return
         status = _next(status, read, interval)
 
@@ -46,7 +46,7 @@ def _paint(status: dict[str, Any], read: Callable[[], dict[str, Any]], interval:
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
             live.update(Text(redact(status_text(status, console.width))), refresh=True)
-            if is_settled(status):
+            if is_settled(status) or is_gone(stream):
                 return
             status = _next(status, read, interval)
 

@@ -20,6 +20,7 @@ from job.lifecycle.running import RunningJob
 from job.lifecycle.safekeeping import undelivered
 from job.lifecycle.state import recorded, settings_key
 from job.mirror.vetting import note_known_code, require_known_code
+from job.preflight.checks import Check, attempt
 from job.preflight.inputs import EarlierStarts, JobHolder, PreflightInputs
 from job.preflight.readings import MachineReading
 from job.preflight.restarts import past_starts
@@ -258,10 +259,18 @@ def _described(holder: HolderRecord, folder: RunFolder) -> JobHolder:
 def check_job(
     settings: Settings, *, events: Events, notes: Sequence[str] = (), on: MachineReading | None = None
 ) -> Survey:
-    """Check a job without starting it, leaving nothing behind. Raises UsageError."""
-    folder = find_folder(settings)
-    if folder.job_file.exists():
-        require_known_code(folder, folder.read_job(), settings, events.say)
-    last_holder = folder.holder() if folder.job_file.exists() else None
-    inputs = preflight_inputs(folder, settings, events, notes=notes, on=on, last_holder=last_holder, starting=False)
-    return preflight(inputs).survey
+    """Check a job without starting it, leaving nothing behind. Raises UsageError.
+
+    A run folder that cannot be used, as while another program holds its study, is the one check of its survey.
+    """
+
+    def survey() -> Survey:
+        folder = find_folder(settings)
+        if folder.job_file.exists():
+            require_known_code(folder, folder.read_job(), settings, events.say)
+        last_holder = folder.holder() if folder.job_file.exists() else None
+        inputs = preflight_inputs(folder, settings, events, notes=notes, on=on, last_holder=last_holder, starting=False)
+        return preflight(inputs).survey
+
+    found = attempt("job", survey)
+    return Survey(checks=(found,)) if isinstance(found, Check) else found

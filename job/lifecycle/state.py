@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from job.config.schema import Settings
-from job.errors import AcceleratorFaultError, ImpossibleJobError, JobError, MachineError, RestartNeeded, Stopped
+from job.errors import (
+    AcceleratorFaultError,
+    ImpossibleJobError,
+    JobError,
+    MachineError,
+    RestartNeeded,
+    Stopped,
+    UsageError,
+)
 from job.lifecycle.lock import JobLock
 from job.records import State
 from job.search.budget import Meter
@@ -53,7 +61,7 @@ def recorded(
         raise RestartNeeded from fault
     except JobError as error:
         _end(folder, events, "failed", error.line)
-        if isinstance(error, ImpossibleJobError) and file.record.resolution is None:
+        if isinstance(error, ImpossibleJobError | UsageError) and file.record.resolution is None:
             # Nothing was begun that could be continued.
             events.log_to(None)
             lock.discard()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from job.errors import JobError
-from job.mirror.lease import now
+from job.system.clock import now
 from job.system.retry import backoff_s
 from job.text.redaction import redact
 

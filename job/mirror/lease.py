@@ -18,6 +18,7 @@ from job import __version__
 from job.errors import HeldError
 from job.mirror.records import HEAD, VERSION, Head, Lease, decode_head, foreign
 from job.mirror.store import ConflictError, MirrorStore, Stored
+from job.system.clock import now
 from job.system.failpoints import reached
 from job.system.processes import process_namespace, this_process
 from job.text.redaction import redacted
@@ -27,11 +28,6 @@ _LOOKS = 5
 _REMEDY = "let one run continue this job; this run stops before it writes again"
 
 Change = Callable[[Head], tuple[Mapping[str, Any], Collection[str]]]
-
-
-def now() -> float:
-    """Return seconds of a monotonic clock that includes sleep where available."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class LeaseLostError(HeldError):

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 
 from job.errors import DeliveryError, HeldError, JobError
 from job.mirror.backoff import Trouble
-from job.mirror.lease import Holding, LeaseLostError, now
+from job.mirror.lease import Holding, LeaseLostError
 from job.mirror.options import SnapshotPace
 from job.mirror.records import Head
 from job.mirror.snapshot_sender import SnapshotSender
 from job.mirror.store import MirrorStore
 from job.storage.run_folder import RunFolder
+from job.system.clock import now
 
 _WATCH_S = 0.25
 

@@ -11,12 +11,13 @@ from typing import Any
 from job.errors import DeliveryError, JobError
 from job.mirror.backoff import FIRST_RETRY_S, Trouble
 from job.mirror.layers import LAYERED, SMALL_BYTES, Layers
-from job.mirror.lease import Holding, LeaseLostError, now
+from job.mirror.lease import Holding, LeaseLostError
 from job.mirror.records import CACHES, LINEAGE, STUDY, Head, Layered, Lineage, MirroredFile, excess, objects_of
 from job.mirror.snapshot import Snapshots, Taken
 from job.mirror.store import MirrorStore
 from job.storage.atomic import write_record
 from job.storage.run_folder import RunFolder
+from job.system.clock import now
 from job.system.failpoints import reached
 
 # Copying a large study takes a core for a second: such copies take a fifth of the time at most.

@@ -23,6 +23,7 @@ NAMES = frozenset(
         "settings",
         "settings.old",
         "settings.directions",
+        "job",
         "job.lock",
         "job.lease",
         "strays.own",

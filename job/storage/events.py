@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from job.errors import MachineError
+from job.system.clock import now
 from job.system.periodic import every
 from job.text.redaction import redact, redacted
 
@@ -34,6 +35,8 @@ class Events:
         self._stream = stream if stream is not None else sys.stderr
         self._echo = self._print
         self._listeners: list[Callable[[str, dict[str, Any]], None]] = []
+        # Differences of times are durations, whatever is done to the wall clock meanwhile.
+        self._begun = time.time() - now()
 
     def listen(self, listener: Callable[[str, dict[str, Any]], None]) -> None:
         """Add a listener, called with every recorded event and its fields."""
@@ -52,7 +55,7 @@ class Events:
         """Record an event: a message for people, fields for programs. Raises MachineError."""
         if self._path is not None:
             said = redacted({"message": message, **fields})
-            line = json.dumps({"time": round(time.time(), 3), "event": event, **said}, ensure_ascii=False)
+            line = json.dumps({"time": round(self._begun + now(), 3), "event": event, **said}, ensure_ascii=False)
             try:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")

@@ -22,7 +22,11 @@ from contextlib import contextmanager
 from typing import Any, TextIO, cast
 from urllib.parse import quote, quote_plus, unquote
 
+from job.errors import MachineError
+
 MASK = "***"
+# Errors of output whose terminal is closed, or whose reader has seen enough, as `head` has.
+_NOT_READ = frozenset({errno.EIO, errno.EPIPE})
 # Shorter values ("1", "true", "admin") are switches and words; masking them would garble every text.
 MIN_LENGTH = 8
 # A value of one character class and fewer than 17 characters may be a word ("postgres"): masked as a whole word only.
@@ -201,36 +205,45 @@ def _base64(data: bytes) -> Iterator[str]:
             yield found[first:last].translate({ord("+"): "-", ord("/"): "_"})
 
 
-@contextmanager
-def _outlived(stream: TextIO) -> Iterator[None]:
-    """Have all output go nowhere once its terminal is closed: that is no reason to lose a job."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-
-
 class _Guarded:
-    """A text stream that redacts everything written to it."""
+    """A text stream that redacts everything written to it, and outlives its terminal, its reader and its disk.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    Attributes:
+        gone: Nothing that is written arrives any more.
+    """
+
+    def __init__(self, stream: TextIO, *, holds_results: bool) -> None:
+        self._stream, self._holds_results = stream, holds_results
+        self._lost: OSError | None = None
+        self.gone = False
 
     def write(self, text: str) -> int:
         if not isinstance(text, str):
             raise TypeError(f"a text is written here, not {type(text).__name__}")
-        with _outlived(self._stream):
+        with self._outlived():
             self._stream.write(redact(text))
         return len(text)
 
     def flush(self) -> None:
-        """Write what is buffered."""
-        with _outlived(self._stream):
+        """Write what is buffered. Raises MachineError once where results were lost, also in a former write."""
+        with self._outlived():
             self._stream.flush()
+        if (lost := self._lost) is not None:
+            self._lost = None
+            raise MachineError(f"cannot write the output: {lost.strerror or lost}", remedy="free space where it goes")
+
+    @contextmanager
+    def _outlived(self) -> Iterator[None]:
+        """Discard all output from the first failure on: that is no reason to lose a job."""
+        try:
+            yield
+        except OSError as error:
+            self.gone = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            if self._holds_results and error.errno not in _NOT_READ:
+                self._lost = error
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -240,12 +253,19 @@ class _Guarded:
         return getattr(self._stream, name)
 
 
+def is_gone(stream: TextIO) -> bool:
+    """Return whether what is written to a stream of `guarded_output` arrives nowhere, as behind `head`."""
+    return bool(getattr(stream, "gone", False))
+
+
 @contextmanager
 def guarded_output() -> Iterator[None]:
     """Redact everything that this process prints in the block, including libraries, warnings and threads."""
     before = sys.stdout, sys.stderr
     # Without a console there is no stream.
-    guarded = [cast(TextIO, _Guarded(stream) if stream else stream) for stream in before]
+    guarded = [
+        cast(TextIO, _Guarded(stream, holds_results=stream is before[0]) if stream else stream) for stream in before
+    ]
     sys.stdout, sys.stderr = guarded
     try:
         yield

@@ -13,7 +13,6 @@ from typing import Literal
 
 from tests.helpers import environment
 
-SOURCE = Path(__file__).with_name("power.c")
 # Which names survive: only those of synced folders, or all, as if the kernel had written them early.
 Names = Literal["synced", "all"]
 
@@ -83,16 +82,6 @@ def _put(kind: str, target: Path, contents: Path | None) -> None:
         target.mkdir(exist_ok=True)
     elif kind == "f":
         target.write_bytes(contents.read_bytes() if contents is not None else b"")
-
-
-def compiled(folder: Path) -> Path | None:
-    """Return the recorder's library, None without a C compiler."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        return None
-    library = folder / "power.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE), "-ldl"], check=True)
-    return library
 
 
 def begin() -> None:

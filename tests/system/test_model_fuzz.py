@@ -5,29 +5,21 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
-import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
+from tests.cases import BRIEF, shorten
+from tests.cases.models import sharded
 from tests.helpers import Result, abliterate, job_arguments, stored_trials
 from tests.mutations import Mutation, mutate
-from tests.system.test_bad_models import sharded
 
 SEED = "2026-12-01"
 COUNT, CHUNK, SAMPLED = 500, 50, 40
-# A changed model may answer anything: whatever it says counts as a refusal.
-MARKERS = json.dumps([*string.ascii_lowercase, *string.digits, *"<>:.,▁"])
-BRIEF = (
-    *("--trials", 2, "--set", "startup_trials=1", "--set", f"scoring.refusal_markers={MARKERS}"),
-    *("--set", "scoring.answer_tokens=2", "--set", "scoring.search_tokens=2"),
-)
 
 
 @dataclass(frozen=True)
@@ -77,17 +69,8 @@ def bases(organism: Path, shared: Callable[[str, Callable[[Path], None]], Path])
     return shared("fuzz", build)
 
 
-def shorten(model: Path) -> None:
-    """Leave the first two layers of a model, which take less time."""
-    weights, config = model / "model.safetensors", model / "config.json"
-    tensors = load_file(weights).items()
-    kept = {name: tensor for name, tensor in tensors if not re.search(r"layers\.[2-9]\.", name)}
-    save_file(kept, weights, metadata={"format": "pt"})
-    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 2}, indent=1))
-
-
 def arguments(bases: Path, model: Path, workspace: Path) -> list[Any]:
-    return [model, *job_arguments(bases)[1:], "--workspace", workspace, *BRIEF]
+    return [model, *job_arguments(bases)[1:], "--workspace", workspace, "--trials", 2, *BRIEF]
 
 
 @pytest.fixture(scope="session")

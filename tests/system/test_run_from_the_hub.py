@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save
 
 from job.data.prompts import PromptSets
 from job.records import GeometryRecord
 from tests.fakes.hub import LoopbackHub
-from tests.helpers import abliterate, events, only_job, stored_trials
+from tests.helpers import abliterate, events, job_arguments, only_job, stored_trials
 
 pytestmark = pytest.mark.slow
 
@@ -124,3 +126,36 @@ def test_a_model_on_the_hub_is_inspected_without_its_weights(organism: Path, hub
     ]
     assert hub.bytes_sent() < len(files["model.safetensors"]) / 2
     abliterate("inspect", "kitchen/nobody", **network).fails(3, "kitchen/nobody")
+
+
+def test_headers_on_the_hub_tell_plain_weights_from_quantised_ones(
+    organism: Path, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    plain = {path.name: path.read_bytes() for path in (organism / "model").iterdir()}
+    config = {**json.loads(plain["config.json"]), "quantization_config": {"load_in_4bit": True}}
+    plain["config.json"] = json.dumps(config).encode()
+    tensors = load_file(organism / "model" / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(100, 1, dtype=torch.uint8)
+    network = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+    hub.add_model("kitchen/plain", plain)
+    hub.add_model("kitchen/packed", {**plain, "model.safetensors": save(tensors, metadata={"format": "pt"})})
+    for name, code in (("kitchen/plain", 0), ("kitchen/packed", 3)):
+        words = [name, *job_arguments(organism)[1:], "--workspace", tmp_path / "runs"]
+        for command in (["inspect", name], ["preflight", *words, "--json"]):
+            ended = abliterate(*command, **network)
+            assert ended.code == code, ended.out + ended.err
+            assert ("files quantised with bitsandbytes cannot be edited" in ended.out) == bool(code)
+
+
+def test_a_dataset_by_a_script_is_refused_by_preflight_and_run(
+    organism: Path, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    hub.add_dataset("kitchen/script", {"script.py": b"import datasets\n", "README.md": b"# By a script\n"})
+    network = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+    words = [*job_arguments(organism), "--workspace", tmp_path / "runs", "--bad-prompts", "kitchen/script#train[:5]"]
+    checked, ran = abliterate("preflight", *words, "--json", **network), abliterate("run", *words, **network)
+    ran.fails(3, "loading script", "kitchen/script@refs/convert/parquet#train")
+    (check,) = [one for one in json.loads(checked.out)["checks"] if one["name"] == "data"]
+    assert (checked.code, check["status"]) == (3, "fail")
+    assert check["measured"] in ran.err
+    assert check["remedy"] in ran.err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,13 +25,13 @@ from job.storage.jobs import open_job
 from job.storage.run_folder import RunFolder
 from job.system.locks import Lock, LockedError, Owner, is_locked, locked, this_owner
 from job.system.processes import HolderRecord, ProcessRecord
+from tests.fakes.preloaded import preloaded
 from tests.helpers import abliterate, environment
 from tests.mirror_places import file_place
 from tests.mirrors import JOB, Place, write_folder
 
 __all__ = ["file_place"]
 
-SOURCE = Path(__file__).parents[2] / "fakes" / "no_flock.c"
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -51,12 +50,7 @@ except HeldError as error:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    compiler = shutil.which("cc")
-    if compiler is None:  # such a file system must be simulated by a compiled library
-        pytest.skip("no C compiler here")
-    library = tmp_path_factory.mktemp("flock") / "libnoflock.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(SOURCE)], check=True)
-    return str(library)
+    return str(preloaded("no_flock", tmp_path_factory.mktemp("flock")))
 
 
 @pytest.fixture(params=["ENOSYS", "EOPNOTSUPP"])

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from job.errors import JobError, MachineError
 from job.search.study import read_trials
 from job.storage.events import Events
 from job.storage.study_file import BACKUP, back_up, is_sound, restore_if_damaged
+from tests.fakes.preloaded import preloaded
 from tests.helpers import abliterate, die_while_writing, events, job_arguments, only_job, start, stored_trials
 from tests.integration.search.test_optimizer import Runs
 from tests.system.faults.test_devices import when_searching
@@ -138,10 +140,13 @@ def test_a_study_in_use_is_waited_for_and_never_taken_for_damaged(
     ]
     before = (job / "study.db").read_bytes()
     with held_by_another(job / "study.db", 300) as other:
-        for command in ("preflight", "run"):
-            ended = abliterate(command, *words)
-            ended.fails(76, f"study.db is in use by process {other} (python")
-            assert "damaged" not in ended.out + ended.err
+        checked, ran = abliterate("preflight", *words, "--json"), abliterate("run", *words)
+        told = f"study.db is in use by process {other} (python"
+        ran.fails(76, told)
+        (check,) = json.loads(checked.out)["checks"]
+        assert (checked.code, check["name"], check["status"]) == (76, "job", "fail")
+        assert told in check["measured"]
+        assert "damaged" not in checked.out + ran.out + ran.err
     assert (job / "study.db").read_bytes() == before
     assert not (job / "study.damaged.db").exists()
     with held_by_another(job / "study.db", 4):
@@ -150,19 +155,44 @@ def test_a_study_in_use_is_waited_for_and_never_taken_for_damaged(
     assert len(stored_trials(tmp_path / "runs")) == words[-1]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own that is soon full."""
-    point = tmp_path / "disk"
+@dataclass(frozen=True)
+class Scarce:
+    """A folder whose space can be used up and given back, and the environment of processes that write there."""
+
+    folder: Path
+    use_up: Callable[[], object]
+    give_back: Callable[[], object]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def small_disk(point: Path) -> Iterator[Scarce]:
+    """Yield a file system of its own."""
     point.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "none", str(point)], capture_output=True)
     if done.returncode:  # only root may, with that capability; a disk that is really full cannot be had otherwise
         pytest.skip("cannot mount here")
-    yield point
+    yield Scarce(point, lambda: fill(point), (point / "ballast").unlink)
     subprocess.run(["umount", "-l", str(point)], check=True)
 
 
-def fill(disk: Path) -> Path:
+@contextmanager
+def quota(folder: Path) -> Iterator[Scarce]:
+    """Yield a folder whose disk has space, of which its user may have no more."""
+    folder.mkdir()
+    mark = folder.with_name("used-up")
+    library = preloaded("quota", folder.parent)
+    given = {"LD_PRELOAD": str(library), "QUOTA_ROOT": str(folder), "QUOTA_USED_UP": str(mark)}
+    yield Scarce(folder, mark.touch, mark.unlink, given)
+
+
+@pytest.fixture(params=[small_disk, quota], ids=["disk", "quota"])
+def scarce(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scarce]:
+    with request.param(tmp_path / "scarce") as found:
+        yield found
+
+
+def fill(disk: Path) -> None:
     """Leave not a byte of a disk free."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file:
@@ -172,22 +202,21 @@ def fill(disk: Path) -> Path:
                     file.write(b"\0" * size)
             except OSError:
                 continue
-    return ballast
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_in_the_search_loses_nothing(organism: Path, whole: Path, small_disk: Path) -> None:
-    workspace = small_disk / "runs"
+def test_space_that_is_used_up_in_the_search_loses_nothing(organism: Path, whole: Path, scarce: Scarce) -> None:
+    workspace = scarce.folder / "runs"
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--allow", "disk.storage", *TRIALS]
-    process = start(*arguments)
+    process = start(*arguments, **scarce.environment)
     when_searching(workspace, process, 3)
-    ballast = fill(small_disk)
+    scarce.use_up()
     assert process.wait(120) == 76
     err = process.communicate()[1]
     assert "Traceback" not in err
     assert "cannot write" in err
     assert len(stored_trials(workspace)) >= 4
-    ballast.unlink()
+    scarce.give_back()
     abliterate(*arguments).check()
     assert stored_trials(workspace) == stored_trials(whole)
 

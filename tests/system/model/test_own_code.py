@@ -14,6 +14,7 @@ CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
 open(__file__ + ".ran", "w").close()
+print("soup of the day")
 
 
 class KitchenConfig(LlamaConfig):
@@ -43,6 +44,8 @@ def test_a_models_own_code_is_run_only_where_it_is_trusted(organism: Path, tmp_p
     assert abliterate("inspect", model, **home).code == 3
     inspected = abliterate("inspect", model, "--json", "--trust-remote-code", **home).check()
     assert json.loads(inspected.out)["model_type"] == "kitchen"
+    checked = abliterate("preflight", *arguments[1:], "--set", "loading.trust_remote_code=true", "--json", **home)
+    assert json.loads(checked.check().out)["ok"]
     ended = abliterate(*arguments, "--set", "loading.trust_remote_code=true", **home).check()
     assert "answers match" in ended.err
     assert list(tmp_path.rglob("*.ran"))

@@ -95,62 +95,6 @@ def test_a_finished_job_is_delivered_to_the_hub_and_to_s3(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "holds"),
-    [
-        ("AWS_ACCESS_KEY_ID", "AKIASPOONFULOFSUGAR0\r", "a carriage return"),
-        ("AWS_SECRET_ACCESS_KEY", "very-secret-spoon\n", "a line break"),
-        ("AWS_SESSION_TOKEN", "'spoon-of-today'", "quotes"),
-        ("HF_TOKEN", f'"{TOKEN}"', "quotes"),
-        ("HF_TOKEN", f"{TOKEN}\u200b", "a character that is not ASCII"),
-    ],
-)
-def test_a_credential_with_stray_characters_is_named_by_its_variable(
-    name: str, value: str, holds: str, organism: Path, hub: LoopbackHub, endpoint: str, bucket: Any, tmp_path: Path
-) -> None:
-    words = [*job_arguments(organism), "--workspace", tmp_path / "runs", "--set", "s3.addressing_style=path"]
-    words += ["--set", f"s3.endpoint={endpoint}"]
-    words += ["--upload", "hf://cook/edited-again" if name == "HF_TOKEN" else "s3://kitchen/models"]
-    surroundings = {**network(hub, tmp_path / "home"), name: value}
-    hub.forget()
-    checked, ran = abliterate("preflight", *words, "--json", **surroundings), abliterate("run", *words, **surroundings)
-    assert (checked.code, ran.code) == (3, 3), ran.err
-    (target,) = [one for one in json.loads(checked.out)["checks"] if one["name"].startswith("target.")]
-    assert f"{name} holds {holds}, which cannot be part of a key or token" in target["measured"]
-    assert f"{name} holds {holds}" in ran.err
-    assert hub.requests == []
-    assert not any(value.strip("\"'\r\n\u200b") in text for text in (checked.out, checked.err, ran.out, ran.err))
-
-
-def test_a_token_with_stray_characters_is_named_where_the_model_is_on_the_hub(
-    organism: Path, hub: LoopbackHub, tmp_path: Path
-) -> None:
-    surroundings = {**network(hub, tmp_path / "home"), "HF_TOKEN": f'"{TOKEN}"'}
-    words = ["cook/known", *job_arguments(organism)[1:], "--workspace", tmp_path / "runs"]
-    for command in ("preflight", "run"):
-        ended = abliterate(command, *words, **surroundings)
-        assert ended.code == 3
-        assert "HF_TOKEN holds quotes" in ended.out + ended.err
-        assert TOKEN not in ended.out + ended.err
-
-
-def test_an_endpoint_with_the_bucket_is_refused_with_the_right_one(
-    organism: Path, endpoint: str, bucket: Any, tmp_path: Path
-) -> None:
-    words = [*job_arguments(organism), "--workspace", tmp_path / "runs", "--set", "s3.addressing_style=path"]
-    given, found = ["--set", f"s3.endpoint={endpoint}/kitchen/"], {"AWS_ENDPOINT_URL": f"{endpoint}/kitchen"}
-    for place in ("--upload", "--checkpoint"):
-        target = [place, "s3://kitchen/models"]
-        for ended in (
-            abliterate("preflight", *words, *target, *given, **KEYS),
-            abliterate("run", *words, *target, *given, **KEYS),
-            abliterate("run", *words, *target, **KEYS, **found),
-        ):
-            ended.fails(2, f"--set s3.endpoint={endpoint} (or in AWS_ENDPOINT_URL)")
-            assert "names the bucket kitchen" in ended.err
-    assert bucket.list_objects_v2(Bucket="kitchen")["KeyCount"] == 0
-
-
-@pytest.mark.parametrize(
     ("endpoint", "right"),
     [
         ("https://kitchen.nyc3.digitaloceanspaces.com", "https://nyc3.digitaloceanspaces.com"),
@@ -181,11 +125,7 @@ def test_a_card_that_the_hub_would_refuse_is_corrected_before_the_job(
     (model / "README.md").write_text("---\nlicense: Apache 2.0\nlanguage: [en, no]\n---\n# Base\n")
     words = [model, *job_arguments(organism)[1:], "--workspace", tmp_path / "runs", "--upload", "hf://cook/carded"]
     words += ["--trials", "1", "--set", "startup_trials=1"]
-    checked = abliterate("preflight", *words, "--json", **network(hub, tmp_path / "home")).check()
-    (licence,) = [one for one in json.loads(checked.out)["checks"] if one["name"] == "model.licence"]
-    assert licence["status"] == "warn"
     left_out = "licence: Apache 2.0; left out of the export's card: license: Apache 2.0, language: False"
-    assert licence["measured"] == left_out
     ran = abliterate("run", *words, **network(hub, tmp_path / "home")).check()
     assert left_out in ran.err
     card = ModelCard(hub.repo("model", "cook/carded").read("README.md", "main").decode())

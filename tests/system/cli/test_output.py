@@ -1,0 +1,121 @@
+"""Output that is not read to its end, that cannot be written, and that is JSON whatever goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from job.cli.main import app
+from tests.helpers import Result, abliterate, environment, job_arguments, only_job, start
+from tests.warm import COLD
+
+
+def unread(*arguments: object, cold: bool = True) -> Result:
+    """Run the command with a standard output that its reader has closed, as behind `head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        process = start(*arguments, cold=cold, stdout=writing)
+    finally:
+        os.close(writing)
+    _, err = process.communicate(timeout=120)
+    return Result(process.returncode, "", err)
+
+
+def assert_quiet(ended: Result, code: int) -> None:
+    """Assert an exit code, without a complaint about the output."""
+    assert ended.code == code, ended.err
+    assert not any(word in ended.err for word in ("Traceback", "Exception ignored", "Broken pipe", "BrokenPipe"))
+
+
+@pytest.fixture
+def workspace(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "runs", symlinks=True)
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("words", ["front", "front --json", "status --json", "report", "config show", "--help"])
+def test_a_reader_that_has_seen_enough_is_no_failure(words: str, workspace: Path) -> None:
+    place = [] if words in ("config show", "--help") else ["--workspace", workspace]
+    assert_quiet(unread(*words.split(), *place), 0)
+
+
+def test_runs_and_checks_end_by_their_verdict_although_nobody_reads_it(organism: Path, workspace: Path) -> None:
+    words = [*job_arguments(organism), "--workspace", workspace, "--trials", 20]
+    assert_quiet(unread("run", *words, cold=False), 0)
+    assert_quiet(unread("preflight", *words, "--json", cold=False), 0)
+    assert_quiet(unread("preflight", *words, "--upload", "file:///proc/here", cold=False), 76)
+
+
+def test_watching_ends_with_its_reader(workspace: Path) -> None:
+    state = only_job(workspace) / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "state": "preempted"}))
+    for form in ([], ["--json"]):
+        assert_quiet(unread("status", "--watch", "--interval", 0.1, "--workspace", workspace, *form), 0)
+
+
+@pytest.mark.parametrize("words", ["front", "front --json"])
+def test_results_that_cannot_be_written_are_a_failure(words: str, finished: Path) -> None:
+    with open("/dev/full", "w") as full:
+        process = start(*words.split(), "--workspace", finished, cold=True, stdout=full.fileno())
+    _, err = process.communicate(timeout=60)
+    Result(process.returncode, "", err).fails(76, "cannot write the output: No space left on device")
+
+
+def test_a_log_that_cannot_be_written_is_none(workspace: Path) -> None:
+    with open("/dev/full", "w") as full:
+        words = [*COLD, "report", "--workspace", str(workspace)]
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=full, env=environment(), text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("#")
+
+
+def with_json(command: Any, name: str = "") -> Iterator[str]:
+    """Yield the names of all commands that print JSON."""
+    for part, below in getattr(command, "commands", {}).items():
+        yield from with_json(below, f"{name} {part}".strip())
+    if any("--json" in parameter.opts for parameter in command.params):
+        yield name
+
+
+WITH_JSON = sorted(with_json(typer.main.get_command(app)))
+
+
+def no_job(workspace: Path) -> None:
+    shutil.rmtree(workspace)
+
+
+def damaged_job(workspace: Path) -> None:
+    (only_job(workspace) / "job.json").write_text("{")
+
+
+def damaged_study(workspace: Path) -> None:
+    for file in only_job(workspace).glob("*study*"):
+        file.write_bytes(b"torn")
+
+
+@pytest.mark.parametrize("spoil", [no_job, damaged_job, damaged_study])
+@pytest.mark.parametrize("name", WITH_JSON)
+def test_standard_output_is_json_or_empty_whatever_goes_wrong(
+    name: str, spoil: Callable[[Path], None], organism: Path, workspace: Path
+) -> None:
+    spoil(workspace)
+    words: dict[str, list[object]] = {
+        "inspect": [workspace / "model"],
+        "preflight": [*job_arguments(organism), "--workspace", workspace],
+        "chat": ["--workspace", workspace, "--prompt", "Where is the kettle?", "--tokens", 1],
+    }
+    ended = abliterate(name, *words.get(name, ["--workspace", workspace]), "--json")
+    assert "Traceback" not in ended.err
+    lines = [ended.out] if name != "chat" else ended.out.splitlines()
+    for text in filter(None, lines):
+        json.loads(text)
+    assert ended.out or ended.err.count("error: ") == 1

@@ -1,0 +1,108 @@
+"""`preflight` and `run` come to the same verdict on every input: the same exit code and the same line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from job.data.prompts import PromptSets
+from tests.cases import SETS, Case, Verdicts, usual_lines, verdicts, write_brief
+from tests.cases.models import DATED, MODELS, not_finite, template
+from tests.cases.prompts import PROMPTS
+from tests.cases.settings import OTHERS
+from tests.helpers import abliterate, job_arguments, only_job, stored_trials
+
+CASES: Mapping[str, Case] = {**MODELS, **PROMPTS, **OTHERS}
+# A job has four sets of prompts: as many cases that only change prompts share one.
+SHARING = [name for name, case in CASES.items() if case.prompts is not None and case.code == 0]
+TOGETHER = [SHARING[start : start + len(SETS)] for start in range(0, len(SHARING), len(SETS))]
+ALONE = [[name] for name in CASES if name not in SHARING]
+SECRET = re.compile("KEY|TOKEN|SECRET")
+
+
+@pytest.fixture(scope="session")
+def brief(organism: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Return an organism with few layers and prompts, for all that does not depend on what it says; read-only."""
+    return shared("very-brief", lambda folder: write_brief(organism, folder))
+
+
+@pytest.mark.parametrize("names", [*ALONE, *TOGETHER], ids=", ".join)
+def test_preflight_and_run_come_to_the_same_verdict(names: Sequence[str], brief: Path, tmp_path: Path) -> None:
+    cases = [CASES[name] for name in names]
+    found = verdicts(cases, brief, tmp_path)
+    one = cases[0]
+    assert (found.checked.code, found.ran.code) == (one.code, one.code), found.checked.out + found.ran.err
+    printed = [text for ended in (found.checked, found.ran) for text in (ended.out, ended.err)]
+    assert not any("Traceback" in text for text in printed)
+    secrets = [value.strip("\"'\r\n\u200b") for name, value in one.environment.items() if SECRET.search(name)]
+    assert not any(secret in text for secret in secrets for text in printed)
+    for name, setting in zip(names, SETS, strict=False):
+        for part in CASES[name].told:
+            assert part in found.said(f"data.{setting}" if name in SHARING else one.check), name
+    if one.code:
+        assert_refused_alike(found, one)
+        assert not list(tmp_path.glob("runs/*/job.json"))
+        assert one.code == 2 or not (tmp_path / "runs").exists()
+        return
+    job = only_job(tmp_path / "runs")
+    read = PromptSets.model_validate_json((job / "prompts.json").read_bytes())
+    for name, setting in zip(names, SETS, strict=False):
+        lines = usual_lines(brief, setting)
+        if name in SHARING:
+            expected = CASES[name].read(lines) if CASES[name].read else lines
+            assert sorted(prompt.user for prompt in read.of_setting(setting)) == sorted(expected), name
+    if one.proof is not None:
+        one.proof(job, tmp_path / "model")
+
+
+def assert_refused_alike(found: Verdicts, case: Case) -> None:
+    failed = [check for check in found.checks if check["status"] == "fail"]
+    assert all(check["remedy"] and "\n" not in check["measured"] for check in failed)
+    assert bool(failed) == (case.code != 2)
+    assert found.refusal
+    assert found.end == found.refusal
+    for part in case.told:
+        assert part in found.end
+
+
+def test_weights_of_large_models_are_looked_at_while_they_are_loaded(brief: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(brief / "model", model)
+    not_finite(model, float("nan"))
+    # As preflight does with larger models.
+    words = [model, *job_arguments(brief)[1:], "--workspace", tmp_path / "runs", "--allow", "model.weights"]
+    abliterate("run", *words).fails(3, "has values that are not finite", str(model / "model.safetensors"))
+    assert not list((tmp_path / "runs").rglob("residuals/*.safetensors"))
+
+
+# The dates of these zones are never the same.
+EARLY, LATE = {"TZ": "Etc/GMT+12"}, {"TZ": "Etc/GMT-14"}
+
+
+def test_a_dated_template_is_written_on_the_day_of_the_first_start(organism: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(organism / "model", model)
+    template(DATED)(model)
+    words = [str(model), *job_arguments(organism)[1:], "--set", "startup_trials=2", "--set", "trials_per_batch=2"]
+
+    def run(name: str, trials: int, zone: dict[str, str], *more: str) -> Path:
+        abliterate("run", *words, "--workspace", tmp_path / name, "--trials", trials, *more, **zone).check()
+        return only_job(tmp_path / name)
+
+    whole = run("whole", 4, EARLY)
+    begun = run("broken", 2, EARLY)
+    run("broken", 4, LATE)
+    again = run("again", 4, LATE, "--reproduce", str(whole / "export" / "reproduce.json"))
+    days = [json.loads((job / "job.json").read_text())["resolution"]["date"] for job in (whole, begun, again)]
+    assert len(set(days)) == 1
+    assert stored_trials(whole.parent) == stored_trials(begun.parent)
+    manifests = [(job / "export" / "manifest.json").read_bytes() for job in (whole, begun, again)]
+    assert manifests[0] == manifests[1]
+    weights = [(job / "export" / "model.safetensors").read_bytes() for job in (whole, again)]
+    assert weights[0] == weights[1]
+    assert len(list((begun / "residuals").iterdir())) == len(list((whole / "residuals").iterdir()))
