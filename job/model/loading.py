@@ -36,6 +36,7 @@ from job.data.prompts import Prompt
 from job.errors import ImpossibleJobError, JobError, MachineError, UsageError, first_line
 from job.generation.forward import first_logits, input_device
 from job.generation.greedy import greedy_answers
+from job.model.attention import disable_cudnn_attention
 from job.model.config_file import CONFIG, GENERATION, model_config
 from job.model.dequantization import plain_loading_config
 from job.model.device_faults import is_out_of_memory, out_of_memory
@@ -115,6 +116,7 @@ def load_model(
 ) -> LoadedModel:
     """Load a model in the first working dtype, or only `dtype`. Raises ImpossibleJobError or MachineError."""
     quieten_transformers()
+    disable_cudnn_attention()
     checkpoint_files(folder)  # refuses what has none
     tokenizer = load_tokenizer(folder, settings.trust_remote_code)
     device = resolve_device(settings.device)
