@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 
 from job.generation.answer import Answer
 from job.generation.batching import BatchingSupport
+from job.generation.finite import not_finite
 from job.generation.forward import (
     RowTrials,
     _forward,
@@ -75,6 +77,10 @@ class _Ledger:
             if index not in self.going:
                 continue
             answer = self.answers[index]
+            if not math.isfinite(margin):
+                answer.finite = False
+                self.going.remove(index)
+                continue
             answer.margins.append(margin)
             if token in self._end_tokens:
                 self.going.remove(index)
@@ -84,6 +90,12 @@ class _Ledger:
                 answer.decided = True
                 self.going.remove(index)
         return best.indices[:, 0]
+
+    def require_finite(self) -> None:
+        """Raise ImpossibleJobError if a response ended at logits that are not finite."""
+        faulty = [index for index, answer in enumerate(self.answers) if not answer.finite]
+        if faulty:
+            raise not_finite(faulty, len(self.answers))
 
 
 @dataclass
@@ -209,8 +221,9 @@ def greedy_answers(
     rows: RowTrials | None = None,
     batching: BatchingSupport = BatchingSupport(),
     excluded: Collection[int] = (),
+    may_fail: bool = False,
 ) -> list[Answer]:
-    """Return the greedy continuation of every prompt.
+    """Return the greedy continuation of every prompt. Raises ImpossibleJobError if logits are not finite.
 
     On a CPU, prompts are prefilled in small batches that fit its caches and decoded all together, since a step takes
     nearly as long for one row as for many. If the cache cannot drop rows, all rows are decoded to the end. Models that
@@ -226,6 +239,7 @@ def greedy_answers(
         rows: The prompts' trials; None: the unedited model.
         batching: The model's support for batching.
         excluded: Tokens never to generate; ValueError with the model's own `generate`.
+        may_fail: Return responses that ended at logits that are not finite (`Answer.finite`), as of a trial's edit.
     """
     ledger = _Ledger(len(prompts), end_tokens, openings, decided, excluded)
     rows = rows or RowTrials.plain(len(prompts), input_device(model))
@@ -237,6 +251,8 @@ def greedy_answers(
         _generate(model, prompts, limit, end_tokens, ledger, rows)
     elif prompts:
         _Decoder(model, prompts, limit, ledger, rows).answer()
+    if not may_fail:
+        ledger.require_finite()
     return ledger.answers
 
 

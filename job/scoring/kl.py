@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from job.edits.hooks import ActiveEdits
+from job.generation.finite import require_finite
 from job.generation.forward import last_logits
 from job.numerics.metrics import kl_divergence
 from job.scoring.prompt_batches import PromptBatches, TrialRows
@@ -32,7 +33,10 @@ class KLReference:
 
     @classmethod
     def measured(cls, batches: PromptBatches, tokens: int) -> Self:
-        """Generate the base model's responses and record logits at up to `tokens` positions; hooks must be inactive."""
+        """Generate the base model's responses and record logits at up to `tokens` positions; hooks must be inactive.
+
+        Raises ImpossibleJobError if logits are not finite.
+        """
         return batches.row_limit.fit(lambda rows: cls._measured(batches, tokens, rows))
 
     @classmethod
@@ -46,7 +50,7 @@ class KLReference:
         for batch, owners in batches.reading(batches.good.tokens, batches.trial_rows(None), rows, tokens):
             own = continuations[start : start + len(batch)]
             batch_logits = last_logits(batches.loaded.model, forced(batch, own), tokens, owners)
-            logits.append(real_positions(batch_logits, [len(continuation) + 1 for continuation in own]))
+            logits.append(require_finite(real_positions(batch_logits, [len(continuation) + 1 for continuation in own])))
             start += len(batch)
         # With several positions the logits would use device memory planned for forwards.
         kept = torch.cat(logits if tokens == 1 else [part.cpu() for part in logits])
