@@ -65,18 +65,25 @@ class _Ledger:
     def take(self, logits: Tensor, present: Sequence[int]) -> Tensor:
         """Record a step's logits [rows present, vocabulary]; return its tokens, [rows present]."""
         logits = logits.to(torch.float32)
+        odds = None
         if self._openings is not None and not self.answers[present[0]].margins:
             asked = torch.tensor([self._openings[index] for index in present], device=logits.device)
-            for index, odds in zip(present, log_odds(logits, asked).tolist(), strict=True):
-                self.answers[index].opening = odds
+            odds = log_odds(logits, asked)
         if len(self._excluded):
-            logits = logits.index_fill(-1, self._excluded.to(logits.device), -torch.inf)
+            self._excluded = self._excluded.to(logits.device)
+            logits = logits.index_fill(-1, self._excluded, -torch.inf)
         best = logits.topk(2)
-        margins = (best.values[:, 0] - best.values[:, 1]).tolist()
-        for index, token, margin in zip(present, best.indices[:, 0].tolist(), margins, strict=True):
+        margins, tokens = best.values[:, 0] - best.values[:, 1], best.indices[:, 0]
+        # One copy from the device, which the host waits for; float64 holds all token ids and float32 numbers.
+        figures = [tokens, margins] if odds is None else [tokens, margins, odds]
+        for index, (chosen, margin, *opening) in zip(
+            present, torch.stack([one.to(torch.float64) for one in figures], 1).tolist(), strict=True
+        ):
+            answer, token = self.answers[index], int(chosen)
+            if opening:
+                (answer.opening,) = opening
             if index not in self.going:
                 continue
-            answer = self.answers[index]
             if not math.isfinite(margin):
                 answer.finite = False
                 self.going.remove(index)
@@ -89,7 +96,7 @@ class _Ledger:
             if self._decided is not None and self._decided(index, answer.tokens):
                 answer.decided = True
                 self.going.remove(index)
-        return best.indices[:, 0]
+        return tokens
 
     def require_finite(self) -> None:
         """Raise ImpossibleJobError if a response ended at logits that are not finite."""

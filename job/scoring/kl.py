@@ -93,13 +93,13 @@ class KLReference:
         lengths = self._lengths[start : start + prompts]
         first = sum(self._lengths[:start])
         base = self.logits[first : first + sum(lengths)].to(logits.device).to(torch.float32).log_softmax(-1)
-        prompt_of = torch.arange(prompts, device=logits.device).repeat_interleave(
-            torch.tensor(lengths, device=logits.device)
-        )
-        sums = logits.new_zeros(trials, prompts, dtype=torch.float64)
-        for trial, trial_logits in enumerate(logits.view(trials, prompts, *logits.shape[1:])):
-            sums[trial].index_add_(0, prompt_of, kl_divergence(base, real_positions(trial_logits, lengths)))
-        return (sums / torch.tensor(lengths, device=logits.device)).cpu()
+        # Sums over a table: on a GPU index_add_ adds in any order, and equal edits would get different values.
+        table = logits.new_zeros(trials, prompts, max(lengths), dtype=torch.float64)
+        given = torch.tensor(lengths, device=logits.device)
+        real = torch.arange(max(lengths), device=logits.device) < given[:, None]
+        for own, trial_logits in zip(table, logits.view(trials, prompts, *logits.shape[1:]), strict=True):
+            own.masked_scatter_(real, kl_divergence(base, real_positions(trial_logits, lengths)))
+        return (table.sum(-1) / given).cpu()
 
     @property
     def first_token(self) -> KLReference:
