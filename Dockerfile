@@ -38,8 +38,10 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     && pip check
 COPY entrypoint.sh /entrypoint.sh
 
+# Expandable segments: batches of many sizes would otherwise leave pieces of GPU memory that no later batch can use.
 ENV ABLITERATE_WORKSPACE=/workspace \
     HF_HOME=/workspace/.cache/huggingface \
+    PYTORCH_ALLOC_CONF=expandable_segments:True \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 VOLUME /workspace

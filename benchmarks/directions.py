@@ -24,15 +24,15 @@ SHAPES = {"7B": (28, 3584), "14B": (48, 5120), "32B": (64, 5120), "70B": (80, 81
 PROMPTS = 400
 
 
-def residuals(layers: int, width: int, device: str) -> tuple[Tensor, Tensor]:
-    """Return good and bad residuals [400, layers, width], float32, with massive activations and a planted behaviour."""
+def residuals(layers: int, width: int, device: str, prompts: int = PROMPTS) -> tuple[Tensor, Tensor]:
+    """Return residuals [prompts, layers, width], float32, with massive activations and a planted behaviour."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.logspace(0.7, -1, width)
     found = []
     for behaviour in (0.0, 1.0):
-        one = torch.randn(PROMPTS, layers, width, generator=generator) * spread
+        one = torch.randn(prompts, layers, width, generator=generator) * spread
         one[:, :, 7] += 2000
-        shift = behaviour * (3 + 4 * torch.randn(PROMPTS, layers, generator=generator))
+        shift = behaviour * (3 + 4 * torch.randn(prompts, layers, generator=generator))
         one[:, :, 11] += shift
         found.append(one.to(device))
     return found[0], found[1]

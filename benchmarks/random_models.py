@@ -52,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"tie_word_embeddings": False, "max_position_embeddings": 40960},
     },
 }
-_STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Requests per prompt: about 50 tokens with system prompt and template.
 _REQUESTS = (3, 6)
 _SPREAD = 0.02

@@ -28,6 +28,7 @@ from typing import Any
 import optuna
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.measuring import Clock, Memory, machine, write_figures
 from benchmarks.phases import GIB, HEAD, Bench
@@ -45,7 +46,7 @@ from job.numerics.basis import Basis, orthonormal_basis
 from job.numerics.directions import mean_difference
 from job.preflight.estimate import PhaseWork, Rates, Work, estimate
 from job.preflight.machine import read_machine
-from job.preflight.memory_plan import Refusal, Workload, plan
+from job.preflight.memory_plan import MemoryPlan, Refusal, Workload, plan
 from job.preflight.readings import MachineReading
 from job.records import EditParameters
 from job.scoring.prompt_batches import PromptBatches
@@ -82,8 +83,7 @@ def measure(request: Request) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = filled_tokenizer(SHAPES[request.shape]["vocab_size"])
     sets = prompt_sets(request.prompts)
-    texts = conversations(tokenizer, [prompt for prompts in sets.values() for prompt in prompts])
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    lengths = [len(ids) for ids in tokens_of(tokenizer, sets)]
     try:
         wanted = shape(request.shape, tokenizer, dtype, request.layers)
         rows = request.rows or planned_rows(wanted, reading_of(device), max(lengths), request.tokens)
@@ -118,8 +118,20 @@ def reading_of(device: torch.device) -> MachineReading:
     return reading.model_copy(update={"gpus": gpus})
 
 
+def tokens_of(tokenizer: PreTrainedTokenizerFast, sets: dict[str, list[Prompt]]) -> list[list[int]]:
+    """Return the token ids of all prompts."""
+    texts = conversations(tokenizer, [prompt for prompts in sets.values() for prompt in prompts])
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def planned_rows(wanted: Shape, reading: MachineReading, longest: int, answer_tokens: int) -> int:
-    """Return the batch size that the job itself would plan.
+    """Return the batch size that the job itself would plan; see `planned`."""
+    return planned(wanted, reading, longest, answer_tokens).rows
+
+
+def planned(wanted: Shape, reading: MachineReading, longest: int, answer_tokens: int) -> MemoryPlan:
+    """Return the memory that the job itself would plan.
 
     Raises:
         MachineError: The model does not fit.
@@ -134,7 +146,7 @@ def planned_rows(wanted: Shape, reading: MachineReading, longest: int, answer_to
     found = plan(wanted.facts, reading, work)
     if isinstance(found, Refusal):
         raise MachineError(found.reason, remedy="choose a smaller shape, or name --rows to try all the same")
-    return found.rows
+    return found
 
 
 def head(request: Request, figures: dict[str, Any]) -> None:

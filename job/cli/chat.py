@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from job.cli.options import json_alone
 from job.edits.hooks import ActiveEdits
 from job.errors import JobError, UsageError
+from job.generation.finite import require_finite
 from job.lifecycle.running import OpenJob
-from job.model.device_faults import is_out_of_memory
+from job.model.device_faults import Shortage, within_memory
 from job.model.loading import LoadedModel
-from job.model.memory import release_memory
 from job.model.rendering import Rendering, rendered, token_ids
 from job.records import Trial
 from job.report.front import front_text, job_front
@@ -190,14 +191,12 @@ class Chat:
         tokens = self._fitting(token_ids(model.tokenizer, texts)[0])
         hooks = self._edits.on_every_row(self.session.model.model) if self._edits else nullcontext()
         shown = Shown(self.session.model, None if self.options.as_json else self.out)
-        try:
-            with hooks:
-                answer = _answered(self.session.model, tokens, self._tokens, self.options.temperature, shown)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            release_memory()
-            raise JobError("out of memory", remedy="/reset, or lower /tokens") from error
+        with hooks:
+            answer = within_memory(
+                lambda: _answered(self.session.model, tokens, self._tokens, self.options.temperature, shown)
+            )
+        if isinstance(answer, Shortage):
+            raise JobError("out of memory", remedy="/reset, or lower /tokens")
         if self.options.as_json:
             subject = self._trial.number if self._trial else None
             self.out.write(redacted_json({"trial": subject, "prompt": text, "answer": answer}, ascii_only=False))
@@ -261,6 +260,8 @@ def _answered(loaded: LoadedModel, prompt: list[int], limit: int, temperature: f
         how["eos_token_id"] = sorted(loaded.end_tokens)
         how["pad_token_id"] = how["eos_token_id"][0]
     how["use_cache"] = loaded.architecture.batching.cached
+    # Sampling and argmax would take a token of logits that are not finite.
+    how["logits_processor"] = LogitsProcessorList([lambda _, logits: require_finite(logits)])
     try:
         loaded.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, streamer=shown, **how

@@ -14,6 +14,7 @@ from job.directions.prompt_residuals import PromptResiduals
 from job.directions.residuals import digest, read_tensors, write_tensors
 from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError
+from job.model.device_faults import on_device_or_cpu
 from job.numerics.basis import Basis, eigenvalue_weights, orthogonalize, orthonormal_basis
 from job.numerics.directions import Directions, contrastive_pca, mean_difference, probe
 from job.numerics.geometry import geometry, projections
@@ -38,7 +39,8 @@ def find_directions(residuals: PromptResiduals, settings: DirectionSettings) -> 
     sets = {name: residuals.of(name) for name in residuals.tokens}
     basis = _basis(sets, residuals, settings)
     ensure_folder(file.parent)
-    write_record(folder.geometry_file, _geometry(key, sets["good"], sets["bad"], basis))
+    shown = on_device_or_cpu(lambda sets: _geometry(key, sets["good"], sets["bad"], basis), sets, events.say)
+    write_record(folder.geometry_file, shown)
     write_tensors(file, key, {"directions": basis.directions, "weights": basis.weights})
     events.emit("directions", f"computed the directions of {basis.layers} layers by {settings.method}", k=basis.size)
     return basis
@@ -50,12 +52,16 @@ def _has_geometry(folder: RunFolder, key: str) -> bool:
 
 
 def _basis(sets: Mapping[str, Tensor], residuals: PromptResiduals, settings: DirectionSettings) -> Basis:
-    good, bad, events = sets["good"], sets["bad"], residuals.events
+    events = residuals.events
+
+    def solved(sets: Mapping[str, Tensor]) -> Basis:
+        directions, weights = _found(sets["good"], sets["bad"], settings, events)
+        return orthonormal_basis(_orthogonalized(directions, sets, events), weights)
+
     try:
-        directions, weights = _found(good, bad, settings, events)
+        basis = on_device_or_cpu(solved, sets, events.say)
     except ValueError as error:
         raise ImpossibleJobError(str(error), remedy="check that good_prompts and bad_prompts differ") from error
-    basis = orthonormal_basis(_orthogonalized(directions, sets, events), weights)
     for number in range(2, settings.iterative_rounds + 1):
         basis = _another_round(number, basis, sets, residuals)
     return basis
@@ -117,15 +123,20 @@ def _another_round(number: int, basis: Basis, sets: Mapping[str, Tensor], residu
     key, model = digest(basis.directions.flatten().tolist()), residuals.model
     with Intervention(model.model, model.architecture, whole, "none") as intervention:
         edits = intervention.activate([edit])
-        good, bad = (
-            residuals.of(name, edits=edits, edit=key, label=f"{name}-round-{number}") for name in ("good", "bad")
-        )
+        again = {
+            f"{name} again": residuals.of(name, edits=edits, edit=key, label=f"{name}-round-{number}")
+            for name in ("good", "bad")
+        }
+
+    def remaining(sets: Mapping[str, Tensor]) -> Tensor:
+        found = mean_difference(sets["good again"], sets["bad again"])[:, None]
+        return _orthogonalized(found, sets, residuals.events)
+
     try:
-        found = mean_difference(good, bad)[:, None]
+        found = on_device_or_cpu(remaining, {**sets, **again}, residuals.events.say)
     except ValueError:
         residuals.events.say(f"round {number}: good and bad residuals no longer differ")
         return basis
-    found = _orthogonalized(found, sets, residuals.events)
     directions = torch.cat([basis.directions, found.cpu()], dim=1)
     return orthonormal_basis(directions, torch.cat([basis.weights, torch.ones(basis.layers, 1)], dim=1))
 

@@ -20,8 +20,9 @@ from job.directions.residuals import (
 )
 from job.edits.hooks import ActiveEdits
 from job.errors import ImpossibleJobError, MachineError
+from job.generation.finite import named, rows_not_finite
 from job.generation.forward import read_tokens
-from job.model.device_faults import halving
+from job.model.device_faults import Shortage, halving, within_memory
 from job.model.loading import LoadedModel
 from job.numerics.directions import winsorize
 from job.records import JobRecord
@@ -91,12 +92,13 @@ class PromptResiduals:
             except MachineError as error:
                 # Only a cache for later starts: this one has the residuals.
                 self.events.say(f"warning: residuals are not stored: {error.line}")
-        if not bool(residuals.isfinite().all()):
+        if rows := rows_not_finite(residuals):
             raise ImpossibleJobError(
-                f"residuals of the {label} prompts are not finite in {self.model.dtype}",
+                f"residuals of {len(rows)} of {len(residuals)} {label} prompts are not finite in {self.model.dtype} "
+                f"(rows {named(rows)})",
                 remedy="try --set loading.dtypes='[\"float32\"]'",
             )
-        return winsorize(self._near_model(residuals[:, 1:]), self.quantile)
+        return self._near_model(residuals[:, 1:])
 
     def _extracted(self, label: str, tokens: Sequence[list[int]], edits: ActiveEdits | None) -> Tensor:
         """Return residuals, [n, layers + 1, d], by smaller forwards if memory runs out."""
@@ -128,10 +130,9 @@ class PromptResiduals:
         return residuals
 
     def _near_model(self, residuals: Tensor) -> Tensor:
-        try:
-            return residuals.to(self.model.device)
-        except torch.OutOfMemoryError:
-            return residuals
+        """Winsorise residuals on the model's device, on the CPU where its memory does not suffice."""
+        found = within_memory(lambda: winsorize(residuals.to(self.model.device), self.quantile))
+        return winsorize(residuals, self.quantile) if isinstance(found, Shortage) else found
 
 
 def direction_prompts(prompts: PromptSets) -> dict[str, Sequence[Prompt]]:

@@ -11,8 +11,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from job.data.prompts import Prompt
+from job.generation.answer import Answer
 from job.generation.greedy import greedy_answers
 from job.generation.kv_cache import common_prefix
+from job.model.device_faults import halving
 from job.model.loading import LoadedModel
 from job.model.rendering import conversations, switched, token_ids
 
@@ -93,7 +95,13 @@ def _rest_of_thought(loaded: LoadedModel, prompts: Sequence[Prompt]) -> str:
 
 def common_opening(loaded: LoadedModel, prompts: Sequence[Prompt], rows: int) -> tuple[int, ...]:
     """Return the tokens that all responses begin with, leaving at least one token to each."""
-    answers, batching = [], loaded.architecture.batching
-    for chunk in batching.chunks(loaded.tokenize(prompts), rows):
-        answers += greedy_answers(loaded.model, chunk, limit=_TOKENS, end_tokens=loaded.end_tokens, batching=batching)
+    model, end, batching = loaded.model, loaded.end_tokens, loaded.architecture.batching
+    tokenized = loaded.tokenize(prompts)
+
+    def answered(rows: int) -> list[Answer]:
+        batches = batching.chunks(tokenized, rows)
+        found = (greedy_answers(model, batch, limit=_TOKENS, end_tokens=end, batching=batching) for batch in batches)
+        return [answer for answers in found for answer in answers]
+
+    answers, _ = halving(rows, answered, lambda _: None)  # the rows are reported where many prompts are computed
     return tuple(common_prefix([answer.tokens for answer in answers]))

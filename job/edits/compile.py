@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from job.architectures.spec import Writer
+from job.model.device_faults import Shortage, within_memory
 from job.numerics.ablation import (
     RowNormalization,
     WeightProducts,
@@ -54,7 +56,10 @@ class PreparedWriter:
         """Compute the products of a writer's weight [d, i] (None in mode "none") with candidates [m, d]."""
         if weight is None:
             return cls(writer, candidates, WeightProducts("none"), None)
-        return cls(writer, candidates, weight_products(weight, candidates, mode), weight.shape)
+        products = within_memory(partial(weight_products, weight, candidates, mode))
+        if isinstance(products, Shortage):  # the weight in float64 takes four times its memory
+            products = weight_products(weight.cpu(), candidates.cpu(), mode).to(weight.device)
+        return cls(writer, candidates, products, weight.shape)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from job.directions.learned import checked_path, require_fit
 from job.errors import ExportMismatchError, UsageError
 from job.export.merged import Edit, seal_made, verify_written, write_weights
 from job.export.reproduction import Reproduction, check_reproduction
+from job.model.device_faults import clear_faults
 from job.model.safetensors_files import Checkpoint
 from job.numerics.basis import Basis, DirectionPath
 from job.proof.truth_test import inspect_model
@@ -97,8 +98,9 @@ def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], Non
     # Written beside it until complete, so that the folder never holds a partial model.
     partial = out.absolute().with_name(f".{out.name}.partial")
     try:
-        write_weights(source, partial, architecture, edit, advance, own_code=True)
-        verify_written(source, partial, architecture, edit)
+        with clear_faults():
+            write_weights(source, partial, architecture, edit, advance, own_code=True)
+            verify_written(source, partial, architecture, edit)
         seal_made(partial, header.made.model_copy(update={"format": "merged"}), source)
         reached("applied:written")
         partial.replace(out)

@@ -69,9 +69,10 @@ class MeasuredEdit:
         return cls(base.responses(intervention.activate([edit])))
 
     @classmethod
-    def by_scores(cls, base: TrialScorer, intervention: Intervention, edit: EditParameters, rows: int) -> Self:
+    def by_scores(cls, base: TrialScorer, intervention: Intervention, edit: EditParameters) -> Self:
         """Measure the scores that an export with rounded weights must match; hooks must be in place."""
-        return cls(MeasuredScores(base.scores(intervention, [edit], rows)[0], base.reference))
+        scores = base.batches.row_limit.fit(lambda rows: base.scores(intervention, [edit], rows)[0])
+        return cls(MeasuredScores(scores, base.reference))
 
     def compare(self, reloaded: ReportMetrics) -> str:
         """Compare the reloaded export; return the result in one line. Raises ExportMismatchError beyond rounding."""

@@ -15,9 +15,11 @@ class Answer:
         margins: Per step, end included, the best logit minus the second best.
         opening: Log-odds of the requested opening at the first step; nan without one.
         decided: Whether the caller stopped it early.
+        finite: False where logits were not finite; the response ends before that token.
     """
 
     tokens: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     opening: float = math.nan
     decided: bool = False
+    finite: bool = True

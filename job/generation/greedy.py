@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 
 from job.generation.answer import Answer
 from job.generation.batching import BatchingSupport
+from job.generation.finite import not_finite
 from job.generation.forward import (
     RowTrials,
     _forward,
@@ -63,18 +65,29 @@ class _Ledger:
     def take(self, logits: Tensor, present: Sequence[int]) -> Tensor:
         """Record a step's logits [rows present, vocabulary]; return its tokens, [rows present]."""
         logits = logits.to(torch.float32)
+        odds = None
         if self._openings is not None and not self.answers[present[0]].margins:
             asked = torch.tensor([self._openings[index] for index in present], device=logits.device)
-            for index, odds in zip(present, log_odds(logits, asked).tolist(), strict=True):
-                self.answers[index].opening = odds
+            odds = log_odds(logits, asked)
         if len(self._excluded):
-            logits = logits.index_fill(-1, self._excluded.to(logits.device), -torch.inf)
+            self._excluded = self._excluded.to(logits.device)
+            logits = logits.index_fill(-1, self._excluded, -torch.inf)
         best = logits.topk(2)
-        margins = (best.values[:, 0] - best.values[:, 1]).tolist()
-        for index, token, margin in zip(present, best.indices[:, 0].tolist(), margins, strict=True):
+        margins, tokens = best.values[:, 0] - best.values[:, 1], best.indices[:, 0]
+        # One copy from the device, which the host waits for; float64 holds all token ids and float32 numbers.
+        figures = [tokens, margins] if odds is None else [tokens, margins, odds]
+        for index, (chosen, margin, *opening) in zip(
+            present, torch.stack([one.to(torch.float64) for one in figures], 1).tolist(), strict=True
+        ):
+            answer, token = self.answers[index], int(chosen)
+            if opening:
+                (answer.opening,) = opening
             if index not in self.going:
                 continue
-            answer = self.answers[index]
+            if not math.isfinite(margin):
+                answer.finite = False
+                self.going.remove(index)
+                continue
             answer.margins.append(margin)
             if token in self._end_tokens:
                 self.going.remove(index)
@@ -83,7 +96,13 @@ class _Ledger:
             if self._decided is not None and self._decided(index, answer.tokens):
                 answer.decided = True
                 self.going.remove(index)
-        return best.indices[:, 0]
+        return tokens
+
+    def require_finite(self) -> None:
+        """Raise ImpossibleJobError if a response ended at logits that are not finite."""
+        faulty = [index for index, answer in enumerate(self.answers) if not answer.finite]
+        if faulty:
+            raise not_finite(faulty, len(self.answers))
 
 
 @dataclass
@@ -209,8 +228,9 @@ def greedy_answers(
     rows: RowTrials | None = None,
     batching: BatchingSupport = BatchingSupport(),
     excluded: Collection[int] = (),
+    may_fail: bool = False,
 ) -> list[Answer]:
-    """Return the greedy continuation of every prompt.
+    """Return the greedy continuation of every prompt. Raises ImpossibleJobError if logits are not finite.
 
     On a CPU, prompts are prefilled in small batches that fit its caches and decoded all together, since a step takes
     nearly as long for one row as for many. If the cache cannot drop rows, all rows are decoded to the end. Models that
@@ -226,6 +246,7 @@ def greedy_answers(
         rows: The prompts' trials; None: the unedited model.
         batching: The model's support for batching.
         excluded: Tokens never to generate; ValueError with the model's own `generate`.
+        may_fail: Return responses that ended at logits that are not finite (`Answer.finite`), as of a trial's edit.
     """
     ledger = _Ledger(len(prompts), end_tokens, openings, decided, excluded)
     rows = rows or RowTrials.plain(len(prompts), input_device(model))
@@ -237,6 +258,8 @@ def greedy_answers(
         _generate(model, prompts, limit, end_tokens, ledger, rows)
     elif prompts:
         _Decoder(model, prompts, limit, ledger, rows).answer()
+    if not may_fail:
+        ledger.require_finite()
     return ledger.answers
 
 

@@ -17,8 +17,7 @@ from job.directions.residuals import read_tensors, write_tensors
 from job.edits.hooks import ActiveEdits
 from job.errors import first_line
 from job.gradient.problem import Losses, LossWeights, Problem, Recipe, Targets
-from job.model.device_faults import is_out_of_memory, out_of_memory
-from job.model.memory import release_memory
+from job.model.device_faults import halving
 from job.numerics.basis import Basis, DirectionPath
 from job.numerics.gradient import AdamState, EditVariables, adam_step
 from job.records import TrialScores
@@ -147,20 +146,12 @@ class Descent:
     def _step(
         self, state: DescentState, weights: LossWeights, pace: float, targets: Targets
     ) -> tuple[DescentState, Losses]:
-        while True:
-            try:
-                gradients, losses = self._problem.gradients(
-                    state.variables, state.adam.steps, weights, state.rows, targets
-                )
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if state.rows == 1:
-                    raise out_of_memory(error) from error
-            state = replace(state, rows=state.rows // 2)
-            release_memory()
-            self._report(f"warning: out of memory: gradients are computed {state.rows} prompts at a time")
+        (gradients, losses), rows = halving(
+            state.rows,
+            lambda rows: self._problem.gradients(state.variables, state.adam.steps, weights, rows, targets),
+            self._report,
+        )
+        state = replace(state, rows=rows)
         rate, turn = pace * self._recipe.rate, pace * self._recipe.turn
         variables, adam = adam_step(state.variables, gradients, state.adam, rate, turn)
         return replace(state, variables=variables, adam=adam), losses
@@ -214,15 +205,15 @@ _PROBES = (0.02, 0.1, 0.5)
 _PROBE_SHARE = 0.25
 
 
-def gradient_fault(problem: Problem, start: DescentState, weights: LossWeights) -> str | None:
-    """Check gradients against finite differences; return the fault, or None."""
+def gradient_fault(
+    problem: Problem, start: DescentState, weights: LossWeights, report: Callable[[str], None]
+) -> str | None:
+    """Check gradients against finite differences; return the fault, or None. Raises MachineError."""
     # At a start with hardly any edit, the difference would be too small.
     variables = EditVariables(torch.full_like(start.variables.logits, -1.0), start.variables.directions)
     try:
-        gradients, _ = problem.gradients(variables, 0, weights, start.rows)
+        (gradients, _), rows = halving(start.rows, lambda rows: problem.gradients(variables, 0, weights, rows), report)
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        if is_out_of_memory(error):
-            raise
         return f"it has no gradient: {first_line(error)}"
     slope = float(gradients.logits.norm())
     if not bool(gradients.logits.isfinite().all() and gradients.directions.isfinite().all()):
@@ -233,9 +224,7 @@ def gradient_fault(problem: Problem, start: DescentState, weights: LossWeights) 
     found = []
     for step in _PROBES:
         ahead, behind = (
-            problem.loss(
-                EditVariables(variables.logits + sign * step * along, variables.directions), 0, weights, start.rows
-            )
+            problem.loss(EditVariables(variables.logits + sign * step * along, variables.directions), 0, weights, rows)
             for sign in (1, -1)
         )
         found.append((ahead - behind) / (2 * step))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from job.errors import AcceleratorFaultError, MachineError, Stopped, first_line
 from job.model.memory import release_memory
@@ -21,37 +25,73 @@ from job.system.lifeline import tell
 from job.system.periodic import every
 
 T = TypeVar("T")
-_CPU_OUT_OF_MEMORY = "can't allocate memory"
+# What torch raises as RuntimeError or AcceleratorError: its allocators, the runtimes and drivers of CUDA and HIP,
+# and libraries that allocate for themselves (cuBLAS, cuSOLVER, cuSPARSE, cuFFT, cuDNN, hipBLAS, rocBLAS, MIOpen).
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|failed to allocate|"
+    r"ALLOC(ATION)?_FAILED|StatusAllocFailed|rocblas_status_memory_error|hipErrorOutOfMemory|cudaErrorMemoryAllocation",
+    re.IGNORECASE,
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory of a device or the machine ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """A computation for which memory did not suffice; `reason` is the first line of its error."""
+
+    reason: str
+
+    def error(self) -> MachineError:
+        """Return the error for a machine whose memory does not suffice even for the least."""
+        return MachineError(
+            f"out of memory: {self.reason or 'none is left'}",
+            remedy="free the device of others, choose a larger one, or spread the model (loading.device_map)",
+        )
+
+
+def within_memory(compute: Callable[[], T]) -> T | Shortage:
+    """Return compute(), or a Shortage once all that it held has been released."""
+    try:
+        return compute()
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        shortage = Shortage(next(iter(str(error).strip().splitlines()), ""))
+    # Not before: an exception that is being handled keeps the frames that raised it, and their tensors.
+    release_memory()
+    return shortage
 
 
 def halving(rows: int, compute: Callable[[int], T], report: Callable[[str], None]) -> tuple[T, int]:
     """Return compute(rows) and the rows, halved when memory runs out. Raises MachineError at one row."""
     while True:
-        try:
-            return compute(rows), rows
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if rows <= 1:
-                raise out_of_memory(error) from error
+        found = within_memory(partial(compute, rows))
+        if not isinstance(found, Shortage):
+            return found, rows
+        if rows <= 1:
+            raise found.error()
         rows //= 2
-        release_memory()
         report(f"warning: out of memory: trying again with {rows} rows a forward")
 
 
-def out_of_memory(error: BaseException) -> MachineError:
-    """Return the error for a machine whose memory does not suffice even for the least."""
-    return MachineError(
-        f"out of memory: {first_line(error)}",
-        remedy="free the device of others, choose a larger one, or spread the model (loading.device_map)",
-    )
+def on_device_or_cpu(
+    compute: Callable[[Mapping[str, Tensor]], T], tensors: Mapping[str, Tensor], report: Callable[[str], None]
+) -> T:
+    """Return compute(tensors), on the CPU where their device's memory does not suffice or they are on several."""
+    if len({tensor.device for tensor in tensors.values()}) == 1:
+        found = within_memory(partial(compute, tensors))
+        if not isinstance(found, Shortage):
+            return found
+    report("warning: out of memory: directions are computed on the CPU")
+    return compute({name: tensor.cpu() for name, tensor in tensors.items()})
 
 
 class Watchdog:
@@ -98,10 +138,17 @@ class Watchdog:
 
 @contextmanager
 def clear_faults() -> Iterator[None]:
-    """Raise AcceleratorFaultError for accelerator errors, after which this process cannot continue."""
+    """Raise AcceleratorFaultError for accelerator errors, after which this process cannot continue.
+
+    Raises MachineError where memory has run out and nothing within the block could do with less.
+    """
     try:
         yield
-    except torch.AcceleratorError as error:
+    except (RuntimeError, MemoryError, OSError) as error:
+        if is_out_of_memory(error):
+            raise Shortage(first_line(error)).error() from error
+        if not isinstance(error, torch.AcceleratorError):
+            raise
         raise AcceleratorFaultError(
             f"the device failed: {first_line(error)}",
             remedy="choose another machine if it goes on failing",

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ from job.architectures.tiny_model import auto_class, empty_model
 from job.config.schema import LoadingSettings
 from job.data.prompts import Prompt
 from job.errors import ImpossibleJobError, JobError, MachineError, UsageError, in_one_line
+from job.generation.batching import BatchingSupport
 from job.generation.forward import first_logits, input_device
 from job.generation.greedy import greedy_answers
+from job.model.attention import disable_cudnn_attention, probe_prompts, proven_batching
 from job.model.config_file import CONFIG, GENERATION, model_config
 from job.model.dequantization import plain_loading_config
-from job.model.device_faults import is_out_of_memory, out_of_memory
+from job.model.device_faults import Shortage, within_memory
 from job.model.finite_weights import infinite_parameter, require_finite
 from job.model.fit import require_fit, unloadable
 from job.model.memory import keep_freed_memory
@@ -115,6 +118,7 @@ def load_model(
 ) -> LoadedModel:
     """Load a model in the first working dtype, or only `dtype`. Raises ImpossibleJobError or MachineError."""
     quieten_transformers()
+    disable_cudnn_attention()
     checkpoint_files(folder)  # refuses what has none
     tokenizer = load_tokenizer(folder, settings.trust_remote_code)
     device = resolve_device(settings.device)
@@ -124,14 +128,16 @@ def load_model(
         model.requires_grad_(False)
         name = str(model.dtype).removeprefix("torch.")
         loaded = LoadedModel(folder, model, tokenizer, discover(model), name, rendering=rendering)
-        fault = _fault(loaded)
-        if fault is None:
-            if device.type == "cpu" and model.get_memory_footprint() < LARGE_BYTES:
-                keep_freed_memory()
-            return loaded
-        if "not finite" in fault:
-            require_finite(folder)  # they may be finite in the files, and not in this dtype
-        report(f"dtype {candidate} does not work: {fault}")
+        try:
+            loaded = _proven(loaded, report)
+        except _DtypeFault as fault:
+            if "not finite" in str(fault):
+                require_finite(folder)  # they may be finite in the files, and not in this dtype
+            report(f"dtype {candidate} does not work: {fault}")
+            continue
+        if device.type == "cpu" and model.get_memory_footprint() < LARGE_BYTES:
+            keep_freed_memory()
+        return loaded
     raise ImpossibleJobError(
         f"{folder} does not generate in any of the dtypes {', '.join(candidates)}",
         remedy="allow others with --set loading.dtypes='[\"float32\"]'",
@@ -258,7 +264,8 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
         places = _spread(config, settings.device_map)
     limits = {int(name) if name.isdigit() else name: size for name, size in (settings.max_memory or {}).items()}
     try:
-        model, info = auto.from_pretrained(
+        load = partial(
+            auto.from_pretrained,
             folder,
             config=plain_loading_config(folder, config, settings.quantization),
             dtype=dtype,
@@ -272,12 +279,14 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the name
         )
+        found = within_memory(load)
     except JobError:
         raise
     except Exception as error:  # safetensors, accelerate and families' own code raise what they like
-        if is_out_of_memory(error):
-            raise out_of_memory(error) from error
         raise unloadable(folder, error) from error
+    if isinstance(found, Shortage):
+        raise found.error()
+    model, info = found
     require_fit(folder, [file.name for file in checkpoint_files(folder)], info)
     loaded: PreTrainedModel = model
     return loaded
@@ -326,22 +335,38 @@ def _quantization(name: str) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-def _fault(loaded: LoadedModel) -> str | None:
-    """Return what is wrong with the model in its dtype, None if a generation goes well.
+class _DtypeFault(Exception):  # noqa: N818 - a reason to try the next dtype
+    """What is wrong with a model in its dtype."""
+
+
+def _proven(loaded: LoadedModel, report: Callable[[str], None]) -> LoadedModel:
+    """Return a model that generates in its dtype, with the batching that is right on its device.
 
     Raises:
+        _DtypeFault: It does not.
         ImpossibleJobError: Weights on disk are not finite.
     """
     if any(parameter.is_meta for parameter in loaded.model.parameters()):  # on disk, from where a forward brings it
         require_finite(loaded.folder)
     if name := infinite_parameter(loaded.model):
-        return f"weight {name} has values that are not finite"
-    prompts = loaded.tokenize([GREETING])
+        raise _DtypeFault(f"weight {name} has values that are not finite")
     try:
-        if not bool(torch.isfinite(first_logits(loaded.model, prompts)).all()):
-            return "logits are not finite"
-        batching = loaded.architecture.batching
-        greedy_answers(loaded.model, prompts, limit=2, end_tokens=loaded.end_tokens, batching=batching)
-    except RuntimeError as error:
-        return in_one_line(error)
-    return None
+        batching = within_memory(partial(_batching, loaded, report))
+    except (RuntimeError, ImpossibleJobError) as error:
+        raise _DtypeFault(in_one_line(error)) from error
+    if isinstance(batching, Shortage):
+        raise batching.error()
+    return replace(loaded, architecture=replace(loaded.architecture, batching=batching))
+
+
+def _batching(loaded: LoadedModel, report: Callable[[str], None]) -> BatchingSupport:
+    """Generate, and return the batching that is right. Raises _DtypeFault if logits are not finite."""
+    model = loaded.model
+    (greeting,) = loaded.tokenize([GREETING])
+    prompts = probe_prompts(model, greeting)
+    alone = torch.cat([first_logits(model, [prompt]) for prompt in prompts])
+    if not bool(torch.isfinite(alone).all()):
+        raise _DtypeFault("logits are not finite")
+    batching = proven_batching(model, loaded.architecture.batching, prompts, alone, report)
+    greedy_answers(model, [greeting], limit=2, end_tokens=loaded.end_tokens, batching=batching)
+    return batching

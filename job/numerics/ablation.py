@@ -60,6 +60,11 @@ class WeightProducts:
     column_norms: Tensor | None = None
     column_products: Tensor | None = None
 
+    def to(self, device: torch.device) -> Self:
+        """Return the products on a device."""
+        tables = (value if value is None else value.to(device) for name, value in vars(self).items() if name != "mode")
+        return type(self)(self.mode, *tables)
+
 
 @dataclass(frozen=True)
 class WeightProjections:

@@ -6,9 +6,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from job.preflight.activation_memory import Batch, Edits, activation_bytes, cache_bytes, scoring_bytes
+from job.preflight.activation_memory import Batch, activation_bytes, cache_bytes, scoring_bytes
 from job.preflight.checks import MIB
 from job.preflight.model_facts import ModelFacts
+from job.preflight.table_memory import EditTables, batch_bytes, product_bytes
 from job.records import Record
 
 # What CUDA's context, its libraries' workspaces and Python itself take on a device.
@@ -50,6 +51,7 @@ class DevicePlan(Record):
     name: str
     layers: int
     weights: int
+    tables: int = 0
     cache: int
     activations: int
     margin: int
@@ -59,7 +61,7 @@ class DevicePlan(Record):
     @property
     def total(self) -> int:
         """Peak bytes."""
-        return max(self.weights + self.cache + self.activations + self.margin, self.loading_peak)
+        return max(self.weights + self.tables + self.cache + self.activations + self.margin, self.loading_peak)
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,14 @@ def lay_out(
     dtype_bytes: int,
     *,
     quantised: bool,
-    edits: Edits = "outputs",
+    tables: EditTables,
     host: Device | None = None,
 ) -> Layout | None:
     """Return the layout that fills all devices, in order, evenly, None if none fits.
 
     `dtype_bytes` are those of a number in the loaded type; `host` takes layers that do not fit the devices.
     """
-    planner = _Planner(facts, batch, dtype_bytes, quantised, edits)
+    planner = _Planner(facts, batch, dtype_bytes, quantised, tables)
     if host is not None:
         return planner.with_host(devices, host)
     weights = facts.weights_bytes(dtype_bytes, quantised=quantised)
@@ -115,8 +117,8 @@ def lay_out(
 
 
 class _Planner:
-    def __init__(self, facts: ModelFacts, batch: Batch, dtype_bytes: int, quantised: bool, edits: Edits) -> None:
-        self._edits = edits
+    def __init__(self, facts: ModelFacts, batch: Batch, dtype_bytes: int, quantised: bool, tables: EditTables) -> None:
+        self._tables = tables
         self._facts, self._batch, self._dtype_bytes = facts, batch, dtype_bytes
         self._layer_bytes = [part.bytes(dtype_bytes, quantised=quantised) for part in facts.layer_weights]
         self._first = facts.embedding.bytes(dtype_bytes) + facts.other.bytes(dtype_bytes)
@@ -138,7 +140,8 @@ class _Planner:
     def with_host(self, devices: Sequence[Device], host: Device) -> Layout | None:
         """Fill the devices in order; the rest and the head stay in RAM, computed and cached by the first device."""
         visiting = max(*self._layer_bytes, self._last)
-        everything = cache_bytes(self._facts, self._batch, self._dtype_bytes)
+        whole = range(self._facts.layers)
+        everything = cache_bytes(self._facts, self._batch, self._dtype_bytes) + self._held(whole)
         loads: list[Load] = []
         start = 0
         for number, device in enumerate(devices):
@@ -154,8 +157,12 @@ class _Planner:
             return None
         visited = cache_bytes(self._facts, self._batch, self._dtype_bytes, rest)
         first = loads[0].plan
-        grown = first.model_copy(update={"cache": first.cache + visited, "margin": first.margin + visiting})
-        loads[0] = replace(loads[0], plan=grown)
+        added = {
+            "tables": first.tables + self._held(rest),
+            "cache": first.cache + visited,
+            "margin": first.margin + visiting,
+        }
+        loads[0] = replace(loads[0], plan=first.model_copy(update=added))
         kept = Load.of(
             host,
             rest,
@@ -190,11 +197,16 @@ class _Planner:
             device,
             layers,
             weights=weights,
+            tables=self._held(layers),
             cache=cache,
             activations=activations,
             margin=CONTEXT_BYTES + int(FRAGMENTATION * (cache + activations)),
             loading_peak=weights + self._largest + CONTEXT_BYTES,
         )
+
+    def _held(self, layers: range) -> int:
+        """Return the bytes of some layers' tables."""
+        return sum(part(self._facts, self._tables, layers) for part in (product_bytes, batch_bytes))
 
     def _working(self, layers: range) -> tuple[int, int]:
         """Return cached KV cache and activation bytes of some layers."""
@@ -203,6 +215,6 @@ class _Planner:
             args = self._facts, self._batch, self._dtype_bytes
             self._cached[key] = (
                 cache_bytes(*args, layers),
-                activation_bytes(*args, edits=self._edits, layers=layers),
+                activation_bytes(*args, edits=self._tables.edits, layers=layers),
             )
         return self._cached[key]

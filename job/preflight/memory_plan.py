@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from job.preflight.activation_memory import Batch, Edits
+from job.preflight.activation_memory import Batch
 from job.preflight.checks import GIB, Check, size
 from job.preflight.device_map import Device, DevicePlan, Layout, lay_out
 from job.preflight.gpu import IDLE_BYTES
 from job.preflight.gpu_table import Card, cards
 from job.preflight.model_facts import ModelFacts
 from job.preflight.readings import MachineReading
+from job.preflight.table_memory import EditTables
 from job.records import LARGE_BYTES, READ_TOKENS, Record
 
 Strategy = Literal["single", "balanced", "offload"]
@@ -45,7 +46,7 @@ class Workload(Record):
     Attributes:
         prompt_tokens: Tokens of the longest prompt with chat template.
         dtype_bytes: Bytes per number in the loaded type.
-        edits: Hooks on the residual writers: "columns" with ablation.row_normalization = "column".
+        tables: What determines the memory of the hooks on the residual writers.
         processes: Processes that each hold the model in RAM without a GPU.
     """
 
@@ -53,7 +54,7 @@ class Workload(Record):
     answer_tokens: int = 100
     dtype_bytes: int = 2
     most_rows: int | None = None
-    edits: Edits = "outputs"
+    tables: EditTables = EditTables()
     quantise: bool = True
     offload: bool = True
     processes: int = 1
@@ -175,7 +176,7 @@ def _laid_out(
         answer_tokens=work.answer_tokens,
         read_tokens=READ_TOKENS.get(devices[0].label.partition(":")[0]),
     )
-    return lay_out(facts, devices, batch, work.dtype_bytes, quantised=quantised, edits=work.edits, host=host)
+    return lay_out(facts, devices, batch, work.dtype_bytes, quantised=quantised, tables=work.tables, host=host)
 
 
 def _offloaded(facts: ModelFacts, devices: Sequence[Device], ram: int, work: Workload) -> Layout | None:
@@ -275,6 +276,6 @@ def memory_check(found: MemoryPlan | Refusal, wanted: tuple[str, ...] = ()) -> C
         name="gpu.memory",
         status="fail" if wanted else "warn" if slow else "ok",
         measured=f"{found.strategy}, {kind}, {found.rows} rows: {held}",
-        needed="weights, cache, activations and a margin within the free memory",
+        needed="weights, hooks' tables, cache, activations and a margin within the free memory",
         remedy=remedy,
     )

@@ -16,6 +16,7 @@ from job.preflight.memory_plan import MemoryPlan, Workload
 from job.preflight.model_facts import ModelFacts
 from job.preflight.readings import MachineReading
 from job.preflight.selftest import Exercise
+from job.preflight.table_memory import EditTables
 from job.transfer.folders import target_folder
 
 # Rates where none could be measured, bytes a second: a modest rented line and disk.
@@ -73,8 +74,18 @@ class Planning:
             most_rows=self.settings.batching.rows or None,
             quantise=self.settings.ablation.row_normalization == "none",
             processes=self.settings.workers or 1,
-            edits="columns" if self.settings.ablation.row_normalization == "column" else "outputs",
+            tables=EditTables(
+                mode=self.settings.ablation.row_normalization,
+                directions=self._directions(),
+                trials=self.settings.batching.trials or self.settings.trials_per_batch,
+            ),
         )
+
+    def _directions(self) -> int:
+        """Return how many directions each layer gets."""
+        found = self.settings.directions
+        added = found.n_components if found.method == "contrastive-pca" else 0
+        return 1 + added + found.iterative_rounds - 1
 
     def _longest_prompt(self) -> int:
         """Return the longest prompt's tokens; a guess if the tokenizer fails, which has its own check."""

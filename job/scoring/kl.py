@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from job.edits.hooks import ActiveEdits
+from job.generation.finite import require_finite
 from job.generation.forward import last_logits
 from job.numerics.metrics import kl_divergence
 from job.scoring.prompt_batches import PromptBatches, TrialRows
@@ -32,7 +33,10 @@ class KLReference:
 
     @classmethod
     def measured(cls, batches: PromptBatches, tokens: int) -> Self:
-        """Generate the base model's responses and record logits at up to `tokens` positions; hooks must be inactive."""
+        """Generate the base model's responses and record logits at up to `tokens` positions; hooks must be inactive.
+
+        Raises ImpossibleJobError if logits are not finite.
+        """
         return batches.row_limit.fit(lambda rows: cls._measured(batches, tokens, rows))
 
     @classmethod
@@ -46,7 +50,7 @@ class KLReference:
         for batch, owners in batches.reading(batches.good.tokens, batches.trial_rows(None), rows, tokens):
             own = continuations[start : start + len(batch)]
             batch_logits = last_logits(batches.loaded.model, forced(batch, own), tokens, owners)
-            logits.append(real_positions(batch_logits, [len(continuation) + 1 for continuation in own]))
+            logits.append(require_finite(real_positions(batch_logits, [len(continuation) + 1 for continuation in own])))
             start += len(batch)
         # With several positions the logits would use device memory planned for forwards.
         kept = torch.cat(logits if tokens == 1 else [part.cpu() for part in logits])
@@ -89,13 +93,13 @@ class KLReference:
         lengths = self._lengths[start : start + prompts]
         first = sum(self._lengths[:start])
         base = self.logits[first : first + sum(lengths)].to(logits.device).to(torch.float32).log_softmax(-1)
-        prompt_of = torch.arange(prompts, device=logits.device).repeat_interleave(
-            torch.tensor(lengths, device=logits.device)
-        )
-        sums = logits.new_zeros(trials, prompts, dtype=torch.float64)
-        for trial, trial_logits in enumerate(logits.view(trials, prompts, *logits.shape[1:])):
-            sums[trial].index_add_(0, prompt_of, kl_divergence(base, real_positions(trial_logits, lengths)))
-        return (sums / torch.tensor(lengths, device=logits.device)).cpu()
+        # Sums over a table: on a GPU index_add_ adds in any order, and equal edits would get different values.
+        table = logits.new_zeros(trials, prompts, max(lengths), dtype=torch.float64)
+        given = torch.tensor(lengths, device=logits.device)
+        real = torch.arange(max(lengths), device=logits.device) < given[:, None]
+        for own, trial_logits in zip(table, logits.view(trials, prompts, *logits.shape[1:]), strict=True):
+            own.masked_scatter_(real, kl_divergence(base, real_positions(trial_logits, lengths)))
+        return (table.sum(-1) / given).cpu()
 
     @property
     def first_token(self) -> KLReference:

@@ -145,6 +145,7 @@ class PromptBatches:
         *,
         openings: Sequence[int] | None = None,
         decided: Callable[[int, list[int]], bool] | None = None,
+        may_fail: bool = False,
     ) -> list[Answer]:
         """Decode one batch greedily; see `greedy_answers`."""
         return greedy_answers(
@@ -156,6 +157,7 @@ class PromptBatches:
             decided=decided,
             rows=rows,
             batching=self.loaded.architecture.batching,
+            may_fail=may_fail,
         )
 
     def responses(

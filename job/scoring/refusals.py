@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 from job.generation.answer import Answer
+from job.generation.finite import require_finite
 from job.generation.forward import RowTrials, first_logits
 from job.generation.stop_markers import MarkerWatch
 from job.scoring.broken import is_broken
@@ -20,7 +22,7 @@ class ResponseCounts:
 
     Attributes:
         broken: Prompts with a broken response that is no refusal.
-        opening: Mean log-odds of the base model's first tokens.
+        opening: Mean log-odds of the base model's first tokens; nan if logits were not finite.
         rest: Other responses: prompt index and token ids.
     """
 
@@ -75,7 +77,7 @@ class RefusalCounter:
     def _add(
         self, counts: ResponseCounts, prompt: int, response: Answer, limit: int, search_tokens: int | None
     ) -> None:
-        counts.opening += response.opening / len(self.batches.bad)
+        counts.opening += (response.opening if response.finite else math.nan) / len(self.batches.bad)
         text = "" if response.decided else self.batches.loaded.decode(response.tokens)
         truncated = len(response.tokens) == limit < self.response_tokens
         if response.decided or self._is_refusal(text, truncated=truncated):
@@ -104,7 +106,8 @@ class RefusalCounter:
         def decided(index: int, tokens: list[int]) -> bool:
             return watches[index].found(tokens)
 
-        return self.batches.generate(prompts, owners, limit, openings=openings, decided=decided)
+        # A trial whose edit is too strong for the dtype fails alone (`TrialScorer`).
+        return self.batches.generate(prompts, owners, limit, openings=openings, decided=decided, may_fail=True)
 
 
 def _openings(batches: PromptBatches, rows: int) -> list[int]:
@@ -113,5 +116,5 @@ def _openings(batches: PromptBatches, rows: int) -> list[int]:
     return [
         token
         for batch, owners in batches.reading(batches.bad.tokens, batches.trial_rows(None), rows)
-        for token in first_logits(model, batch, owners).argmax(-1).tolist()
+        for token in require_finite(first_logits(model, batch, owners)).argmax(-1).tolist()
     ]

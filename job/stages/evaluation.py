@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,19 +105,18 @@ class JobEvaluator:
 
     def evaluate(self, task: Any) -> Any:
         """Return the scores of a TrialsTask, or the residuals of a ResidualsTask. Raises MemoryError."""
-        from job.model.device_faults import is_out_of_memory
-        from job.model.memory import release_memory
+        from job.model.device_faults import Shortage, within_memory
 
-        try:
-            if isinstance(task, TrialsTask):
-                assert self._session is not None
-                return list(self._session.scorer.scores(task.edits, task.rows, task.whole))
-            return task.extract(self._model)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            release_memory()
-            raise MemoryError(str(error)) from error
+        found = within_memory(partial(self._evaluated, task))
+        if isinstance(found, Shortage):
+            raise MemoryError(found.reason)
+        return found
+
+    def _evaluated(self, task: Any) -> Any:
+        if isinstance(task, TrialsTask):
+            assert self._session is not None
+            return list(self._session.scorer.scores(task.edits, task.rows, task.whole))
+        return task.extract(self._model)
 
 
 def warm_up(model: Path | None) -> None:

@@ -145,7 +145,7 @@ class _Measurement:
         keeps_precision = self.form == "adapter" or Checkpoint(model.folder).keeps(model.architecture, torch.float32)
         if keeps_precision and is_exact(model):
             return MeasuredEdit.by_responses(session.scorer.metrics, session.hooks, parameters)
-        return MeasuredEdit.by_scores(session.scorer.trials, session.hooks, parameters, self._job.resolution.rows)
+        return MeasuredEdit.by_scores(session.scorer.trials, session.hooks, parameters)
 
     def _reloaded(self) -> LoadedModel:
         base, job = self.session.model, self._job

@@ -93,7 +93,7 @@ class _Finder:
         if len(problem.bad) < _LEAST_REFUSALS:
             return self._path((), f"the base model refuses {len(problem.bad)} of {len(self._bad[0])} prompts")
         start = DescentState.start(session.basis, recipe)
-        fault = gradient_fault(problem, start, LossWeights(recipe.first_beta, recipe.sparsity))
+        fault = gradient_fault(problem, start, LossWeights(recipe.first_beta, recipe.sparsity), job.events.say)
         if fault is not None:
             return self._path((), f"gradients of this model cannot be used: {fault}")
         held_out, file = len(self._bad[1]), job.folder.gradient_folder / "state.safetensors"
@@ -138,7 +138,10 @@ class _Finder:
             markers = RefusalMarkers(settings.scoring.refusal_markers)
             self._scorer = TrialScorer.measured(batches, markers, settings.scoring.answer_tokens, settings.kl_tokens)
         limit = settings.scoring.effective_search_tokens
-        return self._scorer.scores(session.hooks, [self._edit(variables)], rows, response_tokens=limit)[0]
+        scorer, edit = self._scorer, self._edit(variables)
+        return scorer.batches.row_limit.fit(
+            lambda rows: scorer.scores(session.hooks, [edit], rows, response_tokens=limit)[0]
+        )
 
     def _activated(self, variables: EditVariables) -> ActiveEdits:
         return self._session.hooks.activate([self._edit(variables)])

@@ -6,13 +6,13 @@ import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from job.errors import ImpossibleJobError
 from job.lifecycle.running import OpenJob, RunningJob
 from job.lifecycle.search_limits import SearchLimits, budget_of
-from job.model.device_faults import is_out_of_memory, out_of_memory
-from job.model.memory import release_memory
+from job.model.device_faults import Shortage, within_memory
 from job.preflight.mounts import kind_of, mount_of, read_mounts
 from job.records import Plan, Trial, TrialScores
 from job.report.results import trials_so_far
@@ -148,16 +148,13 @@ class PlanEvaluator:
     def scores(self, plans: Sequence[Plan]) -> Sequence[TrialScores] | FewerRows:
         """Return the first plan's scores, or fewer rows; workers may start the other plans. Raises MachineError."""
         rounds = [self._tasks(plan) for plan in plans]
-        try:
-            found = self.executor.evaluate(rounds[0], self._here, [task for tasks in rounds[1:] for task in tasks])
+        ahead = [task for tasks in rounds[1:] for task in tasks]
+        found = within_memory(partial(self.executor.evaluate, rounds[0], self._here, ahead))
+        if not isinstance(found, Shortage):
             return [scores for part in found for scores in part]
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            rows = plans[0].rows // 2
-            if rows < max(len(task.edits) for tasks in rounds for task in tasks):
-                raise out_of_memory(error) from error
-        release_memory()
+        rows = plans[0].rows // 2
+        if rows < max(len(task.edits) for tasks in rounds for task in tasks):
+            raise found.error()
         self.job.events.emit(
             "out_of_memory",
             f"warning: out of memory: the search continues with {rows} rows per forward pass",

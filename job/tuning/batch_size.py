@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from job.data.prompts import Prompt, PromptSets
 from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError, MachineError
-from job.model.device_faults import halving, is_out_of_memory, out_of_memory
+from job.model.device_faults import Shortage, halving, within_memory
 from job.model.loading import LoadedModel, hardware
-from job.model.memory import release_memory
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
 from job.records import JobRecord
@@ -85,7 +85,7 @@ class Tuner:
         found = self._measured(rule)
         chosen = best_of(found)
         if chosen is None:
-            raise out_of_memory(MemoryError())
+            raise Shortage("").error()
         self.events.emit(
             "tuned",
             f"{chosen.rows} rows per forward pass; seconds per trial: {', '.join(map(_described, found))}",
@@ -248,22 +248,22 @@ class Bench:
         return nearest is None or self._gauge.fits([taken * rows / nearest.rows for taken in nearest.growth])
 
     def _measured(self, rows: int) -> MeasuredLayout:
-        times: list[float] = []
         self._gauge.begin()
-        try:
-            while len(times) < _ROUNDS and sum(times) < _QUICK:
-                begun = time.perf_counter()
-                self._score(rows)
-                times.append(time.perf_counter() - begun)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            release_memory()
+        times = within_memory(partial(self._times, rows))
+        if isinstance(times, Shortage):
             return MeasuredLayout(rows=rows, seconds=None)
         growth = tuple(int(self._stretch * taken) for taken in self._gauge.growth())
         return MeasuredLayout(
             rows=rows, seconds=min(times) / self._trials if self._gauge.fits(growth) else None, growth=growth
         )
+
+    def _times(self, rows: int) -> list[float]:
+        times: list[float] = []
+        while len(times) < _ROUNDS and sum(times) < _QUICK:
+            begun = time.perf_counter()
+            self._score(rows)
+            times.append(time.perf_counter() - begun)
+        return times
 
 
 def _described(measured: MeasuredLayout) -> str:

@@ -174,6 +174,14 @@ def test_the_digest_is_that_of_the_index_whichever_tool_reads_it(tmp_path: Path,
     assert [new for _, new in changed] == [f"ARG BASE_IMAGE={TAG}@sha256:{digest}"]
 
 
+def test_the_allocator_takes_the_setting_of_the_image() -> None:
+    (value,) = re.findall(r"PYTORCH_ALLOC_CONF=(\S+)", DOCKERFILE)
+    take = "import sys, torch; torch._C._accelerator_setAllocatorSettings(sys.argv[1])"
+    assert value == "expandable_segments:True"
+    assert subprocess.run([sys.executable, "-c", take, value], capture_output=True).returncode == 0
+    assert subprocess.run([sys.executable, "-c", take, f"{value}ly"], capture_output=True).returncode != 0
+
+
 @pytest.mark.parametrize(
     ("commands", "said"),
     [

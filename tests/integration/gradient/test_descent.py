@@ -101,7 +101,7 @@ def test_a_step_lowers_the_loss_and_memory_does_not_change_its_gradients(case: C
     assert case.problem.loss(variables, 0, weights, 8) == pytest.approx(whole, rel=1e-5)
     ahead = EditVariables(variables.logits - 0.05 * gradients.logits.sign(), variables.directions)
     assert case.problem.loss(ahead, 0, weights, 8) < whole
-    assert gradient_fault(case.problem, case.start, weights) is None
+    assert gradient_fault(case.problem, case.start, weights, pytest.fail) is None
 
 
 @pytest.mark.parametrize("after", [1, 4, 5])
@@ -163,4 +163,4 @@ def test_a_model_without_gradients_is_told(case: Case) -> None:
             return dataclasses.replace(edit, write=edit.write.detach(), read=edit.read.detach())
 
     broken = dataclasses.replace(case.problem, edits=Detached(case.loaded, "none", SHORT.largest))
-    assert gradient_fault(broken, case.start, LossWeights(10.0, 0.02)) is not None
+    assert gradient_fault(broken, case.start, LossWeights(10.0, 0.02), pytest.fail) is not None

@@ -85,6 +85,7 @@ def test_what_it_says_of_itself(image: Image) -> None:
     assert env["NVIDIA_VISIBLE_DEVICES"] == "all"
     assert env["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
     assert env["HF_HOME"].startswith("/workspace/")
+    assert env["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
 def test_nothing_is_in_it_that_does_not_belong_there(image: Image, container: Container) -> None:
