@@ -41,6 +41,7 @@ class DevicePlan(Record):
     Attributes:
         device: torch's name; "cpu" is RAM.
         weights: Weights of its layers, embedding and head.
+        tables: Hooks' products with the weights, and the tables of a batch of trials.
         cache: KV cache at the end of decoding.
         activations: Other peak memory.
         margin: CUDA context, workspaces and fragmentation.
