@@ -207,10 +207,10 @@ WEIGHTS = {
         partial(not_finite, value=float("-inf"), shards=True),
     ),
     "more layers than config.json names": Case(
-        ["the files hold 2 layers, and config.json names 1"], 3, model=of_more_layers, row=22
+        ["the files hold 2 layers, but config.json names 1"], 3, model=of_more_layers, row=22
     ),
     "an undeclared extra head": Case(
-        ["the files hold 4 layers, and config.json names 2"], 3, model=partial(with_extra_heads, declared=1)
+        ["the files hold 4 layers, but config.json names 2"], 3, model=partial(with_extra_heads, declared=1)
     ),
     "declared extra heads": Case(model=partial(with_extra_heads, declared=2), proof=extra_heads_are_untouched),
     "an adapter beside a model": Case(["holds a LoRA adapter beside the model"], 3, model=with_an_adapter, row=9),
@@ -473,7 +473,7 @@ TEMPLATES = {
         row=8,
     ),
     "fewer positions than a prompt needs": Case(
-        ["the model 64 positions", "max_characters"],
+        ["the model has 64 positions", "max_characters"],
         3,
         "model.template",
         of_learned_positions,

@@ -18,7 +18,7 @@ KEYS = {
 HUB = {"HF_HUB_OFFLINE": "0", "HTTPS_PROXY": NOWHERE}
 TOKEN = "hf_" + "cook" * 6
 TO_S3, TO_HUB = ("--upload", "s3://kitchen/models"), ("--upload", "hf://cook/edited")
-NO_PART = "which is no part of a key or token"
+NO_PART = "which cannot be part of a key or token"
 
 
 def file(text: bytes) -> Callable[[Path], Sequence[str]]:
