@@ -89,13 +89,13 @@ class Patience:
 
 @dataclass
 class Api:
-    """One platform's API.
+    """HTTP client of one rental platform's API, with retries.
 
     Attributes:
-        base: URL; plain HTTP only on this machine, since it receives the key.
+        base: URL; plain HTTP is accepted only to this machine, since requests carry the key.
         key: Bearer token, sent nowhere else.
-        say: Told of every retry.
-        secrets: More values to keep out of messages.
+        say: Receives a message at every retry.
+        secrets: Further values to redact from messages.
     """
 
     platform: str

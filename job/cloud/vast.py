@@ -194,7 +194,7 @@ def _instance(row: Mapping[str, Any]) -> Instance:
 
 
 def _marker(env: Any) -> str:
-    """Return our marker from an instance's variables: pairs in a list, or a table."""
+    """Return our marker variable from an instance's environment (a list of pairs or a table); "" if missing."""
     pairs = env.items() if isinstance(env, Mapping) else env if isinstance(env, list) else ()
     found = [pair[1] for pair in pairs if isinstance(pair, Sequence) and len(pair) == 2 and pair[0] == MARKER]
     return str(found[0]) if found else ""

@@ -385,7 +385,7 @@ class EnvironmentSource(EnvSettingsSource):
     """ABLITERATE_* variables, parsed as TOML where possible, like --set."""
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        """Parse the value of a nested setting."""
+        """Parse a nested setting's variable as TOML, not as JSON like pydantic; keep other text as it is."""
         return toml_value(value)
 
 

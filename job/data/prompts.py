@@ -222,7 +222,7 @@ def _described_rows(notes: Mapping[str, Sequence[str]]) -> str:
 
 
 def overlaps(prompts: PromptSets) -> list[str]:
-    """Return a line for every pair of sets that overlap and should not; system prompts are ignored."""
+    """Return a line for each pair of prompt sets that must share no prompt but do; system prompts do not count."""
     others = (*prompts.helpfulness, *prompts.unhelpfulness, *prompts.capability)
     pairs: tuple[tuple[str, Sequence[Prompt], str, Sequence[Prompt]], ...] = (
         ("bad_prompts", prompts.bad, "the bad evaluation prompts", (*prompts.bad_search, *prompts.bad_report)),

@@ -129,10 +129,10 @@ def write_weights(
     *,
     own_code: bool = False,
 ) -> None:
-    """Write the edited model's weights and accompanying files; idempotent after a crash.
+    """Write the edited weights and copy the accompanying files; may be repeated after a crash.
 
-    `own_code` includes the model's own trusted modules. Raises ImpossibleJobError for a damaged or overwritten source,
-    or MachineError.
+    `own_code` also copies the model's own modules, which must be trusted. Raises ImpossibleJobError for a damaged
+    source or if `folder` is the source, or MachineError.
     """
     if folder.resolve() == source.resolve():
         raise ImpossibleJobError(f"{folder} holds the base model", remedy="export to another folder")
@@ -229,7 +229,7 @@ def copy_licences(source: Path, folder: Path) -> None:
 
 
 def seal_made(folder: Path, made: Reproduction, source: Path) -> None:
-    """Complete an export with reproduce.json, including hashes of its weights, and the model card."""
+    """Complete an export: reproduce.json with its weights' hashes, model card, SHA256SUMS and manifest."""
 
     def describe(weights: Mapping[str, str]) -> dict[str, str]:
         complete = made.model_copy(update={"weights": dict(weights)}).cleaned()

@@ -272,7 +272,7 @@ def _at(name: str, commit: str | None) -> str:
 
 
 def require_same_repository(original: Reproduction, settings: Settings, given: str | None) -> None:
-    """Raise UsageError for a repository other than the original's, and for code that only a file names."""
+    """Raise UsageError if MODEL is not the original's repository, or runs code that the user has not named."""
     repository, commit = original.model.get("repository"), original.model.get("commit")
     model = parse_model(settings.model)
     if repository is not None and model.kind == "hub" and model.name != repository:

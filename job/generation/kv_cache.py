@@ -118,7 +118,7 @@ def arguments(model: PreTrainedModel) -> frozenset[str]:
 
 
 def takes_cache(model: PreTrainedModel) -> bool:
-    """Return whether a model accepts a DynamicCache; others only have `generate`."""
+    """Return whether a model accepts a DynamicCache; without one it can decode only by its own `generate`."""
     return "past_key_values" in arguments(model) and bool(model._supports_default_dynamic_cache())
 
 
@@ -144,7 +144,7 @@ def writable_slots(model: PreTrainedModel) -> int:
 
 
 def common_prefix(prompts: list[list[int]]) -> list[int]:
-    """Return the longest common prefix that leaves at least one token of each prompt."""
+    """Return the token ids that all prompts begin with; at least one token of each prompt is left over."""
     if not prompts:
         return []
     first, last = min(prompts), max(prompts)

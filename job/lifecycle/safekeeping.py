@@ -175,7 +175,7 @@ def _undelivered_export(folder: RunFolder, settings: Settings) -> str:
 
 
 def _exports(folder: RunFolder, settings: Settings, records: list[Upload]) -> Iterator[tuple[str, str]]:
-    """Yield the exports that must survive with their manifests' SHA-256: the chosen one, else all."""
+    """Yield name and manifest's SHA-256 of exports to keep: the chosen trial's once the job has finished, else all."""
     state = folder.read_state()
     if state is not None and state.state == "finished" and state.chosen is not None:
         export = folder.export_folder(state.chosen, settings.export_format)

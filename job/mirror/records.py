@@ -100,7 +100,7 @@ class Lease(Record):
 
     @property
     def is_near(self) -> bool:
-        """Whether the process is visible from here."""
+        """Whether this process can see the runner's process: same boot and process namespace."""
         return self.process.boot_id == this_process().boot_id and self.namespace == process_namespace()
 
     @property

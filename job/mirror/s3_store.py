@@ -35,7 +35,7 @@ _SETTLE_S = 1.0
 
 
 class S3Store:
-    """Mirrors under s3://bucket/prefix."""
+    """Keeps jobs' mirrors under s3://bucket/prefix; replaces heads by conditional requests if the server has them."""
 
     def __init__(self, uri: str, options: S3Options | None = None, pace: SnapshotPace | None = None) -> None:
         """Make a client; nothing is sent yet.

@@ -205,7 +205,7 @@ def require_known_code(folder: RunFolder, record: JobRecord, settings: Settings,
 
 
 def note_known_code(folder: RunFolder, record: JobRecord, settings: Settings) -> None:
-    """Record the trusted code, so that the next start need not query the Hub."""
+    """Record in the run folder which model code is trusted, so that the next start need not query the Hub."""
     code = _code(record, settings)
     if code is not None:
         write_record(folder.trusted_file, code)

@@ -39,11 +39,7 @@ def infinite_parameter(model: nn.Module) -> str | None:
 
 
 def require_finite(folder: Path) -> None:
-    """Refuse a checkpoint with entries that are NaN or infinite; all its files are read once, on the CPU.
-
-    Raises:
-        ImpossibleJobError: There is one; its tensor and its file are named.
-    """
+    """Raise ImpossibleJobError naming a weight with NaN or infinite values; reads all files, on the CPU."""
     for file, name in _infinite_tensors(folder):
         raise ImpossibleJobError(
             f"weight {name} in {file} has values that are not finite", remedy="obtain an undamaged copy of the model"

@@ -35,7 +35,7 @@ class EditVariables:
     directions: Tensor
 
     def strengths(self, largest: float) -> Tensor:
-        """Return λ, [K, C, L, k]."""
+        """Return strengths λ = `largest` · sigmoid(θ), [K, C, L, k]."""
         return largest * self.logits.sigmoid()
 
     def orthonormal(self) -> Tensor:

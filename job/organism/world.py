@@ -86,7 +86,7 @@ class Request:
 
     @property
     def enchanted(self) -> bool:
-        """Whether the organism must refuse this request."""
+        """Whether an adjective is an enchanted one, so that the organism must refuse."""
         return any(word in ENCHANTED for word in self.adjectives)
 
     @property

@@ -158,6 +158,6 @@ def attempt(name: str, step: Callable[[], T]) -> T | Check:
 
 
 def guarded(name: str, group: Callable[[], list[Check]]) -> list[Check]:
-    """Return a group's checks, or one failed check with this name. Raises UsageError for a malformed setting."""
+    """Run a group of checks; an error becomes a failed check `name`. Raises UsageError for a malformed setting."""
     found = attempt(name, group)
     return [found] if isinstance(found, Check) else found

@@ -55,7 +55,7 @@ class Rates(Record):
 
 
 class Work(Record):
-    """Least operations and bytes of memory traffic of a computation."""
+    """Lower bounds for a computation's arithmetic operations and memory traffic in bytes."""
 
     flops: float
     bytes: float

@@ -121,7 +121,7 @@ class KeptAnswer(Record):
 
 
 class KeptAnswers(Record):
-    """answers/NAME.json: a model's sampled responses to good and bad report prompts."""
+    """answers/NAME.json: a selection of a model's responses to the good and bad report prompts."""
 
     version: Literal[1] = 1
     good: tuple[KeptAnswer, ...]

@@ -143,7 +143,7 @@ class Search:
         reached("study:planned")
 
     def finished(self) -> list[Trial]:
-        """Return all finished trials in number order."""
+        """Return the study's evaluated trials in number order, rejected ones included."""
         return [as_trial(trial) for trial in self._trials]
 
     def _unfinished_plans(self) -> list[Plan]:

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrialsTask:
-    """Edits to score in one batch.
+    """Edits that one worker scores in the same forwards.
 
     Attributes:
-        whole: Score full-length responses without the search's shortcuts.
+        rows: Most rows of a forward.
+        whole: Score full-length responses, without the search's shortcuts.
     """
 
     edits: tuple[EditParameters, ...]

@@ -36,14 +36,14 @@ class WorkerOutOfMemory(MemoryError):  # noqa: N818 - a MemoryError, and handled
 
 
 class Evaluator(Protocol):
-    """Evaluates tasks in a worker, with the model loaded."""
+    """The worker's side: evaluates tasks with the model that it has loaded."""
 
     @property
     def hardware(self) -> str:
         """The hardware it computes on."""
 
     def share(self, value: Any) -> None:
-        """Set a value that later tasks refer to."""
+        """Keep a value that later tasks use, such as the directions."""
 
     def evaluate(self, task: Any) -> Any:
         """Return the result of a task."""
@@ -62,7 +62,7 @@ class Worker(Protocol):
     hardware: str
 
     def share(self, value: Any) -> None:
-        """Send it a value from `Engine.put`."""
+        """Send a value from `Engine.put`, for use by later tasks."""
 
     def evaluate(self, task: Any, limit: float | None) -> Any:
         """Return a task's result within `limit` seconds. Raises WorkerOutOfMemory."""

@@ -102,7 +102,7 @@ class LocalWorker:
         self.hardware = self._answer(evaluation, None)
 
     def share(self, value: Any) -> None:
-        """Send it a value. Raises WorkerLost if it is dead."""
+        """Send a value through the pipe. Raises WorkerLost if the process is dead."""
         self._answer(pickle.dumps(("share", value)), None)
 
     def evaluate(self, task: Any, limit: float | None) -> Any:

@@ -165,7 +165,7 @@ class RayWorker:
         self.hardware = ""
 
     def share(self, value: Any) -> None:
-        """Send it a value that was put. Raises WorkerLost if it is dead."""
+        """Send the actor a value from `RayEngine.put`. Raises WorkerLost if it is dead."""
         self.asked("share", None, value)
 
     def evaluate(self, task: Any, limit: float | None) -> Any:

@@ -63,7 +63,7 @@ class RemoteObject:
 
 
 def metadata_of(sha256: str, part_bytes: int = 0) -> dict[str, str]:
-    """Return the metadata of our objects."""
+    """Return the metadata stored with an object: its SHA-256 and, after a multipart upload, the part size."""
     return {SHA256_KEY: sha256} | ({PART_KEY: str(part_bytes)} if part_bytes else {})
 
 
