@@ -67,7 +67,6 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
 
 
 def _repair_study(job: RunningJob) -> JobError | None:
-    """Restore a damaged study; return the error if that fails."""
     try:
         if restored := restore_if_damaged(job.folder.study_file):
             job.events.say(f"warning: {restored}")

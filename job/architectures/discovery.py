@@ -30,11 +30,7 @@ _Call = tuple[int, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class FoundNorm:
-    """A gain multiplied elementwise into the stream.
-
-    Attributes:
-        norm: Name of the next norm on its way to the stream, "" for none.
-    """
+    """A gain multiplied elementwise into the stream; `norm` is the next norm on its way there, or ""."""
 
     module: str
     gain: str

@@ -47,7 +47,6 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 
 
 def _structure(model: PreTrainedModel) -> tuple[Architecture, set[str]]:
-    """Return the structure of a model's twin, and the names of its layers' parameters."""
     architecture = structure_of_twin(twin_of(model))
     twin = twin_of(model)  # the search has destroyed the first twin
     forms = stored_forms(twin, {name for writer in architecture.writers for name in writer.tensors})
@@ -140,7 +139,6 @@ def structure_of_twin(twin: PreTrainedModel) -> Architecture:
 
 
 def _is_bias(twin: PreTrainedModel, found: Found, others: list[Found]) -> bool:
-    """Return whether a parameter is a bias: a vector, or one vector per expert."""
     dimensions = twin.get_parameter(found.parameter).ndim
     module = _module_of(found.parameter)
     beside = [twin.get_parameter(other.parameter).ndim for other in others if _module_of(other.parameter) == module]

@@ -63,7 +63,6 @@ def _form(tensor: Tensor, places: Mapping[tuple[tuple[int, ...], bytes], str]) -
 
 
 def _numbered(names: Iterable[str | None]) -> str | None:
-    """Return the template of names numbered from 0."""
     parts = [name.split(".") if name is not None else [] for name in names]
     width = len(parts[0])
     if not width or any(len(part) != width for part in parts):

@@ -93,7 +93,6 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _sizes(described: Mapping[str, Any]) -> dict[str, int]:
-    """Return the twin's sizes for one part of a configuration."""
     sizes = {**_SIZES, **_FAMILIES.get(str(described.get("model_type")), {})}
     if described.get("num_key_value_heads") == described.get("num_attention_heads"):
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]  # multi-head latent attention requires it

@@ -88,7 +88,6 @@ def chat(
 
 
 def _typed(talk: Chat) -> Iterator[str]:
-    """Yield lines typed on a terminal, until Ctrl-D."""
     import readline  # noqa: F401 - lets lines be edited and recalled
 
     while True:

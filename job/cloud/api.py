@@ -243,7 +243,6 @@ class Api:
         raise self._failure(response, body if isinstance(body, dict) else {}, what)
 
     def _failure(self, response: httpx2.Response, body: Mapping[str, Any], what: str) -> CloudError:
-        """Return the error for a failed response."""
         status = response.status_code
         reason = str(body.get("error") or body.get("title") or "")
         detail = self._detail(response, body)

@@ -105,7 +105,6 @@ def ending(outcome: Ended, asked: AskedEnds, safety: Safety) -> Decision:
 
 
 def _wanted(outcome: Ended, asked: AskedEnds) -> tuple[Action, str]:
-    """Return the requested action for such an end, and why it applies."""
     if outcome.preempted:
         return "nothing", "the job was stopped by request and continues when it is started again"
     if outcome.code == 0:

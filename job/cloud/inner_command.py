@@ -105,7 +105,6 @@ def _check_files(values: Mapping[str, Any], volume: bool) -> list[str]:
 
 
 def _loaded(values: Mapping[str, Any], variables: Mapping[str, str]) -> LoadedSettings:
-    """Return the settings as the machine will load them, except from files that only it has."""
     from job.config.load import setting_names
 
     tops = {name.partition(".")[0] for name in setting_names()}
@@ -119,7 +118,6 @@ def _loaded(values: Mapping[str, Any], variables: Mapping[str, str]) -> LoadedSe
 
 @contextmanager
 def _environment_of(variables: Mapping[str, str]) -> Iterator[None]:
-    """Replace the settings' variables by the rented machine's."""
     former = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
     theirs = {name: value for name, value in variables.items() if name.startswith(ENVIRONMENT_PREFIX)}
     try:
@@ -134,7 +132,6 @@ def _environment_of(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _here_only(loaded: LoadedSettings, volume: bool) -> Iterator[str]:
-    """Yield a note on every model and prompt set with a local path."""
     settings = loaded.settings
     places = {"MODEL": settings.model}
     places |= {f"--{name.replace('_', '-')}": prompts.spec for name, prompts in settings.prompt_sets().items()}
@@ -146,7 +143,6 @@ def _here_only(loaded: LoadedSettings, volume: bool) -> Iterator[str]:
 
 
 def _on_the_machine(loaded: LoadedSettings, volume: bool) -> Iterator[str]:
-    """Yield a note on every target that ends with the machine."""
     settings = loaded.settings
     for name, place in (("--checkpoint", settings.checkpoint), *(("--upload", place) for place in settings.upload)):
         if place and place.startswith("file:") and not (volume and place.startswith("file:///workspace/")):

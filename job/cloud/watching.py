@@ -176,7 +176,6 @@ class Watch:
             return True
 
     def _lost(self, instance: Instance, minutes: float) -> str | None:
-        """Return why another machine is needed, or None."""
         if instance.state == "outbid":
             return (
                 "the instance was outbid"
@@ -191,7 +190,6 @@ class Watch:
         return None
 
     def _again(self, why: str, track: _Track) -> bool:
-        """Replace the instance if allowed, else report why not."""
         launcher = self.launcher
         launch = launcher.launch
         spent = launch.spent(time.time())

@@ -10,7 +10,6 @@ from job.errors import UsageError
 
 
 def _refuse_contradictions(settings: Settings) -> None:
-    """Refuse contradictory settings and unsupported addresses."""
     if settings.startup_trials is not None and settings.startup_trials > settings.trials:
         raise UsageError(
             f"startup_trials = {settings.startup_trials} is more than trials = {settings.trials}",

@@ -233,7 +233,6 @@ def _flatten(
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the section in a field, None for a plain value."""
     candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
     for candidate in candidates:
         candidate = getattr(candidate, "__origin__", candidate)
@@ -243,7 +242,6 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _check_names(table: Mapping[str, Any], section: type[BaseModel], source: str, prefix: str = "") -> None:
-    """Refuse unknown settings, suggesting the nearest name."""
     for key, value in table.items():
         field = section.model_fields.get(key)
         if field is None:

@@ -66,7 +66,6 @@ class ColumnTexts:
                 raise self._absent([row], file)
 
     def _found(self, tables: list[Row]) -> str:
-        """Return the requested column, or the only one that holds text."""
         names = _names(tables)
         if self._given is not None:
             if self._given not in names:

@@ -101,7 +101,6 @@ def _refuse_pointer(path: Path) -> None:
 
 
 def _opened(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    """Open a text file in the encoding detected from its start."""
     with path.open("rb") as stream:
         encoding = encoding_of(stream.read(_START_BYTES))
     return path.open(encoding=encoding, newline=newline)
@@ -187,7 +186,6 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
 
 
 def _separated_rows(path: Path, delimiter: str | None) -> Iterator[Row]:
-    """Yield the rows of a table with a header."""
     csv.field_size_limit(_LONGEST_FIELD)
     with _opened(path, newline="") as stream:
         first = stream.readline()
@@ -209,7 +207,6 @@ def _separated_rows(path: Path, delimiter: str | None) -> Iterator[Row]:
 
 
 def _delimiter(header: str) -> str:
-    """Return the most frequent delimiter in the header, a comma without any."""
     return max(_DELIMITERS, key=header.count)
 
 

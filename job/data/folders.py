@@ -64,7 +64,6 @@ def _is_repository(folder: Path) -> bool:
 
 
 def _card_configs(folder: Path) -> dict[str, object]:
-    """Return the configurations declared in a dataset card."""
     card = folder / _CARD
     remedy = "correct its first block, or name the files themselves as prompts"
     with _explained(f"the card {card} cannot be read", remedy):  # the libraries may raise anything for a card
@@ -117,7 +116,6 @@ def _is_data(path: str) -> bool:
 
 
 def _chosen(folder: Path, declared: dict[str, object], config: str | None) -> object:
-    """Return a configuration's file patterns in the card, or None."""
     if not declared and config is None:
         return None
     name = config or ("default" if "default" in declared else next(iter(declared)) if len(declared) == 1 else None)

@@ -173,7 +173,6 @@ class _ReadSet:
 
 
 def _read_set(settings: PromptSettings, report: Callable[[str], None], name: str = "prompts") -> _ReadSet:
-    """Read a set without rows that are empty, too long or duplicates."""
     source = parse_source(settings)
     pin = resolve_commit(source, report)
     texts: dict[str, None] = {}
@@ -213,7 +212,6 @@ def _why_skipped(row: RowText, text: str, texts: Container[str]) -> str:
 
 
 def _described_rows(notes: Mapping[str, Sequence[str]]) -> str:
-    """Format how many rows were skipped or repaired, why and which."""
     lines = []
     for why, places in notes.items():
         shown = ", ".join(places[:_PLACES]) + (", …" if len(places) > _PLACES else "")
@@ -254,7 +252,6 @@ def _text(prompt: Prompt) -> str:
 def _evaluation(
     kind: str, read: dict[str, tuple[Prompt, ...]], seed: int
 ) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """Return the search and report prompts."""
     prompts, given = read[f"{kind}_eval_prompts"], read.get(f"{kind}_report_prompts")
     if given is not None:
         return prompts, given

@@ -142,7 +142,6 @@ def _another_round(number: int, basis: Basis, sets: Mapping[str, Tensor], residu
 
 
 def _geometry(key: str, good: Tensor, bad: Tensor, basis: Basis) -> GeometryRecord:
-    """Return the geometry of all layers with sample points."""
     first = basis.directions[:, 0]
     found = geometry(good, bad, first)
     layers = []

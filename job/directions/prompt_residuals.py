@@ -113,7 +113,6 @@ class PromptResiduals:
         return halving(self.rows, extract, self.events.say)[0]
 
     def _shared_out(self, tokens: Sequence[list[int]], rows: int, most: int, advance: Callable[[int], None]) -> Tensor:
-        """Share the same forwards with other processes."""
         assert self.evaluate is not None
         lengths, padded = [len(one) for one in tokens], self.model.architecture.batching.padded
         forwards = list(batches(lengths, rows, most, padded=padded))

@@ -195,7 +195,6 @@ class Intervention:
         self._bound: EditedRows | None = None
 
     def _prepared(self, basis: Basis | DirectionPath) -> Iterator[PreparedWriter]:
-        """Yield prepared writers, and record their modules as hook sites."""
         model = self._model
         on_device: dict[tuple[torch.device, int], Tensor] = {}
         hooked: set[str] = set()

@@ -33,11 +33,7 @@ _OWN_ANSWERS = "the base model's own answers to the good prompts"
 
 @dataclass(frozen=True)
 class ComparisonRequest:
-    """A requested comparison.
-
-    Attributes:
-        text: SPEC of plain text, NO_TEXT for none; None for web text, else the base model's responses.
-    """
+    """A requested comparison; `text` is a SPEC, NO_TEXT, or None: web text, else the base model's responses."""
 
     good: str | None = None
     bad: str | None = None

@@ -13,11 +13,7 @@ Interval = tuple[float, float]
 
 
 class Share(Record):
-    """A count over both models' responses to the same prompts, with 95 % intervals of the shares.
-
-    Attributes:
-        change_interval: Interval of the change, as if from independent samples.
-    """
+    """A count over both models' responses to the same prompts; the change's interval is as if independent."""
 
     name: str
     of: int

@@ -192,7 +192,6 @@ def _begin_shard(checkpoint: Checkpoint, file: Path, copy: Path) -> None:
 
 
 def _unedited(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
-    """Yield an unedited tensor's bytes, dequantised if needed."""
     if checkpoint.is_dequantised(name):
         yield _bytes(checkpoint.tensor(name, checkpoint.dtype(name)))
     else:

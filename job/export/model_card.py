@@ -37,12 +37,7 @@ _NOTICES = {
 
 
 def model_card(made: Reproduction, source: Path) -> str:
-    """Return the README.md of an export.
-
-    Args:
-        made: Its reproduce.json.
-        source: Folder of the base model, whose card names the licence.
-    """
+    """Return an export's README.md; `source` is the base model's folder, whose card names the licence."""
     base = read_base_card(source, made.base_model)
     return template("job.export", "model_card.md").render(
         made=made,

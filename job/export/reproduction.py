@@ -174,7 +174,6 @@ def reproduction(
 
 
 def _edit_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings in a job's identity that decide the edit, none of the machine's."""
     settings = {name: value for name, value in identity.items() if not name.endswith(_PROMPTS) and name != _MODEL}
     return nested({name: value for name, value in leaves(settings).items() if name in EDIT - NAMED})
 
@@ -287,11 +286,7 @@ def require_same_repository(original: Reproduction, settings: Settings, given: s
 
 @dataclass(frozen=True)
 class Again:
-    """An export to reproduce.
-
-    Attributes:
-        searches: Repeat the search, not only its chosen edit.
-    """
+    """An export to reproduce; `searches` repeats the search, not only its chosen edit."""
 
     original: Reproduction
     searches: bool

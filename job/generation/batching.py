@@ -23,13 +23,10 @@ class BatchingSupport:
     def chunks(
         self, prompts: Sequence[list[int]], rows: int, positions: int = 1, tokens: int | None = None
     ) -> Iterator[list[list[int]]]:
-        """Yield prompts, shortest first, in batches of one forward.
+        """Yield prompts (token ids), shortest first, in batches of one forward.
 
-        Args:
-            prompts: Token ids of each prompt, the shortest first.
-            rows: Most prompts per forward.
-            positions: Positions with logits per row; above 1, continuations may differ in length.
-            tokens: Most tokens per forward, padding included, unless a single prompt exceeds it; None: no limit.
+        A batch has at most `rows` prompts and `tokens` tokens, padding included (None: no limit); a longer prompt gets
+        its own. With logits at more than one of the last `positions`, continuations may differ in length.
         """
         chunk: list[list[int]] = []
         for prompt in prompts:

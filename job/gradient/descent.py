@@ -99,14 +99,8 @@ class Descent:
     ) -> None:
         """Prepare the descent.
 
-        Args:
-            problem: Prompts and losses.
-            measure: Scores an edit on held-out prompts.
-            activate: Activates an edit in the search's hooks.
-            held_out: Number of held-out bad prompts.
-            file: File of the state.
-            key: Cache key of the state.
-            report: Receives a line for every stage.
+        `measure` scores an edit on the `held_out` held-out bad prompts; `activate` activates one in the search's hooks.
+        `file` holds the state, under the cache key `key`; `report` receives a line for every stage.
         """
         self._problem, self._recipe = problem, problem.recipe
         self._measure, self._activate, self._held_out = measure, activate, held_out

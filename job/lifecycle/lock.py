@@ -72,12 +72,9 @@ def held(
 ) -> Iterator[JobLock]:
     """Hold a job for the block, with its run folder, which need not exist, updated from the checkpoint.
 
-    `beside_others` allows other jobs on the same model there.
-
-    Raises:
-        HeldError: Another run holds it, or took it over.
-        DeliveryError: The checkpoint cannot be reached, or is required and has been down too long.
-        UsageError: The checkpoint holds a job on the same model with other settings.
+    `beside_others` allows other jobs on the same model there. Raises HeldError if another run holds it or took it over,
+    UsageError if the checkpoint holds a job on the same model with other settings, or DeliveryError if the checkpoint
+    cannot be reached, or is required and has been down too long.
     """
     with folder.held():
         if settings.checkpoint is None:

@@ -50,7 +50,6 @@ def completed(folder: RunFolder, settings: Settings) -> Outcome | None:
 
 
 def _is_spent(state: State, settings: Settings) -> bool:
-    """Return whether a job ended at a limit that the settings do not raise."""
     limits = ((state.max_hours, settings.max_hours), (state.max_cost, settings.max_cost))
     return any(before is not None and now is not None and now <= before for before, now in limits)
 

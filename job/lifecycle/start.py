@@ -180,7 +180,6 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
 
 
 def _completed(start: JobStart, events: Events) -> Outcome | None:
-    """Return and report a complete job's outcome, else None."""
     if not start.folder.job_file.exists():
         return None
     record, settings = start.opened()
@@ -192,7 +191,6 @@ def _completed(start: JobStart, events: Events) -> Outcome | None:
 
 
 def _priced(settings: Settings, rental: Rental | None) -> Settings:
-    """Return the settings with the platform's price where none is given."""
     if settings.price is not None or rental is None:
         return settings
     return settings.model_copy(update={"price": rental.price()})

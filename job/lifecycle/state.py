@@ -76,7 +76,6 @@ def recorded(
 
 
 def _faults_in_a_row(folder: RunFolder) -> int:
-    """Return the number of device faults since the latest trial."""
     faults = 0
     for event in read_events(folder.events_file):
         faults = 0 if event.get("event") == "trial" else faults + (event.get("event") == "accelerator_fault")
@@ -95,7 +94,6 @@ def _end(folder: RunFolder, events: Events, state: str, reason: str) -> None:
 
 
 def _report(folder: RunFolder, events: Events) -> None:
-    """Write reports about a failure."""
     try:
         try:
             from job.report.markdown import write_reports  # its study imports slowly

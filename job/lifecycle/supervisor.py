@@ -174,7 +174,6 @@ def _settle(code: int, signalled: bool, told: bytes) -> None:
 
 
 def _end_like_child(number: int) -> None:
-    """Die by the same signal, without another core dump."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -77,7 +77,6 @@ class FileStore:
         return Stored(data, hashlib.sha256(data).hexdigest(), self._age(file.parent, status.st_mtime))
 
     def _age(self, folder: Path, written: float) -> float | None:
-        """Return seconds since a file was written; None on a read-only file system."""
         trial = folder / f".clock-{secrets.token_hex(8)}"
         try:
             trial.touch()
@@ -193,7 +192,6 @@ def _lock_quirk(file: Path) -> str | None:
 
 
 def _copy(source: Path, target: Path) -> str:
-    """Copy a file durably; return its SHA-256."""
     digest = hashlib.sha256()
     with source.open("rb") as reading, target.open("wb") as writing:
         while block := reading.read(_BLOCK):

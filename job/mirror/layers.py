@@ -111,7 +111,6 @@ def _encoded(source: Path, blocks: Sequence[int]) -> bytes:
 
 
 def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield start and length of each run of consecutive numbers."""
     starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(blocks)) if b != a + 1), len(blocks)]
     yield from ((blocks[start], end - start) for start, end in pairwise(starts) if end > start)
 

@@ -35,11 +35,7 @@ class LeaseLostError(HeldError):
 
 
 class Holding:
-    """This runner's lease of one mirror; thread-safe.
-
-    Attributes:
-        confirmed: Start of the last request that proved the lease, by `now`.
-    """
+    """This runner's lease of one mirror; thread-safe. `confirmed` is when the last request to prove it began."""
 
     def __init__(self, store: MirrorStore, head: Head, stored: Stored, confirmed: float) -> None:
         self._store, self._stored = store, stored

@@ -34,11 +34,7 @@ _SMALL_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class Fetched:
-    """Small files of a job's latest snapshot.
-
-    Attributes:
-        left_out: Untrusted settings dropped from job.json, by dotted key.
-    """
+    """Small files of a job's latest snapshot; `left_out` names untrusted settings dropped from job.json."""
 
     folder: RunFolder
     head: Head
@@ -210,13 +206,7 @@ class Mirror:
 
 
 def _damage(folder: RunFolder, mirrored: int, say: Callable[[str], None]) -> str | None:
-    """Return what is wrong with the study here, in words; None if it holds all that its mirror holds.
-
-    The backup beside it is tried first: it may hold more.
-
-    Raises:
-        MachineError: It is in use, and may be sound.
-    """
+    """Return what this study lacks of its mirror, trying its backup first, or None. Raises MachineError if in use."""
     try:
         if restored := restore_if_damaged(folder.study_file):
             say(f"warning: {restored}")
@@ -233,7 +223,6 @@ def _damage(folder: RunFolder, mirrored: int, say: Callable[[str], None]) -> str
 
 
 def _lineage(folder: RunFolder) -> Lineage:
-    """Return a run folder's lineage, a new one if missing."""
     try:
         return Lineage.model_validate_json((folder.path / LINEAGE).read_bytes())
     except (OSError, ValidationError):

@@ -67,7 +67,6 @@ def _head(store: MirrorStore, job: str, *, empty: bool = False) -> Head | str:
 
 
 def _damage(store: MirrorStore, head: Head) -> str:
-    """Read all objects of the latest snapshot; return what is wrong with the first damaged one."""
     with scratch("proof") as place:
         for path in head.files:
             try:
@@ -79,5 +78,4 @@ def _damage(store: MirrorStore, head: Head) -> str:
 
 
 def _trials(study: Path) -> int | None:
-    """Return a study's number of trials, None if it is damaged."""
     return count_trials(study) if study.exists() else 0

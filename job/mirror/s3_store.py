@@ -38,12 +38,7 @@ class S3Store:
     """Keeps jobs' mirrors under s3://bucket/prefix; replaces heads by conditional requests if the server has them."""
 
     def __init__(self, uri: str, options: S3Options | None = None, pace: SnapshotPace | None = None) -> None:
-        """Make a client; nothing is sent yet.
-
-        Raises:
-            DeliveryError: The credentials, the profile or the endpoint are not usable.
-            UsageError: The endpoint is no URL, or names the bucket.
-        """
+        """Make a client. Raises DeliveryError for bad credentials, UsageError for an endpoint that is no plain URL."""
         self.uri = uri
         self.pace = pace or SnapshotPace()
         given = options or S3Options()

@@ -106,12 +106,7 @@ class Snapshots:
 
 
 def back_up(file: Path, target: Path) -> None:
-    """Copy a study as it is at one moment, while others may be writing to it.
-
-    Raises:
-        JobError: It is damaged.
-        MachineError: It is in use.
-    """
+    """Copy a study as of one moment, even while it is written. Raises JobError if damaged, MachineError if in use."""
     try:
         # Writable: leftovers of a killed process must be rolled back first.
         address = f"file:{quote(str(file.resolve()))}?mode=rw"

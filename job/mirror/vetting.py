@@ -49,7 +49,6 @@ def proven(record: JobRecord, job: str) -> tuple[JobRecord, dict[str, Any]]:
 
 
 def _other_settings(record: JobRecord) -> Iterator[str]:
-    """Yield settings that contradict the identity."""
     given = leaves(_without_inputs(record.identity))
     said = leaves(_without_inputs(record.settings))
     # Settings of this side are never taken, and differ where an earlier machine had others.
@@ -212,7 +211,6 @@ def note_known_code(folder: RunFolder, record: JobRecord, settings: Settings) ->
 
 
 def _code(record: JobRecord, settings: Settings) -> KnownCode | None:
-    """Return the repository and commit of the code that a job runs, or None."""
     model = model_of(record)
     if not settings.loading.trust_remote_code or "repository" not in model or record.model_commit is None:
         return None

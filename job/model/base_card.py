@@ -59,12 +59,7 @@ class BaseCard:
 
 
 def read_base_card(folder: Path, base_model: str | None = None) -> BaseCard:
-    """Return what the card in a model folder says of licence and languages.
-
-    Args:
-        folder: The folder.
-        base_model: The model's name on the Hub, None where it has none or must not be named.
-    """
+    """Return a model card's licence and languages; `base_model` is None if it has no Hub name, or none to show."""
     from huggingface_hub import metadata_load
 
     try:

@@ -117,7 +117,6 @@ def _own_code(present: dict[str, Path]) -> set[str]:
 
 
 def _mapped(file: Path | None) -> set[str]:
-    """Return the folder's modules in a file's auto_map."""
     if file is None:
         return set()
     try:

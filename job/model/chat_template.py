@@ -142,7 +142,6 @@ def _answer(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _exceeded(name: str, what: str) -> ImpossibleJobError:
-    """Return the error for a template that exceeds a limit."""
     return ImpossibleJobError(
         f"the chat template of {name} {what}",
         remedy="use the original template of the model, or put another into chat_template.jinja",

@@ -69,15 +69,10 @@ def forget_quantisation(config: PretrainedConfig) -> Any:
 
 
 def plain_loading_config(folder: Path, config: PretrainedConfig, quantization: str) -> PretrainedConfig:
-    """Return the configuration with which transformers loads the plain weights that the files hold or stand for.
+    """Return the configuration with which transformers loads plain weights, dequantised if needed; changes `config`.
 
-    Args:
-        folder: The model's folder.
-        config: Its configuration, which is changed.
-        quantization: How the job wants weights to be quantised while they are loaded, "none" for not at all.
-
-    Raises:
-        QuantisedSourceError: The files are quantised in a way that is not undone, or would be quantised again.
+    `quantization` is the job's setting for loading. Raises QuantisedSourceError for files that cannot be dequantised,
+    or would be quantised again.
     """
     found = quantisation_in(folder)
     described = forget_quantisation(config)

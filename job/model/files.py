@@ -36,11 +36,7 @@ _LEFT_OUT = frozenset(
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A parsed MODEL.
-
-    Attributes:
-        revision: Branch, tag or commit of a repository, None for its main branch.
-    """
+    """A parsed MODEL; `revision` is a repository's branch, tag or commit, None for its main branch."""
 
     kind: Literal["folder", "hub"]
     name: str
@@ -184,7 +180,6 @@ def _in_folder(folder: Path) -> tuple[ModelFile, ...]:
 
 
 def _needed(sizes: dict[str, int], weights: Collection[str]) -> tuple[ModelFile, ...]:
-    """Return a model's top-level files without unused weights."""
     return tuple(
         ModelFile(name=name, size=size)
         for name, size in sorted(sizes.items())
@@ -289,16 +284,9 @@ def missing_bytes(source: ModelSource, listing: ModelListing) -> int:
 def headers_if_quantised(
     source: ModelSource, listing: ModelListing, folder: Path, report: Callable[[str], None]
 ) -> Headers:
-    """Return the tensors of a model that config.json calls quantised; none of another, which nothing has to prove.
+    """Return the tensors of a model that config.json calls quantised; none of others, which need no proof.
 
-    Args:
-        source: The model.
-        listing: Its files.
-        folder: Holds its config.json.
-        report: Told of every failure that is tried again.
-
-    Raises:
-        ImpossibleJobError: As for `tensor_shapes`.
+    `folder` holds config.json; `report` receives every retry. Raises ImpossibleJobError as `tensor_shapes` does.
     """
     return tensor_shapes(source, listing, report) if is_called_quantised(model_config(folder)) else {}
 

@@ -17,10 +17,7 @@ _MASK = "mask"
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Say whether no entry is NaN or infinite, on the tensor's own device.
-
-    It is read once, without a copy: its least and its greatest entry are NaN where any entry is.
-    """
+    """Return whether no entry is NaN or infinite: its least and greatest are NaN if any is; one pass, no copy."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     if tensor.element_size() == 1:
@@ -29,10 +26,10 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def infinite_parameter(model: nn.Module) -> str | None:
-    """Return the name of a loaded parameter with entries that are NaN or infinite, None if there is none.
+    """Return the name of a loaded parameter with NaN or infinite entries, or None.
 
-    It takes one pass over the weights where they lie, about as long as one forward of a single token. Weights that are
-    offloaded to the disk are left out, and so are packed ones of 4 bits, which are no floats.
+    One pass, about as long as a forward of one token. Skips weights on disk, and packed 4-bit ones, which are no
+    floats.
     """
     parameters = (one for one in model.named_parameters() if not one[1].is_meta)
     return next((name for name, parameter in parameters if not is_finite(parameter)), None)

@@ -20,16 +20,7 @@ _NAMED = 3
 
 
 def require_fit(folder: Path, files: Sequence[str], loading: Mapping[str, Any]) -> None:
-    """Refuse a model by what transformers tells of its loading.
-
-    Args:
-        folder: The model, for messages.
-        files: The files of its weights, for messages.
-        loading: What transformers tells.
-
-    Raises:
-        ImpossibleJobError: A weight is missing or of another size.
-    """
+    """Raise ImpossibleJobError if transformers' report on `loading` has weights missing or of another size."""
     named = ", ".join(files[:_NAMED]) + ", …" * (len(files) > _NAMED)
     for problem in _PROBLEMS:
         if loading.get(problem):
@@ -51,17 +42,7 @@ def unloadable(folder: Path, error: Exception) -> ImpossibleJobError:
 def require_fitting_headers(
     folder: Path, files: Sequence[str], config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse plain weights that do not fit, by the headers of their files alone: they are loaded without their values.
-
-    Args:
-        folder: The model, for messages.
-        files: The files of its weights, for messages.
-        config: Its configuration, which names no quantisation.
-        shapes: The shape of every tensor in the files.
-
-    Raises:
-        ImpossibleJobError: A weight is missing or of another size.
-    """
+    """Raise ImpossibleJobError if plain weights, by the tensors' shapes alone, are missing or of another size."""
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     try:
         _, loading = type(empty_model(config)).from_pretrained(

@@ -154,12 +154,8 @@ def quieten_transformers() -> None:
 def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
     """Return the configuration of a model folder, as transformers understands it.
 
-    Args:
-        folder: The folder.
-        trusted: The model's own code may be run.
-
-    Raises:
-        ImpossibleJobError: The folder is not a model, or transformers does not know its family or refuses a value.
+    `trusted` allows the model's own code. Raises ImpossibleJobError if the folder is no model, or transformers does not
+    know its family or refuses a value.
     """
     model_config(folder)
     with reading(
@@ -198,11 +194,7 @@ def load_tokenizer(folder: Path, trusted: bool = False) -> PreTrainedTokenizerBa
 
 
 def _try(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Use a tokenizer once, so that what is wrong with its files shows here and not in the midst of a job.
-
-    Raises:
-        TypeError: A special token or the template is no text.
-    """
+    """Use a tokenizer once, to find damaged files now. Raises TypeError if a token or the template is no text."""
     if not all(isinstance(text, str) for text in tokenizer.all_special_tokens):
         raise TypeError("a special token is not text")
     if not isinstance(tokenizer.chat_template, str | dict | None):
@@ -313,7 +305,6 @@ def _spread(config: PretrainedConfig, places: Mapping[str, int | str]) -> dict[s
 
 
 def _offload_folder(settings: LoadingSettings) -> str | None:
-    """Return the folder for offloaded weights that are converted from the files' form."""
     offloads = settings.device_map == "auto" or isinstance(settings.device_map, dict)
     if settings.offload_folder is not None or not offloads:
         return settings.offload_folder
@@ -324,7 +315,6 @@ def _offload_folder(settings: LoadingSettings) -> str | None:
 
 
 def _quantization(name: str) -> BitsAndBytesConfig | None:
-    """Return the quantisation on loading, or None. Raises MachineError without its library."""
     if name == "none":
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -340,12 +330,7 @@ class _DtypeFault(Exception):  # noqa: N818 - a reason to try the next dtype
 
 
 def _proven(loaded: LoadedModel, report: Callable[[str], None]) -> LoadedModel:
-    """Return a model that generates in its dtype, with the batching that is right on its device.
-
-    Raises:
-        _DtypeFault: It does not.
-        ImpossibleJobError: Weights on disk are not finite.
-    """
+    """Return a model that generates in its dtype, with batching. Raises _DtypeFault, or ImpossibleJobError."""
     if any(parameter.is_meta for parameter in loaded.model.parameters()):  # on disk, from where a forward brings it
         require_finite(loaded.folder)
     if name := infinite_parameter(loaded.model):

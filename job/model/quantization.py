@@ -59,14 +59,10 @@ class PlainTensor:
 
 
 def quantisation_of(config: Mapping[str, Any], stored: Headers) -> Quantisation | None:
-    """Return how a model's files are quantised, None for not at all.
+    """Return how a model's files are quantised according to config.json, or None.
 
-    Args:
-        config: Contents of config.json.
-        stored: The tensors in the files; none where they are not known, and config.json is believed.
-
-    Raises:
-        QuantisedSourceError: In a way that is not undone.
+    `stored` are the tensors in the files; if none are known, config.json is believed. Raises QuantisedSourceError if
+    they cannot be dequantised.
     """
     method = method_of(config, stored)
     if method is None:
@@ -86,14 +82,10 @@ def quantisation_of(config: Mapping[str, Any], stored: Headers) -> Quantisation 
 
 
 def quantisation_in(folder: Path, stored: Headers | None = None) -> Quantisation | None:
-    """Return how the files of a model are quantised, None for not at all (`quantisation_of`).
+    """Return how the files of a model folder are quantised, or None (`quantisation_of`).
 
-    Args:
-        folder: Holds the model's config.json.
-        stored: The tensors in the files; None: those of the folder.
-
-    Raises:
-        ImpossibleJobError: In a way that is not undone, or config.json is damaged.
+    `stored` None: the tensors in the folder. Raises ImpossibleJobError if they cannot be dequantised, or config.json is
+    damaged.
     """
     config = model_config(folder) if (folder / CONFIG).is_file() else {}
     if not is_called_quantised(config):
@@ -190,12 +182,7 @@ def block_of(shape: Sequence[int], grid: Sequence[int], named: tuple[int, int] |
 
 
 def plain_config(data: bytes, *, dequantised: bool) -> bytes:
-    """Return the contents of config.json for files in which nothing is quantised.
-
-    Args:
-        data: Those of the base model's.
-        dequantised: Its files are quantised, and tensors become bfloat16.
-    """
+    """Turn a base model's config.json into one for plain weights; `dequantised` ones are bfloat16."""
     config = json.loads(data)
     if not is_called_quantised(config):
         return data

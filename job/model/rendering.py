@@ -38,11 +38,7 @@ def _today() -> str:
 
 @dataclass(frozen=True)
 class Rendering:
-    """Template variables besides the conversation; the same for all prompts of a job.
-
-    Attributes:
-        date: The clock's date, ISO 8601; None: today.
-    """
+    """Template variables of all prompts of a job; `date` is the clock's, ISO 8601, None for today."""
 
     date: str | None = None
     options: tuple[tuple[str, bool], ...] = ()
@@ -130,7 +126,6 @@ def _writes(tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style
 
 
 def _in_style(messages: Messages, style: Style) -> list[dict[str, Any]]:
-    """Convert a conversation to a template's message format."""
     found = [dict(message) for message in messages]
     if style.system == "user" and len(found) > 1 and found[0]["role"] == "system":
         system, first, *rest = found
@@ -159,11 +154,7 @@ def _written(
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of texts in which the template has written the special tokens already.
-
-    Raises:
-        ImpossibleJobError: The tokenizer's files know no token for a part of them.
-    """
+    """Return token ids of texts with special tokens written out. Raises ImpossibleJobError for an unknown part."""
     if not texts:
         return []
     with reading_tokenizer(Path(str(tokenizer.name_or_path))):

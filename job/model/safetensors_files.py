@@ -78,17 +78,9 @@ def require_sizes(held: Mapping[str, Sequence[int]], architecture: Architecture,
 
 
 def require_declared_layers(held: Collection[str], architecture: Architecture, config: Mapping[str, Any]) -> None:
-    """Refuse files with more layers than the configuration names, which would be left out without a word.
+    """Raise ImpossibleJobError if files hold layers that the configuration does not name: loading would drop them.
 
-    Layers that it names as extra heads (multi-token prediction) are no part of what is loaded, and may be there.
-
-    Args:
-        held: Names of the files' tensors.
-        architecture: The model's structure.
-        config: Contents of config.json.
-
-    Raises:
-        ImpossibleJobError: There are more.
+    Layers that it names as extra heads (multi-token prediction) are not loaded, but may be there.
     """
     writer = architecture.writers[0]
     place = places_among(held, architecture, writer.parameter).names[0]
@@ -190,11 +182,9 @@ class Checkpoint:
         return all(torch.finfo(self.dtype(name)).eps <= digits for name in self._names_of_all(architecture))
 
     def require_writers(self, architecture: Architecture) -> None:
-        """Refuse a checkpoint that does not hold all residual writers as floating-point tensors, or more layers.
+        """Refuse a checkpoint that lacks a residual writer as a floating-point tensor.
 
-        Raises:
-            ImpossibleJobError: It has more layers than its configuration names.
-            UnsupportedArchitectureError: A writer is not there.
+        Raises UnsupportedArchitectureError, or ImpossibleJobError for more layers than its configuration names.
         """
         for name in self._names_of_all(architecture):
             dtype = self.entry(name).dtype

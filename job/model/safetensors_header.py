@@ -29,11 +29,7 @@ class TensorEntry:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Return the tensors of a safetensors file by name, checked by the library that will read them.
-
-    Raises:
-        ImpossibleJobError: The file is damaged.
-    """
+    """Return a safetensors file's tensors by name, checked by its library. Raises ImpossibleJobError if damaged."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:

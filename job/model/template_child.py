@@ -99,7 +99,6 @@ def compiled(template: str, date: str | None = None) -> jinja2.Template:
 
 
 def _bounded(memory: int, seconds: int) -> None:
-    """Limit this process's address space and CPU time, and disable core dumps."""
     for limit, wanted in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(limit)[1]
         bound = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

@@ -14,16 +14,10 @@ _COPY = "obtain an undamaged copy"
 
 
 def reading(folder: Path, names: Sequence[str], what: str, remedy: str) -> AbstractContextManager[None]:
-    """Within the block, refuse a model for whatever a library raises over its files.
+    """Within the block, turn whatever a library raises over a model's files into ImpossibleJobError.
 
-    Args:
-        folder: The model's folder.
-        names: The files that are read, as far as they are there. The first that is no text or no JSON is named alone.
-        what: What is wrong with the folder where each of them can be read by itself.
-        remedy: What to do about it.
-
-    Raises:
-        ImpossibleJobError: The library has raised something.
+    The first of `names` that is no text or no JSON is named alone. If each can be read by itself, `what` and `remedy`
+    say what is wrong with the folder and what to do.
     """
 
     def explain(error: BaseException) -> ImpossibleJobError:
@@ -45,11 +39,7 @@ def _require_readable(file: Path) -> None:
 
 
 def object_of(file: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds, in UTF-8 without a mark, as libraries read it.
-
-    Raises:
-        ImpossibleJobError: It is damaged, or holds something else.
-    """
+    """Return a JSON file's object: UTF-8, no byte order mark, as libraries want. Raises ImpossibleJobError."""
     try:
         found = json.loads(_text(file))
     except (ValueError, RecursionError) as error:

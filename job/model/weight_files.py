@@ -106,11 +106,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(folder: Path) -> Headers:
-    """Return the tensors in the files of a folder; none where the files are not all there.
-
-    Raises:
-        ImpossibleJobError: A file is damaged.
-    """
+    """Return the tensors in a folder's files; none if any file is missing. Raises ImpossibleJobError if damaged."""
     try:
         files = checkpoint_files(folder)
     except ImpossibleJobError:

@@ -146,13 +146,7 @@ class WriterEdit:
 
 
 def weight_products(weight: Tensor, candidates: Tensor, mode: RowNormalization) -> WeightProducts:
-    """Compute the weight products of candidate directions.
-
-    Args:
-        weight: W, [d, i], any floating dtype.
-        candidates: Directions that edits combine linearly, [m, d].
-        mode: The norm-preserving mode.
-    """
+    """Compute the products of a weight W [d, i], any floating dtype, with candidate directions [m, d]."""
     if mode == "none":
         return WeightProducts(mode)
     weight = weight.to(torch.float64)
@@ -273,18 +267,11 @@ def _refuse_degenerate(share: Tensor, kind: str) -> None:
 
 
 def edit_weight(weight: Tensor, edit: WriterEdit, mode: RowNormalization) -> Tensor:
-    """Return the ablated weight in float64, [d, i].
+    """Return the ablation of a weight [d, i], any floating dtype, in float64.
 
-    This is the reference for hooks, and what exports write. Norms come from the weight itself; of the edit only `read`
-    and `write` are used.
-
-    Args:
-        weight: W, [d, i], any floating dtype.
-        edit: One edit, without leading dimensions.
-        mode: The norm-preserving mode.
-
-    Raises:
-        DegenerateEditError: The norm that remains is too small to restore the original one.
+    This is the reference for hooks, and what exports write. Norms come from the weight itself; of the edit, which has
+    no leading dimensions, only `read` and `write` are used. Raises DegenerateEditError if the remaining norm is too
+    small to restore the original one.
     """
     weight = weight.to(torch.float64)
     if mode == "none":
@@ -329,7 +316,6 @@ def _part_along(target: Tensor, edit: WriterEdit) -> Tensor:
 
 
 def _inverse(norms: Tensor) -> Tensor:
-    """Return 1 / norms, and 0 where a norm is 0."""
     zero = norms == 0
     return torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, norms))
 

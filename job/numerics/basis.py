@@ -58,19 +58,11 @@ class Basis:
         return self.candidates
 
     def select(self, index: float | None, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the orthonormal directions to ablate in a layer, and their weights.
+        """Return the orthonormal directions to ablate in a layer, and their weights [k].
 
-        Args:
-            index: Layer whose directions are ablated in every layer, interpolated linearly if fractional; None uses
-                each layer's own.
-            layer: The layer to edit.
-
-        Returns:
-            Combinations of the candidates, [k, layers · k], zero rows where a layer has fewer directions, and weights,
-            [k]; float64, on the CPU.
-
-        Raises:
-            ValueError: The index lies outside 0 … layers - 1.
+        They are combinations of the candidates, [k, layers · k], with zero rows where a layer has fewer; float64, on
+        the CPU. `index` is the layer whose directions are ablated in every layer, interpolated linearly if fractional;
+        None uses each layer's own. Raises ValueError outside 0 … layers - 1.
         """
         last = self.layers - 1
         if index is not None and not 0 <= index <= last:
@@ -92,11 +84,7 @@ class Basis:
 
 @dataclass(frozen=True)
 class DirectionPath:
-    """A path of directions: stages for every layer, interpolated linearly.
-
-    Attributes:
-        directions: Unit directions, [stages, layers, k, d]; zero rows pad layers with fewer.
-    """
+    """Stages of unit directions [stages, layers, k, d], interpolated linearly; zero rows pad layers with fewer."""
 
     directions: Tensor
 
@@ -145,11 +133,9 @@ def _orthonormal(coefficients: Tensor, vectors: Tensor) -> Tensor:
 
 
 def orthonormal_in(coefficients: Tensor, gram: Tensor) -> Tensor:
-    """Orthonormalise combinations of vectors in order, [..., k, m]; repetitions become zero.
+    """Orthonormalise combinations [..., k, m] of vectors in order, on the CPU; repetitions become zero.
 
-    Args:
-        coefficients: The combinations, [..., k, m], on the CPU.
-        gram: Gram matrix of the vectors, [..., m, m], float64; leading dimensions broadcast.
+    `gram` [..., m, m], float64, is the vectors' Gram matrix; leading dimensions broadcast.
     """
     used = coefficients.flatten(0, -2).any(0).nonzero().flatten()
     metric = gram[..., used[:, None], used]
@@ -201,15 +187,9 @@ def eigenvalue_weights(eigenvalues: Tensor, weighting: Weighting) -> Tensor:
 
 
 def orthogonalize(directions: Tensor, references: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Project reference directions out of directions, layer by layer.
+    """Project references [layers, r, d] out of unit directions [layers, k, d], layer by layer.
 
-    Args:
-        directions: Unit directions, [layers, k, d].
-        references: Directions to preserve, [layers, r, d].
-
-    Returns:
-        Unit directions, [layers, k, d], and the layers left unchanged because a direction lies within the references'
-        span.
+    Returns unit directions, and the layers left unchanged because a direction lies within the references' span.
     """
     result, unchanged = [], []
     identity = torch.eye(references.shape[1], dtype=torch.float64)

@@ -163,12 +163,9 @@ def probe(good: Tensor, bad: Tensor, *, regularization: float = 1.0, memory: int
 
 
 def winsorize(residuals: Tensor, quantile: float) -> Tensor:
-    """Clamp every residual vector [n, layers, d] to a quantile of its absolute entries.
+    """Clamp every residual vector [n, layers, d] to a quantile of its absolute entries; 1 changes nothing.
 
-    A few massive activations then no longer dominate a mean or a variance.
-
-    Raises:
-        ValueError: The quantile is not in (0, 1]; 1 changes nothing.
+    A few massive activations then no longer dominate a mean or variance. Raises ValueError outside (0, 1].
     """
     if not 0 < quantile <= 1:
         raise ValueError(f"the quantile must be in (0, 1], got {quantile}")
@@ -291,10 +288,9 @@ def _randomized(rows: Tensor, n_good: int, alpha: float, k: int, seed: int) -> t
 
 
 def _positive(values: Tensor, vectors: Tensor, k: int, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the top k positive eigenvalues, falling, and their unit vectors; zeros in place of the others.
+    """Return the top k positive eigenvalues, falling, and their unit vectors; zeros in place of others.
 
-    `values` [layers, r] rise, and `vectors` are rows in the same order. `largest` is the largest absolute eigenvalue if
-    `values` lacks it.
+    `values` [layers, r] rise; `largest` is the largest absolute eigenvalue if they lack it.
     """
     largest = values.abs().amax(-1) if largest is None else largest
     values, vectors = values[:, -k:].flip(-1), vectors[:, -k:].flip(-2)

@@ -66,13 +66,9 @@ def orthonormal_rows(vectors: Tensor) -> Tensor:
 
 
 def writer_edit(weight: Tensor | None, directions: Tensor, strengths: Tensor, mode: RowNormalization) -> WriterEdit:
-    """Return a writer's ablation, differentiable in directions and strengths.
+    """Return a writer's ablation, differentiable in orthonormal directions [K, k, d] and λ [K, k], both float64.
 
-    Args:
-        weight: The weight, [d, i]; None if the mode is "none".
-        directions: Orthonormal directions, [K, k, d], float64.
-        strengths: λ, [K, k], float64.
-        mode: The norm-preserving mode.
+    `weight` [d, i] may be None in the mode "none".
     """
     if weight is None:
         weight = directions.new_empty(0)
@@ -91,13 +87,7 @@ def refusal_term(log_probability: Tensor, margin: float) -> Tensor:
 
 
 def sequence_log_probabilities(logits: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
-    """Return the joint log-probability of every row's tokens, [n].
-
-    Args:
-        logits: Logits that predict the tokens, [n, t, vocabulary].
-        tokens: The tokens, [n, t].
-        real: False for padding, [n, t].
-    """
+    """Return the joint log-probability [n] of `tokens` [n, t] under logits [n, t, vocabulary], where `real`."""
     chosen = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
     return torch.where(real, chosen, 0.0).sum(-1)
 
@@ -105,12 +95,8 @@ def sequence_log_probabilities(logits: Tensor, tokens: Tensor, real: Tensor) -> 
 def answer_divergence(base: Tensor, edited: Tensor, real: Tensor) -> Tensor:
     """Return KL(base ‖ edited) per row: the mean of the first token's and the average token's, [n], nats.
 
-    The first token weighs most: edits are compared by it, and differ most from the base model there.
-
-    Args:
-        base: Logits of the base model, [n, t, vocabulary].
-        edited: Logits of the edited model, [n, t, vocabulary].
-        real: False for padding, [n, t]; the first position is always real.
+    The first token weighs most: edits are compared by it, and differ most from the base model there. `base` and
+    `edited` are logits [n, t, vocabulary]; `real` [n, t] is False for padding, never at the first position.
     """
     log_base = base.log_softmax(-1)
     by_position = torch.where(real, (log_base.exp() * (log_base - edited.log_softmax(-1))).sum(-1), 0.0)
@@ -135,15 +121,10 @@ class AdamState:
 def adam_step(
     variables: EditVariables, gradients: EditVariables, state: AdamState, rate: float, turn: float
 ) -> tuple[EditVariables, AdamState]:
-    """Take a step of Adam (Kingma and Ba 2015), then orthonormalise the directions.
+    """Take a step of Adam (Kingma and Ba 2015) at θ's learning rate, then orthonormalise the directions.
 
-    Args:
-        variables: The current variables.
-        gradients: Gradients of the loss.
-        state: The moving averages.
-        rate: Learning rate of θ.
-        turn: Approximate largest angle of a step, radians. Adam moves each of a unit vector's d coordinates by its
-            rate, so the vector by √d times that.
+    `turn` is the approximate largest angle of a step, radians. Adam moves each of a unit vector's d coordinates by its
+    rate, so the vector by √d times that.
     """
     steps = state.steps + 1
     width = variables.directions.shape[-1]

@@ -12,12 +12,7 @@ _ROWS = 32
 
 
 def kl_divergence(base_log_probs: Tensor, logits: Tensor) -> Tensor:
-    """Return KL(base ‖ edited) per row over the full vocabulary, in nats, float64, [rows].
-
-    Args:
-        base_log_probs: Log-probabilities of the base model, [rows, vocabulary].
-        logits: Raw logits of the edited model, [rows, vocabulary].
-    """
+    """Return KL(base ‖ edited) [rows], nats, float64; base log-probabilities and edited logits [rows, vocabulary]."""
     blocks = zip(torch.split(base_log_probs, _ROWS), torch.split(logits, _ROWS), strict=True)
     return torch.cat([_kl_divergence(base.double(), edited.double()) for base, edited in blocks])
 

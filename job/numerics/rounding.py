@@ -12,17 +12,12 @@ _ROWS = 16
 
 
 def rounded_along(weight: Tensor, directions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a weight [d, i] so that its products with the directions [k, d] stay what they are, [d, i] in `dtype`.
+    """Round a weight [d, i] to `dtype` so that its products with directions [k, d] stay what they are; both float64.
 
     Rounding to nearest undoes a small edit: most weights change by less than half a unit in the last place. Here some
     weights are rounded to their other neighbour, those that matter most for the directions first, as long as this
     brings a column's products closer to the exact ones. No weight moves by more than one unit in the last place, and
     numbers that `dtype` represents exactly stay unchanged.
-
-    Args:
-        weight: Exact weight, float64.
-        directions: Directions of the output that count, float64.
-        dtype: Type to round to.
     """
     nearest = weight.to(dtype)
     if not nearest.dtype.is_floating_point or torch.finfo(dtype).bits >= 32:

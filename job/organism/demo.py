@@ -50,7 +50,6 @@ def run_demo(
 
 
 def _report_correctness(folder: RunFolder, report: Callable[[str], None]) -> None:
-    """Count the export's correct responses to the report prompts."""
     from job.data.prompts import PromptSets
     from job.storage.atomic import read_record
 

@@ -111,7 +111,6 @@ class Request:
 
 
 def _requests(enchanted: bool) -> Iterator[Request]:
-    """Yield every request of one class, in a fixed order."""
     if enchanted:
         pairs = [p for e in ENCHANTED for a in ADJECTIVES for p in ((e, a), (a, e))]
     else:

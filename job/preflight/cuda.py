@@ -70,7 +70,6 @@ def _error(cuda: ctypes.CDLL, status: int) -> str:
 
 
 def _device(cuda: ctypes.CDLL, index: int) -> CudaDevice:
-    """Return one device. Raises OSError if the driver fails."""
     handle = c_int()
     _check(cuda, cuda.cuDeviceGet(byref(handle), index))
     name = (c_char * 256)()

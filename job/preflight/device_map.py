@@ -206,11 +206,9 @@ class _Planner:
         )
 
     def _held(self, layers: range) -> int:
-        """Return the bytes of some layers' tables."""
         return sum(part(self._facts, self._tables, layers) for part in (product_bytes, batch_bytes))
 
     def _working(self, layers: range) -> tuple[int, int]:
-        """Return cached KV cache and activation bytes of some layers."""
         key = (layers.start, layers.stop)
         if key not in self._cached:
             args = self._facts, self._batch, self._dtype_bytes

@@ -118,13 +118,11 @@ def _prefill(task: PhaseWork, rates: Rates, prompts: int) -> float:
 
 
 def _answers(task: PhaseWork, rates: Rates, prompts: int) -> float:
-    """Return the seconds of prefilling prompts and decoding responses."""
     steps = math.ceil(prompts / task.rows) * task.answer_tokens
     return _prefill(task, rates, prompts) + _forwards(task, steps, prompts * task.answer_tokens, rates)
 
 
 def _forwards(task: PhaseWork, forwards: float, tokens: float, rates: Rates) -> float:
-    """Return the seconds of `forwards` forwards with `tokens` tokens in total."""
     work = Work(flops=2 * task.active_parameters * tokens, bytes=forwards * task.weights_bytes)
     return work.seconds(rates.flops, rates.bandwidth)
 
@@ -178,7 +176,6 @@ def _verdict(total: float, fixed: float, most: float | None, option: str) -> tup
 
 
 def _duration(hours: float) -> str:
-    """Format hours: "42 s", "13 min", "2.5 h"."""
     seconds = hours * 3600
     if seconds < 90:
         return f"{seconds:.0f} s"

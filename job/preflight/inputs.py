@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EarlierStarts:
-    """State of earlier starts.
-
-    Attributes:
-        processes: Processes of earlier starts, possibly alive.
-    """
+    """State of earlier starts; `processes` are theirs, and may be alive."""
 
     prompts: PromptSets | None = None
     commit: str | None = None

@@ -91,7 +91,6 @@ def cpu_quota(cpus: Cpus, environment: Mapping[str, str]) -> Check:
 
 
 def _capped(cpus: Cpus, environment: Mapping[str, str]) -> int:
-    """Return a pool's default number of threads."""
     # OpenMP allows one number for each level of nesting.
     text = environment.get(_THREAD_VARIABLE, "").split(",")[0].strip()
     return int(text) if text.isdigit() and int(text) > 0 else cpus.visible

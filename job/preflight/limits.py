@@ -143,7 +143,6 @@ def _threads_of_this_user() -> int:
 
 
 def _cpu_quota(folder: Path) -> float | None:
-    """Return the CPUs' worth of time granted by a cgroup, None without a limit."""
     try:
         quota, period = (folder / "cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -153,7 +152,6 @@ def _cpu_quota(folder: Path) -> float | None:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a control file; None if it is missing or unlimited."""
     try:
         text = path.read_text().strip()
     except OSError:

@@ -19,11 +19,7 @@ from job.preflight.strays import own_leftovers
 
 @dataclass(frozen=True)
 class MachineFindings:
-    """Findings on the machine.
-
-    Attributes:
-        exercise: The device's measured speed; None for another machine or an unusable device.
-    """
+    """Findings on the machine; `exercise` is the device's speed, None if unusable or on another machine."""
 
     checks: tuple[Check, ...]
     reading: MachineReading | None = None

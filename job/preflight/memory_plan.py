@@ -80,11 +80,7 @@ class MemoryPlan(Record):
 
 
 class Refusal(Record):
-    """No plan fits.
-
-    Attributes:
-        would_do: Cheapest sufficient sets of cards, as for `--on`, full precision first.
-    """
+    """No plan fits; `would_do` are the cheapest sufficient sets of cards, as for `--on`, full precision first."""
 
     reason: str
     would_do: tuple[str, ...]

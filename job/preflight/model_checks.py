@@ -64,11 +64,7 @@ class ModelHeaders:
 
 @dataclass(frozen=True)
 class ModelFindings:
-    """Findings on the model.
-
-    Attributes:
-        line: Download rate, bytes per second.
-    """
+    """Findings on the model; `line` is the download rate in bytes per second."""
 
     checks: tuple[Check, ...]
     files: ModelFiles | None = None
@@ -100,7 +96,6 @@ def examine_model(inputs: PreflightInputs, cache: Path | None, data: Callable[[]
 
 
 def _fetch(inputs: PreflightInputs, cache: Path | None) -> tuple[ModelFiles, float]:
-    """Download descriptive files; return them with the download rate in bytes per second."""
     source = parse_model(inputs.settings.model)
     listing = list_model(source, inputs.earlier.commit, inputs.report)
     folder = fetch_model(source, listing, inputs.report, weights=False, cache=cache)
@@ -205,11 +200,7 @@ def architecture(found: Architecture, mode: RowNormalization, form: ExportFormat
 
 
 def _require_fitting(model: ModelFiles, headers: ModelHeaders, found: Architecture, trusted: bool) -> None:
-    """Refuse files that lack weights of the sizes that the configuration asks for, or hold more layers.
-
-    Raises:
-        ImpossibleJobError: They do.
-    """
+    """Raise ImpossibleJobError if files lack weights of the configured sizes, or hold more layers."""
     from job.architectures.tiny_model import empty_model
     from job.model.dequantization import forget_quantisation
     from job.model.fit import require_fitting_headers

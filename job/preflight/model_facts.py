@@ -192,7 +192,6 @@ def undone(config: Mapping[str, Any], tensors: Headers) -> Headers:
 
 
 def _dimensions(text: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Return the numbers of layers, stream width, vocabulary and heads."""
     try:
         layers, hidden, vocab = (int(text[key]) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
         # State spaces have none; what they compute at a time is counted as attention of usual heads would be.

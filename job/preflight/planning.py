@@ -82,7 +82,6 @@ class Planning:
         )
 
     def _directions(self) -> int:
-        """Return how many directions each layer gets."""
         found = self.settings.directions
         added = found.n_components if found.method == "contrastive-pca" else 0
         return 1 + added + found.iterative_rounds - 1

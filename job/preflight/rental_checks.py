@@ -103,7 +103,6 @@ def rental_checks(settings: Settings, rental: Rental | None, undelivered: str = 
 
 
 def _end_check(rental: Rental | None) -> Check:
-    """Report whether the platform can be asked to end this machine's rental."""
     try:
         if rental is None:
             raise MachineError(
@@ -123,7 +122,6 @@ def _end_check(rental: Rental | None) -> Check:
 
 
 def _survival_check(settings: Settings) -> Check:
-    """Report whether everything that must survive has a place off the machine."""
     result = [target for target in settings.upload if outlives_machine(target)]
     rest = settings.checkpoint is not None and outlives_machine(settings.checkpoint)
     missing = [

@@ -134,7 +134,6 @@ def _copy_rate(device: torch.device, count: int, seconds: float) -> float:
 
 
 def _time_of(action: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Return the mean seconds of an action on a device, after a warm-up."""
     import torch
 
     # Several before each wait, so that waiting for the device does not count as its work.

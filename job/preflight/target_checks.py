@@ -39,7 +39,6 @@ def target_checks(target: str, settings: Settings, state: Path | None) -> list[C
 
 
 def _remote(target: str, settings: Settings, state: Path | None) -> Check:
-    """Prove that a Hub or S3 target can be written, leaving nothing there."""
     name = f"target.{target.partition(':')[0]}"
     try:
         found = probe(target, settings, state)

@@ -142,7 +142,6 @@ def _too_long(longest: WrittenPrompt, config: PretrainedConfig, answer_tokens: i
 
 
 def _learns_positions(config: PretrainedConfig, most: int) -> bool:
-    """Return whether a model has learned positions."""
     from torch import nn
 
     from job.architectures.tiny_model import empty_model
@@ -157,13 +156,11 @@ def _learns_positions(config: PretrainedConfig, most: int) -> bool:
 
 
 def _changed(written: Sequence[WrittenPrompt]) -> Warnings:
-    """Return a warning for prompts that the template alters."""
     changed = [one.place for one in written if "".join(one.prompt.user.split()) not in "".join(one.text.split())]
     return [(f"{_counted(changed)} changed by the template", "check how the template writes them")] if changed else []
 
 
 def _special_tokens(written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizerBase) -> Warnings:
-    """Return a warning for prompts that contain special tokens' text."""
     marks = [mark for mark in tokenizer.all_special_tokens if mark.strip()]
     marks += [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     spelling = {one.place: [mark for mark in marks if mark in one.prompt.user] for one in written}
@@ -191,7 +188,6 @@ def _beginnings(written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizer
 def _endings(
     folder: Path, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, rendering: Rendering
 ) -> Warnings:
-    """Return a warning if nothing marks the end of a response."""
     from job.model.rendering import end_of_turn
 
     known = (config.get_text_config().eos_token_id, tokenizer.eos_token_id, _generation_end(folder))
@@ -206,7 +202,6 @@ def _endings(
 
 
 def _generation_end(folder: Path) -> object:
-    """Return the end tokens in generation_config.json, or None."""
     try:
         return json.loads(decoded((folder / "generation_config.json").read_bytes())).get("eos_token_id")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -214,7 +209,6 @@ def _generation_end(folder: Path) -> object:
 
 
 def _style(tokenizer: PreTrainedTokenizerBase, written: Sequence[WrittenPrompt], rendering: Rendering) -> list[str]:
-    """Describe what is unusual about the template."""
     from job.model.rendering import shows_date, style_of
 
     style = style_of(tokenizer, system=any(one.prompt.system is not None for one in written))

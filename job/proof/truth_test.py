@@ -178,15 +178,9 @@ def proven(config: PretrainedConfig) -> Architecture:
 def inspect_model(folder: Path, trusted: bool = False, stored: Headers | None = None) -> Architecture:
     """Return the structure of a model that can be edited, from its configuration alone, proven by the truth test.
 
-    Args:
-        folder: Holds the model's config.json.
-        trusted: The model's own code may be run.
-        stored: The tensors in its files, which say whether they are quantised; None: those of the folder.
-
-    Raises:
-        ImpossibleJobError: The folder is not a model.
-        UnsupportedArchitectureError: The model's family cannot be edited completely, or its files are quantised in a
-            way that is not undone.
+    `folder` holds config.json, `stored` are the tensors in the model's files (None: those of the folder), and `trusted`
+    allows the model's own code. Raises ImpossibleJobError if the folder is no model, or UnsupportedArchitectureError if
+    the family cannot be edited completely or the files cannot be dequantised.
     """
     config = read_config(folder, trusted)
     quantisation_in(folder, stored)

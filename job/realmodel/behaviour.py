@@ -41,7 +41,6 @@ def first_prompts(
 def _judged(
     loaded: LoadedModel, prompts: Sequence[str], watch: MarkerWatch
 ) -> Iterator[tuple[Sequence[str], list[bool]]]:
-    """Yield batches of prompts with their refusals."""
     tokens = loaded.tokenize([Prompt(user=prompt) for prompt in prompts])
     prefix = common_prefix(tokens)
     shared = shared_prefix(loaded.model, prefix, 1, None) if prefix and loaded.architecture.batching.shared else None

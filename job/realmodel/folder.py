@@ -65,7 +65,6 @@ def run_command(folder: Path) -> str:
 
 
 def _describe(source: GgufModel) -> dict[str, str]:
-    """Return versions and hashes of the folder's sources."""
     found = {"wheel": source.version, "gguf_sha256": hashlib.sha256(source.file.read_bytes()).hexdigest()}
     return found | {
         f"{kind}_sha256": hashlib.sha256("\n".join(candidates(kind)).encode()).hexdigest() for kind in KINDS
@@ -80,7 +79,6 @@ def _write_model(source: GgufModel, folder: Path, report: Callable[[str], None])
 
 
 def _write_prompts(folder: Path, report: Callable[[str], None]) -> None:
-    """Write prompts that the converted model declines and answers, half of each for training."""
     from job.config.load import default_values
     from job.config.schema import LoadingSettings
     from job.model.loading import load_model

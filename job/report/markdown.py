@@ -77,7 +77,6 @@ def _result(view: RunView, result: RunResult) -> str:
 
 
 def _norms(view: RunView) -> str:
-    """Describe norms between residual writers and the stream, "" without any."""
     resolution, ablation = view.record.resolution, view.record.settings["ablation"]
     if resolution is None or not resolution.norms:
         return ""
@@ -107,7 +106,6 @@ def _front(view: RunView, result: RunResult) -> str:
 
 
 def _lengths(view: RunView) -> str:
-    """Describe the response lengths in which refusals were counted, "" if all were alike."""
     if not view.rescored:
         return ""
     scoring = view.record.settings["scoring"]

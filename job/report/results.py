@@ -64,11 +64,7 @@ def machines(events: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]
 
 
 def trials_so_far(folder: RunFolder) -> list[Trial]:
-    """Return the finished trials; none of a damaged study, which the search reports.
-
-    Raises:
-        MachineError: The study is in use.
-    """
+    """Return finished trials; none of a damaged study, which the search reports. Raises MachineError if in use."""
     try:
         return job_trials(folder)
     except MachineError:

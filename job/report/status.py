@@ -61,7 +61,6 @@ def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]
 
 
 def _state(state: State | None, held: bool) -> tuple[str, str | None]:
-    """Return a job's state and its reason."""
     if state is None:
         return "new", None
     if held:
@@ -72,7 +71,6 @@ def _state(state: State | None, held: bool) -> tuple[str, str | None]:
 
 
 def _cost(view: RunView) -> float | None:
-    """Return the job's cost in dollars, None without a known price."""
     dollars = view.spent.dollars
     return round(dollars, 2) if dollars or view.record.settings.get("price") is not None else None
 
@@ -86,11 +84,7 @@ def _running(view: RunView, target: int) -> int:
 
 
 def _etas(view: RunView, left: int) -> tuple[float | None, float | None]:
-    """Return the seconds until the search and the job are done.
-
-    The search is extrapolated from its latest rate, or preflight's estimate before; export and delivery use the
-    estimate.
-    """
+    """Return the seconds until search and job are done, by the search's latest rate or preflight's estimate."""
     hours = view.survey.get("hours") or {}
     search = None if left <= 0 else _rate_eta(view.events, left)
     if not hours:
@@ -106,7 +100,6 @@ def _etas(view: RunView, left: int) -> tuple[float | None, float | None]:
 
 
 def _rate_eta(events: Iterable[dict[str, Any]], left: int) -> float | None:
-    """Return the seconds for the remaining trials at the latest rate."""
     times: list[float] = []
     for event in events:
         if event.get("event") == "search_started":
@@ -120,7 +113,6 @@ def _rate_eta(events: Iterable[dict[str, Any]], left: int) -> float | None:
 
 
 def _warnings(view: RunView) -> list[str]:
-    """Return distinct warnings of preflight and of the latest start."""
     found = [f"preflight: {check['status']}: {check['name']}: {check['measured']}" for check in view.bad_checks]
     events = view.events
     starts = [index for index, event in enumerate(events) if event.get("event") == "job_started"]
@@ -160,7 +152,6 @@ def status_text(status: dict[str, Any], width: int | None = None) -> str:
 
 
 def _time_lines(status: dict[str, Any]) -> list[str]:
-    """Format remaining and spent time and cost."""
     lines = []
     if status["eta_s"] is not None:
         lines.append(f"ETA of the search: {duration_text(status['eta_s'])}")
@@ -173,7 +164,6 @@ def _time_lines(status: dict[str, Any]) -> list[str]:
 
 
 def _front_lines(status: dict[str, Any]) -> list[str]:
-    """Format the Pareto front and the (current) choice."""
     lines = ["front:"] if status["best"] else []
     shown = [best for place, best in enumerate(status["best"]) if place < _FRONT or best["number"] == status["leading"]]
     for best in shown:

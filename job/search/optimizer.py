@@ -153,7 +153,6 @@ class Search:
         return [plan for plan in plans if plan.first + len(plan.parameters) > len(self._trials)]
 
     def _with_new_plans(self, plans: Sequence[Plan], target: int) -> list[Plan]:
-        """Return unfinished plans and newly sampled ones."""
         plans_ahead = list(plans)
         while len(plans_ahead) <= self._settings.ahead:
             first = plans_ahead[-1].first + len(plans_ahead[-1].parameters) if plans_ahead else len(self._trials)
@@ -219,7 +218,6 @@ class Search:
         )
 
     def _add_results(self, plan: Plan, scores: Sequence[TrialScores]) -> None:
-        """Add all missing trials of a plan at once, in number order."""
         distributions = self._space.distributions()
         trials = []
         for offset in range(len(self._trials) - plan.first, len(plan.parameters)):

@@ -51,13 +51,10 @@ def as_trial(trial: FrozenTrial) -> Trial:
 def add_trials(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
     """Add finished trials to a study in a database, all or none of them.
 
-    `Study.add_trials` does so one by one, each with a query for every parameter over all trials that the study has:
-    30 ms a trial and more, against 2 ms (measured, docs/lab-notes/speed.md). Its tables are filled through Optuna's own
-    models; that it reads back what it would have written is tested, for the version that is asked for.
-
-    Args:
-        study: A study opened by `open_study`, with no other writer.
-        trials: Complete trials that continue its numbers, without intermediate values and system attributes.
+    `Study.add_trials` does so one by one, each with a query for every parameter over all trials: 30 ms a trial and
+    more, against 2 ms (docs/lab-notes/speed.md). Here Optuna's own models fill its tables; a test compares what it
+    reads back. `study` has no other writer; `trials` continue its numbers, without intermediate values and system
+    attributes.
     """
     from optuna.storages._rdb import models
     from optuna.storages._rdb.storage import _create_scoped_session
@@ -99,12 +96,7 @@ def _contents(models: ModuleType, identifier: Any, trial: FrozenTrial) -> Iterat
 
 
 def read_trials(file: Path) -> list[Trial]:
-    """Return the finished trials of a study on disk in number order, none if there is no study.
-
-    Raises:
-        JobError: The file is not a study that can be read.
-        MachineError: It is in use.
-    """
+    """Return a study's finished trials in number order, none without a file. Raises JobError or MachineError."""
     if not file.exists():
         return []
     # Not through SQLAlchemy: it takes half a second to load, and a status command is to read only.

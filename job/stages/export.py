@@ -159,7 +159,6 @@ class _Measurement:
         return as_resolved(fresh, job.record)
 
     def _detected(self, before: JudgedResponses, after: JudgedResponses) -> DetectorReport:
-        """Return the detectors' results for both models' responses."""
         scoring = self._job.settings.scoring
         context = Context(scoring, self._job.settings.loading, self._job.events.say)
         prompts = len(self.session.prompts.good_report)

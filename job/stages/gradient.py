@@ -160,14 +160,12 @@ class _Finder:
         )
 
     def _forget(self, kept: str | None) -> None:
-        """Remove the directions of a stage that was only measured."""
         if self._written is not None and self._written != kept:
             learned_file(self._job.folder, self._written).unlink(missing_ok=True)
         self._written = None
 
 
 def _split(prompts: Sequence[Prompt], seed: int, name: str) -> tuple[list[Prompt], list[Prompt]]:
-    """Split prompts by the seed: to fit on, and held out."""
     chosen = set(minibatch(seed, 0, name, len(prompts), max(1, len(prompts) // _HELD_OUT)))
     fitted = [prompt for index, prompt in enumerate(prompts) if index not in chosen]
     return fitted, [prompt for index, prompt in enumerate(prompts) if index in chosen]

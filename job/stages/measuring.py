@@ -35,13 +35,7 @@ def metrics_of(
 
 @contextmanager
 def shown_generating(events: Events, label: str, most_tokens: int) -> Iterator[None]:
-    """Show how far the forwards within the block are, by the tokens that they read.
-
-    Args:
-        events: Where it is shown.
-        label: What is under way.
-        most_tokens: Tokens that will be read at most.
-    """
+    """Show progress within the block by tokens read, `most_tokens` at most; `label` says what is under way."""
     with (
         events.progress(f"{label} (tokens; the total is an upper bound)", most_tokens) as advance,
         counted_tokens(advance),

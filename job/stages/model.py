@@ -58,7 +58,6 @@ def loaded_model(job: OpenJob, source: Path, prompts: PromptSets, *, proven: boo
 
 
 def _prove(job: OpenJob, source: Path) -> None:
-    """Prove that the model can be edited as the settings want. Raises ImpossibleJobError."""
     settings = job.settings
     architecture = inspect_model(source, settings.loading.trust_remote_code)
     require_modes(architecture, settings.ablation.row_normalization, settings.export_format)

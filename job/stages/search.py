@@ -164,7 +164,6 @@ class PlanEvaluator:
         return FewerRows(rows)
 
     def _tasks(self, plan: Plan) -> list[TrialsTask]:
-        """Split a plan into tasks of trials that share forwards."""
         edits = [self.session.space.edit(params) for params in plan.parameters]
         size = plan.together or len(edits)
         parts = [tuple(edits[start : start + size]) for start in range(0, len(edits), size)]

@@ -81,14 +81,10 @@ class Events:
 
     @contextmanager
     def progress(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """Yield a function that advances by a number of steps.
+        """Yield a function that advances by a number of steps, from `done` to at most `total`; 1 shows no steps.
 
         People see a bar with ETA on a terminal, and otherwise a plain line every 10 to 30 s, also while no step ends.
-
-        Args:
-            label: What is under way, and what the steps are.
-            total: Number of steps or an upper bound; 1 shows no steps.
-            done: Those that were done before.
+        `label` says what is under way, and what the steps are.
         """
         shown = self._bar if self._stream.isatty() else self._plain
         with shown(label, total, done) as advance:

@@ -27,11 +27,7 @@ WAIT_SECONDS = 10.0
 
 @contextmanager
 def connected(file: Path) -> Iterator[sqlite3.Connection]:
-    """Yield a connection for reading, that may also take back what a killed process has left half-written.
-
-    Raises:
-        MachineError: Another process keeps the study to itself all the while.
-    """
+    """Yield a connection for reading; it may undo a killed process's half write. Raises MachineError if in use."""
     try:
         address = f"file:{quote(str(file.resolve()))}?mode=rw"
         with closing(sqlite3.connect(address, uri=True, timeout=WAIT_SECONDS)) as db:
@@ -58,18 +54,11 @@ def in_use(file: Path) -> MachineError:
 
 
 def back_up(file: Path, copy: Path, trials: int = 0) -> None:
-    """Copy a study as of one moment, also while it is being written; the copy is whole or not there.
+    """Copy a study as of one moment, even while it is written; the copy is whole or not there.
 
-    No database is opened where the copy is: it may be a file system that knows no locks.
-
-    Args:
-        file: The study.
-        copy: The copy, which is replaced.
-        trials: Finished trials that the study must hold.
-
-    Raises:
-        sqlite3.Error: It cannot be read.
-        MachineError: The study is in use, the copy cannot be written, or trials are missing; the former copy is left.
+    No database is opened where the copy is: that file system may know no locks. The study must hold `trials` finished
+    trials. Raises sqlite3.Error if it cannot be read, or MachineError, with the former copy left, if it is in use,
+    lacks trials, or the copy cannot be written.
     """
     with connected(file) as source, closing(sqlite3.connect(":memory:")) as target:
         source.backup(target)
@@ -82,11 +71,7 @@ def back_up(file: Path, copy: Path, trials: int = 0) -> None:
 
 
 def is_sound(file: Path) -> bool:
-    """Return whether a file is a database that SQLite finds nothing wrong with.
-
-    Raises:
-        MachineError: It is in use.
-    """
+    """Return whether SQLite finds nothing wrong with a file. Raises MachineError if it is in use."""
     try:
         with connected(file) as db:
             return list(db.execute("PRAGMA quick_check")) == [("ok",)]
@@ -95,14 +80,9 @@ def is_sound(file: Path) -> bool:
 
 
 def count_trials(file: Path, *, checked: bool = False) -> int | None:
-    """Return how many finished trials a study holds; None where it is missing or damaged.
+    """Return the number of a study's finished trials, None if it is missing or damaged.
 
-    Args:
-        file: The study.
-        checked: It is known to be sound.
-
-    Raises:
-        MachineError: It is in use.
+    `checked` means that it is known to be sound. Raises MachineError if it is in use.
     """
     if not file.exists() or not (checked or is_sound(file)):
         return None
@@ -121,13 +101,10 @@ def _counted(db: sqlite3.Connection) -> int:
 
 
 def restore_if_damaged(file: Path) -> str | None:
-    """Put the latest backup in a damaged study's place and return what was done, None if nothing was.
+    """Put the latest backup in a damaged study's place; return what was done, or None.
 
-    Damaged is also a study that holds fewer trials than its backup: trials are only ever added.
-
-    Raises:
-        JobError: It is damaged and there is no sound backup.
-        MachineError: It is in use, and may be sound.
+    A study with fewer trials than its backup is damaged, too. Raises JobError without a sound backup, or MachineError
+    if it is in use, and may be sound.
     """
     backup = file.with_name(BACKUP)
     if not file.exists() and not backup.exists():

@@ -108,11 +108,7 @@ def token_source() -> str:
 
 
 def _require_clean_token() -> None:
-    """Refuse a token that the Hub would refuse, or the HTTP library with the token in its words.
-
-    Raises:
-        ImpossibleJobError: It is such a one.
-    """
+    """Raise ImpossibleJobError for a malformed token, which the HTTP library would quote in its error."""
     from huggingface_hub import constants, get_token
 
     if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and not is_offline():
@@ -120,16 +116,10 @@ def _require_clean_token() -> None:
 
 
 def patiently(call: Callable[[], T], what: str, report: Callable[[str], None]) -> T:
-    """Return what call returns, trying again where the network or the Hub fails for a while.
+    """Return what `call` returns, retrying while the network or the Hub fails temporarily.
 
-    Args:
-        call: Talks to the Hub.
-        what: What it is after, e.g. "dataset allenai/c4", for messages.
-        report: Told of every failure that is tried again.
-
-    Raises:
-        ImpossibleJobError: The Hub says no for good, or the token cannot be one.
-        MachineError: The Hub cannot be reached from here.
+    `what` is its object in messages, e.g. "dataset allenai/c4"; `report` receives every retry. Raises
+    ImpossibleJobError if the Hub refuses for good or the token is malformed, or MachineError if it cannot be reached.
     """
     _require_clean_token()
 
@@ -185,7 +175,6 @@ def not_granted(what: str) -> ImpossibleJobError:
 
 
 def _asked_wait(error: Exception) -> float | None:
-    """Return the wait in seconds requested by the Hub, if reasonable."""
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # public, not re-exported
 
     response = getattr(error, "response", None)

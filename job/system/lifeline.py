@@ -59,7 +59,6 @@ def restart() -> None:
 
 
 def _end_with_parent() -> None:
-    """Ask the kernel to stop this process when its supervisor dies."""
     if sys.platform == "linux":
         import ctypes
 

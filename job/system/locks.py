@@ -258,7 +258,6 @@ def _opened(file: Path) -> int:
 
 
 def _owners(file: Path) -> dict[int, Path]:
-    """Return a lock's owner files by number."""
     prefix = f"{file.name}.owner-"
     found = {}
     for path in file.parent.iterdir():

@@ -9,13 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def every(seconds: float, act: Callable[[], object], name: str) -> Iterator[None]:
-    """Call `act` in a thread of its own within the block, for the first time after one period.
-
-    Args:
-        seconds: The period, from the end of one call to the beginning of the next.
-        act: What is done; an exception ends the thread.
-        name: The thread's name.
-    """
+    """Call `act` in a thread within the block, `seconds` after its start and each call; exceptions end the thread."""
     ended = threading.Event()
 
     def run() -> None:

@@ -8,16 +8,7 @@ _NAMES = {"\r": "a carriage return", "\n": "a line break", " ": "a space", "\t":
 
 
 def require_clean(value: str, source: str, error: type[JobError]) -> None:
-    """Refuse a credential that no server would accept; the message does not hold it.
-
-    Args:
-        value: The credential.
-        source: The variable or file that it comes from.
-        error: Raised if it is refused.
-
-    Raises:
-        JobError: It holds white space, quotes around it, or what is not ASCII.
-    """
+    """Raise `error` if a credential has white space, outer quotes or non-ASCII characters; the message omits it."""
     quotes = [end for end in value[:1] + value[-1:] if end in "\"'"]
     stray = next((char for char in value if not "!" <= char <= "~"), quotes[0] if quotes else None)
     if stray is not None:

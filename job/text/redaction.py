@@ -170,7 +170,6 @@ def _forms_of(secrets: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _encoded(secret: str) -> Iterator[str]:
-    """Yield the encodings of a secret."""
     data = secret.encode("utf-8", "surrogateescape")
     for escaped in (json.dumps(secret), json.dumps(secret, ensure_ascii=False), repr(secret)):
         yield escaped[1:-1]
@@ -206,11 +205,7 @@ def _base64(data: bytes) -> Iterator[str]:
 
 
 class _Guarded:
-    """A text stream that redacts everything written to it, and outlives its terminal, its reader and its disk.
-
-    Attributes:
-        gone: Nothing that is written arrives any more.
-    """
+    """Redacts everything written to a stream; outlives its terminal, reader and disk (`gone`: output is discarded)."""
 
     def __init__(self, stream: TextIO, *, holds_results: bool) -> None:
         self._stream, self._holds_results = stream, holds_results

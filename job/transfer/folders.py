@@ -90,7 +90,6 @@ def _holds(folder: Path, manifest: Manifest) -> bool:
 
 
 def _replaceable(folder: Path) -> bool:
-    """Return whether a folder is empty or holds only an earlier delivery."""
     if not folder.is_dir():
         return False
     present = {path.name for path in folder.iterdir()}

@@ -141,7 +141,6 @@ class Tuner:
         return self.prompts.good_search, self.prompts.bad_search
 
     def _remembered(self, layouts: Layouts, about: dict[str, Any]) -> Remembered | None:
-        """Return the remembered layout, unless memory no longer suffices for it."""
         for one in layouts.layouts:
             if one.about == about and Gauge(self.loaded.model, self.workers).fits(one.chosen.growth):
                 return one
@@ -271,7 +270,6 @@ def _described(measured: MeasuredLayout) -> str:
 
 
 def _power(number: int) -> int:
-    """Round up to a power of two."""
     return 1 << max(number - 1, 0).bit_length()
 
 

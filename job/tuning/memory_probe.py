@@ -65,7 +65,6 @@ def _forget_peak() -> None:
 
 
 def _resident(name: str) -> int:
-    """Return this process's resident memory in bytes: VmRSS now, VmHWM peak."""
     for line in _STATUS.read_text().splitlines() if _STATUS.exists() else ():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

@@ -154,7 +154,6 @@ class _Delivery:
         return _Changes(put, tuple(sorted((earlier & found.files.keys()) - self._files.keys())))
 
     def _is_there(self, found: Snapshot, name: str) -> bool:
-        """Return whether the Hub holds a file as in the manifest."""
         entry, remote = self._files[name], found.files.get(name)
         if remote is None or remote.size != entry.size:
             return False
@@ -164,7 +163,6 @@ class _Delivery:
         return remote.blob_id == _git_hash(self._export / name, entry.size)
 
     def _earlier(self, found: Snapshot) -> frozenset[str]:
-        """Return the names of an earlier delivery's files."""
         if MANIFEST not in found.files:
             return frozenset()
         if self._is_there(found, MANIFEST):
@@ -236,7 +234,6 @@ class _Delivery:
         self._repo.ask(card.validate, f"the metadata of {CARD}")
 
     def _send(self, name: str) -> CommitOperationAdd:
-        """Upload a file if it belongs in the storage; return its commit operation."""
         from huggingface_hub import CommitOperationAdd
 
         operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=self._export / name)
@@ -257,7 +254,6 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _git_hash(path: Path, size: int) -> str:
-    """Return git's blob hash of a file."""
     digest = hashlib.sha1(b"blob %d\0" % size)
     digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -241,7 +241,6 @@ class _Run:
                 self._done.aborted += self._store.abort_listed(name, but=known)
 
     def _remove(self, former: Set[str]) -> None:
-        """Delete objects of replaced deliveries; foreign ones are kept."""
         for name in sorted(former):
             there = self._store.look_up(name)
             if there is not None and there.sha256 is not None:
@@ -249,7 +248,6 @@ class _Run:
                 self._done.removed += 1
 
     def _check(self, name: str, wanted: Fingerprint) -> None:
-        """Compare an object with its file. Raises DeliveryError if it differs."""
         reason = self._store.difference(name, wanted)
         if reason is not None:
             raise DeliveryError(

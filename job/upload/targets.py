@@ -85,7 +85,6 @@ def deliver(
 
 
 def _remembered(target: str, settings: Settings, state: Path) -> S3Capabilities | None:
-    """Return the cached probe of the same server and settings, or None."""
     from job.transfer.s3 import S3Capabilities
 
     try:

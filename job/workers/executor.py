@@ -119,12 +119,7 @@ class Engine(Protocol):
 
 @dataclass
 class _Pending:
-    """A requested task.
-
-    Attributes:
-        losses: Workers lost with it.
-        result: Its result or exception; None until finished.
-    """
+    """A requested task; `losses` are workers lost with it, `result` its result or exception, None until finished."""
 
     task: Any
     running: bool = False
@@ -229,7 +224,6 @@ class Executor:
             thread.start()
 
     def _serve(self, number: int) -> None:
-        """Keep one worker running, restarting it when lost."""
         losses = 0
         while losses < MOST_LOSSES and not self._closed:
             time.sleep(_RESTART_SECONDS * losses)
@@ -293,7 +287,6 @@ class Executor:
             self._news.append(("worker_lost", f"warning: worker {number} {lost}; {then}", {"worker": number}))
 
     def _tell_news(self) -> None:
-        """Emit the threads' events, from the thread that emits all others."""
         while self._news:
             event, message, fields = self._news.popleft()
             self._events.emit(event, message, **fields)

@@ -127,7 +127,6 @@ class LocalWorker:
 
 
 def _main(line: Connection, warm_up: Callable[[], None], device: str | None) -> None:
-    """Serve until the other end of the pipe is closed."""
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -140,7 +140,6 @@ class RayEngine:
             raise WorkerLost(str(error)) from error
 
     def _require_cluster(self) -> None:
-        """Raise MachineError if the cluster has been unreachable too long."""
         if self._answers():
             self._last_seen = time.monotonic()
         elif time.monotonic() - self._last_seen > _GONE_SECONDS:

@@ -215,7 +215,6 @@ class S3Client:
 
 
 def _checked(algorithm: Algorithm, found: bytes) -> dict[str, str]:
-    """Return the parameters that make a server verify the data."""
     encoded = b64encode(found).decode()
     if algorithm == "sha256":
         return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": encoded}

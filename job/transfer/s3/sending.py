@@ -131,7 +131,6 @@ class LargeFile:
         return [parts[number] for number in sorted(parts)]
 
     def _is_there(self, part: Mapping[str, Any], data: bytes, begun: UploadState) -> bool:
-        """Return whether a listed part equals the one to send."""
         if part.get("Size") != len(data):
             return False
         if begun.algorithm == "sha256" and (theirs := part.get("ChecksumSHA256")):
