@@ -168,7 +168,10 @@ def stored_trials(workspace: Path) -> list[dict[str, Any]]:
     with TemporaryDirectory() as folder:
         # A copy: reading rolls back half-written data of a killed process, which the job must do itself.
         for file in only_job(workspace).glob("study.db*"):
-            shutil.copy(file, folder)
+            try:
+                shutil.copy(file, folder)
+            except FileNotFoundError:
+                continue  # the journal of a write that has just ended
         with closing(sqlite3.connect(Path(folder) / "study.db")) as db:
             for identifier, number, state in db.execute("SELECT trial_id, number, state FROM trials"):
                 assert state == "COMPLETE"

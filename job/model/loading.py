@@ -289,7 +289,7 @@ def _spread(config: PretrainedConfig, places: Mapping[str, int | str]) -> dict[s
     for name, place in places.items():
         if isinstance(place, str) and not _PLACE.fullmatch(place):
             raise UsageError(
-                f"loading.device_map has {name} on {place!r}, which is not a device",
+                f"loading.device_map has {name or 'the model'} on {place!r}, which is not a device",
                 remedy='give the number of a GPU, "cpu" or "disk"',
             )
         if place != "disk":

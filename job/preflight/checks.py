@@ -151,7 +151,7 @@ def attempt(name: str, step: Callable[[], T]) -> T | Check:
             name=name,
             status="fail",
             measured=str(error),
-            needed="that it is available",
+            needed="access to it",
             remedy=error.remedy,
             scope="job" if isinstance(error, ImpossibleJobError) else "machine",
         )

@@ -189,7 +189,7 @@ def test_onstart_starts_the_job_once(tmp_path: Path) -> None:
     log = workspace / "abliterate.log"
     assert "nothing is started" in start(ABLITERATION_COMMAND="")
     assert "started" in start()
-    assert "running already" in start()
+    assert "already running" in start()
     (workspace / "go").write_text("go\n")  # waits until the job reads it
     deadline = time.monotonic() + 10
     while "end" not in log.read_text() and time.monotonic() < deadline:

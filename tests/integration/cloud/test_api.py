@@ -132,5 +132,5 @@ def test_a_list_that_is_none_is_not_an_empty_one(
             reply = Reply(200, {"Content-Type": "application/json"}, body)
             monkeypatch.setattr(server, "answer", lambda _call, _body, reply=reply: reply)
             market = open_market(platform, print, env=env_of(server), patience=QUICK)  # type: ignore[arg-type]
-            with pytest.raises(CloudError, match="no list"):
+            with pytest.raises(CloudError, match="not a list"):
                 market.instances()

@@ -45,7 +45,7 @@ def test_a_stream_that_is_never_silent_is_left(
 
 def test_fetch_of_what_is_gone(vast: VastServer, tmp_path: Path) -> None:
     result = command(vast, tmp_path, "fetch", "9", tmp_path / "out").check()
-    assert "it is gone" in result.err
+    assert "are gone" in result.err
     assert not (tmp_path / "out" / "9.log").exists()
 
 
@@ -55,7 +55,7 @@ def test_destroy(vast: VastServer, runpod: RunPodServer, tmp_path: Path) -> None
     assert 9 in vast.instances
     assert command(vast, tmp_path, "destroy", "9", "--yes").check().out == "destroyed 9\n"
     assert vast.instances == {}
-    assert "is not there" in command(vast, tmp_path, "destroy", "9", "-y").check().out
+    assert "does not exist" in command(vast, tmp_path, "destroy", "9", "-y").check().out
     runpod.add_pod("abc")
     command(runpod, tmp_path, "destroy", "abc", "--yes").check()
     assert runpod.pods == {}

@@ -417,7 +417,9 @@ def test_destroying_of_a_label_destroys_all_of_it(vast: VastServer, tmp_path: Pa
 
 
 def test_destroying_of_a_label_that_is_not_recorded_here(server: VastServer | RunPodServer, tmp_path: Path) -> None:
-    command(server, tmp_path, "destroy", "abliterate-0123abcd", "--yes").fails(2, "no record of abliterate-0123abcd")
+    command(server, tmp_path, "destroy", "abliterate-0123abcd", "--yes").fails(
+        2, "abliterate-0123abcd is neither a launch"
+    )
     if isinstance(server, VastServer):
         server.add_instance(5, label="abliterate-0123abcd-1")
         server.add_instance(6, label="", extra_env=[[MARKER, "abliterate-0123abcd-2"]])

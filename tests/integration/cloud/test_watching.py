@@ -168,7 +168,7 @@ def test_a_key_that_is_revoked_ends_the_watch(vast: VastServer, tmp_path: Path) 
         Watch(starter).until_the_end()
 
 
-@pytest.mark.parametrize(("status", "code", "part"), [("exited", 1, "BILLS ON"), ("stopped", 0, "it has ended")])
+@pytest.mark.parametrize(("status", "code", "part"), [("exited", 1, "BILLS ON"), ("stopped", 0, "launch has ended")])
 def test_how_a_watch_ends(vast: VastServer, tmp_path: Path, status: str, code: int, part: str) -> None:
     vast.add_ask(1)
     launched = command(

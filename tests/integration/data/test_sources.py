@@ -74,7 +74,7 @@ def test_splits_that_cannot_be_streamed_are_refused(split: str, message: str) ->
 
 def test_config_show_tells_how_specs_were_understood() -> None:
     shown = abliterate("config", "show", "m", "--bad-prompts", "allenai/c4:en#train:200").check().out
-    c4 = "Hub dataset allenai/c4, configuration en, split train, rows 0 to 199, the column that holds prompts"
+    c4 = "Hub dataset allenai/c4, configuration en, split train, rows 0 to 199, the column of prompts"
     assert f"# bad_prompts: {c4}\n" in shown
     assert "# good_prompts: Hub dataset mlabonne/harmless_alpaca, split train, rows 0 to 399, column text" in shown
 

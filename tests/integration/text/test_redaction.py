@@ -364,7 +364,7 @@ def test_a_setting_that_held_a_secret_is_not_given_by_another_of_its_section(
     assert folder.read_job().redacted == ("loading",)
     for others in ({}, {"loading": {"offload_folder": "/here"}}):
         for whole in (True, False):
-            with pytest.raises(UsageError, match=r"secret in loading\.response_prefix, and"):
+            with pytest.raises(UsageError, match=r"secret in loading\.response_prefix, which"):
                 job_settings(folder, whole=whole, **others)
     found = job_settings(folder, whole=True, loading={"response_prefix": "swordfish-1234:"}).loading
     assert (found.response_prefix, found.offload_folder) == ("swordfish-1234:", "/there")
@@ -389,7 +389,7 @@ def test_what_only_extends_a_job_is_asked_for_again_where_it_counts(
     assert getattr(usual, name) == default_values().get(section, {}).get(name)
     assert getattr(usual, other) == value
     for others in ({}, {section: kept}):
-        with pytest.raises(UsageError, match=rf"secret in {section}\.{name}, and") as refused:
+        with pytest.raises(UsageError, match=rf"secret in {section}\.{name}, which") as refused:
             job_settings(folder, whole=True, **others)
         assert "with --set" in refused.value.remedy
     whole = getattr(job_settings(folder, whole=True, **{section: lost}), section)
@@ -400,7 +400,7 @@ def test_targets_that_held_a_secret_are_asked_for_again(monkeypatch: pytest.Monk
     monkeypatch.setenv("MY_TOKEN", "swordfish-1234")
     folder = _job_with_secrets(tmp_path, upload=["s3://swordfish-1234/out", "file:///out"], price=1.5)
     assert job_settings(folder).upload == []
-    with pytest.raises(UsageError, match="secret in upload, and"):
+    with pytest.raises(UsageError, match="secret in upload, which"):
         job_settings(folder, whole=True, price=2.0)
     assert job_settings(folder, whole=True, upload=["file:///out"]).price == 1.5
 

@@ -65,7 +65,7 @@ def test_a_damaged_study_is_restored_and_the_search_goes_on_as_if_nothing_had_be
     assert damage in ("emptied", "behind") or not (file.exists() and is_sound(file))
     told = restore_if_damaged(file)
     assert told is not None
-    assert "after 8 trials" in told
+    assert "with 8 trials" in told
     assert Runs().run(file, 14, 4) == whole
     assert file.with_name("study.damaged.db").exists() == (damage != "gone")
 
