@@ -180,7 +180,7 @@ def judge(family: str) -> Verdict:
             architecture = proven(config)
             require_supported(config, architecture)
         except UnsupportedArchitectureError as error:
-            reason, built = error.reason, "be built" not in error.reason
+            reason, built = error.reason, not any(words in error.reason for words in ("be built", "cannot build it"))
     return Verdict(family, built, architecture, reason, time.monotonic() - start)
 
 
