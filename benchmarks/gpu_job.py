@@ -14,10 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from job.records import Trial
+from job.search.study import read_trials
 from job.storage.exports import SUMS
+from job.system.failpoints import FAILPOINTS
 
 TRIALS, BATCH, PROMPTS = 12, 4, 40
-_LOOK_S = 0.02
 
 
 class Job:
@@ -33,15 +35,16 @@ class Job:
         workspace = self._folder / "whole"
         return {**self.finish(workspace), **self.result(workspace)}
 
-    def start(self, workspace: Path) -> subprocess.Popen[bytes]:
-        """Start the job."""
+    def start(self, workspace: Path, **variables: str) -> subprocess.Popen[bytes]:
+        """Start the job, with further environment variables."""
         words = [sys.executable, "-m", "job", "run", str(self._organism / "model")]
         for option, file in (("prompts", "train"), ("eval-prompts", "test")):
             for kind in ("good", "bad"):
                 words += [f"--{kind}-{option}", f"{self._organism / f'{kind}_{file}.txt'}#train[:{PROMPTS}]"]
         words += ["--workspace", str(workspace), "--trials", str(TRIALS), "--set", f"trials_per_batch={BATCH}"]
         words += ["--set", f"loading.device={self._device}", "--set", "probe_seconds=0"]
-        return subprocess.Popen(words, stdout=sys.stderr, stderr=sys.stderr, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **variables}
+        return subprocess.Popen(words, stdout=sys.stderr, stderr=sys.stderr, env=environment)
 
     def finish(self, workspace: Path) -> dict[str, Any]:
         """Run the job to its end; raise if it fails."""
@@ -52,21 +55,25 @@ class Job:
         return {"job_s": time.monotonic() - begun}
 
     def kill_in_search(self, workspace: Path) -> int:
-        """Start the job, kill it once trials are stored but not all; return how many."""
-        process = self.start(workspace)
-        while process.poll() is None and not self._told(workspace, "trial"):
-            time.sleep(_LOOK_S)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return len(self._told(workspace, "trial"))
+        """Start the job, which is killed once its first batch of trials is stored; return how many are."""
+        faults = self._folder / "faults"
+        faults.mkdir()
+        (faults / "kill@study:added").touch()
+        code = self.start(workspace, **{FAILPOINTS: str(faults)}).wait()
+        if code != -signal.SIGKILL:
+            raise RuntimeError(f"the job that was to be killed ended with exit code {code}")
+        return len(self._trials(workspace))
 
     def result(self, workspace: Path) -> dict[str, Any]:
         """Return a finished job's trials, the hashes of its export, and what its proof said."""
         (proof,) = [event["message"] for event in self._told(workspace, "export_proven")][-1:]
-        trials = {event["number"]: event for event in self._told(workspace, "trial")}
         (export,) = workspace.glob("*/export")
-        scores = {number: [one["refusals"], one["kl"]] for number, one in sorted(trials.items())}
+        scores = {trial.number: [trial.values.refusals, trial.values.kl] for trial in self._trials(workspace)}
         return {"proof": proof, "trials": scores, "sums": (export / SUMS).read_text()}
+
+    def _trials(self, workspace: Path) -> list[Trial]:
+        (study,) = workspace.glob("*/study.db")
+        return read_trials(study)
 
     def _told(self, workspace: Path, name: str) -> list[dict[str, Any]]:
         files = workspace.glob("*/events.jsonl")
