@@ -47,7 +47,7 @@ def abliterate(
     """
     env, words = environment(**extra), list(map(str, arguments))
     supervised = asked_when_failed(words, env) != "nothing"  # by a parent process
-    # The Hub's client is told in this process whether it is offline.
+    # In this process the Hub's client must learn whether it is offline.
     if not cold and not process and not supervised and not read_early(env, USUAL) - {"HF_HUB_OFFLINE"}:
         from tests.inproc import can_run_here, run_here
 

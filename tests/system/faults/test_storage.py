@@ -178,7 +178,7 @@ def small_disk(point: Path) -> Iterator[Scarce]:
 
 @contextmanager
 def quota(folder: Path) -> Iterator[Scarce]:
-    """Yield a folder whose disk has space, of which its user may have no more."""
+    """Yield a folder on a disk with space, whose user has used up the quota."""
     folder.mkdir()
     mark = folder.with_name("used-up")
     library = preloaded("quota", folder.parent)
