@@ -135,7 +135,7 @@ class WriterSearch:
         for _ in range(_ROUNDS):
             writers, norms = len(self.writers), len(self.norms)
             for target in targets:
-                self._look(target)
+                self._find_writers_into(target)
             for found in self.writers[writers:]:
                 self._model.get_parameter(found.parameter).data.zero_()
             if (writers, norms) == (len(self.writers), len(self.norms)):
@@ -151,7 +151,7 @@ class WriterSearch:
     def _relative(self, name: str) -> str:
         return name.removeprefix(f"{self._layers}.").partition(".")[2]
 
-    def _look(self, target: str) -> None:
+    def _find_writers_into(self, target: str) -> None:
         """Find writers into the stream or into the inputs of norms with this name."""
         hidden = self._forward(target)
         if not target and all(torch.equal(x, y) for x, y in zip(self._inputs, hidden, strict=True)):

@@ -238,13 +238,13 @@ class Shown:
         self._tokens += tokens.flatten().tolist()
         text = self._loaded.decode(self._tokens)
         if not text.endswith(_UNFINISHED):
-            self._show(text)
+            self._print_new_text(text)
 
     def end(self) -> None:
         """Show the rest."""
-        self._show(self._loaded.decode(self._tokens or []))
+        self._print_new_text(self._loaded.decode(self._tokens or []))
 
-    def _show(self, text: str) -> None:
+    def _print_new_text(self, text: str) -> None:
         if self._out is not None:
             self._out.write(text[len(self.text) :])
             self._out.flush()

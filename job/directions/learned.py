@@ -61,13 +61,13 @@ def import_learned(folder: RunFolder, edit: EditParameters, source: Path) -> Non
     if edit.directions is None or learned_file(folder, edit.directions.sha256).exists():
         return
     try:
-        found = parse_learned((source / EXPORTED).read_bytes(), edit.directions.sha256)
+        path = parse_learned((source / EXPORTED).read_bytes(), edit.directions.sha256)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{source / EXPORTED} does not hold the directions that reproduce.json names",
             remedy="keep the export's files together",
         ) from error
-    keep_learned(folder, found)
+    keep_learned(folder, path)
 
 
 def parse_learned(contents: bytes, sha256: str) -> DirectionPath:
@@ -75,10 +75,10 @@ def parse_learned(contents: bytes, sha256: str) -> DirectionPath:
     if hashlib.sha256(contents).hexdigest() != sha256:
         raise ValueError("the file has another hash")
     try:
-        found = load(contents)[_TENSOR]
+        directions = load(contents)[_TENSOR]
     except (KeyError, SafetensorError) as error:
         raise ValueError("the file holds no learned directions") from error
-    return checked_path(found)
+    return checked_path(directions)
 
 
 def checked_path(directions: torch.Tensor) -> DirectionPath:

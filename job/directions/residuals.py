@@ -29,17 +29,17 @@ from job.storage.atomic import ensure_folder, write_atomically
 def layer_outputs(layers: nn.ModuleList, keep: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Within the block, call keep(index, hidden states [rows, t, d]) for every residual of a forward."""
 
-    def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        keep(0, inputs[0] if inputs else named["hidden_states"])
+    def keep_embeddings(_module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(0, inputs[0] if inputs else kwargs["hidden_states"])
 
-    def leave(index: int) -> Callable[[nn.Module, Any, Any], None]:
+    def keep_output_of(index: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             keep(index, output if isinstance(output, Tensor) else output[0])
 
         return hook
 
-    handles = [layers[0].register_forward_pre_hook(enter, with_kwargs=True)]
-    handles += [layer.register_forward_hook(leave(i + 1)) for i, layer in enumerate(layers)]
+    handles = [layers[0].register_forward_pre_hook(keep_embeddings, with_kwargs=True)]
+    handles += [layer.register_forward_hook(keep_output_of(i + 1)) for i, layer in enumerate(layers)]
     try:
         yield
     finally:
@@ -83,8 +83,11 @@ def extract_residuals(
     layers = loaded.model.get_submodule(loaded.architecture.layers)
     assert isinstance(layers, nn.ModuleList)
     lengths = [len(prompt) for prompt in prompts]
-    most, padded = tokens if tokens is not None else rows * max(lengths, default=0), loaded.architecture.batching.padded
-    for chosen in batches(lengths, rows, most, padded=padded):
+    token_limit, padded = (
+        tokens if tokens is not None else rows * max(lengths, default=0),
+        loaded.architecture.batching.padded,
+    )
+    for chosen in batches(lengths, rows, token_limit, padded=padded):
         ids, mask, positions = left_padded([prompts[i] for i in chosen], loaded.device)
         edited = nullcontext() if edits is None else edits.all_rows(len(chosen), loaded.device)
 
@@ -135,10 +138,10 @@ def read_tensors(file: Path, key: str) -> dict[str, Tensor] | None:
 
 
 def _seal(key: str, contents: Mapping[str, Tensor]) -> str:
-    hashed = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name in sorted(contents):
         tensor = contents[name]
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        raw: Any = tensor.flatten().view(torch.uint8).numpy()  # a buffer that shares the memory
-        hashed.update(raw)
-    return f"{key} {hashed.hexdigest()}"
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        buffer: Any = tensor.flatten().view(torch.uint8).numpy()  # shares the memory
+        hasher.update(buffer)
+    return f"{key} {hasher.hexdigest()}"

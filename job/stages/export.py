@@ -110,7 +110,7 @@ class _Measurement:
         incoherence = base.incoherence_test(plain)
         incoherent = incoherence.flags(responses)
         before = base.judge(plain, incoherence.flags(plain))
-        self._keep(before, "base")
+        self._keep_answers(before, "base")
         reference = base.reference()
         if self.form == "directions":  # an edit without weights: measured under its hooks
             after = base.judge(responses, incoherent)
@@ -120,7 +120,7 @@ class _Measurement:
             with self._shown("the export's responses", reported.most_tokens):
                 after = reported.judge(reported.responses(), incoherent)
             divergences = reference.divergences(reported.batches)
-        self._keep(after, self.export.name)
+        self._keep_answers(after, self.export.name)
         figures = before.figures(base.kl_tokens), after.figures(base.kl_tokens, divergences)
         for subject, one in zip(("base", self.export.name), figures, strict=True):
             file = self._job.folder.figures_file(subject)
@@ -170,5 +170,5 @@ class _Measurement:
     def _shown(self, label: str, most_tokens: int) -> AbstractContextManager[None]:
         return shown_generating(self._job.events, label, most_tokens)
 
-    def _keep(self, judged: JudgedResponses, subject: str) -> None:
+    def _keep_answers(self, judged: JudgedResponses, subject: str) -> None:
         keep_answers(self._job.folder, subject, judged.kept, self.session.prompts)

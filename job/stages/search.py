@@ -51,7 +51,7 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
         with job.events.progress("trials", target, done) as advance:
 
             def told(trial: Trial) -> None:
-                _tell(job, trial, asked)
+                _report_trial(job, trial, asked)
                 advance(1)
 
             study.run(
@@ -126,7 +126,7 @@ def _study_place(job: OpenJob) -> tuple[Path, Path | None]:
     return live, study
 
 
-def _tell(job: OpenJob, trial: Trial, asked: int) -> None:
+def _report_trial(job: OpenJob, trial: Trial, asked: int) -> None:
     values = trial.values
     counted = f"{in_words(values, asked)}, KL {values.kl:.4g}"
     job.events.emit(
@@ -149,7 +149,7 @@ class PlanEvaluator:
         """Return the first plan's scores, or fewer rows; workers may start the other plans. Raises MachineError."""
         rounds = [self._tasks(plan) for plan in plans]
         ahead = [task for tasks in rounds[1:] for task in tasks]
-        found = within_memory(partial(self.executor.evaluate, rounds[0], self._here, ahead))
+        found = within_memory(partial(self.executor.evaluate, rounds[0], self._score_here, ahead))
         if not isinstance(found, Shortage):
             return [scores for part in found for scores in part]
         rows = plans[0].rows // 2
@@ -169,7 +169,7 @@ class PlanEvaluator:
         parts = [tuple(edits[start : start + size]) for start in range(0, len(edits), size)]
         return [TrialsTask(part, plan.rows, plan.whole) for part in parts]
 
-    def _here(self, task: TrialsTask) -> Sequence[TrialScores]:
+    def _score_here(self, task: TrialsTask) -> Sequence[TrialScores]:
         return self.session.scorer.scores(task.edits, task.rows, task.whole)
 
     def rescored(self, trials: Sequence[Trial]) -> list[Trial]:

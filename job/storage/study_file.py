@@ -62,7 +62,7 @@ def back_up(file: Path, copy: Path, trials: int = 0) -> None:
     """
     with connected(file) as source, closing(sqlite3.connect(":memory:")) as target:
         source.backup(target)
-        if trials and (found := _counted(target)) < trials:
+        if trials and (found := _count_finished(target)) < trials:
             raise MachineError(
                 f"the study {file} holds {found} of {trials} finished trials: the file is damaged",
                 remedy="run the same command again to restore the study from its backup",
@@ -88,12 +88,12 @@ def count_trials(file: Path, *, checked: bool = False) -> int | None:
         return None
     try:
         with connected(file) as db:
-            return _counted(db)
+            return _count_finished(db)
     except sqlite3.Error:
         return None
 
 
-def _counted(db: sqlite3.Connection) -> int:
+def _count_finished(db: sqlite3.Connection) -> int:
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'trials'").fetchone():
         return 0  # new, or emptied: the caller knows how many there should be
     (found,) = db.execute("SELECT count(*) FROM trials WHERE state = 'COMPLETE'").fetchone()

@@ -56,7 +56,7 @@ WITHOUT = {
     "preflight/disk._probe_file": "a probe, removed at once",
     "preflight/disk.measure_speed": "a file without a name",
     "tuning/memory_probe._forget_peak": "a switch of the kernel's",
-    "model/device_faults._look": "stacks of a process that ends by itself right after",
+    "model/device_faults._exit_if_stuck": "stacks of a process that ends by itself right after",
     "system/failpoints.reached": "what a test is told",
     "storage/events.log_to": "a line feed after a line that a crash has torn",
     "storage/events.emit": "a line of a log, which may be torn",
