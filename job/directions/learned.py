@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from job.errors import JobError, UsageError
+from job.errors import DamagedError, UsageError
 from job.numerics.basis import DirectionPath
 from job.records import EditParameters
 from job.storage.atomic import ensure_folder, write_atomically
@@ -36,19 +36,19 @@ def keep_learned(folder: RunFolder, path: DirectionPath) -> str:
 
 
 def read_learned(folder: RunFolder, sha256: str) -> DirectionPath:
-    """Read learned directions from a run folder. Raises JobError if the file is missing or damaged."""
+    """Read learned directions from a run folder. Raises DamagedError if the file is missing or damaged."""
     file = learned_file(folder, sha256)
     try:
         return parse_learned(file.read_bytes(), sha256)
     except (OSError, ValueError) as error:
-        raise JobError(
+        raise DamagedError(
             f"the learned directions {file} are missing or damaged",
-            remedy="restore the file, or start again with --new",
+            remedy="restore the file from a copy or a checkpoint, or move the run folder away to start again",
         ) from error
 
 
 def export_learned(folder: RunFolder, edit: EditParameters, export: Path) -> None:
-    """Copy an edit's learned directions into its export, or remove a stale copy. Raises JobError."""
+    """Copy an edit's learned directions into its export, or remove a stale copy. Raises DamagedError."""
     if edit.directions is None:
         (export / EXPORTED).unlink(missing_ok=True)
         return

@@ -16,6 +16,7 @@ from job.export.reproduction import Again, require_same_model
 from job.lifecycle.end_of_rental import Machine, Progress, end_rental, outcome_of_error
 from job.lifecycle.lock import held
 from job.lifecycle.outcome import Outcome, completed
+from job.lifecycle.repair import repair, require_usable
 from job.lifecycle.running import RunningJob
 from job.lifecycle.safekeeping import undelivered
 from job.lifecycle.state import recorded, settings_key
@@ -172,6 +173,7 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
         if done is not None:
             return done
         record, settings = start.trusted(events.say)
+        repair(folder, events.say)
         inputs = preflight_inputs(folder, settings, events, notes=start.notes, last_holder=left_by, starting=True)
         settings, file = inputs.settings, JobFile(folder, record)
         meter = Meter(folder.meter_file, settings.price)
@@ -266,6 +268,8 @@ def check_job(
         folder = find_folder(settings)
         if folder.job_file.exists():
             require_known_code(folder, folder.read_job(), settings, events.say)
+            if completed(folder, settings) is None:
+                require_usable(folder, mirrored=settings.checkpoint is not None)
         last_holder = folder.holder() if folder.job_file.exists() else None
         inputs = preflight_inputs(folder, settings, events, notes=notes, on=on, last_holder=last_holder, starting=False)
         return preflight(inputs).survey

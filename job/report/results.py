@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from job.errors import JobError, MachineError
+from job.errors import DamagedError
 from job.export.reproduction import Reproduction
 from job.records import EditParameters, Trial
 from job.search.finalists import read_full_counts, with_full_counts
@@ -67,7 +67,5 @@ def trials_so_far(folder: RunFolder) -> list[Trial]:
     """Return finished trials; none of a damaged study, which the search reports. Raises MachineError if in use."""
     try:
         return job_trials(folder)
-    except MachineError:
-        raise
-    except JobError:
+    except DamagedError:
         return []

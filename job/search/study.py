@@ -18,9 +18,9 @@ import optuna
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial
 
-from job.errors import JobError, MachineError, explaining, first_line
+from job.errors import DamagedError, JobError, MachineError, explaining, first_line
 from job.records import Trial, TrialScores
-from job.storage.study_file import WAIT_SECONDS, connected, in_use, is_busy
+from job.storage.study_file import WAIT_SECONDS, connected, in_use, is_busy, refused_write
 from job.system.failpoints import reached
 
 STUDY_NAME = "abliterate"
@@ -96,7 +96,7 @@ def _rows_of_trial(models: ModuleType, trial_id: Any, trial: FrozenTrial) -> Ite
 
 
 def read_trials(file: Path) -> list[Trial]:
-    """Return a study's finished trials in number order, none without a file. Raises JobError or MachineError."""
+    """Return a study's finished trials in number order, none without a file. Raises MachineError."""
     if not file.exists():
         return []
     # Not through SQLAlchemy: it takes half a second to load, and a status command is to read only.
@@ -144,6 +144,13 @@ def _is_caused_by_lock(error: BaseException | None) -> bool:
     return error is not None and (is_busy(error) or _is_caused_by_lock(error.__cause__))
 
 
+def _refused_write(file: Path, error: BaseException | None) -> MachineError | None:
+    """Return the disk's refusal that an error, or one that it comes from, tells of."""
+    if error is None:
+        return None
+    return refused_write(file, error) or _refused_write(file, error.__cause__)
+
+
 @contextmanager
 def clear_write_errors(file: Path) -> Iterator[None]:
     """Turn storage errors within the block into one clear error about writing a study."""
@@ -154,6 +161,8 @@ def clear_write_errors(file: Path) -> Iterator[None]:
             raise
         if _is_caused_by_lock(error):
             raise in_use(file) from error
+        if (refused := _refused_write(file, error)) is not None:
+            raise refused from error
         raise MachineError(
             f"cannot write the study {file}: {first_line(error.__cause__ or error)}",
             remedy="free disk space, correct its permissions or choose another --workspace",
@@ -166,10 +175,12 @@ def clear_errors(file: Path) -> AbstractContextManager[None]:
     def explain(error: BaseException) -> JobError:
         if _is_caused_by_lock(error):
             return in_use(file)
+        if (refused := _refused_write(file, error)) is not None:
+            return refused
         # SQLAlchemy, sqlite3 and json raise a dozen types for a file that is damaged or not a database.
-        return JobError(
+        return DamagedError(
             f"the study {file} cannot be opened: {first_line(error)}",
-            remedy="move the file away to search again from the start",
+            remedy="run the job again to restore it from its backup, or move the file away to search from the start",
         )
 
     return explaining(explain)

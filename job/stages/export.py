@@ -48,7 +48,7 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         make_folder(export)
         (export / DONE).unlink(missing_ok=True)
     except OSError as error:
-        raise cannot_write(export, error) from error
+        raise cannot_write(Path(error.filename or export), error) from error
     _write_weights(session, export, edit, form)
     export_learned(job.folder, parameters, export)
     made = reproduction(
@@ -65,8 +65,11 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         write_edit_file(export, model.folder, model.architecture, edit, made)
     if form != "merged":
         copy_licences(model.folder, export)
-    with job.events.progress("hashing the export", 1):
-        seal_made(export, made, model.folder)
+    try:
+        with job.events.progress("hashing the export", 1):
+            seal_made(export, made, model.folder)
+    except OSError as error:
+        raise cannot_write(Path(error.filename or export), error) from error
     job.events.emit("exported", export=export.name)
     return export
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from job.errors import MachineError
+from job.storage.atomic import cannot_read, cannot_write
 from job.system.clock import now
 from job.system.periodic import every
 from job.text.redaction import redact, redacted
@@ -45,11 +45,14 @@ class Events:
     def log_to(self, path: Path | None) -> None:
         """Append to this file from now on, None for none; a torn last line is terminated first."""
         self._path = path
-        if path is not None and path.exists() and path.stat().st_size:
-            with path.open("rb+") as file:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
+        try:
+            if path is not None and path.exists() and path.stat().st_size:
+                with path.open("rb+") as file:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        file.write(b"\n")
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
     def emit(self, event: str, message: str = "", **fields: Any) -> None:
         """Record an event: a message for people, fields for programs. Raises MachineError."""
@@ -60,10 +63,7 @@ class Events:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
             except OSError as error:
-                raise MachineError(
-                    f"cannot write {self._path}: {error.strerror or error}",
-                    remedy="free disk space, correct its permissions or choose another --workspace",
-                ) from error
+                raise cannot_write(self._path, error) from error
         if message:
             self._echo(redact(message))
         for listener in self._listeners:
@@ -148,15 +148,17 @@ class Events:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return a run's events, skipping torn lines."""
+    """Return a run's events, skipping torn lines. Raises DamagedError if the file cannot be read at all."""
+    try:
+        text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    except OSError as error:
+        raise cannot_read(path, error) from error
     events = []
-    if path.exists():
-        # At line feeds alone: other ends of lines may stand within a message.
-        for line in path.read_text("utf-8", errors="replace").split("\n"):
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(event, dict):
-                events.append(event)
+    for line in text.split("\n"):  # at line feeds alone: other ends of lines may stand within a message
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict):
+            events.append(event)
     return events

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from job.export.merged import build_manifest
+from job.lifecycle.repair import repair
 from job.mirror import MirrorOptions, open_mirror
 from job.mirror.folder_store import FileStore
 from job.mirror.options import PACE
@@ -129,7 +130,7 @@ def test_every_durable_write_goes_past_a_point() -> None:
         if name.startswith(("upload/s3", "transfer/s3/"))
         and any("self._client" in ast.unparse(call) for call in _calls(function))
     ]
-    assert set(clients) == {f"transfer/s3/client.{name}" for name in ("_once", "pages", "close")}
+    assert set(clients) == {f"transfer/s3/client.{name}" for name in ("call", "pages", "close")}
 
 
 def _named() -> set[str]:
@@ -145,7 +146,7 @@ def _named() -> set[str]:
 # Points hit by their own tests instead of the whole job below.
 ELSEWHERE = {
     *("restore:fetched", "restore:in", "restore:aside", "restore:journal", "applied:written", "applied:replaced"),
-    *("study:damaged", "hub:committed"),
+    *("study:damaged", "hub:committed", "repair:unsealed", "repair:aside"),
     *("delivery:outgoing", "delivery:copied", "delivery:linked", "delivery:replaced", "object:copied"),
 }
 
@@ -421,6 +422,21 @@ def test_a_study_is_restored_though_restoring_it_is_cut(tmp_path: Path, faults: 
         assert file.with_name(BACKUP).exists()
     assert kills == len(points)
     assert read_trials(file) == whole
+
+
+def test_a_repair_that_is_cut_is_taken_up_again(small: Small, tmp_path: Path, faults: Path) -> None:
+    shutil.copytree(small.whole / "runs", tmp_path / "runs", symlinks=True)
+    folder = RunFolder(only_job(tmp_path / "runs"))
+    folder.figures_file("base").write_text("{")
+    folder.state_file.write_text("{")
+    points = ["repair:unsealed", "repair:aside"]
+    kills = 0
+    while dies(faults, points[kills : kills + 1], lambda: repair(folder, lambda _: None)):
+        kills += 1
+    assert kills == len(points)
+    assert not folder.state_file.exists()
+    assert (folder.path / "state.json.damaged").read_text() == "{"
+    assert not (folder.export_link / DONE).exists()
 
 
 def _export(folder: Path, words: str) -> Path:
