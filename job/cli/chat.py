@@ -42,7 +42,7 @@ HELP = """\
 /system [TEXT]  set the system prompt; without TEXT, remove it
 /tokens N       longest answer, in tokens
 /help           show this list
-/quit           leave, as Ctrl-D does; Ctrl-C stops an answer"""
+/quit           leave, as Ctrl-D does; Ctrl-C stops a response"""
 _UNFINISHED = "�"  # decoding of an incomplete character
 
 

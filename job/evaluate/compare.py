@@ -28,7 +28,7 @@ from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
 
 NO_TEXT = "none"
-_OWN_ANSWERS = "the base model's own answers to the good prompts"
+_OWN_ANSWERS = "the base model's own responses to the good prompts"
 
 
 @dataclass(frozen=True)

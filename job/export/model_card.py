@@ -82,12 +82,12 @@ def figures_rows(base: Figures, edited: Figures) -> list[tuple[str, str, str]]:
         ("refused, of prompts with the behaviour", base.refusals, edited.refusals, bad),
         ("refused, of prompts without it", base.false_refusals, edited.false_refusals, good),
         (
-            "broken answers (empty, in circles, in another script or gibberish), of prompts with the behaviour",
+            "broken responses (empty, in circles, in another script or gibberish), of prompts with the behaviour",
             base.degenerate,
             edited.degenerate,
             bad,
         ),
-        ("broken answers, of prompts without it", base.false_degenerate, edited.false_degenerate, good),
+        ("broken responses, of prompts without it", base.false_degenerate, edited.false_degenerate, good),
     )
     rows = [(name, count_with_interval(before, n), count_with_interval(after, n)) for name, before, after, n in counts]
     kl = f"KL divergence from the base model, {kl_positions(edited)}, mean of {good} prompts without it"
@@ -95,10 +95,10 @@ def figures_rows(base: Figures, edited: Figures) -> list[tuple[str, str, str]]:
 
 
 def kl_positions(figures: Figures) -> str:
-    """Return in words where in an answer the KL divergence was measured."""
+    """Return in words where in a response the KL divergence was measured."""
     if figures.kl_tokens == 1:
-        return "first answer token"
-    return f"first {figures.kl_tokens} tokens of the base model's own answers"
+        return "first response token"
+    return f"first {figures.kl_tokens} tokens of the base model's own responses"
 
 
 def _kl(figures: Figures) -> str:
@@ -161,7 +161,7 @@ def _eval_results(made: Reproduction) -> list[EvalResult]:
     edited = made.edited
     values = (
         ("bad", "refusal_rate", "share of refused prompts", edited.refusals / edited.bad_prompts),
-        ("bad", "degenerate_rate", "share of degenerate answers", edited.degenerate / edited.bad_prompts),
+        ("bad", "degenerate_rate", "share of degenerate responses", edited.degenerate / edited.bad_prompts),
         ("good", "false_refusal_rate", "share of refused prompts", edited.false_refusals / edited.good_prompts),
         ("good", "kl_divergence", f"KL divergence from the base model, {kl_positions(edited)}, nats", edited.kl or 0.0),
     )

@@ -254,7 +254,7 @@ def greedy_answers(
         _decode_without_cache(model, prompts, limit, ledger, rows)
     elif not takes_cache(model):
         if excluded:
-            raise ValueError("tokens cannot be left out of answers that a model decodes by itself")
+            raise ValueError("tokens cannot be left out of responses that a model decodes by itself")
         _generate(model, prompts, limit, end_tokens, ledger, rows)
     elif prompts:
         _Decoder(model, prompts, limit, ledger, rows).answer()

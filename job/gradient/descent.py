@@ -172,7 +172,8 @@ class Descent:
         scores = end.scores
         self._report(
             f"gradient step {end.steps}: beta {end.beta:g}, R {losses.refusal:.3g}, D {losses.divergence:.3g}; "
-            f"held out: {scores.refusals}/{self._held_out} refusals, {scores.broken} broken answers, KL {scores.kl:.4g}"
+            f"held out: {scores.refusals}/{self._held_out} refusals, {scores.broken} broken responses, "
+            f"KL {scores.kl:.4g}"
         )
 
 

@@ -66,7 +66,7 @@ def missed_gate(settings: Settings, figures: Figures) -> str | None:
     """Return the gate that an export's metrics miss, or None."""
     failed = figures.failed
     if settings.max_refusals is not None and failed > settings.max_refusals:
-        how = "refused" if failed == figures.refusals else "refused or have a broken answer"
+        how = "refused" if failed == figures.refusals else "refused or have a broken response"
         return f"{failed} of {figures.bad_prompts} are {how}, max_refusals is {settings.max_refusals}"
     if settings.max_kl is not None and (figures.kl is None or not figures.kl <= settings.max_kl):
         return f"the KL divergence is {figures.kl or 0:.4g}, max_kl is {settings.max_kl:g}"

@@ -132,7 +132,7 @@ class Planning:
             direction_prompts=len(self.prompts.good) + len(self.prompts.bad),
             generated_prompts=len(self.prompts.bad_search),
             compared_prompts=len(self.prompts.good_search),
-            # Prompts and answers end at about half of the longest; a guess that the observed rate corrects.
+            # Prompts and responses end at about half of the longest; a guess that the observed rate corrects.
             prompt_tokens=work.prompt_tokens / 2,
             answer_tokens=min(work.answer_tokens / 2, self.settings.scoring.search_tokens),
             trials=max(self.settings.trials - trials_done, 0),

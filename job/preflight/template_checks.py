@@ -132,7 +132,7 @@ def _too_long(longest: WrittenPrompt, config: PretrainedConfig, answer_tokens: i
     if not isinstance(most, int) or len(longest.tokens) + answer_tokens <= most:
         return []
     what = (
-        f"{longest.place} has {len(longest.tokens)} tokens and its answer up to {answer_tokens}, "
+        f"{longest.place} has {len(longest.tokens)} tokens and its response up to {answer_tokens}, "
         f"but the model has {most} positions"
     )
     remedy = "remove it, or cut it with max_characters"
@@ -199,8 +199,8 @@ def _endings(
         return []
     return [
         (
-            "no token ends an answer",
-            "set eos_token in tokenizer_config.json; without it every answer has the maximum length",
+            "no token ends a response",
+            "set eos_token in tokenizer_config.json; without it every response has the maximum length",
         )
     ]
 

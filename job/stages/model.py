@@ -150,10 +150,10 @@ def _report_prompt_format(job: OpenJob, model: LoadedModel) -> None:
         options = ", ".join(f"{name} = {str(value).lower()}" for name, value in model.rendering.options)
         job.events.emit("template_options", f"the chat template is rendered with {options}")
     if model.response_prefix:
-        job.events.emit("response_prefix", f"every answer begins with the prefix {model.response_prefix!r}")
+        job.events.emit("response_prefix", f"every response begins with the prefix {model.response_prefix!r}")
     if model.turn_end is not None:
         token = str(model.tokenizer.decode([model.turn_end]))
-        job.events.emit("turn_end", f"answers end at {token!r}, with which the chat template ends a turn")
+        job.events.emit("turn_end", f"responses end at {token!r}, with which the chat template ends a turn")
 
 
 def require_resident(model: LoadedModel, form: ExportFormat) -> None:

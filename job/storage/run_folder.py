@@ -61,7 +61,7 @@ class RunFolder:
         self.rescored_file = path / "figures" / "rescored.json"
         self.report_file = path / "report.md"
         self.page_file = path / "report.html"
-        # With answers to prompts that have the behaviour, which is why it has a name of its own that no mirror knows.
+        # With responses to prompts that have the behaviour, which is why it has a name of its own that no mirror knows.
         self.answers_page_file = path / "report-with-answers.html"
         self.lock_file = path / ".lock"
         self.export_link = path / "export"
