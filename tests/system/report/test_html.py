@@ -72,7 +72,7 @@ def test_charts_are_drawn_and_nothing_is_fetched(page: View, finished: Path) -> 
         "Pareto front",
         "The chosen edit",
         "Directions by layer",
-        "Answers before and after",
+        "Responses before and after",
         "Time and cost",
         "Preflight",
         "Provenance",
