@@ -54,7 +54,7 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
                     trials = search(job, session, workers.executor)
                     workers.executor.close()  # the export needs their memory
                     chosen = chosen_trial(job, trials, prompts)
-                    complete_export(session, chosen, trials_made(job, trials))
+                    complete_export(job, session, chosen, trials_made(job, trials))
     chosen = chosen_trial(job, trials, prompts)
     export = job.export_of(chosen)
     link_export(job.folder, export)

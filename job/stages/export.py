@@ -16,7 +16,7 @@ from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, copy_licences, seal_made, verify_written, write_weights
 from job.export.reproduction import Reproduction, base_model_name, reproduction
 from job.export.verification import MeasuredEdit, is_exact
-from job.lifecycle.running import OpenJob
+from job.lifecycle.running import OpenJob, RunningJob
 from job.model.loading import LoadedModel, load_model
 from job.model.memory import release_memory
 from job.model.placement import let_go
@@ -72,9 +72,8 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
     return export
 
 
-def complete_export(session: ModelSession, trial: Trial, trials: int) -> None:
+def complete_export(job: RunningJob, session: ModelSession, trial: Trial, trials: int) -> None:
     """Write the job's export; one finished before the search was extended gets the new number of trials."""
-    job = session.job
     export = job.export_of(trial)
     if not is_sealed(export):
         job.begin("export")
