@@ -32,9 +32,7 @@ def test_another_edit_is_told_from_the_measured_one(random_model_folder: Path, k
         same, of_edit = distances(EDITS[0])
         assert max(same) < 1e-6 < KL_BOUND < max(of_edit)
         require_rounding(same, of_edit)
-        with pytest.raises(
-            ExportMismatchError, match=r"edit on [23] of 4 good prompts: KL .* at prompt 2"
-        ):
+        with pytest.raises(ExportMismatchError, match=r"edit on [23] of 4 good prompts: KL .* at prompt 2"):
             require_rounding(*distances(EDITS[2]))
 
 
