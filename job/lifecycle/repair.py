@@ -23,7 +23,8 @@ def repair(folder: RunFolder, say: Callable[[str], None]) -> None:
     for export in sorted((folder.path / "exports").glob("*")):
         try:
             if is_sealed(export):
-                folder.read_figures("base"), folder.read_figures(export.name)
+                for subject in ("base", export.name):
+                    folder.read_figures(subject)
         except DamagedError as error:
             say(f"{error}: {export.name} is exported and measured again")
             (export / DONE).unlink(missing_ok=True)

@@ -16,7 +16,6 @@ from job.export.reproduction import Again, require_same_model
 from job.lifecycle.end_of_rental import Machine, Progress, end_rental, outcome_of_error
 from job.lifecycle.lock import held
 from job.lifecycle.outcome import Outcome, completed
-from job.lifecycle.repair import repair, require_usable
 from job.lifecycle.running import RunningJob
 from job.lifecycle.safekeeping import undelivered
 from job.lifecycle.state import recorded, settings_key
@@ -173,6 +172,8 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
         if done is not None:
             return done
         record, settings = start.trusted(events.say)
+        from job.lifecycle.repair import repair  # imports slowly, and a finished job does not need it
+
         repair(folder, events.say)
         inputs = preflight_inputs(folder, settings, events, notes=start.notes, last_holder=left_by, starting=True)
         settings, file = inputs.settings, JobFile(folder, record)
@@ -269,6 +270,8 @@ def check_job(
         if folder.job_file.exists():
             require_known_code(folder, folder.read_job(), settings, events.say)
             if completed(folder, settings) is None:
+                from job.lifecycle.repair import require_usable  # imports slowly
+
                 require_usable(folder, mirrored=settings.checkpoint is not None)
         last_holder = folder.holder() if folder.job_file.exists() else None
         inputs = preflight_inputs(folder, settings, events, notes=notes, on=on, last_holder=last_holder, starting=False)

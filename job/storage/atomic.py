@@ -96,10 +96,8 @@ def ensure_folder(folder: Path) -> None:
 
 def cannot_write(path: Path, error: OSError) -> MachineError:
     """Return the error for a file or folder that cannot be written: it names the folder and the space left there."""
-    reason, remedy = (
-        str(error.strerror or error),
-        "free disk space, correct its permissions or choose another --workspace",
-    )
+    reason = str(error.strerror or error)
+    remedy = "free disk space, correct its permissions or choose another --workspace"
     if error.errno == errno.EDQUOT:
         remedy = "remove files there, have the quota raised or choose another --workspace"
     elif error.errno == errno.EISDIR:
