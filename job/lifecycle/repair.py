@@ -12,6 +12,7 @@ from job.records import GeometryRecord, Record, State
 from job.search.finalists import FullCounts
 from job.search.path import EditPath
 from job.storage.atomic import read_record, sha256_file
+from job.storage.events import read_events
 from job.storage.exports import DONE, is_sealed
 from job.storage.run_folder import RunFolder
 from job.storage.study_file import require_restorable
@@ -58,6 +59,7 @@ def require_usable(folder: RunFolder, *, mirrored: bool) -> None:
 
 def _require_readable(folder: RunFolder) -> None:
     folder.read_uploads()
+    read_events(folder.events_file)
     _read_if_there(folder.prompts_file, PromptSets)
     _read_if_there(folder.path_file, EditPath)
     for file in folder.path.glob("directions/learned-*.safetensors"):

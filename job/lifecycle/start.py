@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from job.cloud.end_policy import AskedEnds, Ended
 from job.config.schema import Settings
 from job.data.prompts import PromptSets
-from job.errors import DeliveryError, GateError, RestartNeeded
+from job.errors import DamagedError, DeliveryError, GateError, RestartNeeded
 from job.export.reproduction import Again, require_same_model
 from job.lifecycle.end_of_rental import Machine, Progress, end_rental, outcome_of_error
 from job.lifecycle.lock import held
@@ -246,10 +246,17 @@ def _earlier_starts(folder: RunFolder, last_holder: HolderRecord | None) -> Earl
         prompts=read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None,
         commit=record.model_commit,
         date=record.prompt_date,
-        starts=past_starts(read_events(folder.events_file)),
+        starts=past_starts(_readable_events(folder)),
         processes=processes,
         trials_done=len(trials_so_far(folder)),
     )
+
+
+def _readable_events(folder: RunFolder) -> Sequence[Mapping[str, Any]]:
+    try:
+        return read_events(folder.events_file)
+    except DamagedError:
+        return ()  # a run that has to write there says so
 
 
 def _described(holder: HolderRecord, folder: RunFolder) -> JobHolder:
