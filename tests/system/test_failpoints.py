@@ -55,6 +55,7 @@ WITHOUT = {
     "system/locks._write": "who holds a lock; that its process has ended says the same (test_locks.py)",
     "system/locks.trial_folder": "a probe, removed at once or at the next one",
     "preflight/disk._probe_file": "a probe, removed at once",
+    "storage/study_file.refused_write": "a file without a name",
     "preflight/disk.measure_speed": "a file without a name",
     "tuning/memory_probe._forget_peak": "a switch of the kernel's",
     "model/device_faults._exit_if_stuck": "stacks of a process that ends by itself right after",
