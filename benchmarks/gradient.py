@@ -5,9 +5,9 @@ python -m benchmarks.gradient FOLDER [FOLDER ...] [--methods tpe:60,gradient:24]
 
 FOLDER is made by `abliterate demo-model` or `abliterate real-model`. A method is the search's name and its number of
 trials. Refusals and KL are the report's, on prompts that the job has not used. Responses to the same prompts are the
-export's, by plain transformers: right to the word on an organism, whose world is known; word for word the base model's
-on any model; broken by the detector of the search. A finished job is kept in the JSON file and not repeated. A row of the
-table is over all seeds and numbers of threads.
+export's, by plain transformers: right to the word on an organism, whose world is known; word for word the base
+model's on any model; broken by the detector of the search. A finished job is kept in the JSON file and not repeated.
+A row of the table is over all seeds and numbers of threads.
 """
 
 from __future__ import annotations
