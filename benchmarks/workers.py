@@ -26,9 +26,10 @@ import torch
 from benchmarks.measuring import machine, write_figures
 from job.organism.folder import write_organism
 from job.storage.events import Events
-from job.workers.executor import Engine, Executor
+from job.workers.executor import Executor
 from job.workers.local import LocalEngine
 from job.workers.ray_engine import RayEngine
+from job.workers.worker import Engine
 from tests.fakes.evaluations import Do, Doing
 from tests.helpers import abliterate, job_arguments, start, wait_until
 from tests.system.workers.test_workers import is_like
@@ -93,12 +94,12 @@ def milliseconds_per_task(engine: Engine) -> float:
     """Return the time for one worker to evaluate an empty task."""
     with Executor(engine, Events(stream=sys.stderr)) as executor:
         executor.open(Doing(), "abacus")
-        worker = engine.start(2)
-        worker.evaluate(Do("square", 1), None)
-        begin = time.monotonic()
-        for number in range(TASKS):
-            worker.evaluate(Do("square", number), None)
-        return 1000 * (time.monotonic() - begin) / TASKS
+        with engine.worker(2) as worker:
+            worker.ask("evaluate", Do("square", 1))
+            begin = time.monotonic()
+            for number in range(TASKS):
+                worker.ask("evaluate", Do("square", number))
+            return 1000 * (time.monotonic() - begin) / TASKS
 
 
 def engines() -> Iterator[tuple[str, Engine]]:
