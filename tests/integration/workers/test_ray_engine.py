@@ -137,8 +137,8 @@ def test_a_machine_joins_is_used_and_is_taken_away(engine: RayEngine, cluster: R
 def test_the_gpu_of_this_process_is_given_to_no_worker(engine: RayEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     engine.use(None, gpus=1, cpus=1)
+    assert engine.capacity() == 1  # known before there is an evaluation, which the number of workers decides about
     engine.open(Doing())
-    assert engine.capacity() == 1
     with engine.worker(1) as worker:
         assert worker.ask("evaluate", Do("environment"), 60)["CUDA_VISIBLE_DEVICES"] == "1"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tests.helpers import (
     environment,
     job_arguments,
     manifest,
+    only_job,
     start,
     stored_trials,
     wait_until,
@@ -118,6 +120,27 @@ def test_what_is_asked_ahead_is_the_same_with_workers_and_after_a_kill(organism:
     process.communicate()
     abliterate(*job, tmp_path / "runs", "--workers", 3).check()
     assert is_like(tmp_path / "runs", tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_job_continues_with_another_number_of_workers_as_it_began(
+    organism: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    """The number of workers decides the batches of the first start, and nothing afterwards, not even the job's name."""
+    job = ("run", *job_arguments(organism), "--startup-trials", 8, "--workspace")
+    asked = ("--set", "trials_per_batch=4")  # the former default, which names the same job
+    abliterate(*job, tmp_path / "moved", "--workers", before, "--trials", 8).check()
+    result = abliterate(*job, tmp_path / "moved", "--workers", after, "--trials", 20, *asked).check()
+    abliterate(*job, tmp_path / "alone", "--workers", before, "--trials", 20).check()
+    assert is_like(tmp_path / "moved", tmp_path / "alone")
+    record = json.loads((only_job(tmp_path / "moved") / "job.json").read_text())
+    batch, ahead = 4 * before, int(before > 1)
+    pinned = {"together": 4, "batch": batch, "ahead": ahead}
+    assert {name: record["resolution"][name] for name in pinned} == pinned
+    assert record["identity"]["trials_per_batch"] == 4
+    assert ("trials_per_batch stays 8, as at the first start, instead of 4" in result.err) == (batch == 8)
 
 
 @pytest.mark.slow
