@@ -37,7 +37,7 @@ from tests.helpers import abliterate, events, job_arguments, start, wait_until
 from tests.system.workers.test_workers import is_like
 
 # The same search for any number of workers. No search reaches this number of trials.
-LAYOUT = ("trials_per_batch=8", "batching.trials=2", "startup_trials=16")
+LAYOUT = ("trials_per_batch=8", "batching.trials=2", "startup_trials=16", "search.ahead=0")
 ENDLESS, WHOLE = 100_000, 24
 TASKS = 500
 

@@ -252,9 +252,7 @@ class Settings(BaseSettings):
         None, ge=1, description="Trials before the sampler's; unset: min(60, trials / 3)."
     )
     trials_per_batch: int | None = Field(
-        None,
-        ge=1,
-        description="Trials that are planned and evaluated together; unset: 4 for each worker of the first start.",
+        None, ge=1, description="Trials planned and evaluated together; unset: 4 for each worker of the first start."
     )
     kl_tokens: int = Field(
         ge=1,

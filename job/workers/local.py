@@ -21,7 +21,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from job.text.redaction import guarded_output
-from job.workers.worker import Engine, Evaluation, Host, Worker, WorkerLost
+from job.workers.worker import Engine, Evaluation, Host, Worker, WorkerLost, hung, result_of
 
 _PR_SET_PDEATHSIG = 1
 
@@ -33,7 +33,7 @@ class LocalEngine(Engine):
         """Start `count` processes, which run the pickled `warm_up`; more start on demand."""
         super().__init__()
         self._warm_up = warm_up
-        self._warm = {number: LocalWorker(self, warm_up, None) for number in range(1, count + 1)}
+        self._warm = {number: LocalWorker(warm_up, None) for number in range(1, count + 1)}
         self._devices: Sequence[str] = ()
         self._workers = 0
         self._evaluation: Evaluation | None = None
@@ -56,23 +56,23 @@ class LocalEngine(Engine):
         device = self._devices[number % len(self._devices)] if self._devices else None
         # A process that has imported its libraries may have fixed its visible devices.
         warm = self._warm.pop(number, None) if device is None else None
-        with self._kept(warm or LocalWorker(self, self._warm_up, device)) as worker:
+        with self._kept(warm or LocalWorker(self._warm_up, device)) as worker:
             worker.hardware = worker.ask("begin", self._evaluation)
             yield worker
 
     def end(self) -> None:
         """Kill all processes."""
         super().end()
-        for worker in self._warm.values():
+        for worker in list(self._warm.values()):
             worker.end()
 
 
 class LocalWorker(Worker):
     """A worker process of this machine."""
 
-    def __init__(self, engine: Engine, warm_up: Callable[[], None], device: str | None) -> None:
+    def __init__(self, warm_up: Callable[[], None], device: str | None) -> None:
         """Start it with only the given CUDA device visible; None: those of this process."""
-        super().__init__(engine)
+        super().__init__()
         context = multiprocessing.get_context("spawn")
         self._line, theirs = context.Pipe()
         self._process: SpawnProcess = context.Process(target=_main, args=(theirs, warm_up, device), daemon=True)
@@ -80,9 +80,13 @@ class LocalWorker(Worker):
         theirs.close()
 
     def ask(self, method: str, value: Any, limit: float | None = None) -> Any:
-        """Return its answer, as `Worker.ask` does; its death is told as WorkerLost."""
+        """Return its answer. Raises WorkerOutOfMemory, or WorkerLost on death or after `limit` seconds."""
         try:
-            return super().ask(method, value, limit)
+            # Pickled here: `Connection.send` would pass tensors as shared memory.
+            self._line.send_bytes(pickle.dumps((method, value)))
+            if limit is not None and not self._line.poll(limit):
+                raise hung(limit)
+            return result_of(pickle.loads(self._line.recv_bytes()))
         except (OSError, EOFError) as error:
             self._process.join()
             raise WorkerLost(f"has died (exit code {self._process.exitcode})") from error
@@ -91,16 +95,6 @@ class LocalWorker(Worker):
         """Kill it."""
         self._process.kill()
         self._process.join()
-
-    def _send(self, method: str, value: Any) -> None:
-        # Pickled here: `Connection.send` would pass tensors as shared memory.
-        self._line.send_bytes(pickle.dumps((method, value)))
-
-    def _has_answered(self, seconds: float) -> bool:
-        return self._line.poll(seconds)
-
-    def _answer(self) -> Any:
-        return pickle.loads(self._line.recv_bytes())
 
 
 def _main(line: Connection, warm_up: Callable[[], None], device: str | None) -> None:

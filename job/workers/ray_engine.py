@@ -19,8 +19,10 @@ from typing import Any
 from job.errors import MachineError, UsageError
 from job.system.tempdirs import scratch
 from job.text.redaction import guarded_output
-from job.workers.worker import LOOK_SECONDS, Engine, Evaluation, Host, Worker, WorkerLost
+from job.workers.worker import Engine, Evaluation, Host, Worker, WorkerLost, hung, result_of
 
+# Seconds between checks of a waiting thread.
+_LOOK_SECONDS = 0.5
 # Seconds that a cluster may be unreachable. Ray itself ends a process whose cluster is gone for a minute.
 GONE_SECONDS = 20.0
 _AGAIN = "run again to continue: on a new cluster, with another --address, or with --engine local"
@@ -93,7 +95,7 @@ class RayEngine(Engine):
             while True:
                 while not self.answers():  # calls to a dead cluster block until Ray ends this process
                     self.require_wanted()
-                    time.sleep(LOOK_SECONDS)
+                    time.sleep(_LOOK_SECONDS)
                 actor = ray_module().remote(**options)(_Actor).remote()
                 worker = actors.enter_context(self._kept(RayWorker(self, actor)))
                 if not self._is_own(*worker.ask("place", None)):
@@ -124,7 +126,7 @@ class RayEngine(Engine):
     def answers(self) -> bool:
         """Return whether the cluster's head can be reached."""
         try:
-            with socket.create_connection(self._gcs, timeout=LOOK_SECONDS):
+            with socket.create_connection(self._gcs, timeout=_LOOK_SECONDS):
                 return True
         except OSError:
             return False
@@ -134,36 +136,32 @@ class RayWorker(Worker):
     """An actor of a Ray cluster."""
 
     def __init__(self, engine: RayEngine, actor: Any) -> None:
-        super().__init__(engine)
-        self._cluster = engine
+        super().__init__()
+        self._engine = engine
         self._actor = actor
-        self._result: Any = None
 
     def ask(self, method: str, value: Any, limit: float | None = None) -> Any:
-        """Return its answer, as `Worker.ask` does; its death is told as WorkerLost."""
+        """Return its answer. Raises WorkerOutOfMemory; WorkerLost on death, after `limit` seconds, or once unneeded."""
+        ray, begun = ray_module(), time.monotonic()
         try:
-            return super().ask(method, value, limit)
-        except ray_module().exceptions.RayError as error:
+            answer = self._actor.answer.remote(method, value)
+            while not ray.wait([answer], timeout=_LOOK_SECONDS)[0]:
+                self._engine.require_wanted()
+                if limit is not None and time.monotonic() - begun > limit:
+                    raise hung(limit)
+            return result_of(ray.get(answer))
+        except ray.exceptions.RayError as error:
             raise WorkerLost(f"is lost: {_last_line(error)}") from error
 
     def end(self) -> None:
         """Kill it, unless it is dead or the cluster is: then the call would block, and no actor survives."""
-        if not self._cluster.answers():
+        if not self._engine.answers():
             return
         ray = ray_module()
         try:
             ray.kill(self._actor)
         except (ray.exceptions.RayError, ValueError):
             return  # it is dead
-
-    def _send(self, method: str, value: Any) -> None:
-        self._result = self._actor.answer.remote(method, value)
-
-    def _has_answered(self, seconds: float) -> bool:
-        return bool(ray_module().wait([self._result], timeout=seconds)[0])
-
-    def _answer(self) -> Any:
-        return ray_module().get(self._result)
 
 
 class _Actor:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 from job.errors import JobError
-
-# Seconds between checks of a waiting thread.
-LOOK_SECONDS = 0.5
 
 
 class WorkerLost(Exception):  # noqa: N818 - an event, handled by the executor
@@ -71,37 +67,29 @@ class Worker(ABC):
         finished: How many tasks it has evaluated.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self) -> None:
         self.hardware = ""
         self.finished = 0
 
+    @abstractmethod
     def ask(self, method: str, value: Any, limit: float | None = None) -> Any:
         """Return its answer. Raises WorkerOutOfMemory; WorkerLost on death, after `limit` seconds, or once unneeded."""
-        begun = time.monotonic()
-        self._engine.require_wanted()
-        self._send(method, value)
-        while not self._has_answered(LOOK_SECONDS):
-            self._engine.require_wanted()
-            if limit is not None and time.monotonic() - begun > limit:
-                raise WorkerLost(f"has hung: no result after {limit:.0f} s")
-        answer = self._answer()
-        if isinstance(answer, WorkerLost | WorkerOutOfMemory):
-            raise answer
-        return answer
 
     @abstractmethod
     def end(self) -> None:
         """Kill it; raises nothing."""
 
-    @abstractmethod
-    def _send(self, method: str, value: Any) -> None: ...
 
-    @abstractmethod
-    def _has_answered(self, seconds: float) -> bool: ...
+def hung(limit: float) -> WorkerLost:
+    """Return the loss of a worker that has not answered within a number of seconds."""
+    return WorkerLost(f"has hung: no result after {limit:.0f} s")
 
-    @abstractmethod
-    def _answer(self) -> Any: ...
+
+def result_of(answer: Any) -> Any:
+    """Return the result in an answer of `Host`. Raises WorkerOutOfMemory or WorkerLost if it tells so."""
+    if isinstance(answer, WorkerLost | WorkerOutOfMemory):
+        raise answer
+    return answer
 
 
 class Engine(ABC):
@@ -147,6 +135,7 @@ class Engine(ABC):
     def _kept(self, worker: Worker) -> Iterator[Worker]:
         self._running.append(worker)
         try:
+            self.require_wanted()  # once it is in the list: either this or `end` sees the other
             yield worker
         finally:
             self._running.remove(worker)

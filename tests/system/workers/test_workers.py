@@ -32,8 +32,10 @@ from tests.helpers import (
 )
 from tests.helpers import worker_processes as local_workers
 
-# Six trials per batch, two sharing their forwards; the search does not depend on the number of trials.
-LAYOUT = (*("--set", "trials_per_batch=6", "--set", "batching.trials=2", "--set", "startup_trials=12"), "--trials")
+# Six trials per batch, two sharing their forwards; the search depends neither on the number of trials nor on that of
+# workers at the first start.
+BATCHES = ("trials_per_batch=6", "batching.trials=2", "startup_trials=12", "search.ahead=0")
+LAYOUT = (*(word for setting in BATCHES for word in ("--set", setting)), "--trials")
 # More trials than finish before the workers are ready, however long a cluster takes; such a job is stopped.
 ENDLESS = 100_000
 
@@ -131,9 +133,13 @@ def test_a_job_continues_with_another_number_of_workers_as_it_began(
     """The number of workers decides the batches of the first start, and nothing afterwards, not even the job's name."""
     job = ("run", *job_arguments(organism), "--startup-trials", 8, "--workspace")
     asked = ("--set", "trials_per_batch=4")  # the former default, which names the same job
-    abliterate(*job, tmp_path / "moved", "--workers", before, "--trials", 8).check()
-    result = abliterate(*job, tmp_path / "moved", "--workers", after, "--trials", 20, *asked).check()
-    abliterate(*job, tmp_path / "alone", "--workers", before, "--trials", 20).check()
+    process = start(*job, tmp_path / "moved", "--workers", before, "--trials", ENDLESS)
+    wait_until(lambda: count_events(tmp_path / "moved") >= 8, process)
+    process.kill()
+    process.communicate()
+    trials = count_events(tmp_path / "moved") + 12
+    result = abliterate(*job, tmp_path / "moved", "--workers", after, "--trials", trials, *asked).check()
+    abliterate(*job, tmp_path / "alone", "--workers", before, "--trials", trials).check()
     assert is_like(tmp_path / "moved", tmp_path / "alone")
     record = json.loads((only_job(tmp_path / "moved") / "job.json").read_text())
     batch, ahead = 4 * before, int(before > 1)

@@ -17,6 +17,7 @@ from job.storage.events import Events
 from job.workers import executor as module
 from job.workers.executor import MOST_LOSSES, Executor
 from job.workers.worker import Engine, Worker, WorkerLost, WorkerOutOfMemory
+from tests.helpers import wait_until
 
 Evaluate = Callable[[Any], Any]
 
@@ -24,11 +25,10 @@ Evaluate = Callable[[Any], Any]
 class ThreadWorker(Worker):
     """A worker that is a function of this process."""
 
-    def __init__(self, engine: ThreadEngine, evaluate: Evaluate, hardware: str, prepare: Callable[[], Any]) -> None:
-        super().__init__(engine)
+    def __init__(self, evaluate: Evaluate, hardware: str, prepare: Callable[[], Any]) -> None:
+        super().__init__()
         self._prepare = prepare
         self._evaluate = evaluate
-        self._answered: Any = None
         self.hardware = hardware
         self.shared: list[Any] = []
         self.seen: list[tuple[Any, Any]] = []  # tasks, each with the value shared last before it
@@ -36,19 +36,12 @@ class ThreadWorker(Worker):
     def end(self) -> None:
         pass
 
-    def _send(self, method: str, value: Any) -> None:
+    def ask(self, method: str, value: Any, limit: float | None = None) -> Any:
         if method == "share":
             self.shared.append(value)
-            self._prepare()
-            return
+            return self._prepare()
         self.seen.append((value, self.shared[-1] if self.shared else None))
-        self._answered = self._evaluate(value)
-
-    def _has_answered(self, seconds: float) -> bool:
-        return True
-
-    def _answer(self) -> Any:
-        return self._answered
+        return self._evaluate(value)
 
 
 class ThreadEngine(Engine):
@@ -79,7 +72,7 @@ class ThreadEngine(Engine):
 
     @contextmanager
     def worker(self, number: int) -> Iterator[Worker]:
-        worker = ThreadWorker(self, self._evaluate, self._hardware, self._prepare)
+        worker = ThreadWorker(self._evaluate, self._hardware, self._prepare)
         self.started.append(worker)
         yield worker
 
@@ -140,7 +133,7 @@ def test_no_batch_waits_for_a_workers_first_result() -> None:
 
     def slowly(task: int) -> int:
         began.set()
-        go_on.wait()
+        go_on.wait(10)
         return task * task
 
     def here(task: int) -> int:
@@ -153,19 +146,17 @@ def test_no_batch_waits_for_a_workers_first_result() -> None:
         assert executor.evaluate([1, 2], here, then=[3]) == [1, 4]
         assert sorted(done) == [1, 2]  # one of them twice, and nothing of what comes then
         go_on.set()
-        while not engine.started[0].finished:
-            pass
+        wait_until(lambda: engine.started[0].finished >= 1, seconds=5)
         assert executor.evaluate([1, 2], here) == [1, 4]
         assert len(done) == 2
 
 
 def test_a_worker_prepares_before_it_takes_a_task() -> None:
     go_on = threading.Event()
-    engine = ThreadEngine(squared, prepare=go_on.wait)
+    engine = ThreadEngine(squared, prepare=lambda: go_on.wait(10))
     with opened(engine) as executor:
         executor.share("basis")
-        while not engine.started or not engine.started[0].shared:  # without a task, which would wait with it
-            pass
+        wait_until(lambda: bool(engine.started and engine.started[0].shared), seconds=5)  # without any task
         done: list[int] = []
         assert executor.evaluate([1, 2], lambda task: done.append(task) or task * task) == [1, 4]
         assert done == [1, 2]
