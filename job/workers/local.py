@@ -15,7 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -107,10 +107,11 @@ def _main(line: Connection, warm_up: Callable[[], None], device: str | None) -> 
     with guarded_output():
         try:
             warm_up()
-            host, answer = Host(), None
-            while not isinstance(answer, WorkerLost):
-                answer = host.answer(*pickle.loads(line.recv_bytes()))
-                line.send_bytes(pickle.dumps(answer))
+            with ExitStack() as resources:
+                host, answer = Host(resources), None
+                while not isinstance(answer, WorkerLost):
+                    answer = host.answer(*pickle.loads(line.recv_bytes()))
+                    line.send_bytes(pickle.dumps(answer))
         except EOFError:
             return  # the run has ended, or needs no workers
         except Exception:

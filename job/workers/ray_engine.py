@@ -168,9 +168,9 @@ class _Actor:
     """The inside of an actor."""
 
     def __init__(self) -> None:
-        self._open = ExitStack()
-        self._open.enter_context(guarded_output())  # Ray keeps printed output in files
-        self._host = Host()
+        self._resources = ExitStack()
+        self._resources.enter_context(guarded_output())  # Ray keeps printed output in files
+        self._host = Host(self._resources)
 
     def answer(self, method: str, value: Any) -> Any:
         if method == "place":

@@ -43,15 +43,16 @@ class Evaluation(Protocol):
 class Host:
     """The inside of a worker: an evaluator, and what it answers."""
 
-    def __init__(self) -> None:
-        self._open = ExitStack()
+    def __init__(self, resources: ExitStack) -> None:
+        """Take the stack that will hold what the evaluator opens."""
+        self._resources = resources
         self._evaluator: Evaluator | None = None
 
     def answer(self, method: str, value: Any) -> Any:
         """Return the result of `begin`, `share` or `evaluate`, or the exception that the run is to raise."""
         try:
             if method == "begin":
-                self._evaluator = self._open.enter_context(value.opened())
+                self._evaluator = self._resources.enter_context(value.opened())
                 return self._evaluator.hardware
             return getattr(self._evaluator, method)(value)
         except MemoryError as error:
