@@ -72,7 +72,7 @@ def trials_per_second(organism: Path, setup: Setup, seconds: float) -> float:
 def seconds_to_first_trials(organism: Path, workers: int) -> dict[str, float]:
     """Return when a job's search begins, its first worker is ready and its first trials are known, since its start."""
     with tempfile.TemporaryDirectory() as workspace:
-        job = words(organism, workspace, Setup("local", workers), 8)
+        job = words(organism, workspace, Setup("local", workers), 16)
         abliterate(*job, process=True, cold=True, OMP_NUM_THREADS=str(workers)).check()
         first: dict[str, float] = {}
         for event in events(Path(workspace)):
