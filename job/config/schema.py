@@ -154,10 +154,11 @@ class SearchSettings(Section):
     space: Literal["wide", "field"] = Field(description="Parameter space of tpe; field is that of other tools.")
     ei_candidates: int = Field(ge=1, description="Candidates that the TPE sampler compares for each trial.")
     known_points: bool = Field(description="Begin with eight edits that are known to do well.")
-    ahead: int = Field(
+    ahead: int | None = Field(
+        None,
         ge=0,
         description="Batches to plan before the results of the previous batch are known, so that no worker "
-        "waits for the slowest.",
+        "waits for the slowest; unset: 1 if the job's first start has several workers, else 0.",
     )
 
 
@@ -250,7 +251,9 @@ class Settings(BaseSettings):
     startup_trials: int | None = Field(
         None, ge=1, description="Trials before the sampler's; unset: min(60, trials / 3)."
     )
-    trials_per_batch: int = Field(ge=1, description="Trials that are planned and evaluated together.")
+    trials_per_batch: int | None = Field(
+        None, ge=1, description="Trials planned and evaluated together; unset: 4 for each worker of the first start."
+    )
     kl_tokens: int = Field(
         ge=1,
         description="Tokens of the base model's own responses over which the KL divergence is averaged; 1: the "

@@ -17,6 +17,7 @@ from job.preflight.model_facts import ModelFacts
 from job.preflight.readings import MachineReading
 from job.preflight.selftest import Exercise
 from job.preflight.table_memory import EditTables
+from job.records import TRIALS_PER_WORKER
 from job.transfer.folders import target_folder
 
 # Rates where none could be measured, bytes a second: a modest rented line and disk.
@@ -77,7 +78,7 @@ class Planning:
             tables=EditTables(
                 mode=self.settings.ablation.row_normalization,
                 directions=self._directions(),
-                trials=self.settings.batching.trials or self.settings.trials_per_batch,
+                trials=self.settings.batching.trials or self.settings.trials_per_batch or TRIALS_PER_WORKER,
             ),
         )
 

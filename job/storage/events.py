@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ class Events:
         self._stream = stream if stream is not None else sys.stderr
         self._echo = self._print
         self._listeners: list[Callable[[str, dict[str, Any]], None]] = []
+        self._lock = threading.RLock()  # a signal's handler may emit within an emit
         # Differences of times are durations, whatever is done to the wall clock meanwhile.
         self._begun = time.time() - now()
 
@@ -55,19 +57,22 @@ class Events:
             raise cannot_write(path, error) from error
 
     def emit(self, event: str, message: str = "", **fields: Any) -> None:
-        """Record an event: a message for people, fields for programs. Raises MachineError."""
-        if self._path is not None:
-            said = redacted({"message": message, **fields})
-            line = json.dumps({"time": round(self._begun + now(), 3), "event": event, **said}, ensure_ascii=False)
-            try:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
-            except OSError as error:
-                raise cannot_write(self._path, error) from error
-        if message:
-            self._echo(redact(message))
-        for listener in self._listeners:
-            listener(event, fields)
+        """Record an event: a message for people, fields for programs; from any thread. Raises MachineError."""
+        with self._lock:
+            if self._path is not None:
+                self._append(self._path, event, redacted({"message": message, **fields}))
+            if message:
+                self._echo(redact(message))
+            for listener in self._listeners:
+                listener(event, fields)
+
+    def _append(self, path: Path, event: str, said: dict[str, Any]) -> None:
+        line = json.dumps({"time": round(self._begun + now(), 3), "event": event, **said}, ensure_ascii=False)
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
     def say(self, message: str) -> None:
         """Record a message."""
