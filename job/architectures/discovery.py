@@ -81,10 +81,10 @@ def find_layers(model: PreTrainedModel) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    chained = [name for name, found in calls.items() if found and _is_chain(found, len(lists[name]), len(tokens))]
+    chained = [name for name, found in calls.items() if found and _is_chain(found, len(lists[name]), tokens.shape)]
     if not chained:
         raise UnsupportedArchitectureError(
-            str(model.config.model_type), "it has no list of layers that each run once and pass on one residual stream"
+            str(model.config.model_type), "it has no list of layers that each run once and pass on the residual stream"
         )
     # The longest one: lists within layers are as numerous as layers, but shorter.
     return max(chained, key=lambda name: (len(lists[name]), -name.count(".")))
@@ -100,11 +100,14 @@ def _record(calls: list[_Call], index: int) -> Callable[..., None]:
     return hook
 
 
-def _is_chain(calls: list[_Call], count: int, rows: int) -> bool:
-    """Return whether all modules were called once, in order, each with the previous output [rows, t, d]."""
+def _is_chain(calls: list[_Call], count: int, shape: torch.Size) -> bool:
+    """Return whether all modules were called once, in order, each with the previous output.
+
+    It is [rows, t, d], or [rows, t, streams, d] where layers mix several streams; `shape` is [rows, t].
+    """
     if [index for index, _, _ in calls] != list(range(count)):
         return False
-    if any(x.ndim != 3 or len(x) != rows or x.shape != y.shape for _, x, y in calls):
+    if any(x.ndim not in (3, 4) or x.shape[:2] != shape or x.shape != y.shape for _, x, y in calls):
         return False
     return all(torch.equal(x[2], y[1]) for x, y in itertools.pairwise(calls))
 
@@ -131,6 +134,7 @@ class WriterSearch:
 
     def run(self) -> None:
         """Search until nothing more is found."""
+        self._fix_mixing_of_streams()
         targets = [""]
         for _ in range(_ROUNDS):
             writers, norms = len(self.writers), len(self.norms)
@@ -143,6 +147,15 @@ class WriterSearch:
             targets = self._targets()
         for target in self._targets():
             self._tell_mixing(target)
+
+    def _fix_mixing_of_streams(self) -> None:
+        """Zero what reads all of several streams: weights for mixing them would otherwise transform c too."""
+        self._forward("")
+        if self._inputs[0].ndim == 4:
+            size = self._inputs[0].shape[2] * self.width
+            for _, _, parameter in self._parameters:
+                if size in parameter.shape:
+                    parameter.data.zero_()
 
     def _targets(self) -> list[str]:
         """Return where to search: the stream, and before norms, by name within a layer."""

@@ -34,7 +34,9 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("global_head_dim", "swa_head_dim", "swa_v_head_dim", "kv_channels"), _HEAD),
     **dict.fromkeys(("v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "index_head_dim"), _HEAD),
     **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), _HEAD),
-    **dict.fromkeys(("linear_num_key_heads", "index_n_heads"), 2),
+    **dict.fromkeys(("linear_num_key_heads",), 2),
+    # Few heads of an indexer would all score 0 for many tokens, and the choice among equal scores is arbitrary.
+    "index_n_heads": 32,
     **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("qk_head_dim",), 2 * _HEAD),
     **dict.fromkeys(("rotary_dim",), 8),

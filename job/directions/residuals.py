@@ -1,6 +1,6 @@
 """Residual stream at the last prompt position, read by hooks on the layers.
 
-Index 0 is the embeddings, index ℓ + 1 the output of layer ℓ before any final norm.
+Index 0 is the embeddings, index ℓ + 1 the output of layer ℓ before any final norm. Of several streams the mean is read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from job.storage.atomic import ensure_folder, write_atomically
 
 @contextmanager
 def layer_outputs(layers: nn.ModuleList, keep: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Within the block, call keep(index, hidden states [rows, t, d]) for every residual of a forward."""
+    """Within the block, call keep(index, hidden states [rows, t, d] or [rows, t, streams, d]) for every residual of a forward."""
 
     def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         keep(0, inputs[0] if inputs else named["hidden_states"])
@@ -89,7 +89,8 @@ def extract_residuals(
         edited = nullcontext() if edits is None else edits.all_rows(len(chosen), loaded.device)
 
         def keep(index: int, hidden: Tensor, chosen: list[int] = chosen) -> None:
-            residuals[chosen, index] = hidden[:, -1].to("cpu", torch.float32)
+            last = hidden[:, -1].to("cpu", torch.float32)
+            residuals[chosen, index] = last.mean(1) if last.ndim == 3 else last  # of [rows, streams, d]
 
         with edited, layer_outputs(layers, keep):
             decoder_of(loaded.model)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
