@@ -48,6 +48,9 @@ _CHANGES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "chameleon": {"vocabulary_map": {"<image>": 90, "IMGIMGA": 91}},
+    "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91, "<|visual token 000000|>": 92}},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 10},
     "gpt_neo": {"num_layers": 6, "attention_types": [[["global", "local"], 3]]},
     "granitemoeshared": {"shared_intermediate_size": 40},
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2, "num_hidden_layers": 6},
@@ -89,7 +92,7 @@ def families() -> list[str]:
         kind = CONFIG_MAPPING[family]
         # Encoders with a decoder switch, and decoders that belong to an encoder.
         fields = {field for parent in kind.__mro__ for field in vars(parent).get("__annotations__", {})}
-        if "is_decoder" not in fields and not getattr(kind, "is_encoder_decoder", False):
+        if not {"is_decoder", "add_cross_attention"} <= fields and not getattr(kind, "is_encoder_decoder", False):
             found.append(family)
     return found
 

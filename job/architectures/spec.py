@@ -56,6 +56,7 @@ class Writer:
             axes.
         hook: Module whose output is edited instead, "" for its own. Experts may reorder their outputs; then the module
             that sums them is hooked, once for all.
+        bias_outside: The bias is added to what the hooked module returns.
     """
 
     layer: int
@@ -67,6 +68,7 @@ class Writer:
     kind: Kind = "linear"
     post_norms: tuple[PostNorm, ...] = ()
     hook: str = ""
+    bias_outside: bool = False
 
     @property
     def hooked(self) -> str:

@@ -20,6 +20,7 @@ from job.errors import UnsupportedArchitectureError, in_one_line, refusing
 from job.generation.batching import BatchingSupport
 from job.generation.probing import probe_batching
 
+_SHAPE = 3, 7  # rows and tokens of forwards that find hooks
 _NORM_SAMPLES = 16
 _NORM_TOLERANCE = 1e-4
 # Cached structures and layer parameters by configuration, since a job needs them repeatedly.
@@ -70,15 +71,51 @@ def _batching_support(twin: PreTrainedModel, model: PreTrainedModel) -> Batching
 
 def _with_hooks(twin: PreTrainedModel, architecture: Architecture) -> Iterator[Writer]:
     """Yield the writers with modules to hook: those that return one vector per position."""
-    summed = [writer.module for writer in architecture.writers if writer.summed]
+    writers = [_with_bias_placed(twin, writer) for writer in architecture.writers]
+    summed = [writer.module for writer in writers if writer.summed]
     if not summed:
-        yield from architecture.writers
+        yield from writers
         return
     aligned = _position_wise_modules(twin, architecture.width)
     hooks = {name for name in (_innermost_around(module, aligned) for module in summed) if name not in summed}
-    for writer in architecture.writers:
+    for writer in writers:
         inside = [hook for hook in hooks if hook and writer.module.startswith(f"{hook}.")]
         yield replace(writer, hook=min(inside, key=len)) if inside else writer
+
+
+def _with_bias_placed(twin: PreTrainedModel, writer: Writer) -> Writer:
+    """Return a writer with its weight's own module if the bias is added outside of the module that holds it."""
+    own = _module_of(writer.parameter)
+    if writer.bias is None or writer.module == own:
+        return writer
+    before = _outputs_of(twin, writer.module)
+    bias = twin.get_parameter(writer.bias)
+    kept = bias.data.clone()
+    bias.data.add_(1)
+    after = _outputs_of(twin, writer.module)
+    bias.data.copy_(kept)
+    outside = bool(before) and all(map(torch.equal, before, after))
+    return replace(writer, module=own, bias_outside=True) if outside else writer
+
+
+def _outputs_of(twin: PreTrainedModel, module: str) -> list[Tensor]:
+    outputs: list[Tensor] = []
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = twin.get_submodule(module).register_forward_hook(hook)
+    try:
+        with torch.inference_mode():
+            decoder_of(twin)(input_ids=_tokens(), use_cache=False)
+    finally:
+        handle.remove()
+    return outputs
+
+
+def _tokens() -> Tensor:
+    rows, tokens = _SHAPE
+    return torch.arange(3, 3 + rows * tokens).view(rows, tokens)
 
 
 def _innermost_around(module: str, names: set[str]) -> str:
@@ -90,7 +127,7 @@ def _innermost_around(module: str, names: set[str]) -> str:
 
 def _position_wise_modules(twin: PreTrainedModel, width: int) -> set[str]:
     """Return the modules called once that return a vector of the stream per position of every row."""
-    rows, tokens = 3, 7
+    count = _tokens().numel() * width
     sizes: dict[str, list[int]] = {}
 
     def measure(name: str) -> Callable[..., None]:
@@ -104,11 +141,11 @@ def _position_wise_modules(twin: PreTrainedModel, width: int) -> set[str]:
     handles = [module.register_forward_hook(measure(name)) for name, module in twin.named_modules() if name]
     try:
         with torch.inference_mode():
-            decoder_of(twin)(input_ids=torch.arange(3, 3 + rows * tokens).view(rows, tokens), use_cache=False)
+            decoder_of(twin)(input_ids=_tokens(), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return {name for name, outputs in sizes.items() if outputs == [rows * tokens * width]}
+    return {name for name, outputs in sizes.items() if outputs == [count]}
 
 
 def _layer_parameters(model: PreTrainedModel, layers: str) -> set[str]:

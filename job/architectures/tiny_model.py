@@ -55,6 +55,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 101),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 128),
     **dict.fromkeys(("hidden_size_per_layer_input", "nemo_conv_channels"), 24),
+    "base_channels": 32,
 }
 # Sizes with another meaning in a family, or with constraints of its own.
 _FAMILIES: dict[str, dict[str, int]] = {
