@@ -165,9 +165,12 @@ class Verdict:
             name = writer.parameter.removeprefix(f"{self.architecture.layers}.").partition(".")[2]
             remarks = [f"axis {writer.axis}"] if writer.axis else []
             remarks += ["bias"] if writer.bias else []
-            remarks += [f"through {norm.module.rpartition('.')[2]}" for norm in writer.post_norms]
+            own = f"{self.architecture.layers}.{writer.layer}."
+            through = [norm.module.removeprefix(own) for norm in writer.post_norms if norm.module.startswith(own)]
+            remarks += [f"through {name}" for name in through]
             counts[re.sub(r"\.weight$", "", name) + (f" ({', '.join(remarks)})" if remarks else "")] += 1
-        return ", ".join(counts)
+        stream = {norm.module.rpartition(".")[2]: None for norms in self.architecture.stream_norms for norm in norms}
+        return ", ".join(counts) + (f"; the stream itself passes through {', '.join(stream)}" if stream else "")
 
 
 def judge(family: str) -> Verdict:

@@ -30,11 +30,19 @@ _Call = tuple[int, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class FoundNorm:
-    """A gain multiplied elementwise into the stream; `norm` is the next norm on its way there, or ""."""
+    """A gain multiplied elementwise into the stream; `norm` is the next norm on its way there, or "".
+
+    A layer's own parameter has no module that multiplies it; its name stands for one.
+    """
 
     module: str
     gain: str
     norm: str
+
+    @property
+    def bare(self) -> bool:
+        """Whether the gain is a layer's own parameter."""
+        return self.module == self.gain
 
 
 @dataclass(frozen=True)
@@ -113,12 +121,17 @@ def _is_chain(calls: list[_Call], count: int, shape: torch.Size) -> bool:
 
 
 class WriterSearch:
-    """Finds writers in a small random model, whose parameters it zeroes on the way."""
+    """Finds writers in a small random model, whose parameters it zeroes on the way.
+
+    Attributes:
+        carriers: Gains of the norms found that the stream itself passes through.
+    """
 
     def __init__(self, model: PreTrainedModel, layers: str, seed: int = 0) -> None:
         """Prepare the search; `seed` is for the inputs and c."""
         self.writers: list[Found] = []
         self.norms: list[FoundNorm] = []
+        self.carriers: set[str] = set()
         self.width = int(model.config.get_text_config(decoder=True).hidden_size)
         self._model, self._layers, self._seed = model, layers, seed
         self._list = list(model.get_submodule(layers).children())
@@ -147,6 +160,7 @@ class WriterSearch:
             targets = self._targets()
         for target in self._targets():
             self._tell_mixing(target)
+        self._tell_carriers()
 
     def _fix_mixing_of_streams(self) -> None:
         """Zero what reads all of several streams: weights for mixing them would otherwise transform c too."""
@@ -159,7 +173,7 @@ class WriterSearch:
 
     def _targets(self) -> list[str]:
         """Return where to search: the stream, and before norms, by name within a layer."""
-        return ["", *dict.fromkeys(self._relative(norm.module) for norm in self.norms)]
+        return ["", *dict.fromkeys(self._relative(norm.module) for norm in self.norms if not norm.bare)]
 
     def _relative(self, name: str) -> str:
         return name.removeprefix(f"{self._layers}.").partition(".")[2]
@@ -177,22 +191,39 @@ class WriterSearch:
                 continue
             norm = f"{self._layers}.{index}.{target}" if target else ""
             left, right = ones[name], twos[name]
-            axis = _axis(left, one)
-            if axis is not None and _axis(right, two) == axis:
-                self.writers.append(Found(index, name, axis, norm))
-            elif left.shape == one.shape and _close(left / one, right / two) and self._relative(name).count("."):
-                self.norms.append(FoundNorm(name.rpartition(".")[0], name, norm))
+            for behind, gain in self._gains_before(index, norm):
+                axis = _axis(left, gain * one)
+                if axis is not None and _axis(right, gain * two) == axis:
+                    self.writers.append(Found(index, name, axis, behind))
+                    break
+            else:
+                if left.shape == one.shape and _close(left / one, right / two):
+                    module = name.rpartition(".")[0] if self._relative(name).count(".") else name
+                    self.norms.append(FoundNorm(module, name, norm))
+
+    def _gains_before(self, index: int, norm: str) -> list[tuple[str, Tensor]]:
+        """Return what may scale a layer's writers before a norm or the stream: nothing, or a gain of the layer's own."""
+        own = [one.gain for one in self.norms if one.bare and one.norm == norm]
+        own = [name for name in own if name.startswith(f"{self._layers}.{index}.")]
+        return [(norm, torch.ones(())), *((name, self._model.get_parameter(name).detach()) for name in own)]
 
     def _tell_mixing(self, target: str) -> None:
         """Determine which zeroed writers' last position depends on their layer's input at other positions."""
         c = torch.randn(self.width, generator=self._generator)
         before = self._gradients(self._forward(target), c, last=True)
         after = self._gradients(self._forward(target, changed=True), c, last=True)
+        after_gain = {norm.gain: norm.norm for norm in self.norms if norm.bare}
         for index, found in enumerate(self.writers):
             here = f"{self._layers}.{found.layer}.{target}" if target else ""
-            if found.norm == here and found.parameter in before and found.parameter in after:
+            in_both = found.parameter in before and found.parameter in after
+            if after_gain.get(found.norm, found.norm) == here and in_both:
                 mixes = not _close(before[found.parameter], after[found.parameter])
                 self.writers[index] = replace(found, mixes=mixes)
+
+    def _tell_carriers(self) -> None:
+        """Find the gains that something passes through although all writers are zero: the stream."""
+        c = torch.randn(self.width, generator=self._generator)
+        self.carriers = {norm.gain for norm in self.norms} & self._gradients(self._forward(""), c).keys()
 
     def _forward(self, target: str, *, changed: bool = False) -> list[Tensor]:
         """Return the layers' outputs, or their norms' inputs; `changed` varies all positions but the last."""

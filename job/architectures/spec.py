@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from job.architectures.tensor_names import Form
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
@@ -119,6 +120,8 @@ class Architecture:
     Attributes:
         forms: Stored forms of the parameters of edits, by name in the loaded model.
         prefix: Prefix that is missing from names in files without a head.
+        stream_norms: Norms that each layer's stream itself passes through, in order; () if in no layer. Directions and
+            residuals are then those of the last layer's output, to which norms only scale a stream's entries.
     """
 
     model_type: str
@@ -129,6 +132,15 @@ class Architecture:
     forms: Mapping[str, Form] = field(default_factory=dict)
     prefix: str = ""
     batching: BatchingSupport = field(default_factory=BatchingSupport)
+    stream_norms: tuple[tuple[PostNorm, ...], ...] = ()
+
+    def at(self, layer: int, directions: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+        """Return unit directions before a layer, [..., d], float64, for given ones in the last layer's output."""
+        directions = directions.to(torch.float64)
+        for norms in reversed(self.stream_norms[layer:]):
+            for norm in reversed(norms):
+                directions = normalize(norm.pull_back(read(norm.parameter).detach(), directions), dim=-1)
+        return directions
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -137,8 +149,9 @@ class Architecture:
         return tuple(dict.fromkeys(modules))
 
     def without_norms(self) -> Architecture:
-        """Return the structure without norms between writers and the stream."""
-        return replace(self, writers=tuple(replace(writer, post_norms=()) for writer in self.writers))
+        """Return the structure without norms."""
+        writers = tuple(replace(writer, post_norms=()) for writer in self.writers)
+        return replace(self, writers=writers, stream_norms=())
 
 
 def require_editable(architecture: Architecture) -> None:

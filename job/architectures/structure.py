@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -172,7 +173,18 @@ def structure_of_twin(twin: PreTrainedModel) -> Architecture:
         )
     count = sum(1 for _ in twin.get_submodule(layers).children())
     writers.sort(key=lambda writer: (writer.layer, writer.component))
-    return Architecture(str(twin.config.model_type), layers, count, search.width, tuple(writers))
+    architecture = Architecture(str(twin.config.model_type), layers, count, search.width, tuple(writers))
+    if not search.carriers:
+        return architecture
+    carrying = tuple(_stream_norms(twin, search, f"{layers}.{layer}.") for layer in range(count))
+    through = (replace(w, post_norms=(*w.post_norms, *chain.from_iterable(carrying[w.layer + 1 :]))) for w in writers)
+    return replace(architecture, writers=tuple(through), stream_norms=carrying)
+
+
+def _stream_norms(twin: PreTrainedModel, search: WriterSearch, layer: str) -> tuple[PostNorm, ...]:
+    """Return the norms that a layer's stream passes through, in order: the search goes backwards."""
+    found = [one for one in reversed(search.norms) if one.gain in search.carriers and one.gain.startswith(layer)]
+    return tuple(_post_norm(twin, norm, search) for norm in found)
 
 
 def _is_bias(twin: PreTrainedModel, found: Found, others: list[Found]) -> bool:
@@ -219,19 +231,21 @@ def _module_of(parameter: str) -> str:
 
 def _post_norms(twin: PreTrainedModel, found: Found, search: WriterSearch, biases: list[Found]) -> tuple[PostNorm, ...]:
     """Return the norms after a writer in order, and remove their biases from the list."""
-    chain: list[PostNorm] = []
+    norms: list[PostNorm] = []
     name = found.norm
     while name:
         norm = next(norm for norm in search.norms if norm.module == name)
-        bias = next((one.parameter for one in search.writers if _module_of(one.parameter) == name), None)
-        biases[:] = [one for one in biases if one.parameter != bias]
-        chain.append(_post_norm(twin, norm, bias))
+        norms.append(_post_norm(twin, norm, search))
+        biases[:] = [one for one in biases if one.parameter != norms[-1].bias]
         name = norm.norm
-    return tuple(chain)
+    return tuple(norms)
 
 
-def _post_norm(twin: PreTrainedModel, norm: FoundNorm, bias: str | None) -> PostNorm:
+def _post_norm(twin: PreTrainedModel, norm: FoundNorm, search: WriterSearch) -> PostNorm:
     """Determine a norm's kind from its outputs. Raises UnsupportedArchitectureError for other kinds."""
+    if norm.bare:
+        return PostNorm(norm.module, norm.gain, 0.0, False, None)
+    bias = next((one.parameter for one in search.writers if _module_of(one.parameter) == norm.module), None)
     gain = twin.get_parameter(norm.gain).detach()
     added = twin.get_parameter(bias).detach() if bias else torch.zeros_like(gain)
     # Large, so that epsilon is negligible.

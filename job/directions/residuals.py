@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from job.architectures.discovery import decoder_of
 from job.edits.hooks import ActiveEdits
 from job.generation.forward import left_padded
 from job.model.loading import LoadedModel
+from job.model.placement import read_parameter
 from job.storage.atomic import ensure_folder, write_atomically
 
 
@@ -82,7 +84,7 @@ def extract_residuals(
     residuals = torch.empty(len(prompts), count, loaded.architecture.width)
     layers = loaded.model.get_submodule(loaded.architecture.layers)
     assert isinstance(layers, nn.ModuleList)
-    lengths = [len(prompt) for prompt in prompts]
+    lengths, scales = [len(prompt) for prompt in prompts], _scales(loaded)
     most, padded = tokens if tokens is not None else rows * max(lengths, default=0), loaded.architecture.batching.padded
     for chosen in batches(lengths, rows, most, padded=padded):
         ids, mask, positions = left_padded([prompts[i] for i in chosen], loaded.device)
@@ -90,12 +92,22 @@ def extract_residuals(
 
         def keep(index: int, hidden: Tensor, chosen: list[int] = chosen) -> None:
             last = hidden[:, -1].to("cpu", torch.float32)
-            residuals[chosen, index] = last.mean(1) if last.ndim == 3 else last  # of [rows, streams, d]
+            residuals[chosen, index] = scales[index] * (last.mean(1) if last.ndim == 3 else last)
 
         with edited, layer_outputs(layers, keep):
             decoder_of(loaded.model)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         advance(len(chosen))
     return residuals
+
+
+def _scales(loaded: LoadedModel) -> Tensor:
+    """Return what scales residuals to those of the last layer's output, if norms scale the stream, [layers + 1, d]."""
+    architecture, read = loaded.architecture, partial(read_parameter, loaded.model)
+    ones = torch.ones(architecture.width, dtype=torch.float64)
+    if not architecture.stream_norms:
+        return ones.expand(architecture.layer_count + 1, -1)
+    gains = [architecture.at(layer, ones, read) for layer in range(architecture.layer_count + 1)]
+    return torch.stack(gains) * architecture.width**0.5
 
 
 @dataclass(frozen=True)

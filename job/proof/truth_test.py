@@ -42,7 +42,7 @@ def largest_leak(
 ) -> tuple[int, float]:
     """Ablate a random direction from the writers (None: all); return the layer with the largest leak, and its share.
 
-    Every layer gets an input h_in without the direction. The share is |v·h_out| / |h_out - h_in|, the largest over all
+    The direction is one of the last layer's output (`Architecture.at`). Every layer gets an input h_in without the direction. The share is |v·h_out| / |h_out - h_in|, the largest over all
     positions and streams. A layer may thus scale what it is given, and mix several streams, but nothing else. Parameters
     are restored afterwards.
     """
@@ -95,19 +95,20 @@ def _shares(
     shares: list[float] = []
     entered: list[Tensor] = []
 
-    def along(hidden: Tensor) -> Tensor:
-        own = directions.view(_ROWS, *[1] * (hidden.ndim - 2), -1).to(hidden)
+    def along(layer: int, hidden: Tensor) -> Tensor:
+        own = architecture.at(layer, directions, model.get_parameter)
+        own = own.view(_ROWS, *[1] * (hidden.ndim - 2), -1).to(hidden)
         return (hidden * own).sum(-1, keepdim=True) * own
 
     def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         hidden = inputs[0] if inputs else named["hidden_states"]
-        hidden = hidden - along(hidden)
+        hidden = hidden - along(len(shares), hidden)
         entered.append(hidden)
         return ((hidden, *inputs[1:]), named) if inputs else (inputs, {**named, "hidden_states": hidden})
 
     def leave(_module: nn.Module, _inputs: Any, output: Any) -> None:
         hidden = (output if isinstance(output, Tensor) else output[0]).to(torch.float64)
-        share = along(hidden).norm(dim=-1) / (hidden - entered.pop()).norm(dim=-1)
+        share = along(len(shares) + 1, hidden).norm(dim=-1) / (hidden - entered.pop()).norm(dim=-1)
         shares.append(float(share.nan_to_num(1.0).max()))
 
     layers = model.get_submodule(architecture.layers).children()
