@@ -89,7 +89,7 @@ def find_layers(model: PreTrainedModel) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    chained = [name for name, found in calls.items() if found and _is_chain(found, len(lists[name]), tokens.shape)]
+    chained = [name for name, found in calls.items() if found and _is_chain(found, len(lists[name]), len(tokens))]
     if not chained:
         raise UnsupportedArchitectureError(
             str(model.config.model_type), "it has no list of layers that each run once and pass on the residual stream"
@@ -108,14 +108,14 @@ def _record(calls: list[_Call], index: int) -> Callable[..., None]:
     return hook
 
 
-def _is_chain(calls: list[_Call], count: int, shape: torch.Size) -> bool:
+def _is_chain(calls: list[_Call], count: int, rows: int) -> bool:
     """Return whether all modules were called once, in order, each with the previous output.
 
-    It is [rows, t, d], or [rows, t, streams, d] where layers mix several streams; `shape` is [rows, t].
+    It is [rows, t, d], or [rows, t, streams, d] where layers mix several streams.
     """
     if [index for index, _, _ in calls] != list(range(count)):
         return False
-    if any(x.ndim not in (3, 4) or x.shape[:2] != shape or x.shape != y.shape for _, x, y in calls):
+    if any(x.ndim not in (3, 4) or len(x) != rows or x.shape != y.shape for _, x, y in calls):
         return False
     return all(torch.equal(x[2], y[1]) for x, y in itertools.pairwise(calls))
 
@@ -137,6 +137,7 @@ class WriterSearch:
         self._list = list(model.get_submodule(layers).children())
         self._generator = torch.Generator().manual_seed(seed)
         self._inputs: list[Tensor] = []
+        self._called: set[str] = set()
         self._parameters: list[tuple[int, str, nn.Parameter]] = []
         known: set[int] = set()  # layers may share parameters
         for index, layer in enumerate(self._list):
@@ -147,6 +148,7 @@ class WriterSearch:
 
     def run(self) -> None:
         """Search until nothing more is found."""
+        self._call_once()
         self._fix_mixing_of_streams()
         targets = [""]
         for _ in range(_ROUNDS):
@@ -162,9 +164,22 @@ class WriterSearch:
             self._tell_mixing(target)
         self._tell_carriers()
 
+    def _call_once(self) -> None:
+        """Find which modules a forward calls."""
+
+        def enter(name: str) -> Callable[..., None]:
+            return lambda *_: self._called.add(name)
+
+        named = [(name, module) for name, module in self._model.named_modules() if name.startswith(self._layers)]
+        handles = [module.register_forward_pre_hook(enter(name)) for name, module in named]
+        try:
+            self._forward("")
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _fix_mixing_of_streams(self) -> None:
         """Zero what reads all of several streams: weights for mixing them would otherwise transform c too."""
-        self._forward("")
         if self._inputs[0].ndim == 4:
             size = self._inputs[0].shape[2] * self.width
             for _, _, parameter in self._parameters:
@@ -197,9 +212,19 @@ class WriterSearch:
                     self.writers.append(Found(index, name, axis, behind))
                     break
             else:
-                if left.shape == one.shape and _close(left / one, right / two):
-                    module = name.rpartition(".")[0] if self._relative(name).count(".") else name
-                    self.norms.append(FoundNorm(module, name, norm))
+                shape = (self.width, *[1] * (left.ndim - 1))
+                scales = left.ndim == 1 or (left.ndim == 3 and left.shape[1] == 1)
+                if scales and len(left) == self.width and _close(left / one.view(shape), right / two.view(shape)):
+                    self.norms.append(FoundNorm(self._module_of(name), name, norm))
+
+    def _module_of(self, gain: str) -> str:
+        """Return the innermost module around a gain whose forward is called, or the gain if that is a layer."""
+        name = gain
+        while self._relative(name).count("."):
+            name = name.rpartition(".")[0]
+            if name in self._called:
+                return name
+        return gain
 
     def _gains_before(self, index: int, norm: str) -> list[tuple[str, Tensor]]:
         """Return what may scale a layer's writers before a norm or the stream: nothing, or a gain of the layer's own."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Literal
 
 import torch
@@ -47,6 +48,31 @@ class PostNorm:
 
 
 @dataclass(frozen=True)
+class ShortConvolution:
+    """A causal convolution of every entry by itself between a writer and the residual stream.
+
+    Its kernel is [d, 1, taps], the present position's tap last. Each tap carries another direction into the stream.
+
+    Attributes:
+        skips: The input is added to its output.
+        taps: Number of positions that it reads.
+    """
+
+    module: str
+    parameter: str
+    skips: bool
+    taps: int
+    bias: None = None
+
+    def pull_back(self, kernel: Tensor, directions: Tensor) -> Tensor:
+        """Return directions [m * taps, d] to ablate before it for given ones [m, d] after it, not normalised."""
+        taps = kernel[:, 0].to(directions).flip(1).mT.clone()
+        if self.skips:
+            taps[0] += 1
+        return (directions[:, None] * taps).flatten(0, 1)
+
+
+@dataclass(frozen=True)
 class Writer:
     """A parameter whose product with its input is added to the residual stream.
 
@@ -67,7 +93,7 @@ class Writer:
     bias: str | None
     axis: int = 0
     kind: Kind = "linear"
-    post_norms: tuple[PostNorm, ...] = ()
+    post_norms: tuple[PostNorm | ShortConvolution, ...] = ()
     hook: str = ""
     bias_outside: bool = False
 
@@ -91,6 +117,11 @@ class Writer:
         """Names of the parameters that an edit reads: weight, bias and gains of norms."""
         return (*self.edited, *(norm.parameter for norm in self.post_norms))
 
+    @property
+    def span(self) -> int:
+        """Number of directions before the writer's norms for each in the stream."""
+        return prod(norm.taps for norm in self.post_norms if isinstance(norm, ShortConvolution))
+
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the weight, or one expert's, with the stream's axis first, [d, i]."""
         return weight.movedim(self._axis, 0)
@@ -104,7 +135,7 @@ class Writer:
         return self.axis - (self.kind == "experts")
 
     def pull_back(self, directions: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """Return directions before the writer's norms for given ones [m, d] in the stream, [m, d], float64.
+        """Return directions before the writer's norms for given ones [m, d] in the stream, [m * span, d], float64.
 
         They have unit length without norms; `read` returns a parameter by name.
         """

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from job.architectures.discovery import Found, FoundNorm, WriterSearch, decoder_of, find_layers
-from job.architectures.spec import Architecture, Kind, PostNorm, Writer
+from job.architectures.spec import Architecture, Kind, PostNorm, ShortConvolution, Writer
 from job.architectures.tensor_names import stored_forms
 from job.architectures.tiny_model import empty_model, twin_of
 from job.errors import UnsupportedArchitectureError, in_one_line, refusing
@@ -181,7 +181,9 @@ def structure_of_twin(twin: PreTrainedModel) -> Architecture:
     return replace(architecture, writers=tuple(through), stream_norms=carrying)
 
 
-def _stream_norms(twin: PreTrainedModel, search: WriterSearch, layer: str) -> tuple[PostNorm, ...]:
+def _stream_norms(
+    twin: PreTrainedModel, search: WriterSearch, layer: str
+) -> tuple[PostNorm | ShortConvolution, ...]:
     """Return the norms that a layer's stream passes through, in order: the search goes backwards."""
     found = [one for one in reversed(search.norms) if one.gain in search.carriers and one.gain.startswith(layer)]
     return tuple(_post_norm(twin, norm, search) for norm in found)
@@ -229,9 +231,11 @@ def _module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _post_norms(twin: PreTrainedModel, found: Found, search: WriterSearch, biases: list[Found]) -> tuple[PostNorm, ...]:
+def _post_norms(
+    twin: PreTrainedModel, found: Found, search: WriterSearch, biases: list[Found]
+) -> tuple[PostNorm | ShortConvolution, ...]:
     """Return the norms after a writer in order, and remove their biases from the list."""
-    norms: list[PostNorm] = []
+    norms: list[PostNorm | ShortConvolution] = []
     name = found.norm
     while name:
         norm = next(norm for norm in search.norms if norm.module == name)
@@ -241,10 +245,12 @@ def _post_norms(twin: PreTrainedModel, found: Found, search: WriterSearch, biase
     return tuple(norms)
 
 
-def _post_norm(twin: PreTrainedModel, norm: FoundNorm, search: WriterSearch) -> PostNorm:
+def _post_norm(twin: PreTrainedModel, norm: FoundNorm, search: WriterSearch) -> PostNorm | ShortConvolution:
     """Determine a norm's kind from its outputs. Raises UnsupportedArchitectureError for other kinds."""
     if norm.bare:
         return PostNorm(norm.module, norm.gain, 0.0, False, None)
+    if twin.get_parameter(norm.gain).ndim > 1:
+        return _short_convolution(twin, norm)
     bias = next((one.parameter for one in search.writers if _module_of(one.parameter) == norm.module), None)
     gain = twin.get_parameter(norm.gain).detach()
     added = twin.get_parameter(bias).detach() if bias else torch.zeros_like(gain)
@@ -266,4 +272,22 @@ def _post_norm(twin: PreTrainedModel, norm: FoundNorm, search: WriterSearch) -> 
     raise UnsupportedArchitectureError(
         str(twin.config.model_type),
         f"{norm.module} scales the input to the stream but is neither RMSNorm nor LayerNorm",
+    )
+
+
+def _short_convolution(twin: PreTrainedModel, norm: FoundNorm) -> ShortConvolution:
+    """Determine a convolution's kind from its response to an impulse. Raises UnsupportedArchitectureError."""
+    kernel = twin.get_parameter(norm.gain).detach()
+    x = torch.zeros(1, kernel.shape[-1], len(kernel))
+    x[0, 0] = torch.randn(len(kernel), generator=torch.Generator().manual_seed(0))
+    with refusing(str(twin.config.model_type), f"{norm.module} is not a convolution"), torch.no_grad():
+        y = twin.get_submodule(norm.module)(x)[0].to(torch.float64)
+    for skips in (False, True):
+        found = ShortConvolution(norm.module, norm.gain, skips, kernel.shape[-1])
+        expected = found.pull_back(kernel, x[0, :1].to(torch.float64))
+        scale = (expected * y).sum() / expected.square().sum()
+        if y.shape == expected.shape and scale > 0 and (y - scale * expected).norm() < _NORM_TOLERANCE * y.norm():
+            return found
+    raise UnsupportedArchitectureError(
+        str(twin.config.model_type), f"{norm.module} convolves the way to the stream otherwise than known"
     )

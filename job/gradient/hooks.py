@@ -73,9 +73,10 @@ class DifferentiableEdits:
         along = directions[:, writer.layer].to(hooked.device, torch.float64)  # [K, k, d]
         if writer.post_norms:
             pulled = writer.pull_back(along.flatten(0, 1), partial(read_parameter, model))
-            along = orthonormal_rows(pulled.view_as(along))
+            along = orthonormal_rows(pulled.view(len(along), -1, pulled.shape[-1]))
         weight = None if self._mode == "none" else writer.matrix(read_parameter(model, writer.parameter))
         own = strengths[:, COMPONENTS.index(writer.component), writer.layer].to(hooked.device, torch.float64)
+        own = own.repeat_interleave(writer.span, -1)
         return writer_edit(weight, along, own, self._mode)
 
 

@@ -134,26 +134,27 @@ def _ablated(model: PreTrainedModel, writers: Collection[Writer], direction: Ten
     """Within the block, project a direction [d] out of the parameters of writers and of their norms' biases."""
     before: dict[str, Tensor] = {}
 
-    def project(name: str, axis: int, vector: Tensor) -> None:
+    def project(name: str, axis: int, vectors: Tensor) -> None:
         parameter = model.get_parameter(name)
         if name in before:
             return
         before[name] = parameter.data.clone()
         moved = parameter.data.to(torch.float64).movedim(axis, -1)
-        edited = moved - (moved @ vector)[..., None] * vector
+        span = torch.linalg.qr(vectors.mT).Q
+        edited = moved - (moved @ span) @ span.mT
         parameter.data.copy_(edited.movedim(-1, axis))
 
     try:
         for writer in writers:
-            vector = direction
+            vectors = direction[None]
             for norm in reversed(writer.post_norms):
                 if norm.bias is not None:
-                    project(norm.bias, -1, vector)
-                vector = norm.pull_back(model.get_parameter(norm.parameter).data, vector)
-                vector = nn.functional.normalize(vector, dim=0)
-            project(writer.parameter, writer.axis, vector)
+                    project(norm.bias, -1, vectors)
+                vectors = norm.pull_back(model.get_parameter(norm.parameter).data, vectors)
+                vectors = nn.functional.normalize(vectors, dim=-1)
+            project(writer.parameter, writer.axis, vectors)
             if writer.bias is not None:
-                project(writer.bias, -1, vector)
+                project(writer.bias, -1, vectors)
         yield
     finally:
         for name, data in before.items():
