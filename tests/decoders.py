@@ -73,7 +73,8 @@ small model. Of these the text side is edited, and the rest is carried over. Wri
 
 The job edits a family if all of this holds:
 
-- Everything that its layers write into the residual stream is found: the truth test passes.
+- Everything that its layers write into the residual stream is found: the truth test passes. A stream without a
+  direction leaves every layer without it.
 - No writer could be left out: the converse of the test.
 - Hooks can remove a direction from it.
 - The job knows how its files store the weights.

@@ -227,7 +227,7 @@ class WriterSearch:
         return gain
 
     def _gains_before(self, index: int, norm: str) -> list[tuple[str, Tensor]]:
-        """Return what may scale a layer's writers before a norm or the stream: nothing, or a gain of the layer's own."""
+        """Return what may scale writers before a norm or the stream: nothing, or a gain of the layer's own."""
         own = [one.gain for one in self.norms if one.bare and one.norm == norm]
         own = [name for name in own if name.startswith(f"{self._layers}.{index}.")]
         return [(norm, torch.ones(())), *((name, self._model.get_parameter(name).detach()) for name in own)]

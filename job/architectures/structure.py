@@ -177,13 +177,16 @@ def structure_of_twin(twin: PreTrainedModel) -> Architecture:
     if not search.carriers:
         return architecture
     carrying = tuple(_stream_norms(twin, search, f"{layers}.{layer}.") for layer in range(count))
+    biased = next((norm.module for norm in chain.from_iterable(carrying) if norm.bias), None)
+    if biased is not None:
+        raise UnsupportedArchitectureError(
+            architecture.model_type, f"the stream itself passes through {biased}, whose bias cannot be edited yet"
+        )
     through = (replace(w, post_norms=(*w.post_norms, *chain.from_iterable(carrying[w.layer + 1 :]))) for w in writers)
     return replace(architecture, writers=tuple(through), stream_norms=carrying)
 
 
-def _stream_norms(
-    twin: PreTrainedModel, search: WriterSearch, layer: str
-) -> tuple[PostNorm | ShortConvolution, ...]:
+def _stream_norms(twin: PreTrainedModel, search: WriterSearch, layer: str) -> tuple[PostNorm | ShortConvolution, ...]:
     """Return the norms that a layer's stream passes through, in order: the search goes backwards."""
     found = [one for one in reversed(search.norms) if one.gain in search.carriers and one.gain.startswith(layer)]
     return tuple(_post_norm(twin, norm, search) for norm in found)

@@ -29,7 +29,7 @@ from job.storage.atomic import ensure_folder, write_atomically
 
 @contextmanager
 def layer_outputs(layers: nn.ModuleList, keep: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Within the block, call keep(index, hidden states [rows, t, d] or [rows, t, streams, d]) for every residual of a forward."""
+    """Within the block, call keep(index, hidden states) for every residual, [rows, t, d] or [rows, t, streams, d]."""
 
     def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         keep(0, inputs[0] if inputs else named["hidden_states"])

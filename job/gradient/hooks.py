@@ -57,7 +57,9 @@ class DifferentiableEdits:
                 edit = self._compiled(hooked, strengths, directions)
                 if edit.input_scale is not None:
                     handles.append(hooked.module.register_forward_pre_hook(_scaling(edit.input_scale, rows)))
-                handles.append(hooked.module.register_forward_hook(_editing(edit, rows, len(trials), self._bias(hooked))))
+                handles.append(
+                    hooked.module.register_forward_hook(_editing(edit, rows, len(trials), self._bias(hooked)))
+                )
             yield
         finally:
             for handle in handles:

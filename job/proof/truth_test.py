@@ -42,9 +42,9 @@ def largest_leak(
 ) -> tuple[int, float]:
     """Ablate a random direction from the writers (None: all); return the layer with the largest leak, and its share.
 
-    The direction is one of the last layer's output (`Architecture.at`). Every layer gets an input h_in without the direction. The share is |v·h_out| / |h_out - h_in|, the largest over all
-    positions and streams. A layer may thus scale what it is given, and mix several streams, but nothing else. Parameters
-    are restored afterwards.
+    The direction is one of the last layer's output (`Architecture.at`). Every layer gets an input h_in without it. The
+    share is |v·h_out| / |h_out - h_in|, the largest over all positions and streams. A layer may thus scale what it is
+    given, and mix several streams, but nothing else. Parameters are restored afterwards.
     """
     shares = leaks(model, architecture, architecture.writers if writers is None else writers, seed)
     worst = max(range(len(shares)), key=shares.__getitem__)
