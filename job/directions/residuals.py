@@ -101,13 +101,13 @@ def extract_residuals(
 
 
 def _scales(loaded: LoadedModel) -> Tensor:
-    """Return what scales residuals to those of the last layer's output, if norms scale the stream, [layers + 1, d]."""
+    """Return what scales residuals to the last layer's output, if norms scale the stream, [layers + 1, d], float32."""
     architecture, read = loaded.architecture, partial(read_parameter, loaded.model)
     ones = torch.ones(architecture.width, dtype=torch.float64)
     if not architecture.stream_norms:
-        return ones.expand(architecture.layer_count + 1, -1)
+        return ones.float().expand(architecture.layer_count + 1, -1)
     gains = [architecture.at(layer, ones, read) for layer in range(architecture.layer_count + 1)]
-    return torch.stack(gains) * architecture.width**0.5
+    return (torch.stack(gains) * architecture.width**0.5).float()
 
 
 @dataclass(frozen=True)

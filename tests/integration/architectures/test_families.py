@@ -22,9 +22,11 @@ from job.edits.hooks import ActiveEdits, Intervention
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, verify_written, write_weights
+from job.generation import forward
 from job.generation.batching import BatchingSupport
-from job.generation.forward import first_logits
+from job.generation.forward import first_logits, left_padded
 from job.generation.greedy import greedy_answers
+from job.generation.probing import probe_batching
 from job.model.loading import LoadedModel
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis, orthonormal_basis
@@ -440,6 +442,19 @@ def test_a_wrong_choice_from_the_cache_is_noticed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(DynamicIndexedLayer, "update_indexer", mixed_up)
     with pytest.raises(UnsupportedArchitectureError, match="depends on what was kept"):
         proven(config)
+
+
+def test_masked_logits_do_not_hide_that_padding_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chameleon's logits of image tokens are the least number of all."""
+    model = small_twin(tiny_config("chameleon"))
+    assert probe_batching(model).padded
+
+    def unmasked(prompts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, ...]:
+        tokens, mask, positions = left_padded(prompts, device)
+        return tokens, torch.ones_like(mask), positions
+
+    monkeypatch.setattr(forward, "left_padded", unmasked)
+    assert not probe_batching(model).padded
 
 
 @pytest.mark.parametrize("family", ["beam", "deepseek_v4", "doge", "gemma2", "minimax"])
