@@ -163,7 +163,7 @@ class Architecture:
     forms: Mapping[str, Form] = field(default_factory=dict)
     prefix: str = ""
     batching: BatchingSupport = field(default_factory=BatchingSupport)
-    stream_norms: tuple[tuple[PostNorm, ...], ...] = ()
+    stream_norms: tuple[tuple[PostNorm | ShortConvolution, ...], ...] = ()
 
     def at(self, layer: int, directions: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """Return unit directions before a layer, [..., d], float64, for given ones in the last layer's output."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def _scales(loaded: LoadedModel) -> Tensor:
     if not architecture.stream_norms:
         return ones.float().expand(architecture.layer_count + 1, -1)
     gains = [architecture.at(layer, ones, read) for layer in range(architecture.layer_count + 1)]
-    return (torch.stack(gains) * architecture.width**0.5).float()
+    return (torch.stack(gains) * math.sqrt(architecture.width)).float()
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ SOME = (
 # Families that no exact weight edit covers, and the reason given.
 BEYOND = {
     "gemma3n_text": "no list of layers",  # adds a norm of the stream, entry by entry, to the stream
-    "git": "depends on what was kept",  # processes a prompt bidirectionally
+    "git": "bias",  # the stream itself passes through norms with biases; it reads prompts in both directions
     "hrm_text": "no list of layers",  # layers called in loops
     "longcat_flash": "still writes",  # experts that return their input, scaled entry by entry
     "mllama": "no list of layers",  # layers that text does not pass through
