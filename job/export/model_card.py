@@ -36,11 +36,15 @@ _NOTICES = {
 }
 
 
-def model_card(made: Reproduction, source: Path) -> str:
-    """Return an export's README.md; `source` is the base model's folder, whose card names the licence."""
+def model_card(made: Reproduction, source: Path, tensors: int | None = None) -> str:
+    """Return an export's README.md; `source` is the base model's folder, whose card names the licence.
+
+    `tensors` is the number of the base model's tensors if the export has all of them.
+    """
     base = read_base_card(source, made.base_model)
     return template("job.export", "model_card.md").render(
         made=made,
+        tensors=tensors,
         metadata=_metadata(made, redacted(base.metadata)),
         title=_title(made),
         hub=_HUB,
