@@ -18,6 +18,7 @@ from job.model.quantization import DTYPE, quantisation_in
 from job.numerics.statistics import difference_interval
 from job.records import Component, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
+from job.text.divergence import kl_with_bound
 from job.text.intervals import count_with_interval
 from job.text.markup import markdown, markdown_table, one_line
 from job.text.redaction import redacted
@@ -102,9 +103,8 @@ def kl_positions(figures: Figures) -> str:
 
 
 def _kl(figures: Figures) -> str:
-    if figures.kl_interval is None:
-        return f"{figures.kl or 0:.4g} nats"
-    return f"{figures.kl or 0:.4g} nats ({figures.kl_interval[0]:.4g}–{figures.kl_interval[1]:.4g})"
+    interval = "" if figures.kl_interval is None else f" ({figures.kl_interval[0]:.4g}–{figures.kl_interval[1]:.4g})"
+    return f"{figures.kl or 0:.4g} nats{interval}, {kl_with_bound(figures.kl or 0)}"
 
 
 def _change(made: Reproduction) -> tuple[float, float, float]:
