@@ -5,9 +5,9 @@ from __future__ import annotations
 from job.export import model_card
 from job.report import charts, sections, tables
 from job.report.run_view import RunView
-from job.report.timings import duration_text
 from job.search.pareto import pareto_front
 from job.text.divergence import kl_in_words, kl_scale, moved_share
+from job.text.durations import duration_text
 from job.text.intervals import interval_text
 from job.text.templates import template
 

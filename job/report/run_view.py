@@ -26,7 +26,7 @@ from job.records import (
     Upload,
 )
 from job.report.results import job_trials, machines, trial_edit
-from job.report.timings import PhaseTime, phase_times
+from job.report.timings import PhaseTime, phase_times, time_spent
 from job.search.budget import Spent, read_spent
 from job.search.convergence import effect_warnings, search_warnings
 from job.search.finalists import read_full_counts
@@ -237,7 +237,7 @@ class RunView:
     @property
     def seconds(self) -> float:
         """Time of all starts in seconds, up to the latest event."""
-        return max(self.spent.seconds, sum(phase.seconds for phase in self.phases))
+        return time_spent(self.spent.seconds, self.phases)
 
     @cached_property
     def spent(self) -> Spent:
