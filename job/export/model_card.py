@@ -47,6 +47,7 @@ def model_card(made: Reproduction, source: Path) -> str:
         hub=_HUB,
         link=_link,
         report_prompts=report_description(made.reused_prompts, made.edited.good_prompts + made.edited.bad_prompts),
+        result=_result(made.base, made.edited),
         figures=markdown_table(figures_rows(made.base, made.edited)),
         change=_change(made),
         quantisation=quantisation_in(source),
@@ -74,6 +75,14 @@ def direction_text(edit: EditParameters) -> str:
     if edit.direction_index is None:
         return f"each layer's own direction{'s' if several else ''}{shares}"
     return f"the direction{'s' if several else ''} of layer {edit.direction_index:.4g} in all layers{shares}"
+
+
+def _result(base: Figures, edited: Figures) -> str:
+    before, after = (f"{one.refusals} of {one.bad_prompts}" for one in (base, edited))
+    return (
+        f"The base model refuses {before} prompts with the behaviour, this model {after}. "
+        f"Answers to other prompts are {kl_with_bound(edited.kl or 0)} (KL divergence {edited.kl or 0:.3g} nats)."
+    )
 
 
 def figures_rows(base: Figures, edited: Figures) -> list[tuple[str, str, str]]:
