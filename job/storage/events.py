@@ -31,7 +31,7 @@ class Events:
         self._verbose = verbose
         self._timed = False
         self._stream = stream if stream is not None else sys.stderr
-        self._echo = self._print
+        self._echo: Callable[[str], None] = self._print
         self._listeners: list[Callable[[str, dict[str, Any]], None]] = []
         # Differences of times are durations, whatever is done to the wall clock meanwhile.
         self._started = now()
@@ -97,7 +97,8 @@ class Events:
             with plain_lines(self._print, work) as advance:
                 yield advance
             return
-        with live_line(self._stream, work) as (advance, self._echo):
+        with live_line(self._stream, work) as (advance, echo):
+            self._echo = echo
             try:
                 yield advance
             finally:
