@@ -156,7 +156,7 @@ def test_adapters_and_directions_say_what_they_are(tmp_path: Path) -> None:
     assert (adapter.data.library_name, adapter.data.to_dict()["base_model_relation"]) == ("peft", "adapter")
     directions = ModelCard(model_card(made_from(format="directions", **public), base(tmp_path)))
     assert directions.data.library_name is None
-    assert "abliterate apply MODEL" in directions.text
+    assert "abliterate apply BASE PATH" in directions.text
 
 
 def test_intervals_of_means_and_differences() -> None:
