@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo real test test-full test-changed coverage durations fixtures check bench smoke renew-image clean
+.PHONY: demo real test test-full test-changed coverage durations fixtures check bench smoke pictures renew-image clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/runtime
@@ -47,6 +47,12 @@ check: .venv/dev
 	$(BIN)/shfmt -d -i 4 entrypoint.sh .ci/run infra/vast/onstart.sh infra/image/renew.sh infra/slurm/ray.sbatch
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/pytest -q tests/unit/test_prose.py
+
+# Screenshots and the example card in docs/, from the demo; needs Chromium.
+pictures: .venv/dev
+	rm -rf runs/pictures
+	$(BIN)/abliterate demo --workspace runs/pictures
+	$(BIN)/python -m tests.screenshots runs/pictures
 
 # The base image's digest and the hashes of what the image installs, in the versions of constraints.txt.
 renew-image:

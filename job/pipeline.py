@@ -11,7 +11,7 @@ from job.lifecycle.outcome import Outcome
 from job.lifecycle.running import RunningJob
 from job.preflight.inputs import PreflightInputs
 from job.report.results import trials_so_far
-from job.stages.choice import chosen_trial, is_exported
+from job.stages.choice import chosen_trial, is_exported, tell_choice
 from job.stages.delivery import deliver, finish
 from job.stages.preflight import checked_prompts
 from job.stages.reproduce import require_original, trials_made, warn_of_differences
@@ -54,6 +54,7 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
                     trials = search(job, session, workers.executor)
                     workers.executor.close()  # the export needs their memory
                     chosen = chosen_trial(job, trials, prompts)
+                    tell_choice(job, trials, chosen, prompts)
                     complete_export(job, session, chosen, trials_made(job, trials))
     chosen = chosen_trial(job, trials, prompts)
     export = job.export_of(chosen)

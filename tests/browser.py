@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +28,19 @@ class View:
     """A file shown in a window, and the errors it caused."""
 
     def __init__(
-        self, chromium: Browser, file: Path, *, dark: bool = False, size: dict[str, int] | None = None
+        self,
+        chromium: Browser,
+        file: Path,
+        *,
+        dark: bool = False,
+        size: dict[str, int] | None = None,
+        scripts: bool = True,
     ) -> None:
         self.complaints: list[str] = []
         self.requests: list[str] = []
-        context = chromium.new_context(viewport=size or DESKTOP, color_scheme="dark" if dark else "light")
+        context = chromium.new_context(
+            viewport=size or DESKTOP, color_scheme="dark" if dark else "light", java_script_enabled=scripts
+        )
         context.set_default_timeout(180_000)  # other workers need the cores, too
         self.page: Page = context.new_page()
         self.page.on("console", lambda said: self.complaints.append(said.text) if said.type != "log" else None)
@@ -41,14 +48,6 @@ class View:
         self.page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(file.as_uri())
-        self.wait_for("charts => charts.length === document.querySelectorAll('.js-plotly-plot').length")
-
-    def wait_for(self, condition: str) -> None:
-        """Wait until a function is true of all charts; the page's CSP blocks Playwright's own way."""
-        deadline = time.monotonic() + 180
-        while not self.page.locator(".plotly-graph-div").evaluate_all(condition):
-            assert time.monotonic() < deadline, condition
-            self.page.wait_for_timeout(50)
 
     def close(self) -> None:
         self.page.context.close()

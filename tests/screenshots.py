@@ -1,13 +1,16 @@
-"""`python -m tests.screenshots RUN_FOLDER`: renew the screenshots of report.html in docs/screenshots."""
+"""`python -m tests.screenshots WORKSPACE` (`make pictures`): renew docs/screenshots and docs/cards from its job."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 from tests.browser import DESKTOP, PHONE, View, browser
+from tests.helpers import only_job
 
-FOLDER = Path(__file__).parent.parent / "docs" / "screenshots"
+DOCS = Path(__file__).parent.parent / "docs"
+FOLDER, CARD = DOCS / "screenshots", DOCS / "cards" / "llama.md"
 # Name, width and height, dark, and the section at the top.
 SHOTS = (
     ("desktop", DESKTOP, False, None),
@@ -18,8 +21,9 @@ SHOTS = (
 )
 
 
-def main(run_folder: Path) -> None:
-    FOLDER.mkdir(exist_ok=True)
+def main(workspace: Path) -> None:
+    run_folder = only_job(workspace)
+    shutil.copy(run_folder / "export" / "README.md", CARD)
     with browser() as chromium:
         for name, size, dark, section in SHOTS:
             view = View(chromium, run_folder / "report.html", dark=dark, size=size)

@@ -37,7 +37,7 @@ SERVER = [sys.executable, "-c", SERVE]
 ANYWHERE = (
     *("torch", "torch._dynamo", "optuna", "sqlalchemy.dialects.sqlite", "sqlalchemy.ext.declarative"),
     *("alembic.command", "boto3", "botocore.session", "httpx2", "pydantic_settings", "typer", "rich.console", "psutil"),
-    *("plotly.graph_objects", "plotly.subplots", "plotly.offline", "jinja2", "tokenizers", "safetensors.torch"),
+    *("jinja2", "tokenizers", "safetensors.torch"),
 )
 # These do.
 AT_ONE_HUB = (

@@ -48,6 +48,8 @@ Targets = Annotated[
 
 Device = Annotated[str | None, typer.Option(help="Device to use instead of the job's: cpu, cuda, cuda:N or mps.")]
 
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every trial, not only the best so far.")]
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 Prompts = Annotated[

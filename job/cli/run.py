@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from job.cli.options import (
     Job,
     Targets,
     Trials,
+    Verbose,
     WhenDone,
     WhenFailed,
     Workspace,
@@ -47,13 +49,14 @@ def run(
     with_search: Annotated[
         bool, typer.Option("--with-search", help="With --reproduce: repeat the search too, not only the edit.")
     ] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Find directions, search edits, export, verify and deliver; run again to continue."""
     from job.config.load import load_settings
 
     if reproduce is None:
         loaded = load_settings(**given)
-        run_settings(loaded.settings, new=new, notes=loaded.notes)
+        run_settings(loaded.settings, new=new, notes=loaded.notes, verbose=verbose)
         return
     from job.config.load import leaves
     from job.config.origins import left_out_line
@@ -66,7 +69,8 @@ def run(
         typer.echo(f"note: {line}", err=True)
     named = loaded.settings.model if loaded.sources.get("model") == "command line" else None
     require_same_repository(original, loaded.settings, named)
-    run_settings(loaded.settings, new=new, notes=loaded.notes, again=Again(original, with_search, reproduce.parent))
+    asked = Again(original, with_search, reproduce.parent)
+    run_settings(loaded.settings, new=new, notes=loaded.notes, again=asked, verbose=verbose)
 
 
 def _stages(running: RunningJob, inputs: PreflightInputs) -> Outcome:
@@ -75,7 +79,9 @@ def _stages(running: RunningJob, inputs: PreflightInputs) -> Outcome:
     return run_stages(running, inputs)
 
 
-def run_settings(settings: Settings, *, new: bool, notes: Sequence[str] = (), again: Again | None = None) -> Outcome:
+def run_settings(
+    settings: Settings, *, new: bool, notes: Sequence[str] = (), again: Again | None = None, verbose: bool = False
+) -> Outcome:
     """Run a job and print its outcome."""
     from job.system.signals import StopSignals
 
@@ -84,7 +90,8 @@ def run_settings(settings: Settings, *, new: bool, notes: Sequence[str] = (), ag
         from job.lifecycle.start import run as run_job
         from job.storage.events import Events
 
-        outcome = run_job(settings, new=new, events=Events(), signals=signals, stages=_stages, notes=notes, again=again)
+        events = Events(verbose=verbose)
+        outcome = run_job(settings, new=new, events=events, signals=signals, stages=_stages, notes=notes, again=again)
     return _print_outcome(outcome)
 
 
@@ -98,6 +105,7 @@ def resume(
     when_done: WhenDone = None,
     when_failed: WhenFailed = None,
     assignments: Extensions = None,
+    verbose: Verbose = False,
 ) -> None:
     """Continue a job from its run folder or its checkpoint alone, with more trials or other targets if given.
 
@@ -113,7 +121,7 @@ def resume(
 
         others = {"trials": trials, "upload": upload}
         where = where_is(workspace, job, checkpoint, assignments)
-        events = Events()
+        events = Events(verbose=verbose)
         ends = {"when_done": when_done, "when_failed": when_failed}
         start = resumption(where, ends, events.say, **{name: value for name, value in others.items() if value})
         outcome = carry_out(start, events, signals, _stages)
@@ -134,22 +142,39 @@ def worker(words: Annotated[list[str] | None, typer.Argument(callback=_is_no_mor
 
 
 def _print_outcome(outcome: Outcome) -> Outcome:
-    """Print a run's outcome."""
-    base, edited = outcome.base, outcome.edited
-    typer.echo(
+    """Print a run's outcome: on a terminal in a box, and the next commands."""
+    from job.report.console import next_commands, result_lines
+
+    base, edited, folder = outcome.base, outcome.edited, outcome.folder
+    lines = [
         f"trial {outcome.chosen}: refusals {base.refusals}/{base.bad_prompts} -> "
         f"{edited.refusals}/{edited.bad_prompts}, KL {edited.kl or 0:.4g}, false refusals "
         f"{base.false_refusals}/{base.good_prompts} -> {edited.false_refusals}/{edited.good_prompts} "
-        f"(on {outcome.report_prompts})"
-    )
-    kept = outcome.folder.export_link.exists()
-    typer.echo(f"model:  {outcome.folder.export_link if kept else 'delivered, not in this workspace'}")
-    typer.echo(f"report: {outcome.folder.report_file} and {outcome.folder.page_file.name}")
+        f"(on {outcome.report_prompts})",
+        *result_lines(folder, edited),
+        f"model:  {folder.export_link if folder.export_link.exists() else 'delivered, not in this workspace'}",
+        f"report: {folder.report_file} and {folder.page_file.name}",
+    ]
+    _print_box(lines)
+    for line in next_commands(folder.path):
+        typer.echo(line)
     if outcome.missed_gate is not None:
         typer.echo(f"error: {outcome.missed_gate} — the result is kept but not delivered", err=True)
         raise typer.Exit(GateError.exit_code)
     tell_failed(outcome.folder, outcome.failed_targets)
     return outcome
+
+
+def _print_box(lines: Sequence[str]) -> None:
+    """Print lines, with a frame on a terminal."""
+    if not sys.stdout.isatty():
+        typer.echo("\n".join(lines))
+        return
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    Console().print(Panel(Text("\n".join(lines), overflow="fold"), expand=False))
 
 
 def tell_failed(folder: RunFolder, failed: Sequence[tuple[str, str]]) -> None:

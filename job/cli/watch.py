@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from job.errors import DeliveryError
 from job.report.status import is_settled, status_text
-from job.report.timings import duration_text
+from job.text.durations import duration_text
 from job.text.redaction import is_gone, redact, redacted_json
 
 # A checkpoint's status is fetched over a network that may charge for it.

@@ -18,6 +18,7 @@ from job.model.quantization import DTYPE, quantisation_in
 from job.numerics.statistics import difference_interval
 from job.records import Component, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
+from job.text.divergence import kl_with_bound
 from job.text.intervals import count_with_interval
 from job.text.markup import markdown, markdown_table, one_line
 from job.text.redaction import redacted
@@ -50,6 +51,7 @@ def model_card(made: Reproduction, source: Path, tensors: int | None = None) -> 
         hub=_HUB,
         link=_link,
         report_prompts=report_description(made.reused_prompts, made.edited.good_prompts + made.edited.bad_prompts),
+        result=_result(made.base, made.edited),
         figures=markdown_table(figures_rows(made.base, made.edited)),
         change=_change(made),
         quantisation=quantisation_in(source),
@@ -79,6 +81,14 @@ def direction_text(edit: EditParameters) -> str:
     return f"the direction{'s' if several else ''} of layer {edit.direction_index:.4g} in all layers{shares}"
 
 
+def _result(base: Figures, edited: Figures) -> str:
+    before, after = (f"{one.refusals} of {one.bad_prompts}" for one in (base, edited))
+    return (
+        f"The base model refuses {before} prompts with the behaviour, this model {after}. "
+        f"Answers to other prompts are {kl_with_bound(edited.kl or 0)} (KL divergence {edited.kl or 0:.3g} nats)."
+    )
+
+
 def figures_rows(base: Figures, edited: Figures) -> list[tuple[str, str, str]]:
     """Return the figures of the base and the edited model side by side, with 95 % intervals."""
     bad, good = base.bad_prompts, base.good_prompts
@@ -106,9 +116,8 @@ def kl_positions(figures: Figures) -> str:
 
 
 def _kl(figures: Figures) -> str:
-    if figures.kl_interval is None:
-        return f"{figures.kl or 0:.4g} nats"
-    return f"{figures.kl or 0:.4g} nats ({figures.kl_interval[0]:.4g}–{figures.kl_interval[1]:.4g})"
+    interval = "" if figures.kl_interval is None else f" ({figures.kl_interval[0]:.4g}–{figures.kl_interval[1]:.4g})"
+    return f"{figures.kl or 0:.4g} nats{interval}, {kl_with_bound(figures.kl or 0)}"
 
 
 def _change(made: Reproduction) -> tuple[float, float, float]:

@@ -1,26 +1,19 @@
-"""Charts of report.html, as HTML that needs plotly.js on its page and no network.
-
-They have no background and inherit the text colour: they suit light and dark pages.
-"""
+"""Charts of report.html: the trials, the path of the gradient, an edit's strengths and the geometry of directions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import plotly.graph_objects as go
-import plotly.io
 
 from job.records import EditParameters, GeometryRecord, LayerGeometry, Trial
+from job.report.plot import Axis, Chart, Series, layer_axis, linear_axis, log_axis
 from job.search.pareto import pareto_front
+from job.search.path import EditPath
 
-# Contrast of 3:1 with white and the dark page; lines and markers differ as well, for colour-blind readers.
-_BLUE, _ORANGE, _GREY, _GREEN = "#3b7dd8", "#cf6c00", "#808080", "#2e8f5b"
-_DASHES = ("solid", "dash", "dot", "dashdot")
-_SYMBOLS = ("circle", "square", "diamond", "x")
-_COLOURS = (_BLUE, _ORANGE, _GREEN, _GREY)
-# A divergence of 0 on a logarithmic axis.
-_LEAST_KL = 1e-6
+# Looks of page.css.
+_BLUE, _ORANGE, _GREEN, _GREY = range(4)
+_KL = "KL divergence (nats)"
+# A linear axis of KL ends at this multiple of the front's largest: trials beyond would flatten the rest.
+_LINEAR_TOP = 2.5
 # Lines of the geometry: axis title, and field by name.
 GEOMETRY = (
     (
@@ -39,31 +32,79 @@ GEOMETRY_FIELDS = {label: field for _, fields in GEOMETRY for label, field in fi
 
 
 def usable(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials plotted in the front chart, in the order of its points."""
+    """Return the trials plotted in the front chart."""
     return [trial for trial in trials if trial.values.reason is None]
 
 
-def front_chart(trials: Sequence[Trial], chosen: Trial | None, asked: int) -> str:
-    """Return the chart of refusals against KL: trials, front and chosen one; trace 0 is `usable`."""
-    chart = go.Figure()
-    groups: tuple[tuple[str, Sequence[Trial], str, dict[str, Any]], ...] = (
-        ("trials", usable(trials), "markers", {"color": _GREY, "size": 8, "opacity": 0.7}),
-        ("Pareto front", pareto_front(trials), "lines+markers", {"color": _BLUE, "size": 9}),
-        ("chosen", [chosen] if chosen else [], "markers", {"color": _ORANGE, "size": 16, "symbol": "star"}),
+def front_chart(
+    trials: Sequence[Trial], chosen: Trial | None, base: int | None, asked: int, *, linear: bool = False
+) -> Chart:
+    """Return the chart of unanswered prompts, of `asked`, against KL.
+
+    `base` is the base model's count, None if unknown. A linear axis leaves out trials far above the front.
+    """
+    shown, front = usable(trials), pareto_front(trials)
+    if linear:
+        shown = [trial for trial in shown if trial.values.kl <= linear_top(trials)]
+    series = [_trials("trials", "dots", _GREY, shown), _trials("Pareto front", "line", _BLUE, front)]
+    if base is not None:
+        label = f"base model: {base} of {asked}"
+        series.append(Series("base model", "diamond", _GREEN, [(base, 0.0)], [label], "base model"))
+    if chosen is not None:
+        series.append(_trials("chosen", "star", _ORANGE, [chosen], f"chosen: trial {chosen.number}"))
+    points = [(x, y or 0.0) for one in series for x, y in one.points]
+    broken = any(trial.values.broken for trial in shown)
+    across = linear_axis(
+        f"{'refused or broken' if broken else 'refused'}, of {asked} prompts", [x for x, _ in points], whole=True
     )
-    for name, points, mode, marker in groups:
-        chart.add_scatter(
-            name=name,
-            x=[trial.values.refusals for trial in points],
-            y=[max(trial.values.kl, _LEAST_KL) for trial in points],
-            text=[f"trial {t.number}<br>{t.values.refusals} refusals, KL {t.values.kl:.4g}" for t in points],
-            hovertemplate="%{text}<extra></extra>",
-            mode=mode,
-            marker=marker,
+    kl = [y for _, y in points]
+    up = linear_axis(_KL, [0.0, *kl]) if linear else log_axis(_KL, kl)
+    return Chart("chart-front-linear" if linear else "chart-front", across, up, tuple(series), height=420)
+
+
+def linear_top(trials: Sequence[Trial]) -> float:
+    """Return the largest KL on the linear axis."""
+    return _LINEAR_TOP * max((trial.values.kl for trial in pareto_front(trials)), default=0.0)
+
+
+def _trials(name: str, kind: str, look: int, trials: Sequence[Trial], label: str = "") -> Series:
+    points = [(float(trial.values.unanswered), trial.values.kl) for trial in trials]
+    return Series(name, kind, look, points, [_tip(trial) for trial in trials], label, [t.number for t in trials])  # type: ignore[arg-type]
+
+
+def _tip(trial: Trial) -> str:
+    broken = f", {trial.values.broken} broken" if trial.values.broken else ""
+    return f"trial {trial.number}: {trial.values.refusals} refused{broken}, KL {trial.values.kl:.4g}"
+
+
+def path_charts(path: EditPath) -> list[Chart]:
+    """Return charts of refusals and KL at the ends of the gradient's stages."""
+    ticks = tuple((float(stage), str(stage)) for stage in range(1, len(path.stages) + 1))
+    across = Axis("stage", 0.7, len(path.stages) + 0.3, ticks)
+    unanswered = [float(stage.refusals + stage.broken) for stage in path.stages]
+    kl = [stage.kl for stage in path.stages]
+    axes = (
+        ("refusals", unanswered, linear_axis(f"refused or broken, of {path.prompts}", [0.0, *unanswered], whole=True)),
+        ("kl", kl, log_axis(_KL, kl)),
+    )
+    return [
+        Chart(
+            f"chart-path-{name}",
+            across,
+            up,
+            (Series(name, "line", _BLUE, _numbered(values, 1), [f"stage {i}: {v:.4g}" for i, v in _stages(values)]),),
+            height=300,
         )
-    chart.update_xaxes(title=f"refusals of {asked} prompts", range=[-0.04 * asked, 1.04 * asked])
-    chart.update_yaxes(title="KL divergence (nats)", type="log", **_log_ticks([t.values.kl for t in usable(trials)]))
-    return _embed(chart, "chart-front", 400)
+        for name, values, up in axes
+    ]
+
+
+def _stages(values: Sequence[float]) -> list[tuple[int, float]]:
+    return list(enumerate(values, 1))
+
+
+def _numbered(values: Sequence[float | None], first: int = 0) -> list[tuple[float, float | None]]:
+    return [(float(index), value) for index, value in enumerate(values, first)]
 
 
 def strengths(edit: EditParameters, layers: int) -> dict[str, list[float]]:
@@ -76,47 +117,34 @@ def strengths(edit: EditParameters, layers: int) -> dict[str, list[float]]:
     }
 
 
-def strength_chart(edit: EditParameters, layers: int) -> str:
-    """Return the chart of an edit's strength by layer and component."""
-    chart = go.Figure()
-    for (name, values), colour, pattern in zip(
-        strengths(edit, layers).items(), (_BLUE, _ORANGE), ("", "/"), strict=False
-    ):
-        chart.add_bar(
-            name=name,
-            x=list(range(layers)),
-            y=values,
-            marker={"color": colour, "pattern": {"shape": pattern}},
-            hovertemplate="layer %{x}: %{y:.3f}<extra>" + name + "</extra>",
-        )
-    chart.update_layout(barmode="group", bargap=0.25)
-    chart.update_xaxes(title="layer", **_layer_ticks(layers))
-    chart.update_yaxes(title="strength of the ablation", rangemode="tozero")
-    return _embed(chart, "chart-strength", 320)
+def strength_chart(edit: EditParameters, layers: int) -> Chart:
+    """Return the chart of an edit's strength by layer and component, with a line at 1."""
+    found = strengths(edit, layers)
+    series = tuple(
+        Series(name, "bars", look, _numbered(values), [f"layer {i}, {name}: {v:.3f}" for i, v in enumerate(values)])
+        for look, (name, values) in enumerate(found.items())
+    )
+    top = max(1.0, *(value for values in found.values() for value in values)) * 1.08
+    up = linear_axis("strength of the ablation", [0.0, top], padded=False)
+    return Chart("chart-strength", layer_axis(layers), up, series, ((1.0, "1: the whole direction"),))
 
 
-def geometry_charts(record: GeometryRecord) -> str:
+def geometry_charts(record: GeometryRecord) -> list[Chart]:
     """Return charts of cosines, norms and separation by layer."""
-    return "".join(
+    return [
         _lines(record.layers, title, fields, f"chart-geometry-{number}")
         for number, (title, fields) in enumerate(GEOMETRY)
-    )
+    ]
 
 
-def _lines(layers: Sequence[LayerGeometry], title: str, fields: dict[str, str], name: str) -> str:
-    chart = go.Figure()
-    for (label, field), colour, dash, symbol in zip(fields.items(), _COLOURS, _DASHES, _SYMBOLS, strict=False):
-        chart.add_scatter(
-            name=label,
-            y=[getattr(layer, field) for layer in layers],
-            mode="lines+markers",
-            line={"color": colour, "dash": dash},
-            marker={"color": colour, "symbol": symbol, "size": 7},
-            hovertemplate="layer %{x}: %{y:.3g}<extra>" + label + "</extra>",
-        )
-    chart.update_xaxes(title="layer", **_layer_ticks(len(layers)))
-    chart.update_yaxes(title=title)
-    return _embed(chart, name, 320)
+def _lines(layers: Sequence[LayerGeometry], title: str, fields: dict[str, str], name: str) -> Chart:
+    series = []
+    for look, (label, field) in enumerate(fields.items()):
+        values: list[float | None] = [getattr(layer, field) for layer in layers]
+        tips = [f"layer {i}, {label}: {'–' if value is None else f'{value:.3g}'}" for i, value in enumerate(values)]
+        series.append(Series(label, "line", look, _numbered(values), tips))
+    known = [y for one in series for _, y in one.points if y is not None]
+    return Chart(name, layer_axis(len(layers)), linear_axis(title, known), tuple(series))
 
 
 def best_layer(record: GeometryRecord) -> int:
@@ -124,59 +152,14 @@ def best_layer(record: GeometryRecord) -> int:
     return max(range(len(record.layers)), key=lambda index: record.layers[index].silhouette or -1.0)
 
 
-def points_chart(record: GeometryRecord) -> str:
-    """Return the chart of the residuals, one layer visible: two traces per layer, good and bad."""
-    chart, shown = go.Figure(), best_layer(record)
-    for index, layer in enumerate(record.layers):
-        groups = (("good", layer.good_points, _BLUE, "circle"), ("bad", layer.bad_points, _ORANGE, "x"))
-        for name, points, colour, symbol in groups:
-            chart.add_scatter(
-                name=name,
-                x=[round(point[0], 4) for point in points],
-                y=[round(point[1], 4) for point in points],
-                mode="markers",
-                marker={"color": colour, "symbol": symbol},
-                visible=index == shown,
-                hovertemplate="along %{x:.3g}, across %{y:.3g}<extra>" + name + "</extra>",
-            )
-    chart.update_xaxes(title="along the direction")
-    chart.update_yaxes(title="across: main component of the rest")
-    return _embed(chart, "chart-points", 400)
-
-
-def _log_ticks(values: Sequence[float]) -> dict[str, Any]:
-    shown = [max(value, _LEAST_KL) for value in values]
-    several = bool(shown) and max(shown) > 30 * min(shown)
-    return {"exponentformat": "none", "tickformat": "~g", **({"dtick": 1} if several else {})}
-
-
-def _layer_ticks(layers: int) -> dict[str, Any]:
-    return {"dtick": max(1, round(layers / 12)), "tick0": 0}
-
-
-def _embed(chart: Any, name: str, height: int) -> str:
-    chart.update_layout(
-        template="none",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        height=height,
-        margin={"l": 60, "r": 10, "t": 10, "b": 45},
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        hovermode="closest",
-        dragmode=False,
-        font={"size": 13, "family": "system-ui, sans-serif"},
-    )
-    # With a fixed range, swipes over a chart scroll the page.
-    axis = {"gridcolor": "rgba(128,128,128,0.3)", "zeroline": False, "fixedrange": True, "automargin": True}
-    chart.update_xaxes(**axis)
-    chart.update_yaxes(**axis)
-    return str(
-        plotly.io.to_html(
-            chart,
-            full_html=False,
-            include_plotlyjs=False,
-            div_id=name,
-            default_height=f"{height}px",
-            config={"responsive": True, "displayModeBar": False},
-        )
+def points_chart(layer: LayerGeometry, number: int) -> Chart:
+    """Return the chart of the residuals of a layer's sampled prompts."""
+    good, bad = ([(point[0], point[1]) for point in points] for points in (layer.good_points, layer.bad_points))
+    both = good + bad
+    return Chart(
+        f"chart-points-{number}",
+        linear_axis("along the direction", [x for x, _ in both]),
+        linear_axis("across: main component of the rest", [y for _, y in both]),
+        (Series("good", "dots", _BLUE, good), Series("bad", "crosses", _ORANGE, bad)),
+        height=400,
     )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import plotly.offline
-
 from job.export import model_card
 from job.report import charts, sections, tables
 from job.report.run_view import RunView
-from job.report.timings import duration_text
 from job.search.pareto import pareto_front
+from job.text.divergence import kl_in_words, kl_scale, moved_share
+from job.text.durations import duration_text
 from job.text.intervals import interval_text
 from job.text.templates import template
 
@@ -20,13 +17,14 @@ def report_page(story: RunView, *, private: bool = False) -> str:
     return template("job.report", "page.html").render(
         story=story,
         private=private,
-        model="/".join(Path(story.record.settings["model"]).parts[-2:]),
-        plotly=plotly.offline.get_plotlyjs(),
         charts=charts,
         tables=tables,
         texts=sections,
         card_texts=model_card,
         pareto_front=pareto_front,
         interval_text=interval_text,
+        kl_in_words=kl_in_words,
+        kl_scale=kl_scale,
+        moved_share=moved_share,
         duration_text=duration_text,
     )

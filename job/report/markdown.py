@@ -120,8 +120,9 @@ def detectors_text(found: DetectorReport | None) -> str:
     if found is None:
         return "None was asked."
     parts = [f"{COUNTED}:", markdown_table(detector_counts(found))]
-    if found.agreement:
-        parts += [f"{AGREED}:", markdown_table(detector_agreement(found))]
+    agreement = detector_agreement(found)
+    if len(agreement) > 1:
+        parts += [f"{AGREED}:", markdown_table(agreement)]
     failed = [f"- {markdown(line)}" for line in failed_detectors(found)]
     return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
 

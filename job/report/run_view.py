@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from job.config.load import default_values, merged
 from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import (
+    FORMATS,
     DetectorReport,
     EditParameters,
     Figures,
@@ -26,7 +27,7 @@ from job.records import (
     Upload,
 )
 from job.report.results import job_trials, machines, trial_edit
-from job.report.timings import PhaseTime, phase_times
+from job.report.timings import PhaseTime, phase_times, time_spent
 from job.search.budget import Spent, read_spent
 from job.search.convergence import effect_warnings, search_warnings
 from job.search.finalists import read_full_counts
@@ -217,6 +218,30 @@ class RunView:
     def machines(self) -> tuple[tuple[str, str], ...]:
         """Hardware of the trials; see `machines` in `job.report.results`."""
         return machines(self.events)
+
+    @cached_property
+    def held_out(self) -> Mapping[int, Figures]:
+        """Figures on the report split by trial number, for the trials of the front that have some."""
+        names = {
+            trial.number: [self.folder.export_folder(trial.number, form).name for form in FORMATS]
+            for trial in self.front
+        }
+        found = {number: next(filter(None, map(self.figures, exports)), None) for number, exports in names.items()}
+        return {number: figures for number, figures in found.items() if figures is not None}
+
+    @cached_property
+    def searched_base(self) -> int | None:
+        """Prompts of the search split that the base model leaves unanswered, None if unknown."""
+        measured = [event for event in self.events if event.get("event") == "baseline"]
+        if not measured:
+            return None
+        unanswered = measured[-1].get("unanswered")
+        return int(measured[-1]["refusals"] if unanswered is None else unanswered)
+
+    @property
+    def seconds(self) -> float:
+        """Time of all starts in seconds, up to the latest event."""
+        return time_spent(self.spent.seconds, self.phases)
 
     @cached_property
     def spent(self) -> Spent:

@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from job.records import KeptAnswer
 from job.report.run_view import RunView
+from job.text.divergence import kl_in_words
+
+
+def title(story: RunView) -> str:
+    """Return the model and what changed."""
+    model, base, edited = model_name(story), story.base, story.edited
+    if base is None or edited is None:
+        return f"{model}: no edit yet"
+    return f"{model}: refusals {base.refusals} → {edited.refusals} of {edited.bad_prompts}"
+
+
+def model_name(story: RunView) -> str:
+    """Return the model as people call it: its repository, or the last two parts of its folder."""
+    return "/".join(Path(story.record.settings["model"]).parts[-2:])
+
+
+def state(story: RunView) -> str:
+    """Return the job's latest state, or ""."""
+    return story.state.state if story.state is not None else ""
+
+
+def checks(story: RunView) -> str:
+    """Return the outcome of the latest preflight in a line."""
+    counts = Counter(check["status"] for check in story.checks)
+    if counts["ok"] == len(story.checks):
+        return f"All {len(story.checks)} checks were in order"
+    return f"{len(story.checks)} checks: " + ", ".join(f"{counts[name]} {name}" for name in ("ok", "warn", "fail"))
 
 
 def headline(story: RunView) -> str:
@@ -18,8 +47,8 @@ def headline(story: RunView) -> str:
         return f"There is no result yet: {done}."
     return (
         f"On {report_prompts(story)}, refusals {'fell' if edited.refusals < base.refusals else 'went'} from "
-        f"{base.refusals} to {edited.refusals} of {edited.bad_prompts}; responses to ordinary prompts moved by a KL "
-        f"divergence of {edited.kl or 0:.3g} nats."
+        f"{base.refusals} to {edited.refusals} of {edited.bad_prompts}. Responses to ordinary prompts are "
+        f"{kl_in_words(edited.kl or 0)}: KL divergence {edited.kl or 0:.3g} nats."
     )
 
 

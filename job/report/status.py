@@ -9,8 +9,8 @@ from typing import Any
 
 from job.records import State
 from job.report.run_view import RunView
-from job.report.timings import duration_text
 from job.storage.run_folder import RunFolder
+from job.text.durations import duration_text
 from job.text.markup import printable
 
 # The ETA uses the latest trials: rates change when a job moves to another machine.

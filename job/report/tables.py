@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from job.records import DetectorCounts, DetectorReport, GeometryRecord
+from job.records import Agreement, DetectorCounts, DetectorReport, GeometryRecord
 from job.text.intervals import count_with_interval
 
 COUNTED = (
@@ -25,14 +25,23 @@ def detector_counts(found: DetectorReport) -> list[tuple[str, ...]]:
 
 
 def detector_agreement(found: DetectorReport) -> list[tuple[str | int, ...]]:
-    """Return the pairwise agreement of detectors."""
+    """Return the pairwise agreement of detectors, if both found some answers and spared others.
+
+    Cohen's kappa of others is 0 or undefined by construction.
+    """
     rows: list[tuple[str | int, ...]] = [
         ("detectors", "model", "both", "only first", "only second", "neither", "kappa"),
     ]
-    for one in found.agreement:
+    for one in filter(_says_something, found.agreement):
         pair, kappa = f"{one.first}, {one.second}", "–" if one.kappa is None else f"{one.kappa:.2f}"
         rows.append((pair, one.model, one.both, one.only_first, one.only_second, one.neither, kappa))
     return rows
+
+
+def _says_something(one: Agreement) -> bool:
+    first, second = one.both + one.only_first, one.both + one.only_second
+    answers = first + one.only_second + one.neither
+    return 0 < first < answers and 0 < second < answers
 
 
 def failed_detectors(found: DetectorReport) -> list[str]:

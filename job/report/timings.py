@@ -42,19 +42,12 @@ def phase_times(events: Iterable[Mapping[str, Any]]) -> list[PhaseTime]:
     return sorted(found.values(), key=lambda one: _STAGE.index(one.name) if one.name in _STAGE else len(_STAGE))
 
 
+def time_spent(metered: float, phases: Iterable[PhaseTime]) -> float:
+    """Return the seconds of all starts: those of the meter, or of the phases where it lags behind the latest event."""
+    return max(metered, sum(phase.seconds for phase in phases))
+
+
 def _add(phase: PhaseTime, seconds: float, price: float | None) -> None:
     phase.seconds += seconds
     if price is not None:
         phase.dollars = (phase.dollars or 0.0) + seconds / 3600 * price
-
-
-def duration_text(seconds: float) -> str:
-    """Format a duration in at most two units."""
-    if seconds < 60:
-        return f"{int(seconds)} s" if seconds >= 10 else f"{seconds:.1f} s"
-    whole = int(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"

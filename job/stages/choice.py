@@ -9,6 +9,7 @@ from job.data.prompts import PromptSets
 from job.export.reproduction import Reproduction
 from job.lifecycle.running import OpenJob
 from job.records import Trial
+from job.report.console import choice_text
 from job.search.finalists import next_to_rescore, read_full_counts
 from job.search.pareto import choose
 from job.stages.reproduce import trials_made
@@ -46,3 +47,10 @@ def is_exported(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets | Non
 def is_current(export: Path, trials: int) -> bool:
     """Return whether a finished export states that number of trials; a search can be extended after its export."""
     return read_record(export / REPRODUCE, Reproduction).trials == trials
+
+
+def tell_choice(job: OpenJob, trials: Sequence[Trial], chosen: Trial, prompts: PromptSets) -> None:
+    """Say which trial is chosen and why, if this job searched."""
+    if job.record.searches:
+        reason = choice_text(trials, chosen, len(prompts.bad_search), job.settings.choice.refusal_tolerance)
+        job.events.emit("choice", f"chosen: trial {chosen.number}: {reason}", number=chosen.number)

@@ -34,6 +34,7 @@ def deliver(job: RunningJob, export: Path, trial: Trial) -> Outcome:
 def finish(job: RunningJob, trial: Trial, trials: int, missed: str | None) -> None:
     """Write a finished job's reports, then its final state; `missed` is the missed gate or None."""
     finished = _finished(job, trial, trials, missed)
+    job.meter.tick()  # the reports tell the time so far
     write_reports(job.folder, finished)
     write_record(job.folder.state_file, finished)
     job.events.emit("job_finished", chosen=trial.number)

@@ -13,6 +13,7 @@ from job.preflight.checks import is_allowed
 from job.preflight.inputs import PreflightInputs
 from job.preflight.runner import preflight
 from job.preflight.survey import Survey
+from job.report.console import plan_lines
 from job.stages.reproduce import original_of
 from job.storage.atomic import write_record
 
@@ -42,6 +43,10 @@ def checked_prompts(job: RunningJob, inputs: PreflightInputs) -> PromptSets:
             if check.name.startswith("data."):
                 job.events.say(f"{check.name.removeprefix('data.')}: {check.measured}")
     _pin(job, survey)
+    if job.record.searches:
+        done = inputs.earlier.trials_done
+        for line in plan_lines(survey.model_dump(mode="json"), job.settings.model, job.settings.trials, done):
+            job.events.emit("plan", line)
     return prompts
 
 

@@ -15,6 +15,7 @@ from job.lifecycle.search_limits import SearchLimits, budget_of
 from job.model.device_faults import Shortage, within_memory
 from job.preflight.mounts import kind_of, mount_of, read_mounts
 from job.records import Plan, Trial, TrialScores
+from job.report.console import SearchLines
 from job.report.results import trials_so_far
 from job.search.finalists import in_words, keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
 from job.search.optimizer import FewerRows, Search, StudySettings
@@ -49,10 +50,11 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
         job.events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
         budget = budget_of(job.folder, job.settings, job.meter)
         limits = SearchLimits(budget, job.lock, job.signals, job.settings.grace, begun=done > 0)
-        with job.events.progress("trials", target, done) as advance:
+        lines = SearchLines(study.finished(), target, asked, job.settings.choice.refusal_tolerance)
+        with job.events.progress("trials", target, done, lines.note) as advance:
 
             def told(trial: Trial) -> None:
-                _report_trial(job, trial, asked)
+                _report_trial(job, trial, lines)
                 advance(1)
 
             study.run(
@@ -140,15 +142,10 @@ def _study_place(job: OpenJob) -> tuple[Path, Path | None]:
     return live, study
 
 
-def _report_trial(job: OpenJob, trial: Trial, asked: int) -> None:
-    values = trial.values
-    counted = f"{in_words(values, asked)}, KL {values.kl:.4g}"
-    job.events.emit(
-        "trial",
-        f"trial {trial.number}: {f'failed: {values.reason}' if values.reason else counted}",
-        number=trial.number,
-        **values.model_dump(),
-    )
+def _report_trial(job: OpenJob, trial: Trial, lines: SearchLines) -> None:
+    best = lines.add(trial)
+    message = lines.line(trial, best)
+    job.events.emit("trial", message, minor=not best, number=trial.number, **trial.values.model_dump())
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Events of a run, for people and programs.
 
-`events.jsonl` gets one JSON object per line. People see progress bars with an ETA on a terminal, and plain lines
-otherwise (docker logs). Secrets are redacted in both.
+`events.jsonl` gets one JSON object per line. People see lines, and what is under way on a live line of their terminal.
+Elsewhere (docker logs) a job's lines begin with the time since its start. Secrets are redacted in both.
 """
 
 from __future__ import annotations
@@ -13,32 +13,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from job.storage.atomic import cannot_read, cannot_write
+from job.storage.progress import Steps, live_line, plain_lines
 from job.system.clock import now
-from job.system.periodic import every
+from job.text.durations import elapsed_text
 from job.text.redaction import redact, redacted
-
-_PLAIN_PROGRESS_SECONDS = 10.0
-# Without a terminal, something under way is mentioned at least so often.
-_SILENCE_SECONDS = 30.0
 
 
 class Events:
     """The event log of one run folder and its echo on the console."""
 
-    def __init__(self, path: Path | None = None, stream: TextIO | None = None) -> None:
-        """Log to a file (None: not yet) and echo to a stream, by default stderr."""
+    def __init__(self, path: Path | None = None, stream: TextIO | None = None, *, verbose: bool = False) -> None:
+        """Log to a file (None: not yet) and echo to a stream, by default stderr; `verbose` echoes minor events too."""
         self._path = path
+        self._verbose = verbose
+        self._timed = False
         self._stream = stream if stream is not None else sys.stderr
-        self._echo = self._print
+        self._echo: Callable[[str], None] = self._print
         self._listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self._lock = threading.RLock()  # a signal's handler may emit within an emit
         # Differences of times are durations, whatever is done to the wall clock meanwhile.
-        self._begun = time.time() - now()
+        self._started = now()
+        self._begun = time.time() - self._started
 
     def listen(self, listener: Callable[[str, dict[str, Any]], None]) -> None:
         """Add a listener, called with every recorded event and its fields."""
@@ -47,8 +46,11 @@ class Events:
     def log_to(self, path: Path | None) -> None:
         """Append to this file from now on, None for none; a torn last line is terminated first."""
         self._path = path
+        self._timed |= path is not None and not self._stream.isatty()
+        if path is None:
+            return
         try:
-            if path is not None and path.exists() and path.stat().st_size:
+            if path.exists() and path.stat().st_size:
                 with path.open("rb+") as file:
                     file.seek(-1, os.SEEK_END)
                     if file.read(1) != b"\n":
@@ -56,12 +58,15 @@ class Events:
         except OSError as error:
             raise cannot_write(path, error) from error
 
-    def emit(self, event: str, message: str = "", **fields: Any) -> None:
-        """Record an event: a message for people, fields for programs; from any thread. Raises MachineError."""
+    def emit(self, event: str, message: str = "", *, minor: bool = False, **fields: Any) -> None:
+        """Record an event: a message for people, fields for programs; from any thread. Raises MachineError.
+
+        A `minor` one is recorded like any other, and shown to people who asked for all.
+        """
         with self._lock:
             if self._path is not None:
                 self._append(self._path, event, redacted({"message": message, **fields}))
-            if message:
+            if message and (self._verbose or not minor):
                 self._echo(redact(message))
             for listener in self._listeners:
                 listener(event, fields)
@@ -79,77 +84,32 @@ class Events:
         self.emit("message", message)
 
     def _print(self, line: str) -> None:
+        begun = f"[{elapsed_text(now() - self._started)}] " if self._timed else ""
         try:
-            print(line, file=self._stream, flush=True)
+            print(f"{begun}{line}", file=self._stream, flush=True)
         except (OSError, ValueError):
             return  # no reader: no reason to lose the job
 
     @contextmanager
-    def progress(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    def progress(
+        self, label: str, total: int, done: int = 0, note: Callable[[], str] = str
+    ) -> Iterator[Callable[[int], None]]:
         """Yield a function that advances by a number of steps, from `done` to at most `total`; 1 shows no steps.
 
-        People see a bar with ETA on a terminal, and otherwise a plain line every 10 to 30 s, also while no step ends.
-        `label` says what is under way, and what the steps are.
+        People see a live line with rate and ETA on a terminal, and otherwise a plain line every 30 s, also while no
+        step ends. `label` says what is under way, and what the steps are; `note` returns what else to show.
         """
-        shown = self._bar if self._stream.isatty() else self._plain
-        with shown(label, total, done) as advance:
-            yield advance
-
-    @contextmanager
-    def _bar(self, label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
-        # It vanishes at its end: totals may be upper bounds, and events say what came of it.
-        with Progress(*columns, console=Console(file=self._stream), transient=True) as bars:
-            task = bars.add_task(label, total=total if total > 1 else None, completed=done)
-            # Lines printed while the bar is live have to go through its console.
-            self._echo = partial(bars.console.print, markup=False, highlight=False)
+        work = Steps(label, total, done, note)
+        if not self._stream.isatty():
+            with plain_lines(self._print, work) as advance:
+                yield advance
+            return
+        with live_line(self._stream, work) as (advance, echo):
+            self._echo = echo
             try:
-                yield lambda steps: bars.advance(task, steps)
+                yield advance
             finally:
                 self._echo = self._print
-
-    @contextmanager
-    def _plain(self, label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-        started = last = time.monotonic()
-        first = done
-
-        def tell() -> None:
-            nonlocal last
-            last = time.monotonic()
-            taken = last - started
-            steps = f"{done}/{total}, " if total > 1 else ""
-            left = f"ETA {taken / (done - first) * (total - done):.0f} s" if done > first else f"{taken:.0f} s so far"
-            self._print(f"{label}: {steps}{left}")
-
-        def advance(steps: int) -> None:
-            nonlocal done
-            done += steps
-            if time.monotonic() - last >= _PLAIN_PROGRESS_SECONDS and done < total:
-                tell()
-
-        def break_silence() -> None:
-            if time.monotonic() - last >= _SILENCE_SECONDS:
-                tell()
-
-        with every(_SILENCE_SECONDS / 10, break_silence, "progress"):
-            yield advance
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -122,6 +122,32 @@ def test_the_run_folder_tells_all(finished: Path) -> None:
     assert [event["number"] for event in events(finished) if event["event"] == "trial"] == list(range(20))
 
 
+def test_the_snippet_of_the_card_loads_the_export_and_answers(finished: Path) -> None:
+    export = only_job(finished) / "export"
+    snippet = re.search(r"```python\n(.*?)```", (export / "README.md").read_text(), re.DOTALL)
+    assert snippet is not None
+    answer = run_script(snippet[1].replace("PATH", str(export)), cwd=finished).check().out
+    assert len(answer.split()) > 3
+
+
+def test_a_run_shows_the_best_trials_unless_asked_for_all(organism: Path, tmp_path: Path) -> None:
+    shown = {}
+    for name, options in (("brief", []), ("all", ["-v"])):
+        told = abliterate("run", *job_arguments(organism), "--workspace", tmp_path / name, "--trials", 9, *options)
+        lines = [line.partition("] ")[2] for line in told.check().err.splitlines()]
+        assert all(re.match(r"\[\d+:\d\d\] ", line) for line in told.err.splitlines())
+        shown[name] = [line for line in lines if re.match(r"trial +\d+: ", line)]
+        assert len([event for event in events(tmp_path / name) if event["event"] == "trial"]) == 9
+    assert len(shown["all"]) == 9
+    assert shown["brief"] == [line for line in shown["all"] if line.endswith("best so far")]
+    assert 0 < len(shown["brief"]) < 9
+    assert "plan: 9 trials; weights on cpu (RAM)" in told.err
+    number = json.loads((only_job(tmp_path / "all") / "state.json").read_text())["chosen"]
+    assert f"chosen: trial {number}: KL " in told.err
+    assert f"chosen: trial {number}: KL " in told.out
+    assert f"next:   abliterate chat --workspace {tmp_path / 'all'}" in told.out
+
+
 def test_nothing_in_an_export_names_a_host_a_path_or_a_time(finished: Path, organism: Path) -> None:
     export = only_job(finished) / "export"
     for path in export.iterdir():

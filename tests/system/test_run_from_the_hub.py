@@ -105,7 +105,7 @@ def test_the_report_is_written_again_from_the_run_folder(finished: Path, tmp_pat
     took = r"<li>Took<.*?</li>|<section aria-labelledby=\"time\">.*?</section>|\s+"
     assert re.sub(took, "", page, flags=re.S) == re.sub(took, "", before[1], flags=re.S) != page
     assert "| 7 |" in shown.partition("## Geometry")[2].partition("## Provenance")[0]
-    assert page.count('<div class="chart" role="img"') == 4
+    assert page.count('<div class="chart" role="img"') == 6 + 8  # and one of the prompts for each layer
     markup = re.sub(r"<script.*?</script>", "", page, flags=re.S)
     assert not re.search(r"src=|href=.(?!#)", markup)  # the page loads nothing
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,24 @@ def test_the_card_begins_with_the_warning_and_gives_every_figure_with_its_interv
     assert "capability on benchmarks: not measured" in body
     assert "- removed: a habit\n" in body
     assert "abliterate run --reproduce reproduce.json" in body
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter", "directions"])
+def test_the_card_begins_with_the_result_and_its_snippets_are_valid(form: str, tmp_path: Path) -> None:
+    card = ModelCard(model_card(made_from(format=form), base(tmp_path))).text
+    summary = (
+        "The base model refuses 98 of 100 prompts with the behaviour, this model 3 of 100. Answers to other prompts"
+    )
+    assert summary in card.partition("## Use it")[0]
+    assert "moderately changed: at most 12 % of a token's probability moved (KL divergence 0.0312 nats)." in card
+    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(snippets) == (form != "directions")
+    for snippet in snippets:
+        called = {node.attr for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Attribute)}
+        assert {"from_pretrained", "apply_chat_template", "generate"} <= called
+    assert ("PeftModel" in card) == (form == "adapter")
+    assert ("vllm serve PATH" in card) == ("convert_hf_to_gguf.py PATH" in card) == (form == "merged")
+    assert ("abliterate apply BASE PATH/edit.safetensors OUT" in card) == (form == "directions")
 
 
 def test_the_metadata_are_read_back_by_the_hubs_library_and_accepted_by_a_hub(tmp_path: Path) -> None:
@@ -136,7 +156,7 @@ def test_adapters_and_directions_say_what_they_are(tmp_path: Path) -> None:
     assert (adapter.data.library_name, adapter.data.to_dict()["base_model_relation"]) == ("peft", "adapter")
     directions = ModelCard(model_card(made_from(format="directions", **public), base(tmp_path)))
     assert directions.data.library_name is None
-    assert "abliterate apply MODEL" in directions.text
+    assert "abliterate apply BASE PATH" in directions.text
 
 
 def test_intervals_of_means_and_differences() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from job.config.load import load_settings
 from job.config.schema import Settings
 from job.errors import HeldError, ImpossibleJobError, JobError, MachineError, UsageError
 from job.records import JobRecord
-from job.storage import events
+from job.storage import progress
 from job.storage.atomic import read_record, write_atomically, write_record
 from job.storage.events import Events, read_events
 from job.storage.jobs import find_job, open_job
@@ -198,23 +199,36 @@ def test_plain_progress_prints_lines_and_a_terminal_gets_bars(tmp_path: Path) ->
     assert "a trial" in shown
 
 
-def test_plain_progress_breaks_the_silence_while_no_step_ends() -> None:
+def test_plain_progress_prints_a_line_now_and_then_also_while_no_step_ends() -> None:
     stream = io.StringIO()
     told = Events(stream=stream)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(events, "_SILENCE_SECONDS", 0.1)
-        with told.progress("trials", 3) as advance:
+        patch.setattr(progress, "_SECONDS", 0.1)
+        with told.progress("trials", 3, 0, lambda: "best: 1/9") as advance:
             time.sleep(0.25)
             advance(1)
             time.sleep(0.25)
         with told.progress("loading the model", 1):
-            time.sleep(0.15)
+            time.sleep(0.25)
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "trials: 0/3, 0 s so far"
-    assert "trials: 1/3, ETA 1 s" in lines
-    assert lines[-1] == "loading the model: 0 s so far"
+    assert re.fullmatch(r"trials: 0/3, 0\.\d s so far; best: 1/9", lines[0])
+    assert any(re.fullmatch(r"trials: 1/3, [\d.]+ a second, ETA [\d.]+ s; best: 1/9", line) for line in lines)
+    assert re.fullmatch(r"loading the model: 0\.\d s so far", lines[-1])
     time.sleep(0.2)
     assert stream.getvalue().splitlines() == lines  # no output after the end of a stage
+
+
+def test_a_jobs_lines_tell_the_time_and_minor_events_are_recorded_and_shown_on_request(tmp_path: Path) -> None:
+    for verbose in (False, True):
+        stream, file = io.StringIO(), tmp_path / f"events-{verbose}.jsonl"
+        told = Events(stream=stream, verbose=verbose)
+        told.say("before the job")
+        told.log_to(file)
+        told.emit("trial", "trial 1", minor=True, number=1)
+        told.emit("trial", "trial 2", number=2)
+        shown = stream.getvalue().splitlines()
+        assert shown == ["before the job", *(["[0:00] trial 1"] if verbose else []), "[0:00] trial 2"]
+        assert [(event["number"], event["message"]) for event in read_events(file)] == [(1, "trial 1"), (2, "trial 2")]
 
 
 def test_signals_stop_at_once_or_after_the_shield() -> None:

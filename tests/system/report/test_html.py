@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -60,12 +61,24 @@ def test_charts_are_drawn_and_nothing_is_fetched(page: View, finished: Path) -> 
         return page.page.locator(f"#{chart} {what}").count()
 
     usable = [trial for trial in trials if trial.values.reason is None]
-    assert marks("chart-front", ".points path.point") == len(usable) + len(pareto_front(trials)) + 1
-    assert marks("chart-strength", ".bars .point path") == 2 * record.resolution.layers
+    assert marks("chart-front", ".dots .dot") == len(usable)
+    assert marks("chart-front", ".line .dot") == len(pareto_front(trials))
+    labels = page.page.locator("#chart-front .label").all_text_contents()
+    assert labels == ["base model", f"chosen: trial {folder.export_link.resolve().name[-4:].lstrip('0') or '0'}"]
+    assert marks("chart-strength", ".bars rect") == 2 * record.resolution.layers
+    assert marks("chart-strength", "path.rule") == 1
     for number, lines in enumerate((4, 3, 2)):
-        assert marks(f"chart-geometry-{number}", ".scatterlayer .js-line") == lines
-    layer = json.loads(folder.geometry_file.read_text())["layers"][0]
-    assert marks("chart-points", ".points path.point") == len(layer["good_points"]) + len(layer["bad_points"])
+        assert marks(f"chart-geometry-{number}", ".stroke") == lines
+    layers = json.loads(folder.geometry_file.read_text())["layers"]
+    for number, layer in enumerate(layers):
+        dots, crosses = (
+            page.page.locator(f"#chart-points-{number} {kind} path").get_attribute("d") or ""
+            for kind in (".dots", ".crosses")
+        )
+        assert (dots.count("M"), crosses.count("M")) == (len(layer["good_points"]), len(layer["bad_points"]))
+    assert [one for one in range(len(layers)) if page.page.locator(f"#chart-points-{one}").is_visible()] == [
+        max(range(len(layers)), key=lambda one: layers[one]["silhouette"])
+    ]
     assert page.page.locator("section h2").all_inner_texts() == [
         "Figures",
         "What detectors say",
@@ -87,7 +100,7 @@ def test_the_page_is_accessible_by_day_and_by_night(page: View) -> None:
         assert axe_complaints(page) == []
         look = "e => getComputedStyle(e)"
         background = page.page.locator("body").evaluate(f"{look}.backgroundColor")
-        colours.append((background, page.page.locator("#chart-front .xtitle").evaluate(f"{look}.fill")))
+        colours.append((background, page.page.locator("#chart-front text.xtitle").evaluate(f"{look}.fill")))
     page.page.emulate_media(color_scheme="light")
     assert colours == [("rgb(255, 255, 255)", "rgb(27, 34, 45)"), ("rgb(20, 23, 28)", "rgb(230, 233, 238)")]
 
@@ -96,7 +109,12 @@ def test_the_page_is_accessible_by_day_and_by_night(page: View) -> None:
 def test_a_phone_shows_all_without_scrolling_sideways(page: View) -> None:
     page.page.set_viewport_size(PHONE)  # type: ignore[arg-type]
     page.page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
-    page.wait_for("charts => charts.every(chart => chart.querySelector('.main-svg').clientWidth <= innerWidth)")
+    widths = page.page.locator(".plot").evaluate_all("all => all.map(e => e.getBoundingClientRect().right)")
+    assert max(widths) <= PHONE["width"]
+    texts = page.page.locator("#chart-front text.xtick").evaluate_all(
+        "all => all.map(e => e.getBoundingClientRect().height)"
+    )
+    assert min(texts) >= 11
     assert page.page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     sizes = page.page.locator("button, summary, nav a").evaluate_all("all => all.map(e => e.offsetHeight)")
     assert min(sizes) >= 24
@@ -117,18 +135,61 @@ def test_points_and_layers_are_reached_with_the_keyboard_alone(page: View) -> No
         if page.page.evaluate("document.activeElement.dataset.point !== undefined"):
             break
     assert seen[-1].startswith("trial "), seen
-    hover = page.page.locator("#chart-front .hovertext")
-    hover.wait_for()
-    assert (hover.text_content() or "").startswith(seen[-1])
+    tip = page.page.locator(".tip")
+    assert tip.inner_text().startswith(f"{seen[-1]}: ")
     slider = page.page.get_by_role("slider", name="Layer")
     slider.focus()
+    assert tip.is_hidden()
     before = int(slider.input_value())
     keys.press("ArrowLeft" if before else "ArrowRight")
-    shown = page.page.evaluate("document.getElementById('chart-points').data.map(t => t.visible)")
     now = int(slider.input_value())
     assert now != before
     assert page.page.locator("#layer-shown").inner_text() == str(now)
-    assert [index for index, visible in enumerate(shown) if visible] == [2 * now, 2 * now + 1]
+    shown = page.page.locator(".layer").evaluate_all("all => all.map(one => !one.hidden)")
+    assert [index for index, visible in enumerate(shown) if visible] == [now]
+
+
+@needs_chromium
+def test_the_pointer_shows_the_nearest_trial_and_the_scale_is_switched(page: View, finished: Path) -> None:
+    front = pareto_front(job_trials(RunFolder(only_job(finished))))
+    page.page.locator("#front").evaluate("heading => heading.scrollIntoView()")
+    for scale, chart in (("linear", "chart-front-linear"), ("logarithmic", "chart-front")):
+        page.page.get_by_label(scale).check()
+        assert page.page.locator(f"#{chart}").is_visible()
+        assert page.page.locator(".scales .plot:visible").count() == 1
+        point = page.page.locator(f"#{chart} .line [data-number='{front[-1].number}']")
+        box = point.bounding_box()
+        assert box is not None
+        page.page.mouse.move(box["x"] + box["width"] / 2 + 2, box["y"] + box["height"] / 2 - 2)
+        assert f"KL {front[-1].values.kl:.4g}" in page.page.locator(".tip").inner_text()
+        page.page.mouse.move(1, 1)
+        assert page.page.locator(".tip").is_hidden()
+
+
+@needs_chromium
+def test_without_scripts_the_figures_charts_and_answers_are_there(chromium: Browser, finished: Path) -> None:
+    view = View(chromium, only_job(finished) / "report.html", scripts=False)
+    assert view.complaints == []
+    assert view.page.locator("#chart-front").is_visible()
+    assert view.page.locator("#chart-front title").count() > 20  # which the browser shows under the mouse
+    view.page.get_by_label("linear", exact=True).check()
+    assert view.page.locator("#chart-front-linear").is_visible()
+    assert view.page.get_by_role("slider").count() == 0
+    assert view.page.locator(".layer:visible").count() == 1
+    assert view.page.locator("blockquote").count() == 2 * KEPT
+    view.close()
+
+
+def test_the_page_is_small_and_titled_by_what_changed(finished: Path) -> None:
+    folder = RunFolder(only_job(finished))
+    page = folder.page_file.read_text()
+    assert len(page.encode()) < 250_000
+    assert re.search(r"<title>[^<]*/model: refusals 20 → \d+ of 20</title>", page)
+    assert "Took<strong>" in page
+    spent = json.loads(folder.meter_file.read_text())["seconds"]
+    told = re.search(r"All starts of the job took ([\d.]+) s", page)
+    assert told is None or float(told[1]) == pytest.approx(spent, abs=1.5)
+    assert "<details><summary>All" in page.partition('id="preflight"')[2]
 
 
 def test_answers_are_kept_for_the_owner_alone_and_bad_ones_are_shown_on_demand(finished: Path, tmp_path: Path) -> None:

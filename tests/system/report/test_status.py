@@ -23,8 +23,9 @@ import pytest
 
 from job.cli.watch import follow
 from job.report.status import job_status, status_text
-from job.report.timings import duration_text, phase_times
+from job.report.timings import phase_times
 from job.storage.run_folder import RunFolder
+from job.text.durations import duration_text
 from tests.helpers import COMMAND, abliterate, environment, events, job_arguments, only_job, start, stored_trials
 
 

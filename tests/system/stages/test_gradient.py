@@ -52,12 +52,16 @@ def test_the_first_trials_are_the_stages_and_the_edit_goes_into_every_format(
     assert made.edit.directions is not None
     assert sha256_file(export / EXPORTED) == made.edit.directions.sha256 == path.directions
     assert "each layer's own direction, learned by gradient" in (export / "README.md").read_text()
+    assert "Gradient descent moved the strengths and directions" in (export / "README.md").read_text()
     assert "learned by gradient" in (job / "report.md").read_text()
     page = (job / "report.html").read_text()
-    assert "chart-strength" in page
+    for chart, kind in (("strength", "rect"), ("path-refusals", "dot"), ("path-kl", "dot")):
+        drawn = page.partition(f'id="chart-{chart}"')[2].partition("</svg>")[0]
+        assert drawn.count(kind) >= len(path.stages), chart
     gentlest, strongest = path.stages[-1], path.stages[0]
     for number, end in ((0, gentlest), (last, strongest)):
-        cells = (f"trial {number}", f"{end.beta:.3g}", end.steps, end.refusals, end.broken, f"{end.kl:.4g}")
+        stage = len(path.stages) - number
+        cells = (f"trial {number}", stage, f"{end.beta:.3g}", end.steps, end.refusals, end.broken, f"{end.kl:.4g}")
         assert re.search(
             r"<tr>\s*" + r"\s*".join(rf"<t[dh][^>]*>{re.escape(str(cell))}</t[dh]>" for cell in cells), page
         )
