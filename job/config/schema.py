@@ -142,6 +142,10 @@ class AblationSettings(Section):
     through_norms: bool = Field(
         description="If a norm follows a writer, ablate the direction that this norm maps to the stream's."
     )
+    pull_back: Literal["auto", "dual", "gain"] = Field(
+        description="How, for a norm with gain g and a direction v: dual reads g∘v and writes v/g, which moves the "
+        "stream least; gain does both along g∘v; auto: dual, or what the job began with."
+    )
 
 
 class SearchSettings(Section):

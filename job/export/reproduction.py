@@ -20,7 +20,7 @@ from job.config.schema import Settings
 from job.data.prompts import Prompt, PromptSets
 from job.errors import UsageError
 from job.model.files import parse_model
-from job.records import DATE, EditParameters, ExportFormat, Figures, JobRecord, Record, Resolution, Trial
+from job.records import DATE, EditParameters, ExportFormat, Figures, JobRecord, PullBack, Record, Resolution, Trial
 from job.storage.identity import AS_BEFORE, short_hash
 
 # Parts of a job's identity with fields of their own.
@@ -74,6 +74,7 @@ class _Resolved(Record):
     date: str | None = Field(None, pattern=DATE)
     options: dict[Annotated[str, Field(pattern=_OPTION)], bool] | None = Field(None, max_length=16)
     turn_end: int | None = Field(None, ge=0, lt=1 << 24)
+    pull_back: PullBack | None = None
 
 
 class _Shown(Record):

@@ -66,12 +66,13 @@ class DifferentiableEdits:
     def _compiled(self, hooked: _HookedWriter, strengths: Tensor, directions: Tensor) -> WriterEdit:
         writer, model = hooked.writer, self._loaded.model
         along = directions[:, writer.layer].to(hooked.device, torch.float64)  # [K, k, d]
+        metric = None
         if writer.post_norms:
-            pulled = writer.pull_back(along.flatten(0, 1), partial(read_parameter, model))
-            along = orthonormal_rows(pulled.view_as(along))
+            pulled, metric = writer.pull_back(along.flatten(0, 1), partial(read_parameter, model))
+            along = orthonormal_rows(pulled.view_as(along), metric)
         weight = None if self._mode == "none" else writer.matrix(read_parameter(model, writer.parameter))
         own = strengths[:, COMPONENTS.index(writer.component), writer.layer].to(hooked.device, torch.float64)
-        return writer_edit(weight, along, own, self._mode)
+        return writer_edit(weight, along, own, self._mode, metric)
 
 
 def _of_rows(table: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:

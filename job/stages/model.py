@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from job.architectures.discovery import decoder_of
-from job.architectures.spec import require_modes
-from job.config.schema import Settings
+from job.architectures.spec import Architecture, require_modes
+from job.config.schema import AblationSettings, Settings
 from job.data.prompts import Prompt, PromptSets
 from job.directions.response_prefix import with_response_prefix
 from job.errors import ImpossibleJobError
@@ -24,7 +24,7 @@ from job.model.rendering import Rendering, conversations, shows_date
 from job.model.safetensors_files import Checkpoint
 from job.preflight.checks import size
 from job.proof.truth_test import inspect_model
-from job.records import ExportFormat, JobRecord, Resolution
+from job.records import ExportFormat, JobRecord, PullBack, Resolution
 from job.scoring.trial_scorer import TrialScorer
 from job.stages.measuring import metrics_of, scorer_of
 from job.tuning.batch_size import Tuner
@@ -52,9 +52,7 @@ def loaded_model(job: OpenJob, source: Path, prompts: PromptSets, *, proven: boo
     with clear_faults(), watchdog.watching(decoder_of(model.model)):
         _resolve(job, model, prompts)
         model = as_resolved(model, job.record)
-        if not settings.ablation.through_norms:
-            model = replace(model, architecture=model.architecture.without_norms())
-        yield model
+        yield replace(model, architecture=as_edited(model.architecture, settings.ablation, job.resolution))
 
 
 def _prove(job: OpenJob, source: Path) -> None:
@@ -103,6 +101,19 @@ def as_resolved(model: LoadedModel, record: JobRecord) -> LoadedModel:
     )
 
 
+def as_edited(architecture: Architecture, ablation: AblationSettings, resolution: Resolution) -> Architecture:
+    """Return the structure with norms as a job's edits take account of them."""
+    if not ablation.through_norms:
+        return architecture.without_norms()
+    return architecture.pulled_back(resolution.pull_back or "gain")
+
+
+def _pull_back(ablation: AblationSettings, architecture: Architecture) -> PullBack | None:
+    if not (architecture.norms and ablation.through_norms):
+        return None
+    return "dual" if ablation.pull_back == "auto" else ablation.pull_back
+
+
 def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
     record, settings = job.record, job.settings
     if record.resolution is not None:
@@ -132,6 +143,7 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
             date=record.prompt_date if shows_date(model.tokenizer) else None,
             options=dict(model.rendering.options) or None,
             turn_end=model.turn_end,
+            pull_back=_pull_back(settings.ablation, model.architecture),
         )
     )
 

@@ -38,7 +38,7 @@ EXTENDING = frozenset(
 EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
 
 # Left out where they say what every job did before there were such settings: its jobs keep their names.
-AS_BEFORE = {"search": {"method": "tpe"}}
+AS_BEFORE = {"search": {"method": "tpe"}, "ablation": {"pull_back": "auto"}}
 
 PACKAGES = ("abliteration-job", "torch", "transformers", "optuna", "safetensors", "tokenizers")
 
