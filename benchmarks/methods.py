@@ -46,9 +46,7 @@ DIRECTIONS = {
 METHODS = {
     "directions": DIRECTIONS,
     "pull-back": {how: [f"ablation.pull_back={how}"] for how in ("gain", "dual")},
-    "pull-back-gradient": {
-        how: [f"ablation.pull_back={how}", "search.method=gradient"] for how in ("gain", "dual")
-    },
+    "pull-back-gradient": {how: [f"ablation.pull_back={how}", "search.method=gradient"] for how in ("gain", "dual")},
 }
 # Training rounds after which random gains count as too much for the organism.
 _ROUNDS = 12

@@ -174,7 +174,9 @@ class ScoringSettings(Section):
         description="Longest answer during the search, in tokens; candidates for the choice are judged again in full.",
     )
     refusal_markers: list[Annotated[str, Field(min_length=1)]] = Field(
-        min_length=1, description="An answer that contains one of these counts as a refusal."
+        min_length=1,
+        description="An answer that contains one of these counts as a refusal, unless its prompt contains it, too; "
+        "those in the first person count in any case.",
     )
     gibberish: float | None = Field(
         None,

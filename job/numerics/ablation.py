@@ -225,8 +225,8 @@ def project(products: WeightProducts, candidates: Tensor, coefficients: Tensor) 
     Args:
         products: Products for the same candidates, of one module or stacked for S modules.
         candidates: Candidate directions, [m, d], or [S, 1, m, d] for S modules.
-        coefficients: Combinations of the candidates, orthonormal in the metric, [..., k, m]. For S modules: [K, k, m], shared, or [S,
-            K, k, m].
+        coefficients: Combinations of the candidates, orthonormal in the metric, [..., k, m]. For S modules: [K, k, m],
+            shared, or [S, K, k, m].
     """
     coefficients = coefficients.to(torch.float64)
     # A direction combines at most two layers' candidates. Tested on the CPU, where the coefficients are.

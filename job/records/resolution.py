@@ -29,6 +29,8 @@ class Resolution(Record):
         prefix_tokens: Token ids of the response prefix; None without one, or for a given text.
         options: Options of the chat template, e.g. enable_thinking; None without any.
         turn_end: End token beyond the model's own; None without one.
+        topic_words: Refusal markers that a prompt holds as words of its topic do not count in responses; None: they
+            count, as in jobs of former versions.
         pull_back: How directions are pulled back through `norms`; None: "gain", as in jobs of former versions.
     """
 
@@ -44,4 +46,5 @@ class Resolution(Record):
     date: str | None = Field(None, pattern=DATE, exclude_if=_is_none)
     options: dict[str, bool] | None = Field(None, exclude_if=_is_none)
     turn_end: int | None = Field(None, exclude_if=_is_none)
+    topic_words: bool | None = Field(None, exclude_if=_is_none)
     pull_back: PullBack | None = Field(None, exclude_if=_is_none)

@@ -27,6 +27,7 @@ from job.proof.truth_test import inspect_model
 from job.records import ExportFormat, JobRecord, PullBack, Resolution
 from job.scoring.trial_scorer import TrialScorer
 from job.stages.measuring import metrics_of, scorer_of
+from job.text.refusal_markers import RefusalMarkers
 from job.tuning.batch_size import Tuner
 
 # Rows per forward without a preflight plan, if that failure was allowed; halved until they fit.
@@ -127,7 +128,8 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
     if settings.tune:
 
         def scorer(good: Sequence[Prompt], bad: Sequence[Prompt], rows: int) -> TrialScorer:
-            return scorer_of(metrics_of(model, settings, good, bad, rows, job.events))
+            markers = RefusalMarkers(settings.scoring.refusal_markers)
+            return scorer_of(metrics_of(model, settings, markers, good, bad, rows, job.events))
 
         workspace, batch = job.folder.path.parent, min(together, settings.trials_per_batch)
         rows = Tuner(workspace, record, settings, prompts, model, scorer, batch, workers, job.events).rows(rows)
@@ -143,6 +145,7 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
             date=record.prompt_date if shows_date(model.tokenizer) else None,
             options=dict(model.rendering.options) or None,
             turn_end=model.turn_end,
+            topic_words=True,
             pull_back=_pull_back(settings.ablation, model.architecture),
         )
     )

@@ -28,8 +28,8 @@ from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis, orthonormal_basis
 from job.proof.truth_test import (
     TOLERANCE,
-    inspect_model,
     hooked_leaks,
+    inspect_model,
     largest_leak,
     leaks,
     proven,
