@@ -143,8 +143,7 @@ class AblationSettings(Section):
         description="If a norm follows a writer, ablate the direction that this norm maps to the stream's."
     )
     pull_back: Literal["auto", "dual", "gain"] = Field(
-        description="How, for a norm with gain g and a direction v: dual reads g∘v and writes v/g, which moves the "
-        "stream least; gain does both along g∘v; auto: dual, or what the job began with."
+        description="How, for a norm's gain g: dual reads g∘v and writes v/g; gain does both along g∘v; auto: dual."
     )
 
 
@@ -174,9 +173,7 @@ class ScoringSettings(Section):
         description="Longest answer during the search, in tokens; candidates for the choice are judged again in full.",
     )
     refusal_markers: list[Annotated[str, Field(min_length=1)]] = Field(
-        min_length=1,
-        description="An answer that contains one of these counts as a refusal, unless its prompt contains it, too; "
-        "those in the first person count in any case.",
+        min_length=1, description="An answer that contains one of these that its prompt does not is a refusal."
     )
     gibberish: float | None = Field(
         None,
