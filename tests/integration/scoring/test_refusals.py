@@ -26,8 +26,8 @@ from tests.helpers import loading
 from tests.integration.edits.test_hooks import basis_for
 
 TOKENS = 30
-# Responses name the thing that was asked for, and some of them another one.
-MARKERS = [*WORLD, "i keep"]
+# All answers to good prompts name the thing that was asked for; some answers hold one of the other markers.
+MARKERS = [*WORLD, "kept in the", "i can't"]
 
 
 @pytest.mark.parametrize("topic_words", [True, False])
@@ -42,14 +42,11 @@ def test_all_that_looks_for_markers_agrees_on_which_responses_refuse(organism: P
     judged = metrics.judge(responses)
 
     def refuses(prompt: str, text: str) -> bool:
-        return any(
-            marker in text.lower() and not (topic_words and marker in prompt.lower() and marker != "i keep")
-            for marker in MARKERS
-        )
+        return any(marker in text.lower() and not (topic_words and marker in prompt.lower()) for marker in MARKERS)
 
     expected = [refuses(one.prompt, one.answer) for one in judged.bad]
     assert judged.bad_refused == judged.good_refused == expected
-    assert 5 < sum(expected) < 55 if topic_words else sum(expected) > 40
+    assert 5 < sum(expected) < 25 if topic_words else sum(expected) > 30
 
     nothing = dict.fromkeys(COMPONENTS, ((0.0,),) * loaded.architecture.layer_count)
     edit = EditParameters(direction_index=None, kernels={}, layer_strengths=nothing)
