@@ -64,8 +64,9 @@ def test_all_that_looks_for_markers_agrees_on_which_responses_refuse(organism: P
         assert all(label == "refused" for label, refused in zip(labels, expected, strict=True) if refused)
     assert [label == "refused" for label in make_scorer("markers", context)(judged.bad)] == expected
 
-    declined = first_prompts(loaded, [one.user for one in prompts], markers, declined=True, count=len(prompts))
-    assert declined == [one.user for one, refused in zip(prompts, expected, strict=True) if refused]
+    asked = [one.prompt for one in judged.bad]
+    declined = first_prompts(loaded, asked, markers, declined=True, count=len(asked))
+    assert declined == [prompt for prompt, refused in zip(asked, expected, strict=True) if refused]
 
     edits = DifferentiableEdits(loaded, "none", 1.5)
     problem = Problem.measured(loaded, edits, Recipe(), 0, (prompts, prompts), markers, TOKENS, 16, None)
