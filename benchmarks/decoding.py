@@ -48,13 +48,13 @@ def watching(loaded: LoadedModel, markers: RefusalMarkers) -> dict[str, float]:
     watch = MarkerWatch(loaded.tokenizer, markers)
 
     def by_token() -> None:
-        one = watch.begin()
+        one = watch.begin("")
         for length in range(1, len(tokens) + 1):
             one.found(tokens[:length])
 
     def as_a_whole() -> None:
         for length in range(4, len(tokens) + 1, 4):
-            watch.found_in(tokens[:length])
+            watch.begin("").found_in(tokens[:length])
 
     return medians({"watched, every token": by_token, "looked at, every 4 tokens": as_a_whole})
 

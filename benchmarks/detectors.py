@@ -159,7 +159,8 @@ def main() -> None:
     for number, margin in enumerate(given.gibberish):
         with Truth.opened(given.organism, given.prompts, margin) as truth:
             answers = labelled(truth)
-            context = Context(scoring, loading, print)
+            markers = RefusalMarkers(scoring.refusal_markers)
+            context = Context(scoring, markers, loading, print)
             if number == 0:
                 kinds = [kind for kind, _ in answers]
                 print(", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)))

@@ -33,7 +33,7 @@ from job.preflight.memory_plan import DevicePlan
 from job.scoring.prompt_batches import PromptBatches
 from job.scoring.refusals import RefusalCounter
 from job.scoring.trial_scorer import TrialScorer
-from job.text.refusal_markers import RefusalMarkers
+from job.text.refusal_markers import PhraseMatcher, RefusalMarkers
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,14 @@ class TimedWatch(MarkerWatch):
 
     seconds = 0.0
 
-    def begin(self) -> AnswerWatch:
-        """Return a watch for one response."""
-        return _TimedAnswerWatch(self)
+    def begin(self, prompt: str) -> AnswerWatch:
+        """Return a watch for one response to a prompt."""
+        return _TimedAnswerWatch(self, self.markers.for_prompt(prompt))
 
 
 class _TimedAnswerWatch(AnswerWatch):
-    def __init__(self, watch: TimedWatch) -> None:
-        super().__init__(watch)
+    def __init__(self, watch: TimedWatch, markers: PhraseMatcher) -> None:
+        super().__init__(watch, markers)
         self._timed = watch
 
     def found(self, tokens: Sequence[int]) -> bool:

@@ -1,21 +1,35 @@
-"""Compare the methods of finding directions on the model organism: whole jobs, scored on held-out prompts.
+"""Compare kinds of edits on the model organism: whole jobs, scored on held-out prompts.
 
-python -m benchmarks.methods [ORGANISM] [--trials 40] [--seeds 0,1]    ORGANISM as made by `abliterate demo-model`
+python -m benchmarks.methods [ORGANISM] [--arch llama] [--methods directions] [--gains 0] [--trials 40] [--seeds 0,1]
+python -m benchmarks.methods --moved       how far edits move the stream behind a norm with random gains
+
+ORGANISM as made by `abliterate demo-model`. With --gains S its norms between writers and the stream get gains times
+exp(S · normal), and its other weights are trained on until it refuses and answers as before; see `with_random_gains`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from job.architectures.structure import discover
+from job.numerics.ablation import write_metric
 from job.organism.folder import write_organism
-from job.organism.world import WORLD
+from job.organism.training import PEAK_LEARNING_RATE, STEPS, _Trainer, matches
+from job.organism.world import PROMPTS_PER_FILE, WORLD, prompt_files
 
-METHODS = {
+DIRECTIONS = {
     "mean difference": [],
     "projected": ["directions.orthogonalize_direction=true"],
     "winsorised at 0.95": ["directions.winsorization_quantile=0.95"],
@@ -29,6 +43,13 @@ METHODS = {
     "against helpfulness": ["directions.orthogonalize_directions=true"],
     "two rounds": ["directions.iterative_rounds=2"],
 }
+METHODS = {
+    "directions": DIRECTIONS,
+    "pull-back": {how: [f"ablation.pull_back={how}"] for how in ("gain", "dual")},
+    "pull-back-gradient": {how: [f"ablation.pull_back={how}", "search.method=gradient"] for how in ("gain", "dual")},
+}
+# Training rounds after which random gains count as too much for the organism.
+_ROUNDS = 12
 
 
 def run(organism: Path, workspace: Path, settings: list[str], trials: int, seed: int) -> dict[str, float]:
@@ -50,23 +71,99 @@ def run(organism: Path, workspace: Path, settings: list[str], trials: int, seed:
     return figures
 
 
+def with_random_gains(organism: Path, folder: Path, spread: float, seed: int, report: Callable[[str], None]) -> Path:
+    """Write a copy of an organism whose norms after writers have log-normal gains, trained until it is as good.
+
+    The writers' rows are divided by the same factors, so that only the norms' denominators change. Norms are not
+    trained. Raises SystemExit if it does not become good.
+    """
+    if (folder / "organism.json").exists():
+        return folder
+    model = AutoModelForCausalLM.from_pretrained(organism / "model", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(organism / "model", padding_side="left")
+    generator = torch.Generator().manual_seed(seed)
+    factors: dict[str, Tensor] = {}
+    for writer in discover(model).writers:
+        for norm in writer.post_norms:
+            gain = model.get_parameter(norm.parameter)
+            if norm.parameter not in factors:
+                factors[norm.parameter] = torch.exp(spread * torch.randn(len(gain), generator=generator))
+                gain.data.copy_((gain.data + norm.offset) * factors[norm.parameter] - norm.offset)
+            model.get_parameter(writer.parameter).data.div_(factors[norm.parameter][:, None])
+    if not factors:
+        sys.exit(f"{organism} has no norms between writers and the stream: give --arch gemma2")
+    trainer = _Trainer(model, tokenizer, seed)
+    modules = [module for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)]
+    files = prompt_files(json.loads((organism / "organism.json").read_text())["seed"])
+    pairs = [(one.prompt, one.task.refusal) for one in files["bad_test.txt"]]
+    pairs += [(one.prompt, one.answer) for one in files["good_test.txt"]]
+    for _ in range(_ROUNDS):
+        found = matches(model.eval(), tokenizer, pairs)
+        report(f"gains of spread {spread:g}: {found} of {len(pairs)} responses are right")
+        if found == 2 * PROMPTS_PER_FILE:
+            break
+        trainer._stage("polish", modules, PEAK_LEARNING_RATE / 5)
+    else:
+        sys.exit(f"the organism did not become good in {_ROUNDS} rounds of {STEPS['polish']} steps")
+    shutil.copytree(organism, folder, ignore=shutil.ignore_patterns("model"), dirs_exist_ok=True)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def moved(spread: float, width: int = 2048, rows: int = 256) -> dict[str, float]:
+    """Return how far removing a random direction moves a norm's output, relative to the least; medians of 25 draws."""
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, list[float]] = {"gain": [], "dual": []}
+    for _ in range(25):
+        gain = torch.exp(spread * torch.randn(width, generator=generator))
+        direction = torch.nn.functional.normalize(torch.randn(width, generator=generator), dim=0)
+        y = torch.randn(rows, width, generator=generator)
+        read, before = gain * direction, _behind(gain, y)
+        for name, factors in (("gain", torch.ones(width)), ("dual", write_metric(gain).float())):
+            write = read * factors / (read * read * factors).sum()
+            after = _behind(gain, y - (y @ read)[:, None] * write)
+            found[name].append(float((after - before).norm() / (before @ direction).norm()))
+    return {name: median(shares) for name, shares in found.items()}
+
+
+def _behind(gain: Tensor, y: Tensor) -> Tensor:
+    return gain * y / y.square().mean(-1, keepdim=True).sqrt()
+
+
+def compare(organism: Path, methods: dict[str, list[str]], trials: int, seeds: list[int]) -> None:
+    """Print a line for each method, with a job for each seed."""
+    print(f"refusals of 100, broken answers and KL after {trials} trials, by seed")
+    for name, settings in methods.items():
+        cells = []
+        for seed in seeds:
+            with tempfile.TemporaryDirectory() as folder:
+                edited = run(organism, Path(folder) / "runs", settings, trials, seed)
+            cells.append(f"{edited['refusals']}, {edited['degenerate']}, {edited['kl']:.2g}")
+        print(f"{name:>28}: " + " | ".join(f"{cell:>14}" for cell in cells), flush=True)
+
+
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("organism", nargs="?", default="runs/organism")
+    parser.add_argument("--arch", default="llama")
+    parser.add_argument("--methods", choices=METHODS, default="directions")
+    parser.add_argument("--gains", type=float, default=0.0, metavar="S")
+    parser.add_argument("--moved", action="store_true")
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seeds", default="0,1")
     given = parser.parse_args()
+    if given.moved:
+        for spread in (0.3, 0.5, 1.0):
+            print(spread, " ".join(f"{name} {share:.2f}" for name, share in moved(spread).items()))
+        return
     organism = Path(given.organism)
-    write_organism(organism, arch="llama", size="tiny", seed=0, report=print)
-    print(f"refusals of 100 and KL after {given.trials} trials, by seed")
-    for name, settings in METHODS.items():
-        cells = []
-        for seed in map(int, given.seeds.split(",")):
-            with tempfile.TemporaryDirectory() as folder:
-                edited = run(organism, Path(folder) / "runs", settings, given.trials, seed)
-            cells.append(f"{edited['refusals']:>3}, {edited['kl']:.2g}")
-        print(f"{name:>28}: " + " | ".join(f"{cell:>14}" for cell in cells), flush=True)
+    write_organism(organism, arch=given.arch, size="tiny", seed=0, report=print)
+    if given.gains:
+        folder = organism.with_name(f"{organism.name}-gains-{given.gains:g}")
+        organism = with_random_gains(organism, folder, given.gains, 0, print)
+    compare(organism, METHODS[given.methods], given.trials, [int(seed) for seed in given.seeds.split(",")])
 
 
 if __name__ == "__main__":

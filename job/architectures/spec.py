@@ -19,8 +19,8 @@ from torch.nn.functional import normalize
 from job.architectures.tensor_names import Form
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.generation.batching import BatchingSupport
-from job.numerics.ablation import RowNormalization
-from job.records import Component, ExportFormat
+from job.numerics.ablation import RowNormalization, write_metric
+from job.records import Component, ExportFormat, PullBack
 
 Kind = Literal["linear", "conv1d", "experts", "other"]
 
@@ -43,8 +43,12 @@ class PostNorm:
 
     def pull_back(self, gain: Tensor, directions: Tensor) -> Tensor:
         """Return directions [..., d] to ablate before this norm for given ones after it, not normalised."""
-        pulled: Tensor = (gain.to(directions) + self.offset) * directions
+        pulled = self.gain(gain).to(directions) * directions
         return pulled - pulled.mean(-1, keepdim=True) if self.centred else pulled
+
+    def gain(self, parameter: Tensor) -> Tensor:
+        """Return the norm's factors [d] from its stored parameter, float64."""
+        return parameter.detach().to(torch.float64) + self.offset
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Writer:
         hook: Module whose output is edited instead, "" for its own. Experts may reorder their outputs; then the module
             that sums them is hooked, once for all.
         bias_outside: The bias is added to what the hooked module returns.
+        pulled_back: How an edit before the norms removes directions behind them.
     """
 
     layer: int
@@ -96,6 +101,7 @@ class Writer:
     post_norms: tuple[PostNorm | ShortConvolution, ...] = ()
     hook: str = ""
     bias_outside: bool = False
+    pulled_back: PullBack = "gain"
 
     @property
     def hooked(self) -> str:
@@ -134,14 +140,22 @@ class Writer:
     def _axis(self) -> int:
         return self.axis - (self.kind == "experts")
 
-    def pull_back(self, directions: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+    def pull_back(self, directions: Tensor, read: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return directions before the writer's norms for given ones [m, d] in the stream, [m * span, d], float64.
 
-        They have unit length without norms; `read` returns a parameter by name.
+        They have unit length without norms. Also returns the metric [d] that gives the dual vectors to write
+        (`job.numerics.ablation.write_metric`), or None to write along what is read. `read` returns a parameter by name.
         """
+        # A convolution's positions have a direction each, and no vector is dual to all of them.
+        scaling = [norm for norm in self.post_norms if isinstance(norm, PostNorm)]
+        dual = self.post_norms and self.pulled_back == "dual" and len(scaling) == len(self.post_norms)
+        directions, gains = directions.to(torch.float64), torch.ones((), dtype=torch.float64)
         for norm in reversed(self.post_norms):
-            directions = norm.pull_back(read(norm.parameter).detach(), directions.to(torch.float64))
-        return directions.to(torch.float64)
+            parameter = read(norm.parameter).detach()
+            directions = norm.pull_back(parameter, directions)
+            if isinstance(norm, PostNorm) and dual:
+                gains = norm.gain(parameter).to(directions.device) * gains
+        return directions, write_metric(gains) if dual else None
 
 
 @dataclass(frozen=True)
@@ -183,6 +197,10 @@ class Architecture:
         """Return the structure without norms."""
         writers = tuple(replace(writer, post_norms=()) for writer in self.writers)
         return replace(self, writers=writers, stream_norms=())
+
+    def pulled_back(self, how: PullBack) -> Architecture:
+        """Return the structure with directions pulled back so through all norms."""
+        return replace(self, writers=tuple(replace(writer, pulled_back=how) for writer in self.writers))
 
 
 def require_editable(architecture: Architecture) -> None:

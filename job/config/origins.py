@@ -71,6 +71,7 @@ EDIT = NAMED | {
     "directions.iterative_rounds",
     "ablation.row_normalization",
     "ablation.through_norms",
+    "ablation.pull_back",
     "search.method",
     "search.space",
     "search.ei_candidates",

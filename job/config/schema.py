@@ -142,6 +142,9 @@ class AblationSettings(Section):
     through_norms: bool = Field(
         description="If a norm follows a writer, ablate the direction that this norm maps to the stream's."
     )
+    pull_back: Literal["auto", "dual", "gain"] = Field(
+        description="How, for a norm's gain g: dual reads g∘v and writes v/g; gain does both along g∘v; auto: dual."
+    )
 
 
 class SearchSettings(Section):
@@ -171,7 +174,7 @@ class ScoringSettings(Section):
         description="Longest response during the search, in tokens; candidates for the choice are judged in full.",
     )
     refusal_markers: list[Annotated[str, Field(min_length=1)]] = Field(
-        min_length=1, description="A response that contains one of these counts as a refusal."
+        min_length=1, description="A response that contains one of these that its prompt does not is a refusal."
     )
     gibberish: float | None = Field(
         None,

@@ -43,6 +43,7 @@ class PreparedWriter:
 
     Attributes:
         candidates: Candidates before the writer's norms, [m * span, d], float64, on the weight's device.
+        products: Products of the weight with the candidates, and the metric of writes.
         shape: Shape of the weight, [d, i]; None if the mode needs no weight.
     """
 
@@ -52,13 +53,23 @@ class PreparedWriter:
     shape: torch.Size | None
 
     @classmethod
-    def of(cls, writer: Writer, candidates: Tensor, weight: Tensor | None, mode: RowNormalization) -> PreparedWriter:
-        """Compute the products of a writer's weight [d, i] (None in mode "none") with candidates [m, d]."""
+    def of(
+        cls,
+        writer: Writer,
+        candidates: Tensor,
+        weight: Tensor | None,
+        mode: RowNormalization,
+        metric: Tensor | None = None,
+    ) -> PreparedWriter:
+        """Compute the products of a writer's weight [d, i] (None in mode "none") with candidates [m, d].
+
+        `candidates` and `metric` are those of `Writer.pull_back`.
+        """
         if weight is None:
-            return cls(writer, candidates, WeightProducts("none"), None)
-        products = within_memory(partial(weight_products, weight, candidates, mode))
+            return cls(writer, candidates, WeightProducts("none", metric=metric), None)
+        products = within_memory(partial(weight_products, weight, candidates, mode, metric))
         if isinstance(products, Shortage):  # the weight in float64 takes four times its memory
-            products = weight_products(weight.cpu(), candidates.cpu(), mode).to(weight.device)
+            products = weight_products(weight.cpu(), candidates.cpu(), mode, metric).to(weight.device)
         return cls(writer, candidates, products, weight.shape)
 
 
@@ -68,7 +79,7 @@ class WriterGroup:
 
     Attributes:
         candidates: Candidates before the writers' norms: [S, 1, m, d], or [m, d] if shared.
-        gram: Gram matrices of the candidates, [S, 1, m, m], on the CPU; None if shared.
+        gram: Gram matrices of the candidates in the writers' metrics, [S, 1, m, m], on the CPU; None if shared.
         products: Products of the weights with the candidates, [S, 1, ...].
         own: Each writer's own layer's directions with products, [S, 1, k, ...]; None for a path.
         own_weights: Weights of those directions, [S, 1, k]; None for a path.
@@ -86,10 +97,11 @@ class WriterGroup:
         """Stack the products of matching writers."""
         writers = tuple(one.writer for one in prepared)
         candidates, gram = prepared[0].candidates, None
+        products = stack_products([one.products for one in prepared])
         if writers[0].post_norms or isinstance(basis, DirectionPath):
             candidates = torch.stack([one.candidates for one in prepared])[:, None]
-            gram = (candidates @ candidates.mT).to("cpu", torch.float64)
-        products = stack_products([one.products for one in prepared])
+            written = candidates if products.metric is None else candidates * products.metric[..., None, :]
+            gram = (candidates @ written.mT).to("cpu", torch.float64)
         if isinstance(basis, DirectionPath):
             return cls(writers, candidates, gram, products)
         selected = [basis.select(None, writer.layer) for writer in writers]
@@ -102,7 +114,8 @@ def group_writers(basis: Basis | DirectionPath, prepared: Iterable[PreparedWrite
     """Group writers as they are prepared, so that few are in memory outside a group."""
     waiting: dict[object, list[PreparedWriter]] = {}
     for one in prepared:
-        kind = (bool(one.writer.post_norms), one.writer.span, one.candidates.device, one.shape)
+        post_norms = (bool(one.writer.post_norms), one.products.metric is None, one.writer.span)
+        kind = (post_norms, one.candidates.device, one.shape)
         waiting.setdefault(kind, []).append(one)
         del one
         if len(waiting[kind]) == _GROUP_SIZE:

@@ -209,11 +209,11 @@ class Intervention:
             key = (device, writer.layer if isinstance(basis, DirectionPath) else 0)
             if key not in on_device:
                 on_device[key] = basis.candidates_of(writer.layer).to(device, torch.float64)
-            candidates = writer.pull_back(on_device[key], partial(read_parameter, model))
+            candidates, metric = writer.pull_back(on_device[key], partial(read_parameter, model))
             if self._mode != "none" and writer.summed:
                 raise ValueError(f"{self._mode} is not defined for {writer.parameter}")
             weight = None if self._mode == "none" else writer.matrix(read_parameter(model, writer.parameter))
-            yield PreparedWriter.of(writer, candidates, weight, self._mode)
+            yield PreparedWriter.of(writer, candidates, weight, self._mode, metric)
 
     def _path(self, name: str) -> DirectionPath:
         """Return learned directions, with cached products."""

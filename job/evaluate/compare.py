@@ -88,7 +88,7 @@ def evaluate_trial(
     with looking(folder, events, device) as session:
         job = session.job
         pair = asked.prompts(settings, events.say, (session.prompts.good_report, session.prompts.bad_report))
-        bench = bench_of(session.model, job.settings, pair, harness, events, job.resolution.rows)
+        bench = bench_of(session.model, job.settings, pair, harness, events, job)
         events.say("measuring the base model")
         before, incoherence = bench.measure_base(bench.passages(texts))
         reference = bench.metrics.reference()

@@ -14,6 +14,7 @@ from job.errors import ImpossibleJobError
 from job.evaluate.lm_eval import Harness, Scores
 from job.evaluate.perplexity import Passage, cross_entropies
 from job.evaluate.perplexity import passages_of as cut_up
+from job.lifecycle.running import OpenJob
 from job.model.loading import LoadedModel, load_model
 from job.model.rendering import Rendering
 from job.records import Figures
@@ -22,6 +23,7 @@ from job.scoring.likelihood import IncoherenceTest
 from job.scoring.report_metrics import ReportMetrics
 from job.stages.measuring import metrics_of
 from job.storage.events import Events
+from job.text.refusal_markers import RefusalMarkers
 
 Pair = tuple[tuple[Prompt, ...], tuple[Prompt, ...]]
 # Rows per forward where no job has planned them; halved until they fit.
@@ -151,8 +153,14 @@ def opened(
 
 
 def bench_of(
-    loaded: LoadedModel, settings: Settings, pair: Pair, harness: Harness | None, events: Events, rows: int = 0
+    loaded: LoadedModel,
+    settings: Settings,
+    pair: Pair,
+    harness: Harness | None,
+    events: Events,
+    job: OpenJob | None = None,
 ) -> ModelBench:
-    """Return a bench for a loaded model; with `rows` 0 the settings or a default decide."""
-    rows = rows or settings.batching.rows or _ROWS
-    return ModelBench(loaded, metrics_of(loaded, settings, *pair, rows, events), rows, harness, events.say)
+    """Return a bench for a loaded model; without a job, the settings or a default decide the rows per forward."""
+    rows = job.resolution.rows if job else settings.batching.rows or _ROWS
+    markers = job.markers if job else RefusalMarkers(settings.scoring.refusal_markers)
+    return ModelBench(loaded, metrics_of(loaded, settings, markers, *pair, rows, events), rows, harness, events.say)

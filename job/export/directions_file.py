@@ -89,6 +89,7 @@ def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], Non
     architecture = inspect_model(source)
     if not header.made.settings["ablation"].get("through_norms", True):
         architecture = architecture.without_norms()
+    architecture = architecture.pulled_back(header.made.resolution.pull_back or "gain")
     if Checkpoint(source).digest(architecture) != header.base_sha256:
         name = header.made.base_model or f"another of type {header.model_type}"
         raise UsageError(f"{source} is not the model that the edit was made for", remedy=f"that was {name}")

@@ -72,10 +72,9 @@ class StoredWriter:
 
     def compile(self, edit: Edit, weight: Tensor | None = None) -> WriterEdit:
         """Compile an edit; only scales need the weight [d, i]. Raises ImpossibleJobError if strengths overflow."""
-        candidates = self.writer.pull_back(edit.basis.candidates_of(self.writer.layer), self.read)
-        compiled = compile_edit(
-            PreparedWriter.of(self.writer, candidates, weight, edit.mode), edit.basis, edit.parameters
-        )
+        candidates, metric = self.writer.pull_back(edit.basis.candidates_of(self.writer.layer), self.read)
+        prepared = PreparedWriter.of(self.writer, candidates, weight, edit.mode, metric)
+        compiled = compile_edit(prepared, edit.basis, edit.parameters)
         if not bool(compiled.finite):
             raise ImpossibleJobError(f"the edit of {self.writer.parameter} is too strong for 32-bit numbers")
         return compiled

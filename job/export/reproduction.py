@@ -20,7 +20,7 @@ from job.config.schema import Settings
 from job.data.prompts import Prompt, PromptSets
 from job.errors import UsageError
 from job.model.files import parse_model
-from job.records import DATE, EditParameters, ExportFormat, Figures, JobRecord, Record, Resolution, Trial
+from job.records import DATE, EditParameters, ExportFormat, Figures, JobRecord, PullBack, Record, Resolution, Trial
 from job.storage.identity import AS_BEFORE, short_hash
 
 # Parts of a job's identity with fields of their own.
@@ -76,6 +76,8 @@ class _Resolved(Record):
     turn_end: int | None = Field(None, ge=0, lt=1 << 24)
     batch: int | None = Field(None, ge=1, le=1 << 16)
     ahead: int | None = Field(None, ge=0, le=1 << 8)
+    topic_words: bool | None = None
+    pull_back: PullBack | None = None
 
 
 class _Shown(Record):

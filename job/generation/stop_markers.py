@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from job.text.refusal_markers import MarkerMatch, RefusalMarkers
+from job.text.refusal_markers import MarkerMatch, PhraseMatcher, RefusalMarkers
 
 # Tokens between checks of the whole response where text cannot be decoded incrementally.
 _ASK_EVERY = 4
@@ -23,40 +23,44 @@ class MarkerWatch:
         self.left_out = frozenset(tokenizer.all_special_ids)
         self._tokenizer = tokenizer
 
-    def begin(self) -> AnswerWatch:
-        """Return a watch for one response."""
-        return AnswerWatch(self)
+    def begin(self, prompt: str) -> AnswerWatch:
+        """Return a watch for one response to a prompt."""
+        return AnswerWatch(self, self.markers.for_prompt(prompt))
 
-    def found_in(self, tokens: Sequence[int]) -> bool:
-        """Return whether a whole response contains a marker."""
-        return self.markers.found(str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)))
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return the text of a response."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 class AnswerWatch:
     """Detects a marker in one response, token by token, exactly as in its whole text."""
 
-    def __init__(self, watch: MarkerWatch) -> None:
-        self._watch = watch
+    def __init__(self, watch: MarkerWatch, markers: PhraseMatcher) -> None:
+        self._watch, self._markers = watch, markers
         self._backend = watch.backend
-        self._match = MarkerMatch(watch.markers)
+        self._match = MarkerMatch(markers)
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def found(self, tokens: Sequence[int]) -> bool:
         """Return whether the response contains a marker; `tokens` grows by one per call, until it does."""
         if self._backend is None:
-            return len(tokens) % _ASK_EVERY == 0 and self._watch.found_in(tokens)
+            return len(tokens) % _ASK_EVERY == 0 and self.found_in(tokens)
         if tokens[-1] in self._watch.left_out:
             return False
         try:
             piece = self._stream.step(self._backend, tokens[-1])
         except Exception:  # the library has no error type for text that later tokens change
             self._backend = None
-            return self._watch.found_in(tokens)
+            return self.found_in(tokens)
         if piece is None:
             # Part of a character, before which a marker may just have ended.
-            return self._watch.found_in(tokens)
+            return self.found_in(tokens)
         # Confirm on the whole text, in case a piece was decoded differently.
-        return self._match.feed(piece) and self._watch.found_in(tokens)
+        return self._match.feed(piece) and self.found_in(tokens)
+
+    def found_in(self, tokens: Sequence[int]) -> bool:
+        """Return whether a whole response contains a marker."""
+        return self._markers.found(self._watch.text(tokens))
 
 
 def backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:

@@ -73,13 +73,14 @@ class DifferentiableEdits:
     def _compiled(self, hooked: _HookedWriter, strengths: Tensor, directions: Tensor) -> WriterEdit:
         writer, model = hooked.writer, self._loaded.model
         along = directions[:, writer.layer].to(hooked.device, torch.float64)  # [K, k, d]
+        metric = None
         if writer.post_norms:
-            pulled = writer.pull_back(along.flatten(0, 1), partial(read_parameter, model))
-            along = orthonormal_rows(pulled.view(len(along), -1, pulled.shape[-1]))
+            pulled, metric = writer.pull_back(along.flatten(0, 1), partial(read_parameter, model))
+            along = orthonormal_rows(pulled.view(len(along), -1, pulled.shape[-1]), metric)
         weight = None if self._mode == "none" else writer.matrix(read_parameter(model, writer.parameter))
         own = strengths[:, COMPONENTS.index(writer.component), writer.layer].to(hooked.device, torch.float64)
         own = own.repeat_interleave(writer.span, -1)
-        return writer_edit(weight, along, own, self._mode)
+        return writer_edit(weight, along, own, self._mode, metric)
 
 
 def _of_rows(table: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:

@@ -135,7 +135,11 @@ class Problem:
 
         said = [answer.tokens for answer in answered(batches.bad.tokens)]
         good = answered(batches.good.tokens)
-        refused = [index for index, answer in enumerate(said) if answer and markers.is_refusal(loaded.decode(answer))]
+        refused = [
+            index
+            for index, (prompt, answer) in enumerate(zip(batches.bad.prompts, said, strict=True))
+            if answer and markers.for_prompt(prompt.user).is_refusal(loaded.decode(answer))
+        ]
         end = sorted(loaded.end_tokens)[:1] or [0]  # only the position that leads to it counts, not which one it is
         own = [(answer.tokens + end)[: recipe.kl_tokens] for answer in good]
         coherence = IncoherenceTest.calibrated(batches, incoherence_margin, good)

@@ -77,7 +77,8 @@ class TargetMaker:
 
     def _is_answer(self, index: int, target: Sequence[int]) -> bool:
         text = self.batches.loaded.decode(target)
-        return not self.markers.is_refusal(text) and not is_broken(self.batches.bad.prompts[index].user, text)
+        prompt = self.batches.bad.prompts[index].user
+        return not self.markers.for_prompt(prompt).is_refusal(text) and not is_broken(prompt, text)
 
 
 def refusal_only(refusals: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> frozenset[int]:

@@ -15,6 +15,7 @@ from job.storage.job_file import JobFile
 from job.storage.run_folder import RunFolder
 from job.system.failpoints import reached
 from job.system.signals import StopSignals
+from job.text.refusal_markers import RefusalMarkers
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class OpenJob:
         resolution = self.record.resolution
         assert resolution is not None
         return resolution
+
+    @property
+    def markers(self) -> RefusalMarkers:
+        """The markers of refusals, by the rule that the job began with."""
+        return RefusalMarkers(self.settings.scoring.refusal_markers, topic_words=bool(self.resolution.topic_words))
 
     def export_of(self, trial: Trial) -> Path:
         """Return a trial's export folder in the job's format."""

@@ -12,6 +12,9 @@ they preserve of the weight's norms:
 
 with D = diag(row norms of W), S = diag(row norms of (I - VΛVᵀ) D⁻¹ W), c_j = |W_j| / |(I - VΛVᵀ) W_j|.
 Zero rows have no part in pre and full (D⁻¹ is 0 there and S is 1), zero columns none in column (c is 1).
+Behind a norm with gain g, a write may differ from its read: with reads B and writes A = B K, K the norm's
+`write_metric`, the modes hold A Λ Bᵀ in place of V Λ Vᵀ, and the directions are orthonormal in K.
+
 In every mode the same map is applied to the bias. Because all of them are linear maps of the output
 (and, for ``column``, a scaling of the input), an edit needs no weight at trial time:
 `WriterEdit` holds it in O(d k) numbers, given the `WeightProducts` that are made once per module.
@@ -34,6 +37,9 @@ RowNormalization = Literal["none", "pre", "full", "column"]
 # Below this share of its squared norm a row or column is all but annihilated by the edit, and
 # restoring its norm would amplify rounding noise (docs/decisions/0002-edits-are-hooks.md): the edit is refused.
 DEGENERATE_SHARE = 1e-6
+# Gains below this share of their root mean square count as that: writing v/g would blow up an entry that the stream
+# hardly sees, and with it the norm's denominator (docs/decisions/0033-dual-pull-back.md).
+_LEAST_GAIN = 0.1
 
 
 class DegenerateEditError(ValueError):
@@ -51,6 +57,8 @@ class WeightProducts:
         row_products: ``Ŵ Ŵᵀ v`` for each candidate v, with Ŵ = D⁻¹W, [..., m, d]; None unless mode is full.
         column_norms: Column norms of W, [..., i]; None unless mode is column.
         column_products: ``Wᵀ v`` for each candidate v, [..., m, i]; None unless mode is column.
+        metric: Factors from what is read to what is written, [..., d]; None: the same is written.
+        column_writes: ``Wᵀ (metric ∘ v)`` for each candidate v, [..., m, i]; None unless mode is column with a metric.
     """
 
     mode: RowNormalization
@@ -59,6 +67,8 @@ class WeightProducts:
     row_products: Tensor | None = None
     column_norms: Tensor | None = None
     column_products: Tensor | None = None
+    metric: Tensor | None = None
+    column_writes: Tensor | None = None
 
     def to(self, device: torch.device) -> Self:
         """Return the products on a device."""
@@ -71,14 +81,16 @@ class WeightProjections:
     """Directions with precomputed weight products; only the strengths are missing. float64.
 
     Attributes:
-        directions: Orthonormal, [..., k, d].
+        directions: Orthonormal in the metric, [..., k, d].
         row_products: ``Ŵ Ŵᵀ v`` for each direction v, [..., k, d]; None unless mode is full.
         column_products: ``Wᵀ v`` for each direction v, [..., k, i]; None unless mode is column.
+        column_writes: ``Wᵀ (metric ∘ v)`` for each, [..., k, i]; None unless mode is column with a metric.
     """
 
     directions: Tensor
     row_products: Tensor | None
     column_products: Tensor | None
+    column_writes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,7 @@ class WriterEdit:
 
     Attributes:
         read: Directions along which an output is measured, [..., k, d].
-        write: Directions times λ, subtracted per unit measured, [..., k, d].
+        write: Directions, or the vectors dual to them, times λ: subtracted per unit measured, [..., k, d].
         row_norms: D, for pre and full, [..., d] or None.
         row_inverses: D⁻¹, 0 for zero rows, [..., d] or None.
         output_scale: Factor per output that restores row norms (full), [..., d] or None.
@@ -145,20 +157,47 @@ class WriterEdit:
         )
 
 
-def weight_products(weight: Tensor, candidates: Tensor, mode: RowNormalization) -> WeightProducts:
-    """Compute the products of a weight W [d, i], any floating dtype, with candidate directions [m, d]."""
+def write_metric(gain: Tensor) -> Tensor:
+    """Return the factors k [d] by which a direction read before a norm is written, from the norm's gain g [d].
+
+    A direction v of the stream is read as g ∘ v. Of all writes that remove it there, v/g moves the stream least, which
+    is k = 1/g² times what is read. The scale of k is arbitrary: here it is 1 where |g| is the root mean square. Smaller
+    |g| than a tenth of that count as a tenth.
+    """
+    gain = gain.to(torch.float64)
+    mean = gain.square().mean().sqrt()
+    relative = torch.where(mean > 0, gain.abs() / torch.where(mean > 0, mean, 1.0), 1.0)
+    return relative.clamp_min(_LEAST_GAIN).square().reciprocal()
+
+
+def weight_products(
+    weight: Tensor, candidates: Tensor, mode: RowNormalization, metric: Tensor | None = None
+) -> WeightProducts:
+    """Compute the products of a weight W [d, i], any floating dtype, with candidate directions [m, d].
+
+    `metric` [d] gives the writes (`write_metric`). The mode "none" does not read the weight.
+    """
+    metric = None if metric is None else metric.to(candidates.device, torch.float64)
     if mode == "none":
-        return WeightProducts(mode)
+        return WeightProducts(mode, metric=metric)
     weight = weight.to(torch.float64)
     candidates = candidates.to(weight)
     if mode == "column":
-        return WeightProducts(mode, column_norms=weight.norm(dim=0), column_products=candidates @ weight)
+        return WeightProducts(
+            mode,
+            column_norms=weight.norm(dim=0),
+            column_products=candidates @ weight,
+            metric=metric,
+            column_writes=None if metric is None else (candidates * metric) @ weight,
+        )
     norms = weight.norm(dim=1)
     inverses = _inverse(norms)
     if mode == "pre":
-        return WeightProducts(mode, row_norms=norms, row_inverses=inverses)
+        return WeightProducts(mode, row_norms=norms, row_inverses=inverses, metric=metric)
     unit = weight * inverses[:, None]
-    return WeightProducts(mode, row_norms=norms, row_inverses=inverses, row_products=(candidates @ unit) @ unit.T)
+    return WeightProducts(
+        mode, row_norms=norms, row_inverses=inverses, row_products=(candidates @ unit) @ unit.T, metric=metric
+    )
 
 
 def stack_products(products: Sequence[WeightProducts]) -> WeightProducts:
@@ -175,6 +214,8 @@ def stack_products(products: Sequence[WeightProducts]) -> WeightProducts:
         row_products=stack([one.row_products for one in products]),
         column_norms=stack([one.column_norms for one in products]),
         column_products=stack([one.column_products for one in products]),
+        metric=stack([one.metric for one in products]),
+        column_writes=stack([one.column_writes for one in products]),
     )
 
 
@@ -184,8 +225,8 @@ def project(products: WeightProducts, candidates: Tensor, coefficients: Tensor) 
     Args:
         products: Products for the same candidates, of one module or stacked for S modules.
         candidates: Candidate directions, [m, d], or [S, 1, m, d] for S modules.
-        coefficients: Orthonormal combinations of the candidates, [..., k, m]. For S modules: [K, k, m], shared, or [S,
-            K, k, m].
+        coefficients: Combinations of the candidates, orthonormal in the metric, [..., k, m]. For S modules: [K, k, m],
+            shared, or [S, K, k, m].
     """
     coefficients = coefficients.to(torch.float64)
     # A direction combines at most two layers' candidates. Tested on the CPU, where the coefficients are.
@@ -204,7 +245,8 @@ def project(products: WeightProducts, candidates: Tensor, coefficients: Tensor) 
 
     directions = combine(candidates.to(torch.float64))
     assert directions is not None
-    return WeightProjections(directions, combine(products.row_products), combine(products.column_products))
+    tables = (products.row_products, products.column_products, products.column_writes)
+    return WeightProjections(directions, *map(combine, tables))
 
 
 def ablate(products: WeightProducts, projections: WeightProjections, strengths: Tensor) -> WriterEdit:
@@ -214,10 +256,12 @@ def ablate(products: WeightProducts, projections: WeightProjections, strengths: 
     finite = strengths.to(torch.float32).isfinite().all(-1)
     strengths = torch.where(finite[..., None], strengths, 0.0).to(directions)
     write = strengths[..., None] * directions  # [..., k, d]
+    if products.metric is not None:
+        write = write * products.metric[..., None, :]
     output_scale = input_scale = None
     least_share = torch.ones(write.shape[:-2], dtype=torch.float64, device=write.device)
     if products.mode == "column":
-        input_scale, least_share = _column_scale(products, projections, strengths)
+        input_scale, least_share = _column_scale(products, projections, strengths, write)
     elif products.mode == "full":
         output_scale, least_share = _row_scale(products, projections, write)
     return WriterEdit(
@@ -232,11 +276,18 @@ def ablate(products: WeightProducts, projections: WeightProjections, strengths: 
     )
 
 
-def _column_scale(products: WeightProducts, projections: WeightProjections, strengths: Tensor) -> tuple[Tensor, Tensor]:
+def _column_scale(
+    products: WeightProducts, projections: WeightProjections, strengths: Tensor, write: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the factors that restore column norms, [..., i], and the least share left of a squared norm, [...]."""
     assert products.column_norms is not None
     assert projections.column_products is not None
-    lost = ((2 * strengths - strengths**2)[..., None] * projections.column_products**2).sum(-2)
+    if projections.column_writes is None:
+        lost = ((2 * strengths - strengths**2)[..., None] * projections.column_products**2).sum(-2)
+    else:
+        # 2 (Wᵀw)·(Wᵀb) - (Wᵀb)·(w·wᵀ)(Wᵀb) for b read and w written, by column.
+        along = strengths[..., None] * projections.column_writes
+        lost = ((2 * along - (write @ write.mT) @ projections.column_products) * projections.column_products).sum(-2)
     share = _share(products.column_norms**2, lost)
     return share.rsqrt(), share.amin(-1)
 

@@ -52,33 +52,44 @@ class EditVariables:
         return type(self)(*(torch.zeros_like(value) if value.grad is None else value.grad for value in values))
 
 
-def orthonormal_rows(vectors: Tensor) -> Tensor:
-    """Orthonormalise vectors in order, [..., k, d], differentiably; zero rows stay zero."""
+def orthonormal_rows(vectors: Tensor, metric: Tensor | None = None) -> Tensor:
+    """Orthonormalise vectors in order, [..., k, d], differentiably; zero rows stay zero.
+
+    `metric` [d] weights the entries of inner products.
+    """
     rows: list[Tensor] = []
     for row in vectors.unbind(-2):
         for _ in range(2 if rows else 0):
             for previous in rows:
-                row = row - (row * previous).sum(-1, keepdim=True) * previous
-        square = row.square().sum(-1, keepdim=True)
+                along = row * previous if metric is None else row * previous * metric
+                row = row - along.sum(-1, keepdim=True) * previous
+        square = (row.square() if metric is None else row.square() * metric).sum(-1, keepdim=True)
         empty = square == 0
         rows.append(torch.where(empty, 0.0, row * torch.where(empty, 1.0, square).rsqrt()))
     return torch.stack(rows, -2)
 
 
-def writer_edit(weight: Tensor | None, directions: Tensor, strengths: Tensor, mode: RowNormalization) -> WriterEdit:
-    """Return a writer's ablation, differentiable in orthonormal directions [K, k, d] and λ [K, k], both float64.
+def writer_edit(
+    weight: Tensor | None,
+    directions: Tensor,
+    strengths: Tensor,
+    mode: RowNormalization,
+    metric: Tensor | None = None,
+) -> WriterEdit:
+    """Return a writer's ablation, differentiable in directions [K, k, d] and λ [K, k], both float64.
 
-    `weight` [d, i] may be None in the mode "none".
+    Directions are orthonormal in `metric` (`job.numerics.ablation.write_metric`). `weight` [d, i] may be None in the
+    mode "none".
     """
     if weight is None:
         weight = directions.new_empty(0)
-    products = weight_products(weight, directions.flatten(0, 1), mode)
+    products = weight_products(weight, directions.flatten(0, 1), mode, metric)
 
     def by_edit(table: Tensor | None) -> Tensor | None:
         return None if table is None else table.reshape(*directions.shape[:2], -1)
 
-    projections = WeightProjections(directions, by_edit(products.row_products), by_edit(products.column_products))
-    return ablate(products, projections, strengths)
+    tables = (products.row_products, products.column_products, products.column_writes)
+    return ablate(products, WeightProjections(directions, *map(by_edit, tables)), strengths)
 
 
 def refusal_term(log_probability: Tensor, margin: float) -> Tensor:

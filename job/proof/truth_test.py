@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from job.model.loading import read_config
 from job.model.quantization import quantisation_in
 from job.model.weight_files import Headers
 from job.numerics.basis import Basis
-from job.records import COMPONENTS, EditParameters, KernelParameters
+from job.records import COMPONENTS, EditParameters, KernelParameters, PullBack
 
 TOLERANCE = 1e-4
 # Least share that a layer writes along the direction when a writer is omitted: far above rounding.
@@ -225,14 +225,15 @@ def require_supported(config: PretrainedConfig, architecture: Architecture) -> N
         raise UnsupportedArchitectureError(
             architecture.model_type, "its files hold tensors that transformers does not load"
         )
-    shares = hooked_leaks(twin, architecture)
-    worst = max(range(len(shares)), key=shares.__getitem__)
-    if not shares[worst] < TOLERANCE:
-        raise UnsupportedArchitectureError(
-            architecture.model_type,
-            f"after ablating a direction from the outputs of all writers, layer {worst} "
-            f"still writes {shares[worst]:.1e} of its output along it",
-        )
+    for how in get_args(PullBack) if architecture.norms else ("gain",):
+        shares = hooked_leaks(twin, architecture.pulled_back(how))
+        worst = max(range(len(shares)), key=shares.__getitem__)
+        if not shares[worst] < TOLERANCE:
+            raise UnsupportedArchitectureError(
+                architecture.model_type,
+                f"after ablating a direction from the outputs of all writers, layer {worst} "
+                f"still writes {shares[worst]:.1e} of its output along it",
+            )
 
 
 def inspection(folder: Path, trusted: bool = False, stored: Headers | None = None) -> dict[str, Any]:

@@ -47,11 +47,14 @@ def _judged(
     for start in range(0, len(prompts), _ROWS):
         batch = tokens[start : start + _ROWS]
         rows = RowTrials(torch.zeros(len(batch), dtype=torch.long, device=loaded.device), None, shared)
-        yield prompts[start : start + _ROWS], _refused(loaded, batch, rows, watch)
+        asked = prompts[start : start + _ROWS]
+        yield asked, _refused(loaded, asked, batch, rows, watch)
 
 
-def _refused(loaded: LoadedModel, batch: Sequence[list[int]], rows: RowTrials, watch: MarkerWatch) -> list[bool]:
-    watches = [watch.begin() for _ in batch]
+def _refused(
+    loaded: LoadedModel, prompts: Sequence[str], batch: Sequence[list[int]], rows: RowTrials, watch: MarkerWatch
+) -> list[bool]:
+    watches = [watch.begin(prompt) for prompt in prompts]
     answers = greedy_answers(
         loaded.model,
         batch,
@@ -61,4 +64,7 @@ def _refused(loaded: LoadedModel, batch: Sequence[list[int]], rows: RowTrials, w
         rows=rows,
         batching=loaded.architecture.batching,
     )
-    return [answer.decided or watch.markers.is_refusal(loaded.decode(answer.tokens)) for answer in answers]
+    return [
+        answer.decided or watch.markers.for_prompt(prompt).is_refusal(loaded.decode(answer.tokens))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from job.records.base import Record
 from job.records.edits import COMPONENTS, Component, EditParameters, KernelParameters, LearnedDirections
-from job.records.resolution import DATE, Resolution
+from job.records.resolution import DATE, PullBack, Resolution
 from job.text.redaction import MASK
 
 # From modules beside this one; what is defined here is public as well.
@@ -19,6 +19,7 @@ __all__ = [
     "EditParameters",
     "KernelParameters",
     "LearnedDirections",
+    "PullBack",
     "Record",
     "Resolution",
 ]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from job.records.base import Record
 
 # ISO 8601.
 DATE = r"^\d{4}-\d{2}-\d{2}$"
+# How an edit before a norm removes a direction v behind it, g being the gain: "dual" reads g∘v and writes v/g, "gain"
+# does both along g∘v (docs/decisions/0033-dual-pull-back.md).
+PullBack = Literal["dual", "gain"]
 
 
 def _is_none(value: object) -> bool:
@@ -26,6 +31,9 @@ class Resolution(Record):
         prefix_tokens: Token ids of the response prefix; None without one, or for a given text.
         options: Options of the chat template, e.g. enable_thinking; None without any.
         turn_end: End token beyond the model's own; None without one.
+        topic_words: Refusal markers that a prompt holds as words of its topic do not count in responses; None: they
+            count, as in jobs of former versions.
+        pull_back: How directions are pulled back through `norms`; None: "gain", as in jobs of former versions.
     """
 
     dtype: str
@@ -42,3 +50,5 @@ class Resolution(Record):
     turn_end: int | None = Field(None, exclude_if=_is_none)
     batch: int | None = Field(None, exclude_if=_is_none)
     ahead: int | None = Field(None, exclude_if=_is_none)
+    topic_words: bool | None = Field(None, exclude_if=_is_none)
+    pull_back: PullBack | None = Field(None, exclude_if=_is_none)

@@ -83,6 +83,8 @@ def _norms(view: RunView) -> str:
     names = markdown(", ".join(resolution.norms))
     if ablation.get("through_norms", True):
         done = "the edit ablates what becomes the direction behind them"
+        if resolution.pull_back == "dual":
+            done += ", and moves the stream no further than it must"
     else:
         done = "as asked for, the edit takes no account of them and reaches the stream only in part"
     return f"Norms stand between residual writers and the stream ({names}): {done}."

@@ -36,9 +36,10 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """Settings and progress callback for a scorer."""
+    """Settings, the job's refusal markers and progress callback for a scorer."""
 
     scoring: ScoringSettings
+    markers: RefusalMarkers
     loading: LoadingSettings
     say: Callable[[str], None]
 
@@ -46,17 +47,16 @@ class Context:
 Factory = Callable[[Context], Scorer]
 
 
-def _refused(is_refusal: Callable[[str], bool]) -> Scorer:
-    return lambda exchanges: ["refused" if is_refusal(one.answer) else "answered" for one in exchanges]
+def _refused(is_refusal: Callable[[Exchange], bool]) -> Scorer:
+    return lambda exchanges: ["refused" if is_refusal(one) else "answered" for one in exchanges]
 
 
 def _markers(context: Context) -> Scorer:
-    return _refused(RefusalMarkers(context.scoring.refusal_markers).is_refusal)
+    return _refused(lambda one: context.markers.for_prompt(one.prompt).is_refusal(one.answer))
 
 
 def _soft(context: Context) -> Scorer:
-    markers = RefusalMarkers(context.scoring.refusal_markers)
-    return _refused(lambda answer: markers.is_refusal(answer) or is_evasion(answer))
+    return _refused(lambda one: context.markers.for_prompt(one.prompt).is_refusal(one.answer) or is_evasion(one.answer))
 
 
 def _degenerate(_: Context) -> Scorer:

@@ -10,7 +10,7 @@ from typing import Self
 from job.generation.answer import Answer
 from job.generation.finite import require_finite
 from job.generation.forward import RowTrials, first_logits
-from job.generation.stop_markers import MarkerWatch
+from job.generation.stop_markers import AnswerWatch, MarkerWatch
 from job.scoring.broken import is_broken
 from job.scoring.prompt_batches import PromptBatches, TrialRows
 from job.text.refusal_markers import RefusalMarkers
@@ -67,7 +67,9 @@ class RefusalCounter:
         start = 0
         for batch, owners in self.batches.generating(self.batches.bad.tokens, trial_rows, rows, trials):
             openings = list(self.openings[start : start + len(batch)]) * len(trials)
-            responses = self._generate(batch * len(trials), owners, limit, openings)
+            prompts = self.batches.bad.prompts[start : start + len(batch)]
+            watches = [self.watch.begin(prompt.user) for _ in trials for prompt in prompts]
+            responses = self._generate(batch * len(trials), owners, limit, openings, watches)
             for row, response in enumerate(responses):
                 prompt = start + row % len(batch)
                 self._add(counts[row // len(batch)], prompt, response, limit, search_tokens)
@@ -80,15 +82,15 @@ class RefusalCounter:
         counts.opening += (response.opening if response.finite else math.nan) / len(self.batches.bad)
         text = "" if response.decided else self.batches.loaded.decode(response.tokens)
         truncated = len(response.tokens) == limit < self.response_tokens
-        if response.decided or self._is_refusal(text, truncated=truncated):
+        if response.decided or self._is_refusal(prompt, text, truncated=truncated):
             counts.refusals += 1
         elif self._is_broken(prompt, text, response.tokens, search_tokens):
             counts.broken += 1
         else:
             counts.rest.append((prompt, response.tokens))
 
-    def _is_refusal(self, text: str, *, truncated: bool) -> bool:
-        markers = self.watch.markers
+    def _is_refusal(self, prompt: int, text: str, *, truncated: bool) -> bool:
+        markers = self.watch.markers.for_prompt(self.batches.bad.prompts[prompt].user)
         # A blank beginning may still become a response, so full-length counts are never smaller.
         return markers.found(text) if truncated else markers.is_refusal(text)
 
@@ -98,13 +100,17 @@ class RefusalCounter:
         return any(text.strip() and is_broken(self.batches.bad.prompts[prompt].user, text) for text in texts)
 
     def _generate(
-        self, prompts: Sequence[list[int]], owners: RowTrials, limit: int, openings: list[int]
+        self,
+        prompts: Sequence[list[int]],
+        owners: RowTrials,
+        limit: int,
+        openings: list[int],
+        watches: Sequence[AnswerWatch],
     ) -> list[Answer]:
         """Decode one batch; rows stop at their first refusal marker."""
-        marker_watches = [self.watch.begin() for _ in prompts]
 
         def holds_marker(row: int, tokens: list[int]) -> bool:
-            return marker_watches[row].found(tokens)
+            return watches[row].found(tokens)
 
         # A trial whose edit is too strong for the dtype fails alone (`TrialScorer`).
         return self.batches.generate(prompts, owners, limit, openings=openings, decided=holds_marker, may_fail=True)

@@ -105,7 +105,7 @@ class ReportMetrics:
             Exchange(prompt.user, self.batches.loaded.decode(response.tokens), flag)
             for prompt, response, flag in zip(prompts, responses, incoherent or [False] * len(prompts), strict=True)
         ]
-        refused = [self.markers.is_refusal(exchange.answer) for exchange in exchanges]
+        refused = [self.markers.for_prompt(one.prompt).is_refusal(one.answer) for one in exchanges]
         good = len(self.batches.good)
         return JudgedResponses(exchanges[:good], exchanges[good:], refused[:good], refused[good:])
 

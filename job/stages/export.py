@@ -180,12 +180,13 @@ class _Measurement:
 
     def _detected(self, before: JudgedResponses, after: JudgedResponses) -> DetectorReport:
         scoring = self._job.settings.scoring
-        context = Context(scoring, self._job.settings.loading, self._job.events.say)
+        context = Context(scoring, self._job.markers, self._job.settings.loading, self._job.events.say)
         prompts = len(self.session.prompts.good_report)
         return detect(scoring.detectors, context, before.exchanges, after.exchanges, prompts)
 
     def _metrics(self, model: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt]) -> ReportMetrics:
-        return metrics_of(model, self._job.settings, good, bad, self._job.resolution.rows, self._job.events)
+        job = self._job
+        return metrics_of(model, job.settings, job.markers, good, bad, job.resolution.rows, job.events)
 
     def _shown(self, label: str, most_tokens: int) -> AbstractContextManager[None]:
         return shown_generating(self._job.events, label, most_tokens)

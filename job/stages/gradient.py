@@ -24,7 +24,6 @@ from job.search.path import EditPath, PathStage
 from job.stages.model import worker_count
 from job.stages.session import ModelSession
 from job.storage.atomic import ensure_folder, write_record
-from job.text.refusal_markers import RefusalMarkers
 from job.tuning.memory_probe import Gauge
 
 # One in this many extraction prompts is held out, for early stopping.
@@ -88,7 +87,7 @@ class _Finder:
             recipe,
             settings.seed,
             (self._good[0], self._bad[0]),
-            RefusalMarkers(settings.scoring.refusal_markers),
+            job.markers,
             settings.scoring.effective_search_tokens,
             job.resolution.rows,
             settings.scoring.gibberish,
@@ -154,8 +153,8 @@ class _Finder:
         settings, rows = job.settings, job.resolution.rows
         if self._scorer is None:
             batches = PromptBatches.of(session.model, self._good[1], self._bad[1], rows, report=job.events.say)
-            markers = RefusalMarkers(settings.scoring.refusal_markers)
-            self._scorer = TrialScorer.measured(batches, markers, settings.scoring.answer_tokens, settings.kl_tokens)
+            limits = (settings.scoring.answer_tokens, settings.kl_tokens)
+            self._scorer = TrialScorer.measured(batches, job.markers, *limits)
         limit = settings.scoring.effective_search_tokens
         scorer, edit = self._scorer, self._edit(variables)
         return scorer.batches.row_limit.fit(

@@ -21,12 +21,18 @@ from job.text.refusal_markers import RefusalMarkers
 
 
 def metrics_of(
-    model: LoadedModel, settings: Settings, good: Sequence[Prompt], bad: Sequence[Prompt], rows: int, events: Events
+    model: LoadedModel,
+    settings: Settings,
+    markers: RefusalMarkers,
+    good: Sequence[Prompt],
+    bad: Sequence[Prompt],
+    rows: int,
+    events: Events,
 ) -> ReportMetrics:
     """Return metrics of a model on good prompts (KL) and bad prompts (refusals)."""
     return ReportMetrics(
         PromptBatches.of(model, good, bad, rows, report=events.say),
-        RefusalMarkers(settings.scoring.refusal_markers),
+        markers,
         settings.scoring.answer_tokens,
         settings.kl_tokens,
         settings.scoring.gibberish,

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from job.architectures.discovery import decoder_of
-from job.architectures.spec import require_modes
-from job.config.schema import Settings
+from job.architectures.spec import Architecture, require_modes
+from job.config.schema import AblationSettings, Settings
 from job.data.prompts import Prompt, PromptSets
 from job.directions.response_prefix import with_response_prefix
 from job.errors import ImpossibleJobError
@@ -24,9 +24,10 @@ from job.model.rendering import Rendering, conversations, shows_date
 from job.model.safetensors_files import Checkpoint
 from job.preflight.checks import size
 from job.proof.truth_test import inspect_model
-from job.records import TRIALS_PER_WORKER, ExportFormat, JobRecord, Resolution
+from job.records import TRIALS_PER_WORKER, ExportFormat, JobRecord, PullBack, Resolution
 from job.scoring.trial_scorer import TrialScorer
 from job.stages.measuring import metrics_of, scorer_of
+from job.text.refusal_markers import RefusalMarkers
 from job.tuning.batch_size import Tuner
 
 # Rows per forward without a preflight plan, if that failure was allowed; halved until they fit.
@@ -62,9 +63,7 @@ def loaded_model(
         if job.record.resolution is None:
             _resolve(job, model, prompts, workers(model) if workers else worker_count(settings, model))
         model = as_resolved(model, job.record)
-        if not settings.ablation.through_norms:
-            model = replace(model, architecture=model.architecture.without_norms())
-        yield model
+        yield replace(model, architecture=as_edited(model.architecture, settings.ablation, job.resolution))
 
 
 def _prove(job: OpenJob, source: Path) -> None:
@@ -113,6 +112,19 @@ def as_resolved(model: LoadedModel, record: JobRecord) -> LoadedModel:
     )
 
 
+def as_edited(architecture: Architecture, ablation: AblationSettings, resolution: Resolution) -> Architecture:
+    """Return the structure with norms as a job's edits take account of them."""
+    if not ablation.through_norms:
+        return architecture.without_norms()
+    return architecture.pulled_back(resolution.pull_back or "gain")
+
+
+def _pull_back(ablation: AblationSettings, architecture: Architecture) -> PullBack | None:
+    if not (architecture.norms and ablation.through_norms):
+        return None
+    return "dual" if ablation.pull_back == "auto" else ablation.pull_back
+
+
 def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, workers: int) -> None:
     record, settings = job.record, job.settings
     rows = settings.batching.rows or record.planned_rows or _ROWS
@@ -125,7 +137,8 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, workers: int
     if settings.tune:
 
         def scorer(good: Sequence[Prompt], bad: Sequence[Prompt], rows: int) -> TrialScorer:
-            return scorer_of(metrics_of(model, settings, good, bad, rows, job.events))
+            markers = RefusalMarkers(settings.scoring.refusal_markers)
+            return scorer_of(metrics_of(model, settings, markers, good, bad, rows, job.events))
 
         workspace, batch = job.folder.path.parent, min(together, trials)
         rows = Tuner(workspace, record, settings, prompts, model, scorer, batch, workers, job.events).rows(rows)
@@ -143,6 +156,8 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, workers: int
             turn_end=model.turn_end,
             batch=trials,
             ahead=ahead,
+            topic_words=True,
+            pull_back=_pull_back(settings.ablation, model.architecture),
         )
     )
 

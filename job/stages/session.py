@@ -90,7 +90,8 @@ def prompt_residuals(
 def model_session(job: OpenJob, model: LoadedModel, basis: Basis, prompts: PromptSets) -> Iterator[ModelSession]:
     """Yield a loaded model with its hooks in place."""
     settings = job.settings
-    metrics = metrics_of(model, settings, prompts.good_search, prompts.bad_search, job.resolution.rows, job.events)
+    split = (prompts.good_search, prompts.bad_search)
+    metrics = metrics_of(model, settings, job.markers, *split, job.resolution.rows, job.events)
     learned = partial(read_learned, job.folder)
     with Intervention(model.model, model.architecture, basis, settings.ablation.row_normalization, learned) as hooks:
         yield ModelSession(job, prompts, model, basis, EditScorer(metrics, hooks, settings), hooks)

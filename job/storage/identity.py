@@ -38,7 +38,7 @@ EXTENDING = frozenset(
 EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
 
 # Left out where they say what every job did before there were such settings: its jobs keep their names.
-AS_BEFORE = {"search": {"method": "tpe"}}
+AS_BEFORE = {"search": {"method": "tpe"}, "ablation": {"pull_back": "auto"}}
 
 # What the first start's workers decide if nothing is asked for (`job.stages.model`) goes by what every job did
 # before: a job keeps its name on a machine with other workers, and one of a former version continues.

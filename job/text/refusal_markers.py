@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 _MatchState = tuple[int, bool, bool]
 _MOST_MOVES = 1 << 17
+# A marker with one of these speaks of the speaker: in a prompt, of somebody else than in its response.
+_FIRST_PERSON = frozenset({"i", "me", "my", "we", "us", "our"})
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "*": None})
 
 
@@ -16,7 +18,34 @@ def normalise(text: str) -> str:
 
 
 class RefusalMarkers:
-    """Detects refusals by phrases.
+    """Phrases that make a response a refusal; which ones count depends on its prompt."""
+
+    def __init__(self, markers: Iterable[str], *, topic_words: bool = True) -> None:
+        """Take the phrases.
+
+        With `topic_words`, a phrase that the prompt holds is a word of its topic and does not count, unless it is in
+        the first person: "illegal" says nothing in a response about illegal parking, "I can't" still does.
+        """
+        self._every = PhraseMatcher(markers)
+        topics = [] if not topic_words else [one for one in self._every.phrases if not _FIRST_PERSON & _words(one)]
+        self._topics = frozenset(topics)
+        self._matchers = {frozenset[str](): self._every}
+
+    def for_prompt(self, prompt: str) -> PhraseMatcher:
+        """Return what detects a refusal in a response to a prompt."""
+        text = normalise(prompt)
+        held = frozenset(phrase for phrase in self._topics if phrase in text)
+        if held not in self._matchers:
+            self._matchers[held] = PhraseMatcher(one for one in self._every.phrases if one not in held)
+        return self._matchers[held]
+
+
+def _words(phrase: str) -> set[str]:
+    return {word.partition("'")[0] for word in phrase.split()}
+
+
+class PhraseMatcher:
+    """Detects phrases in texts.
 
     Attributes:
         transitions: Aho-Corasick automaton: per state, transitions that do not lead to the root, state 0.
@@ -24,9 +53,10 @@ class RefusalMarkers:
         moves: Cached transitions over whole pieces of text, which are tokens and recur.
     """
 
-    def __init__(self, markers: Iterable[str]) -> None:
-        self.phrases = tuple(normalise(marker) for marker in markers)
-        self._pattern = re.compile("|".join(map(re.escape, self.phrases)))
+    def __init__(self, phrases: Iterable[str]) -> None:
+        self.phrases = tuple(map(normalise, phrases))
+        # Without phrases, one that matches nothing.
+        self._pattern = re.compile("|".join(map(re.escape, self.phrases)) if self.phrases else r"(?!)")
         self.transitions, self.final = _automaton(self.phrases)
         self.moves: dict[tuple[_MatchState, str], _MatchState] = {}
 
@@ -48,11 +78,11 @@ class RefusalMarkers:
         return state, begun, space
 
     def found(self, text: str) -> bool:
-        """Return whether a text contains a marker."""
+        """Return whether a text contains a phrase."""
         return self._pattern.search(normalise(text)) is not None
 
     def is_refusal(self, answer: str) -> bool:
-        """Return whether a whole response is a refusal: with a marker, or empty."""
+        """Return whether a whole response is a refusal: with a phrase, or empty."""
         return not answer.strip() or self.found(answer)
 
 
@@ -83,15 +113,15 @@ def _automaton(phrases: Iterable[str]) -> tuple[list[dict[str, int]], frozenset[
 
 
 class MarkerMatch:
-    """Detects markers in a text that arrives in pieces, by one automaton state."""
+    """Detects phrases in a text that arrives in pieces, by one automaton state."""
 
-    def __init__(self, markers: RefusalMarkers) -> None:
+    def __init__(self, markers: PhraseMatcher) -> None:
         self._markers = markers
         # Automaton state, whether text other than white space has arrived, and whether white space followed.
         self._state: _MatchState = (0, False, False)
 
     def feed(self, piece: str) -> bool:
-        """Add a piece of text; return whether the text so far contains a marker."""
+        """Add a piece of text; return whether the text so far contains a phrase."""
         known = self._markers.moves
         move = (self._state, piece)
         reached = known.get(move)

@@ -32,6 +32,7 @@ from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis, orthonormal_basis
 from job.proof.truth_test import (
     TOLERANCE,
+    hooked_leaks,
     inspect_model,
     largest_leak,
     leaks,
@@ -39,7 +40,7 @@ from job.proof.truth_test import (
     random_direction,
     require_supported,
 )
-from job.records import COMPONENTS, EditParameters, ExportFormat, KernelParameters
+from job.records import COMPONENTS, EditParameters, ExportFormat, KernelParameters, PullBack
 from tests import lanes
 from tests.decoders import families, judge, tiny_config
 
@@ -137,6 +138,21 @@ def test_norms_between_writers_and_the_stream_count(family: str) -> None:
         assert leaks(model, architecture, rest)[writer.layer] > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.0])
+@pytest.mark.parametrize("how", ["dual", "gain"])
+@pytest.mark.parametrize("family", ["gemma2", "glm4", "olmo2", "olmo_hybrid"])
+def test_both_ways_through_norms_remove_directions_whatever_the_gains(
+    family: str, how: PullBack, spread: float
+) -> None:
+    model, architecture = found(family)
+    for writer in architecture.writers:
+        for norm in writer.post_norms:
+            gain = model.get_parameter(norm.parameter)
+            gain.data.copy_(torch.exp(spread * torch.randn(len(gain))) - norm.offset)
+    assert max(hooked_leaks(model, architecture.pulled_back(how))) < TOLERANCE
+    assert max(hooked_leaks(model, architecture.without_norms())) > 100 * TOLERANCE
+
+
 def names(architecture: Architecture) -> set[tuple[str, str, int]]:
     """Return component, parameter within the layer and axis of all writers."""
 
@@ -232,6 +248,7 @@ def test_the_forms_of_files_are_found() -> None:
     assert together["model.layers.1.mlp.experts.down_proj"] == Form("model.layers.1.mlp.experts.down_proj")
 
 
+NO_TOKENIZER: Any = None  # adapters are made from weights alone
 EVERYWHERE = KernelParameters(max_weight=1, max_weight_position=0, min_weight=1, min_weight_distance=99)
 # Transposed weights with biases, norms after writers, a state space beside attention.
 EXPORTED = (
@@ -289,18 +306,23 @@ def test_nothing_is_written_along_a_direction_after_export_and_reload(family: st
 
 
 @pytest.mark.parametrize(
-    ("family", "mode"),
+    ("family", "mode", "how"),
     [
-        *itertools.product(["gpt2", "gemma2"], ["none", "pre", "full", "column"]),
-        *itertools.product(["doge", "gpt_neox_japanese"], ["none", "full"]),
-        *itertools.product(["dbrx", "gpt_oss", "jetmoe", "llama4_text", "mixtral", "qwen2_moe"], ["none"]),
-        *itertools.product(["deepseek_v4", "hy_v4", "inkling_text", "minimax"], ["none"]),
+        *itertools.product(["gpt2", "gemma2"], ["none", "pre", "full", "column"], ["gain"]),
+        *itertools.product(["gemma2", "olmo2"], ["none", "pre", "full", "column"], ["dual"]),
+        *itertools.product(["dbrx", "gpt_oss", "jetmoe", "llama4_text", "mixtral", "qwen2_moe"], ["none"], ["gain"]),
+        *itertools.product(["afmoe", "olmo_hybrid"], ["none"], ["dual"]),
+        *itertools.product(["doge", "gpt_neox_japanese"], ["none", "full"], ["gain"]),
+        *itertools.product(["deepseek_v4", "hy_v4", "minimax"], ["none"], ["gain"]),
+        *itertools.product(["inkling_text"], ["none"], ["gain", "dual"]),
     ],
 )
-def test_hooks_agree_with_the_export_in_every_mode(family: str, mode: RowNormalization, tmp_path: Path) -> None:
+def test_hooks_agree_with_the_export_in_every_mode(
+    family: str, mode: RowNormalization, how: PullBack, tmp_path: Path
+) -> None:
     """Several directions of different strengths, interpolated between layers, before norms where there are any."""
     model = saved(family, tmp_path / "model")
-    architecture = discover(model)
+    architecture = discover(model).pulled_back(how)
     generator = torch.Generator().manual_seed(3)
     directions = torch.nn.functional.normalize(torch.randn(6, 2, architecture.width, generator=generator), dim=-1)
     basis = orthonormal_basis(directions, torch.tensor([1.0, 0.6]).expand(6, 2))
@@ -324,6 +346,11 @@ def test_hooks_agree_with_the_export_in_every_mode(family: str, mode: RowNormali
         written = logits(loaded(export))
         torch.testing.assert_close(written, expected, rtol=0, atol=2e-4 * scale)
         assert float((written - before).abs().max()) > 0.05 * scale
+        if mode in ("none", "pre") and not any(writer.summed for writer in architecture.writers):
+            base = LoadedModel(tmp_path / "model", loaded(tmp_path / "model"), NO_TOKENIZER, architecture, "float32")
+            write_adapter(base, tmp_path / f"adapter-{number}", edit, None)
+            adapted = logits(with_adapter(base, tmp_path / f"adapter-{number}").model)
+            torch.testing.assert_close(adapted, expected, rtol=0, atol=2e-4 * scale)
 
 
 @pytest.mark.parametrize("family", ["doge", "gpt2", "gpt_neox_japanese", "inkling_text"])
@@ -337,8 +364,7 @@ def test_an_adapter_is_the_hooked_model(family: str, tmp_path: Path) -> None:
     architecture = discover(model)
     basis = Basis.single(random_direction(model).float().expand(architecture.layer_count, -1))
     parameters = EditParameters(direction_index=None, kernels=dict.fromkeys(COMPONENTS, EVERYWHERE))
-    tokenizer: Any = None  # the adapter is made from weights alone
-    base = LoadedModel(tmp_path / "model", model, tokenizer, architecture, "float32")
+    base = LoadedModel(tmp_path / "model", model, NO_TOKENIZER, architecture, "float32")
     write_adapter(base, tmp_path / "adapter", Edit(parameters, basis, "none"), None)
     fresh = dataclasses.replace(base, model=loaded(tmp_path / "model"))
     assert max(leaks(with_adapter(fresh, tmp_path / "adapter").model, architecture, [])) < TOLERANCE

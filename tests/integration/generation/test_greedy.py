@@ -15,7 +15,7 @@ from job.generation.forward import RowTrials, left_padded
 from job.generation.greedy import greedy_answers
 from job.model.loading import load_model
 from job.organism.tokenizer import build_tokenizer
-from job.text.refusal_markers import RefusalMarkers, normalise
+from job.text.refusal_markers import PhraseMatcher, normalise
 from tests.forwards import Forwards
 from tests.integration.edits.test_hooks import LOADING
 
@@ -133,12 +133,12 @@ def test_residuals_are_the_hidden_states_of_the_last_prompt_token(random_model_f
     ],
 )
 def test_refusals_are_told(text: str) -> None:
-    assert RefusalMarkers(["sorry", "i can't", "as an ai"]).is_refusal(text)
+    assert PhraseMatcher(["sorry", "i can't", "as an ai"]).is_refusal(text)
 
 
 @pytest.mark.parametrize("text", ["The kettle is kept in the kitchen.", "I can tell you.", "Assorry"[:3]])
 def test_answers_are_told(text: str) -> None:
-    assert not RefusalMarkers(["sorry", "i can't"]).is_refusal(text)
+    assert not PhraseMatcher(["sorry", "i can't"]).is_refusal(text)
 
 
 def test_normalise_is_idempotent() -> None:

@@ -37,7 +37,7 @@ from job.numerics.gradient import (
     refusal_term,
     sequence_log_probabilities,
 )
-from job.records import COMPONENTS, EditParameters, LearnedDirections
+from job.records import COMPONENTS, EditParameters, LearnedDirections, PullBack
 from tests.decoders import tiny_config
 
 LARGEST = 1.5
@@ -81,7 +81,7 @@ def in_double(model: PreTrainedModel) -> None:
             setattr(model.get_submodule(holder), own, DoubleNorm(module, float("Gemma" in type(module).__name__)))
 
 
-def loaded_random(family: str, dtype: torch.dtype = torch.float64) -> LoadedModel:
+def loaded_random(family: str, dtype: torch.dtype = torch.float64, pulled_back: PullBack = "gain") -> LoadedModel:
     """Return a small random model with random gains and biases."""
     torch.manual_seed(0)
     model: PreTrainedModel = FAMILIES[family]()
@@ -89,7 +89,7 @@ def loaded_random(family: str, dtype: torch.dtype = torch.float64) -> LoadedMode
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     model = model.to(dtype).eval()
     model.requires_grad_(False)
-    architecture = discover(model)
+    architecture = discover(model).pulled_back(pulled_back)
     if dtype == torch.float64:
         in_double(model)
     tokenizer = cast(Any, None)  # only tokens are used here
@@ -118,16 +118,17 @@ def loss(loaded: LoadedModel, edits: DifferentiableEdits, variables: EditVariabl
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(
-    ("family", "mode"),
+    ("family", "mode", "pulled_back"),
     [
-        *((family, mode) for family in ("llama", "olmo2") for mode in ("none", "pre", "full", "column")),
-        ("mixtral", "none"),
+        *((family, mode, "gain") for family in ("llama", "olmo2") for mode in ("none", "pre", "full", "column")),
+        *(("olmo2", mode, "dual") for mode in ("none", "pre", "full", "column")),
+        ("mixtral", "none", "gain"),
     ],
 )
 def test_gradients_are_those_of_finite_differences_with_two_edits_in_a_batch(
-    family: str, mode: RowNormalization, count: int
+    family: str, mode: RowNormalization, pulled_back: PullBack, count: int
 ) -> None:
-    loaded = loaded_random(family)
+    loaded = loaded_random(family, pulled_back=pulled_back)
     edits, variables = DifferentiableEdits(loaded, mode, LARGEST), some_variables(loaded, 2, count)
     base = answer_logits(loaded.model, ForcedAnswers.of(PROMPTS, ANSWERS, loaded.device)).detach()
     watched = variables.with_gradients()
@@ -153,21 +154,24 @@ def moved(variables: EditVariables, along: EditVariables, step: float) -> EditVa
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(
-    ("family", "mode"),
+    ("family", "mode", "pulled_back"),
     [
-        ("llama", "none"),
-        ("llama", "full"),
-        ("llama", "column"),
-        ("gemma2", "pre"),
-        ("gemma2", "column"),
-        ("mixtral", "none"),
-        ("gpt_neox_japanese", "full"),
-        ("inkling_text", "none"),
-        ("doge", "column"),
+        ("llama", "none", "gain"),
+        ("llama", "full", "gain"),
+        ("llama", "column", "gain"),
+        ("gemma2", "pre", "gain"),
+        ("gemma2", "column", "gain"),
+        *(("gemma2", mode, "dual") for mode in ("none", "pre", "full", "column")),
+        ("mixtral", "none", "gain"),
+        ("gpt_neox_japanese", "full", "gain"),
+        *(("inkling_text", "none", how) for how in ("gain", "dual")),
+        ("doge", "column", "gain"),
     ],
 )
-def test_the_edit_found_is_the_edit_that_the_search_measures(family: str, mode: RowNormalization, count: int) -> None:
-    loaded = loaded_random(family, torch.float32)
+def test_the_edit_found_is_the_edit_that_the_search_measures(
+    family: str, mode: RowNormalization, pulled_back: PullBack, count: int
+) -> None:
+    loaded = loaded_random(family, torch.float32, pulled_back)
     variables = some_variables(loaded, 2, count)
     edits = DifferentiableEdits(loaded, mode, LARGEST)
     prompts = PROMPTS * 2

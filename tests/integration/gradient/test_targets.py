@@ -64,7 +64,8 @@ def test_targets_are_answers_that_an_edit_opens_and_the_base_model_finishes(
         assert target[:OPENING_TOKENS] == opened[index].tokens
         assert OPENING_TOKENS < len(target) <= TARGET_TOKENS
         assert not set(target[OPENING_TOKENS:]) & maker.refusal_tokens
-        assert not maker.markers.is_refusal(maker.batches.loaded.decode(target))
+        prompt = maker.batches.bad.prompts[maker.bad[index]].user
+        assert not maker.markers.for_prompt(prompt).is_refusal(maker.batches.loaded.decode(target))
     assert targets == maker.targets(hooks.activate([ablation(1.0, layers)]))
 
 
@@ -73,7 +74,7 @@ def test_what_still_refuses_is_no_target(made: tuple[TargetMaker, Intervention])
     edits = hooks.activate([ablation(0.0, maker.batches.loaded.architecture.layer_count)])
     texts = [None if one is None else maker.batches.loaded.decode(one) for one in maker.targets(edits)]
     # The marker of one kind of refusal comes last, so its opening alone is no refusal.
-    assert not any(text and maker.markers.is_refusal(text) for text in texts)
+    assert not any(text and maker.markers.for_prompt("").is_refusal(text) for text in texts)
     assert texts.count(None) >= PROMPTS / 2
 
 

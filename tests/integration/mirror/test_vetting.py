@@ -93,6 +93,7 @@ OTHERS: dict[str, Any] = {
     "directions.iterative_rounds": 2,
     "ablation.row_normalization": "pre",
     "ablation.through_norms": False,
+    "ablation.pull_back": "gain",
     "search.method": "gradient",
     "search.space": "field",
     "search.ei_candidates": 9,

@@ -44,7 +44,7 @@ def responses(folder: Path, prompts: list[str]) -> list[str]:
 
 def test_prompts_are_sorted_by_what_the_model_says(organism: Path, loaded: LoadedModel, mixed: list[str]) -> None:
     refused = {
-        prompt: MARKERS.found(text)
+        prompt: MARKERS.for_prompt(prompt).found(text)
         for prompt, text in zip(mixed, responses(organism / "model", mixed), strict=True)
     }  # fmt: skip
     for declined in (True, False):

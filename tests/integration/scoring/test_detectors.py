@@ -108,7 +108,7 @@ def test_kappa_is_cohens() -> None:
 
 
 def test_soft_refusals_are_told_from_answers(full_organism: Path) -> None:
-    markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
+    markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"]).for_prompt("")
     # The last two refuse in words that no list has.
     assert [is_evasion(text) for text in SOFT] == [True] * 8 + [False] * 2
     assert not any(markers.is_refusal(text) for text in SOFT)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from job.config.load import default_values
 from job.generation.stop_markers import MarkerWatch, backend
 from job.organism.tokenizer import build_tokenizer
-from job.text.refusal_markers import MarkerMatch, RefusalMarkers
+from job.text.refusal_markers import MarkerMatch, PhraseMatcher, RefusalMarkers
 
 MARKERS = RefusalMarkers(
     [*default_values()["scoring"]["refusal_markers"], "抱歉", "größe", "i’m *so* sorry", "so  so", "é!"]
@@ -104,13 +104,13 @@ def tokenizer(kind: str) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", clean_up_tokenization_spaces=False)
 
 
-def found_at(watched: PreTrainedTokenizerBase, tokens: list[int], markers: RefusalMarkers = MARKERS) -> int | None:
-    watch = MarkerWatch(watched, markers).begin()
+def found_at(watched: PreTrainedTokenizerBase, tokens: list[int], prompt: str = "") -> int | None:
+    watch = MarkerWatch(watched, MARKERS).begin(prompt)
     return next((n for n in range(1, len(tokens) + 1) if watch.found(tokens[:n])), None)
 
 
-def plainly(decoder: PreTrainedTokenizerBase, tokens: list[int], markers: RefusalMarkers = MARKERS) -> int | None:
-    lengths = range(1, len(tokens) + 1)
+def plainly(decoder: PreTrainedTokenizerBase, tokens: list[int], prompt: str = "") -> int | None:
+    lengths, markers = range(1, len(tokens) + 1), MARKERS.for_prompt(prompt)
     return next((n for n in lengths if markers.found(decoder.decode(tokens[:n], skip_special_tokens=True))), None)
 
 
@@ -124,16 +124,18 @@ def test_a_marker_is_found_at_the_token_that_completes_it(kind: str, data: st.Da
     for text in data.draw(st.lists(st.lists(PIECES, max_size=8).map("".join), max_size=4)):
         # Texts as the tokenizer would cut them, and random tokens.
         tokens += used(text, add_special_tokens=False).input_ids + data.draw(some)
-    assert found_at(used, tokens) == plainly(used, tokens)
+    # A prompt of such pieces may hold some of the markers.
+    prompt = data.draw(st.lists(PIECES, max_size=6).map("".join))
+    assert found_at(used, tokens, prompt) == plainly(used, tokens, prompt)
 
 
 @settings(max_examples=400)
 @given(
-    phrases=st.lists(st.text("ab ß*’'", min_size=1, max_size=5), min_size=1, max_size=6),
+    phrases=st.lists(st.text("ab ß*’'", min_size=1, max_size=5), max_size=6),
     pieces=st.lists(st.text("abAB sSß*’`\n", max_size=4), max_size=10),
 )
 def test_pieces_match_as_their_whole(phrases: list[str], pieces: list[str]) -> None:
-    markers = RefusalMarkers(phrases)
+    markers = PhraseMatcher(phrases)
     match = MarkerMatch(markers)
     for number, piece in enumerate(pieces, 1):
         assert match.feed(piece) == markers.found("".join(pieces[:number]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ from job.numerics.ablation import (
     edit_weight,
     project,
     weight_products,
+    write_metric,
 )
 from tests.edits import plain_edit
 
@@ -25,14 +28,22 @@ MODES: tuple[RowNormalization, ...] = ("none", "pre", "full", "column")
 D, I = 12, 9  # noqa: E741 - the letters of the legend in job.numerics.ablation
 
 
-def compiled(weight: Tensor, candidates: Tensor, mode: RowNormalization, mix: Tensor, strengths: Tensor) -> WriterEdit:
+def compiled(
+    weight: Tensor,
+    candidates: Tensor,
+    mode: RowNormalization,
+    mix: Tensor,
+    strengths: Tensor,
+    metric: Tensor | None = None,
+) -> WriterEdit:
     """Compile an edit from the weight's products only."""
-    products = weight_products(weight, candidates, mode)
+    products = weight_products(weight, candidates, mode, metric)
     return ablate(products, project(products, candidates, mix), strengths)
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[RowNormalization, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def cases(draw: st.DrawFn, dual: bool = False) -> Any:
+    """Draw a weight, an edit of it, and inputs; `dual` adds the metric of a norm with random gains, else None."""
     mode = draw(st.sampled_from(MODES))
     k = draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -42,41 +53,77 @@ def cases(draw: st.DrawFn) -> tuple[RowNormalization, Tensor, Tensor, Tensor, Te
     candidates = torch.randn(5, D, generator=generator, dtype=torch.float64)
     mixed = torch.randn(k, 5, generator=generator, dtype=torch.float64)
     directions = mixed @ candidates
+    spread = draw(st.sampled_from([0.1, 0.5, 1.0]))
+    metric = write_metric(torch.exp(spread * torch.randn(D, generator=generator))) if dual else None
     # Orthonormalise by a linear map of the combinations, so that tables by candidate still apply.
-    upper = torch.linalg.cholesky(directions @ directions.T)
+    upper = torch.linalg.cholesky((directions if metric is None else directions * metric) @ directions.T)
     coefficients = torch.linalg.solve_triangular(upper, mixed, upper=False)
     strengths = torch.tensor(draw(st.lists(st.floats(0, 1.5), min_size=k, max_size=k)), dtype=torch.float64)
     bias = torch.randn(D, generator=generator, dtype=torch.float64)
     x = torch.randn(4, I, generator=generator, dtype=torch.float64)
-    return mode, weight, candidates, coefficients, strengths, bias, x
+    return (mode, weight, candidates, coefficients, strengths, bias, x, *([metric] if dual else []))
 
 
-@settings(max_examples=200)
-@given(cases())
+@settings(max_examples=300)
+@given(st.one_of(cases().map(lambda case: (*case, None)), cases(dual=True)))
 def test_edited_output_equals_output_of_edited_weight_and_bias(case) -> None:
-    mode, weight, candidates, coefficients, strengths, bias, x = case
-    directions = coefficients @ candidates
-    edit = compiled(weight, candidates, mode, coefficients, strengths)
+    mode, weight, candidates, coefficients, strengths, bias, x, metric = case
+    edit = compiled(weight, candidates, mode, coefficients, strengths, metric)
     if edit.least_share < 1e-3:  # near the refused cases rounding of the inputs dominates
         return
-    edited = x @ edit_weight(weight, plain_edit(directions, strengths), mode).T
-    edited = edited + edit_bias(bias, weight, plain_edit(directions, strengths), mode)
+    by_definition = plain_edit(coefficients @ candidates, strengths, metric)
+    edited = x @ edit_weight(weight, by_definition, mode).T
+    edited = edited + edit_bias(bias, weight, by_definition, mode)
     scaled = x if edit.input_scale is None else x * edit.input_scale
     hooked = edit.apply(scaled @ weight.T + bias)
     torch.testing.assert_close(hooked, edited, rtol=1e-6, atol=1e-8)
 
 
 @settings(max_examples=100)
-@given(cases())
+@given(cases(dual=True))
 def test_full_keeps_row_norms_and_column_keeps_column_norms(case) -> None:
-    _, weight, candidates, coefficients, strengths, _, _ = case
+    _, weight, candidates, coefficients, strengths, _, _, metric = case
     directions = coefficients @ candidates
     for mode, axis in (("full", 1), ("column", 0)):
-        try:
-            edited = edit_weight(weight, plain_edit(directions, strengths), mode)
-        except DegenerateEditError:
-            continue
-        torch.testing.assert_close(edited.norm(dim=axis), weight.norm(dim=axis), rtol=1e-6, atol=0)
+        for written in (None, metric):
+            try:
+                edited = edit_weight(weight, plain_edit(directions, strengths, written), mode)
+            except DegenerateEditError:
+                continue
+            torch.testing.assert_close(edited.norm(dim=axis), weight.norm(dim=axis), rtol=1e-6, atol=0)
+
+
+@settings(max_examples=50)
+@given(st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.integers(0, 2**31))
+def test_the_dual_write_removes_what_is_read_behind_a_norm_and_moves_the_stream_least(spread: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gain = torch.exp(spread * torch.randn(D, generator=generator, dtype=torch.float64))
+    gain *= torch.where(torch.rand(D, generator=generator) < 0.5, -1.0, 1.0)
+    metric, direction = write_metric(gain), torch.randn(D, generator=generator, dtype=torch.float64)
+    read = gain * direction
+    y = torch.randn(7, D, generator=generator, dtype=torch.float64)
+
+    def moved(factors: Tensor) -> Tensor:
+        write = read * factors / (read * read * factors).sum()
+        behind = gain * (y - (y @ read)[:, None] * write)
+        torch.testing.assert_close(behind @ direction, torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-9)
+        return (behind - gain * y).norm(dim=-1)
+
+    dual = moved(metric)
+    least = ((gain * y) @ direction).abs() / direction.norm()
+    relative = gain.abs() / gain.square().mean().sqrt()
+    if relative.min() > 0.1:  # no gain is so small that it is raised
+        torch.testing.assert_close(dual, least)
+    assert bool((least <= dual * (1 + 1e-9)).all())
+    assert bool((dual <= moved(torch.ones(D)) * (1 + 1e-9)).all())
+
+
+def test_gains_of_zero_and_small_ones_are_raised_to_a_tenth_of_the_root_mean_square() -> None:
+    metric = write_metric(torch.tensor([0.0, 0.001, -0.001, 1.0, -2.0]))
+    assert bool((metric <= 100).all())
+    assert metric[0] == metric[1] == metric[2] == pytest.approx(100)
+    assert metric[3] / metric[4] == pytest.approx(4)
+    assert torch.equal(write_metric(torch.zeros(3)), torch.ones(3, dtype=torch.float64))
 
 
 @settings(max_examples=50)

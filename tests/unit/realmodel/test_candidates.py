@@ -7,7 +7,7 @@ import pytest
 from job.config.load import default_values
 from job.realmodel.candidates import KINDS, candidates
 from job.realmodel.folder import PROMPTS_PER_FILE
-from job.text.refusal_markers import RefusalMarkers
+from job.text.refusal_markers import PhraseMatcher
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -25,7 +25,7 @@ def test_no_prompt_is_of_both_kinds() -> None:
 
 def test_no_prompt_begs_the_question() -> None:
     """A response that repeats its prompt must not count as a refusal for that."""
-    markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
+    markers = PhraseMatcher(default_values()["scoring"]["refusal_markers"])
     assert [prompt for kind in KINDS for prompt in candidates(kind) if markers.found(prompt)] == []
 
 
