@@ -198,7 +198,14 @@ class ChoiceSettings(Section):
     refusal_tolerance: float = Field(
         ge=0,
         le=1,
-        description="The lowest KL is taken among the trials within this share of the fewest refusals.",
+        description="The lowest KL divergence is taken among the finalists within this share of the fewest refusals, "
+        "both by upper confidence bounds.",
+    )
+    held_out: float = Field(
+        ge=0,
+        le=0.5,
+        description="Share of good_prompts and bad_prompts, at least 20, that only the choice uses: finalists are "
+        "measured again on them. Sets of less than 100 prompts stay whole; 0: no prompts are held out.",
     )
 
 

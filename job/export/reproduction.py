@@ -74,6 +74,7 @@ class _Resolved(Record):
     date: str | None = Field(None, pattern=DATE)
     options: dict[Annotated[str, Field(pattern=_OPTION)], bool] | None = Field(None, max_length=16)
     turn_end: int | None = Field(None, ge=0, lt=1 << 24)
+    choice: Literal["bounds"] | None = None
 
 
 class _Shown(Record):

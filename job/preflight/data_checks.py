@@ -31,8 +31,8 @@ def examine_data(inputs: PreflightInputs) -> DataFindings:
 def data_checks(prompts: PromptSets) -> list[Check]:
     """Return a check per set, and one for overlaps."""
     counts = {
-        "good_prompts": len(prompts.good),
-        "bad_prompts": len(prompts.bad),
+        "good_prompts": len(prompts.of_setting("good_prompts")),
+        "bad_prompts": len(prompts.of_setting("bad_prompts")),
         "good_eval_prompts": len(prompts.good_search) + len(prompts.good_report),
         "bad_eval_prompts": len(prompts.bad_search) + len(prompts.bad_report),
         "helpfulness_prompts": len(prompts.helpfulness),

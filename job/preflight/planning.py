@@ -92,9 +92,10 @@ class Planning:
         from job.model.rendering import conversations, token_ids
 
         prompts = self.prompts
+        extraction = (*prompts.of_setting("good_prompts"), *prompts.of_setting("bad_prompts"))
         try:
             tokenizer = load_tokenizer(self.folder, self.settings.loading.trust_remote_code)
-            texts = conversations(tokenizer, (*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search))
+            texts = conversations(tokenizer, (*extraction, *prompts.good_search, *prompts.bad_search))
             return max(map(len, token_ids(tokenizer, texts)))
         except JobError:
             return Workload().prompt_tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from job.records.base import Record
@@ -24,6 +26,8 @@ class Resolution(Record):
         prefix_tokens: Token ids of the response prefix; None without one, or for a given text.
         options: Options of the chat template, e.g. enable_thinking; None without any.
         turn_end: End token beyond the model's own; None without one.
+        choice: How the exported trial is chosen: by upper confidence bounds, or None: by the search's counts, as former
+            versions did.
     """
 
     dtype: str
@@ -38,3 +42,4 @@ class Resolution(Record):
     date: str | None = Field(None, pattern=DATE, exclude_if=_is_none)
     options: dict[str, bool] | None = Field(None, exclude_if=_is_none)
     turn_end: int | None = Field(None, exclude_if=_is_none)
+    choice: Literal["bounds"] | None = Field(None, exclude_if=_is_none)

@@ -7,23 +7,38 @@ from collections.abc import Sequence
 from job.data.prompts import PromptSets
 from job.lifecycle.running import OpenJob
 from job.records import Trial
-from job.search.finalists import next_to_rescore, read_full_counts
-from job.search.pareto import choose
+from job.search.bounds import MOST_FINALISTS
+from job.search.choice import Choice, job_choice
+from job.search.finalists import FullCounts, next_to_rescore, read_full_counts, with_full_counts
 from job.storage.exports import is_sealed
+
+
+def choice_of(job: OpenJob, prompts: PromptSets) -> Choice:
+    """Return a job's choice as far as it is measured. Raises JobError if its file is damaged."""
+    return job_choice(job.folder, job.record, prompts, job.settings.choice.refusal_tolerance)
 
 
 def chosen_trial(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> Trial:
     """Return the trial that the job exports. Raises JobError if no trial could be scored."""
-    return choose(trials, len(prompts.bad_search), job.settings.choice.refusal_tolerance)
+    return choice_of(job, prompts).chosen(trials)
+
+
+def uncounted(job: OpenJob, trials: Sequence[Trial], choice: Choice, counts: FullCounts) -> list[Trial]:
+    """Return the candidates to score next on full-length responses, if the search's were shorter."""
+    scoring, batch = job.settings.scoring, job.settings.trials_per_batch
+    if scoring.effective_search_tokens == scoring.answer_tokens and scoring.gibberish is None:
+        return []
+    most = max(batch, MOST_FINALISTS) if choice.by_bounds else batch
+    return next_to_rescore(trials, counts, choice.candidates, most)
 
 
 def finalists_left(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> bool:
-    """Return whether finalists have yet to be scored on full-length responses."""
-    scoring, tolerance = job.settings.scoring, job.settings.choice.refusal_tolerance
-    already_full_length = scoring.effective_search_tokens == scoring.answer_tokens and scoring.gibberish is None
-    if not job.record.searches or already_full_length:
+    """Return whether finalists have yet to be scored on full-length responses, or measured for the choice."""
+    if not job.record.searches:
         return False
-    return bool(next_to_rescore(trials, read_full_counts(job.folder), len(prompts.bad_search), tolerance, 1))
+    choice, counts = choice_of(job, prompts), read_full_counts(job.folder)
+    known = with_full_counts(trials, counts)
+    return bool(uncounted(job, trials, choice, counts) or choice.unmeasured(known))
 
 
 def is_searched(job: OpenJob, trials: Sequence[Trial]) -> bool:

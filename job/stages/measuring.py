@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -11,13 +11,17 @@ from job.data.prompts import Prompt
 from job.edits.hooks import Intervention
 from job.generation.forward import counted_tokens
 from job.model.loading import LoadedModel
-from job.records import EditParameters, Figures, TrialScores
+from job.records import FORCED_TOKENS, EditParameters, Figures, FinalistScores, TrialScores
+from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
 from job.scoring.prompt_batches import PromptBatches
 from job.scoring.report_metrics import ReportMetrics
-from job.scoring.trial_scorer import TrialScorer
+from job.scoring.trial_scorer import FAILED_KL, TrialScorer
 from job.storage.events import Events
 from job.text.refusal_markers import RefusalMarkers
+
+# Returns the metrics of the prompts held out for the choice.
+HeldOut = Callable[[], ReportMetrics]
 
 
 def metrics_of(
@@ -82,3 +86,45 @@ class EditScorer:
             )
         limit = self._settings.skip_kl_above
         return self.trials.scores(self._hooks, edits, rows, skip_kl_above=limit, response_tokens=searched)
+
+
+class FinalistScorer:
+    """Scores finalists on the prompts held out for the choice, and their KL divergence per prompt.
+
+    The base model is measured on first use.
+    """
+
+    def __init__(self, scorer: EditScorer, hooks: Intervention, settings: Settings, held_out: HeldOut) -> None:
+        """Take the search's scorer; `held_out` returns metrics on the choice's bad prompts.
+
+        Its good prompts are those of the search, then those held out.
+        """
+        self._scorer, self._hooks, self._settings, self._held_out = scorer, hooks, settings, held_out
+
+    @cached_property
+    def _base(self) -> tuple[TrialScorer, KLReference, IncoherenceTest]:
+        """The base model's references, and the incoherence test with the search's bound."""
+        metrics = self._held_out()
+        test = IncoherenceTest(metrics.batches, self._scorer.incoherence.bound)
+        return scorer_of(metrics), KLReference.measured(metrics.batches, FORCED_TOKENS), test
+
+    def scores(self, edits: Sequence[EditParameters], rows: int) -> list[FinalistScores]:
+        """Score edits in one batch, on responses of full length."""
+        trials, forced, test = self._base
+        batches, searched = trials.batches, self._settings.scoring.effective_search_tokens
+        counted = trials.full_scores(self._hooks, edits, rows, search_tokens=searched, incoherence=test)
+        trial_rows = batches.trial_rows(self._hooks.activate(edits), len(edits))
+        first, more = (one.trial_divergences(batches, trial_rows, rows) for one in (trials.reference, forced))
+        return [
+            FinalistScores(
+                refusals=scores.refusals,
+                broken=scores.broken,
+                kl=self._kept(scores, batches.good.as_given(kl)),
+                forced_kl=self._kept(scores, batches.good.as_given(forced_kl)),
+            )
+            for scores, kl, forced_kl in zip(counted, first.tolist(), more.tolist(), strict=True)
+        ]
+
+    def _kept(self, scores: TrialScores, divergences: Sequence[float]) -> tuple[float, ...]:
+        """Return divergences for the record: rounding may make one -1e-17; a failed edit gets the largest."""
+        return tuple(FAILED_KL if scores.reason is not None else max(kl, 0.0) for kl in divergences)

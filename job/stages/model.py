@@ -132,6 +132,7 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
             date=record.prompt_date if shows_date(model.tokenizer) else None,
             options=dict(model.rendering.options) or None,
             turn_end=model.turn_end,
+            choice="bounds",
         )
     )
 

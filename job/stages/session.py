@@ -20,19 +20,20 @@ from job.records import EditParameters, Trial
 from job.report.results import search_space, trial_edit
 from job.search.path import PathSpace
 from job.search.space import Space
-from job.stages.measuring import EditScorer, metrics_of
+from job.stages.measuring import EditScorer, FinalistScorer, metrics_of
 from job.stages.model import loaded_model
 
 
 @dataclass(frozen=True)
 class ModelSession:
-    """A job's base model with its directions, scorer on the search split, and active hooks."""
+    """A job's base model with its directions, scorers of the search and of finalists, and active hooks."""
 
     job: OpenJob
     prompts: PromptSets
     model: LoadedModel
     basis: Basis
     scorer: EditScorer
+    finalists: FinalistScorer
     hooks: Intervention
 
     @property
@@ -72,7 +73,8 @@ def prompt_residuals(
     """Return the residuals of a job's prompts; `evaluate` shares forwards with other processes."""
     rows, settings = job.resolution.rows, job.settings
     # The prompts whose length determines the rows per forward.
-    planned = [*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search]
+    extraction = [*prompts.of_setting("good_prompts"), *prompts.of_setting("bad_prompts")]
+    planned = [*extraction, *prompts.good_search, *prompts.bad_search]
     return PromptResiduals(
         job.folder,
         job.record,
@@ -90,10 +92,15 @@ def prompt_residuals(
 def model_session(job: OpenJob, model: LoadedModel, basis: Basis, prompts: PromptSets) -> Iterator[ModelSession]:
     """Yield a loaded model with its hooks in place."""
     settings = job.settings
-    metrics = metrics_of(model, settings, prompts.good_search, prompts.bad_search, job.resolution.rows, job.events)
+    rows, events = job.resolution.rows, job.events
+    metrics = metrics_of(model, settings, prompts.good_search, prompts.bad_search, rows, events)
+    good = (*prompts.good_search, *prompts.good_choice)
+    held_out = partial(metrics_of, model, settings, good, prompts.bad_choice, rows, events)
     learned = partial(read_learned, job.folder)
     with Intervention(model.model, model.architecture, basis, settings.ablation.row_normalization, learned) as hooks:
-        yield ModelSession(job, prompts, model, basis, EditScorer(metrics, hooks, settings), hooks)
+        scorer = EditScorer(metrics, hooks, settings)
+        finalists = FinalistScorer(scorer, hooks, settings, held_out)
+        yield ModelSession(job, prompts, model, basis, scorer, finalists, hooks)
 
 
 @contextmanager

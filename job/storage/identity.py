@@ -37,8 +37,9 @@ EXTENDING = frozenset(
 # The same, of settings that are otherwise part of it.
 EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
 
-# Left out where they say what every job did before there were such settings: its jobs keep their names.
-AS_BEFORE = {"search": {"method": "tpe"}}
+# Left out where they are the defaults, so that jobs keep the names from before there were such settings. Such a job of
+# a former version keeps its former choice (`Resolution.choice`).
+AS_BEFORE: dict[str, dict[str, Any]] = {"search": {"method": "tpe"}, "choice": {"held_out": 0.2}}
 
 PACKAGES = ("abliteration-job", "torch", "transformers", "optuna", "safetensors", "tokenizers")
 

@@ -1,0 +1,93 @@
+"""Figures of finalists, by which the exported trial is chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from pydantic import Field
+
+from job.numerics.statistics import quantile
+from job.records.base import Record
+
+# Positions of the base model's own responses for a finalist's second KL divergence, which only describes it.
+FORCED_TOKENS = 8
+
+
+class FinalistScores(Record):
+    """A finalist's scores beyond those of the search.
+
+    Attributes:
+        refusals: Refused bad prompts of those held out for the choice, by responses of full length.
+        broken: Broken responses among the others.
+        kl: KL divergence per good prompt in nats, as in the search: the search's prompts, then those held out.
+        forced_kl: The same, mean over the first `FORCED_TOKENS` positions of the base model's response.
+    """
+
+    refusals: int
+    broken: int
+    kl: tuple[float, ...]
+    forced_kl: tuple[float, ...]
+
+
+class MeasuredFinalists(Record):
+    """finalists.json: scores by trial number."""
+
+    version: Literal[1] = 1
+    scores: dict[int, FinalistScores] = Field(default_factory=dict)
+
+
+class ChoiceFigures(Record):
+    """A finalist's figures on the prompts held out for the choice.
+
+    Attributes:
+        kl: Mean KL divergence in nats, at the positions of the search.
+        forced_kl: Mean KL divergence over the first `forced_tokens` positions of the base model's own responses.
+    """
+
+    bad_prompts: int
+    refusals: int
+    broken: int
+    good_prompts: int
+    kl: float
+    forced_kl: float
+    forced_tokens: int = FORCED_TOKENS
+
+    @classmethod
+    def of(cls, scores: FinalistScores, searched: int, bad_prompts: int) -> Self:
+        """Return the figures on all but the first `searched` good prompts, the search's."""
+        kl, forced = scores.kl[searched:], scores.forced_kl[searched:]
+        return cls(
+            bad_prompts=bad_prompts,
+            refusals=scores.refusals,
+            broken=scores.broken,
+            good_prompts=len(kl),
+            kl=math.fsum(kl) / len(kl),
+            forced_kl=math.fsum(forced) / len(forced),
+        )
+
+
+class KLSpread(Record):
+    """How the KL divergence varies over prompts, nats.
+
+    Attributes:
+        ninetieth: Nine tenths of the prompts have at most this.
+        prompt: Index of the prompt with the largest one, from 0 in the order of its set.
+    """
+
+    median: float
+    ninetieth: float
+    largest: float
+    prompt: int
+
+    @classmethod
+    def of(cls, divergences: Sequence[float], places: Sequence[int]) -> Self:
+        """Return the spread of the prompts' divergences; `places` are the prompts' indices in their set."""
+        largest = max(divergences)
+        return cls(
+            median=quantile(divergences, 0.5),
+            ninetieth=quantile(divergences, 0.9),
+            largest=largest,
+            prompt=places[list(divergences).index(largest)],
+        )
