@@ -42,10 +42,12 @@ class ChoiceFigures(Record):
     """A finalist's figures on the prompts held out for the choice.
 
     Attributes:
+        searched: Bad prompts of the search, for its counts.
         kl: Mean KL divergence in nats, at the positions of the search.
         forced_kl: Mean KL divergence over the first `forced_tokens` positions of the base model's own responses.
     """
 
+    searched: int
     bad_prompts: int
     refusals: int
     broken: int
@@ -55,10 +57,11 @@ class ChoiceFigures(Record):
     forced_tokens: int = FORCED_TOKENS
 
     @classmethod
-    def of(cls, scores: FinalistScores, searched: int, bad_prompts: int) -> Self:
-        """Return the figures on all but the first `searched` good prompts, the search's."""
-        kl, forced = scores.kl[searched:], scores.forced_kl[searched:]
+    def of(cls, scores: FinalistScores, searched: tuple[int, int], bad_prompts: int) -> Self:
+        """Return the figures without the search's prompts; `searched` are its numbers of bad and good ones."""
+        kl, forced = scores.kl[searched[1] :], scores.forced_kl[searched[1] :]
         return cls(
+            searched=searched[0],
             bad_prompts=bad_prompts,
             refusals=scores.refusals,
             broken=scores.broken,
@@ -79,7 +82,7 @@ class KLSpread(Record):
     median: float
     ninetieth: float
     largest: float
-    prompt: int
+    prompt: int = Field(ge=0)
 
     @classmethod
     def of(cls, divergences: Sequence[float], places: Sequence[int]) -> Self:

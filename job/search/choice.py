@@ -68,7 +68,7 @@ class Choice:
         scores = self.measured.get(number)
         if scores is None or not self.held_out:
             return None
-        return ChoiceFigures.of(scores, self.searched[1], self.held_out)
+        return ChoiceFigures.of(scores, self.searched, self.held_out)
 
     def with_measured(self, scores: Mapping[int, FinalistScores]) -> Choice:
         """Return the choice with further finalists measured."""
