@@ -77,7 +77,7 @@ _GLOSSARY = """
 | executor | Gives tasks to workers and returns their results in order |
 | export | An edited model, an adapter or a directions file in the run folder, proven and sealed |
 | choice split | Extraction prompts that directions and search leave alone: finalists are measured on them |
-| finalist | A trial that may be chosen, and is therefore measured again: on full-length responses and on the choice split |
+| finalist | A trial that may be chosen, and is measured again: by full-length responses and on the choice split |
 | front | The trials that are Pareto-optimal in refusals and KL |
 | gate | A bound on refusals or KL; an export that misses it is not delivered |
 | identity | The settings that determine the result; their hash names the job |

@@ -17,6 +17,7 @@ from job.preflight.model_facts import ModelFacts
 from job.preflight.readings import MachineReading
 from job.preflight.selftest import Exercise
 from job.preflight.table_memory import EditTables
+from job.search.bounds import MOST_FINALISTS
 from job.transfer.folders import target_folder
 
 # Rates where none could be measured, bytes a second: a modest rented line and disk.
@@ -126,6 +127,7 @@ class Planning:
         disk = min(speeds.values(), key=lambda found: found.write, default=DiskSpeed(write=DISK, read=DISK))
         work = self.workload(4 if planned.dtype == "float32" else None)
         remote = sum(not target.startswith("file:") for target in self.settings.upload)
+        finalist_prompts = len(self.prompts.bad_search) + len(self.prompts.bad_choice)
         task = PhaseWork(
             download_bytes=missing_bytes(self.source, self.listing) if measured else self.listing.size,
             weights_bytes=self.facts.weights_bytes(work.dtype_bytes),
@@ -137,6 +139,8 @@ class Planning:
             prompt_tokens=work.prompt_tokens / 2,
             answer_tokens=min(work.answer_tokens / 2, self.settings.scoring.search_tokens),
             trials=max(self.settings.trials - trials_done, 0),
+            finalist_answers=min(MOST_FINALISTS, self.settings.trials) * finalist_prompts,
+            finalist_tokens=work.answer_tokens / 2,
             rows=planned.rows,
             export_bytes=self.facts.stored_bytes,
             upload_bytes=self.facts.stored_bytes * remote,

@@ -41,6 +41,15 @@ def finalists_left(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -
     return bool(uncounted(job, trials, choice, counts) or choice.unmeasured(known))
 
 
+def finalist_batches(job: OpenJob, prompts: PromptSets) -> float:
+    """Return how many batches of the search take as long as measuring finalists, if no response ends early."""
+    if not choice_of(job, prompts).by_bounds:
+        return 0.0
+    scoring, searched = job.settings.scoring, len(prompts.bad_search)
+    longer = scoring.answer_tokens / scoring.effective_search_tokens
+    return MOST_FINALISTS / job.settings.trials_per_batch * longer * (searched + len(prompts.bad_choice)) / searched
+
+
 def is_searched(job: OpenJob, trials: Sequence[Trial]) -> bool:
     """Return whether the search is complete, or this job does no search."""
     return not job.record.searches or len(trials) >= job.settings.trials

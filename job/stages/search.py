@@ -15,6 +15,7 @@ from job.report.results import trials_so_far
 from job.search.finalists import in_words
 from job.search.optimizer import Search, StudySettings
 from job.search.path import PathSpace
+from job.stages.choice import finalist_batches
 from job.stages.finalists import FinalistEvaluator
 from job.stages.gradient import find_path
 from job.stages.measuring import shown_generating
@@ -43,7 +44,8 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
         done = len(study.finished())
         job.events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
         budget = budget_of(job.folder, job.settings, job.meter)
-        limits = SearchLimits(budget, job.lock, job.signals, job.settings.grace, begun=done > 0)
+        measuring = finalist_batches(job, session.prompts)
+        limits = SearchLimits(budget, job.lock, job.signals, job.settings.grace, begun=done > 0, finalists=measuring)
         with job.events.progress("trials", target, done) as advance:
 
             def told(trial: Trial) -> None:

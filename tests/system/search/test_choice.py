@@ -103,8 +103,20 @@ def _spread_is_that_of_the_report(folder: RunFolder, prompts: PromptSets, made: 
     worst = prompts.good_report[spread["prompt"]].user
     assert worst not in card
     assert f"<q>{worst}</q>" in folder.page_file.read_text()
+
+
+def test_the_prompt_that_moved_most_is_shown_escaped_redacted_and_only_among_others(job: Job, tmp_path: Path) -> None:
+    workspace = tmp_path / "runs"
+    shutil.copytree(job.whole, workspace, symlinks=True)
+    folder = RunFolder(only_job(workspace))
+    kept = json.loads(folder.prompts_file.read_text())
+    for prompt in kept["good_report"]:
+        prompt["user"] = "</q><script>alert(1)</script> swordfish-1234"
+    folder.prompts_file.write_text(json.dumps(kept))
+    abliterate("report", "--workspace", workspace, MY_SECRET="swordfish-1234").check()
+    assert "<q>&lt;/q&gt;&lt;script&gt;alert(1)&lt;/script&gt; ***</q>" in folder.page_file.read_text()
     shutil.rmtree(folder.path / "answers")  # without answers the page shows no prompt
-    abliterate("report", "--workspace", folder.path.parent).check()
+    abliterate("report", "--workspace", workspace).check()
     assert "<q>" not in folder.page_file.read_text()
 
 
