@@ -21,9 +21,8 @@ import numpy as np
 
 from benchmarks.measuring import write_figures
 from job.records import FinalistScores, Trial, TrialScores
-from job.search.bounds import MOST_FINALISTS
 from job.search.choice import Choice
-from job.search.pareto import choose, pareto_front
+from job.search.pareto import choose
 
 TOLERANCE = 0.02
 # Spread of the logarithm of a prompt's KL: the relative deviation of a prompt is 5, of a mean of 100 a half.
@@ -115,9 +114,9 @@ def by_counts(draw: Draw, scenario: Scenario) -> int:
 def by_bounds(draw: Draw, scenario: Scenario) -> int:
     """Choose as the job does."""
     trials = draw.trials
-    finalists = [trial.number for trial in pareto_front(trials)[:MOST_FINALISTS]]
-    searched = (scenario.searched, scenario.searched)
-    return Choice(True, TOLERANCE, searched, scenario.held_out, draw.measured(finalists)).chosen(trials).number
+    choice = Choice(True, TOLERANCE, (scenario.searched, scenario.searched), scenario.held_out)
+    finalists = [trial.number for trial in choice.unmeasured(trials)]
+    return choice.with_measured(draw.measured(finalists)).chosen(trials).number
 
 
 RULES: dict[str, Callable[[Draw, Scenario], int]] = {"former": by_counts, "bounds": by_bounds}

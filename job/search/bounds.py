@@ -15,6 +15,8 @@ from job.numerics.statistics import upper_mean, wilson_interval
 
 # Most finalists, the trials on the front with the fewest unanswered prompts.
 MOST_FINALISTS = 8
+# Standard errors by which two shares may be wrong before a trial is no finalist: so many cannot be chance.
+_CHANCE = 2.0
 # One-sided bounds, in standard errors: a figure is worse than its bound in one case of six.
 BOUND = 1.0
 _TIMES = ("", "", "twice", "three times", "four times", "five times", "six times", "seven times", "eight times")
@@ -62,6 +64,12 @@ class Finalist:
         return f"{self.refusals}/{self.prompts} refused{broken}"
 
 
+def may_win(unanswered: int, fewest: int, prompts: int, tolerance: float) -> bool:
+    """Return whether a count may be within `tolerance` of the fewest but for chance."""
+    least = wilson_interval(unanswered, prompts, _CHANCE)[0]
+    return least <= wilson_interval(fewest, prompts, _CHANCE)[1] + tolerance
+
+
 def choose_finalist(finalists: Sequence[Finalist], tolerance: float) -> Finalist:
     """Return the finalist of the lowest KL bound among those within `tolerance` of the lowest unanswered bound."""
     least = min(one.unanswered_bound for one in finalists)
@@ -69,10 +77,11 @@ def choose_finalist(finalists: Sequence[Finalist], tolerance: float) -> Finalist
     return min(eligible, key=lambda one: (one.kl_bound, one.unanswered, one.number))
 
 
-def why_chosen(finalists: Sequence[Finalist], chosen: Finalist) -> str:
+def why_chosen(finalists: Sequence[Finalist], chosen: Finalist, otherwise: str = "") -> str:
     """Return a sentence that compares the chosen finalist with its closest rival.
 
-    That is the finalist with the fewest unanswered prompts or, if this is the chosen one, the next gentler finalist.
+    That is the finalist with the fewest unanswered prompts or, if this is the chosen one, the next gentler finalist, or
+    `otherwise`.
     """
     sentence = f"{chosen}, KL {chosen.mean_kl:.4g}"
     stronger = [one for one in finalists if one.unanswered < chosen.unanswered]
@@ -84,7 +93,7 @@ def why_chosen(finalists: Sequence[Finalist], chosen: Finalist) -> str:
     if gentler:
         rival = max(gentler, key=lambda one: (one.kl_bound, -one.number))
         return f"{sentence}; trial {rival.number} has KL {rival.mean_kl:.4g} but {_counts(rival)}"
-    return f"{sentence}; no other finalist is better in either" if len(finalists) > 1 else sentence
+    return f"{sentence}; {otherwise}" if otherwise else sentence
 
 
 def _counts(one: Finalist) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import ChoiceFigures, FinalistScores, JobRecord, MeasuredFinalists, Trial
-from job.search.bounds import MOST_FINALISTS, Finalist, choose_finalist, why_chosen
+from job.search.bounds import MOST_FINALISTS, Finalist, choose_finalist, may_win, why_chosen
 from job.search.pareto import choose, eligible, pareto_front
 from job.storage.atomic import ensure_folder, read_record, write_record
 from job.storage.run_folder import RunFolder
@@ -40,7 +40,12 @@ class Choice:
         front = pareto_front(trials)
         if not front:
             raise JobError("every trial failed", remedy="see the reasons in events.jsonl")
-        return front[:MOST_FINALISTS]
+        fewest, prompts = front[0].values.unanswered, self.searched[0]
+        return [
+            trial
+            for trial in front[:MOST_FINALISTS]
+            if may_win(trial.values.unanswered, fewest, prompts, self.tolerance)
+        ]
 
     def unmeasured(self, trials: Sequence[Trial]) -> list[Trial]:
         """Return the finalists to measure before the choice is final, in number order. Raises JobError."""
@@ -61,7 +66,18 @@ class Choice:
         if not self.by_bounds or not trials or self.unmeasured(trials):
             return None
         pooled = self._pooled(trials)
-        return why_chosen(pooled, choose_finalist(pooled, self.tolerance))
+        chosen = choose_finalist(pooled, self.tolerance)
+        return why_chosen(pooled, chosen, self._gentler(trials, chosen.number))
+
+    def _gentler(self, trials: Sequence[Trial], number: int) -> str:
+        """Describe the next gentler trial on the front, which was no finalist; "" if there is none."""
+        front = pareto_front(trials)
+        after = front[[trial.number for trial in front].index(number) + 1 :]
+        rest = [trial for trial in after if trial.number not in self.measured]
+        if not rest:
+            return ""
+        values = rest[0].values
+        return f"trial {rest[0].number} has KL {values.kl:.4g} but {values.unanswered}/{self.searched[0]} in the search"
 
     def figures(self, number: int) -> ChoiceFigures | None:
         """Return a finalist's figures on the prompts held out for the choice; None if there are none."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.search.bounds import Finalist, choose_finalist, why_chosen
+from job.search.bounds import Finalist, choose_finalist, may_win, why_chosen
 
 KLS = st.lists(st.floats(0, 5), min_size=1, max_size=6)
 
@@ -85,9 +85,27 @@ def test_no_finalist_is_better_in_both_bounds(found: list[Finalist], tolerance: 
             31,
             "0/100 refused, KL 0.037; trial 50 has KL 0.009 but 9/100",
         ),
-        ([one(31, 0, 0.03), one(50, 3, 0.04)], 31, "0/100 refused, KL 0.03; no other finalist is better in either"),
-        ([one(31, 0, 0.03)], 31, "0/100 refused, KL 0.03"),
+        ([one(31, 0, 0.03), one(50, 3, 0.04)], 31, "0/100 refused, KL 0.03"),
     ],
 )
 def test_the_reason_names_the_closest_rival(found: list[Finalist], number: int, words: str) -> None:
-    assert why_chosen(found, next(each for each in found if each.number == number)) == words
+    chosen = next(each for each in found if each.number == number)
+    assert why_chosen(found, chosen) == words
+    assert why_chosen(found, chosen, "trial 7 was none") == (words if ";" in words else f"{words}; trial 7 was none")
+
+
+def test_only_counts_that_chance_may_have_made_worse_come_into_question() -> None:
+    assert may_win(10, 0, 100, 0.02)
+    assert not may_win(12, 0, 100, 0.02)
+    assert may_win(12, 0, 100, 0.1)
+    assert may_win(3, 0, 10, 0.0)
+    assert not may_win(94, 0, 100, 0.02)
+
+
+@given(st.integers(1, 200), st.data(), st.floats(0, 0.2))
+def test_whoever_may_win_does_so_with_fewer_and_against_more(prompts: int, data: st.DataObject, tol: float) -> None:
+    fewest, count, more = sorted(data.draw(st.lists(st.integers(0, prompts), min_size=3, max_size=3)))
+    assert may_win(fewest, fewest, prompts, tol)
+    if may_win(more, fewest, prompts, tol):
+        assert may_win(count, fewest, prompts, tol)
+        assert may_win(more, count, prompts, tol)

@@ -23,18 +23,23 @@ def scores(refusals: int, kl: float, broken: int = 0) -> FinalistScores:
 
 
 # The luckiest in the search is not the best on other prompts.
-TRIALS = [trial(0, 0, 0.5), trial(1, 0, 0.03), trial(2, 2, 0.01), trial(3, 60, 0.001), trial(4, 0, 0.9, "planted")]
-MEASURED = {1: scores(0, 0.03), 2: scores(9, 0.01), 3: scores(20, 0.001)}
+TRIALS = [
+    *(trial(0, 0, 0.5), trial(1, 0, 0.03), trial(2, 2, 0.01), trial(3, 5, 0.004)),
+    *(trial(4, 0, 0.9, "planted"), trial(5, 60, 0.001)),
+]
+MEASURED = {1: scores(0, 0.03), 2: scores(9, 0.01), 3: scores(20, 0.004)}
 BOUNDS = Choice(by_bounds=True, tolerance=0.02, searched=(100, 1), held_out=40)
 
 
 def test_finalists_are_those_on_the_front_with_the_fewest_refusals() -> None:
     assert [one.number for one in BOUNDS.candidates(TRIALS)] == [1, 2, 3]
+    # 60 of 100 is no bad luck.
+    assert [one.number for one in BOUNDS.candidates(TRIALS[5:])] == [5]
     long = [trial(number, 40 - number, number / 100) for number in range(40)]
     assert [one.number for one in BOUNDS.candidates(long)] == [*range(39, 39 - MOST_FINALISTS, -1)]
     assert [one.number for one in BOUNDS.unmeasured(long)] == [*range(40 - MOST_FINALISTS, 40)]
     with pytest.raises(JobError, match="every trial failed"):
-        BOUNDS.candidates(TRIALS[4:])
+        BOUNDS.candidates(TRIALS[4:5])
 
 
 def test_the_choice_is_by_pooled_figures_once_all_finalists_are_measured() -> None:
@@ -49,7 +54,11 @@ def test_the_choice_is_by_pooled_figures_once_all_finalists_are_measured() -> No
     assert whole.chosen(TRIALS).number == 1
     assert whole.reason(TRIALS) == "0/140 refused, KL 0.03; trial 2 has KL 0.01 but 11/140"
     # Further trials, as of an extended search, are finalists to measure like the first.
-    assert [one.number for one in whole.unmeasured([*TRIALS, trial(5, 1, 0.02)])] == [5]
+    assert [one.number for one in whole.unmeasured([*TRIALS, trial(6, 1, 0.02)])] == [6]
+    alone = BOUNDS.with_measured({1: MEASURED[1]})
+    assert (
+        alone.reason([TRIALS[1], TRIALS[5]]) == "0/140 refused, KL 0.03; trial 5 has KL 0.001 but 60/100 in the search"
+    )
 
 
 def test_figures_on_prompts_held_out_leave_out_those_of_the_search() -> None:
