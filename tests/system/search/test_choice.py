@@ -21,6 +21,8 @@ from job.storage.run_folder import RunFolder
 from job.system.failpoints import FAILPOINTS
 from tests.helpers import Result, abliterate, events, only_job, start, stored_trials
 
+# Large enough that several trials of so short a search come into question.
+TOLERANCE = 0.5
 SAME = ("figures/finalists.json", "figures/rescored.json", "export/model.safetensors", "export/reproduce.json")
 
 
@@ -41,6 +43,7 @@ class Job:
 
     def command(self, workspace: Path, *more: object) -> list[object]:
         layout = ("--trials", 8, "--set", "trials_per_batch=4", "--set", "batching.trials=2")
+        layout = (*layout, "--set", f"choice.refusal_tolerance={TOLERANCE}")
         mirror = ("--checkpoint", workspace.with_suffix(".mirror").as_uri(), "--allow", "restarts.loop")
         return ["run", self.model, *self.prompts, "--workspace", workspace, *layout, *mirror, *more]
 
@@ -52,8 +55,8 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def job(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return Job(organism, tmp_path_factory.mktemp("choice"))
+def job(full_organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(full_organism, tmp_path_factory.mktemp("choice"))
 
 
 def test_finalists_are_measured_on_prompts_of_their_own_and_the_choice_is_told(job: Job) -> None:
@@ -64,6 +67,7 @@ def test_finalists_are_measured_on_prompts_of_their_own_and_the_choice_is_told(j
     front = {trial.number: trial for trial in pareto_front(trials)[:8]}
     assert measured.keys() <= front.keys()
     assert next(iter(front)) in measured
+    assert len(measured) > 1
     assert {len(scores.kl) for scores in measured.values()} == {6 + 20}
     assert {len(scores.forced_kl) for scores in measured.values()} == {6 + 20}
     assert (len(prompts.bad), len(prompts.bad_choice), len(prompts.good), len(prompts.good_choice)) == (80, 20, 80, 20)
@@ -194,7 +198,7 @@ def test_a_job_that_a_former_version_began_keeps_its_choice(job: Job, tmp_path: 
     folder = RunFolder(only_job(workspace))
     record = read_record(folder.job_file, JobRecord)
     assert record.resolution is not None
-    settings = {**record.settings, "choice": {"refusal_tolerance": 0.02}}
+    settings = {**record.settings, "choice": {"refusal_tolerance": TOLERANCE}}
     former = record.resolution.model_copy(update={"choice": None})
     write_record(folder.job_file, record.model_copy(update={"resolution": former, "settings": settings}))
     for left in ("prompts.json", "directions", "residuals"):
@@ -206,7 +210,7 @@ def test_a_job_that_a_former_version_began_keeps_its_choice(job: Job, tmp_path: 
     prompts = read_record(folder.prompts_file, PromptSets)
     assert (len(prompts.bad), prompts.bad_choice) == (100, ())
     chosen = json.loads(folder.state_file.read_text())["chosen"]
-    assert chosen == choose(job_trials(folder), 6, 0.02).number
+    assert chosen == choose(job_trials(folder), 6, TOLERANCE).number
     made = json.loads((folder.export_link / "reproduce.json").read_text())
     assert "choice" not in made
     assert "choice" not in made["resolution"]
