@@ -22,7 +22,8 @@ class FinalistScores(Record):
         refusals: Refused bad prompts of those held out for the choice, by responses of full length.
         broken: Broken responses among the others.
         kl: KL divergence per good prompt in nats, as in the search: the search's prompts, then those held out.
-        forced_kl: The same, mean over the first `FORCED_TOKENS` positions of the base model's response.
+        forced_kl: KL divergence per good prompt held out, mean over the first `FORCED_TOKENS` positions of the base
+            model's response.
     """
 
     refusals: int
@@ -59,7 +60,7 @@ class ChoiceFigures(Record):
     @classmethod
     def of(cls, scores: FinalistScores, searched: tuple[int, int], bad_prompts: int) -> Self:
         """Return the figures without the search's prompts; `searched` are its numbers of bad and good ones."""
-        kl, forced = scores.kl[searched[1] :], scores.forced_kl[searched[1] :]
+        kl, forced = scores.kl[searched[1] :], scores.forced_kl
         return cls(
             searched=searched[0],
             bad_prompts=bad_prompts,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import cached_property
 
 from job.config.schema import Settings
-from job.data.prompts import Prompt
+from job.data.prompts import Prompt, PromptSets
 from job.edits.hooks import Intervention
 from job.generation.forward import counted_tokens
 from job.model.loading import LoadedModel
@@ -20,8 +20,8 @@ from job.scoring.trial_scorer import FAILED_KL, TrialScorer
 from job.storage.events import Events
 from job.text.refusal_markers import RefusalMarkers
 
-# Returns the metrics of the prompts held out for the choice.
-HeldOut = Callable[[], ReportMetrics]
+# Returns a model's metrics of good and bad prompts.
+Measure = Callable[[Sequence[Prompt], Sequence[Prompt]], ReportMetrics]
 
 
 def metrics_of(
@@ -94,37 +94,52 @@ class FinalistScorer:
     The base model is measured on first use.
     """
 
-    def __init__(self, scorer: EditScorer, hooks: Intervention, settings: Settings, held_out: HeldOut) -> None:
-        """Take the search's scorer; `held_out` returns metrics on the choice's bad prompts.
-
-        Its good prompts are those of the search, then those held out.
-        """
-        self._scorer, self._hooks, self._settings, self._held_out = scorer, hooks, settings, held_out
+    def __init__(
+        self, scorer: EditScorer, hooks: Intervention, settings: Settings, prompts: PromptSets, measure: Measure
+    ) -> None:
+        """Take the search's scorer; `measure` returns the base model's metrics of good and bad prompts."""
+        self._scorer, self._hooks, self._settings = scorer, hooks, settings
+        self._prompts, self._measure = prompts, measure
 
     @cached_property
-    def _base(self) -> tuple[TrialScorer, KLReference, IncoherenceTest]:
-        """The base model's references, and the incoherence test with the search's bound."""
-        metrics = self._held_out()
-        test = IncoherenceTest(metrics.batches, self._scorer.incoherence.bound)
-        return scorer_of(metrics), KLReference.measured(metrics.batches, FORCED_TOKENS), test
+    def _trials(self) -> TrialScorer:
+        """Scores on all good prompts of search and choice, and the choice's bad ones."""
+        prompts = self._prompts
+        return scorer_of(self._measure((*prompts.good_search, *prompts.good_choice), prompts.bad_choice))
+
+    @cached_property
+    def _forced(self) -> tuple[PromptBatches, KLReference]:
+        """The choice's good prompts, with references at several positions."""
+        batches = self._measure(self._prompts.good_choice, ()).batches
+        return batches, KLReference.measured(batches, FORCED_TOKENS)
 
     def scores(self, edits: Sequence[EditParameters], rows: int) -> list[FinalistScores]:
         """Score edits in one batch, on responses of full length."""
-        trials, forced, test = self._base
-        batches, searched = trials.batches, self._settings.scoring.effective_search_tokens
+        trials, searched = self._trials, self._settings.scoring.effective_search_tokens
+        test = IncoherenceTest(trials.batches, self._scorer.incoherence.bound)  # the bound of the search's responses
         counted = trials.full_scores(self._hooks, edits, rows, search_tokens=searched, incoherence=test)
-        trial_rows = batches.trial_rows(self._hooks.activate(edits), len(edits))
-        first, more = (one.trial_divergences(batches, trial_rows, rows) for one in (trials.reference, forced))
+        first = self._divergences(trials.batches, trials.reference, edits, rows)
+        forced: list[list[float]] = [[] for _ in edits]
+        if self._prompts.good_choice:
+            forced = self._divergences(*self._forced, edits, rows)
         return [
             FinalistScores(
                 refusals=scores.refusals,
                 broken=scores.broken,
-                kl=self._kept(scores, batches.good.as_given(kl)),
-                forced_kl=self._kept(scores, batches.good.as_given(forced_kl)),
+                kl=_kept(scores, kl),
+                forced_kl=_kept(scores, forced_kl),
             )
-            for scores, kl, forced_kl in zip(counted, first.tolist(), more.tolist(), strict=True)
+            for scores, kl, forced_kl in zip(counted, first, forced, strict=True)
         ]
 
-    def _kept(self, scores: TrialScores, divergences: Sequence[float]) -> tuple[float, ...]:
-        """Return divergences for the record: rounding may make one -1e-17; a failed edit gets the largest."""
-        return tuple(FAILED_KL if scores.reason is not None else max(kl, 0.0) for kl in divergences)
+    def _divergences(
+        self, batches: PromptBatches, reference: KLReference, edits: Sequence[EditParameters], rows: int
+    ) -> list[list[float]]:
+        """Return each edit's KL per good prompt in nats, in the order in which the prompts were given."""
+        trial_rows = batches.trial_rows(self._hooks.activate(edits), len(edits))
+        return [batches.good.as_given(kl) for kl in reference.trial_divergences(batches, trial_rows, rows).tolist()]
+
+
+def _kept(scores: TrialScores, divergences: Sequence[float]) -> tuple[float, ...]:
+    """Return divergences for the record: rounding may make one -1e-17; a failed edit gets the largest."""
+    return tuple(FAILED_KL if scores.reason is not None else max(kl, 0.0) for kl in divergences)

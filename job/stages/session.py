@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from job.data.prompts import PromptSets
+from job.data.prompts import Prompt, PromptSets
 from job.directions.extraction import find_directions
 from job.directions.learned import read_learned
 from job.directions.prompt_residuals import Evaluate, PromptResiduals, direction_prompts, tokens_of_forward
@@ -18,6 +18,7 @@ from job.model.loading import LoadedModel
 from job.numerics.basis import Basis, DirectionPath
 from job.records import EditParameters, Trial
 from job.report.results import search_space, trial_edit
+from job.scoring.report_metrics import ReportMetrics
 from job.search.path import PathSpace
 from job.search.space import Space
 from job.stages.measuring import EditScorer, FinalistScorer, metrics_of
@@ -93,13 +94,14 @@ def model_session(job: OpenJob, model: LoadedModel, basis: Basis, prompts: Promp
     """Yield a loaded model with its hooks in place."""
     settings = job.settings
     rows, events = job.resolution.rows, job.events
-    metrics = metrics_of(model, settings, prompts.good_search, prompts.bad_search, rows, events)
-    good = (*prompts.good_search, *prompts.good_choice)
-    held_out = partial(metrics_of, model, settings, good, prompts.bad_choice, rows, events)
+
+    def measure(good: Sequence[Prompt], bad: Sequence[Prompt]) -> ReportMetrics:
+        return metrics_of(model, settings, good, bad, rows, events)
+
     learned = partial(read_learned, job.folder)
     with Intervention(model.model, model.architecture, basis, settings.ablation.row_normalization, learned) as hooks:
-        scorer = EditScorer(metrics, hooks, settings)
-        finalists = FinalistScorer(scorer, hooks, settings, held_out)
+        scorer = EditScorer(measure(prompts.good_search, prompts.bad_search), hooks, settings)
+        finalists = FinalistScorer(scorer, hooks, settings, prompts, measure)
         yield ModelSession(job, prompts, model, basis, scorer, finalists, hooks)
 
 

@@ -62,7 +62,7 @@ def test_the_choice_is_by_pooled_figures_once_all_finalists_are_measured() -> No
 
 
 def test_figures_on_prompts_held_out_leave_out_those_of_the_search() -> None:
-    measured = FinalistScores(refusals=3, broken=1, kl=(9.0, 0.1, 0.3), forced_kl=(9.0, 0.2, 0.6))
+    measured = FinalistScores(refusals=3, broken=1, kl=(9.0, 0.1, 0.3), forced_kl=(0.2, 0.6))
     found = BOUNDS.with_measured({1: measured}).figures(1)
     assert found is not None
     assert (found.searched, found.bad_prompts, found.refusals, found.broken, found.good_prompts) == (100, 40, 3, 1, 2)
