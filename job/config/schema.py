@@ -196,16 +196,12 @@ class ChoiceSettings(Section):
     """Which trial is exported."""
 
     refusal_tolerance: float = Field(
-        ge=0,
-        le=1,
-        description="The lowest KL divergence is taken among the finalists within this share of the fewest refusals, "
-        "both by upper confidence bounds.",
+        ge=0, le=1, description="The lowest KL is taken among the finalists within this share of the fewest refusals."
     )
     held_out: float = Field(
         ge=0,
         le=0.5,
-        description="Share of good_prompts and bad_prompts, at least 20, that only the choice uses: finalists are "
-        "measured again on them. Sets of less than 100 prompts stay whole; 0: no prompts are held out.",
+        description="Share of extraction sets of 100 prompts or more, at least 20, that only the choice uses.",
     )
 
 
