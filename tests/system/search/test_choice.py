@@ -21,7 +21,7 @@ from job.storage.run_folder import RunFolder
 from job.system.failpoints import FAILPOINTS
 from tests.helpers import Result, abliterate, events, only_job, start, stored_trials
 
-# Large enough that several trials of so short a search come into question.
+# Large enough that several trials of so short a search come into question; known points would win at once.
 TOLERANCE = 0.5
 SAME = ("figures/finalists.json", "figures/rescored.json", "export/model.safetensors", "export/reproduce.json")
 
@@ -43,7 +43,7 @@ class Job:
 
     def command(self, workspace: Path, *more: object) -> list[object]:
         layout = ("--trials", 8, "--set", "trials_per_batch=4", "--set", "batching.trials=2")
-        layout = (*layout, "--set", f"choice.refusal_tolerance={TOLERANCE}")
+        layout = (*layout, "--set", f"choice.refusal_tolerance={TOLERANCE}", "--set", "search.known_points=false")
         mirror = ("--checkpoint", workspace.with_suffix(".mirror").as_uri(), "--allow", "restarts.loop")
         return ["run", self.model, *self.prompts, "--workspace", workspace, *layout, *mirror, *more]
 
