@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -13,6 +13,9 @@ from job.records.base import Record
 
 # Positions of the base model's own responses for a finalist's second KL divergence, which only describes it.
 FORCED_TOKENS = 8
+
+
+Divergence = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class FinalistScores(Record):
@@ -26,10 +29,10 @@ class FinalistScores(Record):
             model's response.
     """
 
-    refusals: int
-    broken: int
-    kl: tuple[float, ...]
-    forced_kl: tuple[float, ...]
+    refusals: int = Field(ge=0)
+    broken: int = Field(ge=0)
+    kl: tuple[Divergence, ...]
+    forced_kl: tuple[Divergence, ...]
 
 
 class MeasuredFinalists(Record):

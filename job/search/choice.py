@@ -114,8 +114,15 @@ def job_choice(folder: RunFolder, record: JobRecord, prompts: PromptSets, tolera
         tolerance=tolerance,
         searched=(len(prompts.bad_search), len(prompts.good_search)),
         held_out=len(prompts.bad_choice),
-        measured=measured.scores,
+        measured={number: scores for number, scores in measured.scores.items() if _fits(scores, prompts)},
     )
+
+
+def _fits(scores: FinalistScores, prompts: PromptSets) -> bool:
+    """Return whether scores can be those of the prompts; others may have written the file."""
+    counts = scores.refusals + scores.broken <= len(prompts.bad_choice)
+    lengths = len(prompts.good_search) + len(prompts.good_choice), len(prompts.good_choice)
+    return counts and (len(scores.kl), len(scores.forced_kl)) == lengths
 
 
 def keep_finalists(folder: RunFolder, choice: Choice) -> None:

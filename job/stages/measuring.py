@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -141,5 +142,6 @@ class FinalistScorer:
 
 
 def _kept(scores: TrialScores, divergences: Sequence[float]) -> tuple[float, ...]:
-    """Return divergences for the record: rounding may make one -1e-17; a failed edit gets the largest."""
-    return tuple(FAILED_KL if scores.reason is not None else max(kl, 0.0) for kl in divergences)
+    """Return divergences for the record: rounding may make one -1e-17; a failed edit or position gets the largest."""
+    failed = scores.reason is not None
+    return tuple(FAILED_KL if failed or not math.isfinite(kl) else max(kl, 0.0) for kl in divergences)

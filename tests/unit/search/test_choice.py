@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from job.data.prompts import Prompt, PromptSets
 from job.errors import JobError
@@ -19,7 +20,7 @@ def trial(number: int, refusals: int, kl: float, reason: str | None = None) -> T
 
 
 def scores(refusals: int, kl: float, broken: int = 0) -> FinalistScores:
-    return FinalistScores(refusals=refusals, broken=broken, kl=(kl, kl, kl), forced_kl=(2 * kl,) * 3)
+    return FinalistScores(refusals=refusals, broken=broken, kl=(kl, kl, kl), forced_kl=(2 * kl,) * 2)
 
 
 # The luckiest in the search is not the best on other prompts.
@@ -76,7 +77,7 @@ def test_a_job_of_a_former_version_keeps_its_rule(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     one = (Prompt(user="Where is the kettle?"),)
     sets = dict.fromkeys(("good", "bad", "good_search", "bad_search", "good_report", "bad_report"), one)
-    prompts = PromptSets(**sets, sources={}, commits={})
+    prompts = PromptSets(**sets, good_choice=one * 2, bad_choice=one * 20, sources={}, commits={})
     record = JobRecord(job_id="0" * 12, identity={}, settings={}, startup_trials=1, versions={})
     keep_finalists(folder, BOUNDS.with_measured(MEASURED))
     for resolution, by_bounds in (
@@ -87,7 +88,27 @@ def test_a_job_of_a_former_version_keeps_its_rule(tmp_path: Path) -> None:
         found = job_choice(folder, record.model_copy(update={"resolution": resolution}), prompts, 0.02)
         assert found.by_bounds is by_bounds
         assert found.measured == MEASURED
+        assert found.searched == (1, 1)
     former = Choice(by_bounds=False, tolerance=0.02, searched=(100, 1), held_out=40, measured=MEASURED)
     assert former.unmeasured(TRIALS) == []
     assert former.chosen(TRIALS).number == 2
     assert former.reason(TRIALS) is None
+
+
+def test_scores_that_do_not_fit_the_prompts_are_measured_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    one = (Prompt(user="Where is the kettle?"),)
+    sets = dict.fromkeys(("good", "bad", "good_search", "bad_search", "good_report", "bad_report"), one)
+    prompts = PromptSets(**sets, good_choice=one * 2, bad_choice=one * 20, sources={}, commits={})
+    record = JobRecord(job_id="0" * 12, identity={}, settings={}, startup_trials=1, versions={})
+    wrong = {
+        1: scores(21, 0.1),
+        2: scores(10, 0.1, broken=11),
+        3: scores(0, 0.1).model_copy(update={"kl": (0.1, 0.1)}),
+        4: scores(0, 0.1).model_copy(update={"forced_kl": ()}),
+    }
+    keep_finalists(folder, BOUNDS.with_measured({**wrong, 5: scores(10, 0.1, broken=10)}))
+    assert job_choice(folder, record, prompts, 0.02).measured.keys() == {5}
+    for values in ({"kl": [-0.1]}, {"kl": [float("inf")]}, {"refusals": -1}):
+        with pytest.raises(ValidationError):
+            FinalistScores.model_validate({**scores(0, 0.1).model_dump(), **values})
