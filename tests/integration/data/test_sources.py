@@ -25,6 +25,7 @@ from job.config.schema import PromptSettings
 from job.data.prompts import Prompt, PromptSets, held_out, load_prompts, overlaps, read_prompts
 from job.data.sources import Source, parse_source, read_texts, source_identity
 from job.errors import ImpossibleJobError, UsageError
+from job.preflight.data_checks import data_checks
 from tests.fakes.hub import LoopbackHub
 from tests.helpers import abliterate
 
@@ -274,6 +275,10 @@ def test_prompts_for_the_choice_are_taken_from_large_extraction_sets(
         assert prompts.of_setting(f"{kind}_prompts") == (*rest, *own)
         assert {*rest, *own} <= {*prompts.everything}
     assert prompts == _loaded(tmp_path, named, **texts)
+    told = {check.name: check.measured for check in data_checks(prompts)}
+    assert told["data.bad_prompts"].endswith(
+        f": {bad} prompts, {held[1]} of them for the choice" if held[1] else f": {bad} prompts"
+    )
     if all(held):
         other = _loaded(tmp_path, [*named, "seed=1"], **texts)
         assert other.bad_choice != prompts.bad_choice
