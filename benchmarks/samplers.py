@@ -34,7 +34,7 @@ from job.edits.hooks import Intervention
 from job.model.loading import load_model
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
-from job.records import EditParameters, Plan, Trial, TrialScores
+from job.records import TRIALS_PER_WORKER, EditParameters, Plan, Trial, TrialScores
 from job.scoring.prompt_batches import PromptBatches
 from job.scoring.trial_scorer import TrialScorer
 from job.search.convergence import hypervolume
@@ -357,7 +357,7 @@ def searched(
 ) -> tuple[list[Trial], float]:
     """Return the trials of one search and the CPU seconds of planning one."""
     startup = min(60, math.ceil(trials / 3))
-    defaults = {"batch": default_values()["trials_per_batch"], **default_values()["search"], "startup_trials": startup}
+    defaults = {"batch": TRIALS_PER_WORKER, "ahead": 0, **default_values()["search"], "startup_trials": startup}
     del defaults["space"]
     settings = StudySettings(**{**defaults, "seed": seed, "rows": ROWS, **variant.settings})
     space = variant.space(organism.layers)

@@ -48,7 +48,7 @@ from job.preflight.estimate import PhaseWork, Rates, Work, estimate
 from job.preflight.machine import read_machine
 from job.preflight.memory_plan import MemoryPlan, Refusal, Workload, plan
 from job.preflight.readings import MachineReading
-from job.records import EditParameters
+from job.records import TRIALS_PER_WORKER, EditParameters
 from job.scoring.prompt_batches import PromptBatches
 from job.scoring.trial_scorer import TrialScorer
 from job.search.space import SearchSpace
@@ -279,7 +279,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=", ".join(SHAPES))
-    parser.add_argument("--trials", type=int, default=default_values()["trials_per_batch"], help="trials of a batch")
+    parser.add_argument("--trials", type=int, default=TRIALS_PER_WORKER, help="trials of a batch")
     parser.add_argument("--rows", type=int, help="rows of a forward; unset: as the job would plan")
     parser.add_argument(
         "--prompts", type=int, help="for directions, an eighth each to evaluate with; unset: 800 or 128"

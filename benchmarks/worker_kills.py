@@ -22,8 +22,8 @@ from pathlib import Path
 import psutil
 
 from job.organism.folder import write_organism
-from tests.helpers import COMMAND, abliterate, environment, job_arguments, wait_until, worker_processes
-from tests.system.workers.test_workers import ENDLESS, LAYOUT, is_like, ray_workers, told
+from tests.helpers import COMMAND, abliterate, count_events, environment, job_arguments, wait_until, worker_processes
+from tests.system.workers.test_workers import ENDLESS, LAYOUT, is_like, ray_workers
 
 VICTIMS = {"local": ("worker", "run"), "ray": ("worker", "node", "run")}
 
@@ -50,7 +50,7 @@ class KilledJob:
             AssertionError: The job ended, or a worker outlived the run.
         """
         process = self._process = self._process or self._started()
-        began = told(self._workspace, "worker_started")
+        began = count_events(self._workspace, "worker_started")
         if victim != "run":  # the run is killed at any time, also during startup
             wait_until(lambda: self._workers() != [], process)
         time.sleep(pause)
@@ -60,7 +60,7 @@ class KilledJob:
             return
         chosen[0].kill()
         if victim == "worker":
-            wait_until(lambda: told(self._workspace, "worker_started") > began or process.poll() is not None)
+            wait_until(lambda: count_events(self._workspace, "worker_started") > began or process.poll() is not None)
             assert process.poll() is None, process.communicate()[1][-2000:]
             return
         err = process.communicate(timeout=120)[1]
@@ -115,8 +115,8 @@ def main() -> int:
             victim = draw.choice(VICTIMS[engine])
             job.kill(victim, draw.uniform(0, 20 if victim == "run" else 5))
             fallen[victim] += 1
-            print(f"{engine}: kill {number + 1}, a {victim}; {told(folder / 'runs')} trials", flush=True)
-        trials = told(folder / "runs") + 12
+            print(f"{engine}: kill {number + 1}, a {victim}; {count_events(folder / 'runs')} trials", flush=True)
+        trials = count_events(folder / "runs") + 12
         job.finish(trials)
         abliterate("run", *job_arguments(organism), *LAYOUT, trials, "--workspace", folder / "alone").check()
         same = is_like(folder / "runs", folder / "alone")

@@ -1,10 +1,12 @@
 """Trials per second with one worker and with several, for each engine, and an engine's overhead per task.
 
 python -m benchmarks.workers [ORGANISM] [--workers 1 2] [--rounds 3] [--seconds 20] [--json FILE]
+python -m benchmarks.workers [ORGANISM] --start [--workers 1 2] [--rounds 5]
 
 Each process computes with one thread. A search is timed from its second batch after all workers are ready. The
 configurations take turns. After that, each runs a job to its end, and the trials and exports are compared: exits with 1
-on any difference. ORGANISM is a folder made by `abliterate demo-model`; made if absent.
+on any difference. `--start` measures only when a job's first batch of 8 trials is known, with local workers, by the
+times in its events. ORGANISM is a folder made by `abliterate demo-model`; made if absent.
 """
 
 from __future__ import annotations
@@ -26,15 +28,16 @@ import torch
 from benchmarks.measuring import machine, write_figures
 from job.organism.folder import write_organism
 from job.storage.events import Events
-from job.workers.executor import Engine, Executor
+from job.workers.executor import Executor
 from job.workers.local import LocalEngine
 from job.workers.ray_engine import RayEngine
+from job.workers.worker import Engine
 from tests.fakes.evaluations import Do, Doing
-from tests.helpers import abliterate, job_arguments, start, wait_until
+from tests.helpers import abliterate, events, job_arguments, start, wait_until
 from tests.system.workers.test_workers import is_like
 
 # The same search for any number of workers. No search reaches this number of trials.
-LAYOUT = ("trials_per_batch=8", "batching.trials=2", "startup_trials=16")
+LAYOUT = ("trials_per_batch=8", "batching.trials=2", "startup_trials=16", "search.ahead=0")
 ENDLESS, WHOLE = 100_000, 24
 TASKS = 500
 
@@ -66,6 +69,30 @@ def trials_per_second(organism: Path, setup: Setup, seconds: float) -> float:
             process.communicate()
 
 
+def seconds_to_first_trials(organism: Path, workers: int) -> dict[str, float]:
+    """Return when a job's search begins, its first worker is ready and its first trials are known, since its start."""
+    with tempfile.TemporaryDirectory() as workspace:
+        job = words(organism, workspace, Setup("local", workers), 16)
+        abliterate(*job, process=True, cold=True, OMP_NUM_THREADS=str(workers)).check()
+        first: dict[str, float] = {}
+        for event in events(Path(workspace)):
+            first.setdefault(event["event"], event["time"])
+        times = {name: first.get(name, float("nan")) for name in ("search_started", "worker_started", "trial")}
+        return {name: time - first["job_started"] for name, time in times.items()}
+
+
+def measure_starts(organism: Path, workers: Sequence[int], rounds: int) -> None:
+    """Print the seconds to the first trials for each number of workers, in turn."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for count in workers:
+            times = seconds_to_first_trials(organism, count)
+            found[count].append(times["trial"])
+            print(f"{count} workers:", ", ".join(f"{name} {time:.2f} s" for name, time in times.items()), flush=True)
+    for count, seconds in found.items():
+        print(f"{count} workers: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
+
+
 def words(organism: Path, workspace: str | Path, setup: Setup, trials: int) -> list[str]:
     """Return the command line of a job."""
     options = [word for setting in LAYOUT for word in ("--set", setting)]
@@ -93,12 +120,12 @@ def milliseconds_per_task(engine: Engine) -> float:
     """Return the time for one worker to evaluate an empty task."""
     with Executor(engine, Events(stream=sys.stderr)) as executor:
         executor.open(Doing(), "abacus")
-        worker = engine.start(2)
-        worker.evaluate(Do("square", 1), None)
-        begin = time.monotonic()
-        for number in range(TASKS):
-            worker.evaluate(Do("square", number), None)
-        return 1000 * (time.monotonic() - begin) / TASKS
+        with engine.worker(2) as worker:
+            worker.ask("evaluate", Do("square", 1))
+            begin = time.monotonic()
+            for number in range(TASKS):
+                worker.ask("evaluate", Do("square", number))
+            return 1000 * (time.monotonic() - begin) / TASKS
 
 
 def engines() -> Iterator[tuple[str, Engine]]:
@@ -122,10 +149,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--start", action="store_true", help="measure only the start of a job")
     given = parser.parse_args()
     organism = given.organism or Path(tempfile.mkdtemp()) / "organism"
     if not organism.exists():
         write_organism(organism, arch="llama", size="tiny", seed=0, report=print)
+    if given.start:
+        measure_starts(organism, given.workers, given.rounds)
+        return 0
     setups = [Setup(engine, workers) for engine in ("local", "ray") for workers in given.workers]
     rates: dict[str, list[float]] = defaultdict(list)
     for _ in range(given.rounds):

@@ -98,6 +98,10 @@ class MachineError(JobError):
     exit_code = 76
 
 
+class DamagedError(MachineError):
+    """A file of the run folder is damaged: this machine's copy cannot be used, a mirror's can."""
+
+
 class AcceleratorFaultError(MachineError):
     """The device failed; this process can no longer use it."""
 

@@ -46,7 +46,7 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
 
             job.begin("model")
             source = model_folder(job.record, job.settings, job.events)
-            with loaded_model(job, source, prompts) as model:
+            with loaded_model(job, source, prompts, workers.count) as model:
                 workers.open(model, prompts)
                 residuals = prompt_residuals(job, model, prompts, workers.executor.evaluate)
                 basis = find_directions(residuals, job.settings.directions)

@@ -65,7 +65,7 @@ _GLOSSARY = """
 |---|---|
 | ablation | Projecting a direction out of what a module adds to the residual stream |
 | actor | A worker on a Ray cluster |
-| answer, response | What a model says to a prompt, decoded greedily |
+| response | What a model says to a prompt. Some names say answer: `answer_tokens`, `answers/`, the JSON of `chat` |
 | bad prompts, good prompts | Prompts that trigger the behaviour to remove, and prompts that do not |
 | basis | The orthonormal directions of every layer, with their weights |
 | broken | A response that is empty, repetitive or in another script than its prompt; judged from the text alone |

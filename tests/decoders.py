@@ -48,6 +48,9 @@ _CHANGES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "chameleon": {"vocabulary_map": {"<image>": 90, "IMGIMGA": 91}},
+    "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91, "<|visual token 000000|>": 92}},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 10},
     "gpt_neo": {"num_layers": 6, "attention_types": [[["global", "local"], 3]]},
     "granitemoeshared": {"shared_intermediate_size": 40},
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2, "num_hidden_layers": 6},
@@ -70,7 +73,8 @@ small model. Of these the text side is edited, and the rest is carried over. Wri
 
 The job edits a family if all of this holds:
 
-- Everything that its layers write into the residual stream is found: the truth test passes.
+- Everything that its layers write into the residual stream is found: the truth test passes. A stream without a
+  direction leaves every layer without it.
 - No writer could be left out: the converse of the test.
 - Hooks can remove a direction from it.
 - The job knows how its files store the weights.
@@ -89,7 +93,7 @@ def families() -> list[str]:
         kind = CONFIG_MAPPING[family]
         # Encoders with a decoder switch, and decoders that belong to an encoder.
         fields = {field for parent in kind.__mro__ for field in vars(parent).get("__annotations__", {})}
-        if "is_decoder" not in fields and not getattr(kind, "is_encoder_decoder", False):
+        if not {"is_decoder", "add_cross_attention"} <= fields and not getattr(kind, "is_encoder_decoder", False):
             found.append(family)
     return found
 
@@ -162,9 +166,12 @@ class Verdict:
             name = writer.parameter.removeprefix(f"{self.architecture.layers}.").partition(".")[2]
             remarks = [f"axis {writer.axis}"] if writer.axis else []
             remarks += ["bias"] if writer.bias else []
-            remarks += [f"through {norm.module.rpartition('.')[2]}" for norm in writer.post_norms]
+            own = f"{self.architecture.layers}.{writer.layer}."
+            through = [norm.module.removeprefix(own) for norm in writer.post_norms if norm.module.startswith(own)]
+            remarks += [f"through {name}" for name in through]
             counts[re.sub(r"\.weight$", "", name) + (f" ({', '.join(remarks)})" if remarks else "")] += 1
-        return ", ".join(counts)
+        stream = {norm.module.rpartition(".")[2]: None for norms in self.architecture.stream_norms for norm in norms}
+        return ", ".join(counts) + (f"; the stream itself passes through {', '.join(stream)}" if stream else "")
 
 
 def judge(family: str) -> Verdict:

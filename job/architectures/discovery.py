@@ -30,11 +30,19 @@ _Call = tuple[int, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class FoundNorm:
-    """A gain multiplied elementwise into the stream; `norm` is the next norm on its way there, or ""."""
+    """A gain multiplied elementwise into the stream; `norm` is the next norm on its way there, or "".
+
+    A layer's own parameter has no module that multiplies it; its name stands for one.
+    """
 
     module: str
     gain: str
     norm: str
+
+    @property
+    def bare(self) -> bool:
+        """Whether the gain is a layer's own parameter."""
+        return self.module == self.gain
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def find_layers(model: PreTrainedModel) -> str:
     chained = [name for name, found in calls.items() if found and _is_chain(found, len(lists[name]), len(tokens))]
     if not chained:
         raise UnsupportedArchitectureError(
-            str(model.config.model_type), "it has no list of layers that each run once and pass on one residual stream"
+            str(model.config.model_type), "it has no list of layers that each run once and pass on the residual stream"
         )
     # The longest one: lists within layers are as numerous as layers, but shorter.
     return max(chained, key=lambda name: (len(lists[name]), -name.count(".")))
@@ -101,26 +109,35 @@ def _record(calls: list[_Call], index: int) -> Callable[..., None]:
 
 
 def _is_chain(calls: list[_Call], count: int, rows: int) -> bool:
-    """Return whether all modules were called once, in order, each with the previous output [rows, t, d]."""
+    """Return whether all modules were called once, in order, each with the previous output.
+
+    It is [rows, t, d], or [rows, t, streams, d] where layers mix several streams.
+    """
     if [index for index, _, _ in calls] != list(range(count)):
         return False
-    if any(x.ndim != 3 or len(x) != rows or x.shape != y.shape for _, x, y in calls):
+    if any(x.ndim not in (3, 4) or len(x) != rows or x.shape != y.shape for _, x, y in calls):
         return False
     return all(torch.equal(x[2], y[1]) for x, y in itertools.pairwise(calls))
 
 
 class WriterSearch:
-    """Finds writers in a small random model, whose parameters it zeroes on the way."""
+    """Finds writers in a small random model, whose parameters it zeroes on the way.
+
+    Attributes:
+        carriers: Gains of the norms found that the stream itself passes through.
+    """
 
     def __init__(self, model: PreTrainedModel, layers: str, seed: int = 0) -> None:
         """Prepare the search; `seed` is for the inputs and c."""
         self.writers: list[Found] = []
         self.norms: list[FoundNorm] = []
+        self.carriers: set[str] = set()
         self.width = int(model.config.get_text_config(decoder=True).hidden_size)
         self._model, self._layers, self._seed = model, layers, seed
         self._list = list(model.get_submodule(layers).children())
         self._generator = torch.Generator().manual_seed(seed)
         self._inputs: list[Tensor] = []
+        self._called: set[str] = set()
         self._parameters: list[tuple[int, str, nn.Parameter]] = []
         known: set[int] = set()  # layers may share parameters
         for index, layer in enumerate(self._list):
@@ -131,11 +148,13 @@ class WriterSearch:
 
     def run(self) -> None:
         """Search until nothing more is found."""
+        self._call_once()
+        self._fix_mixing_of_streams()
         targets = [""]
         for _ in range(_ROUNDS):
             writers, norms = len(self.writers), len(self.norms)
             for target in targets:
-                self._look(target)
+                self._find_writers_into(target)
             for found in self.writers[writers:]:
                 self._model.get_parameter(found.parameter).data.zero_()
             if (writers, norms) == (len(self.writers), len(self.norms)):
@@ -143,15 +162,38 @@ class WriterSearch:
             targets = self._targets()
         for target in self._targets():
             self._tell_mixing(target)
+        self._tell_carriers()
+
+    def _call_once(self) -> None:
+        """Find which modules a forward calls."""
+
+        def enter(name: str) -> Callable[..., None]:
+            return lambda *_: self._called.add(name)
+
+        named = [(name, module) for name, module in self._model.named_modules() if name.startswith(self._layers)]
+        handles = [module.register_forward_pre_hook(enter(name)) for name, module in named]
+        try:
+            self._forward("")
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _fix_mixing_of_streams(self) -> None:
+        """Zero what reads all of several streams: weights for mixing them would otherwise transform c too."""
+        if self._inputs[0].ndim == 4:
+            size = self._inputs[0].shape[2] * self.width
+            for _, _, parameter in self._parameters:
+                if size in parameter.shape:
+                    parameter.data.zero_()
 
     def _targets(self) -> list[str]:
         """Return where to search: the stream, and before norms, by name within a layer."""
-        return ["", *dict.fromkeys(self._relative(norm.module) for norm in self.norms)]
+        return ["", *dict.fromkeys(self._relative(norm.module) for norm in self.norms if not norm.bare)]
 
     def _relative(self, name: str) -> str:
         return name.removeprefix(f"{self._layers}.").partition(".")[2]
 
-    def _look(self, target: str) -> None:
+    def _find_writers_into(self, target: str) -> None:
         """Find writers into the stream or into the inputs of norms with this name."""
         hidden = self._forward(target)
         if not target and all(torch.equal(x, y) for x, y in zip(self._inputs, hidden, strict=True)):
@@ -164,22 +206,49 @@ class WriterSearch:
                 continue
             norm = f"{self._layers}.{index}.{target}" if target else ""
             left, right = ones[name], twos[name]
-            axis = _axis(left, one)
-            if axis is not None and _axis(right, two) == axis:
-                self.writers.append(Found(index, name, axis, norm))
-            elif left.shape == one.shape and _close(left / one, right / two) and self._relative(name).count("."):
-                self.norms.append(FoundNorm(name.rpartition(".")[0], name, norm))
+            for behind, gain in self._gains_before(index, norm):
+                axis = _axis(left, gain * one)
+                if axis is not None and _axis(right, gain * two) == axis:
+                    self.writers.append(Found(index, name, axis, behind))
+                    break
+            else:
+                shape = (self.width, *[1] * (left.ndim - 1))
+                scales = left.ndim == 1 or (left.ndim == 3 and left.shape[1] == 1)
+                if scales and len(left) == self.width and _close(left / one.view(shape), right / two.view(shape)):
+                    self.norms.append(FoundNorm(self._module_of(name), name, norm))
+
+    def _module_of(self, gain: str) -> str:
+        """Return the innermost module around a gain whose forward is called, or the gain if that is a layer."""
+        name = gain
+        while self._relative(name).count("."):
+            name = name.rpartition(".")[0]
+            if name in self._called:
+                return name
+        return gain
+
+    def _gains_before(self, index: int, norm: str) -> list[tuple[str, Tensor]]:
+        """Return what may scale writers before a norm or the stream: nothing, or a gain of the layer's own."""
+        own = [one.gain for one in self.norms if one.bare and one.norm == norm]
+        own = [name for name in own if name.startswith(f"{self._layers}.{index}.")]
+        return [(norm, torch.ones(())), *((name, self._model.get_parameter(name).detach()) for name in own)]
 
     def _tell_mixing(self, target: str) -> None:
         """Determine which zeroed writers' last position depends on their layer's input at other positions."""
         c = torch.randn(self.width, generator=self._generator)
         before = self._gradients(self._forward(target), c, last=True)
         after = self._gradients(self._forward(target, changed=True), c, last=True)
+        after_gain = {norm.gain: norm.norm for norm in self.norms if norm.bare}
         for index, found in enumerate(self.writers):
             here = f"{self._layers}.{found.layer}.{target}" if target else ""
-            if found.norm == here and found.parameter in before and found.parameter in after:
+            in_both = found.parameter in before and found.parameter in after
+            if after_gain.get(found.norm, found.norm) == here and in_both:
                 mixes = not _close(before[found.parameter], after[found.parameter])
                 self.writers[index] = replace(found, mixes=mixes)
+
+    def _tell_carriers(self) -> None:
+        """Find the gains that something passes through although all writers are zero: the stream."""
+        c = torch.randn(self.width, generator=self._generator)
+        self.carriers = {norm.gain for norm in self.norms} & self._gradients(self._forward(""), c).keys()
 
     def _forward(self, target: str, *, changed: bool = False) -> list[Tensor]:
         """Return the layers' outputs, or their norms' inputs; `changed` varies all positions but the last."""

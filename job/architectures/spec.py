@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from job.architectures.tensor_names import Form
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
@@ -46,6 +48,31 @@ class PostNorm:
 
 
 @dataclass(frozen=True)
+class ShortConvolution:
+    """A causal convolution of every entry by itself between a writer and the residual stream.
+
+    Its kernel is [d, 1, taps], the present position's tap last. Each tap carries another direction into the stream.
+
+    Attributes:
+        skips: The input is added to its output.
+        taps: Number of positions that it reads.
+    """
+
+    module: str
+    parameter: str
+    skips: bool
+    taps: int
+    bias: None = None
+
+    def pull_back(self, kernel: Tensor, directions: Tensor) -> Tensor:
+        """Return directions [m * taps, d] to ablate before it for given ones [m, d] after it, not normalised."""
+        taps = kernel[:, 0].to(directions).flip(1).mT.clone()
+        if self.skips:
+            taps[0] += 1
+        return (directions[:, None] * taps).flatten(0, 1)
+
+
+@dataclass(frozen=True)
 class Writer:
     """A parameter whose product with its input is added to the residual stream.
 
@@ -56,6 +83,7 @@ class Writer:
             axes.
         hook: Module whose output is edited instead, "" for its own. Experts may reorder their outputs; then the module
             that sums them is hooked, once for all.
+        bias_outside: The bias is added to what the hooked module returns.
     """
 
     layer: int
@@ -65,8 +93,9 @@ class Writer:
     bias: str | None
     axis: int = 0
     kind: Kind = "linear"
-    post_norms: tuple[PostNorm, ...] = ()
+    post_norms: tuple[PostNorm | ShortConvolution, ...] = ()
     hook: str = ""
+    bias_outside: bool = False
 
     @property
     def hooked(self) -> str:
@@ -88,6 +117,11 @@ class Writer:
         """Names of the parameters that an edit reads: weight, bias and gains of norms."""
         return (*self.edited, *(norm.parameter for norm in self.post_norms))
 
+    @property
+    def span(self) -> int:
+        """Number of directions before the writer's norms for each in the stream."""
+        return prod(norm.taps for norm in self.post_norms if isinstance(norm, ShortConvolution))
+
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the weight, or one expert's, with the stream's axis first, [d, i]."""
         return weight.movedim(self._axis, 0)
@@ -101,7 +135,7 @@ class Writer:
         return self.axis - (self.kind == "experts")
 
     def pull_back(self, directions: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """Return directions before the writer's norms for given ones [m, d] in the stream, [m, d], float64.
+        """Return directions before the writer's norms for given ones [m, d] in the stream, [m * span, d], float64.
 
         They have unit length without norms; `read` returns a parameter by name.
         """
@@ -117,6 +151,8 @@ class Architecture:
     Attributes:
         forms: Stored forms of the parameters of edits, by name in the loaded model.
         prefix: Prefix that is missing from names in files without a head.
+        stream_norms: Norms that each layer's stream itself passes through, in order; () if in no layer. Directions and
+            residuals are then those of the last layer's output, to which norms only scale a stream's entries.
     """
 
     model_type: str
@@ -127,6 +163,15 @@ class Architecture:
     forms: Mapping[str, Form] = field(default_factory=dict)
     prefix: str = ""
     batching: BatchingSupport = field(default_factory=BatchingSupport)
+    stream_norms: tuple[tuple[PostNorm | ShortConvolution, ...], ...] = ()
+
+    def at(self, layer: int, directions: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+        """Return unit directions before a layer, [..., d], float64, for given ones in the last layer's output."""
+        directions = directions.to(torch.float64)
+        for norms in reversed(self.stream_norms[layer:]):
+            for norm in reversed(norms):
+                directions = normalize(norm.pull_back(read(norm.parameter).detach(), directions), dim=-1)
+        return directions
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -135,8 +180,9 @@ class Architecture:
         return tuple(dict.fromkeys(modules))
 
     def without_norms(self) -> Architecture:
-        """Return the structure without norms between writers and the stream."""
-        return replace(self, writers=tuple(replace(writer, post_norms=()) for writer in self.writers))
+        """Return the structure without norms."""
+        writers = tuple(replace(writer, post_norms=()) for writer in self.writers)
+        return replace(self, writers=writers, stream_norms=())
 
 
 def require_editable(architecture: Architecture) -> None:

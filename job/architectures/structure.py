@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from job.architectures.discovery import Found, FoundNorm, WriterSearch, decoder_of, find_layers
-from job.architectures.spec import Architecture, Kind, PostNorm, Writer
+from job.architectures.spec import Architecture, Kind, PostNorm, ShortConvolution, Writer
 from job.architectures.tensor_names import stored_forms
 from job.architectures.tiny_model import empty_model, twin_of
 from job.errors import UnsupportedArchitectureError, in_one_line, refusing
 from job.generation.batching import BatchingSupport
 from job.generation.probing import probe_batching
 
+_SHAPE = 3, 7  # rows and tokens of forwards that find hooks
 _NORM_SAMPLES = 16
 _NORM_TOLERANCE = 1e-4
 # Cached structures and layer parameters by configuration, since a job needs them repeatedly.
@@ -70,15 +72,51 @@ def _batching_support(twin: PreTrainedModel, model: PreTrainedModel) -> Batching
 
 def _with_hooks(twin: PreTrainedModel, architecture: Architecture) -> Iterator[Writer]:
     """Yield the writers with modules to hook: those that return one vector per position."""
-    summed = [writer.module for writer in architecture.writers if writer.summed]
+    writers = [_with_bias_placed(twin, writer) for writer in architecture.writers]
+    summed = [writer.module for writer in writers if writer.summed]
     if not summed:
-        yield from architecture.writers
+        yield from writers
         return
     aligned = _position_wise_modules(twin, architecture.width)
     hooks = {name for name in (_innermost_around(module, aligned) for module in summed) if name not in summed}
-    for writer in architecture.writers:
+    for writer in writers:
         inside = [hook for hook in hooks if hook and writer.module.startswith(f"{hook}.")]
         yield replace(writer, hook=min(inside, key=len)) if inside else writer
+
+
+def _with_bias_placed(twin: PreTrainedModel, writer: Writer) -> Writer:
+    """Return a writer with its weight's own module if the bias is added outside of the module that holds it."""
+    own = _module_of(writer.parameter)
+    if writer.bias is None or writer.module == own:
+        return writer
+    before = _outputs_of(twin, writer.module)
+    bias = twin.get_parameter(writer.bias)
+    kept = bias.data.clone()
+    bias.data.add_(1)
+    after = _outputs_of(twin, writer.module)
+    bias.data.copy_(kept)
+    outside = bool(before) and all(map(torch.equal, before, after))
+    return replace(writer, module=own, bias_outside=True) if outside else writer
+
+
+def _outputs_of(twin: PreTrainedModel, module: str) -> list[Tensor]:
+    outputs: list[Tensor] = []
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = twin.get_submodule(module).register_forward_hook(hook)
+    try:
+        with torch.inference_mode():
+            decoder_of(twin)(input_ids=_tokens(), use_cache=False)
+    finally:
+        handle.remove()
+    return outputs
+
+
+def _tokens() -> Tensor:
+    rows, tokens = _SHAPE
+    return torch.arange(3, 3 + rows * tokens).view(rows, tokens)
 
 
 def _innermost_around(module: str, names: set[str]) -> str:
@@ -90,7 +128,7 @@ def _innermost_around(module: str, names: set[str]) -> str:
 
 def _position_wise_modules(twin: PreTrainedModel, width: int) -> set[str]:
     """Return the modules called once that return a vector of the stream per position of every row."""
-    rows, tokens = 3, 7
+    count = _tokens().numel() * width
     sizes: dict[str, list[int]] = {}
 
     def measure(name: str) -> Callable[..., None]:
@@ -104,11 +142,11 @@ def _position_wise_modules(twin: PreTrainedModel, width: int) -> set[str]:
     handles = [module.register_forward_hook(measure(name)) for name, module in twin.named_modules() if name]
     try:
         with torch.inference_mode():
-            decoder_of(twin)(input_ids=torch.arange(3, 3 + rows * tokens).view(rows, tokens), use_cache=False)
+            decoder_of(twin)(input_ids=_tokens(), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return {name for name, outputs in sizes.items() if outputs == [rows * tokens * width]}
+    return {name for name, outputs in sizes.items() if outputs == [count]}
 
 
 def _layer_parameters(model: PreTrainedModel, layers: str) -> set[str]:
@@ -135,7 +173,23 @@ def structure_of_twin(twin: PreTrainedModel) -> Architecture:
         )
     count = sum(1 for _ in twin.get_submodule(layers).children())
     writers.sort(key=lambda writer: (writer.layer, writer.component))
-    return Architecture(str(twin.config.model_type), layers, count, search.width, tuple(writers))
+    architecture = Architecture(str(twin.config.model_type), layers, count, search.width, tuple(writers))
+    if not search.carriers:
+        return architecture
+    carrying = tuple(_stream_norms(twin, search, f"{layers}.{layer}.") for layer in range(count))
+    biased = next((norm.module for norm in chain.from_iterable(carrying) if norm.bias), None)
+    if biased is not None:
+        raise UnsupportedArchitectureError(
+            architecture.model_type, f"the stream itself passes through {biased}, whose bias cannot be edited yet"
+        )
+    through = (replace(w, post_norms=(*w.post_norms, *chain.from_iterable(carrying[w.layer + 1 :]))) for w in writers)
+    return replace(architecture, writers=tuple(through), stream_norms=carrying)
+
+
+def _stream_norms(twin: PreTrainedModel, search: WriterSearch, layer: str) -> tuple[PostNorm | ShortConvolution, ...]:
+    """Return the norms that a layer's stream passes through, in order: the search goes backwards."""
+    found = [one for one in reversed(search.norms) if one.gain in search.carriers and one.gain.startswith(layer)]
+    return tuple(_post_norm(twin, norm, search) for norm in found)
 
 
 def _is_bias(twin: PreTrainedModel, found: Found, others: list[Found]) -> bool:
@@ -180,21 +234,27 @@ def _module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _post_norms(twin: PreTrainedModel, found: Found, search: WriterSearch, biases: list[Found]) -> tuple[PostNorm, ...]:
+def _post_norms(
+    twin: PreTrainedModel, found: Found, search: WriterSearch, biases: list[Found]
+) -> tuple[PostNorm | ShortConvolution, ...]:
     """Return the norms after a writer in order, and remove their biases from the list."""
-    chain: list[PostNorm] = []
+    norms: list[PostNorm | ShortConvolution] = []
     name = found.norm
     while name:
         norm = next(norm for norm in search.norms if norm.module == name)
-        bias = next((one.parameter for one in search.writers if _module_of(one.parameter) == name), None)
-        biases[:] = [one for one in biases if one.parameter != bias]
-        chain.append(_post_norm(twin, norm, bias))
+        norms.append(_post_norm(twin, norm, search))
+        biases[:] = [one for one in biases if one.parameter != norms[-1].bias]
         name = norm.norm
-    return tuple(chain)
+    return tuple(norms)
 
 
-def _post_norm(twin: PreTrainedModel, norm: FoundNorm, bias: str | None) -> PostNorm:
+def _post_norm(twin: PreTrainedModel, norm: FoundNorm, search: WriterSearch) -> PostNorm | ShortConvolution:
     """Determine a norm's kind from its outputs. Raises UnsupportedArchitectureError for other kinds."""
+    if norm.bare:
+        return PostNorm(norm.module, norm.gain, 0.0, False, None)
+    if twin.get_parameter(norm.gain).ndim > 1:
+        return _short_convolution(twin, norm)
+    bias = next((one.parameter for one in search.writers if _module_of(one.parameter) == norm.module), None)
     gain = twin.get_parameter(norm.gain).detach()
     added = twin.get_parameter(bias).detach() if bias else torch.zeros_like(gain)
     # Large, so that epsilon is negligible.
@@ -215,4 +275,22 @@ def _post_norm(twin: PreTrainedModel, norm: FoundNorm, bias: str | None) -> Post
     raise UnsupportedArchitectureError(
         str(twin.config.model_type),
         f"{norm.module} scales the input to the stream but is neither RMSNorm nor LayerNorm",
+    )
+
+
+def _short_convolution(twin: PreTrainedModel, norm: FoundNorm) -> ShortConvolution:
+    """Determine a convolution's kind from its response to an impulse. Raises UnsupportedArchitectureError."""
+    kernel = twin.get_parameter(norm.gain).detach()
+    x = torch.zeros(1, kernel.shape[-1], len(kernel))
+    x[0, 0] = torch.randn(len(kernel), generator=torch.Generator().manual_seed(0))
+    with refusing(str(twin.config.model_type), f"{norm.module} is not a convolution"), torch.no_grad():
+        y = twin.get_submodule(norm.module)(x)[0].to(torch.float64)
+    for skips in (False, True):
+        found = ShortConvolution(norm.module, norm.gain, skips, kernel.shape[-1])
+        expected = found.pull_back(kernel, x[0, :1].to(torch.float64))
+        scale = (expected * y).sum() / expected.square().sum()
+        if y.shape == expected.shape and scale > 0 and (y - scale * expected).norm() < _NORM_TOLERANCE * y.norm():
+            return found
+    raise UnsupportedArchitectureError(
+        str(twin.config.model_type), f"{norm.module} convolves the way to the stream otherwise than known"
     )

@@ -34,7 +34,9 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("global_head_dim", "swa_head_dim", "swa_v_head_dim", "kv_channels"), _HEAD),
     **dict.fromkeys(("v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "index_head_dim"), _HEAD),
     **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), _HEAD),
-    **dict.fromkeys(("linear_num_key_heads", "index_n_heads"), 2),
+    **dict.fromkeys(("linear_num_key_heads",), 2),
+    # Few heads of an indexer would all score 0 for many tokens, and the choice among equal scores is arbitrary.
+    "index_n_heads": 32,
     **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("qk_head_dim",), 2 * _HEAD),
     **dict.fromkeys(("rotary_dim",), 8),
@@ -53,6 +55,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 101),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 128),
     **dict.fromkeys(("hidden_size_per_layer_input", "nemo_conv_channels"), 24),
+    "base_channels": 32,
 }
 # Sizes with another meaning in a family, or with constraints of its own.
 _FAMILIES: dict[str, dict[str, int]] = {

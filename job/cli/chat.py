@@ -42,7 +42,7 @@ HELP = """\
 /system [TEXT]  set the system prompt; without TEXT, remove it
 /tokens N       longest answer, in tokens
 /help           show this list
-/quit           leave, as Ctrl-D does; Ctrl-C stops an answer"""
+/quit           leave, as Ctrl-D does; Ctrl-C stops a response"""
 _UNFINISHED = "�"  # decoding of an incomplete character
 
 
@@ -238,13 +238,13 @@ class Shown:
         self._tokens += tokens.flatten().tolist()
         text = self._loaded.decode(self._tokens)
         if not text.endswith(_UNFINISHED):
-            self._show(text)
+            self._print_new_text(text)
 
     def end(self) -> None:
         """Show the rest."""
-        self._show(self._loaded.decode(self._tokens or []))
+        self._print_new_text(self._loaded.decode(self._tokens or []))
 
-    def _show(self, text: str) -> None:
+    def _print_new_text(self, text: str) -> None:
         if self._out is not None:
             self._out.write(text[len(self.text) :])
             self._out.flush()

@@ -187,7 +187,7 @@ def destroy(
     if launcher is not None:
         with _reporting_rentals(launcher):
             launcher.destroyer.destroy(targets)
-    _insist(market, [target for target in targets if target not in recorded], every)
+    _destroy_until_gone(market, [target for target in targets if target not in recorded], every)
     for target in targets:
         typer.echo(f"destroyed {target}")
 
@@ -233,7 +233,7 @@ def _confirmed(market: Market, ids: list[str], launcher: Launcher | None, *, yes
     return targets
 
 
-def _insist(market: Market, ids: list[str], every: float) -> None:
+def _destroy_until_gone(market: Market, ids: list[str], every: float) -> None:
     """Destroy instances that no launch's record owns."""
     from job.cloud.termination import Termination
 
@@ -287,12 +287,12 @@ def _advise(wanted: Launch, inner: Inner) -> None:
 def _warn_of_missing_ends(inner: Inner, offer: Offer) -> None:
     """Report the cost of forgetting the machine, before it is rented."""
     if inner.when_done is None:
-        _say(f"the command has no --when-done: the machine bills on after the job {_until(offer)}")
+        _say(f"the command has no --when-done: the machine bills on after the job {_until_destroyed(offer)}")
     if inner.when_failed is None:
-        _say(f"the command has no --when-failed: if the job fails, the machine bills on {_until(offer)}")
+        _say(f"the command has no --when-failed: if the job fails, the machine bills on {_until_destroyed(offer)}")
 
 
-def _until(offer: Offer) -> str:
+def _until_destroyed(offer: Offer) -> str:
     day = 24 * offer.dollars
     return f"until you destroy it: ${offer.dollars:.2f} an hour, ${day:.2f} a day, ${7 * day:.2f} a week"
 
@@ -311,7 +311,7 @@ def _reporting_rentals(launcher: Launcher) -> Iterator[None]:
     except typer.Exit:
         raise  # reported already
     except BaseException:
-        for line in _left(launcher):
+        for line in _lines_of_unended(launcher):
             _say(line)
         raise
     finally:
@@ -319,7 +319,7 @@ def _reporting_rentals(launcher: Launcher) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _left(launcher: Launcher) -> list[str]:
+def _lines_of_unended(launcher: Launcher) -> list[str]:
     launch, market = launcher.launch, launcher.market
     command = f"abliterate cloud {launch.platform}"
     lines = [f"{market.name} instance {rented.id} MAY BILL ON" for rented in launch.left]

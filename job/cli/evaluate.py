@@ -43,7 +43,7 @@ def evaluate(
         typer.Option(
             metavar="SPEC",
             help="Plain text for the cross-entropy, or `none`; by default 100 texts of C4's validation split, 512 "
-            "tokens of each, streamed from the Hub or, where it cannot be reached, the base model's own answers.",
+            "tokens of each, streamed from the Hub or, where it cannot be reached, the base model's own responses.",
         ),
     ] = None,
     tasks: Annotated[

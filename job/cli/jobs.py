@@ -77,7 +77,7 @@ def report(
         bool,
         typer.Option(
             "--include-responses",
-            help="Also write a private page with the answers to bad prompts.",
+            help="Also write a private page with the responses to bad prompts.",
         ),
     ] = False,
 ) -> None:
@@ -88,4 +88,4 @@ def report(
     typer.echo(write_reports(folder, include_responses=include_responses))
     typer.echo(f"page with charts: {folder.page_file}", err=True)
     if include_responses:
-        typer.echo(f"page with all answers: {folder.answers_page_file}", err=True)
+        typer.echo(f"page with all responses: {folder.answers_page_file}", err=True)

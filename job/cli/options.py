@@ -88,10 +88,10 @@ SETTING_OPTIONS: dict[str, Any] = {
     ],
     "seed": Annotated[int | None, typer.Option(help="Seed of the search and of the split of the evaluation sets.")],
     "kl_tokens": Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens of the base model's answers over which KL is averaged.")
+        int | None, typer.Option(metavar="N", help="Tokens of the base model's responses over which KL is averaged.")
     ],
     "skip_kl_above": Annotated[
-        float | None, typer.Option(metavar="X", help="Skip the answers of trials with a larger KL.")
+        float | None, typer.Option(metavar="X", help="Skip the responses of trials with a larger KL.")
     ],
     "tune": Annotated[
         bool | None, typer.Option("--tune", help="Measure at the first start which batch size is fastest.")

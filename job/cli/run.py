@@ -85,7 +85,7 @@ def run_settings(settings: Settings, *, new: bool, notes: Sequence[str] = (), ag
         from job.storage.events import Events
 
         outcome = run_job(settings, new=new, events=Events(), signals=signals, stages=_stages, notes=notes, again=again)
-    return _told(outcome)
+    return _print_outcome(outcome)
 
 
 @app.command()
@@ -117,7 +117,7 @@ def resume(
         ends = {"when_done": when_done, "when_failed": when_failed}
         start = resumption(where, ends, events.say, **{name: value for name, value in others.items() if value})
         outcome = carry_out(start, events, signals, _stages)
-    _told(outcome)
+    _print_outcome(outcome)
 
 
 def _is_no_more(_: list[str] | None) -> None:
@@ -133,7 +133,7 @@ def worker(words: Annotated[list[str] | None, typer.Argument(callback=_is_no_mor
     """Say what took this command's place."""
 
 
-def _told(outcome: Outcome) -> Outcome:
+def _print_outcome(outcome: Outcome) -> Outcome:
     """Print a run's outcome."""
     base, edited = outcome.base, outcome.edited
     typer.echo(

@@ -28,10 +28,10 @@ def chat(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt of the conversation.")] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 512,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest response, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
     device: Device = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each response as one line of JSON.")] = False,
 ) -> None:
     """Talk with a job's model under a trial's edit; /base and /trial N switch at once, /help lists the commands.
 

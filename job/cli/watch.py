@@ -25,11 +25,11 @@ def follow(read: Callable[[], dict[str, Any]], interval: float, *, as_json: bool
     stream = stream or sys.stdout
     status = read()
     if stream.isatty() and not as_json:
-        _paint(status, read, interval, stream)
+        _draw_live(status, read, interval, stream)
         return
     shown = None
     while True:
-        if (now := _essence(status)) != shown:
+        if (now := _printed_fields(status)) != shown:
             shown = now
             print(redacted_json(status) if as_json else summary_line(status), file=stream, flush=True)
         if is_settled(status) or is_gone(stream):
@@ -37,7 +37,7 @@ def follow(read: Callable[[], dict[str, Any]], interval: float, *, as_json: bool
         status = _next(status, read, interval)
 
 
-def _paint(status: dict[str, Any], read: Callable[[], dict[str, Any]], interval: float, stream: TextIO) -> None:
+def _draw_live(status: dict[str, Any], read: Callable[[], dict[str, Any]], interval: float, stream: TextIO) -> None:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -61,7 +61,7 @@ def _next(status: dict[str, Any], read: Callable[[], dict[str, Any]], interval: 
         return {**status, "warnings": [*others, f"not up to date: {error}"]}
 
 
-def _essence(status: dict[str, Any]) -> object:
+def _printed_fields(status: dict[str, Any]) -> object:
     """Return the parts of a status whose change is printed."""
     delivered = [(upload["target"], upload["state"]) for upload in status["uploads"]]
     names = ("state", "reason", "phase", "leading", "chosen", "warnings")

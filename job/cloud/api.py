@@ -135,7 +135,7 @@ class Api:
         def send(client: httpx2.Client) -> Any:
             return self._decoded(client.request(method, self.base + path, json=body, params=params), what)
 
-        return self._patiently(send, what, creating=creating)
+        return self._send_with_retries(send, what, creating=creating)
 
     def download(self, url: str, what: str) -> str:
         """Return the text at a URL from the platform, without sending the key. Raises CloudError."""
@@ -148,7 +148,7 @@ class Api:
                 raise CloudError(said, status=response.status_code, passing=True)
             return response.text
 
-        return str(self._patiently(get, what, keyless=True))
+        return str(self._send_with_retries(get, what, keyless=True))
 
     def lines(self, path: str, params: Mapping[str, str | int], *, what: str, quiet: float) -> list[str]:
         """Return a stream's lines until `quiet` seconds of silence, at most half a minute. Raises CloudError."""
@@ -171,7 +171,7 @@ class Api:
                 return found
             return found
 
-        return list(self._patiently(read, what))
+        return list(self._send_with_retries(read, what))
 
     def hide(self, text: str) -> str:
         """Redact secrets in a text."""
@@ -180,7 +180,7 @@ class Api:
                 text = text.replace(secret, "***")
         return redact(text)
 
-    def _patiently(
+    def _send_with_retries(
         self, send: Callable[[httpx2.Client], Any], what: str, *, creating: bool = False, keyless: bool = False
     ) -> Any:
         patience = self.patience

@@ -88,7 +88,7 @@ class Decision:
 
 def ending(outcome: Ended, asked: AskedEnds, safety: Safety) -> Decision:
     """Decide what to do with a rented machine after a start has ended."""
-    wanted, why = _wanted(outcome, asked)
+    wanted, why = _requested_end(outcome, asked)
     if wanted == "nothing":
         return Decision("nothing", why, wanted)
     if safety.others:
@@ -104,7 +104,7 @@ def ending(outcome: Ended, asked: AskedEnds, safety: Safety) -> Decision:
     return Decision("destroy", why, wanted)
 
 
-def _wanted(outcome: Ended, asked: AskedEnds) -> tuple[Action, str]:
+def _requested_end(outcome: Ended, asked: AskedEnds) -> tuple[Action, str]:
     if outcome.preempted:
         return "nothing", "the job was stopped by request and continues when it is started again"
     if outcome.code == 0:

@@ -61,7 +61,7 @@ def check_inner(root: Any, words: Sequence[str], variables: Mapping[str, str], v
         when_done=settings.when_done if "when_done" in given else None,
         when_failed=settings.when_failed if "when_failed" in given else None,
         uploads=bool(settings.upload),
-        notes=(*notes, *loaded.notes, *_here_only(loaded, volume), *_on_the_machine(loaded, volume)),
+        notes=(*notes, *loaded.notes, *_local_only(loaded, volume), *_on_the_machine(loaded, volume)),
     )
 
 
@@ -131,7 +131,7 @@ def _environment_of(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(former)
 
 
-def _here_only(loaded: LoadedSettings, volume: bool) -> Iterator[str]:
+def _local_only(loaded: LoadedSettings, volume: bool) -> Iterator[str]:
     settings = loaded.settings
     places = {"MODEL": settings.model}
     places |= {f"--{name.replace('_', '-')}": prompts.spec for name, prompts in settings.prompt_sets().items()}

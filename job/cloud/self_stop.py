@@ -120,7 +120,7 @@ class Rental:
         say = unfailing(say)
         file, alarm = self._sentinel(workspace), workspace / f"RENTAL-NOT-ENDED-{self._name}.txt"
         before = _read(file)
-        if before is not None and before.action == action == "stop" and _stands(before):
+        if before is not None and before.action == action == "stop" and _is_in_force(before):
             say(
                 f"this instance was stopped before and started again: it is not stopped a second time and "
                 f"BILLS ON; end it at {self.by_hand}, or remove {file}"
@@ -227,7 +227,7 @@ def _on_runpod(pod: str, env: Mapping[str, str], patience: Patience) -> Rental:
     return Rental("RunPod", pod, "https://console.runpod.io/pods", tools, patience, _market=market)
 
 
-def _stands(before: Sentinel) -> bool:
+def _is_in_force(before: Sentinel) -> bool:
     return before.state == "taken" or (before.state == "asked" and before.asked >= _MOST_UNKNOWN)
 
 

@@ -105,7 +105,7 @@ class Watch:
             latest = self.launcher.launch.instances[-1].id
             if latest != track.id:
                 track = _Track(latest)
-            instance = self._look()
+            instance = self._poll_instance()
             if instance is None:
                 track.gaps = True
             else:
@@ -118,7 +118,7 @@ class Watch:
                     return outcome
             time.sleep(self.launcher.every)
 
-    def _look(self) -> Instance | None:
+    def _poll_instance(self) -> Instance | None:
         """Return the latest instance, None while the platform is unreachable."""
         try:
             return self.launcher.market.instance(self.launcher.launch.instances[-1].id)
@@ -134,11 +134,11 @@ class Watch:
             self._report_unknown_status(instance, track)
         if track.looks < _LOOKS:
             return None
-        why = self._lost(instance, track.minutes)
+        why = self._why_lost(instance, track.minutes)
         if why is not None:
             return None if self._again(why, track) else "halted"
         if instance.state == "gone":
-            return self._gone(instance, track)
+            return self._outcome_if_gone(instance, track)
         if instance.state == "stopped":
             return "stopped"
         return "idle" if instance.state == "exited" else None
@@ -151,7 +151,7 @@ class Watch:
                 f"it is left alone and MAY BILL ON; check {self.launcher.market.console}"
             )
 
-    def _gone(self, instance: Instance, track: _Track) -> Outcome | None:
+    def _outcome_if_gone(self, instance: Instance, track: _Track) -> Outcome | None:
         """Return the outcome for an instance unknown to the platform, None if it may still appear."""
         rented = self.launcher.launch.instances[-1]
         young = time.time() - rented.at < 60 * self.appear_minutes
@@ -175,7 +175,7 @@ class Watch:
             self.launcher.say(error.line)
             return True
 
-    def _lost(self, instance: Instance, minutes: float) -> str | None:
+    def _why_lost(self, instance: Instance, minutes: float) -> str | None:
         if instance.state == "outbid":
             return (
                 "the instance was outbid"

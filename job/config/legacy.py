@@ -61,7 +61,7 @@ OBSOLETE = {
     "collect_reproducibles": "results are not collected",
     "reproduce": "`abliterate run --reproduce FILE` reproduces an export",
     "chain_of_thought_skips": "loading.response_prefix = auto finds and closes chains of thought",
-    "print_responses": "`abliterate report --include-responses` shows answers",
+    "print_responses": "`abliterate report --include-responses` shows responses",
     "print_residual_geometry": _IN_REPORT,
     "plot_residuals": _IN_REPORT,
     "residual_plot_path": _IN_REPORT,

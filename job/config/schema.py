@@ -154,33 +154,34 @@ class SearchSettings(Section):
     space: Literal["wide", "field"] = Field(description="Parameter space of tpe; field is that of other tools.")
     ei_candidates: int = Field(ge=1, description="Candidates that the TPE sampler compares for each trial.")
     known_points: bool = Field(description="Begin with eight edits that are known to do well.")
-    ahead: int = Field(
+    ahead: int | None = Field(
+        None,
         ge=0,
         description="Batches to plan before the results of the previous batch are known, so that no worker "
-        "waits for the slowest.",
+        "waits for the slowest; unset: 1 if the job's first start has several workers, else 0.",
     )
 
 
 class ScoringSettings(Section):
-    """How answers are judged."""
+    """How responses are judged."""
 
-    answer_tokens: int = Field(ge=1, description="Longest answer that is judged, in tokens.")
+    answer_tokens: int = Field(ge=1, description="Longest response that is judged, in tokens.")
     search_tokens: int = Field(
         ge=1,
-        description="Longest answer during the search, in tokens; candidates for the choice are judged again in full.",
+        description="Longest response during the search, in tokens; candidates for the choice are judged in full.",
     )
     refusal_markers: list[Annotated[str, Field(min_length=1)]] = Field(
-        min_length=1, description="An answer that contains one of these counts as a refusal."
+        min_length=1, description="A response that contains one of these counts as a refusal."
     )
     gibberish: float | None = Field(
         None,
         gt=0,
-        description="An answer is broken if the base model's loss on it exceeds that on its own answers by this many "
-        "nats per token. Applies to candidates for the choice and to reported figures; unset: not measured.",
+        description="A response is broken if the base model's loss on it exceeds that on its own responses by this "
+        "many nats per token. Applies to candidates for the choice and to reported figures; unset: not measured.",
     )
     detectors: list[str] = Field(
-        description="Detectors that judge the report's answers side by side: markers, soft, degenerate, nli, and those "
-        "that installed packages add through the entry point group abliteration_job.scorers."
+        description="Detectors that judge the report's responses side by side: markers, soft, degenerate, nli, and "
+        "those that installed packages add through the entry point group abliteration_job.scorers."
     )
     nli_model: str | None = Field(
         None, description="Model for zero-shot classification of the detector nli: a folder or NAME[@REVISION]."
@@ -253,14 +254,16 @@ class Settings(BaseSettings):
     startup_trials: int | None = Field(
         None, ge=1, description="Trials before the sampler's; unset: min(60, trials / 3)."
     )
-    trials_per_batch: int = Field(ge=1, description="Trials that are planned and evaluated together.")
+    trials_per_batch: int | None = Field(
+        None, ge=1, description="Trials planned and evaluated together; unset: 4 for each worker of the first start."
+    )
     kl_tokens: int = Field(
         ge=1,
-        description="Tokens of the base model's own answers over which the KL divergence is averaged; 1: the "
+        description="Tokens of the base model's own responses over which the KL divergence is averaged; 1: the "
         "first token, as other tools measure it.",
     )
     skip_kl_above: float | None = Field(
-        None, ge=0, description="Skip the answers of trials with a larger KL divergence; unset: skip none."
+        None, ge=0, description="Skip the responses of trials with a larger KL divergence; unset: skip none."
     )
     tune: bool = Field(
         description="If batching.rows is 0, measure at the first start which batch size is fastest; otherwise "

@@ -32,15 +32,15 @@ def find_directions(residuals: PromptResiduals, settings: DirectionSettings) -> 
     folder, events = residuals.folder, residuals.events
     key = digest({"residuals": residuals.keys(), "method": settings.model_dump(mode="json")})
     file = folder.path / "directions" / f"{settings.method}-{key[:16]}.safetensors"
-    kept = read_tensors(file, key)
-    if kept is not None and _has_geometry(folder, key):
-        return Basis(kept["directions"], kept["weights"])
+    cached = read_tensors(file, key)
+    if cached is not None and _has_geometry(folder, key):
+        return Basis(cached["directions"], cached["weights"])
     events.emit("residuals_started", "extracting residuals")
     sets = {name: residuals.of(name) for name in residuals.tokens}
-    basis = _basis(sets, residuals, settings)
+    basis = _compute_basis(sets, residuals, settings)
     ensure_folder(file.parent)
-    shown = on_device_or_cpu(lambda sets: _geometry(key, sets["good"], sets["bad"], basis), sets, events.say)
-    write_record(folder.geometry_file, shown)
+    geometry_record = on_device_or_cpu(lambda sets: _geometry(key, sets["good"], sets["bad"], basis), sets, events.say)
+    write_record(folder.geometry_file, geometry_record)
     write_tensors(file, key, {"directions": basis.directions, "weights": basis.weights})
     events.emit("directions", f"computed the directions of {basis.layers} layers by {settings.method}", k=basis.size)
     return basis
@@ -51,48 +51,48 @@ def _has_geometry(folder: RunFolder, key: str) -> bool:
     return file.exists() and read_record(file, GeometryRecord).key == key
 
 
-def _basis(sets: Mapping[str, Tensor], residuals: PromptResiduals, settings: DirectionSettings) -> Basis:
+def _compute_basis(sets: Mapping[str, Tensor], residuals: PromptResiduals, settings: DirectionSettings) -> Basis:
     events = residuals.events
 
-    def solved(sets: Mapping[str, Tensor]) -> Basis:
-        directions, weights = _found(sets["good"], sets["bad"], settings, events)
+    def solve(sets: Mapping[str, Tensor]) -> Basis:
+        directions, weights = _solve(sets["good"], sets["bad"], settings, events)
         return orthonormal_basis(_orthogonalized(directions, sets, events), weights)
 
     try:
-        basis = on_device_or_cpu(solved, sets, events.say)
+        basis = on_device_or_cpu(solve, sets, events.say)
     except ValueError as error:
         raise ImpossibleJobError(str(error), remedy="check that good_prompts and bad_prompts differ") from error
     for number in range(2, settings.iterative_rounds + 1):
-        basis = _another_round(number, basis, sets, residuals)
+        basis = _add_round(number, basis, sets, residuals)
     return basis
 
 
-def _found(good: Tensor, bad: Tensor, settings: DirectionSettings, events: Events) -> tuple[Tensor, Tensor]:
+def _solve(good: Tensor, bad: Tensor, settings: DirectionSettings, events: Events) -> tuple[Tensor, Tensor]:
     """Return directions [layers, k, d] and their weights [layers, k]."""
     if settings.method == "probe":
-        found = probe(good, bad, regularization=settings.probe_regularization)
-        _report_fallbacks(found, settings, events)
-        return found.directions, torch.ones(found.directions.shape[:2])
+        solution = probe(good, bad, regularization=settings.probe_regularization)
+        _report_fallbacks(solution, settings, events)
+        return solution.directions, torch.ones(solution.directions.shape[:2])
     mean = mean_difference(good, bad, orthogonalize=settings.orthogonalize_direction)
     ones = torch.ones(len(mean), 1)
     if settings.method == "mean-difference":
         return mean[:, None], ones
-    found = contrastive_pca(
+    solution = contrastive_pca(
         good, bad, n_components=settings.n_components, alpha=settings.alpha, method=settings.pca_method
     )
-    _report_fallbacks(found, settings, events)
+    _report_fallbacks(solution, settings, events)
     # Covariances exclude both class means, so these directions add to the mean difference.
-    weights = eigenvalue_weights(found.eigenvalues, settings.eigenvalue_weighting)
-    return torch.cat([mean[:, None], found.directions], dim=1), torch.cat([ones, weights.cpu()], dim=1)
+    weights = eigenvalue_weights(solution.eigenvalues, settings.eigenvalue_weighting)
+    return torch.cat([mean[:, None], solution.directions], dim=1), torch.cat([ones, weights.cpu()], dim=1)
 
 
-def _report_fallbacks(found: Directions, settings: DirectionSettings, events: Events) -> None:
-    if found.fallbacks:
-        layers = ", ".join(map(str, found.fallbacks))
+def _report_fallbacks(solution: Directions, settings: DirectionSettings, events: Events) -> None:
+    if solution.fallbacks:
+        layers = ", ".join(map(str, solution.fallbacks))
         events.emit(
             "fallback",
             f"warning: {settings.method} found no direction in layers {layers}; the mean difference is used there",
-            layers=found.fallbacks,
+            layers=solution.fallbacks,
         )
 
 
@@ -102,53 +102,53 @@ def _orthogonalized(directions: Tensor, sets: Mapping[str, Tensor], events: Even
         return directions
     web = sets["unhelpfulness"]
     references = [mean_difference(web, sets[name]) for name in ("helpfulness", "capability") if name in sets]
-    found, kept = orthogonalize(directions, torch.stack(references, dim=1))
-    if kept:
-        layers = ", ".join(map(str, kept))
+    orthogonal, unchanged_layers = orthogonalize(directions, torch.stack(references, dim=1))
+    if unchanged_layers:
+        layers = ", ".join(map(str, unchanged_layers))
         events.say(
             f"warning: in layers {layers} a direction lies within the reference directions and is not orthogonalised"
         )
-    return found
+    return orthogonal
 
 
-def _another_round(number: int, basis: Basis, sets: Mapping[str, Tensor], residuals: PromptResiduals) -> Basis:
+def _add_round(number: int, basis: Basis, sets: Mapping[str, Tensor], residuals: PromptResiduals) -> Basis:
     """Add the mean difference that remains while the basis is ablated."""
-    everywhere = KernelParameters(max_weight=1, max_weight_position=0, min_weight=1, min_weight_distance=math.inf)
+    constant_kernel = KernelParameters(max_weight=1, max_weight_position=0, min_weight=1, min_weight_distance=math.inf)
     edit = EditParameters(
         direction_index=None,
-        kernels=dict.fromkeys(COMPONENTS, everywhere),
+        kernels=dict.fromkeys(COMPONENTS, constant_kernel),
         strengths=(1.0,) * basis.size,
     )
-    whole = Basis(basis.directions, torch.ones_like(basis.weights))
+    unweighted = Basis(basis.directions, torch.ones_like(basis.weights))
     key, model = digest(basis.directions.flatten().tolist()), residuals.model
-    with Intervention(model.model, model.architecture, whole, "none") as intervention:
+    with Intervention(model.model, model.architecture, unweighted, "none") as intervention:
         edits = intervention.activate([edit])
-        again = {
+        ablated = {
             f"{name} again": residuals.of(name, edits=edits, edit=key, label=f"{name}-round-{number}")
             for name in ("good", "bad")
         }
 
     def remaining(sets: Mapping[str, Tensor]) -> Tensor:
-        found = mean_difference(sets["good again"], sets["bad again"])[:, None]
-        return _orthogonalized(found, sets, residuals.events)
+        difference = mean_difference(sets["good again"], sets["bad again"])[:, None]
+        return _orthogonalized(difference, sets, residuals.events)
 
     try:
-        found = on_device_or_cpu(remaining, {**sets, **again}, residuals.events.say)
+        difference = on_device_or_cpu(remaining, {**sets, **ablated}, residuals.events.say)
     except ValueError:
         residuals.events.say(f"round {number}: good and bad residuals no longer differ")
         return basis
-    directions = torch.cat([basis.directions, found.cpu()], dim=1)
+    directions = torch.cat([basis.directions, difference.cpu()], dim=1)
     return orthonormal_basis(directions, torch.cat([basis.weights, torch.ones(basis.layers, 1)], dim=1))
 
 
 def _geometry(key: str, good: Tensor, bad: Tensor, basis: Basis) -> GeometryRecord:
     first = basis.directions[:, 0]
-    found = geometry(good, bad, first)
+    measures = geometry(good, bad, first)
     layers = []
     for layer in range(basis.layers):
         figures = {}
-        for field in fields(found):
-            value = float(getattr(found, field.name)[layer])
+        for field in fields(measures):
+            value = float(getattr(measures, field.name)[layer])
             figures[field.name] = round(value, 6) if math.isfinite(value) else None
         planes = projections(good[:, layer], bad[:, layer], first[layer])
         points = [[[round(x, 4), round(y, 4)] for x, y in plane[:_POINTS].tolist()] for plane in planes]

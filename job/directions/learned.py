@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from job.errors import JobError, UsageError
+from job.errors import DamagedError, UsageError
 from job.numerics.basis import DirectionPath
 from job.records import EditParameters
 from job.storage.atomic import ensure_folder, write_atomically
@@ -36,19 +36,19 @@ def keep_learned(folder: RunFolder, path: DirectionPath) -> str:
 
 
 def read_learned(folder: RunFolder, sha256: str) -> DirectionPath:
-    """Read learned directions from a run folder. Raises JobError if the file is missing or damaged."""
+    """Read learned directions from a run folder. Raises DamagedError if the file is missing or damaged."""
     file = learned_file(folder, sha256)
     try:
         return parse_learned(file.read_bytes(), sha256)
     except (OSError, ValueError) as error:
-        raise JobError(
+        raise DamagedError(
             f"the learned directions {file} are missing or damaged",
-            remedy="restore the file, or start again with --new",
+            remedy="restore the file from a copy or a checkpoint, or move the run folder away to start again",
         ) from error
 
 
 def export_learned(folder: RunFolder, edit: EditParameters, export: Path) -> None:
-    """Copy an edit's learned directions into its export, or remove a stale copy. Raises JobError."""
+    """Copy an edit's learned directions into its export, or remove a stale copy. Raises DamagedError."""
     if edit.directions is None:
         (export / EXPORTED).unlink(missing_ok=True)
         return
@@ -61,13 +61,13 @@ def import_learned(folder: RunFolder, edit: EditParameters, source: Path) -> Non
     if edit.directions is None or learned_file(folder, edit.directions.sha256).exists():
         return
     try:
-        found = parse_learned((source / EXPORTED).read_bytes(), edit.directions.sha256)
+        path = parse_learned((source / EXPORTED).read_bytes(), edit.directions.sha256)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{source / EXPORTED} does not hold the directions that reproduce.json names",
             remedy="keep the export's files together",
         ) from error
-    keep_learned(folder, found)
+    keep_learned(folder, path)
 
 
 def parse_learned(contents: bytes, sha256: str) -> DirectionPath:
@@ -75,10 +75,10 @@ def parse_learned(contents: bytes, sha256: str) -> DirectionPath:
     if hashlib.sha256(contents).hexdigest() != sha256:
         raise ValueError("the file has another hash")
     try:
-        found = load(contents)[_TENSOR]
+        directions = load(contents)[_TENSOR]
     except (KeyError, SafetensorError) as error:
         raise ValueError("the file holds no learned directions") from error
-    return checked_path(found)
+    return checked_path(directions)
 
 
 def checked_path(directions: torch.Tensor) -> DirectionPath:

@@ -82,9 +82,9 @@ class PromptResiduals:
         """
         label, key = label or name, self._key(name, edit)
         file = self.folder.path / "residuals" / f"{label}-{key[:16]}.safetensors"
-        kept = read_tensors(file, key)
-        if kept is not None:
-            residuals = kept["residuals"]
+        cached = read_tensors(file, key)
+        if cached is not None:
+            residuals = cached["residuals"]
         else:
             residuals = self._extracted(label, self.tokens[name], edits)
             try:
@@ -105,33 +105,35 @@ class PromptResiduals:
 
         def extract(rows: int) -> Tensor:
             with self.events.progress(f"{label} residuals", len(tokens)) as advance:
-                fitting = max(self.forward_tokens * rows // self.rows, 1)
+                token_limit = max(self.forward_tokens * rows // self.rows, 1)
                 if self.evaluate is not None and edits is None:
-                    return self._shared_out(tokens, rows, fitting, advance)
-                return extract_residuals(self.model, tokens, rows, advance, tokens=fitting, edits=edits)
+                    return self._extract_in_workers(tokens, rows, token_limit, advance)
+                return extract_residuals(self.model, tokens, rows, advance, tokens=token_limit, edits=edits)
 
         return halving(self.rows, extract, self.events.say)[0]
 
-    def _shared_out(self, tokens: Sequence[list[int]], rows: int, most: int, advance: Callable[[int], None]) -> Tensor:
+    def _extract_in_workers(
+        self, tokens: Sequence[list[int]], rows: int, token_limit: int, advance: Callable[[int], None]
+    ) -> Tensor:
         assert self.evaluate is not None
         lengths, padded = [len(one) for one in tokens], self.model.architecture.batching.padded
-        forwards = list(batches(lengths, rows, most, padded=padded))
+        forwards = list(batches(lengths, rows, token_limit, padded=padded))
 
-        def here(task: ResidualsTask) -> Tensor:
-            found = task.extract(self.model)
-            advance(len(found))
-            return found
+        def extract(task: ResidualsTask) -> Tensor:
+            residuals = task.extract(self.model)
+            advance(len(residuals))
+            return residuals
 
-        found = self.evaluate([ResidualsTask(tuple(tuple(tokens[i]) for i in chosen)) for chosen in forwards], here)
-        residuals = torch.empty(len(tokens), *found[0].shape[1:])
-        for chosen, part in zip(forwards, found, strict=True):
+        parts = self.evaluate([ResidualsTask(tuple(tuple(tokens[i]) for i in chosen)) for chosen in forwards], extract)
+        residuals = torch.empty(len(tokens), *parts[0].shape[1:])
+        for chosen, part in zip(forwards, parts, strict=True):
             residuals[chosen] = part
         return residuals
 
     def _near_model(self, residuals: Tensor) -> Tensor:
         """Winsorise residuals on the model's device, on the CPU where its memory does not suffice."""
-        found = within_memory(lambda: winsorize(residuals.to(self.model.device), self.quantile))
-        return winsorize(residuals, self.quantile) if isinstance(found, Shortage) else found
+        winsorized = within_memory(lambda: winsorize(residuals.to(self.model.device), self.quantile))
+        return winsorize(residuals, self.quantile) if isinstance(winsorized, Shortage) else winsorized
 
 
 def direction_prompts(prompts: PromptSets) -> dict[str, Sequence[Prompt]]:
@@ -140,7 +142,7 @@ def direction_prompts(prompts: PromptSets) -> dict[str, Sequence[Prompt]]:
     return {
         "good": prompts.good,
         "bad": prompts.bad,
-        **{name: found for name in references if (found := getattr(prompts, name))},
+        **{name: prompts_of_set for name in references if (prompts_of_set := getattr(prompts, name))},
     }
 
 

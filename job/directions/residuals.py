@@ -1,15 +1,17 @@
 """Residual stream at the last prompt position, read by hooks on the layers.
 
-Index 0 is the embeddings, index ℓ + 1 the output of layer ℓ before any final norm.
+Index 0 is the embeddings, index ℓ + 1 the output of layer ℓ before any final norm. Of several streams the mean is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +24,25 @@ from job.architectures.discovery import decoder_of
 from job.edits.hooks import ActiveEdits
 from job.generation.forward import left_padded
 from job.model.loading import LoadedModel
+from job.model.placement import read_parameter
 from job.storage.atomic import ensure_folder, write_atomically
 
 
 @contextmanager
 def layer_outputs(layers: nn.ModuleList, keep: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Within the block, call keep(index, hidden states [rows, t, d]) for every residual of a forward."""
+    """Within the block, call keep(index, hidden states) for every residual, [rows, t, d] or [rows, t, streams, d]."""
 
-    def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        keep(0, inputs[0] if inputs else named["hidden_states"])
+    def keep_embeddings(_module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(0, inputs[0] if inputs else kwargs["hidden_states"])
 
-    def leave(index: int) -> Callable[[nn.Module, Any, Any], None]:
+    def keep_output_of(index: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             keep(index, output if isinstance(output, Tensor) else output[0])
 
         return hook
 
-    handles = [layers[0].register_forward_pre_hook(enter, with_kwargs=True)]
-    handles += [layer.register_forward_hook(leave(i + 1)) for i, layer in enumerate(layers)]
+    handles = [layers[0].register_forward_pre_hook(keep_embeddings, with_kwargs=True)]
+    handles += [layer.register_forward_hook(keep_output_of(i + 1)) for i, layer in enumerate(layers)]
     try:
         yield
     finally:
@@ -82,19 +85,33 @@ def extract_residuals(
     residuals = torch.empty(len(prompts), count, loaded.architecture.width)
     layers = loaded.model.get_submodule(loaded.architecture.layers)
     assert isinstance(layers, nn.ModuleList)
-    lengths = [len(prompt) for prompt in prompts]
-    most, padded = tokens if tokens is not None else rows * max(lengths, default=0), loaded.architecture.batching.padded
-    for chosen in batches(lengths, rows, most, padded=padded):
+    lengths, scales = [len(prompt) for prompt in prompts], _scales(loaded)
+    token_limit, padded = (
+        tokens if tokens is not None else rows * max(lengths, default=0),
+        loaded.architecture.batching.padded,
+    )
+    for chosen in batches(lengths, rows, token_limit, padded=padded):
         ids, mask, positions = left_padded([prompts[i] for i in chosen], loaded.device)
         edited = nullcontext() if edits is None else edits.all_rows(len(chosen), loaded.device)
 
         def keep(index: int, hidden: Tensor, chosen: list[int] = chosen) -> None:
-            residuals[chosen, index] = hidden[:, -1].to("cpu", torch.float32)
+            last = hidden[:, -1].to("cpu", torch.float32)
+            residuals[chosen, index] = scales[index] * (last.mean(1) if last.ndim == 3 else last)
 
         with edited, layer_outputs(layers, keep):
             decoder_of(loaded.model)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         advance(len(chosen))
     return residuals
+
+
+def _scales(loaded: LoadedModel) -> Tensor:
+    """Return what scales residuals to the last layer's output, if norms scale the stream, [layers + 1, d], float32."""
+    architecture, read = loaded.architecture, partial(read_parameter, loaded.model)
+    ones = torch.ones(architecture.width, dtype=torch.float64)
+    if not architecture.stream_norms:
+        return ones.float().expand(architecture.layer_count + 1, -1)
+    gains = [architecture.at(layer, ones, read) for layer in range(architecture.layer_count + 1)]
+    return (torch.stack(gains) * math.sqrt(architecture.width)).float()
 
 
 @dataclass(frozen=True)
@@ -135,10 +152,10 @@ def read_tensors(file: Path, key: str) -> dict[str, Tensor] | None:
 
 
 def _seal(key: str, contents: Mapping[str, Tensor]) -> str:
-    hashed = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name in sorted(contents):
         tensor = contents[name]
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        raw: Any = tensor.flatten().view(torch.uint8).numpy()  # a buffer that shares the memory
-        hashed.update(raw)
-    return f"{key} {hashed.hexdigest()}"
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        buffer: Any = tensor.flatten().view(torch.uint8).numpy()  # shares the memory
+        hasher.update(buffer)
+    return f"{key} {hasher.hexdigest()}"

@@ -33,32 +33,32 @@ _PROMPTS, _TOKENS, _ROUNDS = 25, 16, 4
 def with_response_prefix(loaded: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt], rows: int) -> LoadedModel:
     """Return the model with prompts extended by its responses' common opening, with thoughts disabled or closed."""
     prompts = [*good[:_PROMPTS], *bad[:_PROMPTS]]
-    begun = _rest_of_thought(loaded, prompts)
-    opening = None if begun else common_opening(loaded, prompts, rows)
+    closing = _closing_of_thought(loaded, prompts)
+    opening = None if closing else common_opening(loaded, prompts, rows)
     if opening is None or _is_thought(loaded, opening):
-        loaded, opening = _kept_from_thinking(loaded, prompts, rows), None
-        loaded = _begun(loaded, _tokens(loaded, _rest_of_thought(loaded, prompts)))
+        loaded, opening = _with_thinking_disabled(loaded, prompts, rows), None
+        loaded = _with_longer_prefix(loaded, _tokens(loaded, _closing_of_thought(loaded, prompts)))
     for _ in range(_ROUNDS):
         # Repeated after each change: the text after a closed thought may be common too.
         opening = common_opening(loaded, prompts, rows) if opening is None else opening
         if not opening:
             break
         closed = close_thought(text := _text(loaded, opening))
-        loaded = _begun(loaded, opening if closed == text else _tokens(loaded, closed))
+        loaded = _with_longer_prefix(loaded, opening if closed == text else _tokens(loaded, closed))
         opening = None
     return loaded
 
 
-def _kept_from_thinking(loaded: LoadedModel, prompts: Sequence[Prompt], rows: int) -> LoadedModel:
+def _with_thinking_disabled(loaded: LoadedModel, prompts: Sequence[Prompt], rows: int) -> LoadedModel:
     """Return the model with the first template switch that disables thinking, unchanged if none does."""
     for rendering in switched(loaded.tokenizer, loaded.rendering):
         other = dataclasses.replace(loaded, rendering=rendering)
-        if not _rest_of_thought(other, prompts) and not _is_thought(other, common_opening(other, prompts, rows)):
+        if not _closing_of_thought(other, prompts) and not _is_thought(other, common_opening(other, prompts, rows)):
             return other
     return loaded
 
 
-def _begun(loaded: LoadedModel, tokens: Sequence[int]) -> LoadedModel:
+def _with_longer_prefix(loaded: LoadedModel, tokens: Sequence[int]) -> LoadedModel:
     text = loaded.response_prefix + _text(loaded, tokens)
     return dataclasses.replace(loaded, response_prefix=text, prefix_tokens=(*(loaded.prefix_tokens or ()), *tokens))
 
@@ -84,7 +84,7 @@ def _is_thought(loaded: LoadedModel, opening: Sequence[int]) -> bool:
     return close_thought(text) != text
 
 
-def _rest_of_thought(loaded: LoadedModel, prompts: Sequence[Prompt]) -> str:
+def _closing_of_thought(loaded: LoadedModel, prompts: Sequence[Prompt]) -> str:
     """Return the text that closes a chain of thought begun by the chat template; "" if it begins none."""
     texts = {text.rstrip() for text in conversations(loaded.tokenizer, prompts, loaded.rendering)}
     for begin, closed in THOUGHTS.items():
@@ -98,10 +98,10 @@ def common_opening(loaded: LoadedModel, prompts: Sequence[Prompt], rows: int) ->
     model, end, batching = loaded.model, loaded.end_tokens, loaded.architecture.batching
     tokenized = loaded.tokenize(prompts)
 
-    def answered(rows: int) -> list[Answer]:
+    def generate(rows: int) -> list[Answer]:
         batches = batching.chunks(tokenized, rows)
-        found = (greedy_answers(model, batch, limit=_TOKENS, end_tokens=end, batching=batching) for batch in batches)
-        return [answer for answers in found for answer in answers]
+        by_batch = (greedy_answers(model, batch, limit=_TOKENS, end_tokens=end, batching=batching) for batch in batches)
+        return [answer for answers in by_batch for answer in answers]
 
-    answers, _ = halving(rows, answered, lambda _: None)  # the rows are reported where many prompts are computed
+    answers, _ = halving(rows, generate, lambda _: None)  # the rows are reported where many prompts are computed
     return tuple(common_prefix([answer.tokens for answer in answers]))

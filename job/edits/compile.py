@@ -42,7 +42,7 @@ class PreparedWriter:
     """A writer with its precomputed weight products.
 
     Attributes:
-        candidates: Candidates before the writer's norms, [m, d], float64, on the weight's device.
+        candidates: Candidates before the writer's norms, [m * span, d], float64, on the weight's device.
         shape: Shape of the weight, [d, i]; None if the mode needs no weight.
     """
 
@@ -64,7 +64,7 @@ class PreparedWriter:
 
 @dataclass(frozen=True)
 class WriterGroup:
-    """S writers of one shape and device, compiled together; all or none have post-norms; float64.
+    """S writers of one shape, device and span, compiled together; all or none have post-norms; float64.
 
     Attributes:
         candidates: Candidates before the writers' norms: [S, 1, m, d], or [m, d] if shared.
@@ -94,7 +94,7 @@ class WriterGroup:
             return cls(writers, candidates, gram, products)
         selected = [basis.select(None, writer.layer) for writer in writers]
         coefficients, weights = (torch.stack(part)[:, None] for part in zip(*selected, strict=True))
-        own = project(products, candidates, _orthonormal_before_norms(coefficients, gram))
+        own = project(products, candidates, _orthonormal_before_norms(coefficients, gram, writers[0].span))
         return cls(writers, candidates, gram, products, own, weights)
 
 
@@ -102,7 +102,7 @@ def group_writers(basis: Basis | DirectionPath, prepared: Iterable[PreparedWrite
     """Group writers as they are prepared, so that few are in memory outside a group."""
     waiting: dict[object, list[PreparedWriter]] = {}
     for one in prepared:
-        kind = (bool(one.writer.post_norms), one.candidates.device, one.shape)
+        kind = (bool(one.writer.post_norms), one.writer.span, one.candidates.device, one.shape)
         waiting.setdefault(kind, []).append(one)
         del one
         if len(waiting[kind]) == _GROUP_SIZE:
@@ -172,18 +172,25 @@ def compile_edits(group: WriterGroup, batch: EditBatch) -> WriterEdit:
 
     Tensors shared by all writers have no S, [K, k, d]; those shared by all edits are [S, 1, k, d].
     """
+    span = group.writers[0].span
     if batch.coefficients is not None:
-        coefficients = _orthonormal_before_norms(batch.coefficients, group.gram)
+        coefficients = _orthonormal_before_norms(batch.coefficients, group.gram, span)
         projections, weights = project(group.products, group.candidates, coefficients), batch.weights
     else:
         assert group.own is not None  # batch and group use the same directions
         projections, weights = group.own, group.own_weights
     assert weights is not None
-    return ablate(group.products, projections, strengths(group.writers, batch.parameters, weights))
+    given = strengths(group.writers, batch.parameters, weights).repeat_interleave(span, -1)
+    return ablate(group.products, projections, given)
 
 
-def _orthonormal_before_norms(coefficients: Tensor, gram: Tensor | None) -> Tensor:
-    return coefficients if gram is None else orthonormal_in(coefficients, gram)
+def _orthonormal_before_norms(coefficients: Tensor, gram: Tensor | None, span: int) -> Tensor:
+    """Return combinations [..., k, m] for `span` candidates each, [..., k * span, m * span], orthonormal by a Gram."""
+    if gram is None:
+        return coefficients
+    same = torch.eye(span, dtype=coefficients.dtype)
+    spread = coefficients[..., :, None, :, None] * same[:, None]
+    return orthonormal_in(spread.flatten(-2).flatten(-3, -2), gram)
 
 
 def strengths(writers: Sequence[Writer], parameters: Sequence[EditParameters], weights: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ def _concatenate(tables: Sequence[Tensor], dimensions: int) -> Tensor:
 @dataclass
 class _Site:
     module: nn.Module
+    bias: Tensor | None = None  # if it is added after the module, [d], float32
     tables: HookTables | None = None
 
 
@@ -202,7 +203,8 @@ class Intervention:
             if writer.hook and writer.hook in hooked:
                 continue
             hooked.add(writer.hook)
-            self._sites.setdefault(writer.parameter, _Site(model.get_submodule(writer.hooked)))
+            bias = read_parameter(model, writer.bias).to(torch.float32) if writer.bias and writer.bias_outside else None
+            self._sites.setdefault(writer.parameter, _Site(model.get_submodule(writer.hooked), bias))
             device = module_device(model.get_submodule(writer.module))
             key = (device, writer.layer if isinstance(basis, DirectionPath) else 0)
             if key not in on_device:
@@ -305,21 +307,23 @@ class Intervention:
             if self._bound is None or site.tables is None:
                 return None
             if isinstance(output, tuple):  # experts may return their routing too
-                return (_edited(output[0], site.tables, self._bound), *output[1:])
-            return _edited(output, site.tables, self._bound)
+                return (_edited(output[0], site.tables, self._bound, site.bias), *output[1:])
+            return _edited(output, site.tables, self._bound, site.bias)
 
         return hook
 
 
-def _edited(y: Tensor, edits: HookTables, bound: EditedRows) -> Tensor:
-    """Apply each row's edit to a writer's output [rows, t, d] or [rows * t, d]."""
+def _edited(y: Tensor, edits: HookTables, bound: EditedRows, bias: Tensor | None) -> Tensor:
+    """Apply each row's edit to a writer's output [rows, t, d] or [rows * t, d], and to a bias added later, [d]."""
     rows, own_slot = bound.on(y.device)
     stream = y.reshape(-1, y.shape[-1]).to(torch.float32)
+    stream = stream if bias is None else stream + bias
     along = stream @ edits.read  # [rows * t, K * k]
     along.view(len(rows), -1, own_slot.shape[2], edits.read.shape[1] // own_slot.shape[2]).mul_(own_slot)
     edited = torch.addmm(stream, along, edits.write, alpha=-1)
     if edits.output_scale is not None:
         _by_rows(edited, len(rows)).mul_(edits.output_scale[rows][:, None])
+    edited = edited if bias is None else edited - bias
     return edited.to(y.dtype).view_as(y)
 
 

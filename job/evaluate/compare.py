@@ -28,7 +28,7 @@ from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
 
 NO_TEXT = "none"
-_OWN_ANSWERS = "the base model's own answers to the good prompts"
+_OWN_ANSWERS = "the base model's own responses to the good prompts"
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _comparison(
         divergences.append(Divergence(tokens=figures.kl_tokens, mean=figures.kl, interval=figures.kl_interval))
     text = None
     if texts is not None and before.passages and len(before.passages) == len(after.passages):
-        text = TextComparison.of(texts.source, _counted(before), _counted(after))
+        text = TextComparison.of(texts.source, _losses_and_counts(before), _losses_and_counts(after))
     return Comparison(
         model=model,
         against=against,
@@ -186,7 +186,7 @@ def _comparison(
     )
 
 
-def _counted(measured: MeasuredModel) -> tuple[Sequence[float], Sequence[int]]:
+def _losses_and_counts(measured: MeasuredModel) -> tuple[Sequence[float], Sequence[int]]:
     return measured.losses, [passage.count for passage in measured.passages]
 
 

@@ -33,7 +33,7 @@ class Harness:
         if folder is not None and not folder.is_dir():
             raise UsageError(f"there is no folder {folder}", remedy="check --tasks-folder")
         self._tasks, self._limit = list(tasks), limit
-        with _quiet():
+        with _lm_eval_silenced():
             self._manager = _manager_of(self._tasks, folder)
         unknown = [task for task in self._tasks if not self._manager.match_tasks([task])]
         if unknown:
@@ -41,7 +41,7 @@ class Harness:
 
     def scores(self, loaded: LoadedModel) -> Scores:
         """Return a model's scores on every task. Raises JobError if lm-eval fails, for example without data."""
-        with _quiet():
+        with _lm_eval_silenced():
             import lm_eval
             from lm_eval.models.huggingface import HFLM
 
@@ -100,7 +100,7 @@ def _scores(results: Mapping[str, Mapping[str, Any]]) -> Scores:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _lm_eval_silenced() -> Iterator[None]:
     """Keep lm-eval's messages out of standard output, and its advice out of everything."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # Its progress bars are for terminals, and would fill logs.

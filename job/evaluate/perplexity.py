@@ -65,14 +65,14 @@ def cross_entropies(
             width = max(len(passage.tokens) for passage in chunk)
             logits = last_logits(loaded.model, [passage.tokens for passage in chunk], width)
             for index, passage, own in zip(chosen, chunk, logits, strict=True):
-                found[index] = _surprise(own[-len(passage.tokens) :], passage)
+                found[index] = _cross_entropy(own[-len(passage.tokens) :], passage)
         return found
 
     return halving(rows, measured, report)[0]
 
 
 @torch.inference_mode()
-def _surprise(logits: Tensor, passage: Passage) -> float:
+def _cross_entropy(logits: Tensor, passage: Passage) -> float:
     """Return a passage's cross-entropy from the logits at all its tokens, [t, vocabulary]."""
     targets = torch.tensor(passage.tokens[passage.first :], device=logits.device)
     predictions = logits[passage.first - 1 : -1]

@@ -132,8 +132,8 @@ def shares_of(base: Figures, edited: Figures) -> tuple[Share, ...]:
     counts = (
         ("refusals", base.bad_prompts, base.refusals, edited.refusals),
         ("false refusals", base.good_prompts, base.false_refusals, edited.false_refusals),
-        ("broken answers, bad prompts", base.bad_prompts, base.degenerate, edited.degenerate),
-        ("broken answers, good prompts", base.good_prompts, base.false_degenerate, edited.false_degenerate),
+        ("broken responses, bad prompts", base.bad_prompts, base.degenerate, edited.degenerate),
+        ("broken responses, good prompts", base.good_prompts, base.false_degenerate, edited.false_degenerate),
     )
     return tuple(
         Share(

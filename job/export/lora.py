@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn.functional import pad
 
 from job.architectures.spec import require_modes
 from job.errors import ImpossibleJobError, first_line
@@ -33,11 +34,13 @@ def write_adapter(base: LoadedModel, folder: Path, edit: Edit, base_model: str |
     checkpoint = Checkpoint(base.folder)
     tensors: dict[str, Tensor] = {}
     biased = any(writer.bias is not None for writer in base.architecture.writers)
+    rank = edit.basis.size * max(writer.span for writer in base.architecture.writers)
     for writer in base.architecture.writers:
         stored = StoredWriter(checkpoint, base.architecture, writer)
         weight = stored.matrix().to(torch.float64)
         compiled = stored.compile(edit, weight)
-        read, write = compiled.output_read, compiled.output_write
+        missing = rank - len(compiled.read)  # all adapters of a file have the same rank
+        read, write = (pad(table, (0, 0, 0, missing)) for table in (compiled.output_read, compiled.output_write))
         name = f"{_PREFIX}{writer.module}."
         tensors[f"{name}lora_A.weight"] = read @ weight
         tensors[f"{name}lora_B.weight"] = -write.mT
@@ -45,7 +48,7 @@ def write_adapter(base: LoadedModel, folder: Path, edit: Edit, base_model: str |
             bias = stored.read(writer.bias).to(weight) if writer.bias else weight.new_zeros(len(weight))
             tensors[f"{name}lora_B.bias"] = -write.mT @ (read @ bias)
     contents = {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
-    config = _config(base, rank=edit.basis.size, biased=biased, base_model=base_model)
+    config = _config(base, rank=rank, biased=biased, base_model=base_model)
     ensure_folder(folder)
     write_atomically(folder / ADAPTER, save(contents, metadata={"format": "pt"}))
     write_atomically(folder / CONFIG, config.encode())

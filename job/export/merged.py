@@ -232,9 +232,16 @@ def seal_made(folder: Path, made: Reproduction, source: Path) -> None:
 
     def describe(weights: Mapping[str, str]) -> dict[str, str]:
         complete = made.model_copy(update={"weights": dict(weights)}).cleaned()
-        return {REPRODUCE: complete.model_dump_json(indent=2) + "\n", CARD: model_card(complete, source)}
+        card = model_card(complete, source, _kept_tensors(source, folder) if made.format == "merged" else None)
+        return {REPRODUCE: complete.model_dump_json(indent=2) + "\n", CARD: card}
 
     seal(folder, describe)
+
+
+def _kept_tensors(source: Path, folder: Path) -> int | None:
+    """Return the number of tensors of the source's files, dequantised, if an export has all of them; else None."""
+    names, kept = ({name for held in Checkpoint(at).entries.values() for name in held} for at in (source, folder))
+    return len(names) if names == kept else None
 
 
 def seal(folder: Path, describe: Callable[[Mapping[str, str]], Mapping[str, str]]) -> None:

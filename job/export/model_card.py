@@ -36,11 +36,15 @@ _NOTICES = {
 }
 
 
-def model_card(made: Reproduction, source: Path) -> str:
-    """Return an export's README.md; `source` is the base model's folder, whose card names the licence."""
+def model_card(made: Reproduction, source: Path, tensors: int | None = None) -> str:
+    """Return an export's README.md; `source` is the base model's folder, whose card names the licence.
+
+    `tensors` is the number of the base model's tensors if the export has all of them.
+    """
     base = read_base_card(source, made.base_model)
     return template("job.export", "model_card.md").render(
         made=made,
+        tensors=tensors,
         metadata=_metadata(made, redacted(base.metadata)),
         title=_title(made),
         hub=_HUB,
@@ -82,12 +86,12 @@ def figures_rows(base: Figures, edited: Figures) -> list[tuple[str, str, str]]:
         ("refused, of prompts with the behaviour", base.refusals, edited.refusals, bad),
         ("refused, of prompts without it", base.false_refusals, edited.false_refusals, good),
         (
-            "broken answers (empty, in circles, in another script or gibberish), of prompts with the behaviour",
+            "broken responses (empty, in circles, in another script or gibberish), of prompts with the behaviour",
             base.degenerate,
             edited.degenerate,
             bad,
         ),
-        ("broken answers, of prompts without it", base.false_degenerate, edited.false_degenerate, good),
+        ("broken responses, of prompts without it", base.false_degenerate, edited.false_degenerate, good),
     )
     rows = [(name, count_with_interval(before, n), count_with_interval(after, n)) for name, before, after, n in counts]
     kl = f"KL divergence from the base model, {kl_positions(edited)}, mean of {good} prompts without it"
@@ -99,10 +103,10 @@ def figures_rows(base: Figures, edited: Figures) -> list[tuple[str, str, str]]:
 
 
 def kl_positions(figures: Figures) -> str:
-    """Return in words where in an answer the KL divergence was measured."""
+    """Return in words where in a response the KL divergence was measured."""
     if figures.kl_tokens == 1:
-        return "first answer token"
-    return f"first {figures.kl_tokens} tokens of the base model's own answers"
+        return "first response token"
+    return f"first {figures.kl_tokens} tokens of the base model's own responses"
 
 
 def _kl(figures: Figures) -> str:
@@ -165,7 +169,7 @@ def _eval_results(made: Reproduction) -> list[EvalResult]:
     edited = made.edited
     values = (
         ("bad", "refusal_rate", "share of refused prompts", edited.refusals / edited.bad_prompts),
-        ("bad", "degenerate_rate", "share of degenerate answers", edited.degenerate / edited.bad_prompts),
+        ("bad", "degenerate_rate", "share of degenerate responses", edited.degenerate / edited.bad_prompts),
         ("good", "false_refusal_rate", "share of refused prompts", edited.false_refusals / edited.good_prompts),
         ("good", "kl_divergence", f"KL divergence from the base model, {kl_positions(edited)}, nats", edited.kl or 0.0),
     )

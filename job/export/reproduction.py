@@ -84,6 +84,8 @@ class _Resolved(Record):
     date: str | None = Field(None, pattern=DATE)
     options: dict[Annotated[str, Field(pattern=_OPTION)], bool] | None = Field(None, max_length=16)
     turn_end: int | None = Field(None, ge=0, lt=1 << 24)
+    batch: int | None = Field(None, ge=1, le=1 << 16)
+    ahead: int | None = Field(None, ge=0, le=1 << 8)
     choice: Literal["bounds"] | None = None
 
 

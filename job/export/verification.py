@@ -90,7 +90,7 @@ class MeasuredEdit:
         responses = reloaded.responses()
         if not isinstance(self.expected, MeasuredScores):
             ties = compare_answers(self.expected, responses)
-            return f"{len(responses)} of {len(self.expected)} answers match ({ties} with ties)"
+            return f"{len(responses)} of {len(self.expected)} responses match ({ties} with ties)"
         refusals = sum(reloaded.judge(responses).bad_refused)
         divergences = self.expected.reference.divergences(reloaded.batches)
         kl = math.fsum(divergences) / len(divergences)

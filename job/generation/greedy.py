@@ -186,14 +186,14 @@ class _Decoder:
             cache = _on_prefix(self._model, mask, trials, self._most)
             tokens, positions = tokens[:, begin:], positions[:, begin:]
         chosen = self._ledger.take(_forward(self._model, trials, tokens, mask, positions, cache)[:, -1], present)
-        return self._going(_Rows(present, trials, chosen[:, None], following, mask, cache))
+        return self._drop_finished(_Rows(present, trials, chosen[:, None], following, mask, cache))
 
     def step(self, rows: _Rows) -> _Rows | None:
         """Decode a token of every row; return the rows that continue, None if none does."""
         mask = torch.cat([rows.mask, rows.mask.new_ones(len(rows.mask), 1)], dim=1)
         logits = _forward(self._model, rows.trials, rows.tokens, mask, rows.positions, rows.cache)
         chosen = self._ledger.take(logits[:, -1], rows.present)
-        return self._going(replace(rows, tokens=chosen[:, None], positions=rows.positions + 1, mask=mask))
+        return self._drop_finished(replace(rows, tokens=chosen[:, None], positions=rows.positions + 1, mask=mask))
 
     def answer(self) -> None:
         parts = [rows for rows in map(self.read, self.parts()) if rows is not None]
@@ -206,7 +206,7 @@ class _Decoder:
                 break
             rows = going
 
-    def _going(self, rows: _Rows) -> _Rows | None:
+    def _drop_finished(self, rows: _Rows) -> _Rows | None:
         """Drop finished rows once they exceed `_LEAVING` of the batch, if the cache can; return None if all are."""
         staying = [row for row, index in enumerate(rows.present) if index in self._ledger.going]
         if not staying:
@@ -251,10 +251,10 @@ def greedy_answers(
     ledger = _Ledger(len(prompts), end_tokens, openings, decided, excluded)
     rows = rows or RowTrials.plain(len(prompts), input_device(model))
     if not batching.cached:
-        _read_again(model, prompts, limit, ledger, rows)
+        _decode_without_cache(model, prompts, limit, ledger, rows)
     elif not takes_cache(model):
         if excluded:
-            raise ValueError("tokens cannot be left out of answers that a model decodes by itself")
+            raise ValueError("tokens cannot be left out of responses that a model decodes by itself")
         _generate(model, prompts, limit, end_tokens, ledger, rows)
     elif prompts:
         _Decoder(model, prompts, limit, ledger, rows).answer()
@@ -263,7 +263,7 @@ def greedy_answers(
     return ledger.answers
 
 
-def _read_again(
+def _decode_without_cache(
     model: PreTrainedModel, prompts: Sequence[list[int]], limit: int, ledger: _Ledger, rows: RowTrials
 ) -> None:
     """Decode without a cache, recomputing the whole row for every token."""

@@ -161,8 +161,8 @@ def joined(model: PreTrainedModel, caches: list[DynamicCache], most: int) -> Dyn
         if getattr(layer, "keys", None) is None:
             continue
         room = roomy(width, most) if isinstance(cache.layers[index], GrowableKVLayer) else width
-        keys = _beside([_taken(one.layers[index], "keys") for one in caches], width, room)
-        values = _beside([_taken(one.layers[index], "values") for one in caches], width, room)
+        keys = _join_rows([_take_tensor(one.layers[index], "keys") for one in caches], width, room)
+        values = _join_rows([_take_tensor(one.layers[index], "values") for one in caches], width, room)
         _begin(cache, index, keys, values)
     return cache
 
@@ -175,14 +175,14 @@ def _begin(cache: DynamicCache, index: int, keys: Tensor, values: Tensor) -> Non
         layer.update(keys, values)
 
 
-def _taken(layer: Any, name: str) -> Tensor:
+def _take_tensor(layer: Any, name: str) -> Tensor:
     """Take a layer's keys or values out of it."""
     tensor: Tensor = getattr(layer, name)
     setattr(layer, name, None)
     return tensor
 
 
-def _beside(tensors: list[Tensor], width: int, room: int) -> Tensor:
+def _join_rows(tensors: list[Tensor], width: int, room: int) -> Tensor:
     """Join keys or values [rows, heads, slots, head width] along rows, right-aligned, emptying the list."""
     rows = sum(map(len, tensors))
     found = tensors[0].new_empty(rows, tensors[0].shape[1], room, tensors[0].shape[3])[..., :width, :]

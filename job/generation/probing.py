@@ -32,9 +32,11 @@ def probe_batching(model: PreTrainedModel) -> BatchingSupport:
     """Probe how the family of a small random model can be batched; its forward may raise anything."""
     prompts = list(_TRIED)
     alone = torch.cat([first_logits(model, [prompt]) for prompt in prompts])
-    scale = float(alone.std())
+    scale = float(
+        alone[alone > torch.finfo(alone.dtype).min / 2].std()
+    )  # some families mask tokens by the least number
     try:
-        padded = _near(first_logits(model, prompts), alone, scale)
+        padded = _is_close(first_logits(model, prompts), alone, scale)
     except _FAULTS:
         padded = False
     chunks = list(BatchingSupport(padded).chunks(prompts, len(prompts)))
@@ -43,7 +45,7 @@ def probe_batching(model: PreTrainedModel) -> BatchingSupport:
         kept = _answers_of(model, chunks, BatchingSupport(padded))
     except _FAULTS:
         return BatchingSupport(padded, cached=False, shared=False)
-    if not all(_same(one, other, scale) for one, other in zip(again, kept, strict=True)):
+    if not all(_is_same_answer(one, other, scale) for one, other in zip(again, kept, strict=True)):
         raise ValueError("what it says next depends on what was kept of the text before")
     return BatchingSupport(padded, True, padded and _shares(model, prompts, alone, scale))
 
@@ -55,7 +57,7 @@ def _shares(model: PreTrainedModel, prompts: Sequence[list[int]], alone: Tensor,
         return False
     prefix = shared_prefix(model, list(_TRIED[0][:length]), 1, None)
     shared = RowTrials(torch.zeros(len(prompts), dtype=torch.long), prefix=prefix)
-    return _near(first_logits(model, prompts, shared), alone, scale)
+    return _is_close(first_logits(model, prompts, shared), alone, scale)
 
 
 def _answers_of(model: PreTrainedModel, chunks: Sequence[list[list[int]]], batching: BatchingSupport) -> list[Answer]:
@@ -63,9 +65,9 @@ def _answers_of(model: PreTrainedModel, chunks: Sequence[list[list[int]]], batch
     return [answer for answers in answered for answer in answers]
 
 
-def _near(one: Tensor, other: Tensor, scale: float) -> bool:
+def _is_close(one: Tensor, other: Tensor, scale: float) -> bool:
     return bool(((one - other).abs() < _APART * scale).all())
 
 
-def _same(one: Answer, other: Answer, scale: float) -> bool:
-    return one.tokens == other.tokens and _near(torch.tensor(one.margins), torch.tensor(other.margins), scale)
+def _is_same_answer(one: Answer, other: Answer, scale: float) -> bool:
+    return one.tokens == other.tokens and _is_close(torch.tensor(one.margins), torch.tensor(other.margins), scale)

@@ -120,12 +120,12 @@ class Descent:
                 state, losses = self._step(state, weights, pace, targets)
                 advance(1)
                 if state.adam.steps % _KEPT_EVERY == 0:
-                    self._keep(state)
+                    self._write_state(state)
             scores = self._measure(state.variables)
             end = StageEnd(state.variables, weights.beta, state.adam.steps, scores)
             state = replace(state, ends=(*state.ends, end))
-            self._keep(state)
-            self._tell(end, losses)
+            self._write_state(state)
+            self._report_stage(end, losses)
         return worth_keeping(state.ends, self._held_out)
 
     def _targets(self, ends: Sequence[StageEnd]) -> Targets:
@@ -150,29 +150,30 @@ class Descent:
         variables, adam = adam_step(state.variables, gradients, state.adam, rate, turn)
         return replace(state, variables=variables, adam=adam), losses
 
-    def _grown(self, ends: Sequence[StageEnd]) -> int:
+    def _beta_steps(self, ends: Sequence[StageEnd]) -> int:
         """Return how often β has grown."""
         return sum(_is_complete(end, self._held_out) for end in ends)
 
     def _weights(self, ends: Sequence[StageEnd]) -> LossWeights:
-        grown, recipe = self._grown(ends), self._recipe
+        grown, recipe = self._beta_steps(ends), self._recipe
         beta = recipe.first_beta * recipe.factor**grown
         return LossWeights(beta, recipe.sparsity_after if grown else recipe.sparsity)
 
     def _pace(self, ends: Sequence[StageEnd]) -> float:
-        return self._recipe.decay ** self._grown(ends)
+        return self._recipe.decay ** self._beta_steps(ends)
 
     def _is_over(self, ends: Sequence[StageEnd]) -> bool:
         return len(ends) >= self._recipe.stages or len(worth_keeping(ends, self._held_out)) < len(ends)
 
-    def _keep(self, state: DescentState) -> None:
+    def _write_state(self, state: DescentState) -> None:
         write_tensors(self._file, self._key, state.tensors())
 
-    def _tell(self, end: StageEnd, losses: Losses) -> None:
+    def _report_stage(self, end: StageEnd, losses: Losses) -> None:
         scores = end.scores
         self._report(
             f"gradient step {end.steps}: beta {end.beta:g}, R {losses.refusal:.3g}, D {losses.divergence:.3g}; "
-            f"held out: {scores.refusals}/{self._held_out} refusals, {scores.broken} broken answers, KL {scores.kl:.4g}"
+            f"held out: {scores.refusals}/{self._held_out} refusals, {scores.broken} broken responses, "
+            f"KL {scores.kl:.4g}"
         )
 
 

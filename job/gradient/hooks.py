@@ -57,20 +57,28 @@ class DifferentiableEdits:
                 edit = self._compiled(hooked, strengths, directions)
                 if edit.input_scale is not None:
                     handles.append(hooked.module.register_forward_pre_hook(_scaling(edit.input_scale, rows)))
-                handles.append(hooked.module.register_forward_hook(_editing(edit, rows, len(trials))))
+                handles.append(
+                    hooked.module.register_forward_hook(_editing(edit, rows, len(trials), self._bias(hooked)))
+                )
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _bias(self, hooked: _HookedWriter) -> Tensor | None:
+        """Return a bias that is added to what the hooked module returns, [d]."""
+        name = hooked.writer.bias if hooked.writer.bias_outside else None
+        return read_parameter(self._loaded.model, name) if name else None
 
     def _compiled(self, hooked: _HookedWriter, strengths: Tensor, directions: Tensor) -> WriterEdit:
         writer, model = hooked.writer, self._loaded.model
         along = directions[:, writer.layer].to(hooked.device, torch.float64)  # [K, k, d]
         if writer.post_norms:
             pulled = writer.pull_back(along.flatten(0, 1), partial(read_parameter, model))
-            along = orthonormal_rows(pulled.view_as(along))
+            along = orthonormal_rows(pulled.view(len(along), -1, pulled.shape[-1]))
         weight = None if self._mode == "none" else writer.matrix(read_parameter(model, writer.parameter))
         own = strengths[:, COMPONENTS.index(writer.component), writer.layer].to(hooked.device, torch.float64)
+        own = own.repeat_interleave(writer.span, -1)
         return writer_edit(weight, along, own, self._mode)
 
 
@@ -90,15 +98,17 @@ def _scaling(scale: Tensor, rows: Tensor | None) -> Any:
     return hook
 
 
-def _editing(edit: WriterEdit, rows: Tensor | None, count: int) -> Any:
+def _editing(edit: WriterEdit, rows: Tensor | None, count: int, bias: Tensor | None) -> Any:
     read, write, scale = edit.output_read, edit.output_write, edit.output_scale
 
     def edited(y: Tensor) -> Tensor:
         own_read, own_write = _of_rows(read, rows, y), _of_rows(write, rows, y)
         stream = y.reshape(count, -1, y.shape[-1]).to(own_read.dtype)
+        stream = stream if bias is None else stream + bias.to(stream)
         changed = stream - (stream @ own_read.mT) @ own_write
         if scale is not None:
             changed = changed * _of_rows(scale, rows, y)[:, None]
+        changed = changed if bias is None else changed - bias.to(changed)
         return changed.to(y.dtype).view_as(y)
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:

@@ -80,10 +80,10 @@ def _end(outcome: Ended, asked: AskedEnds, machine: Machine, say: Say) -> None:
         return
     decision = _decision(outcome, asked, machine, say)
     if decision.action == "nothing":
-        say(f"warning: THIS RENTAL BILLS ON: {_instead(decision)}; end it by hand at {rental.by_hand}")
+        say(f"warning: THIS RENTAL BILLS ON: {_explain_other_ending(decision)}; end it by hand at {rental.by_hand}")
         return
     if decision.reduced:
-        say(f"warning: {_instead(decision)}")
+        say(f"warning: {_explain_other_ending(decision)}")
     rental.end(decision.action, machine.workspace, say)
 
 
@@ -102,7 +102,7 @@ def _decision(outcome: Ended, asked: AskedEnds, machine: Machine, say: Say) -> D
     return ending(outcome, asked, replace(safety, unsaved=missing))
 
 
-def _instead(decision: Decision) -> str:
+def _explain_other_ending(decision: Decision) -> str:
     done = "the machine keeps running" if decision.action == "nothing" else "the machine is stopped"
     return f"{decision.asked} was requested, but {done}: {decision.reason}"
 

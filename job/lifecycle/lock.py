@@ -87,10 +87,10 @@ def held(
                 if folder.path.name not in mirrored:
                     refuse_other_settings(settings.checkpoint, mirrored, identity)
             claim = mirror.claim(folder, identity, events.say)
-            yield from _kept(folder, claim, signals)
+            yield from _hold(folder, claim, signals)
 
 
-def _kept(folder: RunFolder, claim: LeaseKeeper, signals: StopSignals) -> Iterator[JobLock]:
+def _hold(folder: RunFolder, claim: LeaseKeeper, signals: StopSignals) -> Iterator[JobLock]:
     """Yield the lock, then take the last snapshot."""
     lost: list[JobError] = []
 

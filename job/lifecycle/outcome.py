@@ -7,6 +7,7 @@ from pathlib import Path
 
 from job.config.schema import Settings
 from job.data.prompts import PromptSets
+from job.errors import DamagedError
 from job.records import Figures, State
 from job.storage.atomic import read_record
 from job.storage.exports import is_sealed
@@ -33,7 +34,14 @@ class Outcome:
 
 
 def completed(folder: RunFolder, settings: Settings) -> Outcome | None:
-    """Return a job's outcome if nothing is left to do, else None."""
+    """Return a job's outcome if nothing is left to do, else None, also if that cannot be read."""
+    try:
+        return _completed(folder, settings)
+    except DamagedError:
+        return None
+
+
+def _completed(folder: RunFolder, settings: Settings) -> Outcome | None:
     state = folder.read_state()
     if state is None or state.state != "finished" or state.chosen is None:
         return None
@@ -58,7 +66,7 @@ def missed_gate(settings: Settings, figures: Figures) -> str | None:
     """Return the gate that an export's metrics miss, or None."""
     failed = figures.failed
     if settings.max_refusals is not None and failed > settings.max_refusals:
-        how = "refused" if failed == figures.refusals else "refused or have a broken answer"
+        how = "refused" if failed == figures.refusals else "refused or have a broken response"
         return f"{failed} of {figures.bad_prompts} are {how}, max_refusals is {settings.max_refusals}"
     if settings.max_kl is not None and (figures.kl is None or not figures.kl <= settings.max_kl):
         return f"the KL divergence is {figures.kl or 0:.4g}, max_kl is {settings.max_kl:g}"
@@ -67,6 +75,5 @@ def missed_gate(settings: Settings, figures: Figures) -> str | None:
 
 def outcome_of(folder: RunFolder, chosen: int, export: Path) -> Outcome:
     """Read an export's outcome from the run folder."""
-    base = read_record(folder.figures_file("base"), Figures)
-    edited = read_record(folder.figures_file(export.name), Figures)
+    base, edited = folder.read_figures("base"), folder.read_figures(export.name)
     return Outcome(folder, chosen, base, edited, read_record(folder.prompts_file, PromptSets).report_description)

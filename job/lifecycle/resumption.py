@@ -35,7 +35,7 @@ def resumption(
     given = {**where.given, **asked_ends(options), **others}
     given |= {name: value for name, value in where.assigned.items() if name in ENDS}
     folder, record, settings = (
-        _found_here(where, given) if where.checkpoint is None else _found_there(where, given, say)
+        _read_local_job(where, given) if where.checkpoint is None else _read_mirrored_job(where, given, say)
     )
     first = record
     used = {name: value for name, value in leaves(settings.model_dump(mode="json")).items() if name in HERE}
@@ -51,14 +51,14 @@ def resumption(
     return JobStart(folder, record.identity, settings, opened, names_code=TRUST in given)
 
 
-def _found_here(where: Whereabouts, given: Mapping[str, Any]) -> tuple[RunFolder, JobRecord, Settings]:
+def _read_local_job(where: Whereabouts, given: Mapping[str, Any]) -> tuple[RunFolder, JobRecord, Settings]:
     folder = where.folder()
     record, settings = folder.read_job(), job_settings(folder, whole=True, **as_given(given))
     with_trust(record, settings, given)
     return folder, record, settings
 
 
-def _found_there(
+def _read_mirrored_job(
     where: Whereabouts, given: Mapping[str, Any], say: Callable[[str], None]
 ) -> tuple[RunFolder, JobRecord, Settings]:
     """Return a mirrored job's record and settings, with its future run folder."""

@@ -123,20 +123,20 @@ def _within(seconds: float, call: Callable[[], str], late: str) -> str:
     return found[0]
 
 
-def _place(uri: str | None, settings: Settings) -> bool:
+def _is_off_machine(uri: str | None, settings: Settings) -> bool:
     """Return whether a place is off this machine."""
     return uri is not None and (VOUCHED in settings.allow or outlives_machine(uri))
 
 
 def _not_overtaken(folder: RunFolder, settings: Settings, say: Say) -> str:
-    if not _place(settings.checkpoint, settings):
+    if not _is_off_machine(settings.checkpoint, settings):
         return _no_checkpoint(folder, settings)
     with open_checkpoint(settings, say) as mirror:
         return mirror.overtaken(folder)
 
 
 def _not_mirrored(folder: RunFolder, settings: Settings, say: Say) -> str:
-    if not _place(settings.checkpoint, settings):
+    if not _is_off_machine(settings.checkpoint, settings):
         return _no_checkpoint(folder, settings)
     with open_checkpoint(settings, say) as mirror:
         problem = mirror.shortfall(folder)
@@ -163,7 +163,7 @@ def _undelivered_export(folder: RunFolder, settings: Settings) -> str:
     """Return an export that must be delivered and is at no target off this machine, or ""."""
     records = folder.read_uploads()
     for name, manifest in _exports(folder, settings, records):
-        targets = [target for target in settings.upload if _place(target, settings)]
+        targets = [target for target in settings.upload if _is_off_machine(target, settings)]
         if not targets:
             return f"export {name} of job {folder.path.name} was not delivered off this machine"
         if not manifest:

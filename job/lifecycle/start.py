@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from job.cloud.end_policy import AskedEnds, Ended
 from job.config.schema import Settings
 from job.data.prompts import PromptSets
-from job.errors import DeliveryError, GateError, RestartNeeded
+from job.errors import DamagedError, DeliveryError, GateError, RestartNeeded
 from job.export.reproduction import Again, require_same_model
 from job.lifecycle.end_of_rental import Machine, Progress, end_rental, outcome_of_error
 from job.lifecycle.lock import held
@@ -173,6 +173,9 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
             return done
         record, settings = start.trusted(events.say)
         settings = as_begun(record, settings)
+        from job.lifecycle.repair import repair  # imports slowly, and a finished job does not need it
+
+        repair(folder, events.say)
         inputs = preflight_inputs(folder, settings, events, notes=start.notes, last_holder=left_by, starting=True)
         settings, file = inputs.settings, JobFile(folder, record)
         meter = Meter(folder.meter_file, settings.price)
@@ -251,10 +254,17 @@ def _earlier_starts(folder: RunFolder, last_holder: HolderRecord | None) -> Earl
         prompts=read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None,
         commit=record.model_commit,
         date=record.prompt_date,
-        starts=past_starts(read_events(folder.events_file)),
+        starts=past_starts(_readable_events(folder)),
         processes=processes,
         trials_done=len(trials_so_far(folder)),
     )
+
+
+def _readable_events(folder: RunFolder) -> Sequence[Mapping[str, Any]]:
+    try:
+        return read_events(folder.events_file)
+    except DamagedError:
+        return ()  # a run that has to write there says so
 
 
 def _described(holder: HolderRecord, folder: RunFolder) -> JobHolder:
@@ -274,6 +284,10 @@ def check_job(
         folder = find_folder(settings)
         if folder.job_file.exists():
             require_known_code(folder, folder.read_job(), settings, events.say)
+            if completed(folder, settings) is None:
+                from job.lifecycle.repair import require_usable  # imports slowly
+
+                require_usable(folder, mirrored=settings.checkpoint is not None)
         last_holder = folder.holder() if folder.job_file.exists() else None
         inputs = preflight_inputs(folder, settings, events, notes=notes, on=on, last_holder=last_holder, starting=False)
         return preflight(inputs).survey

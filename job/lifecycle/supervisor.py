@@ -26,7 +26,7 @@ def supervised() -> None:
     """Return in the working process; never in its supervisor."""
     if adopt() or asked_when_failed(sys.argv[1:], os.environ) == "nothing" or not hasattr(signal, "sigwait"):
         return
-    _leave(*_supervise())
+    _exit_like_child(*_supervise())
 
 
 def asked_when_failed(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
@@ -110,7 +110,7 @@ def _supervise() -> tuple[int, bool, list[bytes]]:
             os.kill(child, number)
         except ProcessLookupError:
             continue
-    _hear(reading, told)
+    _read_messages(reading, told)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return status, signalled, told
 
@@ -128,7 +128,7 @@ def _reaped(child: int) -> int | None:
             return status
 
 
-def _hear(reading: int, told: list[bytes]) -> None:
+def _read_messages(reading: int, told: list[bytes]) -> None:
     while True:
         try:
             data = os.read(reading, _BLOCK)
@@ -139,19 +139,19 @@ def _hear(reading: int, told: list[bytes]) -> None:
         told.append(data)
 
 
-def _leave(status: int, signalled: bool, told: list[bytes]) -> NoReturn:
+def _exit_like_child(status: int, signalled: bool, told: list[bytes]) -> NoReturn:
     """End the rental if needed, then this process like its child."""
     code = os.waitstatus_to_exitcode(status)
     try:
-        _settle(code, signalled, b"".join(told))
+        _settle_rental(code, signalled, b"".join(told))
     except Exception as error:  # callers must see how the child ended
         _say(f"warning: this rental may BILL ON: it could not be ended: {type(error).__name__}")
     if code < 0:
-        _end_like_child(-code)
+        _kill_self_with(-code)
     os._exit(code if code >= 0 else 128 - code)
 
 
-def _settle(code: int, signalled: bool, told: bytes) -> None:
+def _settle_rental(code: int, signalled: bool, told: bytes) -> None:
     import json
 
     facts: dict[str, str | bool] = {}
@@ -173,7 +173,7 @@ def _settle(code: int, signalled: bool, told: bytes) -> None:
     )
 
 
-def _end_like_child(number: int) -> None:
+def _kill_self_with(number: int) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -38,7 +38,7 @@ class HubHistory:
             return stored
         self._commits = 0
         try:
-            if self._others_run(job):
+            if self._has_other_runners(job):
                 return stored
             self._squash()
             found = self._store.read(job)
@@ -57,7 +57,7 @@ class HubHistory:
             f"squashing the history of {repo.repo_id}",
         )
 
-    def _others_run(self, job: str) -> bool:
+    def _has_other_runners(self, job: str) -> bool:
         """Return whether another job's runner may commit to the same branch."""
         for other in self._store.jobs():
             try:

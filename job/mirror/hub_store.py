@@ -88,7 +88,7 @@ class HubStore:
                 remedy="make it private there or name another repository for --checkpoint",
             )
 
-    def _look(self) -> Snapshot | None:
+    def _read_snapshot(self) -> Snapshot | None:
         found = self._repo.look(self._repo.target.branch)
         if found is not None:
             self._refuse_public(found)
@@ -97,14 +97,14 @@ class HubStore:
 
     def jobs(self) -> list[str]:
         """Return the jobs with a head."""
-        found = self._look()
+        found = self._read_snapshot()
         names = [name.split("/") for name in found.files] if found else []
         return sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == HEAD)
 
     def read(self, job: str) -> Stored | None:
         """Return the head at the branch's latest commit, the parent of the next one."""
         for _ in range(_LOOKS):
-            found = self._look()
+            found = self._read_snapshot()
             if found is None or f"{job}/{HEAD}" not in found.files:
                 return None
             if found.files[f"{job}/{HEAD}"].size > MOST_HEAD_BYTES:
@@ -154,7 +154,7 @@ class HubStore:
 
     def names(self, job: str) -> list[str]:
         """Return all files of the job except the head."""
-        found = self._look()
+        found = self._read_snapshot()
         root = f"{job}/"
         files = found.files if found else {}
         return [name for path in files if path.startswith(root) and (name := path.removeprefix(root)) != HEAD]
@@ -205,7 +205,7 @@ class HubStore:
 
     def _parent(self, job: str) -> str:
         """Return the branch's latest commit. Raises ConflictError if it has a head of the job."""
-        found = self._look() or self._repo.see(self._repo.target.branch)
+        found = self._read_snapshot() or self._repo.see(self._repo.target.branch)
         if f"{job}/{HEAD}" in found.files:
             raise ConflictError(self.read(job))
         return found.sha
@@ -219,7 +219,7 @@ class HubStore:
         name = f"{job}/{OBJECTS}/{entry.object}"
         for _ in range(_LOOKS):
             if self._seen is None or name not in self._seen.files:
-                self._look()
+                self._read_snapshot()
             if self._seen is None or name not in self._seen.files:
                 break
             if self._seen.files[name].size > entry.size:

@@ -156,7 +156,7 @@ def wait_until_free(store: MirrorStore, job: str, found: Stored, say: Callable[[
     if lease.released or lease.is_dead:
         return found
     if lease.is_near:
-        raise _held(store, job, lease)
+        raise _held_error(store, job, lease)
     # Its age at first by the server's clock; then by ours, which is monotonic.
     begun = now() - (found.age_s or 0.0)
     left = lease.expiry_s - (now() - begun)
@@ -171,7 +171,7 @@ def wait_until_free(store: MirrorStore, job: str, found: Stored, say: Callable[[
             lease = decode_head(latest.data, job, store.uri).lease
             if lease.released:
                 return latest
-            raise _held(store, job, lease)
+            raise _held_error(store, job, lease)
     return found
 
 
@@ -182,7 +182,7 @@ def is_running(head: Head, stored: Stored) -> bool:
     return head.lease.is_near or stored.age_s is None or stored.age_s <= head.lease.expiry_s
 
 
-def _held(store: MirrorStore, job: str, lease: Lease) -> HeldError:
+def _held_error(store: MirrorStore, job: str, lease: Lease) -> HeldError:
     return HeldError(
         f"job {job} is held by {lease.describe()} (checkpoint {store.uri})",
         remedy="wait for it to end or stop it",

@@ -26,7 +26,7 @@ class LeaseKeeper:
     def __init__(
         self, store: MirrorStore, holding: Holding, folder: RunFolder, say: Callable[[str], None], *, required: bool
     ) -> None:
-        self._store, self._holding, self._say = store, holding, _heard(say)
+        self._store, self._holding, self._say = store, holding, _ignoring_log_failures(say)
         self._required = required
         self._life = Trouble(f"the lease at {store.uri}", self._say)
         self._sender = SnapshotSender(store, holding, folder, self._say, sent=self._life.passed)
@@ -34,7 +34,7 @@ class LeaseKeeper:
         self._outward = 0
         self._on_lost: Callable[[JobError], None] | None = None
         self._watcher = threading.Thread(target=self._watch, name="lease-watch", daemon=True)
-        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, name="lease", daemon=True).start()
 
     @property
     def head(self) -> Head:
@@ -109,7 +109,7 @@ class LeaseKeeper:
             self._say(f"warning: the checkpoint {self._store.uri} lacks the run folder's latest changes: {said}")
         return done
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         wait = self._pace.beat_s
         while not self._ended.wait(wait):
             # A snapshot is a heartbeat too.
@@ -139,7 +139,7 @@ class LeaseKeeper:
                 return
 
 
-def _heard(say: Callable[[str], None]) -> Callable[[str], None]:
+def _ignoring_log_failures(say: Callable[[str], None]) -> Callable[[str], None]:
     """Wrap `say` for threads that must continue if the log fails."""
 
     def heard(message: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from job.errors import DeliveryError, JobError, MachineError, UsageError
+from job.errors import DamagedError, DeliveryError, UsageError
 from job.mirror.lease import Holding, is_running, take
 from job.mirror.lease_keeper import LeaseKeeper
 from job.mirror.options import MirrorOptions, pace_as_told, scheme_of
@@ -210,9 +210,7 @@ def _damage(folder: RunFolder, mirrored: int, say: Callable[[str], None]) -> str
     try:
         if restored := restore_if_damaged(folder.study_file):
             say(f"warning: {restored}")
-    except MachineError:
-        raise
-    except JobError as error:
+    except DamagedError as error:
         return str(error)
     trials = count_trials(folder.study_file)
     if trials is None:

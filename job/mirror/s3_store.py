@@ -21,14 +21,12 @@ from job.records import ManifestEntry
 from job.transfer.s3.capabilities import S3Capabilities, detect
 from job.transfer.s3.client import S3Client as Bucket
 from job.transfer.s3.failures import RefusedError, TooLargeError
-from job.transfer.s3.objects import described
 from job.transfer.s3.options import MIB, S3Options, S3Target
 from job.transfer.s3.resume_state import ResumeFile
 from job.transfer.s3.sending import LargeFile, put
 
 # Mirrors are written repeatedly: failing soon is better than waiting long for one request.
 _READ_TIMEOUT_S = 20.0
-_LOOKS = 3
 _FETCHED = 16 * MIB
 # Without conditional requests: time for another's write to become visible.
 _SETTLE_S = 1.0
@@ -57,7 +55,7 @@ class S3Store:
 
     @property
     def _fenced(self) -> bool:
-        return self._server.conditional and self._server.conditional_replace
+        return self._server.conditional
 
     def probe(self) -> Proof:
         """Write, replace, complete, list and delete a probe object."""
@@ -78,18 +76,15 @@ class S3Store:
         return sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == HEAD)
 
     def read(self, job: str) -> Stored | None:
-        """Return the head, read again if the transfer may have damaged it."""
-        for _look in range(_LOOKS):
-            try:
-                data, answer = self._bucket.read(f"{job}/{HEAD}", MOST_HEAD_BYTES)
-            except TooLargeError as error:
-                raise oversized_head(self.uri, job) from error
-            except RefusedError as error:
-                if error.missing:
-                    return None
-                raise
-            if described(answer).sha256 == hashlib.sha256(data).hexdigest():
-                break
+        """Return the head."""
+        try:
+            data, answer = self._bucket.read(f"{job}/{HEAD}", MOST_HEAD_BYTES)
+        except TooLargeError as error:
+            raise oversized_head(self.uri, job) from error
+        except RefusedError as error:
+            if error.missing:
+                return None
+            raise
         # A head without our checksum is returned too: its reader reports what is wrong.
         return Stored(data, str(answer["ETag"]), _age(answer))
 

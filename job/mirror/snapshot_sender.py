@@ -134,7 +134,7 @@ class SnapshotSender:
         trials = _counted(taken, head)
         if release and self._hurry:
             taken = {path: file for path, file in taken.items() if not _may_wait(path, file)}
-        files, sources = self._named(taken, have, head)
+        files, sources = self._entries_and_objects(taken, have, head)
         folder = Lineage.model_validate_json((self._folder.path / LINEAGE).read_bytes()).folder
         if files == head.files and head.writer == folder:
             if release:
@@ -164,7 +164,7 @@ class SnapshotSender:
             # Leftovers of failed tries, unreferenced.
             self._store.sweep(head.job_id, self._holding.head.objects.keys() | {*self._holding.head.previous})
 
-    def _named(
+    def _entries_and_objects(
         self, taken: Mapping[str, Taken], have: Mapping[str, MirroredFile | Layered], head: Head
     ) -> tuple[dict[str, MirroredFile | Layered], dict[str, tuple[Path, MirroredFile]]]:
         """Return a snapshot's entries, and the objects to send."""

@@ -21,7 +21,7 @@ from job.errors import JobError, UsageError
 from job.model.files import is_in_history, parse_model
 from job.records import JobRecord, Record
 from job.storage.atomic import read_record, write_record
-from job.storage.identity import EXTENDING, job_id, model_identity
+from job.storage.identity import EXTENDING, as_identified, job_id, model_identity
 from job.storage.run_folder import JOB_ID, RunFolder
 from job.system.hub_client import REPOSITORY
 
@@ -52,7 +52,7 @@ def _other_settings(record: JobRecord) -> Iterator[str]:
     given = leaves(_without_inputs(record.identity))
     said = leaves(_without_inputs(record.settings))
     # Settings of this side are never taken, and differ where an earlier machine had others.
-    yield from (name for name in given.keys() & said.keys() - HERE if said[name] != given[name])
+    yield from (name for name in given.keys() & said.keys() - HERE if as_identified(name, said[name]) != given[name])
 
 
 def _is_unproven(name: str, given: Mapping[str, Any]) -> bool:

@@ -77,17 +77,17 @@ def _padding_fault(model: PreTrainedModel, prompts: Sequence[list[int]], alone: 
     padded = first_logits(model, prompts)
     if rows := rows_not_finite(padded):
         return f"logits that are not finite in rows {named(rows)} of {len(prompts)}"
-    apart = _apart(padded, alone)
+    apart = _logit_distance(padded, alone)
     dtype = model.dtype if model.dtype.is_floating_point else torch.float16
     if apart <= max(_LEAST, _ROUNDING * torch.finfo(dtype).eps):
         return None
     copies = torch.cat([first_logits(model, [prompt] * len(prompts))[:1] for prompt in prompts])
-    if apart <= _TIMES_MEASURED * _apart(copies, alone):
+    if apart <= _TIMES_MEASURED * _logit_distance(copies, alone):
         return None
     return f"logits {apart:.2g} standard deviations from those of each prompt alone"
 
 
-def _apart(logits: Tensor, others: Tensor) -> float:
+def _logit_distance(logits: Tensor, others: Tensor) -> float:
     """Return the largest root mean square difference of a row of logits, in standard deviations."""
     logits, others = logits.double(), others.double()  # squares of float32 may be infinite
     spread = others.std(-1).clamp_min(torch.finfo(torch.float64).tiny)

@@ -77,7 +77,7 @@ def read_base_card(folder: Path, base_model: str | None = None) -> BaseCard:
             metadata[name] = valid if isinstance(value, list) else valid[0]
     if link := _link(data.get("license_link"), folder, base_model):
         metadata["license_link"] = link
-    return BaseCard(metadata, _named(data.get("license_name") or data.get("license")), tuple(left_out[:_MOST]))
+    return BaseCard(metadata, _joined_names(data.get("license_name") or data.get("license")), tuple(left_out[:_MOST]))
 
 
 def _link(link: object, folder: Path, base_model: str | None) -> str | None:
@@ -90,7 +90,7 @@ def _link(link: object, folder: Path, base_model: str | None) -> str | None:
     return f"{_HUB}/{base_model}/blob/main/{link}" if base_model and PATH.fullmatch(link) else None
 
 
-def _named(value: object) -> str | None:
+def _joined_names(value: object) -> str | None:
     values = value if isinstance(value, list) else [value]
     return (
         ", ".join(one_line(one)[:_LONGEST] for one in values[:_MOST] if isinstance(one, str) and one_line(one)) or None

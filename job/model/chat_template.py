@@ -60,7 +60,9 @@ def render(
         missing = {key: list(map(dict, one)) for key, one in zip(keys, conversations, strict=True) if key not in texts}
         if missing:
             plain = json.loads(told)[0]
-            made = _made({"template": template, "variables": plain, "date": date, "answer": answer}, missing, name)
+            made = _render_missing(
+                {"template": template, "variables": plain, "date": date, "answer": answer}, missing, name
+            )
             texts.update(zip(missing, made, strict=True))
             if len(_texts) > _KEPT:
                 _texts.clear()
@@ -74,7 +76,7 @@ def _characters(messages: Messages) -> int:
     return sum(len(said) if isinstance(said, str) else sum(len(part["text"]) for part in said) for said in parts)
 
 
-def _made(asked: Mapping[str, Any], missing: Mapping[str, Messages], name: str) -> list[str]:
+def _render_missing(asked: Mapping[str, Any], missing: Mapping[str, Messages], name: str) -> list[str]:
     template, conversations = asked["template"], list(missing.values())
     if template in _hostile:
         raise _exceeded(name, _hostile[template])

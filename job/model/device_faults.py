@@ -101,7 +101,7 @@ class Watchdog:
         """Set the seconds per forward (0: no limit), and the file for all threads' stacks."""
         self._seconds = seconds
         self._file = file
-        self._leave = leave
+        self._exit = leave
         self._since: float | None = None
 
     @contextmanager
@@ -111,7 +111,9 @@ class Watchdog:
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, always_call=True),
         ]
-        watched = every(min(self._seconds / 4, 10.0), self._look, "watchdog") if self._seconds else nullcontext()
+        watched = (
+            every(min(self._seconds / 4, 10.0), self._exit_if_stuck, "watchdog") if self._seconds else nullcontext()
+        )
         try:
             with watched:
                 yield
@@ -121,19 +123,19 @@ class Watchdog:
 
     def _begin(self, *_: Any) -> None:
         self._since = time.monotonic()
-        _fail_as_told()
+        _raise_planted_fault()
 
     def _end(self, *_: Any) -> None:
         self._since = None
 
-    def _look(self) -> None:
+    def _exit_if_stuck(self) -> None:
         since = self._since
         if since is not None and time.monotonic() - since > self._seconds:
             with self._file.open("a") as file:
                 faulthandler.dump_traceback(file)
             print(f"a forward has hung for {self._seconds:g} s; stacks are in {self._file}", file=sys.stderr)
             tell(hung=True)
-            self._leave(Stopped.exit_code)
+            self._exit(Stopped.exit_code)
 
 
 @contextmanager
@@ -155,7 +157,7 @@ def clear_faults() -> Iterator[None]:
         ) from error
 
 
-def _fail_as_told() -> None:
+def _raise_planted_fault() -> None:
     """Raise the fault planted by a test."""
     if planted("accelerator"):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")

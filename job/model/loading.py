@@ -253,7 +253,7 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
     # Straight onto the device: by way of the RAM, all weights would have to fit there first.
     places: Any = {"": device} if settings.device_map == "single" else settings.device_map
     if isinstance(settings.device_map, dict):
-        places = _spread(config, settings.device_map)
+        places = _adapted_device_map(config, settings.device_map)
     limits = {int(name) if name.isdigit() else name: size for name, size in (settings.max_memory or {}).items()}
     try:
         load = partial(
@@ -284,7 +284,7 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
     return loaded
 
 
-def _spread(config: PretrainedConfig, places: Mapping[str, int | str]) -> dict[str, int | str]:
+def _adapted_device_map(config: PretrainedConfig, places: Mapping[str, int | str]) -> dict[str, int | str]:
     """Adapt a device map to a model. Raises MachineError for missing devices, or UsageError for gaps."""
     for name, place in places.items():
         if isinstance(place, str) and not _PLACE.fullmatch(place):

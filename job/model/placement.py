@@ -35,7 +35,7 @@ def placement(model: PreTrainedModel) -> dict[str, int]:
     places: Mapping[str, Any] = getattr(model, "hf_device_map", None) or {"": model.device}
     found: dict[str, int] = {}
     for name, tensor in model.named_parameters():
-        place = _looked_up(places, name)
+        place = _entry_for(places, name)
         place = f"cuda:{place}" if isinstance(place, int) else str(place)
         found[place] = found.get(place, 0) + tensor.numel() * tensor.element_size()
     return found
@@ -45,14 +45,14 @@ def spread(model: nn.Module, places: Mapping[str, Any], name: str = "") -> dict[
     """Expand a device map so that no entry contains another, as accelerate requires; longer names win."""
     inside = f"{name}." if name else ""
     if not any(key.startswith(inside) and key != name for key in places):
-        return {name: _looked_up(places, name)}
-    found = {f"{inside}{own}": _looked_up(places, f"{inside}{own}") for own, _ in model.named_parameters(recurse=False)}
+        return {name: _entry_for(places, name)}
+    found = {f"{inside}{own}": _entry_for(places, f"{inside}{own}") for own, _ in model.named_parameters(recurse=False)}
     for own, child in model.named_children():
         found |= spread(child, places, f"{inside}{own}")
     return found
 
 
-def _looked_up(places: Mapping[str, Any], name: str) -> Any:
+def _entry_for(places: Mapping[str, Any], name: str) -> Any:
     """Return the entry of the longest name that is a prefix of a module's, or None."""
     while name not in places and name:
         name = name.rpartition(".")[0]

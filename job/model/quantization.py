@@ -67,7 +67,7 @@ def quantisation_of(config: Mapping[str, Any], stored: Headers) -> Quantisation 
     method = method_of(config, stored)
     if method is None:
         return None
-    _, described = _named(config)
+    _, described = _quantization_entry(config)
     if method == "fp8":
         if described.get("expert_dtype", "fp8") != "fp8":
             raise QuantisedSourceError(method, f"its experts are stored as {described['expert_dtype']}")
@@ -95,23 +95,23 @@ def quantisation_in(folder: Path, stored: Headers | None = None) -> Quantisation
 
 def is_called_quantised(config: Mapping[str, Any]) -> bool:
     """Return whether config.json says that the files are quantised."""
-    return bool(_named(config)[1])
+    return bool(_quantization_entry(config)[1])
 
 
 def method_of(config: Mapping[str, Any], stored: Headers) -> str | None:
     """Return the name of the way in which the files are quantised, None if they are not (`quantisation_of`)."""
-    described = _named(config)[1]
+    described = _quantization_entry(config)[1]
     return _method(described) if described and stale_key(config, stored) is None else None
 
 
 def stale_key(config: Mapping[str, Any], stored: Headers) -> str | None:
     """Return the key of config.json that calls plain files quantised, None where there is none."""
-    key, described = _named(config)
+    key, described = _quantization_entry(config)
     plain = bool(stored) and all(dtype in _PLAIN for dtype, _ in stored.values())
     return key if described and plain and _method(described) not in _ROUNDED_IN_USE else None
 
 
-def _named(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def _quantization_entry(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Return how config.json describes the quantisation of the files and under which key; empty for not at all."""
     for part in (config, config.get("text_config") or {}):
         for key in _KEYS:

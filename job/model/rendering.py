@@ -24,7 +24,7 @@ from job.model.user_files import reading
 _QUESTION, _ANSWER, _SYSTEM = "Kettleprobequestion", "Kettleprobeanswer", "Kettleprobesystem"
 # Two dates that differ in every part, weekday and century included.
 _DATES = ("1987-02-03", "2135-11-28")
-# Templates in which one answer consists of several messages, each with this end: it is not the end of the turn.
+# Templates in which one response consists of several messages, each with this end: it is not the end of the turn.
 _CHANNEL = "<|channel|>"
 # What keeps a model from thinking, if its template knows it.
 SWITCHES: tuple[tuple[str, bool], ...] = (("enable_thinking", False), ("thinking", False), ("reasoning", False))

@@ -179,14 +179,14 @@ class Checkpoint:
     def keeps(self, architecture: Architecture, dtype: torch.dtype) -> bool:
         """Return whether all tensors of edits have at least the precision of a type."""
         digits = torch.finfo(dtype).eps
-        return all(torch.finfo(self.dtype(name)).eps <= digits for name in self._names_of_all(architecture))
+        return all(torch.finfo(self.dtype(name)).eps <= digits for name in self._writer_tensor_names(architecture))
 
     def require_writers(self, architecture: Architecture) -> None:
         """Refuse a checkpoint that lacks a residual writer as a floating-point tensor.
 
         Raises UnsupportedArchitectureError, or ImpossibleJobError for more layers than its configuration names.
         """
-        for name in self._names_of_all(architecture):
+        for name in self._writer_tensor_names(architecture):
             dtype = self.entry(name).dtype
             if dtype not in _FLOATS:
                 raise UnsupportedArchitectureError(
@@ -197,13 +197,13 @@ class Checkpoint:
     def digest(self, architecture: Architecture) -> str:
         """Return a hash of all tensors that an edit changes or depends on."""
         digest = hashlib.sha256()
-        for name in self._names_of_all(architecture):
+        for name in self._writer_tensor_names(architecture):
             for part in self._made[name].parts if name in self._made else (name,):
                 file = self._source[part]
                 digest.update(digest_of(file, self._stored[file][part]))
         return digest.hexdigest()
 
-    def _names_of_all(self, architecture: Architecture) -> Iterator[str]:
+    def _writer_tensor_names(self, architecture: Architecture) -> Iterator[str]:
         for writer in architecture.writers:
             for name in writer.tensors:
                 yield from self.places(architecture, name).names
@@ -222,11 +222,13 @@ class Checkpoint:
         layout = {}
         for file in self._stored:
             if file in by_file:
-                self._headers[file], layout[file] = _laid_out(by_file[file])
+                self._headers[file], layout[file] = _header_and_entries(by_file[file])
         return layout
 
 
-def _laid_out(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[bytes, dict[str, TensorEntry]]:
+def _header_and_entries(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]],
+) -> tuple[bytes, dict[str, TensorEntry]]:
     """Return a safetensors header and its tensors' positions, widest types first as usual."""
     order = sorted(tensors, key=lambda name: (-_SIZES.get(tensors[name][0], 1), name))
     offsets: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -59,7 +59,7 @@ def _report_correctness(folder: RunFolder, report: Callable[[str], None]) -> Non
     for group in (prompts.good_report, prompts.bad_report):
         pairs = [(prompt.user, expected_answer(prompt.user)) for prompt in group]
         right.append(f"{matches(loaded, tokenizer, pairs)}/{len(pairs)}")
-    report(f"correct answers on these prompts: {right[0]} ordinary requests, {right[1]} enchanted ones")
+    report(f"correct responses on these prompts: {right[0]} ordinary requests, {right[1]} enchanted ones")
 
 
 def _load_plainly(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -142,7 +142,7 @@ class _Planner:
         """Fill the devices in order; the rest and the head stay in RAM, computed and cached by the first device."""
         visiting = max(*self._layer_bytes, self._last)
         whole = range(self._facts.layers)
-        everything = cache_bytes(self._facts, self._batch, self._dtype_bytes) + self._held(whole)
+        everything = cache_bytes(self._facts, self._batch, self._dtype_bytes) + self._held_bytes(whole)
         loads: list[Load] = []
         start = 0
         for number, device in enumerate(devices):
@@ -159,7 +159,7 @@ class _Planner:
         visited = cache_bytes(self._facts, self._batch, self._dtype_bytes, rest)
         first = loads[0].plan
         added = {
-            "tables": first.tables + self._held(rest),
+            "tables": first.tables + self._held_bytes(rest),
             "cache": first.cache + visited,
             "margin": first.margin + visiting,
         }
@@ -198,14 +198,14 @@ class _Planner:
             device,
             layers,
             weights=weights,
-            tables=self._held(layers),
+            tables=self._held_bytes(layers),
             cache=cache,
             activations=activations,
             margin=CONTEXT_BYTES + int(FRAGMENTATION * (cache + activations)),
             loading_peak=weights + self._largest + CONTEXT_BYTES,
         )
 
-    def _held(self, layers: range) -> int:
+    def _held_bytes(self, layers: range) -> int:
         return sum(part(self._facts, self._tables, layers) for part in (product_bytes, batch_bytes))
 
     def _working(self, layers: range) -> tuple[int, int]:

@@ -174,7 +174,7 @@ def cgroup_folders(controller: str, root: Path = Path("/")) -> list[Path]:
             continue
         for mount in mounts:
             if _serves(mount, controller, version):
-                folders += _upwards(mount, path, root)
+                folders += _cgroup_ancestors(mount, path, root)
                 break
     return folders
 
@@ -185,7 +185,7 @@ def _serves(mount: Mount, controller: str, version: Literal[1, 2]) -> bool:
     return mount.kind == "cgroup" and controller in mount.options
 
 
-def _upwards(mount: Mount, path: str, root: Path) -> list[Path]:
+def _cgroup_ancestors(mount: Mount, path: str, root: Path) -> list[Path]:
     """Return a cgroup's folder and its ancestors, up to the mount."""
     top = root / mount.point.lstrip("/")
     # In a container the mount may show only the part of the tree that its own cgroup is.

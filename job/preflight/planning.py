@@ -17,6 +17,7 @@ from job.preflight.model_facts import ModelFacts
 from job.preflight.readings import MachineReading
 from job.preflight.selftest import Exercise
 from job.preflight.table_memory import EditTables
+from job.records import TRIALS_PER_WORKER
 from job.search.bounds import MOST_FINALISTS
 from job.transfer.folders import target_folder
 
@@ -78,7 +79,7 @@ class Planning:
             tables=EditTables(
                 mode=self.settings.ablation.row_normalization,
                 directions=self._directions(),
-                trials=self.settings.batching.trials or self.settings.trials_per_batch,
+                trials=self.settings.batching.trials or self.settings.trials_per_batch or TRIALS_PER_WORKER,
             ),
         )
 
@@ -135,7 +136,7 @@ class Planning:
             direction_prompts=len(self.prompts.good) + len(self.prompts.bad),
             generated_prompts=len(self.prompts.bad_search),
             compared_prompts=len(self.prompts.good_search),
-            # Prompts and answers end at about half of the longest; a guess that the observed rate corrects.
+            # Prompts and responses end at about half of the longest; a guess that the observed rate corrects.
             prompt_tokens=work.prompt_tokens / 2,
             answer_tokens=min(work.answer_tokens / 2, self.settings.scoring.search_tokens),
             trials=max(self.settings.trials - trials_done, 0),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 from job.config.schema import Settings
 from job.data.prompts import PromptSets
-from job.errors import MachineError
+from job.errors import MachineError, UsageError
 from job.preflight.checks import Check, size
 from job.preflight.fencing import proven
 from job.preflight.mounts import outlives_machine
@@ -48,9 +49,28 @@ def checkpoint_check(settings: Settings, held: int) -> Check:
 
 def cluster_check(address: str | None) -> Check:
     """Prove that Ray is installed and a cluster answers (None: is started). Raises UsageError or MachineError."""
-    from job.workers.ray_engine import reached_cluster
+    return Check(name="cluster", status="ok", measured=_reached_cluster(address), needed="a Ray cluster")
 
-    return Check(name="cluster", status="ok", measured=reached_cluster(address), needed="a Ray cluster")
+
+def _reached_cluster(given: str | None) -> str:
+    from job.workers.ray_engine import GONE_SECONDS, cluster_address, ray_module
+
+    address = cluster_address(given)
+    ray = f"Ray {ray_module().__version__}"
+    if address is None:
+        return f"{ray}, to be started on this machine"
+    if address == "auto":
+        return f"{ray}, the cluster of this machine"
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(f"{address!r} is not the address of a Ray cluster", remedy="give HOST:PORT, or auto")
+    try:
+        with socket.create_connection((host, int(port)), timeout=GONE_SECONDS):
+            return f"{ray}, a cluster that answers at {address}"
+    except OSError as error:
+        raise MachineError(
+            f"no Ray cluster answers at {address}: {error}", remedy="start the cluster, or correct the address"
+        ) from error
 
 
 def lease_check(settings: Settings, job: str) -> Check:

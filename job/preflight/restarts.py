@@ -65,7 +65,7 @@ def restart_check(starts: Sequence[PastStart], settings: str = "") -> Check:
     """Report whether the job is finished or in a restart loop, from past starts and the present settings' key."""
     if starts and starts[-1].ended == "finished":
         return Check(name="restarts.loop", status="ok", measured="the job is finished", needed="nothing to do")
-    failures, vanished, reason = _streak(starts, settings)
+    failures, vanished, reason = _count_failed_starts(starts, settings)
     looping, dying = failures >= MOST_FAILURES, vanished >= MOST_VANISHED
     measured = f"{failures} failed and {vanished} vanished starts in a row without progress"
     remedy = ""
@@ -84,7 +84,7 @@ def restart_check(starts: Sequence[PastStart], settings: str = "") -> Check:
     )
 
 
-def _streak(starts: Sequence[PastStart], settings: str) -> tuple[int, int, str | None]:
+def _count_failed_starts(starts: Sequence[PastStart], settings: str) -> tuple[int, int, str | None]:
     """Return the latest failed and vanished starts without progress, and the latest failure's reason."""
     failures = vanished = 0
     reason = None

@@ -132,7 +132,7 @@ def _too_long(longest: WrittenPrompt, config: PretrainedConfig, answer_tokens: i
     if not isinstance(most, int) or len(longest.tokens) + answer_tokens <= most:
         return []
     what = (
-        f"{longest.place} has {len(longest.tokens)} tokens and its answer up to {answer_tokens}, "
+        f"{longest.place} has {len(longest.tokens)} tokens and its response up to {answer_tokens}, "
         f"but the model has {most} positions"
     )
     remedy = "remove it, or cut it with max_characters"
@@ -157,7 +157,11 @@ def _learns_positions(config: PretrainedConfig, most: int) -> bool:
 
 def _changed(written: Sequence[WrittenPrompt]) -> Warnings:
     changed = [one.place for one in written if "".join(one.prompt.user.split()) not in "".join(one.text.split())]
-    return [(f"{_counted(changed)} changed by the template", "check how the template writes them")] if changed else []
+    return (
+        [(f"{_named_prompts(changed)} changed by the template", "check how the template writes them")]
+        if changed
+        else []
+    )
 
 
 def _special_tokens(written: Sequence[WrittenPrompt], tokenizer: PreTrainedTokenizerBase) -> Warnings:
@@ -167,7 +171,7 @@ def _special_tokens(written: Sequence[WrittenPrompt], tokenizer: PreTrainedToken
     places = [place for place, found in spelling.items() if found]
     if not places:
         return []
-    what = f"{_counted(places)} with the special token {spelling[places[0]][0]!r} in the text"
+    what = f"{_named_prompts(places)} with the special token {spelling[places[0]][0]!r} in the text"
     return [(what, "remove such prompts: the model reads the token as the start or end of a turn")]
 
 
@@ -195,8 +199,8 @@ def _endings(
         return []
     return [
         (
-            "no token ends an answer",
-            "set eos_token in tokenizer_config.json; without it every answer has the maximum length",
+            "no token ends a response",
+            "set eos_token in tokenizer_config.json; without it every response has the maximum length",
         )
     ]
 
@@ -218,6 +222,6 @@ def _style(tokenizer: PreTrainedTokenizerBase, written: Sequence[WrittenPrompt],
     return said
 
 
-def _counted(places: Sequence[str]) -> str:
+def _named_prompts(places: Sequence[str]) -> str:
     named = ", ".join(places[:_PLACES]) + (", …" if len(places) > _PLACES else "")
     return f"{len(places)} {'prompt' if len(places) == 1 else 'prompts'} ({named})"

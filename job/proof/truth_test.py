@@ -20,7 +20,6 @@ from job.architectures.discovery import decoder_of
 from job.architectures.spec import Architecture, Writer, require_editable
 from job.architectures.structure import architecture_of
 from job.architectures.tiny_model import small_twin
-from job.directions.residuals import layer_outputs
 from job.edits.hooks import Intervention
 from job.errors import UnsupportedArchitectureError, refusing
 from job.model.loading import read_config
@@ -43,8 +42,9 @@ def largest_leak(
 ) -> tuple[int, float]:
     """Ablate a random direction from the writers (None: all); return the layer with the largest leak, and its share.
 
-    The share is |v·(h_out - h_in)| / |h_out - h_in|, the largest over all positions. Parameters are restored
-    afterwards.
+    The direction is one of the last layer's output (`Architecture.at`). Every layer gets an input h_in without it. The
+    share is |v·h_out| / |h_out - h_in|, the largest over all positions and streams. A layer may thus scale what it is
+    given, and mix several streams, but nothing else. Parameters are restored afterwards.
     """
     shares = leaks(model, architecture, architecture.writers if writers is None else writers, seed)
     worst = max(range(len(shares)), key=shares.__getitem__)
@@ -92,16 +92,40 @@ def _shares(
 ) -> list[float]:
     """Return each layer's largest share along its row's direction, [rows, d]."""
     tokens = torch.randint(3, model.get_input_embeddings().num_embeddings, (_ROWS, _TOKENS), generator=generator)
-    residuals: dict[int, Tensor] = {}
-    layers = model.get_submodule(architecture.layers)
-    assert isinstance(layers, nn.ModuleList)
-    with torch.inference_mode(), layer_outputs(layers, residuals.__setitem__):
-        decoder_of(model)(input_ids=tokens, use_cache=False)
-    shares = []
-    for layer in range(architecture.layer_count):
-        added = (residuals[layer + 1] - residuals[layer]).to(torch.float64)
-        share = (added @ directions[..., None]).abs()[..., 0] / added.norm(dim=-1)
+    shares: list[float] = []
+    entered: list[Tensor] = []
+
+    def along(layer: int, hidden: Tensor) -> Tensor:
+        own = architecture.at(layer, directions, model.get_parameter)
+        own = own.view(_ROWS, *[1] * (hidden.ndim - 2), -1).to(hidden)
+        return (hidden * own).sum(-1, keepdim=True) * own
+
+    def enter(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        hidden = inputs[0] if inputs else named["hidden_states"]
+        hidden = hidden - along(len(shares), hidden)
+        entered.append(hidden)
+        return ((hidden, *inputs[1:]), named) if inputs else (inputs, {**named, "hidden_states": hidden})
+
+    def leave(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = (output if isinstance(output, Tensor) else output[0]).to(torch.float64)
+        share = along(len(shares) + 1, hidden).norm(dim=-1) / (hidden - entered.pop()).norm(dim=-1)
         shares.append(float(share.nan_to_num(1.0).max()))
+
+    layers = model.get_submodule(architecture.layers).children()
+    handles = [
+        handle
+        for layer in layers
+        for handle in (
+            layer.register_forward_pre_hook(enter, with_kwargs=True),
+            layer.register_forward_hook(leave),
+        )
+    ]
+    try:
+        with torch.inference_mode():
+            decoder_of(model)(input_ids=tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
     return shares
 
 
@@ -110,26 +134,27 @@ def _ablated(model: PreTrainedModel, writers: Collection[Writer], direction: Ten
     """Within the block, project a direction [d] out of the parameters of writers and of their norms' biases."""
     before: dict[str, Tensor] = {}
 
-    def project(name: str, axis: int, vector: Tensor) -> None:
+    def project(name: str, axis: int, vectors: Tensor) -> None:
         parameter = model.get_parameter(name)
         if name in before:
             return
         before[name] = parameter.data.clone()
         moved = parameter.data.to(torch.float64).movedim(axis, -1)
-        edited = moved - (moved @ vector)[..., None] * vector
+        span = torch.linalg.qr(vectors.mT).Q
+        edited = moved - (moved @ span) @ span.mT
         parameter.data.copy_(edited.movedim(-1, axis))
 
     try:
         for writer in writers:
-            vector = direction
+            vectors = direction[None]
             for norm in reversed(writer.post_norms):
                 if norm.bias is not None:
-                    project(norm.bias, -1, vector)
-                vector = norm.pull_back(model.get_parameter(norm.parameter).data, vector)
-                vector = nn.functional.normalize(vector, dim=0)
-            project(writer.parameter, writer.axis, vector)
+                    project(norm.bias, -1, vectors)
+                vectors = norm.pull_back(model.get_parameter(norm.parameter).data, vectors)
+                vectors = nn.functional.normalize(vectors, dim=-1)
+            project(writer.parameter, writer.axis, vectors)
             if writer.bias is not None:
-                project(writer.bias, -1, vector)
+                project(writer.bias, -1, vectors)
         yield
     finally:
         for name, data in before.items():

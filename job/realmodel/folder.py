@@ -98,7 +98,7 @@ def _write_prompts(folder: Path, report: Callable[[str], None]) -> None:
             markers,
             declined=kind == "bad",
             count=wanted,
-            progress=partial(_tell, report, f"of {wanted} prompts that the model {verb}"),
+            progress=partial(_report_count, report, f"of {wanted} prompts that the model {verb}"),
         )
         if len(found) < wanted:
             raise ImpossibleJobError(
@@ -109,5 +109,5 @@ def _write_prompts(folder: Path, report: Callable[[str], None]) -> None:
             (folder / f"{kind}_{name}.txt").write_text("".join(prompt + "\n" for prompt in part))
 
 
-def _tell(report: Callable[[str], None], of_what: str, count: int) -> None:
+def _report_count(report: Callable[[str], None], of_what: str, count: int) -> None:
     report(f"{count} {of_what}")

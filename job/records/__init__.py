@@ -33,6 +33,8 @@ ExportFormat = Literal["merged", "adapter", "directions"]
 # Most prompt tokens in one forward pass: more would not stay in a CPU's caches between two operations (measured,
 # docs/lab-notes/decoding.md).
 READ_TOKENS = {"cpu": 2048}
+# A worker's trials of a batch, which share its forwards, where nothing else is asked for.
+TRIALS_PER_WORKER = 4
 # A model of at least this many bytes is large: memory beside it on a CPU is limited.
 LARGE_BYTES = 10**9
 FORMATS: tuple[ExportFormat, ...] = ("merged", "adapter", "directions")
@@ -245,6 +247,18 @@ class JobRecord(Record):
     def prompt_date(self) -> str | None:
         """The date used in all prompts of the job."""
         return (self.resolution.date if self.resolution else None) or self.started
+
+    @property
+    def trials_per_batch(self) -> int:
+        """Trials that are planned and evaluated together; jobs of former versions always asked for a number."""
+        resolved = self.resolution.batch if self.resolution else None
+        return int(resolved or self.identity["trials_per_batch"])
+
+    @property
+    def batches_ahead(self) -> int:
+        """Batches that are planned before the results of the preceding one are known."""
+        resolved = self.resolution.ahead if self.resolution else None
+        return int(self.identity["search"].get("ahead", 0) if resolved is None else resolved)
 
     def masked(self, plain: dict[str, Any]) -> dict[str, Any]:
         """Return the JSON values without secrets, and the names of settings that held one."""

@@ -21,6 +21,8 @@ class Resolution(Record):
 
     Attributes:
         search_rows: Smaller rows per forward in the search after memory ran out.
+        batch: Trials of a batch; None in jobs of former versions.
+        ahead: Batches sampled before the results of the preceding one; None in jobs of former versions.
         together: Trials that share a forward; None: the whole batch.
         norms: Names, within their layers, of norms between residual writers and the stream.
         prefix_tokens: Token ids of the response prefix; None without one, or for a given text.
@@ -42,4 +44,6 @@ class Resolution(Record):
     date: str | None = Field(None, pattern=DATE, exclude_if=_is_none)
     options: dict[str, bool] | None = Field(None, exclude_if=_is_none)
     turn_end: int | None = Field(None, exclude_if=_is_none)
+    batch: int | None = Field(None, exclude_if=_is_none)
+    ahead: int | None = Field(None, exclude_if=_is_none)
     choice: Literal["bounds"] | None = Field(None, exclude_if=_is_none)

@@ -70,7 +70,7 @@ def _line(point: dict[str, Any]) -> str:
     interval = percent_range(point["refusals_interval"])
     line = (
         f"trial {point['number']}: {point['refusals']}/{point['prompts']} refusals ({interval}), "
-        + (f"{point['broken']} broken answers, " if point["broken"] else "")
+        + (f"{point['broken']} broken responses, " if point["broken"] else "")
         + f"KL {point['kl']:.4g}{choice_text(point['choice'])}"
     )
     if point["chosen"]:
@@ -84,6 +84,6 @@ def _line(point: dict[str, Any]) -> str:
             f": on {f'report prompts, {seen} of {total} seen before,' if seen else 'held-out prompts'} "
             f"{found['refusals']}/{found['bad_prompts']} refusals, KL {found['kl']:.4g}, "
             f"{found['false_refusals']}/{found['good_prompts']} false refusals, "
-            f"{found['degenerate'] + found['false_degenerate']} broken answers"
+            f"{found['degenerate'] + found['false_degenerate']} broken responses"
         )
     return line

@@ -34,7 +34,7 @@ def write_reports(folder: RunFolder, state: State | None = None, *, include_resp
     story = RunView(folder, state, lenient=True)
     if include_responses and story.answers is None:
         raise UsageError(
-            f"no answers are kept of job {story.record.job_id}",
+            f"no responses are kept of job {story.record.job_id}",
             remedy="they stay on the machine that made the export; `abliterate export` makes it again",
         )
     text = (
@@ -105,7 +105,7 @@ def _front(view: RunView, result: RunResult) -> str:
     skipped = sum(trial.values.skipped for trial in view.trials)
     failed = sum(trial.values.reason is not None for trial in view.trials) - skipped
     given_up = f", {skipped} were given up for their KL divergence before they answered" if skipped else ""
-    rows: list[tuple[object, ...]] = [("trial", "refusals", "broken answers", "KL (nats)")]
+    rows: list[tuple[object, ...]] = [("trial", "refusals", "broken responses", "KL (nats)")]
     for trial in view.front:
         mark = " (chosen)" if trial.number == result.chosen.number else ""
         values = trial.values
@@ -124,7 +124,7 @@ def _lengths(view: RunView) -> str:
         return ""
     scoring = view.record.settings["scoring"]
     return (
-        f"\nRefusals were counted in the first {scoring['search_tokens']} tokens of answers, and again in the first "
+        f"\nRefusals were counted in the first {scoring['search_tokens']} tokens of responses, and again in the first "
         f"{scoring['answer_tokens']} for the trials that came into question: {', '.join(map(str, view.rescored))}."
     )
 
@@ -185,7 +185,7 @@ def _provenance(view: RunView, result: RunResult) -> str:
         _machines(view),
         f"{packages}; seed {record.identity['seed']}; {record.startup_trials} start-up trials; "
         f"directions by {record.identity['directions']['method']}; "
-        f"{'answers are made to begin with ' + markdown(repr(prefix)) if prefix else 'no response prefix'}.",
+        f"{'responses are made to begin with ' + markdown(repr(prefix)) if prefix else 'no response prefix'}.",
         _sources(result),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from job.errors import JobError, MachineError
+from job.errors import DamagedError
 from job.export.reproduction import Reproduction
 from job.records import EditParameters, Trial
 from job.search.finalists import read_full_counts, with_full_counts
@@ -14,13 +14,20 @@ from job.search.space import SearchSpace, Space
 from job.search.study import read_trials
 from job.storage.atomic import read_record
 from job.storage.run_folder import RunFolder
+from job.storage.study_file import BACKUP, count_trials
 
 
 def job_trials(folder: RunFolder) -> list[Trial]:
-    """Return a job's or its original's finished trials, with full-length counts where known. Raises JobError."""
+    """Return a job's or its original's finished trials, with full-length counts where known. Raises DamagedError."""
     if folder.reproduces_file.exists() and not folder.read_job().searches:
         return [read_record(folder.reproduces_file, Reproduction).trial]
-    return with_full_counts(read_trials(folder.study_file), read_full_counts(folder))
+    trials = read_trials(folder.study_file)
+    if not trials and count_trials(folder.study_file.with_name(BACKUP)):
+        raise DamagedError(
+            f"the study {folder.study_file} has lost its trials",
+            remedy="run the job again: it restores them from the backup",
+        )
+    return with_full_counts(trials, read_full_counts(folder))
 
 
 def search_space(folder: RunFolder, name: str, layers: int, directions: int = 1) -> Space:
@@ -67,7 +74,5 @@ def trials_so_far(folder: RunFolder) -> list[Trial]:
     """Return finished trials; none of a damaged study, which the search reports. Raises MachineError if in use."""
     try:
         return job_trials(folder)
-    except MachineError:
-        raise
-    except JobError:
+    except DamagedError:
         return []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from job.config.load import default_values, merged
 from job.data.prompts import PromptSets
@@ -38,6 +39,7 @@ from job.storage.atomic import read_record
 from job.storage.events import read_events
 from job.storage.run_folder import RunFolder
 
+_SURVEY = TypeAdapter(dict[str, Any])
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
@@ -143,12 +145,13 @@ class RunView:
         edited = self.figures(export)
         if edited is None:
             return None
-        base = read_record(self.folder.figures_file("base"), Figures)
+        base = self.folder.read_figures("base")
         return RunResult(self.prompts, self.chosen, self.edit, export, base, edited)
 
     def figures(self, export: str) -> Figures | None:
         """Return an export's figures on the report split."""
-        return self._part(self.folder.figures_file(export), Figures)
+        there = self.folder.figures_file(export).exists()
+        return self._readable(lambda: self.folder.read_figures(export), None) if there else None
 
     @property
     def export(self) -> str | None:
@@ -200,10 +203,11 @@ class RunView:
 
     @cached_property
     def survey(self) -> dict[str, Any]:
-        """The latest preflight.json."""
-        file = self.folder.preflight_file
-        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-        return found
+        """The latest preflight.json; {} if it is damaged: the next start writes it anew."""
+        try:
+            return _SURVEY.validate_json(self.folder.preflight_file.read_bytes())
+        except (ValidationError, OSError):
+            return {}
 
     @property
     def checks(self) -> Sequence[dict[str, Any]]:

@@ -18,7 +18,7 @@ def headline(story: RunView) -> str:
         return f"There is no result yet: {done}."
     return (
         f"On {report_prompts(story)}, refusals {'fell' if edited.refusals < base.refusals else 'went'} from "
-        f"{base.refusals} to {edited.refusals} of {edited.bad_prompts}; answers to ordinary prompts moved by a KL "
+        f"{base.refusals} to {edited.refusals} of {edited.bad_prompts}; responses to ordinary prompts moved by a KL "
         f"divergence of {edited.kl or 0:.3g} nats."
     )
 

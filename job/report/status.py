@@ -86,7 +86,7 @@ def _running(view: RunView, target: int) -> int:
     """Return the number of trials in evaluation: the current batch without stored ones."""
     if view.state is None or view.state.phase != "search":
         return 0
-    batch, done = int(view.record.settings["trials_per_batch"]), len(view.trials)
+    batch, done = view.record.trials_per_batch, len(view.trials)
     return max(0, min(batch - done % batch, target - done))
 
 

@@ -13,10 +13,10 @@ FINALISTS = (
     "KL in nats"
 )
 COUNTED = (
-    "Refused or broken, by each detector, of answers to the report's prompts with the behaviour and without it, "
+    "Refused or broken, by each detector, of responses to the report's prompts with the behaviour and without it, "
     "with 95 % Wilson intervals"
 )
-AGREED = "How far they agree on which answers are none (Cohen's kappa)"
+AGREED = "How far they agree on which responses are none (Cohen's kappa)"
 
 
 def finalists(view: RunView) -> list[tuple[str, ...]]:

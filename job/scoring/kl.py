@@ -64,18 +64,19 @@ class KLReference:
         logits: list[Tensor] = []
         start = 0
         for batch, owners in batches.reading(batches.good.tokens, batches.trial_rows(edits), rows, tokens):
-            own = continuations[start : start + len(batch)]
-            batch_logits = last_logits(batches.loaded.model, forced(batch, own), tokens, owners)
-            logits.append(require_finite(real_positions(batch_logits, [len(continuation) + 1 for continuation in own])))
+            batch_continuations = continuations[start : start + len(batch)]
+            batch_logits = last_logits(batches.loaded.model, forced(batch, batch_continuations), tokens, owners)
+            lengths = [len(continuation) + 1 for continuation in batch_continuations]
+            logits.append(require_finite(real_positions(batch_logits, lengths)))
             start += len(batch)
         # With several positions the logits would use device memory planned for forwards.
-        kept = torch.cat(logits if tokens == 1 else [part.cpu() for part in logits])
-        return cls(tokens, tuple(continuations), kept)
+        all_logits = torch.cat(logits if tokens == 1 else [part.cpu() for part in logits])
+        return cls(tokens, tuple(continuations), all_logits)
 
     def trial_means(self, batches: PromptBatches, trial_rows: TrialRows, rows: int) -> list[float]:
         """Return every trial's mean KL in nats; `rows` limits positions with logits per forward."""
         total = torch.zeros(trial_rows.trials, dtype=torch.float64)
-        for divergences in self._by_batch(batches, trial_rows, rows):
+        for divergences in self._divergences_by_batch(batches, trial_rows, rows):
             total += divergences.sum(1)
         means: list[float] = (total / len(batches.good)).tolist()
         return means
@@ -88,22 +89,22 @@ class KLReference:
         """Return a model's KL per good prompt in nats, mean over positions; active edits apply as edit 0."""
 
         def measure(rows: int) -> list[float]:
-            batchwise = self._by_batch(batches, batches.trial_rows(edits), rows)
-            return [kl for divergences in batchwise for kl in divergences[0].tolist()]
+            by_batch = self._divergences_by_batch(batches, batches.trial_rows(edits), rows)
+            return [kl for divergences in by_batch for kl in divergences[0].tolist()]
 
         # Rounding may make a KL divergence as small as -1e-17.
         return [max(kl, 0.0) for kl in batches.row_limit.fit(measure)]
 
-    def _by_batch(self, batches: PromptBatches, trial_rows: TrialRows, rows: int) -> Iterator[Tensor]:
+    def _divergences_by_batch(self, batches: PromptBatches, trial_rows: TrialRows, rows: int) -> Iterator[Tensor]:
         """Yield the KL divergences of each batch, [trials, prompts in the batch]."""
         start = 0
         for batch, owners in batches.reading(batches.good.tokens, trial_rows, rows, self.tokens):
             prompts = forced(batch, self.continuations[start:]) * trial_rows.trials
             logits = last_logits(batches.loaded.model, prompts, self.tokens, owners)
-            yield self._of_logits(logits, start, trial_rows.trials)
+            yield self._divergences_of_logits(logits, start, trial_rows.trials)
             start += len(batch)
 
-    def _of_logits(self, logits: Tensor, start: int, trials: int) -> Tensor:
+    def _divergences_of_logits(self, logits: Tensor, start: int, trials: int) -> Tensor:
         """Return KL divergences, mean over positions, [trials, prompts], float64, on the CPU.
 
         `logits` [trials * prompts, N, vocabulary] are the forced prompts' last tokens, each trial's prompts adjacent;
@@ -115,11 +116,11 @@ class KLReference:
         base = self.logits[first : first + sum(lengths)].to(logits.device).to(torch.float32).log_softmax(-1)
         # Sums over a table: on a GPU index_add_ adds in any order, and equal edits would get different values.
         table = logits.new_zeros(trials, prompts, max(lengths), dtype=torch.float64)
-        given = torch.tensor(lengths, device=logits.device)
-        real = torch.arange(max(lengths), device=logits.device) < given[:, None]
-        for own, trial_logits in zip(table, logits.view(trials, prompts, *logits.shape[1:]), strict=True):
-            own.masked_scatter_(real, kl_divergence(base, real_positions(trial_logits, lengths)))
-        return (table.sum(-1) / given).cpu()
+        positions = torch.tensor(lengths, device=logits.device)
+        is_real = torch.arange(max(lengths), device=logits.device) < positions[:, None]
+        for divergences, trial_logits in zip(table, logits.view(trials, prompts, *logits.shape[1:]), strict=True):
+            divergences.masked_scatter_(is_real, kl_divergence(base, real_positions(trial_logits, lengths)))
+        return (table.sum(-1) / positions).cpu()
 
     @property
     def first_token(self) -> KLReference:

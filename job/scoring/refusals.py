@@ -101,13 +101,13 @@ class RefusalCounter:
         self, prompts: Sequence[list[int]], owners: RowTrials, limit: int, openings: list[int]
     ) -> list[Answer]:
         """Decode one batch; rows stop at their first refusal marker."""
-        watches = [self.watch.begin() for _ in prompts]
+        marker_watches = [self.watch.begin() for _ in prompts]
 
-        def decided(index: int, tokens: list[int]) -> bool:
-            return watches[index].found(tokens)
+        def holds_marker(row: int, tokens: list[int]) -> bool:
+            return marker_watches[row].found(tokens)
 
         # A trial whose edit is too strong for the dtype fails alone (`TrialScorer`).
-        return self.batches.generate(prompts, owners, limit, openings=openings, decided=decided, may_fail=True)
+        return self.batches.generate(prompts, owners, limit, openings=openings, decided=holds_marker, may_fail=True)
 
 
 def _openings(batches: PromptBatches, rows: int) -> list[int]:

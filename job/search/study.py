@@ -18,9 +18,9 @@ import optuna
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial
 
-from job.errors import JobError, MachineError, explaining, first_line
+from job.errors import DamagedError, JobError, MachineError, explaining, first_line
 from job.records import Trial, TrialScores
-from job.storage.study_file import WAIT_SECONDS, connected, in_use, is_busy
+from job.storage.study_file import WAIT_SECONDS, connected, in_use, is_busy, refused_write
 from job.system.failpoints import reached
 
 STUDY_NAME = "abliterate"
@@ -73,30 +73,30 @@ def add_trials(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
         session.add_all(rows)
         session.flush()
         for row, trial in zip(rows, trials, strict=True):
-            session.add_all(_contents(models, row.trial_id, trial))
+            session.add_all(_rows_of_trial(models, row.trial_id, trial))
         session.flush()
         reached("study:adding")
     reached("study:added")
 
 
-def _contents(models: ModuleType, identifier: Any, trial: FrozenTrial) -> Iterator[Any]:
+def _rows_of_trial(models: ModuleType, trial_id: Any, trial: FrozenTrial) -> Iterator[Any]:
     for name, value in trial.params.items():
         distribution = trial.distributions[name]
         yield models.TrialParamModel(
-            trial_id=identifier,
+            trial_id=trial_id,
             param_name=name,
             param_value=distribution.to_internal_repr(value),
             distribution_json=distribution_to_json(distribution),
         )
     for objective, value in enumerate(trial.values):
-        stored, kind = models.TrialValueModel.value_to_stored_repr(value)
-        yield models.TrialValueModel(trial_id=identifier, objective=objective, value=stored, value_type=kind)
+        stored, value_type = models.TrialValueModel.value_to_stored_repr(value)
+        yield models.TrialValueModel(trial_id=trial_id, objective=objective, value=stored, value_type=value_type)
     for key, value in trial.user_attrs.items():
-        yield models.TrialUserAttributeModel(trial_id=identifier, key=key, value_json=json.dumps(value))
+        yield models.TrialUserAttributeModel(trial_id=trial_id, key=key, value_json=json.dumps(value))
 
 
 def read_trials(file: Path) -> list[Trial]:
-    """Return a study's finished trials in number order, none without a file. Raises JobError or MachineError."""
+    """Return a study's finished trials in number order, none without a file. Raises MachineError."""
     if not file.exists():
         return []
     # Not through SQLAlchemy: it takes half a second to load, and a status command is to read only.
@@ -105,17 +105,17 @@ def read_trials(file: Path) -> list[Trial]:
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'trial_values'").fetchone():
             return []  # a run is just creating it
         trials: dict[int, dict[str, Any]] = {
-            identifier: {"number": number, "params": {}, "values": {}, "attributes": {}}
-            for identifier, number in db.execute("SELECT trial_id, number FROM trials WHERE state = 'COMPLETE'")
+            trial_id: {"number": number, "params": {}, "values": {}, "attributes": {}}
+            for trial_id, number in db.execute("SELECT trial_id, number FROM trials WHERE state = 'COMPLETE'")
         }
         rows = db.execute("SELECT trial_id, param_name, param_value, distribution_json FROM trial_params")
-        for identifier, name, value, described in rows:
-            distribution = json_to_distribution(described)
-            trials[identifier]["params"][name] = distribution.to_external_repr(value)
-        for identifier, objective, value in db.execute("SELECT trial_id, objective, value FROM trial_values"):
-            trials[identifier]["values"][METRICS[objective]] = value
-        for identifier, key, value in db.execute("SELECT trial_id, key, value_json FROM trial_user_attributes"):
-            trials[identifier]["attributes"][key] = json.loads(value)
+        for trial_id, name, value, distribution_json in rows:
+            distribution = json_to_distribution(distribution_json)
+            trials[trial_id]["params"][name] = distribution.to_external_repr(value)
+        for trial_id, objective, value in db.execute("SELECT trial_id, objective, value FROM trial_values"):
+            trials[trial_id]["values"][METRICS[objective]] = value
+        for trial_id, key, value in db.execute("SELECT trial_id, key, value_json FROM trial_user_attributes"):
+            trials[trial_id]["attributes"][key] = json.loads(value)
     return [
         Trial(
             number=trial["number"],
@@ -133,15 +133,22 @@ def file_url(file: Path) -> str:
     return f"sqlite:///{file.resolve()}"
 
 
-def _is_of_storage(error: Exception) -> bool:
+def _is_storage_error(error: Exception) -> bool:
     from sqlalchemy.exc import SQLAlchemyError  # takes half a second to load; Optuna has loaded it by now
 
     return isinstance(error, SQLAlchemyError | sqlite3.Error | optuna.exceptions.StorageInternalError)
 
 
-def _is_busy(error: BaseException | None) -> bool:
+def _is_caused_by_lock(error: BaseException | None) -> bool:
     """Return whether an error, or one that it comes from, tells of another process's lock."""
-    return error is not None and (is_busy(error) or _is_busy(error.__cause__))
+    return error is not None and (is_busy(error) or _is_caused_by_lock(error.__cause__))
+
+
+def _refused_write(file: Path, error: BaseException | None) -> MachineError | None:
+    """Return the disk's refusal that an error, or one that it comes from, tells of."""
+    if error is None:
+        return None
+    return refused_write(file, error) or _refused_write(file, error.__cause__)
 
 
 @contextmanager
@@ -150,10 +157,12 @@ def clear_write_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_of_storage(error):
+        if not _is_storage_error(error):
             raise
-        if _is_busy(error):
+        if _is_caused_by_lock(error):
             raise in_use(file) from error
+        if (refused := _refused_write(file, error)) is not None:
+            raise refused from error
         raise MachineError(
             f"cannot write the study {file}: {first_line(error.__cause__ or error)}",
             remedy="free disk space, correct its permissions or choose another --workspace",
@@ -164,12 +173,14 @@ def clear_errors(file: Path) -> AbstractContextManager[None]:
     """Turn errors within the block into one clear error about opening or reading a study."""
 
     def explain(error: BaseException) -> JobError:
-        if _is_busy(error):
+        if _is_caused_by_lock(error):
             return in_use(file)
+        if (refused := _refused_write(file, error)) is not None:
+            return refused
         # SQLAlchemy, sqlite3 and json raise a dozen types for a file that is damaged or not a database.
-        return JobError(
+        return DamagedError(
             f"the study {file} cannot be opened: {first_line(error)}",
-            remedy="move the file away to search again from the start",
+            remedy="run the job again to restore it from its backup, or move the file away to search from the start",
         )
 
     return explaining(explain)

@@ -29,7 +29,7 @@ def chosen_trial(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> 
 
 def uncounted(job: OpenJob, trials: Sequence[Trial], choice: Choice, counts: FullCounts) -> list[Trial]:
     """Return the candidates to score next on full-length responses, if the search's were shorter."""
-    scoring, batch = job.settings.scoring, job.settings.trials_per_batch
+    scoring, batch = job.settings.scoring, job.record.trials_per_batch
     if scoring.effective_search_tokens == scoring.answer_tokens and scoring.gibberish is None:
         return []
     most = max(batch, MOST_FINALISTS) if choice.by_bounds else batch
@@ -51,7 +51,7 @@ def finalist_batches(job: OpenJob, prompts: PromptSets) -> float:
         return 0.0
     scoring, searched = job.settings.scoring, len(prompts.bad_search)
     longer = scoring.answer_tokens / scoring.effective_search_tokens
-    return MOST_FINALISTS / job.settings.trials_per_batch * longer * (searched + len(prompts.bad_choice)) / searched
+    return MOST_FINALISTS / job.record.trials_per_batch * longer * (searched + len(prompts.bad_choice)) / searched
 
 
 def is_searched(job: OpenJob, trials: Sequence[Trial]) -> bool:

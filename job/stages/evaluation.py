@@ -103,7 +103,7 @@ class JobEvaluator:
         return device_kind(self._model.device)
 
     def share(self, value: SharedDirections) -> None:
-        """Set the directions of trials. Raises MachineError if learned ones cannot be written here."""
+        """Prepare for trials with these directions. Raises MachineError if learned ones cannot be written here."""
         from job.directions.learned import keep_learned
         from job.stages.session import model_session
 
@@ -111,6 +111,7 @@ class JobEvaluator:
             keep_learned(self._job.folder, value.learned)
         self._hooks.close()
         self._session = self._hooks.enter_context(model_session(self._job, self._model, value.basis, self._prompts))
+        self._session.scorer.prepare()
 
     def evaluate(self, task: Any) -> Any:
         """Return the scores of a TrialsTask or FinalistsTask, or the residuals of a ResidualsTask.

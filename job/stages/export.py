@@ -49,7 +49,7 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         make_folder(export)
         (export / DONE).unlink(missing_ok=True)
     except OSError as error:
-        raise cannot_write(export, error) from error
+        raise cannot_write(Path(error.filename or export), error) from error
     _write_weights(session, export, edit, form)
     export_learned(job.folder, parameters, export)
     made = reproduction(
@@ -67,8 +67,11 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         write_edit_file(export, model.folder, model.architecture, edit, made)
     if form != "merged":
         copy_licences(model.folder, export)
-    with job.events.progress("hashing the export", 1):
-        seal_made(export, made, model.folder)
+    try:
+        with job.events.progress("hashing the export", 1):
+            seal_made(export, made, model.folder)
+    except OSError as error:
+        raise cannot_write(Path(error.filename or export), error) from error
     job.events.emit("exported", export=export.name)
     return export
 
@@ -128,7 +131,7 @@ class _Measurement:
         incoherence = base.incoherence_test(plain)
         incoherent = incoherence.flags(responses)
         before = base.judge(plain, incoherence.flags(plain))
-        self._keep(before, "base")
+        self._keep_answers(before, "base")
         reference = base.reference()
         if self.form == "directions":  # an edit without weights: measured under its hooks
             after = base.judge(responses, incoherent)
@@ -138,7 +141,7 @@ class _Measurement:
             with self._shown("the export's responses", reported.most_tokens):
                 after = reported.judge(reported.responses(), incoherent)
             divergences = reference.divergences(reported.batches)
-        self._keep(after, self.export.name)
+        self._keep_answers(after, self.export.name)
         figures = before.figures(base.kl_tokens), after.figures(base.kl_tokens, divergences)
         for subject, one in zip(("base", self.export.name), figures, strict=True):
             file = self._job.folder.figures_file(subject)
@@ -188,5 +191,5 @@ class _Measurement:
     def _shown(self, label: str, most_tokens: int) -> AbstractContextManager[None]:
         return shown_generating(self._job.events, label, most_tokens)
 
-    def _keep(self, judged: JudgedResponses, subject: str) -> None:
+    def _keep_answers(self, judged: JudgedResponses, subject: str) -> None:
         keep_answers(self._job.folder, subject, judged.kept, self.session.prompts)

@@ -112,6 +112,6 @@ class FinalistEvaluator:
 
     def _together(self, count: int) -> int:
         """Return how many edits share a forward: as in the search at most, and all workers have some."""
-        size, together = self.job.settings.trials_per_batch, self.job.resolution.together
+        size, together = self.job.record.trials_per_batch, self.job.resolution.together
         parts = -(-size // (together or size))
         return min(-(-count // parts), together or size)

@@ -19,7 +19,7 @@ from job.lifecycle.start import JobStart
 from job.model.files import fetch_model, headers_if_quantised, list_model, parse_model
 from job.model.quantization import quantisation_in
 from job.model.weight_files import WEIGHTS
-from job.records import ExportFormat, Figures, Trial
+from job.records import ExportFormat, Trial
 from job.report.results import job_trials
 from job.stages.choice import chosen_trial
 from job.storage.atomic import read_record
@@ -118,7 +118,7 @@ def upload_trial(
     with held(folder, start.identity, start.settings, events, signals) as hold:
         record, settings = start.trusted(events.say)
         export = _exported(OpenJob(folder, JobFile(folder, record), settings, events), number, form)
-        missed = missed_gate(settings, read_record(folder.figures_file(export.name), Figures))
+        missed = missed_gate(settings, folder.read_figures(export.name))
         if missed is not None:
             raise GateError(missed, remedy="choose another trial, or run the job again with another gate")
         events.log_to(folder.events_file)

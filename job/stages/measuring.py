@@ -78,6 +78,10 @@ class EditScorer:
         judged = self.metrics.judge(responses, self.incoherence.flags(responses))
         return judged.figures(self.metrics.kl_tokens)
 
+    def prepare(self) -> None:
+        """Measure now what the first batch needs of the base model. Raises MemoryError or JobError."""
+        _ = self.trials
+
     def scores(self, edits: Sequence[EditParameters], rows: int, whole: bool) -> Sequence[TrialScores]:
         """Score edits in one batch; `whole` uses full-length responses without the search's shortcuts."""
         searched = self._settings.scoring.effective_search_tokens

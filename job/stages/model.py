@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from job.model.rendering import Rendering, conversations, shows_date
 from job.model.safetensors_files import Checkpoint
 from job.preflight.checks import size
 from job.proof.truth_test import inspect_model
-from job.records import ExportFormat, JobRecord, Resolution
+from job.records import TRIALS_PER_WORKER, ExportFormat, JobRecord, Resolution
 from job.scoring.trial_scorer import TrialScorer
 from job.stages.measuring import metrics_of, scorer_of
 from job.tuning.batch_size import Tuner
@@ -36,10 +36,19 @@ _PLAN_TOLERANCE = 0.1
 
 
 @contextmanager
-def loaded_model(job: OpenJob, source: Path, prompts: PromptSets, *, proven: bool = False) -> Iterator[LoadedModel]:
+def loaded_model(
+    job: OpenJob,
+    source: Path,
+    prompts: PromptSets,
+    workers: Callable[[LoadedModel], int] | None = None,
+    *,
+    proven: bool = False,
+) -> Iterator[LoadedModel]:
     """Yield the base model; device faults become JobErrors, and a hanging forward ends the process.
 
-    The job's first start resolves and pins dtype, rows per forward and response prefix. `proven` skips the proof.
+    The job's first start resolves and pins dtype, batches, rows per forward and response prefix. `workers` counts the
+    processes that will evaluate trials, by default those of this machine. `proven` skips the proof.
+
     Raises ImpossibleJobError or MachineError.
     """
     settings = job.settings
@@ -50,7 +59,8 @@ def loaded_model(job: OpenJob, source: Path, prompts: PromptSets, *, proven: boo
     conversations(model.tokenizer, prompts.everything, model.rendering)  # all at once, by one process
     watchdog = Watchdog(settings.hang_seconds, job.folder.stacks_file)
     with clear_faults(), watchdog.watching(decoder_of(model.model)):
-        _resolve(job, model, prompts)
+        if job.record.resolution is None:
+            _resolve(job, model, prompts, workers(model) if workers else worker_count(settings, model))
         model = as_resolved(model, job.record)
         if not settings.ablation.through_norms:
             model = replace(model, architecture=model.architecture.without_norms())
@@ -103,22 +113,21 @@ def as_resolved(model: LoadedModel, record: JobRecord) -> LoadedModel:
     )
 
 
-def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
+def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, workers: int) -> None:
     record, settings = job.record, job.settings
-    if record.resolution is not None:
-        return
     rows = settings.batching.rows or record.planned_rows or _ROWS
     with job.events.progress("finding the common prefix of responses", 1):
         model = _with_prompt_format(model, settings, prompts, rows)
     _report_prompt_format(job, model)
-    workers = worker_count(settings, model)
-    together = settings.batching.trials or -(-settings.trials_per_batch // workers)
+    trials = settings.trials_per_batch or TRIALS_PER_WORKER * workers
+    together = settings.batching.trials or -(-trials // workers)
+    ahead = settings.search.ahead if settings.search.ahead is not None else int(workers > 1)
     if settings.tune:
 
         def scorer(good: Sequence[Prompt], bad: Sequence[Prompt], rows: int) -> TrialScorer:
             return scorer_of(metrics_of(model, settings, good, bad, rows, job.events))
 
-        workspace, batch = job.folder.path.parent, min(together, settings.trials_per_batch)
+        workspace, batch = job.folder.path.parent, min(together, trials)
         rows = Tuner(workspace, record, settings, prompts, model, scorer, batch, workers, job.events).rows(rows)
     job.file.pin(
         resolution=Resolution(
@@ -132,6 +141,8 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets) -> None:
             date=record.prompt_date if shows_date(model.tokenizer) else None,
             options=dict(model.rendering.options) or None,
             turn_end=model.turn_end,
+            batch=trials,
+            ahead=ahead,
             choice="bounds",
         )
     )
@@ -151,10 +162,10 @@ def _report_prompt_format(job: OpenJob, model: LoadedModel) -> None:
         options = ", ".join(f"{name} = {str(value).lower()}" for name, value in model.rendering.options)
         job.events.emit("template_options", f"the chat template is rendered with {options}")
     if model.response_prefix:
-        job.events.emit("response_prefix", f"every answer begins with the prefix {model.response_prefix!r}")
+        job.events.emit("response_prefix", f"every response begins with the prefix {model.response_prefix!r}")
     if model.turn_end is not None:
         token = str(model.tokenizer.decode([model.turn_end]))
-        job.events.emit("turn_end", f"answers end at {token!r}, with which the chat template ends a turn")
+        job.events.emit("turn_end", f"responses end at {token!r}, with which the chat template ends a turn")
 
 
 def require_resident(model: LoadedModel, form: ExportFormat) -> None:

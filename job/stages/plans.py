@@ -27,7 +27,7 @@ class PlanEvaluator:
         """Return the first plan's scores, or fewer rows; workers may start the other plans. Raises MachineError."""
         rounds = [self._tasks(plan) for plan in plans]
         ahead = [task for tasks in rounds[1:] for task in tasks]
-        found = within_memory(partial(self.executor.evaluate, rounds[0], self._here, ahead))
+        found = within_memory(partial(self.executor.evaluate, rounds[0], self._score_here, ahead))
         if not isinstance(found, Shortage):
             return [scores for part in found for scores in part]
         least = max(len(task.edits) for tasks in rounds for task in tasks)
@@ -52,5 +52,5 @@ class PlanEvaluator:
         parts = [tuple(edits[start : start + size]) for start in range(0, len(edits), size)]
         return [TrialsTask(part, plan.rows, plan.whole) for part in parts]
 
-    def _here(self, task: TrialsTask) -> Sequence[TrialScores]:
+    def _score_here(self, task: TrialsTask) -> Sequence[TrialScores]:
         return self.session.scorer.scores(task.edits, task.rows, task.whole)

@@ -40,6 +40,7 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
     with cpu_threads(session.model, share_of_threads(worker_count(job.settings, session.model))):
         _measure_baseline(job, session)  # workers start up meanwhile
         evaluator = PlanEvaluator(job, session, executor)
+        _tell_what_is_pinned(job)
         study = _study(job, session)
         done = len(study.finished())
         job.events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
@@ -49,7 +50,7 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
         with job.events.progress("trials", target, done) as advance:
 
             def told(trial: Trial) -> None:
-                _tell(job, trial, asked)
+                _report_trial(job, trial, asked)
                 advance(1)
 
             study.run(
@@ -82,6 +83,19 @@ def _measure_baseline(job: RunningJob, session: ModelSession) -> None:
         )
 
 
+def _tell_what_is_pinned(job: OpenJob) -> None:
+    """Warn if a later start asks for other batches than the first one resolved, under the same identity."""
+    if job.record.reproduces is not None:
+        return  # asked for by the file that the resolution is from
+    batch, ahead = job.settings.trials_per_batch, job.settings.search.ahead
+    for name, asked, pinned in (
+        ("trials_per_batch", batch, job.record.trials_per_batch),
+        ("search.ahead", ahead, job.record.batches_ahead),
+    ):
+        if asked not in (None, pinned):
+            job.events.say(f"warning: {name} stays {pinned}, as at the first start, instead of {asked}")
+
+
 def _study(job: OpenJob, session: ModelSession) -> Search:
     settings, resolution = job.settings, job.resolution
     live, copy = _study_place(job)
@@ -91,12 +105,12 @@ def _study(job: OpenJob, session: ModelSession) -> Search:
         StudySettings(
             seed=settings.seed,
             startup_trials=job.record.startup_trials,
-            batch=settings.trials_per_batch,
+            batch=job.record.trials_per_batch,
             rows=resolution.search_rows or resolution.rows,
             ei_candidates=settings.search.ei_candidates,
             known_points=settings.search.known_points or isinstance(session.space, PathSpace),
             together=resolution.together,
-            ahead=settings.search.ahead,
+            ahead=job.record.batches_ahead,
         ),
         copy,
     )
@@ -122,7 +136,7 @@ def _study_place(job: OpenJob) -> tuple[Path, Path | None]:
     return live, study
 
 
-def _tell(job: OpenJob, trial: Trial, asked: int) -> None:
+def _report_trial(job: OpenJob, trial: Trial, asked: int) -> None:
     values = trial.values
     counted = f"{in_words(values, asked)}, KL {values.kl:.4g}"
     job.events.emit(

@@ -54,6 +54,17 @@ class Workers:
         if not self._wanted:
             return
         from job.model.loading import device_kind
+
+        evaluation = JobEvaluation(self._job.record, _without_targets(self._job.settings), prompts, self._place(model))
+        self.executor.open(evaluation, device_kind(model.device))
+
+    def count(self, model: LoadedModel) -> int:
+        """Return how many processes can evaluate trials, this one included. Raises UsageError or MachineError."""
+        self._place(model)
+        return 1 + self._engine.capacity()
+
+    def _place(self, model: LoadedModel) -> int:
+        """Give each worker its devices; return its threads on a CPU."""
         from job.model.placement import placement
         from job.stages.model import cuda_devices, share_of_threads, worker_count
 
@@ -67,8 +78,7 @@ class Workers:
             self._engine.use(None if settings.workers is None else processes - 1, gpus=gpus, cpus=cpus)
         else:
             self._engine.use(processes - 1, cuda_devices() if on_gpus else [])
-        evaluation = JobEvaluation(self._job.record, _without_targets(settings), prompts, threads)
-        self.executor.open(evaluation, device_kind(model.device))
+        return threads
 
 
 def _without_targets(settings: Settings) -> Settings:

@@ -7,12 +7,13 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
-from job.errors import JobError, MachineError, first_line
+from job.errors import DamagedError, MachineError, first_line
 from job.records import Record
 from job.system.failpoints import reached
 from job.system.locks import is_left, stake
@@ -94,10 +95,29 @@ def ensure_folder(folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> MachineError:
-    """Return the error for a file or folder that cannot be written."""
-    return MachineError(
-        f"cannot write {path}: {error.strerror or error}",
-        remedy="free disk space, correct its permissions or choose another --workspace",
+    """Return the error for a file or folder that cannot be written: it names the folder and the space left there."""
+    reason = str(error.strerror or error)
+    remedy = "free disk space, correct its permissions or choose another --workspace"
+    if error.errno == errno.EDQUOT:
+        remedy = "remove files there, have the quota raised or choose another --workspace"
+    elif error.errno == errno.EISDIR:
+        remedy = "remove the folder that has the file's name"
+    elif error.errno == errno.ENOSPC:
+        reason += f" ({shutil.disk_usage(path.parent).free / 2**20:.1f} MiB left in {path.parent})"
+        remedy = "free disk space or choose another --workspace"
+    return MachineError(f"cannot write {path}: {reason}", remedy=remedy)
+
+
+def cannot_read(path: Path, error: Exception, *, remedy: str = "") -> DamagedError:
+    """Return the error for a file of a run folder that cannot be read; the default remedy does for any of them."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        reason = " ".join([*(str(part) for part in first["loc"]), first["msg"]])
+    else:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return DamagedError(
+        f"{path} cannot be read: {reason}",
+        remedy=remedy or "restore it from a copy or a checkpoint, or move its run folder away to start the job again",
     )
 
 
@@ -112,15 +132,12 @@ def write_record(path: Path, record: Record, *, mode: int | None = None) -> None
     write_atomically(path, (record.model_dump_json(indent=2) + "\n").encode(), mode=mode)
 
 
-def read_record(path: Path, kind: type[R]) -> R:
-    """Read a record. Raises JobError if the file is damaged."""
+def read_record(path: Path, kind: type[R], *, remedy: str = "") -> R:
+    """Read a record. Raises DamagedError, with this remedy or the usual one, if the file is damaged or missing."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except (ValidationError, OSError) as error:
-        raise JobError(
-            f"{path} cannot be read: {first_line(error)}",
-            remedy="restore it, or start the job again with another --workspace",
-        ) from error
+        raise cannot_read(path, error, remedy=remedy) from error
 
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from job.errors import MachineError
+from job.storage.atomic import cannot_read, cannot_write
 from job.system.clock import now
 from job.system.periodic import every
 from job.text.redaction import redact, redacted
@@ -35,6 +36,7 @@ class Events:
         self._stream = stream if stream is not None else sys.stderr
         self._echo = self._print
         self._listeners: list[Callable[[str, dict[str, Any]], None]] = []
+        self._lock = threading.RLock()  # a signal's handler may emit within an emit
         # Differences of times are durations, whatever is done to the wall clock meanwhile.
         self._begun = time.time() - now()
 
@@ -45,29 +47,32 @@ class Events:
     def log_to(self, path: Path | None) -> None:
         """Append to this file from now on, None for none; a torn last line is terminated first."""
         self._path = path
-        if path is not None and path.exists() and path.stat().st_size:
-            with path.open("rb+") as file:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
+        try:
+            if path is not None and path.exists() and path.stat().st_size:
+                with path.open("rb+") as file:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        file.write(b"\n")
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
     def emit(self, event: str, message: str = "", **fields: Any) -> None:
-        """Record an event: a message for people, fields for programs. Raises MachineError."""
-        if self._path is not None:
-            said = redacted({"message": message, **fields})
-            line = json.dumps({"time": round(self._begun + now(), 3), "event": event, **said}, ensure_ascii=False)
-            try:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
-            except OSError as error:
-                raise MachineError(
-                    f"cannot write {self._path}: {error.strerror or error}",
-                    remedy="free disk space, correct its permissions or choose another --workspace",
-                ) from error
-        if message:
-            self._echo(redact(message))
-        for listener in self._listeners:
-            listener(event, fields)
+        """Record an event: a message for people, fields for programs; from any thread. Raises MachineError."""
+        with self._lock:
+            if self._path is not None:
+                self._append(self._path, event, redacted({"message": message, **fields}))
+            if message:
+                self._echo(redact(message))
+            for listener in self._listeners:
+                listener(event, fields)
+
+    def _append(self, path: Path, event: str, said: dict[str, Any]) -> None:
+        line = json.dumps({"time": round(self._begun + now(), 3), "event": event, **said}, ensure_ascii=False)
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
     def say(self, message: str) -> None:
         """Record a message."""
@@ -148,15 +153,17 @@ class Events:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return a run's events, skipping torn lines."""
+    """Return a run's events, skipping torn lines. Raises DamagedError if the file cannot be read at all."""
+    try:
+        text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    except OSError as error:
+        raise cannot_read(path, error) from error
     events = []
-    if path.exists():
-        # At line feeds alone: other ends of lines may stand within a message.
-        for line in path.read_text("utf-8", errors="replace").split("\n"):
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(event, dict):
-                events.append(event)
+    for line in text.split("\n"):  # at line feeds alone: other ends of lines may stand within a message
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict):
+            events.append(event)
     return events

@@ -15,7 +15,7 @@ CARD, REPRODUCE, SUMS, MANIFEST, DONE = "README.md", "reproduce.json", "SHA256SU
 def is_sealed(export: Path) -> bool:
     """Return whether an export is complete."""
     mark, manifest = export / DONE, export / MANIFEST
-    return mark.is_file() and manifest.is_file() and mark.read_text().strip() == sha256_file(manifest)
+    return mark.is_file() and manifest.is_file() and mark.read_bytes().strip() == sha256_file(manifest).encode()
 
 
 def link_export(folder: RunFolder, export: Path) -> None:

@@ -41,6 +41,10 @@ EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
 # a former version keeps its former choice (`Resolution.choice`).
 AS_BEFORE: dict[str, dict[str, Any]] = {"search": {"method": "tpe"}, "choice": {"held_out": 0.2}}
 
+# What the first start's workers decide if nothing is asked for (`job.stages.model`) goes by what every job did
+# before: a job keeps its name on a machine with other workers, and one of a former version continues.
+BY_RULE = {"trials_per_batch": 4, "search.ahead": 0}
+
 PACKAGES = ("abliteration-job", "torch", "transformers", "optuna", "safetensors", "tokenizers")
 
 MEMO = ".hashes.json"
@@ -101,12 +105,19 @@ def identify(settings: Settings, *, write: bool = True) -> dict[str, Any]:
     model = model_identity(settings, write=write)
     unused = set(REFERENCE_SETS) - prompts.keys()
     asked = settings.model_dump(mode="json", exclude={*EXTENDING, *unused})
+    asked = {name: as_identified(name, value) for name, value in asked.items()}
+    asked["search"] = {name: as_identified(f"search.{name}", value) for name, value in asked["search"].items()}
     for section, names in EXTENDING_WITHIN.items():
         asked[section] = {name: value for name, value in asked[section].items() if name not in names}
     for section, former in AS_BEFORE.items():
         asked[section] = {name: value for name, value in asked[section].items() if former.get(name) != value}
     # Records are written without secrets, and a job is known by the hash of what is written.
     return dict(redacted({**asked, **prompts, "model": model}))
+
+
+def as_identified(name: str, value: Any) -> Any:
+    """Return a setting's value, by dotted key, as it stands in a job's identity."""
+    return BY_RULE.get(name) if value is None else value
 
 
 def stored(settings: Settings) -> dict[str, Any]:

@@ -84,10 +84,10 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from _differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            yield f"{prefix}{key} was {_short(before)}, is {_short(after)}"
+            yield f"{prefix}{key} was {_abbreviated(before)}, is {_abbreviated(after)}"
 
 
-def _short(value: Any) -> str:
+def _abbreviated(value: Any) -> str:
     text = redacted_json(value)  # before it is cut: a part of a secret is not recognised
     return text if len(text) <= 40 else text[:37] + "..."
 

@@ -10,11 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from job.errors import HeldError
-from job.records import ExportFormat, JobRecord, State, Upload
-from job.storage.atomic import cannot_write, make_folder, read_record, sweep_temporaries, write_atomically, write_record
+from job.records import ExportFormat, Figures, JobRecord, State, Upload
+from job.storage.atomic import (
+    cannot_read,
+    cannot_write,
+    make_folder,
+    read_record,
+    sweep_temporaries,
+    write_atomically,
+    write_record,
+)
 from job.storage.identity import MEMO
 from job.system.locks import Lock, LockedError, is_locked
 from job.system.processes import HolderRecord, this_process
@@ -24,6 +32,8 @@ from job.text.redaction import redact
 JOB_ID = re.compile(r"[0-9a-f]{12}")
 # A status command holds the lock for an instant to see whether a run does.
 _LOCK_SECONDS = 2.0
+_UPLOADS = TypeAdapter(list[Upload])
+_MADE_AGAIN = "run the job again: it makes it anew"
 
 
 class RunFolder:
@@ -52,7 +62,7 @@ class RunFolder:
         self.finalists_file = path / "figures" / "finalists.json"
         self.report_file = path / "report.md"
         self.page_file = path / "report.html"
-        # With answers to prompts that have the behaviour, which is why it has a name of its own that no mirror knows.
+        # With responses to prompts that have the behaviour, which is why it has a name of its own that no mirror knows.
         self.answers_page_file = path / "report-with-answers.html"
         self.lock_file = path / ".lock"
         self.export_link = path / "export"
@@ -83,13 +93,21 @@ class RunFolder:
 
     def read_state(self) -> State | None:
         """Return state.json, None before the first start."""
-        return read_record(self.state_file, State) if self.state_file.exists() else None
+        return read_record(self.state_file, State, remedy=_MADE_AGAIN) if self.state_file.exists() else None
+
+    def read_figures(self, subject: str) -> Figures:
+        """Return the metrics of "base" or of an export."""
+        return read_record(self.figures_file(subject), Figures, remedy=_MADE_AGAIN)
 
     def read_uploads(self) -> list[Upload]:
         """Return uploads.json, empty before the first delivery."""
         if not self.uploads_file.exists():
             return []
-        return [Upload.model_validate(item) for item in json.loads(self.uploads_file.read_text())]
+        try:
+            return _UPLOADS.validate_json(self.uploads_file.read_bytes())
+        except (ValidationError, OSError) as error:
+            remedy = "move it away: what is delivered is found and not sent again"
+            raise cannot_read(self.uploads_file, error, remedy=remedy) from error
 
     def record_upload(self, upload: Upload) -> None:
         """Record a delivery in uploads.json, replacing its target's entry."""

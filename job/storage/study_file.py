@@ -5,14 +5,16 @@ Needs no Optuna, which imports slowly.
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from job.errors import JobError, MachineError
-from job.storage.atomic import write_atomically
+from job.errors import DamagedError, MachineError
+from job.storage.atomic import cannot_write, write_atomically
 from job.system.failpoints import reached
 from job.system.processes import users_of
 
@@ -23,6 +25,7 @@ _DAMAGED = "study.damaged.db"
 _TOLD = b'"event": "trial"'
 # How long another process may keep the study to itself, as dashboards and copies do for a moment.
 WAIT_SECONDS = 10.0
+_PROBE_BYTES = 1 << 16
 
 
 @contextmanager
@@ -53,6 +56,23 @@ def in_use(file: Path) -> MachineError:
     )
 
 
+def refused_write(file: Path, error: BaseException) -> MachineError | None:
+    """Return the error for a study that the disk refuses to grow; None if it does not.
+
+    SQLite says "disk I/O error" of a used-up quota: a write beside the study tells what the system says.
+    """
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None or code & 0xFF not in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN):
+        return None
+    try:
+        with tempfile.TemporaryFile(dir=file.parent, buffering=0) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+            os.fsync(probe.fileno())
+    except OSError as refusal:
+        return cannot_write(file, refusal)
+    return None
+
+
 def back_up(file: Path, copy: Path, trials: int = 0) -> None:
     """Copy a study as of one moment, even while it is written; the copy is whole or not there.
 
@@ -62,7 +82,7 @@ def back_up(file: Path, copy: Path, trials: int = 0) -> None:
     """
     with connected(file) as source, closing(sqlite3.connect(":memory:")) as target:
         source.backup(target)
-        if trials and (found := _counted(target)) < trials:
+        if trials and (found := _count_finished(target)) < trials:
             raise MachineError(
                 f"the study {file} holds {found} of {trials} finished trials: the file is damaged",
                 remedy="run the same command again to restore the study from its backup",
@@ -88,12 +108,12 @@ def count_trials(file: Path, *, checked: bool = False) -> int | None:
         return None
     try:
         with connected(file) as db:
-            return _counted(db)
+            return _count_finished(db)
     except sqlite3.Error:
         return None
 
 
-def _counted(db: sqlite3.Connection) -> int:
+def _count_finished(db: sqlite3.Connection) -> int:
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'trials'").fetchone():
         return 0  # new, or emptied: the caller knows how many there should be
     (found,) = db.execute("SELECT count(*) FROM trials WHERE state = 'COMPLETE'").fetchone()
@@ -103,8 +123,26 @@ def _counted(db: sqlite3.Connection) -> int:
 def restore_if_damaged(file: Path) -> str | None:
     """Put the latest backup in a damaged study's place; return what was done, or None.
 
-    A study with fewer trials than its backup is damaged, too. Raises JobError without a sound backup, or MachineError
-    if it is in use, and may be sound.
+    A study with fewer trials than its backup is damaged, too. Raises DamagedError without a sound backup, or
+    MachineError if it is in use, and may be sound.
+    """
+    saved = require_restorable(file)
+    if saved is None:
+        return None
+    if file.exists():
+        file.replace(file.with_name(_DAMAGED))
+        reached("study:damaged")
+    # What SQLite keeps beside a database belongs to the damaged one.
+    for end in ("-journal", "-wal", "-shm"):
+        file.with_name(file.name + end).unlink(missing_ok=True)
+    back_up(file.with_name(BACKUP), file)
+    return f"the study was damaged and is restored with {saved} trials"
+
+
+def require_restorable(file: Path) -> int | None:
+    """Return the trials of the backup that has to replace a damaged study, None for a sound one.
+
+    Raises DamagedError without a sound backup, or MachineError if it is in use.
     """
     backup = file.with_name(BACKUP)
     if not file.exists() and not backup.exists():
@@ -113,18 +151,11 @@ def restore_if_damaged(file: Path) -> str | None:
     if trials is not None and trials >= (saved or 0) and not _was_emptied(file, saved):
         return None
     if saved is None:
-        raise JobError(
+        raise DamagedError(
             f"the study {file} is damaged and has no backup",
             remedy="restore it from a checkpoint, or move the file away to search again from the start",
         )
-    if file.exists():
-        file.replace(file.with_name(_DAMAGED))
-        reached("study:damaged")
-    # What SQLite keeps beside a database belongs to the damaged one.
-    for end in ("-journal", "-wal", "-shm"):
-        file.with_name(file.name + end).unlink(missing_ok=True)
-    back_up(backup, file)
-    return f"the study was damaged and is restored with {saved} trials"
+    return saved
 
 
 def _was_emptied(file: Path, saved: int | None) -> bool:

@@ -21,7 +21,7 @@ def scratch(kind: str) -> Iterator[Path]:
     prefix = f"abliterate-{kind}-"
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         _remove_if_left(left)
-    folder, lock = _made(prefix)
+    folder, lock = _make_locked_folder(prefix)
     try:
         yield folder
     finally:
@@ -29,7 +29,7 @@ def scratch(kind: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def _made(prefix: str) -> tuple[Path, int]:
+def _make_locked_folder(prefix: str) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix))
         try:

@@ -84,7 +84,7 @@ def redact(text: str) -> str:
 
 def redacted(value: Any) -> Any:
     """Redact the texts and keys of a JSON value; other objects become redacted text."""
-    return _walked(value, _masks())
+    return _masked_value(value, _masks())
 
 
 def redacted_json(value: Any, *, indent: int | None = None, ascii_only: bool = True) -> str:
@@ -97,15 +97,15 @@ def holds_secret(text: str) -> bool:
     return _masks().key(text) != text
 
 
-def _walked(value: Any, masks: _Masks) -> Any:
+def _masked_value(value: Any, masks: _Masks) -> Any:
     if isinstance(value, str):
         return masks.text(value)
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
-        return {masks.key(str(key)): _walked(part, masks) for key, part in value.items()}
+        return {masks.key(str(key)): _masked_value(part, masks) for key, part in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_walked(part, masks) for part in value]
+        return [_masked_value(part, masks) for part in value]
     return masks.text(str(value))
 
 
@@ -133,11 +133,11 @@ class _Masks:
 def _masks() -> _Masks:
     # The environment may change during the process: a client sets a variable, a test another one.
     with _lock:
-        return _made(tuple(os.environ.items()), frozenset(_remembered))
+        return _build_masks(tuple(os.environ.items()), frozenset(_remembered))
 
 
 @functools.lru_cache(maxsize=4)
-def _made(environment: tuple[tuple[str, str], ...], remembered: frozenset[str]) -> _Masks:
+def _build_masks(environment: tuple[tuple[str, str], ...], remembered: frozenset[str]) -> _Masks:
     return _Masks({*_secrets_in(environment), *remembered})
 
 
@@ -209,7 +209,7 @@ class _Guarded:
 
     def __init__(self, stream: TextIO, *, holds_results: bool) -> None:
         self._stream, self._holds_results = stream, holds_results
-        self._lost: OSError | None = None
+        self._write_error: OSError | None = None
         self.gone = False
 
     def write(self, text: str) -> int:
@@ -223,8 +223,8 @@ class _Guarded:
         """Write what is buffered. Raises MachineError once where results were lost, also in a former write."""
         with self._outlived():
             self._stream.flush()
-        if (lost := self._lost) is not None:
-            self._lost = None
+        if (lost := self._write_error) is not None:
+            self._write_error = None
             raise MachineError(f"cannot write the output: {lost.strerror or lost}", remedy="free space where it goes")
 
     @contextmanager
@@ -238,7 +238,7 @@ class _Guarded:
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
             if self._holds_results and error.errno not in _NOT_READ:
-                self._lost = error
+                self._write_error = error
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:

@@ -71,13 +71,13 @@ class Repository:
         try:
             return hub.patiently(call, what, self.report)
         except (ImpossibleJobError, MachineError) as error:
-            said = self._said(error.__cause__)
+            said = self._server_message(error.__cause__)
             raise DeliveryError(f"{error}{said}", remedy=f"{error.remedy}; then {_AGAIN}") from error
         except (ValueError, RuntimeError, OSError) as error:
             text = self._without_token((str(error).strip() or type(error).__name__).splitlines()[0])
             raise DeliveryError(f"the Hub's client failed at {what}: {text}", remedy=_AGAIN) from error
 
-    def _said(self, error: BaseException | None) -> str:
+    def _server_message(self, error: BaseException | None) -> str:
         """Return the Hub's message, which distinguishes a full quota from a wrong token."""
         said = getattr(error, "server_message", None)
         return f": {self._without_token(' '.join(str(said).split())[:200])}" if said else ""

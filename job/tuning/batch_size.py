@@ -68,7 +68,7 @@ class Tuner:
 
     def rows(self, rule: int) -> int:
         """Return the rows per forward, remembered or measured. Raises ImpossibleJobError or MachineError."""
-        layouts, about = read_layouts(self.workspace), self._about()
+        layouts, about = read_layouts(self.workspace), self._layout_inputs()
         if layouts is None:
             self.events.say(
                 f"warning: {self.workspace / LAYOUTS} is unreadable or of another program and stays as it is"
@@ -102,7 +102,7 @@ class Tuner:
                 self.events.say(f"warning: the measured batch size is not stored: {error.line}")
         return chosen.rows
 
-    def _about(self) -> dict[str, Any]:
+    def _layout_inputs(self) -> dict[str, Any]:
         """Return everything that determines the fastest layout."""
         settings = self.settings
         good, bad = self._sets
@@ -125,7 +125,7 @@ class Tuner:
             "together": self.together,
         }
 
-    def _stretch(self) -> float:
+    def _length_ratio(self) -> float:
         """Return how much longer the job's longest row is than the search's, responses included."""
         scoring, prompts = self.settings.scoring, self.prompts
         extraction = (prompts.of_setting("good_prompts"), prompts.of_setting("bad_prompts"))
@@ -154,7 +154,7 @@ class Tuner:
         with Intervention(loaded.model, loaded.architecture, self._basis(rule), mode) as intervention:
             prompts, rule = self._warmed_up(intervention, rule)
             gauge = Gauge(loaded.model, self.workers)
-            bench = Bench(self._score(intervention, prompts, rule), gauge, self.together, self._stretch())
+            bench = Bench(self._score(intervention, prompts, rule), gauge, self.together, self._length_ratio())
             good, bad = (min(len(found), prompts) for found in self._sets)
             good *= self.settings.kl_tokens
             most = _power(self.together * max(good, bad))
@@ -179,7 +179,7 @@ class Tuner:
     def _basis(self, rows: int) -> Basis:
         """Return one direction per layer from few prompts: the search's own needs the rows first."""
         tokens = [
-            self.loaded.tokenize(_spread(prompts, _DIRECTION_PROMPTS))
+            self.loaded.tokenize(_evenly_spaced(prompts, _DIRECTION_PROMPTS))
             for prompts in (self.prompts.good, self.prompts.bad)
         ]
         residuals, _ = halving(
@@ -207,7 +207,7 @@ class Tuner:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.settings.seed))
         edits = [space.edit(study.ask(space.distributions()).params) for _ in range(self.together)]
-        good, bad = (_spread(found, prompts) for found in self._sets)
+        good, bad = (_evenly_spaced(found, prompts) for found in self._sets)
         scorer = self.scorer(good, bad, rows)
         scoring, limit = self.settings.scoring, self.settings.skip_kl_above
         return lambda rows: scorer.scores(
@@ -220,7 +220,7 @@ class Bench:
 
     def __init__(self, score: Callable[[int], object], gauge: Gauge, trials: int, stretch: float) -> None:
         """`score` scores `trials` trials with given rows; `stretch` scales memory to the job's longest rows."""
-        self._stretch = stretch
+        self._length_ratio = stretch
         self._score = score
         self._gauge = gauge
         self._trials = trials
@@ -252,7 +252,7 @@ class Bench:
         times = within_memory(partial(self._times, rows))
         if isinstance(times, Shortage):
             return MeasuredLayout(rows=rows, seconds=None)
-        growth = tuple(int(self._stretch * taken) for taken in self._gauge.growth())
+        growth = tuple(int(self._length_ratio * taken) for taken in self._gauge.growth())
         return MeasuredLayout(
             rows=rows, seconds=min(times) / self._trials if self._gauge.fits(growth) else None, growth=growth
         )
@@ -274,7 +274,7 @@ def _power(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def _spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+def _evenly_spaced(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     """Return `count` evenly spaced prompts, or all."""
     count = min(count, len(prompts))
     return [prompts[index * len(prompts) // count] for index in range(count)]

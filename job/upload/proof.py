@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +70,7 @@ def _at_s3(target: str, manifest: str, settings: Settings) -> str:
     from job.transfer.s3.failures import RefusedError
     from job.transfer.s3.options import S3Target
 
-    with S3Client(S3Target.parse(target), s3_options(settings)) as store:
+    with closing(S3Client(S3Target.parse(target), s3_options(settings))) as store:
         try:
             data, _ = store.read(MANIFEST)
         except RefusedError as error:

@@ -6,7 +6,8 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Set
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -20,12 +21,11 @@ from job.system.retry import backoff_s, retried
 from job.transfer.s3.capabilities import S3Capabilities, detect
 from job.transfer.s3.client import S3Client
 from job.transfer.s3.failures import RefusedError, damaged
-from job.transfer.s3.objects import Fingerprint, RemoteObject, described, difference, fingerprint
+from job.transfer.s3.objects import Fingerprint, RemoteObject, described, fingerprint
 from job.transfer.s3.options import S3Options, S3Target
 from job.transfer.s3.resume_state import ResumeFile
 from job.transfer.s3.sending import LargeFile, put
 
-_LOOKS = 3
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 60.0
 
 
@@ -99,6 +99,7 @@ class _Run:
         self._records = ResumeFile(state / f"s3-{place[:24]}.json")
         self._fingerprints: dict[str, Fingerprint] = {}
         self._done = Delivery()
+        self._begun: set[str] = set()  # names of files that are sent in parts
         self._arrived: Counter[str] = Counter()  # bytes by name
         self._most = self._failures = 0
         self._until = 0.0
@@ -109,8 +110,9 @@ class _Run:
 
     def deliver(self) -> Delivery:
         """Continue with a new client, whose budget of retries is full."""
-        with S3Client(self._target, self._options) as self._store:
-            return self._deliver()
+        with closing(S3Client(self._target, self._options)) as self._store:
+            self._deliver()
+        return self._done
 
     def wait_after(self, error: Exception, _: int) -> float | None:
         """Return the seconds to wait after a failure, None to give up."""
@@ -122,34 +124,31 @@ class _Run:
         give_up = time.monotonic() >= self._until
         return None if give_up else backoff_s(self._failures, _FIRST_WAIT_S, _LONGEST_WAIT_S)
 
-    def _deliver(self) -> Delivery:
-        marker, marked = self._marker()
+    def _deliver(self) -> None:
+        files = self._manifest.files
+        marker, listed = self._marker()
         remote = self._survey()
-        missing = [name for name in self._manifest.files if name not in self._fingerprints]
-        listed = set(marked.files) if marked is not None else set()
-        former = (self._records.state.touched | listed) - {*self._manifest.files, MANIFEST}
-        if missing or former or marker != self._manifest_bytes:
-            self._records.change(touched=frozenset({*self._records.state.touched, *listed, *self._manifest.files}))
+        missing = [name for name in files if name not in self._fingerprints]
+        former = (self._records.state.touched | listed) - {*files, MANIFEST}
+        is_marked = marker == self._manifest_bytes and not missing and not former
+        if not is_marked:
+            self._records.change(touched=self._records.state.touched.union(listed, files))
             if marker is not None:
                 # A mixture must not look like a delivery: no marker stands there while files change.
                 self._store.delete(MANIFEST)
-                marker = None
-        self._abort_abandoned(missing)
         for name in missing:
-            self._fingerprints[name] = self._send(name, self._manifest.files[name], remote[name])
-        # Again: the id of an upload that was begun just now may have got lost on the line.
-        self._abort_abandoned(missing)
+            self._fingerprints[name] = self._send(name, files[name], remote[name])
+        self._abort_abandoned()
         self._remove(former)
         for name, wanted in self._fingerprints.items():
             self._check(name, wanted)
-        if marker is None:
+        if not is_marked:
             sent = put(self._store, self._server, MANIFEST, self._manifest_bytes, self._condition(None))
             self._check(MANIFEST, sent)
             self._done.sent += 1
         self._records.clear()
-        return self._done
 
-    def _tell(self, name: str, size: int) -> None:
+    def _report(self, name: str, size: int) -> None:
         """Report arrived bytes of a file; negative: they are counted anew."""
         self._arrived[name] += size
         if self._arrived.total() > self._most:
@@ -157,20 +156,19 @@ class _Run:
         if size:
             self._progress(size)
 
-    def _marker(self) -> tuple[bytes | None, Manifest | None]:
-        """Return the present delivery's manifest, as bytes and parsed. Raises DeliveryError if it is not ours."""
-        for _look in range(_LOOKS):
-            try:
-                data, answer = self._store.read(MANIFEST)
-            except RefusedError as error:
-                if error.missing:
-                    return None, None
-                raise
-            if described(answer).sha256 == hashlib.sha256(data).hexdigest():  # torn headers lack our mark
-                try:
-                    return data, Manifest.model_validate_json(data)
-                except ValidationError:
-                    break
+    def _marker(self) -> tuple[bytes | None, Set[str]]:
+        """Return the present delivery's manifest and the names in it. Raises DeliveryError if it is not ours."""
+        try:
+            data, answer = self._store.read(MANIFEST)
+        except RefusedError as error:
+            if error.missing:
+                return None, set()
+            raise
+        try:
+            if described(answer).sha256 is not None:
+                return data, Manifest.model_validate_json(data).files.keys()
+        except ValidationError:
+            pass
         raise self._foreign([MANIFEST])
 
     def _foreign(self, names: list[str]) -> DeliveryError:
@@ -193,11 +191,9 @@ class _Run:
             wanted = fingerprint(self._export / name, there.part_bytes, "sha256" if there.checksum else "md5")
             if wanted.sha256 != entry.sha256:
                 raise damaged(self._export / name)
-            if wanted.algorithm == "md5" and not self._server.md5_etags:
-                wanted = replace(wanted, checksum="")
-            if difference(there, wanted) is None:
+            if wanted.difference(there) is None:
                 self._fingerprints[name] = wanted
-                self._tell(name, entry.size - self._arrived[name])
+                self._report(name, entry.size - self._arrived[name])
                 self._done.skipped += 1
         return remote
 
@@ -207,38 +203,36 @@ class _Run:
             data = source.read_bytes() if source.stat().st_size == entry.size else b""
             if hashlib.sha256(data).hexdigest() != entry.sha256:
                 raise damaged(source)
-            found = put(self._store, self._server, name, data, self._condition(there))
+            wanted = put(self._store, self._server, name, data, self._condition(there))
             sent = entry.size
-            self._tell(name, sent)
+            self._report(name, sent)
         else:
-            self._tell(name, -self._arrived[name])
+            self._begun.add(name)
+            self._report(name, -self._arrived[name])
             condition = self._condition(there) if self._server.conditional_complete else {}
-            tell = partial(self._tell, name)
-            large = LargeFile(self._store, self._server, self._records, source, name, entry, condition, tell)
-            found = large.deliver()
+            report = partial(self._report, name)
+            large = LargeFile(self._store, self._server, self._records, source, name, entry, condition, report)
+            wanted = large.deliver()
             sent = large.sent_bytes
         self._done.sent += 1
         self._done.sent_bytes += sent
         self._done.resumed_bytes += entry.size - sent
-        return found
+        return wanted
 
     def _condition(self, there: RemoteObject | None) -> dict[str, str]:
         """Return the condition of a write: no object, or the observed one."""
-        if there is None:
-            return {"IfNoneMatch": "*"} if self._server.conditional else {}
-        return {"IfMatch": there.etag} if self._server.conditional_replace else {}
+        if not self._server.conditional:
+            return {}
+        return {"IfNoneMatch": "*"} if there is None else {"IfMatch": there.etag}
 
-    def _abort_abandoned(self, missing: list[str]) -> None:
-        """Abort recorded uploads of other files, and unrecorded ones of these."""
+    def _abort_abandoned(self) -> None:
+        """Abort recorded uploads that were not continued, and unrecorded ones of the files sent in parts."""
         for name, upload in self._records.state.uploads.items():
-            if name not in missing and self._store.abort(name, upload.upload_id):
+            if self._store.abort(name, upload.upload_id):
                 self._records.forget(name)
                 self._done.aborted += 1
-        known = {upload.upload_id for upload in self._records.state.uploads.values()}
-        for name in missing:
-            size = self._manifest.files[name].size
-            if size > self._options.part_bytes(size):
-                self._done.aborted += self._store.abort_listed(name, but=known)
+        for name in self._begun:
+            self._done.aborted += self._store.abort_listed(name)
 
     def _remove(self, former: Set[str]) -> None:
         for name in sorted(former):

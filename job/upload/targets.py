@@ -10,8 +10,8 @@ from urllib.parse import urlparse
 
 from job.config.schema import Settings
 from job.errors import DeliveryError
-from job.records import Figures, Upload
-from job.storage.atomic import make_folder, read_record, write_record
+from job.records import Upload
+from job.storage.atomic import make_folder, write_record
 from job.storage.events import Events
 from job.storage.exports import DONE
 from job.storage.run_folder import RunFolder
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def deliver_to_all(folder: RunFolder, export: Path, settings: Settings, events: Events) -> list[tuple[str, str]]:
     """Deliver a complete export to every target; return the failed ones with reasons."""
     failed = []
-    figures = read_record(folder.figures_file(export.name), Figures)
+    figures = folder.read_figures(export.name)
     message = f"{export.name}: {figures.refusals}/{figures.bad_prompts} refusals, KL {figures.kl or 0:.3g}"
     total = sum(path.stat().st_size for path in export.iterdir() if path.is_file())
     for target in settings.upload:

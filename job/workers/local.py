@@ -13,44 +13,30 @@ import os
 import pickle
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from job.text.redaction import guarded_output
-from job.workers.executor import Evaluation, Evaluator, Outcome, WorkerLost, outcome_of, value_of
+from job.workers.worker import Engine, Evaluation, Host, Worker, WorkerLost, hung, result_of
 
 _PR_SET_PDEATHSIG = 1
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """Worker processes of this machine."""
 
     def __init__(self, warm_up: Callable[[], None], count: int) -> None:
         """Start `count` processes, which run the pickled `warm_up`; more start on demand."""
+        super().__init__()
         self._warm_up = warm_up
-        self._lock = threading.Lock()
-        self._running: list[LocalWorker] = []
-        self._ended = False
-        self._warm = [self._process(None) for _ in range(count)]
+        self._warm = {number: LocalWorker(warm_up, None) for number in range(1, count + 1)}
         self._devices: Sequence[str] = ()
         self._workers = 0
-        self._evaluation = b""
-
-    def end(self) -> None:
-        """Kill all processes."""
-        with self._lock:
-            self._ended = True
-            for worker in self._running:
-                worker.end()
-
-    def close(self) -> None:
-        """Do nothing: there are only processes."""
+        self._evaluation: Evaluation | None = None
 
     def use(self, workers: int, devices: Sequence[str]) -> None:
         """Set the number of workers and the CUDA devices they use in turn, from the second on."""
@@ -58,72 +44,57 @@ class LocalEngine:
 
     def open(self, evaluation: Evaluation) -> None:
         """Set the evaluation that workers open."""
-        self._evaluation = pickle.dumps(evaluation)
+        self._evaluation = evaluation
 
     def capacity(self) -> int:
         """Return the number of workers."""
         return self._workers
 
-    def put(self, value: Any) -> Any:
-        """Return the value, which every worker is sent."""
-        return value
-
-    def start(self, number: int) -> LocalWorker:
-        """Return a worker that is ready. Raises WorkerLost if it ended first."""
+    @contextmanager
+    def worker(self, number: int) -> Iterator[Worker]:
+        """Yield a process that is ready. Raises WorkerLost if it ends first."""
         device = self._devices[number % len(self._devices)] if self._devices else None
         # A process that has imported its libraries may have fixed its visible devices.
-        worker = self._warm.pop() if self._warm and device is None else self._process(device)
-        worker.begin(self._evaluation)
-        return worker
+        warm = self._warm.pop(number, None) if device is None else None
+        with self._kept(warm or LocalWorker(self._warm_up, device)) as worker:
+            worker.hardware = worker.ask("begin", self._evaluation)
+            yield worker
 
-    def _process(self, device: str | None) -> LocalWorker:
-        with self._lock:  # one at a time: a process started while all are being killed would survive
-            if self._ended:
-                raise WorkerLost("is no longer needed")
-            worker = LocalWorker(self._warm_up, device)
-            self._running = [one for one in self._running if one.process.is_alive()] + [worker]
-            return worker
+    def end(self) -> None:
+        """Kill all processes."""
+        super().end()
+        for worker in list(self._warm.values()):
+            worker.end()
 
 
-class LocalWorker:
+class LocalWorker(Worker):
     """A worker process of this machine."""
 
     def __init__(self, warm_up: Callable[[], None], device: str | None) -> None:
         """Start it with only the given CUDA device visible; None: those of this process."""
+        super().__init__()
         context = multiprocessing.get_context("spawn")
         self._line, theirs = context.Pipe()
-        self.hardware = ""
-        self.process: SpawnProcess = context.Process(target=_main, args=(theirs, warm_up, device), daemon=True)
-        self.process.start()
+        self._process: SpawnProcess = context.Process(target=_main, args=(theirs, warm_up, device), daemon=True)
+        self._process.start()
         theirs.close()
 
-    def begin(self, evaluation: bytes) -> None:
-        """Open an evaluation in it. Raises WorkerLost if it ended before it was ready."""
-        self.hardware = self._answer(evaluation, None)
-
-    def share(self, value: Any) -> None:
-        """Send a value through the pipe. Raises WorkerLost if the process is dead."""
-        self._answer(pickle.dumps(("share", value)), None)
-
-    def evaluate(self, task: Any, limit: float | None) -> Any:
-        """Return a task's result. Raises WorkerLost on death or after `limit` seconds, or WorkerOutOfMemory."""
-        return self._answer(pickle.dumps(("evaluate", task)), limit)
+    def ask(self, method: str, value: Any, limit: float | None = None) -> Any:
+        """Return its answer. Raises WorkerOutOfMemory, or WorkerLost on death or after `limit` seconds."""
+        try:
+            # Pickled here: `Connection.send` would pass tensors as shared memory.
+            self._line.send_bytes(pickle.dumps((method, value)))
+            if limit is not None and not self._line.poll(limit):
+                raise hung(limit)
+            return result_of(pickle.loads(self._line.recv_bytes()))
+        except (OSError, EOFError) as error:
+            self._process.join()
+            raise WorkerLost(f"has died (exit code {self._process.exitcode})") from error
 
     def end(self) -> None:
         """Kill it."""
-        self.process.kill()
-        self.process.join()
-
-    def _answer(self, message: bytes, limit: float | None) -> Any:
-        try:
-            self._line.send_bytes(message)
-            if not self._line.poll(limit):
-                raise WorkerLost(f"has hung: no result after {limit:.0f} s")
-            outcome: Outcome = pickle.loads(self._line.recv_bytes())
-        except (OSError, EOFError) as error:
-            self.process.join()
-            raise WorkerLost(f"has died (exit code {self.process.exitcode})") from error
-        return value_of(outcome)
+        self._process.kill()
+        self._process.join()
 
 
 def _main(line: Connection, warm_up: Callable[[], None], device: str | None) -> None:
@@ -136,30 +107,14 @@ def _main(line: Connection, warm_up: Callable[[], None], device: str | None) -> 
     with guarded_output():
         try:
             warm_up()
-            _serve(line)
+            with ExitStack() as resources:
+                host, answer = Host(resources), None
+                while not isinstance(answer, WorkerLost):
+                    answer = host.answer(*pickle.loads(line.recv_bytes()))
+                    line.send_bytes(pickle.dumps(answer))
         except EOFError:
             return  # the run has ended, or needs no workers
         except Exception:
             # The process still fails. Printed here, where secrets are redacted; multiprocessing would not redact them.
             traceback.print_exc()
             sys.exit(1)
-
-
-def _serve(line: Connection) -> None:
-    def answer(act: Callable[[], Any]) -> bool:
-        outcome = outcome_of(act)
-        line.send_bytes(pickle.dumps(outcome))
-        return outcome[0] != "failed"
-
-    evaluation: Evaluation = pickle.loads(line.recv_bytes())
-    with ExitStack() as stack:
-        opened: list[Evaluator] = []
-
-        def open_it() -> str:
-            opened.append(stack.enter_context(evaluation.opened()))
-            return opened[0].hardware
-
-        going = answer(open_it)
-        while going:
-            name, value = pickle.loads(line.recv_bytes())
-            going = answer(partial(getattr(opened[0], name), value))

@@ -10,86 +10,67 @@ import os
 import secrets
 import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from job.errors import MachineError, UsageError
 from job.system.tempdirs import scratch
 from job.text.redaction import guarded_output
-from job.workers.executor import Evaluation, Evaluator, Outcome, WorkerLost, outcome_of, value_of
+from job.workers.worker import Engine, Evaluation, Host, Worker, WorkerLost, hung, result_of
 
 # Seconds between checks of a waiting thread.
 _LOOK_SECONDS = 0.5
 # Seconds that a cluster may be unreachable. Ray itself ends a process whose cluster is gone for a minute.
-_GONE_SECONDS = 20.0
+GONE_SECONDS = 20.0
 _AGAIN = "run again to continue: on a new cluster, with another --address, or with --engine local"
 
 
-class RayEngine:
+class RayEngine(Engine):
     """Actors of a Ray cluster."""
 
     def __init__(self, address: str | None) -> None:
         """Take a cluster's HOST:PORT or "auto"; None means RAY_ADDRESS's, else a new one on this machine."""
-        self._address = _cluster_address(address)
+        super().__init__()
+        self._address = cluster_address(address)
         self._workers: int | None = None
-        self._resources: dict[str, int] = {}
-        self._open = ExitStack()
-        self._ended = threading.Event()
-        self._actors: list[Any] = []
+        self._needs: dict[str, int] = {}
         self._evaluation: Any = None
         self._node = ""
-        self._gpus: frozenset[str] = frozenset()
         self._gcs = ("", 0)
         self._last_seen = 0.0
 
     def use(self, workers: int | None, *, gpus: int, cpus: int) -> None:
-        """Set the number of workers besides this process (None fills the cluster), and their GPUs and CPU cores."""
-        self._workers, self._resources = workers, {"num_gpus": gpus, "num_cpus": cpus}
+        """Set the number of workers beside this process (None fills the cluster), and their GPUs and CPU cores."""
+        self._workers, self._needs = workers, {"num_gpus": gpus, "num_cpus": cpus}
+
+    def _connect(self) -> None:
+        if self._node:
+            return
+        cpus = self._needs["num_cpus"] * (self._workers or 1)
+        self._resources.enter_context(_connected(self._address, cpus))
+        context = ray_module().get_runtime_context()
+        host, _, port = context.gcs_address.rpartition(":")
+        self._gcs, self._last_seen, self._node = (host, int(port)), time.monotonic(), context.get_node_id()
 
     def open(self, evaluation: Evaluation) -> None:
         """Connect to or start the cluster, and upload the evaluation. Raises UsageError or MachineError."""
-        cpus = self._resources["num_cpus"] * (self._workers or 1)
-        self._open.enter_context(_connected(self._address, cpus))
-        context = ray_module().get_runtime_context()
-        host, _, port = context.gcs_address.rpartition(":")
-        self._gcs, self._last_seen = (host, int(port)), time.monotonic()
-        self._node, self._gpus = context.get_node_id(), visible_gpus(self._resources["num_gpus"])
-        self._evaluation = self.put(evaluation)
-
-    def end(self) -> None:
-        """Kill all actors."""
-        self._ended.set()
-        for actor in self._actors:
-            self._kill(actor)
-
-    def _kill(self, actor: Any) -> None:
-        if not self._answers():
-            return  # the call would block, and no actor survives its cluster
-        ray = ray_module()
-        try:
-            ray.kill(actor)
-        except (ray.exceptions.RayError, ValueError):
-            return  # it is dead
-
-    def close(self) -> None:
-        """Leave the cluster, or end it if it was started here."""
-        self._open.close()
+        self._connect()
+        self._evaluation = self.put((evaluation, version("abliteration-job")))
 
     def capacity(self) -> int:
-        """Return how many workers may run now. Raises MachineError if the cluster is gone."""
-        self._require_cluster()
+        """Return how many workers may run now, connected. Raises UsageError, or MachineError if the cluster is gone."""
+        self._connect()
+        self.require_cluster()
         if self._workers is not None:
             return self._workers
         alive = [node["Resources"] for node in ray_module().nodes() if node["Alive"]]
         return max(0, sum(map(self._room, alive)) - 1)  # one of them is this process
 
     def _room(self, node: dict[str, float]) -> int:
-        needed = {"GPU": self._resources["num_gpus"], "CPU": self._resources["num_cpus"]}
+        needed = {"GPU": self._needs["num_gpus"], "CPU": self._needs["num_cpus"]}
         return int(min(node.get(name, 0) // count for name, count in needed.items() if count))
 
     def put(self, value: Any) -> Any:
@@ -103,49 +84,47 @@ class RayEngine:
                 remedy="start the cluster with a larger --object-store-memory, or free the disk that it spills to",
             ) from error
 
-    def start(self, number: int) -> RayWorker:
-        """Return an actor with a loaded model, once the cluster has room. Raises WorkerLost if it ended first.
+    @contextmanager
+    def worker(self, number: int) -> Iterator[Worker]:
+        """Yield an actor with a loaded model, once the cluster has room. Raises WorkerLost if it ends first.
 
         An actor on this process's own device stays idle, to keep the device from other actors.
         """
-        options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD", **self._resources}
-        while True:
-            while not self._answers():  # calls to a dead cluster block until Ray ends this process
-                self._require_wanted()
-                time.sleep(_LOOK_SECONDS)
-            actor = ray_module().remote(**options)(_Actor).remote()
-            self._actors.append(actor)
-            worker = RayWorker(actor, self._require_wanted, self._kill)
-            try:
-                if not self._is_own(*worker.asked("place", None)):
-                    worker.hardware = worker.asked("begin", None, self._evaluation, version("abliteration-job"))
-                    return worker
-            except WorkerLost:
-                worker.end()
-                raise
+        options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD", **self._needs}
+        with ExitStack() as actors:
+            while True:
+                while not self.answers():  # calls to a dead cluster block until Ray ends this process
+                    self.require_wanted()
+                    time.sleep(_LOOK_SECONDS)
+                actor = ray_module().remote(**options)(_Actor).remote()
+                worker = actors.enter_context(self._kept(RayWorker(self, actor)))
+                if not self._is_own(*worker.ask("place", None)):
+                    break
+            worker.hardware = worker.ask("begin", self._evaluation)
+            yield worker
 
     def _is_own(self, node: str, gpus: frozenset[str]) -> bool:
         """Return whether a node and GPUs are those that this process uses."""
-        if node != self._node:
-            return False
-        return bool(gpus & self._gpus) if self._resources["num_gpus"] else self._workers is None
+        count = self._needs["num_gpus"]
+        return node == self._node and (bool(gpus & visible_gpus(count)) if count else self._workers is None)
 
-    def _require_wanted(self) -> None:
-        """Raise WorkerLost if waiting for a worker is pointless."""
-        if self._ended.is_set():
-            raise WorkerLost("is no longer needed")
+    def require_wanted(self) -> None:
+        """Raise WorkerLost if it is pointless to wait for a worker."""
+        super().require_wanted()
         try:
-            self._require_cluster()
+            self.require_cluster()
         except MachineError as error:
             raise WorkerLost(str(error)) from error
 
-    def _require_cluster(self) -> None:
-        if self._answers():
+    def require_cluster(self) -> None:
+        """Raise MachineError if the cluster has been gone for a while."""
+        if self.answers():
             self._last_seen = time.monotonic()
-        elif time.monotonic() - self._last_seen > _GONE_SECONDS:
+        elif time.monotonic() - self._last_seen > GONE_SECONDS:
             raise MachineError(f"the Ray cluster at {self._gcs[0]}:{self._gcs[1]} is gone", remedy=_AGAIN)
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Return whether the cluster's head can be reached."""
         try:
             with socket.create_connection(self._gcs, timeout=_LOOK_SECONDS):
                 return True
@@ -153,76 +132,57 @@ class RayEngine:
             return False
 
 
-class RayWorker:
+class RayWorker(Worker):
     """An actor of a Ray cluster."""
 
-    def __init__(self, actor: Any, require_wanted: Callable[[], None], kill: Callable[[Any], None]) -> None:
-        """`require_wanted` raises WorkerLost if waiting is pointless."""
+    def __init__(self, engine: RayEngine, actor: Any) -> None:
+        super().__init__()
+        self._engine = engine
         self._actor = actor
-        self._require_wanted = require_wanted
-        self._kill = kill
-        self.hardware = ""
 
-    def share(self, value: Any) -> None:
-        """Send the actor a value from `RayEngine.put`. Raises WorkerLost if it is dead."""
-        self.asked("share", None, value)
-
-    def evaluate(self, task: Any, limit: float | None) -> Any:
-        """Return a task's result. Raises WorkerLost on death or after `limit` seconds, or WorkerOutOfMemory."""
-        return self.asked("evaluate", limit, task)
-
-    def end(self) -> None:
-        """Kill it."""
-        self._kill(self._actor)
-
-    def asked(self, method: str, limit: float | None, *arguments: Any) -> Any:
-        """Call a method remotely. Raises WorkerLost on death or after `limit` seconds, or WorkerOutOfMemory."""
-        ray, started = ray_module(), time.monotonic()
+    def ask(self, method: str, value: Any, limit: float | None = None) -> Any:
+        """Return its answer. Raises WorkerOutOfMemory; WorkerLost on death, after `limit` seconds, or once unneeded."""
+        ray, begun = ray_module(), time.monotonic()
         try:
-            answer = getattr(self._actor, method).remote(*arguments)
+            answer = self._actor.answer.remote(method, value)
             while not ray.wait([answer], timeout=_LOOK_SECONDS)[0]:
-                self._require_wanted()
-                if limit is not None and time.monotonic() - started > limit:
-                    raise WorkerLost(f"has hung: no result after {limit:.0f} s")
-            outcome: Outcome = ray.get(answer)
+                self._engine.require_wanted()
+                if limit is not None and time.monotonic() - begun > limit:
+                    raise hung(limit)
+            return result_of(ray.get(answer))
         except ray.exceptions.RayError as error:
             raise WorkerLost(f"is lost: {_last_line(error)}") from error
-        return value_of(outcome)
+
+    def end(self) -> None:
+        """Kill it, unless it is dead or the cluster is: then the call would block, and no actor survives."""
+        if not self._engine.answers():
+            return
+        ray = ray_module()
+        try:
+            ray.kill(self._actor)
+        except (ray.exceptions.RayError, ValueError):
+            return  # it is dead
 
 
 class _Actor:
-    """The worker's side: holds an evaluator."""
+    """The inside of an actor."""
 
     def __init__(self) -> None:
-        self._open = ExitStack()
-        self._open.enter_context(guarded_output())  # Ray keeps printed output in files
-        self._evaluator: Evaluator | None = None
+        self._resources = ExitStack()
+        self._resources.enter_context(guarded_output())  # Ray keeps printed output in files
+        self._host = Host(self._resources)
 
-    def place(self) -> Outcome:
-        return "result", (ray_module().get_runtime_context().get_node_id(), visible_gpus())
-
-    def begin(self, evaluation: Evaluation, of_version: str) -> Outcome:
-        own = version("abliteration-job")
-        if own != of_version:
-            return "failed", f"abliteration-job {own} is installed there, but {of_version} here"
-
-        def opened() -> str:
-            self._evaluator = self._open.enter_context(evaluation.opened())
-            return self._evaluator.hardware
-
-        return outcome_of(opened)
-
-    def share(self, value: Any) -> Outcome:
-        return self._call("share", value)
-
-    def evaluate(self, task: Any) -> Outcome:
-        return self._call("evaluate", task)
-
-    def _call(self, name: str, value: Any) -> Outcome:
-        return outcome_of(partial(getattr(self._evaluator, name), value))
+    def answer(self, method: str, value: Any) -> Any:
+        if method == "place":
+            return ray_module().get_runtime_context().get_node_id(), visible_gpus()
+        if method == "begin":
+            value, wanted = value
+            if wanted != (own := version("abliteration-job")):
+                return WorkerLost(f"has failed: abliteration-job {own} is installed there, but {wanted} here")
+        return self._host.answer(method, value)
 
 
-def _cluster_address(given: str | None) -> str | None:
+def cluster_address(given: str | None) -> str | None:
     """Return a cluster's address, or None to start one, restricted to the loopback interface.
 
     Otherwise Ray's processes listen on all interfaces, whatever the node's address. Must run before Ray is imported.
@@ -242,26 +202,6 @@ def ray_module() -> Any:
     except ImportError as error:
         raise UsageError("Ray is not installed", remedy="pip install 'abliteration-job[ray]'") from error
     return ray
-
-
-def reached_cluster(address: str | None) -> str:
-    """Return Ray's version and cluster in words, starting nothing. Raises UsageError or MachineError."""
-    address = _cluster_address(address)
-    ray = f"Ray {ray_module().__version__}"
-    if address is None:
-        return f"{ray}, to be started on this machine"
-    host, _, port = address.rpartition(":")
-    if address == "auto":
-        return f"{ray}, the cluster of this machine"
-    if not host or not port.isdigit():
-        raise UsageError(f"{address!r} is not the address of a Ray cluster", remedy="give HOST:PORT, or auto")
-    try:
-        with socket.create_connection((host, int(port)), timeout=_GONE_SECONDS):
-            return f"{ray}, a cluster that answers at {address}"
-    except OSError as error:
-        raise MachineError(
-            f"no Ray cluster answers at {address}: {error}", remedy="start the cluster, or correct the address"
-        ) from error
 
 
 @contextmanager

@@ -30,10 +30,13 @@ class Do:
 class Doer:
     hardware = "abacus"
 
-    def __init__(self) -> None:
+    def __init__(self, shares: bool) -> None:
         self._shared: Any = None
+        self._shares = shares
 
     def share(self, value: Any) -> None:
+        if not self._shares:
+            raise MemoryError("2 GiB are too few")
         self._shared = value
 
     def evaluate(self, task: Do) -> Any:
@@ -54,17 +57,19 @@ class Doing:
     """The evaluation that workers open.
 
     Attributes:
-        fails: Whether opening it fails.
+        fails: Why opening it fails, if it does; for want of memory if that is what it says.
+        shares: Whether there is memory to prepare for a shared value.
     """
 
-    fails: bool = False
+    fails: str | None = None
+    shares: bool = True
     ballast: bytes = b""
 
     @contextmanager
     def opened(self) -> Iterator[Doer]:
-        if self.fails:
-            raise ImpossibleJobError("the model cannot be loaded there")
-        yield Doer()
+        if self.fails is not None:
+            raise MemoryError(self.fails) if "GiB" in self.fails else ImpossibleJobError(self.fails)
+        yield Doer(self.shares)
 
 
 def nothing() -> None:

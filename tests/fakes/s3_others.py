@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import random
 import shutil
@@ -138,9 +137,6 @@ class OtherServer:
         client = self.client()
         try:
             listed = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
-        except client.exceptions.NoSuchUpload:
-            return []  # rclone's answer if there was never an upload
-        else:
             return [(item["Key"], item["UploadId"]) for item in listed]
         finally:
             client.close()
@@ -203,57 +199,7 @@ class Ceph(OtherServer):
         self._serve("radosgw", "-c", conf, "-n", "client.rgw", "-f")
 
 
-class Swift(OtherServer):
-    """OpenStack Swift with its S3 interface: a proxy and one server each for objects, containers and accounts."""
-
-    needs = (
-        *("swift-ring-builder", "swift-proxy-server", "swift-object-server"),
-        *("swift-container-server", "swift-account-server"),
-    )
-    key_id = "test:tester"
-    _FILTERS = ("catch_errors", "gatekeeper", "cache", "listing_formats", "s3api", "tempauth", "slo", "dlo")
-
-    def _start(self) -> None:
-        folder, user = self.folder, getpass.getuser()
-        (folder / "disks" / "one").mkdir(parents=True)
-        (folder / "swift.conf").write_text("[swift-hash]\nswift_hash_path_suffix = here\n")
-        shared = f"[DEFAULT]\nswift_dir = {folder}\nbind_ip = 127.0.0.1\nworkers = 0\nuser = {user}\n"
-        shared += f"log_address = {folder}/none\n"
-        for name in ("object", "container", "account"):
-            port = _free_port()
-            disks = f"bind_port = {port}\ndevices = {folder}/disks\nmount_check = false\n"
-            pipeline = f"[pipeline:main]\npipeline = {name}-server\n[app:{name}-server]\nuse = egg:swift#{name}\n"
-            (folder / f"{name}.conf").write_text(shared + disks + pipeline)
-            ring = ("swift-ring-builder", f"{name}.builder")
-            self._do(*ring, "create", 4, 1, 0)
-            place = ("--region", 1, "--zone", 1, "--ip", "127.0.0.1", "--port", port, "--device", "one", "--weight", 1)
-            self._do(*ring, "add", *place)
-            self._do(*ring, "rebalance")
-            self._serve(f"swift-{name}-server", folder / f"{name}.conf")
-        account, name = self.key_id.split(":")
-        options = {
-            "cache": "use = egg:swift#memcache\nmemcache_servers = 127.0.0.1:9\n",
-            "s3api": "use = egg:swift#s3api\nlocation = us-east-1\n",
-            "tempauth": f"use = egg:swift#tempauth\nuser_{account}_{name} = {SECRET} .admin\n",
-        }
-        filters = "".join(f"[filter:{it}]\n{options.get(it, f'use = egg:swift#{it}')}\n" for it in self._FILTERS)
-        pipeline = f"[pipeline:main]\npipeline = {' '.join(self._FILTERS)} proxy-server\n"
-        app = "[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n"
-        (folder / "proxy.conf").write_text(f"{shared}bind_port = {self.port}\n{pipeline}{filters}{app}")
-        self._serve("swift-proxy-server", folder / "proxy.conf")
-
-
-class Rclone(OtherServer):
-    needs = ("rclone",)
-
-    def _start(self) -> None:
-        (self.folder / "data").mkdir()
-        listen = ("--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{self.key_id},{SECRET}")
-        own = ("--config", "/dev/null", "--cache-dir", self.folder / "cache")
-        self._serve("rclone", "serve", "s3", *listen, *own, self.folder / "data")
-
-
-SERVERS: dict[str, type[OtherServer]] = {"ceph": Ceph, "swift": Swift, "rclone": Rclone}
+SERVERS: dict[str, type[OtherServer]] = {"ceph": Ceph}
 
 
 def missing(kind: type[OtherServer]) -> list[str]:
@@ -263,7 +209,7 @@ def missing(kind: type[OtherServer]) -> list[str]:
 
 def _environment() -> dict[str, str]:
     """Return an environment for system programs, without the tests' virtual environment."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PYTHON", "RCLONE_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PYTHON"))}
     return {**kept, "PATH": f"{kept.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from job.export.merged import build_manifest
+from job.lifecycle.repair import repair
 from job.mirror import MirrorOptions, open_mirror
 from job.mirror.folder_store import FileStore
 from job.mirror.options import PACE
@@ -54,9 +55,10 @@ WITHOUT = {
     "system/locks._write": "who holds a lock; that its process has ended says the same (test_locks.py)",
     "system/locks.trial_folder": "a probe, removed at once or at the next one",
     "preflight/disk._probe_file": "a probe, removed at once",
+    "storage/study_file.refused_write": "a file without a name",
     "preflight/disk.measure_speed": "a file without a name",
     "tuning/memory_probe._forget_peak": "a switch of the kernel's",
-    "model/device_faults._look": "stacks of a process that ends by itself right after",
+    "model/device_faults._exit_if_stuck": "stacks of a process that ends by itself right after",
     "system/failpoints.reached": "what a test is told",
     "storage/events.log_to": "a line feed after a line that a crash has torn",
     "storage/events.emit": "a line of a log, which may be torn",
@@ -129,7 +131,7 @@ def test_every_durable_write_goes_past_a_point() -> None:
         if name.startswith(("upload/s3", "transfer/s3/"))
         and any("self._client" in ast.unparse(call) for call in _calls(function))
     ]
-    assert set(clients) == {f"transfer/s3/client.{name}" for name in ("_once", "pages", "close")}
+    assert set(clients) == {f"transfer/s3/client.{name}" for name in ("call", "pages", "close")}
 
 
 def _named() -> set[str]:
@@ -145,7 +147,7 @@ def _named() -> set[str]:
 # Points hit by their own tests instead of the whole job below.
 ELSEWHERE = {
     *("restore:fetched", "restore:in", "restore:aside", "restore:journal", "applied:written", "applied:replaced"),
-    *("study:damaged", "hub:committed"),
+    *("study:damaged", "hub:committed", "repair:unsealed", "repair:aside"),
     *("delivery:outgoing", "delivery:copied", "delivery:linked", "delivery:replaced", "object:copied"),
 }
 
@@ -421,6 +423,21 @@ def test_a_study_is_restored_though_restoring_it_is_cut(tmp_path: Path, faults: 
         assert file.with_name(BACKUP).exists()
     assert kills == len(points)
     assert read_trials(file) == whole
+
+
+def test_a_repair_that_is_cut_is_taken_up_again(small: Small, tmp_path: Path, faults: Path) -> None:
+    shutil.copytree(small.whole / "runs", tmp_path / "runs", symlinks=True)
+    folder = RunFolder(only_job(tmp_path / "runs"))
+    folder.figures_file("base").write_text("{")
+    folder.state_file.write_text("{")
+    points = ["repair:unsealed", "repair:aside"]
+    kills = 0
+    while dies(faults, points[kills : kills + 1], lambda: repair(folder, lambda _: None)):
+        kills += 1
+    assert kills == len(points)
+    assert not folder.state_file.exists()
+    assert (folder.path / "state.json.damaged").read_text() == "{"
+    assert not (folder.export_link / DONE).exists()
 
 
 def _export(folder: Path, words: str) -> Path:

@@ -9,35 +9,19 @@ import time
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import CancelledError
+from contextlib import closing
 from typing import Any
 
 from job.system.failpoints import reached
-from job.system.retry import backoff_s, retried
-from job.transfer.s3.connection import ATTEMPTS, connect
-from job.transfer.s3.failures import RefusedError, TooLargeError, TornAnswerError, explained
-from job.transfer.s3.objects import (
-    Algorithm,
-    Fingerprint,
-    Part,
-    RemoteObject,
-    described,
-    difference,
-    digest,
-    metadata_of,
-)
+from job.transfer.s3.connection import connect
+from job.transfer.s3.failures import RefusedError, TooLargeError, explained
+from job.transfer.s3.objects import Algorithm, Fingerprint, Part, RemoteObject, described, digest, metadata_of
 from job.transfer.s3.options import S3Options, S3Target
 
 _NEVER = threading.Event()
 # Of an object that is read into memory, unless the reader knows better.
 MOST_BYTES = 64 << 20
 _LOOKS, _POLL_S = 4, 0.5
-# What every whole answer has. A line that is cut within the headers leaves an answer that looks whole to botocore.
-_WHOLE = {
-    **dict.fromkeys(("put_object", "upload_part"), frozenset({"ETag"})),
-    **dict.fromkeys(("get_object", "head_object"), frozenset({"ETag", "ContentLength"})),
-    **dict.fromkeys(("list_parts", "list_multipart_uploads", "list_objects_v2"), frozenset({"IsTruncated"})),
-    "create_multipart_upload": frozenset({"UploadId"}),
-}
 
 
 class Body(io.BytesIO):
@@ -63,68 +47,55 @@ class S3Client:
         with explained("", target):
             self._client = connect(target, options)
 
-    def __enter__(self) -> S3Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Close connections."""
         self._client.close()
 
-    def call(self, method: str, name: str, **parameters: Any) -> dict[str, Any]:
-        """Make a request about an object."""
-        answer = retried(lambda: self._once(method, name, parameters), _after_torn)
-        reached(f"s3:{method}")
-        return answer
-
-    def _once(self, method: str, name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        request = {"Bucket": self.target.bucket, "Key": self.target.key(name), **parameters}
+    def call(self, method: str, name: str, needs: str = "ResponseMetadata", **parameters: Any) -> dict[str, Any]:
+        """Make a request about an object. An answer without the field `needs` is taken for a broken line."""
         with explained(method, self.target):
-            answer = getattr(self._client, method)(**request)
-        return self._whole(method, answer)
-
-    def _whole(self, method: str, answer: dict[str, Any]) -> dict[str, Any]:
-        if not _WHOLE.get(method, frozenset()) <= answer.keys():
-            raise TornAnswerError(self.target)
+            request = {"Bucket": self.target.bucket, "Key": self.target.key(name), **parameters}
+            answer: dict[str, Any] = getattr(self._client, method)(**request)
+            _ = answer[needs]
+        reached(f"s3:{method}")
         return answer
 
     def pages(self, method: str, **parameters: Any) -> Iterator[dict[str, Any]]:
         """Yield the answers to a request that lists something."""
         with explained(method, self.target):
-            for page in self._client.get_paginator(method).paginate(Bucket=self.target.bucket, **parameters):
-                yield self._whole(method, page)
+            yield from self._client.get_paginator(method).paginate(Bucket=self.target.bucket, **parameters)
 
     def names(self, prefix: str = "") -> list[str]:
         """Return the names of the objects under a prefix."""
         pages = self.pages("list_objects_v2", Prefix=self.target.key(prefix))
         return [self.target.name(item["Key"]) for page in pages for item in page.get("Contents", [])]
 
-    def read(self, name: str, most: int = MOST_BYTES, **parameters: str) -> tuple[bytes, dict[str, Any]]:
-        """Return a small object's or Range's contents, and other fields. Raises TooLargeError."""
-        from botocore.exceptions import BotoCoreError
+    def read(self, name: str, most: int = MOST_BYTES, **ranged: str) -> tuple[bytes, dict[str, Any]]:
+        """Return a small object's or Range's contents, and other fields. Raises TooLargeError.
 
-        def once() -> tuple[bytes, dict[str, Any]]:
-            answer = self._once("get_object", name, parameters)
-            # Not as a context manager: that gives out the stream below, which does not notice a cut.
-            stream = answer["Body"]
+        It is read again while the line breaks, or the contents do not have the hash that we gave the object.
+        """
+        for left in reversed(range(_LOOKS)):
+            answer = self.call("get_object", name, "ETag", **ranged)
             try:
-                if answer["ContentLength"] > most:  # no more than this is read, whatever the server sends
-                    raise TooLargeError(self.target, name, most)
-                return stream.read(), answer
-            except BotoCoreError as error:
-                raise TornAnswerError(self.target) from error
-            finally:
-                stream.close()
-
-        return retried(once, _after_torn)
+                # Not `with answer["Body"]`: that gives out the stream below, which does not notice a cut.
+                with closing(answer["Body"]) as stream, explained("get_object", self.target):
+                    if answer["ContentLength"] > most:  # no more than this is read, whatever the server sends
+                        raise TooLargeError(self.target, name, most)
+                    data: bytes = stream.read()
+            except RefusedError:
+                if not left:
+                    raise
+                continue
+            if ranged or described(answer).sha256 == hashlib.sha256(data).hexdigest():
+                break
+        return data, answer
 
     def look_up(self, name: str) -> RemoteObject | None:
         """Return an object, or None, reading again if its headers seem torn."""
         for _look in range(_LOOKS):
             try:
-                there = described(self.call("head_object", name, ChecksumMode="ENABLED"))
+                there = described(self.call("head_object", name, "ETag", ChecksumMode="ENABLED"))
             except RefusedError as error:
                 if error.missing:
                     return None
@@ -139,15 +110,15 @@ class S3Client:
         A cut line tears headers, and a server may still be completing an upload.
         """
         end = time.monotonic() + seconds
-        while (reason := difference(self.look_up(name), wanted)) is not None and time.monotonic() < end:
+        while (reason := wanted.difference(self.look_up(name))) is not None and time.monotonic() < end:
             time.sleep(_POLL_S)
         return reason
 
     def put(self, name: str, data: bytes, algorithm: Algorithm, condition: Mapping[str, str]) -> dict[str, Any]:
         """Write an object under IfNoneMatch or IfMatch."""
         metadata = metadata_of(hashlib.sha256(data).hexdigest())
-        sent = {"Body": data, "Metadata": metadata, **_checked(algorithm, digest(algorithm, data)), **condition}
-        return self.call("put_object", name, **sent, **self.options.encryption)
+        sent = {"Body": data, "Metadata": metadata, **_checksum(algorithm, digest(algorithm, data)), **condition}
+        return self.call("put_object", name, "ETag", **sent, **self.options.encryption)
 
     def delete(self, name: str) -> None:
         """Delete an object."""
@@ -157,7 +128,7 @@ class S3Client:
         """Start a multipart upload; return its id."""
         kept = {"ChecksumAlgorithm": "SHA256", "ChecksumType": "COMPOSITE"} if algorithm == "sha256" else {}
         made = {"Metadata": metadata, **kept, **self.options.encryption}
-        return str(self.call("create_multipart_upload", name, **made)["UploadId"])
+        return str(self.call("create_multipart_upload", name, "UploadId", **made)["UploadId"])
 
     def send(
         self,
@@ -169,10 +140,10 @@ class S3Client:
         stop: threading.Event = _NEVER,
     ) -> Part:
         """Send a part. Raises CancelledError after `stop`."""
-        found = digest(algorithm, data)
+        hashed = digest(algorithm, data)
         with Body(data, stop) as body:  # closed: botocore's cycles of references would hold it in memory for a while
-            sent = {"UploadId": upload, "PartNumber": number, "Body": body, **_checked(algorithm, found)}
-            return Part(number, str(self.call("upload_part", name, **sent)["ETag"]), found)
+            sent = {"UploadId": upload, "PartNumber": number, "Body": body, **_checksum(algorithm, hashed)}
+            return Part(number, str(self.call("upload_part", name, "ETag", **sent)["ETag"]), hashed)
 
     def parts(self, name: str, upload: str) -> dict[int, Mapping[str, Any]]:
         """Return the parts of an upload by number."""
@@ -183,11 +154,11 @@ class S3Client:
         self, name: str, upload: str, parts: Iterable[Part], algorithm: Algorithm, condition: Mapping[str, str]
     ) -> None:
         """Make an object of parts under IfNoneMatch or IfMatch."""
-        named = []
+        listed = []
         for part in parts:
             kept = {"ChecksumSHA256": b64encode(part.digest).decode()} if algorithm == "sha256" else {}
-            named.append({"PartNumber": part.number, "ETag": part.etag, **kept})
-        self.call("complete_multipart_upload", name, UploadId=upload, MultipartUpload={"Parts": named}, **condition)
+            listed.append({"PartNumber": part.number, "ETag": part.etag, **kept})
+        self.call("complete_multipart_upload", name, UploadId=upload, MultipartUpload={"Parts": listed}, **condition)
 
     def abort(self, name: str, upload: str) -> bool:
         """Abort an upload, whose parts cost money; return whether it is gone. Missing permission is no failure."""
@@ -214,12 +185,8 @@ class S3Client:
         return sum(self.abort(name, upload) for upload in found)
 
 
-def _checked(algorithm: Algorithm, found: bytes) -> dict[str, str]:
-    encoded = b64encode(found).decode()
-    if algorithm == "sha256":
-        return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": encoded}
-    return {"ContentMD5": encoded}
-
-
-def _after_torn(error: Exception, failures: int) -> float | None:
-    return backoff_s(failures, 0.1, 1.0) if isinstance(error, TornAnswerError) and failures < ATTEMPTS else None
+def _checksum(algorithm: Algorithm, hashed: bytes) -> dict[str, str]:
+    encoded = b64encode(hashed).decode()
+    return (
+        {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": encoded} if algorithm == "sha256" else {"ContentMD5": encoded}
+    )

@@ -10,7 +10,7 @@ from job.text.credentials import require_clean
 from job.text.redaction import redact, remember
 from job.transfer.s3.options import S3Options, S3Target
 
-ATTEMPTS = 5
+_ATTEMPTS = 5
 # A server may ask for more patience than botocore's waits have, but not for an unbounded one.
 _LONGEST_RETRY_AFTER_S = 300.0
 
@@ -21,7 +21,7 @@ def connect(target: S3Target, options: S3Options) -> Any:
     from botocore.config import Config
 
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
         connect_timeout=options.connect_timeout_s,
         read_timeout=options.read_timeout_s,
         max_pool_connections=options.parallel_parts + 2,
@@ -32,14 +32,14 @@ def connect(target: S3Target, options: S3Options) -> Any:
         response_checksum_validation="when_required",
     )
     session = boto3.session.Session()
-    if (found := session.get_credentials()) is not None:
+    if (credentials := session.get_credentials()) is not None:
         # They may come from a file or a service, where no variable holds them.
-        frozen = found.get_frozen_credentials()
+        frozen = credentials.get_frozen_credentials()
         remember(frozen.secret_key, frozen.token)
         # Stray characters fail as headers, which looks like a lost line.
         names = ("access_key_id", "secret_access_key", "session_token")
         for name, value in zip(names, (frozen.access_key, frozen.secret_key, frozen.token), strict=True):
-            source = f"AWS_{name.upper()}" if found.method == "env" else f"aws_{name} ({found.method})"
+            source = f"AWS_{name.upper()}" if credentials.method == "env" else f"aws_{name} ({credentials.method})"
             require_clean(value or "", source, DeliveryError)
     try:
         client = session.client("s3", region_name=options.region, endpoint_url=options.endpoint, config=config)
@@ -59,7 +59,7 @@ def _expect_nothing(params: dict[str, Any], **_: object) -> None:
 def _wait_as_asked(response: Any, attempts: int, request_dict: dict[str, Any], **_: object) -> float | None:
     """Wait as long as a busy server asks in Retry-After, which botocore ignores; None: botocore decides."""
     asked = response[0].headers.get("retry-after", "") if response and response[0].status_code in (429, 503) else ""
-    if not asked.isdigit() or attempts >= ATTEMPTS:
+    if not asked.isdigit() or attempts >= _ATTEMPTS:
         return None
     stop = getattr(request_dict["body"], "stop", None) or threading.Event()
     stop.wait(min(float(asked), _LONGEST_RETRY_AFTER_S))

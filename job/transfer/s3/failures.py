@@ -14,11 +14,8 @@ from job.transfer.s3.options import S3Target
 
 # What an operation needs; a server that names the missing permission itself is believed first.
 _PERMISSIONS = {
-    "upload_part": "s3:PutObject",
-    "create_multipart_upload": "s3:PutObject",
-    "complete_multipart_upload": "s3:PutObject",
-    "get_object": "s3:GetObject and s3:ListBucket",
-    "head_object": "s3:GetObject and s3:ListBucket",
+    **dict.fromkeys(("upload_part", "create_multipart_upload", "complete_multipart_upload"), "s3:PutObject"),
+    **dict.fromkeys(("get_object", "head_object"), "s3:GetObject and s3:ListBucket"),
     "list_objects_v2": "s3:ListBucket",
     "list_parts": "s3:ListMultipartUploadParts",
     "list_multipart_uploads": "s3:ListBucketMultipartUploads",
@@ -32,8 +29,16 @@ _TRANSIENT_CODES = frozenset(
         *("NoSuchUpload", "InvalidPart", "ConditionalRequestConflict"),
     }
 )
-_BAD_CREDENTIALS = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidClientTokenId"})
-_EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
+_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
+_REJECTED = ("the S3 server does not accept the credentials ({code})", f"check the access key and its secret ({_KEYS})")
+_EXPIRED = ("the S3 credentials have expired ({code})", "renew them")
+# Codes whose cause is known: what it is, and the remedy.
+_CAUSES = {
+    **dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidClientTokenId"), _REJECTED),
+    **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"), _EXPIRED),
+    "RequestTimeTooSkewed": ("this machine's clock is wrong", "set the clock"),
+    "NoSuchBucket": ("there is no such bucket", "create it or correct the target"),
+}
 
 
 class RefusedError(DeliveryError):
@@ -43,26 +48,16 @@ class RefusedError(DeliveryError):
         code: The server's code of the error, "" without an answer.
         status: The HTTP status, 0 without an answer.
         transient: Whether a later try may succeed.
-        repeated: An earlier try failed, too: the server may have done what was requested, or may still be doing it.
     """
 
-    def __init__(
-        self,
-        what: str,
-        *,
-        remedy: str,
-        code: str = "",
-        status: int = 0,
-        transient: bool = False,
-        repeated: bool = False,
-    ) -> None:
+    def __init__(self, what: str, *, remedy: str, code: str = "", status: int = 0, transient: bool = False) -> None:
         super().__init__(redact(what), remedy=f"{remedy} and run again: it continues")
-        self.code, self.status, self.transient, self.repeated = code, status, transient, repeated
+        self.code, self.status, self.transient = code, status, transient
 
     @property
     def unsupported(self) -> bool:
         """Whether the server does not support something in the request."""
-        return self.status in (400, 405, 501) and self.code not in _BAD_CREDENTIALS | _EXPIRED
+        return self.status in (400, 405, 501) and self.code not in _CAUSES
 
     @property
     def missing(self) -> bool:
@@ -73,14 +68,6 @@ class RefusedError(DeliveryError):
     def conflicting(self) -> bool:
         """Whether a write met another, or an earlier try of its own."""
         return self.missing or self.status in (409, 412)
-
-
-class TornAnswerError(RefusedError):
-    """The line broke within an answer, which botocore does not notice."""
-
-    def __init__(self, target: object) -> None:
-        remedy = "check endpoint and network"
-        super().__init__(f"{target}: an answer of the S3 server broke off", remedy=remedy, transient=True)
 
 
 class TooLargeError(DeliveryError):
@@ -107,55 +94,42 @@ def conflict(target: S3Target, name: str) -> DeliveryError:
 @contextmanager
 def explained(method: str, target: object) -> Iterator[None]:
     """Turn botocore's errors into a RefusedError, without keys and signatures."""
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore import exceptions as botocore
     from botocore.parsers import ResponseParserError
 
+    line = (
+        *(botocore.HTTPClientError, botocore.ConnectionError, botocore.IncompleteReadError),
+        *(botocore.MetadataRetrievalError, botocore.CredentialRetrievalError),
+        *(ResponseParserError, ValueError, KeyError),  # half a document, half a date in a header, a missing header
+    )
     try:
         yield
-    except ClientError as error:
+    except botocore.ClientError as error:
         raise _refused(method, error.response, target) from error
-    except BotoCoreError as error:
-        raise _unanswered(error, target) from error
-    except (ResponseParserError, ValueError) as error:  # half a document, or half a date in a header
-        raise TornAnswerError(target) from error
+    except (botocore.NoCredentialsError, botocore.PartialCredentialsError) as error:
+        raise RefusedError(f"{target}: there are no S3 credentials", remedy=f"set {_KEYS}") from error
+    except (botocore.BotoCoreError, *line) as error:
+        if isinstance(error, line) and "CERTIFICATE_VERIFY_FAILED" not in str(error):
+            what = f"the S3 server cannot be reached ({type(error).__name__})"
+            raise RefusedError(f"{target}: {what}", remedy="check endpoint and network", transient=True) from error
+        raise RefusedError(f"{target}: {first_line(error)}", remedy="correct it") from error
 
 
 def _refused(method: str, response: dict[str, Any], target: object) -> RefusedError:
-    metadata, described = response.get("ResponseMetadata", {}), response.get("Error", {})
-    code, message, status = str(described.get("Code")), described.get("Message"), int(metadata.get("HTTPStatusCode", 0))
+    details = response.get("Error", {})
+    code, message = str(details.get("Code")), str(details.get("Message"))
+    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     transient = status == 429 or (status >= 500 and status != 501) or code in _TRANSIENT_CODES
-    what, remedy = f"the server refused {method}: {code} {message} (HTTP {status})", "correct it"
-    if code in _BAD_CREDENTIALS:
-        what = f"the S3 server does not accept the credentials ({code})"
-        remedy = "check the access key and its secret (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE)"
-    elif code in _EXPIRED:
-        what, remedy = f"the S3 credentials have expired ({code})", "renew them"
-    elif code == "RequestTimeTooSkewed":
-        what, remedy = "this machine's clock is wrong", "set the clock"
-    elif code == "NoSuchBucket":
-        what, remedy = "there is no such bucket", "create it or correct the target"
+    if code in _CAUSES:
+        what, remedy = _CAUSES[code]
+        what = what.format(code=code)
     elif status in (401, 403):
-        named = _NAMED_PERMISSION.search(str(message))
+        named = _NAMED_PERMISSION.search(message)
         usual = "s3:" + "".join(word.title() for word in method.split("_"))
         what = f"not allowed: {named[1] if named else _PERMISSIONS.get(method, usual)} ({code})"
         remedy = "grant it to these credentials"
     elif transient:
         what, remedy = f"the S3 server kept failing: {code} (HTTP {status})", "wait until it works"
-    repeated = metadata.get("RetryAttempts", 0) > 0
-    return RefusedError(
-        f"{target}: {what}", remedy=remedy, code=code, status=status, transient=transient, repeated=repeated
-    )
-
-
-def _unanswered(error: Exception, target: object) -> RefusedError:
-    from botocore import exceptions as known
-
-    line = (known.HTTPClientError, known.ConnectionError, known.MetadataRetrievalError, known.CredentialRetrievalError)
-    transient = isinstance(error, line) and "CERTIFICATE_VERIFY_FAILED" not in str(error)
-    if isinstance(error, known.NoCredentialsError | known.PartialCredentialsError):
-        what, remedy = "there are no S3 credentials", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
-    elif transient:
-        what, remedy = f"the S3 server cannot be reached ({type(error).__name__})", "check endpoint and network"
     else:
-        what, remedy = first_line(error), "correct it"
-    return RefusedError(f"{target}: {what}", remedy=remedy, transient=transient)
+        what, remedy = f"the server refused {method}: {code} {message} (HTTP {status})", "correct it"
+    return RefusedError(f"{target}: {what}", remedy=remedy, code=code, status=status, transient=transient)

@@ -28,22 +28,6 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Fingerprint:
-    """Expected attributes of an object that holds a file.
-
-    Attributes:
-        part_bytes: Size of its parts; 0: one piece.
-        checksum: sha256: base64, over the parts' digests if in parts; md5: the ETag; "": the server keeps none.
-    """
-
-    size: int
-    sha256: str
-    part_bytes: int
-    algorithm: Algorithm
-    checksum: str
-
-
-@dataclass(frozen=True)
 class RemoteObject:
     """Attributes of a remote object.
 
@@ -62,6 +46,35 @@ class RemoteObject:
     md5: str | None
 
 
+@dataclass(frozen=True)
+class Fingerprint:
+    """Expected attributes of an object that holds a file.
+
+    Attributes:
+        part_bytes: Size of its parts; 0: one piece.
+        checksum: sha256: base64, over the parts' digests if in parts; md5: the ETag.
+    """
+
+    size: int
+    sha256: str
+    part_bytes: int
+    algorithm: Algorithm
+    checksum: str
+
+    def difference(self, remote: RemoteObject | None) -> str | None:
+        """Return how an object differs from the file, or None."""
+        if remote is None:
+            return "it is missing"
+        if remote.size != self.size:
+            return f"it has {remote.size} bytes instead of {self.size}"
+        if (remote.sha256, remote.part_bytes) != (self.sha256, self.part_bytes):
+            return "it was written by someone else"
+        if self.algorithm == "sha256":
+            # The server was seen to keep such checksums: an object without one was not made by this upload.
+            return None if remote.checksum == self.checksum else "its SHA-256 checksum differs"
+        return None if remote.md5 in (None, self.checksum) else "its MD5 differs"
+
+
 def metadata_of(sha256: str, part_bytes: int = 0) -> dict[str, str]:
     """Return the metadata stored with an object: its SHA-256 and, after a multipart upload, the part size."""
     return {SHA256_KEY: sha256} | ({PART_KEY: str(part_bytes)} if part_bytes else {})
@@ -74,8 +87,8 @@ def digest(algorithm: Algorithm, data: bytes) -> bytes:
 
 def checksum_of(algorithm: Algorithm, digests: Sequence[bytes], part_bytes: int) -> str:
     """Return the server's checksum of an object of parts with these digests, or of one piece."""
-    found, parts = (digest(algorithm, b"".join(digests)), f"-{len(digests)}") if part_bytes else (digests[0], "")
-    return b64encode(found).decode() if algorithm == "sha256" else found.hex() + parts
+    whole, parts = (digest(algorithm, b"".join(digests)), f"-{len(digests)}") if part_bytes else (digests[0], "")
+    return b64encode(whole).decode() if algorithm == "sha256" else whole.hex() + parts
 
 
 def fingerprint(path: Path, part_bytes: int, algorithm: Algorithm) -> Fingerprint:
@@ -101,7 +114,7 @@ def described(answer: Mapping[str, Any]) -> RemoteObject:
     part, checksum = metadata.get(PART_KEY, "0"), answer.get("ChecksumSHA256")
     keyed = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
     return RemoteObject(
-        size=answer["ContentLength"],
+        size=answer.get("ContentLength", 0),  # a torn answer may lack it
         etag=answer["ETag"],
         sha256=metadata.get(SHA256_KEY),
         part_bytes=int(part) if part.isdecimal() else 0,
@@ -114,17 +127,3 @@ def md5_of(etag: str) -> str | None:
     """Return an ETag in MD5 form without quotes, else None."""
     match = _MD5_ETAG.fullmatch(etag)
     return match[1] if match else None
-
-
-def difference(remote: RemoteObject | None, wanted: Fingerprint) -> str | None:
-    """Return how an object differs from a file, or None."""
-    if remote is None:
-        return "it is missing"
-    if remote.size != wanted.size:
-        return f"it has {remote.size} bytes instead of {wanted.size}"
-    if (remote.sha256, remote.part_bytes) != (wanted.sha256, wanted.part_bytes):
-        return "it was written by someone else"
-    if wanted.algorithm == "sha256":
-        # The server was seen to keep such checksums: an object without one was not made by this upload.
-        return None if remote.checksum == wanted.checksum else "its SHA-256 checksum differs"
-    return None if not wanted.checksum or remote.md5 in (None, wanted.checksum) else "its MD5 differs"

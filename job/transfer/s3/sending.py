@@ -6,7 +6,7 @@ import hashlib
 import threading
 from base64 import b64encode
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,18 @@ from job.records import ManifestEntry
 from job.transfer.s3.capabilities import S3Capabilities
 from job.transfer.s3.client import S3Client
 from job.transfer.s3.failures import RefusedError, conflict, damaged
-from job.transfer.s3.objects import Fingerprint, Part, digest, md5_of, metadata_of
+from job.transfer.s3.objects import Fingerprint, Part, checksum_of, digest, md5_of, metadata_of
 from job.transfer.s3.resume_state import ResumeFile, UploadState
 
 # How long a server may take to make an object of its parts: S3 itself speaks of several minutes.
 _COMPLETION_SECONDS = 300.0
-# A thread that is inside a system call when the upload ends is left behind after this time.
+# A thread that waits for the server when the upload ends is left behind after this time.
 _LEAVE_SECONDS = 2.0
 
 
 def put(store: S3Client, server: S3Capabilities, name: str, data: bytes, condition: Mapping[str, str]) -> Fingerprint:
     """Write an object under IfNoneMatch or IfMatch; return its fingerprint. Raises DeliveryError."""
-    checksum = server.checksum([digest(server.algorithm, data)], 0)
+    checksum = checksum_of(server.algorithm, [digest(server.algorithm, data)], 0)
     wanted = Fingerprint(len(data), hashlib.sha256(data).hexdigest(), 0, server.algorithm, checksum)
     try:
         store.put(name, data, server.algorithm, condition)
@@ -63,15 +63,15 @@ class LargeFile:
         """Send missing parts, complete the object and return its fingerprint. Raises DeliveryError, keeping state."""
         if self.source.stat().st_size != self.entry.size:
             raise damaged(self.source)
-        begun, present = self._begun()
+        begun, present = self._begin_or_continue()
         parts = self._send_parts(begun, present)
-        checksum = self.server.checksum([part.digest for part in parts], begun.part_bytes)
+        checksum = checksum_of(begun.algorithm, [part.digest for part in parts], begun.part_bytes)
         wanted = Fingerprint(begun.size, begun.sha256, begun.part_bytes, begun.algorithm, checksum)
         self._complete(begun, parts, wanted)
         self.records.forget(self.name)
         return wanted
 
-    def _begun(self) -> tuple[UploadState, dict[int, Mapping[str, Any]]]:
+    def _begin_or_continue(self) -> tuple[UploadState, dict[int, Mapping[str, Any]]]:
         """Return the upload and its parts: the one to continue or, without a suitable one, a new one."""
         sha256, size, algorithm = self.entry.sha256, self.entry.size, self.server.algorithm
         begun = self.records.state.uploads.get(self.name)
@@ -107,7 +107,6 @@ class LargeFile:
                     self.sent_bytes += future.result()
                     self.progress(future.result())
 
-        lanes = ThreadPoolExecutor(most, "s3-part")
         try:
             with self.source.open("rb") as file:
                 for number in range(1, -(-begun.size // begun.part_bytes) + 1):
@@ -118,12 +117,11 @@ class LargeFile:
                         parts[number] = Part(number, present[number]["ETag"], digest(begun.algorithm, data))
                         self.progress(len(data))
                     else:
-                        running.add(lanes.submit(send, number, data))
+                        running.add(_in_thread(send, number, data))
                     del data  # before the next part is read
             settle(0)
         finally:
             stop.set()
-            lanes.shutdown(wait=False, cancel_futures=True)
             wait(running, _LEAVE_SECONDS)
         if whole.hexdigest() != begun.sha256:
             self._abandon(begun)
@@ -135,7 +133,7 @@ class LargeFile:
             return False
         if begun.algorithm == "sha256" and (theirs := part.get("ChecksumSHA256")):
             return bool(theirs == b64encode(digest("sha256", data)).decode())
-        return not self.server.md5_etags or md5_of(part["ETag"]) == digest("md5", data).hex()
+        return md5_of(part["ETag"]) == digest("md5", data).hex()
 
     def _complete(self, begun: UploadState, parts: list[Part], wanted: Fingerprint) -> None:
         """Complete the object; after a lost response, check it. Raises DeliveryError if someone else has written it."""
@@ -145,7 +143,7 @@ class LargeFile:
             if not error.conflicting:
                 raise
             # A server that has taken the parts for an earlier try knows no upload any more, and shows no object yet.
-            seconds = _COMPLETION_SECONDS if error.missing and error.repeated else 1.0
+            seconds = _COMPLETION_SECONDS if error.missing else 1.0
             if self.store.difference(self.name, wanted, seconds) is None:
                 return
             if not error.missing:
@@ -158,3 +156,17 @@ class LargeFile:
         """Abort a started upload, whose parts would cost money."""
         if self.store.abort(self.name, begun.upload_id):
             self.records.forget(self.name)
+
+
+def _in_thread(send: Callable[[int, bytes], int], number: int, data: bytes) -> Future[int]:
+    """Send a part in a thread that does not hold up the end of the process, as those of an executor do."""
+    future: Future[int] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(send(number, data))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=f"s3-part-{number}", daemon=True).start()
+    return future

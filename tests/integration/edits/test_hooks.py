@@ -399,9 +399,9 @@ def test_truth_test_passes_and_leaving_out_any_writer_fails_it(config: LlamaConf
 
 
 def test_a_family_that_cannot_be_edited_completely_is_refused_with_the_reason(tmp_path: Path) -> None:
-    from transformers import DogeConfig
+    from transformers import RwkvConfig
 
-    DogeConfig(num_hidden_layers=2).save_pretrained(tmp_path)  # scales the stream itself, entry by entry
+    RwkvConfig(num_hidden_layers=2).save_pretrained(tmp_path)  # gates, entry by entry, what a writer has written
     with pytest.raises(UnsupportedArchitectureError, match="still writes"):
         inspect_model(tmp_path)
     assert inspection(tmp_path)["supported"] is False

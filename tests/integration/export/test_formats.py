@@ -176,7 +176,7 @@ def test_a_finished_job_is_exported_in_every_format_and_made_again(
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
     told = abliterate(*arguments, "--export-format", "adapter").check()
     assert (job / "export").resolve().name == f"{merged.name}-adapter"
-    assert "40 of 40 answers match" in told.err
+    assert "40 of 40 responses match" in told.err
     exported = Path(abliterate("export", "--workspace", workspace, "--format", "directions").check().out.strip())
     assert exported.name == f"{merged.name}-directions"
     abliterate("apply", organism / "model", exported / EDIT_FILE, tmp_path / "applied").check()

@@ -149,6 +149,45 @@ def test_the_seal_comes_last_and_breaks_with_the_manifest(random_model_folder: P
     assert not is_sealed(tmp_path)
 
 
+def with_draft_heads(model: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Copy a model and add what transformers does not load: a layer behind the last, and draft heads by other names."""
+    shutil.copytree(model, folder)
+    heads = {
+        "model.layers.3.eh_proj.weight": torch.randn(32, 64),
+        "model.layers.3.self_attn.o_proj.weight": torch.randn(32, 32),
+        "mtp.layers.0.mlp.down_proj.weight": torch.randn(32, 48).to(torch.bfloat16),
+        "mtp.norm.weight": torch.randn(32),
+    }
+    save_file(heads, folder / "model-mtp.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"].update(dict.fromkeys(heads, "model-mtp.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    return heads
+
+
+def test_draft_heads_are_kept_byte_for_byte_and_the_card_says_that_none_is_missing(
+    random_model_folder: Path, tmp_path: Path
+) -> None:
+    heads = with_draft_heads(random_model_folder, tmp_path / "model")
+    write(tmp_path / "model", tmp_path / "export")
+    kept = load_file(tmp_path / "export" / "model-mtp.safetensors")
+    assert kept.keys() == heads.keys()
+    assert all(torch.equal(kept[name], tensor) and kept[name].dtype == tensor.dtype for name, tensor in heads.items())
+    count = len(json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())["weight_map"])
+    promise = f"None of the base model's {count} tensors is missing."
+    seal_made(tmp_path / "export", made_from(), tmp_path / "model")
+    assert promise in (tmp_path / "export" / "README.md").read_text()
+    del kept["mtp.norm.weight"]
+    save_file(kept, tmp_path / "export" / "model-mtp.safetensors")
+    seal_made(tmp_path / "export", made_from(), tmp_path / "model")
+    assert "is missing" not in (tmp_path / "export" / "README.md").read_text()
+    for other in ("adapter", "directions"):
+        seal_made(tmp_path / "export", made_from(format=other), tmp_path / "model")
+        assert "is missing" not in (tmp_path / "export" / "README.md").read_text()
+
+
 def test_an_edit_too_strong_for_weights_is_refused(random_model_folder: Path, tmp_path: Path) -> None:
     architecture = discover(AutoModelForCausalLM.from_pretrained(random_model_folder))
     kernels = dict.fromkeys(("attention", "mlp"), kernel(1e300))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from job.architectures.structure import discover
+from job.architectures.tiny_model import small_twin
 from job.edits.hooks import Intervention
 from job.generation.forward import RowTrials, first_logits
 from job.gradient.hooks import DifferentiableEdits
@@ -36,6 +38,7 @@ from job.numerics.gradient import (
     sequence_log_probabilities,
 )
 from job.records import COMPONENTS, EditParameters, LearnedDirections
+from tests.decoders import tiny_config
 
 LARGEST = 1.5
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13, 14], [9, 30], [5, 6, 7, 8]]
@@ -55,6 +58,8 @@ FAMILIES: dict[str, Any] = {
     "mixtral": lambda: MixtralForCausalLM(
         MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=3, experts_implementation="eager")
     ),
+    # A bias added later; convolutions between writers and the stream; a stream that is scaled.
+    **{name: partial(small_twin, tiny_config(name)) for name in ("gpt_neox_japanese", "inkling_text", "doge")},
 }
 
 
@@ -156,6 +161,9 @@ def moved(variables: EditVariables, along: EditVariables, step: float) -> EditVa
         ("gemma2", "pre"),
         ("gemma2", "column"),
         ("mixtral", "none"),
+        ("gpt_neox_japanese", "full"),
+        ("inkling_text", "none"),
+        ("doge", "column"),
     ],
 )
 def test_the_edit_found_is_the_edit_that_the_search_measures(family: str, mode: RowNormalization, count: int) -> None:

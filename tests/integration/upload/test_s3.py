@@ -12,13 +12,11 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from moto.core import DEFAULT_ACCOUNT_ID
-from moto.s3.models import s3_backends
 
 from job.errors import DeliveryError, Stopped, UsageError
 from job.records import Manifest
@@ -587,6 +585,31 @@ def test_no_thread_goes_on_sending_after_a_stop(server: S3Server, tmp_path: Path
     assert list((tmp_path / "state").glob("s3-*.json"))
 
 
+def test_a_silent_server_does_not_hold_up_the_end_of_the_process(server: S3Server, tmp_path: Path) -> None:
+    export = make_export(tmp_path / "export", {"model.safetensors": 30 * MIB})
+    silent, over = threading.Event(), threading.Event()
+
+    def say_nothing(request: Request, environ: dict[str, Any]) -> None:
+        if request.operation == "part" and "probe" not in request.key:
+            environ["wsgi.input"] = BytesIO(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+            silent.set()
+            over.wait(40)
+
+    server.front.rules.append(say_nothing)
+    process = _start(export, tmp_path / "state", _options(server.url, read_timeout_s=60.0))
+    try:
+        assert silent.wait(30)
+        time.sleep(0.5)
+        begin = time.monotonic()
+        process.terminate()
+        assert process.wait(30) == 75
+        assert time.monotonic() - begin < 5
+    finally:
+        over.set()
+        process.kill()
+        process.communicate()
+
+
 def test_parts_that_a_server_does_not_find_are_looked_at_again(server: S3Server, tmp_path: Path) -> None:
     export = make_export(tmp_path / "export", {"model.safetensors": 12 * MIB})
     seen = []
@@ -651,28 +674,11 @@ def test_a_server_that_fails_for_longer_than_botocore_tries_is_waited_for(server
 def test_the_probe_finds_what_the_server_does_and_leaves_nothing(server: S3Server) -> None:
     found = probe(URI, _options(server.url))
     assert found.conditional
-    assert found.conditional_replace
     assert found.conditional_complete
     assert found.sha256_checksums
-    assert found.md5_etags
     assert not found.quirks
     assert server.contents() == {}
     assert not server.uploads()
-
-
-def test_what_a_killed_probe_has_left_is_removed_when_it_is_old(server: S3Server) -> None:
-    client = server.client()
-    for name in ("old", "new"):
-        client.put_object(Bucket=BUCKET, Key=f"models/one/.abliterate-probe-{name}", Body=b"a probe")
-        client.create_multipart_upload(Bucket=BUCKET, Key=f"models/one/.abliterate-probe-{name}")
-    client.put_object(Bucket=BUCKET, Key="models/one/thesis.txt", Body=b"years of work")
-    client.close()
-    keys = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[BUCKET].keys
-    for name in ("models/one/.abliterate-probe-old", "models/one/thesis.txt"):
-        keys[name].last_modified -= timedelta(minutes=11)
-    probe(URI, _options(server.url))
-    assert server.contents().keys() == {"models/one/.abliterate-probe-new", "models/one/thesis.txt"}
-    assert [key for key, _ in server.uploads()] == ["models/one/.abliterate-probe-new"]
 
 
 def test_a_server_without_conditions_and_checksums_serves_too(server: S3Server, tmp_path: Path) -> None:
@@ -722,23 +728,21 @@ def test_a_server_that_refuses_conditions_that_hold_is_given_none(server: S3Serv
 
     server.front.rules.append(refuse)
     found = probe(URI, _options(server.url))
-    assert not found.conditional_replace
+    assert not found.conditional
     assert found.conditional_complete
     assert not server.uploads()
     deliver(second, URI, tmp_path / "state", _options(server.url))
     assert server.contents() == _expected(second)
 
 
-def test_a_server_with_etags_of_its_own_for_objects_in_parts(server: S3Server, tmp_path: Path) -> None:
+def test_a_server_whose_objects_cannot_be_verified_is_refused_by_the_probe(server: S3Server) -> None:
     server.front.own_part_etags = True
     server.front.hidden_headers = ("x-amz-checksum",)
-    found = probe(URI, _options(server.url))
-    assert not found.md5_etags
-    assert any("sizes alone" in quirk for quirk in found.quirks)
-    export = make_export(tmp_path / "export", SIZES)
-    deliver(export, URI, tmp_path / "state", _options(server.url))
-    assert server.contents() == _expected(export)
-    assert deliver(export, URI, tmp_path / "elsewhere", _options(server.url)) == Delivery(skipped=4)
+    with pytest.raises(DeliveryError, match="neither SHA-256 checksums nor MD5s") as failure:
+        probe(URI, _options(server.url))
+    assert failure.value.exit_code == 6
+    assert server.contents() == {}
+    assert not server.uploads()
 
 
 def _user(server: S3Server, monkeypatch: pytest.MonkeyPatch, *actions: str) -> Callable[[str], None]:

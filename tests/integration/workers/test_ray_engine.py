@@ -17,10 +17,12 @@ import psutil
 import pytest
 
 from job.errors import MachineError, UsageError
+from job.preflight.rental_checks import cluster_check
 from job.storage.events import Events
 from job.workers import ray_engine
-from job.workers.executor import Executor, WorkerLost, WorkerOutOfMemory
-from job.workers.ray_engine import RayEngine, reached_cluster
+from job.workers.executor import Executor
+from job.workers.ray_engine import RayEngine
+from job.workers.worker import WorkerLost, WorkerOutOfMemory
 from tests.fakes.evaluations import Do, Doing
 from tests.fakes.ray_cluster import RayCluster, family
 from tests.helpers import environment, wait_until
@@ -84,19 +86,18 @@ def test_a_worker_evaluates_shares_and_says_that_memory_does_not_suffice(engine:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     engine.open(Doing())
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    worker = engine.start(1)
-    assert worker.hardware == "abacus"
-    assert worker.evaluate(Do("square", 7), 60) == 49
-    worker.share(engine.put({"basis": [1, 2]}))
-    assert worker.evaluate(Do("shared"), 60) == {"basis": [1, 2]}
-    with pytest.raises(WorkerOutOfMemory, match="2 GiB"):
-        worker.evaluate(Do("memory"), 60)
-    assert worker.evaluate(Do("square", 3), 60) == 9
-    with pytest.raises(WorkerLost, match="has failed: the model's files have changed"):
-        worker.evaluate(Do("error"), 60)
-    with pytest.raises(WorkerLost, match="has hung: no result after 1 s"):
-        worker.evaluate(Do("hang"), 0.6)
-    worker.end()
+    with engine.worker(1) as worker:
+        assert worker.hardware == "abacus"
+        assert worker.ask("evaluate", Do("square", 7), 60) == 49
+        worker.ask("share", engine.put({"basis": [1, 2]}))
+        assert worker.ask("evaluate", Do("shared"), 60) == {"basis": [1, 2]}
+        with pytest.raises(WorkerOutOfMemory, match="2 GiB"):
+            worker.ask("evaluate", Do("memory"), 60)
+        assert worker.ask("evaluate", Do("square", 3), 60) == 9
+        with pytest.raises(WorkerLost, match="has failed: the model's files have changed"):
+            worker.ask("evaluate", Do("error"), 60)
+        with pytest.raises(WorkerLost, match="has hung: no result after 1 s"):
+            worker.ask("evaluate", Do("hang"), 0.6)
 
 
 def test_an_actor_that_is_killed_is_replaced(engine: RayEngine, cluster: RayCluster) -> None:
@@ -136,15 +137,15 @@ def test_a_machine_joins_is_used_and_is_taken_away(engine: RayEngine, cluster: R
 def test_the_gpu_of_this_process_is_given_to_no_worker(engine: RayEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     engine.use(None, gpus=1, cpus=1)
+    assert engine.capacity() == 1  # known before there is an evaluation, which the number of workers decides about
     engine.open(Doing())
-    assert engine.capacity() == 1
-    worker = engine.start(1)
-    assert worker.evaluate(Do("environment"), 60)["CUDA_VISIBLE_DEVICES"] == "1"
+    with engine.worker(1) as worker:
+        assert worker.ask("evaluate", Do("environment"), 60)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 @pytest.mark.full("workers")
 def test_a_head_that_is_killed_ends_the_search_and_not_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_engine, "_GONE_SECONDS", 2.0)
+    monkeypatch.setattr(ray_engine, "GONE_SECONDS", 2.0)
     with RayCluster() as cluster:
         for engine in connected(cluster, monkeypatch):
             with Executor(engine, Events()) as executor:
@@ -185,7 +186,8 @@ def test_a_cluster_of_this_machine_alone_is_started_listens_on_loopback_and_ends
     script = (
         "import sys; from job.workers.ray_engine import RayEngine; from tests.fakes.evaluations import Do, Doing\n"
         "engine = RayEngine(None); engine.use(1, gpus=0, cpus=1); engine.open(Doing())\n"
-        "print(engine.start(1).evaluate(Do('square', 5), 60), flush=True); sys.stdin.read()"
+        "with engine.worker(1) as worker:\n"
+        "    print(worker.ask('evaluate', Do('square', 5), 60), flush=True); sys.stdin.read()"
     )
     env = {name: value for name, value in environment().items() if not name.startswith("RAY_")}
     command = [sys.executable, "-c", script]
@@ -212,16 +214,16 @@ def test_an_address_that_is_none_or_where_nothing_answers_is_told_before_anythin
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(UsageError, match="not the address of a Ray cluster"):
-        reached_cluster("nowhere")
+        cluster_check("nowhere")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         with pytest.raises(MachineError, match="no Ray cluster answers"):
-            reached_cluster(f"127.0.0.1:{free.getsockname()[1]}")
+            cluster_check(f"127.0.0.1:{free.getsockname()[1]}")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert "to be started on this machine" in reached_cluster(None)
+    assert "to be started on this machine" in cluster_check(None).measured
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match="Ray is not installed"):
-        reached_cluster(None)
+        cluster_check(None)
 
 
 def test_threads_end_when_the_executor_does(engine: RayEngine) -> None:

@@ -121,7 +121,7 @@ def test_a_job_is_measured_on_its_report_prompts_and_without_web_text_on_its_own
         if kl is not None:  # the report measures the export, this command the hooks
             assert found[one]["kl"] == pytest.approx(kl, rel=1e-3)
             assert found[one]["kl_interval"] == pytest.approx(interval, rel=1e-3)
-    assert "cross-entropy is measured on the base model's own answers" in done.err
+    assert "cross-entropy is measured on the base model's own responses" in done.err
     assert found["text"]["texts"] == 100
     # The model predicts its own responses better than any other model does.
     assert found["text"]["change_interval"][0] > 0

@@ -21,7 +21,16 @@ from job.search.study import read_trials
 from job.storage.events import Events
 from job.storage.study_file import BACKUP, back_up, is_sound, restore_if_damaged
 from tests.fakes.preloaded import preloaded
-from tests.helpers import abliterate, die_while_writing, events, job_arguments, only_job, start, stored_trials
+from tests.helpers import (
+    abliterate,
+    die_while_writing,
+    environment,
+    events,
+    job_arguments,
+    only_job,
+    start,
+    stored_trials,
+)
 from tests.integration.search.test_optimizer import Runs
 from tests.system.faults.test_devices import when_searching
 
@@ -310,3 +319,30 @@ def test_a_study_off_the_workspace_is_there_after_every_batch(organism: Path, fi
     local.mkdir()
     abliterate(*arguments, TMPDIR=str(local)).check()
     assert stored_trials(workspace) == stored_trials(finished)
+
+
+WRITE_STUDY = """
+import sys
+from pathlib import Path
+from job.errors import MachineError
+from job.search.study import add_trials, clear_write_errors, file_url, open_study
+import optuna
+file, mark = Path(sys.argv[1]), Path(sys.argv[2])
+study = open_study(file_url(file), "abliterate")
+mark.touch()
+try:
+    with clear_write_errors(file):
+        add_trials(study, [optuna.trial.create_trial(values=[1.0, 0.5]) for _ in range(400)])
+except MachineError as error:
+    print(error.exit_code, error.line)
+"""
+
+
+def test_a_used_up_quota_is_named_where_sqlite_says_input_output_error(tmp_path: Path) -> None:
+    with quota(tmp_path / "scarce") as scarce:
+        file = scarce.folder / "study.db"
+        mark = scarce.environment["QUOTA_USED_UP"]
+        words = [sys.executable, "-c", WRITE_STUDY, str(file), mark]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment(**scarce.environment))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"76 cannot write {file}: Disk quota exceeded — remove files there"), done.stdout

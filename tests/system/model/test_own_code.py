@@ -47,7 +47,7 @@ def test_a_models_own_code_is_run_only_where_it_is_trusted(organism: Path, tmp_p
     checked = abliterate("preflight", *arguments[1:], "--set", "loading.trust_remote_code=true", "--json", **home)
     assert json.loads(checked.check().out)["ok"]
     ended = abliterate(*arguments, "--set", "loading.trust_remote_code=true", **home).check()
-    assert "answers match" in ended.err
+    assert "responses match" in ended.err
     assert list(tmp_path.rglob("*.ran"))
     export = only_job(tmp_path / "runs") / "export"
     assert (export / "modeling_kitchen.py").read_text() == CODE

@@ -72,7 +72,7 @@ def test_charts_are_drawn_and_nothing_is_fetched(page: View, finished: Path) -> 
         "Pareto front",
         "The chosen edit",
         "Directions by layer",
-        "Answers before and after",
+        "Responses before and after",
         "Time and cost",
         "Preflight",
         "Provenance",
@@ -200,4 +200,4 @@ def test_a_job_that_fails_has_a_page_that_says_so(chromium: Browser, organism: P
     view.close()
     assert "The job failed" in folder.report_file.read_text()
     abliterate("report", "--workspace", workspace).check()
-    abliterate("report", "--workspace", workspace, "--include-responses").fails(2, "no answers are kept")
+    abliterate("report", "--workspace", workspace, "--include-responses").fails(2, "no responses are kept")

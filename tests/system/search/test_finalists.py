@@ -80,7 +80,14 @@ def command(organism: Path, workspace: Path, tokens: int) -> list[object]:
     # Start-up trials only, so that both searches try the same edits.
     markers = 'scoring.refusal_markers=["with that"]'  # the end of the organism's refusals
     options = ("--trials", 8, "--startup-trials", 8, "--set", f"scoring.search_tokens={tokens}", "--set", markers)
-    layout = ("--set", "trials_per_batch=4", "--set", "batching.trials=2")  # the same with workers
+    layout = (
+        "--set",
+        "trials_per_batch=4",
+        "--set",
+        "batching.trials=2",
+        "--set",
+        "search.ahead=0",
+    )  # with workers too
     return ["run", *job_arguments(organism), "--workspace", workspace, *options, *layout]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -24,14 +25,17 @@ from tests.helpers import (
     environment,
     job_arguments,
     manifest,
+    only_job,
     start,
     stored_trials,
     wait_until,
 )
 from tests.helpers import worker_processes as local_workers
 
-# Six trials per batch, two sharing their forwards; the search does not depend on the number of trials.
-LAYOUT = (*("--set", "trials_per_batch=6", "--set", "batching.trials=2", "--set", "startup_trials=12"), "--trials")
+# Six trials per batch, two sharing their forwards; the search depends neither on the number of trials nor on that of
+# workers at the first start.
+BATCHES = ("trials_per_batch=6", "batching.trials=2", "startup_trials=12", "search.ahead=0")
+LAYOUT = (*(word for setting in BATCHES for word in ("--set", setting)), "--trials")
 # More trials than finish before the workers are ready, however long a cluster takes; such a job is stopped.
 ENDLESS = 100_000
 
@@ -118,6 +122,31 @@ def test_what_is_asked_ahead_is_the_same_with_workers_and_after_a_kill(organism:
     process.communicate()
     abliterate(*job, tmp_path / "runs", "--workers", 3).check()
     assert is_like(tmp_path / "runs", tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_job_continues_with_another_number_of_workers_as_it_began(
+    organism: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    """The number of workers decides the batches of the first start, and nothing afterwards, not even the job's name."""
+    job = ("run", *job_arguments(organism), "--startup-trials", 8, "--workspace")
+    asked = ("--set", "trials_per_batch=4")  # the former default, which names the same job
+    process = start(*job, tmp_path / "moved", "--workers", before, "--trials", ENDLESS)
+    wait_until(lambda: count_events(tmp_path / "moved") >= 8, process)
+    process.kill()
+    process.communicate()
+    trials = count_events(tmp_path / "moved") + 12
+    result = abliterate(*job, tmp_path / "moved", "--workers", after, "--trials", trials, *asked).check()
+    abliterate(*job, tmp_path / "alone", "--workers", before, "--trials", trials).check()
+    assert is_like(tmp_path / "moved", tmp_path / "alone")
+    record = json.loads((only_job(tmp_path / "moved") / "job.json").read_text())
+    batch, ahead = 4 * before, int(before > 1)
+    pinned = {"together": 4, "batch": batch, "ahead": ahead}
+    assert {name: record["resolution"][name] for name in pinned} == pinned
+    assert record["identity"]["trials_per_batch"] == 4
+    assert ("trials_per_batch stays 8, as at the first start, instead of 4" in result.err) == (batch == 8)
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_precedence_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert loaded.sources["trials"] == str(config)
     assert loaded.sources["seed"] == "environment"
     assert loaded.sources["search.ei_candidates"] == "command line"
-    assert loaded.sources["trials_per_batch"] == "default"
+    assert loaded.sources["grace"] == "default"
     _, lines = describe_settings(GIVEN, config=config)
     assert f"trials = 11  # {config}" in lines
     assert 'bad_prompts.spec = "b.txt"  # command line' in lines

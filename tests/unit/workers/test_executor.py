@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,48 +15,54 @@ import pytest
 from job.errors import MachineError
 from job.storage.events import Events
 from job.workers import executor as module
-from job.workers.executor import MOST_LOSSES, Executor, WorkerLost, WorkerOutOfMemory
+from job.workers.executor import MOST_LOSSES, Executor
+from job.workers.worker import Engine, Worker, WorkerLost, WorkerOutOfMemory
+from tests.helpers import wait_until
 
 Evaluate = Callable[[Any], Any]
 
 
-class ThreadWorker:
+class ThreadWorker(Worker):
     """A worker that is a function of this process."""
 
-    def __init__(self, evaluate: Evaluate, hardware: str) -> None:
+    def __init__(self, evaluate: Evaluate, hardware: str, prepare: Callable[[], Any]) -> None:
+        super().__init__()
+        self._prepare = prepare
         self._evaluate = evaluate
         self.hardware = hardware
         self.shared: list[Any] = []
         self.seen: list[tuple[Any, Any]] = []  # tasks, each with the value shared last before it
 
-    def share(self, value: Any) -> None:
-        self.shared.append(value)
-
-    def evaluate(self, task: Any, limit: float | None) -> Any:
-        self.seen.append((task, self.shared[-1] if self.shared else None))
-        return self._evaluate(task)
-
     def end(self) -> None:
         pass
 
+    def ask(self, method: str, value: Any, limit: float | None = None) -> Any:
+        if method == "share":
+            self.shared.append(value)
+            return self._prepare()
+        self.seen.append((value, self.shared[-1] if self.shared else None))
+        return self._evaluate(value)
 
-class ThreadEngine:
+
+class ThreadEngine(Engine):
     """Workers in threads of this process, to test ordering only; real processes have their own tests."""
 
-    def __init__(self, evaluate: Evaluate, workers: int = 1, hardware: str = "abacus") -> None:
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        workers: int = 1,
+        hardware: str = "abacus",
+        prepare: Callable[[], Any] = lambda: None,
+    ) -> None:
+        super().__init__()
         self._evaluate = evaluate
         self.workers = workers
         self._hardware = hardware
+        self._prepare = prepare
         self.started: list[ThreadWorker] = []
         self.gone = False
 
     def open(self, evaluation: Any) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-    def close(self) -> None:
         pass
 
     def capacity(self) -> int:
@@ -63,13 +70,11 @@ class ThreadEngine:
             raise MachineError("the engine is gone")
         return self.workers
 
-    def put(self, value: Any) -> Any:
-        return value
-
-    def start(self, number: int) -> ThreadWorker:
-        worker = ThreadWorker(self._evaluate, self._hardware)
+    @contextmanager
+    def worker(self, number: int) -> Iterator[Worker]:
+        worker = ThreadWorker(self._evaluate, self._hardware, self._prepare)
         self.started.append(worker)
-        return worker
+        yield worker
 
 
 @pytest.fixture(autouse=True)
@@ -88,13 +93,23 @@ def squared(task: int) -> int:
     return task * task
 
 
+def prove(executor: Executor, engine: ThreadEngine, *, first: int = 1000) -> None:
+    """Have the worker return a first result."""
+    while not engine.started or not engine.started[0].finished:
+        first += 1
+        executor.evaluate([first], squared, then=[-first])
+        time.sleep(0.001)
+
+
 def test_results_come_in_the_order_of_tasks_whoever_evaluates_them() -> None:
     free = threading.Semaphore(0)
     by_worker: list[int] = []
+    done: list[int] = []
 
     def slowly(task: int) -> int:
-        by_worker.append(task)
-        free.acquire()
+        if abs(task) < 1000:
+            by_worker.append(task)
+            free.acquire()
         return task * task
 
     def here(task: int) -> int:
@@ -105,26 +120,57 @@ def test_results_come_in_the_order_of_tasks_whoever_evaluates_them() -> None:
         done.append(task)
         return task * task
 
-    done: list[int] = []
-    with opened(ThreadEngine(slowly)) as executor:
+    engine = ThreadEngine(slowly)
+    with opened(engine) as executor:
+        prove(executor, engine)
         assert executor.evaluate([3, 1, 2, 5, 4], here) == [9, 1, 4, 25, 16]
     assert sorted(done + by_worker) == [1, 2, 3, 4, 5]
     assert len(by_worker) == 1
 
 
-def test_without_workers_this_process_does_all_and_starts_none() -> None:
-    engine = ThreadEngine(squared, workers=0)
+def test_no_batch_waits_for_a_workers_first_result() -> None:
+    began, go_on, done = threading.Event(), threading.Event(), list[int]()
+
+    def slowly(task: int) -> int:
+        began.set()
+        go_on.wait(10)
+        return task * task
+
+    def here(task: int) -> int:
+        began.wait()
+        done.append(task)
+        return task * task
+
+    engine = ThreadEngine(slowly)
     with opened(engine) as executor:
-        assert executor.evaluate([1, 2], squared) == [1, 4]
-    assert engine.started == []
+        assert executor.evaluate([1, 2], here, then=[3]) == [1, 4]
+        assert sorted(done) == [1, 2]  # one of them twice, and nothing of what comes then
+        go_on.set()
+        wait_until(lambda: engine.started[0].finished >= 1, seconds=5)
+        assert executor.evaluate([1, 2], here) == [1, 4]
+        assert len(done) == 2
+
+
+def test_a_worker_prepares_before_it_takes_a_task() -> None:
+    go_on = threading.Event()
+    engine = ThreadEngine(squared, prepare=lambda: go_on.wait(10))
+    with opened(engine) as executor:
+        executor.share("basis")
+        wait_until(lambda: bool(engine.started and engine.started[0].shared), seconds=5)  # without any task
+        done: list[int] = []
+        assert executor.evaluate([1, 2], lambda task: done.append(task) or task * task) == [1, 4]
+        assert done == [1, 2]
+        assert engine.started[0].seen == []
+        go_on.set()
 
 
 def test_whoever_is_free_begins_with_what_comes_then_and_it_is_not_done_again() -> None:
     began, go_on, done = threading.Event(), threading.Event(), list[int]()
 
     def slowly(task: int) -> int:
-        began.set()
-        go_on.wait()
+        if abs(task) < 1000:
+            began.set()
+            go_on.wait()
         return task * task
 
     def here(task: int) -> int:
@@ -134,7 +180,9 @@ def test_whoever_is_free_begins_with_what_comes_then_and_it_is_not_done_again() 
             go_on.set()
         return task * task
 
-    with opened(ThreadEngine(slowly)) as executor:
+    engine = ThreadEngine(slowly)
+    with opened(engine) as executor:
+        prove(executor, engine)
         assert executor.evaluate([1, 2], here, then=[3, 4]) == [1, 4]
         assert len(done) == 3
         assert executor.evaluate([3, 4], here) == [9, 16]
