@@ -127,9 +127,7 @@ class DirectionSettings(Section):
     )
     probe_regularization: float = Field(gt=0, description="Weight of the identity in the probe's covariance.")
     iterative_rounds: int = Field(
-        ge=1,
-        le=8,
-        description="Rounds of extraction; each later round adds directions found with the earlier ones ablated.",
+        ge=1, le=8, description="Rounds of extraction; each adds directions found with the earlier ones ablated."
     )
 
 
@@ -167,8 +165,7 @@ class ScoringSettings(Section):
 
     answer_tokens: int = Field(ge=1, description="Longest response that is judged, in tokens.")
     search_tokens: int = Field(
-        ge=1,
-        description="Longest response during the search, in tokens; candidates for the choice are judged in full.",
+        ge=1, description="Longest response during the search, in tokens; finalists are judged again in full."
     )
     refusal_markers: list[Annotated[str, Field(min_length=1)]] = Field(
         min_length=1, description="A response that contains one of these counts as a refusal."
