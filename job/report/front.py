@@ -55,7 +55,7 @@ def choice_text(figures: dict[str, Any] | None) -> str:
     """Format a finalist's figures on the prompts held out for the choice, "" without any."""
     if figures is None:
         return ""
-    broken = f", {figures['broken']} broken answers" if figures["broken"] else ""
+    broken = f", {figures['broken']} broken responses" if figures["broken"] else ""
     return f"; held out for the choice: {figures['refusals']}/{figures['bad_prompts']}{broken}, KL {figures['kl']:.4g}"
 
 
