@@ -76,7 +76,8 @@ _GLOSSARY = """
 | engine | What runs workers: this machine (local) or a Ray cluster (ray) |
 | executor | Gives tasks to workers and returns their results in order |
 | export | An edited model, an adapter or a directions file in the run folder, proven and sealed |
-| finalist | A trial that may be chosen and is therefore counted again on responses of full length |
+| choice split | Extraction prompts that directions and search leave alone: finalists are measured on them |
+| finalist | A trial that may be chosen, and is measured again: by full-length responses and on the choice split |
 | front | The trials that are Pareto-optimal in refusals and KL |
 | gate | A bound on refusals or KL; an export that misses it is not delivered |
 | identity | The settings that determine the result; their hash names the job |
@@ -90,7 +91,7 @@ _GLOSSARY = """
 | rows | Sequences in one forward pass: the batch size |
 | run folder | WORKSPACE/JOB_ID, all that a job leaves |
 | search split, report split | Evaluation prompts for scoring trials, and those for the figures that are reported |
-| held-out prompts | Report prompts whose text neither the direction nor the search uses |
+| held-out prompts | Report prompts whose text neither directions, search nor choice use |
 | strength | λ, the share of a direction that is removed from one writer; a kernel gives it for every layer |
 | task | What a worker is given: edits to score, or prompts to extract residuals of |
 | trial | One edit that the search measures |

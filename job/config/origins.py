@@ -82,6 +82,7 @@ EDIT = NAMED | {
     "scoring.refusal_markers",
     "scoring.gibberish",
     "choice.refusal_tolerance",
+    "choice.held_out",
 }
 # Identify the job otherwise: accepted from its checkpoint only. Its identity includes devices; limits and gates only
 # restrict.

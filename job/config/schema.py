@@ -127,9 +127,7 @@ class DirectionSettings(Section):
     )
     probe_regularization: float = Field(gt=0, description="Weight of the identity in the probe's covariance.")
     iterative_rounds: int = Field(
-        ge=1,
-        le=8,
-        description="Rounds of extraction; each later round adds directions found with the earlier ones ablated.",
+        ge=1, le=8, description="Rounds of extraction; each adds directions found with the earlier ones ablated."
     )
 
 
@@ -170,8 +168,7 @@ class ScoringSettings(Section):
 
     answer_tokens: int = Field(ge=1, description="Longest response that is judged, in tokens.")
     search_tokens: int = Field(
-        ge=1,
-        description="Longest response during the search, in tokens; candidates for the choice are judged in full.",
+        ge=1, description="Longest response during the search, in tokens; finalists are judged again in full."
     )
     refusal_markers: list[Annotated[str, Field(min_length=1)]] = Field(
         min_length=1, description="A response that contains one of these that its prompt does not is a refusal."
@@ -200,9 +197,12 @@ class ChoiceSettings(Section):
     """Which trial is exported."""
 
     refusal_tolerance: float = Field(
+        ge=0, le=1, description="The lowest KL is taken among the finalists within this share of the fewest refusals."
+    )
+    held_out: float = Field(
         ge=0,
-        le=1,
-        description="The lowest KL is taken among the trials within this share of the fewest refusals.",
+        le=0.5,
+        description="Share of extraction sets of 100 prompts or more, at least 20, that only the choice uses.",
     )
 
 

@@ -22,6 +22,8 @@ MOST_CHARACTERS = 100_000
 _REPAIRED = "with a lone surrogate, replaced by U+FFFD"
 # Rows listed per kind.
 _PLACES = 5
+# Prompts of an extraction set that the choice takes at least, and of how many.
+_LEAST_HELD_OUT, _LEAST_TO_SPLIT = 20, 100
 
 
 class Prompt(Record):
@@ -36,6 +38,8 @@ class PromptSets(Record):
     """prompts.json: all prompts of a job.
 
     Attributes:
+        good_choice: Good prompts that only the choice uses: taken from the extraction set, or empty.
+        bad_choice: Bad prompts of the same kind.
         helpfulness: Instructions; empty unless directions are orthogonalised against helpfulness.
         unhelpfulness: Web text; empty unless directions are orthogonalised against helpfulness.
         capability: Prompts of a capability to preserve; empty unless given.
@@ -54,6 +58,8 @@ class PromptSets(Record):
             "bad_search",
             "good_report",
             "bad_report",
+            "good_choice",
+            "bad_choice",
             "helpfulness",
             "unhelpfulness",
             "capability",
@@ -66,6 +72,8 @@ class PromptSets(Record):
     bad_search: tuple[Prompt, ...]
     good_report: tuple[Prompt, ...]
     bad_report: tuple[Prompt, ...]
+    good_choice: tuple[Prompt, ...] = ()
+    bad_choice: tuple[Prompt, ...] = ()
     helpfulness: tuple[Prompt, ...] = ()
     unhelpfulness: tuple[Prompt, ...] = ()
     capability: tuple[Prompt, ...] = ()
@@ -79,7 +87,8 @@ class PromptSets(Record):
     def everything(self) -> tuple[Prompt, ...]:
         """All prompts of the model."""
         evaluated = (*self.good_search, *self.bad_search, *self.good_report, *self.bad_report)
-        return (*self.good, *self.bad, *evaluated, *self.helpfulness, *self.unhelpfulness, *self.capability)
+        extraction = (*self.good, *self.bad, *self.good_choice, *self.bad_choice)
+        return (*extraction, *evaluated, *self.helpfulness, *self.unhelpfulness, *self.capability)
 
     @property
     def reported(self) -> tuple[Prompt, ...]:
@@ -88,9 +97,9 @@ class PromptSets(Record):
 
     @property
     def reused(self) -> int:
-        """Number of report prompts whose text the direction or the search also uses."""
+        """Number of report prompts whose text the direction, the search or the choice also uses."""
         extraction = (*self.good, *self.bad, *self.helpfulness, *self.unhelpfulness, *self.capability)
-        used = _texts((*extraction, *self.good_search, *self.bad_search))
+        used = _texts((*extraction, *self.good_search, *self.bad_search, *self.good_choice, *self.bad_choice))
         return sum(_text(prompt) in used for prompt in self.reported)
 
     @property
@@ -99,11 +108,13 @@ class PromptSets(Record):
         return report_description(self.reused, len(self.reported))
 
     def of_setting(self, name: str) -> tuple[Prompt, ...]:
-        """Return the prompts of a setting, both halves if split."""
+        """Return the prompts of a setting, all parts if split."""
         kind, _, use = name.removesuffix("_prompts").partition("_")
         if use == "eval":
             found: tuple[Prompt, ...] = getattr(self, f"{kind}_search")
             return found if f"{kind}_report_prompts" in self.sources else (*found, *getattr(self, f"{kind}_report"))
+        if kind in ("good", "bad") and not use:
+            return (*getattr(self, kind), *getattr(self, f"{kind}_choice"))
         return tuple(getattr(self, f"{kind}_{use}" if use else kind))
 
 
@@ -117,6 +128,8 @@ def report_description(reused: int, total: int) -> str:
 def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSets:
     """Read all prompt sets; the seed splits evaluation sets in two unless report sets are given.
 
+    It also takes the choice's prompts from extraction sets of enough prompts (`choice.held_out`).
+
     `report` receives each set's source, its size, and overlaps. Raises JobError if a set is unreadable, empty or too
     small.
     """
@@ -127,9 +140,12 @@ def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSet
     sets = {name: _read_set(source, report, name) for name, source in used.items()}
     prompts = {name: found.prompts for name, found in sets.items()}
     halves = {kind: _evaluation(kind, prompts, settings.seed) for kind in ("good", "bad")}
+    good, bad = _extraction(prompts["good_prompts"], prompts["bad_prompts"], settings)
     read = PromptSets(
-        good=prompts["good_prompts"],
-        bad=prompts["bad_prompts"],
+        good=good[0],
+        bad=bad[0],
+        good_choice=good[1],
+        bad_choice=bad[1],
         good_search=halves["good"][0],
         good_report=halves["good"][1],
         bad_search=halves["bad"][0],
@@ -222,10 +238,11 @@ def _described_rows(notes: Mapping[str, Sequence[str]]) -> str:
 def overlaps(prompts: PromptSets) -> list[str]:
     """Return a line for each pair of prompt sets that must share no prompt but do; system prompts do not count."""
     others = (*prompts.helpfulness, *prompts.unhelpfulness, *prompts.capability)
+    good, bad = prompts.of_setting("good_prompts"), prompts.of_setting("bad_prompts")
     pairs: tuple[tuple[str, Sequence[Prompt], str, Sequence[Prompt]], ...] = (
-        ("bad_prompts", prompts.bad, "the bad evaluation prompts", (*prompts.bad_search, *prompts.bad_report)),
-        ("good_prompts", prompts.good, "the good evaluation prompts", (*prompts.good_search, *prompts.good_report)),
-        ("bad_prompts", prompts.bad, "good_prompts", prompts.good),
+        ("bad_prompts", bad, "the bad evaluation prompts", (*prompts.bad_search, *prompts.bad_report)),
+        ("good_prompts", good, "the good evaluation prompts", (*prompts.good_search, *prompts.good_report)),
+        ("bad_prompts", bad, "good_prompts", good),
         ("the search's bad prompts", prompts.bad_search, "the report's", prompts.bad_report),
         ("the search's good prompts", prompts.good_search, "the report's", prompts.good_report),
         ("the prompts to orthogonalize against", others, "the report's", prompts.reported),
@@ -238,6 +255,27 @@ def overlaps(prompts: PromptSets) -> list[str]:
                 f"{len(common)} of {len(some)} of {first} are also among {second}: figures on them flatter the edit"
             )
     return lines
+
+
+def held_out(prompts: Sequence[Prompt], count: int, seed: int, name: str) -> tuple[list[Prompt], list[Prompt]]:
+    """Split a set into the rest and `count` random prompts, both in their order; depends only on the arguments."""
+    chosen = set(random.Random(f"{seed}:{name}").sample(range(len(prompts)), count))
+    rest = [prompt for index, prompt in enumerate(prompts) if index not in chosen]
+    return rest, [prompts[index] for index in sorted(chosen)]
+
+
+_Split = tuple[tuple[Prompt, ...], tuple[Prompt, ...]]
+
+
+def _extraction(good: Sequence[Prompt], bad: Sequence[Prompt], settings: Settings) -> tuple[_Split, _Split]:
+    """Split the extraction sets into prompts for the directions and for the choice."""
+    share, sets = settings.choice.held_out, {"good": good, "bad": bad}
+    if not share or min(map(len, sets.values())) < _LEAST_TO_SPLIT:
+        return (tuple(good), ()), (tuple(bad), ())
+    counts = {kind: max(_LEAST_HELD_OUT, int(share * len(prompts))) for kind, prompts in sets.items()}
+    parts = (held_out(sets[kind], counts[kind], settings.seed, f"{kind} choice") for kind in sets)
+    of_good, of_bad = ((tuple(rest), tuple(chosen)) for rest, chosen in parts)
+    return of_good, of_bad
 
 
 def _texts(prompts: Iterable[Prompt]) -> set[str]:

@@ -105,7 +105,11 @@ def figures_rows(base: Figures, edited: Figures) -> list[tuple[str, str, str]]:
     )
     rows = [(name, count_with_interval(before, n), count_with_interval(after, n)) for name, before, after, n in counts]
     kl = f"KL divergence from the base model, {kl_positions(edited)}, mean of {good} prompts without it"
-    return [("", "base model", "edited model"), *rows, (kl, "0", _kl(edited))]
+    rows.append((kl, "0", _kl(edited)))
+    if (spread := edited.kl_spread) is not None:
+        values = f"{spread.median:.4g}, {spread.ninetieth:.4g}, {spread.largest:.4g} nats (prompt {spread.prompt})"
+        rows.append(("the same by prompt: median, 90 % of prompts at most, largest", "0", values))
+    return [("", "base model", "edited model"), *rows]
 
 
 def kl_positions(figures: Figures) -> str:

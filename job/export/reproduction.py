@@ -20,7 +20,18 @@ from job.config.schema import Settings
 from job.data.prompts import Prompt, PromptSets
 from job.errors import UsageError
 from job.model.files import parse_model
-from job.records import DATE, EditParameters, ExportFormat, Figures, JobRecord, PullBack, Record, Resolution, Trial
+from job.records import (
+    DATE,
+    ChoiceFigures,
+    EditParameters,
+    ExportFormat,
+    Figures,
+    JobRecord,
+    PullBack,
+    Record,
+    Resolution,
+    Trial,
+)
 from job.storage.identity import AS_BEFORE, short_hash
 
 # Parts of a job's identity with fields of their own.
@@ -78,6 +89,7 @@ class _Resolved(Record):
     ahead: int | None = Field(None, ge=0, le=1 << 8)
     topic_words: bool | None = None
     pull_back: PullBack | None = None
+    choice: Literal["bounds"] | None = None
 
 
 class _Shown(Record):
@@ -111,6 +123,7 @@ class Reproduction(Record):
         settings: All other settings that affect the result.
         base: Metrics of the base model on the report split.
         reused_prompts: Report prompts also used by the direction or the search; omitted if 0.
+        choice: Figures of a finalist on the prompts held out for the choice; omitted if None.
         weights: SHA-256 of every weight file.
     """
 
@@ -130,6 +143,7 @@ class Reproduction(Record):
     edited: Figures
     format: ExportFormat
     reused_prompts: int = Field(0, ge=0, exclude_if=lambda count: count == 0)
+    choice: ChoiceFigures | None = Field(None, exclude_if=lambda figures: figures is None)
     weights: dict[str, str]
 
     @property
@@ -148,6 +162,7 @@ def reproduction(
     edit: EditParameters,
     figures: tuple[Figures, Figures],
     form: ExportFormat,
+    choice: ChoiceFigures | None = None,
 ) -> Reproduction:
     """Return an export's reproduction, without hashes of its weights; `figures` are the base model's and its own."""
     assert record.resolution is not None
@@ -173,6 +188,7 @@ def reproduction(
         edited=figures[1],
         format=form,
         reused_prompts=prompts.reused,
+        choice=choice,
         weights={},
     ).cleaned()
 

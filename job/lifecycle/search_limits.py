@@ -19,13 +19,18 @@ from job.system.signals import StopSignals
 class SearchLimits:
     """Times and checkpoints batches, grants a stopped one its grace period, and ends the search at the budget."""
 
-    def __init__(self, budget: Budget, hold: JobLock, signals: StopSignals, grace: float, *, begun: bool) -> None:
+    def __init__(
+        self, budget: Budget, hold: JobLock, signals: StopSignals, grace: float, *, begun: bool, finalists: float = 0.0
+    ) -> None:
+        """Set the limits; `begun`: a batch has run before; `finalists`: batches that take as long as measuring them."""
         self._budget = budget
         self._hold = hold
         self._signals = signals
         self._grace = grace
         self._begun = begun
-        self._longest = 0.0
+        self._finalists = finalists
+        self._longest = self._total = 0.0
+        self._batches = 0
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -34,13 +39,22 @@ class SearchLimits:
         with self._signals.graceful(self._grace):
             yield
         self._begun = True
-        self._longest = max(self._longest, time.monotonic() - begin)
+        seconds = time.monotonic() - begin
+        self._longest, self._total, self._batches = (
+            max(self._longest, seconds),
+            self._total + seconds,
+            self._batches + 1,
+        )
         self._hold.keep()
 
     def may_go_on(self) -> bool:
-        """Return whether another batch fits; a job's first one always runs. Raises HeldError after a takeover."""
+        """Return whether another batch fits, and then measuring the finalists; a job's first batch always runs.
+
+        Raises HeldError after a takeover.
+        """
         self._hold.check()
-        return not self._begun or self._budget.has_room_for(self._longest)
+        finalists = self._finalists * self._total / self._batches if self._batches else 0.0
+        return not self._begun or self._budget.has_room_for(self._longest + finalists)
 
 
 def budget_of(folder: RunFolder, settings: Settings, meter: Meter) -> Budget:

@@ -172,6 +172,7 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
         if done is not None:
             return done
         record, settings = start.trusted(events.say)
+        settings = as_begun(record, settings)
         from job.lifecycle.repair import repair  # imports slowly, and a finished job does not need it
 
         repair(folder, events.say)
@@ -180,6 +181,13 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
         meter = Meter(folder.meter_file, settings.price)
         with recorded(folder, file, settings, events, meter, lock):
             return stages(RunningJob(folder, file, settings, events, signals, meter, lock), inputs)
+
+
+def as_begun(record: JobRecord, settings: Settings) -> Settings:
+    """Return settings that hold out no prompts for the choice where a former version began the job with all."""
+    if record.resolution is None or record.resolution.choice is not None:
+        return settings
+    return settings.model_copy(update={"choice": settings.choice.model_copy(update={"held_out": 0.0})})
 
 
 def _completed(start: JobStart, events: Events) -> Outcome | None:

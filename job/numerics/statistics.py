@@ -20,6 +20,24 @@ def wilson_interval(count: int, n: int, z: float = 1.959964) -> tuple[float, flo
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
+def upper_mean(values: Sequence[float], z: float) -> float:
+    """Return the mean of values plus `z` of its standard errors; the mean itself of one value. Raises ValueError."""
+    if not values:
+        raise ValueError("no bound for the mean of no values")
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return mean
+    return mean + z * math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the smallest value that at least this share of the values does not exceed. Raises ValueError."""
+    if not values:
+        raise ValueError("no quantile of no values")
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
 def difference_interval(before: tuple[int, int], after: tuple[int, int]) -> tuple[float, float]:
     """Return the 95 % interval of a change between two (count, n): Newcombe's hybrid of Wilson intervals (1998).
 

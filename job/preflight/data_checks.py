@@ -31,14 +31,15 @@ def examine_data(inputs: PreflightInputs) -> DataFindings:
 def data_checks(prompts: PromptSets) -> list[Check]:
     """Return a check per set, and one for overlaps."""
     counts = {
-        "good_prompts": len(prompts.good),
-        "bad_prompts": len(prompts.bad),
+        "good_prompts": len(prompts.of_setting("good_prompts")),
+        "bad_prompts": len(prompts.of_setting("bad_prompts")),
         "good_eval_prompts": len(prompts.good_search) + len(prompts.good_report),
         "bad_eval_prompts": len(prompts.bad_search) + len(prompts.bad_report),
         "helpfulness_prompts": len(prompts.helpfulness),
         "unhelpfulness_prompts": len(prompts.unhelpfulness),
         "capability_prompts": len(prompts.capability),
     }
+    kept = {"good_prompts": len(prompts.good_choice), "bad_prompts": len(prompts.bad_choice)}
     checks = []
     for name, source in prompts.sources.items():
         count = counts.get(name, _FEW_PROMPTS)
@@ -50,7 +51,9 @@ def data_checks(prompts: PromptSets) -> list[Check]:
             Check(
                 name=f"data.{name}",
                 status="warn" if remedies else "ok",
-                measured=f"{source}{commit}: {count} prompts" + (skipped and f"; {skipped}"),
+                measured=f"{source}{commit}: {count} prompts"
+                + (f", {kept[name]} of them for the choice" if kept.get(name) else "")
+                + (skipped and f"; {skipped}"),
                 needed=f"{_FEW_PROMPTS} prompts, and every row a prompt",
                 remedy="; ".join(remedies),
             )

@@ -24,6 +24,7 @@ class PhaseWork(Record):
         direction_prompts: Prompts for residuals.
         generated_prompts: Prompts that a trial answers.
         compared_prompts: Prompts whose first response token a trial compares.
+        finalist_answers: Prompts that all finalists answer, by responses of `finalist_tokens` tokens.
     """
 
     download_bytes: int = 0
@@ -35,6 +36,8 @@ class PhaseWork(Record):
     prompt_tokens: float
     answer_tokens: float
     trials: int
+    finalist_answers: int = 0
+    finalist_tokens: float = 0.0
     rows: int
     export_bytes: int
     upload_bytes: int = 0
@@ -98,6 +101,9 @@ def estimate(task: PhaseWork, rates: Rates) -> Hours:
     trial = task.generated_prompts + task.compared_prompts
     search = _answers(task, rates, task.trials * task.generated_prompts)
     search += _prefill(task, rates, task.trials * task.compared_prompts)
+    if task.finalist_answers:
+        full = task.model_copy(update={"answer_tokens": task.finalist_tokens})
+        search += _answers(full, rates, task.finalist_answers)
     seconds = Hours(
         download=task.download_bytes / rates.download,
         load=task.weights_bytes / min(rates.read, rates.bandwidth),

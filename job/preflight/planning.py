@@ -18,6 +18,7 @@ from job.preflight.readings import MachineReading
 from job.preflight.selftest import Exercise
 from job.preflight.table_memory import EditTables
 from job.records import TRIALS_PER_WORKER
+from job.search.bounds import MOST_FINALISTS
 from job.transfer.folders import target_folder
 
 # Rates where none could be measured, bytes a second: a modest rented line and disk.
@@ -93,9 +94,10 @@ class Planning:
         from job.model.rendering import conversations, token_ids
 
         prompts = self.prompts
+        extraction = (*prompts.of_setting("good_prompts"), *prompts.of_setting("bad_prompts"))
         try:
             tokenizer = load_tokenizer(self.folder, self.settings.loading.trust_remote_code)
-            texts = conversations(tokenizer, (*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search))
+            texts = conversations(tokenizer, (*extraction, *prompts.good_search, *prompts.bad_search))
             return max(map(len, token_ids(tokenizer, texts)))
         except JobError:
             return Workload().prompt_tokens
@@ -126,6 +128,7 @@ class Planning:
         disk = min(speeds.values(), key=lambda found: found.write, default=DiskSpeed(write=DISK, read=DISK))
         work = self.workload(4 if planned.dtype == "float32" else None)
         remote = sum(not target.startswith("file:") for target in self.settings.upload)
+        finalist_prompts = len(self.prompts.bad_search) + len(self.prompts.bad_choice)
         task = PhaseWork(
             download_bytes=missing_bytes(self.source, self.listing) if measured else self.listing.size,
             weights_bytes=self.facts.weights_bytes(work.dtype_bytes),
@@ -137,6 +140,8 @@ class Planning:
             prompt_tokens=work.prompt_tokens / 2,
             answer_tokens=min(work.answer_tokens / 2, self.settings.scoring.search_tokens),
             trials=max(self.settings.trials - trials_done, 0),
+            finalist_answers=min(MOST_FINALISTS, self.settings.trials) * finalist_prompts,
+            finalist_tokens=work.answer_tokens / 2,
             rows=planned.rows,
             export_bytes=self.facts.stored_bytes,
             upload_bytes=self.facts.stored_bytes * remote,

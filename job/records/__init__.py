@@ -8,6 +8,7 @@ from pydantic import Field
 
 from job.records.base import Record
 from job.records.edits import COMPONENTS, Component, EditParameters, KernelParameters, LearnedDirections
+from job.records.finalists import FORCED_TOKENS, ChoiceFigures, FinalistScores, KLSpread, MeasuredFinalists
 from job.records.resolution import DATE, PullBack, Resolution
 from job.text.redaction import MASK
 
@@ -15,10 +16,15 @@ from job.text.redaction import MASK
 __all__ = [
     "COMPONENTS",
     "DATE",
+    "FORCED_TOKENS",
+    "ChoiceFigures",
     "Component",
     "EditParameters",
+    "FinalistScores",
+    "KLSpread",
     "KernelParameters",
     "LearnedDirections",
+    "MeasuredFinalists",
     "PullBack",
     "Record",
     "Resolution",
@@ -96,6 +102,7 @@ class Figures(Record):
         unanswered: Refused bad prompts and those with a broken response; None if not counted.
         kl: KL divergence from the base model in nats, mean over good prompts and the first positions of its responses;
             None for the base model.
+        kl_spread: How it varies over the prompts; None for the base model.
     """
 
     bad_prompts: int
@@ -108,6 +115,7 @@ class Figures(Record):
     kl: float | None = None
     kl_interval: tuple[float, float] | None = None
     kl_tokens: int = 1
+    kl_spread: KLSpread | None = Field(None, exclude_if=lambda spread: spread is None)
 
     @property
     def failed(self) -> int:

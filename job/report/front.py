@@ -18,8 +18,8 @@ def job_front(folder: RunFolder) -> list[dict[str, Any]]:
     """Return the front's trials, fewest refusals and broken responses first. Raises JobError.
 
     Each has its number, whether it is the (current) choice, refusals on the search split with their 95 % interval as
-    shares, broken responses, KL, exported formats, its export's metrics on the report split or None, and the number of
-    reused report prompts.
+    shares, broken responses, KL, a finalist's figures on the prompts held out for the choice or None, exported formats,
+    its export's metrics on the report split or None, and the number of reused report prompts.
     """
     view = RunView(folder)
     return [_point(view, trial) for trial in view.front]
@@ -38,10 +38,25 @@ def _point(view: RunView, trial: Trial) -> dict[str, Any]:
         "broken": trial.values.broken,
         "refusals_interval": wilson_interval(trial.values.refusals, len(prompts.bad_search)),
         "kl": trial.values.kl,
+        "choice": shown_choice(view, trial),
         "exported": made,
         "report": figures.model_dump(mode="json") if figures is not None else None,
         "report_prompts_seen": prompts.reused,
     }
+
+
+def shown_choice(view: RunView, trial: Trial) -> dict[str, Any] | None:
+    """Return a finalist's figures on the prompts held out for the choice as JSON, None if there are none."""
+    figures = view.choice_figures(trial)
+    return None if figures is None else figures.model_dump(mode="json")
+
+
+def choice_text(figures: dict[str, Any] | None) -> str:
+    """Format a finalist's figures on the prompts held out for the choice, "" without any."""
+    if figures is None:
+        return ""
+    broken = f", {figures['broken']} broken responses" if figures["broken"] else ""
+    return f"; held out for the choice: {figures['refusals']}/{figures['bad_prompts']}{broken}, KL {figures['kl']:.4g}"
 
 
 def front_text(front: list[dict[str, Any]]) -> str:
@@ -56,7 +71,7 @@ def _line(point: dict[str, Any]) -> str:
     line = (
         f"trial {point['number']}: {point['refusals']}/{point['prompts']} refusals ({interval}), "
         + (f"{point['broken']} broken responses, " if point["broken"] else "")
-        + f"KL {point['kl']:.4g}"
+        + f"KL {point['kl']:.4g}{choice_text(point['choice'])}"
     )
     if point["chosen"]:
         line += ", chosen"

@@ -7,7 +7,16 @@ from job.export.model_card import direction_text, figures_rows, strength_rows
 from job.records import DetectorReport, GeometryRecord, State
 from job.report.run_view import RunResult, RunView
 from job.report.sections import headline
-from job.report.tables import AGREED, COUNTED, detector_agreement, detector_counts, failed_detectors, layer_geometry
+from job.report.tables import (
+    AGREED,
+    COUNTED,
+    FINALISTS,
+    detector_agreement,
+    detector_counts,
+    failed_detectors,
+    finalists,
+    layer_geometry,
+)
 from job.storage.atomic import PRIVATE, write_atomically
 from job.storage.run_folder import RunFolder
 from job.text.markup import markdown, markdown_table
@@ -67,13 +76,17 @@ def _result(view: RunView, result: RunResult) -> str:
     return _blocks(
         f"Trial {result.chosen.number} of {len(view.trials)} was chosen: "
         f"`exports/{result.export}`, to which `export` links.\n"
-        f"Its figures on {result.prompts.report_description}:",
+        f"{_why(view)}Its figures on {result.prompts.report_description}:",
         markdown_table(figures_rows(result.base, result.edited)),
         "\n".join(f"- **Warning**: {markdown(warning)}." for warning in view.warnings),
         f"It ablates {direction_text(result.edit)} with these strengths:",
         markdown_table(strength_rows(result.edit)),
         _norms(view),
     )
+
+
+def _why(view: RunView) -> str:
+    return f"Over all prompts of search and choice: {view.reason}.\n" if view.reason is not None else ""
 
 
 def _norms(view: RunView) -> str:
@@ -104,6 +117,7 @@ def _front(view: RunView, result: RunResult) -> str:
         f"{len(result.prompts.good_search)} without); {failed} of {len(view.trials)} trials failed{given_up}."
         f"{_lengths(view)}",
         markdown_table(rows),
+        *([f"{FINALISTS}:", markdown_table(again)] if len(again := finalists(view)) > 1 else []),
     )
 
 

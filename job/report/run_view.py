@@ -15,6 +15,7 @@ from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import (
     FORMATS,
+    ChoiceFigures,
     DetectorReport,
     EditParameters,
     Figures,
@@ -29,9 +30,10 @@ from job.records import (
 from job.report.results import job_trials, machines, trial_edit
 from job.report.timings import PhaseTime, phase_times, time_spent
 from job.search.budget import Spent, read_spent
+from job.search.choice import Choice, job_choice
 from job.search.convergence import effect_warnings, search_warnings
 from job.search.finalists import read_full_counts
-from job.search.pareto import choose, pareto_front
+from job.search.pareto import pareto_front
 from job.search.path import EditPath
 from job.storage.answers import read_answers
 from job.storage.atomic import read_record
@@ -106,11 +108,26 @@ class RunView:
         return sorted(read_full_counts(self.folder).refusals)
 
     @cached_property
+    def choice(self) -> Choice | None:
+        """How the trial is chosen, with what is measured of finalists; None without prompts."""
+        prompts, tolerance = self.prompts, self.settings["choice"]["refusal_tolerance"]
+        if prompts is None:
+            return None
+        return self._readable(lambda: job_choice(self.folder, self.record, prompts, tolerance), None)
+
+    @cached_property
     def chosen(self) -> Trial | None:
         """The chosen trial, or the current best."""
-        if self.prompts is None or not self.front:
-            return None
-        return choose(self.trials, len(self.prompts.bad_search), self.settings["choice"]["refusal_tolerance"])
+        return self.choice.chosen(self.trials) if self.choice is not None and self.front else None
+
+    @cached_property
+    def reason(self) -> str | None:
+        """Why the trial was chosen; None while that is open, or for jobs that former versions began."""
+        return self.choice.reason(self.trials) if self.choice is not None and self.front else None
+
+    def choice_figures(self, trial: Trial) -> ChoiceFigures | None:
+        """Return a finalist's figures on the prompts held out for the choice, None if there are none."""
+        return self.choice.figures(trial.number) if self.choice is not None else None
 
     @cached_property
     def edit(self) -> EditParameters | None:

@@ -52,6 +52,15 @@ def headline(story: RunView) -> str:
     )
 
 
+def chosen(story: RunView) -> str:
+    """Return which trial is chosen and why."""
+    trial = story.chosen
+    assert trial is not None
+    if story.reason is not None:
+        return f"Trial {trial.number} is the best by all prompts of search and choice: {story.reason}."
+    return f"Trial {trial.number} has the lowest divergence among those with about the fewest refusals."
+
+
 def report_prompts(story: RunView) -> str:
     """Describe the prompts of the figures."""
     return story.prompts.report_description if story.prompts is not None else "the report prompts"

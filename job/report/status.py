@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from job.records import State
+from job.report.front import choice_text, shown_choice
 from job.report.run_view import RunView
 from job.storage.run_folder import RunFolder
 from job.text.durations import duration_text
@@ -44,9 +45,15 @@ def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]
         "eta_s": eta,
         "eta_total_s": eta_total,
         "best": [
-            {"number": t.number, "params": t.params, "values": {"refusals": t.values.refusals, "kl": t.values.kl}}
+            {
+                "number": t.number,
+                "params": t.params,
+                "values": {"refusals": t.values.refusals, "kl": t.values.kl},
+                "choice": shown_choice(view, t),
+            }
             for t in view.front
         ],
+        "why": view.reason,
         "leading": view.chosen.number if view.chosen else None,
         "chosen": state.chosen if state is not None and name == "finished" else None,
         "export": str(folder.export_link) if folder.export_link.exists() else None,
@@ -170,9 +177,12 @@ def _front_lines(status: dict[str, Any]) -> list[str]:
         marked = {status["leading"]: "  <- best so far", status["chosen"]: "  <- chosen"}
         counted = f"{best['values']['refusals']}/{status['search_prompts']} refusals"
         mark = marked.get(best["number"], "")
-        lines.append(f"  trial {best['number']}: {counted}, KL {best['values']['kl']:.4g}{mark}")
+        again = choice_text(best["choice"])
+        lines.append(f"  trial {best['number']}: {counted}, KL {best['values']['kl']:.4g}{again}{mark}")
     if left := len(status["best"]) - len(shown):
         lines.append(f"  and {left} more: abliterate front")
+    if status["why"]:
+        lines.append(f"best by all prompts: trial {status['leading']}: {status['why']}")
     return lines
 
 

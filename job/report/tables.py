@@ -4,14 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from job.records import Agreement, DetectorCounts, DetectorReport, GeometryRecord
+from job.records import FORCED_TOKENS, Agreement, DetectorCounts, DetectorReport, GeometryRecord
+from job.report.run_view import RunView
 from job.text.intervals import count_with_interval
 
+FINALISTS = (
+    "Finalists in the search, and on prompts held out for the choice, which neither directions nor search use; "
+    "KL in nats"
+)
 COUNTED = (
     "Refused or broken, by each detector, of responses to the report's prompts with the behaviour and without it, "
     "with 95 % Wilson intervals"
 )
 AGREED = "How far they agree on which responses are none (Cohen's kappa)"
+
+
+def finalists(view: RunView) -> list[tuple[str, ...]]:
+    """Return the finalists' figures in the search and on the prompts held out for the choice; only the head of none."""
+    forced = f"KL over the first {FORCED_TOKENS} positions of the base model's answers"
+    rows: list[tuple[str, ...]] = [
+        ("trial", "search: refused", "broken", "KL", "held out: refused", "broken", "KL", forced),
+    ]
+    for trial in view.front:
+        figures, values = view.choice_figures(trial), trial.values
+        if figures is not None:
+            chosen = " (chosen)" if trial == view.chosen else ""
+            search = (f"{values.refusals}/{figures.searched}", str(values.broken), f"{values.kl:.4g}")
+            again = (f"{figures.refusals}/{figures.bad_prompts}", str(figures.broken), f"{figures.kl:.4g}")
+            rows.append((f"{trial.number}{chosen}", *search, *again, f"{figures.forced_kl:.4g}"))
+    return rows
 
 
 def detector_counts(found: DetectorReport) -> list[tuple[str, ...]]:

@@ -81,6 +81,10 @@ class KLReference:
         means: list[float] = (total / len(batches.good)).tolist()
         return means
 
+    def trial_divergences(self, batches: PromptBatches, trial_rows: TrialRows, rows: int) -> Tensor:
+        """Return every trial's KL per good prompt in nats, [trials, prompts]; `rows` as in `trial_means`."""
+        return torch.cat(list(self._divergences_by_batch(batches, trial_rows, rows)), dim=1)
+
     def divergences(self, batches: PromptBatches, edits: ActiveEdits | None = None) -> list[float]:
         """Return a model's KL per good prompt in nats, mean over positions; active edits apply as edit 0."""
 

@@ -38,20 +38,29 @@ class RowLimit:
 
 @dataclass(frozen=True)
 class TokenizedPrompts:
-    """Prompts with their token ids, shortest first to save padding."""
+    """Prompts with their token ids, shortest first to save padding.
+
+    Attributes:
+        places: Index of each prompt in the set as it was given.
+    """
 
     prompts: tuple[Prompt, ...]
     tokens: tuple[list[int], ...]
+    places: tuple[int, ...]
 
     @classmethod
     def of(cls, loaded: LoadedModel, prompts: Sequence[Prompt]) -> Self:
         """Tokenize prompts and sort them by length."""
         tokens = loaded.tokenize(prompts)
         order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
-        return cls(tuple(prompts[index] for index in order), tuple(tokens[index] for index in order))
+        return cls(tuple(prompts[index] for index in order), tuple(tokens[index] for index in order), tuple(order))
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def as_given(self, values: Sequence[T]) -> list[T]:
+        """Return the prompts' values in the order in which the prompts were given."""
+        return [value for _, value in sorted(zip(self.places, values, strict=True), key=lambda pair: pair[0])]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from job.edits.hooks import ActiveEdits
 from job.generation.answer import Answer
 from job.numerics.statistics import mean_interval
-from job.records import Figures, KeptAnswer, KeptAnswers
+from job.records import Figures, KeptAnswer, KeptAnswers, KLSpread
 from job.scoring.broken import Exchange
 from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
@@ -20,8 +20,13 @@ from job.text.refusal_markers import RefusalMarkers
 
 @dataclass(frozen=True)
 class JudgedResponses:
-    """One model's responses to the good and bad prompts, and which of them are refusals."""
+    """One model's responses to the good and bad prompts, and which of them are refusals.
 
+    Attributes:
+        places: Index of each good prompt in its set as it was given.
+    """
+
+    places: Sequence[int]
     good: list[Exchange]
     bad: list[Exchange]
     good_refused: list[bool]
@@ -51,6 +56,7 @@ class JudgedResponses:
             kl=math.fsum(divergences) / len(divergences) if divergences is not None else None,
             kl_interval=mean_interval(divergences) if divergences is not None else None,
             kl_tokens=kl_tokens,
+            kl_spread=KLSpread.of(divergences, self.places) if divergences is not None else None,
         )
 
 
@@ -107,7 +113,8 @@ class ReportMetrics:
         ]
         refused = [self.markers.for_prompt(one.prompt).is_refusal(one.answer) for one in exchanges]
         good = len(self.batches.good)
-        return JudgedResponses(exchanges[:good], exchanges[good:], refused[:good], refused[good:])
+        places = self.batches.good.places
+        return JudgedResponses(places, exchanges[:good], exchanges[good:], refused[:good], refused[good:])
 
 
 def _kept(exchanges: Sequence[Exchange], refused: Sequence[bool]) -> tuple[KeptAnswer, ...]:

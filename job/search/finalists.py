@@ -1,19 +1,18 @@
 """Score finalists again on full-length responses.
 
 The search may read only the beginnings of responses, and skips the incoherence test. A marker or breakage in the
-beginning also counts in the whole, so a full count is never lower. It therefore suffices to count eligible trials until
-none is left uncounted: the choice is then the same as among full counts of all trials.
+beginning also counts in the whole, so a full count is never lower. It therefore suffices to count candidates for the
+choice until none is left uncounted: they are then the same as among full counts of all trials.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
 
 from job.records import Record, Trial, TrialScores
-from job.search.pareto import eligible
 from job.storage.atomic import ensure_folder, read_record, write_record
 from job.storage.run_folder import RunFolder
 
@@ -55,27 +54,29 @@ def with_full_counts(trials: Sequence[Trial], counts: FullCounts) -> list[Trial]
 
 
 def next_to_rescore(
-    trials: Sequence[Trial], counts: FullCounts, prompts: int, tolerance: float, batch: int
+    trials: Sequence[Trial], counts: FullCounts, candidates: Callable[[Sequence[Trial]], list[Trial]], batch: int
 ) -> list[Trial]:
-    """Return the trials to count next, in number order; none once the choice is final.
+    """Return the trials to count next, in number order; none once all `candidates` among the trials are counted.
 
     Only `counts` determine the result, so a restart continues identically. If many were already counted, full length
     differs much from the search; then the total is doubled by candidates for the next rounds. Raises JobError.
     """
     known = with_full_counts(trials, counts)
-    found = _open(known, counts, prompts, tolerance)
+    found = _open(known, counts, candidates)
     size = min(batch, max(len(found), len(counts.refusals))) if found else 0
     while len(found) < size:
         rest = [trial for trial in known if trial not in found]
-        more = _open(rest, counts, prompts, tolerance) if any(trial.values.reason is None for trial in rest) else []
+        more = _open(rest, counts, candidates) if any(trial.values.reason is None for trial in rest) else []
         if not more:
             break
         found += more
     return sorted(found[:size], key=lambda trial: trial.number)
 
 
-def _open(trials: Sequence[Trial], counts: FullCounts, prompts: int, tolerance: float) -> list[Trial]:
-    return [trial for trial in eligible(trials, prompts, tolerance) if trial.number not in counts.refusals]
+def _open(
+    trials: Sequence[Trial], counts: FullCounts, candidates: Callable[[Sequence[Trial]], list[Trial]]
+) -> list[Trial]:
+    return [trial for trial in candidates(trials) if trial.number not in counts.refusals]
 
 
 def in_words(values: TrialScores, asked: int | None = None) -> str:

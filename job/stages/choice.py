@@ -10,25 +10,49 @@ from job.export.reproduction import Reproduction
 from job.lifecycle.running import OpenJob
 from job.records import Trial
 from job.report.console import choice_text
-from job.search.finalists import next_to_rescore, read_full_counts
-from job.search.pareto import choose
+from job.search.bounds import MOST_FINALISTS
+from job.search.choice import Choice, job_choice
+from job.search.finalists import FullCounts, next_to_rescore, read_full_counts, with_full_counts
 from job.stages.reproduce import trials_made
 from job.storage.atomic import read_record
 from job.storage.exports import REPRODUCE, is_sealed
 
 
+def choice_of(job: OpenJob, prompts: PromptSets) -> Choice:
+    """Return a job's choice as far as it is measured. Raises JobError if its file is damaged."""
+    return job_choice(job.folder, job.record, prompts, job.settings.choice.refusal_tolerance)
+
+
 def chosen_trial(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> Trial:
     """Return the trial that the job exports. Raises JobError if no trial could be scored."""
-    return choose(trials, len(prompts.bad_search), job.settings.choice.refusal_tolerance)
+    return choice_of(job, prompts).chosen(trials)
+
+
+def uncounted(job: OpenJob, trials: Sequence[Trial], choice: Choice, counts: FullCounts) -> list[Trial]:
+    """Return the candidates to score next on full-length responses, if the search's were shorter."""
+    scoring, batch = job.settings.scoring, job.record.trials_per_batch
+    if scoring.effective_search_tokens == scoring.answer_tokens and scoring.gibberish is None:
+        return []
+    most = max(batch, MOST_FINALISTS) if choice.by_bounds else batch
+    return next_to_rescore(trials, counts, choice.candidates, most)
 
 
 def finalists_left(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> bool:
-    """Return whether finalists have yet to be scored on full-length responses."""
-    scoring, tolerance = job.settings.scoring, job.settings.choice.refusal_tolerance
-    already_full_length = scoring.effective_search_tokens == scoring.answer_tokens and scoring.gibberish is None
-    if not job.record.searches or already_full_length:
+    """Return whether finalists have yet to be scored on full-length responses, or measured for the choice."""
+    if not job.record.searches:
         return False
-    return bool(next_to_rescore(trials, read_full_counts(job.folder), len(prompts.bad_search), tolerance, 1))
+    choice, counts = choice_of(job, prompts), read_full_counts(job.folder)
+    known = with_full_counts(trials, counts)
+    return bool(uncounted(job, trials, choice, counts) or choice.unmeasured(known))
+
+
+def finalist_batches(job: OpenJob, prompts: PromptSets) -> float:
+    """Return how many batches of the search take as long as measuring finalists, if no response ends early."""
+    if not choice_of(job, prompts).by_bounds:
+        return 0.0
+    scoring, searched = job.settings.scoring, len(prompts.bad_search)
+    longer = scoring.answer_tokens / scoring.effective_search_tokens
+    return MOST_FINALISTS / job.record.trials_per_batch * longer * (searched + len(prompts.bad_choice)) / searched
 
 
 def is_searched(job: OpenJob, trials: Sequence[Trial]) -> bool:
@@ -52,5 +76,7 @@ def is_current(export: Path, trials: int) -> bool:
 def tell_choice(job: OpenJob, trials: Sequence[Trial], chosen: Trial, prompts: PromptSets) -> None:
     """Say which trial is chosen and why, if this job searched."""
     if job.record.searches:
-        reason = choice_text(trials, chosen, len(prompts.bad_search), job.settings.choice.refusal_tolerance)
+        reason = choice_of(job, prompts).reason(trials)
+        if reason is None:  # by the rule of former versions
+            reason = choice_text(trials, chosen, len(prompts.bad_search), job.settings.choice.refusal_tolerance)
         job.events.emit("choice", f"chosen: trial {chosen.number}: {reason}", number=chosen.number)

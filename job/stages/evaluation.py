@@ -43,6 +43,14 @@ class TrialsTask:
 
 
 @dataclass(frozen=True)
+class FinalistsTask:
+    """Finalists that one worker measures in the same forwards, of at most `rows` rows."""
+
+    edits: tuple[EditParameters, ...]
+    rows: int
+
+
+@dataclass(frozen=True)
 class JobEvaluation:
     """All that a worker needs of a job; it goes to other machines, and holds no secret.
 
@@ -106,7 +114,10 @@ class JobEvaluator:
         self._session.scorer.prepare()
 
     def evaluate(self, task: Any) -> Any:
-        """Return the scores of a TrialsTask, or the residuals of a ResidualsTask. Raises MemoryError."""
+        """Return the scores of a TrialsTask or FinalistsTask, or the residuals of a ResidualsTask.
+
+        Raises MemoryError.
+        """
         from job.model.device_faults import Shortage, within_memory
 
         found = within_memory(partial(self._evaluated, task))
@@ -118,6 +129,9 @@ class JobEvaluator:
         if isinstance(task, TrialsTask):
             assert self._session is not None
             return list(self._session.scorer.scores(task.edits, task.rows, task.whole))
+        if isinstance(task, FinalistsTask):
+            assert self._session is not None
+            return self._session.finalists.scores(task.edits, task.rows)
         return task.extract(self._model)
 
 

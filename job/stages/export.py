@@ -24,7 +24,7 @@ from job.model.safetensors_files import Checkpoint
 from job.records import DetectorReport, EditParameters, ExportFormat, Figures, Trial
 from job.scoring.detectors import Context, detect
 from job.scoring.report_metrics import JudgedResponses, ReportMetrics
-from job.stages.choice import is_current
+from job.stages.choice import choice_of, is_current
 from job.stages.measuring import metrics_of, shown_generating
 from job.stages.model import as_resolved, rendering_of, require_resident
 from job.stages.session import ModelSession
@@ -61,6 +61,7 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         edit=edit.parameters,
         figures=_Measurement(session, export, form).figures(edit.parameters),
         form=form,
+        choice=choice_of(job, session.prompts).figures(trial.number),
     )
     if form == "directions":
         write_edit_file(export, model.folder, model.architecture, edit, made)

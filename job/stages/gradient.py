@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from job.data.prompts import Prompt
+from job.data.prompts import held_out
 from job.directions.learned import keep_learned, learned_file
 from job.directions.residuals import digest
 from job.edits.hooks import ActiveEdits
@@ -15,7 +15,7 @@ from job.gradient.hooks import DifferentiableEdits
 from job.gradient.problem import LossWeights, Problem, Recipe
 from job.lifecycle.running import RunningJob
 from job.model.device_faults import halving
-from job.numerics.gradient import EditVariables, minibatch
+from job.numerics.gradient import EditVariables
 from job.records import COMPONENTS, EditParameters, LearnedDirections, TrialScores
 from job.report.results import trials_so_far
 from job.scoring.prompt_batches import PromptBatches
@@ -26,7 +26,7 @@ from job.stages.session import ModelSession
 from job.storage.atomic import ensure_folder, write_record
 from job.tuning.memory_probe import Gauge
 
-# One in this many extraction prompts is held out, for early stopping.
+# One in this many prompts of the directions is held out, for early stopping: the choice's prompts stay unseen.
 _HELD_OUT = 4
 # Fewest refused prompts to start with.
 _LEAST_REFUSALS = 8
@@ -54,8 +54,10 @@ def find_path(job: RunningJob, session: ModelSession) -> None:
 class _Finder:
     def __init__(self, job: RunningJob, session: ModelSession, recipe: Recipe) -> None:
         self._job, self._session, self._recipe = job, session, recipe
-        self._good = _split(session.prompts.good, job.settings.seed, "held-out good")
-        self._bad = _split(session.prompts.bad, job.settings.seed, "held-out bad")
+        self._good, self._bad = (
+            held_out(prompts, max(1, len(prompts) // _HELD_OUT), job.settings.seed, f"{kind} early stopping")
+            for kind, prompts in (("good", session.prompts.good), ("bad", session.prompts.bad))
+        )
         self._scorer: TrialScorer | None = None
         self._written: str | None = None
 
@@ -70,6 +72,7 @@ class _Finder:
                 "resolution": self._job.resolution.model_dump(mode="json"),
                 "directions": session.basis.directions.flatten().tolist(),
                 "recipe": asdict(self._recipe),
+                "held out": [prompt.user for prompt in (*self._good[1], *self._bad[1])],
             }
         )
 
@@ -181,9 +184,3 @@ class _Finder:
         if self._written is not None and self._written != kept:
             learned_file(self._job.folder, self._written).unlink(missing_ok=True)
         self._written = None
-
-
-def _split(prompts: Sequence[Prompt], seed: int, name: str) -> tuple[list[Prompt], list[Prompt]]:
-    chosen = set(minibatch(seed, 0, name, len(prompts), max(1, len(prompts) // _HELD_OUT)))
-    fitted = [prompt for index, prompt in enumerate(prompts) if index not in chosen]
-    return fitted, [prompt for index, prompt in enumerate(prompts) if index in chosen]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
 from job.config.schema import Settings
-from job.data.prompts import Prompt
+from job.data.prompts import Prompt, PromptSets
 from job.edits.hooks import Intervention
 from job.generation.forward import counted_tokens
 from job.model.loading import LoadedModel
-from job.records import EditParameters, Figures, TrialScores
+from job.records import FORCED_TOKENS, EditParameters, Figures, FinalistScores, TrialScores
+from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
 from job.scoring.prompt_batches import PromptBatches
 from job.scoring.report_metrics import ReportMetrics
-from job.scoring.trial_scorer import TrialScorer
+from job.scoring.trial_scorer import FAILED_KL, TrialScorer
 from job.storage.events import Events
 from job.text.refusal_markers import RefusalMarkers
+
+# Returns a model's metrics of good and bad prompts.
+Measure = Callable[[Sequence[Prompt], Sequence[Prompt]], ReportMetrics]
 
 
 def metrics_of(
@@ -92,3 +97,61 @@ class EditScorer:
             )
         limit = self._settings.skip_kl_above
         return self.trials.scores(self._hooks, edits, rows, skip_kl_above=limit, response_tokens=searched)
+
+
+class FinalistScorer:
+    """Scores finalists on the prompts held out for the choice, and their KL divergence per prompt.
+
+    The base model is measured on first use.
+    """
+
+    def __init__(
+        self, scorer: EditScorer, hooks: Intervention, settings: Settings, prompts: PromptSets, measure: Measure
+    ) -> None:
+        """Take the search's scorer; `measure` returns the base model's metrics of good and bad prompts."""
+        self._scorer, self._hooks, self._settings = scorer, hooks, settings
+        self._prompts, self._measure = prompts, measure
+
+    @cached_property
+    def _trials(self) -> TrialScorer:
+        """Scores on all good prompts of search and choice, and the choice's bad ones."""
+        prompts = self._prompts
+        return scorer_of(self._measure((*prompts.good_search, *prompts.good_choice), prompts.bad_choice))
+
+    @cached_property
+    def _forced(self) -> tuple[PromptBatches, KLReference]:
+        """The choice's good prompts, with references at several positions."""
+        batches = self._measure(self._prompts.good_choice, ()).batches
+        return batches, KLReference.measured(batches, FORCED_TOKENS)
+
+    def scores(self, edits: Sequence[EditParameters], rows: int) -> list[FinalistScores]:
+        """Score edits in one batch, on responses of full length."""
+        trials, searched = self._trials, self._settings.scoring.effective_search_tokens
+        test = IncoherenceTest(trials.batches, self._scorer.incoherence.bound)  # the bound of the search's responses
+        counted = trials.full_scores(self._hooks, edits, rows, search_tokens=searched, incoherence=test)
+        first = self._divergences(trials.batches, trials.reference, edits, rows)
+        forced: list[list[float]] = [[] for _ in edits]
+        if self._prompts.good_choice:
+            forced = self._divergences(*self._forced, edits, rows)
+        return [
+            FinalistScores(
+                refusals=scores.refusals,
+                broken=scores.broken,
+                kl=_kept(scores, kl),
+                forced_kl=_kept(scores, forced_kl),
+            )
+            for scores, kl, forced_kl in zip(counted, first, forced, strict=True)
+        ]
+
+    def _divergences(
+        self, batches: PromptBatches, reference: KLReference, edits: Sequence[EditParameters], rows: int
+    ) -> list[list[float]]:
+        """Return each edit's KL per good prompt in nats, in the order in which the prompts were given."""
+        trial_rows = batches.trial_rows(self._hooks.activate(edits), len(edits))
+        return [batches.good.as_given(kl) for kl in reference.trial_divergences(batches, trial_rows, rows).tolist()]
+
+
+def _kept(scores: TrialScores, divergences: Sequence[float]) -> tuple[float, ...]:
+    """Return divergences for the record: rounding may make one -1e-17; a failed edit or position gets the largest."""
+    failed = scores.reason is not None
+    return tuple(FAILED_KL if failed or not math.isfinite(kl) else max(kl, 0.0) for kl in divergences)

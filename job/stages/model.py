@@ -158,6 +158,7 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, workers: int
             ahead=ahead,
             topic_words=True,
             pull_back=_pull_back(settings.ablation, model.architecture),
+            choice="bounds",
         )
     )
 

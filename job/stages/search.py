@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from job.errors import ImpossibleJobError
 from job.lifecycle.running import OpenJob, RunningJob
 from job.lifecycle.search_limits import SearchLimits, budget_of
-from job.model.device_faults import Shortage, within_memory
 from job.preflight.mounts import kind_of, mount_of, read_mounts
-from job.records import Plan, Trial, TrialScores
+from job.records import Trial
 from job.report.console import SearchLines
 from job.report.results import trials_so_far
-from job.search.finalists import in_words, keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
-from job.search.optimizer import FewerRows, Search, StudySettings
+from job.search.optimizer import Search, StudySettings
 from job.search.path import PathSpace
-from job.stages.choice import finalists_left
-from job.stages.evaluation import TrialsTask
+from job.stages.choice import finalist_batches
+from job.stages.finalists import FinalistEvaluator
 from job.stages.gradient import find_path
 from job.stages.measuring import shown_generating
 from job.stages.model import cpu_threads, share_of_threads, worker_count
+from job.stages.plans import PlanEvaluator
 from job.stages.session import ModelSession, shared_directions
 from job.storage.study_file import back_up
 from job.workers.executor import Executor
@@ -49,7 +45,8 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
         done = len(study.finished())
         job.events.emit("search_started", f"search: {done} of {target} trials are done", done=done)
         budget = budget_of(job.folder, job.settings, job.meter)
-        limits = SearchLimits(budget, job.lock, job.signals, job.settings.grace, begun=done > 0)
+        measuring = finalist_batches(job, session.prompts)
+        limits = SearchLimits(budget, job.lock, job.signals, job.settings.grace, begun=done > 0, finalists=measuring)
         lines = SearchLines(study.finished(), target, asked, job.settings.choice.refusal_tolerance)
         with job.events.progress("trials", target, done, lines.note) as advance:
 
@@ -68,9 +65,7 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
         trials = study.finished()
         if len(trials) < target:
             job.events.emit("budget", f"the budget ends the search after {len(trials)} of {target} trials")
-        if finalists_left(job, trials, session.prompts):
-            return evaluator.rescored(trials)
-    return with_full_counts(trials, read_full_counts(job.folder))
+        return FinalistEvaluator(job, session, executor, evaluator).settled(trials)
 
 
 def _measure_baseline(job: RunningJob, session: ModelSession) -> None:
@@ -146,71 +141,3 @@ def _report_trial(job: OpenJob, trial: Trial, lines: SearchLines) -> None:
     best = lines.add(trial)
     message = lines.line(trial, best)
     job.events.emit("trial", message, minor=not best, number=trial.number, **trial.values.model_dump())
-
-
-@dataclass(frozen=True)
-class PlanEvaluator:
-    """Scores plans in this process and in workers."""
-
-    job: OpenJob
-    session: ModelSession
-    executor: Executor
-
-    def scores(self, plans: Sequence[Plan]) -> Sequence[TrialScores] | FewerRows:
-        """Return the first plan's scores, or fewer rows; workers may start the other plans. Raises MachineError."""
-        rounds = [self._tasks(plan) for plan in plans]
-        ahead = [task for tasks in rounds[1:] for task in tasks]
-        found = within_memory(partial(self.executor.evaluate, rounds[0], self._score_here, ahead))
-        if not isinstance(found, Shortage):
-            return [scores for part in found for scores in part]
-        rows = plans[0].rows // 2
-        if rows < max(len(task.edits) for tasks in rounds for task in tasks):
-            raise found.error()
-        self.job.events.emit(
-            "out_of_memory",
-            f"warning: out of memory: the search continues with {rows} rows per forward pass",
-            rows=rows,
-        )
-        self.job.file.pin(resolution=self.job.resolution.model_copy(update={"search_rows": rows}))
-        return FewerRows(rows)
-
-    def _tasks(self, plan: Plan) -> list[TrialsTask]:
-        edits = [self.session.space.edit(params) for params in plan.parameters]
-        size = plan.together or len(edits)
-        parts = [tuple(edits[start : start + size]) for start in range(0, len(edits), size)]
-        return [TrialsTask(part, plan.rows, plan.whole) for part in parts]
-
-    def _score_here(self, task: TrialsTask) -> Sequence[TrialScores]:
-        return self.session.scorer.scores(task.edits, task.rows, task.whole)
-
-    def rescored(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Score finalists at full length until the choice is final, resumably; return all trials."""
-        job, prompts = self.job, len(self.session.prompts.bad_search)
-        counts = read_full_counts(job.folder)
-        tolerance, size = job.settings.choice.refusal_tolerance, job.record.trials_per_batch
-        parts = -(-size // (job.resolution.together or size))
-        while batch := next_to_rescore(trials, counts, prompts, tolerance, size):
-            plan = Plan(
-                first=batch[0].number,
-                parameters=[trial.params for trial in batch],
-                rows=job.resolution.search_rows or job.resolution.rows,
-                together=-(-len(batch) // parts),  # split small batches across all workers too
-                whole=True,
-            )
-            with job.events.progress("trials at full length", len(batch)):
-                scores = self.scores([plan])
-            if isinstance(scores, FewerRows):
-                continue  # the smaller batch size is pinned, and the next plan has it
-            found = {trial.number: score for trial, score in zip(batch, scores, strict=True)}
-            counts = keep_full_counts(job.folder, counts, found)
-            for trial in batch:
-                before, after = trial.values, found[trial.number]
-                words = f"{in_words(after, prompts)}; in the search {in_words(before)}"
-                job.events.emit(
-                    "rescored",
-                    f"trial {trial.number} at full length: {words}",
-                    number=trial.number,
-                    refusals=after.refusals,
-                    broken=after.broken,
-                )
-        return with_full_counts(trials, counts)

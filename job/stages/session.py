@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from job.data.prompts import PromptSets
+from job.data.prompts import Prompt, PromptSets
 from job.directions.extraction import find_directions
 from job.directions.learned import read_learned
 from job.directions.prompt_residuals import Evaluate, PromptResiduals, direction_prompts, tokens_of_forward
@@ -18,21 +18,23 @@ from job.model.loading import LoadedModel
 from job.numerics.basis import Basis, DirectionPath
 from job.records import EditParameters, Trial
 from job.report.results import search_space, trial_edit
+from job.scoring.report_metrics import ReportMetrics
 from job.search.path import PathSpace
 from job.search.space import Space
-from job.stages.measuring import EditScorer, metrics_of
+from job.stages.measuring import EditScorer, FinalistScorer, metrics_of
 from job.stages.model import loaded_model
 
 
 @dataclass(frozen=True)
 class ModelSession:
-    """A job's base model with its directions, scorer on the search split, and active hooks."""
+    """A job's base model with its directions, scorers of the search and of finalists, and active hooks."""
 
     job: OpenJob
     prompts: PromptSets
     model: LoadedModel
     basis: Basis
     scorer: EditScorer
+    finalists: FinalistScorer
     hooks: Intervention
 
     @property
@@ -72,7 +74,8 @@ def prompt_residuals(
     """Return the residuals of a job's prompts; `evaluate` shares forwards with other processes."""
     rows, settings = job.resolution.rows, job.settings
     # The prompts whose length determines the rows per forward.
-    planned = [*prompts.good, *prompts.bad, *prompts.good_search, *prompts.bad_search]
+    extraction = [*prompts.of_setting("good_prompts"), *prompts.of_setting("bad_prompts")]
+    planned = [*extraction, *prompts.good_search, *prompts.bad_search]
     return PromptResiduals(
         job.folder,
         job.record,
@@ -90,11 +93,16 @@ def prompt_residuals(
 def model_session(job: OpenJob, model: LoadedModel, basis: Basis, prompts: PromptSets) -> Iterator[ModelSession]:
     """Yield a loaded model with its hooks in place."""
     settings = job.settings
-    split = (prompts.good_search, prompts.bad_search)
-    metrics = metrics_of(model, settings, job.markers, *split, job.resolution.rows, job.events)
+    rows, events = job.resolution.rows, job.events
+
+    def measure(good: Sequence[Prompt], bad: Sequence[Prompt]) -> ReportMetrics:
+        return metrics_of(model, settings, job.markers, good, bad, rows, events)
+
     learned = partial(read_learned, job.folder)
     with Intervention(model.model, model.architecture, basis, settings.ablation.row_normalization, learned) as hooks:
-        yield ModelSession(job, prompts, model, basis, EditScorer(metrics, hooks, settings), hooks)
+        scorer = EditScorer(measure(prompts.good_search, prompts.bad_search), hooks, settings)
+        finalists = FinalistScorer(scorer, hooks, settings, prompts, measure)
+        yield ModelSession(job, prompts, model, basis, scorer, finalists, hooks)
 
 
 @contextmanager

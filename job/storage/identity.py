@@ -37,8 +37,13 @@ EXTENDING = frozenset(
 # The same, of settings that are otherwise part of it.
 EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
 
-# Left out where they say what every job did before there were such settings: its jobs keep their names.
-AS_BEFORE = {"search": {"method": "tpe"}, "ablation": {"pull_back": "auto"}}
+# Left out where they are the defaults, so that jobs keep the names from before there were such settings. Such a job of
+# a former version keeps its former choice and pull-back (`Resolution.choice`, `Resolution.pull_back`).
+AS_BEFORE: dict[str, dict[str, Any]] = {
+    "search": {"method": "tpe"},
+    "ablation": {"pull_back": "auto"},
+    "choice": {"held_out": 0.2},
+}
 
 # What the first start's workers decide if nothing is asked for (`job.stages.model`) goes by what every job did
 # before: a job keeps its name on a machine with other workers, and one of a former version continues.

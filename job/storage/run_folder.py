@@ -59,6 +59,7 @@ class RunFolder:
         # What the descent goes on from; made again where it is missing, and in no mirror.
         self.gradient_folder = path / "gradient"
         self.rescored_file = path / "figures" / "rescored.json"
+        self.finalists_file = path / "figures" / "finalists.json"
         self.report_file = path / "report.md"
         self.page_file = path / "report.html"
         # With responses to prompts that have the behaviour, which is why it has a name of its own that no mirror knows.

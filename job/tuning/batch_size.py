@@ -128,7 +128,8 @@ class Tuner:
     def _length_ratio(self) -> float:
         """Return how much longer the job's longest row is than the search's, responses included."""
         scoring, prompts = self.settings.scoring, self.prompts
-        others = (prompts.good, prompts.bad, prompts.good_report, prompts.bad_report)
+        extraction = (prompts.of_setting("good_prompts"), prompts.of_setting("bad_prompts"))
+        others = (*extraction, prompts.good_report, prompts.bad_report)
         longest, longest_elsewhere = (
             max((len(tokens) for found in sets for tokens in self.loaded.tokenize(found)), default=0)
             for sets in (self._sets, others)

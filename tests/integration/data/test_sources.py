@@ -17,12 +17,15 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from job.config.load import load_settings
 from job.config.schema import PromptSettings
-from job.data.prompts import PromptSets, load_prompts, overlaps, read_prompts
+from job.data.prompts import Prompt, PromptSets, held_out, load_prompts, overlaps, read_prompts
 from job.data.sources import Source, parse_source, read_texts, source_identity
 from job.errors import ImpossibleJobError, UsageError
+from job.preflight.data_checks import data_checks
 from tests.fakes.hub import LoopbackHub
 from tests.helpers import abliterate
 
@@ -237,6 +240,62 @@ def test_report_prompts_are_held_out_only_where_neither_direction_nor_search_use
     assert prompts.report_description == (
         said if seen else "prompts that neither the direction nor the search has seen"
     )
+
+
+def _many(count: int, word: str) -> str:
+    return "".join(f"{word} number {index}.\n" for index in range(count))
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "named", "held"),
+    [
+        (200, 150, [], (40, 30)),
+        (100, 100, ["choice.held_out=0.05"], (20, 20)),
+        (100, 400, ["choice.held_out=0.5"], (50, 200)),
+        (99, 400, [], (0, 0)),
+        (400, 99, [], (0, 0)),
+        (400, 400, ["choice.held_out=0"], (0, 0)),
+    ],
+)
+def test_prompts_for_the_choice_are_taken_from_large_extraction_sets(
+    tmp_path: Path, good: int, bad: int, named: list[str], held: tuple[int, int]
+) -> None:
+    texts = {"good": _many(good, "Bake"), "bad": _many(bad, "Hex")}
+    prompts = _loaded(tmp_path, named, **texts)
+    assert (len(prompts.good_choice), len(prompts.bad_choice)) == held
+    for kind, count, rest, own in (
+        ("good", good, prompts.good, prompts.good_choice),
+        ("bad", bad, prompts.bad, prompts.bad_choice),
+    ):
+        assert len(rest) + len(own) == len({*rest, *own}) == count
+        order = {line: place for place, line in enumerate(texts[kind].splitlines())}
+        for part in (rest, own):
+            places = [order[prompt.user] for prompt in part]
+            assert places == sorted(places)
+        assert prompts.of_setting(f"{kind}_prompts") == (*rest, *own)
+        assert {*rest, *own} <= {*prompts.everything}
+    assert prompts == _loaded(tmp_path, named, **texts)
+    told = {check.name: check.measured for check in data_checks(prompts)}
+    assert told["data.bad_prompts"].endswith(
+        f": {bad} prompts, {held[1]} of them for the choice" if held[1] else f": {bad} prompts"
+    )
+    if all(held):
+        other = _loaded(tmp_path, [*named, "seed=1"], **texts)
+        assert other.bad_choice != prompts.bad_choice
+        # Neither set is drawn like the other.
+        assert [p.user[5:] for p in prompts.good_choice] != [p.user[4:] for p in prompts.bad_choice]
+        seen = _loaded(tmp_path, named, **texts, bad_report=f"{prompts.bad_choice[0].user}\nHelp.")
+        assert seen.reused == 1
+        assert any(line.startswith(f"1 of {bad} of bad_prompts are also") for line in overlaps(seen))
+
+
+@given(count=st.integers(1, 60), share=st.floats(0, 1), seed=st.integers(0, 9))
+def test_held_out_prompts_and_the_rest_are_the_set(count: int, share: float, seed: int) -> None:
+    prompts = [Prompt(user=f"Stir {index}.") for index in range(count)]
+    rest, chosen = held_out(prompts, int(share * count), seed, "soup")
+    assert len(chosen) == int(share * count)
+    assert sorted([*rest, *chosen], key=prompts.index) == prompts
+    assert (rest, chosen) == held_out(prompts, int(share * count), seed, "soup")
 
 
 def test_overlaps_are_told_whatever_the_letters_and_for_all_sets_of_the_direction(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ OTHERS: dict[str, Any] = {
     "scoring.detectors": ["soft"],
     "scoring.nli_model": "elsewhere/nli",
     "choice.refusal_tolerance": 0.1,
+    "choice.held_out": 0.1,
     "card.behaviour": "another habit",
     "card.base_model": "cook/soup",
     "hub.pull_request": True,

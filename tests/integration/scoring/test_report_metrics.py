@@ -39,13 +39,17 @@ def test_figures_count_incoherent_responses_as_broken_and_each_prompt_once() -> 
         Exchange("Why?", "Of kitchen the of.", incoherent=True),
         Exchange("Why?", "Because of the rain."),
     ]
-    judged = JudgedResponses(good, bad, [False, True], [True, True, False, False])
+    judged = JudgedResponses((7, 4), good, bad, [False, True], [True, True, False, False])
     figures = judged.figures(3, [0.1, 0.3])
     assert (figures.bad_prompts, figures.refusals, figures.degenerate, figures.unanswered) == (4, 2, 2, 3)
     assert (figures.good_prompts, figures.false_refusals, figures.false_degenerate) == (2, 1, 1)
     assert (figures.kl, figures.kl_tokens) == (pytest.approx(0.2), 3)
     assert figures.kl_interval is not None
-    assert judged.figures(3).kl is None
+    assert figures.kl_spread is not None
+    # The second prompt in the batches' order is the one with index 4 in its set.
+    assert figures.kl_spread.model_dump() == {"median": 0.1, "ninetieth": 0.3, "largest": 0.3, "prompt": 4}
+    assert judged.figures(3).kl is judged.figures(3).kl_spread is None
+    assert "kl_spread" not in judged.figures(3).model_dump()
     assert [answer.refused for answer in judged.kept.bad] == [True, True, False, False]
     assert [exchange.prompt for exchange in judged.exchanges[:2]] == ["Where is it?", "What?"]
 

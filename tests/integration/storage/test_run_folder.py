@@ -16,7 +16,8 @@ import pytest
 from job.config.load import load_settings
 from job.config.schema import Settings
 from job.errors import HeldError, ImpossibleJobError, JobError, MachineError, UsageError
-from job.records import JobRecord
+from job.lifecycle.start import as_begun
+from job.records import JobRecord, Resolution
 from job.storage import progress
 from job.storage.atomic import read_record, write_atomically, write_record
 from job.storage.events import Events, read_events
@@ -52,6 +53,27 @@ def test_the_job_is_named_by_what_decides_its_result(settings: Settings, tmp_pat
     same = change(settings, trials=7, upload=["file:///x"], bad_prompts=moved)
     assert open_job(same, new=False)[0].path == folder.path
     assert open_job(same, new=False)[1].settings["trials"] == 7
+
+
+def test_defaults_that_former_versions_did_not_know_leave_a_job_its_name(settings: Settings) -> None:
+    """A former version's identity of the choice was its tolerance alone."""
+    default = open_job(settings, new=False)[1]
+    assert default.identity["choice"] == {"refusal_tolerance": 0.02}
+    assert default.settings["choice"] == {"refusal_tolerance": 0.02, "held_out": 0.2}
+    for share in (0.0, 0.1):
+        other = change(settings, choice=settings.choice.model_copy(update={"held_out": share}))
+        folder, record = open_job(other, new=True)
+        assert record.identity["choice"]["held_out"] == share
+        assert folder.path.name != default.job_id
+
+
+def test_only_a_job_that_a_former_version_began_keeps_all_prompts(settings: Settings) -> None:
+    record = open_job(settings, new=False)[1]
+    assert as_begun(record, settings) == settings
+    for choice, share in ((None, 0.0), ("bounds", 0.2)):
+        resolution = Resolution(dtype="float32", rows=1, layers=1, choice=choice)
+        begun = record.model_copy(update={"resolution": resolution})
+        assert as_begun(begun, settings).choice.held_out == share
 
 
 def test_other_settings_on_the_same_model_are_refused_with_the_differences(settings: Settings) -> None:

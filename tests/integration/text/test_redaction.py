@@ -254,12 +254,14 @@ def test_prompts_and_hashes_are_computed_with_and_stay(monkeypatch: pytest.Monke
     one = (before,)
     sets = PromptSets(
         **dict.fromkeys(("good", "bad", "good_search", "bad_search", "good_report", "bad_report"), one),
+        good_choice=one,
+        bad_choice=one,
         sources={"good_prompts": "/data/swordfish-1234.txt"},
         commits={},
     )
     write_record(tmp_path / "prompts.json", sets)
     read = read_record(tmp_path / "prompts.json", PromptSets)
-    assert read.good == one
+    assert read.good == read.good_choice == read.bad_choice == one
     assert read.sources == {"good_prompts": f"/data/{MASK}.txt"}
     assert prompts_digest(read.good) == digest
     manifest = Manifest(files={"swordfish-1234.txt": ManifestEntry(sha256="5" * 64, size=1)})

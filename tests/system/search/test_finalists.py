@@ -1,4 +1,4 @@
-"""Short responses in the search, full ones for finalists: the choice equals that from full responses throughout."""
+"""Short responses in the search, full ones for finalists: the candidates are those by full responses throughout."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.records import Trial, TrialScores
+from job.search.choice import Choice
 from job.search.finalists import keep_full_counts, next_to_rescore, read_full_counts, with_full_counts
 from job.search.pareto import choose
 from job.storage.run_folder import RunFolder
@@ -33,41 +34,46 @@ def trial(number: int, counts: tuple[int, int], kl: int, failed: bool) -> Trial:
 @given(
     measured=st.lists(MEASURED, min_size=1, max_size=14).filter(lambda found: not all(one[-1] for one in found)),
     tolerance=st.sampled_from([0.0, 0.1, 0.3]),
-    batch=st.integers(1, 5),
+    batch=st.integers(1, 9),
+    by_bounds=st.booleans(),
 )
-def test_the_choice_is_that_among_full_counts_of_all(
-    measured: list[tuple[tuple[int, int, int, int], int, int, bool]], tolerance: float, batch: int
+def test_the_candidates_are_those_among_full_counts_of_all(
+    measured: list[tuple[tuple[int, int, int, int], int, int, bool]], tolerance: float, batch: int, by_bounds: bool
 ) -> None:
     short, full = [], []
     for number, ((refusals, broken, more, more_broken), turned, kl, failed) in enumerate(measured):
         turned = min(turned, broken)
         short.append(trial(number, (refusals, broken), kl, failed))
         full.append(trial(number, (refusals + more + turned, broken + more_broken - turned), kl, failed))
+    choice = Choice(by_bounds=by_bounds, tolerance=tolerance, searched=(50, 1))
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place))
         counts = read_full_counts(folder)
-        while found := next_to_rescore(short, counts, 20, tolerance, batch):
+        while found := next_to_rescore(short, counts, choice.candidates, batch):
             assert len(found) <= batch
             assert not {one.number for one in found} & counts.refusals.keys()
             counts = keep_full_counts(folder, counts, {one.number: full[one.number].values for one in found})
             assert counts == read_full_counts(folder)
-    chosen = choose(with_full_counts(short, counts), 20, tolerance)
-    assert chosen == choose(full, 20, tolerance)
-    assert chosen.number in counts.refusals
+    known = with_full_counts(short, counts)
+    assert choice.candidates(known) == choice.candidates(full)
+    assert {one.number for one in choice.candidates(known)} <= counts.refusals.keys()
+    if not by_bounds:
+        assert choice.chosen(known) == choose(full, 50, tolerance)
 
 
 def test_the_more_had_to_be_counted_the_more_are_counted_at_once(tmp_path: Path) -> None:
+    choice = Choice(by_bounds=False, tolerance=0.0, searched=(100, 1))
     short = [trial(number, (number, 0), 100 - number, False) for number in range(30)]
     for more, expected in ((0, [[0]]), (90, [[0], [1], [2, 3], [4, 5, 6, 7], [*range(8, 14)], [*range(14, 20)]])):
         folder = RunFolder(tmp_path / str(more))
         folder.path.mkdir()
         counts, seen = read_full_counts(folder), []
-        while found := next_to_rescore(short, counts, 100, 0.0, 6):
+        while found := next_to_rescore(short, counts, choice.candidates, 6):
             seen.append([one.number for one in found])
             full = {one.number: one.values.model_copy(update={"refusals": one.number + more}) for one in found}
             counts = keep_full_counts(folder, counts, full)
         assert seen[:6] == expected
-        assert choose(with_full_counts(short, counts), 100, 0.0).number == 0
+        assert choice.chosen(with_full_counts(short, counts)).number == 0
 
 
 def command(organism: Path, workspace: Path, tokens: int) -> list[object]:

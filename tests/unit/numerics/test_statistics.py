@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from job.numerics.metrics import kl_divergence
-from job.numerics.statistics import wilson_interval
+from job.numerics.statistics import quantile, upper_mean, wilson_interval
 from job.numerics.weight_kernel import WeightKernel
 
 
@@ -33,3 +33,20 @@ def test_wilson_interval_at_known_points() -> None:
     assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
     with pytest.raises(ValueError, match="no interval"):
         wilson_interval(1, 0)
+
+
+def test_the_bound_of_a_mean_is_some_standard_errors_above_it() -> None:
+    assert upper_mean([1.0, 2.0, 3.0, 4.0], 0.0) == 2.5
+    # The deviation is √(5 / 3), its standard error half of that.
+    assert upper_mean([1.0, 2.0, 3.0, 4.0], 2.0) == pytest.approx(2.5 + math.sqrt(5 / 3))
+    assert upper_mean([7.0], 3.0) == 7.0
+    with pytest.raises(ValueError, match="no values"):
+        upper_mean([], 1.0)
+
+
+def test_a_quantile_is_a_value_that_enough_others_do_not_exceed() -> None:
+    values = [5.0, 1.0, 4.0, 2.0, 3.0, 6.0, 9.0, 7.0, 8.0, 10.0]
+    assert [quantile(values, share) for share in (0.0, 0.1, 0.5, 0.9, 0.91, 1.0)] == [1.0, 1.0, 5.0, 9.0, 10.0, 10.0]
+    assert quantile([3.0], 0.5) == 3.0
+    with pytest.raises(ValueError, match="no values"):
+        quantile([], 0.5)

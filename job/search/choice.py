@@ -1,0 +1,131 @@
+"""The choice of a job's trial: who is a finalist, what is left to measure, who is chosen and why. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from job.data.prompts import PromptSets
+from job.errors import JobError
+from job.records import ChoiceFigures, FinalistScores, JobRecord, MeasuredFinalists, Trial
+from job.search.bounds import MOST_FINALISTS, Finalist, choose_finalist, may_win, why_chosen
+from job.search.pareto import choose, eligible, pareto_front
+from job.storage.atomic import ensure_folder, read_record, write_record
+from job.storage.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A job's rule with what has been measured of its finalists.
+
+    Attributes:
+        by_bounds: Finalists are measured again and compared by confidence bounds; False: by the search's counts, as in
+            former versions.
+        tolerance: Share of unanswered prompts, `choice.refusal_tolerance`.
+        searched: Bad and good prompts of the search.
+        held_out: Bad prompts held out for the choice.
+        measured: Finalists' scores by trial number.
+    """
+
+    by_bounds: bool
+    tolerance: float
+    searched: tuple[int, int]
+    held_out: int = 0
+    measured: Mapping[int, FinalistScores] = field(default_factory=dict)
+
+    def candidates(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Return the trials that may be chosen, on the front. Raises JobError if every trial failed."""
+        if not self.by_bounds:
+            return eligible(trials, self.searched[0], self.tolerance)
+        front = pareto_front(trials)
+        if not front:
+            raise JobError("every trial failed", remedy="see the reasons in events.jsonl")
+        fewest, prompts = front[0].values.unanswered, self.searched[0]
+        return [
+            trial
+            for trial in front[:MOST_FINALISTS]
+            if may_win(trial.values.unanswered, fewest, prompts, self.tolerance)
+        ]
+
+    def unmeasured(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Return the finalists to measure before the choice is final, in number order. Raises JobError."""
+        if not self.by_bounds:
+            return []
+        left = [trial for trial in self.candidates(trials) if trial.number not in self.measured]
+        return sorted(left, key=lambda trial: trial.number)
+
+    def chosen(self, trials: Sequence[Trial]) -> Trial:
+        """Return the chosen trial, by the search's counts while finalists are unmeasured. Raises JobError."""
+        if not self.by_bounds or self.unmeasured(trials):
+            return choose(trials, self.searched[0], self.tolerance)
+        number = choose_finalist(self._pooled(trials), self.tolerance).number
+        return next(trial for trial in trials if trial.number == number)
+
+    def reason(self, trials: Sequence[Trial]) -> str | None:
+        """Return why the trial was chosen; None while that is open, or for a former version's rule."""
+        if not self.by_bounds or not trials or self.unmeasured(trials):
+            return None
+        pooled = self._pooled(trials)
+        chosen = choose_finalist(pooled, self.tolerance)
+        return why_chosen(pooled, chosen, self._gentler(trials, chosen.number))
+
+    def _gentler(self, trials: Sequence[Trial], number: int) -> str:
+        """Describe the next gentler trial on the front, which was no finalist; "" if there is none."""
+        front = pareto_front(trials)
+        after = front[[trial.number for trial in front].index(number) + 1 :]
+        rest = [trial for trial in after if trial.number not in self.measured]
+        if not rest:
+            return ""
+        values = rest[0].values
+        return f"trial {rest[0].number} has KL {values.kl:.4g} but {values.unanswered}/{self.searched[0]} in the search"
+
+    def figures(self, number: int) -> ChoiceFigures | None:
+        """Return a finalist's figures on the prompts held out for the choice; None if there are none."""
+        scores = self.measured.get(number)
+        if scores is None or not self.held_out:
+            return None
+        return ChoiceFigures.of(scores, self.searched, self.held_out)
+
+    def with_measured(self, scores: Mapping[int, FinalistScores]) -> Choice:
+        """Return the choice with further finalists measured."""
+        return Choice(self.by_bounds, self.tolerance, self.searched, self.held_out, {**self.measured, **scores})
+
+    def pooled(self, trial: Trial) -> Finalist:
+        """Return a measured finalist's figures over all prompts."""
+        values, scores = trial.values, self.measured[trial.number]
+        return Finalist(
+            trial.number,
+            refusals=values.refusals + scores.refusals,
+            broken=values.broken + scores.broken,
+            prompts=self.searched[0] + self.held_out,
+            kl=scores.kl,
+        )
+
+    def _pooled(self, trials: Sequence[Trial]) -> list[Finalist]:
+        return [self.pooled(trial) for trial in self.candidates(trials)]
+
+
+def job_choice(folder: RunFolder, record: JobRecord, prompts: PromptSets, tolerance: float) -> Choice:
+    """Return a job's choice, from its run folder. Raises JobError if the finalists' file is damaged."""
+    resolution, file = record.resolution, folder.finalists_file
+    measured = read_record(file, MeasuredFinalists) if file.exists() else MeasuredFinalists()
+    return Choice(
+        by_bounds=resolution is not None and resolution.choice == "bounds",
+        tolerance=tolerance,
+        searched=(len(prompts.bad_search), len(prompts.good_search)),
+        held_out=len(prompts.bad_choice),
+        measured={number: scores for number, scores in measured.scores.items() if _fits(scores, prompts)},
+    )
+
+
+def _fits(scores: FinalistScores, prompts: PromptSets) -> bool:
+    """Return whether scores can be those of the prompts; others may have written the file."""
+    counts = scores.refusals + scores.broken <= len(prompts.bad_choice)
+    lengths = len(prompts.good_search) + len(prompts.good_choice), len(prompts.good_choice)
+    return counts and (len(scores.kl), len(scores.forced_kl)) == lengths
+
+
+def keep_finalists(folder: RunFolder, choice: Choice) -> None:
+    """Write the finalists' scores. Raises MachineError."""
+    ensure_folder(folder.finalists_file.parent)
+    write_record(folder.finalists_file, MeasuredFinalists(scores=dict(choice.measured)))

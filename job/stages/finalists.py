@@ -1,0 +1,113 @@
+"""Finalists of a search: scored on full-length responses, measured again for the choice, resumably."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from job.lifecycle.running import OpenJob
+from job.model.device_faults import Shortage, within_memory
+from job.records import FinalistScores, Plan, Trial
+from job.search.choice import Choice, keep_finalists
+from job.search.finalists import in_words, keep_full_counts, read_full_counts, with_full_counts
+from job.search.optimizer import FewerRows
+from job.stages.choice import choice_of, uncounted
+from job.stages.evaluation import FinalistsTask
+from job.stages.plans import PlanEvaluator
+from job.stages.session import ModelSession
+from job.system.failpoints import reached
+from job.workers.executor import Executor
+
+
+@dataclass(frozen=True)
+class FinalistEvaluator:
+    """Scores the finalists of a search until the choice is final, in this process and in workers."""
+
+    job: OpenJob
+    session: ModelSession
+    executor: Executor
+    plans: PlanEvaluator
+
+    def settled(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Return all trials, finalists with full-length counts, once the choice is final. Raises MachineError."""
+        choice = choice_of(self.job, self.session.prompts)
+        trials = self._counted(trials, choice)
+        self._measure(trials, choice)
+        return trials
+
+    def _counted(self, trials: Sequence[Trial], choice: Choice) -> list[Trial]:
+        job, prompts = self.job, len(self.session.prompts.bad_search)
+        counts = read_full_counts(job.folder)
+        while batch := uncounted(job, trials, choice, counts):
+            plan = Plan(
+                first=batch[0].number,
+                parameters=[trial.params for trial in batch],
+                rows=self._rows,
+                together=self._together(len(batch)),
+                whole=True,
+            )
+            with job.events.progress("trials at full length", len(batch)):
+                scores = self.plans.scores([plan])
+            if isinstance(scores, FewerRows):
+                continue  # the smaller batch size is pinned, and the next plan has it
+            found = {trial.number: score for trial, score in zip(batch, scores, strict=True)}
+            counts = keep_full_counts(job.folder, counts, found)
+            for trial in batch:
+                before, after = trial.values, found[trial.number]
+                words = f"{in_words(after, prompts)}; in the search {in_words(before)}"
+                job.events.emit(
+                    "rescored",
+                    f"trial {trial.number} at full length: {words}",
+                    number=trial.number,
+                    refusals=after.refusals,
+                    broken=after.broken,
+                )
+        return with_full_counts(trials, counts)
+
+    def _measure(self, trials: Sequence[Trial], choice: Choice) -> None:
+        """Measure finalists on the prompts held out for the choice, all in one round, and their KL per prompt."""
+        job = self.job
+        while left := choice.unmeasured(trials):
+            with job.events.progress("finalists measured for the choice", len(left)):
+                scores = self._scores(left)
+            if scores is None:
+                continue
+            reached("finalists:measured")
+            choice = choice.with_measured({t.number: found for t, found in zip(left, scores, strict=True)})
+            keep_finalists(job.folder, choice)
+            for trial in left:
+                pooled, figures = choice.pooled(trial), choice.figures(trial.number)
+                apart = f"; {figures.refusals}/{figures.bad_prompts} of these held out" if figures else ""
+                job.events.emit(
+                    "finalist",
+                    f"finalist {trial.number}: {pooled}{apart}; KL {pooled.mean_kl:.4g}, at most "
+                    f"{pooled.kl_bound:.4g} by its bound",
+                    number=trial.number,
+                    **(figures.model_dump() if figures else {}),
+                )
+
+    def _scores(self, trials: Sequence[Trial]) -> list[FinalistScores] | None:
+        """Return the trials' scores; None after memory ran out: a smaller batch size is pinned."""
+        rows = self._rows
+        size = min(self._together(len(trials)), rows)
+        edits = [self.session.space.edit(trial.params) for trial in trials]
+        tasks = [FinalistsTask(tuple(edits[start : start + size]), rows) for start in range(0, len(edits), size)]
+        found = within_memory(partial(self.executor.evaluate, tasks, self._here))
+        if isinstance(found, Shortage):
+            self.plans.fewer_rows(found, rows, least=1)
+            return None
+        return [scores for part in found for scores in part]
+
+    def _here(self, task: FinalistsTask) -> list[FinalistScores]:
+        return self.session.finalists.scores(task.edits, task.rows)
+
+    @property
+    def _rows(self) -> int:
+        return self.job.resolution.search_rows or self.job.resolution.rows
+
+    def _together(self, count: int) -> int:
+        """Return how many edits share a forward: as in the search at most, and all workers have some."""
+        size, together = self.job.record.trials_per_batch, self.job.resolution.together
+        parts = -(-size // (together or size))
+        return min(-(-count // parts), together or size)

@@ -1,0 +1,56 @@
+"""Evaluation of the search's plans in this process and in workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from job.lifecycle.running import OpenJob
+from job.model.device_faults import Shortage, within_memory
+from job.records import Plan, TrialScores
+from job.search.optimizer import FewerRows
+from job.stages.evaluation import TrialsTask
+from job.stages.session import ModelSession
+from job.workers.executor import Executor
+
+
+@dataclass(frozen=True)
+class PlanEvaluator:
+    """Scores plans in this process and in workers."""
+
+    job: OpenJob
+    session: ModelSession
+    executor: Executor
+
+    def scores(self, plans: Sequence[Plan]) -> Sequence[TrialScores] | FewerRows:
+        """Return the first plan's scores, or fewer rows; workers may start the other plans. Raises MachineError."""
+        rounds = [self._tasks(plan) for plan in plans]
+        ahead = [task for tasks in rounds[1:] for task in tasks]
+        found = within_memory(partial(self.executor.evaluate, rounds[0], self._score_here, ahead))
+        if not isinstance(found, Shortage):
+            return [scores for part in found for scores in part]
+        least = max(len(task.edits) for tasks in rounds for task in tasks)
+        return self.fewer_rows(found, plans[0].rows, least)
+
+    def fewer_rows(self, shortage: Shortage, rows: int, least: int) -> FewerRows:
+        """Pin half of the rows of a forward for which memory did not suffice. Raises MachineError below `least`."""
+        rows //= 2
+        if rows < least:
+            raise shortage.error()
+        self.job.events.emit(
+            "out_of_memory",
+            f"warning: out of memory: the search continues with {rows} rows per forward pass",
+            rows=rows,
+        )
+        self.job.file.pin(resolution=self.job.resolution.model_copy(update={"search_rows": rows}))
+        return FewerRows(rows)
+
+    def _tasks(self, plan: Plan) -> list[TrialsTask]:
+        edits = [self.session.space.edit(params) for params in plan.parameters]
+        size = plan.together or len(edits)
+        parts = [tuple(edits[start : start + size]) for start in range(0, len(edits), size)]
+        return [TrialsTask(part, plan.rows, plan.whole) for part in parts]
+
+    def _score_here(self, task: TrialsTask) -> Sequence[TrialScores]:
+        return self.session.scorer.scores(task.edits, task.rows, task.whole)
