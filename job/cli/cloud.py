@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from job.cloud.launching import Launcher
     from job.cloud.provider import Market, Offer
 
-PLACEHOLDER_IMAGE = "ghcr.io/OWNER/abliteration-job:VERSION"
-
 app = typer.Typer(help="Rent a machine for a job.", no_args_is_help=True, rich_markup_mode=None)
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The instance or pod, or the label of a launch.")]
@@ -63,7 +61,12 @@ def launch(
         list[str],
         typer.Argument(metavar="-- COMMAND...", help="The command to run there: -- run MODEL --checkpoint URI ..."),
     ],
-    image: Annotated[str, typer.Option(envvar="ABLITERATION_IMAGE", help="Container image, in your registry.")] = "",
+    image: Annotated[
+        str,
+        typer.Option(
+            envvar="ABLITERATION_IMAGE", metavar="NAME:TAG", help="Container image; by default that of this release."
+        ),
+    ] = "",
     env: Annotated[
         list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="Environment variable to pass on; repeatable.")
     ] = None,
@@ -75,12 +78,12 @@ def launch(
     max_total: MaxTotal = None,
 ) -> None:
     """Rent the cheapest machine that fits the job and start it there."""
+    from job.cloud.image import chosen_image
     from job.cloud.inner_command import check_inner
     from job.cloud.launch_records import Launch, LaunchFile, new_label, records_folder
     from job.cloud.launching import environment
 
-    if not image or "OWNER/" in image or image.endswith(":VERSION"):
-        raise UsageError("there is no image to run", remedy=f"build one, push it and give --image {PLACEHOLDER_IMAGE}")
+    chosen = chosen_image(image)
     named = [entry for entry in env or [] if "=" not in entry]
     plain = dict(entry.split("=", 1) for entry in env or [] if "=" in entry)
     words = _inner(command)
@@ -91,13 +94,15 @@ def launch(
         platform=platform,
         needs=needs,
         terms=terms_of(machine),
-        image=image,
+        image=chosen,
         command=words,
         env=tuple(named),
         plain_env=plain,
         volume=volume,
         checkpoint=inner.checkpoint,
     )
+    if not image:
+        _say(f"image: {chosen}; --image or ABLITERATION_IMAGE names your own")
     _advise(wanted, inner)
     launcher = _launcher(LaunchFile(wanted, records_folder() / f"{wanted.label}.json"), every)
     launcher.notice = lambda offer: _warn_of_missing_ends(inner, offer)
