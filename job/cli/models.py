@@ -31,17 +31,11 @@ def inspect_(
     ] = False,
 ) -> None:
     """List a model's residual writers, or say why it is not supported (exit code 3)."""
-    from job.model.files import fetch_model, headers_if_quantised, list_model, parse_model
-    from job.proof.truth_test import inspection
+    from job.proof.truth_test import inspection_of
     from job.storage.events import Events
 
-    source, folder, report, stored = parse_model(model), Path(model), Events().say, None
     with json_alone(as_json):
-        if source.kind == "hub" or folder.is_dir():
-            listing = list_model(source, None, report)
-            folder = fetch_model(source, listing, report, weights=False)
-            stored = headers_if_quantised(source, listing, folder, report) if source.kind == "hub" else None
-        found = inspection(folder, trusted, stored)
+        found = inspection_of(model, trusted, Events().say)
     if as_json:
         typer.echo(redacted_json(found, indent=2))
     elif found["supported"]:

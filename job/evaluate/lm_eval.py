@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from job.errors import JobError, MachineError, UsageError
+from job.errors import JobError, UsageError
 from job.model.loading import LoadedModel
 from job.system.extras import require_extra
 

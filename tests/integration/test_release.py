@@ -1,4 +1,4 @@
-"""What a release consists of: both distributions, one version everywhere, and workflows that do not change by themselves."""
+"""A release: both distributions, one version everywhere, and workflows that do not change by themselves."""
 
 from __future__ import annotations
 
