@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from job.cli.cloud_options import Platform, bound, needs_of, terms_of
+from job.cli.cloud_options import Every, MaxTotal, Platform, Relaunches, Wait, bound, needs_of, terms_of
+from job.cli.help import examples
+from job.cli.options import AsJson
 from job.errors import MachineError, Stopped, UsageError
 
 if TYPE_CHECKING:
@@ -19,25 +21,20 @@ if TYPE_CHECKING:
     from job.cloud.launching import Launcher
     from job.cloud.provider import Market, Offer
 
-app = typer.Typer(help="Rent a machine for a job.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Rent a machine for a job.", no_args_is_help=True)
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The instance or pod, or the label of a launch.")]
-Every = Annotated[float, typer.Option(metavar="S", help="Seconds between two queries of the platform.")]
-Wait = Annotated[float, typer.Option(metavar="MIN", help="Minutes to wait for an offer.")]
-Relaunches = Annotated[
-    int, typer.Option(metavar="N", help="How often to rent another machine after an outbid or a dead host.")
-]
-MaxTotal = Annotated[
-    float | None, typer.Option(metavar="USD", help="Rent no other machine once the launch has cost this many dollars.")
-]
 
 
-def offers(platform: Platform, machine: dict[str, Any], wait: Wait = 0.0, every: Every = 30.0) -> None:
+def offers(
+    platform: Platform, machine: dict[str, Any], wait: Wait = 0.0, every: Every = 30.0, as_json: AsJson = False
+) -> None:
     """List the offers, the cheapest job first."""
     import time
 
     from job.cloud.credentials import open_market
     from job.cloud.launching import find_offers
+    from job.text.redaction import redacted_json
 
     needs, terms = needs_of(machine), terms_of(machine)
     market = open_market(platform, _say)
@@ -48,6 +45,9 @@ def offers(platform: Platform, machine: dict[str, Any], wait: Wait = 0.0, every:
             raise typer.Exit(76)
         _say(f"no machine is offered; asking again in {every:.0f} s")
         time.sleep(min(every, max(deadline - time.monotonic(), 0.0)))
+    if as_json:
+        typer.echo(redacted_json([offer.model_dump(mode="json") for offer in found], indent=2))
+        return
     for offer in found:
         typer.echo(_line(offer))
 
@@ -390,7 +390,7 @@ def _line(offer: Offer) -> str:
 
 _PLATFORMS: tuple[tuple[Platform, str], ...] = (("vast", "Vast.ai."), ("runpod", "RunPod."))
 for _platform, _help in _PLATFORMS:
-    _commands = typer.Typer(help=_help, no_args_is_help=True, rich_markup_mode=None)
+    _commands = typer.Typer(help=_help, no_args_is_help=True)
     for _command in (offers, launch, watch, fetch, destroy):
-        _commands.command()(bound(_platform, _command))
+        _commands.command(epilog=examples(f"cloud {_command.__name__}", _platform))(bound(_platform, _command))
     app.add_typer(_commands, name=_platform)

@@ -69,6 +69,15 @@ def _end_by_surprise() -> NoReturn:
 
 def _call(arguments: Sequence[str]) -> None:
     try:
-        app(args=arguments, prog_name="abliterate")
+        code = app(args=arguments, prog_name="abliterate", standalone_mode=False)
+    except Exception as error:
+        show = getattr(error, "show", None)  # of the parser's own errors, whose class is not public
+        if show is None or not hasattr(error, "exit_code"):
+            raise
+        show()
+        sys.exit(error.exit_code)
+    else:
+        if code:
+            sys.exit(code)
     finally:
         sys.stdout.flush()  # what the interpreter could not write on exit would show as its complaint

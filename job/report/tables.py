@@ -14,6 +14,12 @@ COUNTED = (
 AGREED = "How far they agree on which answers are none (Cohen's kappa)"
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line per row, with all columns but the last padded to one width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    return [" ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+
+
 def detector_counts(found: DetectorReport) -> list[tuple[str, ...]]:
     """Return each detector's counts for both models."""
     counts = {(one.detector, one.prompts, one.model): _detected(one) for one in found.counts}
