@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
-import tomllib
 from collections.abc import Callable, Mapping
-from importlib import resources
 from typing import Annotated, Any, get_args
 
 from job.cli.examples import EXAMPLES
+from job.config.defaults import default_values
 from job.text.durations import Unit, duration
 
 # The group of each setting's option, in the order in which help shows them.
@@ -41,7 +39,7 @@ def examples(command: str, platform: str = "") -> str:
 
 def grouped(options: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
     """Return options with their group and the default of their setting, which `settings` names where it differs."""
-    defaults = _defaults()
+    defaults = default_values()
     found = {
         name: _in_group(kind, _GROUP_OF.get(name), _default(defaults, settings.get(name, name)))
         for name, kind in options.items()
@@ -62,11 +60,6 @@ def _in_group(kind: Any, group: str | None, default: str | None) -> Any:
     if default is not None:
         info.show_default = default
     return Annotated[kind, info]
-
-
-@functools.cache
-def _defaults() -> dict[str, Any]:
-    return tomllib.loads(resources.files("job.config").joinpath("default.toml").read_text("utf-8"))
 
 
 def _default(defaults: Mapping[str, Any], name: str) -> str | None:

@@ -49,7 +49,7 @@ from job.model.rendering import PLAIN, Rendering, conversations, end_of_turn, re
 from job.model.user_files import reading
 from job.model.weight_files import checkpoint_files
 from job.records import LARGE_BYTES
-from job.system.extras import require_extra
+from job.system.extras import require_quantization
 from job.system.tempdirs import scratch
 from job.text.decoding import decoded
 
@@ -317,7 +317,7 @@ def _offload_folder(settings: LoadingSettings) -> str | None:
 def _quantization(name: str) -> BitsAndBytesConfig | None:
     if name == "none":
         return None
-    require_extra("bitsandbytes", f"loading.quantization = {name}", otherwise="set loading.quantization = none")
+    require_quantization(name)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 

@@ -34,6 +34,12 @@ def require_extra(module: str, feature: str, *, otherwise: str = "") -> None:
         raise _missing(f"{feature} needs {package}, which is not installed", EXTRAS[WHOLE_TOOL][module], otherwise)
 
 
+def require_quantization(name: str) -> None:
+    """Raise MissingPackageError if the setting loading.quantization needs a package that is not installed."""
+    if name != "none":
+        require_extra("bitsandbytes", f"loading.quantization = {name}", otherwise="set loading.quantization = none")
+
+
 def explained(error: ModuleNotFoundError) -> MissingPackageError | None:
     """Return what a failed import means for the user; None if the module belongs to no extra."""
     module = (error.name or "").partition(".")[0]

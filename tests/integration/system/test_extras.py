@@ -15,6 +15,10 @@ from job.system import extras
 ROOT = Path(__file__).parents[3]
 
 
+# Found before anything is fetched or loaded.
+QUANTISED = ("preflight", "model", "--quantization", "bnb-4bit", "--workspace", "/proc/none")
+
+
 def declared(file: str) -> dict[str, list[str]]:
     table = tomllib.loads((ROOT / file).read_text())["project"]
     return {**table["optional-dependencies"], "": table["dependencies"]}
@@ -72,6 +76,7 @@ def command(blocked: str, *words: str, launcher: bool) -> subprocess.CompletedPr
         ("torch", ("inspect", "."), True, "this needs torch, which is not installed: abliteration-launcher rents"),
         ("optuna", ("front", "--workspace", "."), True, "pip install 'abliteration-launcher[report]'"),
         ("gguf", ("real-model", "/proc/none"), False, "pip install 'abliteration-job[real]'"),
+        ("bitsandbytes", QUANTISED, False, "pip install 'abliteration-job[bnb]', or set loading.quantization = none"),
     ],
 )
 def test_commands_without_a_package_end_with_one_line(
