@@ -16,7 +16,7 @@ from job.stages.delivery import deliver, finish
 from job.stages.preflight import checked_prompts
 from job.stages.reproduce import require_original, trials_made, warn_of_differences
 from job.stages.workers import Workers
-from job.storage.exports import is_sealed, link_export
+from job.storage.exports import link_export
 from job.storage.study_file import restore_if_damaged
 
 
@@ -39,7 +39,7 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
                 raise damage
             # These import torch, which takes seconds.
             from job.directions.extraction import find_directions
-            from job.stages.export import write_export
+            from job.stages.export import complete_export
             from job.stages.model import loaded_model
             from job.stages.search import search
             from job.stages.session import model_session, prompt_residuals
@@ -54,9 +54,7 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
                     trials = search(job, session, workers.executor)
                     workers.executor.close()  # the export needs their memory
                     chosen = chosen_trial(job, trials, prompts)
-                    if not is_sealed(job.export_of(chosen)):
-                        job.begin("export")
-                        write_export(session, chosen, trials_made(job, trials), job.settings.export_format)
+                    complete_export(job, session, chosen, trials_made(job, trials))
     chosen = chosen_trial(job, trials, prompts)
     export = job.export_of(chosen)
     link_export(job.folder, export)

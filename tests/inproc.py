@@ -28,7 +28,7 @@ from huggingface_hub import constants
 from transformers.utils import logging as transformers_logging
 
 from job.cli.main import main
-from tests.warm import forget_folder
+from tests.warm import forget_cached
 
 # Longer than any command; it replaces pytest's own alarm meanwhile.
 _LONGEST_SECONDS = 800
@@ -99,12 +99,12 @@ def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
     former, offline = dict(os.environ), constants.HF_HUB_OFFLINE
     _become(wanted)
     constants.HF_HUB_OFFLINE = wanted.get("HF_HUB_OFFLINE") == "1"
-    forget_folder()
+    forget_cached()
     try:
         yield
     finally:
         _become(former)
-        forget_folder()
+        forget_cached()
         constants.HF_HUB_OFFLINE = offline
 
 

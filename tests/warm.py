@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ OURS = (
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "FTP_PROXY", "NO_PROXY")
 # Prefixes of variables that are read on use, or by us.
 LATE = ("ABLITERATE_", "AWS_", "CONTAINER_", "JOB_", "PGPASSWORD", "PYTEST_", "RUNPOD_", "VAST_", *PROXIES)
-# Read late but cached: `forget_folder` resets it.
-LATE_ONCE = ("TMPDIR",)
+# Read late but cached: `forget_cached` resets them.
+LATE_ONCE = ("TMPDIR", "TZ")
 # Used only by tests of redaction; no library reads them.
 SECRETS = ("DEPLOY_KEY", "DB_PASSWORD", "FOLDER_SECRET")
 
@@ -107,9 +108,10 @@ def read_early(environment: Mapping[str, str], usual: Mapping[str, str]) -> set[
     return {name for name in names if not name.upper().startswith(LATE) and name not in late}
 
 
-def forget_folder() -> None:
-    """Forget the cached folder of temporary files."""
+def forget_cached() -> None:
+    """Forget the cached folder of temporary files and time zone."""
     tempfile.tempdir = None
+    time.tzset()
 
 
 def server_for(environment: Mapping[str, str], usual: Mapping[str, str], *, ours: bool = False) -> Server | None:
@@ -278,7 +280,7 @@ def _become(arguments: list[str], cwd: str, before: Mapping[str, str], environme
         del os.environ[name]
     # Equal variables stay: libraries have set a few themselves.
     os.environ.update({name: value for name, value in environment.items() if before.get(name) != value})
-    forget_folder()
+    forget_cached()
     sys.orig_argv[:] = [*COLD, *arguments]  # what a restart executes
     sys.argv[:] = ["-c", *arguments]
     sys.modules["numpy"].random.seed()  # Python's own generator reseeds itself; torch begins with a fixed seed

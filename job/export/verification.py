@@ -23,6 +23,9 @@ TIE = 1e-3
 # KL and refusals must agree within these bounds.
 KL_BOUND, KL_SHARE = 0.05, 0.25
 REFUSAL_SHARE = 0.05
+# Rounding keeps each prompt's logits within KL_BOUND of the hooked model's, too (at most 0.0003 nats were measured,
+# docs/lab-notes/gradient.md). A few prompts may differ by more: where two experts are nearly tied, rounding decides.
+OUTLIER_SHARE = 0.05
 
 
 def compare_answers(hooked: Sequence[Answer], reloaded: Sequence[Answer]) -> int:
@@ -51,10 +54,17 @@ def is_exact(loaded: LoadedModel) -> bool:
 
 @dataclass(frozen=True)
 class MeasuredScores:
-    """Scores that a reloaded export must match, and their KL reference."""
+    """What a reloaded export must match.
+
+    Attributes:
+        scores: Scores of the edit under hooks.
+        reference: The base model's KL reference.
+        hooked: The same positions read under the edit's hooks, from which the export's logits may differ by rounding.
+    """
 
     scores: TrialScores
     reference: KLReference
+    hooked: KLReference
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,8 @@ class MeasuredEdit:
     def by_scores(cls, base: TrialScorer, intervention: Intervention, edit: EditParameters) -> Self:
         """Measure the scores that an export with rounded weights must match; hooks must be in place."""
         scores = base.batches.row_limit.fit(lambda rows: base.scores(intervention, [edit], rows)[0])
-        return cls(MeasuredScores(scores, base.reference))
+        hooked = base.reference.under(base.batches, intervention.activate([edit]))
+        return cls(MeasuredScores(scores, base.reference, hooked))
 
     def compare(self, reloaded: ReportMetrics) -> str:
         """Compare the reloaded export; return the result in one line. Raises ExportMismatchError beyond rounding."""
@@ -83,7 +94,26 @@ class MeasuredEdit:
         refusals = sum(reloaded.judge(responses).bad_refused)
         divergences = self.expected.reference.divergences(reloaded.batches)
         kl = math.fsum(divergences) / len(divergences)
-        return _agreement(self.expected.scores, kl, refusals, len(reloaded.batches.bad))
+        agreement = _agreement(self.expected.scores, kl, refusals, len(reloaded.batches.bad))
+        rounding = self.expected.hooked.divergences(reloaded.batches)
+        if not getattr(reloaded.batches.loaded.model, "is_quantized", False):  # 4 bits round each prompt differently
+            require_rounding(rounding, divergences)
+        return f"{agreement}; at most {max(rounding):.2g} nats from the measured edit on any prompt"
+
+
+def require_rounding(rounding: Sequence[float], divergences: Sequence[float]) -> None:
+    """Raise ExportMismatchError if prompts differ from the measured edit by more than rounding explains.
+
+    `rounding` is the export's KL from the measured edit, `divergences` from the base model, in nats per good prompt.
+    """
+    beyond = [index for index, kl in enumerate(divergences) if rounding[index] > KL_BOUND + KL_SHARE * kl]
+    if len(beyond) > max(1, OUTLIER_SHARE * len(rounding)):
+        worst = max(beyond, key=rounding.__getitem__)
+        raise ExportMismatchError(
+            f"the exported model is not the measured edit on {len(beyond)} of {len(rounding)} good prompts: "
+            f"KL {rounding[worst]:.3g} at prompt {worst}",
+            remedy="report this as a bug; the export is kept for inspection",
+        )
 
 
 def _agreement(measured: TrialScores, kl: float, refusals: int, bad_prompts: int) -> str:

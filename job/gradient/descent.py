@@ -194,6 +194,8 @@ def path_of(ends: Sequence[StageEnd]) -> DirectionPath:
     return DirectionPath(torch.cat([end.variables.orthonormal() for end in ends]).to(torch.float32))
 
 
+# What models whose forward has no gradient raise.
+NO_GRADIENT = (RuntimeError, NotImplementedError, TypeError)
 # Steps of θ along the gradient for finite differences: smaller ones vanish in 16-bit rounding.
 _PROBES = (0.02, 0.1, 0.5)
 _PROBE_SHARE = 0.25
@@ -207,7 +209,7 @@ def gradient_fault(
     variables = EditVariables(torch.full_like(start.variables.logits, -1.0), start.variables.directions)
     try:
         (gradients, _), rows = halving(start.rows, lambda rows: problem.gradients(variables, 0, weights, rows), report)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except NO_GRADIENT as error:
         return f"it has no gradient: {first_line(error)}"
     slope = float(gradients.logits.norm())
     if not bool(gradients.logits.isfinite().all() and gradients.directions.isfinite().all()):

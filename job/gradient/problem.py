@@ -178,6 +178,16 @@ class Problem:
         backward(weights.sparsity * watched.strengths(self.recipe.largest).mean())
         return watched.gradients(), Losses(refusal, divergence)
 
+    def read_longest(self, variables: EditVariables) -> None:
+        """Compute gradients of the longest prompts, one row a forward: a step's memory per row."""
+        watched = variables.with_gradients()
+        for terms, prompts, answers in (
+            (self._refusal_terms, self.bad, self.refusals),
+            (self._divergences, self.good, self.answers),
+        ):
+            longest = max(range(len(prompts)), key=lambda index: len(prompts[index]) + len(answers[index]))
+            backward(terms(watched, [longest]).sum())
+
     @torch.no_grad()
     def loss(self, variables: EditVariables, step: int, weights: LossWeights, rows: int) -> float:
         """Return a step's loss."""

@@ -45,9 +45,25 @@ class KLReference:
         if tokens > 1:
             responses = batches.responses(batches.good.tokens, tokens - 1, rows)
             continuations = [response.tokens for response in responses]
+        return cls._forced(batches, tokens, continuations, rows, None)
+
+    def under(self, batches: PromptBatches, edits: ActiveEdits) -> Self:
+        """Return the reference of the edited model, edit 0, at the same positions of the same responses."""
+        continuations = list(self.continuations)
+        return batches.row_limit.fit(lambda rows: self._forced(batches, self.tokens, continuations, rows, edits))
+
+    @classmethod
+    def _forced(
+        cls,
+        batches: PromptBatches,
+        tokens: int,
+        continuations: Sequence[list[int]],
+        rows: int,
+        edits: ActiveEdits | None,
+    ) -> Self:
         logits: list[Tensor] = []
         start = 0
-        for batch, owners in batches.reading(batches.good.tokens, batches.trial_rows(None), rows, tokens):
+        for batch, owners in batches.reading(batches.good.tokens, batches.trial_rows(edits), rows, tokens):
             own = continuations[start : start + len(batch)]
             batch_logits = last_logits(batches.loaded.model, forced(batch, own), tokens, owners)
             logits.append(require_finite(real_positions(batch_logits, [len(continuation) + 1 for continuation in own])))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from job.data.prompts import PromptSets
+from job.export.reproduction import Reproduction
 from job.lifecycle.running import OpenJob
 from job.records import Trial
 from job.search.finalists import next_to_rescore, read_full_counts
 from job.search.pareto import choose
-from job.storage.exports import is_sealed
+from job.stages.reproduce import trials_made
+from job.storage.atomic import read_record
+from job.storage.exports import REPRODUCE, is_sealed
 
 
 def chosen_trial(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets) -> Trial:
@@ -35,4 +39,10 @@ def is_exported(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets | Non
     """Return whether search, choice and export are done, so that the model is not needed."""
     if prompts is None or not is_searched(job, trials) or finalists_left(job, trials, prompts):
         return False
-    return is_sealed(job.export_of(chosen_trial(job, trials, prompts)))
+    export = job.export_of(chosen_trial(job, trials, prompts))
+    return is_sealed(export) and is_current(export, trials_made(job, trials))
+
+
+def is_current(export: Path, trials: int) -> bool:
+    """Return whether a finished export states that number of trials; a search can be extended after its export."""
+    return read_record(export / REPRODUCE, Reproduction).trials == trials

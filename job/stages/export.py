@@ -14,9 +14,9 @@ from job.directions.learned import export_learned
 from job.export.directions_file import write_edit_file
 from job.export.lora import with_adapter, write_adapter
 from job.export.merged import Edit, copy_licences, seal_made, verify_written, write_weights
-from job.export.reproduction import base_model_name, reproduction
+from job.export.reproduction import Reproduction, base_model_name, reproduction
 from job.export.verification import MeasuredEdit, is_exact
-from job.lifecycle.running import OpenJob
+from job.lifecycle.running import OpenJob, RunningJob
 from job.model.loading import LoadedModel, load_model
 from job.model.memory import release_memory
 from job.model.placement import let_go
@@ -24,12 +24,13 @@ from job.model.safetensors_files import Checkpoint
 from job.records import DetectorReport, EditParameters, ExportFormat, Figures, Trial
 from job.scoring.detectors import Context, detect
 from job.scoring.report_metrics import JudgedResponses, ReportMetrics
+from job.stages.choice import is_current
 from job.stages.measuring import metrics_of, shown_generating
 from job.stages.model import as_resolved, rendering_of, require_resident
 from job.stages.session import ModelSession
 from job.storage.answers import keep_answers
-from job.storage.atomic import cannot_write, ensure_folder, make_folder, write_record
-from job.storage.exports import DONE
+from job.storage.atomic import cannot_write, ensure_folder, make_folder, read_record, write_record
+from job.storage.exports import DONE, REPRODUCE, is_sealed
 
 
 def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportFormat) -> Path:
@@ -69,6 +70,22 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         seal_made(export, made, model.folder)
     job.events.emit("exported", export=export.name)
     return export
+
+
+def complete_export(job: RunningJob, session: ModelSession, trial: Trial, trials: int) -> None:
+    """Write the job's export; one finished before the search was extended gets the new number of trials."""
+    export = job.export_of(trial)
+    if not is_sealed(export):
+        job.begin("export")
+        write_export(session, trial, trials, job.settings.export_format)
+    elif not is_current(export, trials):
+        job.begin("export")
+        if job.settings.export_format == "directions":  # its file of directions holds the number as well
+            write_export(session, trial, trials, "directions")
+        else:
+            made = read_record(export / REPRODUCE, Reproduction).model_copy(update={"trials": trials})
+            (export / DONE).unlink()  # if interrupted from here on, the export is written again
+            seal_made(export, made, session.model.folder)
 
 
 def _write_weights(session: ModelSession, export: Path, edit: Edit, form: ExportFormat) -> None:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from job.data.prompts import Prompt
 from job.directions.learned import keep_learned, learned_file
 from job.directions.residuals import digest
 from job.edits.hooks import ActiveEdits
-from job.gradient.descent import Descent, DescentState, StageEnd, gradient_fault, path_of
+from job.gradient.descent import NO_GRADIENT, Descent, DescentState, StageEnd, gradient_fault, path_of
 from job.gradient.hooks import DifferentiableEdits
 from job.gradient.problem import LossWeights, Problem, Recipe
 from job.lifecycle.running import RunningJob
+from job.model.device_faults import halving
 from job.numerics.gradient import EditVariables, minibatch
 from job.records import COMPONENTS, EditParameters, LearnedDirections, TrialScores
 from job.report.results import trials_so_far
 from job.scoring.prompt_batches import PromptBatches
 from job.scoring.trial_scorer import TrialScorer
 from job.search.path import EditPath, PathStage
+from job.stages.model import worker_count
 from job.stages.session import ModelSession
 from job.storage.atomic import ensure_folder, write_record
 from job.text.refusal_markers import RefusalMarkers
+from job.tuning.memory_probe import Gauge
 
 # One in this many extraction prompts is held out, for early stopping.
 _HELD_OUT = 4
@@ -92,7 +95,7 @@ class _Finder:
         )
         if len(problem.bad) < _LEAST_REFUSALS:
             return self._path((), f"the base model refuses {len(problem.bad)} of {len(self._bad[0])} prompts")
-        start = DescentState.start(session.basis, recipe)
+        start = self._fitting(problem, DescentState.start(session.basis, recipe))
         fault = gradient_fault(problem, start, LossWeights(recipe.first_beta, recipe.sparsity), job.events.say)
         if fault is not None:
             return self._path((), f"gradients of this model cannot be used: {fault}")
@@ -101,6 +104,22 @@ class _Finder:
         with job.events.progress("gradient steps", recipe.steps * recipe.stages) as advance:
             ends = descent.run(start, advance)
         return self._path(ends, None)
+
+    def _fitting(self, problem: Problem, start: DescentState) -> DescentState:
+        """Return the start with rows per forward that fit: out of memory on a CPU would end the process."""
+        job, model = self._job, self._session.model
+        gauge = Gauge(model.model, worker_count(job.settings, model))
+        gauge.begin()
+        try:
+            halving(1, lambda _: problem.read_longest(start.variables), job.events.say)
+        except NO_GRADIENT:
+            return start  # `gradient_fault` says why
+        growth, rows = gauge.growth(), start.rows
+        while rows > 1 and not gauge.fits([rows * taken for taken in growth]):
+            rows //= 2
+        if rows < start.rows:
+            job.events.say(f"gradient steps: {rows} rows a forward pass, as memory allows")
+        return replace(start, rows=rows)
 
     def _offloaded(self) -> str | None:
         offloaded = any(parameter.is_meta for parameter in self._session.model.model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -175,6 +176,23 @@ def test_more_trials_and_targets_extend_a_finished_job(organism: Path, finished:
     assert len(stored_trials(workspace)) == 22
     uploads = json.loads((only_job(workspace) / "uploads.json").read_text())
     assert [upload["state"] for upload in uploads] == ["done"]
+
+
+@pytest.mark.parametrize("form", ["merged", "directions"])
+def test_an_export_states_all_trials_of_a_search_that_was_extended(
+    organism: Path, finished: Path, tmp_path: Path, form: str
+) -> None:
+    workspace = tmp_path / "runs"
+    shutil.copytree(finished, workspace, symlinks=True)
+    words = ["run", *job_arguments(organism), "--workspace", workspace, "--export-format", form, "--trials"]
+    for trials in (20, 21):
+        abliterate(*words, trials).check()
+        export = only_job(workspace) / "export"
+        assert json.loads((export / "reproduce.json").read_text())["trials"] == trials
+        assert f"searched with {trials} trials" in (export / "README.md").read_text()
+        for name, entry in json.loads((export / "manifest.json").read_text())["files"].items():
+            assert hashlib.sha256((export / name).read_bytes()).hexdigest() == entry["sha256"]
+    assert "nothing to do" in abliterate(*words, 21).check().err
 
 
 def test_a_target_that_fails_keeps_the_result_and_exits_6(organism: Path, finished: Path, tmp_path: Path) -> None:

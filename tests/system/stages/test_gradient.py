@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 
 from job.directions.learned import EXPORTED
 from job.export.reproduction import read_reproduction
+from job.preflight.limits import read_memory
 from job.search.path import EditPath
 from job.search.study import read_trials
 from job.storage.atomic import read_record, sha256_file
 from job.system.failpoints import FAILPOINTS
+from job.tuning import memory_probe
 from tests.helpers import abliterate, job_arguments, only_job, start
 
 pytestmark = pytest.mark.slow
@@ -107,6 +109,22 @@ def test_a_job_that_was_killed_while_it_descends_comes_to_the_same_bytes(
     for name in ("directions/path.json", "export/model.safetensors", f"export/{EXPORTED}", "export/README.md"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     assert read_trials(one / "study.db") == read_trials(other / "study.db")
+
+
+def test_little_memory_makes_smaller_steps_of_the_same_edit(
+    organism: Path, found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = read_memory().model_copy(update={"available": 24 << 20})
+    monkeypatch.setattr(memory_probe, "read_memory", lambda: little)
+    arguments = ["run", *job_arguments(organism), "--workspace", tmp_path / "runs", *METHOD]
+    told = abliterate(*arguments).check()
+    assert re.search(r"gradient steps: (1|3|6|12) rows a forward pass, as memory allows", told.err)
+    paths = [
+        read_record(only_job(where) / "directions" / "path.json", EditPath) for where in (found, tmp_path / "runs")
+    ]
+    for one, other in zip(paths[0].stages, paths[1].stages, strict=True):
+        assert (one.beta, one.refusals) == (other.beta, other.refusals)
+        assert other.kl == pytest.approx(one.kl, rel=0.05, abs=1e-4)
 
 
 def test_a_study_that_has_begun_with_kernels_goes_on_with_them(organism: Path, finished: Path, tmp_path: Path) -> None:
