@@ -33,7 +33,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "chat": (
         "",
         '--trial 41 --prompt "What is the capital of France?"',
-        "--json < questions.txt > answers.jsonl",
+        "--system 'Be brief.' --tokens 100 --json > answers.jsonl",
     ),
     "evaluate": (
         "--trial 41",

@@ -181,7 +181,7 @@ def test_the_notebook_runs(organism: Path, tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(organism, tmp_path / "organism")
     for name, value in {**environment(), "PYTHONPATH": str(ROOT), "JUPYTER_PLATFORM_DIRS": "1"}.items():
         monkeypatch.setenv(name, value)
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")  # no port
+    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=str(tmp_path / "kernel"))  # no port
     NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     said = {
         cell.id: "".join(output.text for output in cell.outputs if output.get("name") == "stdout")

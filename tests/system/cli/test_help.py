@@ -72,8 +72,14 @@ def test_options_of_settings_are_in_groups_and_show_their_defaults(monkeypatch: 
     shown = abliterate("run", "--help", **WIDE).check().out
     for group in (*GROUPS, "Settings from elsewhere", "Examples"):
         assert group in shown
-    for line in ("--trials", "200"), ("--device ", "auto"), ("--export-format", "merged"), ("--engine", "local"):
-        assert re.search(rf"{line[0]}.*default: \({line[1]}\)", shown), line
+    for option, default in (
+        ("--trials", "200"),
+        ("--device ", "auto"),
+        ("--visibility", "private"),
+        ("--engine", "local"),
+    ):
+        (described,) = re.findall(rf"{option}.*?(?=--|╰)", shown, re.DOTALL)
+        assert f"[default: ({default})]" in described
 
 
 def test_everyday_settings_are_options(tmp_path: Path) -> None:
