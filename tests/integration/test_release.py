@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,24 @@ def test_the_package_is_typed() -> None:
 def test_both_commands_are_one() -> None:
     assert TOOL["scripts"] == {"abliterate": "job.__main__:main", TOOL["name"]: "job.__main__:main"}
     assert LAUNCHER["scripts"] == {"abliterate": "job.__main__:main", LAUNCHER["name"]: "job.__main__:main"}
+
+
+def test_the_launchers_wheel_holds_the_whole_package_and_its_licence(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        tmp_path,
+        ROOT / "infra/launcher",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("abliteration_launcher-*.whl")
+    assert wheel.name.startswith(f"abliteration_launcher-{job.__version__}-")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "job").rglob("*") if path.is_file()}
+    assert {file for file in files if "__pycache__" not in file} | {"job/LICENSE"} <= names
+    assert not any("__pycache__" in name for name in names)

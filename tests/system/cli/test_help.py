@@ -78,7 +78,7 @@ def test_options_of_settings_are_in_groups_and_show_their_defaults(monkeypatch: 
         ("--visibility", "private"),
         ("--engine", "local"),
     ):
-        (described,) = re.findall(rf"{option}.*?(?=--|╰)", shown, re.DOTALL)
+        (described,) = re.findall(rf"│ {option}.*?(?=│ --|╰)", shown, re.DOTALL)
         assert f"[default: ({default})]" in described
 
 
