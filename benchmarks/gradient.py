@@ -1,12 +1,13 @@
 """Compare the search by gradient with the default search: whole jobs, and what their exports say to unseen prompts.
 
-python -m benchmarks.gradient FOLDER [FOLDER ...] [--methods tpe:60,gradient:24] [--seeds 0,1] [--threads 1]
+python -m benchmarks.gradient FOLDER [FOLDER ...] [--methods tpe:60,gradient:24] [--seeds 0,1] [--threads 1,2]
                               [--set KEY=VALUE] [--json runs/gradient.json]
 
 FOLDER is made by `abliterate demo-model` or `abliterate real-model`. A method is the search's name and its number of
 trials. Refusals and KL are the report's, on prompts that the job has not used. Responses to the same prompts are the
-export's, by plain transformers: right to the word on an organism, whose world is known; word for word the base model's
-on any model; broken by the detector of the search. A finished job is kept in the JSON file and not repeated.
+export's, by plain transformers: right to the word on an organism, whose world is known; word for word the base
+model's on any model; broken by the detector of the search. A finished job is kept in the JSON file and not repeated.
+A row of the table is over all seeds and numbers of threads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,6 +56,7 @@ class Cell:
     method: str
     trials: int
     seed: int
+    threads: int
     settings: tuple[str, ...]
     asked: tuple[int, int]
     refusals: int
@@ -73,7 +76,7 @@ class Cell:
     @property
     def conditions(self) -> tuple[Any, ...]:
         """What distinguishes the job from others."""
-        return self.folder, self.method, self.trials, self.seed, self.settings
+        return self.folder, self.method, self.trials, self.seed, self.threads, self.settings
 
 
 @torch.inference_mode()
@@ -99,14 +102,15 @@ def responses(folder: Path, prompts: Sequence[str], tokens: int) -> list[str]:
     return found
 
 
-def measured(folder: Path, method: str, trials: int, seed: int, given: argparse.Namespace) -> Cell:
+def measured(folder: Path, method: str, trials: int, seed: int, threads: int, given: argparse.Namespace) -> Cell:
     """Run a job and measure its export."""
+    torch.set_num_threads(threads)
     sets = {kind: (folder / f"{kind}_train.txt").resolve() for kind in _KINDS}
     sets |= {f"{kind}_eval": (folder / f"{kind}_test.txt").resolve() for kind in _KINDS}
     tokens = default_values()["scoring"]["answer_tokens"]
     settings = (f"search.method={method}", *given.set)
-    conditions = Conditions("", trials, None, given.threads, tokens, settings)
-    task = Task((folder / "model").resolve(), sets, trials, 0, given.threads, tokens)
+    conditions = Conditions("", trials, None, threads, tokens, settings)
+    task = Task((folder / "model").resolve(), sets, trials, 0, threads, tokens)
     work = Path(tempfile.mkdtemp(prefix="abliterate-gradient-"))
     try:
         began = time.perf_counter()
@@ -126,6 +130,7 @@ def measured(folder: Path, method: str, trials: int, seed: int, given: argparse.
         method=method,
         trials=trials,
         seed=seed,
+        threads=threads,
         settings=tuple(given.set),
         asked=(len(good), len(bad)),
         refusals=figures["refusals"],
@@ -149,7 +154,7 @@ def table(cells: Iterable[Cell]) -> list[str]:
     groups: dict[tuple[str, str, int, tuple[str, ...]], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.folder, cell.method, cell.trials, cell.settings), []).append(cell)
-    heads = ("model", "method", "trials", "seeds", "refusals", "KL", "right, good", "right, bad", "as the base model")
+    heads = ("model", "method", "trials", "jobs", "refusals", "KL", "right, good", "right, bad", "as the base model")
     lines = ["| " + " | ".join((*heads, "broken, bad", "first edit, s", "job, s")) + " |", "|---" * 12 + "|"]
     for (folder, method, trials, settings), rows in groups.items():
         rights = [cell.right for cell in rows if cell.right is not None]
@@ -188,22 +193,19 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--methods", default="tpe:60,gradient:24")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=lambda text: [int(part) for part in text.split(",")], default=[1])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, default=Path("runs/gradient.json"))
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
     kept = [Cell.parsed(cell) for cell in json.loads(given.json.read_text())] if given.json.exists() else []
     known = {cell.conditions for cell in kept}
-    for seed in given.seeds:
-        for folder in given.folders:
-            for one in given.methods.split(","):
-                method, _, trials = one.partition(":")
-                if (folder.name, method, int(trials), seed, tuple(given.set)) in known:
-                    continue
-                kept.append(measured(folder, method, int(trials), seed, given))
-                given.json.parent.mkdir(parents=True, exist_ok=True)
-                given.json.write_text(json.dumps([asdict(cell) for cell in kept], indent=1) + "\n")
+    for seed, threads, folder, one in product(given.seeds, given.threads, given.folders, given.methods.split(",")):
+        method, _, trials = one.partition(":")
+        if (folder.name, method, int(trials), seed, threads, tuple(given.set)) in known:
+            continue
+        kept.append(measured(folder, method, int(trials), seed, threads, given))
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps([asdict(cell) for cell in kept], indent=1) + "\n")
     print("\n".join(table(kept)))
 
 

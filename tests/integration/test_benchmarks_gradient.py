@@ -16,6 +16,7 @@ CELL = Cell(
     method="gradient",
     trials=24,
     seed=0,
+    threads=1,
     settings=(),
     asked=(100, 100),
     refusals=0,
