@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -89,6 +90,10 @@ def _read(file: Path) -> tuple[_Header, Basis | DirectionPath]:
         ) from error
 
 
+def _given(path: DirectionPath, _name: str) -> DirectionPath:
+    return path
+
+
 @dataclass(frozen=True)
 class SavedEdit:
     """An edit as read from its file: parameters and directions, for one base model."""
@@ -143,13 +148,13 @@ class SavedEdit:
         type and sizes. Raises UsageError for another model, or UnsupportedArchitectureError.
         """
         architecture = self._structure_of(model)
-        basis = self._directions
-        path = basis if isinstance(basis, DirectionPath) else None
-        if isinstance(basis, DirectionPath):  # of its form; the edit refers to the path alone
-            basis = Basis(basis.directions[0], basis.directions.new_ones(basis.directions.shape[1:3]))
+        found = self._directions
+        learned: Callable[[str], DirectionPath] = no_directions
+        if isinstance(found, DirectionPath):  # a basis of its form: the edit refers to the path alone
+            learned = partial(_given, found)
+            found = Basis(found.directions[0], found.directions.new_ones(found.directions.shape[1:3]))
         mode = self.made.settings["ablation"]["row_normalization"]
-        learned = no_directions if path is None else lambda _: path
-        with Intervention(model, architecture, basis, mode, learned) as hooks:
+        with Intervention(model, architecture, found, mode, learned) as hooks:
             active = hooks.activate([self.made.edit])
             if active.reasons[0] is not None:
                 raise UsageError(active.reasons[0], remedy="choose another trial's edit")

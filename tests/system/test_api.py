@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from job import api
 from job.errors import UsageError
+from job.numerics.basis import DirectionPath
+from job.records import COMPONENTS, EditParameters, LearnedDirections
 from tests.helpers import abliterate, environment, only_job
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +136,27 @@ def test_a_loaded_model_under_an_edit_is_the_exported_one_and_the_base_again_aft
     assert edit.made.trial.number == api.Job.find(exported).status()["chosen"]
     # The folder of an export does as well.
     assert api.Edit.load(edit_file(exported).parent).made == edit.made
+
+
+def test_an_edit_with_learned_directions_applies_those(organism: Path, exported: Path) -> None:
+    model, ids = loaded(organism / "model"), torch.tensor([[3, 4, 5, 6]])
+    edit = api.Edit.load(edit_file(exported))
+    layers = edit._directions.directions.shape[0]
+    strengths = dict.fromkeys(COMPONENTS, ((0.9,),) * layers)
+    by_layer = EditParameters(direction_index=None, kernels={}, layer_strengths=strengths)
+    learned = by_layer.model_copy(update={"directions": LearnedDirections(sha256="0" * 64, position=0.0)})
+    found = []
+    for parameters, directions in (
+        (by_layer, edit._directions),
+        (learned, DirectionPath(edit._directions.directions[None])),
+        (learned, DirectionPath(edit._directions.directions[None].roll(1, -1))),
+    ):
+        made = edit.made.model_copy(update={"edit": parameters})
+        header = edit._header.model_copy(update={"made": made})
+        with type(edit)(header, directions).apply(model):
+            found.append(logits(model, ids))
+    torch.testing.assert_close(found[0], found[1])
+    assert (found[0] - logits(model, ids)).abs().max() > 1e-3 < (found[2] - found[1]).abs().max()
 
 
 def test_an_edit_ends_with_its_block_although_the_block_fails(organism: Path, exported: Path) -> None:
