@@ -201,7 +201,10 @@ def test_settings_are_the_command_lines(organism: Path, tmp_path: Path) -> None:
 
 # In a process of its own: the client leaves sockets to the garbage collector. Through a file, not a port.
 EXECUTE = """
-import sys, nbformat
+import sys
+import nbformat
+from jupyter_client import AsyncKernelManager
+from nbclient import NotebookClient
 notebook = nbformat.read(sys.argv[1], as_version=4)
 kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=sys.argv[2] + "/kernel")
 where = {"metadata": {"path": sys.argv[2]}}
