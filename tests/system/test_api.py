@@ -207,6 +207,7 @@ from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 notebook = nbformat.read(sys.argv[1], as_version=4)
 kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=sys.argv[2] + "/kernel")
+kernel.kernel_spec.argv[0] = sys.executable
 where = {"metadata": {"path": sys.argv[2]}}
 client = NotebookClient(notebook, km=kernel, timeout=300, startup_timeout=300, resources=where)
 client.execute()
