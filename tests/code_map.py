@@ -105,7 +105,7 @@ def packages() -> list[str]:
     """Return the packages of the import contract, from the top down."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers: list[str] = next(contract for contract in contracts if contract["type"] == "layers")["layers"]
-    return layers
+    return [name for layer in layers for name in layer.split(" | ")]
 
 
 def page() -> str:

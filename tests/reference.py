@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from job.cli.options import SETTING_OPTIONS
 from job.config.describe import as_toml
 from job.config.load import default_values
+from job.config.option_names import NESTED_OPTIONS
 from job.config.schema import ENVIRONMENT_PREFIX, PromptSettings, Settings
 from tests.generated import write_or_print
 
@@ -56,11 +57,12 @@ def page() -> str:
 
 
 def _table(title: str, section: type[BaseModel], defaults: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    options = {NESTED_OPTIONS.get(name, name): name for name in SETTING_OPTIONS}
     yield f"## {title}\n"
     yield "| Setting | Values | Default | |\n|---|---|---|---|"
     for name, field in section.model_fields.items():
         if _section(field) is None:
-            option = f" (`--{name.replace('_', '-')}`)" if not prefix and name in SETTING_OPTIONS else ""
+            option = f" (`--{options[key].replace('_', '-')}`)" if (key := f"{prefix}{name}") in options else ""
             default = f"`{_short(as_toml(defaults[name]))}`" if name in defaults else "unset"
             option = " (`MODEL`)" if name == "model" else option
             about = (field.description or "").replace("|", "&#124;")

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from job.cli.cloud_options import Platform, bound, needs_of, terms_of
+from job.cli.cloud_options import Every, MaxTotal, Platform, Relaunches, Wait, bound, needs_of, terms_of
+from job.cli.help import examples
+from job.cli.options import AsJson
 from job.errors import MachineError, Stopped, UsageError
 
 if TYPE_CHECKING:
@@ -19,27 +21,20 @@ if TYPE_CHECKING:
     from job.cloud.launching import Launcher
     from job.cloud.provider import Market, Offer
 
-PLACEHOLDER_IMAGE = "ghcr.io/OWNER/abliteration-job:VERSION"
-
-app = typer.Typer(help="Rent a machine for a job.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Rent a machine for a job.", no_args_is_help=True)
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The instance or pod, or the label of a launch.")]
-Every = Annotated[float, typer.Option(metavar="S", help="Seconds between two queries of the platform.")]
-Wait = Annotated[float, typer.Option(metavar="MIN", help="Minutes to wait for an offer.")]
-Relaunches = Annotated[
-    int, typer.Option(metavar="N", help="How often to rent another machine after an outbid or a dead host.")
-]
-MaxTotal = Annotated[
-    float | None, typer.Option(metavar="USD", help="Rent no other machine once the launch has cost this many dollars.")
-]
 
 
-def offers(platform: Platform, machine: dict[str, Any], wait: Wait = 0.0, every: Every = 30.0) -> None:
+def offers(
+    platform: Platform, machine: dict[str, Any], wait: Wait = 0.0, every: Every = 30.0, as_json: AsJson = False
+) -> None:
     """List the offers, the cheapest job first."""
     import time
 
     from job.cloud.credentials import open_market
     from job.cloud.launching import find_offers
+    from job.text.redaction import redacted_json
 
     needs, terms = needs_of(machine), terms_of(machine)
     market = open_market(platform, _say)
@@ -50,6 +45,9 @@ def offers(platform: Platform, machine: dict[str, Any], wait: Wait = 0.0, every:
             raise typer.Exit(76)
         _say(f"no machine is offered; asking again in {every:.0f} s")
         time.sleep(min(every, max(deadline - time.monotonic(), 0.0)))
+    if as_json:
+        typer.echo(redacted_json([offer.model_dump(mode="json") for offer in found], indent=2))
+        return
     for offer in found:
         typer.echo(_line(offer))
 
@@ -63,7 +61,12 @@ def launch(
         list[str],
         typer.Argument(metavar="-- COMMAND...", help="The command to run there: -- run MODEL --checkpoint URI ..."),
     ],
-    image: Annotated[str, typer.Option(envvar="ABLITERATION_IMAGE", help="Container image, in your registry.")] = "",
+    image: Annotated[
+        str,
+        typer.Option(
+            envvar="ABLITERATION_IMAGE", metavar="NAME:TAG", help="Container image; by default that of this release."
+        ),
+    ] = "",
     env: Annotated[
         list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="Environment variable to pass on; repeatable.")
     ] = None,
@@ -75,12 +78,12 @@ def launch(
     max_total: MaxTotal = None,
 ) -> None:
     """Rent the cheapest machine that fits the job and start it there."""
+    from job.cloud.image import chosen_image
     from job.cloud.inner_command import check_inner
     from job.cloud.launch_records import Launch, LaunchFile, new_label, records_folder
     from job.cloud.launching import environment
 
-    if not image or "OWNER/" in image or image.endswith(":VERSION"):
-        raise UsageError("there is no image to run", remedy=f"build one, push it and give --image {PLACEHOLDER_IMAGE}")
+    chosen = chosen_image(image)
     named = [entry for entry in env or [] if "=" not in entry]
     plain = dict(entry.split("=", 1) for entry in env or [] if "=" in entry)
     words = _inner(command)
@@ -91,13 +94,15 @@ def launch(
         platform=platform,
         needs=needs,
         terms=terms_of(machine),
-        image=image,
+        image=chosen,
         command=words,
         env=tuple(named),
         plain_env=plain,
         volume=volume,
         checkpoint=inner.checkpoint,
     )
+    if not image:
+        _say(f"image: {chosen}; --image or ABLITERATION_IMAGE names your own")
     _advise(wanted, inner)
     launcher = _launcher(LaunchFile(wanted, records_folder() / f"{wanted.label}.json"), every)
     launcher.notice = lambda offer: _warn_of_missing_ends(inner, offer)
@@ -385,7 +390,7 @@ def _line(offer: Offer) -> str:
 
 _PLATFORMS: tuple[tuple[Platform, str], ...] = (("vast", "Vast.ai."), ("runpod", "RunPod."))
 for _platform, _help in _PLATFORMS:
-    _commands = typer.Typer(help=_help, no_args_is_help=True, rich_markup_mode=None)
+    _commands = typer.Typer(help=_help, no_args_is_help=True)
     for _command in (offers, launch, watch, fetch, destroy):
-        _commands.command()(bound(_platform, _command))
+        _commands.command(epilog=examples(f"cloud {_command.__name__}", _platform))(bound(_platform, _command))
     app.add_typer(_commands, name=_platform)

@@ -10,12 +10,29 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from job.cli.help import in_group, parsed
 from job.errors import UsageError
 
 if TYPE_CHECKING:
     from job.cloud.provider import MachineNeeds, Terms
 
 Platform = Literal["vast", "runpod"]
+
+Every = Annotated[
+    float,
+    typer.Option(
+        "--every", "--interval", metavar="SECONDS", parser=parsed("s", 0.0), help="Time between two queries; also 2m."
+    ),
+]
+Wait = Annotated[
+    float, typer.Option(metavar="MINUTES", parser=parsed("m"), help="How long to wait for an offer; also 2h.")
+]
+Relaunches = Annotated[
+    int, typer.Option(metavar="N", help="How often to rent another machine after an outbid or a dead host.")
+]
+MaxTotal = Annotated[
+    float | None, typer.Option(metavar="USD", help="Rent no other machine once the launch has cost this many dollars.")
+]
 
 # Options of wanted machines, for `offers` and `launch`.
 MACHINE_OPTIONS: dict[str, tuple[Any, Any]] = {
@@ -31,7 +48,13 @@ MACHINE_OPTIONS: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "disk": (Annotated[int, typer.Option(metavar="GB", help="Disk size in GB, with --on.")], 200),
-    "hours": (Annotated[float | None, typer.Option(metavar="H", help="Expected hours of the job, with --on.")], None),
+    "hours": (
+        Annotated[
+            float | None,
+            typer.Option(metavar="HOURS", parser=parsed("h"), help="Expected time of the job, with --on; also 90m."),
+        ],
+        None,
+    ),
     "interruptible": (
         Annotated[bool, typer.Option("--interruptible", help="Rent an interruptible machine by bid, not on demand.")],
         False,
@@ -95,9 +118,10 @@ def bound(platform: Platform, command: Callable[..., None]) -> Callable[..., Non
         command(platform, **values)
 
     options = MACHINE_OPTIONS if takes_machine else {}
+    kinds = in_group({name: kind for name, (kind, _) in options.items()}, "Machine")
     parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in options.items()
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kinds[name])
+        for name, (_, default) in options.items()
     ]
     parameters += [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name])

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from job.cli.app import app
+from job.cli.help import examples
 from job.cli.options import (
     AsJson,
     Assignments,
@@ -25,7 +26,7 @@ from job.errors import UsageError
 
 
 # Long: half of it are options.
-@app.command()
+@app.command(epilog=examples("evaluate"))
 def evaluate(
     model: Annotated[
         str | None, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; without it, the job's model.")

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from job.cli.app import app
+from job.cli.help import examples
 from job.cli.options import (
+    AsJson,
     Checkpoint,
     Extensions,
     Format,
@@ -18,24 +20,33 @@ from job.cli.options import (
     Workspace,
     export_format,
     find_job,
+    json_alone,
     where_is,
 )
 from job.cli.run import tell_failed
+from job.text.redaction import redacted_json
 
 
-@app.command()
-def export(workspace: Workspace = None, job: Job = None, trial: TrialNumber = None, form: Format = None) -> None:
+@app.command(epilog=examples("export"))
+def export(
+    workspace: Workspace = None,
+    job: Job = None,
+    trial: TrialNumber = None,
+    form: Format = None,
+    as_json: AsJson = False,
+) -> None:
     """Export a trial of a job, by default the chosen one; earlier exports stay."""
     from job.system.signals import StopSignals
 
-    with StopSignals().installed():
+    with StopSignals().installed(), json_alone(as_json):
         from job.stages.followups import export_trial
         from job.storage.events import Events
 
-        typer.echo(export_trial(find_job(workspace, job), trial, export_format(form), Events()))
+        made = export_trial(find_job(workspace, job), trial, export_format(form), Events())
+    _tell_path(made, as_json)
 
 
-@app.command()
+@app.command(epilog=examples("upload"))
 def upload(
     workspace: Workspace = None,
     job: Job = None,
@@ -61,18 +72,23 @@ def upload(
     tell_failed(start.folder, failed)
 
 
-@app.command()
+@app.command(epilog=examples("apply"))
 def apply(
     model: Annotated[str, typer.Argument(help="The base model: a folder, or NAME[@REVISION] on the Hub.")],
     file: Annotated[Path, typer.Argument(help="edit.safetensors of an export in the format directions.")],
     out: Annotated[Path, typer.Argument(help="Folder of the edited model, new or empty.")],
+    as_json: AsJson = False,
 ) -> None:
     """Apply a saved edit to its base model and write the edited model."""
     from job.system.signals import StopSignals
 
-    with StopSignals().installed():
+    with StopSignals().installed(), json_alone(as_json):
         from job.stages.followups import apply as apply_to
         from job.storage.events import Events
 
         apply_to(model, file, out, Events())
-    typer.echo(out)
+    _tell_path(out, as_json)
+
+
+def _tell_path(path: Path, as_json: bool) -> None:
+    typer.echo(redacted_json({"path": str(path)}) if as_json else path)

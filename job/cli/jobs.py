@@ -8,19 +8,21 @@ from typing import Annotated, Any
 import typer
 
 from job.cli.app import app
+from job.cli.help import examples, parsed
 from job.cli.options import (
     AsJson,
     Checkpoint,
     Extensions,
     Job,
     Workspace,
+    emphasised,
     find_job,
     where_is,
 )
 from job.text.redaction import redacted_json
 
 
-@app.command()
+@app.command(epilog=examples("status"))
 def status(
     workspace: Workspace = None,
     job: Job = None,
@@ -33,7 +35,11 @@ def status(
     interval: Annotated[
         float | None,
         typer.Option(
-            min=0.1, metavar="S", help="Seconds between two updates with --watch; default 2, at a checkpoint 30."
+            "--interval",
+            "--every",
+            metavar="SECONDS",
+            parser=parsed("s", 0.1),
+            help="Time between two updates with --watch; by default 2, at a checkpoint 30.",
         ),
     ] = None,
 ) -> None:
@@ -60,16 +66,20 @@ def status(
     typer.echo(redacted_json(read(), indent=2) if as_json else status_text(read(), width))
 
 
-@app.command()
+@app.command(epilog=examples("front"))
 def front(workspace: Workspace = None, job: Job = None, as_json: AsJson = False) -> None:
     """List the Pareto front of a job's trials, fewest refusals first, with intervals and exports."""
-    from job.report.front import front_text, job_front
+    from job.report.front import front_lines, front_text, job_front
 
     found = job_front(find_job(workspace, job))
-    typer.echo(redacted_json(found, indent=2) if as_json else front_text(found))
+    if as_json or not found:
+        typer.echo(redacted_json(found, indent=2) if as_json else front_text(found))
+        return
+    for point, line in zip(found, front_lines(found), strict=True):
+        typer.echo(emphasised(line) if point["chosen"] else line)
 
 
-@app.command()
+@app.command(epilog=examples("report"))
 def report(
     workspace: Workspace = None,
     job: Job = None,
@@ -80,12 +90,19 @@ def report(
             help="Also write a private page with the responses to bad prompts.",
         ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write report.md and report.html of a job from its run folder, and print report.md."""
     from job.report.markdown import write_reports
 
     folder = find_job(workspace, job)
-    typer.echo(write_reports(folder, include_responses=include_responses))
+    text = write_reports(folder, include_responses=include_responses)
+    if as_json:
+        pages = {"report": folder.report_file, "page": folder.page_file}
+        pages |= {"answers": folder.answers_page_file} if include_responses else {}
+        typer.echo(redacted_json({name: str(path) for name, path in pages.items()}, indent=2))
+        return
+    typer.echo(text)
     typer.echo(f"page with charts: {folder.page_file}", err=True)
     if include_responses:
         typer.echo(f"page with all responses: {folder.answers_page_file}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 # The commands, in the order of `abliterate --help`.
 # isort: off
@@ -43,15 +44,40 @@ def _run_command_line() -> None:
         restart()
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        _end_without_module(error)
     except Exception:  # any unforeseen error: its traceback may quote a secret, which is masked
-        import traceback
+        _end_by_surprise()
 
-        sys.stderr.write(traceback.format_exc())
-        sys.exit(1)
+
+def _end_without_module(error: ModuleNotFoundError) -> NoReturn:
+    from job.system.extras import explained
+
+    missing = explained(error)
+    if missing is None:
+        _end_by_surprise()
+    print(f"error: {missing.line}", file=sys.stderr)
+    sys.exit(missing.exit_code)
+
+
+def _end_by_surprise() -> NoReturn:
+    import traceback
+
+    sys.stderr.write(traceback.format_exc())
+    sys.exit(1)
 
 
 def _call(arguments: Sequence[str]) -> None:
     try:
-        app(args=arguments, prog_name="abliterate")
+        code = app(args=arguments, prog_name="abliterate", standalone_mode=False)
+    except Exception as error:
+        show = getattr(error, "show", None)  # of the parser's own errors, whose class is not public
+        if show is None or not hasattr(error, "exit_code"):
+            raise
+        show()
+        sys.exit(error.exit_code)
+    else:
+        if code:
+            sys.exit(code)
     finally:
         sys.stdout.flush()  # what the interpreter could not write on exit would show as its complaint

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from job.cli.app import app
+from job.cli.help import examples
 from job.cli.options import (
     AsJson,
     Trials,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from job.lifecycle.outcome import Outcome
 
 
-@app.command("inspect")
+@app.command("inspect", epilog=examples("inspect"))
 def inspect_(
     model: Annotated[str, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; no weights are read.")],
     as_json: AsJson = False,
@@ -31,30 +32,30 @@ def inspect_(
     ] = False,
 ) -> None:
     """List a model's residual writers, or say why it is not supported (exit code 3)."""
-    from job.model.files import fetch_model, headers_if_quantised, list_model, parse_model
-    from job.proof.truth_test import inspection
+    from job.proof.truth_test import inspection_of
+    from job.report.tables import aligned
     from job.storage.events import Events
 
-    source, folder, report, stored = parse_model(model), Path(model), Events().say, None
     with json_alone(as_json):
-        if source.kind == "hub" or folder.is_dir():
-            listing = list_model(source, None, report)
-            folder = fetch_model(source, listing, report, weights=False)
-            stored = headers_if_quantised(source, listing, folder, report) if source.kind == "hub" else None
-        found = inspection(folder, trusted, stored)
+        found = inspection_of(model, trusted, Events().say)
     if as_json:
         typer.echo(redacted_json(found, indent=2))
     elif found["supported"]:
         typer.echo(f"{found['model_type']}: supported, {found['layers']} layers")
-        for writer in found["writers"]:
-            typer.echo(f"  layer {writer['layer']}, {writer['component']}: {writer['parameter']}")
+        heads = [["layer", "component", "parameter", "norms before the stream"]]
+        rows = [
+            [str(writer["layer"]), writer["component"], writer["parameter"], ", ".join(writer["post_norm"])]
+            for writer in found["writers"]
+        ]
+        for line in aligned(heads + rows if any(row[-1] for row in rows) else [row[:-1] for row in heads + rows]):
+            typer.echo(f"  {line}".rstrip())
     else:
         typer.echo(f"{found['model_type']}: not supported: {found['reason']}")
     if not found["supported"]:
         raise typer.Exit(3)
 
 
-@app.command("demo-model")
+@app.command("demo-model", epilog=examples("demo-model"))
 def demo_model(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")],
     arch: Annotated[str, typer.Option(help="llama, qwen3, gemma2, mixtral or qwen3_moe.")] = "llama",
@@ -68,7 +69,7 @@ def demo_model(
     typer.echo(folder)
 
 
-@app.command("real-model")
+@app.command("real-model", epilog=examples("real-model"))
 def real_model(folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")]) -> None:
     """Write a small real chat model with its prompt files, and print the command that edits it.
 
@@ -80,7 +81,7 @@ def real_model(folder: Annotated[Path, typer.Argument(metavar="DIR", help="New o
     typer.echo(run_command(folder))
 
 
-@app.command()
+@app.command(epilog=examples("demo"))
 def demo(workspace: Workspace = None, trials: Trials = None) -> None:
     """Run the whole job on the built-in model organism."""
     from job.organism.demo import run_demo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from job.cli.help import SOURCES, grouped, in_group
+from job.config.option_names import NESTED_OPTIONS
 from job.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +40,15 @@ TrialNumber = Annotated[
     int | None, typer.Option("--trial", metavar="N", help="Trial number, as `abliterate front` lists them.")
 ]
 
-Format = Annotated[str | None, typer.Option("--format", help="merged, adapter or directions.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        "--export-format",
+        metavar="FORMAT",
+        help="What to write: merged (the whole model), adapter (a LoRA for PEFT) or directions (the edit alone).",
+    ),
+]
 
 Targets = Annotated[
     list[str] | None,
@@ -46,7 +57,9 @@ Targets = Annotated[
     ),
 ]
 
-Device = Annotated[str | None, typer.Option(help="Device to use instead of the job's: cpu, cuda, cuda:N or mps.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="Device to use instead of the job's: cpu, cuda, cuda:N or mps.")
+]
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every trial, not only the best so far.")]
 
@@ -59,20 +72,23 @@ Prompts = Annotated[
 
 WhenDone = Annotated[
     str | None,
-    typer.Option(help="What to do with the rented machine once the result is delivered: nothing, stop or destroy."),
+    typer.Option(
+        metavar="END", help="End of the rented machine once the result is delivered: nothing, stop or destroy."
+    ),
 ]
 
 WhenFailed = Annotated[
     str | None,
     typer.Option(
-        help="What to do with the rented machine if the job fails or its process dies: nothing, stop or destroy."
+        metavar="END",
+        help="End of the rented machine if the job fails or its process dies: nothing, stop or destroy.",
     ),
 ]
 
-Trials = Annotated[int | None, typer.Option(help="Number of edits that the search tries.")]
+Trials = Annotated[int | None, typer.Option(metavar="N", help="Number of edits that the search tries.")]
 
 # Options of all commands with a job's settings, by the setting's name.
-SETTING_OPTIONS: dict[str, Any] = {
+_SETTINGS: dict[str, Any] = {
     "model": Annotated[
         str | None,
         typer.Argument(help="Model: a folder, or NAME[@REVISION] on the Hub; may be set in the settings file."),
@@ -86,9 +102,9 @@ SETTING_OPTIONS: dict[str, Any] = {
     "workspace": Workspace,
     "trials": Trials,
     "startup_trials": Annotated[
-        int | None, typer.Option(help="Trials before the sampler's: known points, then random ones.")
+        int | None, typer.Option(metavar="N", help="Trials before the sampler's: known points, then random ones.")
     ],
-    "seed": Annotated[int | None, typer.Option(help="Seed of the search and of the split of the evaluation sets.")],
+    "seed": Annotated[int | None, typer.Option(metavar="N", help="Seed of search and split.")],
     "kl_tokens": Annotated[
         int | None, typer.Option(metavar="N", help="Tokens of the base model's responses over which KL is averaged.")
     ],
@@ -102,15 +118,27 @@ SETTING_OPTIONS: dict[str, Any] = {
         list[str] | None, typer.Option(metavar="CHECK", help="Preflight check that may fail; repeatable.")
     ],
     "price": Annotated[float | None, typer.Option(metavar="USD", help="Price of this machine in dollars an hour.")],
-    "max_hours": Annotated[float | None, typer.Option(metavar="H", help="Longest time of the job in hours.")],
+    "max_hours": Annotated[
+        str | None, typer.Option(metavar="HOURS", help="Longest time of the job; also with a unit, such as 90m.")
+    ],
     "max_cost": Annotated[float | None, typer.Option(metavar="USD", help="Highest cost of the job in dollars.")],
     "grace": Annotated[
-        float | None, typer.Option(metavar="S", help="Seconds that a stopped search may take to finish its batch.")
+        str | None,
+        typer.Option(metavar="SECONDS", help="How long a stopped search may take to finish its batch; also 1m."),
     ],
     "wait_for_gpu": Annotated[
-        float | None, typer.Option(metavar="MIN", help="Minutes to wait until other processes leave the GPUs.")
+        str | None,
+        typer.Option(metavar="MINUTES", help="How long to wait until other processes leave the GPUs; also 2h."),
     ],
-    "export_format": Annotated[str | None, typer.Option(help="merged, adapter or directions.")],
+    "export_format": Annotated[
+        str | None,
+        typer.Option(
+            "--export-format",
+            "--format",
+            metavar="FORMAT",
+            help="What to export: merged (the whole model), adapter (a LoRA for PEFT) or directions (the edit alone).",
+        ),
+    ],
     "max_kl": Annotated[float | None, typer.Option(metavar="X", help="Do not upload if the held-out KL exceeds this.")],
     "max_refusals": Annotated[
         int | None, typer.Option(metavar="N", help="Do not upload if more than N held-out prompts are refused.")
@@ -125,7 +153,8 @@ SETTING_OPTIONS: dict[str, Any] = {
         int | None, typer.Option(metavar="N", help="Worker processes that evaluate trials; unset: one per GPU, or one.")
     ],
     "engine": Annotated[
-        str | None, typer.Option(help="What runs the workers: local, or ray on one machine or several.")
+        str | None,
+        typer.Option(metavar="ENGINE", help="What runs the workers: local, or ray on one machine or several."),
     ],
     "address": Annotated[
         str | None,
@@ -141,9 +170,35 @@ SETTING_OPTIONS: dict[str, Any] = {
         typer.Option(metavar="URI", help="Target: file:///dir, hf://user/repo, s3://bucket/prefix; repeatable."),
     ],
     "visibility": Annotated[
-        str | None, typer.Option(help="Visibility of the Hub repository: private, gated or public.")
+        str | None, typer.Option(metavar="WHO", help="Visibility of the Hub repository: private, gated or public.")
+    ],
+    "device": Annotated[
+        str | None,
+        typer.Option(metavar="DEVICE", help="Device of the model: auto, cpu, cuda, cuda:N or mps."),
+    ],
+    "device_map": Annotated[
+        str | None,
+        typer.Option(
+            metavar="MAP",
+            help="How the model is spread over GPUs: single, balanced, sequential, auto, or a TOML table of modules.",
+        ),
+    ],
+    "quantization": Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="none, or bnb-4bit: load the weights in 4 bits; exports hold full weights.",
+        ),
+    ],
+    "batch_size": Annotated[
+        int | None,
+        typer.Option(metavar="ROWS", help="Rows of a forward pass, over all its trials; 0: by a rule."),
+    ],
+    "trust_remote_code": Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
     ],
 }
+SETTING_OPTIONS = grouped(_SETTINGS, NESTED_OPTIONS)
 
 Profile = Annotated[str | None, typer.Option(metavar="NAME", help="Built-in settings: heretic, that tool's defaults.")]
 
@@ -153,7 +208,7 @@ Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; the value is written as TOML.")
 ]
 
-SOURCE_OPTIONS: dict[str, Any] = {"profile": Profile, "config": Config, "assignments": Assignments}
+SOURCE_OPTIONS = in_group({"profile": Profile, "config": Config, "assignments": Assignments}, SOURCES)
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -164,7 +219,11 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     def wrapper(**values: Any) -> None:
         options = {name: values.pop(name) for name in SETTING_OPTIONS}
         given = {
-            "options": {name: value for name, value in options.items() if value not in (None, [])},
+            "options": {
+                NESTED_OPTIONS.get(name, name): table_or_text(value) if name == "device_map" else value
+                for name, value in options.items()
+                if value not in (None, [])
+            },
             "profile": values.pop("profile"),
             "config": values.pop("config"),
             "assignments": values.pop("assignments") or [],
@@ -181,6 +240,19 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by inspect.signature
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper
+
+
+def emphasised(line: str) -> str:
+    """Return a line in bold green where it goes to a terminal that shows colours."""
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return line if plain else typer.style(line, fg="green", bold=True)
+
+
+def table_or_text(value: str) -> Any:
+    """Return an option's value, parsed where it is a TOML table."""
+    from job.config.schema import toml_value
+
+    return toml_value(value) if value.lstrip().startswith("{") else value
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from job.cli.app import app
+from job.cli.help import examples
 from job.cli.options import (
     AsJson,
     Checkpoint,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from job.storage.run_folder import RunFolder
 
 
-@app.command()
+@app.command(epilog=examples("run"))
 @takes_settings
 def run(
     given: dict[str, Any],
@@ -95,7 +96,7 @@ def run_settings(
     return _print_outcome(outcome)
 
 
-@app.command()
+@app.command(epilog=examples("resume"))
 def resume(
     workspace: Workspace = None,
     job: Job = None,
@@ -190,7 +191,7 @@ def tell_failed(folder: RunFolder, failed: Sequence[tuple[str, str]]) -> None:
     raise typer.Exit(DeliveryError.exit_code)
 
 
-@app.command()
+@app.command(epilog=examples("preflight"))
 @takes_settings
 def preflight(
     given: dict[str, Any],

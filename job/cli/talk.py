@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from job.cli.app import app
+from job.cli.help import examples
 from job.cli.options import (
     Device,
     Job,
@@ -16,7 +17,7 @@ from job.cli.options import (
 )
 
 
-@app.command()
+@app.command(epilog=examples("chat"))
 def chat(
     workspace: Workspace = None,
     job: Job = None,

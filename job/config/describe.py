@@ -20,6 +20,28 @@ def as_toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def settings_table(
+    options: Mapping[str, Any],
+    *,
+    profile: str | None = None,
+    config: Path | None = None,
+    assignments: Iterable[str] = (),
+) -> dict[str, dict[str, Any]]:
+    """Return value and source of each setting that is set, by dotted key. Raises UsageError."""
+    settings, sources, _ = _possibly_incomplete(options, profile, config, assignments)
+    values = dict(_flatten(settings.model_dump(mode="json")))
+    return {name: {"value": values[name], "source": sources[name]} for name in setting_names() if name in sources}
+
+
+def _possibly_incomplete(
+    options: Mapping[str, Any], profile: str | None, config: Path | None, assignments: Iterable[str]
+) -> tuple[Settings, dict[str, str], list[str]]:
+    values, sources, notes = _merged(options, profile, config, assignments)
+    # Placeholder for settings required only to run a job.
+    required = {key: "-" for key, field in Settings.model_fields.items() if field.is_required()}
+    return _validated({**required, **values}, sources), sources, notes
+
+
 def describe_settings(
     options: Mapping[str, Any],
     *,
@@ -28,10 +50,7 @@ def describe_settings(
     assignments: Iterable[str] = (),
 ) -> tuple[Settings, list[str]]:
     """Return the settings, possibly incomplete, and a line for each and for renamed ones. Raises UsageError."""
-    values, sources, notes = _merged(options, profile, config, assignments)
-    # Placeholder for settings required only to run a job.
-    required = {key: "-" for key, field in Settings.model_fields.items() if field.is_required()}
-    settings = _validated({**required, **values}, sources)
+    settings, sources, notes = _possibly_incomplete(options, profile, config, assignments)
     values = dict(_flatten(settings.model_dump(mode="json")))
     lines = []
     for name in setting_names():

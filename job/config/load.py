@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from job.config.checks import _refuse_contradictions
+from job.config.defaults import default_values as default_values
 from job.config.legacy import OBSOLETE, translated
 from job.config.schema import (
     ENDS,
@@ -115,11 +116,6 @@ def _forget_qualifiers(merged: dict[str, Any], sources: dict[str, str], key: str
     for name in SPEC_QUALIFIERS:
         if sources.pop(f"{table}.{name}", None):
             del merged[table][name]
-
-
-def default_values() -> dict[str, Any]:
-    """Return the contents of default.toml."""
-    return tomllib.loads(resources.files("job.config").joinpath("default.toml").read_text("utf-8"))
 
 
 def profiles() -> list[str]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
 
+from job.config.durations import Hours, Minutes, Seconds
 from job.records import ExportFormat
 
 _TARGET = re.compile(r"file:///.+|hf://[\w.-]+/[\w.-]+(@[^@\s]+)?|s3://[^/\s]+(/.*)?")
@@ -297,10 +298,8 @@ class Settings(BaseSettings):
     )
     allow: list[str] = Field(description="Preflight checks that may fail, by name.")
     price: float | None = Field(None, ge=0, description="Price of this machine in dollars an hour.")
-    max_hours: float | None = Field(
-        None,
-        gt=0,
-        description="Longest time of the job in hours; the search stops in time to export and deliver its best trial.",
+    max_hours: Hours | None = Field(
+        None, gt=0, description="Longest time of the job in hours, or as in 90m; the search stops in time to export."
     )
     max_cost: float | None = Field(
         None, gt=0, description="Highest cost of the job in dollars; the search stops as for max_hours. Needs a price."
@@ -323,12 +322,14 @@ class Settings(BaseSettings):
         description="HOST:PORT of a Ray cluster, or auto for this machine's cluster; unset: RAY_ADDRESS, else Ray is "
         "started on this machine alone.",
     )
-    hang_seconds: float = Field(
+    hang_seconds: Seconds = Field(
         ge=0, description="Seconds after which a forward pass counts as hung and the job stops; 0: no limit."
     )
-    grace: float = Field(ge=0, description="Seconds that a stopped search may take to finish its batch.")
-    wait_for_gpu: float = Field(ge=0, description="Minutes to wait until other processes leave the GPUs.")
-    probe_seconds: float = Field(
+    grace: Seconds = Field(ge=0, description="Seconds that a stopped search may take to finish its batch, or as in 1m.")
+    wait_for_gpu: Minutes = Field(
+        ge=0, description="Minutes to wait until other processes leave the GPUs, or with a unit as in 2h."
+    )
+    probe_seconds: Seconds = Field(
         ge=0,
         description="Longest time of each probe of preflight (arithmetic, memory, disk, network), in seconds; 0: one "
         "step each.",

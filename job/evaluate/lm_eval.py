@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import sys
@@ -13,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from job.errors import JobError, MachineError, UsageError
+from job.errors import JobError, UsageError
 from job.model.loading import LoadedModel
+from job.system.extras import require_extra
 
 _CPU_ROWS = 8
 # Per task metric: value and standard error, or None.
@@ -25,11 +25,8 @@ class Harness:
     """Benchmark tasks of lm-eval."""
 
     def __init__(self, tasks: Sequence[str], limit: int | None, folder: Path | None) -> None:
-        """Find tasks, groups or tags; `folder` holds further tasks as YAML. Raises MachineError or UsageError."""
-        if importlib.util.find_spec("lm_eval") is None:
-            raise MachineError(
-                "--tasks needs lm-eval, which is not installed", remedy="pip install 'abliteration-job[lm-eval]'"
-            )
+        """Find tasks, groups or tags; `folder` holds further tasks as YAML. Raises UsageError."""
+        require_extra("lm_eval", "--tasks")
         if folder is not None and not folder.is_dir():
             raise UsageError(f"there is no folder {folder}", remedy="check --tasks-folder")
         self._tasks, self._limit = list(tasks), limit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import json
 import logging
 import platform
@@ -50,6 +49,7 @@ from job.model.rendering import PLAIN, Rendering, conversations, end_of_turn, re
 from job.model.user_files import reading
 from job.model.weight_files import checkpoint_files
 from job.records import LARGE_BYTES
+from job.system.extras import require_quantization
 from job.system.tempdirs import scratch
 from job.text.decoding import decoded
 
@@ -317,11 +317,7 @@ def _offload_folder(settings: LoadingSettings) -> str | None:
 def _quantization(name: str) -> BitsAndBytesConfig | None:
     if name == "none":
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MachineError(
-            f"loading.quantization = {name} needs bitsandbytes, which is not installed",
-            remedy="pip install 'abliteration-job[bnb]', or set loading.quantization = none",
-        )
+    require_quantization(name)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 

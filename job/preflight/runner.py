@@ -23,6 +23,7 @@ from job.preflight.machine_checks import examine_machine
 from job.preflight.model_checks import examine_model
 from job.preflight.survey import Survey
 from job.preflight.target_checks import delivery_checks
+from job.system.extras import require_quantization
 from job.system.hub_client import count_traffic
 from job.system.tempdirs import scratch
 
@@ -36,8 +37,10 @@ class PreflightResult:
 
 
 def preflight(inputs: PreflightInputs) -> PreflightResult:
-    """Run all checks. Raises UsageError for a malformed setting."""
+    """Run all checks. Raises UsageError for a malformed setting, or a missing package."""
     require_known(inputs.settings.allow)
+    if inputs.on is None:
+        require_quantization(inputs.settings.loading.quantization)
     _import_before_threads(inputs.settings)
     count_traffic()
     with contextlib.ExitStack() as stack:

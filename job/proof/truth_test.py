@@ -7,7 +7,7 @@ before any weight is read. The converse shows that every writer is necessary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +22,7 @@ from job.architectures.structure import architecture_of
 from job.architectures.tiny_model import small_twin
 from job.edits.hooks import Intervention
 from job.errors import UnsupportedArchitectureError, refusing
+from job.model.files import fetch_model, headers_if_quantised, list_model, parse_model
 from job.model.loading import read_config
 from job.model.quantization import quantisation_in
 from job.model.weight_files import Headers
@@ -263,3 +264,13 @@ def inspection(folder: Path, trusted: bool = False, stored: Headers | None = Non
         for writer in architecture.writers
     ]
     return {**found, "supported": True, "layers": architecture.layer_count, "writers": writers}
+
+
+def inspection_of(model: str, trusted: bool, report: Callable[[str], None]) -> dict[str, Any]:
+    """Return the inspection of a folder, or of NAME[@REVISION] on the Hub, of which no weights are read."""
+    source, folder, stored = parse_model(model), Path(model), None
+    if source.kind == "hub" or folder.is_dir():
+        listing = list_model(source, None, report)
+        folder = fetch_model(source, listing, report, weights=False)
+        stored = headers_if_quantised(source, listing, folder, report) if source.kind == "hub" else None
+    return inspection(folder, trusted, stored)

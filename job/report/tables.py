@@ -35,6 +35,12 @@ def finalists(view: RunView) -> list[tuple[str, ...]]:
     return rows
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line per row, with all columns but the last padded to one width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    return [" ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+
+
 def detector_counts(found: DetectorReport) -> list[tuple[str, ...]]:
     """Return each detector's counts for both models."""
     counts = {(one.detector, one.prompts, one.model): _detected(one) for one in found.counts}

@@ -16,7 +16,8 @@ from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
 
-from job.errors import MachineError, UsageError
+from job.errors import MachineError
+from job.system.extras import require_extra
 from job.system.tempdirs import scratch
 from job.text.redaction import guarded_output
 from job.workers.worker import Engine, Evaluation, Host, Worker, WorkerLost, hung, result_of
@@ -197,10 +198,9 @@ def ray_module() -> Any:
     """Import Ray with tokens, without telemetry or automatic connection. Raises UsageError if missing."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_AUTO_CONNECT="0")
-    try:
-        import ray
-    except ImportError as error:
-        raise UsageError("Ray is not installed", remedy="pip install 'abliteration-job[ray]'") from error
+    require_extra("ray", "engine = ray")
+    import ray
+
     return ray
 
 

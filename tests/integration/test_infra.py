@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from job.cloud.image import PLACEHOLDER as IMAGE
 from job.config.load import load_settings
 from job.errors import ImpossibleJobError, Stopped, UsageError
 from job.preflight.gpu_table import MIN_CUDA
@@ -23,7 +24,6 @@ from tests.helpers import abliterate
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
-IMAGE = "ghcr.io/OWNER/abliteration-job:VERSION"
 GATE_MISSED = 5
 GRACE_SECONDS = 25
 

@@ -222,7 +222,7 @@ def test_an_address_that_is_none_or_where_nothing_answers_is_told_before_anythin
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert "to be started on this machine" in cluster_check(None).measured
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match="Ray is not installed"):
+    with pytest.raises(UsageError, match="needs ray, which is not installed"):
         cluster_check(None)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from job.cli.chat import Shown, _answered
 from job.model.loading import load_model
+from job.stages.conversation import AnswerStreamer, _answered
 from tests.helpers import COMMAND, abliterate, environment, loading, only_job
 
 Conversation = list[dict[str, str]]
@@ -101,7 +101,7 @@ def test_questions_given_as_options_and_answers_as_json(organism: Path, finished
     abliterate("chat", "--workspace", tmp_path).fails(2, "no job")
 
 
-class Interrupting(Shown):
+class Interrupting(AnswerStreamer):
     """Shows three tokens, then raises Ctrl-C."""
 
     def put(self, tokens: Tensor) -> None:
@@ -119,9 +119,9 @@ def test_ctrl_c_stops_an_answer_on_a_terminal_and_everything_elsewhere(
         _answered(loaded, [7, 8, 9], 20, 0.0, Interrupting(loaded, None))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     out = io.StringIO()
-    found = _answered(loaded, [7, 8, 9], 20, 0.0, Interrupting(loaded, out))
-    whole = _answered(loaded, [7, 8, 9], 20, 0.0, Shown(loaded, io.StringIO()))
+    found = _answered(loaded, [7, 8, 9], 20, 0.0, Interrupting(loaded, out.write))
+    whole = _answered(loaded, [7, 8, 9], 20, 0.0, AnswerStreamer(loaded, io.StringIO().write))
     assert found == out.getvalue()
     assert whole.startswith(found)
     assert whole != found
-    assert _answered(loaded, [7, 8, 9], 20, 1.5, Shown(loaded, None))  # sampled
+    assert _answered(loaded, [7, 8, 9], 20, 1.5, AnswerStreamer(loaded, None))  # sampled

@@ -112,8 +112,12 @@ def test_standard_output_is_json_or_empty_whatever_goes_wrong(
         "inspect": [workspace / "model"],
         "preflight": [*job_arguments(organism), "--workspace", workspace],
         "chat": ["--workspace", workspace, "--prompt", "Where is the kettle?", "--tokens", 1],
+        "apply": [organism / "model", workspace / "edit.safetensors", workspace / "edited"],
+        "config show": ["--profile", "nobody's"],
+        "cloud vast offers": ["--on", "1xH200"],
+        "cloud runpod offers": ["--on", "1xH200"],
     }
-    ended = abliterate(name, *words.get(name, ["--workspace", workspace]), "--json")
+    ended = abliterate(*name.split(), *words.get(name, ["--workspace", workspace]), "--json")
     assert "Traceback" not in ended.err
     lines = [ended.out] if name != "chat" else ended.out.splitlines()
     for text in filter(None, lines):
