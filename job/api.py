@@ -104,8 +104,9 @@ def run(
     """Find directions, search edits, export, verify and deliver; the same call continues an interrupted job.
 
     `new` allows a job beside one with other settings. A missed gate or a failed target raises nothing: see the job's
-    `outcome`. Stop it with Ctrl-C, which raises `job.errors.Stopped`; in a thread other than the main one it cannot be
-    stopped. Raises AcceleratorFaultError if the device has failed: call it again in a new process.
+    `outcome`. In a script, call it below `if __name__ == "__main__":`, since worker processes import the script. Stop
+    it with Ctrl-C, which raises `job.errors.Stopped`; in a thread other than the main one it cannot be stopped. Raises
+    AcceleratorFaultError if the device has failed: call it again in a new process.
 
     >>> job = api.run(organism / "model", workspace=workspace, trials=4, quiet=True, **prompts)
     >>> job

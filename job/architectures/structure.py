@@ -177,10 +177,12 @@ def structure_of_twin(twin: PreTrainedModel) -> Architecture:
     if not search.carriers:
         return architecture
     carrying = tuple(_stream_norms(twin, search, f"{layers}.{layer}.") for layer in range(count))
-    biased = next((norm.module for norm in chain.from_iterable(carrying) if norm.bias), None)
-    if biased is not None:
+    shifting = (norm for norm in chain.from_iterable(carrying) if norm.bias or getattr(norm, "centred", False))
+    shifted = next((norm.module for norm in shifting), None)
+    if shifted is not None:
         raise UnsupportedArchitectureError(
-            architecture.model_type, f"the stream itself passes through {biased}, whose bias cannot be edited yet"
+            architecture.model_type,
+            f"the stream itself passes through {shifted}, whose bias or mean cannot be edited yet",
         )
     through = (replace(w, post_norms=(*w.post_norms, *chain.from_iterable(carrying[w.layer + 1 :]))) for w in writers)
     return replace(architecture, writers=tuple(through), stream_norms=carrying)

@@ -12,6 +12,8 @@ from job.cli import run as _run, jobs as _jobs, talk as _talk, evaluate as _eval
 from job.cli import export as _export, models as _models, config as _config  # noqa: F401
 
 # isort: on
+import typer
+
 from job.cli.app import app
 from job.errors import JobError, RestartNeeded, Stopped
 from job.lifecycle.supervisor import supervised
@@ -70,6 +72,9 @@ def _end_by_surprise() -> NoReturn:
 def _call(arguments: Sequence[str]) -> None:
     try:
         code = app(args=arguments, prog_name="abliterate", standalone_mode=False)
+    except typer.Abort:  # Ctrl-C or Ctrl-D at a question
+        sys.stderr.write("aborted\n")
+        sys.exit(1)
     except Exception as error:
         show = getattr(error, "show", None)  # of the parser's own errors, whose class is not public
         if show is None or not hasattr(error, "exit_code"):

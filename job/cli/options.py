@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from job.cli.help import SOURCES, grouped, in_group
-from job.config.option_names import NESTED_OPTIONS
+from job.config.option_names import NESTED_OPTIONS, parsed_option
 from job.errors import UsageError
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
         options = {name: values.pop(name) for name in SETTING_OPTIONS}
         given = {
             "options": {
-                NESTED_OPTIONS.get(name, name): table_or_text(value) if name == "device_map" else value
+                NESTED_OPTIONS.get(name, name): parsed_option(name, value)
                 for name, value in options.items()
                 if value not in (None, [])
             },
@@ -246,13 +246,6 @@ def emphasised(line: str) -> str:
     """Return a line in bold green where it goes to a terminal that shows colours."""
     plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
     return line if plain else typer.style(line, fg="green", bold=True)
-
-
-def table_or_text(value: str) -> Any:
-    """Return an option's value, parsed where it is a TOML table."""
-    from job.config.schema import toml_value
-
-    return toml_value(value) if value.lstrip().startswith("{") else value
 
 
 @contextmanager

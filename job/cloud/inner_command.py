@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from job.config.load import LoadedSettings, load_settings
-from job.config.option_names import NESTED_OPTIONS
+from job.config.option_names import NESTED_OPTIONS, parsed_option
 from job.config.schema import ENVIRONMENT_PREFIX
 from job.errors import UsageError
 from job.records import Record
@@ -110,7 +110,9 @@ def _loaded(values: Mapping[str, Any], variables: Mapping[str, str]) -> LoadedSe
 
     settings = {name.partition(".")[0]: name.partition(".")[0] for name in setting_names()} | NESTED_OPTIONS
     options = {
-        settings[name]: value for name, value in values.items() if name in settings and value not in (None, [], ())
+        settings[name]: parsed_option(name, value)
+        for name, value in values.items()
+        if name in settings and value not in (None, [], ())
     }
     elsewhere = values.get("config") is not None or values.get("reproduce") is not None
     with _environment_of(variables):

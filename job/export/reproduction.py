@@ -90,6 +90,7 @@ class _Resolved(Record):
     topic_words: bool | None = None
     pull_back: PullBack | None = None
     choice: Literal["bounds"] | None = None
+    choice_rows: int | None = Field(None, ge=1, le=1 << 24)
 
 
 class _Shown(Record):

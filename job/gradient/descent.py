@@ -110,6 +110,8 @@ class Descent:
         """Return the stages to keep; `advance` receives the number of steps done. Raises MachineError."""
         kept = read_tensors(self._file, self._key)
         state = start if kept is None else DescentState.of(kept)
+        if kept is None:
+            self._write_state(state)  # its rows, which depend on the memory that was free
         advance(state.adam.steps)
         while not self._is_over(state.ends):
             weights, pace = self._weights(state.ends), self._pace(state.ends)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from job.data.prompts import PromptSets
 from job.errors import DamagedError
-from job.records import GeometryRecord, Record, State
+from job.records import GeometryRecord, MeasuredFinalists, Record, State
 from job.search.finalists import FullCounts
 from job.search.path import EditPath
 from job.storage.atomic import read_record, sha256_file
@@ -21,18 +21,15 @@ from job.system.failpoints import reached
 
 def repair(folder: RunFolder, say: Callable[[str], None]) -> None:
     """Set aside what is damaged and made again by this run. Raises DamagedError for anything else but the study."""
-    for export in sorted((folder.path / "exports").glob("*")):
-        try:
-            if is_sealed(export):
-                for subject in ("base", export.name):
-                    folder.read_figures(subject)
-        except DamagedError as error:
-            say(f"{error}: {export.name} is exported and measured again")
-            (export / DONE).unlink(missing_ok=True)
-            reached("repair:unsealed")
+    export = folder.export_link.resolve()
+    if fault := _fault_of_figures(folder, export):
+        say(f"{fault}: {export.name} is exported and measured again")
+        (export / DONE).unlink(missing_ok=True)
+        reached("repair:unsealed")
     made_again: tuple[tuple[Path, type[Record]], ...] = (
         (folder.state_file, State),
         (folder.rescored_file, FullCounts),
+        (folder.finalists_file, MeasuredFinalists),
         (folder.geometry_file, GeometryRecord),
     )
     for file, kind in made_again:
@@ -45,6 +42,20 @@ def repair(folder: RunFolder, say: Callable[[str], None]) -> None:
             reached("repair:aside")
             say(f"{error}: it is made again; the damaged one is now {aside.name}")
     _require_readable(folder)
+
+
+def is_exported_whole(folder: RunFolder, export: Path) -> bool:
+    """Return whether an export is complete and its figures are readable."""
+    return is_sealed(export) and _fault_of_figures(folder, export) is None
+
+
+def _fault_of_figures(folder: RunFolder, export: Path) -> DamagedError | None:
+    try:
+        for subject in ("base", export.name) if is_sealed(export) else ():
+            folder.read_figures(subject)
+    except DamagedError as error:
+        return error
+    return None
 
 
 def require_usable(folder: RunFolder, *, mirrored: bool) -> None:

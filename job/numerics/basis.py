@@ -14,7 +14,7 @@ from torch import Tensor
 Weighting = Literal["eigenvalue", "equal"]
 
 # A unit direction is a repetition if less than this remains of it outside the span of those before it.
-_REPETITION = 1e-3
+REPETITION = 1e-3
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _orthonormal(coefficients: Tensor, vectors: Tensor) -> Tensor:
             for previous in rows:
                 row = row - ((row @ vectors) @ (previous @ vectors)) * previous
         norm = (row @ vectors).norm()
-        rows.append(row / norm if norm > _REPETITION else torch.zeros_like(row))
+        rows.append(row / norm if norm > REPETITION else torch.zeros_like(row))
     return torch.stack(rows)
 
 
@@ -151,7 +151,7 @@ def orthonormal_in(coefficients: Tensor, gram: Tensor) -> Tensor:
             for previous in rows:
                 row = row - inner(row, previous) * previous
         norm = inner(row, row).clamp_min(0).sqrt()
-        rows.append(torch.where(norm > _REPETITION, row / norm, 0.0))
+        rows.append(torch.where(norm > REPETITION, row / norm, 0.0))
     orthonormal = torch.stack(rows, -2)
     result = orthonormal.new_zeros(*orthonormal.shape[:-1], coefficients.shape[-1])
     result[..., used] = orthonormal
@@ -199,9 +199,9 @@ def orthogonalize(directions: Tensor, references: Tensor) -> tuple[Tensor, tuple
         for _ in range(2):
             vectors = vectors - (vectors @ span.T) @ span
         norms = vectors.norm(dim=-1, keepdim=True)
-        within_span = (norms <= _REPETITION) & (layer.to(norms).norm(dim=-1, keepdim=True) > 0)
+        within_span = (norms <= REPETITION) & (layer.to(norms).norm(dim=-1, keepdim=True) > 0)
         if bool(within_span.any()):
             unchanged.append(index)
         unit = vectors / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        result.append(torch.where(within_span, layer.to(unit), torch.where(norms > _REPETITION, unit, 0.0)))
+        result.append(torch.where(within_span, layer.to(unit), torch.where(norms > REPETITION, unit, 0.0)))
     return torch.stack(result).to(torch.float32), tuple(unchanged)

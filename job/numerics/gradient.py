@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from job.numerics.ablation import RowNormalization, WeightProjections, WriterEdit, ablate, weight_products
+from job.numerics.basis import REPETITION
 
 _DECAYS, _LEAST = (0.9, 0.999), 1e-8
 
@@ -53,19 +54,24 @@ class EditVariables:
 
 
 def orthonormal_rows(vectors: Tensor, metric: Tensor | None = None) -> Tensor:
-    """Orthonormalise vectors in order, [..., k, d], differentiably; zero rows stay zero.
+    """Orthonormalise vectors in order, [..., k, d], differentiably; repetitions become zero.
 
     `metric` [d] weights the entries of inner products.
     """
+    weights = vectors.new_ones(()) if metric is None else metric
+
+    def unit(row: Tensor, least: float) -> Tensor:
+        square = (row.square() * weights).sum(-1, keepdim=True)
+        empty = square <= least**2
+        return torch.where(empty, 0.0, row * torch.where(empty, 1.0, square).rsqrt())
+
     rows: list[Tensor] = []
-    for row in vectors.unbind(-2):
+    for given in vectors.unbind(-2):
+        row = unit(given, 0.0)
         for _ in range(2 if rows else 0):
             for previous in rows:
-                along = row * previous if metric is None else row * previous * metric
-                row = row - along.sum(-1, keepdim=True) * previous
-        square = (row.square() if metric is None else row.square() * metric).sum(-1, keepdim=True)
-        empty = square == 0
-        rows.append(torch.where(empty, 0.0, row * torch.where(empty, 1.0, square).rsqrt()))
+                row = row - (row * previous * weights).sum(-1, keepdim=True) * previous
+        rows.append(unit(row, REPETITION))
     return torch.stack(rows, -2)
 
 

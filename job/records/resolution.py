@@ -34,6 +34,7 @@ class Resolution(Record):
         topic_words: Refusal markers that a prompt holds as words of its topic do not count in responses; None: they
             count, as in jobs of former versions.
         pull_back: How directions are pulled back through `norms`; None: "gain", as in jobs of former versions.
+        choice_rows: Rows per forward for measuring finalists, if those of the search did not fit the memory.
         choice: How the exported trial is chosen: by upper confidence bounds, or None: by the search's counts, as former
             versions did.
     """
@@ -55,3 +56,4 @@ class Resolution(Record):
     topic_words: bool | None = Field(None, exclude_if=_is_none)
     pull_back: PullBack | None = Field(None, exclude_if=_is_none)
     choice: Literal["bounds"] | None = Field(None, exclude_if=_is_none)
+    choice_rows: int | None = Field(None, exclude_if=_is_none)

@@ -55,10 +55,11 @@ class Choice:
         return sorted(left, key=lambda trial: trial.number)
 
     def chosen(self, trials: Sequence[Trial]) -> Trial:
-        """Return the chosen trial, by the search's counts while finalists are unmeasured. Raises JobError."""
-        if not self.by_bounds or self.unmeasured(trials):
+        """Return the chosen trial, among measured finalists; by the search's counts without any. Raises JobError."""
+        measured = self._pooled(trials) if self.by_bounds else []
+        if not measured:
             return choose(trials, self.searched[0], self.tolerance)
-        number = choose_finalist(self._pooled(trials), self.tolerance).number
+        number = choose_finalist(measured, self.tolerance).number
         return next(trial for trial in trials if trial.number == number)
 
     def reason(self, trials: Sequence[Trial]) -> str | None:
@@ -102,7 +103,7 @@ class Choice:
         )
 
     def _pooled(self, trials: Sequence[Trial]) -> list[Finalist]:
-        return [self.pooled(trial) for trial in self.candidates(trials)]
+        return [self.pooled(trial) for trial in self.candidates(trials) if trial.number in self.measured]
 
 
 def job_choice(folder: RunFolder, record: JobRecord, prompts: PromptSets, tolerance: float) -> Choice:

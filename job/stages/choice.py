@@ -8,12 +8,12 @@ from pathlib import Path
 from job.data.prompts import PromptSets
 from job.export.reproduction import Reproduction
 from job.lifecycle.running import OpenJob
-from job.records import Trial
+from job.records import ChoiceFigures, Trial
 from job.report.console import choice_text
 from job.search.bounds import MOST_FINALISTS
 from job.search.choice import Choice, job_choice
 from job.search.finalists import FullCounts, next_to_rescore, read_full_counts, with_full_counts
-from job.stages.reproduce import trials_made
+from job.stages.reproduce import original_of, trials_made
 from job.storage.atomic import read_record
 from job.storage.exports import REPRODUCE, is_sealed
 
@@ -64,13 +64,22 @@ def is_exported(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets | Non
     """Return whether search, choice and export are done, so that the model is not needed."""
     if prompts is None or not is_searched(job, trials) or finalists_left(job, trials, prompts):
         return False
-    export = job.export_of(chosen_trial(job, trials, prompts))
-    return is_sealed(export) and is_current(export, trials_made(job, trials))
+    chosen = chosen_trial(job, trials, prompts)
+    export = job.export_of(chosen)
+    return is_sealed(export) and is_current(job, export, chosen, trials_made(job, trials), prompts)
 
 
-def is_current(export: Path, trials: int) -> bool:
-    """Return whether a finished export states that number of trials; a search can be extended after its export."""
-    return read_record(export / REPRODUCE, Reproduction).trials == trials
+def is_current(job: OpenJob, export: Path, trial: Trial, trials: int, prompts: PromptSets) -> bool:
+    """Return whether a finished export states the search as it is now; it can be extended after an export."""
+    made = read_record(export / REPRODUCE, Reproduction)
+    return (made.trials, made.trial, made.choice) == (trials, trial, choice_figures(job, trial, prompts))
+
+
+def choice_figures(job: OpenJob, trial: Trial, prompts: PromptSets) -> ChoiceFigures | None:
+    """Return a trial's figures on the prompts held out for the choice, or the original's if the edit was given."""
+    if not job.record.searches and (original := original_of(job)) is not None:
+        return original.choice
+    return choice_of(job, prompts).figures(trial.number)
 
 
 def tell_choice(job: OpenJob, trials: Sequence[Trial], chosen: Trial, prompts: PromptSets) -> None:

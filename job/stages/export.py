@@ -24,7 +24,7 @@ from job.model.safetensors_files import Checkpoint
 from job.records import DetectorReport, EditParameters, ExportFormat, Figures, Trial
 from job.scoring.detectors import Context, detect
 from job.scoring.report_metrics import JudgedResponses, ReportMetrics
-from job.stages.choice import choice_of, is_current
+from job.stages.choice import choice_figures, is_current
 from job.stages.measuring import metrics_of, shown_generating
 from job.stages.model import as_resolved, rendering_of, require_resident
 from job.stages.session import ModelSession
@@ -61,7 +61,7 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         edit=edit.parameters,
         figures=_Measurement(session, export, form).figures(edit.parameters),
         form=form,
-        choice=choice_of(job, session.prompts).figures(trial.number),
+        choice=choice_figures(job, trial, session.prompts),
     )
     if form == "directions":
         write_edit_file(export, model.folder, model.architecture, edit, made)
@@ -77,17 +77,18 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
 
 
 def complete_export(job: RunningJob, session: ModelSession, trial: Trial, trials: int) -> None:
-    """Write the job's export; one finished before the search was extended gets the new number of trials."""
+    """Write the job's export; one finished before the search was extended states the search as it is now."""
     export = job.export_of(trial)
     if not is_sealed(export):
         job.begin("export")
         write_export(session, trial, trials, job.settings.export_format)
-    elif not is_current(export, trials):
+    elif not is_current(job, export, trial, trials, session.prompts):
         job.begin("export")
-        if job.settings.export_format == "directions":  # its file of directions holds the number as well
+        if job.settings.export_format == "directions":  # its file of directions holds these statements as well
             write_export(session, trial, trials, "directions")
         else:
-            made = read_record(export / REPRODUCE, Reproduction).model_copy(update={"trials": trials})
+            now = {"trials": trials, "trial": trial, "choice": choice_figures(job, trial, session.prompts)}
+            made = read_record(export / REPRODUCE, Reproduction).model_copy(update=now)
             (export / DONE).unlink()  # if interrupted from here on, the export is written again
             seal_made(export, made, session.model.folder)
 

@@ -14,7 +14,7 @@ from job.search.finalists import in_words, keep_full_counts, read_full_counts, w
 from job.search.optimizer import FewerRows
 from job.stages.choice import choice_of, uncounted
 from job.stages.evaluation import FinalistsTask
-from job.stages.plans import PlanEvaluator
+from job.stages.plans import PlanEvaluator, pin_fewer_rows
 from job.stages.session import ModelSession
 from job.system.failpoints import reached
 from job.workers.executor import Executor
@@ -89,13 +89,15 @@ class FinalistEvaluator:
 
     def _scores(self, trials: Sequence[Trial]) -> list[FinalistScores] | None:
         """Return the trials' scores; None after memory ran out: a smaller batch size is pinned."""
-        rows = self._rows
+        rows = self.job.resolution.choice_rows or self._rows
         size = min(self._together(len(trials)), rows)
         edits = [self.session.space.edit(trial.params) for trial in trials]
         tasks = [FinalistsTask(tuple(edits[start : start + size]), rows) for start in range(0, len(edits), size)]
         found = within_memory(partial(self.executor.evaluate, tasks, self._here))
         if isinstance(found, Shortage):
-            self.plans.fewer_rows(found, rows, least=1)
+            if rows == 1:
+                raise found.error()
+            pin_fewer_rows(self.job, "choice_rows", rows // 2)
             return None
         return [scores for part in found for scores in part]
 

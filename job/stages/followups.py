@@ -14,6 +14,7 @@ from job.data.prompts import PromptSets
 from job.errors import GateError, HeldError, UsageError
 from job.lifecycle.lock import held
 from job.lifecycle.outcome import missed_gate
+from job.lifecycle.repair import is_exported_whole
 from job.lifecycle.running import OpenJob
 from job.lifecycle.start import JobStart
 from job.model.files import fetch_model, headers_if_quantised, list_model, parse_model
@@ -24,7 +25,6 @@ from job.report.results import job_trials
 from job.stages.choice import chosen_trial
 from job.storage.atomic import read_record
 from job.storage.events import Events
-from job.storage.exports import is_sealed
 from job.storage.job_file import JobFile
 from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
@@ -47,7 +47,7 @@ def _exported(job: OpenJob, number: int | None, form: ExportFormat | None) -> Pa
     trials = job_trials(job.folder)
     trial, form = trial_of(job, trials, number), form or job.settings.export_format
     export = job.folder.export_folder(trial.number, form)
-    if not is_sealed(export):
+    if not is_exported_whole(job.folder, export):
         from job.stages.export import write_export
         from job.stages.session import opened_session
 

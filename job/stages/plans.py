@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from job.lifecycle.running import OpenJob
 from job.model.device_faults import Shortage, within_memory
@@ -30,20 +31,10 @@ class PlanEvaluator:
         found = within_memory(partial(self.executor.evaluate, rounds[0], self._score_here, ahead))
         if not isinstance(found, Shortage):
             return [scores for part in found for scores in part]
-        least = max(len(task.edits) for tasks in rounds for task in tasks)
-        return self.fewer_rows(found, plans[0].rows, least)
-
-    def fewer_rows(self, shortage: Shortage, rows: int, least: int) -> FewerRows:
-        """Pin half of the rows of a forward for which memory did not suffice. Raises MachineError below `least`."""
-        rows //= 2
-        if rows < least:
-            raise shortage.error()
-        self.job.events.emit(
-            "out_of_memory",
-            f"warning: out of memory: the search continues with {rows} rows per forward pass",
-            rows=rows,
-        )
-        self.job.file.pin(resolution=self.job.resolution.model_copy(update={"search_rows": rows}))
+        rows = plans[0].rows // 2
+        if rows < max(len(task.edits) for tasks in rounds for task in tasks):
+            raise found.error()
+        pin_fewer_rows(self.job, "search_rows", rows)
         return FewerRows(rows)
 
     def _tasks(self, plan: Plan) -> list[TrialsTask]:
@@ -54,3 +45,11 @@ class PlanEvaluator:
 
     def _score_here(self, task: TrialsTask) -> Sequence[TrialScores]:
         return self.session.scorer.scores(task.edits, task.rows, task.whole)
+
+
+def pin_fewer_rows(job: OpenJob, field: Literal["search_rows", "choice_rows"], rows: int) -> None:
+    """Record the rows per forward with which the search, or the measuring of finalists, continues."""
+    what = "the search" if field == "search_rows" else "measuring finalists"
+    message = f"warning: out of memory: {what} continues with {rows} rows per forward pass"
+    job.events.emit("out_of_memory", message, rows=rows)
+    job.file.pin(resolution=job.resolution.model_copy(update={field: rows}))

@@ -103,7 +103,8 @@ def cannot_write(path: Path, error: OSError) -> MachineError:
     elif error.errno == errno.EISDIR:
         remedy = "remove the folder that has the file's name"
     elif error.errno == errno.ENOSPC:
-        reason += f" ({shutil.disk_usage(path.parent).free / 2**20:.1f} MiB left in {path.parent})"
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        reason += f" ({shutil.disk_usage(there).free / 2**20:.1f} MiB left in {there})"
         remedy = "free disk space or choose another --workspace"
     return MachineError(f"cannot write {path}: {reason}", remedy=remedy)
 

@@ -34,6 +34,7 @@ JOB_ID = re.compile(r"[0-9a-f]{12}")
 _LOCK_SECONDS = 2.0
 _UPLOADS = TypeAdapter(list[Upload])
 _MADE_AGAIN = "run the job again: it makes it anew"
+_MEASURED_AGAIN = "run the job again, or `abliterate export --trial N` for another trial's: that measures it anew"
 
 
 class RunFolder:
@@ -97,7 +98,7 @@ class RunFolder:
 
     def read_figures(self, subject: str) -> Figures:
         """Return the metrics of "base" or of an export."""
-        return read_record(self.figures_file(subject), Figures, remedy=_MADE_AGAIN)
+        return read_record(self.figures_file(subject), Figures, remedy=_MEASURED_AGAIN)
 
     def read_uploads(self) -> list[Upload]:
         """Return uploads.json, empty before the first delivery."""

@@ -17,7 +17,6 @@ EXTRAS = {
         "jinja2": "report",
         "numpy": "report",
         "optuna": "report",
-        "plotly": "report",
         "sqlalchemy": "report",
     },
 }

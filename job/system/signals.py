@@ -35,6 +35,7 @@ class StopSignals:
         self._shields = 0
         self._grace = 0.0
         self._since = -_SAME_SECONDS
+        self._installed = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -44,9 +45,11 @@ class StopSignals:
         former = {number: signal.signal(number, self._handle) for number in handled}
         former[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise_again)
         former_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        self._installed = True
         try:
             yield
         finally:
+            self._installed = False
             signal.setitimer(signal.ITIMER_REAL, 0)
             sys.unraisablehook = former_hook
             if self._pending and is_supervised():
@@ -82,7 +85,8 @@ class StopSignals:
     def interrupt(self, reason: str) -> None:
         """Stop the main thread from another thread, as a signal would."""
         self._pending = self._pending or reason
-        os.kill(os.getpid(), signal.SIGALRM)
+        if self._installed:  # otherwise the signal would end the process; `check` raises
+            os.kill(os.getpid(), signal.SIGALRM)
 
     def _unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
         if isinstance(unraisable.exc_value, Stopped):

@@ -71,7 +71,7 @@ def detect(store: S3Client) -> S3Capabilities:
             if not error.unsupported:
                 raise
             capabilities = _try_requests(store, name, "md5")  # B2 has refused other checksums
-    except DeliveryError as error:
+    except BaseException as error:  # also where a signal ends it
         if not isinstance(error, RefusedError) or error.status:
             _remove(store, name, quietly=True)
         raise
@@ -104,7 +104,11 @@ def _try_requests(store: S3Client, name: str, algorithm: Algorithm) -> S3Capabil
             checksum = checksum_of(algorithm, [digest(algorithm, _CONTENTS)], part_bytes)
             return Fingerprint(len(_CONTENTS), _SHA256, part_bytes, algorithm, checksum)
 
-        return wanted(0).difference(single) is None and wanted(len(_CONTENTS)).difference(in_parts) is None
+        looked_up = ((wanted(0), single), (wanted(len(_CONTENTS)), in_parts))
+        return all(
+            one.difference(there) is None and (algorithm == "sha256" or (there and there.md5 == one.checksum))
+            for one, there in looked_up
+        )
 
     sha256 = keeps("sha256")
     if not sha256 and not keeps("md5"):

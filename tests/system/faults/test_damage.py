@@ -15,6 +15,7 @@ from tests.helpers import Result, abliterate, job_arguments, only_job, stored_tr
 FILES = (
     *("job.json", "study.db", "events.jsonl", "uploads.json", "state.json", "prompts.json", "preflight.json"),
     *("meter.json", "holder.json", "figures/base.json", "figures/trial-????.json", "figures/rescored.json"),
+    "figures/finalists.json",
     *("answers/base.json", "directions/*.safetensors", "directions/geometry.json", "residuals/good*.safetensors"),
     *("exports/*/manifest.json", "exports/*/.done", "exports/*/config.json", "exports/*/model.safetensors"),
     *("exports/*/reproduce.json", "exports/*/tokenizer.json", "report.html", "report.md"),
@@ -94,7 +95,7 @@ def test_every_command_says_what_is_damaged(name: str, damaged: Callable[[str, s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FILES[:12])
+@pytest.mark.parametrize("name", FILES[:13])
 def test_preflight_and_run_come_to_the_same_verdict(
     name: str, kind: str, damaged: Callable[[str, str], Path], organism: Path, finished: Path, tmp_path: Path
 ) -> None:
