@@ -83,7 +83,7 @@ def test_finalists_are_measured_on_prompts_of_their_own_and_the_choice_is_told(j
     number = json.loads(folder.state_file.read_text())["chosen"]
     assert told["number"] == number
     status = json.loads(abliterate("status", "--workspace", job.whole, "--json").check().out)
-    assert told["message"] == f"trial {number} is chosen: {status['why']}"
+    assert told["message"] == f"chosen: trial {number}: {status['why']}"
     (best,) = [best for best in status["best"] if best["number"] == number]
     made = json.loads((folder.export_link / "reproduce.json").read_text())
     assert made["choice"] == best["choice"]
@@ -145,6 +145,17 @@ def test_a_job_killed_while_finalists_are_measured_comes_to_the_same(job: Job, t
     shutil.rmtree(workspace)
     run(workspace).check()
     job.is_whole(workspace)
+
+
+@pytest.mark.parametrize("form", ["merged", "directions"])
+def test_an_edit_is_made_again_with_its_figures_for_the_choice(job: Job, tmp_path: Path, form: str) -> None:
+    workspace = tmp_path / "runs"
+    shutil.copytree(job.whole, workspace, symlinks=True)
+    made = Path(abliterate("export", "--workspace", workspace, "--format", form).check().out.strip())
+    again = ["run", job.model, *job.prompts, "--workspace", tmp_path / "again", "--reproduce", made / "reproduce.json"]
+    assert "all 1 files of weights equal" in abliterate(*again).check().err
+    for name in ("reproduce.json", "README.md"):
+        assert (only_job(tmp_path / "again") / "export" / name).read_bytes() == (made / name).read_bytes()
 
 
 @pytest.mark.slow
