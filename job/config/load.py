@@ -17,16 +17,15 @@ from pydantic.fields import FieldInfo
 
 from job.config.checks import _refuse_contradictions
 from job.config.defaults import default_values as default_values
+from job.config.environment import EnvironmentSource, toml_value
 from job.config.legacy import OBSOLETE, translated
 from job.config.schema import (
     ENDS,
     ENVIRONMENT_PREFIX,
     SPEC_QUALIFIERS,
-    EnvironmentSource,
     PromptSettings,
     Settings,
     _spec_table,
-    toml_value,
 )
 from job.errors import UsageError
 from job.text.decoding import decoded

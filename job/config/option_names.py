@@ -18,6 +18,6 @@ def parsed_option(name: str, value: Any) -> Any:
     """Return an option's value as its setting takes it: a device map may be a TOML table."""
     if name != "device_map" or not str(value).lstrip().startswith("{"):
         return value
-    from job.config.schema import toml_value
+    from job.config.environment import toml_value
 
     return toml_value(value)

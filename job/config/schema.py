@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from job.config.durations import Hours, Minutes, Seconds
 from job.records import ExportFormat
@@ -386,19 +384,3 @@ class Settings(BaseSettings):
     def effective_startup_trials(self) -> int:
         """Start-up trials of the search, before the sampler takes over."""
         return self.startup_trials or min(60, math.ceil(self.trials / 3))
-
-
-class EnvironmentSource(EnvSettingsSource):
-    """ABLITERATE_* variables, parsed as TOML where possible, like --set."""
-
-    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        """Parse a nested setting's variable as TOML, not as JSON like pydantic; keep other text as it is."""
-        return toml_value(value)
-
-
-def toml_value(text: str) -> Any:
-    """Parse a TOML value, or return the text itself."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text

@@ -24,6 +24,8 @@ def repair(folder: RunFolder, say: Callable[[str], None]) -> None:
     export = folder.export_link.resolve()
     if fault := _fault_of_figures(folder, export):
         say(f"{fault}: {export.name} is exported and measured again")
+        for subject in ("base", export.name):
+            shutil.rmtree(folder.figures_file(subject), ignore_errors=True)  # no folder is replaced by a file
         (export / DONE).unlink(missing_ok=True)
         reached("repair:unsealed")
     made_again: tuple[tuple[Path, type[Record]], ...] = (

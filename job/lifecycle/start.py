@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from job.cloud.end_policy import AskedEnds, Ended
 from job.config.schema import Settings
 from job.data.prompts import PromptSets
-from job.errors import DamagedError, DeliveryError, GateError, RestartNeeded
+from job.errors import DamagedError, DeliveryError, GateError, JobError, RestartNeeded
 from job.export.reproduction import Again, require_same_model
 from job.lifecycle.end_of_rental import Machine, Progress, end_rental, outcome_of_error
 from job.lifecycle.lock import held
@@ -33,6 +33,7 @@ from job.storage.events import Events, read_events
 from job.storage.job_file import JobFile
 from job.storage.jobs import find_folder, open_job
 from job.storage.run_folder import RunFolder
+from job.storage.study_file import restore_if_damaged
 from job.system.lifeline import tell
 from job.system.locks import left_behind
 from job.system.processes import HolderRecord
@@ -197,6 +198,11 @@ def _completed(start: JobStart, events: Events) -> Outcome | None:
     done = completed(start.folder, settings)
     if done is not None:
         sweep_temporaries(start.folder.path, time.time(), below=True)  # no run will hold it again
+        try:
+            if restored := restore_if_damaged(start.folder.study_file):  # for `front`, `export` and more trials
+                events.say(f"warning: {restored}")
+        except JobError as error:
+            events.say(f"warning: {error}")
         events.emit("job_complete", f"job {record.job_id} is finished; nothing to do")
     return done
 

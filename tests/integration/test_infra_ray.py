@@ -162,7 +162,8 @@ def test_the_sbatch_script_is_clean_and_checked() -> None:
     assert shellcheck is not None  # a development dependency
     subprocess.run([shellcheck, SBATCH], check=True)
     makefile = (INFRA.parent / "Makefile").read_text()
-    assert len(re.findall(r"^\t\$\(BIN\)/sh(?:ellcheck|fmt) .*infra/slurm/ray\.sbatch", makefile, re.MULTILINE)) == 2
+    assert re.search(r"^SCRIPTS := .*infra/slurm/ray\.sbatch$", makefile, re.MULTILINE)
+    assert len(re.findall(r"^\t\$\(BIN\)/sh(?:ellcheck|fmt) .*\$\(SCRIPTS\)$", makefile, re.MULTILINE)) == 2
     for option in ("--requeue", "--no-kill", "--open-mode=append", "--signal=B:TERM@60"):
         assert f"\n#SBATCH {option}\n" in SBATCH.read_text()
 

@@ -124,6 +124,8 @@ def fault_of_run(mutation: Mutation, ran: Result, usual: Path, workspace: Path) 
         return "a traceback of the run"
     if mutation.values and ran.code == 3 and "does not generate in any of the dtypes" in ran.err:
         return None  # numbers of such a size that only a forward shows it
+    if mutation.file == "chat_template.jinja" and ran.code == 3 and "refuses none of the bad" in ran.err:
+        return None  # other prompts, to which only a forward shows the responses
     if ran.code != 0:
         return f"green, and the run ends with exit code {ran.code}"
     if mutation.harmless and stored_trials(workspace) != stored_trials(usual):

@@ -143,8 +143,8 @@ def test_a_run_shows_the_best_trials_unless_asked_for_all(organism: Path, tmp_pa
     assert 0 < len(shown["brief"]) < 9
     assert "plan: 9 trials; weights on cpu (RAM)" in told.err
     number = json.loads((only_job(tmp_path / "all") / "state.json").read_text())["chosen"]
-    assert f"chosen: trial {number}: KL " in told.err
-    assert f"chosen: trial {number}: KL " in told.out
+    assert f"chosen: trial {number}: 0/20 refused, KL " in told.err
+    assert f"chosen: trial {number}: 0/20 refused, KL " in told.out
     assert f"next:   abliterate chat --workspace {tmp_path / 'all'}" in told.out
 
 

@@ -320,7 +320,7 @@ def test_a_runner_that_lost_its_lease_cannot_write_after_a_squash(
     claim.request()
     wait_until(lambda: claim.head.generation == 1, "no snapshot")
     repo, history = hub_place.server.repo("model", REPO), claim._store._history
-    asked = history._others_run
+    asked = history._has_other_runners
 
     def overtaken(job: str) -> bool:
         head = hub_place.head()
@@ -328,7 +328,7 @@ def test_a_runner_that_lost_its_lease_cannot_write_after_a_squash(
         repo.commit({f"{JOB}/head.json": json.dumps(head).encode()})
         return bool(asked(job))
 
-    monkeypatch.setattr(history, "_others_run", overtaken)
+    monkeypatch.setattr(history, "_has_other_runners", overtaken)
     add_trial(run.study_file, 3)
     claim.request()
     wait_until(lambda: hub_place.head()["lease"]["runner"] == "f" * 32, "not overtaken")

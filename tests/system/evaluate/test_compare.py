@@ -116,11 +116,12 @@ def test_a_job_is_measured_on_its_report_prompts_and_without_web_text_on_its_own
     found = json.loads((job / f"evaluation-{int(name.removeprefix('trial-')):04d}.json").read_text())
     for one, subject in (("base", "base"), ("edited", name)):
         reported = json.loads((job / "figures" / f"{subject}.json").read_text())
-        kl, interval = reported.pop("kl"), reported.pop("kl_interval")
+        kl, interval, spread = reported.pop("kl"), reported.pop("kl_interval"), reported.pop("kl_spread", None)
         assert {key: found[one][key] for key in reported} == reported
         if kl is not None:  # the report measures the export, this command the hooks
             assert found[one]["kl"] == pytest.approx(kl, rel=1e-3)
             assert found[one]["kl_interval"] == pytest.approx(interval, rel=1e-3)
+            assert found[one]["kl_spread"] == pytest.approx(spread, rel=1e-3)
     assert "cross-entropy is measured on the base model's own responses" in done.err
     assert found["text"]["texts"] == 100
     # The model predicts its own responses better than any other model does.
