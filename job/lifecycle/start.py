@@ -294,6 +294,8 @@ def check_job(
                 from job.lifecycle.repair import require_usable  # imports slowly
 
                 require_usable(folder, mirrored=settings.checkpoint is not None)
+            else:
+                read_events(folder.events_file)  # a run prints the result from them
         last_holder = folder.holder() if folder.job_file.exists() else None
         inputs = preflight_inputs(folder, settings, events, notes=notes, on=on, last_holder=last_holder, starting=False)
         return preflight(inputs).survey

@@ -195,7 +195,7 @@ def test_memory_that_runs_out_while_finalists_are_measured_halves_the_rows(
     resolution = json.loads((only_job(workspace) / "job.json").read_text())["resolution"]
     assert asked[-1] == (1, 1)
     assert resolution["choice_rows"] == 1
-    assert "search_rows" not in resolution
+    assert resolution["search_rows"] is None
     folders = [RunFolder(only_job(place)) for place in (workspace, job.whole)]
     small, whole = (read_record(folder.finalists_file, MeasuredFinalists).scores for folder in folders)
     assert small.keys() == whole.keys()

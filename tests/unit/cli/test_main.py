@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NoReturn
 
 import pytest
 import typer
 
-from job.cli import main
+MAIN = importlib.import_module("job.cli.main")  # its function of that name hides it in the package
 
 
 def test_a_question_that_is_interrupted_ends_without_a_traceback(
@@ -16,8 +17,8 @@ def test_a_question_that_is_interrupted_ends_without_a_traceback(
     def ask(**_: Any) -> NoReturn:
         raise typer.Abort
 
-    monkeypatch.setattr(main, "app", ask)
+    monkeypatch.setattr(MAIN, "app", ask)
     with pytest.raises(SystemExit) as end:
-        main._call(["cloud", "vast", "destroy"])
+        MAIN._call(["cloud", "vast", "destroy"])
     assert end.value.code == 1
     assert capsys.readouterr().err == "aborted\n"
