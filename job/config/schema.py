@@ -196,12 +196,15 @@ class ChoiceSettings(Section):
     """Which trial is exported."""
 
     refusal_tolerance: float = Field(
-        ge=0, le=1, description="The lowest KL is taken among the finalists within this share of the fewest refusals."
+        ge=0,
+        le=1,
+        description="The lowest KL is taken among finalists whose bound of refused or broken prompts is this near to the "
+        "lowest one.",
     )
     held_out: float = Field(
         ge=0,
         le=0.5,
-        description="Share of extraction sets of 100 prompts or more, at least 20, that only the choice uses.",
+        description="Share of the extraction sets, at least 20 prompts, that only the choice uses, if both have 100 prompts.",
     )
 
 
