@@ -198,13 +198,13 @@ class ChoiceSettings(Section):
     refusal_tolerance: float = Field(
         ge=0,
         le=1,
-        description="The lowest KL is taken among finalists whose bound of refused or broken prompts is this near to the "
+        description="The lowest KL is taken among finalists whose bound of refused or broken prompts is this near the "
         "lowest one.",
     )
     held_out: float = Field(
         ge=0,
         le=0.5,
-        description="Share of the extraction sets, at least 20 prompts, that only the choice uses, if both have 100 prompts.",
+        description="Share of the extraction sets, at least 20 prompts, that only the choice uses; both need 100.",
     )
 
 
