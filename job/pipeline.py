@@ -40,7 +40,7 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
             # These import torch, which takes seconds.
             from job.directions.extraction import find_directions
             from job.stages.export import complete_export
-            from job.stages.model import loaded_model
+            from job.stages.model import loaded_model, own_threads
             from job.stages.search import search
             from job.stages.session import model_session, prompt_residuals
 
@@ -48,8 +48,9 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
             source = model_folder(job.record, job.settings, job.events)
             with loaded_model(job, source, prompts, workers.count) as model:
                 workers.open(model, prompts)
-                residuals = prompt_residuals(job, model, prompts, workers.executor.evaluate)
-                basis = find_directions(residuals, job.settings.directions)
+                with own_threads(job, model):
+                    residuals = prompt_residuals(job, model, prompts, workers.executor.evaluate)
+                    basis = find_directions(residuals, job.settings.directions)
                 with model_session(job, model, basis, prompts) as session:
                     trials = search(job, session, workers.executor)
                     workers.executor.close()  # the export needs their memory

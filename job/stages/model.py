@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,6 +215,11 @@ def cpu_threads(model: LoadedModel, count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def own_threads(job: OpenJob, model: LoadedModel) -> AbstractContextManager[None]:
+    """Compute with this process's share of the CPU's threads: others wait for a core, and all threads for them."""
+    return cpu_threads(model, share_of_threads(worker_count(job.settings, model)))
 
 
 def cuda_devices() -> list[str]:

@@ -19,7 +19,7 @@ from job.stages.choice import finalist_batches
 from job.stages.finalists import FinalistEvaluator
 from job.stages.gradient import find_path
 from job.stages.measuring import shown_generating
-from job.stages.model import cpu_threads, share_of_threads, worker_count
+from job.stages.model import own_threads
 from job.stages.plans import PlanEvaluator
 from job.stages.session import ModelSession, shared_directions
 from job.storage.study_file import back_up
@@ -37,7 +37,7 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
     find_path(job, session)
     target, asked = job.settings.trials, len(session.prompts.bad_search)
     executor.share(shared_directions(session))
-    with cpu_threads(session.model, share_of_threads(worker_count(job.settings, session.model))):
+    with own_threads(job, session.model):
         _measure_baseline(job, session)  # workers start up meanwhile
         evaluator = PlanEvaluator(job, session, executor)
         _tell_what_is_pinned(job)
