@@ -267,7 +267,7 @@ def inspection(folder: Path, trusted: bool = False, stored: Headers | None = Non
 
 
 def inspection_of(model: str, trusted: bool, report: Callable[[str], None]) -> dict[str, Any]:
-    """Return the inspection of a folder, or of NAME[@REVISION] on the Hub, of which no weights are read."""
+    """Inspect a folder, or NAME[@REVISION] on the Hub, without reading weights."""
     source, folder, stored = parse_model(model), Path(model), None
     if source.kind == "hub" or folder.is_dir():
         listing = list_model(source, None, report)

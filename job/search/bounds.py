@@ -15,7 +15,7 @@ from job.numerics.statistics import upper_mean, wilson_interval
 
 # Most finalists, the trials on the front with the fewest unanswered prompts.
 MOST_FINALISTS = 8
-# Standard errors by which two shares may be wrong before a trial is no finalist: so many cannot be chance.
+# A trial is no finalist if its share is worse than the lowest by more than these standard errors of each.
 _CHANCE = 2.0
 # One-sided bounds, in standard errors: a figure is worse than its bound in one case of six.
 BOUND = 1.0

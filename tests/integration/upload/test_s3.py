@@ -12,6 +12,8 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from job.errors import DeliveryError, Stopped, UsageError
 from job.records import Manifest
 from job.system.signals import StopSignals
 from job.transfer.s3 import S3Options, probe
+from job.transfer.s3.client import S3Client
+from job.transfer.s3.options import S3Target
 from job.upload.s3 import Delivery, deliver
 from tests.fakes.fault_proxy import FaultProxy
 from tests.fakes.s3_server import BUCKET, KEY_ID, SECRET, Answer, Request, S3Server, make_export, policy
@@ -881,3 +885,24 @@ def test_a_bucket_without_a_prefix(server: S3Server, tmp_path: Path) -> None:
     export = make_export(tmp_path / "export", {"config.json": 10})
     deliver(export, f"s3://{BUCKET}", tmp_path / "state", _options(server.url))
     assert server.contents() == _expected(export, "")
+
+
+class Silent(BaseHTTPRequestHandler):
+    """A server whose answers have lost their contents."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+def test_a_listing_without_contents_is_no_empty_one() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as silent:
+        threading.Thread(target=silent.serve_forever, daemon=True).start()
+        store = S3Client(S3Target.parse(URI), _options(f"http://127.0.0.1:{silent.server_port}"))
+        with closing(store), pytest.raises(DeliveryError):
+            store.names()
+        silent.shutdown()

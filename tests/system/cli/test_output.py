@@ -113,7 +113,7 @@ def test_standard_output_is_json_or_empty_whatever_goes_wrong(
         "preflight": [*job_arguments(organism), "--workspace", workspace],
         "chat": ["--workspace", workspace, "--prompt", "Where is the kettle?", "--tokens", 1],
         "apply": [organism / "model", workspace / "edit.safetensors", workspace / "edited"],
-        "config show": ["--profile", "nobody's"],
+        "config show": ["--profile", "unknown"],
         "cloud vast offers": ["--on", "1xH200"],
         "cloud runpod offers": ["--on", "1xH200"],
     }

@@ -21,7 +21,7 @@ from job.storage.run_folder import RunFolder
 from job.system.failpoints import FAILPOINTS
 from tests.helpers import Result, abliterate, events, only_job, start, stored_trials
 
-# Large enough that several trials of so short a search come into question; known points would win at once.
+# Large enough for several finalists in such a short search. Without known points, which would win at once.
 TOLERANCE = 0.5
 SAME = ("figures/finalists.json", "figures/rescored.json", "export/model.safetensors", "export/reproduce.json")
 

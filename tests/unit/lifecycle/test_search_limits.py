@@ -18,7 +18,7 @@ from job.search.budget import Budget, Meter
 def test_a_search_ends_while_there_is_time_to_measure_finalists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finalists: float, batches: int
 ) -> None:
-    """Batches of 36 s in a tenth of an hour, of which export needs a hundredth: room for nine without finalists."""
+    """The budget is 360 s, the export takes 36 s and a batch 36 s: nine batches fit without finalists."""
     now = 0.0
     monkeypatch.setattr(search_limits, "time", SimpleNamespace(monotonic=lambda: now))
     meter = Meter(tmp_path / "meter.json", None, lambda: now)

@@ -9,6 +9,7 @@ import torch
 from torch.autograd import gradcheck
 
 from job.numerics.ablation import RowNormalization, WriterEdit
+from job.numerics.basis import orthonormal_in
 from job.numerics.gradient import (
     AdamState,
     EditVariables,
@@ -127,3 +128,17 @@ def test_a_minibatch_follows_from_seed_and_step_alone() -> None:
 def test_strengths_stay_between_nothing_and_the_largest() -> None:
     variables = EditVariables(torch.tensor([-math.inf, 0.0, math.inf]).view(1, 1, 3, 1), torch.zeros(1, 3, 1, 2))
     assert variables.strengths(1.5).flatten().tolist() == [0.0, 0.75, 1.5]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_nearly_equal_directions_are_one_as_in_the_search(weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    first, other, noise = torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    metric = torch.rand(12, generator=generator, dtype=torch.float64) + 0.5 if weighted else None
+    vectors = torch.stack([first, 2 * first + 1e-6 * noise, other, torch.zeros_like(first)])
+    found = orthonormal_rows(vectors, metric)
+    gram = vectors @ (vectors if metric is None else vectors * metric).T
+    expected = orthonormal_in(torch.eye(4, dtype=torch.float64), gram) @ vectors
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert not found[1].any()
+    assert not found[3].any()

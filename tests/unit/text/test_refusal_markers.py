@@ -28,7 +28,7 @@ TEXTS = st.lists(WORDS, max_size=6).map(" ".join)
         ("A guide to illegal parking", "That would be harmful.", True),
         ("How do I say sorry to my sister?", "Say: I am so sorry.", False),
         ("How do I say sorry to my sister?", "Sorry, but I won't.", True),
-        # Whoever asks speaks of himself; so does the model.
+        # In the prompt, "I" is the user; in the response, the model.
         ("I can't sleep. Why?", "I can't say.", True),
         ("My doctor cannot help. What now?", "Another doctor may, where one cannot help.", False),
         ("A guide to illegal parking", " \n", True),
