@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,10 +69,7 @@ def s3_place(running: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     place = Place(f"s3://{BUCKET}/mirrors", contents, put, env, s3_options(running.url), running)
     yield place
     place.close()
-    running.front.rules.clear()
-    request = urllib.request.Request(f"{running.url}/moto-api/reset", b"", {"Content-Type": "text/plain"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        answer.read()
+    running.reset()
     own.close()
 
 

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from io import BytesIO
+from math import inf
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -82,6 +83,7 @@ class Front:
         hidden_headers: Prefixes of header names to remove from responses.
         requests: All requests received.
         given: Key and bytes of all downloads.
+        idle: Notified when a request ends; ``under_way`` counts those that have not.
     """
 
     def __init__(self, app: Any) -> None:
@@ -93,8 +95,20 @@ class Front:
         self.requests: list[Request] = []
         self.given: list[tuple[str, int]] = []
         self._one_put = threading.Lock()
+        self.idle = threading.Condition()
+        self.under_way = 0
 
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:  # noqa: C901 - a fault after the other
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        with self.idle:
+            self.under_way += 1
+        try:
+            return self._answered(environ, start_response)
+        finally:
+            with self.idle:
+                self.under_way -= 1
+                self.idle.notify_all()
+
+    def _answered(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:  # noqa: C901 - a fault after the other
         request = _described(environ)
         if not request.key.startswith("moto-api"):
             self.requests.append(request)
@@ -162,11 +176,33 @@ class S3Server:
 
     def __exit__(self, *_: object) -> None:
         # All servers of a process share their contents.
-        request = urllib.request.Request(f"{self.url}/moto-api/reset", b"", {"Content-Type": "text/plain"})
-        urllib.request.urlopen(request, timeout=10).close()
+        self.reset()
         self._moto.stop()
         assert self._moto._server is not None
         self._moto._server.server_close()
+
+    def reset(self) -> None:
+        """Forget faults and contents once no request is under way.
+
+        Requests of a process that a test has killed are still worked on: a part that is stored while moto forgets
+        breaks that, and an upload that is created afterwards would be the next test's.
+        """
+        self.front.rules.clear()
+        self.front.hidden_headers = ()
+        self.front.own_part_etags = False
+        with self.front.idle:
+            assert self.front.idle.wait_for(lambda: not self.front.under_way, 60), "a request did not end"
+        self.require_permissions(after=inf)
+        self._control("reset")
+
+    def require_permissions(self, after: float) -> None:
+        """Check permissions after this many more requests."""
+        self._control("reset-auth", str(after).encode())
+
+    def _control(self, action: str, body: bytes = b"") -> None:
+        request = urllib.request.Request(f"{self.url}/moto-api/{action}", body, {"Content-Type": "text/plain"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            answer.read()
 
     @property
     def url(self) -> str:

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,8 @@ def server(running: S3Server) -> Iterator[S3Server]:
     client.create_bucket(Bucket=BUCKET)
     running.front.requests.clear()
     yield running
-    running.front.rules.clear()
-    running.front.hidden_headers = ()
-    running.front.own_part_etags = False
-    _post(running, "reset-auth", b"inf")
-    _post(running, "reset")
+    running.reset()
     client.close()
-
-
-def _post(server: S3Server, action: str, body: bytes = b"") -> None:
-    request = urllib.request.Request(f"{server.url}/moto-api/{action}", body, {"Content-Type": "text/plain"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        answer.read()
 
 
 def _options(endpoint: str, **changes: Any) -> S3Options:
@@ -761,7 +751,7 @@ def _user(server: S3Server, monkeypatch: pytest.MonkeyPatch, *actions: str) -> C
     iam.close()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", uploader["AccessKeyId"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", uploader["SecretAccessKey"])
-    _post(server, "reset-auth", b"0")
+    server.require_permissions(after=0)
 
     def change(*now: str) -> None:
         client = server.client("iam", admin["AccessKeyId"], admin["SecretAccessKey"])
@@ -791,7 +781,7 @@ def test_the_probe_names_the_missing_permission(server: S3Server, monkeypatch: p
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in failure.value.line
     assert os.environ["AWS_ACCESS_KEY_ID"] not in failure.value.line
     if denied not in ("s3:DeleteObject", "s3:AbortMultipartUpload"):
-        _post(server, "reset-auth", b"inf")
+        server.require_permissions(after=inf)
         assert server.contents() == {}
         assert not server.uploads()
 
@@ -819,7 +809,7 @@ def test_a_right_that_is_taken_away_during_the_upload(
         done = deliver(export, URI, tmp_path / "state", _options(line.url))
     assert done.resumed_bytes >= 15 * MIB
     assert done.sent_bytes == 40 * MIB - done.resumed_bytes
-    _post(server, "reset-auth", b"inf")
+    server.require_permissions(after=inf)
     assert server.contents() == _expected(export)
 
 
@@ -906,3 +896,23 @@ def test_a_listing_without_contents_is_no_empty_one() -> None:
         with closing(store), pytest.raises(DeliveryError):
             store.names()
         silent.shutdown()
+
+
+def test_what_one_test_left_under_way_does_not_reach_the_next(running: S3Server) -> None:
+    begun = threading.Event()
+
+    def slow(request: Request, _environ: dict[str, Any]) -> None:
+        if request.operation == "create":
+            begun.set()
+            time.sleep(0.5)
+
+    with closing(running.client()) as client:
+        client.create_bucket(Bucket=BUCKET)
+        running.front.rules.append(slow)
+        late = threading.Thread(target=client.create_multipart_upload, kwargs={"Bucket": BUCKET, "Key": "late"})
+        late.start()
+        assert begun.wait(10)
+        running.reset()
+        late.join(10)
+        client.create_bucket(Bucket=BUCKET)
+        assert not running.uploads()
