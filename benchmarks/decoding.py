@@ -14,7 +14,7 @@ from pathlib import Path
 import optuna
 
 from job.config.load import default_values
-from job.config.schema import LoadingSettings
+from job.config.sections import LoadingSettings
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from job.config.load import default_values
-from job.config.schema import LoadingSettings, ScoringSettings
+from job.config.sections import LoadingSettings, ScoringSettings
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention

@@ -30,7 +30,7 @@ from benchmarks.random_models import SHAPES, Shape, build, filled_tokenizer, sha
 from benchmarks.roofline import measured_ceilings
 from benchmarks.shapes import some_edits
 from job.config.load import default_values
-from job.config.schema import LoadingSettings
+from job.config.sections import LoadingSettings
 from job.edits.compile import PreparedWriter, compile_edit
 from job.edits.hooks import Intervention
 from job.errors import JobError, first_line

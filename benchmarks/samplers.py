@@ -27,7 +27,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
 from job.config.load import default_values
-from job.config.schema import LoadingSettings
+from job.config.sections import LoadingSettings
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measuring import machine, write_figures
 from job.config.load import default_values
-from job.config.schema import LoadingSettings
+from job.config.sections import LoadingSettings
 from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention

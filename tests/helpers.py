@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from job.config.load import default_values
-from job.config.schema import LoadingSettings
+from job.config.sections import LoadingSettings
 from job.export.reproduction import PromptsRecord, Reproduction
 from job.lifecycle.supervisor import asked_when_failed
 from job.records import EditParameters, Figures, KernelParameters, Resolution, Trial, TrialScores

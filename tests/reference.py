@@ -17,7 +17,8 @@ from job.cli.options import SETTING_OPTIONS
 from job.config.describe import as_toml
 from job.config.load import default_values
 from job.config.option_names import NESTED_OPTIONS
-from job.config.schema import ENVIRONMENT_PREFIX, PromptSettings, Settings
+from job.config.schema import ENVIRONMENT_PREFIX, Settings
+from job.config.sections import PromptSettings
 from tests.generated import write_or_print
 
 _INTRODUCTION = f"""# Settings

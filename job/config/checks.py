@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from job.config.schema import _TARGET, ScoringSettings, Settings
+from job.config.schema import _TARGET, Settings
 from job.config.scorers import BUILTIN_SCORERS, known_scorers
+from job.config.sections import ScoringSettings
 from job.errors import UsageError
 
 

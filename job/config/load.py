@@ -19,14 +19,8 @@ from job.config.checks import _refuse_contradictions
 from job.config.defaults import default_values as default_values
 from job.config.environment import EnvironmentSource, toml_value
 from job.config.legacy import OBSOLETE, translated
-from job.config.schema import (
-    ENDS,
-    ENVIRONMENT_PREFIX,
-    SPEC_QUALIFIERS,
-    PromptSettings,
-    Settings,
-    _spec_table,
-)
+from job.config.schema import ENDS, ENVIRONMENT_PREFIX, Settings
+from job.config.sections import SPEC_QUALIFIERS, PromptSettings, spec_table
 from job.errors import UsageError
 from job.text.decoding import decoded
 
@@ -207,7 +201,7 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         below = table.setdefault(parent, {})
         if not isinstance(below, dict):
-            below = table[parent] = _spec_table(below)
+            below = table[parent] = spec_table(below)
         table = below
     table[leaf] = value
 
@@ -220,7 +214,7 @@ def _flatten(
         field = (section or Settings).model_fields.get(key)
         inner = _section(field) if field is not None else None
         if inner is PromptSettings:
-            value = _spec_table(value)
+            value = spec_table(value)
         if inner is not None and isinstance(value, Mapping):  # other tables are plain values
             yield from _flatten(value, inner, f"{prefix}{key}.")
         else:

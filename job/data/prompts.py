@@ -9,7 +9,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from job.config.schema import PromptSettings, Settings
+from job.config.schema import Settings
+from job.config.sections import PromptSettings
 from job.data.columns import RowText
 from job.data.sources import Pin, Source, TextReader, parse_source, resolve_commit
 from job.errors import ImpossibleJobError

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from job.config.schema import PromptSettings
+from job.config.sections import PromptSettings
 from job.data.columns import ColumnTexts, RowText
 from job.data.files import SUFFIXES, Row, file_rows, readable
 from job.data.folders import folder_files, folder_rows, left_out

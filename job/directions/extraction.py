@@ -9,7 +9,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from job.config.schema import DirectionSettings
+from job.config.sections import DirectionSettings
 from job.directions.prompt_residuals import PromptResiduals
 from job.directions.residuals import digest, read_tensors, write_tensors
 from job.edits.hooks import Intervention

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from job.config.schema import PromptSettings, Settings
+from job.config.schema import Settings
+from job.config.sections import PromptSettings
 from job.data.prompts import Prompt, read_prompts, report_prompts
 from job.directions.response_prefix import with_response_prefix
 from job.errors import JobError, UsageError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from job.config.schema import PromptSettings
+from job.config.sections import PromptSettings
 from job.data.sources import parse_source, read_texts, resolve_commit
 from job.directions.residuals import batches
 from job.generation.forward import last_logits

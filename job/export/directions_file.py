@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from job.architectures.spec import Architecture
 from job.architectures.structure import discover
 from job.config.load import default_values
-from job.config.schema import AblationSettings
+from job.config.sections import AblationSettings
 from job.directions.learned import checked_path, require_fit
 from job.edits.compile import no_directions
 from job.edits.hooks import Intervention

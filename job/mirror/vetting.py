@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from job.config.load import leaves, nested
 from job.config.origins import EDIT, HERE, JOB, PROMPT_SETS, TRUST, require_named_code
-from job.config.schema import REFERENCE_SETS, PromptSettings, Settings
+from job.config.schema import REFERENCE_SETS, Settings
+from job.config.sections import PromptSettings
 from job.data.sources import named_identity, source_identity
 from job.errors import JobError, UsageError
 from job.model.files import is_in_history, parse_model

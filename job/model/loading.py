@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from job.architectures.spec import Architecture
 from job.architectures.structure import discover
 from job.architectures.tiny_model import auto_class, empty_model
-from job.config.schema import LoadingSettings
+from job.config.sections import LoadingSettings
 from job.data.prompts import Prompt
 from job.errors import ImpossibleJobError, JobError, MachineError, UsageError, in_one_line
 from job.generation.batching import BatchingSupport

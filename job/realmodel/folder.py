@@ -80,7 +80,7 @@ def _write_model(source: GgufModel, folder: Path, report: Callable[[str], None])
 
 def _write_prompts(folder: Path, report: Callable[[str], None]) -> None:
     from job.config.load import default_values
-    from job.config.schema import LoadingSettings
+    from job.config.sections import LoadingSettings
     from job.model.loading import load_model
     from job.realmodel.behaviour import first_prompts
     from job.text.refusal_markers import RefusalMarkers

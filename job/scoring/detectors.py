@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal, Protocol, get_args
 
-from job.config.schema import LoadingSettings, ScoringSettings
 from job.config.scorers import SCORERS_GROUP
+from job.config.sections import LoadingSettings, ScoringSettings
 from job.errors import first_line
 from job.records import Agreement, DetectorCounts, DetectorReport
 from job.scoring.broken import Exchange

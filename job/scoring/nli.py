@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from job.config.schema import LoadingSettings
+from job.config.sections import LoadingSettings
 from job.errors import ImpossibleJobError, first_line
 from job.model.files import fetch_model, list_model, parse_model
 from job.model.loading import quieten_transformers, resolve_device

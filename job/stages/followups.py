@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from job.config.schema import LoadingSettings
+from job.config.sections import LoadingSettings
 from job.data.prompts import PromptSets
 from job.errors import GateError, HeldError, UsageError
 from job.lifecycle.lock import held

@@ -12,7 +12,8 @@ import torch
 
 from job.architectures.discovery import decoder_of
 from job.architectures.spec import Architecture, require_modes
-from job.config.schema import AblationSettings, Settings
+from job.config.schema import Settings
+from job.config.sections import AblationSettings
 from job.data.prompts import Prompt, PromptSets
 from job.directions.response_prefix import with_response_prefix
 from job.errors import ImpossibleJobError

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.config.load import default_values
-from job.config.schema import S3Settings, Settings
+from job.config.schema import Settings
+from job.config.sections import S3Settings
 from job.data.prompts import PromptSets
 from job.lifecycle.running import RunningJob
 from job.model.files import parse_model

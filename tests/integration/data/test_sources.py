@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.config.load import load_settings
-from job.config.schema import PromptSettings
+from job.config.sections import PromptSettings
 from job.data.prompts import Prompt, PromptSets, held_out, load_prompts, overlaps, read_prompts
 from job.data.sources import Source, parse_source, read_texts, source_identity
 from job.errors import ImpossibleJobError, UsageError
@@ -333,7 +333,7 @@ READ = """
 import json, sys
 from job.system.hub_client import count_traffic, received_bytes
 from job.errors import JobError
-from job.config.schema import PromptSettings
+from job.config.sections import PromptSettings
 from job.data.sources import parse_source, read_texts, resolve_commit
 
 count_traffic()

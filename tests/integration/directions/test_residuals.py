@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from job.config.load import default_values
-from job.config.schema import DirectionSettings
+from job.config.sections import DirectionSettings
 from job.data.prompts import Prompt, PromptSets
 from job.directions.extraction import find_directions
 from job.directions.prompt_residuals import PromptResiduals, direction_prompts

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from job.config.load import default_values
-from job.config.schema import LoadingSettings
+from job.config.sections import LoadingSettings
 from job.data.prompts import Prompt
 from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError, MachineError, UsageError

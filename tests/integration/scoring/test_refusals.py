@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from job.config.load import default_values
-from job.config.schema import ScoringSettings
+from job.config.sections import ScoringSettings
 from job.data.prompts import Prompt
 from job.edits.hooks import Intervention
 from job.gradient.hooks import DifferentiableEdits

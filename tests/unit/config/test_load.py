@@ -8,7 +8,8 @@ import pytest
 
 from job.config.describe import describe_settings
 from job.config.load import default_values, load_settings, setting_names
-from job.config.schema import PromptSettings, Settings
+from job.config.schema import Settings
+from job.config.sections import PromptSettings
 from job.errors import UsageError
 from tests.reference import page
 
