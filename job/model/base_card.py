@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job.errors import one_line
 from job.model.carried_files import licence_files
-from job.text.markup import one_line
 
 _HUB = "https://huggingface.co"
 _CARD = "README.md"

@@ -10,6 +10,9 @@ from safetensors import safe_open
 
 from job.errors import ImpossibleJobError, in_one_line
 
+# The library's own limit of a header.
+_MOST_BYTES = 100_000_000
+
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -34,6 +37,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
+            if length > _MOST_BYTES:
+                raise ValueError(f"its header has {length} bytes, more than {_MOST_BYTES}")
             header = json.loads(stream.read(min(length, size)))
         header.pop("__metadata__", None)
         entries = {}

@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from job.errors import printable
 from job.records import State
 from job.report.front import choice_text, shown_choice
 from job.report.run_view import RunView
 from job.report.tables import aligned
 from job.storage.run_folder import RunFolder
 from job.text.durations import duration_text
-from job.text.markup import printable
 
 # The ETA uses the latest trials: rates change when a job moves to another machine.
 _RECENT = 20
