@@ -9,12 +9,12 @@ from pathlib import Path
 
 from job.data.files import PLAIN, SUFFIXES, TABLES, Row, file_rows
 from job.errors import ImpossibleJobError, explaining, in_one_line
+from job.text.card_header import require_plain_header
 
 _CARD = "README.md"
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 # Descriptions in dataset repositories, which are not prompts.
 _DESCRIPTIONS = frozenset({"dataset_infos.json", "config.json", "dummy_data.zip"})
-_MOST_CARD_BYTES = 1 << 22
 _MESSAGE_CHARACTERS = 300
 
 
@@ -86,7 +86,10 @@ def _card_configs(folder: Path) -> dict[str, object]:
     card = folder / _CARD
     remedy = "correct its first block, or name the files themselves as prompts"
     with _explained(f"the card {card} cannot be read", remedy):  # the libraries may raise anything for a card
-        if not card.is_file() or card.stat().st_size > _MOST_CARD_BYTES or b"configs:" not in card.read_bytes():
+        if not card.is_file():
+            return {}
+        require_plain_header(card)
+        if b"configs:" not in card.read_bytes():
             return {}
         return _declared(card)
 

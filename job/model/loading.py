@@ -58,6 +58,7 @@ TEMPLATE_FILE = "chat_template.json"
 GREETING = Prompt(user="Hello, how are you?")
 # What a config.json may choose of attention and experts: code that transformers itself holds.
 _KERNELS = {"_attn_implementation": ("eager", "sdpa"), "_experts_implementation": ("eager", "batched_mm", "grouped_mm")}
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _PLACE = re.compile(r"cpu|mps|disk|cuda(:\d+)?")
 _CPUS = Path("/proc/cpuinfo")
 
@@ -296,6 +297,9 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
     model, info = found
     require_fit(folder, [file.name for file in checkpoint_files(folder)], info)
     loaded: PreTrainedModel = model
+    if (given := loaded.generation_config) is not None:
+        # Special tokens only: beams, penalties and caches that a file names would decide what is measured, and its time.
+        loaded.generation_config = GenerationConfig(**{name: getattr(given, name) for name in _SPECIAL_TOKENS})
     return loaded
 
 

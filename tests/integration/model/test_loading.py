@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from job.errors import ImpossibleJobError, MachineError
 from job.model.config_file import model_config
@@ -103,6 +104,21 @@ def test_a_config_names_no_code_to_fetch_or_compile(model_in_one_file: Path, nam
     kept = read_config(model_in_one_file)
     assert "eager" in (kept._attn_implementation, kept._experts_implementation)
     assert load_model(model_in_one_file, loading("auto"), print).dtype == "float32"
+
+
+def test_of_a_generation_config_only_special_tokens_are_taken(model_in_one_file: Path) -> None:
+    """Regression: a file's beams ended a chat with a traceback, and its penalties changed the responses."""
+    end = load_model(model_in_one_file, loading("auto"), print).end_tokens
+    file = model_in_one_file / "generation_config.json"
+    said = json.loads(file.read_text()) | {"num_beams": 4, "repetition_penalty": 9.0, "cache_implementation": "static"}
+    file.write_text(json.dumps(said))
+    loaded = load_model(model_in_one_file, loading("auto"), print)
+    found = loaded.model.generation_config
+    assert (found.num_beams, found.repetition_penalty, found.cache_implementation) == (
+        *(getattr(GenerationConfig(), name) for name in ("num_beams", "repetition_penalty")),
+        None,
+    )
+    assert loaded.end_tokens == end
 
 
 def test_a_config_with_labels_for_all_memory_is_refused(model_in_one_file: Path) -> None:
