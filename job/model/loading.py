@@ -298,7 +298,7 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
     require_fit(folder, [file.name for file in checkpoint_files(folder)], info)
     loaded: PreTrainedModel = model
     if (given := loaded.generation_config) is not None:
-        # Special tokens only: beams, penalties and caches that a file names would decide what is measured, and its time.
+        # Beams, penalties and caches that a file names would decide what is measured, and how long it takes.
         loaded.generation_config = GenerationConfig(**{name: getattr(given, name) for name in _SPECIAL_TOKENS})
     return loaded
 
