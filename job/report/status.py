@@ -167,7 +167,8 @@ def _time_lines(status: dict[str, Any]) -> list[str]:
         lines.append(f"all done in about {duration_text(status['eta_total_s'])}")
     if status["spent_s"]:
         cost = f", ${status['cost_usd']:.2f}" if status["cost_usd"] is not None else ""
-        lines.append(f"so far: {duration_text(status['spent_s'])}{cost}")
+        took = "took" if status["state"] == "finished" else "so far"
+        lines.append(f"{took}: {duration_text(status['spent_s'])}{cost}")
     return lines
 
 
