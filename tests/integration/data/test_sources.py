@@ -147,7 +147,9 @@ def test_a_folder_of_others_links_to_no_file_of_this_machine(tmp_path: Path, kin
     link = folder / "other.txt"
     if kind in ("clone", "folder"):
         (folder / ".gitattributes").touch()
-        (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '**/*.txt'\n---\n")
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: default\n  data_files: ['*.txt', 'data/*.txt']\n---\n"
+        )
     elif kind == "saved":
         shutil.rmtree(folder)
         datasets.Dataset.from_dict({"text": ROWS[:1]}).save_to_disk(folder)
