@@ -152,7 +152,8 @@ def quieten_transformers() -> None:
     """Hide transformers' progress bars and advice; its errors remain exceptions."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+    for name in ("accelerate.big_modeling", "bitsandbytes"):  # the latter advises to install code from the Hub
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:

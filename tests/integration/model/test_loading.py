@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import GenerationConfig
 
 from job.errors import ImpossibleJobError, MachineError
 from job.model.config_file import model_config
-from job.model.loading import load_model, read_config
+from job.model.loading import load_model, quieten_transformers, read_config
 from job.model.safetensors_header import read_header
 from job.model.user_files import object_of
 from tests.helpers import loading
@@ -128,6 +129,12 @@ def test_a_config_with_labels_for_all_memory_is_refused(model_in_one_file: Path)
         model_config(model_in_one_file)
     with pytest.raises(ImpossibleJobError, match="num_labels"):
         load_model(model_in_one_file, loading("auto"), print)
+
+
+def test_advice_of_libraries_is_not_printed() -> None:
+    """Regression: exporting an adapter on a CPU printed that a package for code from the Hub should be installed."""
+    quieten_transformers()
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
 def test_files_that_would_fill_the_memory_are_not_read(model_in_one_file: Path) -> None:
