@@ -77,7 +77,7 @@ def read_base_card(folder: Path, base_model: str | None = None) -> BaseCard:
         values = value if isinstance(value, list) else [value] if value else []
         valid = [one for one in values if isinstance(one, str) and is_valid(one)][:_MOST]
         others = [one for one in values[:_MOST] if one not in valid]
-        shown = [one_line(one) if isinstance(one, str) else type(one).__name__ for one in others]
+        shown = [type(one).__name__ if isinstance(one, list | dict) else one_line(one) for one in others]
         left_out += [f"{name}: {one[:_LONGEST]}" for one in shown]
         if valid:
             metadata[name] = valid if isinstance(value, list) else valid[0]

@@ -33,11 +33,11 @@ def test_a_card_that_grows_without_bound_is_not_expanded(tmp_path: Path, bomb: s
         folder_files(tmp_path, "train", None)
 
 
-def test_a_value_that_is_no_text_is_named_by_its_type(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("---\nlanguage: [en, [x, y], {a: 1}, 5, Klingon]\n---\n")
+def test_a_list_within_a_value_is_named_by_its_type(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlanguage: [en, [x, y], {a: 1}, no, Klingon]\n---\n")
     found = read_base_card(tmp_path)
     assert found.metadata == {"language": ["en"]}
-    assert found.left_out == ("language: list", "language: dict", "language: int", "language: Klingon")
+    assert found.left_out == ("language: list", "language: dict", "language: False", "language: Klingon")
 
 
 def test_other_cards_are_read(tmp_path: Path) -> None:
