@@ -11,6 +11,7 @@ import json
 import math
 import re
 import struct
+import sys
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from job.architectures.tensor_names import Form
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.model.config_file import model_config
 from job.model.quantization import PlainTensor, Quantisation, block_of, plain_tensors, quantisation_in
-from job.model.safetensors_header import TensorEntry, read_header
+from job.model.safetensors_header import TensorEntry, header_bytes, read_header
 from job.model.weight_files import checkpoint_files
 from job.numerics.dequantisation import dequantised_blocks, dequantised_mxfp4
 
@@ -122,9 +123,9 @@ class Checkpoint:
         """The files, except those that are empty after dequantisation."""
         return list(self.entries)
 
-    def header(self, file: Path) -> bytes | None:
-        """Return the header of a file's plain copy, None if it is plain itself."""
-        return self._headers.get(file)
+    def header(self, file: Path) -> bytes:
+        """Return the header of a file's plain copy, with the length before it."""
+        return self._headers.get(file) or header_bytes(file)
 
     def is_dequantised(self, name: str) -> bool:
         """Return whether a tensor is stored quantised."""
@@ -170,7 +171,8 @@ class Checkpoint:
 
     def stored_blocks(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of an unquantised tensor."""
-        yield from _blocks(self._source[name], self._stored[self._source[name]][name])
+        entry = self._stored[self._source[name]][name]
+        yield from blocks_of(self._source[name], entry.start, entry.size)
 
     def places(self, architecture: Architecture, name: str) -> Places:
         """Return a parameter's stored tensors. Raises UnsupportedArchitectureError if missing."""
@@ -247,15 +249,16 @@ def _header_and_entries(
 def digest_of(file: Path, entry: TensorEntry) -> bytes:
     """Return the SHA-256 of a tensor's bytes in a file."""
     digest = hashlib.sha256()
-    for block in _blocks(file, entry):
+    for block in blocks_of(file, entry.start, entry.size):
         digest.update(block)
     return digest.digest()
 
 
-def _blocks(file: Path, entry: TensorEntry) -> Iterator[bytes]:
+def blocks_of(file: Path, start: int = 0, size: int | None = None) -> Iterator[bytes]:
+    """Yield `size` bytes of a file from `start` on, or all that follow, in blocks of 16 MiB."""
     with file.open("rb") as stream:
-        stream.seek(entry.start)
-        left = entry.size
+        stream.seek(start)
+        left = sys.maxsize if size is None else size
         while left and (block := stream.read(min(_BLOCK, left))):
             yield block
             left -= len(block)
