@@ -9,7 +9,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from job.system.failpoints import reached
 _FILES = 4
 # Computed tensors in memory at once: one being computed, one being written.
 _TENSORS = 2
+_REMEDY = "check the disk and run again"
 
 
 class WrittenShards:
@@ -36,8 +37,7 @@ class WrittenShards:
         """Take the checkpoint, a function for each stored tensor that changes, and the folder to write to."""
         self._checkpoint, self._edited, self._folder = checkpoint, edited, folder
         self.hashes: dict[str, str] = {}
-        self._held, self._computing = threading.BoundedSemaphore(_TENSORS), threading.Lock()
-        self._stop = threading.Event()
+        self._held, self._stop = threading.BoundedSemaphore(_TENSORS), threading.Event()
 
     def write(self, advance: Callable[[int], None]) -> None:
         """Write all files; may be repeated after a crash. Raises OSError."""
@@ -47,9 +47,12 @@ class WrittenShards:
         """Read all files back. Raises ExportMismatchError unless they hold what was written."""
         self._for_each_file(self._verify, advance)
 
-    def _for_each_file(self, work: Callable[[Path], None], advance: Callable[[int], None]) -> None:
-        with ThreadPoolExecutor(_FILES, thread_name_prefix="shard") as pool:
-            running = [pool.submit(work, file) for file in self._checkpoint.files]
+    def _for_each_file(self, work: Callable[[Path, Executor], None], advance: Callable[[int], None]) -> None:
+        self._stop.clear()
+        # Tensors are computed in one thread: the allocator keeps freed memory for the thread that had it.
+        computing = ThreadPoolExecutor(1, thread_name_prefix="shard-tensors")
+        with computing, ThreadPoolExecutor(_FILES, thread_name_prefix="shard") as pool:
+            running = [pool.submit(work, file, computing) for file in self._checkpoint.files]
             try:
                 for future in as_completed(running):
                     future.result()
@@ -63,7 +66,7 @@ class WrittenShards:
         if self._stop.is_set():
             raise CancelledError  # another file has failed, or the job is being stopped
 
-    def _write(self, file: Path) -> None:
+    def _write(self, file: Path, computing: Executor) -> None:
         digest = hashlib.sha256()
         partial = self._folder / f".{file.name}.partial"
         with partial.open("wb") as stream:
@@ -73,7 +76,7 @@ class WrittenShards:
             reached("shard:begun")
             entries = self._checkpoint.entries[file]
             for name in sorted(entries, key=lambda name: entries[name].start):
-                for block in self._blocks(name):
+                for block in self._blocks(name, computing):
                     digest.update(block)
                     stream.write(block)
                     del block  # before the next tensor is computed
@@ -84,7 +87,7 @@ class WrittenShards:
         reached("shard:replaced")
         self.hashes[file.name] = digest.hexdigest()
 
-    def _blocks(self, name: str) -> Iterator[bytes | memoryview]:
+    def _blocks(self, name: str, computing: Executor) -> Iterator[bytes | memoryview]:
         """Yield a tensor's bytes."""
         if name not in self._edited and not self._checkpoint.is_dequantised(name):
             for block in self._checkpoint.stored_blocks(name):
@@ -92,17 +95,15 @@ class WrittenShards:
                 yield block
             return
         with self._held:
-            with self._computing:
-                self._require_time()
-                data = _bytes(self._computed(name))
-            yield data
+            yield computing.submit(self._computed, name).result()
 
-    def _computed(self, name: str) -> Tensor:
+    def _computed(self, name: str) -> memoryview:
+        self._require_time()
         if name in self._edited:
-            return self._edited[name]()
-        return self._checkpoint.tensor(name, self._checkpoint.dtype(name))
+            return _bytes(self._edited[name]())
+        return _bytes(self._checkpoint.tensor(name, self._checkpoint.dtype(name)))
 
-    def _verify(self, file: Path) -> None:
+    def _verify(self, file: Path, computing: Executor) -> None:
         digest, copy = hashlib.sha256(), self._folder / file.name
         try:
             for block in blocks_of(copy):
@@ -110,17 +111,16 @@ class WrittenShards:
                 digest.update(block)
         except OSError as error:
             reason = f"{copy} cannot be read back: {error.strerror}"
-            raise ExportMismatchError(reason, remedy="check the disk and run again") from error
+            raise ExportMismatchError(reason, remedy=_REMEDY) from error
         if digest.hexdigest() != self.hashes[file.name]:
-            raise ExportMismatchError(
-                f"{self._damaged_part(file, copy)} does not hold what was written", remedy="check the disk and run again"
-            )
+            damaged = self._damaged_part(file, copy, computing)
+            raise ExportMismatchError(f"{damaged} does not hold what was written", remedy=_REMEDY)
 
-    def _damaged_part(self, file: Path, copy: Path) -> str:
+    def _damaged_part(self, file: Path, copy: Path, computing: Executor) -> str:
         """Return which tensor of a file differs, or the file."""
         for name, entry in self._checkpoint.entries[file].items():
             expected = hashlib.sha256()
-            for block in self._blocks(name):
+            for block in self._blocks(name, computing):
                 expected.update(block)
             if digest_of(copy, entry) != expected.digest():
                 return f"tensor {name} in {copy}"

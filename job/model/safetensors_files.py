@@ -32,7 +32,7 @@ from job.numerics.dequantisation import dequantised_blocks, dequantised_mxfp4
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_BLOCK = 1 << 24
+_BLOCK = 1 << 20
 # What configurations call the number of layers for multi-token prediction.
 _EXTRA_HEADS = re.compile(r"nextn|mtp")
 
@@ -255,7 +255,7 @@ def digest_of(file: Path, entry: TensorEntry) -> bytes:
 
 
 def blocks_of(file: Path, start: int = 0, size: int | None = None) -> Iterator[bytes]:
-    """Yield `size` bytes of a file from `start` on, or all that follow, in blocks of 16 MiB."""
+    """Yield `size` bytes of a file from `start` on, or all that follow, in blocks of 1 MiB."""
     with file.open("rb") as stream:
         stream.seek(start)
         left = sys.maxsize if size is None else size

@@ -107,9 +107,7 @@ def test_what_is_written_is_the_edit_and_its_hash(model: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("way", ["failure", "stop"])
-def test_a_failure_or_a_stop_ends_all_files_and_a_repetition_writes_them(
-    model: Path, tmp_path: Path, way: str
-) -> None:
+def test_a_failure_or_a_stop_ends_all_files_and_a_repetition_writes_them(model: Path, tmp_path: Path, way: str) -> None:
     def advance(_: int) -> None:
         raise Stopped("SIGTERM")
 
