@@ -24,9 +24,10 @@ from job.preflight.estimate import Hours, PhaseWork, Rates, device_rates, estima
 from job.preflight.gpu_table import Card, cards, find_card, parse_on
 from job.preflight.memory_plan import MemoryPlan, Workload, plan
 from job.preflight.model_facts import ModelFacts
-from job.preflight.planning import DISK
+from job.preflight.planning import DESCENT_STAGES, DISK
 from job.records import Record
 from job.search.bounds import MOST_FINALISTS
+from job.search.method import first_method, planned_trials
 
 MEASURED = Path(__file__).parents[1] / "docs" / "measured-rates.json"
 MODELS = {"7B": "Llama-2-7B", "MoE": "Qwen3-30B-A3B", "32B": "Qwen2.5-32B", "70B": "Llama-3-70B"}
@@ -80,7 +81,8 @@ def hours_of(facts: ModelFacts, rows: int, flops: float, bandwidth: float) -> Ho
     """Return the hours of a job with the default settings, one delivery included."""
     values = default_values()
     answer_tokens, held_out = values["scoring"]["answer_tokens"], int(EXTRACTION * values["choice"]["held_out"])
-    size = facts.stored_bytes
+    method = values["search"]["method"]
+    size, trials = facts.stored_bytes, planned_trials(values.get("trials"), method)
     work = PhaseWork(
         download_bytes=size,
         weights_bytes=size,
@@ -90,8 +92,9 @@ def hours_of(facts: ModelFacts, rows: int, flops: float, bandwidth: float) -> Ho
         compared_prompts=SEARCH,
         prompt_tokens=PROMPT_TOKENS,
         answer_tokens=min(answer_tokens / 2, values["scoring"]["search_tokens"]),
-        trials=values["trials"],
-        finalist_answers=min(MOST_FINALISTS, values["trials"]) * (SEARCH + held_out),
+        gradient_stages=DESCENT_STAGES if first_method(method) == "gradient" else 0,
+        trials=trials,
+        finalist_answers=min(MOST_FINALISTS, trials) * (SEARCH + held_out),
         finalist_tokens=answer_tokens / 2,
         rows=rows,
         export_bytes=size,
@@ -130,7 +133,14 @@ def table(measured: Mapping[str, MeasuredRates], prices: Mapping[str, float]) ->
 def page(measured: Mapping[str, MeasuredRates], prices: Mapping[str, float]) -> str:
     """Return the page."""
     known = ", ".join(f"{one.card} ({one.date})" for one in measured.values()) or "no GPU yet"
-    lines = [_ABOUT.format(known=known, line=int(LINE * 8 / 1e6), disk=int(DISK / 1e6)), *table(measured, prices)]
+    values = default_values()
+    trials = planned_trials(values.get("trials"), values["search"]["method"])
+    lines = [
+        _ABOUT.format(
+            known=known, line=int(LINE * 8 / 1e6), disk=int(DISK / 1e6), stages=DESCENT_STAGES, trials=trials
+        ),
+        *table(measured, prices),
+    ]
     lines += ["", "| GPU | $ an hour, from | to |", "|---|---|---|"]
     lines += [f"| {card.name} | {card.dollars[0]:.2f} | {card.dollars[1]:.2f} |" for card in cards()]
     return "\n".join(lines) + "\n"
@@ -149,7 +159,8 @@ This page has the answers of the same planner for the default settings. It is wr
 - **Computed** is arithmetic. No whole job was timed for this table. Its inputs are below.
 - **Rates of the GPU**: "data sheet" takes 40 % of its arithmetic and 60 % of its bandwidth. "Measured" takes the rates
   of `python -m benchmarks.gpu`, which `--add gpu.json --card H200` enters here. Measured so far: {known}.
-- **Job**: 200 trials on 50 + 50 prompts of 40 tokens, 640 prompts for the directions, up to 8 finalists, one delivery.
+- **Job**: a search by gradient in {stages} stages, {trials} trials on 50 + 50 prompts of 40 tokens, 640 prompts for the
+  directions, up to 8 finalists, one delivery.
 - **Line**: {line} Mb/s both ways, an assumption. A line twice as fast halves the transfers.
 - **Disk**: {disk} MB/s for reading and writing, an assumption. "Rest" is loading and export.
 - **Machine**: the fewest cards out of 1, 2, 4 and 8 that hold the model in bfloat16, by the memory plan.
