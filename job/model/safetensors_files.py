@@ -169,7 +169,7 @@ class Checkpoint:
         """Return a tensor's floating-point type in the plain files."""
         return _FLOATS[self.entry(name).dtype]
 
-    def stored_blocks(self, name: str) -> Iterator[bytes]:
+    def stored_blocks(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of an unquantised tensor."""
         entry = self._stored[self._source[name]][name]
         yield from blocks_of(self._source[name], entry.start, entry.size)
@@ -254,11 +254,15 @@ def digest_of(file: Path, entry: TensorEntry) -> bytes:
     return digest.digest()
 
 
-def blocks_of(file: Path, start: int = 0, size: int | None = None) -> Iterator[bytes]:
-    """Yield `size` bytes of a file from `start` on, or all that follow, in blocks of 1 MiB."""
-    with file.open("rb") as stream:
+def blocks_of(file: Path, start: int = 0, size: int | None = None) -> Iterator[memoryview]:
+    """Yield `size` bytes of a file from `start` on, or all that follow, in blocks of 1 MiB.
+
+    A block is valid until the next one: all are read into one buffer.
+    """
+    block = memoryview(bytearray(_BLOCK))
+    with file.open("rb", buffering=0) as stream:
         stream.seek(start)
         left = sys.maxsize if size is None else size
-        while left and (block := stream.read(min(_BLOCK, left))):
-            yield block
-            left -= len(block)
+        while left and (count := stream.readinto(block[: min(_BLOCK, left)])):
+            yield block[:count]
+            left -= count

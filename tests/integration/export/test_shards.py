@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -111,12 +110,10 @@ def test_a_failure_or_a_stop_ends_all_files_and_a_repetition_writes_them(model: 
     def advance(_: int) -> None:
         raise Stopped("SIGTERM")
 
-    shards, edits = shards_of(model, tmp_path, 0.3, fails=way == "failure")
+    shards, edits = shards_of(model, tmp_path, fails=way == "failure")
     with pytest.raises(ImpossibleJobError if way == "failure" else Stopped):
         shards.write(advance)
-    # The other files under way have not computed their tensors any more.
-    assert edits.computed <= 3
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("shard")]
+    assert edits.computed == 1
     assert len(list(tmp_path.glob("[!.]*.safetensors"))) < FILES
     again, _ = shards_of(model, tmp_path)
     again.write(lambda _: None)
