@@ -56,3 +56,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             f"{file} is damaged: {in_one_line(error)}", remedy="obtain an undamaged copy of the model"
         ) from error
     return entries
+
+
+def header_bytes(file: Path) -> bytes:
+    """Return the bytes before a safetensors file's first tensor."""
+    with file.open("rb") as stream:
+        length = stream.read(8)
+        return length + stream.read(int.from_bytes(length, "little"))
