@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.linear_edits import LINEAR, Bench, measured
+from benchmarks.linear_edits import LINEAR
+from benchmarks.linear_search import Bench, measured
 from job.architectures.structure import discover
 from job.numerics.ablation import write_metric
 from job.organism.folder import write_organism
