@@ -179,28 +179,33 @@ def compare(folders: Sequence[Path], given: argparse.Namespace) -> list[Cell]:
 
 
 def table(cells: Iterable[Cell]) -> list[str]:
-    """Return a Markdown table: refusals, broken responses and KL by seed, and the KL relative to the first method's.
+    """Return a Markdown table: KL relative to the first method's, and refusals, broken responses and KL by seed.
 
-    The ratio is the geometric mean over the seeds at which both found an edit.
+    The ratios are geometric means over the seeds at which both found an edit.
     """
     groups: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     first: dict[str, str] = {}
     for cell in cells:
         groups.setdefault((cell.folder, cell.method), {})[cell.seed] = cell.figures
         first.setdefault(cell.folder, cell.method)
-    lines = ["| organism | method | KL, to the first line's | by seed: refusals, broken, KL |", "|---|---|---|---|"]
+    heads = ("organism", "method", "KL ratio", "over positions", "seeds", "by seed: refusals, broken, KL")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for (folder, method), found in groups.items():
         base = groups[folder, first[folder]]
-        logs = [
-            math.log(figures["kl"] / base[seed]["kl"]) for seed, figures in found.items() if figures and base.get(seed)
-        ]
+        both = [(figures, base[seed]) for seed, figures in sorted(found.items()) if figures and base.get(seed)]
         shown = "; ".join(
             f"{one['refusals']:g}, {one.get('broken', one.get('degenerate', 0)):g}, {one['kl']:.2g}" if one else "none"
-            for one in found.values()
+            for _, one in sorted(found.items())
         )
-        ratio = f"{math.exp(fmean(logs)):.2f} ({len(logs)} of {len(found)})" if logs else "–"
-        lines.append(f"| {folder} | {method} | {ratio} | {shown} |")
+        ratios = (_ratio(both, name) for name in ("kl", "kl_positions"))
+        lines.append("| " + " | ".join((folder, method, *ratios, f"{len(both)} of {len(found)}", shown)) + " |")
     return lines
+
+
+def _ratio(both: Sequence[tuple[dict[str, float], dict[str, float]]], name: str) -> str:
+    """Return the geometric mean of a figure's ratios; whole jobs have none over positions."""
+    logs = [math.log(one[name] / other[name]) for one, other in both if name in one and name in other]
+    return f"{math.exp(fmean(logs)):.2f}" if logs else "–"
 
 
 def main() -> None:
