@@ -112,8 +112,7 @@ LINEAR = {
 class ObliqueHooks(Intervention):
     """Hooks of edits that read other directions than they write.
 
-    `reads` gives, for a writer and its writes before its norms [m, d], the reads; `masks` the least threshold at which
-    a writer is not edited any more; `thresholds` those of the edits, by identity.
+    One direction a layer. A writer is edited if its AUC reaches the edit's own of `thresholds`, by identity.
     """
 
     def __init__(
@@ -235,7 +234,7 @@ class Measures:
 def _covector(moments: Tensor, writes: Tensor, ridge: float) -> Tensor:
     """Return (S + ρI)⁻¹a for writes a [m, d], scaled to b·a = 1."""
     mean = moments.diagonal().mean()
-    solved = torch.linalg.solve(moments / mean + ridge * torch.eye(len(moments)).to(moments), writes.mT).mT
+    solved: Tensor = torch.linalg.solve(moments / mean + ridge * torch.eye(len(moments)).to(moments), writes.mT).mT
     return solved / (solved * writes).sum(-1, keepdim=True)
 
 

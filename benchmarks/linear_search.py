@@ -29,7 +29,7 @@ from job.numerics.ablation import (
 )
 from job.numerics.basis import Basis, orthogonalize
 from job.numerics.directions import mean_difference
-from job.organism.world import TASKS
+from job.organism.world import PROMPTS_PER_FILE, TASKS
 from job.records import EditParameters, Plan, Trial, TrialScores
 from job.scoring.kl import KLReference
 from job.scoring.prompt_batches import PromptBatches
@@ -173,69 +173,76 @@ class MethodSpace:
         return self.kernels.edit({name: value for name, value in params.items() if name not in own})
 
 
+@dataclass(frozen=True)
+class MethodScorer:
+    """Scores trials of a method, whose hooks are in place until the stack ends."""
+
+    bench: Bench
+    choices: Choices
+    space: MethodSpace
+    stack: ExitStack
+
+    def hooks(self, params: Mapping[str, Any]) -> ObliqueHooks:
+        """Return the hooks of a trial's choices."""
+        return self.bench.hooks(self.choices.of(params), self.stack)
+
+    def edits(self, hooks: ObliqueHooks, params: Sequence[dict[str, Any]]) -> list[EditParameters]:
+        """Return the edits of trials of one choice, with their thresholds set."""
+        edits = [self.space.edit(one) for one in params]
+        hooks.thresholds = {
+            id(edit): one["threshold"] for edit, one in zip(edits, params, strict=True) if "threshold" in one
+        }
+        return edits
+
+    def scores(self, scorer: TrialScorer, params: Sequence[dict[str, Any]]) -> list[TrialScores]:
+        """Score trials; those of one choice share forwards."""
+        found: dict[int, TrialScores] = {}
+        groups: dict[int, list[int]] = defaultdict(list)
+        for number, one in enumerate(params):
+            groups[id(self.hooks(one))].append(number)
+        for numbers in groups.values():
+            hooks = self.hooks(params[numbers[0]])
+            edits = self.edits(hooks, [params[number] for number in numbers])
+            found |= zip(numbers, scorer.scores(hooks, edits, ROWS), strict=True)
+        return [found[number] for number in range(len(params))]
+
+    def gentlest(self, front: Sequence[Trial], held_out: TrialScorer) -> dict[str, float]:
+        """Return the figures of the trial of least KL on held-out prompts that leaves few unanswered; {} if none."""
+        scores = self.scores(held_out, [one.params for one in front])
+        enough = [
+            (trial, one)
+            for trial, one in zip(front, scores, strict=True)
+            if one.reason is None and one.unanswered <= MOST_UNANSWERED * len(held_out.batches.bad)
+        ]
+        if not enough:
+            return {}
+        trial, one = min(enough, key=lambda found: found[1].kl)
+        hooks = self.hooks(trial.params)
+        rows = held_out.batches.trial_rows(hooks.activate(self.edits(hooks, [trial.params])))
+        (over_positions,) = KLReference.measured(held_out.batches, KL_POSITIONS).trial_means(
+            held_out.batches, rows, ROWS
+        )
+        return {"refusals": one.refusals, "broken": one.broken, "kl": one.kl, "kl_positions": over_positions}
+
+
 def measured(bench: Bench, choices: Choices, trials: int, seed: int) -> dict[str, float]:
-    """Search with TPE and return the figures on held-out prompts of the front's gentlest edit that answers enough."""
+    """Search with TPE on half of the test prompts; return the gentlest edit's figures on the other half."""
     space = MethodSpace(SearchSpace("wide", bench.loaded.architecture.layer_count), choices)
-    halves = {kind: random.Random(seed).sample(bench.sets[f"{kind}_test"], 200) for kind in ("good", "bad")}
-    search, report = ([halves[kind][part] for kind in ("good", "bad")] for part in (slice(100), slice(100, None)))
+    mixed = [random.Random(seed).sample(bench.sets[f"{kind}_test"], PROMPTS_PER_FILE) for kind in ("good", "bad")]
+    half = PROMPTS_PER_FILE // 2
     markers = RefusalMarkers(default_values()["scoring"]["refusal_markers"])
     scorer, held_out = (
-        TrialScorer.measured(PromptBatches.of(bench.loaded, *one, ROWS), markers, RESPONSE_TOKENS)
-        for one in (search, report)
+        TrialScorer.measured(PromptBatches.of(bench.loaded, good, bad, ROWS), markers, RESPONSE_TOKENS)
+        for good, bad in ([one[:half] for one in mixed], [one[half:] for one in mixed])
     )
-    longer = KLReference.measured(held_out.batches, KL_POSITIONS)
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        for values in product(*vars(choices).values()):
-            bench.hooks(dict(zip(vars(choices), values, strict=True)), stack)
-
-        def score(scorer: TrialScorer, params: Sequence[dict[str, Any]]) -> list[TrialScores]:
-            groups: dict[int, list[int]] = defaultdict(list)
-            hooks = [bench.hooks(choices.of(one), stack) for one in params]
-            for number, one in enumerate(hooks):
-                groups[id(one)].append(number)
-            found: dict[int, TrialScores] = {}
-            for numbers in groups.values():
-                chosen = hooks[numbers[0]]
-                edits = [space.edit(params[number]) for number in numbers]
-                chosen.thresholds = {
-                    id(edit): params[number].get("threshold", 0.0) for edit, number in zip(edits, numbers, strict=True)
-                }
-                found |= zip(numbers, scorer.scores(chosen, edits, ROWS), strict=True)
-            return [found[number] for number in range(len(params))]
+        method = MethodScorer(bench, choices, space, stack)
 
         def evaluate(plans: Sequence[Plan]) -> list[TrialScores]:
-            return score(scorer, plans[0].parameters)
+            return method.scores(scorer, plans[0].parameters)
 
         settings = StudySettings(seed, max(BATCH, trials // 3), BATCH, ROWS, 128)
         study = Search(Path(folder) / "study.db", space, settings)
         study.run(trials, evaluate, told=lambda _: None)
-        front = [one for one in pareto_front(study.finished()) if one.values.unanswered <= MOST_MEASURED * 100]
-        return _best(front, held_out, longer, score, bench, choices, space, stack)
-
-
-def _best(
-    front: Sequence[Trial],
-    held_out: TrialScorer,
-    longer: KLReference,
-    score: Any,
-    bench: Bench,
-    choices: Choices,
-    space: MethodSpace,
-    stack: ExitStack,
-) -> dict[str, float]:
-    scores = score(held_out, [one.params for one in front]) if front else []
-    enough = [
-        (one.kl, trial, one)
-        for trial, one in zip(front, scores, strict=True)
-        if one.reason is None and one.unanswered <= MOST_UNANSWERED * 100
-    ]
-    if not enough:
-        return {}
-    kl, trial, one = min(enough, key=lambda found: found[0])
-    hooks = bench.hooks(choices.of(trial.params), stack)
-    edit = space.edit(trial.params)
-    hooks.thresholds = {id(edit): trial.params.get("threshold", 0.0)}
-    active = hooks.activate([edit])
-    rows = held_out.batches.trial_rows(active, 1)
-    (positions,) = longer.trial_means(held_out.batches, rows, ROWS)
-    return {"refusals": one.refusals, "broken": one.broken, "kl": kl, "kl_positions": positions, "trial": trial.number}
+        front = [one for one in pareto_front(study.finished()) if one.values.unanswered <= MOST_MEASURED * half]
+        return method.gentlest(front, held_out)

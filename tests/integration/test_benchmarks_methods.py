@@ -113,7 +113,7 @@ def test_a_mask_leaves_writers_alone_that_do_not_tell_the_classes_apart() -> Non
     torch.testing.assert_close(logits(hooks, loaded, edit), plain)
     hooks.thresholds = {id(edit): 0.5}
     assert not torch.allclose(logits(hooks, loaded, edit), plain)
-    assert auc(torch.tensor([1.0, 2, 3]), torch.tensor([2.5, 0.5])) == pytest.approx(0.5)
+    assert auc(torch.tensor([1.0, 2, 3]), torch.tensor([2.5, 0.5])) == pytest.approx(2 / 3)
     assert auc(torch.tensor([3.0, 4]), torch.tensor([1.0, 2])) == 1
 
 
