@@ -25,11 +25,20 @@ OTHERS |= {"CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md"}
 NAVIGATION = {
     "Start": ("index.md", "concepts.md"),
     "Run a job": ("first-real-model.md", "how-to.md", "settings.md", "api.md"),
-    "Choose a model and a machine": ("models.md", "architectures.md", "costs.md", "machines.md", "without-an-image.md", "gpu.md"),
+    "Choose a model and a machine": (
+        "models.md",
+        "architectures.md",
+        "costs.md",
+        "machines.md",
+        "without-an-image.md",
+        "gpu.md",
+    ),
     "Watch and repair": ("watching.md", "troubleshooting.md", "ends-of-rentals.md", "reliability.md"),
     "Results": ("tested.md", "real-model.md", "cards/llama.md"),
     "Project": ("changelog.md", "contributing.md", "security.md", "code-map.md"),
 }
+# Instead of their first heading.
+TITLES = {"index.md": "Overview", "cards/llama.md": "Example of a model card", "lab-notes/README.md": "All topics"}
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?://|#)([^)#\s]*)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"(```.*?```)", re.DOTALL)
 
@@ -72,7 +81,7 @@ def staged(name: str, repository: str | None) -> str:
 def title(name: str) -> str:
     """Return a page's title for the navigation: its first heading."""
     heading = re.search(r"^# (.*)$", pages()[name].read_text(), re.MULTILINE)
-    return "Overview" if name == "index.md" or heading is None else re.sub(r"^\d+\. |`", "", heading[1])
+    return TITLES.get(name) or re.sub(r"^\d+\. |`", "", heading[1] if heading else name)
 
 
 def configuration() -> str:
@@ -91,6 +100,7 @@ nav = [
 {"".join(sections)}]
 
 [project.theme]
+font = false
 features = ["navigation.tabs", "navigation.top", "content.code.copy"]
 [[project.theme.palette]]
 media = "(prefers-color-scheme: light)"

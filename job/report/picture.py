@@ -58,8 +58,8 @@ def _draw_figures(draw: ImageDraw, name: str, result: RunResult) -> None:
     _text(draw, (_MARGIN, 50), name, 44, width=WIDTH - 2 * _MARGIN)
     _text(draw, (_MARGIN, 108), "a behaviour removed by directional ablation", 24, _GREY)
     lines = (
-        ("prompts with the behaviour, refused", f"{base.refusals} → {edited.refusals} of {edited.bad_prompts}", 54),
-        ("other prompts, refused", f"{base.false_refusals} → {edited.false_refusals} of {edited.good_prompts}", 40),
+        ("prompts with the behaviour, refused", f"{base.refusals} to {edited.refusals} of {edited.bad_prompts}", 54),
+        ("other prompts, refused", f"{base.false_refusals} to {edited.false_refusals} of {edited.good_prompts}", 40),
         ("change of other responses", f"KL {edited.kl or 0:.3g} nats", 40),
     )
     top = 180
@@ -68,7 +68,8 @@ def _draw_figures(draw: ImageDraw, name: str, result: RunResult) -> None:
         _text(draw, (_MARGIN, top + 30), figure, size)
         top += 50 + int(1.5 * size)
     _text(draw, (_MARGIN, top - 20), kl_with_bound(edited.kl or 0), 22, _GREY, _CHART[0] - 2 * _MARGIN)
-    _text(draw, (_MARGIN, HEIGHT - 50), "measured on prompts held out for it · abliteration-job", 20, _GREY)
+    measured = f"abliteration-job, measured on {result.prompts.report_description}"
+    _text(draw, (_MARGIN, HEIGHT - 50), measured, 20, _GREY, WIDTH - 2 * _MARGIN)
 
 
 def _draw_front(draw: ImageDraw, view: RunView, result: RunResult) -> None:

@@ -29,6 +29,7 @@ def test_the_picture_names_no_path(finished: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(picture, "_text", lambda draw, place, text, *rest, **more: said.append(text))
     picture.write_picture(RunFolder(only_job(finished)), tmp_path / "result.png")
     assert "model" in said
+    assert all(ord(letter) < 0x250 for text in said for letter in text)  # Pillow's font has no arrows
     assert not any("/" in text for text in said if not text.endswith("nats"))
 
 
