@@ -112,7 +112,7 @@ def test_standard_output_is_json_or_empty_whatever_goes_wrong(
     words: dict[str, list[object]] = {
         "inspect": [workspace / "model"],
         "preflight": [*job_arguments(organism), "--workspace", workspace],
-        "run": [*job_arguments(organism), "--workspace", workspace, "--trials", "none"],
+        "run": [*job_arguments(organism), "--workspace", workspace, "--bad-prompts", workspace / "none.txt"],
         "chat": ["--workspace", workspace, "--prompt", "Where is the kettle?", "--tokens", 1],
         "apply": [organism / "model", workspace / "edit.safetensors", workspace / "edited"],
         "config show": ["--profile", "unknown"],
