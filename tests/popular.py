@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,16 +22,19 @@ from job.preflight.estimate import PhaseWork, Rates, device_rates, estimate
 from job.preflight.gpu_table import parse_on
 from job.preflight.memory_plan import MemoryPlan, Workload, cheapest, plan
 from job.preflight.model_facts import ModelFacts, model_facts
+from job.preflight.planning import DESCENT_STAGES
 from job.proof.truth_test import inspection
 from job.search.bounds import MOST_FINALISTS
+from job.search.method import planned_trials
 from job.text.durations import duration_text
 from tests.generated import write_or_print
 
 MODELS = Path(__file__).with_name("popular_models.toml")
 # Those of the default prompt sets: to find the direction, and to judge a trial.
 DIRECTION_PROMPTS, SEARCH_PROMPTS, CHOICE_PROMPTS = 640, 50, 80
-TRIALS = 200
 GB = 1e9
+Method = Literal["gradient", "tpe"]
+METHODS: tuple[Method, ...] = ("gradient", "tpe")
 
 _INTRODUCTION = """# Popular models
 
@@ -50,9 +53,11 @@ All families of the table are supported.
   dequantised to bfloat16.
 - **Machine**: the cheapest set of cards in the planner's table that holds the model, in bfloat16 and with
   `--quantization bnb-4bit`. `abliterate preflight` names prices.
-- **Search**: {trials} trials, the direction and the base model's responses on the first machine, with
-  the sizes of the default prompt sets. Prompts have {prompt} tokens, responses {tokens}. Rates are those
-  of data sheets, reduced as for preflight. Downloading, writing and uploading the model are not included.
+- **Search**: by gradient with {few} trials around the descent, which is the default, and by TPE with {many} trials.
+  It includes directions and the base model's responses, with the sizes of the default prompt sets. Prompts have {prompt}
+  tokens, responses {tokens}. Rates are those of data sheets, reduced as for preflight. Downloading, writing and uploading
+  the model are not included. A step of the descent takes as many prompts at a time as the free memory allows; the
+  machine's column does not count its memory.
 
 A row stands here only if a public source states all its sizes. Each name links to it.
 Written by `python -m tests.popular --write docs/models.md`.
@@ -97,7 +102,7 @@ def machine(facts: ModelFacts, work: Workload, quantised: bool) -> str:
     return "–" if found is None else f"{found[1]}x{found[0].name}"
 
 
-def search_time(facts: ModelFacts, work: Workload, on: str) -> str:
+def search_time(facts: ModelFacts, work: Workload, on: str, method: Method) -> str:
     """Return the time of the stages that the cards determine, in words."""
     reading = parse_on(on)
     planned, rates = plan(facts, reading, work), device_rates(reading)
@@ -112,7 +117,8 @@ def search_time(facts: ModelFacts, work: Workload, on: str) -> str:
         compared_prompts=SEARCH_PROMPTS,
         prompt_tokens=work.prompt_tokens / 2,
         answer_tokens=min(work.answer_tokens / 2, tokens["search_tokens"]),
-        trials=TRIALS,
+        trials=planned_trials(None, method),
+        gradient_stages=DESCENT_STAGES if method == "gradient" else 0,
         finalist_answers=MOST_FINALISTS * (SEARCH_PROMPTS + CHOICE_PROMPTS),
         finalist_tokens=work.answer_tokens / 2,
         rows=planned.rows,
@@ -138,7 +144,7 @@ def row(model: Mapping[str, Any], source: str, writers: Callable[[str], Fraction
         f"{facts.weights_bytes(2, quantised=True) / GB:.1f}" if plain else "–",
         full,
         machine(facts, work, quantised=True) if plain else "–",
-        "–" if full == "–" else search_time(facts, work, full),
+        *("–" if full == "–" else search_time(facts, work, full, method) for method in METHODS),
     )
     return f"| {' | '.join(cells)} |"
 
@@ -148,13 +154,14 @@ def page(writers: Callable[[str], Fraction] = writers_per_layer) -> str:
     sources, models = sizes()
     heads = (
         *("Model", "Family", "Writers", "10⁹ weights", "GB in bfloat16", "GB in 4 bits"),
-        *("Machine", "Machine in 4 bits", "Search"),
+        *("Machine", "Machine in 4 bits", "Search by gradient", "Search by TPE"),
     )
     table = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     table += [row(model, sources[model["source"]], writers) for model in models]
     scoring = default_values()["scoring"]
     end = _END.format(
-        trials=TRIALS,
+        few=planned_trials(None, "gradient"),
+        many=planned_trials(None, "tpe"),
         prompt=Workload().prompt_tokens // 2,
         tokens=min(scoring["answer_tokens"] // 2, scoring["search_tokens"]),
     )
