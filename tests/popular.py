@@ -54,9 +54,9 @@ All families of the table are supported.
 - **Machine**: the cheapest set of cards in the planner's table that holds the model, in bfloat16 and with
   `--quantization bnb-4bit`. `abliterate preflight` names prices.
 - **Search**: by gradient with {few} trials around the descent, which is the default, and by TPE with {many} trials.
-  It includes directions and the base model's responses, with the sizes of the default prompt sets. Prompts have {prompt}
-  tokens, responses {tokens}. Rates are those of data sheets, reduced as for preflight. Downloading, writing and uploading
-  the model are not included. A step of the descent takes as many prompts at a time as the free memory allows; the
+  It includes directions and the base model's responses, with the sizes of the default prompt sets. Prompts have
+  {prompt} tokens, responses {tokens}. Rates are those of data sheets, reduced as for preflight. Downloading, writing and
+  uploading the model are not included. A step of the descent takes as many prompts at a time as the free memory allows; the
   machine's column does not count its memory.
 
 A row stands here only if a public source states all its sizes. Each name links to it.

@@ -1,4 +1,4 @@
-"""`python -m tests.screenshots WORKSPACE` (`make pictures`): renew screenshots, card and result in docs/ from its job."""
+"""`python -m tests.screenshots WORKSPACE` (`make pictures`): renew screenshots, card and result.png in docs/."""
 
 from __future__ import annotations
 
