@@ -55,9 +55,9 @@ All families of the table are supported.
   `--quantization bnb-4bit`. `abliterate preflight` names prices.
 - **Search**: by gradient with {few} trials around the descent, which is the default, and by TPE with {many} trials.
   It includes directions and the base model's responses, with the sizes of the default prompt sets. Prompts have
-  {prompt} tokens, responses {tokens}. Rates are those of data sheets, reduced as for preflight. Downloading, writing and
-  uploading the model are not included. A step of the descent takes as many prompts at a time as the free memory allows; the
-  machine's column does not count its memory.
+  {prompt} tokens, responses {tokens}. Rates are those of data sheets, reduced as for preflight. Downloading,
+  writing and uploading the model are not included. A step of the descent takes as many prompts at a time as the
+  free memory allows; the machine's column does not count its memory.
 
 A row stands here only if a public source states all its sizes. Each name links to it.
 Written by `python -m tests.popular --write docs/models.md`.
