@@ -46,7 +46,7 @@ your job, with your prompts and the files' real sizes.
 _END = """
 All families of the table are supported.
 
-- **Writers**: modules that write into the residual stream; all are edited. `abliterate inspect` found them in the first
+- **Writers**: modules that write into the residual stream; all are edited. `abliterate inspect` found them in one
   model of each family. The experts of a layer are one writer.
 - **Memory**: weights alone. Rows in flight, hooks and a margin come on top; the machine has room for them. bitsandbytes
   replaces linear layers alone, so experts stay in bfloat16. The files of gpt-oss are quantised already and are
@@ -56,8 +56,8 @@ All families of the table are supported.
 - **Search**: by gradient with {few} trials around the descent, which is the default, and by TPE with {many} trials.
   It includes directions and the base model's responses, with the sizes of the default prompt sets. Prompts have
   {prompt} tokens, responses {tokens}. Rates are those of data sheets, reduced as for preflight. Downloading,
-  writing and uploading the model are not included. A step of the descent takes as many prompts at a time as the
-  free memory allows; the machine's column does not count its memory.
+  writing and uploading the model are not included. The memory of the descent's steps is not counted in the column
+  of machines.
 
 A row stands here only if a public source states all its sizes. Each name links to it.
 Written by `python -m tests.popular --write docs/models.md`.
