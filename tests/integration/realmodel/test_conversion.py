@@ -21,7 +21,7 @@ from job.realmodel.conversion import convert
 gguf: Any = pytest.importorskip("gguf")
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}<s>assistant: "
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz:<>/", "Ġ"]
 VOCABULARY = ["<unk>", "<s>", "</s>", *LETTERS, "he"]
 # llama.cpp's names for modules that transformers names differently.
