@@ -40,7 +40,7 @@ from job.system.extras import require_extra
 _BITSANDBYTES, _COMPRESSED = "bitsandbytes", "compressed-tensors"
 # The package by which transformers reads the files of a method.
 _READERS = {_BITSANDBYTES: "bitsandbytes", _COMPRESSED: "compressed_tensors"}
-_NOTES = {
+_NOTES: dict[str, str] = {
     _BITSANDBYTES: "bitsandbytes computed with the weights as they are stored",
     _COMPRESSED: "weights and activations were rounded as the files say, and multiplied in {dtype}: kernels for such "
     "types may round otherwise",
@@ -79,7 +79,7 @@ class Subject:
         if self.form in ("", *METHODS):
             return load_model(self.path, settings, report, dtype=dtype if self.form else None)
         prepare_transformers()
-        dtypes = [dtype] if dtype else list(dict.fromkeys(settings.dtypes))
+        dtypes: list[str] = [dtype] if dtype else list(dict.fromkeys(settings.dtypes))
         load = _load_gguf if self.form == "gguf" else self._load_quantised
         return load(self.path, settings, dtypes, report)
 
@@ -95,6 +95,11 @@ class Subject:
             how = {"config": config, "quantization_config": bitsandbytes_config(self.load_in or "none")}
             with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws bars that cannot be disabled
                 model = read_weights(folder, [file.name for file in self.files], dtype, device, settings, how)
+                if getattr(model, "hf_quantizer", None) is None:  # it took quantised values for weights
+                    raise ImpossibleJobError(
+                        f"transformers cannot read {folder}, quantised with {self.form}",
+                        remedy="measure a file in another form, or use a version of transformers that knows this one",
+                    )
                 if self.form == _COMPRESSED:
                     first_logits(model, [[0]])  # it unpacks its weights in the first forward
             return model
