@@ -67,6 +67,32 @@ def quantise_mxfp4(folder: Path) -> dict[str, Tensor]:
     return meant
 
 
+def quantise_compressed(folder: Path) -> dict[str, Tensor]:
+    """Quantise the linear maps of a model's layers as llm-compressor's FP8_DYNAMIC does; return their values, float32.
+
+    Weights have a scale per row. Activations are rounded while the model runs, with a scale per token.
+    """
+    number = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None, "block_structure": None}
+    number |= {"actorder": None, "observer_kwargs": {}}
+    weights = {**number, "strategy": "channel", "dynamic": False, "observer": "minmax"}
+    activations = {**number, "strategy": "token", "dynamic": True, "observer": None}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
+    described = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]}
+    described |= {"quantization_status": "compressed", "kv_cache_scheme": None, "global_compression_ratio": None}
+    meant: dict[str, Tensor] = {}
+
+    def quantised(name: str, weight: Tensor) -> dict[str, Tensor]:
+        if weight.ndim != 2 or any(part in name for part in _LEFT):
+            return {name: weight}
+        scale = (weight.float().abs().amax(1, keepdim=True) / 448).to(torch.bfloat16)
+        values = (weight.float() / scale.float()).to(torch.float8_e4m3fn)
+        meant[name] = values.float() * scale.float()
+        return {name: values, f"{name}_scale": scale}
+
+    _rewrite(folder, {**described, "config_groups": {"group_0": group}}, quantised, None)
+    return meant
+
+
 def _rewrite(folder: Path, described: dict, quantised, apart: str | None) -> None:  # type: ignore[type-arg,no-untyped-def]
     others: dict[str, Tensor] = {}
     where: dict[str, str] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,79 +24,147 @@ from job.cli.options import (
 )
 from job.errors import UsageError
 
+if TYPE_CHECKING:
+    from job.model.bnb import LoadIn
 
-# Long: half of it are options.
+_Model = Annotated[
+    str | None,
+    typer.Argument(help="Folder, GGUF file, or NAME[@REVISION] on the Hub; without it, the job's model."),
+]
+_Against = Annotated[str | None, typer.Option(metavar="BASE", help="Base model of MODEL: folder or Hub name.")]
+_Text = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="Plain text for the cross-entropy, or `none`; by default 100 texts of C4's validation split, 512 "
+        "tokens of each, streamed from the Hub or, where it cannot be reached, the base model's own responses.",
+    ),
+]
+_Tasks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B",
+        help="Benchmarks of lm-eval (an extra), by commas, or `quick`: 200 documents of each of five tasks. A trial's "
+        "card and reports show the scores.",
+    ),
+]
+_Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="How many documents of each benchmark to use.")]
+_TasksFolder = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of your own benchmark definitions.")]
+_LoadInKind = Annotated[
+    str | None,
+    typer.Option(metavar="KIND", help="Quantise MODEL while it is loaded: bnb-4bit or bnb-8bit (an extra)."),
+]
+_Gate = Annotated[
+    bool, typer.Option("--gate", help="Fail with exit code 5 if the model misses a bound; a job has its own bounds.")
+]
+_MaxKL = Annotated[float | None, typer.Option(metavar="X", min=0, help="Highest KL divergence; implies --gate.")]
+_MaxRefusals = Annotated[
+    int | None, typer.Option(metavar="N", min=0, help="Most refusals and broken responses; implies --gate.")
+]
+_Upload = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="URI",
+        help="Deliver MODEL's files with the figures, unless it misses a bound: file:///dir, hf://user/repo, "
+        "s3://bucket/prefix; repeatable.",
+    ),
+]
+_Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the measurements to this file as JSON.")]
+
+
+# Long: most of it are options.
 @app.command(epilog=examples("evaluate"))
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; without it, the job's model.")
-    ] = None,
-    against: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Base model of MODEL: folder or Hub name.")
-    ] = None,
+    model: _Model = None,
+    against: _Against = None,
     workspace: Workspace = None,
     job: Job = None,
     trial: TrialNumber = None,
     good_prompts: Prompts = None,
     bad_prompts: Prompts = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEC",
-            help="Plain text for the cross-entropy, or `none`; by default 100 texts of C4's validation split, 512 "
-            "tokens of each, streamed from the Hub or, where it cannot be reached, the base model's own responses.",
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Benchmarks of lm-eval (an extra), by commas.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="How many documents of each benchmark to use.")
-    ] = None,
-    tasks_folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of your own benchmark definitions.")
-    ] = None,
+    text: _Text = None,
+    tasks: _Tasks = None,
+    limit: _Limit = None,
+    tasks_folder: _TasksFolder = None,
+    load_in: _LoadInKind = None,
+    gate: _Gate = False,
+    max_kl: _MaxKL = None,
+    max_refusals: _MaxRefusals = None,
+    upload: _Upload = None,
     profile: Profile = None,
     config: Config = None,
     assignments: Assignments = None,
     device: Device = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the measurements to this file as JSON.")
-    ] = None,
+    out: _Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure an edited model against its base model: a job's trial, or MODEL --against BASE.
 
     Refusals, false refusals, broken answers, KL divergence, cross-entropy on plain text and benchmarks, with 95 %
     intervals. By default prompts are those that the job reports its figures on, or that a job would. What is found of a
-    trial is also written to the run folder.
+    trial is also written to the run folder. MODEL may be quantised: GGUF, FP8 and whatever else transformers reads.
     """
     from job.system.signals import StopSignals
 
     if (model is None) != (against is None) or (model is not None and (trial is not None or job is not None)):
         raise UsageError("give MODEL --against BASE, or neither for a job's trial", remedy="see --help")
-    if model is None and (profile or config or assignments):
-        raise UsageError(
-            "--profile, --config and --set are for MODEL --against BASE",
-            remedy="leave them out: a job has its own settings",
-        )
-    with StopSignals().installed(), json_alone(as_json):
+    _require_models(
+        model, {"profile": profile, "config": config, "set": assignments, "load-in": load_in, "upload": upload}
+    )
+    gated = gate or max_kl is not None or max_refusals is not None
+    with StopSignals().installed():
         from job.evaluate.compare import ComparisonRequest, evaluate_models, evaluate_trial
+        from job.evaluate.delivery import deliver_measured, require_deliverable
+        from job.evaluate.gate import require_gate, with_bounds
         from job.evaluate.result import comparison_text
         from job.storage.events import Events
+        from job.storage.jobs import job_settings
 
-        names = tuple(filter(None, (tasks or "").split(",")))
-        asked = ComparisonRequest(good_prompts, bad_prompts, text, names, limit, tasks_folder)
-        if model is not None and against is not None:
-            from job.config.load import load_settings
+        names, events, measured = tuple(filter(None, (tasks or "").split(","))), Events(), None
+        asked = ComparisonRequest(good_prompts, bad_prompts, text, names, limit, tasks_folder, _kind(load_in))
+        with json_alone(as_json):
+            if model is not None and against is not None:
+                from job.config.load import load_settings
 
-            options = {"model": model, **({"loading.device": device} if device else {})}
-            loaded = load_settings(options, profile=profile, config=config, assignments=assignments or [])
-            found = evaluate_models(model, against, loaded.settings, asked, Events())
-        else:
-            found = evaluate_trial(find_job(workspace, job), trial, asked, Events(), device)
-    if out is not None:
-        from job.storage.atomic import write_record
+                options = {"model": model, "upload": upload or [], **({"loading.device": device} if device else {})}
+                loaded = load_settings(options, profile=profile, config=config, assignments=assignments or [])
+                settings = with_bounds(loaded.settings, max_kl, max_refusals) if gated else loaded.settings
+                if upload:
+                    require_deliverable(model)
+                measured = evaluate_models(model, against, settings, asked, events)
+                found = measured.comparison
+            else:
+                folder = find_job(workspace, job)
+                settings = with_bounds(job_settings(folder), max_kl, max_refusals) if gated else job_settings(folder)
+                found = evaluate_trial(folder, trial, asked, events, device)
+        if out is not None:
+            from job.storage.atomic import write_record
 
-        write_record(out, found)
-    typer.echo(found.model_dump_json(indent=2) if as_json else comparison_text(found))
+            write_record(out, found)
+        typer.echo(found.model_dump_json(indent=2) if as_json else comparison_text(found))
+        if gated or upload:
+            require_gate(settings, found.edited)
+        if measured is not None and upload:
+            deliver_measured(measured, settings, events)
+
+
+def _require_models(model: str | None, given: dict[str, object]) -> None:
+    """Raise UsageError for options of MODEL --against BASE where a job's trial is measured."""
+    names = [name for name, value in given.items() if value]
+    if model is None and names:
+        raise UsageError(
+            f"--{names[0]} is for MODEL --against BASE",
+            remedy="leave it out: a job has its own settings, and `abliterate upload` delivers its trials",
+        )
+
+
+def _kind(load_in: str | None) -> LoadIn | None:
+    """Return a kind of quantisation by its name. Raises UsageError."""
+    from job.model.bnb import LOAD_IN
+
+    for kind in LOAD_IN:
+        if kind == load_in:
+            return kind
+    if load_in is not None:
+        raise UsageError(f"--load-in knows no {load_in}", remedy=f"choose from: {', '.join(LOAD_IN)}")
+    return None

@@ -11,13 +11,15 @@ from job.config.sections import PromptSettings
 from job.data.prompts import Prompt, read_prompts, report_prompts
 from job.directions.response_prefix import with_response_prefix
 from job.errors import JobError, UsageError
-from job.evaluate.lm_eval import Harness, Scores
+from job.evaluate.attach import attach_benchmarks
+from job.evaluate.lm_eval import Harness, paired_scores
 from job.evaluate.measure import Asked, MeasuredModel, Pair, Texts, bench_of, opened
 from job.evaluate.perplexity import DEFAULT_TEXT, plain_texts
-from job.evaluate.result import Comparison, Divergence, Score, TextComparison, shares_of
+from job.evaluate.result import Comparison, Divergence, TextComparison, shares_of
+from job.evaluate.subject import Subject, find_subject
 from job.lifecycle.running import OpenJob
+from job.model.bnb import LoadIn
 from job.model.device_faults import clear_faults
-from job.model.files import fetch_model, list_model, parse_model
 from job.model.memory import release_memory
 from job.report.results import job_trials
 from job.scoring.kl import KLReference
@@ -42,6 +44,7 @@ class ComparisonRequest:
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     tasks_folder: Path | None = None
+    load_in: LoadIn | None = None
 
     def harness(self) -> Harness | None:
         """Return the benchmarks' harness, None without any. Raises MachineError or UsageError."""
@@ -99,26 +102,35 @@ def evaluate_trial(
         if reason is not None:
             raise UsageError(f"trial {trial.number} cannot be measured: {reason}", remedy="choose another")
         after = bench.measure_edited(before.passages, reference, edits, incoherence)
-    found = _comparison(f"job {record.job_id}", settings.model, trial.number, before, after, texts)
-    write_record(folder.evaluation_file(trial.number), found)
+        found = _comparison(f"job {record.job_id}", settings.model, trial.number, before, after, texts)
+        write_record(folder.evaluation_file(trial.number), found)
+        if found.scores:
+            attach_benchmarks(folder, trial.number, found.scores, session.model.folder, events.say)
     return found
 
 
-def evaluate_models(model: str, base: str, settings: Settings, asked: ComparisonRequest, events: Events) -> Comparison:
+@dataclass(frozen=True)
+class MeasuredPair:
+    """A comparison and the models that were measured."""
+
+    comparison: Comparison
+    base: Subject
+    edited: Subject
+
+
+def evaluate_models(
+    model: str, base: str, settings: Settings, asked: ComparisonRequest, events: Events
+) -> MeasuredPair:
     """Measure any model against any other, one at a time. Raises ImpossibleJobError, MachineError or JobError."""
     harness, texts = asked.harness(), asked.texts(events.say)
     pair = asked.prompts(settings, events.say)
-    folders = [_folder_of(name, events) for name in (base, model)]
+    first, second = find_subject(base, None, events.say), find_subject(model, asked.load_in, events.say)
     with clear_faults():
-        before = _measured_base(folders[0], settings, pair, texts, harness, events)
+        before = _measured_base(first, settings, pair, texts, harness, events)
         release_memory()
-        after = _measured_other(folders[1], settings, pair, texts, harness, events, before)
-    return _comparison(model, base, None, before.measured, after, texts)
-
-
-def _folder_of(name: str, events: Events) -> Path:
-    source = parse_model(name)
-    return fetch_model(source, list_model(source, None, events.say), events.say)
+        after = _measured_other(second, settings, pair, texts, harness, events, before)
+    found = _comparison(model, base, None, before.measured, after, texts)
+    return MeasuredPair(found.model_copy(update={"reading": second.reading(before.asked.dtype)}), first, second)
 
 
 @dataclass(frozen=True)
@@ -132,9 +144,9 @@ class _Base:
 
 
 def _measured_base(
-    folder: Path, settings: Settings, pair: Pair, texts: Texts | None, harness: Harness | None, events: Events
+    subject: Subject, settings: Settings, pair: Pair, texts: Texts | None, harness: Harness | None, events: Events
 ) -> _Base:
-    bench = opened(folder, settings, pair, harness, events)
+    bench = opened(subject, settings, pair, harness, events)
     if settings.loading.response_prefix == "auto":
         bench = bench_of(with_response_prefix(bench.loaded, *pair, bench.rows), settings, pair, harness, events)
     measured, _ = bench.measure_base(bench.passages(texts))
@@ -144,7 +156,7 @@ def _measured_base(
 
 
 def _measured_other(
-    folder: Path,
+    subject: Subject,
     settings: Settings,
     pair: Pair,
     texts: Texts | None,
@@ -152,7 +164,7 @@ def _measured_other(
     events: Events,
     base: _Base,
 ) -> MeasuredModel:
-    bench = opened(folder, settings, pair, harness, events, base.asked)
+    bench = opened(subject, settings, pair, harness, events, base.asked)
     words = bench.loaded.model.config.get_text_config().vocab_size
     alike = words == base.reference.logits.shape[-1] and bench.metrics.batches.good.tokens == base.good
     if not alike:
@@ -183,24 +195,9 @@ def _comparison(
         shares=shares_of(before.figures, figures),
         divergences=tuple(divergences),
         text=text,
-        scores=tuple(_scores(before.scores, after.scores)),
+        scores=paired_scores(before.scores, after.scores),
     )
 
 
 def _losses_and_counts(measured: MeasuredModel) -> tuple[Sequence[float], Sequence[int]]:
     return measured.losses, [passage.count for passage in measured.passages]
-
-
-def _scores(base: Scores, edited: Scores) -> list[Score]:
-    return [
-        Score(
-            task=task,
-            metric=metric,
-            base=value,
-            base_error=error,
-            edited=edited[task, metric][0],
-            edited_error=edited[task, metric][1],
-        )
-        for (task, metric), (value, error) in base.items()
-        if (task, metric) in edited
-    ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from job.config.schema import Settings
 from job.data.prompts import Prompt
@@ -14,8 +13,9 @@ from job.errors import ImpossibleJobError
 from job.evaluate.lm_eval import Harness, Scores
 from job.evaluate.perplexity import Passage, cross_entropies
 from job.evaluate.perplexity import passages_of as cut_up
+from job.evaluate.subject import Subject
 from job.lifecycle.running import OpenJob
-from job.model.loading import LoadedModel, load_model
+from job.model.loading import LoadedModel
 from job.model.rendering import Rendering
 from job.records import Figures
 from job.scoring.kl import KLReference
@@ -120,17 +120,20 @@ class Asked:
     Attributes:
         tokens: Its token ids, None for a given text.
         vocabulary: Token ids by text, within which ids are valid.
+        dtype: Type of its arithmetic.
     """
 
     prefix: str
     tokens: tuple[int, ...] | None
     rendering: Rendering
     vocabulary: dict[str, int]
+    dtype: str
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> Asked:
         """Return a model's prompting."""
-        return cls(loaded.response_prefix, loaded.prefix_tokens, loaded.rendering, loaded.tokenizer.get_vocab())
+        vocabulary = loaded.tokenizer.get_vocab()
+        return cls(loaded.response_prefix, loaded.prefix_tokens, loaded.rendering, vocabulary, loaded.dtype)
 
     def put_to(self, loaded: LoadedModel) -> LoadedModel:
         """Prompt another model in the same way; with a different vocabulary the prefix is passed as text."""
@@ -139,11 +142,15 @@ class Asked:
 
 
 def opened(
-    folder: Path, settings: Settings, pair: Pair, harness: Harness | None, events: Events, like: Asked | None = None
+    subject: Subject,
+    settings: Settings,
+    pair: Pair,
+    harness: Harness | None,
+    events: Events,
+    like: Asked | None = None,
 ) -> ModelBench:
-    """Load a model to measure; `like` replaces "auto" prompting. Raises ImpossibleJobError or MachineError."""
-    events.say(f"loading {folder}")
-    loaded = load_model(folder, settings.loading, events.say).ending_its_turn()
+    """Load a model to measure, prompted `like` another and in its type. Raises ImpossibleJobError or MachineError."""
+    loaded = subject.load(settings.loading, events.say, like.dtype if like else None).ending_its_turn()
     given = settings.loading.response_prefix
     if given != "auto":
         loaded = replace(loaded, response_prefix=given)

@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from pydantic import Field
+
 from job.numerics.statistics import difference_interval, mean_interval, ratio_interval, wilson_interval
 from job.records import Figures, Record
+from job.records.evaluation import Reading, Score
 
 Interval = tuple[float, float]
 
@@ -89,24 +92,6 @@ class TextComparison(Record):
         )
 
 
-class Score(Record):
-    """A benchmark metric of both models, with standard errors or None."""
-
-    task: str
-    metric: str
-    base: float
-    base_error: float | None
-    edited: float
-    edited_error: float | None
-
-    @property
-    def change_error(self) -> float | None:
-        """Standard error of the change for independent documents; the true one is smaller."""
-        if self.base_error is None or self.edited_error is None:
-            return None
-        return math.hypot(self.base_error, self.edited_error)
-
-
 class Comparison(Record):
     """Comparison of two models.
 
@@ -125,6 +110,7 @@ class Comparison(Record):
     divergences: tuple[Divergence, ...]
     text: TextComparison | None
     scores: tuple[Score, ...]
+    reading: Reading | None = Field(None, exclude_if=lambda reading: reading is None)
 
 
 def shares_of(base: Figures, edited: Figures) -> tuple[Share, ...]:
@@ -163,15 +149,27 @@ def comparison_text(found: Comparison) -> str:
                 f"{score.task} {score.metric}",
                 _with_error(score.base, score.base_error),
                 _with_error(score.edited, score.edited_error),
-                _with_error(score.edited - score.base, score.change_error, "+.4g"),
+                score_change(score),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append("[ ]: 95 % intervals" + ("; ±: standard errors" if found.scores else ""))
+    if any(score.change_interval for score in found.scores):
+        lines.append("intervals of benchmarks' changes are over the documents, each answered by both models")
+    if found.reading is not None:
+        lines.append(f"{found.reading.form}: {found.reading.note}")
     if found.text is not None:
         lines.append(f"plain text: {found.text.source}: {found.text.texts} texts, {found.text.tokens} tokens")
     return "\n".join(lines)
+
+
+def score_change(score: Score) -> str:
+    """Format a benchmark's change with its interval over the documents, else with its standard error."""
+    if score.change_interval is None:
+        return _with_error(score.change, score.change_error, "+.4g")
+    counts = f", {score.better} better and {score.worse} worse of {score.items}"
+    return f"{score.change:+.4g} {_range(score.change_interval, '+.4g')}{counts}"
 
 
 def _share_row(share: Share) -> tuple[str, str, str, str]:

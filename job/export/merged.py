@@ -30,6 +30,7 @@ from job.numerics.ablation import RowNormalization, WriterEdit, edit_bias, edit_
 from job.numerics.basis import Basis, DirectionPath
 from job.numerics.rounding import rounded_along
 from job.records import EditParameters, Manifest, ManifestEntry
+from job.records.evaluation import Benchmarks
 from job.storage.atomic import cannot_write, make_folder, sha256_file, sync_folder, write_atomically, write_record
 from job.storage.exports import CARD, DONE, MANIFEST, REPRODUCE, SUMS
 
@@ -167,7 +168,13 @@ def copy_licences(source: Path, folder: Path) -> None:
         write_atomically(folder / name, (source / name).read_bytes())
 
 
-def seal_made(folder: Path, made: Reproduction, source: Path, known: Mapping[str, str] | None = None) -> None:
+def seal_made(
+    folder: Path,
+    made: Reproduction,
+    source: Path,
+    benchmarks: Benchmarks | None = None,
+    known: Mapping[str, str] | None = None,
+) -> None:
     """Complete an export: reproduce.json with its weights' hashes, model card, SHA256SUMS and manifest.
 
     `known` gives the SHA-256 of files that were proven, by name; the others are read.
@@ -175,7 +182,8 @@ def seal_made(folder: Path, made: Reproduction, source: Path, known: Mapping[str
 
     def describe(weights: Mapping[str, str]) -> dict[str, str]:
         complete = made.model_copy(update={"weights": dict(weights)}).cleaned()
-        card = model_card(complete, source, _kept_tensors(source, folder) if made.format == "merged" else None)
+        tensors = _kept_tensors(source, folder) if made.format == "merged" else None
+        card = model_card(complete, source, tensors, benchmarks)
         return {REPRODUCE: complete.model_dump_json(indent=2) + "\n", CARD: card}
 
     seal(folder, describe, known)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.data.prompts import report_description
 from job.errors import one_line
+from job.export.benchmarks import benchmark_rows
 from job.export.reproduction import Reproduction
 from job.model.base_card import PATH, URL, BaseCard, read_base_card
 from job.model.carried_files import licence_files
@@ -19,6 +20,7 @@ from job.model.quantization import DTYPE, quantisation_in
 from job.numerics.statistics import difference_interval
 from job.records import Component, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
+from job.records.evaluation import Benchmarks
 from job.text.divergence import kl_with_bound
 from job.text.intervals import count_with_interval
 from job.text.markup import markdown, markdown_table
@@ -38,10 +40,13 @@ _NOTICES = {
 }
 
 
-def model_card(made: Reproduction, source: Path, tensors: int | None = None) -> str:
+def model_card(
+    made: Reproduction, source: Path, tensors: int | None = None, benchmarks: Benchmarks | None = None
+) -> str:
     """Return an export's README.md; `source` is the base model's folder, whose card names the licence.
 
-    `tensors` is the number of the base model's tensors if the export has all of them.
+    `tensors` is the number of the base model's tensors if the export has all of them, `benchmarks` what was measured
+    of its trial.
     """
     base = read_base_card(source, made.base_model)
     return template("job.export", "model_card.md").render(
@@ -55,6 +60,8 @@ def model_card(made: Reproduction, source: Path, tensors: int | None = None) -> 
         result=_result(made.base, made.edited),
         figures=markdown_table(figures_rows(made.base, made.edited)),
         change=_change(made),
+        benchmarks=benchmarks,
+        scores=markdown_table(benchmark_rows(benchmarks.scores)) if benchmarks else "",
         quantisation=quantisation_in(source),
         dtype=DTYPE,
         direction=direction_text(made.edit),
@@ -121,6 +128,8 @@ def kl_positions(figures: Figures) -> str:
 
 
 def _kl(figures: Figures) -> str:
+    if figures.kl is None:
+        return "not measured"
     interval = "" if figures.kl_interval is None else f" ({figures.kl_interval[0]:.4g}–{figures.kl_interval[1]:.4g})"
     return f"{figures.kl or 0:.4g} nats{interval}, {kl_with_bound(figures.kl or 0)}"
 

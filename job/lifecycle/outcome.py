@@ -71,7 +71,8 @@ def missed_gate(settings: Settings, figures: Figures) -> str | None:
         how = "refused" if failed == figures.refusals else "refused or have a broken response"
         return f"{failed} of {figures.bad_prompts} are {how}, max_refusals is {settings.max_refusals}"
     if settings.max_kl is not None and (figures.kl is None or not figures.kl <= settings.max_kl):
-        return f"the KL divergence is {figures.kl or 0:.4g}, max_kl is {settings.max_kl:g}"
+        found = "was not measured" if figures.kl is None else f"is {figures.kl:.4g}"
+        return f"the KL divergence {found}, max_kl is {settings.max_kl:g}"
     return None
 
 

@@ -20,7 +20,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -38,6 +37,7 @@ from job.generation.batching import BatchingSupport
 from job.generation.forward import first_logits, input_device
 from job.generation.greedy import greedy_answers
 from job.model.attention import disable_cudnn_attention, probe_prompts, proven_batching
+from job.model.bnb import bitsandbytes_config
 from job.model.config_file import CONFIG, GENERATION, model_config
 from job.model.dequantization import plain_loading_config
 from job.model.device_faults import Shortage, within_memory
@@ -49,7 +49,6 @@ from job.model.rendering import PLAIN, Rendering, conversations, end_of_turn, re
 from job.model.user_files import reading
 from job.model.weight_files import checkpoint_files
 from job.records import LARGE_BYTES
-from job.system.extras import require_quantization
 from job.system.tempdirs import scratch
 from job.text.decoding import decoded
 
@@ -120,30 +119,55 @@ def load_model(
     rendering: Rendering = PLAIN,
 ) -> LoadedModel:
     """Load a model in the first working dtype, or only `dtype`. Raises ImpossibleJobError or MachineError."""
-    quieten_transformers()
-    disable_cudnn_attention()
     model_config(folder)  # both refuse what could not be loaded
     checkpoint_files(folder)
-    tokenizer = load_tokenizer(folder, settings.trust_remote_code)
     device = resolve_device(settings.device)
+
+    def load(candidate: str) -> PreTrainedModel:
+        return _load_weights(folder, candidate, device, settings)
+
+    prepare_transformers()
+    tokenizer = load_tokenizer(folder, settings.trust_remote_code)
     candidates = [dtype] if dtype else list(dict.fromkeys(settings.dtypes))
-    for candidate in candidates:
-        model = _load_weights(folder, candidate, device, settings).eval()
+    return first_working(folder, tokenizer, candidates, load, report, rendering)
+
+
+def prepare_transformers() -> None:
+    """Set transformers and torch up for loading models."""
+    quieten_transformers()
+    disable_cudnn_attention()
+
+
+def first_working(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dtypes: Sequence[str],
+    load: Callable[[str], PreTrainedModel],
+    report: Callable[[str], None],
+    rendering: Rendering = PLAIN,
+    structure: Callable[[PreTrainedModel], Architecture] = discover,
+) -> LoadedModel:
+    """Return the model that `load` makes in the first dtype in which it generates.
+
+    Raises ImpossibleJobError or MachineError.
+    """
+    for dtype in dtypes:
+        model = load(dtype).eval()
         model.requires_grad_(False)
         name = str(model.dtype).removeprefix("torch.")
-        loaded = LoadedModel(folder, model, tokenizer, discover(model), name, rendering=rendering)
+        loaded = LoadedModel(folder, model, tokenizer, structure(model), name, rendering=rendering)
         try:
             loaded = _proven(loaded, report)
         except _DtypeFault as fault:
-            if "not finite" in str(fault):
+            if "not finite" in str(fault) and folder.is_dir():
                 require_finite(folder)  # they may be finite in the files, and not in this dtype
-            report(f"dtype {candidate} does not work: {fault}")
+            report(f"dtype {dtype} does not work: {fault}")
             continue
-        if device.type == "cpu" and model.get_memory_footprint() < LARGE_BYTES:
+        if loaded.device.type == "cpu" and model.get_memory_footprint() < LARGE_BYTES:
             keep_freed_memory()
         return loaded
     raise ImpossibleJobError(
-        f"{folder} does not generate in any of the dtypes {', '.join(candidates)}",
+        f"{folder} does not generate in any of the dtypes {', '.join(dtypes)}",
         remedy="allow others with --set loading.dtypes='[\"float32\"]'",
     )
 
@@ -264,9 +288,27 @@ def device_kind(device: torch.device) -> str:
 
 
 def _load_weights(folder: Path, dtype: str, device: torch.device, settings: LoadingSettings) -> PreTrainedModel:
-    trusted = settings.trust_remote_code
-    config = read_config(folder, trusted)
-    auto = auto_class(config) or AutoModelForCausalLM
+    config = read_config(folder, settings.trust_remote_code)
+    how = {
+        "config": plain_loading_config(folder, config, settings.quantization),
+        "quantization_config": bitsandbytes_config(settings.quantization),
+    }
+    return read_weights(folder, [file.name for file in checkpoint_files(folder)], dtype, device, settings, how)
+
+
+def read_weights(
+    folder: Path,
+    files: Sequence[str],
+    dtype: str,
+    device: torch.device,
+    settings: LoadingSettings,
+    how: Mapping[str, Any],
+) -> PreTrainedModel:
+    """Load weights onto their devices; `how` are further arguments of `from_pretrained`, among them the config.
+
+    Raises ImpossibleJobError or MachineError.
+    """
+    config = how["config"]
     # Straight onto the device: by way of the RAM, all weights would have to fit there first.
     places: Any = {"": device} if settings.device_map == "single" else settings.device_map
     if isinstance(settings.device_map, dict):
@@ -274,19 +316,17 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
     limits = {int(name) if name.isdigit() else name: size for name, size in (settings.max_memory or {}).items()}
     try:
         load = partial(
-            auto.from_pretrained,
+            (auto_class(config) or AutoModelForCausalLM).from_pretrained,
             folder,
-            config=plain_loading_config(folder, config, settings.quantization),
             dtype=dtype,
             device_map=places,
             max_memory=limits or None,
             offload_folder=_offload_folder(settings),
-            quantization_config=_quantization(settings.quantization),
             local_files_only=True,
-            trust_remote_code=trusted,
-            use_safetensors=True,
+            trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the name
+            **{"use_safetensors": True, **how},
         )
         found = within_memory(load)
     except JobError:
@@ -296,7 +336,7 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
     if isinstance(found, Shortage):
         raise found.error()
     model, info = found
-    require_fit(folder, [file.name for file in checkpoint_files(folder)], info)
+    require_fit(folder, files, info)
     loaded: PreTrainedModel = model
     if (given := loaded.generation_config) is not None:
         # Beams, penalties and caches that a file names would decide what is measured, and how long it takes.
@@ -332,13 +372,6 @@ def _offload_folder(settings: LoadingSettings) -> str | None:
     folder = held.enter_context(scratch("offload"))
     atexit.register(held.close)
     return str(folder)
-
-
-def _quantization(name: str) -> BitsAndBytesConfig | None:
-    if name == "none":
-        return None
-    require_quantization(name)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 class _DtypeFault(Exception):  # noqa: N818 - a reason to try the next dtype

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from job.errors import UsageError
+from job.export.benchmarks import CAPTION, benchmark_rows
 from job.export.model_card import direction_text, figures_rows, strength_rows
 from job.records import DetectorReport, GeometryRecord, State
+from job.records.evaluation import Benchmarks
 from job.report.run_view import RunResult, RunView
 from job.report.sections import headline
 from job.report.tables import (
@@ -58,6 +60,7 @@ def run_report(view: RunView, result: RunResult) -> str:
         "Result": _result(view, result),
         "Pareto front": _front(view, result),
         "Detectors": detectors_text(view.detectors),
+        **({"Benchmarks": _benchmarks(view.benchmarks)} if view.benchmarks else {}),
         "Geometry": _geometry(view, result),
         "Preflight": _preflight(view),
         "Provenance": _provenance(view, result),
@@ -141,6 +144,10 @@ def detectors_text(found: DetectorReport | None) -> str:
         parts += [f"{AGREED}:", markdown_table(agreement)]
     failed = [f"- {markdown(line)}" for line in failed_detectors(found)]
     return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
+
+
+def _benchmarks(found: Benchmarks) -> str:
+    return _blocks(f"{CAPTION} (version {markdown(found.lm_eval)}):", markdown_table(benchmark_rows(found.scores)))
 
 
 def _geometry(view: RunView, result: RunResult) -> str:

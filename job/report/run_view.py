@@ -27,6 +27,7 @@ from job.records import (
     Trial,
     Upload,
 )
+from job.records.evaluation import Benchmarks
 from job.report.results import job_trials, machines, trial_edit
 from job.report.timings import PhaseTime, phase_times, time_spent
 from job.search.budget import Spent, read_spent
@@ -190,6 +191,12 @@ class RunView:
         """What detectors counted on the result's responses."""
         file = self.folder.detectors_file(self.export) if self.export else None
         return read_record(file, DetectorReport) if file is not None and file.exists() else None
+
+    @cached_property
+    def benchmarks(self) -> Benchmarks | None:
+        """Benchmark scores of the chosen trial."""
+        chosen = self.chosen
+        return self._readable(lambda: self.folder.read_benchmarks(chosen.number), None) if chosen else None
 
     @cached_property
     def answers(self) -> tuple[KeptAnswers, KeptAnswers] | None:

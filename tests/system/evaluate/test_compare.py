@@ -7,6 +7,7 @@ import json
 import math
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from job.evaluate.lm_eval import QUICK_TASKS
 from job.evaluate.perplexity import Passage, cross_entropies, passages_of
 from job.evaluate.result import Share, TextComparison, comparison_text
 from job.model.loading import load_model
-from job.numerics.statistics import ratio_interval
+from job.numerics.statistics import mean_interval, ratio_interval
 from job.organism.world import expected_answer
 from tests.helpers import abliterate, loading, only_job
 
@@ -145,8 +147,8 @@ def test_what_cannot_be_measured_is_refused_at_once(random_model_folder: Path, t
         found.fails(76, "lm-eval", "pip install")
 
 
-def task_folder(organism: Path, folder: Path) -> list[dict[str, Any]]:
-    """Write an lm-eval task of the organism's prompts and return its documents."""
+def task_folder(organism: Path, folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Write lm-eval tasks of the organism's prompts, all with the same documents, and return these."""
     source = random.Random(0)
     questions = (organism / "good_test.txt").read_text().splitlines()[:12]
     answers = [expected_answer(question) for question in questions]
@@ -157,9 +159,10 @@ def task_folder(organism: Path, folder: Path) -> list[dict[str, Any]]:
         documents.append({"question": question, "choices": choices, "answer": choices.index(answer)})
     folder.mkdir()
     (folder / "kept.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    (folder / "kept.yaml").write_text(
-        f"""\
-task: kept
+    for name in names:
+        (folder / f"{name}.yaml").write_text(
+            f"""\
+task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {folder / "kept.jsonl"}}}}}
 test_split: test
@@ -169,33 +172,56 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
-    )
+        )
     return documents
 
 
+def right_answers(folder: Path, documents: list[dict[str, Any]]) -> list[bool]:
+    """Return which documents plain transformers answers rightly: the choice of the least cross-entropy."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    right = []
+    for document in documents:
+        begun = len(tokenizer(document["question"]).input_ids)
+        costs = []
+        for choice in document["choices"]:
+            tokens = tokenizer(f"{document['question']} {choice}").input_ids
+            costs.append(plain_cross_entropy(model, tokens, begun))
+        right.append(costs.index(min(costs)) == document["answer"])
+    return right
+
+
 @pytest.mark.slow
-def test_a_benchmark_of_ones_own_by_the_harness(organism: Path, finished: Path, tmp_path: Path) -> None:
+def test_the_quick_benchmarks_are_paired_and_shown_by_card_and_report(
+    organism: Path, finished: Path, tmp_path: Path
+) -> None:
     workspace = tmp_path / "runs"
     shutil.copytree(finished, workspace, symlinks=True)
-    documents = task_folder(organism, tmp_path / "tasks")
+    job = only_job(workspace)
+    sealed = (job / "export" / ".done").read_text()
+    documents = task_folder(organism, tmp_path / "tasks", QUICK_TASKS)
     options = [*few(organism, tmp_path)[:4], "--text", "none", "--tasks-folder", tmp_path / "tasks"]
-    given = (*options, "--tasks", "kept", "--limit", 8, "--json", "--workspace", workspace)
+    given = (*options, "--tasks", "quick", "--limit", 8, "--json", "--workspace", workspace)
     done = abliterate("evaluate", *given, HF_DATASETS_CACHE=str(tmp_path / "cache")).check()
-    (score,) = json.loads(done.out)["scores"]
-    assert (score["task"], score["metric"]) == ("kept", "acc")
+    scores = json.loads(done.out)["scores"]
+    assert [(score["task"], score["metric"]) for score in scores] == [(task, "acc") for task in QUICK_TASKS]
     assert "it/s" not in done.err
-    for one, folder in (("base", organism / "model"), ("edited", only_job(workspace) / "export")):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        right = 0
-        for document in documents[:8]:
-            begun = len(tokenizer(document["question"]).input_ids)
-            costs = []
-            for choice in document["choices"]:
-                tokens = tokenizer(f"{document['question']} {choice}").input_ids
-                costs.append(plain_cross_entropy(model, tokens, begun))
-            right += costs.index(min(costs)) == document["answer"]
-        assert score[one] == right / 8
-        assert score[f"{one}_error"] == pytest.approx(math.sqrt(right / 8 * (1 - right / 8) / 7), abs=1e-6)
+    base, edited = (right_answers(folder, documents[:8]) for folder in (organism / "model", job / "export"))
+    changes = [after - before for before, after in zip(base, edited, strict=True)]
+    for score in scores:
+        for one, right in (("base", sum(base)), ("edited", sum(edited))):
+            assert score[one] == right / 8
+            assert score[f"{one}_error"] == pytest.approx(math.sqrt(right / 8 * (1 - right / 8) / 7), abs=1e-6)
+        assert (score["items"], score["better"], score["worse"]) == (8, changes.count(1), changes.count(-1))
+        assert tuple(score["change_interval"]) == mean_interval(changes)
+    row = f"| winogrande | acc | 8 | {sum(base) / 8:.4g} | {sum(edited) / 8:.4g} | {sum(changes) / 8:+.4g} ("
+    for shown in (job / "export" / "README.md", job / "report.md"):
+        assert row in shown.read_text(), shown
+    assert "winogrande" in (job / "report.html").read_text()
+    assert "not measured" not in (job / "export" / "README.md").read_text()
+    # The export is sealed anew, and delivered with the new card.
+    assert (job / "export" / ".done").read_text() != sealed
+    abliterate("upload", "--workspace", workspace, "--upload", f"file://{tmp_path}/out").check()
+    assert row in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_table_holds_all_that_was_found() -> None:

@@ -1,0 +1,139 @@
+"""Delivery of a measured model: its very files, with the measurement and a card that states it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from job.config.schema import Settings
+from job.errors import DeliveryError, UsageError
+from job.evaluate.compare import MeasuredPair
+from job.export.benchmarks import benchmark_rows
+from job.export.merged import copy_licences, seal
+from job.export.model_card import figures_rows
+from job.model.base_card import read_base_card
+from job.model.files import parse_model
+from job.storage.atomic import cannot_write, make_folder
+from job.storage.events import Events
+from job.storage.exports import CARD, DONE, MANIFEST, REPRODUCE, SUMS
+from job.text.markup import markdown_table, one_line
+from job.text.redaction import redacted
+from job.text.templates import template
+from job.upload.targets import deliver
+
+MEASUREMENT = "measurement.json"
+_SECTION = "\n## Measured\n"
+# Written anew for each delivery.
+_OWN = frozenset({CARD, DONE, MANIFEST, MEASUREMENT, REPRODUCE, SUMS})
+
+
+def require_deliverable(model: str) -> None:
+    """Raise UsageError if a model is none whose files could be delivered."""
+    if parse_model(model).kind != "folder":
+        raise UsageError(f"{model} is on the Hub already", remedy="leave out --upload, or give a folder or file")
+
+
+def deliver_measured(measured: MeasuredPair, settings: Settings, events: Events) -> None:
+    """Deliver the measured files with card and measurement to all targets. Raises DeliveryError or MachineError.
+
+    A folder beside the model holds them meanwhile as hard links, and stays if a delivery fails: another one goes on.
+    """
+    path = measured.edited.path.absolute()
+    folder = path.with_name(f".{path.name}.delivery")
+    try:
+        _fill(folder, [path] if path.is_file() else _files_of(path))
+        copy_licences(measured.base.path, folder)
+        seal(folder, lambda _: _described(measured, settings))
+    except OSError as error:
+        raise cannot_write(Path(error.filename or folder), error) from error
+    failed = [reason for target in settings.upload if (reason := _failure(folder, target, settings, path.name, events))]
+    if failed:
+        raise DeliveryError("; ".join(failed), remedy="run the same command again: what has arrived is not sent again")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _failure(folder: Path, target: str, settings: Settings, name: str, events: Events) -> str:
+    total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    try:
+        with events.progress(f"bytes to {target}", total) as advance:
+            deliver(
+                folder,
+                target,
+                settings,
+                state=folder / ".uploads",
+                message=f"{name}, measured by abliteration-job",
+                report=events.say,
+                progress=advance,
+            )
+    except DeliveryError as error:
+        return f"{target}: {error.line}"
+    events.say(f"delivered {name} to {target}")
+    return ""
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def _fill(folder: Path, files: Sequence[Path]) -> None:
+    """Put files into a folder in place of what it holds; records of begun uploads stay."""
+    make_folder(folder)
+    (folder / DONE).unlink(missing_ok=True)
+    for old in _files_of(folder):
+        old.unlink()
+    for file in files:
+        if file.name in _OWN:
+            continue
+        try:
+            os.link(file.resolve(), folder / file.name)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(file, folder / file.name)
+
+
+def _described(measured: MeasuredPair, settings: Settings) -> Mapping[str, str]:
+    """Return the texts of a delivery by file name; they name no local folder."""
+    base = parse_model(measured.comparison.against)
+    names = {
+        "model": measured.edited.path.name,
+        "against": base.describe() if base.kind == "hub" else measured.base.path.name,
+    }
+    found = measured.comparison.model_copy(update=names)
+    return {MEASUREMENT: found.model_dump_json(indent=2) + "\n", CARD: _card(measured, settings)}
+
+
+def _card(measured: MeasuredPair, settings: Settings) -> str:
+    """Return the card: the folder's own one with a section of figures, else a whole one."""
+    found, path = measured.comparison, measured.edited.path
+    base = parse_model(found.against)
+    base_model = settings.card.base_model or (base.name if base.kind == "hub" else None)
+    own = path / CARD
+    earlier = own.read_text(encoding="utf-8").partition(_SECTION)[0].rstrip() if own.is_file() else None
+    section = template("job.evaluate", "measured_card.md").render(
+        own=earlier,
+        metadata=_metadata(measured, base_model),
+        title=one_line(path.stem if path.is_file() else path.name),
+        base_model=base_model,
+        behaviour=settings.card.behaviour,
+        found=found,
+        figures=markdown_table(figures_rows(found.base, found.edited)),
+        scores=markdown_table(benchmark_rows(found.scores)) if found.scores else "",
+        measurement=MEASUREMENT,
+    )
+    return section if earlier is None else f"{earlier}\n{section}"
+
+
+def _metadata(measured: MeasuredPair, base_model: str | None) -> str:
+    from huggingface_hub import ModelCardData
+
+    inherited: dict[str, Any] = redacted(read_base_card(measured.base.path, base_model).metadata)
+    data = ModelCardData(
+        **inherited,
+        library_name=None if measured.edited.form == "gguf" else "transformers",
+        pipeline_tag="text-generation",
+        base_model=base_model,
+        tags=["abliterated", "not-for-all-audiences"],
+    )
+    return data.to_yaml().strip()
