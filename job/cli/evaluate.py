@@ -28,11 +28,14 @@ from job.errors import UsageError
 # Long: half of it are options.
 @app.command(epilog=examples("evaluate"))
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder, or NAME[@REVISION] on the Hub; without it, the job's model.")
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...", help="Folders, or NAME[@REVISION] on the Hub; without any, the job's model."
+        ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Base model of MODEL: folder or Hub name.")
+        str | None, typer.Option(metavar="BASE", help="Base model of all MODELs: folder or Hub name.")
     ] = None,
     workspace: Workspace = None,
     job: Job = None,
@@ -65,38 +68,45 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure an edited model against its base model: a job's trial, or MODEL --against BASE.
+    """Measure edited models against their base model: a job's trial, or MODEL... --against BASE.
 
-    Refusals, false refusals, broken answers, KL divergence, cross-entropy on plain text and benchmarks, with 95 %
-    intervals. By default prompts are those that the job reports its figures on, or that a job would. What is found of a
-    trial is also written to the run folder.
+    First a scorecard: answered, evaded, refused and broken, and the KL divergence. Then cross-entropy on plain text
+    and benchmarks, with 95 % intervals. Several edits come in one table, and the base model is measured once. By
+    default prompts are those that the job reports its figures on, or that a job would. What is found of a trial is
+    also written to the run folder.
     """
     from job.system.signals import StopSignals
 
-    if (model is None) != (against is None) or (model is not None and (trial is not None or job is not None)):
+    if bool(models) != (against is not None) or (models and (trial is not None or job is not None)):
         raise UsageError("give MODEL --against BASE, or neither for a job's trial", remedy="see --help")
-    if model is None and (profile or config or assignments):
+    if not models and (profile or config or assignments):
         raise UsageError(
             "--profile, --config and --set are for MODEL --against BASE",
             remedy="leave them out: a job has its own settings",
         )
     with StopSignals().installed(), json_alone(as_json):
         from job.evaluate.compare import ComparisonRequest, evaluate_models, evaluate_trial
-        from job.evaluate.result import comparison_text
+        from job.evaluate.result import Comparison, comparison_text
+        from job.evaluate.several import Comparisons, comparisons_text
         from job.storage.events import Events
 
         names = tuple(filter(None, (tasks or "").split(",")))
         asked = ComparisonRequest(good_prompts, bad_prompts, text, names, limit, tasks_folder)
-        if model is not None and against is not None:
+        found: Comparison | Comparisons
+        if models and against is not None:
             from job.config.load import load_settings
 
-            options = {"model": model, **({"loading.device": device} if device else {})}
+            options = {"model": models[0], **({"loading.device": device} if device else {})}
             loaded = load_settings(options, profile=profile, config=config, assignments=assignments or [])
-            found = evaluate_models(model, against, loaded.settings, asked, Events())
+            several = evaluate_models(models, against, loaded.settings, asked, Events())
+            found = several[0] if len(several) == 1 else Comparisons(against=against, comparisons=tuple(several))
         else:
             found = evaluate_trial(find_job(workspace, job), trial, asked, Events(), device)
     if out is not None:
         from job.storage.atomic import write_record
 
         write_record(out, found)
-    typer.echo(found.model_dump_json(indent=2) if as_json else comparison_text(found))
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        typer.echo(comparisons_text(found) if isinstance(found, Comparisons) else comparison_text(found))

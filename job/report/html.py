@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from job.export import model_card
+from job.export import model_card, scorecard
 from job.report import charts, sections, tables
 from job.report.run_view import RunView
 from job.search.pareto import pareto_front
@@ -21,6 +21,7 @@ def report_page(story: RunView, *, private: bool = False) -> str:
         tables=tables,
         texts=sections,
         card_texts=model_card,
+        scorecard=scorecard,
         pareto_front=pareto_front,
         interval_text=interval_text,
         kl_in_words=kl_in_words,

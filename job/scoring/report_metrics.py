@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from job.edits.hooks import ActiveEdits
 from job.generation.answer import Answer
 from job.numerics.statistics import mean_interval
-from job.records import Figures, KeptAnswer, KeptAnswers, KLSpread
+from job.records import FORCED_TOKENS, Figures, KeptAnswer, KeptAnswers, KLFigures, KLSpread
 from job.scoring.broken import Exchange
 from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
+from job.scoring.outcomes import count_outcomes
 from job.scoring.prompt_batches import PromptBatches
 from job.text.refusal_markers import RefusalMarkers
 
@@ -42,8 +43,16 @@ class JudgedResponses:
         """The responses as the run folder stores them."""
         return KeptAnswers(good=_kept(self.good, self.good_refused), bad=_kept(self.bad, self.bad_refused))
 
-    def figures(self, kl_tokens: int, divergences: Sequence[float] | None = None) -> Figures:
-        """Return the model's metrics; `divergences` are its KL per good prompt in nats, None for the base model."""
+    def figures(
+        self,
+        kl_tokens: int,
+        divergences: Sequence[float] | None = None,
+        more: tuple[int, Sequence[float]] | None = None,
+    ) -> Figures:
+        """Return the model's metrics; `divergences` are its KL per good prompt in nats, None for the base model.
+
+        `more` is a number of positions with the KL per good prompt over these.
+        """
         good_broken, bad_broken = ([exchange.broken for exchange in kind] for kind in (self.good, self.bad))
         return Figures(
             bad_prompts=len(self.bad),
@@ -57,6 +66,19 @@ class JudgedResponses:
             kl_interval=mean_interval(divergences) if divergences is not None else None,
             kl_tokens=kl_tokens,
             kl_spread=KLSpread.of(divergences, self.places) if divergences is not None else None,
+            kl_more=self._kl(*more) if more is not None else None,
+            outcomes=(
+                *count_outcomes("bad", self.bad, self.bad_refused),
+                *count_outcomes("good", self.good, self.good_refused),
+            ),
+        )
+
+    def _kl(self, tokens: int, values: Sequence[float]) -> KLFigures:
+        return KLFigures(
+            tokens=tokens,
+            mean=math.fsum(values) / len(values),
+            interval=mean_interval(values),
+            spread=KLSpread.of(values, self.places),
         )
 
 
@@ -97,6 +119,15 @@ class ReportMetrics:
         """Measure the KL reference of this model."""
         return KLReference.measured(self.batches, self.kl_tokens)
 
+    def more_reference(self, reference: KLReference, responses: Sequence[Answer]) -> KLReference:
+        """Return the KL reference for the scorecard's second figure; `responses` are this base model's.
+
+        It is the first token's if `reference` has several positions, else that of the responses' first positions.
+        """
+        if reference.tokens > 1:
+            return reference.first_token
+        return KLReference.of_responses(self.batches, FORCED_TOKENS, responses[: len(self.batches.good)])
+
     def incoherence_test(self, responses: Sequence[Answer] | None = None) -> IncoherenceTest:
         """Calibrate the incoherence test on this base model's responses; generate those to good prompts if needed."""
         if responses is None:
@@ -108,7 +139,7 @@ class ReportMetrics:
         """Judge responses to all prompts, good ones first; `incoherent` comes from `IncoherenceTest.flags`."""
         prompts = [*self.batches.good.prompts, *self.batches.bad.prompts]
         exchanges = [
-            Exchange(prompt.user, self.batches.loaded.decode(response.tokens), flag)
+            Exchange(prompt.user, self.batches.loaded.decode(response.tokens), flag, prompt.groups)
             for prompt, response, flag in zip(prompts, responses, incoherent or [False] * len(prompts), strict=True)
         ]
         refused = [self.markers.for_prompt(one.prompt).is_refusal(one.answer) for one in exchanges]

@@ -134,16 +134,18 @@ class _Measurement:
         before = base.judge(plain, incoherence.flags(plain))
         self._keep_answers(before, "base")
         reference = base.reference()
+        more = base.more_reference(reference, plain)
         if self.form == "directions":  # an edit without weights: measured under its hooks
             after = base.judge(responses, incoherent)
-            divergences = reference.divergences(base.batches, edits)
+            divergences, others = (one.divergences(base.batches, edits) for one in (reference, more))
         else:
             reported = self._metrics(self._proven(parameters), prompts.good_report, prompts.bad_report)
             with self._shown("the export's responses", reported.most_tokens):
                 after = reported.judge(reported.responses(), incoherent)
-            divergences = reference.divergences(reported.batches)
+            divergences, others = (one.divergences(reported.batches) for one in (reference, more))
         self._keep_answers(after, self.export.name)
-        figures = before.figures(base.kl_tokens), after.figures(base.kl_tokens, divergences)
+        changed = after.figures(base.kl_tokens, divergences, (more.tokens, others))
+        figures = before.figures(base.kl_tokens), changed
         for subject, one in zip(("base", self.export.name), figures, strict=True):
             file = self._job.folder.figures_file(subject)
             ensure_folder(file.parent)
