@@ -75,7 +75,8 @@ class ModelBench:
         judged = self.metrics.judge(responses, incoherence.flags(responses))
         reference = self.metrics.reference()
         references = reference, self.metrics.more_reference(reference, responses)
-        return self._measured(judged, judged.figures(self.metrics.kl_tokens), [], passages), incoherence, references
+        figures = judged.figures(self.metrics.kl_tokens, thinking=self.metrics.thinking())
+        return self._measured(judged, figures, [], passages), incoherence, references
 
     def measure_edited(
         self,
@@ -87,11 +88,13 @@ class ModelBench:
         """Measure the model under edit 0, if edits are active; KL needs references."""
         responses = self.metrics.responses(edits)
         judged = self.metrics.judge(responses, incoherence.flags(responses) if incoherence else None)
-        figures, first = judged.figures(self.metrics.kl_tokens), list[float]()
+        thinking, first = self.metrics.thinking(edits), list[float]()
+        figures = judged.figures(self.metrics.kl_tokens, thinking=thinking)
         if references is not None:
             divergences, others = (one.divergences(self.metrics.batches, edits) for one in references)
             first = others if references[0].tokens > 1 else []
-            figures = judged.figures(self.metrics.kl_tokens, divergences, (references[1].tokens, others))
+            more = references[1].tokens, others
+            figures = judged.figures(self.metrics.kl_tokens, divergences, more, thinking)
         with edits.on_every_row(self.loaded.model) if edits is not None else nullcontext():
             return self._measured(judged, figures, first, passages)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from job.export.scorecard import group_rows, scorecard_rows
+from job.export.scorecard import group_rows, scorecard_rows, thinking_rows
 from job.numerics.statistics import difference_interval, mean_interval, ratio_interval, wilson_interval
 from job.records import DetectorReport, Figures, Record
 from job.report.tables import AGREED, aligned, detector_agreement
@@ -162,7 +162,7 @@ def _scorecard(found: Comparison) -> Iterator[str]:
     """Yield the scorecard and how far detectors agree, at most 80 columns wide."""
     if not found.edited.outcomes:
         return
-    tables = [scorecard_rows(found.base, found.edited), group_rows(found.base, found.edited)]
+    tables = [rows(found.base, found.edited) for rows in (scorecard_rows, group_rows, thinking_rows)]
     yield from ("\n".join(map(str.rstrip, aligned(rows))) for rows in tables if rows)
     agreement = detector_agreement(found.detectors) if found.detectors is not None else []
     if len(agreement) > 1:

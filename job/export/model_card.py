@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.data.prompts import report_description
 from job.export.reproduction import Reproduction
-from job.export.scorecard import HOW, group_rows, positions, scorecard_rows
+from job.export.scorecard import HOW, group_rows, positions, scorecard_rows, thinking_rows
 from job.model.base_card import PATH, URL, BaseCard, read_base_card
 from job.model.carried_files import licence_files
 from job.model.quantization import DTYPE, quantisation_in
@@ -54,6 +54,7 @@ def model_card(made: Reproduction, source: Path, tensors: int | None = None) -> 
         result=_result(made.base, made.edited),
         figures=markdown_table(scorecard_rows(made.base, made.edited)),
         groups=markdown_table(groups) if (groups := escaped(group_rows(made.base, made.edited))) else "",
+        thoughts=markdown_table(thoughts) if (thoughts := thinking_rows(made.base, made.edited)) else "",
         how=HOW,
         change=_change(made),
         quantisation=quantisation_in(source),

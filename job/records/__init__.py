@@ -10,7 +10,7 @@ from job.records.base import Record
 from job.records.edits import COMPONENTS, Component, EditParameters, KernelParameters, LearnedDirections
 from job.records.finalists import FORCED_TOKENS, ChoiceFigures, FinalistScores, KLSpread, MeasuredFinalists
 from job.records.resolution import DATE, PullBack, Resolution
-from job.records.scorecard import KLFigures, Outcomes
+from job.records.scorecard import KLFigures, Outcomes, Thinking
 from job.text.redaction import MASK
 
 # From modules beside this one; what is defined here is public as well.
@@ -31,6 +31,7 @@ __all__ = [
     "PullBack",
     "Record",
     "Resolution",
+    "Thinking",
 ]
 
 ExportFormat = Literal["merged", "adapter", "directions"]
@@ -109,6 +110,7 @@ class Figures(Record):
         kl_more: The KL divergence at another number of positions; None for the base model.
         outcomes: Responses by outcome: to all bad prompts, to their groups, then the same of good ones. Empty in
             figures of former versions.
+        thinking: Responses with thinking on; None if not measured, or the chat template knows none.
     """
 
     bad_prompts: int
@@ -124,6 +126,7 @@ class Figures(Record):
     kl_spread: KLSpread | None = Field(None, exclude_if=lambda spread: spread is None)
     kl_more: KLFigures | None = Field(None, exclude_if=lambda figures: figures is None)
     outcomes: tuple[Outcomes, ...] = Field((), exclude_if=lambda outcomes: not outcomes)
+    thinking: Thinking | None = Field(None, exclude_if=lambda thinking: thinking is None)
 
     @property
     def failed(self) -> int:

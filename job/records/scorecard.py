@@ -43,6 +43,27 @@ class Outcomes(Record):
         return self.answered + self.evaded + self.refused + self.broken
 
 
+class Thinking(Record):
+    """One model's responses with thinking on, to all prompts.
+
+    Attributes:
+        limit: Longest response in tokens, its thought included.
+        thoughts: Responses with a chain of thought.
+        unfinished: Thoughts that do not end within the limit: their answer is empty.
+        median: Median length of the thoughts in tokens; unfinished ones count as far as they go.
+        ninetieth: Nine tenths of the thoughts have at most this length.
+        outcomes: What follows the thoughts, by outcome, as in figures; not tested for incoherence.
+    """
+
+    limit: int = Field(ge=1)
+    responses: int = Field(ge=0)
+    thoughts: int = Field(ge=0)
+    unfinished: int = Field(ge=0)
+    median: int = Field(ge=0)
+    ninetieth: int = Field(ge=0)
+    outcomes: tuple[Outcomes, ...]
+
+
 class KLFigures(Record):
     """KL divergence from the base model in nats over the good prompts, with its 95 % interval.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from job.errors import UsageError
 from job.export.model_card import direction_text, strength_rows
-from job.export.scorecard import HOW, group_rows, scorecard_rows
+from job.export.scorecard import HOW, group_rows, scorecard_rows, thinking_rows
 from job.records import DetectorReport, GeometryRecord, State
 from job.report.run_view import RunResult, RunView
 from job.report.sections import headline, moved_most
@@ -93,6 +93,7 @@ def _scorecard(view: RunView, result: RunResult) -> str:
         f"Base model and edited model on {result.prompts.report_description}; 95 % intervals in brackets.",
         markdown_table(scorecard_rows(result.base, result.edited)),
         f"By group of prompts:\n\n{markdown_table(groups)}" if groups else "",
+        markdown_table(thoughts) if (thoughts := thinking_rows(result.base, result.edited)) else "",
         f"{HOW}\nAll detectors, and how far they agree, follow below." if result.edited.outcomes else "",
         f"The prompt that moved most: {markdown(moved)}" if moved else "",
     )

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from job.edits.hooks import ActiveEdits
 from job.generation.answer import Answer
 from job.numerics.statistics import mean_interval
-from job.records import FORCED_TOKENS, Figures, KeptAnswer, KeptAnswers, KLFigures, KLSpread
+from job.records import FORCED_TOKENS, Figures, KeptAnswer, KeptAnswers, KLFigures, KLSpread, Thinking
 from job.scoring.broken import Exchange
 from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
 from job.scoring.outcomes import count_outcomes
 from job.scoring.prompt_batches import PromptBatches
+from job.scoring.thinking import measure_thinking
 from job.text.refusal_markers import RefusalMarkers
 
 
@@ -48,6 +49,7 @@ class JudgedResponses:
         kl_tokens: int,
         divergences: Sequence[float] | None = None,
         more: tuple[int, Sequence[float]] | None = None,
+        thinking: Thinking | None = None,
     ) -> Figures:
         """Return the model's metrics; `divergences` are its KL per good prompt in nats, None for the base model.
 
@@ -71,6 +73,7 @@ class JudgedResponses:
                 *count_outcomes("bad", self.bad, self.bad_refused),
                 *count_outcomes("good", self.good, self.good_refused),
             ),
+            thinking=thinking,
         )
 
     def _kl(self, tokens: int, values: Sequence[float]) -> KLFigures:
@@ -89,6 +92,7 @@ class ReportMetrics:
     Attributes:
         kl_tokens: Positions of the base model's responses averaged in KL.
         incoherence_margin: Margin of `IncoherenceTest.calibrated`.
+        thinking_tokens: Longest response with thinking on; 0: not measured.
     """
 
     batches: PromptBatches
@@ -96,6 +100,7 @@ class ReportMetrics:
     response_tokens: int
     kl_tokens: int = 1
     incoherence_margin: float | None = None
+    thinking_tokens: int = 0
 
     @property
     def most_tokens(self) -> int:
@@ -114,6 +119,12 @@ class ReportMetrics:
     def _responses(self, prompts: Sequence[list[int]], edits: ActiveEdits | None) -> list[Answer]:
         batches, limit = self.batches, self.response_tokens
         return batches.row_limit.fit(lambda rows: batches.responses(prompts, limit, rows, edits))
+
+    def thinking(self, edits: ActiveEdits | None = None) -> Thinking | None:
+        """Judge responses with thinking on, under edit 0 if edits are active; None if not asked for or not known."""
+        if not self.thinking_tokens:
+            return None
+        return measure_thinking(self.batches, self.markers, self.thinking_tokens, edits)
 
     def reference(self) -> KLReference:
         """Measure the KL reference of this model."""
