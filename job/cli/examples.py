@@ -38,6 +38,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "evaluate": (
         "--trial 41",
         "path/to/edited --against Qwen/Qwen3-8B",
+        "mine someone/theirs --against Qwen/Qwen3-8B",
         "--tasks mmlu,gsm8k --limit 200 --out measured.json",
     ),
     "export": (

@@ -127,8 +127,8 @@ def test_several_edits_share_one_measurement_of_the_base_model(organism: Path, f
     assert done.err.count("loading ") == 3
     # The copy is the base model.
     assert same["edited"]["outcomes"] == same["base"]["outcomes"]
-    assert same["edited"]["kl"] == same["edited"]["kl_more"]["mean"] == 0
-    assert edited["edited"]["kl"] > 0
+    assert max(same["edited"]["kl"], same["edited"]["kl_more"]["mean"]) < 1e-6
+    assert edited["edited"]["kl"] > 1e-3
     assert edited["edited"]["outcomes"] != same["edited"]["outcomes"]
     assert max(map(len, done.out.split("\n\n")[0].splitlines())) <= 80
     shown = {line[:22].strip(): line for line in done.out.splitlines()}
