@@ -28,12 +28,13 @@ def outcome_of(exchange: Exchange, refused: bool) -> Outcome:
 def count_outcomes(
     prompts: Literal["bad", "good"], exchanges: Sequence[Exchange], refused: Sequence[bool]
 ) -> Iterator[Outcomes]:
-    """Yield the outcomes of all responses, then those of the largest groups of prompts, by name."""
+    """Yield the outcomes of all responses, then those of the largest groups that are a part of them, by name."""
     found = [(exchange, outcome_of(exchange, refusal)) for exchange, refusal in zip(exchanges, refused, strict=True)]
     yield _counted(prompts, found)
     for column in COLUMNS:
         sizes = Counter(one.groups[column] for one, _ in found if column in one.groups)
-        for group in sorted(name for name, _ in sizes.most_common(MOST_GROUPS)):
+        largest = [name for name, size in sizes.most_common(MOST_GROUPS) if size < len(found)]
+        for group in sorted(largest):
             yield _counted(
                 prompts, [pair for pair in found if pair[0].groups.get(column) == group], column=column, group=group
             )

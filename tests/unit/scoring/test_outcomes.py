@@ -45,6 +45,11 @@ def test_groups_are_counted_by_their_prompts_columns() -> None:
     assert (groups[0].broken, groups[0].empty) == (1, 1)
 
 
+def test_a_group_of_all_prompts_is_not_shown_twice() -> None:
+    exchanges = [Exchange("a", "Here.", groups={"language": "en"}), Exchange("b", "There.", groups={"language": "en"})]
+    assert len(list(count_outcomes("good", exchanges, [False, False]))) == 1
+
+
 def test_a_column_with_a_value_for_every_prompt_does_not_fill_the_report() -> None:
     many = [Exchange("a", "Here.", groups={"category": f"number {number:03}"}) for number in range(99)]
     common = [Exchange("a", "Here.", groups={"category": "places"})] * 2
