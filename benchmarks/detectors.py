@@ -1,6 +1,7 @@
 """Precision and recall of the detectors on responses with known labels: correct, refused, softly refused, broken.
 
 python -m benchmarks.detectors ORGANISM [--prompts 50] [--gibberish 1 2 3]
+python -m benchmarks.detectors --labelled       on 200 answers of a real model, labelled by hand
 
 ORGANISM is a folder made by `abliterate demo-model`. Correct responses and refusals are the model's own, before and
 after edits, labelled by its world. Broken responses come from over-strong edits: neither a refusal nor a correct
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self
 
+from benchmarks.labelled import detector_table, outcome_table, read_labelled
 from job.config.load import default_values
 from job.config.sections import LoadingSettings, ScoringSettings
 from job.data.prompts import Prompt
@@ -71,15 +73,18 @@ class Truth:
 
     @classmethod
     @contextmanager
-    def opened(cls, folder: Path, prompts: int, gibberish: float | None = None) -> Iterator[Self]:
-        """Load the organism and install the hooks.
+    def opened(
+        cls, folder: Path, prompts: int, gibberish: float | None = None, tokens: int | None = None
+    ) -> Iterator[Self]:
+        """Load the organism, or the real model's folder, and install the hooks.
 
         Args:
             folder: The organism.
             prompts: Number of good prompts, and of bad ones.
             gibberish: Margin above which a response counts as gibberish; None: the default.
+            tokens: Longest response; None: the default.
         """
-        loading = {**default_values()["loading"], "device": "cpu", "dtypes": ["float32"]}
+        loading = {**default_values()["loading"], "device": "cpu", "dtypes": ["float32"], "response_prefix": ""}
         loaded = load_model(folder / "model", LoadingSettings.model_validate(loading), print)
         sets = {
             name: [Prompt(user=line) for line in (folder / f"{name}.txt").read_text().splitlines()]
@@ -87,7 +92,7 @@ class Truth:
         }
         scoring = default_values()["scoring"]
         batches = PromptBatches.of(loaded, sets["good_test"][:prompts], sets["bad_test"][:prompts], ROWS)
-        markers, tokens = RefusalMarkers(scoring["refusal_markers"]), scoring["answer_tokens"]
+        markers, tokens = RefusalMarkers(scoring["refusal_markers"]), tokens or scoring["answer_tokens"]
         metrics = ReportMetrics(batches, markers, tokens, incoherence_margin=gibberish or scoring["gibberish"])
         scorer = TrialScorer.measured(batches, markers, tokens)
         residuals = [
@@ -150,12 +155,20 @@ def table(answers: Sequence[tuple[Kind, Exchange]], detectors: Sequence[str], co
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("organism", type=Path)
+    parser.add_argument("organism", type=Path, nargs="?")
+    parser.add_argument("--labelled", action="store_true", help="use the labelled answers of a real model")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--gibberish", type=float, nargs="*", default=[default_values()["scoring"]["gibberish"]])
     given = parser.parse_args()
     scoring = ScoringSettings.model_validate(default_values()["scoring"])
     loading = LoadingSettings.model_validate(default_values()["loading"])
+    if given.labelled:
+        context = Context(scoring, RefusalMarkers(scoring.refusal_markers), loading, print)
+        answers = read_labelled()
+        print("\n".join([*detector_table(answers, context), "", *outcome_table(answers, context)]))
+        return
+    if given.organism is None:
+        parser.error("give ORGANISM or --labelled")
     for number, margin in enumerate(given.gibberish):
         with Truth.opened(given.organism, given.prompts, margin) as truth:
             answers = labelled(truth)

@@ -27,11 +27,14 @@ from job.errors import UsageError
 if TYPE_CHECKING:
     from job.model.bnb import LoadIn
 
-_Model = Annotated[
-    str | None,
-    typer.Argument(help="Folder, GGUF file, or NAME[@REVISION] on the Hub; without it, the job's model."),
+_Models = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL]...",
+        help="Folders, GGUF files, or NAME[@REVISION] on the Hub; without any, the job's model.",
+    ),
 ]
-_Against = Annotated[str | None, typer.Option(metavar="BASE", help="Base model of MODEL: folder or Hub name.")]
+_Against = Annotated[str | None, typer.Option(metavar="BASE", help="Base model of all MODELs: folder or Hub name.")]
 _Text = Annotated[
     str | None,
     typer.Option(
@@ -75,7 +78,7 @@ _Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the measu
 # Long: most of it are options.
 @app.command(epilog=examples("evaluate"))
 def evaluate(
-    model: _Model = None,
+    models: _Models = None,
     against: _Against = None,
     workspace: Workspace = None,
     job: Job = None,
@@ -98,60 +101,67 @@ def evaluate(
     out: _Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure an edited model against its base model: a job's trial, or MODEL --against BASE.
+    """Measure edited models against their base model: a job's trial, or MODEL... --against BASE.
 
-    Refusals, false refusals, broken answers, KL divergence, cross-entropy on plain text and benchmarks, with 95 %
-    intervals. By default prompts are those that the job reports its figures on, or that a job would. What is found of a
-    trial is also written to the run folder. MODEL may be quantised: GGUF, FP8 and whatever else transformers reads.
+    First a scorecard: answered, evaded, refused and broken, and the KL divergence. Then cross-entropy on plain text
+    and benchmarks, with 95 % intervals. Several edits come in one table, and the base model is measured once. By
+    default prompts are those that the job reports its figures on, or that a job would. What is found of a trial is
+    also written to the run folder. MODEL may be quantised: GGUF, FP8 and whatever else transformers reads.
     """
     from job.system.signals import StopSignals
 
-    if (model is None) != (against is None) or (model is not None and (trial is not None or job is not None)):
+    if bool(models) != (against is not None) or (models and (trial is not None or job is not None)):
         raise UsageError("give MODEL --against BASE, or neither for a job's trial", remedy="see --help")
     _require_models(
-        model, {"profile": profile, "config": config, "set": assignments, "load-in": load_in, "upload": upload}
+        models or [], {"profile": profile, "config": config, "set": assignments, "load-in": load_in, "upload": upload}
     )
     gated = gate or max_kl is not None or max_refusals is not None
     with StopSignals().installed():
-        from job.evaluate.compare import ComparisonRequest, evaluate_models, evaluate_trial
+        from job.evaluate.compare import ComparisonRequest, MeasuredPair, evaluate_models, evaluate_trial
         from job.evaluate.delivery import deliver_measured, require_deliverable
         from job.evaluate.gate import require_gate, with_bounds
         from job.evaluate.result import comparison_text
+        from job.evaluate.several import Comparisons, comparisons_text
         from job.storage.events import Events
         from job.storage.jobs import job_settings
 
-        names, events, measured = tuple(filter(None, (tasks or "").split(","))), Events(), None
+        names, events, measured = tuple(filter(None, (tasks or "").split(","))), Events(), list[MeasuredPair]()
         asked = ComparisonRequest(good_prompts, bad_prompts, text, names, limit, tasks_folder, _kind(load_in))
         with json_alone(as_json):
-            if model is not None and against is not None:
+            if models and against is not None:
                 from job.config.load import load_settings
 
-                options = {"model": model, "upload": upload or [], **({"loading.device": device} if device else {})}
+                options = {"model": models[0], "upload": upload or [], **({"loading.device": device} if device else {})}
                 loaded = load_settings(options, profile=profile, config=config, assignments=assignments or [])
                 settings = with_bounds(loaded.settings, max_kl, max_refusals) if gated else loaded.settings
                 if upload:
-                    require_deliverable(model)
-                measured = evaluate_models(model, against, settings, asked, events)
-                found = measured.comparison
+                    require_deliverable(models)
+                measured = evaluate_models(models, against, settings, asked, events)
+                found = [one.comparison for one in measured]
             else:
                 folder = find_job(workspace, job)
                 settings = with_bounds(job_settings(folder), max_kl, max_refusals) if gated else job_settings(folder)
-                found = evaluate_trial(folder, trial, asked, events, device)
+                found = [evaluate_trial(folder, trial, asked, events, device)]
+        together = Comparisons(against=against or "", comparisons=tuple(found)) if len(found) > 1 else None
         if out is not None:
             from job.storage.atomic import write_record
 
-            write_record(out, found)
-        typer.echo(found.model_dump_json(indent=2) if as_json else comparison_text(found))
+            write_record(out, together or found[0])
+        if as_json:
+            typer.echo((together or found[0]).model_dump_json(indent=2))
+        else:
+            typer.echo(comparisons_text(together) if together else comparison_text(found[0]))
         if gated or upload:
-            require_gate(settings, found.edited)
-        if measured is not None and upload:
-            deliver_measured(measured, settings, events)
+            for one in found:
+                require_gate(settings, one)
+        if upload:
+            deliver_measured(measured[0], settings, events)
 
 
-def _require_models(model: str | None, given: dict[str, object]) -> None:
+def _require_models(models: list[str], given: dict[str, object]) -> None:
     """Raise UsageError for options of MODEL --against BASE where a job's trial is measured."""
     names = [name for name, value in given.items() if value]
-    if model is None and names:
+    if not models and names:
         raise UsageError(
             f"--{names[0]} is for MODEL --against BASE",
             remedy="leave it out: a job has its own settings, and `abliterate upload` delivers its trials",

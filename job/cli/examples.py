@@ -39,6 +39,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "evaluate": (
         "--trial 41",
         "path/to/edited --against Qwen/Qwen3-8B",
+        "mine someone/theirs --against Qwen/Qwen3-8B",
         "--tasks quick --out measured.json",
         "model-Q4_K_M.gguf --against Qwen/Qwen3-8B --max-kl 0.1 --max-refusals 5 --upload hf://me/model-GGUF",
     ),

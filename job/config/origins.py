@@ -123,6 +123,7 @@ HERE = frozenset(
         "wait_for_gpu",
         "scoring.detectors",
         "scoring.nli_model",
+        "scoring.thinking_tokens",
         "s3.endpoint",
         "s3.region",
         "s3.addressing_style",

@@ -172,6 +172,11 @@ class ScoringSettings(Section):
         description="Detectors that judge the report's responses side by side: markers, soft, degenerate, nli, and "
         "those that installed packages add through the entry point group abliteration_job.scorers."
     )
+    thinking_tokens: int = Field(
+        ge=0,
+        description="Longest response with thinking on, for the scorecard of models whose template knows thinking; "
+        "0: not measured.",
+    )
     nli_model: str | None = Field(
         None, description="Model for zero-shot classification of the detector nli: a folder or NAME[@REVISION]."
     )

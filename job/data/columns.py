@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from job.data.files import Row
-from job.errors import ImpossibleJobError
+from job.errors import ImpossibleJobError, one_line
+from job.records.scorecard import COLUMNS, LONGEST_GROUP
 
 # Names of prompt columns, by priority.
 PROMPT_COLUMNS = ("prompt", "text", "instruction", "question", "goal", "input", "query")
@@ -20,11 +21,15 @@ _WORDS_OF_A_PROMPT = 4
 
 @dataclass(frozen=True)
 class RowText:
-    """A row's text; `place` is e.g. "line 17 of b.jsonl", and `repaired` if lone surrogates became U+FFFD."""
+    """A row's text; `place` is e.g. "line 17 of b.jsonl", and `repaired` if lone surrogates became U+FFFD.
+
+    `groups` are the row's category and language, where it has such columns.
+    """
 
     place: str
     text: str | None
     repaired: bool = False
+    groups: Mapping[str, str] = field(default_factory=dict)
 
 
 class ColumnTexts:
@@ -52,7 +57,7 @@ class ColumnTexts:
         for row in itertools.chain(sample, source):
             many = many or row.file != first
             if isinstance(row.cells, str):
-                yield self._text(row, row.cells, many)
+                yield self._text(row, row.cells, many, {})
                 continue
             if self.column is None:  # tables behind plain text, in one folder
                 self.column = self._found([row])
@@ -60,7 +65,7 @@ class ColumnTexts:
                 having.add(row.file)
             else:
                 lacking.setdefault(row.file, row)
-            yield self._text(row, row.cells.get(self.column), many)
+            yield self._text(row, row.cells.get(self.column), many, self._groups(row.cells))
         for file, row in lacking.items():
             if file not in having:
                 raise self._absent([row], file)
@@ -89,7 +94,13 @@ class ColumnTexts:
             )
         return texts[0]
 
-    def _text(self, row: Row, value: Any, many: bool) -> RowText:
+    def _groups(self, cells: Mapping[str, Any]) -> dict[str, str]:
+        named = {name.strip().lower(): cell for name, cell in cells.items() if name != self.column}
+        texts = {column: named[column] for column in COLUMNS if isinstance(named.get(column), str)}
+        groups = {column: one_line(text)[:LONGEST_GROUP].strip() for column, text in texts.items()}
+        return {column: group for column, group in groups.items() if group}
+
+    def _text(self, row: Row, value: Any, many: bool, groups: Mapping[str, str]) -> RowText:
         place = f"{row.place} of {row.file}" if many and row.file else row.place
         if value is None or value != value:  # pandas writes missing values as NaN
             return RowText(place, None)
@@ -100,7 +111,7 @@ class ColumnTexts:
                 remedy=self._name_one(_text_columns([row])),
             )
         whole = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _has_halves(value) else value
-        return RowText(place, whole, whole != value)
+        return RowText(place, whole, whole != value, groups)
 
     def _absent(self, rows: list[Row], file: str) -> ImpossibleJobError:
         where = f"{self._source} ({file})" if file and not self._source.endswith(file) else self._source

@@ -28,11 +28,22 @@ _LEAST_HELD_OUT, _LEAST_TO_SPLIT = 20, 100
 
 
 class Prompt(Record):
-    """A prompt as the model sees it; `system` is None without a system prompt."""
+    """A prompt as the model sees it; `system` is None without a system prompt.
+
+    `category` and `language` are those of its row, by which a scorecard counts responses.
+    """
 
     VERBATIM = frozenset({"user", "system"})
     user: str
     system: str | None = None
+    category: str | None = Field(None, exclude_if=lambda name: name is None)
+    language: str | None = Field(None, exclude_if=lambda name: name is None)
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """The groups of the prompt, by column."""
+        found = {"category": self.category, "language": self.language}
+        return {column: name for column, name in found.items() if name is not None}
 
 
 class PromptSets(Record):
@@ -192,7 +203,7 @@ class _ReadSet:
 def _read_set(settings: PromptSettings, report: Callable[[str], None], name: str = "prompts") -> _ReadSet:
     source = parse_source(settings)
     pin = resolve_commit(source, report)
-    texts: dict[str, None] = {}
+    texts: dict[str, Mapping[str, str]] = {}
     notes: dict[str, list[str]] = {}
     reader, count = TextReader(source, pin.commit if pin else None, report), 0
     for row in reader:
@@ -203,7 +214,7 @@ def _read_set(settings: PromptSettings, report: Callable[[str], None], name: str
             continue
         if row.repaired:
             notes.setdefault(_REPAIRED, []).append(row.place)
-        texts[text] = None
+        texts[text] = row.groups
     described, skipped = reader.described, _described_rows(notes)
     if not texts:
         rows = f"; none of its {count} rows is a prompt ({skipped})" if count else ""
@@ -212,7 +223,8 @@ def _read_set(settings: PromptSettings, report: Callable[[str], None], name: str
     if skipped:
         report(f"warning: {name}: {skipped}")
     prompts = (
-        Prompt(user=f"{settings.prefix}{text}{settings.suffix}", system=settings.system_prompt) for text in texts
+        Prompt(user=f"{settings.prefix}{text}{settings.suffix}", system=settings.system_prompt, **groups)
+        for text, groups in texts.items()
     )
     return _ReadSet(tuple(prompts), described, pin, skipped)
 

@@ -13,7 +13,7 @@ from job.directions.response_prefix import with_response_prefix
 from job.errors import JobError, UsageError
 from job.evaluate.attach import attach_benchmarks
 from job.evaluate.lm_eval import Harness, paired_scores
-from job.evaluate.measure import Asked, MeasuredModel, Pair, Texts, bench_of, opened
+from job.evaluate.measure import Asked, KLReferences, MeasuredModel, ModelBench, Pair, Texts, bench_of, opened
 from job.evaluate.perplexity import DEFAULT_TEXT, plain_texts
 from job.evaluate.result import Comparison, Divergence, TextComparison, shares_of
 from job.evaluate.subject import Subject, find_subject
@@ -21,8 +21,9 @@ from job.lifecycle.running import OpenJob
 from job.model.bnb import LoadIn
 from job.model.device_faults import clear_faults
 from job.model.memory import release_memory
+from job.records import DetectorReport
 from job.report.results import job_trials
-from job.scoring.kl import KLReference
+from job.scoring.detectors import Context, detect
 from job.stages.followups import looking, trial_of
 from job.storage.atomic import write_record
 from job.storage.events import Events
@@ -94,15 +95,15 @@ def evaluate_trial(
         pair = asked.prompts(settings, events.say, (session.prompts.good_report, session.prompts.bad_report))
         bench = bench_of(session.model, job.settings, pair, harness, events, job)
         events.say("measuring the base model")
-        before, incoherence = bench.measure_base(bench.passages(texts))
-        reference = bench.metrics.reference()
+        before, incoherence, references = bench.measure_base(bench.passages(texts))
         events.say(f"measuring trial {trial.number}")
         edits = session.hooks.activate([session.edit(trial)])
         (reason,) = edits.reasons
         if reason is not None:
             raise UsageError(f"trial {trial.number} cannot be measured: {reason}", remedy="choose another")
-        after = bench.measure_edited(before.passages, reference, edits, incoherence)
-        found = _comparison(f"job {record.job_id}", settings.model, trial.number, before, after, texts)
+        after = bench.measure_edited(before.passages, references, edits, incoherence)
+        detectors = _detected(settings, bench, before, after, events)
+        found = _comparison(f"job {record.job_id}", settings.model, trial.number, before, after, texts, detectors)
         write_record(folder.evaluation_file(trial.number), found)
         if found.scores:
             attach_benchmarks(folder, trial.number, found.scores, session.model.folder, events.say)
@@ -119,18 +120,26 @@ class MeasuredPair:
 
 
 def evaluate_models(
-    model: str, base: str, settings: Settings, asked: ComparisonRequest, events: Events
-) -> MeasuredPair:
-    """Measure any model against any other, one at a time. Raises ImpossibleJobError, MachineError or JobError."""
+    models: Sequence[str], base: str, settings: Settings, asked: ComparisonRequest, events: Events
+) -> list[MeasuredPair]:
+    """Measure models against a base model, which is measured once; one model is in memory at a time.
+
+    Raises ImpossibleJobError, MachineError or JobError.
+    """
     harness, texts = asked.harness(), asked.texts(events.say)
     pair = asked.prompts(settings, events.say)
-    first, second = find_subject(base, None, events.say), find_subject(model, asked.load_in, events.say)
+    first = find_subject(base, None, events.say)
+    others = [find_subject(model, asked.load_in, events.say) for model in models]
+    found = []
     with clear_faults():
         before = _measured_base(first, settings, pair, texts, harness, events)
-        release_memory()
-        after = _measured_other(second, settings, pair, texts, harness, events, before)
-    found = _comparison(model, base, None, before.measured, after, texts)
-    return MeasuredPair(found.model_copy(update={"reading": second.reading(before.asked.dtype)}), first, second)
+        for model, other in zip(models, others, strict=True):
+            release_memory()
+            after, detectors = _measured_other(other, settings, pair, texts, harness, events, before)
+            compared = _comparison(model, base, None, before.measured, after, texts, detectors)
+            compared = compared.model_copy(update={"reading": other.reading(before.asked.dtype)})
+            found.append(MeasuredPair(compared, first, other))
+    return found
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ class _Base:
     """Measurements of a base model, kept after it is freed; the KL reference is on the CPU."""
 
     measured: MeasuredModel
-    reference: KLReference
+    references: KLReferences
     good: tuple[list[int], ...]
     asked: Asked
 
@@ -149,10 +158,9 @@ def _measured_base(
     bench = opened(subject, settings, pair, harness, events)
     if settings.loading.response_prefix == "auto":
         bench = bench_of(with_response_prefix(bench.loaded, *pair, bench.rows), settings, pair, harness, events)
-    measured, _ = bench.measure_base(bench.passages(texts))
-    reference = bench.metrics.reference()
-    reference = replace(reference, logits=reference.logits.cpu())
-    return _Base(measured, reference, bench.metrics.batches.good.tokens, Asked.of(bench.loaded))
+    measured, _, (reference, more) = bench.measure_base(bench.passages(texts))
+    references = replace(reference, logits=reference.logits.cpu()), replace(more, logits=more.logits.cpu())
+    return _Base(measured, references, bench.metrics.batches.good.tokens, Asked.of(bench.loaded))
 
 
 def _measured_other(
@@ -163,21 +171,36 @@ def _measured_other(
     harness: Harness | None,
     events: Events,
     base: _Base,
-) -> MeasuredModel:
+) -> tuple[MeasuredModel, DetectorReport]:
     bench = opened(subject, settings, pair, harness, events, base.asked)
     words = bench.loaded.model.config.get_text_config().vocab_size
-    alike = words == base.reference.logits.shape[-1] and bench.metrics.batches.good.tokens == base.good
+    alike = words == base.references[0].logits.shape[-1] and bench.metrics.batches.good.tokens == base.good
     if not alike:
         events.say("warning: the models' tokens or chat templates differ: KL divergence is not measured")
     if texts is None or texts.texts is None:
         passages = base.measured.passages if alike else []
     else:
         passages = bench.passages(texts)
-    return bench.measure_edited(passages, base.reference if alike else None)
+    measured = bench.measure_edited(passages, base.references if alike else None)
+    return measured, _detected(settings, bench, base.measured, measured, events)
+
+
+def _detected(
+    settings: Settings, bench: ModelBench, before: MeasuredModel, after: MeasuredModel, events: Events
+) -> DetectorReport:
+    context = Context(settings.scoring, bench.metrics.markers, settings.loading, events.say)
+    good = len(bench.metrics.batches.good)
+    return detect(settings.scoring.detectors, context, before.exchanges, after.exchanges, good)
 
 
 def _comparison(
-    model: str, against: str, trial: int | None, before: MeasuredModel, after: MeasuredModel, texts: Texts | None
+    model: str,
+    against: str,
+    trial: int | None,
+    before: MeasuredModel,
+    after: MeasuredModel,
+    texts: Texts | None,
+    detectors: DetectorReport,
 ) -> Comparison:
     figures = after.figures
     divergences = [Divergence.of(1, after.first)] if after.first else []
@@ -196,6 +219,7 @@ def _comparison(
         divergences=tuple(divergences),
         text=text,
         scores=paired_scores(before.scores, after.scores),
+        detectors=detectors,
     )
 
 

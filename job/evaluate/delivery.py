@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from job.config.schema import Settings
-from job.errors import DeliveryError, UsageError
+from job.errors import DeliveryError, UsageError, one_line
 from job.evaluate.compare import MeasuredPair
 from job.export.benchmarks import benchmark_rows
 from job.export.merged import copy_licences, seal
-from job.export.model_card import figures_rows
+from job.export.scorecard import scorecard_rows
 from job.model.base_card import read_base_card
 from job.model.files import parse_model
 from job.storage.atomic import cannot_write, make_folder
 from job.storage.events import Events
 from job.storage.exports import CARD, DONE, MANIFEST, REPRODUCE, SUMS
-from job.text.markup import markdown_table, one_line
+from job.text.markup import markdown_table
 from job.text.redaction import redacted
 from job.text.templates import template
 from job.upload.targets import deliver
@@ -30,8 +30,11 @@ _SECTION = "\n## Measured\n"
 _OWN = frozenset({CARD, DONE, MANIFEST, MEASUREMENT, REPRODUCE, SUMS})
 
 
-def require_deliverable(model: str) -> None:
-    """Raise UsageError if a model is none whose files could be delivered."""
+def require_deliverable(models: Sequence[str]) -> None:
+    """Raise UsageError if models are not one whose files could be delivered."""
+    if len(models) > 1:
+        raise UsageError("--upload delivers one model", remedy="give one MODEL, or leave out --upload")
+    (model,) = models
     if parse_model(model).kind != "folder":
         raise UsageError(f"{model} is on the Hub already", remedy="leave out --upload, or give a folder or file")
 
@@ -118,9 +121,10 @@ def _card(measured: MeasuredPair, settings: Settings) -> str:
         base_model=base_model,
         behaviour=settings.card.behaviour,
         found=found,
-        figures=markdown_table(figures_rows(found.base, found.edited)),
+        figures=markdown_table(scorecard_rows(found.base, found.edited)),
         scores=markdown_table(benchmark_rows(found.scores)) if found.scores else "",
         measurement=MEASUREMENT,
+        how=HOW,
     )
     return section if earlier is None else f"{earlier}\n{section}"
 

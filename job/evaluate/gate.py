@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from job.config.schema import Settings
 from job.errors import GateError, UsageError
+from job.evaluate.result import Comparison
 from job.lifecycle.outcome import missed_gate
-from job.records import Figures
 
 
 def with_bounds(settings: Settings, max_kl: float | None, max_refusals: int | None) -> Settings:
@@ -17,8 +17,8 @@ def with_bounds(settings: Settings, max_kl: float | None, max_refusals: int | No
     return found
 
 
-def require_gate(settings: Settings, figures: Figures) -> None:
+def require_gate(settings: Settings, found: Comparison) -> None:
     """Raise GateError if a model's figures miss the bounds of settings."""
-    missed = missed_gate(settings, figures)
+    missed = missed_gate(settings, found.edited)
     if missed is not None:
-        raise GateError(missed, remedy="quantise less, choose another edit, or allow more")
+        raise GateError(f"{found.model}: {missed}", remedy="quantise less, choose another edit, or allow more")

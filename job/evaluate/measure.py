@@ -18,14 +18,17 @@ from job.lifecycle.running import OpenJob
 from job.model.loading import LoadedModel
 from job.model.rendering import Rendering
 from job.records import Figures
+from job.scoring.broken import Exchange
 from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
-from job.scoring.report_metrics import ReportMetrics
+from job.scoring.report_metrics import JudgedResponses, ReportMetrics
 from job.stages.measuring import metrics_of
 from job.storage.events import Events
 from job.text.refusal_markers import RefusalMarkers
 
 Pair = tuple[tuple[Prompt, ...], tuple[Prompt, ...]]
+# Of the figures' KL, and of the scorecard's second one.
+KLReferences = tuple[KLReference, KLReference]
 # Rows per forward where no job has planned them; halved until they fit.
 _ROWS = 32
 
@@ -44,10 +47,12 @@ class MeasuredModel:
 
     Attributes:
         first: KL of the first token per good prompt, in nats; empty if the metrics' KL already is.
+        exchanges: All prompts with the responses, good ones first.
     """
 
     figures: Figures
     first: list[float]
+    exchanges: list[Exchange]
     passages: list[Passage]
     losses: list[float]
     scores: Scores
@@ -63,37 +68,42 @@ class ModelBench:
     harness: Harness | None
     report: Callable[[str], None]
 
-    def measure_base(self, passages: list[Passage]) -> tuple[MeasuredModel, IncoherenceTest]:
-        """Measure the base model and calibrate the incoherence test on it."""
+    def measure_base(self, passages: list[Passage]) -> tuple[MeasuredModel, IncoherenceTest, KLReferences]:
+        """Measure the base model, calibrate the incoherence test on it and record its KL references."""
         responses = self.metrics.responses()
         incoherence = self.metrics.incoherence_test(responses)
         judged = self.metrics.judge(responses, incoherence.flags(responses))
-        return self._measured(judged.figures(self.metrics.kl_tokens), [], passages), incoherence
+        reference = self.metrics.reference()
+        references = reference, self.metrics.more_reference(reference, responses)
+        figures = judged.figures(self.metrics.kl_tokens, thinking=self.metrics.thinking())
+        return self._measured(judged, figures, [], passages), incoherence, references
 
     def measure_edited(
         self,
         passages: list[Passage],
-        reference: KLReference | None,
+        references: KLReferences | None,
         edits: ActiveEdits | None = None,
         incoherence: IncoherenceTest | None = None,
     ) -> MeasuredModel:
-        """Measure the model under edit 0, if edits are active; KL needs a reference."""
+        """Measure the model under edit 0, if edits are active; KL needs references."""
         responses = self.metrics.responses(edits)
         judged = self.metrics.judge(responses, incoherence.flags(responses) if incoherence else None)
-        divergences: list[float] | None = None
-        first: list[float] = []
-        if reference is not None:
-            divergences = reference.divergences(self.metrics.batches, edits)
-            if reference.tokens > 1:
-                first = reference.first_token.divergences(self.metrics.batches, edits)
-        figures = judged.figures(self.metrics.kl_tokens, divergences)
+        thinking, first = self.metrics.thinking(edits), list[float]()
+        figures = judged.figures(self.metrics.kl_tokens, thinking=thinking)
+        if references is not None:
+            divergences, others = (one.divergences(self.metrics.batches, edits) for one in references)
+            first = others if references[0].tokens > 1 else []
+            more = references[1].tokens, others
+            figures = judged.figures(self.metrics.kl_tokens, divergences, more, thinking)
         with edits.on_every_row(self.loaded.model) if edits is not None else nullcontext():
-            return self._measured(figures, first, passages)
+            return self._measured(judged, figures, first, passages)
 
-    def _measured(self, figures: Figures, first: list[float], passages: list[Passage]) -> MeasuredModel:
+    def _measured(
+        self, judged: JudgedResponses, figures: Figures, first: list[float], passages: list[Passage]
+    ) -> MeasuredModel:
         losses = cross_entropies(self.loaded, passages, self.rows, self.report) if passages else []
         scores = self.harness.scores(self.loaded) if self.harness else {}
-        return MeasuredModel(figures, first, passages, losses, scores)
+        return MeasuredModel(figures, first, judged.exchanges, passages, losses, scores)
 
     def passages(self, texts: Texts | None) -> list[Passage]:
         """Tokenize plain texts, or own responses to the good prompts. Raises ImpossibleJobError if they are empty."""

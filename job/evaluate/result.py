@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from pydantic import Field
 
+from job.export.scorecard import group_rows, scorecard_rows, thinking_rows
 from job.numerics.statistics import difference_interval, mean_interval, ratio_interval, wilson_interval
-from job.records import Figures, Record
+from job.records import DetectorReport, Figures, Record
 from job.records.evaluation import Reading, Score
+from job.report.tables import AGREED, aligned, detector_agreement
 
 Interval = tuple[float, float]
 
@@ -98,6 +100,7 @@ class Comparison(Record):
     Attributes:
         trial: The trial of the edit, None for a separate model.
         divergences: KL divergences, by number of positions; empty if tokenizations differ.
+        detectors: What detectors counted, None in results of former versions.
     """
 
     version: Literal[1] = 1
@@ -111,6 +114,7 @@ class Comparison(Record):
     text: TextComparison | None
     scores: tuple[Score, ...]
     reading: Reading | None = Field(None, exclude_if=lambda reading: reading is None)
+    detectors: DetectorReport | None = None
 
 
 def shares_of(base: Figures, edited: Figures) -> tuple[Share, ...]:
@@ -136,7 +140,22 @@ def shares_of(base: Figures, edited: Figures) -> tuple[Share, ...]:
 
 
 def comparison_text(found: Comparison) -> str:
-    """Format a comparison as a table with 95 % intervals."""
+    """Format a comparison as a scorecard and a table of changes, with 95 % intervals."""
+    return "\n\n".join([*_scorecard(found), _changes(found)])
+
+
+def _scorecard(found: Comparison) -> Iterator[str]:
+    """Yield the scorecard and how far detectors agree, at most 80 columns wide."""
+    if not found.edited.outcomes:
+        return
+    tables = [rows(found.base, found.edited) for rows in (scorecard_rows, group_rows, thinking_rows)]
+    yield from ("\n".join(map(str.rstrip, aligned(rows))) for rows in tables if rows)
+    agreement = detector_agreement(found.detectors) if found.detectors is not None else []
+    if len(agreement) > 1:
+        yield "\n".join([f"{AGREED}:", *map(str.rstrip, aligned([list(map(str, row)) for row in agreement]))])
+
+
+def _changes(found: Comparison) -> str:
     rows: list[tuple[str, ...]] = [("", "base", "edited", "change"), *map(_share_row, found.shares)]
     for kl in found.divergences:
         name = "KL, first token" if kl.tokens == 1 else f"KL, {kl.tokens} tokens"

@@ -197,7 +197,7 @@ def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], Non
         with clear_faults():
             written = write_weights(source, partial, architecture, edit, advance, own_code=True)
             written.verify()
-        seal_made(partial, saved.made.model_copy(update={"format": "merged"}), source, written.hashes)
+        seal_made(partial, saved.made.model_copy(update={"format": "merged"}), source, known=written.hashes)
         reached("applied:written")
         partial.replace(out)
         reached("applied:replaced")

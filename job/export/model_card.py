@@ -14,6 +14,7 @@ from job.data.prompts import report_description
 from job.errors import one_line
 from job.export.benchmarks import benchmark_rows
 from job.export.reproduction import Reproduction
+from job.export.scorecard import HOW, group_rows, positions, scorecard_rows, thinking_rows
 from job.model.base_card import PATH, URL, BaseCard, read_base_card
 from job.model.carried_files import licence_files
 from job.model.quantization import DTYPE, quantisation_in
@@ -22,8 +23,7 @@ from job.records import Component, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
 from job.records.evaluation import Benchmarks
 from job.text.divergence import kl_with_bound
-from job.text.intervals import count_with_interval
-from job.text.markup import markdown, markdown_table
+from job.text.markup import escaped, markdown, markdown_table
 from job.text.redaction import redacted
 from job.text.templates import template
 
@@ -58,7 +58,10 @@ def model_card(
         link=_link,
         report_prompts=report_description(made.reused_prompts, made.edited.good_prompts + made.edited.bad_prompts),
         result=_result(made.base, made.edited),
-        figures=markdown_table(figures_rows(made.base, made.edited)),
+        figures=markdown_table(scorecard_rows(made.base, made.edited)),
+        groups=markdown_table(groups) if (groups := escaped(group_rows(made.base, made.edited))) else "",
+        thoughts=markdown_table(thoughts) if (thoughts := thinking_rows(made.base, made.edited)) else "",
+        how=HOW,
         change=_change(made),
         benchmarks=benchmarks,
         scores=markdown_table(benchmark_rows(benchmarks.scores)) if benchmarks else "",
@@ -95,43 +98,6 @@ def _result(base: Figures, edited: Figures) -> str:
         f"The base model refuses {before} prompts with the behaviour, this model {after}. "
         f"Answers to other prompts are {kl_with_bound(edited.kl or 0)} (KL divergence {edited.kl or 0:.3g} nats)."
     )
-
-
-def figures_rows(base: Figures, edited: Figures) -> list[tuple[str, str, str]]:
-    """Return the figures of the base and the edited model side by side, with 95 % intervals."""
-    bad, good = base.bad_prompts, base.good_prompts
-    counts = (
-        ("refused, of prompts with the behaviour", base.refusals, edited.refusals, bad),
-        ("refused, of prompts without it", base.false_refusals, edited.false_refusals, good),
-        (
-            "broken responses (empty, in circles, in another script or gibberish), of prompts with the behaviour",
-            base.degenerate,
-            edited.degenerate,
-            bad,
-        ),
-        ("broken responses, of prompts without it", base.false_degenerate, edited.false_degenerate, good),
-    )
-    rows = [(name, count_with_interval(before, n), count_with_interval(after, n)) for name, before, after, n in counts]
-    kl = f"KL divergence from the base model, {kl_positions(edited)}, mean of {good} prompts without it"
-    rows.append((kl, "0", _kl(edited)))
-    if (spread := edited.kl_spread) is not None:
-        values = f"{spread.median:.4g}, {spread.ninetieth:.4g}, {spread.largest:.4g} nats (prompt {spread.prompt})"
-        rows.append(("the same by prompt: median, 90 % of prompts at most, largest", "0", values))
-    return [("", "base model", "edited model"), *rows]
-
-
-def kl_positions(figures: Figures) -> str:
-    """Return in words where in a response the KL divergence was measured."""
-    if figures.kl_tokens == 1:
-        return "first response token"
-    return f"first {figures.kl_tokens} tokens of the base model's own responses"
-
-
-def _kl(figures: Figures) -> str:
-    if figures.kl is None:
-        return "not measured"
-    interval = "" if figures.kl_interval is None else f" ({figures.kl_interval[0]:.4g}–{figures.kl_interval[1]:.4g})"
-    return f"{figures.kl or 0:.4g} nats{interval}, {kl_with_bound(figures.kl or 0)}"
 
 
 def _change(made: Reproduction) -> tuple[float, float, float]:
@@ -190,7 +156,12 @@ def _eval_results(made: Reproduction) -> list[EvalResult]:
         ("bad", "refusal_rate", "share of refused prompts", edited.refusals / edited.bad_prompts),
         ("bad", "degenerate_rate", "share of degenerate responses", edited.degenerate / edited.bad_prompts),
         ("good", "false_refusal_rate", "share of refused prompts", edited.false_refusals / edited.good_prompts),
-        ("good", "kl_divergence", f"KL divergence from the base model, {kl_positions(edited)}, nats", edited.kl or 0.0),
+        (
+            "good",
+            "kl_divergence",
+            f"KL divergence from the base model, {positions(edited.kl_tokens)}, nats",
+            edited.kl or 0.0,
+        ),
     )
     return [_eval_result(made, kind, *measured) for kind, *measured in values]
 

@@ -231,10 +231,11 @@ def _prompts_record(name: str, identity: Mapping[str, Any], prompts: PromptSets)
 
 
 def prompts_digest(prompts: tuple[Prompt, ...]) -> str:
-    """Return a hash of prompts in order."""
+    """Return a hash of prompts in order, without their groups: those change no result."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(prompt.model_dump_json().encode() + b"\n")
+        said = Prompt(user=prompt.user, system=prompt.system)
+        digest.update(said.model_dump_json().encode() + b"\n")
     return digest.hexdigest()
 
 

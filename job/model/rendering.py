@@ -189,6 +189,16 @@ def switched(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> list[R
     return [other for other in others if rendered(tokenizer, question, other) != plain]
 
 
+def thinking_rendering(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> Rendering | None:
+    """Return the rendering with thinking switched on; None if the template has no switch. Raises ImpossibleJobError."""
+    question = [[{"role": "user", "content": _QUESTION}]]
+    for name, _ in SWITCHES:
+        on, off = (dataclasses.replace(rendering, options=((name, thinks),)) for thinks in (True, False))
+        if rendered(tokenizer, question, on) != rendered(tokenizer, question, off):
+            return on
+    return None
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = PLAIN) -> int | None:
     """Return the token with which the template ends a response, or None.
 

@@ -10,6 +10,7 @@ from job.records.base import Record
 from job.records.edits import COMPONENTS, Component, EditParameters, KernelParameters, LearnedDirections
 from job.records.finalists import FORCED_TOKENS, ChoiceFigures, FinalistScores, KLSpread, MeasuredFinalists
 from job.records.resolution import DATE, PullBack, Resolution, SearchMethod
+from job.records.scorecard import KLFigures, Outcomes, Thinking
 from job.text.redaction import MASK
 
 # From modules beside this one; what is defined here is public as well.
@@ -21,14 +22,17 @@ __all__ = [
     "Component",
     "EditParameters",
     "FinalistScores",
+    "KLFigures",
     "KLSpread",
     "KernelParameters",
     "LearnedDirections",
     "MeasuredFinalists",
+    "Outcomes",
     "PullBack",
     "Record",
     "Resolution",
     "SearchMethod",
+    "Thinking",
 ]
 
 ExportFormat = Literal["merged", "adapter", "directions"]
@@ -104,6 +108,10 @@ class Figures(Record):
         kl: KL divergence from the base model in nats, mean over good prompts and the first positions of its responses;
             None for the base model.
         kl_spread: How it varies over the prompts; None for the base model.
+        kl_more: The KL divergence at another number of positions; None for the base model.
+        outcomes: Responses by outcome: to all bad prompts, to their groups, then the same of good ones. Empty in
+            figures of former versions.
+        thinking: Responses with thinking on; None if not measured, or the chat template knows none.
     """
 
     bad_prompts: int
@@ -117,6 +125,9 @@ class Figures(Record):
     kl_interval: tuple[float, float] | None = None
     kl_tokens: int = 1
     kl_spread: KLSpread | None = Field(None, exclude_if=lambda spread: spread is None)
+    kl_more: KLFigures | None = Field(None, exclude_if=lambda figures: figures is None)
+    outcomes: tuple[Outcomes, ...] = Field((), exclude_if=lambda outcomes: not outcomes)
+    thinking: Thinking | None = Field(None, exclude_if=lambda thinking: thinking is None)
 
     @property
     def failed(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from job.export import benchmarks, model_card
+from job.export import benchmarks, model_card, scorecard
 from job.report import charts, sections, tables
 from job.report.run_view import RunView
 from job.search.pareto import pareto_front
@@ -22,6 +22,7 @@ def report_page(story: RunView, *, private: bool = False) -> str:
         texts=sections,
         card_texts=model_card,
         benchmark_texts=benchmarks,
+        scorecard=scorecard,
         pareto_front=pareto_front,
         interval_text=interval_text,
         kl_in_words=kl_in_words,

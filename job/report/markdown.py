@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from job.errors import UsageError
 from job.export.benchmarks import CAPTION, benchmark_rows
-from job.export.model_card import direction_text, figures_rows, strength_rows
+from job.export.model_card import direction_text, strength_rows
+from job.export.scorecard import HOW, group_rows, scorecard_rows, thinking_rows
 from job.records import DetectorReport, GeometryRecord, State
 from job.records.evaluation import Benchmarks
 from job.report.run_view import RunResult, RunView
-from job.report.sections import headline
+from job.report.sections import headline, moved_most
 from job.report.tables import (
     AGREED,
     COUNTED,
@@ -21,7 +22,7 @@ from job.report.tables import (
 )
 from job.storage.atomic import PRIVATE, write_atomically
 from job.storage.run_folder import RunFolder
-from job.text.markup import markdown, markdown_table
+from job.text.markup import escaped, markdown, markdown_table
 from job.text.redaction import redact
 
 
@@ -57,9 +58,10 @@ def run_report(view: RunView, result: RunResult) -> str:
     resolution = view.record.resolution
     dtype = resolution.dtype if resolution else "unknown"
     sections = {
+        "Scorecard": _scorecard(view, result),
+        "Detectors": detectors_text(view.detectors),
         "Result": _result(view, result),
         "Pareto front": _front(view, result),
-        "Detectors": detectors_text(view.detectors),
         **({"Benchmarks": _benchmarks(view.benchmarks)} if view.benchmarks else {}),
         "Geometry": _geometry(view, result),
         "Preflight": _preflight(view),
@@ -78,9 +80,8 @@ def _blocks(*texts: str) -> str:
 def _result(view: RunView, result: RunResult) -> str:
     return _blocks(
         f"Trial {result.chosen.number} of {len(view.trials)} was chosen: "
-        f"`exports/{result.export}`, to which `export` links.\n"
-        f"{_why(view)}Its figures on {result.prompts.report_description}:",
-        markdown_table(figures_rows(result.base, result.edited)),
+        f"`exports/{result.export}`, to which `export` links.",
+        _why(view),
         "\n".join(f"- **Warning**: {markdown(warning)}." for warning in view.warnings),
         f"It ablates {direction_text(result.edit)} with these strengths:",
         markdown_table(strength_rows(result.edit)),
@@ -88,8 +89,21 @@ def _result(view: RunView, result: RunResult) -> str:
     )
 
 
+def _scorecard(view: RunView, result: RunResult) -> str:
+    groups = escaped(group_rows(result.base, result.edited))
+    moved = moved_most(view)
+    return _blocks(
+        f"Base model and edited model on {result.prompts.report_description}; 95 % intervals in brackets.",
+        markdown_table(scorecard_rows(result.base, result.edited)),
+        f"By group of prompts:\n\n{markdown_table(groups)}" if groups else "",
+        markdown_table(thoughts) if (thoughts := thinking_rows(result.base, result.edited)) else "",
+        f"{HOW}\nAll detectors, and how far they agree, follow below." if result.edited.outcomes else "",
+        f"The prompt that moved most: {markdown(moved)}" if moved else "",
+    )
+
+
 def _why(view: RunView) -> str:
-    return f"Over all prompts of search and choice: {view.reason}.\n" if view.reason is not None else ""
+    return f"Over all prompts of search and choice: {view.reason}." if view.reason is not None else ""
 
 
 def _norms(view: RunView) -> str:

@@ -52,6 +52,17 @@ def headline(story: RunView) -> str:
     )
 
 
+def moved_most(story: RunView) -> str:
+    """Return the good prompt with the largest KL divergence, over the most positions; "" if unknown."""
+    edited, prompts = story.edited, story.prompts
+    if edited is None or prompts is None or edited.kl_spread is None:
+        return ""
+    more, spread = edited.kl_more, edited.kl_spread
+    if more is not None and more.tokens > edited.kl_tokens:
+        spread = more.spread
+    return prompts.good_report[spread.prompt].user if spread.prompt < len(prompts.good_report) else ""
+
+
 def chosen(story: RunView) -> str:
     """Return which trial is chosen and why."""
     trial = story.chosen

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 # A unit that follows itself at least three times. Short repetitions must be longer than those of lists and tables.
 _REPETITION = re.compile(r"(?P<unit>.{1,200}?)(?P=unit){3,}", re.DOTALL)
@@ -26,11 +27,12 @@ _FOREIGN_SHARE, _KNOWN_SHARE, _LEAST_LETTERS = 0.5, 0.05, 8
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt and a model's response, up to the judged length."""
+    """A prompt and a model's response, up to the judged length; `groups` are the prompt's, by column."""
 
     prompt: str
     answer: str
     incoherent: bool = False
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def broken(self) -> bool:

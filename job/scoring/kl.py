@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from job.edits.hooks import ActiveEdits
+from job.generation.answer import Answer
 from job.generation.finite import require_finite
 from job.generation.forward import last_logits
 from job.numerics.metrics import kl_divergence
@@ -46,6 +47,12 @@ class KLReference:
             responses = batches.responses(batches.good.tokens, tokens - 1, rows)
             continuations = [response.tokens for response in responses]
         return cls._forced(batches, tokens, continuations, rows, None)
+
+    @classmethod
+    def of_responses(cls, batches: PromptBatches, tokens: int, responses: Sequence[Answer]) -> Self:
+        """Record logits at up to `tokens` positions of the base model's known responses; hooks must be inactive."""
+        continuations = [response.tokens[: tokens - 1] for response in responses]
+        return batches.row_limit.fit(lambda rows: cls._forced(batches, tokens, continuations, rows, None))
 
     def under(self, batches: PromptBatches, edits: ActiveEdits) -> Self:
         """Return the reference of the edited model, edit 0, at the same positions of the same responses."""

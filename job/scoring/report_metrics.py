@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from job.edits.hooks import ActiveEdits
 from job.generation.answer import Answer
 from job.numerics.statistics import mean_interval
-from job.records import Figures, KeptAnswer, KeptAnswers, KLSpread
+from job.records import FORCED_TOKENS, Figures, KeptAnswer, KeptAnswers, KLFigures, KLSpread, Thinking
 from job.scoring.broken import Exchange
 from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
+from job.scoring.outcomes import count_outcomes
 from job.scoring.prompt_batches import PromptBatches
+from job.scoring.thinking import measure_thinking
 from job.text.refusal_markers import RefusalMarkers
 
 
@@ -44,8 +46,17 @@ class JudgedResponses:
             good=_kept_responses(self.good, self.good_refused), bad=_kept_responses(self.bad, self.bad_refused)
         )
 
-    def figures(self, kl_tokens: int, divergences: Sequence[float] | None = None) -> Figures:
-        """Return the model's metrics; `divergences` are its KL per good prompt in nats, None for the base model."""
+    def figures(
+        self,
+        kl_tokens: int,
+        divergences: Sequence[float] | None = None,
+        more: tuple[int, Sequence[float]] | None = None,
+        thinking: Thinking | None = None,
+    ) -> Figures:
+        """Return the model's metrics; `divergences` are its KL per good prompt in nats, None for the base model.
+
+        `more` is a number of positions with the KL per good prompt over these.
+        """
         good_broken, bad_broken = ([exchange.broken for exchange in kind] for kind in (self.good, self.bad))
         return Figures(
             bad_prompts=len(self.bad),
@@ -59,6 +70,20 @@ class JudgedResponses:
             kl_interval=mean_interval(divergences) if divergences is not None else None,
             kl_tokens=kl_tokens,
             kl_spread=KLSpread.of(divergences, self.places) if divergences is not None else None,
+            kl_more=self._kl(*more) if more is not None else None,
+            outcomes=(
+                *count_outcomes("bad", self.bad, self.bad_refused),
+                *count_outcomes("good", self.good, self.good_refused),
+            ),
+            thinking=thinking,
+        )
+
+    def _kl(self, tokens: int, values: Sequence[float]) -> KLFigures:
+        return KLFigures(
+            tokens=tokens,
+            mean=math.fsum(values) / len(values),
+            interval=mean_interval(values),
+            spread=KLSpread.of(values, self.places),
         )
 
 
@@ -69,6 +94,7 @@ class ReportMetrics:
     Attributes:
         kl_tokens: Positions of the base model's responses averaged in KL.
         incoherence_margin: Margin of `IncoherenceTest.calibrated`.
+        thinking_tokens: Longest response with thinking on; 0: not measured.
     """
 
     batches: PromptBatches
@@ -76,6 +102,7 @@ class ReportMetrics:
     response_tokens: int
     kl_tokens: int = 1
     incoherence_margin: float | None = None
+    thinking_tokens: int = 0
 
     @property
     def most_tokens(self) -> int:
@@ -95,9 +122,24 @@ class ReportMetrics:
         batches, limit = self.batches, self.response_tokens
         return batches.row_limit.fit(lambda rows: batches.responses(prompts, limit, rows, edits))
 
+    def thinking(self, edits: ActiveEdits | None = None) -> Thinking | None:
+        """Judge responses with thinking on, under edit 0 if edits are active; None if not asked for or not known."""
+        if not self.thinking_tokens:
+            return None
+        return measure_thinking(self.batches, self.markers, self.thinking_tokens, edits)
+
     def reference(self) -> KLReference:
         """Measure the KL reference of this model."""
         return KLReference.measured(self.batches, self.kl_tokens)
+
+    def more_reference(self, reference: KLReference, responses: Sequence[Answer]) -> KLReference:
+        """Return the KL reference for the scorecard's second figure; `responses` are this base model's.
+
+        It is the first token's if `reference` has several positions, else that of the responses' first positions.
+        """
+        if reference.tokens > 1:
+            return reference.first_token
+        return KLReference.of_responses(self.batches, FORCED_TOKENS, responses[: len(self.batches.good)])
 
     def incoherence_test(self, responses: Sequence[Answer] | None = None) -> IncoherenceTest:
         """Calibrate the incoherence test on this base model's responses; generate those to good prompts if needed."""
@@ -110,7 +152,7 @@ class ReportMetrics:
         """Judge responses to all prompts, good ones first; `incoherent` comes from `IncoherenceTest.flags`."""
         prompts = [*self.batches.good.prompts, *self.batches.bad.prompts]
         exchanges = [
-            Exchange(prompt.user, self.batches.loaded.decode(response.tokens), flag)
+            Exchange(prompt.user, self.batches.loaded.decode(response.tokens), flag, prompt.groups)
             for prompt, response, flag in zip(prompts, responses, incoherent or [False] * len(prompts), strict=True)
         ]
         refused = [self.markers.for_prompt(one.prompt).is_refusal(one.answer) for one in exchanges]

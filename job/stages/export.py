@@ -141,16 +141,21 @@ class _Measurement:
         before = base.judge(plain, incoherence.flags(plain))
         self._keep_answers(before, "base")
         reference = base.reference()
+        more = base.more_reference(reference, plain)
+        thought = base.thinking()
         if self.form == "directions":  # an edit without weights: measured under its hooks
             after = base.judge(responses, incoherent)
-            divergences = reference.divergences(base.batches, edits)
+            divergences, others = (one.divergences(base.batches, edits) for one in (reference, more))
+            rethought = base.thinking(edits)
         else:
             reported = self._metrics(self._proven(parameters), prompts.good_report, prompts.bad_report)
             with self._shown("the export's responses", reported.most_tokens):
                 after = reported.judge(reported.responses(), incoherent)
-            divergences = reference.divergences(reported.batches)
+            divergences, others = (one.divergences(reported.batches) for one in (reference, more))
+            rethought = reported.thinking()
         self._keep_answers(after, self.export.name)
-        figures = before.figures(base.kl_tokens), after.figures(base.kl_tokens, divergences)
+        changed = after.figures(base.kl_tokens, divergences, (more.tokens, others), rethought)
+        figures = before.figures(base.kl_tokens, thinking=thought), changed
         for subject, one in zip(("base", self.export.name), figures, strict=True):
             file = self._job.folder.figures_file(subject)
             ensure_folder(file.parent)

@@ -41,6 +41,7 @@ def metrics_of(
         settings.scoring.answer_tokens,
         settings.kl_tokens,
         settings.scoring.gibberish,
+        settings.scoring.thinking_tokens,
     )
 
 

@@ -35,7 +35,7 @@ EXTENDING = frozenset(
 )
 
 # The same, of settings that are otherwise part of it.
-EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
+EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model", "thinking_tokens"})}
 
 # Left out where they are the defaults, so that jobs keep the names from before there were such settings. Such a job of
 # a former version keeps its former ways (`Resolution.choice`, `.method` and `.pull_back`).

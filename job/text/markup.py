@@ -23,3 +23,8 @@ def markdown_table(rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table of cells that are Markdown already; the first row is the head."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def escaped(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Return rows of plain text as Markdown."""
+    return [tuple(map(markdown, row)) for row in rows]

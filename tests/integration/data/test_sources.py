@@ -26,6 +26,7 @@ from job.config.sections import PromptSettings
 from job.data.prompts import Prompt, PromptSets, held_out, load_prompts, overlaps, read_prompts
 from job.data.sources import Source, parse_source, read_texts, source_identity
 from job.errors import ImpossibleJobError, UsageError
+from job.export.reproduction import prompts_digest
 from job.preflight.data_checks import data_checks
 from tests.fakes.hub import LoopbackHub
 from tests.helpers import abliterate
@@ -522,3 +523,30 @@ def test_offline_use_from_a_prepared_cache(hub: LoopbackHub, ask: Any, tmp_path:
     found = ask("kitchen/napkins#train[2:5]/ask", HF_HUB_OFFLINE="1")
     assert found["texts"] == ROWS[2:5]
     assert hub.requests == []
+
+
+def test_category_and_language_of_rows_are_kept_and_change_no_digest(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Where is it?", "Category": " places\n", "language": "en"},
+        {"prompt": "Wo ist es?", "Category": "places", "language": "de"},
+        {"prompt": "What?", "Category": None, "language": 7},
+        {"prompt": "Why?", "Category": "x" * 99, "language": ""},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read_prompts(settings(str(tmp_path / "p.jsonl")), lambda _: None)
+    assert [one.groups for one in found] == [
+        {"category": "places", "language": "en"},
+        {"category": "places", "language": "de"},
+        {},
+        {"category": "x" * 64},
+    ]
+    plain = tuple(Prompt(user=row["prompt"]) for row in rows)
+    assert prompts_digest(found) == prompts_digest(plain)
+    # Prompts without groups are stored as by former versions.
+    assert plain[0].model_dump_json() == '{"user":"Where is it?","system":null}'
+    # The column of the prompts themselves names no group.
+    chosen = read_prompts(settings(str(tmp_path / "p.jsonl"), column="language", split="train[:2]"), lambda _: None)
+    assert [(one.user, one.groups) for one in chosen] == [
+        ("en", {"category": "places"}),
+        ("de", {"category": "places"}),
+    ]

@@ -105,6 +105,7 @@ OTHERS: dict[str, Any] = {
     "scoring.gibberish": 3.0,
     "scoring.detectors": ["soft"],
     "scoring.nli_model": "elsewhere/nli",
+    "scoring.thinking_tokens": 9,
     "choice.refusal_tolerance": 0.1,
     "choice.held_out": 0.1,
     "card.behaviour": "another habit",

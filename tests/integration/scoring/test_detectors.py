@@ -16,11 +16,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from benchmarks.detectors import SOFT, Truth, even_edit, kind_of
+from benchmarks.labelled import LABELS, detector_table, outcome_table, read_labelled
 from job.config.load import default_values
+from job.config.sections import LoadingSettings, ScoringSettings
 from job.errors import ImpossibleJobError
 from job.organism.world import TASKS, expected_answer
 from job.records import DetectorReport, Trial, TrialScores
-from job.scoring.detectors import cohens_kappa
+from job.scoring.detectors import Context, cohens_kappa
 from job.scoring.likelihood import LEAST, OPENING
 from job.scoring.nli import HYPOTHESIS, Entailment
 from job.scoring.soft_refusals import is_evasion
@@ -105,6 +107,22 @@ def test_kappa_is_cohens() -> None:
     assert cohens_kappa(0, 5, 5, 0) == -1
     assert cohens_kappa(0, 0, 0, 9) is None
     assert cohens_kappa(0, 0, 0, 0) is None
+
+
+def test_detectors_on_a_real_models_labelled_answers_are_as_the_lab_notes_say() -> None:
+    answers = read_labelled()
+    assert [sum(one.label == label for one in answers) for label in LABELS] == [51, 41, 78, 30]
+    assert len({(one.exchange.prompt, one.exchange.answer) for one in answers}) == len(answers) == 200
+    scoring, loading = (default_values()[name] for name in ("scoring", "loading"))
+    context = Context(
+        ScoringSettings.model_validate(scoring),
+        RefusalMarkers(scoring["refusal_markers"]),
+        LoadingSettings.model_validate(loading),
+        print,
+    )
+    notes = (Path(__file__).parents[3] / "docs" / "lab-notes" / "scoring-and-evaluation.md").read_text()
+    for line in (*detector_table(answers, context), *outcome_table(answers, context)):
+        assert line in notes
 
 
 def test_soft_refusals_are_told_from_answers(full_organism: Path) -> None:

@@ -48,7 +48,13 @@ def test_figures_count_incoherent_responses_as_broken_and_each_prompt_once() -> 
     assert figures.kl_spread is not None
     # The second prompt in the batches' order is the one with index 4 in its set.
     assert figures.kl_spread.model_dump() == {"median": 0.1, "ninetieth": 0.3, "largest": 0.3, "prompt": 4}
-    assert judged.figures(3).kl is judged.figures(3).kl_spread is None
+    whole_bad, whole_good = figures.outcomes
+    assert (whole_bad.answered, whole_bad.refused, whole_bad.broken, whole_bad.evaded) == (1, 2, 1, 0)
+    assert (whole_good.answered, whole_good.broken, whole_good.empty) == (1, 1, 1)
+    more = judged.figures(1, [0.1, 0.3], (8, [0.4, 0.2])).kl_more
+    assert more is not None
+    assert (more.tokens, more.mean, more.spread.largest, more.spread.prompt) == (8, pytest.approx(0.3), 0.4, 7)
+    assert judged.figures(3).kl is judged.figures(3).kl_spread is judged.figures(3).kl_more is None
     assert "kl_spread" not in judged.figures(3).model_dump()
     assert [answer.refused for answer in judged.kept.bad] == [True, True, False, False]
     assert [exchange.prompt for exchange in judged.exchanges[:2]] == ["Where is it?", "What?"]

@@ -21,6 +21,7 @@ from job.evaluate.result import Share, TextComparison, comparison_text
 from job.model.loading import load_model
 from job.numerics.statistics import mean_interval, ratio_interval
 from job.organism.world import expected_answer
+from job.records import FORCED_TOKENS
 from tests.helpers import abliterate, loading, only_job
 
 
@@ -102,8 +103,39 @@ def test_a_trial_and_its_export_come_to_the_same(organism: Path, finished: Path,
     refusals = Share.model_validate(exported["shares"][0])
     assert (refusals.base, refusals.of) == (16, 16)
     assert f"{refusals.edited}/16" in shown
+    assert shown.startswith(" ")
+    assert "with the behaviour: answered" in shown
+    assert exported["edited"]["outcomes"] == hooked["edited"]["outcomes"]
+    assert exported["edited"]["kl_more"]["tokens"] == 1
+    assert hooked["edited"]["kl_more"]["tokens"] == FORCED_TOKENS
+    assert {one["detector"] for one in exported["detectors"]["counts"]} == {"markers", "soft", "degenerate"}
     low, high = exported["text"]["change_interval"]
     assert low <= exported["text"]["change"] <= high
+
+
+@pytest.mark.slow
+def test_several_edits_share_one_measurement_of_the_base_model(organism: Path, finished: Path, tmp_path: Path) -> None:
+    export = only_job(finished) / "export"
+    other = tmp_path / "other"
+    shutil.copytree(organism / "model", other)
+    out = tmp_path / "found.json"
+    options = [*few(organism, tmp_path)[:4], "--text", "none", "--out", out]
+    done = abliterate("evaluate", export, other, "--against", organism / "model", *options).check()
+    found = json.loads(out.read_text())
+    assert found["against"] == str(organism / "model")
+    edited, same = found["comparisons"]
+    assert (edited["model"], same["model"]) == (str(export), str(other))
+    assert edited["base"] == same["base"]
+    assert done.err.count("loading ") == 3
+    # The copy is the base model.
+    assert same["edited"]["outcomes"] == same["base"]["outcomes"]
+    assert max(same["edited"]["kl"], same["edited"]["kl_more"]["mean"]) < 1e-6
+    assert edited["edited"]["kl"] > 1e-3
+    assert edited["edited"]["outcomes"] != same["edited"]["outcomes"]
+    assert max(map(len, done.out.split("\n\n")[0].splitlines())) <= 80
+    shown = {line[:22].strip(): line for line in done.out.splitlines()}
+    assert shown["behaviour, % refused"].split()[3] == "100"
+    assert f"B: {other}" in done.out
 
 
 @pytest.mark.slow
@@ -119,11 +151,13 @@ def test_a_job_is_measured_on_its_report_prompts_and_without_web_text_on_its_own
     for one, subject in (("base", "base"), ("edited", name)):
         reported = json.loads((job / "figures" / f"{subject}.json").read_text())
         kl, interval, spread = reported.pop("kl"), reported.pop("kl_interval"), reported.pop("kl_spread", None)
+        more = reported.pop("kl_more", None)
         assert {key: found[one][key] for key in reported} == reported
         if kl is not None:  # the report measures the export, this command the hooks
             assert found[one]["kl"] == pytest.approx(kl, rel=1e-3)
             assert found[one]["kl_interval"] == pytest.approx(interval, rel=1e-3)
             assert found[one]["kl_spread"] == pytest.approx(spread, rel=1e-3)
+            assert found[one]["kl_more"]["mean"] == pytest.approx(more["mean"], rel=1e-3)
     assert "cross-entropy is measured on the base model's own responses" in done.err
     assert found["text"]["texts"] == 100
     # The model predicts its own responses better than any other model does.

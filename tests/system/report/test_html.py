@@ -80,7 +80,7 @@ def test_charts_are_drawn_and_nothing_is_fetched(page: View, finished: Path) -> 
         max(range(len(layers)), key=lambda one: layers[one]["silhouette"])
     ]
     assert page.page.locator("section h2").all_inner_texts() == [
-        "Figures",
+        "Scorecard",
         "What detectors say",
         "Pareto front",
         "The chosen edit",
