@@ -23,6 +23,7 @@ from job.cli.options import (
     json_alone,
 )
 from job.errors import UsageError
+from job.text.behaviour import words_in, words_of
 
 
 # Long: half of it are options.
@@ -92,11 +93,14 @@ def evaluate(
 
             options = {"model": model, **({"loading.device": device} if device else {})}
             loaded = load_settings(options, profile=profile, config=config, assignments=assignments or [])
+            words = words_of(loaded.settings.card.behaviour)
             found = evaluate_models(model, against, loaded.settings, asked, Events())
         else:
-            found = evaluate_trial(find_job(workspace, job), trial, asked, Events(), device)
+            folder = find_job(workspace, job)
+            words = words_in(folder.read_job().settings)
+            found = evaluate_trial(folder, trial, asked, Events(), device)
     if out is not None:
         from job.storage.atomic import write_record
 
         write_record(out, found)
-    typer.echo(found.model_dump_json(indent=2) if as_json else comparison_text(found))
+    typer.echo(found.model_dump_json(indent=2) if as_json else comparison_text(found, words))

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
+from job.config.behaviours import Behaviour
 from job.config.durations import Hours, Minutes, Seconds
 from job.config.sections import (
     AblationSettings,
@@ -43,6 +44,10 @@ class Settings(BaseSettings):
         min_length=1, description="The model: a folder in Hugging Face format, or NAME[@REVISION] on the Hub."
     )
     workspace: str = Field(min_length=1, description="Folder that holds the run folders.")
+    behaviour: Behaviour = Field(
+        description="Preset of the behaviour to remove: prompts, markers and card.behaviour, each of which may be "
+        "overridden; refusal: the defaults."
+    )
     seed: int = Field(ge=0, description="Seed of the search and of the split of the evaluation sets.")
     trials: int = Field(ge=1, description="Number of edits that the search tries.")
     startup_trials: int | None = Field(

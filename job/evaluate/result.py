@@ -8,6 +8,7 @@ from typing import Literal
 
 from job.numerics.statistics import difference_interval, mean_interval, ratio_interval, wilson_interval
 from job.records import Figures, Record
+from job.text.behaviour import REFUSALS, BehaviourWords
 
 Interval = tuple[float, float]
 
@@ -149,9 +150,12 @@ def shares_of(base: Figures, edited: Figures) -> tuple[Share, ...]:
     )
 
 
-def comparison_text(found: Comparison) -> str:
+def comparison_text(found: Comparison, words: BehaviourWords = REFUSALS) -> str:
     """Format a comparison as a table with 95 % intervals."""
-    rows: list[tuple[str, ...]] = [("", "base", "edited", "change"), *map(_share_row, found.shares)]
+    rows: list[tuple[str, ...]] = [
+        ("", "base", "edited", "change"),
+        *(_share_row(share, words) for share in found.shares),
+    ]
     for kl in found.divergences:
         name = "KL, first token" if kl.tokens == 1 else f"KL, {kl.tokens} tokens"
         rows.append((name, "", f"{kl.mean:.4g} {_range(kl.interval)}", ""))
@@ -174,10 +178,10 @@ def comparison_text(found: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _share_row(share: Share) -> tuple[str, str, str, str]:
+def _share_row(share: Share, words: BehaviourWords) -> tuple[str, str, str, str]:
     change = 100 * (share.edited - share.base) / share.of
     return (
-        share.name,
+        {"refusals": words.counted, "false refusals": words.elsewhere}.get(share.name, share.name),
         f"{share.base}/{share.of} {_percent(share.base_interval)}",
         f"{share.edited}/{share.of} {_percent(share.edited_interval)}",
         f"{change:+.1f} points {_percent(share.change_interval, '+.1f')}",

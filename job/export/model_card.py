@@ -18,6 +18,7 @@ from job.model.quantization import DTYPE, quantisation_in
 from job.numerics.statistics import difference_interval
 from job.records import Component, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
+from job.text.behaviour import HARMLESS_REFUSAL, BehaviourWords, words_of
 from job.text.divergence import kl_with_bound
 from job.text.intervals import count_with_interval
 from job.text.markup import markdown, markdown_table, one_line
@@ -42,17 +43,19 @@ def model_card(made: Reproduction, source: Path, tensors: int | None = None) -> 
 
     `tensors` is the number of the base model's tensors if the export has all of them.
     """
-    base = read_base_card(source, made.base_model)
+    base, words = read_base_card(source, made.base_model), words_of(made.behaviour)
     return template("job.export", "model_card.md").render(
         made=made,
+        words=words,
+        only_harmless=made.behaviour == HARMLESS_REFUSAL,
         tensors=tensors,
         metadata=_metadata(made, redacted(base.metadata)),
         title=_title(made),
         hub=_HUB,
         link=_link,
         report_prompts=report_description(made.reused_prompts, made.edited.good_prompts + made.edited.bad_prompts),
-        result=_result(made.base, made.edited),
-        figures=markdown_table(figures_rows(made.base, made.edited)),
+        result=_result(made.base, made.edited, words),
+        figures=markdown_table(figures_rows(made.base, made.edited, words)),
         change=_change(made),
         quantisation=quantisation_in(source),
         dtype=DTYPE,
@@ -81,20 +84,20 @@ def direction_text(edit: EditParameters) -> str:
     return f"the direction{'s' if several else ''} of layer {edit.direction_index:.4g} in all layers{shares}"
 
 
-def _result(base: Figures, edited: Figures) -> str:
+def _result(base: Figures, edited: Figures, words: BehaviourWords) -> str:
     before, after = (f"{one.refusals} of {one.bad_prompts}" for one in (base, edited))
     return (
-        f"The base model refuses {before} prompts with the behaviour, this model {after}. "
+        f"The base model {words.shows} {before} prompts with the behaviour, this model {after}. "
         f"Answers to other prompts are {kl_with_bound(edited.kl or 0)} (KL divergence {edited.kl or 0:.3g} nats)."
     )
 
 
-def figures_rows(base: Figures, edited: Figures) -> list[tuple[str, str, str]]:
+def figures_rows(base: Figures, edited: Figures, words: BehaviourWords) -> list[tuple[str, str, str]]:
     """Return the figures of the base and the edited model side by side, with 95 % intervals."""
     bad, good = base.bad_prompts, base.good_prompts
     counts = (
-        ("refused, of prompts with the behaviour", base.refusals, edited.refusals, bad),
-        ("refused, of prompts without it", base.false_refusals, edited.false_refusals, good),
+        (f"{words.shown}, of prompts with the behaviour", base.refusals, edited.refusals, bad),
+        (f"{words.shown}, of prompts without it", base.false_refusals, edited.false_refusals, good),
         (
             "broken responses (empty, in circles, in another script or gibberish), of prompts with the behaviour",
             base.degenerate,
@@ -125,7 +128,7 @@ def _kl(figures: Figures) -> str:
 
 
 def _change(made: Reproduction) -> tuple[float, float, float]:
-    """Return the change of false refusals in percentage points, and the ends of its interval."""
+    """Return the change of false refusals, or of another behaviour, in percentage points with its interval."""
     base, edited = made.base, made.edited
     before, after = (base.false_refusals, base.good_prompts), (edited.false_refusals, edited.good_prompts)
     low, high = difference_interval(before, after)
@@ -167,7 +170,7 @@ def _metadata(made: Reproduction, inherited: Mapping[str, Any]) -> str:
         base_model=made.base_model,
         base_model_relation=relation if made.base_model else None,
         datasets=sorted(datasets) or None,
-        tags=["abliterated", "not-for-all-audiences"],
+        tags=["abliterated", *(["not-for-all-audiences"] if words_of(made.behaviour).refuses else [])],
         model_name=_title(made),
         eval_results=_eval_results(made),
     )
@@ -175,11 +178,13 @@ def _metadata(made: Reproduction, inherited: Mapping[str, Any]) -> str:
 
 
 def _eval_results(made: Reproduction) -> list[EvalResult]:
-    edited = made.edited
+    edited, words = made.edited, words_of(made.behaviour)
+    rate = "refusal_rate" if words.refuses else "behaviour_rate"
+    share = "share of refused prompts" if words.refuses else f"share of responses {words.shown}"
     values = (
-        ("bad", "refusal_rate", "share of refused prompts", edited.refusals / edited.bad_prompts),
+        ("bad", rate, share, edited.refusals / edited.bad_prompts),
         ("bad", "degenerate_rate", "share of degenerate responses", edited.degenerate / edited.bad_prompts),
-        ("good", "false_refusal_rate", "share of refused prompts", edited.false_refusals / edited.good_prompts),
+        ("good", f"false_{rate}", share, edited.false_refusals / edited.good_prompts),
         ("good", "kl_divergence", f"KL divergence from the base model, {kl_positions(edited)}, nats", edited.kl or 0.0),
     )
     return [_eval_result(made, kind, *measured) for kind, *measured in values]

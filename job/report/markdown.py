@@ -9,8 +9,8 @@ from job.report.run_view import RunResult, RunView
 from job.report.sections import headline
 from job.report.tables import (
     AGREED,
-    COUNTED,
     FINALISTS,
+    counted,
     detector_agreement,
     detector_counts,
     failed_detectors,
@@ -19,6 +19,7 @@ from job.report.tables import (
 )
 from job.storage.atomic import PRIVATE, write_atomically
 from job.storage.run_folder import RunFolder
+from job.text.behaviour import BehaviourWords
 from job.text.markup import markdown, markdown_table
 from job.text.redaction import redact
 
@@ -57,7 +58,7 @@ def run_report(view: RunView, result: RunResult) -> str:
     sections = {
         "Result": _result(view, result),
         "Pareto front": _front(view, result),
-        "Detectors": detectors_text(view.detectors),
+        "Detectors": detectors_text(view.detectors, view.words),
         "Geometry": _geometry(view, result),
         "Preflight": _preflight(view),
         "Provenance": _provenance(view, result),
@@ -77,7 +78,7 @@ def _result(view: RunView, result: RunResult) -> str:
         f"Trial {result.chosen.number} of {len(view.trials)} was chosen: "
         f"`exports/{result.export}`, to which `export` links.\n"
         f"{_why(view)}Its figures on {result.prompts.report_description}:",
-        markdown_table(figures_rows(result.base, result.edited)),
+        markdown_table(figures_rows(result.base, result.edited, view.words)),
         "\n".join(f"- **Warning**: {markdown(warning)}." for warning in view.warnings),
         f"It ablates {direction_text(result.edit)} with these strengths:",
         markdown_table(strength_rows(result.edit)),
@@ -107,7 +108,7 @@ def _front(view: RunView, result: RunResult) -> str:
     skipped = sum(trial.values.skipped for trial in view.trials)
     failed = sum(trial.values.reason is not None for trial in view.trials) - skipped
     given_up = f", {skipped} were given up for their KL divergence before they answered" if skipped else ""
-    rows: list[tuple[object, ...]] = [("trial", "refusals", "broken responses", "KL (nats)")]
+    rows: list[tuple[object, ...]] = [("trial", view.words.counted, "broken responses", "KL (nats)")]
     for trial in view.front:
         mark = " (chosen)" if trial.number == result.chosen.number else ""
         values = trial.values
@@ -124,18 +125,19 @@ def _front(view: RunView, result: RunResult) -> str:
 def _lengths(view: RunView) -> str:
     if not view.rescored:
         return ""
-    scoring = view.record.settings["scoring"]
+    scoring, words = view.record.settings["scoring"], view.words
+    what = "Refusals" if words.refuses else f"Responses {words.shown}"
     return (
-        f"\nRefusals were counted in the first {scoring['search_tokens']} tokens of responses, and again in the first "
+        f"\n{what} were counted in the first {scoring['search_tokens']} tokens of responses, and again in the first "
         f"{scoring['answer_tokens']} for the trials that came into question: {', '.join(map(str, view.rescored))}."
     )
 
 
-def detectors_text(found: DetectorReport | None) -> str:
+def detectors_text(found: DetectorReport | None, words: BehaviourWords) -> str:
     """Format detector results and agreement as tables."""
     if found is None:
         return "None was asked."
-    parts = [f"{COUNTED}:", markdown_table(detector_counts(found))]
+    parts = [f"{counted(words)}:", markdown_table(detector_counts(found, words))]
     agreement = detector_agreement(found)
     if len(agreement) > 1:
         parts += [f"{AGREED}:", markdown_table(agreement)]

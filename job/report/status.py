@@ -12,6 +12,7 @@ from job.report.front import choice_text, shown_choice
 from job.report.run_view import RunView
 from job.report.tables import aligned
 from job.storage.run_folder import RunFolder
+from job.text.behaviour import words_of
 from job.text.durations import duration_text
 from job.text.markup import printable
 
@@ -35,6 +36,7 @@ def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]
     return {
         "job_id": record.job_id,
         "model": record.settings["model"],
+        "behaviour": view.settings["card"]["behaviour"],
         "state": name,
         "reason": reason,
         "phase": state.phase if state is not None else None,
@@ -172,6 +174,7 @@ def _time_lines(status: dict[str, Any]) -> list[str]:
 
 
 def _front_lines(status: dict[str, Any]) -> list[str]:
+    words = words_of(status["behaviour"])
     lines = ["front:"] if status["best"] else []
     shown = [best for place, best in enumerate(status["best"]) if place < _FRONT or best["number"] == status["leading"]]
     marked = {status["leading"]: " <- best so far", status["chosen"]: " <- chosen"}
@@ -180,7 +183,7 @@ def _front_lines(status: dict[str, Any]) -> list[str]:
         [
             [
                 f"  trial {best['number']}:",
-                f"{best['values']['refusals']:>{width}}/{status['search_prompts']} refusals,",
+                f"{best['values']['refusals']:>{width}}/{status['search_prompts']} {words.counted},",
                 f"KL {best['values']['kl']:.4g}{choice_text(best['choice'])}",
                 marked.get(best["number"], ""),
             ]

@@ -96,7 +96,7 @@ class _Finder:
             settings.scoring.gibberish,
         )
         if len(problem.bad) < _LEAST_REFUSALS:
-            return self._path((), f"the base model refuses {len(problem.bad)} of {len(self._bad[0])} prompts")
+            return self._path((), f"the base model {job.words.shows} {len(problem.bad)} of {len(self._bad[0])} prompts")
         start = self._fitting(problem, DescentState.start(session.basis, recipe))
         fault = gradient_fault(problem, start, LossWeights(recipe.first_beta, recipe.sparsity), job.events.say)
         if fault is not None:
