@@ -181,8 +181,10 @@ class RunView:
         result = self.result
         if result is None:
             return []
-        searched = search_warnings(self.trials, len(result.prompts.bad_search)) if self.record.searches else []
-        return searched + effect_warnings(result.base, result.edited)
+        searched = (
+            search_warnings(self.trials, len(result.prompts.bad_search), self.words) if self.record.searches else []
+        )
+        return searched + effect_warnings(result.base, result.edited, self.words)
 
     @cached_property
     def detectors(self) -> DetectorReport | None:

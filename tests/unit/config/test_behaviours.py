@@ -1,0 +1,119 @@
+"""Presets of behaviours: what each sets, who may override it, and that its prompts are fit for a job."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from job.config.behaviours import BEHAVIOURS, behaviour_values
+from job.config.describe import describe_settings
+from job.config.load import load_settings
+from job.data.prompts import load_prompts
+from job.errors import UsageError
+from job.storage.identity import extends
+from job.text.refusal_markers import RefusalMarkers
+
+PRESETS = BEHAVIOURS[1:]
+MODEL = {"model": "m"}
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("ABLITERATE_"):
+            monkeypatch.delenv(name)
+
+
+def test_every_file_is_a_behaviour_and_refusal_is_the_defaults() -> None:
+    files = {file.name for file in resources.files("job.config.behaviours").iterdir() if file.name.endswith(".toml")}
+    assert files == {f"{name}.toml" for name in PRESETS}
+    assert behaviour_values("refusal") == {}
+    asked, default = (load_settings({**MODEL, **more}).settings for more in ({"behaviour": "refusal"}, {}))
+    assert asked == default
+    assert extends("behaviour")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_gives_prompts_of_its_own_that_a_job_can_split(name: str) -> None:
+    settings = load_settings({**MODEL, "behaviour": name}).settings
+    said: list[str] = []
+    prompts = load_prompts(settings, said.append)
+    assert (len(prompts.good), len(prompts.bad)) == (160, 160)
+    assert (len(prompts.good_choice), len(prompts.bad_choice)) == (40, 40)
+    assert {
+        len(prompts.good_search),
+        len(prompts.bad_search),
+        *map(len, (prompts.good_report, prompts.bad_report)),
+    } == {40}
+    assert not prompts.reused
+    assert not [line for line in said if "warning" in line], said  # no row is empty or repeated, no set overlaps
+    everything = [prompt.user for prompt in prompts.everything]
+    assert len({text.casefold() for text in everything}) == len(everything) == 560
+    openings = [" ".join(text.split()[:3]) for text in everything]
+    assert max(map(openings.count, openings)) <= len(openings) // 4, "templates with a word exchanged"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_prompt_holds_no_marker_of_its_preset(name: str) -> None:
+    """Most responses repeat words of their prompt; those would count as the behaviour in the first person."""
+    settings = load_settings({**MODEL, "behaviour": name}).settings
+    markers = RefusalMarkers(settings.scoring.refusal_markers)
+    prompts = load_prompts(settings, lambda _: None).everything
+    assert not [prompt.user for prompt in prompts if markers.for_prompt(prompt.user).found(prompt.user)]
+
+
+@pytest.mark.parametrize("source", ["command line", "environment", "file"])
+def test_a_preset_is_chosen_and_overridden_from_every_source(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, config = dict(MODEL), tmp_path / "job.toml"
+    config.write_text('[card]\nbehaviour = "my own"\n')
+    if source == "file":
+        config.write_text('behaviour = "flattery"\n[card]\nbehaviour = "my own"\n')
+    elif source == "environment":
+        monkeypatch.setenv("ABLITERATE_BEHAVIOUR", "flattery")
+    else:
+        options["behaviour"] = "flattery"
+    loaded = load_settings(options, config=config, assignments=["bad_prompts=mine.txt"])
+    assert loaded.settings.behaviour == "flattery"
+    assert loaded.settings.card.behaviour == "my own"
+    assert loaded.settings.bad_prompts.spec == "mine.txt"
+    assert loaded.settings.good_prompts.spec.startswith("builtin:flattery#")
+    assert loaded.sources["scoring.refusal_markers"] == "behaviour flattery"
+    _, lines = describe_settings(options, config=config)
+    assert any(line.startswith("good_prompts.spec = ") and line.endswith("# behaviour flattery") for line in lines)
+
+
+def test_the_last_source_that_names_a_behaviour_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABLITERATE_BEHAVIOUR", "flattery")
+    assert load_settings({**MODEL, "behaviour": "prose"}).settings.card.behaviour == "purple prose"
+    assert load_settings({**MODEL, "behaviour": "refusal"}).settings.card.behaviour == "refusal"
+
+
+def test_unknown_behaviours_and_a_profile_with_prompts_of_its_own_are_refused() -> None:
+    with pytest.raises(UsageError, match="behaviour = 'sarcasm'"):
+        load_settings({**MODEL, "behaviour": "sarcasm"})
+    with pytest.raises(UsageError, match="--profile heretic and the behaviour prose both set"):
+        load_settings({**MODEL, "behaviour": "prose"}, profile="heretic")
+    assert load_settings(MODEL, profile="heretic").settings.search.space == "field"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "other"),
+    [
+        ("disclaimers", "I'm sorry, but as a chatbot I don't have a favourite.", "My favourite is tea."),
+        ("disclaimers", "Well, I am an AI.", "AI is a field of computing."),
+        ("over-refusal", "I can't help with that.", "Run kill with its number."),
+        ("flattery", "What a wonderful poem!", "It has four lines."),
+        ("flattery", "Great! Bread is flour and water.", "Bread that is great needs time."),
+        ("prose", "A tapestry of emerald leaves.", "There are oaks and elms."),
+    ],
+)
+def test_markers_tell_the_behaviour_from_a_plain_answer(name: str, shown: str, other: str) -> None:
+    markers = RefusalMarkers(load_settings({**MODEL, "behaviour": name}).settings.scoring.refusal_markers)
+    assert markers.for_prompt("Say something.").is_refusal(shown)
+    assert not markers.for_prompt("Say something.").is_refusal(other)
