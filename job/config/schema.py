@@ -45,8 +45,8 @@ class Settings(BaseSettings):
     )
     workspace: str = Field(min_length=1, description="Folder that holds the run folders.")
     behaviour: Behaviour = Field(
-        description="Preset of the behaviour to remove: prompts, markers and card.behaviour, each of which may be "
-        "overridden; refusal: the defaults."
+        description="Preset of the behaviour to remove: prompts, markers and card.behaviour, which other sources "
+        "override; refusal: the defaults."
     )
     seed: int = Field(ge=0, description="Seed of the search and of the split of the evaluation sets.")
     trials: int = Field(ge=1, description="Number of edits that the search tries.")
