@@ -137,9 +137,9 @@ class AblationSettings(Section):
 class SearchSettings(Section):
     """How edits are searched for."""
 
-    method: Literal["tpe", "gradient"] = Field(
-        description="tpe: trials from a space of weight kernels; gradient: gradient descent finds edits, and trials "
-        "sample around them."
+    method: Literal["auto", "gradient", "tpe"] = Field(
+        description="gradient: gradient descent finds edits, and trials sample around them; tpe: trials from a space "
+        "of weight kernels; auto: gradient, or tpe where gradients cannot be used or leave many refusals."
     )
     space: Literal["wide", "field"] = Field(description="Parameter space of tpe; field is that of other tools.")
     ei_candidates: int = Field(ge=1, description="Candidates that the TPE sampler compares for each trial.")

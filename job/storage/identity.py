@@ -39,9 +39,9 @@ EXTENDING = frozenset(
 EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model"})}
 
 # Left out where they are the defaults, so that jobs keep the names from before there were such settings. Such a job of
-# a former version keeps its former choice and pull-back (`Resolution.choice`, `Resolution.pull_back`).
+# a former version keeps its former ways (`Resolution.choice`, `.method` and `.pull_back`).
 AS_BEFORE: dict[str, dict[str, Any]] = {
-    "search": {"method": "tpe"},
+    "search": {"method": "auto"},
     "ablation": {"pull_back": "auto"},
     "choice": {"held_out": 0.2},
 }
