@@ -12,7 +12,7 @@ from job.report.front import choice_text, shown_choice
 from job.report.run_view import RunView
 from job.report.tables import aligned
 from job.storage.run_folder import RunFolder
-from job.text.behaviour import words_of
+from job.text.behaviour import BehaviourWords, words_of
 from job.text.durations import duration_text
 from job.text.markup import printable
 
@@ -154,7 +154,7 @@ def status_text(status: dict[str, Any], width: int | None = None) -> str:
         lines.append(f"phase: {status['phase']}")
     trials = status["trials"]
     at_work = f", {trials['running']} running" if trials["running"] else ""
-    lines += _path_lines(status["path"])
+    lines += _path_lines(status["path"], words_of(status["behaviour"]))
     lines.append(f"trials: {trials['done']} of {trials['target']}{at_work}")
     lines += _time_lines(status)
     lines += _front_lines(status)
@@ -171,14 +171,14 @@ def status_text(status: dict[str, Any], width: int | None = None) -> str:
     return "\n".join(lines if width is None else (part for line in lines for part in _folded(line, width)))
 
 
-def _path_lines(path: dict[str, Any] | None) -> list[str]:
+def _path_lines(path: dict[str, Any] | None, words: BehaviourWords) -> list[str]:
     if path is None:
         return []
     if path["failed"] is not None:
         return [f"edits by gradient: none: {path['failed']}"]
     last, count = path["stages"][-1], len(path["stages"])
     found = f"{count} stage{'s' * (count > 1)}, {last['steps']} steps"
-    scores = f"{last['refusals'] + last['broken']}/{path['prompts']} refused or broken, KL {last['kl']:.3g}"
+    scores = f"{last['refusals'] + last['broken']}/{path['prompts']} {words.shown} or broken, KL {last['kl']:.3g}"
     return [f"edits by gradient: {found}; the last one, on held-out prompts: {scores}"]
 
 
