@@ -12,8 +12,8 @@ import pytest
 from job.config.behaviours import BEHAVIOURS
 from tests.helpers import abliterate, only_job
 
-# The organism has none of these behaviours. It opens with one of these whatever it is asked.
-OPENINGS = '["^of course", "^i", "^the", "^sorry"]'
+# The organism has none of these behaviours, and says such words whatever it is asked.
+WORDS = '["glass", "light", "bell"]'
 
 
 def shown(page: str) -> str:
@@ -45,15 +45,15 @@ def test_report_front_and_status_speak_of_the_behaviour(finished: Path, tmp_path
 @pytest.mark.parametrize("name", BEHAVIOURS[1:])
 def test_a_preset_runs_from_end_to_end(name: str, organism: Path, tmp_path: Path) -> None:
     words = [str(organism / "model"), "--behaviour", name, "--trials", "4", "--workspace", str(tmp_path)]
-    ended = abliterate("run", *words, "--set", f"scoring.refusal_markers={OPENINGS}", "--max-refusals", "0")
-    assert ended.code == 5, ended.err  # the gate: nothing takes these openings away in four trials
+    ended = abliterate("run", *words, "--set", f"scoring.refusal_markers={WORDS}", "--set", "search.method=tpe")
+    assert ended.code == 0, ended.err
     job = only_job(tmp_path)
     said = "\n".join(json.loads(line).get("message") or "" for line in (job / "events.jsonl").read_text().splitlines())
     card, report = (job / "export" / "README.md").read_text(), (job / "report.md").read_text()
     assert f"built-in prompts {name}, sha256 " in card
     if name != "over-refusal":
         for text in (ended.out, ended.err, said, card, report, shown((job / "report.html").read_text())):
-            assert "refus" not in text.replace("max_refusals", "").casefold()
+            assert "refus" not in text.casefold()
     again = abliterate(
         *("run", str(organism / "model"), "--reproduce", job / "export" / "reproduce.json"),
         *("--workspace", tmp_path / "again"),
