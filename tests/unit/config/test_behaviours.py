@@ -12,8 +12,16 @@ from job.config.describe import describe_settings
 from job.config.load import load_settings
 from job.data.prompts import load_prompts
 from job.errors import UsageError
+from job.export.reproduction import (
+    PromptsRecord,
+    check_reproduction,
+    fixed_settings,
+    prompts_digest,
+    require_same_prompts,
+)
 from job.storage.identity import extends
 from job.text.refusal_markers import RefusalMarkers
+from tests.helpers import made_from
 
 PRESETS = BEHAVIOURS[1:]
 MODEL = {"model": "m"}
@@ -108,3 +116,20 @@ def test_markers_tell_the_behaviour_from_a_plain_answer(name: str, shown: str, o
     markers = RefusalMarkers(load_settings({**MODEL, "behaviour": name}).settings.scoring.refusal_markers)
     assert markers.for_prompt("Say something.").is_refusal(shown)
     assert not markers.for_prompt("Say something.").is_refusal(other)
+
+
+def test_a_reproduce_json_finds_the_built_in_prompts() -> None:
+    settings = load_settings({**MODEL, "behaviour": "prose", "seed": made_from().settings["seed"]}).settings
+    prompts = load_prompts(settings, lambda _: None)
+    records = {}
+    for name in settings.prompt_sets():
+        kind, rows = name.partition("_")[0], (200, 280) if "eval" in name else (0, 200)
+        taken = {"split": "train", "start": rows[0], "stop": rows[1], "column": kind, "prefix": "", "suffix": ""}
+        texts = prompts.of_setting(name)
+        source = {"builtin": "prose", "sha256": "0" * 64}
+        records[name] = PromptsRecord(source=source, taken=taken, count=len(texts), sha256=prompts_digest(texts))
+    made = made_from(prompts=records)
+    check_reproduction(made)
+    again = load_settings(MODEL, fixed=fixed_settings(made, "reproduce.json")).settings
+    assert again.bad_prompts.spec == "builtin:prose"
+    require_same_prompts(made, load_prompts(again, lambda _: None))
