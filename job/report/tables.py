@@ -25,7 +25,7 @@ def counted(words: BehaviourWords) -> str:
 
 def finalists(view: RunView) -> list[tuple[str, ...]]:
     """Return the finalists' figures in the search and on the prompts held out for the choice; only the head of none."""
-    forced = f"KL over the first {FORCED_TOKENS} positions of the base model's answers"
+    forced = f"KL over the first {FORCED_TOKENS} positions of the base model's responses"
     shown = view.words.shown
     rows: list[tuple[str, ...]] = [
         ("trial", f"search: {shown}", "broken", "KL", f"held out: {shown}", "broken", "KL", forced),
@@ -57,7 +57,7 @@ def detector_counts(found: DetectorReport, words: BehaviourWords) -> list[tuple[
 
 
 def detector_agreement(found: DetectorReport) -> list[tuple[str | int, ...]]:
-    """Return the pairwise agreement of detectors, if both found some answers and spared others.
+    """Return the pairwise agreement of detectors, if both found some responses and spared others.
 
     Cohen's kappa of others is 0 or undefined by construction.
     """
@@ -72,8 +72,8 @@ def detector_agreement(found: DetectorReport) -> list[tuple[str | int, ...]]:
 
 def _says_something(one: Agreement) -> bool:
     first, second = one.both + one.only_first, one.both + one.only_second
-    answers = first + one.only_second + one.neither
-    return 0 < first < answers and 0 < second < answers
+    responses = first + one.only_second + one.neither
+    return 0 < first < responses and 0 < second < responses
 
 
 def failed_detectors(found: DetectorReport) -> list[str]:

@@ -113,7 +113,7 @@ def detect(
 def _labels(scorer: Scorer, exchanges: Sequence[Exchange]) -> list[Label]:
     labels = list(scorer(exchanges))
     if len(labels) != len(exchanges):
-        raise ValueError(f"it returned {len(labels)} labels for {len(exchanges)} answers")
+        raise ValueError(f"it returned {len(labels)} labels for {len(exchanges)} responses")
     for label in labels:
         if label not in get_args(Label):
             raise ValueError(f"{label!r} is not one of the labels {', '.join(get_args(Label))}")
