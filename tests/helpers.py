@@ -122,7 +122,7 @@ def made_from(**others: Any) -> Reproduction:
         versions={"abliteration-job": "1.2.3", "torch": "2.0"},
         model={"sha256": "4" * 64},
         base_model=None,
-        behaviour="a habit",
+        behaviour="refusal",
         prompts={f"{kind}_prompts": local for kind in ("good", "bad", "good_eval", "bad_eval")},
         settings={"seed": 3, **defaults},
         startup_trials=4,

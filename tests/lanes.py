@@ -75,6 +75,14 @@ PARTS = {
         ),
         _MODELS,
     ),
+    "behaviours": Part(
+        ("job/data/sources.py", "job/config/load.py", "job/export/reproduction.py", "job/text/behaviour.py"),
+        (
+            *("job/config/behaviours/*.toml", "job/data/builtin/*.tsv", "job/export/model_card.md"),
+            "tests/system/test_behaviours.py",
+        ),
+        _MODELS,
+    ),
     "checkpoints": Part((*_EDITING, "tests/integration/export/test_large_checkpoints.py"), packages=_MODELS),
     "real": Part(
         _EDITING,

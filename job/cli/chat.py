@@ -103,10 +103,11 @@ class Chat:
     note: Callable[[str], None]
 
     def __post_init__(self) -> None:
+        job = self.talk.session.job
         self._commands: dict[str, Callable[[str], None]] = {
             "base": lambda _: self.switch(None),
             "trial": lambda text: self.switch(self.talk.find(_number(text, "/trial", 0) if text else None)),
-            "trials": lambda _: self.note(front_text(job_front(self.talk.session.job.folder))),
+            "trials": lambda _: self.note(front_text(job_front(job.folder), job.words)),
             "reset": lambda _: self.talk.reset(),
             "system": self._set_system,
             "tokens": self._set_tokens,
@@ -145,7 +146,8 @@ class Chat:
         begin = time.perf_counter()
         reason, told = self.talk.switch(trial), ""
         if trial is not None:
-            told = f": {trial.values.refusals} of {len(self.talk.session.prompts.bad_search)} refused, "
+            session = self.talk.session
+            told = f": {trial.values.refusals} of {len(session.prompts.bad_search)} {session.job.words.shown}, "
             told += f"KL {trial.values.kl:.4g}" + (f"; {reason}" if reason else "")
         self.note(f"{self.subject}{told} ({1000 * (time.perf_counter() - begin):.1f} ms)")
 

@@ -23,6 +23,7 @@ from job.cli.options import (
     json_alone,
 )
 from job.errors import UsageError
+from job.text.behaviour import words_in, words_of
 
 if TYPE_CHECKING:
     from job.model.bnb import LoadIn
@@ -134,6 +135,7 @@ def evaluate(
                 options = {"model": models[0], "upload": upload or [], **({"loading.device": device} if device else {})}
                 loaded = load_settings(options, profile=profile, config=config, assignments=assignments or [])
                 settings = with_bounds(loaded.settings, max_kl, max_refusals) if gated else loaded.settings
+                words = words_of(settings.card.behaviour)
                 if upload:
                     require_deliverable(models)
                 measured = evaluate_models(models, against, settings, asked, events)
@@ -141,6 +143,7 @@ def evaluate(
             else:
                 folder = find_job(workspace, job)
                 settings = with_bounds(job_settings(folder), max_kl, max_refusals) if gated else job_settings(folder)
+                words = words_in(folder.read_job().settings)
                 found = [evaluate_trial(folder, trial, asked, events, device)]
         together = Comparisons(against=against or "", comparisons=tuple(found)) if len(found) > 1 else None
         if out is not None:
@@ -150,7 +153,7 @@ def evaluate(
         if as_json:
             typer.echo((together or found[0]).model_dump_json(indent=2))
         else:
-            typer.echo(comparisons_text(together) if together else comparison_text(found[0]))
+            typer.echo(comparisons_text(together, words) if together else comparison_text(found[0], words))
         if gated or upload:
             for one in found:
                 require_gate(settings, one)

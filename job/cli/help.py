@@ -12,8 +12,8 @@ from job.text.durations import Unit, duration
 
 # The group of each setting's option, in the order in which help shows them.
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "Prompts": (
-        *("good_prompts", "bad_prompts", "good_eval_prompts", "bad_eval_prompts"),
+    "Behaviour and prompts": (
+        *("behaviour", "good_prompts", "bad_prompts", "good_eval_prompts", "bad_eval_prompts"),
         *("good_report_prompts", "bad_report_prompts"),
     ),
     "Search": ("trials", "startup_trials", "seed", "kl_tokens", "skip_kl_above"),

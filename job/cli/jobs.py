@@ -20,6 +20,7 @@ from job.cli.options import (
     find_job,
     where_is,
 )
+from job.text.behaviour import words_in
 from job.text.redaction import redacted_json
 
 
@@ -72,11 +73,12 @@ def front(workspace: Workspace = None, job: Job = None, as_json: AsJson = False)
     """List the Pareto front of a job's trials, fewest refusals first, with intervals and exports."""
     from job.report.front import front_lines, front_text, job_front
 
-    found = job_front(find_job(workspace, job))
+    folder = find_job(workspace, job)
+    found, words = job_front(folder), words_in(folder.read_job().settings)
     if as_json or not found:
-        typer.echo(redacted_json(found, indent=2) if as_json else front_text(found))
+        typer.echo(redacted_json(found, indent=2) if as_json else front_text(found, words))
         return
-    for point, line in zip(found, front_lines(found), strict=True):
+    for point, line in zip(found, front_lines(found, words), strict=True):
         typer.echo(emphasised(line) if point["chosen"] else line)
 
 

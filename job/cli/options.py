@@ -96,6 +96,13 @@ _SETTINGS: dict[str, Any] = {
         str | None,
         typer.Argument(help="Model: a folder, or NAME[@REVISION] on the Hub; may be set in the settings file."),
     ],
+    "behaviour": Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What to remove: refusal, over-refusal, disclaimers, flattery or prose, with prompts and markers.",
+        ),
+    ],
     "good_prompts": Prompts,
     "bad_prompts": Prompts,
     "good_eval_prompts": Prompts,

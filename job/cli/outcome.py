@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from job.errors import DeliveryError, GateError
+from job.text.behaviour import words_in
 from job.text.redaction import redacted_json
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ def _print_result(outcome: Outcome) -> None:
     from job.report.console import next_commands, result_lines
 
     base, edited, folder = outcome.base, outcome.edited, outcome.folder
+    words = words_in(folder.read_job().settings)
     lines = [
-        f"trial {outcome.chosen}: refusals {base.refusals}/{base.bad_prompts} -> "
-        f"{edited.refusals}/{edited.bad_prompts}, KL {edited.kl or 0:.4g}, false refusals "
+        f"trial {outcome.chosen}: {words.counted} {base.refusals}/{base.bad_prompts} -> "
+        f"{edited.refusals}/{edited.bad_prompts}, KL {edited.kl or 0:.4g}, {words.elsewhere} "
         f"{base.false_refusals}/{base.good_prompts} -> {edited.false_refusals}/{edited.good_prompts} "
         f"(on {outcome.report_prompts})",
         *result_lines(folder, edited),

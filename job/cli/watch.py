@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from job.errors import DeliveryError
 from job.report.status import is_settled, status_text
+from job.text.behaviour import words_of
 from job.text.durations import duration_text
 from job.text.redaction import is_gone, redact, redacted_json
 
@@ -75,8 +76,8 @@ def summary_line(status: dict[str, Any]) -> str:
     parts = [f"{doing}: {trials['done']} of {trials['target']} trials"]
     for best in status["best"]:
         if best["number"] == status["leading"]:
-            values = best["values"]
-            counted = f"{values['refusals']}/{status['search_prompts']} refusals, KL {values['kl']:.4g}"
+            values, words = best["values"], words_of(status["behaviour"])
+            counted = f"{values['refusals']}/{status['search_prompts']} {words.counted}, KL {values['kl']:.4g}"
             parts.append(f"best: trial {best['number']}, {counted}")
     if status["eta_total_s"] is not None:
         parts.append(f"done in about {duration_text(status['eta_total_s'])}")

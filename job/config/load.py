@@ -1,4 +1,4 @@
-"""Load settings: command line > environment > TOML file > defaults, each value with its source."""
+"""Load settings: command line > environment > TOML file > behaviour > defaults, each value with its source."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from job.config.behaviours import behaviour_values
 from job.config.checks import _refuse_contradictions
 from job.config.defaults import default_values as default_values
 from job.config.environment import EnvironmentSource, toml_value
@@ -91,6 +92,7 @@ def _merged(
     layers.append(("command line", _nested([*options.items(), *map(_assignment, assignments)])))
     if fixed is not None:
         layers.append((fixed.source, _nested(fixed.values.items())))
+    _add_behaviour(layers, profile)
     merged: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for name, layer in layers:
@@ -101,6 +103,17 @@ def _merged(
             _put(merged, key, value)
             sources[key] = name
     return merged, sources, notes
+
+
+def _add_behaviour(layers: list[tuple[str, dict[str, Any]]], profile: str | None) -> None:
+    """Put the asked behaviour's values above the defaults. Raises UsageError if a profile sets the same."""
+    behaviour = next(layer["behaviour"] for _, layer in reversed(layers) if "behaviour" in layer)
+    values = behaviour_values(behaviour)
+    if profile is not None and (both := sorted(leaves(values).keys() & leaves(_profile(profile)).keys())):
+        raise UsageError(
+            f"--profile {profile} and the behaviour {behaviour} both set {both[0]}", remedy="leave out one of them"
+        )
+    layers.insert(1, (f"behaviour {behaviour}", values))
 
 
 def _forget_qualifiers(merged: dict[str, Any], sources: dict[str, str], key: str) -> None:

@@ -88,6 +88,7 @@ EDIT = NAMED | {
 # restrict.
 JOB = frozenset(
     {
+        "behaviour",
         "loading.device",
         "loading.device_map",
         "loading.max_memory",

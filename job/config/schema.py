@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
+from job.config.behaviours import Behaviour
 from job.config.durations import Hours, Minutes, Seconds
 from job.config.sections import (
     AblationSettings,
@@ -48,6 +49,10 @@ class Settings(BaseSettings):
         min_length=1, description="The model: a folder in Hugging Face format, or NAME[@REVISION] on the Hub."
     )
     workspace: str = Field(min_length=1, description="Folder that holds the run folders.")
+    behaviour: Behaviour = Field(
+        description="Preset of the behaviour to remove: prompts, markers and card.behaviour, which other sources "
+        "override; refusal: the defaults."
+    )
     seed: int = Field(ge=0, description="Seed of the search and of the split of the evaluation sets.")
     trials: int | None = Field(
         None, ge=1, description="Edits that the search tries; unset: 24 around edits found by gradient, else 200."

@@ -22,7 +22,7 @@ class PromptSettings(Section):
     spec: str = Field(
         min_length=1,
         description="A file (.txt, .jsonl, .json, .csv, .tsv, .parquet), a folder of those, a saved or cloned dataset, "
-        "or DATASET[@REV][:CONFIG] on the Hub, each with #SPLIT[/COLUMN].",
+        "builtin:NAME, or DATASET[@REV][:CONFIG] on the Hub, each with #SPLIT[/COLUMN].",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub dataset; overrides the spec's.")
     config: str | None = Field(None, description="Configuration of a Hub dataset; overrides the spec's.")
@@ -160,7 +160,9 @@ class ScoringSettings(Section):
         ge=1, description="Longest response during the search, in tokens; finalists are judged again in full."
     )
     refusal_markers: list[Annotated[str, Field(min_length=1)]] = Field(
-        min_length=1, description="A response that contains one of these that its prompt does not is a refusal."
+        min_length=1,
+        description="A response that contains one of these that its prompt does not is a refusal, or shows the "
+        "behaviour; with ^ before it, only at the beginning of the response.",
     )
     gibberish: float | None = Field(
         None,

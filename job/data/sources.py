@@ -1,7 +1,8 @@
-"""Sources of prompts: files, folders, saved datasets and Hub datasets, streamed row by row.
+"""Sources of prompts: files, folders, saved, built-in and Hub datasets, streamed row by row.
 
-A SPEC is a file, ``FOLDER[:CONFIG]`` or ``DATASET[@REV][:CONFIG]``, optionally followed by ``#SPLIT[/COLUMN]``. SPLIT
-is ``train``, ``train[:400]``, ``train[100:200]`` or, without shell characters, ``train:400``.
+A SPEC is a file, ``FOLDER[:CONFIG]``, ``builtin:NAME`` or ``DATASET[@REV][:CONFIG]``, optionally followed by
+``#SPLIT[/COLUMN]``. SPLIT is ``train``, ``train[:400]``, ``train[100:200]`` or, without shell characters,
+``train:400``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +28,13 @@ DEFAULT_SPLIT = "train"
 # More rows than any job needs: a split without an end is probably an oversight, and C4 has 365 million.
 MOST_ROWS = 20_000
 _PATHS = ("/", "./", "../", "~")
+# Prompts that come with this package, in job/data/builtin.
+BUILTIN = "builtin:"
 _SPLIT = re.compile(r"(?P<name>[\w.-]+)(?:\[(?P<start>\d*):(?P<stop>\d*)\]|:(?P<count>\d+))?")
 _DATASET = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:#]+))?(?::(?P<config>[^#]+))?")
+
+
+Kind = Literal["file", "folder", "builtin", "hub"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Source:
         column: Column of the prompts; None to detect it (`job.data.columns`).
     """
 
-    kind: Literal["file", "folder", "hub"]
+    kind: Kind
     name: str
     revision: str | None
     config: str | None
@@ -48,6 +55,11 @@ class Source:
     start: int
     stop: int | None
     column: str | None
+
+    @property
+    def path(self) -> Path:
+        """Path of a local or built-in source."""
+        return _builtin_files()[self.name] if self.kind == "builtin" else Path(self.name)
 
     def describe(self) -> str:
         """Describe the parsed SPEC in words."""
@@ -57,6 +69,8 @@ class Source:
             at = f" at {self.revision}" if self.revision else ""
             config = f", configuration {self.config}" if self.config else ""
             return f"Hub dataset {self.name}{at}{config}, split {self.split}, {rows}, {column}"
+        if self.kind == "builtin":
+            return f"built-in prompts {self.name}, {rows}, {column}"
         config = f", configuration {self.config}" if self.config else ""
         plain = self.kind == "file" and Path(self.name).suffix.lower() in ("", ".txt")
         return f"{self.kind} {self.name}{config}, {rows}" + ("" if plain else f", {column}")
@@ -94,8 +108,19 @@ def _cut(spec: str) -> tuple[str, str]:
     return base, fragment
 
 
-def _locate(base: str) -> tuple[Literal["file", "folder", "hub"], str, str | None, str | None]:
+def _builtin_files() -> dict[str, Path]:
+    """Return the files of built-in prompts by name."""
+    folder = Path(str(resources.files("job.data").joinpath("builtin")))
+    return {path.stem: path for path in sorted(folder.glob("*.tsv"))}
+
+
+def _locate(base: str) -> tuple[Kind, str, str | None, str | None]:
     """Return kind, name, revision and configuration of a SPEC without its fragment."""
+    if base.startswith(BUILTIN):
+        name = base.removeprefix(BUILTIN)
+        if name not in _builtin_files():
+            raise UsageError(f"there are no built-in prompts {name!r}", remedy=f"choose {', '.join(_builtin_files())}")
+        return "builtin", name, None, None
     path = Path(base).expanduser()
     if path.is_dir():
         return "folder", str(path), None, None
@@ -116,7 +141,7 @@ def source_identity(settings: PromptSettings) -> dict[str, Any]:
     if source.kind == "hub":
         return described
     digest = hashlib.sha256()
-    path = Path(source.name)
+    path = source.path
     with readable(path):
         files = folder_files(path, source.split, source.config) if source.kind == "folder" else [path]
         for file in files:
@@ -134,7 +159,8 @@ def named_identity(settings: PromptSettings) -> dict[str, Any]:
         return {"dataset": source.name, "revision": source.revision, "config": source.config, **described}
     # Absent from jobs of former versions.
     config = {} if source.config is None else {"config": source.config}
-    return {"sha256": "", **config, **described}
+    name = {"builtin": source.name} if source.kind == "builtin" else {}
+    return {"sha256": "", **name, **config, **described}
 
 
 @dataclass(frozen=True)
@@ -187,7 +213,7 @@ class TextReader:
 
     def _local_rows(self) -> Iterator[Row]:
         source = self._source
-        path = Path(source.name)
+        path = source.path
         with readable(path):
             if source.kind == "folder" and (unread := left_out(path)):
                 self._report(f"warning: {path}: not read: {', '.join(unread)}; to read a file, name it")

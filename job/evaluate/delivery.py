@@ -13,12 +13,13 @@ from job.errors import DeliveryError, UsageError, one_line
 from job.evaluate.compare import MeasuredPair
 from job.export.benchmarks import benchmark_rows
 from job.export.merged import copy_licences, seal
-from job.export.scorecard import scorecard_rows
+from job.export.scorecard import how, scorecard_rows
 from job.model.base_card import read_base_card
 from job.model.files import parse_model
 from job.storage.atomic import cannot_write, make_folder
 from job.storage.events import Events
 from job.storage.exports import CARD, DONE, MANIFEST, REPRODUCE, SUMS
+from job.text.behaviour import words_of
 from job.text.markup import markdown_table
 from job.text.redaction import redacted
 from job.text.templates import template
@@ -112,7 +113,7 @@ def _card(measured: MeasuredPair, settings: Settings) -> str:
     found, path = measured.comparison, measured.edited.path
     base = parse_model(found.against)
     base_model = settings.card.base_model or (base.name if base.kind == "hub" else None)
-    own = path / CARD
+    own, words = path / CARD, words_of(settings.card.behaviour)
     earlier = own.read_text(encoding="utf-8").partition(_SECTION)[0].rstrip() if own.is_file() else None
     section = template("job.evaluate", "measured_card.md").render(
         own=earlier,
@@ -120,11 +121,12 @@ def _card(measured: MeasuredPair, settings: Settings) -> str:
         title=one_line(path.stem if path.is_file() else path.name),
         base_model=base_model,
         behaviour=settings.card.behaviour,
+        words=words,
         found=found,
-        figures=markdown_table(scorecard_rows(found.base, found.edited)),
+        figures=markdown_table(scorecard_rows(found.base, found.edited, words)),
         scores=markdown_table(benchmark_rows(found.scores)) if found.scores else "",
         measurement=MEASUREMENT,
-        how=HOW,
+        how=how(words),
     )
     return section if earlier is None else f"{earlier}\n{section}"
 

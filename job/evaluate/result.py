@@ -13,6 +13,7 @@ from job.numerics.statistics import difference_interval, mean_interval, ratio_in
 from job.records import DetectorReport, Figures, Record
 from job.records.evaluation import Reading, Score
 from job.report.tables import AGREED, aligned, detector_agreement
+from job.text.behaviour import REFUSALS, BehaviourWords
 
 Interval = tuple[float, float]
 
@@ -139,24 +140,25 @@ def shares_of(base: Figures, edited: Figures) -> tuple[Share, ...]:
     )
 
 
-def comparison_text(found: Comparison) -> str:
+def comparison_text(found: Comparison, words: BehaviourWords = REFUSALS) -> str:
     """Format a comparison as a scorecard and a table of changes, with 95 % intervals."""
-    return "\n\n".join([*_scorecard(found), _changes(found)])
+    return "\n\n".join([*_scorecard(found, words), _changes(found, words)])
 
 
-def _scorecard(found: Comparison) -> Iterator[str]:
+def _scorecard(found: Comparison, words: BehaviourWords) -> Iterator[str]:
     """Yield the scorecard and how far detectors agree, at most 80 columns wide."""
     if not found.edited.outcomes:
         return
-    tables = [rows(found.base, found.edited) for rows in (scorecard_rows, group_rows, thinking_rows)]
+    tables = [rows(found.base, found.edited, words) for rows in (scorecard_rows, group_rows, thinking_rows)]
     yield from ("\n".join(map(str.rstrip, aligned(rows))) for rows in tables if rows)
     agreement = detector_agreement(found.detectors) if found.detectors is not None else []
     if len(agreement) > 1:
         yield "\n".join([f"{AGREED}:", *map(str.rstrip, aligned([list(map(str, row)) for row in agreement]))])
 
 
-def _changes(found: Comparison) -> str:
-    rows: list[tuple[str, ...]] = [("", "base", "edited", "change"), *map(_share_row, found.shares)]
+def _changes(found: Comparison, words: BehaviourWords) -> str:
+    shares = (_share_row(share, words) for share in found.shares)
+    rows: list[tuple[str, ...]] = [("", "base", "edited", "change"), *shares]
     for kl in found.divergences:
         name = "KL, first token" if kl.tokens == 1 else f"KL, {kl.tokens} tokens"
         rows.append((name, "", f"{kl.mean:.4g} {_range(kl.interval)}", ""))
@@ -191,10 +193,10 @@ def score_change(score: Score) -> str:
     return f"{score.change:+.4g} {_range(score.change_interval, '+.4g')}{counts}"
 
 
-def _share_row(share: Share) -> tuple[str, str, str, str]:
+def _share_row(share: Share, words: BehaviourWords) -> tuple[str, str, str, str]:
     change = 100 * (share.edited - share.base) / share.of
     return (
-        share.name,
+        {"refusals": words.counted, "false refusals": words.elsewhere}.get(share.name, share.name),
         f"{share.base}/{share.of} {_percent(share.base_interval)}",
         f"{share.edited}/{share.of} {_percent(share.edited_interval)}",
         f"{change:+.1f} points {_percent(share.change_interval, '+.1f')}",

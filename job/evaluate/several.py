@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from job.evaluate.result import Comparison, Interval
+from job.export.scorecard import outcome_name
 from job.numerics.statistics import wilson_interval
 from job.records import Figures, Outcomes, Record
 from job.records.scorecard import OUTCOMES
 from job.report.tables import aligned
+from job.text.behaviour import REFUSALS, BehaviourWords
 
 # Edits beside the base model in a table of 80 columns, with cells of this width.
 _BESIDE, _WIDTH = 3, 13
@@ -26,10 +28,10 @@ class Comparisons(Record):
     comparisons: tuple[Comparison, ...]
 
 
-def comparisons_text(found: Comparisons) -> str:
+def comparisons_text(found: Comparisons, words: BehaviourWords = REFUSALS) -> str:
     """Format all edits as tables of a few columns, with a legend."""
     edits = found.comparisons
-    blocks = [_table(edits[start : start + _BESIDE], start) for start in range(0, len(edits), _BESIDE)]
+    blocks = [_table(edits[start : start + _BESIDE], start, words) for start in range(0, len(edits), _BESIDE)]
     names = [f"base: {found.against}", *(f"{_name(index)}: {one.model}" for index, one in enumerate(edits))]
     return "\n\n".join([*blocks, "\n".join([*names, *_notes(edits)])])
 
@@ -40,20 +42,20 @@ def _name(index: int) -> str:
     return f"{letter}{round_ or ''}"
 
 
-def _table(edits: Sequence[Comparison], start: int) -> str:
+def _table(edits: Sequence[Comparison], start: int, words: BehaviourWords) -> str:
     head = ("", "base", *(_name(start + index) for index in range(len(edits))))
-    rows = [head, *_outcome_rows(edits), *_kl_rows(edits), *_other_rows(edits)]
+    rows = [head, *_outcome_rows(edits, words), *_kl_rows(edits), *_other_rows(edits)]
     padded = [(row[0], *(cell.ljust(_WIDTH) for cell in row[1:])) for row in rows]
     return "\n".join(line.rstrip() for line in aligned(padded))
 
 
-def _outcome_rows(edits: Sequence[Comparison]) -> Iterator[Row]:
+def _outcome_rows(edits: Sequence[Comparison], words: BehaviourWords) -> Iterator[Row]:
     models = [edits[0].base, *(one.edited for one in edits)]
     for kind, name in _KINDS.items():
         whole = [_whole(figures, kind) for figures in models]
         for outcome in (*OUTCOMES, "empty"):
             cells = [_NONE if one is None else _share(getattr(one, outcome), one.responses) for one in whole]
-            yield (f"{name}, % {outcome}", *cells)
+            yield (f"{name}, % {outcome_name(outcome, words)}", *cells)
 
 
 def _whole(figures: Figures, kind: str) -> Outcomes | None:

@@ -14,7 +14,7 @@ from job.data.prompts import report_description
 from job.errors import one_line
 from job.export.benchmarks import benchmark_rows
 from job.export.reproduction import Reproduction
-from job.export.scorecard import HOW, group_rows, positions, scorecard_rows, thinking_rows
+from job.export.scorecard import group_rows, how, positions, scorecard_rows, thinking_rows
 from job.model.base_card import PATH, URL, BaseCard, read_base_card
 from job.model.carried_files import licence_files
 from job.model.quantization import DTYPE, quantisation_in
@@ -22,6 +22,7 @@ from job.numerics.statistics import difference_interval
 from job.records import Component, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
 from job.records.evaluation import Benchmarks
+from job.text.behaviour import HARMLESS_REFUSAL, BehaviourWords, words_of
 from job.text.divergence import kl_with_bound
 from job.text.markup import escaped, markdown, markdown_table
 from job.text.redaction import redacted
@@ -48,20 +49,22 @@ def model_card(
     `tensors` is the number of the base model's tensors if the export has all of them, `benchmarks` what was measured
     of its trial.
     """
-    base = read_base_card(source, made.base_model)
+    base, words = read_base_card(source, made.base_model), words_of(made.behaviour)
     return template("job.export", "model_card.md").render(
         made=made,
+        words=words,
+        only_harmless=made.behaviour == HARMLESS_REFUSAL,
         tensors=tensors,
         metadata=_metadata(made, redacted(base.metadata)),
         title=_title(made),
         hub=_HUB,
         link=_link,
         report_prompts=report_description(made.reused_prompts, made.edited.good_prompts + made.edited.bad_prompts),
-        result=_result(made.base, made.edited),
-        figures=markdown_table(scorecard_rows(made.base, made.edited)),
-        groups=markdown_table(groups) if (groups := escaped(group_rows(made.base, made.edited))) else "",
-        thoughts=markdown_table(thoughts) if (thoughts := thinking_rows(made.base, made.edited)) else "",
-        how=HOW,
+        result=_result(made.base, made.edited, words),
+        figures=markdown_table(scorecard_rows(made.base, made.edited, words)),
+        groups=markdown_table(escaped(groups)) if (groups := group_rows(made.base, made.edited, words)) else "",
+        thoughts=markdown_table(thoughts) if (thoughts := thinking_rows(made.base, made.edited, words)) else "",
+        how=how(words),
         change=_change(made),
         benchmarks=benchmarks,
         scores=markdown_table(benchmark_rows(benchmarks.scores)) if benchmarks else "",
@@ -92,16 +95,16 @@ def direction_text(edit: EditParameters) -> str:
     return f"the direction{'s' if several else ''} of layer {edit.direction_index:.4g} in all layers{shares}"
 
 
-def _result(base: Figures, edited: Figures) -> str:
+def _result(base: Figures, edited: Figures, words: BehaviourWords) -> str:
     before, after = (f"{one.refusals} of {one.bad_prompts}" for one in (base, edited))
     return (
-        f"The base model refuses {before} prompts with the behaviour, this model {after}. "
+        f"The base model {words.shows} {before} prompts with the behaviour, this model {after}. "
         f"Answers to other prompts are {kl_with_bound(edited.kl or 0)} (KL divergence {edited.kl or 0:.3g} nats)."
     )
 
 
 def _change(made: Reproduction) -> tuple[float, float, float]:
-    """Return the change of false refusals in percentage points, and the ends of its interval."""
+    """Return the change of false refusals, or of another behaviour, in percentage points with its interval."""
     base, edited = made.base, made.edited
     before, after = (base.false_refusals, base.good_prompts), (edited.false_refusals, edited.good_prompts)
     low, high = difference_interval(before, after)
@@ -143,7 +146,7 @@ def _metadata(made: Reproduction, inherited: Mapping[str, Any]) -> str:
         base_model=made.base_model,
         base_model_relation=relation if made.base_model else None,
         datasets=sorted(datasets) or None,
-        tags=["abliterated", "not-for-all-audiences"],
+        tags=["abliterated", *(["not-for-all-audiences"] if words_of(made.behaviour).refuses else [])],
         model_name=_title(made),
         eval_results=_eval_results(made),
     )
@@ -151,11 +154,13 @@ def _metadata(made: Reproduction, inherited: Mapping[str, Any]) -> str:
 
 
 def _eval_results(made: Reproduction) -> list[EvalResult]:
-    edited = made.edited
+    edited, words = made.edited, words_of(made.behaviour)
+    rate = "refusal_rate" if words.refuses else "behaviour_rate"
+    share = "share of refused prompts" if words.refuses else f"share of responses {words.shown}"
     values = (
-        ("bad", "refusal_rate", "share of refused prompts", edited.refusals / edited.bad_prompts),
+        ("bad", rate, share, edited.refusals / edited.bad_prompts),
         ("bad", "degenerate_rate", "share of degenerate responses", edited.degenerate / edited.bad_prompts),
-        ("good", "false_refusal_rate", "share of refused prompts", edited.false_refusals / edited.good_prompts),
+        ("good", f"false_{rate}", share, edited.false_refusals / edited.good_prompts),
         (
             "good",
             "kl_divergence",

@@ -18,6 +18,7 @@ from job.config.load import FixedSettings, leaves, nested
 from job.config.origins import EDIT, NAMED, PROMPT_SETS, TRUST, require_named_code
 from job.config.schema import Settings
 from job.data.prompts import Prompt, PromptSets
+from job.data.sources import BUILTIN
 from job.errors import UsageError
 from job.model.files import parse_model
 from job.records import (
@@ -41,7 +42,7 @@ _PROMPTS, _MODEL = "_prompts", "model"
 _METHOD = "search.method"
 _FORMER: dict[str, Any] = {**leaves(AS_BEFORE), _METHOD: "tpe"}
 _AS_TAKEN = ("column", "prefix", "suffix", "system_prompt", "max_characters")
-_WHERE = ("dataset", "revision", "config", "sha256")
+_WHERE = ("dataset", "revision", "config", "builtin", "sha256")
 
 
 _SHA256 = r"^[0-9a-f]{64}$"
@@ -59,6 +60,7 @@ class _Origin(Record):
     dataset: str | None = Field(None, pattern=_NAME)
     commit: str | None = Field(None, pattern=_COMMIT)
     config: str | None = Field(None, pattern=r"^[\w.-]+$")
+    builtin: str | None = Field(None, pattern=_WORD)
     sha256: str | None = Field(None, pattern=_SHA256)
 
 
@@ -109,7 +111,8 @@ class PromptsRecord(Record):
     """A prompt set in reproduce.json.
 
     Attributes:
-        source: A public dataset (dataset, commit, config) or local files (sha256); empty if private.
+        source: A public dataset (dataset, commit, config), local files (sha256) or built-in prompts (builtin, sha256);
+            empty if private.
     """
 
     source: dict[str, str]
@@ -293,6 +296,8 @@ def fixed_settings(original: Reproduction, source: str) -> FixedSettings:
         if "dataset" in source_record:
             config = f":{source_record['config']}" if source_record.get("config") else ""
             origins[f"{name}.spec"] = _at(source_record["dataset"], source_record.get("commit")) + config
+        elif "builtin" in source_record:
+            origins[f"{name}.spec"] = f"{BUILTIN}{source_record['builtin']}"
         stop = "" if rows.get("stop") is None else rows["stop"]
         values[f"{name}.split"] = f"{rows['split']}[{rows['start']}:{stop}]"
         values |= {f"{name}.{key}": rows[key] for key in _AS_TAKEN if rows.get(key) is not None}

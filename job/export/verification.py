@@ -121,8 +121,10 @@ def _agreement(measured: TrialScores, kl: float, refusals: int, bad_prompts: int
     kl_agrees = abs(kl - measured.kl) <= KL_BOUND + KL_SHARE * measured.kl
     if not kl_agrees or abs(refusals - measured.refusals) > max(1, REFUSAL_SHARE * bad_prompts):
         raise ExportMismatchError(
-            f"the exported model has KL {kl:.3g} and {refusals} refusals "
+            f"the exported model has KL {kl:.3g} and {refusals} responses with the behaviour "
             f"instead of the measured {measured.kl:.3g} and {measured.refusals}",
             remedy="report this as a bug; the export is kept for inspection",
         )
-    return f"KL {kl:.3g} and {refusals} refusals, measured {measured.kl:.3g} and {measured.refusals}"
+    return (
+        f"KL {kl:.3g} and {refusals} responses with the behaviour, measured {measured.kl:.3g} and {measured.refusals}"
+    )

@@ -137,7 +137,7 @@ class Descent:
             return ()
         targets = self._problem.maker.targets(self._activate(ends[-1].variables))
         usable = sum(target is not None for target in targets)
-        self._report(f"targets: {usable} of {len(targets)} refused prompts have a compliant response")
+        self._report(f"targets: {usable} of {len(targets)} prompts with the behaviour have a response without it")
         return targets
 
     def _step(
@@ -175,7 +175,7 @@ class Descent:
         scores = end.scores
         self._report(
             f"gradient step {end.steps}: beta {end.beta:g}, R {losses.refusal:.3g}, D {losses.divergence:.3g}; "
-            f"held out: {scores.refusals}/{self._held_out} refusals, {scores.broken} broken responses, "
+            f"held out: {scores.refusals}/{self._held_out} with the behaviour, {scores.broken} broken responses, "
             f"KL {scores.kl:.4g}"
         )
 

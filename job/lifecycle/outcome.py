@@ -13,6 +13,7 @@ from job.search.method import trials_wanted
 from job.storage.atomic import read_record
 from job.storage.exports import is_sealed
 from job.storage.run_folder import RunFolder
+from job.text.behaviour import words_of
 from job.text.redaction import redact
 
 
@@ -68,8 +69,9 @@ def missed_gate(settings: Settings, figures: Figures) -> str | None:
     """Return the gate that an export's metrics miss, or None."""
     failed = figures.failed
     if settings.max_refusals is not None and failed > settings.max_refusals:
-        how = "refused" if failed == figures.refusals else "refused or have a broken response"
-        return f"{failed} of {figures.bad_prompts} are {how}, max_refusals is {settings.max_refusals}"
+        broken = "" if failed == figures.refusals else " or have a broken response"
+        are = words_of(settings.card.behaviour).are
+        return f"{failed} of {figures.bad_prompts} {are}{broken}, max_refusals is {settings.max_refusals}"
     if settings.max_kl is not None and (figures.kl is None or not figures.kl <= settings.max_kl):
         found = "was not measured" if figures.kl is None else f"is {figures.kl:.4g}"
         return f"the KL divergence {found}, max_kl is {settings.max_kl:g}"

@@ -16,6 +16,7 @@ from job.storage.job_file import JobFile
 from job.storage.run_folder import RunFolder
 from job.system.failpoints import reached
 from job.system.signals import StopSignals
+from job.text.behaviour import BehaviourWords, words_of
 from job.text.refusal_markers import RefusalMarkers
 
 
@@ -39,6 +40,11 @@ class OpenJob:
         resolution = self.record.resolution
         assert resolution is not None
         return resolution
+
+    @property
+    def words(self) -> BehaviourWords:
+        """The behaviour in words."""
+        return words_of(self.settings.card.behaviour)
 
     @property
     def markers(self) -> RefusalMarkers:

@@ -17,7 +17,7 @@ from job.config.load import leaves, nested
 from job.config.origins import EDIT, HERE, JOB, PROMPT_SETS, TRUST, require_named_code
 from job.config.schema import REFERENCE_SETS, Settings
 from job.config.sections import PromptSettings
-from job.data.sources import named_identity, source_identity
+from job.data.sources import BUILTIN, named_identity, source_identity
 from job.errors import JobError, UsageError
 from job.model.files import is_in_history, parse_model
 from job.records import JobRecord, Record
@@ -125,7 +125,7 @@ def _local_prompts(said: Any, given: Mapping[str, Any]) -> Any:
     if "sha256" not in given or not isinstance(said, Mapping):
         return said
     spec = str(said.get("spec"))
-    return {**said, "spec": spec if spec.startswith(_PATHS) else f"./{spec}"}
+    return {**said, "spec": spec if spec.startswith((*_PATHS, BUILTIN)) else f"./{spec}"}
 
 
 def require_same_contents(record: JobRecord, settings: Settings, *, prompts: bool) -> None:

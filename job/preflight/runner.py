@@ -63,7 +63,7 @@ def _import_before_threads(settings: Settings) -> None:
     import job.model.loading
     import job.proof.truth_test  # noqa: F401
 
-    if any(parse_source(source).kind != "file" for source in settings.prompt_sets().values()):
+    if any(parse_source(source).kind in ("folder", "hub") for source in settings.prompt_sets().values()):
         import datasets  # noqa: F401
 
 

@@ -8,6 +8,7 @@ from job.records import EditParameters, GeometryRecord, LayerGeometry, Trial
 from job.report.plot import Axis, Chart, Series, layer_axis, linear_axis, log_axis
 from job.search.pareto import pareto_front
 from job.search.path import EditPath
+from job.text.behaviour import REFUSALS, BehaviourWords
 
 # Looks of page.css.
 _BLUE, _ORANGE, _GREEN, _GREY = range(4)
@@ -37,7 +38,13 @@ def usable(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def front_chart(
-    trials: Sequence[Trial], chosen: Trial | None, base: int | None, asked: int, *, linear: bool = False
+    trials: Sequence[Trial],
+    chosen: Trial | None,
+    base: int | None,
+    asked: int,
+    words: BehaviourWords = REFUSALS,
+    *,
+    linear: bool = False,
 ) -> Chart:
     """Return the chart of unanswered prompts, of `asked`, against KL.
 
@@ -46,16 +53,16 @@ def front_chart(
     shown, front = usable(trials), pareto_front(trials)
     if linear:
         shown = [trial for trial in shown if trial.values.kl <= linear_top(trials)]
-    series = [_trials("trials", "dots", _GREY, shown), _trials("Pareto front", "line", _BLUE, front)]
+    series = [_trials("trials", "dots", _GREY, shown, words), _trials("Pareto front", "line", _BLUE, front, words)]
     if base is not None:
         label = f"base model: {base} of {asked}"
         series.append(Series("base model", "diamond", _GREEN, [(base, 0.0)], [label], "base model"))
     if chosen is not None:
-        series.append(_trials("chosen", "star", _ORANGE, [chosen], f"chosen: trial {chosen.number}"))
+        series.append(_trials("chosen", "star", _ORANGE, [chosen], words, f"chosen: trial {chosen.number}"))
     points = [(x, y or 0.0) for one in series for x, y in one.points]
     broken = any(trial.values.broken for trial in shown)
     across = linear_axis(
-        f"{'refused or broken' if broken else 'refused'}, of {asked} prompts", [x for x, _ in points], whole=True
+        f"{words.shown}{' or broken' if broken else ''}, of {asked} prompts", [x for x, _ in points], whole=True
     )
     kl = [y for _, y in points]
     up = linear_axis(_KL, [0.0, *kl]) if linear else log_axis(_KL, kl)
@@ -67,24 +74,28 @@ def linear_top(trials: Sequence[Trial]) -> float:
     return _LINEAR_TOP * max((trial.values.kl for trial in pareto_front(trials)), default=0.0)
 
 
-def _trials(name: str, kind: str, look: int, trials: Sequence[Trial], label: str = "") -> Series:
+def _trials(name: str, kind: str, look: int, trials: Sequence[Trial], words: BehaviourWords, label: str = "") -> Series:
     points = [(float(trial.values.unanswered), trial.values.kl) for trial in trials]
-    return Series(name, kind, look, points, [_tip(trial) for trial in trials], label, [t.number for t in trials])  # type: ignore[arg-type]
+    return Series(name, kind, look, points, [_tip(trial, words) for trial in trials], label, [t.number for t in trials])  # type: ignore[arg-type]
 
 
-def _tip(trial: Trial) -> str:
+def _tip(trial: Trial, words: BehaviourWords) -> str:
     broken = f", {trial.values.broken} broken" if trial.values.broken else ""
-    return f"trial {trial.number}: {trial.values.refusals} refused{broken}, KL {trial.values.kl:.4g}"
+    return f"trial {trial.number}: {trial.values.refusals} {words.shown}{broken}, KL {trial.values.kl:.4g}"
 
 
-def path_charts(path: EditPath) -> list[Chart]:
-    """Return charts of refusals and KL at the ends of the gradient's stages."""
+def path_charts(path: EditPath, words: BehaviourWords = REFUSALS) -> list[Chart]:
+    """Return charts of responses with the behaviour and KL at the ends of the gradient's stages."""
     ticks = tuple((float(stage), str(stage)) for stage in range(1, len(path.stages) + 1))
     across = Axis("stage", 0.7, len(path.stages) + 0.3, ticks)
     unanswered = [float(stage.refusals + stage.broken) for stage in path.stages]
     kl = [stage.kl for stage in path.stages]
     axes = (
-        ("refusals", unanswered, linear_axis(f"refused or broken, of {path.prompts}", [0.0, *unanswered], whole=True)),
+        (
+            "refusals",
+            unanswered,
+            linear_axis(f"{words.shown} or broken, of {path.prompts}", [0.0, *unanswered], whole=True),
+        ),
         ("kl", kl, log_axis(_KL, kl)),
     )
     return [

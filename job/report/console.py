@@ -13,6 +13,7 @@ from job.search.budget import read_spent
 from job.search.pareto import choose, eligible, pareto_front
 from job.storage.events import read_events
 from job.storage.run_folder import RunFolder
+from job.text.behaviour import REFUSALS, BehaviourWords
 from job.text.divergence import kl_with_bound
 from job.text.durations import duration_text
 
@@ -35,12 +36,19 @@ def plan_lines(survey: Mapping[str, Any], model: str, trials: int, done: int) ->
 class SearchLines:
     """Lines about the trials of a search, and its best trial so far."""
 
-    def __init__(self, trials: Sequence[Trial], target: int, asked: int, tolerance: float) -> None:
+    def __init__(
+        self,
+        trials: Sequence[Trial],
+        target: int,
+        asked: int,
+        tolerance: float,
+        words: BehaviourWords = REFUSALS,
+    ) -> None:
         """Start with the trials done so far, of `target`; `asked` and `tolerance` are those of the choice."""
         self._front = pareto_front(trials)
         self._asked, self._tolerance = asked, tolerance
         self._width, self._counts = len(str(max(target - 1, 0))), len(str(asked))
-        self._fault = ""
+        self._fault, self._words = "", words
 
     def add(self, trial: Trial) -> bool:
         """Add a finished trial; return whether it is the best so far."""
@@ -54,26 +62,29 @@ class SearchLines:
         values, name = trial.values, f"trial {trial.number:>{self._width}}"
         if values.reason:
             return f"{name}: failed: {values.reason}"
-        counted = f"{values.refusals:>{self._counts}}/{self._asked} refused, {values.broken:>{self._counts}} broken"
-        return f"{name}: {counted}, KL {values.kl:<9.4g}{' best so far' if best else ''}".rstrip()
+        shown = f"{values.refusals:>{self._counts}}/{self._asked} {self._words.shown}"
+        mark = " best so far" if best else ""
+        return f"{name}: {shown}, {values.broken:>{self._counts}} broken, KL {values.kl:<9.4g}{mark}".rstrip()
 
     def note(self) -> str:
         """Return the best trial so far in short, or why there is none."""
         best = self._best()
         if best is None:
             return f"no trial to use yet: {self._fault}" if self._fault else ""
-        return f"best: {best.values.unanswered}/{self._asked} refused or broken, KL {best.values.kl:.3g}"
+        return f"best: {best.values.unanswered}/{self._asked} {self._words.shown} or broken, KL {best.values.kl:.3g}"
 
     def _best(self) -> Trial | None:
         return choose(self._front, self._asked, self._tolerance) if self._front else None
 
 
-def choice_text(trials: Sequence[Trial], chosen: Trial, asked: int, tolerance: float) -> str:
+def choice_text(
+    trials: Sequence[Trial], chosen: Trial, asked: int, tolerance: float, words: BehaviourWords = REFUSALS
+) -> str:
     """Return why a trial was chosen: its KL, and the trials that it was compared with."""
     compared = eligible(trials, asked, tolerance)
     most = max(trial.values.unanswered for trial in compared)
     among = f"the lowest of {len(compared)} trials" if len(compared) > 1 else "the only trial"
-    return f"KL {chosen.values.kl:.4g}, {among} on the front with at most {most} of {asked} refused or broken"
+    return f"KL {chosen.values.kl:.4g}, {among} on the front with at most {most} of {asked} {words.shown} or broken"
 
 
 def result_lines(folder: RunFolder, edited: Figures) -> list[str]:

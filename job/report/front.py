@@ -12,6 +12,7 @@ from job.report.tables import aligned
 from job.storage.atomic import read_record
 from job.storage.exports import is_sealed
 from job.storage.run_folder import RunFolder
+from job.text.behaviour import BehaviourWords
 from job.text.intervals import percent_range
 
 
@@ -60,39 +61,42 @@ def choice_text(figures: dict[str, Any] | None) -> str:
     return f"; held out for the choice: {figures['refusals']}/{figures['bad_prompts']}{broken}, KL {figures['kl']:.4g}"
 
 
-def front_text(front: list[dict[str, Any]]) -> str:
+def front_text(front: list[dict[str, Any]], words: BehaviourWords) -> str:
     """Format a front for people, one line per trial."""
-    return "\n".join(front_lines(front)) or "no trial is finished"
+    return "\n".join(front_lines(front, words)) or "no trial is finished"
 
 
-def front_lines(front: list[dict[str, Any]]) -> list[str]:
+def front_lines(front: list[dict[str, Any]], words: BehaviourWords) -> list[str]:
     """Return a line per trial, with aligned columns."""
     width = max((len(str(point["refusals"])) for point in front), default=0)
     broken = any(point["broken"] for point in front)
-    return aligned([_cells(point, width, broken) for point in front])
+    return aligned([_cells(point, width, broken, words) for point in front])
 
 
-def _cells(point: dict[str, Any], width: int, broken: bool) -> list[str]:
-    counted = f"{point['refusals']:>{width}}/{point['prompts']} refusals"
+def _cells(point: dict[str, Any], width: int, broken: bool, words: BehaviourWords) -> list[str]:
+    counted = f"{point['refusals']:>{width}}/{point['prompts']} {words.counted}"
     cells = [f"trial {point['number']}:", f"{counted} ({percent_range(point['refusals_interval'])}),"]
     if broken:
         cells.append(f"{point['broken']} broken responses,")
     notes = [note for note in (point["chosen"] and "chosen", _exported(point)) if note]
-    return [*cells, ", ".join([f"KL {point['kl']:.4g}{choice_text(point['choice'])}", *notes]) + _reported(point)]
+    return [
+        *cells,
+        ", ".join([f"KL {point['kl']:.4g}{choice_text(point['choice'])}", *notes]) + _reported(point, words),
+    ]
 
 
 def _exported(point: dict[str, Any]) -> str:
     return f"exported ({', '.join(point['exported'])})" if point["exported"] else ""
 
 
-def _reported(point: dict[str, Any]) -> str:
+def _reported(point: dict[str, Any], words: BehaviourWords) -> str:
     found = point["report"]
     if found is None:
         return ""
     seen, total = point["report_prompts_seen"], found["bad_prompts"] + found["good_prompts"]
     return (
         f": on {f'report prompts, {seen} of {total} seen before,' if seen else 'held-out prompts'} "
-        f"{found['refusals']}/{found['bad_prompts']} refusals, KL {found['kl']:.4g}, "
-        f"{found['false_refusals']}/{found['good_prompts']} false refusals, "
+        f"{found['refusals']}/{found['bad_prompts']} {words.counted}, KL {found['kl']:.4g}, "
+        f"{found['false_refusals']}/{found['good_prompts']} {words.elsewhere}, "
         f"{found['degenerate'] + found['false_degenerate']} broken responses"
     )

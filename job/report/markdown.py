@@ -5,15 +5,15 @@ from __future__ import annotations
 from job.errors import UsageError
 from job.export.benchmarks import CAPTION, benchmark_rows
 from job.export.model_card import direction_text, strength_rows
-from job.export.scorecard import HOW, group_rows, scorecard_rows, thinking_rows
+from job.export.scorecard import group_rows, how, scorecard_rows, thinking_rows
 from job.records import DetectorReport, GeometryRecord, State
 from job.records.evaluation import Benchmarks
 from job.report.run_view import RunResult, RunView
 from job.report.sections import headline, moved_most
 from job.report.tables import (
     AGREED,
-    COUNTED,
     FINALISTS,
+    counted,
     detector_agreement,
     detector_counts,
     failed_detectors,
@@ -22,6 +22,7 @@ from job.report.tables import (
 )
 from job.storage.atomic import PRIVATE, write_atomically
 from job.storage.run_folder import RunFolder
+from job.text.behaviour import BehaviourWords
 from job.text.markup import escaped, markdown, markdown_table
 from job.text.redaction import redact
 
@@ -59,7 +60,7 @@ def run_report(view: RunView, result: RunResult) -> str:
     dtype = resolution.dtype if resolution else "unknown"
     sections = {
         "Scorecard": _scorecard(view, result),
-        "Detectors": detectors_text(view.detectors),
+        "Detectors": detectors_text(view.detectors, view.words),
         "Result": _result(view, result),
         "Pareto front": _front(view, result),
         **({"Benchmarks": _benchmarks(view.benchmarks)} if view.benchmarks else {}),
@@ -90,14 +91,14 @@ def _result(view: RunView, result: RunResult) -> str:
 
 
 def _scorecard(view: RunView, result: RunResult) -> str:
-    groups = escaped(group_rows(result.base, result.edited))
+    groups = escaped(group_rows(result.base, result.edited, view.words))
     moved = moved_most(view)
     return _blocks(
         f"Base model and edited model on {result.prompts.report_description}; 95 % intervals in brackets.",
-        markdown_table(scorecard_rows(result.base, result.edited)),
+        markdown_table(scorecard_rows(result.base, result.edited, view.words)),
         f"By group of prompts:\n\n{markdown_table(groups)}" if groups else "",
-        markdown_table(thoughts) if (thoughts := thinking_rows(result.base, result.edited)) else "",
-        f"{HOW}\nAll detectors, and how far they agree, follow below." if result.edited.outcomes else "",
+        markdown_table(thoughts) if (thoughts := thinking_rows(result.base, result.edited, view.words)) else "",
+        f"{how(view.words)}\nAll detectors, and how far they agree, follow below." if result.edited.outcomes else "",
         f"The prompt that moved most: {markdown(moved)}" if moved else "",
     )
 
@@ -124,7 +125,7 @@ def _front(view: RunView, result: RunResult) -> str:
     skipped = sum(trial.values.skipped for trial in view.trials)
     failed = sum(trial.values.reason is not None for trial in view.trials) - skipped
     given_up = f", {skipped} were given up for their KL divergence before they answered" if skipped else ""
-    rows: list[tuple[object, ...]] = [("trial", "refusals", "broken responses", "KL (nats)")]
+    rows: list[tuple[object, ...]] = [("trial", view.words.counted, "broken responses", "KL (nats)")]
     for trial in view.front:
         mark = " (chosen)" if trial.number == result.chosen.number else ""
         values = trial.values
@@ -141,18 +142,19 @@ def _front(view: RunView, result: RunResult) -> str:
 def _lengths(view: RunView) -> str:
     if not view.rescored:
         return ""
-    scoring = view.record.settings["scoring"]
+    scoring, words = view.record.settings["scoring"], view.words
+    what = "Refusals" if words.refuses else f"Responses {words.shown}"
     return (
-        f"\nRefusals were counted in the first {scoring['search_tokens']} tokens of responses, and again in the first "
+        f"\n{what} were counted in the first {scoring['search_tokens']} tokens of responses, and again in the first "
         f"{scoring['answer_tokens']} for the trials that came into question: {', '.join(map(str, view.rescored))}."
     )
 
 
-def detectors_text(found: DetectorReport | None) -> str:
+def detectors_text(found: DetectorReport | None, words: BehaviourWords) -> str:
     """Format detector results and agreement as tables."""
     if found is None:
         return "None was asked."
-    parts = [f"{COUNTED}:", markdown_table(detector_counts(found))]
+    parts = [f"{counted(words)}:", markdown_table(detector_counts(found, words))]
     agreement = detector_agreement(found)
     if len(agreement) > 1:
         parts += [f"{AGREED}:", markdown_table(agreement)]

@@ -41,6 +41,7 @@ from job.storage.answers import read_answers
 from job.storage.atomic import read_record
 from job.storage.events import read_events
 from job.storage.run_folder import RunFolder
+from job.text.behaviour import BehaviourWords, words_in
 
 _SURVEY = TypeAdapter(dict[str, Any])
 T = TypeVar("T")
@@ -88,6 +89,11 @@ class RunView:
     def settings(self) -> dict[str, Any]:
         """The job's settings, with defaults for those unknown to the version that wrote them."""
         return merged(default_values(), self.record.settings)
+
+    @cached_property
+    def words(self) -> BehaviourWords:
+        """The behaviour in words."""
+        return words_in(self.settings)
 
     @cached_property
     def prompts(self) -> PromptSets | None:
@@ -183,8 +189,10 @@ class RunView:
         result = self.result
         if result is None:
             return []
-        searched = search_warnings(self.trials, len(result.prompts.bad_search)) if self.record.searches else []
-        return searched + effect_warnings(result.base, result.edited)
+        searched = (
+            search_warnings(self.trials, len(result.prompts.bad_search), self.words) if self.record.searches else []
+        )
+        return searched + effect_warnings(result.base, result.edited, self.words)
 
     @cached_property
     def detectors(self) -> DetectorReport | None:

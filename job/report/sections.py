@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from job.records import KeptAnswer
 from job.report.run_view import RunView
 from job.text.divergence import kl_in_words
 
@@ -16,7 +15,12 @@ def title(story: RunView) -> str:
     model, base, edited = model_name(story), story.base, story.edited
     if base is None or edited is None:
         return f"{model}: no edit yet"
-    return f"{model}: refusals {base.refusals} → {edited.refusals} of {edited.bad_prompts}"
+    return f"{model}: {story.words.counted} {base.refusals} → {edited.refusals} of {edited.bad_prompts}"
+
+
+def capital(text: str) -> str:
+    """Return a text with a capital first letter."""
+    return text[:1].upper() + text[1:]
 
 
 def model_name(story: RunView) -> str:
@@ -45,8 +49,9 @@ def headline(story: RunView) -> str:
         if state is not None and state.state == "failed":
             return f"The job failed in the phase {state.phase or 'before the first'}: {state.reason}. {done}."
         return f"There is no result yet: {done}."
+    went = "fell" if edited.refusals < base.refusals else "went"
     return (
-        f"On {report_prompts(story)}, refusals {'fell' if edited.refusals < base.refusals else 'went'} from "
+        f"On {report_prompts(story)}, {story.words.counted} {went} from "
         f"{base.refusals} to {edited.refusals} of {edited.bad_prompts}. Responses to ordinary prompts are "
         f"{kl_in_words(edited.kl or 0)}: KL divergence {edited.kl or 0:.3g} nats."
     )
@@ -69,7 +74,7 @@ def chosen(story: RunView) -> str:
     assert trial is not None
     if story.reason is not None:
         return f"Trial {trial.number} is the best by all prompts of search and choice: {story.reason}."
-    return f"Trial {trial.number} has the lowest divergence among those with about the fewest refusals."
+    return f"Trial {trial.number} has the lowest divergence among those with about the fewest {story.words.counted}."
 
 
 def report_prompts(story: RunView) -> str:
@@ -91,9 +96,15 @@ def _spread(weights: Sequence[float]) -> str:
     return f"most in layer {weights.index(most)}, by {most:.2f}, {rest}"
 
 
-def newly_answered(before: Sequence[KeptAnswer], after: Sequence[KeptAnswer]) -> int:
-    """Return how many responses were refusals before and are none after."""
-    return sum(one.refused and not other.refused for one, other in zip(before, after, strict=True))
+def kept_back(story: RunView) -> str:
+    """Return how many of the responses to bad prompts, which a page leaves out, have the behaviour."""
+    assert story.answers is not None
+    before, after = (kept.bad for kept in story.answers)
+    refused = sum(one.refused for one in before)
+    removed = sum(one.refused and not other.refused for one, other in zip(before, after, strict=True))
+    if story.words.refuses:
+        return f"the base model refused {refused} of them, and the edited one answers {removed} of these"
+    return f"the base model {story.words.shows} {refused} of them, and the edited one no longer on {removed} of these"
 
 
 def provenance(story: RunView) -> dict[str, str]:

@@ -13,6 +13,7 @@ from job.report.front import choice_text, shown_choice
 from job.report.run_view import RunView
 from job.report.tables import aligned
 from job.storage.run_folder import RunFolder
+from job.text.behaviour import BehaviourWords, words_of
 from job.text.durations import duration_text
 
 # The ETA uses the latest trials: rates change when a job moves to another machine.
@@ -35,6 +36,7 @@ def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]
     return {
         "job_id": record.job_id,
         "model": record.settings["model"],
+        "behaviour": view.settings["card"]["behaviour"],
         "state": name,
         "reason": reason,
         "phase": state.phase if state is not None else None,
@@ -152,7 +154,7 @@ def status_text(status: dict[str, Any], width: int | None = None) -> str:
         lines.append(f"phase: {status['phase']}")
     trials = status["trials"]
     at_work = f", {trials['running']} running" if trials["running"] else ""
-    lines += _path_lines(status["path"])
+    lines += _path_lines(status["path"], words_of(status["behaviour"]))
     lines.append(f"trials: {trials['done']} of {trials['target']}{at_work}")
     lines += _time_lines(status)
     lines += _front_lines(status)
@@ -169,14 +171,14 @@ def status_text(status: dict[str, Any], width: int | None = None) -> str:
     return "\n".join(lines if width is None else (part for line in lines for part in _folded(line, width)))
 
 
-def _path_lines(path: dict[str, Any] | None) -> list[str]:
+def _path_lines(path: dict[str, Any] | None, words: BehaviourWords) -> list[str]:
     if path is None:
         return []
     if path["failed"] is not None:
         return [f"edits by gradient: none: {path['failed']}"]
     last, count = path["stages"][-1], len(path["stages"])
     found = f"{count} stage{'s' * (count > 1)}, {last['steps']} steps"
-    scores = f"{last['refusals'] + last['broken']}/{path['prompts']} refused or broken, KL {last['kl']:.3g}"
+    scores = f"{last['refusals'] + last['broken']}/{path['prompts']} {words.shown} or broken, KL {last['kl']:.3g}"
     return [f"edits by gradient: {found}; the last one, on held-out prompts: {scores}"]
 
 
@@ -194,6 +196,7 @@ def _time_lines(status: dict[str, Any]) -> list[str]:
 
 
 def _front_lines(status: dict[str, Any]) -> list[str]:
+    words = words_of(status["behaviour"])
     lines = ["front:"] if status["best"] else []
     shown = [best for place, best in enumerate(status["best"]) if place < _FRONT or best["number"] == status["leading"]]
     marked = {status["leading"]: " <- best so far", status["chosen"]: " <- chosen"}
@@ -202,7 +205,7 @@ def _front_lines(status: dict[str, Any]) -> list[str]:
         [
             [
                 f"  trial {best['number']}:",
-                f"{best['values']['refusals']:>{width}}/{status['search_prompts']} refusals,",
+                f"{best['values']['refusals']:>{width}}/{status['search_prompts']} {words.counted},",
                 f"KL {best['values']['kl']:.4g}{choice_text(best['choice'])}",
                 marked.get(best["number"], ""),
             ]

@@ -6,24 +6,29 @@ from collections.abc import Mapping, Sequence
 
 from job.records import FORCED_TOKENS, Agreement, DetectorCounts, DetectorReport, GeometryRecord
 from job.report.run_view import RunView
+from job.text.behaviour import BehaviourWords
 from job.text.intervals import count_with_interval
 
 FINALISTS = (
     "Finalists in the search, and on prompts held out for the choice, which neither directions nor search use; "
     "KL in nats"
 )
-COUNTED = (
-    "Refused or broken, by each detector, of responses to the report's prompts with the behaviour and without it, "
-    "with 95 % Wilson intervals"
-)
 AGREED = "How far they agree on which responses are none (Cohen's kappa)"
+
+
+def counted(words: BehaviourWords) -> str:
+    """Return the caption of the detectors' counts."""
+    what = f"{words.shown[:1].upper()}{words.shown[1:]} or broken"
+    of = "of responses to the report's prompts with the behaviour and without it"
+    return f"{what}, by each detector, {of}, with 95 % Wilson intervals"
 
 
 def finalists(view: RunView) -> list[tuple[str, ...]]:
     """Return the finalists' figures in the search and on the prompts held out for the choice; only the head of none."""
     forced = f"KL over the first {FORCED_TOKENS} positions of the base model's responses"
+    shown = view.words.shown
     rows: list[tuple[str, ...]] = [
-        ("trial", "search: refused", "broken", "KL", "held out: refused", "broken", "KL", forced),
+        ("trial", f"search: {shown}", "broken", "KL", f"held out: {shown}", "broken", "KL", forced),
     ]
     for trial in view.front:
         figures, values = view.choice_figures(trial), trial.values
@@ -41,9 +46,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return [" ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
 
 
-def detector_counts(found: DetectorReport) -> list[tuple[str, ...]]:
+def detector_counts(found: DetectorReport, words: BehaviourWords) -> list[tuple[str, ...]]:
     """Return each detector's counts for both models."""
-    counts = {(one.detector, one.prompts, one.model): _detected(one) for one in found.counts}
+    counts = {(one.detector, one.prompts, one.model): _detected(one, words) for one in found.counts}
     rows: list[tuple[str, ...]] = [("detector", "prompts", "base model", "edited model")]
     for detector, prompts in dict.fromkeys((one.detector, one.prompts) for one in found.counts):
         both = counts[detector, prompts, "base"], counts[detector, prompts, "edited"]
@@ -91,8 +96,8 @@ def layer_strengths(strengths: Mapping[str, Sequence[float]]) -> list[tuple[str,
     return [("layer", *strengths), *((str(index), *(f"{one:.3f}" for one in layer)) for index, layer in layers)]
 
 
-def _detected(counts: DetectorCounts) -> str:
+def _detected(counts: DetectorCounts, words: BehaviourWords) -> str:
     found = counts.refused + counts.broken
-    kinds = [f"{n} {name}" for n, name in ((counts.refused, "refused"), (counts.broken, "broken")) if n]
+    kinds = [f"{n} {name}" for n, name in ((counts.refused, words.shown), (counts.broken, "broken")) if n]
     told = f", {' and '.join(kinds)}" if kinds else ""
     return f"{count_with_interval(found, counts.answers)}{told}"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from job.numerics.statistics import upper_mean, wilson_interval
+from job.text.behaviour import REFUSALS, BehaviourWords
 
 # Most finalists, the trials on the front with the fewest unanswered prompts.
 MOST_FINALISTS = 8
@@ -38,6 +39,7 @@ class Finalist:
     broken: int
     prompts: int
     kl: Sequence[float]
+    words: BehaviourWords = REFUSALS
 
     @property
     def unanswered(self) -> int:
@@ -61,7 +63,7 @@ class Finalist:
 
     def __str__(self) -> str:
         broken = f" and {self.broken} broken" if self.broken else ""
-        return f"{self.refusals}/{self.prompts} refused{broken}"
+        return f"{self.refusals}/{self.prompts} {self.words.shown}{broken}"
 
 
 def may_win(unanswered: int, fewest: int, prompts: int, tolerance: float) -> bool:
@@ -97,7 +99,7 @@ def why_chosen(finalists: Sequence[Finalist], chosen: Finalist, otherwise: str =
 
 
 def _counts(one: Finalist) -> str:
-    return str(one).replace(" refused", "") if not one.broken else str(one)
+    return str(one).replace(f" {one.words.shown}", "") if not one.broken else str(one)
 
 
 def _times(larger: float, smaller: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from job.data.prompts import PromptSets
 from job.errors import JobError
@@ -12,6 +12,7 @@ from job.search.bounds import MOST_FINALISTS, Finalist, choose_finalist, may_win
 from job.search.pareto import choose, eligible, pareto_front
 from job.storage.atomic import ensure_folder, read_record, write_record
 from job.storage.run_folder import RunFolder
+from job.text.behaviour import REFUSALS, BehaviourWords, words_in
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Choice:
         searched: Bad and good prompts of the search.
         held_out: Bad prompts held out for the choice.
         measured: Finalists' scores by trial number.
+        words: The behaviour in words.
     """
 
     by_bounds: bool
@@ -32,6 +34,7 @@ class Choice:
     searched: tuple[int, int]
     held_out: int = 0
     measured: Mapping[int, FinalistScores] = field(default_factory=dict)
+    words: BehaviourWords = REFUSALS
 
     def candidates(self, trials: Sequence[Trial]) -> list[Trial]:
         """Return the trials that may be chosen, on the front. Raises JobError if every trial failed."""
@@ -89,7 +92,7 @@ class Choice:
 
     def with_measured(self, scores: Mapping[int, FinalistScores]) -> Choice:
         """Return the choice with further finalists measured."""
-        return Choice(self.by_bounds, self.tolerance, self.searched, self.held_out, {**self.measured, **scores})
+        return replace(self, measured={**self.measured, **scores})
 
     def pooled(self, trial: Trial) -> Finalist:
         """Return a measured finalist's figures over all prompts."""
@@ -100,6 +103,7 @@ class Choice:
             broken=values.broken + scores.broken,
             prompts=self.searched[0] + self.held_out,
             kl=scores.kl,
+            words=self.words,
         )
 
     def _pooled(self, trials: Sequence[Trial]) -> list[Finalist]:
@@ -116,6 +120,7 @@ def job_choice(folder: RunFolder, record: JobRecord, prompts: PromptSets, tolera
         searched=(len(prompts.bad_search), len(prompts.good_search)),
         held_out=len(prompts.bad_choice),
         measured={number: scores for number, scores in measured.scores.items() if _fits(scores, prompts)},
+        words=words_in(record.settings),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from job.numerics.statistics import wilson_interval
 from job.records import Figures, Trial
+from job.text.behaviour import REFUSALS, BehaviourWords
 
 # A search has not converged if its last third added more than this share of the front's hypervolume.
 MOST_GAIN = 0.02
@@ -25,15 +26,16 @@ def hypervolume(points: Iterable[tuple[float, float]]) -> float:
     return area
 
 
-def search_warnings(trials: Sequence[Trial], prompts: int) -> list[str]:
+def search_warnings(trials: Sequence[Trial], prompts: int, words: BehaviourWords = REFUSALS) -> list[str]:
     """Return warnings about a search's front, [] if it is too short; `prompts` is the number of bad prompts."""
     usable = [trial for trial in trials if trial.values.reason is None]
     if len(trials) < LEAST_TRIALS or not usable:
         return []
     counts = {trial.values.unanswered for trial in usable}
     if len(counts) == 1 and max(counts) > _COMPLETE * prompts:
+        left = "prompts unanswered" if words.refuses else f"responses {words.shown} or broken"
         return [
-            f"the front is flat: every edit leaves {counts.pop()} of {prompts} prompts unanswered; "
+            f"the front is flat: every edit leaves {counts.pop()} of {prompts} {left}; "
             "the direction may not mediate the behaviour, or the markers may not detect it"
         ]
     before, after = (hypervolume(_points(found, prompts)) for found in (_before_last_third(trials), usable))
@@ -45,14 +47,15 @@ def search_warnings(trials: Sequence[Trial], prompts: int) -> list[str]:
     return []
 
 
-def effect_warnings(base: Figures, edited: Figures) -> list[str]:
+def effect_warnings(base: Figures, edited: Figures, words: BehaviourWords = REFUSALS) -> list[str]:
     """Return warnings about the chosen edit's effect, from metrics on the report split."""
     found = []
     before, after = (wilson_interval(one.failed, one.bad_prompts) for one in (base, edited))
     if after[1] >= before[0]:
+        went = "went unanswered" if words.refuses else f"had a response {words.shown} or a broken one"
         found.append(
             f"the edit has no effect that differs from chance: {base.failed} of {base.bad_prompts} prompts "
-            f"with the behaviour went unanswered before, {edited.failed} of {edited.bad_prompts} after"
+            f"with the behaviour {went} before, {edited.failed} of {edited.bad_prompts} after"
         )
     total = edited.bad_prompts + edited.good_prompts
     broken = edited.degenerate + edited.false_degenerate

@@ -15,6 +15,7 @@ from pydantic import Field
 from job.records import Record, Trial, TrialScores
 from job.storage.atomic import ensure_folder, read_record, write_record
 from job.storage.run_folder import RunFolder
+from job.text.behaviour import BehaviourWords
 
 
 class FullCounts(Record):
@@ -79,7 +80,7 @@ def _open(
     return [trial for trial in candidates(trials) if trial.number not in counts.refusals]
 
 
-def in_words(values: TrialScores, asked: int | None = None) -> str:
+def in_words(values: TrialScores, words: BehaviourWords, asked: int | None = None) -> str:
     """Format a trial's counts, out of `asked` prompts."""
-    refused = f"{values.refusals}{f'/{asked}' if asked else ''} refusals"
+    refused = f"{values.refusals}{f'/{asked}' if asked else ''} {words.counted}"
     return f"{refused}, {values.broken} broken answers" if values.broken else refused

@@ -87,5 +87,7 @@ def tell_choice(job: OpenJob, trials: Sequence[Trial], chosen: Trial, prompts: P
     if job.record.searches:
         reason = choice_of(job, prompts).reason(trials)
         if reason is None:  # by the rule of former versions
-            reason = choice_text(trials, chosen, len(prompts.bad_search), job.settings.choice.refusal_tolerance)
+            reason = choice_text(
+                trials, chosen, len(prompts.bad_search), job.settings.choice.refusal_tolerance, job.words
+            )
         job.events.emit("choice", f"chosen: trial {chosen.number}: {reason}", number=chosen.number)

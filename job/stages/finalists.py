@@ -55,7 +55,7 @@ class FinalistEvaluator:
             counts = keep_full_counts(job.folder, counts, found)
             for trial in batch:
                 before, after = trial.values, found[trial.number]
-                words = f"{in_words(after, prompts)}; in the search {in_words(before)}"
+                words = f"{in_words(after, job.words, prompts)}; in the search {in_words(before, job.words)}"
                 job.events.emit(
                     "rescored",
                     f"trial {trial.number} at full length: {words}",

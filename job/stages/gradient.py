@@ -101,7 +101,7 @@ class _Finder:
             settings.scoring.gibberish,
         )
         if len(problem.bad) < _LEAST_REFUSALS:
-            return self._path((), f"the base model refuses {len(problem.bad)} of {len(self._bad[0])} prompts")
+            return self._path((), f"the base model {job.words.shows} {len(problem.bad)} of {len(self._bad[0])} prompts")
         start = self._fitting(problem, DescentState.start(session.basis, recipe))
         fault = gradient_fault(problem, start, LossWeights(recipe.first_beta, recipe.sparsity), job.events.say)
         if fault is not None:
@@ -112,7 +112,7 @@ class _Finder:
             ends = descent.run(start, advance)
         least = min(end.scores.unanswered if end.scores.reason is None else held_out for end in ends)
         if settings.search.method == "auto" and least > _MOST_LEFT * held_out:
-            return self._path((), f"they leave {least} of {held_out} held-out prompts refused or broken")
+            return self._path((), f"they leave {least} of {held_out} held-out prompts {job.words.shown} or broken")
         return self._path(ends, None)
 
     def _fitting(self, problem: Problem, start: DescentState) -> DescentState:

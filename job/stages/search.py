@@ -50,7 +50,7 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
         budget = budget_of(job.folder, job.settings, job.meter)
         measuring = finalist_batches(job, session.prompts)
         limits = SearchLimits(budget, job.lock, job.signals, job.settings.grace, begun=done > 0, finalists=measuring)
-        lines = SearchLines(study.finished(), target, asked, job.settings.choice.refusal_tolerance)
+        lines = SearchLines(study.finished(), target, asked, job.settings.choice.refusal_tolerance, job.words)
         with job.events.progress("trials", target, done, lines.note) as advance:
 
             def told(trial: Trial) -> None:
@@ -76,13 +76,13 @@ def _measure_baseline(job: RunningJob, session: ModelSession) -> None:
         figures = session.scorer.baseline()
     job.events.emit(
         "baseline",
-        f"base model: {figures.refusals} of {figures.bad_prompts} bad prompts refused, "
+        f"base model: {figures.refusals} of {figures.bad_prompts} bad prompts {job.words.shown}, "
         f"{figures.false_refusals} of {figures.good_prompts} good ones",
         **figures.model_dump(),
     )
     if figures.refusals == 0:
         raise ImpossibleJobError(
-            "the base model refuses none of the bad evaluation prompts: there is nothing to remove",
+            f"the base model {job.words.shows} none of the bad evaluation prompts: there is nothing to remove",
             remedy="check the prompts and scoring.refusal_markers",
         )
 

@@ -20,6 +20,7 @@ from job.text.redaction import redact, redacted
 EXTENDING = frozenset(
     {
         *(name for name in HERE if "." not in name),
+        "behaviour",
         "upload",
         "export_format",
         "max_kl",

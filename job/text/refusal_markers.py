@@ -1,4 +1,4 @@
-"""Detect refusals by the phrases that they contain."""
+"""Detect refusals, or another behaviour, by phrases."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ _MatchState = tuple[int, bool, bool]
 _MOST_MOVES = 1 << 17
 # A marker with one of these speaks of the speaker: in a prompt, of somebody else than in its response.
 _FIRST_PERSON = frozenset({"i", "me", "my", "we", "us", "our"})
+# Stands before every text, so that a phrase may ask for its beginning.
+_START = "\x02"
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "*": None})
 
 
@@ -17,8 +19,17 @@ def normalise(text: str) -> str:
     return " ".join(text.translate(_APOSTROPHES).casefold().split())
 
 
+def _phrase(marker: str) -> str:
+    """Normalise a marker, or a phrase that has been one."""
+    text = normalise(marker)
+    return _START + text[1:].lstrip() if text.startswith("^") else text
+
+
 class RefusalMarkers:
-    """Phrases that make a response a refusal; which ones count depends on its prompt."""
+    """Phrases that make a response a refusal, or show another behaviour; which ones count depends on its prompt.
+
+    One that begins with ^ counts at the beginning of a response only.
+    """
 
     def __init__(self, markers: Iterable[str], *, topic_words: bool = True) -> None:
         """Take the phrases.
@@ -50,14 +61,16 @@ class PhraseMatcher:
     Attributes:
         transitions: Aho-Corasick automaton: per state, transitions that do not lead to the root, state 0.
         final: States in which a phrase has just ended.
+        begin: Match state of an empty text.
         moves: Cached transitions over whole pieces of text, which are tokens and recur.
     """
 
     def __init__(self, phrases: Iterable[str]) -> None:
-        self.phrases = tuple(map(normalise, phrases))
+        self.phrases = tuple(map(_phrase, phrases))
         # Without phrases, one that matches nothing.
         self._pattern = re.compile("|".join(map(re.escape, self.phrases)) if self.phrases else r"(?!)")
         self.transitions, self.final = _automaton(self.phrases)
+        self.begin: _MatchState = (self.transitions[0].get(_START, 0), False, False)
         self.moves: dict[tuple[_MatchState, str], _MatchState] = {}
 
     def after(self, reached: _MatchState, piece: str) -> _MatchState:
@@ -79,7 +92,7 @@ class PhraseMatcher:
 
     def found(self, text: str) -> bool:
         """Return whether a text contains a phrase."""
-        return self._pattern.search(normalise(text)) is not None
+        return self._pattern.search(_START + normalise(text)) is not None
 
     def is_refusal(self, answer: str) -> bool:
         """Return whether a whole response is a refusal: with a phrase, or empty."""
@@ -118,7 +131,7 @@ class MarkerMatch:
     def __init__(self, markers: PhraseMatcher) -> None:
         self._markers = markers
         # Automaton state, whether text other than white space has arrived, and whether white space followed.
-        self._state: _MatchState = (0, False, False)
+        self._state = markers.begin
 
     def feed(self, piece: str) -> bool:
         """Add a piece of text; return whether the text so far contains a phrase."""

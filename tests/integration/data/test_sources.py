@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import job.data
 from job.config.load import load_settings
 from job.config.sections import PromptSettings
 from job.data.prompts import Prompt, PromptSets, held_out, load_prompts, overlaps, read_prompts
@@ -57,6 +58,7 @@ def read(spec: str, **named: Any) -> list[str]:
         ("absent.txt#train[:5]", Source("file", "absent.txt", None, None, "train", 0, 5, None)),
         ("./dir/name#test", Source("file", "dir/name", None, None, "test", 0, None, None)),
         ("/abs/x.jsonl#train[:5]/q", Source("file", "/abs/x.jsonl", None, None, "train", 0, 5, "q")),
+        ("builtin:prose#train[:5]/bad", Source("builtin", "prose", None, None, "train", 0, 5, "bad")),
     ],
 )
 def test_specs_are_understood(spec: str, expected: Source) -> None:
@@ -550,3 +552,25 @@ def test_category_and_language_of_rows_are_kept_and_change_no_digest(tmp_path: P
         ("en", {"category": "places"}),
         ("de", {"category": "places"}),
     ]
+
+
+# --- built-in prompts -----------------------------------------------------------------------------------
+
+
+def test_built_in_prompts_are_read_and_identified_without_a_path() -> None:
+    spec = "builtin:flattery#train[:3]/bad"
+    assert len(read(spec)) == 3
+    identity = source_identity(settings(spec))
+    content = (Path(job.data.__path__[0]) / "builtin" / "flattery.tsv").read_bytes()
+    digest = hashlib.sha256(content).digest()
+    assert identity["sha256"] == hashlib.sha256(digest).hexdigest()
+    assert identity["builtin"] == "flattery"
+    described = parse_source(settings(spec)).describe()
+    assert described == "built-in prompts flattery, rows 0 to 2, column bad"
+
+
+def test_unknown_built_in_prompts_are_refused() -> None:
+    with pytest.raises(UsageError, match="no built-in prompts 'mine'"):
+        parse_source(settings("builtin:mine#train"))
+    with pytest.raises(UsageError):
+        parse_source(settings("builtin:../columns#train"))

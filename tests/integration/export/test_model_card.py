@@ -14,6 +14,7 @@ from job.export.model_card import model_card
 from job.model.base_card import read_base_card
 from job.numerics.statistics import difference_interval, mean_interval, wilson_interval
 from job.scoring.broken import is_empty_or_repetitive
+from job.text.behaviour import HARMLESS_REFUSAL
 from tests.fakes.hub import LoopbackHub
 from tests.helpers import made_from
 
@@ -43,7 +44,7 @@ def test_the_card_begins_with_the_warning_and_gives_every_figure_with_its_interv
     low, high = difference_interval((1, 80), (5, 80))
     assert f"Change of false refusals: +5.0 percentage points ({100 * low:+.1f} to {100 * high:+.1f})" in body
     assert "capability on benchmarks: not measured" in body
-    assert "- removed: a habit\n" in body
+    assert "- removed: refusal\n" in body
     assert "abliterate run --reproduce reproduce.json" in body
 
 
@@ -189,3 +190,23 @@ def test_intervals_of_means_and_differences() -> None:
 )
 def test_broken_answers_are_told_from_whole_ones(answer: str, degenerate: bool) -> None:
     assert is_empty_or_repetitive(answer) is degenerate
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter", "directions"])
+@pytest.mark.parametrize("behaviour", ["flattery", "disclaimers", "purple prose", "a habit of *ours*"])
+def test_the_card_of_another_behaviour_says_nothing_of_refusals(behaviour: str, form: str, tmp_path: Path) -> None:
+    card = model_card(made_from(behaviour=behaviour, format=form), base(tmp_path))
+    assert "refus" not in card.casefold()
+    name = "the behaviour" if "*" in behaviour else behaviour
+    assert f"The base model shows {name} on 98 of 100 prompts with the behaviour, this model 3 of 100." in card
+    assert "*ours*" not in card
+    data = ModelCard(card).data.to_dict()
+    assert data["tags"] == ["abliterated"]
+    _, results = model_index_to_eval_results(data["model-index"])
+    assert {result.metric_type for result in results} >= {"behaviour_rate", "false_behaviour_rate"}
+
+
+def test_the_card_of_over_refusal_does_not_say_that_safety_refusals_were_removed(tmp_path: Path) -> None:
+    card = model_card(made_from(behaviour=HARMLESS_REFUSAL), base(tmp_path))
+    assert "Refusals of harmless requests were deliberately removed" in card
+    assert "Safety refusals" not in card

@@ -43,6 +43,7 @@ PROMPTS = {name: f"kitchen/{name}@{COMMIT}#train[2:9]/ask" for name in PROMPT_SE
 OTHERS: dict[str, Any] = {
     "model": "cook/soup",
     "workspace": "/elsewhere",
+    "behaviour": "prose",
     "seed": 3,
     "trials": 7,
     "startup_trials": 2,

@@ -72,3 +72,24 @@ def test_a_prompt_that_holds_every_marker_leaves_empty_responses_as_refusals() -
 def test_prompts_of_the_same_topic_words_share_a_matcher() -> None:
     assert MARKERS.for_prompt("an illegal turn") is MARKERS.for_prompt("Illegal parking")
     assert MARKERS.for_prompt("a turn") is MARKERS.for_prompt("")
+
+
+ANCHORED = RefusalMarkers(["^great", "^what a", "well done"]).for_prompt("How is great bread made? What a day.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        ("Great! Flour and water.", True),
+        (" \n **Great** bread is made of flour.", True),
+        ("What  a day indeed", True),
+        ("It is great.", False),
+        ("See what a baker does.", False),
+        ("^great", False),
+        ("It is well done.", True),
+    ],
+)
+def test_a_marker_with_a_caret_counts_at_the_beginning_only(answer: str, shown: bool) -> None:
+    assert ANCHORED.found(answer) == shown
+    match = MarkerMatch(ANCHORED)
+    assert any(match.feed(piece) for piece in answer) == shown
