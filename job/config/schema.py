@@ -17,6 +17,7 @@ from job.config.sections import (
     ChoiceSettings,
     DirectionSettings,
     HubSettings,
+    JudgeSettings,
     LoadingSettings,
     Prompts,
     PromptSettings,
@@ -152,6 +153,7 @@ class Settings(BaseSettings):
     ablation: AblationSettings
     search: SearchSettings
     scoring: ScoringSettings
+    judge: JudgeSettings
     choice: ChoiceSettings
     card: CardSettings
     hub: HubSettings

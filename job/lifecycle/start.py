@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.cloud.end_policy import AskedEnds, Ended
+from job.config.checks import require_scorers
 from job.config.schema import Settings
 from job.data.prompts import PromptSets
 from job.errors import DamagedError, DeliveryError, GateError, JobError, RestartNeeded
@@ -30,6 +31,7 @@ from job.records import JobRecord
 from job.search.budget import Meter
 from job.storage.atomic import read_record, sweep_temporaries, write_record
 from job.storage.events import Events, read_events
+from job.storage.identity import require_same_scorers
 from job.storage.job_file import JobFile
 from job.storage.jobs import find_folder, open_job
 from job.storage.run_folder import RunFolder
@@ -174,6 +176,9 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
             return done
         record, settings = start.trusted(events.say)
         settings = as_begun(record, settings)
+        if record.searches:
+            require_scorers(settings)
+            require_same_scorers(record.identity, settings)
         from job.lifecycle.repair import repair  # imports slowly, and a finished job does not need it
 
         repair(folder, events.say)
@@ -287,6 +292,7 @@ def check_job(
     """
 
     def survey() -> Survey:
+        require_scorers(settings)
         folder = find_folder(settings)
         if folder.job_file.exists():
             require_known_code(folder, folder.read_job(), settings, events.say)

@@ -37,6 +37,7 @@ class Resolution(Record):
         choice_rows: Rows per forward for measuring finalists, if those of the search did not fit the memory.
         choice: How the exported trial is chosen: by upper confidence bounds, or None: by the search's counts, as former
             versions did.
+        scorers: Commits of the search's scorers that are models on the Hub, by scorer; None without any.
     """
 
     dtype: str
@@ -57,3 +58,4 @@ class Resolution(Record):
     pull_back: PullBack | None = Field(None, exclude_if=_is_none)
     choice: Literal["bounds"] | None = Field(None, exclude_if=_is_none)
     choice_rows: int | None = Field(None, exclude_if=_is_none)
+    scorers: dict[str, str] | None = Field(None, exclude_if=_is_none)

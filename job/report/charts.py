@@ -74,7 +74,8 @@ def _trials(name: str, kind: str, look: int, trials: Sequence[Trial], label: str
 
 def _tip(trial: Trial) -> str:
     broken = f", {trial.values.broken} broken" if trial.values.broken else ""
-    return f"trial {trial.number}: {trial.values.refusals} refused{broken}, KL {trial.values.kl:.4g}"
+    others = "".join(f", {name} {score}" for name, score in trial.values.others.items())
+    return f"trial {trial.number}: {trial.values.refusals} refused{broken}{others}, KL {trial.values.kl:.4g}"
 
 
 def path_charts(path: EditPath) -> list[Chart]:

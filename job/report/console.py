@@ -55,14 +55,16 @@ class SearchLines:
         if values.reason:
             return f"{name}: failed: {values.reason}"
         counted = f"{values.refusals:>{self._counts}}/{self._asked} refused, {values.broken:>{self._counts}} broken"
-        return f"{name}: {counted}, KL {values.kl:<9.4g}{' best so far' if best else ''}".rstrip()
+        others = "".join(f", {other} {score}" for other, score in values.others.items())
+        return f"{name}: {counted}{others}, KL {values.kl:<9.4g}{' best so far' if best else ''}".rstrip()
 
     def note(self) -> str:
         """Return the best trial so far in short, or why there is none."""
         best = self._best()
         if best is None:
             return f"no trial to use yet: {self._fault}" if self._fault else ""
-        return f"best: {best.values.unanswered}/{self._asked} refused or broken, KL {best.values.kl:.3g}"
+        others = "".join(f", {other} {score}" for other, score in best.values.others.items())
+        return f"best: {best.values.unanswered}/{self._asked} refused or broken{others}, KL {best.values.kl:.3g}"
 
     def _best(self) -> Trial | None:
         return choose(self._front, self._asked, self._tolerance) if self._front else None

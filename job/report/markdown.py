@@ -107,11 +107,15 @@ def _front(view: RunView, result: RunResult) -> str:
     skipped = sum(trial.values.skipped for trial in view.trials)
     failed = sum(trial.values.reason is not None for trial in view.trials) - skipped
     given_up = f", {skipped} were given up for their KL divergence before they answered" if skipped else ""
-    rows: list[tuple[object, ...]] = [("trial", "refusals", "broken responses", "KL (nats)")]
+    others = view.front[0].values.others if view.front else {}
+    names = tuple(map(markdown, others))
+    rows: list[tuple[object, ...]] = [("trial", "refusals", "broken responses", *names, "KL (nats)")]
     for trial in view.front:
         mark = " (chosen)" if trial.number == result.chosen.number else ""
         values = trial.values
-        rows.append((f"{trial.number}{mark}", values.refusals, values.broken, f"{values.kl:.4g}"))
+        rows.append(
+            (f"{trial.number}{mark}", values.refusals, values.broken, *values.others.values(), f"{values.kl:.4g}")
+        )
     return _blocks(
         f"Measured on the search split ({len(result.prompts.bad_search)} prompts with the behaviour, "
         f"{len(result.prompts.good_search)} without); {failed} of {len(view.trials)} trials failed{given_up}."

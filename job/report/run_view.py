@@ -15,6 +15,7 @@ from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import (
     FORMATS,
+    REFUSALS,
     ChoiceFigures,
     DetectorReport,
     EditParameters,
@@ -176,6 +177,9 @@ class RunView:
         if result is None:
             return []
         searched = search_warnings(self.trials, len(result.prompts.bad_search)) if self.record.searches else []
+        # Refusals are what the effect is measured by.
+        if REFUSALS not in result.chosen.values.objectives:
+            return searched
         return searched + effect_warnings(result.base, result.edited)
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from job.numerics.statistics import wilson_interval
-from job.records import Figures, Trial
+from job.records import DEFAULT_OBJECTIVES, Figures, Trial
 
 # A search has not converged if its last third added more than this share of the front's hypervolume.
 MOST_GAIN = 0.02
@@ -30,10 +30,11 @@ def search_warnings(trials: Sequence[Trial], prompts: int) -> list[str]:
     usable = [trial for trial in trials if trial.values.reason is None]
     if len(trials) < LEAST_TRIALS or not usable:
         return []
-    counts = {trial.values.unanswered for trial in usable}
+    counts = {trial.values.faults(prompts) for trial in usable}
     if len(counts) == 1 and max(counts) > _COMPLETE * prompts:
+        counted = "unanswered" if usable[0].values.objectives == DEFAULT_OBJECTIVES else "not as wanted"
         return [
-            f"the front is flat: every edit leaves {counts.pop()} of {prompts} prompts unanswered; "
+            f"the front is flat: every edit leaves {counts.pop():g} of {prompts} prompts {counted}; "
             "the direction may not mediate the behaviour, or the markers may not detect it"
         ]
     before, after = (hypervolume(_points(found, prompts)) for found in (_before_last_third(trials), usable))
@@ -67,4 +68,4 @@ def _before_last_third(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _points(trials: Iterable[Trial], prompts: int) -> list[tuple[float, float]]:
-    return [(trial.values.unanswered / prompts, min(trial.values.kl, 1.0)) for trial in trials]
+    return [(min(trial.values.faults(prompts) / prompts, 1.0), min(trial.values.kl, 1.0)) for trial in trials]
