@@ -247,4 +247,4 @@ def _attributes(scores: TrialScores) -> dict[str, Any]:
     more = {name for name in ("broken", "skipped") if getattr(scores, name)}
     if scores.objectives != DEFAULT_OBJECTIVES:
         more |= {"refusals", "kl", "objectives", "others"}
-    return scores.model_dump(mode="json", include={"opening", "reason"} | more)
+    return scores.model_dump(include={"opening", "reason"} | more)
