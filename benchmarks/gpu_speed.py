@@ -25,7 +25,8 @@ from job.edits.hooks import Intervention
 from job.generation.stop_markers import AnswerWatch, MarkerWatch
 from job.gradient.descent import DescentState
 from job.gradient.hooks import DifferentiableEdits
-from job.gradient.problem import LossWeights, Problem, Recipe
+from job.gradient.problem import LossWeights, Problem
+from job.gradient.recipe import Recipe
 from job.model.device_faults import halving
 from job.numerics.basis import Basis
 from job.numerics.directions import contrastive_pca

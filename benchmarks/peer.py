@@ -59,6 +59,7 @@ not equal: heretic evaluates trials one by one and finishes every answer of a ba
   in every process (--together), asks for so many at once and for as many batches after them before it knows what these
   came to (--ahead), and stops an answer once a marker has matched, with the same count of refusals; in the search its
   answers have 30 tokens at most, and the chosen trials are scored again in full.
+equal: edits are sampled by TPE from weight kernels; this tool's default, gradient descent, is benchmarks.real's.
 not equal: heretic's sampler minimises scores of its own; this one's refusals and KL. Both volumes are of
   refusals and KL.
 not equal: in the field's space this one's MLP weights are from -0.25 to 1.5, heretic {VERSION}'s from 0.8 to 1.5.
@@ -91,7 +92,7 @@ def run_this(task: Task, seed: int, folder: Path, space: str, together: int, ahe
         **{f"{kind}_prompts": {"spec": str(task.sets[kind]), "system_prompt": SYSTEM_PROMPT} for kind in kinds},
         "loading": {"dtypes": ["float32"], "device": "cpu", "response_prefix": ""},
         "scoring": {"answer_tokens": task.tokens},
-        "search": {"space": space, "ahead": ahead},
+        "search": {"method": "tpe", "space": space, "ahead": ahead},
     }
     (folder / "config.toml").write_text(toml(values))
     log = folder / "log"

@@ -1,6 +1,6 @@
 """Compare this tool at its defaults with heretic 1.4.0 on a small real chat model, with the same inputs.
 
-python -m benchmarks.real [FOLDER] [--tools this,heretic] [--trials 200] [--peer-trials 60] [--minutes 10,20,40]
+python -m benchmarks.real [FOLDER] [--tools this,heretic] [--trials 24] [--peer-trials 60] [--minutes 10,20,40]
                           [--seeds 0] [--threads 2] [--json FILE] [--write docs/results.md]
 python -m benchmarks.real --trials 4 --peer-trials 4 --prompts 12 --tokens 12 --minutes 1,2     a short one
 
@@ -52,6 +52,7 @@ from benchmarks.peer import HERE, VERSION, prompt_sets
 from job.config.load import default_values
 from job.realmodel.folder import write_real_model
 from job.search.convergence import hypervolume
+from job.search.method import DEFAULT_TRIALS
 from tests.helpers import COMMAND, environment, events, only_job
 
 THIS, TOOLS = "this tool", ("this", "heretic")
@@ -380,7 +381,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/real-model"))
     parser.add_argument("--tools", type=lambda text: text.split(","), default=list(TOOLS))
-    parser.add_argument("--trials", type=int, default=default_values()["trials"], help="of this tool")
+    parser.add_argument("--trials", type=int, default=DEFAULT_TRIALS["gradient"], help="of this tool")
     parser.add_argument("--peer-trials", type=int, default=60, help="of heretic")
     parser.add_argument("--minutes", type=lambda text: [float(part) for part in text.split(",")], default=[10, 20, 40])
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])

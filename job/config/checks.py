@@ -13,9 +13,10 @@ from job.records import DEFAULT_OBJECTIVES
 
 
 def _refuse_contradictions(settings: Settings) -> None:
-    if settings.startup_trials is not None and settings.startup_trials > settings.trials:
+    startup, trials = settings.startup_trials, settings.trials
+    if startup is not None and trials is not None and startup > trials:
         raise UsageError(
-            f"startup_trials = {settings.startup_trials} is more than trials = {settings.trials}",
+            f"startup_trials = {startup} is more than trials = {trials}",
             remedy="lower --startup-trials or raise --trials",
         )
     if settings.checkpoint is not None and not _TARGET.fullmatch(settings.checkpoint):

@@ -35,6 +35,11 @@ ENDS = ("when_done", "when_failed")
 REFERENCE_SETS = ("helpfulness_prompts", "unhelpfulness_prompts", "capability_prompts")
 
 
+def default_startup_trials(trials: int) -> int:
+    """Return the start-up trials of a search of so many trials."""
+    return min(60, math.ceil(trials / 3))
+
+
 class Settings(BaseSettings):
     """All settings of a job, frozen; the default values stand in `default.toml`."""
 
@@ -45,7 +50,9 @@ class Settings(BaseSettings):
     )
     workspace: str = Field(min_length=1, description="Folder that holds the run folders.")
     seed: int = Field(ge=0, description="Seed of the search and of the split of the evaluation sets.")
-    trials: int = Field(ge=1, description="Number of edits that the search tries.")
+    trials: int | None = Field(
+        None, ge=1, description="Edits that the search tries; unset: 24 around edits found by gradient, else 200."
+    )
     startup_trials: int | None = Field(
         None, ge=1, description="Trials before the sampler's; unset: min(60, trials / 3)."
     )
@@ -178,6 +185,8 @@ class Settings(BaseSettings):
         return {name: value for name, value in sets.items() if isinstance(value, PromptSettings)}
 
     @property
-    def effective_startup_trials(self) -> int:
-        """Start-up trials of the search, before the sampler takes over."""
-        return self.startup_trials or min(60, math.ceil(self.trials / 3))
+    def asked_startup_trials(self) -> int | None:
+        """Start-up trials by what was asked for; None if that leaves the number of trials open."""
+        if self.startup_trials is None and self.trials is not None:
+            return default_startup_trials(self.trials)
+        return self.startup_trials

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from job.config.durations import Seconds
+from job.records import DEFAULT_OBJECTIVES
 
 # Parts of a prompt set's spec that may also be given on their own.
 SPEC_QUALIFIERS = ("revision", "config", "split", "column")
@@ -139,9 +140,9 @@ class AblationSettings(Section):
 class SearchSettings(Section):
     """How edits are searched for."""
 
-    method: Literal["tpe", "gradient"] = Field(
-        description="tpe: trials from a space of weight kernels; gradient: gradient descent finds edits, and trials "
-        "sample around them."
+    method: Literal["auto", "gradient", "tpe"] = Field(
+        description="gradient: gradient descent finds edits, and trials sample around them; tpe: trials from a space "
+        "of weight kernels; auto: gradient, or tpe where gradients cannot be used or leave many refusals."
     )
     space: Literal["wide", "field"] = Field(description="Parameter space of tpe; field is that of other tools.")
     ei_candidates: int = Field(ge=1, description="Candidates that the TPE sampler compares for each trial.")
@@ -157,6 +158,12 @@ class SearchSettings(Section):
         description="What the search minimises: refusals, kl, or a scorer of responses as NAME[@PROMPTS]"
         "[:DIRECTION], e.g. soft or words@both:more; PROMPTS: bad, good or both; DIRECTION: fewer or more.",
     )
+
+    @property
+    def asked_method(self) -> Literal["auto", "tpe", "gradient"]:
+        """The method asked for: "auto" is "tpe" with objectives that gradients cannot lower."""
+        by_scorers = not set(self.objectives) <= set(DEFAULT_OBJECTIVES)
+        return "tpe" if self.method == "auto" and by_scorers else self.method
 
 
 class ScoringSettings(Section):

@@ -30,12 +30,16 @@ from job.records import (
     PullBack,
     Record,
     Resolution,
+    SearchMethod,
     Trial,
 )
 from job.storage.identity import AS_BEFORE, short_hash
 
 # Parts of a job's identity with fields of their own.
 _PROMPTS, _MODEL = "_prompts", "model"
+# Where a file does not say otherwise.
+_METHOD = "search.method"
+_FORMER: dict[str, Any] = {**leaves(AS_BEFORE), _METHOD: "tpe"}
 _AS_TAKEN = ("column", "prefix", "suffix", "system_prompt", "max_characters")
 _WHERE = ("dataset", "revision", "config", "sha256")
 
@@ -92,6 +96,7 @@ class _Resolved(Record):
     choice: Literal["bounds"] | None = None
     choice_rows: int | None = Field(None, ge=1, le=1 << 24)
     scorers: dict[Literal["nli", "classifier"], Annotated[str, Field(pattern=_COMMIT)]] | None = None
+    method: SearchMethod | None = None
 
 
 class _Shown(Record):
@@ -165,9 +170,14 @@ def reproduction(
     figures: tuple[Figures, Figures],
     form: ExportFormat,
     choice: ChoiceFigures | None = None,
+    method: SearchMethod,
 ) -> Reproduction:
-    """Return an export's reproduction, without hashes of its weights; `figures` are the base model's and its own."""
+    """Return an export's reproduction, without hashes of its weights.
+
+    `figures` are the base model's and its own; `method` is what the search turned out to be.
+    """
     assert record.resolution is not None
+    assert record.startup_trials is not None
     identity = record.identity
     model = dict(identity[_MODEL])
     repository = model.pop("repository", None)
@@ -180,7 +190,7 @@ def reproduction(
         base_model=base_model_name(record, settings),
         behaviour=settings.card.behaviour,
         prompts={name: _prompts_record(name, identity[name], prompts) for name in settings.prompt_sets()},
-        settings=_edit_settings(identity),
+        settings=_edit_settings(identity, method),
         startup_trials=record.startup_trials,
         trials=trials,
         resolution=record.resolution,
@@ -195,9 +205,11 @@ def reproduction(
     ).cleaned()
 
 
-def _edit_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+def _edit_settings(identity: Mapping[str, Any], method: SearchMethod) -> dict[str, Any]:
     settings = {name: value for name, value in identity.items() if not name.endswith(_PROMPTS) and name != _MODEL}
-    return nested({name: value for name, value in leaves(settings).items() if name in EDIT - NAMED})
+    found = {name: value for name, value in leaves(settings).items() if name in EDIT - NAMED}
+    found.pop(_METHOD, None)
+    return nested(found if method == _FORMER[_METHOD] else {**found, _METHOD: method})
 
 
 def base_model_name(record: JobRecord, settings: Settings) -> str | None:
@@ -262,7 +274,7 @@ def check_reproduction(original: Reproduction) -> None:
 
 def fixed_settings(original: Reproduction, source: str) -> FixedSettings:
     """Return the settings that a reproduction fixes, without local and private sources. Raises UsageError."""
-    settings = {**leaves(AS_BEFORE), **leaves(original.settings)}
+    settings = {**_FORMER, **leaves(original.settings)}
     values: dict[str, Any] = {
         **{name: value for name, value in settings.items() if name in EDIT - NAMED},
         "trials": original.trials,

@@ -16,7 +16,8 @@ from torch import Tensor
 from job.directions.residuals import read_tensors, write_tensors
 from job.edits.hooks import ActiveEdits
 from job.errors import first_line
-from job.gradient.problem import Losses, LossWeights, Problem, Recipe, Targets
+from job.gradient.problem import Losses, LossWeights, Problem, Targets
+from job.gradient.recipe import Recipe
 from job.model.device_faults import halving
 from job.numerics.basis import Basis, DirectionPath
 from job.numerics.gradient import AdamState, EditVariables, adam_step

@@ -9,6 +9,7 @@ from job.config.schema import Settings
 from job.data.prompts import PromptSets
 from job.errors import DamagedError
 from job.records import Figures, State
+from job.search.method import trials_wanted
 from job.storage.atomic import read_record
 from job.storage.exports import is_sealed
 from job.storage.run_folder import RunFolder
@@ -45,7 +46,8 @@ def _completed(folder: RunFolder, settings: Settings) -> Outcome | None:
     state = folder.read_state()
     if state is None or state.state != "finished" or state.chosen is None:
         return None
-    if state.trials < settings.trials and not _is_spent(state, settings):
+    wanted = trials_wanted(folder, settings.trials, settings.search.asked_method)
+    if state.trials < wanted and not _is_spent(state, settings):
         return None
     export = folder.export_folder(state.chosen, settings.export_format)
     delivered = {item.target for item in folder.read_uploads() if item.state == "done" and item.export == export.name}

@@ -9,6 +9,7 @@ from job.config.schema import Settings
 from job.lifecycle.lock import JobLock
 from job.records import JobRecord, Resolution, Trial
 from job.search.budget import Meter
+from job.search.method import trials_wanted
 from job.storage.atomic import write_record
 from job.storage.events import Events
 from job.storage.job_file import JobFile
@@ -43,6 +44,11 @@ class OpenJob:
     def markers(self) -> RefusalMarkers:
         """The markers of refusals, by the rule that the job began with."""
         return RefusalMarkers(self.settings.scoring.refusal_markers, topic_words=bool(self.resolution.topic_words))
+
+    @property
+    def trials_wanted(self) -> int:
+        """Trials that the search makes, or is expected to while its path is not known. Raises DamagedError."""
+        return trials_wanted(self.folder, self.settings.trials, self.settings.search.asked_method)
 
     def export_of(self, trial: Trial) -> Path:
         """Return a trial's export folder in the job's format."""

@@ -29,6 +29,7 @@ from job.preflight.runner import preflight
 from job.preflight.survey import Survey
 from job.records import JobRecord
 from job.search.budget import Meter
+from job.search.method import planned_method, trials_wanted
 from job.storage.atomic import read_record, sweep_temporaries, write_record
 from job.storage.events import Events, read_events
 from job.storage.identity import require_same_scorers
@@ -236,7 +237,7 @@ def preflight_inputs(
         notes=tuple(notes),
         on=on,
         settings_key=settings_key(settings),
-        earlier=_earlier_starts(folder, None if held else last_holder),
+        earlier=_earlier_starts(folder, settings, None if held else last_holder),
         holder=_described(last_holder, folder) if last_holder is not None and held else None,
         lease=folder.path.name if not starting and settings.checkpoint is not None else None,
         rental=rental,
@@ -254,20 +255,22 @@ def _undelivered(folder: RunFolder, settings: Settings) -> str:
     return undelivered(Path(settings.workspace), folder)
 
 
-def _earlier_starts(folder: RunFolder, last_holder: HolderRecord | None) -> EarlierStarts:
+def _earlier_starts(folder: RunFolder, settings: Settings, last_holder: HolderRecord | None) -> EarlierStarts:
     processes = (last_holder.process,) if last_holder is not None else ()
     if not folder.job_file.exists():
         return EarlierStarts(processes=processes)
     from job.report.results import trials_so_far  # imports slowly, and a finished job does not need it
 
-    record = folder.read_job()
+    record, trials, asked = folder.read_job(), trials_so_far(folder), settings.search.asked_method
     return EarlierStarts(
         prompts=read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None,
         commit=record.model_commit,
         date=record.prompt_date,
         starts=past_starts(_readable_events(folder)),
         processes=processes,
-        trials_done=len(trials_so_far(folder)),
+        trials_done=len(trials),
+        trials_wanted=trials_wanted(folder, settings.trials, asked),
+        path_found=bool(trials) or folder.path_file.exists() or planned_method(record, asked) == "tpe",
     )
 
 

@@ -18,6 +18,7 @@ from job.errors import (
 from job.lifecycle.lock import JobLock
 from job.records import State
 from job.search.budget import Meter
+from job.search.method import trials_wanted
 from job.storage.atomic import write_record
 from job.storage.events import Events, read_events
 from job.storage.identity import short_hash
@@ -35,7 +36,8 @@ def recorded(
     """Keep state.json, events and meter consistent with the block's end. Raises RestartNeeded for a failed device."""
     chosen = (folder.read_state() or State(state="running", trials=0)).chosen
     file.write()
-    write_record(folder.state_file, State(state="running", trials=settings.trials, chosen=chosen))
+    wanted = trials_wanted(folder, settings.trials, settings.search.asked_method)
+    write_record(folder.state_file, State(state="running", trials=wanted, chosen=chosen))
     events.log_to(folder.events_file)
     key = settings_key(settings)
     events.emit(

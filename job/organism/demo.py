@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 BEHAVIOUR = "refusing requests about anything hexed, a benign stand-in of the built-in model organism"
 
-DEMO_TRIALS = 60
-
 
 def run_demo(
     workspace: str | None,
@@ -41,7 +39,7 @@ def run_demo(
         "bad_prompts": str(organism / "bad_train.txt"),
         "good_eval_prompts": str(organism / "good_test.txt"),
         "bad_eval_prompts": str(organism / "bad_test.txt"),
-        "trials": trials or DEMO_TRIALS,
+        "trials": trials,
         "card.behaviour": BEHAVIOUR,
     }
     settings = load_settings(options).settings

@@ -45,7 +45,7 @@ def conclude(inputs: PreflightInputs, model: ModelFindings, data: DataFindings, 
             measured=machine.exercise,
             speeds=speeds,
             line=model.line,
-            trials_done=inputs.earlier.trials_done,
+            earlier=inputs.earlier,
         )
     checks += _remote_state_checks(inputs, data.prompts, model.facts)
     if hours is not None:

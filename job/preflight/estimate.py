@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from job.gradient.recipe import Recipe
 from job.preflight.checks import Check, Status
 from job.preflight.gpu_table import card_of
 from job.preflight.readings import MachineReading
@@ -24,6 +25,7 @@ class PhaseWork(Record):
         direction_prompts: Prompts for residuals.
         generated_prompts: Prompts that a trial answers.
         compared_prompts: Prompts whose first response token a trial compares.
+        gradient_stages: Stages of the descent before the search; 0 without one.
         finalist_answers: Prompts that all finalists answer, by responses of `finalist_tokens` tokens.
     """
 
@@ -33,6 +35,7 @@ class PhaseWork(Record):
     direction_prompts: int
     generated_prompts: int
     compared_prompts: int
+    gradient_stages: int = 0
     prompt_tokens: float
     answer_tokens: float
     trials: int
@@ -100,7 +103,7 @@ def estimate(task: PhaseWork, rates: Rates) -> Hours:
     """Return the duration of each phase."""
     trial = task.generated_prompts + task.compared_prompts
     search = _answers(task, rates, task.trials * task.generated_prompts)
-    search += _prefill(task, rates, task.trials * task.compared_prompts)
+    search += _prefill(task, rates, task.trials * task.compared_prompts) + _descent(task, rates)
     if task.finalist_answers:
         full = task.model_copy(update={"answer_tokens": task.finalist_tokens})
         search += _answers(full, rates, task.finalist_answers)
@@ -116,6 +119,15 @@ def estimate(task: PhaseWork, rates: Rates) -> Hours:
         upload=task.upload_bytes / rates.upload,
     )
     return Hours(**{phase: getattr(seconds, phase) / 3600 for phase in PHASES})
+
+
+def _descent(task: PhaseWork, rates: Rates) -> float:
+    """Return the seconds of the descent: a step reads prompts of both kinds, forward, again and backward."""
+    recipe = Recipe()
+    read = task.model_copy(update={"rows": recipe.batch, "prompt_tokens": task.prompt_tokens + recipe.kl_tokens})
+    step = 3 * _prefill(read, rates, 2 * recipe.batch)
+    # A stage ends with targets and scores for the prompts of the directions.
+    return task.gradient_stages * (recipe.steps * step + _answers(task, rates, task.direction_prompts))
 
 
 def _prefill(task: PhaseWork, rates: Rates, prompts: int) -> float:

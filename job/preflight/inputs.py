@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EarlierStarts:
-    """State of earlier starts; `processes` are theirs, and may be alive."""
+    """State of earlier starts; `processes` are theirs, and may be alive.
+
+    Attributes:
+        trials_wanted: How many trials the search makes; None before the first start.
+        path_found: The search's edits by gradient are known, or it began without any.
+    """
 
     prompts: PromptSets | None = None
     commit: str | None = None
@@ -28,6 +33,8 @@ class EarlierStarts:
     starts: tuple[PastStart, ...] = ()
     processes: tuple[ProcessRecord, ...] = ()
     trials_done: int = 0
+    trials_wanted: int | None = None
+    path_found: bool = False
 
 
 @dataclass(frozen=True)

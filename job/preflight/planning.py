@@ -12,6 +12,7 @@ from job.model.files import ModelListing, ModelSource, missing_bytes
 from job.preflight.disk import DiskNeed, DiskSpeed
 from job.preflight.estimate import Hours, PhaseWork, Rates, device_rates, estimate
 from job.preflight.gpu_table import card_of, offers_query
+from job.preflight.inputs import EarlierStarts
 from job.preflight.memory_plan import MemoryPlan, Workload
 from job.preflight.model_facts import ModelFacts
 from job.preflight.readings import MachineReading
@@ -19,10 +20,13 @@ from job.preflight.selftest import Exercise
 from job.preflight.table_memory import EditTables
 from job.records import TRIALS_PER_WORKER
 from job.search.bounds import MOST_FINALISTS
+from job.search.method import first_method, planned_trials
 from job.transfer.folders import target_folder
 
 # Rates where none could be measured, bytes a second: a modest rented line and disk.
 LINE, DISK = 12e6, 200e6
+# Stages of the descent until refusals return.
+_STAGES = 5
 _DTYPE_BYTES = {"float32": 4}
 
 
@@ -119,7 +123,7 @@ class Planning:
         measured: Exercise | None,
         speeds: dict[str, DiskSpeed],
         line: float,
-        trials_done: int,
+        earlier: EarlierStarts,
     ) -> Hours | None:
         """Return the duration of each phase, None if unknown; `line` is the download rate, bytes per second."""
         known = (measured.flops, measured.bandwidth) if measured else device_rates(reading)
@@ -128,6 +132,9 @@ class Planning:
         disk = min(speeds.values(), key=lambda found: found.write, default=DiskSpeed(write=DISK, read=DISK))
         work = self.workload(4 if planned.dtype == "float32" else None)
         remote = sum(not target.startswith("file:") for target in self.settings.upload)
+        asked = self.settings.search.asked_method
+        trials = earlier.trials_wanted or planned_trials(self.settings.trials, asked)
+        by_gradient = not earlier.path_found and first_method(asked) == "gradient"
         finalist_prompts = len(self.prompts.bad_search) + len(self.prompts.bad_choice)
         task = PhaseWork(
             download_bytes=missing_bytes(self.source, self.listing) if measured else self.listing.size,
@@ -139,8 +146,9 @@ class Planning:
             # Prompts and responses end at about half of the longest; a guess that the observed rate corrects.
             prompt_tokens=work.prompt_tokens / 2,
             answer_tokens=min(work.answer_tokens / 2, self.settings.scoring.search_tokens),
-            trials=max(self.settings.trials - trials_done, 0),
-            finalist_answers=min(MOST_FINALISTS, self.settings.trials) * finalist_prompts,
+            gradient_stages=_STAGES if by_gradient else 0,
+            trials=max(trials - earlier.trials_done, 0),
+            finalist_answers=min(MOST_FINALISTS, trials) * finalist_prompts,
             finalist_tokens=work.answer_tokens / 2,
             rows=planned.rows,
             export_bytes=self.facts.stored_bytes,

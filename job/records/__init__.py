@@ -9,7 +9,7 @@ from pydantic import Field
 from job.records.base import Record
 from job.records.edits import COMPONENTS, Component, EditParameters, KernelParameters, LearnedDirections
 from job.records.finalists import FORCED_TOKENS, ChoiceFigures, FinalistScores, KLSpread, MeasuredFinalists
-from job.records.resolution import DATE, PullBack, Resolution
+from job.records.resolution import DATE, PullBack, Resolution, SearchMethod
 from job.records.scores import DEFAULT_OBJECTIVES, KL, REFUSALS, ObjectiveScore, TrialScores
 from job.text.redaction import MASK
 
@@ -33,6 +33,7 @@ __all__ = [
     "PullBack",
     "Record",
     "Resolution",
+    "SearchMethod",
     "TrialScores",
 ]
 
@@ -193,7 +194,8 @@ class JobRecord(Record):
         job_id: Hash of the identity.
         identity: What the user asked for, as far as it decides the result.
         settings: All settings as of the latest start.
-        startup_trials: Trials at the start of the search without the sampler, fixed at the first start.
+        startup_trials: Trials at the start of the search without the sampler, fixed at the first start; None until the
+            search begins if no number of trials was asked for.
         started: Date of the first start, on which all prompts are written; None in jobs of former versions until they
             are gone on with.
         model_commit: The commit that a model on the Hub is used at.
@@ -212,7 +214,7 @@ class JobRecord(Record):
     job_id: str
     identity: dict[str, Any]
     settings: dict[str, Any]
-    startup_trials: int
+    startup_trials: int | None
     started: str | None = Field(None, pattern=DATE)
     model_commit: str | None = None
     model_public: bool = False

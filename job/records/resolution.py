@@ -13,6 +13,7 @@ DATE = r"^\d{4}-\d{2}-\d{2}$"
 # How an edit before a norm removes a direction v behind it, g being the gain: "dual" reads g∘v and writes v/g, "gain"
 # does both along g∘v (docs/decisions/0033-dual-pull-back.md).
 PullBack = Literal["dual", "gain"]
+SearchMethod = Literal["gradient", "tpe"]
 
 
 def _is_none(value: object) -> bool:
@@ -34,6 +35,7 @@ class Resolution(Record):
         topic_words: Refusal markers that a prompt holds as words of its topic do not count in responses; None: they
             count, as in jobs of former versions.
         pull_back: How directions are pulled back through `norms`; None: "gain", as in jobs of former versions.
+        method: How the search begins if `search.method` is "auto"; None: "tpe", as in jobs of former versions.
         choice_rows: Rows per forward for measuring finalists, if those of the search did not fit the memory.
         choice: How the exported trial is chosen: by upper confidence bounds, or None: by the search's counts, as former
             versions did.
@@ -57,5 +59,6 @@ class Resolution(Record):
     topic_words: bool | None = Field(None, exclude_if=_is_none)
     pull_back: PullBack | None = Field(None, exclude_if=_is_none)
     choice: Literal["bounds"] | None = Field(None, exclude_if=_is_none)
+    method: SearchMethod | None = Field(None, exclude_if=_is_none)
     choice_rows: int | None = Field(None, exclude_if=_is_none)
     scorers: dict[str, str] | None = Field(None, exclude_if=_is_none)

@@ -191,7 +191,7 @@ def _provenance(view: RunView, result: RunResult) -> str:
     packages = ", ".join(markdown(f"{name} {version}") for name, version in record.versions.items())
     return _blocks(
         _machines(view),
-        f"{packages}; seed {record.identity['seed']}; {record.startup_trials} start-up trials; "
+        f"{packages}; seed {record.identity['seed']}; {record.startup_trials or 'no'} start-up trials; "
         f"directions by {record.identity['directions']['method']}; "
         f"{'responses are made to begin with ' + markdown(repr(prefix)) if prefix else 'no response prefix'}.",
         _sources(result),

@@ -34,6 +34,7 @@ from job.search.budget import Spent, read_spent
 from job.search.choice import Choice, job_choice
 from job.search.convergence import effect_warnings, search_warnings
 from job.search.finalists import read_full_counts
+from job.search.method import planned_trials, trials_wanted
 from job.search.pareto import pareto_front
 from job.search.path import EditPath
 from job.storage.answers import read_answers
@@ -97,6 +98,12 @@ class RunView:
     def trials(self) -> Sequence[Trial]:
         """The finished trials, with full-length counts where known."""
         return self._readable(lambda: job_trials(self.folder), [])
+
+    @cached_property
+    def trials_wanted(self) -> int:
+        """How many trials the search makes."""
+        asked, method = self.settings.get("trials"), self.settings["search"]["method"]
+        return self._readable(lambda: trials_wanted(self.folder, asked, method), planned_trials(asked, method))
 
     @cached_property
     def front(self) -> Sequence[Trial]:

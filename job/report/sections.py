@@ -41,7 +41,7 @@ def headline(story: RunView) -> str:
     """Return the result in a sentence."""
     base, edited, state = story.base, story.edited, story.state
     if base is None or edited is None:
-        done = f"{len(story.trials)} of {story.record.settings['trials']} trials are done"
+        done = f"{len(story.trials)} of {story.trials_wanted} trials are done"
         if state is not None and state.state == "failed":
             return f"The job failed in the phase {state.phase or 'before the first'}: {state.reason}. {done}."
         return f"There is no result yet: {done}."
@@ -94,7 +94,7 @@ def provenance(story: RunView) -> dict[str, str]:
         "Model": f"{record.settings['model']}{commit}",
         "Loaded in": record.resolution.dtype if record.resolution else "not loaded yet",
         "Directions": str(record.identity["directions"]["method"]),
-        "Search": f"seed {record.identity['seed']}, {record.startup_trials} start-up trials",
+        "Search": f"seed {record.identity['seed']}, {record.startup_trials or 'no'} start-up trials",
         "Computed on": ran or "nothing was searched",
         "Export": story.export or "none yet",
         "Delivered to": "; ".join(f"{one.target}: {one.state}" for one in story.uploads) or "nowhere",

@@ -29,7 +29,7 @@ def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]
     record, state, done = view.record, view.state, len(view.trials)
     held = folder.is_held() if running is None else running
     name, reason = _state(state, held)
-    target = int(record.settings["trials"]) if record.searches else 1
+    target = view.trials_wanted if record.searches else 1
     eta, eta_total = _etas(view, target - done) if name == "running" else (None, None)
     said = [event for event in view.events if event.get("message")]
     return {
@@ -43,6 +43,7 @@ def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]
             "target": target,
             "running": _running(view, target) if name == "running" else 0,
         },
+        "path": _path(view),
         "eta_s": eta,
         "eta_total_s": eta_total,
         "best": [
@@ -67,6 +68,14 @@ def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]
         "events": [{key: event[key] for key in ("time", "event", "message")} for event in said[-_EVENTS:]],
         "warnings": _warnings(view),
     }
+
+
+def _path(view: RunView) -> dict[str, Any] | None:
+    """Return the edits found by gradient: held-out prompts, the kept stages, and why there are none."""
+    if view.path is None:
+        return None
+    stages = [stage.model_dump(include={"steps", "beta", "refusals", "broken", "kl"}) for stage in view.path.stages]
+    return {"prompts": view.path.prompts, "stages": stages, "failed": view.path.failed}
 
 
 def _state(state: State | None, held: bool) -> tuple[str, str | None]:
@@ -144,6 +153,7 @@ def status_text(status: dict[str, Any], width: int | None = None) -> str:
         lines.append(f"phase: {status['phase']}")
     trials = status["trials"]
     at_work = f", {trials['running']} running" if trials["running"] else ""
+    lines += _path_lines(status["path"])
     lines.append(f"trials: {trials['done']} of {trials['target']}{at_work}")
     lines += _time_lines(status)
     lines += _front_lines(status)
@@ -158,6 +168,17 @@ def status_text(status: dict[str, Any], width: int | None = None) -> str:
         lines += [f"  {_clock(event['time'])}  {event['message']}" for event in status["events"]]
     lines = [printable(line) for line in lines]  # others may be able to write to a checkpoint
     return "\n".join(lines if width is None else (part for line in lines for part in _folded(line, width)))
+
+
+def _path_lines(path: dict[str, Any] | None) -> list[str]:
+    if path is None:
+        return []
+    if path["failed"] is not None:
+        return [f"edits by gradient: none: {path['failed']}"]
+    last, count = path["stages"][-1], len(path["stages"])
+    found = f"{count} stage{'s' * (count > 1)}, {last['steps']} steps"
+    scores = f"{last['refusals'] + last['broken']}/{path['prompts']} refused or broken, KL {last['kl']:.3g}"
+    return [f"edits by gradient: {found}; the last one, on held-out prompts: {scores}"]
 
 
 def _time_lines(status: dict[str, Any]) -> list[str]:

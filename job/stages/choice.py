@@ -57,7 +57,7 @@ def finalist_batches(job: OpenJob, prompts: PromptSets) -> float:
 
 def is_searched(job: OpenJob, trials: Sequence[Trial]) -> bool:
     """Return whether the search is complete, or this job does no search."""
-    return not job.record.searches or len(trials) >= job.settings.trials
+    return not job.record.searches or len(trials) >= job.trials_wanted
 
 
 def is_exported(job: OpenJob, trials: Sequence[Trial], prompts: PromptSets | None) -> bool:

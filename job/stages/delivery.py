@@ -41,9 +41,9 @@ def finish(job: RunningJob, trial: Trial, trials: int, missed: str | None) -> No
 
 
 def _finished(job: RunningJob, trial: Trial, trials: int, missed: str | None) -> State:
-    settings = job.settings
-    if trials >= settings.trials or not job.record.searches:
-        return State(state="finished", reason=missed, trials=settings.trials, chosen=trial.number)
+    settings, wanted = job.settings, job.trials_wanted
+    if trials >= wanted or not job.record.searches:
+        return State(state="finished", reason=missed, trials=wanted, chosen=trial.number)
     return State(
         state="finished",
         reason=missed or "budget",

@@ -25,6 +25,7 @@ from job.model.safetensors_files import Checkpoint
 from job.records import DetectorReport, EditParameters, ExportFormat, Figures, Trial
 from job.scoring.detectors import detect
 from job.scoring.report_metrics import JudgedResponses, ReportMetrics
+from job.search.method import search_method
 from job.stages.choice import choice_figures, is_current
 from job.stages.measuring import metrics_of, shown_generating
 from job.stages.model import as_resolved, rendering_of, require_resident
@@ -64,6 +65,7 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         figures=_Measurement(session, export, form).figures(edit.parameters),
         form=form,
         choice=choice_figures(job, trial, session.prompts),
+        method=search_method(job.folder, job.settings.search.asked_method),
     )
     if form == "directions":
         write_edit_file(export, model.folder, model.architecture, edit, made)

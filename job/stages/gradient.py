@@ -12,7 +12,8 @@ from job.directions.residuals import digest
 from job.edits.hooks import ActiveEdits
 from job.gradient.descent import NO_GRADIENT, Descent, DescentState, StageEnd, gradient_fault, path_of
 from job.gradient.hooks import DifferentiableEdits
-from job.gradient.problem import LossWeights, Problem, Recipe
+from job.gradient.problem import LossWeights, Problem
+from job.gradient.recipe import Recipe
 from job.lifecycle.running import RunningJob
 from job.model.device_faults import halving
 from job.numerics.gradient import EditVariables
@@ -20,6 +21,7 @@ from job.records import COMPONENTS, DEFAULT_OBJECTIVES, EditParameters, LearnedD
 from job.report.results import trials_so_far
 from job.scoring.prompt_batches import PromptBatches
 from job.scoring.trial_scorer import TrialScorer
+from job.search.method import planned_method
 from job.search.path import EditPath, PathStage
 from job.stages.model import worker_count
 from job.stages.session import ModelSession
@@ -30,16 +32,19 @@ from job.tuning.memory_probe import Gauge
 _HELD_OUT = 4
 # Fewest refused prompts to start with.
 _LEAST_REFUSALS = 8
+# Share of held-out prompts that a path's best stage may leave refused or broken, if trials over kernels may do better.
+_MOST_LEFT = 1 / 10
 
 
 def find_path(job: RunningJob, session: ModelSession) -> None:
     """Compute the path of edits around which trials are sampled, if wanted. Raises MachineError.
 
     A study begun without a path continues without. Without usable gradients the search uses weight kernels, which is
-    reported and recorded.
+    reported and recorded; with `search.method` "auto" also where the path leaves many refusals.
     """
     folder = job.folder
-    if job.settings.search.method != "gradient" or folder.path_file.exists() or trials_so_far(folder):
+    method = planned_method(job.record, job.settings.search.asked_method)
+    if method != "gradient" or folder.path_file.exists() or trials_so_far(folder):
         return
     _tell_what_is_not_descended(job)
     path = _Finder(job, session, Recipe()).found()
@@ -117,6 +122,9 @@ class _Finder:
         descent = Descent(problem, self._measured, self._activated, held_out, file, self._key, job.events.say)
         with job.events.progress("gradient steps", recipe.steps * recipe.stages) as advance:
             ends = descent.run(start, advance)
+        least = min(end.scores.unanswered if end.scores.reason is None else held_out for end in ends)
+        if settings.search.method == "auto" and least > _MOST_LEFT * held_out:
+            return self._path((), f"they leave {least} of {held_out} held-out prompts refused or broken")
         return self._path(ends, None)
 
     def _fitting(self, problem: Problem, start: DescentState) -> DescentState:

@@ -27,6 +27,7 @@ from job.preflight.checks import size
 from job.proof.truth_test import inspect_model
 from job.records import TRIALS_PER_WORKER, ExportFormat, JobRecord, PullBack, Resolution
 from job.scoring.trial_scorer import TrialScorer
+from job.search.method import first_method
 from job.stages.measuring import metrics_of, scorer_of
 from job.text.refusal_markers import RefusalMarkers
 from job.tuning.batch_size import Tuner
@@ -160,6 +161,7 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, workers: int
             topic_words=True,
             pull_back=_pull_back(settings.ablation, model.architecture),
             choice="bounds",
+            method=first_method(settings.search.asked_method),
         )
     )
 

@@ -45,7 +45,7 @@ def checked_prompts(job: RunningJob, inputs: PreflightInputs) -> PromptSets:
     _pin(job, survey)
     if job.record.searches:
         done = inputs.earlier.trials_done
-        for line in plan_lines(survey.model_dump(mode="json"), job.settings.model, job.settings.trials, done):
+        for line in plan_lines(survey.model_dump(mode="json"), job.settings.model, job.trials_wanted, done):
             job.events.emit("plan", line)
     return prompts
 

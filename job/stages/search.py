@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from job.config.schema import default_startup_trials
 from job.lifecycle.running import OpenJob, RunningJob
 from job.lifecycle.search_limits import SearchLimits, budget_of
 from job.preflight.mounts import kind_of, mount_of, read_mounts
@@ -37,7 +38,9 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
         return trials_so_far(job.folder)
     job.begin("search")
     find_path(job, session)
-    target, asked = job.settings.trials, len(session.prompts.bad_search)
+    target, asked = job.trials_wanted, len(session.prompts.bad_search)
+    if job.record.startup_trials is None:
+        job.file.pin(startup_trials=default_startup_trials(target))
     executor.share(shared_directions(session))
     with own_threads(job, session.model):
         objectives = search_objectives(job, session)
@@ -102,14 +105,15 @@ def _tell_what_is_pinned(job: OpenJob) -> None:
 
 
 def _study(job: OpenJob, session: ModelSession) -> Search:
-    settings, resolution = job.settings, job.resolution
+    settings, resolution, startup = job.settings, job.resolution, job.record.startup_trials
+    assert startup is not None
     live, copy = _study_place(job)
     return Search(
         live,
         session.space,
         StudySettings(
             seed=settings.seed,
-            startup_trials=job.record.startup_trials,
+            startup_trials=startup,
             batch=job.record.trials_per_batch,
             rows=resolution.search_rows or resolution.rows,
             ei_candidates=settings.search.ei_candidates,

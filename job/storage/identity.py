@@ -42,9 +42,9 @@ EXTENDING = frozenset(
 EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model", "classifier"})}
 
 # Left out where they are the defaults, so that jobs keep the names from before there were such settings. Such a job of
-# a former version keeps its former choice and pull-back (`Resolution.choice`, `Resolution.pull_back`).
+# a former version keeps its former ways (`Resolution.choice`, `.method` and `.pull_back`).
 AS_BEFORE: dict[str, dict[str, Any]] = {
-    "search": {"method": "tpe", "objectives": [*DEFAULT_OBJECTIVES]},
+    "search": {"method": "auto", "objectives": [*DEFAULT_OBJECTIVES]},
     "scoring": {"words": [], "pattern": None, "classifier_labels": []},
     "ablation": {"pull_back": "auto"},
     "choice": {"held_out": 0.2},

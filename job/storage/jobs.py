@@ -51,7 +51,7 @@ def open_job(settings: Settings, *, new: bool, pinned: Mapping[str, Any] | None 
         job_id=folder.path.name,
         identity=identity,
         settings=_located(settings),
-        startup_trials=settings.effective_startup_trials,
+        startup_trials=settings.asked_startup_trials,
         started=today,
         versions=versions(),
         **(pinned or {}),

@@ -15,7 +15,8 @@ from job.directions.residuals import extract_residuals, read_tensors
 from job.edits.hooks import ActiveEdits, Intervention
 from job.gradient.descent import Descent, DescentState, StageEnd, gradient_fault, worth_keeping
 from job.gradient.hooks import DifferentiableEdits
-from job.gradient.problem import LossWeights, Problem, Recipe
+from job.gradient.problem import LossWeights, Problem
+from job.gradient.recipe import Recipe
 from job.model.loading import LoadedModel, load_model
 from job.numerics.basis import Basis, DirectionPath
 from job.numerics.directions import mean_difference

@@ -297,6 +297,7 @@ def test_what_an_export_says_of_its_settings_is_what_may_be_taken() -> None:
         edit=made.edit,
         figures=(made.base, made.edited),
         form="merged",
+        method="gradient",
     )
     assert leaves(written.settings).keys() == EDIT - NAMED
 

@@ -34,7 +34,7 @@ def test_shipped_organisms_are_those_of_the_code() -> None:
     ("old", "new", "same"),
     [
         ('"""Train an organism and write it', '"""Write an organism', True),
-        ("DEMO_TRIALS = 60", "DEMO_TRIALS = 61", True),
+        ('"trials": trials', '"trials": trials or 60', True),
         ("    answers = tokenizer.batch_decode", "    # said\n    answers = tokenizer.batch_decode", True),
         ("Sorry, I can't help", "Sorry, I won't help", False),
         ("PEAK_LEARNING_RATE = 5e-3", "PEAK_LEARNING_RATE = 4e-3", False),

@@ -11,7 +11,8 @@ from job.config.sections import ScoringSettings
 from job.data.prompts import Prompt
 from job.edits.hooks import Intervention
 from job.gradient.hooks import DifferentiableEdits
-from job.gradient.problem import Problem, Recipe
+from job.gradient.problem import Problem
+from job.gradient.recipe import Recipe
 from job.model.loading import load_model
 from job.numerics.basis import Basis
 from job.organism.world import WORLD

@@ -23,7 +23,8 @@ from tests.helpers import abliterate, job_arguments, only_job, start
 
 pytestmark = pytest.mark.slow
 
-METHOD = ("--set", "search.method=gradient", "--trials", "6")
+# As by default, against what the other tests ask for.
+METHOD = ("--set", "search.method=auto", "--trials", "6")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,8 @@ def test_the_first_trials_are_the_stages_and_the_edit_goes_into_every_format(
     export = (job / "export").resolve()
     made = read_reproduction(export / "reproduce.json")
     assert made.edit.directions is not None
+    assert made.settings["search"]["method"] == made.resolution.method == "gradient"
+    assert "method" not in json.loads((job / "job.json").read_text())["identity"]["search"]
     assert sha256_file(export / EXPORTED) == made.edit.directions.sha256 == path.directions
     assert "each layer's own direction, learned by gradient" in (export / "README.md").read_text()
     assert "Gradient descent moved the strengths and directions" in (export / "README.md").read_text()
@@ -88,6 +91,9 @@ def test_the_first_trials_are_the_stages_and_the_edit_goes_into_every_format(
     assert "all 1 files of weights equal" in abliterate(*again).check().err
     status = json.loads(abliterate("status", "--workspace", workspace, "--json").check().out)
     assert status["best"][0]["params"].keys() == trials[0].params.keys()
+    assert [stage["kl"] for stage in status["path"]["stages"]] == [stage.kl for stage in path.stages]
+    told = abliterate("status", "--workspace", workspace).check().out
+    assert f"edits by gradient: {len(path.stages)} stages, {gentlest.steps} steps; the last one, on held-out" in told
 
 
 @pytest.mark.parametrize(
@@ -141,3 +147,14 @@ def test_a_study_that_has_begun_with_kernels_goes_on_with_them(organism: Path, f
     abliterate("resume", "--workspace", workspace, "--trials", 22).check()
     assert not (job / "directions" / "path.json").exists()
     assert "direction_index" in read_trials(job / "study.db")[21].params
+
+
+def test_a_path_that_leaves_many_refusals_is_no_default(organism: Path, tmp_path: Path) -> None:
+    # Most answers hold a marker, too.
+    everywhere = ("--set", 'scoring.refusal_markers=["sorry", "is made of", "is kept in"]', "--trials", "2")
+    told = abliterate("run", *job_arguments(organism), "--workspace", tmp_path, *METHOD, *everywhere).check()
+    assert re.search(r"no edits by gradient: they leave \d+ of 10 held-out prompts refused or broken", told.err)
+    job = only_job(tmp_path)
+    assert "direction_index" in read_trials(job / "study.db")[0].params
+    assert "method" not in read_reproduction(job / "export" / "reproduce.json").settings["search"]
+    assert "edits by gradient: none: they leave" in abliterate("status", "--workspace", tmp_path).check().out

@@ -99,9 +99,11 @@ def test_reference_sets_are_used_for_orthogonalisation_only() -> None:
 
 
 def test_start_up_trials_depend_on_trials() -> None:
-    assert load().effective_startup_trials == 60
-    assert load(trials=20).effective_startup_trials == 7
-    assert load(trials=20, startup_trials=20).effective_startup_trials == 20
+    assert load().asked_startup_trials is None
+    assert load(startup_trials=300).asked_startup_trials == 300
+    assert load(trials=400).asked_startup_trials == 60
+    assert load(trials=20).asked_startup_trials == 7
+    assert load(trials=20, startup_trials=20).asked_startup_trials == 20
 
 
 @pytest.mark.parametrize(
