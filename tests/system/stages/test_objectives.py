@@ -7,7 +7,6 @@ alone take it for an answer.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -68,7 +67,7 @@ def test_status_front_and_report_show_objectives_by_name(searched: Path) -> None
 def test_what_another_start_goes_on_with_is_the_same_search(organism: Path, searched: Path, tmp_path: Path) -> None:
     """In two starts, and with workers: the run judges what they have generated."""
     workspace = tmp_path / "runs"
-    run(organism, workspace, 5)
+    run(organism, workspace, 8)
     run(organism, workspace, 12, "--workers", 2)
     assert stored_trials(workspace) == stored_trials(searched)
     assert manifest(workspace) == manifest(searched)
@@ -78,11 +77,8 @@ def test_what_another_start_goes_on_with_is_the_same_search(organism: Path, sear
 
 
 def test_an_export_is_made_again_without_its_scorers(organism: Path, searched: Path, tmp_path: Path) -> None:
-    original = (only_job(searched) / "export").resolve()
-    shutil.copytree(original, tmp_path / "export")
-    again = tmp_path / "again"
-    sources = job_arguments(organism)
-    abliterate("run", *sources, "--reproduce", tmp_path / "export", "--workspace", again).check()
+    file, again = only_job(searched) / "export" / "reproduce.json", tmp_path / "again"
+    abliterate("run", *job_arguments(organism), "--reproduce", file, "--workspace", again).check()
     weights = [
         {name: entry for name, entry in manifest(place)["files"].items() if name.endswith(".safetensors")}
         for place in (searched, again)
