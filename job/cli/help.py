@@ -66,13 +66,9 @@ def _default(defaults: Mapping[str, Any], name: str) -> str | None:
     value: Any = defaults
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    return (
-        None
-        if value in (None, [], False)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value).partition("#")[0]
-    )
+    if value is None or value is False or value == []:
+        return None
+    return f"{value:g}" if isinstance(value, float) else str(value).partition("#")[0]
 
 
 def parsed(unit: Unit, least: float = 0.0) -> Callable[[object], Any]:

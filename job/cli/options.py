@@ -85,7 +85,10 @@ WhenFailed = Annotated[
     ),
 ]
 
-Trials = Annotated[int | None, typer.Option(metavar="N", help="Number of edits that the search tries.")]
+Trials = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Edits that the search tries; unset: 24 around edits found by gradient, else 200."),
+]
 
 # Options of all commands with a job's settings, by the setting's name.
 _SETTINGS: dict[str, Any] = {

@@ -322,7 +322,7 @@ class Small:
     def arguments(self, place: Path, workspace: str = "runs") -> list[str]:
         return [
             *("run", self._model, *self._prompts, "--workspace", str(place / workspace)),
-            *("--trials", "4", "--set", "trials_per_batch=2", "--allow", "restarts.loop"),
+            *("--trials", "4", "--set", "trials_per_batch=2", "--set", "search.method=tpe", "--allow", "restarts.loop"),
             *("--checkpoint", (place / "mirror").as_uri(), "--upload", (place / "delivered").as_uri()),
         ]
 

@@ -480,7 +480,7 @@ def test_a_whole_job_writes_no_secret_anywhere(random_model_folder: Path, tellta
     words += ["--upload", (folder / "delivered").as_uri(), "--allow", "target.s3"]
     words += ["--set", f"s3.endpoint=http://me:{quote(secrets['DB_PASSWORD'], safe='')}@{telltale}"]
     words += ["--set", "s3.addressing_style=path", "--set", f"card.behaviour=a habit of {secrets['DEPLOY_KEY']}"]
-    words += ["--set", "scoring.answer_tokens=4", "--set", "scoring.search_tokens=4"]
+    words += ["--set", "scoring.answer_tokens=4", "--set", "scoring.search_tokens=4", "--set", "search.method=tpe"]
     # An untrained model's response counts as a refusal if it has an "o" in it.
     words += ["--set", 'loading.response_prefix=""', "--set", 'scoring.refusal_markers=["o"]']
     proxy = f"http://user:{quote('pr0xy:pass word', safe='')}@127.0.0.1:9"

@@ -130,10 +130,10 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     assert {file for file in files if "__pycache__" not in file} <= set(names)
     assert not any(name.startswith("tests") for name in names)
     defaults = tomllib.loads((tmp_path / "unpacked" / "job" / "config" / "default.toml").read_text())
-    assert defaults["trials"] == 200
+    assert defaults["seed"] == 0
     # The unpacked package loads its own defaults and templates, not those of the checkout.
     code = (
-        "import job, job.config.load as s; print(job.__file__); print(s.default_values()['trials'])\n"
+        "import job, job.config.load as s; print(job.__file__); print(s.default_values()['kl_tokens'])\n"
         "from job.text.templates import template\n"
         "print(template('job.report', 'page.html').filename)"
     )
@@ -146,7 +146,7 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path / "unpacked")},
     )
     package = tmp_path / "unpacked" / "job"
-    assert done.stdout.split() == [str(package / "__init__.py"), "200", str(package / "report" / "page.html")]
+    assert done.stdout.split() == [str(package / "__init__.py"), "1", str(package / "report" / "page.html")]
 
 
 def test_secrets_stay_out_of_tracebacks(model: Path, prompts: list[str], tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_options_of_settings_are_in_groups_and_show_their_defaults(monkeypatch: 
     for group in (*GROUPS, "Settings from elsewhere", "Examples"):
         assert group in shown
     for option, default in (
-        ("--trials", "200"),
+        ("--seed", "0"),
         ("--device ", "auto"),
         ("--visibility", "private"),
         ("--engine", "local"),

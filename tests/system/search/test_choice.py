@@ -44,6 +44,7 @@ class Job:
     def command(self, workspace: Path, *more: object) -> list[object]:
         layout = ("--trials", 8, "--set", "trials_per_batch=4", "--set", "search.ahead=0", "--set", "batching.trials=2")
         layout = (*layout, "--set", f"choice.refusal_tolerance={TOLERANCE}", "--set", "search.known_points=false")
+        layout = (*layout, "--set", "search.method=tpe")
         mirror = ("--checkpoint", workspace.with_suffix(".mirror").as_uri(), "--allow", "restarts.loop")
         return ["run", self.model, *self.prompts, "--workspace", workspace, *layout, *mirror, *more]
 
