@@ -22,6 +22,7 @@ SETTINGS = {
     "scoring.words": ["many people ask about"],
     "search.objectives": ["refusals", "words", "kl"],
     "search.method": "auto",
+    "startup_trials": 4,
 }
 
 
