@@ -46,3 +46,8 @@ def test_finalists_are_those_with_the_fewest_faults_in_all_that_counts() -> None
     trials = [trial(0, 0, 30, 0.01), trial(1, 0, 2, 0.2), trial(2, 20, 2, 0.02), trial(3, 0, 3, 0.1)]
     found = Choice(by_bounds=True, tolerance=0.02, searched=(40, 1)).candidates(trials)
     assert [one.number for one in found] == [1, 3]
+    # The first on the front, by its first objective, has not the fewest.
+    found = Choice(by_bounds=True, tolerance=0.02, searched=(40, 1)).candidates(
+        [trial(0, 0, 30, 0.01), trial(1, 1, 1, 0.2)]
+    )
+    assert [one.number for one in found] == [1]
