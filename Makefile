@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo real test test-full test-changed coverage durations fixtures check bench smoke dist pictures renew-image clean
+.PHONY: demo real test test-full test-changed coverage durations fixtures check site bench smoke dist pictures renew-image clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/runtime
@@ -55,6 +55,11 @@ check: .venv/dev
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format --default-filetype yaml CITATION.cff
 	$(BIN)/pytest -q tests/unit/test_prose.py
+	$(BIN)/python -m tests.site build/site
+
+# The documentation as a site; SITE_REPOSITORY is where its links to files lead, else they become plain text.
+site: .venv/dev
+	$(BIN)/python -m tests.site build/site
 
 # Screenshots and the example card in docs/, from the demo; needs Chromium.
 pictures: .venv/dev

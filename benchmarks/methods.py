@@ -1,9 +1,12 @@
-"""Compare kinds of edits on the model organism: whole jobs, scored on held-out prompts.
+"""Compare kinds of edits on model organisms, scored on held-out prompts.
 
-python -m benchmarks.methods [ORGANISM] [--arch llama] [--methods directions] [--gains 0] [--trials 40] [--seeds 0,1]
+python -m benchmarks.methods [ORGANISM ...] [--methods linear] [--only NAME] [--trials 40] [--seeds 0,1] [--arch llama]
+                             [--gains 0] [--json runs/methods.json]
 python -m benchmarks.methods --moved       how far edits move the stream behind a norm with random gains
 
-ORGANISM as made by `abliterate demo-model`. With --gains S its norms between writers and the stream get gains times
+ORGANISM as made by `abliterate demo-model`; one that is missing is made with --arch. The methods `linear` are those of
+`benchmarks.linear_edits`, searched in this process; all others are settings of whole jobs. A finished search is kept in
+the JSON file and not repeated. With --gains S an organism's norms between writers and the stream get gains times
 exp(S · normal), and its other weights are trained on until it refuses and answers as before; see `with_random_gains`.
 """
 
@@ -11,18 +14,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.linear_edits import LINEAR
+from benchmarks.linear_search import Bench, measured
 from job.architectures.structure import discover
 from job.numerics.ablation import write_metric
 from job.organism.folder import write_organism
@@ -131,39 +139,101 @@ def _behind(gain: Tensor, y: Tensor) -> Tensor:
     return gain * y / y.square().mean(-1, keepdim=True).sqrt()
 
 
-def compare(organism: Path, methods: dict[str, list[str]], trials: int, seeds: list[int]) -> None:
-    """Print a line for each method, with a job for each seed."""
-    print(f"refusals of 100, broken answers and KL after {trials} trials, by seed")
-    for name, settings in methods.items():
-        cells = []
-        for seed in seeds:
-            with tempfile.TemporaryDirectory() as folder:
-                edited = run(organism, Path(folder) / "runs", settings, trials, seed)
-            cells.append(f"{edited['refusals']}, {edited['degenerate']}, {edited['kl']:.2g}")
-        print(f"{name:>28}: " + " | ".join(f"{cell:>14}" for cell in cells), flush=True)
+@dataclass(frozen=True)
+class Cell:
+    """One search and its edit's figures on held-out prompts; none if no edit of the search answers enough."""
+
+    folder: str
+    method: str
+    trials: int
+    seed: int
+    figures: dict[str, float]
+
+    @property
+    def conditions(self) -> tuple[str, str, int, int]:
+        """What distinguishes the search from others."""
+        return self.folder, self.method, self.trials, self.seed
+
+
+def compare(folders: Sequence[Path], given: argparse.Namespace) -> list[Cell]:
+    """Run the missing searches and keep each in the JSON file; return all of the methods asked for."""
+    file: Path = given.json
+    cells = [Cell(**cell) for cell in json.loads(file.read_text())] if file.exists() else []
+    names = given.only or list(LINEAR if given.methods == "linear" else METHODS[given.methods])
+    asked = [(folder, name, given.trials, seed) for folder in folders for seed in given.seeds for name in names]
+    known = {cell.conditions for cell in cells}
+    bench_of = lru_cache(1)(Bench.of)
+    for folder, name, trials, seed in asked:
+        if (folder.name, name, trials, seed) in known:
+            continue
+        if given.methods == "linear":
+            figures = measured(bench_of(folder), LINEAR[name], trials, seed)
+        else:
+            with tempfile.TemporaryDirectory() as work:
+                figures = run(folder, Path(work) / "runs", METHODS[given.methods][name], trials, seed)
+        cells.append(Cell(folder.name, name, trials, seed, figures))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
+    wanted = {(folder.name, *rest) for folder, *rest in asked}
+    return [cell for cell in cells if cell.conditions in wanted]
+
+
+def table(cells: Iterable[Cell]) -> list[str]:
+    """Return a Markdown table: KL relative to the first method's, and refusals, broken responses and KL by seed.
+
+    The ratios are geometric means over the seeds at which both found an edit.
+    """
+    groups: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    first: dict[str, str] = {}
+    for cell in cells:
+        groups.setdefault((cell.folder, cell.method), {})[cell.seed] = cell.figures
+        first.setdefault(cell.folder, cell.method)
+    heads = ("organism", "method", "KL ratio", "over positions", "seeds", "by seed: refusals, broken, KL")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for (folder, method), found in groups.items():
+        base = groups[folder, first[folder]]
+        both = [(figures, base[seed]) for seed, figures in sorted(found.items()) if figures and base.get(seed)]
+        shown = "; ".join(
+            f"{one['refusals']:g}, {one.get('broken', one.get('degenerate', 0)):g}, {one['kl']:.2g}" if one else "none"
+            for _, one in sorted(found.items())
+        )
+        ratios = (_ratio(both, name) for name in ("kl", "kl_positions"))
+        lines.append("| " + " | ".join((folder, method, *ratios, f"{len(both)} of {len(found)}", shown)) + " |")
+    return lines
+
+
+def _ratio(both: Sequence[tuple[dict[str, float], dict[str, float]]], name: str) -> str:
+    """Return the geometric mean of a figure's ratios; whole jobs have none over positions."""
+    logs = [math.log(one[name] / other[name]) for one, other in both if name in one and name in other]
+    return f"{math.exp(fmean(logs)):.2f}" if logs else "–"
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("organism", nargs="?", default="runs/organism")
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs/organism")], metavar="ORGANISM")
     parser.add_argument("--arch", default="llama")
-    parser.add_argument("--methods", choices=METHODS, default="directions")
+    parser.add_argument("--methods", choices=("linear", *METHODS), default="linear")
+    parser.add_argument("--only", action="append", metavar="NAME", help="of the methods")
     parser.add_argument("--gains", type=float, default=0.0, metavar="S")
     parser.add_argument("--moved", action="store_true")
     parser.add_argument("--trials", type=int, default=40)
-    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1])
+    parser.add_argument("--json", type=Path, default=Path("runs/methods.json"))
     given = parser.parse_args()
     if given.moved:
         for spread in (0.3, 0.5, 1.0):
             print(spread, " ".join(f"{name} {share:.2f}" for name, share in moved(spread).items()))
         return
-    organism = Path(given.organism)
-    write_organism(organism, arch=given.arch, size="tiny", seed=0, report=print)
-    if given.gains:
-        folder = organism.with_name(f"{organism.name}-gains-{given.gains:g}")
-        organism = with_random_gains(organism, folder, given.gains, 0, print)
-    compare(organism, METHODS[given.methods], given.trials, [int(seed) for seed in given.seeds.split(",")])
+    folders = []
+    for folder in given.folders:
+        if not (folder / "organism.json").exists():
+            write_organism(folder, arch=given.arch, size="tiny", seed=0, report=print)
+        if given.gains:
+            changed = folder.with_name(f"{folder.name}-gains-{given.gains:g}")
+            folder = with_random_gains(folder, changed, given.gains, 0, print)
+        folders.append(folder)
+    print("\n".join(table(compare(folders, given))))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64},
         **{"num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
     },
+    "70B": {  # Llama-3-70B
+        **{"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80},
+        **{"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
+        **{"max_position_embeddings": 8192},
+    },
     "MoE": {  # Qwen3-30B-A3B
         **{"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48},
         **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936},

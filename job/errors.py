@@ -9,9 +9,19 @@ from contextlib import AbstractContextManager, contextmanager
 _PANIC = "PanicException"
 
 
+def printable(text: str) -> str:
+    """Replace control and invisible characters by spaces; line feeds and tabs stay."""
+    return "".join(char if char.isprintable() or char in "\n\t" else " " for char in text)
+
+
+def one_line(text: object) -> str:
+    """Return a text on one line, without control characters."""
+    return " ".join(printable(str(text)).split())
+
+
 def in_one_line(error: BaseException, most: int = 200) -> str:
     """Return an error's message in one line of at most `most` characters; its type if it has none."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:most]
+    return (one_line(error) or type(error).__name__)[:most]
 
 
 def first_line(error: BaseException) -> str:
@@ -30,9 +40,8 @@ class JobError(Exception):
 
     @property
     def line(self) -> str:
-        """The failure and its remedy in one line."""
-        text = f"{self} — {self.remedy}" if self.remedy else str(self)
-        return " ".join(text.split())
+        """The failure and its remedy in one line, whatever names of files and messages of others they quote."""
+        return one_line(f"{self} — {self.remedy}" if self.remedy else self)
 
 
 class UsageError(JobError):

@@ -1,4 +1,4 @@
-"""`python -m tests.screenshots WORKSPACE` (`make pictures`): renew docs/screenshots and docs/cards from its job."""
+"""`python -m tests.screenshots WORKSPACE` (`make pictures`): renew screenshots, card and result.png in docs/."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from job.report.picture import write_picture
+from job.storage.run_folder import RunFolder
 from tests.browser import DESKTOP, PHONE, View, browser
 from tests.helpers import only_job
 
@@ -24,6 +26,7 @@ SHOTS = (
 def main(workspace: Path) -> None:
     run_folder = only_job(workspace)
     shutil.copy(run_folder / "export" / "README.md", CARD)
+    write_picture(RunFolder(run_folder), DOCS / "pictures" / "result.png")
     with browser() as chromium:
         for name, size, dark, section in SHOTS:
             view = View(chromium, run_folder / "report.html", dark=dark, size=size)

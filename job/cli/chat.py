@@ -20,7 +20,7 @@ from job.storage.events import Events
 from job.storage.job_file import JobFile
 from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
-from job.text.redaction import is_gone, redacted_json
+from job.text.redaction import is_gone, redacted_json, unsteered
 
 HELP = """\
 /base           the base model, without an edit
@@ -163,7 +163,7 @@ class Chat:
         self._show("\n")
 
     def _show(self, text: str) -> None:
-        self.out.write(text)
+        self.out.write(unsteered(text))
         self.out.flush()
 
 

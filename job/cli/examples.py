@@ -28,6 +28,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "report": (
         "",
+        "--picture result.png",
         "--include-responses",
     ),
     "chat": (

@@ -23,7 +23,7 @@ from job.cli.options import (
     json_alone,
     where_is,
 )
-from job.cli.run import tell_failed
+from job.cli.outcome import print_json, tell_failed
 from job.text.redaction import redacted_json
 
 
@@ -55,12 +55,13 @@ def upload(
     form: Format = None,
     upload: Targets = None,
     assignments: Extensions = None,
+    as_json: AsJson = False,
 ) -> None:
     """Deliver a trial, by default the chosen one, to the job's targets; export it first if needed."""
     from job.system.signals import StopSignals
 
     signals = StopSignals()
-    with signals.installed():
+    with signals.installed(), json_alone(as_json):
         from job.lifecycle.resumption import resumption
         from job.stages.followups import upload_trial
         from job.storage.events import Events
@@ -69,6 +70,8 @@ def upload(
         events = Events()
         start = resumption(where, None, events.say, **({"upload": upload} if upload else {}))
         failed = upload_trial(start, trial, export_format(form), events, signals)
+    if as_json:
+        print_json(start.folder, failed)
     tell_failed(start.folder, failed)
 
 

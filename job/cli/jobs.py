@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -90,6 +91,10 @@ def report(
             help="Also write a private page with the responses to bad prompts.",
         ),
     ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the result as a PNG of 1200 × 630 pixels, to share."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write report.md and report.html of a job from its run folder, and print report.md."""
@@ -97,9 +102,14 @@ def report(
 
     folder = find_job(workspace, job)
     text = write_reports(folder, include_responses=include_responses)
+    if picture is not None:
+        from job.report.picture import write_picture
+
+        write_picture(folder, picture)
     if as_json:
         pages = {"report": folder.report_file, "page": folder.page_file}
         pages |= {"answers": folder.answers_page_file} if include_responses else {}
+        pages |= {"picture": picture} if picture is not None else {}
         typer.echo(redacted_json({name: str(path) for name, path in pages.items()}, indent=2))
         return
     typer.echo(text)

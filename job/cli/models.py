@@ -64,9 +64,11 @@ def demo_model(
 ) -> None:
     """Train the built-in model organism and write it together with its prompt files."""
     from job.organism.folder import write_organism
+    from job.realmodel.folder import run_command
 
     write_organism(folder, arch=arch, size=size, seed=seed, report=lambda line: typer.echo(line, err=True))
     typer.echo(folder)
+    typer.echo(f"next: {run_command(folder)}", err=True)
 
 
 @app.command("real-model", epilog=examples("real-model"))

@@ -7,9 +7,9 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 
 import typer
 
@@ -253,9 +253,28 @@ def emphasised(line: str) -> str:
 
 @contextmanager
 def json_alone(as_json: bool) -> Iterator[None]:
-    """Send what libraries and a model's own code print to standard error, where the command prints JSON."""
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    """Send what libraries, worker processes and a model's own code print to standard error, for a command's JSON."""
+    if not as_json:
         yield
+        return
+    with redirect_stdout(sys.stderr), _descriptor_redirected(sys.__stdout__, sys.__stderr__):
+        yield
+
+
+@contextmanager
+def _descriptor_redirected(out: TextIO | None, err: TextIO | None) -> Iterator[None]:
+    """Let the descriptor of a stream lead to another's; processes started meanwhile inherit it."""
+    if out is None or err is None:  # no console
+        yield
+        return
+    out.flush()
+    kept = os.dup(out.fileno())
+    try:
+        os.dup2(err.fileno(), out.fileno())
+        yield
+    finally:
+        os.dup2(kept, out.fileno())
+        os.close(kept)
 
 
 def find_job(workspace: str | None, job: str | None) -> RunFolder:

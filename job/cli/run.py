@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +25,8 @@ from job.cli.options import (
     takes_settings,
     where_is,
 )
-from job.errors import DeliveryError, GateError, UsageError
+from job.cli.outcome import print_outcome
+from job.errors import UsageError
 from job.text.redaction import redacted_json
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from job.lifecycle.outcome import Outcome
     from job.lifecycle.running import RunningJob
     from job.preflight.inputs import PreflightInputs
-    from job.storage.run_folder import RunFolder
 
 
 @app.command(epilog=examples("run"))
@@ -51,13 +50,14 @@ def run(
         bool, typer.Option("--with-search", help="With --reproduce: repeat the search too, not only the edit.")
     ] = False,
     verbose: Verbose = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find directions, search edits, export, verify and deliver; run again to continue."""
     from job.config.load import load_settings
 
     if reproduce is None:
         loaded = load_settings(**given)
-        run_settings(loaded.settings, new=new, notes=loaded.notes, verbose=verbose)
+        run_settings(loaded.settings, new=new, notes=loaded.notes, verbose=verbose, as_json=as_json)
         return
     from job.config.load import leaves
     from job.config.origins import left_out_line
@@ -71,7 +71,7 @@ def run(
     named = loaded.settings.model if loaded.sources.get("model") == "command line" else None
     require_same_repository(original, loaded.settings, named)
     asked = Again(original, with_search, reproduce.parent)
-    run_settings(loaded.settings, new=new, notes=loaded.notes, again=asked, verbose=verbose)
+    run_settings(loaded.settings, new=new, notes=loaded.notes, again=asked, verbose=verbose, as_json=as_json)
 
 
 def _stages(running: RunningJob, inputs: PreflightInputs) -> Outcome:
@@ -81,19 +81,25 @@ def _stages(running: RunningJob, inputs: PreflightInputs) -> Outcome:
 
 
 def run_settings(
-    settings: Settings, *, new: bool, notes: Sequence[str] = (), again: Again | None = None, verbose: bool = False
+    settings: Settings,
+    *,
+    new: bool,
+    notes: Sequence[str] = (),
+    again: Again | None = None,
+    verbose: bool = False,
+    as_json: bool = False,
 ) -> Outcome:
     """Run a job and print its outcome."""
     from job.system.signals import StopSignals
 
     signals = StopSignals()
-    with signals.installed():
+    with signals.installed(), json_alone(as_json):
         from job.lifecycle.start import run as run_job
         from job.storage.events import Events
 
         events = Events(verbose=verbose)
         outcome = run_job(settings, new=new, events=events, signals=signals, stages=_stages, notes=notes, again=again)
-    return _print_outcome(outcome)
+    return print_outcome(outcome, as_json)
 
 
 @app.command(epilog=examples("resume"))
@@ -107,6 +113,7 @@ def resume(
     when_failed: WhenFailed = None,
     assignments: Extensions = None,
     verbose: Verbose = False,
+    as_json: AsJson = False,
 ) -> None:
     """Continue a job from its run folder or its checkpoint alone, with more trials or other targets if given.
 
@@ -115,7 +122,7 @@ def resume(
     from job.system.signals import StopSignals
 
     signals = StopSignals()
-    with signals.installed():
+    with signals.installed(), json_alone(as_json):
         from job.lifecycle.resumption import resumption
         from job.lifecycle.start import carry_out
         from job.storage.events import Events
@@ -126,7 +133,7 @@ def resume(
         ends = {"when_done": when_done, "when_failed": when_failed}
         start = resumption(where, ends, events.say, **{name: value for name, value in others.items() if value})
         outcome = carry_out(start, events, signals, _stages)
-    _print_outcome(outcome)
+    print_outcome(outcome, as_json)
 
 
 def _is_no_more(_: list[str] | None) -> None:
@@ -140,55 +147,6 @@ def _is_no_more(_: list[str] | None) -> None:
 @app.command(hidden=True, context_settings={"ignore_unknown_options": True})
 def worker(words: Annotated[list[str] | None, typer.Argument(callback=_is_no_more)] = None) -> None:
     """Say what took this command's place."""
-
-
-def _print_outcome(outcome: Outcome) -> Outcome:
-    """Print a run's outcome: on a terminal in a box, and the next commands."""
-    from job.report.console import next_commands, result_lines
-
-    base, edited, folder = outcome.base, outcome.edited, outcome.folder
-    lines = [
-        f"trial {outcome.chosen}: refusals {base.refusals}/{base.bad_prompts} -> "
-        f"{edited.refusals}/{edited.bad_prompts}, KL {edited.kl or 0:.4g}, false refusals "
-        f"{base.false_refusals}/{base.good_prompts} -> {edited.false_refusals}/{edited.good_prompts} "
-        f"(on {outcome.report_prompts})",
-        *result_lines(folder, edited),
-        f"model:  {folder.export_link if folder.export_link.exists() else 'delivered, not in this workspace'}",
-        f"report: {folder.report_file} and {folder.page_file.name}",
-    ]
-    _print_box(lines)
-    for line in next_commands(folder.path):
-        typer.echo(line)
-    if outcome.missed_gate is not None:
-        typer.echo(f"error: {outcome.missed_gate} — the result is kept but not delivered", err=True)
-        raise typer.Exit(GateError.exit_code)
-    tell_failed(outcome.folder, outcome.failed_targets)
-    return outcome
-
-
-def _print_box(lines: Sequence[str]) -> None:
-    """Print lines, with a frame on a terminal."""
-    if not sys.stdout.isatty():
-        typer.echo("\n".join(lines))
-        return
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.text import Text
-
-    Console().print(Panel(Text("\n".join(lines), overflow="fold"), expand=False))
-
-
-def tell_failed(folder: RunFolder, failed: Sequence[tuple[str, str]]) -> None:
-    """Print failed deliveries and how to retry them."""
-    if not failed:
-        return
-    import shlex
-
-    for target, reason in failed:
-        typer.echo(f"error: {target}: {reason}", err=True)
-    again = ["abliterate", "resume", "--workspace", str(folder.path.parent.absolute()), "--job", folder.path.name]
-    typer.echo(f"the result is kept; to continue the delivery, run: {shlex.join(again)}", err=True)
-    raise typer.Exit(DeliveryError.exit_code)
 
 
 @app.command(epilog=examples("preflight"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from job.errors import MachineError, UsageError
+from job.errors import MachineError, UsageError, one_line
 from job.system.retry import backoff_s, retried
 from job.text.redaction import redact
 
@@ -27,6 +28,8 @@ _LONGEST_ASKED = 300.0
 _TIMEOUT_SECONDS = 30.0
 _STREAM_SECONDS = 30.0
 _DETAIL_CHARACTERS = 300
+# The largest list of instances has some 100 kB, the largest log some MB.
+_MOST_BYTES, _BODY_SECONDS = 64 << 20, 120.0
 
 
 @cache
@@ -133,7 +136,8 @@ class Api:
         """
 
         def send(client: httpx2.Client) -> Any:
-            return self._decoded(client.request(method, self.base + path, json=body, params=params), what)
+            with client.stream(method, self.base + path, json=body, params=params) as response:
+                return self._decoded(response, self._read(response, what), what)
 
         return self._send_with_retries(send, what, creating=creating)
 
@@ -141,12 +145,12 @@ class Api:
         """Return the text at a URL from the platform, without sending the key. Raises CloudError."""
 
         def get(client: httpx2.Client) -> str:
-            response = client.get(url)
-            if response.status_code != 200:
-                # The storage answers 403 or 404 until it is written.
-                said = f"{what} is not there yet ({response.status_code})"
-                raise CloudError(said, status=response.status_code, passing=True)
-            return response.text
+            with client.stream("GET", url) as response:
+                if response.status_code != 200:
+                    # The storage answers 403 or 404 until it is written.
+                    said = f"{what} is not there yet ({response.status_code})"
+                    raise CloudError(said, status=response.status_code, passing=True)
+                return self._read(response, what).decode(errors="replace")
 
         return str(self._send_with_retries(get, what, keyless=True))
 
@@ -161,11 +165,10 @@ class Api:
             try:
                 with client.stream("GET", self.base + path, params=params, timeout=timeout) as response:
                     if response.status_code != 200:
-                        response.read()
-                        self._decoded(response, what)
+                        self._decoded(response, self._read(response, what), what)
                     for line in response.iter_lines():
                         found.append(line)
-                        if time.monotonic() >= deadline:
+                        if time.monotonic() >= deadline or response.num_bytes_downloaded > _MOST_BYTES:
                             break
             except httpx2.ReadTimeout:
                 return found
@@ -227,11 +230,28 @@ class Api:
             said = f"{self.platform} answers nonsense for {what} ({type(error).__name__})"
             raise CloudError(said, uncertain=isinstance(error, httpx2.DecodingError)) from None
 
-    def _decoded(self, response: httpx2.Response, what: str) -> Any:
+    def rows(self, body: Any, key: str, what: str) -> list[Mapping[str, Any]]:
+        """Return the tables of a response's list. Raises CloudError if it has none: that is not an empty one."""
+        rows = body.get(key) if isinstance(body, Mapping) else None
+        if not isinstance(rows, list):
+            raise CloudError(f"{self.platform}'s response is not a list of {what}", passing=True)
+        return [row for row in rows if isinstance(row, Mapping)]
+
+    def _read(self, response: httpx2.Response, what: str) -> bytes:
+        """Read a response, within limits of size and time. Raises CloudError beyond them."""
+        data, deadline = bytearray(), time.monotonic() + _BODY_SECONDS
+        for block in response.iter_bytes():
+            data += block
+            if len(data) > _MOST_BYTES or time.monotonic() > deadline:
+                said = f"{self.platform}'s response for {what} does not end"
+                raise CloudError(said, status=response.status_code, passing=True, uncertain=True)
+        return bytes(data)
+
+    def _decoded(self, response: httpx2.Response, data: bytes, what: str) -> Any:
         status = response.status_code
         try:
-            body = response.json() if response.content else None
-        except ValueError:
+            body = json.loads(data) if data else None
+        except (ValueError, RecursionError):
             body = None
             if 200 <= status < 300:
                 # The request succeeded: only the response is unreadable.
@@ -240,12 +260,12 @@ class Api:
         refused = isinstance(body, dict) and body.get("success") is False
         if 200 <= status < 300 and not refused:
             return body
-        raise self._failure(response, body if isinstance(body, dict) else {}, what)
+        shown = self._detail(data, body if isinstance(body, dict) else {})
+        raise self._failure(response, body if isinstance(body, dict) else {}, shown, what)
 
-    def _failure(self, response: httpx2.Response, body: Mapping[str, Any], what: str) -> CloudError:
+    def _failure(self, response: httpx2.Response, body: Mapping[str, Any], detail: str, what: str) -> CloudError:
         status = response.status_code
         reason = str(body.get("error") or body.get("title") or "")
-        detail = self._detail(response, body)
         said = f"{self.platform} answers {status} for {what}" + (f": {detail}" if detail else "")
         if status == 402 or "insufficient_credit" in reason:
             return NoMoneyError(said, remedy="add credit to the account", status=status, reason=reason)
@@ -267,8 +287,9 @@ class Api:
             error.asked_wait = float(threshold[1])
         return error
 
-    def _detail(self, response: httpx2.Response, body: Mapping[str, Any]) -> str:
+    def _detail(self, data: bytes, body: Mapping[str, Any]) -> str:
         parts = [str(body[name]) for name in ("msg", "message", "detail", "error") if body.get(name)][:1]
-        parts += [str(error) for error in body.get("errors") or []]
-        text = "; ".join(parts) if body else response.text
-        return self.hide(" ".join(text.split()))[:_DETAIL_CHARACTERS]
+        errors = body.get("errors")
+        parts += map(str, errors if isinstance(errors, list) else [])
+        text = "; ".join(parts) if body else data.decode(errors="replace")
+        return self.hide(one_line(text))[:_DETAIL_CHARACTERS]

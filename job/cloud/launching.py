@@ -127,6 +127,8 @@ class Launcher:
         self.record.update(pending=(*launch.pending, asked))
         try:
             rented = self.market.rent(offer, order, env)
+            if rented in before:  # destroying it later would destroy another machine of the account
+                raise CloudError(f"{self.market.name} names instance {rented}, which is not new", uncertain=True)
         except CloudError as error:
             if not error.uncertain:
                 self.record.update(pending=launch.pending)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
+from pydantic import AfterValidator
+
+from job.errors import one_line
 from job.records import Record
 
 Action = Literal["nothing", "stop", "destroy"]
@@ -14,8 +19,28 @@ Action = Literal["nothing", "stop", "destroy"]
 State = Literal["starting", "running", "outbid", "stopped", "exited", "lost", "gone", "unknown"]
 # Variable with the label in every instance: platforms may drop or truncate the label itself.
 MARKER = "ABLITERATION_LAUNCH"
+# A platform's words, shown in a terminal.
+Words = Annotated[str, AfterValidator(one_line)]
+_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 # Without a status yet; by the platform's documentation it is being provisioned.
 PROVISIONING = "provisioning"
+
+
+def number(value: Any) -> float | None:
+    """Return a platform's number, None if it is missing, no number or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def plain_id(value: Any) -> str | None:
+    """Return an instance's id, None for what is none: ids become parts of URLs, file names and commands."""
+    text = str(value)
+    return text if _ID.fullmatch(text) else None
 
 
 class MachineNeeds(Record):
@@ -73,17 +98,17 @@ class Offer(Record):
         up: Upload speed, Mb/s, None if unknown.
     """
 
-    id: str
+    id: Words
     need: MachineNeeds
     dollars: float
     interruptible: bool = False
-    where: str = ""
+    where: Words = ""
     down: float | None = None
     up: float | None = None
     reliability: float | None = None
     down_dollars: float = 0.0
     up_dollars: float = 0.0
-    stock: str = ""
+    stock: Words = ""
 
     @property
     def hours(self) -> float | None:
@@ -116,13 +141,13 @@ class Instance(Record):
 
     id: str
     state: State
-    status: str = ""
-    label: str = ""
+    status: Words = ""
+    label: Words = ""
     dollars: float | None = None
-    gpu: str = ""
+    gpu: Words = ""
     marker: str = ""
     image: str = ""
-    note: str = ""
+    note: Words = ""
 
     @property
     def line(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from job.cloud.api import Api, CloudError, GoneError
-from job.cloud.provider import MARKER, Action, Instance, MachineNeeds, Offer, Order, State, Terms
+from job.cloud.provider import MARKER, Action, Instance, MachineNeeds, Offer, Order, State, Terms, number, plain_id
 from job.text.names import letters_and_digits
 
 BASE = "https://api.runpod.io"
@@ -58,7 +58,8 @@ class RunPod:
                 params["minCudaVersion"] = need.min_cuda
             what = f"offers of {need.count}x{need.gpu}"
             listed = self._api.call("GET", "/v2/catalog/gpus", params=params, what=what)
-            found += [_offer(row, need, cloud) for row in (listed or {}).get("gpus", []) if _fits(row, need, cloud)]
+            rows = [row for row in self._api.rows(listed, "gpus", "GPUs") if _fits(row, need, cloud)]
+            found += [offer for row in rows if (offer := _offer(row, need, cloud)) is not None]
         affordable = [offer for offer in found if terms.most_dollars is None or offer.dollars <= terms.most_dollars]
         return sorted(affordable, key=lambda offer: offer.dollars)[: terms.limit]
 
@@ -91,9 +92,10 @@ class RunPod:
             ):
                 return None
             raise
-        if not isinstance(pod, Mapping) or not pod.get("id"):
+        id = plain_id(pod.get("id") or "") if isinstance(pod, Mapping) else None
+        if id is None:
             raise CloudError(f"{self.name}'s response names no pod", uncertain=True)
-        return str(pod["id"])
+        return id
 
     def instance(self, id: str) -> Instance:
         """Return a pod's current state."""
@@ -106,10 +108,7 @@ class RunPod:
     def instances(self) -> list[Instance]:
         """Return the account's pods. Raises CloudError if the response is no list: that is not an empty one."""
         found = self._api.call("GET", "/v2/pods", what="the list of pods")
-        rows = found.get("pods") if isinstance(found, Mapping) else None
-        if not isinstance(rows, list):
-            raise CloudError(f"{self.name}'s response is not a list of pods", passing=True)
-        return [_instance(pod) for pod in rows if isinstance(pod, Mapping) and pod.get("id")]
+        return [_instance(pod) for pod in self._api.rows(found, "pods", "pods") if plain_id(pod.get("id") or "")]
 
     def end(self, id: str, action: Action) -> bool:
         """Stop or terminate a pod; return False if there is none."""
@@ -147,22 +146,26 @@ class RunPod:
 def _fits(row: Mapping[str, Any], need: MachineNeeds, cloud: str) -> bool:
     """Return whether a kind of GPU meets the need, and is in stock."""
     side = cloud.lower()
-    memory = float(row.get("memory") or 0)
+    memory = number(row.get("memory")) or 0.0
     return (
         any(name in letters_and_digits(str(row.get("id", ""))) for name in need.names)
         and bool(row.get(side))
-        and need.count <= int((row.get("maxCount") or {}).get(side, 0))
+        and need.count <= (number(_table(row.get("maxCount")).get(side)) or 0)
         # No less than needed, and not the other size of the card.
         and need.gpu_gb <= memory < 1.35 * need.gpu_gb
         and row.get("availability") in ("LOW", "MEDIUM", "HIGH")
     )
 
 
-def _offer(row: Mapping[str, Any], need: MachineNeeds, cloud: str) -> Offer:
+def _offer(row: Mapping[str, Any], need: MachineNeeds, cloud: str) -> Offer | None:
+    """Return an offer, None without a price."""
+    dollars = number(_table(row.get("price")).get(cloud.lower()))
+    if dollars is None:
+        return None
     return Offer(
         id=f"{cloud}/{row['id']}",
         need=need,
-        dollars=round(float(row["price"][cloud.lower()]) * need.count, 4),
+        dollars=round(dollars * need.count, 4),
         where=cloud.lower(),
         stock=str(row.get("availability", "")).lower(),
     )
@@ -176,7 +179,7 @@ def _instance(pod: Mapping[str, Any]) -> Instance:
         state=_STATES.get(status, "unknown"),
         status=status.lower() or "no status",
         label=str(pod.get("name") or ""),
-        dollars=pod.get("cost") or None,
+        dollars=number(pod.get("cost")) or None,
         gpu=f"{gpu.get('count', '?')}x {gpu.get('id', '?')}",
         marker=str(env.get(MARKER) or ""),
         image=str(pod.get("image") or ""),

@@ -8,7 +8,19 @@ from typing import Any
 from urllib.parse import quote
 
 from job.cloud.api import Api, CloudError, GoneError
-from job.cloud.provider import MARKER, PROVISIONING, Action, Instance, MachineNeeds, Offer, Order, State, Terms
+from job.cloud.provider import (
+    MARKER,
+    PROVISIONING,
+    Action,
+    Instance,
+    MachineNeeds,
+    Offer,
+    Order,
+    State,
+    Terms,
+    number,
+    plain_id,
+)
 
 BASE = "https://console.vast.ai"
 # The variable that redirects the platform's own client.
@@ -65,7 +77,8 @@ class Vast:
         if terms.most_dollars is not None and not terms.interruptible:
             query["dph_total"] = {"lte": terms.most_dollars}
         found = self._api.call("POST", "/api/v0/bundles/", body=query, what=f"offers of {need.count}x{need.gpu}")
-        offers = [_offer(row, need, terms) for row in (found or {}).get("offers", [])]
+        rows = self._api.rows(found, "offers", "offers")
+        offers = [offer for row in rows if (offer := _offer(row, need, terms)) is not None]
         return [offer for offer in offers if terms.most_dollars is None or offer.dollars <= terms.most_dollars]
 
     def rent(self, offer: Offer, order: Order, env: Mapping[str, str]) -> str | None:
@@ -86,7 +99,7 @@ class Vast:
             body["price"] = offer.dollars
         try:
             rented = self._api.call(
-                "PUT", f"/api/v0/asks/{quote(offer.id)}/", body=body, what=f"offer {offer.id}", creating=True
+                "PUT", f"/api/v0/asks/{_part(offer.id)}/", body=body, what=f"offer {offer.id}", creating=True
             )
         except GoneError:
             return None
@@ -94,15 +107,16 @@ class Vast:
             if error.reason in _TAKEN:
                 return None
             raise
-        if not isinstance(rented, Mapping) or not rented.get("new_contract"):
+        id = plain_id(rented.get("new_contract") or "") if isinstance(rented, Mapping) else None
+        if id is None:
             raise CloudError(f"{self.name}'s response names no instance for offer {offer.id}", uncertain=True)
-        return str(rented["new_contract"])
+        return id
 
     def instance(self, id: str) -> Instance:
         """Return an instance's current state."""
         try:
             found = self._api.call(
-                "GET", f"/api/v0/instances/{quote(id)}/", params={"owner": "me"}, what=f"instance {id}"
+                "GET", f"/api/v0/instances/{_part(id)}/", params={"owner": "me"}, what=f"instance {id}"
             )
         except GoneError:
             return Instance(id=id, state="gone")
@@ -117,10 +131,8 @@ class Vast:
         instances: list[Instance] = []
         for _ in range(_MOST_PAGES):
             page = self._api.call("GET", "/api/v1/instances/", params=params, what="the list of instances")
-            rows = page.get("instances") if isinstance(page, Mapping) else None
-            if not isinstance(rows, list):
-                raise CloudError(f"{self.name}'s response is not a list of instances", passing=True)
-            instances += [_instance(row) for row in rows if isinstance(row, Mapping) and row.get("id")]
+            rows = self._api.rows(page, "instances", "instances")
+            instances += [_instance(row) for row in rows if plain_id(row.get("id") or "")]
             token = page.get("next_token")
             if not token:
                 return instances
@@ -129,7 +141,7 @@ class Vast:
 
     def end(self, id: str, action: Action) -> bool:
         """Stop or destroy an instance; return False if there is none."""
-        path = f"/api/v0/instances/{quote(id)}/"
+        path = f"/api/v0/instances/{_part(id)}/"
         try:
             if action == "destroy":
                 self._api.call("DELETE", path, body={}, what=f"the end of instance {id}")
@@ -143,9 +155,9 @@ class Vast:
         """Return the last lines of a log, which the platform copies to a storage URL."""
         what = f"the log of instance {id}"
         asked = self._api.call(
-            "PUT", f"/api/v0/instances/request_logs/{quote(id)}/", body={"tail": str(lines)}, what=what
+            "PUT", f"/api/v0/instances/request_logs/{_part(id)}/", body={"tail": str(lines)}, what=what
         )
-        address = (asked or {}).get("result_url")
+        address = asked.get("result_url") if isinstance(asked, Mapping) else None
         if not address:
             raise CloudError(f"{self.name} gives no URL for {what}")
         return self._api.hide(self._api.download(str(address), what))
@@ -159,22 +171,30 @@ class Vast:
         )
 
 
-def _offer(row: Mapping[str, Any], need: MachineNeeds, terms: Terms) -> Offer:
-    dollars = float(row["dph_total"])
+def _part(id: str) -> str:
+    """Return an id as one part of a path."""
+    return quote(id, safe="")
+
+
+def _offer(row: Mapping[str, Any], need: MachineNeeds, terms: Terms) -> Offer | None:
+    """Return an offer, None without a number or a price."""
+    dollars, id = number(row.get("dph_total")), plain_id(row.get("id") or "")
+    if dollars is None or id is None:
+        return None
     if terms.interruptible:
-        lowest = float(row.get("min_bid") or dollars)
+        lowest = number(row.get("min_bid")) or dollars
         dollars = round(max(lowest, terms.bid if terms.bid is not None else 1.1 * lowest), 4)
     return Offer(
-        id=str(row["id"]),
+        id=id,
         need=need,
         dollars=dollars,
         interruptible=terms.interruptible,
         where=str(row.get("geolocation") or ""),
-        down=row.get("inet_down"),
-        up=row.get("inet_up"),
-        reliability=row.get("reliability2") or row.get("reliability"),
-        down_dollars=row.get("inet_down_cost") or 0.0,
-        up_dollars=row.get("inet_up_cost") or 0.0,
+        down=number(row.get("inet_down")),
+        up=number(row.get("inet_up")),
+        reliability=number(row.get("reliability2")) or number(row.get("reliability")),
+        down_dollars=number(row.get("inet_down_cost")) or 0.0,
+        up_dollars=number(row.get("inet_up_cost")) or 0.0,
     )
 
 
@@ -185,11 +205,11 @@ def _instance(row: Mapping[str, Any]) -> Instance:
         state=_state(row),
         status=str(status or ("no status" if "actual_status" not in row else PROVISIONING)).strip(),
         label=str(row.get("label") or ""),
-        dollars=row.get("dph_total"),
+        dollars=number(row.get("dph_total")),
         gpu=f"{row.get('num_gpus', '?')}x {row.get('gpu_name', '?')}",
         marker=_marker(row.get("extra_env")),
         image=str(row.get("image_uuid") or ""),
-        note=" ".join(str(row.get("status_msg") or "").split()),
+        note=str(row.get("status_msg") or ""),
     )
 
 

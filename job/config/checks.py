@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -33,12 +34,7 @@ def _refuse_contradictions(settings: Settings) -> None:
         )
     if settings.require_checkpoint and settings.checkpoint is None:
         raise UsageError("require_checkpoint is set, but checkpoint is not", remedy="give --checkpoint")
-    for target in settings.upload:
-        if not _TARGET.fullmatch(target):
-            raise UsageError(
-                f"upload target {target!r} is not supported",
-                remedy="use file:///absolute/folder, hf://user/repo[@branch] or s3://bucket/prefix",
-            )
+    require_targets(settings.upload)
     if settings.loading.quantization != "none" and settings.ablation.row_normalization != "none":
         raise UsageError(
             f"loading.quantization = {settings.loading.quantization} cannot be combined with "
@@ -51,6 +47,16 @@ def _refuse_contradictions(settings: Settings) -> None:
             f"ablation.row_normalization = {settings.ablation.row_normalization}, whose edits do not have low rank",
             remedy="use row_normalization = none or pre, or another format",
         )
+
+
+def require_targets(targets: Iterable[str]) -> None:
+    """Raise UsageError for a target that no delivery knows."""
+    for target in targets:
+        if not _TARGET.fullmatch(target):
+            raise UsageError(
+                f"upload target {target!r} is not supported",
+                remedy="use file:///absolute/folder, hf://user/repo[@branch] or s3://bucket/prefix",
+            )
 
 
 def _refuse_unknown_detectors(settings: Settings) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from job.data.files import PLAIN, SUFFIXES, TABLES, Row, file_rows
 from job.errors import ImpossibleJobError, explaining, in_one_line
+from job.text.card_header import require_plain_header
 
 _CARD = "README.md"
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 # Descriptions in dataset repositories, which are not prompts.
 _DESCRIPTIONS = frozenset({"dataset_infos.json", "config.json", "dummy_data.zip"})
-_MOST_CARD_BYTES = 1 << 22
 _MESSAGE_CHARACTERS = 300
 
 
@@ -24,8 +23,28 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).exists() for name in _SAVED)
 
 
+def link_out(folder: Path, paths: Iterable[Path]) -> Path | None:
+    """Return the first of a folder's paths that a link leads out of it, except to the Hub cache's own blobs."""
+    root = folder.resolve()
+    inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    return next((path for path in paths if not any(path.resolve().is_relative_to(place) for place in inside)), None)
+
+
 def folder_files(folder: Path, split: str, config: str | None) -> list[Path]:
-    """Return the prompt files of a folder, or of a clone's split and config. Raises ImpossibleJobError without any."""
+    """Return the prompt files of a folder, or of a clone's split and config.
+
+    Raises ImpossibleJobError without any, or for a link out of the folder: clones of others may hold links.
+    """
+    files = _folder_files(folder, split, config)
+    if link := link_out(folder, [folder / _CARD, *files]):
+        raise ImpossibleJobError(
+            f"{link} is a link to a place outside the folder of prompts",
+            remedy="replace the link by the file, or give the folder that holds the file",
+        )
+    return files
+
+
+def _folder_files(folder: Path, split: str, config: str | None) -> list[Path]:
     if is_saved(folder):
         return sorted(path for path in folder.rglob("*") if path.is_file())
     if config is not None or _is_repository(folder):
@@ -67,7 +86,10 @@ def _card_configs(folder: Path) -> dict[str, object]:
     card = folder / _CARD
     remedy = "correct its first block, or name the files themselves as prompts"
     with _explained(f"the card {card} cannot be read", remedy):  # the libraries may raise anything for a card
-        if not card.is_file() or card.stat().st_size > _MOST_CARD_BYTES or b"configs:" not in card.read_bytes():
+        if not card.is_file():
+            return {}
+        require_plain_header(card)
+        if b"configs:" not in card.read_bytes():
             return {}
         return _declared(card)
 
@@ -92,8 +114,9 @@ def _split_files(folder: Path, split: str, config: str | None) -> list[Path]:
     declared = _card_configs(folder)
     # The library may raise anything for a card's patterns.
     with _explained(f"the files of the dataset in {folder} cannot be found", "name the files themselves as prompts"):
-        patterns = _chosen(folder, declared, config) or get_data_patterns(str(root))
-        found = DataFilesDict.from_patterns(sanitize_patterns(patterns), base_path=str(root))
+        patterns = sanitize_patterns(_chosen(folder, declared, config) or get_data_patterns(str(root)))
+        _refuse_patterns_out(folder, itertools.chain.from_iterable(patterns.values()))
+        found = DataFilesDict.from_patterns(patterns, base_path=str(root))
     by_split = {name: [path for path in map(str, paths) if _is_data(path)] for name, paths in found.items()}
     names = [str(name) for name, paths in by_split.items() if paths]
     if split not in names:
@@ -101,18 +124,21 @@ def _split_files(folder: Path, split: str, config: str | None) -> list[Path]:
             f"the dataset in {folder} has no split {split}",
             remedy=f"choose from {', '.join(names)} as #SPLIT" if names else f"give {', '.join(SUFFIXES)} files",
         )
-    files = [Path(path) for path in by_split[split]]
-    for path in files:
-        if not Path(os.path.normpath(path)).is_relative_to(root):
+    return [Path(path) for path in by_split[split]]
+
+
+def _refuse_patterns_out(folder: Path, patterns: Iterable[object]) -> None:
+    """Raise ImpossibleJobError for a card's pattern of other places: finding its files would reach or search them."""
+    for pattern in map(str, patterns):
+        if pattern.startswith(("/", "~")) or "::" in pattern or "://" in pattern or ".." in Path(pattern).parts:
             raise ImpossibleJobError(
-                f"the card of {folder} names {path}, which is outside that folder",
+                f"the card of {folder} names {pattern}, which is outside that folder",
                 remedy="give the prompt files themselves",
             )
-    return files
 
 
 def _is_data(path: str) -> bool:
-    return "://" in path or (Path(path).suffix.lower() in SUFFIXES and Path(path).name not in _DESCRIPTIONS)
+    return Path(path).suffix.lower() in SUFFIXES and Path(path).name not in _DESCRIPTIONS
 
 
 def _chosen(folder: Path, declared: dict[str, object], config: str | None) -> object:
@@ -130,9 +156,10 @@ def _chosen(folder: Path, declared: dict[str, object], config: str | None) -> ob
 
 def folder_rows(folder: Path, split: str, config: str | None) -> Iterator[Row]:
     """Yield a folder's rows. Raises ImpossibleJobError if it holds no prompts, or a file cannot be read."""
+    files = folder_files(folder, split, config)
     if is_saved(folder):
         return _saved_rows(folder, split)
-    return itertools.chain.from_iterable(map(file_rows, folder_files(folder, split, config)))
+    return itertools.chain.from_iterable(map(file_rows, files))
 
 
 def _saved_rows(folder: Path, split: str) -> Iterator[Row]:

@@ -24,7 +24,7 @@ from job.edits.compile import no_directions
 from job.edits.hooks import Intervention
 from job.errors import ExportMismatchError, UsageError, refusing
 from job.export.merged import Edit as MergedEdit
-from job.export.merged import seal_made, verify_written, write_weights
+from job.export.merged import seal_made, write_weights
 from job.export.reproduction import Reproduction, check_reproduction
 from job.model.device_faults import clear_faults
 from job.model.safetensors_files import Checkpoint
@@ -195,9 +195,9 @@ def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], Non
     partial = out.absolute().with_name(f".{out.name}.partial")
     try:
         with clear_faults():
-            write_weights(source, partial, architecture, edit, advance, own_code=True)
-            verify_written(source, partial, architecture, edit)
-        seal_made(partial, saved.made.model_copy(update={"format": "merged"}), source)
+            written = write_weights(source, partial, architecture, edit, advance, own_code=True)
+            written.verify()
+        seal_made(partial, saved.made.model_copy(update={"format": "merged"}), source, written.hashes)
         reached("applied:written")
         partial.replace(out)
         reached("applied:replaced")

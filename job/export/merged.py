@@ -1,15 +1,12 @@
 """Write the edited model, shard by shard, from the base model's files.
 
-Each shard is copied and the edited tensors overwritten in place: names, order, dtypes and sizes stay the original's,
-with one tensor in memory at a time. Quantised shards are dequantised instead of copied (`job.model.safetensors_files`).
+Edited tensors take the place of the original ones: names, order, dtypes and sizes stay the original's. Quantised shards
+are dequantised (`job.model.safetensors_files`). `job.export.shards` writes the files and proves them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +18,13 @@ from torch import Tensor
 
 from job.architectures.spec import Architecture, Writer
 from job.edits.compile import PreparedWriter, compile_edit
-from job.errors import ExportMismatchError, ImpossibleJobError
+from job.errors import ImpossibleJobError
 from job.export.model_card import model_card
 from job.export.reproduction import Reproduction
+from job.export.shards import WrittenShards
 from job.model.carried_files import carried_files, licence_files
 from job.model.quantization import plain_config
-from job.model.safetensors_files import Checkpoint, Places, digest_of
+from job.model.safetensors_files import Checkpoint, Places
 from job.model.weight_files import INDEX, WEIGHTS
 from job.numerics.ablation import RowNormalization, WriterEdit, edit_bias, edit_weight
 from job.numerics.basis import Basis, DirectionPath
@@ -34,7 +32,6 @@ from job.numerics.rounding import rounded_along
 from job.records import EditParameters, Manifest, ManifestEntry
 from job.storage.atomic import cannot_write, make_folder, sha256_file, sync_folder, write_atomically, write_record
 from job.storage.exports import CARD, DONE, MANIFEST, REPRODUCE, SUMS
-from job.system.failpoints import reached
 
 CONFIG = "config.json"
 
@@ -127,38 +124,27 @@ def write_weights(
     advance: Callable[[int], None],
     *,
     own_code: bool = False,
-) -> None:
+) -> WrittenShards:
     """Write the edited weights and copy the accompanying files; may be repeated after a crash.
 
-    `own_code` also copies the model's own modules, which must be trusted. Raises ImpossibleJobError for a damaged
-    source or if `folder` is the source, or MachineError.
+    The result can prove what it has written. `own_code` also copies the model's own modules, which must be trusted.
+    Raises ImpossibleJobError for a damaged source or if `folder` is the source, or MachineError.
     """
     if folder.resolve() == source.resolve():
         raise ImpossibleJobError(f"{folder} holds the base model", remedy="export to another folder")
     checkpoint = Checkpoint(source)
     checkpoint.require_writers(architecture)
-    edited = dict(edited_tensors(checkpoint, architecture, edit))
+    shards = WrittenShards(checkpoint, dict(edited_tensors(checkpoint, architecture, edit)), folder)
     try:
         make_folder(folder)
         (folder / DONE).unlink(missing_ok=True)
         for file in carried_files(source, code=own_code):
             write_atomically(folder / file.name, _companion(checkpoint, file))
-        for file, entries in checkpoint.entries.items():
-            partial = folder / f".{file.name}.partial"
-            _begin_shard(checkpoint, file, partial)
-            with partial.open("rb+") as stream:
-                for name in entries.keys() & edited.keys():
-                    stream.seek(entries[name].start)
-                    stream.write(_bytes(edited[name]()))
-                stream.flush()
-                os.fsync(stream.fileno())
-            reached("shard:written")
-            partial.replace(folder / file.name)
-            reached("shard:replaced")
-            advance(1)
+        shards.write(advance)
         sync_folder(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
+    return shards
 
 
 def _companion(checkpoint: Checkpoint, file: Path) -> bytes:
@@ -175,66 +161,24 @@ def _companion(checkpoint: Checkpoint, file: Path) -> bytes:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _begin_shard(checkpoint: Checkpoint, file: Path, copy: Path) -> None:
-    """Write a shard before the edit: a copy, or dequantised tensor by tensor."""
-    header = checkpoint.header(file)
-    if header is None:
-        shutil.copyfile(file, copy)
-        reached("shard:begun")
-        return
-    with copy.open("wb") as stream:
-        stream.write(header)
-        for name in checkpoint.entries[file]:  # in the order of the file
-            for block in _unedited(checkpoint, name):
-                stream.write(block)
-    reached("shard:begun")
-
-
-def _unedited(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
-    if checkpoint.is_dequantised(name):
-        yield _bytes(checkpoint.tensor(name, checkpoint.dtype(name)))
-    else:
-        yield from checkpoint.stored_blocks(name)
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    data: bytes = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-    return data
-
-
-def verify_written(source: Path, folder: Path, architecture: Architecture, edit: Edit) -> None:
-    """Raise ExportMismatchError unless edited tensors equal the numerics' bit for bit, and others the source."""
-    checkpoint, written = Checkpoint(source), Checkpoint(folder)
-    edited = dict(edited_tensors(checkpoint, architecture, edit))
-    for file, entries in checkpoint.entries.items():
-        copy = folder / file.name
-        if written.entries.get(copy) != entries:
-            raise ExportMismatchError(f"{copy} does not hold the tensors of {file.name}")
-        for name, entry in entries.items():
-            expected = hashlib.sha256()
-            for block in [_bytes(edited[name]())] if name in edited else _unedited(checkpoint, name):
-                expected.update(block)
-            if digest_of(copy, entry) != expected.digest():
-                raise ExportMismatchError(
-                    f"tensor {name} in {copy} does not hold what was written", remedy="check the disk and run again"
-                )
-
-
 def copy_licences(source: Path, folder: Path) -> None:
     """Copy the licence files into an export without other files of the model."""
     for name in licence_files(source):
         write_atomically(folder / name, (source / name).read_bytes())
 
 
-def seal_made(folder: Path, made: Reproduction, source: Path) -> None:
-    """Complete an export: reproduce.json with its weights' hashes, model card, SHA256SUMS and manifest."""
+def seal_made(folder: Path, made: Reproduction, source: Path, known: Mapping[str, str] | None = None) -> None:
+    """Complete an export: reproduce.json with its weights' hashes, model card, SHA256SUMS and manifest.
+
+    `known` gives the SHA-256 of files that were proven, by name; the others are read.
+    """
 
     def describe(weights: Mapping[str, str]) -> dict[str, str]:
         complete = made.model_copy(update={"weights": dict(weights)}).cleaned()
         card = model_card(complete, source, _kept_tensors(source, folder) if made.format == "merged" else None)
         return {REPRODUCE: complete.model_dump_json(indent=2) + "\n", CARD: card}
 
-    seal(folder, describe)
+    seal(folder, describe, known)
 
 
 def _kept_tensors(source: Path, folder: Path) -> int | None:
@@ -243,11 +187,15 @@ def _kept_tensors(source: Path, folder: Path) -> int | None:
     return len(names) if names == kept else None
 
 
-def seal(folder: Path, describe: Callable[[Mapping[str, str]], Mapping[str, str]]) -> None:
+def seal(
+    folder: Path,
+    describe: Callable[[Mapping[str, str]], Mapping[str, str]],
+    known: Mapping[str, str] | None = None,
+) -> None:
     """Complete an export: files from `describe` (given the weights' SHA-256), hashes, and last the manifest."""
     for name in (REPRODUCE, CARD, SUMS, MANIFEST):
         (folder / name).unlink(missing_ok=True)
-    entries = dict(build_manifest(folder).files)
+    entries = dict(build_manifest(folder, known).files)
     weights = {name: entry.sha256 for name, entry in entries.items() if name.endswith(WEIGHTS)}
     for name, text in describe(weights).items():
         write_atomically(folder / name, text.encode())
@@ -259,15 +207,15 @@ def seal(folder: Path, describe: Callable[[Mapping[str, str]], Mapping[str, str]
     write_atomically(folder / DONE, (sha256_file(folder / MANIFEST) + "\n").encode())
 
 
-def build_manifest(folder: Path) -> Manifest:
-    """Return the manifest of a folder's current files."""
+def build_manifest(folder: Path, known: Mapping[str, str] | None = None) -> Manifest:
+    """Return the manifest of a folder's current files; those with a `known` SHA-256 are not read."""
     names: Sequence[str] = sorted(
         path.name
         for path in folder.iterdir()
         if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST
     )
-    return Manifest(files={name: _file_entry(folder / name) for name in names})
+    return Manifest(files={name: _file_entry(folder / name, (known or {}).get(name)) for name in names})
 
 
-def _file_entry(path: Path) -> ManifestEntry:
-    return ManifestEntry(sha256=sha256_file(path), size=path.stat().st_size)
+def _file_entry(path: Path, known: str | None = None) -> ManifestEntry:
+    return ManifestEntry(sha256=known or sha256_file(path), size=path.stat().st_size)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.data.prompts import report_description
+from job.errors import one_line
 from job.export.reproduction import Reproduction
 from job.model.base_card import PATH, URL, BaseCard, read_base_card
 from job.model.carried_files import licence_files
@@ -20,7 +21,7 @@ from job.records import Component, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
 from job.text.divergence import kl_with_bound
 from job.text.intervals import count_with_interval
-from job.text.markup import markdown, markdown_table, one_line
+from job.text.markup import markdown, markdown_table
 from job.text.redaction import redacted
 from job.text.templates import template
 

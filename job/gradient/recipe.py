@@ -13,7 +13,7 @@ class Recipe:
         batch: Prompts of each kind that a step reads.
         refusal_tokens: First tokens of the base model's refusals that are to become unlikely, together.
         margin: Nats by which they are to be unlikely.
-        kl_tokens: First tokens of the base model's answers to good prompts that are to stay.
+        kl_tokens: First tokens of the base model's responses to good prompts that are to stay.
         largest: λ_max, no unit.
         start: θ at the beginning: hardly any edit.
         rate: Step of θ in the first stage.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from job.config.checks import require_targets
 from job.config.load import asked_ends, leaves
 from job.config.origins import HERE, TRUST, left_out_line
 from job.config.schema import ENDS, Settings
@@ -34,6 +35,8 @@ def resumption(
     # As for all settings: the environment, then options, then --set.
     given = {**where.given, **asked_ends(options), **others}
     given |= {name: value for name, value in where.assigned.items() if name in ENDS}
+    if isinstance(targets := given.get("upload"), list):
+        require_targets(targets)  # before anything is restored
     folder, record, settings = (
         _read_local_job(where, given) if where.checkpoint is None else _read_mirrored_job(where, given, say)
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from job.errors import DeliveryError, JobError
 from job.mirror.options import SnapshotPace
-from job.mirror.records import HEAD, MOST_HEAD_BYTES, OBJECTS, MirroredFile, oversized_head
+from job.mirror.records import HEAD, MOST_HEAD_BYTES, OBJECTS, MirroredFile, foreign, oversized_head
 from job.mirror.store import ConflictError, OversizedError, Proof, Stored
 from job.storage.atomic import make_folder, sweep_temporaries, sync_folder, write_atomically
 from job.system.failpoints import reached
@@ -60,6 +60,13 @@ class FileStore:
                 return []
             return sorted(path.name for path in self._root.iterdir() if (path / HEAD).is_file())
 
+    def _folder(self, job: str) -> Path:
+        """Return a job's folder. Raises MirrorError if it is a link, through which files elsewhere would be changed."""
+        folder = self._root / job
+        if link := next((path for path in (folder, folder / OBJECTS) if path.is_symlink()), None):
+            raise foreign(self.uri, job, [f"{link.relative_to(self._root)}, which is a link"])
+        return folder
+
     def read(self, job: str) -> Stored | None:
         """Return the head and its age by the file system's clock."""
         file = self._root / job / HEAD
@@ -88,14 +95,14 @@ class FileStore:
 
     def names(self, job: str) -> list[str]:
         """Return all files except the head and hidden ones."""
-        folder = self._root / job
+        folder = self._folder(job)
         with self._clear_errors(folder):
             files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
         return sorted(str(p) for p in files if str(p) != HEAD and not any(part.startswith(".") for part in p.parts))
 
     def stage(self, job: str, objects: Mapping[str, tuple[Path, MirroredFile]], check: Callable[[], None]) -> None:
         """Copy objects, each atomically."""
-        folder = self._root / job / OBJECTS
+        folder = self._folder(job) / OBJECTS
         with self._clear_errors(folder):
             make_folder(folder)
             for name, (source, entry) in objects.items():
@@ -103,6 +110,7 @@ class FileStore:
                     continue  # from an earlier try: a name determines the contents
                 check()
                 temporary = folder / f".{name}.tmp"
+                temporary.unlink(missing_ok=True)  # of a killed copy, or a link
                 if _copy(source, temporary) != entry.sha256:
                     temporary.unlink()
                     raise DeliveryError(
@@ -115,7 +123,7 @@ class FileStore:
 
     def replace(self, job: str, data: bytes, expected: Stored | None, remove: Collection[str]) -> Stored:
         """Replace the head under the lock."""
-        folder = self._root / job
+        folder = self._folder(job)
         with self._clear_errors(folder):
             make_folder(folder)
             with self._locked(folder):
@@ -142,7 +150,7 @@ class FileStore:
 
     def sweep(self, job: str, keep: AbstractSet[str]) -> None:
         """Remove unreferenced and partial objects, and leftovers of killed processes beside the head."""
-        folder = self._root / job / OBJECTS
+        folder = self._folder(job) / OBJECTS
         with self._clear_errors(folder):
             since = (folder.parent / HEAD).stat().st_mtime
             sweep_temporaries(folder.parent, since)
@@ -155,7 +163,7 @@ class FileStore:
 
     def fetch(self, job: str, entry: MirroredFile, target: Path) -> None:
         """Copy an object up to its recorded size; links and devices are rejected."""
-        source = self._root / job / OBJECTS / entry.object
+        source = self._folder(job) / OBJECTS / entry.object
         if not stat.S_ISREG(source.lstat().st_mode):
             raise FileNotFoundError(source)
         left = entry.size

@@ -135,7 +135,9 @@ def _apply(layer: bytes, file: BinaryIO, size: int) -> None:
             raise ValueError("a layer is larger than its file")
         file.seek(first * BLOCK)
         for _ in range(count):
-            file.write(unpacked.take(BLOCK))
+            if not (block := unpacked.take(BLOCK)):
+                raise ValueError("a layer is cut short")
+            file.write(block)
     if file.tell() > size or unpacked.take(1):
         raise ValueError("a layer is larger than its file")
 
@@ -174,7 +176,13 @@ class _Unpacked:
 
 
 def _are_runs(runs: object) -> bool:
-    return isinstance(runs, list) and all(
-        isinstance(run, list) and len(run) == 2 and all(type(number) is int and number >= 0 for number in run)
-        for run in runs
-    )
+    """Return whether these are runs of blocks in order: each block is written once, so a layer takes bounded time."""
+    end = 0
+    for run in runs if isinstance(runs, list) else [()]:
+        if not (isinstance(run, list) and len(run) == 2 and all(type(number) is int for number in run)):
+            return False
+        first, count = run
+        if first < end or count < 1:
+            return False
+        end = first + count
+    return True

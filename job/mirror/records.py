@@ -57,6 +57,10 @@ _MOST_OF_MANY = 2 << 30
 _OF_MANY = frozenset({"study.db", "events.jsonl", "prompts.json"})  # they grow with trials and prompts
 # Compression may enlarge a layer slightly; its first line lists its blocks.
 _LAYER_SLACK = 2 << 20
+# More layers than any writer makes; all of a file are on disk at once.
+_MOST_LAYERS = 32
+# Longer than any runner's lease: nobody else can make a rented machine wait for days.
+_LONGEST_LEASE_S = 3600.0
 
 
 class MirrorError(DeliveryError):
@@ -76,7 +80,7 @@ class Layered(Record):
 
     sha256: str = Field(pattern=_SHA256)
     size: int = Field(ge=0)
-    layers: tuple[MirroredFile, ...] = Field(min_length=1)
+    layers: tuple[MirroredFile, ...] = Field(min_length=1, max_length=_MOST_LAYERS)
 
 
 class Lease(Record):
@@ -96,7 +100,7 @@ class Lease(Record):
     namespace: str
     beat: int = 0
     released: bool = False
-    expiry_s: float = Field(gt=0)
+    expiry_s: float = Field(gt=0, le=_LONGEST_LEASE_S)
 
     @property
     def is_near(self) -> bool:

@@ -76,13 +76,13 @@ def download(store: MirrorStore, head: Head, paths: Iterable[str], target: Path)
                 raise torn(store.uri, head.job_id, f"the contents of {path} do not match their hash")
 
 
-def _require_room(store: MirrorStore, size: int, target: Path) -> None:
+def _require_room(store: MirrorStore, size: int, target: Path, place: str = "choose another --workspace") -> None:
     """Refuse files that do not fit: the head may state any size."""
     disk = shutil.disk_usage(target)
     if size > disk.free and disk.total:  # some network file systems do not report it
         raise MachineError(
             f"{store.uri} holds {size / 1e9:.1f} GB for {target}, where only {disk.free / 1e9:.1f} GB are free",
-            remedy="free disk space or choose another --workspace",
+            remedy=f"free disk space or {place}",
         )
 
 
@@ -93,6 +93,9 @@ def _fetch(store: MirrorStore, head: Head, path: str, target: Path) -> None:
         store.fetch(head.job_id, entry, target)
         return
     with scratch("layers") as folder:
+        _require_room(
+            store, sum(layer.size for layer in entry.layers), folder, "set TMPDIR to a folder on another disk"
+        )
         layers = [folder / str(number) for number in range(len(entry.layers))]
         for file, layer in zip(layers, entry.layers, strict=True):
             store.fetch(head.job_id, layer, file)

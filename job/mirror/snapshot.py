@@ -16,7 +16,7 @@ from job.errors import JobError
 from job.mirror.records import CACHES, MIRRORED
 from job.storage.atomic import sha256_file
 from job.storage.run_folder import RunFolder
-from job.storage.study_file import WAIT_SECONDS, count_trials, in_use, is_busy
+from job.storage.study_file import WAIT_SECONDS, count_trials, in_use, is_busy, require_tables
 from job.system.failpoints import reached
 
 # Copies of files that may change during upload; hidden, so never mirrored.
@@ -130,6 +130,7 @@ def check_study(file: Path) -> None:
     try:
         with closing(sqlite3.connect(f"file:{quote(str(file.resolve()))}?mode=ro", uri=True)) as db:
             (said,) = db.execute("PRAGMA integrity_check").fetchone()
+            require_tables(db)
     except sqlite3.Error as error:
         said = str(error)
     if said != "ok":

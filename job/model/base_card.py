@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job.errors import one_line
 from job.model.carried_files import licence_files
-from job.text.markup import one_line
+from job.text.card_header import require_plain_header
 
 _HUB = "https://huggingface.co"
 _CARD = "README.md"
@@ -62,8 +63,11 @@ def read_base_card(folder: Path, base_model: str | None = None) -> BaseCard:
     """Return a model card's licence and languages; `base_model` is None if it has no Hub name, or none to show."""
     from huggingface_hub import metadata_load
 
+    card = folder / _CARD
     try:
-        data = (metadata_load(folder / _CARD) if (folder / _CARD).is_file() else None) or {}
+        if card.is_file():
+            require_plain_header(card)
+        data = (metadata_load(card) if card.is_file() else None) or {}
     except Exception:  # the client passes on what its YAML library raises
         return BaseCard({}, left_out=("all fields, which cannot be read",))
     metadata: dict[str, Any] = {}
@@ -72,7 +76,9 @@ def read_base_card(folder: Path, base_model: str | None = None) -> BaseCard:
         value = data.get(name)
         values = value if isinstance(value, list) else [value] if value else []
         valid = [one for one in values if isinstance(one, str) and is_valid(one)][:_MOST]
-        left_out += [f"{name}: {one_line(one)[:_LONGEST]}" for one in values if one not in valid]
+        others = [one for one in values[:_MOST] if one not in valid]
+        shown = [type(one).__name__ if isinstance(one, list | dict) else one_line(one) for one in others]
+        left_out += [f"{name}: {one[:_LONGEST]}" for one in shown]
         if valid:
             metadata[name] = valid if isinstance(value, list) else valid[0]
     if link := _link(data.get("license_link"), folder, base_model):

@@ -13,6 +13,8 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 # No real model has more layers; building a larger one takes hours, even without weights.
 _MOST_LAYERS = 10_000
 _MOST = 10**9
+# transformers makes a name for every label: a larger number takes the memory of the machine.
+_LABELS, _MOST_LABELS = "num_labels", 10**6
 _COUNTS = ("num_", "n_", "_size", "_dim", "max_position")
 
 
@@ -35,6 +37,7 @@ def _refuse_large(values: Mapping[str, Any], file: Path) -> None:
         elif isinstance(value, int | float):
             layers = "layer" in name and name.startswith(("num_", "n_"))
             most = _MOST_LAYERS if layers else _MOST if any(part in name for part in _COUNTS) else None
+            most = _MOST_LABELS if name == _LABELS else most
             if most is not None and value > most:
                 raise ImpossibleJobError(
                     f"{file} is damaged: {name} is {value}, but no model has more than {most}",

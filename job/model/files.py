@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from job.data.folders import link_out
 from job.errors import ImpossibleJobError, MachineError
 from job.model.config_file import model_config
 from job.model.quantization import is_called_quantised
@@ -109,16 +111,12 @@ def refuse_links_out(folder: Path) -> None:
     """Raise ImpossibleJobError for links out of a model folder, except to the Hub cache's own blobs."""
     if not folder.is_dir():
         return
-    root = folder.resolve()
-    inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not (path.is_symlink() and path.is_file()):
-            continue
-        if not any(path.resolve().is_relative_to(place) for place in inside):
-            raise ImpossibleJobError(
-                f"{path} is a link to a place outside the model folder",
-                remedy="replace the link by the file, or give the folder that holds the file",
-            )
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.is_file()]
+    if link := link_out(folder, files):
+        raise ImpossibleJobError(
+            f"{link} is a link to a place outside the model folder",
+            remedy="replace the link by the file, or give the folder that holds the file",
+        )
 
 
 def list_model(source: ModelSource, commit: str | None, report: Callable[[str], None]) -> ModelListing:
@@ -234,7 +232,7 @@ def _snapshot(
     found = snapshot_download(
         source.name,
         revision=commit or source.revision,
-        allow_patterns=list(names) if names is not None else None,
+        allow_patterns=list(map(glob.escape, names)) if names is not None else None,  # a file may be called "*"
         cache_dir=cache,
         local_files_only=offline,
     )

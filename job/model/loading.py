@@ -56,6 +56,9 @@ from job.text.decoding import decoded
 TEMPLATE_FILE = "chat_template.json"
 # What a model that has just been loaded is asked.
 GREETING = Prompt(user="Hello, how are you?")
+# What a config.json may choose of attention and experts: code that transformers itself holds.
+_KERNELS = {"_attn_implementation": ("eager", "sdpa"), "_experts_implementation": ("eager", "batched_mm", "grouped_mm")}
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _PLACE = re.compile(r"cpu|mps|disk|cuda(:\d+)?")
 _CPUS = Path("/proc/cpuinfo")
 
@@ -119,7 +122,8 @@ def load_model(
     """Load a model in the first working dtype, or only `dtype`. Raises ImpossibleJobError or MachineError."""
     quieten_transformers()
     disable_cudnn_attention()
-    checkpoint_files(folder)  # refuses what has none
+    model_config(folder)  # both refuse what could not be loaded
+    checkpoint_files(folder)
     tokenizer = load_tokenizer(folder, settings.trust_remote_code)
     device = resolve_device(settings.device)
     candidates = [dtype] if dtype else list(dict.fromkeys(settings.dtypes))
@@ -148,7 +152,8 @@ def quieten_transformers() -> None:
     """Hide transformers' progress bars and advice; its errors remain exceptions."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+    for name in ("accelerate.big_modeling", "bitsandbytes"):  # the latter advises to install code from the Hub
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
@@ -175,7 +180,19 @@ def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
             folder, (GENERATION,), "cannot be used", f"obtain an undamaged copy of {GENERATION}, or delete it"
         ):
             GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if not trusted:
+        _use_own_kernels(config)
     return config
+
+
+def _use_own_kernels(config: PretrainedConfig) -> None:
+    """Reset implementations beyond PyTorch's own: transformers would fetch and run code that a file names."""
+    for name, known in _KERNELS.items():
+        if getattr(config, name, None) not in (None, *known):
+            setattr(config, name, None)  # the default of the family
+    for key in config.sub_configs:
+        if isinstance(below := getattr(config, key, None), PretrainedConfig):
+            _use_own_kernels(below)
 
 
 def load_tokenizer(folder: Path, trusted: bool = False) -> PreTrainedTokenizerBase:
@@ -281,6 +298,9 @@ def _load_weights(folder: Path, dtype: str, device: torch.device, settings: Load
     model, info = found
     require_fit(folder, [file.name for file in checkpoint_files(folder)], info)
     loaded: PreTrainedModel = model
+    if (given := loaded.generation_config) is not None:
+        # Beams, penalties and caches that a file names would decide what is measured, and how long it takes.
+        loaded.generation_config = GenerationConfig(**{name: getattr(given, name) for name in _SPECIAL_TOKENS})
     return loaded
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import struct
+import sys
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +26,13 @@ from job.architectures.tensor_names import Form
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.model.config_file import model_config
 from job.model.quantization import PlainTensor, Quantisation, block_of, plain_tensors, quantisation_in
-from job.model.safetensors_header import TensorEntry, read_header
+from job.model.safetensors_header import TensorEntry, header_bytes, read_header
 from job.model.weight_files import checkpoint_files
 from job.numerics.dequantisation import dequantised_blocks, dequantised_mxfp4
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_BLOCK = 1 << 24
+_BLOCK = 1 << 20
 # What configurations call the number of layers for multi-token prediction.
 _EXTRA_HEADS = re.compile(r"nextn|mtp")
 
@@ -122,9 +123,9 @@ class Checkpoint:
         """The files, except those that are empty after dequantisation."""
         return list(self.entries)
 
-    def header(self, file: Path) -> bytes | None:
-        """Return the header of a file's plain copy, None if it is plain itself."""
-        return self._headers.get(file)
+    def header(self, file: Path) -> bytes:
+        """Return the header of a file's plain copy, with the length before it."""
+        return self._headers.get(file) or header_bytes(file)
 
     def is_dequantised(self, name: str) -> bool:
         """Return whether a tensor is stored quantised."""
@@ -168,9 +169,10 @@ class Checkpoint:
         """Return a tensor's floating-point type in the plain files."""
         return _FLOATS[self.entry(name).dtype]
 
-    def stored_blocks(self, name: str) -> Iterator[bytes]:
+    def stored_blocks(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of an unquantised tensor."""
-        yield from _blocks(self._source[name], self._stored[self._source[name]][name])
+        entry = self._stored[self._source[name]][name]
+        yield from blocks_of(self._source[name], entry.start, entry.size)
 
     def places(self, architecture: Architecture, name: str) -> Places:
         """Return a parameter's stored tensors. Raises UnsupportedArchitectureError if missing."""
@@ -247,15 +249,20 @@ def _header_and_entries(
 def digest_of(file: Path, entry: TensorEntry) -> bytes:
     """Return the SHA-256 of a tensor's bytes in a file."""
     digest = hashlib.sha256()
-    for block in _blocks(file, entry):
+    for block in blocks_of(file, entry.start, entry.size):
         digest.update(block)
     return digest.digest()
 
 
-def _blocks(file: Path, entry: TensorEntry) -> Iterator[bytes]:
-    with file.open("rb") as stream:
-        stream.seek(entry.start)
-        left = entry.size
-        while left and (block := stream.read(min(_BLOCK, left))):
-            yield block
-            left -= len(block)
+def blocks_of(file: Path, start: int = 0, size: int | None = None) -> Iterator[memoryview]:
+    """Yield `size` bytes of a file from `start` on, or all that follow, in blocks of 1 MiB.
+
+    A block is valid until the next one: all are read into one buffer.
+    """
+    block = memoryview(bytearray(_BLOCK))
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        left = sys.maxsize if size is None else size
+        while left and (count := stream.readinto(block[: min(_BLOCK, left)])):
+            yield block[:count]
+            left -= count

@@ -10,6 +10,9 @@ from safetensors import safe_open
 
 from job.errors import ImpossibleJobError, in_one_line
 
+# The library's own limit of a header.
+_MOST_BYTES = 100_000_000
+
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -34,6 +37,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
+            if length > _MOST_BYTES:
+                raise ValueError(f"its header has {length} bytes, more than {_MOST_BYTES}")
             header = json.loads(stream.read(min(length, size)))
         header.pop("__metadata__", None)
         entries = {}
@@ -51,3 +56,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             f"{file} is damaged: {in_one_line(error)}", remedy="obtain an undamaged copy of the model"
         ) from error
     return entries
+
+
+def header_bytes(file: Path) -> bytes:
+    """Return the bytes before a safetensors file's first tensor."""
+    with file.open("rb") as stream:
+        length = stream.read(8)
+        return length + stream.read(int.from_bytes(length, "little"))

@@ -11,6 +11,8 @@ from typing import Any
 from job.errors import ImpossibleJobError, explaining, in_one_line
 
 _COPY = "obtain an undamaged copy"
+# The largest tokenizer.json have some 40 MB.
+_MOST_BYTES = 512 << 20
 
 
 def reading(folder: Path, names: Sequence[str], what: str, remedy: str) -> AbstractContextManager[None]:
@@ -51,6 +53,8 @@ def object_of(file: Path) -> dict[str, Any]:
 
 def _text(file: Path) -> str:
     try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise ImpossibleJobError(f"{file} has more than {_MOST_BYTES >> 20} MiB", remedy=_COPY)
         return file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ImpossibleJobError(f"{file} is not UTF-8 text", remedy="save it as UTF-8") from error

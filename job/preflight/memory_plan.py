@@ -230,7 +230,7 @@ def _refusal(facts: ModelFacts, devices: Sequence[Device], work: Workload) -> Re
         reason += f", the share of each of {work.processes} workers"
     named = []
     for quantised in (False, True) if work.quantise and facts.quantisation is None else (False,):
-        found = _cheapest(facts, work, quantised)
+        found = cheapest(facts, work, quantised)
         if found is not None:
             card, count = found
             text = f"{count}x{card.name}" + (" in 4-bit" if quantised else "")
@@ -238,7 +238,7 @@ def _refusal(facts: ModelFacts, devices: Sequence[Device], work: Workload) -> Re
     return Refusal(reason=reason, would_do=tuple(named))
 
 
-def _cheapest(facts: ModelFacts, work: Workload, quantised: bool) -> tuple[Card, int] | None:
+def cheapest(facts: ModelFacts, work: Workload, quantised: bool) -> tuple[Card, int] | None:
     """Return the cheapest set of cards that fits the model with a useful number of rows."""
     sets = sorted(((card, count) for card in cards() for count in COUNTS), key=lambda s: (s[0].price * s[1], s[1]))
     rows = min(FEWEST_ROWS, work.most_rows or FEWEST_ROWS)

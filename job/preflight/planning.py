@@ -26,7 +26,7 @@ from job.transfer.folders import target_folder
 # Rates where none could be measured, bytes a second: a modest rented line and disk.
 LINE, DISK = 12e6, 200e6
 # Stages of the descent until refusals return.
-_STAGES = 5
+DESCENT_STAGES = 5
 _DTYPE_BYTES = {"float32": 4}
 
 
@@ -146,7 +146,7 @@ class Planning:
             # Prompts and responses end at about half of the longest; a guess that the observed rate corrects.
             prompt_tokens=work.prompt_tokens / 2,
             answer_tokens=min(work.answer_tokens / 2, self.settings.scoring.search_tokens),
-            gradient_stages=_STAGES if by_gradient else 0,
+            gradient_stages=DESCENT_STAGES if by_gradient else 0,
             trials=max(trials - earlier.trials_done, 0),
             finalist_answers=min(MOST_FINALISTS, trials) * finalist_prompts,
             finalist_tokens=work.answer_tokens / 2,

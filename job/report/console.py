@@ -84,7 +84,7 @@ def result_lines(folder: RunFolder, edited: Figures) -> list[str]:
     chosen = [str(event.get("message", "")) for event in events if event.get("event") == "choice"]
     cost = f", ${spent.dollars:.2f}" if spent.dollars else ""
     return [
-        f"change: other answers are {kl_with_bound(edited.kl or 0)}",
+        f"change: other responses are {kl_with_bound(edited.kl or 0)}",
         *chosen[-1:],
         f"took:   {duration_text(time_spent(spent.seconds, phase_times(events)))}{cost}",
     ]

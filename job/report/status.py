@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from job.errors import printable
 from job.records import State
 from job.report.front import choice_text, others_text, shown_choice, shown_others
 from job.report.run_view import RunView
 from job.report.tables import aligned
 from job.storage.run_folder import RunFolder
 from job.text.durations import duration_text
-from job.text.markup import printable
 
 # The ETA uses the latest trials: rates change when a job moves to another machine.
 _RECENT = 20
@@ -189,7 +189,8 @@ def _time_lines(status: dict[str, Any]) -> list[str]:
         lines.append(f"all done in about {duration_text(status['eta_total_s'])}")
     if status["spent_s"]:
         cost = f", ${status['cost_usd']:.2f}" if status["cost_usd"] is not None else ""
-        lines.append(f"so far: {duration_text(status['spent_s'])}{cost}")
+        took = "took" if status["state"] == "finished" else "so far"
+        lines.append(f"{took}: {duration_text(status['spent_s'])}{cost}")
     return lines
 
 

@@ -21,7 +21,7 @@ AGREED = "How far they agree on which responses are none (Cohen's kappa)"
 
 def finalists(view: RunView) -> list[tuple[str, ...]]:
     """Return the finalists' figures in the search and on the prompts held out for the choice; only the head of none."""
-    forced = f"KL over the first {FORCED_TOKENS} positions of the base model's answers"
+    forced = f"KL over the first {FORCED_TOKENS} positions of the base model's responses"
     rows: list[tuple[str, ...]] = [
         ("trial", "search: refused", "broken", "KL", "held out: refused", "broken", "KL", forced),
     ]
@@ -62,7 +62,7 @@ def detector_counts(found: DetectorReport) -> list[tuple[str, ...]]:
 
 
 def detector_agreement(found: DetectorReport) -> list[tuple[str | int, ...]]:
-    """Return the pairwise agreement of detectors, if both found some answers and spared others.
+    """Return the pairwise agreement of detectors, if both found some responses and spared others.
 
     Cohen's kappa of others is 0 or undefined by construction.
     """
@@ -77,8 +77,8 @@ def detector_agreement(found: DetectorReport) -> list[tuple[str | int, ...]]:
 
 def _says_something(one: Agreement) -> bool:
     first, second = one.both + one.only_first, one.both + one.only_second
-    answers = first + one.only_second + one.neither
-    return 0 < first < answers and 0 < second < answers
+    responses = first + one.only_second + one.neither
+    return 0 < first < responses and 0 < second < responses
 
 
 def failed_detectors(found: DetectorReport) -> list[str]:

@@ -162,7 +162,7 @@ def judgements(scorer: Scorer, exchanges: Sequence[Exchange]) -> list[Judgement]
     distinct = list(dict.fromkeys(exchanges))
     found = list(scorer(distinct)) if distinct else []
     if len(found) != len(distinct):
-        raise ValueError(f"it returned {len(found)} judgements for {len(distinct)} answers")
+        raise ValueError(f"it returned {len(found)} judgements for {len(distinct)} responses")
     for one in found:
         # Numbers of numpy and torch are no floats by type.
         is_degree = not isinstance(one, str) and 0 <= float(one) <= 1

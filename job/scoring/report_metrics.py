@@ -40,7 +40,9 @@ class JudgedResponses:
     @property
     def kept(self) -> KeptAnswers:
         """The responses as the run folder stores them."""
-        return KeptAnswers(good=_kept(self.good, self.good_refused), bad=_kept(self.bad, self.bad_refused))
+        return KeptAnswers(
+            good=_kept_responses(self.good, self.good_refused), bad=_kept_responses(self.bad, self.bad_refused)
+        )
 
     def figures(self, kl_tokens: int, divergences: Sequence[float] | None = None) -> Figures:
         """Return the model's metrics; `divergences` are its KL per good prompt in nats, None for the base model."""
@@ -117,7 +119,7 @@ class ReportMetrics:
         return JudgedResponses(places, exchanges[:good], exchanges[good:], refused[:good], refused[good:])
 
 
-def _kept(exchanges: Sequence[Exchange], refused: Sequence[bool]) -> tuple[KeptAnswer, ...]:
+def _kept_responses(exchanges: Sequence[Exchange], refused: Sequence[bool]) -> tuple[KeptAnswer, ...]:
     return tuple(
         KeptAnswer(prompt=one.prompt, answer=one.answer, refused=refusal)
         for one, refusal in zip(exchanges, refused, strict=True)

@@ -59,7 +59,7 @@ def effect_warnings(base: Figures, edited: Figures) -> list[str]:
     broken = edited.degenerate + edited.false_degenerate
     normal = wilson_interval(base.degenerate + base.false_degenerate, base.bad_prompts + base.good_prompts)[1]
     if wilson_interval(broken, total)[0] > normal:
-        found.append(f"the edited model is damaged: {broken} of {total} answers are broken")
+        found.append(f"the edited model is damaged: {broken} of {total} responses are broken")
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from job.data.prompts import Prompt
 from job.directions.learned import export_learned
 from job.export.directions_file import write_edit_file
 from job.export.lora import with_adapter, write_adapter
-from job.export.merged import Edit, copy_licences, seal_made, verify_written, write_weights
+from job.export.merged import Edit, copy_licences, seal_made, write_weights
 from job.export.reproduction import Reproduction, base_model_name, reproduction
 from job.export.verification import MeasuredEdit, is_exact
 from job.lifecycle.running import OpenJob, RunningJob
@@ -53,7 +53,7 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         (export / DONE).unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(Path(error.filename or export), error) from error
-    _write_weights(session, export, edit, form)
+    proven = _write_weights(session, export, edit, form)
     export_learned(job.folder, parameters, export)
     made = reproduction(
         job.record,
@@ -73,7 +73,7 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         copy_licences(model.folder, export)
     try:
         with job.events.progress("hashing the export", 1):
-            seal_made(export, made, model.folder)
+            seal_made(export, made, model.folder, proven)
     except OSError as error:
         raise cannot_write(Path(error.filename or export), error) from error
     job.events.emit("exported", export=export.name)
@@ -94,19 +94,23 @@ def complete_export(job: RunningJob, session: ModelSession, trial: Trial, trials
             now = {"trials": trials, "trial": trial, "choice": choice_figures(job, trial, session.prompts)}
             made = read_record(export / REPRODUCE, Reproduction).model_copy(update=now)
             (export / DONE).unlink()  # if interrupted from here on, the export is written again
-            seal_made(export, made, session.model.folder)
+            seal_made(export, made, session.model.folder, made.weights)
 
 
-def _write_weights(session: ModelSession, export: Path, edit: Edit, form: ExportFormat) -> None:
+def _write_weights(session: ModelSession, export: Path, edit: Edit, form: ExportFormat) -> Mapping[str, str]:
+    """Write and prove the weights; return the SHA-256 of the proven files, by name."""
     job, model = session.job, session.model
     if form == "merged":
-        with job.events.progress("shards", len(Checkpoint(model.folder).files)) as advance:
+        shards = len(Checkpoint(model.folder).files)
+        with job.events.progress("shards", shards) as advance:
             own_code = job.settings.loading.trust_remote_code
-            write_weights(model.folder, export, model.architecture, edit, advance, own_code=own_code)
-        with job.events.progress("reading the export back", 1):
-            verify_written(model.folder, export, model.architecture, edit)
-    elif form == "adapter":
+            written = write_weights(model.folder, export, model.architecture, edit, advance, own_code=own_code)
+        with job.events.progress("reading the export back", shards) as advance:
+            written.verify(advance)
+        return written.hashes
+    if form == "adapter":
         write_adapter(model, export, edit, base_model_name(job.record, job.settings))
+    return {}
 
 
 @dataclass(frozen=True)

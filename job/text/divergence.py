@@ -36,7 +36,7 @@ def kl_with_bound(kl: float) -> str:
 
 def kl_scale() -> list[tuple[str, str, str]]:
     """Return the scale as a table: range, words and bound; the first row is the head."""
-    rows, low = [("KL (nats)", "answers are", "of a token's probability moved")], 0.0
+    rows, low = [("KL (nats)", "responses are", "of a token's probability moved")], 0.0
     for most, words in _STEPS:
         told = f"{low:g} and more" if most == math.inf else f"under {most:g}" if not low else f"{low:g} to {most:g}"
         bound = "up to all" if most == math.inf else f"at most {100 * moved_share(most):.2g} %"

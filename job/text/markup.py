@@ -1,25 +1,16 @@
-"""Text for Markdown and terminals; what is written as Markdown is redacted and escaped."""
+"""Text for Markdown, redacted and escaped."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
+from job.errors import one_line
 from job.text.redaction import redact
 
 # Markup characters, written as entities, which cannot end a table's cell either.
 _MARKS = re.compile(r"[&<>|\\`*\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<!\S)#|^[=+-]")
 _NUMBER = re.compile(r"^(\d+)([.)])(?=\s|$)")
-
-
-def printable(text: str) -> str:
-    """Replace control and invisible characters by spaces; line feeds stay."""
-    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
-
-
-def one_line(text: object) -> str:
-    """Return a text on one line, without control characters."""
-    return " ".join(printable(str(text)).split())
 
 
 def markdown(text: object) -> str:

@@ -25,6 +25,10 @@ from urllib.parse import quote, quote_plus, unquote
 from job.errors import MachineError
 
 MASK = "***"
+# What steers a terminal: escapes, control characters, and marks that turn the direction of text. Colours and the
+# moves of a live line pass in what this program prints itself.
+_STEERING = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_NOT_OURS = re.compile(rf"(?!\x1b\[[0-9;?]*[A-Za-z]){_STEERING.pattern}")
 # Errors of output whose terminal is closed, or whose reader has seen enough, as `head` has.
 _NOT_READ = frozenset({errno.EIO, errno.EPIPE})
 # Shorter values ("1", "true", "admin") are switches and words; masking them would garble every text.
@@ -90,6 +94,11 @@ def redacted(value: Any) -> Any:
 def redacted_json(value: Any, *, indent: int | None = None, ascii_only: bool = True) -> str:
     """Return a value as JSON, redacted before escaping."""
     return json.dumps(redacted(value), indent=indent, ensure_ascii=ascii_only)
+
+
+def unsteered(text: str) -> str:
+    """Remove what would steer a terminal from a text of others, such as a model's response or a machine's log."""
+    return _STEERING.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def holds_secret(text: str) -> bool:
@@ -205,7 +214,10 @@ def _base64(data: bytes) -> Iterator[str]:
 
 
 class _Guarded:
-    """Redacts everything written to a stream; outlives its terminal, reader and disk (`gone`: output is discarded)."""
+    """Redacts everything written to a stream, and lets only our own escapes reach it.
+
+    It outlives its terminal, reader and disk (`gone`: output is discarded).
+    """
 
     def __init__(self, stream: TextIO, *, holds_results: bool) -> None:
         self._stream, self._holds_results = stream, holds_results
@@ -216,7 +228,7 @@ class _Guarded:
         if not isinstance(text, str):
             raise TypeError(f"a text is written here, not {type(text).__name__}")
         with self._outlived():
-            self._stream.write(redact(text))
+            self._stream.write(_NOT_OURS.sub("", redact(text)))
         return len(text)
 
     def flush(self) -> None:
@@ -255,7 +267,10 @@ def is_gone(stream: TextIO) -> bool:
 
 @contextmanager
 def guarded_output() -> Iterator[None]:
-    """Redact everything that this process prints in the block, including libraries, warnings and threads."""
+    """Redact everything that this process prints in the block, including libraries, warnings and threads.
+
+    Of escape sequences, only those of colours and live lines reach the terminal.
+    """
     before = sys.stdout, sys.stderr
     # Without a console there is no stream.
     guarded = [

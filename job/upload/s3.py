@@ -27,6 +27,8 @@ from job.transfer.s3.resume_state import ResumeFile
 from job.transfer.s3.sending import LargeFile, put
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 60.0
+# Several tries fit into the patience, however short it is.
+_WAIT_SHARE = 0.1
 
 
 @dataclass
@@ -122,7 +124,8 @@ class _Run:
             self._until = time.monotonic() + self._options.patience_s
         self._failures += 1
         give_up = time.monotonic() >= self._until
-        return None if give_up else backoff_s(self._failures, _FIRST_WAIT_S, _LONGEST_WAIT_S)
+        longest_s = min(_LONGEST_WAIT_S, _WAIT_SHARE * self._options.patience_s)
+        return None if give_up else backoff_s(self._failures, _FIRST_WAIT_S, longest_s)
 
     def _deliver(self) -> None:
         files = self._manifest.files

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import time
@@ -195,3 +196,29 @@ def test_onstart_starts_the_job_once(tmp_path: Path) -> None:
     while "end" not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert log.read_text() == 'run|model|--set|a="b c"|end\n'
+
+
+def test_onstart_installs_a_wheel_into_an_image_that_is_not_ours(tmp_path: Path) -> None:
+    """Such an image has torch; a fresh environment that sees ours stands for it."""
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, capture_output=True, check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "image"], check=True)
+    python = tmp_path / "image/bin/python"
+    place = subprocess.run(
+        [python, "-c", "import site; print(*site.getsitepackages())"], capture_output=True, text=True
+    )
+    packages = Path(place.stdout.strip())
+    (packages / "torch.pth").write_text(f"{site.getsitepackages()[0]}\n")
+    env = {
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        **{"ABLITERATE_WORKSPACE": str(tmp_path / "workspace"), "ABLITERATION_PYTHON": str(python)},
+        **{"ABLITERATION_WHEEL": str(next(tmp_path.glob("*.whl"))), "ABLITERATION_COMMAND": "config show workspace"},
+    }
+    script = ["bash", INFRA / "vast" / "onstart.sh"]
+    started = subprocess.run(script, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert started.returncode == 0, started.stderr
+    assert (packages / "job/__main__.py").is_file()
+    log, deadline = tmp_path / "workspace/abliterate.log", time.monotonic() + 30
+    while not log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert str(tmp_path / "workspace") in log.read_text()

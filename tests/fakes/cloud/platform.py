@@ -53,6 +53,10 @@ class Platform:
         """Answer with an error instead."""
         return self.faults.add(Rule("fail", method, glob, rule.pop("times", None), **rule))
 
+    def say(self, method: str, glob: str, body: str, *, status: int = 200) -> Rule:
+        """Answer with this text and do nothing, as a broken or hostile platform."""
+        return self.faults.add(Rule("say", method, glob, None, status=status, message=body))
+
     def drop(self, method: str = "*", glob: str = "*", times: int = 1) -> Rule:
         """Carry out the request, then cut the connection instead of answering."""
         return self.faults.add(Rule("drop", method, glob, times))
@@ -88,8 +92,10 @@ class Platform:
             raise self.denied()
         body = call.json() if call.method in ("POST", "PUT", "DELETE") else None
         self.bodies.append(body)
-        reply = self.answer(call, body)
         request = Request(call.method, unquote(call.path), "", "", authorized=True, headers={})
+        if (fault := self.faults.take("say", request)) is not None:
+            return Reply(fault.status, {"Content-Type": "application/json"}, fault.message.encode())
+        reply = self.answer(call, body)
         if (fault := self.faults.take("undo", request)) is not None:
             return Reply(fault.status, {"Content-Type": "application/json"}, b'{"error": "after the deed"}')
         return reply

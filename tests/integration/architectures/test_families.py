@@ -21,7 +21,7 @@ from job.directions.residuals import extract_residuals
 from job.edits.hooks import ActiveEdits, Intervention
 from job.errors import ImpossibleJobError, UnsupportedArchitectureError
 from job.export.lora import with_adapter, write_adapter
-from job.export.merged import Edit, verify_written, write_weights
+from job.export.merged import Edit, write_weights
 from job.generation import forward
 from job.generation.batching import BatchingSupport
 from job.generation.forward import first_logits, left_padded
@@ -290,8 +290,7 @@ def export_and_reload(family: str, folder: Path) -> None:
     basis = Basis.single(direction.expand(architecture.layer_count, -1))
     parameters = EditParameters(direction_index=None, kernels=dict.fromkeys(COMPONENTS, EVERYWHERE))
     edit = Edit(parameters, basis, "none")
-    write_weights(folder / "model", folder / "export", architecture, edit, lambda _: None)
-    verify_written(folder / "model", folder / "export", architecture, edit)
+    write_weights(folder / "model", folder / "export", architecture, edit, lambda _: None).verify()
     written = loaded(folder / "export")
     assert max(leaks(written, architecture, [])) < TOLERANCE, family
     assert min(leaks(model, architecture, [])) > 100 * TOLERANCE, family

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from job.cloud import api
+from job.cloud.api import CloudError
 from job.cloud.credentials import open_market
-from job.cloud.provider import Instance
+from job.cloud.provider import Instance, Order, Terms
 from job.cloud.runpod import _instance as pod
+from job.cloud.runpod import _offer as pod_offer
 from job.cloud.vast import _instance as vast_instance
+from job.cloud.vast import _offer as vast_offer
 from tests.fakes.cloud import RunPodServer, VastServer
-from tests.fakes.cloud.helpers import QUICK, env_of
+from tests.fakes.cloud.helpers import QUICK, env_of, need
 
 # By the platforms' documentation.
 POD_STATUSES = {
@@ -134,3 +140,67 @@ def test_a_list_that_is_none_is_not_an_empty_one(
             market = open_market(platform, print, env=env_of(server), patience=QUICK)  # type: ignore[arg-type]
             with pytest.raises(CloudError, match="not a list"):
                 market.instances()
+
+
+HOSTILE_IDS: list[Any] = ["../../users/me", "1/../2", "1; rm -rf ~", "a b", "\x1b[2J", "", {}, [1], "9" * 200, "a\n"]
+
+
+@pytest.mark.parametrize("id", HOSTILE_IDS, ids=repr)
+def test_an_id_that_is_none_gets_into_no_url_file_or_command(
+    vast: VastServer, runpod: RunPodServer, tmp_path: Path, id: Any
+) -> None:
+    vast.add_ask(1)
+    vast.say("PUT", "/api/v0/asks/1/", json.dumps({"success": True, "new_contract": id}))
+    market = open_market("vast", print, env=env_of(vast), patience=QUICK)
+    (offer,) = market.offers(need(), Terms())
+    with pytest.raises(CloudError, match="names no instance") as refused:
+        market.rent(offer, Order(label="a-1", image="i", command=("run",)), {})
+    assert refused.value.uncertain
+    vast.say("GET", "/api/v1/instances/", json.dumps({"instances": [{"id": id}, {"id": 7}]}))
+    assert [instance.id for instance in market.instances()] == ["7"]
+    pods = open_market("runpod", print, env=env_of(runpod), patience=QUICK)
+    runpod.say("GET", "/v2/pods", json.dumps({"pods": [{"id": id}, {"id": "p7"}]}))
+    assert [instance.id for instance in pods.instances()] == ["p7"]
+
+
+@pytest.mark.parametrize("odd", ["much", None, [], {}, True, "NaN", 1e999, -1e999, float("nan"), 10**400], ids=repr)
+def test_a_price_that_is_no_number_is_unknown_and_no_offer(odd: Any) -> None:
+    """Regression: an instance's odd price ended the watch with a traceback while the machine billed on."""
+    assert vast_instance({"id": 1, "dph_total": odd}).dollars is None
+    assert pod({"id": "a", "cost": odd}).dollars is None
+    assert vast_offer({"id": 1, "dph_total": odd}, need(), Terms()) is None
+    assert pod_offer({"id": "a", "price": {"secure": odd}}, need(), "SECURE") is None
+    assert pod_offer({"id": "a", "price": odd}, need(), "SECURE") is None
+    sound = {"id": 1, "dph_total": "1.5", "inet_down": odd, "inet_up_cost": odd, "reliability2": odd}
+    found = vast_offer(sound, need(), Terms())
+    assert found is not None
+    assert (found.dollars, found.down, found.up_dollars, found.reliability) == (1.5, None, 0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (500, {"errors": 5}, "answers 500"),
+        (400, {"errors": {"a": 1}, "msg": "\x1b]0;mine\x07no"}, "no"),
+        (200, "[" * 200_000, "no JSON"),
+        (200, {"instances": {"7": {}}}, "not a list"),
+        (200, [], "not a list"),
+    ],
+    ids=str,
+)
+def test_an_odd_response_is_a_failure_of_the_platform(vast: VastServer, status: int, body: Any, said: str) -> None:
+    """Regression: each ended the launcher with a traceback."""
+    data = body if isinstance(body, str) else json.dumps(body)
+    vast.say("GET", "/api/v1/instances/", data, status=status)
+    market = open_market("vast", print, env=env_of(vast), patience=QUICK)
+    with pytest.raises(CloudError, match=said) as failed:
+        market.instances()
+    assert str(failed.value).isprintable()
+
+
+def test_a_response_without_end_is_cut_off(vast: VastServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "_MOST_BYTES", 1 << 20)
+    vast.say("GET", "/api/v1/instances/", " " * (3 << 20))
+    market = open_market("vast", print, env=env_of(vast), patience=QUICK)
+    with pytest.raises(CloudError, match="does not end"):
+        market.instances()

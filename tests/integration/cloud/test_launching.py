@@ -171,3 +171,17 @@ def test_a_platform_that_asks_for_hours_is_not_waited_for(vast: VastServer, tmp_
     with pytest.raises(CloudError, match="429"):
         launcher(vast, tmp_path, []).rent()
     assert time.monotonic() - begin < 5
+
+
+def test_a_machine_that_was_there_before_is_never_taken_for_the_rented_one(vast: VastServer, tmp_path: Path) -> None:
+    """Regression: a stale response named another instance of the account, which the launch then destroyed."""
+    vast.add_ask(1)
+    vast.add_instance(4242, label="somebody's work")
+    vast.say("PUT", "/api/v0/asks/1/", '{"success": true, "new_contract": 4242}')
+    said: list[str] = []
+    starter = launcher(vast, tmp_path, said)
+    with pytest.raises(MachineError, match="no machine is offered"):
+        starter.rent()
+    assert "names instance 4242, which is not new" in said[0]
+    assert not starter.launch.instances
+    assert 4242 in vast.instances

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -133,6 +134,52 @@ def test_local_faults_are_told_in_one_line(files: Path) -> None:
         import re
 
         assert re.search(message, caught.value.line), caught.value.line
+
+
+@pytest.mark.parametrize("kind", ["plain", "clone", "saved", "card", "folder"])
+def test_a_folder_of_others_links_to_no_file_of_this_machine(tmp_path: Path, kind: str) -> None:
+    """Regression: a clone's link to a file of the user's was read as prompts, and went into its mirror and report."""
+    secret, folder = tmp_path / "elsewhere" / "secret.txt", tmp_path / "set"
+    secret.parent.mkdir()
+    secret.write_text("Not meant for prompts.\n")
+    folder.mkdir()
+    (folder / "train.txt").write_text(ROWS[0] + "\n")
+    link = folder / "other.txt"
+    if kind in ("clone", "folder"):
+        (folder / ".gitattributes").touch()
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: default\n  data_files: ['*.txt', 'data/*.txt']\n---\n"
+        )
+    elif kind == "saved":
+        shutil.rmtree(folder)
+        datasets.Dataset.from_dict({"text": ROWS[:1]}).save_to_disk(folder)
+        link = folder / "data-00001-of-00001.arrow"
+    elif kind == "card":
+        link = folder / "README.md"
+    if kind == "folder":
+        (folder / "data").symlink_to(secret.parent)
+    else:
+        link.symlink_to(secret)
+    use = (lambda: read(str(folder)), lambda: source_identity(settings(str(folder))))
+    for each in use:
+        with pytest.raises(ImpossibleJobError, match="is a link to a place outside the folder of prompts"):
+            each()
+    # Links within the folder, and those of the Hub's cache to its own files, are followed.
+    (folder / "data" if kind == "folder" else link).unlink()
+    (folder / "inside.txt").symlink_to("train.txt")
+    assert read(str(folder))[:1] == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["/etc/**", "~/**", "../elsewhere/*.txt", "http://127.0.0.1:9/a.txt", "zip://a.txt::b"]
+)
+def test_a_card_names_files_of_its_folder_only(tmp_path: Path, pattern: str) -> None:
+    """Regression: the pattern was looked for all over the disk, or at its address, before it was refused."""
+    (tmp_path / "train.txt").write_text(ROWS[0] + "\n")
+    (tmp_path / ".gitattributes").touch()
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: '{pattern}'\n---\n")
+    with pytest.raises(ImpossibleJobError, match="which is outside that folder"):
+        read(str(tmp_path))
 
 
 def test_a_split_without_end_is_refused_where_it_has_none(tmp_path: Path) -> None:

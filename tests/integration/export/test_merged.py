@@ -22,7 +22,8 @@ from job.errors import (
     MachineError,
     UnsupportedArchitectureError,
 )
-from job.export.merged import Edit, build_manifest, seal_made, verify_written, write_weights
+from job.export.merged import Edit, build_manifest, seal_made, write_weights
+from job.export.shards import WrittenShards
 from job.export.verification import compare_answers
 from job.generation.answer import Answer
 from job.generation.forward import RowTrials, first_logits
@@ -39,11 +40,15 @@ from tests.integration.edits.test_hooks import EDITS, basis_for, kernel
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13, 14]]
 
 
-def write(source: Path, folder: Path, mode: str = "none", index: int = 0) -> Edit:
+def written(source: Path, folder: Path, mode: str = "none", index: int = 0) -> tuple[Edit, WrittenShards]:
     model = AutoModelForCausalLM.from_pretrained(source)
     edit = Edit(EDITS[index], basis_for(model), mode)  # type: ignore[arg-type]  # a mode's name
-    write_weights(source, folder, discover(model), edit, lambda _: None)
-    verify_written(source, folder, discover(model), edit)
+    return edit, write_weights(source, folder, discover(model), edit, lambda _: None)
+
+
+def write(source: Path, folder: Path, mode: str = "none", index: int = 0) -> Edit:
+    edit, shards = written(source, folder, mode, index)
+    shards.verify()
     return edit
 
 
@@ -108,15 +113,21 @@ def test_the_same_edit_gives_the_same_bytes_and_a_crash_is_made_good(random_mode
     assert build_manifest(tmp_path / "b") == first
 
 
-def test_verification_finds_a_single_wrong_bit(random_model_folder: Path, tmp_path: Path) -> None:
-    edit = write(random_model_folder, tmp_path)
-    architecture = discover(AutoModelForCausalLM.from_pretrained(random_model_folder))
+@pytest.mark.parametrize(("position", "named"), [(-1, "tensor model.* in .*"), (30, ".*safetensors")])
+def test_verification_finds_a_single_wrong_bit(
+    random_model_folder: Path, tmp_path: Path, position: int, named: str
+) -> None:
+    _, shards = written(random_model_folder, tmp_path)
+    shards.verify()
     shard = sorted(tmp_path.glob("*.safetensors"))[0]
     data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
+    data[position] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(ExportMismatchError, match=r"tensor .* does not hold what was written"):
-        verify_written(random_model_folder, tmp_path, architecture, edit)
+    with pytest.raises(ExportMismatchError, match=f"^{named} does not hold what was written"):
+        shards.verify()
+    shard.unlink()
+    with pytest.raises(ExportMismatchError, match="cannot be read back: No such file"):
+        shards.verify()
 
 
 def test_answers_may_part_ways_at_ties_only() -> None:

@@ -119,6 +119,15 @@ def test_a_layer_is_not_unpacked_beyond_what_it_says_it_holds(tmp_path: Path) ->
         assert target.stat().st_size <= 2 * BLOCK
 
 
+@pytest.mark.parametrize("runs", ["[[0, 2]]", "[[0, 1], [0, 1]]", "[[1, 1], [0, 1]]", "[[0, 1], [1, 0]]"])
+def test_a_layer_holds_each_of_its_blocks_once_and_in_order(tmp_path: Path, runs: str) -> None:
+    """Regression: a layer of 100 bytes that lists the same blocks many times kept a machine busy for days."""
+    layer = tmp_path / "layer"
+    layer.write_bytes(zlib.compress(runs.encode() + b"\n" + bytes(BLOCK)))
+    with pytest.raises(ValueError, match=r"."):
+        assemble([layer], tmp_path / "target", 2 * BLOCK)
+
+
 def test_a_head_that_is_nested_without_end_is_a_torn_mirror(file_place: Place) -> None:
     file_place.put(f"{JOB}/head.json", b"[" * 100_000)
     with pytest.raises(MirrorError, match="inconsistent"):

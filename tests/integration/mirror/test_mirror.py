@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from job.errors import DeliveryError, HeldError, MachineError, UsageError
+from job.errors import DeliveryError, HeldError, JobError, MachineError, UsageError
 from job.mirror import MirrorError, MirrorOptions, expected_bytes, held_bytes, open_mirror, records, scheme_of
 from job.mirror.records import MOST_HEAD_BYTES
 from job.mirror.snapshot import Snapshots, Taken, check_study
 from job.storage.atomic import write_atomically
 from job.storage.identity import job_id
 from job.storage.run_folder import RunFolder
+from job.storage.study_file import count_trials
 from job.transfer.folders import target_folder
 from tests.fakes.s3_server import SECRET
 from tests.helpers import die_while_writing
@@ -275,6 +276,11 @@ DAMAGE |= {
         "1048576 MiB for job.json, which may have at most 128",
     ),
     "a study that claims too much": (lambda p: _claiming(p, "study.db", size=1 << 40), "which may have at most 2048"),
+    "too many layers": (
+        lambda p: _claiming(p, "events.jsonl", object=None, layers=[_entry(p, "events.jsonl")] * 33),
+        "is incomplete: files.events.jsonl",
+    ),
+    "a lease without end": (lambda p: p.change_head(expiry_s=1e300), "expiry_s"),
     "a layer that claims too much": (
         lambda p: _claiming(p, "events.jsonl", object=None, layers=[_entry(p, "events.jsonl") | {"size": 3 << 20}]),
         "3 MiB for events.jsonl, which may have at most 2",
@@ -335,6 +341,52 @@ def test_what_does_not_fit_is_refused_before_it_is_fetched(file_place: Place, tm
     assert refused.value.exit_code == 76
     assert "--workspace" in refused.value.remedy
     assert read_tree(tmp_path / "b" / JOB) == {}
+
+
+def test_layers_that_do_not_fit_are_refused_before_they_are_fetched(
+    file_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(file_place, write_folder(tmp_path / "a" / JOB, ballast=400_000).path)
+    whole = shutil.disk_usage
+
+    def small_for_layers(place: Path) -> Any:
+        return whole(place)._replace(free=1000) if "abliterate-layers" in str(place) else whole(place)
+
+    monkeypatch.setattr(shutil, "disk_usage", small_for_layers)
+    with pytest.raises(MachineError, match=r"GB for .*abliterate-layers.* 0\.0 GB are free") as refused:
+        file_place.mirror().fetch(JOB, tmp_path / "into")
+    assert "TMPDIR" in refused.value.remedy
+
+
+@pytest.mark.parametrize("where", ["", "objects"])
+def test_a_link_in_a_mirror_leads_no_change_elsewhere(file_place: Place, tmp_path: Path, where: str) -> None:
+    """Regression: sweeping deleted all files of the folder that `objects` was a link to."""
+    save(file_place, write_folder(tmp_path / "a" / JOB).path)
+    mine = target_folder(file_place.uri) / JOB / where
+    elsewhere = tmp_path / "elsewhere"
+    mine.rename(elsewhere)
+    mine.symlink_to(elsewhere)
+    (elsewhere / "thesis.txt").write_text("years of work")
+    before = read_tree(elsewhere)
+    with pytest.raises(MirrorError, match="which is a link"):
+        save(file_place, tmp_path / "a" / JOB)
+    assert read_tree(elsewhere) == before
+
+
+def test_a_study_with_a_view_or_a_trigger_is_damaged(tmp_path: Path) -> None:
+    """A view may compute without end, in whatever reads the study."""
+    study = tmp_path / "study.db"
+    with closing(sqlite3.connect(study)) as db, db:
+        db.execute("CREATE VIEW trials AS SELECT 1 AS number, 'COMPLETE' AS state")
+    assert count_trials(study) is None
+    with pytest.raises(JobError, match="a view, 'trials'"):
+        check_study(study)
+    study.unlink()
+    add_trial(study, 0)
+    assert count_trials(study) == 1
+    with closing(sqlite3.connect(study)) as db, db:
+        db.execute("CREATE TRIGGER t AFTER INSERT ON trials BEGIN DELETE FROM parameters; END")
+    assert count_trials(study) is None
 
 
 def test_a_snapshot_that_nobody_would_take_is_not_sent(

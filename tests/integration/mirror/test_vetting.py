@@ -409,6 +409,31 @@ def test_of_a_checkpoint_the_job_is_taken_and_nothing_of_the_machine(
     )
 
 
+def test_the_end_of_a_rental_is_taken_from_set_before_options_before_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = job_of({"model": "cook/soup", "when_done": "destroy", "when_failed": "destroy"})
+    uri = mirror_of(tmp_path / "mirror", record, tmp_path / "made")
+    where = Whereabouts(tmp_path / "runs", None, uri)
+    assert resumption(where).settings.when_done == "nothing"  # never by what the file says
+    monkeypatch.setenv("ABLITERATE_WHEN_DONE", "stop")
+    assert resumption(where).settings.when_done == "stop"
+    option = {"when_done": "destroy", "when_failed": None}
+    assert resumption(where, option).settings.when_done == "destroy"
+    last = Whereabouts(tmp_path / "runs", None, uri, ('when_done="nothing"', 'when_failed="stop"'))
+    found = resumption(last, option).settings
+    assert (found.when_done, found.when_failed) == ("nothing", "stop")
+
+
+def test_a_target_that_no_delivery_knows_is_refused_before_anything_is_restored(tmp_path: Path) -> None:
+    """Regression: `upload --upload ftp://x` first replaced the run folder, then called the target no S3 target."""
+    uri = mirror_of(tmp_path / "mirror", job_of({"model": "cook/soup"}), tmp_path / "made")
+    where = Whereabouts(tmp_path / "runs", None, uri)
+    with pytest.raises(UsageError, match="upload target 'ftp://x' is not supported"):
+        resumption(where, upload=["ftp://x"])
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_secret_of_another_machine_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "swordfish-1234")
     given = {"model": "cook/soup", "scoring.nli_model": "cook/swordfish-1234", "scoring.answer_tokens": 50}

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from job.architectures.structure import discover
 from job.data.prompts import PromptSets
-from job.errors import ImpossibleJobError
+from job.errors import ImpossibleJobError, one_line
 from job.export.merged import Edit, seal_made, write_weights
 from job.export.model_card import model_card
 from job.export.reproduction import PromptsRecord
@@ -34,7 +34,7 @@ from job.storage.atomic import make_folder, read_record, write_record
 from job.storage.exports import MANIFEST
 from job.storage.identity import model_identity
 from job.storage.run_folder import RunFolder
-from job.text.markup import markdown, one_line
+from job.text.markup import markdown
 from job.text.templates import template
 from tests.helpers import abliterate, made_from
 from tests.integration.edits.test_hooks import EDITS, basis_for

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from job.errors import ImpossibleJobError, MachineError
-from job.model.loading import load_model
+from job.model.config_file import model_config
+from job.model.loading import load_model, quieten_transformers, read_config
+from job.model.safetensors_header import read_header
+from job.model.user_files import object_of
 from tests.helpers import loading
 
 
@@ -81,3 +87,62 @@ def test_a_damaged_index(model_in_one_file: Path) -> None:
     (model_in_one_file / "model.safetensors.index.json").write_text(json.dumps({"weight_map": 3}))
     with pytest.raises(ImpossibleJobError, match="is damaged"):
         load_model(model_in_one_file, loading("auto"), print)
+
+
+def configure(folder: Path, **values: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "_experts_implementation"])
+@pytest.mark.parametrize("value", ["somebody/kernel", "flash_attention_2", "flex_attention", ["sdpa"]])
+def test_a_config_names_no_code_to_fetch_or_compile(model_in_one_file: Path, name: str, value: object) -> None:
+    """Regression: transformers fetched such a kernel, or the model was refused; flex took minutes to compile."""
+    configure(model_in_one_file, **{name: value})
+    config = read_config(model_in_one_file)
+    assert (config._attn_implementation, config._experts_implementation) == (None, None)
+    configure(model_in_one_file, **{name: "eager"})
+    kept = read_config(model_in_one_file)
+    assert "eager" in (kept._attn_implementation, kept._experts_implementation)
+    assert load_model(model_in_one_file, loading("auto"), print).dtype == "float32"
+
+
+def test_of_a_generation_config_only_special_tokens_are_taken(model_in_one_file: Path) -> None:
+    """Regression: a file's beams ended a chat with a traceback, and its penalties changed the responses."""
+    end = load_model(model_in_one_file, loading("auto"), print).end_tokens
+    file = model_in_one_file / "generation_config.json"
+    said = json.loads(file.read_text()) | {"num_beams": 4, "repetition_penalty": 9.0, "cache_implementation": "static"}
+    file.write_text(json.dumps(said))
+    loaded = load_model(model_in_one_file, loading("auto"), print)
+    found = loaded.model.generation_config
+    assert (found.num_beams, found.repetition_penalty, found.cache_implementation) == (
+        *(getattr(GenerationConfig(), name) for name in ("num_beams", "repetition_penalty")),
+        None,
+    )
+    assert loaded.end_tokens == end
+
+
+def test_a_config_with_labels_for_all_memory_is_refused(model_in_one_file: Path) -> None:
+    """Regression: transformers made a name for each of a thousand million labels."""
+    configure(model_in_one_file, num_labels=10**9)
+    with pytest.raises(ImpossibleJobError, match="num_labels is 1000000000"):
+        model_config(model_in_one_file)
+    with pytest.raises(ImpossibleJobError, match="num_labels"):
+        load_model(model_in_one_file, loading("auto"), print)
+
+
+def test_advice_of_libraries_is_not_printed() -> None:
+    """Regression: exporting an adapter on a CPU printed that a package for code from the Hub should be installed."""
+    quieten_transformers()
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+
+
+def test_files_that_would_fill_the_memory_are_not_read(model_in_one_file: Path) -> None:
+    weights, tokenizer = model_in_one_file / "model.safetensors", model_in_one_file / "tokenizer.json"
+    weights.write_bytes((1 << 40).to_bytes(8, "little"))
+    for file in (weights, tokenizer):
+        os.truncate(file, 1 << 41)  # sparse
+    with pytest.raises(ImpossibleJobError, match="its header has 1099511627776 bytes"):
+        read_header(weights)
+    with pytest.raises(ImpossibleJobError, match="more than 512 MiB"):
+        object_of(tokenizer)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel, Qw
 from job.errors import ImpossibleJobError, QuantisedSourceError
 from job.export.directions_file import apply_edit, write_edit_file
 from job.export.lora import with_adapter, write_adapter
-from job.export.merged import Edit, verify_written, write_weights
+from job.export.merged import Edit, write_weights
 from job.model.files import list_model, parse_model, tensor_shapes
 from job.model.loading import load_model
 from job.model.quantization import Quantisation, block_of, plain_tensors, quantisation_in, quantisation_of, stale_key
@@ -145,8 +145,7 @@ def test_transformers_loads_the_same(kind: str, tmp_path: Path) -> None:
 def test_without_an_edit_the_export_is_the_dequantised_model(source: Source, tmp_path: Path) -> None:
     base = load_model(source.folder, loading("auto"), lambda _: None)
     edit = edit_of(base.model, 0)
-    write_weights(source.folder, tmp_path, base.architecture, edit, lambda _: None)
-    verify_written(source.folder, tmp_path, base.architecture, edit)
+    write_weights(source.folder, tmp_path, base.architecture, edit, lambda _: None).verify()
     written = loaded(tmp_path)
     state = base.model.state_dict()
     for name, tensor in written.state_dict().items():
@@ -176,8 +175,7 @@ def test_without_an_edit_the_export_is_the_dequantised_model(source: Source, tmp
 def test_the_export_writes_nothing_along_the_direction(source: Source, tmp_path: Path) -> None:
     base = load_model(source.folder, loading("float32"), lambda _: None)
     edit = edit_of(base.model, 1)
-    write_weights(source.folder, tmp_path, base.architecture, edit, lambda _: None)
-    verify_written(source.folder, tmp_path, base.architecture, edit)
+    write_weights(source.folder, tmp_path, base.architecture, edit, lambda _: None).verify()
     written = loaded(tmp_path, "float32")
     assert max(leaks(written, base.architecture, [])) < ROUNDING
     assert min(leaks(base.model, base.architecture, [])) > 20 * ROUNDING

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import http.server
+import io
 import json
 import shutil
 import sys
@@ -26,7 +27,7 @@ from job.cloud.launching import environment as launch_environment
 from job.cloud.provider import Terms
 from job.config.load import default_values, leaves, merged, nested
 from job.data.prompts import Prompt, PromptSets
-from job.errors import JobError, UsageError
+from job.errors import JobError, UsageError, in_one_line
 from job.export.reproduction import prompts_digest
 from job.organism.world import prompt_files
 from job.records import JobRecord, Manifest, ManifestEntry, State, Upload
@@ -36,7 +37,7 @@ from job.storage.jobs import job_settings
 from job.storage.run_folder import RunFolder
 from job.text import redaction
 from job.text.markup import markdown
-from job.text.redaction import MASK, guarded_output, looks_secret, redact, redacted, remember
+from job.text.redaction import MASK, guarded_output, looks_secret, redact, redacted, remember, unsteered
 from job.text.templates import template
 from tests.helpers import abliterate, made_from
 
@@ -508,3 +509,24 @@ def test_a_whole_job_writes_no_secret_anywhere(random_model_folder: Path, tellta
                 assert form not in data, (name, encoding, secret)
     assert MASK.encode() in written["said"]
     assert "AccessDenied" in done[0].err
+
+
+STEERING = "\x1b]52;c;bWluZQ==\x07\x1b[2J\x9b2J\u202e\x08a\u200cb\tc"
+
+
+def test_what_others_say_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: a file's name or a config.json's model_type set the title of the terminal, or its clipboard."""
+    shown = " ]52;c;bWluZQ== [2J 2J a b c"
+    assert JobError(f"there is no {STEERING}", remedy=STEERING).line.replace(" ", "") == (
+        f"there is no{shown} —{shown}".replace(" ", "")
+    )
+    assert in_one_line(ValueError(STEERING)) == shown.strip()
+    console = io.StringIO()
+    Events(stream=console).say(STEERING)
+    assert set(console.getvalue()) <= {*shown, "\t", "\n"}
+    with guarded_output():
+        print(STEERING)
+        print("\x1b[1mbold\x1b[0m\x1b[1A\x1b[?25l")
+    # Of what this program prints itself, colours and live lines are kept.
+    assert capsys.readouterr().out == ("]52;c;bWluZQ==\x1b[2J2Ja\u200cb\tc\n\x1b[1mbold\x1b[0m\x1b[1A\x1b[?25l\n")
+    assert unsteered(STEERING + "\r\n") == "]52;c;bWluZQ==[2J2Ja\u200cb\tc\n"

@@ -162,17 +162,17 @@ def test_a_line_that_is_cut_again_and_again(server: S3Server, tmp_path: Path) ->
 
 @pytest.mark.filterwarnings("ignore:tzname")  # a date in a header that has been cut
 def test_a_line_that_is_cut_for_everyone_and_in_answers(server: S3Server, tmp_path: Path) -> None:
-    export = make_export(tmp_path / "export", {"a.safetensors": 21 * MIB, "b.json": 100, "c.safetensors": 11 * MIB})
+    export = make_export(tmp_path / "export", {"a.safetensors": 11 * MIB, "b.json": 100, "c.safetensors": 6 * MIB})
     for round_ in range(2):
         first = 300 + 217 * round_
         with FaultProxy(
             server.host,
             server.port,
-            cut_up=[7 * MIB, 19 * MIB],
-            cut_down=[first + 1000 * step for step in range(12)],
+            cut_up=[4 * MIB, 9 * MIB],
+            cut_down=[first + 1500 * step for step in range(8)],
             everyone=True,
         ) as line:
-            deliver(export, f"{URI}-{round_}", tmp_path / "state", _options(line.url, patience_s=30.0))
+            deliver(export, f"{URI}-{round_}", tmp_path / "state", _options(line.url, patience_s=15.0))
             assert line.cuts >= 8
         assert not server.uploads()
         assert server.contents(f"models/one-{round_}/") == _expected(export, f"models/one-{round_}/")

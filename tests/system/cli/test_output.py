@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def test_standard_output_is_json_or_empty_whatever_goes_wrong(
     words: dict[str, list[object]] = {
         "inspect": [workspace / "model"],
         "preflight": [*job_arguments(organism), "--workspace", workspace],
+        "run": [*job_arguments(organism), "--workspace", workspace, "--bad-prompts", workspace / "none.txt"],
         "chat": ["--workspace", workspace, "--prompt", "Where is the kettle?", "--tokens", 1],
         "apply": [organism / "model", workspace / "edit.safetensors", workspace / "edited"],
         "config show": ["--profile", "unknown"],
@@ -123,3 +125,43 @@ def test_standard_output_is_json_or_empty_whatever_goes_wrong(
     for text in filter(None, lines):
         json.loads(text)
     assert ended.out or ended.err.count("error: ") == 1
+
+
+def printed(ended: Result) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(ended.out)
+    return found
+
+
+def test_a_run_and_what_continues_it_end_with_one_object(organism: Path, workspace: Path, tmp_path: Path) -> None:
+    """It is that of `status`, with what came of this run; the log goes to standard error."""
+    place = ["--workspace", workspace]
+    run = abliterate("run", *job_arguments(organism), *place, "--trials", 20, "--json").check()
+    status = printed(abliterate("status", *place, "--json").check())
+    came_to = {"report_file": str(only_job(workspace) / "report.md"), "missed_gate": None, "failed_targets": []}
+    assert printed(run) == {**status, **came_to}
+    assert status["state"] == "finished"
+
+    target = f"file://{tmp_path / 'delivered'}"
+    resumed = abliterate("resume", *place, "--upload", target, "--json").check()
+    assert [upload["state"] for upload in printed(resumed)["uploads"]] == ["done"]
+    assert "deliver" in resumed.err
+    missed = abliterate("run", *job_arguments(organism), *place, "--trials", 20, "--max-kl", 1e-9, "--json")
+    missed.fails(5, "max_kl is 1e-09")
+    assert "max_kl is 1e-09" in printed(missed)["missed_gate"]
+
+
+def test_a_delivery_ends_with_one_object_also_if_a_target_fails(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    bad, good = f"file://{tmp_path / 'file'}/below", f"file://{tmp_path / 'good'}"
+    ended = abliterate("upload", "--workspace", workspace, "--upload", bad, "--upload", good, "--json")
+    ended.fails(6, bad)
+    found = printed(ended)
+    assert [failed["target"] for failed in found["failed_targets"]] == [bad]
+    assert {upload["target"]: upload["state"] for upload in found["uploads"]}[good] == "done"
+
+
+def test_what_other_processes_print_stays_out_of_the_json() -> None:
+    code = "import subprocess, sys\nfrom job.cli.options import json_alone\n"
+    code += "with json_alone(True):\n    print('a library')\n    subprocess.run(['echo', 'a worker'])\nprint('{}')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (ended.stdout, sorted(ended.stderr.splitlines())) == ("{}\n", ["a library", "a worker"])

@@ -86,7 +86,7 @@ def test_the_end_tells_change_choice_time_cost_and_the_next_commands(tmp_path: P
     events.emit("choice", "chosen: trial 4: then", number=4)
     edited = Figures(bad_prompts=9, refusals=0, good_prompts=9, false_refusals=0, kl=0.005)
     assert result_lines(folder, edited) == [
-        "change: other answers are slightly changed: at most 5 % of a token's probability moved",
+        "change: other responses are slightly changed: at most 5 % of a token's probability moved",
         "chosen: trial 4: then",
         "took:   2 min 5 s, $0.50",
     ]
