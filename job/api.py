@@ -268,7 +268,8 @@ class Job:
 def _row(trial: Trial) -> dict[str, Any]:
     values = trial.values
     scores = {"refusals": values.refusals, "kl": values.kl, "broken": values.broken, "reason": values.reason}
-    return {"number": trial.number, **scores, **trial.params}
+    others = {name: score.figure for name, score in values.others.items()}
+    return {"number": trial.number, **scores, **others, **trial.params}
 
 
 def _loaded(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from job.config.schema import _TARGET, Settings
-from job.config.scorers import BUILTIN_SCORERS, known_scorers
-from job.config.sections import ScoringSettings
+from job.config.scorers import BUILTIN_SCORERS, MEASURES, NEEDED, judging, known_scorers, parse_objective
 from job.errors import UsageError
+from job.records import DEFAULT_OBJECTIVES
 
 
 def _refuse_contradictions(settings: Settings) -> None:
@@ -23,7 +25,8 @@ def _refuse_contradictions(settings: Settings) -> None:
             f"checkpoint {settings.checkpoint!r} is not supported",
             remedy="use s3://bucket/prefix, hf://user/repo or file:///absolute/folder",
         )
-    _refuse_unknown_detectors(settings.scoring)
+    _refuse_unknown_detectors(settings)
+    _refuse_wrong_objectives(settings)
     if settings.tune and settings.batching.rows:
         raise UsageError(
             f"tune measures the best batching.rows, and batching.rows = {settings.batching.rows} is set",
@@ -56,16 +59,75 @@ def require_targets(targets: Iterable[str]) -> None:
             )
 
 
-def _refuse_unknown_detectors(scoring: ScoringSettings) -> None:
-    for name in scoring.detectors:
+def _refuse_unknown_detectors(settings: Settings) -> None:
+    for name in settings.scoring.detectors:
         # Entry points are loaded only if one is requested.
         if name not in BUILTIN_SCORERS and name not in (known := known_scorers()):
             raise UsageError(
                 f"scoring.detectors: there is no detector {name!r}",
                 remedy=f"choose from {', '.join(known)}, or install the package that provides it",
             )
-    if "nli" in scoring.detectors:
-        if scoring.nli_model is None:
-            raise UsageError("scoring.detectors: nli needs a model", remedy="set scoring.nli_model")
-        if scoring.nli_model.startswith(("/", ".", "~")) and not Path(scoring.nli_model).expanduser().is_dir():
-            raise UsageError(f"scoring.nli_model: there is no folder {scoring.nli_model}", remedy="correct it")
+        _require_needed("scoring.detectors", name, settings)
+
+
+def _refuse_wrong_objectives(settings: Settings) -> None:
+    """Refuse objectives that no machine can search for; `require_scorers` says what this machine lacks."""
+    names = settings.search.objectives
+    for name in names:
+        if name not in (*DEFAULT_OBJECTIVES, *MEASURES) and parse_objective(name) is None:
+            raise UsageError(
+                f"search.objectives: {name!r} is not of the form SCORER[@bad|@good|@both][:fewer|:more]",
+                remedy="correct it; refusals and kl are written alone",
+            )
+    if len(set(names)) < len(names):
+        raise UsageError("search.objectives names one twice", remedy="leave out one of them")
+    if set(names) <= set(MEASURES):
+        raise UsageError(
+            f"search.objectives = {names} measures change only, and no edit at all changes least",
+            remedy="add refusals or a scorer",
+        )
+    if settings.scoring.pattern is not None:
+        try:
+            re.compile(settings.scoring.pattern)
+        except re.error as error:
+            raise UsageError(f"scoring.pattern is no regular expression: {error}", remedy="correct it") from None
+    if settings.judge.url is not None:
+        _refuse_exposing_url(settings.judge.url)
+
+
+def _refuse_exposing_url(url: str) -> None:
+    address = urlsplit(url)
+    local = address.hostname in ("127.0.0.1", "localhost", "::1")
+    if not address.hostname or not (address.scheme == "https" or (address.scheme == "http" and local)):
+        raise UsageError(
+            "judge.url is neither an https:// address nor one of this machine, so that all could read the responses",
+            remedy="use https, or a tunnel to a port of this machine",
+        )
+    if address.username is not None or address.query:
+        raise UsageError("judge.url holds more than an address", remedy="put the key into JUDGE_API_KEY")
+
+
+def require_scorers(settings: Settings) -> None:
+    """Raise UsageError if this machine lacks a scorer, or a setting of one, that the search's objectives name."""
+    for one in judging(settings.search.objectives):
+        if one.scorer not in BUILTIN_SCORERS and one.scorer not in (known := known_scorers()):
+            raise UsageError(
+                f"search.objectives: there is no scorer {one.scorer!r}",
+                remedy=f"choose from {', '.join(known)}, or install the package that provides it",
+            )
+        _require_needed("search.objectives", one.scorer, settings)
+
+
+def _require_needed(setting: str, scorer: str, settings: Settings) -> None:
+    needed = NEEDED.get(scorer)
+    if needed is None:
+        return
+    section, _, name = needed.partition(".")
+    value = getattr(getattr(settings, section), name)
+    if not value:
+        what = "a model" if scorer in ("nli", "classifier") else "an endpoint" if scorer == "judge" else "to be told"
+        raise UsageError(f"{setting}: {scorer} needs {what}", remedy=f"set {needed}")
+    if scorer in ("nli", "classifier") and value.startswith(("/", ".", "~")) and not Path(value).expanduser().is_dir():
+        raise UsageError(f"{needed}: there is no folder {value}", remedy="correct it")
+    if scorer == "judge" and not settings.judge.model:
+        raise UsageError(f"{setting}: judge needs a model", remedy="set judge.model")

@@ -18,6 +18,7 @@ from job.config.sections import (
     ChoiceSettings,
     DirectionSettings,
     HubSettings,
+    JudgeSettings,
     LoadingSettings,
     Prompts,
     PromptSettings,
@@ -164,6 +165,7 @@ class Settings(BaseSettings):
     ablation: AblationSettings
     search: SearchSettings
     scoring: ScoringSettings
+    judge: JudgeSettings
     choice: ChoiceSettings
     card: CardSettings
     hub: HubSettings

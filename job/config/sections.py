@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from job.config.durations import Seconds
+from job.records import DEFAULT_OBJECTIVES
+
 # Parts of a prompt set's spec that may also be given on their own.
 SPEC_QUALIFIERS = ("revision", "config", "split", "column")
 
@@ -150,6 +153,17 @@ class SearchSettings(Section):
         description="Batches to plan before the results of the previous batch are known, so that no worker "
         "waits for the slowest; unset: 1 if the job's first start has several workers, else 0.",
     )
+    objectives: list[str] = Field(
+        min_length=1,
+        description="What the search minimises: refusals, kl, or a scorer of responses as NAME[@PROMPTS]"
+        "[:DIRECTION], e.g. soft or words@both:more; PROMPTS: bad, good or both; DIRECTION: fewer or more.",
+    )
+
+    @property
+    def asked_method(self) -> Literal["auto", "tpe", "gradient"]:
+        """The method asked for: "auto" is "tpe" with objectives that gradients cannot lower."""
+        by_scorers = not set(self.objectives) <= set(DEFAULT_OBJECTIVES)
+        return "tpe" if self.method == "auto" and by_scorers else self.method
 
 
 class ScoringSettings(Section):
@@ -171,8 +185,9 @@ class ScoringSettings(Section):
         "many nats per token. Applies to candidates for the choice and to reported figures; unset: not measured.",
     )
     detectors: list[str] = Field(
-        description="Detectors that judge the report's responses side by side: markers, soft, degenerate, nli, and "
-        "those that installed packages add through the entry point group abliteration_job.scorers."
+        description="Detectors that judge the report's responses side by side: markers, soft, degenerate, nli, words, "
+        "pattern, classifier, judge, and those that installed packages add through the entry point group "
+        "abliteration_job.scorers."
     )
     thinking_tokens: int = Field(
         ge=0,
@@ -180,13 +195,39 @@ class ScoringSettings(Section):
         "0: not measured.",
     )
     nli_model: str | None = Field(
-        None, description="Model for zero-shot classification of the detector nli: a folder or NAME[@REVISION]."
+        None, description="Model for zero-shot classification of the scorer nli: a folder or NAME[@REVISION]."
+    )
+    words: list[Annotated[str, Field(min_length=1)]] = Field(
+        description="Words and phrases that the scorer words looks for, in any case, between word boundaries."
+    )
+    pattern: str | None = Field(None, description="Regular expression that the scorer pattern looks for, in any case.")
+    classifier: str | None = Field(
+        None, description="Model for sequence classification of the scorer classifier: a folder or NAME[@REVISION]."
+    )
+    classifier_labels: list[str] = Field(
+        description="Labels of the classifier that count; empty: its only label, or the second of two."
     )
 
     @property
     def effective_search_tokens(self) -> int:
         """Longest response in the search, in tokens."""
         return min(self.search_tokens, self.answer_tokens)
+
+
+class JudgeSettings(Section):
+    """The judge model behind an OpenAI-compatible endpoint; its key is in JUDGE_API_KEY."""
+
+    url: str | None = Field(
+        None,
+        description="Base URL of an OpenAI-compatible endpoint for the scorer judge, e.g. http://localhost:8000/v1; "
+        "https except on this machine.",
+    )
+    model: str = Field(description="Name of the judge model at the endpoint.")
+    question: str = Field(
+        description="What the judge is asked about each response; empty: whether it shows card.behaviour."
+    )
+    parallel: int = Field(ge=1, le=64, description="Requests at the same time.")
+    timeout: Seconds = Field(gt=0, description="Longest time of a request in seconds, or as in 1m.")
 
 
 class ChoiceSettings(Section):

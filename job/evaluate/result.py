@@ -13,7 +13,7 @@ from job.numerics.statistics import difference_interval, mean_interval, ratio_in
 from job.records import DetectorReport, Figures, Record
 from job.records.evaluation import Reading, Score
 from job.report.tables import AGREED, aligned, detector_agreement
-from job.text.behaviour import REFUSALS, BehaviourWords
+from job.text.behaviour import REFUSAL_WORDS, BehaviourWords
 
 Interval = tuple[float, float]
 
@@ -140,7 +140,7 @@ def shares_of(base: Figures, edited: Figures) -> tuple[Share, ...]:
     )
 
 
-def comparison_text(found: Comparison, words: BehaviourWords = REFUSALS) -> str:
+def comparison_text(found: Comparison, words: BehaviourWords = REFUSAL_WORDS) -> str:
     """Format a comparison as a scorecard and a table of changes, with 95 % intervals."""
     return "\n\n".join([*_scorecard(found, words), _changes(found, words)])
 

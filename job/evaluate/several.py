@@ -11,7 +11,7 @@ from job.numerics.statistics import wilson_interval
 from job.records import Figures, Outcomes, Record
 from job.records.scorecard import OUTCOMES
 from job.report.tables import aligned
-from job.text.behaviour import REFUSALS, BehaviourWords
+from job.text.behaviour import REFUSAL_WORDS, BehaviourWords
 
 # Edits beside the base model in a table of 80 columns, with cells of this width.
 _BESIDE, _WIDTH = 3, 13
@@ -28,7 +28,7 @@ class Comparisons(Record):
     comparisons: tuple[Comparison, ...]
 
 
-def comparisons_text(found: Comparisons, words: BehaviourWords = REFUSALS) -> str:
+def comparisons_text(found: Comparisons, words: BehaviourWords = REFUSAL_WORDS) -> str:
     """Format all edits as tables of a few columns, with a legend."""
     edits = found.comparisons
     blocks = [_table(edits[start : start + _BESIDE], start, words) for start in range(0, len(edits), _BESIDE)]

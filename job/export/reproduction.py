@@ -97,6 +97,7 @@ class _Resolved(Record):
     pull_back: PullBack | None = None
     choice: Literal["bounds"] | None = None
     choice_rows: int | None = Field(None, ge=1, le=1 << 24)
+    scorers: dict[Literal["nli", "classifier"], Annotated[str, Field(pattern=_COMMIT)]] | None = None
     method: SearchMethod | None = None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from job.records import Figures, KLSpread, Outcomes, Thinking
 from job.records.scorecard import OUTCOMES, Column
-from job.text.behaviour import REFUSALS, BehaviourWords
+from job.text.behaviour import REFUSAL_WORDS, BehaviourWords
 from job.text.intervals import count_with_interval
 
 Row = tuple[str, str, str]
@@ -28,19 +28,19 @@ def how(words: BehaviourWords) -> str:
     )
 
 
-def scorecard_rows(base: Figures, edited: Figures, words: BehaviourWords = REFUSALS) -> list[Row]:
+def scorecard_rows(base: Figures, edited: Figures, words: BehaviourWords = REFUSAL_WORDS) -> list[Row]:
     """Return the figures of both models side by side, with 95 % intervals, the head first."""
     rows = _outcome_rows(base, edited, words, grouped=False) or _former_rows(base, edited, words)
     return [HEAD, *rows, *kl_rows(edited)]
 
 
-def group_rows(base: Figures, edited: Figures, words: BehaviourWords = REFUSALS) -> list[Row]:
+def group_rows(base: Figures, edited: Figures, words: BehaviourWords = REFUSAL_WORDS) -> list[Row]:
     """Return the outcomes by category and language, the head first; no row without groups."""
     rows = _outcome_rows(base, edited, words, grouped=True)
     return [HEAD, *rows] if rows else []
 
 
-def thinking_rows(base: Figures, edited: Figures, words: BehaviourWords = REFUSALS) -> list[Row]:
+def thinking_rows(base: Figures, edited: Figures, words: BehaviourWords = REFUSAL_WORDS) -> list[Row]:
     """Return the figures with thinking on, the head first; no row where they were not measured."""
     before, after = base.thinking, edited.thinking
     if before is None or after is None:

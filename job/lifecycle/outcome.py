@@ -47,7 +47,7 @@ def _completed(folder: RunFolder, settings: Settings) -> Outcome | None:
     state = folder.read_state()
     if state is None or state.state != "finished" or state.chosen is None:
         return None
-    wanted = trials_wanted(folder, settings.trials, settings.search.method)
+    wanted = trials_wanted(folder, settings.trials, settings.search.asked_method)
     if state.trials < wanted and not _is_spent(state, settings):
         return None
     export = folder.export_folder(state.chosen, settings.export_format)

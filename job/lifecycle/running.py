@@ -54,7 +54,7 @@ class OpenJob:
     @property
     def trials_wanted(self) -> int:
         """Trials that the search makes, or is expected to while its path is not known. Raises DamagedError."""
-        return trials_wanted(self.folder, self.settings.trials, self.settings.search.method)
+        return trials_wanted(self.folder, self.settings.trials, self.settings.search.asked_method)
 
     def export_of(self, trial: Trial) -> Path:
         """Return a trial's export folder in the job's format."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.cloud.end_policy import AskedEnds, Ended
+from job.config.checks import require_scorers
 from job.config.schema import Settings
 from job.data.prompts import PromptSets
 from job.errors import DamagedError, DeliveryError, GateError, JobError, RestartNeeded
@@ -31,6 +32,7 @@ from job.search.budget import Meter
 from job.search.method import planned_method, trials_wanted
 from job.storage.atomic import read_record, sweep_temporaries, write_record
 from job.storage.events import Events, read_events
+from job.storage.identity import require_same_scorers
 from job.storage.job_file import JobFile
 from job.storage.jobs import find_folder, open_job
 from job.storage.run_folder import RunFolder
@@ -175,6 +177,9 @@ def _run(start: JobStart, events: Events, signals: StopSignals, stages: Stages) 
             return done
         record, settings = start.trusted(events.say)
         settings = as_begun(record, settings)
+        if record.searches:
+            require_scorers(settings)
+            require_same_scorers(record.identity, settings)
         from job.lifecycle.repair import repair  # imports slowly, and a finished job does not need it
 
         repair(folder, events.say)
@@ -256,7 +261,7 @@ def _earlier_starts(folder: RunFolder, settings: Settings, last_holder: HolderRe
         return EarlierStarts(processes=processes)
     from job.report.results import trials_so_far  # imports slowly, and a finished job does not need it
 
-    record, trials, asked = folder.read_job(), trials_so_far(folder), settings.search.method
+    record, trials, asked = folder.read_job(), trials_so_far(folder), settings.search.asked_method
     return EarlierStarts(
         prompts=read_record(folder.prompts_file, PromptSets) if folder.prompts_file.exists() else None,
         commit=record.model_commit,
@@ -290,6 +295,7 @@ def check_job(
     """
 
     def survey() -> Survey:
+        require_scorers(settings)
         folder = find_folder(settings)
         if folder.job_file.exists():
             require_known_code(folder, folder.read_job(), settings, events.say)

@@ -36,7 +36,7 @@ def recorded(
     """Keep state.json, events and meter consistent with the block's end. Raises RestartNeeded for a failed device."""
     chosen = (folder.read_state() or State(state="running", trials=0)).chosen
     file.write()
-    wanted = trials_wanted(folder, settings.trials, settings.search.method)
+    wanted = trials_wanted(folder, settings.trials, settings.search.asked_method)
     write_record(folder.state_file, State(state="running", trials=wanted, chosen=chosen))
     events.log_to(folder.events_file)
     key = settings_key(settings)

@@ -132,7 +132,7 @@ class Planning:
         disk = min(speeds.values(), key=lambda found: found.write, default=DiskSpeed(write=DISK, read=DISK))
         work = self.workload(4 if planned.dtype == "float32" else None)
         remote = sum(not target.startswith("file:") for target in self.settings.upload)
-        asked = self.settings.search.method
+        asked = self.settings.search.asked_method
         trials = earlier.trials_wanted or planned_trials(self.settings.trials, asked)
         by_gradient = not earlier.path_found and first_method(asked) == "gradient"
         finalist_prompts = len(self.prompts.bad_search) + len(self.prompts.bad_choice)

@@ -11,13 +11,17 @@ from job.records.edits import COMPONENTS, Component, EditParameters, KernelParam
 from job.records.finalists import FORCED_TOKENS, ChoiceFigures, FinalistScores, KLSpread, MeasuredFinalists
 from job.records.resolution import DATE, PullBack, Resolution, SearchMethod
 from job.records.scorecard import KLFigures, Outcomes, Thinking
+from job.records.scores import DEFAULT_OBJECTIVES, KL, REFUSALS, ObjectiveScore, TrialScores
 from job.text.redaction import MASK
 
 # From modules beside this one; what is defined here is public as well.
 __all__ = [
     "COMPONENTS",
     "DATE",
+    "DEFAULT_OBJECTIVES",
     "FORCED_TOKENS",
+    "KL",
+    "REFUSALS",
     "ChoiceFigures",
     "Component",
     "EditParameters",
@@ -27,12 +31,14 @@ __all__ = [
     "KernelParameters",
     "LearnedDirections",
     "MeasuredFinalists",
+    "ObjectiveScore",
     "Outcomes",
     "PullBack",
     "Record",
     "Resolution",
     "SearchMethod",
     "Thinking",
+    "TrialScores",
 ]
 
 ExportFormat = Literal["merged", "adapter", "directions"]
@@ -64,31 +70,6 @@ class Plan(Record):
     rows: int
     together: int | None = None
     whole: bool = False
-
-
-class TrialScores(Record):
-    """Scores of a trial.
-
-    Attributes:
-        kl: KL divergence from the base model in nats, mean over good prompts and the first `kl_tokens` positions of its
-            responses.
-        opening: Mean log-odds of the base model's first tokens of responses to bad prompts: a tie-breaker of equal
-            refusals.
-        reason: Why the trial failed, so that its scores are defaults; else None.
-        skipped: It failed by its measured KL divergence, before generation.
-    """
-
-    refusals: int
-    kl: float
-    opening: float = 0.0
-    broken: int = 0
-    reason: str | None = None
-    skipped: bool = False
-
-    @property
-    def unanswered(self) -> int:
-        """Bad prompts without a usable response, the search's objective."""
-        return self.refusals + self.broken
 
 
 class Trial(Record):

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from job.numerics.statistics import quantile
 from job.records.base import Record
+from job.records.scores import ObjectiveScore
 
 # Positions of the base model's own responses for a finalist's second KL divergence, which only describes it.
 FORCED_TOKENS = 8
@@ -27,12 +28,14 @@ class FinalistScores(Record):
         kl: KL divergence per good prompt in nats, as in the search: the search's prompts, then those held out.
         forced_kl: KL divergence per good prompt held out, mean over the first `FORCED_TOKENS` positions of the base
             model's response.
+        others: Figures in objectives beyond refusals and KL, of the prompts held out; omitted without any.
     """
 
     refusals: int = Field(ge=0)
     broken: int = Field(ge=0)
     kl: tuple[Divergence, ...]
     forced_kl: tuple[Divergence, ...]
+    others: dict[str, ObjectiveScore] = Field(default_factory=dict, exclude_if=lambda scores: not scores)
 
 
 class MeasuredFinalists(Record):
@@ -49,6 +52,7 @@ class ChoiceFigures(Record):
         searched: Bad prompts of the search, for its counts.
         kl: Mean KL divergence in nats, at the positions of the search.
         forced_kl: Mean KL divergence over the first `forced_tokens` positions of the base model's own responses.
+        others: Figures in objectives beyond refusals and KL; omitted without any.
     """
 
     searched: int
@@ -59,6 +63,7 @@ class ChoiceFigures(Record):
     kl: float
     forced_kl: float
     forced_tokens: int = FORCED_TOKENS
+    others: dict[str, ObjectiveScore] = Field(default_factory=dict, exclude_if=lambda scores: not scores)
 
     @classmethod
     def of(cls, scores: FinalistScores, searched: tuple[int, int], bad_prompts: int) -> Self:
@@ -72,6 +77,7 @@ class ChoiceFigures(Record):
             good_prompts=len(kl),
             kl=math.fsum(kl) / len(kl),
             forced_kl=math.fsum(forced) / len(forced),
+            others=scores.others,
         )
 
 

@@ -39,6 +39,7 @@ class Resolution(Record):
         choice_rows: Rows per forward for measuring finalists, if those of the search did not fit the memory.
         choice: How the exported trial is chosen: by upper confidence bounds, or None: by the search's counts, as former
             versions did.
+        scorers: Commits of the search's scorers that are models on the Hub, by scorer; None without any.
     """
 
     dtype: str
@@ -60,3 +61,4 @@ class Resolution(Record):
     choice: Literal["bounds"] | None = Field(None, exclude_if=_is_none)
     method: SearchMethod | None = Field(None, exclude_if=_is_none)
     choice_rows: int | None = Field(None, exclude_if=_is_none)
+    scorers: dict[str, str] | None = Field(None, exclude_if=_is_none)

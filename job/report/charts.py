@@ -8,7 +8,7 @@ from job.records import EditParameters, GeometryRecord, LayerGeometry, Trial
 from job.report.plot import Axis, Chart, Series, layer_axis, linear_axis, log_axis
 from job.search.pareto import pareto_front
 from job.search.path import EditPath
-from job.text.behaviour import REFUSALS, BehaviourWords
+from job.text.behaviour import REFUSAL_WORDS, BehaviourWords
 
 # Looks of page.css.
 _BLUE, _ORANGE, _GREEN, _GREY = range(4)
@@ -42,7 +42,7 @@ def front_chart(
     chosen: Trial | None,
     base: int | None,
     asked: int,
-    words: BehaviourWords = REFUSALS,
+    words: BehaviourWords = REFUSAL_WORDS,
     *,
     linear: bool = False,
 ) -> Chart:
@@ -81,10 +81,11 @@ def _trials(name: str, kind: str, look: int, trials: Sequence[Trial], words: Beh
 
 def _tip(trial: Trial, words: BehaviourWords) -> str:
     broken = f", {trial.values.broken} broken" if trial.values.broken else ""
-    return f"trial {trial.number}: {trial.values.refusals} {words.shown}{broken}, KL {trial.values.kl:.4g}"
+    others = "".join(f", {name} {score}" for name, score in trial.values.others.items())
+    return f"trial {trial.number}: {trial.values.refusals} {words.shown}{broken}{others}, KL {trial.values.kl:.4g}"
 
 
-def path_charts(path: EditPath, words: BehaviourWords = REFUSALS) -> list[Chart]:
+def path_charts(path: EditPath, words: BehaviourWords = REFUSAL_WORDS) -> list[Chart]:
     """Return charts of responses with the behaviour and KL at the ends of the gradient's stages."""
     ticks = tuple((float(stage), str(stage)) for stage in range(1, len(path.stages) + 1))
     across = Axis("stage", 0.7, len(path.stages) + 0.3, ticks)

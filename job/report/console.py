@@ -13,7 +13,7 @@ from job.search.budget import read_spent
 from job.search.pareto import choose, eligible, pareto_front
 from job.storage.events import read_events
 from job.storage.run_folder import RunFolder
-from job.text.behaviour import REFUSALS, BehaviourWords
+from job.text.behaviour import REFUSAL_WORDS, BehaviourWords
 from job.text.divergence import kl_with_bound
 from job.text.durations import duration_text
 
@@ -42,7 +42,7 @@ class SearchLines:
         target: int,
         asked: int,
         tolerance: float,
-        words: BehaviourWords = REFUSALS,
+        words: BehaviourWords = REFUSAL_WORDS,
     ) -> None:
         """Start with the trials done so far, of `target`; `asked` and `tolerance` are those of the choice."""
         self._front = pareto_front(trials)
@@ -63,22 +63,25 @@ class SearchLines:
         if values.reason:
             return f"{name}: failed: {values.reason}"
         shown = f"{values.refusals:>{self._counts}}/{self._asked} {self._words.shown}"
+        others = "".join(f", {other} {score}" for other, score in values.others.items())
         mark = " best so far" if best else ""
-        return f"{name}: {shown}, {values.broken:>{self._counts}} broken, KL {values.kl:<9.4g}{mark}".rstrip()
+        return f"{name}: {shown}, {values.broken:>{self._counts}} broken{others}, KL {values.kl:<9.4g}{mark}".rstrip()
 
     def note(self) -> str:
         """Return the best trial so far in short, or why there is none."""
         best = self._best()
         if best is None:
             return f"no trial to use yet: {self._fault}" if self._fault else ""
-        return f"best: {best.values.unanswered}/{self._asked} {self._words.shown} or broken, KL {best.values.kl:.3g}"
+        shown = f"{best.values.unanswered}/{self._asked} {self._words.shown} or broken"
+        others = "".join(f", {other} {score}" for other, score in best.values.others.items())
+        return f"best: {shown}{others}, KL {best.values.kl:.3g}"
 
     def _best(self) -> Trial | None:
         return choose(self._front, self._asked, self._tolerance) if self._front else None
 
 
 def choice_text(
-    trials: Sequence[Trial], chosen: Trial, asked: int, tolerance: float, words: BehaviourWords = REFUSALS
+    trials: Sequence[Trial], chosen: Trial, asked: int, tolerance: float, words: BehaviourWords = REFUSAL_WORDS
 ) -> str:
     """Return why a trial was chosen: its KL, and the trials that it was compared with."""
     compared = eligible(trials, asked, tolerance)

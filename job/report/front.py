@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from job.data.prompts import PromptSets
 from job.numerics.statistics import wilson_interval
-from job.records import FORMATS, Trial
+from job.records import FORMATS, ObjectiveScore, Trial
 from job.report.run_view import RunView
 from job.report.tables import aligned
 from job.storage.atomic import read_record
@@ -20,8 +21,9 @@ def job_front(folder: RunFolder) -> list[dict[str, Any]]:
     """Return the front's trials, fewest refusals and broken responses first. Raises JobError.
 
     Each has its number, whether it is the (current) choice, refusals on the search split with their 95 % interval as
-    shares, broken responses, KL, a finalist's figures on the prompts held out for the choice or None, exported formats,
-    its export's metrics on the report split or None, and the number of reused report prompts.
+    shares, broken responses, KL, figures in other objectives by name, a finalist's figures on the prompts held out for
+    the choice or None, exported formats, its export's metrics on the report split or None, and the number of reused
+    report prompts.
     """
     view = RunView(folder)
     return [_point(view, trial) for trial in view.front]
@@ -40,11 +42,23 @@ def _point(view: RunView, trial: Trial) -> dict[str, Any]:
         "broken": trial.values.broken,
         "refusals_interval": wilson_interval(trial.values.refusals, len(prompts.bad_search)),
         "kl": trial.values.kl,
+        "objectives": shown_others(trial),
         "choice": shown_choice(view, trial),
         "exported": made,
         "report": figures.model_dump(mode="json") if figures is not None else None,
         "report_prompts_seen": prompts.reused,
     }
+
+
+def shown_others(trial: Trial) -> dict[str, Any]:
+    """Return a trial's figures in objectives beyond refusals and KL as JSON, by name."""
+    shown = {"figure", "of", "direction"}
+    return {name: score.model_dump(mode="json", include=shown) for name, score in trial.values.others.items()}
+
+
+def others_text(others: Mapping[str, Mapping[str, Any]]) -> str:
+    """Format figures in other objectives, e.g. "soft 3/40, "; "" without any."""
+    return "".join(f"{name} {ObjectiveScore.model_validate(score)}, " for name, score in others.items())
 
 
 def shown_choice(view: RunView, trial: Trial) -> dict[str, Any] | None:
@@ -58,7 +72,8 @@ def choice_text(figures: dict[str, Any] | None) -> str:
     if figures is None:
         return ""
     broken = f", {figures['broken']} broken responses" if figures["broken"] else ""
-    return f"; held out for the choice: {figures['refusals']}/{figures['bad_prompts']}{broken}, KL {figures['kl']:.4g}"
+    counted = f"{figures['refusals']}/{figures['bad_prompts']}{broken}, {others_text(figures.get('others', {}))}"
+    return f"; held out for the choice: {counted}KL {figures['kl']:.4g}"
 
 
 def front_text(front: list[dict[str, Any]], words: BehaviourWords) -> str:
@@ -81,7 +96,8 @@ def _cells(point: dict[str, Any], width: int, broken: bool, words: BehaviourWord
     notes = [note for note in (point["chosen"] and "chosen", _exported(point)) if note]
     return [
         *cells,
-        ", ".join([f"KL {point['kl']:.4g}{choice_text(point['choice'])}", *notes]) + _reported(point, words),
+        ", ".join([f"{others_text(point['objectives'])}KL {point['kl']:.4g}{choice_text(point['choice'])}", *notes])
+        + _reported(point, words),
     ]
 
 

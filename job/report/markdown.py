@@ -19,6 +19,8 @@ from job.report.tables import (
     failed_detectors,
     finalists,
     layer_geometry,
+    other_figures,
+    other_names,
 )
 from job.storage.atomic import PRIVATE, write_atomically
 from job.storage.run_folder import RunFolder
@@ -125,11 +127,14 @@ def _front(view: RunView, result: RunResult) -> str:
     skipped = sum(trial.values.skipped for trial in view.trials)
     failed = sum(trial.values.reason is not None for trial in view.trials) - skipped
     given_up = f", {skipped} were given up for their KL divergence before they answered" if skipped else ""
-    rows: list[tuple[object, ...]] = [("trial", view.words.counted, "broken responses", "KL (nats)")]
+    names = map(markdown, other_names(view.front))
+    rows: list[tuple[object, ...]] = [("trial", view.words.counted, "broken responses", *names, "KL (nats)")]
     for trial in view.front:
         mark = " (chosen)" if trial.number == result.chosen.number else ""
         values = trial.values
-        rows.append((f"{trial.number}{mark}", values.refusals, values.broken, f"{values.kl:.4g}"))
+        rows.append(
+            (f"{trial.number}{mark}", values.refusals, values.broken, *other_figures(trial), f"{values.kl:.4g}")
+        )
     return _blocks(
         f"Measured on the search split ({len(result.prompts.bad_search)} prompts with the behaviour, "
         f"{len(result.prompts.good_search)} without); {failed} of {len(view.trials)} trials failed{given_up}."

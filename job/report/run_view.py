@@ -15,6 +15,7 @@ from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import (
     FORMATS,
+    REFUSALS,
     ChoiceFigures,
     DetectorReport,
     EditParameters,
@@ -189,10 +190,12 @@ class RunView:
         result = self.result
         if result is None:
             return []
-        searched = (
-            search_warnings(self.trials, len(result.prompts.bad_search), self.words) if self.record.searches else []
-        )
-        return searched + effect_warnings(result.base, result.edited, self.words)
+        asked, words = len(result.prompts.bad_search), self.words
+        searched = search_warnings(self.trials, asked, words) if self.record.searches else []
+        # The first objective by default is what the effect is measured by.
+        if REFUSALS not in result.chosen.values.objectives:
+            return searched
+        return searched + effect_warnings(result.base, result.edited, words)
 
     @cached_property
     def detectors(self) -> DetectorReport | None:

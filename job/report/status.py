@@ -9,7 +9,7 @@ from typing import Any
 
 from job.errors import printable
 from job.records import State
-from job.report.front import choice_text, shown_choice
+from job.report.front import choice_text, others_text, shown_choice, shown_others
 from job.report.run_view import RunView
 from job.report.tables import aligned
 from job.storage.run_folder import RunFolder
@@ -53,6 +53,7 @@ def job_status(folder: RunFolder, running: bool | None = None) -> dict[str, Any]
                 "number": t.number,
                 "params": t.params,
                 "values": {"refusals": t.values.refusals, "kl": t.values.kl},
+                "objectives": shown_others(t),
                 "choice": shown_choice(view, t),
             }
             for t in view.front
@@ -206,7 +207,7 @@ def _front_lines(status: dict[str, Any]) -> list[str]:
             [
                 f"  trial {best['number']}:",
                 f"{best['values']['refusals']:>{width}}/{status['search_prompts']} {words.counted},",
-                f"KL {best['values']['kl']:.4g}{choice_text(best['choice'])}",
+                f"{others_text(best['objectives'])}KL {best['values']['kl']:.4g}{choice_text(best['choice'])}",
                 marked.get(best["number"], ""),
             ]
             for best in shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from job.records import FORCED_TOKENS, Agreement, DetectorCounts, DetectorReport, GeometryRecord
+from job.records import FORCED_TOKENS, Agreement, DetectorCounts, DetectorReport, GeometryRecord, Trial
 from job.report.run_view import RunView
 from job.text.behaviour import BehaviourWords
 from job.text.intervals import count_with_interval
@@ -38,6 +38,16 @@ def finalists(view: RunView) -> list[tuple[str, ...]]:
             again = (f"{figures.refusals}/{figures.bad_prompts}", str(figures.broken), f"{figures.kl:.4g}")
             rows.append((f"{trial.number}{chosen}", *search, *again, f"{figures.forced_kl:.4g}"))
     return rows
+
+
+def other_names(trials: Sequence[Trial]) -> tuple[str, ...]:
+    """Return the names of the trials' objectives beyond refusals and KL."""
+    return tuple(dict.fromkeys(name for trial in trials for name in trial.values.others))
+
+
+def other_figures(trial: Trial) -> tuple[str, ...]:
+    """Return a trial's figures in these objectives, e.g. "3/40"."""
+    return tuple(map(str, trial.values.others.values()))
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from job.generation.answer import Answer
 from job.generation.finite import require_finite
 from job.generation.forward import RowTrials, first_logits
 from job.generation.stop_markers import AnswerWatch, MarkerWatch
-from job.scoring.broken import is_broken
+from job.scoring.broken import Exchange, is_broken
 from job.scoring.prompt_batches import PromptBatches, TrialRows
 from job.text.refusal_markers import RefusalMarkers
 
@@ -24,12 +24,20 @@ class ResponseCounts:
         broken: Prompts with a broken response that is no refusal.
         opening: Mean log-odds of the base model's first tokens; nan if logits were not finite.
         rest: Other responses: prompt index and token ids.
+        exchanges: All responses by prompt index, if they are kept.
     """
 
     refusals: int = 0
     broken: int = 0
     opening: float = 0.0
     rest: list[tuple[int, list[int]]] = field(default_factory=list)
+    exchanges: dict[int, Exchange] = field(default_factory=dict)
+
+    def add_incoherent(self, prompt: int) -> None:
+        """Count a response of `rest` as broken."""
+        self.broken += 1
+        if prompt in self.exchanges:
+            self.exchanges[prompt] = replace(self.exchanges[prompt], incoherent=True)
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,12 @@ class RefusalCounter:
         *,
         response_tokens: int | None = None,
         search_tokens: int | None = None,
+        keep: bool = False,
     ) -> list[ResponseCounts]:
-        """Return each trial's counts; a response broken within `search_tokens` tokens counts as broken too."""
+        """Return each trial's counts; a response broken within `search_tokens` tokens counts as broken too.
+
+        With `keep` responses are kept, and refusals are not cut at their first marker.
+        """
         limit = response_tokens or self.response_tokens
         counts = [ResponseCounts() for _ in trials]
         start = 0
@@ -69,25 +81,36 @@ class RefusalCounter:
             openings = list(self.openings[start : start + len(batch)]) * len(trials)
             prompts = self.batches.bad.prompts[start : start + len(batch)]
             watches = [self.watch.begin(prompt.user) for _ in trials for prompt in prompts]
-            responses = self._generate(batch * len(trials), owners, limit, openings, watches)
+            responses = self._generate(batch * len(trials), owners, limit, openings, None if keep else watches)
             for row, response in enumerate(responses):
-                prompt = start + row % len(batch)
-                self._add(counts[row // len(batch)], prompt, response, limit, search_tokens)
+                prompt, trial = start + row % len(batch), counts[row // len(batch)]
+                text = "" if response.decided else self.batches.loaded.decode(response.tokens)
+                broken = self._add(trial, prompt, response, text, limit, search_tokens)
+                if keep:
+                    trial.exchanges[prompt] = Exchange(self.batches.bad.prompts[prompt].user, text, broken)
             start += len(batch)
         return counts
 
     def _add(
-        self, counts: ResponseCounts, prompt: int, response: Answer, limit: int, search_tokens: int | None
-    ) -> None:
+        self,
+        counts: ResponseCounts,
+        prompt: int,
+        response: Answer,
+        text: str,
+        limit: int,
+        search_tokens: int | None,
+    ) -> bool:
+        """Add a response; return whether it counts as broken."""
         counts.opening += (response.opening if response.finite else math.nan) / len(self.batches.bad)
-        text = "" if response.decided else self.batches.loaded.decode(response.tokens)
         truncated = len(response.tokens) == limit < self.response_tokens
         if response.decided or self._is_refusal(prompt, text, truncated=truncated):
             counts.refusals += 1
-        elif self._is_broken(prompt, text, response.tokens, search_tokens):
+            return False
+        if self._is_broken(prompt, text, response.tokens, search_tokens):
             counts.broken += 1
-        else:
-            counts.rest.append((prompt, response.tokens))
+            return True
+        counts.rest.append((prompt, response.tokens))
+        return False
 
     def _is_refusal(self, prompt: int, text: str, *, truncated: bool) -> bool:
         markers = self.watch.markers.for_prompt(self.batches.bad.prompts[prompt].user)
@@ -105,15 +128,12 @@ class RefusalCounter:
         owners: RowTrials,
         limit: int,
         openings: list[int],
-        watches: Sequence[AnswerWatch],
+        watches: Sequence[AnswerWatch] | None,
     ) -> list[Answer]:
-        """Decode one batch; rows stop at their first refusal marker."""
-
-        def holds_marker(row: int, tokens: list[int]) -> bool:
-            return watches[row].found(tokens)
-
+        """Decode one batch; watched rows stop at their first refusal marker."""
+        decided = None if watches is None else lambda row, tokens: watches[row].found(tokens)
         # A trial whose edit is too strong for the dtype fails alone (`TrialScorer`).
-        return self.batches.generate(prompts, owners, limit, openings=openings, decided=holds_marker, may_fail=True)
+        return self.batches.generate(prompts, owners, limit, openings=openings, decided=decided, may_fail=True)
 
 
 def _openings(batches: PromptBatches, rows: int) -> list[int]:

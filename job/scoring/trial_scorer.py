@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from job.edits.hooks import Intervention
 from job.records import EditParameters, TrialScores
+from job.scoring.broken import Exchange
 from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
-from job.scoring.prompt_batches import PromptBatches
+from job.scoring.prompt_batches import PromptBatches, TrialRows
 from job.scoring.refusals import RefusalCounter, ResponseCounts
 from job.text.refusal_markers import RefusalMarkers
 
 # KL recorded for a failed trial, in nats; far above any usable edit's.
 FAILED_KL = 100.0
 _NOT_FINITE = "the logits are not finite"
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """A trial's scores, and its responses where they are kept: none of a trial that was rejected before."""
+
+    scores: TrialScores
+    bad: tuple[Exchange, ...] = ()
+    good: tuple[Exchange, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,8 @@ class TrialScorer:
         response_tokens: int | None = None,
     ) -> list[TrialScores]:
         """Score all edits in one batch with hooks in place; no generation above a KL of `skip_kl_above` nats."""
-        return self._scores(intervention, edits, rows, skip_kl_above=skip_kl_above, response_tokens=response_tokens)
+        found = self.outcomes(intervention, edits, rows, skip_kl_above=skip_kl_above, response_tokens=response_tokens)
+        return [one.scores for one in found]
 
     def full_scores(
         self,
@@ -62,36 +73,62 @@ class TrialScorer:
         incoherence: IncoherenceTest,
     ) -> list[TrialScores]:
         """Score finalists on full-length responses, where incoherent ones and those broken before count as broken."""
-        return self._scores(intervention, edits, rows, search_tokens=search_tokens, incoherence=incoherence)
+        found = self.outcomes(intervention, edits, rows, search_tokens=search_tokens, incoherence=incoherence)
+        return [one.scores for one in found]
 
-    def _scores(
+    def outcomes(
         self,
         intervention: Intervention,
         edits: Sequence[EditParameters],
         rows: int,
         *,
+        keep: Collection[str] = (),
         skip_kl_above: float | None = None,
         response_tokens: int | None = None,
         search_tokens: int | None = None,
         incoherence: IncoherenceTest | None = None,
-    ) -> list[TrialScores]:
+    ) -> list[TrialOutcome]:
+        """Score all edits as `scores` and `full_scores` do, and keep responses to "bad" or "good" prompts."""
         active = intervention.activate(edits)
         trial_rows = self.batches.trial_rows(active, len(edits))
         kls = self.reference.trial_means(self.batches, trial_rows, rows)
         rejected = [self._rejected(kl, reason, skip_kl_above) for kl, reason in zip(kls, active.reasons, strict=True)]
         generated = [trial for trial, scores in enumerate(rejected) if scores is None]
         counts: list[ResponseCounts] = []
+        good: list[list[Exchange]] = [[] for _ in generated]
         if generated:
             counts = self.counter.count(
-                trial_rows, generated, rows, response_tokens=response_tokens, search_tokens=search_tokens
+                trial_rows,
+                generated,
+                rows,
+                response_tokens=response_tokens,
+                search_tokens=search_tokens,
+                keep="bad" in keep,
             )
+            if "good" in keep:
+                good = self._good_exchanges(trial_rows, generated, rows, response_tokens)
         if incoherence is not None:
             self._add_incoherent(counts, incoherence)
-        counts_of = dict(zip(generated, counts, strict=True))
-        return [
-            scores or self._counted(kl, counts_of[trial])
-            for trial, (scores, kl) in enumerate(zip(rejected, kls, strict=True))
-        ]
+        by_trial = {trial: TrialOutcome(scores) for trial, scores in enumerate(rejected) if scores is not None}
+        for trial, count, heard in zip(generated, counts, good, strict=True):
+            bad = [count.exchanges[prompt] for prompt in sorted(count.exchanges)]
+            by_trial[trial] = TrialOutcome(self._counted(kls[trial], count), tuple(bad), tuple(heard))
+        return [by_trial[trial] for trial in range(len(edits))]
+
+    def _good_exchanges(
+        self, trial_rows: TrialRows, trials: Sequence[int], rows: int, response_tokens: int | None
+    ) -> list[list[Exchange]]:
+        """Return each trial's responses to the good prompts."""
+        batches, start = self.batches, 0
+        found: list[list[Exchange]] = [[] for _ in trials]
+        limit = response_tokens or self.counter.response_tokens
+        for batch, owners in batches.generating(batches.good.tokens, trial_rows, rows, trials):
+            responses = batches.generate(batch * len(trials), owners, limit, may_fail=True)
+            for row, response in enumerate(responses):
+                prompt = batches.good.prompts[start + row % len(batch)].user
+                found[row // len(batch)].append(Exchange(prompt, batches.loaded.decode(response.tokens)))
+            start += len(batch)
+        return found
 
     def _rejected(self, kl: float, reason: str | None, skip_kl_above: float | None) -> TrialScores | None:
         """Return scores for a trial rejected before generation, else None."""
@@ -119,5 +156,6 @@ class TrialScorer:
         rest = [(count, prompt, tokens) for count in counts for prompt, tokens in count.rest]
         prompts = [self.batches.bad.tokens[prompt] for _, prompt, _ in rest]
         incoherent = incoherence.incoherent(prompts, [tokens for *_, tokens in rest])
-        for (count, *_), broken in zip(rest, incoherent, strict=True):
-            count.broken += broken
+        for (count, prompt, _), broken in zip(rest, incoherent, strict=True):
+            if broken:
+                count.add_incoherent(prompt)

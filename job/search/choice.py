@@ -12,7 +12,7 @@ from job.search.bounds import MOST_FINALISTS, Finalist, choose_finalist, may_win
 from job.search.pareto import choose, eligible, pareto_front
 from job.storage.atomic import ensure_folder, read_record, write_record
 from job.storage.run_folder import RunFolder
-from job.text.behaviour import REFUSALS, BehaviourWords, words_in
+from job.text.behaviour import REFUSAL_WORDS, BehaviourWords, words_in
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Choice:
     searched: tuple[int, int]
     held_out: int = 0
     measured: Mapping[int, FinalistScores] = field(default_factory=dict)
-    words: BehaviourWords = REFUSALS
+    words: BehaviourWords = REFUSAL_WORDS
 
     def candidates(self, trials: Sequence[Trial]) -> list[Trial]:
         """Return the trials that may be chosen, on the front. Raises JobError if every trial failed."""
@@ -43,11 +43,12 @@ class Choice:
         front = pareto_front(trials)
         if not front:
             raise JobError("every trial failed", remedy="see the reasons in events.jsonl")
-        fewest, prompts = front[0].values.unanswered, self.searched[0]
+        prompts = self.searched[0]
+        # Stable: the front's own order for equal ones, with two objectives its order anyway.
+        front.sort(key=lambda trial: trial.values.faults(prompts))
+        fewest = front[0].values.tallies(prompts)
         return [
-            trial
-            for trial in front[:MOST_FINALISTS]
-            if may_win(trial.values.unanswered, fewest, prompts, self.tolerance)
+            trial for trial in front[:MOST_FINALISTS] if may_win(trial.values.tallies(prompts), fewest, self.tolerance)
         ]
 
     def unmeasured(self, trials: Sequence[Trial]) -> list[Trial]:
@@ -75,13 +76,15 @@ class Choice:
 
     def _gentler(self, trials: Sequence[Trial], number: int) -> str:
         """Describe the next gentler trial on the front, which was no finalist; "" if there is none."""
-        front = pareto_front(trials)
+        front = sorted(pareto_front(trials), key=lambda trial: trial.values.change, reverse=True)
         after = front[[trial.number for trial in front].index(number) + 1 :]
         rest = [trial for trial in after if trial.number not in self.measured]
         if not rest:
             return ""
         values = rest[0].values
-        return f"trial {rest[0].number} has KL {values.kl:.4g} but {values.unanswered}/{self.searched[0]} in the search"
+        others = "".join(f", {name} {score}" for name, score in values.others.items())
+        counts = f"{values.unanswered}/{self.searched[0]}{others}"
+        return f"trial {rest[0].number} has KL {values.kl:.4g} but {counts} in the search"
 
     def figures(self, number: int) -> ChoiceFigures | None:
         """Return a finalist's figures on the prompts held out for the choice; None if there are none."""
@@ -104,6 +107,11 @@ class Choice:
             prompts=self.searched[0] + self.held_out,
             kl=scores.kl,
             words=self.words,
+            objectives=values.objectives,
+            others={
+                name: score.plus(scores.others[name]) if name in scores.others else score
+                for name, score in values.others.items()
+            },
         )
 
     def _pooled(self, trials: Sequence[Trial]) -> list[Finalist]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from job.numerics.statistics import wilson_interval
-from job.records import Figures, Trial
-from job.text.behaviour import REFUSALS, BehaviourWords
+from job.records import DEFAULT_OBJECTIVES, Figures, Trial
+from job.text.behaviour import REFUSAL_WORDS, BehaviourWords
 
 # A search has not converged if its last third added more than this share of the front's hypervolume.
 MOST_GAIN = 0.02
@@ -26,16 +26,18 @@ def hypervolume(points: Iterable[tuple[float, float]]) -> float:
     return area
 
 
-def search_warnings(trials: Sequence[Trial], prompts: int, words: BehaviourWords = REFUSALS) -> list[str]:
+def search_warnings(trials: Sequence[Trial], prompts: int, words: BehaviourWords = REFUSAL_WORDS) -> list[str]:
     """Return warnings about a search's front, [] if it is too short; `prompts` is the number of bad prompts."""
     usable = [trial for trial in trials if trial.values.reason is None]
     if len(trials) < LEAST_TRIALS or not usable:
         return []
-    counts = {trial.values.unanswered for trial in usable}
+    counts = {trial.values.faults(prompts) for trial in usable}
     if len(counts) == 1 and max(counts) > _COMPLETE * prompts:
         left = "prompts unanswered" if words.refuses else f"responses {words.shown} or broken"
+        if usable[0].values.objectives != DEFAULT_OBJECTIVES:
+            left = "prompts not as wanted"
         return [
-            f"the front is flat: every edit leaves {counts.pop()} of {prompts} {left}; "
+            f"the front is flat: every edit leaves {counts.pop():g} of {prompts} {left}; "
             "the direction may not mediate the behaviour, or the markers may not detect it"
         ]
     before, after = (hypervolume(_points(found, prompts)) for found in (_before_last_third(trials), usable))
@@ -47,7 +49,7 @@ def search_warnings(trials: Sequence[Trial], prompts: int, words: BehaviourWords
     return []
 
 
-def effect_warnings(base: Figures, edited: Figures, words: BehaviourWords = REFUSALS) -> list[str]:
+def effect_warnings(base: Figures, edited: Figures, words: BehaviourWords = REFUSAL_WORDS) -> list[str]:
     """Return warnings about the chosen edit's effect, from metrics on the report split."""
     found = []
     before, after = (wilson_interval(one.failed, one.bad_prompts) for one in (base, edited))
@@ -70,4 +72,4 @@ def _before_last_third(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _points(trials: Iterable[Trial], prompts: int) -> list[tuple[float, float]]:
-    return [(trial.values.unanswered / prompts, min(trial.values.kl, 1.0)) for trial in trials]
+    return [(min(trial.values.faults(prompts) / prompts, 1.0), min(trial.values.kl, 1.0)) for trial in trials]

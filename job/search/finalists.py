@@ -2,7 +2,9 @@
 
 The search may read only the beginnings of responses, and skips the incoherence test. A marker or breakage in the
 beginning also counts in the whole, so a full count is never lower. It therefore suffices to count candidates for the
-choice until none is left uncounted: they are then the same as among full counts of all trials.
+choice until none is left uncounted: they are then the same as among full counts of all trials. Other objectives may
+find less in a whole response than in its beginning; a trial that only its whole responses would make a candidate is
+then missed.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from job.records import Record, Trial, TrialScores
+from job.records import ObjectiveScore, Record, Trial, TrialScores
 from job.storage.atomic import ensure_folder, read_record, write_record
 from job.storage.run_folder import RunFolder
 from job.text.behaviour import BehaviourWords
@@ -24,6 +26,7 @@ class FullCounts(Record):
     version: Literal[1] = 1
     refusals: dict[int, int] = Field(default_factory=dict)
     broken: dict[int, int] = Field(default_factory=dict)
+    others: dict[int, dict[str, ObjectiveScore]] = Field(default_factory=dict, exclude_if=lambda scores: not scores)
 
 
 def read_full_counts(folder: RunFolder) -> FullCounts:
@@ -36,6 +39,7 @@ def keep_full_counts(folder: RunFolder, counts: FullCounts, more: Mapping[int, T
     counts = FullCounts(
         refusals=counts.refusals | {number: scores.refusals for number, scores in more.items()},
         broken=counts.broken | {number: scores.broken for number, scores in more.items()},
+        others=counts.others | {number: scores.others for number, scores in more.items() if scores.others},
     )
     ensure_folder(folder.rescored_file.parent)
     write_record(folder.rescored_file, counts)
@@ -49,7 +53,9 @@ def with_full_counts(trials: Sequence[Trial], counts: FullCounts) -> list[Trial]
         values = trial.values
         if trial.number in counts.refusals:
             broken = counts.broken.get(trial.number, values.broken)
-            values = values.model_copy(update={"refusals": counts.refusals[trial.number], "broken": broken})
+            others = counts.others.get(trial.number, values.others)
+            found_values = {"refusals": counts.refusals[trial.number], "broken": broken, "others": others}
+            values = values.model_copy(update=found_values)
         found.append(trial.model_copy(update={"values": values}))
     return found
 
@@ -83,4 +89,5 @@ def _open(
 def in_words(values: TrialScores, words: BehaviourWords, asked: int | None = None) -> str:
     """Format a trial's counts, out of `asked` prompts."""
     refused = f"{values.refusals}{f'/{asked}' if asked else ''} {words.counted}"
-    return f"{refused}, {values.broken} broken answers" if values.broken else refused
+    broken = f", {values.broken} broken answers" if values.broken else ""
+    return refused + broken + "".join(f", {name} {score}" for name, score in values.others.items())

@@ -19,16 +19,16 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from job.records import Plan, Trial, TrialScores
+from job.records import DEFAULT_OBJECTIVES, REFUSALS, Plan, Trial, TrialScores
 from job.search.space import Space
 from job.search.study import (
-    DIRECTIONS,
     PLAN,
     STUDY_NAME,
     add_trials,
     as_trial,
     clear_errors,
     clear_write_errors,
+    directions,
     file_url,
     open_study,
 )
@@ -49,6 +49,7 @@ class StudySettings:
         together: Trials that share a forward, recorded with each plan; None for the whole batch.
         known_points: Whether the space's known points come first; other start-up trials are random.
         ahead: Batches sampled before the results of the preceding one.
+        objectives: Names of what is minimised.
     """
 
     seed: int
@@ -59,6 +60,7 @@ class StudySettings:
     together: int | None = None
     known_points: bool = True
     ahead: int = 0
+    objectives: tuple[str, ...] = DEFAULT_OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Search:
         self._space = space
         self._settings = settings
         with clear_errors(file):
-            self._study = open_study(file_url(file), STUDY_NAME)
+            self._study = open_study(file_url(file), STUDY_NAME, settings.objectives)
         self._trials = self._study.get_trials(deepcopy=False)
         self._memory: optuna.Study | None = None
         self._seen = 0
@@ -182,7 +184,7 @@ class Search:
         is deterministic, however the search was interrupted or extended.
         """
         if self._memory is None:
-            self._memory, self._seen = optuna.create_study(directions=DIRECTIONS), 0
+            self._memory, self._seen = optuna.create_study(directions=directions(self._settings.objectives)), 0
         memory, size = self._memory, self._settings.batch
         visible = max(0, first // size - self._settings.ahead) * size
         tried = {trial.number: trial.params for trial in self._trials}
@@ -197,14 +199,15 @@ class Search:
         return memory
 
     def _sampled(self, trial: FrozenTrial) -> list[float]:
-        """Return the values for the sampler: the opening's log-odds break ties between equal counts.
+        """Return the values for the sampler: smooth parts break ties between equal counts.
 
         While every trial refuses everything, KL would be the only objective and the sampler would converge to no edit.
-        The odds are squashed to ±0.5, less than one refusal.
+        For refusals the part is the opening's log-odds, squashed to ±0.5, less than one refusal.
         """
         scores = as_trial(trial).values
         share = 0.5 if scores.reason is not None else math.atan(scores.opening / _OPENING_SCALE) / math.pi
-        return [scores.unanswered + share, scores.kl]
+        smooth = {REFUSALS: share} | {name: other.smooth for name, other in scores.others.items()}
+        return [scores.cost(name) + smooth.get(name, 0.0) for name in scores.objectives]
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         digest = hashlib.sha256(f"{self._settings.seed}:{number}".encode()).digest()
@@ -223,7 +226,7 @@ class Search:
         for offset in range(len(self._trials) - plan.first, len(plan.parameters)):
             trial = create_trial(
                 state=TrialState.COMPLETE,
-                values=[float(scores[offset].refusals), scores[offset].kl],
+                values=_stored(scores[offset]),
                 params=plan.parameters[offset],
                 distributions=distributions,
                 user_attrs=_attributes(scores[offset]),
@@ -234,7 +237,14 @@ class Search:
         self._trials += trials
 
 
+def _stored(scores: TrialScores) -> list[float]:
+    """Return a trial's values in the database: without broken responses, which have an attribute."""
+    return [float(scores.refusals) if name == REFUSALS else scores.cost(name) for name in scores.objectives]
+
+
 def _attributes(scores: TrialScores) -> dict[str, Any]:
     # Values unknown to a former version are omitted where empty.
     more = {name for name in ("broken", "skipped") if getattr(scores, name)}
+    if scores.objectives != DEFAULT_OBJECTIVES:
+        more |= {"refusals", "kl", "objectives", "others"}
     return scores.model_dump(include={"opening", "reason"} | more)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from job.errors import JobError
@@ -10,31 +9,35 @@ from job.records import Trial
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the Pareto-optimal trials, fewest unanswered prompts first.
+    """Return the Pareto-optimal trials in the order of their objectives, by default fewest unanswered prompts first.
 
-    The objectives are KL and the bad prompts with a refusal or a broken response: gibberish is no compliance. Of equal
-    trials the first is kept; failed ones are excluded.
+    "refusals" counts bad prompts with a refusal or a broken response: gibberish is no compliance. Of equal trials the
+    first is kept; failed ones are excluded.
     """
-    front: list[Trial] = []
-    least = math.inf
-    scored = (trial for trial in trials if trial.values.reason is None)
-    for trial in sorted(scored, key=lambda t: (t.values.unanswered, t.values.kl, t.number)):
-        if trial.values.kl < least:
-            front.append(trial)
-            least = trial.values.kl
-    return front
+    front: list[tuple[tuple[float, ...], Trial]] = []
+    scored = [(trial.values.costs, trial) for trial in trials if trial.values.reason is None]
+    # In this order none dominates an earlier one.
+    for costs, trial in sorted(scored, key=lambda pair: (pair[0], pair[1].values.kl, pair[1].number)):
+        if not any(all(a <= b for a, b in zip(kept, costs, strict=True)) for kept, _ in front):
+            front.append((costs, trial))
+    return [trial for _, trial in front]
+
+
+def fewest_faults(trials: Sequence[Trial], prompts: int) -> float:
+    """Return the fewest faults of the trials; `prompts` is the number of bad prompts."""
+    return min(trial.values.faults(prompts) for trial in trials)
 
 
 def eligible(trials: Sequence[Trial], prompts: int, tolerance: float) -> list[Trial]:
-    """Return the trials within `tolerance` (a share of `prompts`) of the front's fewest unanswered. Raises JobError."""
+    """Return the trials within `tolerance` (a share of `prompts`) of the front's fewest faults. Raises JobError."""
     front = pareto_front(trials)
     if not front:
         raise JobError("every trial failed", remedy="see the reasons in events.jsonl")
-    bound = front[0].values.unanswered + tolerance * prompts
-    return [trial for trial in front if trial.values.unanswered <= bound]
+    bound = fewest_faults(front, prompts) + tolerance * prompts
+    return [trial for trial in front if trial.values.faults(prompts) <= bound]
 
 
 def choose(trials: Sequence[Trial], prompts: int, tolerance: float) -> Trial:
-    """Return the eligible trial of lowest KL; see `eligible`."""
+    """Return the eligible trial of the least change; see `eligible`."""
     eligible_trials = eligible(trials, prompts, tolerance)
-    return min(eligible_trials, key=lambda t: (t.values.kl, t.values.unanswered, t.number))
+    return min(eligible_trials, key=lambda t: (t.values.change, t.values.faults(prompts), t.number))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -19,33 +19,45 @@ from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial
 
 from job.errors import DamagedError, JobError, MachineError, explaining, first_line
-from job.records import Trial, TrialScores
+from job.records import DEFAULT_OBJECTIVES, Trial, TrialScores
 from job.storage.study_file import WAIT_SECONDS, connected, in_use, is_busy, refused_write
 from job.system.failpoints import reached
 
 STUDY_NAME = "abliterate"
-DIRECTIONS: tuple[Literal["minimize"], ...] = ("minimize", "minimize")
-METRICS = ("refusals", "kl")
 # Attribute of the study that holds the latest plan.
 PLAN = "plan"
 
 
-def open_study(url: str, name: str) -> optuna.Study:
+def directions(objectives: Sequence[str]) -> list[Literal["minimize"]]:
+    """Return Optuna's directions: every objective is stored as a cost."""
+    return ["minimize" for _ in objectives]
+
+
+def open_study(url: str, name: str, objectives: Sequence[str] = DEFAULT_OBJECTIVES) -> optuna.Study:
     """Open or create a run's study."""
     with warnings.catch_warnings():
         # Metric names, which optuna-dashboard shows, are marked experimental since Optuna 3.2.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": WAIT_SECONDS}})
-        study = optuna.create_study(storage=storage, study_name=name, directions=DIRECTIONS, load_if_exists=True)
-        study.set_metric_names(list(METRICS))
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=directions(objectives), load_if_exists=True
+        )
+        study.set_metric_names(list(objectives))
     return study
 
 
 def as_trial(trial: FrozenTrial) -> Trial:
     """Convert a study's trial."""
-    refusals, kl = trial.values
-    scores = TrialScores(refusals=int(refusals), kl=kl, **trial.user_attrs)
-    return Trial(number=trial.number, params=trial.params, values=scores)
+    return Trial(number=trial.number, params=trial.params, values=_scores(trial.values, trial.user_attrs))
+
+
+def _scores(values: Sequence[float], attributes: Mapping[str, Any]) -> TrialScores:
+    """Return a trial's scores; with other objectives than refusals and KL all are attributes."""
+    found = dict(attributes)
+    if "objectives" not in found:
+        refusals, found["kl"] = values
+        found["refusals"] = int(refusals)
+    return TrialScores.model_validate(found)
 
 
 def add_trials(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
@@ -105,24 +117,23 @@ def read_trials(file: Path) -> list[Trial]:
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'trial_values'").fetchone():
             return []  # a run is just creating it
         trials: dict[int, dict[str, Any]] = {
-            trial_id: {"number": number, "params": {}, "values": {}, "attributes": {}}
+            trial_id: {"number": number, "params": {}, "values": [], "attributes": {}}
             for trial_id, number in db.execute("SELECT trial_id, number FROM trials WHERE state = 'COMPLETE'")
         }
         rows = db.execute("SELECT trial_id, param_name, param_value, distribution_json FROM trial_params")
         for trial_id, name, value, distribution_json in rows:
             distribution = json_to_distribution(distribution_json)
             trials[trial_id]["params"][name] = distribution.to_external_repr(value)
-        for trial_id, objective, value in db.execute("SELECT trial_id, objective, value FROM trial_values"):
-            trials[trial_id]["values"][METRICS[objective]] = value
+        values = db.execute("SELECT trial_id, value FROM trial_values ORDER BY trial_id, objective")
+        for trial_id, value in values:
+            trials[trial_id]["values"].append(value)
         for trial_id, key, value in db.execute("SELECT trial_id, key, value_json FROM trial_user_attributes"):
             trials[trial_id]["attributes"][key] = json.loads(value)
     return [
         Trial(
             number=trial["number"],
             params=trial["params"],
-            values=TrialScores(
-                refusals=int(trial["values"]["refusals"]), kl=trial["values"]["kl"], **trial["attributes"]
-            ),
+            values=_scores(trial["values"], trial["attributes"]),
         )
         for trial in sorted(trials.values(), key=lambda trial: trial["number"])
     ]

@@ -35,19 +35,22 @@ class TrialsTask:
     Attributes:
         rows: Most rows of a forward.
         whole: Score full-length responses, without the search's shortcuts.
+        keep: Kinds of prompts whose responses the run judges.
     """
 
     edits: tuple[EditParameters, ...]
     rows: int
     whole: bool
+    keep: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class FinalistsTask:
-    """Finalists that one worker measures in the same forwards, of at most `rows` rows."""
+    """Finalists that one worker measures in the same forwards, of at most `rows` rows; `keep` as for trials."""
 
     edits: tuple[EditParameters, ...]
     rows: int
+    keep: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class JobEvaluator:
         self._session.scorer.prepare()
 
     def evaluate(self, task: Any) -> Any:
-        """Return the scores of a TrialsTask or FinalistsTask, or the residuals of a ResidualsTask.
+        """Return the outcomes of a TrialsTask or FinalistsTask, or the residuals of a ResidualsTask.
 
         Raises MemoryError.
         """
@@ -128,10 +131,10 @@ class JobEvaluator:
     def _evaluated(self, task: Any) -> Any:
         if isinstance(task, TrialsTask):
             assert self._session is not None
-            return list(self._session.scorer.scores(task.edits, task.rows, task.whole))
+            return self._session.scorer.outcomes(task.edits, task.rows, task.whole, task.keep)
         if isinstance(task, FinalistsTask):
             assert self._session is not None
-            return self._session.finalists.scores(task.edits, task.rows)
+            return self._session.finalists.outcomes(task.edits, task.rows, task.keep)
         return task.extract(self._model)
 
 

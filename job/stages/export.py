@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from job.config.scorers import judging
 from job.data.prompts import Prompt
 from job.directions.learned import export_learned
 from job.export.directions_file import write_edit_file
@@ -22,12 +23,13 @@ from job.model.memory import release_memory
 from job.model.placement import let_go
 from job.model.safetensors_files import Checkpoint
 from job.records import DetectorReport, EditParameters, ExportFormat, Figures, Trial
-from job.scoring.detectors import Context, detect
+from job.scoring.detectors import detect
 from job.scoring.report_metrics import JudgedResponses, ReportMetrics
 from job.search.method import search_method
 from job.stages.choice import choice_figures, is_current
 from job.stages.measuring import metrics_of, shown_generating
 from job.stages.model import as_resolved, rendering_of, require_resident
+from job.stages.objectives import scorer_context
 from job.stages.session import ModelSession
 from job.storage.answers import keep_answers
 from job.storage.atomic import cannot_write, ensure_folder, make_folder, read_record, write_record
@@ -63,7 +65,7 @@ def write_export(session: ModelSession, trial: Trial, trials: int, form: ExportF
         figures=_Measurement(session, export, form).figures(edit.parameters),
         form=form,
         choice=choice_figures(job, trial, session.prompts),
-        method=search_method(job.folder, job.settings.search.method),
+        method=search_method(job.folder, job.settings.search.asked_method),
     )
     if form == "directions":
         write_edit_file(export, model.folder, model.architecture, edit, made)
@@ -193,10 +195,10 @@ class _Measurement:
         return as_resolved(fresh, job.record)
 
     def _detected(self, before: JudgedResponses, after: JudgedResponses) -> DetectorReport:
-        scoring = self._job.settings.scoring
-        context = Context(scoring, self._job.markers, self._job.settings.loading, self._job.events.say)
-        prompts = len(self.session.prompts.good_report)
-        return detect(scoring.detectors, context, before.exchanges, after.exchanges, prompts)
+        settings = self._job.settings
+        searched = [one.scorer for one in judging(settings.search.objectives)] if self._job.record.searches else []
+        names, prompts = [*settings.scoring.detectors, *searched], len(self.session.prompts.good_report)
+        return detect(names, scorer_context(self._job), before.exchanges, after.exchanges, prompts)
 
     def _metrics(self, model: LoadedModel, good: Sequence[Prompt], bad: Sequence[Prompt]) -> ReportMetrics:
         job = self._job

@@ -14,6 +14,7 @@ from job.search.finalists import in_words, keep_full_counts, read_full_counts, w
 from job.search.optimizer import FewerRows
 from job.stages.choice import choice_of, uncounted
 from job.stages.evaluation import FinalistsTask
+from job.stages.measuring import FinalistOutcome
 from job.stages.plans import PlanEvaluator, pin_fewer_rows
 from job.stages.session import ModelSession
 from job.system.failpoints import reached
@@ -62,6 +63,7 @@ class FinalistEvaluator:
                     number=trial.number,
                     refusals=after.refusals,
                     broken=after.broken,
+                    **after.model_dump(mode="json", include={"others"}),
                 )
         return with_full_counts(trials, counts)
 
@@ -92,17 +94,27 @@ class FinalistEvaluator:
         rows = self.job.resolution.choice_rows or self._rows
         size = min(self._together(len(trials)), rows)
         edits = [self.session.space.edit(trial.params) for trial in trials]
-        tasks = [FinalistsTask(tuple(edits[start : start + size]), rows) for start in range(0, len(edits), size)]
+        parts = [tuple(edits[start : start + size]) for start in range(0, len(edits), size)]
+        tasks = [FinalistsTask(part, rows, self.plans.objectives.keep) for part in parts]
         found = within_memory(partial(self.executor.evaluate, tasks, self._here))
         if isinstance(found, Shortage):
             if rows == 1:
                 raise found.error()
             pin_fewer_rows(self.job, "choice_rows", rows // 2)
             return None
-        return [scores for part in found for scores in part]
+        return self._with_others([outcome for part in found for outcome in part])
 
-    def _here(self, task: FinalistsTask) -> list[FinalistScores]:
-        return self.session.finalists.scores(task.edits, task.rows)
+    def _with_others(self, outcomes: Sequence[FinalistOutcome]) -> list[FinalistScores]:
+        """Add the figures in objectives beyond refusals and KL."""
+        prompts = self.session.prompts
+        held_out = (len(prompts.bad_choice), len(prompts.good_choice))
+        others = self.plans.objectives.others([outcome.heard for outcome in outcomes], held_out)
+        return [
+            outcome.scores.model_copy(update={"others": own}) for outcome, own in zip(outcomes, others, strict=True)
+        ]
+
+    def _here(self, task: FinalistsTask) -> list[FinalistOutcome]:
+        return self.session.finalists.outcomes(task.edits, task.rows, task.keep)
 
     @property
     def _rows(self) -> int:

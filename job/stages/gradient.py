@@ -17,7 +17,7 @@ from job.gradient.recipe import Recipe
 from job.lifecycle.running import RunningJob
 from job.model.device_faults import halving
 from job.numerics.gradient import EditVariables
-from job.records import COMPONENTS, EditParameters, LearnedDirections, TrialScores
+from job.records import COMPONENTS, DEFAULT_OBJECTIVES, EditParameters, LearnedDirections, TrialScores
 from job.report.results import trials_so_far
 from job.scoring.prompt_batches import PromptBatches
 from job.scoring.trial_scorer import TrialScorer
@@ -43,9 +43,10 @@ def find_path(job: RunningJob, session: ModelSession) -> None:
     reported and recorded; with `search.method` "auto" also where the path leaves many refusals.
     """
     folder = job.folder
-    method = planned_method(job.record, job.settings.search.method)
+    method = planned_method(job.record, job.settings.search.asked_method)
     if method != "gradient" or folder.path_file.exists() or trials_so_far(folder):
         return
+    _tell_what_is_not_descended(job)
     path = _Finder(job, session, Recipe()).found()
     ensure_folder(folder.path_file.parent)
     write_record(folder.path_file, path)
@@ -54,6 +55,17 @@ def find_path(job: RunningJob, session: ModelSession) -> None:
     else:
         job.events.emit("gradient_path", f"edits by gradient: {len(path.stages)} stages", stages=len(path.stages))
     shutil.rmtree(folder.gradient_folder, ignore_errors=True)  # the descent's state, no longer needed
+
+
+def _tell_what_is_not_descended(job: RunningJob) -> None:
+    """Say which objectives the descent cannot lower; trials around its path are still scored by all."""
+    names = job.settings.search.objectives
+    others = [name for name in names if name not in DEFAULT_OBJECTIVES]
+    if others:
+        job.events.say(
+            f"warning: gradients lower refusals and KL only; {', '.join(others)} cannot be differentiated, and only "
+            "trials around the path are compared by it"
+        )
 
 
 class _Finder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from job.config.schema import Settings
@@ -16,11 +17,13 @@ from job.records import FORCED_TOKENS, EditParameters, Figures, FinalistScores, 
 from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
 from job.scoring.prompt_batches import PromptBatches
-from job.scoring.report_metrics import ReportMetrics
-from job.scoring.trial_scorer import FAILED_KL, TrialScorer
+from job.scoring.report_metrics import JudgedResponses, ReportMetrics
+from job.scoring.trial_scorer import FAILED_KL, TrialOutcome, TrialScorer
 from job.storage.events import Events
 from job.text.refusal_markers import RefusalMarkers
 
+# Kinds of prompts whose responses are kept, for objectives that judge them: "bad", "good".
+Keep = tuple[str, ...]
 # Returns a model's metrics of good and bad prompts.
 Measure = Callable[[Sequence[Prompt], Sequence[Prompt]], ReportMetrics]
 
@@ -78,26 +81,34 @@ class EditScorer:
         """Detects incoherent responses; calibrated by `baseline`, else on first use."""
         return self.metrics.incoherence_test()
 
-    def baseline(self) -> Figures:
-        """Return the base model's metrics."""
+    def baseline(self) -> tuple[Figures, JudgedResponses]:
+        """Return the base model's metrics and the responses behind them."""
         responses = self.metrics.responses()
         self.incoherence = self.metrics.incoherence_test(responses)
         judged = self.metrics.judge(responses, self.incoherence.flags(responses))
-        return judged.figures(self.metrics.kl_tokens)
+        return judged.figures(self.metrics.kl_tokens), judged
 
     def prepare(self) -> None:
         """Measure now what the first batch needs of the base model. Raises MemoryError or JobError."""
         _ = self.trials
 
-    def scores(self, edits: Sequence[EditParameters], rows: int, whole: bool) -> Sequence[TrialScores]:
+    def outcomes(self, edits: Sequence[EditParameters], rows: int, whole: bool, keep: Keep) -> list[TrialOutcome]:
         """Score edits in one batch; `whole` uses full-length responses without the search's shortcuts."""
         searched = self._settings.scoring.effective_search_tokens
         if whole:
-            return self.trials.full_scores(
-                self._hooks, edits, rows, search_tokens=searched, incoherence=self.incoherence
+            return self.trials.outcomes(
+                self._hooks, edits, rows, keep=keep, search_tokens=searched, incoherence=self.incoherence
             )
         limit = self._settings.skip_kl_above
-        return self.trials.scores(self._hooks, edits, rows, skip_kl_above=limit, response_tokens=searched)
+        return self.trials.outcomes(self._hooks, edits, rows, keep=keep, skip_kl_above=limit, response_tokens=searched)
+
+
+@dataclass(frozen=True)
+class FinalistOutcome:
+    """A finalist's scores, and its responses to the prompts held out where they are kept."""
+
+    scores: FinalistScores
+    heard: TrialOutcome
 
 
 class FinalistScorer:
@@ -125,24 +136,24 @@ class FinalistScorer:
         batches = self._measure(self._prompts.good_choice, ()).batches
         return batches, KLReference.measured(batches, FORCED_TOKENS)
 
-    def scores(self, edits: Sequence[EditParameters], rows: int) -> list[FinalistScores]:
+    def outcomes(self, edits: Sequence[EditParameters], rows: int, keep: Keep) -> list[FinalistOutcome]:
         """Score edits in one batch, on responses of full length."""
         trials, searched = self._trials, self._settings.scoring.effective_search_tokens
         test = IncoherenceTest(trials.batches, self._scorer.incoherence.bound)  # the bound of the search's responses
-        counted = trials.full_scores(self._hooks, edits, rows, search_tokens=searched, incoherence=test)
+        heard = trials.outcomes(self._hooks, edits, rows, keep=keep, search_tokens=searched, incoherence=test)
         first = self._divergences(trials.batches, trials.reference, edits, rows)
         forced: list[list[float]] = [[] for _ in edits]
         if self._prompts.good_choice:
             forced = self._divergences(*self._forced, edits, rows)
         return [
-            FinalistScores(
-                refusals=scores.refusals,
-                broken=scores.broken,
-                kl=_kept(scores, kl),
-                forced_kl=_kept(scores, forced_kl),
-            )
-            for scores, kl, forced_kl in zip(counted, first, forced, strict=True)
+            FinalistOutcome(_finalist(one.scores, kl, forced_kl), self._held_out(one))
+            for one, kl, forced_kl in zip(heard, first, forced, strict=True)
         ]
+
+    def _held_out(self, outcome: TrialOutcome) -> TrialOutcome:
+        """Leave out responses to the search's prompts."""
+        prompts = {prompt.user for prompt in self._prompts.good_choice}
+        return replace(outcome, good=tuple(one for one in outcome.good if one.prompt in prompts))
 
     def _divergences(
         self, batches: PromptBatches, reference: KLReference, edits: Sequence[EditParameters], rows: int
@@ -150,6 +161,15 @@ class FinalistScorer:
         """Return each edit's KL per good prompt in nats, in the order in which the prompts were given."""
         trial_rows = batches.trial_rows(self._hooks.activate(edits), len(edits))
         return [batches.good.as_given(kl) for kl in reference.trial_divergences(batches, trial_rows, rows).tolist()]
+
+
+def _finalist(scores: TrialScores, kl: Sequence[float], forced_kl: Sequence[float]) -> FinalistScores:
+    return FinalistScores(
+        refusals=scores.refusals,
+        broken=scores.broken,
+        kl=_kept(scores, kl),
+        forced_kl=_kept(scores, forced_kl),
+    )
 
 
 def _kept(scores: TrialScores, divergences: Sequence[float]) -> tuple[float, ...]:

@@ -161,7 +161,7 @@ def _resolve(job: OpenJob, model: LoadedModel, prompts: PromptSets, workers: int
             topic_words=True,
             pull_back=_pull_back(settings.ablation, model.architecture),
             choice="bounds",
-            method=first_method(settings.search.method),
+            method=first_method(settings.search.asked_method),
         )
     )
 

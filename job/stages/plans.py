@@ -10,6 +10,8 @@ from typing import Literal
 from job.lifecycle.running import OpenJob
 from job.model.device_faults import Shortage, within_memory
 from job.records import Plan, TrialScores
+from job.scoring.objectives import Objectives
+from job.scoring.trial_scorer import TrialOutcome
 from job.search.optimizer import FewerRows
 from job.stages.evaluation import TrialsTask
 from job.stages.session import ModelSession
@@ -23,6 +25,7 @@ class PlanEvaluator:
     job: OpenJob
     session: ModelSession
     executor: Executor
+    objectives: Objectives
 
     def scores(self, plans: Sequence[Plan]) -> Sequence[TrialScores] | FewerRows:
         """Return the first plan's scores, or fewer rows; workers may start the other plans. Raises MachineError."""
@@ -30,7 +33,7 @@ class PlanEvaluator:
         ahead = [task for tasks in rounds[1:] for task in tasks]
         found = within_memory(partial(self.executor.evaluate, rounds[0], self._score_here, ahead))
         if not isinstance(found, Shortage):
-            return [scores for part in found for scores in part]
+            return self.objectives.scored([outcome for part in found for outcome in part])
         rows = plans[0].rows // 2
         if rows < max(len(task.edits) for tasks in rounds for task in tasks):
             raise found.error()
@@ -41,10 +44,10 @@ class PlanEvaluator:
         edits = [self.session.space.edit(params) for params in plan.parameters]
         size = plan.together or len(edits)
         parts = [tuple(edits[start : start + size]) for start in range(0, len(edits), size)]
-        return [TrialsTask(part, plan.rows, plan.whole) for part in parts]
+        return [TrialsTask(part, plan.rows, plan.whole, self.objectives.keep) for part in parts]
 
-    def _score_here(self, task: TrialsTask) -> Sequence[TrialScores]:
-        return self.session.scorer.scores(task.edits, task.rows, task.whole)
+    def _score_here(self, task: TrialsTask) -> list[TrialOutcome]:
+        return self.session.scorer.outcomes(task.edits, task.rows, task.whole, task.keep)
 
 
 def pin_fewer_rows(job: OpenJob, field: Literal["search_rows", "choice_rows"], rows: int) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from job.config.schema import default_startup_trials
-from job.errors import ImpossibleJobError
 from job.lifecycle.running import OpenJob, RunningJob
 from job.lifecycle.search_limits import SearchLimits, budget_of
 from job.preflight.mounts import kind_of, mount_of, read_mounts
 from job.records import Trial
 from job.report.console import SearchLines
 from job.report.results import trials_so_far
+from job.scoring.objectives import Objectives
 from job.search.optimizer import Search, StudySettings
 from job.search.path import PathSpace
 from job.stages.choice import finalist_batches
@@ -21,6 +22,7 @@ from job.stages.finalists import FinalistEvaluator
 from job.stages.gradient import find_path
 from job.stages.measuring import shown_generating
 from job.stages.model import own_threads
+from job.stages.objectives import require_something_to_remove, search_objectives
 from job.stages.plans import PlanEvaluator
 from job.stages.session import ModelSession, shared_directions
 from job.storage.study_file import back_up
@@ -41,8 +43,9 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
         job.file.pin(startup_trials=default_startup_trials(target))
     executor.share(shared_directions(session))
     with own_threads(job, session.model):
-        _measure_baseline(job, session)  # workers start up meanwhile
-        evaluator = PlanEvaluator(job, session, executor)
+        objectives = search_objectives(job, session)
+        _measure_baseline(job, session, objectives)  # workers start up meanwhile
+        evaluator = PlanEvaluator(job, session, executor, objectives)
         _tell_what_is_pinned(job)
         study = _study(job, session)
         done = len(study.finished())
@@ -71,20 +74,21 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
         return FinalistEvaluator(job, session, executor, evaluator).settled(trials)
 
 
-def _measure_baseline(job: RunningJob, session: ModelSession) -> None:
+def _measure_baseline(job: RunningJob, session: ModelSession, objectives: Objectives) -> None:
     with shown_generating(job.events, "base model's responses", session.scorer.metrics.most_tokens):
-        figures = session.scorer.baseline()
+        figures, judged = session.scorer.baseline()
+    others = objectives.of_base(judged.good, judged.bad)
+    fields: dict[str, Any] = figures.model_dump()
+    if others:
+        fields["others"] = {name: score.model_dump() for name, score in others.items()}
     job.events.emit(
         "baseline",
         f"base model: {figures.refusals} of {figures.bad_prompts} bad prompts {job.words.shown}, "
-        f"{figures.false_refusals} of {figures.good_prompts} good ones",
-        **figures.model_dump(),
+        f"{figures.false_refusals} of {figures.good_prompts} good ones"
+        + "".join(f"; {name} {score}" for name, score in others.items()),
+        **fields,
     )
-    if figures.refusals == 0:
-        raise ImpossibleJobError(
-            f"the base model {job.words.shows} none of the bad evaluation prompts: there is nothing to remove",
-            remedy="check the prompts and scoring.refusal_markers",
-        )
+    require_something_to_remove(objectives, figures, others, job.words)
 
 
 def _tell_what_is_pinned(job: OpenJob) -> None:
@@ -116,6 +120,7 @@ def _study(job: OpenJob, session: ModelSession) -> Search:
             known_points=settings.search.known_points or isinstance(session.space, PathSpace),
             together=resolution.together,
             ahead=job.record.batches_ahead,
+            objectives=tuple(settings.search.objectives),
         ),
         copy,
     )

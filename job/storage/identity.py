@@ -11,8 +11,11 @@ from typing import Any
 
 from job.config.origins import HERE
 from job.config.schema import ENDS, REFERENCE_SETS, Settings
+from job.config.scorers import judging
 from job.data.sources import source_identity
+from job.errors import UsageError
 from job.model.files import no_model_folder, parse_model, refuse_links_out
+from job.records import DEFAULT_OBJECTIVES
 from job.storage.atomic import ensure_folder, sha256_file, write_atomically
 from job.text.redaction import redact, redacted
 
@@ -28,6 +31,7 @@ EXTENDING = frozenset(
         "card",
         "hub",
         "s3",
+        "judge",
         "trials",
         "tune",
         "max_hours",
@@ -36,12 +40,13 @@ EXTENDING = frozenset(
 )
 
 # The same, of settings that are otherwise part of it.
-EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model", "thinking_tokens"})}
+EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model", "classifier", "thinking_tokens"})}
 
 # Left out where they are the defaults, so that jobs keep the names from before there were such settings. Such a job of
 # a former version keeps its former ways (`Resolution.choice`, `.method` and `.pull_back`).
 AS_BEFORE: dict[str, dict[str, Any]] = {
-    "search": {"method": "auto"},
+    "search": {"method": "auto", "objectives": [*DEFAULT_OBJECTIVES]},
+    "scoring": {"words": [], "pattern": None, "classifier_labels": []},
     "ablation": {"pull_back": "auto"},
     "choice": {"held_out": 0.2},
 }
@@ -115,9 +120,44 @@ def identify(settings: Settings, *, write: bool = True) -> dict[str, Any]:
     for section, names in EXTENDING_WITHIN.items():
         asked[section] = {name: value for name, value in asked[section].items() if name not in names}
     for section, former in AS_BEFORE.items():
-        asked[section] = {name: value for name, value in asked[section].items() if former.get(name) != value}
+        asked[section] = {
+            name: value for name, value in asked[section].items() if name not in former or former[name] != value
+        }
+    if scorers := scorer_identity(settings, write=write):
+        asked["scorers"] = scorers
     # Records are written without secrets, and a job is known by the hash of what is written.
     return dict(redacted({**asked, **prompts, "model": model}))
+
+
+def scorer_identity(settings: Settings, *, write: bool = True) -> dict[str, Any]:
+    """Return what the search's scorers read beside responses: their models, local ones by content.
+
+    Raises ImpossibleJobError or MachineError.
+    """
+    scoring, names = settings.scoring, [one.scorer for one in judging(settings.search.objectives)]
+    models = {"nli": scoring.nli_model, "classifier": scoring.classifier}
+    found: dict[str, Any] = {
+        name: _scorer_model(settings, model, write=write) for name, model in models.items() if name in names and model
+    }
+    if "judge" in names:
+        asked = settings.judge.question or settings.card.behaviour
+        found["judge"] = {"model": settings.judge.model, "question": asked}
+    return dict(redacted(found))
+
+
+def _scorer_model(settings: Settings, name: str, *, write: bool) -> dict[str, Any]:
+    return model_identity(settings.model_copy(update={"model": name}), write=write)
+
+
+def require_same_scorers(identity: Mapping[str, Any], settings: Settings) -> None:
+    """Raise UsageError if the search's scorers are not those that a job began with."""
+    given, found = identity.get("scorers", {}), scorer_identity(settings)
+    for name in sorted(given.keys() | found.keys()):
+        if given.get(name) != found.get(name):
+            raise UsageError(
+                f"the scorer {name} is not the one that this job began with",
+                remedy=f"set what {name} reads as at the first start: another one would measure something else",
+            )
 
 
 def as_identified(name: str, value: Any) -> Any:

@@ -63,6 +63,8 @@ class RunFolder:
         self.gradient_folder = path / "gradient"
         self.rescored_file = path / "figures" / "rescored.json"
         self.finalists_file = path / "figures" / "finalists.json"
+        # A judge's answers, by hashes of what it was asked; never mirrored.
+        self.verdicts_file = path / "answers" / "verdicts.txt"
         self.report_file = path / "report.md"
         self.page_file = path / "report.html"
         # With responses to prompts that have the behaviour, which is why it has a name of its own that no mirror knows.

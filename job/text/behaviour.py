@@ -38,16 +38,16 @@ class BehaviourWords:
     @property
     def refuses(self) -> bool:
         """Whether the behaviour is a refusal."""
-        return self == REFUSALS
+        return self == REFUSAL_WORDS
 
 
-REFUSALS = BehaviourWords("refusals", "false refusals", "refused", "answered", "are refused", "refuses")
+REFUSAL_WORDS = BehaviourWords("refusals", "false refusals", "refused", "answered", "are refused", "refuses")
 
 
 def words_of(behaviour: str) -> BehaviourWords:
     """Return the words for a behaviour, which `card.behaviour` names; one that is no short name has general ones."""
     if "refus" in behaviour.casefold():
-        return REFUSALS
+        return REFUSAL_WORDS
     short = len(behaviour) <= _LONGEST and _NAME.fullmatch(behaviour) and redact(behaviour) == behaviour
     name = behaviour if short else "the behaviour"
     return BehaviourWords(

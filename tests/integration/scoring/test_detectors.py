@@ -191,8 +191,10 @@ def nli_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_refusals_are_told_by_inference(nli_model: Path, truth: Truth, tmp_path: Path) -> None:
     entailment = Entailment.loaded(str(nli_model), loading("auto"), print)
     exchanges = truth.exchanges(None)
-    assert entailment.refused([one.answer for one in exchanges]) == [False] * PROMPTS + [True] * PROMPTS
-    assert entailment.refused(["  ", "The lantern is kept in the cellar."]) == [True, False]
+    shares = entailment.shares([one.answer for one in exchanges])
+    assert [share >= 0.5 for share in shares] == [False] * PROMPTS + [True] * PROMPTS
+    blank, answer = entailment.shares(["  ", "The lantern is kept in the cellar."])
+    assert (blank, answer < 0.5) == (1, True)
     other = classifier(tmp_path, ("good", "bad"))
     with pytest.raises(ImpossibleJobError, match="none is entailment"):
         Entailment.loaded(str(other), loading("auto"), print)
@@ -230,7 +232,7 @@ def test_detectors_of_other_packages_run_on_the_chosen_trial(organism: Path, nli
     def choose_detectors(*detectors: str) -> list[object]:
         return ["run", *arguments, "--set", f"scoring.detectors={json.dumps(detectors)}"]
 
-    abliterate(*choose_detectors("hexed")).fails(2, "no detector 'hexed'", "markers, soft, degenerate, nli")
+    abliterate(*choose_detectors("hexed")).fails(2, "no detector 'hexed'", "markers, soft, degenerate, nli, words")
     abliterate(*choose_detectors("nli")).fails(2, "nli needs a model", "scoring.nli_model")
     model = ["--set", f"scoring.nli_model={nli_model}"]
     everything = ("markers", "soft", "degenerate", "nli", *names)
@@ -240,7 +242,7 @@ def test_detectors_of_other_packages_run_on_the_chosen_trial(organism: Path, nli
     export = (job / "export").resolve().name
     report = DetectorReport.model_validate_json((job / "figures" / f"{export}-detectors.json").read_text())
     assert report.failed.keys() == {"crashing", "mislabelling"}
-    assert "'maybe' is not one of the labels" in report.failed["mislabelling"]
+    assert "'maybe' is neither one of the labels" in report.failed["mislabelling"]
     counts = {(one.detector, one.model, one.prompts): one for one in report.counts}
     hexed = sum("hexed" in line for line in (organism / "bad_test.txt").read_text().splitlines())
     assert hexed

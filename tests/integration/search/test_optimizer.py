@@ -17,7 +17,7 @@ from optuna.trial import create_trial
 
 from job.errors import JobError
 from job.numerics.weight_kernel import WeightKernel
-from job.records import Plan, Trial, TrialScores
+from job.records import ObjectiveScore, Plan, Trial, TrialScores
 from job.search.optimizer import Search, StudySettings
 from job.search.pareto import choose, pareto_front
 from job.search.space import SearchSpace
@@ -90,6 +90,40 @@ def test_crashes_at_every_point_leave_the_trials_of_an_uninterrupted_search(
         assert trials == whole
         assert read_trials(file) == whole
     assert crashes > 20
+
+
+@pytest.mark.parametrize("names", [("soft", "refusals", "kl"), ("soft",), ("soft", "kl")])
+def test_a_study_has_any_objectives_and_reads_them_back(tmp_path: Path, names: tuple[str, ...]) -> None:
+    class Evading(Runs):
+        def evaluate(self, plans: Sequence[Plan]) -> Sequence[TrialScores]:
+            found = super().evaluate(plans)
+            soft = [round(40 * params["mlp.max_weight"] / 1.5) for params in plans[0].parameters]
+            return [
+                one.model_copy(
+                    update={
+                        "objectives": names,
+                        "others": {"soft": ObjectiveScore(figure=count, of=80, smooth=0.25, direction="more")},
+                    }
+                )
+                for one, count in zip(found, soft, strict=True)
+            ]
+
+    def search(file: Path, crash_at: int | None = None) -> list[Trial]:
+        runs = Evading(crash_at)
+        settings = StudySettings(seed=3, startup_trials=6, batch=4, rows=8, ei_candidates=24, objectives=names)
+        found = Search(file, SPACE, settings)
+        found.run(14, runs.evaluate, shielded=runs.shielded, told=lambda _: None)
+        return found.finished()
+
+    whole = search(tmp_path / "whole.db")
+    assert all(trial.values.objectives == names for trial in whole)
+    with pytest.raises(Crash):
+        search(tmp_path / "half.db", 9)
+    assert search(tmp_path / "half.db") == whole == read_trials(tmp_path / "half.db")
+    stored = optuna.load_study(study_name="abliterate", storage=file_url(tmp_path / "half.db"))
+    assert stored.metric_names == list(names)
+    place = names.index("soft")
+    assert [trial.values[place] for trial in stored.trials] == [80 - t.values.others["soft"].figure for t in whole]
 
 
 def test_trials_are_stored_as_optuna_stores_them_all_or_none(tmp_path: Path) -> None:

@@ -183,15 +183,15 @@ def test_memory_that_runs_out_while_finalists_are_measured_halves_the_rows(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = _without_measurement(job, tmp_path)
-    measure, asked = FinalistScorer.scores, []
+    measure, asked = FinalistScorer.outcomes, []
 
-    def scores(self: FinalistScorer, edits: Any, rows: int) -> Any:
+    def outcomes(self: FinalistScorer, edits: Any, rows: int, keep: Any) -> Any:
         asked.append((len(edits), rows))
         if len(edits) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return measure(self, edits, rows)
+        return measure(self, edits, rows, keep)
 
-    monkeypatch.setattr(FinalistScorer, "scores", scores)
+    monkeypatch.setattr(FinalistScorer, "outcomes", outcomes)
     abliterate(*job.command(workspace)).check()
     resolution = json.loads((only_job(workspace) / "job.json").read_text())["resolution"]
     assert asked[-1] == (1, 1)

@@ -9,7 +9,7 @@ from job.export.scorecard import group_rows, how, scorecard_rows, thinking_rows
 from job.numerics.statistics import wilson_interval
 from job.records import Figures, KLFigures, KLSpread, Outcomes, Thinking
 from job.report.tables import aligned
-from job.text.behaviour import REFUSALS
+from job.text.behaviour import REFUSAL_WORDS
 from job.text.markup import markdown_table
 from tests.helpers import made_from
 
@@ -66,7 +66,7 @@ def test_groups_show_the_outcomes_that_there_are_and_are_escaped_on_the_card(tmp
     assert "| a&#124;b, with the behaviour: answered | 0/9" in card
     head, _, rest = card.partition("## Scorecard")
     assert "## " not in head
-    assert rest.index(how(REFUSALS)) < rest.index("## Use it")
+    assert rest.index(how(REFUSAL_WORDS)) < rest.index("## Use it")
     assert markdown_table(scorecard_rows(BASE, EDITED)) in rest
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from job.config.behaviours import BEHAVIOURS
 from job.config.load import load_settings
-from job.text.behaviour import REFUSALS, words_in, words_of
+from job.text.behaviour import REFUSAL_WORDS, words_in, words_of
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
@@ -32,4 +32,4 @@ def test_descriptions_and_markup_stay_out_of_tables(name: str) -> None:
 
 
 def test_settings_of_former_versions_are_about_refusals() -> None:
-    assert words_in({}) is REFUSALS
+    assert words_in({}) is REFUSAL_WORDS

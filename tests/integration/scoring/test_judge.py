@@ -1,0 +1,152 @@
+"""The judge, against a loopback endpoint of the same interface; a real judge model has not been run."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.config.load import default_values
+from job.config.sections import JudgeSettings
+from job.errors import JobError, MachineError, UsageError
+from job.scoring.broken import Exchange
+from job.scoring.judge import KEY, Judge, Verdicts
+from tests.system.test_failpoints import dies
+
+POLITE, RUDE = Exchange("Where is the kettle?", "In the kitchen, please."), Exchange("Where?", "Go away {now}.")
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Judges responses with "Go away" as 9 of 10; `failures` are answered first."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.failures: list[tuple[int, str]] = []
+        self.reply = "<think>1 or 2?</think> {number}"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1/"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Endpoint
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(body)
+        self.server.keys.append(self.headers.get("Authorization"))
+        status, text = self.server.failures.pop(0) if self.server.failures else (200, "")
+        if status == 200 and not text:
+            number = 9 if "Go away" in body["messages"][0]["content"] else 0
+            said = self.server.reply.format(number=number)
+            text = json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]})
+        assert self.path == "/v1/chat/completions"
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    server = Endpoint()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def judge(endpoint: Endpoint, file: Path | None, said: list[str] | None = None, **settings: Any) -> Judge:
+    given = {**default_values()["judge"], "url": endpoint.url, "model": "tiny", **settings}
+    say = (said if said is not None else []).append
+    return Judge(JudgeSettings.model_validate(given), "Is it rude?", Verdicts(file), say, lambda _: 0.0)
+
+
+def test_nothing_is_asked_twice_and_only_the_owner_may_read_the_answers(endpoint: Endpoint, tmp_path: Path) -> None:
+    file = tmp_path / "answers" / "verdicts.txt"
+    assert judge(endpoint, file)([POLITE, RUDE, POLITE]) == [0.0, 0.9, 0.0]
+    assert len(endpoint.asked) == 2
+    content = {body["messages"][0]["content"] for body in endpoint.asked}
+    assert all("Is it rude?" in one for one in content)
+    assert any("Go away {now}." in one for one in content)
+    assert all((body["temperature"], body["model"]) == (0, "tiny") for body in endpoint.asked)
+    assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert "kettle" not in file.read_text()
+    assert judge(endpoint, file)([RUDE, POLITE]) == [0.9, 0.0]
+    assert len(endpoint.asked) == 2
+    # A line torn by a crash is asked again; the file goes on behind it.
+    torn = file.read_text().rstrip("\n")
+    file.write_text(torn[:-2])
+    assert judge(endpoint, file)([RUDE, POLITE]) == [0.9, 0.0]
+    assert judge(endpoint, file)([RUDE, POLITE]) == [0.9, 0.0]
+    assert len(endpoint.asked) == 3
+    assert judge(endpoint, file, model="other")([POLITE]) == [0.0]
+    assert len(endpoint.asked) == 4
+
+
+def test_a_run_killed_after_an_answer_does_not_ask_it_again(endpoint: Endpoint, tmp_path: Path) -> None:
+    file, faults = tmp_path / "verdicts.txt", tmp_path / "faults"
+    faults.mkdir()
+    assert dies(faults, ["judge:answered"], lambda: judge(endpoint, file, parallel=1)([POLITE, RUDE]))
+    assert len(endpoint.asked) == 1
+    assert judge(endpoint, file)([POLITE, RUDE]) == [0.0, 0.9]
+    assert len(endpoint.asked) == 2
+
+
+def test_failures_that_may_pass_are_tried_again(endpoint: Endpoint, tmp_path: Path) -> None:
+    said: list[str] = []
+    endpoint.failures = [(503, "busy"), (429, ""), (200, "no JSON"), (200, json.dumps({"choices": []}))]
+    assert judge(endpoint, None, said, parallel=1)([RUDE]) == [0.9]
+    assert len(said) == 4
+    assert said[0] == "warning: the judge answers 503; trying again in 0 s (1 of 4)"
+    endpoint.failures = [(503, "busy")] * 5
+    with pytest.raises(MachineError, match="the judge answers 503"):
+        judge(endpoint, None)([POLITE])
+    endpoint.reply = "I would rather not say: go away."
+    with pytest.raises(MachineError, match="without a number") as caught:
+        judge(endpoint, None)([RUDE])
+    assert "away" not in caught.value.line
+    endpoint.shutdown()
+    endpoint.server_close()
+    with pytest.raises(MachineError, match="cannot be reached"):
+        judge(endpoint, None, timeout=0.5)([POLITE])
+
+
+def test_the_key_goes_to_the_endpoint_and_into_no_message(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert judge(endpoint, None)([POLITE]) == [0.0]
+    monkeypatch.setenv(KEY, "sesame-opens-it")
+    assert judge(endpoint, tmp_path / "verdicts.txt")([POLITE]) == [0.0]
+    assert endpoint.keys == [None, "Bearer sesame-opens-it"]
+    assert "sesame" not in (tmp_path / "verdicts.txt").read_text()
+    refused: list[JobError] = []
+    for status, text in ((401, "sesame-opens-it is wrong"), (400, json.dumps({"error": {"message": "no such model"}}))):
+        endpoint.failures = [(status, text)]
+        with pytest.raises(UsageError) as caught:
+            judge(endpoint, None)([RUDE])
+        refused.append(caught.value)
+    assert "sesame" not in refused[0].line
+    assert str(refused[1]) == "the judge answers 400: no such model"
+    # A redirect would carry the key elsewhere.
+    endpoint.failures = [(302, "")]
+    with pytest.raises(UsageError, match="the judge answers 302"):
+        judge(endpoint, None)([RUDE])
+
+
+@pytest.mark.parametrize(("text", "number"), [("10", 10), ("7/10", 7), ("Score: 3.", 3), ("0", 0)])
+def test_the_number_is_read_from_what_the_judge_says(endpoint: Endpoint, text: str, number: int) -> None:
+    endpoint.reply = text
+    assert judge(endpoint, None)([POLITE]) == [number / 10]
