@@ -40,7 +40,8 @@ from job.generation.forward import RowTrials, first_logits, shared_prefix
 from job.generation.greedy import greedy_answers
 from job.generation.kv_cache import writable_slots
 from job.model.attention import disable_cudnn_attention, proven_batching
-from job.model.loading import LoadedModel, load_model, resolve_device
+from job.model.devices import resolve_device
+from job.model.loading import LoadedModel, load_model
 from job.numerics.ablation import edit_weight
 from job.numerics.basis import Basis
 

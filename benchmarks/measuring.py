@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from job.model.loading import hardware
+from job.model.devices import hardware
 from job.model.memory import release_memory
 
 LIBRARIES = ("torch", "transformers", "optuna")

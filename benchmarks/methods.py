@@ -140,13 +140,13 @@ def _behind(gain: Tensor, y: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Searched:
     """One search and its edit's figures on held-out prompts; none if no edit of the search answers enough."""
 
-    folder: str
     method: str
-    trials: int
+    folder: str
     seed: int
+    trials: int
     figures: dict[str, float]
 
     @property
@@ -155,10 +155,10 @@ class Cell:
         return self.folder, self.method, self.trials, self.seed
 
 
-def compare(folders: Sequence[Path], given: argparse.Namespace) -> list[Cell]:
+def compare(folders: Sequence[Path], given: argparse.Namespace) -> list[Searched]:
     """Run the missing searches and keep each in the JSON file; return all of the methods asked for."""
     file: Path = given.json
-    cells = [Cell(**cell) for cell in json.loads(file.read_text())] if file.exists() else []
+    cells = [Searched(**cell) for cell in json.loads(file.read_text())] if file.exists() else []
     names = given.only or list(LINEAR if given.methods == "linear" else METHODS[given.methods])
     asked = [(folder, name, given.trials, seed) for folder in folders for seed in given.seeds for name in names]
     known = {cell.conditions for cell in cells}
@@ -171,14 +171,14 @@ def compare(folders: Sequence[Path], given: argparse.Namespace) -> list[Cell]:
         else:
             with tempfile.TemporaryDirectory() as work:
                 figures = run(folder, Path(work) / "runs", METHODS[given.methods][name], trials, seed)
-        cells.append(Cell(folder.name, name, trials, seed, figures))
+        cells.append(Searched(name, folder.name, seed, trials, figures))
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
     wanted = {(folder.name, *rest) for folder, *rest in asked}
     return [cell for cell in cells if cell.conditions in wanted]
 
 
-def table(cells: Iterable[Cell]) -> list[str]:
+def table(cells: Iterable[Searched]) -> list[str]:
     """Return a Markdown table: KL relative to the first method's, and refusals, broken responses and KL by seed.
 
     The ratios are geometric means over the seeds at which both found an edit.

@@ -39,7 +39,8 @@ from job.data.prompts import Prompt
 from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention
 from job.errors import JobError, MachineError
-from job.model.loading import LoadedModel, resolve_device
+from job.model.devices import resolve_device
+from job.model.loading import LoadedModel
 from job.model.rendering import conversations
 from job.numerics.ablation import RowNormalization
 from job.numerics.basis import Basis, orthonormal_basis

@@ -19,6 +19,7 @@ from job.generation.forward import first_logits
 from job.model.bnb import LoadIn, bitsandbytes_config
 from job.model.config_file import model_config
 from job.model.dequantization import forget_quantisation
+from job.model.devices import resolve_device
 from job.model.files import fetch_model, list_model, parse_model
 from job.model.gguf_files import GGUF, gguf_tokenizer, gguf_types, reading_gguf
 from job.model.loading import (
@@ -29,7 +30,6 @@ from job.model.loading import (
     prepare_transformers,
     read_config,
     read_weights,
-    resolve_device,
 )
 from job.model.quantization import METHODS, method_of
 from job.model.weight_files import checkpoint_files, stored_tensors

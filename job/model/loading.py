@@ -5,9 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-import platform
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -32,7 +30,7 @@ from job.architectures.structure import discover
 from job.architectures.tiny_model import auto_class, empty_model
 from job.config.sections import LoadingSettings
 from job.data.prompts import Prompt
-from job.errors import ImpossibleJobError, JobError, MachineError, UsageError, in_one_line
+from job.errors import ImpossibleJobError, JobError, UsageError, in_one_line
 from job.generation.batching import BatchingSupport
 from job.generation.forward import first_logits, input_device
 from job.generation.greedy import greedy_answers
@@ -41,6 +39,7 @@ from job.model.bnb import bitsandbytes_config
 from job.model.config_file import CONFIG, GENERATION, model_config
 from job.model.dequantization import plain_loading_config
 from job.model.device_faults import Shortage, within_memory
+from job.model.devices import resolve_device
 from job.model.finite_weights import infinite_parameter, require_finite
 from job.model.fit import require_fit, unloadable
 from job.model.memory import keep_freed_memory
@@ -59,7 +58,6 @@ GREETING = Prompt(user="Hello, how are you?")
 _KERNELS = {"_attn_implementation": ("eager", "sdpa"), "_experts_implementation": ("eager", "batched_mm", "grouped_mm")}
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _PLACE = re.compile(r"cpu|mps|disk|cuda(:\d+)?")
-_CPUS = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -255,36 +253,6 @@ def _template_beside(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ImpossibleJobError(f"{file} is damaged: {error}", remedy="obtain an undamaged copy") from error
     return template if isinstance(template, str) else None
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device of a setting. Raises MachineError if this machine lacks it."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    count = {
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }.get(device.type, 1)
-    if (device.index or 0) >= count:
-        raise MachineError(f"this machine has no device {name}", remedy="choose another loading.device")
-    return device
-
-
-def hardware(device: torch.device) -> str:
-    """Describe the hardware that computes on a device."""
-    if device.type == "cuda":
-        names = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-        return ", ".join(f"{count} × {name}" for name, count in names.items())
-    return f"{device_kind(device)}, {torch.get_num_threads()} threads"
-
-
-def device_kind(device: torch.device) -> str:
-    """Return the kind of a device, regardless of its number or cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    models = re.findall(r"^model name\s*:\s*(.+)$", _CPUS.read_text(), re.MULTILINE) if _CPUS.exists() else []
-    return models[0].strip() if models else platform.processor() or platform.machine()
 
 
 def _load_weights(folder: Path, dtype: str, device: torch.device, settings: LoadingSettings) -> PreTrainedModel:

@@ -39,7 +39,7 @@ def write_picture(folder: RunFolder, file: Path) -> None:
 
     image = Image.new("RGB", (WIDTH, HEIGHT), _PAPER)
     draw = ImageDraw.Draw(image)
-    _draw_figures(draw, _name(view), view.result)
+    _draw_figures(draw, view, view.result)
     _draw_front(draw, view, view.result)
     try:
         image.save(file, "PNG", optimize=True)
@@ -53,13 +53,21 @@ def _name(view: RunView) -> str:
     return given.rpartition("/")[2].partition("@")[0]
 
 
-def _draw_figures(draw: ImageDraw, name: str, result: RunResult) -> None:
+def _draw_figures(draw: ImageDraw, view: RunView, result: RunResult) -> None:
     base, edited = result.base, result.edited
-    _text(draw, (_MARGIN, 50), name, 44, width=WIDTH - 2 * _MARGIN)
+    _text(draw, (_MARGIN, 50), _name(view), 44, width=WIDTH - 2 * _MARGIN)
     _text(draw, (_MARGIN, 108), "a behaviour removed by directional ablation", 24, _GREY)
     lines = (
-        ("prompts with the behaviour, refused", f"{base.refusals} to {edited.refusals} of {edited.bad_prompts}", 54),
-        ("other prompts, refused", f"{base.false_refusals} to {edited.false_refusals} of {edited.good_prompts}", 40),
+        (
+            f"prompts with the behaviour, {view.words.shown}",
+            f"{base.refusals} to {edited.refusals} of {edited.bad_prompts}",
+            54,
+        ),
+        (
+            f"other prompts, {view.words.shown}",
+            f"{base.false_refusals} to {edited.false_refusals} of {edited.good_prompts}",
+            40,
+        ),
         ("change of other responses", f"KL {edited.kl or 0:.3g} nats", 40),
     )
     top = 180

@@ -32,7 +32,7 @@ class Exchange:
     prompt: str
     answer: str
     incoherent: bool = False
-    groups: Mapping[str, str] = field(default_factory=dict)
+    groups: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def broken(self) -> bool:

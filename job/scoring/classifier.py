@@ -10,8 +10,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from job.config.sections import LoadingSettings
 from job.errors import ImpossibleJobError, first_line
+from job.model.devices import resolve_device
 from job.model.files import fetch_model, list_model, parse_model
-from job.model.loading import quieten_transformers, resolve_device
+from job.model.loading import quieten_transformers
 
 _ROWS = 16
 _MOST_TOKENS = 512

@@ -101,7 +101,7 @@ class JobEvaluator:
     @property
     def hardware(self) -> str:
         """The device that computes the model."""
-        from job.model.loading import device_kind
+        from job.model.devices import device_kind
 
         return device_kind(self._model.device)
 

@@ -81,7 +81,7 @@ def looking(folder: RunFolder, events: Events, device: str | None = None) -> Ite
         raise UsageError(f"job {record.job_id} has no finished trial yet", remedy="run it first")
     if device is not None:
         settings = settings.model_copy(update={"loading": _on_device(settings.loading, device)})
-    from job.model.loading import resolve_device
+    from job.model.devices import resolve_device
     from job.stages.session import opened_session
 
     if _is_held_here(folder) and resolve_device(settings.loading.device).type != "cpu":

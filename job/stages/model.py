@@ -19,7 +19,8 @@ from job.directions.response_prefix import with_response_prefix
 from job.errors import ImpossibleJobError
 from job.lifecycle.running import OpenJob
 from job.model.device_faults import Watchdog, clear_faults
-from job.model.loading import LoadedModel, hardware, load_model
+from job.model.devices import hardware
+from job.model.loading import LoadedModel, load_model
 from job.model.placement import placement
 from job.model.rendering import Rendering, conversations, shows_date
 from job.model.safetensors_files import Checkpoint

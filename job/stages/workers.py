@@ -54,7 +54,7 @@ class Workers:
         """Start workers, unless nothing is left to evaluate. Raises UsageError or MachineError."""
         if not self._wanted:
             return
-        from job.model.loading import device_kind
+        from job.model.devices import device_kind
 
         evaluation = JobEvaluation(self._job.record, _without_targets(self._job.settings), prompts, self._place(model))
         self.executor.open(evaluation, device_kind(model.device))

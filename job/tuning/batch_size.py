@@ -21,7 +21,8 @@ from job.directions.residuals import extract_residuals
 from job.edits.hooks import Intervention
 from job.errors import ImpossibleJobError, MachineError
 from job.model.device_faults import Shortage, halving, within_memory
-from job.model.loading import LoadedModel, hardware
+from job.model.devices import hardware
+from job.model.loading import LoadedModel
 from job.numerics.basis import Basis
 from job.numerics.directions import mean_difference
 from job.records import JobRecord
