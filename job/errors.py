@@ -107,6 +107,10 @@ class MachineError(JobError):
     exit_code = 76
 
 
+class MemoryShortageError(MachineError):
+    """Memory does not suffice even for the least."""
+
+
 class DamagedError(MachineError):
     """A file of the run folder is damaged: this machine's copy cannot be used, a mirror's can."""
 

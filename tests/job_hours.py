@@ -35,7 +35,7 @@ COUNTS = (1, 2, 4, 8)
 # A line of 400 Mb/s both ways, bytes a second.
 LINE = 400e6 / 8
 # Prompts of the default sets: 400 + 400 for directions, 100 + 100 to evaluate, halved into search and report.
-EXTRACTION, SEARCH, PROMPT_TOKENS = 400, 50, 40
+EXTRACTION, SEARCH, PROMPT_TOKENS = 400, 50, Workload().prompt_tokens // 2
 
 
 class MeasuredRates(Record):
@@ -137,7 +137,12 @@ def page(measured: Mapping[str, MeasuredRates], prices: Mapping[str, float]) -> 
     trials = planned_trials(values.get("trials"), values["search"]["method"])
     lines = [
         _ABOUT.format(
-            known=known, line=int(LINE * 8 / 1e6), disk=int(DISK / 1e6), stages=DESCENT_STAGES, trials=trials
+            known=known,
+            line=int(LINE * 8 / 1e6),
+            disk=int(DISK / 1e6),
+            stages=DESCENT_STAGES,
+            trials=trials,
+            tokens=PROMPT_TOKENS,
         ),
         *table(measured, prices),
     ]
@@ -153,14 +158,14 @@ _COLUMNS = (
 _ABOUT = """# Hours and dollars by model and GPU
 
 How long does a job take, and what does it cost? `abliterate preflight MODEL --on 1xH200` answers for your job.
-This page has the answers of the same planner for the default settings. It is written by
+This page has the same formulas, with the default settings and the line and prompts named below. It is written by
 `python -m tests.job_hours --write docs/hours-and-dollars.md`.
 
 - **Computed** is arithmetic. No whole job was timed for this table. Its inputs are below.
 - **Rates of the GPU**: "data sheet" takes 40 % of its arithmetic and 60 % of its bandwidth. "Measured" takes the rates
   of `python -m benchmarks.gpu`, which `--add gpu.json --card H200` enters here. Measured so far: {known}.
-- **Job**: a search by gradient in {stages} stages, {trials} trials on 50 + 50 prompts of 40 tokens, 640 prompts for the
-  directions, up to 8 finalists, one delivery.
+- **Job**: a search by gradient in {stages} stages, {trials} trials on 50 + 50 prompts of {tokens} tokens, 640 prompts
+  for the directions, up to 8 finalists, one delivery. The memory of the descent's steps is not in the plan.
 - **Line**: {line} Mb/s both ways, an assumption. A line twice as fast halves the transfers.
 - **Disk**: {disk} MB/s for reading and writing, an assumption. "Rest" is loading and export.
 - **Machine**: the fewest cards out of 1, 2, 4 and 8 that hold the model in bfloat16, by the memory plan.

@@ -24,11 +24,12 @@ OTHERS |= {"CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md"}
 # By task; decisions and lab notes follow.
 NAVIGATION = {
     "Start": ("index.md", "concepts.md"),
-    "Run a job": ("first-real-model.md", "how-to.md", "settings.md", "api.md"),
+    "Run a job": ("first-real-model.md", "how-to.md", "scorers.md", "quantised.md", "settings.md", "api.md"),
     "Choose a model and a machine": (
         "models.md",
         "architectures.md",
         "costs.md",
+        "hours-and-dollars.md",
         "machines.md",
         "without-an-image.md",
         "gpu.md",

@@ -27,11 +27,16 @@ fi
 if [ -n "${ABLITERATION_WHEEL:-}" ]; then
     python="${ABLITERATION_PYTHON:-python3}"
     echo "onstart: installing $ABLITERATION_WHEEL" >&2
-    "$python" -m pip install --quiet --no-input "$ABLITERATION_WHEEL" 9>&-
-    # As the image's own entry point does.
-    export ABLITERATE_WORKSPACE="$workspace" HF_HOME="${HF_HOME:-$workspace/.cache/huggingface}"
-    command=("$python" -m job)
+    log="$workspace/abliterate.log"
+    for wait in 5 30 0; do
+        "$python" -m pip install --quiet --no-input "$ABLITERATION_WHEEL" 9>&- 2>>"$log" && break
+        [ "$wait" = 0 ] && echo "onstart: no job is running, and the machine bills on: pip failed" | tee -a "$log" >&2 && exit 1
+        sleep "${ABLITERATION_RETRY:-$wait}"
+    done
+    command=("$python" -P -m job) # -P: the wheel's, whatever folder this starts in
 fi
+# As the image's own entry point does.
+export ABLITERATE_WORKSPACE="$workspace" HF_HOME="${HF_HOME:-$workspace/.cache/huggingface}"
 # A session of its own, so that the end of this script is not the end of the job.
 setsid "${command[@]}" "$@" >>"$workspace/abliterate.log" 2>&1 </dev/null &
 echo "onstart: started; tail -f $workspace/abliterate.log" >&2

@@ -22,7 +22,7 @@ from job.cli.options import (
     find_job,
     json_alone,
 )
-from job.errors import UsageError
+from job.errors import JobError, UsageError
 from job.text.behaviour import words_in, words_of
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def evaluate(
         from job.storage.jobs import job_settings
 
         names, events, measured = tuple(filter(None, (tasks or "").split(","))), Events(), list[MeasuredPair]()
+        failed: JobError | None = None
         asked = ComparisonRequest(good_prompts, bad_prompts, text, names, limit, tasks_folder, _kind(load_in))
         with json_alone(as_json):
             if models and against is not None:
@@ -138,7 +139,7 @@ def evaluate(
                 words = words_of(settings.card.behaviour)
                 if upload:
                     require_deliverable(models)
-                measured = evaluate_models(models, against, settings, asked, events)
+                measured, failed = evaluate_models(models, against, settings, asked, events)
                 found = [one.comparison for one in measured]
             else:
                 folder = find_job(workspace, job)
@@ -155,8 +156,9 @@ def evaluate(
         else:
             typer.echo(comparisons_text(together, words) if together else comparison_text(found[0], words))
         if gated or upload:
-            for one in found:
-                require_gate(settings, one)
+            require_gate(settings, found)
+        if failed is not None:
+            raise failed
         if upload:
             deliver_measured(measured[0], settings, events)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "run": (
-        "Qwen/Qwen3-8B --trials 200 --upload file:///mnt/models/edited",
+        "Qwen/Qwen3-8B --upload file:///mnt/models/edited",
         "path/to/model --bad-prompts bad.txt --good-prompts good.txt --device cuda:1 --max-hours 90m",
         "Qwen/Qwen3-8B --checkpoint hf://me/state --upload hf://me/edited --max-cost 5 --price 0.4",
         "--reproduce reproduce.json",

@@ -24,6 +24,7 @@ from job.cli.options import (
     where_is,
 )
 from job.cli.outcome import print_json, tell_failed
+from job.errors import GateError
 from job.text.redaction import redacted_json
 
 
@@ -69,9 +70,15 @@ def upload(
         where = where_is(workspace, job, checkpoint, assignments)
         events = Events()
         start = resumption(where, None, events.say, **({"upload": upload} if upload else {}))
-        failed = upload_trial(start, trial, export_format(form), events, signals)
+        missed: GateError | None = None
+        try:
+            failed = upload_trial(start, trial, export_format(form), events, signals)
+        except GateError as error:
+            failed, missed = [], error
     if as_json:
-        print_json(start.folder, failed)
+        print_json(start.folder, failed, missed.line if missed else None)
+    if missed is not None:
+        raise missed
     tell_failed(start.folder, failed)
 
 

@@ -280,6 +280,7 @@ def _descriptor_redirected(out: TextIO | None, err: TextIO | None) -> Iterator[N
         os.dup2(err.fileno(), out.fileno())
         yield
     finally:
+        out.flush()
         os.dup2(kept, out.fileno())
         os.close(kept)
 

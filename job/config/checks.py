@@ -91,19 +91,25 @@ def _refuse_wrong_objectives(settings: Settings) -> None:
             re.compile(settings.scoring.pattern)
         except re.error as error:
             raise UsageError(f"scoring.pattern is no regular expression: {error}", remedy="correct it") from None
+    if not all(word.strip() for word in settings.scoring.words):
+        raise UsageError("scoring.words holds an empty word, which every response has", remedy="leave it out")
     if settings.judge.url is not None:
-        _refuse_exposing_url(settings.judge.url)
+        refuse_exposing_url(settings.judge.url)
 
 
-def _refuse_exposing_url(url: str) -> None:
-    address = urlsplit(url)
+def refuse_exposing_url(url: str) -> None:
+    """Raise UsageError for a judge's address that would expose responses or a key."""
+    try:
+        address = urlsplit(url)
+    except ValueError:
+        raise UsageError("judge.url is not an address", remedy="correct it") from None
     local = address.hostname in ("127.0.0.1", "localhost", "::1")
     if not address.hostname or not (address.scheme == "https" or (address.scheme == "http" and local)):
         raise UsageError(
             "judge.url is neither an https:// address nor one of this machine, so that all could read the responses",
             remedy="use https, or a tunnel to a port of this machine",
         )
-    if address.username is not None or address.query:
+    if address.username is not None or address.query or address.fragment:
         raise UsageError("judge.url holds more than an address", remedy="put the key into JUDGE_API_KEY")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -137,6 +138,13 @@ class AblationSettings(Section):
     )
 
 
+def asked_method(search: Mapping[str, Any]) -> Literal["auto", "tpe", "gradient"]:
+    """Return the method that a table of search settings asks for; see `SearchSettings.asked_method`."""
+    method: Literal["auto", "tpe", "gradient"] = search["method"]
+    by_scorers = not set(search["objectives"]) <= set(DEFAULT_OBJECTIVES)
+    return "tpe" if method == "auto" and by_scorers else method
+
+
 class SearchSettings(Section):
     """How edits are searched for."""
 
@@ -162,8 +170,7 @@ class SearchSettings(Section):
     @property
     def asked_method(self) -> Literal["auto", "tpe", "gradient"]:
         """The method asked for: "auto" is "tpe" with objectives that gradients cannot lower."""
-        by_scorers = not set(self.objectives) <= set(DEFAULT_OBJECTIVES)
-        return "tpe" if self.method == "auto" and by_scorers else self.method
+        return asked_method(self.model_dump())
 
 
 class ScoringSettings(Section):

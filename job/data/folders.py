@@ -26,7 +26,8 @@ def is_saved(folder: Path) -> bool:
 def link_out(folder: Path, paths: Iterable[Path]) -> Path | None:
     """Return the first of a folder's paths that a link leads out of it, except to the Hub cache's own blobs."""
     root = folder.resolve()
-    inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    snapshot = next((place for place in (root, *root.parents) if place.parent.name == "snapshots"), None)
+    inside = [root] if snapshot is None else [root, (snapshot.parent.parent / "blobs").resolve()]
     return next((path for path in paths if not any(path.resolve().is_relative_to(place) for place in inside)), None)
 
 
@@ -36,7 +37,7 @@ def folder_files(folder: Path, split: str, config: str | None) -> list[Path]:
     Raises ImpossibleJobError without any, or for a link out of the folder: clones of others may hold links.
     """
     files = _folder_files(folder, split, config)
-    if link := link_out(folder, [folder / _CARD, *files]):
+    if link := link_out(folder, files):
         raise ImpossibleJobError(
             f"{link} is a link to a place outside the folder of prompts",
             remedy="replace the link by the file, or give the folder that holds the file",
@@ -86,7 +87,7 @@ def _card_configs(folder: Path) -> dict[str, object]:
     card = folder / _CARD
     remedy = "correct its first block, or name the files themselves as prompts"
     with _explained(f"the card {card} cannot be read", remedy):  # the libraries may raise anything for a card
-        if not card.is_file():
+        if not card.is_file() or link_out(folder, [card]):
             return {}
         require_plain_header(card)
         if b"configs:" not in card.read_bytes():

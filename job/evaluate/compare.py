@@ -25,6 +25,7 @@ from job.records import DetectorReport
 from job.report.results import job_trials
 from job.scoring.detectors import Context, detect
 from job.stages.followups import looking, trial_of
+from job.stages.objectives import scorer_context
 from job.storage.atomic import write_record
 from job.storage.events import Events
 from job.storage.job_file import JobFile
@@ -102,7 +103,7 @@ def evaluate_trial(
         if reason is not None:
             raise UsageError(f"trial {trial.number} cannot be measured: {reason}", remedy="choose another")
         after = bench.measure_edited(before.passages, references, edits, incoherence)
-        detectors = _detected(settings, bench, before, after, events)
+        detectors = _detected(scorer_context(job), bench, before, after)
         found = _comparison(f"job {record.job_id}", settings.model, trial.number, before, after, texts, detectors)
         write_record(folder.evaluation_file(trial.number), found)
         if found.scores:
@@ -112,34 +113,41 @@ def evaluate_trial(
 
 @dataclass(frozen=True)
 class MeasuredPair:
-    """A comparison and the models that were measured."""
+    """A comparison and the models that were measured; `own_text` if the user named the plain text."""
 
     comparison: Comparison
     base: Subject
     edited: Subject
+    own_text: bool
 
 
 def evaluate_models(
     models: Sequence[str], base: str, settings: Settings, asked: ComparisonRequest, events: Events
-) -> list[MeasuredPair]:
+) -> tuple[list[MeasuredPair], JobError | None]:
     """Measure models against a base model, which is measured once; one model is in memory at a time.
 
-    Raises ImpossibleJobError, MachineError or JobError.
+    Returns what was measured, and the error that ended it after the first model. Raises ImpossibleJobError,
+    MachineError or JobError.
     """
     harness, texts = asked.harness(), asked.texts(events.say)
     pair = asked.prompts(settings, events.say)
     first = find_subject(base, None, events.say)
     others = [find_subject(model, asked.load_in, events.say) for model in models]
-    found = []
+    found: list[MeasuredPair] = []
     with clear_faults():
         before = _measured_base(first, settings, pair, texts, harness, events)
         for model, other in zip(models, others, strict=True):
             release_memory()
-            after, detectors = _measured_other(other, settings, pair, texts, harness, events, before)
+            try:
+                after, detectors = _measured_other(other, settings, pair, texts, harness, events, before)
+            except JobError as error:
+                if not found:
+                    raise
+                return found, error
             compared = _comparison(model, base, None, before.measured, after, texts, detectors)
             compared = compared.model_copy(update={"reading": other.reading(before.asked.dtype)})
-            found.append(MeasuredPair(compared, first, other))
-    return found
+            found.append(MeasuredPair(compared, first, other, asked.text is not None))
+    return found, None
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,7 @@ def _measured_base(
     bench = opened(subject, settings, pair, harness, events)
     if settings.loading.response_prefix == "auto":
         bench = bench_of(with_response_prefix(bench.loaded, *pair, bench.rows), settings, pair, harness, events)
-    measured, _, (reference, more) = bench.measure_base(bench.passages(texts))
+    measured, _, (reference, more) = bench.measure_base(bench.passages(texts), flagged=False)
     references = replace(reference, logits=reference.logits.cpu()), replace(more, logits=more.logits.cpu())
     return _Base(measured, references, bench.metrics.batches.good.tokens, Asked.of(bench.loaded))
 
@@ -182,15 +190,14 @@ def _measured_other(
     else:
         passages = bench.passages(texts)
     measured = bench.measure_edited(passages, base.references if alike else None)
-    return measured, _detected(settings, bench, base.measured, measured, events)
+    markers, behaviour = bench.metrics.markers, settings.card.behaviour
+    context = Context(settings.scoring, markers, settings.loading, events.say, settings.judge, behaviour)
+    return measured, _detected(context, bench, base.measured, measured)
 
 
-def _detected(
-    settings: Settings, bench: ModelBench, before: MeasuredModel, after: MeasuredModel, events: Events
-) -> DetectorReport:
-    context = Context(settings.scoring, bench.metrics.markers, settings.loading, events.say)
+def _detected(context: Context, bench: ModelBench, before: MeasuredModel, after: MeasuredModel) -> DetectorReport:
     good = len(bench.metrics.batches.good)
-    return detect(settings.scoring.detectors, context, before.exchanges, after.exchanges, good)
+    return detect(context.scoring.detectors, context, before.exchanges, after.exchanges, good)
 
 
 def _comparison(

@@ -15,17 +15,21 @@ from job.export.benchmarks import benchmark_rows
 from job.export.merged import copy_licences, seal
 from job.export.scorecard import how, scorecard_rows
 from job.model.base_card import read_base_card
+from job.model.carried_files import carried_files
 from job.model.files import parse_model
+from job.model.weight_files import checkpoint_files
 from job.storage.atomic import cannot_write, make_folder
 from job.storage.events import Events
 from job.storage.exports import CARD, DONE, MANIFEST, REPRODUCE, SUMS
-from job.text.behaviour import words_of
+from job.text.behaviour import HARMLESS, HARMLESS_REFUSAL, words_of
 from job.text.markup import markdown_table
 from job.text.redaction import redacted
 from job.text.templates import template
 from job.upload.targets import deliver
 
 MEASUREMENT = "measurement.json"
+# What quantisers leave beside the weights.
+_QUANTISERS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _SECTION = "\n## Measured\n"
 # Written anew for each delivery.
 _OWN = frozenset({CARD, DONE, MANIFEST, MEASUREMENT, REPRODUCE, SUMS})
@@ -48,8 +52,9 @@ def deliver_measured(measured: MeasuredPair, settings: Settings, events: Events)
     path = measured.edited.path.absolute()
     folder = path.with_name(f".{path.name}.delivery")
     try:
-        _fill(folder, [path] if path.is_file() else _files_of(path))
-        copy_licences(measured.base.path, folder)
+        _fill(folder, [path] if path.is_file() else _files_of_model(path, settings))
+        if measured.base.path.is_dir():
+            copy_licences(measured.base.path, folder)
         seal(folder, lambda _: _described(measured, settings))
     except OSError as error:
         raise cannot_write(Path(error.filename or folder), error) from error
@@ -78,6 +83,13 @@ def _failure(folder: Path, target: str, settings: Settings, name: str, events: E
     return ""
 
 
+def _files_of_model(folder: Path, settings: Settings) -> list[Path]:
+    """Return what loading the model needs: other files of the folder may be private."""
+    others = carried_files(folder, code=settings.loading.trust_remote_code)
+    quantiser = [file for name in _QUANTISERS if (file := folder / name).is_file()]
+    return list(dict.fromkeys([*others, *quantiser, *checkpoint_files(folder)]))
+
+
 def _files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
 
@@ -98,26 +110,33 @@ def _fill(folder: Path, files: Sequence[Path]) -> None:
 
 
 def _described(measured: MeasuredPair, settings: Settings) -> Mapping[str, str]:
-    """Return the texts of a delivery by file name; they name no local folder."""
-    base = parse_model(measured.comparison.against)
-    names = {
+    """Return the texts of a delivery by file name; they name nothing local or private."""
+    given, base = measured.comparison, measured.base
+    is_local = parse_model(given.against).kind == "folder"
+    named: dict[str, Any] = {
         "model": measured.edited.path.name,
-        "against": base.describe() if base.kind == "hub" else measured.base.path.name,
+        "against": base.repository or (base.path.name if is_local else "a private model"),
     }
-    found = measured.comparison.model_copy(update=names)
+    if given.text is not None and measured.own_text:
+        named["text"] = given.text.model_copy(update={"source": "a text of the user's"})
+    if given.detectors is not None:
+        failed = dict.fromkeys(given.detectors.failed, "could not be used")
+        named["detectors"] = given.detectors.model_copy(update={"failed": failed})
+    found = given.model_copy(update=named)
     return {MEASUREMENT: found.model_dump_json(indent=2) + "\n", CARD: _card(measured, settings)}
 
 
 def _card(measured: MeasuredPair, settings: Settings) -> str:
     """Return the card: the folder's own one with a section of figures, else a whole one."""
     found, path = measured.comparison, measured.edited.path
-    base = parse_model(found.against)
-    base_model = settings.card.base_model or (base.name if base.kind == "hub" else None)
+    base_model = settings.card.base_model or measured.base.repository
     own, words = path / CARD, words_of(settings.card.behaviour)
-    earlier = own.read_text(encoding="utf-8").partition(_SECTION)[0].rstrip() if own.is_file() else None
+    earlier = (
+        own.read_text(encoding="utf-8", errors="replace").partition(_SECTION)[0].rstrip() if own.is_file() else None
+    )
     section = template("job.evaluate", "measured_card.md").render(
         own=earlier,
-        metadata=_metadata(measured, base_model),
+        metadata=_metadata(measured, base_model, settings.card.behaviour),
         title=one_line(path.stem if path.is_file() else path.name),
         base_model=base_model,
         behaviour=settings.card.behaviour,
@@ -126,12 +145,14 @@ def _card(measured: MeasuredPair, settings: Settings) -> str:
         figures=markdown_table(scorecard_rows(found.base, found.edited, words)),
         scores=markdown_table(benchmark_rows(found.scores)) if found.scores else "",
         measurement=MEASUREMENT,
-        how=how(words),
+        how=how(words, likelihood=False),
+        harmless=settings.card.behaviour in HARMLESS,
+        only_harmless=settings.card.behaviour == HARMLESS_REFUSAL,
     )
     return section if earlier is None else f"{earlier}\n{section}"
 
 
-def _metadata(measured: MeasuredPair, base_model: str | None) -> str:
+def _metadata(measured: MeasuredPair, base_model: str | None, behaviour: str) -> str:
     from huggingface_hub import ModelCardData
 
     inherited: dict[str, Any] = redacted(read_base_card(measured.base.path, base_model).metadata)
@@ -140,6 +161,6 @@ def _metadata(measured: MeasuredPair, base_model: str | None) -> str:
         library_name=None if measured.edited.form == "gguf" else "transformers",
         pipeline_tag="text-generation",
         base_model=base_model,
-        tags=["abliterated", "not-for-all-audiences"],
+        tags=["abliterated", *(["not-for-all-audiences"] if behaviour not in HARMLESS else [])],
     )
     return data.to_yaml().strip()

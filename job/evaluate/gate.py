@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from job.config.schema import Settings
 from job.errors import GateError, UsageError
 from job.evaluate.result import Comparison
@@ -17,8 +19,8 @@ def with_bounds(settings: Settings, max_kl: float | None, max_refusals: int | No
     return found
 
 
-def require_gate(settings: Settings, found: Comparison) -> None:
-    """Raise GateError if a model's figures miss the bounds of settings."""
-    missed = missed_gate(settings, found.edited)
-    if missed is not None:
-        raise GateError(f"{found.model}: {missed}", remedy="quantise less, choose another edit, or allow more")
+def require_gate(settings: Settings, found: Sequence[Comparison]) -> None:
+    """Raise GateError if figures of models miss the bounds of settings."""
+    missed = [f"{one.model}: {reason}" for one in found if (reason := missed_gate(settings, one.edited)) is not None]
+    if missed:
+        raise GateError("; ".join(missed), remedy="quantise less, choose another edit, or allow more")

@@ -68,11 +68,16 @@ class ModelBench:
     harness: Harness | None
     report: Callable[[str], None]
 
-    def measure_base(self, passages: list[Passage]) -> tuple[MeasuredModel, IncoherenceTest, KLReferences]:
-        """Measure the base model, calibrate the incoherence test on it and record its KL references."""
+    def measure_base(
+        self, passages: list[Passage], *, flagged: bool = True
+    ) -> tuple[MeasuredModel, IncoherenceTest, KLReferences]:
+        """Measure the base model, calibrate the incoherence test on it and record its KL references.
+
+        `flagged` applies that test to its own responses, too.
+        """
         responses = self.metrics.responses()
         incoherence = self.metrics.incoherence_test(responses)
-        judged = self.metrics.judge(responses, incoherence.flags(responses))
+        judged = self.metrics.judge(responses, incoherence.flags(responses) if flagged else None)
         reference = self.metrics.reference()
         references = reference, self.metrics.more_reference(reference, responses)
         figures = judged.figures(self.metrics.kl_tokens, thinking=self.metrics.thinking())
@@ -119,7 +124,7 @@ class ModelBench:
             ]
         passages = [passage for passage in passages if passage.count > 0]
         if not passages:
-            raise ImpossibleJobError(f"{texts.source}holds no text", remedy="give another --text")
+            raise ImpossibleJobError(f"{texts.source} holds no text", remedy="give another --text")
         return passages
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from job.evaluate.result import Comparison, Interval
-from job.export.scorecard import outcome_name
 from job.numerics.statistics import wilson_interval
 from job.records import Figures, Outcomes, Record
 from job.records.scorecard import OUTCOMES
@@ -32,7 +31,11 @@ def comparisons_text(found: Comparisons, words: BehaviourWords = REFUSAL_WORDS) 
     """Format all edits as tables of a few columns, with a legend."""
     edits = found.comparisons
     blocks = [_table(edits[start : start + _BESIDE], start, words) for start in range(0, len(edits), _BESIDE)]
-    names = [f"base: {found.against}", *(f"{_name(index)}: {one.model}" for index, one in enumerate(edits))]
+    names = [f"base: {found.against}"]
+    for index, one in enumerate(edits):
+        names.append(f"{_name(index)}: {one.model}")
+        if one.reading is not None:
+            names.append(f"{_name(index)}: {one.reading.form}: {one.reading.note}")
     return "\n\n".join([*blocks, "\n".join([*names, *_notes(edits)])])
 
 
@@ -55,7 +58,12 @@ def _outcome_rows(edits: Sequence[Comparison], words: BehaviourWords) -> Iterato
         whole = [_whole(figures, kind) for figures in models]
         for outcome in (*OUTCOMES, "empty"):
             cells = [_NONE if one is None else _share(getattr(one, outcome), one.responses) for one in whole]
-            yield (f"{name}, % {outcome_name(outcome, words)}", *cells)
+            yield (f"{name}, % {_short(outcome, words)}", *cells)
+
+
+def _short(outcome: str, words: BehaviourWords) -> str:
+    """Return an outcome in words that fit a narrow column."""
+    return outcome if words.refuses else {"refused": "with it", "answered": "without it"}.get(outcome, outcome)
 
 
 def _whole(figures: Figures, kind: str) -> Outcomes | None:
@@ -102,3 +110,5 @@ def _notes(edits: Sequence[Comparison]) -> Iterator[str]:
     base = edits[0].base
     yield f"prompts: {base.bad_prompts} with the behaviour, {base.good_prompts} ordinary ones; ( ): 95 % intervals"
     yield "every response counts once; empty ones are also among the broken"
+    if (text := edits[0].text) is not None:
+        yield f"cross-entropy on {text.source}"

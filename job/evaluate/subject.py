@@ -6,7 +6,7 @@ import contextlib
 import io
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig, GgufConfig, PreTrainedModel
@@ -62,11 +62,13 @@ class Subject:
 
     Attributes:
         form: "" for plain weights, "gguf", a bitsandbytes type, or the method that config.json names.
+        repository: Its public repository on the Hub; None for folders and private ones.
     """
 
     path: Path
     form: str = ""
     load_in: LoadIn | None = None
+    repository: str | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -142,13 +144,16 @@ def find_subject(name: str, load_in: LoadIn | None, report: Callable[[str], None
             raise ImpossibleJobError(f"there is no file {file}", remedy="give the path of a GGUF file")
         found = Subject(file, "gguf")
     else:
-        folder = fetch_model(source, list_model(source, None, report), report)
-        found = Subject(folder, method_of(model_config(folder), stored_tensors(folder)) or "")
+        listing = list_model(source, None, report)
+        folder = fetch_model(source, listing, report)
+        public = source.name if source.kind == "hub" and listing.public else None
+        form = method_of(model_config(folder), stored_tensors(folder)) or ""
+        found = Subject(folder, form, repository=public)
     if load_in is None:
         return found
     if found.form:
         raise UsageError(f"{name} is quantised already ({found.form})", remedy="leave out --load-in")
-    return Subject(found.path, load_in, load_in)
+    return replace(found, form=load_in, load_in=load_in)
 
 
 def _load_gguf(file: Path, settings: LoadingSettings, dtypes: list[str], report: Callable[[str], None]) -> LoadedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,6 +195,7 @@ def apply_edit(source: Path, file: Path, out: Path, advance: Callable[[int], Non
     # Written beside it until complete, so that the folder never holds a partial model.
     partial = out.absolute().with_name(f".{out.name}.partial")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an interrupted start, perhaps for another model
         with clear_faults():
             written = write_weights(source, partial, architecture, edit, advance, own_code=True)
             written.verify()

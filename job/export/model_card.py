@@ -22,7 +22,7 @@ from job.numerics.statistics import difference_interval
 from job.records import Component, EditParameters, ExportFormat, Figures
 from job.records.edits import LayerStrengths
 from job.records.evaluation import Benchmarks
-from job.text.behaviour import HARMLESS_REFUSAL, BehaviourWords, words_of
+from job.text.behaviour import HARMLESS, HARMLESS_REFUSAL, BehaviourWords, words_of
 from job.text.divergence import kl_with_bound
 from job.text.markup import escaped, markdown, markdown_table
 from job.text.redaction import redacted
@@ -53,6 +53,7 @@ def model_card(
     return template("job.export", "model_card.md").render(
         made=made,
         words=words,
+        harmless=made.behaviour in HARMLESS,
         only_harmless=made.behaviour == HARMLESS_REFUSAL,
         tensors=tensors,
         metadata=_metadata(made, redacted(base.metadata)),
@@ -146,7 +147,7 @@ def _metadata(made: Reproduction, inherited: Mapping[str, Any]) -> str:
         base_model=made.base_model,
         base_model_relation=relation if made.base_model else None,
         datasets=sorted(datasets) or None,
-        tags=["abliterated", *(["not-for-all-audiences"] if words_of(made.behaviour).refuses else [])],
+        tags=["abliterated", *(["not-for-all-audiences"] if made.behaviour not in HARMLESS else [])],
         model_name=_title(made),
         eval_results=_eval_results(made),
     )

@@ -30,6 +30,7 @@ class WrittenShards:
     def __init__(self, checkpoint: Checkpoint, edited: Mapping[str, Callable[[], Tensor]], folder: Path) -> None:
         """Take the checkpoint, a function for each stored tensor that changes, and the folder to write to."""
         self._checkpoint, self._edited, self._folder = checkpoint, edited, folder
+        self._sources = self._states()
         self.hashes: dict[str, str] = {}
 
     def write(self, advance: Callable[[int], None]) -> None:
@@ -37,8 +38,15 @@ class WrittenShards:
         self._for_each_file(self._write, advance)
 
     def verify(self, advance: Callable[[int], None] = lambda _: None) -> None:
-        """Read all files back. Raises ExportMismatchError unless they hold what was written."""
+        """Read all files back. Raises ExportMismatchError unless they hold what was written of an unchanged source."""
         self._for_each_file(self._verify, advance)
+        if self._sources != self._states():
+            raise ExportMismatchError("the model's files changed while they were read", remedy="run again")
+
+    def _states(self) -> list[tuple[int, int, int]]:
+        """Return what changes with a source file's contents; its bytes are read once, so this stands for them."""
+        found = [file.stat() for file in self._checkpoint.files]
+        return [(one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
 
     def _for_each_file(self, work: Callable[[Path], None], advance: Callable[[int], None]) -> None:
         for file in self._checkpoint.files:
@@ -83,11 +91,11 @@ class WrittenShards:
         try:
             for block in blocks_of(copy):
                 digest.update(block)
+            damaged = None if digest.hexdigest() == self.hashes[file.name] else self._damaged_part(file, copy)
         except OSError as error:
             reason = f"{copy} cannot be read back: {error.strerror}"
             raise ExportMismatchError(reason, remedy=_REMEDY) from error
-        if digest.hexdigest() != self.hashes[file.name]:
-            damaged = self._damaged_part(file, copy)
+        if damaged is not None:
             raise ExportMismatchError(f"{damaged} does not hold what was written", remedy=_REMEDY)
 
     def _damaged_part(self, file: Path, copy: Path) -> str:

@@ -6,6 +6,7 @@ become weaker from stage to stage until refusals return. The stages before that 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,15 +98,19 @@ class Descent:
         file: Path,
         key: str,
         report: Callable[[str], None],
+        room: Callable[[float], bool] = lambda _: True,
     ) -> None:
         """Prepare the descent.
 
         `measure` scores an edit on the `held_out` held-out bad prompts; `activate` activates one in the search's hooks.
-        `file` holds the state, under the cache key `key`; `report` receives a line for every stage.
+        `file` holds the state, under the cache key `key`; `report` receives a line for every stage. `room` tells
+        whether a budget has room for so many seconds more.
         """
         self._problem, self._recipe = problem, problem.recipe
         self._measure, self._activate, self._held_out = measure, activate, held_out
         self._file, self._key, self._report = file, key, report
+        self._room = room
+        self.cut_short = False
 
     def run(self, start: DescentState, advance: Callable[[int], None]) -> tuple[StageEnd, ...]:
         """Return the stages to keep; `advance` receives the number of steps done. Raises MachineError."""
@@ -114,7 +119,13 @@ class Descent:
         if kept is None:
             self._write_state(state)  # its rows, which depend on the memory that was free
         advance(state.adam.steps)
+        longest = 0.0
         while not self._is_over(state.ends):
+            if state.ends and not self._room(longest):
+                self.cut_short = True
+                self._report("the budget ends the gradient descent")
+                break
+            begin = time.monotonic()
             weights, pace = self._weights(state.ends), self._pace(state.ends)
             last = (len(state.ends) + 1) * self._recipe.steps
             targets = self._targets(state.ends)
@@ -129,6 +140,7 @@ class Descent:
             state = replace(state, ends=(*state.ends, end))
             self._write_state(state)
             self._report_stage(end, losses)
+            longest = max(longest, time.monotonic() - begin)
         return worth_keeping(state.ends, self._held_out)
 
     def _targets(self, ends: Sequence[StageEnd]) -> Targets:

@@ -9,8 +9,8 @@ from pathlib import Path
 from job.data.prompts import PromptSets
 from job.errors import DamagedError
 from job.records import GeometryRecord, MeasuredFinalists, Record, State
+from job.records.edit_path import EditPath
 from job.search.finalists import FullCounts
-from job.search.path import EditPath
 from job.storage.atomic import read_record, sha256_file
 from job.storage.events import read_events
 from job.storage.exports import DONE, is_sealed

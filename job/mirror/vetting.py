@@ -46,7 +46,9 @@ def proven(record: JobRecord, job: str) -> tuple[JobRecord, dict[str, Any]]:
     silent = {name: given[name] for name in given.keys() - said.keys() if name in EDIT | JOB}
     kept = nested({**silent, **{name: value for name, value in said.items() if name not in left_out}})
     redacted = tuple(name for name in record.redacted if name in kept)
-    return record.model_copy(update={"settings": kept, "redacted": redacted}), left_out
+    resolution = record.resolution and record.resolution.model_copy(update={"scorers": None})  # pinned anew here
+    updated = {"settings": kept, "redacted": redacted, "resolution": resolution}
+    return record.model_copy(update=updated), left_out
 
 
 def _other_settings(record: JobRecord) -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from job.errors import AcceleratorFaultError, MachineError, Stopped, first_line
+from job.errors import AcceleratorFaultError, MemoryShortageError, Stopped, first_line
 from job.model.memory import release_memory
 from job.system.failpoints import planted
 from job.system.lifeline import tell
@@ -43,15 +43,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
+def is_of_device(error: BaseException) -> bool:
+    """Return whether memory or the device failed, not the code that raised the error."""
+    return isinstance(error, torch.AcceleratorError) or is_out_of_memory(error)
+
+
 @dataclass(frozen=True)
 class Shortage:
     """A computation for which memory did not suffice; `reason` is the first line of its error."""
 
     reason: str
 
-    def error(self) -> MachineError:
+    def error(self) -> MemoryShortageError:
         """Return the error for a machine whose memory does not suffice even for the least."""
-        return MachineError(
+        return MemoryShortageError(
             f"out of memory: {self.reason or 'none is left'}",
             remedy="free the device of others, choose a larger one, or spread the model (loading.device_map)",
         )

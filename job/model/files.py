@@ -92,9 +92,9 @@ class ModelListing(Record):
 
 
 def parse_model(text: str) -> ModelSource:
-    """Parse MODEL: an existing folder, else ``user/name[@revision]`` on the Hub."""
+    """Parse MODEL: an existing folder, or a GGUF file, else ``user/name[@revision]`` on the Hub."""
     matched = REPOSITORY.fullmatch(text)
-    if Path(text).exists() or matched is None or text.startswith((".", "/", "~")):
+    if Path(text).exists() or matched is None or text.startswith((".", "/", "~")) or text.endswith(".gguf"):
         return ModelSource("folder", str(Path(text).expanduser()))
     return ModelSource("hub", matched["name"], matched["revision"])
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from job.records.base import Record
 
@@ -27,6 +27,12 @@ class ObjectiveScore(Record):
     of: int | None = Field(None, ge=0)
     smooth: float = Field(0.0, ge=-0.5, le=0.5)
     direction: Literal["fewer", "more", "closer"] = "fewer"
+
+    @model_validator(mode="after")
+    def _require_possible(self) -> Self:
+        if self.figure < 0 or (self.of is not None and self.figure > self.of):
+            raise ValueError(f"a figure of {self.figure:g} of {self.of}")
+        return self
 
     @property
     def cost(self) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from job.records import EditParameters, GeometryRecord, LayerGeometry, Trial
+from job.records.edit_path import EditPath
 from job.report.plot import Axis, Chart, Series, layer_axis, linear_axis, log_axis
 from job.search.pareto import pareto_front
-from job.search.path import EditPath
 from job.text.behaviour import REFUSAL_WORDS, BehaviourWords
 
 # Looks of page.css.

@@ -81,7 +81,7 @@ def _draw_figures(draw: ImageDraw, view: RunView, result: RunResult) -> None:
 
 
 def _draw_front(draw: ImageDraw, view: RunView, result: RunResult) -> None:
-    chart = front_chart(view.trials, result.chosen, view.searched_base, len(result.prompts.bad_search))
+    chart = front_chart(view.trials, result.chosen, view.searched_base, len(result.prompts.bad_search), view.words)
     left, top, right, bottom = _CHART
     draw.rectangle(_CHART, outline=_GRID)
     for value, text in chart.x.ticks:

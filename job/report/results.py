@@ -8,8 +8,9 @@ from typing import Any
 from job.errors import DamagedError
 from job.export.reproduction import Reproduction
 from job.records import EditParameters, Trial
+from job.records.edit_path import EditPath
 from job.search.finalists import read_full_counts, with_full_counts
-from job.search.path import EditPath, PathSpace
+from job.search.path import PathSpace
 from job.search.space import SearchSpace, Space
 from job.search.study import read_trials
 from job.storage.atomic import read_record

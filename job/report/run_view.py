@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from job.config.load import default_values, merged
+from job.config.sections import asked_method
 from job.data.prompts import PromptSets
 from job.errors import JobError
 from job.records import (
@@ -28,6 +29,7 @@ from job.records import (
     Trial,
     Upload,
 )
+from job.records.edit_path import EditPath
 from job.records.evaluation import Benchmarks
 from job.report.results import job_trials, machines, trial_edit
 from job.report.timings import PhaseTime, phase_times, time_spent
@@ -37,7 +39,6 @@ from job.search.convergence import effect_warnings, search_warnings
 from job.search.finalists import read_full_counts
 from job.search.method import planned_trials, trials_wanted
 from job.search.pareto import pareto_front
-from job.search.path import EditPath
 from job.storage.answers import read_answers
 from job.storage.atomic import read_record
 from job.storage.events import read_events
@@ -109,7 +110,7 @@ class RunView:
     @cached_property
     def trials_wanted(self) -> int:
         """How many trials the search makes."""
-        asked, method = self.settings.get("trials"), self.settings["search"]["method"]
+        asked, method = self.settings.get("trials"), asked_method(self.settings["search"])
         return self._readable(lambda: trials_wanted(self.folder, asked, method), planned_trials(asked, method))
 
     @cached_property

@@ -12,14 +12,16 @@ import json
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Self
 
 import httpx2
 
+from job.config.checks import refuse_exposing_url
 from job.config.sections import JudgeSettings
 from job.errors import MachineError, UsageError, in_one_line
 from job.scoring.broken import Exchange
@@ -34,7 +36,8 @@ _TRANSIENT = frozenset({408, 409, 425, 429})
 # Room for a chain of thought.
 _MOST_TOKENS = 1024
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-_NUMBER = re.compile(r"(?<![\d.])(10|\d)(?![\d])")
+# The last one in a sentence is meant, but for what it is out of.
+_NUMBER = re.compile(r"(?<![\d.,/-])(10|\d)(?![\d.,]\d|\d)(?:\s*(?:/|out of)\s*10)?")
 
 
 class _PassingError(Exception):
@@ -43,6 +46,10 @@ class _PassingError(Exception):
     def __init__(self, what: str, wait: float | None = None) -> None:
         super().__init__(what)
         self.wait = wait
+
+
+class _NumberlessError(_PassingError):
+    """A judge declined, or wrote something else than was asked for."""
 
 
 class Judge:
@@ -57,6 +64,7 @@ class Judge:
         pause: Callable[[int], float] = lambda failures: backoff_s(failures, _FIRST_WAIT, _LONGEST_WAIT),
     ) -> None:
         assert settings.url is not None
+        refuse_exposing_url(settings.url)
         self._url = f"{settings.url.rstrip('/')}/chat/completions"
         self._settings, self._question = settings, question
         self._verdicts, self._say, self._pause = verdicts, say, pause
@@ -92,13 +100,32 @@ class Judge:
 
     def _ask(self, questions: Sequence[str]) -> None:
         """Ask several at a time; after a failure or a stop no further one is begun, nor waited for."""
-        with httpx2.Client(headers=self._headers, timeout=self._settings.timeout) as client:
-            threads = ThreadPoolExecutor(self._settings.parallel, thread_name_prefix="judge")
+        # A proxy would read what goes to a server of this machine unencrypted.
+        proxied = not self._url.startswith("http://")
+        left: deque[str] = deque(questions)
+        told: SimpleQueue[BaseException | None] = SimpleQueue()
+
+        def work(client: httpx2.Client) -> None:
+            while left:
+                try:
+                    self._asked(client, left.popleft())
+                    told.put(None)
+                except IndexError:
+                    return  # another thread took the last one
+                except BaseException as error:  # the caller's thread raises it
+                    told.put(error)
+                    return
+
+        with httpx2.Client(headers=self._headers, timeout=self._settings.timeout, trust_env=proxied) as client:
+            # Not those of a pool, which the interpreter waits for at its end.
+            for _ in range(self._settings.parallel):
+                threading.Thread(target=work, args=(client,), name="judge", daemon=True).start()
             try:
-                for answer in [threads.submit(self._asked, client, body) for body in questions]:
-                    answer.result()
+                for _ in questions:
+                    if (error := told.get()) is not None:
+                        raise error
             finally:
-                threads.shutdown(wait=False, cancel_futures=True)
+                left.clear()
 
     def _asked(self, client: httpx2.Client, body: str) -> None:
         def wait_after(error: Exception, failures: int) -> float | None:
@@ -112,6 +139,8 @@ class Judge:
 
         try:
             answer = retried(lambda: self._sent(client, body), wait_after)
+        except _NumberlessError as error:
+            raise UsageError(str(error), remedy="choose another judge.model, or another judge.question") from error
         except _PassingError as error:
             raise MachineError(str(error), remedy="check judge.url and run the same command again") from error
         self._verdicts.add(body, answer)
@@ -155,10 +184,10 @@ def _number(response: httpx2.Response) -> int:
         text = str(found["choices"][0]["message"]["content"] or "")
     except (ValueError, KeyError, IndexError, TypeError):
         raise _PassingError("the judge answers something else than a chat completion") from None
-    number = _NUMBER.search(_THOUGHT.sub("", text))
-    if number is None:
-        raise _PassingError(f"the judge answers without a number from 0 to {_SCALE}")
-    return int(number[0])
+    numbers = _NUMBER.findall(_THOUGHT.sub("", text))
+    if not numbers:
+        raise _NumberlessError(f"the judge answers without a number from 0 to {_SCALE}")
+    return int(numbers[-1])
 
 
 class Verdicts:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from job.config.scorers import Direction, Objective, PromptKind, judging
 from job.errors import ImpossibleJobError, JobError, in_one_line
+from job.model.device_faults import is_of_device
 from job.records import DEFAULT_OBJECTIVES, ObjectiveScore, TrialScores
 from job.scoring.broken import Exchange
 from job.scoring.detectors import COUNTS, Context, Scorer, degree, judgements, scorer_factory
@@ -38,6 +39,8 @@ class ResponseObjective:
         except JobError:
             raise
         except Exception as error:  # others' code may raise anything
+            if is_of_device(error):
+                raise
             raise ImpossibleJobError(
                 f"the scorer {objective.scorer} cannot be used: {in_one_line(error)}",
                 remedy="correct it, or choose another objective",
@@ -54,6 +57,8 @@ class ResponseObjective:
         except JobError:
             raise
         except Exception as error:  # others' code may raise anything
+            if is_of_device(error):
+                raise
             raise ImpossibleJobError(
                 f"the scorer {self.name} has failed: {in_one_line(error)}",
                 remedy="correct it, or choose another objective",

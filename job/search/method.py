@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from job.records import JobRecord, SearchMethod
-from job.search.path import EditPath
+from job.records.edit_path import EditPath
 from job.storage.atomic import read_record
 from job.storage.run_folder import RunFolder
 
@@ -36,5 +36,12 @@ def search_method(folder: RunFolder, asked: str) -> SearchMethod:
 
 
 def trials_wanted(folder: RunFolder, trials: int | None, asked: str) -> int:
-    """Return how many trials a job's search makes: `trials` if given, else by its method. Raises DamagedError."""
-    return trials if trials is not None else DEFAULT_TRIALS[search_method(folder, asked)]
+    """Return how many trials a job's search makes: `trials` if given, else by its method. Raises DamagedError.
+
+    Former versions made as many by gradient as by TPE.
+    """
+    if trials is not None:
+        return trials
+    resolution = folder.read_job().resolution if folder.job_file.exists() else None
+    of_former_version = resolution is not None and resolution.method is None
+    return DEFAULT_TRIALS["tpe" if of_former_version else search_method(folder, asked)]

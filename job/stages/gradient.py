@@ -10,19 +10,21 @@ from job.data.prompts import held_out
 from job.directions.learned import keep_learned, learned_file
 from job.directions.residuals import digest
 from job.edits.hooks import ActiveEdits
+from job.errors import MemoryShortageError
 from job.gradient.descent import NO_GRADIENT, Descent, DescentState, StageEnd, gradient_fault, path_of
 from job.gradient.hooks import DifferentiableEdits
 from job.gradient.problem import LossWeights, Problem
 from job.gradient.recipe import Recipe
 from job.lifecycle.running import RunningJob
+from job.lifecycle.search_limits import budget_of
 from job.model.device_faults import halving
 from job.numerics.gradient import EditVariables
 from job.records import COMPONENTS, DEFAULT_OBJECTIVES, EditParameters, LearnedDirections, TrialScores
+from job.records.edit_path import EditPath, PathStage
 from job.report.results import trials_so_far
 from job.scoring.prompt_batches import PromptBatches
 from job.scoring.trial_scorer import TrialScorer
 from job.search.method import planned_method
-from job.search.path import EditPath, PathStage
 from job.stages.model import worker_count
 from job.stages.session import ModelSession
 from job.storage.atomic import ensure_folder, write_record
@@ -95,6 +97,14 @@ class _Finder:
 
     def found(self) -> EditPath:
         """Return the path, or the reason that there is none."""
+        try:
+            return self._found()
+        except MemoryShortageError as error:
+            if self._job.settings.search.method != "auto":
+                raise
+            return self._path((), str(error))
+
+    def _found(self) -> EditPath:
         fault = self._offloaded()
         if fault is not None:
             return self._path((), fault)
@@ -118,12 +128,13 @@ class _Finder:
         fault = gradient_fault(problem, start, LossWeights(recipe.first_beta, recipe.sparsity), job.events.say)
         if fault is not None:
             return self._path((), f"gradients of this model cannot be used: {fault}")
+        room = budget_of(job.folder, settings, job.meter).has_room_for
         held_out, file = len(self._bad[1]), job.folder.gradient_folder / "state.safetensors"
-        descent = Descent(problem, self._measured, self._activated, held_out, file, self._key, job.events.say)
+        descent = Descent(problem, self._measured, self._activated, held_out, file, self._key, job.events.say, room)
         with job.events.progress("gradient steps", recipe.steps * recipe.stages) as advance:
             ends = descent.run(start, advance)
         least = min(end.scores.unanswered if end.scores.reason is None else held_out for end in ends)
-        if settings.search.method == "auto" and least > _MOST_LEFT * held_out:
+        if settings.search.method == "auto" and not descent.cut_short and least > _MOST_LEFT * held_out:
             return self._path((), f"they leave {least} of {held_out} held-out prompts {job.words.shown} or broken")
         return self._path(ends, None)
 

@@ -24,11 +24,24 @@ from job.text.redaction import MASK, redacted_json
 def find_folder(settings: Settings) -> RunFolder:
     """Return the run folder for settings, which need not exist; writes nothing."""
     try:
-        identity = identify(settings, write=False)
+        identity = _identified(settings, {}, write=False)
     except JobError:
         # What is missing has a check of its own.
         return RunFolder(Path(settings.workspace) / "-")
     return RunFolder(Path(settings.workspace) / job_id(identity))
+
+
+def _identified(settings: Settings, pinned: Mapping[str, Any], *, write: bool = True) -> dict[str, Any]:
+    """Return a job's identity; of one that a former version began without naming its method, "tpe", that one."""
+    identity = {**identify(settings, write=write), **pinned}
+    if settings.search.method == "tpe":
+        unnamed = {name: value for name, value in identity["search"].items() if name != "method"}
+        former = {**identity, "search": unnamed}
+        folder = RunFolder(Path(settings.workspace) / job_id(former))
+        begun = folder.read_job().resolution if folder.job_file.exists() else None
+        if begun is not None and begun.method is None:
+            return former
+    return identity
 
 
 def open_job(settings: Settings, *, new: bool, pinned: Mapping[str, Any] | None = None) -> tuple[RunFolder, JobRecord]:
@@ -37,7 +50,7 @@ def open_job(settings: Settings, *, new: bool, pinned: Mapping[str, Any] | None 
     `new` starts a job beside one with other settings; `pinned` fields make it a separate job. Raises
     ImpossibleJobError, MachineError, or UsageError for a job with other settings without `new`.
     """
-    identity = {**identify(settings), **(pinned or {})}
+    identity = _identified(settings, pinned or {})
     folder = RunFolder(Path(settings.workspace) / job_id(identity))
     if not folder.job_file.exists() and not new and not pinned:
         others = {other.path.name: other.read_job().identity for other in jobs_in(folder.path.parent)}

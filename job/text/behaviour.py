@@ -13,6 +13,8 @@ from job.text.redaction import redact
 _NAME = re.compile(r"[^\W_][^\W_ '-]*(?:[ '-][^\W_]+){0,3}")
 _LONGEST = 32
 HARMLESS_REFUSAL = "refusal of harmless requests"
+# Behaviours whose removal makes a model comply with nothing that it refused; a test compares them with the presets'.
+HARMLESS = frozenset({"disclaimers", "flattery", "purple prose"})
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 _MOST_BYTES = 1 << 22
 # A header that repeats itself may grow to ten to the power of its depth. No card needs more repetitions than these.
 _MOST_REPEATED = 20
-_HEADER = re.compile(r"\s*---(?:\r\n|\r|\n)([\S\s]*?)(?:\r\n|\r|\n)---")
-_REPEATED = re.compile(r"(?<![^\s\[{,:-])\*[A-Za-z0-9_]")
-_NAMED = re.compile(r"(?<![^\s\[{,:-])&[A-Za-z0-9_]")
+_HEADER = re.compile(r"\s*---(?:\r\n|\r|\n)([\S\s]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r|\n|$)")
+_REPEATED = re.compile(r"(?<![^\s\[{,:-])\*[A-Za-z0-9_-]")
+_NAMED = re.compile(r"(?<![^\s\[{,:-])&[A-Za-z0-9_-]")
 
 
 def require_plain_header(card: Path) -> None:

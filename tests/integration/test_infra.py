@@ -222,3 +222,16 @@ def test_onstart_installs_a_wheel_into_an_image_that_is_not_ours(tmp_path: Path)
     while not log.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert str(tmp_path / "workspace") in log.read_text()
+
+
+def test_onstart_says_where_one_looks_that_no_job_is_running(tmp_path: Path) -> None:
+    env = {
+        **os.environ,
+        **{"ABLITERATE_WORKSPACE": str(tmp_path), "ABLITERATION_PYTHON": sys.executable, "ABLITERATION_RETRY": "0"},
+        **{"ABLITERATION_WHEEL": str(tmp_path / "gone.whl"), "ABLITERATION_COMMAND": "config show workspace"},
+    }
+    started = subprocess.run(["bash", INFRA / "vast" / "onstart.sh"], env=env, capture_output=True, text=True)
+    log = (tmp_path / "abliterate.log").read_text()
+    assert started.returncode == 1
+    assert "no job is running, and the machine bills on" in log
+    assert log.count("gone.whl") >= 3

@@ -50,7 +50,7 @@ def arguments(organism: Path, workspace: Path, trials: int) -> list[Any]:
         *("--set", "directions.orthogonalize_directions=true", "--set", "directions.iterative_rounds=2"),
         *("--set", "helpfulness_prompts=kitchen/good#train[150:160]/ask"),
         *("--set", "unhelpfulness_prompts=kitchen/web:en#train[:3]"),
-        *("--set", "directions.winsorization_quantile=0.995"),
+        *("--set", "directions.winsorization_quantile=0.995", "--set", "search.method=tpe"),
     ]
 
 

@@ -157,8 +157,6 @@ def test_a_folder_of_others_links_to_no_file_of_this_machine(tmp_path: Path, kin
         shutil.rmtree(folder)
         datasets.Dataset.from_dict({"text": ROWS[:1]}).save_to_disk(folder)
         link = folder / "data-00001-of-00001.arrow"
-    elif kind == "card":
-        link = folder / "README.md"
     if kind == "folder":
         (folder / "data").symlink_to(secret.parent)
     else:
@@ -574,3 +572,27 @@ def test_unknown_built_in_prompts_are_refused() -> None:
         parse_source(settings("builtin:mine#train"))
     with pytest.raises(UsageError):
         parse_source(settings("builtin:../columns#train"))
+
+
+def test_a_card_that_is_a_link_to_elsewhere_is_not_read(tmp_path: Path) -> None:
+    folder, card = tmp_path / "set", tmp_path / "card.md"
+    folder.mkdir()
+    card.write_text("---\nconfigs:\n- config_name: default\n  data_files: 'b.txt'\n---\n")
+    (folder / "a.txt").write_text("Where is it?\n")
+    (folder / "b.txt").write_text("What is it?\n")
+    (folder / "README.md").symlink_to(card)
+    assert len(read(str(folder))) == 2
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_links_of_the_hub_cache_lead_to_its_blobs(tmp_path: Path, linked: bool) -> None:
+    repository = tmp_path / "hub" / "datasets--cook--soup"
+    blobs = tmp_path / "shared" if linked else repository / "blobs"
+    data = repository / "snapshots" / ("c" * 40) / "data"
+    blobs.mkdir(parents=True)
+    data.mkdir(parents=True)
+    if linked:
+        (repository / "blobs").symlink_to(blobs)
+    (blobs / "b1").write_text("Where is it?\n")
+    (data / "a.txt").symlink_to(Path("../../../blobs/b1"))
+    assert len(read(str(data))) == 1

@@ -14,7 +14,7 @@ from job.export.model_card import model_card
 from job.model.base_card import read_base_card
 from job.numerics.statistics import difference_interval, mean_interval, wilson_interval
 from job.scoring.broken import is_empty_or_repetitive
-from job.text.behaviour import HARMLESS_REFUSAL
+from job.text.behaviour import HARMLESS, HARMLESS_REFUSAL
 from tests.fakes.hub import LoopbackHub
 from tests.helpers import made_from
 
@@ -196,12 +196,13 @@ def test_broken_answers_are_told_from_whole_ones(answer: str, degenerate: bool) 
 @pytest.mark.parametrize("behaviour", ["flattery", "disclaimers", "purple prose", "a habit of *ours*"])
 def test_the_card_of_another_behaviour_says_nothing_of_refusals(behaviour: str, form: str, tmp_path: Path) -> None:
     card = model_card(made_from(behaviour=behaviour, format=form), base(tmp_path))
-    assert "refus" not in card.casefold()
+    # Of a behaviour that is not known to be harmless, it warns as of refusals.
+    assert ("Safety refusals" in card) == ("refus" in card.casefold()) == (behaviour not in HARMLESS)
     name = "the behaviour" if "*" in behaviour else behaviour
     assert f"The base model shows {name} on 98 of 100 prompts with the behaviour, this model 3 of 100." in card
     assert "*ours*" not in card
     data = ModelCard(card).data.to_dict()
-    assert data["tags"] == ["abliterated"]
+    assert ("not-for-all-audiences" in data["tags"]) == (behaviour not in HARMLESS)
     _, results = model_index_to_eval_results(data["model-index"])
     assert {result.metric_type for result in results} >= {"behaviour_rate", "false_behaviour_rate"}
 

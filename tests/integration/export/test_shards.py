@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from job.errors import ImpossibleJobError, Stopped
+from job.errors import ExportMismatchError, ImpossibleJobError, Stopped
 from job.export.merged import seal
 from job.export.shards import WrittenShards
 from job.model.safetensors_files import Checkpoint
@@ -67,6 +68,22 @@ def shards_of(model: Path, folder: Path, seconds: float = 0.0, *, fails: bool = 
     edits = Edits(checkpoint, seconds, fails)
     names = [f"{number}.edited" for number in range(FILES)]
     return WrittenShards(checkpoint, {name: partial(edits.compute, name) for name in names}, folder), edits
+
+
+def test_a_source_that_changes_meanwhile_is_no_source(model: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model, source)
+    out.mkdir()
+    shards, _ = shards_of(source, out)
+    shards.write(lambda _: None)
+    shards.verify()
+    file = source / "model-3.safetensors"
+    data = file.read_bytes()
+    # Saved again, as a download or a sync does.
+    (source / "new").write_bytes(data)
+    (source / "new").replace(file)
+    with pytest.raises(ExportMismatchError, match="changed while they were read"):
+        shards.verify()
 
 
 def test_each_byte_is_read_once_written_once_and_read_back_once(model: Path, tmp_path: Path) -> None:

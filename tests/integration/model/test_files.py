@@ -34,6 +34,7 @@ from job.storage.atomic import make_folder, read_record, write_record
 from job.storage.exports import MANIFEST
 from job.storage.identity import model_identity
 from job.storage.run_folder import RunFolder
+from job.text.behaviour import REFUSAL_WORDS
 from job.text.markup import markdown
 from job.text.templates import template
 from tests.helpers import abliterate, made_from
@@ -230,7 +231,8 @@ HOSTILE = (
     "<!-- x",
     "'\"`",
 )
-MACROS: Any = template("job.report", "macros.html").module
+STORY = {"words": REFUSAL_WORDS}
+MACROS: Any = template("job.report", "macros.html").make_module({"story": STORY})
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 
 

@@ -115,7 +115,7 @@ def test_failures_that_may_pass_are_tried_again(endpoint: Endpoint, tmp_path: Pa
     with pytest.raises(MachineError, match="the judge answers 503"):
         judge(endpoint, None)([POLITE])
     endpoint.reply = "I would rather not say: go away."
-    with pytest.raises(MachineError, match="without a number") as caught:
+    with pytest.raises(UsageError, match="without a number") as caught:
         judge(endpoint, None)([RUDE])
     assert "away" not in caught.value.line
     endpoint.shutdown()

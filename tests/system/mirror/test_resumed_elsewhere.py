@@ -162,7 +162,7 @@ def test_no_secret_is_in_any_file_or_word(moved: Moved, server: S3Server) -> Non
 def test_a_job_that_came_to_nothing_is_not_in_the_way(organism: Path, server: S3Server, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"ask": "Where is the hexed red kettle kept?"}\n')
     right, mirror = job_arguments(organism), at(server, "nothing")
-    wrong = [*right[:-1], f"{tmp_path / 'bad.jsonl'}#train/column"]
+    wrong = [*right, "--bad-eval-prompts", f"{tmp_path / 'bad.jsonl'}#train/column"]
     failed = abliterate("run", *wrong, *mirror, "--workspace", tmp_path / "a", **ENV)
     failed.fails(3, "column column", "does not exist")
     assert not (tmp_path / "a").exists()

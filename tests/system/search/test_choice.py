@@ -107,8 +107,9 @@ def _spread_is_that_of_the_report(folder: RunFolder, prompts: PromptSets, made: 
     spread = made["edited"]["kl_spread"]
     assert 0 <= spread["median"] <= spread["ninetieth"] <= spread["largest"]
     assert spread["largest"] >= made["edited"]["kl"] >= spread["median"] / 2
-    assert f"(prompt {spread['prompt']})" in card
-    worst = prompts.good_report[spread["prompt"]].user
+    assert f"(no. {spread['prompt']})" in card
+    # The prompt that is named is that of the divergence over more tokens.
+    worst = prompts.good_report[made["edited"]["kl_more"]["spread"]["prompt"]].user
     assert worst not in card
     assert f"<q>{worst}</q>" in folder.page_file.read_text()
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from job.directions.learned import EXPORTED
 from job.export.reproduction import read_reproduction
 from job.preflight.limits import read_memory
-from job.search.path import EditPath
+from job.records.edit_path import EditPath
 from job.search.study import read_trials
 from job.storage.atomic import read_record, sha256_file
 from job.system.failpoints import FAILPOINTS

@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from job.records import EditParameters
-from job.search.path import POSITION, EditPath, PathSpace, PathStage
+from job.records.edit_path import EditPath, PathStage
+from job.search.path import POSITION, PathSpace
 
 
 def stage(attention: float, mlp: float) -> PathStage:

@@ -6,7 +6,7 @@ import pytest
 
 from job.config.behaviours import BEHAVIOURS
 from job.config.load import load_settings
-from job.text.behaviour import REFUSAL_WORDS, words_in, words_of
+from job.text.behaviour import HARMLESS, REFUSAL_WORDS, words_in, words_of
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
@@ -33,3 +33,8 @@ def test_descriptions_and_markup_stay_out_of_tables(name: str) -> None:
 
 def test_settings_of_former_versions_are_about_refusals() -> None:
     assert words_in({}) is REFUSAL_WORDS
+
+
+def test_harmless_behaviours_are_those_of_presets_that_are_no_refusals() -> None:
+    named = {load_settings({"model": "m", "behaviour": name}).settings.card.behaviour for name in BEHAVIOURS}
+    assert {name for name in named if not words_of(name).refuses} == HARMLESS

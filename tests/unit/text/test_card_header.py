@@ -21,10 +21,16 @@ TABLES = "a0: &a0 {x: 1}\n" + "".join(
 FIELDS = "license: *a9\nlanguage: *a9\ntags: *a9\nconfigs:\n- config_name: default\n  data_files: *a9\n"
 
 
-@pytest.mark.parametrize("bomb", [LISTS, TABLES], ids=["lists", "tables"])
+DASHES = LISTS.replace("&a", "&-a").replace("*a", "*-a")
+LATER = "---x: 1\n" + LISTS
+
+
+@pytest.mark.parametrize("bomb", [LISTS, TABLES, DASHES, LATER], ids=["lists", "tables", "dashes", "later"])
 def test_a_card_that_grows_without_bound_is_not_expanded(tmp_path: Path, bomb: str) -> None:
     """Regression: such a card of a base model took all memory while the export was written, after the whole search."""
-    (tmp_path / "README.md").write_text(f"---\n{bomb}{FIELDS}---\n# A model\n")
+    (tmp_path / "README.md").write_text(
+        f"---\n{bomb}{FIELDS if bomb != DASHES else FIELDS.replace('*a', '*-a')}---\n# A model\n"
+    )
     (tmp_path / "train.txt").write_text("Stir the soup.\n")
     with pytest.raises(ValueError, match="repeats parts of itself"):
         require_plain_header(tmp_path / "README.md")
