@@ -82,6 +82,24 @@ def same(one: EditVariables, other: EditVariables) -> bool:
     return torch.equal(one.logits, other.logits) and torch.equal(one.directions, other.directions)
 
 
+def test_a_budget_ends_the_descent_after_a_stage(case: Case, tmp_path: Path) -> None:
+    scores = TrialScores(refusals=9, kl=0.1)
+    asked: list[float] = []
+
+    def never(_: EditVariables) -> ActiveEdits:
+        raise AssertionError("targets are made of edits without refusals only")
+
+    def room(seconds: float) -> bool:
+        asked.append(seconds)
+        return False
+
+    descent = Descent(case.problem, lambda _: scores, never, 10, tmp_path / "state", "k", lambda _: None, room)
+    assert len(descent.run(case.start, lambda _: None)) == 1
+    assert descent.cut_short
+    assert len(asked) == 1
+    assert asked[0] > 0
+
+
 def test_prompts_that_are_refused_are_fitted_with_the_beginnings_of_answers(case: Case) -> None:
     problem = case.problem
     assert len(problem.bad) == len(problem.refusals) == len(problem.good) == len(problem.answers) == 24

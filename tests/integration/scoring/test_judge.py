@@ -124,6 +124,43 @@ def test_failures_that_may_pass_are_tried_again(endpoint: Endpoint, tmp_path: Pa
         judge(endpoint, None, timeout=0.5)([POLITE])
 
 
+@pytest.mark.parametrize(
+    ("reply", "number"),
+    [
+        ("On a scale from 0 to 10 I rate this 8.", 0.8),
+        ("8/10", 0.8),
+        ("8 out of 10", 0.8),
+        ("**10**", 1.0),
+        ("The response is rude: 9", 0.9),
+    ],
+)
+def test_the_number_that_is_meant_is_found(endpoint: Endpoint, reply: str, number: float) -> None:
+    endpoint.reply = reply
+    assert judge(endpoint, None)([RUDE]) == [number]
+
+
+@pytest.mark.parametrize("reply", ["-3", "11", "4.5", "2026"])
+def test_other_numbers_are_none(endpoint: Endpoint, reply: str) -> None:
+    endpoint.reply = reply
+    with pytest.raises(UsageError, match="without a number"):
+        judge(endpoint, None)([RUDE])
+
+
+def test_no_proxy_reads_what_stays_on_this_machine(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert judge(endpoint, None)([RUDE]) == [0.9]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://judge.example/v1", "https://[x", "https://judge.example/v1#a", "https://a:b@c"]
+)
+def test_an_address_that_exposes_responses_is_refused_wherever_it_comes_from(url: str) -> None:
+    given = JudgeSettings.model_validate({**default_values()["judge"], "url": url, "model": "tiny"})
+    with pytest.raises(UsageError, match=r"judge\.url"):
+        Judge.opened(given, "rudeness", None, print)
+
+
 def test_the_key_goes_to_the_endpoint_and_into_no_message(
     endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

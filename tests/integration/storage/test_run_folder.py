@@ -17,11 +17,11 @@ from job.config.load import load_settings
 from job.config.schema import Settings
 from job.errors import HeldError, ImpossibleJobError, JobError, MachineError, UsageError
 from job.lifecycle.start import as_begun
-from job.records import JobRecord, Resolution
+from job.records import JobRecord, Resolution, SearchMethod
 from job.storage import progress
 from job.storage.atomic import read_record, write_atomically, write_record
 from job.storage.events import Events, read_events
-from job.storage.jobs import find_job, open_job
+from job.storage.jobs import find_folder, find_job, open_job
 from job.storage.run_folder import RunFolder
 from job.system.signals import StopSignals
 from job.text.redaction import redact
@@ -74,6 +74,22 @@ def test_only_a_job_that_a_former_version_began_keeps_all_prompts(settings: Sett
         resolution = Resolution(dtype="float32", rows=1, layers=1, choice=choice)
         begun = record.model_copy(update={"resolution": resolution})
         assert as_begun(begun, settings).choice.held_out == share
+
+
+def test_a_method_that_a_former_version_did_not_name_leaves_its_job_found(settings: Settings) -> None:
+    folder, record = open_job(settings, new=False)
+    named = change(settings, search=settings.search.model_copy(update={"method": "tpe"}))
+
+    def begin(method: SearchMethod | None) -> None:
+        resolution = Resolution(dtype="float32", rows=1, layers=1, method=method)
+        write_record(folder.job_file, record.model_copy(update={"resolution": resolution}))
+
+    begin(None)
+    assert open_job(named, new=False)[0].path == find_folder(named).path == folder.path
+    begin("gradient")
+    assert find_folder(named).path != folder.path
+    with pytest.raises(UsageError, match=r"search\.method was null"):
+        open_job(named, new=False)
 
 
 def test_other_settings_on_the_same_model_are_refused_with_the_differences(settings: Settings) -> None:

@@ -98,7 +98,8 @@ def test_unknown_behaviours_and_a_profile_with_prompts_of_its_own_are_refused() 
         load_settings({**MODEL, "behaviour": "sarcasm"})
     with pytest.raises(UsageError, match="--profile heretic and the behaviour prose both set"):
         load_settings({**MODEL, "behaviour": "prose"}, profile="heretic")
-    assert load_settings(MODEL, profile="heretic").settings.search.space == "field"
+    search = load_settings(MODEL, profile="heretic").settings.search
+    assert (search.method, search.space) == ("tpe", "field")
 
 
 @pytest.mark.parametrize(
