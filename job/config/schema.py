@@ -37,7 +37,7 @@ REFERENCE_SETS = ("helpfulness_prompts", "unhelpfulness_prompts", "capability_pr
 
 
 def default_startup_trials(trials: int) -> int:
-    """Return the start-up trials of a search of so many trials."""
+    """Return the number of start-up trials of a search with `trials` trials."""
     return min(60, math.ceil(trials / 3))
 
 

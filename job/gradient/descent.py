@@ -103,8 +103,8 @@ class Descent:
         """Prepare the descent.
 
         `measure` scores an edit on the `held_out` held-out bad prompts; `activate` activates one in the search's hooks.
-        `file` holds the state, under the cache key `key`; `report` receives a line for every stage. `room` tells
-        whether a budget has room for so many seconds more.
+        `file` holds the state, under the cache key `key`; `report` receives a line for every stage. `room` returns
+        whether the budget allows another stage of a given number of seconds.
         """
         self._problem, self._recipe = problem, problem.recipe
         self._measure, self._activate, self._held_out = measure, activate, held_out

@@ -59,7 +59,7 @@ _OF_MANY = frozenset({"study.db", "events.jsonl", "prompts.json"})  # they grow 
 _LAYER_SLACK = 2 << 20
 # More layers than any writer makes; all of a file are on disk at once.
 _MOST_LAYERS = 32
-# Longer than any runner's lease: nobody else can make a rented machine wait for days.
+# Longer than the lease of any run. A forged lease cannot make a rented machine wait for days.
 _LONGEST_LEASE_S = 3600.0
 
 

@@ -1,11 +1,12 @@
 """Objectives that judge responses: scorers that give every trial a count and a smooth part for the sampler.
 
-They run in the run's own process, whoever has generated the responses. Needs no torch unless a scorer does.
+They always run in the main process, also for responses that workers generated. Needs no torch unless a scorer does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -16,6 +17,20 @@ from job.records import DEFAULT_OBJECTIVES, ObjectiveScore, TrialScores
 from job.scoring.broken import Exchange
 from job.scoring.detectors import COUNTS, Context, Scorer, degree, judgements, scorer_factory
 from job.scoring.trial_scorer import TrialOutcome
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Raise ImpossibleJobError for whatever a scorer raises, but for our errors and those of memory and device."""
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:  # others' code may raise anything
+        if is_of_device(error):
+            raise
+        remedy = "correct it, or choose another objective"
+        raise ImpossibleJobError(f"{what}: {in_one_line(error)}", remedy=remedy) from error
 
 
 @dataclass(frozen=True)
@@ -33,18 +48,9 @@ class ResponseObjective:
     @classmethod
     def made(cls, objective: Objective, context: Context) -> ResponseObjective:
         """Return an objective with its scorer. Raises JobError if the scorer cannot be made."""
-        try:
+        with _explained(f"the scorer {objective.scorer} cannot be used"):
             factory = scorer_factory(objective.scorer)
             scorer = factory(context)
-        except JobError:
-            raise
-        except Exception as error:  # others' code may raise anything
-            if is_of_device(error):
-                raise
-            raise ImpossibleJobError(
-                f"the scorer {objective.scorer} cannot be used: {in_one_line(error)}",
-                remedy="correct it, or choose another objective",
-            ) from error
         prompts = objective.prompts or _own(factory, "prompts", PromptKind, "bad")
         return cls(
             objective.name, scorer, prompts, objective.direction or _own(factory, "direction", Direction, "fewer")
@@ -52,17 +58,8 @@ class ResponseObjective:
 
     def judged(self, trials: Sequence[Sequence[Exchange]]) -> list[ObjectiveScore]:
         """Return the score of each trial's responses. Raises JobError if the scorer fails."""
-        try:
+        with _explained(f"the scorer {self.name} has failed"):
             found = judgements(self.scorer, [one for trial in trials for one in trial])
-        except JobError:
-            raise
-        except Exception as error:  # others' code may raise anything
-            if is_of_device(error):
-                raise
-            raise ImpossibleJobError(
-                f"the scorer {self.name} has failed: {in_one_line(error)}",
-                remedy="correct it, or choose another objective",
-            ) from error
         scores, start = [], 0
         for trial in trials:
             degrees = list(map(degree, found[start : start + len(trial)]))

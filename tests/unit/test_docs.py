@@ -88,3 +88,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = page.parent / link if link else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
+
+
+def test_no_page_names_the_host_of_a_package_registry() -> None:
+    """The clients of registries know where to go, and mirrors have other addresses."""
+    hosts = re.compile(r"\b(pypi|pythonhosted|npmjs|anaconda)\.(org|com)\b")
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "infra").rglob("*.md")]
+    assert len(pages) > 50
+    assert [page.name for page in pages if hosts.search(page.read_text())] == []

@@ -1,4 +1,4 @@
-"""Thinking on: thoughts are told from answers, by the model with handwritten weights that thinks."""
+"""With thinking on, thoughts are separated from answers; on a model with handwritten weights that thinks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_thought_is_told_from_what_follows_it(tmp_path: Path) -> None:
 
 def test_endless_thoughts_are_counted_as_empty_answers(tmp_path: Path) -> None:
     asked = batches(write_model(tmp_path, thinks=True, template="<|answer|>" + SWITCH))
-    assert asked.loaded.rendering.options == (("enable_thinking", False),)  # what all other figures are measured with
+    assert asked.loaded.rendering.options == (("enable_thinking", False),)  # as for all other figures
     found = measure_thinking(asked, MARKERS, 12)
     assert found is not None
     assert (found.limit, found.responses, found.thoughts, found.unfinished) == (12, 2, 2, 2)
