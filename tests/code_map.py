@@ -17,7 +17,8 @@ _INTRODUCTION = """# Map of the code
 
 A job goes one way: settings → preflight → prompts → model → residuals → directions → search → choice → export →
 upload → report. `run` in `job/pipeline.py` is that story. Below are all packages from the top down, in the order of the
-import contract in `pyproject.toml`: a package may use those below it, never one above it. This page is written by
+import contract in `pyproject.toml`: a package may use those below it, never one above it. `cli` and `api` share a row
+of the contract; packages of one row do not use each other. This page is written by
 `python -m tests.code_map --write docs/code-map.md`.
 
 | Package | What it holds | Modules |
@@ -37,22 +38,29 @@ WHERE = (
     ("Where are the edits of a batch scored?", "job/scoring/trial_scorer.py", "TrialScorer"),
     ("Where are a report's figures measured?", "job/scoring/report_metrics.py", "ReportMetrics"),
     ("Where do a trial's strengths become tables for every writer?", "job/edits/compile.py", "compile_edits"),
-    ("Where does a trial's edit become a hook?", "job/edits/hooks.py", "activate"),
+    ("Where does a trial's edit become a hook?", "job/edits/hooks.py", "Intervention"),
     ("Where is an unsupported model family refused?", "job/proof/truth_test.py", "inspect_model"),
     ("Where are residual writers discovered?", "job/architectures/discovery.py", "WriterSearch"),
-    ("Where does a resumed run decide what is left?", "job/stages/choice.py", "is_exported"),
+    ("Where is `search.method = auto` resolved?", "job/search/method.py", "first_method"),
+    ("Where do scorers among the objectives rule out gradients?", "job/config/sections.py", "asked_method"),
+    ("Where is the choice among finalists?", "job/search/bounds.py", "choose_finalist"),
+    ("Where is the column of a prompt file found?", "job/data/columns.py", "ColumnTexts"),
+    ("Where does a resumed run decide whether it needs the model?", "job/stages/choice.py", "is_exported"),
+    ("Where is it decided whether a job is completed?", "job/lifecycle/outcome.py", "completed"),
     ("Where does a resumed search find its unfinished plans?", "job/search/optimizer.py", "_unfinished_plans"),
     ("Where are tasks given to workers?", "job/workers/executor.py", "Executor"),
     ("Where does a worker evaluate a task?", "job/stages/evaluation.py", "JobEvaluator"),
     ("Where are the workers of this machine started?", "job/workers/local.py", "LocalEngine"),
     ("Where are the workers of other machines started?", "job/workers/ray_engine.py", "RayEngine"),
     ("Where is job.json written?", "job/storage/job_file.py", "JobFile"),
-    ("Where are the missing S3 parts of an upload sent again?", "job/transfer/s3/sending.py", "_send_parts"),
+    ("Where are the parts of an interrupted S3 upload sent?", "job/transfer/s3/sending.py", "_send_parts"),
+    ("Where is one failed S3 request retried?", "job/transfer/s3/connection.py", "connect"),
     ("Where is a delivery to S3 continued after a failure?", "job/upload/s3.py", "wait_after"),
     ("Where is a job's identity made?", "job/storage/identity.py", "identify"),
     ("Where is the memory of a model planned, and the batch size?", "job/preflight/memory_plan.py", "plan"),
     ("Where is an export proven?", "job/export/verification.py", "MeasuredEdit"),
     ("Where is a run folder read for status, front and reports?", "job/report/run_view.py", "RunView"),
+    ("Where is the scorecard section of a report written?", "job/report/markdown.py", "_scorecard"),
     ("Where is the model card written?", "job/export/model_card.py", "model_card"),
     ("Where is it decided whether a rented machine may be ended?", "job/cloud/end_policy.py", "ending"),
     ("Where does a machine end its own rental?", "job/cloud/self_stop.py", "end"),

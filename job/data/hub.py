@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.data.files import Row
 from job.errors import ImpossibleJobError, JobError, MachineError, in_one_line
-from job.system.hub_client import explained, is_offline, not_granted, patiently
+from job.system.hub_client import explained, is_offline, not_granted, with_retries
 
 if TYPE_CHECKING:
     from job.data.sources import Source
@@ -26,7 +26,7 @@ def hub_rows(source: Source, commit: str | None, report: Callable[[str], None]) 
     done = failed_at = 0
     while True:
         try:
-            stream = patiently(functools.partial(_opened, source, commit, done), f"dataset {source.name}", report)
+            stream = with_retries(functools.partial(_opened, source, commit, done), f"dataset {source.name}", report)
             for cells in stream:
                 done += 1
                 yield Row(f"row {source.start + done - 1}", cells)

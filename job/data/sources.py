@@ -22,7 +22,7 @@ from job.data.files import SUFFIXES, Row, file_rows, readable
 from job.data.folders import folder_files, folder_rows, left_out
 from job.data.hub import hub_rows
 from job.errors import UsageError
-from job.system.hub_client import is_offline, patiently
+from job.system.hub_client import is_offline, with_retries
 
 DEFAULT_SPLIT = "train"
 # More rows than any job needs: a split without an end is probably an oversight, and C4 has 365 million.
@@ -181,7 +181,7 @@ def resolve_commit(source: Source, report: Callable[[str], None]) -> Pin | None:
         info = HfApi().dataset_info(source.name, revision=source.revision)
         return Pin(str(info.sha), info.private is False)
 
-    return patiently(call, f"dataset {source.name}", report)
+    return with_retries(call, f"dataset {source.name}", report)
 
 
 class TextReader:

@@ -1,1 +1,1 @@
-"""Edits found by gradient: differentiable hooks, losses on prompts, targets, and the descent."""
+"""Edits found by gradient descent: differentiable hooks, losses on prompts, targets, and the descent."""

@@ -25,7 +25,7 @@ from job.model.weight_files import (
     require_loadable,
 )
 from job.records import Record
-from job.system.hub_client import REPOSITORY, is_offline, patiently
+from job.system.hub_client import REPOSITORY, is_offline, with_retries
 
 # Weights in formats that are not used, and the folders that some repositories keep them in.
 _LEFT_OUT = frozenset(
@@ -134,14 +134,14 @@ def list_model(source: ModelSource, commit: str | None, report: Callable[[str], 
     def call() -> Any:
         return HfApi().model_info(source.name, revision=commit or source.revision, files_metadata=True)
 
-    info = patiently(call, f"model {source.name}", report)
+    info = with_retries(call, f"model {source.name}", report)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     refuse_adapter(f"model {source.name}", sizes, {} if ADAPTER in sizes else None)
 
     def index() -> bytes:
         from huggingface_hub import HfFileSystem
 
-        return patiently(
+        return with_retries(
             lambda: bytes(HfFileSystem().read_bytes(f"{source.name}@{info.sha}/{INDEX}")),
             f"model {source.name}",
             report,
@@ -163,7 +163,7 @@ def is_in_history(source: ModelSource, commit: str, report: Callable[[str], None
     """
     from huggingface_hub import HfApi
 
-    commits = patiently(
+    commits = with_retries(
         lambda: HfApi().list_repo_commits(source.name, revision=source.revision),
         f"the history of model {source.name}",
         report,
@@ -209,7 +209,9 @@ def fetch_model(
         return Path(source.name)
     names = [file.name for file in (listing.files if weights else listing.others)]
     try:
-        return patiently(lambda: _snapshot(source, listing.commit, names, cache=cache), f"model {source.name}", report)
+        return with_retries(
+            lambda: _snapshot(source, listing.commit, names, cache=cache), f"model {source.name}", report
+        )
     except OSError as error:
         raise MachineError(
             f"cannot write the files of {source.name}: {error.strerror or error}",
@@ -316,5 +318,5 @@ def _remote_header(
     def call() -> Any:
         return HfApi().parse_safetensors_file_metadata(source.name, file.name, revision=listing.commit)
 
-    metadata = patiently(call, f"{file.name} of {source.name}", report)
+    metadata = with_retries(call, f"{file.name} of {source.name}", report)
     return {name: (str(info.dtype), tuple(info.shape)) for name, info in metadata.tensors.items()}

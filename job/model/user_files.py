@@ -1,4 +1,4 @@
-"""What libraries raise while they read a model's files, as one line that names the file."""
+"""Turn library errors while reading a model's files into one line that names the file."""
 
 from __future__ import annotations
 

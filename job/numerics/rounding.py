@@ -7,16 +7,16 @@ from torch import Tensor
 
 # Corrections stop once this share of what rounding to nearest changed along the directions is left.
 _LEFT = 0.02
-# Rows between two looks at that.
+# Rows between checks of `_LEFT`.
 _ROWS = 16
 
 
 def rounded_along(weight: Tensor, directions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a weight [d, i] to `dtype` so that its products with directions [k, d] stay what they are; both float64.
+    """Round a weight [d, i], keeping its products with directions [k, d] close to the exact ones; both float64.
 
-    Rounding to nearest undoes a small edit: most weights change by less than half a unit in the last place. Here some
-    weights are rounded to their other neighbour, those that matter most for the directions first, as long as this
-    brings a column's products closer to the exact ones. No weight moves by more than one unit in the last place, and
+    Rounding to nearest undoes a small edit: most weights change by less than half a unit in the last place. Here,
+    starting with the rows that have the largest direction entries, a weight goes to its other neighbour where that
+    brings its column's products closer to the exact ones. No weight moves by more than one unit in the last place, and
     numbers that `dtype` represents exactly stay unchanged.
     """
     nearest = weight.to(dtype)

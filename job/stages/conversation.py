@@ -61,7 +61,7 @@ class Conversation:
         self.messages.clear()
 
     def say(self, text: str, show: Callable[[str], None] | None = None) -> str:
-        """Return the answer to a message; `show` gets it in pieces. Raises JobError, which forgets the message."""
+        """Return the response to a message; `show` gets it in pieces. On JobError the message is not kept."""
         said = [*self.messages, {"role": "user", "content": text}]
         begun = [] if self.system is None else [{"role": "system", "content": self.system}]
         model = self.session.model

@@ -99,7 +99,7 @@ def complete_export(job: RunningJob, session: ModelSession, trial: Trial, trials
 
 
 def _write_weights(session: ModelSession, export: Path, edit: Edit, form: ExportFormat) -> Mapping[str, str]:
-    """Write and prove the weights; return the SHA-256 of the proven files, by name."""
+    """Write and verify the weights; return the SHA-256 of the verified files, by name."""
     job, model = session.job, session.model
     if form == "merged":
         shards = len(Checkpoint(model.folder).files)

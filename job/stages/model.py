@@ -227,7 +227,7 @@ def own_threads(job: OpenJob, model: LoadedModel) -> AbstractContextManager[None
 
 
 def cuda_devices() -> list[str]:
-    """Return CUDA's names of this process's visible devices, its own first."""
+    """Return the visible CUDA devices as `CUDA_VISIBLE_DEVICES` lists them."""
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return visible.split(",")[:count] if visible else [str(number) for number in range(count)]

@@ -115,10 +115,10 @@ def _require_clean_token() -> None:
         require_clean(get_token() or "", token_source(), ImpossibleJobError)
 
 
-def patiently(call: Callable[[], T], what: str, report: Callable[[str], None]) -> T:
+def with_retries(call: Callable[[], T], what: str, report: Callable[[str], None]) -> T:
     """Return what `call` returns, retrying while the network or the Hub fails temporarily.
 
-    `what` is its object in messages, e.g. "dataset allenai/c4"; `report` receives every retry. Raises
+    `what` names what is fetched, for messages, e.g. "dataset allenai/c4"; `report` receives every retry. Raises
     ImpossibleJobError if the Hub refuses for good or the token is malformed, or MachineError if it cannot be reached.
     """
     _require_clean_token()

@@ -162,7 +162,7 @@ def _secrets_in(environment: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 
 def _forms_of(secrets: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return all forms of secrets, longest first, and those masked as whole words only."""
+    """Return two lists, longest first: strings to mask anywhere, and strings to mask only as whole words."""
     forms: set[str] = set()
     words: set[str] = set()
     for secret in secrets:

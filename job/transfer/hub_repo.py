@@ -69,7 +69,7 @@ class Repository:
     def ask(self, call: Callable[[], T], what: str) -> T:
         """Return a Hub call's result after retries. Raises DeliveryError, whose cause tells why."""
         try:
-            return hub.patiently(call, what, self.report)
+            return hub.with_retries(call, what, self.report)
         except (ImpossibleJobError, MachineError) as error:
             said = self._server_message(error.__cause__)
             raise DeliveryError(f"{error}{said}", remedy=f"{error.remedy}; then {_AGAIN}") from error
