@@ -68,21 +68,21 @@ _INTRODUCTION = """# Architectures
 
 Which model families the job edits, and why it refuses the others. The first table lists every decoder-only family of
 the causal-LM mapping of transformers 5.23. The second lists the families that also see images and whose defaults make a
-small model. Of these the text side is edited, and the rest is carried over. Written by
+small model. Only their text part is edited; the rest is copied unchanged. Written by
 `python -m tests.decoders --write docs/architectures.md`.
 
-The job edits a family if all of this holds:
+The job edits a family if all these conditions hold:
 
-- Everything that its layers write into the residual stream is found: the truth test passes. A stream without a
-  direction leaves every layer without it.
-- No writer could be left out: the converse of the test.
+- All writers into the residual stream are found: the truth test passes. If a stream enters a layer without a
+  direction, it leaves the layer without it.
+- Every writer is necessary: the converse of the test passes.
 - Hooks can remove a direction from it.
 - The job knows how its files store the weights.
 
-The job also tests how the family reads text. May rows of several lengths share a forward? Does the cache of a text give
-the same result as reading it again? `inspect` and `preflight` refuse other families, with the reason given here.
-Writers named for a refused family are proven. A model's own configuration decides: the same family with other switches
-may have other writers.
+The job also tests how the family reads text. Can rows of different lengths share a forward? Does a text's cache give
+the same result as reading the text again? `inspect` and `preflight` refuse other families, with the reason given here.
+Writers listed for a refused family are proven. A model's own configuration decides: the same family with different
+options may have different writers.
 """
 
 
