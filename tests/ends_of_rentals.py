@@ -54,7 +54,7 @@ Each cell shows two results: with `stop`, and with `destroy`. `–` means that t
 does less than the option says, it warns and gives the reason.
 
 "Delivered and mirrored" is checked before every destroy. All objects of the checkpoint are read back and compared with
-the run folder. Each target is asked for the export's manifest and all its files. A job without an export needs no
+the run folder. Each target is checked for the export's manifest and all its files. A job without an export needs no
 delivery.
 
 A place on this machine does not count. Among mounted file systems only these do: {kinds}.
