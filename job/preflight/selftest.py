@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Memory that is written and read back: enough to touch many chips, done in a fraction of a second.
 PATTERN_BYTES = {"cuda": 8 * GIB, "cpu": 64 * MIB}
+# Without time to measure rates, a CPU's memory is not worth more: a host's pages cost more than the rest of preflight.
+_PATTERN_BYTES_WITHOUT_TIME = MIB
 _SIDES = {"cuda": 4096, "cpu": 384}
 # Smaller: without units for it a CPU needs milliseconds for this alone.
 _HALF_SIDE = 192
@@ -52,14 +54,18 @@ class Exercise(Record):
 
 
 def exercise(device: str, *, most_bytes: int | None = None, seconds: float = RATE_SECONDS) -> Exercise:
-    """Test a device's memory, up to `most_bytes` and a quarter of it, and two rates for `seconds` each."""
+    """Test a device's memory, up to `most_bytes` and a quarter of it, and two rates for `seconds` each.
+
+    With 0 seconds a rate comes from a single step, and a CPU's memory is tested up to 1 MiB.
+    """
     import torch
 
     target = torch.device(device)
     kind = "cuda" if target.type == "cuda" else "cpu"
     try:
         # Beside the pattern stand its copy to compare with and the comparison.
-        budget = min(most_bytes or PATTERN_BYTES[kind], _free(target) // 4)
+        most = _PATTERN_BYTES_WITHOUT_TIME if kind == "cpu" and seconds == 0 else PATTERN_BYTES[kind]
+        budget = min(most_bytes or most, _free(target) // 4)
         fault = _wrong_product(target) or _forgotten_pattern(target, budget)
         flops = _product_rate(target, torch.bfloat16 if kind == "cuda" else torch.float32, _SIDES[kind], seconds)
         half = _product_rate(target, torch.bfloat16, _HALF_SIDE, seconds / 4) if kind == "cpu" else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template, pass_eval_context, select_autoescape
@@ -20,6 +21,11 @@ def _prepared(context: EvalContext, value: Any) -> Any:
 
 def template(package: str, name: str) -> Template:
     """Return a template in a package's folder: of HTML by its suffix, else of Markdown."""
+    return _environment(package).get_template(name)
+
+
+@cache  # an environment keeps its compiled templates
+def _environment(package: str) -> Environment:
     return Environment(
         loader=PackageLoader(package, "."),
         autoescape=select_autoescape(),
@@ -28,4 +34,4 @@ def template(package: str, name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-    ).get_template(name)
+    )
