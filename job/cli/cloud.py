@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from job.cli.cloud_options import Every, MaxTotal, Platform, Relaunches, Wait, bound, needs_of, terms_of
+from job.cli.cloud_output import offer_line, plan_lines, say, unended_lines, warn_of_missing_ends
 from job.cli.help import examples
 from job.cli.options import AsJson
 from job.errors import MachineError, Stopped, UsageError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from job.cloud.inner_command import Inner
     from job.cloud.launch_records import Launch, LaunchFile
     from job.cloud.launching import Launcher
-    from job.cloud.provider import Market, Offer
+    from job.cloud.provider import Market
 
 app = typer.Typer(help="Rent a machine for a job.", no_args_is_help=True)
 
@@ -37,19 +38,19 @@ def offers(
     from job.text.redaction import redacted_json
 
     needs, terms = needs_of(machine), terms_of(machine)
-    market = open_market(platform, _say)
+    market = open_market(platform, say)
     deadline = time.monotonic() + 60 * wait
     while not (found := find_offers(market, needs, terms)):
         if time.monotonic() >= deadline:
             typer.echo("no machine is offered under these terms", err=True)
             raise typer.Exit(76)
-        _say(f"no machine is offered; asking again in {every:.0f} s")
+        say(f"no machine is offered; asking again in {every:.0f} s")
         time.sleep(min(every, max(deadline - time.monotonic(), 0.0)))
     if as_json:
         typer.echo(redacted_json([offer.model_dump(mode="json") for offer in found], indent=2))
         return
     for offer in found:
-        typer.echo(_line(offer))
+        typer.echo(offer_line(offer))
 
 
 # Long: half of it are options.
@@ -76,12 +77,16 @@ def launch(
     every: Every = 30.0,
     relaunches: Relaunches = 3,
     max_total: MaxTotal = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be rented and its price, and rent nothing.")
+    ] = False,
 ) -> None:
     """Rent the cheapest machine that fits the job and start it there."""
+    from job.cloud.credentials import open_market
     from job.cloud.image import chosen_image
     from job.cloud.inner_command import check_inner
     from job.cloud.launch_records import Launch, LaunchFile, new_label, records_folder
-    from job.cloud.launching import environment
+    from job.cloud.launching import environment, find_offers
 
     chosen = chosen_image(image)
     named = [entry for entry in env or [] if "=" not in entry]
@@ -102,17 +107,25 @@ def launch(
         checkpoint=inner.checkpoint,
     )
     if not image:
-        _say(f"image: {chosen}; --image or ABLITERATION_IMAGE names your own")
+        say(f"image: {chosen}; --image or ABLITERATION_IMAGE names your own")
     _advise(wanted, inner)
+    if dry_run:
+        found = find_offers(open_market(platform, say), needs, wanted.terms)
+        if not found:
+            raise MachineError("no machine is offered under these terms", remedy="relax them, or try again later")
+        warn_of_missing_ends(inner, found[0])
+        for line in plan_lines(wanted, found[0]):
+            typer.echo(line)
+        return
     launcher = _launcher(LaunchFile(wanted, records_folder() / f"{wanted.label}.json"), every)
-    launcher.notice = lambda offer: _warn_of_missing_ends(inner, offer)
+    launcher.notice = lambda offer: warn_of_missing_ends(inner, offer)
     with _reporting_rentals(launcher):
         launcher.rent(wait)
         typer.echo(wanted.label)
         if follow:
             _watch(launcher, relaunches, wait, max_total)
         else:
-            _say(f"follow it with: abliterate cloud {platform} watch {wanted.label}")
+            say(f"follow it with: abliterate cloud {platform} watch {wanted.label}")
 
 
 def watch(
@@ -130,8 +143,8 @@ def watch(
 
     found = find_launch(records_folder(), id, platform)
     if found is None:
-        typer.echo(describe(open_market(platform, _say).instance(id)))
-        _say("this computer has no record of its launch, so it cannot be followed or launched again")
+        typer.echo(describe(open_market(platform, say).instance(id)))
+        say("this computer has no record of its launch, so it cannot be followed or launched again")
         return
     launcher = _launcher(found, every)
     with _reporting_rentals(launcher):
@@ -152,18 +165,18 @@ def fetch(
     from job.text.redaction import redact
 
     instance_id = _instance_id(platform, id)
-    market = open_market(platform, _say)
+    market = open_market(platform, say)
     found = market.instance(instance_id)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{instance_id}.json").write_text(redact(found.model_dump_json(indent=2)) + "\n")
     typer.echo(folder / f"{instance_id}.json")
     if found.state == "gone":
-        _say("the instance and its log are gone")
+        say("the instance and its log are gone")
     else:
         (folder / f"{instance_id}.log").write_text(redact(market.logs(instance_id, lines)))
         typer.echo(folder / f"{instance_id}.log")
     for line in ("not fetched:", *market.cannot_fetch(instance_id)):
-        _say(line)
+        say(line)
 
 
 def destroy(
@@ -177,9 +190,9 @@ def destroy(
     from job.cloud.launch_records import find_launch, records_folder
     from job.cloud.launching import Launcher
 
-    market = open_market(platform, _say)
+    market = open_market(platform, say)
     found = find_launch(records_folder(), id, platform)
-    launcher = Launcher(market, found, _say, every) if found is not None else None
+    launcher = Launcher(market, found, say, every) if found is not None else None
     if launcher is not None and id == launcher.launch.label:
         launcher.adopt()
         ids = [rented.id for rented in launcher.launch.left]
@@ -242,19 +255,13 @@ def _destroy_until_gone(market: Market, ids: list[str], every: float) -> None:
     """Destroy instances that no launch's record owns."""
     from job.cloud.termination import Termination
 
-    endings = [Termination(market, id, _say, pause=min(every, 5.0), longest=min(2 * every, 60.0)) for id in ids]
+    endings = [Termination(market, id, say, pause=min(every, 5.0), longest=min(2 * every, 60.0)) for id in ids]
     try:
         for ending in endings:
             ending.insist()
     except BaseException:
-        _say(f"{market.name}: may not have ended and MAY BILL ON: {', '.join(ids)}; end it at {market.console}")
+        say(f"{market.name}: may not have ended and MAY BILL ON: {', '.join(ids)}; end it at {market.console}")
         raise
-
-
-def _say(line: str) -> None:
-    from job.text.redaction import redact
-
-    typer.echo(redact(line), err=True)
 
 
 def _inner(command: list[str]) -> tuple[str, ...]:
@@ -277,29 +284,16 @@ def _advise(wanted: Launch, inner: Inner) -> None:
     import os
 
     for note in inner.notes:
-        _say(note)
+        say(note)
     if wanted.terms.interruptible and not wanted.resumable:
         raise UsageError(
             "the command for an interruptible machine has no --checkpoint off the machine",
             remedy="add --checkpoint hf://USER/REPO or s3://BUCKET/PREFIX to it",
         )
     if not inner.uploads:
-        _say("the command has no --upload: unless the settings name a target, the result stays on the machine")
+        say("the command has no --upload: unless the settings name a target, the result stays on the machine")
     if os.environ.get("HF_TOKEN") and "HF_TOKEN" not in wanted.env:
-        _say("HF_TOKEN is set here but not passed on; pass it with --env HF_TOKEN")
-
-
-def _warn_of_missing_ends(inner: Inner, offer: Offer) -> None:
-    """Report the cost of forgetting the machine, before it is rented."""
-    if inner.when_done is None:
-        _say(f"the command has no --when-done: the machine bills on after the job {_until_destroyed(offer)}")
-    if inner.when_failed is None:
-        _say(f"the command has no --when-failed: if the job fails, the machine bills on {_until_destroyed(offer)}")
-
-
-def _until_destroyed(offer: Offer) -> str:
-    day = 24 * offer.dollars
-    return f"until you destroy it: ${offer.dollars:.2f} an hour, ${day:.2f} a day, ${7 * day:.2f} a week"
+        say("HF_TOKEN is set here but not passed on; pass it with --env HF_TOKEN")
 
 
 @contextmanager
@@ -316,25 +310,12 @@ def _reporting_rentals(launcher: Launcher) -> Iterator[None]:
     except typer.Exit:
         raise  # reported already
     except BaseException:
-        for line in _lines_of_unended(launcher):
-            _say(line)
+        for line in unended_lines(launcher):
+            say(line)
         raise
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-def _lines_of_unended(launcher: Launcher) -> list[str]:
-    launch, market = launcher.launch, launcher.market
-    command = f"abliterate cloud {launch.platform}"
-    lines = [f"{market.name} instance {rented.id} MAY BILL ON" for rented in launch.left]
-    lines += [f"{market.name} instance {asked.label} MAY HAVE BEEN RENTED and bill" for asked in launch.pending]
-    if lines:
-        lines[-1] += (
-            f"; follow it with `{command} watch {launch.label}`, or end it with `{command} destroy {launch.label} "
-            f"--yes` or at {market.console}"
-        )
-    return lines
 
 
 def _launcher(record: LaunchFile, every: float) -> Launcher:
@@ -343,8 +324,8 @@ def _launcher(record: LaunchFile, every: float) -> Launcher:
 
     launch = record.launch
     values = environment(launch.env, launch.plain_env)
-    market = open_market(launch.platform, _say, secrets=tuple(values[name] for name in launch.env))
-    return Launcher(market, record, _say, every)
+    market = open_market(launch.platform, say, secrets=tuple(values[name] for name in launch.env))
+    return Launcher(market, record, say, every)
 
 
 def _watch(launcher: Launcher, relaunches: int, wait: float, max_total: float | None) -> None:
@@ -354,15 +335,15 @@ def _watch(launcher: Launcher, relaunches: int, wait: float, max_total: float | 
     last = launcher.launch.instances[-1].id
     command = f"abliterate cloud {launcher.launch.platform}"
     if outcome == "idle":
-        _say(f"the command has ended and instance {last} BILLS ON: fetch its log, then destroy it")
+        say(f"the command has ended and instance {last} BILLS ON: fetch its log, then destroy it")
         raise typer.Exit(1)
     if outcome == "halted":
         raise typer.Exit(Stopped.exit_code)
     if outcome == "missing":
         raise MachineError(f"instance {last} was rented and has not appeared", remedy="launch again once it is gone")
     if outcome == "stopped":
-        _say(f"instance {last} is stopped, and its DISK BILLS ON until: {command} destroy {last} --yes")
-    _say("the launch has ended; see `abliterate status --checkpoint URI`")
+        say(f"instance {last} is stopped, and its DISK BILLS ON until: {command} destroy {last} --yes")
+    say("the launch has ended; see `abliterate status --checkpoint URI`")
 
 
 def _instance_id(platform: Platform, name: str) -> str:
@@ -373,19 +354,6 @@ def _instance_id(platform: Platform, name: str) -> str:
     if found is not None and name == found.launch.label and found.launch.instances:
         return found.launch.instances[-1].id
     return name
-
-
-def _line(offer: Offer) -> str:
-    parts = [f"{offer.id}: {offer.need.count}x{offer.need.gpu}, ${offer.dollars:.3f} an hour"]
-    if offer.interruptible:
-        parts.append("interruptible")
-    if offer.job_dollars is not None and offer.hours is not None:
-        parts.append(f"job about ${offer.job_dollars:.2f} in {offer.hours:.1f} h")
-    if offer.down is not None:
-        parts.append(f"{offer.down:.0f}/{offer.up or 0:.0f} Mb/s")
-    if offer.reliability is not None:
-        parts.append(f"up {100 * offer.reliability:.1f} %")
-    return ", ".join(parts + [text for text in (offer.stock and f"stock {offer.stock}", offer.where) if text])
 
 
 _PLATFORMS: tuple[tuple[Platform, str], ...] = (("vast", "Vast.ai."), ("runpod", "RunPod."))

@@ -67,7 +67,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "--on 1xRTX4090 --interruptible",
         "--preflight plan.json --max-price 0.5",
     ),
-    "cloud launch": ("--on 1xRTX4090 --env HF_TOKEN -- run me/model --upload hf://me/edited --when-done destroy",),
+    "cloud launch": (
+        "--on 1xRTX4090 --env HF_TOKEN -- run me/model --upload hf://me/edited --when-done destroy",
+        "--on 1xRTX4090 --dry-run -- run me/model --when-done destroy",
+    ),
     "cloud watch": ("abliterate-1a2b --relaunches 5 --max-total 20",),
     "cloud fetch": ("abliterate-1a2b logs",),
     "cloud destroy": ("abliterate-1a2b --yes",),

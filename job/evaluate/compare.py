@@ -16,7 +16,7 @@ from job.evaluate.lm_eval import Harness, paired_scores
 from job.evaluate.measure import Asked, KLReferences, MeasuredModel, ModelBench, Pair, Texts, bench_of, opened
 from job.evaluate.perplexity import DEFAULT_TEXT, plain_texts
 from job.evaluate.result import Comparison, Divergence, TextComparison, shares_of
-from job.evaluate.subject import Subject, find_subject
+from job.evaluate.subject import Subject, fetch_subject, locate
 from job.lifecycle.running import OpenJob
 from job.model.bnb import LoadIn
 from job.model.device_faults import clear_faults
@@ -129,10 +129,12 @@ def evaluate_models(
     Returns what was measured, and the error that ended it after the first model. Raises ImpossibleJobError,
     MachineError or JobError.
     """
+    # A model that is missing is reported before prompts and texts are read, and these are read before any download.
+    located = [locate(name, events.say) for name in (base, *models)]
     harness, texts = asked.harness(), asked.texts(events.say)
     pair = asked.prompts(settings, events.say)
-    first = find_subject(base, None, events.say)
-    others = [find_subject(model, asked.load_in, events.say) for model in models]
+    first = fetch_subject(located[0], None, events.say)
+    others = [fetch_subject(one, asked.load_in, events.say) for one in located[1:]]
     found: list[MeasuredPair] = []
     with clear_faults():
         before = _measured_base(first, settings, pair, texts, harness, events)

@@ -20,7 +20,7 @@ from job.model.bnb import LoadIn, bitsandbytes_config
 from job.model.config_file import model_config
 from job.model.dequantization import forget_quantisation
 from job.model.devices import resolve_device
-from job.model.files import fetch_model, list_model, parse_model
+from job.model.files import ModelListing, ModelSource, fetch_model, list_model, parse_model
 from job.model.gguf_files import GGUF, gguf_tokenizer, gguf_types, reading_gguf
 from job.model.loading import (
     LoadedModel,
@@ -132,19 +132,34 @@ class Subject:
         )
 
 
-def find_subject(name: str, load_in: LoadIn | None, report: Callable[[str], None]) -> Subject:
-    """Return the model of a folder, a GGUF file or a Hub name, downloaded if needed.
+@dataclass(frozen=True)
+class LocatedModel:
+    """A model that is known to be there and is not downloaded yet; `listing` is None for a GGUF file."""
+
+    name: str
+    source: ModelSource
+    listing: ModelListing | None
+
+
+def locate(name: str, report: Callable[[str], None]) -> LocatedModel:
+    """Find the model of a folder, a GGUF file or a Hub name. Raises ImpossibleJobError or MachineError."""
+    source = parse_model(name)
+    if source.name.endswith(GGUF) and source.kind == "folder":
+        if not Path(source.name).is_file():
+            raise ImpossibleJobError(f"there is no file {source.name}", remedy="give the path of a GGUF file")
+        return LocatedModel(name, source, None)
+    return LocatedModel(name, source, list_model(source, None, report))
+
+
+def fetch_subject(located: LocatedModel, load_in: LoadIn | None, report: Callable[[str], None]) -> Subject:
+    """Return a located model, downloaded if needed.
 
     Raises UsageError if it cannot be quantised while it is loaded, ImpossibleJobError or MachineError.
     """
-    source = parse_model(name)
-    if source.name.endswith(GGUF) and source.kind == "folder":
-        file = Path(source.name)
-        if not file.is_file():
-            raise ImpossibleJobError(f"there is no file {file}", remedy="give the path of a GGUF file")
-        found = Subject(file, "gguf")
+    source, listing = located.source, located.listing
+    if listing is None:
+        found = Subject(Path(source.name), "gguf")
     else:
-        listing = list_model(source, None, report)
         folder = fetch_model(source, listing, report)
         public = source.name if source.kind == "hub" and listing.public else None
         form = method_of(model_config(folder), stored_tensors(folder)) or ""
@@ -152,7 +167,7 @@ def find_subject(name: str, load_in: LoadIn | None, report: Callable[[str], None
     if load_in is None:
         return found
     if found.form:
-        raise UsageError(f"{name} is quantised already ({found.form})", remedy="leave out --load-in")
+        raise UsageError(f"{located.name} is quantised already ({found.form})", remedy="leave out --load-in")
     return replace(found, form=load_in, load_in=load_in)
 
 

@@ -86,7 +86,7 @@ def _state(state: State | None, held: bool) -> tuple[str, str | None]:
     if held:
         return "running", None
     if state.state == "running":
-        return "preempted", "the process ended without a word"
+        return "preempted", "the process was killed or its machine stopped; run the command again to continue"
     return state.state, state.reason
 
 

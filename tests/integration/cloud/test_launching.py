@@ -73,6 +73,29 @@ def test_what_launch_refuses_and_warns_of(vast: VastServer, tmp_path: Path) -> N
         assert part in warned
 
 
+def test_a_dry_run_shows_the_offer_that_a_launch_would_rent_and_rents_nothing(vast: VastServer, tmp_path: Path) -> None:
+    start = ("launch", "--on", "4xRTX4090", "--image", IMAGE, "--env", "HF_TOKEN", "--env", "NOTE=plain")
+    words = ("--", "run", "a model", "--upload", "hf://user/model")
+    command(vast, tmp_path, *start, "--dry-run", *words).fails(76, "no machine is offered")
+    vast.add_ask(1)
+    shown = command(vast, tmp_path, *start, "--dry-run", *words).check()
+    assert vast.instances == {}
+    assert vast.asked("PUT") == []
+    assert not (tmp_path / "launches").exists()
+    offer, *rest = shown.out.splitlines()
+    assert rest == [
+        f"image: {IMAGE}",
+        "command: abliterate run 'a model' --upload hf://user/model",
+        "variables: HF_TOKEN, NOTE",
+    ]
+    assert TOKEN not in shown.out + shown.err
+    assert "no --when-done" in shown.err
+    rented = command(vast, tmp_path, *start, *words).check().err
+    assert offer.removeprefix("would rent ").split(":")[0] == "1"
+    assert len(vast.instances) == 1
+    assert "rented Vast.ai instance" in rented
+
+
 def test_a_taken_offer_gives_way_to_the_next(vast: VastServer, tmp_path: Path) -> None:
     vast.add_ask(1, dph_total=1.0)
     vast.add_ask(2, dph_total=1.1)

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from job.errors import ImpossibleJobError, UsageError
-from job.evaluate.subject import Subject, find_subject
+from job.evaluate.subject import Subject, fetch_subject, locate
+from job.model.bnb import LoadIn
 from job.realmodel.conversion import convert
 from tests.helpers import loading
 from tests.quantised import quantise_compressed, quantise_fp8
@@ -51,12 +52,16 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+def find(name: str, load_in: LoadIn | None = None) -> Subject:
+    return fetch_subject(locate(name, lambda _: None), load_in, lambda _: None)
+
+
 def loaded(subject: Subject, dtype: str = "float32") -> Any:
     return subject.load(loading("bfloat16"), lambda _: None, dtype).model
 
 
 def test_a_gguf_file_is_dequantised_and_says_so(folder: Path) -> None:
-    subject = find_subject(str(folder / "tiny.gguf"), None, lambda _: None)
+    subject = find(str(folder / "tiny.gguf"))
     found = subject.load(loading("bfloat16"), lambda _: None, "float32")
     # The folder holds the same weights rounded to bfloat16.
     torch.testing.assert_close(logits(found.model), logits(plain(folder)), atol=0.05, rtol=0)
@@ -82,7 +87,7 @@ def test_fp8_by_llm_compressor_rounds_weights_and_activations(folder: Path, tmp_
     for name, module in reference.named_modules():
         if name.endswith("_proj"):
             module.register_forward_pre_hook(rounded)
-    subject = find_subject(str(copy), None, lambda _: None)
+    subject = find(str(copy))
     assert subject.form == "compressed-tensors"
     found = logits(loaded(subject))
     wanted = logits(reference)
@@ -97,7 +102,7 @@ def test_fp8_by_llm_compressor_rounds_weights_and_activations(folder: Path, tmp_
 def test_fp8_in_blocks_is_dequantised(folder: Path, tmp_path: Path) -> None:
     copy = copy_of(folder, tmp_path)
     reference = plain(folder, quantise_fp8(copy, block=32))
-    subject = find_subject(str(copy), None, lambda _: None)
+    subject = find(str(copy))
     torch.testing.assert_close(logits(loaded(subject)), logits(reference), atol=1e-3, rtol=1e-3)
     reading = subject.reading("float32")
     assert reading is not None
@@ -115,7 +120,7 @@ def test_bitsandbytes_quantises_while_loading_as_its_saved_files_hold(folder: Pa
     wanted = AutoModelForCausalLM.from_pretrained(
         folder / "model", dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**given), device_map="cpu"
     )
-    subject = find_subject(str(folder / "model"), "bnb-4bit" if bits == 4 else "bnb-8bit", lambda _: None)
+    subject = find(str(folder / "model"), "bnb-4bit" if bits == 4 else "bnb-8bit")
     found = loaded(subject, "bfloat16")
     assert type(found.model.layers[0].mlp.down_proj).__name__ == ("Linear4bit" if bits == 4 else "Linear8bitLt")
     assert torch.equal(logits(found), logits(wanted))
@@ -123,26 +128,26 @@ def test_bitsandbytes_quantises_while_loading_as_its_saved_files_hold(folder: Pa
     copy = copy_of(folder, tmp_path)
     (copy / "model.safetensors").unlink()
     wanted.save_pretrained(copy)
-    saved = find_subject(str(copy), None, lambda _: None)
+    saved = find(str(copy))
     assert saved.form == "bitsandbytes"
     assert torch.equal(logits(loaded(saved, "bfloat16")), logits(wanted))
 
 
 def test_what_cannot_be_read_is_refused_by_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImpossibleJobError, match="there is no file"):
-        find_subject(str(tmp_path / "none.gguf"), None, lambda _: None)
+        find(str(tmp_path / "none.gguf"))
     (tmp_path / "torn.gguf").write_bytes((folder / "tiny.gguf").read_bytes()[:900])
     with pytest.raises(ImpossibleJobError, match=r"torn\.gguf cannot be read"):
-        loaded(find_subject(str(tmp_path / "torn.gguf"), None, lambda _: None))
+        loaded(find(str(tmp_path / "torn.gguf")))
     copy = copy_of(folder, tmp_path)
     with pytest.raises(UsageError, match="is quantised already"):
-        find_subject(str(folder / "tiny.gguf"), "bnb-8bit", lambda _: None)
+        find(str(folder / "tiny.gguf"), "bnb-8bit")
     config = json.loads((copy / "config.json").read_text())
     quantise_compressed(copy)
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     with pytest.raises(UsageError) as raised:
-        loaded(find_subject(str(copy), None, lambda _: None))
+        loaded(find(str(copy)))
     assert "pip install 'abliteration-job[fp8]'" in raised.value.line
     (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "unheard-of"}}))
     with pytest.raises(ImpossibleJobError, match="quantised with unheard-of"):
-        loaded(find_subject(str(copy), None, lambda _: None))
+        loaded(find(str(copy)))

@@ -172,6 +172,8 @@ def test_what_cannot_be_measured_is_refused_at_once(random_model_folder: Path, t
     abliterate("evaluate", "--against", model).fails(2, "--against")
     abliterate("evaluate", model, "--against", model, "--trial", 3).fails(2, "--against")
     abliterate("evaluate", "--set", "seed=1").fails(2, "--set")
+    # Before prompts and text are read: by default they come from the Hub.
+    abliterate("evaluate", tmp_path / "nothing", "--against", model).fails(3, "no model folder")
     given = ("--good-prompts", tmp_path / "p.txt", "--bad-prompts", tmp_path / "p.txt", "--text", "none")
     (tmp_path / "p.txt").write_text("Where is the red kettle kept?\n")
     abliterate("evaluate", tmp_path / "nothing", "--against", model, *given).fails(3, "no model folder")
