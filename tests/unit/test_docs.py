@@ -25,6 +25,7 @@ HISTORY = {ROOT / "CHANGELOG.md", *ROOT.glob("docs/lab-notes/*.md")}
 _BLOCK = re.compile(r"```(?:sh|console)\n(.*?)```", re.DOTALL)
 _INLINE = re.compile(r"`(abliterate [^`]+)`")
 _LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)")
+_TEST = re.compile(r"((?:\w+/)*test_\w+\.py)(?:::(test_\w+))?")
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
@@ -96,3 +97,11 @@ def test_no_page_names_the_host_of_a_package_registry() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "infra").rglob("*.md")]
     assert len(pages) > 50
     assert [page.name for page in pages if hosts.search(page.read_text())] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORY], ids=lambda page: page.stem)
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    for path, name in _TEST.findall(page.read_text()):
+        files = [file for file in (ROOT / "tests").rglob(Path(path).name) if file.as_posix().endswith(f"/{path}")]
+        assert files, path
+        assert not name or any(f"def {name}(" in file.read_text() for file in files), name
