@@ -21,6 +21,7 @@ from job.preflight.inputs import PreflightInputs
 from job.preflight.job_checks import job_checks, settings_checks
 from job.preflight.machine_checks import examine_machine
 from job.preflight.model_checks import examine_model
+from job.preflight.scorer_checks import scorer_checks
 from job.preflight.survey import Survey
 from job.preflight.target_checks import delivery_checks
 from job.system.extras import require_quantization
@@ -50,9 +51,17 @@ def preflight(inputs: PreflightInputs) -> PreflightResult:
         model_future = executor.submit(examine_model, inputs, cache, data_future.result)
         machine_future = executor.submit(examine_machine, inputs)
         targets_future = executor.submit(guarded, "target", lambda: delivery_checks(inputs))
+        scorers_future = executor.submit(guarded, "scorer", lambda: scorer_checks(inputs, cache))
         first = [*settings_checks(inputs), *job_checks(inputs)]
         model, data, machine = model_future.result(), data_future.result(), machine_future.result()
-        groups = (*first, *model.checks, *data.checks, *machine.checks, *targets_future.result())
+        groups = (
+            *first,
+            *model.checks,
+            *data.checks,
+            *machine.checks,
+            *targets_future.result(),
+            *scorers_future.result(),
+        )
         # After the others, whose reading and writing would count in the disk's speed.
         end = conclude(inputs, model, data, machine)
     return PreflightResult(end.model_copy(update={"checks": (*groups, *end.checks)}), data.prompts)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Self
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from job.config.sections import LoadingSettings
 from job.errors import ImpossibleJobError, first_line
@@ -28,7 +37,7 @@ class TextClassifier:
 
     def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.name = name
-        self.labels = {str(label).casefold(): int(number) for number, label in model.config.id2label.items()}
+        self.labels = _labels_of(model.config)
         self._model = model
         self._tokenizer = tokenizer
         # Each label has a share of its own then.
@@ -50,16 +59,14 @@ class TextClassifier:
         source = parse_model(name)
         folder = fetch_model(source, list_model(source, commit, say), say)
         quieten_transformers()
-        try:
+        _read_config(name, folder, setting)
+        with _explained(name, setting):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype="auto"
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype="auto", output_loading_info=True
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise ImpossibleJobError(
-                f"{name} cannot be loaded as a classifier: {first_line(error)}",
-                remedy=f"choose a model for sequence classification as {setting}",
-            ) from error
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(f"its files lack {missing[0]}, which would be random")
         return cls(name, model.eval().to(resolve_device(settings.device)), tokenizer)
 
     def numbers(self, labels: Sequence[str]) -> list[int]:
@@ -67,17 +74,7 @@ class TextClassifier:
 
         Raises ImpossibleJobError.
         """
-        asked = [label.casefold() for label in labels]
-        if not asked and len(self.labels) <= 2:
-            return [len(self.labels) - 1]
-        unknown = [label for label in asked if label not in self.labels]
-        if unknown or not asked:
-            wrong = f"none is {unknown[0]}" if unknown else "none is chosen"
-            raise ImpossibleJobError(
-                f"the labels of {self.name} are {', '.join(self.labels)}, and {wrong}",
-                remedy="set scoring.classifier_labels to those that count",
-            )
-        return [self.labels[label] for label in asked]
+        return counted_labels(self.name, self.labels, labels)
 
     @torch.inference_mode()
     def shares(
@@ -109,3 +106,53 @@ class TextClassifier:
             # Rounding may make a sum of shares larger than 1.
             shares += logits[:, candidates].softmax(-1)[:, places].sum(-1).clamp(max=1).tolist()
         return shares
+
+
+def labels_before_download(name: str, setting: str, say: Callable[[str], None], cache: Path | None) -> dict[str, int]:
+    """Return a classifier's labels with their numbers from its descriptive files; JobError if it is none."""
+    source = parse_model(name)
+    folder = fetch_model(source, list_model(source, None, say), say, weights=False, cache=cache)
+    return _labels_of(_read_config(name, folder, setting))
+
+
+def counted_labels(name: str, labels: Mapping[str, int], asked: Sequence[str]) -> list[int]:
+    """Return the numbers of the labels that count; by default the only label, or the second of two.
+
+    Raises ImpossibleJobError.
+    """
+    if not asked and len(labels) <= 2:
+        return [len(labels) - 1]
+    unknown = [label.casefold() for label in asked if label.casefold() not in labels]
+    if unknown or not asked:
+        wrong = f"none is {unknown[0]}" if unknown else "none is chosen"
+        raise ImpossibleJobError(
+            f"the labels of {name} are {', '.join(labels)}, and {wrong}",
+            remedy="set scoring.classifier_labels to those that count",
+        )
+    return [labels[label.casefold()] for label in asked]
+
+
+def _labels_of(config: PreTrainedConfig) -> dict[str, int]:
+    """Return the number of each label, in lower case."""
+    return {str(label).casefold(): int(number) for number, label in config.id2label.items()}
+
+
+def _read_config(name: str, folder: Path, setting: str) -> PreTrainedConfig:
+    with _explained(name, setting):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        classes = config.architectures or []
+        if classes and not any("SequenceClassification" in one for one in classes):
+            raise ValueError(f"config.json names {', '.join(classes)}")
+    return config
+
+
+@contextmanager
+def _explained(name: str, setting: str) -> Iterator[None]:
+    """Raise ImpossibleJobError for what transformers raises while it reads a model that is no classifier."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise ImpossibleJobError(
+            f"{name} cannot be loaded as a classifier: {first_line(error)}",
+            remedy=f"choose a model for sequence classification as {setting}",
+        ) from error

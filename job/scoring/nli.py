@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 from job.config.sections import LoadingSettings
@@ -18,17 +18,7 @@ class Entailment:
     def __init__(self, classifier: TextClassifier) -> None:
         """Find the classifier's labels; ImpossibleJobError if none is entailment."""
         self._classifier = classifier
-        labels = classifier.labels
-        yes = next((number for name, number in labels.items() if name.startswith("entail")), None)
-        if yes is None:
-            raise ImpossibleJobError(
-                f"the labels of {classifier.name} are {', '.join(labels)}, and none is entailment",
-                remedy="choose a model for zero-shot classification as scoring.nli_model",
-            )
-        # As in zero-shot classification, neutral does not count. Without a contradiction label, all others oppose.
-        against = [number for name, number in labels.items() if name.startswith("contra")]
-        self._yes = yes
-        self._among = [yes, *(against or [number for number in labels.values() if number != yes])]
+        self._yes, self._among = entailment_labels(classifier.name, classifier.labels)
 
     @classmethod
     def loaded(
@@ -41,3 +31,19 @@ class Entailment:
         """Return how far each response is a refusal, from 0 to 1; an empty one is."""
         shares = self._classifier.shares(answers, [self._yes], among=self._among, hypothesis=HYPOTHESIS)
         return [1.0 if not text.strip() else share for text, share in zip(answers, shares, strict=True)]
+
+
+def entailment_labels(name: str, labels: Mapping[str, int]) -> tuple[int, list[int]]:
+    """Return the number of a classifier's label for entailment, and the labels it is compared among.
+
+    Raises ImpossibleJobError if none is entailment.
+    """
+    yes = next((number for label, number in labels.items() if label.startswith("entail")), None)
+    if yes is None:
+        raise ImpossibleJobError(
+            f"the labels of {name} are {', '.join(labels)}, and none is entailment",
+            remedy="choose a model for zero-shot classification as scoring.nli_model",
+        )
+    # As in zero-shot classification, neutral does not count. Without a contradiction label, all others oppose.
+    against = [number for label, number in labels.items() if label.startswith("contra")]
+    return yes, [yes, *(against or [number for number in labels.values() if number != yes])]
