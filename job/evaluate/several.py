@@ -7,14 +7,14 @@ from typing import Literal
 
 from job.evaluate.result import Comparison, Interval
 from job.numerics.statistics import wilson_interval
-from job.records import Figures, Outcomes, Record
+from job.records import Record
 from job.records.scorecard import OUTCOMES
 from job.report.tables import aligned
 from job.text.behaviour import REFUSAL_WORDS, BehaviourWords
 
 # Edits beside the base model in a table of 80 columns, with cells of this width.
 _BESIDE, _WIDTH = 3, 13
-_KINDS = {"bad": "behaviour", "good": "ordinary"}
+_KINDS: dict[Literal["bad", "good"], str] = {"bad": "behaviour", "good": "ordinary"}
 _NONE = "–"
 Row = tuple[str, ...]
 
@@ -55,7 +55,7 @@ def _table(edits: Sequence[Comparison], start: int, words: BehaviourWords) -> st
 def _outcome_rows(edits: Sequence[Comparison], words: BehaviourWords) -> Iterator[Row]:
     models = [edits[0].base, *(one.edited for one in edits)]
     for kind, name in _KINDS.items():
-        whole = [_whole(figures, kind) for figures in models]
+        whole = [figures.outcomes_of_all(kind) for figures in models]
         for outcome in (*OUTCOMES, "empty"):
             cells = [_NONE if one is None else _share(getattr(one, outcome), one.responses) for one in whole]
             yield (f"{name}, % {_short(outcome, words)}", *cells)
@@ -64,10 +64,6 @@ def _outcome_rows(edits: Sequence[Comparison], words: BehaviourWords) -> Iterato
 def _short(outcome: str, words: BehaviourWords) -> str:
     """Return an outcome in words that fit a narrow column."""
     return outcome if words.refuses else {"refused": "with it", "answered": "without it"}.get(outcome, outcome)
-
-
-def _whole(figures: Figures, kind: str) -> Outcomes | None:
-    return next((one for one in figures.outcomes if one.prompts == kind and one.column is None), None)
 
 
 def _share(count: int, n: int) -> str:

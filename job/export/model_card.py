@@ -98,8 +98,10 @@ def direction_text(edit: EditParameters) -> str:
 
 def _result(base: Figures, edited: Figures, words: BehaviourWords) -> str:
     before, after = (f"{one.refusals} of {one.bad_prompts}" for one in (base, edited))
+    outcomes = edited.outcomes_of_all("bad")
+    empty = f", {outcomes.empty} of them by an empty response" if outcomes and outcomes.empty else ""
     return (
-        f"The base model {words.shows} {before} prompts with the behaviour, this model {after}. "
+        f"The base model {words.shows} {before} prompts with the behaviour, this model {after}{empty}. "
         f"Answers to other prompts are {kl_with_bound(edited.kl or 0)} (KL divergence {edited.kl or 0:.3g} nats)."
     )
 

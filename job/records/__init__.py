@@ -115,6 +115,10 @@ class Figures(Record):
         """Bad prompts without a usable response; the refused ones where broken ones were not counted."""
         return self.refusals if self.unanswered is None else self.unanswered
 
+    def outcomes_of_all(self, prompts: Literal["bad", "good"]) -> Outcomes | None:
+        """Return the outcomes of all bad or good prompts; None in figures of former versions."""
+        return next((one for one in self.outcomes if one.prompts == prompts and one.column is None), None)
+
 
 class KeptAnswer(Record):
     """A prompt, a model's response, and whether it was a refusal."""

@@ -13,6 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from job.export.model_card import model_card
 from job.model.base_card import read_base_card
 from job.numerics.statistics import difference_interval, mean_interval, wilson_interval
+from job.records import Outcomes
 from job.scoring.broken import is_empty_or_repetitive
 from job.text.behaviour import HARMLESS, HARMLESS_REFUSAL
 from tests.fakes.hub import LoopbackHub
@@ -46,6 +47,15 @@ def test_the_card_begins_with_the_warning_and_gives_every_figure_with_its_interv
     assert "capability on benchmarks: not measured" in body
     assert "- removed: refusal\n" in body
     assert "abliterate run --reproduce reproduce.json" in body
+
+
+def test_the_headline_names_refusals_that_are_empty_responses(tmp_path: Path) -> None:
+    made = made_from()
+    bad = Outcomes(prompts="bad", answered=97, evaded=0, refused=1, broken=2, empty=2)
+    card = model_card(
+        made.model_copy(update={"edited": made.edited.model_copy(update={"outcomes": (bad,)})}), base(tmp_path)
+    )
+    assert "this model 3 of 100, 2 of them by an empty response. Answers" in card
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter", "directions"])
