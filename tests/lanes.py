@@ -120,7 +120,13 @@ PARTS = {
     "workers": Part(
         ("job/workers/*.py",),
         (
-            *("job/stages/workers.py", "job/stages/evaluation.py"),
+            *(
+                "job/stages/workers.py",
+                "job/stages/evaluation.py",
+                "job/stages/measuring.py",
+                "job/scoring/measures.py",
+            ),
+            "tests/system/stages/test_measures.py",
             *("tests/fakes/ray_cluster.py", "tests/fakes/evaluations.py", "tests/*/workers/*.py"),
             *("infra/slurm/ray.sbatch", "tests/integration/test_infra_ray.py"),
         ),

@@ -8,9 +8,19 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from job.config.schema import _TARGET, Settings
-from job.config.scorers import BUILTIN_SCORERS, MEASURES, NEEDED, judging, known_scorers, parse_objective
+from job.config.scorers import (
+    BUILTIN_SCORERS,
+    CROSS_ENTROPY,
+    MEASURES,
+    NEEDED,
+    TASKS,
+    judging,
+    known_scorers,
+    parse_objective,
+)
 from job.errors import UsageError
 from job.records import DEFAULT_OBJECTIVES
+from job.system.extras import require_extra
 
 
 def _refuse_contradictions(settings: Settings) -> None:
@@ -77,7 +87,7 @@ def _refuse_wrong_objectives(settings: Settings) -> None:
         if name not in (*DEFAULT_OBJECTIVES, *MEASURES) and parse_objective(name) is None:
             raise UsageError(
                 f"search.objectives: {name!r} is not of the form SCORER[@bad|@good|@both][:fewer|:more]",
-                remedy="correct it; refusals and kl are written alone",
+                remedy=f"correct it; refusals, {', '.join(MEASURES)} are written alone",
             )
     if len(set(names)) < len(names):
         raise UsageError("search.objectives names one twice", remedy="leave out one of them")
@@ -122,6 +132,13 @@ def require_scorers(settings: Settings) -> None:
                 remedy=f"choose from {', '.join(known)}, or install the package that provides it",
             )
         _require_needed("search.objectives", one.scorer, settings)
+    names = settings.search.objectives
+    if CROSS_ENTROPY in names and settings.text_prompts is None:
+        raise UsageError(f"search.objectives: {CROSS_ENTROPY} needs texts", remedy="set text_prompts")
+    if TASKS in names:
+        if not settings.scoring.tasks:
+            raise UsageError(f"search.objectives: {TASKS} needs benchmarks", remedy="set scoring.tasks")
+        require_extra("lm_eval", "the objective tasks")
 
 
 def _require_needed(setting: str, scorer: str, settings: Settings) -> None:

@@ -24,6 +24,7 @@ PROMPT_SETS = (
     "helpfulness_prompts",
     "unhelpfulness_prompts",
     "capability_prompts",
+    "text_prompts",
 )
 _OF_PROMPTS = (
     "spec",
@@ -130,6 +131,9 @@ HERE = frozenset(
         "scoring.nli_model",
         "scoring.thinking_tokens",
         "scoring.classifier",
+        "scoring.tasks",
+        "scoring.tasks_limit",
+        "scoring.tasks_folder",
         "judge.url",
         "judge.model",
         "judge.question",

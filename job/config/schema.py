@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from job.config.behaviours import Behaviour
 from job.config.durations import Hours, Minutes, Seconds
+from job.config.scorers import CROSS_ENTROPY
 from job.config.sections import (
     AblationSettings,
     BatchingSettings,
@@ -34,6 +35,8 @@ ENVIRONMENT_PREFIX = "ABLITERATE_"
 ENDS = ("when_done", "when_failed")
 # Prompt sets used only by orthogonalize_directions.
 REFERENCE_SETS = ("helpfulness_prompts", "unhelpfulness_prompts", "capability_prompts")
+# Used only by the objective cross-entropy.
+TEXTS = "text_prompts"
 
 
 def default_startup_trials(trials: int) -> int:
@@ -159,6 +162,11 @@ class Settings(BaseSettings):
     capability_prompts: Prompts | None = Field(
         None, description="Prompts of a capability that edits should preserve; see orthogonalize_directions."
     )
+    text_prompts: Prompts | None = Field(
+        None,
+        exclude_if=lambda texts: texts is None,
+        description="Plain texts for the objective cross-entropy, each up to 512 tokens.",
+    )
     loading: LoadingSettings
     batching: BatchingSettings
     directions: DirectionSettings
@@ -186,6 +194,8 @@ class Settings(BaseSettings):
     def prompt_sets(self) -> dict[str, PromptSettings]:
         """Return the used prompt sets, by the setting's name."""
         unused = set() if self.directions.orthogonalize_directions else set(REFERENCE_SETS)
+        if CROSS_ENTROPY not in self.search.objectives:
+            unused.add(TEXTS)
         sets = {name: getattr(self, name) for name in Settings.model_fields if name not in unused}
         return {name: value for name, value in sets.items() if isinstance(value, PromptSettings)}
 

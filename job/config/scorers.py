@@ -18,8 +18,9 @@ NEEDED = {
     "classifier": "scoring.classifier",
     "judge": "judge.url",
 }
-# Measures of change, which read no responses.
-MEASURES = ("kl",)
+# Measures of change, which read no responses: KL divergence, cross-entropy on `text_prompts`, errors at benchmarks.
+CROSS_ENTROPY, TASKS = "cross-entropy", "tasks"
+MEASURES = ("kl", CROSS_ENTROPY, TASKS)
 
 # Entry points of other packages' scorers, see `job.scoring.detectors`.
 SCORERS_GROUP = "abliteration_job.scorers"

@@ -214,6 +214,9 @@ class ScoringSettings(Section):
     classifier_labels: list[str] = Field(
         description="Labels of the classifier that count; empty: its only label, or the second of two."
     )
+    tasks: list[str] = Field(description="Benchmarks of lm-eval for the objective tasks; quick: a fixed short set.")
+    tasks_limit: int | None = Field(None, ge=1, description="Documents of each of these benchmarks; unset: all.")
+    tasks_folder: str | None = Field(None, description="Folder with further benchmarks as lm-eval's YAML files.")
 
     @property
     def effective_search_tokens(self) -> int:

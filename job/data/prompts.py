@@ -55,6 +55,7 @@ class PromptSets(Record):
         helpfulness: Instructions; empty unless directions are orthogonalised against helpfulness.
         unhelpfulness: Web text; empty unless directions are orthogonalised against helpfulness.
         capability: Prompts of a capability to preserve; empty unless given.
+        text: Plain texts, never rendered as prompts; empty unless cross-entropy is an objective.
         sources: Description of each setting's source.
         commits: Commit of every Hub dataset, by setting.
         public: Settings that name public Hub datasets.
@@ -75,6 +76,7 @@ class PromptSets(Record):
             "helpfulness",
             "unhelpfulness",
             "capability",
+            "text",
         }
     )
     version: Literal[1] = 1
@@ -89,6 +91,7 @@ class PromptSets(Record):
     helpfulness: tuple[Prompt, ...] = ()
     unhelpfulness: tuple[Prompt, ...] = ()
     capability: tuple[Prompt, ...] = ()
+    text: tuple[Prompt, ...] = Field((), exclude_if=lambda texts: not texts)
     sources: dict[str, str]
     commits: dict[str, str]
     public: tuple[str, ...] = ()
@@ -165,6 +168,7 @@ def load_prompts(settings: Settings, report: Callable[[str], None]) -> PromptSet
         helpfulness=prompts.get("helpfulness_prompts", ()),
         unhelpfulness=prompts.get("unhelpfulness_prompts", ()),
         capability=prompts.get("capability_prompts", ()),
+        text=prompts.get("text_prompts", ()),
         sources={name: found.source.describe() for name, found in sets.items()},
         commits={name: found.pin.commit for name, found in sets.items() if found.pin},
         public=tuple(name for name, found in sets.items() if found.pin and found.pin.public),

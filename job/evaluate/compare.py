@@ -12,9 +12,7 @@ from job.data.prompts import Prompt, read_prompts, report_prompts
 from job.directions.response_prefix import with_response_prefix
 from job.errors import JobError, UsageError
 from job.evaluate.attach import attach_benchmarks
-from job.evaluate.lm_eval import Harness, paired_scores
 from job.evaluate.measure import Asked, KLReferences, MeasuredModel, ModelBench, Pair, Texts, bench_of, opened
-from job.evaluate.perplexity import DEFAULT_TEXT, plain_texts
 from job.evaluate.result import Comparison, Divergence, TextComparison, shares_of
 from job.evaluate.subject import Subject, fetch_subject, locate
 from job.lifecycle.running import OpenJob
@@ -24,6 +22,8 @@ from job.model.memory import release_memory
 from job.records import DetectorReport
 from job.report.results import job_trials
 from job.scoring.detectors import Context, detect
+from job.scoring.lm_eval import Harness, paired_scores
+from job.scoring.perplexity import DEFAULT_TEXT, plain_texts
 from job.stages.followups import looking, trial_of
 from job.stages.objectives import scorer_context
 from job.storage.atomic import write_record

@@ -10,9 +10,6 @@ from job.config.schema import Settings
 from job.data.prompts import Prompt
 from job.edits.hooks import ActiveEdits
 from job.errors import ImpossibleJobError
-from job.evaluate.lm_eval import Harness, Scores
-from job.evaluate.perplexity import Passage, cross_entropies
-from job.evaluate.perplexity import passages_of as cut_up
 from job.evaluate.subject import Subject
 from job.lifecycle.running import OpenJob
 from job.model.loading import LoadedModel
@@ -21,6 +18,9 @@ from job.records import Figures
 from job.scoring.broken import Exchange
 from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
+from job.scoring.lm_eval import Harness, Scores
+from job.scoring.perplexity import Passage, cross_entropies
+from job.scoring.perplexity import passages_of as cut_up
 from job.scoring.report_metrics import JudgedResponses, ReportMetrics
 from job.stages.measuring import metrics_of
 from job.storage.events import Events

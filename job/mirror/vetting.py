@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from job.config.load import leaves, nested
 from job.config.origins import EDIT, HERE, JOB, PROMPT_SETS, TRUST, require_named_code
-from job.config.schema import REFERENCE_SETS, Settings
+from job.config.schema import REFERENCE_SETS, TEXTS, Settings
+from job.config.scorers import CROSS_ENTROPY
 from job.config.sections import PromptSettings
 from job.data.sources import BUILTIN, named_identity, source_identity
 from job.errors import JobError, UsageError
@@ -75,7 +76,7 @@ def _other_inputs(record: JobRecord) -> Iterator[str]:
         yield "model"
     for name in PROMPT_SETS:
         given, said = record.identity.get(name), record.settings.get(name)
-        if said is None or (given is None and name in REFERENCE_SETS and not _uses_references(record)):
+        if said is None or (given is None and name in _unused_sets(record)):
             continue
         if not isinstance(given, Mapping):
             yield name
@@ -90,8 +91,14 @@ def _other_inputs(record: JobRecord) -> Iterator[str]:
             yield name
 
 
-def _uses_references(record: JobRecord) -> bool:
-    return bool(leaves(_without_inputs(record.identity)).get("directions.orthogonalize_directions", False))
+def _unused_sets(record: JobRecord) -> set[str]:
+    """Return the prompt sets that a job does not use, by its identity."""
+    identity, unused = leaves(_without_inputs(record.identity)), set[str]()
+    if not identity.get("directions.orthogonalize_directions", False):
+        unused.update(REFERENCE_SETS)
+    if CROSS_ENTROPY not in (identity.get("search.objectives") or ()):
+        unused.add(TEXTS)
+    return unused
 
 
 def _is_named(model: Any, named: str) -> bool:

@@ -16,6 +16,7 @@ from job.model.loading import LoadedModel
 from job.records import FORCED_TOKENS, EditParameters, Figures, FinalistScores, TrialScores
 from job.scoring.kl import KLReference
 from job.scoring.likelihood import IncoherenceTest
+from job.scoring.measures import EditMeasures
 from job.scoring.prompt_batches import PromptBatches
 from job.scoring.report_metrics import JudgedResponses, ReportMetrics
 from job.scoring.trial_scorer import FAILED_KL, TrialOutcome, TrialScorer
@@ -66,15 +67,24 @@ def scorer_of(metrics: ReportMetrics) -> TrialScorer:
 class EditScorer:
     """Scores edits on the search split, with metrics of the base model; its responses are measured on first use."""
 
-    def __init__(self, metrics: ReportMetrics, hooks: Intervention, settings: Settings) -> None:
+    def __init__(
+        self, metrics: ReportMetrics, hooks: Intervention, settings: Settings, measures: Callable[[], EditMeasures]
+    ) -> None:
+        """Take the base model's metrics; `measures` makes what is measured beside responses."""
         self.metrics = metrics
         self._hooks = hooks
         self._settings = settings
+        self._make_measures = measures
 
     @cached_property
     def trials(self) -> TrialScorer:
         """Scores batches of edits."""
         return scorer_of(self.metrics)
+
+    @cached_property
+    def measures(self) -> EditMeasures:
+        """Measures edits beside their responses."""
+        return self._make_measures()
 
     @cached_property
     def incoherence(self) -> IncoherenceTest:
@@ -90,17 +100,30 @@ class EditScorer:
 
     def prepare(self) -> None:
         """Measure now what the first batch needs of the base model. Raises MemoryError or JobError."""
-        _ = self.trials
+        _ = self.trials, self.measures
 
     def outcomes(self, edits: Sequence[EditParameters], rows: int, whole: bool, keep: Keep) -> list[TrialOutcome]:
         """Score edits in one batch; `whole` uses full-length responses without the search's shortcuts."""
         searched = self._settings.scoring.effective_search_tokens
         if whole:
-            return self.trials.outcomes(
+            found = self.trials.outcomes(
                 self._hooks, edits, rows, keep=keep, search_tokens=searched, incoherence=self.incoherence
             )
-        limit = self._settings.skip_kl_above
-        return self.trials.outcomes(self._hooks, edits, rows, keep=keep, skip_kl_above=limit, response_tokens=searched)
+        else:
+            limit = self._settings.skip_kl_above
+            found = self.trials.outcomes(
+                self._hooks, edits, rows, keep=keep, skip_kl_above=limit, response_tokens=searched
+            )
+        return [self._with_measures(one, edit) for one, edit in zip(found, edits, strict=True)]
+
+    def _with_measures(self, outcome: TrialOutcome, edit: EditParameters) -> TrialOutcome:
+        """Add what is measured beside responses, one edit at a time."""
+        if outcome.scores.reason is not None:
+            others = self.measures.failed()
+        else:
+            with self._hooks.activate([edit]).on_every_row(self.metrics.batches.loaded.model):
+                others = self.measures.scores()
+        return replace(outcome, scores=outcome.scores.model_copy(update={"others": others})) if others else outcome
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def search(job: RunningJob, session: ModelSession, executor: Executor) -> list[T
 def _measure_baseline(job: RunningJob, session: ModelSession, objectives: Objectives) -> None:
     with shown_generating(job.events, "base model's responses", session.scorer.metrics.most_tokens):
         figures, judged = session.scorer.baseline()
-    others = objectives.of_base(judged.good, judged.bad)
+    others = {**objectives.of_base(judged.good, judged.bad), **session.scorer.measures.scores()}
     fields: dict[str, Any] = figures.model_dump()
     if others:
         fields["others"] = {name: score.model_dump() for name, score in others.items()}

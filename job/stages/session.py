@@ -18,6 +18,7 @@ from job.model.loading import LoadedModel
 from job.numerics.basis import Basis, DirectionPath
 from job.records import EditParameters, Trial
 from job.report.results import search_space, trial_edit
+from job.scoring.measures import EditMeasures
 from job.scoring.report_metrics import ReportMetrics
 from job.search.path import PathSpace
 from job.search.space import Space
@@ -100,7 +101,8 @@ def model_session(job: OpenJob, model: LoadedModel, basis: Basis, prompts: Promp
 
     learned = partial(read_learned, job.folder)
     with Intervention(model.model, model.architecture, basis, settings.ablation.row_normalization, learned) as hooks:
-        scorer = EditScorer(measure(prompts.good_search, prompts.bad_search), hooks, settings)
+        measures = partial(EditMeasures.of, model, settings, prompts.text, rows, events.say)
+        scorer = EditScorer(measure(prompts.good_search, prompts.bad_search), hooks, settings, measures)
         finalists = FinalistScorer(scorer, hooks, settings, prompts, measure)
         yield ModelSession(job, prompts, model, basis, scorer, finalists, hooks)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from job.config.origins import HERE
-from job.config.schema import ENDS, REFERENCE_SETS, Settings
-from job.config.scorers import judging
+from job.config.schema import ENDS, REFERENCE_SETS, TEXTS, Settings
+from job.config.scorers import TASKS, judging
 from job.data.sources import source_identity
 from job.errors import UsageError
 from job.model.files import no_model_folder, parse_model, refuse_links_out
@@ -40,7 +40,11 @@ EXTENDING = frozenset(
 )
 
 # The same, of settings that are otherwise part of it.
-EXTENDING_WITHIN = {"scoring": frozenset({"detectors", "nli_model", "classifier", "thinking_tokens"})}
+EXTENDING_WITHIN = {
+    "scoring": frozenset(
+        {"detectors", "nli_model", "classifier", "thinking_tokens", "tasks", "tasks_limit", "tasks_folder"}
+    )
+}
 
 # Left out where they are the defaults, so that jobs keep the names from before there were such settings. Such a job of
 # a former version keeps its former ways (`Resolution.choice`, `.method` and `.pull_back`).
@@ -113,7 +117,7 @@ def identify(settings: Settings, *, write: bool = True) -> dict[str, Any]:
     """Return a job's identity from its settings. Raises ImpossibleJobError or MachineError."""
     prompts = {name: source_identity(source) for name, source in settings.prompt_sets().items()}
     model = model_identity(settings, write=write)
-    unused = set(REFERENCE_SETS) - prompts.keys()
+    unused = {*REFERENCE_SETS, TEXTS} - prompts.keys()
     asked = settings.model_dump(mode="json", exclude={*EXTENDING, *unused})
     asked = {name: as_identified(name, value) for name, value in asked.items()}
     asked["search"] = {name: as_identified(f"search.{name}", value) for name, value in asked["search"].items()}
@@ -142,6 +146,11 @@ def scorer_identity(settings: Settings, *, write: bool = True) -> dict[str, Any]
     if "judge" in names:
         asked = settings.judge.question or settings.card.behaviour
         found["judge"] = {"model": settings.judge.model, "question": asked}
+    if TASKS in settings.search.objectives:
+        folder = scoring.tasks_folder
+        files = sorted(Path(folder).glob("*.yaml")) if folder is not None else []
+        own = {path.name: sha256_file(path) for path in files}
+        found[TASKS] = {"names": scoring.tasks, "limit": scoring.tasks_limit, "own": own}
     return dict(redacted(found))
 
 

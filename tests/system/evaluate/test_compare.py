@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from job.evaluate.lm_eval import QUICK_TASKS
-from job.evaluate.perplexity import Passage, cross_entropies, passages_of
 from job.evaluate.result import Share, TextComparison, comparison_text
 from job.model.loading import load_model
 from job.numerics.statistics import mean_interval, ratio_interval
 from job.organism.world import expected_answer
 from job.records import FORCED_TOKENS
+from job.scoring.lm_eval import QUICK_TASKS
+from job.scoring.perplexity import Passage, cross_entropies, passages_of
 from tests.helpers import abliterate, loading, only_job
 
 

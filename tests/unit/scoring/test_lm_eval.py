@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from job.errors import UsageError
-from job.evaluate.lm_eval import QUICK_TASKS, Harness, TaskScore, _scores, paired_scores
 from job.evaluate.result import score_change
 from job.export.benchmarks import benchmark_rows
 from job.numerics.statistics import mean_interval
+from job.scoring.lm_eval import QUICK_TASKS, Harness, TaskScore, _scores, paired_scores
 
 
 def score(*values: float, items: bool = True) -> TaskScore:
