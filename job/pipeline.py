@@ -12,7 +12,7 @@ from job.lifecycle.running import RunningJob
 from job.preflight.inputs import PreflightInputs
 from job.report.results import trials_so_far
 from job.stages.choice import chosen_trial, is_exported, tell_choice
-from job.stages.delivery import deliver, finish
+from job.stages.delivery import report, upload
 from job.stages.preflight import checked_prompts
 from job.stages.reproduce import require_original, trials_made, warn_of_differences
 from job.stages.workers import Workers
@@ -35,7 +35,8 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
             job.begin("preflight")
             prompts = checked_prompts(job, inputs)
             if damage is not None:
-                job.begin("search")  # not earlier: preflight stops a job that keeps failing this way
+                # A failure of the search, whose repeated failures preflight has just counted.
+                job.begin("search")
                 raise damage
             # These import torch, which takes seconds.
             from job.directions.extraction import find_directions
@@ -61,8 +62,8 @@ def run(job: RunningJob, inputs: PreflightInputs) -> Outcome:
     export = job.export_of(chosen)
     link_export(job.folder, export)
     require_original(job, export)
-    outcome = deliver(job, export, chosen)
-    finish(job, chosen, len(trials), outcome.missed_gate)  # with the reports
+    outcome = upload(job, export, chosen)
+    report(job, chosen, len(trials), outcome.missed_gate)
     return outcome
 
 

@@ -14,8 +14,8 @@ from job.storage.atomic import write_record
 from job.upload.targets import deliver_to_all
 
 
-def deliver(job: RunningJob, export: Path, trial: Trial) -> Outcome:
-    """Deliver an export to all targets unless it misses a gate. Raises HeldError if another run took over."""
+def upload(job: RunningJob, export: Path, trial: Trial) -> Outcome:
+    """Upload an export to all targets unless it misses a gate. Raises HeldError if another run took over."""
     outcome = outcome_of(job.folder, trial.number, export)
     for warning in RunView(job.folder).warnings:
         job.events.emit("doubt", f"warning: {warning}")
@@ -31,7 +31,7 @@ def deliver(job: RunningJob, export: Path, trial: Trial) -> Outcome:
     return replace(outcome, failed_targets=tuple(failed))
 
 
-def finish(job: RunningJob, trial: Trial, trials: int, missed: str | None) -> None:
+def report(job: RunningJob, trial: Trial, trials: int, missed: str | None) -> None:
     """Write a finished job's reports, then its final state; `missed` is the missed gate or None."""
     finished = _finished(job, trial, trials, missed)
     job.meter.tick()  # the reports tell the time so far
