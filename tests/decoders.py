@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from job.architectures.spec import Architecture
-from job.architectures.tiny_model import empty_model, small_config
+from job.architectures.tiny_model import empty_model, small_config, small_twin
 from job.errors import UnsupportedArchitectureError
 from job.proof.truth_test import proven, require_supported
 
@@ -185,7 +185,7 @@ def judge(family: str) -> Verdict:
     if config is not None:
         try:
             architecture = proven(config)
-            require_supported(config, architecture)
+            require_supported(config, architecture, small_twin(config))
         except UnsupportedArchitectureError as error:
             reason, built = error.reason, not any(words in error.reason for words in ("be built", "cannot build it"))
     return Verdict(family, built, architecture, reason, time.monotonic() - start)

@@ -18,8 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from job.architectures.discovery import decoder_of
 from job.architectures.spec import Architecture, Writer, require_editable
-from job.architectures.structure import architecture_of
-from job.architectures.tiny_model import small_twin
+from job.architectures.structure import discover
+from job.architectures.tiny_model import empty_model, twin_of
 from job.edits.hooks import Intervention
 from job.errors import UnsupportedArchitectureError, refusing
 from job.model.files import fetch_model, headers_if_quantised, list_model, parse_model
@@ -194,11 +194,17 @@ def prove(model: PreTrainedModel, architecture: Architecture) -> None:
 
 def proven(config: PretrainedConfig) -> Architecture:
     """Return a model's structure, proven on a small twin. Raises UnsupportedArchitectureError."""
+    return _proven_with_twin(config)[0]
+
+
+def _proven_with_twin(config: PretrainedConfig) -> tuple[Architecture, PreTrainedModel]:
+    """Return a model's structure and the twin on which it is proven, which is left as it was built."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings about optional kernels are irrelevant in a twin
-        architecture = architecture_of(config)
-        prove(small_twin(config), architecture)
-    return architecture
+        model = empty_model(config)
+        architecture, twin = discover(model), twin_of(model)
+        prove(twin, architecture)
+    return architecture, twin
 
 
 def inspect_model(folder: Path, trusted: bool = False, stored: Headers | None = None) -> Architecture:
@@ -212,15 +218,22 @@ def inspect_model(folder: Path, trusted: bool = False, stored: Headers | None = 
     quantisation_in(folder, stored)
     # A family's own code may raise anything for numbers that do not go together.
     with refusing(str(config.model_type), "a small test copy built from config.json fails"):
-        architecture = proven(config)
-        require_supported(config, architecture)
+        return supported(config)
+
+
+def supported(config: PretrainedConfig) -> Architecture:
+    """Return a proven structure that can be loaded, edited and exported. Raises UnsupportedArchitectureError."""
+    architecture, twin = _proven_with_twin(config)
+    require_supported(config, architecture, twin)
     return architecture
 
 
-def require_supported(config: PretrainedConfig, architecture: Architecture) -> None:
-    """Raise UnsupportedArchitectureError for a proven structure that cannot be loaded, edited or exported."""
+def require_supported(config: PretrainedConfig, architecture: Architecture, twin: PreTrainedModel) -> None:
+    """Raise UnsupportedArchitectureError for a proven structure that cannot be loaded, edited or exported.
+
+    `twin` is a small twin of the configuration's model.
+    """
     require_editable(architecture)
-    twin = small_twin(config)
     # The whole configuration is loaded, possibly with image parts, not only its text part.
     if type(twin.config) is not type(config):
         raise UnsupportedArchitectureError(

@@ -219,10 +219,10 @@ def test_what_is_proven_but_out_of_reach_is_refused_with_the_reason() -> None:
     architecture = proven(config)
     untold = dataclasses.replace(architecture, forms={})
     with pytest.raises(UnsupportedArchitectureError, match=r"files' tensor for model\.layers\.0"):
-        require_supported(config, untold)
+        require_supported(config, untold, small_twin(config))
     misplaced = [dataclasses.replace(w, hook=architecture.layers) for w in architecture.writers]
     with pytest.raises(UnsupportedArchitectureError, match="outputs of all writers"):
-        require_supported(config, dataclasses.replace(architecture, writers=tuple(misplaced)))
+        require_supported(config, dataclasses.replace(architecture, writers=tuple(misplaced)), small_twin(config))
 
 
 @pytest.mark.parametrize(("mode", "form"), [("full", "merged"), ("column", "merged"), ("none", "adapter")])
