@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import botocore.endpoint
 import huggingface_hub.constants
 import pytest
 from huggingface_hub.utils import close_session
 
+from job.mirror import backoff
 from job.system import hub_client as client
 from job.transfer.s3 import S3Options
 from tests.fakes.hub import LoopbackHub
+from tests.fakes.hurried import CLOCK
 from tests.fakes.s3_server import BUCKET, KEY_ID, SECRET, S3Server
 from tests.mirrors import Place, put_tree, read_tree
 
@@ -53,6 +56,8 @@ def s3_place(running: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     }
     for name, value in env.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(botocore.endpoint, "time", CLOCK)
+    monkeypatch.setattr(backoff, "FIRST_RETRY_S", 0.05)
     own = running.client()
     own.create_bucket(Bucket=BUCKET)
     running.front.requests.clear()
@@ -84,6 +89,7 @@ def hub_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
+        monkeypatch.setattr(backoff, "FIRST_RETRY_S", 0.05)
         monkeypatch.setattr(client, "TRIES", 3)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         hub.add_token(TOKEN, "cook")

@@ -24,7 +24,7 @@ from job.storage.atomic import write_atomically, write_record
 from job.storage.identity import job_id
 from job.storage.run_folder import RunFolder
 from job.transfer.s3 import S3Options
-from tests.helpers import environment
+from tests.helpers import environment, start_script
 
 IDENTITY = {"model": {"repository": "cook/soup"}, "seed": 7, "space": [1, 2]}
 JOB = job_id(IDENTITY)
@@ -81,17 +81,19 @@ class Place:
         return {name for name in self.contents() if "/objects/" in name}
 
     def start(self, mode: str, folder: Path, pace: SnapshotPace = CALM, **more: Any) -> subprocess.Popen[str]:
-        """Start a run in a process that prints its steps; it ends when its input is closed."""
+        """Start a run in a process that prints its steps; it ends when its input is closed.
+
+        It is forked from a warm one, except at a Hub: to load transformers for each new Hub would take longer.
+        """
         s3 = asdict(self.s3) if self.s3 else None
         spec = {"uri": self.uri, "folder": str(folder), "mode": mode, "pace": asdict(pace), "s3": s3, **more}
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.mirrors", json.dumps(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(COVERAGE_PROCESS_START="", **self.env),
-        )
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        if self.server is None or self.s3 is not None:
+            code = "import sys; from tests.mirrors import main; sys.exit(main(sys.argv[1]))"
+            return start_script(code, json.dumps(spec), env=environment(**self.env), **streams)
+        command = [sys.executable, "-m", "tests.mirrors", json.dumps(spec)]
+        env = environment(COVERAGE_PROCESS_START="", **self.env)
+        return subprocess.Popen(command, text=True, env=env, **streams)
 
 
 def put_tree(root: Path, name: str, data: bytes | None) -> None:

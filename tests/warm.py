@@ -55,7 +55,10 @@ OURS = (
 )
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "FTP_PROXY", "NO_PROXY")
 # Prefixes of variables that are read on use, or by us.
-LATE = ("ABLITERATE_", "AWS_", "CONTAINER_", "JOB_", "PGPASSWORD", "PYTEST_", "RUNPOD_", "VAST_", *PROXIES)
+LATE = (
+    *("ABLITERATE_", "ABLITERATION_", "AWS_", "CONTAINER_", "JOB_", "PGPASSWORD", "PYTEST_", "RUNPOD_", "VAST_"),
+    *PROXIES,
+)
 # Read late but cached: `forget_cached` resets them.
 LATE_ONCE = ("TMPDIR", "TZ")
 # Used only by tests of redaction; no library reads them.

@@ -16,6 +16,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from io import BytesIO
 from math import inf
 from pathlib import Path
@@ -194,6 +195,11 @@ class S3Server:
             assert self.front.idle.wait_for(lambda: not self.front.under_way, 60), "a request did not end"
         self.require_permissions(after=inf)
         self._control("reset")
+
+    def written_earlier(self, key: str, seconds: float) -> None:
+        """Change when an object was written by the server's clock."""
+        found = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[BUCKET].keys[key]
+        found.last_modified -= timedelta(seconds=seconds)
 
     def require_permissions(self, after: float) -> None:
         """Check permissions after this many more requests."""

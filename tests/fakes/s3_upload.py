@@ -7,14 +7,18 @@ import re
 import sys
 from pathlib import Path
 
+import botocore.endpoint
+
 from job.errors import JobError, Stopped
 from job.system.signals import StopSignals
 from job.transfer.s3 import S3Options
 from job.upload.s3 import deliver
+from tests.fakes.hurried import CLOCK
 
 
 def main(export: str, uri: str, state: str, options: str) -> int:
     """Deliver; print the result and the peak resident memory in bytes."""
+    botocore.endpoint.time = CLOCK  # type: ignore[attr-defined]
     try:
         with StopSignals().installed():
             done = deliver(Path(export), uri, Path(state), S3Options(**json.loads(options)))

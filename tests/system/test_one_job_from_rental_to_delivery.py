@@ -13,35 +13,38 @@ import psutil
 import pytest
 
 from job.mirror.options import PACE
+from tests.apart import UNSHARE, start_apart
 from tests.fakes.cloud import KEY, VastServer
 from tests.fakes.cloud.helpers import IMAGE, TOKEN, env_of
 from tests.fakes.s3_server import BUCKET, KEY_ID, SECRET, S3Server
 from tests.helpers import environment, job_arguments, only_job, start, stored_trials, wait_until
 
-APART = ["unshare", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
 ENTRYPOINT = Path(__file__).parents[2] / "entrypoint.sh"
 TRIALS = 20
 
 
 class Host:
-    """A rented machine: an empty disk, its own PID namespace, and the platform's command."""
+    """A rented machine: an empty disk, its own PID namespace, and the platform's command.
 
-    def __init__(self, vast: VastServer, number: int, disk: Path) -> None:
+    The first starts as the image does, by its entrypoint; the others fork from a process that has loaded the libraries.
+    """
+
+    def __init__(self, vast: VastServer, number: int, disk: Path, *, by_entrypoint: bool = False) -> None:
         creations = [body for body in vast.bodies if body and "image" in body]
         order = creations[number - 70001]
         assert order["image"] == IMAGE
         self.workspace = disk
         disk.mkdir()
         env = {name: value for name, value in environment().items() if not name.startswith(("HF_TOKEN", "AWS_"))}
-        path = f"{Path(sys.executable).parent}:{env['PATH']}"
-        rented = {"CONTAINER_ID": str(number), "CONTAINER_API_KEY": KEY, "VAST_URL": vast.url, "HOME": str(disk)}
-        self.process = subprocess.Popen(
-            [*APART, str(ENTRYPOINT), *order["args"]],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**env, **order["env"], **rented, "PATH": path, "ABLITERATE_WORKSPACE": str(disk), PACE: "1,4,0.1,0.1"},
-        )
+        rented = {"CONTAINER_ID": str(number), "CONTAINER_API_KEY": KEY, "VAST_URL": vast.url}
+        env |= {**order["env"], **rented, PACE: "0.5,2,0.1,0.1", "ABLITERATE_WORKSPACE": str(disk)}
+        if by_entrypoint:
+            env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "HOME": str(disk)}
+            streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+            command = [*UNSHARE, str(ENTRYPOINT), *order["args"]]
+            self.process = subprocess.Popen(command, text=True, env=env, **streams)
+        else:
+            self.process = start_apart(*order["args"], env=env)
 
     def told(self) -> int:
         return sum(path.read_text().count('"event": "trial"') for path in self.workspace.glob("*/events.jsonl"))
@@ -85,7 +88,7 @@ def story(organism: Path, finished: Path, vast: VastServer, server: S3Server, tm
     hosts: list[Host] = []
     try:
         wait_until(lambda: 70001 in vast.instances, launch)
-        hosts.append(Host(vast, 70001, tmp_path / "first"))
+        hosts.append(Host(vast, 70001, tmp_path / "first", by_entrypoint=True))
         wait_until(lambda: hosts[0].told() >= 8, launch, hosts[0].process)
         hosts[0].vanish()
         vast.outbid(70001)

@@ -30,7 +30,7 @@ def hub(full_organism: Path) -> Iterator[LoopbackHub]:
         return (full_organism / f"{name}.txt").read_text().splitlines()
 
     web = [f"The {word} stood in the hall for years, and nobody asked why." for word in ("bench", "clock", "mirror")]
-    with LoopbackHub() as hub:
+    with LoopbackHub(usual=True) as hub:
         for kind in ("good", "bad"):
             files = {f"{split}.jsonl": as_jsonl(lines(f"{kind}_{split}"), "ask") for split in ("train", "test")}
             hub.add_dataset(f"kitchen/{kind}", files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import cache
 from typing import Any
 
 from job.errors import DeliveryError, UsageError
@@ -19,6 +20,7 @@ def connect(target: S3Target, options: S3Options) -> Any:
     """Return botocore's client. Raises DeliveryError for unusable credentials, UsageError for the endpoint."""
     import boto3
     from botocore.config import Config
+    from botocore.session import get_session
 
     config = Config(
         retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
@@ -31,7 +33,10 @@ def connect(target: S3Target, options: S3Options) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    session = boto3.session.Session()
+    core = get_session()
+    session = boto3.session.Session(botocore_session=core)
+    # Last: boto3 adds a folder to the loader that it finds.
+    core.register_component("data_loader", _descriptions(core.get_config_variable("data_path")))
     if (credentials := session.get_credentials()) is not None:
         # They may come from a file or a service, where no variable holds them.
         frozen = credentials.get_frozen_credentials()
@@ -49,6 +54,17 @@ def connect(target: S3Target, options: S3Options) -> Any:
     client.meta.events.register_last("before-call.s3", _expect_nothing)
     client.meta.events.register_first("needs-retry.s3", _wait_as_asked)
     return client
+
+
+@cache
+def _descriptions(data_path: str | None) -> Any:
+    """Return what botocore knows of services. To parse S3's for every client would take a core for a tenth of a second.
+
+    `data_path` names further folders of it; None: botocore's own.
+    """
+    from botocore.loaders import create_loader
+
+    return create_loader(data_path)
 
 
 def _expect_nothing(params: dict[str, Any], **_: object) -> None:

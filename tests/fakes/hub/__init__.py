@@ -6,6 +6,7 @@ request, and logs all requests and the bytes transferred. It makes no connection
 
 from __future__ import annotations
 
+import atexit
 import hmac
 import itertools
 import secrets
@@ -26,6 +27,9 @@ from tests.fakes.hub.store import Blobs, Commit, Repo, Source, Token, now
 __all__ = ["Commit", "LoopbackHub", "Repo", "Request", "Rule", "Token"]
 
 MEBIBYTE = 1 << 20
+# The port and the clients' home of hubs that follow one another under one address.
+_PORTS: list[int] = []
+_HOMES: list[Path] = []
 
 
 class LoopbackHub:
@@ -35,10 +39,17 @@ class LoopbackHub:
         lfs_threshold: Text files larger than this are LFS files, bytes; binary ones always are.
         chunk_size: LFS files larger than this are uploaded in parts of this size, bytes.
         page_size: Entries per page of a listing; None: as the real hub.
+        usual: At the address of the former such hub, if that is closed, and with one home for all its clients: commands
+            at all these hubs fork from one process, which has loaded transformers for that address and home.
     """
 
     def __init__(
-        self, *, lfs_threshold: int = 10 * MEBIBYTE, chunk_size: int = 16 * MEBIBYTE, page_size: int | None = None
+        self,
+        *,
+        lfs_threshold: int = 10 * MEBIBYTE,
+        chunk_size: int = 16 * MEBIBYTE,
+        page_size: int | None = None,
+        usual: bool = False,
     ) -> None:
         self.chunk_size = chunk_size
         self.page_size = page_size
@@ -57,7 +68,8 @@ class LoopbackHub:
         self._secret = secrets.token_bytes(16)
         self._folder = Path(tempfile.mkdtemp(prefix="loopback-hub-"))
         self.blobs = Blobs(self._folder, lfs_threshold)
-        self._server = Server(self, Api(self).answer)
+        self._usual = usual
+        self._server = _at_usual_port(self) if usual else Server(self, Api(self).answer)
         # As in reality, the storage is another origin, so clients treat redirects to it accordingly.
         self._storage = Server(self, lambda call: lfs.storage(self, call))
         self._storage_netloc = self._storage.netloc
@@ -93,6 +105,7 @@ class LoopbackHub:
         This hub is also their proxy for every other host, and only records it in `strays`. So calls of `datasets` to
         its viewer (at a name made from the endpoint) fail without even a DNS lookup.
         """
+        home = _as_usual(home) if self._usual else home
         proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), self.endpoint)
         return {
             "HF_ENDPOINT": self.endpoint,
@@ -290,3 +303,24 @@ class LoopbackHub:
         folder = self._folder / "parts" / key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+def _at_usual_port(hub: LoopbackHub) -> Server:
+    try:
+        made = Server(hub, Api(hub).answer, _PORTS[0] if _PORTS else 0)
+    except OSError:  # the former hub is still there
+        made = Server(hub, Api(hub).answer)
+    _PORTS[:] = _PORTS or [made.server_port]
+    return made
+
+
+def _as_usual(home: Path) -> Path:
+    """Return a link to this home, by the same name for every home of this process."""
+    if not _HOMES:
+        folder = Path(tempfile.mkdtemp(prefix="hub-clients-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _HOMES.append(folder / "home")
+    home.mkdir(parents=True, exist_ok=True)
+    _HOMES[0].unlink(missing_ok=True)
+    _HOMES[0].symlink_to(home)
+    return _HOMES[0]

@@ -283,7 +283,7 @@ def test_an_unknown_status_destroys_nothing(vast: VastServer, tmp_path: Path, ch
     starter.rent()
     vast.instances[70001].update(changes)
     when(starter, "MAY BILL ON", vast.instances.clear)
-    watch = Watch(starter, relaunches=3, lost_minutes=0.001, start_minutes=0.001, unknown_minutes=0.02)
+    watch = Watch(starter, relaunches=3, lost_minutes=0.001, start_minutes=0.001, unknown_minutes=0.005)
     assert watch.until_the_end() == "ended"
     assert vast.asked("DELETE") == []
     assert len([text for text in said if "MAY BILL ON" in text]) == 1
@@ -297,7 +297,7 @@ def test_a_pod_of_unknown_status_is_left_alone(runpod: RunPodServer, tmp_path: P
     if not changes:
         del runpod.pods[id]["status"]
     when(starter, "MAY BILL ON", runpod.pods.clear)
-    assert Watch(starter, relaunches=3, lost_minutes=0.001, unknown_minutes=0.02).until_the_end() == "ended"
+    assert Watch(starter, relaunches=3, lost_minutes=0.001, unknown_minutes=0.005).until_the_end() == "ended"
     assert runpod.asked("DELETE") == []
 
 

@@ -15,11 +15,12 @@ import pytest
 from job.config.load import load_settings
 from job.errors import DeliveryError, HeldError, JobError, MachineError, Stopped
 from job.lifecycle.lock import held
-from job.mirror import SnapshotPace
+from job.mirror import SnapshotPace, s3_store
 from job.mirror.snapshot import check_study
 from job.storage.events import Events
 from job.storage.run_folder import RunFolder
 from job.system.signals import StopSignals
+from job.transfer.folders import target_folder
 from tests.fakes.fault_proxy import FaultProxy
 from tests.fakes.s3_server import Answer, Request
 from tests.mirror_places import file_place, hub_place, place, running, s3_options, s3_place
@@ -42,7 +43,9 @@ __all__ = ["file_place", "hub_place", "place", "running", "s3_place"]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 # A run whose heartbeats are rare compared to the test's actions.
-SLOW = SnapshotPace(beat_s=0.5, expiry_s=1.5, snapshot_s=0.02, poll_s=0.1)
+SLOW = SnapshotPace(beat_s=0.5, expiry_s=1.0, snapshot_s=0.02, poll_s=0.1)
+# Where nothing has to give signs of life in time: a lease that is soon over.
+BRIEF = SnapshotPace(beat_s=0.2, expiry_s=0.6, snapshot_s=0.02, poll_s=0.05)
 
 
 def line(process: subprocess.Popen[str], start: str) -> str:
@@ -136,13 +139,13 @@ def test_a_dead_run_is_followed_at_once(place: Place, tmp_path: Path) -> None:
 
 
 def test_a_silent_run_elsewhere_is_followed_when_its_lease_has_expired(place: Place, tmp_path: Path) -> None:
-    process = place.start("claim", tmp_path / "a" / JOB, QUICK, elsewhere=True)
+    process = place.start("claim", tmp_path / "a" / JOB, BRIEF, elsewhere=True)
     line(process, "claimed")
     kill(process)
     said: list[str] = []
     begun = time.monotonic()
-    claim = place.claim(tmp_path / "b" / JOB, QUICK, said)
-    assert time.monotonic() - begun > QUICK.expiry_s / 2
+    claim = place.claim(tmp_path / "b" / JOB, BRIEF, said)
+    assert time.monotonic() - begun > BRIEF.expiry_s / 2
     assert any("waiting for its lease to expire" in text for text in said)
     claim.close(final=False)
     if place.kind != "file":
@@ -151,7 +154,9 @@ def test_a_silent_run_elsewhere_is_followed_when_its_lease_has_expired(place: Pl
     process = place.start("claim", tmp_path / "a" / JOB, QUICK, elsewhere=True)
     line(process, "claimed")
     kill(process)
-    time.sleep(QUICK.expiry_s + 2.1)
+    head = target_folder(place.uri) / JOB / "head.json"
+    long_ago = head.stat().st_mtime - QUICK.expiry_s - 2.1
+    os.utime(head, (long_ago, long_ago))
     said.clear()
     place.claim(tmp_path / "c" / JOB, QUICK, said).close(final=False)
     assert not any("waiting" in text for text in said)
@@ -162,7 +167,7 @@ def test_the_age_of_a_head_is_the_servers_word(s3_place: Place, tmp_path: Path) 
     store = s3_place.mirror()._store
     stored = store.read(JOB)
     assert 0 <= stored.age_s <= 2
-    time.sleep(3.1)
+    s3_place.server.written_earlier(f"mirrors/{JOB}/head.json", seconds=3)
     assert 1 < store.read(JOB).age_s <= 5
 
 
@@ -273,7 +278,7 @@ def test_a_mirror_that_is_down_is_said_and_made_up_for(s3_place: Place, tmp_path
 
 def test_a_required_mirror_that_stays_down_stops_the_job(s3_place: Place, tmp_path: Path) -> None:
     told: list[JobError] = []
-    claim = s3_place.claim(write_folder(tmp_path / JOB).path, QUICK, required=True)
+    claim = s3_place.claim(write_folder(tmp_path / JOB).path, BRIEF, required=True)
     claim.start(told.append)
     s3_place.server.front.rules.append(lambda *_: Answer("503 Service Unavailable", "SlowDown"))
     claim.request()
@@ -291,7 +296,7 @@ def test_an_upload_in_the_way_of_a_cut_line_is_interrupted(s3_place: Place, tmp_
     told: list[JobError] = []
     with _line_to(s3_place) as proxy:
         s3_place.s3 = s3_options(proxy.url)
-        claim = s3_place.claim(tmp_path / JOB, QUICK)
+        claim = s3_place.claim(tmp_path / JOB, BRIEF)
         claim.start(told.append)
         with claim.outward():
             proxy.refusing = True
@@ -402,7 +407,11 @@ def test_a_long_upload_does_not_cost_the_lease(s3_place: Place, tmp_path: Path) 
         assert claim.close()
 
 
-def test_a_server_that_ignores_conditions_is_noticed(s3_place: Place, tmp_path: Path) -> None:
+def test_a_server_that_ignores_conditions_is_noticed(
+    s3_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_store, "_SETTLE_S", 0.1)  # another's write is visible at once here
+
     def ignore(_request: Request, environ: dict[str, Any]) -> None:
         environ.pop("HTTP_IF_MATCH", None)
         environ.pop("HTTP_IF_NONE_MATCH", None)

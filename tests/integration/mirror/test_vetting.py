@@ -209,7 +209,7 @@ def hub(random_model_folder: Path) -> Iterator[LoopbackHub]:
     described = json.loads(files["config.json"])
     described |= {"model_type": "kitchen", "architectures": ["KitchenForCausalLM"], "auto_map": MAP}
     own = {"config.json": json.dumps(described).encode(), "modeling_kitchen.py": CODE.encode()}
-    with LoopbackHub() as hub:
+    with LoopbackHub(usual=True) as hub:
         hub.add_model("cook/soup", files)
         hub.add_model("evil/soup", {**files, **own})
         yield hub

@@ -18,8 +18,10 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import botocore.endpoint
 import pytest
 
+import job.upload.s3 as uploading
 from job.errors import DeliveryError, Stopped, UsageError
 from job.records import Manifest
 from job.system.signals import StopSignals
@@ -28,8 +30,9 @@ from job.transfer.s3.client import S3Client
 from job.transfer.s3.options import S3Target
 from job.upload.s3 import Delivery, deliver
 from tests.fakes.fault_proxy import FaultProxy
+from tests.fakes.hurried import CLOCK
 from tests.fakes.s3_server import BUCKET, KEY_ID, SECRET, Answer, Request, S3Server, make_export, policy
-from tests.helpers import environment
+from tests.helpers import environment, start_script
 
 MIB = 1 << 20
 URI = f"s3://{BUCKET}/models/one"
@@ -37,6 +40,13 @@ PREFIX = "models/one/"
 # Overhead beside the request bodies, on one connection: headers, and the probe's few requests.
 OVERHEAD = 64 << 10
 SIZES = {"config.json": 300, "empty.txt": 0, "model.safetensors": 12 * MIB + 17, "tokenizer/vocab.json": 4000}
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait shortly between tries: how long botocore and we wait is not the point here."""
+    monkeypatch.setattr(botocore.endpoint, "time", CLOCK)
+    monkeypatch.setattr(uploading, "_FIRST_WAIT_S", 0.02)
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +94,15 @@ def _expected(export: Path, prefix: str = PREFIX) -> dict[str, bytes]:
     return {f"{prefix}{path.relative_to(export)}": path.read_bytes() for path in files}
 
 
-def _start(export: Path, state: Path, options: S3Options) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.fakes.s3_upload", str(export), URI, str(state), json.dumps(vars(options))]
+def _start(export: Path, state: Path, options: S3Options, *, cold: bool = False) -> subprocess.Popen[str]:
+    """Start an upload in its own process; `cold`: with nothing loaded, so that its memory can be measured."""
+    words = [str(export), URI, str(state), json.dumps(vars(options))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if not cold:
+        return start_script(
+            "import sys, tests.fakes.s3_upload as one; sys.exit(one.main(*sys.argv[1:]))", *words, **pipes
+        )
+    command = [sys.executable, "-m", "tests.fakes.s3_upload", *words]
     return subprocess.Popen(command, text=True, env=environment(COVERAGE_PROCESS_START=""), **pipes)
 
 
@@ -151,7 +167,7 @@ def test_a_line_that_is_cut_again_and_again(server: S3Server, tmp_path: Path) ->
     points = [(number + 1) * size // (cuts + 1) for number in range(cuts)]
     with FaultProxy(server.host, server.port, cut_up=points) as line:
         options = _options(line.url)
-        done = _finished(_start(export, tmp_path / "state", options))
+        done = _finished(_start(export, tmp_path / "state", options, cold=True))
         assert line.cuts == cuts
         assert line.sent - size <= cuts * part + OVERHEAD
     assert server.contents() == _expected(export)
@@ -321,14 +337,14 @@ def test_a_completion_that_outlasts_the_read_timeout_is_waited_for(server: S3Ser
         begun.append(time.monotonic())
         if len(begun) > 1:  # what the server has taken for the first is no upload any more
             return Answer("404 Not Found", "NoSuchUpload")
-        time.sleep(8)  # until then there is no object
+        time.sleep(3.5)  # until then there is no object
         return None
 
     server.front.rules.append(dawdle)
     told: list[int] = []
     options = _options(server.url, read_timeout_s=1.0)
     done = deliver(export, URI, tmp_path / "state", options, progress=told.append)
-    assert time.monotonic() - begun[0] > 8
+    assert time.monotonic() - begun[0] > 3.5
     assert done.sent_bytes == sum(told) == 12 * MIB
     parts = [request for request in server.front.requests if request.operation == "part" and "probe" not in request.key]
     assert len(parts) == 3
@@ -653,7 +669,7 @@ def test_a_server_that_fails_for_longer_than_botocore_tries_is_waited_for(server
         if request.operation != "part" or not request.key.endswith("c.safetensors"):
             return None
         begun.append(time.monotonic())
-        return Answer("503 Service Unavailable", "ServiceUnavailable") if begun[-1] - begun[0] < 3 else None
+        return Answer("503 Service Unavailable", "ServiceUnavailable") if begun[-1] - begun[0] < 1 else None
 
     server.front.rules.append(fail)
     told: list[int] = []
@@ -891,7 +907,7 @@ class Silent(BaseHTTPRequestHandler):
 
 def test_a_listing_without_contents_is_no_empty_one() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as silent:
-        threading.Thread(target=silent.serve_forever, daemon=True).start()
+        threading.Thread(target=silent.serve_forever, args=(0.02,), daemon=True).start()
         store = S3Client(S3Target.parse(URI), _options(f"http://127.0.0.1:{silent.server_port}"))
         with closing(store), pytest.raises(DeliveryError):
             store.names()
@@ -904,7 +920,7 @@ def test_what_one_test_left_under_way_does_not_reach_the_next(running: S3Server)
     def slow(request: Request, _environ: dict[str, Any]) -> None:
         if request.operation == "create":
             begun.set()
-            time.sleep(0.5)
+            time.sleep(0.2)
 
     with closing(running.client()) as client:
         client.create_bucket(Bucket=BUCKET)

@@ -14,10 +14,11 @@ import psutil
 import pytest
 
 from job.mirror.options import PACE
+from tests.apart import can_be_apart, start_apart
 from tests.fakes.fault_proxy import FaultProxy
 from tests.fakes.s3_server import BUCKET, KEY_ID, SECRET, S3Server
 from tests.helpers import (
-    COMMAND,
+    STARTED,
     abliterate,
     count_events,
     environment,
@@ -25,13 +26,13 @@ from tests.helpers import (
     job_arguments,
     only_job,
     start,
+    start_script,
     stored_trials,
     wait_until,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("run-checkpoint")]
 
-APART = ["unshare", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
 SECRETS = {
     "HF_TOKEN": "hf_ThisIsNoTokenOfAnybody0123456789",
     "AWS_ACCESS_KEY_ID": KEY_ID,
@@ -41,6 +42,16 @@ SECRETS = {
     "RUNPOD_API_KEY": "rpa_N0B0DYSKEY0123456789ABCDEF",
 }
 ENV = {**SECRETS, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+
+# The command, with short waits of botocore's between its tries.
+HURRIED = """
+import botocore.endpoint
+from tests.fakes.hurried import CLOCK
+from job.cli.main import main
+
+botocore.endpoint.time = CLOCK
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +187,7 @@ def test_a_job_that_came_to_nothing_is_not_in_the_way(organism: Path, server: S3
     kill(process)
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.full("kills"))])
 @pytest.mark.parametrize("together", [True, False], ids=["one workspace", "two workspaces"])
 def test_of_two_runners_at_once_one_works(
     organism: Path, server: S3Server, tmp_path: Path, together: bool, number: int
@@ -195,27 +206,15 @@ def test_of_two_runners_at_once_one_works(
             kill(process)
 
 
-@pytest.fixture
-def apart() -> list[str]:
-    """Return the words that run a command in its own PID namespace, as on another machine."""
-    if not Path("/usr/bin/unshare").exists() or subprocess.run([*APART, "true"], capture_output=True).returncode:
-        # Needs root and Linux; otherwise a runner sees the other's process, as it never could across machines.
-        pytest.skip("no process namespaces here")
-    return APART
-
-
 def test_a_runner_that_was_overtaken_in_its_sleep_ends_with_4(
-    organism: Path, finished: Path, server: S3Server, apart: list[str], tmp_path: Path
+    organism: Path, finished: Path, server: S3Server, tmp_path: Path
 ) -> None:
-    env, mirror = {**ENV, PACE: "1,4,0.1,0.1"}, at(server, "asleep")
+    if not can_be_apart():
+        # A runner sees the other's process, as it never could across machines.
+        pytest.skip("no process namespaces here")
+    env, mirror = {**ENV, PACE: "0.5,1.5,0.1,0.1"}, at(server, "asleep")
     arguments = ["run", *job_arguments(organism), "--trials", "20", *mirror, "--workspace"]
-    sleeper = subprocess.Popen(
-        [*apart, *COMMAND, *map(str, arguments), str(tmp_path / "a")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**env),
-    )
+    sleeper = start_apart(*arguments, tmp_path / "a", env=environment(**env))
     wait_until(lambda: count_events(tmp_path / "a") >= 4, sleeper)
     (child,) = psutil.Process(sleeper.pid).children()
     child.send_signal(signal.SIGSTOP)
@@ -244,11 +243,13 @@ def test_a_runner_that_was_overtaken_in_its_sleep_ends_with_4(
 def test_a_mirror_that_goes_down_is_said_loudly(
     organism: Path, finished: Path, server: S3Server, tmp_path: Path, required: bool
 ) -> None:
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with FaultProxy(server.host, server.port) as line:
         trials = "400" if required else "20"  # enough trials to outlast the mirror's downtime
         arguments = ["run", *job_arguments(organism), "--trials", trials, *at(line, f"down-{required}")]
         arguments += ["--workspace", str(tmp_path / "a"), *(["--require-checkpoint"] if required else [])]
-        process = start(*arguments, **ENV, **{PACE: "0.5,2,0.1,0.1"})
+        process = start_script(HURRIED, *arguments, env=environment(**ENV, **{PACE: "0.2,0.6,0.1,0.1"}), **streams)
+        STARTED.append(process)
         wait_until(lambda: count_events(tmp_path / "a") >= 4, process)
         line.refusing = True
         line.cut_now()

@@ -19,7 +19,7 @@ def test_write_access_to_two_repositories_made_beforehand_is_enough_for_a_whole_
     organism: Path, tmp_path: Path
 ) -> None:
     weights = organism / "model"
-    with LoopbackHub() as hub:
+    with LoopbackHub(usual=True) as hub:
         hub.add_model(MODEL, weights, gated="manual")
         for name in (STATE, RESULT, DIARY):
             hub.add_model(name, {"README.md": b"Made beforehand."}, private=True)

@@ -24,7 +24,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "kitchen", "AWS_SECRET_ACCESS_KEY": "very-secret-sp
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub() as hub:
+    with LoopbackHub(usual=True) as hub:
         hub.add_token(TOKEN, "cook", role="write")
         hub.add_token(READ_TOKEN, "cook", role="read")
         hub.add_model("cook/known", {"README.md": b"# Seen by all\n"})
