@@ -100,6 +100,7 @@ PARTS = {
             "job/stages/*.py",
             "job/lifecycle/*.py",
             "tests/helpers.py",
+            "tests/integration/search/test_optimizer.py",
             "tests/system/stages/test_gradient.py",
             "tests/system/test_failpoints.py",
             "tests/system/test_run.py",
