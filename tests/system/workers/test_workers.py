@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -59,6 +59,23 @@ ENGINES = [
 ]
 
 
+def begun(*job: Any, engine: str) -> subprocess.Popen[str]:
+    """Start a job, paused while local workers import their libraries: meanwhile it would make a hundred trials."""
+    process = start(*job, "--engine", engine, loaded=True)
+    if engine != "local":
+        return process
+    wait_until(lambda: bool(local_workers(process.pid)), process)
+    process.send_signal(signal.SIGSTOP)
+    idle = 0
+    deadline = time.monotonic() + 120
+    while idle < 20 and time.monotonic() < deadline:
+        asleep = all(one.status() == psutil.STATUS_SLEEPING for one in local_workers(process.pid))
+        idle = idle + 1 if asleep else 0
+        time.sleep(0.02)
+    process.send_signal(signal.SIGCONT)
+    return process
+
+
 def is_like(workspace: Path, other: Path) -> bool:
     return stored_trials(workspace) == stored_trials(other) and manifest(workspace) == manifest(other)
 
@@ -70,9 +87,9 @@ def test_workers_make_the_trials_of_one_process_also_when_one_the_run_or_all_are
     organism: Path, tmp_path: Path, engine: str, workers_of: Callable[[int], list[psutil.Process]]
 ) -> None:
     workspace, job = tmp_path / "runs", ("run", *job_arguments(organism), *LAYOUT)
-    endless = (*job, ENDLESS, "--engine", engine, "--workspace", workspace)
-    # One worker dies; then the run dies, which no other worker outlives.
-    process = start(*endless, "--workers", 3, loaded=True)
+    endless = (*job, ENDLESS, "--workspace", workspace)
+    # One worker dies; then the run dies, which the other one does not outlive.
+    process = begun(*endless, "--workers", 3, engine=engine)
     wait_until(lambda: count_events(workspace, "worker_started") >= 1, process)
     workers = workers_of(process.pid)
     assert len(workers) == 2  # one of them may still have to load the model
@@ -84,10 +101,11 @@ def test_workers_make_the_trials_of_one_process_also_when_one_the_run_or_all_are
     process.communicate()
     assert psutil.wait_procs(workers, timeout=20)[1] == []
     # The next run is asked to stop, which ends its worker, and the last one goes on alone.
-    done = count_events(workspace)
-    process = start(*endless, "--workers", 2, loaded=True)
-    wait_until(lambda: count_events(workspace) > done and len(workers_of(process.pid)) == 1, process)
+    before = count_events(workspace, "worker_started")
+    process = begun(*endless, "--workers", 2, engine=engine)
+    wait_until(lambda: count_events(workspace, "worker_started") > before, process)
     workers, asked = workers_of(process.pid), time.monotonic()
+    assert len(workers) == 1
     process.send_signal(signal.SIGTERM)
     err = process.communicate(timeout=60)[1]
     assert time.monotonic() - asked < 10
