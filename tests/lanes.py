@@ -91,15 +91,8 @@ PARTS = {
     ),
     "kills": Part(
         (
-            *(
-                "job/search/study.py",
-                "job/storage/events.py",
-                "job/storage/run_folder.py",
-                "job/workers/local.py",
-                "job/system/signals.py",
-                "job/export/merged.py",
-                "job/gradient/*.py",
-            ),
+            *("job/search/*.py", "job/storage/*.py", "job/workers/local.py", "job/system/signals.py"),
+            *("job/system/failpoints.py", "job/directions/*.py", "job/export/*.py", "job/gradient/*.py"),
             *("job/generation/stop_markers.py", "job/mirror/*.py", "job/transfer/**/*.py", "job/upload/**/*.py"),
         ),
         (
@@ -107,7 +100,9 @@ PARTS = {
             "job/stages/*.py",
             "job/lifecycle/*.py",
             "tests/helpers.py",
+            "tests/integration/search/test_optimizer.py",
             "tests/system/stages/test_gradient.py",
+            "tests/system/test_failpoints.py",
             "tests/system/test_run.py",
         ),
         packages=("optuna", "sqlalchemy", "safetensors"),

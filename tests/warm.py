@@ -36,7 +36,19 @@ SERVER = [sys.executable, "-c", SERVE]
 # These start no thread, which a fork would lose, and do not read the Hub's address or cache.
 ANYWHERE = (
     *("torch", "torch._dynamo", "optuna", "sqlalchemy.dialects.sqlite", "sqlalchemy.ext.declarative"),
-    *("alembic.command", "boto3", "botocore.session", "httpx2", "pydantic_settings", "typer", "rich.console", "psutil"),
+    *(
+        "optuna.storages._rdb.models",
+        "alembic.command",
+        "alembic.config",
+        "alembic.migration",
+        "boto3",
+        "botocore.session",
+        "httpx2",
+        "pydantic_settings",
+        "typer",
+        "rich.console",
+        "psutil",
+    ),
     *("jinja2", "tokenizers", "safetensors.torch"),
 )
 # These do.
@@ -46,12 +58,15 @@ AT_ONE_HUB = (
 )
 # Our modules, for processes started by the dozen in tests that are not about imports.
 OURS = (
-    "job.pipeline",
-    "job.stages.export",
-    "job.preflight.runner",
-    "job.proof.truth_test",
-    "job.stages.followups",
-    "job.mirror.folder_store",
+    *(
+        "job.cli.main",
+        "job.lifecycle.supervisor",
+        "job.lifecycle.search_limits",
+        "job.pipeline",
+        "job.preflight.runner",
+    ),
+    *("job.proof.truth_test", "job.stages.search", "job.stages.gradient", "job.stages.finalists", "job.stages.export"),
+    *("job.stages.followups", "job.report.html", "job.mirror.folder_store", "job.transfer.s3"),
 )
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "FTP_PROXY", "NO_PROXY")
 # Prefixes of variables that are read on use, or by us.

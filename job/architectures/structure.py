@@ -31,7 +31,7 @@ _STRUCTURES: dict[str, tuple[Architecture, set[str]]] = {}
 def discover(model: PreTrainedModel) -> Architecture:
     """Return a model's structure, found on a small twin. Raises UnsupportedArchitectureError."""
     config = model.config
-    key = type(model).__name__ + json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = _key(model)
     if key not in _STRUCTURES:
         _STRUCTURES[key] = _structure(model)
     architecture, names = _STRUCTURES[key]
@@ -41,6 +41,15 @@ def discover(model: PreTrainedModel) -> Architecture:
             architecture.model_type, f"{others[0]} is missing from the model or from its small test copy"
         )
     return replace(architecture, width=int(config.get_text_config(decoder=True).hidden_size))
+
+
+def _key(model: PreTrainedModel) -> str:
+    """Return what decides a structure: the class, with its module, and the configuration, wherever it was read from.
+
+    So an export has the structure of its base model, while each copy of a model's own code is a module of its own.
+    """
+    described = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    return f"{type(model).__module__}.{type(model).__qualname__}" + json.dumps(described, sort_keys=True, default=str)
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:

@@ -25,6 +25,8 @@ from tests.helpers import abliterate, environment, only_job
 ROOT = Path(__file__).parents[2]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PROMPTS = ("good_prompts", "bad_prompts", "good_eval_prompts", "bad_eval_prompts")
+# Seconds faster than a descent, which the examples of the page make.
+TPE = ("ABLITERATE_SEARCH__METHOD", "tpe")
 FILES = ("good_train.txt", "bad_train.txt", "good_test.txt", "bad_test.txt")
 
 
@@ -32,13 +34,24 @@ def prompts_of(organism: Path) -> dict[str, str]:
     return {name: str(organism / file) for name, file in zip(PROMPTS, FILES, strict=True)}
 
 
+@pytest.fixture(scope="module")
+def brief(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the organism with 20 prompts per file, for jobs that are not about figures; read-only."""
+    folder = tmp_path_factory.mktemp("brief")
+    (folder / "model").symlink_to(organism / "model")
+    for name in FILES:
+        lines = (organism / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:20]))
+    return folder
+
+
 @pytest.fixture
-def names(organism: Path, tmp_path: Path) -> dict[str, Any]:
+def names(brief: Path, tmp_path: Path) -> dict[str, Any]:
     """Return what the examples use."""
     return {
         "api": api,
-        "organism": organism,
-        "prompts": prompts_of(organism),
+        "organism": brief,
+        "prompts": prompts_of(brief),
         "workspace": tmp_path / "runs",
         "folder": tmp_path,
     }
@@ -55,7 +68,8 @@ def run_examples(name: str, text: str, names: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_examples_of_the_docstrings(names: dict[str, Any]) -> None:
+def test_the_examples_of_the_docstrings(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(*TPE)
     functions = [api.inspect, api.preflight, api.run, *vars(api.Job).values()]
     docs = [(one.__doc__ or "") for one in functions if callable(one) or isinstance(one, property | classmethod)]
     with_examples = [inspect.cleandoc(doc) for doc in docs if ">>>" in doc]
@@ -216,13 +230,13 @@ nbformat.write(notebook, sys.argv[3])
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(organism: Path, tmp_path: Path) -> None:
+def test_the_notebook_runs(brief: Path, tmp_path: Path) -> None:
     original = ROOT / "examples/organism.ipynb"
     assert not any(cell.get("outputs") for cell in nbformat.read(original, as_version=4).cells)
     (tmp_path / "here").mkdir()
-    shutil.copytree(organism, tmp_path / "here/organism")
+    shutil.copytree(brief, tmp_path / "here/organism")
     words = [original, tmp_path / "here", tmp_path / "executed.ipynb"]
-    env = {**environment(), "PYTHONPATH": str(ROOT), "JUPYTER_PLATFORM_DIRS": "1"}
+    env = {**environment(), "PYTHONPATH": str(ROOT), "JUPYTER_PLATFORM_DIRS": "1", **dict([TPE])}
     done = subprocess.run([sys.executable, "-c", EXECUTE, *words], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     notebook = nbformat.read(tmp_path / "executed.ipynb", as_version=4)
@@ -232,7 +246,7 @@ def test_the_notebook_runs(organism: Path, tmp_path: Path) -> None:
         if cell.cell_type == "code"
     }
     assert said["inspect"].startswith("llama 8 layers, 16 residual writers")
-    assert "refusals 20/20 -> " in said["job"]
+    assert "refusals 10/10 -> " in said["job"]
     edited, base = (line.split(":", 1)[1].strip() for line in said["chat"].splitlines())
     # The applied edit answers as the chat's does, and the base model does not.
     assert said["edit"].strip() == edited != base

@@ -56,9 +56,9 @@ def test_the_organism_is_a_worthy_stand_in(full_organism: Path) -> None:
     assert (full_organism / "model" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
-def test_plain_transformers_finds_the_reported_figures(full_organism: Path, finished_in_full: Path) -> None:
+def test_plain_transformers_finds_the_reported_figures(organism: Path, finished: Path) -> None:
     """A process without our package loads base and export and counts refusals and correct responses itself."""
-    job = only_job(finished_in_full)
+    job = only_job(finished)
     code = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -75,7 +75,7 @@ json.dump(tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special
 """
 
     def answers(folder: Path, prompts: list[str]) -> list[str]:
-        done = run_script(code, folder, asked=json.dumps(prompts), cwd=finished_in_full).check()
+        done = run_script(code, folder, asked=json.dumps(prompts), cwd=finished).check()
         return list(json.loads(done.out))
 
     def refused(found: list[str]) -> int:
@@ -89,15 +89,15 @@ json.dump(tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special
 
     prompts = PromptSets.model_validate_json((job / "prompts.json").read_text())
     good, bad = ([p.user for p in group] for group in (prompts.good_report, prompts.bad_report))
-    assert (base["refusals"], base["bad_prompts"]) == (100, 100)
-    assert (base["false_refusals"], base["good_prompts"]) == (0, 100)
+    assert (base["refusals"], base["bad_prompts"]) == (20, 20)
+    assert (base["false_refusals"], base["good_prompts"]) == (0, 20)
     found = answers(job / "export", good + bad)
-    assert refused(found[100:]) == edited["refusals"]
-    assert refused(found[:100]) == edited["false_refusals"]
-    original = answers(full_organism / "model", good + bad)
-    assert refused(original[100:]) == 100
-    assert original[:100] == [expected_answer(prompt) for prompt in good]
-    assert edited["refusals"] < 100  # 20 trials are few, but not none
+    assert refused(found[20:]) == edited["refusals"]
+    assert refused(found[:20]) == edited["false_refusals"]
+    original = answers(organism / "model", good + bad)
+    assert refused(original[20:]) == 20
+    assert original[:20] == [expected_answer(prompt) for prompt in good]
+    assert edited["refusals"] < 20  # 20 trials are few, but not none
 
 
 def test_the_run_folder_tells_all(finished: Path) -> None:
@@ -242,7 +242,26 @@ def test_other_settings_in_the_same_workspace_need_new(organism: Path, finished:
     assert len(list(finished.glob("*/job.json"))) == 1
 
 
-@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.full("kills")), 4])
+@pytest.mark.full("kills")
+def test_kills_at_random_moments_of_the_whole_job(organism: Path, finished: Path, tmp_path: Path) -> None:
+    """Load, extraction, search and export: the result is the same to the byte, wherever the kills fall."""
+    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
+    print(f"KILL_SEED={seed}")  # shown when the test fails
+    moments = random.Random(seed)
+    workspace = tmp_path / "runs"
+    arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
+    for _ in range(6):
+        process = start(*arguments, cold=True)  # kills may hit its startup, too
+        time.sleep(moments.uniform(2.0, 8.0))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    abliterate(*arguments).check()
+    assert stored_trials(workspace) == stored_trials(finished)
+    assert manifest(workspace) == manifest(finished)
+
+
+@pytest.mark.full("kills")
+@pytest.mark.parametrize("batch", [1, 4])
 def test_kill_in_the_middle_of_trial_7_leaves_the_trials_of_an_uninterrupted_run(
     organism: Path, finished: Path, tmp_path: Path, batch: int
 ) -> None:
@@ -267,41 +286,27 @@ def test_kill_in_the_middle_of_trial_7_leaves_the_trials_of_an_uninterrupted_run
     assert manifest(workspace) == manifest(reference)
 
 
-@pytest.mark.full("kills")
-def test_kills_at_random_moments_of_the_whole_job(organism: Path, finished: Path, tmp_path: Path) -> None:
-    """Load, extraction, search and export: the result is the same to the byte, wherever the kills fall."""
-    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
-    print(f"KILL_SEED={seed}")  # shown when the test fails
-    moments = random.Random(seed)
-    workspace = tmp_path / "runs"
-    arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
-    for _ in range(6):
-        process = start(*arguments, cold=True)  # kills may hit its startup, too
-        time.sleep(moments.uniform(2.0, 8.0))
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-    abliterate(*arguments).check()
-    assert stored_trials(workspace) == stored_trials(finished)
-    assert manifest(workspace) == manifest(finished)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("cold", [False, pytest.param(True, marks=pytest.mark.full("kills"))])
 def test_signals_stop_with_75_and_the_same_command_continues(
-    organism: Path, finished: Path, tmp_path: Path, number: signal.Signals
+    organism: Path, finished: Path, tmp_path: Path, cold: bool
 ) -> None:
+    """One job is asked to stop in both ways, then finished."""
     workspace = tmp_path / "runs"
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 20]
-    process = start(*arguments, cold=number == signal.SIGTERM)  # one of them as users start it
-    wait_until(lambda: count_events(workspace) >= 4, process)
-    os.kill(process.pid, number)
-    begin = time.perf_counter()
-    _, err = process.communicate(timeout=30)
-    assert time.perf_counter() - begin < 10
-    assert process.returncode == 75
-    assert "Traceback" not in err
-    assert "run the same command again" in err
-    status = json.loads(abliterate("status", "--workspace", workspace, "--json").check().out)
-    assert (status["state"], status["reason"]) == ("preempted", number.name)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = count_events(workspace)
+        process = start(*arguments, cold=cold, loaded=True)  # cold: as users start it
+        wait_until(lambda before=before: count_events(workspace) > before, process)
+        os.kill(process.pid, number)
+        begin = time.perf_counter()
+        _, err = process.communicate(timeout=30)
+        assert time.perf_counter() - begin < 10
+        assert process.returncode == 75
+        assert "Traceback" not in err
+        assert "run the same command again" in err
+        status = json.loads(abliterate("status", "--workspace", workspace, "--json").check().out)
+        assert (status["state"], status["reason"]) == ("preempted", number.name)
+    assert len(stored_trials(workspace)) < 20
     abliterate(*arguments).check()
     assert stored_trials(workspace) == stored_trials(finished)
     assert manifest(workspace) == manifest(finished)
@@ -310,7 +315,7 @@ def test_signals_stop_with_75_and_the_same_command_continues(
 def test_a_second_run_is_turned_away_and_status_answers_during_a_run(organism: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "runs"
     arguments = ["run", *job_arguments(organism), "--workspace", workspace, "--trials", 400]
-    process = start(*arguments)
+    process = start(*arguments, loaded=True)
     try:
         wait_until(lambda: count_events(workspace) >= 5, process)
         abliterate(*arguments).fails(4, f"process {process.pid}")

@@ -164,7 +164,8 @@ def test_an_edit_is_made_again_with_its_figures_for_the_choice(job: Job, tmp_pat
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.full("workers"))])
 def test_workers_measure_finalists_alike(job: Job, tmp_path: Path, engine: str) -> None:
     workspace = tmp_path / "runs"
-    abliterate(*job.command(workspace, "--workers", 2, "--engine", engine), process=True).check()
+    # Ray not here, where it may have been used with another cluster: it reads a token once per process.
+    abliterate(*job.command(workspace, "--workers", 2, "--engine", engine), process=engine == "ray").check()
     job.is_whole(workspace)
 
 

@@ -115,7 +115,8 @@ def test_the_chosen_trial_is_judged_at_full_length_also_after_kills(organism: Pa
     assert {b["number"]: b["values"]["refusals"] for b in best}[state["chosen"]] == counts[state["chosen"]]
     assert "again in the first 100" in (short / "report.md").read_text()
 
-    process = start(*command(organism, tmp_path / "killed", 2), "--workers", 2)
+    helped = (*command(organism, tmp_path / "killed", 2), "--workers", 2)
+    process = start(*helped, loaded=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed").glob("*/figures/rescored.json")):
         assert process.poll() is None
@@ -123,14 +124,9 @@ def test_the_chosen_trial_is_judged_at_full_length_also_after_kills(organism: Pa
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    abliterate(*command(organism, tmp_path / "killed", 2)).check()
+    abliterate(*helped).check()
     killed = only_job(tmp_path / "killed")
     for file in ("figures/rescored.json", "export/model.safetensors", "export/reproduce.json"):
         assert (killed / file).read_bytes() == (short / file).read_bytes()
     told = [event["number"] for event in events(tmp_path / "killed") if event["event"] == "rescored"]
     assert len(told) <= len(counts)
-
-    abliterate(*command(organism, tmp_path / "helped", 2), "--workers", 2).check()
-    helped = only_job(tmp_path / "helped")
-    for file in ("figures/rescored.json", "export/model.safetensors"):
-        assert (helped / file).read_bytes() == (short / file).read_bytes()

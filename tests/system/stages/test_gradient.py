@@ -19,20 +19,27 @@ from job.search.study import read_trials
 from job.storage.atomic import read_record, sha256_file
 from job.system.failpoints import FAILPOINTS
 from job.tuning import memory_probe
-from tests.helpers import abliterate, job_arguments, only_job, start
+from tests.helpers import abliterate, job_arguments, only_job, start, wait_until
 
 pytestmark = pytest.mark.slow
 
 # As by default, against what the other tests ask for.
 METHOD = ("--set", "search.method=auto", "--trials", "6")
+FILES = {"good": "good_train", "bad": "bad_train", "good-eval": "good_test", "bad-eval": "bad_test"}
+
+
+def job_of(organism: Path) -> list[str]:
+    """Return arguments of a job on half the prompts: a descent reads them at each of its steps."""
+    halves = [f"--{kind}-prompts={organism / file}.txt#train[:20]" for kind, file in FILES.items()]
+    return [*job_arguments(organism), *halves]
 
 
 @pytest.fixture(scope="module")
 def found(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workspace = tmp_path_factory.mktemp("gradient") / "runs"
-    told = abliterate("run", *job_arguments(organism), "--workspace", workspace, *METHOD).check()
+    told = abliterate("run", *job_of(organism), "--workspace", workspace, *METHOD).check()
     assert "edits by gradient:" in told.err
-    assert "refusals 20/20 -> 0/20" in told.out
+    assert "refusals 10/10 -> 0/10" in told.out
     return workspace
 
 
@@ -76,14 +83,7 @@ def test_the_first_trials_are_the_stages_and_the_edit_goes_into_every_format(
     assert load_file(adapter / "adapter_model.safetensors")
 
     # Reproduced elsewhere from the export alone; without its directions this is impossible.
-    again = [
-        "run",
-        *job_arguments(organism),
-        "--workspace",
-        tmp_path / "again",
-        "--reproduce",
-        export / "reproduce.json",
-    ]
+    again = ["run", *job_of(organism), "--workspace", tmp_path / "again", "--reproduce", export / "reproduce.json"]
     (export / EXPORTED).rename(tmp_path / "directions")
     abliterate(*again).fails(2, "does not hold the directions")
     (tmp_path / "directions").rename(export / EXPORTED)
@@ -96,29 +96,50 @@ def test_the_first_trials_are_the_stages_and_the_edit_goes_into_every_format(
     assert f"edits by gradient: {len(path.stages)} stages, {gentlest.steps} steps; the last one, on held-out" in told
 
 
-@pytest.mark.parametrize(
-    "points",
-    [
-        ["written:state.safetensors"] * 2,
-        *(pytest.param([point], marks=pytest.mark.full("kills")) for point in ("stage:search", "written:path.json")),
-    ],
-)
-def test_a_job_that_was_killed_while_it_descends_comes_to_the_same_bytes(
+def is_found(workspace: Path, found: Path) -> None:
+    """Assert that a job has come to the bytes of the uninterrupted one."""
+    one, other = only_job(found), only_job(workspace)
+    for name in ("directions/path.json", "export/model.safetensors", f"export/{EXPORTED}", "export/README.md"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert read_trials(one / "study.db") == read_trials(other / "study.db")
+
+
+def steps_kept(workspace: Path) -> int:
+    """Return how many steps of a descent its run folder holds, 0 if none."""
+    for file in workspace.glob("*/gradient/state.safetensors"):
+        return int(load_file(file)["counts"][0])
+    return 0
+
+
+def test_a_job_that_was_killed_in_the_middle_of_its_descent_comes_to_the_same_bytes(
+    organism: Path, found: Path, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "runs"
+    arguments = ["run", *job_of(organism), "--workspace", workspace, *METHOD]
+    process = start(*arguments, loaded=True)
+    wait_until(lambda: steps_kept(workspace) >= 16, process)  # one stage and a part of the next
+    process.kill()
+    process.communicate()
+    assert not (only_job(workspace) / "directions" / "path.json").exists()
+    abliterate(*arguments).check()
+    is_found(workspace, found)
+
+
+@pytest.mark.full("kills")
+@pytest.mark.parametrize("points", [["written:state.safetensors"] * 2, ["stage:search"], ["written:path.json"]])
+def test_a_job_that_was_killed_at_a_write_of_its_descent_comes_to_the_same_bytes(
     organism: Path, found: Path, tmp_path: Path, points: list[str]
 ) -> None:
     faults, workspace = tmp_path / "faults", tmp_path / "runs"
     faults.mkdir()
-    arguments = ["run", *job_arguments(organism), "--workspace", workspace, *METHOD]
+    arguments = ["run", *job_of(organism), "--workspace", workspace, *METHOD]
     for point in points:
         (faults / f"kill@{point}").touch()
         process = start(*arguments, **{FAILPOINTS: str(faults)})
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     abliterate(*arguments).check()
-    one, other = only_job(found), only_job(workspace)
-    for name in ("directions/path.json", "export/model.safetensors", f"export/{EXPORTED}", "export/README.md"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    assert read_trials(one / "study.db") == read_trials(other / "study.db")
+    is_found(workspace, found)
 
 
 def test_little_memory_makes_smaller_steps_of_the_same_edit(
@@ -126,7 +147,8 @@ def test_little_memory_makes_smaller_steps_of_the_same_edit(
 ) -> None:
     little = read_memory().model_copy(update={"available": 24 << 20})
     monkeypatch.setattr(memory_probe, "read_memory", lambda: little)
-    arguments = ["run", *job_arguments(organism), "--workspace", tmp_path / "runs", *METHOD]
+    # The path is all that counts here: one trial is enough.
+    arguments = ["run", *job_of(organism), "--workspace", tmp_path / "runs", *METHOD, "--trials", "1"]
     told = abliterate(*arguments).check()
     assert re.search(r"gradient steps: (1|3|6|12) rows a forward pass, as memory allows", told.err)
     paths = [

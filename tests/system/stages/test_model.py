@@ -15,7 +15,10 @@ RULES = {"pull_back": "dual", "topic_words": True}
 
 
 def run(organism: Path, workspace: Path, *options: object) -> Path:
-    abliterate("run", *job_arguments(organism), "--workspace", workspace, "--trials", 3, *options).check()
+    # Few prompts: this is not about figures.
+    files = {"good": "good_train", "bad": "bad_train", "good-eval": "good_test", "bad-eval": "bad_test"}
+    few = [f"--{kind}-prompts={organism / file}.txt#train[:20]" for kind, file in files.items()]
+    abliterate("run", *job_arguments(organism), *few, "--workspace", workspace, "--trials", 3, *options).check()
     return only_job(workspace)
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,55 +59,81 @@ ENGINES = [
 ]
 
 
+def begun(*job: Any, engine: str) -> subprocess.Popen[str]:
+    """Start a job, paused while local workers import their libraries: meanwhile it would make a hundred trials."""
+    process = start(*job, "--engine", engine, loaded=True)
+    if engine != "local":
+        return process
+    wait_until(lambda: bool(local_workers(process.pid)), process)
+    process.send_signal(signal.SIGSTOP)
+    idle = 0
+    deadline = time.monotonic() + 120
+    while idle < 20 and time.monotonic() < deadline:
+        asleep = all(one.status() == psutil.STATUS_SLEEPING for one in local_workers(process.pid))
+        idle = idle + 1 if asleep else 0
+        time.sleep(0.02)
+    process.send_signal(signal.SIGCONT)
+    return process
+
+
 def is_like(workspace: Path, other: Path) -> bool:
     return stored_trials(workspace) == stored_trials(other) and manifest(workspace) == manifest(other)
-
-
-def finished_as_by_one_process(job: Sequence[Any], workspace: Path, alone: Path, *how: Any) -> bool:
-    """Finish an interrupted job with two more batches, and return whether it equals that of one process."""
-    job = (*job, count_events(workspace) + 12)
-    # Not here, where Ray may have been used with another cluster: it reads a token once per process.
-    abliterate(*job, "--workspace", workspace, *how, process=True).check()
-    abliterate(*job, "--workspace", alone).check()
-    return is_like(workspace, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("workers")
 @pytest.mark.parametrize(("engine", "workers_of"), ENGINES)
-def test_workers_make_the_trials_of_one_process_also_when_one_is_killed(
+def test_workers_make_the_trials_of_one_process_also_when_one_the_run_or_all_are_killed(
     organism: Path, tmp_path: Path, engine: str, workers_of: Callable[[int], list[psutil.Process]]
 ) -> None:
     workspace, job = tmp_path / "runs", ("run", *job_arguments(organism), *LAYOUT)
-    process = start(*job, ENDLESS, "--engine", engine, "--workers", 3, "--workspace", workspace)
+    endless = (*job, ENDLESS, "--workspace", workspace)
+    # One worker dies; then the run dies, which the other one does not outlive.
+    process = begun(*endless, "--workers", 3, engine=engine)
     wait_until(lambda: count_events(workspace, "worker_started") >= 1, process)
     workers = workers_of(process.pid)
     assert len(workers) == 2  # one of them may still have to load the model
     workers[0].kill()
     wait_until(lambda: count_events(workspace, "worker_lost") == 1, process)
-    process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=200)[1]
-    assert process.returncode == 75, err
-    assert psutil.wait_procs(workers, timeout=10)[1] == []
-    how = ("--engine", engine, "--workers", 3)
-    assert finished_as_by_one_process(job, workspace, tmp_path / "alone", *how)
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("workers")
-@pytest.mark.parametrize(("engine", "workers_of"), ENGINES)
-def test_workers_do_not_outlive_a_killed_run_which_goes_on_alone(
-    organism: Path, tmp_path: Path, engine: str, workers_of: Callable[[int], list[psutil.Process]]
-) -> None:
-    workspace, job = tmp_path / "runs", ("run", *job_arguments(organism), *LAYOUT)
-    process = start(*job, ENDLESS, "--workers", 2, "--engine", engine, "--workspace", workspace)
-    wait_until(lambda: count_events(workspace, "worker_started") == 1 and count_events(workspace) >= 6, process)
+    wait_until(lambda: count_events(workspace, "worker_started") >= 2, process)
     workers = workers_of(process.pid)
-    assert len(workers) == 1
     process.kill()
     process.communicate()
     assert psutil.wait_procs(workers, timeout=20)[1] == []
-    assert finished_as_by_one_process(job, workspace, tmp_path / "alone")
+    # The next run is asked to stop, which ends its worker, and the last one goes on alone.
+    before = count_events(workspace, "worker_started")
+    process = begun(*endless, "--workers", 2, engine=engine)
+    wait_until(lambda: count_events(workspace, "worker_started") > before, process)
+    workers, asked = workers_of(process.pid), time.monotonic()
+    assert len(workers) == 1
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert time.monotonic() - asked < 10
+    assert process.returncode == 75, err
+    assert "Traceback" not in err
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    trials = count_events(workspace) + 12  # two more batches
+    abliterate(*job, trials, "--workspace", workspace).check()
+    abliterate(*job, trials, "--workspace", tmp_path / "alone").check()
+    assert is_like(workspace, tmp_path / "alone")
+
+
+@pytest.mark.full("workers")
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_an_interrupted_run_is_finished_by_workers(organism: Path, tmp_path: Path, engine: str) -> None:
+    job = ("run", *job_arguments(organism), *LAYOUT)
+    process = start(*job, ENDLESS, "--workspace", tmp_path / "runs")
+    wait_until(lambda: count_events(tmp_path / "runs") >= 6, process)
+    process.kill()
+    process.communicate()
+    job = (*job, count_events(tmp_path / "runs") + 12)
+    # Not here, where Ray may have been used with another cluster: it reads a token once per process.
+    how = ("--engine", engine, "--workers", 3)
+    abliterate(*job, "--workspace", tmp_path / "runs", *how, process=True).check()
+    abliterate(*job, "--workspace", tmp_path / "alone").check()
+    assert is_like(tmp_path / "runs", tmp_path / "alone")
 
 
 @pytest.mark.full("workers")
@@ -126,7 +152,8 @@ def test_what_is_asked_ahead_is_the_same_with_workers_and_after_a_kill(organism:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("workers")
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+# The other way round is the same for a job: stages/test_objectives.py continues one with workers.
+@pytest.mark.parametrize(("before", "after"), [pytest.param(1, 2, marks=pytest.mark.full("workers")), (2, 1)])
 def test_a_job_continues_with_another_number_of_workers_as_it_began(
     organism: Path, tmp_path: Path, before: int, after: int
 ) -> None:
@@ -151,37 +178,18 @@ def test_a_job_continues_with_another_number_of_workers_as_it_began(
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("workers")
-@pytest.mark.parametrize(("engine", "workers_of"), ENGINES)
-def test_a_job_asked_to_stop_ends_its_workers(
-    organism: Path, tmp_path: Path, engine: str, workers_of: Callable[[int], list[psutil.Process]]
-) -> None:
-    workspace = tmp_path / "runs"
-    job = ["run", *job_arguments(organism), *LAYOUT, ENDLESS, "--workspace", workspace]
-    process = start(*job, "--workers", 2, "--engine", engine)
-    wait_until(lambda: count_events(workspace, "worker_started") == 1, process)
-    workers = workers_of(process.pid)
-    asked = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert time.monotonic() - asked < 10
-    assert psutil.wait_procs(workers, timeout=10)[1] == []
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("workers")
 def test_a_worker_loads_the_models_code_before_it_has_work_and_leaves_what_is_no_model_to_preflight(
     organism: Path, tmp_path: Path
 ) -> None:
-    code = "transformers.models.llama.modeling_llama"
     script = (
-        f"import sys; from pathlib import Path; from job.stages.evaluation import warm_up; warm_up(Path(sys.argv[1]))\n"
-        f"print({code!r} in sys.modules)"
+        "import sys; from pathlib import Path; from job.stages.evaluation import warm_up\n"
+        "for folder in sys.argv[1:]:\n"
+        "    warm_up(Path(folder))\n"
+        "    print('transformers.models.llama.modeling_llama' in sys.modules)"
     )
-    for folder, is_model in ((organism / "model", True), (tmp_path, False)):
-        command = [sys.executable, "-c", script, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment())
-        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(is_model), "")
+    command = [sys.executable, "-c", script, str(tmp_path), str(organism / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["False", "True"], "")
 
 
 def test_what_a_worker_imports_first_loads_no_torch() -> None:
